@@ -1,0 +1,106 @@
+"""Read a YAML configuration with ``a.b=c`` overrides into a pydantic model, with helpful errors."""
+
+import difflib
+import types
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from .errors import ConfigError
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def load_config(model: type[Model], path: Path, overrides: Iterable[str] = ()) -> Model:
+    """Read ``path``, apply overrides and validate; every problem is a :class:`ConfigError`."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"configuration {path} cannot be read ({error.strerror}); give an existing YAML file."
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"configuration {path} is not YAML: {reason}; mend the file.") from None
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"configuration {path} holds a {type(values).__name__}; use key: value.")
+    for override in overrides:
+        apply_override(values, override)
+    return validate_config(model, values)
+
+
+def validate_config(model: type[Model], values: dict[str, Any]) -> Model:
+    """Validate ``values``; the first problem becomes a one-sentence :class:`ConfigError`."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise ConfigError(_sentence(model, values, problem)) from None
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set ``a.b=c`` in a nested dict; the value is read as YAML, ``1e-3`` as a number too."""
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"override {override!r} is not of the form key.key=value.")
+    *parents, last = path.split(".")
+    node = values
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r} goes into {parent}, which is not a section.")
+        node = child
+    try:
+        node[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r} has a value that is not YAML.") from None
+
+
+def _sentence(model: type[BaseModel], values: dict[str, Any], problem: Any) -> str:
+    path = ".".join(_path_in(values, problem["loc"]))
+    if problem["type"] == "extra_forbidden":
+        known = sorted(set(_known_paths(model)))
+        message = f"{path} is not a known key"
+        close = difflib.get_close_matches(path, known, n=1, cutoff=0.6)
+        return f"{message}; did you mean {close[0]}?" if close else f"{message}; remove it."
+    if problem["type"] == "missing":
+        return f"{path} is missing; give it in the file or as {path}=VALUE."
+    if problem["type"] == "value_error":
+        message = str(problem["ctx"]["error"])
+        return f"{path}: {message}" if path else message
+    message = problem["msg"].replace("Input", f"it is {problem['input']!r}, but", 1)
+    return f"{path}: {message}."
+
+
+def _path_in(values: Any, location: tuple[int | str, ...]) -> Iterator[str]:
+    """Drop the parts of pydantic's location that name a union's branch and not a key."""
+    for index, part in enumerate(location):
+        is_last = index == len(location) - 1
+        if isinstance(values, dict) and (part in values or is_last):
+            yield str(part)
+            values = values.get(part)
+        elif isinstance(values, list) and isinstance(part, int):
+            yield str(part)
+            values = values[part]
+        elif not isinstance(values, dict | list) and is_last:
+            return
+
+
+def _known_paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield f"{prefix}{name}"
+        for child in _models_in(field.annotation):
+            yield from _known_paths(child, f"{prefix}{name}.")
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    elif get_origin(annotation) in (Union, types.UnionType, Annotated):
+        for argument in get_args(annotation):
+            yield from _models_in(argument)

@@ -1,0 +1,62 @@
+"""The errors a user can meet.
+
+    MoeyardError
+    +-- ConfigError       a key, value or combination in a configuration, or a call's argument
+    +-- DataError         a text file, token shard or tokenizer that cannot be used
+    +-- ModelFileError    a model folder that is missing something, damaged or of an unknown kind
+    +-- ExpertReadError   an expert's bytes could not be read while serving
+    +-- CheckpointError   no training checkpoint is whole
+    +-- TrainingError     training cannot go on (a loss that is not finite)
+    +-- RequestError      an HTTP request that asks for something that cannot be given
+
+Every message is one sentence with the field, the value and the remedy. Commands print the message
+without a traceback; anything that is not a MoeyardError is our bug and keeps its traceback.
+"""
+
+
+class MoeyardError(Exception):
+    """Base of all errors whose message is meant for the user."""
+
+
+class ConfigError(MoeyardError, ValueError):
+    """A configuration key, value or combination that cannot work."""
+
+
+class DataError(MoeyardError, ValueError):
+    """A text file, token shard or tokenizer that cannot be used."""
+
+
+class ModelFileError(MoeyardError, ValueError):
+    """A model folder that is incomplete, damaged or of an unknown kind."""
+
+
+class ExpertReadError(MoeyardError, OSError):
+    """The bytes of an expert could not be read."""
+
+
+class CheckpointError(MoeyardError):
+    """A training checkpoint that cannot be written or read."""
+
+
+class TrainingError(MoeyardError):
+    """Training cannot go on."""
+
+
+class RequestError(MoeyardError, ValueError):
+    """A request that cannot be served, with what OpenAI's error object needs.
+
+    ``status`` is the HTTP status, ``param`` the offending field, ``code`` OpenAI's code string.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        status: int = 400,
+    ) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+        self.status = status

@@ -1,0 +1,58 @@
+"""The weights of the experts that are here, addressed through a slot table.
+
+S slots, E experts, F expert width, D model width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ALIGNMENT_BYTES = 64
+"""Every slot starts on a cache line: BLAS picks other code, with other rounding, below that."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertWeights:
+    """SwiGLU expert weights in the plain layout.
+
+    Resident experts are the case S = E with ``slot_of_E = None``. An expert cache hands the same
+    kernels fewer slots and a table. Other layouts (prepacked, int8, int4) keep this interface and
+    decide themselves what a slot holds.
+    """
+
+    fc1_SHD: Tensor
+    """``[S, 2F, D]``: F gate rows, then F up rows."""
+    fc2_SDF: Tensor
+    """``[S, D, F]``."""
+    slot_of_E: tuple[int, ...] | None = None
+    """Slot of each expert, -1 where it is not here; None where slot e holds expert e."""
+
+    @property
+    def num_experts(self) -> int:
+        """E: how many experts the routing may name."""
+        return self.fc1_SHD.shape[0] if self.slot_of_E is None else len(self.slot_of_E)
+
+    @property
+    def d_expert(self) -> int:
+        """F."""
+        return self.fc2_SDF.shape[2]
+
+    def slot(self, expert: int) -> int:
+        """Return the slot of ``expert``, -1 when it is not here."""
+        return expert if self.slot_of_E is None else self.slot_of_E[expert]
+
+    def slot_views(self, slot: int) -> dict[str, Tensor]:
+        """Return the writable parts of a slot: gate ``[F, D]``, up ``[F, D]``, down ``[D, F]``."""
+        gate_FD, up_FD = self.fc1_SHD[slot].chunk(2)
+        return {"gate": gate_FD, "up": up_FD, "down": self.fc2_SDF[slot]}
+
+
+def empty_slots(num_slots: int, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Allocate ``[num_slots, rows, columns]`` on the CPU, each slot contiguous and aligned."""
+    itemsize = torch.empty((), dtype=dtype).element_size()
+    unit = ALIGNMENT_BYTES // itemsize
+    stride = -(-rows * columns // unit) * unit
+    flat = torch.empty(num_slots * stride + unit, dtype=dtype)
+    skip = -flat.data_ptr() % ALIGNMENT_BYTES // itemsize
+    return flat[skip:].as_strided((num_slots, rows, columns), (stride, columns, 1))

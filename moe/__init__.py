@@ -1,0 +1,1 @@
+"""Routers, experts, the MoE layer, losses, load statistics, the decoder and its folders."""

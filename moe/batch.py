@@ -1,0 +1,51 @@
+"""The flat, ragged batch every decoder call takes. T tokens, B sequences."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .kv_cache import SequenceCache
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Sequences laid end to end: training documents, prompts, chunks and single decode steps."""
+
+    ids_T: Tensor
+    """int64 token ids."""
+    positions_T: Tensor
+    """int64 position of each token in its sequence."""
+    lengths: tuple[int, ...]
+    """Rows of each sequence in this batch; they sum to T."""
+    caches: tuple[SequenceCache, ...] | None = None
+    """One cache per sequence; None where nothing came before and nothing is kept."""
+
+    @property
+    def is_uniform(self) -> bool:
+        """True when all sequences have the same number of rows."""
+        return len(set(self.lengths)) == 1
+
+
+def batch_of(sequences: Sequence[Tensor], caches: Sequence[SequenceCache] | None = None) -> Batch:
+    """Lay 1-D id tensors end to end, each continuing its cache if there are caches."""
+    lengths = tuple(len(ids) for ids in sequences)
+    starts = [0] * len(sequences) if caches is None else [cache.length for cache in caches]
+    positions = [
+        torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)
+    ]
+    device = sequences[0].device
+    return Batch(
+        ids_T=torch.cat(list(sequences)),
+        positions_T=torch.cat(positions).to(device),
+        lengths=lengths,
+        caches=None if caches is None else tuple(caches),
+    )
+
+
+def batch_of_rows(ids_BL: Tensor) -> Batch:
+    """Lay the rows of ``[B, L]`` ids end to end."""
+    num_rows, length = ids_BL.shape
+    positions_T = torch.arange(length, device=ids_BL.device).repeat(num_rows)
+    return Batch(ids_BL.reshape(-1), positions_T, (length,) * num_rows)

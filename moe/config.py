@@ -1,0 +1,100 @@
+"""The shape of a decoder: the ``model`` section of a configuration."""
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from .router import AnyRouter, TopK
+
+
+class MoEConfig(BaseModel):
+    """The MoE layers of a decoder."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    num_experts: int = Field(ge=1)
+    """Routed experts per layer."""
+    d_expert: int = Field(ge=1)
+    """Inner width of one expert."""
+    d_shared: int = Field(default=0, ge=0)
+    """Inner width of the shared expert; 0 = none."""
+    activation: Literal["swiglu"] = "swiglu"
+    router: AnyRouter = TopK()
+    """How tokens choose experts."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.router.k > self.num_experts:
+            raise ValueError(
+                f"router.k is {self.router.k}, but num_experts is {self.num_experts}; "
+                f"use a k from 1 to {self.num_experts}."
+            )
+        return self
+
+
+class ModelConfig(BaseModel):
+    """A decoder of the Qwen3-MoE architecture; all-dense where ``moe`` is missing."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    vocab_size: int | None = Field(default=None, ge=1)
+    """Rows of the embedding; training fills it in from the tokenizer."""
+    d_model: int = Field(ge=1)
+    num_layers: int = Field(ge=1)
+    num_heads: int = Field(ge=1)
+    num_kv_heads: int | None = Field(default=None, ge=1)
+    """Key and value heads (grouped-query attention); None = num_heads."""
+    head_dim: int | None = Field(default=None, ge=2, multiple_of=2)
+    """None = d_model / num_heads."""
+    d_ff: int | None = Field(default=None, ge=1)
+    """Inner width of dense layers' MLP; needed where there are any."""
+    moe: MoEConfig | None = None
+    dense_layers: tuple[int, ...] = ()
+    """Layers with a dense MLP in place of experts."""
+    max_positions: int = Field(default=2048, ge=1)
+    """Longest sequence in tokens."""
+    rope_theta: float = Field(default=10_000.0, gt=0)
+    rms_eps: float = Field(default=1e-6, gt=0)
+    tie_embeddings: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads is {self.num_heads}, which num_kv_heads = {self.num_kv_heads} does "
+                f"not divide; use a divisor of {self.num_heads}."
+            )
+        if self.head_dim is None and (self.d_model % (2 * self.num_heads)):
+            raise ValueError(
+                f"d_model is {self.d_model}, which does not split into {self.num_heads} heads of "
+                "even width; set head_dim or change num_heads."
+            )
+        outside = [layer for layer in self.dense_layers if not 0 <= layer < self.num_layers]
+        if outside:
+            raise ValueError(
+                f"dense_layers names layer {outside[0]}, but there are {self.num_layers}; "
+                f"use 0 to {self.num_layers - 1}."
+            )
+        if self.d_ff is None and any(not self.is_moe(i) for i in range(self.num_layers)):
+            raise ValueError("d_ff is missing, but some layers are dense; give their width.")
+        return self
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_width(self) -> int:
+        """Width of one head."""
+        return self.head_dim or self.d_model // self.num_heads
+
+    @property
+    def vocabulary(self) -> int:
+        """``vocab_size`` once it is known."""
+        assert self.vocab_size is not None, "vocab_size has not been filled in"
+        return self.vocab_size
+
+    def is_moe(self, layer: int) -> bool:
+        """Say whether ``layer`` has experts."""
+        return self.moe is not None and layer not in self.dense_layers

@@ -1,0 +1,158 @@
+"""A sparse decoder of the Qwen3-MoE architecture on flat, ragged batches.
+
+T tokens, D model width, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..kernels.expert_mlp import Backend
+from .attention import Attention, RMSNorm, Rope
+from .batch import Batch
+from .config import ModelConfig
+from .kv_cache import SequenceCache
+from .layer import GatedMLP, MoELayer
+from .router import Router
+from .routing import Lookahead, RouterInput, Routing
+
+
+@dataclass(slots=True)
+class DecoderOutput:
+    """What a forward gives."""
+
+    hidden_TD: Tensor
+    """Rows after the final norm."""
+    routings: list[Routing] = field(default_factory=list)
+    """One per MoE layer, in order."""
+
+
+class DecoderLayer(nn.Module):
+    """Attention and an MLP or MoE layer, each behind a norm and inside a residual."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: int,
+        expert_ids: Sequence[int] | None,
+        backend: Backend,
+        token_counts: Sequence[int] | None,
+    ) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.d_model, config.rms_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.d_model, config.rms_eps)
+        self.mlp: MoELayer | GatedMLP
+        if config.moe is not None and config.is_moe(layer):
+            self.mlp = MoELayer(
+                config.d_model,
+                config.moe.d_expert,
+                config.moe.num_experts,
+                config.moe.router,
+                config.moe.activation,
+                config.moe.d_shared,
+                vocab_size=config.vocabulary,
+                token_counts=token_counts,
+                expert_ids=expert_ids,
+                backend=backend,
+            )
+        else:
+            assert config.d_ff is not None, "the configuration was not validated"
+            self.mlp = GatedMLP(config.d_model, config.d_ff)
+
+    def forward(
+        self, x_TD: Tensor, batch: Batch, rope: tuple[Tensor, Tensor], routing: Routing | None
+    ) -> tuple[Tensor, Routing | None]:
+        """Return the residual stream after this layer and, for MoE layers, the routing."""
+        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), batch, rope)
+        mlp_input_TD = self.post_attention_layernorm(x_TD)
+        if isinstance(self.mlp, GatedMLP):
+            return x_TD + self.mlp(mlp_input_TD), None
+        if routing is None:
+            routing = self.mlp.gate.route(
+                RouterInput(mlp_input_TD, batch.ids_T, batch.positions_T)
+            )
+        y_TD, routing = self.mlp(mlp_input_TD, routing=routing)
+        return x_TD + y_TD, routing
+
+
+class Decoder(nn.Module):
+    """Token ids in, hidden rows and routings out; ``logits`` turns rows into scores.
+
+    ``expert_ids`` are the experts this process holds (None = all). ``recompute`` drops each
+    layer's activations in training and computes them again in backward; routings leave the
+    recomputed region as outputs, so they are counted once.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        expert_ids: Sequence[int] | None = None,
+        backend: Backend = "torch",
+        token_counts: Sequence[int] | None = None,
+        recompute: bool = False,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.recompute = recompute
+        self.embed_tokens = nn.Embedding(config.vocabulary, config.d_model)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, layer, expert_ids, backend, token_counts)
+            for layer in range(config.num_layers)
+        )
+        self.norm = RMSNorm(config.d_model, config.rms_eps)
+        self.lm_head = nn.Linear(config.d_model, config.vocabulary, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        self._rope = Rope(config.head_width, config.rope_theta)
+
+    def moe_layers(self) -> list[tuple[int, MoELayer]]:
+        """Return (layer index, MoE layer) of every MoE layer."""
+        found = []
+        for index, layer in enumerate(self.layers):
+            assert isinstance(layer, DecoderLayer)
+            if isinstance(layer.mlp, MoELayer):
+                found.append((index, layer.mlp))
+        return found
+
+    def routers(self) -> list[Router]:
+        """Return the routers, one per MoE layer."""
+        return [layer.gate for _, layer in self.moe_layers()]
+
+    def new_cache(self, max_length: int | None = None) -> SequenceCache:
+        """Return an empty cache for one sequence."""
+        specs = [layer.self_attn.cache_spec() for layer in self.layers]  # type: ignore[union-attr]
+        device = self.embed_tokens.weight.device
+        return SequenceCache(specs, max_length or self.config.max_positions, device)
+
+    def forward(self, batch: Batch) -> DecoderOutput:
+        """Run the decoder over a batch; its caches, if any, grow by the batch's rows."""
+        x_TD = self.embed_tokens(batch.ids_T)
+        rope = self._rope.tables(batch.positions_T, x_TD.dtype)
+        routings = []
+        for layer in self.layers:
+            routing = self._route_from_tokens(layer, batch)
+            if self.recompute and self.training:
+                x_TD, routing = checkpoint(layer, x_TD, batch, rope, routing, use_reentrant=False)
+            else:
+                x_TD, routing = layer(x_TD, batch, rope, routing)
+            if routing is not None:
+                routings.append(routing)
+        for cache, length in zip(batch.caches or (), batch.lengths, strict=False):
+            cache.length += length
+        return DecoderOutput(self.norm(x_TD), routings)
+
+    def logits(self, hidden_TD: Tensor) -> Tensor:
+        """Return scores over the vocabulary, ``[T, V]``."""
+        logits_TV: Tensor = self.lm_head(hidden_TD)
+        return logits_TV
+
+    def _route_from_tokens(self, layer: nn.Module, batch: Batch) -> Routing | None:
+        mlp = layer.mlp
+        if isinstance(mlp, MoELayer) and mlp.lookahead is Lookahead.TOKEN:
+            return mlp.gate.route(RouterInput(ids_T=batch.ids_T, positions_T=batch.positions_T))
+        return None

@@ -1,0 +1,63 @@
+"""Keys and values of past tokens, one cache per sequence.
+
+L positions, G key/value heads, H head width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class KVCacheSpec:
+    """What one layer keeps per position. Other kinds (latent, windowed) are further specs."""
+
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    def bytes_per_token(self) -> int:
+        """Bytes of keys and values of one position."""
+        return 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+
+class SequenceCache:
+    """The cache of one sequence over all layers; grows by doubling up to ``max_length``."""
+
+    def __init__(self, specs: list[KVCacheSpec], max_length: int, device: torch.device) -> None:
+        self.length = 0
+        """Positions stored; advanced once per forward, after the last layer."""
+        self._specs = specs
+        self._max_length = max_length
+        self._device = device
+        self._capacity = 0
+        self._keys_GLH: list[Tensor] = []
+        self._values_GLH: list[Tensor] = []
+
+    def extend(self, layer: int, keys_GLH: Tensor, values_GLH: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new positions of ``layer`` and return all its keys and values, ``[G, L, H]``."""
+        end = self.length + keys_GLH.shape[1]
+        if end > self._capacity:
+            self._grow(end)
+        self._keys_GLH[layer][:, self.length : end] = keys_GLH
+        self._values_GLH[layer][:, self.length : end] = values_GLH
+        return self._keys_GLH[layer][:, :end], self._values_GLH[layer][:, :end]
+
+    def _grow(self, needed: int) -> None:
+        assert needed <= self._max_length, f"{needed} positions, at most {self._max_length}"
+        self._capacity = min(self._max_length, max(64, needed, 2 * self._capacity))
+        for buffers in (self._keys_GLH, self._values_GLH):
+            old = list(buffers)
+            buffers.clear()
+            for layer, spec in enumerate(self._specs):
+                new = torch.empty(
+                    spec.num_kv_heads,
+                    self._capacity,
+                    spec.head_dim,
+                    dtype=spec.dtype,
+                    device=self._device,
+                )
+                if old:
+                    new[:, : self.length] = old[layer][:, : self.length]
+                buffers.append(new)

@@ -1,0 +1,160 @@
+"""The MoE layer: router, dispatch, experts, combine, optional shared experts.
+
+T tokens, D model width, F expert width, E experts, K choices, S expert slots here, N rows here.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..kernels.activation import swiglu
+from ..kernels.expert_mlp import Backend, expert_mlp
+from ..kernels.expert_weights import ExpertWeights
+from .router import Hash, Router, TopK, build_router
+from .routing import Lookahead, RouterInput, Routing
+
+Activation = Literal["swiglu"]
+
+
+class Dispatcher(Protocol):
+    """Brings rows to the ranks that hold their experts, and the results back."""
+
+    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Tensor, Any]:
+        """Return rows ``[N, D]``, experts ``[N, K]`` (-1 = not here), weights ``[N, K]``, handle."""
+        ...
+
+    def combine(self, y_ND: Tensor, handle: Any) -> Tensor:
+        """Return ``y_TD``, the sum of every rank's part of each token."""
+        ...
+
+
+class LocalDispatcher:
+    """All experts are here: nothing moves."""
+
+    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Tensor, None]:
+        """Hand rows and routing through."""
+        return x_TD, routing.experts_TK, routing.weights_TK, None
+
+    def combine(self, y_ND: Tensor, handle: None) -> Tensor:
+        """Hand the result through."""
+        return y_ND
+
+
+class Experts(nn.Module):
+    """SwiGLU experts held as parameters: ``fc1 [S, 2F, D]`` (gate rows first), ``fc2 [S, D, F]``."""
+
+    def __init__(
+        self,
+        d_model: int,
+        d_expert: int,
+        num_experts: int,
+        expert_ids: Sequence[int] | None = None,
+        backend: Backend = "torch",
+    ) -> None:
+        super().__init__()
+        self.expert_ids = tuple(range(num_experts) if expert_ids is None else expert_ids)
+        """Logical expert of each slot."""
+        self.backend: Backend = backend
+        num_slots = len(self.expert_ids)
+        self.fc1 = nn.Parameter(torch.empty(num_slots, 2 * d_expert, d_model))
+        self.fc2 = nn.Parameter(torch.empty(num_slots, d_model, d_expert))
+        nn.init.normal_(self.fc1, std=d_model**-0.5)
+        nn.init.normal_(self.fc2, std=d_expert**-0.5)
+        self._slot_of_E: tuple[int, ...] | None = None
+        if self.expert_ids != tuple(range(num_experts)):
+            slots = [-1] * num_experts
+            for slot, expert in enumerate(self.expert_ids):
+                slots[expert] = slot
+            self._slot_of_E = tuple(slots)
+
+    def forward(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
+        """Return the weighted sum of each row's experts, ``[N, D]``."""
+        weights = ExpertWeights(self.fc1, self.fc2, self._slot_of_E)
+        return expert_mlp(x_ND, experts_NK, weights_NK, weights, self.backend)
+
+
+class GatedMLP(nn.Module):
+    """A dense SwiGLU MLP: the decoder's dense layers and the shared experts."""
+
+    def __init__(self, d_model: int, d_ff: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(d_model, d_ff, bias=False)
+        self.up_proj = nn.Linear(d_model, d_ff, bias=False)
+        self.down_proj = nn.Linear(d_ff, d_model, bias=False)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """Return ``down(silu(gate x) * up x)``."""
+        h = torch.cat([self.gate_proj(x_TD), self.up_proj(x_TD)], dim=-1)
+        out: Tensor = self.down_proj(swiglu(h))
+        return out
+
+
+class MoELayer(nn.Module):
+    """A sparse Mixture-of-Experts layer.
+
+    ``router`` is a router's configuration (``TopK(k=4)``, ``Hash()``). ``d_shared`` adds a shared
+    expert of that width which every token visits.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_expert: int,
+        num_experts: int,
+        router: TopK | Hash | None = None,
+        activation: Activation = "swiglu",
+        d_shared: int = 0,
+        *,
+        vocab_size: int | None = None,
+        token_counts: Sequence[int] | None = None,
+        expert_ids: Sequence[int] | None = None,
+        backend: Backend = "torch",
+    ) -> None:
+        super().__init__()
+        if activation != "swiglu":
+            raise ConfigError(f"activation is {activation!r}; the known one is 'swiglu'.")
+        self.gate: Router = build_router(
+            TopK() if router is None else router, d_model, num_experts, vocab_size, token_counts
+        )
+        self.experts: nn.Module = Experts(d_model, d_expert, num_experts, expert_ids, backend)
+        self.shared_expert = GatedMLP(d_model, d_shared) if d_shared else None
+        self.dispatcher: Dispatcher = LocalDispatcher()
+
+    @property
+    def lookahead(self) -> Lookahead:
+        """Where the router must be called."""
+        return self.gate.lookahead
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        token_ids: Tensor | None = None,
+        valid: Tensor | None = None,
+        routing: Routing | None = None,
+    ) -> tuple[Tensor, Routing]:
+        """Return the layer's output, shaped like ``x`` ``[..., D]``, and the routing.
+
+        ``token_ids`` and ``valid`` have x's leading shape. ``routing`` is a choice made earlier,
+        for routers that look ahead.
+        """
+        x_TD = x.reshape(-1, x.shape[-1])
+        if routing is None:
+            routing = self.gate.route(
+                RouterInput(
+                    x_TD=x_TD,
+                    ids_T=None if token_ids is None else token_ids.reshape(-1),
+                    valid_T=None if valid is None else valid.reshape(-1),
+                )
+            )
+        x_ND, experts_NK, weights_NK, handle = self.dispatcher.dispatch(x_TD, routing)
+        y_ND = self.experts(x_ND, experts_NK, weights_NK)
+        y_TD = self.dispatcher.combine(y_ND, handle)
+        if self.shared_expert is not None:
+            y_TD = y_TD + self.shared_expert(x_TD)
+        return y_TD.view_as(x), routing
+
+

@@ -1,0 +1,1 @@
+"""Ranks: the mesh, token dispatch, and the reduction of gradients."""

@@ -1,0 +1,113 @@
+"""Main gradients: fp32 sums over micro-batches and ranks, equal to one process's gradients.
+
+Losses are sums over local tokens divided by the tokens of the global batch, so gradients are
+summed, never averaged. Dense parameters are reduced by DDP's buckets while backward still runs;
+experts live outside DDP and are reduced over the ranks that hold the same ones.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..moe.layer import Experts
+from .mesh import Mesh
+
+
+def expert_parameter_names(model: nn.Module) -> set[str]:
+    """Return the names of all parameters that belong to experts."""
+    return {
+        f"{prefix}.{name}"
+        for prefix, module in model.named_modules()
+        if isinstance(module, Experts)
+        for name, _ in module.named_parameters()
+    }
+
+
+class MainGradients:
+    """One flat buffer of main gradients with a view for every trainable parameter."""
+
+    def __init__(self, model: nn.Module, mesh: Mesh) -> None:
+        self._mesh = mesh
+        expert_names = expert_parameter_names(model)
+        trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        self.dense = [p for n, p in trainable if n not in expert_names]
+        self.experts = [p for n, p in trainable if n in expert_names]
+        self._dense_flat = self._attach(self.dense)
+        self._expert_flat = self._attach(self.experts)
+
+    @staticmethod
+    def _attach(parameters: list[nn.Parameter]) -> Tensor:
+        wide = torch.float32
+        if parameters:
+            wide = torch.promote_types(parameters[0].dtype, torch.float32)
+        device = parameters[0].device if parameters else None
+        flat = torch.zeros(sum(p.numel() for p in parameters), dtype=wide, device=device)
+        views = flat.split([p.numel() for p in parameters])
+        for parameter, view in zip(parameters, views, strict=True):
+            parameter.main_grad = view.view(parameter.shape)  # type: ignore[attr-defined]
+        return flat
+
+    def zero(self) -> None:
+        """Forget the last step."""
+        self._dense_flat.zero_()
+        self._expert_flat.zero_()
+
+    def accumulate(self) -> None:
+        """Add the gradients autograd left on the parameters, and take them off."""
+        for parameter in (*self.dense, *self.experts):
+            if parameter.grad is not None:
+                parameter.main_grad.add_(parameter.grad)  # type: ignore[attr-defined]
+                parameter.grad = None
+
+    def reduce_experts(self) -> None:
+        """Sum expert gradients over the ranks that hold the same experts."""
+        if self._mesh.edp_group is not None and self._expert_flat.numel():
+            dist.all_reduce(self._expert_flat, group=self._mesh.edp_group)
+
+    def norm(self) -> Tensor:
+        """Return the global 2-norm, each distinct parameter counted once, as an fp64 scalar."""
+        dense = torch.linalg.vector_norm(self._dense_flat, dtype=torch.float64).square()
+        experts = torch.linalg.vector_norm(self._expert_flat, dtype=torch.float64).square()
+        if self._mesh.ep_group is not None:
+            dist.all_reduce(experts, group=self._mesh.ep_group)
+        return (dense + experts).sqrt()
+
+    def scale_(self, factor: Tensor) -> None:
+        """Multiply all main gradients by ``factor``."""
+        self._dense_flat.mul_(factor)
+        self._expert_flat.mul_(factor)
+
+
+def wrap_dense(model: nn.Module, mesh: Mesh) -> nn.Module:
+    """Wrap ``model`` in DDP for its dense parameters; on one process return it as it is.
+
+    Call after :class:`MainGradients` has attached its buffers. In the synchronising backward each
+    bucket's main gradients, with this micro-batch added, are summed over all ranks.
+    """
+    if mesh.dp_group is None:
+        return model
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+        model, [*expert_parameter_names(model), *(name for name, _ in model.named_buffers())]
+    )
+    wrapped = DistributedDataParallel(model, process_group=mesh.dp_group)
+    wrapped.register_comm_hook(mesh.dp_group, _sum_main_gradients)
+    return wrapped
+
+
+def _sum_main_gradients(
+    group: dist.ProcessGroup, bucket: dist.GradBucket
+) -> torch.futures.Future[Tensor]:
+    main = [parameter.main_grad for parameter in bucket.parameters()]  # type: ignore[attr-defined]
+    for main_grad, grad in zip(main, bucket.gradients(), strict=True):
+        main_grad.add_(grad)
+        grad.zero_()  # so that accumulate() does not add it again
+    flat = torch.cat([main_grad.reshape(-1) for main_grad in main])
+    work = dist.all_reduce(flat, group=group, async_op=True)
+
+    def write_back(_: torch.futures.Future) -> Tensor:
+        for main_grad, part in zip(main, flat.split([m.numel() for m in main]), strict=True):
+            main_grad.copy_(part.view_as(main_grad))
+        return bucket.buffer()
+
+    return work.get_future().then(write_back)

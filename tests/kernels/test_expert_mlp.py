@@ -1,0 +1,112 @@
+"""The torch backend against the reference: values and all gradients."""
+
+import pytest
+import torch
+
+from moeyard.kernels.expert_mlp import expert_mlp
+from moeyard.kernels.expert_weights import ExpertWeights, empty_slots
+from moeyard.kernels.grouping import group_tokens
+from moeyard.kernels.torch_backend import combine_rows, expert_rows
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2}
+
+ROUTINGS = {
+    "random": lambda g, t, k, e: torch.randint(0, e, (t, k), generator=g),
+    "with_none": lambda g, t, k, e: torch.randint(-1, e, (t, k), generator=g),
+    "one_expert_takes_all": lambda g, t, k, e: torch.full((t, k), e - 1),
+    "nobody": lambda g, t, k, e: torch.full((t, k), -1),
+}
+SHAPES = [(0, 2, 3, 8, 8), (1, 1, 1, 6, 5), (37, 2, 5, 24, 40), (300, 3, 4, 16, 8), (9, 4, 4, 123, 7)]
+
+
+def problem(shape, routing, dtype, seed=0):
+    tokens, choices, experts, d_model, d_expert = shape
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, d_model, generator=g, dtype=torch.float64)
+    weights = torch.rand(tokens, choices, generator=g, dtype=torch.float64)
+    fc1 = torch.randn(experts, 2 * d_expert, d_model, generator=g, dtype=torch.float64)
+    fc2 = torch.randn(experts, d_model, d_expert, generator=g, dtype=torch.float64)
+    ids = ROUTINGS[routing](g, tokens, choices, experts).int()
+    # The routing weights stay wide, as routers make them.
+    wide = torch.promote_types(dtype, torch.float32)
+    leaves = [x.to(dtype), weights.to(wide), (fc1 * d_model**-0.5).to(dtype)]
+    leaves.append((fc2 * d_expert**-0.5).to(dtype))
+    return ids, [leaf.requires_grad_() for leaf in leaves]
+
+
+def run(ids, leaves, backend):
+    x, weights, fc1, fc2 = leaves
+    y = expert_mlp(x, ids, weights, ExpertWeights(fc1, fc2), backend)
+    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(9)).to(y.dtype)
+    return y.detach(), torch.autograd.grad(y, leaves, upstream)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_agrees_with_the_reference_in_values_and_all_gradients(shape, routing, dtype):
+    ids, leaves = problem(shape, routing, dtype)
+    y, grads = run(ids, leaves, "torch")
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    expected_y, expected_grads = run(ids, exact, "reference")
+    for name, actual, expected in zip(
+        ("y", "x", "weights", "fc1", "fc2"), (y, *grads), (expected_y, *expected_grads), strict=True
+    ):
+        scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
+        error = (actual.double() - expected).abs().max() / scale if expected.numel() else 0.0
+        assert error <= TOLERANCE[dtype], f"{name} is off by {float(error)}"
+
+
+def test_reference_gradients_pass_gradcheck():
+    ids, leaves = problem((5, 2, 3, 4, 3), "with_none", torch.float64)
+
+    def f(x, weights, fc1, fc2):
+        return expert_mlp(x, ids, weights, ExpertWeights(fc1, fc2), "reference")
+
+    assert torch.autograd.gradcheck(f, leaves)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [3, 700], ids=["fused", "loop"])
+def test_waves_through_few_slots_give_the_resident_bits(dtype, tokens):
+    shape = (tokens, 2, 6, 32, 48)
+    ids, leaves = problem(shape, "random", dtype)
+    x, weights, fc1, fc2 = (leaf.detach() for leaf in leaves)
+    with torch.no_grad():
+        resident = expert_mlp(x, ids, weights, ExpertWeights(fc1, fc2))
+    grouping = group_tokens(ids, 6)
+    y_RD = torch.full((tokens * 2, 32), float("nan"), dtype=dtype)
+    slot1, slot2 = empty_slots(1, 96, 32, dtype), empty_slots(1, 32, 48, dtype)
+    for expert in range(6):
+        table = tuple(0 if e == expert else -1 for e in range(6))
+        one = ExpertWeights(slot1, slot2, table)
+        views = one.slot_views(0)
+        views["gate"].copy_(fc1[expert][:48])
+        views["up"].copy_(fc1[expert][48:])
+        views["down"].copy_(fc2[expert])
+        with torch.no_grad():
+            expert_rows(x, grouping, one, only=[expert], out_RD=y_RD)
+    assert torch.equal(combine_rows(y_RD, grouping, weights), resident)
+
+
+def test_rows_without_an_expert_ignore_undefined_lines():
+    ids = torch.tensor([[0, -1], [-1, -1]], dtype=torch.int32)
+    grouping = group_tokens(ids, 2)
+    y_RD = torch.full((4, 3), float("nan"))
+    y_RD[0] = 2.0
+    combined = combine_rows(y_RD, grouping, torch.tensor([[0.5, float("nan")], [1.0, 1.0]]))
+    assert torch.equal(combined, torch.tensor([[1.0] * 3, [0.0] * 3]))
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_every_slot_is_aligned_and_contiguous(slots):
+    buffer = empty_slots(slots, 7, 5, torch.bfloat16)
+    assert all(slot.is_contiguous() and slot.data_ptr() % 64 == 0 for slot in buffer)
+
+
+def test_says_what_does_not_fit():
+    ids, (x, weights, fc1, fc2) = problem((4, 2, 3, 8, 8), "random", torch.float32)
+    with pytest.raises(ValueError, match="do not fit"):
+        expert_mlp(x, ids[:, :1], weights, ExpertWeights(fc1, fc2))
+    with pytest.raises(ValueError, match="width 7"):
+        expert_mlp(x[:, :7], ids, weights, ExpertWeights(fc1, fc2))

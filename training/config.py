@@ -1,0 +1,117 @@
+"""The configuration of a training run: one YAML file, typed here."""
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from ..moe.config import ModelConfig
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class DataConfig(_Section):
+    """Where tokens come from."""
+
+    source: str = "stdlib"
+    """``stdlib`` (the running Python's standard library), a text file, a ``.jsonl`` file, or a
+    token shard ``.bin`` with its JSON sidecar."""
+    eval_source: str | None = None
+    """Held-out data of the same kinds; None holds out ``eval_fraction`` of ``source``."""
+    eval_fraction: float = Field(default=0.05, gt=0, lt=0.5)
+    """Share of ``source`` held out: whole files (stdlib), documents (JSONL), or the text's end."""
+    tokenizer: str = "bytes"
+    """``bytes`` or a folder with a Hugging Face tokenizer."""
+    text_key: str = "text"
+    """Key of the document's text in a JSONL line."""
+
+
+class OptimizerConfig(_Section):
+    """AdamW with warm-up and cosine decay."""
+
+    lr: float = Field(default=1e-3, gt=0)
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
+    """Last learning rate as a share of ``lr``."""
+    warmup_steps: int = Field(default=100, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Applied to matrices; never to norms or embeddings."""
+    clip_norm: float = Field(default=1.0, gt=0)
+    """Largest global gradient norm."""
+
+
+class TrainConfig(_Section):
+    """The loop."""
+
+    steps: int = Field(ge=1)
+    sequence_length: int = Field(default=256, ge=1)
+    """Tokens per sequence."""
+    batch_sequences: int = Field(default=16, ge=1)
+    """Sequences of the global batch, over all ranks and micro-batches."""
+    accumulation: int = Field(default=1, ge=1)
+    """Micro-batches per step; balance losses are taken over each, across all ranks."""
+    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
+    """bf16 keeps fp32 master weights and main gradients, and the router in fp32."""
+    recompute: bool = False
+    """Drop each layer's activations and compute them again in backward."""
+    log_every: int = Field(default=10, ge=1)
+    eval_every: int = Field(default=0, ge=0)
+    """Steps between evaluations; 0 = only after the last step."""
+    eval_sequences: int = Field(default=64, ge=1)
+    """Held-out sequences per evaluation, at most."""
+
+
+class CheckpointConfig(_Section):
+    """Restartable checkpoints."""
+
+    every: int = Field(default=200, ge=1)
+    """Steps between checkpoints; the last step always writes one."""
+    keep: int = Field(default=2, ge=1)
+    """Newest checkpoints kept."""
+
+
+class ParallelConfig(_Section):
+    """How ranks share the work."""
+
+    ep: int = Field(default=1, ge=1)
+    """Expert-parallel degree: ranks that split the experts among them."""
+    backend: Literal["torch", "reference"] = "torch"
+    """Expert kernels."""
+    timeout_s: float = Field(default=300, gt=0)
+    """A collective that waits longer ends the run."""
+
+
+class RunConfig(_Section):
+    """A training run."""
+
+    run_dir: str
+    """Folder of the run; a run that is there is resumed."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of weights, data order and router noise."""
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    train: TrainConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    parallel: ParallelConfig = ParallelConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.train.batch_sequences % self.train.accumulation:
+            raise ValueError(
+                f"train.batch_sequences is {self.train.batch_sequences}, which train.accumulation "
+                f"= {self.train.accumulation} does not divide; choose a multiple."
+            )
+        if self.train.sequence_length > self.model.max_positions:
+            raise ValueError(
+                f"train.sequence_length is {self.train.sequence_length}, but model.max_positions "
+                f"is {self.model.max_positions}; lower the one or raise the other."
+            )
+        if self.model.moe is None and self.parallel.ep > 1:
+            raise ValueError(
+                f"parallel.ep is {self.parallel.ep}, but the model has no experts; "
+                "set parallel.ep to 1 or give model.moe."
+            )
+        return self

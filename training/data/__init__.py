@@ -1,0 +1,1 @@
+"""Tokenizers, corpora, token shards and the global batch."""

@@ -1,0 +1,56 @@
+"""The global batch as a pure function of (seed, step). B sequences, L tokens each."""
+
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ...errors import DataError
+from .shards import TokenShard
+
+
+class GlobalBatches:
+    """Windows of a shard in a fresh random order each epoch.
+
+    Window n covers tokens ``n*L`` to ``(n+1)*L`` inclusive: L inputs and their L targets.
+    """
+
+    def __init__(
+        self, shard: TokenShard, sequence_length: int, batch_sequences: int, seed: int
+    ) -> None:
+        self._shard = shard
+        self._length = sequence_length
+        self._batch = batch_sequences
+        self._seed = seed
+        self.num_windows = (len(shard) - 1) // sequence_length
+        if self.num_windows < 1:
+            raise DataError(
+                f"the shard holds {len(shard)} tokens, too few for one sequence of "
+                f"train.sequence_length = {sequence_length}; give more text or lower it."
+            )
+        self._order = lru_cache(maxsize=2)(self._order_of_epoch)
+
+    def sequences(self, step: int, rows: range) -> Tensor:
+        """Return some rows of the global batch of ``step``: int64 ``[len(rows), L + 1]``."""
+        return self._windows([self._window(step * self._batch + row) for row in rows])
+
+    def in_order(self, windows: range) -> Tensor:
+        """Return windows in the order of the file, for evaluation."""
+        return self._windows(list(windows))
+
+    def _windows(self, indices: list[int]) -> Tensor:
+        rows = [self._shard.slice(index * self._length, self._length + 1) for index in indices]
+        if not rows:
+            return torch.empty(0, self._length + 1, dtype=torch.int64)
+        return torch.from_numpy(np.stack(rows))
+
+    def _window(self, position: int) -> int:
+        epoch, place = divmod(position, self.num_windows)
+        return int(self._order(epoch)[place])
+
+    def _order_of_epoch(self, epoch: int) -> npt.NDArray[np.int64]:
+        return np.random.Generator(np.random.PCG64([self._seed, epoch])).permutation(
+            self.num_windows
+        )

@@ -1,0 +1,131 @@
+"""Memory-mapped token shards: little-endian ids in ``.bin``, facts about them in ``.json``."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ...errors import DataError
+from .tokenizer import Tokenizer
+
+FORMAT = "moeyard-tokens"
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class ShardFacts:
+    """The sidecar."""
+
+    dtype: str
+    """uint16 or uint32."""
+    num_tokens: int
+    num_bytes: int
+    """UTF-8 bytes of the text behind the tokens, for losses per byte."""
+    vocab_size: int
+    eos_id: int
+    tokenizer_sha256: str
+    file_sha256: str
+    source_sha256: str
+    """Hash of the text the shard was made from."""
+    format: str = FORMAT
+    version: int = VERSION
+
+
+class TokenShard:
+    """A shard opened for reading."""
+
+    def __init__(self, path: Path, facts: ShardFacts) -> None:
+        self.facts = facts
+        self._tokens = np.memmap(path, dtype=np.dtype(facts.dtype).newbyteorder("<"), mode="r")
+
+    def __len__(self) -> int:
+        return self.facts.num_tokens
+
+    def slice(self, start: int, length: int) -> npt.NDArray[np.int64]:
+        """Return ``length`` ids from ``start`` as a fresh int64 array."""
+        return self._tokens[start : start + length].astype(np.int64)
+
+    def token_counts(self) -> list[int]:
+        """Return how often each id occurs."""
+        counts = np.zeros(self.facts.vocab_size, dtype=np.int64)
+        for start in range(0, len(self), 1 << 24):
+            chunk = self._tokens[start : start + (1 << 24)]
+            counts += np.bincount(chunk, minlength=self.facts.vocab_size)
+        return counts.tolist()
+
+
+def write_shard(
+    path: Path, documents: Iterable[str], tokenizer: Tokenizer, source_sha256: str
+) -> None:
+    """Tokenise documents into ``path``, each ended by eos; the sidecar is written last."""
+    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    digest, num_tokens, num_bytes = hashlib.sha256(), 0, 0
+    with path.open("wb") as file:
+        for document in documents:
+            ids = np.append(tokenizer.encode(document), np.uint32(tokenizer.eos_id))
+            raw = ids.astype(np.dtype(dtype).newbyteorder("<")).tobytes()
+            file.write(raw)
+            digest.update(raw)
+            num_tokens += len(ids)
+            num_bytes += len(document.encode())
+    facts = ShardFacts(
+        dtype=dtype,
+        num_tokens=num_tokens,
+        num_bytes=num_bytes,
+        vocab_size=tokenizer.vocab_size,
+        eos_id=tokenizer.eos_id,
+        tokenizer_sha256=tokenizer.sha256,
+        file_sha256=digest.hexdigest(),
+        source_sha256=source_sha256,
+    )
+    temporary = path.with_suffix(".json.tmp")
+    temporary.write_text(json.dumps(asdict(facts), indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path.with_suffix(".json"))
+
+
+def read_facts(path: Path) -> ShardFacts:
+    """Read a shard's sidecar."""
+    sidecar = path.with_suffix(".json")
+    try:
+        values: dict[str, Any] = json.loads(sidecar.read_text(encoding="utf-8"))
+        facts = ShardFacts(**values)
+    except (OSError, ValueError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(
+            f"shard {path} has no usable sidecar {sidecar.name} ({reason}); make the shard again."
+        ) from None
+    if (facts.format, facts.version) != (FORMAT, VERSION):
+        raise DataError(
+            f"shard {path} is {facts.format} version {facts.version}; "
+            f"this release reads {FORMAT} version {VERSION}."
+        )
+    return facts
+
+
+def open_shard(path: Path, tokenizer: Tokenizer, verify: bool) -> TokenShard:
+    """Open a shard made with ``tokenizer``; ``verify`` also checks the file's hash."""
+    facts = read_facts(path)
+    if facts.tokenizer_sha256 != tokenizer.sha256:
+        raise DataError(
+            f"shard {path} was made with tokenizer {facts.tokenizer_sha256[:12]}, but "
+            f"data.tokenizer is {tokenizer.sha256[:12]}; use the same one or make the shard again."
+        )
+    expected = facts.num_tokens * np.dtype(facts.dtype).itemsize
+    size = path.stat().st_size if path.exists() else 0
+    if size != expected:
+        raise DataError(
+            f"shard {path} has {size} bytes, its sidecar says {expected}; make the shard again."
+        )
+    if verify:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != facts.file_sha256:
+            raise DataError(f"shard {path} does not match its sidecar's hash; make it again.")
+    if size == 0:
+        raise DataError(f"shard {path} holds no tokens; give a corpus with some text.")
+    return TokenShard(path, facts)

@@ -1,0 +1,120 @@
+"""Text to token ids: bytes, or any Hugging Face tokenizer folder."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as RustTokenizer
+
+from ...errors import DataError
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+class Tokenizer(Protocol):
+    """What training needs of a tokenizer."""
+
+    vocab_size: int
+    eos_id: int
+    sha256: str
+    """Identifies the tokenizer; shards made with another one are refused."""
+
+    def encode(self, text: str) -> npt.NDArray[np.uint32]:
+        """Return ids without special tokens."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write files that ``AutoTokenizer.from_pretrained(folder)`` reads."""
+        ...
+
+
+class ByteTokenizer:
+    """UTF-8 bytes are ids 0 to 255; 256 ends a document."""
+
+    vocab_size = 257
+    eos_id = 256
+    sha256 = hashlib.sha256(b"moeyard-bytes-1").hexdigest()
+
+    def encode(self, text: str) -> npt.NDArray[np.uint32]:
+        """Return one id per UTF-8 byte."""
+        return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32)
+
+    def save(self, folder: Path) -> None:
+        """Write the same mapping as a byte-level BPE without merges."""
+        vocabulary = {symbol: byte for byte, symbol in enumerate(_byte_symbols())}
+        vocabulary[END_OF_TEXT] = self.eos_id
+        rust = RustTokenizer(models.BPE(vocab=vocabulary, merges=[]))
+        rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        rust.decoder = decoders.ByteLevel()
+        rust.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
+        rust.save(str(folder / "tokenizer.json"))
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": END_OF_TEXT,
+            "pad_token": END_OF_TEXT,
+            "clean_up_tokenization_spaces": False,
+        }
+        text = json.dumps(settings, indent=2) + "\n"
+        (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+
+
+class FolderTokenizer:
+    """A Hugging Face tokenizer folder."""
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoTokenizer
+
+        if not folder.is_dir():
+            raise DataError(
+                f"data.tokenizer is {str(folder)!r}, which is no folder; "
+                "give 'bytes' or a folder with tokenizer.json."
+            )
+        try:
+            self._inner = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).splitlines()[0]
+            raise DataError(
+                f"data.tokenizer {str(folder)!r} cannot be opened ({reason}); "
+                "give a folder with tokenizer.json."
+            ) from None
+        if self._inner.eos_token_id is None:
+            raise DataError(
+                f"data.tokenizer {str(folder)!r} has no eos_token, which separates documents; "
+                "set eos_token in tokenizer_config.json."
+            )
+        self.vocab_size = len(self._inner)
+        self.eos_id: int = self._inner.eos_token_id
+        vocabulary = json.dumps(self._inner.get_vocab(), sort_keys=True)
+        self.sha256 = hashlib.sha256(vocabulary.encode()).hexdigest()
+
+    def encode(self, text: str) -> npt.NDArray[np.uint32]:
+        """Return ids without special tokens."""
+        ids = self._inner(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return np.asarray(ids, dtype=np.uint32)
+
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer's files."""
+        self._inner.save_pretrained(folder)
+
+
+def open_tokenizer(name: str) -> Tokenizer:
+    """Open ``bytes`` or a tokenizer folder."""
+    return ByteTokenizer() if name == "bytes" else FolderTokenizer(Path(name))
+
+
+def _byte_symbols() -> list[str]:
+    """Return GPT-2's printable stand-in for every byte, in byte order.
+
+    Printable bytes stand for themselves; the others take code points from 256 upwards in order.
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    symbols = {byte: chr(byte) for byte in printable}
+    others = (byte for byte in range(256) if byte not in symbols)
+    symbols.update({byte: chr(256 + index) for index, byte in enumerate(others)})
+    return [symbols[byte] for byte in range(256)]

@@ -1,0 +1,103 @@
+"""AdamW on fp32 master weights, and the learning-rate schedule."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ..moe.layer import Experts
+from .config import OptimizerConfig
+
+
+def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """Return the rate of ``step`` (from 0): linear warm-up, then cosine to ``min_lr_ratio``."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
+
+
+class MasterAdamW:
+    """AdamW reading ``parameter.main_grad`` and writing parameters of any precision.
+
+    Parameters narrower than fp32 get an fp32 master copy; others are their own masters. Matrices
+    decay, norms and embeddings do not.
+    """
+
+    def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
+        self._model = model
+        self._pairs: list[tuple[str, nn.Parameter, Tensor]] = []
+        decayed, others = [], []
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            wide = torch.promote_types(parameter.dtype, torch.float32)
+            is_master = parameter.dtype == wide
+            master = parameter.data if is_master else parameter.detach().to(wide)
+            self._pairs.append((name, parameter, master))
+            is_matrix = parameter.ndim > 1 and "embed_tokens" not in name
+            (decayed if is_matrix else others).append(master)
+        self._adam = torch.optim.AdamW(
+            [
+                {"params": decayed, "weight_decay": config.weight_decay},
+                {"params": others, "weight_decay": 0.0},
+            ],
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            fused=True,
+        )
+        for _, _, master in self._pairs:
+            self._adam.state[master] = {
+                "step": torch.zeros((), dtype=torch.float32, device=master.device),
+                "exp_avg": torch.zeros_like(master),
+                "exp_avg_sq": torch.zeros_like(master),
+            }
+
+    def step(self, lr: float) -> None:
+        """Update all parameters from their main gradients."""
+        for group in self._adam.param_groups:
+            group["lr"] = lr
+        for _, parameter, master in self._pairs:
+            master.grad = parameter.main_grad  # type: ignore[attr-defined]
+        self._adam.step()
+        for _, parameter, master in self._pairs:
+            master.grad = None
+            if master.data_ptr() != parameter.data_ptr():
+                parameter.data.copy_(master)
+
+    def set_steps(self, steps: int) -> None:
+        """Tell Adam how many updates its moments have seen."""
+        for state in self._adam.state.values():
+            state["step"].fill_(steps)
+
+    def restore_parameters(self) -> None:
+        """Write the masters, just loaded, into the parameters."""
+        for _, parameter, master in self._pairs:
+            if master.data_ptr() != parameter.data_ptr():
+                parameter.data.copy_(master)
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield every master weight, moment and buffer under topology-free keys.
+
+        Keys name the logical expert: ``weight/layers.0.mlp.experts.3.fc1``, whichever rank and
+        slot holds it.
+        """
+        for name, _, master in self._pairs:
+            state = self._adam.state[master]
+            for kind, tensor in (
+                ("weight", master),
+                ("exp_avg", state["exp_avg"]),
+                ("exp_avg_sq", state["exp_avg_sq"]),
+            ):
+                owner_name, _, leaf = name.rpartition(".")
+                owner = self._model.get_submodule(owner_name)
+                if isinstance(owner, Experts):
+                    for slot, expert in enumerate(owner.expert_ids):
+                        yield f"{kind}/{owner_name}.{expert}.{leaf}", tensor[slot]
+                else:
+                    yield f"{kind}/{name}", tensor
+        for name, buffer in self._model.named_buffers():
+            yield f"buffer/{name}", buffer

@@ -1,0 +1,101 @@
+"""Build what a run needs from its configuration."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..errors import ConfigError
+from ..moe.config import ModelConfig
+from ..moe.decoder import Decoder
+from ..moe.initialize import initialize
+from ..moe.router import Hash
+from ..parallel.dispatch import AllToAllDispatcher
+from ..parallel.mesh import Mesh
+from .config import RunConfig
+from .data.batches import GlobalBatches
+from .data.corpus import open_shards, prepare_shards
+from .data.shards import TokenShard
+from .data.tokenizer import Tokenizer, open_tokenizer
+from .precision import apply_precision
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """Tokens of a run."""
+
+    tokenizer: Tokenizer
+    shard: TokenShard
+    train: GlobalBatches
+    held_out: GlobalBatches
+    tokens_per_byte: float
+    """Of the held-out text: turns nats per token into nats per byte."""
+
+
+def build_data(config: RunConfig, folder: Path, mesh: Mesh) -> Data:
+    """Prepare the shards on rank 0 and open them on all ranks."""
+    tokenizer = open_tokenizer(config.data.tokenizer)
+    if mesh.rank == 0:
+        prepare_shards(config.data, tokenizer, folder)
+    mesh.barrier()
+    shard, eval_shard = open_shards(config.data, tokenizer, folder, verify=mesh.rank == 0)
+    length, batch = config.train.sequence_length, config.train.batch_sequences
+    return Data(
+        tokenizer=tokenizer,
+        shard=shard,
+        train=GlobalBatches(shard, length, batch, config.seed),
+        held_out=GlobalBatches(eval_shard, length, batch, config.seed),
+        tokens_per_byte=eval_shard.facts.num_tokens / eval_shard.facts.num_bytes,
+    )
+
+
+def fill_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """Return the model's configuration with the tokenizer's vocabulary size."""
+    given = config.model.vocab_size
+    if given is not None and given < tokenizer.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size is {given}, but the tokenizer has {tokenizer.vocab_size} ids; "
+            "leave it out or raise it."
+        )
+    return config.model.model_copy(update={"vocab_size": given or tokenizer.vocab_size})
+
+
+def build_model(config: RunConfig, model: ModelConfig, data: Data, mesh: Mesh) -> Decoder:
+    """Build this rank's part of the decoder with its initial weights and its dispatcher."""
+    expert_ids, token_counts = None, None
+    if model.moe is not None:
+        expert_ids = mesh.local_experts(model.moe.num_experts)
+        if isinstance(model.moe.router, Hash):
+            token_counts = data.shard.token_counts()
+            token_counts += [0] * (model.vocabulary - len(token_counts))
+    decoder = Decoder(
+        model,
+        expert_ids=expert_ids,
+        backend=config.parallel.backend,
+        token_counts=token_counts,
+        recompute=config.train.recompute,
+    )
+    initialize(decoder, config.seed)
+    apply_precision(decoder, config.train.precision)
+    if mesh.ep_group is not None and mesh.ep_size > 1 and model.moe is not None:
+        for _, layer in decoder.moe_layers():
+            layer.dispatcher = AllToAllDispatcher(model.moe.num_experts, mesh.ep_group)
+    return decoder
+
+
+def check_batch(config: RunConfig, mesh: Mesh) -> None:
+    """Refuse a global batch that does not split evenly."""
+    pieces = mesh.world_size * config.train.accumulation
+    if config.train.batch_sequences % pieces:
+        raise ConfigError(
+            f"train.batch_sequences is {config.train.batch_sequences}, which does not split over "
+            f"{mesh.world_size} ranks times train.accumulation = {config.train.accumulation}; "
+            f"use a multiple of {pieces}."
+        )
+
+
+def seed_rank(seed: int, rank: int) -> None:
+    """Seed the global generator, which only router noise draws from."""
+    digest = hashlib.sha256(f"{seed}/rank{rank}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))

@@ -1,0 +1,110 @@
+"""One optimizer step over the global batch.
+
+L MoE layers, E experts.
+"""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from ..errors import TrainingError
+from ..moe.decoder import Decoder
+from ..moe.losses import auxiliary_losses
+from ..parallel.gradients import MainGradients, wrap_dense
+from ..parallel.mesh import Mesh
+from .config import RunConfig
+from .data.batches import GlobalBatches
+from .objective import NextToken
+from .optimizer import MasterAdamW, learning_rate
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step did; the same on every rank."""
+
+    loss: float
+    """Cross-entropy in nats per token of the global batch."""
+    balance: float
+    z: float
+    grad_norm: float
+    """Global norm before clipping."""
+    lr: float
+    counts_LE: Tensor
+    """int64: routed rows of the global batch."""
+    stop_requested: bool
+    """True when some rank was asked to stop."""
+
+
+class TrainStep:
+    """Forward, backward, reduce, clip, update."""
+
+    def __init__(
+        self, config: RunConfig, decoder: Decoder, batches: GlobalBatches, mesh: Mesh
+    ) -> None:
+        self._config = config
+        self._mesh = mesh
+        self._batches = batches
+        self._routers = decoder.routers()
+        self.gradients = MainGradients(decoder, mesh)
+        self.objective = NextToken(decoder)
+        self._wrapped = wrap_dense(self.objective, mesh)
+        self.optimizer = MasterAdamW(decoder, config.optimizer)
+
+    def run(self, step: int, stop_requested: bool) -> StepResult:
+        """Run step ``step`` (from 0). Raises :class:`TrainingError` when loss or gradient is not
+        finite; the weights are then untouched."""
+        sums, counts_LE = self._forward_backward(step)
+        sums = self._mesh.sum(torch.cat([sums, sums.new_tensor([float(stop_requested)])]))
+        cross_entropy, balance, z, stop = sums.tolist()
+        train = self._config.train
+        loss = cross_entropy / (train.batch_sequences * train.sequence_length)
+        grad_norm = self.gradients.norm()
+        if not (torch.isfinite(grad_norm) and torch.isfinite(sums).all()):
+            raise TrainingError(
+                f"step {step} has loss {loss} and gradient norm {float(grad_norm)}; nothing was "
+                "updated. Lower optimizer.lr or look at the data, then start again: "
+                "the run resumes from its last checkpoint."
+            )
+        clip = self._config.optimizer.clip_norm
+        self.gradients.scale_((clip / (grad_norm + 1e-6)).clamp(max=1.0))
+        lr = learning_rate(self._config.optimizer, step, train.steps)
+        self.optimizer.step(lr)
+        return StepResult(loss, balance, z, float(grad_norm), lr, counts_LE, stop > 0)
+
+    def _forward_backward(self, step: int) -> tuple[Tensor, Tensor]:
+        """Return fp64 ``[cross-entropy sum, balance, z]`` of this rank, and global counts."""
+        train, mesh = self._config.train, self._mesh
+        micro_rows = train.batch_sequences // train.accumulation
+        rank_rows = micro_rows // mesh.world_size
+        global_tokens = train.batch_sequences * train.sequence_length
+        sums = torch.zeros(3, dtype=torch.float64)
+        counts_LE = torch.zeros(0, dtype=torch.int64)
+        self.gradients.zero()
+        for micro in range(train.accumulation):
+            first = micro * micro_rows + mesh.rank * rank_rows
+            windows = self._batches.sequences(step, range(first, first + rank_rows))
+            is_last = micro == train.accumulation - 1
+            with nullcontext() if is_last else self._no_sync():
+                objective = self._wrapped(windows)
+                loss = objective.cross_entropy_sum / global_tokens
+                parts = [objective.cross_entropy_sum.detach()]
+                if objective.routings:
+                    auxiliary = auxiliary_losses(objective.routings, self._routers, mesh.sum)
+                    loss = loss + auxiliary.total / train.accumulation
+                    parts += [auxiliary.balance / train.accumulation]
+                    parts += [auxiliary.z / train.accumulation]
+                    micro_counts = auxiliary.counts_LE
+                    counts_LE = micro_counts if micro == 0 else counts_LE + micro_counts
+                loss.backward()
+            self.gradients.accumulate()
+            sums[: len(parts)] += torch.stack([part.double() for part in parts])
+        self.gradients.reduce_experts()
+        return sums, counts_LE
+
+    def _no_sync(self):  # type: ignore[no-untyped-def]
+        if isinstance(self._wrapped, DistributedDataParallel):
+            return self._wrapped.no_sync()
+        return nullcontext()

@@ -1,0 +1,170 @@
+"""The training loop: resume, step, log, evaluate, checkpoint, stop when asked."""
+
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from ..errors import CheckpointError
+from ..moe.load import load_statistics
+from ..parallel.mesh import Mesh
+from .checkpoint import Checkpoints, read_state
+from .config import RunConfig
+from .console import TrainingConsole
+from .evaluate import evaluate
+from .run_folder import MetricsLog
+from .setup import build_data, build_model, check_batch, fill_vocabulary, seed_rank
+from .step import StepResult, TrainStep
+
+
+class Trainer:
+    """A training run of one process among ``mesh.world_size``."""
+
+    def __init__(self, config: RunConfig, run_dir: Path, mesh: Mesh) -> None:
+        check_batch(config, mesh)
+        self._config = config
+        self._mesh = mesh
+        self._data = build_data(config, run_dir / "data", mesh)
+        self._model_config = fill_vocabulary(config, self._data.tokenizer)
+        seed_rank(config.seed, mesh.rank)
+        self.decoder = build_model(config, self._model_config, self._data, mesh)
+        self._step = TrainStep(config, self.decoder, self._data.train, mesh)
+        self._checkpoints = Checkpoints(run_dir, mesh, config.checkpoint.keep)
+        self._run_dir = run_dir
+        self._stop_requested = False
+
+    def run(self) -> None:
+        """Train to the last step, or to the next step's end after SIGTERM; both save first."""
+        signal.signal(signal.SIGTERM, self._request_stop)
+        done = self._resume()
+        steps = self._config.train.steps
+        console = TrainingConsole(done, steps, is_shown=self._mesh.rank == 0)
+        metrics = MetricsLog(self._run_dir, done) if self._mesh.rank == 0 else None
+        self._announce(console, done)
+        try:
+            while done < steps:
+                started = time.perf_counter()
+                result = self._step.run(done, self._stop_requested)
+                done += 1
+                record = self._record(done, result, time.perf_counter() - started)
+                is_logged = done % self._config.train.log_every == 0 or done == steps
+                self._evaluate_if_due(done, record, console)
+                is_logged = is_logged or "eval_loss" in record
+                if metrics is not None and is_logged:
+                    metrics.write(record)
+                console.step(done, record if is_logged else None)
+                is_last = done == steps or result.stop_requested
+                if is_last or done % self._config.checkpoint.every == 0:
+                    self._save(done)
+                if result.stop_requested:
+                    console.line(event="stopped", reason="SIGTERM", saved_step=done)
+                    break
+        finally:
+            console.close()
+            if metrics is not None:
+                metrics.close()
+
+    def _announce(self, console: TrainingConsole, done: int) -> None:
+        parameters = sum(p.numel() for p in self.decoder.parameters())
+        console.line(
+            event="resumed" if done else "started",
+            step=done,
+            ranks=self._mesh.world_size,
+            ep=self._mesh.ep_size,
+            parameters_here=parameters,
+            train_tokens=len(self._data.shard),
+            precision=self._config.train.precision,
+        )
+
+    def _evaluate_if_due(self, done: int, record: dict[str, Any], console: TrainingConsole) -> None:
+        every = self._config.train.eval_every
+        if done == self._config.train.steps or (every and done % every == 0):
+            held_out = evaluate(self._step.objective, self._data, self._config, self._mesh)
+            record["eval_loss"] = held_out.loss
+            record["eval_loss_per_byte"] = held_out.loss_per_byte
+            console.line(
+                event="evaluated",
+                step=done,
+                eval_loss=f"{held_out.loss:.4f}",
+                eval_loss_per_byte=f"{held_out.loss_per_byte:.4f}",
+                tokens=held_out.num_tokens,
+            )
+
+    def _record(self, done: int, result: StepResult, seconds: float) -> dict[str, Any]:
+        train, moe = self._config.train, self._model_config.moe
+        tokens = train.batch_sequences * train.sequence_length
+        expected = tokens * (moe.router.k if moe is not None else 0)
+        return {
+            "step": done,
+            "loss": result.loss,
+            "balance": result.balance,
+            "z": result.z,
+            "grad_norm": result.grad_norm,
+            "lr": result.lr,
+            "step_s": seconds,
+            "tokens_per_s": tokens / seconds,
+            "tokens": tokens * done,
+            "step_tokens": tokens,
+            "load": [load_statistics(c, expected).as_dict() for c in result.counts_LE],
+            "expert_tokens": result.counts_LE.tolist(),
+        }
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        tensors = dict(self._step.optimizer.named_tensors())
+        tensors[self._rng_key()] = torch.get_rng_state()
+        return tensors
+
+    def _rng_key(self) -> str:
+        return f"rng/{self._mesh.rank}-of-{self._mesh.world_size}"
+
+    def _save(self, done: int) -> None:
+        state = {
+            "world_size": self._mesh.world_size,
+            "seed": self._config.seed,
+            "model": self._model_config.model_dump(mode="json"),
+            "train_shard_sha256": self._data.shard.facts.file_sha256,
+        }
+        self._checkpoints.save(done, self._tensors(), state)
+
+    def _resume(self) -> int:
+        """Load the newest whole checkpoint, if any, and return the steps it has seen."""
+        path = self._checkpoints.newest_whole()
+        if path is None:
+            return 0
+        state = read_state(path)
+        self._check_same_run(path, state)
+        tensors = self._tensors()
+        if state["world_size"] != self._mesh.world_size:
+            tensors.pop(self._rng_key())  # other ranks drew these numbers; start a new stream
+        self._checkpoints.load(path, tensors)
+        if self._rng_key() in tensors:
+            torch.set_rng_state(tensors[self._rng_key()])
+        else:
+            seed_rank(self._config.seed + state["step"], self._mesh.rank)
+        self._step.optimizer.restore_parameters()
+        self._step.optimizer.set_steps(state["step"])
+        return int(state["step"])
+
+    def _check_same_run(self, path: Path, state: dict[str, Any]) -> None:
+        model = self._model_config.model_dump(mode="json")
+        for key, stored in state["model"].items():
+            if model.get(key) != stored:
+                raise CheckpointError(
+                    f"checkpoint {path} has model.{key} = {stored}, the configuration says "
+                    f"{model.get(key)}; use the same model or a new run_dir."
+                )
+        for key, actual in (
+            ("seed", self._config.seed),
+            ("train_shard_sha256", self._data.shard.facts.file_sha256),
+        ):
+            if state[key] != actual:
+                raise CheckpointError(
+                    f"checkpoint {path} was made with {key} = {state[key]}, this run has {actual}; "
+                    "use the same or a new run_dir."
+                )
+
+    def _request_stop(self, _signal: int, _frame: FrameType | None) -> None:
+        self._stop_requested = True
