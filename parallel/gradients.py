@@ -67,8 +67,8 @@ class MainGradients:
 
     def norm(self) -> Tensor:
         """Return the global 2-norm, each distinct parameter counted once, as an fp64 scalar."""
-        dense = torch.linalg.vector_norm(self._dense_flat, dtype=torch.float64).square()
-        experts = torch.linalg.vector_norm(self._expert_flat, dtype=torch.float64).square()
+        dense = _square_sum(self.dense, self._dense_flat)
+        experts = _square_sum(self.experts, self._expert_flat)
         if self._mesh.ep_group is not None:
             dist.all_reduce(experts, group=self._mesh.ep_group)
         return (dense + experts).sqrt()
@@ -77,6 +77,14 @@ class MainGradients:
         """Multiply all main gradients by ``factor``."""
         self._dense_flat.mul_(factor)
         self._expert_flat.mul_(factor)
+
+
+def _square_sum(parameters: list[nn.Parameter], like: Tensor) -> Tensor:
+    """Sum the squares per tensor in its own type, over tensors in fp64."""
+    total = torch.zeros((), dtype=torch.float64, device=like.device)
+    for parameter in parameters:
+        total += torch.linalg.vector_norm(parameter.main_grad).double().square()  # type: ignore[attr-defined]
+    return total
 
 
 def wrap_dense(model: nn.Module, mesh: Mesh) -> nn.Module:

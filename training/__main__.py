@@ -15,6 +15,7 @@ from ..parallel.process import (
     start_process_group,
     stop_process_group,
 )
+from .allocator import keep_freed_memory
 from .config import RunConfig
 from .run_folder import create_run_folder, dump_config
 from .trainer import Trainer
@@ -44,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(config: RunConfig) -> None:
     """Run one training process to its end."""
+    keep_freed_memory()
     if is_torchrun_worker():
         die_with_parent()
         start_process_group(config.parallel.timeout_s)

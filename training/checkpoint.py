@@ -10,6 +10,9 @@ import json
 import logging
 import os
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +51,8 @@ class Checkpoints:
             temporary.mkdir()
         self._mesh.barrier()
         try:
-            dcp.save(tensors, checkpoint_id=temporary, no_dist=self._mesh.dp_group is None)
+            with _quiet_about_one_process():
+                dcp.save(tensors, checkpoint_id=temporary, no_dist=self._mesh.dp_group is None)
         except (OSError, dcp.api.CheckpointException) as error:
             reason = str(error).strip().splitlines()[-1]
             raise CheckpointError(
@@ -104,7 +108,8 @@ class Checkpoints:
                 f"checkpoint {path} has no {missing[0]!r}; it belongs to another model. "
                 "Use the run's own configuration or a new run_dir."
             )
-        dcp.load(tensors, storage_reader=reader, no_dist=self._mesh.dp_group is None)
+        with _quiet_about_one_process():
+            dcp.load(tensors, storage_reader=reader, no_dist=self._mesh.dp_group is None)
 
     def _steps(self) -> list[Path]:
         return sorted(self._folder.glob("step-*"), reverse=True)
@@ -129,7 +134,8 @@ def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
         for key, entry in stored.items()
         if key.startswith(prefix)
     }
-    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    with _quiet_about_one_process():
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
     return tensors
 
 
@@ -149,6 +155,14 @@ def verify(path: Path) -> str | None:
         if _sha256(file) != expected["sha256"]:
             return f"{name} does not match its hash"
     return None
+
+
+@contextmanager
+def _quiet_about_one_process() -> Iterator[None]:
+    """DCP warns when it runs without a process group, which is what we want there."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _write_manifest(folder: Path) -> None:
