@@ -16,7 +16,8 @@ class Rope:
     """Rotary embedding with the half-split layout of Hugging Face's models (Su et al. 2021)."""
 
     def __init__(self, head_dim: int, theta: float) -> None:
-        self.frequencies_h = theta ** (-torch.arange(0, head_dim, 2).double() / head_dim)
+        steps_h = torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu")
+        self.frequencies_h = theta ** (-steps_h / head_dim)
 
     def tables(self, positions_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return cosines and sines, ``[T, 1, H]``, computed at least in fp32."""

@@ -70,6 +70,11 @@ class Experts(nn.Module):
                 slots[expert] = slot
             self._slot_of_E = tuple(slots)
 
+    def slot_views(self) -> list[dict[str, Tensor]]:
+        """Return the writable gate, up and down matrices of every slot."""
+        weights = ExpertWeights(self.fc1.data, self.fc2.data)
+        return [weights.slot_views(slot) for slot in range(len(self.expert_ids))]
+
     def forward(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """Return the weighted sum of each row's experts, ``[N, D]``."""
         weights = ExpertWeights(self.fc1, self.fc2, self._slot_of_E)

@@ -1,0 +1,1 @@
+"""Serving: expert store, engine, OpenAI API, the Ray Serve application."""

@@ -1,0 +1,86 @@
+"""A decoder with the calls people make: scores and generation.
+
+B rows, T tokens per row, V vocabulary.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from .batch import batch_of, batch_of_rows
+from .decoder import Decoder
+from .sampling import SamplingParams, sample
+
+
+class LanguageModel:
+    """A loaded model for inference."""
+
+    def __init__(self, decoder: Decoder, eos_ids: Sequence[int] = ()) -> None:
+        self.decoder = decoder.eval()
+        self.config = decoder.config
+        self.eos_ids = frozenset(eos_ids)
+
+    @torch.inference_mode()
+    def __call__(self, ids_BT: Tensor) -> Tensor:
+        """Return scores for every position: ``[B, T]`` ids to ``[B, T, V]``."""
+        self._check(ids_BT, ids_BT.shape[-1])
+        hidden_TD = self.decoder(batch_of_rows(ids_BT)).hidden_TD
+        return self.decoder.logits(hidden_TD).unflatten(0, ids_BT.shape)
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        ids_BT: Tensor,
+        max_new_tokens: int = 32,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int | None = None,
+    ) -> Tensor:
+        """Continue every row: ``[B, T]`` ids to ``[B, T + new]``.
+
+        Rows that meet an end-of-text id are filled with it. Row b draws from its own generator,
+        seeded with ``seed + b``, so its text does not depend on the other rows.
+        """
+        num_rows, length = ids_BT.shape
+        self._check(ids_BT, length + max_new_tokens)
+        params = SamplingParams(temperature, top_p, top_k)
+        generators = [torch.Generator() for _ in range(num_rows)]
+        for row, generator in enumerate(generators):
+            generator.seed() if seed is None else generator.manual_seed(seed + row)
+        caches = [self.decoder.new_cache(length + max_new_tokens) for _ in range(num_rows)]
+        ended: list[int | None] = [None] * num_rows
+        columns = [ids_BT]
+        inputs = list(ids_BT)
+        for _ in range(max_new_tokens):
+            batch = batch_of(inputs, caches)
+            ends = torch.tensor(batch.lengths).cumsum(0) - 1
+            logits_BV = self.decoder.logits(self.decoder(batch).hidden_TD[ends])
+            new = []
+            for row in range(num_rows):
+                token = ended[row]
+                if token is None:
+                    token = sample(logits_BV[row], params, generators[row])
+                    ended[row] = token if token in self.eos_ids else None
+                new.append(token)
+            columns.append(torch.tensor(new).unsqueeze(1))
+            if all(token is not None for token in ended):
+                break
+            inputs = [torch.tensor([token]) for token in new]
+        return torch.cat(columns, dim=1)
+
+    def _check(self, ids_BT: Tensor, length: int) -> None:
+        if ids_BT.ndim != 2 or ids_BT.shape[1] == 0:
+            raise ConfigError(f"ids have shape {list(ids_BT.shape)}; give [B, T] with T of 1 or more.")
+        if length > self.config.max_positions:
+            raise ConfigError(
+                f"the sequence would have {length} tokens, but the model takes "
+                f"{self.config.max_positions}; shorten it."
+            )
+        if ids_BT.numel() and not 0 <= int(ids_BT.min()) <= int(ids_BT.max()) < self.config.vocabulary:
+            raise ConfigError(
+                f"ids range from {int(ids_BT.min())} to {int(ids_BT.max())}; "
+                f"they must be in [0, {self.config.vocabulary})."
+            )

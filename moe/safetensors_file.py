@@ -1,0 +1,124 @@
+"""Read safetensors files with pread into buffers we own.
+
+A memory map would be shorter, but a file cut short under a live map kills the process (SIGBUS).
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import ModelFileError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+MAX_HEADER_BYTES = 100 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """Where one tensor lies."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    """Offset in the file."""
+    num_bytes: int
+
+
+class SafetensorsFile:
+    """An open safetensors file; reading is thread-safe."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise ModelFileError(
+                f"{path} cannot be opened ({error.strerror}); restore the file."
+            ) from None
+        try:
+            self.entries = self._read_header()
+        except ModelFileError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._descriptor)
+
+    def read_into(self, name: str, out: Tensor) -> None:
+        """Fill the contiguous CPU tensor ``out`` with tensor ``name``; types are converted.
+
+        Raises :class:`ModelFileError` when shapes differ and ``OSError`` when bytes are missing.
+        """
+        entry = self.entries[name]
+        if entry.shape != tuple(out.shape):
+            raise ModelFileError(
+                f"{self.path.name}: {name} has shape {list(entry.shape)}, config.json asks for "
+                f"{list(out.shape)}; the weights belong to another configuration."
+            )
+        if entry.dtype == out.dtype and out.is_contiguous():
+            self._fill(entry, out)
+        else:
+            raw = torch.empty(entry.shape, dtype=entry.dtype)
+            self._fill(entry, raw)
+            out.copy_(raw)
+
+    def _fill(self, entry: TensorEntry, out: Tensor) -> None:
+        view = memoryview(out.detach().reshape(-1).view(torch.uint8).numpy())
+        done = 0
+        while done < entry.num_bytes:
+            count = os.preadv(self._descriptor, [view[done:]], entry.start + done)
+            if count == 0:
+                raise OSError(f"{self.path} ends {entry.num_bytes - done} bytes too early")
+            done += count
+
+    def _read_header(self) -> dict[str, TensorEntry]:
+        size = os.fstat(self._descriptor).st_size
+        length = int.from_bytes(os.pread(self._descriptor, 8, 0), "little")
+        if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+            raise ModelFileError(
+                f"{self.path} is no whole safetensors file (header of {length} bytes in a file of "
+                f"{size}); copy it again."
+            )
+        try:
+            header = json.loads(os.pread(self._descriptor, length, 8))
+            header.pop("__metadata__", None)
+            return {
+                name: self._entry(name, values, 8 + length, size) for name, values in header.items()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, ModelFileError):
+                raise
+            raise ModelFileError(f"{self.path} has a damaged header; copy it again.") from None
+
+    def _entry(self, name: str, values: dict, base: int, file_size: int) -> TensorEntry:
+        if values["dtype"] not in DTYPES:
+            raise ModelFileError(
+                f"{self.path}: {name} has type {values['dtype']}; convert it to BF16 or F32."
+            )
+        dtype = DTYPES[values["dtype"]]
+        shape = tuple(int(side) for side in values["shape"])
+        start, end = (int(offset) for offset in values["data_offsets"])
+        if not 0 <= start <= end or end - start != prod(shape) * dtype.itemsize:
+            raise ModelFileError(f"{self.path}: {name} has offsets that do not fit its shape.")
+        if base + end > file_size:
+            raise ModelFileError(
+                f"{self.path} is cut short: {name} ends at byte {base + end}, the file has "
+                f"{file_size}; copy it again."
+            )
+        return TensorEntry(dtype, shape, base + start, end - start)

@@ -1,0 +1,111 @@
+"""Open a model folder for inference, with all experts in memory or behind a store."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..errors import ConfigError
+from ..kernels.expert_weights import empty_slots
+from ..moe.decoder import Decoder
+from ..moe.language_model import LanguageModel
+from ..moe.layer import Experts, MoELayer
+from ..moe.model_folder import ModelFolder, expert_tensor_name, tensor_name
+from .budget import parse_budget
+from .offload import OffloadedExperts
+from .store import ExpertStore
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def load(
+    folder: str | Path,
+    dtype: str | None = None,
+    device: str = "cpu",
+    expert_memory: str | None = None,
+) -> LanguageModel:
+    """Open a Hugging Face MoE folder or a run's export.
+
+    ``dtype`` is ``float32`` or ``bfloat16`` (None = as stored); routers stay in fp32 under
+    bfloat16. ``expert_memory`` (``2GiB``, ``25%``) bounds the experts kept in memory; the others
+    are read from the folder when they are needed, and outputs are the same bit for bit.
+    """
+    if device != "cpu":
+        raise ConfigError(f"device is {device!r}; this release serves on 'cpu'.")
+    files = ModelFolder(Path(folder))
+    chosen = pick_dtype(files, dtype)
+    with torch.device("meta"):
+        decoder = Decoder(files.config, expert_ids=())
+    store = None
+    if expert_memory is not None:
+        budget = parse_budget(expert_memory, expert_bytes(files, chosen))
+        store = ExpertStore(files, chosen, budget)
+    for index, layer in decoder.moe_layers():
+        layer.experts = _experts(files, layer, index, chosen, store)
+    _read_dense(files, decoder, chosen)
+    eos = files.values.get("eos_token_id")
+    eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    model = LanguageModel(decoder, eos_ids)
+    model.expert_store = store
+    if store is None:
+        files.close()
+    return model
+
+
+def expert_bytes(files: ModelFolder, dtype: torch.dtype) -> int:
+    """Return the bytes all experts take in ``dtype``."""
+    config, moe = files.config, files.config.moe
+    if moe is None:
+        return 0
+    num_layers = sum(config.is_moe(layer) for layer in range(config.num_layers))
+    return num_layers * moe.num_experts * 3 * moe.d_expert * config.d_model * dtype.itemsize
+
+
+def pick_dtype(files: ModelFolder, name: str | None) -> torch.dtype:
+    """Return the asked type, or the folder's own."""
+    if name is None:
+        name = files.values.get("dtype") or files.values.get("torch_dtype") or "float32"
+    if name not in DTYPES:
+        raise ConfigError(f"dtype is {name!r}; use one of {', '.join(DTYPES)}.")
+    return DTYPES[name]
+
+
+def _experts(
+    files: ModelFolder,
+    layer: MoELayer,
+    index: int,
+    dtype: torch.dtype,
+    store: ExpertStore | None,
+) -> nn.Module:
+    config, moe = files.config, files.config.moe
+    assert moe is not None, "only MoE layers come here"
+    if store is not None:
+        return OffloadedExperts(store, index, moe.num_experts)
+    with torch.device("meta"):
+        experts = Experts(config.d_model, moe.d_expert, moe.num_experts)
+    fc1 = empty_slots(moe.num_experts, 2 * moe.d_expert, config.d_model, dtype)
+    fc2 = empty_slots(moe.num_experts, config.d_model, moe.d_expert, dtype)
+    experts.fc1 = nn.Parameter(fc1, requires_grad=False)
+    experts.fc2 = nn.Parameter(fc2, requires_grad=False)
+    for expert, views in enumerate(experts.slot_views()):
+        for part, view in views.items():
+            files.read_into(expert_tensor_name(index, expert, part), view)
+    return experts
+
+
+def _read_dense(files: ModelFolder, decoder: Decoder, dtype: torch.dtype) -> None:
+    """Give every tensor outside the experts memory and its contents."""
+    for name, meta in [*decoder.named_parameters(), *decoder.named_buffers()]:
+        if not meta.is_meta and isinstance(meta, nn.Parameter):
+            continue  # experts, read already
+        keeps_type = not meta.is_floating_point() or name.endswith("mlp.gate.weight")
+        target = torch.empty(meta.shape, dtype=meta.dtype if keeps_type else dtype)
+        files.read_into(tensor_name(name), target)
+        owner_name, _, leaf = name.rpartition(".")
+        owner = decoder.get_submodule(owner_name)
+        if isinstance(meta, nn.Parameter):
+            setattr(owner, leaf, nn.Parameter(target, requires_grad=False))
+        else:
+            owner.register_buffer(leaf, target)
+    if decoder.config.tie_embeddings:
+        decoder.lm_head.weight = decoder.embed_tokens.weight

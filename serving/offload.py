@@ -1,0 +1,31 @@
+"""Experts that live in a store. N rows, D model width, K choices."""
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.grouping import group_tokens
+from ..kernels.torch_backend import combine_rows, expert_rows
+from .store import ExpertStore
+
+
+class OffloadedExperts(nn.Module):
+    """Takes the place of :class:`moeyard.moe.layer.Experts` for inference, bit for bit.
+
+    Experts come in waves; each routed row has its own line of the output, filled once, and the
+    lines are combined in k order at the end, as in the resident case.
+    """
+
+    def __init__(self, store: ExpertStore, layer: int, num_experts: int) -> None:
+        super().__init__()
+        self._store = store
+        self._layer = layer
+        self._num_experts = num_experts
+
+    def forward(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
+        """Return the weighted sum of each row's experts, ``[N, D]``."""
+        grouping = group_tokens(experts_NK, self._num_experts)
+        needed = torch.nonzero(grouping.counts_E()).flatten().tolist()
+        y_RD = x_ND.new_empty(grouping.order_R.numel(), x_ND.shape[1])
+        for ready, weights in self._store.stream(self._layer, needed):
+            expert_rows(x_ND, grouping, weights, only=ready, out_RD=y_RD)
+        return combine_rows(y_RD, grouping, weights_NK)

@@ -1,0 +1,64 @@
+"""Turn a run's newest checkpoint into a Hugging Face folder."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+from ..configuration import load_config
+from ..errors import CheckpointError
+from ..moe.config import ModelConfig
+from ..moe.hf_config import to_hf
+from ..moe.model_folder import expert_tensor_name, tensor_name, write_model_folder
+from ..parallel.mesh import Mesh
+from .checkpoint import Checkpoints, read_state, read_tensors
+from .config import RunConfig
+from .data.tokenizer import open_tokenizer
+from .precision import DTYPES
+
+DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp64": "float32"}
+"""fp64 runs, made for tests of exactness, export as fp32."""
+
+
+def export(run_dir: Path, target: Path) -> int:
+    """Write ``target`` from the newest whole checkpoint of ``run_dir`` and return its step."""
+    config = load_config(RunConfig, run_dir / "config.yaml")
+    checkpoint = Checkpoints(run_dir, Mesh(), config.checkpoint.keep).newest_whole()
+    if checkpoint is None:
+        raise CheckpointError(f"{run_dir} has no checkpoint yet; train until it saves one.")
+    state = read_state(checkpoint)
+    model = ModelConfig.model_validate(state["model"])
+    tokenizer = open_tokenizer(config.data.tokenizer)
+    dtype_name = DTYPE_NAMES[config.train.precision]
+    values = to_hf(model, dtype_name, tokenizer.eos_id)
+    tensors = _named(read_tensors(checkpoint, "weight/"), read_tensors(checkpoint, "buffer/"))
+    precision = "bf16" if config.train.precision == "bf16" else "fp32"
+    write_model_folder(target, values, _cast(tensors, precision), tokenizer.save)
+    return int(state["step"])
+
+
+def _named(weights: dict[str, Tensor], buffers: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    for key in sorted(weights):
+        name = key.removeprefix("weight/")
+        parts = name.split(".")
+        if "experts" in parts:
+            layer, expert, leaf = int(parts[1]), int(parts[4]), parts[5]
+            if leaf == "fc1":
+                gate, up = weights[key].chunk(2)
+                yield expert_tensor_name(layer, expert, "gate"), gate
+                yield expert_tensor_name(layer, expert, "up"), up
+            else:
+                yield expert_tensor_name(layer, expert, "down"), weights[key]
+        else:
+            yield tensor_name(name), weights[key]
+    for key in sorted(buffers):
+        yield tensor_name(key.removeprefix("buffer/")), buffers[key]
+
+
+def _cast(tensors: Iterator[tuple[str, Tensor]], precision: str) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in tensors:
+        is_router = name.endswith("mlp.gate.weight")
+        if not tensor.is_floating_point() or (is_router and precision == "bf16"):
+            yield name, tensor
+        else:
+            yield name, tensor.to(DTYPES[precision])
