@@ -24,12 +24,22 @@ def load(
     device: str = "cpu",
     expert_memory: str | None = None,
 ) -> LanguageModel:
-    """Open a Hugging Face MoE folder or a run's export.
+    """Open a Hugging Face MoE folder or a run's export as a model ready to call.
 
     ``dtype`` is ``float32`` or ``bfloat16`` (None = as stored); routers stay in fp32 under
     bfloat16. ``expert_memory`` (``2GiB``, ``25%``) bounds the experts kept in memory; the others
     are read from the folder when they are needed, and outputs are the same bit for bit.
     """
+    return open_model(folder, dtype, device, expert_memory)[0]
+
+
+def open_model(
+    folder: str | Path,
+    dtype: str | None = None,
+    device: str = "cpu",
+    expert_memory: str | None = None,
+) -> tuple[LanguageModel, ExpertStore | None]:
+    """Do what :func:`load` does and return the store too, if there is one."""
     if device != "cpu":
         raise ConfigError(f"device is {device!r}; this release serves on 'cpu'.")
     files = ModelFolder(Path(folder))
@@ -45,11 +55,9 @@ def load(
     _read_dense(files, decoder, chosen)
     eos = files.values.get("eos_token_id")
     eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    model = LanguageModel(decoder, eos_ids)
-    model.expert_store = store
     if store is None:
         files.close()
-    return model
+    return LanguageModel(decoder, eos_ids), store
 
 
 def expert_bytes(files: ModelFolder, dtype: torch.dtype) -> int:

@@ -1,0 +1,67 @@
+"""The ``moeyard`` command."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from .errors import MoeyardError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command and return its exit status: 0 done, 1 failed, 2 bad input."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except MoeyardError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2 if isinstance(error, ValueError) else 1
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    parser = argparse.ArgumentParser(prog="moeyard", description="Sparse Mixture-of-Experts models.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    export = commands.add_parser("export", help="training checkpoint to Hugging Face folder")
+    export.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    export.add_argument("out_dir", type=Path, metavar="OUT_DIR")
+    export.set_defaults(run=_export)
+
+    serve = commands.add_parser("serve", help="serve a model behind an OpenAI API with Ray Serve")
+    serve.add_argument("model", metavar="MODEL_DIR")
+    serve.add_argument("--host", default="127.0.0.1")
+    serve.add_argument("--port", type=int, default=8000)
+    serve.add_argument("--expert-memory", help="experts kept in memory: 2GiB or 25%%; default all")
+    serve.add_argument("--served-model-name", help="name clients use; default the folder's name")
+    serve.add_argument("--dtype", choices=("float32", "bfloat16"), help="default as stored")
+    serve.add_argument("--max-num-seqs", type=int, default=8, help="requests in the batch")
+    serve.add_argument("--max-model-len", type=int, help="longest prompt and answer together")
+    serve.add_argument("--num-threads", type=int, help="compute threads; default all cores")
+    serve.add_argument("--api-key", help="key clients must send; default none")
+    serve.set_defaults(run=_serve)
+    return parser
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from .training.export import export
+
+    step = export(arguments.run_dir, arguments.out_dir)
+    sys.stdout.write(f"exported step={step} folder={arguments.out_dir}\n")
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    from .configuration import validate_config
+    from .serving.launch import serve_forever
+    from .serving.server import ServeArgs
+
+    values = {
+        name: value
+        for name, value in vars(arguments).items()
+        if name in ServeArgs.model_fields and value is not None
+    }
+    serve_forever(validate_config(ServeArgs, values), arguments.host, arguments.port)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""Continuous batching: every step takes whatever requests there are one token further.
+
+L MoE layers, E experts, V vocabulary.
+"""
+
+from collections import deque
+from time import perf_counter
+
+import torch
+
+from ..errors import ExpertReadError, RequestError
+from ..moe.batch import batch_of
+from ..moe.language_model import LanguageModel
+from ..moe.sampling import sample
+from .metrics import EngineMetrics
+from .sequence import GenerationEvent, GenerationRequest, Sequence
+from .store import ExpertStore
+from .text_stream import Decode
+
+
+class Engine:
+    """Requests in, events out. Knows nothing of HTTP; used by one thread."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        decode: Decode,
+        store: ExpertStore | None = None,
+        max_num_seqs: int = 8,
+        max_model_len: int | None = None,
+        prefill_chunk: int = 256,
+    ) -> None:
+        self._model = model
+        self._decode = decode
+        self._max_num_seqs = max_num_seqs
+        self._prefill_chunk = prefill_chunk
+        self.max_model_len = max_model_len or model.config.max_positions
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []
+        self.metrics = EngineMetrics(model.config, store)
+
+    @property
+    def has_work(self) -> bool:
+        """True while some request is unfinished."""
+        return bool(self._waiting or self._running)
+
+    def add(self, request: GenerationRequest) -> None:
+        """Queue a request; raises :class:`RequestError` for one that cannot be served."""
+        check_request(request, self._model.config.vocabulary, self.max_model_len)
+        length = len(request.prompt_ids) + request.max_tokens
+        cache = self._model.decoder.new_cache(length)
+        self._waiting.append(Sequence(request, cache, self._decode, self._model.eos_ids))
+        self._count_requests()
+
+    def cancel(self, request_id: str) -> None:
+        """Forget a request at once, with its cache; unknown ids are ignored."""
+        self._waiting = deque(s for s in self._waiting if s.request.request_id != request_id)
+        kept = [s for s in self._running if s.request.request_id != request_id]
+        self.metrics.cancelled.inc(len(self._running) - len(kept))
+        self._running = kept
+        self._count_requests()
+
+    @torch.inference_mode()
+    def step(self) -> list[GenerationEvent]:
+        """Run one forward and return an event for every request that got a token or ended.
+
+        When an expert cannot be read, the requests of this step end with an error and the engine
+        goes on with the others.
+        """
+        while self._waiting and len(self._running) < self._max_num_seqs:
+            self._running.append(self._waiting.popleft())
+        batch = self._choose()
+        if not batch:
+            return []
+        try:
+            events = self._forward(batch)
+        except ExpertReadError as error:
+            events = [sequence.fail(str(error)) for sequence in batch]
+            for _ in events:
+                self.metrics.count_failure()
+        ended = {event.request_id for event in events if event.finish_reason is not None}
+        self._running = [s for s in self._running if s.request.request_id not in ended]
+        self._count_requests()
+        return events
+
+    def _choose(self) -> list[Sequence]:
+        """Take all requests that decode, and the oldest one that still reads its prompt."""
+        decoding = [s for s in self._running if not s.is_prefilling]
+        prefilling = [s for s in self._running if s.is_prefilling]
+        return decoding + prefilling[:1]
+
+    def _forward(self, sequences: list[Sequence]) -> list[GenerationEvent]:
+        ids = [torch.tensor(s.next_ids(self._prefill_chunk)) for s in sequences]
+        decoder = self._model.decoder
+        output = decoder(batch_of(ids, [s.cache for s in sequences]))
+        self.metrics.count_routing(output.routings)
+        ends = torch.tensor([len(i) for i in ids]).cumsum(0) - 1
+        ready = [index for index, s in enumerate(sequences) if not s.is_prefilling]
+        if not ready:
+            return []
+        logits_RV = decoder.logits(output.hidden_TD[ends[ready]])
+        events = []
+        for row, index in enumerate(ready):
+            sequence = sequences[index]
+            token = sample(logits_RV[row], sequence.request.sampling, sequence.generator)
+            event = sequence.accept(token)
+            self.metrics.count_token(sequence, event, perf_counter())
+            events.append(event)
+        return events
+
+    def _count_requests(self) -> None:
+        self.metrics.running.set(len(self._running))
+        self.metrics.waiting.set(len(self._waiting))
+
+
+def check_request(request: GenerationRequest, vocabulary: int, max_model_len: int) -> None:
+    """Refuse prompts that are empty, too long or hold ids the model does not have."""
+    length = len(request.prompt_ids)
+    if length == 0:
+        raise RequestError("prompt is empty; give at least one token.", param="prompt")
+    for token in request.prompt_ids:
+        if not 0 <= token < vocabulary:
+            raise RequestError(
+                f"prompt holds token id {token}; ids of this model are in [0, {vocabulary}).",
+                param="prompt",
+            )
+    if length + request.max_tokens > max_model_len:
+        raise RequestError(
+            f"prompt has {length} tokens and max_tokens is {request.max_tokens}, but the model "
+            f"takes {max_model_len} in all; shorten one of them.",
+            param="prompt" if length >= max_model_len else "max_tokens",
+            code="context_length_exceeded",
+        )
