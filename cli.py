@@ -20,7 +20,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
-    parser = argparse.ArgumentParser(prog="moeyard", description="Sparse Mixture-of-Experts models.")
+    parser = argparse.ArgumentParser(
+        prog="moeyard", description="Sparse Mixture-of-Experts models."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     export = commands.add_parser("export", help="training checkpoint to Hugging Face folder")

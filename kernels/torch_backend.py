@@ -44,7 +44,7 @@ def expert_rows(
 
 
 def combine_rows(y_RD: Tensor, grouping: Grouping, weights_TK: Tensor) -> Tensor:
-    """Return ``y_t = sum_k weights[t, k] * y_row(t, k)`` in k order, accumulated in ``weights``' type.
+    """Return ``y_t = sum_k weights[t, k] * y_row(t, k)`` in k order, summed in weights' type.
 
     Routed rows without an expert contribute nothing, whatever their (undefined) line holds.
     """
@@ -58,7 +58,7 @@ def combine_rows(y_RD: Tensor, grouping: Grouping, weights_TK: Tensor) -> Tensor
 
 
 class ExpertMLP(torch.autograd.Function):
-    """``y_t = sum_k weights[t, k] * MLP_{experts[t, k]}(x_t)`` with gradients for x, weights, fc1, fc2."""
+    """``y_t = sum_k weights[t, k] * MLP_{experts[t, k]}(x_t)``, forward and backward."""
 
     @staticmethod
     def forward(ctx, x_TD, experts_TK, weights_TK, fc1_SHD, fc2_SDF, slot_of_E):  # type: ignore[no-untyped-def]

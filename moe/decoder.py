@@ -3,10 +3,9 @@
 T tokens, D model width, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -72,9 +71,7 @@ class DecoderLayer(nn.Module):
         if isinstance(self.mlp, GatedMLP):
             return x_TD + self.mlp(mlp_input_TD), None
         if routing is None:
-            routing = self.mlp.gate.route(
-                RouterInput(mlp_input_TD, batch.ids_T, batch.positions_T)
-            )
+            routing = self.mlp.gate.route(RouterInput(mlp_input_TD, batch.ids_T, batch.positions_T))
         y_TD, routing = self.mlp(mlp_input_TD, routing=routing)
         return x_TD + y_TD, routing
 
@@ -113,8 +110,7 @@ class Decoder(nn.Module):
     def moe_layers(self) -> list[tuple[int, MoELayer]]:
         """Return (layer index, MoE layer) of every MoE layer."""
         found = []
-        for index, layer in enumerate(self.layers):
-            assert isinstance(layer, DecoderLayer)
+        for index, layer in enumerate(self._decoder_layers()):
             if isinstance(layer.mlp, MoELayer):
                 found.append((index, layer.mlp))
         return found
@@ -125,7 +121,7 @@ class Decoder(nn.Module):
 
     def new_cache(self, max_length: int | None = None) -> SequenceCache:
         """Return an empty cache for one sequence."""
-        specs = [layer.self_attn.cache_spec() for layer in self.layers]  # type: ignore[union-attr]
+        specs = [layer.self_attn.cache_spec() for layer in self._decoder_layers()]
         device = self.embed_tokens.weight.device
         return SequenceCache(specs, max_length or self.config.max_positions, device)
 
@@ -134,7 +130,7 @@ class Decoder(nn.Module):
         x_TD = self.embed_tokens(batch.ids_T)
         rope = self._rope.tables(batch.positions_T, x_TD.dtype)
         routings = []
-        for layer in self.layers:
+        for layer in self._decoder_layers():
             routing = self._route_from_tokens(layer, batch)
             if self.recompute and self.training:
                 x_TD, routing = checkpoint(layer, x_TD, batch, rope, routing, use_reentrant=False)
@@ -151,7 +147,12 @@ class Decoder(nn.Module):
         logits_TV: Tensor = self.lm_head(hidden_TD)
         return logits_TV
 
-    def _route_from_tokens(self, layer: nn.Module, batch: Batch) -> Routing | None:
+    def _decoder_layers(self) -> Iterator[DecoderLayer]:
+        for layer in self.layers:
+            assert isinstance(layer, DecoderLayer)
+            yield layer
+
+    def _route_from_tokens(self, layer: DecoderLayer, batch: Batch) -> Routing | None:
         mlp = layer.mlp
         if isinstance(mlp, MoELayer) and mlp.lookahead is Lookahead.TOKEN:
             return mlp.gate.route(RouterInput(ids_T=batch.ids_T, positions_T=batch.positions_T))

@@ -73,13 +73,18 @@ class LanguageModel:
 
     def _check(self, ids_BT: Tensor, length: int) -> None:
         if ids_BT.ndim != 2 or ids_BT.shape[1] == 0:
-            raise ConfigError(f"ids have shape {list(ids_BT.shape)}; give [B, T] with T of 1 or more.")
+            raise ConfigError(
+                f"ids have shape {list(ids_BT.shape)}; give [B, T] with T of 1 or more."
+            )
         if length > self.config.max_positions:
             raise ConfigError(
                 f"the sequence would have {length} tokens, but the model takes "
                 f"{self.config.max_positions}; shorten it."
             )
-        if ids_BT.numel() and not 0 <= int(ids_BT.min()) <= int(ids_BT.max()) < self.config.vocabulary:
+        if (
+            ids_BT.numel()
+            and not 0 <= int(ids_BT.min()) <= int(ids_BT.max()) < self.config.vocabulary
+        ):
             raise ConfigError(
                 f"ids range from {int(ids_BT.min())} to {int(ids_BT.max())}; "
                 f"they must be in [0, {self.config.vocabulary})."

@@ -23,7 +23,7 @@ class Dispatcher(Protocol):
     """Brings rows to the ranks that hold their experts, and the results back."""
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Tensor, Any]:
-        """Return rows ``[N, D]``, experts ``[N, K]`` (-1 = not here), weights ``[N, K]``, handle."""
+        """Return x_ND, experts_NK (-1 = not here), weights_NK and a handle for combine."""
         ...
 
     def combine(self, y_ND: Tensor, handle: Any) -> Tensor:
@@ -44,7 +44,7 @@ class LocalDispatcher:
 
 
 class Experts(nn.Module):
-    """SwiGLU experts held as parameters: ``fc1 [S, 2F, D]`` (gate rows first), ``fc2 [S, D, F]``."""
+    """SwiGLU experts as parameters: ``fc1 [S, 2F, D]`` (gate rows first), ``fc2 [S, D, F]``."""
 
     def __init__(
         self,
@@ -161,5 +161,3 @@ class MoELayer(nn.Module):
         if self.shared_expert is not None:
             y_TD = y_TD + self.shared_expert(x_TD)
         return y_TD.view_as(x), routing
-
-

@@ -29,7 +29,7 @@ class LoadStatistics:
 
 
 def load_statistics(counts_E: Tensor, expected_rows: int) -> LoadStatistics:
-    """Summarise ``counts_E``; ``expected_rows`` is tokens times choices, what none dropped gives."""
+    """Summarise ``counts_E``; ``expected_rows`` is tokens times choices."""
     load_E = counts_E.double()
     total = float(load_E.sum())
     if total == 0:

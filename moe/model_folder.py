@@ -125,7 +125,9 @@ def write_model_folder(
     try:
         _write_json(temporary / "config.json", config_values)
         eos = config_values["eos_token_id"]
-        _write_json(temporary / "generation_config.json", {"eos_token_id": eos, "pad_token_id": eos})
+        _write_json(
+            temporary / "generation_config.json", {"eos_token_id": eos, "pad_token_id": eos}
+        )
         save_tokenizer(temporary)
         _write_shards(temporary, tensors, max_shard_bytes)
     except BaseException:
@@ -152,9 +154,7 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], limit: in
     _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _fill_shards(
-    tensors: Iterable[tuple[str, Tensor]], limit: int
-) -> Iterator[dict[str, Tensor]]:
+def _fill_shards(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict[str, Tensor]]:
     shard: dict[str, Tensor] = {}
     size = 0
     for name, tensor in tensors:

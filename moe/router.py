@@ -82,7 +82,7 @@ class TopKRouter(Router):
 
     def __init__(self, config: TopK, d_model: int, num_experts: int) -> None:
         super().__init__(config.k, num_experts)
-        self.config = config
+        self.config: TopK = config
         self.weight = nn.Parameter(torch.empty(num_experts, d_model))
         nn.init.normal_(self.weight, std=d_model**-0.5)
 
@@ -142,7 +142,7 @@ class HashRouter(Router):
         ids_T, valid_T = router_input.ids_T, router_input.valid_T
         if ids_T is None:
             raise ConfigError(
-                "router.kind is hash, which reads token ids, but the call gave none; pass token_ids."
+                "router.kind is hash, which reads token ids; pass token_ids to the layer."
             )
         experts_TK = self.table_VK[ids_T]
         if valid_T is not None:

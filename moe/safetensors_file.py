@@ -79,7 +79,7 @@ class SafetensorsFile:
             out.copy_(raw)
 
     def _fill(self, entry: TensorEntry, out: Tensor) -> None:
-        view = memoryview(out.detach().reshape(-1).view(torch.uint8).numpy())
+        view = memoryview(out.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         done = 0
         while done < entry.num_bytes:
             count = os.preadv(self._descriptor, [view[done:]], entry.start + done)

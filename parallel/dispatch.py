@@ -29,9 +29,7 @@ class Splits:
         return Splits(self.receive_P, self.send_P)
 
 
-def exchange_rows(
-    columns: list[Tensor], splits: Splits, group: dist.ProcessGroup
-) -> list[Tensor]:
+def exchange_rows(columns: list[Tensor], splits: Splits, group: dist.ProcessGroup) -> list[Tensor]:
     """Send the rows of several tensors to their ranks in one all-to-all of bytes.
 
     Each tensor is ``[sum(send_P), width]``; the results are ``[sum(receive_P), width]``.

@@ -104,7 +104,8 @@ def wrap_dense(model: nn.Module, mesh: Mesh) -> nn.Module:
 
 
 def _sum_main_gradients(
-    group: dist.ProcessGroup, bucket: dist.GradBucket
+    group: dist.ProcessGroup,
+    bucket: dist.GradBucket,  # type: ignore[name-defined]
 ) -> torch.futures.Future[Tensor]:
     main = [parameter.main_grad for parameter in bucket.parameters()]  # type: ignore[attr-defined]
     for main_grad, grad in zip(main, bucket.gradients(), strict=True):

@@ -57,7 +57,7 @@ def check_expert_parallel(ep_size: int, world_size: int, num_experts: int) -> No
 
 
 def build_mesh(ep_size: int, num_experts: int) -> Mesh:
-    """Fold the ranks of the running process group; ``num_experts`` is checked against ``ep_size``."""
+    """Fold the ranks of the running process group; refuse degrees that do not divide."""
     if not dist.is_initialized():
         check_expert_parallel(ep_size, 1, num_experts)
         return Mesh()

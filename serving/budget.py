@@ -17,6 +17,8 @@ def parse_budget(text: str, whole_bytes: int) -> int:
     amount = float(match.group(1))
     if unit == "%":
         if not 0 < amount <= 100:
-            raise ConfigError(f"expert-memory is {text!r}; a share must be above 0% and up to 100%.")
+            raise ConfigError(
+                f"expert-memory is {text!r}; a share must be above 0% and up to 100%."
+            )
         return int(whole_bytes * amount / 100)
     return int(amount * UNITS[unit])

@@ -43,13 +43,14 @@ class Completions:
             )
         requests = []
         for prompt in body.prompts():
-            ids = prompt
             if isinstance(prompt, str):
-                ids = await asyncio.to_thread(self._encode, prompt)
+                prompt_ids = tuple(await asyncio.to_thread(self._encode, prompt))
+            else:
+                prompt_ids = tuple(prompt)
             for choice in range(body.n):
                 request = GenerationRequest(
                     request_id=uuid.uuid4().hex,
-                    prompt_ids=tuple(ids),  # type: ignore[arg-type]
+                    prompt_ids=prompt_ids,
                     max_tokens=body.max_tokens,
                     sampling=SamplingParams(body.temperature, body.top_p, body.top_k),
                     seed=None if body.seed is None else (body.seed + choice) % (1 << 63),

@@ -108,9 +108,7 @@ class RequireKey:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let requests with the key, and those to open paths, through."""
-        if scope["type"] == "lifespan" or (
-            scope["type"] == "http" and scope["path"] in OPEN_PATHS
-        ):
+        if scope["type"] == "lifespan" or (scope["type"] == "http" and scope["path"] in OPEN_PATHS):
             await self._app(scope, receive, send)
             return
         given = dict(scope.get("headers", ())).get(b"authorization", b"")
@@ -146,5 +144,3 @@ async def _answer_bug(_: Request, error: Exception) -> Response:
     log.error("request failed", exc_info=error)
     described = RequestError("the server failed; its log has the details.", status=500)
     return JSONResponse(error_object(described), status_code=500)
-
-

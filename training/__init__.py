@@ -1,1 +1,1 @@
-"""Training: data, optimizer, loop, checkpoints, run folder. Start with python -m moeyard.training."""
+"""Training: data, optimizer, loop, checkpoints. Start it with ``python -m moeyard.training``."""

@@ -1,4 +1,4 @@
-"""The training program: ``python -m moeyard.training CONFIG [a.b=c ...]``, alone or under torchrun."""
+"""The training program: python -m moeyard.training CONFIG [a.b=c ...], alone or under torchrun."""
 
 import argparse
 import logging

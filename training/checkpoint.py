@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ..errors import CheckpointError
 from ..parallel.mesh import Mesh
@@ -132,7 +133,7 @@ def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
     tensors = {
         key: torch.empty(entry.size, dtype=entry.properties.dtype)
         for key, entry in stored.items()
-        if key.startswith(prefix)
+        if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
     }
     with _quiet_about_one_process():
         dcp.load(tensors, storage_reader=reader, no_dist=True)

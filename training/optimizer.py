@@ -29,7 +29,8 @@ class MasterAdamW:
     def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
         self._model = model
         self._pairs: list[tuple[str, nn.Parameter, Tensor]] = []
-        decayed, others = [], []
+        decayed: list[Tensor] = []
+        others: list[Tensor] = []
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
                 continue

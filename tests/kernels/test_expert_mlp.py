@@ -16,7 +16,13 @@ ROUTINGS = {
     "one_expert_takes_all": lambda g, t, k, e: torch.full((t, k), e - 1),
     "nobody": lambda g, t, k, e: torch.full((t, k), -1),
 }
-SHAPES = [(0, 2, 3, 8, 8), (1, 1, 1, 6, 5), (37, 2, 5, 24, 40), (300, 3, 4, 16, 8), (9, 4, 4, 123, 7)]
+SHAPES = [
+    (0, 2, 3, 8, 8),
+    (1, 1, 1, 6, 5),
+    (37, 2, 5, 24, 40),
+    (300, 3, 4, 16, 8),
+    (9, 4, 4, 123, 7),
+]
 
 
 def problem(shape, routing, dtype, seed=0):

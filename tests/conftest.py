@@ -1,0 +1,64 @@
+"""Shared fixtures: a small text, a small configuration, a small exported model."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+TEXT = "".join(
+    f"def function_{n}(a, b={n % 7}):\n    return [a * {n}, b ** {n % 5}, '{'xyz' * (n % 4)}']\n"
+    for n in range(600)
+)
+
+CONFIG = {
+    "seed": 3,
+    "model": {
+        "d_model": 32,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "max_positions": 256,
+        "moe": {
+            "num_experts": 4,
+            "d_expert": 16,
+            "router": {"kind": "topk", "k": 2, "balance_loss": 0.01, "z_loss": 0.001},
+        },
+    },
+    "data": {"tokenizer": "bytes"},
+    "train": {
+        "steps": 6,
+        "sequence_length": 32,
+        "batch_sequences": 8,
+        "log_every": 1,
+        "eval_sequences": 12,
+    },
+    "optimizer": {"lr": 0.003, "warmup_steps": 2},
+    "checkpoint": {"every": 3, "keep": 2},
+}
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "code.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture(scope="session")
+def config_file(tmp_path_factory, text_file) -> Path:
+    """A configuration whose run_dir must be overridden."""
+    folder = tmp_path_factory.mktemp("config")
+    values = {**CONFIG, "run_dir": str(folder / "unset")}
+    values["data"] = {**CONFIG["data"], "source": str(text_file)}
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _fixed_threads():
+    torch.set_num_threads(2)

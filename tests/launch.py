@@ -1,0 +1,41 @@
+"""Start the processes that tests talk to."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """Return an environment for a child with one compute thread."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", **extra}
+
+
+def torchrun(ranks: int, *arguments: str, timeout: float = 300) -> str:
+    """Run ``arguments`` under torchrun and return its output; fail with it otherwise."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(ranks), *arguments]
+    return run(command, timeout)
+
+
+def training(*arguments: str, timeout: float = 300) -> str:
+    """Run the training program in one process and return its output."""
+    return run([sys.executable, "-m", "moeyard.training", *arguments], timeout)
+
+
+def run(command: list[str], timeout: float) -> str:
+    """Run a command, which must succeed, and return what it printed."""
+    done = subprocess.run(
+        command,
+        env=environment(),
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, f"{command} ended with {done.returncode}:\n{output[-4000:]}"
+    return output

@@ -1,0 +1,100 @@
+"""One rank of the equivalence tests: run training steps and save what they computed.
+
+    torchrun ... equivalence_worker.py CONFIG OUT CASES_JSON
+
+For each case (name -> overrides) every rank writes OUT/NAME-RANK.pt with loss, gradient norm,
+main gradients before clipping, and weights, each under topology-free keys, for every step.
+"""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from moeyard.configuration import load_config
+from moeyard.moe.layer import Experts
+from moeyard.moe.router import TopKRouter
+from moeyard.moe.routing import count_choices
+from moeyard.parallel.mesh import build_mesh
+from moeyard.parallel.process import is_torchrun_worker, start_process_group, stop_process_group
+from moeyard.training.config import RunConfig
+from moeyard.training.setup import build_data, build_model, fill_vocabulary
+from moeyard.training.step import TrainStep
+
+STEPS = 3
+
+
+def starve_upper_half(decoder) -> None:
+    """Fold every choice onto the lower half of the experts; the upper half gets nothing."""
+    for router in decoder.routers():
+        route = router.route
+
+        def folded(router_input, route=route, router=router):
+            routing = route(router_input)
+            experts_TK = routing.experts_TK % (router.num_experts // 2)
+            counts_E = count_choices(experts_TK, router.num_experts)
+            return replace(routing, experts_TK=experts_TK, counts_E=counts_E)
+
+        assert isinstance(router, TopKRouter)
+        router.route = folded
+
+
+def keyed(decoder, tensor_of) -> dict[str, torch.Tensor]:
+    values = {}
+    for name, parameter in decoder.named_parameters():
+        owner_name, _, leaf = name.rpartition(".")
+        owner = decoder.get_submodule(owner_name)
+        tensor = tensor_of(parameter).detach().double().clone()
+        if isinstance(owner, Experts):
+            for slot, expert in enumerate(owner.expert_ids):
+                values[f"{owner_name}.{expert}.{leaf}"] = tensor[slot]
+        else:
+            values[name] = tensor
+    return values
+
+
+def run_case(config_path: Path, out: Path, name: str, case: dict) -> None:
+    overrides = [*case["overrides"], f"run_dir={out}/{name}"]
+    config = load_config(RunConfig, config_path, overrides)
+    mesh = build_mesh(config.parallel.ep, config.model.moe.num_experts)
+    data = build_data(config, out / name / "data", mesh)
+    decoder = build_model(config, fill_vocabulary(config, data.tokenizer), data, mesh)
+    if case.get("starved"):
+        starve_upper_half(decoder)
+    step = TrainStep(config, decoder, data.train, mesh)
+    recorded = []
+    scale = step.gradients.scale_
+
+    def record_then_scale(factor):
+        recorded.append({"gradients": keyed(decoder, lambda p: p.main_grad)})
+        scale(factor)
+
+    step.gradients.scale_ = record_then_scale
+    for index in range(STEPS):
+        result = step.run(index, stop_requested=False)
+        recorded[-1] |= {
+            "loss": result.loss,
+            "balance": result.balance,
+            "grad_norm": result.grad_norm,
+            "counts": result.counts_LE,
+            "weights": keyed(decoder, lambda p: p),
+        }
+    torch.save(recorded, out / f"{name}-{mesh.rank}.pt")
+    mesh.barrier()
+
+
+def main() -> None:
+    config_path, out, cases = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
+    if is_torchrun_worker():
+        start_process_group(60)
+    try:
+        for name, case in cases.items():
+            run_case(config_path, out, name, case)
+    finally:
+        stop_process_group()
+
+
+if __name__ == "__main__":
+    main()
