@@ -127,7 +127,8 @@ def _from_qwen3(values: dict[str, Any]) -> ModelConfig:
             balance_loss=values.get("router_aux_loss_coef", 0.0) * values["num_experts_per_tok"],
         )
         moe = MoEConfig(
-            num_experts=values["num_experts"],
+            # transformers 4 writes num_experts, 5 num_local_experts
+            num_experts=values.get("num_local_experts") or values["num_experts"],
             d_expert=values["moe_intermediate_size"],
             router=router,
         )

@@ -65,18 +65,23 @@ class SafetensorsFile:
 
         Raises :class:`ModelFileError` when shapes differ and ``OSError`` when bytes are missing.
         """
+        self.check_shape(name, tuple(out.shape))
         entry = self.entries[name]
-        if entry.shape != tuple(out.shape):
-            raise ModelFileError(
-                f"{self.path.name}: {name} has shape {list(entry.shape)}, config.json asks for "
-                f"{list(out.shape)}; the weights belong to another configuration."
-            )
         if entry.dtype == out.dtype and out.is_contiguous():
             self._fill(entry, out)
         else:
             raw = torch.empty(entry.shape, dtype=entry.dtype)
             self._fill(entry, raw)
             out.copy_(raw)
+
+    def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raise :class:`ModelFileError` when tensor ``name`` has another shape."""
+        found = self.entries[name].shape
+        if found != shape:
+            raise ModelFileError(
+                f"{self.path.name}: {name} has shape {list(found)}, config.json asks for "
+                f"{list(shape)}; the weights belong to another configuration."
+            )
 
     def _fill(self, entry: TensorEntry, out: Tensor) -> None:
         view = memoryview(out.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]

@@ -61,10 +61,12 @@ class ExpertStore:
         self._folder = folder
         self._num_experts = moe.num_experts
         self._layers = [layer for layer in range(config.num_layers) if config.is_moe(layer)]
+        wide, narrow = (moe.d_expert, config.d_model), (config.d_model, moe.d_expert)
         for layer in self._layers:
             for expert in range(moe.num_experts):
-                for part in ("gate", "up", "down"):
-                    folder.locate(expert_tensor_name(layer, expert, part))
+                for part, shape in (("gate", wide), ("up", wide), ("down", narrow)):
+                    name = expert_tensor_name(layer, expert, part)
+                    folder.locate(name).check_shape(name, shape)
         self.slot_bytes = 3 * moe.d_expert * config.d_model * dtype.itemsize
         total = len(self._layers) * moe.num_experts
         self.num_slots = min(total, budget_bytes // self.slot_bytes)

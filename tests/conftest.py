@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "serving")]
 
 TEXT = "".join(
     f"def function_{n}(a, b={n % 7}):\n    return [a * {n}, b ** {n % 5}, '{'xyz' * (n % 4)}']\n"
@@ -56,6 +56,16 @@ def config_file(tmp_path_factory, text_file) -> Path:
     values["data"] = {**CONFIG["data"], "source": str(text_file)}
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory) -> Path:
+    """A small model with a byte tokenizer."""
+    from model_folder import write_random_model
+
+    path = tmp_path_factory.mktemp("model") / "small"
+    write_random_model(path)
     return path
 
 

@@ -1,0 +1,229 @@
+"""Against transformers: folders it wrote open here, folders written here open there."""
+
+import json
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+import moeyard
+from moeyard.errors import ModelFileError
+from moeyard.moe.batch import batch_of, batch_of_rows
+from moeyard.moe.config import ModelConfig, MoEConfig
+from moeyard.moe.hf_config import from_hf, to_hf
+from moeyard.moe.router import Hash, TopK
+
+SHAPES = {
+    "plain": {"num_key_value_heads": 2, "tie_word_embeddings": False, "norm_topk_prob": True},
+    "tied": {"num_key_value_heads": 4, "tie_word_embeddings": True, "norm_topk_prob": False},
+    "dense_layer": {
+        "num_key_value_heads": 1,
+        "tie_word_embeddings": False,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [1],
+    },
+    "wide_heads": {"num_key_value_heads": 2, "tie_word_embeddings": False, "head_dim": 24},
+}
+
+
+def qwen3_moe(**options) -> Qwen3MoeForCausalLM:
+    torch.manual_seed(1)
+    config = Qwen3MoeConfig(
+        **{
+            "vocab_size": 97,
+            "hidden_size": 40,
+            "intermediate_size": 56,
+            "moe_intermediate_size": 24,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "head_dim": 10,
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "max_position_embeddings": 256,
+            "initializer_range": 0.2,
+            "rope_theta": 5000.0,
+            "eos_token_id": 96,
+            **options,
+        }
+    )
+    return Qwen3MoeForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module", params=SHAPES, ids=str)
+def pair(request, tmp_path_factory):
+    """A transformers model and ours, opened from the folder it saved."""
+    theirs = qwen3_moe(**SHAPES[request.param])
+    folder = tmp_path_factory.mktemp(request.param)
+    theirs.save_pretrained(folder)
+    return theirs, moeyard.load(folder)
+
+
+@torch.no_grad()
+def test_logits_agree_with_transformers_to_1e_4(pair):
+    theirs, ours = pair
+    ids = torch.randint(0, 97, (3, 41), generator=torch.Generator().manual_seed(0))
+    expected = theirs(ids).logits
+    assert (ours(ids) - expected).abs().max() <= 1e-4
+    assert expected.abs().max() > 1
+
+
+@torch.no_grad()
+def test_64_greedy_tokens_agree_with_transformers(pair):
+    theirs, ours = pair
+    ids = torch.randint(0, 96, (1, 9), generator=torch.Generator().manual_seed(2))
+    expected = theirs.generate(ids, max_new_tokens=64, do_sample=False)
+    assert torch.equal(ours.generate(ids, max_new_tokens=64, temperature=0), expected)
+
+
+@torch.no_grad()
+def test_ragged_batches_and_caches_give_the_logits_of_whole_sequences(pair):
+    _, ours = pair
+    decoder = ours.decoder
+    g = torch.Generator().manual_seed(3)
+    sequences = [torch.randint(0, 97, (length,), generator=g) for length in (17, 5, 30)]
+    whole = [ours(s.unsqueeze(0))[0] for s in sequences]
+    ragged = decoder.logits(decoder(batch_of(sequences)).hidden_TD).split([17, 5, 30])
+    caches = [decoder.new_cache() for _ in sequences]
+    pieces = [[], [], []]
+    for start, end in ((0, 3), (3, 4), (4, 5), (5, 30)):
+        parts = [s[start:end] for s in sequences]
+        active = [i for i, p in enumerate(parts) if len(p)]
+        batch = batch_of([parts[i] for i in active], [caches[i] for i in active])
+        logits = decoder.logits(decoder(batch).hidden_TD).split(batch.lengths)
+        for i, rows in zip(active, logits, strict=True):
+            pieces[i].append(rows)
+    for expected, flat, cached in zip(whole, ragged, pieces, strict=True):
+        torch.testing.assert_close(flat, expected, atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(torch.cat(cached), expected, atol=2e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_dense_qwen3_opens_too(tmp_path):
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=64,
+    )
+    theirs = Qwen3ForCausalLM(config).eval()
+    theirs.save_pretrained(tmp_path / "m")
+    ids = torch.randint(0, 50, (2, 12))
+    assert (moeyard.load(tmp_path / "m")(ids) - theirs(ids).logits).abs().max() <= 1e-4
+
+
+def test_configuration_survives_the_round_trip():
+    moe = MoEConfig(num_experts=4, d_expert=8, router=TopK(k=2, balance_loss=0.02))
+    config = ModelConfig(
+        vocab_size=30,
+        d_model=16,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        d_ff=20,
+        dense_layers=(0,),
+        moe=moe,
+    )
+    values = json.loads(json.dumps(to_hf(config, "float32", 0)))
+    assert values["model_type"] == "qwen3_moe" and from_hf(values) == config
+
+
+@pytest.mark.parametrize(
+    ("moe", "reason"),
+    [
+        (MoEConfig(num_experts=4, d_expert=8, router=Hash()), "router is hash"),
+        (MoEConfig(num_experts=4, d_expert=8, d_shared=8), "shared expert"),
+    ],
+    ids=["hash", "shared"],
+)
+def test_what_qwen3_cannot_say_is_written_as_moeyard_with_the_reason(moe, reason):
+    config = ModelConfig(vocab_size=30, d_model=16, num_layers=1, num_heads=2, moe=moe)
+    values = json.loads(json.dumps(to_hf(config, "float32", 0)))
+    assert values["model_type"] == "moeyard" and reason in values["not_qwen3_moe_because"]
+    assert from_hf(values) == config
+
+
+def damage_config(**changes):
+    def apply(folder):
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return apply
+
+
+def truncate(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def drop_a_tensor(folder):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.0.mlp.experts.3.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors")
+
+
+DAMAGES = {
+    "no_config": (lambda f: (f / "config.json").unlink(), "config.json cannot be read"),
+    "config_not_json": (lambda f: (f / "config.json").write_text("{"), "is not JSON"),
+    "no_weights": (lambda f: (f / "model.safetensors").unlink(), "has no model.safetensors"),
+    "pickle_only": (
+        lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+        "convert them to safetensors",
+    ),
+    "cut_short": (truncate, "is cut short"),
+    "header_cut": (
+        lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 20),
+        "is no whole safetensors file",
+    ),
+    "empty": (lambda f: (f / "model.safetensors").write_bytes(b""), "no whole safetensors file"),
+    "tensor_missing": (drop_a_tensor, "has no tensor 'model.layers.0.mlp.experts.3.up_proj"),
+    "unknown_type": (damage_config(model_type="gpt9"), "the known ones are qwen3_moe"),
+    "contradiction": (damage_config(moe_intermediate_size=32), "config.json asks for"),
+    "unsupported": (damage_config(attention_bias=True), "only False is supported"),
+    "index_outside": (
+        lambda f: (f / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": {"x": "../secret.safetensors"}})
+        ),
+        "which is not in the folder",
+    ),
+}
+
+
+@pytest.mark.parametrize("memory", [None, "50%"], ids=["resident", "offloaded"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_folder_gets_one_sentence(tmp_path, damage, memory):
+    qwen3_moe(num_key_value_heads=2).save_pretrained(tmp_path / "m")
+    apply, message = DAMAGES[damage]
+    apply(tmp_path / "m")
+    with pytest.raises(ModelFileError, match=message) as caught:
+        moeyard.load(tmp_path / "m", expert_memory=memory)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_of_many_shards_opens(tmp_path):
+    theirs = qwen3_moe(num_key_value_heads=2)
+    theirs.save_pretrained(tmp_path / "m", max_shard_size="20KB")
+    assert len(list((tmp_path / "m").glob("*.safetensors"))) > 3
+    ids = torch.randint(0, 97, (1, 8))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    with torch.no_grad():
+        assert (moeyard.load(tmp_path / "m")(ids) - again(ids).logits).abs().max() <= 1e-4
+
+
+def test_uniform_rows_are_a_batch_of_sequences():
+    ids = torch.arange(6).view(2, 3)
+    batch = batch_of_rows(ids)
+    assert batch.lengths == (3, 3) and batch.positions_T.tolist() == [0, 1, 2, 0, 1, 2]

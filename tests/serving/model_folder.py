@@ -1,0 +1,47 @@
+"""A small model folder with sharp routers and a byte tokenizer, for serving tests."""
+
+from pathlib import Path
+
+from moeyard.moe.config import ModelConfig, MoEConfig
+from moeyard.moe.decoder import Decoder
+from moeyard.moe.hf_config import to_hf
+from moeyard.moe.initialize import initialize
+from moeyard.moe.model_folder import expert_tensor_name, tensor_name, write_model_folder
+from moeyard.moe.router import TopK
+from moeyard.training.data.tokenizer import ByteTokenizer
+
+CONFIG = ModelConfig(
+    vocab_size=257,
+    d_model=24,
+    num_layers=3,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    max_positions=256,
+    d_ff=20,
+    dense_layers=(1,),
+    moe=MoEConfig(num_experts=6, d_expert=20, router=TopK(k=2)),
+)
+"""Ragged on purpose: expert sizes are no multiples of anything."""
+SLOT_ELEMENTS = 3 * 20 * 24
+NUM_EXPERTS = 2 * 6
+
+
+def write_random_model(folder: Path) -> None:
+    """Write the folder; scaled embeddings and head make its scores sharp."""
+    model = Decoder(CONFIG)
+    initialize(model, 5)
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        if "experts" not in parts:
+            scale = 20 if "lm_head" in name or "embed" in name else 1
+            tensors[tensor_name(name)] = parameter.data * scale
+            continue
+        for expert, matrix in enumerate(parameter.data):
+            halves = matrix.chunk(2) if parts[-1] == "fc1" else (matrix,)
+            names = ("gate", "up") if parts[-1] == "fc1" else ("down",)
+            for part, half in zip(names, halves, strict=True):
+                tensors[expert_tensor_name(int(parts[1]), expert, part)] = half
+    values = to_hf(CONFIG, "float32", 256)
+    write_model_folder(folder, values, tensors.items(), ByteTokenizer().save)

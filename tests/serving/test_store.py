@@ -1,0 +1,144 @@
+"""The expert store and offloaded experts: exact, bounded, consistent after failures."""
+
+import os
+
+import pytest
+import torch
+from model_folder import NUM_EXPERTS, SLOT_ELEMENTS
+
+from moeyard.errors import ConfigError, ExpertReadError
+from moeyard.moe.model_folder import ModelFolder
+from moeyard.serving import store as store_module
+from moeyard.serving.budget import parse_budget
+from moeyard.serving.loading import open_model
+from moeyard.serving.store import ExpertStore
+
+
+@pytest.fixture
+def folder(model_folder):
+    return model_folder
+
+
+def slots(count: int, dtype: str = "float32") -> str:
+    return f"{count * SLOT_ELEMENTS * (4 if dtype == 'float32' else 2)}B"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("count", [12, 6, 3, 1])
+def test_logits_are_the_resident_ones_bit_for_bit(folder, dtype, count):
+    resident, _ = open_model(folder, dtype)
+    offloaded, store = open_model(folder, dtype, expert_memory=slots(count, dtype))
+    assert store.num_slots == count
+    for rows in (1, 3, 70):
+        ids = torch.randint(0, 257, (2, rows), generator=torch.Generator().manual_seed(rows))
+        for _ in range(2):  # a cold and a warm cache
+            assert torch.equal(resident(ids), offloaded(ids))
+    prompt = torch.randint(0, 257, (1, 9), generator=torch.Generator().manual_seed(7))
+    expected = resident.generate(prompt, 40, temperature=0)
+    assert torch.equal(offloaded.generate(prompt, 40, temperature=0), expected)
+
+
+def test_counts_hits_misses_and_bytes(folder):
+    model, store = open_model(folder, expert_memory="100%")
+    ids = torch.arange(60).unsqueeze(0)
+    model(ids)
+    first = {layer: (t.hits, t.misses) for layer, t in store.statistics.layers.items()}
+    assert first == {0: (0, 6), 2: (0, 6)}
+    model(ids)
+    for traffic in store.statistics.layers.values():
+        assert (traffic.hits, traffic.misses) == (6, 6)
+        assert traffic.bytes_read == 6 * store.slot_bytes
+    assert store.statistics.evictions == 0 and store.num_resident == NUM_EXPERTS
+
+
+def test_evicts_the_least_recently_used(folder):
+    store = ExpertStore(ModelFolder(folder), torch.float32, 3 * SLOT_ELEMENTS * 4)
+
+    def visit(layer, *experts):
+        for _ in store.stream(layer, experts):
+            pass
+
+    for expert in (0, 1, 2, 0):
+        visit(0, expert)
+    visit(2, 4)  # puts out (0, 1)
+    before = store.statistics.layers[0].misses
+    visit(0, 0)
+    visit(0, 2)
+    assert store.statistics.layers[0].misses == before
+    visit(0, 1)
+    assert store.statistics.layers[0].misses == before + 1
+
+
+def test_never_holds_more_than_its_slots_and_every_wave_is_disjoint(folder):
+    store = ExpertStore(ModelFolder(folder), torch.float32, 2 * SLOT_ELEMENTS * 4)
+    for _ in range(3):
+        seen = []
+        for ready, weights in store.stream(2, range(6)):
+            assert 1 <= len(ready) <= 2 and store.num_resident <= 2
+            assert len({weights.slot(e) for e in ready}) == len(ready)
+            seen += ready
+        assert sorted(seen) == list(range(6))
+
+
+def test_a_passing_read_error_is_retried(folder, monkeypatch):
+    monkeypatch.setattr(store_module, "RETRY_PAUSE_S", 0)
+    real, failures = os.preadv, [2]
+
+    def flaky(*arguments):
+        if failures[0]:
+            failures[0] -= 1
+            raise OSError(5, "Input/output error")
+        return real(*arguments)
+
+    resident, _ = open_model(folder)
+    offloaded, _ = open_model(folder, expert_memory="50%")
+    monkeypatch.setattr(os, "preadv", flaky)
+    ids = torch.arange(10).unsqueeze(0)
+    assert torch.equal(offloaded(ids), resident(ids)) and failures == [0]
+
+
+@pytest.mark.parametrize("fault", ["error", "short"])
+def test_a_lasting_read_error_is_reported_and_leaves_the_store_usable(folder, monkeypatch, fault):
+    monkeypatch.setattr(store_module, "RETRY_PAUSE_S", 0)
+    resident, _ = open_model(folder)
+    offloaded, store = open_model(folder, expert_memory=slots(4))
+    ids = torch.arange(30).unsqueeze(0)
+    expected = resident(ids)
+    real, calls = os.preadv, [0]
+
+    def broken(*arguments):
+        calls[0] += 1
+        if calls[0] < 7:
+            return real(*arguments)
+        if fault == "short":
+            return 0
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", broken)
+        with pytest.raises(ExpertReadError, match="could not be read"):
+            offloaded(ids)
+    assert store.num_resident + len(store._free) == store.num_slots
+    assert torch.equal(offloaded(ids), expected)
+
+
+def test_a_wave_given_up_half_way_leaves_the_store_usable(folder):
+    store = ExpertStore(ModelFolder(folder), torch.float32, 2 * SLOT_ELEMENTS * 4)
+    waves = store.stream(0, range(6))
+    next(waves)
+    waves.close()
+    assert store.num_resident + len(store._free) == store.num_slots
+    assert sorted(e for ready, _ in store.stream(0, range(6)) for e in ready) == list(range(6))
+
+
+def test_budgets():
+    assert parse_budget("25%", 1000) == 250
+    assert parse_budget("2GiB", 0) == 2 << 30 and parse_budget("1.5 MB", 0) == 1_500_000
+    for bad in ("", "x", "5", "0%", "101%", "-1GiB", "3 parsecs"):
+        with pytest.raises(ConfigError, match="expert-memory is"):
+            parse_budget(bad, 1000)
+
+
+def test_a_budget_below_one_expert_is_refused(folder):
+    with pytest.raises(ConfigError, match="is 100 bytes, but one expert takes 5760"):
+        open_model(folder, expert_memory="100B")
