@@ -7,7 +7,8 @@ import pytest
 import torch
 import yaml
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "serving")]
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE / "serving"), str(HERE / "training")]
 
 TEXT = "".join(
     f"def function_{n}(a, b={n % 7}):\n    return [a * {n}, b ** {n % 5}, '{'xyz' * (n % 4)}']\n"

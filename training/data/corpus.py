@@ -89,7 +89,8 @@ def split(documents: list[str], source: str, fraction: float) -> tuple[list[str]
         return [text[:cut]], [text[cut:]]
     every = max(2, round(1 / fraction))
     held_out = documents[::every]
-    training = [text for index, text in enumerate(documents) if index % every]
+    seen = set(held_out)  # a copy of a held-out text must not be trained on
+    training = [text for text in documents if text not in seen]
     if not training:
         raise DataError(f"data.source {source!r} holds no documents; give a corpus with some text.")
     return training, held_out

@@ -1,0 +1,138 @@
+"""Run torchrun, kill parts of it, start it again, and say what came out."""
+
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from moeyard.parallel.mesh import Mesh
+from moeyard.training.checkpoint import Checkpoints, read_state, read_tensors
+
+from launch import environment
+
+OVERRIDES = [
+    "model.moe.router.jitter=0.1",  # draws from the generator, whose state must survive
+    "train.steps=80",
+    "train.batch_sequences=32",
+    "train.sequence_length=64",
+    "train.log_every=1",
+    "checkpoint.every=5",
+    "parallel.ep=2",
+    "parallel.timeout_s=60",
+]
+DEADLINE_S = 240
+
+
+def digest(run_dir: Path) -> str:
+    """Hash weights, moments, generators and position of the newest checkpoint."""
+    newest = Checkpoints(run_dir, Mesh(), 1).newest_whole()
+    assert newest is not None, f"{run_dir} has no checkpoint"
+    found = hashlib.sha256(str(read_state(newest)["step"]).encode())
+    for key, tensor in sorted(read_tensors(newest).items()):
+        found.update(key.encode())
+        found.update(tensor.contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+@dataclass
+class Launch:
+    """A torchrun that may die."""
+
+    config: Path
+    run_dir: Path
+    program: list[str] = field(default_factory=lambda: ["-m", "moeyard.training"])
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node", "2", "--max-restarts", "50", *self.program]
+        command += [str(self.config), *OVERRIDES, f"run_dir={self.run_dir}"]
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        with (self.run_dir / "log.txt").open("a") as log:
+            self.agent = subprocess.Popen(
+                command, env=environment(), cwd="/", stdout=log, stderr=log
+            )
+
+    def log(self) -> str:
+        return (self.run_dir / "log.txt").read_text()
+
+    def workers(self) -> dict[int, int]:
+        """Return rank -> process id of the workers that run now."""
+        found = {}
+        try:
+            children = Path(f"/proc/{self.agent.pid}/task/{self.agent.pid}/children").read_text()
+        except OSError:
+            return {}
+        for pid in children.split():
+            try:
+                variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            ranks = [v for v in variables if v.startswith(b"RANK=")]
+            if ranks:
+                found[int(ranks[0].removeprefix(b"RANK="))] = int(pid)
+        return found
+
+    def starts(self) -> int:
+        """How often training has started or resumed."""
+        log = self.log()
+        return log.count("event=started") + log.count("event=resumed")
+
+    def wait(self) -> int:
+        return self.agent.wait(timeout=DEADLINE_S)
+
+
+def wait_until(condition, what: str, timeout: float = DEADLINE_S) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {timeout} s for {what}"
+        time.sleep(0.001)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return "zombie" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+def kill_at_random(launch: Launch, count: int, seed: int) -> dict[str, int]:
+    """Kill ``count`` times: workers and the agent, at random moments and inside saves.
+
+    Returns how many kills hit what. Every kill waits until training runs again.
+    """
+    chance = random.Random(seed)
+    hit = {"rank 0": 0, "rank 1": 0, "agent": 0, "inside a save": 0}
+    checkpoints = launch.run_dir / "checkpoints"
+    starts = 0
+    for number in range(count):
+        wait_until(lambda seen=starts: launch.starts() > seen or finished(launch), "training")
+        assert not finished(launch), f"the run ended after {number} of {count} kills"
+        starts = launch.starts()
+        if number % 2 == 0:
+            wait_until(lambda: any(checkpoints.glob(".tmp-*")), "a save")
+            time.sleep(chance.uniform(0, 0.03))
+        else:
+            time.sleep(chance.uniform(0, 1.0))
+        inside = any(checkpoints.glob(".tmp-*")) if checkpoints.exists() else False
+        victim = ("rank 0", "rank 1", "agent")[number % 3]
+        workers = launch.workers()
+        if victim == "agent" or len(workers) < 2:
+            victim = "agent"
+            os.kill(launch.agent.pid, signal.SIGKILL)
+            launch.wait()
+            wait_until(lambda w=workers: not any(map(is_alive, w.values())), "orphans to die", 5)
+            launch.start()
+        else:
+            os.kill(workers[int(victim[-1])], signal.SIGKILL)
+        hit[victim] += 1
+        hit["inside a save"] += inside
+    return hit
+
+
+def finished(launch: Launch) -> bool:
+    return launch.agent.poll() is not None

@@ -1,0 +1,295 @@
+"""The training program: learns, resumes, stops, refuses."""
+
+import itertools
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from kills import digest
+
+from moeyard.configuration import load_config
+from moeyard.errors import CheckpointError, ConfigError, TrainingError
+from moeyard.parallel.mesh import Mesh
+from moeyard.training.__main__ import main
+from moeyard.training.checkpoint import Checkpoints, verify
+from moeyard.training.config import OptimizerConfig, RunConfig
+from moeyard.training.optimizer import learning_rate
+from moeyard.training.trainer import Trainer
+
+from launch import environment, torchrun, training
+
+
+def run_here(config_file, run_dir, *overrides) -> int:
+    return main([str(config_file), f"run_dir={run_dir}", *overrides])
+
+
+def metrics(run_dir) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_learns_and_leaves_a_run_folder(tmp_path, config_file, capsys):
+    run = tmp_path / "run"
+    assert run_here(config_file, run, "train.steps=40", "optimizer.lr=0.01") == 0
+    records = metrics(run)
+    assert [r["step"] for r in records] == list(range(1, 41))
+    assert records[-1]["loss"] < 0.75 * records[0]["loss"]
+    assert records[0]["loss"] == pytest.approx(math.log(257), rel=0.02)
+    assert records[-1]["eval_loss_per_byte"] < records[0]["loss"]
+    assert (run / "latest").read_text().strip() == "step-00000040"
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
+        "step-00000039",
+        "step-00000040",
+    ]
+    assert yaml.safe_load((run / "config.yaml").read_text())["train"]["steps"] == 40
+    shown = capsys.readouterr().err
+    assert "event=started" in shown and "worst_load=" in shown and "left_s=" in shown
+
+
+@pytest.mark.parametrize("router", ["{kind: hash, k: 2}", "{kind: topk, k: 1, renormalize: false}"])
+def test_routed_rows_are_tokens_times_choices(tmp_path, config_file, router):
+    assert run_here(config_file, tmp_path / "run", f"model.moe.router={router}") == 0
+    k = yaml.safe_load(router)["k"]
+    for record in metrics(tmp_path / "run"):
+        assert [sum(layer) for layer in record["expert_tokens"]] == [record["step_tokens"] * k] * 2
+        assert all(layer["dropped"] == 0 for layer in record["load"])
+
+
+@pytest.mark.dist
+def test_two_ranks_log_the_same_routing_as_one(tmp_path, config_file):
+    training(str(config_file), f"run_dir={tmp_path}/one", "train.precision=fp64")
+    options = ("train.precision=fp64", "parallel.ep=2", f"run_dir={tmp_path}/two")
+    torchrun(2, "-m", "moeyard.training", str(config_file), *options)
+    for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert one["expert_tokens"] == two["expert_tokens"]
+        assert [sum(layer) for layer in two["expert_tokens"]] == [two["step_tokens"] * 2] * 2
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-12)
+        if "eval_loss" in one:
+            assert one["eval_loss"] == pytest.approx(two["eval_loss"], rel=1e-12)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_resumed_run_ends_as_the_unbroken_one(tmp_path, config_file, precision):
+    options = [f"train.precision={precision}", "model.moe.router.jitter=0.1"]
+    assert run_here(config_file, tmp_path / "whole", *options) == 0
+    assert run_here(config_file, tmp_path / "parts", *options, "train.steps=6") == 0
+    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "step-00000006")
+    assert run_here(config_file, tmp_path / "parts", *options) == 0
+    assert digest(tmp_path / "parts") == digest(tmp_path / "whole")
+    timeless = [
+        [{k: v for k, v in r.items() if k not in ("step_s", "tokens_per_s")} for r in metrics(d)]
+        for d in (tmp_path / "whole", tmp_path / "parts")
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def bend(path, name):
+    file = next(path.glob(name))
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    file.write_bytes(data)
+
+
+DAMAGES = {
+    "flipped_shard": (lambda p: bend(p, "*.distcp"), "distcp does not match its hash"),
+    "flipped_metadata": (lambda p: bend(p, ".metadata"), ".metadata does not match"),
+    "flipped_state": (lambda p: bend(p, "state.json"), "state.json does not match"),
+    "cut_shard": (
+        lambda p: os.truncate(next(p.glob("*.distcp")), 100),
+        "has 100 bytes, the manifest says",
+    ),
+    "no_shard": (lambda p: next(p.glob("*.distcp")).unlink(), "distcp is missing"),
+    "no_manifest": (lambda p: (p / "manifest.json").unlink(), "manifest.json is missing"),
+    "cut_manifest": (lambda p: os.truncate(p / "manifest.json", 30), "unreadable"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over_by_name(tmp_path, config_file, damage, caplog):
+    run = tmp_path / "run"
+    assert run_here(config_file, run) == 0
+    whole = digest(run)
+    apply, message = DAMAGES[damage]
+    apply(run / "checkpoints" / "step-00000006")
+    assert message in verify(run / "checkpoints" / "step-00000006")
+    assert run_here(config_file, run) == 0
+    assert "step-00000006" in caplog.text and message in caplog.text
+    assert digest(run) == whole
+
+
+def test_a_run_without_a_whole_checkpoint_does_not_start_over_silently(tmp_path, config_file):
+    run = tmp_path / "run"
+    assert run_here(config_file, run) == 0
+    for manifest in run.glob("checkpoints/*/manifest.json"):
+        manifest.unlink()
+    assert run_here(config_file, run) == 1
+    with pytest.raises(CheckpointError, match="none of the 2 checkpoints"):
+        Checkpoints(run, Mesh(), 2).newest_whole()
+
+
+def test_metadata_that_calls_something_is_refused(tmp_path, config_file):
+    import pickle
+
+    from moeyard.training.dcp_reader import SafeFileSystemReader
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "canary"),)
+
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(CheckpointError, match="do not use this folder"):
+        SafeFileSystemReader(tmp_path).read_metadata()
+    assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.dist
+def test_a_checkpoint_continues_on_other_ranks(tmp_path, config_file):
+    """1 rank, then 2 with EP=2, then 1 again: the weights of the unbroken single-rank run."""
+    exact = ["train.precision=fp64", "parallel.backend=reference", "train.steps=9"]
+    training(str(config_file), f"run_dir={tmp_path}/one", *exact)
+    moved = [str(config_file), f"run_dir={tmp_path}/moved", *exact]
+    training(*moved[:2], *exact[:2], "train.steps=9", "checkpoint.keep=9")
+    for step in (6, 9):
+        shutil.rmtree(tmp_path / f"moved/checkpoints/step-{step:08d}")
+    torchrun(2, "-m", "moeyard.training", *moved, "parallel.ep=2")
+    shutil.rmtree(tmp_path / "moved/checkpoints/step-00000009")
+    training(*moved)
+    from moeyard.training.checkpoint import read_tensors
+
+    one = read_tensors(tmp_path / "one/checkpoints/step-00000009", "weight/")
+    two = read_tensors(tmp_path / "moved/checkpoints/step-00000009", "weight/")
+    assert one.keys() == two.keys()
+    for key, tensor in one.items():
+        torch.testing.assert_close(two[key], tensor, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sigterm_saves_and_exits_with_0(tmp_path, config_file, ranks):
+    run = tmp_path / "run"
+    command = [sys.executable]
+    if ranks > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command += ["-m", "moeyard.training", str(config_file), f"run_dir={run}"]
+    command += ["train.steps=100000", "checkpoint.every=100000", f"parallel.ep={ranks}"]
+    with (tmp_path / "log.txt").open("w") as log:
+        process = subprocess.Popen(command, env=environment(), cwd="/", stdout=log, stderr=log)
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    status = process.wait(60)
+    text = (tmp_path / "log.txt").read_text()
+    assert "event=stopped reason=SIGTERM" in text
+    newest = Checkpoints(run, Mesh(), 1).newest_whole()
+    assert newest is not None and f"saved_step={int(newest.name[5:])}" in text
+    if ranks == 1:
+        assert status == 0
+    else:  # torchrun reports its own signal; its workers ended well
+        assert "exitcode" not in text
+
+
+def test_stops_before_an_update_that_is_not_finite(tmp_path, config_file):
+    config = load_config(RunConfig, config_file, [f"run_dir={tmp_path}/run"])
+    trainer = Trainer(config, tmp_path / "run", Mesh())
+    with torch.no_grad():
+        trainer.decoder.layers[0].mlp.experts.fc1[0, 0, 0] = float("nan")
+    before = {n: p.clone() for n, p in trainer.decoder.named_parameters()}
+    with pytest.raises(TrainingError, match="nothing was updated"):
+        trainer.run()
+    for name, parameter in trainer.decoder.named_parameters():
+        assert torch.equal(parameter.nan_to_num(), before[name].nan_to_num())
+
+
+def test_learning_rate_warms_up_and_decays():
+    config = OptimizerConfig(lr=1.0, warmup_steps=4, min_lr_ratio=0.1)
+    rates = [learning_rate(config, step, 24) for step in range(24)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and rates[4] == 1.0
+    assert all(a > b for a, b in itertools.pairwise(rates[4:]))
+    assert rates[-1] > 0.1 and learning_rate(config, 24, 24) == pytest.approx(0.1)
+
+
+BAD = {
+    "misspelt": ("trian.steps=3", "trian is not a known key; did you mean train?"),
+    "misspelt_inside": ("train.stps=3", "train.stps is not a known key; did you mean train.steps?"),
+    "misspelt_router": (
+        "model.moe.router.renormalise=true",
+        "did you mean model.moe.router.renormalize?",
+    ),
+    "unknown": ("train.zzzzzzzz=3", "train.zzzzzzzz is not a known key; remove it"),
+    "not_a_number": ("train.steps=many", "train.steps: it is 'many', but should be a valid"),
+    "negative": ("train.steps=0", "train.steps: it is 0, but should be greater than"),
+    "infinite": ("optimizer.lr=.inf", "optimizer.lr: it is inf, but should be a finite number"),
+    "too_many_choices": ("model.moe.router.k=5", "router.k is 5, but num_experts is 4"),
+    "unknown_router": ("model.moe.router.kind=magic", "model.moe.router"),
+    "heads": ("model.num_kv_heads=3", "num_heads is 4, which num_kv_heads = 3 does not divide"),
+    "accumulation": ("train.accumulation=3", "train.batch_sequences is 8, which train.accum"),
+    "too_long": ("train.sequence_length=300", "but model.max_positions is 256"),
+    "ep_experts": ("parallel.ep=3", "parallel.ep is 3, which does not divide the 1 rank"),
+    "ep_dense": ("model.moe=null model.d_ff=8 parallel.ep=2", "but the model has no experts"),
+    "no_width": ("model.moe=null", "d_ff is missing"),
+    "tokenizer": ("data.tokenizer=/nowhere", "data.tokenizer is '/nowhere', which is no folder"),
+    "source": ("data.source=/nowhere.txt", "data.source is '/nowhere.txt', which cannot be read"),
+    "small_vocabulary": ("model.vocab_size=100", "model.vocab_size is 100, but the tokenizer"),
+    "unwritable": ("run_dir=/proc/nowhere", "run_dir is '/proc/nowhere', which cannot be written"),
+    "not_an_override": ("train", "override 'train' is not of the form key.key=value"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_configuration_gets_one_sentence_and_leaves_nothing(
+    tmp_path, config_file, capsys, case
+):
+    overrides, message = BAD[case]
+    run = tmp_path / "run"
+    status = run_here(config_file, run, *overrides.split())
+    shown = capsys.readouterr().err
+    assert status == 2, shown
+    assert shown.startswith("error: ") and shown.count("\n") == 1, shown
+    assert message in shown
+    assert not list(run.glob("checkpoints/*"))
+
+
+@pytest.mark.parametrize("content", ["a: [", "- 1\n", ""], ids=["broken", "a_list", "empty"])
+def test_a_file_that_is_no_configuration_is_refused(tmp_path, content):
+    path = tmp_path / "c.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError):
+        load_config(RunConfig, path)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(RunConfig, tmp_path / "none.yaml")
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("parallel.ep=4", "parallel.ep is 4, which does not divide the 2 rank"),
+        ("train.batch_sequences=7", "does not split over 2 ranks"),
+    ],
+)
+def test_torchrun_refuses_meshes_that_do_not_fit(tmp_path, config_file, override, message):
+    with pytest.raises(AssertionError, match=message):
+        torchrun(2, "-m", "moeyard.training", str(config_file), f"run_dir={tmp_path}/run", override)
+
+
+def test_a_changed_model_under_an_old_run_is_refused(tmp_path, config_file, capsys):
+    run = tmp_path / "run"
+    assert run_here(config_file, run) == 0
+    capsys.readouterr()
+    assert run_here(config_file, run, "model.num_layers=3") == 1
+    assert "has model.num_layers = 2, the configuration says 3" in capsys.readouterr().err
+
+
+def test_print_config_shows_the_merged_values(config_file, capsys):
+    assert main([str(config_file), "train.steps=77", "--print-config"]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["train"]["steps"] == 77 and shown["optimizer"]["weight_decay"] == 0.1
