@@ -55,6 +55,18 @@ class ModelFolder:
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
 
+    def check_experts(self) -> None:
+        """Raise :class:`ModelFileError` unless every expert's matrices are there and fit."""
+        config, moe = self.config, self.config.moe
+        if moe is None:
+            return
+        wide, narrow = (moe.d_expert, config.d_model), (config.d_model, moe.d_expert)
+        for layer in filter(config.is_moe, range(config.num_layers)):
+            for expert in range(moe.num_experts):
+                for part, shape in (("gate", wide), ("up", wide), ("down", narrow)):
+                    name = expert_tensor_name(layer, expert, part)
+                    self.locate(name).check_shape(name, shape)
+
     def read_into(self, name: str, out: Tensor) -> None:
         """Fill ``out`` with tensor ``name``."""
         try:

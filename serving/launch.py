@@ -1,5 +1,6 @@
 """``moeyard serve``: Ray and Ray Serve on this machine, on the loopback, until told to stop."""
 
+import logging
 import os
 import secrets
 import signal
@@ -11,12 +12,13 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from ..errors import ConfigError, ModelFileError
+from ..errors import ConfigError, ModelFileError, MoeyardError
 from ..moe.model_folder import ModelFolder
-from .budget import parse_budget
+from .loading import open_store, pick_dtype
 from .server import ServeArgs, open_serving_tokenizer
 
 START_TIMEOUT_S = 300.0
+RAY_LOGS = "/tmp/ray/session_latest/logs/serve"
 
 
 def serve_forever(args: ServeArgs, host: str, port: int) -> None:
@@ -35,12 +37,19 @@ def serve_forever(args: ServeArgs, host: str, port: int) -> None:
     from .app import build
 
     stopped = threading.Event()
-    ray.init(include_dashboard=False, configure_logging=True, log_to_driver=False)
+    ray.init(include_dashboard=False, logging_level=logging.WARNING, log_to_driver=False)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
     try:
         serve.start(http_options={"host": host, "port": port})
-        serve.run(build(args), name="moeyard", route_prefix="/", blocking=False)
+        try:
+            serve.run(build(args), name="moeyard", route_prefix="/", blocking=False)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise MoeyardError(
+                f"the server could not start ({reason}); the logs are in {RAY_LOGS}."
+            ) from error
         wait_until_healthy(host, port, stopped)
         if not stopped.is_set():
             sys.stdout.write(f"ready model={args.model_name} url=http://{host}:{port}/v1\n")
@@ -63,10 +72,11 @@ def check_before_start(args: ServeArgs, host: str, port: int) -> None:
                 "choose another with --port."
             ) from None
     folder = ModelFolder(Path(args.model))
-    folder.close()
+    folder.check_experts()
     open_serving_tokenizer(Path(args.model))
     if args.expert_memory is not None:
-        parse_budget(args.expert_memory, 0)
+        open_store(folder, pick_dtype(folder, args.dtype), args.expert_memory).close()
+    folder.close()
     longest = folder.config.max_positions
     if args.max_model_len is not None and args.max_model_len > longest:
         raise ModelFileError(

@@ -43,13 +43,13 @@ def open_model(
     if device != "cpu":
         raise ConfigError(f"device is {device!r}; this release serves on 'cpu'.")
     files = ModelFolder(Path(folder))
+    files.check_experts()
     chosen = pick_dtype(files, dtype)
     with torch.device("meta"):
         decoder = Decoder(files.config, expert_ids=())
     store = None
     if expert_memory is not None:
-        budget = parse_budget(expert_memory, expert_bytes(files, chosen))
-        store = ExpertStore(files, chosen, budget)
+        store = open_store(files, chosen, expert_memory)
     for index, layer in decoder.moe_layers():
         layer.experts = _experts(files, layer, index, chosen, store)
     _read_dense(files, decoder, chosen)
@@ -58,6 +58,11 @@ def open_model(
     if store is None:
         files.close()
     return LanguageModel(decoder, eos_ids), store
+
+
+def open_store(files: ModelFolder, dtype: torch.dtype, expert_memory: str) -> ExpertStore:
+    """Open a store with a budget as people write it."""
+    return ExpertStore(files, dtype, parse_budget(expert_memory, expert_bytes(files, dtype)))
 
 
 def expert_bytes(files: ModelFolder, dtype: torch.dtype) -> int:

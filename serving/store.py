@@ -61,20 +61,13 @@ class ExpertStore:
         self._folder = folder
         self._num_experts = moe.num_experts
         self._layers = [layer for layer in range(config.num_layers) if config.is_moe(layer)]
-        wide, narrow = (moe.d_expert, config.d_model), (config.d_model, moe.d_expert)
-        for layer in self._layers:
-            for expert in range(moe.num_experts):
-                for part, shape in (("gate", wide), ("up", wide), ("down", narrow)):
-                    name = expert_tensor_name(layer, expert, part)
-                    folder.locate(name).check_shape(name, shape)
         self.slot_bytes = 3 * moe.d_expert * config.d_model * dtype.itemsize
-        total = len(self._layers) * moe.num_experts
-        self.num_slots = min(total, budget_bytes // self.slot_bytes)
-        if self.num_slots < 1:
+        if budget_bytes < self.slot_bytes:
             raise ConfigError(
                 f"expert-memory is {budget_bytes} bytes, but one expert takes {self.slot_bytes}; "
                 "give at least that."
             )
+        self.num_slots = min(len(self._layers) * moe.num_experts, budget_bytes // self.slot_bytes)
         self._fc1_SHD = empty_slots(self.num_slots, 2 * moe.d_expert, config.d_model, dtype)
         self._fc2_SDF = empty_slots(self.num_slots, config.d_model, moe.d_expert, dtype)
         self._free = deque(range(self.num_slots))

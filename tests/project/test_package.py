@@ -1,0 +1,137 @@
+"""The layout: what is exported, what is packaged, what is never imported."""
+
+import ast
+import os
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import moeyard
+
+ROOT = Path(__file__).parent.parent.parent
+FOLDERS = ("kernels", "moe", "parallel", "training", "serving")
+FLOORS = {"kernels": 1, "moe": 2, "parallel": 3, "training": 4, "serving": 4}
+PYTHON_FILES = [
+    path
+    for path in sorted(ROOT.rglob("*.py"))
+    if not {".venv", "build", "runs"}.intersection(path.relative_to(ROOT).parts)
+]
+
+
+def test_exported_names_are_pinned():
+    assert moeyard.__all__ == sorted(moeyard.__all__)
+    assert set(moeyard.__all__) == {
+        "Hash",
+        "MoELayer",
+        "MoeyardError",
+        "Routing",
+        "TopK",
+        "__version__",
+        "load",
+    }
+    assert all(hasattr(moeyard, name) for name in moeyard.__all__)
+
+
+def test_kernels_is_a_namespace_and_no_test_folder_a_package():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert not list((ROOT / "tests").rglob("__init__.py"))
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert len(names) == len(set(names))
+
+
+IMPORT_EVERYTHING = """
+import importlib.util, sys
+spec = importlib.util.find_spec("kernels")
+# Nothing, our folder as a namespace, or Hugging Face's package: never a module of ours.
+assert spec is None or spec.origin is None or not spec.origin.startswith(ROOT), spec
+import moeyard, moeyard.kernels.grouping, moeyard.training.trainer, moeyard.serving.engine
+from transformers import AutoTokenizer, Qwen3MoeForCausalLM
+files = [m.__file__ for m in list(sys.modules.values()) if getattr(m, "__file__", None)]
+twice = {f for f in files if files.count(f) > 1 and f.startswith(ROOT)}
+assert not twice, twice
+print("fine")
+"""
+
+
+@pytest.mark.parametrize("hub_package", [False, True], ids=["without_kernels", "with_kernels"])
+def test_transformers_imports_beside_us_from_the_root(tmp_path, hub_package):
+    """From the root ``python -c`` finds our folders as bare names; that must do no harm."""
+    path = [str(tmp_path / "packages")] if hub_package else []
+    if hub_package:  # what transformers looks for: an importable package with metadata in range
+        package = tmp_path / "packages" / "kernels"
+        package.mkdir(parents=True)
+        names = "CUDAProperties Device LayerRepository Mode get_kernel register_kernel_mapping"
+        names += " replace_kernel_forward_from_hub use_kernel_forward_from_hub kernelize"
+        names += " LocalLayerRepository FuncRepository use_kernel_func_from_hub"
+        stubs = "".join(f"class {name}:\n    pass\n" for name in names.split())
+        (package / "__init__.py").write_text(f"# stand-in for the hub's package\n{stubs}")
+    code = f"ROOT = {str(ROOT)!r}\n{IMPORT_EVERYTHING}"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "fine"
+
+
+@pytest.mark.parametrize("path", PYTHON_FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_down_and_nothing_dangerous_is_called(path):
+    relative = path.relative_to(ROOT)
+    floor = FLOORS.get(relative.parts[0])
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and floor is not None and node.level >= 2:
+            module = (node.module or "").split(".")[0]
+            above = node.level - len(relative.parts) == 0
+            if above and module in FLOORS and module != relative.parts[0]:
+                assert FLOORS[module] < floor, f"{relative} imports {module}"
+        if isinstance(node, ast.Import | ast.ImportFrom) and relative.parts[0] in FOLDERS:
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module]
+            if isinstance(node, ast.Import) or node.level == 0:
+                bare = {(name or "").split(".")[0] for name in names}
+                assert not bare & {*FOLDERS, "moeyard"}, f"{relative} imports {bare}"
+                allowed = relative == Path("training/dcp_reader.py")
+                assert allowed or not bare & {"pickle", "cloudpickle", "marshal", "shelve"}
+        if isinstance(node, ast.Call) and relative.parts[0] in FOLDERS:
+            called = ast.unparse(node.func)
+            assert called not in {"eval", "exec", "torch.load", "yaml.load", "pickle.load"}
+            trusting = [k for k in node.keywords if k.arg == "trust_remote_code"]
+            assert all(isinstance(k.value, ast.Constant) and not k.value.value for k in trusting)
+
+
+def test_the_wheel_holds_the_packages_and_nothing_else(tmp_path):
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(ROOT)],
+        check=True,
+        capture_output=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    inside = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    expected = {"moeyard/py.typed"}
+    expected |= {f"moeyard/{p.name}" for p in ROOT.glob("*.py")}
+    for folder in FOLDERS:
+        expected |= {
+            f"moeyard/{p.relative_to(ROOT).as_posix()}" for p in (ROOT / folder).rglob("*.py")
+        }
+    assert inside == expected
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {Path(name).parent.as_posix().replace("/", ".") for name in expected}
+    assert set(listed) == folders
+
+
+def test_every_shipped_configuration_is_valid():
+    from moeyard.configuration import load_config
+    from moeyard.training.config import RunConfig
+
+    configurations = list((ROOT / "configs" / "train").glob("*.yaml"))
+    assert len(configurations) >= 3
+    for path in configurations:
+        load_config(RunConfig, path)

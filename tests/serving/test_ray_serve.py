@@ -1,0 +1,187 @@
+"""The real thing: ``moeyard serve`` and ``serve run`` as processes, called over HTTP."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import openai
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+BIN = Path(sys.executable).parent
+START_S = 120
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Running:
+    """A server process in a group of its own."""
+
+    def __init__(self, command: list[str], log: Path, port: int, **env: str) -> None:
+        self.log_path, self.port = log, port
+        with log.open("w") as file:
+            self.process = subprocess.Popen(
+                command,
+                env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0", **env},
+                cwd="/",
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+            )
+
+    def log(self) -> str:
+        return self.log_path.read_text()
+
+    def wait_until_healthy(self) -> None:
+        deadline = time.monotonic() + START_S
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, self.log()
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5):
+                    return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.2)
+        raise AssertionError(self.log())
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(60)
+        finally:
+            subprocess.run(["pkill", "-9", "-s", str(self.process.pid)], check=False)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, model_folder):
+    port = free_port()
+    command = [str(BIN / "moeyard"), "serve", str(model_folder), "--port", str(port)]
+    command += ["--expert-memory", "25%", "--api-key", "secret", "--num-threads", "1"]
+    running = Running(command, tmp_path_factory.mktemp("server") / "log.txt", port)
+    try:
+        running.wait_until_healthy()
+        yield running
+    finally:
+        running.stop()
+
+
+@pytest.fixture
+def client(server):
+    return openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="secret")
+
+
+@pytest.mark.server
+def test_the_openai_client_completes_and_streams(client):
+    assert [m.id for m in client.models.list().data] == ["small"]
+    options = {"model": "small", "prompt": "def ", "max_tokens": 20, "temperature": 0}
+    whole = client.completions.create(**options)
+    pieces = list(client.completions.create(**options, stream=True))
+    assert "".join(p.choices[0].text for p in pieces) == whole.choices[0].text
+    assert pieces[-1].choices[0].finish_reason == whole.choices[0].finish_reason
+    assert whole.usage.prompt_tokens == 4 and whole.usage.completion_tokens == 20
+
+
+@pytest.mark.server
+def test_the_openai_client_understands_refusals(server, client):
+    with pytest.raises(openai.NotFoundError, match="does not exist"):
+        client.completions.create(model="other", prompt="a")
+    with pytest.raises(openai.BadRequestError, match=r"token id 300") as caught:
+        client.completions.create(model="small", prompt=[300])
+    assert caught.value.param == "prompt"
+    with pytest.raises(openai.BadRequestError, match="the model takes 256 in all") as caught:
+        client.completions.create(model="small", prompt="x" * 999)
+    assert caught.value.code == "context_length_exceeded"
+    stranger = openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="wrong")
+    with pytest.raises(openai.AuthenticationError, match="the API key is missing or wrong"):
+        stranger.models.list()
+    assert client.completions.create(model="small", prompt="a", max_tokens=2).choices
+
+
+@pytest.mark.server
+def test_metrics_add_up_across_concurrent_requests(server, client):
+    import concurrent.futures
+
+    def ask(number):
+        return client.completions.create(
+            model="small", prompt=f"request {number}", max_tokens=10, temperature=0
+        )
+
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(ask, range(12)))
+    assert all(a.usage.completion_tokens <= 10 for a in answers)
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{server.port}/metrics", headers={"Authorization": "Bearer secret"}
+    )
+    text = urllib.request.urlopen(request).read().decode()
+    totals: dict[str, float] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            totals[sample.name] = totals.get(sample.name, 0) + sample.value
+    assert totals["moeyard_moe_tokens_total"] > 0
+    routed = totals["moeyard_expert_tokens_total"]
+    print(f"\nrouted rows {routed:.0f}, tokens {totals['moeyard_moe_tokens_total']:.0f}")
+    assert routed == totals["moeyard_moe_tokens_total"] * 2 * 2  # top-k, MoE layers
+    assert totals["moeyard_requests_running"] == 0 == totals["moeyard_requests_waiting"]
+
+
+@pytest.mark.server
+def test_http_listens_on_the_loopback_alone(server):
+    listening = Path("/proc/net/tcp").read_text() + Path("/proc/net/tcp6").read_text()
+    pattern = rf"\d+: ([0-9A-F]+):{server.port:04X} [0-9A-F:]+ 0A"
+    assert set(re.findall(pattern, listening)) == {"0100007F"}
+
+
+@pytest.mark.server
+def test_an_occupied_port_is_refused_at_once(server, model_folder):
+    command = [str(BIN / "moeyard"), "serve", str(model_folder), "--port", str(server.port)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"error: port {server.port} on 127.0.0.1 cannot be used (Address already in use); "
+        "choose another with --port.\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["/nowhere"], "config.json cannot be read"),
+        (["MODEL", "--expert-memory", "lots"], "expert-memory is 'lots'"),
+        (["MODEL", "--expert-memory", "1B"], "but one expert takes"),
+        (["MODEL", "--max-model-len", "9999"], "max-model-len is 9999, but the model takes 256"),
+        (["MODEL", "--max-num-seqs", "0"], "max_num_seqs: it is 0"),
+    ],
+    ids=["no_folder", "budget", "small_budget", "length", "sequences"],
+)
+def test_what_cannot_work_is_refused_before_ray_starts(model_folder, arguments, message):
+    arguments = [str(model_folder) if a == "MODEL" else a for a in arguments]
+    command = [str(BIN / "moeyard"), "serve", *arguments, "--port", str(free_port())]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2 and message in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.server
+def test_sigterm_ends_the_server_and_everything_it_started(tmp_path, model_folder):
+    port = free_port()
+    command = [str(BIN / "moeyard"), "serve", str(model_folder), "--port", str(port)]
+    running = Running([*command, "--num-threads", "1"], tmp_path / "log.txt", port)
+    running.wait_until_healthy()
+    members = subprocess.run(
+        ["pgrep", "-s", str(running.process.pid)], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert len(members) > 3
+    assert running.stop() == 0, running.log()
+    left = [pid for pid in members if Path(f"/proc/{pid}").exists()]
+    assert not left, running.log()
+    assert "Traceback" not in running.log()
