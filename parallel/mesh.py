@@ -63,7 +63,7 @@ def build_mesh(ep_size: int, num_experts: int) -> Mesh:
         return Mesh()
     world = dist.get_world_size()
     check_expert_parallel(ep_size, world, num_experts)
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     dense = init_device_mesh(device, (world,), mesh_dim_names=("dp",))
     expert = init_device_mesh(device, (world // ep_size, ep_size), mesh_dim_names=("edp", "ep"))
     return Mesh(

@@ -29,7 +29,7 @@ def is_torchrun_worker() -> bool:
 
 
 def start_process_group(timeout_s: float) -> None:
-    """Join the group that torchrun's environment describes; gloo on the CPU, NCCL on GPUs.
+    """Join the group that torchrun's environment describes; gloo for the CPU, NCCL for GPUs.
 
     Every restart gets its own prefix in torchrun's store: workers of the next attempt would
     otherwise read the addresses the dead ones left there, and fail to connect.
@@ -47,9 +47,10 @@ def start_process_group(timeout_s: float) -> None:
         timeout=timeout,
     )
     store = dist.PrefixStore(f"attempt-{env.get('TORCHELASTIC_RESTART_COUNT', '0')}", tcp)
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    if backend == "nccl":
+    backend = "gloo"
+    if torch.cuda.is_available():
         torch.cuda.set_device(int(env["LOCAL_RANK"]))
+        backend = "cpu:gloo,cuda:nccl"  # counts and flags stay on the CPU
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
 
 

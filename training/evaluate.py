@@ -7,7 +7,7 @@ import torch
 from ..parallel.mesh import Mesh
 from .config import RunConfig
 from .objective import NextToken
-from .setup import Data
+from .setup import Data, device
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ def evaluate(objective: NextToken, data: Data, config: RunConfig, mesh: Mesh) ->
         for start in range(0, num_windows, per_rank * mesh.world_size):
             first = min(num_windows, start + mesh.rank * per_rank)
             windows = data.held_out.in_order(range(first, min(num_windows, first + per_rank)))
-            total += objective(windows).cross_entropy_sum.double()
+            total += objective(windows.to(device())).cross_entropy_sum.double().cpu()
     objective.train()
     num_tokens = num_windows * length
     loss = float(mesh.sum(total)) / num_tokens

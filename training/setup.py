@@ -78,10 +78,18 @@ def build_model(config: RunConfig, model: ModelConfig, data: Data, mesh: Mesh) -
     )
     initialize(decoder, config.seed)
     apply_precision(decoder, config.train.precision)
+    decoder.to(device())
     if mesh.ep_group is not None and mesh.ep_size > 1 and model.moe is not None:
         for _, layer in decoder.moe_layers():
             layer.dispatcher = AllToAllDispatcher(model.moe.num_experts, mesh.ep_group)
     return decoder
+
+
+def device() -> torch.device:
+    """Return where this rank computes: its GPU if there is one."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def check_batch(config: RunConfig, mesh: Mesh) -> None:

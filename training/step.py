@@ -48,6 +48,7 @@ class TrainStep:
         self._mesh = mesh
         self._batches = batches
         self._routers = decoder.routers()
+        self._device = decoder.embed_tokens.weight.device
         self.gradients = MainGradients(decoder, mesh)
         self.objective = NextToken(decoder)
         self._wrapped = wrap_dense(self.objective, mesh)
@@ -85,7 +86,9 @@ class TrainStep:
         self.gradients.zero()
         for micro in range(train.accumulation):
             first = micro * micro_rows + mesh.rank * rank_rows
-            windows = self._batches.sequences(step, range(first, first + rank_rows))
+            windows = self._batches.sequences(step, range(first, first + rank_rows)).to(
+                self._device
+            )
             is_last = micro == train.accumulation - 1
             with nullcontext() if is_last else self._no_sync():
                 objective = self._wrapped(windows)
@@ -100,9 +103,9 @@ class TrainStep:
                     counts_LE = micro_counts if micro == 0 else counts_LE + micro_counts
                 loss.backward()
             self.gradients.accumulate()
-            sums[: len(parts)] += torch.stack([part.double() for part in parts])
+            sums[: len(parts)] += torch.stack([part.double() for part in parts]).cpu()
         self.gradients.reduce_experts()
-        return sums, counts_LE
+        return sums, counts_LE.cpu()
 
     def _no_sync(self):  # type: ignore[no-untyped-def]
         if isinstance(self._wrapped, DistributedDataParallel):

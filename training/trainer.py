@@ -35,6 +35,9 @@ class Trainer:
         self._checkpoints = Checkpoints(run_dir, mesh, config.checkpoint.keep)
         self._run_dir = run_dir
         self._stop_requested = False
+        self._generator = torch.default_generator
+        if torch.cuda.is_available():
+            self._generator = torch.cuda.default_generators[torch.cuda.current_device()]
 
     def run(self) -> None:
         """Train to the last step, or to the next step's end after SIGTERM; both save first."""
@@ -114,7 +117,7 @@ class Trainer:
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         tensors = dict(self._step.optimizer.named_tensors())
-        tensors[self._rng_key()] = torch.get_rng_state()
+        tensors[self._rng_key()] = self._generator.get_state()
         return tensors
 
     def _rng_key(self) -> str:
@@ -141,7 +144,7 @@ class Trainer:
             tensors.pop(self._rng_key())  # other ranks drew these numbers; start a new stream
         self._checkpoints.load(path, tensors)
         if self._rng_key() in tensors:
-            torch.set_rng_state(tensors[self._rng_key()])
+            self._generator.set_state(tensors[self._rng_key()])
         else:
             seed_rank(self._config.seed + state["step"], self._mesh.rank)
         self._step.optimizer.restore_parameters()
