@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from moeyard.moe.batch import batch_of
 from moeyard.moe.sampling import SamplingParams
 from moeyard.serving.engine import Engine
 from moeyard.serving.loading import open_model
@@ -29,11 +30,15 @@ PROMPTS = [
 PROMPTS += ["    raise ValueError(", "# Copyright", "x" * 700]
 
 
-def logits_of(model, prompt_ids: torch.Tensor) -> list[torch.Tensor]:
-    """Return logits of a batch of rows, then of 64 greedy steps with a cache."""
-    rows = model(prompt_ids)
-    answer = model.generate(prompt_ids[:1], max_new_tokens=64, temperature=0)
-    return [rows, model(answer), answer]
+@torch.inference_mode()
+def logits_of(model, ids_BT: torch.Tensor) -> list[torch.Tensor]:
+    """Return logits of whole rows, then of each of 64 greedy steps that continue the first row."""
+    logits = [model(ids_BT)]
+    decoder, cache, new = model.decoder, model.decoder.new_cache(), ids_BT[0]
+    for _ in range(64):
+        logits.append(decoder.logits(decoder(batch_of([new], [cache])).hidden_TD[-1:]))
+        new = logits[-1].argmax(-1)
+    return logits
 
 
 def compare_budgets(folder: Path) -> list[dict]:

@@ -91,7 +91,7 @@ class TrainStep:
             )
             is_last = micro == train.accumulation - 1
             with nullcontext() if is_last else self._no_sync():
-                objective = self._wrapped(windows)
+                objective = self._wrapped(windows.to(self._device))
                 loss = objective.cross_entropy_sum / global_tokens
                 parts = [objective.cross_entropy_sum.detach()]
                 if objective.routings:

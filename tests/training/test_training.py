@@ -293,3 +293,30 @@ def test_print_config_shows_the_merged_values(config_file, capsys):
     assert main([str(config_file), "train.steps=77", "--print-config"]) == 0
     shown = yaml.safe_load(capsys.readouterr().out)
     assert shown["train"]["steps"] == 77 and shown["optimizer"]["weight_decay"] == 0.1
+
+
+FULL_DISK = """
+import resource, sys
+from moeyard.training.__main__ import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.dist
+def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(tmp_path, config_file):
+    run = tmp_path / "run"
+    assert run_here(config_file, run, "train.steps=3") == 0
+    whole = digest(run)
+    command = [sys.executable, "-c", FULL_DISK, str(config_file), f"run_dir={run}"]
+    done = subprocess.run(
+        command, env=environment(), cwd="/", capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert (
+        "could not be written (" in done.stderr and "the previous one is untouched" in done.stderr
+    )
+    assert digest(run) == whole
+    assert run_here(config_file, run) == 0  # with room again, the run goes on
+    assert metrics(run)[-1]["step"] == 6
