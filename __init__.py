@@ -1,11 +1,34 @@
-"""moeyard: sparse Mixture-of-Experts models, trained with torchrun, served with Ray Serve."""
+"""moeyard: sparse Mixture-of-Experts models, trained with torchrun, served with Ray Serve.
 
-from .errors import MoeyardError
-from .moe.layer import MoELayer
-from .moe.router import Hash, TopK
-from .moe.routing import Routing
-from .serving.loading import load
+Names are loaded when they are first used, so that starting a command or a worker costs no import
+of torch before it is needed.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .errors import MoeyardError
+    from .moe.layer import MoELayer
+    from .moe.router import Hash, TopK
+    from .moe.routing import Routing
+    from .serving.loading import load
 
 __version__ = "0.1.0"
 
 __all__ = ["Hash", "MoELayer", "MoeyardError", "Routing", "TopK", "__version__", "load"]
+
+_HOME = {
+    "Hash": ".moe.router",
+    "MoELayer": ".moe.layer",
+    "MoeyardError": ".errors",
+    "Routing": ".moe.routing",
+    "TopK": ".moe.router",
+    "load": ".serving.loading",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name], __name__), name)

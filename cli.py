@@ -1,6 +1,7 @@
 """The ``moeyard`` command."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -40,7 +41,11 @@ def build_parser() -> argparse.ArgumentParser:
     serve.add_argument("--max-num-seqs", type=int, default=8, help="requests in the batch")
     serve.add_argument("--max-model-len", type=int, help="longest prompt and answer together")
     serve.add_argument("--num-threads", type=int, help="compute threads; default all cores")
-    serve.add_argument("--api-key", help="key clients must send; default none")
+    serve.add_argument(
+        "--api-key",
+        default=os.environ.get("MOEYARD_API_KEY"),
+        help="key clients must send; default $MOEYARD_API_KEY, which ps does not show, or none",
+    )
     serve.set_defaults(run=_serve)
     return parser
 

@@ -73,6 +73,10 @@ def _sentence(model: type[BaseModel], values: dict[str, Any], problem: Any) -> s
     if problem["type"] == "value_error":
         message = str(problem["ctx"]["error"])
         return f"{path}: {message}" if path else message
+    if problem["type"].startswith("union_tag"):
+        known = problem["ctx"].get("expected_tags", "")
+        kind = problem["ctx"].get("tag", "missing")
+        return f"{path}.kind is {kind}; use one of {known or 'the known kinds'}."
     message = problem["msg"].replace("Input", f"it is {problem['input']!r}, but", 1)
     return f"{path}: {message}."
 

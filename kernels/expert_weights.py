@@ -34,9 +34,16 @@ class ExpertWeights:
         return self.fc1_SHD.shape[0] if self.slot_of_E is None else len(self.slot_of_E)
 
     @property
-    def d_expert(self) -> int:
-        """F."""
-        return self.fc2_SDF.shape[2]
+    def consecutive(self) -> range | None:
+        """The experts of slots 0, 1, 2, ... where they are consecutive, else None."""
+        num_slots = self.fc1_SHD.shape[0]
+        if self.slot_of_E is None:
+            return range(num_slots)
+        if 0 not in self.slot_of_E:
+            return None
+        first = self.slot_of_E.index(0)
+        held = self.slot_of_E[first : first + num_slots]
+        return range(first, first + num_slots) if held == tuple(range(num_slots)) else None
 
     def slot(self, expert: int) -> int:
         """Return the slot of ``expert``, -1 when it is not here."""

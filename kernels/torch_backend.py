@@ -15,6 +15,7 @@ from .activation import swiglu, swiglu_backward
 from .expert_weights import ExpertWeights
 from .grouped_matmul import GroupedMatmul
 from .grouping import Grouping, group_tokens
+from .row_stable import bf16_row_stable_linear
 
 
 def expert_rows(
@@ -31,15 +32,16 @@ def expert_rows(
     in waves; every row's bits are the same whichever waves it is split into.
     """
     matmul = GroupedMatmul(grouping, experts, only)
-    if matmul.is_fused:
+    if matmul.is_fused and x_TD.is_cuda:
         hidden_RF = swiglu(matmul.linear(x_TD[grouping.tokens_R], experts.fc1_SHD))
         return matmul.linear(hidden_RF, experts.fc2_SDF)
     if out_RD is None:
         out_RD = x_TD.new_empty(grouping.order_R.numel(), x_TD.shape[1])
     tokens_R = grouping.tokens_R
     for slot, start, end in matmul.spans:
-        hidden_NF = swiglu(x_TD[tokens_R[start:end]] @ experts.fc1_SHD[slot].t())
-        torch.mm(hidden_NF, experts.fc2_SDF[slot].t(), out=out_RD[start:end])
+        x_ND = x_TD[tokens_R[start:end]]
+        hidden_NF = swiglu(bf16_row_stable_linear(x_ND, experts.fc1_SHD[slot]))
+        out_RD[start:end] = bf16_row_stable_linear(hidden_NF, experts.fc2_SDF[slot])
     return out_RD
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .batch import Batch
 from .config import ModelConfig
 from .kv_cache import KVCacheSpec, SequenceCache
+from .linear import Linear
 
 
 class Rope:
@@ -59,10 +60,10 @@ class Attention(nn.Module):
         self.num_kv_heads = config.kv_heads
         self.head_dim = config.head_width
         d_model, width = config.d_model, config.head_width
-        self.q_proj = nn.Linear(d_model, config.num_heads * width, bias=False)
-        self.k_proj = nn.Linear(d_model, config.kv_heads * width, bias=False)
-        self.v_proj = nn.Linear(d_model, config.kv_heads * width, bias=False)
-        self.o_proj = nn.Linear(config.num_heads * width, d_model, bias=False)
+        self.q_proj = Linear(d_model, config.num_heads * width)
+        self.k_proj = Linear(d_model, config.kv_heads * width)
+        self.v_proj = Linear(d_model, config.kv_heads * width)
+        self.o_proj = Linear(config.num_heads * width, d_model)
         self.q_norm = RMSNorm(width, config.rms_eps)
         self.k_norm = RMSNorm(width, config.rms_eps)
 

@@ -1,16 +1,17 @@
 """The shape of a decoder: the ``model`` section of a configuration."""
 
-from typing import Literal, Self
+from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from .activation import Activation
 from .router import AnyRouter, TopK
 
 
 class MoEConfig(BaseModel):
     """The MoE layers of a decoder."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     num_experts: int = Field(ge=1)
     """Routed experts per layer."""
@@ -18,7 +19,7 @@ class MoEConfig(BaseModel):
     """Inner width of one expert."""
     d_shared: int = Field(default=0, ge=0)
     """Inner width of the shared expert; 0 = none."""
-    activation: Literal["swiglu"] = "swiglu"
+    activation: Activation = "swiglu"
     router: AnyRouter = TopK()
     """How tokens choose experts."""
 
@@ -35,7 +36,7 @@ class MoEConfig(BaseModel):
 class ModelConfig(BaseModel):
     """A decoder of the Qwen3-MoE architecture; all-dense where ``moe`` is missing."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     vocab_size: int | None = Field(default=None, ge=1)
     """Rows of the embedding; training fills it in from the tokenizer."""

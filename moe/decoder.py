@@ -15,6 +15,7 @@ from .batch import Batch
 from .config import ModelConfig
 from .kv_cache import SequenceCache
 from .layer import GatedMLP, MoELayer
+from .linear import Linear
 from .router import Router
 from .routing import Lookahead, RouterInput, Routing
 
@@ -61,6 +62,9 @@ class DecoderLayer(nn.Module):
         else:
             assert config.d_ff is not None, "the configuration was not validated"
             self.mlp = GatedMLP(config.d_model, config.d_ff)
+        if isinstance(self.mlp, MoELayer):
+            known = (Lookahead.TOKEN, Lookahead.FFN_INPUT)
+            assert self.mlp.lookahead in known, f"no call for {self.mlp.lookahead} routers yet"
 
     def forward(
         self, x_TD: Tensor, batch: Batch, rope: tuple[Tensor, Tensor], routing: Routing | None
@@ -102,7 +106,7 @@ class Decoder(nn.Module):
             for layer in range(config.num_layers)
         )
         self.norm = RMSNorm(config.d_model, config.rms_eps)
-        self.lm_head = nn.Linear(config.d_model, config.vocabulary, bias=False)
+        self.lm_head = Linear(config.d_model, config.vocabulary)
         if config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         self._rope = Rope(config.head_width, config.rope_theta)

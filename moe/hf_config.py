@@ -97,6 +97,10 @@ def from_hf(values: dict[str, Any]) -> ModelConfig:
         if model_type == "moeyard":
             return ModelConfig.model_validate(values["moeyard"])
         return _from_qwen3(values)
+    except (TypeError, AttributeError, ZeroDivisionError) as error:
+        raise ModelFileError(
+            f"config.json has a value of the wrong type ({error}); copy it again."
+        ) from None
     except KeyError as error:
         raise ModelFileError(f"config.json has no {error.args[0]!r}; add it.") from None
     except ValidationError as error:

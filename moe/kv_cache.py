@@ -17,10 +17,6 @@ class KVCacheSpec:
     head_dim: int
     dtype: torch.dtype
 
-    def bytes_per_token(self) -> int:
-        """Bytes of keys and values of one position."""
-        return 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
-
 
 class SequenceCache:
     """The cache of one sequence over all layers; grows by doubling up to ``max_length``."""

@@ -3,7 +3,7 @@
 B rows, T tokens per row, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from .sampling import SamplingParams, sample
 class LanguageModel:
     """A loaded model for inference."""
 
-    def __init__(self, decoder: Decoder, eos_ids: Sequence[int] = ()) -> None:
+    def __init__(self, decoder: Decoder, eos_ids: Iterable[int] = ()) -> None:
         self.decoder = decoder.eval()
         self.config = decoder.config
         self.eos_ids = frozenset(eos_ids)
@@ -44,8 +44,13 @@ class LanguageModel:
         Rows that meet an end-of-text id are filled with it. Row b draws from its own generator,
         seeded with ``seed + b``, so its text does not depend on the other rows.
         """
+        self._check(ids_BT, ids_BT.shape[-1] + max_new_tokens)
         num_rows, length = ids_BT.shape
-        self._check(ids_BT, length + max_new_tokens)
+        if max_new_tokens < 0 or not 0 <= (seed or 0) < 1 << 62:
+            raise ConfigError(
+                f"max_new_tokens is {max_new_tokens} and seed {seed}; use numbers from 0 upwards, "
+                "the seed below 2^62."
+            )
         params = SamplingParams(temperature, top_p, top_k)
         generators = [torch.Generator() for _ in range(num_rows)]
         for row, generator in enumerate(generators):
@@ -72,20 +77,16 @@ class LanguageModel:
         return torch.cat(columns, dim=1)
 
     def _check(self, ids_BT: Tensor, length: int) -> None:
-        if ids_BT.ndim != 2 or ids_BT.shape[1] == 0:
-            raise ConfigError(
-                f"ids have shape {list(ids_BT.shape)}; give [B, T] with T of 1 or more."
-            )
+        if ids_BT.ndim != 2 or ids_BT.numel() == 0:
+            raise ConfigError(f"ids have shape {list(ids_BT.shape)}; give [B, T], both above 0.")
         if length > self.config.max_positions:
             raise ConfigError(
                 f"the sequence would have {length} tokens, but the model takes "
                 f"{self.config.max_positions}; shorten it."
             )
-        if (
-            ids_BT.numel()
-            and not 0 <= int(ids_BT.min()) <= int(ids_BT.max()) < self.config.vocabulary
-        ):
+        lowest, highest = (int(bound) for bound in ids_BT.aminmax())
+        if lowest < 0 or highest >= self.config.vocabulary:
             raise ConfigError(
-                f"ids range from {int(ids_BT.min())} to {int(ids_BT.max())}; "
+                f"ids range from {lowest} to {highest}; "
                 f"they must be in [0, {self.config.vocabulary})."
             )

@@ -4,7 +4,7 @@ T tokens, D model width, F expert width, E experts, K choices, S expert slots he
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,10 @@ from ..errors import ConfigError
 from ..kernels.activation import swiglu
 from ..kernels.expert_mlp import Backend, expert_mlp
 from ..kernels.expert_weights import ExpertWeights
+from .activation import Activation
+from .linear import Linear
 from .router import Hash, Router, TopK, build_router
 from .routing import Lookahead, RouterInput, Routing
-
-Activation = Literal["swiglu"]
 
 
 class Dispatcher(Protocol):
@@ -86,9 +86,9 @@ class GatedMLP(nn.Module):
 
     def __init__(self, d_model: int, d_ff: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(d_model, d_ff, bias=False)
-        self.up_proj = nn.Linear(d_model, d_ff, bias=False)
-        self.down_proj = nn.Linear(d_ff, d_model, bias=False)
+        self.gate_proj = Linear(d_model, d_ff)
+        self.up_proj = Linear(d_model, d_ff)
+        self.down_proj = Linear(d_ff, d_model)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Return ``down(silu(gate x) * up x)``."""

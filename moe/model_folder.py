@@ -1,6 +1,7 @@
 """Hugging Face model folders: open one for reading, write one whole or not at all."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 from ..errors import ModelFileError
 from .config import ModelConfig
 from .hf_config import from_hf
+from .router import TopK
 from .safetensors_file import SafetensorsFile
 
 WEIGHTS = "model.safetensors"
@@ -26,6 +28,52 @@ def tensor_name(parameter: str) -> str:
 def expert_tensor_name(layer: int, expert: int, part: str) -> str:
     """Return the Hugging Face name of an expert's ``gate``, ``up`` or ``down`` matrix."""
     return f"model.layers.{layer}.mlp.experts.{expert}.{part}_proj.weight"
+
+
+def expected_tensors(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield name and shape of every tensor that ``config`` asks for, layer by layer."""
+    d_model, width = config.d_model, config.head_width
+    embedding = (config.vocabulary, d_model)
+    yield tensor_name("embed_tokens.weight"), embedding
+    yield tensor_name("norm.weight"), (d_model,)
+    if not config.tie_embeddings:
+        yield "lm_head.weight", embedding
+    q_width, kv_width = config.num_heads * width, config.kv_heads * width
+    attention = {"q_proj": (q_width, d_model), "k_proj": (kv_width, d_model)}
+    attention |= {"v_proj": (kv_width, d_model), "o_proj": (d_model, q_width)}
+    for layer in range(config.num_layers):
+        prefix = tensor_name(f"layers.{layer}.")
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            yield f"{prefix}{norm}.weight", (d_model,)
+        for norm in ("q_norm", "k_norm"):
+            yield f"{prefix}self_attn.{norm}.weight", (width,)
+        for name, shape in attention.items():
+            yield f"{prefix}self_attn.{name}.weight", shape
+        yield from _mlp_tensors(config, layer, f"{prefix}mlp.")
+
+
+def _mlp_tensors(
+    config: ModelConfig, layer: int, prefix: str
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    moe, d_model = config.moe, config.d_model
+    if moe is None or not config.is_moe(layer):
+        assert config.d_ff is not None, "the configuration was not validated"
+        yield from _gated_mlp(prefix, config.d_ff, d_model)
+        return
+    if isinstance(moe.router, TopK):
+        yield f"{prefix}gate.weight", (moe.num_experts, d_model)
+    else:
+        yield f"{prefix}gate.table_VK", (config.vocabulary, moe.router.k)
+    for expert in range(moe.num_experts):
+        yield from _gated_mlp(f"{prefix}experts.{expert}.", moe.d_expert, d_model)
+    if moe.d_shared:
+        yield from _gated_mlp(f"{prefix}shared_expert.", moe.d_shared, d_model)
+
+
+def _gated_mlp(prefix: str, width: int, d_model: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{prefix}gate_proj.weight", (width, d_model)
+    yield f"{prefix}up_proj.weight", (width, d_model)
+    yield f"{prefix}down_proj.weight", (d_model, width)
 
 
 class ModelFolder:
@@ -52,34 +100,30 @@ class ModelFolder:
             )
         return self._file_of[name]
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._file_of
+    def check(self) -> None:
+        """Raise :class:`ModelFileError` unless all tensors are there and fit the configuration.
 
-    def check_experts(self) -> None:
-        """Raise :class:`ModelFileError` unless every expert's matrices are there and fit."""
-        config, moe = self.config, self.config.moe
-        if moe is None:
-            return
-        wide, narrow = (moe.d_expert, config.d_model), (config.d_model, moe.d_expert)
-        for layer in filter(config.is_moe, range(config.num_layers)):
-            for expert in range(moe.num_experts):
-                for part, shape in (("gate", wide), ("up", wide), ("down", narrow)):
-                    name = expert_tensor_name(layer, expert, part)
-                    self.locate(name).check_shape(name, shape)
+        Reads headers only, and stops at the first tensor that is missing, so that an absurd
+        configuration costs nothing.
+        """
+        for name, shape in expected_tensors(self.config):
+            self.locate(name).check_shape(name, shape)
 
     def read_into(self, name: str, out: Tensor) -> None:
         """Fill ``out`` with tensor ``name``."""
         try:
             self.locate(name).read_into(name, out)
         except OSError as error:
-            if isinstance(error, ModelFileError):
-                raise
             raise ModelFileError(f"{name} could not be read: {error}.") from None
 
     def close(self) -> None:
         """Close all files."""
         for file in self._files.values():
             file.close()
+
+    def read_optional(self, name: str) -> dict[str, Any]:
+        """Read another JSON file of the folder; an absent one reads as empty."""
+        return self._read_json(name) if (self.path / name).exists() else {}
 
     def _read_json(self, name: str) -> dict[str, Any]:
         try:
@@ -89,7 +133,7 @@ class ModelFolder:
                 f"{self.path / name} cannot be read ({error.strerror}); "
                 "give a Hugging Face model folder."
             ) from None
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ModelFileError(f"{self.path / name} is not JSON; copy it again.") from None
         if not isinstance(values, dict):
             raise ModelFileError(f"{self.path / name} is not a JSON object; copy it again.")
@@ -97,18 +141,20 @@ class ModelFolder:
 
     def _file_names(self) -> list[str]:
         if (self.path / INDEX).exists():
-            self._index: dict[str, str] = self._read_json(INDEX).get("weight_map", {})
-            names = sorted(set(self._index.values()))
-            for name in names:
-                if Path(name).name != name:
+            weight_map = self._read_json(INDEX).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise ModelFileError(f"{INDEX} has no weight_map; copy the folder again.")
+            self._index: dict[str, str] = weight_map
+            for name in weight_map.values():
+                if not isinstance(name, str) or not re.fullmatch(r"[\w.-]*\.safetensors", name):
                     raise ModelFileError(f"{INDEX} names {name!r}, which is not in the folder.")
-            return names
+            return sorted(set(self._index.values()))
         self._index = {}
         if not (self.path / WEIGHTS).exists():
-            hint = ""
+            remedy = "copy the folder again"
             if any(self.path.glob("*.bin")):
-                hint = " Pickled .bin weights are not read; convert them to safetensors."
-            raise ModelFileError(f"{self.path} has no {WEIGHTS} and no {INDEX}.{hint}")
+                remedy = "pickled .bin weights are not read, so convert them to safetensors"
+            raise ModelFileError(f"{self.path} has no {WEIGHTS} and no {INDEX}; {remedy}.")
         return [WEIGHTS]
 
     def _check_index(self) -> None:
@@ -130,11 +176,10 @@ def write_model_folder(
     """
     if target.exists():
         raise ModelFileError(f"{target} exists already; remove it or choose another folder.")
-    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
     try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
         _write_json(temporary / "config.json", config_values)
         eos = config_values["eos_token_id"]
         _write_json(
@@ -142,10 +187,16 @@ def write_model_folder(
         )
         save_tokenizer(temporary)
         _write_shards(temporary, tensors, max_shard_bytes)
+        temporary.rename(target)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise ModelFileError(
+            f"{target} could not be written ({error.strerror}); "
+            "free space or choose another folder."
+        ) from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    temporary.rename(target)
 
 
 def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], limit: int) -> None:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..kernels.row_stable import MIN_ROWS_FP32, row_stable_linear
 from .hash_table import balanced_table, random_table
 from .routing import Lookahead, RouterInput, Routing, count_choices, count_tokens
 
@@ -19,7 +20,7 @@ from .routing import Lookahead, RouterInput, Routing, count_choices, count_token
 class RouterConfig(BaseModel):
     """What all routers share."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     k: int = Field(default=2, ge=1)
     """Experts each token visits."""
@@ -94,7 +95,10 @@ class TopKRouter(Router):
         x_TD = x_TD.to(dtype)
         if self.config.jitter and self.training:
             x_TD = x_TD * (1 + self.config.jitter * (2 * torch.rand_like(x_TD) - 1))
-        logits_TE = F.linear(x_TD, self.weight.to(dtype))
+        if torch.is_grad_enabled() or dtype != torch.float32:
+            logits_TE = F.linear(x_TD, self.weight.to(dtype))
+        else:
+            logits_TE = row_stable_linear(x_TD, self.weight.to(dtype), MIN_ROWS_FP32)
         scores_TE = logits_TE.softmax(dim=-1)
         weights_TK, chosen_TK = scores_TE.topk(self.k, dim=-1)
         if self.config.renormalize:

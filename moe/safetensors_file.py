@@ -5,6 +5,7 @@ A memory map would be shorter, but a file cut short under a live map kills the p
 
 import json
 import os
+import stat
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -45,7 +46,8 @@ class SafetensorsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._descriptor = os.open(path, os.O_RDONLY)
+            # O_NONBLOCK: opening a named pipe would wait for a writer.
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         except OSError as error:
             raise ModelFileError(
                 f"{path} cannot be opened ({error.strerror}); restore the file."
@@ -93,7 +95,10 @@ class SafetensorsFile:
             done += count
 
     def _read_header(self) -> dict[str, TensorEntry]:
-        size = os.fstat(self._descriptor).st_size
+        status = os.fstat(self._descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise ModelFileError(f"{self.path} is not a file; copy the folder again.")
+        size = status.st_size
         length = int.from_bytes(os.pread(self._descriptor, 8, 0), "little")
         if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
             raise ModelFileError(
@@ -106,7 +111,14 @@ class SafetensorsFile:
             return {
                 name: self._entry(name, values, 8 + length, size) for name, values in header.items()
             }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            OverflowError,
+            RecursionError,
+        ) as error:
             if isinstance(error, ModelFileError):
                 raise
             raise ModelFileError(f"{self.path} has a damaged header; copy it again.") from None

@@ -33,16 +33,13 @@ class MainGradients:
         trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         self.dense = [p for n, p in trainable if n not in expert_names]
         self.experts = [p for n, p in trainable if n in expert_names]
-        self._dense_flat = self._attach(self.dense)
-        self._expert_flat = self._attach(self.experts)
+        self._dense_flat = self._attach(self.dense, like=self.dense[0])
+        self._expert_flat = self._attach(self.experts, like=self.dense[0])
 
     @staticmethod
-    def _attach(parameters: list[nn.Parameter]) -> Tensor:
-        wide = torch.float32
-        if parameters:
-            wide = torch.promote_types(parameters[0].dtype, torch.float32)
-        device = parameters[0].device if parameters else None
-        flat = torch.zeros(sum(p.numel() for p in parameters), dtype=wide, device=device)
+    def _attach(parameters: list[nn.Parameter], like: Tensor) -> Tensor:
+        wide = torch.promote_types(like.dtype, torch.float32)
+        flat = torch.zeros(sum(p.numel() for p in parameters), dtype=wide, device=like.device)
         views = flat.split([p.numel() for p in parameters])
         for parameter, view in zip(parameters, views, strict=True):
             parameter.main_grad = view.view(parameter.shape)  # type: ignore[attr-defined]

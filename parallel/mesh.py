@@ -4,18 +4,28 @@ Dense parameters are replicated over ``dp`` = all ranks. Experts are split over 
 ranks and replicated over ``edp`` = world / ep (Megatron's parallel folding).
 """
 
+import itertools
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 
-from ..errors import ConfigError
+from .. import errors
+from ..errors import ConfigError, MoeyardError
+
+PREPARATION_LIMIT = timedelta(days=7)
+"""What rank 0 does alone may take long; if it dies, torchrun ends the others."""
+
+_turns = itertools.count()
+"""Numbers what rank 0 did alone; counts the same on every rank of a group."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """Where this process stands; groups are None on one process."""
+    """Where this process stands; groups and store are None on one process."""
 
     rank: int = 0
     world_size: int = 1
@@ -24,6 +34,7 @@ class Mesh:
     dp_group: dist.ProcessGroup | None = None
     ep_group: dist.ProcessGroup | None = None
     edp_group: dist.ProcessGroup | None = None
+    store: dist.Store | None = None
 
     def local_experts(self, num_experts: int) -> range:
         """Return the logical experts this rank holds."""
@@ -41,6 +52,32 @@ class Mesh:
         if self.dp_group is not None:
             dist.barrier(group=self.dp_group)
 
+    def on_rank_0(self, action: Callable[[], None]) -> None:
+        """Run ``action`` on rank 0 while the others wait, however long it takes.
+
+        A :class:`MoeyardError` of rank 0 is raised on every rank.
+        """
+        if self.store is None:
+            action()
+            return
+        key = f"rank 0, turn {next(_turns)}"
+        if self.rank != 0:
+            self.store.wait([key], PREPARATION_LIMIT)
+            outcome = json.loads(self.store.get(key))
+            if outcome is not None:
+                kind, message = outcome
+                raise getattr(errors, kind)(message)
+            return
+        try:
+            action()
+        except MoeyardError as error:
+            self.store.set(key, json.dumps([type(error).__name__, str(error)]))
+            raise
+        except BaseException:
+            self.store.set(key, json.dumps(["MoeyardError", "rank 0 failed; see its log."]))
+            raise
+        self.store.set(key, "null")
+
 
 def check_expert_parallel(ep_size: int, world_size: int, num_experts: int) -> None:
     """Refuse expert-parallel degrees that do not divide the ranks or the experts."""
@@ -56,22 +93,33 @@ def check_expert_parallel(ep_size: int, world_size: int, num_experts: int) -> No
         )
 
 
-def build_mesh(ep_size: int, num_experts: int) -> Mesh:
-    """Fold the ranks of the running process group; refuse degrees that do not divide."""
+def build_mesh(
+    ep_size: int, num_experts: int, store: dist.Store | None = None, timeout_s: float = 300
+) -> Mesh:
+    """Fold the ranks of the running process group, if any; refuse degrees that do not divide.
+
+    ``store`` is the group's; ``timeout_s`` bounds the collectives of all groups made here.
+    """
     if not dist.is_initialized():
         check_expert_parallel(ep_size, 1, num_experts)
         return Mesh()
-    world = dist.get_world_size()
+    world, rank = dist.get_world_size(), dist.get_rank()
     check_expert_parallel(ep_size, world, num_experts)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dense = init_device_mesh(device, (world,), mesh_dim_names=("dp",))
-    expert = init_device_mesh(device, (world // ep_size, ep_size), mesh_dim_names=("edp", "ep"))
+    ranks_edp_ep = torch.arange(world).view(world // ep_size, ep_size)
+    timeout = timedelta(seconds=timeout_s)
     return Mesh(
-        rank=dist.get_rank(),
+        rank=rank,
         world_size=world,
-        ep_rank=expert.get_local_rank("ep"),
+        ep_rank=rank % ep_size,
         ep_size=ep_size,
-        dp_group=dense.get_group("dp"),
-        ep_group=expert.get_group("ep"),
-        edp_group=expert.get_group("edp"),
+        dp_group=dist.group.WORLD,
+        ep_group=_group_of(rank, ranks_edp_ep.tolist(), timeout),
+        edp_group=_group_of(rank, ranks_edp_ep.T.tolist(), timeout),
+        store=store,
     )
+
+
+def _group_of(rank: int, partition: list[list[int]], timeout: timedelta) -> dist.ProcessGroup:
+    """Make all groups of a partition, as every rank must, and return this rank's."""
+    groups = [(ranks, dist.new_group(ranks, timeout=timeout)) for ranks in partition]
+    return next(group for ranks, group in groups if rank in ranks)

@@ -4,7 +4,7 @@ from ray import serve
 from ray.serve import Application
 from starlette.types import ASGIApp
 
-from .server import ServeArgs, Server
+from .server import ServeArgs, Server, check_model
 
 
 @serve.deployment(
@@ -38,5 +38,9 @@ class MoeyardServer:
 
 
 def build(args: ServeArgs) -> Application:
-    """Build the application from typed arguments (Ray fills them from the CLI or from YAML)."""
+    """Build the application from typed arguments (Ray fills them from the CLI or from YAML).
+
+    What cannot be served is refused here, before a replica starts.
+    """
+    check_model(args)
     return MoeyardServer.bind(args)  # type: ignore[attr-defined]

@@ -10,7 +10,7 @@ UNITS |= {"gib": 1 << 30, "tib": 1 << 40, "tb": 10**12}
 
 def parse_budget(text: str, whole_bytes: int) -> int:
     """Return bytes; a percentage is taken of ``whole_bytes``."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%|[a-zA-Z]+)\s*", text)
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,9})?)\s*(%|[a-zA-Z]+)\s*", text)
     unit = match.group(2).lower() if match else ""
     if match is None or (unit != "%" and unit not in UNITS):
         raise ConfigError(f"expert-memory is {text!r}; write a size like 2GiB or a share like 25%.")

@@ -4,12 +4,12 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any, Protocol
 
 from ..errors import RequestError
 from ..moe.sampling import SamplingParams
-from .engine import check_request
 from .engine_thread import EngineThread
 from .protocol import CompletionRequest
 from .sequence import GenerationEvent, GenerationRequest
@@ -24,13 +24,10 @@ class Encode(Protocol):
 class Completions:
     """The completion service of one engine."""
 
-    def __init__(
-        self, thread: EngineThread, encode: Encode, model_name: str, vocabulary: int
-    ) -> None:
+    def __init__(self, thread: EngineThread, encode: Encode, model_name: str) -> None:
         self.thread = thread
         self.model_name = model_name
         self._encode = encode
-        self._vocabulary = vocabulary
 
     async def prepare(self, body: CompletionRequest) -> list[GenerationRequest]:
         """Turn a body into one generation request per answer; all are checked before any runs."""
@@ -56,7 +53,7 @@ class Completions:
                     seed=None if body.seed is None else (body.seed + choice) % (1 << 63),
                     stop=body.stop_strings(),
                 )
-                check_request(request, self._vocabulary, self.thread.engine.max_model_len)
+                self.thread.engine.check(request)
                 requests.append(request)
         return requests
 
@@ -65,12 +62,11 @@ class Completions:
         texts = [""] * len(requests)
         reasons: list[str | None] = [None] * len(requests)
         generated = [0] * len(requests)
-        async for index, event in self._run(requests):
-            if event.error is not None:
-                raise RequestError(event.error, code="unavailable", status=503)
-            texts[index] += event.text
-            reasons[index] = event.finish_reason
-            generated[index] = event.num_tokens
+        async with aclosing(self._run(requests)) as events:
+            async for index, event in events:
+                texts[index] += event.text
+                reasons[index] = event.finish_reason
+                generated[index] = event.num_tokens
         choices = [
             _choice(index, text, reason)
             for index, (text, reason) in enumerate(zip(texts, reasons, strict=True))
@@ -79,20 +75,19 @@ class Completions:
 
     async def stream(
         self, requests: list[GenerationRequest], include_usage: bool
-    ) -> AsyncIterator[bytes]:
+    ) -> AsyncGenerator[bytes]:
         """Yield server-sent events: one per piece of text, then usage if asked, then [DONE].
 
         A failure ends the stream with an error event, never silently.
         """
         completion_id, generated = _new_id(), [0] * len(requests)
         try:
-            async for index, event in self._run(requests):
-                if event.error is not None:
-                    raise RequestError(event.error, code="unavailable", status=503)
-                generated[index] = event.num_tokens
-                if event.text or event.finish_reason is not None:
-                    choice = _choice(index, event.text, event.finish_reason)
-                    yield _sse(self._object(completion_id, [choice], None))
+            async with aclosing(self._run(requests)) as events:
+                async for index, event in events:
+                    generated[index] = event.num_tokens
+                    if event.text or event.finish_reason is not None:
+                        choice = _choice(index, event.text, event.finish_reason)
+                        yield _sse(self._object(completion_id, [choice], None))
             if include_usage:
                 yield _sse(self._object(completion_id, [], _usage(requests, generated)))
         except RequestError as error:
@@ -101,15 +96,19 @@ class Completions:
 
     async def _run(
         self, requests: list[GenerationRequest]
-    ) -> AsyncIterator[tuple[int, GenerationEvent]]:
-        """Run requests side by side and yield (index, event) as they come."""
-        merged: asyncio.Queue[tuple[int, GenerationEvent] | BaseException] = asyncio.Queue()
+    ) -> AsyncGenerator[tuple[int, GenerationEvent]]:
+        """Run requests side by side and yield (index, event) as they come.
+
+        Raises :class:`RequestError` when one of them fails; leaving early cancels all of them.
+        """
+        merged: asyncio.Queue[tuple[int, GenerationEvent] | Exception] = asyncio.Queue()
 
         async def pump(index: int, request: GenerationRequest) -> None:
             try:
-                async for event in self.thread.generate(request):
-                    merged.put_nowait((index, event))
-            except RequestError as error:
+                async with aclosing(self.thread.generate(request)) as events:
+                    async for event in events:
+                        merged.put_nowait((index, event))
+            except Exception as error:
                 merged.put_nowait(error)
 
         tasks = [asyncio.create_task(pump(i, request)) for i, request in enumerate(requests)]
@@ -117,8 +116,10 @@ class Completions:
             unfinished = len(requests)
             while unfinished:
                 item = await merged.get()
-                if isinstance(item, BaseException):
+                if isinstance(item, Exception):
                     raise item
+                if item[1].error is not None:
+                    raise RequestError(item[1].error, code="unavailable", status=503)
                 unfinished -= item[1].finish_reason is not None
                 yield item
         finally:

@@ -8,7 +8,7 @@ from time import perf_counter
 
 import torch
 
-from ..errors import ExpertReadError, RequestError
+from ..errors import ConfigError, ExpertReadError, RequestError
 from ..moe.batch import batch_of
 from ..moe.language_model import LanguageModel
 from ..moe.sampling import sample
@@ -34,6 +34,7 @@ class Engine:
         self._decode = decode
         self._max_num_seqs = max_num_seqs
         self._prefill_chunk = prefill_chunk
+        check_length(max_model_len, model.config.max_positions)
         self.max_model_len = max_model_len or model.config.max_positions
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
@@ -46,18 +47,37 @@ class Engine:
 
     def add(self, request: GenerationRequest) -> None:
         """Queue a request; raises :class:`RequestError` for one that cannot be served."""
-        check_request(request, self._model.config.vocabulary, self.max_model_len)
+        self.check(request)
         length = len(request.prompt_ids) + request.max_tokens
         cache = self._model.decoder.new_cache(length)
         self._waiting.append(Sequence(request, cache, self._decode, self._model.eos_ids))
         self._count_requests()
 
+    def check(self, request: GenerationRequest) -> None:
+        """Raise :class:`RequestError` for prompts that are empty, too long or hold unknown ids."""
+        length, vocabulary = len(request.prompt_ids), self._model.config.vocabulary
+        if length == 0:
+            raise RequestError("prompt is empty; give at least one token.", param="prompt")
+        if length + request.max_tokens > self.max_model_len:
+            raise RequestError(
+                f"prompt has {length} tokens and max_tokens is {request.max_tokens}, but the model "
+                f"takes {self.max_model_len} in all; shorten one of them.",
+                param="prompt" if length >= self.max_model_len else "max_tokens",
+                code="context_length_exceeded",
+            )
+        for token in request.prompt_ids:
+            if not 0 <= token < vocabulary:
+                raise RequestError(
+                    f"prompt holds token id {token}; ids of this model are in [0, {vocabulary}).",
+                    param="prompt",
+                )
+
     def cancel(self, request_id: str) -> None:
         """Forget a request at once, with its cache; unknown ids are ignored."""
+        before = len(self._waiting) + len(self._running)
         self._waiting = deque(s for s in self._waiting if s.request.request_id != request_id)
-        kept = [s for s in self._running if s.request.request_id != request_id]
-        self.metrics.cancelled.inc(len(self._running) - len(kept))
-        self._running = kept
+        self._running = [s for s in self._running if s.request.request_id != request_id]
+        self.metrics.cancelled.inc(before - len(self._waiting) - len(self._running))
         self._count_requests()
 
     @torch.inference_mode()
@@ -100,8 +120,13 @@ class Engine:
             return []
         logits_RV = decoder.logits(output.hidden_TD[ends[ready]])
         events = []
+        is_finite_R = logits_RV.isfinite().all(dim=-1)
         for row, index in enumerate(ready):
             sequence = sequences[index]
+            if not is_finite_R[row]:
+                self.metrics.count_failure()
+                events.append(sequence.fail("the model gave scores that are not finite"))
+                continue
             token = sample(logits_RV[row], sequence.request.sampling, sequence.generator)
             event = sequence.accept(token)
             self.metrics.count_token(sequence, event, perf_counter())
@@ -113,21 +138,9 @@ class Engine:
         self.metrics.waiting.set(len(self._waiting))
 
 
-def check_request(request: GenerationRequest, vocabulary: int, max_model_len: int) -> None:
-    """Refuse prompts that are empty, too long or hold ids the model does not have."""
-    length = len(request.prompt_ids)
-    if length == 0:
-        raise RequestError("prompt is empty; give at least one token.", param="prompt")
-    for token in request.prompt_ids:
-        if not 0 <= token < vocabulary:
-            raise RequestError(
-                f"prompt holds token id {token}; ids of this model are in [0, {vocabulary}).",
-                param="prompt",
-            )
-    if length + request.max_tokens > max_model_len:
-        raise RequestError(
-            f"prompt has {length} tokens and max_tokens is {request.max_tokens}, but the model "
-            f"takes {max_model_len} in all; shorten one of them.",
-            param="prompt" if length >= max_model_len else "max_tokens",
-            code="context_length_exceeded",
+def check_length(max_model_len: int | None, longest: int) -> None:
+    """Refuse a limit beyond what the model takes."""
+    if max_model_len is not None and max_model_len > longest:
+        raise ConfigError(
+            f"max-model-len is {max_model_len}, but the model takes {longest}; lower it."
         )

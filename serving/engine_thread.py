@@ -5,11 +5,11 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
 from ..errors import RequestError
-from .engine import Engine, check_request
+from .engine import Engine
 from .sequence import GenerationEvent, GenerationRequest
 
 log = logging.getLogger(__name__)
@@ -47,11 +47,10 @@ class _Listener:
 
 
 class EngineThread:
-    """The engine's thread, started by the first request and alive until ``stop``."""
+    """The engine's thread, alive until ``stop``."""
 
-    def __init__(self, engine: Engine, vocabulary: int) -> None:
+    def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self._vocabulary = vocabulary
         self._commands: queue.Queue[_Add | _Cancel | None] = queue.Queue()
         self._listeners: dict[str, _Listener] = {}
         self._step_started: float | None = None
@@ -70,17 +69,17 @@ class EngineThread:
             return f"the engine has been in one step for {time.monotonic() - started:.0f} s"
         return None
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationEvent]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent]:
         """Yield the request's events; leaving the iteration early cancels the request."""
-        check_request(request, self._vocabulary, self.engine.max_model_len)
+        self.engine.check(request)
         listener = _Listener()
         self._commands.put(_Add(request, listener))
-        # Asked after the hand-over: an engine that failed before it would never answer.
-        problem = self.problem()
-        if problem is not None:
-            raise RequestError(f"{problem}; try again later.", code="unavailable", status=503)
         is_finished = False
         try:
+            # Asked after the hand-over: an engine that ended before it would never answer.
+            problem = self.problem()
+            if problem is not None:
+                raise RequestError(f"{problem}; try again later.", code="unavailable", status=503)
             while not is_finished:
                 event = await listener.get()
                 is_finished = event.finish_reason is not None
@@ -102,11 +101,13 @@ class EngineThread:
                 self._step_started = None
                 for event in events:
                     self._deliver(event)
-        except Exception as error:
-            # Whatever went wrong, nobody may wait for ever: /health turns red, requests end.
+            self._failure = "the server is shutting down"
+        except BaseException as error:  # a panic of a native library is no Exception
             log.exception("the engine failed")
-            self._failure = f"the engine failed: {type(error).__name__}: {error}"
-            self._fail_all(self._failure)
+            self._failure = f"the engine failed ({type(error).__name__}); see the server's log"
+        finally:
+            # Whatever happened, nobody may wait for ever.
+            self._fail_all(self._failure or "the engine has stopped")
 
     def _take_commands(self) -> bool:
         """Handle what has come in, waiting when there is nothing else to do."""
@@ -116,7 +117,6 @@ class EngineThread:
             except queue.Empty:
                 return True
             if command is None:
-                self._fail_all("the server is shutting down")
                 return False
             if isinstance(command, _Cancel):
                 self._listeners.pop(command.request_id, None)
@@ -137,5 +137,10 @@ class EngineThread:
             listener.put(event)
 
     def _fail_all(self, message: str) -> None:
+        """End every request, those too that are still on their way in."""
+        while not self._commands.empty():
+            command = self._commands.get()
+            if isinstance(command, _Add):
+                self._listeners[command.request.request_id] = command.listener
         for request_id in list(self._listeners):
             self._deliver(GenerationEvent(request_id, "", 0, "error", message))

@@ -5,7 +5,7 @@ import logging
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -80,6 +80,7 @@ def create_app(completions: Completions, api_key: str | None) -> ASGIApp:
         exception_handlers={
             RequestError: _answer_request_error,
             HTTPException: _answer_http_exception,
+            ClientDisconnect: _answer_nobody,
             Exception: _answer_bug,
         },
     )
@@ -138,6 +139,10 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
     return JSONResponse(
         error_object(described), status_code=error.status_code, headers=error.headers
     )
+
+
+async def _answer_nobody(_: Request, __: Exception) -> Response:
+    return Response(status_code=499)  # the client left while it was sending
 
 
 async def _answer_bug(_: Request, error: Exception) -> Response:

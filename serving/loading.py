@@ -5,8 +5,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, ModelFileError
 from ..kernels.expert_weights import empty_slots
+from ..moe.config import ModelConfig
 from ..moe.decoder import Decoder
 from ..moe.language_model import LanguageModel
 from ..moe.layer import Experts, MoELayer
@@ -43,7 +44,7 @@ def open_model(
     if device != "cpu":
         raise ConfigError(f"device is {device!r}; this release serves on 'cpu'.")
     files = ModelFolder(Path(folder))
-    files.check_experts()
+    files.check()
     chosen = pick_dtype(files, dtype)
     with torch.device("meta"):
         decoder = Decoder(files.config, expert_ids=())
@@ -53,11 +54,9 @@ def open_model(
     for index, layer in decoder.moe_layers():
         layer.experts = _experts(files, layer, index, chosen, store)
     _read_dense(files, decoder, chosen)
-    eos = files.values.get("eos_token_id")
-    eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if store is None:
         files.close()
-    return LanguageModel(decoder, eos_ids), store
+    return LanguageModel(decoder, end_of_text_ids(files)), store
 
 
 def open_store(files: ModelFolder, dtype: torch.dtype, expert_memory: str) -> ExpertStore:
@@ -74,11 +73,28 @@ def expert_bytes(files: ModelFolder, dtype: torch.dtype) -> int:
     return num_layers * moe.num_experts * 3 * moe.d_expert * config.d_model * dtype.itemsize
 
 
+def end_of_text_ids(files: ModelFolder) -> set[int]:
+    """Return the ids that end a text: those of config.json and of generation_config.json."""
+    found: set[int] = set()
+    for name in ("config.json", "generation_config.json"):
+        value = files.read_optional(name).get("eos_token_id")
+        for token in value if isinstance(value, list) else [value]:
+            if token is None:
+                continue
+            if type(token) is not int or not 0 <= token < files.config.vocabulary:
+                raise ModelFileError(
+                    f"{name} has eos_token_id {token!r}; it must be an id below "
+                    f"{files.config.vocabulary}."
+                )
+            found.add(token)
+    return found
+
+
 def pick_dtype(files: ModelFolder, name: str | None) -> torch.dtype:
     """Return the asked type, or the folder's own."""
     if name is None:
         name = files.values.get("dtype") or files.values.get("torch_dtype") or "float32"
-    if name not in DTYPES:
+    if not isinstance(name, str) or name not in DTYPES:
         raise ConfigError(f"dtype is {name!r}; use one of {', '.join(DTYPES)}.")
     return DTYPES[name]
 
@@ -114,6 +130,8 @@ def _read_dense(files: ModelFolder, decoder: Decoder, dtype: torch.dtype) -> Non
         keeps_type = not meta.is_floating_point() or name.endswith("mlp.gate.weight")
         target = torch.empty(meta.shape, dtype=meta.dtype if keeps_type else dtype)
         files.read_into(tensor_name(name), target)
+        if name.endswith("gate.table_VK"):
+            _check_table(name, target, files.config)
         owner_name, _, leaf = name.rpartition(".")
         owner = decoder.get_submodule(owner_name)
         if isinstance(meta, nn.Parameter):
@@ -122,3 +140,13 @@ def _read_dense(files: ModelFolder, decoder: Decoder, dtype: torch.dtype) -> Non
             owner.register_buffer(leaf, target)
     if decoder.config.tie_embeddings:
         decoder.lm_head.weight = decoder.embed_tokens.weight
+
+
+def _check_table(name: str, table_VK: torch.Tensor, config: ModelConfig) -> None:
+    assert config.moe is not None, "only MoE layers have tables"
+    lowest, highest = (int(bound) for bound in table_VK.aminmax())
+    if lowest < 0 or highest >= config.moe.num_experts:
+        raise ModelFileError(
+            f"{name} names experts from {lowest} to {highest}, but there are "
+            f"{config.moe.num_experts}; the weights belong to another configuration."
+        )

@@ -8,9 +8,16 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, Valida
 
 from ..errors import RequestError
 
-UNSUPPORTED = {"logprobs", "echo", "suffix", "best_of", "logit_bias"}
-"""OpenAI's parameters that this server does not have."""
+UNSUPPORTED: dict[str, Any] = {
+    "logprobs": False,
+    "echo": False,
+    "suffix": "",
+    "best_of": 1,
+    "logit_bias": {},
+}
+"""OpenAI's parameters that this server does not have, each with the value that asks for nothing."""
 IGNORED = {"user", "metadata", "store"}
+MAX_STOP_LENGTH = 256
 
 
 class StreamOptions(BaseModel):
@@ -19,6 +26,8 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     include_usage: StrictBool = False
+    include_obfuscation: StrictBool = False
+    """Accepted and ignored: nothing here pads its events."""
 
 
 class CompletionRequest(BaseModel):
@@ -27,24 +36,25 @@ class CompletionRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     model: str
-    prompt: str | list[StrictInt] | list[str] | list[list[StrictInt]]
+    prompt: Any
+    """A string, a list of strings, a list of token ids or a list of such lists."""
     max_tokens: StrictInt = Field(default=16, ge=1)
-    temperature: float = Field(default=1.0, ge=0, le=2)
-    top_p: float = Field(default=1.0, gt=0, le=1)
+    temperature: float = Field(strict=True, default=1.0, ge=0, le=2)
+    top_p: float = Field(strict=True, default=1.0, gt=0, le=1)
     top_k: StrictInt = Field(default=0, ge=0)
     n: StrictInt = Field(default=1, ge=1, le=8)
     stream: StrictBool = False
     stream_options: StreamOptions | None = None
     stop: str | list[str] = Field(default_factory=list)
     seed: StrictInt | None = Field(default=None, ge=-(1 << 63), lt=1 << 63)
-    presence_penalty: float = Field(default=0.0, ge=0, le=0)
-    frequency_penalty: float = Field(default=0.0, ge=0, le=0)
+    presence_penalty: float = Field(strict=True, default=0.0, ge=0, le=0)
+    frequency_penalty: float = Field(strict=True, default=0.0, ge=0, le=0)
 
     def prompts(self) -> list[str | list[int]]:
         """Return the prompts one by one, as text or as ids."""
-        if isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int)):
-            return [self.prompt]  # type: ignore[list-item]
-        return list(self.prompt)  # type: ignore[arg-type]
+        if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return list(self.prompt)
 
     def stop_strings(self) -> tuple[str, ...]:
         """Return the stop strings."""
@@ -57,10 +67,12 @@ def parse_completion(body: bytes) -> CompletionRequest:
     for key in list(values):
         if values[key] is None or key in IGNORED:
             del values[key]
-        elif key in UNSUPPORTED and values[key] not in (False, 0, 1, {}, ""):
-            raise RequestError(f"{key} is not supported; leave it out.", param=key)
         elif key in UNSUPPORTED:
+            neutral = UNSUPPORTED[key]
+            if type(values[key]) is not type(neutral) or values[key] != neutral:
+                raise RequestError(f"{key} is not supported; leave it out.", param=key)
             del values[key]
+    _check_prompt(values.get("prompt"))
     try:
         request = CompletionRequest.model_validate(values)
     except ValidationError as error:
@@ -85,10 +97,36 @@ def _read_json(body: bytes) -> dict[str, Any]:
     return values
 
 
+def _check_prompt(prompt: Any) -> None:
+    """Check the type by hand, stopping at the first element that is wrong.
+
+    A union of list types would make pydantic describe every element of a long list, per type.
+    """
+    if prompt is None or isinstance(prompt, str):
+        return  # a missing prompt is found below
+    if isinstance(prompt, list) and not prompt:
+        raise RequestError("prompt is an empty list; give at least one prompt.", param="prompt")
+    rows = prompt if isinstance(prompt, list) else [prompt]
+    if all(isinstance(row, str) for row in rows) or _are_ids(rows):
+        return
+    if all(isinstance(row, list) and _are_ids(row) for row in rows):
+        return
+    raise RequestError(
+        "prompt must be a string, a list of strings, a list of token ids, or a list of such lists.",
+        param="prompt",
+    )
+
+
+def _are_ids(row: list[Any]) -> bool:
+    return all(type(token) is int for token in row)
+
+
 def _check_text(request: CompletionRequest) -> None:
     stops = request.stop_strings()
-    if len(stops) > 4 or not all(stops):
-        raise RequestError("stop takes up to 4 strings, none of them empty.", param="stop")
+    if len(stops) > 4 or not all(0 < len(stop) <= MAX_STOP_LENGTH for stop in stops):
+        raise RequestError(
+            f"stop takes up to 4 strings of 1 to {MAX_STOP_LENGTH} characters.", param="stop"
+        )
     texts = [prompt for prompt in request.prompts() if isinstance(prompt, str)]
     for param, text in [*(("prompt", t) for t in texts), *(("stop", t) for t in stops)]:
         try:
@@ -97,8 +135,6 @@ def _check_text(request: CompletionRequest) -> None:
             raise RequestError(
                 f"{param} holds half of a surrogate pair; send valid Unicode.", param=param
             ) from None
-    if not request.prompts():
-        raise RequestError("prompt is an empty list; give at least one prompt.", param="prompt")
     if len(request.prompts()) * request.n > 32:
         raise RequestError(
             f"{len(request.prompts())} prompts with n = {request.n} make more than 32 answers; "
@@ -110,19 +146,20 @@ def _check_text(request: CompletionRequest) -> None:
 
 
 def _as_request_error(error: ValidationError, values: dict[str, Any]) -> RequestError:
-    problem = error.errors()[0]
-    param = str(problem["loc"][0])
+    problem = error.errors(include_input=False, include_url=False)[0]
+    location = [part for part in problem["loc"] if isinstance(part, str)]
+    if not location:
+        return RequestError("a key of the body is not valid Unicode; send plain names.")
+    param = ".".join(location)[:80].encode("unicode_escape").decode()
     if problem["type"] == "missing":
         return RequestError(f"{param} is missing; give it.", param=param)
     if problem["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(param, CompletionRequest.model_fields, n=1)
+        known = CompletionRequest if len(location) == 1 else StreamOptions
+        close = difflib.get_close_matches(location[-1], known.model_fields, n=1)
         hint = f"did you mean {close[0]}?" if close else "leave it out."
         return RequestError(f"{param} is not a known parameter; {hint}", param=param)
-    if param == "prompt":
-        message = "prompt must be a string, a list of strings, a list of token ids, or a list of "
-        return RequestError(message + "such lists.", param=param)
     if param.endswith("_penalty"):
         return RequestError(f"{param} is not supported; leave it out or send 0.", param=param)
-    shown = repr(values.get(param))[:80]
+    shown = repr(values.get(location[0]))[:80]
     reason = problem["msg"].removeprefix("Input ")
-    return RequestError(f"{param} is {shown}, but it {reason}.", param=param)
+    return RequestError(f"{location[0]} is {shown}, but it {reason}.", param=param)

@@ -11,6 +11,9 @@ from ..moe.kv_cache import SequenceCache
 from ..moe.sampling import SamplingParams
 from .text_stream import Decode, TextStream
 
+CONTEXT_IDS = 8
+"""Prompt ids that the text is decoded with: the first piece may begin with a space or not."""
+
 FinishReason = Literal["stop", "length", "error"]
 
 
@@ -61,7 +64,7 @@ class Sequence:
         self.cache = cache
         self.times = SequenceTimes()
         self._eos_ids = eos_ids
-        self._stream = TextStream(decode, request.stop)
+        self._stream = TextStream(decode, request.stop, request.prompt_ids[-CONTEXT_IDS:])
         self._generated: list[int] = []
         self.generator = torch.Generator()
         if request.seed is None:

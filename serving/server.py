@@ -9,11 +9,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.types import ASGIApp
 
 from ..errors import ModelFileError
+from ..moe.model_folder import ModelFolder
 from .completions import Completions
-from .engine import Engine
+from .engine import Engine, check_length
 from .engine_thread import EngineThread
 from .http_app import create_app
-from .loading import open_model
+from .loading import open_model, open_store, pick_dtype
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
 class ServeArgs(BaseModel):
@@ -36,8 +39,8 @@ class ServeArgs(BaseModel):
     prefill_chunk: int = Field(default=256, ge=1)
     """Prompt tokens read per step."""
     num_threads: int | None = Field(default=None, ge=1)
-    """Compute threads; None = all cores."""
-    api_key: str | None = Field(default=None, min_length=1)
+    """Compute threads; None = all cores this process may use."""
+    api_key: str | None = Field(default=None, pattern=r"^[!-~]+$")
     """Key clients must send; None asks for none."""
 
     @property
@@ -46,11 +49,23 @@ class ServeArgs(BaseModel):
         return self.served_model_name or Path(self.model).resolve().name
 
 
+def check_model(args: ServeArgs) -> None:
+    """Refuse a folder, a tokenizer or a budget that cannot work; reads headers only."""
+    folder = ModelFolder(Path(args.model))
+    folder.check()
+    dtype = pick_dtype(folder, args.dtype)
+    open_serving_tokenizer(Path(args.model))
+    if args.expert_memory is not None:
+        open_store(folder, dtype, args.expert_memory).close()
+    folder.close()
+    check_length(args.max_model_len, folder.config.max_positions)
+
+
 class Server:
     """A running model: engine thread and HTTP application."""
 
     def __init__(self, args: ServeArgs) -> None:
-        torch.set_num_threads(args.num_threads or os.cpu_count() or 1)
+        torch.set_num_threads(args.num_threads or len(os.sched_getaffinity(0)))
         model, self._store = open_model(args.model, args.dtype, expert_memory=args.expert_memory)
         tokenizer = open_serving_tokenizer(Path(args.model))
         engine = Engine(
@@ -61,14 +76,17 @@ class Server:
             max_model_len=args.max_model_len,
             prefill_chunk=args.prefill_chunk,
         )
-        vocabulary = model.config.vocabulary
-        self.thread = EngineThread(engine, vocabulary)
-        completions = Completions(
-            self.thread,
-            lambda text: list(tokenizer(text, verbose=False)["input_ids"]),
-            args.model_name,
-            vocabulary,
-        )
+        self.thread = EngineThread(engine)
+
+        eos_text = str(tokenizer.eos_token)
+
+        def encode(text: str) -> list[int]:
+            ids = list(tokenizer(text, verbose=False)["input_ids"])
+            while ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(eos_text):
+                ids.pop()  # some tokenizers end every text; a prompt goes on
+            return ids
+
+        completions = Completions(self.thread, encode, args.model_name)
         self.app: ASGIApp = create_app(completions, args.api_key)
 
     def close(self) -> None:
@@ -82,10 +100,13 @@ def open_serving_tokenizer(folder: Path):  # type: ignore[no-untyped-def]
     """Open the tokenizer of a model folder."""
     from transformers import AutoTokenizer
 
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        # transformers would make an empty tokenizer up from config.json
+        raise ModelFileError(f"{folder} has no tokenizer; add tokenizer.json.")
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # the tokenizer library raises whatever it likes
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelFileError(
             f"{folder} has no usable tokenizer ({reason}); add tokenizer.json."
         ) from None

@@ -5,53 +5,55 @@ from collections.abc import Callable, Sequence
 Decode = Callable[[list[int]], str]
 
 REPLACEMENT = "\ufffd"
+MAX_CHARACTER_IDS = 4
+"""Ids that one UTF-8 character may take when every id is a byte."""
 
 
 class TextStream:
     """The text of one answer as it grows.
 
     A piece is held back while it might be the beginning of a stop string or ends inside a UTF-8
-    character, so what has been handed out is never taken back.
+    character, so what has been handed out is never taken back. ``context`` are the last ids of
+    the prompt: some tokenizers drop the space of a text's first word.
     """
 
-    def __init__(self, decode: Decode, stop: Sequence[str]) -> None:
+    def __init__(self, decode: Decode, stop: Sequence[str], context: Sequence[int] = ()) -> None:
         self._decode = decode
         self._stop = tuple(stop)
-        self._ids: list[int] = []
-        self._done_ids = 0
-        """Ids whose text is in ``_text`` already."""
+        self._longest_stop = max(map(len, stop), default=1)
+        self._ids = list(context)
         self._context_ids = 0
-        """Where decoding starts: some ids before, since pieces of a word depend on them."""
+        """Where decoding starts."""
+        self._done_ids = len(self._ids)
+        """Ids whose text is in ``_text`` already."""
         self._text = ""
         self._sent = 0
         self.is_stopped = False
         """True when a stop string has been met; the text ends before it."""
 
-    @property
-    def text(self) -> str:
-        """All text handed out so far."""
-        return self._text[: self._sent]
-
     def push(self, token: int) -> str:
         """Add a token and return the text that is certain now."""
         self._ids.append(token)
-        before = self._decode(self._ids[self._context_ids : self._done_ids])
-        after = self._decode(self._ids[self._context_ids :])
-        if after.endswith(REPLACEMENT) and len(self._ids) - self._done_ids < 4:
-            return ""  # an unfinished character; after four bytes it is a wrong one
-        self._append(after[len(before) :])
-        self._context_ids, self._done_ids = self._done_ids, len(self._ids)
+        piece = self._new_text()
+        certain = piece.rstrip(REPLACEMENT)
+        if piece != certain and len(self._ids) - self._done_ids < MAX_CHARACTER_IDS:
+            return ""  # perhaps an unfinished character
+        self._take(piece)
         return self._release(len(self._text) - self._held_back())
 
     def finish(self) -> str:
         """Return what was held back."""
         if not self.is_stopped and self._done_ids < len(self._ids):
-            before = self._decode(self._ids[self._context_ids : self._done_ids])
-            self._append(self._decode(self._ids[self._context_ids :])[len(before) :])
+            self._take(self._new_text())
         return self._release(len(self._text))
 
-    def _append(self, piece: str) -> None:
+    def _new_text(self) -> str:
+        before = self._decode(self._ids[self._context_ids : self._done_ids])
+        return self._decode(self._ids[self._context_ids :])[len(before) :]
+
+    def _take(self, piece: str) -> None:
         self._text += piece
+        self._context_ids, self._done_ids = self._done_ids, len(self._ids)
         found = [self._text.find(stop, self._sent) for stop in self._stop]
         cuts = [position for position in found if position >= 0]
         if cuts:
@@ -61,9 +63,9 @@ class TextStream:
     def _held_back(self) -> int:
         if self.is_stopped:
             return 0
-        unsent = self._text[self._sent :]
-        for length in range(min(len(unsent), max(map(len, self._stop), default=1) - 1), 0, -1):
-            if any(stop.startswith(unsent[-length:]) for stop in self._stop):
+        unsent = len(self._text) - self._sent
+        for length in range(min(unsent, self._longest_stop - 1), 0, -1):
+            if any(stop.startswith(self._text[-length:]) for stop in self._stop):
                 return length
         return 0
 

@@ -1,5 +1,11 @@
 """The training program: python -m moeyard.training CONFIG [a.b=c ...], alone or under torchrun."""
 
+# First of all: torchrun may die while the imports below take their seconds.
+from ..parallel.parent import die_with_parent, is_torchrun_worker
+
+if __name__ == "__main__" and is_torchrun_worker():
+    die_with_parent()
+
 import argparse
 import logging
 import os
@@ -9,16 +15,14 @@ from pathlib import Path
 from ..configuration import load_config
 from ..errors import MoeyardError
 from ..parallel.mesh import build_mesh
-from ..parallel.process import (
-    die_with_parent,
-    is_torchrun_worker,
-    start_process_group,
-    stop_process_group,
-)
+from ..parallel.process import start_process_group, stop_process_group
 from .allocator import keep_freed_memory
 from .config import RunConfig
 from .run_folder import create_run_folder, dump_config
+from .stop import StopRequest
 from .trainer import Trainer
+
+INTERRUPTED = 130
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,7 +32,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="values to change")
     parser.add_argument("--print-config", action="store_true", help="print the result and stop")
     arguments = parser.parse_args(argv)
-    rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         config = load_config(RunConfig, arguments.config, arguments.overrides)
@@ -37,26 +40,27 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         train(config)
     except MoeyardError as error:
-        if rank == 0:
+        if os.environ.get("RANK", "0") == "0":
             sys.stderr.write(f"error: {error}\n")
         return 2 if isinstance(error, ValueError) else 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
     return 0
 
 
 def train(config: RunConfig) -> None:
     """Run one training process to its end."""
+    stop = StopRequest()
+    stop.listen()
     keep_freed_memory()
-    if is_torchrun_worker():
-        die_with_parent()
-        start_process_group(config.parallel.timeout_s)
+    timeout_s = config.parallel.timeout_s
+    store = start_process_group(timeout_s) if is_torchrun_worker() else None
     try:
         num_experts = config.model.moe.num_experts if config.model.moe is not None else 1
-        mesh = build_mesh(config.parallel.ep, num_experts)
+        mesh = build_mesh(config.parallel.ep, num_experts, store, timeout_s)
         run_dir = Path(config.run_dir)
-        if mesh.rank == 0:
-            create_run_folder(config)
-        mesh.barrier()
-        Trainer(config, run_dir, mesh).run()
+        mesh.on_rank_0(lambda: create_run_folder(run_dir))
+        Trainer(config, run_dir, mesh, stop).run()
     finally:
         stop_process_group()
 

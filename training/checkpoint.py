@@ -5,11 +5,11 @@ A step is written into a hidden folder (DCP shards, ``state.json``), hashed into
 ones go. Loading checks every hash and falls back to the newest checkpoint that is whole.
 """
 
-import hashlib
 import json
 import logging
-import os
+import re
 import shutil
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ..errors import CheckpointError
+from ..files import replace_text, sha256_of, sync
 from ..parallel.mesh import Mesh
 from .dcp_reader import SafeFileSystemReader
 
@@ -45,32 +46,32 @@ class Checkpoints:
         """Write a checkpoint of ``step``; all ranks call this with the tensors they own."""
         final = self._folder / f"step-{step:08d}"
         temporary = self._folder / f".tmp-{final.name}"
-        if self._mesh.rank == 0:
+        self._mesh.on_rank_0(lambda: self._prepare(final, temporary))
+        with _as_checkpoint_error(final), _quiet_about_one_process():
+            dcp.save(tensors, checkpoint_id=temporary, no_dist=self._mesh.dp_group is None)
+        facts = {"version": VERSION, "step": step, **state}
+        self._mesh.on_rank_0(lambda: self._commit(final, temporary, facts))
+
+    def _prepare(self, final: Path, temporary: Path) -> None:
+        with _as_checkpoint_error(final):
             self._folder.mkdir(parents=True, exist_ok=True)
             for leftover in self._folder.glob(".tmp-*"):
                 shutil.rmtree(leftover)
             temporary.mkdir()
-        self._mesh.barrier()
-        try:
-            with _quiet_about_one_process():
-                dcp.save(tensors, checkpoint_id=temporary, no_dist=self._mesh.dp_group is None)
-        except (OSError, dcp.api.CheckpointException) as error:
-            reason = str(error).strip().splitlines()[-1]
-            raise CheckpointError(
-                f"checkpoint {final} could not be written ({reason}); "
-                "the previous one is untouched. Free space or mend the disk and start again."
-            ) from error
-        if self._mesh.rank == 0:
-            (temporary / STATE).write_text(json.dumps({"version": VERSION, "step": step, **state}))
+
+    def _commit(self, final: Path, temporary: Path, facts: dict[str, Any]) -> None:
+        """Hash, flush and rename; then let go of what is older than ``keep`` or was damaged."""
+        with _as_checkpoint_error(final):
+            (temporary / STATE).write_text(json.dumps(facts), encoding="utf-8")
             _write_manifest(temporary)
-            if final.exists():
-                shutil.rmtree(final)  # it did not pass verification, or the run would not be here
+            for damaged in self._steps():
+                if damaged >= final:  # newer, so it failed verification when this run resumed
+                    damaged.rename(damaged.with_name(f"damaged-{damaged.name}-{time.time_ns()}"))
             temporary.rename(final)
-            _sync_folder(self._folder)
-            _replace_text(self._run_dir / "latest", final.name + "\n")
+            sync(self._folder)
+            replace_text(self._run_dir / "latest", final.name + "\n")
             for old in self._steps()[self._keep :]:
                 shutil.rmtree(old)
-        self._mesh.barrier()
 
     def newest_whole(self) -> Path | None:
         """Return the newest checkpoint that passes verification, the same on every rank.
@@ -78,17 +79,18 @@ class Checkpoints:
         Says which file is wrong in those it passes over; raises :class:`CheckpointError` when
         there are checkpoints but none is whole.
         """
-        chosen = torch.full((), -1, dtype=torch.int64)
         steps = self._steps()
-        if self._mesh.rank == 0:
+        chosen = torch.tensor(-1 if self._mesh.rank == 0 else 0)
+
+        def choose() -> None:
             for index, step in enumerate(steps):
                 problem = verify(step)
                 if problem is None:
                     chosen.fill_(index)
-                    break
+                    return
                 log.warning("skipping checkpoint %s: %s", step.name, problem)
-        else:
-            chosen.zero_()
+
+        self._mesh.on_rank_0(choose)
         index = int(self._mesh.sum(chosen))
         if index >= 0:
             return steps[index]
@@ -106,14 +108,20 @@ class Checkpoints:
         missing = sorted(key for key in tensors if key not in stored)
         if missing:
             raise CheckpointError(
-                f"checkpoint {path} has no {missing[0]!r}; it belongs to another model. "
-                "Use the run's own configuration or a new run_dir."
+                f"checkpoint {path} has no {missing[0]!r}, so it belongs to another model; "
+                "use the run's own configuration or a new run_dir."
             )
         with _quiet_about_one_process():
             dcp.load(tensors, storage_reader=reader, no_dist=self._mesh.dp_group is None)
 
     def _steps(self) -> list[Path]:
-        return sorted(self._folder.glob("step-*"), reverse=True)
+        if not self._folder.is_dir():
+            return []
+        return sorted(filter(_is_step, self._folder.iterdir()), reverse=True)
+
+
+def _is_step(path: Path) -> bool:
+    return re.fullmatch(r"step-\d{8}", path.name) is not None
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -144,18 +152,35 @@ def verify(path: Path) -> str | None:
     """Return what is wrong with a checkpoint folder, or None."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        files: dict[str, dict[str, Any]] = manifest["files"]
-    except (OSError, ValueError, KeyError):
+        files = {n: (f["bytes"], f["sha256"]) for n, f in manifest["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is missing or unreadable"
-    for name, expected in files.items():
+    for name, (num_bytes, digest) in files.items():
         file = path / name
         if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != expected["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes, the manifest says {expected['bytes']}"
-        if _sha256(file) != expected["sha256"]:
+        if file.stat().st_size != num_bytes:
+            return f"{name} has {file.stat().st_size} bytes, the manifest says {num_bytes}"
+        if sha256_of(file) != digest:
             return f"{name} does not match its hash"
-    return None
+    missing = {STATE, ".metadata"} - files.keys()
+    return f"{MANIFEST} does not list {missing.pop()}" if missing else None
+
+
+@contextmanager
+def _as_checkpoint_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, dcp.api.CheckpointException) as error:
+        if isinstance(error, dcp.api.CheckpointException):
+            for failure in error.failures.values():
+                if not isinstance(failure[0], Exception):
+                    raise failure[0] from None  # Ctrl-C is no fault of the disk
+        reason = str(error).strip().splitlines()[-1]
+        raise CheckpointError(
+            f"checkpoint {path} could not be written ({reason}), but the previous one is "
+            "untouched; free space or mend the disk and start again."
+        ) from error
 
 
 @contextmanager
@@ -169,31 +194,7 @@ def _quiet_about_one_process() -> Iterator[None]:
 def _write_manifest(folder: Path) -> None:
     files = {}
     for file in sorted(folder.iterdir()):
-        files[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-        _sync_file(file)
-    _replace_text(folder / MANIFEST, json.dumps({"version": VERSION, "files": files}, indent=1))
-    _sync_folder(folder)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _replace_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    _sync_file(temporary)
-    temporary.replace(path)
-    _sync_folder(path.parent)
-
-
-def _sync_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-_sync_folder = _sync_file
+        files[file.name] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+        sync(file)
+    replace_text(folder / MANIFEST, json.dumps({"version": VERSION, "files": files}, indent=1))
+    sync(folder)

@@ -1,10 +1,12 @@
 """The configuration of a training run: one YAML file, typed here."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..moe.config import ModelConfig
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class _Section(BaseModel):
@@ -34,7 +36,7 @@ class OptimizerConfig(_Section):
     min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
     """Last learning rate as a share of ``lr``."""
     warmup_steps: int = Field(default=100, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
     """Applied to matrices; never to norms or embeddings."""

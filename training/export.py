@@ -3,37 +3,33 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from ..configuration import load_config
 from ..errors import CheckpointError
 from ..moe.config import ModelConfig
 from ..moe.hf_config import to_hf
 from ..moe.model_folder import expert_tensor_name, tensor_name, write_model_folder
 from ..parallel.mesh import Mesh
 from .checkpoint import Checkpoints, read_state, read_tensors
-from .config import RunConfig
 from .data.tokenizer import open_tokenizer
-from .precision import DTYPES
-
-DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp64": "float32"}
-"""fp64 runs, made for tests of exactness, export as fp32."""
 
 
 def export(run_dir: Path, target: Path) -> int:
     """Write ``target`` from the newest whole checkpoint of ``run_dir`` and return its step."""
-    config = load_config(RunConfig, run_dir / "config.yaml")
-    checkpoint = Checkpoints(run_dir, Mesh(), config.checkpoint.keep).newest_whole()
+    if not run_dir.is_dir():
+        raise CheckpointError(f"{run_dir} is no folder; give the run_dir of a training run.")
+    checkpoint = Checkpoints(run_dir, Mesh(), keep=1).newest_whole()
     if checkpoint is None:
         raise CheckpointError(f"{run_dir} has no checkpoint yet; train until it saves one.")
     state = read_state(checkpoint)
     model = ModelConfig.model_validate(state["model"])
-    tokenizer = open_tokenizer(config.data.tokenizer)
-    dtype_name = DTYPE_NAMES[config.train.precision]
-    values = to_hf(model, dtype_name, tokenizer.eos_id)
+    tokenizer = open_tokenizer(state["tokenizer"])
+    # fp64 runs, made for tests of exactness, export as fp32.
+    dtype = torch.bfloat16 if state["precision"] == "bf16" else torch.float32
+    values = to_hf(model, str(dtype).removeprefix("torch."), tokenizer.eos_id)
     tensors = _named(read_tensors(checkpoint, "weight/"), read_tensors(checkpoint, "buffer/"))
-    precision = "bf16" if config.train.precision == "bf16" else "fp32"
-    write_model_folder(target, values, _cast(tensors, precision), tokenizer.save)
+    write_model_folder(target, values, _cast(tensors, dtype), tokenizer.save)
     return int(state["step"])
 
 
@@ -55,10 +51,12 @@ def _named(weights: dict[str, Tensor], buffers: dict[str, Tensor]) -> Iterator[t
         yield tensor_name(key.removeprefix("buffer/")), buffers[key]
 
 
-def _cast(tensors: Iterator[tuple[str, Tensor]], precision: str) -> Iterator[tuple[str, Tensor]]:
+def _cast(
+    tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in tensors:
         is_router = name.endswith("mlp.gate.weight")
-        if not tensor.is_floating_point() or (is_router and precision == "bf16"):
+        if not tensor.is_floating_point() or (is_router and dtype == torch.bfloat16):
             yield name, tensor
         else:
-            yield name, tensor.to(DTYPES[precision])
+            yield name, tensor.to(dtype)

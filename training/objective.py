@@ -15,8 +15,8 @@ from ..moe.routing import Routing
 
 
 @dataclass(slots=True)
-class Objective:
-    """One micro-batch's part of the objective on this rank."""
+class MicroBatchLoss:
+    """What one micro-batch gave on this rank."""
 
     cross_entropy_sum: Tensor
     """Summed over this rank's tokens, in nats, at least in fp32."""
@@ -30,11 +30,11 @@ class NextToken(nn.Module):
         super().__init__()
         self.decoder = decoder
 
-    def forward(self, windows_BL1: Tensor) -> Objective:
+    def forward(self, windows_BL1: Tensor) -> MicroBatchLoss:
         """Score int64 ``[B, L + 1]`` windows: the first L tokens predict the last L."""
         output = self.decoder(batch_of_rows(windows_BL1[:, :-1]))
         logits_TV = self.decoder.logits(output.hidden_TD)
         wide = torch.promote_types(logits_TV.dtype, torch.float32)
         targets_T = windows_BL1[:, 1:].reshape(-1)
         loss = F.cross_entropy(logits_TV.to(wide), targets_T, reduction="sum")
-        return Objective(loss, output.routings)
+        return MicroBatchLoss(loss, output.routings)

@@ -22,11 +22,13 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 class MasterAdamW:
     """AdamW reading ``parameter.main_grad`` and writing parameters of any precision.
 
-    Parameters narrower than fp32 get an fp32 master copy; others are their own masters. Matrices
-    decay, norms and embeddings do not.
+    ``masters`` holds the fp32 copies of narrower parameters; others are their own masters.
+    Matrices decay, norms and embeddings do not.
     """
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
+    def __init__(
+        self, model: nn.Module, masters: dict[str, Tensor], config: OptimizerConfig
+    ) -> None:
         self._model = model
         self._pairs: list[tuple[str, nn.Parameter, Tensor]] = []
         decayed: list[Tensor] = []
@@ -34,9 +36,7 @@ class MasterAdamW:
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
                 continue
-            wide = torch.promote_types(parameter.dtype, torch.float32)
-            is_master = parameter.dtype == wide
-            master = parameter.data if is_master else parameter.detach().to(wide)
+            master = masters.get(name, parameter.data)
             self._pairs.append((name, parameter, master))
             is_matrix = parameter.ndim > 1 and "embed_tokens" not in name
             (decayed if is_matrix else others).append(master)

@@ -1,19 +1,27 @@
 """Which tensors have which type."""
 
 import torch
+from torch import Tensor
 
 from ..moe.decoder import Decoder
+from ..moe.router import Router
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
-def apply_precision(model: Decoder, precision: str) -> None:
-    """Cast ``model`` in place; under bf16 the routers stay in fp32.
+def apply_precision(model: Decoder, precision: str) -> dict[str, Tensor]:
+    """Cast an fp32 model in place and return fp32 masters of the parameters this narrowed.
 
-    Masters and main gradients are fp32 by construction (optimizer.py, parallel/gradients.py).
+    Under bf16 the routers stay in fp32. Main gradients are fp32 in any case
+    (parallel/gradients.py).
     """
     dtype = DTYPES[precision]
-    model.to(dtype)
-    if dtype == torch.bfloat16:
-        for router in model.routers():
-            router.to(torch.float32)
+    masters = {}
+    for name, parameter in model.named_parameters():
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if dtype == torch.bfloat16 and isinstance(owner, Router):
+            continue
+        if dtype == torch.bfloat16:
+            masters[name] = parameter.detach().clone()
+        parameter.data = parameter.data.to(dtype)
+    return masters

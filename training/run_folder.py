@@ -7,21 +7,19 @@ from typing import Any
 import yaml
 
 from ..errors import ConfigError
+from ..files import replace_text
 from .config import RunConfig
 
 
-def create_run_folder(config: RunConfig) -> Path:
-    """Make the folder and write the merged configuration into it."""
-    folder = Path(config.run_dir)
+def create_run_folder(run_dir: Path) -> None:
+    """Make the folder, or say why it cannot be."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+        run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"run_dir is {config.run_dir!r}, which cannot be written ({error.strerror}); "
+            f"run_dir is {str(run_dir)!r}, which cannot be written ({error.strerror}); "
             "choose another folder."
         ) from None
-    return folder
 
 
 def dump_config(config: RunConfig) -> str:
@@ -37,16 +35,8 @@ class MetricsLog:
 
     def __init__(self, folder: Path, resume_step: int) -> None:
         path = folder / "metrics.jsonl"
-        kept = []
-        if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    break  # the last line of a killed run may be half a line
-                if record["step"] <= resume_step:
-                    kept.append(line + "\n")
-        path.write_text("".join(kept), encoding="utf-8")
+        kept = _lines_up_to(path, resume_step) if path.exists() else []
+        replace_text(path, "".join(kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
@@ -57,3 +47,15 @@ class MetricsLog:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def _lines_up_to(path: Path, step: int) -> list[str]:
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            is_kept = json.loads(line)["step"] <= step
+        except (ValueError, TypeError, KeyError):
+            break  # a killed run may leave half a line
+        if is_kept:
+            kept.append(line + "\n")
+    return kept

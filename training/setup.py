@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..errors import ConfigError
 from ..moe.config import ModelConfig
@@ -36,16 +37,19 @@ class Data:
 def build_data(config: RunConfig, folder: Path, mesh: Mesh) -> Data:
     """Prepare the shards on rank 0 and open them on all ranks."""
     tokenizer = open_tokenizer(config.data.tokenizer)
-    if mesh.rank == 0:
+
+    def prepare() -> None:
         prepare_shards(config.data, tokenizer, folder)
-    mesh.barrier()
-    shard, eval_shard = open_shards(config.data, tokenizer, folder, verify=mesh.rank == 0)
+        open_shards(config.data, tokenizer, folder, verify=True)
+
+    mesh.on_rank_0(prepare)
+    shard, eval_shard = open_shards(config.data, tokenizer, folder, verify=False)
     length, batch = config.train.sequence_length, config.train.batch_sequences
     return Data(
         tokenizer=tokenizer,
         shard=shard,
-        train=GlobalBatches(shard, length, batch, config.seed),
-        held_out=GlobalBatches(eval_shard, length, batch, config.seed),
+        train=GlobalBatches(shard, length, batch, config.seed, "training"),
+        held_out=GlobalBatches(eval_shard, length, batch, config.seed, "held-out"),
         tokens_per_byte=eval_shard.facts.num_tokens / eval_shard.facts.num_bytes,
     )
 
@@ -61,8 +65,14 @@ def fill_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> ModelConfig:
     return config.model.model_copy(update={"vocab_size": given or tokenizer.vocab_size})
 
 
-def build_model(config: RunConfig, model: ModelConfig, data: Data, mesh: Mesh) -> Decoder:
-    """Build this rank's part of the decoder with its initial weights and its dispatcher."""
+def build_model(
+    config: RunConfig, model: ModelConfig, data: Data, mesh: Mesh
+) -> tuple[Decoder, dict[str, Tensor]]:
+    """Build this rank's part of the decoder, with initial weights and dispatcher.
+
+    Returns it with the fp32 masters of the parameters that its precision narrows. The global
+    generator is seeded last: from here on only router noise draws from it.
+    """
     expert_ids, token_counts = None, None
     if model.moe is not None:
         expert_ids = mesh.local_experts(model.moe.num_experts)
@@ -77,12 +87,13 @@ def build_model(config: RunConfig, model: ModelConfig, data: Data, mesh: Mesh) -
         recompute=config.train.recompute,
     )
     initialize(decoder, config.seed)
-    apply_precision(decoder, config.train.precision)
     decoder.to(device())
+    masters = apply_precision(decoder, config.train.precision)
     if mesh.ep_group is not None and mesh.ep_size > 1 and model.moe is not None:
         for _, layer in decoder.moe_layers():
             layer.dispatcher = AllToAllDispatcher(model.moe.num_experts, mesh.ep_group)
-    return decoder
+    seed_rank(config.seed, mesh.rank)
+    return decoder, masters
 
 
 def device() -> torch.device:

@@ -42,7 +42,12 @@ class TrainStep:
     """Forward, backward, reduce, clip, update."""
 
     def __init__(
-        self, config: RunConfig, decoder: Decoder, batches: GlobalBatches, mesh: Mesh
+        self,
+        config: RunConfig,
+        decoder: Decoder,
+        masters: dict[str, Tensor],
+        batches: GlobalBatches,
+        mesh: Mesh,
     ) -> None:
         self._config = config
         self._mesh = mesh
@@ -52,7 +57,7 @@ class TrainStep:
         self.gradients = MainGradients(decoder, mesh)
         self.objective = NextToken(decoder)
         self._wrapped = wrap_dense(self.objective, mesh)
-        self.optimizer = MasterAdamW(decoder, config.optimizer)
+        self.optimizer = MasterAdamW(decoder, masters, config.optimizer)
 
     def run(self, step: int, stop_requested: bool) -> StepResult:
         """Run step ``step`` (from 0). Raises :class:`TrainingError` when loss or gradient is not
@@ -65,9 +70,9 @@ class TrainStep:
         grad_norm = self.gradients.norm()
         if not (torch.isfinite(grad_norm) and torch.isfinite(sums).all()):
             raise TrainingError(
-                f"step {step} has loss {loss} and gradient norm {float(grad_norm)}; nothing was "
-                "updated. Lower optimizer.lr or look at the data, then start again: "
-                "the run resumes from its last checkpoint."
+                f"step {step + 1} has loss {loss} and gradient norm {float(grad_norm)}, and "
+                "nothing was updated; lower optimizer.lr or look at the data, then start again "
+                "from the last checkpoint."
             )
         clip = self._config.optimizer.clip_norm
         self.gradients.scale_((clip / (grad_norm + 1e-6)).clamp(max=1.0))
@@ -91,11 +96,11 @@ class TrainStep:
             )
             is_last = micro == train.accumulation - 1
             with nullcontext() if is_last else self._no_sync():
-                objective = self._wrapped(windows.to(self._device))
-                loss = objective.cross_entropy_sum / global_tokens
-                parts = [objective.cross_entropy_sum.detach()]
-                if objective.routings:
-                    auxiliary = auxiliary_losses(objective.routings, self._routers, mesh.sum)
+                part = self._wrapped(windows.to(self._device))
+                loss = part.cross_entropy_sum / global_tokens
+                parts = [part.cross_entropy_sum.detach()]
+                if part.routings:
+                    auxiliary = auxiliary_losses(part.routings, self._routers, mesh.sum)
                     loss = loss + auxiliary.total / train.accumulation
                     parts += [auxiliary.balance / train.accumulation]
                     parts += [auxiliary.z / train.accumulation]

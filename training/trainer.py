@@ -1,48 +1,50 @@
 """The training loop: resume, step, log, evaluate, checkpoint, stop when asked."""
 
-import signal
 import time
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 
 from ..errors import CheckpointError
+from ..files import replace_text
 from ..moe.load import load_statistics
 from ..parallel.mesh import Mesh
 from .checkpoint import Checkpoints, read_state
 from .config import RunConfig
 from .console import TrainingConsole
 from .evaluate import evaluate
-from .run_folder import MetricsLog
+from .run_folder import MetricsLog, dump_config
 from .setup import build_data, build_model, check_batch, fill_vocabulary, seed_rank
 from .step import StepResult, TrainStep
+from .stop import StopRequest
 
 
 class Trainer:
     """A training run of one process among ``mesh.world_size``."""
 
-    def __init__(self, config: RunConfig, run_dir: Path, mesh: Mesh) -> None:
+    def __init__(
+        self, config: RunConfig, run_dir: Path, mesh: Mesh, stop: StopRequest | None = None
+    ) -> None:
         check_batch(config, mesh)
         self._config = config
         self._mesh = mesh
         self._data = build_data(config, run_dir / "data", mesh)
         self._model_config = fill_vocabulary(config, self._data.tokenizer)
-        seed_rank(config.seed, mesh.rank)
-        self.decoder = build_model(config, self._model_config, self._data, mesh)
-        self._step = TrainStep(config, self.decoder, self._data.train, mesh)
+        self.decoder, masters = build_model(config, self._model_config, self._data, mesh)
+        self._step = TrainStep(config, self.decoder, masters, self._data.train, mesh)
         self._checkpoints = Checkpoints(run_dir, mesh, config.checkpoint.keep)
         self._run_dir = run_dir
-        self._stop_requested = False
+        self._stop = stop or StopRequest()
         self._generator = torch.default_generator
         if torch.cuda.is_available():
             self._generator = torch.cuda.default_generators[torch.cuda.current_device()]
 
     def run(self) -> None:
-        """Train to the last step, or to the next step's end after SIGTERM; both save first."""
-        signal.signal(signal.SIGTERM, self._request_stop)
+        """Train to the last step, or to the step's end once asked to stop; both save first."""
         done = self._resume()
+        config_text = dump_config(self._config)
+        self._mesh.on_rank_0(lambda: replace_text(self._run_dir / "config.yaml", config_text))
         steps = self._config.train.steps
         console = TrainingConsole(done, steps, is_shown=self._mesh.rank == 0)
         metrics = MetricsLog(self._run_dir, done) if self._mesh.rank == 0 else None
@@ -50,7 +52,7 @@ class Trainer:
         try:
             while done < steps:
                 started = time.perf_counter()
-                result = self._step.run(done, self._stop_requested)
+                result = self._step.run(done, self._stop.signal_name is not None)
                 done += 1
                 record = self._record(done, result, time.perf_counter() - started)
                 is_logged = done % self._config.train.log_every == 0 or done == steps
@@ -63,7 +65,7 @@ class Trainer:
                 if is_last or done % self._config.checkpoint.every == 0:
                     self._save(done)
                 if result.stop_requested:
-                    console.line(event="stopped", reason="SIGTERM", saved_step=done)
+                    console.line(event="stopped", reason=self._stop.signal_name, saved_step=done)
                     break
         finally:
             console.close()
@@ -129,6 +131,11 @@ class Trainer:
             "seed": self._config.seed,
             "model": self._model_config.model_dump(mode="json"),
             "train_shard_sha256": self._data.shard.facts.file_sha256,
+            "batch_sequences": self._config.train.batch_sequences,
+            "sequence_length": self._config.train.sequence_length,
+            "precision": self._config.train.precision,
+            "tokenizer": self._config.data.tokenizer,
+            "eos_id": self._data.tokenizer.eos_id,
         }
         self._checkpoints.save(done, self._tensors(), state)
 
@@ -162,12 +169,11 @@ class Trainer:
         for key, actual in (
             ("seed", self._config.seed),
             ("train_shard_sha256", self._data.shard.facts.file_sha256),
+            ("batch_sequences", self._config.train.batch_sequences),
+            ("sequence_length", self._config.train.sequence_length),
         ):
             if state[key] != actual:
                 raise CheckpointError(
                     f"checkpoint {path} was made with {key} = {state[key]}, this run has {actual}; "
                     "use the same or a new run_dir."
                 )
-
-    def _request_stop(self, _signal: int, _frame: FrameType | None) -> None:
-        self._stop_requested = True

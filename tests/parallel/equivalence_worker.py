@@ -18,7 +18,8 @@ from moeyard.moe.layer import Experts
 from moeyard.moe.router import TopKRouter
 from moeyard.moe.routing import count_choices
 from moeyard.parallel.mesh import build_mesh
-from moeyard.parallel.process import is_torchrun_worker, start_process_group, stop_process_group
+from moeyard.parallel.parent import is_torchrun_worker
+from moeyard.parallel.process import start_process_group, stop_process_group
 from moeyard.training.config import RunConfig
 from moeyard.training.setup import build_data, build_model, fill_vocabulary
 from moeyard.training.step import TrainStep
@@ -55,15 +56,16 @@ def keyed(decoder, tensor_of) -> dict[str, torch.Tensor]:
     return values
 
 
-def run_case(config_path: Path, out: Path, name: str, case: dict) -> None:
+def run_case(config_path: Path, out: Path, name: str, case: dict, store) -> None:
     overrides = [*case["overrides"], f"run_dir={out}/{name}"]
     config = load_config(RunConfig, config_path, overrides)
-    mesh = build_mesh(config.parallel.ep, config.model.moe.num_experts)
+    mesh = build_mesh(config.parallel.ep, config.model.moe.num_experts, store, 60)
     data = build_data(config, out / name / "data", mesh)
-    decoder = build_model(config, fill_vocabulary(config, data.tokenizer), data, mesh)
+    model = fill_vocabulary(config, data.tokenizer)
+    decoder, masters = build_model(config, model, data, mesh)
     if case.get("starved"):
         starve_upper_half(decoder)
-    step = TrainStep(config, decoder, data.train, mesh)
+    step = TrainStep(config, decoder, masters, data.train, mesh)
     recorded = []
     scale = step.gradients.scale_
 
@@ -87,11 +89,10 @@ def run_case(config_path: Path, out: Path, name: str, case: dict) -> None:
 
 def main() -> None:
     config_path, out, cases = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
-    if is_torchrun_worker():
-        start_process_group(60)
+    store = start_process_group(60) if is_torchrun_worker() else None
     try:
         for name, case in cases.items():
-            run_case(config_path, out, name, case)
+            run_case(config_path, out, name, case, store)
     finally:
         stop_process_group()
 

@@ -144,7 +144,7 @@ def test_the_standard_library_is_a_corpus_without_its_tests():
     assert not any(
         part in ("test", "tests", "site-packages") for p in paths for part in p.split("/")
     )
-    documents = read_documents("stdlib", "text")
+    documents = read_documents("stdlib", "text", "data.source")
     training, held_out = split(documents, "stdlib", 0.05)
     assert 0.03 < len(held_out) / len(documents) < 0.07
     assert set(training).isdisjoint(held_out)
@@ -154,7 +154,7 @@ def test_the_standard_library_is_a_corpus_without_its_tests():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"text": "a"}\n{"txt": "b"}\n', "line 2 is not a JSON object with the key 'text'"),
+        ('{"text": "a"}\n{"txt": "b"}\n', "line 2 is not a JSON object with text under 'text'"),
         ('{"text": "a"}\nnonsense\n', "line 2"),
     ],
 )
@@ -162,15 +162,15 @@ def test_a_bad_jsonl_line_is_named(tmp_path, content, message):
     path = tmp_path / "d.jsonl"
     path.write_text(content)
     with pytest.raises(DataError, match=message):
-        read_documents(str(path), "text")
+        read_documents(str(path), "text", "data.source")
 
 
 def test_sources_that_cannot_be_read_are_refused(tmp_path):
     with pytest.raises(DataError, match="cannot be read"):
-        read_documents(str(tmp_path / "none.txt"), "text")
+        read_documents(str(tmp_path / "none.txt"), "text", "data.source")
     (tmp_path / "latin.txt").write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(DataError, match="is not UTF-8"):
-        read_documents(str(tmp_path / "latin.txt"), "text")
+        read_documents(str(tmp_path / "latin.txt"), "text", "data.source")
     with pytest.raises(DataError, match="is no folder"):
         open_tokenizer(str(tmp_path / "none"))
     (tmp_path / "empty").mkdir()

@@ -18,7 +18,12 @@ class GlobalBatches:
     """
 
     def __init__(
-        self, shard: TokenShard, sequence_length: int, batch_sequences: int, seed: int
+        self,
+        shard: TokenShard,
+        sequence_length: int,
+        batch_sequences: int,
+        seed: int,
+        name: str = "training",
     ) -> None:
         self._shard = shard
         self._length = sequence_length
@@ -27,7 +32,7 @@ class GlobalBatches:
         self.num_windows = (len(shard) - 1) // sequence_length
         if self.num_windows < 1:
             raise DataError(
-                f"the shard holds {len(shard)} tokens, too few for one sequence of "
+                f"the {name} data hold {len(shard)} tokens, too few for one sequence of "
                 f"train.sequence_length = {sequence_length}; give more text or lower it."
             )
         self._order = lru_cache(maxsize=2)(self._order_of_epoch)

@@ -20,9 +20,14 @@ def prepare_shards(config: DataConfig, tokenizer: Tokenizer, folder: Path) -> No
 
     Sources that are shards already are left where they are.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"{folder} cannot be made ({error.strerror}); remove what is there."
+        ) from None
     if not config.source.endswith(".bin"):
-        documents = read_documents(config.source, config.text_key)
+        documents = read_documents(config.source, config.text_key, "data.source")
         if config.eval_source is None:
             training, held_out = split(documents, config.source, config.eval_fraction)
             _write_once(folder / "eval.bin", held_out, tokenizer)
@@ -35,7 +40,7 @@ def prepare_shards(config: DataConfig, tokenizer: Tokenizer, folder: Path) -> No
             "give data.eval_source."
         )
     if config.eval_source is not None and not config.eval_source.endswith(".bin"):
-        held_out = read_documents(config.eval_source, config.text_key)
+        held_out = read_documents(config.eval_source, config.text_key, "data.eval_source")
         _write_once(folder / "eval.bin", held_out, tokenizer)
 
 
@@ -51,8 +56,11 @@ def open_shards(
     return open_shard(train, tokenizer, verify), open_shard(held_out, tokenizer, verify)
 
 
-def read_documents(source: str, text_key: str) -> list[str]:
-    """Read the documents of a text file, a JSONL file or the standard library."""
+def read_documents(source: str, text_key: str, field: str) -> list[str]:
+    """Read the documents of a text file, a JSONL file or the standard library.
+
+    ``field`` is the configuration key that messages name.
+    """
     if source == "stdlib":
         return [text for _, text in standard_library()]
     path = Path(source)
@@ -62,11 +70,11 @@ def read_documents(source: str, text_key: str) -> list[str]:
         return [path.read_text(encoding="utf-8")]
     except OSError as error:
         raise DataError(
-            f"data.source is {source!r}, which cannot be read ({error.strerror}); give 'stdlib', "
+            f"{field} is {source!r}, which cannot be read ({error.strerror}); give 'stdlib', "
             "a text file, a .jsonl file or a .bin shard."
         ) from None
     except UnicodeDecodeError:
-        raise DataError(f"data.source {source!r} is not UTF-8 text; convert it first.") from None
+        raise DataError(f"{field} {source!r} is not UTF-8 text; convert it first.") from None
 
 
 def standard_library() -> Iterator[tuple[str, str]]:
@@ -102,12 +110,14 @@ def _read_jsonl(path: Path, text_key: str) -> Iterator[str]:
             if not line.strip():
                 continue
             try:
-                yield str(json.loads(line)[text_key])
-            except (ValueError, KeyError, TypeError):
+                text = json.loads(line)[text_key]
+                text.encode()
+            except (ValueError, KeyError, TypeError, AttributeError):
                 raise DataError(
-                    f"{path} line {number} is not a JSON object with the key {text_key!r}; "
+                    f"{path} line {number} is not a JSON object with text under {text_key!r}; "
                     "mend the line or set data.text_key."
                 ) from None
+            yield text
 
 
 def _hash(documents: Iterable[str]) -> str:

@@ -11,10 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import DataError
+from ...files import sha256_of
 from .tokenizer import Tokenizer
 
 FORMAT = "moeyard-tokens"
 VERSION = 1
+DTYPES = ("uint16", "uint32")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,16 @@ class TokenShard:
     def slice(self, start: int, length: int) -> npt.NDArray[np.int64]:
         """Return ``length`` ids from ``start`` as a fresh int64 array."""
         return self._tokens[start : start + length].astype(np.int64)
+
+    def check_ids(self, path: Path, vocab_size: int) -> None:
+        """Raise :class:`DataError` when some id is not in the vocabulary."""
+        for start in range(0, len(self), 1 << 24):
+            largest = int(self._tokens[start : start + (1 << 24)].max())
+            if largest >= vocab_size:
+                raise DataError(
+                    f"shard {path} holds token id {largest}, but the tokenizer's ids are below "
+                    f"{vocab_size}; make the shard again."
+                )
 
     def token_counts(self) -> list[int]:
         """Return how often each id occurs."""
@@ -99,6 +111,8 @@ def read_facts(path: Path) -> ShardFacts:
         raise DataError(
             f"shard {path} has no usable sidecar {sidecar.name} ({reason}); make the shard again."
         ) from None
+    if facts.dtype not in DTYPES:
+        raise DataError(f"shard {path} has dtype {facts.dtype!r}; it must be uint16 or uint32.")
     if (facts.format, facts.version) != (FORMAT, VERSION):
         raise DataError(
             f"shard {path} is {facts.format} version {facts.version}; "
@@ -121,11 +135,11 @@ def open_shard(path: Path, tokenizer: Tokenizer, verify: bool) -> TokenShard:
         raise DataError(
             f"shard {path} has {size} bytes, its sidecar says {expected}; make the shard again."
         )
-    if verify:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != facts.file_sha256:
-            raise DataError(f"shard {path} does not match its sidecar's hash; make it again.")
     if size == 0:
         raise DataError(f"shard {path} holds no tokens; give a corpus with some text.")
-    return TokenShard(path, facts)
+    shard = TokenShard(path, facts)
+    if verify:
+        if sha256_of(path) != facts.file_sha256:
+            raise DataError(f"shard {path} does not match its sidecar's hash; make it again.")
+        shard.check_ids(path, tokenizer.vocab_size)
+    return shard

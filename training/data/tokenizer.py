@@ -77,21 +77,23 @@ class FolderTokenizer:
             self._inner = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).splitlines()[0]
+        except Exception as error:  # the tokenizer library raises whatever it likes
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise DataError(
                 f"data.tokenizer {str(folder)!r} cannot be opened ({reason}); "
                 "give a folder with tokenizer.json."
-            ) from None
+            ) from error
         if self._inner.eos_token_id is None:
             raise DataError(
                 f"data.tokenizer {str(folder)!r} has no eos_token, which separates documents; "
                 "set eos_token in tokenizer_config.json."
             )
-        self.vocab_size = len(self._inner)
+        vocabulary = self._inner.get_vocab()
+        self.vocab_size = max(vocabulary.values()) + 1
         self.eos_id: int = self._inner.eos_token_id
-        vocabulary = json.dumps(self._inner.get_vocab(), sort_keys=True)
-        self.sha256 = hashlib.sha256(vocabulary.encode()).hexdigest()
+        rust = getattr(self._inner, "backend_tokenizer", None)
+        identity = json.dumps(vocabulary, sort_keys=True) if rust is None else rust.to_str()
+        self.sha256 = hashlib.sha256(f"{self.eos_id} {identity}".encode()).hexdigest()
 
     def encode(self, text: str) -> npt.NDArray[np.uint32]:
         """Return ids without special tokens."""

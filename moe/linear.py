@@ -1,0 +1,16 @@
+"""The linear layer of the decoder."""
+
+from torch import Tensor, nn
+
+from ..kernels.row_stable import bf16_row_stable_linear
+
+
+class Linear(nn.Linear):
+    """A linear layer without bias whose bf16 results do not depend on the other rows of a batch."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x @ weight.T``, ``[T, out_features]``."""
+        return bf16_row_stable_linear(x, self.weight)

@@ -1,0 +1,25 @@
+"""Die with the parent process. Imports nothing heavy: it must act before torch is loaded."""
+
+import ctypes
+import os
+import signal
+import sys
+
+PR_SET_PDEATHSIG = 1
+INIT = 1
+
+
+def is_torchrun_worker() -> bool:
+    """Say whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def die_with_parent() -> None:
+    """Ask Linux to kill this process when its parent dies, so that no worker outlives torchrun.
+
+    A process that has been handed to init already lost its parent, and ends at once.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() == INIT:
+        os.kill(os.getpid(), signal.SIGKILL)
