@@ -34,26 +34,37 @@ class TextStream:
     def push(self, token: int) -> str:
         """Add a token and return the text that is certain now."""
         self._ids.append(token)
-        piece = self._new_text()
-        certain = piece.rstrip(REPLACEMENT)
-        if piece != certain and len(self._ids) - self._done_ids < MAX_CHARACTER_IDS:
-            return ""  # perhaps an unfinished character
-        self._take(piece)
+        self._take(self._num_certain())
         return self._release(len(self._text) - self._held_back())
 
     def finish(self) -> str:
         """Return what was held back."""
-        if not self.is_stopped and self._done_ids < len(self._ids):
-            self._take(self._new_text())
+        if not self.is_stopped:
+            self._take(len(self._ids) - self._done_ids)
         return self._release(len(self._text))
 
-    def _new_text(self) -> str:
-        before = self._decode(self._ids[self._context_ids : self._done_ids])
-        return self._decode(self._ids[self._context_ids :])[len(before) :]
+    def _num_certain(self) -> int:
+        """Say how many of the new ids have text that later ids cannot change."""
+        new = self._ids[self._done_ids :]
+        whole = self._decode(new)
+        if not whole.endswith(REPLACEMENT):
+            return len(new)
+        if len(new) < MAX_CHARACTER_IDS:
+            return 0
+        # What comes before a possible character of up to three ids is broken for good.
+        for count in range(len(new) - MAX_CHARACTER_IDS + 1, len(new)):
+            if self._decode(new[:count]) + self._decode(new[count:]) == whole:
+                return count
+        return len(new)
 
-    def _take(self, piece: str) -> None:
-        self._text += piece
-        self._context_ids, self._done_ids = self._done_ids, len(self._ids)
+    def _take(self, count: int) -> None:
+        """Move the text of the next ``count`` ids to ``_text``."""
+        if count == 0:
+            return
+        end = self._done_ids + count
+        before = self._decode(self._ids[self._context_ids : self._done_ids])
+        self._text += self._decode(self._ids[self._context_ids : end])[len(before) :]
+        self._context_ids, self._done_ids = self._done_ids, end
         found = [self._text.find(stop, self._sent) for stop in self._stop]
         cuts = [position for position in found if position >= 0]
         if cuts:

@@ -63,6 +63,21 @@ def test_agrees_with_the_reference_in_values_and_all_gradients(shape, routing, d
         assert error <= TOLERANCE[dtype], f"{name} is off by {float(error)}"
 
 
+@pytest.mark.parametrize("first", [0, 2, 4])
+def test_a_share_of_the_experts_agrees_with_the_reference(first):
+    """What a rank does: a slot table, few rows, all of them for experts that are here."""
+    ids, leaves = problem((11, 2, 2, 16, 8), "with_none", torch.float32)
+    ids = torch.where(ids >= 0, ids + first, -1)
+    table = tuple(e - first if first <= e < first + 2 else -1 for e in range(6))
+    x, weights, fc1, fc2 = leaves
+    found = []
+    for backend in ("torch", "reference"):
+        y = expert_mlp(x, ids, weights, ExpertWeights(fc1, fc2, table), backend)
+        found.append((y, *torch.autograd.grad(y.square().sum(), leaves)))
+    for actual, expected in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_reference_gradients_pass_gradcheck():
     ids, leaves = problem((5, 2, 3, 4, 3), "with_none", torch.float64)
 

@@ -1,6 +1,7 @@
 """Against transformers: folders it wrote open here, folders written here open there."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -167,12 +168,21 @@ def truncate(folder):
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def drop_a_tensor(folder):
+def rewrite(folder, change):
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(folder / "model.safetensors")
-    del tensors["model.layers.0.mlp.experts.3.up_proj.weight"]
+    change(tensors)
     save_file(tensors, folder / "model.safetensors")
+
+
+def drop_a_tensor(folder):
+    rewrite(folder, lambda tensors: tensors.pop("model.layers.0.mlp.experts.3.up_proj.weight"))
+
+
+def make_pipe(folder):
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / "model.safetensors")
 
 
 DAMAGES = {
@@ -193,6 +203,27 @@ DAMAGES = {
     "unknown_type": (damage_config(model_type="gpt9"), "the known ones are qwen3_moe"),
     "contradiction": (damage_config(moe_intermediate_size=32), "config.json asks for"),
     "unsupported": (damage_config(attention_bias=True), "only False is supported"),
+    "no_head": (
+        lambda f: rewrite(f, lambda t: t.pop("lm_head.weight")),
+        "has no tensor 'lm_head.weight'",
+    ),
+    "text_for_a_number": (damage_config(num_hidden_layers="3"), "value of the wrong type"),
+    "no_choices": (damage_config(num_experts_per_tok=None), "wrong type"),
+    "no_step": (damage_config(decoder_sparse_step=0), "wrong type"),
+    "rope_list": (damage_config(rope_parameters=[1]), "wrong type"),
+    "absurd_vocabulary": (damage_config(vocab_size=10**12), "config.json asks for"),
+    "absurd_layers": (damage_config(num_hidden_layers=10**9), "has no tensor"),
+    "deep_json": (lambda f: (f / "config.json").write_text("[" * 200_000), "is not JSON"),
+    "bad_eos": (damage_config(eos_token_id=99999), "eos_token_id 99999"),
+    "pipe": (make_pipe, "is not a file"),
+    "index_list": (
+        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": [1]}'),
+        "has no weight_map",
+    ),
+    "index_parent": (
+        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"x": ".."}}'),
+        "which is not in the folder",
+    ),
     "index_outside": (
         lambda f: (f / "model.safetensors.index.json").write_text(
             json.dumps({"weight_map": {"x": "../secret.safetensors"}})
@@ -221,6 +252,62 @@ def test_a_folder_of_many_shards_opens(tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     with torch.no_grad():
         assert (moeyard.load(tmp_path / "m")(ids) - again(ids).logits).abs().max() <= 1e-4
+
+
+def test_end_of_text_comes_from_both_configurations(tmp_path):
+    theirs = qwen3_moe(num_key_value_heads=2)
+    theirs.generation_config.eos_token_id = [5, 7]
+    theirs.save_pretrained(tmp_path / "m")
+    assert moeyard.load(tmp_path / "m").eos_ids == {96, 5, 7}
+
+
+def test_a_hash_table_that_names_no_expert_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from moeyard.moe.decoder import Decoder
+    from moeyard.moe.model_folder import expected_tensors
+
+    moe = MoEConfig(num_experts=4, d_expert=8, router=Hash())
+    config = ModelConfig(vocab_size=30, d_model=16, num_layers=1, num_heads=2, moe=moe)
+    (tmp_path / "config.json").write_text(json.dumps(to_hf(config, "float32", 0)))
+    tensors = {
+        name: torch.zeros(shape, dtype=torch.int32 if "table" in name else torch.float32)
+        for name, shape in expected_tensors(config)
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert moeyard.load(tmp_path).config == config
+    names = {n.split("experts")[0] for n in load_file(tmp_path / "model.safetensors")}
+    own = {f"model.{n}" for n, _ in Decoder(config).named_buffers()}
+    assert own <= names
+    tensors["model.layers.0.mlp.gate.table_VK"][3] = 4
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ModelFileError, match="names experts from 0 to 4, but there are 4"):
+        moeyard.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": -1}, "temperature is -1"),
+        ({"top_p": 0}, "top_p is 0"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"max_new_tokens": -3}, "max_new_tokens is -3"),
+        ({"seed": 2**64}, "seed 18446744073709551616"),
+        ({"max_new_tokens": 250}, "the model takes 256"),
+    ],
+)
+def test_generate_refuses_what_makes_no_sense(tmp_path, options, message):
+    from moeyard.errors import ConfigError
+
+    qwen3_moe(num_key_value_heads=2).save_pretrained(tmp_path / "m")
+    model = moeyard.load(tmp_path / "m")
+    with pytest.raises(ConfigError, match=message):
+        model.generate(torch.zeros(1, 9, dtype=torch.int64), **options)
+    with pytest.raises(ConfigError, match="both above 0"):
+        model.generate(torch.zeros(0, 9, dtype=torch.int64))
+    with pytest.raises(ConfigError, match=r"ids range from 0 to 97; they must be in \[0, 97\)"):
+        model(torch.tensor([[0, 97]]))
 
 
 def test_uniform_rows_are_a_batch_of_sequences():

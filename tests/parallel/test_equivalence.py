@@ -11,11 +11,18 @@ from launch import run, torchrun
 
 WORKER = str(Path(__file__).parent / "equivalence_worker.py")
 EXACT = ["train.precision=fp64", "parallel.backend=reference"]
+TORCH = "parallel.backend=torch"  # in place of the reference
 VARIANTS = {
     "plain": {"overrides": []},
     "accumulated": {"overrides": ["train.accumulation=2"]},
     "recomputed": {"overrides": ["train.recompute=true"]},
     "both": {"overrides": ["train.accumulation=2", "train.recompute=true"]},
+    "torch": {"overrides": [TORCH]},
+    "hash": {"overrides": [TORCH, "model.moe.router={kind: hash, k: 2}"]},
+    "shared_tied": {
+        "overrides": [TORCH, "model.moe.d_shared=8", "model.tie_embeddings=true"],
+    },
+    "dense_layer": {"overrides": [TORCH, "model.dense_layers=[0]", "model.d_ff=40"]},
     "starved": {"overrides": [], "starved": True},
     "starved_both": {
         "overrides": ["train.accumulation=2", "train.recompute=true"],
@@ -31,7 +38,7 @@ BF16_TOLERANCE = {"loss": 2e-3, "grad_norm": 3e-2, "gradients": 6e-2, "weights":
 
 def cases(ep: int, precision: list[str], suffix: str) -> dict[str, dict]:
     return {
-        f"{name}{suffix}": {**v, "overrides": [*v["overrides"], *precision, f"parallel.ep={ep}"]}
+        f"{name}{suffix}": {**v, "overrides": [*precision, *v["overrides"], f"parallel.ep={ep}"]}
         for name, v in VARIANTS.items()
     }
 

@@ -115,6 +115,43 @@ def test_cancelling_leaves_the_others_alone(model_folder):
     assert expected["0"].startswith(texts["0"]) and len(texts["0"]) < 24
 
 
+def test_scores_that_are_not_finite_end_one_request(model_folder):
+    model, store = open_model(model_folder)
+    engine = Engine(model, latin, store)
+    expected = run(Engine(model, latin, store), [request("a", [1, 2])])[0]
+    logits = model.decoder.logits
+
+    def with_nan(hidden):
+        scores = logits(hidden)
+        return torch.cat([scores[:-1], scores[-1:] * float("nan")]) if len(scores) > 1 else scores
+
+    model.decoder.logits = with_nan
+    texts, reasons, errors = run(engine, [request("a", [1, 2]), request("b", [3])])
+    model.decoder.logits = logits
+    assert reasons == {"a": "length", "b": "error"} and "not finite" in errors["b"]
+    assert texts["a"] == expected["a"]
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 256])
+def test_reading_a_prompt_in_chunks_changes_no_token(model_folder, chunk):
+    model, store = open_model(model_folder)
+    asked = [request(str(i), p) for i, p in enumerate(prompts(4))]
+    whole = run(Engine(model, latin, store, prefill_chunk=1000), asked)[0]
+    assert run(Engine(model, latin, store, prefill_chunk=chunk), asked)[0] == whole
+
+
+def test_a_request_queued_and_cancelled_is_counted(model_folder):
+    model, store = open_model(model_folder)
+    engine = Engine(model, latin, store, max_num_seqs=1)
+    for name in "abc":
+        engine.add(request(name, [1]))
+    engine.step()
+    for name in "abc":
+        engine.cancel(name)
+    assert not engine.has_work
+    assert engine.metrics.cancelled._value.get() == 3
+
+
 def test_a_read_error_ends_the_requests_of_the_step_and_no_others(model_folder, monkeypatch):
     monkeypatch.setattr(store_module, "RETRY_PAUSE_S", 0)
     model, store = open_model(model_folder, expert_memory="25%")

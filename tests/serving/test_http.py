@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import threading
 
 import httpx
 import pytest
@@ -112,6 +113,8 @@ BAD_BODIES = {
     "bad_utf8": (b'{"model":"\xff"}', "not JSON"),
     "surrogate": (b'{"model":"small","prompt":"\\ud800"}', "half of a surrogate pair"),
     "no_prompt": (b'{"model":"small"}', "prompt is missing"),
+    "surrogate_key": (b'{"model":"small","prompt":"a","\\ud800":1}', "not valid Unicode"),
+    "newline_key": (b'{"model":"small","prompt":"a","x\\ny":1}', "x\\ny is not a known"),
     "no_model": (b'{"prompt":"a"}', "model is missing"),
     "empty": (b"", "not JSON"),
 }
@@ -143,8 +146,19 @@ BAD_VALUES = {
     "id_huge": ({"prompt": [2**63]}, "token id 9223372036854775808"),
     "too_long": ({"prompt": "x" * 300}, "the model takes 256 in all"),
     "too_many_tokens": ({"max_tokens": 255}, "the model takes 256 in all"),
+    "echo": ({"echo": True}, "echo is not supported"),
+    "logprobs_0": ({"logprobs": 0}, "logprobs is not supported"),
+    "logprobs_1": ({"logprobs": 1}, "logprobs is not supported"),
+    "best_of": ({"best_of": True}, "best_of is not supported"),
+    "text_temperature": ({"temperature": "0.5"}, "temperature is '0.5'"),
+    "late_mixed_ids": ({"prompt": [1] * 200_000 + ["a"]}, "prompt must be a string"),
+    "long_stop": ({"stop": "x" * 257}, "of 1 to 256 characters"),
+    "stream_option": (
+        {"stream": True, "stream_options": {"include_usag": True}},
+        "stream_options.include_usag is not a known parameter; did you mean include_usage",
+    ),
     "stops": ({"stop": ["a"] * 5}, "up to 4 strings"),
-    "empty_stop": ({"stop": ""}, "none of them empty"),
+    "empty_stop": ({"stop": ""}, "of 1 to 256 characters"),
     "penalty": ({"presence_penalty": 1}, "presence_penalty is not supported"),
     "seed": ({"seed": 2**63}, "seed is 9223372036854775808"),
     "usage": ({"stream_options": {"include_usage": True}}, "needs stream = true"),
@@ -221,7 +235,7 @@ def test_health_is_open_and_means_it(server, model_folder):
     assert call(server, "GET", "/health", headers={}).json() == {"status": "ok"}
     broken = Server(ServeArgs(model=str(model_folder)))
     broken.thread.engine.step = lambda: 1 / 0
-    check_error(complete(broken), 503, "the engine failed: ZeroDivisionError")
+    check_error(complete(broken), 503, "the engine failed (ZeroDivisionError)")
     response = call(broken, "GET", "/health")
     assert response.status_code == 503 and "ZeroDivisionError" in response.json()["reason"]
     check_error(complete(broken), 503, "the engine failed")
@@ -266,6 +280,40 @@ def test_a_client_that_leaves_frees_its_place(server):
         return next(float(line.split()[1]) for line in text.splitlines() if line.startswith(name))
 
     assert cancelled(after) == cancelled(before) + 1
+
+
+def test_extreme_sampling_values_are_served(server):
+    for options in ({"temperature": 1e-40}, {"top_p": 1e-50}, {"temperature": 1e-9, "top_p": 1e-9}):
+        answer = complete(server, **{"temperature": 1.0, **options})
+        assert answer.status_code == 200, answer.text
+        if "temperature" in options:  # as good as greedy
+            assert answer.json()["choices"] == complete(server).json()["choices"]
+    options = {"stream": True, "stream_options": {"include_obfuscation": False}}
+    assert complete(server, **options).status_code == 200
+
+
+def test_requests_that_arrive_while_the_engine_dies_are_answered(model_folder):
+    server = Server(ServeArgs(model=str(model_folder)))
+    arrived = threading.Event()
+
+    def die():
+        arrived.wait(10)
+        raise SystemExit("a native library gave up")
+
+    server.thread.engine.step = die
+
+    async def ask():
+        transport = httpx.ASGITransport(app=server.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            posts = [client.post("/v1/completions", json=BODY) for _ in range(5)]
+            tasks = [asyncio.create_task(post) for post in posts]
+            await asyncio.sleep(0.3)
+            arrived.set()
+            return await asyncio.wait_for(asyncio.gather(*tasks), 10)
+
+    for answer in asyncio.run(ask()):
+        check_error(answer, 503, "the engine failed (SystemExit)")
+    check_error(complete(server), 503, "the engine failed (SystemExit)")
 
 
 def test_an_open_server_asks_for_no_key(model_folder):

@@ -1,6 +1,8 @@
 """The expert store and offloaded experts: exact, bounded, consistent after failures."""
 
 import os
+import threading
+import time
 
 import pytest
 import torch
@@ -129,6 +131,33 @@ def test_a_wave_given_up_half_way_leaves_the_store_usable(folder):
     waves.close()
     assert store.num_resident + len(store._free) == store.num_slots
     assert sorted(e for ready, _ in store.stream(0, range(6)) for e in ready) == list(range(6))
+
+
+def test_computes_with_what_is_there_while_threads_read_the_rest(folder, monkeypatch):
+    store = ExpertStore(ModelFolder(folder), torch.float32, 6 * SLOT_ELEMENTS * 4, num_threads=2)
+    for _ in store.stream(0, [0, 1]):
+        pass
+    real, gate, in_flight, most = os.preadv, threading.Event(), [0], [0]
+    lock = threading.Lock()
+
+    def slow(*arguments):
+        with lock:
+            in_flight[0] += 1
+            most[0] = max(most[0], in_flight[0])
+        assert gate.wait(10), "nobody computed while reading"
+        with lock:
+            in_flight[0] -= 1
+        return real(*arguments)
+
+    monkeypatch.setattr(os, "preadv", slow)
+    waves = store.stream(0, range(6))
+    ready, _ = next(waves)
+    assert ready == [0, 1]
+    while most[0] < 2:
+        time.sleep(0.001)
+    gate.set()
+    assert sorted(e for wave, _ in waves for e in wave) == [2, 3, 4, 5]
+    assert most[0] == 2, "more reads at once than threads"
 
 
 def test_budgets():

@@ -44,6 +44,23 @@ def test_text_ends_before_the_first_stop_string(text, stop):
         assert out == text and not stream.is_stopped
 
 
+@given(st.binary(max_size=24))
+def test_bytes_that_are_no_text_come_out_as_decoding_all_of_them(data):
+    stream = TextStream(decode, [])
+    pieces = [stream.push(byte) for byte in data] + [stream.finish()]
+    assert "".join(pieces) == decode(list(data))
+
+
+def test_the_first_piece_keeps_the_space_that_the_prompt_gives_it():
+    words = {1: "the", 2: "cat", 3: "sat", 4: "on"}
+
+    def decode_words(ids):  # like SentencePiece: the text's first word loses its space
+        return "".join(f" {words[i]}" for i in ids).removeprefix(" ")
+
+    stream = TextStream(decode_words, [], context=[1, 2])
+    assert [stream.push(3), stream.push(4)] == [" sat", " on"]
+
+
 def test_holds_back_what_may_become_a_stop_string():
     stream = TextStream(decode, ["\n\n"])
     assert stream.push(ord("a")) == "a"

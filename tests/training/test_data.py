@@ -1,5 +1,6 @@
 """Corpora, tokenizers, shards and the global batch."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -81,6 +82,30 @@ def test_a_shard_for_another_tokenizer_is_refused(tmp_path, tokenizer_folder):
         open_shard(path, FolderTokenizer(tokenizer_folder), verify=False)
 
 
+def test_the_same_vocabulary_with_other_merges_is_another_tokenizer(tmp_path, tokenizer_folder):
+    import shutil
+
+    shutil.copytree(tokenizer_folder, tmp_path / "other")
+    path = tmp_path / "other" / "tokenizer.json"
+    values = json.loads(path.read_text())
+    values["model"]["merges"].reverse()
+    path.write_text(json.dumps(values))
+    ours, other = FolderTokenizer(tokenizer_folder), FolderTokenizer(tmp_path / "other")
+    assert ours.sha256 != other.sha256
+
+
+def test_a_shard_with_ids_beyond_the_vocabulary_is_refused(tmp_path):
+    path = make(tmp_path / "a.bin", ["some text"])
+    data = np.fromfile(path, dtype="<u2")
+    data[2] = 300
+    data.tofile(path)
+    facts = json.loads(path.with_suffix(".json").read_text())
+    facts["file_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    path.with_suffix(".json").write_text(json.dumps(facts))
+    with pytest.raises(DataError, match="holds token id 300, but the tokenizer's ids are below"):
+        open_shard(path, BYTES, verify=True)
+
+
 def cut(path):
     path.write_bytes(path.read_bytes()[:-1])
 
@@ -156,6 +181,9 @@ def test_the_standard_library_is_a_corpus_without_its_tests():
     [
         ('{"text": "a"}\n{"txt": "b"}\n', "line 2 is not a JSON object with text under 'text'"),
         ('{"text": "a"}\nnonsense\n', "line 2"),
+        ('{"text": null}\n', "line 1 is not a JSON object with text"),
+        ('{"text": 7}\n', "line 1"),
+        ('{"text": "\\ud83d"}\n', "line 1"),
     ],
 )
 def test_a_bad_jsonl_line_is_named(tmp_path, content, message):

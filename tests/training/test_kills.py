@@ -2,10 +2,15 @@
 
 import os
 import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from kills import Launch, digest, kill_at_random, wait_until
+from kills import OVERRIDES, Launch, digest, is_alive, kill_at_random, wait_until
+
+from launch import environment
 
 KILLS = 10
 EXTRA_DRAW = str(Path(__file__).parent / "extra_draw.py")
@@ -31,6 +36,42 @@ def broken(launch: Launch, kills: int, seed: int) -> str:
 @pytest.mark.dist
 def test_a_run_killed_inside_a_save_ends_as_the_unbroken_one(tmp_path, config_file, unbroken):
     assert broken(Launch(config_file, tmp_path / "run"), 1, seed=0) == unbroken
+
+
+@pytest.mark.dist
+def test_workers_that_lose_their_agent_while_they_start_do_not_live_on(tmp_path, config_file):
+    launch = Launch(config_file, tmp_path / "run")
+    launch.start()
+    wait_until(lambda: len(launch.workers()) == 2, "workers")
+    workers = launch.workers()
+    os.kill(launch.agent.pid, signal.SIGKILL)
+    launch.wait()
+    wait_until(lambda: not any(map(is_alive, workers.values())), "workers to die", 10)
+
+
+@pytest.mark.chaos
+def test_agents_of_two_hosts_recover_from_a_killed_worker(tmp_path, config_file):
+    """Each agent counts restarts for itself, and only one of them counts this one."""
+    run = tmp_path / "run"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"]
+    command += ["--nproc-per-node", "1", "--max-restarts", "5", "--rdzv-backend", "c10d"]
+    command += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1"]
+    command += ["-m", "moeyard.training", str(config_file), *OVERRIDES, f"run_dir={run}"]
+    env = environment(GLOO_SOCKET_IFNAME="lo")
+    agents = []
+    for number in range(2):
+        with (tmp_path / f"log{number}.txt").open("w") as log:
+            agents.append(subprocess.Popen(command, env=env, cwd="/", stdout=log, stderr=log))
+    launch = Launch(config_file, run)
+    launch.agent = agents[1]
+    wait_until((run / "latest").exists, "a checkpoint")
+    os.kill(next(iter(launch.workers().values())), signal.SIGKILL)
+    logs = [(tmp_path / f"log{number}.txt").read_text for number in range(2)]
+    assert [agent.wait(timeout=180) for agent in agents] == [0, 0], logs[0]() + logs[1]()
+    assert "event=resumed" in logs[0]() + logs[1]()
 
 
 @pytest.mark.chaos

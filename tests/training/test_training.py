@@ -22,6 +22,7 @@ from moeyard.training.__main__ import main
 from moeyard.training.checkpoint import Checkpoints, verify
 from moeyard.training.config import OptimizerConfig, RunConfig
 from moeyard.training.optimizer import learning_rate
+from moeyard.training.stop import StopRequest
 from moeyard.training.trainer import Trainer
 
 from launch import environment, torchrun, training
@@ -234,12 +235,16 @@ BAD = {
     "accumulation": ("train.accumulation=3", "train.batch_sequences is 8, which train.accum"),
     "too_long": ("train.sequence_length=300", "but model.max_positions is 256"),
     "ep_experts": ("parallel.ep=3", "parallel.ep is 3, which does not divide the 1 rank"),
-    "ep_dense": ("model.moe=null model.d_ff=8 parallel.ep=2", "but the model has no experts"),
+    "ep_dense": ("model.moe=null|model.d_ff=8|parallel.ep=2", "but the model has no experts"),
     "no_width": ("model.moe=null", "d_ff is missing"),
     "tokenizer": ("data.tokenizer=/nowhere", "data.tokenizer is '/nowhere', which is no folder"),
     "source": ("data.source=/nowhere.txt", "data.source is '/nowhere.txt', which cannot be read"),
     "small_vocabulary": ("model.vocab_size=100", "model.vocab_size is 100, but the tokenizer"),
     "unwritable": ("run_dir=/proc/nowhere", "run_dir is '/proc/nowhere', which cannot be written"),
+    "betas": ("optimizer.betas=[0.9,1.0]", "optimizer.betas.1: it is 1.0, but should be less"),
+    "no_router_kind": ("model.moe.router={k: 2}", "model.moe.router.kind is missing; use one of"),
+    "infinite_theta": ("model.rope_theta=.inf", "model.rope_theta: it is inf, but should be"),
+    "eval_source": ("data.eval_source=/nowhere.txt", "data.eval_source is '/nowhere.txt', which"),
     "not_an_override": ("train", "override 'train' is not of the form key.key=value"),
 }
 
@@ -250,12 +255,12 @@ def test_a_bad_configuration_gets_one_sentence_and_leaves_nothing(
 ):
     overrides, message = BAD[case]
     run = tmp_path / "run"
-    status = run_here(config_file, run, *overrides.split())
+    status = run_here(config_file, run, *overrides.split("|"))
     shown = capsys.readouterr().err
     assert status == 2, shown
     assert shown.startswith("error: ") and shown.count("\n") == 1, shown
     assert message in shown
-    assert not list(run.glob("checkpoints/*"))
+    assert not run.exists() or {p.name for p in run.iterdir()} <= {"data"}
 
 
 @pytest.mark.parametrize("content", ["a: [", "- 1\n", ""], ids=["broken", "a_list", "empty"])
@@ -274,11 +279,16 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path, content):
     [
         ("parallel.ep=4", "parallel.ep is 4, which does not divide the 2 rank"),
         ("train.batch_sequences=7", "does not split over 2 ranks"),
+        ("run_dir=/proc/nowhere", "run_dir is '/proc/nowhere', which cannot be written"),
+        ("data.source=/nowhere.txt", "data.source is '/nowhere.txt', which cannot be read"),
     ],
 )
 def test_torchrun_refuses_meshes_that_do_not_fit(tmp_path, config_file, override, message):
-    with pytest.raises(AssertionError, match=message):
+    with pytest.raises(AssertionError, match=message) as caught:
         torchrun(2, "-m", "moeyard.training", str(config_file), f"run_dir={tmp_path}/run", override)
+    text = str(caught.value)
+    assert text.count("error: ") == 1
+    assert "[rank" not in text, "a rank died with a traceback"
 
 
 def test_a_changed_model_under_an_old_run_is_refused(tmp_path, config_file, capsys):
@@ -293,6 +303,53 @@ def test_print_config_shows_the_merged_values(config_file, capsys):
     assert main([str(config_file), "train.steps=77", "--print-config"]) == 0
     shown = yaml.safe_load(capsys.readouterr().out)
     assert shown["train"]["steps"] == 77 and shown["optimizer"]["weight_decay"] == 0.1
+
+
+def test_keeping_few_checkpoints_never_deletes_the_only_whole_one(tmp_path, config_file):
+    run, steps = tmp_path / "run", "train.steps=12"
+    assert run_here(config_file, run, steps, "checkpoint.keep=9") == 0
+    folder = run / "checkpoints"
+    bend(folder / "step-00000012", "*.distcp")
+    shutil.copytree(folder / "step-00000009", folder / "step-00000009.bak")
+    shutil.rmtree(folder / "step-00000003")
+    shutil.rmtree(folder / "step-00000006")
+    stopping = [steps, "checkpoint.keep=1", "checkpoint.every=1"]
+    config = load_config(RunConfig, config_file, [f"run_dir={run}", *stopping])
+    stop = StopRequest()
+    stop.signal_name = "SIGTERM"  # one step from the newest whole checkpoint, then a save
+    Trainer(config, run, Mesh(), stop).run()
+    left = sorted(path.name for path in folder.iterdir())
+    assert left[1:] == ["step-00000009.bak", "step-00000010"]
+    assert left[0].startswith("damaged-step-00000012")
+    assert verify(folder / "step-00000010") is None
+    assert (run / "latest").read_text() == "step-00000010\n"
+
+
+def test_a_bent_manifest_is_a_damaged_checkpoint_and_never_a_crash(tmp_path, config_file):
+    run = tmp_path / "run"
+    assert run_here(config_file, run, "train.steps=3") == 0
+    manifest = run / "checkpoints" / "step-00000003" / "manifest.json"
+    whole = manifest.read_bytes()
+    for place in range(0, len(whole), 7):
+        for bit in (1, 8, 64):
+            bent = bytearray(whole)
+            bent[place] ^= bit
+            manifest.write_bytes(bent)
+            problem = verify(manifest.parent)  # must not raise
+            assert problem or json.loads(bent)["files"] == json.loads(whole)["files"]
+
+
+def test_a_refused_start_leaves_the_run_as_it_was(tmp_path, config_file):
+    run = tmp_path / "run"
+    assert run_here(config_file, run) == 0
+
+    def contents():
+        return {p: p.read_bytes() for p in sorted(run.rglob("*")) if p.is_file()}
+
+    before = contents()
+    for overrides in (["data.tokenizer=/nowhere"], ["seed=9"], ["train.batch_sequences=16"]):
+        assert run_here(config_file, run, "train.steps=9", *overrides) in (1, 2)
+        assert contents() == before
 
 
 FULL_DISK = """

@@ -1,0 +1,91 @@
+"""What a step computes, against plain autograd and arithmetic by hand."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from moeyard.configuration import load_config
+from moeyard.moe.batch import batch_of_rows
+from moeyard.moe.initialize import initialize
+from moeyard.parallel.mesh import Mesh
+from moeyard.training.config import RunConfig
+from moeyard.training.trainer import Trainer
+
+PLAIN = ["train.precision=fp64", "model.moe.router={kind: topk, k: 2, balance_loss: 0, z_loss: 0}"]
+
+
+def trainer(config_file, tmp_path, *overrides) -> Trainer:
+    config = load_config(RunConfig, config_file, [f"run_dir={tmp_path}/run", *overrides])
+    return Trainer(config, tmp_path / "run", Mesh())
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+def test_main_gradients_are_those_of_the_mean_cross_entropy(tmp_path, config_file, accumulation):
+    tied = ["model.tie_embeddings=true", f"train.accumulation={accumulation}"]
+    run = trainer(config_file, tmp_path, *PLAIN, *tied)
+    decoder = run.decoder
+    windows = run._data.train.sequences(0, range(8))
+    logits = decoder.logits(decoder(batch_of_rows(windows[:, :-1])).hidden_TD)
+    loss = F.cross_entropy(logits, windows[:, 1:].reshape(-1))
+    parameters = list(decoder.parameters())
+    expected = torch.autograd.grad(loss, parameters)
+    found = {}
+    scale = run._step.gradients.scale_
+    run._step.gradients.scale_ = lambda factor: (
+        found.update({id(p): p.main_grad.clone() for p in parameters}),
+        scale(factor),
+    )
+    result = run._step.run(0, stop_requested=False)
+    assert result.loss == pytest.approx(float(loss), rel=1e-12)
+    for parameter, gradient in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(found[id(parameter)], gradient, rtol=1e-10, atol=1e-14)
+    by_hand = torch.stack([g.norm() for g in expected]).norm()
+    assert result.grad_norm == pytest.approx(float(by_hand), rel=1e-12)
+
+
+def test_clipping_scales_by_the_global_norm(tmp_path, config_file):
+    run = trainer(config_file, tmp_path, *PLAIN, "optimizer.clip_norm=0.01")
+    result = run._step.run(0, stop_requested=False)
+    assert result.grad_norm > 0.1
+    assert float(run._step.gradients.norm()) == pytest.approx(0.01, rel=1e-4)
+
+
+def test_matrices_decay_and_norms_and_embeddings_do_not(tmp_path, config_file):
+    run = trainer(config_file, tmp_path, *PLAIN)
+    before = {name: p.detach().clone() for name, p in run.decoder.named_parameters()}
+    run._step.gradients.zero()
+    run._step.optimizer.step(lr=0.5)
+    for name, parameter in run.decoder.named_parameters():
+        decays = parameter.ndim > 1 and "embed" not in name
+        factor = 1 - 0.5 * 0.1 if decays else 1.0
+        torch.testing.assert_close(parameter.data, before[name] * factor, msg=name)
+
+
+def test_bf16_starts_from_the_numbers_of_fp32_and_keeps_the_router_wide(tmp_path, config_file):
+    run = trainer(config_file, tmp_path, "train.precision=bf16")
+    wide = trainer(config_file, tmp_path, "train.precision=fp32")
+    masters = dict(run._step.optimizer.named_tensors())
+    for key, tensor in wide._step.optimizer.named_tensors():
+        assert masters[key].dtype == torch.float32
+        assert torch.equal(masters[key], tensor), key
+    for name, parameter in run.decoder.named_parameters():
+        is_router = name.endswith("mlp.gate.weight")
+        assert parameter.dtype == (torch.float32 if is_router else torch.bfloat16), name
+        assert parameter.main_grad.dtype == torch.float32
+    run._step.run(0, stop_requested=False)
+    masters = dict(run._step.optimizer.named_tensors())
+    norm = run.decoder.norm.weight
+    assert torch.equal(norm, masters["weight/norm.weight"].bfloat16())
+    assert not torch.equal(norm.float(), masters["weight/norm.weight"])
+
+
+def test_weights_at_the_start_depend_on_seed_and_name_alone(tmp_path, config_file):
+    run = trainer(config_file, tmp_path)
+    before = {name: p.detach().clone() for name, p in run.decoder.named_parameters()}
+    torch.manual_seed(99)
+    initialize(run.decoder, 3)
+    assert all(torch.equal(p, before[n]) for n, p in run.decoder.named_parameters())
+    initialize(run.decoder, 4)
+    assert not torch.equal(run.decoder.lm_head.weight, before["lm_head.weight"])
+    fc1 = before["layers.0.mlp.experts.fc1"]
+    assert not torch.equal(fc1[0], fc1[1])
