@@ -9,6 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from types import FrameType
 
 from ..errors import ConfigError, MoeyardError
@@ -29,8 +30,7 @@ def serve_forever(args: ServeArgs, host: str, port: int) -> None:
     """
     check_address(host, port)
     check_model(args)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
+    _on_signals(_stop)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray's own ports listen on every interface; a token keeps strangers out.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -46,6 +46,7 @@ def serve_forever(args: ServeArgs, host: str, port: int) -> None:
             logging_level=logging.WARNING,
             log_to_driver=False,
         )
+        _on_signals(_stop)  # ray.init put handlers of its own in place
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         serve.start(http_options={"host": host, "port": port})
         _deploy(args)
@@ -54,11 +55,10 @@ def serve_forever(args: ServeArgs, host: str, port: int) -> None:
         sys.stdout.flush()
         while True:
             signal.pause()
-    except _Stopped:
-        pass
+    except (_Stopped, SystemExit):
+        pass  # SystemExit: the signal came while ray.init had its own handler in place
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)  # shutting down is all that is left
+        _on_signals(signal.SIG_IGN)  # shutting down is all that is left
         serve.shutdown()
         ray.shutdown()
 
@@ -107,6 +107,11 @@ def _wait_until_healthy(host: str, port: int) -> None:
     raise MoeyardError(
         f"the server did not answer within {START_TIMEOUT_S:.0f} s; the logs are in {RAY_LOGS}."
     )
+
+
+def _on_signals(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
 
 
 def _stop(_signal: int, _frame: FrameType | None) -> None:

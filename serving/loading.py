@@ -11,7 +11,8 @@ from ..moe.config import ModelConfig
 from ..moe.decoder import Decoder
 from ..moe.language_model import LanguageModel
 from ..moe.layer import Experts, MoELayer
-from ..moe.model_folder import ModelFolder, expert_tensor_name, tensor_name
+from ..moe.model_folder import ModelFolder
+from ..moe.tensor_names import expert_tensor_name, tensor_name
 from .budget import parse_budget
 from .offload import OffloadedExperts
 from .store import ExpertStore

@@ -1,11 +1,12 @@
 """Put model, engine and HTTP application together from a server's arguments."""
 
 import os
+import re
 from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from starlette.types import ASGIApp
 
 from ..errors import ModelFileError
@@ -40,8 +41,15 @@ class ServeArgs(BaseModel):
     """Prompt tokens read per step."""
     num_threads: int | None = Field(default=None, ge=1)
     """Compute threads; None = all cores this process may use."""
-    api_key: str | None = Field(default=None, pattern=r"^[!-~]+$")
+    api_key: str | None = None
     """Key clients must send; None asks for none."""
+
+    @field_validator("api_key")
+    @classmethod
+    def _check_key(cls, key: str | None) -> str | None:
+        if key is not None and not re.fullmatch("[!-~]+", key):
+            raise ValueError("the key is empty or holds blanks; use printable ASCII.")
+        return key
 
     @property
     def model_name(self) -> str:

@@ -17,7 +17,8 @@ import torch
 
 from ..errors import ConfigError, ExpertReadError, ModelFileError
 from ..kernels.expert_weights import ExpertWeights, empty_slots
-from ..moe.model_folder import ModelFolder, expert_tensor_name
+from ..moe.model_folder import ModelFolder
+from ..moe.tensor_names import expert_tensor_name
 
 READ_ATTEMPTS = 3
 RETRY_PAUSE_S = 0.05

@@ -9,7 +9,8 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..moe.config import ModelConfig
 from ..moe.hf_config import to_hf
-from ..moe.model_folder import expert_tensor_name, tensor_name, write_model_folder
+from ..moe.model_writer import write_model_folder
+from ..moe.tensor_names import expert_tensor_name, tensor_name
 from ..parallel.mesh import Mesh
 from .checkpoint import Checkpoints, read_state, read_tensors
 from .data.tokenizer import open_tokenizer

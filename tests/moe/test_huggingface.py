@@ -265,7 +265,7 @@ def test_a_hash_table_that_names_no_expert_is_refused(tmp_path):
     from safetensors.torch import load_file, save_file
 
     from moeyard.moe.decoder import Decoder
-    from moeyard.moe.model_folder import expected_tensors
+    from moeyard.moe.tensor_names import expected_tensors
 
     moe = MoEConfig(num_experts=4, d_expert=8, router=Hash())
     config = ModelConfig(vocab_size=30, d_model=16, num_layers=1, num_heads=2, moe=moe)

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -108,8 +109,12 @@ def test_imports_point_down_and_nothing_dangerous_is_called(path):
 
 
 def test_the_wheel_holds_the_packages_and_nothing_else(tmp_path):
+    # From a copy: building in place would leave a build folder whose old files come back.
+    source = tmp_path / "source"
+    aside = shutil.ignore_patterns(".*", "runs", "build", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, source, ignore=aside)
     subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(ROOT)],
+        [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(source)],
         check=True,
         capture_output=True,
     )

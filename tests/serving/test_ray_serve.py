@@ -148,7 +148,7 @@ def test_an_occupied_port_is_refused_at_once(server, model_folder):
     assert done.returncode == 2
     assert done.stderr == (
         f"error: port {server.port} on 127.0.0.1 cannot be used (Address already in use); "
-        "choose another with --port.\n"
+        "choose another with --port or --host.\n"
     )
 
 
@@ -160,15 +160,29 @@ def test_an_occupied_port_is_refused_at_once(server, model_folder):
         (["MODEL", "--expert-memory", "1B"], "but one expert takes"),
         (["MODEL", "--max-model-len", "9999"], "max-model-len is 9999, but the model takes 256"),
         (["MODEL", "--max-num-seqs", "0"], "max_num_seqs: it is 0"),
+        (["MODEL", "--port", "99999"], "port is 99999; use a number from 1 to 65535"),
+        (["MODEL", "--port", "0"], "port is 0"),
+        (["MODEL", "--host", "no.such.host.invalid"], "host is 'no.such.host.invalid', which is"),
+        (["MODEL", "--api-key", "k "], "api_key: the key is empty or holds blanks"),
     ],
-    ids=["no_folder", "budget", "small_budget", "length", "sequences"],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
 def test_what_cannot_work_is_refused_before_ray_starts(model_folder, arguments, message):
     arguments = [str(model_folder) if a == "MODEL" else a for a in arguments]
-    command = [str(BIN / "moeyard"), "serve", *arguments, "--port", str(free_port())]
+    command = [str(BIN / "moeyard"), "serve", "--port", str(free_port()), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2 and message in done.stderr, done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.server
+def test_sigterm_while_the_server_starts_ends_it(tmp_path, model_folder):
+    port = free_port()
+    command = [str(BIN / "moeyard"), "serve", str(model_folder), "--port", str(port)]
+    running = Running(command, tmp_path / "log.txt", port)
+    time.sleep(9)
+    assert running.stop() == 0, running.log()
+    assert "Traceback" not in running.log()
 
 
 @pytest.mark.server

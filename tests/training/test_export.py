@@ -126,7 +126,7 @@ def test_export_refuses_what_is_there_and_what_is_missing(tmp_path, config_file,
 
 
 def test_an_export_that_fails_leaves_no_folder(tmp_path, config_file, monkeypatch, capsys):
-    from moeyard.moe import model_folder
+    from moeyard.moe import model_writer
     from moeyard.training.__main__ import main as train
 
     assert train([str(config_file), f"run_dir={tmp_path}/run"]) == 0
@@ -134,7 +134,7 @@ def test_an_export_that_fails_leaves_no_folder(tmp_path, config_file, monkeypatc
     def full(*_arguments, **_options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(model_folder, "save_file", full)
+    monkeypatch.setattr(model_writer, "save_file", full)
     capsys.readouterr()
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 2
     assert "could not be written (No space left on device)" in capsys.readouterr().err
