@@ -2,7 +2,7 @@
 
     python benchmarks/export_parity.py MODEL_DIR
 
-Opens a run's export as Qwen3MoeForCausalLM and as ours, in float32: the largest difference of logits
+Opens an export as Qwen3MoeForCausalLM and as ours, in float32: the largest difference of logits
 over a batch of text, and 64 greedy tokens after each of several prompts.
 """
 
