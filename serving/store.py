@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..errors import ConfigError, ExpertReadError, ModelFileError
+from ..errors import ConfigError, ExpertReadError
 from ..kernels.expert_weights import ExpertWeights, empty_slots
 from ..moe.model_folder import ModelFolder
 from ..moe.tensor_names import expert_tensor_name
@@ -180,8 +180,6 @@ class ExpertStore:
                     name = expert_tensor_name(layer, expert, part)
                     self._folder.locate(name).read_into(name, view)
                 return
-            except ModelFileError:
-                raise
             except OSError:
                 if attempt == READ_ATTEMPTS:
                     raise

@@ -36,7 +36,7 @@ def test_main_gradients_are_those_of_the_mean_cross_entropy(tmp_path, config_fil
         scale(factor),
     )
     result = run._step.run(0, stop_requested=False)
-    assert result.loss == pytest.approx(float(loss), rel=1e-12)
+    assert result.loss == pytest.approx(float(loss.detach()), rel=1e-12)
     for parameter, gradient in zip(parameters, expected, strict=True):
         torch.testing.assert_close(found[id(parameter)], gradient, rtol=1e-10, atol=1e-14)
     by_hand = torch.stack([g.norm() for g in expected]).norm()
