@@ -33,7 +33,7 @@ def environment() -> dict[str, Any]:
         check=False,
     )
     return {
-        "command": " ".join([Path(sys.executable).name, *sys.argv]),
+        "command": " ".join(["python", *map(_without_folders, sys.argv)]),
         "commit": git.stdout.strip(),
         "cpu": cpu,
         "cores": os.cpu_count(),
@@ -41,6 +41,11 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
     }
+
+
+def _without_folders(argument: str) -> str:
+    """Keep a machine's own paths out of the results."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
 
 
 def write_results(name: str, figures: dict[str, Any]) -> Path:
