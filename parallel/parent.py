@@ -4,6 +4,7 @@ import ctypes
 import os
 import signal
 import sys
+from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
 INIT = 1
@@ -17,9 +18,17 @@ def is_torchrun_worker() -> bool:
 def die_with_parent() -> None:
     """Ask Linux to kill this process when its parent dies, so that no worker outlives torchrun.
 
-    A process that has been handed to init already lost its parent, and ends at once.
+    A process that has been handed to init already lost its parent, and ends at once; in a
+    container torchrun may be process 1 itself.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() == INIT:
+    if os.getppid() == INIT and not _is_launcher(INIT):
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _is_launcher(pid: int) -> bool:
+    try:
+        return b"torch" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False

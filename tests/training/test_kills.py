@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from kills import OVERRIDES, Launch, digest, is_alive, kill_at_random, wait_until
 
-from launch import environment
+from launch import environment, run
 
 KILLS = 10
 EXTRA_DRAW = str(Path(__file__).parent / "extra_draw.py")
@@ -49,25 +49,37 @@ def test_workers_that_lose_their_agent_while_they_start_do_not_live_on(tmp_path,
     wait_until(lambda: not any(map(is_alive, workers.values())), "workers to die", 10)
 
 
+@pytest.mark.dist
+def test_torchrun_may_be_process_1_as_in_a_container(tmp_path, config_file):
+    """Its workers' parent is then process 1, and alive."""
+    alone = ["unshare", "--pid", "--fork", "--mount-proc"]
+    if subprocess.run([*alone, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to make a process namespace")
+    command = [*alone, sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "1", "-m", "moeyard.training", str(config_file)]
+    output = run([*command, f"run_dir={tmp_path}/run", "train.steps=2"], timeout=120)
+    assert "event=evaluated step=2" in output
+
+
 @pytest.mark.chaos
 def test_agents_of_two_hosts_recover_from_a_killed_worker(tmp_path, config_file):
     """Each agent counts restarts for itself, and only one of them counts this one."""
-    run = tmp_path / "run"
+    run_dir = tmp_path / "run"
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"]
     command += ["--nproc-per-node", "1", "--max-restarts", "5", "--rdzv-backend", "c10d"]
     command += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1"]
-    command += ["-m", "moeyard.training", str(config_file), *OVERRIDES, f"run_dir={run}"]
+    command += ["-m", "moeyard.training", str(config_file), *OVERRIDES, f"run_dir={run_dir}"]
     env = environment(GLOO_SOCKET_IFNAME="lo")
     agents = []
     for number in range(2):
         with (tmp_path / f"log{number}.txt").open("w") as log:
             agents.append(subprocess.Popen(command, env=env, cwd="/", stdout=log, stderr=log))
-    launch = Launch(config_file, run)
+    launch = Launch(config_file, run_dir)
     launch.agent = agents[1]
-    wait_until((run / "latest").exists, "a checkpoint")
+    wait_until((run_dir / "latest").exists, "a checkpoint")
     os.kill(next(iter(launch.workers().values())), signal.SIGKILL)
     logs = [(tmp_path / f"log{number}.txt").read_text for number in range(2)]
     assert [agent.wait(timeout=180) for agent in agents] == [0, 0], logs[0]() + logs[1]()
