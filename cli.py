@@ -9,13 +9,15 @@ from .errors import MoeyardError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command and return its exit status: 0 done, 1 failed, 2 bad input."""
+    """Run the command; return 0 when done, 1 failed, 2 for bad input, 130 when interrupted."""
     arguments = build_parser().parse_args(argv)
     try:
         arguments.run(arguments)
     except MoeyardError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2 if isinstance(error, ValueError) else 1
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

@@ -44,7 +44,7 @@ def validate_config(model: type[Model], values: dict[str, Any]) -> Model:
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
-    """Set ``a.b=c`` in a nested dict; the value is read as YAML, ``1e-3`` as a number too."""
+    """Set ``a.b=c`` in a nested dict; the value is read as YAML."""
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise ConfigError(f"override {override!r} is not of the form key.key=value.")

@@ -15,8 +15,8 @@ from .grouping import Grouping
 
 # F.grouped_mm against a loop of torch.mm, CPU with AVX512-BF16, 2 threads, D=512 F=256 E=32 K=4:
 # 64 rows in all (2 a group) 2.31 against 2.69 ms in bf16, 4.76 against 5.03 ms in fp32; 8192 rows
-# (256 a group) 21.6 against 22.0 ms in bf16 and 85.0 against 47.7 ms in fp32. Per group both call
-# the same GEMM, so the choice never changes a bit (tests/kernels/test_expert_mlp.py).
+# (256 a group) 21.6 against 22.0 ms in bf16 and 85.0 against 47.7 ms in fp32
+# (benchmarks/constants.py). Inference on the CPU always takes the loop, whose small groups it pads.
 GROUPED_MM_MAX_ROWS_PER_GROUP = 16
 
 

@@ -4,7 +4,8 @@ N rows, P inputs, Q outputs.
 
 For few rows BLAS libraries take other code with another order of summation. Measured on a CPU with
 AVX512-BF16, rows of F.linear against those of a 400-row call: fp32 (MKL) differs below 12 rows,
-bf16 (oneDNN) for a single row once P exceeds 1024, and for no other number of rows.
+bf16 (oneDNN) for a single row once P exceeds 1024, and for no other number of rows
+(benchmarks/constants.py).
 """
 
 import torch

@@ -29,15 +29,19 @@ class Completions:
         self.model_name = model_name
         self._encode = encode
 
-    async def prepare(self, body: CompletionRequest) -> list[GenerationRequest]:
-        """Turn a body into one generation request per answer; all are checked before any runs."""
-        if body.model != self.model_name:
+    def check_model(self, name: str) -> None:
+        """Raise :class:`RequestError` for a model that is not this one."""
+        if name != self.model_name:
             raise RequestError(
-                f"model {body.model!r} does not exist; this server has {self.model_name!r}.",
+                f"model {name!r} does not exist; this server has {self.model_name!r}.",
                 param="model",
                 code="model_not_found",
                 status=404,
             )
+
+    async def prepare(self, body: CompletionRequest) -> list[GenerationRequest]:
+        """Turn a body into one generation request per answer; all are checked before any runs."""
+        self.check_model(body.model)
         requests = []
         for prompt in body.prompts():
             if isinstance(prompt, str):

@@ -48,14 +48,7 @@ def create_app(completions: Completions, api_key: str | None) -> ASGIApp:
         return JSONResponse({"object": "list", "data": [model_object()]})
 
     async def one_model(request: Request) -> Response:
-        name = request.path_params["name"]
-        if name != completions.model_name:
-            raise RequestError(
-                f"model {name!r} does not exist; this server has {completions.model_name!r}.",
-                param="model",
-                code="model_not_found",
-                status=404,
-            )
+        completions.check_model(request.path_params["name"])
         return JSONResponse(model_object())
 
     async def create_completion(request: Request) -> Response:

@@ -30,15 +30,15 @@ def serve_forever(args: ServeArgs, host: str, port: int) -> None:
     """
     check_address(host, port)
     check_model(args)
-    _on_signals(_stop)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray's own ports listen on every interface; a token keeps strangers out.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    import ray
-    from ray import serve
-
     try:
+        _on_signals(_stop)
+        import ray
+        from ray import serve
+
         # "local": never join, and never shut down, a cluster that is already there.
         ray.init(
             address="local",
@@ -50,8 +50,9 @@ def serve_forever(args: ServeArgs, host: str, port: int) -> None:
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         serve.start(http_options={"host": host, "port": port})
         _deploy(args)
-        _wait_until_healthy(host, port)
-        sys.stdout.write(f"ready model={args.model_name} url=http://{host}:{port}/v1\n")
+        base = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        _wait_until_healthy(base)
+        sys.stdout.write(f"ready model={args.model_name} url={base}/v1\n")
         sys.stdout.flush()
         while True:
             signal.pause()
@@ -59,8 +60,7 @@ def serve_forever(args: ServeArgs, host: str, port: int) -> None:
         pass  # SystemExit: the signal came while ray.init had its own handler in place
     finally:
         _on_signals(signal.SIG_IGN)  # shutting down is all that is left
-        serve.shutdown()
-        ray.shutdown()
+        _shut_down()
 
 
 def check_address(host: str, port: int) -> None:
@@ -96,11 +96,20 @@ def _deploy(args: ServeArgs) -> None:
         ) from error
 
 
-def _wait_until_healthy(host: str, port: int) -> None:
+def _shut_down() -> None:
+    import ray
+    from ray import serve
+
+    if ray.is_initialized():  # asking Serve would start a Ray otherwise
+        serve.shutdown()
+        ray.shutdown()
+
+
+def _wait_until_healthy(base: str) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         try:
-            with urllib.request.urlopen(f"http://{host}:{port}/health", timeout=5):
+            with urllib.request.urlopen(f"{base}/health", timeout=5):
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(0.2)

@@ -63,7 +63,7 @@ def config_file(tmp_path_factory, text_file) -> Path:
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory) -> Path:
     """A small model with a byte tokenizer."""
-    from model_folder import write_random_model
+    from small_model import write_random_model
 
     path = tmp_path_factory.mktemp("model") / "small"
     write_random_model(path)

@@ -43,6 +43,9 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             sys.stderr.write(f"error: {error}\n")
         return 2 if isinstance(error, ValueError) else 1
+    except OSError as error:  # a disk that fills up, a folder that goes away
+        sys.stderr.write(f"error: {error}; mend it and start again from the last checkpoint.\n")
+        return 1
     except KeyboardInterrupt:
         return INTERRUPTED
     return 0

@@ -26,6 +26,11 @@ def export(run_dir: Path, target: Path) -> int:
     state = read_state(checkpoint)
     model = ModelConfig.model_validate(state["model"])
     tokenizer = open_tokenizer(state["tokenizer"])
+    if tokenizer.sha256 != state["tokenizer_sha256"]:
+        raise CheckpointError(
+            f"tokenizer {state['tokenizer']!r} is not the one {run_dir} was trained with; "
+            "put that one back."
+        )
     # fp64 runs, made for tests of exactness, export as fp32.
     dtype = torch.bfloat16 if state["precision"] == "bf16" else torch.float32
     values = to_hf(model, str(dtype).removeprefix("torch."), tokenizer.eos_id)

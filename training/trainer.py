@@ -135,7 +135,7 @@ class Trainer:
             "sequence_length": self._config.train.sequence_length,
             "precision": self._config.train.precision,
             "tokenizer": self._config.data.tokenizer,
-            "eos_id": self._data.tokenizer.eos_id,
+            "tokenizer_sha256": self._data.tokenizer.sha256,
         }
         self._checkpoints.save(done, self._tensors(), state)
 

@@ -88,7 +88,7 @@ def test_reference_gradients_pass_gradcheck():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("tokens", [3, 700], ids=["fused", "loop"])
+@pytest.mark.parametrize("tokens", [3, 700], ids=["few_rows", "many_rows"])
 def test_waves_through_few_slots_give_the_resident_bits(dtype, tokens):
     shape = (tokens, 2, 6, 32, 48)
     ids, leaves = problem(shape, "random", dtype)

@@ -176,11 +176,22 @@ def test_what_cannot_work_is_refused_before_ray_starts(model_folder, arguments, 
 
 
 @pytest.mark.server
-def test_sigterm_while_the_server_starts_ends_it(tmp_path, model_folder):
+@pytest.mark.parametrize("after", ["import ray", "ray.init"])
+def test_sigterm_while_the_server_starts_ends_it(tmp_path, model_folder, after):
     port = free_port()
-    command = [str(BIN / "moeyard"), "serve", str(model_folder), "--port", str(port)]
+    # The command as it is, with a signal to itself at a known moment of its start.
+    patches = {
+        "import ray": "import moeyard.serving.launch as l, os, signal\n"
+        "old = l._on_signals\n"
+        "def on(h): old(h); h is l._stop and os.kill(os.getpid(), signal.SIGTERM)\n"
+        "l._on_signals = on\n",
+        "ray.init": "import moeyard.serving.launch as l, os, signal\n"
+        "l._deploy = lambda _: os.kill(os.getpid(), signal.SIGTERM)\n",
+    }
+    code = patches[after] + "import sys\nfrom moeyard.cli import main\nsys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "serve", str(model_folder), "--port", str(port)]
     running = Running(command, tmp_path / "log.txt", port)
-    time.sleep(9)
+    assert running.process.wait(90) == 0, running.log()
     assert running.stop() == 0, running.log()
     assert "Traceback" not in running.log()
 

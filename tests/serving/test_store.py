@@ -6,7 +6,6 @@ import time
 
 import pytest
 import torch
-from model_folder import NUM_EXPERTS, SLOT_ELEMENTS
 
 from moeyard.errors import ConfigError, ExpertReadError
 from moeyard.moe.model_folder import ModelFolder
@@ -14,6 +13,8 @@ from moeyard.serving import store as store_module
 from moeyard.serving.budget import parse_budget
 from moeyard.serving.loading import open_model
 from moeyard.serving.store import ExpertStore
+
+from small_model import NUM_EXPERTS, SLOT_ELEMENTS
 
 
 @pytest.fixture

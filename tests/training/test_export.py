@@ -125,6 +125,20 @@ def test_export_refuses_what_is_there_and_what_is_missing(tmp_path, config_file,
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_another_tokenizer_than_the_trained_one_is_not_exported(
+    tmp_path, config_file, capsys, monkeypatch
+):
+    from moeyard.training.__main__ import main as train
+    from moeyard.training.data.tokenizer import ByteTokenizer
+
+    assert train([str(config_file), f"run_dir={tmp_path}/run"]) == 0
+    capsys.readouterr()
+    monkeypatch.setattr(ByteTokenizer, "sha256", "0" * 64)
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 1
+    assert "is not the one" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_export_that_fails_leaves_no_folder(tmp_path, config_file, monkeypatch, capsys):
     from moeyard.moe import model_writer
     from moeyard.training.__main__ import main as train

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from kills import OVERRIDES, Launch, digest, is_alive, kill_at_random, wait_until
 
+from kills import OVERRIDES, Launch, digest, is_alive, kill_at_random, wait_until
 from launch import environment, run
 
 KILLS = 10

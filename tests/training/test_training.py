@@ -13,7 +13,6 @@ import time
 import pytest
 import torch
 import yaml
-from kills import digest
 
 from moeyard.configuration import load_config
 from moeyard.errors import CheckpointError, ConfigError, TrainingError
@@ -25,6 +24,7 @@ from moeyard.training.optimizer import learning_rate
 from moeyard.training.stop import StopRequest
 from moeyard.training.trainer import Trainer
 
+from kills import digest
 from launch import environment, torchrun, training
 
 
