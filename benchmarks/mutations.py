@@ -1,0 +1,152 @@
+"""Do the tests see deliberate defects?
+
+    python benchmarks/mutations.py
+
+Breaks one line at a time in a copy of the project and runs the tests that should notice. About five
+minutes on two cores.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from report import write_results
+
+ROOT = Path(__file__).parent.parent
+EQUAL, STORE = "tests/parallel", "tests/serving/test_store.py"
+RESUME = "tests/training/test_training.py -k"
+
+# what is broken, file, the line, what it becomes, the tests that should notice
+MUTATIONS = [
+    (
+        "expert gradients are not reduced",
+        "parallel/gradients.py",
+        "dist.all_reduce(self._expert_flat, group=self._mesh.edp_group)",
+        "pass",
+        EQUAL,
+    ),
+    (
+        "the clip norm counts replicated experts twice",
+        "parallel/gradients.py",
+        "dist.all_reduce(experts, group=self._mesh.ep_group)",
+        "dist.all_reduce(experts, group=self._mesh.dp_group)",
+        EQUAL,
+    ),
+    (
+        "routing weights get no gradient from other ranks",
+        "parallel/dispatch.py",
+        "return grads[0], grads[1], None",
+        "return grads[0], grads[1] * 0, None",
+        EQUAL,
+    ),
+    (
+        "the last micro-batch is added twice",
+        "parallel/gradients.py",
+        "grad.zero_()",
+        "pass",
+        EQUAL,
+    ),
+    (
+        "the balance loss sees one rank's counts",
+        "moe/losses.py",
+        "packed = reduce(packed)",
+        "packed = packed",
+        EQUAL,
+    ),
+    (
+        "the loss has a constant factor",
+        "training/step.py",
+        "loss = part.cross_entropy_sum / global_tokens",
+        "loss = part.cross_entropy_sum / (2 * global_tokens)",
+        "tests/training/test_gradients.py",
+    ),
+    (
+        "rows without an expert reach the routing gradient",
+        "kernels/torch_backend.py",
+        "torch.where(present_R, grad_scale_R[grouping.inverse_R], 0)",
+        "grad_scale_R[grouping.inverse_R]",
+        "tests/kernels",
+    ),
+    (
+        "slots are not aligned",
+        "kernels/expert_weights.py",
+        "stride = -(-rows * columns // unit) * unit",
+        "stride = rows * columns",
+        "tests/kernels",
+    ),
+    (
+        "single bf16 rows are not padded",
+        "kernels/row_stable.py",
+        "MIN_ROWS_BF16 = 2",
+        "MIN_ROWS_BF16 = 1",
+        "tests/kernels",
+    ),
+    (
+        "the random state is not restored",
+        "training/trainer.py",
+        "self._generator.set_state(tensors[self._rng_key()])",
+        "pass",
+        f"{RESUME} resumed",
+    ),
+    (
+        "checkpoint hashes are not compared",
+        "training/checkpoint.py",
+        "if sha256_of(file) != digest:",
+        "if False:",
+        f"{RESUME} damaged",
+    ),
+    ("experts in use are put out", "serving/store.py", "if key not in keep:", "if True:", STORE),
+    (
+        "a hit does not refresh an expert",
+        "serving/store.py",
+        "self._resident.move_to_end((layer, expert))",
+        "pass",
+        STORE,
+    ),
+    (
+        "workers outlive their agent",
+        "parallel/parent.py",
+        "ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)",
+        "pass",
+        "tests/training/test_kills.py -k lose_their_agent",
+    ),
+]
+
+
+def survives(copy: Path, path: str, line: str, broken: str, tests: str) -> bool:
+    """Break the line, run the tests, mend it; say whether the tests passed all the same."""
+    source = (copy / path).read_text()
+    assert source.count(line) == 1, f"{path} has {line!r} {source.count(line)} times"
+    (copy / path).write_text(source.replace(line, broken))
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    words = tests.split(" -k ")
+    command += [words[0], *(["-k", words[1]] if len(words) > 1 else [])]
+    env = {**os.environ, "PYTHONPATH": str(copy.parent)}
+    done = subprocess.run(command, cwd=copy, env=env, capture_output=True, check=False)
+    (copy / path).write_text(source)
+    assert done.returncode in (0, 1), done.stdout.decode()[-2000:]
+    return done.returncode == 0
+
+
+def main() -> None:
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "moeyard"
+        aside = shutil.ignore_patterns(".*", "runs", "build", "*.egg-info", "__pycache__")
+        shutil.copytree(ROOT, copy, ignore=aside)
+        for name, *rest in MUTATIONS:
+            found[name] = "SURVIVED" if survives(copy, *rest) else "caught"
+            print(f"{found[name]:9} {name} ({rest[0]}; {rest[-1]})", flush=True)
+    caught = sum(outcome == "caught" for outcome in found.values())
+    print(f"{caught} of {len(found)} defects caught")
+    path = write_results(
+        "mutations", {"question": "do the tests see deliberate defects", "defects": found}
+    )
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()
