@@ -2,8 +2,8 @@
 
     python benchmarks/mutations.py
 
-Breaks one line at a time in a copy of the project and runs the tests that should notice. About five
-minutes on two cores.
+Breaks one line at a time in a copy of the project and runs the tests that should notice, after seeing
+them pass unbroken. About six minutes on two cores.
 """
 
 import os
@@ -121,12 +121,18 @@ def survives(copy: Path, path: str, line: str, broken: str, tests: str) -> bool:
     source = (copy / path).read_text()
     assert source.count(line) == 1, f"{path} has {line!r} {source.count(line)} times"
     (copy / path).write_text(source.replace(line, broken))
+    passed = pass_in(copy, tests)
+    (copy / path).write_text(source)
+    return passed
+
+
+def pass_in(copy: Path, tests: str) -> bool:
+    """Run tests in the copy."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     words = tests.split(" -k ")
     command += [words[0], *(["-k", words[1]] if len(words) > 1 else [])]
     env = {**os.environ, "PYTHONPATH": str(copy.parent)}
     done = subprocess.run(command, cwd=copy, env=env, capture_output=True, check=False)
-    (copy / path).write_text(source)
     assert done.returncode in (0, 1), done.stdout.decode()[-2000:]
     return done.returncode == 0
 
@@ -137,6 +143,9 @@ def main() -> None:
         copy = Path(folder) / "moeyard"
         aside = shutil.ignore_patterns(".*", "runs", "build", "*.egg-info", "__pycache__")
         shutil.copytree(ROOT, copy, ignore=aside)
+        for tests in dict.fromkeys(mutation[-1] for mutation in MUTATIONS):
+            assert pass_in(copy, tests), f"{tests} fails before anything is broken"
+        print("all tests pass while nothing is broken", flush=True)
         for name, *rest in MUTATIONS:
             found[name] = "SURVIVED" if survives(copy, *rest) else "caught"
             print(f"{found[name]:9} {name} ({rest[0]}; {rest[-1]})", flush=True)
