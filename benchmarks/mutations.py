@@ -2,8 +2,8 @@
 
     python benchmarks/mutations.py
 
-Breaks one line at a time in a copy of the project and runs the tests that should notice, after seeing
-them pass unbroken. About six minutes on two cores.
+Breaks one line at a time in a copy of the project and runs the tests that should notice, after
+seeing them pass unbroken. About six minutes on two cores.
 """
 
 import os
