@@ -76,7 +76,7 @@ class ModelConfig(BaseModel):
                 f"dense_layers names layer {outside[0]}, but there are {self.num_layers}; "
                 f"use 0 to {self.num_layers - 1}."
             )
-        if self.d_ff is None and any(not self.is_moe(i) for i in range(self.num_layers)):
+        if self.d_ff is None and (self.moe is None or self.dense_layers):
             raise ValueError("d_ff is missing, but some layers are dense; give their width.")
         return self
 

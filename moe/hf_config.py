@@ -13,6 +13,7 @@ from .config import ModelConfig, MoEConfig
 from .router import TopK
 
 KNOWN_TYPES = ("qwen3_moe", "qwen3", "moeyard")
+MOST_LAYERS = 10_000
 SINGLE_VALUED = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -120,11 +121,18 @@ def _from_qwen3(values: dict[str, Any]) -> ModelConfig:
         raise ModelFileError(
             f"config.json has rope_type {rope['rope_type']!r}; only 'default' is supported."
         )
-    num_layers = values["num_hidden_layers"]
+    num_layers = len(range(values["num_hidden_layers"]))  # a TypeError for what is no integer
     moe, dense_layers = None, []
     if values["model_type"] == "qwen3_moe":
         step, only = values.get("decoder_sparse_step", 1), values.get("mlp_only_layers") or []
-        dense_layers = [i for i in range(num_layers) if i in only or (i + 1) % step]
+        if step == 1:  # does not count through the layers, whose number nobody has checked yet
+            dense_layers = sorted(i for i in only if i in range(num_layers))
+        elif num_layers > MOST_LAYERS:
+            raise ModelFileError(
+                f"config.json has num_hidden_layers = {num_layers}; the most is {MOST_LAYERS}."
+            )
+        else:
+            dense_layers = [i for i in range(num_layers) if i in only or (i + 1) % step]
         router = TopK(
             k=values["num_experts_per_tok"],
             renormalize=values.get("norm_topk_prob", False),

@@ -26,11 +26,15 @@ class ModelFolder:
         self.config: ModelConfig = from_hf(self.values)
         self._files: dict[str, SafetensorsFile] = {}
         self._file_of: dict[str, SafetensorsFile] = {}
-        for name in self._file_names():
-            file = SafetensorsFile(path / name)
-            self._files[name] = file
-            self._file_of.update(dict.fromkeys(file.entries, file))
-        self._check_index()
+        try:
+            for name in self._file_names():
+                file = SafetensorsFile(path / name)
+                self._files[name] = file
+                self._file_of.update(dict.fromkeys(file.entries, file))
+            self._check_index()
+        except BaseException:
+            self.close()
+            raise
 
     def locate(self, name: str) -> SafetensorsFile:
         """Return the file that holds tensor ``name``."""

@@ -45,6 +45,16 @@ def open_model(
     if device != "cpu":
         raise ConfigError(f"device is {device!r}; this release serves on 'cpu'.")
     files = ModelFolder(Path(folder))
+    try:
+        return _open(files, dtype, expert_memory)
+    except BaseException:
+        files.close()
+        raise
+
+
+def _open(
+    files: ModelFolder, dtype: str | None, expert_memory: str | None
+) -> tuple[LanguageModel, ExpertStore | None]:
     files.check()
     chosen = pick_dtype(files, dtype)
     with torch.device("meta"):
@@ -55,9 +65,10 @@ def open_model(
     for index, layer in decoder.moe_layers():
         layer.experts = _experts(files, layer, index, chosen, store)
     _read_dense(files, decoder, chosen)
+    model = LanguageModel(decoder, end_of_text_ids(files))
     if store is None:
         files.close()
-    return LanguageModel(decoder, end_of_text_ids(files)), store
+    return model, store
 
 
 def open_store(files: ModelFolder, dtype: torch.dtype, expert_memory: str) -> ExpertStore:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -213,6 +214,10 @@ DAMAGES = {
     "rope_list": (damage_config(rope_parameters=[1]), "wrong type"),
     "absurd_vocabulary": (damage_config(vocab_size=10**12), "config.json asks for"),
     "absurd_layers": (damage_config(num_hidden_layers=10**9), "has no tensor"),
+    "absurd_sparse_layers": (
+        damage_config(num_hidden_layers=10**9, decoder_sparse_step=2),
+        "the most is 10000",
+    ),
     "deep_json": (lambda f: (f / "config.json").write_text("[" * 200_000), "is not JSON"),
     "bad_eos": (damage_config(eos_token_id=99999), "eos_token_id 99999"),
     "pipe": (make_pipe, "is not a file"),
@@ -239,8 +244,10 @@ def test_a_damaged_folder_gets_one_sentence(tmp_path, damage, memory):
     qwen3_moe(num_key_value_heads=2).save_pretrained(tmp_path / "m")
     apply, message = DAMAGES[damage]
     apply(tmp_path / "m")
+    before = len(list(Path("/proc/self/fd").iterdir()))
     with pytest.raises(ModelFileError, match=message) as caught:
         moeyard.load(tmp_path / "m", expert_memory=memory)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before, "a file was left open"
     assert "\n" not in str(caught.value)
 
 
