@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .errors import MoeyardError
     from .moe.layer import MoELayer
-    from .moe.router import Hash, TopK
+    from .moe.router_config import Hash, TopK
     from .moe.routing import Routing
     from .serving.loading import load
 
@@ -19,11 +19,11 @@ __version__ = "0.1.0"
 __all__ = ["Hash", "MoELayer", "MoeyardError", "Routing", "TopK", "__version__", "load"]
 
 _HOME = {
-    "Hash": ".moe.router",
+    "Hash": ".moe.router_config",
     "MoELayer": ".moe.layer",
     "MoeyardError": ".errors",
     "Routing": ".moe.routing",
-    "TopK": ".moe.router",
+    "TopK": ".moe.router_config",
     "load": ".serving.loading",
 }
 

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .activation import Activation
+
 ALIGNMENT_BYTES = 64
 """Every slot starts on a cache line: BLAS picks other code, with other rounding, below that."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertWeights:
-    """SwiGLU expert weights in the plain layout.
+    """Gated expert weights in the plain layout.
 
     Resident experts are the case S = E with ``slot_of_E = None``. An expert cache hands the same
     kernels fewer slots and a table. Other layouts (prepacked, int8, int4) keep this interface and
@@ -27,6 +29,7 @@ class ExpertWeights:
     """``[S, D, F]``."""
     slot_of_E: tuple[int, ...] | None = None
     """Slot of each expert, -1 where it is not here; None where slot e holds expert e."""
+    activation: Activation = "swiglu"
 
     @property
     def num_experts(self) -> int:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .activation import swiglu
+from .activation import gated
 from .expert_weights import ExpertWeights
 
 
@@ -23,7 +23,7 @@ def expert_mlp_reference(
         if slot < 0:
             assert tokens_N.numel() == 0, f"expert {expert} has rows but no slot"
             continue
-        hidden_NF = swiglu(F.linear(x_TD[tokens_N], experts.fc1_SHD[slot]))
+        hidden_NF = gated(F.linear(x_TD[tokens_N], experts.fc1_SHD[slot]), experts.activation)
         y_ND = F.linear(hidden_NF, experts.fc2_SDF[slot])
         y_TKD = y_TKD.index_put((tokens_N, choices_N), y_ND)
     present_TK = experts_TK >= 0

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .activation import swiglu, swiglu_backward
+from .activation import gated, gated_backward
 from .expert_weights import ExpertWeights
 from .grouped_matmul import GroupedMatmul
 from .grouping import Grouping, group_tokens
@@ -33,14 +33,17 @@ def expert_rows(
     """
     matmul = GroupedMatmul(grouping, experts, only)
     if matmul.is_fused and x_TD.is_cuda:
-        hidden_RF = swiglu(matmul.linear(x_TD[grouping.tokens_R], experts.fc1_SHD))
+        hidden_RF = gated(
+            matmul.linear(x_TD[grouping.tokens_R], experts.fc1_SHD), experts.activation
+        )
         return matmul.linear(hidden_RF, experts.fc2_SDF)
     if out_RD is None:
         out_RD = x_TD.new_empty(grouping.order_R.numel(), x_TD.shape[1])
     tokens_R = grouping.tokens_R
     for slot, start, end in matmul.spans:
         x_ND = x_TD[tokens_R[start:end]]
-        hidden_NF = swiglu(bf16_row_stable_linear(x_ND, experts.fc1_SHD[slot]))
+        h_NH = bf16_row_stable_linear(x_ND, experts.fc1_SHD[slot])
+        hidden_NF = gated(h_NH, experts.activation)
         out_RD[start:end] = bf16_row_stable_linear(hidden_NF, experts.fc2_SDF[slot])
     return out_RD
 
@@ -63,14 +66,14 @@ class ExpertMLP(torch.autograd.Function):
     """``y_t = sum_k weights[t, k] * MLP_{experts[t, k]}(x_t)``, forward and backward."""
 
     @staticmethod
-    def forward(ctx, x_TD, experts_TK, weights_TK, fc1_SHD, fc2_SDF, slot_of_E):  # type: ignore[no-untyped-def]
-        experts = ExpertWeights(fc1_SHD, fc2_SDF, slot_of_E)
+    def forward(ctx, x_TD, experts_TK, weights_TK, fc1_SHD, fc2_SDF, slot_of_E, activation):  # type: ignore[no-untyped-def]
+        experts = ExpertWeights(fc1_SHD, fc2_SDF, slot_of_E, activation)
         grouping = group_tokens(experts_TK, experts.num_experts)
         matmul = GroupedMatmul(grouping, experts)
         h_RH = matmul.linear(x_TD[grouping.tokens_R], fc1_SHD)
-        y_RD = matmul.linear(swiglu(h_RH), fc2_SDF)
+        y_RD = matmul.linear(gated(h_RH, activation), fc2_SDF)
         ctx.save_for_backward(x_TD, weights_TK, h_RH, fc1_SHD, fc2_SDF)
-        ctx.grouping, ctx.matmul = grouping, matmul
+        ctx.grouping, ctx.matmul, ctx.activation = grouping, matmul, activation
         return combine_rows(y_RD, grouping, weights_TK)
 
     @staticmethod
@@ -82,7 +85,7 @@ class ExpertMLP(torch.autograd.Function):
         grad_RD = grad_TD[tokens_R]
         scale_R1 = weights_TK.reshape(-1)[grouping.order_R].unsqueeze(-1)
 
-        act_RF = swiglu(h_RH)
+        act_RF = gated(h_RH, ctx.activation)
         unscaled_RF = matmul.linear_grad_input(grad_RD, fc2_SDF)
         # <dy_t, y_row> = <dy_t W2, act>, so the outputs need not be kept.
         grad_scale_R = (unscaled_RF * act_RF).sum(dim=-1, dtype=weights_TK.dtype)
@@ -91,10 +94,11 @@ class ExpertMLP(torch.autograd.Function):
         scaled_act_RF = (act_RF * scale_R1).to(act_RF.dtype)
         grad_fc2_SDF = matmul.linear_grad_weight(grad_RD, scaled_act_RF, fc2_SDF)
         grad_act_RF = (unscaled_RF * scale_R1).to(unscaled_RF.dtype)
-        grad_h_RH = swiglu_backward(h_RH, grad_act_RF)
+        grad_h_RH = gated_backward(h_RH, grad_act_RF, ctx.activation)
         grad_fc1_SHD = matmul.linear_grad_weight(grad_h_RH, x_TD[tokens_R], fc1_SHD)
 
         grad_x_RD = matmul.linear_grad_input(grad_h_RH, fc1_SHD)[grouping.inverse_R]
         grad_x_RD = torch.where(present_R.unsqueeze(-1), grad_x_RD, 0)
         grad_x_TD = grad_x_RD.view(*weights_TK.shape, x_TD.shape[1]).sum(dim=1)
-        return grad_x_TD, None, grad_scale_R.view_as(weights_TK), grad_fc1_SHD, grad_fc2_SDF, None
+        grad_weights_TK = grad_scale_R.view_as(weights_TK)
+        return grad_x_TD, None, grad_weights_TK, grad_fc1_SHD, grad_fc2_SDF, None, None

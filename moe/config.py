@@ -4,8 +4,9 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from .activation import Activation
-from .router import AnyRouter, TopK
+from ..kernels.activation import Activation
+from .router_config import AnyRouter, Hash, TopK, problem_with_choices
+from .routing import Lookahead
 
 
 class MoEConfig(BaseModel):
@@ -20,16 +21,15 @@ class MoEConfig(BaseModel):
     d_shared: int = Field(default=0, ge=0)
     """Inner width of the shared expert; 0 = none."""
     activation: Activation = "swiglu"
+    """Of routed and shared experts; dense layers are SwiGLU."""
     router: AnyRouter = TopK()
     """How tokens choose experts."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.router.k > self.num_experts:
-            raise ValueError(
-                f"router.k is {self.router.k}, but num_experts is {self.num_experts}; "
-                f"use a k from 1 to {self.num_experts}."
-            )
+        problem = problem_with_choices(self.router, self.num_experts)
+        if problem is not None:
+            raise ValueError(problem)
         return self
 
 
@@ -78,6 +78,12 @@ class ModelConfig(BaseModel):
             )
         if self.d_ff is None and (self.moe is None or self.dense_layers):
             raise ValueError("d_ff is missing, but some layers are dense; give their width.")
+        num_moe_layers = self.num_layers - len(set(self.dense_layers))
+        if self._is_pregated() and num_moe_layers < 2:
+            raise ValueError(
+                f"moe.router.lookahead is previous_block, but the model has {num_moe_layers} MoE "
+                "layer(s); use two or more, or lookahead: ffn_input."
+            )
         return self
 
     @property
@@ -99,3 +105,15 @@ class ModelConfig(BaseModel):
     def is_moe(self, layer: int) -> bool:
         """Say whether ``layer`` has experts."""
         return self.moe is not None and layer not in self.dense_layers
+
+    def router(self, layer: int) -> TopK | Hash:
+        """Return the router configuration of an MoE layer; a pre-gated model's first differs."""
+        assert self.moe is not None and self.is_moe(layer), "only MoE layers have routers"
+        is_first = not any(self.is_moe(earlier) for earlier in range(layer))
+        if self._is_pregated() and is_first:
+            return self.moe.router.model_copy(update={"lookahead": Lookahead.FFN_INPUT})
+        return self.moe.router
+
+    def _is_pregated(self) -> bool:
+        router = self.moe.router if self.moe is not None else None
+        return isinstance(router, TopK) and router.lookahead is Lookahead.PREVIOUS_BLOCK

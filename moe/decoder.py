@@ -3,6 +3,7 @@
 T tokens, D model width, V vocabulary.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -31,7 +32,10 @@ class DecoderOutput:
 
 
 class DecoderLayer(nn.Module):
-    """Attention and an MLP or MoE layer, each behind a norm and inside a residual."""
+    """Attention and an MLP or MoE layer, each behind a norm and inside a residual.
+
+    Routers run where their look-ahead says, and the experts hear of a choice at once.
+    """
 
     def __init__(
         self,
@@ -51,7 +55,7 @@ class DecoderLayer(nn.Module):
                 config.d_model,
                 config.moe.d_expert,
                 config.moe.num_experts,
-                config.moe.router,
+                config.router(layer),
                 config.moe.activation,
                 config.moe.d_shared,
                 vocab_size=config.vocabulary,
@@ -62,22 +66,42 @@ class DecoderLayer(nn.Module):
         else:
             assert config.d_ff is not None, "the configuration was not validated"
             self.mlp = GatedMLP(config.d_model, config.d_ff)
-        if isinstance(self.mlp, MoELayer):
-            known = (Lookahead.TOKEN, Lookahead.FFN_INPUT)
-            assert self.mlp.lookahead in known, f"no call for {self.mlp.lookahead} routers yet"
 
     def forward(
-        self, x_TD: Tensor, batch: Batch, rope: tuple[Tensor, Tensor], routing: Routing | None
-    ) -> tuple[Tensor, Routing | None]:
-        """Return the residual stream after this layer and, for MoE layers, the routing."""
+        self,
+        x_TD: Tensor,
+        batch: Batch,
+        rope: tuple[Tensor, Tensor],
+        routing: Routing | None,
+        following: MoELayer | None,
+    ) -> tuple[Tensor, Routing | None, Routing | None]:
+        """Return the residual stream after this layer, its routing and that of ``following``.
+
+        ``routing`` is this layer's choice where it was made earlier. ``following`` is the next MoE
+        layer if its router reads what this layer's experts read (pre-gating).
+        """
+        if isinstance(self.mlp, MoELayer) and self.mlp.lookahead is Lookahead.ATTENTION_INPUT:
+            routing = _choose(self.mlp, x_TD, batch)
+            self.mlp.experts.announce(routing)
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), batch, rope)
         mlp_input_TD = self.post_attention_layernorm(x_TD)
         if isinstance(self.mlp, GatedMLP):
-            return x_TD + self.mlp(mlp_input_TD), None
+            return x_TD + self.mlp(mlp_input_TD), None, None
         if routing is None:
-            routing = self.mlp.gate.route(RouterInput(mlp_input_TD, batch.ids_T, batch.positions_T))
+            routing = _choose(self.mlp, mlp_input_TD, batch)
+        next_routing = None
+        if following is not None:
+            next_routing = _choose(following, mlp_input_TD, batch)
+            self.mlp.experts.announce(routing)  # first, lest the next ones push them out
+            following.experts.announce(next_routing)
         y_TD, routing = self.mlp(mlp_input_TD, routing=routing)
-        return x_TD + y_TD, routing
+        return x_TD + y_TD, routing, next_routing
+
+
+def _choose(layer: MoELayer, x_TD: Tensor | None, batch: Batch) -> Routing:
+    return layer.gate.route(
+        RouterInput(x_TD, batch.ids_T, batch.positions_T, lengths=batch.lengths)
+    )
 
 
 class Decoder(nn.Module):
@@ -110,6 +134,12 @@ class Decoder(nn.Module):
         if config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         self._rope = Rope(config.head_width, config.rope_theta)
+        self._following = {
+            earlier: (index, layer)
+            for (earlier, _), (index, layer) in itertools.pairwise(self.moe_layers())
+            if layer.lookahead is Lookahead.PREVIOUS_BLOCK
+        }
+        """By MoE layer: the next one, where its router reads what this one's experts read."""
 
     def moe_layers(self) -> list[tuple[int, MoELayer]]:
         """Return (layer index, MoE layer) of every MoE layer."""
@@ -133,15 +163,20 @@ class Decoder(nn.Module):
         """Run the decoder over a batch; its caches, if any, grow by the batch's rows."""
         x_TD = self.embed_tokens(batch.ids_T)
         rope = self._rope.tables(batch.positions_T, x_TD.dtype)
+        early = self._route_from_tokens(batch)
         routings = []
-        for layer in self._decoder_layers():
-            routing = self._route_from_tokens(layer, batch)
+        for index, layer in enumerate(self._decoder_layers()):
+            next_index, following = self._following.get(index, (-1, None))
+            arguments = (x_TD, batch, rope, early.get(index), following)
             if self.recompute and self.training:
-                x_TD, routing = checkpoint(layer, x_TD, batch, rope, routing, use_reentrant=False)
+                outputs = checkpoint(layer, *arguments, use_reentrant=False)
             else:
-                x_TD, routing = layer(x_TD, batch, rope, routing)
+                outputs = layer(*arguments)
+            x_TD, routing, next_routing = outputs
             if routing is not None:
                 routings.append(routing)
+            if next_routing is not None:
+                early[next_index] = next_routing
         for cache, length in zip(batch.caches or (), batch.lengths, strict=False):
             cache.length += length
         return DecoderOutput(self.norm(x_TD), routings)
@@ -156,8 +191,11 @@ class Decoder(nn.Module):
             assert isinstance(layer, DecoderLayer)
             yield layer
 
-    def _route_from_tokens(self, layer: DecoderLayer, batch: Batch) -> Routing | None:
-        mlp = layer.mlp
-        if isinstance(mlp, MoELayer) and mlp.lookahead is Lookahead.TOKEN:
-            return mlp.gate.route(RouterInput(ids_T=batch.ids_T, positions_T=batch.positions_T))
-        return None
+    def _route_from_tokens(self, batch: Batch) -> dict[int, Routing]:
+        """Return, by layer, the choices that token ids alone decide."""
+        early = {}
+        for index, layer in self.moe_layers():
+            if layer.lookahead is Lookahead.TOKEN:
+                early[index] = _choose(layer, None, batch)
+                layer.experts.announce(early[index])
+        return early

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..kernels.activation import swiglu
+from ..kernels.activation import ACTIVATIONS, Activation, gated
 from ..kernels.expert_mlp import Backend, expert_mlp
 from ..kernels.expert_weights import ExpertWeights
-from .activation import Activation
+from .build_router import build_router
 from .linear import Linear
-from .router import Hash, Router, TopK, build_router
+from .router import Router
+from .router_config import Hash, TopK
 from .routing import Lookahead, RouterInput, Routing
 
 
@@ -43,8 +44,20 @@ class LocalDispatcher:
         return y_ND
 
 
-class Experts(nn.Module):
-    """SwiGLU experts as parameters: ``fc1 [S, 2F, D]`` (gate rows first), ``fc2 [S, D, F]``."""
+class AnyExperts(nn.Module):
+    """What a layer asks of its experts, wherever they are."""
+
+    def announce(self, routing: Routing) -> None:
+        """Learn what the next forward will need, as soon as it is known."""
+        raise NotImplementedError
+
+    def forward(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
+        """Return the weighted sum of each row's experts, ``[N, D]``."""
+        raise NotImplementedError
+
+
+class Experts(AnyExperts):
+    """Gated experts as parameters: ``fc1 [S, 2F, D]`` (gate rows first), ``fc2 [S, D, F]``."""
 
     def __init__(
         self,
@@ -53,8 +66,10 @@ class Experts(nn.Module):
         num_experts: int,
         expert_ids: Sequence[int] | None = None,
         backend: Backend = "torch",
+        activation: Activation = "swiglu",
     ) -> None:
         super().__init__()
+        self.activation: Activation = activation
         self.expert_ids = tuple(range(num_experts) if expert_ids is None else expert_ids)
         """Logical expert of each slot."""
         self.backend: Backend = backend
@@ -75,25 +90,29 @@ class Experts(nn.Module):
         weights = ExpertWeights(self.fc1.data, self.fc2.data)
         return [weights.slot_views(slot) for slot in range(len(self.expert_ids))]
 
+    def announce(self, routing: Routing) -> None:
+        """Do nothing: experts in memory are always ready."""
+
     def forward(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """Return the weighted sum of each row's experts, ``[N, D]``."""
-        weights = ExpertWeights(self.fc1, self.fc2, self._slot_of_E)
+        weights = ExpertWeights(self.fc1, self.fc2, self._slot_of_E, self.activation)
         return expert_mlp(x_ND, experts_NK, weights_NK, weights, self.backend)
 
 
 class GatedMLP(nn.Module):
-    """A dense SwiGLU MLP: the decoder's dense layers and the shared experts."""
+    """A dense gated MLP: the decoder's dense layers and the shared experts."""
 
-    def __init__(self, d_model: int, d_ff: int) -> None:
+    def __init__(self, d_model: int, d_ff: int, activation: Activation = "swiglu") -> None:
         super().__init__()
+        self.activation: Activation = activation
         self.gate_proj = Linear(d_model, d_ff)
         self.up_proj = Linear(d_model, d_ff)
         self.down_proj = Linear(d_ff, d_model)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        """Return ``down(silu(gate x) * up x)``."""
+        """Return ``down(act(gate x) * up x)``."""
         h = torch.cat([self.gate_proj(x_TD), self.up_proj(x_TD)], dim=-1)
-        out: Tensor = self.down_proj(swiglu(h))
+        out: Tensor = self.down_proj(gated(h, self.activation))
         return out
 
 
@@ -119,13 +138,15 @@ class MoELayer(nn.Module):
         backend: Backend = "torch",
     ) -> None:
         super().__init__()
-        if activation != "swiglu":
-            raise ConfigError(f"activation is {activation!r}; the known one is 'swiglu'.")
+        if activation not in ACTIVATIONS:
+            raise ConfigError(f"activation is {activation!r}; use one of {', '.join(ACTIVATIONS)}.")
         self.gate: Router = build_router(
             TopK() if router is None else router, d_model, num_experts, vocab_size, token_counts
         )
-        self.experts: nn.Module = Experts(d_model, d_expert, num_experts, expert_ids, backend)
-        self.shared_expert = GatedMLP(d_model, d_shared) if d_shared else None
+        self.experts: AnyExperts = Experts(
+            d_model, d_expert, num_experts, expert_ids, backend, activation
+        )
+        self.shared_expert = GatedMLP(d_model, d_shared, activation) if d_shared else None
         self.dispatcher: Dispatcher = LocalDispatcher()
 
     @property
@@ -143,11 +164,16 @@ class MoELayer(nn.Module):
     ) -> tuple[Tensor, Routing]:
         """Return the layer's output, shaped like ``x`` ``[..., D]``, and the routing.
 
-        ``token_ids`` and ``valid`` have x's leading shape. ``routing`` is a choice made earlier,
-        for routers that look ahead.
+        ``token_ids`` and ``valid`` have x's leading shape. ``routing`` is a choice made earlier;
+        routers that read something else than x need it.
         """
         x_TD = x.reshape(-1, x.shape[-1])
         if routing is None:
+            if self.lookahead not in (Lookahead.FFN_INPUT, Lookahead.TOKEN):
+                raise ConfigError(
+                    f"router.lookahead is {self.lookahead.value}, so the choice is made before; "
+                    "pass routing=layer.gate.route(...) of what the router reads."
+                )
             routing = self.gate.route(
                 RouterInput(
                     x_TD=x_TD,

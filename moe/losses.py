@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .router import Router, TopK
+from .router import Router
+from .router_config import TopK
 from .routing import Reduce, Routing
 
 
@@ -36,16 +37,19 @@ class AuxiliaryLosses:
 def auxiliary_losses(
     routings: Sequence[Routing], routers: Sequence[Router], reduce: Reduce
 ) -> AuxiliaryLosses:
-    """Compute balance and z-loss of all MoE layers with one reduction.
+    """Compute the losses of all MoE layers with one reduction.
 
     Balance (Switch eq. 4-6, GShard; Megatron's normalisation): ``E / (K T^2) * sum_e n_e P_e``,
     n_e the routed rows and P_e the summed probability of expert e over the global batch.
+    Sequence balance (DeepSeek-V3 eq. 17-20): the same over each sequence, averaged over sequences.
     z (ST-MoE eq. 5): ``1/T * sum_t logsumexp(logits_t)^2``.
     """
     counts_LE = torch.stack([routing.counts_E for routing in routings])
-    packed = torch.cat([counts_LE.flatten(), routings[0].num_tokens.reshape(1)])
-    packed = reduce(packed)
-    counts_LE, num_tokens = packed[:-1].view_as(counts_LE), packed[-1]
+    num_tokens = routings[0].num_tokens
+    num_sequences = routings[0].num_sequences
+    sizes = [num_tokens, num_tokens if num_sequences is None else num_sequences]
+    packed = reduce(torch.cat([counts_LE.flatten(), torch.stack(sizes)]))
+    counts_LE, (num_tokens, num_sequences) = packed[:-2].view_as(counts_LE), packed[-2:]
 
     zero = routings[0].weights_TK.new_zeros(())
     total, balance, z = zero, zero, zero
@@ -58,6 +62,9 @@ def auxiliary_losses(
         layer_balance = (counts_E * scale * routing.probability_sums_E).sum().to(zero.dtype)
         layer_z = routing.z_sum / num_tokens
         total = total + config.balance_loss * layer_balance + config.z_loss * layer_z
+        if routing.sequence_balance_sum is not None:
+            per_sequence = routing.sequence_balance_sum / num_sequences
+            total = total + config.sequence_balance_loss * per_sequence
         balance = balance + layer_balance.detach() / len(routings)
         z = z + layer_z.detach() / len(routings)
     return AuxiliaryLosses(total, balance, z, counts_LE, num_tokens)

@@ -40,6 +40,8 @@ class RouterInput:
     """Position of each row in its sequence."""
     valid_T: Tensor | None = None
     """False for rows that must not be routed nor counted; None when all rows are real."""
+    lengths: tuple[int, ...] | None = None
+    """Rows of each sequence, in order; None where all rows are one sequence."""
 
 
 @dataclass(slots=True)
@@ -55,9 +57,14 @@ class Routing:
     num_tokens: Tensor
     """int64 scalar: valid rows, no gradient."""
     probability_sums_E: Tensor | None = None
-    """Router probabilities summed over valid rows, with gradient; None for routers without."""
+    """Router probabilities summed over valid rows, with gradient; None for routers without and,
+    like all that follows, outside training."""
     z_sum: Tensor | None = None
     """Sum over valid rows of logsumexp(logits)^2, with gradient."""
+    sequence_balance_sum: Tensor | None = None
+    """Sum over sequences of their own balance loss, with gradient; None where nobody asked."""
+    num_sequences: Tensor | None = None
+    """int64 scalar: sequences with valid rows."""
 
 
 register_dataclass(
@@ -69,6 +76,8 @@ register_dataclass(
         "num_tokens",
         "probability_sums_E",
         "z_sum",
+        "sequence_balance_sum",
+        "num_sequences",
     ],
     drop_field_names=[],
 )

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from .config import ModelConfig
-from .router import TopK
+from .router_config import TopK
 
 
 def tensor_name(parameter: str) -> str:
@@ -48,6 +48,8 @@ def _mlp_tensors(
         return
     if isinstance(moe.router, TopK):
         yield f"{prefix}gate.weight", (moe.num_experts, d_model)
+        if moe.router.bias_update_rate is not None:
+            yield f"{prefix}gate.e_score_correction_bias", (moe.num_experts,)
     else:
         yield f"{prefix}gate.table_VK", (config.vocabulary, moe.router.k)
     for expert in range(moe.num_experts):

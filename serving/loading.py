@@ -10,7 +10,7 @@ from ..kernels.expert_weights import empty_slots
 from ..moe.config import ModelConfig
 from ..moe.decoder import Decoder
 from ..moe.language_model import LanguageModel
-from ..moe.layer import Experts, MoELayer
+from ..moe.layer import AnyExperts, Experts, MoELayer
 from ..moe.model_folder import ModelFolder
 from ..moe.tensor_names import expert_tensor_name, tensor_name
 from .budget import parse_budget
@@ -117,13 +117,13 @@ def _experts(
     index: int,
     dtype: torch.dtype,
     store: ExpertStore | None,
-) -> nn.Module:
+) -> AnyExperts:
     config, moe = files.config, files.config.moe
     assert moe is not None, "only MoE layers come here"
     if store is not None:
         return OffloadedExperts(store, index, moe.num_experts)
     with torch.device("meta"):
-        experts = Experts(config.d_model, moe.d_expert, moe.num_experts)
+        experts = Experts(config.d_model, moe.d_expert, moe.num_experts, activation=moe.activation)
     fc1 = empty_slots(moe.num_experts, 2 * moe.d_expert, config.d_model, dtype)
     fc2 = empty_slots(moe.num_experts, config.d_model, moe.d_expert, dtype)
     experts.fc1 = nn.Parameter(fc1, requires_grad=False)
@@ -139,7 +139,7 @@ def _read_dense(files: ModelFolder, decoder: Decoder, dtype: torch.dtype) -> Non
     for name, meta in [*decoder.named_parameters(), *decoder.named_buffers()]:
         if not meta.is_meta and isinstance(meta, nn.Parameter):
             continue  # experts, read already
-        keeps_type = not meta.is_floating_point() or name.endswith("mlp.gate.weight")
+        keeps_type = not meta.is_floating_point() or ".mlp.gate." in name
         target = torch.empty(meta.shape, dtype=meta.dtype if keeps_type else dtype)
         files.read_into(tensor_name(name), target)
         if name.endswith("gate.table_VK"):

@@ -51,6 +51,20 @@ TOKEN_BUCKETS = (
 REQUEST_BUCKETS = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480)
 
 
+TRAFFIC = {
+    "hits": ("cache_hits", "Experts in memory when they were needed"),
+    "misses": ("cache_misses", "Experts whose read began when they were needed"),
+    "prefetch_issued": ("prefetch_issued", "Reads begun ahead of need"),
+    "prefetch_useful": ("prefetch_useful", "Prefetched and in memory when needed"),
+    "prefetch_late": ("prefetch_late", "Prefetched, still on their way when needed"),
+    "prefetch_wasted": ("prefetch_wasted", "Prefetched and put out before they were needed"),
+    "bytes_read": ("bytes_read", "Bytes of experts read, ahead and on demand"),
+    "prefetch_bytes": ("prefetch_bytes", "Bytes of experts read ahead"),
+    "stall_s": ("stall_seconds", "Seconds compute waited"),
+}
+"""Field of :class:`LayerTraffic`: metric and help."""
+
+
 class EngineMetrics:
     """What an engine counts; ``render`` gives the exposition text."""
 
@@ -125,6 +139,8 @@ class ExpertCollector(Collector):
         self._k = config.moe.router.k if config.moe is not None else 0
         self._counts_LE = torch.zeros(len(self._layers), num_experts, dtype=torch.int64)
         self._tokens = 0
+        self._tokens_without_wait = 0
+        self._num_waits = 0
         self._lock = threading.Lock()
         """Counts change in the engine's thread and are read in another."""
 
@@ -133,14 +149,23 @@ class ExpertCollector(Collector):
         if routings:
             counts_LE = torch.stack([routing.counts_E for routing in routings])
             with self._lock:
+                num_tokens = int(routings[0].num_tokens)
                 self._counts_LE += counts_LE
-                self._tokens += int(routings[0].num_tokens)
+                self._tokens += num_tokens
+                if self._store is not None:
+                    before, self._num_waits = self._num_waits, self._store.statistics.num_waits()
+                    self._tokens_without_wait += num_tokens * (before == self._num_waits)
 
     def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
         """Yield all families."""
         yield from self._load()
         if self._store is not None:
             yield from self._traffic(self._store)
+            yield CounterMetricFamily(
+                "moeyard_tokens_without_miss",
+                "Tokens of forwards that waited for no expert",
+                value=self._tokens_without_wait,
+            )
 
     def _load(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
         if not self._layers:
@@ -174,18 +199,8 @@ class ExpertCollector(Collector):
     @staticmethod
     def _traffic(store: ExpertStore) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
         families = {
-            "hits": CounterMetricFamily(
-                "moeyard_expert_cache_hits", "Experts found in memory", labels=["layer"]
-            ),
-            "misses": CounterMetricFamily(
-                "moeyard_expert_cache_misses", "Experts read on demand", labels=["layer"]
-            ),
-            "bytes_read": CounterMetricFamily(
-                "moeyard_expert_bytes_read", "Bytes of experts read", labels=["layer"]
-            ),
-            "stall_s": CounterMetricFamily(
-                "moeyard_expert_stall_seconds", "Seconds compute waited", labels=["layer"]
-            ),
+            name: CounterMetricFamily(f"moeyard_expert_{metric}", text, labels=["layer"])
+            for name, (metric, text) in TRAFFIC.items()
         }
         for layer, traffic in store.statistics.layers.items():
             for name, family in families.items():

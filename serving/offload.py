@@ -1,14 +1,16 @@
 """Experts that live in a store. N rows, D model width, K choices."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..kernels.grouping import group_tokens
 from ..kernels.torch_backend import combine_rows, expert_rows
+from ..moe.layer import AnyExperts
+from ..moe.routing import Routing
 from .store import ExpertStore
 
 
-class OffloadedExperts(nn.Module):
+class OffloadedExperts(AnyExperts):
     """Takes the place of :class:`moeyard.moe.layer.Experts` for inference, bit for bit.
 
     Experts come in waves; each routed row has its own line of the output, filled once, and the
@@ -20,6 +22,10 @@ class OffloadedExperts(nn.Module):
         self._store = store
         self._layer = layer
         self._num_experts = num_experts
+
+    def announce(self, routing: Routing) -> None:
+        """Begin to read the chosen experts while the model computes something else."""
+        self._store.prefetch(self._layer, torch.nonzero(routing.counts_E).flatten().tolist())
 
     def forward(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """Return the weighted sum of each row's experts, ``[N, D]``."""

@@ -2,48 +2,29 @@
 
 S slots, E experts per layer, F expert width, D model width.
 
-One pool of slots serves all layers, least recently used first out. Reads run in a bounded pool of
-threads and go straight into slots that nothing else uses, while the caller computes with experts
-that are ready.
+One pool of slots serves all layers, least recently used first out. Reads go straight into slots
+that nothing else uses, while the caller computes with experts that are ready. Routers that choose
+early let the store read ahead: such reads never put out what is already known to be needed, and
+wait behind everything compute is waiting for.
 """
 
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from ..errors import ConfigError, ExpertReadError
 from ..kernels.expert_weights import ExpertWeights, empty_slots
 from ..moe.model_folder import ModelFolder
 from ..moe.tensor_names import expert_tensor_name
+from .read_queue import Key, Read, ReadQueue
+from .traffic import LayerTraffic, StoreStatistics
 
 READ_ATTEMPTS = 3
 RETRY_PAUSE_S = 0.05
-
-Key = tuple[int, int]
-"""(layer, expert)."""
-
-
-@dataclass(slots=True)
-class LayerTraffic:
-    """What one layer asked of the store so far."""
-
-    hits: int = 0
-    misses: int = 0
-    bytes_read: int = 0
-    stall_s: float = 0.0
-    """Seconds the compute thread waited for reads."""
-
-
-@dataclass(slots=True)
-class StoreStatistics:
-    """Counters since start."""
-
-    layers: dict[int, LayerTraffic] = field(default_factory=dict)
-    evictions: int = 0
 
 
 class ExpertStore:
@@ -61,20 +42,28 @@ class ExpertStore:
             raise ConfigError("expert-memory is set, but the model has no experts; leave it out.")
         self._folder = folder
         self._num_experts = moe.num_experts
-        self._layers = [layer for layer in range(config.num_layers) if config.is_moe(layer)]
+        self._activation = moe.activation
+        layers = [layer for layer in range(config.num_layers) if config.is_moe(layer)]
         self.slot_bytes = 3 * moe.d_expert * config.d_model * dtype.itemsize
         if budget_bytes < self.slot_bytes:
             raise ConfigError(
                 f"expert-memory is {budget_bytes} bytes, but one expert takes {self.slot_bytes}; "
                 "give at least that."
             )
-        self.num_slots = min(len(self._layers) * moe.num_experts, budget_bytes // self.slot_bytes)
+        self.num_slots = min(len(layers) * moe.num_experts, budget_bytes // self.slot_bytes)
         self._fc1_SHD = empty_slots(self.num_slots, 2 * moe.d_expert, config.d_model, dtype)
         self._fc2_SDF = empty_slots(self.num_slots, config.d_model, moe.d_expert, dtype)
         self._free = deque(range(self.num_slots))
         self._resident: OrderedDict[Key, int] = OrderedDict()
-        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="expert-read")
-        self.statistics = StoreStatistics(layers={layer: LayerTraffic() for layer in self._layers})
+        self._loading: dict[Key, Read] = {}
+        self._announced: deque[Key] = deque()
+        """Needed soon, not in memory, and no slot yet; in the order of need."""
+        self._expected: set[Key] = set()
+        """Needed soon; put out only when compute cannot go on otherwise."""
+        self._unused: set[Key] = set()
+        """Prefetched, read or being read, and not needed so far."""
+        self._reads = ReadQueue(num_threads)
+        self.statistics = StoreStatistics(layers={layer: LayerTraffic() for layer in layers})
 
     @property
     def num_resident(self) -> int:
@@ -83,7 +72,24 @@ class ExpertStore:
 
     def close(self) -> None:
         """Stop the reading threads."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._reads.close()
+
+    def prefetch(self, layer: int, experts: Sequence[int]) -> None:
+        """Begin to read what ``layer`` will need, and keep what is there already.
+
+        Returns at once. As many reads begin as there are slots that nothing known needs; the others
+        follow as slots come free.
+        """
+        for expert in experts:
+            key = (layer, expert)
+            if key in self._expected:
+                continue
+            self._expected.add(key)
+            if key in self._resident:
+                self._resident.move_to_end(key)
+            elif key not in self._loading:
+                self._announced.append(key)
+        self._read_ahead()
 
     def stream(
         self, layer: int, experts: Sequence[int]
@@ -93,94 +99,164 @@ class ExpertStore:
         Resident experts come first, while the others are being read. Raises
         :class:`ExpertReadError` when a read fails for good; slots then stay consistent.
         """
-        traffic = self.statistics.layers[layer]
-        ready = [expert for expert in experts if (layer, expert) in self._resident]
-        waiting = deque(expert for expert in experts if (layer, expert) not in self._resident)
-        traffic.hits += len(ready)
-        traffic.misses += len(waiting)
-        for expert in ready:
-            self._resident.move_to_end((layer, expert))
-        reading: dict[Future[None], tuple[int, int]] = {}
+        reading: dict[Key, Read] = {}
         try:
+            ready, waiting = self._begin(layer, experts, reading)
             while ready or waiting or reading:
-                self._start_reads(layer, waiting, reading, pinned=ready)
+                self._read_now(layer, waiting, reading, pinned=ready)
+                self._read_ahead()
                 if ready:
                     yield ready, self._weights(layer)
+                    self._expected.difference_update((layer, expert) for expert in ready)
                     ready = []
                 else:
-                    ready = self._finish_reads(layer, reading, traffic)
+                    ready = self._next_ready(layer, reading)
+        except BaseException:
+            self._announced.clear()  # this forward has come to its end, so nothing is sure now
+            self._expected.clear()
+            raise
         finally:
             # Whatever ended the wave, no thread may write into a slot that is given away.
-            wait(reading)
-            for future, (expert, slot) in reading.items():
-                self._settle(future, (layer, expert), slot)
+            self._reads.wait_for_all(reading.values())
+            for read in reading.values():
+                self._settle(read)
+        self._read_ahead()
+
+    def _begin(
+        self, layer: int, experts: Sequence[int], reading: dict[Key, Read]
+    ) -> tuple[list[int], deque[int]]:
+        """Return which experts are here and which must be read; those under way go on faster."""
+        self._settle_finished()
+        traffic = self.statistics.layers[layer]
+        ready, waiting = [], deque[int]()
+        for expert in experts:
+            key = (layer, expert)
+            self._expected.add(key)
+            was_prefetched = key in self._unused
+            self._unused.discard(key)
+            if key in self._resident:
+                self._resident.move_to_end(key)
+                ready.append(expert)
+                traffic.hits += 1
+                traffic.prefetch_useful += was_prefetched
+            elif key in self._loading:
+                reading[key] = self._loading[key]
+                self._reads.make_urgent(reading[key])
+                traffic.prefetch_late += 1
+            else:
+                waiting.append(expert)
+                traffic.misses += 1
+        self._announced = deque(key for key in self._announced if key[0] != layer)
+        return ready, waiting
 
     def _weights(self, layer: int) -> ExpertWeights:
         slots = tuple(self._resident.get((layer, e), -1) for e in range(self._num_experts))
-        return ExpertWeights(self._fc1_SHD, self._fc2_SDF, slots)
+        return ExpertWeights(self._fc1_SHD, self._fc2_SDF, slots, self._activation)
 
-    def _start_reads(
-        self,
-        layer: int,
-        waiting: deque[int],
-        reading: dict[Future[None], tuple[int, int]],
-        pinned: list[int],
+    def _read_now(
+        self, layer: int, waiting: deque[int], reading: dict[Key, Read], pinned: list[int]
     ) -> None:
-        keep = {(layer, expert) for expert in pinned}
         while waiting:
-            slot = self._take_slot(keep)
+            slot = self._idle_slot()
+            if slot is None:
+                slot = self._slot_of_prefetch({(layer, expert) for expert in pinned})
             if slot is None:
                 return
-            expert = waiting.popleft()
-            reading[self._pool.submit(self._read, layer, expert, slot)] = (expert, slot)
+            key = (layer, waiting.popleft())
+            reading[key] = self._submit(key, slot, is_urgent=True)
 
-    def _take_slot(self, keep: set[Key]) -> int | None:
+    def _read_ahead(self) -> None:
+        """Begin announced reads while there are slots that nothing known needs."""
+        while self._announced:
+            slot = self._idle_slot()
+            if slot is None:
+                return
+            key = self._announced.popleft()
+            self._unused.add(key)
+            self.statistics.layers[key[0]].prefetch_issued += 1
+            self._submit(key, slot, is_urgent=False)
+
+    def _idle_slot(self) -> int | None:
+        """Return a free slot, or that of the least recently used expert nobody expects."""
         if self._free:
             return self._free.popleft()
         for key in self._resident:
-            if key not in keep:
-                self.statistics.evictions += 1
-                return self._resident.pop(key)
+            if key not in self._expected:
+                return self._put_out(key)
         return None
 
-    def _finish_reads(
-        self, layer: int, reading: dict[Future[None], tuple[int, int]], traffic: LayerTraffic
-    ) -> list[int]:
-        started = time.perf_counter()
-        finished, _ = wait(reading, return_when=FIRST_COMPLETED)
-        traffic.stall_s += time.perf_counter() - started
-        ready, failure = [], None
-        for future in finished:
-            expert, slot = reading.pop(future)
-            error = self._settle(future, (layer, expert), slot)
-            if error is None:
-                ready.append(expert)
-                traffic.bytes_read += self.slot_bytes
-            else:
-                failure = error
-        if failure is not None:
-            raise ExpertReadError(
-                f"an expert of layer {layer} could not be read ({failure}); try again later."
-            ) from failure
-        return sorted(ready)
+    def _slot_of_prefetch(self, pinned: set[Key]) -> int | None:
+        """Return the slot of something expected later: compute cannot go on without it."""
+        for read in reversed(self._loading.values()):
+            if not read.is_urgent and self._reads.cancel(read):
+                del self._loading[read.key]
+                self._waste(read.key)
+                return read.slot
+        for key in reversed(self._resident):
+            if key not in pinned:
+                return self._put_out(key)
+        return None
 
-    def _settle(self, future: Future[None], key: Key, slot: int) -> BaseException | None:
-        error = future.exception()
-        if error is None:
-            self._resident[key] = slot
-        else:
-            self._free.append(slot)
-        return error
+    def _put_out(self, key: Key) -> int:
+        self.statistics.evictions += 1
+        self._waste(key)
+        return self._resident.pop(key)
 
-    def _read(self, layer: int, expert: int, slot: int) -> None:
+    def _waste(self, key: Key) -> None:
+        if key in self._unused:
+            self._unused.discard(key)
+            self.statistics.layers[key[0]].prefetch_wasted += 1
+
+    def _submit(self, key: Key, slot: int, is_urgent: bool) -> Read:
         views = ExpertWeights(self._fc1_SHD, self._fc2_SDF).slot_views(slot)
+        names = {part: expert_tensor_name(*key, part) for part in views}
+        parts: deque[Callable[[], None]] = deque(
+            partial(self._fill, names[part], view) for part, view in views.items()
+        )
+        read = Read(key, slot, is_urgent, parts, is_prefetch=not is_urgent)
+        self._loading[key] = read
+        self._reads.submit(read)
+        return read
+
+    def _fill(self, name: str, view: Tensor) -> None:
         for attempt in range(1, READ_ATTEMPTS + 1):
             try:
-                for part, view in views.items():
-                    name = expert_tensor_name(layer, expert, part)
-                    self._folder.locate(name).read_into(name, view)
+                self._folder.locate(name).read_into(name, view)
                 return
             except OSError:
                 if attempt == READ_ATTEMPTS:
                     raise
                 time.sleep(RETRY_PAUSE_S * attempt)
+
+    def _next_ready(self, layer: int, reading: dict[Key, Read]) -> list[int]:
+        """Wait for reads and return the experts that came; with none of ours under way, wait for a
+        slot that somebody's prefetch holds."""
+        started = time.perf_counter()
+        finished = self._reads.wait_for_any(reading.values() or self._loading.values())
+        self.statistics.layers[layer].stall_s += time.perf_counter() - started
+        failure = None
+        for read in finished:
+            self._settle(read)
+            if reading.pop(read.key, None) is not None:
+                failure = read.error or failure
+        if failure is not None:
+            raise ExpertReadError(
+                f"an expert of layer {layer} could not be read ({failure}); try again later."
+            ) from failure
+        return sorted(read.key[1] for read in finished if read.key[0] == layer and not read.error)
+
+    def _settle_finished(self) -> None:
+        for read in [read for read in self._loading.values() if read.is_done]:
+            self._settle(read)
+
+    def _settle(self, read: Read) -> None:
+        """Book a read that is done: its expert is resident now, or its slot is free again."""
+        del self._loading[read.key]
+        if read.error is None:
+            self._resident[read.key] = read.slot
+            traffic = self.statistics.layers[read.key[0]]
+            traffic.bytes_read += self.slot_bytes
+            traffic.prefetch_bytes += self.slot_bytes * read.is_prefetch
+        else:
+            self._free.append(read.slot)
+            self._waste(read.key)

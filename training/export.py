@@ -61,7 +61,7 @@ def _cast(
     tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in tensors:
-        is_router = name.endswith("mlp.gate.weight")
+        is_router = ".mlp.gate." in name
         if not tensor.is_floating_point() or (is_router and dtype == torch.bfloat16):
             yield name, tensor
         else:

@@ -11,7 +11,7 @@ from ..errors import ConfigError
 from ..moe.config import ModelConfig
 from ..moe.decoder import Decoder
 from ..moe.initialize import initialize
-from ..moe.router import Hash
+from ..moe.router_config import Hash
 from ..parallel.dispatch import AllToAllDispatcher
 from ..parallel.mesh import Mesh
 from .config import RunConfig

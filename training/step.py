@@ -78,6 +78,8 @@ class TrainStep:
         self.gradients.scale_((clip / (grad_norm + 1e-6)).clamp(max=1.0))
         lr = learning_rate(self._config.optimizer, step, train.steps)
         self.optimizer.step(lr)
+        for router, counts_E in zip(self._routers, counts_LE, strict=True):
+            router.update_bias(counts_E)
         return StepResult(loss, balance, z, float(grad_norm), lr, counts_LE, stop > 0)
 
     def _forward_backward(self, step: int) -> tuple[Tensor, Tensor]:

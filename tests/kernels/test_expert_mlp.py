@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from moeyard.kernels.activation import ACTIVATIONS, gated
 from moeyard.kernels.expert_mlp import expert_mlp
 from moeyard.kernels.expert_weights import ExpertWeights, empty_slots
 from moeyard.kernels.grouping import group_tokens
@@ -40,9 +42,10 @@ def problem(shape, routing, dtype, seed=0):
     return ids, [leaf.requires_grad_() for leaf in leaves]
 
 
-def run(ids, leaves, backend):
+def run(ids, leaves, backend, activation="swiglu"):
     x, weights, fc1, fc2 = leaves
-    y = expert_mlp(x, ids, weights, ExpertWeights(fc1, fc2), backend)
+    experts = ExpertWeights(fc1, fc2, activation=activation)
+    y = expert_mlp(x, ids, weights, experts, backend)
     upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(9)).to(y.dtype)
     return y.detach(), torch.autograd.grad(y, leaves, upstream)
 
@@ -61,6 +64,18 @@ def test_agrees_with_the_reference_in_values_and_all_gradients(shape, routing, d
         scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
         error = (actual.double() - expected).abs().max() / scale if expected.numel() else 0.0
         assert error <= TOLERANCE[dtype], f"{name} is off by {float(error)}"
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_agree_with_torch_and_with_the_reference_in_all_gradients(activation):
+    function = {"swiglu": F.silu, "reglu": F.relu, "geglu": F.gelu}[activation]
+    h = torch.randn(7, 10, dtype=torch.float64)
+    torch.testing.assert_close(gated(h, activation), function(h[:, :5]) * h[:, 5:])
+    ids, leaves = problem((37, 2, 5, 24, 40), "with_none", torch.float64)
+    y, grads = run(ids, leaves, "torch", activation)
+    expected_y, expected = run(ids, leaves, "reference", activation)
+    for actual, wanted in zip((y, *grads), (expected_y, *expected), strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("first", [0, 2, 4])

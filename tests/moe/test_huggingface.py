@@ -19,7 +19,7 @@ from moeyard.errors import ModelFileError
 from moeyard.moe.batch import batch_of, batch_of_rows
 from moeyard.moe.config import ModelConfig, MoEConfig
 from moeyard.moe.hf_config import from_hf, to_hf
-from moeyard.moe.router import Hash, TopK
+from moeyard.moe.router_config import Hash, TopK
 
 SHAPES = {
     "plain": {"num_key_value_heads": 2, "tie_word_embeddings": False, "norm_topk_prob": True},

@@ -4,11 +4,14 @@ import pytest
 import torch
 
 from moeyard.errors import ConfigError
+from moeyard.moe.build_router import build_router
+from moeyard.moe.hash_router import HashRouter
 from moeyard.moe.hash_table import balanced_table, random_table
 from moeyard.moe.load import load_statistics
 from moeyard.moe.losses import auxiliary_losses
-from moeyard.moe.router import Hash, HashRouter, TopK, TopKRouter
+from moeyard.moe.router_config import Hash, TopK
 from moeyard.moe.routing import Lookahead, RouterInput
+from moeyard.moe.topk_router import TopKRouter
 
 
 def router(k=2, experts=5, **options) -> TopKRouter:
@@ -89,8 +92,10 @@ def test_shares_of_two_ranks_add_up_to_the_loss_of_one():
     whole = auxiliary_losses([gate.route(RouterInput(x))], [gate], lambda c: c)
     expected = torch.autograd.grad(whole.total, gate.weight)[0]
     halves = [gate.route(RouterInput(part)) for part in (x[:5], x[5:])]
-    packed = sum(torch.cat([r.counts_E, r.num_tokens.reshape(1)]) for r in halves)
-    shares = [auxiliary_losses([r], [gate], lambda _: packed.clone()) for r in halves]
+    packed = []
+    for routing in halves:
+        auxiliary_losses([routing], [gate], lambda counts: packed.append(counts) or counts)
+    shares = [auxiliary_losses([r], [gate], lambda _: sum(packed)) for r in halves]
     total = shares[0].total + shares[1].total
     torch.testing.assert_close(total, whole.total, rtol=1e-13, atol=0)
     actual = torch.autograd.grad(total, gate.weight)[0]
@@ -132,7 +137,7 @@ def test_balanced_table_evens_out_traffic_that_random_does_not(k):
 
 def test_more_choices_than_experts_is_refused():
     with pytest.raises(ConfigError, match=r"router\.k is 7, but the layer has 5 experts"):
-        router(k=7)
+        build_router(TopK(k=7), 8, 5)
 
 
 def test_load_statistics_of_known_counts():

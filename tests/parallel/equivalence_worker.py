@@ -15,8 +15,8 @@ import torch
 
 from moeyard.configuration import load_config
 from moeyard.moe.layer import Experts
-from moeyard.moe.router import TopKRouter
 from moeyard.moe.routing import count_choices
+from moeyard.moe.topk_router import TopKRouter
 from moeyard.parallel.mesh import build_mesh
 from moeyard.parallel.parent import is_torchrun_worker
 from moeyard.parallel.process import start_process_group, stop_process_group
@@ -56,6 +56,10 @@ def keyed(decoder, tensor_of) -> dict[str, torch.Tensor]:
     return values
 
 
+def balancing_biases(decoder) -> dict[str, torch.Tensor]:
+    return {n: b.double().clone() for n, b in decoder.named_buffers() if n.endswith("_bias")}
+
+
 def run_case(config_path: Path, out: Path, name: str, case: dict, store) -> None:
     overrides = [*case["overrides"], f"run_dir={out}/{name}"]
     config = load_config(RunConfig, config_path, overrides)
@@ -81,7 +85,7 @@ def run_case(config_path: Path, out: Path, name: str, case: dict, store) -> None
             "balance": result.balance,
             "grad_norm": result.grad_norm,
             "counts": result.counts_LE,
-            "weights": keyed(decoder, lambda p: p),
+            "weights": keyed(decoder, lambda p: p) | balancing_biases(decoder),
         }
     torch.save(recorded, out / f"{name}-{mesh.rank}.pt")
     mesh.barrier()

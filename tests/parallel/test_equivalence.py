@@ -23,6 +23,27 @@ VARIANTS = {
         "overrides": [TORCH, "model.moe.d_shared=8", "model.tie_embeddings=true"],
     },
     "dense_layer": {"overrides": [TORCH, "model.dense_layers=[0]", "model.d_ff=40"]},
+    "pregated": {"overrides": [TORCH, "model.moe.router.lookahead=previous_block"]},
+    "pregated_both": {
+        "overrides": [
+            TORCH,
+            "model.moe.router.lookahead=previous_block",
+            "train.accumulation=2",
+            "train.recompute=true",
+        ],
+    },
+    "preattention": {
+        "overrides": [TORCH, "model.moe.router.lookahead=attention_input"],
+    },
+    "deepseek": {
+        "overrides": [
+            TORCH,
+            "model.moe.router={kind: topk, k: 2, score: sigmoid, num_groups: 2, top_groups: 1, "
+            "bias_update_rate: 0.01, sequence_balance_loss: 0.1, balance_loss: 0, scale: 2.5}",
+            "model.moe.activation=reglu",
+            "train.accumulation=2",
+        ],
+    },
     "starved": {"overrides": [], "starved": True},
     "starved_both": {
         "overrides": ["train.accumulation=2", "train.recompute=true"],

@@ -7,7 +7,7 @@ from moeyard.moe.decoder import Decoder
 from moeyard.moe.hf_config import to_hf
 from moeyard.moe.initialize import initialize
 from moeyard.moe.model_writer import write_model_folder
-from moeyard.moe.router import TopK
+from moeyard.moe.router_config import TopK
 from moeyard.moe.tensor_names import expert_tensor_name, tensor_name
 from moeyard.training.data.tokenizer import ByteTokenizer
 

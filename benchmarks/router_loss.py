@@ -1,0 +1,117 @@
+"""What do routers that choose early cost in validation loss, and does a bias balance load?
+
+    python benchmarks/router_loss.py [--work DIR] [--steps 400] [--jobs 1]
+
+The model, data and learning rate of configs/train/demo.yaml on one rank, three seeds, paired: the
+same initial attention and the same batches in every arm. Interrupt and start again as you like.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from report import write_results
+
+CONFIG = Path(__file__).parent.parent / "configs" / "train" / "demo.yaml"
+SEEDS = (0, 1, 2)
+ARMS = {
+    "topk": "{kind: topk, k: 2, balance_loss: 0.01, z_loss: 0.001}",
+    "hash": "{kind: hash, k: 2}",
+    "pregated": "{kind: topk, k: 2, lookahead: previous_block, balance_loss: 0.01, z_loss: 0.001}",
+    "preattention": "{kind: topk, k: 2, lookahead: attention_input, score: sigmoid, "
+    "balance_loss: 0.01, z_loss: 0.001}",
+    "bias": "{kind: topk, k: 2, score: sigmoid, bias_update_rate: 0.001, balance_loss: 0}",
+    "no balance": "{kind: topk, k: 2, score: sigmoid, balance_loss: 0}",
+}
+
+
+def run_one(arm: str, seed: int, steps: int, work: Path, threads: int) -> list[dict]:
+    """Train one model, or pick up what is there, and return its metrics."""
+    run_dir = work / f"{arm.replace(' ', '-')}-seed{seed}"
+    records = read_metrics(run_dir)
+    if not records or records[-1]["step"] < steps:
+        overrides = [f"run_dir={run_dir}", f"seed={seed}", f"train.steps={steps}"]
+        overrides += [f"model.moe.router={ARMS[arm]}", "parallel.ep=1", "checkpoint.every=200"]
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with (run_dir / "log.txt").open("a") as log:
+            subprocess.run(
+                [sys.executable, "-m", "moeyard.training", str(CONFIG), *overrides],
+                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+                stdout=log,
+                stderr=log,
+                check=True,
+            )
+        records = read_metrics(run_dir)
+    print(f"{run_dir.name}: {records[-1]['eval_loss_per_byte']:.4f} nats per byte", flush=True)
+    return records
+
+
+def read_metrics(run_dir: Path) -> list[dict]:
+    """Return the records of a run so far."""
+    path = run_dir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def worst_load(records: list[dict]) -> float:
+    """Return the largest max/mean of any layer, over the rows of the last five logged steps."""
+    layers = zip(*(record["expert_tokens"] for record in records[-5:]), strict=True)
+    summed = [[sum(step) for step in zip(*layer, strict=True)] for layer in layers]
+    return max(max(counts) * len(counts) / sum(counts) for counts in summed)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, default=Path("runs/router-loss"))
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, cores / jobs each")
+    arguments = parser.parse_args()
+    threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
+    grid = [(arm, seed) for seed in SEEDS for arm in ARMS]
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        found = pool.map(lambda g: run_one(*g, arguments.steps, arguments.work, threads), grid)
+        records = dict(zip(grid, found, strict=True))
+
+    losses = {cell: runs[-1]["eval_loss_per_byte"] for cell, runs in records.items()}
+    loads = {cell: worst_load(runs) for cell, runs in records.items()}
+    header = "".join(f"  seed {seed}" for seed in SEEDS)
+    print(f"\nnats per held-out byte after {arguments.steps} steps")
+    print(f"{'':13}{header}    mean   minus topk (mean +- stdev of pairs)   worst layer's max/mean")
+    rows = {}
+    for arm in ARMS:
+        own = [losses[arm, seed] for seed in SEEDS]
+        gaps = [losses[arm, seed] - losses["topk", seed] for seed in SEEDS]
+        worst = [loads[arm, seed] for seed in SEEDS]
+        rows[arm] = {
+            "losses": own,
+            "mean": statistics.mean(own),
+            "minus_topk_mean": statistics.mean(gaps),
+            "minus_topk_stdev": statistics.stdev(gaps),
+            "worst_load": worst,
+        }
+        print(
+            f"{arm:13}"
+            + "".join(f"  {loss:.4f}" for loss in own)
+            + f"  {rows[arm]['mean']:.4f}   {rows[arm]['minus_topk_mean']:+.4f} +- "
+            f"{rows[arm]['minus_topk_stdev']:.4f}"
+            + " " * 22
+            + "  ".join(f"{load:.2f}" for load in worst)
+        )
+    path = write_results(
+        "router_loss",
+        {
+            "question": "validation loss of early routers beside top-k; load under a bias",
+            "steps": arguments.steps,
+            "routers": ARMS,
+            "arms": rows,
+        },
+    )
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""The learned top-k router: softmax or sigmoid scores, expert groups, a balancing bias.
+
+T tokens, D model width, E experts, K choices, G groups of experts, B sequences.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels.row_stable import MIN_ROWS_FP32, row_stable_linear
+from .router import Router
+from .router_config import GROUP_BEST, TopK
+from .routing import Lookahead, RouterInput, Routing, count_choices, count_tokens
+
+EPSILON = 1e-20
+"""Keeps weights finite where all chosen sigmoid scores vanish (DeepSeek-V3)."""
+
+
+class TopKRouter(Router):
+    """See :class:`TopK`. Scores are computed in fp32 (fp64 for fp64 input) whatever x's type."""
+
+    e_score_correction_bias: Tensor | None
+    """``[E]``: DeepSeek's name for the balancing bias."""
+
+    def __init__(self, config: TopK, d_model: int, num_experts: int) -> None:
+        super().__init__(config.k, num_experts)
+        self.config: TopK = config
+        self.lookahead = Lookahead(config.lookahead)
+        self.weight = nn.Parameter(torch.empty(num_experts, d_model))
+        nn.init.normal_(self.weight, std=d_model**-0.5)
+        has_bias = config.bias_update_rate is not None
+        bias_E = torch.zeros(num_experts) if has_bias else None
+        self.register_buffer("e_score_correction_bias", bias_E)
+
+    def route(self, router_input: RouterInput) -> Routing:
+        """Choose the k best experts of each row of ``x_TD``.
+
+        What only losses need is left out in evaluation mode.
+        """
+        x_TD, valid_T = router_input.x_TD, router_input.valid_T
+        assert x_TD is not None, "the caller must hand over hidden rows"
+        logits_TE = self._logits(x_TD)
+        scores_TE = self._scores(logits_TE)
+        weights_TK, chosen_TK = self._choose(scores_TE)
+        experts_TK = chosen_TK.int()
+        if valid_T is not None:
+            experts_TK = torch.where(valid_T.unsqueeze(-1), experts_TK, -1)
+        routing = Routing(
+            experts_TK=experts_TK,
+            weights_TK=weights_TK,
+            counts_E=count_choices(experts_TK, self.num_experts),
+            num_tokens=count_tokens(valid_T, experts_TK),
+        )
+        if self.training:
+            self._add_loss_terms(routing, logits_TE, scores_TE, router_input)
+        return routing
+
+    @torch.no_grad()
+    def update_bias(self, counts_E: Tensor) -> None:
+        """Move the bias towards even load; ``counts_E`` are rows of the whole global batch.
+
+        ``b += rate * sign(mean - load)`` (Wang et al. 2024, algorithm 1). Does nothing without a
+        bias.
+        """
+        bias_E, rate = self.e_score_correction_bias, self.config.bias_update_rate
+        if bias_E is not None and rate:
+            load_E = counts_E.to(bias_E)
+            bias_E += rate * (load_E.mean() - load_E).sign()
+
+    def _logits(self, x_TD: Tensor) -> Tensor:
+        dtype = torch.promote_types(x_TD.dtype, torch.float32)
+        x_TD = x_TD.to(dtype)
+        if self.config.jitter and self.training:
+            x_TD = x_TD * (1 + self.config.jitter * (2 * torch.rand_like(x_TD) - 1))
+        if torch.is_grad_enabled() or dtype != torch.float32:
+            return F.linear(x_TD, self.weight.to(dtype))
+        return row_stable_linear(x_TD, self.weight.to(dtype), MIN_ROWS_FP32)
+
+    def _scores(self, logits_TE: Tensor) -> Tensor:
+        return logits_TE.sigmoid() if self.config.score == "sigmoid" else logits_TE.softmax(dim=-1)
+
+    def _choose(self, scores_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """Return weights and int64 ids of the chosen experts, best first."""
+        config = self.config
+        if self.e_score_correction_bias is None and config.num_groups == 1:
+            weights_TK, chosen_TK = scores_TE.topk(self.k, dim=-1)
+        else:
+            chosen_TK = self._selection(scores_TE.detach()).topk(self.k, dim=-1).indices
+            weights_TK = scores_TE.gather(-1, chosen_TK)
+        if config.renormalize:
+            total_T1 = weights_TK.sum(dim=-1, keepdim=True)
+            weights_TK = weights_TK / (total_T1 + EPSILON)
+        if config.scale != 1:
+            weights_TK = weights_TK * config.scale
+        return weights_TK, chosen_TK
+
+    def _selection(self, scores_TE: Tensor) -> Tensor:
+        """Return the scores to choose by: with the bias, -inf outside the best groups."""
+        if self.e_score_correction_bias is not None:
+            scores_TE = scores_TE + self.e_score_correction_bias
+        if self.config.num_groups == 1:
+            return scores_TE
+        scores_TGe = scores_TE.unflatten(-1, (self.config.num_groups, -1))
+        best = min(GROUP_BEST, scores_TGe.shape[-1])
+        group_scores_TG = scores_TGe.topk(best, dim=-1).values.sum(dim=-1)
+        kept_TG = torch.zeros_like(group_scores_TG, dtype=torch.bool)
+        kept_TG.scatter_(-1, group_scores_TG.topk(self.config.top_groups, dim=-1).indices, True)
+        return scores_TGe.masked_fill(~kept_TG.unsqueeze(-1), -torch.inf).flatten(-2)
+
+    def _add_loss_terms(
+        self, routing: Routing, logits_TE: Tensor, scores_TE: Tensor, router_input: RouterInput
+    ) -> None:
+        valid_T = router_input.valid_T
+        z_T = logits_TE.logsumexp(dim=-1).square()
+        if self.config.score == "sigmoid":
+            scores_TE = scores_TE / (scores_TE.sum(dim=-1, keepdim=True) + EPSILON)
+        if valid_T is not None:
+            scores_TE = torch.where(valid_T.unsqueeze(-1), scores_TE, 0)
+            z_T = torch.where(valid_T, z_T, 0)
+        routing.probability_sums_E = scores_TE.sum(dim=0)
+        routing.z_sum = z_T.sum()
+        if self.config.sequence_balance_loss:
+            lengths = router_input.lengths or (len(scores_TE),)
+            routing.sequence_balance_sum, routing.num_sequences = _sequence_balance(
+                scores_TE, routing.experts_TK, lengths
+            )
+
+
+def _sequence_balance(
+    probabilities_TE: Tensor, experts_TK: Tensor, lengths: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """Return the sum over sequences of their balance loss, and how many have valid rows.
+
+    Per sequence of n valid tokens: ``E / (K n^2) * sum_e n_e P_e`` (DeepSeek-V3 eq. 17-20; f_e and
+    P_e there are n_e E / (K n) and P_e / n).
+    """
+    num_experts, k = probabilities_TE.shape[1], experts_TK.shape[1]
+    device = experts_TK.device
+    sequence_T = torch.arange(len(lengths), device=device).repeat_interleave(
+        torch.tensor(lengths, device=device), output_size=len(experts_TK)
+    )
+    present_TK = experts_TK >= 0
+    cells_TK = sequence_T.unsqueeze(-1) * num_experts + experts_TK.clamp(min=0)
+    counts_BE = torch.zeros(len(lengths) * num_experts, dtype=torch.int64, device=device)
+    counts_BE.scatter_add_(0, cells_TK.flatten(), present_TK.flatten().long())
+    counts_BE = counts_BE.view(len(lengths), num_experts)
+    valid_B = torch.zeros(len(lengths), dtype=torch.int64, device=device)
+    valid_B.scatter_add_(0, sequence_T, present_TK.any(dim=-1).long())
+    sums_BE = probabilities_TE.new_zeros(counts_BE.shape).index_add(0, sequence_T, probabilities_TE)
+    scale_B = num_experts / (k * valid_B.clamp(min=1).to(sums_BE.dtype).square())
+    return ((counts_BE * sums_BE).sum(dim=-1) * scale_B).sum(), (valid_B > 0).sum()
