@@ -7,7 +7,7 @@ from moeyard.moe.decoder import Decoder
 from moeyard.moe.hf_config import to_hf
 from moeyard.moe.initialize import initialize
 from moeyard.moe.model_writer import write_model_folder
-from moeyard.moe.router_config import TopK
+from moeyard.moe.router_config import Hash, TopK
 from moeyard.moe.tensor_names import expert_tensor_name, tensor_name
 from moeyard.training.data.tokenizer import ByteTokenizer
 
@@ -28,11 +28,17 @@ SLOT_ELEMENTS = 3 * 20 * 24
 NUM_EXPERTS = 2 * 6
 
 
-def write_random_model(folder: Path) -> None:
+def with_router(router: TopK | Hash) -> ModelConfig:
+    """Return the configuration with another router."""
+    moe = CONFIG.moe.model_copy(update={"router": router})
+    return CONFIG.model_copy(update={"moe": moe})
+
+
+def write_random_model(folder: Path, config: ModelConfig = CONFIG) -> None:
     """Write the folder; scaled embeddings and head make its scores sharp."""
-    model = Decoder(CONFIG)
+    model = Decoder(config)
     initialize(model, 5)
-    tensors = {}
+    tensors = {tensor_name(name): buffer for name, buffer in model.named_buffers()}
     for name, parameter in model.named_parameters():
         parts = name.split(".")
         if "experts" not in parts:
@@ -44,5 +50,5 @@ def write_random_model(folder: Path) -> None:
             names = ("gate", "up") if parts[-1] == "fc1" else ("down",)
             for part, half in zip(names, halves, strict=True):
                 tensors[expert_tensor_name(int(parts[1]), expert, part)] = half
-    values = to_hf(CONFIG, "float32", 256)
+    values = to_hf(config, "float32", 256)
     write_model_folder(folder, values, tensors.items(), ByteTokenizer().save)

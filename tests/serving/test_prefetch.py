@@ -1,0 +1,183 @@
+"""Reading ahead: exact whatever the timing, never in the way, and counted."""
+
+import os
+import random
+import threading
+import time
+from collections import deque
+
+import pytest
+import torch
+
+from moeyard.moe.model_folder import ModelFolder
+from moeyard.moe.router_config import Hash, TopK
+from moeyard.serving import store as store_module
+from moeyard.serving.loading import open_model
+from moeyard.serving.read_queue import Read, ReadQueue
+from moeyard.serving.store import ExpertStore
+
+from small_model import NUM_EXPERTS, SLOT_ELEMENTS, with_router, write_random_model
+
+ROUTERS = {
+    "token": Hash(k=2, table="random"),
+    "previous_block": TopK(k=2, lookahead="previous_block"),
+    "attention_input": TopK(k=2, lookahead="attention_input", score="sigmoid"),
+}
+
+
+@pytest.fixture(scope="module", params=ROUTERS)
+def folder(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp("early") / request.param
+    write_random_model(path, with_router(ROUTERS[request.param]))
+    return path
+
+
+def slots(count: int) -> str:
+    return f"{count * SLOT_ELEMENTS * 4}B"
+
+
+def small_store(folder, count: int, **options) -> ExpertStore:
+    return ExpertStore(ModelFolder(folder), torch.float32, count * SLOT_ELEMENTS * 4, **options)
+
+
+def visit(store, layer, *experts) -> list[int]:
+    return [expert for ready, _ in store.stream(layer, experts) for expert in ready]
+
+
+@pytest.mark.parametrize("count", [12, 6, 3, 2, 1])
+def test_logits_are_the_resident_ones_bit_for_bit_however_slow_the_disk(folder, count, monkeypatch):
+    resident, _ = open_model(folder)
+    offloaded, store = open_model(folder, expert_memory=slots(count))
+    real, chance = os.preadv, random.Random(count)
+
+    def slow(*arguments):
+        time.sleep(chance.choice((0, 0, 0.0005)))
+        return real(*arguments)
+
+    monkeypatch.setattr(os, "preadv", slow)
+    prompt = torch.randint(0, 257, (1, 9), generator=torch.Generator().manual_seed(7))
+    expected = resident.generate(prompt, 24, temperature=0)
+    assert torch.equal(offloaded.generate(prompt, 24, temperature=0), expected)
+    ids = torch.randint(0, 257, (2, 40), generator=torch.Generator().manual_seed(8))
+    assert torch.equal(offloaded(ids), resident(ids))
+    assert store.num_resident + len(store._free) + len(store._loading) == count
+
+    traffic = store.statistics.layers.values()
+    for layer in traffic:
+        assert layer.prefetch_issued > 0 or count == 1
+        outcomes = layer.prefetch_useful + layer.prefetch_late + layer.prefetch_wasted
+        assert layer.prefetch_issued == outcomes, "every prefetch has one outcome"
+        assert layer.prefetch_useful <= layer.hits
+        assert layer.prefetch_bytes <= layer.bytes_read
+    if count == NUM_EXPERTS:
+        assert sum(layer.prefetch_wasted for layer in traffic) == 0
+        assert sum(layer.bytes_read for layer in traffic) <= NUM_EXPERTS * store.slot_bytes
+
+
+def test_every_need_is_a_hit_a_miss_or_late(folder):
+    model, store = open_model(folder, expert_memory=slots(5))
+    needed, stream = [], store.stream
+
+    def counted(layer, experts):
+        needed.extend(experts)
+        return stream(layer, experts)
+
+    store.stream = counted
+    model.generate(torch.arange(6).unsqueeze(0), 20, temperature=0)
+    layers = store.statistics.layers.values()
+    assert len(needed) == sum(t.hits + t.misses + t.prefetch_late for t in layers) > 0
+
+
+def test_reads_begin_when_the_choice_is_known_and_compute_need_not_wait(folder):
+    store = small_store(folder, 6)
+    store.prefetch(2, [1, 4])
+    while not all(read.is_done for read in store._loading.values()):
+        time.sleep(0.001)
+    assert visit(store, 2, 1, 4) == [1, 4]
+    traffic = store.statistics.layers[2]
+    assert (traffic.hits, traffic.misses, traffic.prefetch_useful) == (2, 0, 2)
+    assert traffic.stall_s == 0 and store.statistics.num_waits() == 0
+
+
+def test_reading_ahead_never_puts_out_what_is_known_to_be_needed(folder):
+    store = small_store(folder, 3)
+    visit(store, 0, 0, 1)
+    store.prefetch(0, [0, 1])
+    store.prefetch(2, [3, 4, 5])
+    assert visit(store, 0, 0, 1) == [0, 1] and store.statistics.layers[0].misses == 2
+    assert sorted(visit(store, 2, 3, 4, 5)) == [3, 4, 5]
+    assert store.statistics.layers[0].prefetch_issued == 0
+
+
+def test_compute_takes_the_slots_of_prefetches_rather_than_stand_still(folder):
+    store = small_store(folder, 2)
+    store.prefetch(2, [0, 1])
+    assert sorted(visit(store, 0, 2, 3, 4)) == [2, 3, 4]
+    traffic = store.statistics.layers[2]
+    assert traffic.prefetch_issued >= traffic.prefetch_wasted >= 1
+    assert sorted(visit(store, 2, 0, 1)) == [0, 1]
+
+
+def test_a_failed_prefetch_is_read_again_when_it_is_needed(folder, monkeypatch):
+    monkeypatch.setattr(store_module, "RETRY_PAUSE_S", 0)
+    real, failures = os.preadv, [3]
+
+    def broken(*arguments):
+        if failures[0]:
+            failures[0] -= 1
+            raise OSError(5, "Input/output error")
+        return real(*arguments)
+
+    store = small_store(folder, 4)
+    monkeypatch.setattr(os, "preadv", broken)
+    store.prefetch(0, [2])
+    while not all(read.is_done for read in store._loading.values()):
+        time.sleep(0.001)
+    assert visit(store, 0, 2) == [2]
+    traffic = store.statistics.layers[0]
+    assert (traffic.prefetch_wasted, traffic.misses, failures) == (1, 1, [0])
+
+
+def test_urgent_reads_go_before_and_between_the_parts_of_early_ones():
+    queue, done, hold = ReadQueue(num_threads=1), [], threading.Event()
+
+    def parts(name, count):
+        def part(index):
+            if (name, index) == ("early", 0):
+                hold.wait(10)
+            done.append((name, index))
+
+        return [lambda index=index: part(index) for index in range(count)]
+
+    def read(name, is_urgent):
+        made = Read((0, 0), 0, is_urgent, deque(parts(name, 3)))
+        queue.submit(made)
+        return made
+
+    reads = [read("early", False), read("later", False), read("now", True)]
+    promoted = read("promoted", False)
+    queue.make_urgent(promoted)
+    hold.set()
+    queue.wait_for_all([*reads, promoted])
+    order = [name for name, _ in done]
+    assert order == ["early"] + ["now"] * 3 + ["promoted"] * 3 + ["early"] * 2 + ["later"] * 3
+    queue.close()
+
+
+def test_a_read_taken_back_does_not_happen_and_one_under_way_cannot_be():
+    queue, hold, begun = ReadQueue(num_threads=1), threading.Event(), threading.Event()
+
+    def wait():
+        begun.set()
+        hold.wait(10)
+
+    first = Read((0, 0), 0, False, deque([wait]))
+    second = Read((0, 1), 1, False, deque([lambda: pytest.fail("it was taken back")]))
+    queue.submit(first)
+    queue.submit(second)
+    begun.wait(10)
+    assert queue.cancel(second) and not queue.cancel(first)
+    hold.set()
+    queue.wait_for_all([first])
+    queue.close()
+    assert second.error is None and not second.is_done
