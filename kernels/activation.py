@@ -26,15 +26,15 @@ def gated(h_N2F: Tensor, activation: Activation) -> Tensor:
     return F.gelu(gate_NF) * up_NF
 
 
-def gated_backward(h_N2F: Tensor, grad_NF: Tensor, activation: Activation) -> Tensor:
-    """Return the gradient of :func:`gated` with respect to ``h``, ``[N, 2F]``."""
+def gated_backward(h_N2F: Tensor, grad_NF: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
+    """Return :func:`gated` again and its gradient with respect to ``h``, ``[N, 2F]``."""
     gate_NF, up_NF = h_N2F.chunk(2, dim=-1)
     act_NF, slope_NF = _value_and_slope(gate_NF, activation)
     grad_N2F = torch.empty_like(h_N2F)
     grad_gate_NF, grad_up_NF = grad_N2F.chunk(2, dim=-1)
     torch.mul(grad_NF, act_NF, out=grad_up_NF)
-    torch.mul(grad_NF * up_NF, slope_NF, out=grad_gate_NF)
-    return grad_N2F
+    torch.mul(grad_NF, slope_NF.mul_(up_NF), out=grad_gate_NF)
+    return act_NF.mul_(up_NF), grad_N2F
 
 
 def _value_and_slope(gate_NF: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:

@@ -42,14 +42,7 @@ def expert_mlp(
     if backend == "reference":
         return expert_mlp_reference(x_TD, experts_TK, weights_TK, experts)
     if torch.is_grad_enabled():
-        return ExpertMLP.apply(
-            x_TD,
-            experts_TK,
-            weights_TK,
-            experts.fc1_SHD,
-            experts.fc2_SDF,
-            experts.slot_of_E,
-            experts.activation,
-        )
+        fc1_SHD, fc2_SDF = experts.fc1_SHD, experts.fc2_SDF
+        return ExpertMLP.apply(x_TD, experts_TK, weights_TK, fc1_SHD, fc2_SDF, experts)
     grouping = group_tokens(experts_TK, experts.num_experts)
     return combine_rows(expert_rows(x_TD, grouping, experts), grouping, weights_TK)

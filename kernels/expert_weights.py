@@ -30,6 +30,9 @@ class ExpertWeights:
     slot_of_E: tuple[int, ...] | None = None
     """Slot of each expert, -1 where it is not here; None where slot e holds expert e."""
     activation: Activation = "swiglu"
+    main_grads: tuple[Tensor, Tensor] | None = None
+    """Sums, like fc1 and fc2 or wider, that backward adds weight gradients to, in place of
+    returning them: a fresh buffer per backward would cost as much as the weights."""
 
     @property
     def num_experts(self) -> int:

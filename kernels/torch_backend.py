@@ -1,9 +1,9 @@
-"""The expert MLP on plain torch matrix products, with its backward written out.
+"""The expert MLP on torch's matrix products, with its backward written out.
 
-T tokens, K choices, R = T*K routed rows in expert order, E experts, D model width, F expert width,
-H = 2F. Only x, the pre-activations, the routing weights and the grouping are saved for backward
-(the identities are SonicMoE's: reading the routing gradient off the recomputed activation saves
-keeping the expert outputs).
+T tokens, K choices, R = T*K routed rows, N <= R rows whose expert is here, in expert order,
+D model width, F expert width, H = 2F. Only x, the pre-activations, the routing weights and the
+grouping are saved for backward (the identities are SonicMoE's: reading the routing gradient off the
+recomputed activation saves keeping the expert outputs).
 """
 
 from collections.abc import Iterable
@@ -11,11 +11,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .activation import gated, gated_backward
+from . import expert_fused, expert_loop
 from .expert_weights import ExpertWeights
-from .grouped_matmul import GroupedMatmul
 from .grouping import Grouping, group_tokens
-from .row_stable import bf16_row_stable_linear
 
 
 def expert_rows(
@@ -31,74 +29,72 @@ def expert_rows(
     ``only`` names the experts to run and ``out_RD`` receives their rows, so that experts can come
     in waves; every row's bits are the same whichever waves it is split into.
     """
-    matmul = GroupedMatmul(grouping, experts, only)
-    if matmul.is_fused and x_TD.is_cuda:
-        hidden_RF = gated(
-            matmul.linear(x_TD[grouping.tokens_R], experts.fc1_SHD), experts.activation
-        )
-        return matmul.linear(hidden_RF, experts.fc2_SDF)
+    if only is None and expert_fused.can_run(x_TD, experts):
+        return expert_fused.forward(x_TD, grouping, experts)[1]
     if out_RD is None:
         out_RD = x_TD.new_empty(grouping.order_R.numel(), x_TD.shape[1])
-    tokens_R = grouping.tokens_R
-    for slot, start, end in matmul.spans:
-        x_ND = x_TD[tokens_R[start:end]]
-        h_NH = bf16_row_stable_linear(x_ND, experts.fc1_SHD[slot])
-        hidden_NF = gated(h_NH, experts.activation)
-        out_RD[start:end] = bf16_row_stable_linear(hidden_NF, experts.fc2_SDF[slot])
+    spans = expert_loop.spans_of(grouping, experts, only)
+    expert_loop.infer(x_TD, grouping, experts, spans, out_RD)
     return out_RD
 
 
-def combine_rows(y_RD: Tensor, grouping: Grouping, weights_TK: Tensor) -> Tensor:
+def combine_rows(y_ND: Tensor, grouping: Grouping, weights_TK: Tensor | None) -> Tensor:
     """Return ``y_t = sum_k weights[t, k] * y_row(t, k)`` in k order, summed in weights' type.
 
     Routed rows without an expert contribute nothing, whatever their (undefined) line holds.
+    ``weights_TK = None`` sums the rows themselves. One choice at a time: ``[T, D]`` fits a cache
+    where ``[T, K, D]`` does not.
     """
-    num_tokens, num_choices = weights_TK.shape
-    present_R = grouping.inverse_R < grouping.offsets_E1[-1]
-    weights_R = torch.where(present_R, weights_TK.reshape(-1), 0)
-    rows_RD = y_RD[grouping.inverse_R]
-    rows_RD = torch.where(present_R.unsqueeze(-1), rows_RD, 0)
-    rows_TKD = rows_RD.view(num_tokens, num_choices, y_RD.shape[1])
-    return (rows_TKD * weights_R.view(num_tokens, num_choices, 1)).sum(dim=1).to(y_RD.dtype)
+    inverse_TK = grouping.inverse_R.view(-1, grouping.num_choices)
+    has_all = not y_ND.is_cuda and int(grouping.offsets_E1[-1]) == grouping.order_R.numel()
+    absent_TK = None if has_all else inverse_TK >= grouping.offsets_E1[-1]
+    y_TD = None
+    for k in range(grouping.num_choices):
+        lines_T = inverse_TK[:, k]
+        if absent_TK is not None:
+            lines_T = lines_T.clamp(max=max(0, y_ND.shape[0] - 1))
+            if y_ND.shape[0] == 0:
+                continue
+        part_TD = y_ND.index_select(0, lines_T)
+        if weights_TK is not None:
+            part_TD = part_TD * weights_TK[:, k : k + 1]
+        if absent_TK is not None:
+            part_TD = part_TD.masked_fill(absent_TK[:, k : k + 1], 0)
+        y_TD = part_TD if y_TD is None else y_TD.add_(part_TD)
+    if y_TD is None:
+        return y_ND.new_zeros(inverse_TK.shape[0], y_ND.shape[1])
+    return y_TD.to(y_ND.dtype)
 
 
 class ExpertMLP(torch.autograd.Function):
-    """``y_t = sum_k weights[t, k] * MLP_{experts[t, k]}(x_t)``, forward and backward."""
+    """``y_t = sum_k weights[t, k] * MLP_{experts[t, k]}(x_t)``, forward and backward.
+
+    ``fc1`` and ``fc2`` are given beside ``experts`` because autograd tracks arguments only.
+    """
 
     @staticmethod
-    def forward(ctx, x_TD, experts_TK, weights_TK, fc1_SHD, fc2_SDF, slot_of_E, activation):  # type: ignore[no-untyped-def]
-        experts = ExpertWeights(fc1_SHD, fc2_SDF, slot_of_E, activation)
+    def forward(ctx, x_TD, experts_TK, weights_TK, fc1_SHD, fc2_SDF, experts):  # type: ignore[no-untyped-def]
         grouping = group_tokens(experts_TK, experts.num_experts)
-        matmul = GroupedMatmul(grouping, experts)
-        h_RH = matmul.linear(x_TD[grouping.tokens_R], fc1_SHD)
-        y_RD = matmul.linear(gated(h_RH, activation), fc2_SDF)
-        ctx.save_for_backward(x_TD, weights_TK, h_RH, fc1_SHD, fc2_SDF)
-        ctx.grouping, ctx.matmul, ctx.activation = grouping, matmul, activation
-        return combine_rows(y_RD, grouping, weights_TK)
+        ctx.spans = None
+        if expert_fused.can_run(x_TD, experts):
+            h_NH, y_ND = expert_fused.forward(x_TD, grouping, experts)
+        else:
+            ctx.spans = expert_loop.spans_of(grouping, experts)
+            h_NH, y_ND = expert_loop.forward(x_TD, grouping, experts, ctx.spans)
+        ctx.save_for_backward(x_TD, weights_TK, h_NH, fc1_SHD, fc2_SDF)
+        ctx.grouping, ctx.experts = grouping, experts
+        return combine_rows(y_ND, grouping, weights_TK)
 
     @staticmethod
     def backward(ctx, grad_TD):  # type: ignore[no-untyped-def]
-        x_TD, weights_TK, h_RH, fc1_SHD, fc2_SDF = ctx.saved_tensors
-        grouping, matmul = ctx.grouping, ctx.matmul
-        present_R = grouping.inverse_R < grouping.offsets_E1[-1]
-        tokens_R = grouping.tokens_R
-        grad_RD = grad_TD[tokens_R]
-        scale_R1 = weights_TK.reshape(-1)[grouping.order_R].unsqueeze(-1)
-
-        act_RF = gated(h_RH, ctx.activation)
-        unscaled_RF = matmul.linear_grad_input(grad_RD, fc2_SDF)
-        # <dy_t, y_row> = <dy_t W2, act>, so the outputs need not be kept.
-        grad_scale_R = (unscaled_RF * act_RF).sum(dim=-1, dtype=weights_TK.dtype)
-        grad_scale_R = torch.where(present_R, grad_scale_R[grouping.inverse_R], 0)
-
-        scaled_act_RF = (act_RF * scale_R1).to(act_RF.dtype)
-        grad_fc2_SDF = matmul.linear_grad_weight(grad_RD, scaled_act_RF, fc2_SDF)
-        grad_act_RF = (unscaled_RF * scale_R1).to(unscaled_RF.dtype)
-        grad_h_RH = gated_backward(h_RH, grad_act_RF, ctx.activation)
-        grad_fc1_SHD = matmul.linear_grad_weight(grad_h_RH, x_TD[tokens_R], fc1_SHD)
-
-        grad_x_RD = matmul.linear_grad_input(grad_h_RH, fc1_SHD)[grouping.inverse_R]
-        grad_x_RD = torch.where(present_R.unsqueeze(-1), grad_x_RD, 0)
-        grad_x_TD = grad_x_RD.view(*weights_TK.shape, x_TD.shape[1]).sum(dim=1)
-        grad_weights_TK = grad_scale_R.view_as(weights_TK)
-        return grad_x_TD, None, grad_weights_TK, grad_fc1_SHD, grad_fc2_SDF, None, None
+        x_TD, weights_TK, h_NH, fc1_SHD, fc2_SDF = ctx.saved_tensors
+        grouping, experts = ctx.grouping, ctx.experts
+        sums = experts.main_grads or (torch.zeros_like(fc1_SHD), torch.zeros_like(fc2_SDF))
+        arguments = (grad_TD, x_TD, weights_TK, h_NH, grouping, experts)
+        if ctx.spans is None:
+            grad_x_ND, grad_weights_TK = expert_fused.backward(*arguments, sums)
+        else:
+            grad_x_ND, grad_weights_TK = expert_loop.backward(*arguments, ctx.spans, sums)
+        grad_x_TD = combine_rows(grad_x_ND, grouping, None)
+        grad_fc1, grad_fc2 = (None, None) if experts.main_grads else sums
+        return grad_x_TD, None, grad_weights_TK, grad_fc1, grad_fc2, None

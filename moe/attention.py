@@ -87,11 +87,10 @@ class Attention(nn.Module):
     def _attend(
         self, q_BQLH: Tensor, k_BGLH: Tensor, v_BGLH: Tensor, mask: Tensor | None, causal: bool
     ) -> Tensor:
-        groups = self.num_heads // self.num_kv_heads
-        if groups > 1:
-            k_BGLH = k_BGLH.repeat_interleave(groups, dim=1)
-            v_BGLH = v_BGLH.repeat_interleave(groups, dim=1)
-        return F.scaled_dot_product_attention(q_BQLH, k_BGLH, v_BGLH, mask, is_causal=causal)
+        is_grouped = self.num_heads > self.num_kv_heads
+        return F.scaled_dot_product_attention(
+            q_BQLH, k_BGLH, v_BGLH, mask, is_causal=causal, enable_gqa=is_grouped
+        )
 
     def _uniform(self, q_TQH: Tensor, k_TGH: Tensor, v_TGH: Tensor, length: int) -> Tensor:
         q, k, v = (t.unflatten(0, (-1, length)).transpose(1, 2) for t in (q_TQH, k_TGH, v_TGH))

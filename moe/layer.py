@@ -95,7 +95,10 @@ class Experts(AnyExperts):
 
     def forward(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """Return the weighted sum of each row's experts, ``[N, D]``."""
-        weights = ExpertWeights(self.fc1, self.fc2, self._slot_of_E, self.activation)
+        main_grads = None
+        if hasattr(self.fc1, "main_grad"):
+            main_grads = (self.fc1.main_grad, self.fc2.main_grad)
+        weights = ExpertWeights(self.fc1, self.fc2, self._slot_of_E, self.activation, main_grads)
         return expert_mlp(x_ND, experts_NK, weights_NK, weights, self.backend)
 
 

@@ -1,0 +1,160 @@
+"""What is reading ahead worth? Decoding with a quarter of the experts and a disk of declared speed.
+
+    python benchmarks/prefetch.py RUNS_DIR [--rates 400 800 1600] [--budget 25%]
+
+RUNS_DIR holds the runs of benchmarks/router_loss.py; each is exported and decodes 3 prompts of 64
+greedy tokens, one after the other, in three ways that take turns: all experts in memory; on demand
+(least recently used first out, no reading ahead); with reading ahead. The disk is the file read
+with a pause that makes all threads together no faster than the declared rate; bytes come from the
+page cache. Tokens must be the same in all of them.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+from moeyard.moe.language_model import LanguageModel
+from moeyard.serving.loading import open_model
+from moeyard.serving.store import ExpertStore
+
+from report import write_results
+
+ARMS = ("topk", "hash", "pregated", "preattention")
+PROMPTS = ("def read(path, ", "class Config:\n    ", "import os\n\nfor name in ")
+NEW_TOKENS = 64
+ROUNDS = 5
+
+
+class SlowDisk:
+    """Makes ``os.preadv`` no faster than ``rate`` bytes per second over all threads."""
+
+    def __init__(self) -> None:
+        self.rate: float | None = None
+        self._read = os.preadv
+        self._lock = threading.Lock()
+        self._free_at = 0.0
+        os.preadv = self._slow  # type: ignore[assignment]
+
+    def _slow(self, descriptor: int, buffers: list, offset: int) -> int:
+        count = self._read(descriptor, buffers, offset)
+        if self.rate is not None:
+            with self._lock:
+                begin = max(time.perf_counter(), self._free_at)
+                self._free_at = begin + count / self.rate
+                wait = self._free_at - time.perf_counter()
+            if wait > 0:
+                time.sleep(wait)
+        return count
+
+
+def decode(model: LanguageModel) -> tuple[float, list[list[int]]]:
+    """Return seconds of all prompts and what was generated."""
+    ids = [torch.tensor([list(prompt.encode())]) for prompt in PROMPTS]
+    started = time.perf_counter()
+    answers = [model.generate(row, NEW_TOKENS, temperature=0)[0].tolist() for row in ids]
+    return time.perf_counter() - started, answers
+
+
+def totals(store: ExpertStore) -> dict[str, float]:
+    names = ("hits", "misses", "prefetch_issued", "prefetch_useful", "prefetch_late",
+             "prefetch_wasted", "bytes_read", "stall_s")  # fmt: skip
+    layers = store.statistics.layers.values()
+    return {name: sum(getattr(layer, name) for layer in layers) for name in names}
+
+
+def compare(folder: Path, budget: str, rates: list[float], disk: SlowDisk) -> list[dict]:
+    """Measure one model at all rates."""
+    resident, _ = open_model(folder)
+    modes = {"on demand": open_model(folder, expert_memory=budget)}
+    modes["read ahead"] = open_model(folder, expert_memory=budget)
+    for _, layer in modes["on demand"][0].decoder.moe_layers():
+        layer.experts.announce = lambda routing: None
+    _, expected = decode(resident)
+    rows = []
+    for rate in rates:
+        seconds: dict[str, list[float]] = {"resident": [], "on demand": [], "read ahead": []}
+        traffic: dict[str, list[dict[str, float]]] = {name: [] for name in modes}
+        for turn in range(ROUNDS + 1):
+            disk.rate = rate * 1e6
+            for name, (model, store) in modes.items():
+                before = totals(store)
+                elapsed, answers = decode(model)
+                assert answers == expected, f"{name} gave other tokens than the resident model"
+                if turn:
+                    seconds[name].append(elapsed)
+                    after = totals(store)
+                    traffic[name].append({key: after[key] - before[key] for key in after})
+            disk.rate = None
+            elapsed, _ = decode(resident)
+            if turn:
+                seconds["resident"].append(elapsed)
+        num_tokens = NEW_TOKENS * len(PROMPTS)
+        for name, values in seconds.items():
+            row = {
+                "rate_mb_s": rate,
+                "mode": name,
+                "tokens_per_s": num_tokens / statistics.median(values),
+            }
+            row["of_resident"] = statistics.median(
+                r / v for r, v in zip(seconds["resident"], values, strict=True)
+            )
+            if name in traffic:
+                row |= {
+                    key: statistics.median(t[key] for t in traffic[name])
+                    for key in traffic[name][0]
+                }
+            rows.append(row)
+    for _, store in modes.values():
+        store.close()
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", type=Path)
+    parser.add_argument("--rates", type=float, nargs="+", default=[400, 800, 1600], help="MB/s")
+    parser.add_argument("--budget", default="25%")
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    disk, table = SlowDisk(), {}
+    print(f"{'router':13} {'MB/s':>5} {'mode':11} tokens/s  of resident   MB moved  stall s   "
+          "hits  misses  ahead: useful   late  wasted")  # fmt: skip
+    for arm in ARMS:
+        folder = arguments.runs / f"{arm}-export"
+        if not folder.exists():
+            command = [sys.executable, "-m", "moeyard.cli", "export"]
+            run = arguments.runs / f"{arm}-seed0"
+            subprocess.run([*command, str(run), str(folder)], check=True, stdout=subprocess.DEVNULL)
+        table[arm] = compare(folder, arguments.budget, arguments.rates, disk)
+        for row in table[arm]:
+            line = f"{arm:13} {row['rate_mb_s']:5.0f} {row['mode']:11} {row['tokens_per_s']:8.1f}"
+            line += f"  {row['of_resident']:11.2f}"
+            if "hits" in row:
+                line += f"  {row['bytes_read'] / 1e6:9.1f} {row['stall_s']:8.2f} {row['hits']:6.0f}"
+                line += f"  {row['misses']:6.0f}  {row['prefetch_useful']:13.0f}"
+                line += f" {row['prefetch_late']:6.0f}  {row['prefetch_wasted']:6.0f}"
+            print(line, flush=True)
+    path = write_results(
+        "prefetch",
+        {
+            "question": "decode speed with reading ahead, on demand and resident",
+            "budget": arguments.budget,
+            "new_tokens": NEW_TOKENS,
+            "prompts": len(PROMPTS),
+            "threads": arguments.threads,
+            "table": table,
+        },
+    )
+    print(f"written to {path}; all answers were the resident model's")
+
+
+if __name__ == "__main__":
+    main()

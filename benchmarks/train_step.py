@@ -1,0 +1,210 @@
+"""A training step beside Hugging Face's Qwen3-MoE: same shape, types, optimizer and allocator.
+
+    torchrun --standalone --nproc-per-node 2 benchmarks/train_step.py [--precision fp32|bf16]
+    python benchmarks/train_step.py --no-communication
+
+E=32 K=4 D=512 F=256 L=6, 1024 tokens a rank, vocabulary 4096. Both models live in the same
+processes and take turns; medians and the median of the pairwise ratios are printed. Theirs is
+Qwen3MoeForCausalLM with ``experts_implementation="grouped_mm"`` under DDP (gloo), its balance loss
+on, gradients clipped, fused AdamW on the same decay groups; in bf16 both update fp32 masters. Ours
+is ``TrainStep`` itself, with everything a run does in a step, at EP=1 and at EP=ranks.
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from moeyard.moe.config import ModelConfig, MoEConfig
+from moeyard.moe.router_config import TopK
+from moeyard.parallel.mesh import Mesh, build_mesh
+from moeyard.parallel.parent import is_torchrun_worker
+from moeyard.parallel.process import start_process_group, stop_process_group
+from moeyard.training.allocator import keep_freed_memory
+from moeyard.training.config import OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
+from moeyard.training.data.batches import GlobalBatches
+from moeyard.training.data.shards import ShardFacts, TokenShard
+from moeyard.training.setup import Data, build_model
+from moeyard.training.step import TrainStep
+
+from report import write_results
+
+VOCABULARY, TOKENS = 4096, 1024
+MODEL = ModelConfig(
+    vocab_size=VOCABULARY,
+    d_model=512,
+    num_layers=6,
+    num_heads=8,
+    num_kv_heads=4,
+    max_positions=TOKENS,
+    moe=MoEConfig(num_experts=32, d_expert=256, router=TopK(k=4)),
+)
+
+
+def random_shard(folder: Path) -> TokenShard:
+    ids = np.random.Generator(np.random.PCG64(0)).integers(0, VOCABULARY, 200 * TOKENS + 1)
+    path = folder / "tokens.bin"
+    ids.astype("<u2").tofile(path)
+    facts = ShardFacts("uint16", len(ids), len(ids), VOCABULARY, 0, "", "", "")
+    return TokenShard(path, facts)
+
+
+def our_step(mesh: Mesh, ep: int, precision: str, shard: TokenShard) -> Callable[[int], object]:
+    """Return a function that runs our step ``s``."""
+    config = RunConfig(
+        run_dir="unused",
+        model=MODEL,
+        train=TrainConfig(
+            steps=10_000,
+            sequence_length=TOKENS,
+            batch_sequences=mesh.world_size,
+            precision=precision,
+        ),
+        optimizer=OptimizerConfig(lr=1e-4),
+        parallel=ParallelConfig(ep=ep),
+    )
+    batches = GlobalBatches(shard, TOKENS, mesh.world_size, seed=0)
+    data = Data(None, shard, batches, batches, 1.0)  # type: ignore[arg-type]
+    decoder, masters = build_model(config, MODEL, data, mesh)
+    step = TrainStep(config, decoder, masters, batches, mesh)
+    return lambda index: step.run(index, stop_requested=False)
+
+
+def their_step(mesh: Mesh, precision: str, shard: TokenShard) -> Callable[[int], object]:
+    """Return a function that runs Hugging Face's step ``s``."""
+    moe = MODEL.moe
+    assert moe is not None
+    config = Qwen3MoeConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=MODEL.d_model,
+        intermediate_size=MODEL.d_model,
+        num_hidden_layers=MODEL.num_layers,
+        num_attention_heads=MODEL.num_heads,
+        num_key_value_heads=MODEL.kv_heads,
+        head_dim=MODEL.head_width,
+        max_position_embeddings=TOKENS,
+        num_experts=moe.num_experts,
+        num_experts_per_tok=moe.router.k,
+        moe_intermediate_size=moe.d_expert,
+        norm_topk_prob=True,
+        router_aux_loss_coef=0.01 / moe.router.k,
+        output_router_logits=True,
+        use_cache=False,
+    )
+    torch.manual_seed(0)
+    model = Qwen3MoeForCausalLM._from_config(
+        config, attn_implementation="sdpa", experts_implementation="grouped_mm"
+    )
+    masters = [p.detach().clone() for p in model.parameters()]
+    if precision == "bf16":
+        model.bfloat16()
+    else:
+        masters = [p.data for p in model.parameters()]
+    parameters = list(model.parameters())
+    decayed = [
+        n.endswith("proj.weight") or (p.ndim > 1 and "embed" not in n)
+        for n, p in model.named_parameters()
+    ]
+    groups = [
+        {"params": [m for m, d in zip(masters, decayed, strict=True) if d], "weight_decay": 0.1},
+        {"params": [m for m, d in zip(masters, decayed, strict=True) if not d], "weight_decay": 0},
+    ]
+    adam = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=True)
+    run = (
+        model
+        if mesh.dp_group is None
+        else DistributedDataParallel(model, gradient_as_bucket_view=True)
+    )
+    batches = GlobalBatches(shard, TOKENS, mesh.world_size, seed=0)
+
+    def step(index: int) -> None:
+        ids = batches.sequences(index, range(mesh.rank, mesh.rank + 1))[:, :-1]
+        run(input_ids=ids, labels=ids).loss.backward()
+        for parameter, master in zip(parameters, masters, strict=True):
+            master.grad = parameter.grad.to(master.dtype)
+        torch.nn.utils.clip_grad_norm_(masters, 1.0)
+        adam.step()
+        model.zero_grad(set_to_none=mesh.dp_group is None)
+        if precision == "bf16":
+            for parameter, master in zip(parameters, masters, strict=True):
+                parameter.data.copy_(master)
+
+    return step
+
+
+def timed(step: Callable[[int], object], index: int) -> float:
+    """Return the seconds of one step, until the slowest rank is done."""
+    if dist.is_initialized():
+        dist.barrier()
+    started = time.perf_counter()
+    step(index)
+    if dist.is_initialized():
+        dist.barrier()
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--no-communication", action="store_true", help="one process, EP=1")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--only", help="one of the contestants, for profiling")
+    arguments = parser.parse_args()
+    keep_freed_memory()
+    store = start_process_group(300) if is_torchrun_worker() else None
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    with tempfile.TemporaryDirectory() as folder:
+        shard = random_shard(Path(folder))
+        mesh = build_mesh(1, 32, store)
+        contestants = {
+            "hugging face": lambda: their_step(mesh, arguments.precision, shard),
+            "moeyard ep=1": lambda: our_step(mesh, 1, arguments.precision, shard),
+        }
+        if mesh.world_size > 1:
+            wide = build_mesh(mesh.world_size, 32, store)
+            contestants[f"moeyard ep={mesh.world_size}"] = lambda: our_step(
+                wide, mesh.world_size, arguments.precision, shard
+            )
+        if arguments.only:
+            contestants = {arguments.only: contestants[arguments.only]}
+        steps = {name: build() for name, build in contestants.items()}
+        seconds: dict[str, list[float]] = {name: [] for name in steps}
+        for index in range(arguments.rounds + 2):
+            for name, step in steps.items():
+                elapsed = timed(step, index)
+                if index >= 2:  # the first fill caches and Adam's state
+                    seconds[name].append(elapsed)
+        if mesh.rank == 0:
+            report(seconds, arguments, mesh.world_size)
+    stop_process_group()
+
+
+def report(seconds: dict[str, list[float]], arguments: argparse.Namespace, ranks: int) -> None:
+    print(f"{ranks} rank(s), {torch.get_num_threads()} thread(s) each, {arguments.precision}")
+    theirs = seconds.get("hugging face")
+    figures = {}
+    for name, values in seconds.items():
+        median = statistics.median(values)
+        figures[name] = {"median_s": median, "seconds": values}
+        line = f"{name:14} {median:7.3f} s  {ranks * TOKENS / median:8.0f} tokens/s"
+        if theirs is not None:
+            ratio = statistics.median(t / v for t, v in zip(theirs, values, strict=True))
+            figures[name]["speed_up"] = ratio
+            line += f"  {ratio:5.2f}x"
+        print(line)
+    if not arguments.only:
+        name = f"train_step_{arguments.precision}_{ranks}rank"
+        print("written to", write_results(name, {"contestants": figures}))
+
+
+if __name__ == "__main__":
+    main()
