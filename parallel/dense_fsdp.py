@@ -96,7 +96,10 @@ class ShardedMainGradients(MainGradients):
 
     def __init__(self, model: nn.Module, mesh: Mesh) -> None:
         super().__init__(model, mesh)
-        self.sharded = [p for p in model.parameters() if isinstance(p, DTensor) and p.requires_grad]
+        self.sharded: list[nn.Parameter] = []
+        for parameter in model.parameters():
+            if isinstance(parameter, DTensor) and parameter.requires_grad:
+                self.sharded.append(parameter)
         self._sharded_flat = self._attach(self.sharded, like=self.sharded[0])
 
     def zero(self) -> None:
