@@ -2,9 +2,9 @@
 
     torchrun ... fsdp_worker.py CONFIG JOBS_JSON
 
-A job is a list of overrides, as ``python -m moeyard.training`` takes them, that trains and notes in
-RUN_DIR/held-RANK how many weights the rank holds in the end. A job that begins with ``resave`` loads
-the newest checkpoint and saves it as the next step instead.
+A job is a list of overrides, as ``python -m moeyard.training`` takes them, that trains and notes
+in RUN_DIR/held-RANK how many weights the rank holds in the end. One that begins with ``resave``
+loads the newest checkpoint and saves it as the next step instead.
 """
 
 import json
