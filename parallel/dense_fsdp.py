@@ -100,20 +100,13 @@ class ShardedMainGradients(MainGradients):
         for parameter in model.parameters():
             if isinstance(parameter, DTensor) and parameter.requires_grad:
                 self.sharded.append(parameter)
+                parameter.register_post_accumulate_grad_hook(_add_to_main_grad)
         self._sharded_flat = self._attach(self.sharded, like=self.sharded[0])
 
     def zero(self) -> None:
         """Forget the last step."""
         super().zero()
         self._sharded_flat.zero_()
-
-    def accumulate(self) -> None:
-        """Add the gradients of whole parameters, and those FSDP has just reduced, if it has."""
-        super().accumulate()
-        for parameter in self.sharded:
-            if isinstance(parameter.grad, DTensor):
-                parameter.main_grad.add_(parameter.grad.to_local())  # type: ignore[attr-defined]
-                parameter.grad = None
 
     def reduce(self) -> None:
         """Sum routers over all ranks and experts over the ranks that hold the same ones."""
@@ -131,3 +124,10 @@ class ShardedMainGradients(MainGradients):
         """Multiply all main gradients by ``factor``."""
         super().scale_(factor)
         self._sharded_flat.mul_(factor)
+
+
+def _add_to_main_grad(parameter: Tensor) -> None:
+    """Take what FSDP has just reduced, while backward goes on."""
+    assert isinstance(parameter.grad, DTensor)
+    parameter.main_grad.add_(parameter.grad.to_local())  # type: ignore[attr-defined]
+    parameter.grad = None

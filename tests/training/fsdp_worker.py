@@ -3,8 +3,8 @@
     torchrun ... fsdp_worker.py CONFIG JOBS_JSON
 
 A job is a list of overrides, as ``python -m moeyard.training`` takes them, that trains and notes
-in RUN_DIR/held-RANK how many weights the rank holds in the end. One that begins with ``resave``
-loads the newest checkpoint and saves it as the next step instead.
+in RUN_DIR/rank-RANK.json how many weights the rank holds in the end and how often the head was
+reduced. One that begins with ``resave`` loads the newest checkpoint and saves it as the next step.
 """
 
 import json
@@ -33,9 +33,13 @@ def run_job(config_path: Path, job: list[str], store) -> None:
         assert done, "there was nothing to load"
         trainer._save(done + 1)
     else:
+        reductions: list[int] = []
+        head = trainer.decoder.lm_head.weight
+        head.register_post_accumulate_grad_hook(lambda _: reductions.append(1))
         trainer.run()
         held = sum(local_part(p).numel() for p in trainer.decoder.parameters())
-        (run_dir / f"held-{mesh.rank}").write_text(str(held))
+        noted = {"held": held, "reductions": len(reductions)}
+        (run_dir / f"rank-{mesh.rank}.json").write_text(json.dumps(noted))
 
 
 def main() -> None:

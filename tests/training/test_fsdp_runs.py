@@ -87,6 +87,10 @@ def saved(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
     return {key: t for key, t in tensors.items() if not key.startswith("rng/")}
 
 
+def noted(run_dir: Path, rank: int) -> dict[str, int]:
+    return json.loads((run_dir / f"rank-{rank}.json").read_text())
+
+
 def assert_equal_in_fp64(actual: dict, expected: dict) -> None:
     assert actual.keys() == expected.keys()
     for key, tensor in expected.items():
@@ -135,6 +139,11 @@ def test_a_resumed_fsdp_run_ends_as_the_unbroken_one(runs):
 
 
 @pytest.mark.dist
+def test_gradients_are_reduced_once_a_step_however_many_micro_batches(runs):
+    assert noted(runs / "whole", 0)["reductions"] == 6
+
+
+@pytest.mark.dist
 def test_fsdp_logs_and_evaluates_as_one_process(runs):
     """Between steps and at the end, the second rank in the last round without a row."""
     one, two = records(runs / "evaluated_one"), records(runs / "evaluated")
@@ -151,7 +160,7 @@ def test_a_rank_holds_its_share_of_the_dense_parameters(runs):
     weights = {k: t for k, t in saved(runs / "evaluated", 6).items() if k.startswith("weight/")}
     routers = sum(t.numel() for key, t in weights.items() if key.endswith("mlp.gate.weight"))
     rest = sum(t.numel() for t in weights.values()) - routers
-    held = [int((runs / f"evaluated/held-{rank}").read_text()) for rank in (0, 1)]
+    held = [noted(runs / "evaluated", rank)["held"] for rank in (0, 1)]
     assert sum(held) == rest + 2 * routers
     assert held[0] - held[1] == 2 * 32  # 257 rows of the embedding and of the head
     assert f"parameters_here={held[0]} " in (runs / "log-2.txt").read_text()
