@@ -3,7 +3,8 @@
 Each decoder layer is a unit that is gathered for its forward and again for its backward; the
 embeddings, the last norm and the head are the root's. A rank keeps its rows of every dense
 parameter in fp32 (fp64 for fp64 runs): they are the master weights, and gradients and Adam's
-moments have their shape. Under bf16 a unit is cast when it is gathered.
+moments have their shape. Under bf16 a unit is cast when it is gathered. At the start every rank
+builds the whole weights on the host once. Run with gloo on CPUs so far, not yet with NCCL.
 
 Two kinds of parameter stay outside. Experts are split over ``ep`` already and are reduced over
 ``edp``. Routers stay whole on every rank: a unit has one type and theirs is fp32 under bf16; they
