@@ -8,9 +8,11 @@ experts live outside DDP and are reduced over the ranks that hold the same ones.
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ..moe.layer import Experts
+from .local_part import local_part
 from .mesh import Mesh
 
 
@@ -31,18 +33,21 @@ class MainGradients:
         self._mesh = mesh
         expert_names = expert_parameter_names(model)
         trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        self.dense = [p for n, p in trainable if n not in expert_names]
+        self.dense = [
+            p for n, p in trainable if n not in expert_names and not isinstance(p, DTensor)
+        ]  # what FSDP shards is parallel/dense_fsdp.py's
         self.experts = [p for n, p in trainable if n in expert_names]
-        self._dense_flat = self._attach(self.dense, like=self.dense[0])
-        self._expert_flat = self._attach(self.experts, like=self.dense[0])
+        self._dense_flat = self._attach(self.dense, like=trainable[0][1])
+        self._expert_flat = self._attach(self.experts, like=trainable[0][1])
 
     @staticmethod
     def _attach(parameters: list[nn.Parameter], like: Tensor) -> Tensor:
         wide = torch.promote_types(like.dtype, torch.float32)
-        flat = torch.zeros(sum(p.numel() for p in parameters), dtype=wide, device=like.device)
-        views = flat.split([p.numel() for p in parameters])
-        for parameter, view in zip(parameters, views, strict=True):
-            parameter.main_grad = view.view(parameter.shape)  # type: ignore[attr-defined]
+        parts = [local_part(p) for p in parameters]
+        flat = torch.zeros(sum(p.numel() for p in parts), dtype=wide, device=like.device)
+        views = flat.split([p.numel() for p in parts])
+        for parameter, part, view in zip(parameters, parts, views, strict=True):
+            parameter.main_grad = view.view(part.shape)  # type: ignore[attr-defined]
         return flat
 
     def zero(self) -> None:
@@ -57,15 +62,15 @@ class MainGradients:
                 parameter.main_grad.add_(parameter.grad)  # type: ignore[attr-defined]
                 parameter.grad = None
 
-    def reduce_experts(self) -> None:
-        """Sum expert gradients over the ranks that hold the same experts."""
+    def reduce(self) -> None:
+        """Sum what backward has not: experts, over the ranks that hold the same ones."""
         if self._mesh.edp_group is not None and self._expert_flat.numel():
             dist.all_reduce(self._expert_flat, group=self._mesh.edp_group)
 
     def norm(self) -> Tensor:
         """Return the global 2-norm, each distinct parameter counted once, as an fp64 scalar."""
-        dense = _square_sum(self.dense, self._dense_flat)
-        experts = _square_sum(self.experts, self._expert_flat)
+        dense = square_sum(self.dense, self._dense_flat)
+        experts = square_sum(self.experts, self._expert_flat)
         if self._mesh.ep_group is not None:
             dist.all_reduce(experts, group=self._mesh.ep_group)
         return (dense + experts).sqrt()
@@ -76,7 +81,7 @@ class MainGradients:
         self._expert_flat.mul_(factor)
 
 
-def _square_sum(parameters: list[nn.Parameter], like: Tensor) -> Tensor:
+def square_sum(parameters: list[nn.Parameter], like: Tensor) -> Tensor:
     """Sum the squares per tensor in its own type, over tensors in fp64."""
     total = torch.zeros((), dtype=torch.float64, device=like.device)
     for parameter in parameters:

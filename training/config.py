@@ -79,6 +79,10 @@ class ParallelConfig(_Section):
 
     ep: int = Field(default=1, ge=1)
     """Expert-parallel degree: ranks that split the experts among them."""
+    dense: Literal["ddp", "fsdp"] = "ddp"
+    """Dense parameters and their optimizer state: whole on every rank (ddp), or split over all
+    ranks and gathered layer by layer (fsdp). Numbers and checkpoints are the same; one process
+    has nothing to split."""
     backend: Literal["torch", "reference"] = "torch"
     """Expert kernels."""
     timeout_s: float = Field(default=300, gt=0)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..moe.layer import Experts
+from ..parallel.local_part import as_part_of, local_part
 from .config import OptimizerConfig
 
 
@@ -36,7 +37,7 @@ class MasterAdamW:
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
                 continue
-            master = masters.get(name, parameter.data)
+            master = masters.get(name, local_part(parameter))
             self._pairs.append((name, parameter, master))
             is_matrix = parameter.ndim > 1 and "embed_tokens" not in name
             (decayed if is_matrix else others).append(master)
@@ -66,8 +67,7 @@ class MasterAdamW:
         self._adam.step()
         for _, parameter, master in self._pairs:
             master.grad = None
-            if master.data_ptr() != parameter.data_ptr():
-                parameter.data.copy_(master)
+            _write(parameter, master)
 
     def set_steps(self, steps: int) -> None:
         """Tell Adam how many updates its moments have seen."""
@@ -77,8 +77,7 @@ class MasterAdamW:
     def restore_parameters(self) -> None:
         """Write the masters, just loaded, into the parameters."""
         for _, parameter, master in self._pairs:
-            if master.data_ptr() != parameter.data_ptr():
-                parameter.data.copy_(master)
+            _write(parameter, master)
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every master weight, moment and buffer under topology-free keys.
@@ -86,7 +85,7 @@ class MasterAdamW:
         Keys name the logical expert: ``weight/layers.0.mlp.experts.3.fc1``, whichever rank and
         slot holds it.
         """
-        for name, _, master in self._pairs:
+        for name, parameter, master in self._pairs:
             state = self._adam.state[master]
             for kind, tensor in (
                 ("weight", master),
@@ -99,6 +98,12 @@ class MasterAdamW:
                     for slot, expert in enumerate(owner.expert_ids):
                         yield f"{kind}/{owner_name}.{expert}.{leaf}", tensor[slot]
                 else:
-                    yield f"{kind}/{name}", tensor
+                    yield f"{kind}/{name}", as_part_of(parameter, tensor)
         for name, buffer in self._model.named_buffers():
             yield f"buffer/{name}", buffer
+
+
+def _write(parameter: nn.Parameter, master: Tensor) -> None:
+    part = local_part(parameter)
+    if master.data_ptr() != part.data_ptr():
+        part.copy_(master)

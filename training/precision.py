@@ -1,5 +1,7 @@
 """Which tensors have which type."""
 
+from collections.abc import Set
+
 import torch
 from torch import Tensor
 
@@ -9,17 +11,20 @@ from ..moe.router import Router
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
-def apply_precision(model: Decoder, precision: str) -> dict[str, Tensor]:
+def apply_precision(
+    model: Decoder, precision: str, sharded: Set[str] = frozenset()
+) -> dict[str, Tensor]:
     """Cast an fp32 model in place and return fp32 masters of the parameters this narrowed.
 
-    Under bf16 the routers stay in fp32. Main gradients are fp32 in any case
+    Under bf16 the routers stay in fp32, and so do the ``sharded`` parameters: they are masters
+    themselves, which FSDP casts when it gathers them. Main gradients are fp32 in any case
     (parallel/gradients.py).
     """
     dtype = DTYPES[precision]
     masters = {}
     for name, parameter in model.named_parameters():
         owner = model.get_submodule(name.rpartition(".")[0])
-        if dtype == torch.bfloat16 and isinstance(owner, Router):
+        if dtype == torch.bfloat16 and (isinstance(owner, Router) or name in sharded):
             continue
         if dtype == torch.bfloat16:
             masters[name] = parameter.detach().clone()

@@ -12,6 +12,7 @@ from ..moe.config import ModelConfig
 from ..moe.decoder import Decoder
 from ..moe.initialize import initialize
 from ..moe.router_config import Hash
+from ..parallel.dense_fsdp import modules_kept_whole, sharded_parameter_names
 from ..parallel.dispatch import AllToAllDispatcher
 from ..parallel.mesh import Mesh
 from .config import RunConfig
@@ -70,7 +71,8 @@ def build_model(
 ) -> tuple[Decoder, dict[str, Tensor]]:
     """Build this rank's part of the decoder, with initial weights and dispatcher.
 
-    Returns it with the fp32 masters of the parameters that its precision narrows. The global
+    Returns it with the fp32 masters of the parameters that its precision narrows. Parameters that
+    will be sharded are still whole and on the CPU (parallel/dense_fsdp.py). The global
     generator is seeded last: from here on only router noise draws from it.
     """
     expert_ids, token_counts = None, None
@@ -87,13 +89,24 @@ def build_model(
         recompute=config.train.recompute,
     )
     initialize(decoder, config.seed)
-    decoder.to(device())
-    masters = apply_precision(decoder, config.train.precision)
+    if shards_dense(config, mesh):
+        for module in modules_kept_whole(decoder):  # the others when they are sharded
+            module.to(device())
+        sharded = sharded_parameter_names(decoder)
+        masters = apply_precision(decoder, config.train.precision, sharded)
+    else:
+        decoder.to(device())
+        masters = apply_precision(decoder, config.train.precision)
     if mesh.ep_group is not None and mesh.ep_size > 1 and model.moe is not None:
         for _, layer in decoder.moe_layers():
             layer.dispatcher = AllToAllDispatcher(model.moe.num_experts, mesh.ep_group)
     seed_rank(config.seed, mesh.rank)
     return decoder, masters
+
+
+def shards_dense(config: RunConfig, mesh: Mesh) -> bool:
+    """Say whether dense parameters are sharded: asked for, and there is a process group."""
+    return config.parallel.dense == "fsdp" and mesh.dp_group is not None
 
 
 def device() -> torch.device:

@@ -7,18 +7,22 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import TrainingError
 from ..moe.decoder import Decoder
 from ..moe.losses import auxiliary_losses
+from ..parallel.dense_fsdp import ShardedMainGradients, shard_dense, without_reduction
 from ..parallel.gradients import MainGradients, wrap_dense
 from ..parallel.mesh import Mesh
 from .config import RunConfig
 from .data.batches import GlobalBatches
 from .objective import NextToken
 from .optimizer import MasterAdamW, learning_rate
+from .precision import DTYPES
+from .setup import device, shards_dense
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +57,16 @@ class TrainStep:
         self._mesh = mesh
         self._batches = batches
         self._routers = decoder.routers()
-        self._device = decoder.embed_tokens.weight.device
-        self.gradients = MainGradients(decoder, mesh)
+        self._device = device()
         self.objective = NextToken(decoder)
-        self._wrapped = wrap_dense(self.objective, mesh)
+        if shards_dense(config, mesh):
+            dtype = DTYPES[config.train.precision]
+            shard_dense(self.objective, decoder, mesh, dtype, self._device)
+            self.gradients: MainGradients = ShardedMainGradients(decoder, mesh)
+            self._wrapped: nn.Module = self.objective
+        else:
+            self.gradients = MainGradients(decoder, mesh)
+            self._wrapped = wrap_dense(self.objective, mesh)
         self.optimizer = MasterAdamW(decoder, masters, config.optimizer)
 
     def run(self, step: int, stop_requested: bool) -> StepResult:
@@ -111,10 +121,12 @@ class TrainStep:
                 loss.backward()
             self.gradients.accumulate()
             sums[: len(parts)] += torch.stack([part.double() for part in parts]).cpu()
-        self.gradients.reduce_experts()
+        self.gradients.reduce()
         return sums, counts_LE.cpu()
 
     def _no_sync(self):  # type: ignore[no-untyped-def]
         if isinstance(self._wrapped, DistributedDataParallel):
             return self._wrapped.no_sync()
+        if isinstance(self._wrapped, FSDPModule):
+            return without_reduction(self._wrapped)
         return nullcontext()

@@ -9,6 +9,7 @@ import torch
 from ..errors import CheckpointError
 from ..files import replace_text
 from ..moe.load import load_statistics
+from ..parallel.local_part import local_part
 from ..parallel.mesh import Mesh
 from .checkpoint import Checkpoints, read_state
 from .config import RunConfig
@@ -73,7 +74,7 @@ class Trainer:
                 metrics.close()
 
     def _announce(self, console: TrainingConsole, done: int) -> None:
-        parameters = sum(p.numel() for p in self.decoder.parameters())
+        parameters = sum(local_part(p).numel() for p in self.decoder.parameters())
         console.line(
             event="resumed" if done else "started",
             step=done,

@@ -12,11 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from moeyard.configuration import load_config
 from moeyard.moe.layer import Experts
 from moeyard.moe.routing import count_choices
 from moeyard.moe.topk_router import TopKRouter
+from moeyard.parallel.local_part import as_part_of, local_part
 from moeyard.parallel.mesh import build_mesh
 from moeyard.parallel.parent import is_torchrun_worker
 from moeyard.parallel.process import start_process_group, stop_process_group
@@ -47,7 +49,10 @@ def keyed(decoder, tensor_of) -> dict[str, torch.Tensor]:
     for name, parameter in decoder.named_parameters():
         owner_name, _, leaf = name.rpartition(".")
         owner = decoder.get_submodule(owner_name)
-        tensor = tensor_of(parameter).detach().double().clone()
+        tensor = as_part_of(parameter, local_part(tensor_of(parameter)))
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()
+        tensor = tensor.double().clone()
         if isinstance(owner, Experts):
             for slot, expert in enumerate(owner.expert_ids):
                 values[f"{owner_name}.{expert}.{leaf}"] = tensor[slot]

@@ -1,4 +1,7 @@
-"""The same numbers anywhere: loss, gradients, clip norm and weights on 1, 2 and 4 ranks."""
+"""The same numbers anywhere: loss, gradients, clip norm and weights on 1, 2 and 4 ranks.
+
+Dense parameters are replicated (ddp) or sharded (fsdp).
+"""
 
 import json
 import sys
@@ -44,24 +47,32 @@ VARIANTS = {
             "train.accumulation=2",
         ],
     },
+    "fewer_rows_than_ranks": {"overrides": [TORCH, "model.head_dim=2"]},  # norms of 2 on 4 ranks
     "starved": {"overrides": [], "starved": True},
     "starved_both": {
         "overrides": ["train.accumulation=2", "train.recompute=true"],
         "starved": True,
     },
 }
-WORLDS = [(2, 1), (2, 2), (4, 2)]
-"""(ranks, expert-parallel degree)."""
+WORLDS = [(dense, *w) for dense in ("ddp", "fsdp") for w in ((2, 1), (2, 2), (4, 2))]
+"""(how dense parameters are held, ranks, expert-parallel degree)."""
 FP64_TOLERANCE = 1e-12
+ONE = "-ddp-w1-ep1"
+"""Suffix of what one process computed."""
+BF16_VARIANTS = {"bf16": [], "bf16_both": ["train.accumulation=2", "train.recompute=true"]}
 BF16_TOLERANCE = {"loss": 2e-3, "grad_norm": 3e-2, "gradients": 6e-2, "weights": 2e-2}
 """First step only: later on a rounding difference may change a choice of expert."""
 
 
-def cases(ep: int, precision: list[str], suffix: str) -> dict[str, dict]:
+def cases(options: list[str], suffix: str) -> dict[str, dict]:
     return {
-        f"{name}{suffix}": {**v, "overrides": [*precision, *v["overrides"], f"parallel.ep={ep}"]}
+        f"{name}{suffix}": {**v, "overrides": [*EXACT, *v["overrides"], *options]}
         for name, v in VARIANTS.items()
     }
+
+
+def suffix(dense: str, ranks: int, ep: int) -> str:
+    return f"-{dense}-w{ranks}-ep{ep}"
 
 
 @pytest.fixture(scope="module")
@@ -69,15 +80,18 @@ def results(tmp_path_factory, config_file):
     """Run every variant on every mesh: one launch per number of ranks."""
     out = tmp_path_factory.mktemp("equivalence")
     bf16 = ["train.precision=bf16"]
-    one = cases(1, EXACT, "-w1-ep1") | {
-        "bf16-w1-ep1": {"overrides": bf16},
-    }
+    one = cases([], ONE)
+    for name, more in BF16_VARIANTS.items():
+        one[f"{name}{ONE}"] = {"overrides": [*bf16, *more]}
     run([sys.executable, WORKER, str(config_file), str(out), json.dumps(one)], 300)
     for ranks in (2, 4):
         here = {}
-        for _, ep in [w for w in WORLDS if w[0] == ranks]:
-            here |= cases(ep, EXACT, f"-w{ranks}-ep{ep}")
-            here[f"bf16-w{ranks}-ep{ep}"] = {"overrides": [*bf16, f"parallel.ep={ep}"]}
+        for dense, _, ep in [w for w in WORLDS if w[1] == ranks]:
+            options = [f"parallel.dense={dense}", f"parallel.ep={ep}"]
+            here |= cases(options, suffix(dense, ranks, ep))
+            for name, more in BF16_VARIANTS.items():
+                case = {"overrides": [*bf16, *more, *options]}
+                here[f"{name}{suffix(dense, ranks, ep)}"] = case
         torchrun(ranks, WORKER, str(config_file), str(out), json.dumps(here))
     return out
 
@@ -116,31 +130,32 @@ def differences(actual: dict, expected: dict) -> dict[str, float]:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(("ranks", "ep"), WORLDS, ids=lambda v: str(v))
+@pytest.mark.parametrize(("dense", "ranks", "ep"), WORLDS, ids=lambda v: str(v))
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_equals_one_rank_to_the_last_digits_in_fp64(results, variant, ranks, ep):
-    expected = gathered(results, f"{variant}-w1-ep1", 1)
-    actual = gathered(results, f"{variant}-w{ranks}-ep{ep}", ranks)
+def test_equals_one_rank_to_the_last_digits_in_fp64(results, variant, dense, ranks, ep):
+    expected = gathered(results, f"{variant}{ONE}", 1)
+    actual = gathered(results, f"{variant}{suffix(dense, ranks, ep)}", ranks)
     for step, (a, e) in enumerate(zip(actual, expected, strict=True)):
         assert torch.equal(a["counts"], e["counts"])
         found = differences(a, e)
-        print(f"{variant:13} ranks={ranks} ep={ep} step={step} " + show(found))
+        print(f"{variant:21} {dense:4} ranks={ranks} ep={ep} step={step} " + show(found))
         assert max(found.values()) <= FP64_TOLERANCE, found
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize(("variant", "plain"), [("recomputed", "plain"), ("both", "accumulated")])
 def test_recompute_changes_no_bit(results, variant, plain):
-    actual = gathered(results, f"{variant}-w1-ep1", 1)
-    expected = gathered(results, f"{plain}-w1-ep1", 1)
+    actual = gathered(results, f"{variant}{ONE}", 1)
+    expected = gathered(results, f"{plain}{ONE}", 1)
     for a, e in zip(actual, expected, strict=True):
         assert torch.equal(a["counts"], e["counts"])
         assert max(differences(a, e).values()) == 0
 
 
 @pytest.mark.dist
-def test_a_rank_without_tokens_really_had_none(results):
-    for step in gathered(results, "starved-w2-ep2", 2):
+@pytest.mark.parametrize("dense", ["ddp", "fsdp"])
+def test_a_rank_without_tokens_really_had_none(results, dense):
+    for step in gathered(results, f"starved-{dense}-w2-ep2", 2):
         assert int(step["counts"][:, 2:].sum()) == 0 and int(step["counts"].sum()) == 2 * 2 * 8 * 32
         assert all(
             float(g.abs().max()) == 0 for k, g in step["gradients"].items() if "experts.3" in k
@@ -148,10 +163,11 @@ def test_a_rank_without_tokens_really_had_none(results):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(("ranks", "ep"), WORLDS, ids=lambda v: str(v))
-def test_equals_one_rank_within_tolerance_in_bf16(results, ranks, ep):
-    expected = gathered(results, "bf16-w1-ep1", 1)[0]
-    actual = gathered(results, f"bf16-w{ranks}-ep{ep}", ranks)[0]
+@pytest.mark.parametrize(("dense", "ranks", "ep"), WORLDS, ids=lambda v: str(v))
+@pytest.mark.parametrize("variant", BF16_VARIANTS)
+def test_equals_one_rank_within_tolerance_in_bf16(results, variant, dense, ranks, ep):
+    expected = gathered(results, f"{variant}{ONE}", 1)[0]
+    actual = gathered(results, f"{variant}{suffix(dense, ranks, ep)}", ranks)[0]
     found = differences(actual, expected)
     # Relative to each tensor's norm: single entries near zero say nothing in bf16.
     for kind in ("gradients", "weights"):
@@ -159,13 +175,15 @@ def test_equals_one_rank_within_tolerance_in_bf16(results, ranks, ep):
             float((actual[kind][k] - e).norm() / e.norm().clamp(min=1e-30))
             for k, e in expected[kind].items()
         )
-    print(f"bf16          ranks={ranks} ep={ep} step=0 " + show(found))
+    print(f"{variant:21} {dense:4} ranks={ranks} ep={ep} step=0 " + show(found))
     for kind, tolerance in BF16_TOLERANCE.items():
         assert found[kind] <= tolerance, found
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("name", ["plain-w1-ep1", "plain-w2-ep2", "both-w4-ep2"])
+@pytest.mark.parametrize(
+    "name", [f"plain{ONE}", "plain-ddp-w2-ep2", "both-ddp-w4-ep2", "both-fsdp-w4-ep2"]
+)
 def test_routed_rows_are_tokens_times_choices(results, name):
     ranks = int(name.split("-w")[1][0])
     for step in gathered(results, name, ranks):
