@@ -1,0 +1,71 @@
+"""What stands before the application: the size of the headers, and the API key."""
+
+import hmac
+
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from ..errors import RequestError
+
+MAX_HEADER_BYTES = 32 << 10
+"""Names and values of all headers together; a key and a browser's cookies take far less."""
+OPEN_PATHS = frozenset({"/health"})
+"""Answered without a key; everything else, known or unknown, needs one."""
+
+
+class Gate:
+    """Refuse a request by its headers, before it is looked at.
+
+    With a key, ``Authorization: Bearer KEY`` is asked of every path but the open ones.
+    """
+
+    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
+        self._app = app
+        self._expected = None if api_key is None else f"Bearer {api_key}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let requests through that may pass."""
+        error = None if scope["type"] == "lifespan" else self._problem(scope)
+        if error is None:
+            await self._app(scope, receive, send)
+        else:
+            await error_response(error)(scope, receive, send)
+
+    def _problem(self, scope: Scope) -> RequestError | None:
+        headers = scope.get("headers", ())
+        num_bytes = sum(len(name) + len(value) for name, value in headers)
+        if num_bytes > MAX_HEADER_BYTES:
+            return RequestError(
+                f"the headers have {num_bytes} bytes and may have {MAX_HEADER_BYTES}; send fewer.",
+                status=431,
+            )
+        if self._expected is None or (scope["type"] == "http" and scope["path"] in OPEN_PATHS):
+            return None
+        given = dict(headers).get(b"authorization", b"")
+        if hmac.compare_digest(given, self._expected):
+            return None
+        return RequestError(
+            "the API key is missing or wrong; send Authorization: Bearer KEY.",
+            code="invalid_api_key",
+            status=401,
+        )
+
+
+def error_object(error: RequestError) -> dict[str, object]:
+    """Return OpenAI's error object."""
+    kind = "invalid_request_error" if error.status < 500 else "server_error"
+    if error.status == 429:
+        kind = "rate_limit_error"
+    return {
+        "error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}
+    }
+
+
+def error_response(error: RequestError) -> JSONResponse:
+    """Return the response that tells a client of ``error``."""
+    headers = {}
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    if error.retry_after_s is not None:
+        headers["Retry-After"] = str(error.retry_after_s)
+    return JSONResponse(error_object(error), status_code=error.status, headers=headers)
