@@ -45,7 +45,24 @@ def build_parser() -> argparse.ArgumentParser:
         "--max-queued-requests", type=int, default=64, help="requests that may wait; 429 beyond"
     )
     serve.add_argument("--max-model-len", type=int, help="longest prompt and answer together")
-    serve.add_argument("--num-threads", type=int, help="compute threads; default all cores")
+    serve.add_argument(
+        "--num-threads", type=int, help="compute threads of a replica; default its share of cores"
+    )
+    serve.add_argument(
+        "--replicas",
+        dest="num_replicas",
+        metavar="N",
+        type=int,
+        default=1,
+        help="processes that serve the model",
+    )
+    serve.add_argument(
+        "--drain-timeout",
+        metavar="SECONDS",
+        type=float,
+        default=30.0,
+        help="time for running requests to finish when the server stops",
+    )
     serve.add_argument(
         "--chat-template", metavar="FILE", help="Jinja file; default the model folder's template"
     )

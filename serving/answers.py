@@ -1,7 +1,6 @@
 """Run the generation requests of one HTTP request and word what comes, whatever the endpoint."""
 
 import asyncio
-import json
 import logging
 import time
 import uuid
@@ -12,13 +11,11 @@ from typing import Any, Protocol
 
 from ..errors import RequestError
 from .engine_thread import EngineThread
-from .gate import error_object
 from .logprobs import TokenLogprob
+from .responses import DONE, error_object, sse
 from .sequence import GenerationEvent, GenerationRequest
 
 log = logging.getLogger(__name__)
-
-DONE = b"data: [DONE]\n\n"
 
 
 @dataclass(slots=True)
@@ -145,11 +142,6 @@ class Answers:
             "model": self._model_name,
             "choices": choices,
         }
-
-
-def sse(values: dict[str, Any]) -> bytes:
-    """Return one server-sent event."""
-    return f"data: {json.dumps(values)}\n\n".encode()
 
 
 def _usage(requests: list[GenerationRequest], generated: list[int]) -> dict[str, int]:

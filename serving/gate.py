@@ -2,10 +2,10 @@
 
 import hmac
 
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..errors import RequestError
+from .responses import error_response
 
 MAX_HEADER_BYTES = 32 << 10
 """Names and values of all headers together; a key and a browser's cookies take far less."""
@@ -49,23 +49,3 @@ class Gate:
             code="invalid_api_key",
             status=401,
         )
-
-
-def error_object(error: RequestError) -> dict[str, object]:
-    """Return OpenAI's error object."""
-    kind = "invalid_request_error" if error.status < 500 else "server_error"
-    if error.status == 429:
-        kind = "rate_limit_error"
-    return {
-        "error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}
-    }
-
-
-def error_response(error: RequestError) -> JSONResponse:
-    """Return the response that tells a client of ``error``."""
-    headers = {}
-    if error.status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    if error.retry_after_s is not None:
-        headers["Retry-After"] = str(error.retry_after_s)
-    return JSONResponse(error_object(error), status_code=error.status, headers=headers)

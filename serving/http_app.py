@@ -20,7 +20,8 @@ from .chat_request import ChatRequest, parse_chat
 from .completion_request import CompletionRequest, parse_completion
 from .completions import CompletionWording, prepare_completion
 from .engine_thread import EngineThread
-from .gate import Gate, error_response
+from .gate import Gate
+from .responses import error_response
 from .sequence import GenerationRequest
 from .tokenizer import ServingTokenizer
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Literal
 
@@ -40,7 +41,11 @@ class ServeArgs(BaseModel):
     prefill_chunk: int = Field(default=256, ge=1)
     """Prompt tokens read per step."""
     num_threads: int | None = Field(default=None, ge=1)
-    """Compute threads; None = all cores this process may use."""
+    """Compute threads; None = the cores this process may use, shared between the replicas."""
+    num_replicas: int = Field(default=1, ge=1)
+    """Processes that serve the model, each with its own engine and experts."""
+    drain_timeout: float = Field(default=30.0, ge=0, allow_inf_nan=False)
+    """Seconds that running requests get to finish when the server or a replica stops."""
     api_key: str | None = None
     """Key clients must send; None asks for none."""
     chat_template: str | None = None
@@ -80,7 +85,8 @@ class Server:
     """A running model: engine thread, admission and HTTP application."""
 
     def __init__(self, args: ServeArgs) -> None:
-        torch.set_num_threads(args.num_threads or len(os.sched_getaffinity(0)))
+        share = max(1, len(os.sched_getaffinity(0)) // args.num_replicas)
+        torch.set_num_threads(args.num_threads or share)
         model, self._store = open_model(args.model, args.dtype, expert_memory=args.expert_memory)
         tokenizer = args.open_tokenizer()
         engine = Engine(
@@ -96,11 +102,18 @@ class Server:
         self.admission = Admission(
             args.max_num_seqs, args.max_queued_requests, engine.metrics.rejected
         )
-        api = HttpApi(self.thread, tokenizer, self.admission, args.model_name, self.render_metrics)
+        self.render_metrics: Callable[[], Awaitable[bytes]] = self._own_metrics
+        """What ``/metrics`` answers; one of several replicas puts the metrics of all here."""
+        api = HttpApi(
+            self.thread,
+            tokenizer,
+            self.admission,
+            args.model_name,
+            lambda: self.render_metrics(),
+        )
         self.app: ASGIApp = api.app(args.api_key)
 
-    async def render_metrics(self) -> bytes:
-        """Return this engine's metrics; a replica puts those of all in their place."""
+    async def _own_metrics(self) -> bytes:
         return self.metrics.render()
 
     def close(self) -> None:

@@ -28,9 +28,9 @@ SLOT_ELEMENTS = 3 * 20 * 24
 NUM_EXPERTS = 2 * 6
 
 
-def write_random_model(folder: Path) -> None:
+def write_random_model(folder: Path, config: ModelConfig = CONFIG) -> None:
     """Write the folder; scaled embeddings and head make its scores sharp."""
-    model = Decoder(CONFIG)
+    model = Decoder(config)
     initialize(model, 5)
     tensors = {}
     for name, parameter in model.named_parameters():
@@ -44,5 +44,5 @@ def write_random_model(folder: Path) -> None:
             names = ("gate", "up") if parts[-1] == "fc1" else ("down",)
             for part, half in zip(names, halves, strict=True):
                 tensors[expert_tensor_name(int(parts[1]), expert, part)] = half
-    values = to_hf(CONFIG, "float32", 256)
+    values = to_hf(config, "float32", 256)
     write_model_folder(folder, values, tensors.items(), ByteTokenizer().save)

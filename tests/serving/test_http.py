@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from moeyard.serving import store as store_module
 from moeyard.serving.server import ServeArgs, Server
 
-from http_calls import KEY, call, check_error, events
+from http_calls import KEY, call, check_error, client_of, events
 
 BODY = {"model": "small", "prompt": "ab", "max_tokens": 8, "temperature": 0}
 
@@ -217,6 +217,38 @@ def test_health_is_open_and_means_it(server, model_folder):
     response = call(broken, "GET", "/health")
     assert response.status_code == 503 and "ZeroDivisionError" in response.json()["reason"]
     check_error(complete(broken), 503, "the engine failed")
+
+
+def test_health_tells_of_an_engine_stuck_in_one_step_until_it_goes_on(model_folder):
+    server = Server(ServeArgs(model=str(model_folder)))
+    server.thread._stuck_after_s = 0.0
+    assert call(server, "GET", "/health").status_code == 200, "an idle engine is not stuck"
+    step, entered, may_run = server.thread.engine.step, threading.Event(), threading.Event()
+
+    def stuck():
+        entered.set()
+        assert may_run.wait(30)
+        return step()
+
+    async def ask():
+        async with client_of(server.app) as client:
+            # The first request is under way when the engine gets stuck.
+            server.thread._stuck_after_s = 1e9
+            first = asyncio.create_task(client.post("/v1/completions", json=BODY))
+            await asyncio.to_thread(entered.wait)
+            server.thread._stuck_after_s = 0.0
+            health = await client.get("/health")
+            refused = await client.post("/v1/completions", json=BODY)
+            server.thread._stuck_after_s = 1e9
+            may_run.set()
+            return health, refused, await first, await client.get("/health")
+
+    server.thread.engine.step = stuck
+    health, refused, first, after = asyncio.run(ask())
+    assert health.status_code == 503 and "in one step for" in health.json()["reason"]
+    check_error(refused, 503, "in one step for")
+    assert first.status_code == after.status_code == 200
+    server.close()
 
 
 def test_an_unreadable_expert_gives_503_or_an_error_event_and_the_server_goes_on(
