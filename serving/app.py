@@ -12,7 +12,7 @@ from starlette.types import ASGIApp
 
 from ..configuration import validate_config
 from ..errors import MoeyardError
-from .hub_actor import HubLink
+from .hub_link import HubLink
 from .proxy_guard import CALLBACK, CALLBACK_VARIABLE, ask_for_guard
 from .server import ServeArgs, Server, check_model
 

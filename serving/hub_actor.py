@@ -1,5 +1,7 @@
 """One small Ray actor per application: gathers all replicas' metrics and tells them to drain.
 
+Imports neither torch nor the server, so its process stays small.
+
 Each replica pushes every second, when it ends, and when it is asked for metrics. What a killed
 replica counted after its last push is lost, so up to a second's worth. The actor outlives its
 replicas; when it is killed itself, Ray starts it again and the replicas that live push anew, but
@@ -7,23 +9,13 @@ the counts of those that had ended are gone, as after any restart of a Prometheu
 """
 
 import asyncio
-import logging
-import threading
-import uuid
 from typing import Any, Literal
 
 import ray
-from ray.exceptions import RayError
 
-from ..errors import RequestError
-from .hub import Hub, Snapshot, snapshot_of
-from .server import Server
-
-log = logging.getLogger(__name__)
+from .hub import Hub
 
 NAMESPACE = "moeyard"
-PUSH_EVERY_S = 1.0
-ANSWER_TIMEOUT_S = 5.0
 
 Stage = Literal["serving", "draining", "ending"]
 """Serving; letting nobody in but finishing; ending what is left."""
@@ -73,67 +65,3 @@ def open_hub(application: str) -> Any:
     options = {"lifetime": "detached", "get_if_exists": True, "max_restarts": -1, "num_cpus": 0}
     name = f"hub-{application}"
     return ray.remote(HubActor).options(name=name, namespace=NAMESPACE, **options).remote()
-
-
-class HubLink:
-    """A replica's end of the line: a thread that reports and listens."""
-
-    def __init__(self, application: str, replica: str, server: Server) -> None:
-        self._hub = open_hub(application)
-        self._replica = replica
-        self._server = server
-        self._incarnation = uuid.uuid4().hex
-        self._is_closed = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="hub-link", daemon=True)
-        self._thread.start()
-
-    async def render(self) -> bytes:
-        """Return the metrics of all replicas, this one's up to now."""
-        answer = self._hub.render.remote(self._incarnation, *self._report())
-        try:
-            text: bytes = await asyncio.wait_for(answer, ANSWER_TIMEOUT_S)
-            return text
-        except (RayError, TimeoutError) as error:
-            # Only this replica's metrics would look as if counters had gone back.
-            log.warning("the metrics hub does not answer: %s", type(error).__name__)
-            raise RequestError(
-                "the metrics of the other replicas are not to be had now; try again.",
-                code="unavailable",
-                status=503,
-                retry_after_s=1,
-            ) from None
-
-    def close(self) -> None:
-        """Report for the last time."""
-        self._is_closed.set()
-        try:
-            last = self._hub.end.remote(self._incarnation, *self._report())
-            ray.get(last, timeout=ANSWER_TIMEOUT_S)
-        except RayError as error:
-            log.warning("the last metrics were not delivered: %s", type(error).__name__)
-
-    def _report(self) -> tuple[str, Snapshot, int, bool]:
-        admission = self._server.admission
-        snapshot = snapshot_of(self._server.metrics.registry)
-        return self._replica, snapshot, admission.num_open, admission.is_draining
-
-    def _run(self) -> None:
-        stage: Stage = "serving"
-        while not self._is_closed.is_set():
-            try:
-                change = self._hub.next_stage.remote(stage)
-                while not self._is_closed.is_set():
-                    self._hub.push.remote(self._incarnation, *self._report())
-                    if ray.wait([change], timeout=PUSH_EVERY_S)[0]:
-                        stage = ray.get(change)
-                        self._enter(stage)
-                        break
-            except RayError as error:
-                log.warning("the metrics hub does not answer: %s", type(error).__name__)
-                self._is_closed.wait(PUSH_EVERY_S)
-
-    def _enter(self, stage: Stage) -> None:
-        if stage != "serving":
-            self._server.admission.drain()
-        if stage == "ending":
-            self._server.thread.stop()
