@@ -4,7 +4,7 @@
 
 Two replicas on Ray Serve and eight clients that never stop asking: four whole answers with one
 retry (the openai client), four streams without (httpx). Meanwhile the application is deployed
-again, a replica is killed with SIGKILL, and it is deployed twice with no time to finish. Requests
+again, both replicas are killed with SIGKILL one after the other, and it is deployed twice with no time to finish. Requests
 count for the phase they end in. Fails when a whole answer is lost, when a stream ends without an
 event that says why and [DONE], or when the first deployment cuts a stream.
 """
@@ -149,11 +149,13 @@ def redeploy(args: ServeArgs) -> None:
     wait_for(lambda: len(replicas() - old) == 2 and not replicas() & old)
 
 
-def kill_one(_: ServeArgs) -> None:
-    """Kill a replica and wait until there are two again."""
-    old = replicas()
-    os.kill(min(old), signal.SIGKILL)
-    wait_for(lambda: len(replicas() - old) == 1 and len(replicas()) == 2)
+def kill_each(_: ServeArgs) -> None:
+    """Kill one replica, wait until there are two again, and kill the other."""
+    for victim in sorted(replicas()):
+        others = replicas() - {victim}
+        os.kill(victim, signal.SIGKILL)
+        wait_for(lambda: len(replicas() - others - {victim}) == 1)  # noqa: B023 (called at once)
+        time.sleep(QUIET_S)
 
 
 def start(args: ServeArgs) -> Load:
@@ -182,7 +184,7 @@ def main() -> None:
     first = ServeArgs(**base)
     events = [
         ("rolling redeploy", redeploy, ServeArgs(**base, max_queued_requests=65)),
-        ("kill -9 of a replica", kill_one, first),
+        ("kill -9 of each replica", kill_each, first),
         ("redeploy, no time to finish", redeploy, ServeArgs(**base, drain_timeout=0.0)),
         ("the same again", redeploy, ServeArgs(**base, drain_timeout=0.0, max_queued_requests=66)),
     ]
