@@ -4,9 +4,9 @@
 
 Two replicas on Ray Serve and eight clients that never stop asking: four whole answers with one
 retry (the openai client), four streams without (httpx). Meanwhile the application is deployed
-again, both replicas are killed with SIGKILL one after the other, and it is deployed twice with no time to finish. Requests
-count for the phase they end in. Fails when a whole answer is lost, when a stream ends without an
-event that says why and [DONE], or when the first deployment cuts a stream.
+again, both replicas are killed with SIGKILL one after the other, and it is deployed twice with no
+time to finish. Requests count for the phase they end in. Fails when a whole answer is lost, when a
+stream ends without an event that says why and [DONE], or when the first deployment cuts a stream.
 """
 
 import argparse

@@ -19,6 +19,7 @@ from .server import ServeArgs, check_model
 START_TIMEOUT_S = 300.0
 ENDING_TIMEOUT_S = 10.0
 """For the last events to reach clients whose requests are ended; the longest step counts too."""
+HUB_TIMEOUT_S = 10.0
 APPLICATION = "moeyard"
 RAY_LOGS = "/tmp/ray/session_latest/logs/serve"
 
@@ -77,20 +78,26 @@ def serve_forever(args: ServeArgs, host: str, port: int) -> None:
 def _drain(timeout_s: float) -> None:
     """Let nobody in, wait for what runs, end what is left; a second signal ends all at once."""
     import ray
+    from ray.exceptions import RayError
 
     from .hub_actor import open_hub
 
+    sys.stdout.write(f"draining timeout_s={timeout_s:g}; a second signal ends everything at once\n")
+    sys.stdout.flush()
     try:
         hub = open_hub(APPLICATION)
         for stage, seconds in (("draining", timeout_s), ("ending", ENDING_TIMEOUT_S)):
-            ray.get(hub.set_stage.remote(stage))
+            ray.get(hub.set_stage.remote(stage), timeout=HUB_TIMEOUT_S)
             deadline = time.monotonic() + seconds
-            while not ray.get(hub.is_drained.remote()):
+            while not ray.get(hub.is_drained.remote(), timeout=HUB_TIMEOUT_S):
                 if time.monotonic() > deadline:
                     break
                 time.sleep(0.1)
             else:
                 return
+    except RayError as error:
+        reason = type(error).__name__
+        sys.stderr.write(f"running requests are ended: Ray does not answer ({reason}).\n")
     except _Stopped:
         _on_signals(signal.SIG_IGN)
         ray.shutdown()  # takes everything it started with it, without asking
