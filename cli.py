@@ -41,8 +41,31 @@ def build_parser() -> argparse.ArgumentParser:
     serve.add_argument("--served-model-name", help="name clients use; default the folder's name")
     serve.add_argument("--dtype", choices=("float32", "bfloat16"), help="default as stored")
     serve.add_argument("--max-num-seqs", type=int, default=8, help="requests in the batch")
+    serve.add_argument(
+        "--max-queued-requests", type=int, default=64, help="requests that may wait; 429 beyond"
+    )
     serve.add_argument("--max-model-len", type=int, help="longest prompt and answer together")
-    serve.add_argument("--num-threads", type=int, help="compute threads; default all cores")
+    serve.add_argument(
+        "--num-threads", type=int, help="compute threads of a replica; default its share of cores"
+    )
+    serve.add_argument(
+        "--replicas",
+        dest="num_replicas",
+        metavar="N",
+        type=int,
+        default=1,
+        help="processes that serve the model",
+    )
+    serve.add_argument(
+        "--drain-timeout",
+        metavar="SECONDS",
+        type=float,
+        default=30.0,
+        help="time for running requests to finish when the server stops",
+    )
+    serve.add_argument(
+        "--chat-template", metavar="FILE", help="Jinja file; default the model folder's template"
+    )
     serve.add_argument(
         "--api-key",
         default=os.environ.get("MOEYARD_API_KEY"),

@@ -45,7 +45,8 @@ class TrainingError(MoeyardError):
 class RequestError(MoeyardError, ValueError):
     """A request that cannot be served, with what OpenAI's error object needs.
 
-    ``status`` is the HTTP status, ``param`` the offending field, ``code`` OpenAI's code string.
+    ``status`` is the HTTP status, ``param`` the offending field, ``code`` OpenAI's code string,
+    ``retry_after_s`` the whole seconds after which asking again makes sense.
     """
 
     def __init__(
@@ -55,8 +56,10 @@ class RequestError(MoeyardError, ValueError):
         param: str | None = None,
         code: str | None = None,
         status: int = 400,
+        retry_after_s: int | None = None,
     ) -> None:
         super().__init__(message)
         self.param = param
         self.code = code
         self.status = status
+        self.retry_after_s = retry_after_s

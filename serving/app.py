@@ -1,27 +1,61 @@
 """The Ray Serve application: ``serve run moeyard.serving.app:build model=MODEL_DIR``."""
 
+import logging
+import os
+from typing import Any
+
+from click import ClickException
 from ray import serve
 from ray.serve import Application
+from ray.serve.exceptions import RayServeException
 from starlette.types import ASGIApp
 
+from ..configuration import validate_config
+from ..errors import MoeyardError
+from .hub_link import HubLink
+from .proxy_guard import CALLBACK, CALLBACK_VARIABLE, ask_for_guard
 from .server import ServeArgs, Server, check_model
+
+log = logging.getLogger(__name__)
+
+SPARE_REQUESTS = 64
+"""Room beside the admitted requests: for health, metrics and refusals."""
+
+ask_for_guard()  # ``serve run`` imports this file before it starts Ray
+
+
+class Refused(RayServeException, ClickException):
+    """An application that cannot be built, as one sentence.
+
+    Ray shows a RayServeException as it is in ``serve status``; its command line does the same
+    with a ClickException. Anything else would arrive with a traceback.
+    """
 
 
 @serve.deployment(
     name="moeyard",
     ray_actor_options={"num_cpus": 1},
-    # Waiting happens in the engine's queue, which knows what it can batch.
-    max_ongoing_requests=512,
     health_check_period_s=5,
     health_check_timeout_s=30,
-    graceful_shutdown_timeout_s=20,
+    graceful_shutdown_wait_loop_s=0.5,
 )
 @serve.ingress()
 class MoeyardServer:
     """One replica: a model, its engine, its HTTP application."""
 
     def __init__(self, args: ServeArgs) -> None:
+        if not os.environ.get(CALLBACK_VARIABLE):
+            log.warning(
+                "streams of a replica that dies will break off without an error event; "
+                "start Ray with %s=%s.",
+                CALLBACK_VARIABLE,
+                CALLBACK,
+            )
         self._server = Server(args)
+        context = serve.get_replica_context()
+        replica = context.replica_id.unique_id
+        self._link = HubLink(context.app_name, replica, self._server)
+        self._server.render_metrics = self._link.render
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return self._server.app
@@ -29,18 +63,34 @@ class MoeyardServer:
     def check_health(self) -> None:
         """Tell Ray to restart this replica when the engine does not work."""
         problem = self._server.thread.problem()
-        if problem is not None:
+        if problem is not None and not self._server.admission.is_draining:
             raise RuntimeError(problem)
 
     def __del__(self) -> None:
+        if hasattr(self, "_link"):
+            self._link.close()
         if hasattr(self, "_server"):
             self._server.close()
 
 
-def build(args: ServeArgs) -> Application:
-    """Build the application from typed arguments (Ray fills them from the CLI or from YAML).
+def build(args: dict[str, Any]) -> Application:
+    """Build the application from the arguments of Ray's command line or YAML.
 
     What cannot be served is refused here, before a replica starts.
     """
+    try:
+        return application(validate_config(ServeArgs, args))
+    except MoeyardError as error:
+        raise Refused(str(error)) from None
+
+
+def application(args: ServeArgs) -> Application:
+    """Return the application of checked arguments; raises :class:`MoeyardError`."""
     check_model(args)
-    return MoeyardServer.bind(args)  # type: ignore[attr-defined]
+    return MoeyardServer.options(  # type: ignore[attr-defined]
+        num_replicas=args.num_replicas,
+        # Waiting happens in the engine's queue, which knows what it can batch.
+        max_ongoing_requests=args.max_num_seqs + args.max_queued_requests + SPARE_REQUESTS,
+        # Ray asks a replica that it takes away to finish, and ends it after so long.
+        graceful_shutdown_timeout_s=args.drain_timeout,
+    ).bind(args)

@@ -4,6 +4,7 @@ L MoE layers, E experts, V vocabulary.
 """
 
 from collections import deque
+from collections.abc import Sequence as Items
 from time import perf_counter
 
 import torch
@@ -12,6 +13,7 @@ from ..errors import ConfigError, ExpertReadError, RequestError
 from ..moe.batch import batch_of
 from ..moe.language_model import LanguageModel
 from ..moe.sampling import sample
+from .logprobs import TokenLogprob, score_tokens
 from .metrics import EngineMetrics
 from .sequence import GenerationEvent, GenerationRequest, Sequence
 from .store import ExpertStore
@@ -114,6 +116,7 @@ class Engine:
         decoder = self._model.decoder
         output = decoder(batch_of(ids, [s.cache for s in sequences]))
         self.metrics.count_routing(output.routings)
+        self._score_prompts(sequences, output.hidden_TD.split([len(i) for i in ids]))
         ends = torch.tensor([len(i) for i in ids]).cumsum(0) - 1
         ready = [index for index, s in enumerate(sequences) if not s.is_prefilling]
         if not ready:
@@ -128,10 +131,27 @@ class Engine:
                 events.append(sequence.fail("the model gave scores that are not finite"))
                 continue
             token = sample(logits_RV[row], sequence.request.sampling, sequence.generator)
-            event = sequence.accept(token)
+            num_top = sequence.request.num_logprobs
+            scores = [] if num_top is None else score_tokens(logits_RV[[row]], [token], num_top)
+            event = sequence.accept(token, scores)
             self.metrics.count_token(sequence, event, perf_counter())
             events.append(event)
         return events
+
+    def _score_prompts(self, sequences: list[Sequence], chunks: Items[torch.Tensor]) -> None:
+        """Give requests that ask for it the log-probabilities of what they just read."""
+        for sequence, hidden_TD in zip(sequences, chunks, strict=True):
+            request = sequence.request
+            if not request.scores_prompt or request.num_logprobs is None:
+                continue
+            end = sequence.cache.length
+            start = end - len(hidden_TD)
+            if start == 0:
+                sequence.prompt_logprobs.append(TokenLogprob(request.prompt_ids[0], None))
+            targets = list(request.prompt_ids[start + 1 : end + 1])
+            if targets:
+                logits_NV = self._model.decoder.logits(hidden_TD[: len(targets)])
+                sequence.prompt_logprobs += score_tokens(logits_NV, targets, request.num_logprobs)
 
     def _count_requests(self) -> None:
         self.metrics.running.set(len(self._running))

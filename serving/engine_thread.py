@@ -49,8 +49,9 @@ class _Listener:
 class EngineThread:
     """The engine's thread, alive until ``stop``."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, stuck_after_s: float = STUCK_AFTER_S) -> None:
         self.engine = engine
+        self._stuck_after_s = stuck_after_s
         self._commands: queue.Queue[_Add | _Cancel | None] = queue.Queue()
         self._listeners: dict[str, _Listener] = {}
         self._step_started: float | None = None
@@ -65,8 +66,9 @@ class EngineThread:
         if not self._thread.is_alive():
             return "the engine has stopped"
         started = self._step_started
-        if started is not None and time.monotonic() - started > STUCK_AFTER_S:
-            return f"the engine has been in one step for {time.monotonic() - started:.0f} s"
+        duration_s = 0.0 if started is None else time.monotonic() - started
+        if duration_s > self._stuck_after_s:
+            return f"the engine has been in one step for {duration_s:.0f} s"
         return None
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent]:

@@ -1,7 +1,9 @@
 """The HTTP face of a server: OpenAI's routes, health and metrics. Needs no Ray."""
 
-import hmac
 import logging
+from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -11,73 +13,150 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..errors import RequestError
-from .completions import Completions, error_object
-from .protocol import parse_completion
+from .admission import Admission
+from .answers import Answers, Wording
+from .chat import ChatWording, prepare_chat
+from .chat_request import ChatRequest, parse_chat
+from .completion_request import CompletionRequest, parse_completion
+from .completions import CompletionWording, prepare_completion
+from .engine_thread import EngineThread
+from .gate import Gate
+from .responses import error_response
+from .sequence import GenerationRequest
+from .tokenizer import ServingTokenizer
 
 log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 1 << 20
-OPEN_PATHS = frozenset({"/health"})
-"""Answered without a key; everything else, known or unknown, needs one."""
 
 
-def create_app(completions: Completions, api_key: str | None) -> ASGIApp:
-    """Return the ASGI application."""
-    thread = completions.thread
+class HttpApi:
+    """The endpoints of one engine."""
 
-    async def health(_: Request) -> Response:
-        problem = thread.problem()
-        if problem is None:
-            return JSONResponse({"status": "ok"})
-        return JSONResponse({"status": "failed", "reason": problem}, status_code=503)
+    def __init__(
+        self,
+        thread: EngineThread,
+        tokenizer: ServingTokenizer,
+        admission: Admission,
+        model_name: str,
+        render_metrics: Callable[[], Awaitable[bytes]],
+    ) -> None:
+        self._thread = thread
+        self._engine = thread.engine
+        self._tokenizer = tokenizer
+        self._admission = admission
+        self._model_name = model_name
+        self._render_metrics = render_metrics
+        self._answers = Answers(thread, model_name)
 
-    async def metrics(_: Request) -> Response:
-        media_type = "text/plain; version=0.0.4; charset=utf-8"
-        return Response(thread.engine.metrics.render(), media_type=media_type)
-
-    def model_object() -> dict[str, object]:
-        return {
-            "id": completions.model_name,
-            "object": "model",
-            "created": 0,
-            "owned_by": "moeyard",
-            "max_model_len": thread.engine.max_model_len,
-        }
-
-    async def models(_: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [model_object()]})
-
-    async def one_model(request: Request) -> Response:
-        completions.check_model(request.path_params["name"])
-        return JSONResponse(model_object())
-
-    async def create_completion(request: Request) -> Response:
-        body = parse_completion(await read_body(request))
-        requests = await completions.prepare(body)
-        if not body.stream:
-            return JSONResponse(await completions.complete(requests))
-        options = body.stream_options
-        events = completions.stream(requests, options is not None and options.include_usage)
-        return StreamingResponse(
-            events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
-        )
-
-    app = Starlette(
-        routes=[
-            Route("/health", health),
-            Route("/metrics", metrics),
-            Route("/v1/models", models),
-            Route("/v1/models/{name:path}", one_model),
-            Route("/v1/completions", create_completion, methods=["POST"]),
-        ],
-        exception_handlers={
+    def app(self, api_key: str | None) -> ASGIApp:
+        """Return the ASGI application."""
+        routes = [
+            Route("/health", self.health),
+            Route("/metrics", self.metrics),
+            Route("/v1/models", self.models),
+            Route("/v1/models/{name:path}", self.one_model),
+            Route("/v1/completions", self.create_completion, methods=["POST"]),
+            Route("/v1/chat/completions", self.create_chat, methods=["POST"]),
+        ]
+        handlers: Any = {
             RequestError: _answer_request_error,
             HTTPException: _answer_http_exception,
             ClientDisconnect: _answer_nobody,
             Exception: _answer_bug,
-        },
-    )
-    return app if api_key is None else RequireKey(app, api_key)
+        }
+        return Gate(Starlette(routes=routes, exception_handlers=handlers), api_key)
+
+    async def health(self, _: Request) -> Response:
+        """Say whether requests are served; 503 with a reason when they are not."""
+        problem = self._thread.problem()
+        if problem is not None:
+            return JSONResponse({"status": "failed", "reason": problem}, status_code=503)
+        if self._admission.is_draining:
+            reason = "the server is shutting down"
+            return JSONResponse({"status": "draining", "reason": reason}, status_code=503)
+        return JSONResponse({"status": "ok"})
+
+    async def metrics(self, _: Request) -> Response:
+        """Return what Prometheus reads."""
+        media_type = "text/plain; version=0.0.4; charset=utf-8"
+        return Response(await self._render_metrics(), media_type=media_type)
+
+    async def models(self, _: Request) -> Response:
+        """List the one model."""
+        return JSONResponse({"object": "list", "data": [self._model_object()]})
+
+    async def one_model(self, request: Request) -> Response:
+        """Describe the model."""
+        self._check_model(request.path_params["name"])
+        return JSONResponse(self._model_object())
+
+    async def create_completion(self, request: Request) -> Response:
+        """Continue text."""
+        body = parse_completion(await read_body(request))
+        self._check_model(body.model)
+        wording = CompletionWording(body, self._tokenizer)
+        return await self._answer(
+            body, wording, lambda: prepare_completion(body, self._tokenizer, self._engine)
+        )
+
+    async def create_chat(self, request: Request) -> Response:
+        """Answer a conversation."""
+        body = parse_chat(await read_body(request))
+        self._check_model(body.model)
+        wording = ChatWording(body, self._tokenizer)
+        return await self._answer(
+            body, wording, lambda: prepare_chat(body, self._tokenizer, self._engine)
+        )
+
+    async def _answer(
+        self,
+        body: CompletionRequest | ChatRequest,
+        wording: Wording,
+        prepare: Callable[[], Awaitable[list[GenerationRequest]]],
+    ) -> Response:
+        """Take places, then do the work; places are held until the response has been sent."""
+        with ExitStack() as held:
+            held.enter_context(self._admission.places(body.num_answers))
+            requests = await prepare()
+            if not body.stream:
+                return JSONResponse(await self._answers.whole(wording, requests))
+            events = self._answers.stream(wording, requests, body.includes_usage)
+            response = StreamingResponse(
+                events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
+            )
+            return HeldResponse(response, held.pop_all())
+
+    def _check_model(self, name: str) -> None:
+        if name != self._model_name:
+            raise RequestError(
+                f"model {name!r} does not exist; this server has {self._model_name!r}.",
+                param="model",
+                code="model_not_found",
+                status=404,
+            )
+
+    def _model_object(self) -> dict[str, object]:
+        return {
+            "id": self._model_name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "moeyard",
+            "max_model_len": self._engine.max_model_len,
+        }
+
+
+class HeldResponse(Response):
+    """A response with something to let go of when it has been sent, or never will be."""
+
+    def __init__(self, response: Response, held: ExitStack) -> None:
+        self._response = response
+        self._held = held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the response, then let go."""
+        with self._held:
+            await self._response(scope, receive, send)
 
 
 async def read_body(request: Request) -> bytes:
@@ -93,45 +172,17 @@ async def read_body(request: Request) -> bytes:
     return bytes(body)
 
 
-class RequireKey:
-    """Refuse every request without ``Authorization: Bearer KEY``, before it is looked at."""
-
-    def __init__(self, app: ASGIApp, api_key: str) -> None:
-        self._app = app
-        self._expected = f"Bearer {api_key}".encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let requests with the key, and those to open paths, through."""
-        if scope["type"] == "lifespan" or (scope["type"] == "http" and scope["path"] in OPEN_PATHS):
-            await self._app(scope, receive, send)
-            return
-        given = dict(scope.get("headers", ())).get(b"authorization", b"")
-        if hmac.compare_digest(given, self._expected):
-            await self._app(scope, receive, send)
-            return
-        error = RequestError(
-            "the API key is missing or wrong; send Authorization: Bearer KEY.",
-            code="invalid_api_key",
-            status=401,
-        )
-        response = JSONResponse(
-            error_object(error), status_code=401, headers={"WWW-Authenticate": "Bearer"}
-        )
-        await response(scope, receive, send)
-
-
 async def _answer_request_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
-    return JSONResponse(error_object(error), status_code=error.status)
+    return error_response(error)
 
 
 async def _answer_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path} is not offered; see /v1/models."
-    described = RequestError(message, status=error.status_code)
-    return JSONResponse(
-        error_object(described), status_code=error.status_code, headers=error.headers
-    )
+    response = error_response(RequestError(message, status=error.status_code))
+    response.headers.update(error.headers or {})
+    return response
 
 
 async def _answer_nobody(_: Request, __: Exception) -> Response:
@@ -140,5 +191,4 @@ async def _answer_nobody(_: Request, __: Exception) -> Response:
 
 async def _answer_bug(_: Request, error: Exception) -> Response:
     log.error("request failed", exc_info=error)
-    described = RequestError("the server failed; its log has the details.", status=500)
-    return JSONResponse(error_object(described), status_code=500)
+    return error_response(RequestError("the server failed; its log has the details.", status=500))

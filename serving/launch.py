@@ -13,9 +13,14 @@ from collections.abc import Callable
 from types import FrameType
 
 from ..errors import ConfigError, MoeyardError
+from .proxy_guard import ask_for_guard
 from .server import ServeArgs, check_model
 
 START_TIMEOUT_S = 300.0
+ENDING_TIMEOUT_S = 10.0
+"""For the last events to reach clients whose requests are ended; the longest step counts too."""
+HUB_TIMEOUT_S = 10.0
+APPLICATION = "moeyard"
 RAY_LOGS = "/tmp/ray/session_latest/logs/serve"
 
 
@@ -34,6 +39,8 @@ def serve_forever(args: ServeArgs, host: str, port: int) -> None:
     # Ray's own ports listen on every interface; a token keeps strangers out.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    ask_for_guard()
+    is_ready = False
     try:
         _on_signals(_stop)
         import ray
@@ -42,6 +49,8 @@ def serve_forever(args: ServeArgs, host: str, port: int) -> None:
         # "local": never join, and never shut down, a cluster that is already there.
         ray.init(
             address="local",
+            # A replica asks Ray for one CPU; more of them than there are must not wait for ever.
+            num_cpus=max(args.num_replicas, len(os.sched_getaffinity(0))),
             include_dashboard=False,
             logging_level=logging.WARNING,
             log_to_driver=False,
@@ -54,13 +63,45 @@ def serve_forever(args: ServeArgs, host: str, port: int) -> None:
         _wait_until_healthy(base)
         sys.stdout.write(f"ready model={args.model_name} url={base}/v1\n")
         sys.stdout.flush()
+        is_ready = True
         while True:
             signal.pause()
     except (_Stopped, SystemExit):
-        pass  # SystemExit: the signal came while ray.init had its own handler in place
+        # SystemExit: the signal came while ray.init had its own handler in place.
+        if is_ready:
+            _drain(args.drain_timeout)
     finally:
         _on_signals(signal.SIG_IGN)  # shutting down is all that is left
         _shut_down()
+
+
+def _drain(timeout_s: float) -> None:
+    """Let nobody in, wait for what runs, end what is left; a second signal ends all at once."""
+    import ray
+    from ray.exceptions import RayError
+
+    from .hub_actor import open_hub
+
+    sys.stdout.write(f"draining timeout_s={timeout_s:g}; a second signal ends everything at once\n")
+    sys.stdout.flush()
+    try:
+        hub = open_hub(APPLICATION)
+        for stage, seconds in (("draining", timeout_s), ("ending", ENDING_TIMEOUT_S)):
+            ray.get(hub.set_stage.remote(stage), timeout=HUB_TIMEOUT_S)
+            deadline = time.monotonic() + seconds
+            while not ray.get(hub.is_drained.remote(), timeout=HUB_TIMEOUT_S):
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(0.1)
+            else:
+                return
+    except RayError as error:
+        reason = type(error).__name__
+        sys.stderr.write(f"running requests are ended: Ray does not answer ({reason}).\n")
+    except _Stopped:
+        _on_signals(signal.SIG_IGN)
+        ray.shutdown()  # takes everything it started with it, without asking
+        raise KeyboardInterrupt from None
 
 
 def check_address(host: str, port: int) -> None:
@@ -85,10 +126,10 @@ def check_address(host: str, port: int) -> None:
 def _deploy(args: ServeArgs) -> None:
     from ray import serve
 
-    from .app import build
+    from .app import application
 
     try:
-        serve.run(build(args), name="moeyard", route_prefix="/", blocking=False)
+        serve.run(application(args), name=APPLICATION, route_prefix="/", blocking=False)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise MoeyardError(

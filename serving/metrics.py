@@ -80,6 +80,9 @@ class EngineMetrics:
         self.cancelled = Counter(
             "moeyard_requests_cancelled", "Requests cancelled by the client", registry=r
         )
+        self.rejected = Counter(
+            "moeyard_requests_rejected", "Requests not let in", ["reason"], registry=r
+        )
         self.prompt_tokens = Counter("moeyard_prompt_tokens", "Prompt tokens read", registry=r)
         self.generated = Counter("moeyard_generation_tokens", "Tokens generated", registry=r)
         self.time_to_first = Histogram(

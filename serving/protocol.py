@@ -1,23 +1,18 @@
-"""OpenAI's completion request: read from bytes, checked, every problem a :class:`RequestError`."""
+"""What OpenAI's requests have in common: read from bytes, checked, problems as sentences."""
 
 import difflib
 import json
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError
 
 from ..errors import RequestError
 
-UNSUPPORTED: dict[str, Any] = {
-    "logprobs": False,
-    "echo": False,
-    "suffix": "",
-    "best_of": 1,
-    "logit_bias": {},
-}
-"""OpenAI's parameters that this server does not have, each with the value that asks for nothing."""
-IGNORED = {"user", "metadata", "store"}
+IGNORED = {"user", "metadata", "store", "safety_identifier", "prompt_cache_key", "service_tier"}
 MAX_STOP_LENGTH = 256
+MAX_LOGPROBS = 20
+"""OpenAI's own limit on the alternatives per token."""
 
 
 class StreamOptions(BaseModel):
@@ -30,15 +25,12 @@ class StreamOptions(BaseModel):
     """Accepted and ignored: nothing here pads its events."""
 
 
-class CompletionRequest(BaseModel):
-    """Body of ``POST /v1/completions``."""
+class GenerationOptions(BaseModel):
+    """The keys that all endpoints share."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     model: str
-    prompt: Any
-    """A string, a list of strings, a list of token ids or a list of such lists."""
-    max_tokens: StrictInt = Field(default=16, ge=1)
     temperature: float = Field(strict=True, default=1.0, ge=0, le=2)
     top_p: float = Field(strict=True, default=1.0, gt=0, le=1)
     top_k: StrictInt = Field(default=0, ge=0)
@@ -50,35 +42,63 @@ class CompletionRequest(BaseModel):
     presence_penalty: float = Field(strict=True, default=0.0, ge=0, le=0)
     frequency_penalty: float = Field(strict=True, default=0.0, ge=0, le=0)
 
-    def prompts(self) -> list[str | list[int]]:
-        """Return the prompts one by one, as text or as ids."""
-        if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
-            return [self.prompt]
-        return list(self.prompt)
+    @property
+    def includes_usage(self) -> bool:
+        """True when a stream ends with the number of tokens."""
+        return self.stream_options is not None and self.stream_options.include_usage
 
     def stop_strings(self) -> tuple[str, ...]:
         """Return the stop strings."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 
-def parse_completion(body: bytes) -> CompletionRequest:
-    """Read a request body."""
+Options = TypeVar("Options", bound=GenerationOptions)
+
+
+def read_values(body: bytes, unsupported: dict[str, Any]) -> dict[str, Any]:
+    """Read a JSON object and drop the keys that ask for nothing.
+
+    ``unsupported`` are OpenAI's parameters that this server does not have, each with the value
+    that asks for nothing; another value is refused.
+    """
     values = _read_json(body)
     for key in list(values):
         if values[key] is None or key in IGNORED:
             del values[key]
-        elif key in UNSUPPORTED:
-            neutral = UNSUPPORTED[key]
+        elif key in unsupported:
+            neutral = unsupported[key]
             if type(values[key]) is not type(neutral) or values[key] != neutral:
                 raise RequestError(f"{key} is not supported; leave it out.", param=key)
             del values[key]
-    _check_prompt(values.get("prompt"))
+    return values
+
+
+def validate(kind: type[Options], values: dict[str, Any]) -> Options:
+    """Check ``values`` and return the request."""
     try:
-        request = CompletionRequest.model_validate(values)
+        request = kind.model_validate(values)
     except ValidationError as error:
-        raise _as_request_error(error, values) from None
-    _check_text(request)
+        raise _as_request_error(kind, error, values) from None
+    stops = request.stop_strings()
+    if len(stops) > 4 or not all(0 < len(stop) <= MAX_STOP_LENGTH for stop in stops):
+        raise RequestError(
+            f"stop takes up to 4 strings of 1 to {MAX_STOP_LENGTH} characters.", param="stop"
+        )
+    check_unicode("stop", stops)
+    if request.stream_options is not None and not request.stream:
+        raise RequestError("stream_options needs stream = true.", param="stream_options")
     return request
+
+
+def check_unicode(param: str, texts: Iterable[str]) -> None:
+    """Refuse text that is not valid Unicode."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise RequestError(
+                f"{param} holds half of a surrogate pair; send valid Unicode.", param=param
+            ) from None
 
 
 def _read_json(body: bytes) -> dict[str, Any]:
@@ -97,55 +117,9 @@ def _read_json(body: bytes) -> dict[str, Any]:
     return values
 
 
-def _check_prompt(prompt: Any) -> None:
-    """Check the type by hand, stopping at the first element that is wrong.
-
-    A union of list types would make pydantic describe every element of a long list, per type.
-    """
-    if prompt is None or isinstance(prompt, str):
-        return  # a missing prompt is found below
-    if isinstance(prompt, list) and not prompt:
-        raise RequestError("prompt is an empty list; give at least one prompt.", param="prompt")
-    rows = prompt if isinstance(prompt, list) else [prompt]
-    if all(isinstance(row, str) for row in rows) or _are_ids(rows):
-        return
-    if all(isinstance(row, list) and _are_ids(row) for row in rows):
-        return
-    raise RequestError(
-        "prompt must be a string, a list of strings, a list of token ids, or a list of such lists.",
-        param="prompt",
-    )
-
-
-def _are_ids(row: list[Any]) -> bool:
-    return all(type(token) is int for token in row)
-
-
-def _check_text(request: CompletionRequest) -> None:
-    stops = request.stop_strings()
-    if len(stops) > 4 or not all(0 < len(stop) <= MAX_STOP_LENGTH for stop in stops):
-        raise RequestError(
-            f"stop takes up to 4 strings of 1 to {MAX_STOP_LENGTH} characters.", param="stop"
-        )
-    texts = [prompt for prompt in request.prompts() if isinstance(prompt, str)]
-    for param, text in [*(("prompt", t) for t in texts), *(("stop", t) for t in stops)]:
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise RequestError(
-                f"{param} holds half of a surrogate pair; send valid Unicode.", param=param
-            ) from None
-    if len(request.prompts()) * request.n > 32:
-        raise RequestError(
-            f"{len(request.prompts())} prompts with n = {request.n} make more than 32 answers; "
-            "send several requests.",
-            param="n",
-        )
-    if request.stream_options is not None and not request.stream:
-        raise RequestError("stream_options needs stream = true.", param="stream_options")
-
-
-def _as_request_error(error: ValidationError, values: dict[str, Any]) -> RequestError:
+def _as_request_error(
+    kind: type[GenerationOptions], error: ValidationError, values: dict[str, Any]
+) -> RequestError:
     problem = error.errors(include_input=False, include_url=False)[0]
     location = [part for part in problem["loc"] if isinstance(part, str)]
     if not location:
@@ -154,7 +128,7 @@ def _as_request_error(error: ValidationError, values: dict[str, Any]) -> Request
     if problem["type"] == "missing":
         return RequestError(f"{param} is missing; give it.", param=param)
     if problem["type"] == "extra_forbidden":
-        known = CompletionRequest if len(location) == 1 else StreamOptions
+        known = kind if len(location) == 1 else StreamOptions
         close = difflib.get_close_matches(location[-1], known.model_fields, n=1)
         hint = f"did you mean {close[0]}?" if close else "leave it out."
         return RequestError(f"{param} is not a known parameter; {hint}", param=param)

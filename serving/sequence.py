@@ -9,6 +9,7 @@ import torch
 
 from ..moe.kv_cache import SequenceCache
 from ..moe.sampling import SamplingParams
+from .logprobs import TokenLogprob
 from .text_stream import Decode, TextStream
 
 CONTEXT_IDS = 8
@@ -27,6 +28,12 @@ class GenerationRequest:
     sampling: SamplingParams
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    echo: str = ""
+    """Text to put in front of the answer."""
+    num_logprobs: int | None = None
+    """Likeliest tokens to report beside each one; None reports no log-probabilities."""
+    scores_prompt: bool = False
+    """Report log-probabilities of the prompt's tokens too, before the first generated one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +47,8 @@ class GenerationEvent:
     """Tokens generated so far."""
     finish_reason: FinishReason | None = None
     error: str | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """Of the new token, if asked for, and before the first one of the prompt's tokens."""
 
 
 @dataclass(slots=True)
@@ -66,6 +75,7 @@ class Sequence:
         self._eos_ids = eos_ids
         self._stream = TextStream(decode, request.stop, request.prompt_ids[-CONTEXT_IDS:])
         self._generated: list[int] = []
+        self.prompt_logprobs: list[TokenLogprob] = []
         self.generator = torch.Generator()
         if request.seed is None:
             self.generator.seed()
@@ -93,8 +103,9 @@ class Sequence:
         start = self.cache.length
         return self.request.prompt_ids[start : start + chunk]
 
-    def accept(self, token: int) -> GenerationEvent:
+    def accept(self, token: int, logprobs: Items[TokenLogprob] = ()) -> GenerationEvent:
         """Add a sampled token and say what came of it."""
+        is_first = not self._generated
         self._generated.append(token)
         reason: FinishReason | None = None
         text = ""
@@ -108,7 +119,12 @@ class Sequence:
                 reason = "length"
         if reason is not None:
             text += self._stream.finish()
-        return GenerationEvent(self.request.request_id, text, self.num_generated, reason)
+        if is_first:
+            text = self.request.echo + text
+            logprobs = [*self.prompt_logprobs, *logprobs]
+        return GenerationEvent(
+            self.request.request_id, text, self.num_generated, reason, logprobs=tuple(logprobs)
+        )
 
     def fail(self, message: str) -> GenerationEvent:
         """End the request with an error."""

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Literal
 
@@ -9,15 +10,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from starlette.types import ASGIApp
 
-from ..errors import ModelFileError
 from ..moe.model_folder import ModelFolder
-from .completions import Completions
+from .admission import Admission
 from .engine import Engine, check_length
 from .engine_thread import EngineThread
-from .http_app import create_app
+from .http_app import HttpApi
 from .loading import open_model, open_store, pick_dtype
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+from .tokenizer import ServingTokenizer
 
 
 class ServeArgs(BaseModel):
@@ -35,14 +34,22 @@ class ServeArgs(BaseModel):
     """None = as stored."""
     max_num_seqs: int = Field(default=8, ge=1)
     """Requests in the batch; more wait."""
+    max_queued_requests: int = Field(default=64, ge=0)
+    """Requests that wait beyond the batch; more are refused with 429."""
     max_model_len: int | None = Field(default=None, ge=1)
     """Longest prompt and answer together; None = what the model takes."""
     prefill_chunk: int = Field(default=256, ge=1)
     """Prompt tokens read per step."""
     num_threads: int | None = Field(default=None, ge=1)
-    """Compute threads; None = all cores this process may use."""
+    """Compute threads; None = the cores this process may use, shared between the replicas."""
+    num_replicas: int = Field(default=1, ge=1)
+    """Processes that serve the model, each with its own engine and experts."""
+    drain_timeout: float = Field(default=30.0, ge=0, allow_inf_nan=False)
+    """Seconds that running requests get to finish when the server or a replica stops."""
     api_key: str | None = None
     """Key clients must send; None asks for none."""
+    chat_template: str | None = None
+    """A Jinja file to use instead of the model folder's chat template."""
 
     @field_validator("api_key")
     @classmethod
@@ -56,13 +63,18 @@ class ServeArgs(BaseModel):
         """The name clients use."""
         return self.served_model_name or Path(self.model).resolve().name
 
+    def open_tokenizer(self) -> ServingTokenizer:
+        """Open the model's tokenizer."""
+        template = None if self.chat_template is None else Path(self.chat_template)
+        return ServingTokenizer(Path(self.model), template)
+
 
 def check_model(args: ServeArgs) -> None:
     """Refuse a folder, a tokenizer or a budget that cannot work; reads headers only."""
     folder = ModelFolder(Path(args.model))
     folder.check()
     dtype = pick_dtype(folder, args.dtype)
-    open_serving_tokenizer(Path(args.model))
+    args.open_tokenizer()
     if args.expert_memory is not None:
         open_store(folder, dtype, args.expert_memory).close()
     folder.close()
@@ -70,51 +82,42 @@ def check_model(args: ServeArgs) -> None:
 
 
 class Server:
-    """A running model: engine thread and HTTP application."""
+    """A running model: engine thread, admission and HTTP application."""
 
     def __init__(self, args: ServeArgs) -> None:
-        torch.set_num_threads(args.num_threads or len(os.sched_getaffinity(0)))
+        share = max(1, len(os.sched_getaffinity(0)) // args.num_replicas)
+        torch.set_num_threads(args.num_threads or share)
         model, self._store = open_model(args.model, args.dtype, expert_memory=args.expert_memory)
-        tokenizer = open_serving_tokenizer(Path(args.model))
+        tokenizer = args.open_tokenizer()
         engine = Engine(
             model,
-            lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
+            tokenizer.decode,
             self._store,
             max_num_seqs=args.max_num_seqs,
             max_model_len=args.max_model_len,
             prefill_chunk=args.prefill_chunk,
         )
+        self.metrics = engine.metrics
         self.thread = EngineThread(engine)
+        self.admission = Admission(
+            args.max_num_seqs, args.max_queued_requests, engine.metrics.rejected
+        )
+        self.render_metrics: Callable[[], Awaitable[bytes]] = self._own_metrics
+        """What ``/metrics`` answers; one of several replicas puts the metrics of all here."""
+        api = HttpApi(
+            self.thread,
+            tokenizer,
+            self.admission,
+            args.model_name,
+            lambda: self.render_metrics(),
+        )
+        self.app: ASGIApp = api.app(args.api_key)
 
-        eos_text = str(tokenizer.eos_token)
-
-        def encode(text: str) -> list[int]:
-            ids = list(tokenizer(text, verbose=False)["input_ids"])
-            while ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(eos_text):
-                ids.pop()  # some tokenizers end every text; a prompt goes on
-            return ids
-
-        completions = Completions(self.thread, encode, args.model_name)
-        self.app: ASGIApp = create_app(completions, args.api_key)
+    async def _own_metrics(self) -> bytes:
+        return self.metrics.render()
 
     def close(self) -> None:
         """Stop the threads."""
         self.thread.stop()
         if self._store is not None:
             self._store.close()
-
-
-def open_serving_tokenizer(folder: Path):  # type: ignore[no-untyped-def]
-    """Open the tokenizer of a model folder."""
-    from transformers import AutoTokenizer
-
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        # transformers would make an empty tokenizer up from config.json
-        raise ModelFileError(f"{folder} has no tokenizer; add tokenizer.json.")
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the tokenizer library raises whatever it likes
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ModelFileError(
-            f"{folder} has no usable tokenizer ({reason}); add tokenizer.json."
-        ) from None

@@ -12,7 +12,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from moeyard.serving import store as store_module
 from moeyard.serving.server import ServeArgs, Server
 
-KEY = {"Authorization": "Bearer secret"}
+from http_calls import KEY, call, check_error, client_of, events
+
 BODY = {"model": "small", "prompt": "ab", "max_tokens": 8, "temperature": 0}
 
 
@@ -23,23 +24,8 @@ def server(model_folder):
     running.close()
 
 
-def call(server, method, path, headers=KEY, **options) -> httpx.Response:
-    async def go():
-        transport = httpx.ASGITransport(app=server.app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            return await client.request(method, path, headers=headers, **options)
-
-    return asyncio.run(go())
-
-
 def complete(server, **changes) -> httpx.Response:
     return call(server, "POST", "/v1/completions", json={**BODY, **changes})
-
-
-def events(response) -> list:
-    lines = [line for line in response.text.split("\n\n") if line]
-    assert all(line.startswith("data: ") for line in lines)
-    return [line.removeprefix("data: ") for line in lines]
 
 
 def test_answers_with_openais_object(server):
@@ -129,7 +115,7 @@ def test_a_malformed_body_gets_400_and_one_sentence(server, case):
 BAD_VALUES = {
     "misspelt": ({"max_token": 3}, "max_token is not a known parameter; did you mean max_tokens"),
     "unknown": ({"zzz": 3}, "zzz is not a known parameter; leave it out"),
-    "unsupported": ({"logprobs": 3}, "logprobs is not supported"),
+    "unsupported": ({"suffix": "x"}, "suffix is not supported"),
     "hot": ({"temperature": 9}, "temperature is 9, but it should be less than or equal to 2"),
     "no_tokens": ({"max_tokens": 0}, "max_tokens is 0"),
     "fraction": ({"max_tokens": 1.5}, "max_tokens is 1.5"),
@@ -146,9 +132,9 @@ BAD_VALUES = {
     "id_huge": ({"prompt": [2**63]}, "token id 9223372036854775808"),
     "too_long": ({"prompt": "x" * 300}, "the model takes 256 in all"),
     "too_many_tokens": ({"max_tokens": 255}, "the model takes 256 in all"),
-    "echo": ({"echo": True}, "echo is not supported"),
-    "logprobs_0": ({"logprobs": 0}, "logprobs is not supported"),
-    "logprobs_1": ({"logprobs": 1}, "logprobs is not supported"),
+    "echo": ({"echo": "yes"}, "echo is 'yes'"),
+    "logprobs_bool": ({"logprobs": True}, "logprobs is True"),
+    "logprobs_many": ({"logprobs": 21}, "logprobs is 21"),
     "best_of": ({"best_of": True}, "best_of is not supported"),
     "text_temperature": ({"temperature": "0.5"}, "temperature is '0.5'"),
     "late_mixed_ids": ({"prompt": [1] * 200_000 + ["a"]}, "prompt must be a string"),
@@ -172,14 +158,6 @@ def test_a_bad_value_gets_400_naming_the_field(server, case):
     if case in ("too_long", "too_many_tokens"):
         assert error["code"] == "context_length_exceeded"
     assert error["param"] is not None
-
-
-def check_error(response, status, message):
-    assert response.status_code == status, response.text
-    error = response.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    assert message in error["message"] and "\n" not in error["message"]
-    return error
 
 
 def test_null_means_default_and_the_server_goes_on(server):
@@ -239,6 +217,38 @@ def test_health_is_open_and_means_it(server, model_folder):
     response = call(broken, "GET", "/health")
     assert response.status_code == 503 and "ZeroDivisionError" in response.json()["reason"]
     check_error(complete(broken), 503, "the engine failed")
+
+
+def test_health_tells_of_an_engine_stuck_in_one_step_until_it_goes_on(model_folder):
+    server = Server(ServeArgs(model=str(model_folder)))
+    server.thread._stuck_after_s = 0.0
+    assert call(server, "GET", "/health").status_code == 200, "an idle engine is not stuck"
+    step, entered, may_run = server.thread.engine.step, threading.Event(), threading.Event()
+
+    def stuck():
+        entered.set()
+        assert may_run.wait(30)
+        return step()
+
+    async def ask():
+        async with client_of(server.app) as client:
+            # The first request is under way when the engine gets stuck.
+            server.thread._stuck_after_s = 1e9
+            first = asyncio.create_task(client.post("/v1/completions", json=BODY))
+            await asyncio.to_thread(entered.wait)
+            server.thread._stuck_after_s = 0.0
+            health = await client.get("/health")
+            refused = await client.post("/v1/completions", json=BODY)
+            server.thread._stuck_after_s = 1e9
+            may_run.set()
+            return health, refused, await first, await client.get("/health")
+
+    server.thread.engine.step = stuck
+    health, refused, first, after = asyncio.run(ask())
+    assert health.status_code == 503 and "in one step for" in health.json()["reason"]
+    check_error(refused, 503, "in one step for")
+    assert first.status_code == after.status_code == 200
+    server.close()
 
 
 def test_an_unreadable_expert_gives_503_or_an_error_event_and_the_server_goes_on(

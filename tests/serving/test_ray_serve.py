@@ -1,65 +1,14 @@
 """The real thing: ``moeyard serve`` and ``serve run`` as processes, called over HTTP."""
 
-import os
 import re
-import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import openai
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
-BIN = Path(sys.executable).parent
-START_S = 120
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-class Running:
-    """A server process in a group of its own."""
-
-    def __init__(self, command: list[str], log: Path, port: int, **env: str) -> None:
-        self.log_path, self.port = log, port
-        with log.open("w") as file:
-            self.process = subprocess.Popen(
-                command,
-                env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0", **env},
-                cwd="/",
-                stdout=file,
-                stderr=file,
-                start_new_session=True,
-            )
-
-    def log(self) -> str:
-        return self.log_path.read_text()
-
-    def wait_until_healthy(self) -> None:
-        deadline = time.monotonic() + START_S
-        while time.monotonic() < deadline:
-            assert self.process.poll() is None, self.log()
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5):
-                    return
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.2)
-        raise AssertionError(self.log())
-
-    def stop(self) -> int:
-        self.process.send_signal(signal.SIGTERM)
-        try:
-            return self.process.wait(60)
-        finally:
-            subprocess.run(["pkill", "-9", "-s", str(self.process.pid)], check=False)
+from server_process import BIN, Running, free_port
 
 
 @pytest.fixture(scope="module")
@@ -119,14 +68,7 @@ def test_metrics_add_up_across_concurrent_requests(server, client):
     with concurrent.futures.ThreadPoolExecutor(6) as pool:
         answers = list(pool.map(ask, range(12)))
     assert all(a.usage.completion_tokens <= 10 for a in answers)
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{server.port}/metrics", headers={"Authorization": "Bearer secret"}
-    )
-    text = urllib.request.urlopen(request).read().decode()
-    totals: dict[str, float] = {}
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            totals[sample.name] = totals.get(sample.name, 0) + sample.value
+    totals = server.totals("secret")
     assert totals["moeyard_moe_tokens_total"] > 0
     routed = totals["moeyard_expert_tokens_total"]
     print(f"\nrouted rows {routed:.0f}, tokens {totals['moeyard_moe_tokens_total']:.0f}")
