@@ -17,16 +17,25 @@ class DataConfig(_Section):
     """Where tokens come from."""
 
     source: str = "stdlib"
-    """``stdlib`` (the running Python's standard library), a text file, a ``.jsonl`` file, or a
-    token shard ``.bin`` with its JSON sidecar."""
+    """``stdlib`` (the running Python's standard library), a text file, a ``.jsonl`` file, a folder
+    of these, a token shard ``.bin`` with its JSON sidecar, or ``hf:NAME``: a data set of the
+    Hugging Face hub, or a folder of its kind, which is streamed while training runs."""
     eval_source: str | None = None
     """Held-out data of the same kinds; None holds out ``eval_fraction`` of ``source``."""
+    hf_config: str | None = None
+    """Configuration of an ``hf:`` data set; None where it has but one."""
+    hf_revision: str | None = None
+    """Commit of a hub data set; pin it, so that a resumed run goes on in the same data."""
+    split: str = "train"
+    """Split of an ``hf:`` source."""
+    eval_split: str | None = None
+    """Held-out split of an ``hf:`` source, in place of ``eval_fraction``."""
     eval_fraction: float = Field(default=0.05, gt=0, lt=0.5)
     """Share of ``source`` held out: whole files (stdlib), documents (JSONL), or the text's end."""
     tokenizer: str = "bytes"
     """``bytes`` or a folder with a Hugging Face tokenizer."""
     text_key: str = "text"
-    """Key of the document's text in a JSONL line."""
+    """Key of the document's text in a JSONL line, or its column in a data set."""
 
 
 class OptimizerConfig(_Section):

@@ -20,6 +20,7 @@ from .data.corpus import open_shards, prepare_shards
 from .data.shards import TokenShard
 from .data.tokenizer import Tokenizer, open_tokenizer
 from .precision import apply_precision
+from .stop import StopRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +35,17 @@ class Data:
     """Of the held-out text: turns nats per token into nats per byte."""
 
 
-def build_data(config: RunConfig, folder: Path, mesh: Mesh) -> Data:
-    """Prepare the shards on rank 0 and open them on all ranks."""
+def build_data(
+    config: RunConfig, folder: Path, mesh: Mesh, stop: StopRequest | None = None
+) -> Data:
+    """Prepare the shards on rank 0 and open them on all ranks.
+
+    Raises :class:`Stopped` on all when rank 0 is asked to stop meanwhile.
+    """
     tokenizer = open_tokenizer(config.data.tokenizer)
 
     def prepare() -> None:
-        prepare_shards(config.data, tokenizer, folder)
+        prepare_shards(config.data, tokenizer, folder, stop)
         open_shards(config.data, tokenizer, folder, verify=True)
 
     mesh.on_rank_0(prepare)

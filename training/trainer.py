@@ -29,13 +29,13 @@ class Trainer:
         check_batch(config, mesh)
         self._config = config
         self._mesh = mesh
-        self._data = build_data(config, run_dir / "data", mesh)
+        self._stop = stop or StopRequest()
+        self._data = build_data(config, run_dir / "data", mesh, self._stop)
         self._model_config = fill_vocabulary(config, self._data.tokenizer)
         self.decoder, masters = build_model(config, self._model_config, self._data, mesh)
         self._step = TrainStep(config, self.decoder, masters, self._data.train, mesh)
         self._checkpoints = Checkpoints(run_dir, mesh, config.checkpoint.keep)
         self._run_dir = run_dir
-        self._stop = stop or StopRequest()
         self._generator = torch.default_generator
         if torch.cuda.is_available():
             self._generator = torch.cuda.default_generators[torch.cuda.current_device()]
