@@ -32,10 +32,29 @@ class DataConfig(_Section):
     """Held-out split of an ``hf:`` source, in place of ``eval_fraction``."""
     eval_fraction: float = Field(default=0.05, gt=0, lt=0.5)
     """Share of ``source`` held out: whole files (stdlib), documents (JSONL), or the text's end."""
+    block_tokens: int = Field(default=1 << 20, ge=1)
+    """Tokens of the blocks that an ``hf:`` source is cut in; windows are shuffled inside one."""
+    stream_ahead_tokens: int = Field(default=1 << 22, ge=1)
+    """Tokens of an ``hf:`` source that are prepared before training needs them, at most."""
     tokenizer: str = "bytes"
     """``bytes`` or a folder with a Hugging Face tokenizer."""
     text_key: str = "text"
     """Key of the document's text in a JSONL line, or its column in a data set."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.eval_split is not None:
+            held_out = self.source if self.eval_source is None else self.eval_source
+            if not held_out.startswith("hf:"):
+                raise ValueError(
+                    f"eval_split is {self.eval_split!r}, but {held_out!r} has no splits; leave it "
+                    "out or give an hf: data set."
+                )
+            if self.eval_source is None and self.eval_split == self.split:
+                raise ValueError(
+                    f"eval_split is {self.eval_split!r}, which is trained on; give another split."
+                )
+        return self
 
 
 class OptimizerConfig(_Section):

@@ -16,7 +16,7 @@ from ..moe.losses import auxiliary_losses
 from ..parallel.gradients import MainGradients, wrap_dense
 from ..parallel.mesh import Mesh
 from .config import RunConfig
-from .data.batches import GlobalBatches
+from .data.batches import Batches
 from .objective import NextToken
 from .optimizer import MasterAdamW, learning_rate
 
@@ -46,7 +46,7 @@ class TrainStep:
         config: RunConfig,
         decoder: Decoder,
         masters: dict[str, Tensor],
-        batches: GlobalBatches,
+        batches: Batches,
         mesh: Mesh,
     ) -> None:
         self._config = config

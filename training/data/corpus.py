@@ -24,16 +24,11 @@ def prepare_shards(
     Sources that are shards already are left where they are.
     """
     stop = stop or StopRequest()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(
-            f"{folder} cannot be made ({error.strerror}); remove what is there."
-        ) from None
+    make_folder(folder)
     if not is_shard(config.source):
         source = open_source(config, config.source, config.split, "data.source")
         if has_own_eval(config):
-            _write_once(folder / NAMES[False], source, tokenizer, stop)
+            _write_once(folder / NAMES[False], source, tokenizer, stop, None)
         else:
             _write_both_once(folder, source, config, tokenizer, stop)
     elif config.eval_source is None:
@@ -42,7 +37,7 @@ def prepare_shards(
             "give data.eval_source."
         )
     if has_own_eval(config) and not is_shard(config.eval_source):
-        _write_once(folder / NAMES[True], open_eval_source(config), tokenizer, stop)
+        prepare_eval(folder, open_eval_source(config), tokenizer, stop, None)
 
 
 def open_shards(
@@ -61,6 +56,23 @@ def open_eval_shard(
     if config.eval_source is not None and is_shard(config.eval_source):
         path = Path(config.eval_source)
     return open_shard(path, tokenizer, verify)
+
+
+def prepare_eval(
+    folder: Path, source: Source, tokenizer: Tokenizer, stop: StopRequest, limit: int | None
+) -> None:
+    """Write ``eval.bin`` from a source of its own; ``limit`` tokens are enough."""
+    _write_once(folder / NAMES[True], source, tokenizer, stop, limit)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, or say why it cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"{folder} cannot be made ({error.strerror}); remove what is there."
+        ) from None
 
 
 def is_shard(source: str | None) -> bool:
@@ -104,15 +116,22 @@ def write_both(
 
 
 def write_one(
-    path: Path, source: Source, tokenizer: Tokenizer, fingerprint: str | None, stop: StopRequest
+    path: Path,
+    source: Source,
+    tokenizer: Tokenizer,
+    fingerprint: str | None,
+    stop: StopRequest,
+    limit: int | None = None,
 ) -> None:
-    """Write all documents of ``source``."""
+    """Write the documents of ``source``, only the first ones once ``limit`` tokens are there."""
     writer = ShardWriter(path, tokenizer)
     try:
         with LongWork("tokenising", stop) as work:
             for number, document in enumerate(source, start=1):
                 writer.add(document)
                 work.advance(documents=number, tokens=writer.num_tokens)
+                if limit is not None and writer.num_tokens >= limit:
+                    break
         writer.finish(fingerprint)
     finally:
         writer.close()
@@ -137,10 +156,12 @@ def _write_both_once(
         _check_same(folder / name, hash_of_documents(documents), tokenizer)
 
 
-def _write_once(path: Path, source: Source, tokenizer: Tokenizer, stop: StopRequest) -> None:
+def _write_once(
+    path: Path, source: Source, tokenizer: Tokenizer, stop: StopRequest, limit: int | None
+) -> None:
     fingerprint = source.fingerprint()
     if not _exists(path):
-        write_one(path, source, tokenizer, fingerprint, stop)
+        write_one(path, source, tokenizer, fingerprint, stop, limit)
     elif not _is_unchanged(path, fingerprint, tokenizer):
         _check_same(path, hash_of_documents(source), tokenizer)
 

@@ -20,8 +20,15 @@ class BatchEncoder:
         self._ends: list[bool] = []
         self._characters = 0
 
-    def add(self, text: str, ends_document: bool) -> npt.NDArray[np.uint32]:
-        """Take a piece, with eos behind it if it ends its document; return tokens that are due."""
+    def add(self, piece: str) -> npt.NDArray[np.uint32]:
+        """Take a piece of a document; return tokens that are due."""
+        return self._take(piece, ends_document=False)
+
+    def end_document(self) -> npt.NDArray[np.uint32]:
+        """Put eos behind the pieces taken; return tokens that are due."""
+        return self._take("", ends_document=True)
+
+    def _take(self, text: str, ends_document: bool) -> npt.NDArray[np.uint32]:
         self._texts.append(text)
         self._ends.append(ends_document)
         self._characters += len(text)
@@ -34,7 +41,10 @@ class BatchEncoder:
         parts = [np.empty(0, dtype=np.uint32)]
         if self._texts:
             encoded = self._tokenizer.encode_batch(self._texts)
-            for ids, ends in zip(encoded, self._ends, strict=True):
-                parts += [ids, self._eos] if ends else [ids]
+            for text, ids, ends in zip(self._texts, encoded, self._ends, strict=True):
+                if text:  # some tokenizers put a mark before a text, even an empty one
+                    parts.append(ids)
+                if ends:
+                    parts.append(self._eos)
         self._texts, self._ends, self._characters = [], [], 0
         return np.concatenate(parts)

@@ -38,7 +38,7 @@ class Split:
 
 def find_split(source: Source, name: str, fraction: float, work: LongWork) -> Split:
     """Read a source once. Raises :class:`DataError` when nothing would be left to train on."""
-    every = max(2, round(1 / fraction))
+    every = every_nth(fraction)
     digests: set[bytes] = set()
     num_documents, num_characters, is_all_held_out = 0, 0, True
     for document in source:
@@ -54,6 +54,11 @@ def find_split(source: Source, name: str, fraction: float, work: LongWork) -> Sp
         raise DataError(f"data.source {name!r} holds no documents; give a corpus with some text.")
     cut = num_characters - max(1, int(num_characters * fraction))
     return Split(num_documents, every, max(0, cut), digests)
+
+
+def every_nth(fraction: float) -> int:
+    """Return n such that holding out every n-th document holds out about ``fraction``."""
+    return max(2, round(1 / fraction))
 
 
 def digest_of(document: Iterable[str]) -> bytes:

@@ -3,6 +3,8 @@
 The datasets library runs no code of a data set since its version 4, and none is asked for here.
 """
 
+import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -39,6 +41,9 @@ class HubSource:
         self._field, self._source = field, source
         self.open()
 
+    def __str__(self) -> str:
+        return f"{self._field} {self._source!r}"
+
     def __iter__(self) -> Iterator[Document]:
         reader = HubReader(self, Position(), time.sleep)
         try:
@@ -48,8 +53,9 @@ class HubSource:
             reader.close()
 
     def fingerprint(self) -> str | None:
-        """Return None: what the hub holds may change unseen."""
-        return None
+        """Hash the name and revision, which stand for the contents: reading costs too much."""
+        facts = [self._name, self._config, self._revision, self._split, self._text_key]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def open(self) -> Any:
         """Return the split as an ``IterableDataset`` of the text alone, from the beginning."""
@@ -70,7 +76,7 @@ class HubSource:
                 path, self._config, data_files=files, revision=self._revision, streaming=True
             )
             known = sorted(splits)
-            rows = splits[self._split] if self._split in splits else None
+            rows = splits.get(self._split)
             columns = None if rows is None else rows.column_names
         except Exception as error:  # the library raises whatever it likes
             raise DataError(
@@ -129,6 +135,7 @@ class HubReader:
         self.position = start
         """Behind the last text given out."""
         self._source, self._pause = source, pause
+        self._failure: DataError | None = None
         self._reopen()
 
     def next_text(self) -> str | None:
@@ -146,6 +153,8 @@ class HubReader:
         self._rows.close()
 
     def _next_row(self) -> dict[str, Any] | None:
+        if self._failure is not None:
+            raise self._failure
         failure: Exception | None = None
         for pause_s in (*PAUSES_S, None):
             try:
@@ -162,7 +171,8 @@ class HubReader:
                 self.position = Position(self._dataset.state_dict(), seen)
             return row
         assert failure is not None, "no attempt was made"
-        raise self._source.broken_off(self.position.documents, failure) from failure
+        self._failure = self._source.broken_off(self.position.documents, failure)
+        raise self._failure from failure
 
     def _reopen(self) -> None:
         self._dataset = self._source.open()

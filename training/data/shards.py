@@ -95,9 +95,13 @@ class ShardWriter:
             raw = piece.encode()
             text_digest.update(raw)
             self._num_bytes += len(raw)
-            self._write(self._encoder.add(piece, ends_document=False))
-        self._write(self._encoder.add("", ends_document=True))
+            self._write(self._encoder.add(piece))
+        self._write(self._encoder.end_document())
         self._source_digest.update(text_digest.digest())
+
+    def flush(self) -> None:
+        """Tokenise what has been added."""
+        self._write(self._encoder.flush())
 
     def close(self) -> None:
         """Let go of the file."""
@@ -105,7 +109,7 @@ class ShardWriter:
 
     def finish(self, fingerprint: str | None) -> None:
         """Flush the tokens to disk, then say in the sidecar what they are."""
-        self._write(self._encoder.flush())
+        self.flush()
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
