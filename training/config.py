@@ -80,6 +80,9 @@ class TrainConfig(_Section):
     """Tokens per sequence."""
     batch_sequences: int = Field(default=16, ge=1)
     """Sequences of the global batch, over all ranks and micro-batches."""
+    packing: Literal["none", "documents"] = "none"
+    """``documents``: a window's documents do not see each other, and each counts its positions from
+    0; ``none``: attention reaches across the whole window."""
     accumulation: int = Field(default=1, ge=1)
     """Micro-batches per step; balance losses are taken over each, across all ranks."""
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"

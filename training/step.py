@@ -55,7 +55,8 @@ class TrainStep:
         self._routers = decoder.routers()
         self._device = decoder.embed_tokens.weight.device
         self.gradients = MainGradients(decoder, mesh)
-        self.objective = NextToken(decoder)
+        separates = config.train.packing == "documents"
+        self.objective = NextToken(decoder, batches.eos_id if separates else None)
         self._wrapped = wrap_dense(self.objective, mesh)
         self.optimizer = MasterAdamW(decoder, masters, config.optimizer)
 

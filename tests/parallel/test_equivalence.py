@@ -12,6 +12,7 @@ from launch import run, torchrun
 WORKER = str(Path(__file__).parent / "equivalence_worker.py")
 EXACT = ["train.precision=fp64", "parallel.backend=reference"]
 TORCH = "parallel.backend=torch"  # in place of the reference
+DOCUMENTS = "OUT/documents.jsonl"
 VARIANTS = {
     "plain": {"overrides": []},
     "accumulated": {"overrides": ["train.accumulation=2"]},
@@ -23,6 +24,13 @@ VARIANTS = {
         "overrides": [TORCH, "model.moe.d_shared=8", "model.tie_embeddings=true"],
     },
     "dense_layer": {"overrides": [TORCH, "model.dense_layers=[0]", "model.d_ff=40"]},
+    "packed": {
+        "overrides": [
+            "train.packing=documents",
+            "train.recompute=true",
+            f"data.source={DOCUMENTS}",
+        ],
+    },
     "starved": {"overrides": [], "starved": True},
     "starved_both": {
         "overrides": ["train.accumulation=2", "train.recompute=true"],
@@ -47,18 +55,36 @@ def cases(ep: int, precision: list[str], suffix: str) -> dict[str, dict]:
 def results(tmp_path_factory, config_file):
     """Run every variant on every mesh: one launch per number of ranks."""
     out = tmp_path_factory.mktemp("equivalence")
+    texts = [f"def f{n}(x):\n" + "    x += 1\n" * (n % 9) for n in range(400)]
+    lines = [json.dumps({"text": text}) + "\n" for text in texts]
+    (out / Path(DOCUMENTS).name).write_text("".join(lines))
     bf16 = ["train.precision=bf16"]
     one = cases(1, EXACT, "-w1-ep1") | {
         "bf16-w1-ep1": {"overrides": bf16},
     }
-    run([sys.executable, WORKER, str(config_file), str(out), json.dumps(one)], 300)
+    run(
+        [
+            sys.executable,
+            WORKER,
+            str(config_file),
+            str(out),
+            json.dumps(one).replace("OUT", str(out)),
+        ],
+        300,
+    )
     for ranks in (2, 4):
         here = {}
         for _, ep in [w for w in WORLDS if w[0] == ranks]:
             here |= cases(ep, EXACT, f"-w{ranks}-ep{ep}")
             here[f"bf16-w{ranks}-ep{ep}"] = {"overrides": [*bf16, f"parallel.ep={ep}"]}
-        torchrun(ranks, WORKER, str(config_file), str(out), json.dumps(here))
+        torchrun(
+            ranks, WORKER, str(config_file), str(out), json.dumps(here).replace("OUT", str(out))
+        )
     return out
+
+
+def as_json(cases: dict[str, dict], out: Path) -> str:
+    return json.dumps(cases).replace(DOCUMENTS, str(out / Path(DOCUMENTS).name))
 
 
 def gathered(out: Path, name: str, ranks: int) -> list[dict]:
