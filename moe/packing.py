@@ -15,7 +15,9 @@ from torch import Tensor
 from .batch import Batch, Packing, batch_of_rows
 
 STEPS = 8
-"""Lengths are rounded up to multiples of the next power of two over this."""
+"""Lengths are rounded up to multiples of the next power of two over this. Attention over windows of
+1024 with documents of 128 on average took 0.41 of whole windows' time with 8, 0.45 with 4, 0.68
+with 1; a call per document 0.39, but 0.96 for documents of 8 (benchmarks/packing.py)."""
 
 
 def batch_of_documents(ids_BL: Tensor, eos_id: int) -> Batch:

@@ -48,12 +48,16 @@ class LongWork:
         if kind is None:
             self._line("done")
 
+    def note(self, **facts: int) -> None:
+        """Change what is shown next."""
+        self._facts.update(facts)
+
     def advance(self, **facts: int) -> None:
         """Note one more unit of work. Raises :class:`Stopped` when somebody asked to stop."""
         if self._stop.signal_name is not None:
             raise Stopped(f"stopped by {self._stop.signal_name} while {self._event}.")
         self._calls += 1
-        self._facts.update(facts)
+        self.note(**facts)
         now = time.monotonic()
         if self._progress is not None:
             if now - self._shown > 0.1:
@@ -67,7 +71,7 @@ class LongWork:
     def _line(self, state: str) -> None:
         facts = {"event": self._event.replace(" ", "_"), "state": state, **self._facts}
         if self._total:
-            facts["share"] = f"{self._calls / self._total:.2f}"
+            facts["share"] = f"{min(1, self._calls / self._total):.2f}"
         facts["seconds"] = f"{time.monotonic() - self._started:.1f}"
         text = " ".join(f"{key}={value}" for key, value in facts.items())
         sys.stderr.write(text + "\n")

@@ -48,7 +48,7 @@ def test_main_gradients_are_those_of_the_mean_cross_entropy(tmp_path, config_fil
 
 
 def test_steps_and_evaluation_separate_packed_documents(tmp_path, config_file):
-    texts = "".join(json.dumps({"text": "some words " * (n % 5)}) + "\n" for n in range(200))
+    texts = "".join(json.dumps({"text": f"text {n} " * (1 + n % 5)}) + "\n" for n in range(200))
     (tmp_path / "d.jsonl").write_text(texts)
     options = [*PLAIN, f"data.source={tmp_path}/d.jsonl", "train.packing=documents"]
     run = trainer(config_file, tmp_path, *options)

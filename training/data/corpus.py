@@ -108,8 +108,9 @@ def write_both(
             for is_held_out, document in split.sides(source):
                 writers[is_held_out].add(document)
                 work.advance(tokens=sum(writer.num_tokens for writer in writers.values()))
-        for writer in writers.values():
-            writer.finish(fingerprint)
+            for writer in writers.values():
+                writer.finish(fingerprint)
+            work.note(tokens=sum(writer.num_tokens for writer in writers.values()))
     finally:
         for writer in writers.values():
             writer.close()
@@ -132,7 +133,8 @@ def write_one(
                 work.advance(documents=number, tokens=writer.num_tokens)
                 if limit is not None and writer.num_tokens >= limit:
                     break
-        writer.finish(fingerprint)
+            writer.finish(fingerprint)
+            work.note(tokens=writer.num_tokens)
     finally:
         writer.close()
 
