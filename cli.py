@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from .errors import MoeyardError
+from .errors import MoeyardError, Stopped
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -13,6 +13,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         arguments.run(arguments)
+    except Stopped as stopped:
+        sys.stderr.write(f"{stopped}\n")
+        return 130
     except MoeyardError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2 if isinstance(error, ValueError) else 1
@@ -32,6 +35,26 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     export.add_argument("out_dir", type=Path, metavar="OUT_DIR")
     export.set_defaults(run=_export)
+
+    tokenize = commands.add_parser("tokenize", help="text to a tokenizer and token shards")
+    tokenize.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="stdlib, a text or .jsonl file, a folder of these, or hf:NAME_OR_FOLDER",
+    )
+    tokenize.add_argument("out_dir", type=Path, metavar="OUT_DIR")
+    which = tokenize.add_mutually_exclusive_group()
+    which.add_argument("--vocab-size", type=int, help="learn a byte-level BPE; default 8192 ids")
+    which.add_argument("--tokenizer", help="bytes or a Hugging Face folder, instead of learning")
+    tokenize.add_argument("--eval-fraction", type=float, help="share held out; default 0.05")
+    tokenize.add_argument("--eval-source", help="held-out text of its own, a source like SOURCE")
+    tokenize.add_argument("--text-key", help="key or column of the text; default text")
+    tokenize.add_argument("--hf-config", help="configuration of an hf: data set")
+    tokenize.add_argument("--hf-revision", help="commit of an hf: data set")
+    tokenize.add_argument("--split", help="split of an hf: data set; default train")
+    tokenize.add_argument("--eval-split", help="held-out split of an hf: data set")
+    tokenize.add_argument("--chat-template", type=Path, help="Jinja file to keep beside the BPE")
+    tokenize.set_defaults(run=_tokenize)
 
     serve = commands.add_parser("serve", help="serve a model behind an OpenAI API with Ray Serve")
     serve.add_argument("model", metavar="MODEL_DIR")
@@ -80,6 +103,25 @@ def _export(arguments: argparse.Namespace) -> None:
 
     step = export(arguments.run_dir, arguments.out_dir)
     sys.stdout.write(f"exported step={step} folder={arguments.out_dir}\n")
+
+
+def _tokenize(arguments: argparse.Namespace) -> None:
+    from .configuration import validate_config
+    from .training.config import DataConfig
+    from .training.data.tokenize import LEARNT_IDS, tokenize
+    from .training.stop import StopRequest
+
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    values = {name: value for name, value in given.items() if name in DataConfig.model_fields}
+    config = validate_config(DataConfig, values)
+    stop = StopRequest()
+    stop.listen()
+    vocab_size = given.get("vocab_size", None if "tokenizer" in given else LEARNT_IDS)
+    found = tokenize(config, arguments.out_dir, vocab_size, arguments.chat_template, stop)
+    sys.stdout.write(
+        f"tokenized folder={arguments.out_dir} vocab_size={found.vocab_size} "
+        f"train_tokens={found.train_tokens} eval_tokens={found.eval_tokens}\n"
+    )
 
 
 def _serve(arguments: argparse.Namespace) -> None:

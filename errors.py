@@ -7,6 +7,7 @@
     +-- ExpertReadError   an expert's bytes could not be read while serving
     +-- CheckpointError   no training checkpoint is whole
     +-- TrainingError     training cannot go on (a loss that is not finite)
+    +-- Stopped           somebody asked for it while work was under way; not a failure
     +-- RequestError      an HTTP request that asks for something that cannot be given
 
 Every message is one sentence with the field, the value and the remedy. Commands print the message
@@ -40,6 +41,10 @@ class CheckpointError(MoeyardError):
 
 class TrainingError(MoeyardError):
     """Training cannot go on."""
+
+
+class Stopped(MoeyardError):  # noqa: N818 - a request that was met, not an error
+    """Work ended early because SIGTERM or Ctrl-C asked for it."""
 
 
 class RequestError(MoeyardError, ValueError):

@@ -73,7 +73,7 @@ def our_step(mesh: Mesh, ep: int, precision: str, shard: TokenShard) -> Callable
         parallel=ParallelConfig(ep=ep),
     )
     batches = GlobalBatches(shard, TOKENS, mesh.world_size, seed=0)
-    data = Data(None, shard, batches, batches, 1.0)  # type: ignore[arg-type]
+    data = Data(None, batches, "", None, batches, 1.0)  # type: ignore[arg-type]
     decoder, masters = build_model(config, MODEL, data, mesh)
     step = TrainStep(config, decoder, masters, batches, mesh)
     return lambda index: step.run(index, stop_requested=False)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .batch import Batch
+from .batch import Batch, Packing
 from .config import ModelConfig
 from .kv_cache import KVCacheSpec, SequenceCache
 from .linear import Linear
@@ -79,6 +79,8 @@ class Attention(nn.Module):
         q_TQH, k_TGH = rotate(q_TQH, rope), rotate(k_TGH, rope)
         if batch.caches is None and batch.is_uniform:
             out_TQH = self._uniform(q_TQH, k_TGH, v_TGH, batch.lengths[0])
+        elif batch.packing is not None:
+            out_TQH = self._packed(q_TQH, k_TGH, v_TGH, batch.packing)
         else:
             out_TQH = self._ragged(q_TQH, k_TGH, v_TGH, batch)
         out_TD: Tensor = self.o_proj(out_TQH.flatten(-2))
@@ -95,6 +97,13 @@ class Attention(nn.Module):
     def _uniform(self, q_TQH: Tensor, k_TGH: Tensor, v_TGH: Tensor, length: int) -> Tensor:
         q, k, v = (t.unflatten(0, (-1, length)).transpose(1, 2) for t in (q_TQH, k_TGH, v_TGH))
         return self._attend(q, k, v, None, causal=True).transpose(1, 2).flatten(0, 1)
+
+    def _packed(self, q_TQH: Tensor, k_TGH: Tensor, v_TGH: Tensor, packing: Packing) -> Tensor:
+        sizes = [count * length for count, length in packing.groups]
+        parts = (t.index_select(0, packing.rows_P).split(sizes) for t in (q_TQH, k_TGH, v_TGH))
+        lengths = [length for _, length in packing.groups]
+        out = [self._uniform(q, k, v, n) for q, k, v, n in zip(*parts, lengths, strict=True)]
+        return torch.cat(out).index_select(0, packing.places_T)
 
     def _ragged(self, q_TQH: Tensor, k_TGH: Tensor, v_TGH: Tensor, batch: Batch) -> Tensor:
         # One call per sequence: padding would tie a sequence's bits to its neighbours' lengths.

@@ -10,6 +10,18 @@ from .kv_cache import SequenceCache
 
 
 @dataclass(frozen=True, slots=True)
+class Packing:
+    """Sequences without caches, grouped by padded length for attention (``moe/packing.py``)."""
+
+    rows_P: Tensor
+    """int64: the batch's row at each place of the groups laid end to end."""
+    places_T: Tensor
+    """int64: the place of each row."""
+    groups: tuple[tuple[int, int], ...]
+    """(number of sequences, padded length) of each group."""
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """Sequences laid end to end: training documents, prompts, chunks and single decode steps."""
 
@@ -21,6 +33,8 @@ class Batch:
     """Rows of each sequence in this batch; they sum to T."""
     caches: tuple[SequenceCache, ...] | None = None
     """One cache per sequence; None where nothing came before and nothing is kept."""
+    packing: Packing | None = None
+    """How attention takes sequences together; None = one by one, or all at once if uniform."""
 
     @property
     def is_uniform(self) -> bool:

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from ..configuration import load_config
-from ..errors import MoeyardError
+from ..errors import MoeyardError, Stopped
 from ..parallel.mesh import build_mesh
 from ..parallel.process import start_process_group, stop_process_group
 from .allocator import keep_freed_memory
@@ -39,6 +39,9 @@ def main(argv: list[str] | None = None) -> int:
             sys.stdout.write(dump_config(config))
             return 0
         train(config)
+    except Stopped as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            sys.stderr.write(f"{stopped}\n")
     except MoeyardError as error:
         if os.environ.get("RANK", "0") == "0":
             sys.stderr.write(f"error: {error}\n")

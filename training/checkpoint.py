@@ -101,6 +101,10 @@ class Checkpoints:
             )
         return None
 
+    def oldest_step(self) -> int:
+        """Return the oldest step that a restart may go on from."""
+        return min((int(path.name.removeprefix("step-")) for path in self._steps()), default=0)
+
     def load(self, path: Path, tensors: dict[str, Tensor]) -> None:
         """Fill ``tensors`` in place from a verified checkpoint, whatever ranks wrote it."""
         reader = SafeFileSystemReader(path)

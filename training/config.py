@@ -17,16 +17,44 @@ class DataConfig(_Section):
     """Where tokens come from."""
 
     source: str = "stdlib"
-    """``stdlib`` (the running Python's standard library), a text file, a ``.jsonl`` file, or a
-    token shard ``.bin`` with its JSON sidecar."""
+    """``stdlib`` (the running Python's standard library), a text file, a ``.jsonl`` file, a folder
+    of these, a token shard ``.bin`` with its JSON sidecar, or ``hf:NAME``: a data set of the
+    Hugging Face hub, or a folder of its kind, which is streamed while training runs."""
     eval_source: str | None = None
     """Held-out data of the same kinds; None holds out ``eval_fraction`` of ``source``."""
+    hf_config: str | None = None
+    """Configuration of an ``hf:`` data set; None where it has but one."""
+    hf_revision: str | None = None
+    """Commit of a hub data set; pin it, so that a resumed run goes on in the same data."""
+    split: str = "train"
+    """Split of an ``hf:`` source."""
+    eval_split: str | None = None
+    """Held-out split of an ``hf:`` source, in place of ``eval_fraction``."""
     eval_fraction: float = Field(default=0.05, gt=0, lt=0.5)
     """Share of ``source`` held out: whole files (stdlib), documents (JSONL), or the text's end."""
+    block_tokens: int = Field(default=1 << 20, ge=1)
+    """Tokens of the blocks that an ``hf:`` source is cut in; windows are shuffled inside one."""
+    stream_ahead_tokens: int = Field(default=1 << 22, ge=1)
+    """Tokens of an ``hf:`` source that are prepared before training needs them, at most."""
     tokenizer: str = "bytes"
     """``bytes`` or a folder with a Hugging Face tokenizer."""
     text_key: str = "text"
-    """Key of the document's text in a JSONL line."""
+    """Key of the document's text in a JSONL line, or its column in a data set."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.eval_split is not None:
+            held_out = self.source if self.eval_source is None else self.eval_source
+            if not held_out.startswith("hf:"):
+                raise ValueError(
+                    f"eval_split is {self.eval_split!r}, but {held_out!r} has no splits; leave it "
+                    "out or give an hf: data set."
+                )
+            if self.eval_source is None and self.eval_split == self.split:
+                raise ValueError(
+                    f"eval_split is {self.eval_split!r}, which is trained on; give another split."
+                )
+        return self
 
 
 class OptimizerConfig(_Section):
@@ -52,6 +80,9 @@ class TrainConfig(_Section):
     """Tokens per sequence."""
     batch_sequences: int = Field(default=16, ge=1)
     """Sequences of the global batch, over all ranks and micro-batches."""
+    packing: Literal["none", "documents"] = "none"
+    """``documents``: a window's documents do not see each other, and each counts its positions from
+    0; ``none``: attention reaches across the whole window."""
     accumulation: int = Field(default=1, ge=1)
     """Micro-batches per step; balance losses are taken over each, across all ranks."""
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"

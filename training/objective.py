@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..moe.batch import batch_of_rows
 from ..moe.decoder import Decoder
+from ..moe.packing import batch_of_documents
 from ..moe.routing import Routing
 
 
@@ -24,15 +25,25 @@ class MicroBatchLoss:
 
 
 class NextToken(nn.Module):
-    """Next-token cross-entropy of a decoder, in one forward (DDP wants a single entry)."""
+    """Next-token cross-entropy of a decoder, in one forward (DDP wants a single entry).
 
-    def __init__(self, decoder: Decoder) -> None:
+    ``eos_id`` separates documents that must not see each other; None lets attention reach across
+    whole windows.
+    """
+
+    def __init__(self, decoder: Decoder, eos_id: int | None = None) -> None:
         super().__init__()
         self.decoder = decoder
+        self._eos_id = eos_id
 
     def forward(self, windows_BL1: Tensor) -> MicroBatchLoss:
         """Score int64 ``[B, L + 1]`` windows: the first L tokens predict the last L."""
-        output = self.decoder(batch_of_rows(windows_BL1[:, :-1]))
+        inputs_BL = windows_BL1[:, :-1]
+        if self._eos_id is None:
+            batch = batch_of_rows(inputs_BL)
+        else:
+            batch = batch_of_documents(inputs_BL, self._eos_id)
+        output = self.decoder(batch)
         logits_TV = self.decoder.logits(output.hidden_TD)
         wide = torch.promote_types(logits_TV.dtype, torch.float32)
         targets_T = windows_BL1[:, 1:].reshape(-1)

@@ -16,11 +16,13 @@ from ..parallel.dense_fsdp import modules_kept_whole, sharded_parameter_names
 from ..parallel.dispatch import AllToAllDispatcher
 from ..parallel.mesh import Mesh
 from .config import RunConfig
-from .data.batches import GlobalBatches
-from .data.corpus import open_shards, prepare_shards
-from .data.shards import TokenShard
+from .data.batches import Batches, GlobalBatches
+from .data.corpus import open_eval_shard, open_shards, prepare_shards
+from .data.stream import StreamBatches
+from .data.stream_setup import is_stream, prepare_stream, stream_identity
 from .data.tokenizer import Tokenizer, open_tokenizer
 from .precision import apply_precision
+from .stop import StopRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,28 +30,51 @@ class Data:
     """Tokens of a run."""
 
     tokenizer: Tokenizer
-    shard: TokenShard
-    train: GlobalBatches
+    train: Batches
+    identity: str
+    """Hash of what is trained on; a run goes on with the same."""
+    num_train_tokens: int | None
+    """None for a stream."""
     held_out: GlobalBatches
     tokens_per_byte: float
     """Of the held-out text: turns nats per token into nats per byte."""
 
 
-def build_data(config: RunConfig, folder: Path, mesh: Mesh) -> Data:
-    """Prepare the shards on rank 0 and open them on all ranks."""
+def build_data(
+    config: RunConfig, folder: Path, mesh: Mesh, stop: StopRequest | None = None
+) -> Data:
+    """Prepare the data on rank 0 and open them on all ranks.
+
+    Raises :class:`Stopped` on all when rank 0 is asked to stop meanwhile.
+    """
+    stop = stop or StopRequest()
     tokenizer = open_tokenizer(config.data.tokenizer)
+    streams = is_stream(config.data.source)
 
     def prepare() -> None:
-        prepare_shards(config.data, tokenizer, folder)
-        open_shards(config.data, tokenizer, folder, verify=True)
+        if streams:
+            prepare_stream(config, tokenizer, folder, stop)
+            open_eval_shard(config.data, tokenizer, folder, verify=True)
+        else:
+            prepare_shards(config.data, tokenizer, folder, stop)
+            open_shards(config.data, tokenizer, folder, verify=True)
 
     mesh.on_rank_0(prepare)
-    shard, eval_shard = open_shards(config.data, tokenizer, folder, verify=False)
     length, batch = config.train.sequence_length, config.train.batch_sequences
+    train: Batches
+    if streams:
+        eval_shard = open_eval_shard(config.data, tokenizer, folder, verify=False)
+        train = StreamBatches(config, tokenizer, folder, mesh, stop)
+        identity, num_tokens = stream_identity(folder), None
+    else:
+        shard, eval_shard = open_shards(config.data, tokenizer, folder, verify=False)
+        train = GlobalBatches(shard, length, batch, config.seed, "training")
+        identity, num_tokens = shard.facts.file_sha256, len(shard)
     return Data(
         tokenizer=tokenizer,
-        shard=shard,
-        train=GlobalBatches(shard, length, batch, config.seed, "training"),
+        train=train,
+        identity=identity,
+        num_train_tokens=num_tokens,
         held_out=GlobalBatches(eval_shard, length, batch, config.seed, "held-out"),
         tokens_per_byte=eval_shard.facts.num_tokens / eval_shard.facts.num_bytes,
     )
@@ -79,7 +104,7 @@ def build_model(
     if model.moe is not None:
         expert_ids = mesh.local_experts(model.moe.num_experts)
         if isinstance(model.moe.router, Hash):
-            token_counts = data.shard.token_counts()
+            token_counts = data.train.token_counts()
             token_counts += [0] * (model.vocabulary - len(token_counts))
     decoder = Decoder(
         model,

@@ -18,7 +18,7 @@ from ..parallel.dense_fsdp import ShardedMainGradients, shard_dense, without_red
 from ..parallel.gradients import MainGradients, wrap_dense
 from ..parallel.mesh import Mesh
 from .config import RunConfig
-from .data.batches import GlobalBatches
+from .data.batches import Batches
 from .objective import NextToken
 from .optimizer import MasterAdamW, learning_rate
 from .precision import DTYPES
@@ -50,7 +50,7 @@ class TrainStep:
         config: RunConfig,
         decoder: Decoder,
         masters: dict[str, Tensor],
-        batches: GlobalBatches,
+        batches: Batches,
         mesh: Mesh,
     ) -> None:
         self._config = config
@@ -58,7 +58,8 @@ class TrainStep:
         self._batches = batches
         self._routers = decoder.routers()
         self._device = device()
-        self.objective = NextToken(decoder)
+        separates = config.train.packing == "documents"
+        self.objective = NextToken(decoder, batches.eos_id if separates else None)
         if shards_dense(config, mesh):
             dtype = DTYPES[config.train.precision]
             shard_dense(self.objective, decoder, mesh, dtype, self._device)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, DataError, Stopped
 from ..files import replace_text
 from ..moe.load import load_statistics
 from ..parallel.local_part import local_part
@@ -30,20 +30,20 @@ class Trainer:
         check_batch(config, mesh)
         self._config = config
         self._mesh = mesh
-        self._data = build_data(config, run_dir / "data", mesh)
+        self._stop = stop or StopRequest()
+        self._data = build_data(config, run_dir / "data", mesh, self._stop)
         self._model_config = fill_vocabulary(config, self._data.tokenizer)
         self.decoder, masters = build_model(config, self._model_config, self._data, mesh)
         self._step = TrainStep(config, self.decoder, masters, self._data.train, mesh)
         self._checkpoints = Checkpoints(run_dir, mesh, config.checkpoint.keep)
         self._run_dir = run_dir
-        self._stop = stop or StopRequest()
         self._generator = torch.default_generator
         if torch.cuda.is_available():
             self._generator = torch.cuda.default_generators[torch.cuda.current_device()]
 
     def run(self) -> None:
         """Train to the last step, or to the step's end once asked to stop; both save first."""
-        done = self._resume()
+        done = saved = self._resume()
         config_text = dump_config(self._config)
         self._mesh.on_rank_0(lambda: replace_text(self._run_dir / "config.yaml", config_text))
         steps = self._config.train.steps
@@ -53,6 +53,7 @@ class Trainer:
         try:
             while done < steps:
                 started = time.perf_counter()
+                self._data.train.wait_for(done)
                 result = self._step.run(done, self._stop.signal_name is not None)
                 done += 1
                 record = self._record(done, result, time.perf_counter() - started)
@@ -65,10 +66,16 @@ class Trainer:
                 is_last = done == steps or result.stop_requested
                 if is_last or done % self._config.checkpoint.every == 0:
                     self._save(done)
+                    saved = done
                 if result.stop_requested:
                     console.line(event="stopped", reason=self._stop.signal_name, saved_step=done)
                     break
+        except (Stopped, DataError):  # before the step began, on all ranks alike
+            if done != saved:
+                self._save(done)
+            raise
         finally:
+            self._data.train.close()
             console.close()
             if metrics is not None:
                 metrics.close()
@@ -81,7 +88,7 @@ class Trainer:
             ranks=self._mesh.world_size,
             ep=self._mesh.ep_size,
             parameters_here=parameters,
-            train_tokens=len(self._data.shard),
+            train_tokens=self._data.num_train_tokens or "streamed",
             precision=self._config.train.precision,
         )
 
@@ -131,7 +138,7 @@ class Trainer:
             "world_size": self._mesh.world_size,
             "seed": self._config.seed,
             "model": self._model_config.model_dump(mode="json"),
-            "train_shard_sha256": self._data.shard.facts.file_sha256,
+            "train_shard_sha256": self._data.identity,
             "batch_sequences": self._config.train.batch_sequences,
             "sequence_length": self._config.train.sequence_length,
             "precision": self._config.train.precision,
@@ -139,6 +146,7 @@ class Trainer:
             "tokenizer_sha256": self._data.tokenizer.sha256,
         }
         self._checkpoints.save(done, self._tensors(), state)
+        self._data.train.forget_before(self._checkpoints.oldest_step())
 
     def _resume(self) -> int:
         """Load the newest whole checkpoint, if any, and return the steps it has seen."""
@@ -169,7 +177,7 @@ class Trainer:
                 )
         for key, actual in (
             ("seed", self._config.seed),
-            ("train_shard_sha256", self._data.shard.facts.file_sha256),
+            ("train_shard_sha256", self._data.identity),
             ("batch_sequences", self._config.train.batch_sequences),
             ("sequence_length", self._config.train.sequence_length),
         ):

@@ -15,6 +15,7 @@ from launch import run, torchrun
 WORKER = str(Path(__file__).parent / "equivalence_worker.py")
 EXACT = ["train.precision=fp64", "parallel.backend=reference"]
 TORCH = "parallel.backend=torch"  # in place of the reference
+DOCUMENTS = "OUT/documents.jsonl"
 VARIANTS = {
     "plain": {"overrides": []},
     "accumulated": {"overrides": ["train.accumulation=2"]},
@@ -48,6 +49,13 @@ VARIANTS = {
         ],
     },
     "fewer_rows_than_ranks": {"overrides": [TORCH, "model.head_dim=2"]},  # norms of 2 on 4 ranks
+    "packed": {
+        "overrides": [
+            "train.packing=documents",
+            "train.recompute=true",
+            f"data.source={DOCUMENTS}",
+        ],
+    },
     "starved": {"overrides": [], "starved": True},
     "starved_both": {
         "overrides": ["train.accumulation=2", "train.recompute=true"],
@@ -75,15 +83,22 @@ def suffix(dense: str, ranks: int, ep: int) -> str:
     return f"-{dense}-w{ranks}-ep{ep}"
 
 
+def _cases_in(cases: dict, out: Path) -> str:
+    return json.dumps(cases).replace("OUT", str(out))
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory, config_file):
     """Run every variant on every mesh: one launch per number of ranks."""
     out = tmp_path_factory.mktemp("equivalence")
+    texts = [f"def f{n}(x):\n" + "    x += 1\n" * (n % 9) for n in range(400)]
+    lines = [json.dumps({"text": text}) + "\n" for text in texts]
+    (out / Path(DOCUMENTS).name).write_text("".join(lines))
     bf16 = ["train.precision=bf16"]
     one = cases([], ONE)
     for name, more in BF16_VARIANTS.items():
         one[f"{name}{ONE}"] = {"overrides": [*bf16, *more]}
-    run([sys.executable, WORKER, str(config_file), str(out), json.dumps(one)], 300)
+    run([sys.executable, WORKER, str(config_file), str(out), _cases_in(one, out)], 300)
     for ranks in (2, 4):
         here = {}
         for dense, _, ep in [w for w in WORLDS if w[1] == ranks]:
@@ -92,8 +107,12 @@ def results(tmp_path_factory, config_file):
             for name, more in BF16_VARIANTS.items():
                 case = {"overrides": [*bf16, *more, *options]}
                 here[f"{name}{suffix(dense, ranks, ep)}"] = case
-        torchrun(ranks, WORKER, str(config_file), str(out), json.dumps(here))
+        torchrun(ranks, WORKER, str(config_file), str(out), _cases_in(here, out))
     return out
+
+
+def as_json(cases: dict[str, dict], out: Path) -> str:
+    return json.dumps(cases).replace(DOCUMENTS, str(out / Path(DOCUMENTS).name))
 
 
 def gathered(out: Path, name: str, ranks: int) -> list[dict]:

@@ -11,15 +11,17 @@ from transformers import AutoTokenizer
 from moeyard.errors import DataError
 from moeyard.training.config import DataConfig
 from moeyard.training.data.batches import GlobalBatches
-from moeyard.training.data.corpus import (
-    open_shards,
-    prepare_shards,
-    read_documents,
-    split,
+from moeyard.training.data.corpus import open_shards, prepare_shards
+from moeyard.training.data.documents import (
+    Text,
+    open_source,
     standard_library,
 )
-from moeyard.training.data.shards import open_shard, write_shard
+from moeyard.training.data.held_out import find_split
+from moeyard.training.data.shards import ShardWriter, open_shard
 from moeyard.training.data.tokenizer import ByteTokenizer, FolderTokenizer, open_tokenizer
+from moeyard.training.stop import StopRequest
+from moeyard.training.work import LongWork
 
 BYTES = ByteTokenizer()
 
@@ -44,8 +46,16 @@ def tokenizer_folder(tmp_path_factory):
 
 
 def make(path, texts, tokenizer=BYTES):
-    write_shard(path, texts, tokenizer, source_sha256="0" * 64)
+    writer = ShardWriter(path, tokenizer)
+    for text in texts:
+        writer.add(Text(text))
+    writer.finish(fingerprint=None)
     return path
+
+
+def read_documents(source, text_key="text", field="data.source"):
+    config = DataConfig(source=source, text_key=text_key)
+    return ["".join(document) for document in open_source(config, source, "train", field)]
 
 
 def test_saved_byte_tokenizer_reads_as_transformers_one(tmp_path):
@@ -169,8 +179,13 @@ def test_the_standard_library_is_a_corpus_without_its_tests():
     assert not any(
         part in ("test", "tests", "site-packages") for p in paths for part in p.split("/")
     )
-    documents = read_documents("stdlib", "text", "data.source")
-    training, held_out = split(documents, "stdlib", 0.05)
+    documents = read_documents("stdlib")
+    source = open_source(DataConfig(), "stdlib", "train", "data.source")
+    split = find_split(source, "stdlib", 0.05, LongWork("reading", StopRequest()))
+    sides = [(is_held_out, "".join(document)) for is_held_out, document in split.sides(source)]
+    training = [text for is_held_out, text in sides if not is_held_out]
+    held_out = [text for is_held_out, text in sides if is_held_out]
+    assert held_out == documents[::20]
     assert 0.03 < len(held_out) / len(documents) < 0.07
     assert set(training).isdisjoint(held_out)
     assert set(training) | set(held_out) == set(documents)

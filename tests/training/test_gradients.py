@@ -1,5 +1,7 @@
 """What a step computes, against plain autograd and arithmetic by hand."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,8 @@ from moeyard.moe.batch import batch_of_rows
 from moeyard.moe.initialize import initialize
 from moeyard.parallel.mesh import Mesh
 from moeyard.training.config import RunConfig
+from moeyard.training.evaluate import evaluate
+from moeyard.training.objective import NextToken
 from moeyard.training.trainer import Trainer
 
 PLAIN = ["train.precision=fp64", "model.moe.router={kind: topk, k: 2, balance_loss: 0, z_loss: 0}"]
@@ -45,6 +49,26 @@ def test_main_gradients_are_those_of_the_mean_cross_entropy(tmp_path, config_fil
         torch.testing.assert_close(found[id(parameter)], gradient, rtol=1e-10, atol=1e-14)
     by_hand = torch.stack([g.norm() for g in expected]).norm()
     assert result.grad_norm == pytest.approx(float(by_hand), rel=1e-12)
+
+
+def test_steps_and_evaluation_separate_packed_documents(tmp_path, config_file):
+    texts = "".join(json.dumps({"text": f"text {n} " * (1 + n % 5)}) + "\n" for n in range(200))
+    (tmp_path / "d.jsonl").write_text(texts)
+    options = [*PLAIN, f"data.source={tmp_path}/d.jsonl", "train.packing=documents"]
+    run = trainer(config_file, tmp_path, *options)
+    held_out = run._data.held_out
+    evaluated = held_out.in_order(range(min(12, held_out.num_windows)))
+    packed, reaching = NextToken(run.decoder, run._data.train.eos_id), NextToken(run.decoder)
+    for windows, found in (
+        (evaluated, lambda: evaluate(run._step.objective, run._data, run._config, Mesh()).loss),
+        (run._data.train.sequences(0, range(8)), lambda: run._step.run(0, False).loss),
+    ):
+        expected, other = (
+            float(objective(windows).cross_entropy_sum.detach()) / (len(windows) * 32)
+            for objective in (packed, reaching)
+        )
+        assert abs(expected - other) > 1e-9
+        assert found() == pytest.approx(expected, rel=1e-12)
 
 
 def test_clipping_scales_by_the_global_norm(tmp_path, config_file):

@@ -1,6 +1,7 @@
 """The global batch as a pure function of (seed, step). B sequences, L tokens each."""
 
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -9,6 +10,33 @@ from torch import Tensor
 
 from ...errors import DataError
 from .shards import TokenShard
+
+
+class Batches(Protocol):
+    """The global batches of a run."""
+
+    eos_id: int
+    """Ends each document."""
+
+    def sequences(self, step: int, rows: range) -> Tensor:
+        """Return some rows of the global batch of ``step``: int64 ``[len(rows), L + 1]``."""
+        ...
+
+    def wait_for(self, step: int) -> None:
+        """Wait, on all ranks alike, until the batch of ``step`` can be read."""
+        ...
+
+    def forget_before(self, step: int) -> None:
+        """Hear that no step before ``step`` will be asked for again, even after a restart."""
+        ...
+
+    def token_counts(self) -> list[int]:
+        """Return how often each id occurs, in all of the data or in a sample."""
+        ...
+
+    def close(self) -> None:
+        """Let go of files and threads."""
+        ...
 
 
 class GlobalBatches:
@@ -25,6 +53,7 @@ class GlobalBatches:
         seed: int,
         name: str = "training",
     ) -> None:
+        self.eos_id = shard.facts.eos_id
         self._shard = shard
         self._length = sequence_length
         self._batch = batch_sequences
@@ -44,6 +73,19 @@ class GlobalBatches:
     def in_order(self, windows: range) -> Tensor:
         """Return windows in the order of the file, for evaluation."""
         return self._windows(list(windows))
+
+    def wait_for(self, step: int) -> None:
+        """Return at once: a shard is there as a whole."""
+
+    def forget_before(self, step: int) -> None:
+        """Keep everything: each epoch comes back to it."""
+
+    def token_counts(self) -> list[int]:
+        """Return how often each id occurs in the shard."""
+        return self._shard.token_counts()
+
+    def close(self) -> None:
+        """Leave the shard to the garbage collector."""
 
     def _windows(self, indices: list[int]) -> Tensor:
         rows = [self._shard.slice(index * self._length, self._length + 1) for index in indices]

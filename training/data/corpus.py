@@ -1,140 +1,189 @@
 """Turn ``data.source`` into a training and a held-out shard."""
 
-import hashlib
-import json
 import sys
-import sysconfig
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ...errors import DataError
 from ..config import DataConfig
-from .shards import TokenShard, open_shard, read_facts, write_shard
+from ..stop import StopRequest
+from ..work import LongWork
+from .documents import Source, open_source
+from .held_out import Split, find_split
+from .shards import ShardWriter, TokenShard, hash_of_documents, open_shard, read_facts
 from .tokenizer import Tokenizer
 
-TEST_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+NAMES = {False: "train.bin", True: "eval.bin"}
+"""By whether the text is held out."""
 
 
-def prepare_shards(config: DataConfig, tokenizer: Tokenizer, folder: Path) -> None:
+def prepare_shards(
+    config: DataConfig, tokenizer: Tokenizer, folder: Path, stop: StopRequest | None = None
+) -> None:
     """Write ``train.bin`` and ``eval.bin`` into ``folder`` unless whole ones are there.
 
     Sources that are shards already are left where they are.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(
-            f"{folder} cannot be made ({error.strerror}); remove what is there."
-        ) from None
-    if not config.source.endswith(".bin"):
-        documents = read_documents(config.source, config.text_key, "data.source")
-        if config.eval_source is None:
-            training, held_out = split(documents, config.source, config.eval_fraction)
-            _write_once(folder / "eval.bin", held_out, tokenizer)
+    stop = stop or StopRequest()
+    make_folder(folder)
+    if not is_shard(config.source):
+        source = open_source(config, config.source, config.split, "data.source")
+        if has_own_eval(config):
+            _write_once(folder / NAMES[False], source, tokenizer, stop, None)
         else:
-            training = documents
-        _write_once(folder / "train.bin", training, tokenizer)
+            _write_both_once(folder, source, config, tokenizer, stop)
     elif config.eval_source is None:
         raise DataError(
             f"data.source is the shard {config.source!r}, which cannot be split; "
             "give data.eval_source."
         )
-    if config.eval_source is not None and not config.eval_source.endswith(".bin"):
-        held_out = read_documents(config.eval_source, config.text_key, "data.eval_source")
-        _write_once(folder / "eval.bin", held_out, tokenizer)
+    if has_own_eval(config) and not is_shard(config.eval_source):
+        prepare_eval(folder, open_eval_source(config), tokenizer, stop, None)
 
 
 def open_shards(
     config: DataConfig, tokenizer: Tokenizer, folder: Path, verify: bool
 ) -> tuple[TokenShard, TokenShard]:
     """Open the training and the held-out shard that :func:`prepare_shards` left."""
-    train, held_out = folder / "train.bin", folder / "eval.bin"
-    if config.source.endswith(".bin"):
-        train = Path(config.source)
-    if config.eval_source is not None and config.eval_source.endswith(".bin"):
-        held_out = Path(config.eval_source)
-    return open_shard(train, tokenizer, verify), open_shard(held_out, tokenizer, verify)
+    train = Path(config.source) if is_shard(config.source) else folder / NAMES[False]
+    return open_shard(train, tokenizer, verify), open_eval_shard(config, tokenizer, folder, verify)
 
 
-def read_documents(source: str, text_key: str, field: str) -> list[str]:
-    """Read the documents of a text file, a JSONL file or the standard library.
+def open_eval_shard(
+    config: DataConfig, tokenizer: Tokenizer, folder: Path, verify: bool
+) -> TokenShard:
+    """Open the held-out shard."""
+    path = folder / NAMES[True]
+    if config.eval_source is not None and is_shard(config.eval_source):
+        path = Path(config.eval_source)
+    return open_shard(path, tokenizer, verify)
 
-    ``field`` is the configuration key that messages name.
-    """
-    if source == "stdlib":
-        return [text for _, text in standard_library()]
-    path = Path(source)
+
+def prepare_eval(
+    folder: Path, source: Source, tokenizer: Tokenizer, stop: StopRequest, limit: int | None
+) -> None:
+    """Write ``eval.bin`` from a source of its own; ``limit`` tokens are enough."""
+    _write_once(folder / NAMES[True], source, tokenizer, stop, limit)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, or say why it cannot be."""
     try:
-        if path.suffix == ".jsonl":
-            return list(_read_jsonl(path, text_key))
-        return [path.read_text(encoding="utf-8")]
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(
-            f"{field} is {source!r}, which cannot be read ({error.strerror}); give 'stdlib', "
-            "a text file, a .jsonl file or a .bin shard."
+            f"{folder} cannot be made ({error.strerror}); remove what is there."
         ) from None
-    except UnicodeDecodeError:
-        raise DataError(f"{field} {source!r} is not UTF-8 text; convert it first.") from None
 
 
-def standard_library() -> Iterator[tuple[str, str]]:
-    """Yield (path, text) of the standard library's non-test modules, sorted by path."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(root.rglob("*.py")):
-        relative = path.relative_to(root)
-        if TEST_FOLDERS.isdisjoint(relative.parts[:-1]):
-            try:
-                yield relative.as_posix(), path.read_text(encoding="utf-8")
-            except UnicodeDecodeError:
-                continue  # a few modules are in other encodings on purpose
+def is_shard(source: str | None) -> bool:
+    """Say whether a source is a token shard."""
+    return source is not None and source.endswith(".bin")
 
 
-def split(documents: list[str], source: str, fraction: float) -> tuple[list[str], list[str]]:
-    """Hold out the end of a single text, or every n-th of many documents."""
-    if len(documents) == 1:
-        text = documents[0]
-        cut = len(text) - max(1, int(len(text) * fraction))
-        return [text[:cut]], [text[cut:]]
-    every = max(2, round(1 / fraction))
-    held_out = documents[::every]
-    seen = set(held_out)  # a copy of a held-out text must not be trained on
-    training = [text for text in documents if text not in seen]
-    if not training:
-        raise DataError(f"data.source {source!r} holds no documents; give a corpus with some text.")
-    return training, held_out
+def has_own_eval(config: DataConfig) -> bool:
+    """Say whether held-out text has a source of its own."""
+    return config.eval_source is not None or config.eval_split is not None
 
 
-def _read_jsonl(path: Path, text_key: str) -> Iterator[str]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)[text_key]
-                text.encode()
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise DataError(
-                    f"{path} line {number} is not a JSON object with text under {text_key!r}; "
-                    "mend the line or set data.text_key."
-                ) from None
-            yield text
+def open_eval_source(config: DataConfig) -> Source:
+    """Open the held-out text's own source."""
+    split = config.eval_split or config.split
+    if config.eval_source is None:
+        return open_source(config, config.source, split, "data.source")
+    return open_source(config, config.eval_source, split, "data.eval_source")
 
 
-def _hash(documents: Iterable[str]) -> str:
-    digest = hashlib.sha256()
-    for document in documents:
-        digest.update(hashlib.sha256(document.encode()).digest())
-    return digest.hexdigest()
+def write_both(
+    folder: Path,
+    source: Source,
+    split: Split,
+    tokenizer: Tokenizer,
+    fingerprint: str | None,
+    stop: StopRequest,
+) -> None:
+    """Read ``source`` once and write its two sides."""
+    writers = {side: ShardWriter(folder / name, tokenizer) for side, name in NAMES.items()}
+    try:
+        with LongWork("tokenising", stop, split.num_documents) as work:
+            for is_held_out, document in split.sides(source):
+                writers[is_held_out].add(document)
+                work.advance(tokens=sum(writer.num_tokens for writer in writers.values()))
+            for writer in writers.values():
+                writer.finish(fingerprint)
+            work.note(tokens=sum(writer.num_tokens for writer in writers.values()))
+    finally:
+        for writer in writers.values():
+            writer.close()
 
 
-def _write_once(path: Path, documents: list[str], tokenizer: Tokenizer) -> None:
-    source_sha256 = _hash(documents)
-    if path.exists() and path.with_suffix(".json").exists():
-        facts = read_facts(path)
-        if facts.source_sha256 != source_sha256 or facts.tokenizer_sha256 != tokenizer.sha256:
-            raise DataError(
-                f"{path} was made from other text or with another tokenizer "
-                f"(Python {sys.version.split()[0]} is running); use a new run_dir."
-            )
+def write_one(
+    path: Path,
+    source: Source,
+    tokenizer: Tokenizer,
+    fingerprint: str | None,
+    stop: StopRequest,
+    limit: int | None = None,
+) -> None:
+    """Write the documents of ``source``, only the first ones once ``limit`` tokens are there."""
+    writer = ShardWriter(path, tokenizer)
+    try:
+        with LongWork("tokenising", stop) as work:
+            for number, document in enumerate(source, start=1):
+                writer.add(document)
+                work.advance(documents=number, tokens=writer.num_tokens)
+                if limit is not None and writer.num_tokens >= limit:
+                    break
+            writer.finish(fingerprint)
+            work.note(tokens=writer.num_tokens)
+    finally:
+        writer.close()
+
+
+def _write_both_once(
+    folder: Path, source: Source, config: DataConfig, tokenizer: Tokenizer, stop: StopRequest
+) -> None:
+    paths = [folder / name for name in NAMES.values()]
+    fingerprint = source.fingerprint()
+    if fingerprint is not None:
+        fingerprint += f" without {config.eval_fraction}"
+    if all(_is_unchanged(path, fingerprint, tokenizer) for path in paths):
         return
-    write_shard(path, documents, tokenizer, source_sha256)
+    with LongWork("reading", stop) as work:
+        split = find_split(source, config.source, config.eval_fraction, work)
+    if not all(map(_exists, paths)):
+        write_both(folder, source, split, tokenizer, fingerprint, stop)
+        return
+    for side, name in NAMES.items():
+        documents = (d for is_held_out, d in split.sides(source) if is_held_out is side)
+        _check_same(folder / name, hash_of_documents(documents), tokenizer)
+
+
+def _write_once(
+    path: Path, source: Source, tokenizer: Tokenizer, stop: StopRequest, limit: int | None
+) -> None:
+    fingerprint = source.fingerprint()
+    if not _exists(path):
+        write_one(path, source, tokenizer, fingerprint, stop, limit)
+    elif not _is_unchanged(path, fingerprint, tokenizer):
+        _check_same(path, hash_of_documents(source), tokenizer)
+
+
+def _exists(path: Path) -> bool:
+    return path.exists() and path.with_suffix(".json").exists()
+
+
+def _is_unchanged(path: Path, fingerprint: str | None, tokenizer: Tokenizer) -> bool:
+    """Say whether a shard's text need not be read again to know that it is the same."""
+    if fingerprint is None or not _exists(path):
+        return False
+    facts = read_facts(path)
+    return (facts.source_fingerprint, facts.tokenizer_sha256) == (fingerprint, tokenizer.sha256)
+
+
+def _check_same(path: Path, source_sha256: str, tokenizer: Tokenizer) -> None:
+    facts = read_facts(path)
+    if facts.source_sha256 != source_sha256 or facts.tokenizer_sha256 != tokenizer.sha256:
+        raise DataError(
+            f"{path} was made from other text or with another tokenizer "
+            f"(Python {sys.version.split()[0]} is running); use a new run_dir."
+        )

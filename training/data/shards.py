@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import DataError
-from ...files import sha256_of
+from ...files import replace_text, sha256_of
+from .encoder import BatchEncoder
 from .tokenizer import Tokenizer
 
 FORMAT = "moeyard-tokens"
@@ -34,6 +36,8 @@ class ShardFacts:
     file_sha256: str
     source_sha256: str
     """Hash of the text the shard was made from."""
+    source_fingerprint: str | None = None
+    """Names, sizes and times of change of the files behind the text, hashed."""
     format: str = FORMAT
     version: int = VERSION
 
@@ -71,33 +75,80 @@ class TokenShard:
         return counts.tolist()
 
 
-def write_shard(
-    path: Path, documents: Iterable[str], tokenizer: Tokenizer, source_sha256: str
-) -> None:
-    """Tokenise documents into ``path``, each ended by eos; the sidecar is written last."""
-    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    digest, num_tokens, num_bytes = hashlib.sha256(), 0, 0
-    with path.open("wb") as file:
-        for document in documents:
-            ids = np.append(tokenizer.encode(document), np.uint32(tokenizer.eos_id))
-            raw = ids.astype(np.dtype(dtype).newbyteorder("<")).tobytes()
-            file.write(raw)
-            digest.update(raw)
-            num_tokens += len(ids)
-            num_bytes += len(document.encode())
-    facts = ShardFacts(
-        dtype=dtype,
-        num_tokens=num_tokens,
-        num_bytes=num_bytes,
-        vocab_size=tokenizer.vocab_size,
-        eos_id=tokenizer.eos_id,
-        tokenizer_sha256=tokenizer.sha256,
-        file_sha256=digest.hexdigest(),
-        source_sha256=source_sha256,
-    )
-    temporary = path.with_suffix(".json.tmp")
-    temporary.write_text(json.dumps(asdict(facts), indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path.with_suffix(".json"))
+class ShardWriter:
+    """Writes a shard document by document; without :meth:`finish` there is no shard."""
+
+    def __init__(self, path: Path, tokenizer: Tokenizer) -> None:
+        self.num_tokens = 0
+        self._path, self._tokenizer = path, tokenizer
+        self._dtype = token_dtype(tokenizer)
+        self._digest, self._source_digest = hashlib.sha256(), hashlib.sha256()
+        self._num_bytes = 0
+        self._encoder = BatchEncoder(tokenizer)
+        path.with_suffix(".json").unlink(missing_ok=True)
+        self._file = path.open("wb")
+
+    def add(self, document: Iterable[str]) -> None:
+        """Append a document's pieces and eos; tokens reach the file some documents later."""
+        text_digest = hashlib.sha256()
+        for piece in document:
+            raw = piece.encode()
+            text_digest.update(raw)
+            self._num_bytes += len(raw)
+            self._write(self._encoder.add(piece))
+        self._write(self._encoder.end_document())
+        self._source_digest.update(text_digest.digest())
+
+    def flush(self) -> None:
+        """Tokenise what has been added."""
+        self._write(self._encoder.flush())
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._file.close()
+
+    def finish(self, fingerprint: str | None) -> None:
+        """Flush the tokens to disk, then say in the sidecar what they are."""
+        self.flush()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        facts = ShardFacts(
+            dtype=self._dtype,
+            num_tokens=self.num_tokens,
+            num_bytes=self._num_bytes,
+            vocab_size=self._tokenizer.vocab_size,
+            eos_id=self._tokenizer.eos_id,
+            tokenizer_sha256=self._tokenizer.sha256,
+            file_sha256=self._digest.hexdigest(),
+            source_sha256=self._source_digest.hexdigest(),
+            source_fingerprint=fingerprint,
+        )
+        sidecar = json.dumps(asdict(facts), indent=2) + "\n"
+        replace_text(self._path.with_suffix(".json"), sidecar)
+
+    def _write(self, ids: npt.NDArray[np.uint32]) -> None:
+        if len(ids):
+            raw = ids.astype(np.dtype(self._dtype).newbyteorder("<")).tobytes()
+            self._file.write(raw)
+            self._digest.update(raw)
+            self.num_tokens += len(ids)
+
+
+def token_dtype(tokenizer: Tokenizer) -> str:
+    """Return the narrower of the shard types that holds the tokenizer's ids."""
+    return "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+
+
+def hash_of_documents(documents: Iterable[Iterable[str]]) -> str:
+    """Return what a shard of these documents has as ``source_sha256``."""
+    digest = hashlib.sha256()
+    for document in documents:
+        text_digest = hashlib.sha256()
+        for piece in document:
+            text_digest.update(piece.encode())
+        digest.update(text_digest.digest())
+    return digest.hexdigest()
 
 
 def read_facts(path: Path) -> ShardFacts:

@@ -27,6 +27,10 @@ class Tokenizer(Protocol):
         """Return ids without special tokens."""
         ...
 
+    def encode_batch(self, texts: list[str]) -> list[npt.NDArray[np.uint32]]:
+        """Return the ids of several texts, each as :meth:`encode` would."""
+        ...
+
     def save(self, folder: Path) -> None:
         """Write files that ``AutoTokenizer.from_pretrained(folder)`` reads."""
         ...
@@ -43,6 +47,10 @@ class ByteTokenizer:
         """Return one id per UTF-8 byte."""
         return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32)
 
+    def encode_batch(self, texts: list[str]) -> list[npt.NDArray[np.uint32]]:
+        """Return the ids of several texts."""
+        return [self.encode(text) for text in texts]
+
     def save(self, folder: Path) -> None:
         """Write the same mapping as a byte-level BPE without merges."""
         vocabulary = {symbol: byte for byte, symbol in enumerate(_byte_symbols())}
@@ -51,15 +59,7 @@ class ByteTokenizer:
         rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         rust.decoder = decoders.ByteLevel()
         rust.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
-        rust.save(str(folder / "tokenizer.json"))
-        settings = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": END_OF_TEXT,
-            "pad_token": END_OF_TEXT,
-            "clean_up_tokenization_spaces": False,
-        }
-        text = json.dumps(settings, indent=2) + "\n"
-        (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+        write_tokenizer_files(rust, folder)
 
 
 class FolderTokenizer:
@@ -100,6 +100,11 @@ class FolderTokenizer:
         ids = self._inner(text, add_special_tokens=False, verbose=False)["input_ids"]
         return np.asarray(ids, dtype=np.uint32)
 
+    def encode_batch(self, texts: list[str]) -> list[npt.NDArray[np.uint32]]:
+        """Return the ids of several texts; the tokenizers library uses all cores."""
+        ids = self._inner(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return [np.asarray(one, dtype=np.uint32) for one in ids]
+
     def save(self, folder: Path) -> None:
         """Write the tokenizer's files."""
         self._inner.save_pretrained(folder)
@@ -108,6 +113,19 @@ class FolderTokenizer:
 def open_tokenizer(name: str) -> Tokenizer:
     """Open ``bytes`` or a tokenizer folder."""
     return ByteTokenizer() if name == "bytes" else FolderTokenizer(Path(name))
+
+
+def write_tokenizer_files(rust: RustTokenizer, folder: Path) -> None:
+    """Write a tokenizer that ends documents with ``END_OF_TEXT`` as a Hugging Face folder."""
+    rust.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END_OF_TEXT,
+        "pad_token": END_OF_TEXT,
+        "clean_up_tokenization_spaces": False,
+    }
+    text = json.dumps(settings, indent=2) + "\n"
+    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
 
 def _byte_symbols() -> list[str]:
