@@ -83,10 +83,6 @@ def suffix(dense: str, ranks: int, ep: int) -> str:
     return f"-{dense}-w{ranks}-ep{ep}"
 
 
-def _cases_in(cases: dict, out: Path) -> str:
-    return json.dumps(cases).replace("OUT", str(out))
-
-
 @pytest.fixture(scope="module")
 def results(tmp_path_factory, config_file):
     """Run every variant on every mesh: one launch per number of ranks."""
@@ -98,7 +94,7 @@ def results(tmp_path_factory, config_file):
     one = cases([], ONE)
     for name, more in BF16_VARIANTS.items():
         one[f"{name}{ONE}"] = {"overrides": [*bf16, *more]}
-    run([sys.executable, WORKER, str(config_file), str(out), _cases_in(one, out)], 300)
+    run([sys.executable, WORKER, str(config_file), str(out), as_json(one, out)], 300)
     for ranks in (2, 4):
         here = {}
         for dense, _, ep in [w for w in WORLDS if w[1] == ranks]:
@@ -107,7 +103,7 @@ def results(tmp_path_factory, config_file):
             for name, more in BF16_VARIANTS.items():
                 case = {"overrides": [*bf16, *more, *options]}
                 here[f"{name}{suffix(dense, ranks, ep)}"] = case
-        torchrun(ranks, WORKER, str(config_file), str(out), _cases_in(here, out))
+        torchrun(ranks, WORKER, str(config_file), str(out), as_json(here, out))
     return out
 
 
