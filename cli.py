@@ -33,6 +33,11 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("out_dir", type=Path, metavar="OUT_DIR")
     export.set_defaults(run=_export)
 
+    report = commands.add_parser("report", help="one HTML page about a training run")
+    report.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    report.add_argument("-o", "--out", type=Path, help="default RUN_DIR/report.html")
+    report.set_defaults(run=_report)
+
     serve = commands.add_parser("serve", help="serve a model behind an OpenAI API with Ray Serve")
     serve.add_argument("model", metavar="MODEL_DIR")
     serve.add_argument("--host", default="127.0.0.1")
@@ -57,6 +62,15 @@ def _export(arguments: argparse.Namespace) -> None:
 
     step = export(arguments.run_dir, arguments.out_dir)
     sys.stdout.write(f"exported step={step} folder={arguments.out_dir}\n")
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from .training.report.page import write_report
+
+    path, damage = write_report(arguments.run_dir, arguments.out)
+    if damage is not None:
+        sys.stderr.write(f"warning: {damage}\n")
+    sys.stdout.write(f"report file={path}\n")
 
 
 def _serve(arguments: argparse.Namespace) -> None:
