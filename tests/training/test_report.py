@@ -93,6 +93,14 @@ def test_phases_are_stacked_up_to_the_whole_step(run):
     assert shown == pytest.approx(forward, abs=1e-3 * max(totals))
 
 
+def test_each_area_lies_between_its_line_and_the_one_below():
+    svg = stacked_chart("T", "ms", [1, 2], [("a", [1.0, 2.0], ""), ("b", [3.0, 1.0], "")])
+    areas = re.findall(r'<polygon class="area c\d" points="(.*?)"', svg)
+    edges = [edge.split() for edge in re.findall(r'<polyline [^>]*points="(.*?)"', svg)]
+    assert areas[1].split() == edges[1] + edges[0][::-1]
+    assert areas[0].split() == [*edges[0], "388.0,204.0", "48.0,204.0"]
+
+
 def test_the_heat_map_holds_every_expert_at_every_step(run):
     (text,) = re.findall(r'<script type="application/json">(.*?)</script>', page_of(run))
     facts, written = json.loads(text), records(run)
