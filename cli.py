@@ -12,13 +12,13 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; return 0 when done, 1 failed, 2 for bad input, 130 when interrupted."""
     arguments = build_parser().parse_args(argv)
     try:
-        arguments.run(arguments)
+        status: int | None = arguments.run(arguments)
     except MoeyardError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2 if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:
         return 130
-    return 0
+    return status or 0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -37,6 +37,10 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     report.add_argument("-o", "--out", type=Path, help="default RUN_DIR/report.html")
     report.set_defaults(run=_report)
+
+    doctor = commands.add_parser("doctor", help="what this machine has, which backends pass")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.set_defaults(run=_doctor)
 
     serve = commands.add_parser("serve", help="serve a model behind an OpenAI API with Ray Serve")
     serve.add_argument("model", metavar="MODEL_DIR")
@@ -71,6 +75,18 @@ def _report(arguments: argparse.Namespace) -> None:
     if damage is not None:
         sys.stderr.write(f"warning: {damage}\n")
     sys.stdout.write(f"report file={path}\n")
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    """Return 1 when a backend fails its self-check."""
+    import json
+
+    from .doctor import as_json, as_text, examine
+
+    facts, checks = examine()
+    text = json.dumps(as_json(facts, checks), indent=1) + "\n"
+    sys.stdout.write(text if arguments.json else as_text(facts, checks))
+    return 0 if all(check.passed for check in checks) else 1
 
 
 def _serve(arguments: argparse.Namespace) -> None:
