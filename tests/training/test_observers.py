@@ -25,15 +25,11 @@ from moeyard.training.step import StepResult
 from moeyard.training.trainer import Trainer
 from moeyard.training.weights_and_biases import WeightsAndBiases
 
+from launch import free_port
+
 
 def metrics(run_dir) -> list[dict]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
