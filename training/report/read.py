@@ -83,32 +83,36 @@ def read_run(folder: Path) -> Run:
 
 
 def _read_records(run: Run, path: Path) -> None:
-    num_lines = sum(1 for _ in path.open("rb"))
-    stride = 1
-    for number, line in enumerate(path.open("rb"), start=1):
-        try:
-            record = json.loads(line)
-            step = int(record["step"])
-        except (ValueError, TypeError, KeyError):
-            what = "is half-written" if number == num_lines else "cannot be read"
-            run.damage = (
-                f"Line {number} of {num_lines} in metrics.jsonl {what}; the page ends there."
-            )
-            return
-        run.num_records += 1
-        for key, value in record.items():
-            if isinstance(value, int | float) and math.isfinite(value):
-                run.series.setdefault(key, []).append((step, value))
-        if "phases_s" in record:
-            run.phases.append((step, record["phases_s"]))
-        if record.get("load"):
-            run.imbalance.append((step, [layer["max_over_mean"] for layer in record["load"]]))
-            counts_LE = record["expert_tokens"]
-            if number == 1:
-                stride = _stride(num_lines, sum(map(len, counts_LE)))
-            if (number - 1) % stride == 0 or number == num_lines:
-                run.frames.append((step, counts_LE))
-        run.last = record
+    with path.open("rb") as file:
+        num_lines = sum(1 for _ in file)
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                record = json.loads(line)
+                step = int(record["step"])
+            except (ValueError, TypeError, KeyError):
+                what = "is half-written" if number == num_lines else "cannot be read"
+                run.damage = (
+                    f"Line {number} of {num_lines} in metrics.jsonl {what}; the page ends there."
+                )
+                return
+            _add(run, step, record, number, num_lines)
+
+
+def _add(run: Run, step: int, record: dict[str, Any], number: int, num_lines: int) -> None:
+    run.num_records += 1
+    run.last = record
+    for key, value in record.items():
+        if isinstance(value, int | float) and math.isfinite(value):
+            run.series.setdefault(key, []).append((step, value))
+    if "phases_s" in record:
+        run.phases.append((step, record["phases_s"]))
+    if record.get("load"):
+        run.imbalance.append((step, [layer["max_over_mean"] for layer in record["load"]]))
+        counts_LE = record["expert_tokens"]
+        stride = _stride(num_lines, sum(map(len, counts_LE)))
+        if (number - 1) % stride == 0 or number == num_lines:
+            run.frames.append((step, counts_LE))
 
 
 def _stride(num_lines: int, cells: int) -> int:
