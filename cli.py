@@ -12,7 +12,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; return 0 when done, 1 failed, 2 for bad input, 130 when interrupted."""
     arguments = build_parser().parse_args(argv)
     try:
-        arguments.run(arguments)
+        status: int | None = arguments.run(arguments)
     except Stopped as stopped:
         sys.stderr.write(f"{stopped}\n")
         return 130
@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2 if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:
         return 130
-    return 0
+    return status or 0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -55,6 +55,15 @@ def build_parser() -> argparse.ArgumentParser:
     tokenize.add_argument("--eval-split", help="held-out split of an hf: data set")
     tokenize.add_argument("--chat-template", type=Path, help="Jinja file to keep beside the BPE")
     tokenize.set_defaults(run=_tokenize)
+
+    report = commands.add_parser("report", help="one HTML page about a training run")
+    report.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    report.add_argument("-o", "--out", type=Path, help="default RUN_DIR/report.html")
+    report.set_defaults(run=_report)
+
+    doctor = commands.add_parser("doctor", help="what this machine has, which backends pass")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.set_defaults(run=_doctor)
 
     serve = commands.add_parser("serve", help="serve a model behind an OpenAI API with Ray Serve")
     serve.add_argument("model", metavar="MODEL_DIR")
@@ -122,6 +131,27 @@ def _tokenize(arguments: argparse.Namespace) -> None:
         f"tokenized folder={arguments.out_dir} vocab_size={found.vocab_size} "
         f"train_tokens={found.train_tokens} eval_tokens={found.eval_tokens}\n"
     )
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from .training.report.page import write_report
+
+    path, damage = write_report(arguments.run_dir, arguments.out)
+    if damage is not None:
+        sys.stderr.write(f"warning: {damage}\n")
+    sys.stdout.write(f"report file={path}\n")
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    """Return 1 when a backend fails its self-check."""
+    import json
+
+    from .doctor import as_json, as_text, examine
+
+    facts, checks = examine()
+    text = json.dumps(as_json(facts, checks), indent=1) + "\n"
+    sys.stdout.write(text if arguments.json else as_text(facts, checks))
+    return 0 if all(check.passed for check in checks) else 1
 
 
 def _serve(arguments: argparse.Namespace) -> None:

@@ -102,6 +102,11 @@ class ModelConfig(BaseModel):
         assert self.vocab_size is not None, "vocab_size has not been filled in"
         return self.vocab_size
 
+    @property
+    def moe_layers(self) -> list[int]:
+        """Indices of the layers that have experts."""
+        return [layer for layer in range(self.num_layers) if self.is_moe(layer)]
+
     def is_moe(self, layer: int) -> bool:
         """Say whether ``layer`` has experts."""
         return self.moe is not None and layer not in self.dense_layers

@@ -97,7 +97,7 @@ class Experts(AnyExperts):
         """Return the weighted sum of each row's experts, ``[N, D]``."""
         main_grads = None
         if hasattr(self.fc1, "main_grad"):
-            main_grads = (self.fc1.main_grad, self.fc2.main_grad)
+            main_grads = (self.fc1.main_grad, self.fc2.main_grad)  # type: ignore[attr-defined]
         weights = ExpertWeights(self.fc1, self.fc2, self._slot_of_E, self.activation, main_grads)
         return expert_mlp(x_ND, experts_NK, weights_NK, weights, self.backend)
 

@@ -1,6 +1,7 @@
 """Start the processes that tests talk to."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,13 @@ ROOT = Path(__file__).parent.parent
 def environment(**extra: str) -> dict[str, str]:
     """Return an environment for a child with one compute thread."""
     return {**os.environ, "OMP_NUM_THREADS": "1", **extra}
+
+
+def free_port() -> int:
+    """Return a port of the loopback that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def torchrun(ranks: int, *arguments: str, timeout: float = 300) -> str:

@@ -120,6 +120,19 @@ class ParallelConfig(_Section):
     """A collective that waits longer ends the run."""
 
 
+class MonitorConfig(_Section):
+    """Who watches the run, beside the console and ``metrics.jsonl``."""
+
+    prometheus_port: int | None = Field(default=None, ge=1, le=65535)
+    """Port of ``/metrics`` on rank 0's host; None = no port is opened."""
+    prometheus_host: str = "127.0.0.1"
+    """Address to listen on; there is no key, so think before it is more than the loopback."""
+    tensorboard: bool = False
+    """Write event files into ``RUN_DIR/tensorboard``."""
+    wandb: str | None = Field(default=None, min_length=1)
+    """Project of Weights & Biases to log to; ``WANDB_MODE=offline`` keeps everything here."""
+
+
 class RunConfig(_Section):
     """A training run."""
 
@@ -133,6 +146,7 @@ class RunConfig(_Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     parallel: ParallelConfig = ParallelConfig()
+    monitor: MonitorConfig = MonitorConfig()
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -9,6 +9,7 @@ import yaml
 from ..errors import ConfigError
 from ..files import replace_text
 from .config import RunConfig
+from .observers import Observer
 
 
 def create_run_folder(run_dir: Path) -> None:
@@ -27,7 +28,7 @@ def dump_config(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-class MetricsLog:
+class MetricsLog(Observer):
     """``metrics.jsonl``: one JSON object per line, steps strictly rising.
 
     On resume, lines past the checkpoint are cut off, so that no step is there twice.
@@ -39,8 +40,8 @@ class MetricsLog:
         replace_text(path, "".join(kept))
         self._file = path.open("a", encoding="utf-8")
 
-    def write(self, record: dict[str, Any]) -> None:
-        """Append one record; it must have ``step``."""
+    def record(self, record: dict[str, Any]) -> None:
+        """Append one record."""
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
 

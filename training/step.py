@@ -21,6 +21,7 @@ from .config import RunConfig
 from .data.batches import Batches
 from .objective import NextToken
 from .optimizer import MasterAdamW, learning_rate
+from .phases import PhaseClock
 from .precision import DTYPES
 from .setup import device, shards_dense
 
@@ -69,6 +70,7 @@ class TrainStep:
             self.gradients = MainGradients(decoder, mesh)
             self._wrapped = wrap_dense(self.objective, mesh)
         self.optimizer = MasterAdamW(decoder, masters, config.optimizer)
+        self.phases = PhaseClock()
 
     def run(self, step: int, stop_requested: bool) -> StepResult:
         """Run step ``step`` (from 0). Raises :class:`TrainingError` when loss or gradient is not
@@ -85,12 +87,14 @@ class TrainStep:
                 "nothing was updated; lower optimizer.lr or look at the data, then start again "
                 "from the last checkpoint."
             )
+        self.phases.lap("reduce")
         clip = self._config.optimizer.clip_norm
         self.gradients.scale_((clip / (grad_norm + 1e-6)).clamp(max=1.0))
         lr = learning_rate(self._config.optimizer, step, train.steps)
         self.optimizer.step(lr)
         for router, counts_E in zip(self._routers, counts_LE, strict=True):
             router.update_bias(counts_E)
+        self.phases.lap("optimizer")
         return StepResult(loss, balance, z, float(grad_norm), lr, counts_LE, stop > 0)
 
     def _forward_backward(self, step: int) -> tuple[Tensor, Tensor]:
@@ -102,11 +106,13 @@ class TrainStep:
         sums = torch.zeros(3, dtype=torch.float64)
         counts_LE = torch.zeros(0, dtype=torch.int64)
         self.gradients.zero()
+        self.phases.lap("optimizer")
         for micro in range(train.accumulation):
             first = micro * micro_rows + mesh.rank * rank_rows
             windows = self._batches.sequences(step, range(first, first + rank_rows)).to(
                 self._device
             )
+            self.phases.lap("data")
             is_last = micro == train.accumulation - 1
             with nullcontext() if is_last else self._no_sync():
                 part = self._wrapped(windows.to(self._device))
@@ -119,9 +125,11 @@ class TrainStep:
                     parts += [auxiliary.z / train.accumulation]
                     micro_counts = auxiliary.counts_LE
                     counts_LE = micro_counts if micro == 0 else counts_LE + micro_counts
+                self.phases.lap("forward")
                 loss.backward()
             self.gradients.accumulate()
             sums[: len(parts)] += torch.stack([part.double() for part in parts]).cpu()
+            self.phases.lap("backward")
         self.gradients.reduce()
         return sums, counts_LE.cpu()
 

@@ -15,8 +15,11 @@ from .checkpoint import Checkpoints, read_state
 from .config import RunConfig
 from .console import TrainingConsole
 from .evaluate import evaluate
-from .run_folder import MetricsLog, dump_config
+from .monitor import open_observers
+from .phases import PhaseAverage
+from .run_folder import dump_config
 from .setup import build_data, build_model, check_batch, fill_vocabulary, seed_rank
+from .starts import note_start
 from .step import StepResult, TrainStep
 from .stop import StopRequest
 
@@ -44,29 +47,40 @@ class Trainer:
     def run(self) -> None:
         """Train to the last step, or to the step's end once asked to stop; both save first."""
         done = saved = self._resume()
-        config_text = dump_config(self._config)
-        self._mesh.on_rank_0(lambda: replace_text(self._run_dir / "config.yaml", config_text))
+        observers = open_observers(
+            self._config, self._model_config, self._run_dir, self._mesh, resume_step=done
+        )
         steps = self._config.train.steps
         console = TrainingConsole(done, steps, is_shown=self._mesh.rank == 0)
-        metrics = MetricsLog(self._run_dir, done) if self._mesh.rank == 0 else None
-        self._announce(console, done)
         try:
+            self._mesh.on_rank_0(lambda: self._note_start(done))
+            self._announce(console, done)
+            phases = self._step.phases
+            phases.start()
+            average = PhaseAverage(phases)
             while done < steps:
                 started = time.perf_counter()
                 self._data.train.wait_for(done)
+                phases.lap("data")
                 result = self._step.run(done, self._stop.signal_name is not None)
                 done += 1
-                record = self._record(done, result, time.perf_counter() - started)
-                is_logged = done % self._config.train.log_every == 0 or done == steps
-                self._evaluate_if_due(done, record, console)
-                is_logged = is_logged or "eval_loss" in record
-                if metrics is not None and is_logged:
-                    metrics.write(record)
-                console.step(done, record if is_logged else None)
+                seconds = time.perf_counter() - started
+                average.count_step()
+                held_out = self._evaluate_if_due(done, console)
+                phases.lap("evaluate")
+                observers.step(done, result, dict(phases.seconds))
+                record = None
+                if held_out or done % self._config.train.log_every == 0:
+                    record = self._record(done, result, seconds)
+                    record |= held_out | {"phases_s": average.take()}
+                    observers.record(record)
+                console.step(done, record)
+                phases.lap("log")
                 is_last = done == steps or result.stop_requested
                 if is_last or done % self._config.checkpoint.every == 0:
                     self._save(done)
                     saved = done
+                    phases.lap("checkpoint")
                 if result.stop_requested:
                     console.line(event="stopped", reason=self._stop.signal_name, saved_step=done)
                     break
@@ -77,8 +91,11 @@ class Trainer:
         finally:
             self._data.train.close()
             console.close()
-            if metrics is not None:
-                metrics.close()
+            observers.close()
+
+    def _note_start(self, done: int) -> None:
+        replace_text(self._run_dir / "config.yaml", dump_config(self._config))
+        note_start(self._run_dir, done, self._config, self.decoder, self._mesh)
 
     def _announce(self, console: TrainingConsole, done: int) -> None:
         parameters = sum(local_part(p).numel() for p in self.decoder.parameters())
@@ -92,19 +109,20 @@ class Trainer:
             precision=self._config.train.precision,
         )
 
-    def _evaluate_if_due(self, done: int, record: dict[str, Any], console: TrainingConsole) -> None:
+    def _evaluate_if_due(self, done: int, console: TrainingConsole) -> dict[str, Any]:
+        """Return what the record gets: nothing, or the held-out loss."""
         every = self._config.train.eval_every
-        if done == self._config.train.steps or (every and done % every == 0):
-            held_out = evaluate(self._step.objective, self._data, self._config, self._mesh)
-            record["eval_loss"] = held_out.loss
-            record["eval_loss_per_byte"] = held_out.loss_per_byte
-            console.line(
-                event="evaluated",
-                step=done,
-                eval_loss=f"{held_out.loss:.4f}",
-                eval_loss_per_byte=f"{held_out.loss_per_byte:.4f}",
-                tokens=held_out.num_tokens,
-            )
+        if done != self._config.train.steps and not (every and done % every == 0):
+            return {}
+        held_out = evaluate(self._step.objective, self._data, self._config, self._mesh)
+        console.line(
+            event="evaluated",
+            step=done,
+            eval_loss=f"{held_out.loss:.4f}",
+            eval_loss_per_byte=f"{held_out.loss_per_byte:.4f}",
+            tokens=held_out.num_tokens,
+        )
+        return {"eval_loss": held_out.loss, "eval_loss_per_byte": held_out.loss_per_byte}
 
     def _record(self, done: int, result: StepResult, seconds: float) -> dict[str, Any]:
         train, moe = self._config.train, self._model_config.moe
@@ -121,6 +139,7 @@ class Trainer:
             "tokens_per_s": tokens / seconds,
             "tokens": tokens * done,
             "step_tokens": tokens,
+            "moe_layers": self._model_config.moe_layers,
             "load": [load_statistics(c, expected).as_dict() for c in result.counts_LE],
             "expert_tokens": result.counts_LE.tolist(),
         }

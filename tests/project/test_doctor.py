@@ -1,0 +1,99 @@
+"""``moeyard doctor``: true facts, and a self-check that sees wrong kernels."""
+
+import json
+import os
+import subprocess
+import sys
+from typing import get_args
+
+import pytest
+import torch
+
+from moeyard import __version__
+from moeyard.cli import main
+from moeyard.doctor import PACKAGES
+from moeyard.kernels import self_check, torch_backend
+from moeyard.kernels.expert_mlp import Backend
+
+
+def doctor(capsys, *arguments) -> tuple[int, str]:
+    status = main(["doctor", *arguments])
+    return status, capsys.readouterr().out
+
+
+def test_every_backend_and_type_passes_here(capsys):
+    status, text = doctor(capsys, "--json")
+    found = json.loads(text)
+    assert status == 0 and found["passed"]
+    checked = {(c["backend"], c["dtype"]) for c in found["backends"] if c["device"] == "cpu"}
+    assert checked == {(b, d) for b in get_args(Backend) for d in ("float32", "bfloat16")}
+    for check in found["backends"]:
+        assert set(check["errors"]) == {"values", "grad x", "grad weights", "grad fc1", "grad fc2"}
+        assert all(0 < error <= check["limit"] for error in check["errors"].values())
+    assert found["torch"]["torch"] == torch.__version__
+    assert found["torch"]["moeyard"].startswith(__version__)
+    assert found["machine"]["cores usable"].startswith(f"{len(os.sched_getaffinity(0))} of")
+    assert set(found["packages"]) == set(PACKAGES)
+
+
+def test_tables_are_aligned_and_say_passed(capsys):
+    status, text = doctor(capsys)
+    head, *rows = text[text.index("  backend ") :].splitlines()
+    assert status == 0 and len(rows) >= 4
+    places = [head.index(name) for name in ("device", "type", "values", "grad fc2", "limit")]
+    for row in rows:
+        assert row.endswith("passed")
+        assert all(row[place - 1] == " " and row[place] != " " for place in places), row
+
+
+@pytest.mark.parametrize("part", ["values", "grad fc1"])
+def test_a_wrong_kernel_fails_the_check_and_the_command(capsys, monkeypatch, part):
+    if part == "values":
+        right = torch_backend.combine_rows
+        monkeypatch.setattr(torch_backend, "combine_rows", lambda *a: right(*a) * 1.1)
+    else:
+        gradient = torch_backend.swiglu_backward
+        monkeypatch.setattr(torch_backend, "swiglu_backward", lambda *a: gradient(*a) * 1.1)
+    status, text = doctor(capsys, "--json")
+    assert status == 1
+    for check in json.loads(text)["backends"]:
+        assert check["passed"] == (check["backend"] != "torch")
+        assert (check["errors"][part] > check["limit"]) == (check["backend"] == "torch")
+    status, text = doctor(capsys)
+    assert status == 1 and text.count("FAILED") == 2
+
+
+def test_a_kernel_that_breaks_or_gives_nan_is_a_line_of_the_table(capsys, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no kernel\nimage")
+
+    monkeypatch.setattr(torch_backend, "combine_rows", broken)
+    status, text = doctor(capsys)
+    assert status == 1 and text.count("FAILED RuntimeError: no kernel image") == 2
+    monkeypatch.setattr(torch_backend, "combine_rows", lambda y_RD, *_: y_RD[:61] * torch.nan)
+    check = self_check.check_backend("torch", torch.float32, "cpu")
+    assert not check.passed and check.problem == "values is not finite"
+
+
+def test_optional_packages_are_looked_up_and_never_imported(tmp_path):
+    """A package whose import would end the process is reported by its version."""
+    for name, is_whole in (("deepspeed", True), ("megablocks", False)):
+        metadata = tmp_path / f"{name}-9.8.7.dist-info" / "METADATA"
+        metadata.parent.mkdir()
+        metadata.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 9.8.7\n")
+        if is_whole:
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "__init__.py").write_text("import os\nos._exit(7)\n")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-m", "moeyard.cli", "doctor", "--json"],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        cwd="/",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    packages = json.loads(done.stdout)["packages"]
+    assert packages["deepspeed"] == "9.8.7"
+    assert packages["megablocks"] == "9.8.7, but its module is missing; install it again"

@@ -1,0 +1,1 @@
+"""``moeyard report``: one self-contained HTML page about a run."""
