@@ -90,7 +90,7 @@ def test_nothing_before_a_border_moves_anything_behind_it(decoder):
 
 
 def test_positions_begin_again_at_each_eos(decoder):
-    windows = torch.tensor([[5, 6, EOS, 7, EOS, EOS, 8, 9], [EOS, 1, 2, 3, 4, 5, 6, EOS]])
+    windows = torch.tensor([[5, 6, EOS, 7, EOS, EOS, 8, 9], [1, 2, 3, 4, 5, 6, 7, EOS]])
     batch = batch_of_documents(windows, EOS)
     assert batch.lengths == (2, 2, 1, 3, 7, 1)
     assert batch.positions_T.tolist() == [0, 1, 0, 1, 0, 0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 0]

@@ -7,6 +7,7 @@ import shutil
 import socket
 import struct
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
@@ -265,23 +266,35 @@ def test_tensorboard_holds_each_step_once_after_a_resume(tmp_path, config_file):
 
 
 def offline_history(file: Path) -> list[dict[str, float]]:
-    """Read the logged rows of an offline W&B file: LevelDB's log format behind 7 bytes."""
+    """Return the logged rows of an offline W&B file, once its writer has put the end there."""
+    deadline = time.monotonic() + 60
+    while True:
+        records = offline_records(file)
+        if any(record.WhichOneof("record_type") == "exit" for record in records):
+            break
+        assert time.monotonic() < deadline, f"{file} has no end"
+        time.sleep(0.05)
+    rows = [r.history.item for r in records if r.WhichOneof("record_type") == "history"]
+    return [{i.key or i.nested_key[0]: json.loads(i.value_json) for i in items} for items in rows]
+
+
+def offline_records(file: Path) -> list:
+    """Read LevelDB's log format behind 7 bytes, up to what is whole."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    data, at, whole, rows = file.read_bytes(), 7, b"", []
+    data, at, whole, records = file.read_bytes(), 7, b"", []
     while at + 7 <= len(data):
         if 32768 - at % 32768 < 7:  # a block's end too short for a header
             at += 32768 - at % 32768
         _, length, kind = struct.unpack_from("<IHB", data, at)
         whole += data[at + 7 : at + 7 + length]
         at += 7 + length
+        if at > len(data):
+            break
         if kind in (1, 4):  # a full record, or the last part of one
-            record = Record.FromString(whole)
+            records.append(Record.FromString(whole))
             whole = b""
-            if record.WhichOneof("record_type") == "history":
-                items = record.history.item
-                rows.append({i.key or i.nested_key[0]: json.loads(i.value_json) for i in items})
-    return rows
+    return records
 
 
 def test_wandb_offline_keeps_one_id_over_a_resume(tmp_path, trained, config_file, monkeypatch):
