@@ -61,6 +61,7 @@ def main() -> int:
         run_dir = folder / "run"
         overrides = [f"run_dir={run_dir}", f"monitor.prometheus_port={training}"]
         overrides += ["train.steps=100000", "train.batch_sequences=4", "train.log_every=5"]
+        overrides += ["model.moe.router.lookahead=previous_block"]  # so that the server reads ahead
         overrides += ["train.eval_every=50", "train.eval_sequences=8", "checkpoint.every=25"]
         config = str(ROOT / "configs" / "train" / "tiny.yaml")
         start(*python, "moeyard.training", config, *overrides)

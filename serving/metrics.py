@@ -5,6 +5,7 @@ L MoE layers, E experts.
 
 import threading
 from collections.abc import Iterable, Iterator
+from typing import get_args
 
 import torch
 from prometheus_client import (
@@ -22,7 +23,7 @@ from prometheus_client.registry import Collector
 from ..moe.config import ModelConfig
 from ..moe.load import load_statistics
 from ..moe.routing import Routing
-from .sequence import GenerationEvent, Sequence
+from .sequence import FinishReason, GenerationEvent, Sequence
 from .store import ExpertStore
 
 disable_created_metrics()  # a second series per counter that nothing here reads
@@ -50,6 +51,9 @@ TOKEN_BUCKETS = (
 )
 REQUEST_BUCKETS = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480)
 
+
+REJECTIONS = ("queue_full", "draining")
+"""Why requests are not let in (serving/admission.py)."""
 
 TRAFFIC = {
     "hits": ("cache_hits", "Experts in memory when they were needed"),
@@ -83,6 +87,11 @@ class EngineMetrics:
         self.rejected = Counter(
             "moeyard_requests_rejected", "Requests not let in", ["reason"], registry=r
         )
+        # Series that are there from the start, at 0: a rate misses the rise of a new one.
+        for finish_reason in get_args(FinishReason):
+            self.finished.labels(finish_reason)
+        for reason in REJECTIONS:
+            self.rejected.labels(reason)
         self.prompt_tokens = Counter("moeyard_prompt_tokens", "Prompt tokens read", registry=r)
         self.generated = Counter("moeyard_generation_tokens", "Tokens generated", registry=r)
         self.time_to_first = Histogram(
