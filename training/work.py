@@ -25,6 +25,8 @@ class LongWork:
         self._calls, self._total = 0, total
         self._facts: dict[str, int] = {}
         self._started = self._shown = time.monotonic()
+        self._has_lines = False
+        """Work that was done before anybody could wonder leaves none."""
         self._progress: Progress | None = None
         console = Console(stderr=True)
         if console.is_terminal:
@@ -45,7 +47,7 @@ class LongWork:
     ) -> None:
         if self._progress is not None:
             self._progress.stop()
-        if kind is None:
+        elif kind is None and self._has_lines:
             self._line("done")
 
     def note(self, **facts: int) -> None:
@@ -66,7 +68,7 @@ class LongWork:
                 self._shown = now
         elif now - self._shown > LINE_EVERY_S:
             self._line("running")
-            self._shown = now
+            self._shown, self._has_lines = now, True
 
     def _line(self, state: str) -> None:
         facts = {"event": self._event.replace(" ", "_"), "state": state, **self._facts}
