@@ -62,9 +62,10 @@ def apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def _sentence(model: type[BaseModel], values: dict[str, Any], problem: Any) -> str:
-    path = ".".join(_path_in(values, problem["loc"]))
+    is_absent = problem["type"] in ("missing", "extra_forbidden")
+    path = ".".join(_path_in(values, problem["loc"], is_absent))
     if problem["type"] == "extra_forbidden":
-        known = sorted(set(_known_paths(model)))
+        known = sorted(set(_known_paths(model)) - {path})  # another kind may know it
         message = f"{path} is not a known key"
         close = difflib.get_close_matches(path, known, n=1, cutoff=0.6)
         return f"{message}; did you mean {close[0]}?" if close else f"{message}; remove it."
@@ -81,11 +82,14 @@ def _sentence(model: type[BaseModel], values: dict[str, Any], problem: Any) -> s
     return f"{path}: {message}."
 
 
-def _path_in(values: Any, location: tuple[int | str, ...]) -> Iterator[str]:
-    """Drop the parts of pydantic's location that name a union's branch and not a key."""
+def _path_in(values: Any, location: tuple[int | str, ...], is_absent: bool) -> Iterator[str]:
+    """Drop the parts of pydantic's location that name a union's branch and not a key.
+
+    ``is_absent`` says that the last part names a key that need not be there.
+    """
     for index, part in enumerate(location):
         is_last = index == len(location) - 1
-        if isinstance(values, dict) and (part in values or is_last):
+        if isinstance(values, dict) and (part in values or (is_last and is_absent)):
             yield str(part)
             values = values.get(part)
         elif isinstance(values, list) and isinstance(part, int):

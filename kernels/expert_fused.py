@@ -1,5 +1,7 @@
 """The expert MLP on ``F.grouped_mm``, for GPUs: all groups at once, no host synchronisation.
 
+Every routed row names an expert that is here, or none (-1), as dispatchers see to.
+
 T tokens, K choices, R = T*K routed rows in expert order (those without an expert here come last,
 and their lines are undefined), D model width, F expert width, H = 2F, S slots.
 """
@@ -41,11 +43,11 @@ def backward(
     h_RH: Tensor,
     grouping: Grouping,
     experts: ExpertWeights,
-    weight_grads: tuple[Tensor, Tensor],
+    weight_grads: tuple[Tensor | None, Tensor | None],
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of each row's x, ``[R, D]``, and of ``weights_TK``.
 
-    Those of fc1 and fc2 are added to ``weight_grads``.
+    Those of fc1 and fc2 are added to ``weight_grads``; None is left out.
     """
     ends_S = _slot_ends(grouping, experts)
     tokens_R = grouping.tokens_R
@@ -60,8 +62,10 @@ def backward(
     grad_weights_R = torch.where(present_R, grad_weights_R[grouping.inverse_R], 0)
     scaled_act_RF = (act_RF * weights_R1).to(act_RF.dtype)
     grad_fc1_SHD, grad_fc2_SDF = weight_grads
-    grad_fc2_SDF += F.grouped_mm(grad_RD.t(), scaled_act_RF, offs=ends_S)
-    grad_fc1_SHD += F.grouped_mm(grad_h_RH.t(), x_TD[tokens_R], offs=ends_S)
+    if grad_fc2_SDF is not None:
+        grad_fc2_SDF += F.grouped_mm(grad_RD.t(), scaled_act_RF, offs=ends_S)
+    if grad_fc1_SHD is not None:
+        grad_fc1_SHD += F.grouped_mm(grad_h_RH.t(), x_TD[tokens_R], offs=ends_S)
     grad_x_RD = F.grouped_mm(grad_h_RH, experts.fc1_SHD, offs=ends_S)
     return grad_x_RD, grad_weights_R.view_as(weights_TK)
 

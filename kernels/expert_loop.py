@@ -80,11 +80,11 @@ def backward(
     grouping: Grouping,
     experts: ExpertWeights,
     spans: list[Span],
-    weight_grads: tuple[Tensor, Tensor],
+    weight_grads: tuple[Tensor | None, Tensor | None],
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of each row's x, ``[N, D]``, and of ``weights_TK``.
 
-    Those of fc1 and fc2 are added to ``weight_grads``.
+    Those of fc1 and fc2 are added to ``weight_grads``; None is left out.
     """
     grad_fc1_SHD, grad_fc2_SDF = weight_grads
     grad_x_ND = x_TD.new_empty(h_NH.shape[0], x_TD.shape[1])
@@ -100,8 +100,10 @@ def backward(
         act_nF, grad_h_nH = gated_backward(h_NH[start:end], grad_act_nF, experts.activation)
         # <dy_t, y_row> = <dy_t W2, act>, so the outputs need not be kept.
         grad_weights_R[rows_n] = (unscaled_nF * act_nF).sum(dim=-1, dtype=weights_TK.dtype)
-        _add_product(grad_fc2_SDF[slot], grad_nD, (act_nF * weight_n1).to(act_nF.dtype))
-        _add_product(grad_fc1_SHD[slot], grad_h_nH, x_TD.index_select(0, tokens_n))
+        if grad_fc2_SDF is not None:
+            _add_product(grad_fc2_SDF[slot], grad_nD, (act_nF * weight_n1).to(act_nF.dtype))
+        if grad_fc1_SHD is not None:
+            _add_product(grad_fc1_SHD[slot], grad_h_nH, x_TD.index_select(0, tokens_n))
         torch.mm(grad_h_nH, experts.fc1_SHD[slot], out=grad_x_ND[start:end])
     return grad_x_ND, grad_weights_R.view_as(weights_TK)
 

@@ -42,8 +42,8 @@ def combine_rows(y_ND: Tensor, grouping: Grouping, weights_TK: Tensor | None) ->
     """Return ``y_t = sum_k weights[t, k] * y_row(t, k)`` in k order, summed in weights' type.
 
     Routed rows without an expert contribute nothing, whatever their (undefined) line holds.
-    ``weights_TK = None`` sums the rows themselves. One choice at a time: ``[T, D]`` fits a cache
-    where ``[T, K, D]`` does not.
+    ``weights_TK = None`` sums the rows themselves, at least in fp32. One choice at a time:
+    ``[T, D]`` fits a cache where ``[T, K, D]`` does not.
     """
     inverse_TK = grouping.inverse_R.view(-1, grouping.num_choices)
     has_all = not y_ND.is_cuda and int(grouping.offsets_E1[-1]) == grouping.order_R.numel()
@@ -58,6 +58,8 @@ def combine_rows(y_ND: Tensor, grouping: Grouping, weights_TK: Tensor | None) ->
         part_TD = y_ND.index_select(0, lines_T)
         if weights_TK is not None:
             part_TD = part_TD * weights_TK[:, k : k + 1]
+        else:
+            part_TD = part_TD.to(torch.promote_types(y_ND.dtype, torch.float32))
         if absent_TK is not None:
             part_TD = part_TD.masked_fill(absent_TK[:, k : k + 1], 0)
         y_TD = part_TD if y_TD is None else y_TD.add_(part_TD)
@@ -89,7 +91,13 @@ class ExpertMLP(torch.autograd.Function):
     def backward(ctx, grad_TD):  # type: ignore[no-untyped-def]
         x_TD, weights_TK, h_NH, fc1_SHD, fc2_SDF = ctx.saved_tensors
         grouping, experts = ctx.grouping, ctx.experts
-        sums = experts.main_grads or (torch.zeros_like(fc1_SHD), torch.zeros_like(fc2_SDF))
+        needed = ctx.needs_input_grad[3:5]
+        sums = experts.main_grads
+        if sums is None:
+            sums = tuple(
+                torch.zeros_like(weight) if is_needed else None
+                for weight, is_needed in zip((fc1_SHD, fc2_SDF), needed, strict=True)
+            )
         arguments = (grad_TD, x_TD, weights_TK, h_NH, grouping, experts)
         if ctx.spans is None:
             grad_x_ND, grad_weights_TK = expert_fused.backward(*arguments, sums)

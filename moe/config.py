@@ -1,12 +1,11 @@
 """The shape of a decoder: the ``model`` section of a configuration."""
 
-from typing import Self
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..kernels.activation import Activation
-from .router_config import AnyRouter, Hash, TopK, problem_with_choices
-from .routing import Lookahead
+from .router_config import TRAINING_ONLY, AnyRouter, Hash, TopK, problem_with_choices
 
 
 class MoEConfig(BaseModel):
@@ -111,14 +110,24 @@ class ModelConfig(BaseModel):
         """Say whether ``layer`` has experts."""
         return self.moe is not None and layer not in self.dense_layers
 
+    def architecture(self) -> dict[str, Any]:
+        """Return what the meaning of weights depends on: all but what only training reads."""
+        values = self.model_dump(mode="json")
+        if self.moe is not None and isinstance(self.moe.router, TopK):
+            router = values["moe"]["router"]
+            router["has_bias"] = router["bias_update_rate"] is not None
+            for name in TRAINING_ONLY:
+                del router[name]
+        return values
+
     def router(self, layer: int) -> TopK | Hash:
         """Return the router configuration of an MoE layer; a pre-gated model's first differs."""
         assert self.moe is not None and self.is_moe(layer), "only MoE layers have routers"
         is_first = not any(self.is_moe(earlier) for earlier in range(layer))
         if self._is_pregated() and is_first:
-            return self.moe.router.model_copy(update={"lookahead": Lookahead.FFN_INPUT})
+            return self.moe.router.model_copy(update={"lookahead": "ffn_input"})
         return self.moe.router
 
     def _is_pregated(self) -> bool:
         router = self.moe.router if self.moe is not None else None
-        return isinstance(router, TopK) and router.lookahead is Lookahead.PREVIOUS_BLOCK
+        return isinstance(router, TopK) and router.lookahead == "previous_block"

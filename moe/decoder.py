@@ -92,7 +92,7 @@ class DecoderLayer(nn.Module):
         next_routing = None
         if following is not None:
             next_routing = _choose(following, mlp_input_TD, batch)
-            self.mlp.experts.announce(routing)  # first, lest the next ones push them out
+            self.mlp.experts.keep(routing)  # lest the next ones push them out
             following.experts.announce(next_routing)
         y_TD, routing = self.mlp(mlp_input_TD, routing=routing)
         return x_TD + y_TD, routing, next_routing

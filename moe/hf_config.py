@@ -11,7 +11,6 @@ from pydantic import ValidationError
 from ..errors import ModelFileError
 from .config import ModelConfig, MoEConfig
 from .router_config import TopK
-from .routing import Lookahead
 
 KNOWN_TYPES = ("qwen3_moe", "qwen3", "moeyard")
 MOST_LAYERS = 10_000
@@ -83,8 +82,8 @@ def why_not_qwen3(config: ModelConfig) -> str | None:
     if not isinstance(moe.router, TopK):
         return f"the router is {moe.router.kind}, and qwen3_moe knows top-k softmax only"
     router = moe.router
-    if router.lookahead is not Lookahead.FFN_INPUT:
-        return f"the router reads the {router.lookahead.value}, and qwen3_moe's reads the ffn_input"
+    if router.lookahead != "ffn_input":
+        return f"the router reads the {router.lookahead}, and qwen3_moe's reads the ffn_input"
     if router.score != "softmax" or router.num_groups > 1 or router.scale != 1:
         return "the router has sigmoid scores, groups or a scale, and qwen3_moe's has none"
     if router.bias_update_rate is not None:

@@ -3,6 +3,7 @@
 T tokens, D model width, F expert width, E experts, K choices, S expert slots here, N rows here.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -48,7 +49,11 @@ class AnyExperts(nn.Module):
     """What a layer asks of its experts, wherever they are."""
 
     def announce(self, routing: Routing) -> None:
-        """Learn what the next forward will need, as soon as it is known."""
+        """Learn what the next forward will need, before other work that leads there."""
+        raise NotImplementedError
+
+    def keep(self, routing: Routing) -> None:
+        """Hold on to what the next forward needs, which follows at once."""
         raise NotImplementedError
 
     def forward(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
@@ -93,10 +98,13 @@ class Experts(AnyExperts):
     def announce(self, routing: Routing) -> None:
         """Do nothing: experts in memory are always ready."""
 
+    def keep(self, routing: Routing) -> None:
+        """Do nothing: experts in memory stay there."""
+
     def forward(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """Return the weighted sum of each row's experts, ``[N, D]``."""
         main_grads = None
-        if hasattr(self.fc1, "main_grad"):
+        if hasattr(self.fc1, "main_grad") and hasattr(self.fc2, "main_grad"):
             main_grads = (self.fc1.main_grad, self.fc2.main_grad)  # type: ignore[attr-defined]
         weights = ExpertWeights(self.fc1, self.fc2, self._slot_of_E, self.activation, main_grads)
         return expert_mlp(x_ND, experts_NK, weights_NK, weights, self.backend)
@@ -167,7 +175,8 @@ class MoELayer(nn.Module):
     ) -> tuple[Tensor, Routing]:
         """Return the layer's output, shaped like ``x`` ``[..., D]``, and the routing.
 
-        ``token_ids`` and ``valid`` have x's leading shape. ``routing`` is a choice made earlier;
+        ``token_ids`` and ``valid`` have x's leading shape; the last of it counts the tokens of a
+        sequence. ``routing`` is a choice made earlier;
         routers that read something else than x need it.
         """
         x_TD = x.reshape(-1, x.shape[-1])
@@ -182,6 +191,7 @@ class MoELayer(nn.Module):
                     x_TD=x_TD,
                     ids_T=None if token_ids is None else token_ids.reshape(-1),
                     valid_T=None if valid is None else valid.reshape(-1),
+                    lengths=(x.shape[-2],) * math.prod(x.shape[:-2]) if x.ndim > 2 else None,
                 )
             )
         x_ND, experts_NK, weights_NK, handle = self.dispatcher.dispatch(x_TD, routing)

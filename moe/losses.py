@@ -50,6 +50,7 @@ def auxiliary_losses(
     sizes = [num_tokens, num_tokens if num_sequences is None else num_sequences]
     packed = reduce(torch.cat([counts_LE.flatten(), torch.stack(sizes)]))
     counts_LE, (num_tokens, num_sequences) = packed[:-2].view_as(counts_LE), packed[-2:]
+    divisor = num_tokens.clamp(min=1)  # a batch without tokens has no loss
 
     zero = routings[0].weights_TK.new_zeros(())
     total, balance, z = zero, zero, zero
@@ -58,12 +59,12 @@ def auxiliary_losses(
         if not isinstance(config, TopK):
             continue
         assert routing.probability_sums_E is not None and routing.z_sum is not None
-        scale = router.num_experts / (router.k * num_tokens.double() ** 2)
+        scale = router.num_experts / (router.k * divisor.double() ** 2)
         layer_balance = (counts_E * scale * routing.probability_sums_E).sum().to(zero.dtype)
-        layer_z = routing.z_sum / num_tokens
+        layer_z = routing.z_sum / divisor
         total = total + config.balance_loss * layer_balance + config.z_loss * layer_z
         if routing.sequence_balance_sum is not None:
-            per_sequence = routing.sequence_balance_sum / num_sequences
+            per_sequence = routing.sequence_balance_sum / num_sequences.clamp(min=1)
             total = total + config.sequence_balance_loss * per_sequence
         balance = balance + layer_balance.detach() / len(routings)
         z = z + layer_z.detach() / len(routings)

@@ -4,10 +4,12 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from .routing import Lookahead
-
 GROUP_BEST = 2
 """A group of experts is judged by the sum of this many of its best scores (DeepSeek-V3)."""
+
+
+TRAINING_ONLY = ("bias_update_rate", "balance_loss", "sequence_balance_loss", "z_loss", "jitter")
+"""Fields of :class:`TopK` that a run may change on the way: weights mean the same without them."""
 
 
 class RouterConfig(BaseModel):
@@ -27,9 +29,7 @@ class TopK(RouterConfig):
     """
 
     kind: Literal["topk"] = "topk"
-    lookahead: Literal[Lookahead.FFN_INPUT, Lookahead.ATTENTION_INPUT, Lookahead.PREVIOUS_BLOCK] = (
-        Lookahead.FFN_INPUT
-    )
+    lookahead: Literal["ffn_input", "attention_input", "previous_block"] = "ffn_input"
     """What it reads. ``ffn_input``: what the experts read. ``attention_input``: the raw residual
     entering the layer (SmallThinker). ``previous_block``: what the experts of the MoE layer before
     read (Pre-gated MoE); the first MoE layer then reads ``ffn_input``."""
@@ -46,7 +46,7 @@ class TopK(RouterConfig):
     bias_update_rate: float | None = Field(default=None, ge=0)
     """Balance without a loss (Wang et al. 2024; DeepSeek-V3): experts are chosen by score plus a
     bias, which moves by this much towards underloaded experts after each step. Weights never see
-    the bias. None = no bias, 0 = a bias that stays."""
+    the bias. None = no bias, 0 = a bias that stays. Set ``balance_loss: 0`` beside it."""
     balance_loss: float = Field(default=0.01, ge=0)
     """Coefficient of the Switch/GShard balance loss; at perfect balance the loss itself is 1."""
     sequence_balance_loss: float = Field(default=0.0, ge=0)
@@ -61,8 +61,8 @@ class TopK(RouterConfig):
     def _check(self) -> Self:
         if self.top_groups > self.num_groups:
             raise ValueError(
-                f"top_groups is {self.top_groups}, but num_groups is {self.num_groups}; "
-                f"use a value from 1 to {self.num_groups}."
+                f"top_groups is {self.top_groups}, but num_groups is {self.num_groups}; raise "
+                "num_groups or lower top_groups."
             )
         return self
 

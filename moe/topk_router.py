@@ -120,27 +120,32 @@ class TopKRouter(Router):
         routing.probability_sums_E = scores_TE.sum(dim=0)
         routing.z_sum = z_T.sum()
         if self.config.sequence_balance_loss:
+            # DeepSeek-V3 eq. 18 counts the best plain scores, whatever bias and groups choose: a
+            # bias that evens the load must not hide the sequence's own imbalance.
+            best_TK = scores_TE.topk(self.k, dim=-1).indices
+            if valid_T is not None:
+                best_TK = torch.where(valid_T.unsqueeze(-1), best_TK, -1)
             lengths = router_input.lengths or (len(scores_TE),)
             routing.sequence_balance_sum, routing.num_sequences = _sequence_balance(
-                scores_TE, routing.experts_TK, lengths
+                scores_TE, best_TK, lengths
             )
 
 
 def _sequence_balance(
-    probabilities_TE: Tensor, experts_TK: Tensor, lengths: tuple[int, ...]
+    probabilities_TE: Tensor, best_TK: Tensor, lengths: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
     """Return the sum over sequences of their balance loss, and how many have valid rows.
 
     Per sequence of n valid tokens: ``E / (K n^2) * sum_e n_e P_e`` (DeepSeek-V3 eq. 17-20; f_e and
-    P_e there are n_e E / (K n) and P_e / n).
+    P_e there are n_e E / (K n) and P_e / n). n_e counts ``best_TK``, -1 where a row is not valid.
     """
-    num_experts, k = probabilities_TE.shape[1], experts_TK.shape[1]
-    device = experts_TK.device
+    num_experts, k = probabilities_TE.shape[1], best_TK.shape[1]
+    device = best_TK.device
     sequence_T = torch.arange(len(lengths), device=device).repeat_interleave(
-        torch.tensor(lengths, device=device), output_size=len(experts_TK)
+        torch.tensor(lengths, device=device), output_size=len(best_TK)
     )
-    present_TK = experts_TK >= 0
-    cells_TK = sequence_T.unsqueeze(-1) * num_experts + experts_TK.clamp(min=0)
+    present_TK = best_TK >= 0
+    cells_TK = sequence_T.unsqueeze(-1) * num_experts + best_TK.clamp(min=0)
     counts_BE = torch.zeros(len(lengths) * num_experts, dtype=torch.int64, device=device)
     counts_BE.scatter_add_(0, cells_TK.flatten(), present_TK.flatten().long())
     counts_BE = counts_BE.view(len(lengths), num_experts)

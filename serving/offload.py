@@ -25,7 +25,11 @@ class OffloadedExperts(AnyExperts):
 
     def announce(self, routing: Routing) -> None:
         """Begin to read the chosen experts while the model computes something else."""
-        self._store.prefetch(self._layer, torch.nonzero(routing.counts_E).flatten().tolist())
+        self._store.prefetch(self._layer, _chosen(routing))
+
+    def keep(self, routing: Routing) -> None:
+        """Protect the chosen experts that are in memory from what is read ahead."""
+        self._store.keep(self._layer, _chosen(routing))
 
     def forward(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """Return the weighted sum of each row's experts, ``[N, D]``."""
@@ -35,3 +39,7 @@ class OffloadedExperts(AnyExperts):
         for ready, weights in self._store.stream(self._layer, needed):
             expert_rows(x_ND, grouping, weights, only=ready, out_RD=y_RD)
         return combine_rows(y_RD, grouping, weights_NK)
+
+
+def _chosen(routing: Routing) -> list[int]:
+    return torch.nonzero(routing.counts_E).flatten().tolist()

@@ -43,18 +43,22 @@ class _Waiting:
 
 
 class ReadQueue:
-    """Runs reads in a bounded pool of threads. Its methods are called by one thread."""
+    """Runs reads in a bounded pool of threads. One thread calls its methods; any may close it."""
 
     def __init__(self, num_threads: int) -> None:
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="expert-read")
         self._waiting = _Waiting()
         self._changed = Condition()
+        self._is_closed = False
 
     def submit(self, read: Read) -> None:
         """Start a read as soon as a thread is free."""
         with self._changed:
+            if self._is_closed:
+                self._drop(read)
+                return
             self._waiting.queue_of(read).append(read)
-        self._pool.submit(self._run_next)
+            self._pool.submit(self._run_next)
 
     def make_urgent(self, read: Read) -> None:
         """Let an early read go before all other early ones, or on without pauses."""
@@ -87,9 +91,13 @@ class ReadQueue:
             self._changed.wait_for(lambda: all(read.is_done for read in reads))
 
     def close(self) -> None:
-        """Stop the threads; reads that have not begun are dropped."""
+        """Stop the threads; reads that have not begun fail, so that nobody waits for them."""
         with self._changed:
+            self._is_closed = True
+            for read in (*self._waiting.urgent, *self._waiting.early):
+                self._drop(read)
             self._waiting = _Waiting()
+            self._changed.notify_all()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _run_next(self) -> None:
@@ -113,8 +121,12 @@ class ReadQueue:
     def _is_laid_aside(self, read: Read) -> bool:
         """Put an early read back to the front when something urgent waits."""
         with self._changed:
-            if read.is_urgent or not read.parts or not self._waiting.urgent:
+            if read.is_urgent or not read.parts or not self._waiting.urgent or self._is_closed:
                 return False
             self._waiting.early.appendleft(read)
-        self._pool.submit(self._run_next)
-        return True
+            self._pool.submit(self._run_next)
+            return True
+
+    @staticmethod
+    def _drop(read: Read) -> None:
+        read.error, read.is_done = OSError("the expert store is closed"), True

@@ -10,7 +10,7 @@ wait behind everything compute is waiting for.
 
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -80,16 +80,20 @@ class ExpertStore:
         Returns at once. As many reads begin as there are slots that nothing known needs; the others
         follow as slots come free.
         """
+        self.keep(layer, experts)
         for expert in experts:
             key = (layer, expert)
-            if key in self._expected:
-                continue
+            if not (key in self._resident or key in self._loading or key in self._announced):
+                self._announced.append(key)
+        self._read_ahead()
+
+    def keep(self, layer: int, experts: Sequence[int]) -> None:
+        """Protect what is there of ``experts``: ``layer`` will need it."""
+        for expert in experts:
+            key = (layer, expert)
             self._expected.add(key)
             if key in self._resident:
                 self._resident.move_to_end(key)
-            elif key not in self._loading:
-                self._announced.append(key)
-        self._read_ahead()
 
     def stream(
         self, layer: int, experts: Sequence[int]
@@ -103,7 +107,8 @@ class ExpertStore:
         try:
             ready, waiting = self._begin(layer, experts, reading)
             while ready or waiting or reading:
-                self._read_now(layer, waiting, reading, pinned=ready)
+                self._settle_finished(wanted=reading)
+                self._read_now(layer, waiting, reading, can_wait=bool(ready))
                 self._read_ahead()
                 if ready:
                     yield ready, self._weights(layer)
@@ -126,7 +131,8 @@ class ExpertStore:
         self, layer: int, experts: Sequence[int], reading: dict[Key, Read]
     ) -> tuple[list[int], deque[int]]:
         """Return which experts are here and which must be read; those under way go on faster."""
-        self._settle_finished()
+        self._settle_finished(wanted=reading)
+        self._expected = {key for key in self._expected if key[0] != layer}
         traffic = self.statistics.layers[layer]
         ready, waiting = [], deque[int]()
         for expert in experts:
@@ -154,12 +160,13 @@ class ExpertStore:
         return ExpertWeights(self._fc1_SHD, self._fc2_SDF, slots, self._activation)
 
     def _read_now(
-        self, layer: int, waiting: deque[int], reading: dict[Key, Read], pinned: list[int]
+        self, layer: int, waiting: deque[int], reading: dict[Key, Read], can_wait: bool
     ) -> None:
+        """Begin reads that compute waits for; ``can_wait`` says that it has something to do yet."""
         while waiting:
             slot = self._idle_slot()
-            if slot is None:
-                slot = self._slot_of_prefetch({(layer, expert) for expert in pinned})
+            if slot is None and not (can_wait or reading):
+                slot = self._slot_of_prefetch()
             if slot is None:
                 return
             key = (layer, waiting.popleft())
@@ -185,16 +192,21 @@ class ExpertStore:
                 return self._put_out(key)
         return None
 
-    def _slot_of_prefetch(self, pinned: set[Key]) -> int | None:
-        """Return the slot of something expected later: compute cannot go on without it."""
+    def _slot_of_prefetch(self) -> int | None:
+        """Return the slot of something expected later, which is read again as soon as may be.
+
+        Compute cannot go on without it, and what is needed last goes first.
+        """
         for read in reversed(self._loading.values()):
-            if not read.is_urgent and self._reads.cancel(read):
+            if self._reads.cancel(read):
                 del self._loading[read.key]
                 self._waste(read.key)
+                self._announced.appendleft(read.key)
                 return read.slot
         for key in reversed(self._resident):
-            if key not in pinned:
-                return self._put_out(key)
+            slot = self._put_out(key)
+            self._announced.appendleft(key)
+            return slot
         return None
 
     def _put_out(self, key: Key) -> int:
@@ -234,19 +246,21 @@ class ExpertStore:
         started = time.perf_counter()
         finished = self._reads.wait_for_any(reading.values() or self._loading.values())
         self.statistics.layers[layer].stall_s += time.perf_counter() - started
-        failure = None
+        ready, failure = [], None
         for read in finished:
             self._settle(read)
             if reading.pop(read.key, None) is not None:
+                ready.append(read.key[1])
                 failure = read.error or failure
         if failure is not None:
             raise ExpertReadError(
                 f"an expert of layer {layer} could not be read ({failure}); try again later."
             ) from failure
-        return sorted(read.key[1] for read in finished if read.key[0] == layer and not read.error)
+        return sorted(ready)
 
-    def _settle_finished(self) -> None:
-        for read in [read for read in self._loading.values() if read.is_done]:
+    def _settle_finished(self, wanted: Container[Key]) -> None:
+        """Book the reads that are done, but for those the caller waits for."""
+        for read in [r for r in self._loading.values() if r.is_done and r.key not in wanted]:
             self._settle(read)
 
     def _settle(self, read: Read) -> None:

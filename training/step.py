@@ -115,7 +115,7 @@ class TrainStep:
             self.phases.lap("data")
             is_last = micro == train.accumulation - 1
             with nullcontext() if is_last else self._no_sync():
-                part = self._wrapped(windows.to(self._device))
+                part = self._wrapped(windows)
                 loss = part.cross_entropy_sum / global_tokens
                 parts = [part.cross_entropy_sum.detach()]
                 if part.routings:

@@ -8,6 +8,7 @@ import torch
 
 from ..errors import CheckpointError, DataError, Stopped
 from ..files import replace_text
+from ..moe.config import ModelConfig
 from ..moe.load import load_statistics
 from ..parallel.local_part import local_part
 from ..parallel.mesh import Mesh
@@ -187,12 +188,12 @@ class Trainer:
         return int(state["step"])
 
     def _check_same_run(self, path: Path, state: dict[str, Any]) -> None:
-        model = self._model_config.model_dump(mode="json")
-        for key, stored in state["model"].items():
-            if model.get(key) != stored:
+        stored_model = ModelConfig.model_validate(state["model"]).architecture()
+        for key, actual in self._model_config.architecture().items():
+            if stored_model[key] != actual:
                 raise CheckpointError(
-                    f"checkpoint {path} has model.{key} = {stored}, the configuration says "
-                    f"{model.get(key)}; use the same model or a new run_dir."
+                    f"checkpoint {path} has model.{key} = {stored_model[key]}, the configuration "
+                    f"says {actual}; use the same model or a new run_dir."
                 )
         for key, actual in (
             ("seed", self._config.seed),

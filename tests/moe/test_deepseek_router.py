@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import moeyard
 from moeyard.errors import ConfigError
 from moeyard.moe.build_router import build_router
 from moeyard.moe.losses import auxiliary_losses
@@ -105,8 +106,8 @@ def test_sequence_balance_follows_its_formula_and_adds_up_over_ranks():
         start += length
         if not here:
             continue
-        chosen = routing.experts_TK[here].flatten().long()
-        f_E = torch.bincount(chosen, minlength=EXPERTS) * EXPERTS / (K * len(here))
+        best = torch.sigmoid(x[here] @ router.weight.T).topk(K).indices  # neither bias nor groups
+        f_E = torch.bincount(best.flatten(), minlength=EXPERTS) * EXPERTS / (K * len(here))
         expected.append((f_E * probabilities[here].mean(0)).sum())
     torch.testing.assert_close(found.total, 0.5 * torch.stack(expected).mean())
 
@@ -117,6 +118,20 @@ def test_sequence_balance_follows_its_formula_and_adds_up_over_ranks():
         auxiliary_losses([half], [router], lambda counts: packed.append(counts) or counts)
     shares = [auxiliary_losses([half], [router], lambda _: sum(packed)) for half in halves]
     torch.testing.assert_close(shares[0].total + shares[1].total, found.total, rtol=1e-12, atol=0)
+
+
+def test_weights_stay_finite_where_all_scores_vanish():
+    router = gate()
+    with torch.no_grad():
+        router.weight.fill_(-1e4)
+    routing = router.route(RouterInput(torch.ones(3, 8, dtype=torch.float64)))
+    assert routing.weights_TK.isfinite().all()
+
+
+def test_a_layer_counts_sequences_by_the_shape_of_its_input():
+    layer = moeyard.MoELayer(8, 6, 4, TopK(k=2, sequence_balance_loss=1.0))
+    _, routing = layer(torch.randn(3, 5, 8))
+    assert int(routing.num_sequences) == 3
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def test_every_lap_of_a_step_lands_in_its_phase(tmp_path, config_file):
     (tmp_path / "run").mkdir(exist_ok=True)
     trainer.run()
     first, second, third = (record["phases_s"] for record in metrics(tmp_path / "run"))
-    a_step = {"data": 2.0, "forward": 2.0, "backward": 2.0, "reduce": 1.0, "optimizer": 2.0}
+    a_step = {"data": 3.0, "forward": 2.0, "backward": 2.0, "reduce": 1.0, "optimizer": 2.0}
     a_step |= {"evaluate": 1.0}
     # Logging and saving follow the record of their step: step 2's log and step 3's save are in
     # the second record, step 6's are in none.

@@ -230,7 +230,7 @@ BAD = {
     "not_a_number": ("train.steps=many", "train.steps: it is 'many', but should be a valid"),
     "negative": ("train.steps=0", "train.steps: it is 0, but should be greater than"),
     "infinite": ("optimizer.lr=.inf", "optimizer.lr: it is inf, but should be a finite number"),
-    "too_many_choices": ("model.moe.router.k=5", "router.k is 5, but num_experts is 4"),
+    "too_many_choices": ("model.moe.router.k=5", "router.k is 5, but the layer has 4 experts"),
     "unknown_router": ("model.moe.router.kind=magic", "model.moe.router"),
     "heads": ("model.num_kv_heads=3", "num_heads is 4, which num_kv_heads = 3 does not divide"),
     "accumulation": ("train.accumulation=3", "train.batch_sequences is 8, which train.accum"),
