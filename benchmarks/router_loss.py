@@ -25,7 +25,8 @@ ARMS = {
     "pregated": "{kind: topk, k: 2, lookahead: previous_block, balance_loss: 0.01, z_loss: 0.001}",
     "preattention": "{kind: topk, k: 2, lookahead: attention_input, score: sigmoid, "
     "balance_loss: 0.01, z_loss: 0.001}",
-    "bias": "{kind: topk, k: 2, score: sigmoid, bias_update_rate: 0.001, balance_loss: 0}",
+    "bias": "{kind: topk, k: 2, score: sigmoid, bias_update_rate: 0.003, balance_loss: 0}",
+    "slow bias": "{kind: topk, k: 2, score: sigmoid, bias_update_rate: 0.001, balance_loss: 0}",
     "no balance": "{kind: topk, k: 2, score: sigmoid, balance_loss: 0}",
 }
 
