@@ -17,6 +17,7 @@ from report import write_results
 
 ROOT = Path(__file__).parent.parent
 EQUAL, STORE = "tests/parallel", "tests/serving/test_store.py"
+AHEAD = "tests/serving/test_prefetch.py"
 RESUME = "tests/training/test_training.py -k"
 
 # what is broken, file, the line, what it becomes, the tests that should notice
@@ -52,8 +53,8 @@ MUTATIONS = [
     (
         "the balance loss sees one rank's counts",
         "moe/losses.py",
-        "packed = reduce(packed)",
-        "packed = packed",
+        "packed = reduce(torch.cat",
+        "packed = (lambda x: x)(torch.cat",
         EQUAL,
     ),
     (
@@ -66,8 +67,8 @@ MUTATIONS = [
     (
         "rows without an expert reach the routing gradient",
         "kernels/torch_backend.py",
-        "torch.where(present_R, grad_scale_R[grouping.inverse_R], 0)",
-        "grad_scale_R[grouping.inverse_R]",
+        "part_TD = part_TD.masked_fill(absent_TK[:, k : k + 1], 0)",
+        "pass",
         "tests/kernels",
     ),
     (
@@ -98,13 +99,68 @@ MUTATIONS = [
         "if False:",
         f"{RESUME} damaged",
     ),
-    ("experts in use are put out", "serving/store.py", "if key not in keep:", "if True:", STORE),
+    (
+        "experts in use are put out",
+        "serving/store.py",
+        "if key not in self._expected:",
+        "if True:",
+        AHEAD,
+    ),
     (
         "a hit does not refresh an expert",
         "serving/store.py",
-        "self._resident.move_to_end((layer, expert))",
-        "pass",
+        "                self._resident.move_to_end(key)\n                ready.append(expert)",
+        "                ready.append(expert)",
         STORE,
+    ),
+    (
+        "an early read that became urgent may be laid aside",
+        "serving/read_queue.py",
+        "read.is_urgent = True",
+        "pass",
+        AHEAD,
+    ),
+    (
+        "what is needed first is put out first",
+        "serving/store.py",
+        "for key in reversed(self._resident):",
+        "for key in self._resident:",
+        AHEAD,
+    ),
+    (
+        "closing the store leaves readers waiting",
+        "serving/read_queue.py",
+        "                self._drop(read)\n            self._waiting = _Waiting()",
+        "                pass\n            self._waiting = _Waiting()",
+        AHEAD,
+    ),
+    (
+        "the router weighs with its bias",
+        "moe/topk_router.py",
+        "weights_TK = scores_TE.gather(-1, chosen_TK)",
+        "weights_TK = self._selection(scores_TE).gather(-1, chosen_TK)",
+        "tests/moe",
+    ),
+    (
+        "the bias is never moved",
+        "training/step.py",
+        "router.update_bias(counts_E)",
+        "pass",
+        "tests/training/test_bias.py",
+    ),
+    (
+        "a pre-gate reads its own layer's input",
+        "moe/decoder.py",
+        "next_routing = _choose(following, mlp_input_TD, batch)",
+        "next_routing = None",
+        "tests/moe",
+    ),
+    (
+        "sharded gradients are averaged",
+        "parallel/dense_fsdp.py",
+        "unit.set_gradient_divide_factor(1.0)",
+        "unit.set_gradient_divide_factor(2.0)",
+        EQUAL,
     ),
     (
         "workers outlive their agent",
