@@ -86,6 +86,8 @@ register_dataclass(
 def count_choices(experts_TK: Tensor, num_experts: int) -> Tensor:
     """Return int64 ``[E]``: how often each expert is chosen; -1 is not counted."""
     ids_R = experts_TK.reshape(-1).long()
+    if not ids_R.is_cuda:  # there bincount would wait for the device to learn its size
+        return torch.bincount(ids_R + 1, minlength=num_experts + 1)[1:]
     present_R = (ids_R >= 0).long()
     counts_E = torch.zeros(num_experts, dtype=torch.int64, device=ids_R.device)
     return counts_E.scatter_add_(0, ids_R.clamp(min=0), present_R)
