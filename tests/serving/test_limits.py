@@ -61,7 +61,7 @@ def test_a_burst_fills_the_batch_and_the_queue_exactly(server, stream):
             error = check_error(answer, 429, "busy with 6 answers and takes 6 at once")
             assert error["code"] == "rate_limit_exceeded"
             assert int(answer.headers["retry-after"]) >= 1
-    assert rejected(server) == {"queue_full": 19}
+    assert rejected(server) == {"queue_full": 19, "draining": 0}
     assert call(server, "POST", "/v1/completions", json=BODY).status_code == 200
 
 
@@ -139,7 +139,7 @@ def test_a_draining_server_lets_nobody_in_and_finishes_what_it_has(server):
     check_error(late, 503, "shutting down")
     assert int(late.headers["retry-after"]) >= 1
     assert health.status_code == 503 and health.json()["status"] == "draining"
-    assert rejected(server) == {"draining": 1} and server.admission.num_open == 0
+    assert rejected(server) == {"queue_full": 0, "draining": 1} and server.admission.num_open == 0
 
 
 def test_large_headers_are_refused_before_the_key_is_looked_at(server):
