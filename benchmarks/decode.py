@@ -147,9 +147,10 @@ def llama_ms(folder: Path, model: Path, batch: int, threads: int, new_tokens: in
     """Return llama.cpp's ms per decode step of a batch."""
     command = [str(folder / "llama-batched-bench"), "-m", str(model), "-npp", str(PROMPT)]
     command += ["-ntg", str(new_tokens), "-npl", str(batch), "-c", "2048", "-t", str(threads)]
-    output = subprocess.run(command, capture_output=True, text=True, check=True)
-    lines = (output.stdout + output.stderr).splitlines()
-    rows = [line for line in lines if re.match(r"\|\s*\d+ \|", line)]
+    rows: list[str] = []
+    while not rows:  # its logger sometimes loses the last line at exit
+        output = subprocess.run(command, capture_output=True, text=True, check=True)
+        rows = re.findall(r"\|\s*\d+ \|\s*\d+ \|.*", f"{output.stdout}\n{output.stderr}")
     cells = [cell.strip() for cell in rows[-1].strip("|").split("|")]
     speed = float(cells[7])  # S_TG t/s, all sequences together
     return 1e3 * batch / speed
