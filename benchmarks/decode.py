@@ -2,7 +2,7 @@
 
     python benchmarks/decode.py [--models demo big] [--llama-bin FOLDER] [--threads 2]
 
-demo: the shape of configs/train/demo.yaml (3.4 M parameters). big: 0.92 B parameters, 0.2 B of them
+demo: the shape of configs/train/demo.yaml (3.4 M parameters). big: 0.92 B parameters, 0.18 B
 active (12 layers, width 768, 32 experts of 960, 4 chosen, vocabulary 32768). Batch 1 and batch 8 of
 16-token prompts; ms per step of the whole batch, the prompt left out. Ours and theirs take turns
 in one process; ours is ``LanguageModel.generate``. llama.cpp is a build given as a folder with
@@ -93,6 +93,15 @@ def fastest_implementation(model: Qwen3MoeForCausalLM, batch: int) -> str:
     return min(found, key=lambda name: found[name])
 
 
+def bytes_per_token(model: Qwen3MoeForCausalLM) -> int:
+    """Return the bytes of weights that one token's step reads: no embedding, chosen experts."""
+    config, total = model.config, 0
+    for name, parameter in model.named_parameters():
+        share = config.num_experts_per_tok / config.num_experts if "experts" in name else 1
+        total += int(parameter.nbytes * share) if "embed_tokens" not in name else 0
+    return total
+
+
 def write_gguf(model: Qwen3MoeForCausalLM, path: Path, dtype: str) -> None:
     """Write the weights for llama.cpp, matrices in ``dtype``, norms and routers in fp32."""
     import gguf
@@ -148,9 +157,12 @@ def llama_ms(folder: Path, model: Path, batch: int, threads: int, new_tokens: in
     command = [str(folder / "llama-batched-bench"), "-m", str(model), "-npp", str(PROMPT)]
     command += ["-ntg", str(new_tokens), "-npl", str(batch), "-c", "2048", "-t", str(threads)]
     rows: list[str] = []
-    while not rows:  # its logger sometimes loses the last line at exit
+    for _ in range(10):  # its logger sometimes loses the last line at exit
         output = subprocess.run(command, capture_output=True, text=True, check=True)
         rows = re.findall(r"\|\s*\d+ \|\s*\d+ \|.*", f"{output.stdout}\n{output.stderr}")
+        if rows:
+            break
+    assert rows, f"llama-batched-bench printed no row: {output.stdout}{output.stderr}"
     cells = [cell.strip() for cell in rows[-1].strip("|").split("|")]
     speed = float(cells[7])  # S_TG t/s, all sequences together
     return 1e3 * batch / speed
@@ -166,15 +178,18 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     rows = []
-    print(f"{'model':5} {'type':9} batch  {'':13} ms/step  speed-up of moeyard")
+    print(f"{'model':5} {'type':9} batch  {'':24} ms/step  speed-up of moeyard  weights GB/s")
     for name in arguments.models:
         for dtype in TYPES[name]:
             with tempfile.TemporaryDirectory() as folder:
                 for batch in BATCHES:
                     for row in compare(name, dtype, batch, Path(folder), arguments):
                         rows.append(row)
-                        print(f"{name:5} {dtype:9} {batch:5}  {row['who']:24} {row['ms']:7.2f}"
-                              f"  {row['over_ours']:5.2f}x", flush=True)  # fmt: skip
+                        line = f"{name:5} {dtype:9} {batch:5}  {row['who']:24} {row['ms']:7.2f}"
+                        line += f"  {row['over_ours']:18.2f}x"
+                        if row["weights_gb_s"] is not None:
+                            line += f"  {row['weights_gb_s']:12.1f}"
+                        print(line, flush=True)
     print("written to", write_results("decode", {"threads": arguments.threads, "rows": rows}))
 
 
@@ -206,7 +221,7 @@ def compare(
                 arguments.llama_bin, gguf_file, batch, arguments.threads, arguments.new_tokens
             )
             found.setdefault("llama.cpp", []).append(elapsed)
-    mine = found["moeyard"]
+    mine, read = found["moeyard"], bytes_per_token(peer)
     return [
         {
             "model": name,
@@ -215,6 +230,8 @@ def compare(
             "who": who,
             "ms": statistics.median(values),
             "over_ours": statistics.median(v / m for v, m in zip(values, mine, strict=True)),
+            # Of one token: in a batch some experts serve several.
+            "weights_gb_s": read / statistics.median(values) / 1e6 if batch == 1 else None,
             "all_ms": values,
         }
         for who, values in found.items()

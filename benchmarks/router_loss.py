@@ -7,15 +7,12 @@ same initial attention and the same batches in every arm. Interrupt and start ag
 """
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from report import write_results
+from runs import train
 
 CONFIG = Path(__file__).parent.parent / "configs" / "train" / "demo.yaml"
 SEEDS = (0, 1, 2)
@@ -34,28 +31,10 @@ ARMS = {
 def run_one(arm: str, seed: int, steps: int, work: Path) -> list[dict]:
     """Train one model, or pick up what is there, and return its metrics."""
     run_dir = work / f"{arm.replace(' ', '-')}-seed{seed}"
-    records = read_metrics(run_dir)
-    if not records or records[-1]["step"] < steps:
-        overrides = [f"run_dir={run_dir}", f"seed={seed}", f"train.steps={steps}"]
-        overrides += [f"model.moe.router={ARMS[arm]}", "parallel.ep=1", "checkpoint.every=200"]
-        run_dir.mkdir(parents=True, exist_ok=True)
-        with (run_dir / "log.txt").open("a") as log:
-            subprocess.run(
-                [sys.executable, "-m", "moeyard.training", str(CONFIG), *overrides],
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-                stdout=log,
-                stderr=log,
-                check=True,
-            )
-        records = read_metrics(run_dir)
+    overrides = [f"seed={seed}", f"model.moe.router={ARMS[arm]}", "parallel.ep=1"]
+    records = train(CONFIG, run_dir, [*overrides, "checkpoint.every=200"], steps, threads=1)
     print(f"{run_dir.name}: {records[-1]['eval_loss_per_byte']:.4f} nats per byte", flush=True)
     return records
-
-
-def read_metrics(run_dir: Path) -> list[dict]:
-    """Return the records of a run so far."""
-    path = run_dir / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def worst_load(records: list[dict]) -> float:

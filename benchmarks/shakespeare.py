@@ -9,51 +9,28 @@ Interrupt and start again as you like: finished runs are kept, half-finished one
 """
 
 import argparse
-import json
 import os
 import statistics
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from report import write_results
+from runs import train
 
 CONFIG = Path(__file__).parent.parent / "configs" / "train" / "shakespeare.yaml"
 LEARNING_RATES = (1e-3, 2e-3, 4e-3)
 SEEDS = (0, 1, 2)
+STEPS = 1500
 ARMS = {"moe": [], "dense": ["model.moe=null", "model.d_ff=512"]}
 
 
 def run_one(arm: str, lr: float, seed: int, text: Path, work: Path, threads: int) -> float:
     """Train one model, or pick up what is there, and return its held-out loss."""
     run_dir = work / f"{arm}-lr{lr:g}-seed{seed}"
-    loss = final_loss(run_dir)
-    if loss is None:
-        overrides = [f"run_dir={run_dir}", f"data.source={text}", f"optimizer.lr={lr}"]
-        overrides += [f"seed={seed}", *ARMS[arm]]
-        run_dir.mkdir(parents=True, exist_ok=True)
-        with (run_dir / "log.txt").open("a") as log:
-            subprocess.run(
-                [sys.executable, "-m", "moeyard.training", str(CONFIG), *overrides],
-                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-                stdout=log,
-                stderr=log,
-                check=True,
-            )
-        loss = final_loss(run_dir)
-        assert loss is not None, f"{run_dir} ended without a final evaluation"
+    overrides = [f"data.source={text}", f"optimizer.lr={lr}", f"seed={seed}", *ARMS[arm]]
+    loss: float = train(CONFIG, run_dir, overrides, STEPS, threads)[-1]["eval_loss"]
     print(f"{run_dir.name}: {loss:.4f} nats per byte", flush=True)
     return loss
-
-
-def final_loss(run_dir: Path) -> float | None:
-    """Return the held-out loss of the last step, if the run is complete."""
-    metrics = run_dir / "metrics.jsonl"
-    if not metrics.exists():
-        return None
-    last = json.loads(metrics.read_text().splitlines()[-1])
-    return last["eval_loss"] if last["step"] == 1500 and "eval_loss" in last else None
 
 
 def main() -> None:

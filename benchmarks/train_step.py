@@ -7,7 +7,8 @@ E=32 K=4 D=512 F=256 L=6, 1024 tokens a rank, vocabulary 4096. Both models live 
 processes and take turns; medians and the median of the pairwise ratios are printed. Theirs is
 Qwen3MoeForCausalLM with ``experts_implementation="grouped_mm"`` under DDP (gloo), its balance loss
 on, gradients clipped, fused AdamW on the same decay groups; in bf16 both update fp32 masters. Ours
-is ``TrainStep`` itself, with everything a run does in a step, at EP=1 and at EP=ranks.
+is ``TrainStep`` itself, with everything a run does in a step, at EP=1 and at EP=ranks. The phases
+of our steps are those of ``metrics.jsonl``; ``--profile`` adds a step of each by operator.
 """
 
 import argparse
@@ -58,8 +59,26 @@ def random_shard(folder: Path) -> TokenShard:
     return TokenShard(path, facts)
 
 
-def our_step(mesh: Mesh, ep: int, precision: str, shard: TokenShard) -> Callable[[int], object]:
-    """Return a function that runs our step ``s``."""
+class OurStep:
+    """Runs our step ``s`` and keeps the seconds of its phases."""
+
+    def __init__(self, step: TrainStep) -> None:
+        self._step = step
+        self.phases: list[dict[str, float]] = []
+
+    def __call__(self, index: int) -> None:
+        self._step.phases.start()
+        self._step.run(index, stop_requested=False)
+        self.phases.append(dict(self._step.phases.seconds))
+
+    def median_phases(self) -> dict[str, float]:
+        """Return each phase's median without the first two steps, those that take any time."""
+        names = [name for name, seconds in self.phases[-1].items() if seconds > 0]
+        return {n: statistics.median(phase[n] for phase in self.phases[2:]) for n in names}
+
+
+def our_step(mesh: Mesh, ep: int, precision: str, shard: TokenShard) -> OurStep:
+    """Build our step on its own model."""
     config = RunConfig(
         run_dir="unused",
         model=MODEL,
@@ -75,8 +94,7 @@ def our_step(mesh: Mesh, ep: int, precision: str, shard: TokenShard) -> Callable
     batches = GlobalBatches(shard, TOKENS, mesh.world_size, seed=0)
     data = Data(None, batches, "", None, batches, 1.0)  # type: ignore[arg-type]
     decoder, masters = build_model(config, MODEL, data, mesh)
-    step = TrainStep(config, decoder, masters, batches, mesh)
-    return lambda index: step.run(index, stop_requested=False)
+    return OurStep(TrainStep(config, decoder, masters, batches, mesh))
 
 
 def their_step(mesh: Mesh, precision: str, shard: TokenShard) -> Callable[[int], object]:
@@ -157,7 +175,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--no-communication", action="store_true", help="one process, EP=1")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--only", help="one of the contestants, for profiling")
+    parser.add_argument("--profile", action="store_true", help="one step by operator")
     arguments = parser.parse_args()
     keep_freed_memory()
     store = start_process_group(300) if is_torchrun_worker() else None
@@ -174,8 +192,6 @@ def main() -> None:
             contestants[f"moeyard ep={mesh.world_size}"] = lambda: our_step(
                 wide, mesh.world_size, arguments.precision, shard
             )
-        if arguments.only:
-            contestants = {arguments.only: contestants[arguments.only]}
         steps = {name: build() for name, build in contestants.items()}
         seconds: dict[str, list[float]] = {name: [] for name in steps}
         for index in range(arguments.rounds + 2):
@@ -184,26 +200,47 @@ def main() -> None:
                 if index >= 2:  # the first fill caches and Adam's state
                     seconds[name].append(elapsed)
         if mesh.rank == 0:
-            report(seconds, arguments, mesh.world_size)
+            report(steps, seconds, arguments, mesh.world_size)
+        if arguments.profile:
+            for name, step in steps.items():
+                profile(name, step, arguments.rounds + 2, is_shown=mesh.rank == 0)
     stop_process_group()
 
 
-def report(seconds: dict[str, list[float]], arguments: argparse.Namespace, ranks: int) -> None:
+def report(
+    steps: dict[str, Callable[[int], object]],
+    seconds: dict[str, list[float]],
+    arguments: argparse.Namespace,
+    ranks: int,
+) -> None:
     print(f"{ranks} rank(s), {torch.get_num_threads()} thread(s) each, {arguments.precision}")
-    theirs = seconds.get("hugging face")
-    figures = {}
+    theirs = seconds["hugging face"]
+    figures: dict[str, dict] = {}
     for name, values in seconds.items():
         median = statistics.median(values)
-        figures[name] = {"median_s": median, "seconds": values}
-        line = f"{name:14} {median:7.3f} s  {ranks * TOKENS / median:8.0f} tokens/s"
-        if theirs is not None:
-            ratio = statistics.median(t / v for t, v in zip(theirs, values, strict=True))
-            figures[name]["speed_up"] = ratio
-            line += f"  {ratio:5.2f}x"
+        ratio = statistics.median(t / v for t, v in zip(theirs, values, strict=True))
+        figures[name] = {"median_s": median, "speed_up": ratio, "seconds": values}
+        line = f"{name:14} {median:7.3f} s  {ranks * TOKENS / median:8.0f} tokens/s  {ratio:5.2f}x"
+        step = steps[name]
+        if isinstance(step, OurStep):
+            phases = figures[name]["phases_s"] = step.median_phases()
+            line += "   " + "  ".join(f"{phase} {value:.3f}" for phase, value in phases.items())
         print(line)
-    if not arguments.only:
-        name = f"train_step_{arguments.precision}_{ranks}rank"
-        print("written to", write_results(name, {"contestants": figures}))
+    name = f"train_step_{arguments.precision}_{ranks}rank"
+    print("written to", write_results(name, {"contestants": figures}))
+
+
+def profile(name: str, step: Callable[[int], object], index: int, is_shown: bool) -> None:
+    """Run one step under torch.profiler and print where its time goes."""
+    with torch.profiler.profile() as found:
+        timed(step, index)
+    if not is_shown:
+        return
+    events = sorted(found.key_averages(), key=lambda e: -e.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in events)
+    print(f"{name}: {total / 1e6:.3f} s under the profiler")
+    for event in events[:12]:
+        print(f"  {event.self_cpu_time_total / 1e6:6.3f} s  {event.count:5} x  {event.key}")
 
 
 if __name__ == "__main__":

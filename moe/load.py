@@ -5,6 +5,9 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+MAX_EXPERT_SERIES = 8192
+"""Above this many (layer, expert) pairs metrics are exported per layer only."""
+
 
 @dataclass(frozen=True, slots=True)
 class LoadStatistics:

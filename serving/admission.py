@@ -2,10 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 from prometheus_client import Counter
 
 from ..errors import RequestError
+
+Rejection = Literal["queue_full", "draining"]
+"""Why a request is not let in, as ``moeyard_requests_rejected_total`` labels it."""
 
 RETRY_WHEN_FULL_S = 1
 """Seconds until asking a full server again: with dozens of places, one is free by then."""

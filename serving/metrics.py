@@ -21,15 +21,13 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
 from ..moe.config import ModelConfig
-from ..moe.load import load_statistics
+from ..moe.load import MAX_EXPERT_SERIES, load_statistics
 from ..moe.routing import Routing
+from .admission import Rejection
 from .sequence import FinishReason, GenerationEvent, Sequence
 from .store import ExpertStore
 
 disable_created_metrics()  # a second series per counter that nothing here reads
-
-MAX_EXPERT_SERIES = 8192
-"""Above this many (layer, expert) pairs only per-layer series are exported."""
 
 TTFT_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 10, 20, 40)
 TOKEN_BUCKETS = (
@@ -51,9 +49,6 @@ TOKEN_BUCKETS = (
 )
 REQUEST_BUCKETS = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480)
 
-
-REJECTIONS = ("queue_full", "draining")
-"""Why requests are not let in (serving/admission.py)."""
 
 TRAFFIC = {
     "hits": ("cache_hits", "Experts in memory when they were needed"),
@@ -90,7 +85,7 @@ class EngineMetrics:
         # Series that are there from the start, at 0: a rate misses the rise of a new one.
         for finish_reason in get_args(FinishReason):
             self.finished.labels(finish_reason)
-        for reason in REJECTIONS:
+        for reason in get_args(Rejection):
             self.rejected.labels(reason)
         self.prompt_tokens = Counter("moeyard_prompt_tokens", "Prompt tokens read", registry=r)
         self.generated = Counter("moeyard_generation_tokens", "Tokens generated", registry=r)

@@ -22,15 +22,12 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..moe.config import ModelConfig
-from ..moe.load import load_statistics
+from ..moe.load import MAX_EXPERT_SERIES, load_statistics
 from .config import RunConfig
 from .observers import Observer
 from .step import StepResult
 
 disable_created_metrics()  # a second series per counter that nothing here reads
-
-MAX_EXPERT_SERIES = 8192
-"""Above this many (layer, expert) pairs only per-layer series are exported, as in serving."""
 
 
 class PrometheusPort(Observer):

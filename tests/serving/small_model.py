@@ -2,13 +2,17 @@
 
 from pathlib import Path
 
+import torch
+
 from moeyard.moe.config import ModelConfig, MoEConfig
 from moeyard.moe.decoder import Decoder
 from moeyard.moe.hf_config import to_hf
 from moeyard.moe.initialize import initialize
+from moeyard.moe.model_folder import ModelFolder
 from moeyard.moe.model_writer import write_model_folder
 from moeyard.moe.router_config import Hash, TopK
 from moeyard.moe.tensor_names import expert_tensor_name, tensor_name
+from moeyard.serving.store import ExpertStore
 from moeyard.training.data.tokenizer import ByteTokenizer
 
 CONFIG = ModelConfig(
@@ -52,3 +56,18 @@ def write_random_model(folder: Path, config: ModelConfig = CONFIG) -> None:
                 tensors[expert_tensor_name(int(parts[1]), expert, part)] = half
     values = to_hf(config, "float32", 256)
     write_model_folder(folder, values, tensors.items(), ByteTokenizer().save)
+
+
+def slots(count: int, dtype: str = "float32") -> str:
+    """Return the budget of ``count`` experts."""
+    return f"{count * SLOT_ELEMENTS * (4 if dtype == 'float32' else 2)}B"
+
+
+def small_store(folder: Path, count: int, **options: int) -> ExpertStore:
+    """Open a store of ``count`` slots."""
+    return ExpertStore(ModelFolder(folder), torch.float32, count * SLOT_ELEMENTS * 4, **options)
+
+
+def visit(store: ExpertStore, layer: int, *experts: int) -> list[int]:
+    """Stream experts and return them in the order they came."""
+    return [expert for ready, _ in store.stream(layer, experts) for expert in ready]

@@ -10,14 +10,19 @@ import pytest
 import torch
 
 from moeyard.errors import ExpertReadError
-from moeyard.moe.model_folder import ModelFolder
 from moeyard.moe.router_config import Hash, TopK
 from moeyard.serving import store as store_module
 from moeyard.serving.loading import open_model
 from moeyard.serving.read_queue import Read, ReadQueue
-from moeyard.serving.store import ExpertStore
 
-from small_model import NUM_EXPERTS, SLOT_ELEMENTS, with_router, write_random_model
+from small_model import (
+    NUM_EXPERTS,
+    slots,
+    small_store,
+    visit,
+    with_router,
+    write_random_model,
+)
 
 ROUTERS = {
     "token": Hash(k=2, table="random"),
@@ -33,22 +38,10 @@ def folder(request, tmp_path_factory):
     return path
 
 
-def slots(count: int) -> str:
-    return f"{count * SLOT_ELEMENTS * 4}B"
-
-
-def small_store(folder, count: int, **options) -> ExpertStore:
-    return ExpertStore(ModelFolder(folder), torch.float32, count * SLOT_ELEMENTS * 4, **options)
-
-
 def settle(store) -> None:
     """Wait for what is being read ahead."""
     while not all(read.is_done for read in store._loading.values()):
         time.sleep(0.001)
-
-
-def visit(store, layer, *experts) -> list[int]:
-    return [expert for ready, _ in store.stream(layer, experts) for expert in ready]
 
 
 @pytest.mark.parametrize("count", [12, 6, 3, 2, 1])
@@ -136,22 +129,22 @@ def test_compute_waits_for_its_own_experts_before_it_puts_prefetches_out(folder)
     assert store.statistics.layers[2].prefetch_wasted == 0
 
 
-def test_prefetches_that_finish_on_the_way_do_not_block_the_waves(folder, monkeypatch):
+def test_prefetches_that_finish_while_experts_stream_are_booked_at_once(folder, monkeypatch):
     store = small_store(folder, 3)
-    hold = threading.Event()
-    fill = store._fill
+    hold, fill = threading.Event(), store._fill
     monkeypatch.setattr(
         store, "_fill", lambda name, view: (".2." in name and hold.wait(10), fill(name, view))
     )
     store.prefetch(2, [3, 4])
     waves = store.stream(0, range(6))
-    first, _ = next(waves)
+    next(waves)
+    assert store.statistics.layers[2].bytes_read == 0
     hold.set()
-    while not all(read.is_done for read in store._loading.values() if read.key[0] == 2):
-        time.sleep(0.001)
-    rest = [ready for ready, _ in waves]
-    assert sorted([*first, *(e for ready in rest for e in ready)]) == list(range(6))
+    settle(store)
+    next(waves)
+    assert store.statistics.layers[2].bytes_read == 2 * store.slot_bytes
     assert store.num_resident + len(store._free) + len(store._loading) == 3
+    waves.close()
 
 
 def test_a_forward_that_fails_leaves_nothing_expected(folder, monkeypatch):

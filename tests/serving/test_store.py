@@ -8,22 +8,16 @@ import pytest
 import torch
 
 from moeyard.errors import ConfigError, ExpertReadError
-from moeyard.moe.model_folder import ModelFolder
 from moeyard.serving import store as store_module
 from moeyard.serving.budget import parse_budget
 from moeyard.serving.loading import open_model
-from moeyard.serving.store import ExpertStore
 
-from small_model import NUM_EXPERTS, SLOT_ELEMENTS
+from small_model import NUM_EXPERTS, slots, small_store, visit
 
 
 @pytest.fixture
 def folder(model_folder):
     return model_folder
-
-
-def slots(count: int, dtype: str = "float32") -> str:
-    return f"{count * SLOT_ELEMENTS * (4 if dtype == 'float32' else 2)}B"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -55,25 +49,20 @@ def test_counts_hits_misses_and_bytes(folder):
 
 
 def test_evicts_the_least_recently_used(folder):
-    store = ExpertStore(ModelFolder(folder), torch.float32, 3 * SLOT_ELEMENTS * 4)
-
-    def visit(layer, *experts):
-        for _ in store.stream(layer, experts):
-            pass
-
+    store = small_store(folder, 3)
     for expert in (0, 1, 2, 0):
-        visit(0, expert)
-    visit(2, 4)  # puts out (0, 1)
+        visit(store, 0, expert)
+    visit(store, 2, 4)  # puts out (0, 1)
     before = store.statistics.layers[0].misses
-    visit(0, 0)
-    visit(0, 2)
+    visit(store, 0, 0)
+    visit(store, 0, 2)
     assert store.statistics.layers[0].misses == before
-    visit(0, 1)
+    visit(store, 0, 1)
     assert store.statistics.layers[0].misses == before + 1
 
 
 def test_never_holds_more_than_its_slots_and_every_wave_is_disjoint(folder):
-    store = ExpertStore(ModelFolder(folder), torch.float32, 2 * SLOT_ELEMENTS * 4)
+    store = small_store(folder, 2)
     for _ in range(3):
         seen = []
         for ready, weights in store.stream(2, range(6)):
@@ -126,7 +115,7 @@ def test_a_lasting_read_error_is_reported_and_leaves_the_store_usable(folder, mo
 
 
 def test_a_wave_given_up_half_way_leaves_the_store_usable(folder):
-    store = ExpertStore(ModelFolder(folder), torch.float32, 2 * SLOT_ELEMENTS * 4)
+    store = small_store(folder, 2)
     waves = store.stream(0, range(6))
     next(waves)
     waves.close()
@@ -135,7 +124,7 @@ def test_a_wave_given_up_half_way_leaves_the_store_usable(folder):
 
 
 def test_computes_with_what_is_there_while_threads_read_the_rest(folder, monkeypatch):
-    store = ExpertStore(ModelFolder(folder), torch.float32, 6 * SLOT_ELEMENTS * 4, num_threads=2)
+    store = small_store(folder, 6, num_threads=2)
     for _ in store.stream(0, [0, 1]):
         pass
     real, gate, in_flight, most = os.preadv, threading.Event(), [0], [0]
