@@ -121,6 +121,13 @@ MUTATIONS = [
         AHEAD,
     ),
     (
+        "finished reads are booked late",
+        "serving/store.py",
+        "                self._settle_finished(wanted=reading)\n                self._read_now",
+        "                self._read_now",
+        AHEAD,
+    ),
+    (
         "what is needed first is put out first",
         "serving/store.py",
         "for key in reversed(self._resident):",

@@ -114,7 +114,8 @@ def test_compute_takes_the_slots_of_prefetches_rather_than_stand_still(folder):
     settle(store)
     assert sorted(visit(store, 0, 2, 3, 4)) == [2, 3, 4]
     traffic = store.statistics.layers[2]
-    assert traffic.prefetch_wasted == 1, "what is needed first must stay"
+    assert traffic.prefetch_wasted == 1
+    assert (2, 0) in store._resident, "what is needed first must stay"
     settle(store)
     assert sorted(visit(store, 2, 0, 1)) == [0, 1], "and what was put out is read again ahead"
     assert (traffic.misses, traffic.prefetch_issued) == (0, 3)
@@ -188,10 +189,10 @@ def test_closing_the_store_leaves_nobody_waiting(folder, monkeypatch):
         except ExpertReadError as error:
             failures.append(str(error))
 
-    thread = threading.Thread(target=compute)
+    thread = threading.Thread(target=compute, daemon=True)  # or a failure would hang the run
     thread.start()
     begun.wait(10)
-    closing = threading.Thread(target=store.close)
+    closing = threading.Thread(target=store.close, daemon=True)
     closing.start()
     while not store._reads._is_closed:
         time.sleep(0.001)
