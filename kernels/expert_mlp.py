@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from .expert_weights import ExpertWeights
-from .grouping import group_tokens
 from .reference import expert_mlp_reference
-from .torch_backend import ExpertMLP, combine_rows, expert_rows
+from .torch_backend import ExpertMLP
+from .waves import start_waves
 
 Backend = Literal["torch", "reference"]
 
@@ -44,5 +44,6 @@ def expert_mlp(
     if torch.is_grad_enabled():
         fc1_SHD, fc2_SDF = experts.fc1_SHD, experts.fc2_SDF
         return ExpertMLP.apply(x_TD, experts_TK, weights_TK, fc1_SHD, fc2_SDF, experts)
-    grouping = group_tokens(experts_TK, experts.num_experts)
-    return combine_rows(expert_rows(x_TD, grouping, experts), grouping, weights_TK)
+    waves = start_waves(x_TD, experts_TK, weights_TK, experts.num_experts, experts)
+    waves.add(experts)
+    return waves.result()
