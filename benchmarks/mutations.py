@@ -17,6 +17,7 @@ from report import write_results
 
 ROOT = Path(__file__).parent.parent
 EQUAL, STORE = "tests/parallel", "tests/serving/test_store.py"
+SHARED = "tests/parallel/test_shared_memory.py"
 AHEAD = "tests/serving/test_prefetch.py"
 RESUME = "tests/training/test_training.py -k"
 
@@ -25,9 +26,30 @@ MUTATIONS = [
     (
         "expert gradients are not reduced",
         "parallel/gradients.py",
+        "self._expert_sum.all_reduce()",
+        "pass",
+        EQUAL,
+    ),
+    (
+        "expert gradients are not reduced between hosts",
+        "parallel/gradients.py",
         "dist.all_reduce(self._expert_flat, group=self._mesh.edp_group)",
         "pass",
         EQUAL,
+    ),
+    (
+        "a shared sum is read before it is whole",
+        "parallel/host_group.py",
+        "                other.copy_(total)\n        self._host.barrier()",
+        "                other.copy_(total)",
+        SHARED,
+    ),
+    (
+        "an exchange overwrites what is still read",
+        "parallel/exchange.py",
+        "self._turn += 1",
+        "pass",
+        SHARED,
     ),
     (
         "the clip norm counts replicated experts twice",
