@@ -94,6 +94,20 @@ MUTATIONS = [
         "tests/kernels",
     ),
     (
+        "lines without an expert are combined",
+        "kernels/torch_backend.py",
+        "present_TK = ~absent_TK",
+        "present_TK = torch.ones_like(absent_TK)",
+        "tests/kernels",
+    ),
+    (
+        "gradients of experts without rows are left over from the last step",
+        "kernels/expert_loop.py",
+        "        _zero_others(sums, spans)",
+        "        pass",
+        "tests/kernels",
+    ),
+    (
         "slots are not aligned",
         "kernels/expert_weights.py",
         "stride = -(-rows * columns // unit) * unit",

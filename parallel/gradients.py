@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from ..kernels.expert_weights import MainGrads
 from ..moe.layer import Experts
 from .host_group import HostGroup, SharedSum
 from .local_part import local_part
@@ -43,6 +44,12 @@ class MainGradients:
         self._expert_sum = _shared_sum(self.experts, like, mesh.edp_host)
         self._dense_flat = attach(self.dense, like, self._dense_sum)
         self._expert_flat = attach(self.experts, like, self._expert_sum)
+        self._main_grads = []
+        for module in model.modules():
+            if isinstance(module, Experts):
+                main = (module.fc1.main_grad, module.fc2.main_grad)  # type: ignore[attr-defined]
+                module.main_grads = MainGrads(*main)
+                self._main_grads.append(module.main_grads)
 
     @property
     def sums_dense(self) -> bool:
@@ -52,10 +59,16 @@ class MainGradients:
     def zero(self) -> None:
         """Forget the last step."""
         self._dense_flat.zero_()
-        self._expert_flat.zero_()
+        for main in self._main_grads:
+            main.is_empty = True
 
     def accumulate(self) -> None:
         """Add the gradients autograd left on the parameters, and take them off."""
+        for main in self._main_grads:
+            if main.is_empty:  # no backward came by: another backend
+                main.fc1_SHD.zero_()
+                main.fc2_SDF.zero_()
+                main.is_empty = False
         for parameter in (*self.dense, *self.experts):
             if parameter.grad is not None:
                 parameter.main_grad.add_(parameter.grad)  # type: ignore[attr-defined]

@@ -2,8 +2,8 @@
 
     shared_worker.py CASES RANK RANKS STORE_FILE
 
-Runs cases, joined by commas, and prints "done", or the sentence of the error that ended it. Not under torchrun,
-which would end the others itself when a rank is killed.
+Runs cases, joined by commas, and prints "done", or the sentence of the error that ended them. Not
+under torchrun, which would end the others itself when a rank is killed.
 """
 
 import os
