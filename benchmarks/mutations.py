@@ -17,6 +17,7 @@ from report import write_results
 
 ROOT = Path(__file__).parent.parent
 EQUAL, STORE = "tests/parallel", "tests/serving/test_store.py"
+SHARED = "tests/parallel/test_shared_memory.py"
 AHEAD = "tests/serving/test_prefetch.py"
 RESUME = "tests/training/test_training.py -k"
 
@@ -25,9 +26,30 @@ MUTATIONS = [
     (
         "expert gradients are not reduced",
         "parallel/gradients.py",
+        "self._expert_sum.all_reduce()",
+        "pass",
+        EQUAL,
+    ),
+    (
+        "expert gradients are not reduced between hosts",
+        "parallel/gradients.py",
         "dist.all_reduce(self._expert_flat, group=self._mesh.edp_group)",
         "pass",
         EQUAL,
+    ),
+    (
+        "a shared sum is read before it is whole",
+        "parallel/host_group.py",
+        "                other.copy_(total)\n        self._host.barrier()",
+        "                other.copy_(total)",
+        SHARED,
+    ),
+    (
+        "an exchange overwrites what is still read",
+        "parallel/exchange.py",
+        "self._turn += 1",
+        "pass",
+        SHARED,
     ),
     (
         "the clip norm counts replicated experts twice",
@@ -69,6 +91,20 @@ MUTATIONS = [
         "kernels/torch_backend.py",
         "part_TD = part_TD.masked_fill(absent_TK[:, k : k + 1], 0)",
         "pass",
+        "tests/kernels",
+    ),
+    (
+        "lines without an expert are combined",
+        "kernels/torch_backend.py",
+        "present_TK = ~absent_TK",
+        "present_TK = torch.ones_like(absent_TK)",
+        "tests/kernels",
+    ),
+    (
+        "gradients of experts without rows are left over from the last step",
+        "kernels/expert_loop.py",
+        "        _zero_others(sums, spans)",
+        "        pass",
         "tests/kernels",
     ),
     (

@@ -3,7 +3,6 @@
 N rows, F expert width. The first F columns of ``h`` are the gate, the others the up projection.
 """
 
-import math
 from typing import Literal
 
 import torch
@@ -19,33 +18,32 @@ ACTIVATIONS: tuple[Activation, ...] = ("swiglu", "reglu", "geglu")
 def gated(h_N2F: Tensor, activation: Activation) -> Tensor:
     """Return ``act(gate) * up``, ``[N, F]``."""
     gate_NF, up_NF = h_N2F.chunk(2, dim=-1)
-    if activation == "swiglu":
-        return F.silu(gate_NF) * up_NF
-    if activation == "reglu":
-        return F.relu(gate_NF) * up_NF
-    return F.gelu(gate_NF) * up_NF
+    return _act(gate_NF, activation) * up_NF
 
 
 def gated_backward(h_N2F: Tensor, grad_NF: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
     """Return :func:`gated` again and its gradient with respect to ``h``, ``[N, 2F]``."""
     gate_NF, up_NF = h_N2F.chunk(2, dim=-1)
-    act_NF, slope_NF = _value_and_slope(gate_NF, activation)
     grad_N2F = torch.empty_like(h_N2F)
     grad_gate_NF, grad_up_NF = grad_N2F.chunk(2, dim=-1)
+    act_NF = _act(gate_NF, activation)
     torch.mul(grad_NF, act_NF, out=grad_up_NF)
-    torch.mul(grad_NF, slope_NF.mul_(up_NF), out=grad_gate_NF)
+    _act_backward(grad_NF * up_NF, gate_NF, activation, grad_gate_NF)
     return act_NF.mul_(up_NF), grad_N2F
 
 
-def _value_and_slope(gate_NF: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
+def _act(gate_NF: Tensor, activation: Activation) -> Tensor:
     if activation == "swiglu":
-        sigmoid_NF = torch.sigmoid(gate_NF)
-        silu_NF = gate_NF * sigmoid_NF
-        # d silu(g) / d g = sigmoid + silu * (1 - sigmoid)
-        return silu_NF, torch.addcmul(sigmoid_NF, silu_NF, 1 - sigmoid_NF)
-    if activation == "reglu":
-        return F.relu(gate_NF), (gate_NF > 0).to(gate_NF.dtype)
-    # d gelu(g) / d g = Phi(g) + g * phi(g), Phi and phi the normal distribution and its density
-    below_NF = 0.5 * (1 + torch.erf(gate_NF * math.sqrt(0.5)))
-    density_NF = torch.exp(-0.5 * gate_NF.square()) / math.sqrt(2 * math.pi)
-    return gate_NF * below_NF, torch.addcmul(below_NF, gate_NF, density_NF)
+        return F.silu(gate_NF)
+    return F.relu(gate_NF) if activation == "reglu" else F.gelu(gate_NF)
+
+
+def _act_backward(grad_NF: Tensor, gate_NF: Tensor, activation: Activation, out_NF: Tensor) -> None:
+    """Write the gradient with torch's own backward, one pass that rounds once."""
+    aten = torch.ops.aten
+    if activation == "swiglu":
+        aten.silu_backward.grad_input(grad_NF, gate_NF, grad_input=out_NF)
+    elif activation == "reglu":
+        aten.threshold_backward.grad_input(grad_NF, gate_NF, 0, grad_input=out_NF)
+    else:
+        aten.gelu_backward.grad_input(grad_NF, gate_NF, grad_input=out_NF)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .activation import gated, gated_backward
-from .expert_weights import ExpertWeights
+from .expert_weights import ExpertWeights, MainGrads
 from .grouping import Grouping
 
 
@@ -43,11 +43,11 @@ def backward(
     h_RH: Tensor,
     grouping: Grouping,
     experts: ExpertWeights,
-    weight_grads: tuple[Tensor | None, Tensor | None],
+    sums: MainGrads,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of each row's x, ``[R, D]``, and of ``weights_TK``.
 
-    Those of fc1 and fc2 are added to ``weight_grads``; None is left out.
+    Those of fc1 and fc2 are left in ``sums``.
     """
     ends_S = _slot_ends(grouping, experts)
     tokens_R = grouping.tokens_R
@@ -61,11 +61,11 @@ def backward(
     present_R = grouping.inverse_R < grouping.offsets_E1[-1]
     grad_weights_R = torch.where(present_R, grad_weights_R[grouping.inverse_R], 0)
     scaled_act_RF = (act_RF * weights_R1).to(act_RF.dtype)
-    grad_fc1_SHD, grad_fc2_SDF = weight_grads
-    if grad_fc2_SDF is not None:
-        grad_fc2_SDF += F.grouped_mm(grad_RD.t(), scaled_act_RF, offs=ends_S)
-    if grad_fc1_SHD is not None:
-        grad_fc1_SHD += F.grouped_mm(grad_h_RH.t(), x_TD[tokens_R], offs=ends_S)
+    if sums.is_empty:
+        sums.fc1_SHD.zero_()
+        sums.fc2_SDF.zero_()
+    sums.fc2_SDF += F.grouped_mm(grad_RD.t(), scaled_act_RF, offs=ends_S)
+    sums.fc1_SHD += F.grouped_mm(grad_h_RH.t(), x_TD[tokens_R], offs=ends_S)
     grad_x_RD = F.grouped_mm(grad_h_RH, experts.fc1_SHD, offs=ends_S)
     return grad_x_RD, grad_weights_R.view_as(weights_TK)
 

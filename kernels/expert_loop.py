@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .activation import gated, gated_backward
-from .expert_weights import ExpertWeights
+from .expert_weights import ExpertWeights, MainGrads
 from .grouping import Grouping
 from .row_stable import bf16_row_stable_linear
 
@@ -80,37 +80,47 @@ def backward(
     grouping: Grouping,
     experts: ExpertWeights,
     spans: list[Span],
-    weight_grads: tuple[Tensor | None, Tensor | None],
+    sums: MainGrads,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of each row's x, ``[N, D]``, and of ``weights_TK``.
 
-    Those of fc1 and fc2 are added to ``weight_grads``; None is left out.
+    Those of fc1 and fc2 are left in ``sums``.
     """
-    grad_fc1_SHD, grad_fc2_SDF = weight_grads
     grad_x_ND = x_TD.new_empty(h_NH.shape[0], x_TD.shape[1])
     grad_weights_R = torch.zeros_like(weights_TK).reshape(-1)
-    weights_R = weights_TK.reshape(-1)
-    tokens_R = grouping.tokens_R
+    tokens_R, order_R = grouping.tokens_R, grouping.order_R
+    weights_R1 = weights_TK.reshape(-1).index_select(0, order_R).unsqueeze(-1)
     for slot, start, end in spans:
-        rows_n, tokens_n = grouping.order_R[start:end], tokens_R[start:end]
+        tokens_n, weight_n1 = tokens_R[start:end], weights_R1[start:end]
         grad_nD = grad_TD.index_select(0, tokens_n)
-        weight_n1 = weights_R[rows_n].unsqueeze(-1)
         unscaled_nF = torch.mm(grad_nD, experts.fc2_SDF[slot])
         grad_act_nF = (unscaled_nF * weight_n1).to(unscaled_nF.dtype)
         act_nF, grad_h_nH = gated_backward(h_NH[start:end], grad_act_nF, experts.activation)
         # <dy_t, y_row> = <dy_t W2, act>, so the outputs need not be kept.
-        grad_weights_R[rows_n] = (unscaled_nF * act_nF).sum(dim=-1, dtype=weights_TK.dtype)
-        if grad_fc2_SDF is not None:
-            _add_product(grad_fc2_SDF[slot], grad_nD, (act_nF * weight_n1).to(act_nF.dtype))
-        if grad_fc1_SHD is not None:
-            _add_product(grad_fc1_SHD[slot], grad_h_nH, x_TD.index_select(0, tokens_n))
+        grad_weights_R[start:end] = (unscaled_nF * act_nF).sum(dim=-1, dtype=weights_TK.dtype)
+        scaled_act_nF = (act_nF * weight_n1).to(act_nF.dtype)
+        _add_product(sums.fc2_SDF[slot], grad_nD, scaled_act_nF, sums.is_empty)
+        x_nD = x_TD.index_select(0, tokens_n)
+        _add_product(sums.fc1_SHD[slot], grad_h_nH, x_nD, sums.is_empty)
         torch.mm(grad_h_nH, experts.fc1_SHD[slot], out=grad_x_ND[start:end])
-    return grad_x_ND, grad_weights_R.view_as(weights_TK)
+    if sums.is_empty:
+        _zero_others(sums, spans)
+    return grad_x_ND, grad_weights_R.index_select(0, grouping.inverse_R).view_as(weights_TK)
 
 
-def _add_product(total_QP: Tensor, grad_nQ: Tensor, x_nP: Tensor) -> None:
-    """Add ``grad.T @ x`` to a sum that may be wider than the factors."""
-    if total_QP.dtype == grad_nQ.dtype:
-        torch.addmm(total_QP, grad_nQ.t(), x_nP, out=total_QP)
+def _add_product(total_QP: Tensor, grad_nQ: Tensor, x_nP: Tensor, is_empty: bool) -> None:
+    """Add ``grad.T @ x`` to a sum that may be wider, or write it if there is no sum yet."""
+    if total_QP.dtype != grad_nQ.dtype:
+        product_QP = torch.mm(grad_nQ.t(), x_nP)
+        _ = total_QP.copy_(product_QP) if is_empty else total_QP.add_(product_QP)
+    elif is_empty:
+        torch.mm(grad_nQ.t(), x_nP, out=total_QP)
     else:
-        total_QP += torch.mm(grad_nQ.t(), x_nP)
+        total_QP.addmm_(grad_nQ.t(), x_nP)
+
+
+def _zero_others(sums: MainGrads, spans: list[Span]) -> None:
+    """Fill the sums of experts without rows; the others have just been written."""
+    for slot in set(range(sums.fc1_SHD.shape[0])) - {span.slot for span in spans}:
+        sums.fc1_SHD[slot].zero_()
+        sums.fc2_SDF[slot].zero_()

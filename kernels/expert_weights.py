@@ -15,6 +15,18 @@ ALIGNMENT_BYTES = 64
 """Every slot starts on a cache line: BLAS picks other code, with other rounding, below that."""
 
 
+@dataclass(slots=True)
+class MainGrads:
+    """Sums, like fc1 and fc2 or wider, that backward adds weight gradients to, in place of
+    returning them: a fresh buffer per backward would cost as much as the weights."""
+
+    fc1_SHD: Tensor
+    fc2_SDF: Tensor
+    is_empty: bool = False
+    """Whether the sums hold nothing yet, whatever is in memory. The first backward then writes
+    where later ones add, which saves filling with zeros and reading them again."""
+
+
 @dataclass(frozen=True, slots=True)
 class ExpertWeights:
     """Gated expert weights in the plain layout.
@@ -31,9 +43,8 @@ class ExpertWeights:
     slot_of_E: tuple[int, ...] | None = None
     """Slot of each expert, -1 where it is not here; None where slot e holds expert e."""
     activation: Activation = "swiglu"
-    main_grads: tuple[Tensor, Tensor] | None = None
-    """Sums, like fc1 and fc2 or wider, that backward adds weight gradients to, in place of
-    returning them: a fresh buffer per backward would cost as much as the weights."""
+    main_grads: MainGrads | None = None
+    """Where backward leaves the gradients of the weights; None returns them."""
 
     @property
     def num_experts(self) -> int:

@@ -9,10 +9,11 @@ recomputed activation saves keeping the expert outputs).
 from collections.abc import Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import expert_fused, expert_loop
-from .expert_weights import ExpertWeights
+from .expert_weights import ExpertWeights, MainGrads
 from .grouping import Grouping, group_tokens
 
 
@@ -42,14 +43,40 @@ def combine_rows(y_ND: Tensor, grouping: Grouping, weights_TK: Tensor | None) ->
     """Return ``y_t = sum_k weights[t, k] * y_row(t, k)`` in k order, summed in weights' type.
 
     Routed rows without an expert contribute nothing, whatever their (undefined) line holds.
-    ``weights_TK = None`` sums the rows themselves, at least in fp32. One choice at a time:
-    ``[T, D]`` fits a cache where ``[T, K, D]`` does not.
+    ``weights_TK = None`` sums the rows themselves, at least in fp32.
     """
     inverse_TK = grouping.inverse_R.view(-1, grouping.num_choices)
     has_all = not y_ND.is_cuda and int(grouping.offsets_E1[-1]) == grouping.order_R.numel()
     absent_TK = None if has_all else inverse_TK >= grouping.offsets_E1[-1]
+    if not y_ND.is_cuda and (weights_TK is None or weights_TK.dtype == y_ND.dtype):
+        return _combine_at_once(y_ND, inverse_TK, absent_TK, weights_TK)
+    return _combine_by_choice(y_ND, inverse_TK, absent_TK, weights_TK)
+
+
+def _combine_at_once(
+    y_ND: Tensor, inverse_TK: Tensor, absent_TK: Tensor | None, weights_TK: Tensor | None
+) -> Tensor:
+    """Read every line once and write every sum once, on the CPU."""
+    if absent_TK is None:
+        return F.embedding_bag(inverse_TK, y_ND, mode="sum", per_sample_weights=weights_TK)
+    present_TK = ~absent_TK
+    ends_T = present_TK.sum(dim=1).cumsum(dim=0)
+    return F.embedding_bag(
+        inverse_TK[present_TK],
+        y_ND,
+        F.pad(ends_T, (1, 0)),
+        mode="sum",
+        per_sample_weights=None if weights_TK is None else weights_TK[present_TK],
+        include_last_offset=True,
+    )
+
+
+def _combine_by_choice(
+    y_ND: Tensor, inverse_TK: Tensor, absent_TK: Tensor | None, weights_TK: Tensor | None
+) -> Tensor:
+    """One choice at a time: ``[T, D]`` fits a cache where ``[T, K, D]`` does not."""
     y_TD = None
-    for k in range(grouping.num_choices):
+    for k in range(inverse_TK.shape[1]):
         lines_T = inverse_TK[:, k]
         if absent_TK is not None:
             lines_T = lines_T.clamp(max=max(0, y_ND.shape[0] - 1))
@@ -91,18 +118,16 @@ class ExpertMLP(torch.autograd.Function):
     def backward(ctx, grad_TD):  # type: ignore[no-untyped-def]
         x_TD, weights_TK, h_NH, fc1_SHD, fc2_SDF = ctx.saved_tensors
         grouping, experts = ctx.grouping, ctx.experts
-        needed = ctx.needs_input_grad[3:5]
         sums = experts.main_grads
         if sums is None:
-            sums = tuple(
-                torch.zeros_like(weight) if is_needed else None
-                for weight, is_needed in zip((fc1_SHD, fc2_SDF), needed, strict=True)
-            )
+            sums = MainGrads(torch.empty_like(fc1_SHD), torch.empty_like(fc2_SDF), is_empty=True)
         arguments = (grad_TD, x_TD, weights_TK, h_NH, grouping, experts)
         if ctx.spans is None:
             grad_x_ND, grad_weights_TK = expert_fused.backward(*arguments, sums)
         else:
             grad_x_ND, grad_weights_TK = expert_loop.backward(*arguments, ctx.spans, sums)
+        sums.is_empty = False
         grad_x_TD = combine_rows(grad_x_ND, grouping, None)
-        grad_fc1, grad_fc2 = (None, None) if experts.main_grads else sums
+        has_main = experts.main_grads is not None
+        grad_fc1, grad_fc2 = (None, None) if has_main else (sums.fc1_SHD, sums.fc2_SDF)
         return grad_x_TD, None, grad_weights_TK, grad_fc1, grad_fc2, None

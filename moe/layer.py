@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..kernels.activation import ACTIVATIONS, Activation, gated
 from ..kernels.expert_mlp import Backend, expert_mlp
-from ..kernels.expert_weights import ExpertWeights
+from ..kernels.expert_weights import ExpertWeights, MainGrads
 from .build_router import build_router
 from .linear import Linear
 from .router import Router
@@ -83,6 +83,8 @@ class Experts(AnyExperts):
         self.fc2 = nn.Parameter(torch.empty(num_slots, d_model, d_expert))
         nn.init.normal_(self.fc1, std=d_model**-0.5)
         nn.init.normal_(self.fc2, std=d_expert**-0.5)
+        self.main_grads: MainGrads | None = None
+        """Where backward leaves the gradients of the weights; None: where autograd does."""
         self._slot_of_E: tuple[int, ...] | None = None
         if self.expert_ids != tuple(range(num_experts)):
             slots = [-1] * num_experts
@@ -103,10 +105,9 @@ class Experts(AnyExperts):
 
     def forward(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """Return the weighted sum of each row's experts, ``[N, D]``."""
-        main_grads = None
-        if hasattr(self.fc1, "main_grad") and hasattr(self.fc2, "main_grad"):
-            main_grads = (self.fc1.main_grad, self.fc2.main_grad)  # type: ignore[attr-defined]
-        weights = ExpertWeights(self.fc1, self.fc2, self._slot_of_E, self.activation, main_grads)
+        weights = ExpertWeights(
+            self.fc1, self.fc2, self._slot_of_E, self.activation, self.main_grads
+        )
         return expert_mlp(x_ND, experts_NK, weights_NK, weights, self.backend)
 
 

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from ..moe.decoder import Decoder
 from ..moe.layer import Experts
 from ..moe.router import Router
-from .gradients import MainGradients, square_sum
+from .gradients import MainGradients, attach, square_sum
 from .mesh import Mesh
 
 
@@ -102,7 +102,7 @@ class ShardedMainGradients(MainGradients):
             if isinstance(parameter, DTensor) and parameter.requires_grad:
                 self.sharded.append(parameter)
                 parameter.register_post_accumulate_grad_hook(_add_to_main_grad)
-        self._sharded_flat = self._attach(self.sharded, like=self.sharded[0])
+        self._sharded_flat = attach(self.sharded, self.sharded[0], None)
 
     def zero(self) -> None:
         """Forget the last step."""
@@ -112,7 +112,7 @@ class ShardedMainGradients(MainGradients):
     def reduce(self) -> None:
         """Sum routers over all ranks and experts over the ranks that hold the same ones."""
         super().reduce()
-        if self._dense_flat.numel():
+        if self._dense_sum is None and self._dense_flat.numel():
             dist.all_reduce(self._dense_flat, group=self._mesh.dp_group)
 
     def norm(self) -> Tensor:

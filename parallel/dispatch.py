@@ -11,66 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ..moe.routing import Routing
-
-
-@dataclass(frozen=True, slots=True)
-class Splits:
-    """Rows this rank sends to and receives from each rank of the group."""
-
-    send_P: list[int]
-    receive_P: list[int]
-
-    def reversed(self) -> "Splits":
-        """Return the splits of the way back."""
-        return Splits(self.receive_P, self.send_P)
-
-
-def exchange_rows(columns: list[Tensor], splits: Splits, group: dist.ProcessGroup) -> list[Tensor]:
-    """Send the rows of several tensors to their ranks in one all-to-all of bytes.
-
-    Each tensor is ``[sum(send_P), width]``; the results are ``[sum(receive_P), width]``.
-    """
-    packed = torch.cat([column.contiguous().view(torch.uint8) for column in columns], dim=1)
-    received = packed.new_empty(sum(splits.receive_P), packed.shape[1])
-    dist.all_to_all_single(received, packed, splits.receive_P, splits.send_P, group=group)
-    widths = [column.shape[1] * column.element_size() for column in columns]
-    parts = received.split(widths, dim=1)
-    return [
-        part.contiguous().view(column.dtype) for part, column in zip(parts, columns, strict=True)
-    ]
-
-
-class _Send(torch.autograd.Function):
-    """Rows, expert ids and routing weights out; gradients of rows and weights back."""
-
-    @staticmethod
-    def forward(ctx, x, weights, experts, splits, group):  # type: ignore[no-untyped-def]
-        ctx.splits, ctx.group = splits, group
-        x_out, weights_out, experts_out = exchange_rows([x, weights, experts], splits, group)
-        ctx.mark_non_differentiable(experts_out)
-        return x_out, weights_out, experts_out
-
-    @staticmethod
-    def backward(ctx, grad_x, grad_weights, _):  # type: ignore[no-untyped-def]
-        grads = exchange_rows([grad_x, grad_weights], ctx.splits.reversed(), ctx.group)
-        return grads[0], grads[1], None, None, None
-
-
-class _Return(torch.autograd.Function):
-    """Results back; their gradient out again."""
-
-    @staticmethod
-    def forward(ctx, y, splits, group):  # type: ignore[no-untyped-def]
-        ctx.splits, ctx.group = splits, group
-        return exchange_rows([y], splits.reversed(), group)[0]
-
-    @staticmethod
-    def backward(ctx, grad_y):  # type: ignore[no-untyped-def]
-        return exchange_rows([grad_y], ctx.splits, ctx.group)[0], None, None
+from .exchange import Exchange, Splits
+from .mesh import Mesh
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,15 +24,64 @@ class _Handle:
     """int64: the token of each row sent, by destination rank, then by token."""
     splits: Splits
     num_tokens: int
+    exchange: Exchange
+    rank: int
+
+    def sum_parts(self, parts: list[Tensor]) -> Tensor:
+        """Add what every rank returned for its tokens, in rank order; ``[T, width]``."""
+        total = parts[0].new_zeros(self.num_tokens, parts[0].shape[1])
+        tokens = self.tokens.split(self.splits.sent_by(self.rank))
+        for tokens_n, part in zip(tokens, parts, strict=True):
+            # One rank's tokens are distinct, so this sum has one order only.
+            total.index_add_(0, tokens_n, part)
+        return total
+
+
+class _Send(torch.autograd.Function):
+    """Rows, routing weights and expert ids out; gradients of rows and weights back."""
+
+    @staticmethod
+    def forward(ctx, x_TD, weights_TK, experts_TK, handle):  # type: ignore[no-untyped-def]
+        ctx.handle = handle
+        columns = [x_TD, weights_TK, experts_TK]
+        received = handle.exchange.rows(columns, handle.splits, handle.tokens)
+        x_ND, weights_NK, experts_NK = (torch.cat(parts) for parts in received)
+        ctx.mark_non_differentiable(experts_NK)
+        return x_ND, weights_NK, experts_NK
+
+    @staticmethod
+    def backward(ctx, grad_x_ND, grad_weights_NK, _):  # type: ignore[no-untyped-def]
+        handle = ctx.handle
+        columns = [grad_x_ND, grad_weights_NK]
+        received = handle.exchange.rows(columns, handle.splits.reversed())
+        grad_x_TD, grad_weights_TK = (handle.sum_parts(parts) for parts in received)
+        return grad_x_TD, grad_weights_TK, None, None
+
+
+class _Return(torch.autograd.Function):
+    """Results back, summed; their gradient out again."""
+
+    @staticmethod
+    def forward(ctx, y_ND, handle):  # type: ignore[no-untyped-def]
+        ctx.handle = handle
+        return handle.sum_parts(handle.exchange.rows([y_ND], handle.splits.reversed())[0])
+
+    @staticmethod
+    def backward(ctx, grad_TD):  # type: ignore[no-untyped-def]
+        handle = ctx.handle
+        return torch.cat(handle.exchange.rows([grad_TD], handle.splits, handle.tokens)[0]), None
 
 
 class AllToAllDispatcher:
-    """Dispatch over the expert-parallel group; expert e lives on rank ``e // (E / P)``."""
+    """Dispatch over the expert-parallel group; expert e lives on rank ``e // (E / P)``.
 
-    def __init__(self, num_experts: int, group: dist.ProcessGroup) -> None:
-        self._group = group
-        self._num_ranks = dist.get_world_size(group)
-        self._rank = dist.get_rank(group)
+    Layers share one ``exchange``: their turns follow each other on every rank.
+    """
+
+    def __init__(self, num_experts: int, mesh: Mesh, exchange: Exchange) -> None:
+        self._exchange = exchange
+        self._rank = mesh.ep_rank
+        self._num_ranks = mesh.ep_size
         self._share = num_experts // self._num_ranks
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Tensor, Any]:
@@ -97,27 +91,13 @@ class AllToAllDispatcher:
         ranks_P = torch.arange(self._num_ranks, device=x_TD.device)
         wanted_PT = (owner_TK.unsqueeze(0) == ranks_P.view(-1, 1, 1)).any(dim=-1)
         tokens = torch.nonzero(wanted_PT)[:, 1]
-        splits = self._exchange_counts(wanted_PT.sum(dim=1))
-        x_ND, weights_NK, experts_NK = _Send.apply(
-            x_TD[tokens], routing.weights_TK[tokens], experts_TK[tokens], splits, self._group
-        )
+        splits = self._exchange.splits(wanted_PT.sum(dim=1).tolist())
+        handle = _Handle(tokens, splits, x_TD.shape[0], self._exchange, self._rank)
+        x_ND, weights_NK, experts_NK = _Send.apply(x_TD, routing.weights_TK, experts_TK, handle)
         here_NK = torch.div(experts_NK, self._share, rounding_mode="floor") == self._rank
-        experts_NK = torch.where(here_NK, experts_NK, -1)
-        return x_ND, experts_NK, weights_NK, _Handle(tokens, splits, x_TD.shape[0])
+        return x_ND, torch.where(here_NK, experts_NK, -1), weights_NK, handle
 
     def combine(self, y_ND: Tensor, handle: Any) -> Tensor:
         """See :class:`moeyard.moe.layer.Dispatcher`; parts are added in rank order."""
-        parts = _Return.apply(y_ND, handle.splits, self._group)
-        y_TD = parts.new_zeros(handle.num_tokens, parts.shape[1])
-        start = 0
-        for count in handle.splits.send_P:
-            # One rank's tokens are distinct, so this sum has one order only.
-            rows = slice(start, start + count)
-            y_TD = y_TD.index_add(0, handle.tokens[rows], parts[rows])
-            start += count
+        y_TD: Tensor = _Return.apply(y_ND, handle)
         return y_TD
-
-    def _exchange_counts(self, send_P: Tensor) -> Splits:
-        receive_P = torch.empty_like(send_P)
-        dist.all_to_all_single(receive_P, send_P, group=self._group)
-        return Splits(send_P.tolist(), receive_P.tolist())

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from ..kernels.expert_weights import MainGrads
 from ..moe.layer import Experts
+from .host_group import HostGroup, SharedSum
 from .local_part import local_part
 from .mesh import Mesh
 
@@ -37,34 +39,51 @@ class MainGradients:
             p for n, p in trainable if n not in expert_names and not isinstance(p, DTensor)
         ]  # what FSDP shards is parallel/dense_fsdp.py's
         self.experts = [p for n, p in trainable if n in expert_names]
-        self._dense_flat = self._attach(self.dense, like=trainable[0][1])
-        self._expert_flat = self._attach(self.experts, like=trainable[0][1])
+        like = trainable[0][1]
+        self._dense_sum = _shared_sum(self.dense, like, mesh.dp_host)
+        self._expert_sum = _shared_sum(self.experts, like, mesh.edp_host)
+        self._dense_flat = attach(self.dense, like, self._dense_sum)
+        self._expert_flat = attach(self.experts, like, self._expert_sum)
+        self._main_grads = []
+        for module in model.modules():
+            if isinstance(module, Experts):
+                main = (module.fc1.main_grad, module.fc2.main_grad)  # type: ignore[attr-defined]
+                module.main_grads = MainGrads(*main)
+                self._main_grads.append(module.main_grads)
 
-    @staticmethod
-    def _attach(parameters: list[nn.Parameter], like: Tensor) -> Tensor:
-        wide = torch.promote_types(like.dtype, torch.float32)
-        parts = [local_part(p) for p in parameters]
-        flat = torch.zeros(sum(p.numel() for p in parts), dtype=wide, device=like.device)
-        views = flat.split([p.numel() for p in parts])
-        for parameter, part, view in zip(parameters, parts, views, strict=True):
-            parameter.main_grad = view.view(part.shape)  # type: ignore[attr-defined]
-        return flat
+    @property
+    def sums_dense(self) -> bool:
+        """Whether :meth:`reduce` sums the dense gradients too, so that nobody else need."""
+        return self._dense_sum is not None
 
     def zero(self) -> None:
         """Forget the last step."""
         self._dense_flat.zero_()
-        self._expert_flat.zero_()
+        for main in self._main_grads:
+            main.is_empty = True
 
     def accumulate(self) -> None:
         """Add the gradients autograd left on the parameters, and take them off."""
+        for main in self._main_grads:
+            if main.is_empty:  # no backward came by: another backend
+                main.fc1_SHD.zero_()
+                main.fc2_SDF.zero_()
+                main.is_empty = False
         for parameter in (*self.dense, *self.experts):
             if parameter.grad is not None:
                 parameter.main_grad.add_(parameter.grad)  # type: ignore[attr-defined]
                 parameter.grad = None
 
     def reduce(self) -> None:
-        """Sum what backward has not: experts, over the ranks that hold the same ones."""
-        if self._mesh.edp_group is not None and self._expert_flat.numel():
+        """Sum what backward has not: experts, over the ranks that hold the same ones.
+
+        Where ranks share memory, dense gradients are summed here as well.
+        """
+        if self._dense_sum is not None:
+            self._dense_sum.all_reduce()
+        if self._expert_sum is not None:
+            self._expert_sum.all_reduce()
+        elif self._mesh.edp_group is not None and self._expert_flat.numel():
             dist.all_reduce(self._expert_flat, group=self._mesh.edp_group)
 
     def norm(self) -> Tensor:
@@ -79,6 +98,34 @@ class MainGradients:
         """Multiply all main gradients by ``factor``."""
         self._dense_flat.mul_(factor)
         self._expert_flat.mul_(factor)
+
+
+def _shared_sum(
+    parameters: list[nn.Parameter], like: Tensor, host: HostGroup | None
+) -> SharedSum | None:
+    """Return memory for the main gradients that the ranks of ``host`` share, where they can."""
+    numel = sum(local_part(p).numel() for p in parameters)
+    if host is None or numel == 0:
+        return None
+    return SharedSum.create(host, numel, _wide(like))
+
+
+def attach(parameters: list[nn.Parameter], like: Tensor, shared: SharedSum | None) -> Tensor:
+    """Give every parameter its view of one flat buffer, and return that."""
+    parts = [local_part(p) for p in parameters]
+    if shared is None:
+        numel = sum(p.numel() for p in parts)
+        flat = torch.zeros(numel, dtype=_wide(like), device=like.device)
+    else:
+        flat = shared.local
+    views = flat.split([p.numel() for p in parts])
+    for parameter, part, view in zip(parameters, parts, views, strict=True):
+        parameter.main_grad = view.view(part.shape)  # type: ignore[attr-defined]
+    return flat
+
+
+def _wide(like: Tensor) -> torch.dtype:
+    return torch.promote_types(like.dtype, torch.float32)
 
 
 def square_sum(parameters: list[nn.Parameter], like: Tensor) -> Tensor:

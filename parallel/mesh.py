@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from .. import errors
 from ..errors import ConfigError, MoeyardError
+from .host_group import HostGroup
 
 PREPARATION_LIMIT = timedelta(days=7)
 """What rank 0 does alone may take long; if it dies, torchrun ends the others."""
@@ -34,12 +35,22 @@ class Mesh:
     dp_group: dist.ProcessGroup | None = None
     ep_group: dist.ProcessGroup | None = None
     edp_group: dist.ProcessGroup | None = None
+    dp_host: HostGroup | None = None
+    """The ranks of ``dp_group`` where they share memory: all on this host, on the CPU."""
+    ep_host: HostGroup | None = None
+    edp_host: HostGroup | None = None
     store: dist.Store | None = None
 
     def local_experts(self, num_experts: int) -> range:
         """Return the logical experts this rank holds."""
         share = num_experts // self.ep_size
         return range(self.ep_rank * share, (self.ep_rank + 1) * share)
+
+    @property
+    def groups_sharing_memory(self) -> str:
+        """Names of the groups that use shared memory; the others use gloo or NCCL."""
+        hosts = {"dp": self.dp_host, "ep": self.ep_host, "edp": self.edp_host}
+        return ",".join(name for name, host in hosts.items() if host is not None) or "none"
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum ``tensor`` over all ranks, in place; the identity on one process."""
@@ -107,14 +118,21 @@ def build_mesh(
     check_expert_parallel(ep_size, world, num_experts)
     ranks_edp_ep = torch.arange(world).view(world // ep_size, ep_size)
     timeout = timedelta(seconds=timeout_s)
+    dp_group = dist.group.WORLD
+    assert dp_group is not None
+    ep_group = _group_of(rank, ranks_edp_ep.tolist(), timeout)
+    edp_group = _group_of(rank, ranks_edp_ep.T.tolist(), timeout)
     return Mesh(
         rank=rank,
         world_size=world,
         ep_rank=rank % ep_size,
         ep_size=ep_size,
-        dp_group=dist.group.WORLD,
-        ep_group=_group_of(rank, ranks_edp_ep.tolist(), timeout),
-        edp_group=_group_of(rank, ranks_edp_ep.T.tolist(), timeout),
+        dp_group=dp_group,
+        ep_group=ep_group,
+        edp_group=edp_group,
+        dp_host=_host_of(dp_group, timeout_s),
+        ep_host=_host_of(ep_group, timeout_s),
+        edp_host=_host_of(edp_group, timeout_s),
         store=store,
     )
 
@@ -123,3 +141,9 @@ def _group_of(rank: int, partition: list[list[int]], timeout: timedelta) -> dist
     """Make all groups of a partition, as every rank must, and return this rank's."""
     groups = [(ranks, dist.new_group(ranks, timeout=timeout)) for ranks in partition]
     return next(group for ranks, group in groups if rank in ranks)
+
+
+def _host_of(group: dist.ProcessGroup, timeout_s: float) -> HostGroup | None:
+    if dist.get_world_size(group) == 1 or torch.cuda.is_available():
+        return None
+    return HostGroup.join(group, timeout_s)

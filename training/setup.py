@@ -14,6 +14,7 @@ from ..moe.initialize import initialize
 from ..moe.router_config import Hash
 from ..parallel.dense_fsdp import modules_kept_whole, sharded_parameter_names
 from ..parallel.dispatch import AllToAllDispatcher
+from ..parallel.exchange import open_exchange
 from ..parallel.mesh import Mesh
 from .config import RunConfig
 from .data.batches import Batches, GlobalBatches
@@ -123,8 +124,9 @@ def build_model(
         decoder.to(device())
         masters = apply_precision(decoder, config.train.precision)
     if mesh.ep_group is not None and mesh.ep_size > 1 and model.moe is not None:
+        exchange = open_exchange(mesh.ep_group, mesh.ep_host)
         for _, layer in decoder.moe_layers():
-            layer.dispatcher = AllToAllDispatcher(model.moe.num_experts, mesh.ep_group)
+            layer.dispatcher = AllToAllDispatcher(model.moe.num_experts, mesh, exchange)
     seed_rank(config.seed, mesh.rank)
     return decoder, masters
 

@@ -68,7 +68,8 @@ class TrainStep:
             self._wrapped: nn.Module = self.objective
         else:
             self.gradients = MainGradients(decoder, mesh)
-            self._wrapped = wrap_dense(self.objective, mesh)
+            sums_dense = self.gradients.sums_dense
+            self._wrapped = self.objective if sums_dense else wrap_dense(self.objective, mesh)
         self.optimizer = MasterAdamW(decoder, masters, config.optimizer)
         self.phases = PhaseClock()
 

@@ -105,6 +105,7 @@ class Trainer:
             step=done,
             ranks=self._mesh.world_size,
             ep=self._mesh.ep_size,
+            shared_memory=self._mesh.groups_sharing_memory,
             parameters_here=parameters,
             train_tokens=self._data.num_train_tokens or "streamed",
             precision=self._config.train.precision,

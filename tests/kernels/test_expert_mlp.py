@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from moeyard.kernels.activation import ACTIVATIONS, gated
 from moeyard.kernels.cpu import library
 from moeyard.kernels.expert_mlp import expert_mlp
-from moeyard.kernels.expert_weights import ExpertWeights, empty_slots
+from moeyard.kernels.expert_weights import ExpertWeights, MainGrads, empty_slots
 from moeyard.kernels.grouping import group_tokens
 from moeyard.kernels.torch_backend import combine_rows
 from moeyard.kernels.waves import start_waves
@@ -96,21 +96,25 @@ def test_a_share_of_the_experts_agrees_with_the_reference(first):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("is_empty", [False, True], ids=["filled", "empty"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_backward_adds_weight_gradients_to_main_gradients_where_there_are_any(dtype):
+def test_backward_adds_weight_gradients_to_main_gradients_where_there_are_any(dtype, is_empty):
     ids, leaves = problem((37, 2, 5, 24, 40), "with_none", dtype)
+    ids = torch.where(ids == 3, -1, ids)  # an expert without rows
     x, weights, fc1, fc2 = leaves
     _, returned = run(ids, leaves, "torch")
     wide = torch.promote_types(dtype, torch.float32)
-    sums = tuple(torch.ones(w.shape, dtype=wide) for w in (fc1, fc2))
+    fill = float("nan") if is_empty else 1.0  # what an empty sum holds must not matter
+    sums = MainGrads(*(torch.full(w.shape, fill, dtype=wide) for w in (fc1, fc2)), is_empty)
     for _ in range(2):
         y = expert_mlp(x, ids, weights, ExpertWeights(fc1, fc2, main_grads=sums))
         upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(9)).to(y.dtype)
         y.backward(upstream)
     assert fc1.grad is None and fc2.grad is None
-    for total, one in zip(sums, returned[2:], strict=True):
+    for total, one in zip((sums.fc1_SHD, sums.fc2_SDF), returned[2:], strict=True):
         tolerance = 1e-12 if dtype == torch.float64 else 1e-2
-        torch.testing.assert_close(total, 1 + 2 * one.to(wide), rtol=tolerance, atol=tolerance)
+        expected = 2 * one.to(wide) + (0 if is_empty else 1)
+        torch.testing.assert_close(total, expected, rtol=tolerance, atol=tolerance)
 
 
 def test_reference_gradients_pass_gradcheck():

@@ -69,6 +69,8 @@ def run_case(config_path: Path, out: Path, name: str, case: dict, store) -> None
     overrides = [*case["overrides"], f"run_dir={out}/{name}"]
     config = load_config(RunConfig, config_path, overrides)
     mesh = build_mesh(config.parallel.ep, config.model.moe.num_experts, store, 60)
+    if case.get("apart"):  # as on several hosts
+        mesh = replace(mesh, dp_host=None, ep_host=None, edp_host=None)
     data = build_data(config, out / name / "data", mesh)
     model = fill_vocabulary(config, data.tokenizer)
     decoder, masters = build_model(config, model, data, mesh)

@@ -56,6 +56,11 @@ VARIANTS = {
             f"data.source={DOCUMENTS}",
         ],
     },
+    "apart": {"overrides": [TORCH], "apart": True},
+    "apart_both": {
+        "overrides": ["train.accumulation=2", "train.recompute=true"],
+        "apart": True,
+    },
     "starved": {"overrides": [], "starved": True},
     "starved_both": {
         "overrides": ["train.accumulation=2", "train.recompute=true"],
