@@ -49,32 +49,63 @@ class CppWaves:
         Raises ``ValueError`` for expert ids out of range.
         """
         assert is_plain(experts), "the slots are not dense"
-        x_TD, fc1, fc2 = self._x_TD, experts.fc1_SHD, experts.fc2_SDF
-        slots = _slots(experts, only)
-        arguments = ExpertArguments(
-            *(TYPES[x_TD.dtype], ACTIVATIONS.index(experts.activation), *self._experts_TK.shape),
-            *(x_TD.shape[1], fc2.shape[2], experts.num_experts, torch.get_num_threads()),
-            *(fc1.stride(0), fc2.stride(0), only is not None),
-            *(x_TD.data_ptr(), fc1.data_ptr(), fc2.data_ptr(), self._experts_TK.data_ptr()),
-            *(None if slots is None else slots.buffer_info()[0], self._lines_RD.data_ptr()),
-        )
+        rows = (self._x_TD, self._experts_TK)
+        arguments, _slots = expert_arguments(*rows, experts, only, self._lines_RD)
         wrong = self._functions.moeyard_experts(ctypes.byref(arguments))
-        if wrong >= 0:
-            expert = int(self._experts_TK.flatten()[wrong])
-            assert not 0 <= expert < experts.num_experts, f"expert {expert} has rows but no slot"
-            raise ValueError(outside(expert, experts.num_experts))
+        check_rows(wrong, self._experts_TK, experts)
 
     def result(self) -> Tensor:
         """Return ``y``, ``[T, D]``."""
-        x_TD = self._x_TD
-        y_TD = torch.empty_like(x_TD)
-        arguments = CombineArguments(
-            *(TYPES[x_TD.dtype], *self._experts_TK.shape, x_TD.shape[1], torch.get_num_threads()),
-            *(self._lines_RD.data_ptr(), self._weights_TK.data_ptr()),
-            *(self._experts_TK.data_ptr(), y_TD.data_ptr()),
-        )
-        self._functions.moeyard_combine(ctypes.byref(arguments))
-        return y_TD
+        return combine_lines(self._lines_RD, self._experts_TK, self._weights_TK, self._x_TD)
+
+
+def combine_lines(
+    lines_RD: Tensor, experts_TK: Tensor, weights_TK: Tensor | None, like_TD: Tensor
+) -> Tensor:
+    """Return ``sum_k weights[t, k] * lines[t * K + k]`` in ``like``'s type; None weighs all 1.
+
+    Choices of -1 are left out.
+    """
+    functions = functions_for(like_TD, is_backward_ours=True)
+    assert functions is not None, "these kernels filled the lines"
+    y_TD = torch.empty_like(like_TD)
+    arguments = CombineArguments(
+        *(TYPES[y_TD.dtype], *experts_TK.shape, y_TD.shape[1], torch.get_num_threads()),
+        *(lines_RD.data_ptr(), None if weights_TK is None else weights_TK.data_ptr()),
+        *(experts_TK.data_ptr(), y_TD.data_ptr()),
+    )
+    functions.moeyard_combine(ctypes.byref(arguments))
+    return y_TD
+
+
+def check_rows(wrong: int, experts_TK: Tensor, experts: ExpertWeights) -> None:
+    """Say what is wrong with a routed row, if it is not -1."""
+    if wrong >= 0:
+        expert = int(experts_TK.flatten()[wrong])
+        assert not 0 <= expert < experts.num_experts, f"expert {expert} has rows but no slot"
+        raise ValueError(outside(expert, experts.num_experts))
+
+
+def expert_arguments(
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    experts: ExpertWeights,
+    only: Collection[int] | None,
+    lines_RD: Tensor,
+    hidden_RH: Tensor | None = None,
+) -> "tuple[ExpertArguments, array[int] | None]":
+    """Return the arguments, and the slot table that must live as long as they do."""
+    fc1, fc2 = experts.fc1_SHD, experts.fc2_SDF
+    slots = _slots(experts, only)
+    arguments = ExpertArguments(
+        *(TYPES[x_TD.dtype], ACTIVATIONS.index(experts.activation), *experts_TK.shape),
+        *(x_TD.shape[1], fc2.shape[2], experts.num_experts, torch.get_num_threads()),
+        *(fc1.stride(0), fc2.stride(0), only is not None),
+        *(x_TD.data_ptr(), fc1.data_ptr(), fc2.data_ptr(), experts_TK.data_ptr()),
+        *(None if slots is None else slots.buffer_info()[0], lines_RD.data_ptr()),
+        None if hidden_RH is None else hidden_RH.data_ptr(),
+    )
+    return arguments, slots
 
 
 def _slots(experts: ExpertWeights, only: Collection[int] | None) -> "array[int] | None":

@@ -64,6 +64,7 @@ def _open() -> Library:
     choose = functions.moeyard_choose
     choose.argtypes, choose.restype = [ctypes.c_char_p], ctypes.c_char_p
     functions.moeyard_experts.restype = ctypes.c_int64
+    functions.moeyard_expert_forward.restype = ctypes.c_int64
     name = choose(None if limit is None else limit.encode()).decode()
     return Library(functions, name)
 
@@ -73,10 +74,13 @@ def _without(reason: str) -> Library:
     return Library(None, reason)
 
 
-def functions_for(*tensors: torch.Tensor) -> ctypes.CDLL | None:
-    """Return the kernels if they can compute with these tensors: one type, dense, no gradients."""
+def functions_for(*tensors: torch.Tensor, is_backward_ours: bool = False) -> ctypes.CDLL | None:
+    """Return the kernels if they can compute with these tensors: one type, dense.
+
+    Not while autograd records, unless the caller brings the backward.
+    """
     first = tensors[0]
-    if first.dtype not in TYPES or torch.is_grad_enabled():
+    if first.dtype not in TYPES or (torch.is_grad_enabled() and not is_backward_ours):
         return None
     for tensor in tensors:
         if tensor.dtype != first.dtype or not tensor.is_cpu or not tensor.is_contiguous():

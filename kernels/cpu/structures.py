@@ -32,6 +32,18 @@ class ExpertArguments(ctypes.Structure):
         *((name, Int) for name in ("d_expert", "num_experts", "threads")),
         *((name, Int) for name in ("fc1_stride", "fc2_stride", "is_wave")),
         *((name, Pointer) for name in ("x", "fc1", "fc2", "experts", "slot_of", "lines")),
+        ("hidden", Pointer),
+    ]
+
+
+class ExpertGradArguments(ctypes.Structure):
+    """The gradients of the expert MLP."""
+
+    _fields_ = [
+        ("forward", ExpertArguments),
+        *((name, Pointer) for name in ("grad", "weights")),
+        *((name, Int) for name in ("is_empty", "num_slots")),
+        *((name, Pointer) for name in ("grad_fc1", "grad_fc2", "grad_weights")),
     ]
 
 

@@ -12,8 +12,9 @@ from moeyard.kernels.cpu import library
 from moeyard.kernels.cpu.build import VARIANTS
 from moeyard.kernels.cpu.linear import linear
 from moeyard.kernels.cpu.norm import rms_norm
+from moeyard.kernels.cpu.training import can_train
 from moeyard.kernels.expert_mlp import expert_mlp
-from moeyard.kernels.expert_weights import ExpertWeights
+from moeyard.kernels.expert_weights import ExpertWeights, MainGrads
 from moeyard.kernels.waves import start_waves
 from moeyard.moe.build_router import build_router
 from moeyard.moe.router_config import TopK
@@ -94,6 +95,61 @@ def test_experts_agree_with_the_reference(dtype, activation, tokens, choices, ex
     if ids.max() >= 0:
         assert_near(y, expected)
     assert torch.equal(y[(ids < 0).all(dim=1)], torch.zeros_like(y[(ids < 0).all(dim=1)]))
+
+
+TRAINING = {  # tokens, choices, experts, D, F
+    "few": (3, 2, 4, 6, 10),
+    "rests": (150, 2, 3, 70, 34),
+    "deep": (700, 1, 1, 24, 520),
+    "wide": (40, 2, 2, 530, 66),
+}
+
+
+@DTYPES
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("shape", TRAINING.values(), ids=TRAINING)
+def test_training_has_the_values_and_gradients_of_the_reference(dtype, activation, shape):
+    tokens, choices, experts, d_model, d_expert = shape
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(-1, experts + 1, (tokens, choices), generator=generator)
+    ids[ids == experts] = 0  # which has many rows
+    x = random(tokens, d_model, dtype=dtype)
+    fc1 = random(experts + 1, 2 * d_expert, d_model, seed=1, dtype=dtype)  # the last has no rows
+    fc2 = random(experts + 1, d_model, d_expert, seed=2, dtype=dtype)
+    leaves = [x, torch.rand(tokens, choices, generator=generator), fc1, fc2]
+    upstream = random(tokens, d_model, seed=4, dtype=dtype)
+    found = values_and_gradients(leaves, ids, activation, upstream)
+    expected = values_and_gradients([t.double() for t in leaves], ids, activation, upstream)
+    for actual, wanted in zip(found, expected, strict=True):
+        assert_near(actual.to(dtype), wanted)
+    assert not found[3][-1].any() and not found[4][-1].any()
+    again = values_and_gradients(leaves, ids, activation, upstream)
+    assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
+
+
+def values_and_gradients(leaves, ids, activation, upstream):
+    x, weights, fc1, fc2 = leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+    with torch.enable_grad():
+        experts = ExpertWeights(fc1, fc2, activation=activation)
+        backend = "reference" if x.dtype == torch.float64 else "torch"
+        assert backend == "reference" or can_train(x, experts)
+        y = expert_mlp(x, ids, weights, experts, backend)
+        return y.detach(), *torch.autograd.grad(y, leaves, upstream.to(y.dtype))
+
+
+def test_gradients_of_the_experts_are_added_to_main_gradients_or_begin_them():
+    ids, weights = torch.tensor([[0, 2], [2, -1]]), torch.rand(2, 2)
+    x, fc1, fc2 = random(2, 8), random(3, 12, 8, seed=1), random(3, 8, 6, seed=2)
+    leaves = [x, weights, fc1, fc2]
+    _, _, _, *expected = values_and_gradients(leaves, ids, "swiglu", torch.ones(2, 8))
+    sums = MainGrads(torch.full((3, 12, 8), torch.nan), torch.full((3, 8, 6), torch.nan), True)
+    for times in (1, 2):
+        with torch.enable_grad():
+            experts = ExpertWeights(fc1.requires_grad_(), fc2, main_grads=sums)
+            expert_mlp(x, ids, weights, experts).sum().backward()
+        assert fc1.grad is None and not sums.is_empty
+        for total, one in zip((sums.fc1_SHD, sums.fc2_SDF), expected, strict=True):
+            torch.testing.assert_close(total, times * one)
 
 
 def test_no_tokens_give_no_rows():

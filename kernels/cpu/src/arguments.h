@@ -31,12 +31,24 @@ struct ExpertArguments {
     const int32_t* experts;  // [T, K], -1 = none
     const int32_t* slot_of;  // [E], -1 = not here; null = slot e holds expert e
     float* lines;            // [T * K, D]
+    void* hidden;            // [T * K, 2F] gate and up, rows in expert order; for training alone
+};
+
+// Gradients of the expert MLP's sum y[t] = sum_k weights[t][k] * MLP_{experts[t][k]}(x[t]).
+struct ExpertGradArguments {
+    ExpertArguments forward;  // as it was; `lines` is scratch
+    const void* grad;         // [T, D]: of y
+    const float* weights;     // [T, K]
+    int64_t is_empty;         // write the gradients of fc1 and fc2, in place of adding to them
+    int64_t num_slots;
+    float *grad_fc1, *grad_fc2;  // [S, 2F, D], [S, D, F], dense
+    float* grad_weights;         // [T, K]
 };
 
 // out[t] = sum_k weights[t][k] * lines[t * K + k], in k order, choices of -1 left out.
 struct CombineArguments {
     int64_t type, tokens, choices, d_model, threads;
-    const float *lines, *weights;
+    const float *lines, *weights;  // null weights = 1
     const int32_t* experts;
     void* out;
 };
@@ -77,6 +89,8 @@ struct Kernels {
     void (*linear)(const LinearArguments*);
     void (*norm)(const NormArguments*);
     int64_t (*experts)(const ExpertArguments*);
+    int64_t (*expert_forward)(const ExpertArguments*);
+    void (*expert_grads)(const ExpertGradArguments*);
     void (*combine)(const CombineArguments*);
     void (*route)(const RouterArguments*);
     void (*attend)(const AttentionWeights*, const AttentionArguments*);

@@ -15,7 +15,7 @@ inline float activate(float gate, float up, int64_t activation) {
     return gate / (1 + exponential(-gate)) * up;
 }
 
-// A stretch of at most BLOCK_ROWS routed rows that share an expert.
+// A stretch of routed rows that share an expert.
 struct RowBlock {
     int64_t slot, from, to;
 };
@@ -34,24 +34,25 @@ inline int64_t first_wrong_row(const ExpertArguments& a) {
     return -1;
 }
 
-// Routed rows in expert order, stably, and their blocks. Experts without a slot are left out.
+// Routed rows in expert order, stably, and their blocks of at most `block_rows`. Experts without a
+// slot are left out.
 struct Order {
     std::unique_ptr<int64_t[]> rows;
     std::unique_ptr<RowBlock[]> row_blocks;
     int64_t num_blocks = 0;
 
-    explicit Order(const ExpertArguments& a) {
+    Order(const ExpertArguments& a, int64_t block_rows) {
         int64_t num_rows = a.tokens * a.choices;
         std::unique_ptr<int64_t[]> next(new int64_t[a.num_experts + 1]());
         auto is_here = [&](int64_t expert) { return expert >= 0 && slot_of(a, expert) >= 0; };
         for (int64_t r = 0; r < num_rows; r++)
             if (is_here(a.experts[r])) next[a.experts[r] + 1]++;
         rows.reset(new int64_t[num_rows + 1]);
-        row_blocks.reset(new RowBlock[blocks(num_rows, BLOCK_ROWS) + a.num_experts]);
+        row_blocks.reset(new RowBlock[blocks(num_rows, block_rows) + a.num_experts]);
         for (int64_t e = 0; e < a.num_experts; e++) {
             int64_t end = next[e] + next[e + 1];
-            for (int64_t from = next[e]; from < end; from += BLOCK_ROWS)
-                row_blocks[num_blocks++] = {slot_of(a, e), from, least(from + BLOCK_ROWS, end)};
+            for (int64_t from = next[e]; from < end; from += block_rows)
+                row_blocks[num_blocks++] = {slot_of(a, e), from, least(from + block_rows, end)};
             next[e + 1] = end;
         }
         for (int64_t r = 0; r < num_rows; r++)
@@ -103,7 +104,7 @@ void second_half(const ExpertArguments& a, const Order& order, const RowBlock& b
 template <class Element> int64_t experts(const ExpertArguments& a) {
     int64_t wrong = first_wrong_row(a);
     if (wrong >= 0) return wrong;
-    Order order(a);
+    Order order(a, BLOCK_ROWS);
     std::unique_ptr<Element[]> act(new Element[a.tokens * a.choices * a.d_expert]);
     int64_t first_blocks = blocks(a.d_expert, BLOCK_OUTPUTS);
     int64_t second_blocks = blocks(a.d_model, BLOCK_OUTPUTS);
@@ -133,7 +134,8 @@ template <class Element> void combine(const CombineArguments& a) {
             for (int64_t r = t * a.choices; r < (t + 1) * a.choices; r++) {
                 if (a.experts[r] < 0) continue;
                 const float* line = a.lines + r * a.d_model + from;
-                for (int64_t i = 0; i < count; i++) total[i] += a.weights[r] * line[i];
+                float weight = a.weights ? a.weights[r] : 1;
+                for (int64_t i = 0; i < count; i++) total[i] += weight * line[i];
             }
             for (int64_t i = 0; i < count; i++)
                 out[t * a.d_model + from + i] = narrow<Element>(total[i]);

@@ -1,6 +1,7 @@
 // All kernels for one instruction set, in a table.
 #include "arguments.h"
 #include "attention.h"
+#include "expert_training.h"
 #include "experts.h"
 #include "linear.h"
 #include "norm.h"
@@ -20,6 +21,12 @@ namespace ISA {
 static void run_linear(const LinearArguments* a) { BY_TYPE(linear, a->type, *a); }
 static void run_norm(const NormArguments* a) { BY_TYPE(norm, a->type, *a); }
 static int64_t run_experts(const ExpertArguments* a) { return BY_TYPE(experts, a->type, *a); }
+static int64_t run_expert_forward(const ExpertArguments* a) {
+    return BY_TYPE(expert_forward, a->type, *a);
+}
+static void run_expert_grads(const ExpertGradArguments* a) {
+    BY_TYPE(expert_grads, a->forward.type, *a);
+}
 static void run_combine(const CombineArguments* a) { BY_TYPE(combine, a->type, *a); }
 static void run_route(const RouterArguments* a) { BY_TYPE(route, a->type, *a); }
 static void run_attend(const AttentionWeights* w, const AttentionArguments* a) {
@@ -30,6 +37,13 @@ static void run_attend(const AttentionWeights* w, const AttentionArguments* a) {
 
 extern const Kernels JOIN(kernels_, ISA);
 const Kernels JOIN(kernels_, ISA) = {
-    TEXT(ISA),        ISA::run_linear, ISA::run_norm,   ISA::run_experts,
-    ISA::run_combine, ISA::run_route,  ISA::run_attend,
+    TEXT(ISA),
+    ISA::run_linear,
+    ISA::run_norm,
+    ISA::run_experts,
+    ISA::run_expert_forward,
+    ISA::run_expert_grads,
+    ISA::run_combine,
+    ISA::run_route,
+    ISA::run_attend,
 };

@@ -47,6 +47,10 @@ PUBLIC const char* moeyard_choose(const char* limit) {
 PUBLIC void moeyard_linear(const LinearArguments* a) { chosen->linear(a); }
 PUBLIC void moeyard_norm(const NormArguments* a) { chosen->norm(a); }
 PUBLIC int64_t moeyard_experts(const ExpertArguments* a) { return chosen->experts(a); }
+PUBLIC int64_t moeyard_expert_forward(const ExpertArguments* a) {
+    return chosen->expert_forward(a);
+}
+PUBLIC void moeyard_expert_grads(const ExpertGradArguments* a) { chosen->expert_grads(a); }
 PUBLIC void moeyard_combine(const CombineArguments* a) { chosen->combine(a); }
 PUBLIC void moeyard_route(const RouterArguments* a) { chosen->route(a); }
 PUBLIC void moeyard_attend(const AttentionWeights* w, const AttentionArguments* a) {
