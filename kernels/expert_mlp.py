@@ -12,8 +12,10 @@ from .expert_weights import ExpertWeights
 from .grouping import group_tokens
 from .reference import expert_mlp_reference
 from .torch_backend import ExpertMLP, combine_rows, expert_rows
+from .triton_backend import expert_mlp_triton, is_chosen
 
-Backend = Literal["torch", "reference"]
+Backend = Literal["auto", "torch", "reference", "triton"]
+"""``auto`` is Triton on a GPU where its kernels pass their self-check, and torch elsewhere."""
 
 
 def expert_mlp(
@@ -21,13 +23,14 @@ def expert_mlp(
     experts_TK: Tensor,
     weights_TK: Tensor,
     experts: ExpertWeights,
-    backend: Backend = "torch",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Return ``y_t = sum_k weights[t, k] * MLP_{experts[t, k]}(x_t)``, ``[T, D]`` in x's dtype.
 
     ``experts_TK`` holds logical expert ids, -1 for no expert; ``weights_TK`` may be wider than x
     (fp32 beside bf16), and the sum over k runs in that type. Differentiable in x, the weights,
-    fc1 and fc2. Raises ``ValueError`` for shapes that do not fit and ids out of range.
+    fc1 and fc2. Raises ``ValueError`` for shapes that do not fit, ids out of range, and a backend
+    that cannot run here.
     """
     if experts_TK.shape != weights_TK.shape or x_TD.shape[:1] != experts_TK.shape[:1]:
         raise ValueError(
@@ -41,6 +44,8 @@ def expert_mlp(
         )
     if backend == "reference":
         return expert_mlp_reference(x_TD, experts_TK, weights_TK, experts)
+    if backend == "triton" or (backend == "auto" and is_chosen(x_TD, experts)):
+        return expert_mlp_triton(x_TD, experts_TK, weights_TK, experts)
     if torch.is_grad_enabled():
         fc1_SHD, fc2_SDF = experts.fc1_SHD, experts.fc2_SDF
         return ExpertMLP.apply(x_TD, experts_TK, weights_TK, fc1_SHD, fc2_SDF, experts)
