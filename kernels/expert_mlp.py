@@ -44,7 +44,10 @@ def expert_mlp(
         )
     if backend == "reference":
         return expert_mlp_reference(x_TD, experts_TK, weights_TK, experts)
-    if backend == "triton" or (backend == "auto" and is_chosen(x_TD, experts)):
+    if backend == "auto":
+        is_triton = is_chosen(x_TD, experts_TK, weights_TK, experts)
+        backend = "triton" if is_triton else "torch"
+    if backend == "triton":
         return expert_mlp_triton(x_TD, experts_TK, weights_TK, experts)
     if torch.is_grad_enabled():
         fc1_SHD, fc2_SDF = experts.fc1_SHD, experts.fc2_SDF

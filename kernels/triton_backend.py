@@ -38,24 +38,36 @@ def why_not(device: torch.device) -> str | None:
     return None
 
 
-def is_chosen(x_TD: Tensor, experts: ExpertWeights) -> bool:
-    """Say whether the automatic choice falls on Triton for this call."""
-    return (
-        x_TD.is_cuda
-        and x_TD.dtype in DTYPES
-        and experts.fc1_SHD.stride(2) == experts.fc2_SDF.stride(2) == 1
-        and why_not(x_TD.device) is None
-        and _is_trusted(x_TD.dtype, x_TD.device)
-    )
+def is_chosen(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, experts: ExpertWeights) -> bool:
+    """Say whether the automatic choice falls on Triton for this call.
+
+    The first call of a type on a device checks the kernels there, which compiles them and waits for
+    the device. While torch.compile traces or a CUDA graph captures, nothing can be checked: then
+    only what was found before counts.
+    """
+    if not x_TD.is_cuda or _misfit(x_TD, experts_TK, weights_TK, experts) is not None:
+        return False
+    checked = (x_TD.dtype, x_TD.device)
+    if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+        return _VERDICTS.get(checked, False)
+    return why_not(x_TD.device) is None and _is_trusted(*checked)
 
 
-@functools.cache
+_VERDICTS: dict[tuple[torch.dtype, torch.device], bool] = {}
+"""What the self-check found."""
+
+
 def _is_trusted(dtype: torch.dtype, device: torch.device) -> bool:
     """Check the kernels against the reference, once per type and device; warn where they fail.
 
-    Compilers have miscompiled such kernels without a word on single architectures. The first call
-    compiles and waits for the device, so it must not be the one that a CUDA graph captures.
+    Compilers have miscompiled such kernels without a word on single architectures.
     """
+    if (dtype, device) not in _VERDICTS:
+        _VERDICTS[dtype, device] = _passes(dtype, device)
+    return _VERDICTS[dtype, device]
+
+
+def _passes(dtype: torch.dtype, device: torch.device) -> bool:
     from .self_check import MANY_TOKENS, T, check_backend  # it checks this backend and imports us
 
     for num_tokens in (T, MANY_TOKENS):
@@ -67,7 +79,7 @@ def _is_trusted(dtype: torch.dtype, device: torch.device) -> bool:
             warnings.warn(
                 f"Triton's expert kernels do not pass their self-check for {check.dtype} on "
                 f"{device} ({reason}); using the torch backend. `moeyard doctor` says more.",
-                stacklevel=2,
+                stacklevel=4,
             )
             return False
     return True
@@ -81,7 +93,9 @@ def expert_mlp_triton(
     Ids outside ``[-1, E)`` count as -1. Raises ``ValueError`` where the kernels cannot run and for
     types, devices and layouts they do not take.
     """
-    problem = why_not(x_TD.device) or _misfit(x_TD, experts_TK, weights_TK, experts)
+    problem = _misfit(x_TD, experts_TK, weights_TK, experts)
+    if not torch.compiler.is_compiling():  # it cannot follow how we look around
+        problem = why_not(x_TD.device) or problem
     if problem is not None:
         raise ValueError(f"{problem} Use backend 'torch'.")
     from .gpu.ops import expert_mlp_op

@@ -75,5 +75,5 @@ _FP32 = {
     64: Tiles(64, 64, 32, 4, 3),
     128: Tiles(128, 64, 32, 8, 3),
 }
-_FP32_WEIGHT_GRAD = Tiles(64, 64, 32, 4, 5)
+_FP32_WEIGHT_GRAD = Tiles(64, 64, 32, 8, 5)
 """Three TF32 products per fp32 product need room for the split factors; small until measured."""
