@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from moeyard.kernels.activation import ACTIVATIONS
-from moeyard.kernels.gpu import grouping
+from moeyard.kernels.gpu import group_few, grouping
 from moeyard.kernels.gpu.combine import combine_kernel
 from moeyard.kernels.gpu.grad_hidden import grad_hidden_kernel
 from moeyard.kernels.gpu.grouped_matmul import grouped_matmul_kernel
@@ -154,6 +154,9 @@ def _grouping_cases(arch: int) -> Iterator[Case]:
         label = f"ids {ids[1:]}, {'no table' if table else 'slot table'}"
         constants = block | table
         yield Case(grouping.rank_kernel, arch, fp32, constants, {"ids_R": ids}, label=label)
+        constants = {"FEW_ROWS": group_few.FEW_ROWS} | table
+        kernel = group_few.group_few_kernel
+        yield Case(kernel, arch, fp32, constants, {"ids_R": ids}, label=label)
     yield Case(grouping.scan_kernel, arch, fp32, scan)
     for slots in (8, 512):
         constants = {"ALL_SLOTS": slots}
@@ -178,8 +181,11 @@ def compile_case(case: Case) -> Compiled:
             signature[name] = "i32"
             if name in DIVISIBLE:
                 divisible[(place,)] = [["tt.divisibility", 16]]
-    is_rank = case.kernel is grouping.rank_kernel
-    options = {"num_warps": grouping.RANK_WARPS if is_rank else 4}
+    warps = {
+        grouping.rank_kernel: grouping.RANK_WARPS,
+        group_few.group_few_kernel: group_few.FEW_WARPS,
+    }
+    options = {"num_warps": warps.get(case.kernel, 4)}
     if case.tiles is not None:
         options = {"num_warps": case.tiles.num_warps, "num_stages": case.tiles.num_stages}
     source = ASTSource(case.kernel, signature, case.constants, divisible)

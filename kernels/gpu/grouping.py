@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .group_few import FEW_ROWS, FEW_WARPS, group_few_kernel, slot_of_row
+
 BLOCK_ROWS = 128
 """Rows that one program ranks among each other: 128 x 128 comparisons."""
 RANK_WARPS = 8
@@ -59,13 +61,17 @@ def group_rows(
     groups = SlotGroups(
         empty(num_rows),
         empty(num_rows),
-        zeros(num_slots + 1),
+        zeros(num_slots + 1) if num_rows == 0 else empty(num_slots + 1),
         empty(num_tiles, 2),
     )
     if num_rows == 0:
         return groups
     ids_R = experts_TK.reshape(-1)
     num_experts = num_slots if slot_of_E is None else slot_of_E.numel()
+    if num_rows <= FEW_ROWS:
+        sizes = (num_rows, num_experts, num_slots, num_tiles, tile_rows, FEW_ROWS)
+        group_few_kernel[(1,)](ids_R, slot_of_E, *groups, *sizes, num_warps=FEW_WARPS)
+        return groups
     num_blocks = triton.cdiv(num_rows, BLOCK_ROWS)
     slot_R, rank_R = empty(num_rows), empty(num_rows)
     before_BS1 = zeros(num_blocks, num_slots + 1)
@@ -125,15 +131,9 @@ def rank_kernel(
     lane_I = tl.arange(0, BLOCK_ROWS)
     row_I = block * BLOCK_ROWS + lane_I
     is_row_I = row_I < num_rows
-    id_I = tl.load(ids_R + row_I, mask=is_row_I, other=-1)
-    is_here_I = (id_I >= 0) & (id_I < num_experts)
-    slot_I = id_I.to(tl.int32)
-    if slot_of_E is not None:
-        slot_I = tl.load(slot_of_E + slot_I, mask=is_here_I, other=-1)
-        is_here_I = (slot_I >= 0) & (slot_I < num_slots)
-    # Slot S stands for "none". Lanes behind the last row get it too: they are the last of the last
+    # Lanes behind the last row count as rows without an expert: they are the last of the last
     # block, so no row is ranked behind them, and nobody reads how many rows have none.
-    slot_I = tl.where(is_here_I, slot_I, num_slots)
+    slot_I = slot_of_row(ids_R, slot_of_E, row_I, num_rows, num_experts, num_slots)
     is_same_IJ = slot_I[:, None] == slot_I[None, :]
     is_earlier_IJ = lane_I[None, :] < lane_I[:, None]
     rank_I = tl.sum((is_same_IJ & is_earlier_IJ).to(tl.int32), axis=1)

@@ -55,7 +55,8 @@ def tiles_for(kernel: Kernel, rows: int, dtype: torch.dtype, is_hopper: bool) ->
         # stage, and 64 rows with as many in flight would spill.
         return Tiles(128, 256, 32, 8, 7) if is_hopper else Tiles(128, 128, 32, 8, 7)
     if rows < 128:
-        return _FEW_ROWS[rows]
+        # 128 of the inner dimension at a time spill beside the epilogue of grad_hidden.
+        return _FEW_ROWS[rows]._replace(P=64) if kernel == "grad_hidden" else _FEW_ROWS[rows]
     if kernel == "grad_hidden" or not is_hopper:
         # Its epilogue holds three tiles at once; 256 columns spill.
         return Tiles(128, 128, 64, 8, 3)

@@ -213,6 +213,8 @@ GROUPINGS = {
     "no_token": (0, 2, 7),
     "one_token": (1, 2, 7),
     "one_expert": (70, 2, 1),
+    "few_rows": (40, 3, 7),
+    "as_many_rows_as_one_program_takes": (64, 2, 70),
     "more_slots_than_a_line": (65, 4, 70),
 }
 
