@@ -29,8 +29,9 @@ from moeyard.kernels.gpu.tiles import GROUP_TILES, Kernel, Tiles, tiles_for
 from moeyard.kernels.gpu.up_projection import up_projection_kernel
 from moeyard.kernels.gpu.weight_grad import weight_grad_kernel
 
-SHARED_LIMIT = {80: 166_912, 90: 232_448}
-"""Bytes of shared memory that one program may have on A100 and on H100 or H200."""
+SHARED_LIMIT = {80: 101_376, 90: 232_448}
+"""Bytes of shared memory that one program may have: on GeForce cards of the 30 and 40 series, which
+have less than A100's 166,912 and run the same configurations, and on H100 or H200."""
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 INDEX_POINTERS = {

@@ -8,8 +8,8 @@ import triton.language as tl
 
 FEW_ROWS = 128
 """Rows that one program takes: 128 x 128 comparisons."""
-FEW_WARPS = 8
-"""64 comparisons a thread; with 4 warps such kernels spill on sm_80."""
+FEW_WARPS = 16
+"""32 comparisons a thread; with half the warps Triton 3.6 spills."""
 
 
 @triton.jit
@@ -43,12 +43,9 @@ def group_few_kernel(
     is_row_I = row_I < num_rows
     slot_I = slot_of_row(ids_R, slot_of_E, row_I, num_rows, num_experts, num_slots)
     # Lanes behind the last row count as rows without an expert, which come last, and in order.
-    is_smaller_IJ = slot_I[None, :] < slot_I[:, None]
-    is_same_IJ = slot_I[None, :] == slot_I[:, None]
-    is_earlier_IJ = row_I[None, :] < row_I[:, None]
-    rank_I = tl.sum((is_same_IJ & is_earlier_IJ).to(tl.int32), axis=1)
-    first_I = tl.sum(is_smaller_IJ.to(tl.int32), axis=1)
-    place_I = first_I + rank_I
+    key_I = slot_I * FEW_ROWS + row_I
+    place_I = tl.sum((key_I[None, :] < key_I[:, None]).to(tl.int32), axis=1)
+    first_I = tl.sum((key_I[None, :] < (slot_I * FEW_ROWS)[:, None]).to(tl.int32), axis=1)
     tl.store(inverse_R + row_I, place_I, mask=is_row_I)
     tl.store(order_R + place_I, row_I, mask=is_row_I)
     for start in range(0, num_slots + 1, 64):
@@ -56,8 +53,8 @@ def group_few_kernel(
         before_N = tl.sum((slot_I[None, :] < slot_N[:, None]).to(tl.int32), axis=1)
         tl.store(offsets_S1 + slot_N, before_N, mask=slot_N <= num_slots)
     # A tile begins with every tile_rows-th row of a slot; those before it give its number.
-    is_start_I = (slot_I < num_slots) & (rank_I % tile_rows == 0)
-    is_start_before_IJ = (place_I[None, :] < place_I[:, None]) & is_start_I[None, :]
+    is_start_I = (slot_I < num_slots) & ((place_I - first_I) % tile_rows == 0)
+    is_start_before_IJ = (key_I[None, :] < key_I[:, None]) & is_start_I[None, :]
     tile_I = tl.sum(is_start_before_IJ.to(tl.int32), axis=1)
     tl.store(tiles_L2 + 2 * tile_I, slot_I, mask=is_start_I)
     tl.store(tiles_L2 + 2 * tile_I + 1, place_I, mask=is_start_I)

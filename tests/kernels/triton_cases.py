@@ -151,15 +151,15 @@ def test_backward_adds_to_fp32_main_gradients(dtype):
     assert_near([*found, *sums], expected, dtype)
 
 
-def test_takes_expanded_gradients_and_rows_that_are_not_contiguous():
+def test_takes_expanded_gradients_and_inputs_that_are_not_contiguous():
     shape = (37, 2, 5, 24, 40)
     ids, (x, weights, fc1, fc2) = routing("random", *shape[:3]), problem(shape, torch.float32)
     found = []
     for backend in ("triton", "reference"):
-        strided = x.detach().repeat(1, 2)[:, : x.shape[1]].requires_grad_()
+        by_column = x.detach().t().contiguous().t().requires_grad_()
         by_choice = weights.detach().t().contiguous().t().requires_grad_()
-        leaves = (strided, by_choice, fc1, fc2)
-        y = expert_mlp(strided, ids.to(DEVICE), by_choice, ExpertWeights(fc1, fc2), backend)
+        leaves = (by_column, by_choice, fc1, fc2)
+        y = expert_mlp(by_column, ids.to(DEVICE), by_choice, ExpertWeights(fc1, fc2), backend)
         found.append([y.detach(), *torch.autograd.grad(y.sum(), leaves)])
     for actual, expected in zip(*found, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
@@ -216,6 +216,7 @@ GROUPINGS = {
     "few_rows": (40, 3, 7),
     "as_many_rows_as_one_program_takes": (64, 2, 70),
     "more_slots_than_a_line": (65, 4, 70),
+    "more_blocks_than_a_scan_takes": (4200, 2, 3),
 }
 
 
