@@ -18,7 +18,8 @@ def test_kernels_agree_with_the_reference_in_the_interpreter():
     cases = Path(__file__).with_name("triton_cases.py")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(cases)],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
+        # One thread: the interpreter's tiles are small, and other tests run beside it.
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
