@@ -151,7 +151,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     facts, checks = examine()
     text = json.dumps(as_json(facts, checks), indent=1) + "\n"
     sys.stdout.write(text if arguments.json else as_text(facts, checks))
-    return 0 if all(check.passed for check in checks) else 1
+    return 1 if any(check.failed for check in checks) else 0
 
 
 def _serve(arguments: argparse.Namespace) -> None:

@@ -38,7 +38,7 @@ def examine() -> tuple[dict[str, Any], list[BackendCheck]]:
 def as_json(facts: dict[str, Any], checks: list[BackendCheck]) -> dict[str, Any]:
     """Return everything in plain values; ``passed`` is the verdict."""
     listed = [asdict(check) | {"passed": check.passed} for check in checks]
-    return {**facts, "backends": listed, "passed": all(check.passed for check in checks)}
+    return {**facts, "backends": listed, "passed": not any(check.failed for check in checks)}
 
 
 def as_text(facts: dict[str, Any], checks: list[BackendCheck]) -> str:
@@ -53,9 +53,10 @@ def as_text(facts: dict[str, Any], checks: list[BackendCheck]) -> str:
     for check in checks:
         cells = [f"{check.errors[part]:.0e}" if check.errors else "-" for part in parts]
         verdict = "passed" if check.passed else f"FAILED {check.problem or ''}".rstrip()
-        rows.append(
-            [check.backend, check.device, check.dtype, *cells, f"{check.limit:.0e}", verdict]
-        )
+        limit = f"{check.limit:.0e}"
+        if check.unavailable is not None:
+            limit, verdict = "-", f"not available: {check.unavailable}"
+        rows.append([check.backend, check.device, check.dtype, *cells, limit, verdict])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))

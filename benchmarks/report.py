@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -20,27 +21,31 @@ def environment() -> dict[str, Any]:
         names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         cpu = names[0].partition(":")[2].strip() if names else cpu
     versions = {}
-    for package in ("torch", "transformers", "ray", "numpy", "safetensors"):
+    for package in ("torch", "triton", "transformers", "ray", "numpy", "safetensors"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = "not installed"
-    git = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     return {
         "command": " ".join(["python", *map(_without_folders, sys.argv)]),
-        "commit": git.stdout.strip(),
+        "commit": _commit(),
         "cpu": cpu,
         "cores": os.cpu_count(),
         "load_average": os.getloadavg(),
         "python": platform.python_version(),
         "versions": versions,
     }
+
+
+def _commit() -> str:
+    """Return the commit, or nothing where the tree came without its history or git is missing."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    if shutil.which("git") is None:
+        return ""
+    done = subprocess.run(
+        command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip()
 
 
 def _without_folders(argument: str) -> str:

@@ -61,9 +61,7 @@ def backward(
     present_R = grouping.inverse_R < grouping.offsets_E1[-1]
     grad_weights_R = torch.where(present_R, grad_weights_R[grouping.inverse_R], 0)
     scaled_act_RF = (act_RF * weights_R1).to(act_RF.dtype)
-    if sums.is_empty:
-        sums.fc1_SHD.zero_()
-        sums.fc2_SDF.zero_()
+    sums.begin_with_zeros()
     sums.fc2_SDF += F.grouped_mm(grad_RD.t(), scaled_act_RF, offs=ends_S)
     sums.fc1_SHD += F.grouped_mm(grad_h_RH.t(), x_TD[tokens_R], offs=ends_S)
     grad_x_RD = F.grouped_mm(grad_h_RH, experts.fc1_SHD, offs=ends_S)

@@ -8,13 +8,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .cpu.experts import can_run
+from .cpu.library import load
 from .cpu.training import CppExpertMLP, can_train
 from .expert_weights import ExpertWeights
 from .reference import expert_mlp_reference
 from .torch_backend import ExpertMLP
-from .waves import start_waves
+from .triton_backend import expert_mlp_triton, is_chosen
+from .waves import CppWaves, TorchWaves, Waves
 
-Backend = Literal["torch", "reference"]
+Backend = Literal["auto", "torch", "reference", "cpp", "triton"]
+"""``auto`` is Triton on a GPU where its kernels pass their self-check, C++ on a CPU where those
+could be built and pass theirs, and torch elsewhere."""
 
 
 def expert_mlp(
@@ -22,13 +27,14 @@ def expert_mlp(
     experts_TK: Tensor,
     weights_TK: Tensor,
     experts: ExpertWeights,
-    backend: Backend = "torch",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Return ``y_t = sum_k weights[t, k] * MLP_{experts[t, k]}(x_t)``, ``[T, D]`` in x's dtype.
 
     ``experts_TK`` holds logical expert ids, -1 for no expert; ``weights_TK`` may be wider than x
     (fp32 beside bf16), and the sum over k runs in that type. Differentiable in x, the weights,
-    fc1 and fc2. Raises ``ValueError`` for shapes that do not fit and ids out of range.
+    fc1 and fc2. Raises ``ValueError`` for shapes that do not fit, ids out of range, and a backend
+    that cannot run here.
     """
     if experts_TK.shape != weights_TK.shape or x_TD.shape[:1] != experts_TK.shape[:1]:
         raise ValueError(
@@ -42,10 +48,29 @@ def expert_mlp(
         )
     if backend == "reference":
         return expert_mlp_reference(x_TD, experts_TK, weights_TK, experts)
+    if backend == "triton" or (
+        backend == "auto" and is_chosen(x_TD, experts_TK, weights_TK, experts)
+    ):
+        return expert_mlp_triton(x_TD, experts_TK, weights_TK, experts)
+    is_cpp = backend != "torch" and _takes_cpp(x_TD, weights_TK, experts)
+    if backend == "cpp" and not is_cpp:
+        raise ValueError(
+            f"backend is 'cpp', which does not take {x_TD.dtype} rows on {x_TD.device} here (C++ "
+            f"kernels: {load().state}); use 'auto'."
+        )
     if torch.is_grad_enabled():
-        fc1_SHD, fc2_SDF = experts.fc1_SHD, experts.fc2_SDF
-        mlp = CppExpertMLP if can_train(x_TD, experts) else ExpertMLP
-        return mlp.apply(x_TD, experts_TK, weights_TK, fc1_SHD, fc2_SDF, experts)
-    waves = start_waves(x_TD, experts_TK, weights_TK, experts.num_experts, experts)
+        mlp = CppExpertMLP if is_cpp else ExpertMLP
+        return mlp.apply(x_TD, experts_TK, weights_TK, experts.fc1_SHD, experts.fc2_SDF, experts)
+    waves: Waves
+    if is_cpp:
+        waves = CppWaves(x_TD, experts_TK, weights_TK)
+    else:
+        waves = TorchWaves(x_TD, experts_TK, weights_TK, experts.num_experts)
     waves.add(experts)
     return waves.result()
+
+
+def _takes_cpp(x_TD: Tensor, weights_TK: Tensor, experts: ExpertWeights) -> bool:
+    if torch.is_grad_enabled():
+        return can_train(x_TD, weights_TK, experts)
+    return can_run(x_TD, weights_TK, experts)

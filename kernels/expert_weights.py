@@ -26,6 +26,13 @@ class MainGrads:
     """Whether the sums hold nothing yet, whatever is in memory. The first backward then writes
     where later ones add, which saves filling with zeros and reading them again."""
 
+    def begin_with_zeros(self) -> None:
+        """Fill sums that hold nothing yet, for a backward that can only add."""
+        if self.is_empty:
+            self.fc1_SHD.zero_()
+            self.fc2_SDF.zero_()
+            self.is_empty = False
+
 
 @dataclass(frozen=True, slots=True)
 class ExpertWeights:

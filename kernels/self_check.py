@@ -5,20 +5,28 @@ T tokens, K choices, E experts, D model width, F expert width.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import get_args
 
 import torch
 from torch import Tensor
 
+from .cpu.library import load
 from .expert_mlp import Backend, expert_mlp
 from .expert_weights import ExpertWeights
+from .triton_backend import why_not
 
-LIMITS = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+BACKENDS: tuple[Backend, ...] = ("torch", "reference", "cpp", "triton")
+"""Those that compute; ``auto`` chooses among them."""
+
+LIMITS = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 """Largest error that passes, over the largest value of the same tensor. Measured on a CPU with
-AVX512-BF16, and with its libraries held to SSE4: at most 6e-7 in fp32 and 7e-3 in bf16."""
+AVX512-BF16, and with its libraries held to SSE4: at most 6e-7 in fp32 and 7e-3 in bf16; fp16 has
+eight times bf16's precision, and only GPUs compute in it."""
 
 T, K, E, D, F = 61, 2, 5, 48, 32
 """Sizes that are not powers of two where the kernels allow it, with an expert that is idle."""
+
+MANY_TOKENS = 400
+"""Enough for the Triton kernels' large tiles."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,26 +40,51 @@ class BackendCheck:
     errors: dict[str, float] = field(default_factory=dict)
     """Of the values and of each gradient, relative to the largest of the reference."""
     problem: str | None = None
-    """What it said when it could not run."""
+    """What it said when it broke."""
+    unavailable: str | None = None
+    """Why it is not there on this machine, in a sentence."""
 
     @property
     def passed(self) -> bool:
         """Whether it ran and every error is within the limit."""
-        return self.problem is None and all(e <= self.limit for e in self.errors.values())
+        return bool(self.errors) and all(e <= self.limit for e in self.errors.values())
+
+    @property
+    def failed(self) -> bool:
+        """Whether it is there and computes wrong or breaks."""
+        return self.unavailable is None and not self.passed
 
 
 def check_backends() -> Iterator[BackendCheck]:
     """Yield the outcome for each backend, device and type; takes well under a second on a CPU."""
-    for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
-        for backend in get_args(Backend):
-            for dtype in LIMITS:
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    for device in devices:
+        for backend in BACKENDS:
+            if device != {"cpp": "cpu", "triton": devices[0]}.get(backend, device):
+                continue  # not a device that it is for
+            reason = _why_not(backend, device)
+            if reason is not None:
+                yield BackendCheck(backend, device, "any", 0.0, unavailable=reason)
+                continue
+            for dtype in (torch.float32, torch.bfloat16):
                 yield check_backend(backend, dtype, device)
 
 
-def check_backend(backend: Backend, dtype: torch.dtype, device: str) -> BackendCheck:
+def _why_not(backend: Backend, device: str) -> str | None:
+    """Return why a backend is not there, if it is not."""
+    if backend == "triton":
+        return why_not(torch.device(device))
+    if backend == "cpp" and load().functions is None:
+        return f"{load().state}."
+    return None
+
+
+def check_backend(
+    backend: Backend, dtype: torch.dtype, device: str, num_tokens: int = T
+) -> BackendCheck:
     """Run one backend forward and backward and compare."""
     name, limit = str(dtype).removeprefix("torch."), LIMITS[dtype]
-    inputs, experts_TK = _inputs(dtype)
+    inputs, experts_TK = _inputs(dtype, num_tokens)
     expected = _outcome("reference", [x.double() for x in inputs], experts_TK, "cpu")
     try:
         found = _outcome(backend, inputs, experts_TK, device)
@@ -67,15 +100,15 @@ def check_backend(backend: Backend, dtype: torch.dtype, device: str) -> BackendC
     return BackendCheck(backend, device, name, limit, errors)
 
 
-def _inputs(dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+def _inputs(dtype: torch.dtype, num_tokens: int) -> tuple[list[Tensor], Tensor]:
     """Return x, routing weights (fp32, as routers give them), fc1 and fc2; and experts_TK."""
     generator = torch.Generator().manual_seed(0)
-    x_TD = torch.randn(T, D, generator=generator).to(dtype)
-    weights_TK = torch.rand(T, K, generator=generator)
+    x_TD = torch.randn(num_tokens, D, generator=generator).to(dtype)
+    weights_TK = torch.rand(num_tokens, K, generator=generator)
     fc1_EHD = (torch.randn(E, 2 * F, D, generator=generator) * D**-0.5).to(dtype)
     fc2_EDF = (torch.randn(E, D, F, generator=generator) * F**-0.5).to(dtype)
     # Expert 3 is idle, and some tokens have one expert only.
-    experts_TK = torch.randint(0, E - 1, (T, K), generator=generator)
+    experts_TK = torch.randint(0, E - 1, (num_tokens, K), generator=generator)
     experts_TK[experts_TK == 3] = 4
     experts_TK[::7, 1] = -1
     return [x_TD, weights_TK, fc1_EHD, fc2_EDF], experts_TK
@@ -90,7 +123,7 @@ def _outcome(
     ]
     weights = ExpertWeights(fc1_EHD, fc2_EDF)
     y_TD = expert_mlp(x_TD, experts_TK.to(device), weights_TK, weights, backend)
-    slope_TD = torch.linspace(-1, 1, T * D, device=device).view(T, D).to(y_TD.dtype)
+    slope_TD = torch.linspace(-1, 1, y_TD.numel(), device=device).view_as(y_TD).to(y_TD.dtype)
     gradients = torch.autograd.grad((y_TD * slope_TD).sum(), leaves)
     names = ("grad x", "grad weights", "grad fc1", "grad fc2")
     return {"values": y_TD.detach(), **dict(zip(names, gradients, strict=True))}

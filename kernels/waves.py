@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from .cpu import experts as cpp
+from .cpu.experts import CppWaves, can_run
 from .expert_weights import ExpertWeights
 from .grouping import group_tokens
 from .torch_backend import combine_rows, expert_rows
@@ -52,14 +52,8 @@ class TorchWaves:
         return combine_rows(y_RD, self._grouping, self._weights_TK)
 
 
-def start_waves(
-    x_TD: Tensor,
-    experts_TK: Tensor,
-    weights_TK: Tensor,
-    num_experts: int,
-    experts: ExpertWeights | None = None,
-) -> Waves:
-    """Begin a sum on the fastest backend that takes these rows, and ``experts`` if given."""
-    if cpp.can_run(x_TD) and (experts is None or cpp.is_plain(experts)):
-        return cpp.CppWaves(x_TD, experts_TK, weights_TK)
+def start_waves(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, num_experts: int) -> Waves:
+    """Begin a sum on the fastest backend that takes these rows."""
+    if can_run(x_TD, weights_TK):
+        return CppWaves(x_TD, experts_TK, weights_TK)
     return TorchWaves(x_TD, experts_TK, weights_TK, num_experts)

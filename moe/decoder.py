@@ -152,7 +152,7 @@ class Decoder(nn.Module):
         config: ModelConfig,
         *,
         expert_ids: Sequence[int] | None = None,
-        backend: Backend = "torch",
+        backend: Backend = "auto",
         token_counts: Sequence[int] | None = None,
         recompute: bool = False,
     ) -> None:

@@ -70,7 +70,7 @@ class Experts(AnyExperts):
         d_expert: int,
         num_experts: int,
         expert_ids: Sequence[int] | None = None,
-        backend: Backend = "torch",
+        backend: Backend = "auto",
         activation: Activation = "swiglu",
     ) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ class MoELayer(nn.Module):
         vocab_size: int | None = None,
         token_counts: Sequence[int] | None = None,
         expert_ids: Sequence[int] | None = None,
-        backend: Backend = "torch",
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:

@@ -65,10 +65,7 @@ class MainGradients:
     def accumulate(self) -> None:
         """Add the gradients autograd left on the parameters, and take them off."""
         for main in self._main_grads:
-            if main.is_empty:  # no backward came by: another backend
-                main.fc1_SHD.zero_()
-                main.fc2_SDF.zero_()
-                main.is_empty = False
+            main.begin_with_zeros()  # where no backward came by, as with another backend
         for parameter in (*self.dense, *self.experts):
             if parameter.grad is not None:
                 parameter.main_grad.add_(parameter.grad)  # type: ignore[attr-defined]

@@ -4,6 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from ..kernels.expert_mlp import Backend
 from ..moe.config import ModelConfig
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -114,8 +115,9 @@ class ParallelConfig(_Section):
     """Dense parameters and their optimizer state: whole on every rank (ddp), or split over all
     ranks and gathered layer by layer (fsdp). Numbers and checkpoints are the same; one process
     has nothing to split."""
-    backend: Literal["torch", "reference"] = "torch"
-    """Expert kernels."""
+    backend: Backend = "auto"
+    """Expert kernels: ``auto`` is ``triton`` on a GPU where they pass their self-check, else
+    ``torch``; ``reference`` is slow and takes fp64."""
     timeout_s: float = Field(default=300, gt=0)
     """A collective that waits longer ends the run."""
 

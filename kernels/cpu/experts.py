@@ -17,9 +17,14 @@ from .library import TYPES, functions_for
 from .structures import CombineArguments, ExpertArguments
 
 
-def can_run(x_TD: Tensor) -> bool:
-    """Say whether the kernels can take these rows here and now."""
-    return functions_for(x_TD) is not None
+def can_run(x_TD: Tensor, weights_TK: Tensor, experts: ExpertWeights | None = None) -> bool:
+    """Say whether the kernels can take these rows, and these experts if given, without gradients.
+
+    Sums over k run in fp32, so wider routing weights are left to others.
+    """
+    if functions_for(x_TD) is None or weights_TK.dtype not in TYPES:
+        return False
+    return experts is None or is_plain(experts)
 
 
 def is_plain(experts: ExpertWeights) -> bool:

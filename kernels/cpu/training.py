@@ -10,14 +10,16 @@ from torch import Tensor
 
 from ..expert_weights import ExpertWeights, MainGrads
 from .experts import check_rows, combine_lines, expert_arguments, is_plain
-from .library import functions_for
+from .library import TYPES, functions_for
 from .structures import ExpertGradArguments
 
 
-def can_train(x_TD: Tensor, experts: ExpertWeights) -> bool:
+def can_train(x_TD: Tensor, weights_TK: Tensor, experts: ExpertWeights) -> bool:
     """Say whether the kernels can run forward and backward."""
     fc1, fc2, sums = experts.fc1_SHD, experts.fc2_SDF, experts.main_grads
     if functions_for(x_TD, fc1, fc2, is_backward_ours=True) is None or not is_plain(experts):
+        return False
+    if weights_TK.dtype not in TYPES:  # sums over k run in fp32
         return False
     has_pairs = fc2.shape[1] % 2 == 0 and fc2.shape[2] % 2 == 0  # bf16 is multiplied in pairs
     totals = () if sums is None else (sums.fc1_SHD, sums.fc2_SDF)

@@ -107,7 +107,7 @@ def test_backward_adds_weight_gradients_to_main_gradients_where_there_are_any(dt
     fill = float("nan") if is_empty else 1.0  # what an empty sum holds must not matter
     sums = MainGrads(*(torch.full(w.shape, fill, dtype=wide) for w in (fc1, fc2)), is_empty)
     for _ in range(2):
-        y = expert_mlp(x, ids, weights, ExpertWeights(fc1, fc2, main_grads=sums))
+        y = expert_mlp(x, ids, weights, ExpertWeights(fc1, fc2, main_grads=sums), "torch")
         upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(9)).to(y.dtype)
         y.backward(upstream)
     assert fc1.grad is None and fc2.grad is None

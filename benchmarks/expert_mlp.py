@@ -1,0 +1,314 @@
+"""The expert MLP's speed and memory on a GPU, beside its peers and the dense floor, in one run.
+
+    python benchmarks/expert_mlp.py --device cuda            # benchmarks/gpu.sh does more
+    TRITON_INTERPRET=1 python benchmarks/expert_mlp.py --device cpu --layers tiny --tokens 1 9
+
+The floor is cuBLAS on dense products of the same FLOPs: all routed rows through one expert. Every
+contestant is first compared with the torch backend, then timed in turns; figures are medians, with
+L2 overwritten before each call. T=8192 comes first and the results are written after every size,
+so that a run that is cut short still says something.
+
+T tokens, K choices, R = T*K routed rows, E experts, D model width, F expert width.
+"""
+
+import argparse
+import gc
+import itertools
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from expert_mlp_peers import PEERS
+from torch import Tensor
+
+from moeyard.kernels.expert_mlp import Backend, expert_mlp
+from moeyard.kernels.expert_weights import ExpertWeights, MainGrads
+
+from report import write_results
+
+
+class Layer(NamedTuple):
+    """The expert MLP of a model."""
+
+    num_experts: int
+    num_choices: int
+    d_model: int
+    d_expert: int
+
+
+LAYERS = {
+    "Qwen3-30B-A3B": Layer(128, 8, 2048, 768),
+    "OLMoE": Layer(64, 8, 2048, 1024),
+    "Mixtral-8x7B": Layer(8, 2, 4096, 14336),
+    "gpt-oss-20b": Layer(32, 4, 2880, 2880),
+    "Qwen3-235B-A22B": Layer(128, 8, 4096, 1536),
+    "DeepSeek-V3": Layer(256, 8, 7168, 2048),
+    "tiny": Layer(4, 2, 24, 40),
+}
+TOKENS = (8192, 32768, 16, 1, 1024, 4096, 128, 64, 4)
+"""By how much we want to know them."""
+GRAPH_TOKENS = 256
+"""Up to here launching takes longer than computing, so a replayed CUDA graph is timed too."""
+MAX_ERROR = 5e-2
+"""Against the torch backend, both in bf16; what is worse is not timed."""
+MAX_ROUNDS, MIN_ROUNDS = 40, 3
+FLUSH_BYTES = 1 << 28
+"""Four times the L2 of an H200."""
+
+
+class Problem:
+    """Inputs of one size; weights are shared by the sizes of a layer."""
+
+    def __init__(self, layer: Layer, fc1_EHD: Tensor, fc2_EDF: Tensor, num_tokens: int) -> None:
+        device, dtype = fc1_EHD.device, fc1_EHD.dtype
+        generator = torch.Generator(device).manual_seed(num_tokens)
+
+        def random(*size: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.randn(size, generator=generator, device=device, dtype=dtype)
+
+        self.x_TD = random(num_tokens, layer.d_model).requires_grad_()
+        scores_TE = random(num_tokens, layer.num_experts, dtype=torch.float32)
+        weights_TK, self.experts_TK = scores_TE.topk(layer.num_choices)
+        self.weights_TK = weights_TK.softmax(dim=-1).requires_grad_()
+        self.upstream_TD = random(num_tokens, layer.d_model)
+        self.fc1_EHD, self.fc2_EDF = fc1_EHD, fc2_EDF
+        self.num_rows = num_tokens * layer.num_choices
+        self.forward_flops = 6 * self.num_rows * layer.d_model * layer.d_expert
+
+    def run(self, backend: Backend, main_grads: MainGrads | None = None) -> Tensor:
+        """Compute y with one of our backends."""
+        weights = ExpertWeights(self.fc1_EHD, self.fc2_EDF, main_grads=main_grads)
+        return expert_mlp(self.x_TD, self.experts_TK, self.weights_TK, weights, backend)
+
+    def gradients(self, y_TD: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        """Return the gradients of x, the routing weights and the parameters."""
+        leaves = (self.x_TD, self.weights_TK, *parameters)
+        return torch.autograd.grad(y_TD, leaves, self.upstream_TD)
+
+    def dense(self, has_backward: bool) -> Callable[[], None]:
+        """Return the products of the same FLOPs through one expert, and nothing else."""
+        fc1_HD, fc2_DF = self.fc1_EHD[0].detach(), self.fc2_EDF[0].detach()
+        x_RD = self.x_TD.detach().repeat(self.num_rows // self.x_TD.shape[0], 1)
+        a_RF, h_RH = (x_RD.new_ones(self.num_rows, n) for n in (fc2_DF.shape[1], fc1_HD.shape[0]))
+
+        def forward() -> None:
+            x_RD @ fc1_HD.t()
+            a_RF @ fc2_DF.t()
+
+        def both() -> None:
+            forward()
+            x_RD @ fc2_DF
+            x_RD.t() @ a_RF
+            h_RH @ fc1_HD
+            h_RH.t() @ x_RD
+
+        return both if has_backward else forward
+
+
+Contestants = dict[str, Callable[[], Any]]
+
+
+def contestants_of(problem: Problem, has_backward: bool, is_cuda: bool) -> Contestants:
+    """Return what is timed; our own come first, and "torch" is what the others must agree with."""
+    parameters = (problem.fc1_EHD, problem.fc2_EDF)
+    found: Contestants = {}
+
+    def ours(backend: Backend) -> Callable[[], Any]:
+        if has_backward:
+            return lambda: problem.gradients(problem.run(backend), *parameters)
+        return torch.no_grad()(lambda: problem.run(backend))
+
+    found["torch"] = ours("torch")
+    found["triton"] = ours("triton")
+    if has_backward:
+        sums: list[MainGrads] = []
+
+        def with_main_gradients() -> Any:
+            if not sums:
+                totals = (torch.zeros_like(p, dtype=torch.float32) for p in parameters)
+                sums.append(MainGrads(*totals))
+            return problem.gradients(problem.run("triton", sums[0]))
+
+        found["triton, fp32 main gradients"] = with_main_gradients
+    elif is_cuda and problem.x_TD.shape[0] <= GRAPH_TOKENS:
+        found["triton, graph"] = _graph_of(ours("triton"))
+    found["dense"] = problem.dense(has_backward)
+    for name, build in PEERS.items():
+        found[name] = build(problem, has_backward)
+    return found
+
+
+def _graph_of(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Return a function that captures another one when first called, and then replays it."""
+    kept: list[tuple[torch.cuda.CUDAGraph, Tensor]] = []
+
+    def replay() -> Tensor:
+        if not kept:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                function()
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                y = function()
+            kept.append((graph, y))
+        kept[0][0].replay()
+        return kept[0][1]
+
+    return replay
+
+
+def measure(contestants: Contestants, is_cuda: bool, budget_s: float) -> dict[str, dict[str, Any]]:
+    """Check, warm up and time every contestant; say in a sentence why one has no figures."""
+    figures: dict[str, dict[str, Any]] = {}
+    expected: list[Tensor] = []
+    for name, function in contestants.items():
+        try:
+            figures[name] = _first_call(name, function, expected, is_cuda)
+        except Exception as error:  # a peer that is not there or too large is a line of the table
+            figures[name] = {"problem": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+    expected.clear()
+    timed = {name: contestants[name] for name in figures if "problem" not in figures[name]}
+    times: dict[str, list[float]] = {name: [] for name in timed}
+    flush = torch.empty(FLUSH_BYTES if is_cuda else 1, dtype=torch.uint8)
+    flush = flush.cuda() if is_cuda else flush
+    stop = time.monotonic() + budget_s
+    for number in itertools.count():
+        if number >= MAX_ROUNDS or (number >= MIN_ROUNDS and time.monotonic() > stop):
+            break
+        for name, function in list(timed.items()):
+            flush.zero_()
+            try:
+                times[name].append(_seconds(function, is_cuda))
+            except torch.OutOfMemoryError:
+                figures[name]["problem"] = "out of memory beside the others"
+                del timed[name]
+    for name in timed:
+        figures[name] |= {"seconds": median(times[name]), "rounds": len(times[name])}
+    return figures
+
+
+def _first_call(
+    name: str, function: Callable[[], Any], expected: list[Tensor], is_cuda: bool
+) -> dict[str, Any]:
+    """Compile, compare with the torch backend's result, and take the peak memory."""
+    if is_cuda:
+        function()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    found = function()
+    figures: dict[str, Any] = {}
+    if is_cuda:
+        torch.cuda.synchronize()
+        figures["peak_bytes"] = torch.cuda.max_memory_allocated() - before
+    if name == "dense":
+        return figures
+    outputs = [found] if isinstance(found, Tensor) else list(found)
+    # Of weight gradients the last experts': all of them twice do not fit beside the largest layer.
+    outputs = [part if part.ndim < 3 else part[-2:].clone() for part in outputs]
+    del found
+    if not expected:
+        expected += outputs
+        return figures
+    # Peers lay weights out in their own way, so of gradients all must have that of x.
+    pairs = zip(outputs[: len(expected)], expected, strict=False)
+    errors = [float((a - b).abs().max() / b.abs().max()) for a, b in pairs]
+    figures["error"] = max(errors)
+    if not figures["error"] <= MAX_ERROR:
+        raise ValueError(f"is off by {figures['error']:.1e} from the torch backend")
+    return figures
+
+
+def _seconds(function: Callable[[], Any], is_cuda: bool) -> float:
+    if not is_cuda:
+        start_s = time.perf_counter()
+        function()
+        return time.perf_counter() - start_s
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def lines_of(cell: dict[str, Any]) -> list[str]:
+    """Return a size as lines of text."""
+    lines = [f"{cell['layer']}, T={cell['tokens']}, {cell['mode']}"]
+    for name, figures in cell["contestants"].items():
+        if "problem" in figures:
+            lines.append(f"  {name:28} {figures['problem']}")
+            continue
+        tflops = cell["flops"] / figures["seconds"] / 1e12
+        line = f"  {name:28} {figures['seconds'] * 1e3:9.3f} ms  {tflops:7.1f} TFLOP/s"
+        peak, error = figures.get("peak_bytes"), figures.get("error")
+        line += "" if peak is None else f"  peak {peak / 2**20:9.1f} MiB"
+        lines.append(line + ("" if error is None else f"  error {error:.0e}"))
+    return lines
+
+
+def run_layer(
+    name: str, tokens: list[int], device: str, stop: float, cells_left: int
+) -> list[dict[str, Any]]:
+    """Measure the sizes of one layer; each may take its share of what is left of the time."""
+    layer, is_cuda = LAYERS[name], device == "cuda"
+    dtype = torch.bfloat16 if is_cuda else torch.float32
+    experts, _, d_model, d_expert = layer
+    sizes = ((experts, 2 * d_expert, d_model), (experts, d_model, d_expert))
+    fc1_EHD, fc2_EDF = (
+        torch.empty(size, device=device, dtype=dtype).normal_(std=size[2] ** -0.5).requires_grad_()
+        for size in sizes
+    )
+    cells = []
+    for num_tokens, has_backward in itertools.product(tokens, (False, True)):
+        budget_s = (stop - time.monotonic()) / cells_left
+        cells_left -= 1
+        if budget_s <= 0:
+            break
+        problem = Problem(layer, fc1_EHD, fc2_EDF, num_tokens)
+        contestants = contestants_of(problem, has_backward, is_cuda)
+        cell = {
+            "layer": name,
+            "tokens": num_tokens,
+            "mode": "forward and backward" if has_backward else "forward",
+            "flops": problem.forward_flops * (3 if has_backward else 1),
+            "contestants": measure(contestants, is_cuda, budget_s / 2),
+        }
+        cells.append(cell)
+        print("\n".join(lines_of(cell)), flush=True)
+        del problem, contestants
+        gc.collect()
+        if is_cuda:
+            torch.cuda.empty_cache()
+    return cells
+
+
+def main() -> None:
+    """Measure all sizes within the time given."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    usual = [name for name in LAYERS if name != "tiny"]
+    parser.add_argument("--layers", nargs="+", choices=LAYERS, default=usual)
+    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
+    parser.add_argument("--budget-s", type=float, default=330)
+    arguments = parser.parse_args()
+    stop = time.monotonic() + arguments.budget_s
+    # Every layer's most wanted sizes come before any layer's others.
+    parts = [arguments.tokens[:3], arguments.tokens[3:]]
+    plan = [(layer, part) for part in parts if part for layer in arguments.layers]
+    cells_left = 2 * len(arguments.layers) * len(arguments.tokens)
+    cells: list[dict[str, Any]] = []
+    is_cuda = arguments.device == "cuda"
+    gpu = torch.cuda.get_device_name() if is_cuda else "none"
+    for layer, tokens in plan:
+        cells += run_layer(layer, tokens, arguments.device, stop, cells_left)
+        cells_left -= 2 * len(tokens)
+        write_results(f"expert_mlp_{arguments.device}", {"gpu": gpu, "cells": cells})
+
+
+if __name__ == "__main__":
+    main()

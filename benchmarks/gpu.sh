@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Check the expert kernels on this machine's GPU and measure them; unattended, under 9 minutes.
+#
+#     benchmarks/gpu.sh [FOLDER]      # FOLDER gets a copy of what was found
+#
+# Needs a python3 (or $PYTHON) with PyTorch's CUDA build, pytest and numpy; moeyard need not be
+# installed.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+python="${PYTHON:-python3}"
+found="${1:-$(mktemp -d)}"
+mkdir -p "$found"
+# The root is the package: a link of that name makes it importable uninstalled.
+link="$(mktemp -d)"
+trap 'rm -rf "$link"' EXIT
+ln -s "$PWD" "$link/moeyard"
+export PYTHONPATH="$link${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+
+if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    echo "error: $python sees no CUDA device; run this where there is one" >&2
+    exit 2
+fi
+
+# Compiling takes most of the tests' time, so four processes share them. What passed in the
+# interpreter can still be miscompiled; figures of kernels that fail are worth nothing.
+parts=(bfloat16 "float16 and not bfloat16" float32 "not float16 and not float32")
+pids=()
+for number in "${!parts[@]}"; do
+    timeout 170 "$python" -m pytest -q --noconftest -p no:cacheprovider -m gpu \
+        tests/kernels/test_triton_gpu.py -k "${parts[$number]}" > "$found/tests_$number.txt" 2>&1 &
+    pids+=($!)
+done
+passed=0
+for number in "${!parts[@]}"; do
+    wait "${pids[$number]}" || { passed=1; grep -E '^(FAILED|ERROR|E  )' "$found/tests_$number.txt"; }
+    tail -n 1 "$found/tests_$number.txt"
+done
+
+timeout 350 "$python" benchmarks/expert_mlp.py --device cuda --budget-s 320 |
+    tee benchmarks/results/expert_mlp_cuda.txt
+cp benchmarks/results/expert_mlp_cuda.* "$found"
+[ "$passed" = 0 ] || echo "error: tests failed on this GPU; see $found/tests_*.txt" >&2
+exit "$passed"

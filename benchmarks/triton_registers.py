@@ -1,0 +1,231 @@
+"""Compile every shipped configuration of the Triton kernels for sm_80 and sm_90; needs no GPU.
+
+    python benchmarks/triton_registers.py      # writes results/triton_registers.txt
+
+Registers and spilled bytes are cuobjdump's, from the machine code; shared memory is Triton's.
+"""
+
+import itertools
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from moeyard.kernels.activation import ACTIVATIONS
+from moeyard.kernels.gpu import group_few, grouping
+from moeyard.kernels.gpu.combine import combine_kernel
+from moeyard.kernels.gpu.grad_hidden import grad_hidden_kernel
+from moeyard.kernels.gpu.grouped_matmul import grouped_matmul_kernel
+from moeyard.kernels.gpu.ops import PRECISION
+from moeyard.kernels.gpu.tiles import GROUP_TILES, Kernel, Tiles, tiles_for
+from moeyard.kernels.gpu.up_projection import up_projection_kernel
+from moeyard.kernels.gpu.weight_grad import weight_grad_kernel
+
+SHARED_LIMIT = {80: 101_376, 90: 232_448}
+"""Bytes of shared memory that one program may have: on GeForce cards of the 30 and 40 series, which
+have less than A100's 166,912 and run the same configurations, and on H100 or H200."""
+
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+INDEX_POINTERS = {
+    *("order_R", "inverse_R", "offsets_S1", "tiles_L2", "slot_of_E", "slot_R", "rank_R"),
+    *("before_BS1", "count_S1"),
+}
+FP32_POINTERS = {"part_BR", "weights_R"}
+DIVISIBLE = {
+    *("d_model", "d_expert", "num_inner", "num_outputs", "num_lines", "num_columns"),
+    *("stride_x", "stride_slot", "stride_row", "stride_left", "stride_right", "tile_rows"),
+    *("stride_inner", "stride_output"),
+}
+"""Integers that are multiples of 16 for the widths of real models; Triton is told so, as it finds
+out itself when it runs."""
+
+
+class Case(NamedTuple):
+    """One kernel in one configuration for one architecture."""
+
+    kernel: Any
+    arch: int
+    dtype: torch.dtype
+    constants: dict[str, Any]
+    """Values known when compiling: switches, and strides that are 1."""
+    pointers: dict[str, str] = {}
+    """Types of pointers that are not what their names say elsewhere."""
+    tiles: Tiles | None = None
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        """A line's head in the table."""
+        kernel = self.kernel.fn.__name__.removesuffix("_kernel")
+        shape = "x".join(map(str, self.tiles[:3])) if self.tiles else "-"
+        return f"sm_{self.arch} {kernel:14} {TYPES[self.dtype]} {shape:11} {self.label}".rstrip()
+
+
+class Compiled(NamedTuple):
+    """What the compiler made of a case."""
+
+    case: Case
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    num_wgmma: int
+    num_mma: int
+
+    @property
+    def line(self) -> str:
+        """A line of the table."""
+        unit = f"WGMMA {self.num_wgmma}" if self.num_wgmma else f"MMA {self.num_mma}"
+        return (
+            f"{self.case.name:70} registers {self.registers:3}  spilled {self.spilled_bytes:4} B"
+            f"  shared {self.shared_bytes:6} B  {unit}"
+        )
+
+    @property
+    def problems(self) -> list[str]:
+        """What must not ship."""
+        found = []
+        if self.spilled_bytes:
+            found.append(f"spills {self.spilled_bytes} bytes")
+        if self.shared_bytes > SHARED_LIMIT[self.case.arch]:
+            found.append(f"needs {self.shared_bytes} bytes of shared memory")
+        tiles = self.case.tiles
+        if tiles and self.case.arch == 90 and tiles.M >= 64 and not self.num_wgmma:
+            found.append("does not use WGMMA")
+        if tiles and not self.num_wgmma + self.num_mma:
+            found.append("does not use tensor cores")
+        return found
+
+
+def cases(arch: int) -> Iterator[Case]:
+    """Yield every configuration that the launchers can ask for."""
+    is_hopper = arch == 90
+
+    def product(
+        kernel: Any, kind: Kernel, rows: int, dtype: torch.dtype, label: str, **more: Any
+    ) -> Case:
+        tiles = tiles_for(kind, rows, dtype, is_hopper)
+        pointers = more.pop("pointers", {})
+        constants = {"PRECISION": PRECISION[dtype], "M": tiles.M, "N": tiles.N, "P": tiles.P}
+        if kind != "weight_grad":
+            constants |= {"GROUP_TILES": GROUP_TILES}
+        return Case(kernel, arch, dtype, constants | more, pointers, tiles, label)
+
+    for dtype, rows in itertools.product(TYPES, (16, 32, 64, 128)):
+        for even in (True, False):
+            ragged = "" if even else ", ragged"
+            for act, keep in itertools.product(ACTIVATIONS, (True, False)):
+                label = f"{act}, {'keeps h' if keep else 'inference'}{ragged}"
+                extra = {} if keep else {"h_RH": None}
+                constants = {"ACTIVATION": act, "IS_EVEN": even, **extra}
+                yield product(up_projection_kernel, "up", rows, dtype, label, **constants)
+            for label, unit in (("fc2", "stride_inner"), ("grad x", "stride_output")):
+                constants = {"IS_EVEN": even, unit: 1}
+                label += ragged
+                yield product(grouped_matmul_kernel, "matmul", rows, dtype, label, **constants)
+            for act in ACTIVATIONS:
+                constants = {"ACTIVATION": act, "IS_EVEN": even}
+                label = act + ragged
+                yield product(grad_hidden_kernel, "grad_hidden", rows, dtype, label, **constants)
+    for dtype, by_token, out in itertools.product(TYPES, (True, False), ("same", "adds", "fp32")):
+        constants = {"LEFT_IS_BY_TOKEN": by_token, "ADD": out != "same"}
+        label = f"{'fc2' if by_token else 'fc1'}, {'adds to fp32' if out == 'fp32' else out}"
+        pointers = {"out_SQP": "*fp32"} if out == "fp32" else {}
+        arguments = (weight_grad_kernel, "weight_grad", 128, dtype, label)
+        yield product(*arguments, **constants, pointers=pointers)
+    for dtype in TYPES:
+        yield Case(combine_kernel, arch, dtype, {"COLUMNS": 1024}, label="weighted")
+        constants = {"COLUMNS": 1024, "weights_R": None}
+        yield Case(combine_kernel, arch, dtype, constants, label="sum")
+    yield from _grouping_cases(arch)
+
+
+def _grouping_cases(arch: int) -> Iterator[Case]:
+    block = {"BLOCK_ROWS": grouping.BLOCK_ROWS}
+    scan = {"SCAN_BLOCKS": grouping.SCAN_BLOCKS, "SCAN_SLOTS": grouping.SCAN_SLOTS}
+    fp32 = torch.float32
+    for ids, table in itertools.product(("*i32", "*i64"), ({}, {"slot_of_E": None})):
+        label = f"ids {ids[1:]}, {'no table' if table else 'slot table'}"
+        constants = block | table
+        yield Case(grouping.rank_kernel, arch, fp32, constants, {"ids_R": ids}, label=label)
+        constants = {"FEW_ROWS": group_few.FEW_ROWS} | table
+        kernel = group_few.group_few_kernel
+        yield Case(kernel, arch, fp32, constants, {"ids_R": ids}, label=label)
+    yield Case(grouping.scan_kernel, arch, fp32, scan)
+    for slots in (8, 512):
+        constants = {"ALL_SLOTS": slots}
+        yield Case(grouping.schedule_kernel, arch, fp32, constants, label=f"{slots} slots")
+    yield Case(grouping.permute_kernel, arch, fp32, block)
+
+
+def compile_case(case: Case) -> Compiled:
+    """Compile a case and read what came out."""
+    signature, divisible = {}, {}
+    for place, parameter in enumerate(case.kernel.params):
+        name = parameter.name
+        if name in case.constants:
+            signature[name] = "constexpr"
+        elif ("_" in name and name.rpartition("_")[2].isupper()) or name in INDEX_POINTERS:
+            is_index = name in INDEX_POINTERS
+            usual = "*i32" if is_index else f"*{TYPES[case.dtype]}"
+            usual = "*fp32" if name in FP32_POINTERS else usual
+            signature[name] = case.pointers.get(name, usual)
+            divisible[(place,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "i32"
+            if name in DIVISIBLE:
+                divisible[(place,)] = [["tt.divisibility", 16]]
+    warps = {
+        grouping.rank_kernel: grouping.RANK_WARPS,
+        group_few.group_few_kernel: group_few.FEW_WARPS,
+    }
+    options = {"num_warps": warps.get(case.kernel, 4)}
+    if case.tiles is not None:
+        options = {"num_warps": case.tiles.num_warps, "num_stages": case.tiles.num_stages}
+    source = ASTSource(case.kernel, signature, case.constants, divisible)
+    made = triton.compile(source, target=GPUTarget("cuda", case.arch, 32), options=options)
+    usage = _cuobjdump(made.asm["cubin"], "-res-usage")
+    code = _cuobjdump(made.asm["cubin"], "-sass")
+    return Compiled(
+        case,
+        int(re.search(r"REG:(\d+)", usage)[1]),
+        int(re.search(r"STACK:(\d+)", usage)[1]),
+        made.metadata.shared,
+        len(re.findall(r"\bHGMMA\b", code)),
+        len(re.findall(r"\bHMMA\b", code)),
+    )
+
+
+def _cuobjdump(cubin: bytes, option: str) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def main() -> int:
+    """Print and write the table; fail where a configuration must not ship."""
+    head = f"Triton {triton.__version__}, compiled without a GPU by {Path(__file__).name}"
+    lines, is_bad = [head], False
+    for case in itertools.chain(cases(80), cases(90)):
+        compiled = compile_case(case)
+        verdict = f"  {', '.join(compiled.problems).upper()}" if compiled.problems else ""
+        is_bad |= bool(verdict)
+        lines.append(compiled.line + verdict)
+        print(lines[-1], flush=True)
+    path = Path(__file__).parent / "results" / "triton_registers.txt"
+    path.write_text("\n".join(lines) + "\n")
+    return 1 if is_bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""From the gradient of the output to that of fc1's output, and of the routing weights.
+
+With G = grad_y W2 of a row (not yet weighted), A its activation and s its routing weight:
+grad s = <G, A>, since <grad_y, A W2^T> = <grad_y W2, A>, so the outputs need not be kept;
+grad A = s G; and fc2's own gradient needs s A. All three come from one tile of G (the identities
+are SonicMoE's).
+
+T tokens, K choices, R routed rows in slot order, S slots, L tiles, D model width, F expert width,
+H = 2F, B column tiles. In a tile: M rows, N of F, P of D at a time.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .grouping import SlotGroups
+from .tile_math import (
+    activate_with_slope,
+    add_product,
+    left_and_right_half,
+    tile_and_column,
+)
+from .tiles import GROUP_TILES, Tiles
+
+
+def grad_hidden(
+    grad_TD: Tensor,
+    groups: SlotGroups,
+    weights_TK: Tensor,
+    h_RH: Tensor,
+    fc2_SDF: Tensor,
+    activation: str,
+    precision: str,
+    tiles: Tiles,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return grad h ``[R, 2F]``, the weighted activations ``[R, F]`` and grad weights ``[T, K]``.
+
+    Lines of rows without a slot are undefined in the first two, and zero in the last.
+    """
+    num_rows, d_model, d_expert = h_RH.shape[0], fc2_SDF.shape[1], fc2_SDF.shape[2]
+    num_tiles = groups.tiles_L2.shape[0]
+    num_columns = triton.cdiv(d_expert, tiles.N)
+    grad_h_RH = torch.empty_like(h_RH)
+    scaled_RF = h_RH.new_empty(num_rows, d_expert)
+    part_BR = h_RH.new_empty(num_columns, num_rows, dtype=torch.float32)
+    grad_hidden_kernel[(num_tiles * num_columns,)](
+        grad_TD,
+        groups.order_R,
+        groups.tiles_L2,
+        groups.offsets_S1,
+        weights_TK,
+        h_RH,
+        fc2_SDF,
+        grad_h_RH,
+        scaled_RF,
+        part_BR,
+        num_tiles,
+        num_rows,
+        num_rows // grad_TD.shape[0],
+        d_model,
+        d_expert,
+        fc2_SDF.stride(0),
+        fc2_SDF.stride(1),
+        ACTIVATION=activation,
+        IS_EVEN=d_model % tiles.P == 0,
+        PRECISION=precision,
+        M=tiles.M,
+        N=tiles.N,
+        P=tiles.P,
+        GROUP_TILES=GROUP_TILES,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )
+    is_present_R = groups.inverse_R < groups.offsets_S1[-1]
+    grad_weights_R = torch.where(is_present_R, part_BR.sum(0)[groups.inverse_R.long()], 0)
+    return grad_h_RH, scaled_RF, grad_weights_R.view_as(weights_TK).to(weights_TK.dtype)
+
+
+@triton.jit
+def _finish_columns(
+    g_MN,
+    feature_N,
+    row_M,
+    is_row_M,
+    weight_M,
+    h_RH,
+    grad_h_RH,
+    scaled_RF,
+    d_expert,
+    ACTIVATION: tl.constexpr,
+):
+    """Write grad h and the weighted activation of some columns; return their part of grad s."""
+    is_stored_MN = is_row_M[:, None] & (feature_N < d_expert)[None, :]
+    at_MN = row_M[:, None] * (2 * d_expert) + feature_N[None, :]
+    gate_MN = tl.load(h_RH + at_MN, mask=is_stored_MN, other=0).to(tl.float32)
+    up_MN = tl.load(h_RH + at_MN + d_expert, mask=is_stored_MN, other=0).to(tl.float32)
+    value_MN, slope_MN = activate_with_slope(gate_MN, ACTIVATION)
+    grad_a_MN = g_MN * weight_M[:, None]
+    type_h: tl.constexpr = grad_h_RH.dtype.element_ty
+    tl.store(grad_h_RH + at_MN, (grad_a_MN * up_MN * slope_MN).to(type_h), mask=is_stored_MN)
+    tl.store(grad_h_RH + at_MN + d_expert, (grad_a_MN * value_MN).to(type_h), mask=is_stored_MN)
+    a_MN = value_MN * up_MN
+    scaled_at = scaled_RF + row_M[:, None] * d_expert + feature_N[None, :]
+    tl.store(scaled_at, (a_MN * weight_M[:, None]).to(type_h), mask=is_stored_MN)
+    return tl.sum(g_MN * a_MN, axis=1)
+
+
+@triton.jit
+def grad_hidden_kernel(
+    grad_TD,
+    order_R,
+    tiles_L2,
+    offsets_S1,
+    weights_R,
+    h_RH,
+    fc2_SDF,
+    grad_h_RH,
+    scaled_RF,
+    part_BR,
+    num_tiles,
+    num_rows,
+    num_choices,
+    d_model,
+    d_expert,
+    stride_slot,
+    stride_row,
+    ACTIVATION: tl.constexpr,
+    IS_EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    P: tl.constexpr,
+    GROUP_TILES: tl.constexpr,
+):
+    num_columns = tl.cdiv(d_expert, N)
+    tile, column = tile_and_column(tl.program_id(0), num_tiles, num_columns, GROUP_TILES, False)
+    slot = tl.load(tiles_L2 + 2 * tile)
+    if slot < 0:
+        return
+    row_M = tl.load(tiles_L2 + 2 * tile + 1) + tl.arange(0, M)
+    is_row_M = row_M < tl.load(offsets_S1 + slot + 1)
+    routed_M = tl.load(order_R + row_M, mask=is_row_M, other=0)
+    feature_N = column * N + tl.arange(0, N)
+    is_feature_N = feature_N < d_expert
+    inner_P = tl.arange(0, P)
+    token_M = (routed_M // num_choices).to(tl.int64)
+    grad_at = grad_TD + token_M[:, None] * d_model + inner_P[None, :]
+    w_at = fc2_SDF + slot.to(tl.int64) * stride_slot
+    w_at = w_at + inner_P[:, None] * stride_row + feature_N[None, :]
+    g_MN = tl.zeros((M, N), dtype=tl.float32)
+    for first in range(0, d_model, P):
+        if IS_EVEN:
+            grad_MP = tl.load(grad_at)
+            w_PN = tl.load(w_at, mask=is_feature_N[None, :], other=0)
+        else:
+            is_inner_P = first + inner_P < d_model
+            grad_MP = tl.load(grad_at, mask=is_inner_P[None, :], other=0)
+            w_PN = tl.load(w_at, mask=is_inner_P[:, None] & is_feature_N[None, :], other=0)
+        g_MN = add_product(g_MN, grad_MP, w_PN, PRECISION)
+        grad_at += P
+        w_at += P * stride_row
+    weight_M = tl.load(weights_R + routed_M, mask=is_row_M, other=0).to(tl.float32)
+    row_M = row_M.to(tl.int64)
+    # A quarter of the columns at a time: gate, up and their gradients of a whole tile spill.
+    half0, half1 = left_and_right_half(g_MN, M, N)
+    part_M = tl.zeros((M,), dtype=tl.float32)
+    for half in tl.static_range(2):
+        half_MN = half0 if half == 0 else half1
+        quarter0, quarter1 = left_and_right_half(half_MN, M, N // 2)
+        for quarter in tl.static_range(2):
+            quarter_MN = quarter0 if quarter == 0 else quarter1
+            first_feature = column * N + (2 * half + quarter) * (N // 4)
+            part_M += _finish_columns(
+                quarter_MN,
+                first_feature + tl.arange(0, N // 4),
+                row_M,
+                is_row_M,
+                weight_M,
+                h_RH,
+                grad_h_RH,
+                scaled_RF,
+                d_expert,
+                ACTIVATION,
+            )
+    tl.store(part_BR + column.to(tl.int64) * num_rows + row_M, part_M, mask=is_row_M)

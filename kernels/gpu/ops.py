@@ -1,0 +1,228 @@
+"""The Triton expert MLP as ``torch.library`` operators with fake versions and a gradient.
+
+Saved for backward: x, fc1's outputs (pre-activations), the routing weights and the indices;
+2 T D + 4 R F bytes in 16 bits beside the indices.
+
+T tokens, K choices, R = T*K routed rows in slot order, E experts, S slots, L tiles, D model width,
+F expert width, H = 2F.
+"""
+
+import functools
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .combine import combine
+from .grad_hidden import grad_hidden
+from .grouped_matmul import grouped_matmul
+from .grouping import SlotGroups, group_rows, max_tiles
+from .tiles import Kernel, Tiles, tile_rows, tiles_for
+from .up_projection import up_projection
+from .weight_grad import weight_grad
+
+PRECISION = {torch.float32: "tf32x3", torch.float16: "ieee", torch.bfloat16: "ieee"}
+"""How products run: fp32 as three TF32 products, which keeps fp32's accuracy on tensor cores."""
+
+
+@torch.library.custom_op("moeyard::expert_mlp", mutates_args=())
+def expert_mlp_op(
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    fc1_SHD: Tensor,
+    fc2_SDF: Tensor,
+    slot_of_E: Tensor | None,
+    main1_SHD: Tensor | None,
+    main2_SDF: Tensor | None,
+    activation: str,
+    keep_h: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return y ``[T, D]``, then what backward needs: h ``[R, 2F]`` and the ``SlotGroups``.
+
+    h is empty unless ``keep_h``. ``main1_SHD`` and ``main2_SDF`` are not read; backward adds weight
+    gradients to them.
+    """
+    (num_tokens, d_model), num_rows = x_TD.shape, experts_TK.numel()
+    d_expert = fc2_SDF.shape[2]
+    plan = _Plan(x_TD, num_rows, _num_experts(fc1_SHD, slot_of_E))
+    h_RH = x_TD.new_empty(num_rows if keep_h else 0, 2 * d_expert)
+    with _device_of(x_TD):
+        groups = group_rows(experts_TK, slot_of_E, fc1_SHD.shape[0], plan.rows)
+        if num_rows == 0:
+            return x_TD.new_zeros(num_tokens, d_model), h_RH, *groups
+        a_RF = x_TD.new_empty(num_rows, d_expert)
+        precision, h_out = plan.precision, h_RH if keep_h else None
+        up_projection(x_TD, groups, fc1_SHD, activation, precision, plan.tiles("up"), a_RF, h_out)
+        fc2_SFD = fc2_SDF.transpose(1, 2)
+        y_RD = grouped_matmul(a_RF, fc2_SFD, groups, precision, plan.tiles("matmul"))
+        return combine(y_RD, groups, weights_TK, num_tokens), h_RH, *groups
+
+
+@expert_mlp_op.register_fake
+def _(
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    fc1_SHD: Tensor,
+    fc2_SDF: Tensor,
+    slot_of_E: Tensor | None,
+    main1_SHD: Tensor | None,
+    main2_SDF: Tensor | None,
+    activation: str,
+    keep_h: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    num_rows, num_slots = experts_TK.numel(), fc1_SHD.shape[0]
+    rows = tile_rows(num_rows, _num_experts(fc1_SHD, slot_of_E))
+    num_tiles = max_tiles(num_rows, num_slots, rows)
+    indices = functools.partial(x_TD.new_empty, dtype=torch.int32)
+    return (
+        torch.empty_like(x_TD),
+        x_TD.new_empty(num_rows if keep_h else 0, fc1_SHD.shape[1]),
+        indices(num_rows),
+        indices(num_rows),
+        indices(num_slots + 1),
+        indices(num_tiles, 2),
+    )
+
+
+@torch.library.custom_op("moeyard::expert_mlp_backward", mutates_args=("out1_SHD", "out2_SDF"))
+def expert_mlp_backward_op(
+    grad_TD: Tensor,
+    x_TD: Tensor,
+    weights_TK: Tensor,
+    h_RH: Tensor,
+    order_R: Tensor,
+    inverse_R: Tensor,
+    offsets_S1: Tensor,
+    tiles_L2: Tensor,
+    fc1_SHD: Tensor,
+    fc2_SDF: Tensor,
+    num_experts: int,
+    activation: str,
+    wants_x: bool,
+    add: bool,
+    out1_SHD: Tensor | None,
+    out2_SDF: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x (empty unless ``wants_x``) and of the routing weights.
+
+    Those of fc1 and fc2 are written to ``out1_SHD`` and ``out2_SDF``, or added there with ``add``.
+    """
+    num_choices, num_rows = weights_TK.shape[1], h_RH.shape[0]
+    if num_rows == 0:
+        for out in (out1_SHD, out2_SDF):
+            if out is not None and not add:
+                out.zero_()
+        return torch.zeros_like(x_TD if wants_x else x_TD[:0]), torch.zeros_like(weights_TK)
+    groups = SlotGroups(order_R, inverse_R, offsets_S1, tiles_L2)
+    plan = _Plan(x_TD, num_rows, num_experts)
+    precision = plan.precision
+    write_grad = functools.partial(
+        weight_grad,
+        precision=precision,
+        tiles=plan.tiles("weight_grad"),
+        num_choices=num_choices,
+        add=add,
+    )
+    with _device_of(x_TD):
+        tiles = plan.tiles("grad_hidden")
+        grad_h_RH, scaled_RF, grad_weights_TK = grad_hidden(
+            grad_TD, groups, weights_TK, h_RH, fc2_SDF, activation, precision, tiles
+        )
+        if out2_SDF is not None:
+            write_grad(grad_TD, scaled_RF, groups, out2_SDF, left_is_by_token=True)
+        del scaled_RF
+        if out1_SHD is not None:
+            write_grad(grad_h_RH, x_TD, groups, out1_SHD, left_is_by_token=False)
+        if not wants_x:
+            return torch.empty_like(x_TD[:0]), grad_weights_TK
+        grad_x_RD = grouped_matmul(grad_h_RH, fc1_SHD, groups, precision, plan.tiles("matmul"))
+        return combine(grad_x_RD, groups, None, x_TD.shape[0]), grad_weights_TK
+
+
+@expert_mlp_backward_op.register_fake
+def _(
+    grad_TD: Tensor,
+    x_TD: Tensor,
+    weights_TK: Tensor,
+    h_RH: Tensor,
+    order_R: Tensor,
+    inverse_R: Tensor,
+    offsets_S1: Tensor,
+    tiles_L2: Tensor,
+    fc1_SHD: Tensor,
+    fc2_SDF: Tensor,
+    num_experts: int,
+    activation: str,
+    wants_x: bool,
+    add: bool,
+    out1_SHD: Tensor | None,
+    out2_SDF: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x_TD if wants_x else x_TD[:0]), torch.empty_like(weights_TK)
+
+
+def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x_TD, _, weights_TK, fc1_SHD, fc2_SDF, slot_of_E, main1, main2, activation, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(x_TD, weights_TK, *output[1:], fc1_SHD, fc2_SDF)
+    # Not saved tensors: other layers and micro-batches change them before backward comes.
+    ctx.main = (main1, main2)
+    ctx.num_experts = _num_experts(fc1_SHD, slot_of_E)
+    ctx.activation = activation
+
+
+def _backward(ctx: Any, grad_TD: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad_TD is None:
+        return (None,) * 10
+    *saved, fc1_SHD, fc2_SDF = ctx.saved_tensors
+    wants = ctx.needs_input_grad
+    add = ctx.main[0] is not None
+    out1, out2 = ctx.main
+    if not add:
+        out1 = torch.empty_like(fc1_SHD) if wants[3] else None
+        out2 = torch.empty_like(fc2_SDF) if wants[4] else None
+    grad_x_TD, grad_weights_TK = expert_mlp_backward_op(
+        grad_TD.contiguous(),
+        *saved,
+        fc1_SHD,
+        fc2_SDF,
+        ctx.num_experts,
+        ctx.activation,
+        wants[0],
+        add,
+        out1,
+        out2,
+    )
+    grad1, grad2 = (None, None) if add else (out1, out2)
+    grad_x = grad_x_TD if wants[0] else None
+    grad_weights = grad_weights_TK if wants[2] else None
+    return (grad_x, None, grad_weights, grad1, grad2, *(None,) * 5)
+
+
+expert_mlp_op.register_autograd(_backward, setup_context=_keep)
+
+
+class _Plan:
+    """The tiles of one call. They depend on rows, experts and type, not on the number of slots."""
+
+    def __init__(self, x_TD: Tensor, num_rows: int, num_experts: int) -> None:
+        self.rows = tile_rows(num_rows, num_experts)
+        self.dtype = x_TD.dtype
+        self.precision = PRECISION[x_TD.dtype]
+        self.is_hopper = x_TD.is_cuda and torch.cuda.get_device_capability(x_TD.device)[0] == 9
+
+    def tiles(self, kernel: Kernel) -> Tiles:
+        return tiles_for(kernel, self.rows, self.dtype, self.is_hopper)
+
+
+def _num_experts(fc1_SHD: Tensor, slot_of_E: Tensor | None) -> int:
+    return fc1_SHD.shape[0] if slot_of_E is None else slot_of_E.numel()
+
+
+def _device_of(x_TD: Tensor) -> AbstractContextManager:
+    """Launch on the device of x; Triton takes the current one."""
+    return torch.cuda.device(x_TD.device) if x_TD.is_cuda else nullcontext()

@@ -1,0 +1,80 @@
+"""Which tiles each kernel takes; the constants are their sources' until a GPU measures them here.
+
+R routed rows, E experts; M rows of a tile, N columns of a tile, P the inner dimension.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+
+Kernel = Literal["up", "matmul", "grad_hidden", "weight_grad"]
+
+
+class Tiles(NamedTuple):
+    """The shape of a kernel's tiles and how a program runs them."""
+
+    M: int
+    N: int
+    P: int
+    num_warps: int
+    num_stages: int
+
+
+GROUP_TILES = 8
+"""Row tiles that share weights in L2: the value of Triton's matmul tutorial and of SonicMoE."""
+
+WIDE_ROWS_PER_EXPERT = 64
+"""From this many rows per expert on, 128-row tiles are worth their padding: vLLM's tuned tables for
+the H200 (E=128 N=768 and E=8 N=14336) change there."""
+
+
+def tile_rows(num_rows: int, num_experts: int) -> int:
+    """Return M of the kernels that walk row tiles.
+
+    Below WIDE_ROWS_PER_EXPERT the weights' way from memory decides, so a tile should hold all rows
+    of an expert: twice the mean, as vLLM's tables do. The number of slots plays no part, so that a
+    cache of experts computes the resident model's bits.
+    """
+    mean = num_rows / max(1, num_experts)
+    if mean > WIDE_ROWS_PER_EXPERT:
+        return 128
+    return next(rows for rows in (16, 32, 64, 128) if rows >= min(2 * mean, 64))
+
+
+def tiles_for(kernel: Kernel, rows: int, dtype: torch.dtype, is_hopper: bool) -> Tiles:
+    """Return the tiles of ``kernel``; ``rows`` is :func:`tile_rows` and fixes M.
+
+    ``weight_grad`` has no row tiles: its M and N are the gradient's rows and columns, P the routed
+    rows it takes at a time. Registers and shared memory of all of them:
+    benchmarks/results/triton_registers.txt.
+    """
+    if dtype == torch.float32:
+        return _FP32_WEIGHT_GRAD if kernel == "weight_grad" else _FP32[rows]
+    if kernel == "weight_grad":
+        # Many stages of few rows: row numbers must be there before rows, which takes every other
+        # stage, and 64 rows with as many in flight would spill.
+        return Tiles(128, 256, 32, 8, 7) if is_hopper else Tiles(128, 128, 32, 8, 7)
+    if rows < 128:
+        # 128 of the inner dimension at a time spill beside the epilogue of grad_hidden.
+        return _FEW_ROWS[rows]._replace(P=64) if kernel == "grad_hidden" else _FEW_ROWS[rows]
+    if kernel == "grad_hidden" or not is_hopper:
+        # Its epilogue holds three tiles at once; 256 columns spill.
+        return Tiles(128, 128, 64, 8, 3)
+    return Tiles(128, 256, 64, 8, 3)
+
+
+_FEW_ROWS = {
+    16: Tiles(16, 128, 128, 4, 3),
+    32: Tiles(32, 128, 128, 4, 3),
+    64: Tiles(64, 128, 64, 4, 3),
+}
+"""16-bit tiles where the weights' way from memory decides; vLLM's tables for the H200."""
+
+_FP32 = {
+    16: Tiles(16, 64, 32, 4, 3),
+    32: Tiles(32, 64, 32, 4, 3),
+    64: Tiles(64, 64, 32, 4, 3),
+    128: Tiles(128, 64, 32, 8, 3),
+}
+_FP32_WEIGHT_GRAD = Tiles(64, 64, 32, 8, 5)
+"""Three TF32 products per fp32 product need room for the split factors; small until measured."""

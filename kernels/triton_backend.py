@@ -1,0 +1,155 @@
+"""The Triton backend's door: where it can run, whether it may be trusted, and what it is given.
+
+Triton itself is imported only behind :func:`why_not`, so that machines without it import the rest.
+
+T tokens, K choices, E experts, S slots, D model width, F expert width, H = 2F.
+"""
+
+import functools
+import importlib.util
+import os
+import warnings
+
+import torch
+from torch import Tensor
+
+from .expert_weights import ExpertWeights
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+MIN_CAPABILITY = (8, 0)
+"""The first GPUs with bf16 tensor cores and asynchronous copies (Ampere)."""
+
+
+def why_not(device: torch.device) -> str | None:
+    """Say in one sentence why the kernels cannot run on ``device``, or None where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; it comes with PyTorch's CUDA build."
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None  # Triton then runs kernels on the CPU, slowly, to test them
+    if device.type != "cuda":
+        return "Triton needs a CUDA device."
+    if torch.version.hip is not None:
+        return "Triton's kernels here are written and checked for NVIDIA GPUs only."
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_CAPABILITY:
+        found = ".".join(map(str, capability))
+        return f"Triton needs compute capability 8.0 or newer; this GPU has {found}."
+    return None
+
+
+def is_chosen(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, experts: ExpertWeights) -> bool:
+    """Say whether the automatic choice falls on Triton for this call.
+
+    The first call of a type on a device checks the kernels there, which compiles them and waits for
+    the device. While torch.compile traces or a CUDA graph captures, nothing can be checked: then
+    only what was found before counts.
+    """
+    if not x_TD.is_cuda or _misfit(x_TD, experts_TK, weights_TK, experts) is not None:
+        return False
+    checked = (x_TD.dtype, x_TD.device)
+    if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+        return _VERDICTS.get(checked, False)
+    return why_not(x_TD.device) is None and _is_trusted(*checked)
+
+
+_VERDICTS: dict[tuple[torch.dtype, torch.device], bool] = {}
+"""What the self-check found."""
+
+
+def _is_trusted(dtype: torch.dtype, device: torch.device) -> bool:
+    """Check the kernels against the reference, once per type and device; warn where they fail.
+
+    Compilers have miscompiled such kernels without a word on single architectures.
+    """
+    if (dtype, device) not in _VERDICTS:
+        _VERDICTS[dtype, device] = _passes(dtype, device)
+    return _VERDICTS[dtype, device]
+
+
+def _passes(dtype: torch.dtype, device: torch.device) -> bool:
+    from .self_check import MANY_TOKENS, T, check_backend  # it checks this backend and imports us
+
+    for num_tokens in (T, MANY_TOKENS):
+        with torch.inference_mode(False), torch.enable_grad():
+            check = check_backend("triton", dtype, str(device), num_tokens)
+        if not check.passed:
+            worst = max(check.errors.values(), default=float("nan"))
+            reason = check.problem or f"the largest error is {worst:.0e}, the limit {check.limit}"
+            warnings.warn(
+                f"Triton's expert kernels do not pass their self-check for {check.dtype} on "
+                f"{device} ({reason}); using the torch backend. `moeyard doctor` says more.",
+                stacklevel=4,
+            )
+            return False
+    return True
+
+
+def expert_mlp_triton(
+    x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, experts: ExpertWeights
+) -> Tensor:
+    """Return ``y_t = sum_k weights[t, k] * MLP_{experts[t, k]}(x_t)``, ``[T, D]``, summed in fp32.
+
+    Ids outside ``[-1, E)`` count as -1. Raises ``ValueError`` where the kernels cannot run and for
+    types, devices and layouts they do not take.
+    """
+    problem = _misfit(x_TD, experts_TK, weights_TK, experts)
+    if not torch.compiler.is_compiling():  # it cannot follow how we look around
+        problem = why_not(x_TD.device) or problem
+    if problem is not None:
+        raise ValueError(f"{problem} Use backend 'torch'.")
+    from .gpu.ops import expert_mlp_op
+
+    leaves = (x_TD, weights_TK, experts.fc1_SHD, experts.fc2_SDF)
+    keep_h = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
+    slot_of_E = None
+    if experts.slot_of_E is not None:
+        slot_of_E = _slot_table(experts.slot_of_E, x_TD.device)
+    sums: tuple[Tensor | None, Tensor | None] = (None, None)
+    if experts.main_grads is not None:
+        if keep_h:
+            experts.main_grads.begin_with_zeros()  # the operator's backward only adds
+        sums = (experts.main_grads.fc1_SHD, experts.main_grads.fc2_SDF)
+    return expert_mlp_op(
+        x_TD.contiguous(),
+        experts_TK.contiguous(),
+        weights_TK.contiguous(),
+        experts.fc1_SHD,
+        experts.fc2_SDF,
+        slot_of_E,
+        *sums,
+        experts.activation,
+        keep_h,
+    )[0]
+
+
+def _misfit(
+    x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, experts: ExpertWeights
+) -> str | None:
+    """Say what the kernels do not take about these arguments."""
+    fc1_SHD, fc2_SDF = experts.fc1_SHD, experts.fc2_SDF
+    if x_TD.dtype not in DTYPES:
+        return f"Triton's expert kernels take bf16, fp16 and fp32, not {x_TD.dtype}."
+    if experts_TK.dtype not in (torch.int32, torch.int64):
+        return f"experts has type {experts_TK.dtype}; Triton's kernels take int32 and int64."
+    if fc2_SDF.dtype != fc1_SHD.dtype:
+        return f"fc1 has type {fc1_SHD.dtype} and fc2 {fc2_SDF.dtype}; they must have one."
+    main = experts.main_grads
+    sums = () if main is None else (main.fc1_SHD, main.fc2_SDF)
+    devices = {str(t.device) for t in (x_TD, experts_TK, weights_TK, fc1_SHD, fc2_SDF, *sums)}
+    if len(devices) > 1:
+        return f"The tensors are on {', '.join(sorted(devices))}; they must share one device."
+    for name, weight in (("fc1", fc1_SHD), ("fc2", fc2_SDF)):
+        if weight.stride(2) != 1 or weight.stride(1) != weight.shape[2]:
+            return f"{name} has strides {weight.stride()}; a slot's matrix must be contiguous."
+    if not all(total.is_contiguous() for total in sums):
+        return "The main gradients are not contiguous, as Triton's kernels need them."
+    if max(fc1_SHD[:1].numel(), experts_TK.numel()) >= 2**31:
+        return "One expert's fc1, or the routed rows, have 2^31 elements or more."
+    return None
+
+
+@functools.lru_cache(maxsize=256)
+def _slot_table(slot_of_E: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return the table on the device; sending it waits for the device, so it is sent once."""
+    return torch.tensor(slot_of_E, dtype=torch.int32, device=device)

@@ -1,0 +1,268 @@
+"""What the Triton kernels promise, against the reference in fp64; one set of cases, run twice.
+
+In Triton's interpreter, in a process of its own (test_triton_interpreted.py), and on a GPU
+(test_triton_gpu.py).
+"""
+
+import pytest
+import torch
+import triton
+from torch.utils.checkpoint import checkpoint
+
+from moeyard.kernels.expert_mlp import expert_mlp
+from moeyard.kernels.expert_weights import ExpertWeights, MainGrads
+from moeyard.kernels.gpu.grouping import group_rows
+from moeyard.kernels.grouping import group_tokens
+
+DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+NAMES = ("y", "grad x", "grad weights", "grad fc1", "grad fc2")
+
+# T, K, E, D, F; together they take every tile size, with and without a ragged end.
+SHAPES = {
+    "no_token": (0, 2, 3, 8, 8),
+    "one_token": (1, 1, 1, 16, 16),
+    "every_expert": (5, 3, 3, 24, 40),
+    "tiles_of_16": (21, 2, 6, 128, 72),
+    "tiles_of_32": (25, 2, 5, 24, 40),
+    "tiles_of_64": (57, 2, 3, 40, 24),
+    "tiles_of_128": (131, 2, 2, 68, 136),
+}
+
+
+def routing(kind, tokens, choices, experts, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    if kind == "one_expert_takes_all":
+        return torch.full((tokens, choices), experts - 1)
+    if kind == "nobody":
+        return torch.full((tokens, choices), -1)
+    ids = torch.randint(-1 if kind == "with_none" else 0, experts, (tokens, choices), generator=g)
+    if kind == "an_expert_is_idle":
+        ids = torch.where(ids == 0, experts - 1, ids)
+    return ids
+
+
+def problem(shape, dtype, seed=0):
+    tokens, choices, experts, d_model, d_expert = shape
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, d_model, generator=g)
+    fc1 = torch.randn(experts, 2 * d_expert, d_model, generator=g) * d_model**-0.5
+    fc2 = torch.randn(experts, d_model, d_expert, generator=g) * d_expert**-0.5
+    weights = torch.rand(tokens, choices, generator=g)
+    leaves = [x.to(dtype), weights, fc1.to(dtype), fc2.to(dtype)]
+    return [leaf.to(DEVICE).requires_grad_() for leaf in leaves]
+
+
+def outcome(ids, leaves, backend="triton", table=None, activation="swiglu", main_grads=None):
+    """Return y and all gradients of a fixed weighted sum of it."""
+    x, weights, fc1, fc2 = leaves
+    experts = ExpertWeights(fc1, fc2, table, activation, main_grads)
+    y = expert_mlp(x, ids.to(x.device), weights, experts, backend)
+    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(9)).to(y)
+    wanted = leaves[:2] if main_grads else leaves
+    return [y.detach(), *torch.autograd.grad(y, wanted, upstream)]
+
+
+def expected_outcome(ids, leaves, **more):
+    exact = [leaf.detach().double().cpu().requires_grad_() for leaf in leaves]
+    return outcome(ids, exact, "reference", **more)
+
+
+def assert_near(found, expected, dtype, names=NAMES):
+    for name, actual, wanted in zip(names, found, expected, strict=True):
+        assert actual.shape == wanted.shape, name
+        if wanted.numel():
+            error = (actual.double().cpu() - wanted).abs().max() / max(1.0, wanted.abs().max())
+            assert error <= TOLERANCE[dtype], f"{name} is off by {float(error):.1e}"
+
+
+# The interpreter is slow, and types differ in rounding only: each tile size in fp32 and bf16, and
+# fp16 once. On a GPU, test_triton_gpu.py takes all types at real widths.
+CASES = [
+    *((torch.float32, name) for name in SHAPES),
+    *((torch.bfloat16, f"tiles_of_{rows}") for rows in (16, 32, 64, 128)),
+    (torch.float16, "tiles_of_128"),
+]
+
+
+@pytest.mark.parametrize(("dtype", "name"), CASES, ids=str)
+def test_agrees_with_the_reference_in_values_and_all_gradients(dtype, name):
+    shape = SHAPES[name]
+    ids, leaves = routing("with_none", *shape[:3]), problem(shape, dtype)
+    assert_near(outcome(ids, leaves), expected_outcome(ids, leaves), dtype)
+
+
+@pytest.mark.parametrize("kind", ["one_expert_takes_all", "nobody", "an_expert_is_idle"])
+def test_any_distribution_of_the_rows_agrees_with_the_reference(kind):
+    shape = (37, 2, 5, 24, 40)
+    ids, leaves = routing(kind, *shape[:3]), problem(shape, torch.float32)
+    assert_near(outcome(ids, leaves), expected_outcome(ids, leaves), torch.float32)
+
+
+@pytest.mark.parametrize("activation", ["reglu", "geglu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_activations_agree_with_the_reference(activation, dtype):
+    shape = SHAPES["tiles_of_32"]
+    ids, leaves = routing("random", *shape[:3]), problem(shape, dtype)
+    found = outcome(ids, leaves, activation=activation)
+    assert_near(found, expected_outcome(ids, leaves, activation=activation), dtype)
+
+
+@pytest.mark.parametrize("table", [(1, -1, 0, 2, -1, -1), (-1, -1, 0, 1, 2, -1)], ids=str)
+def test_a_slot_table_agrees_with_the_reference_and_drops_experts_that_are_not_here(table):
+    ids, leaves = routing("with_none", 23, 2, 6), problem((23, 2, 3, 24, 40), torch.float32)
+    here = torch.tensor([e for e, slot in enumerate(table) if slot >= 0])
+    expected_ids = torch.where(torch.isin(ids, here), ids, -1)
+    found = outcome(ids, leaves, table=table)
+    assert_near(found, expected_outcome(expected_ids, leaves, table=table), torch.float32)
+
+
+def test_ids_out_of_range_are_rows_without_an_expert():
+    shape = (37, 2, 5, 24, 40)
+    ids, leaves = routing("random", *shape[:3]), problem(shape, torch.float32)
+    wrong = ids.clone()
+    wrong[::3, 0] = torch.tensor([5, -7, 2**31 - 1, 2**40, -(2**40)]).repeat(3)[:13]
+    expected = expected_outcome(torch.where(wrong == ids, ids, -1), leaves)
+    assert_near(outcome(wrong, leaves), expected, torch.float32)
+
+
+def test_reads_nothing_beside_its_inputs():
+    """Rows, slots and columns beside them are NaN, and routing weights of no expert too."""
+    shape = (37, 2, 5, 24, 40)
+    ids, leaves = routing("with_none", *shape[:3]), problem(shape, torch.float32)
+
+    def surrounded(leaf):
+        around = leaf.new_full((leaf.shape[0] + 2, leaf[0].numel() + 64), torch.nan)
+        inside = around[1:-1, : leaf[0].numel()]
+        inside.copy_(leaf.detach().flatten(1))
+        strides = (around.stride(0), *leaf.stride()[1:])
+        view = around.as_strided(leaf.shape, strides, inside.storage_offset())
+        return view.detach().requires_grad_()
+
+    x, weights, fc1, fc2 = leaves
+    rows = x.new_full((x.shape[0] + 300, x.shape[1]), torch.nan)
+    rows[100 : 100 + x.shape[0]] = x.detach()
+    x_inside = rows[100 : 100 + x.shape[0]].detach().requires_grad_()
+    nan_weights = torch.where(ids.to(DEVICE) >= 0, weights.detach(), torch.nan).requires_grad_()
+    found = outcome(ids, [x_inside, nan_weights, surrounded(fc1), surrounded(fc2)])
+    assert_near(found, expected_outcome(ids, leaves), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("is_empty", [False, True], ids=["filled", "empty"])
+def test_backward_adds_to_fp32_main_gradients(dtype, is_empty):
+    shape = (37, 2, 5, 24, 40)
+    ids, leaves = routing("an_expert_is_idle", *shape[:3]), problem(shape, dtype)
+    fill = float("nan") if is_empty else 1.0  # what an empty sum holds must not matter
+    totals = [torch.full(leaf.shape, fill, device=DEVICE) for leaf in leaves[2:]]
+    sums = MainGrads(*totals, is_empty)
+    for _ in range(2):
+        found = outcome(ids, leaves, main_grads=sums)
+    expected = expected_outcome(ids, leaves)
+    expected[3:] = [2 * grad + (0 if is_empty else 1) for grad in expected[3:]]
+    assert_near([*found, *totals], expected, dtype)
+
+
+def test_takes_expanded_gradients_and_inputs_that_are_not_contiguous():
+    shape = (37, 2, 5, 24, 40)
+    ids, (x, weights, fc1, fc2) = routing("random", *shape[:3]), problem(shape, torch.float32)
+    found = []
+    for backend in ("triton", "reference"):
+        by_column = x.detach().t().contiguous().t().requires_grad_()
+        by_choice = weights.detach().t().contiguous().t().requires_grad_()
+        leaves = (by_column, by_choice, fc1, fc2)
+        y = expert_mlp(by_column, ids.to(DEVICE), by_choice, ExpertWeights(fc1, fc2), backend)
+        found.append([y.detach(), *torch.autograd.grad(y.sum(), leaves)])
+    for actual, expected in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_inference_gives_the_bits_of_training_and_every_run_the_same_bits():
+    shape = SHAPES["tiles_of_64"]
+    ids, leaves = routing("with_none", *shape[:3]), problem(shape, torch.bfloat16)
+    first, second = outcome(ids, leaves), outcome(ids, leaves)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    with torch.no_grad():
+        experts = ExpertWeights(*leaves[2:])
+        y = expert_mlp(leaves[0], ids.to(DEVICE), leaves[1], experts, "triton")
+    assert torch.equal(y, first[0])
+
+
+def test_saves_x_the_pre_activations_and_indices_only():
+    tokens, choices, _, d_model, d_expert = shape = (37, 2, 5, 24, 40)
+    ids, leaves = routing("random", *shape[:3]), problem(shape, torch.bfloat16)
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.__setitem__(t.data_ptr(), t.nbytes) or t, lambda t: t
+    ):
+        expert_mlp(leaves[0], ids.to(DEVICE), leaves[1], ExpertWeights(*leaves[2:]), "triton")
+    parameters = {leaf.data_ptr() for leaf in leaves[1:]}
+    saved = sum(size for pointer, size in kept.items() if pointer not in parameters)
+    rows = tokens * choices
+    indices = 4 * (2 * rows + 5 + 1 + 2 * (5 + (rows - 5) // 32))
+    assert saved == 2 * tokens * d_model + 4 * rows * d_expert + indices
+
+
+def test_checkpointing_and_compiling_change_nothing():
+    shape = (37, 2, 5, 24, 40)
+    ids, leaves = routing("random", *shape[:3]).to(DEVICE), problem(shape, torch.float32)
+
+    def run(x, weights, fc1, fc2):
+        return expert_mlp(x, ids, weights, ExpertWeights(fc1, fc2), "triton") * 2
+
+    plain = run(*leaves)
+    expected = [plain, *torch.autograd.grad(plain.square().sum(), leaves)]
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    for other in (lambda *a: checkpoint(run, *a, use_reentrant=False), compiled):
+        y = other(*leaves)
+        found = [y, *torch.autograd.grad(y.square().sum(), leaves)]
+        for actual, wanted in zip(found, expected, strict=True):
+            torch.testing.assert_close(actual, wanted, rtol=1e-6, atol=1e-6)
+
+
+GROUPINGS = {
+    "random": (131, 3, 7),
+    "no_token": (0, 2, 7),
+    "one_token": (1, 2, 7),
+    "one_expert": (70, 2, 1),
+    "few_rows": (40, 3, 7),
+    "as_many_rows_as_one_program_takes": (64, 2, 70),
+    "more_slots_than_a_line": (65, 4, 70),
+    "more_blocks_than_a_scan_takes": (4200, 2, 3),
+}
+
+
+@pytest.mark.parametrize("size", GROUPINGS.values(), ids=GROUPINGS.keys())
+@pytest.mark.parametrize("kind", ["with_none", "one_expert_takes_all", "nobody"])
+def test_groups_rows_as_the_reference_does_and_cuts_groups_into_tiles(size, kind):
+    ids, num_slots, tile_rows = routing(kind, *size), size[2], 16
+    found = group_rows(ids.to(DEVICE), None, num_slots, tile_rows)
+    expected = group_tokens(ids, num_slots)
+    assert torch.equal(found.order_R.cpu().long(), expected.order_R)
+    assert torch.equal(found.inverse_R.cpu().long(), expected.inverse_R)
+    assert torch.equal(found.offsets_S1.cpu(), expected.offsets_E1)
+    bounds = expected.offsets_E1.tolist()
+    tiles = [
+        [slot, first]
+        for slot in range(num_slots)
+        for first in range(bounds[slot], bounds[slot + 1], tile_rows)
+    ]
+    assert found.tiles_L2[: len(tiles)].tolist() == tiles
+    assert all(slot == -1 for slot in found.tiles_L2[len(tiles) :, 0].tolist())
+
+
+def test_fake_versions_and_schemas_say_the_truth():
+    from moeyard.kernels.gpu import ops
+
+    shape = (37, 2, 5, 24, 40)
+    ids, leaves = routing("with_none", *shape[:3]).to(DEVICE), problem(shape, torch.float32)
+    x, weights, fc1, fc2 = (leaf.detach() for leaf in leaves)
+    table = torch.arange(5, dtype=torch.int32, device=DEVICE)
+    checks = ("test_schema", "test_faketensor")
+    forward = (x, ids, weights, fc1, fc2, table, None, None, "swiglu", True)
+    torch.library.opcheck(ops.expert_mlp_op, forward, test_utils=checks)
+    saved = ops.expert_mlp_op(*forward)[1:]
+    sums = (torch.zeros_like(fc1), torch.zeros_like(fc2))
+    for wants_x, add, outs in ((True, True, sums), (False, False, (None, sums[1]))):
+        backward = (x, x, weights, *saved, fc1, fc2, 5, "swiglu", wants_x, add, *outs)
+        torch.library.opcheck(ops.expert_mlp_backward_op, backward, test_utils=checks)
