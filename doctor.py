@@ -116,11 +116,14 @@ def _torch() -> dict[str, str]:
     import torch
     import torch.distributed as dist
 
+    from .kernels.cpu.library import load
+
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return {
         "moeyard": f"{__version__}, Python {platform.python_version()}",
         "torch": torch.__version__,
         "cpu code": torch.backends.cpu.get_cpu_capability(),
+        "c++ kernels": load().state,
         "threads": f"{torch.get_num_threads()} (OMP_NUM_THREADS changes it)",
         "gpus": ", ".join(f"{g.name} {_gib(g.total_memory)}" for g in gpus) or "none",
         "gloo": "available" if dist.is_gloo_available() else "not in this build of torch",

@@ -8,10 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .cpu.training import CppExpertMLP, can_train
 from .expert_weights import ExpertWeights
-from .grouping import group_tokens
 from .reference import expert_mlp_reference
-from .torch_backend import ExpertMLP, combine_rows, expert_rows
+from .torch_backend import ExpertMLP
+from .waves import start_waves
 
 Backend = Literal["torch", "reference"]
 
@@ -43,6 +44,8 @@ def expert_mlp(
         return expert_mlp_reference(x_TD, experts_TK, weights_TK, experts)
     if torch.is_grad_enabled():
         fc1_SHD, fc2_SDF = experts.fc1_SHD, experts.fc2_SDF
-        return ExpertMLP.apply(x_TD, experts_TK, weights_TK, fc1_SHD, fc2_SDF, experts)
-    grouping = group_tokens(experts_TK, experts.num_experts)
-    return combine_rows(expert_rows(x_TD, grouping, experts), grouping, weights_TK)
+        mlp = CppExpertMLP if can_train(x_TD, experts) else ExpertMLP
+        return mlp.apply(x_TD, experts_TK, weights_TK, fc1_SHD, fc2_SDF, experts)
+    waves = start_waves(x_TD, experts_TK, weights_TK, experts.num_experts, experts)
+    waves.add(experts)
+    return waves.result()

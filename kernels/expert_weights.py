@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .activation import Activation
+from .memory import prefer_huge_pages
 
 ALIGNMENT_BYTES = 64
 """Every slot starts on a cache line: BLAS picks other code, with other rounding, below that."""
@@ -78,5 +79,6 @@ def empty_slots(num_slots: int, rows: int, columns: int, dtype: torch.dtype) -> 
     unit = ALIGNMENT_BYTES // itemsize
     stride = -(-rows * columns // unit) * unit
     flat = torch.empty(num_slots * stride + unit, dtype=dtype)
+    prefer_huge_pages(flat)
     skip = -flat.data_ptr() % ALIGNMENT_BYTES // itemsize
     return flat[skip:].as_strided((num_slots, rows, columns), (stride, columns, 1))

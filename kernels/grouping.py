@@ -44,9 +44,7 @@ def group_tokens(experts_TK: Tensor, num_experts: int) -> Grouping:
     outside_R = (ids_R < 0) | (ids_R >= num_experts)
     if ids_R.device.type == "cpu" and bool((outside_R & (ids_R != -1)).any()):
         worst = int(ids_R[outside_R & (ids_R != -1)][0])
-        raise ValueError(
-            f"expert id {worst} is outside [-1, {num_experts}); use -1 for rows without an expert."
-        )
+        raise ValueError(outside(worst, num_experts))
     # Rows without an expert sort behind the last one.
     keys_R = torch.where(outside_R, num_experts, ids_R)
     sorted_R, order_R = keys_R.sort(stable=True)
@@ -55,3 +53,8 @@ def group_tokens(experts_TK: Tensor, num_experts: int) -> Grouping:
     bounds_E1 = torch.arange(num_experts + 1, device=ids_R.device, dtype=sorted_R.dtype)
     offsets_E1 = torch.searchsorted(sorted_R, bounds_E1, out_int32=True)
     return Grouping(order_R, inverse_R, offsets_E1, experts_TK.shape[1])
+
+
+def outside(expert: int, num_experts: int) -> str:
+    """Return what to say of an expert id that is none."""
+    return f"expert id {expert} is outside [-1, {num_experts}); use -1 for rows without an expert."

@@ -8,10 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import causal_attention
+from ..kernels.cpu.norm import rms_norm as cpp_rms_norm
 from .batch import Batch, Packing
 from .config import ModelConfig
 from .kv_cache import KVCacheSpec, SequenceCache
 from .linear import Linear
+
+PAGE = 256
+"""Positions whose cosines and sines are computed together."""
 
 
 class Rope:
@@ -20,9 +24,32 @@ class Rope:
     def __init__(self, head_dim: int, theta: float) -> None:
         steps_h = torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu")
         self.frequencies_h = theta ** (-steps_h / head_dim)
+        self._known: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
 
     def tables(self, positions_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return cosines and sines, ``[T, 1, H]``, computed at least in fp32."""
+        if not positions_T.is_cpu or positions_T.is_meta or not len(positions_T):
+            return self._compute(positions_T, dtype)
+        # Looked up: computing a few of them takes torch longer than the rest of a decode step.
+        cos_P1H, sin_P1H = self._known.get(dtype, (positions_T[:0], positions_T[:0]))
+        highest = int(positions_T.max())
+        if highest >= len(cos_P1H):
+            cos_P1H, sin_P1H = self._grow(len(cos_P1H), highest, dtype)
+        return cos_P1H.index_select(0, positions_T), sin_P1H.index_select(0, positions_T)
+
+    @torch.inference_mode(False)  # for what is kept may be used in training later
+    def _grow(self, known: int, highest: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        # Page by page, so that a position's bits do not depend on what came before it.
+        starts = range(known, highest + 1, PAGE)
+        pages = [self._compute(torch.arange(start, start + PAGE), dtype) for start in starts]
+        cosines, sines = zip(*pages, strict=True)
+        before = self._known.get(dtype)
+        if before is not None:
+            cosines, sines = (before[0], *cosines), (before[1], *sines)
+        self._known[dtype] = torch.cat(cosines), torch.cat(sines)
+        return self._known[dtype]
+
+    def _compute(self, positions_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(dtype, torch.float32)
         frequencies_h = self.frequencies_h.to(positions_T.device, wide)
         angles_Th = positions_T.to(wide).unsqueeze(-1) * frequencies_h
@@ -47,6 +74,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``weight * x / rms(x)``."""
+        if not torch.is_grad_enabled():
+            normed = cpp_rms_norm(x, self.weight, self.eps)
+            if normed is not None:
+                return normed
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         return self.weight * F.rms_norm(wide, wide.shape[-1:], eps=self.eps).to(x.dtype)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -41,18 +42,26 @@ class Batch:
         """True when all sequences have the same number of rows."""
         return len(set(self.lengths)) == 1
 
+    def subset(self, sequences: Sequence[int], rows_N: Tensor) -> "Batch":
+        """Return the batch of some sequences, whose rows are ``rows_N``."""
+        caches = self.caches
+        return Batch(
+            ids_T=self.ids_T[rows_N],
+            positions_T=self.positions_T[rows_N],
+            lengths=tuple(self.lengths[index] for index in sequences),
+            caches=None if caches is None else tuple(caches[index] for index in sequences),
+        )
+
 
 def batch_of(sequences: Sequence[Tensor], caches: Sequence[SequenceCache] | None = None) -> Batch:
     """Lay 1-D id tensors end to end, each continuing its cache if there are caches."""
     lengths = tuple(len(ids) for ids in sequences)
     starts = [0] * len(sequences) if caches is None else [cache.length for cache in caches]
-    positions = [
-        torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)
-    ]
+    spans = (range(start, start + n) for start, n in zip(starts, lengths, strict=True))
     device = sequences[0].device
     return Batch(
         ids_T=torch.cat(list(sequences)),
-        positions_T=torch.cat(positions).to(device),
+        positions_T=torch.tensor(list(chain.from_iterable(spans)), device=device),
         lengths=lengths,
         caches=None if caches is None else tuple(caches),
     )

@@ -7,11 +7,14 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..kernels.cpu.attention import CppAttention
 from ..kernels.expert_mlp import Backend
 from .attention import Attention, RMSNorm, Rope
+from .attention_parts import Part, parts_of
 from .batch import Batch
 from .config import ModelConfig
 from .kv_cache import SequenceCache
@@ -46,6 +49,7 @@ class DecoderLayer(nn.Module):
         token_counts: Sequence[int] | None,
     ) -> None:
         super().__init__()
+        self.layer = layer
         self.input_layernorm = RMSNorm(config.d_model, config.rms_eps)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.d_model, config.rms_eps)
@@ -66,12 +70,13 @@ class DecoderLayer(nn.Module):
         else:
             assert config.d_ff is not None, "the configuration was not validated"
             self.mlp = GatedMLP(config.d_model, config.d_ff)
+        self._cpp_attention: CppAttention | None = None
 
     def forward(
         self,
         x_TD: Tensor,
         batch: Batch,
-        rope: tuple[Tensor, Tensor],
+        parts: Sequence[Part],
         routing: Routing | None,
         following: MoELayer | None,
     ) -> tuple[Tensor, Routing | None, Routing | None]:
@@ -83,8 +88,7 @@ class DecoderLayer(nn.Module):
         if isinstance(self.mlp, MoELayer) and self.mlp.lookahead is Lookahead.ATTENTION_INPUT:
             routing = _choose(self.mlp, x_TD, batch)
             self.mlp.experts.announce(routing)
-        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), batch, rope)
-        mlp_input_TD = self.post_attention_layernorm(x_TD)
+        x_TD, mlp_input_TD = self._attend(x_TD, parts)
         if isinstance(self.mlp, GatedMLP):
             return x_TD + self.mlp(mlp_input_TD), None, None
         if routing is None:
@@ -96,6 +100,37 @@ class DecoderLayer(nn.Module):
             following.experts.announce(next_routing)
         y_TD, routing = self.mlp(mlp_input_TD, routing=routing)
         return x_TD + y_TD, routing, next_routing
+
+    def _attend(self, x_TD: Tensor, parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
+        """Return the residual stream after attention, and its norm, which the MLP reads."""
+        if len(parts) == 1:
+            return self._attend_part(x_TD, parts[0])
+        x_out_TD, normed_TD = torch.empty_like(x_TD), torch.empty_like(x_TD)
+        for part in parts:
+            rows_N = part.rows_N
+            x_out_TD[rows_N], normed_TD[rows_N] = self._attend_part(x_TD[rows_N], part)
+        return x_out_TD, normed_TD
+
+    def _attend_part(self, x_ND: Tensor, part: Part) -> tuple[Tensor, Tensor]:
+        if part.step is not None:
+            found = self._cpp().run(x_ND, part.rope, self.layer, part.step)
+            if found is not None:
+                return found
+        x_ND = x_ND + self.self_attn(self.input_layernorm(x_ND), part.batch, part.rope)
+        return x_ND, self.post_attention_layernorm(x_ND)
+
+    def _cpp(self) -> CppAttention:
+        if self._cpp_attention is None or not self._cpp_attention.is_current():
+            attention = self.self_attn
+            names = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
+            inside = [attention.get_submodule(name) for name in names]
+            self._cpp_attention = CppAttention(
+                [self.input_layernorm, *inside, self.post_attention_layernorm],
+                attention.num_heads,
+                attention.num_kv_heads,
+                self.input_layernorm.eps,
+            )
+        return self._cpp_attention
 
 
 def _choose(layer: MoELayer, x_TD: Tensor | None, batch: Batch) -> Routing:
@@ -162,12 +197,12 @@ class Decoder(nn.Module):
     def forward(self, batch: Batch) -> DecoderOutput:
         """Run the decoder over a batch; its caches, if any, grow by the batch's rows."""
         x_TD = self.embed_tokens(batch.ids_T)
-        rope = self._rope.tables(batch.positions_T, x_TD.dtype)
+        parts = parts_of(batch, self._rope.tables(batch.positions_T, x_TD.dtype))
         early = self._route_from_tokens(batch)
         routings = []
         for index, layer in enumerate(self._decoder_layers()):
             next_index, following = self._following.get(index, (-1, None))
-            arguments = (x_TD, batch, rope, early.get(index), following)
+            arguments = (x_TD, batch, parts, early.get(index), following)
             if self.recompute and self.training:
                 outputs = checkpoint(layer, *arguments, use_reentrant=False)
             else:

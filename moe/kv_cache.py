@@ -3,6 +3,7 @@
 L positions, G key/value heads, H head width.
 """
 
+from array import array
 from dataclasses import dataclass
 
 import torch
@@ -27,29 +28,36 @@ class SequenceCache:
         self._specs = specs
         self._max_length = max_length
         self._device = device
-        self._capacity = 0
+        self.capacity = 0
+        """Positions there is memory for."""
+        self.addresses = array("q")
+        """Where that memory is: keys, then values, of each layer."""
         self._keys_GLH: list[Tensor] = []
         self._values_GLH: list[Tensor] = []
 
     def extend(self, layer: int, keys_GLH: Tensor, values_GLH: Tensor) -> tuple[Tensor, Tensor]:
         """Store new positions of ``layer`` and return all its keys and values, ``[G, L, H]``."""
         end = self.length + keys_GLH.shape[1]
-        if end > self._capacity:
-            self._grow(end)
+        self.reserve(keys_GLH.shape[1])
         self._keys_GLH[layer][:, self.length : end] = keys_GLH
         self._values_GLH[layer][:, self.length : end] = values_GLH
         return self._keys_GLH[layer][:, :end], self._values_GLH[layer][:, :end]
 
+    def reserve(self, count: int) -> None:
+        """Make room for ``count`` positions more."""
+        if self.length + count > self.capacity:
+            self._grow(self.length + count)
+
     def _grow(self, needed: int) -> None:
         assert needed <= self._max_length, f"{needed} positions, at most {self._max_length}"
-        self._capacity = min(self._max_length, max(64, needed, 2 * self._capacity))
+        self.capacity = min(self._max_length, max(64, needed, 2 * self.capacity))
         for buffers in (self._keys_GLH, self._values_GLH):
             old = list(buffers)
             buffers.clear()
             for layer, spec in enumerate(self._specs):
                 new = torch.empty(
                     spec.num_kv_heads,
-                    self._capacity,
+                    self.capacity,
                     spec.head_dim,
                     dtype=spec.dtype,
                     device=self._device,
@@ -57,3 +65,5 @@ class SequenceCache:
                 if old:
                     new[:, : self.length] = old[layer][:, : self.length]
                 buffers.append(new)
+        pairs = zip(self._keys_GLH, self._values_GLH, strict=True)
+        self.addresses = array("q", (buffer.data_ptr() for pair in pairs for buffer in pair))

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.cpu.router import route as cpp_route
 from ..kernels.row_stable import MIN_ROWS_FP32, row_stable_linear
 from .router import Router
 from .router_config import GROUP_BEST, TopK
@@ -39,6 +40,10 @@ class TopKRouter(Router):
         """
         x_TD, valid_T = router_input.x_TD, router_input.valid_T
         assert x_TD is not None, "the caller must hand over hidden rows"
+        if not self.training and valid_T is None:
+            routing = self._route_in_cpp(x_TD)
+            if routing is not None:
+                return routing
         logits_TE = self._logits(x_TD)
         scores_TE = self._scores(logits_TE)
         weights_TK, chosen_TK = self._choose(scores_TE)
@@ -54,6 +59,24 @@ class TopKRouter(Router):
         if self.training:
             self._add_loss_terms(routing, logits_TE, scores_TE, router_input)
         return routing
+
+    def _route_in_cpp(self, x_TD: Tensor) -> Routing | None:
+        config = self.config
+        found = cpp_route(
+            x_TD,
+            self.weight,
+            self.e_score_correction_bias,
+            self.k,
+            score=config.score,
+            renormalize=config.renormalize,
+            scale=config.scale,
+            epsilon=EPSILON,
+            num_groups=config.num_groups,
+            top_groups=config.top_groups,
+        )
+        if found is None:
+            return None
+        return Routing(*found, num_tokens=torch.tensor(x_TD.shape[0]))
 
     @torch.no_grad()
     def update_bias(self, counts_E: Tensor) -> None:

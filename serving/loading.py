@@ -7,6 +7,7 @@ from torch import nn
 
 from ..errors import ConfigError, ModelFileError
 from ..kernels.expert_weights import empty_slots
+from ..kernels.memory import prefer_huge_pages
 from ..moe.config import ModelConfig
 from ..moe.decoder import Decoder
 from ..moe.language_model import LanguageModel
@@ -141,6 +142,7 @@ def _read_dense(files: ModelFolder, decoder: Decoder, dtype: torch.dtype) -> Non
             continue  # experts, read already
         keeps_type = not meta.is_floating_point() or ".mlp.gate." in name
         target = torch.empty(meta.shape, dtype=meta.dtype if keeps_type else dtype)
+        prefer_huge_pages(target)
         files.read_into(tensor_name(name), target)
         if name.endswith("gate.table_VK"):
             _check_table(name, target, files.config)

@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor
 
-from ..kernels.grouping import group_tokens
-from ..kernels.torch_backend import combine_rows, expert_rows
+from ..kernels.waves import start_waves
 from ..moe.layer import AnyExperts
-from ..moe.routing import Routing
+from ..moe.routing import Routing, count_choices
 from .store import ExpertStore
 
 
@@ -33,12 +32,12 @@ class OffloadedExperts(AnyExperts):
 
     def forward(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """Return the weighted sum of each row's experts, ``[N, D]``."""
-        grouping = group_tokens(experts_NK, self._num_experts)
-        needed = torch.nonzero(grouping.counts_E()).flatten().tolist()
-        y_RD = x_ND.new_empty(grouping.order_R.numel(), x_ND.shape[1])
+        counts_E = count_choices(experts_NK, self._num_experts)
+        needed = torch.nonzero(counts_E).flatten().tolist()
+        waves = start_waves(x_ND, experts_NK, weights_NK, self._num_experts)
         for ready, weights in self._store.stream(self._layer, needed):
-            expert_rows(x_ND, grouping, weights, only=ready, out_RD=y_RD)
-        return combine_rows(y_RD, grouping, weights_NK)
+            waves.add(weights, only=ready)
+        return waves.result()
 
 
 def _chosen(routing: Routing) -> list[int]:

@@ -5,11 +5,14 @@ import torch
 import torch.nn.functional as F
 
 from moeyard.kernels.activation import ACTIVATIONS, gated
+from moeyard.kernels.cpu import library
 from moeyard.kernels.expert_mlp import expert_mlp
 from moeyard.kernels.expert_weights import ExpertWeights, MainGrads, empty_slots
 from moeyard.kernels.grouping import group_tokens
-from moeyard.kernels.torch_backend import combine_rows, expert_rows
+from moeyard.kernels.torch_backend import combine_rows
+from moeyard.kernels.waves import start_waves
 
+NONE = library.Library(None, "left out")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2}
 
 ROUTINGS = {
@@ -125,14 +128,15 @@ def test_reference_gradients_pass_gradcheck():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tokens", [3, 700], ids=["few_rows", "many_rows"])
-def test_waves_through_few_slots_give_the_resident_bits(dtype, tokens):
+@pytest.mark.parametrize("kernels", [library.load(), NONE], ids=["cpp", "torch"])
+def test_waves_through_few_slots_give_the_resident_bits(dtype, tokens, kernels, monkeypatch):
     shape = (tokens, 2, 6, 32, 48)
     ids, leaves = problem(shape, "random", dtype)
     x, weights, fc1, fc2 = (leaf.detach() for leaf in leaves)
+    monkeypatch.setattr(library, "_loaded", kernels)
     with torch.no_grad():
         resident = expert_mlp(x, ids, weights, ExpertWeights(fc1, fc2))
-    grouping = group_tokens(ids, 6)
-    y_RD = torch.full((tokens * 2, 32), float("nan"), dtype=dtype)
+        waves = start_waves(x, ids, weights, 6)
     slot1, slot2 = empty_slots(1, 96, 32, dtype), empty_slots(1, 32, 48, dtype)
     for expert in range(6):
         table = tuple(0 if e == expert else -1 for e in range(6))
@@ -142,8 +146,8 @@ def test_waves_through_few_slots_give_the_resident_bits(dtype, tokens):
         views["up"].copy_(fc1[expert][48:])
         views["down"].copy_(fc2[expert])
         with torch.no_grad():
-            expert_rows(x, grouping, one, only=[expert], out_RD=y_RD)
-    assert torch.equal(combine_rows(y_RD, grouping, weights), resident)
+            waves.add(one, only=[expert])
+    assert torch.equal(waves.result(), resident)
 
 
 def test_rows_without_an_expert_ignore_undefined_lines():

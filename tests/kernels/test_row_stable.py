@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from moeyard.kernels.cpu import library
 from moeyard.kernels.expert_mlp import expert_mlp
 from moeyard.kernels.expert_weights import ExpertWeights
 from moeyard.kernels.row_stable import (
@@ -11,13 +12,16 @@ from moeyard.kernels.row_stable import (
     row_stable_linear,
 )
 
+NONE = library.Library(None, "left out")
 WIDTHS = [(24, 6), (128, 257), (1024, 96), (1536, 1024), (2048, 1024), (4096, 512)]
 COUNTS = [1, 2, 3, 4, 5, 7, 8, 11, 12, 13, 16, 31, 64, 100]
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("width", WIDTHS, ids=str)
-def test_few_rows_have_the_bits_of_many(width, threads):
+@pytest.mark.parametrize("kernels", [library.load(), NONE], ids=["cpp", "torch"])
+def test_few_rows_have_the_bits_of_many(width, threads, kernels, monkeypatch):
+    monkeypatch.setattr(library, "_loaded", kernels)
     torch.set_num_threads(threads)
     g = torch.Generator().manual_seed(0)
     x = torch.randn(200, width[0], generator=g)

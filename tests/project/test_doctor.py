@@ -13,6 +13,7 @@ from moeyard import __version__
 from moeyard.cli import main
 from moeyard.doctor import PACKAGES
 from moeyard.kernels import expert_loop, self_check, torch_backend
+from moeyard.kernels.cpu import library
 from moeyard.kernels.expert_mlp import Backend
 
 
@@ -31,6 +32,7 @@ def test_every_backend_and_type_passes_here(capsys):
         assert set(check["errors"]) == {"values", "grad x", "grad weights", "grad fc1", "grad fc2"}
         assert all(0 < error <= check["limit"] for error in check["errors"].values())
     assert found["torch"]["torch"] == torch.__version__
+    assert found["torch"]["c++ kernels"] == library.load().state
     assert found["torch"]["moeyard"].startswith(__version__)
     assert found["machine"]["cores usable"].startswith(f"{len(os.sched_getaffinity(0))} of")
     assert set(found["packages"]) == set(PACKAGES)

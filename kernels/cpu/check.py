@@ -1,0 +1,67 @@
+"""Do the C++ kernels compute on this machine what torch does?
+
+T tokens, K choices, E experts, D model width, F expert width.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..expert_weights import ExpertWeights
+from ..reference import expert_mlp_reference
+from .experts import CppWaves
+from .library import TYPES
+from .linear import linear
+from .norm import rms_norm
+from .router import route
+
+LIMITS = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+"""Largest error that passes, over the largest value. Measured with every instruction set of an
+AVX512-BF16 processor: at most 4e-7 in fp32 and 7e-3 in bf16."""
+
+T, K, E, D, WIDTH = 13, 2, 3, 50, 37
+"""Sizes with a rest in every vector and block."""
+
+
+@torch.no_grad()
+def problem() -> str | None:
+    """Return what is wrong, or None. Takes some milliseconds."""
+    for dtype in TYPES:
+        for name, found, expected in _results(dtype):
+            error = float((found.double() - expected).abs().max() / expected.abs().max())
+            if not error <= LIMITS[dtype]:
+                kind = str(dtype).removeprefix("torch.")
+                return f"computes {name} in {kind} wrong: relative error {error:.0e}"
+    return None
+
+
+def _results(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Yield what was computed, the result, and the same by torch in fp64."""
+    generator = torch.Generator().manual_seed(0)
+    x_TD = torch.randn(T, D, generator=generator).to(dtype)
+    wide_TD = x_TD.double()
+    weight_D = torch.rand(D, generator=generator).to(dtype)
+    found = rms_norm(x_TD, weight_D, 1e-6)
+    assert found is not None, "the kernels are there"
+    yield "norms", found, F.rms_norm(wide_TD, (D,), weight_D.double(), 1e-6)
+
+    fc1_EHD = (torch.randn(E, 2 * WIDTH, D, generator=generator) * D**-0.5).to(dtype)
+    fc2_EDF = (torch.randn(E, D, WIDTH, generator=generator) * WIDTH**-0.5).to(dtype)
+    found = linear(x_TD, fc1_EHD[0])
+    assert found is not None, "the kernels are there"
+    yield "products", found, F.linear(wide_TD, fc1_EHD[0].double())
+
+    gate_ED = torch.randn(E, D, generator=generator)
+    routed = route(x_TD, gate_ED, None, K, renormalize=False)
+    assert routed is not None, "the kernels are there"
+    experts_TK, weights_TK, _ = routed
+    scores_TE = F.linear(wide_TD, gate_ED.double()).softmax(dim=-1)
+    yield "routing", weights_TK, scores_TE.topk(K).values
+
+    waves = CppWaves(x_TD, experts_TK, weights_TK)
+    waves.add(ExpertWeights(fc1_EHD, fc2_EDF))
+    wide = ExpertWeights(fc1_EHD.double(), fc2_EDF.double())
+    expected_TD = expert_mlp_reference(wide_TD, experts_TK, weights_TK.double(), wide)
+    yield "experts", waves.result(), expected_TD

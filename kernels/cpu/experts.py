@@ -1,0 +1,118 @@
+"""The expert MLP without gradients on the C++ kernels.
+
+T tokens, K choices, R = T*K routed rows, E experts, D model width, F expert width.
+"""
+
+import ctypes
+from array import array
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from ..activation import ACTIVATIONS
+from ..expert_weights import ExpertWeights
+from ..grouping import outside
+from .library import TYPES, functions_for
+from .structures import CombineArguments, ExpertArguments
+
+
+def can_run(x_TD: Tensor) -> bool:
+    """Say whether the kernels can take these rows here and now."""
+    return functions_for(x_TD) is not None
+
+
+def is_plain(experts: ExpertWeights) -> bool:
+    """Say whether every slot is one dense block, as the kernels need it."""
+    return all(w.stride()[1:] == (w.shape[2], 1) for w in (experts.fc1_SHD, experts.fc2_SDF))
+
+
+class CppWaves:
+    """``y_t = sum_k weights[t, k] * MLP_{experts[t, k]}(x_t)``, some experts at a time.
+
+    Each routed row has a line in fp32 that its expert fills; the lines are summed in k order. So
+    neither the other rows nor the order of the waves change a bit.
+    """
+
+    def __init__(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> None:
+        functions = functions_for(x_TD)
+        assert functions is not None, "can_run was not asked"
+        self._functions = functions
+        self._x_TD = x_TD
+        self._experts_TK = experts_TK.int().contiguous()
+        self._weights_TK = weights_TK.float().contiguous()
+        self._lines_RD = torch.empty(experts_TK.numel(), x_TD.shape[1])
+
+    def add(self, experts: ExpertWeights, only: Collection[int] | None = None) -> None:
+        """Run these experts, all that are here or ``only`` some.
+
+        Raises ``ValueError`` for expert ids out of range.
+        """
+        assert is_plain(experts), "the slots are not dense"
+        rows = (self._x_TD, self._experts_TK)
+        arguments, _slots = expert_arguments(*rows, experts, only, self._lines_RD)
+        wrong = self._functions.moeyard_experts(ctypes.byref(arguments))
+        check_rows(wrong, self._experts_TK, experts)
+
+    def result(self) -> Tensor:
+        """Return ``y``, ``[T, D]``."""
+        return combine_lines(self._lines_RD, self._experts_TK, self._weights_TK, self._x_TD)
+
+
+def combine_lines(
+    lines_RD: Tensor, experts_TK: Tensor, weights_TK: Tensor | None, like_TD: Tensor
+) -> Tensor:
+    """Return ``sum_k weights[t, k] * lines[t * K + k]`` in ``like``'s type; None weighs all 1.
+
+    Choices of -1 are left out.
+    """
+    functions = functions_for(like_TD, is_backward_ours=True)
+    assert functions is not None, "these kernels filled the lines"
+    y_TD = torch.empty_like(like_TD)
+    arguments = CombineArguments(
+        *(TYPES[y_TD.dtype], *experts_TK.shape, y_TD.shape[1], torch.get_num_threads()),
+        *(lines_RD.data_ptr(), None if weights_TK is None else weights_TK.data_ptr()),
+        *(experts_TK.data_ptr(), y_TD.data_ptr()),
+    )
+    functions.moeyard_combine(ctypes.byref(arguments))
+    return y_TD
+
+
+def check_rows(wrong: int, experts_TK: Tensor, experts: ExpertWeights) -> None:
+    """Say what is wrong with a routed row, if it is not -1."""
+    if wrong >= 0:
+        expert = int(experts_TK.flatten()[wrong])
+        assert not 0 <= expert < experts.num_experts, f"expert {expert} has rows but no slot"
+        raise ValueError(outside(expert, experts.num_experts))
+
+
+def expert_arguments(
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    experts: ExpertWeights,
+    only: Collection[int] | None,
+    lines_RD: Tensor,
+    hidden_RH: Tensor | None = None,
+) -> "tuple[ExpertArguments, array[int] | None]":
+    """Return the arguments, and the slot table that must live as long as they do."""
+    fc1, fc2 = experts.fc1_SHD, experts.fc2_SDF
+    slots = _slots(experts, only)
+    arguments = ExpertArguments(
+        *(TYPES[x_TD.dtype], ACTIVATIONS.index(experts.activation), *experts_TK.shape),
+        *(x_TD.shape[1], fc2.shape[2], experts.num_experts, torch.get_num_threads()),
+        *(fc1.stride(0), fc2.stride(0), only is not None),
+        *(x_TD.data_ptr(), fc1.data_ptr(), fc2.data_ptr(), experts_TK.data_ptr()),
+        *(None if slots is None else slots.buffer_info()[0], lines_RD.data_ptr()),
+        None if hidden_RH is None else hidden_RH.data_ptr(),
+    )
+    return arguments, slots
+
+
+def _slots(experts: ExpertWeights, only: Collection[int] | None) -> "array[int] | None":
+    """Return int32 ``[E]``: the slot of each expert to run, else -1; None = slot e is expert e."""
+    if only is None:
+        return None if experts.slot_of_E is None else array("i", experts.slot_of_E)
+    slots = array("i", [-1]) * experts.num_experts
+    for expert in only:
+        slots[expert] = experts.slot(expert)
+    return slots

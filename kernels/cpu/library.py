@@ -1,0 +1,90 @@
+"""The C++ kernels as a loaded library, or the reason why there is none.
+
+``MOEYARD_CPU_KERNELS`` limits them: ``off``, or the name of an instruction set that they shall not
+go beyond (``portable``, ``avx2``, ``avx512``, ``avx512_bf16``).
+"""
+
+import ctypes
+import logging
+import os
+from typing import NamedTuple
+
+import torch
+
+from .build import VARIANTS, BuildError, built_library
+
+VARIABLE = "MOEYARD_CPU_KERNELS"
+TYPES = {torch.float32: 0, torch.bfloat16: 1}
+"""``ElementType`` of arguments.h."""
+
+log = logging.getLogger(__name__)
+
+
+class Library(NamedTuple):
+    """What became of the attempt to load the kernels."""
+
+    functions: ctypes.CDLL | None
+    state: str
+    """The instruction set that runs, or why nothing does."""
+
+
+_loaded: Library | None = None
+
+
+def load() -> Library:
+    """Load the kernels, building them first if need be; the outcome holds for the process.
+
+    They are used only after a comparison with torch's results.
+    """
+    global _loaded
+    if _loaded is None:
+        _loaded = _open()
+        problem = None if _loaded.functions is None else _self_check()
+        if problem is not None:
+            _loaded = _without(f"{_loaded.state} {problem}")
+    return _loaded
+
+
+def _self_check() -> str | None:
+    from .check import problem  # it imports what imports this module
+
+    return problem()
+
+
+def _open() -> Library:
+    limit = os.environ.get(VARIABLE) or None
+    if limit == "off":
+        return Library(None, f"switched off by {VARIABLE}=off")
+    if limit is not None and limit not in VARIANTS:
+        return _without(f"{VARIABLE} is {limit!r}; use off or one of {', '.join(VARIANTS)}")
+    try:
+        functions = ctypes.CDLL(str(built_library()))
+    except (BuildError, OSError) as error:
+        return _without(str(error))
+    choose = functions.moeyard_choose
+    choose.argtypes, choose.restype = [ctypes.c_char_p], ctypes.c_char_p
+    functions.moeyard_experts.restype = ctypes.c_int64
+    functions.moeyard_expert_forward.restype = ctypes.c_int64
+    name = choose(None if limit is None else limit.encode()).decode()
+    return Library(functions, name)
+
+
+def _without(reason: str) -> Library:
+    log.warning("the CPU kernels are not used, torch's are: %s", reason)
+    return Library(None, reason)
+
+
+def functions_for(*tensors: torch.Tensor, is_backward_ours: bool = False) -> ctypes.CDLL | None:
+    """Return the kernels if they can compute with these tensors: one type, dense.
+
+    Not while autograd records, unless the caller brings the backward.
+    """
+    first = tensors[0]
+    if first.dtype not in TYPES or (torch.is_grad_enabled() and not is_backward_ours):
+        return None
+    for tensor in tensors:
+        if tensor.dtype != first.dtype or not tensor.is_cpu or not tensor.is_contiguous():
+            return None
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+            return None  # fake, distributed and other tensors without plain memory
+    return load().functions

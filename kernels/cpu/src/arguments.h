@@ -1,0 +1,97 @@
+// What Python hands over: plain structures, mirrored field by field in kernels/cpu/*.py.
+#pragma once
+
+#include <cstdint>
+
+enum ElementType : int64_t { FLOAT32 = 0, BFLOAT16 = 1 };
+enum Activation : int64_t { SWIGLU = 0, REGLU = 1, GEGLU = 2 };
+enum Score : int64_t { SOFTMAX = 0, SIGMOID = 1 };
+
+// y = x w^T. x [rows, width] and w [outputs, width] in `type`; y [rows, outputs].
+struct LinearArguments {
+    int64_t type, rows, width, outputs, threads;
+    const void *x, *weight;
+    void* y;
+};
+
+// y = weight * x / rms(x). x and y [rows, width].
+struct NormArguments {
+    int64_t type, rows, width, threads;
+    float epsilon;
+    const void *x, *weight;
+    void* y;
+};
+
+// The expert MLP of some experts: lines[t * K + k] = MLP_{experts[t][k]}(x[t]).
+struct ExpertArguments {
+    int64_t type, activation, tokens, choices, d_model, d_expert, num_experts, threads;
+    int64_t fc1_stride, fc2_stride;  // elements from one slot to the next
+    int64_t is_wave;                 // other experts' rows are left out; else they are an error
+    const void *x, *fc1, *fc2;
+    const int32_t* experts;  // [T, K], -1 = none
+    const int32_t* slot_of;  // [E], -1 = not here; null = slot e holds expert e
+    float* lines;            // [T * K, D]
+    void* hidden;            // [T * K, 2F] gate and up, rows in expert order; for training alone
+};
+
+// Gradients of the expert MLP's sum y[t] = sum_k weights[t][k] * MLP_{experts[t][k]}(x[t]).
+struct ExpertGradArguments {
+    ExpertArguments forward;  // as it was; `lines` is scratch
+    const void* grad;         // [T, D]: of y
+    const float* weights;     // [T, K]
+    int64_t is_empty;         // write the gradients of fc1 and fc2, in place of adding to them
+    int64_t num_slots;
+    float *grad_fc1, *grad_fc2;  // [S, 2F, D], [S, D, F], dense
+    float* grad_weights;         // [T, K]
+};
+
+// out[t] = sum_k weights[t][k] * lines[t * K + k], in k order, choices of -1 left out.
+struct CombineArguments {
+    int64_t type, tokens, choices, d_model, threads;
+    const float *lines, *weights;  // null weights = 1
+    const int32_t* experts;
+    void* out;
+};
+
+// Scores, choice and weights of a top-k router; all in fp32.
+struct RouterArguments {
+    int64_t type, tokens, d_model, num_experts, choices, score, renormalize, num_groups, top_groups;
+    int64_t threads;
+    float scale, epsilon;
+    const void* x;        // [T, D]
+    const float* weight;  // [E, D]
+    const float* bias;    // [E] added to the scores to choose by; null = none
+    int32_t* experts;     // [T, K], best first
+    float* weights;       // [T, K]
+    int64_t* counts;      // [E]
+};
+
+// One layer's attention, the same for every step.
+struct AttentionWeights {
+    int64_t type, d_model, num_heads, num_kv_heads, head_dim;
+    float epsilon;
+    const void *input_norm, *q, *k, *v, *o, *q_norm, *k_norm, *output_norm;
+};
+
+// One new position of each sequence.
+struct AttentionArguments {
+    int64_t layer, sequences, threads;
+    const void* x;              // [B, D]: the residual stream
+    const void *cosine, *sine;  // [B, head_dim]
+    // By sequence: its caches' addresses, keys then values of each layer, [G, capacity, H] each.
+    void* const* const* caches;
+    const int64_t *lengths, *capacities;  // [B]: positions there, room for
+    void *x_out, *normed;                 // [B, D]: the residual stream after, and its norm
+};
+
+struct Kernels {
+    const char* name;
+    void (*linear)(const LinearArguments*);
+    void (*norm)(const NormArguments*);
+    int64_t (*experts)(const ExpertArguments*);
+    int64_t (*expert_forward)(const ExpertArguments*);
+    void (*expert_grads)(const ExpertGradArguments*);
+    void (*combine)(const CombineArguments*);
+    void (*route)(const RouterArguments*);
+    void (*attend)(const AttentionWeights*, const AttentionArguments*);
+};

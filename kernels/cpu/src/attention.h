@@ -1,0 +1,145 @@
+// One new position of each sequence through a layer's attention: norm, projections, head norms,
+// rotary embedding, cache, attention, output projection, residual and the next norm. A sequence's
+// arithmetic never depends on the others.
+#pragma once
+
+#include <memory>
+
+#include "arguments.h"
+#include "linear.h"
+#include "norm.h"
+#include "products.h"
+
+namespace ISA {
+
+// Rotates the halves of a head against each other.
+template <class Element>
+inline void rotate(Element* x, const Element* cosine, const Element* sine, int64_t width) {
+    int64_t half = width / 2;
+    for (int64_t i = 0; i < half; i++) {
+        float first = widen(x[i]), second = widen(x[half + i]);
+        x[i] = narrow<Element>(first * widen(cosine[i]) - second * widen(sine[i]));
+        x[half + i] =
+            narrow<Element>(second * widen(cosine[half + i]) + first * widen(sine[half + i]));
+    }
+}
+
+// out = softmax(scores) v for one head; scores become probabilities.
+template <class Element>
+inline void mix(float* scores, const Element* v, int64_t length, int64_t width, float scale,
+                Element* out, float* total) {
+    float highest = scores[0], sum = 0;
+    for (int64_t l = 1; l < length; l++) highest = scores[l] > highest ? scores[l] : highest;
+    for (int64_t l = 0; l < length; l++) scores[l] = exponential((scores[l] - highest) * scale);
+    for (int64_t l = 0; l < length; l++) sum += scores[l];
+    for (int64_t i = 0; i < width; i++) total[i] = 0;
+    int64_t l = 0;
+    for (; l + 4 <= length; l += 4) {
+        const Element* rows = v + l * width;
+        for (int64_t i = 0; i < width; i++)
+            total[i] += (scores[l] * widen(rows[i]) + scores[l + 1] * widen(rows[width + i])) +
+                        (scores[l + 2] * widen(rows[2 * width + i]) +
+                         scores[l + 3] * widen(rows[3 * width + i]));
+    }
+    for (; l < length; l++)
+        for (int64_t i = 0; i < width; i++) total[i] += scores[l] * widen(v[l * width + i]);
+    for (int64_t i = 0; i < width; i++) out[i] = narrow<Element>(total[i] / sum);
+}
+
+// The query heads of one sequence that share a key and value head.
+template <class Element>
+void attend_group(const AttentionWeights& w, const AttentionArguments& a, int64_t b, int64_t g,
+                  Element* qkv, Element* out) {
+    int64_t width = w.head_dim, heads = w.num_heads / w.num_kv_heads;
+    int64_t length = a.lengths[b] + 1, capacity = a.capacities[b];
+    const Element* cosine = static_cast<const Element*>(a.cosine) + b * width;
+    const Element* sine = static_cast<const Element*>(a.sine) + b * width;
+    Element* q = qkv + g * heads * width;
+    Element* new_k = qkv + (w.num_heads + g) * width;
+    Element* new_v = qkv + (w.num_heads + w.num_kv_heads + g) * width;
+    Element* k = static_cast<Element*>(a.caches[b][2 * a.layer]) + g * capacity * width;
+    Element* v = static_cast<Element*>(a.caches[b][2 * a.layer + 1]) + g * capacity * width;
+    const Element* q_norm = static_cast<const Element*>(w.q_norm);
+    const Element* k_norm = static_cast<const Element*>(w.k_norm);
+    rms_norm(new_k, k_norm, width, w.epsilon, k + (length - 1) * width);
+    rotate(k + (length - 1) * width, cosine, sine, width);
+    std::memcpy(v + (length - 1) * width, new_v, width * sizeof(Element));
+    float scale = 1 / std::sqrt(float(width));
+    std::unique_ptr<float[]> scratch(new float[TILE_ROWS * length + width]);
+    for (int64_t from = 0; from < heads; from += TILE_ROWS) {
+        int64_t count = least(TILE_ROWS, heads - from);
+        const Element* pointers[TILE_ROWS];
+        for (int64_t h = 0; h < count; h++) {
+            Element* head = q + (from + h) * width;
+            rms_norm(head, q_norm, width, w.epsilon, head);
+            rotate(head, cosine, sine, width);
+            pointers[h] = head;
+        }
+        products(pointers, count, static_cast<const Element*>(k), 0, length, width,
+                 [&](int64_t h, int64_t l, const float* values, int64_t some) {
+                     for (int64_t i = 0; i < some; i++) scratch[h * length + l + i] = values[i];
+                 });
+        for (int64_t h = 0; h < count; h++)
+            mix(scratch.get() + h * length, v, length, width, scale,
+                out + (g * heads + from + h) * width, scratch.get() + TILE_ROWS * length);
+    }
+}
+
+template <class Element>
+void attend(const AttentionWeights& w, const AttentionArguments& a) {
+    int64_t batch = a.sequences, width = w.d_model;
+    int64_t q_size = w.num_heads * w.head_dim, kv_size = w.num_kv_heads * w.head_dim;
+    int64_t qkv_size = q_size + 2 * kv_size;
+    const Element* x = static_cast<const Element*>(a.x);
+    Element* x_out = static_cast<Element*>(a.x_out);
+    std::unique_ptr<Element[]> normed(new Element[batch * width]);
+    std::unique_ptr<Element[]> qkv(new Element[batch * qkv_size]);
+    std::unique_ptr<Element[]> mixed(new Element[batch * q_size]);
+    // Weight rows of q, k and v as one list of tasks, each within one matrix.
+    const void* matrices[3] = {w.q, w.k, w.v};
+    int64_t starts[4] = {0, q_size, q_size + kv_size, qkv_size}, first_task[4] = {0, 0, 0, 0};
+    for (int i = 0; i < 3; i++)
+        first_task[i + 1] = first_task[i] + blocks(starts[i + 1] - starts[i], BLOCK_OUTPUTS);
+    std::unique_ptr<const Element*[]> rows(new const Element*[batch]);
+    std::unique_ptr<const Element*[]> mixed_rows(new const Element*[batch]);
+    for (int64_t b = 0; b < batch; b++) {
+        rows[b] = normed.get() + b * width;
+        mixed_rows[b] = mixed.get() + b * q_size;
+    }
+    int threads = threads_for(width * (qkv_size + q_size), batch, a.threads);
+    for_each_task(batch, batch < FEW ? 1 : threads, [&](int64_t b) {
+        rms_norm(x + b * width, static_cast<const Element*>(w.input_norm), width, w.epsilon,
+                 normed.get() + b * width);
+    });
+    for_each_task(first_task[3], threads, [&](int64_t task) {
+        int i = task >= first_task[2] ? 2 : task >= first_task[1] ? 1 : 0;
+        int64_t from = (task - first_task[i]) * BLOCK_OUTPUTS;
+        int64_t to = least(from + BLOCK_OUTPUTS, starts[i + 1] - starts[i]);
+        products(rows.get(), batch, static_cast<const Element*>(matrices[i]), from, to, width,
+                 [&](int64_t b, int64_t n, const float* values, int64_t count) {
+                     Element* line = qkv.get() + b * qkv_size + starts[i] + n;
+                     for (int64_t j = 0; j < count; j++) line[j] = narrow<Element>(values[j]);
+                 });
+    });
+    for_each_task(batch * w.num_kv_heads, threads, [&](int64_t task) {
+        int64_t b = task / w.num_kv_heads;
+        attend_group(w, a, b, task % w.num_kv_heads, qkv.get() + b * qkv_size,
+                     mixed.get() + b * q_size);
+    });
+    for_each_task(blocks(width, BLOCK_OUTPUTS), threads, [&](int64_t task) {
+        int64_t from = task * BLOCK_OUTPUTS, to = least(from + BLOCK_OUTPUTS, width);
+        products(mixed_rows.get(), batch, static_cast<const Element*>(w.o), from, to, q_size,
+                 [&](int64_t b, int64_t n, const float* values, int64_t count) {
+                     for (int64_t j = 0; j < count; j++) {
+                         int64_t at = b * width + n + j;
+                         x_out[at] = narrow<Element>(widen(x[at]) + values[j]);
+                     }
+                 });
+    });
+    for_each_task(batch, batch < FEW ? 1 : threads, [&](int64_t b) {
+        rms_norm(x_out + b * width, static_cast<const Element*>(w.output_norm), width, w.epsilon,
+                 static_cast<Element*>(a.normed) + b * width);
+    });
+}
+
+}  // namespace ISA

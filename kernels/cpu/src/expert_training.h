@@ -1,0 +1,223 @@
+// The gated expert MLP with its backward, on panels: for many rows an expert.
+//
+// Kept from forward: x, gate and up, routing weights. With g the gradient of a token's output, w the
+// weight of its row, a = act(gate) * up:
+//
+//   u = g W2               d w = <u, a>      d a = w u, which gives d gate and d up
+//   d W2 += g^T (w a)      d x = d h W1      d W1 += (d h)^T x
+#pragma once
+
+#include "experts.h"
+#include "panels.h"
+
+namespace ISA {
+
+// gate and up of one block of rows for outputs [from, from + count) of F, and act(gate) * up.
+template <class Element>
+void keep_first_half(const ExpertArguments& a, const Order& order, const RowBlock& block,
+                     int64_t from, int64_t count, Element* act) {
+    const Element* x = static_cast<const Element*>(a.x);
+    const Element* weights = static_cast<const Element*>(a.fc1) + block.slot * a.fc1_stride;
+    Element* hidden = static_cast<Element*>(a.hidden);
+    const Element* pointers[TRAINING_ROWS];
+    alignas(64) float gate[TRAINING_ROWS][PANEL], up[TRAINING_ROWS][PANEL];
+    int64_t rows = block.to - block.from, width = a.d_expert;
+    for (int64_t m = 0; m < rows; m++)
+        pointers[m] = x + order.rows[block.from + m] / a.choices * a.d_model;
+    rows_times_transposed(pointers, rows, weights, a.d_model, from, count, gate);
+    rows_times_transposed(pointers, rows, weights, a.d_model, width + from, count, up);
+    for (int64_t m = 0; m < rows; m++) {
+        Element* kept = hidden + (block.from + m) * 2 * width + from;
+        Element* line = act + (block.from + m) * width + from;
+        for (int64_t i = 0; i < count; i++) kept[i] = narrow<Element>(gate[m][i]);
+        for (int64_t i = 0; i < count; i++) kept[width + i] = narrow<Element>(up[m][i]);
+        for (int64_t i = 0; i < count; i++)
+            line[i] =
+                narrow<Element>(activate(widen(kept[i]), widen(kept[width + i]), a.activation));
+    }
+}
+
+// One block's outputs [from, from + count) of D, each routed row into its own line.
+template <class Element>
+void keep_second_half(const ExpertArguments& a, const Order& order, const RowBlock& block,
+                      int64_t from, int64_t count, const Element* act) {
+    const Element* weights = static_cast<const Element*>(a.fc2) + block.slot * a.fc2_stride;
+    const Element* pointers[TRAINING_ROWS];
+    alignas(64) float y[TRAINING_ROWS][PANEL];
+    int64_t rows = block.to - block.from;
+    for (int64_t m = 0; m < rows; m++) pointers[m] = act + (block.from + m) * a.d_expert;
+    rows_times_transposed(pointers, rows, weights, a.d_expert, from, count, y);
+    for (int64_t m = 0; m < rows; m++)
+        std::memcpy(a.lines + order.rows[block.from + m] * a.d_model + from, y[m],
+                    count * sizeof(float));
+}
+
+// Fills `hidden` and `lines`; otherwise like experts().
+template <class Element> int64_t expert_forward(const ExpertArguments& a) {
+    int64_t wrong = first_wrong_row(a);
+    if (wrong >= 0) return wrong;
+    Order order(a, TRAINING_ROWS);
+    std::unique_ptr<Element[]> act(new Element[a.tokens * a.choices * a.d_expert]);
+    int64_t first_panels = blocks(a.d_expert, PANEL), second_panels = blocks(a.d_model, PANEL);
+    for_each_task(order.num_blocks * first_panels, a.threads, [&](int64_t task) {
+        int64_t from = task % first_panels * PANEL, count = least(PANEL, a.d_expert - from);
+        keep_first_half(a, order, order.row_blocks[task / first_panels], from, count, act.get());
+    });
+    for_each_task(order.num_blocks * second_panels, a.threads, [&](int64_t task) {
+        int64_t from = task % second_panels * PANEL, count = least(PANEL, a.d_model - from);
+        keep_second_half(a, order, order.row_blocks[task / second_panels], from, count, act.get());
+    });
+    return -1;
+}
+
+// act(gate), and its slope.
+struct Activated {
+    float value, slope;
+};
+
+inline Activated activate_with_slope(float gate, int64_t activation) {
+    if (activation == REGLU) return {gate > 0 ? gate : 0, gate > 0 ? 1.0f : 0.0f};
+    if (activation == GEGLU) {
+        float below = 0.5f * (1 + std::erf(gate * 0.70710678f));
+        return {gate * below, below + gate * 0.39894228f * exponential(-0.5f * gate * gate)};
+    }
+    float sigmoid = 1 / (1 + exponential(-gate));
+    return {gate * sigmoid, sigmoid * (1 + gate * (1 - sigmoid))};
+}
+
+// What one backward shares among its tasks.
+template <class Element> struct Backward {
+    const ExpertGradArguments& a;
+    const ExpertArguments& f;
+    Order order;
+    int64_t act_panels;
+    std::unique_ptr<Element[]> grad_hidden;  // [N, 2F]
+    std::unique_ptr<Element[]> scaled_act;   // [N, F]: w a
+    std::unique_ptr<float[]> parts;          // [N, act_panels]: of <u, a>
+
+    explicit Backward(const ExpertGradArguments& arguments)
+        : a(arguments), f(arguments.forward), order(arguments.forward, TRAINING_ROWS),
+          act_panels(blocks(f.d_expert, PANEL)) {
+        int64_t rows = f.tokens * f.choices;
+        grad_hidden.reset(new Element[rows * 2 * f.d_expert]);
+        scaled_act.reset(new Element[rows * f.d_expert]);
+        parts.reset(new float[rows * act_panels]);
+    }
+
+    int64_t token(int64_t row) const { return order.rows[row] / f.choices; }
+    const Element* x(int64_t row) const {
+        return static_cast<const Element*>(f.x) + token(row) * f.d_model;
+    }
+    const Element* grad(int64_t row) const {
+        return static_cast<const Element*>(a.grad) + token(row) * f.d_model;
+    }
+
+    // u for one block of rows and one panel of F, and all that follows from it element by element.
+    void through_second(const RowBlock& block, int64_t panel) {
+        int64_t from = panel * PANEL, count = least(PANEL, f.d_expert - from);
+        int64_t rows = block.to - block.from, width = f.d_expert;
+        const Element* fc2 = static_cast<const Element*>(f.fc2) + block.slot * f.fc2_stride;
+        const Element* pointers[TRAINING_ROWS];
+        alignas(64) float u[TRAINING_ROWS][PANEL];
+        for (int64_t m = 0; m < rows; m++) pointers[m] = grad(block.from + m);
+        rows_times(pointers, rows, fc2, f.d_model, width, from, count, u);
+        for (int64_t m = 0; m < rows; m++) {
+            int64_t row = block.from + m;
+            const Element* gate = static_cast<const Element*>(f.hidden) + row * 2 * width + from;
+            Element* grad_gate = grad_hidden.get() + row * 2 * width + from;
+            Element* act = scaled_act.get() + row * width + from;
+            float weight = a.weights[order.rows[row]], products[PANEL], part = 0;
+            for (int64_t i = 0; i < count; i++) {
+                float up = widen(gate[width + i]);
+                Activated activated = activate_with_slope(widen(gate[i]), f.activation);
+                float grad_act = weight * u[m][i];
+                grad_gate[i] = narrow<Element>(grad_act * up * activated.slope);
+                grad_gate[width + i] = narrow<Element>(grad_act * activated.value);
+                act[i] = narrow<Element>(weight * activated.value * up);
+                products[i] = u[m][i] * activated.value * up;
+            }
+            for (int64_t i = 0; i < count; i++) part += products[i];
+            parts[row * act_panels + panel] = part;
+        }
+    }
+
+    // d x of one block of rows and one panel of D, each routed row into its own line.
+    void through_first(const RowBlock& block, int64_t panel) {
+        int64_t from = panel * PANEL, count = least(PANEL, f.d_model - from);
+        int64_t rows = block.to - block.from;
+        const Element* fc1 = static_cast<const Element*>(f.fc1) + block.slot * f.fc1_stride;
+        const Element* pointers[TRAINING_ROWS];
+        alignas(64) float grad_x[TRAINING_ROWS][PANEL];
+        for (int64_t m = 0; m < rows; m++)
+            pointers[m] = grad_hidden.get() + (block.from + m) * 2 * f.d_expert;
+        rows_times(pointers, rows, fc1, 2 * f.d_expert, f.d_model, from, count, grad_x);
+        for (int64_t m = 0; m < rows; m++)
+            std::memcpy(f.lines + order.rows[block.from + m] * f.d_model + from, grad_x[m],
+                        count * sizeof(float));
+    }
+
+    void add_fc1(const RowBlock& span, int64_t from) {
+        int64_t outputs = 2 * f.d_expert;
+        add_transposed_product<Element>(
+            [&](int64_t k) { return grad_hidden.get() + (span.from + k) * outputs; },
+            [&](int64_t k) { return x(span.from + k); }, span.to - span.from, from,
+            least(PANEL, outputs - from), f.d_model, a.is_empty,
+            a.grad_fc1 + span.slot * outputs * f.d_model);
+    }
+
+    void add_fc2(const RowBlock& span, int64_t from) {
+        add_transposed_product<Element>(
+            [&](int64_t k) { return grad(span.from + k); },
+            [&](int64_t k) { return scaled_act.get() + (span.from + k) * f.d_expert; },
+            span.to - span.from, from, least(PANEL, f.d_model - from), f.d_expert, a.is_empty,
+            a.grad_fc2 + span.slot * f.d_model * f.d_expert);
+    }
+};
+
+// The rows of each slot, all of them together; slots without rows come last, empty.
+inline std::unique_ptr<RowBlock[]> spans_of(const Order& order, int64_t num_slots) {
+    std::unique_ptr<RowBlock[]> spans(new RowBlock[num_slots]);
+    for (int64_t s = 0; s < num_slots; s++) spans[s] = {s, 0, 0};
+    for (int64_t b = 0; b < order.num_blocks; b++) {
+        RowBlock& span = spans[order.row_blocks[b].slot];
+        if (span.from == span.to) span.from = order.row_blocks[b].from;
+        span.to = order.row_blocks[b].to;
+    }
+    return spans;
+}
+
+template <class Element> void expert_grads(const ExpertGradArguments& a) {
+    const ExpertArguments& f = a.forward;
+    Backward<Element> backward(a);
+    const Order& order = backward.order;
+    int64_t act_panels = backward.act_panels, model_panels = blocks(f.d_model, PANEL);
+    for_each_task(order.num_blocks * act_panels, f.threads, [&](int64_t task) {
+        backward.through_second(order.row_blocks[task / act_panels], task % act_panels);
+    });
+    std::memset(a.grad_weights, 0, f.tokens * f.choices * sizeof(float));
+    int64_t num_rows = order.num_blocks ? order.row_blocks[order.num_blocks - 1].to : 0;
+    for (int64_t row = 0; row < num_rows; row++)
+        for (int64_t panel = 0; panel < act_panels; panel++)
+            a.grad_weights[order.rows[row]] += backward.parts[row * act_panels + panel];
+    for_each_task(order.num_blocks * model_panels, f.threads, [&](int64_t task) {
+        backward.through_first(order.row_blocks[task / model_panels], task % model_panels);
+    });
+    std::unique_ptr<RowBlock[]> spans = spans_of(order, a.num_slots);
+    int64_t fc1_panels = blocks(2 * f.d_expert, PANEL), panels = fc1_panels + model_panels;
+    for_each_task(a.num_slots * panels, f.threads, [&](int64_t task) {
+        const RowBlock& span = spans[task / panels];
+        int64_t panel = task % panels;
+        if (span.from == span.to) {
+            if (a.is_empty && panel == 0) {
+                int64_t size = f.d_expert * f.d_model;
+                std::memset(a.grad_fc1 + span.slot * 2 * size, 0, 2 * size * sizeof(float));
+                std::memset(a.grad_fc2 + span.slot * size, 0, size * sizeof(float));
+            }
+            return;
+        }
+        panel < fc1_panels ? backward.add_fc1(span, panel * PANEL)
+                           : backward.add_fc2(span, (panel - fc1_panels) * PANEL);
+    });
+}
+
+}  // namespace ISA

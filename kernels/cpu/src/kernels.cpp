@@ -1,0 +1,49 @@
+// All kernels for one instruction set, in a table.
+#include "arguments.h"
+#include "attention.h"
+#include "expert_training.h"
+#include "experts.h"
+#include "linear.h"
+#include "norm.h"
+#include "router.h"
+
+#define TEXT_OF(name) #name
+#define TEXT(name) TEXT_OF(name)
+#define JOIN_OF(a, b) a##b
+#define JOIN(a, b) JOIN_OF(a, b)
+
+namespace ISA {
+
+// Runs `kernel<float>` or `kernel<bf16>` as the arguments' type says.
+#define BY_TYPE(kernel, type, ...) \
+    ((type) == BFLOAT16 ? kernel<bf16>(__VA_ARGS__) : kernel<float>(__VA_ARGS__))
+
+static void run_linear(const LinearArguments* a) { BY_TYPE(linear, a->type, *a); }
+static void run_norm(const NormArguments* a) { BY_TYPE(norm, a->type, *a); }
+static int64_t run_experts(const ExpertArguments* a) { return BY_TYPE(experts, a->type, *a); }
+static int64_t run_expert_forward(const ExpertArguments* a) {
+    return BY_TYPE(expert_forward, a->type, *a);
+}
+static void run_expert_grads(const ExpertGradArguments* a) {
+    BY_TYPE(expert_grads, a->forward.type, *a);
+}
+static void run_combine(const CombineArguments* a) { BY_TYPE(combine, a->type, *a); }
+static void run_route(const RouterArguments* a) { BY_TYPE(route, a->type, *a); }
+static void run_attend(const AttentionWeights* w, const AttentionArguments* a) {
+    BY_TYPE(attend, w->type, *w, *a);
+}
+
+}  // namespace ISA
+
+extern const Kernels JOIN(kernels_, ISA);
+const Kernels JOIN(kernels_, ISA) = {
+    TEXT(ISA),
+    ISA::run_linear,
+    ISA::run_norm,
+    ISA::run_experts,
+    ISA::run_expert_forward,
+    ISA::run_expert_grads,
+    ISA::run_combine,
+    ISA::run_route,
+    ISA::run_attend,
+};

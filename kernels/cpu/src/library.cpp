@@ -1,0 +1,59 @@
+// The functions Python calls, each handed to the best instruction set this processor has.
+#include <cstring>
+
+#include "arguments.h"
+
+extern const Kernels kernels_portable;
+#if defined(__x86_64__)
+extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512_bf16;
+#endif
+
+static const Kernels* chosen = &kernels_portable;
+
+static bool can_run(const char* name) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+    if (!std::strcmp(name, "avx2")) return has_avx2;
+    if (!std::strcmp(name, "avx512")) return has_avx512;
+    if (!std::strcmp(name, "avx512_bf16"))
+        return has_avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
+    return !std::strcmp(name, "portable");
+}
+
+#define PUBLIC __attribute__((visibility("default")))
+
+extern "C" {
+
+// Chooses the best instruction set up to `limit` (null: of all) and returns its name.
+PUBLIC const char* moeyard_choose(const char* limit) {
+    const Kernels* all[] = {
+        &kernels_portable,
+#if defined(__x86_64__)
+        &kernels_avx2, &kernels_avx512, &kernels_avx512_bf16,
+#endif
+    };
+    for (const Kernels* kernels : all) {
+        if (can_run(kernels->name)) chosen = kernels;
+        if (limit && !std::strcmp(limit, kernels->name)) break;
+    }
+    return chosen->name;
+}
+
+PUBLIC void moeyard_linear(const LinearArguments* a) { chosen->linear(a); }
+PUBLIC void moeyard_norm(const NormArguments* a) { chosen->norm(a); }
+PUBLIC int64_t moeyard_experts(const ExpertArguments* a) { return chosen->experts(a); }
+PUBLIC int64_t moeyard_expert_forward(const ExpertArguments* a) {
+    return chosen->expert_forward(a);
+}
+PUBLIC void moeyard_expert_grads(const ExpertGradArguments* a) { chosen->expert_grads(a); }
+PUBLIC void moeyard_combine(const CombineArguments* a) { chosen->combine(a); }
+PUBLIC void moeyard_route(const RouterArguments* a) { chosen->route(a); }
+PUBLIC void moeyard_attend(const AttentionWeights* w, const AttentionArguments* a) {
+    chosen->attend(w, a);
+}
+}

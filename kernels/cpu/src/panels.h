@@ -1,0 +1,315 @@
+// Matrix products over rows of B, c[m][n] = sum_k a(m, k) b(k, n): what backward needs beside
+// products.h. Columns of B are packed into a panel once and meet all rows of A.
+#pragma once
+
+#include "products.h"
+
+namespace ISA {
+
+#if defined(__AVX512F__)
+constexpr int64_t LANES = 16;
+#elif defined(__AVX2__)
+constexpr int64_t LANES = 8;
+#else
+constexpr int64_t LANES = 4;
+#endif
+#if defined(__AVX512F__)
+constexpr int64_t PANEL_ROWS = 6, PANEL_VECTORS = 4;
+#else
+constexpr int64_t PANEL_ROWS = 4, PANEL_VECTORS = 2;
+#endif
+// Columns of a panel, and how deep it is: a panel stays in the second-level cache. Rows that meet
+// one packed panel, enough of them to make little of the packing.
+constexpr int64_t PANEL = PANEL_VECTORS * LANES;
+constexpr int64_t DEPTH = 512;
+constexpr int64_t TRAINING_ROWS = 192;
+
+// Step<Element> is what one multiplication takes: one k, or a pair of them in AVX512-BF16.
+#if defined(__AVX512BF16__)
+struct Pair {
+    bf16 first, second;
+};
+template <class Element> struct Step;
+template <> struct Step<float> {
+    using Value = float;
+    static constexpr int64_t SIZE = 1;
+};
+template <> struct Step<bf16> {
+    using Value = Pair;
+    static constexpr int64_t SIZE = 2;
+};
+#else
+template <class Element> struct Step {
+    using Value = float;
+    static constexpr int64_t SIZE = 1;
+};
+#endif
+
+// make(element of k, element of k + 1) -> what is multiplied.
+inline void join(float* to, float first, float) { *to = first; }
+inline void join(float* to, bf16 first, bf16) { *to = widen(first); }
+#if defined(__AVX512BF16__)
+inline void join(Pair* to, bf16 first, bf16 second) { *to = {first, second}; }
+#endif
+
+// Packs columns [from, from + count) of rows [0, depth) of B: panel[step][column], zeros beyond.
+// `row(k)` is the address of row k.
+template <class Element, class Row>
+inline void pack_columns(Row row, int64_t depth, int64_t from, int64_t count,
+                         typename Step<Element>::Value* panel) {
+    using S = Step<Element>;
+    static const Element zeros[PANEL] = {};
+    Element padded[S::SIZE][PANEL] = {};
+    for (int64_t k = 0; k < depth; k += S::SIZE, panel += PANEL) {
+        const Element* lines[2] = {zeros, zeros};
+        for (int64_t i = 0; i < S::SIZE && k + i < depth; i++) {
+            lines[i] = row(k + i) + from;
+            if (count == PANEL) continue;
+            std::memcpy(padded[i], lines[i], count * sizeof(Element));
+            lines[i] = padded[i];
+        }
+        for (int64_t n = 0; n < PANEL; n++) join(panel + n, lines[0][n], lines[1][n]);
+    }
+}
+
+// Vectors of 32 bits a lane, whatever they hold, as GCC and Clang know them.
+typedef float Lanes __attribute__((vector_size(LANES * 4)));
+
+#if defined(__AVX512F__)
+inline Lanes interleave_low(Lanes a, Lanes b) {
+    return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+}
+inline Lanes interleave_high(Lanes a, Lanes b) {
+    return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15,
+                                   31);
+}
+#elif defined(__AVX2__)
+inline Lanes interleave_low(Lanes a, Lanes b) {
+    return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+}
+inline Lanes interleave_high(Lanes a, Lanes b) {
+    return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+}
+#else
+inline Lanes interleave_low(Lanes a, Lanes b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
+inline Lanes interleave_high(Lanes a, Lanes b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
+#endif
+
+// Exchanges rows and columns: a perfect shuffle of the rows, log2(LANES) times.
+inline void transpose(Lanes rows[LANES]) {
+    constexpr int ROUNDS = LANES == 16 ? 4 : LANES == 8 ? 3 : 2;
+#pragma GCC unroll 4
+    for (int round = 0; round < ROUNDS; round++) {
+        Lanes shuffled[LANES];
+#pragma GCC unroll 8
+        for (int i = 0; i < LANES / 2; i++) {
+            shuffled[2 * i] = interleave_low(rows[i], rows[i + LANES / 2]);
+            shuffled[2 * i + 1] = interleave_high(rows[i], rows[i + LANES / 2]);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) rows[i] = shuffled[i];
+    }
+}
+
+// LANES steps of a row.
+inline Lanes load_steps(const float* p) {
+    Lanes lanes;
+    std::memcpy(&lanes, p, sizeof lanes);
+    return lanes;
+}
+inline Lanes load_steps(const bf16* p) {
+#if defined(__AVX512BF16__)
+    Lanes lanes;
+    std::memcpy(&lanes, p, sizeof lanes);
+    return lanes;
+#else
+    return (Lanes)Chunk<bf16>::load(p);
+#endif
+}
+
+// Packs `depth` columns of rows [0, count) into panel[step][row], zeros beyond: B is the transpose
+// of those rows, which are `stride` apart.
+template <class Element>
+inline void pack_transposed(const Element* rows, int64_t stride, int64_t depth, int64_t count,
+                            typename Step<Element>::Value* panel) {
+    constexpr int64_t Width = LANES * Step<Element>::SIZE;
+    int64_t steps = blocks(depth, Step<Element>::SIZE);
+    for (int64_t n = 0; n < PANEL; n += LANES)
+        for (int64_t k = 0, step = 0; k < depth; k += Width, step += LANES) {
+            Lanes block[LANES] = {};
+            int64_t width = least(Width, depth - k);
+            for (int64_t i = 0; i < least(LANES, count - n); i++) {
+                const Element* from = rows + (n + i) * stride + k;
+                if (width == Width) {
+                    block[i] = load_steps(from);
+                } else {
+                    Element padded[Width] = {};
+                    std::memcpy(padded, from, width * sizeof(Element));
+                    block[i] = load_steps(padded);
+                }
+            }
+            transpose(block);
+            for (int64_t i = 0; i < least(LANES, steps - step); i++)
+                std::memcpy(panel + (step + i) * PANEL + n, &block[i], sizeof block[i]);
+        }
+}
+
+#if defined(__AVX2__)
+inline Sum load_values(const float* p) {
+#if defined(__AVX512F__)
+    return _mm512_loadu_ps(p);
+#else
+    return _mm256_loadu_ps(p);
+#endif
+}
+inline Sum multiply_add(Sum sum, float a, Sum b) {
+#if defined(__AVX512F__)
+    return _mm512_fmadd_ps(_mm512_set1_ps(a), b, sum);
+#else
+    return _mm256_fmadd_ps(_mm256_set1_ps(a), b, sum);
+#endif
+}
+inline void store_values(float* p, Sum sum) {
+#if defined(__AVX512F__)
+    _mm512_storeu_ps(p, sum);
+#else
+    _mm256_storeu_ps(p, sum);
+#endif
+}
+#else
+inline Sum load_values(const float* p) { return Sum{p[0], p[1], p[2], p[3]}; }
+inline Sum multiply_add(Sum sum, float a, Sum b) { return sum + Sum{a, a, a, a} * b; }
+inline void store_values(float* p, Sum sum) { std::memcpy(p, &sum, sizeof sum); }
+#endif
+#if defined(__AVX512BF16__)
+inline __m512bh load_values(const Pair* p) { return (__m512bh)_mm512_loadu_si512(p); }
+inline Sum multiply_add(Sum sum, Pair a, __m512bh b) {
+    int32_t bits;
+    std::memcpy(&bits, &a, sizeof bits);
+    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(bits), b);
+}
+#endif
+
+// One tile: `a(m, step)` times a packed panel, added to what `c` holds of earlier depths.
+template <int Rows, class Value, class A>
+inline void panel_tile(A a, const Value* panel, int64_t steps, bool is_first, float (*c)[PANEL]) {
+    Sum sums[Rows][PANEL_VECTORS];
+#pragma GCC unroll 8
+    for (int m = 0; m < Rows; m++)
+#pragma GCC unroll 4
+        for (int v = 0; v < PANEL_VECTORS; v++)
+            sums[m][v] = is_first ? no_sum() : load_values(c[m] + v * LANES);
+    for (int64_t s = 0; s < steps; s++) {
+        decltype(load_values(panel)) b[PANEL_VECTORS];
+#pragma GCC unroll 4
+        for (int v = 0; v < PANEL_VECTORS; v++) b[v] = load_values(panel + s * PANEL + v * LANES);
+#pragma GCC unroll 8
+        for (int m = 0; m < Rows; m++) {
+            auto value = a(m, s);
+#pragma GCC unroll 4
+            for (int v = 0; v < PANEL_VECTORS; v++)
+                sums[m][v] = multiply_add(sums[m][v], value, b[v]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < Rows; m++)
+#pragma GCC unroll 4
+        for (int v = 0; v < PANEL_VECTORS; v++) store_values(c[m] + v * LANES, sums[m][v]);
+}
+
+template <class Value, class A>
+inline void panel_tile(int64_t rows, A a, const Value* panel, int64_t steps, bool is_first,
+                       float (*c)[PANEL]) {
+    switch (rows) {
+        case 1: return panel_tile<1>(a, panel, steps, is_first, c);
+        case 2: return panel_tile<2>(a, panel, steps, is_first, c);
+        case 3: return panel_tile<3>(a, panel, steps, is_first, c);
+        case 4: return panel_tile<4>(a, panel, steps, is_first, c);
+#if defined(__AVX512F__)
+        case 5: return panel_tile<5>(a, panel, steps, is_first, c);
+        case 6: return panel_tile<6>(a, panel, steps, is_first, c);
+#endif
+    }
+}
+
+// Rows of A as they are in memory: a(m, step) for products over the width of those rows.
+inline float broadcast(const float* row, int64_t step) { return row[step]; }
+#if defined(__AVX512BF16__)
+inline Pair broadcast(const bf16* row, int64_t step) {
+    Pair pair;
+    std::memcpy(&pair, row + 2 * step, sizeof pair);
+    return pair;
+}
+#else
+inline float broadcast(const bf16* row, int64_t step) { return widen(row[step]); }
+#endif
+
+// c[m][n] = sum_k x[m][k] * b(k, n) for rows [0, rows) of x and a panel of columns of B, which
+// pack(k, depth, panel) packs. `depth` is even where pairs are multiplied.
+template <class Element, class Pack>
+inline void rows_times_panel(const Element* const* x, int64_t rows, int64_t depth, Pack pack,
+                             float (*c)[PANEL]) {
+    using S = Step<Element>;
+    alignas(64) typename S::Value panel[DEPTH / S::SIZE * PANEL];
+    for (int64_t k = 0; k < depth; k += DEPTH) {
+        int64_t some = least(DEPTH, depth - k), steps = blocks(some, S::SIZE);
+        pack(k, some, panel);
+        for (int64_t m = 0; m < rows; m += PANEL_ROWS)
+            panel_tile(
+                least(PANEL_ROWS, rows - m),
+                [&](int64_t i, int64_t s) { return broadcast(x[m + i] + k, s); }, panel, steps,
+                k == 0, c + m);
+    }
+}
+
+// total[m][n] (+)= sum_k a_row(k)[m0 + m] * b_row(k)[n]: a panel of columns of A, transposed, times
+// all `width` columns of B. Adds to `total`, or writes it if `is_empty`.
+template <class Element, class ARow, class BRow>
+inline void add_transposed_product(ARow a_row, BRow b_row, int64_t depth, int64_t m0,
+                                   int64_t outputs, int64_t width, bool is_empty, float* total) {
+    using S = Step<Element>;
+    alignas(64) typename S::Value a_panel[DEPTH / S::SIZE * PANEL], b_panel[DEPTH / S::SIZE * PANEL];
+    for (int64_t k = 0; k < depth; k += DEPTH) {
+        int64_t some = least(DEPTH, depth - k), steps = blocks(some, S::SIZE);
+        pack_columns<Element>([&](int64_t i) { return a_row(k + i); }, some, m0, outputs, a_panel);
+        for (int64_t n = 0; n < width; n += PANEL) {
+            int64_t count = least(PANEL, width - n);
+            pack_columns<Element>([&](int64_t i) { return b_row(k + i); }, some, n, count, b_panel);
+            for (int64_t m = 0; m < outputs; m += PANEL_ROWS) {
+                int64_t rows = least(PANEL_ROWS, outputs - m);
+                alignas(64) float c[PANEL_ROWS][PANEL];
+                panel_tile(
+                    rows, [&](int64_t i, int64_t s) { return a_panel[s * PANEL + m + i]; }, b_panel,
+                    steps, true, c);
+                for (int64_t i = 0; i < rows; i++) {
+                    float* line = total + (m0 + m + i) * width + n;
+                    bool writes = is_empty && k == 0;
+                    for (int64_t j = 0; j < count; j++)
+                        line[j] = writes ? c[i][j] : line[j] + c[i][j];
+                }
+            }
+        }
+    }
+}
+
+// The same for B = rows of weights [from, from + count), `width` long, as they are in memory, and
+// for B = the transpose of such rows: y = x w^T.
+template <class Element>
+inline void rows_times(const Element* const* x, int64_t rows, const Element* weights, int64_t depth,
+                       int64_t width, int64_t from, int64_t count, float (*c)[PANEL]) {
+    auto pack = [&](int64_t k, int64_t some, auto* panel) {
+        auto row = [&](int64_t i) { return weights + (k + i) * width; };
+        pack_columns<Element>(row, some, from, count, panel);
+    };
+    rows_times_panel(x, rows, depth, pack, c);
+}
+template <class Element>
+inline void rows_times_transposed(const Element* const* x, int64_t rows, const Element* weights,
+                                  int64_t depth, int64_t from, int64_t count, float (*c)[PANEL]) {
+    auto pack = [&](int64_t k, int64_t some, auto* panel) {
+        pack_transposed<Element>(weights + from * depth + k, depth, some, count, panel);
+    };
+    rows_times_panel(x, rows, depth, pack, c);
+}
+
+}  // namespace ISA

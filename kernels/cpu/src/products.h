@@ -1,0 +1,98 @@
+// Rows times the rows of a weight matrix, y[m][n] = <x_m, w_n>, each product summed in an order
+// that depends on the width only: a row's result never depends on the rows beside it.
+#pragma once
+
+#include "vectors.h"
+
+namespace ISA {
+
+// Rows of x in one tile: as many sums as the registers hold, beside four rows of weights.
+#if defined(__AVX512F__)
+constexpr int64_t TILE_ROWS = 6;
+#else
+constexpr int64_t TILE_ROWS = 2;
+#endif
+// Rows of x that meet weights coming from memory: with more, arithmetic would wait for loads of x.
+constexpr int64_t STREAM_ROWS = TILE_ROWS < 4 ? TILE_ROWS : 4;
+// Outputs in one task: their weights stay in the second-level cache while rows pass by.
+constexpr int64_t BLOCK_OUTPUTS = 32;
+constexpr int64_t BLOCK_ROWS = 96;
+
+inline int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// out[m][0..3] = products of `Rows` rows of x with four rows of weights.
+//
+// Streamed, one row of weights follows the other, as memory likes it best: right for weights that
+// are read for the first time. Otherwise the four go side by side, so that a load of x serves four
+// products: right for weights in the cache. Either way a product is summed in the same order.
+template <int Rows, bool Streamed, class Element>
+inline void tile(const Element* const* x, const Element* const* w, int64_t width, float (*out)[4]) {
+    using C = Chunk<Element>;
+    constexpr int Side = Streamed ? 1 : 4;
+    Sum sums[Rows][4];
+    for (int first = 0; first < 4; first += Side) {
+        Sum part[Rows][Side];
+#pragma GCC unroll 8
+        for (int m = 0; m < Rows; m++)
+#pragma GCC unroll 4
+            for (int n = 0; n < Side; n++) part[m][n] = no_sum();
+        auto add = [&](auto load, int64_t at) {
+            typename C::Value weights[Side];
+#pragma GCC unroll 4
+            for (int n = 0; n < Side; n++) weights[n] = load(w[first + n] + at);
+#pragma GCC unroll 8
+            for (int m = 0; m < Rows; m++) {
+                typename C::Value row = load(x[m] + at);
+#pragma GCC unroll 4
+                for (int n = 0; n < Side; n++) part[m][n] = C::dot(part[m][n], row, weights[n]);
+            }
+        };
+        int64_t at = 0;
+        for (; at + C::SIZE <= width; at += C::SIZE)
+            add([](const Element* p) { return C::load(p); }, at);
+        int64_t rest = width - at;
+        if (rest) add([rest](const Element* p) { return C::load_part(p, rest); }, at);
+#pragma GCC unroll 8
+        for (int m = 0; m < Rows; m++)
+#pragma GCC unroll 4
+            for (int n = 0; n < Side; n++) sums[m][first + n] = part[m][n];
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < Rows; m++) total4(sums[m], out[m]);
+}
+
+template <bool Streamed, class Element>
+inline void tile(int64_t rows, const Element* const* x, const Element* const* w, int64_t width,
+                 float (*out)[4]) {
+    switch (rows) {
+        case 1: return tile<1, Streamed>(x, w, width, out);
+        case 2: return tile<2, Streamed>(x, w, width, out);
+#if defined(__AVX512F__)
+        case 3: return tile<3, Streamed>(x, w, width, out);
+        case 4: return tile<4, Streamed>(x, w, width, out);
+        case 5: return tile<5, Streamed>(x, w, width, out);
+        case 6: return tile<6, Streamed>(x, w, width, out);
+#endif
+    }
+}
+
+// Calls store(m, n, values, count) for the products of rows [0, rows) of x and the weight rows
+// [from, to), four outputs at a time (`count` of them at the end).
+template <class Element, class Store>
+inline void products(const Element* const* x, int64_t rows, const Element* weights, int64_t from,
+                     int64_t to, int64_t width, Store store) {
+    for (int64_t m = 0, some; m < rows; m += some) {
+        some = least(m == 0 ? STREAM_ROWS : TILE_ROWS, rows - m);
+        for (int64_t n = from; n < to; n += 4) {
+            int64_t count = least(4, to - n);
+            const Element* w[4];
+            for (int64_t i = 0; i < 4; i++) w[i] = weights + (n + least(i, count - 1)) * width;
+            float out[TILE_ROWS][4];
+            m == 0 ? tile<true>(some, x, w, width, out) : tile<false>(some, x + m, w, width, out);
+            for (int64_t i = 0; i < some; i++) store(m + i, n, out[i], count);
+        }
+    }
+}
+
+}  // namespace ISA

@@ -1,0 +1,87 @@
+"""The expert MLP with gradients on the C++ kernels.
+
+T tokens, K choices, R = T*K routed rows, N <= R rows with an expert, D model width, F expert width.
+"""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from ..expert_weights import ExpertWeights, MainGrads
+from .experts import check_rows, combine_lines, expert_arguments, is_plain
+from .library import functions_for
+from .structures import ExpertGradArguments
+
+
+def can_train(x_TD: Tensor, experts: ExpertWeights) -> bool:
+    """Say whether the kernels can run forward and backward."""
+    fc1, fc2, sums = experts.fc1_SHD, experts.fc2_SDF, experts.main_grads
+    if functions_for(x_TD, fc1, fc2, is_backward_ours=True) is None or not is_plain(experts):
+        return False
+    has_pairs = fc2.shape[1] % 2 == 0 and fc2.shape[2] % 2 == 0  # bf16 is multiplied in pairs
+    totals = () if sums is None else (sums.fc1_SHD, sums.fc2_SDF)
+    return has_pairs and all(t.dtype == torch.float32 and t.is_contiguous() for t in totals)
+
+
+class CppExpertMLP(torch.autograd.Function):
+    """``y_t = sum_k weights[t, k] * MLP_{experts[t, k]}(x_t)``, forward and backward.
+
+    Kept for backward are x, gate and up of each row, and the routing.
+    """
+
+    @staticmethod
+    def forward(ctx, x_TD, experts_TK, weights_TK, fc1_SHD, fc2_SDF, experts):  # type: ignore[no-untyped-def]
+        functions = functions_for(x_TD)
+        assert functions is not None, "can_train was not asked"
+        ctx.experts = experts
+        experts_TK = experts_TK.int().contiguous()
+        wide_TK = weights_TK.float().contiguous()
+        hidden_RH = x_TD.new_empty(experts_TK.numel(), fc1_SHD.shape[1])
+        lines_RD = torch.empty(experts_TK.numel(), x_TD.shape[1])
+        arguments, _slots = expert_arguments(x_TD, experts_TK, experts, None, lines_RD, hidden_RH)
+        wrong = functions.moeyard_expert_forward(ctypes.byref(arguments))
+        check_rows(wrong, experts_TK, experts)
+        ctx.weights_dtype = weights_TK.dtype
+        ctx.save_for_backward(x_TD, experts_TK, wide_TK, hidden_RH, fc1_SHD, fc2_SDF)
+        return combine_lines(lines_RD, experts_TK, wide_TK, x_TD)
+
+    @staticmethod
+    def backward(ctx, grad_TD):  # type: ignore[no-untyped-def]
+        x_TD, experts_TK, weights_TK, hidden_RH, fc1_SHD, fc2_SDF = ctx.saved_tensors
+        sums = ctx.experts.main_grads
+        has_main = sums is not None
+        if not has_main:
+            sums = MainGrads(torch.empty(fc1_SHD.shape), torch.empty(fc2_SDF.shape), is_empty=True)
+        grad_x_TD, grad_weights_TK = _gradients(
+            grad_TD.contiguous(), x_TD, experts_TK, weights_TK, hidden_RH, ctx.experts, sums
+        )
+        sums.is_empty = False
+        grad_fc1, grad_fc2 = None, None
+        if not has_main:
+            grad_fc1, grad_fc2 = sums.fc1_SHD.to(fc1_SHD.dtype), sums.fc2_SDF.to(fc2_SDF.dtype)
+        return grad_x_TD, None, grad_weights_TK.to(ctx.weights_dtype), grad_fc1, grad_fc2, None
+
+
+def _gradients(
+    grad_TD: Tensor,
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    hidden_RH: Tensor,
+    experts: ExpertWeights,
+    sums: MainGrads,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x and of the routing weights; those of fc1 and fc2 go to ``sums``."""
+    functions = functions_for(x_TD, grad_TD)
+    assert functions is not None, "forward ran on these kernels"
+    lines_RD = torch.empty(experts_TK.numel(), x_TD.shape[1])
+    grad_weights_TK = torch.empty(weights_TK.shape)
+    forward, _slots = expert_arguments(x_TD, experts_TK, experts, None, lines_RD, hidden_RH)
+    arguments = ExpertGradArguments(
+        *(forward, grad_TD.data_ptr(), weights_TK.data_ptr()),
+        *(sums.is_empty, experts.fc1_SHD.shape[0]),
+        *(sums.fc1_SHD.data_ptr(), sums.fc2_SDF.data_ptr(), grad_weights_TK.data_ptr()),
+    )
+    functions.moeyard_expert_grads(ctypes.byref(arguments))
+    return combine_lines(lines_RD, experts_TK, None, x_TD), grad_weights_TK

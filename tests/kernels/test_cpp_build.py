@@ -1,0 +1,94 @@
+"""Building and loading the C++ kernels, and doing without them."""
+
+import logging
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from moeyard.kernels.cpu import build, library
+from moeyard.kernels.cpu.build import BuildError, built_library
+from moeyard.kernels.cpu.linear import linear
+
+HAS_KERNELS = library.load().functions is not None
+needs_compiler = pytest.mark.skipif(not HAS_KERNELS, reason=library.load().state)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(library, "_loaded", None)
+    return tmp_path / "moeyard"
+
+
+def fake_compiler(tmp_path, monkeypatch, script: str) -> Path:
+    """Put a compiler in place that counts its calls; return the file that counts."""
+    compiler, calls = tmp_path / "fake-c++", tmp_path / "calls"
+    compiler.write_text(f"#!/bin/sh\necho called >> {calls}\n{script}\n")
+    compiler.chmod(0o755)
+    monkeypatch.setattr(build, "COMPILERS", (str(compiler),))
+    return calls
+
+
+def test_without_a_compiler_everything_runs_on_torch_and_says_why(cache, monkeypatch, caplog):
+    monkeypatch.setattr(build, "COMPILERS", ("no-such-compiler",))
+    with caplog.at_level(logging.WARNING):
+        assert library.load().functions is None
+    assert "no C++ compiler: none of no-such-compiler is installed" in caplog.text
+    with torch.no_grad():
+        assert linear(torch.ones(1, 2), torch.ones(3, 2)) is None
+
+
+def test_a_compiler_that_fails_is_quoted(cache, tmp_path, monkeypatch):
+    fake_compiler(tmp_path, monkeypatch, "echo 'x.h:1: error: no such thing' >&2; exit 1")
+    with pytest.raises(BuildError, match=r"ended with 1: x\.h:1: error: no such thing"):
+        built_library()
+    assert not [path for path in cache.iterdir() if path.name != "lock"]
+
+
+def test_many_at_once_build_once(cache, tmp_path, monkeypatch):
+    script = 'while [ "$1" != -o ]; do shift; done; sleep 0.1; touch "$2"'
+    calls = fake_compiler(tmp_path, monkeypatch, script)
+    with ThreadPoolExecutor() as pool:
+        paths = {future.result() for future in [pool.submit(built_library) for _ in range(4)]}
+    assert len(paths) == 1 and paths.pop().exists()
+    assert calls.read_text().count("called") <= len(build.VARIANTS) + 1
+
+
+def test_a_folder_that_others_may_write_to_is_refused(cache):
+    cache.mkdir()
+    cache.chmod(0o777)
+    with pytest.raises(BuildError, match="other users may write to"):
+        built_library()
+
+
+def test_a_library_that_computes_wrong_is_not_used(cache, monkeypatch):
+    monkeypatch.setattr("moeyard.kernels.cpu.check.problem", lambda: "computes norms wrong")
+    monkeypatch.setattr(library, "_open", lambda: library.Library(object(), "avx2"))
+    assert library.load() == (None, "avx2 computes norms wrong")
+
+
+def start(code: str, **variables: str) -> str:
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+PRINT_STATE = "from moeyard.kernels.cpu.library import load; print(load().state)"
+
+
+@needs_compiler
+@pytest.mark.parametrize("limit", ["portable", "off", "mmx"])
+def test_the_environment_limits_the_instruction_set(limit):
+    said = start(PRINT_STATE, MOEYARD_CPU_KERNELS=limit)
+    expected = {
+        "portable": "portable\n",
+        "off": "switched off by MOEYARD_CPU_KERNELS=off\n",
+        "mmx": "MOEYARD_CPU_KERNELS is 'mmx'; use off or one of portable, avx2",
+    }
+    assert expected[limit] in said

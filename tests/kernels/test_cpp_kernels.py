@@ -1,0 +1,254 @@
+"""The C++ kernels on every instruction set this processor has, against torch in fp64."""
+
+import os
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from moeyard.kernels.activation import ACTIVATIONS
+from moeyard.kernels.cpu import library
+from moeyard.kernels.cpu.build import VARIANTS
+from moeyard.kernels.cpu.linear import linear
+from moeyard.kernels.cpu.norm import rms_norm
+from moeyard.kernels.cpu.training import can_train
+from moeyard.kernels.expert_mlp import expert_mlp
+from moeyard.kernels.expert_weights import ExpertWeights, MainGrads
+from moeyard.kernels.waves import start_waves
+from moeyard.moe.build_router import build_router
+from moeyard.moe.router_config import TopK
+from moeyard.moe.routing import RouterInput
+
+FUNCTIONS = library.load().functions
+pytestmark = pytest.mark.skipif(FUNCTIONS is None, reason=library.load().state)
+TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2e-2}
+DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+
+
+@pytest.fixture(params=list(VARIANTS), autouse=True)
+def instruction_set(request):
+    chosen = FUNCTIONS.moeyard_choose(request.param.encode()).decode()
+    if chosen == request.param:
+        yield
+    FUNCTIONS.moeyard_choose(None)
+    if chosen != request.param:
+        pytest.skip(f"this processor has no {request.param}")
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients():
+    with torch.no_grad():
+        yield
+
+
+def random(*shape, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=generator) * shape[-1] ** -0.25).to(dtype)
+
+
+def assert_near(found, expected):
+    error = (found.double() - expected).abs().max() / expected.abs().max()
+    assert error < TOLERANCE[found.dtype], f"off by {float(error)}"
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    "rows, width, outputs", [(1, 1, 1), (2, 31, 5), (7, 64, 130), (201, 75, 3)]
+)
+def test_a_linear_layer_agrees_with_fp64(dtype, rows, width, outputs):
+    x, weight = random(rows, width, dtype=dtype), random(outputs, width, seed=1, dtype=dtype)
+    assert_near(linear(x, weight), F.linear(x.double(), weight.double()))
+
+
+@DTYPES
+def test_a_row_has_the_same_bits_alone_and_among_others_on_any_number_of_threads(dtype):
+    x, weight = random(210, 333, dtype=dtype), random(70, 333, seed=1, dtype=dtype)
+    torch.set_num_threads(1)
+    expected = linear(x, weight)
+    torch.set_num_threads(3)
+    for count in (1, 2, 3, 4, 5, 6, 7, 9, 96, 97, 210):
+        assert torch.equal(linear(x[:count], weight), expected[:count])
+        assert torch.equal(linear(x[-count:], weight), expected[-count:])
+
+
+@DTYPES
+def test_norms_agree_with_fp64(dtype):
+    x, weight = random(3, 5, 23, dtype=dtype), random(23, seed=1, dtype=dtype)
+    expected = F.rms_norm(x.double(), (23,), weight.double(), 1e-5)
+    assert_near(rms_norm(x, weight, 1e-5), expected)
+
+
+@DTYPES
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("tokens, choices, experts", [(1, 1, 1), (9, 3, 3), (130, 2, 5)])
+def test_experts_agree_with_the_reference(dtype, activation, tokens, choices, experts):
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(-1, experts, (tokens, choices), generator=generator)
+    weights = torch.rand(tokens, choices, generator=generator)
+    x = random(tokens, 45, dtype=dtype)
+    fc1 = random(experts, 2 * 70, 45, seed=1, dtype=dtype)
+    fc2 = random(experts, 45, 70, seed=2, dtype=dtype)
+    y = expert_mlp(x, ids, weights, ExpertWeights(fc1, fc2, activation=activation))
+    wide = ExpertWeights(fc1.double(), fc2.double(), activation=activation)
+    expected = expert_mlp(x.double(), ids, weights.double(), wide, "reference")
+    if ids.max() >= 0:
+        assert_near(y, expected)
+    assert torch.equal(y[(ids < 0).all(dim=1)], torch.zeros_like(y[(ids < 0).all(dim=1)]))
+
+
+TRAINING = {  # tokens, choices, experts, D, F
+    "few": (3, 2, 4, 6, 10),
+    "rests": (150, 2, 3, 70, 34),
+    "deep": (700, 1, 1, 24, 520),
+    "wide": (40, 2, 2, 530, 66),
+}
+
+
+@DTYPES
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("shape", TRAINING.values(), ids=TRAINING)
+def test_training_has_the_values_and_gradients_of_the_reference(dtype, activation, shape):
+    tokens, choices, experts, d_model, d_expert = shape
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(-1, experts + 1, (tokens, choices), generator=generator)
+    ids[ids == experts] = 0  # which has many rows
+    x = random(tokens, d_model, dtype=dtype)
+    fc1 = random(experts + 1, 2 * d_expert, d_model, seed=1, dtype=dtype)  # the last has no rows
+    fc2 = random(experts + 1, d_model, d_expert, seed=2, dtype=dtype)
+    leaves = [x, torch.rand(tokens, choices, generator=generator), fc1, fc2]
+    upstream = random(tokens, d_model, seed=4, dtype=dtype)
+    found = values_and_gradients(leaves, ids, activation, upstream)
+    expected = values_and_gradients([t.double() for t in leaves], ids, activation, upstream)
+    for actual, wanted in zip(found, expected, strict=True):
+        assert_near(actual.to(dtype), wanted)
+    assert not found[3][-1].any() and not found[4][-1].any()
+    again = values_and_gradients(leaves, ids, activation, upstream)
+    assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
+
+
+def values_and_gradients(leaves, ids, activation, upstream):
+    x, weights, fc1, fc2 = leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+    with torch.enable_grad():
+        experts = ExpertWeights(fc1, fc2, activation=activation)
+        backend = "reference" if x.dtype == torch.float64 else "torch"
+        assert backend == "reference" or can_train(x, experts)
+        y = expert_mlp(x, ids, weights, experts, backend)
+        return y.detach(), *torch.autograd.grad(y, leaves, upstream.to(y.dtype))
+
+
+def test_gradients_of_the_experts_are_added_to_main_gradients_or_begin_them():
+    ids, weights = torch.tensor([[0, 2], [2, -1]]), torch.rand(2, 2)
+    x, fc1, fc2 = random(2, 8), random(3, 12, 8, seed=1), random(3, 8, 6, seed=2)
+    leaves = [x, weights, fc1, fc2]
+    _, _, _, *expected = values_and_gradients(leaves, ids, "swiglu", torch.ones(2, 8))
+    sums = MainGrads(torch.full((3, 12, 8), torch.nan), torch.full((3, 8, 6), torch.nan), True)
+    for times in (1, 2):
+        with torch.enable_grad():
+            experts = ExpertWeights(fc1.requires_grad_(), fc2, main_grads=sums)
+            expert_mlp(x, ids, weights, experts).sum().backward()
+        assert fc1.grad is None and not sums.is_empty
+        for total, one in zip((sums.fc1_SHD, sums.fc2_SDF), expected, strict=True):
+            torch.testing.assert_close(total, times * one)
+
+
+def test_no_tokens_give_no_rows():
+    fc1, fc2 = random(2, 16, 4), random(2, 4, 8)
+    empty = torch.empty(0, 2)
+    assert expert_mlp(torch.empty(0, 4), empty.int(), empty, ExpertWeights(fc1, fc2)).shape == (
+        0,
+        4,
+    )
+    assert linear(torch.empty(0, 4), fc1[0]).shape == (0, 16)
+
+
+def test_weights_of_absent_choices_and_their_lines_are_never_read():
+    x, fc1, fc2 = random(2, 4), random(1, 16, 4), random(1, 4, 8)
+    ids, weights = torch.tensor([[0, -1], [-1, -1]]), torch.tensor([[1.0, float("nan")]] * 2)
+    y = expert_mlp(x, ids, weights, ExpertWeights(fc1, fc2))
+    assert y.isfinite().all() and not y[1].any()
+
+
+@pytest.mark.parametrize("expert", [-2, 3, 2**31 - 1])
+def test_expert_ids_out_of_range_are_refused(expert):
+    weights = ExpertWeights(random(3, 16, 4), random(3, 4, 8))
+    with pytest.raises(ValueError, match=f"expert id {expert} is outside"):
+        expert_mlp(random(1, 4), torch.tensor([[0, expert]]), torch.ones(1, 2), weights)
+
+
+def test_rows_whose_expert_is_missing_are_our_bug_outside_waves():
+    weights = ExpertWeights(random(1, 16, 4), random(1, 4, 8), slot_of_E=(-1, 0))
+    ids = torch.tensor([[0, 1]])
+    with pytest.raises(AssertionError, match="expert 0 has rows but no slot"):
+        expert_mlp(random(1, 4), ids, torch.ones(1, 2), weights)
+    start_waves(random(1, 4), ids, torch.ones(1, 2), 2).add(weights, only=[1])
+
+
+ROUTERS = {
+    "plain": {},
+    "sums": {"renormalize": False, "scale": 2.5},
+    "sigmoid_with_bias": {"score": "sigmoid", "bias_update_rate": 0.1},
+    "groups": {"score": "sigmoid", "num_groups": 6, "top_groups": 2, "bias_update_rate": 0.1},
+    "softmax_groups": {"num_groups": 3, "top_groups": 2},
+}
+
+
+def routers(dtype, **options):
+    """Return a router and x, on which the C++ kernels run, and both in fp64."""
+    torch.manual_seed(0)
+    router = build_router(TopK(k=4, **options), 37, 18).eval()
+    if router.e_score_correction_bias is not None:
+        router.e_score_correction_bias += torch.linspace(-0.3, 0.3, 18)
+    x = random(57, 37, dtype=dtype)
+    wide = build_router(TopK(k=4, **options), 37, 18).eval().double()
+    wide.load_state_dict(router.state_dict())
+    return router, x, wide
+
+
+@DTYPES
+@pytest.mark.parametrize("options", ROUTERS.values(), ids=ROUTERS)
+def test_routers_choose_and_weigh_as_in_fp64(dtype, options):
+    router, x, wide = routers(dtype, **options)
+    found, expected = router.route(RouterInput(x)), wide.route(RouterInput(x.double()))
+    assert found.experts_TK.dtype == torch.int32 and found.weights_TK.dtype == torch.float32
+    assert torch.equal(found.experts_TK, expected.experts_TK)
+    torch.testing.assert_close(found.weights_TK.double(), expected.weights_TK, rtol=2e-5, atol=1e-6)
+    assert torch.equal(found.counts_E, expected.counts_E)
+    assert int(found.num_tokens) == int(expected.num_tokens) == 57
+    alone = router.route(RouterInput(x[5:6]))
+    assert torch.equal(alone.weights_TK, found.weights_TK[5:6])
+
+
+def test_equal_scores_go_to_the_lower_expert():
+    router = build_router(TopK(k=4), 8, 18).eval()
+    router.weight.zero_()
+    assert router.route(RouterInput(random(2, 8))).experts_TK.tolist() == [[0, 1, 2, 3]] * 2
+
+
+def test_scores_that_are_not_numbers_still_name_different_experts():
+    for options in ROUTERS.values():
+        router, x, _ = routers(torch.float32, **options)
+        chosen = router.route(RouterInput(torch.full_like(x, torch.nan))).experts_TK
+        assert all(len({*row}) == 4 and min(row) >= 0 and max(row) < 18 for row in chosen.tolist())
+
+
+def test_callers_in_several_threads_and_in_forked_children_get_right_results():
+    torch.set_num_threads(2)
+    x, weight = random(64, 256), random(512, 256)
+    expected = linear(x, weight)
+    wrong = []
+
+    def call():
+        with torch.no_grad():
+            wrong.extend(1 for _ in range(50) if not torch.equal(linear(x, weight), expected))
+
+    callers = [threading.Thread(target=call) for _ in range(4)]
+    for caller in callers:
+        caller.start()
+    child = os.fork()
+    if not child:  # it inherits no helpers, and maybe a pool in the midst of a job
+        os._exit(0 if torch.equal(linear(x, weight), expected) else 1)
+    for caller in callers:
+        caller.join()
+    assert not wrong
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -1,0 +1,112 @@
+"""Single new positions: through the C++ attention or torch's, alone or among others."""
+
+import copy
+
+import pytest
+import torch
+
+from moeyard.kernels.cpu import library
+from moeyard.moe.batch import batch_of
+from moeyard.moe.config import ModelConfig, MoEConfig
+from moeyard.moe.decoder import Decoder
+from moeyard.moe.router_config import TopK
+
+NONE = library.Library(None, "left out")
+BACKENDS = pytest.mark.parametrize("kernels", [library.load(), NONE], ids=["cpp", "torch"])
+HEADS = [(4, 4, 8), (6, 2, 10), (8, 1, 4)]
+"""Query heads, key/value heads, head width: one per group, some, more than a tile takes."""
+
+
+def decoder(heads=(6, 2, 10), dtype=torch.float32) -> Decoder:
+    num_heads, num_kv_heads, head_dim = heads
+    torch.manual_seed(0)
+    config = ModelConfig(
+        vocab_size=40,
+        d_model=24,
+        num_layers=3,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        max_positions=400,
+        moe=MoEConfig(num_experts=4, d_expert=16, router=TopK(k=2)),
+    )
+    model = Decoder(config)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return model.to(dtype).eval()
+
+
+def prompts(*lengths: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, 40, (length,), generator=generator) for length in lengths]
+
+
+@torch.inference_mode()
+def hidden_by_steps(model: Decoder, sequences, prefix: int) -> list[torch.Tensor]:
+    """Read ``prefix`` ids at once, then one by one, all sequences together."""
+    caches = [model.new_cache() for _ in sequences]
+    chunks = [[ids[:prefix] for ids in sequences]]
+    longest = max(map(len, sequences))
+    chunks += [[ids[at : at + 1] for ids in sequences] for at in range(prefix, longest)]
+    found: list[list[torch.Tensor]] = [[] for _ in sequences]
+    for chunk in chunks:
+        present = [index for index, ids in enumerate(chunk) if len(ids)]
+        some = [chunk[index] for index in present]
+        out = model(batch_of(some, [caches[index] for index in present])).hidden_TD
+        for index, rows in zip(present, out.split([len(ids) for ids in some]), strict=True):
+            found[index].append(rows)
+    return [torch.cat(rows) for rows in found]
+
+
+@BACKENDS
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_positions_one_by_one_equal_the_whole_sequence(heads, kernels, monkeypatch):
+    model, sequences = decoder(heads), prompts(90, 5, 71)
+    with torch.inference_mode():
+        whole = [model(batch_of([ids])).hidden_TD for ids in sequences]
+    monkeypatch.setattr(library, "_loaded", kernels)
+    for found, expected in zip(hidden_by_steps(model, sequences, 4), whole, strict=True):
+        torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_sequence_has_the_same_bits_alone_beside_others_and_beside_a_prompt(dtype):
+    if library.load().functions is None:
+        pytest.skip("torch's fp32 products depend on the number of rows")
+    model, (ids, other, prompt) = decoder(dtype=dtype), prompts(30, 30, 50)
+    alone = hidden_by_steps(model, [ids], 10)[0]
+    assert torch.equal(hidden_by_steps(model, [other, ids], 10)[1], alone)
+    cache, beside = model.new_cache(), model.new_cache()
+    with torch.inference_mode():
+        model(batch_of([ids[:10]], [cache]))
+        rows = []
+        for at in range(10, 30):
+            chunk = prompt[2 * (at - 10) : 2 * (at - 10) + 2]
+            out = model(batch_of([chunk, ids[at : at + 1]], [beside, cache])).hidden_TD
+            rows.append(out[2:])
+    assert torch.equal(torch.cat(rows), alone[10:])
+
+
+def test_new_parameters_are_seen():
+    model, sequences = decoder(), prompts(12)
+    before = hidden_by_steps(model, sequences, 4)[0]
+    with torch.no_grad():
+        model.layers[1].self_attn.o_proj.weight = torch.nn.Parameter(
+            torch.zeros_like(model.layers[1].self_attn.o_proj.weight)
+        )
+    after = hidden_by_steps(model, sequences, 4)[0]
+    with torch.inference_mode():
+        expected = model(batch_of(sequences)).hidden_TD
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(after, expected, rtol=2e-4, atol=2e-5)
+
+
+def test_a_copy_uses_its_own_parameters():
+    model, sequences = decoder(), prompts(12)
+    before = hidden_by_steps(model, sequences, 4)[0]
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(hidden_by_steps(twin, sequences, 4)[0], before)
