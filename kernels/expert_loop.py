@@ -4,14 +4,21 @@
 threads, it takes 0.84 of the time in bf16 and 0.97 in fp32 at 2 rows a group, and 0.98 and 0.99 at
 256 (benchmarks/constants.py), and between its products everything goes through memory.
 
-T tokens, K choices, R = T*K routed rows, N <= R rows whose expert is here, in expert order,
-D model width, F expert width, H = 2F, S slots, n rows of one group.
+In bf16 oneDNN compiles code for every new number of rows, which takes as long as a product of 128
+rows (0.74 ms in place of 0.37, [n, 512] x [512, 512]), and keeps 1024 pieces; routing asks for new
+numbers in every step. Training therefore rounds a group's rows up to few numbers: the rows that
+follow are computed along, with weight 0, and overwritten when their own group comes.
+
+T tokens, K choices, R = T*K routed rows, N <= R rows whose expert is here, in expert order, M >= N
+with those that the last group was rounded up by, D model width, F expert width, H = 2F, S slots,
+n rows of one group, m >= n rounded up.
 """
 
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .activation import gated, gated_backward
@@ -42,6 +49,24 @@ def spans_of(
     return spans
 
 
+def _rounded(num_rows: int, x_TD: Tensor) -> int:
+    """Return ``num_rows`` in five significant bits where code is compiled for each number.
+
+    That is 16 numbers from each power of two to the next, 2 % more rows on average.
+    """
+    if x_TD.dtype != torch.bfloat16 or x_TD.is_cuda:
+        return num_rows
+    unit = 1 << max(0, num_rows.bit_length() - 5)
+    return -(-num_rows // unit) * unit
+
+
+def _tokens_M(grouping: Grouping, spans: list[Span], x_TD: Tensor) -> Tensor:
+    """Return the token of each of the N rows; token 0 for those that rounding adds behind them."""
+    num_rows = spans[-1].end if spans else 0
+    most = max((start + _rounded(end - start, x_TD) for _, start, end in spans), default=0)
+    return F.pad(grouping.tokens_R[:num_rows], (0, most - num_rows))
+
+
 def infer(
     x_TD: Tensor, grouping: Grouping, experts: ExpertWeights, spans: list[Span], out_RD: Tensor
 ) -> None:
@@ -60,52 +85,54 @@ def infer(
 def forward(
     x_TD: Tensor, grouping: Grouping, experts: ExpertWeights, spans: list[Span]
 ) -> tuple[Tensor, Tensor]:
-    """Return pre-activations ``h_NH``, which backward needs, and outputs ``y_ND``."""
-    num_rows = spans[-1].end if spans else 0
-    h_NH = x_TD.new_empty(num_rows, experts.fc1_SHD.shape[1])
-    y_ND = x_TD.new_empty(num_rows, x_TD.shape[1])
-    tokens_R = grouping.tokens_R
+    """Return pre-activations ``h_MH``, which backward needs, and outputs ``y_MD``."""
+    tokens_M = _tokens_M(grouping, spans, x_TD)
+    h_MH = x_TD.new_empty(len(tokens_M), experts.fc1_SHD.shape[1])
+    y_MD = x_TD.new_empty(len(tokens_M), x_TD.shape[1])
     for slot, start, end in spans:
-        h_nH = h_NH[start:end]
-        torch.mm(x_TD.index_select(0, tokens_R[start:end]), experts.fc1_SHD[slot].t(), out=h_nH)
-        torch.mm(gated(h_nH, experts.activation), experts.fc2_SDF[slot].t(), out=y_ND[start:end])
-    return h_NH, y_ND
+        rows = slice(start, start + _rounded(end - start, x_TD))
+        h_mH = h_MH[rows]
+        torch.mm(x_TD.index_select(0, tokens_M[rows]), experts.fc1_SHD[slot].t(), out=h_mH)
+        torch.mm(gated(h_mH, experts.activation), experts.fc2_SDF[slot].t(), out=y_MD[rows])
+    return h_MH, y_MD
 
 
 def backward(
     grad_TD: Tensor,
     x_TD: Tensor,
     weights_TK: Tensor,
-    h_NH: Tensor,
+    h_MH: Tensor,
     grouping: Grouping,
     experts: ExpertWeights,
     spans: list[Span],
     sums: MainGrads,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of each row's x, ``[N, D]``, and of ``weights_TK``.
+    """Return the gradients of each row's x, ``[M, D]``, and of ``weights_TK``.
 
     Those of fc1 and fc2 are left in ``sums``.
     """
-    grad_x_ND = x_TD.new_empty(h_NH.shape[0], x_TD.shape[1])
+    grad_x_MD = x_TD.new_empty(h_MH.shape[0], x_TD.shape[1])
     grad_weights_R = torch.zeros_like(weights_TK).reshape(-1)
-    tokens_R, order_R = grouping.tokens_R, grouping.order_R
-    weights_R1 = weights_TK.reshape(-1).index_select(0, order_R).unsqueeze(-1)
+    tokens_M = _tokens_M(grouping, spans, x_TD)
+    weights_R1 = weights_TK.reshape(-1).index_select(0, grouping.order_R).unsqueeze(-1)
     for slot, start, end in spans:
-        tokens_n, weight_n1 = tokens_R[start:end], weights_R1[start:end]
-        grad_nD = grad_TD.index_select(0, tokens_n)
-        unscaled_nF = torch.mm(grad_nD, experts.fc2_SDF[slot])
-        grad_act_nF = (unscaled_nF * weight_n1).to(unscaled_nF.dtype)
-        act_nF, grad_h_nH = gated_backward(h_NH[start:end], grad_act_nF, experts.activation)
+        rows = slice(start, start + _rounded(end - start, x_TD))
+        weight_m1 = F.pad(weights_R1[start:end], (0, 0, 0, rows.stop - end))
+        grad_mD = grad_TD.index_select(0, tokens_M[rows])
+        unscaled_mF = torch.mm(grad_mD, experts.fc2_SDF[slot])
+        grad_act_mF = (unscaled_mF * weight_m1).to(unscaled_mF.dtype)
+        act_mF, grad_h_mH = gated_backward(h_MH[rows], grad_act_mF, experts.activation)
         # <dy_t, y_row> = <dy_t W2, act>, so the outputs need not be kept.
-        grad_weights_R[start:end] = (unscaled_nF * act_nF).sum(dim=-1, dtype=weights_TK.dtype)
-        scaled_act_nF = (act_nF * weight_n1).to(act_nF.dtype)
-        _add_product(sums.fc2_SDF[slot], grad_nD, scaled_act_nF, sums.is_empty)
-        x_nD = x_TD.index_select(0, tokens_n)
-        _add_product(sums.fc1_SHD[slot], grad_h_nH, x_nD, sums.is_empty)
-        torch.mm(grad_h_nH, experts.fc1_SHD[slot], out=grad_x_ND[start:end])
+        grad_weights_m = (unscaled_mF * act_mF).sum(dim=-1, dtype=weights_TK.dtype)
+        grad_weights_R[start:end] = grad_weights_m[: end - start]
+        scaled_act_mF = (act_mF * weight_m1).to(act_mF.dtype)
+        _add_product(sums.fc2_SDF[slot], grad_mD, scaled_act_mF, sums.is_empty)
+        x_mD = x_TD.index_select(0, tokens_M[rows])
+        _add_product(sums.fc1_SHD[slot], grad_h_mH, x_mD, sums.is_empty)
+        torch.mm(grad_h_mH, experts.fc1_SHD[slot], out=grad_x_MD[rows])
     if sums.is_empty:
         _zero_others(sums, spans)
-    return grad_x_ND, grad_weights_R.index_select(0, grouping.inverse_R).view_as(weights_TK)
+    return grad_x_MD, grad_weights_R.index_select(0, grouping.inverse_R).view_as(weights_TK)
 
 
 def _add_product(total_QP: Tensor, grad_nQ: Tensor, x_nP: Tensor, is_empty: bool) -> None:

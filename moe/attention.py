@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels import causal_attention
 from ..kernels.cpu.norm import rms_norm as cpp_rms_norm
 from .batch import Batch, Packing
 from .config import ModelConfig
@@ -126,7 +127,11 @@ class Attention(nn.Module):
         )
 
     def _uniform(self, q_TQH: Tensor, k_TGH: Tensor, v_TGH: Tensor, length: int) -> Tensor:
-        q, k, v = (t.unflatten(0, (-1, length)).transpose(1, 2) for t in (q_TQH, k_TGH, v_TGH))
+        q, k, v = (t.unflatten(0, (-1, length)) for t in (q_TQH, k_TGH, v_TGH))
+        if causal_attention.can_run(q):
+            out_BLQH: Tensor = causal_attention.CausalAttention.apply(q, k, v)
+            return out_BLQH.flatten(0, 1)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         return self._attend(q, k, v, None, causal=True).transpose(1, 2).flatten(0, 1)
 
     def _packed(self, q_TQH: Tensor, k_TGH: Tensor, v_TGH: Tensor, packing: Packing) -> Tensor:

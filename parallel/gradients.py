@@ -1,8 +1,9 @@
 """Main gradients: fp32 sums over micro-batches and ranks, equal to one process's gradients.
 
 Losses are sums over local tokens divided by the tokens of the global batch, so gradients are
-summed, never averaged. Dense parameters are reduced by DDP's buckets while backward still runs;
-experts live outside DDP and are reduced over the ranks that hold the same ones.
+summed, never averaged. Where all ranks are on one host, main gradients lie in memory they share and
+are summed there after backward. Elsewhere dense parameters are reduced by DDP's buckets while
+backward still runs; experts live outside DDP. Experts are summed over the ranks that hold the same.
 """
 
 import torch

@@ -14,7 +14,8 @@ Phase = Literal[
 ]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 """In the order of a step. ``forward`` and ``backward`` include the expert all-to-all, ``backward``
-the reduction that overlaps with it; ``reduce`` is what remains: experts, loss sums, norm."""
+the reduction that overlaps with it; ``reduce`` is what remains: experts, loss sums, norm, and dense
+gradients where ranks share memory."""
 
 
 class PhaseClock:
