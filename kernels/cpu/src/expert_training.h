@@ -26,15 +26,22 @@ void keep_first_half(const ExpertArguments& a, const Order& order, const RowBloc
         pointers[m] = x + order.rows[block.from + m] / a.choices * a.d_model;
     rows_times_transposed(pointers, rows, weights, a.d_model, from, count, gate);
     rows_times_transposed(pointers, rows, weights, a.d_model, width + from, count, up);
-    for (int64_t m = 0; m < rows; m++) {
-        Element* kept = hidden + (block.from + m) * 2 * width + from;
-        Element* line = act + (block.from + m) * width + from;
-        for (int64_t i = 0; i < count; i++) kept[i] = narrow<Element>(gate[m][i]);
-        for (int64_t i = 0; i < count; i++) kept[width + i] = narrow<Element>(up[m][i]);
-        for (int64_t i = 0; i < count; i++)
-            line[i] =
-                narrow<Element>(activate(widen(kept[i]), widen(kept[width + i]), a.activation));
-    }
+    by_activation(a.activation, [&](auto kind) {
+        for (int64_t m = 0; m < rows; m++) {
+            Element* kept_gate = hidden + (block.from + m) * 2 * width + from;
+            Element* kept_up = kept_gate + width;
+            Element* line = act + (block.from + m) * width + from;
+#pragma GCC ivdep
+            for (int64_t i = 0; i < count; i++) {  // backward will find rounded values: so here
+                Element rounded_gate = narrow<Element>(gate[m][i]);
+                Element rounded_up = narrow<Element>(up[m][i]);
+                float value = activate<kind>(widen(rounded_gate)).value * widen(rounded_up);
+                kept_gate[i] = rounded_gate;
+                kept_up[i] = rounded_up;
+                line[i] = narrow<Element>(value);
+            }
+        }
+    });
 }
 
 // One block's outputs [from, from + count) of D, each routed row into its own line.
@@ -70,21 +77,6 @@ template <class Element> int64_t expert_forward(const ExpertArguments& a) {
     return -1;
 }
 
-// act(gate), and its slope.
-struct Activated {
-    float value, slope;
-};
-
-inline Activated activate_with_slope(float gate, int64_t activation) {
-    if (activation == REGLU) return {gate > 0 ? gate : 0, gate > 0 ? 1.0f : 0.0f};
-    if (activation == GEGLU) {
-        float below = 0.5f * (1 + std::erf(gate * 0.70710678f));
-        return {gate * below, below + gate * 0.39894228f * exponential(-0.5f * gate * gate)};
-    }
-    float sigmoid = 1 / (1 + exponential(-gate));
-    return {gate * sigmoid, sigmoid * (1 + gate * (1 - sigmoid))};
-}
-
 // What one backward shares among its tasks.
 template <class Element> struct Backward {
     const ExpertGradArguments& a;
@@ -104,6 +96,7 @@ template <class Element> struct Backward {
         parts.reset(new float[rows * act_panels]);
     }
 
+    float& part_of(int64_t row, int64_t panel) { return parts[row * act_panels + panel]; }
     int64_t token(int64_t row) const { return order.rows[row] / f.choices; }
     const Element* x(int64_t row) const {
         return static_cast<const Element*>(f.x) + token(row) * f.d_model;
@@ -121,24 +114,34 @@ template <class Element> struct Backward {
         alignas(64) float u[TRAINING_ROWS][PANEL];
         for (int64_t m = 0; m < rows; m++) pointers[m] = grad(block.from + m);
         rows_times(pointers, rows, fc2, f.d_model, width, from, count, u);
-        for (int64_t m = 0; m < rows; m++) {
-            int64_t row = block.from + m;
-            const Element* gate = static_cast<const Element*>(f.hidden) + row * 2 * width + from;
-            Element* grad_gate = grad_hidden.get() + row * 2 * width + from;
-            Element* act = scaled_act.get() + row * width + from;
-            float weight = a.weights[order.rows[row]], products[PANEL], part = 0;
-            for (int64_t i = 0; i < count; i++) {
-                float up = widen(gate[width + i]);
-                Activated activated = activate_with_slope(widen(gate[i]), f.activation);
-                float grad_act = weight * u[m][i];
-                grad_gate[i] = narrow<Element>(grad_act * up * activated.slope);
-                grad_gate[width + i] = narrow<Element>(grad_act * activated.value);
-                act[i] = narrow<Element>(weight * activated.value * up);
-                products[i] = u[m][i] * activated.value * up;
-            }
-            for (int64_t i = 0; i < count; i++) part += products[i];
-            parts[row * act_panels + panel] = part;
+        by_activation(f.activation, [&](auto kind) {
+            for (int64_t m = 0; m < rows; m++)
+                part_of(block.from + m, panel) = through_activation<kind>(block.from + m, from,
+                                                                          count, u[m]);
+        });
+    }
+
+    // From u, one row of it: d gate, d up and w a. Returns the sum of u a over these columns.
+    template <Activation Kind>
+    float through_activation(int64_t row, int64_t from, int64_t count, const float* u) {
+        int64_t width = f.d_expert;
+        const Element* gate = static_cast<const Element*>(f.hidden) + row * 2 * width + from;
+        const Element* up = gate + width;
+        Element* grad_gate = grad_hidden.get() + row * 2 * width + from;
+        Element* grad_up = grad_gate + width;
+        Element* act = scaled_act.get() + row * width + from;
+        float weight = a.weights[order.rows[row]], products[PANEL], sum = 0;
+#pragma GCC ivdep
+        for (int64_t i = 0; i < count; i++) {
+            Activated activated = activate<Kind>(widen(gate[i]));
+            float grad_act = weight * u[i], value = activated.value * widen(up[i]);
+            grad_gate[i] = narrow<Element>(grad_act * widen(up[i]) * activated.slope);
+            grad_up[i] = narrow<Element>(grad_act * activated.value);
+            act[i] = narrow<Element>(weight * value);
+            products[i] = u[i] * value;
         }
+        for (int64_t i = 0; i < count; i++) sum += products[i];
+        return sum;
     }
 
     // d x of one block of rows and one panel of D, each routed row into its own line.
@@ -198,7 +201,7 @@ template <class Element> void expert_grads(const ExpertGradArguments& a) {
     int64_t num_rows = order.num_blocks ? order.row_blocks[order.num_blocks - 1].to : 0;
     for (int64_t row = 0; row < num_rows; row++)
         for (int64_t panel = 0; panel < act_panels; panel++)
-            a.grad_weights[order.rows[row]] += backward.parts[row * act_panels + panel];
+            a.grad_weights[order.rows[row]] += backward.part_of(row, panel);
     for_each_task(order.num_blocks * model_panels, f.threads, [&](int64_t task) {
         backward.through_first(order.row_blocks[task / model_panels], task % model_panels);
     });

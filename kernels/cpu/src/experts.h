@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <type_traits>
 
 #include "arguments.h"
 #include "linear.h"
@@ -9,10 +10,26 @@
 
 namespace ISA {
 
-inline float activate(float gate, float up, int64_t activation) {
-    if (activation == REGLU) return gate > 0 ? gate * up : 0;
-    if (activation == GEGLU) return 0.5f * gate * (1 + std::erf(gate * 0.70710678f)) * up;
-    return gate / (1 + exponential(-gate)) * up;
+// Calls body with the activation as a constant, so that loops in it become vector code.
+template <class Body> inline void by_activation(int64_t activation, Body body) {
+    if (activation == REGLU) return body(std::integral_constant<Activation, REGLU>{});
+    if (activation == GEGLU) return body(std::integral_constant<Activation, GEGLU>{});
+    body(std::integral_constant<Activation, SWIGLU>{});
+}
+
+// act(gate) and its slope.
+struct Activated {
+    float value, slope;
+};
+
+template <Activation Kind> inline Activated activate(float gate) {
+    if constexpr (Kind == REGLU) return {gate > 0 ? gate : 0.0f, gate > 0 ? 1.0f : 0.0f};
+    if constexpr (Kind == GEGLU) {
+        float below = 0.5f * (1 + std::erf(gate * 0.70710678f));
+        return {gate * below, below + gate * 0.39894228f * exponential(-0.5f * gate * gate)};
+    }
+    float sigmoid = 1 / (1 + exponential(-gate));
+    return {gate * sigmoid, sigmoid * (1 + gate * (1 - sigmoid))};
 }
 
 // A stretch of routed rows that share an expert.
@@ -68,21 +85,24 @@ void first_half(const ExpertArguments& a, const Order& order, const RowBlock& bl
     const Element* gate_weights = static_cast<const Element*>(a.fc1) + block.slot * a.fc1_stride;
     const Element* up_weights = gate_weights + a.d_expert * a.d_model;
     const Element* pointers[BLOCK_ROWS];
-    float gates[BLOCK_ROWS][BLOCK_OUTPUTS];
+    float gates[BLOCK_ROWS][BLOCK_OUTPUTS], ups[BLOCK_ROWS][BLOCK_OUTPUTS];
     int64_t rows = block.to - block.from;
     for (int64_t m = 0; m < rows; m++)
         pointers[m] = x + order.rows[block.from + m] / a.choices * a.d_model;
-    products(pointers, rows, gate_weights, from, to, a.d_model,
-             [&](int64_t m, int64_t n, const float* values, int64_t count) {
-                 for (int64_t i = 0; i < count; i++) gates[m][n - from + i] = values[i];
-             });
-    products(pointers, rows, up_weights, from, to, a.d_model,
-             [&](int64_t m, int64_t n, const float* values, int64_t count) {
-                 Element* line = act + (block.from + m) * a.d_expert + n;
-                 for (int64_t i = 0; i < count; i++)
-                     line[i] = narrow<Element>(
-                         activate(gates[m][n - from + i], values[i], a.activation));
-             });
+    auto keep_in = [&](float (*values_of)[BLOCK_OUTPUTS]) {
+        return [=](int64_t m, int64_t n, const float* values, int64_t count) {
+            for (int64_t i = 0; i < count; i++) values_of[m][n - from + i] = values[i];
+        };
+    };
+    products(pointers, rows, gate_weights, from, to, a.d_model, keep_in(gates));
+    products(pointers, rows, up_weights, from, to, a.d_model, keep_in(ups));
+    by_activation(a.activation, [&](auto kind) {
+        for (int64_t m = 0; m < rows; m++) {
+            Element* line = act + (block.from + m) * a.d_expert + from;
+            for (int64_t i = 0; i < to - from; i++)
+                line[i] = narrow<Element>(activate<kind>(gates[m][i]).value * ups[m][i]);
+        }
+    });
 }
 
 // One block's outputs [from, to) of D, each routed row into its own line.

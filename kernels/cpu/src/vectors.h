@@ -30,8 +30,8 @@ template <> inline float narrow<float>(float x) { return x; }
 template <> inline bf16 narrow<bf16>(float x) {  // round to nearest, ties to even
     uint32_t bits;
     std::memcpy(&bits, &x, sizeof bits);
-    if (x != x) return {uint16_t((bits >> 16) | 0x40)};
-    return {uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16, quiet_nan = (bits >> 16) | 0x40;
+    return {uint16_t(x != x ? quiet_nan : rounded)};
 }
 
 // Chunk<Element> is what one load brings, Sum holds partial sums of products in fp32.
