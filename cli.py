@@ -5,6 +5,7 @@ import os
 import sys
 from pathlib import Path
 
+from . import __version__
 from .errors import MoeyardError, Stopped
 
 
@@ -29,6 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="moeyard", description="Sparse Mixture-of-Experts models."
     )
+    parser.add_argument("--version", action="version", version=f"moeyard {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     export = commands.add_parser("export", help="training checkpoint to Hugging Face folder")

@@ -12,7 +12,8 @@ from torch import Tensor
 
 BLOCK = 64
 """Queries of a block. Forward and backward of 8 query heads of 64 over 4, length 1024, one core of
-an AMD EPYC: fp32 50 ms with 64, 56 with 128, F.sdpa 71; bf16 37 ms with both, F.sdpa 60."""
+an AMD EPYC: fp32 50 ms with 64, 53 with 128, F.sdpa 70; bf16 36, 35 and 59
+(benchmarks/cpu_kernels.py)."""
 LENGTHS = range(64, 2049)
 """Where it pays: below, F.sdpa is as fast in fp32; above, L * L * Q / 2 kept probabilities become
 the largest part of a layer's activations, of which F.sdpa keeps none."""

@@ -62,6 +62,9 @@ def check_backends() -> Iterator[BackendCheck]:
         for backend in BACKENDS:
             if device != {"cpp": "cpu", "triton": devices[0]}.get(backend, device):
                 continue  # not a device that it is for
+            if backend == "cpp" and load().is_wrong:
+                yield BackendCheck(backend, device, "any", 0.0, problem=load().state)
+                continue
             reason = _why_not(backend, device)
             if reason is not None:
                 yield BackendCheck(backend, device, "any", 0.0, unavailable=reason)

@@ -1,6 +1,7 @@
 """Write a Hugging Face model folder, whole or not at all."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -56,6 +57,7 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], limit: in
         total += sum(tensor.nbytes for tensor in shard.values())
         save_file(shard, folder / f"part-{len(shards)}", metadata={"format": "pt"})
         shards.append(list(shard))
+        _share_like_others(folder / f"part-{len(shards) - 1}")
     if len(shards) == 1:
         (folder / "part-0").rename(folder / WEIGHTS)
         return
@@ -65,6 +67,13 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], limit: in
         (folder / f"part-{index}").rename(folder / file)
         weight_map.update(dict.fromkeys(names, file))
     _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _share_like_others(path: Path) -> None:
+    """Give a file the mode that others here get: safetensors makes its files for the owner only."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def _fill_shards(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict[str, Tensor]]:

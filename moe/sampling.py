@@ -37,7 +37,7 @@ def sample(logits_V: Tensor, params: SamplingParams, generator: torch.Generator)
     Greedy ties go to the lower id and draw nothing from ``generator``.
     """
     if params.temperature == 0:
-        return int(logits_V.argmax())
+        return int(logits_V.float().argmax())  # torch looks through bf16 four times slower
     scores_V, ids_V = logits_V.float().sort(descending=True, stable=True)
     if params.top_k:
         scores_V, ids_V = scores_V[: params.top_k], ids_V[: params.top_k]

@@ -7,6 +7,10 @@ import pytest
 import torch
 import yaml
 
+from moeyard.kernels.cpu import library
+
+library.load()  # built once, and before tests look at what programs print
+
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE / "serving"), str(HERE / "training")]
 

@@ -18,7 +18,7 @@ from ..parallel.mesh import build_mesh
 from ..parallel.process import start_process_group, stop_process_group
 from .allocator import keep_freed_memory
 from .config import RunConfig
-from .run_folder import create_run_folder, dump_config
+from .run_folder import claim_run_folder, dump_config
 from .stop import StopRequest
 from .trainer import Trainer
 
@@ -61,14 +61,17 @@ def train(config: RunConfig) -> None:
     keep_freed_memory()
     timeout_s = config.parallel.timeout_s
     store = start_process_group(timeout_s) if is_torchrun_worker() else None
+    claims: list[int] = []
     try:
         num_experts = config.model.moe.num_experts if config.model.moe is not None else 1
         mesh = build_mesh(config.parallel.ep, num_experts, store, timeout_s)
         run_dir = Path(config.run_dir)
-        mesh.on_rank_0(lambda: create_run_folder(run_dir))
+        mesh.on_rank_0(lambda: claims.append(claim_run_folder(run_dir)))
         Trainer(config, run_dir, mesh, stop).run()
     finally:
         stop_process_group()
+        for claim in claims:
+            os.close(claim)
 
 
 if __name__ == "__main__":

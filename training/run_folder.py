@@ -1,6 +1,8 @@
 """The folder of a run: merged configuration, metrics, checkpoints."""
 
+import fcntl
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,11 @@ from .config import RunConfig
 from .observers import Observer
 
 
-def create_run_folder(run_dir: Path) -> None:
-    """Make the folder, or say why it cannot be."""
+def claim_run_folder(run_dir: Path) -> int:
+    """Make the folder, or say why it cannot be, and keep other programs from writing to it.
+
+    The claim ends when the returned descriptor is closed, at the latest with the process.
+    """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -21,6 +26,16 @@ def create_run_folder(run_dir: Path) -> None:
             f"run_dir is {str(run_dir)!r}, which cannot be written ({error.strerror}); "
             "choose another folder."
         ) from None
+    descriptor = os.open(run_dir, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise ConfigError(
+            f"run_dir is {str(run_dir)!r}, which another program is training in; stop that one or "
+            "choose another folder."
+        ) from None
+    return descriptor
 
 
 def dump_config(config: RunConfig) -> str:

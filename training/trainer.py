@@ -56,6 +56,8 @@ class Trainer:
         try:
             self._mesh.on_rank_0(lambda: self._note_start(done))
             self._announce(console, done)
+            if done >= steps:
+                console.line(event="finished", step=done, advice="raise train.steps to go on")
             phases = self._step.phases
             phases.start()
             average = PhaseAverage(phases)
@@ -103,6 +105,7 @@ class Trainer:
         console.line(
             event="resumed" if done else "started",
             step=done,
+            steps=self._config.train.steps,
             ranks=self._mesh.world_size,
             ep=self._mesh.ep_size,
             shared_memory=self._mesh.groups_sharing_memory,

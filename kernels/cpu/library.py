@@ -26,6 +26,8 @@ class Library(NamedTuple):
     functions: ctypes.CDLL | None
     state: str
     """The instruction set that runs, or why nothing does."""
+    is_wrong: bool = False
+    """Whether they are there and computed wrong."""
 
 
 _loaded: Library | None = None
@@ -41,7 +43,7 @@ def load() -> Library:
         _loaded = _open()
         problem = None if _loaded.functions is None else _self_check()
         if problem is not None:
-            _loaded = _without(f"{_loaded.state} {problem}")
+            _loaded = _without(f"{_loaded.state} {problem}")._replace(is_wrong=True)
     return _loaded
 
 

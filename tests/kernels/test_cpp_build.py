@@ -69,7 +69,7 @@ def test_a_folder_that_others_may_write_to_is_refused(cache):
 def test_a_library_that_computes_wrong_is_not_used(cache, monkeypatch):
     monkeypatch.setattr("moeyard.kernels.cpu.check.problem", lambda: "computes norms wrong")
     monkeypatch.setattr(library, "_open", lambda: library.Library(object(), "avx2"))
-    assert library.load() == (None, "avx2 computes norms wrong")
+    assert library.load() == (None, "avx2 computes norms wrong", True)
 
 
 def start(code: str, **variables: str) -> str:

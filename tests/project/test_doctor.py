@@ -78,6 +78,18 @@ def test_a_wrong_kernel_fails_the_check_and_the_command(capsys, monkeypatch, par
     assert status == 1 and text.count("FAILED") == 2
 
 
+def test_cpp_kernels_that_compute_wrong_fail_the_command_and_a_missing_compiler_does_not(
+    capsys, monkeypatch
+):
+    wrong = library.Library(None, "avx2 computes norms in float32 wrong", is_wrong=True)
+    monkeypatch.setattr(library, "_loaded", wrong)
+    status, text = doctor(capsys)
+    assert status == 1 and "FAILED avx2 computes norms in float32 wrong" in text
+    monkeypatch.setattr(library, "_loaded", library.Library(None, "no C++ compiler"))
+    status, text = doctor(capsys)
+    assert status == 0 and "not available: no C++ compiler." in text
+
+
 def test_a_kernel_that_breaks_or_gives_nan_is_a_line_of_the_table(capsys, monkeypatch):
     def broken(*_):
         raise RuntimeError("no kernel\nimage")

@@ -12,6 +12,7 @@ from launch import torchrun, training
 
 def export(run_dir, target) -> None:
     assert main(["export", str(run_dir), str(target)]) == 0
+    assert len({path.stat().st_mode for path in target.iterdir()}) == 1  # all who may read one
 
 
 @pytest.fixture(scope="module")

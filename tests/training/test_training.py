@@ -21,6 +21,7 @@ from moeyard.training.__main__ import main
 from moeyard.training.checkpoint import Checkpoints, verify
 from moeyard.training.config import OptimizerConfig, RunConfig
 from moeyard.training.optimizer import learning_rate
+from moeyard.training.run_folder import claim_run_folder
 from moeyard.training.stop import StopRequest
 from moeyard.training.trainer import Trainer
 
@@ -52,6 +53,25 @@ def test_learns_and_leaves_a_run_folder(tmp_path, config_file, capsys):
     assert yaml.safe_load((run / "config.yaml").read_text())["train"]["steps"] == 40
     shown = capsys.readouterr().err
     assert "event=started" in shown and "worst_load=" in shown and "left_s=" in shown
+
+
+def test_a_second_program_may_not_write_to_the_same_run(tmp_path, config_file, capsys):
+    run = tmp_path / "run"
+    claim = claim_run_folder(run)
+    assert run_here(config_file, run) == 2
+    assert "which another program is training in" in capsys.readouterr().err
+    assert not list(run.iterdir())
+    os.close(claim)
+    assert run_here(config_file, run) == 0
+
+
+def test_a_finished_run_says_so_and_how_to_go_on(tmp_path, config_file, capsys):
+    run = tmp_path / "run"
+    assert run_here(config_file, run) == 0
+    assert "event=finished" not in capsys.readouterr().err
+    assert run_here(config_file, run) == 0
+    shown = capsys.readouterr().err
+    assert "event=finished step=6" in shown and "raise train.steps" in shown
 
 
 @pytest.mark.parametrize("router", ["{kind: hash, k: 2}", "{kind: topk, k: 1, renormalize: false}"])

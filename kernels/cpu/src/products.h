@@ -15,7 +15,7 @@ constexpr int64_t TILE_ROWS = 2;
 // Rows of x that meet weights coming from memory: with more, arithmetic would wait for loads of x.
 constexpr int64_t STREAM_ROWS = TILE_ROWS < 4 ? TILE_ROWS : 4;
 // Outputs in one task: their weights stay in the second-level cache while rows pass by.
-constexpr int64_t BLOCK_OUTPUTS = 32;
+constexpr int64_t BLOCK_OUTPUTS = 64;
 constexpr int64_t BLOCK_ROWS = 96;
 
 inline int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
