@@ -1,9 +1,10 @@
 """Do the tests see deliberate defects?
 
-    python benchmarks/mutations.py
+    python benchmarks/mutations.py [WORD]
 
-Breaks one line at a time in a copy of the project and runs the tests that should notice, after
-seeing them pass unbroken. About six minutes on two cores.
+WORD keeps those whose file has it in its path; the record is written without it only. Breaks one
+line at a time in a copy of the project and runs the tests that should notice, after seeing them
+pass unbroken.
 """
 
 import os
@@ -18,6 +19,7 @@ from report import write_results
 ROOT = Path(__file__).parent.parent
 EQUAL, STORE = "tests/parallel", "tests/serving/test_store.py"
 SHARED = "tests/parallel/test_shared_memory.py"
+CPP = "tests/kernels -k cpp"
 AHEAD = "tests/serving/test_prefetch.py"
 RESUME = "tests/training/test_training.py -k"
 
@@ -212,6 +214,62 @@ MUTATIONS = [
         "pass",
         "tests/training/test_kills.py -k lose_their_agent",
     ),
+    (
+        "what is left of a row behind whole vectors is not multiplied",
+        "kernels/cpu/src/products.h",
+        "int64_t rest = width - at;",
+        "int64_t rest = 0;",
+        CPP,
+    ),
+    (
+        "choices of no expert are combined",
+        "kernels/cpu/src/experts.h",
+        "if (a.experts[r] < 0) continue;",
+        "",
+        CPP,
+    ),
+    (
+        "expert ids out of range are computed with",
+        "kernels/cpu/src/experts.h",
+        "if (expert < -1 || expert >= a.num_experts) return r;",
+        "if (expert < -1 || expert >= a.num_experts) continue;",
+        CPP,
+    ),
+    (
+        "equal scores go to the higher expert",
+        "kernels/cpu/src/router.h",
+        "if (values[e] > values[best]) best = e;",
+        "if (values[e] >= values[best]) best = e;",
+        CPP,
+    ),
+    (
+        "the second half of an expert's many rows begins its gradient anew",
+        "kernels/cpu/src/panels.h",
+        "bool writes = is_empty && k == 0;",
+        "bool writes = is_empty;",
+        CPP,
+    ),
+    (
+        "keys are rotated the other way",
+        "kernels/cpu/src/attention.h",
+        "first * widen(cosine[i]) - second * widen(sine[i])",
+        "first * widen(cosine[i]) + second * widen(sine[i])",
+        "tests/moe/test_decode_step.py",
+    ),
+    (
+        "a single row beside a prompt takes the prompt's path",
+        "moe/attention_parts.py",
+        "step = CacheStep(some.caches or ()) if is_single else None",
+        "step = None",
+        "tests/moe/test_decode_step.py",
+    ),
+    (
+        "a query sees the key behind it",
+        "kernels/causal_attention.py",
+        ".triu(1)",
+        ".triu(2)",
+        "tests/kernels/test_causal_attention.py",
+    ),
 ]
 
 
@@ -238,18 +296,22 @@ def pass_in(copy: Path, tests: str) -> bool:
 
 def main() -> None:
     found = {}
+    word = sys.argv[1] if len(sys.argv) > 1 else ""
+    chosen = [mutation for mutation in MUTATIONS if word in mutation[1]]
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "moeyard"
         aside = shutil.ignore_patterns(".*", "runs", "build", "*.egg-info", "__pycache__")
         shutil.copytree(ROOT, copy, ignore=aside)
-        for tests in dict.fromkeys(mutation[-1] for mutation in MUTATIONS):
+        for tests in dict.fromkeys(mutation[-1] for mutation in chosen):
             assert pass_in(copy, tests), f"{tests} fails before anything is broken"
         print("all tests pass while nothing is broken", flush=True)
-        for name, *rest in MUTATIONS:
+        for name, *rest in chosen:
             found[name] = "SURVIVED" if survives(copy, *rest) else "caught"
             print(f"{found[name]:9} {name} ({rest[0]}; {rest[-1]})", flush=True)
     caught = sum(outcome == "caught" for outcome in found.values())
     print(f"{caught} of {len(found)} defects caught")
+    if word:
+        return
     path = write_results(
         "mutations", {"question": "do the tests see deliberate defects", "defects": found}
     )

@@ -14,7 +14,8 @@ def prefer_huge_pages(tensor: Tensor) -> None:
     """Ask Linux to back a CPU tensor that nobody has written to yet with huge pages.
 
     Streaming weights then misses fewer page translations: products of one bf16 row read 37 GB/s in
-    place of 20 on 2 cores (benchmarks/cpu_kernels.py). Advice only, so where the system does not take it nothing is said.
+    place of 20 on 2 cores (benchmarks/cpu_kernels.py). Advice only: where the system does not take
+    it, nothing is said.
     """
     start = -(-tensor.data_ptr() // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
     end = tensor.data_ptr() + tensor.nbytes

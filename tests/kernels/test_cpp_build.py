@@ -25,6 +25,10 @@ def cache(tmp_path, monkeypatch) -> Path:
     return tmp_path / "moeyard"
 
 
+def test_the_kernels_of_this_machine_compute_right():
+    assert not library.load().is_wrong, library.load().state
+
+
 def fake_compiler(tmp_path, monkeypatch, script: str) -> Path:
     """Put a compiler in place that counts its calls; return the file that counts."""
     compiler, calls = tmp_path / "fake-c++", tmp_path / "calls"
