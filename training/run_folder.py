@@ -14,11 +14,8 @@ from .config import RunConfig
 from .observers import Observer
 
 
-def claim_run_folder(run_dir: Path) -> int:
-    """Make the folder, or say why it cannot be, and keep other programs from writing to it.
-
-    The claim ends when the returned descriptor is closed, at the latest with the process.
-    """
+def create_run_folder(run_dir: Path) -> None:
+    """Make the folder, or say why it cannot be."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -26,6 +23,14 @@ def claim_run_folder(run_dir: Path) -> int:
             f"run_dir is {str(run_dir)!r}, which cannot be written ({error.strerror}); "
             "choose another folder."
         ) from None
+
+
+def claim_run_folder(run_dir: Path) -> int:
+    """Make the folder and keep other programs from training in it.
+
+    The claim ends when the returned descriptor is closed, at the latest with the process.
+    """
+    create_run_folder(run_dir)
     descriptor = os.open(run_dir, os.O_RDONLY | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

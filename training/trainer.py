@@ -105,7 +105,6 @@ class Trainer:
         console.line(
             event="resumed" if done else "started",
             step=done,
-            steps=self._config.train.steps,
             ranks=self._mesh.world_size,
             ep=self._mesh.ep_size,
             shared_memory=self._mesh.groups_sharing_memory,

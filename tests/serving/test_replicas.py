@@ -106,7 +106,7 @@ def test_too_many_get_429_and_the_openai_client_comes_back(server):
         client = client_of(server, retries)
         try:
             answer = client.completions.create(
-                model="long", prompt=PROMPT, max_tokens=300, temperature=0
+                model="long", prompt=PROMPT, max_tokens=2000, temperature=0
             )
             return answer.choices[0].text
         except openai.RateLimitError as error:
