@@ -9,6 +9,7 @@ query heads of one key/value head are rows of one product. The probabilities are
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 BLOCK = 64
 """Queries of a block. Forward and backward of 8 query heads of 64 over 4, length 1024, one core of
@@ -44,6 +45,7 @@ class CausalAttention(torch.autograd.Function):
         return out_BLQH
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_BLQH):  # type: ignore[no-untyped-def]
         q, k, v, *kept = ctx.saved_tensors
         num_sequences, length, _, width = grad_BLQH.shape

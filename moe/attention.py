@@ -34,20 +34,19 @@ class Rope:
         cos_P1H, sin_P1H = self._known.get(dtype, (positions_T[:0], positions_T[:0]))
         highest = int(positions_T.max())
         if highest >= len(cos_P1H):
-            cos_P1H, sin_P1H = self._grow(len(cos_P1H), highest, dtype)
+            cos_P1H, sin_P1H = self._grow(highest, dtype)
         return cos_P1H.index_select(0, positions_T), sin_P1H.index_select(0, positions_T)
 
     @torch.inference_mode(False)  # for what is kept may be used in training later
-    def _grow(self, known: int, highest: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        # Page by page, so that a position's bits do not depend on what came before it.
-        starts = range(known, highest + 1, PAGE)
-        pages = [self._compute(torch.arange(start, start + PAGE), dtype) for start in starts]
-        cosines, sines = zip(*pages, strict=True)
-        before = self._known.get(dtype)
-        if before is not None:
-            cosines, sines = (before[0], *cosines), (before[1], *sines)
-        self._known[dtype] = torch.cat(cosines), torch.cat(sines)
-        return self._known[dtype]
+    def _grow(self, highest: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        # Page by page, so that a position's bits do not depend on what came before it; all of them
+        # anew, so that two threads that do this at once do no harm.
+        starts = range(0, 2 * highest + 1, PAGE)
+        places = (torch.arange(start, start + PAGE, device="cpu") for start in starts)
+        cosines, sines = zip(*(self._compute(place, dtype) for place in places), strict=True)
+        tables = torch.cat(cosines), torch.cat(sines)
+        self._known[dtype] = tables
+        return tables
 
     def _compute(self, positions_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(dtype, torch.float32)

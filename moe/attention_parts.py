@@ -36,7 +36,7 @@ def parts_of(batch: Batch, rope: Tables) -> list[Part]:
     """Split a batch into the sequences of one row that have a cache, and the others."""
     if batch.caches is None or 1 not in batch.lengths or functions_for(*rope) is None:
         return [Part(batch, rope)]
-    if max(batch.lengths) == 1:
+    if set(batch.lengths) == {1}:
         return [Part(batch, rope, step=CacheStep(batch.caches))]
     starts = list(accumulate(batch.lengths, initial=0))
     parts = []

@@ -23,6 +23,8 @@ from .linear import Linear
 from .router import Router
 from .routing import Lookahead, RouterInput, Routing
 
+ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
+
 
 @dataclass(slots=True)
 class DecoderOutput:
@@ -120,12 +122,15 @@ class DecoderLayer(nn.Module):
         return x_ND, self.post_attention_layernorm(x_ND)
 
     def _cpp(self) -> CppAttention:
-        if self._cpp_attention is None or not self._cpp_attention.is_current():
+        # Attributes of modules are slow to look up; these are the dictionaries behind them.
+        outside, inside = self._modules, self.self_attn._modules
+        found = [outside["input_layernorm"], *(inside[name] for name in ATTENTION_MODULES)]
+        found.append(outside["post_attention_layernorm"])
+        modules = [module for module in found if module is not None]
+        if self._cpp_attention is None or not self._cpp_attention.is_of(modules):
             attention = self.self_attn
-            names = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
-            inside = [attention.get_submodule(name) for name in names]
             self._cpp_attention = CppAttention(
-                [self.input_layernorm, *inside, self.post_attention_layernorm],
+                modules,
                 attention.num_heads,
                 attention.num_kv_heads,
                 self.input_layernorm.eps,

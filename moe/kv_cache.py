@@ -49,7 +49,8 @@ class SequenceCache:
             self._grow(self.length + count)
 
     def _grow(self, needed: int) -> None:
-        assert needed <= self._max_length, f"{needed} positions, at most {self._max_length}"
+        if needed > self._max_length:  # no assertion: others write without looking
+            raise IndexError(f"{needed} positions in a cache for {self._max_length}")
         self.capacity = min(self._max_length, max(64, needed, 2 * self.capacity))
         for buffers in (self._keys_GLH, self._values_GLH):
             old = list(buffers)

@@ -79,7 +79,7 @@ def _create(num_bytes: int, token: int) -> int | None:
     assert sys.platform == "linux", "no other host has facts in common"
     try:
         descriptor = os.memfd_create("moeyard", os.MFD_CLOEXEC)
-    except OSError:
+    except (OSError, AttributeError):  # a Python built for older systems lacks it
         return None
     try:
         os.posix_fallocate(descriptor, 0, PREFIX_BYTES + num_bytes)

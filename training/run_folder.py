@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from ..errors import ConfigError
 from ..files import replace_text
 from .config import RunConfig
 from .observers import Observer
+
+log = logging.getLogger(__name__)
 
 
 def create_run_folder(run_dir: Path) -> None:
@@ -34,12 +37,14 @@ def claim_run_folder(run_dir: Path) -> int:
     descriptor = os.open(run_dir, os.O_RDONLY | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         os.close(descriptor)
         raise ConfigError(
             f"run_dir is {str(run_dir)!r}, which another program is training in; stop that one or "
             "choose another folder."
         ) from None
+    except OSError as error:  # a file system without locks
+        log.warning("run_dir %s cannot be locked: %s", run_dir, error.strerror)
     return descriptor
 
 

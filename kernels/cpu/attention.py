@@ -5,7 +5,7 @@ B sequences with one row each, D model width, H head width.
 
 import ctypes
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -31,14 +31,14 @@ class Cache(Protocol):
 class CppAttention:
     """A decoder layer's attention with both norms around it, for rows that have a cache each.
 
-    Holds the addresses of the parameters, and says with :meth:`is_current` whether they still hold.
+    Holds the addresses of the parameters, and says with :meth:`is_of` whether they still hold.
     """
 
     def __init__(
         self, modules: Sequence[nn.Module], num_heads: int, num_kv_heads: int, epsilon: float
     ) -> None:
         """Take input norm, q, k, v and output projection, q and k norm, output norm."""
-        # Module attributes are slow to look up; these are the dictionaries behind them.
+        # Looking parameters up as attributes is slow; these are the dictionaries behind them.
         self._parameters = [module._parameters for module in modules]
         weights = self._weights()
         self._pointers = [weight.data_ptr() for weight in weights]
@@ -50,8 +50,11 @@ class CppAttention:
     def _weights(self) -> list[Tensor]:
         return [parameters["weight"] for parameters in self._parameters]  # type: ignore[misc]
 
-    def is_current(self) -> bool:
-        """Say whether the parameters are still where they were."""
+    def is_of(self, modules: Iterable[nn.Module]) -> bool:
+        """Say whether these are still the modules, and their parameters where they were."""
+        for module, parameters in zip(modules, self._parameters, strict=True):
+            if module._parameters is not parameters:
+                return False
         return [weight.data_ptr() for weight in self._weights()] == self._pointers
 
     def run(

@@ -1,7 +1,7 @@
 """Build the C++ kernels once per machine and source, into the user's cache folder.
 
 The library holds every instruction set the compiler knows for this architecture and chooses among
-them when it is loaded, so one build serves all machines that share a home folder.
+them when it is loaded, so one build serves all machines of a kind that share a home folder.
 """
 
 import fcntl
@@ -45,13 +45,17 @@ def built_library() -> Path:
     Several processes may call this at once: one builds, the others wait for it.
     """
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
-    key = hashlib.sha256(" ".join([*FLAGS, platform.machine()]).encode())
+    facts = [*FLAGS, platform.machine(), *platform.libc_ver()]
+    key = hashlib.sha256(" ".join(facts).encode())
     for path in sorted(SOURCES.iterdir()):
         key.update(path.read_bytes())
     folder = _cache_folder()
     target = folder / f"cpu-kernels-{key.hexdigest()[:16]}.so"
     if target.exists():
+        _check_owner(target)
         return target
+    if not os.access(folder, os.W_OK):
+        raise BuildError(f"the cache folder {folder} is read-only")
     if compiler is None:
         raise BuildError(f"no C++ compiler: none of {', '.join(COMPILERS)} is installed")
     with (folder / "lock").open("w") as lock:
@@ -64,35 +68,52 @@ def built_library() -> Path:
 
 def _cache_folder() -> Path:
     """Return a folder that only this user may write to: its library will be loaded as code."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    try:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:
+        raise BuildError("no home folder to keep them in; set XDG_CACHE_HOME") from error
     folder = root / "moeyard"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise BuildError(f"the cache folder {folder} cannot be made: {error.strerror}") from error
-    facts = folder.stat()
-    if facts.st_uid != os.getuid() or facts.st_mode & 0o022:
-        raise BuildError(f"other users may write to {folder}; run chmod go-w on it")
-    if not os.access(folder, os.W_OK):
-        raise BuildError(f"the cache folder {folder} is read-only")
+    _check_owner(folder)
     return folder
+
+
+def _check_owner(path: Path) -> None:
+    facts = path.stat()
+    if facts.st_uid != os.getuid():
+        raise BuildError(f"{path} belongs to another user; set XDG_CACHE_HOME to a folder of yours")
+    if facts.st_mode & 0o022:
+        raise BuildError(f"other users may write to {path}; delete it, for they may have")
 
 
 def _build(compiler: str, folder: Path, target: Path) -> None:
     is_x86 = platform.machine() in ("x86_64", "AMD64")
     variants = VARIANTS if is_x86 else {"portable": ()}
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        objects = {name: f"{scratch}/{name}.o" for name in variants}
-        library = f"{scratch}/library.so"
-        commands = [
-            [*flags, f"-DISA={name}", "-c", str(SOURCES / "kernels.cpp"), "-o", objects[name]]
-            for name, flags in variants.items()
-        ]
+
+        def compiled(name: str) -> str | None:
+            """Return the object file of a variant; None where the compiler is too old for it."""
+            path = f"{scratch}/{name}.o"
+            source = ["-c", str(SOURCES / "kernels.cpp"), "-o", path]
+            try:
+                _run([compiler, *FLAGS, *variants[name], f"-DISA={name}", *source])
+            except BuildError:
+                if name == "portable":
+                    raise
+                return None
+            return path
+
         with ThreadPoolExecutor() as pool:
-            list(pool.map(lambda arguments: _run([compiler, *FLAGS, *arguments]), commands))
-        plain = [str(SOURCES / name) for name in ("library.cpp", "pool.cpp")]
-        link = ["-shared", *plain, *objects.values(), "-o", library]
-        _run([compiler, *FLAGS, *link])
+            objects = dict(zip(variants, pool.map(compiled, variants), strict=True))
+        found = [name for name, path in objects.items() if path is not None]
+        library = f"{scratch}/library.so"
+        parts = [str(SOURCES / name) for name in ("library.cpp", "pool.cpp")]
+        parts += [objects[name] or "" for name in found]
+        has = [f"-DHAS_{name}" for name in found]
+        _run([compiler, *FLAGS, *has, "-shared", *parts, "-o", library])
         Path(library).replace(target)
 
 

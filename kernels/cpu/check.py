@@ -25,6 +25,7 @@ T, K, E, D, WIDTH = 13, 2, 3, 50, 37
 """Sizes with a rest in every vector and block."""
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def problem() -> str | None:
     """Return what is wrong, or None. Takes some milliseconds."""
@@ -39,21 +40,26 @@ def problem() -> str | None:
 
 def _results(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Yield what was computed, the result, and the same by torch in fp64."""
-    generator = torch.Generator().manual_seed(0)
-    x_TD = torch.randn(T, D, generator=generator).to(dtype)
+    generator = torch.Generator("cpu").manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        wide = {"dtype": torch.float32, "device": "cpu"}
+        return torch.randn(shape, generator=generator, **wide)  # type: ignore[call-overload,no-any-return]
+
+    x_TD = random(T, D).to(dtype)
     wide_TD = x_TD.double()
-    weight_D = torch.rand(D, generator=generator).to(dtype)
+    weight_D = random(D).to(dtype)
     found = rms_norm(x_TD, weight_D, 1e-6)
     assert found is not None, "the kernels are there"
     yield "norms", found, F.rms_norm(wide_TD, (D,), weight_D.double(), 1e-6)
 
-    fc1_EHD = (torch.randn(E, 2 * WIDTH, D, generator=generator) * D**-0.5).to(dtype)
-    fc2_EDF = (torch.randn(E, D, WIDTH, generator=generator) * WIDTH**-0.5).to(dtype)
+    fc1_EHD = (random(E, 2 * WIDTH, D) * D**-0.5).to(dtype)
+    fc2_EDF = (random(E, D, WIDTH) * WIDTH**-0.5).to(dtype)
     found = linear(x_TD, fc1_EHD[0])
     assert found is not None, "the kernels are there"
     yield "products", found, F.linear(wide_TD, fc1_EHD[0].double())
 
-    gate_ED = torch.randn(E, D, generator=generator)
+    gate_ED = random(E, D)
     routed = route(x_TD, gate_ED, None, K, renormalize=False)
     assert routed is not None, "the kernels are there"
     experts_TK, weights_TK, _ = routed

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..activation import ACTIVATIONS
 from ..expert_weights import ExpertWeights
 from ..grouping import outside
-from .library import TYPES, functions_for
+from .library import TYPES, empty_fp32, functions_for
 from .structures import CombineArguments, ExpertArguments
 
 
@@ -46,7 +46,7 @@ class CppWaves:
         self._x_TD = x_TD
         self._experts_TK = experts_TK.int().contiguous()
         self._weights_TK = weights_TK.float().contiguous()
-        self._lines_RD = torch.empty(experts_TK.numel(), x_TD.shape[1])
+        self._lines_RD = empty_fp32(experts_TK.numel(), x_TD.shape[1])
 
     def add(self, experts: ExpertWeights, only: Collection[int] | None = None) -> None:
         """Run these experts, all that are here or ``only`` some.
@@ -54,6 +54,8 @@ class CppWaves:
         Raises ``ValueError`` for expert ids out of range.
         """
         assert is_plain(experts), "the slots are not dense"
+        assert experts.fc1_SHD.dtype == self._x_TD.dtype, "experts and rows have different types"
+        assert experts.fc1_SHD.shape[2] == self._x_TD.shape[1], "experts take another width"
         rows = (self._x_TD, self._experts_TK)
         arguments, _slots = expert_arguments(*rows, experts, only, self._lines_RD)
         wrong = self._functions.moeyard_experts(ctypes.byref(arguments))
@@ -120,4 +122,5 @@ def _slots(experts: ExpertWeights, only: Collection[int] | None) -> "array[int] 
     slots = array("i", [-1]) * experts.num_experts
     for expert in only:
         slots[expert] = experts.slot(expert)
+        assert slots[expert] >= 0, f"expert {expert} of the wave has no slot"
     return slots

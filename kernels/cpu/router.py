@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .library import TYPES, functions_for
+from .library import TYPES, empty_fp32, functions_for
 from .structures import RouterArguments
 
 SCORES = ("softmax", "sigmoid")
@@ -35,9 +35,9 @@ def route(
     if functions is None or functions_for(*wide) is None or weight_ED.dtype != torch.float32:
         return None
     num_tokens, num_experts = x_TD.shape[0], weight_ED.shape[0]
-    experts_TK = torch.empty(num_tokens, k, dtype=torch.int32)
-    weights_TK = torch.empty(num_tokens, k)
-    counts_E = torch.zeros(num_experts, dtype=torch.int64)
+    experts_TK = torch.empty(num_tokens, k, dtype=torch.int32, device="cpu")
+    weights_TK = empty_fp32(num_tokens, k)
+    counts_E = torch.zeros(num_experts, dtype=torch.int64, device="cpu")
     arguments = RouterArguments(
         *(TYPES[x_TD.dtype], *x_TD.shape, num_experts, k, SCORES.index(score), renormalize),
         *(num_groups, top_groups, torch.get_num_threads(), scale, epsilon),

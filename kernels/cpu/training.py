@@ -7,10 +7,11 @@ import ctypes
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..expert_weights import ExpertWeights, MainGrads
 from .experts import check_rows, combine_lines, expert_arguments, is_plain
-from .library import TYPES, functions_for
+from .library import TYPES, empty_fp32, functions_for
 from .structures import ExpertGradArguments
 
 
@@ -40,7 +41,7 @@ class CppExpertMLP(torch.autograd.Function):
         experts_TK = experts_TK.int().contiguous()
         wide_TK = weights_TK.float().contiguous()
         hidden_RH = x_TD.new_empty(experts_TK.numel(), fc1_SHD.shape[1])
-        lines_RD = torch.empty(experts_TK.numel(), x_TD.shape[1])
+        lines_RD = empty_fp32(experts_TK.numel(), x_TD.shape[1])
         arguments, _slots = expert_arguments(x_TD, experts_TK, experts, None, lines_RD, hidden_RH)
         wrong = functions.moeyard_expert_forward(ctypes.byref(arguments))
         check_rows(wrong, experts_TK, experts)
@@ -49,12 +50,13 @@ class CppExpertMLP(torch.autograd.Function):
         return combine_lines(lines_RD, experts_TK, wide_TK, x_TD)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_TD):  # type: ignore[no-untyped-def]
         x_TD, experts_TK, weights_TK, hidden_RH, fc1_SHD, fc2_SDF = ctx.saved_tensors
         sums = ctx.experts.main_grads
         has_main = sums is not None
         if not has_main:
-            sums = MainGrads(torch.empty(fc1_SHD.shape), torch.empty(fc2_SDF.shape), is_empty=True)
+            sums = MainGrads(empty_fp32(*fc1_SHD.shape), empty_fp32(*fc2_SDF.shape), is_empty=True)
         grad_x_TD, grad_weights_TK = _gradients(
             grad_TD.contiguous(), x_TD, experts_TK, weights_TK, hidden_RH, ctx.experts, sums
         )
@@ -77,8 +79,8 @@ def _gradients(
     """Return the gradients of x and of the routing weights; those of fc1 and fc2 go to ``sums``."""
     functions = functions_for(x_TD, grad_TD)
     assert functions is not None, "forward ran on these kernels"
-    lines_RD = torch.empty(experts_TK.numel(), x_TD.shape[1])
-    grad_weights_TK = torch.empty(weights_TK.shape)
+    lines_RD = empty_fp32(experts_TK.numel(), x_TD.shape[1])
+    grad_weights_TK = empty_fp32(*weights_TK.shape)
     forward, _slots = expert_arguments(x_TD, experts_TK, experts, None, lines_RD, hidden_RH)
     arguments = ExpertGradArguments(
         *(forward, grad_TD.data_ptr(), weights_TK.data_ptr()),

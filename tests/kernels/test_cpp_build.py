@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -66,8 +67,43 @@ def test_many_at_once_build_once(cache, tmp_path, monkeypatch):
 def test_a_folder_that_others_may_write_to_is_refused(cache):
     cache.mkdir()
     cache.chmod(0o777)
-    with pytest.raises(BuildError, match="other users may write to"):
+    with pytest.raises(BuildError, match=r"other users may write to .*; delete it"):
         built_library()
+
+
+def test_without_a_home_folder_the_reason_is_said(monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(BuildError, match="no home folder to keep them in; set XDG_CACHE_HOME"):
+        built_library()
+
+
+def test_a_check_that_breaks_leaves_the_kernels_unused(monkeypatch):
+    def broken():
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(library, "_loaded", None)
+    monkeypatch.setattr("moeyard.kernels.cpu.check.problem", broken)
+    monkeypatch.setattr(library, "_open", lambda: library.Library(object(), "avx2"))
+    for _ in range(2):
+        found = library.load()
+        assert found.functions is None and found.is_wrong
+        assert found.state == "avx2 could not be checked (RuntimeError: no memory)"
+
+
+@needs_compiler
+def test_the_pool_runs_every_task_of_every_job_exactly_once(tmp_path):
+    """Millions of short jobs of changing size: a worker that is late must find nothing."""
+    program = tmp_path / "pool_stress"
+    compiler = next(filter(None, map(shutil.which, build.COMPILERS)))
+    files = [str(Path(__file__).with_name("pool_stress.cpp")), str(build.SOURCES / "pool.cpp")]
+    flags = ["-std=c++20", "-O2", "-pthread", f"-I{build.SOURCES}"]
+    subprocess.run([compiler, *flags, *files, "-o", str(program)], check=True)
+    done = subprocess.run([str(program), "2"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout
 
 
 def test_a_library_that_computes_wrong_is_not_used(cache, monkeypatch):

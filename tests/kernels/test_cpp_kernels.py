@@ -182,6 +182,21 @@ def test_rows_whose_expert_is_missing_are_our_bug_outside_waves():
     start_waves(random(1, 4), ids, torch.ones(1, 2), 2).add(weights, only=[1])
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
+def test_results_do_not_depend_on_the_default_type(default):
+    ids, weights = torch.tensor([[0, 2], [2, -1]]), torch.rand(2, 2)
+    x, fc1, fc2 = random(2, 8), random(3, 12, 8, seed=1), random(3, 8, 6, seed=2)
+    expected = values_and_gradients([x, weights, fc1, fc2], ids, "swiglu", torch.ones(2, 8))
+    torch.set_default_dtype(default)
+    try:
+        y = expert_mlp(x, ids, weights, ExpertWeights(fc1, fc2), "cpp")
+        found = values_and_gradients([x, weights, fc1, fc2], ids, "swiglu", torch.ones(2, 8))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.allclose(y, expected[0], atol=1e-6)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
 ROUTERS = {
     "plain": {},
     "sums": {"renormalize": False, "scale": 2.5},

@@ -102,6 +102,28 @@ def test_new_parameters_are_seen():
     torch.testing.assert_close(after, expected, rtol=2e-4, atol=2e-5)
 
 
+def test_a_new_module_in_place_of_another_is_seen():
+    model, sequences = decoder(), prompts(12)
+    hidden_by_steps(model, sequences, 4)
+    torch.manual_seed(7)
+    attention = model.layers[1].self_attn
+    attention.o_proj = type(attention.o_proj)(attention.o_proj.in_features, 24).eval()
+    after = hidden_by_steps(model, sequences, 4)[0]
+    with torch.inference_mode():
+        expected = model(batch_of(sequences)).hidden_TD
+    torch.testing.assert_close(after, expected, rtol=2e-4, atol=2e-5)
+
+
+def test_a_sequence_without_rows_beside_a_single_row_changes_nothing():
+    model, (ids,) = decoder(), prompts(9)
+    alone = hidden_by_steps(model, [ids], 8)[0][8:]
+    caches = [model.new_cache(), model.new_cache()]
+    with torch.inference_mode():
+        model(batch_of([ids[:3], ids[:8]], caches))
+        found = model(batch_of([ids[:0], ids[8:]], caches)).hidden_TD
+    torch.testing.assert_close(found, alone, rtol=1e-5, atol=1e-6)
+
+
 def test_a_copy_uses_its_own_parameters():
     model, sequences = decoder(), prompts(12)
     before = hidden_by_steps(model, sequences, 4)[0]

@@ -3,10 +3,8 @@
 
 #include "arguments.h"
 
-extern const Kernels kernels_portable;
-#if defined(__x86_64__)
-extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512_bf16;
-#endif
+// HAS_... are the instruction sets that the compiler knew.
+extern const Kernels kernels_portable, kernels_avx2, kernels_avx512, kernels_avx512_bf16;
 
 static const Kernels* chosen = &kernels_portable;
 
@@ -33,8 +31,14 @@ extern "C" {
 PUBLIC const char* moeyard_choose(const char* limit) {
     const Kernels* all[] = {
         &kernels_portable,
-#if defined(__x86_64__)
-        &kernels_avx2, &kernels_avx512, &kernels_avx512_bf16,
+#if defined(HAS_avx2)
+        &kernels_avx2,
+#endif
+#if defined(HAS_avx512)
+        &kernels_avx512,
+#endif
+#if defined(HAS_avx512_bf16)
+        &kernels_avx512_bf16,
 #endif
     };
     for (const Kernels* kernels : all) {

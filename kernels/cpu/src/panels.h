@@ -75,24 +75,31 @@ inline void pack_columns(Row row, int64_t depth, int64_t from, int64_t count,
 // Vectors of 32 bits a lane, whatever they hold, as GCC and Clang know them.
 typedef float Lanes __attribute__((vector_size(LANES * 4)));
 
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+typedef int32_t LaneNumbers __attribute__((vector_size(LANES * 4)));
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, LaneNumbers{__VA_ARGS__})
+#endif
+
 #if defined(__AVX512F__)
 inline Lanes interleave_low(Lanes a, Lanes b) {
-    return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    return SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
 }
 inline Lanes interleave_high(Lanes a, Lanes b) {
-    return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15,
+    return SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15,
                                    31);
 }
 #elif defined(__AVX2__)
 inline Lanes interleave_low(Lanes a, Lanes b) {
-    return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+    return SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
 }
 inline Lanes interleave_high(Lanes a, Lanes b) {
-    return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+    return SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
 }
 #else
-inline Lanes interleave_low(Lanes a, Lanes b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
-inline Lanes interleave_high(Lanes a, Lanes b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
+inline Lanes interleave_low(Lanes a, Lanes b) { return SHUFFLE(a, b, 0, 4, 1, 5); }
+inline Lanes interleave_high(Lanes a, Lanes b) { return SHUFFLE(a, b, 2, 6, 3, 7); }
 #endif
 
 // Exchanges rows and columns: a perfect shuffle of the rows, log2(LANES) times.

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <chrono>
 #include <mutex>
+#include <system_error>
 #include <thread>
 
 namespace {
@@ -22,19 +23,20 @@ inline void relax() {
 }
 
 // One job at a time. `ticket` is the job's number in the high half and its next task in the low
-// half. The other fields change only between jobs; a worker that reads them in the midst of a
-// change finds its ticket gone and takes nothing.
+// half. While the other fields change, the ticket is closed: its task is beyond any count. They are
+// released and acquired, so whoever sees a new one finds the ticket it read before gone.
 class Pool {
 public:
     void run(int64_t count, int64_t threads, Task task, void* context) {
         grow(threads - 1);
-        task_.store(task, std::memory_order_relaxed);
-        context_.store(context, std::memory_order_relaxed);
-        count_.store(count, std::memory_order_relaxed);
-        helpers_.store(threads - 1, std::memory_order_relaxed);
-        done_.store(0, std::memory_order_relaxed);
         uint64_t job = ticket_.load(std::memory_order_relaxed) >> 32;
-        ticket_.store((job + 1) << 32);
+        ticket_.store((job + 1) << 32 | UINT32_MAX);
+        task_.store(task, std::memory_order_release);
+        context_.store(context, std::memory_order_release);
+        count_.store(count, std::memory_order_release);
+        helpers_.store(threads - 1, std::memory_order_release);
+        done_.store(0, std::memory_order_release);
+        ticket_.store((job + 2) << 32);  // a new number, so that sleepers notice
         ticket_.notify_all();
         while (take_one()) {
         }
@@ -43,17 +45,21 @@ public:
     }
 
 private:
+    // Starts threads as far as the system allows; the caller could do all the work alone.
     void grow(int64_t workers) {
-        for (; num_workers_ < workers; num_workers_++)
-            std::thread([this, index = num_workers_] { work(index); }).detach();
+        try {
+            for (; num_workers_ < workers; num_workers_++)
+                std::thread([this, index = num_workers_] { work(index); }).detach();
+        } catch (const std::system_error&) {
+        }
     }
 
     bool take_one() {
         uint64_t ticket = ticket_.load();
         for (;;) {
-            Task task = task_.load(std::memory_order_relaxed);
-            void* context = context_.load(std::memory_order_relaxed);
-            int64_t count = count_.load(std::memory_order_relaxed), index = uint32_t(ticket);
+            Task task = task_.load(std::memory_order_acquire);
+            void* context = context_.load(std::memory_order_acquire);
+            int64_t count = count_.load(std::memory_order_acquire), index = uint32_t(ticket);
             if (index >= count) return false;
             if (ticket_.compare_exchange_weak(ticket, ticket + 1)) {
                 task(context, index);
@@ -66,7 +72,7 @@ private:
     void work(int64_t index) {
         for (;;) {
             uint64_t seen = ticket_.load();
-            if (index < helpers_.load(std::memory_order_relaxed))
+            if (index < helpers_.load(std::memory_order_acquire))
                 while (take_one()) {
                 }
             wait_for_change(seen);
@@ -108,7 +114,7 @@ std::mutex* in_use = new std::mutex;
 void run_tasks(int64_t count, int64_t threads, Task task, void* context) {
     std::unique_lock<std::mutex> lock(*in_use, std::defer_lock);
     // One task, one thread, or a second caller beside one that has the helpers: no help.
-    if (count <= 1 || threads <= 1 || count > UINT32_MAX || !lock.try_lock()) {
+    if (count <= 1 || threads <= 1 || count >= UINT32_MAX || !lock.try_lock()) {
         for (int64_t index = 0; index < count; index++) task(context, index);
         return;
     }
