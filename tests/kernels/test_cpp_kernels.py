@@ -99,7 +99,7 @@ def test_experts_agree_with_the_reference(dtype, activation, tokens, choices, ex
 TRAINING = {  # tokens, choices, experts, D, F
     "few": (3, 2, 4, 6, 10),
     "rests": (150, 2, 3, 70, 34),
-    "deep": (700, 1, 1, 24, 520),
+    "deep": (1100, 1, 1, 24, 520),
     "wide": (40, 2, 2, 530, 66),
 }
 
