@@ -16,7 +16,7 @@ BLOCK = 64
 an AMD EPYC: fp32 50 ms with 64, 53 with 128, F.sdpa 70; bf16 36, 35 and 59
 (benchmarks/cpu_kernels.py)."""
 LENGTHS = range(64, 2049)
-"""Where it pays: below, F.sdpa is as fast in fp32; above, L * L * Q / 2 kept probabilities become
+"""Where it pays: shorter ones are little work; above, L * L * Q / 2 kept probabilities become
 the largest part of a layer's activations, of which F.sdpa keeps none."""
 
 

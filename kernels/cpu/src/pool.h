@@ -1,8 +1,7 @@
 // Threads that help with numbered tasks. Whoever is free takes the next task, the caller included,
 // and the caller waits for tasks that were taken, never for threads: on a busy machine, where a
 // thread may have lost its processor, the others do its share. (OpenMP's loops end in a barrier
-// that all threads must reach: measured beside two busy processes on two cores, a decode step of
-// a hundred such loops took ten times longer than on one thread.)
+// that all threads must reach, and a decode step has a hundred such loops.)
 #pragma once
 
 #include <cstdint>
