@@ -5,7 +5,8 @@ threads, it takes 0.84 of the time in bf16 and 0.97 in fp32 at 2 rows a group, a
 256 (benchmarks/constants.py), and between its products everything goes through memory.
 
 In bf16 oneDNN compiles code for every new number of rows, which takes about as long as a product of
-128 rows, and keeps 1024 pieces; routing asks for new numbers in every step. Training therefore rounds a group's rows up to few numbers: the rows that
+128 rows, and keeps 1024 pieces; routing asks for new numbers in every step. Training therefore
+rounds a group's rows up to few numbers: the rows that
 follow are computed along, with weight 0, and overwritten when their own group comes.
 
 T tokens, K choices, R = T*K routed rows, N <= R rows whose expert is here, in expert order, M >= N
