@@ -1,4 +1,4 @@
-"""Gated activations of the expert MLP, forward and backward: ``act(gate) * up``.
+"""Gated activations of the expert MLP, forward and backward: ``act(gate) * factor(up)``.
 
 N rows, F expert width. The first F columns of ``h`` are the gate, the others the up projection.
 """
@@ -9,20 +9,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Activation = Literal["swiglu", "reglu", "geglu"]
-"""silu, relu or exact (erf) gelu of the gate, times up (Shazeer 2020, "GLU Variants")."""
+Activation = Literal["swiglu", "reglu", "geglu", "clamped_swiglu"]
+"""silu, relu or exact (erf) gelu of the gate, times up (Shazeer 2020, "GLU Variants"), or gpt-oss's
+``g * sigmoid(1.702 g) * (u + 1)`` with gate and up clamped: ``g <= 7`` and ``-7 <= u <= 7``."""
 
-ACTIVATIONS: tuple[Activation, ...] = ("swiglu", "reglu", "geglu")
+ACTIVATIONS: tuple[Activation, ...] = ("swiglu", "reglu", "geglu", "clamped_swiglu")
+
+CLAMP = 7.0
+"""The limit of ``clamped_swiglu``, and below its slope: gpt-oss's constants."""
+CLAMPED_SLOPE = 1.702
 
 
 def gated(h_N2F: Tensor, activation: Activation) -> Tensor:
-    """Return ``act(gate) * up``, ``[N, F]``."""
+    """Return ``act(gate) * factor(up)``, ``[N, F]``."""
     gate_NF, up_NF = h_N2F.chunk(2, dim=-1)
+    if activation == "clamped_swiglu":
+        gate_NF = gate_NF.clamp(max=CLAMP)
+        up_NF = up_NF.clamp(-CLAMP, CLAMP) + 1
+        return gate_NF * torch.sigmoid(gate_NF * CLAMPED_SLOPE) * up_NF
     return _act(gate_NF, activation) * up_NF
 
 
 def gated_backward(h_N2F: Tensor, grad_NF: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
     """Return :func:`gated` again and its gradient with respect to ``h``, ``[N, 2F]``."""
+    if activation == "clamped_swiglu":
+        return _clamped_backward(h_N2F, grad_NF)
     gate_NF, up_NF = h_N2F.chunk(2, dim=-1)
     grad_N2F = torch.empty_like(h_N2F)
     grad_gate_NF, grad_up_NF = grad_N2F.chunk(2, dim=-1)
@@ -47,3 +58,17 @@ def _act_backward(grad_NF: Tensor, gate_NF: Tensor, activation: Activation, out_
         aten.threshold_backward.grad_input(grad_NF, gate_NF, 0, grad_input=out_NF)
     else:
         aten.gelu_backward.grad_input(grad_NF, gate_NF, grad_input=out_NF)
+
+
+def _clamped_backward(h_N2F: Tensor, grad_NF: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute at least in fp32, and round the results only."""
+    wide_N2F = h_N2F.to(torch.promote_types(h_N2F.dtype, torch.float32))
+    gate_NF, up_NF = wide_N2F.chunk(2, dim=-1)
+    clamped_NF, factor_NF = gate_NF.clamp(max=CLAMP), up_NF.clamp(-CLAMP, CLAMP) + 1
+    sigmoid_NF = torch.sigmoid(clamped_NF * CLAMPED_SLOPE)
+    act_NF = clamped_NF * sigmoid_NF
+    slope_NF = sigmoid_NF + act_NF * CLAMPED_SLOPE * (1 - sigmoid_NF)
+    grad_gate_NF = grad_NF * factor_NF * slope_NF * (gate_NF <= CLAMP)
+    grad_up_NF = grad_NF * act_NF * (up_NF.abs() <= CLAMP)
+    grad_N2F = torch.cat((grad_gate_NF, grad_up_NF), dim=-1).to(h_N2F.dtype)
+    return (act_NF * factor_NF).to(h_N2F.dtype), grad_N2F

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from .grouping import SlotGroups
 from .tile_math import (
-    activate_with_slope,
     add_product,
+    gated_with_slopes,
     left_and_right_half,
     tile_and_column,
 )
@@ -95,12 +95,11 @@ def _finish_columns(
     at_MN = row_M[:, None] * (2 * d_expert) + feature_N[None, :]
     gate_MN = tl.load(h_RH + at_MN, mask=is_stored_MN, other=0).to(tl.float32)
     up_MN = tl.load(h_RH + at_MN + d_expert, mask=is_stored_MN, other=0).to(tl.float32)
-    value_MN, slope_MN = activate_with_slope(gate_MN, ACTIVATION)
+    a_MN, gate_slope_MN, up_slope_MN = gated_with_slopes(gate_MN, up_MN, ACTIVATION)
     grad_a_MN = g_MN * weight_M[:, None]
     type_h: tl.constexpr = grad_h_RH.dtype.element_ty
-    tl.store(grad_h_RH + at_MN, (grad_a_MN * up_MN * slope_MN).to(type_h), mask=is_stored_MN)
-    tl.store(grad_h_RH + at_MN + d_expert, (grad_a_MN * value_MN).to(type_h), mask=is_stored_MN)
-    a_MN = value_MN * up_MN
+    tl.store(grad_h_RH + at_MN, (grad_a_MN * gate_slope_MN).to(type_h), mask=is_stored_MN)
+    tl.store(grad_h_RH + at_MN + d_expert, (grad_a_MN * up_slope_MN).to(type_h), mask=is_stored_MN)
     scaled_at = scaled_RF + row_M[:, None] * d_expert + feature_N[None, :]
     tl.store(scaled_at, (a_MN * weight_M[:, None]).to(type_h), mask=is_stored_MN)
     return tl.sum(g_MN * a_MN, axis=1)

@@ -6,12 +6,16 @@ M rows of a tile, N columns of a tile, P the inner dimension of a product.
 import triton
 import triton.language as tl
 
+from .. import activation
+
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 """Whether the kernels run in Triton's interpreter, which multiplies bf16 tiles as if their bits
 were integers (triton issue 11584); there they are widened first."""
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 INVERSE_SQRT_2PI = tl.constexpr(0.3989422804014327)
+CLAMP = tl.constexpr(activation.CLAMP)
+CLAMPED_SLOPE = tl.constexpr(activation.CLAMPED_SLOPE)
 
 
 @triton.jit
@@ -42,29 +46,43 @@ def tile_and_column(
 
 
 @triton.jit
-def activate(gate, ACTIVATION: tl.constexpr):
-    """Return silu, relu or exact gelu of the gate, all in fp32."""
+def gated(gate, up, ACTIVATION: tl.constexpr):
+    """Return act(gate) * factor(up), all in fp32 (kernels/activation.py has the formulas)."""
     if ACTIVATION == "swiglu":
-        return gate * tl.sigmoid(gate)
+        return gate * tl.sigmoid(gate) * up
     elif ACTIVATION == "reglu":
-        return tl.maximum(gate, 0.0)
+        return tl.maximum(gate, 0.0) * up
+    elif ACTIVATION == "clamped_swiglu":
+        g = tl.minimum(gate, CLAMP)
+        factor = tl.maximum(tl.minimum(up, CLAMP), -CLAMP) + 1
+        return g * tl.sigmoid(g * CLAMPED_SLOPE) * factor
     else:
-        return gate * (0.5 + 0.5 * tl.erf(gate * SQRT_HALF))
+        return gate * (0.5 + 0.5 * tl.erf(gate * SQRT_HALF)) * up
 
 
 @triton.jit
-def activate_with_slope(gate, ACTIVATION: tl.constexpr):
-    """Return :func:`activate` and its derivative (kernels/activation.py has the formulas)."""
+def gated_with_slopes(gate, up, ACTIVATION: tl.constexpr):
+    """Return :func:`gated` and its derivatives with respect to gate and up."""
     if ACTIVATION == "swiglu":
         sigmoid = tl.sigmoid(gate)
-        value = gate * sigmoid
-        return value, sigmoid + value * (1 - sigmoid)
+        act = gate * sigmoid
+        return act * up, (sigmoid + act * (1 - sigmoid)) * up, act
     elif ACTIVATION == "reglu":
-        return tl.maximum(gate, 0.0), tl.where(gate > 0, 1.0, 0.0)
+        act = tl.maximum(gate, 0.0)
+        return act * up, tl.where(gate > 0, up, 0.0), act
+    elif ACTIVATION == "clamped_swiglu":
+        g = tl.minimum(gate, CLAMP)
+        factor = tl.maximum(tl.minimum(up, CLAMP), -CLAMP) + 1
+        sigmoid = tl.sigmoid(g * CLAMPED_SLOPE)
+        act = g * sigmoid
+        slope = (sigmoid + act * CLAMPED_SLOPE * (1 - sigmoid)) * factor
+        is_up_free = (up <= CLAMP) & (up >= -CLAMP)
+        return act * factor, tl.where(gate <= CLAMP, slope, 0.0), tl.where(is_up_free, act, 0.0)
     else:
         below = 0.5 + 0.5 * tl.erf(gate * SQRT_HALF)
         density = tl.exp(-0.5 * gate * gate) * INVERSE_SQRT_2PI
-        return gate * below, below + gate * density
+        act = gate * below
+        return act * up, (below + gate * density) * up, act
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .grouping import SlotGroups
-from .tile_math import activate, add_product, tile_and_column
+from .tile_math import add_product, gated, tile_and_column
 from .tiles import GROUP_TILES, Tiles
 
 
@@ -113,7 +113,7 @@ def up_projection_kernel(
     row_M = row_M.to(tl.int64)
     tl.store(
         a_RF + row_M[:, None] * d_expert + feature[None, :],
-        (activate(gate, ACTIVATION) * up).to(a_RF.dtype.element_ty),
+        gated(gate, up, ACTIVATION).to(a_RF.dtype.element_ty),
         mask=is_stored,
     )
     if h_RH is not None:

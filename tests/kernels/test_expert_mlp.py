@@ -71,10 +71,16 @@ def test_agrees_with_the_reference_in_values_and_all_gradients(shape, routing, d
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_agree_with_torch_and_with_the_reference_in_all_gradients(activation):
-    function = {"swiglu": F.silu, "reglu": F.relu, "geglu": F.gelu}[activation]
-    h = torch.randn(7, 10, dtype=torch.float64)
-    torch.testing.assert_close(gated(h, activation), function(h[:, :5]) * h[:, 5:])
+    h = 8 * torch.randn(70, 10, dtype=torch.float64)
+    gate, up = h[:, :5], h[:, 5:]
+    if activation == "clamped_swiglu":
+        gate, up = gate.clamp(max=7), up.clamp(-7, 7)
+        expected = gate / (1 + torch.exp(-1.702 * gate)) * (up + 1)
+    else:
+        expected = {"swiglu": F.silu, "reglu": F.relu, "geglu": F.gelu}[activation](gate) * up
+    torch.testing.assert_close(gated(h, activation), expected)
     ids, leaves = problem((37, 2, 5, 24, 40), "with_none", torch.float64)
+    leaves[2] = (leaves[2].detach() * 10).requires_grad_()  # beyond where gates are clamped
     y, grads = run(ids, leaves, "torch", activation)
     expected_y, expected = run(ids, leaves, "reference", activation)
     for actual, wanted in zip((y, *grads), (expected_y, *expected), strict=True):

@@ -99,11 +99,13 @@ def test_any_distribution_of_the_rows_agrees_with_the_reference(kind):
     assert_near(outcome(ids, leaves), expected_outcome(ids, leaves), torch.float32)
 
 
-@pytest.mark.parametrize("activation", ["reglu", "geglu"])
+@pytest.mark.parametrize("activation", ["reglu", "geglu", "clamped_swiglu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_activations_agree_with_the_reference(activation, dtype):
     shape = SHAPES["tiles_of_32"]
     ids, leaves = routing("random", *shape[:3]), problem(shape, dtype)
+    if dtype == torch.float32:  # beyond where gates are clamped; bf16 may round across the edge
+        leaves[2] = (leaves[2].detach() * 8).requires_grad_()
     found = outcome(ids, leaves, activation=activation)
     assert_near(found, expected_outcome(ids, leaves, activation=activation), dtype)
 

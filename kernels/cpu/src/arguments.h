@@ -4,7 +4,7 @@
 #include <cstdint>
 
 enum ElementType : int64_t { FLOAT32 = 0, BFLOAT16 = 1 };
-enum Activation : int64_t { SWIGLU = 0, REGLU = 1, GEGLU = 2 };
+enum Activation : int64_t { SWIGLU = 0, REGLU = 1, GEGLU = 2, CLAMPED_SWIGLU = 3 };
 enum Score : int64_t { SOFTMAX = 0, SIGMOID = 1 };
 
 // y = x w^T. x [rows, width] and w [outputs, width] in `type`; y [rows, outputs].

@@ -35,7 +35,7 @@ void keep_first_half(const ExpertArguments& a, const Order& order, const RowBloc
             for (int64_t i = 0; i < count; i++) {  // backward will find rounded values: so here
                 Element rounded_gate = narrow<Element>(gate[m][i]);
                 Element rounded_up = narrow<Element>(up[m][i]);
-                float value = activate<kind>(widen(rounded_gate)).value * widen(rounded_up);
+                float value = activate<kind>(widen(rounded_gate), widen(rounded_up)).value;
                 kept_gate[i] = rounded_gate;
                 kept_up[i] = rounded_up;
                 line[i] = narrow<Element>(value);
@@ -133,12 +133,12 @@ template <class Element> struct Backward {
         float weight = a.weights[order.rows[row]], products[PANEL], sum = 0;
 #pragma GCC ivdep
         for (int64_t i = 0; i < count; i++) {
-            Activated activated = activate<Kind>(widen(gate[i]));
-            float grad_act = weight * u[i], value = activated.value * widen(up[i]);
-            grad_gate[i] = narrow<Element>(grad_act * widen(up[i]) * activated.slope);
-            grad_up[i] = narrow<Element>(grad_act * activated.value);
-            act[i] = narrow<Element>(weight * value);
-            products[i] = u[i] * value;
+            Activated activated = activate<Kind>(widen(gate[i]), widen(up[i]));
+            float grad_act = weight * u[i];
+            grad_gate[i] = narrow<Element>(grad_act * activated.gate_slope);
+            grad_up[i] = narrow<Element>(grad_act * activated.up_slope);
+            act[i] = narrow<Element>(weight * activated.value);
+            products[i] = u[i] * activated.value;
         }
         for (int64_t i = 0; i < count; i++) sum += products[i];
         return sum;

@@ -2,35 +2,13 @@
 #pragma once
 
 #include <memory>
-#include <type_traits>
 
+#include "activation.h"
 #include "arguments.h"
 #include "linear.h"
 #include "products.h"
 
 namespace ISA {
-
-// Calls body with the activation as a constant, so that loops in it become vector code.
-template <class Body> inline void by_activation(int64_t activation, Body body) {
-    if (activation == REGLU) return body(std::integral_constant<Activation, REGLU>{});
-    if (activation == GEGLU) return body(std::integral_constant<Activation, GEGLU>{});
-    body(std::integral_constant<Activation, SWIGLU>{});
-}
-
-// act(gate) and its slope.
-struct Activated {
-    float value, slope;
-};
-
-template <Activation Kind> inline Activated activate(float gate) {
-    if constexpr (Kind == REGLU) return {gate > 0 ? gate : 0.0f, gate > 0 ? 1.0f : 0.0f};
-    if constexpr (Kind == GEGLU) {
-        float below = 0.5f * (1 + std::erf(gate * 0.70710678f));
-        return {gate * below, below + gate * 0.39894228f * exponential(-0.5f * gate * gate)};
-    }
-    float sigmoid = 1 / (1 + exponential(-gate));
-    return {gate * sigmoid, sigmoid * (1 + gate * (1 - sigmoid))};
-}
 
 // A stretch of routed rows that share an expert.
 struct RowBlock {
@@ -100,7 +78,7 @@ void first_half(const ExpertArguments& a, const Order& order, const RowBlock& bl
         for (int64_t m = 0; m < rows; m++) {
             Element* line = act + (block.from + m) * a.d_expert + from;
             for (int64_t i = 0; i < to - from; i++)
-                line[i] = narrow<Element>(activate<kind>(gates[m][i]).value * ups[m][i]);
+                line[i] = narrow<Element>(activate<kind>(gates[m][i], ups[m][i]).value);
         }
     });
 }

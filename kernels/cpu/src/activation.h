@@ -1,0 +1,50 @@
+// Gated activations, act(gate) * factor(up), and their slopes.
+#pragma once
+
+#include <cmath>
+#include <type_traits>
+
+#include "arguments.h"
+#include "vectors.h"
+
+namespace ISA {
+
+// gpt-oss's constants.
+constexpr float CLAMP = 7.0f, CLAMPED_SLOPE = 1.702f;
+
+// Calls body with the activation as a constant, so that loops in it become vector code.
+template <class Body> inline void by_activation(int64_t activation, Body body) {
+    if (activation == REGLU) return body(std::integral_constant<Activation, REGLU>{});
+    if (activation == GEGLU) return body(std::integral_constant<Activation, GEGLU>{});
+    if (activation == CLAMPED_SWIGLU)
+        return body(std::integral_constant<Activation, CLAMPED_SWIGLU>{});
+    body(std::integral_constant<Activation, SWIGLU>{});
+}
+
+struct Activated {
+    float value, gate_slope, up_slope;
+};
+
+template <Activation Kind> inline Activated activate(float gate, float up) {
+    if constexpr (Kind == REGLU) {
+        float act = gate > 0 ? gate : 0.0f;
+        return {act * up, gate > 0 ? up : 0.0f, act};
+    }
+    if constexpr (Kind == GEGLU) {
+        float below = 0.5f * (1 + std::erf(gate * 0.70710678f));
+        float slope = below + gate * 0.39894228f * exponential(-0.5f * gate * gate);
+        return {gate * below * up, slope * up, gate * below};
+    }
+    if constexpr (Kind == CLAMPED_SWIGLU) {
+        float g = gate < CLAMP ? gate : CLAMP, u = up < CLAMP ? up : CLAMP;
+        float factor = (u > -CLAMP ? u : -CLAMP) + 1;
+        float sigmoid = 1 / (1 + exponential(-CLAMPED_SLOPE * g)), act = g * sigmoid;
+        float slope = sigmoid + CLAMPED_SLOPE * act * (1 - sigmoid);
+        return {act * factor, gate <= CLAMP ? slope * factor : 0.0f,
+                up <= CLAMP && up >= -CLAMP ? act : 0.0f};
+    }
+    float sigmoid = 1 / (1 + exponential(-gate)), act = gate * sigmoid;
+    return {act * up, sigmoid * (1 + gate * (1 - sigmoid)) * up, act};
+}
+
+}  // namespace ISA
