@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .activation import gated, gated_backward
-from .expert_weights import ExpertWeights, MainGrads
+from .expert_weights import ExpertWeights, MainGrads, SlotTable
 from .grouping import Grouping
+from .quantized_weights import AnyExperts
 from .row_stable import bf16_row_stable_linear
 
 
@@ -36,7 +37,7 @@ class Span(NamedTuple):
 
 
 def spans_of(
-    grouping: Grouping, experts: ExpertWeights, only: Iterable[int] | None = None
+    grouping: Grouping, experts: SlotTable, only: Iterable[int] | None = None
 ) -> list[Span]:
     """Return the groups that have rows, as numbers on the host; ``only`` names some experts."""
     bounds = grouping.offsets_E1.tolist()
@@ -68,7 +69,11 @@ def _tokens_M(grouping: Grouping, spans: list[Span], x_TD: Tensor) -> Tensor:
 
 
 def infer(
-    x_TD: Tensor, grouping: Grouping, experts: ExpertWeights, spans: list[Span], out_RD: Tensor
+    x_TD: Tensor,
+    grouping: Grouping,
+    experts: AnyExperts,
+    spans: list[Span],
+    out_RD: Tensor,
 ) -> None:
     """Write the outputs of the groups into their lines of ``out_RD``, keeping nothing.
 
@@ -77,9 +82,9 @@ def infer(
     tokens_R = grouping.tokens_R
     for slot, start, end in spans:
         x_nD = x_TD.index_select(0, tokens_R[start:end])
-        h_nH = bf16_row_stable_linear(x_nD, experts.fc1_SHD[slot])
-        act_nF = gated(h_nH, experts.activation)
-        out_RD[start:end] = bf16_row_stable_linear(act_nF, experts.fc2_SDF[slot])
+        fc1_HD, fc2_DF = experts.matrices(slot, x_TD.dtype)
+        act_nF = gated(bf16_row_stable_linear(x_nD, fc1_HD), experts.activation)
+        out_RD[start:end] = bf16_row_stable_linear(act_nF, fc2_DF)
 
 
 def forward(

@@ -12,6 +12,7 @@ from .cpu.experts import can_run
 from .cpu.library import load
 from .cpu.training import CppExpertMLP, can_train
 from .expert_weights import ExpertWeights
+from .quantized_weights import AnyExperts, QuantizedExpertWeights
 from .reference import expert_mlp_reference
 from .torch_backend import ExpertMLP
 from .triton_backend import expert_mlp_triton, is_chosen
@@ -26,25 +27,26 @@ def expert_mlp(
     x_TD: Tensor,
     experts_TK: Tensor,
     weights_TK: Tensor,
-    experts: ExpertWeights,
+    experts: AnyExperts,
     backend: Backend = "auto",
 ) -> Tensor:
     """Return ``y_t = sum_k weights[t, k] * MLP_{experts[t, k]}(x_t)``, ``[T, D]`` in x's dtype.
 
     ``experts_TK`` holds logical expert ids, -1 for no expert; ``weights_TK`` may be wider than x
     (fp32 beside bf16), and the sum over k runs in that type. Differentiable in x, the weights,
-    fc1 and fc2. Raises ``ValueError`` for shapes that do not fit, ids out of range, and a backend
-    that cannot run here.
+    fc1 and fc2, unless the experts are quantized. Raises ``ValueError`` for shapes that do not fit,
+    ids out of range, gradients of quantized experts, and a backend that cannot run here.
     """
     if experts_TK.shape != weights_TK.shape or x_TD.shape[:1] != experts_TK.shape[:1]:
         raise ValueError(
             f"x {tuple(x_TD.shape)}, experts {tuple(experts_TK.shape)} and weights "
             f"{tuple(weights_TK.shape)} do not fit; they must be [T, D], [T, K] and [T, K]."
         )
-    if x_TD.shape[-1] != experts.fc1_SHD.shape[-1] or x_TD.dtype != experts.fc1_SHD.dtype:
+    dtype = experts.fc1_SHD.dtype if isinstance(experts, ExpertWeights) else x_TD.dtype
+    if x_TD.shape[-1] != experts.d_model or x_TD.dtype != dtype:
         raise ValueError(
             f"x has width {x_TD.shape[-1]} and type {x_TD.dtype}, but the experts take "
-            f"{experts.fc1_SHD.shape[-1]} and {experts.fc1_SHD.dtype}."
+            f"{experts.d_model} and {dtype}."
         )
     if backend == "reference":
         return expert_mlp_reference(x_TD, experts_TK, weights_TK, experts)
@@ -52,17 +54,27 @@ def expert_mlp(
         backend == "auto" and is_chosen(x_TD, experts_TK, weights_TK, experts)
     ):
         return expert_mlp_triton(x_TD, experts_TK, weights_TK, experts)
-    is_cpp = backend != "torch" and _takes_cpp(x_TD, weights_TK, experts)
-    if backend == "cpp" and not is_cpp:
-        raise ValueError(
-            f"backend is 'cpp', which does not take {x_TD.dtype} rows on {x_TD.device} here (C++ "
-            f"kernels: {load().state}); use 'auto'."
-        )
+    if isinstance(experts, QuantizedExpertWeights):
+        if torch.is_grad_enabled() and (x_TD.requires_grad or weights_TK.requires_grad):
+            raise ValueError(
+                "x or the routing weights want gradients, but quantized experts have no backward; "
+                "run under torch.no_grad() or with plain weights."
+            )
+        with torch.no_grad():
+            return _run_waves(x_TD, experts_TK, weights_TK, experts, backend)
     if torch.is_grad_enabled():
+        is_cpp = _is_cpp(backend, can_train(x_TD, weights_TK, experts), x_TD)
         mlp = CppExpertMLP if is_cpp else ExpertMLP
         return mlp.apply(x_TD, experts_TK, weights_TK, experts.fc1_SHD, experts.fc2_SDF, experts)
+    return _run_waves(x_TD, experts_TK, weights_TK, experts, backend)
+
+
+def _run_waves(
+    x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, experts: AnyExperts, backend: Backend
+) -> Tensor:
+    """Run all experts in one wave, without gradients."""
     waves: Waves
-    if is_cpp:
+    if _is_cpp(backend, can_run(x_TD, weights_TK, experts), x_TD):
         waves = CppWaves(x_TD, experts_TK, weights_TK)
     else:
         waves = TorchWaves(x_TD, experts_TK, weights_TK, experts.num_experts)
@@ -70,7 +82,11 @@ def expert_mlp(
     return waves.result()
 
 
-def _takes_cpp(x_TD: Tensor, weights_TK: Tensor, experts: ExpertWeights) -> bool:
-    if torch.is_grad_enabled():
-        return can_train(x_TD, weights_TK, experts)
-    return can_run(x_TD, weights_TK, experts)
+def _is_cpp(backend: Backend, takes_them: bool, x_TD: Tensor) -> bool:
+    """Say whether the C++ kernels run; raise ``ValueError`` where they were asked for in vain."""
+    if backend == "cpp" and not takes_them:
+        raise ValueError(
+            f"backend is 'cpp', which does not take {x_TD.dtype} rows on {x_TD.device} here (C++ "
+            f"kernels: {load().state}); use 'auto'."
+        )
+    return backend != "torch" and takes_them

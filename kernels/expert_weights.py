@@ -34,13 +34,45 @@ class MainGrads:
             self.is_empty = False
 
 
+class SlotTable:
+    """Which slot holds which expert; every layout of the weights is one."""
+
+    __slots__ = ()
+    slot_of_E: tuple[int, ...] | None
+
+    @property
+    def num_slots(self) -> int:
+        """S."""
+        raise NotImplementedError
+
+    @property
+    def num_experts(self) -> int:
+        """E: how many experts the routing may name."""
+        return self.num_slots if self.slot_of_E is None else len(self.slot_of_E)
+
+    @property
+    def consecutive(self) -> range | None:
+        """The experts of slots 0, 1, 2, ... where they are consecutive, else None."""
+        if self.slot_of_E is None:
+            return range(self.num_slots)
+        if 0 not in self.slot_of_E:
+            return None
+        first = self.slot_of_E.index(0)
+        end = first + self.num_slots
+        is_in_order = self.slot_of_E[first:end] == tuple(range(self.num_slots))
+        return range(first, end) if is_in_order else None
+
+    def slot(self, expert: int) -> int:
+        """Return the slot of ``expert``, -1 when it is not here."""
+        return expert if self.slot_of_E is None else self.slot_of_E[expert]
+
+
 @dataclass(frozen=True, slots=True)
-class ExpertWeights:
-    """Gated expert weights in the plain layout.
+class ExpertWeights(SlotTable):
+    """Gated expert weights in the plain layout; quantized_weights.py has them in 8 and 4 bits.
 
     Resident experts are the case S = E with ``slot_of_E = None``. An expert cache hands the same
-    kernels fewer slots and a table. Other layouts (prepacked, int8, int4) keep this interface and
-    decide themselves what a slot holds.
+    kernels fewer slots and a table.
     """
 
     fc1_SHD: Tensor
@@ -54,25 +86,19 @@ class ExpertWeights:
     """Where backward leaves the gradients of the weights; None returns them."""
 
     @property
-    def num_experts(self) -> int:
-        """E: how many experts the routing may name."""
-        return self.fc1_SHD.shape[0] if self.slot_of_E is None else len(self.slot_of_E)
+    def num_slots(self) -> int:
+        """S."""
+        return self.fc1_SHD.shape[0]
 
     @property
-    def consecutive(self) -> range | None:
-        """The experts of slots 0, 1, 2, ... where they are consecutive, else None."""
-        num_slots = self.fc1_SHD.shape[0]
-        if self.slot_of_E is None:
-            return range(num_slots)
-        if 0 not in self.slot_of_E:
-            return None
-        first = self.slot_of_E.index(0)
-        held = self.slot_of_E[first : first + num_slots]
-        return range(first, first + num_slots) if held == tuple(range(num_slots)) else None
+    def d_model(self) -> int:
+        """D."""
+        return self.fc1_SHD.shape[2]
 
-    def slot(self, expert: int) -> int:
-        """Return the slot of ``expert``, -1 when it is not here."""
-        return expert if self.slot_of_E is None else self.slot_of_E[expert]
+    def matrices(self, slot: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return fc1 ``[2F, D]`` and fc2 ``[D, F]`` of a slot; they are in ``dtype`` already."""
+        assert self.fc1_SHD.dtype == dtype, "the experts have another type"
+        return self.fc1_SHD[slot], self.fc2_SDF[slot]
 
     def slot_views(self, slot: int) -> dict[str, Tensor]:
         """Return the writable parts of a slot: gate ``[F, D]``, up ``[F, D]``, down ``[D, F]``."""

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .activation import gated
-from .expert_weights import ExpertWeights
+from .quantized_weights import AnyExperts
 
 
 def expert_mlp_reference(
-    x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, experts: ExpertWeights
+    x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, experts: AnyExperts
 ) -> Tensor:
     """Return ``y_t = sum_k weights[t, k] * MLP_{experts[t, k]}(x_t)``, ``[T, D]``."""
     y_TKD = x_TD.new_zeros(*experts_TK.shape, x_TD.shape[1])
@@ -23,8 +23,9 @@ def expert_mlp_reference(
         if slot < 0:
             assert tokens_N.numel() == 0, f"expert {expert} has rows but no slot"
             continue
-        hidden_NF = gated(F.linear(x_TD[tokens_N], experts.fc1_SHD[slot]), experts.activation)
-        y_ND = F.linear(hidden_NF, experts.fc2_SDF[slot])
+        fc1_HD, fc2_DF = experts.matrices(slot, x_TD.dtype)
+        hidden_NF = gated(F.linear(x_TD[tokens_N], fc1_HD), experts.activation)
+        y_ND = F.linear(hidden_NF, fc2_DF)
         y_TKD = y_TKD.index_put((tokens_N, choices_N), y_ND)
     present_TK = experts_TK >= 0
     weights_TK = torch.where(present_TK, weights_TK, 0)

@@ -15,12 +15,13 @@ from torch import Tensor
 from . import expert_fused, expert_loop
 from .expert_weights import ExpertWeights, MainGrads
 from .grouping import Grouping, group_tokens
+from .quantized_weights import AnyExperts
 
 
 def expert_rows(
     x_TD: Tensor,
     grouping: Grouping,
-    experts: ExpertWeights,
+    experts: AnyExperts,
     *,
     only: Iterable[int] | None = None,
     out_RD: Tensor | None = None,
@@ -30,7 +31,7 @@ def expert_rows(
     ``only`` names the experts to run and ``out_RD`` receives their rows, so that experts can come
     in waves; every row's bits are the same whichever waves it is split into.
     """
-    if only is None and expert_fused.can_run(x_TD, experts):
+    if isinstance(experts, ExpertWeights) and only is None and expert_fused.can_run(x_TD, experts):
         return expert_fused.forward(x_TD, grouping, experts)[1]
     if out_RD is None:
         out_RD = x_TD.new_empty(grouping.order_R.numel(), x_TD.shape[1])

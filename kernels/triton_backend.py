@@ -13,7 +13,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from .expert_weights import ExpertWeights
+from .quantized_weights import AnyExperts, QuantizedExpertWeights
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -38,7 +38,7 @@ def why_not(device: torch.device) -> str | None:
     return None
 
 
-def is_chosen(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, experts: ExpertWeights) -> bool:
+def is_chosen(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, experts: AnyExperts) -> bool:
     """Say whether the automatic choice falls on Triton for this call.
 
     The first call of a type on a device checks the kernels there, which compiles them and waits for
@@ -86,7 +86,7 @@ def _passes(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def expert_mlp_triton(
-    x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, experts: ExpertWeights
+    x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, experts: AnyExperts
 ) -> Tensor:
     """Return ``y_t = sum_k weights[t, k] * MLP_{experts[t, k]}(x_t)``, ``[T, D]``, summed in fp32.
 
@@ -98,6 +98,7 @@ def expert_mlp_triton(
         problem = why_not(x_TD.device) or problem
     if problem is not None:
         raise ValueError(f"{problem} Use backend 'torch'.")
+    assert not isinstance(experts, QuantizedExpertWeights), "they are a misfit"
     from .gpu.ops import expert_mlp_op
 
     leaves = (x_TD, weights_TK, experts.fc1_SHD, experts.fc2_SDF)
@@ -124,9 +125,11 @@ def expert_mlp_triton(
 
 
 def _misfit(
-    x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, experts: ExpertWeights
+    x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, experts: AnyExperts
 ) -> str | None:
     """Say what the kernels do not take about these arguments."""
+    if isinstance(experts, QuantizedExpertWeights):
+        return "Triton's expert kernels do not take quantized experts."
     fc1_SHD, fc2_SDF = experts.fc1_SHD, experts.fc2_SDF
     if x_TD.dtype not in DTYPES:
         return f"Triton's expert kernels take bf16, fp16 and fp32, not {x_TD.dtype}."

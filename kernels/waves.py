@@ -9,8 +9,8 @@ from typing import Protocol
 from torch import Tensor
 
 from .cpu.experts import CppWaves, can_run
-from .expert_weights import ExpertWeights
 from .grouping import group_tokens
+from .quantized_weights import AnyExperts
 from .torch_backend import combine_rows, expert_rows
 
 
@@ -21,7 +21,7 @@ class Waves(Protocol):
     order at the end. So the bits are the same whichever waves the experts come in.
     """
 
-    def add(self, experts: ExpertWeights, only: Collection[int] | None = None) -> None:
+    def add(self, experts: AnyExperts, only: Collection[int] | None = None) -> None:
         """Run experts that are here, all or ``only`` some of them."""
         ...
 
@@ -40,7 +40,7 @@ class TorchWaves:
         self._grouping = group_tokens(experts_TK, num_experts)
         self._y_RD: Tensor | None = None
 
-    def add(self, experts: ExpertWeights, only: Collection[int] | None = None) -> None:
+    def add(self, experts: AnyExperts, only: Collection[int] | None = None) -> None:
         """Run experts that are here, all or ``only`` some of them."""
         self._y_RD = expert_rows(self._x_TD, self._grouping, experts, only=only, out_RD=self._y_RD)
 

@@ -13,11 +13,12 @@ from torch import Tensor
 from ..activation import ACTIVATIONS
 from ..expert_weights import ExpertWeights
 from ..grouping import outside
+from ..quantized_weights import AnyExperts, QuantizedExpertWeights
 from .library import TYPES, empty_fp32, functions_for
 from .structures import CombineArguments, ExpertArguments
 
 
-def can_run(x_TD: Tensor, weights_TK: Tensor, experts: ExpertWeights | None = None) -> bool:
+def can_run(x_TD: Tensor, weights_TK: Tensor, experts: AnyExperts | None = None) -> bool:
     """Say whether the kernels can take these rows, and these experts if given, without gradients.
 
     Sums over k run in fp32, so wider routing weights are left to others.
@@ -27,8 +28,10 @@ def can_run(x_TD: Tensor, weights_TK: Tensor, experts: ExpertWeights | None = No
     return experts is None or is_plain(experts)
 
 
-def is_plain(experts: ExpertWeights) -> bool:
+def is_plain(experts: AnyExperts) -> bool:
     """Say whether every slot is one dense block, as the kernels need it."""
+    if isinstance(experts, QuantizedExpertWeights):
+        return False
     return all(w.stride()[1:] == (w.shape[2], 1) for w in (experts.fc1_SHD, experts.fc2_SDF))
 
 
@@ -48,12 +51,12 @@ class CppWaves:
         self._weights_TK = weights_TK.float().contiguous()
         self._lines_RD = empty_fp32(experts_TK.numel(), x_TD.shape[1])
 
-    def add(self, experts: ExpertWeights, only: Collection[int] | None = None) -> None:
+    def add(self, experts: AnyExperts, only: Collection[int] | None = None) -> None:
         """Run these experts, all that are here or ``only`` some.
 
         Raises ``ValueError`` for expert ids out of range.
         """
-        assert is_plain(experts), "the slots are not dense"
+        assert isinstance(experts, ExpertWeights) and is_plain(experts), "the slots are not dense"
         assert experts.fc1_SHD.dtype == self._x_TD.dtype, "experts and rows have different types"
         assert experts.fc1_SHD.shape[2] == self._x_TD.shape[1], "experts take another width"
         rows = (self._x_TD, self._experts_TK)
