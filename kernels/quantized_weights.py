@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .activation import Activation
-from .expert_weights import ExpertWeights, SlotTable
+from .expert_weights import ExpertWeights, SlotTable, empty_slots
 
 Bits = Literal[8, 4]
 
@@ -154,7 +154,7 @@ def quantize(weight_SQP: Tensor, bits: Bits, group_size: int | None = None) -> Q
     """
     if bits not in (8, 4):
         raise ValueError(f"bits is {bits}; use 8 or 4.")
-    width = weight_SQP.shape[2]
+    num_slots, rows, width = weight_SQP.shape
     if group_size is None:
         group_size = width if bits == 8 else INT4_GROUP_SIZE
     if group_size <= 0 or group_size % WIDTH_UNIT or width % group_size:
@@ -162,10 +162,26 @@ def quantize(weight_SQP: Tensor, bits: Bits, group_size: int | None = None) -> Q
             f"group_size is {group_size}; for matrices of {width} inputs use a multiple of "
             f"{WIDTH_UNIT} that divides them."
         )
+    found = empty_matrices(num_slots, rows, width, bits, group_size, weight_SQP.device)
     # Slot by slot: fp32 copies of all experts at once would be several times the model.
-    parts = [_quantize_one(weight_QP, bits, group_size) for weight_QP in weight_SQP]
-    values, scales = zip(*parts, strict=True)
-    return QuantizedMatrices(torch.stack(values), torch.stack(scales))
+    for slot, weight_QP in enumerate(weight_SQP):
+        found.values[slot], found.scales_SQG[slot] = _quantize_one(weight_QP, bits, group_size)
+    return found
+
+
+def empty_matrices(
+    num_slots: int, rows: int, width: int, bits: Bits, group_size: int, device: torch.device
+) -> QuantizedMatrices:
+    """Allocate ``[num_slots, rows, width]``; on the CPU as :func:`empty_slots` does."""
+    dtype, row_bytes = (torch.int8, width) if bits == 8 else (torch.uint8, width // 2)
+    num_groups = width // group_size
+    if device.type == "cpu":
+        values = empty_slots(num_slots, rows, row_bytes, dtype)
+        scales = empty_slots(num_slots, rows, num_groups, torch.bfloat16)
+    else:
+        values = torch.empty(num_slots, rows, row_bytes, dtype=dtype, device=device)
+        scales = torch.empty(num_slots, rows, num_groups, dtype=torch.bfloat16, device=device)
+    return QuantizedMatrices(values, scales)
 
 
 def _quantize_one(weight_QP: Tensor, bits: Bits, group_size: int) -> tuple[Tensor, Tensor]:

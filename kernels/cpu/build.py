@@ -28,7 +28,7 @@ VARIANTS = {
     "portable": (),
     "avx2": AVX2,
     "avx512": AVX512,
-    "avx512_bf16": (*AVX512, "-mavx512bf16"),
+    "avx512_bf16": (*AVX512, "-mavx512bf16", "-mavx512vnni"),
 }
 """Compiler flags by instruction set; other architectures than x86-64 have the first alone."""
 

@@ -11,11 +11,16 @@ import torch
 from torch import Tensor
 
 from ..activation import ACTIVATIONS
-from ..expert_weights import ExpertWeights
+from ..expert_weights import ExpertWeights, SlotTable
 from ..grouping import outside
-from ..quantized_weights import AnyExperts, QuantizedExpertWeights
+from ..quantized_weights import AnyExperts, QuantizedExpertWeights, QuantizedMatrices
 from .library import TYPES, empty_fp32, functions_for
-from .structures import CombineArguments, ExpertArguments
+from .structures import (
+    CombineArguments,
+    ExpertArguments,
+    QuantizedExpertArguments,
+    QuantizedMatrix,
+)
 
 
 def can_run(x_TD: Tensor, weights_TK: Tensor, experts: AnyExperts | None = None) -> bool:
@@ -30,9 +35,12 @@ def can_run(x_TD: Tensor, weights_TK: Tensor, experts: AnyExperts | None = None)
 
 def is_plain(experts: AnyExperts) -> bool:
     """Say whether every slot is one dense block, as the kernels need it."""
-    if isinstance(experts, QuantizedExpertWeights):
-        return False
-    return all(w.stride()[1:] == (w.shape[2], 1) for w in (experts.fc1_SHD, experts.fc2_SDF))
+    if isinstance(experts, ExpertWeights):
+        parts = [experts.fc1_SHD, experts.fc2_SDF]
+    else:
+        matrices = (experts.fc1, experts.fc2)
+        parts = [part for m in matrices for part in (m.values, m.scales_SQG)]
+    return all(part.stride()[1:] == (part.shape[2], 1) for part in parts)
 
 
 class CppWaves:
@@ -56,12 +64,16 @@ class CppWaves:
 
         Raises ``ValueError`` for expert ids out of range.
         """
-        assert isinstance(experts, ExpertWeights) and is_plain(experts), "the slots are not dense"
-        assert experts.fc1_SHD.dtype == self._x_TD.dtype, "experts and rows have different types"
-        assert experts.fc1_SHD.shape[2] == self._x_TD.shape[1], "experts take another width"
+        assert is_plain(experts), "the slots are not dense"
+        assert experts.d_model == self._x_TD.shape[1], "experts take another width"
         rows = (self._x_TD, self._experts_TK)
-        arguments, _slots = expert_arguments(*rows, experts, only, self._lines_RD)
-        wrong = self._functions.moeyard_experts(ctypes.byref(arguments))
+        if isinstance(experts, QuantizedExpertWeights):
+            quantized, _slots = _quantized_arguments(*rows, experts, only, self._lines_RD)
+            wrong = self._functions.moeyard_quantized_experts(ctypes.byref(quantized))
+        else:
+            assert experts.fc1_SHD.dtype == self._x_TD.dtype, "experts and rows differ in type"
+            arguments, _slots = expert_arguments(*rows, experts, only, self._lines_RD)
+            wrong = self._functions.moeyard_experts(ctypes.byref(arguments))
         check_rows(wrong, self._experts_TK, experts)
 
     def result(self) -> Tensor:
@@ -88,7 +100,7 @@ def combine_lines(
     return y_TD
 
 
-def check_rows(wrong: int, experts_TK: Tensor, experts: ExpertWeights) -> None:
+def check_rows(wrong: int, experts_TK: Tensor, experts: SlotTable) -> None:
     """Say what is wrong with a routed row, if it is not -1."""
     if wrong >= 0:
         expert = int(experts_TK.flatten()[wrong])
@@ -118,7 +130,33 @@ def expert_arguments(
     return arguments, slots
 
 
-def _slots(experts: ExpertWeights, only: Collection[int] | None) -> "array[int] | None":
+def _quantized_arguments(
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    experts: QuantizedExpertWeights,
+    only: Collection[int] | None,
+    lines_RD: Tensor,
+) -> "tuple[QuantizedExpertArguments, array[int] | None]":
+    slots = _slots(experts, only)
+    rest = ExpertArguments(
+        *(TYPES[x_TD.dtype], ACTIVATIONS.index(experts.activation), *experts_TK.shape),
+        *(experts.d_model, experts.fc2.width, experts.num_experts, torch.get_num_threads()),
+        *(0, 0, only is not None, x_TD.data_ptr(), None, None, experts_TK.data_ptr()),
+        *(None if slots is None else slots.buffer_info()[0], lines_RD.data_ptr(), None),
+    )
+    matrices = (_matrix(experts.fc1), _matrix(experts.fc2))
+    return QuantizedExpertArguments(rest, *matrices), slots
+
+
+def _matrix(matrices: QuantizedMatrices) -> QuantizedMatrix:
+    values, scales = matrices.values, matrices.scales_SQG
+    return QuantizedMatrix(
+        *(values.data_ptr(), scales.data_ptr(), matrices.bits, matrices.group_size),
+        *(values.stride(0), scales.stride(0)),
+    )
+
+
+def _slots(experts: SlotTable, only: Collection[int] | None) -> "array[int] | None":
     """Return int32 ``[E]``: the slot of each expert to run, else -1; None = slot e is expert e."""
     if only is None:
         return None if experts.slot_of_E is None else array("i", experts.slot_of_E)

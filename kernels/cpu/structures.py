@@ -36,6 +36,24 @@ class ExpertArguments(ctypes.Structure):
     ]
 
 
+class QuantizedMatrix(ctypes.Structure):
+    """A matrix of 8 or 4 bits of all slots."""
+
+    _fields_ = [
+        *((name, Pointer) for name in ("values", "scales")),
+        *((name, Int) for name in ("bits", "group", "stride", "scale_stride")),
+    ]
+
+
+class QuantizedExpertArguments(ctypes.Structure):
+    """The expert MLP of quantized experts."""
+
+    _fields_ = [
+        ("rest", ExpertArguments),
+        *((name, QuantizedMatrix) for name in ("fc1", "fc2")),
+    ]
+
+
 class ExpertGradArguments(ctypes.Structure):
     """The gradients of the expert MLP."""
 

@@ -14,6 +14,7 @@ from moeyard.kernels.cpu.linear import linear
 from moeyard.kernels.cpu.norm import rms_norm
 from moeyard.kernels.expert_mlp import expert_mlp
 from moeyard.kernels.expert_weights import ExpertWeights, MainGrads
+from moeyard.kernels.quantized_weights import quantize_experts
 from moeyard.kernels.waves import start_waves
 from moeyard.moe.build_router import build_router
 from moeyard.moe.router_config import TopK
@@ -265,3 +266,60 @@ def test_callers_in_several_threads_and_in_forked_children_get_right_results():
         caller.join()
     assert not wrong
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+QUANTIZED = {  # bits, group, D, F: whole chunks, parts of chunks, several steps in a group
+    "int8": (8, None, 1088, 96),
+    "int8_groups": (8, 32, 160, 96),
+    "int8_odd_groups": (8, 96, 192, 96),
+    "int4": (4, 64, 192, 64),
+    "int4_small_groups": (4, 32, 416, 96),
+    "int4_odd_groups": (4, 96, 288, 96),
+    "int4_large_groups": (4, 1056, 1056, 1056),
+}
+
+
+def quantized_problem(name, tokens, dtype):
+    bits, group, d_model, d_expert = QUANTIZED[name]
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(-1, 3, (tokens, 2), generator=generator)
+    fc1 = random(3, 2 * d_expert, d_model, seed=1) * d_model**-0.5
+    fc2 = random(3, d_model, d_expert, seed=2) * d_expert**-0.5
+    experts = quantize_experts(ExpertWeights(fc1, fc2), bits, group)
+    x = random(tokens, d_model).to(dtype)
+    return x, ids, torch.rand(tokens, 2, generator=generator), experts
+
+
+@DTYPES
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_quantized_experts_agree_with_the_reference(name, dtype):
+    x, ids, weights, experts = quantized_problem(name, 23, dtype)
+    y = expert_mlp(x, ids, weights, experts, "cpp")
+    expected = expert_mlp(x.double(), ids, weights.double(), experts, "reference")
+    error = (y.double() - expected).abs().max() / expected.abs().max()
+    assert error <= {torch.float32: 1e-4, torch.bfloat16: 1e-2}[dtype]
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_a_quantized_row_does_not_depend_on_the_rows_beside_it(name):
+    x, ids, weights, experts = quantized_problem(name, 230, torch.bfloat16)
+    together = expert_mlp(x, ids, weights, experts, "cpp")
+    for t in (0, 3, 101, 229):
+        row = slice(t, t + 1)
+        alone = expert_mlp(x[row], ids[row], weights[row], experts, "cpp")
+        assert torch.equal(alone, together[row])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_value_that_is_not_finite_shows_in_its_own_row_only(value):
+    x, ids, weights, experts = quantized_problem("int8", 23, torch.float32)
+    ids = ids.clamp(min=0)
+    x[4, 17] = value
+    y = expert_mlp(x, ids, weights, experts, "cpp")
+    assert y[4].isnan().all() and y[:4].isfinite().all() and y[5:].isfinite().all()
+
+
+def test_rows_of_zeros_and_of_subnormals_give_zeros():
+    x, ids, weights, experts = quantized_problem("int4", 2, torch.float32)
+    x[0], x[1] = 0, 1e-42
+    assert not expert_mlp(x, ids.clamp(min=0), weights, experts, "cpp").any()

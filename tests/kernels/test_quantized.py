@@ -104,7 +104,7 @@ def test_says_what_is_wrong_before_anything_runs():
     with pytest.raises(ValueError, match="bits is 2; use 8 or 4"):
         quantize(weight, 2)
     good = quantize(weight, 8)
-    with pytest.raises(ValueError, match="values have type torch.int16"):
+    with pytest.raises(ValueError, match=r"values have type torch\.int16"):
         QuantizedMatrices(good.values.short(), good.scales_SQG)
     with pytest.raises(ValueError, match=r"values \(2, 8, 96\) and scales \(2, 7, 1\)"):
         QuantizedMatrices(good.values, good.scales_SQG[:, :7])

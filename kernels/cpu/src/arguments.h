@@ -34,6 +34,19 @@ struct ExpertArguments {
     void* hidden;            // [T * K, 2F] gate and up, rows in expert order; for training alone
 };
 
+// Weights of 8 or 4 bits: bytes [S, outputs, width * bits / 8] and bf16 scales [S, outputs, groups].
+struct QuantizedMatrix {
+    const void *values, *scales;
+    int64_t bits, group;           // inputs that share a scale
+    int64_t stride, scale_stride;  // bytes and scales from one slot to the next
+};
+
+// The expert MLP of quantized experts; fc1 and fc2 of `rest` play no part.
+struct QuantizedExpertArguments {
+    ExpertArguments rest;
+    QuantizedMatrix fc1, fc2;
+};
+
 // Gradients of the expert MLP's sum y[t] = sum_k weights[t][k] * MLP_{experts[t][k]}(x[t]).
 struct ExpertGradArguments {
     ExpertArguments forward;  // as it was; `lines` is scratch
@@ -89,6 +102,7 @@ struct Kernels {
     void (*linear)(const LinearArguments*);
     void (*norm)(const NormArguments*);
     int64_t (*experts)(const ExpertArguments*);
+    int64_t (*quantized_experts)(const QuantizedExpertArguments*);
     int64_t (*expert_forward)(const ExpertArguments*);
     void (*expert_grads)(const ExpertGradArguments*);
     void (*combine)(const CombineArguments*);

@@ -1,6 +1,7 @@
 // The gated expert MLP without gradients: rows grouped by expert.
 #pragma once
 
+#include <algorithm>
 #include <memory>
 
 #include "activation.h"
@@ -55,47 +56,77 @@ struct Order {
     }
 };
 
-// One block's act(gate) * up for outputs [from, to) of F.
-template <class Element>
-void first_half(const ExpertArguments& a, const Order& order, const RowBlock& block, int64_t from,
-                int64_t to, Element* act) {
-    const Element* x = static_cast<const Element*>(a.x);
-    const Element* gate_weights = static_cast<const Element*>(a.fc1) + block.slot * a.fc1_stride;
-    const Element* up_weights = gate_weights + a.d_expert * a.d_model;
-    const Element* pointers[BLOCK_ROWS];
-    float gates[BLOCK_ROWS][BLOCK_OUTPUTS], ups[BLOCK_ROWS][BLOCK_OUTPUTS];
-    int64_t rows = block.to - block.from;
-    for (int64_t m = 0; m < rows; m++)
-        pointers[m] = x + order.rows[block.from + m] / a.choices * a.d_model;
-    auto keep_in = [&](float (*values_of)[BLOCK_OUTPUTS]) {
+// A plain matrix of all slots, and rows for it by address.
+template <class Element> struct PlainMatrix {
+    const Element* values;
+    int64_t stride, width;
+
+    template <class Store>
+    void multiply(const Element* const* rows, int64_t num_rows, int64_t slot, int64_t from,
+                  int64_t to, Store store) const {
+        products(rows, num_rows, values + slot * stride, from, to, width, store);
+    }
+};
+
+// One block's act(gate) * up for outputs [from, to) of F. `rows` are the block's rows of x.
+template <class Row, class Matrix, class Element>
+void first_half(const ExpertArguments& a, const Matrix& fc1, const RowBlock& block,
+                const Row* rows, int64_t from, int64_t to, Element* act) {
+    float gates[BLOCK_ROWS * BLOCK_OUTPUTS], ups[BLOCK_ROWS * BLOCK_OUTPUTS];
+    int64_t num_rows = block.to - block.from, num_outputs = to - from;
+    auto keep_in = [&](float* kept, int64_t first) {
         return [=](int64_t m, int64_t n, const float* values, int64_t count) {
-            for (int64_t i = 0; i < count; i++) values_of[m][n - from + i] = values[i];
+            for (int64_t i = 0; i < count; i++) kept[m * num_outputs + n - first + i] = values[i];
         };
     };
-    products(pointers, rows, gate_weights, from, to, a.d_model, keep_in(gates));
-    products(pointers, rows, up_weights, from, to, a.d_model, keep_in(ups));
+    int64_t up_from = a.d_expert + from, up_to = a.d_expert + to;
+    fc1.multiply(rows, num_rows, block.slot, from, to, keep_in(gates, from));
+    fc1.multiply(rows, num_rows, block.slot, up_from, up_to, keep_in(ups, up_from));
     by_activation(a.activation, [&](auto kind) {
-        for (int64_t m = 0; m < rows; m++) {
+        for (int64_t m = 0; m < num_rows; m++) {
             Element* line = act + (block.from + m) * a.d_expert + from;
-            for (int64_t i = 0; i < to - from; i++)
-                line[i] = narrow<Element>(activate<kind>(gates[m][i], ups[m][i]).value);
+            const float *gate = gates + m * num_outputs, *up = ups + m * num_outputs;
+            for (int64_t i = 0; i < num_outputs; i++)
+                line[i] = narrow<Element>(activate<kind>(gate[i], up[i]).value);
         }
     });
 }
 
-// One block's outputs [from, to) of D, each routed row into its own line.
-template <class Element>
-void second_half(const ExpertArguments& a, const Order& order, const RowBlock& block, int64_t from,
-                 int64_t to, const Element* act) {
-    const Element* weights = static_cast<const Element*>(a.fc2) + block.slot * a.fc2_stride;
-    const Element* pointers[BLOCK_ROWS];
-    int64_t rows = block.to - block.from;
-    for (int64_t m = 0; m < rows; m++) pointers[m] = act + (block.from + m) * a.d_expert;
-    products(pointers, rows, weights, from, to, a.d_expert,
-             [&](int64_t m, int64_t n, const float* values, int64_t count) {
-                 float* line = a.lines + order.rows[block.from + m] * a.d_model + n;
-                 for (int64_t i = 0; i < count; i++) line[i] = values[i];
-             });
+// One block's outputs [from, to) of D, each routed row into its own line. `rows` are the block's
+// activations.
+template <class Row, class Matrix>
+void second_half(const ExpertArguments& a, const Matrix& fc2, const Order& order,
+                 const RowBlock& block, const Row* rows, int64_t from, int64_t to) {
+    fc2.multiply(rows, block.to - block.from, block.slot, from, to,
+                 [&](int64_t m, int64_t n, const float* values, int64_t count) {
+                     float* line = a.lines + order.rows[block.from + m] * a.d_model + n;
+                     for (int64_t i = 0; i < count; i++) line[i] = values[i];
+                 });
+}
+
+// Calls body(block, from, to) for every block of rows and a part of `outputs`, on some threads.
+template <class Body>
+void for_each_block(const Order& order, int64_t outputs, int threads, Body body) {
+    // Few rows pass by their weights once: the longer the stretch, the sooner memory is at speed.
+    auto part_of = [](const RowBlock& block) {
+        return block.to - block.from <= STREAM_ROWS ? STREAM_OUTPUTS : BLOCK_OUTPUTS;
+    };
+    std::unique_ptr<int64_t[]> first_task(new int64_t[order.num_blocks + 1]);
+    first_task[0] = 0;
+    for (int64_t i = 0; i < order.num_blocks; i++)
+        first_task[i + 1] = first_task[i] + blocks(outputs, part_of(order.row_blocks[i]));
+    const int64_t *begin = first_task.get(), *end = begin + order.num_blocks + 1;
+    for_each_task(end[-1], threads, [&](int64_t task) {
+        int64_t index = std::upper_bound(begin, end, task) - begin - 1;
+        const RowBlock& block = order.row_blocks[index];
+        int64_t from = (task - begin[index]) * part_of(block);
+        body(block, from, least(from + part_of(block), outputs));
+    });
+}
+
+inline int expert_threads(const ExpertArguments& a, const Order& order) {
+    int64_t matrices = 3 * a.d_expert * a.d_model;
+    return threads_for(matrices * order.num_blocks, a.tokens * a.choices, a.threads);
 }
 
 // Returns what first_wrong_row does, and runs nothing in that case.
@@ -103,20 +134,22 @@ template <class Element> int64_t experts(const ExpertArguments& a) {
     int64_t wrong = first_wrong_row(a);
     if (wrong >= 0) return wrong;
     Order order(a, BLOCK_ROWS);
+    int threads = expert_threads(a, order);
+    const Element* x = static_cast<const Element*>(a.x);
     std::unique_ptr<Element[]> act(new Element[a.tokens * a.choices * a.d_expert]);
-    int64_t first_blocks = blocks(a.d_expert, BLOCK_OUTPUTS);
-    int64_t second_blocks = blocks(a.d_model, BLOCK_OUTPUTS);
-    int64_t matrices = 3 * a.d_expert * a.d_model;
-    int threads = threads_for(matrices * order.num_blocks, a.tokens * a.choices, a.threads);
-    for_each_task(order.num_blocks * first_blocks, threads, [&](int64_t task) {
-        int64_t from = task % first_blocks * BLOCK_OUTPUTS;
-        int64_t to = least(from + BLOCK_OUTPUTS, a.d_expert);
-        first_half(a, order, order.row_blocks[task / first_blocks], from, to, act.get());
+    PlainMatrix<Element> fc1{static_cast<const Element*>(a.fc1), a.fc1_stride, a.d_model};
+    PlainMatrix<Element> fc2{static_cast<const Element*>(a.fc2), a.fc2_stride, a.d_expert};
+    for_each_block(order, a.d_expert, threads, [&](const RowBlock& block, int64_t from, int64_t to) {
+        const Element* rows[BLOCK_ROWS];
+        for (int64_t r = block.from; r < block.to; r++)
+            rows[r - block.from] = x + order.rows[r] / a.choices * a.d_model;
+        first_half(a, fc1, block, rows, from, to, act.get());
     });
-    for_each_task(order.num_blocks * second_blocks, threads, [&](int64_t task) {
-        int64_t from = task % second_blocks * BLOCK_OUTPUTS;
-        int64_t to = least(from + BLOCK_OUTPUTS, a.d_model);
-        second_half(a, order, order.row_blocks[task / second_blocks], from, to, act.get());
+    for_each_block(order, a.d_model, threads, [&](const RowBlock& block, int64_t from, int64_t to) {
+        const Element* rows[BLOCK_ROWS];
+        for (int64_t r = block.from; r < block.to; r++)
+            rows[r - block.from] = act.get() + r * a.d_expert;
+        second_half(a, fc2, order, block, rows, from, to);
     });
     return -1;
 }

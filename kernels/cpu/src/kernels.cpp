@@ -5,6 +5,7 @@
 #include "experts.h"
 #include "linear.h"
 #include "norm.h"
+#include "quantized_experts.h"
 #include "router.h"
 
 #define TEXT_OF(name) #name
@@ -21,6 +22,9 @@ namespace ISA {
 static void run_linear(const LinearArguments* a) { BY_TYPE(linear, a->type, *a); }
 static void run_norm(const NormArguments* a) { BY_TYPE(norm, a->type, *a); }
 static int64_t run_experts(const ExpertArguments* a) { return BY_TYPE(experts, a->type, *a); }
+static int64_t run_quantized_experts(const QuantizedExpertArguments* a) {
+    return BY_TYPE(quantized_experts, a->rest.type, *a);
+}
 static int64_t run_expert_forward(const ExpertArguments* a) {
     return BY_TYPE(expert_forward, a->type, *a);
 }
@@ -41,6 +45,7 @@ const Kernels JOIN(kernels_, ISA) = {
     ISA::run_linear,
     ISA::run_norm,
     ISA::run_experts,
+    ISA::run_quantized_experts,
     ISA::run_expert_forward,
     ISA::run_expert_grads,
     ISA::run_combine,

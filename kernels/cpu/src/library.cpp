@@ -18,7 +18,8 @@ static bool can_run(const char* name) {
     if (!std::strcmp(name, "avx2")) return has_avx2;
     if (!std::strcmp(name, "avx512")) return has_avx512;
     if (!std::strcmp(name, "avx512_bf16"))
-        return has_avx512 && __builtin_cpu_supports("avx512bf16");
+        return has_avx512 && __builtin_cpu_supports("avx512bf16") &&
+               __builtin_cpu_supports("avx512vnni");
 #endif
     return !std::strcmp(name, "portable");
 }
@@ -51,6 +52,9 @@ PUBLIC const char* moeyard_choose(const char* limit) {
 PUBLIC void moeyard_linear(const LinearArguments* a) { chosen->linear(a); }
 PUBLIC void moeyard_norm(const NormArguments* a) { chosen->norm(a); }
 PUBLIC int64_t moeyard_experts(const ExpertArguments* a) { return chosen->experts(a); }
+PUBLIC int64_t moeyard_quantized_experts(const QuantizedExpertArguments* a) {
+    return chosen->quantized_experts(a);
+}
 PUBLIC int64_t moeyard_expert_forward(const ExpertArguments* a) {
     return chosen->expert_forward(a);
 }

@@ -17,6 +17,9 @@ constexpr int64_t STREAM_ROWS = TILE_ROWS < 4 ? TILE_ROWS : 4;
 // Outputs in one task: their weights stay in the second-level cache while rows pass by.
 constexpr int64_t BLOCK_OUTPUTS = 64;
 constexpr int64_t BLOCK_ROWS = 96;
+// Outputs in one task of at most STREAM_ROWS rows.
+constexpr int64_t STREAM_OUTPUTS = 256;
+static_assert(STREAM_ROWS * STREAM_OUTPUTS <= BLOCK_ROWS * BLOCK_OUTPUTS);
 
 inline int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
