@@ -24,7 +24,7 @@ from torch import Tensor
 from .activation import gated, gated_backward
 from .expert_weights import ExpertWeights, MainGrads, SlotTable
 from .grouping import Grouping
-from .quantized_weights import AnyExperts
+from .quantized_weights import AnyExperts, QuantizedExpertWeights
 from .row_stable import bf16_row_stable_linear
 
 
@@ -82,9 +82,13 @@ def infer(
     tokens_R = grouping.tokens_R
     for slot, start, end in spans:
         x_nD = x_TD.index_select(0, tokens_R[start:end])
-        fc1_HD, fc2_DF = experts.matrices(slot, x_TD.dtype)
-        act_nF = gated(bf16_row_stable_linear(x_nD, fc1_HD), experts.activation)
-        out_RD[start:end] = bf16_row_stable_linear(act_nF, fc2_DF)
+        if isinstance(experts, QuantizedExpertWeights):
+            act_nF = gated(experts.fc1.multiply(x_nD, slot), experts.activation)
+            out_RD[start:end] = experts.fc2.multiply(act_nF, slot)
+        else:
+            h_nH = bf16_row_stable_linear(x_nD, experts.fc1_SHD[slot])
+            act_nF = gated(h_nH, experts.activation)
+            out_RD[start:end] = bf16_row_stable_linear(act_nF, experts.fc2_SDF[slot])
 
 
 def forward(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .cpu.experts import can_run
 from .cpu.library import load
+from .cpu.ops import can_compile, expert_mlp_compiled
 from .cpu.training import CppExpertMLP, can_train
 from .expert_weights import ExpertWeights
 from .quantized_weights import AnyExperts, QuantizedExpertWeights
@@ -54,12 +55,16 @@ def expert_mlp(
         backend == "auto" and is_chosen(x_TD, experts_TK, weights_TK, experts)
     ):
         return expert_mlp_triton(x_TD, experts_TK, weights_TK, experts)
+    is_quantized = isinstance(experts, QuantizedExpertWeights)
+    wants_gradients = x_TD.requires_grad or weights_TK.requires_grad
+    if is_quantized and torch.is_grad_enabled() and wants_gradients:
+        raise ValueError(
+            "x or the routing weights want gradients, but quantized experts have no backward; "
+            "run under torch.no_grad() or with plain weights."
+        )
+    if torch.compiler.is_compiling() and backend != "torch" and can_compile(x_TD, weights_TK):
+        return expert_mlp_compiled(x_TD, experts_TK, weights_TK, experts)
     if isinstance(experts, QuantizedExpertWeights):
-        if torch.is_grad_enabled() and (x_TD.requires_grad or weights_TK.requires_grad):
-            raise ValueError(
-                "x or the routing weights want gradients, but quantized experts have no backward; "
-                "run under torch.no_grad() or with plain weights."
-            )
         with torch.no_grad():
             return _run_waves(x_TD, experts_TK, weights_TK, experts, backend)
     if torch.is_grad_enabled():

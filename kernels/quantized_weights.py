@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .activation import Activation
 from .expert_weights import ExpertWeights, SlotTable, empty_slots
+from .row_stable import bf16_row_stable_linear
 
 Bits = Literal[8, 4]
 
@@ -76,6 +77,16 @@ class QuantizedMatrices:
     def group_size(self) -> int:
         """Inputs that share a scale."""
         return self.width // self.scales_SQG.shape[2]
+
+    def multiply(self, x_NP: Tensor, slot: int) -> Tensor:
+        """Return ``x w^T`` with a slot's matrix, ``[N, Q]``, on torch's operators.
+
+        In bf16 on a CPU, a row's bits do not depend on the rows beside it.
+        """
+        if x_NP.is_cpu and self.bits == 8 and self.scales_SQG.shape[2] == 1:
+            scales_Q = self.scales_SQG[slot, :, 0].to(x_NP.dtype)
+            return torch._weight_int8pack_mm(x_NP, self.values[slot], scales_Q)
+        return bf16_row_stable_linear(x_NP, self.dequantize(slot, x_NP.dtype))
 
     def dequantize(self, slot: int, dtype: torch.dtype) -> Tensor:
         """Return the matrix of a slot, ``[Q, P]``, rounded once."""

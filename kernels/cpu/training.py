@@ -35,19 +35,12 @@ class CppExpertMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_TD, experts_TK, weights_TK, fc1_SHD, fc2_SDF, experts):  # type: ignore[no-untyped-def]
-        functions = functions_for(x_TD)
-        assert functions is not None, "can_train was not asked"
-        ctx.experts = experts
         experts_TK = experts_TK.int().contiguous()
         wide_TK = weights_TK.float().contiguous()
-        hidden_RH = x_TD.new_empty(experts_TK.numel(), fc1_SHD.shape[1])
-        lines_RD = empty_fp32(experts_TK.numel(), x_TD.shape[1])
-        arguments, _slots = expert_arguments(x_TD, experts_TK, experts, None, lines_RD, hidden_RH)
-        wrong = functions.moeyard_expert_forward(ctypes.byref(arguments))
-        check_rows(wrong, experts_TK, experts)
-        ctx.weights_dtype = weights_TK.dtype
+        y_TD, hidden_RH = forward_kept(x_TD, experts_TK, wide_TK, experts)
+        ctx.experts, ctx.weights_dtype = experts, weights_TK.dtype
         ctx.save_for_backward(x_TD, experts_TK, wide_TK, hidden_RH, fc1_SHD, fc2_SDF)
-        return combine_lines(lines_RD, experts_TK, wide_TK, x_TD)
+        return y_TD
 
     @staticmethod
     @once_differentiable
@@ -57,7 +50,7 @@ class CppExpertMLP(torch.autograd.Function):
         has_main = sums is not None
         if not has_main:
             sums = MainGrads(empty_fp32(*fc1_SHD.shape), empty_fp32(*fc2_SDF.shape), is_empty=True)
-        grad_x_TD, grad_weights_TK = _gradients(
+        grad_x_TD, grad_weights_TK = gradients(
             grad_TD.contiguous(), x_TD, experts_TK, weights_TK, hidden_RH, ctx.experts, sums
         )
         sums.is_empty = False
@@ -67,7 +60,24 @@ class CppExpertMLP(torch.autograd.Function):
         return grad_x_TD, None, grad_weights_TK.to(ctx.weights_dtype), grad_fc1, grad_fc2, None
 
 
-def _gradients(
+def forward_kept(
+    x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, experts: ExpertWeights
+) -> tuple[Tensor, Tensor]:
+    """Return y, and gate and up of each row, ``[R, 2F]`` in expert order, for backward.
+
+    ``experts_TK`` is int32 and ``weights_TK`` fp32, both contiguous.
+    """
+    functions = functions_for(x_TD, is_backward_ours=True)
+    assert functions is not None, "can_train was not asked"
+    hidden_RH = x_TD.new_empty(experts_TK.numel(), experts.fc1_SHD.shape[1])
+    lines_RD = empty_fp32(experts_TK.numel(), x_TD.shape[1])
+    arguments, _slots = expert_arguments(x_TD, experts_TK, experts, None, lines_RD, hidden_RH)
+    wrong = functions.moeyard_expert_forward(ctypes.byref(arguments))
+    check_rows(wrong, experts_TK, experts)
+    return combine_lines(lines_RD, experts_TK, weights_TK, x_TD), hidden_RH
+
+
+def gradients(
     grad_TD: Tensor,
     x_TD: Tensor,
     experts_TK: Tensor,
@@ -77,7 +87,7 @@ def _gradients(
     sums: MainGrads,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of x and of the routing weights; those of fc1 and fc2 go to ``sums``."""
-    functions = functions_for(x_TD, grad_TD)
+    functions = functions_for(x_TD, grad_TD, is_backward_ours=True)
     assert functions is not None, "forward ran on these kernels"
     lines_RD = empty_fp32(experts_TK.numel(), x_TD.shape[1])
     grad_weights_TK = empty_fp32(*weights_TK.shape)

@@ -1,0 +1,223 @@
+"""The C++ expert MLP as ``torch.library`` operators with fake versions and a gradient.
+
+torch.compile takes these; without it the kernels are called directly, which costs less.
+
+T tokens, K choices, R = T*K routed rows, S slots, E experts, D model width, F expert width, H = 2F.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..activation import ACTIVATIONS, Activation
+from ..expert_weights import ExpertWeights, MainGrads
+from ..quantized_weights import AnyExperts, QuantizedExpertWeights, QuantizedMatrices
+from .experts import CppWaves, is_plain
+from .library import TYPES, empty_fp32, load
+from .training import forward_kept, gradients
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_library() -> bool:
+    return load().functions is not None
+
+
+def can_compile(x_TD: Tensor, weights_TK: Tensor, *weights: Tensor) -> bool:
+    """Say whether the operators can stand in a compiled graph for these tensors."""
+    types = x_TD.dtype in TYPES and weights_TK.dtype in TYPES
+    return types and all(tensor.is_cpu for tensor in (x_TD, *weights)) and _has_library()
+
+
+def expert_mlp_compiled(
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    experts: AnyExperts,
+) -> Tensor:
+    """Return ``y_t = sum_k weights[t, k] * MLP_{experts[t, k]}(x_t)``, ``[T, D]``."""
+    slots = None if experts.slot_of_E is None else list(experts.slot_of_E)
+    rows = (x_TD.contiguous(), experts_TK.int().contiguous(), weights_TK.float().contiguous())
+    if isinstance(experts, QuantizedExpertWeights):
+        parts = (*_parts(experts.fc1), *_parts(experts.fc2))
+        return quantized_expert_mlp_op(*rows, *parts, slots, experts.activation)
+    main = experts.main_grads
+    sums: tuple[Tensor | None, Tensor | None] = (None, None)
+    if main is not None:
+        main.begin_with_zeros()  # the operator's backward only adds
+        sums = (main.fc1_SHD, main.fc2_SDF)
+    matrices = (experts.fc1_SHD, experts.fc2_SDF)
+    keep = torch.is_grad_enabled()
+    return expert_mlp_op(*rows, *matrices, slots, *sums, experts.activation, keep)[0]
+
+
+def _parts(matrices: QuantizedMatrices) -> tuple[Tensor, Tensor]:
+    return matrices.values, matrices.scales_SQG
+
+
+def _experts(
+    fc1_SHD: Tensor, fc2_SDF: Tensor, slots: Sequence[int] | None, activation: str
+) -> ExpertWeights:
+    table = None if slots is None else tuple(slots)
+    experts = ExpertWeights(fc1_SHD, fc2_SDF, table, _named(activation))
+    if not is_plain(experts):
+        raise ValueError("fc1 or fc2 has gaps between its rows; make it contiguous.")
+    return experts
+
+
+@torch.no_grad()
+def _without_gradients(
+    x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, experts: AnyExperts
+) -> Tensor:
+    waves = CppWaves(x_TD, experts_TK, weights_TK)
+    waves.add(experts)
+    return waves.result()
+
+
+def _named(activation: str) -> Activation:
+    return ACTIVATIONS[ACTIVATIONS.index(activation)]  # type: ignore[arg-type]
+
+
+@torch.library.custom_op("moeyard::expert_mlp_cpu", mutates_args=(), device_types="cpu")
+def expert_mlp_op(
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    fc1_SHD: Tensor,
+    fc2_SDF: Tensor,
+    slots: Sequence[int] | None,
+    main1_SHD: Tensor | None,
+    main2_SDF: Tensor | None,
+    activation: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return y ``[T, D]`` and, with ``keep``, what backward needs of each row, ``[R, 2F]``.
+
+    ``main1_SHD`` and ``main2_SDF`` are not read; backward adds weight gradients to them.
+    """
+    experts = _experts(fc1_SHD, fc2_SDF, slots, activation)
+    if keep:
+        return forward_kept(x_TD, experts_TK, weights_TK, experts)
+    nothing_RH = x_TD.new_empty(0, fc1_SHD.shape[1])
+    return _without_gradients(x_TD, experts_TK, weights_TK, experts), nothing_RH
+
+
+@expert_mlp_op.register_fake
+def _(
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    fc1_SHD: Tensor,
+    fc2_SDF: Tensor,
+    slots: Sequence[int] | None,
+    main1_SHD: Tensor | None,
+    main2_SDF: Tensor | None,
+    activation: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    num_rows = experts_TK.numel() if keep else 0
+    return torch.empty_like(x_TD), x_TD.new_empty(num_rows, fc1_SHD.shape[1])
+
+
+@torch.library.custom_op(
+    "moeyard::expert_mlp_cpu_backward", mutates_args=("out1_SHD", "out2_SDF"), device_types="cpu"
+)
+def expert_mlp_backward_op(
+    grad_TD: Tensor,
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    hidden_RH: Tensor,
+    fc1_SHD: Tensor,
+    fc2_SDF: Tensor,
+    slots: Sequence[int] | None,
+    activation: str,
+    add: bool,
+    out1_SHD: Tensor,
+    out2_SDF: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x and of the routing weights.
+
+    Those of fc1 and fc2 are written to ``out1_SHD`` and ``out2_SDF``, fp32, or added with ``add``.
+    """
+    experts = _experts(fc1_SHD, fc2_SDF, slots, activation)
+    sums = MainGrads(out1_SHD, out2_SDF, is_empty=not add)
+    return gradients(grad_TD, x_TD, experts_TK, weights_TK, hidden_RH, experts, sums)
+
+
+@expert_mlp_backward_op.register_fake
+def _(
+    grad_TD: Tensor,
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    hidden_RH: Tensor,
+    fc1_SHD: Tensor,
+    fc2_SDF: Tensor,
+    slots: Sequence[int] | None,
+    activation: str,
+    add: bool,
+    out1_SHD: Tensor,
+    out2_SDF: Tensor,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x_TD), torch.empty_like(weights_TK)
+
+
+def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x_TD, experts_TK, weights_TK, fc1_SHD, fc2_SDF, slots, main1, main2, activation, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x_TD, experts_TK, weights_TK, output[1], fc1_SHD, fc2_SDF)
+    # Not saved tensors: other layers and micro-batches change them before backward comes.
+    ctx.main, ctx.slots, ctx.activation = (main1, main2), slots, activation
+
+
+def _backward(ctx: Any, grad_TD: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad_TD is None:
+        return (None,) * 10
+    *rows, fc1_SHD, fc2_SDF = ctx.saved_tensors
+    add = ctx.main[0] is not None
+    outs = ctx.main if add else [empty_fp32(*w.shape) for w in (fc1_SHD, fc2_SDF)]
+    grad_x_TD, grad_weights_TK = expert_mlp_backward_op(
+        *(grad_TD.contiguous(), *rows, fc1_SHD, fc2_SDF, ctx.slots, ctx.activation, add, *outs)
+    )
+    grads = (None, None) if add else (outs[0].to(fc1_SHD.dtype), outs[1].to(fc2_SDF.dtype))
+    return (grad_x_TD, None, grad_weights_TK, *grads, *(None,) * 5)
+
+
+expert_mlp_op.register_autograd(_backward, setup_context=_keep)
+
+
+@torch.library.custom_op("moeyard::quantized_expert_mlp_cpu", mutates_args=(), device_types="cpu")
+def quantized_expert_mlp_op(
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    values1: Tensor,
+    scales1_SHG: Tensor,
+    values2: Tensor,
+    scales2_SDG: Tensor,
+    slots: Sequence[int] | None,
+    activation: str,
+) -> Tensor:
+    """Return y ``[T, D]`` of experts in 8 or 4 bits; without a gradient."""
+    table = None if slots is None else tuple(slots)
+    matrices = QuantizedMatrices(values1, scales1_SHG), QuantizedMatrices(values2, scales2_SDG)
+    experts = QuantizedExpertWeights(*matrices, table, _named(activation))
+    return _without_gradients(x_TD, experts_TK, weights_TK, experts)
+
+
+@quantized_expert_mlp_op.register_fake
+def _(
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    values1: Tensor,
+    scales1_SHG: Tensor,
+    values2: Tensor,
+    scales2_SDG: Tensor,
+    slots: Sequence[int] | None,
+    activation: str,
+) -> Tensor:
+    return torch.empty_like(x_TD)

@@ -1,0 +1,95 @@
+"""The C++ kernels as operators: what torch.compile and torch's own checks of operators see."""
+
+import pytest
+import torch
+
+from moeyard.kernels.cpu import library, ops
+from moeyard.kernels.expert_mlp import expert_mlp
+from moeyard.kernels.expert_weights import ExpertWeights, MainGrads
+from moeyard.kernels.quantized_weights import quantize_experts
+
+pytestmark = pytest.mark.skipif(library.load().functions is None, reason=library.load().state)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+def problem(dtype, tokens=19):
+    g = torch.Generator().manual_seed(0)
+    ids = torch.randint(-1, 5, (tokens, 2), generator=g)
+    x = torch.randn(tokens, 64, generator=g).to(dtype)
+    weights = torch.rand(tokens, 2, generator=g)
+    fc1 = (torch.randn(4, 192, 64, generator=g) / 8).to(dtype)
+    fc2 = (torch.randn(4, 64, 96, generator=g) / 8).to(dtype)
+    table = (2, 0, 3, 1, -1)
+    ids[ids == 4] = -1  # which is not here
+    return ids, [leaf.requires_grad_() for leaf in (x, weights, fc1, fc2)], table
+
+
+def run(ids, leaves, table, main_grads=None):
+    x, weights, fc1, fc2 = leaves
+    experts = ExpertWeights(fc1, fc2, table, "swiglu", main_grads)
+    return expert_mlp(x, ids, weights, experts) * 2
+
+
+@DTYPES
+def test_a_compiled_graph_has_no_break_and_the_bits_of_eager(dtype):
+    ids, leaves, table = problem(dtype)
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    found = []
+    for function in (run, compiled):
+        y = function(ids, leaves, table)
+        found.append([y, *torch.autograd.grad(y.float().square().sum(), leaves)])
+    for eager, other in zip(*found, strict=True):
+        assert torch.equal(eager, other)
+    with torch.no_grad():
+        assert torch.equal(run(ids, leaves, table), compiled(ids, leaves, table))
+
+
+def test_a_compiled_backward_adds_to_main_gradients():
+    ids, leaves, table = problem(torch.float32)
+    totals = []
+    for function in (run, torch.compile(run, backend="aot_eager", fullgraph=True)):
+        sums = MainGrads(torch.ones(4, 192, 64), torch.ones(4, 64, 96))
+        for _ in range(2):
+            y = function(ids, leaves, table, sums)
+            torch.autograd.grad(y.square().sum(), leaves[:2])
+        totals.append((sums.fc1_SHD, sums.fc2_SDF))
+    for eager, other in zip(*totals, strict=True):
+        assert torch.equal(eager, other)
+
+
+@DTYPES
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantized_experts_stand_in_a_compiled_graph(dtype, bits):
+    ids, leaves, table = problem(dtype)
+    x, weights = leaves[0].detach(), leaves[1].detach()
+    experts = quantize_experts(ExpertWeights(*leaves[2:], table), bits, 32)
+    compiled = torch.compile(
+        lambda x: expert_mlp(x, ids, weights, experts) + 1, backend="aot_eager", fullgraph=True
+    )
+    assert torch.equal(compiled(x), expert_mlp(x, ids, weights, experts) + 1)
+
+
+def test_fake_versions_and_schemas_say_the_truth():
+    ids, leaves, table = problem(torch.float32)
+    x, weights, fc1, fc2 = (leaf.detach() for leaf in leaves)
+    rows = (x, ids.int(), weights)
+    checks = ("test_schema", "test_faketensor")
+    forward = (*rows, fc1, fc2, list(table), None, None, "swiglu", True)
+    torch.library.opcheck(ops.expert_mlp_op, forward, test_utils=checks)
+    hidden = ops.expert_mlp_op(*forward)[1]
+    for add in (True, False):
+        outs = (torch.zeros(fc1.shape), torch.zeros(fc2.shape))
+        backward = (x, *rows, hidden, fc1, fc2, list(table), "swiglu", add, *outs)
+        torch.library.opcheck(ops.expert_mlp_backward_op, backward, test_utils=checks)
+    experts = quantize_experts(ExpertWeights(fc1, fc2), 8)
+    parts = (experts.fc1.values, experts.fc1.scales_SQG, experts.fc2.values, experts.fc2.scales_SQG)
+    arguments = (*rows, *parts, list(table), "swiglu")
+    torch.library.opcheck(ops.quantized_expert_mlp_op, arguments, test_utils=checks)
+
+
+def test_ids_out_of_range_are_an_error_in_a_compiled_graph_too():
+    ids, leaves, table = problem(torch.float32)
+    ids[3, 1] = 7
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    with pytest.raises(ValueError, match=r"expert id 7 is outside \[-1, 5\)"):
+        compiled(ids, leaves, table)
