@@ -66,7 +66,9 @@ def test_a_failing_self_check_warns_once_and_is_remembered(monkeypatch, broken):
     monkeypatch.setattr(triton_backend, "_VERDICTS", {})
     with warnings.catch_warnings(record=True) as said, torch.inference_mode():
         warnings.simplefilter("always")
-        found = {triton_backend._is_trusted(torch.bfloat16, torch.device("cuda")) for _ in "ab"}
+        found = {
+            triton_backend._is_trusted(torch.bfloat16, torch.device("cuda"), None) for _ in "ab"
+        }
     assert found == {broken is None}
     assert len(said) == (broken is not None)
     assert broken is None or "using the torch backend" in str(said[0].message)
