@@ -1,0 +1,84 @@
+"""What the Triton kernels promise where tiles come through descriptors; run as triton_cases.py is."""
+
+import pytest
+import torch
+import triton_cases
+from triton_cases import DEVICE, assert_near, expected_outcome, outcome, problem, routing
+
+from moeyard.kernels.gpu import descriptors, grouped_matmul, up_projection
+
+pytestmark = pytest.mark.skipif(
+    DEVICE == "cuda" and torch.cuda.get_device_capability()[0] != 9, reason="not a Hopper GPU"
+)
+SHAPE = (131, 2, 2, 72, 136)
+"""T, K, E, D, F for tiles of 128 rows, several a program, ragged on every side."""
+
+
+@pytest.fixture(autouse=True)
+def calls(monkeypatch):
+    """Choose descriptors, and note which kernels take them."""
+    found = []
+
+    def noted(module, name):
+        function = getattr(module, name)
+
+        def run(*arguments):
+            found.append(name)
+            return function(*arguments)
+
+        monkeypatch.setattr(module, name, run)
+
+    monkeypatch.setattr(descriptors, "DESCRIBED", frozenset({"up", "matmul"}))
+    noted(up_projection, "described_up_projection")
+    noted(grouped_matmul, "described_matmul")
+    return found
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "geglu"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_described_tiles_agree_with_the_reference_in_values_and_gradients(calls, dtype, activation):
+    ids, leaves = routing("with_none", *SHAPE[:3]), problem(SHAPE, dtype)
+    found = outcome(ids, leaves, activation=activation)
+    assert_near(found, expected_outcome(ids, leaves, activation=activation), dtype)
+    assert calls == ["described_up_projection", "described_matmul", "described_matmul"]
+
+
+@pytest.mark.parametrize("kind", ["one_expert_takes_all", "nobody"])
+def test_described_tiles_take_any_distribution_of_the_rows(calls, kind):
+    ids, leaves = routing(kind, *SHAPE[:3]), problem(SHAPE, torch.float16)
+    assert_near(outcome(ids, leaves), expected_outcome(ids, leaves), torch.float16)
+    assert calls
+
+
+def test_described_tiles_of_slots_with_gaps_read_nothing_beside_them(calls):
+    ids, leaves = routing("with_none", 131, 2, 3), problem((131, 2, 2, 72, 136), torch.float16)
+    table = (1, -1, 0)
+
+    def surrounded(leaf):
+        around = leaf.new_full((4, leaf[0].numel() + 64), torch.nan)
+        around[1:-1, : leaf[0].numel()] = leaf.detach().flatten(1)
+        strides = (around.stride(0), *leaf.stride()[1:])
+        view = around.as_strided(leaf.shape, strides, around.stride(0))
+        return view.detach().requires_grad_()
+
+    expected_ids = torch.where(ids == 1, -1, ids)
+    expected = expected_outcome(expected_ids, leaves, table=table)
+    found = outcome(ids, [*leaves[:2], *map(surrounded, leaves[2:])], table=table)
+    assert_near(found, expected, torch.float16)
+    assert calls
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "expected"),
+    [
+        ((131, 2, 2, 68, 136), torch.float16, ["described_matmul"]),
+        (SHAPE, torch.float32, []),
+        (triton_cases.SHAPES["tiles_of_64"], torch.float16, []),
+    ],
+    ids=["odd_strides", "fp32", "few_rows"],
+)
+def test_what_descriptors_do_not_take_comes_by_pointers(calls, shape, dtype, expected):
+    ids, leaves = routing("with_none", *shape[:3]), problem(shape, dtype)
+    found = outcome(ids, leaves)[:1]
+    assert_near(found, expected_outcome(ids, leaves)[:1], dtype, names=("y",))
+    assert calls == expected
