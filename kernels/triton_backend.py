@@ -71,12 +71,13 @@ def _is_trusted(dtype: torch.dtype, device: torch.device, bits: Bits | None) -> 
 def _passes(dtype: torch.dtype, device: torch.device, bits: Bits | None) -> bool:
     from . import self_check  # it checks this backend and imports us
 
-    where = ("triton", dtype, str(device))
     if bits is None:
         sizes = (self_check.T, self_check.MANY_TOKENS)
-        checks = [functools.partial(self_check.check_backend, *where, size) for size in sizes]
+        call = functools.partial(self_check.check_backend, "triton", dtype, str(device))
+        checks = [functools.partial(call, num_tokens) for num_tokens in sizes]
     else:
-        checks = [functools.partial(self_check.check_quantized, *where, bits)]
+        call = functools.partial(self_check.check_quantized, "triton", dtype, str(device))
+        checks = [functools.partial(call, bits)]
     for run in checks:
         with torch.inference_mode(False), torch.enable_grad():
             check = run()

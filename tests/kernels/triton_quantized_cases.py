@@ -104,7 +104,7 @@ def write_out_from(rows_per_expert, monkeypatch):
     monkeypatch.setattr(tiles, "DEQUANTIZE_ROWS_PER_EXPERT", rows_per_expert)
 
 
-def test_weights_are_written_out_for_many_rows_where_there_is_room_whatever_the_slots():
+def test_quantized_weights_are_written_out_for_many_rows_where_there_is_room_whatever_the_slots():
     many = 128 * tiles.DEQUANTIZE_ROWS_PER_EXPERT
     assert [tiles.is_dequantized(many + more, 128, 1 << 20) for more in (-1, 0)] == [False, True]
     assert not tiles.is_dequantized(many, 128, 1 + tiles.DEQUANTIZED_BYTES // 128)
@@ -161,7 +161,7 @@ def test_quantized_reads_nothing_beside_its_inputs(bits, group_size, way, monkey
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(("bits", "group_size"), [(8, None), (8, 96), (4, 64), (4, 32)])
-def test_weights_are_written_out_as_torch_does_it(bits, group_size, dtype):
+def test_quantized_weights_are_written_out_as_torch_does_it(bits, group_size, dtype):
     matrices = quantize(torch.randn(3, 40, 192), bits, group_size)
     groups = group_rows(torch.tensor([[0, 2]], device=DEVICE), None, 3, 16)
     table = torch.tensor([1, 0, 2], dtype=torch.int32, device=DEVICE)
