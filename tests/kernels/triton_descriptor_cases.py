@@ -79,3 +79,12 @@ def test_what_descriptors_do_not_take_comes_by_pointers(calls, shape, dtype, exp
     found = outcome(ids, leaves)[:1]
     assert_near(found, expected_outcome(ids, leaves)[:1], dtype, names=("y",))
     assert calls == expected
+
+
+def test_described_tiles_leave_the_rows_of_the_next_expert_alone():
+    """Three tiles of expert 0, the last of them half full; another program has expert 1's first,
+    and in the interpreter comes before it."""
+    shape = (192, 2, 2, 72, 136)
+    ids = (torch.arange(384) >= 320).long().view(192, 2)
+    leaves = problem(shape, torch.float16)
+    assert_near(outcome(ids, leaves), expected_outcome(ids, leaves), torch.float16)
