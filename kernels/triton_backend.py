@@ -47,11 +47,13 @@ def is_chosen(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, experts: Any
     """
     if not x_TD.is_cuda or _misfit(x_TD, experts_TK, weights_TK, experts) is not None:
         return False
-    bits = experts.fc1.bits if isinstance(experts, QuantizedExpertWeights) else None
-    checked = (x_TD.dtype, x_TD.device, bits)
+    kinds: set[Bits | None] = {None}
+    if isinstance(experts, QuantizedExpertWeights):
+        kinds = {experts.fc1.bits, experts.fc2.bits}
+    checks = [(x_TD.dtype, x_TD.device, bits) for bits in kinds]
     if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
-        return _VERDICTS.get(checked, False)
-    return why_not(x_TD.device) is None and _is_trusted(*checked)
+        return all(_VERDICTS.get(check, False) for check in checks)
+    return why_not(x_TD.device) is None and all(_is_trusted(*check) for check in checks)
 
 
 _VERDICTS: dict[tuple[torch.dtype, torch.device, Bits | None], bool] = {}
@@ -159,10 +161,10 @@ def _misfit(
         return f"experts has type {experts_TK.dtype}; Triton's kernels take int32 and int64."
     if isinstance(experts, QuantizedExpertWeights):
         parts = {
-            "fc1's values": experts.fc1.values,
-            "fc1's scales": experts.fc1.scales_SQG,
-            "fc2's values": experts.fc2.values,
-            "fc2's scales": experts.fc2.scales_SQG,
+            "fc1.values": experts.fc1.values,
+            "fc1.scales": experts.fc1.scales_SQG,
+            "fc2.values": experts.fc2.values,
+            "fc2.scales": experts.fc2.scales_SQG,
         }
         sums: tuple[Tensor, ...] = ()
     else:

@@ -32,7 +32,7 @@ def is_in_sample(case):
         return False
     name = f"{case.kernel.fn.__name__.removesuffix('_kernel'):14} {TYPES[case.dtype]} {case.label}"
     largest = 64 if "quantized" in name else 128
-    return name in SAMPLE and case.tiles.M == largest
+    return name in SAMPLE and largest == case.tiles.M
 
 
 def check(chosen):

@@ -1,4 +1,4 @@
-"""What the Triton kernels promise where tiles come through descriptors; run as triton_cases.py is."""
+"""What the Triton kernels promise where descriptors bring tiles; run as triton_cases.py is."""
 
 import pytest
 import torch
