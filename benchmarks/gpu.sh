@@ -25,8 +25,10 @@ fi
 # interpreter can still be miscompiled; figures of kernels that fail are worth nothing.
 files=(test_triton_gpu test_triton_gpu test_triton_gpu test_triton_gpu)
 parts=(bfloat16 "float16 and not bfloat16" float32 "not float16 and not float32")
-files+=(test_triton_quantized_gpu test_triton_quantized_gpu test_triton_descriptors_gpu)
-parts+=(float16 "not float16" test)
+files+=(test_triton_quantized_gpu test_triton_quantized_gpu test_triton_quantized_gpu)
+parts+=(bfloat16 "float16 and not bfloat16" "not float16")
+files+=(test_triton_descriptors_gpu)
+parts+=(test)
 pids=()
 for number in "${!parts[@]}"; do
     timeout 170 "$python" -m pytest -q --noconftest -p no:cacheprovider -m gpu \

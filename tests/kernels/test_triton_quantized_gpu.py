@@ -7,7 +7,7 @@ pytest.importorskip("triton", reason="Triton has no package for this system")
 
 from triton_cases import TOLERANCE, routing
 from triton_quantized_cases import *  # noqa: F403
-from triton_quantized_cases import FORMATS, assert_near, expected_of, problem, run, weights_of
+from triton_quantized_cases import assert_near, expected_of, problem, run, weights_of
 
 from moeyard.kernels.expert_mlp import expert_mlp
 from moeyard.kernels.gpu.tiles import is_dequantized
@@ -19,7 +19,7 @@ SHAPE = (64, 2, 8, 128, 64)
 
 @pytest.mark.parametrize("tokens", [1, 16, 300, 1024])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize(("bits", "group_size"), [*FORMATS, (8, 128), (4, 128)])
+@pytest.mark.parametrize(("bits", "group_size"), [(8, None), (8, 128), (4, 64), (4, 128)])
 def test_quantized_real_widths_agree_with_the_reference(bits, group_size, dtype, tokens):
     shape = (tokens, 4, 16, 1024, 512)
     assert is_dequantized(tokens * 4, 16, 1 << 22) == (tokens == 1024)
