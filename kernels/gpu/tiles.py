@@ -73,8 +73,8 @@ the plain kernels run. An estimate (a tile widens its weights in about the time 
 writing them out and reading them again takes as long as multiplying 256 to 512 rows at the H200's
 rates); not measured here yet."""
 DEQUANTIZED_BYTES = 4 << 30
-"""The largest fc1 of a layer that is written out: who keeps experts in 4 bits may have no room for a
-layer of them in 16. A guess at what a GPU can spare beside a model."""
+"""The largest fc1 of a layer that is written out: who keeps experts in 4 bits may have no room for
+a layer of them in 16. A guess at what a GPU can spare beside a model."""
 
 
 def is_dequantized(num_rows: int, num_experts: int, matrix_bytes: int) -> bool:

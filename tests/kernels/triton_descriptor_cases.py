@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-import triton_cases
-from triton_cases import assert_near, expected_outcome, outcome, problem, routing
+from triton_cases import DEVICE, assert_near, expected_outcome, outcome, problem, routing
 
-from moeyard.kernels.gpu import descriptors, grouped_matmul, up_projection
+from moeyard.kernels.gpu import descriptors, grouped_matmul, tiles, up_projection
 
 SHAPE = (131, 2, 2, 72, 136)
 """T, K, E, D, F for tiles of 128 rows, several a program, ragged on every side."""
@@ -31,8 +30,9 @@ def calls(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "geglu"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "activation"), [(torch.bfloat16, "swiglu"), (torch.float16, "geglu")], ids=str
+)
 def test_described_tiles_agree_with_the_reference_in_values_and_gradients(calls, dtype, activation):
     ids, leaves = routing("with_none", *SHAPE[:3]), problem(SHAPE, dtype)
     found = outcome(ids, leaves, activation=activation)
@@ -65,20 +65,22 @@ def test_described_tiles_of_slots_with_gaps_read_nothing_beside_them(calls):
     assert calls
 
 
-@pytest.mark.parametrize(
-    ("shape", "dtype", "expected"),
-    [
-        ((131, 2, 2, 68, 136), torch.float16, ["described_matmul"]),
-        (SHAPE, torch.float32, []),
-        (triton_cases.SHAPES["tiles_of_64"], torch.float16, []),
-    ],
-    ids=["odd_strides", "fp32", "few_rows"],
-)
-def test_what_descriptors_do_not_take_comes_by_pointers(calls, shape, dtype, expected):
-    ids, leaves = routing("with_none", *shape[:3]), problem(shape, dtype)
-    found = outcome(ids, leaves)[:1]
-    assert_near(found, expected_outcome(ids, leaves)[:1], dtype, names=("y",))
-    assert calls == expected
+def test_odd_strides_come_by_pointers_where_they_are(calls):
+    shape = (131, 2, 2, 68, 136)  # fc1's rows are 136 bytes, and fc2's 272
+    ids, leaves = routing("with_none", *shape[:3]), problem(shape, torch.float16)
+    assert_near(outcome(ids, leaves), expected_outcome(ids, leaves), torch.float16)
+    assert calls == ["described_matmul"]
+
+
+def test_only_wide_tiles_of_16_bits_come_through_descriptors(monkeypatch):
+    wide, small = tiles.tiles_for("up", 128, torch.float16, True), tiles.Tiles(64, 128, 64, 4, 3)
+    half = torch.zeros(2, 64, 64, dtype=torch.float16, device=DEVICE)
+    assert descriptors.are_chosen("up", wide, half, half.mT)
+    assert not descriptors.are_chosen("up", wide, half.float())
+    assert not descriptors.are_chosen("up", small, half)
+    assert not descriptors.are_chosen("up", wide, half[:, :, ::2])
+    monkeypatch.setattr(descriptors, "DESCRIBED", frozenset({"matmul"}))
+    assert not descriptors.are_chosen("up", wide, half)
 
 
 def test_described_tiles_leave_the_rows_of_the_next_expert_alone():

@@ -57,7 +57,7 @@ def assert_near(found, expected, dtype):
 CASES = [
     *((*made, torch.float32, 16 << i % 3) for i, made in enumerate(2 * FORMATS)),
     *((*made, torch.bfloat16, 16) for made in FORMATS),
-    *((*made, torch.float16, 64) for made in FORMATS),
+    *((*made, torch.float16, 64) for made in FORMATS[1:3]),
 ]
 
 
@@ -141,7 +141,7 @@ def test_quantized_gives_the_same_bits_from_any_slots(bits, group_size, way, mon
 def test_quantized_reads_nothing_beside_its_inputs(bits, group_size, way, monkeypatch):
     """Rows and slots beside them are NaN, or bytes with a scale of NaN."""
     write_out_from(8 if way == "written_out" else 1000, monkeypatch)
-    experts, tokens = weights_of(3, 64, 32, bits, group_size), 37
+    experts, tokens = weights_of(3, 64, 32, bits, group_size), 19
     x, ids, weights = problem((tokens, 1, 3, 64, 32), torch.float32)
     around = torch.full((tokens + 300, 64), torch.nan, device=DEVICE)
     around[100 : 100 + tokens] = x
