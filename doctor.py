@@ -51,7 +51,7 @@ def as_text(facts: dict[str, Any], checks: list[BackendCheck]) -> str:
     parts = next((list(check.errors) for check in checks if check.errors), [])
     rows = [["backend", "device", "type", *parts, "limit", ""]]
     for check in checks:
-        cells = [f"{check.errors[part]:.0e}" if check.errors else "-" for part in parts]
+        cells = [f"{check.errors[p]:.0e}" if p in check.errors else "-" for p in parts]
         verdict = "passed" if check.passed else f"FAILED {check.problem or ''}".rstrip()
         limit = f"{check.limit:.0e}"
         if check.unavailable is not None:

@@ -25,6 +25,9 @@ from torch import Tensor
 
 from moeyard.kernels.expert_mlp import Backend, expert_mlp
 from moeyard.kernels.expert_weights import ExpertWeights, MainGrads
+from moeyard.kernels.gpu import descriptors
+from moeyard.kernels.gpu.tiles import Kernel, tile_rows
+from moeyard.kernels.quantized_weights import Bits, QuantizedExpertWeights, quantize_experts
 
 from report import write_results
 
@@ -45,14 +48,24 @@ LAYERS = {
     "gpt-oss-20b": Layer(32, 4, 2880, 2880),
     "Qwen3-235B-A22B": Layer(128, 8, 4096, 1536),
     "DeepSeek-V3": Layer(256, 8, 7168, 2048),
-    "tiny": Layer(4, 2, 24, 40),
+    "tiny": Layer(4, 2, 64, 64),
 }
+MODES = ("forward", "forward and backward")
+QUANTIZED_MODES: dict[str, Bits] = {"forward, int8": 8, "forward, int4": 4}
+QUANTIZED_LAYERS = ("Qwen3-30B-A3B", "tiny")
+QUANTIZED_TOKENS = (16, 1, 64, 8192)
+"""Decoding, where weights in 8 and 4 bits should pay, and a prompt, where they must not cost."""
+DESCRIBED_LAYERS = ("Qwen3-30B-A3B",)
+"""Where descriptors are timed beside pointers, which decides descriptors.DESCRIBED."""
 TOKENS = (8192, 32768, 16, 1, 1024, 4096, 128, 64, 4)
 """By how much we want to know them."""
 GRAPH_TOKENS = 256
 """Up to here launching takes longer than computing, so a replayed CUDA graph is timed too."""
 MAX_ERROR = 5e-2
 """Against the torch backend, both in bf16; what is worse is not timed."""
+PLAIN = "triton, bf16 weights"
+UNCOMPARED = ("dense", PLAIN, f"{PLAIN}, graph")
+"""Contestants that compute something else than "torch" does, by design."""
 MAX_ROUNDS, MIN_ROUNDS = 40, 3
 FLUSH_BYTES = 1 << 28
 """Four times the L2 of an H200."""
@@ -110,7 +123,9 @@ class Problem:
 Contestants = dict[str, Callable[[], Any]]
 
 
-def contestants_of(problem: Problem, has_backward: bool, is_cuda: bool) -> Contestants:
+def contestants_of(
+    problem: Problem, has_backward: bool, is_cuda: bool, with_descriptors: bool
+) -> Contestants:
     """Return what is timed; our own come first, and "torch" is what the others must agree with."""
     parameters = (problem.fc1_EHD, problem.fc2_EDF)
     found: Contestants = {}
@@ -122,6 +137,10 @@ def contestants_of(problem: Problem, has_backward: bool, is_cuda: bool) -> Conte
 
     found["torch"] = ours("torch")
     found["triton"] = ours("triton")
+    if with_descriptors and tile_rows(problem.num_rows, problem.fc1_EHD.shape[0]) == 128:
+        for kernels in (("up",), ("matmul",), ("up", "matmul")):
+            name = f"triton, TMA {' '.join(kernels)}"
+            found[name] = _described(ours("triton"), frozenset(kernels))
     if has_backward:
         sums: list[MainGrads] = []
 
@@ -138,6 +157,38 @@ def contestants_of(problem: Problem, has_backward: bool, is_cuda: bool) -> Conte
     for name, build in PEERS.items():
         found[name] = build(problem, has_backward)
     return found
+
+
+def quantized_contestants_of(
+    problem: Problem, experts: QuantizedExpertWeights, is_cuda: bool
+) -> Contestants:
+    """Return what is timed on weights in 8 or 4 bits, beside the plain ones."""
+
+    @torch.no_grad()
+    def ours(backend: Backend) -> Tensor:
+        return expert_mlp(problem.x_TD, problem.experts_TK, problem.weights_TK, experts, backend)
+
+    found: Contestants = {
+        "torch": lambda: ours("torch"),
+        "triton": lambda: ours("triton"),
+        PLAIN: torch.no_grad()(lambda: problem.run("triton")),
+    }
+    if is_cuda and problem.x_TD.shape[0] <= GRAPH_TOKENS:
+        found |= {f"{name}, graph": _graph_of(found[name]) for name in ("triton", PLAIN)}
+    return found
+
+
+def _described(function: Callable[[], Any], kernels: frozenset[Kernel]) -> Callable[[], Any]:
+    """Return a function that runs another one with descriptors for these kernels."""
+
+    def run() -> Any:
+        usual, descriptors.DESCRIBED = descriptors.DESCRIBED, kernels
+        try:
+            return function()
+        finally:
+            descriptors.DESCRIBED = usual
+
+    return run
 
 
 def _graph_of(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -205,7 +256,7 @@ def _first_call(
     if is_cuda:
         torch.cuda.synchronize()
         figures["peak_bytes"] = torch.cuda.max_memory_allocated() - before
-    if name == "dense":
+    if name in UNCOMPARED:
         return figures
     outputs = [found] if isinstance(found, Tensor) else list(found)
     # Of weight gradients the last experts': all of them twice do not fit beside the largest layer.
@@ -248,14 +299,39 @@ def lines_of(cell: dict[str, Any]) -> list[str]:
         peak, error = figures.get("peak_bytes"), figures.get("error")
         line += "" if peak is None else f"  peak {peak / 2**20:9.1f} MiB"
         lines.append(line + ("" if error is None else f"  error {error:.0e}"))
-    return lines
+    return lines + ratios_of(cell["contestants"])
 
 
-def run_layer(
-    name: str, tokens: list[int], device: str, stop: float, cells_left: int
-) -> list[dict[str, Any]]:
+def ratios_of(contestants: dict[str, dict[str, Any]]) -> list[str]:
+    """Return how much faster descriptors are than pointers, and few bits than 16."""
+    pairs = [("triton", name) for name in contestants if name.startswith("triton, TMA")]
+    pairs += [(PLAIN, "triton"), (f"{PLAIN}, graph", "triton, graph")]
+    seconds = {name: figures.get("seconds") for name, figures in contestants.items()}
+    return [
+        f"  {name} runs at {seconds[usual] / seconds[name]:.2f} times the speed of {usual}"
+        for usual, name in pairs
+        if seconds.get(usual) and seconds.get(name)
+    ]
+
+
+class Part(NamedTuple):
+    """Some sizes and modes of a layer."""
+
+    layer: str
+    tokens: tuple[int, ...]
+    modes: tuple[str, ...]
+
+    @property
+    def num_cells(self) -> int:
+        """How many measurements it is."""
+        return len(self.tokens) * len(self.modes)
+
+
+def run_part(part: Part, device: str, stop: float, cells_left: int) -> list[dict[str, Any]]:
     """Measure the sizes of one layer; each may take its share of what is left of the time."""
-    layer, is_cuda = LAYERS[name], device == "cuda"
+    layer, is_cuda = LAYERS[part.layer], device == "cuda"
+    has_tma = is_cuda and torch.cuda.get_device_capability()[0] == 9
+    with_descriptors = has_tma and part.layer in DESCRIBED_LAYERS
     dtype = torch.bfloat16 if is_cuda else torch.float32
     experts, _, d_model, d_expert = layer
     sizes = ((experts, 2 * d_expert, d_model), (experts, d_model, d_expert))
@@ -263,18 +339,26 @@ def run_layer(
         torch.empty(size, device=device, dtype=dtype).normal_(std=size[2] ** -0.5).requires_grad_()
         for size in sizes
     )
+    quantized: dict[str, QuantizedExpertWeights] = {}
     cells = []
-    for num_tokens, has_backward in itertools.product(tokens, (False, True)):
+    for num_tokens, mode in itertools.product(part.tokens, part.modes):
         budget_s = (stop - time.monotonic()) / cells_left
         cells_left -= 1
         if budget_s <= 0:
             break
         problem = Problem(layer, fc1_EHD, fc2_EDF, num_tokens)
-        contestants = contestants_of(problem, has_backward, is_cuda)
+        has_backward = mode == "forward and backward"
+        if mode in QUANTIZED_MODES:
+            if mode not in quantized:
+                plain = ExpertWeights(fc1_EHD, fc2_EDF)
+                quantized[mode] = quantize_experts(plain, QUANTIZED_MODES[mode])
+            contestants = quantized_contestants_of(problem, quantized[mode], is_cuda)
+        else:
+            contestants = contestants_of(problem, has_backward, is_cuda, with_descriptors)
         cell = {
-            "layer": name,
+            "layer": part.layer,
             "tokens": num_tokens,
-            "mode": "forward and backward" if has_backward else "forward",
+            "mode": mode,
             "flops": problem.forward_flops * (3 if has_backward else 1),
             "contestants": measure(contestants, is_cuda, budget_s / 2),
         }
@@ -294,19 +378,27 @@ def main() -> None:
     usual = [name for name in LAYERS if name != "tiny"]
     parser.add_argument("--layers", nargs="+", choices=LAYERS, default=usual)
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
+    parser.add_argument("--quantized-tokens", nargs="*", type=int, default=QUANTIZED_TOKENS)
     parser.add_argument("--budget-s", type=float, default=330)
     arguments = parser.parse_args()
     stop = time.monotonic() + arguments.budget_s
     # Every layer's most wanted sizes come before any layer's others.
-    parts = [arguments.tokens[:3], arguments.tokens[3:]]
-    plan = [(layer, part) for part in parts if part for layer in arguments.layers]
-    cells_left = 2 * len(arguments.layers) * len(arguments.tokens)
+    tokens = tuple(arguments.tokens)
+    wanted = [Part(layer, tokens[:3], MODES) for layer in arguments.layers]
+    few_bits = [
+        Part(layer, tuple(arguments.quantized_tokens), tuple(QUANTIZED_MODES))
+        for layer in arguments.layers
+        if layer in QUANTIZED_LAYERS
+    ]
+    others = [Part(layer, tokens[3:], MODES) for layer in arguments.layers if tokens[3:]]
+    plan = wanted + few_bits + others
+    cells_left = sum(part.num_cells for part in plan)
     cells: list[dict[str, Any]] = []
     is_cuda = arguments.device == "cuda"
     gpu = torch.cuda.get_device_name() if is_cuda else "none"
-    for layer, tokens in plan:
-        cells += run_layer(layer, tokens, arguments.device, stop, cells_left)
-        cells_left -= 2 * len(tokens)
+    for part in plan:
+        cells += run_part(part, arguments.device, stop, cells_left)
+        cells_left -= part.num_cells
         write_results(f"expert_mlp_{arguments.device}", {"gpu": gpu, "cells": cells})
 
 

@@ -21,13 +21,19 @@ if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; 
     exit 2
 fi
 
-# Compiling takes most of the tests' time, so four processes share them. What passed in the
+# Compiling takes most of the tests' time, so several processes share them. What passed in the
 # interpreter can still be miscompiled; figures of kernels that fail are worth nothing.
+files=(test_triton_gpu test_triton_gpu test_triton_gpu test_triton_gpu)
 parts=(bfloat16 "float16 and not bfloat16" float32 "not float16 and not float32")
+files+=(test_triton_quantized_gpu test_triton_quantized_gpu test_triton_quantized_gpu)
+parts+=(bfloat16 "float16 and not bfloat16" "not float16")
+files+=(test_triton_descriptors_gpu)
+parts+=(test)
 pids=()
 for number in "${!parts[@]}"; do
     timeout 170 "$python" -m pytest -q --noconftest -p no:cacheprovider -m gpu \
-        tests/kernels/test_triton_gpu.py -k "${parts[$number]}" > "$found/tests_$number.txt" 2>&1 &
+        "tests/kernels/${files[$number]}.py" -k "${parts[$number]}" \
+        > "$found/tests_$number.txt" 2>&1 &
     pids+=($!)
 done
 passed=0

@@ -22,10 +22,17 @@ from triton.compiler import ASTSource
 from moeyard.kernels.activation import ACTIVATIONS
 from moeyard.kernels.gpu import group_few, grouping
 from moeyard.kernels.gpu.combine import combine_kernel
+from moeyard.kernels.gpu.dequantize import INPUTS, LINES, dequantize_kernel
+from moeyard.kernels.gpu.descriptors import (
+    NUM_STAGES,
+    described_matmul_kernel,
+    described_up_kernel,
+)
 from moeyard.kernels.gpu.grad_hidden import grad_hidden_kernel
 from moeyard.kernels.gpu.grouped_matmul import grouped_matmul_kernel
 from moeyard.kernels.gpu.ops import PRECISION
-from moeyard.kernels.gpu.tiles import GROUP_TILES, Kernel, Tiles, tiles_for
+from moeyard.kernels.gpu.quantized import quantized_matmul_kernel, quantized_up_kernel
+from moeyard.kernels.gpu.tiles import GROUP_TILES, Kernel, Tiles, quantized_tiles, tiles_for
 from moeyard.kernels.gpu.up_projection import up_projection_kernel
 from moeyard.kernels.gpu.weight_grad import weight_grad_kernel
 
@@ -39,10 +46,11 @@ INDEX_POINTERS = {
     *("before_BS1", "count_S1"),
 }
 FP32_POINTERS = {"part_BR", "weights_R"}
+BF16_POINTERS = {"scales_SHG", "scales_SQG"}
 DIVISIBLE = {
     *("d_model", "d_expert", "num_inner", "num_outputs", "num_lines", "num_columns"),
     *("stride_x", "stride_slot", "stride_row", "stride_left", "stride_right", "tile_rows"),
-    *("stride_inner", "stride_output"),
+    *("stride_inner", "stride_output", "group_size"),
 }
 """Integers that are multiples of 16 for the widths of real models; Triton is told so, as it finds
 out itself when it runs."""
@@ -78,11 +86,13 @@ class Compiled(NamedTuple):
     shared_bytes: int
     num_wgmma: int
     num_mma: int
+    num_tma: int
 
     @property
     def line(self) -> str:
         """A line of the table."""
         unit = f"WGMMA {self.num_wgmma}" if self.num_wgmma else f"MMA {self.num_mma}"
+        unit += f"  TMA {self.num_tma}" if self.num_tma else ""
         return (
             f"{self.case.name:70} registers {self.registers:3}  spilled {self.spilled_bytes:4} B"
             f"  shared {self.shared_bytes:6} B  {unit}"
@@ -101,6 +111,8 @@ class Compiled(NamedTuple):
             found.append("does not use WGMMA")
         if tiles and not self.num_wgmma + self.num_mma:
             found.append("does not use tensor cores")
+        if any("tensordesc" in kind for kind in self.case.pointers.values()) and not self.num_tma:
+            found.append("does not use TMA")
         return found
 
 
@@ -145,6 +157,9 @@ def cases(arch: int) -> Iterator[Case]:
         constants = {"COLUMNS": 1024, "weights_R": None}
         yield Case(combine_kernel, arch, dtype, constants, label="sum")
     yield from _grouping_cases(arch)
+    yield from _quantized_cases(arch)
+    if is_hopper:
+        yield from _described_cases(arch)
 
 
 def _grouping_cases(arch: int) -> Iterator[Case]:
@@ -165,6 +180,56 @@ def _grouping_cases(arch: int) -> Iterator[Case]:
     yield Case(grouping.permute_kernel, arch, fp32, block)
 
 
+def _quantized_cases(arch: int) -> Iterator[Case]:
+    """Weights in 8 and 4 bits: the usual groups, and those that shorten the steps."""
+    formats = ((8, 768, "a scale per row"), (8, 128, "groups of 128"), (8, 32, "groups of 32"))
+    formats += ((4, 128, "groups of 128"), (4, 64, "groups of 64"), (4, 32, "groups of 32"))
+    for (bits, group_size, groups), dtype in itertools.product(formats, TYPES):
+        values = "*i8" if bits == 8 else "*u8"
+        label = f"int{bits}, {groups}"
+        for rows in (16, 32, 64):
+            tiles = quantized_tiles(rows, dtype, group_size)
+            constants = {"BITS": bits, "IS_PER_ROW": group_size == 768, "GROUP_TILES": GROUP_TILES}
+            constants |= {"PRECISION": PRECISION[dtype], "M": tiles.M, "N": tiles.N, "P": tiles.P}
+            for act in ACTIVATIONS:
+                case = constants | {"ACTIVATION": act}
+                pointers = {"values_SHB": values}
+                kernel = quantized_up_kernel
+                yield Case(kernel, arch, dtype, case, pointers, tiles, f"{act}, {label}")
+            pointers = {"values_SQB": values}
+            yield Case(quantized_matmul_kernel, arch, dtype, constants, pointers, tiles, label)
+        for table in ({}, {"slot_of_E": None}):
+            step = min(INPUTS, group_size & -group_size)
+            constants = {"BITS": bits, "N": LINES, "P": step} | table
+            pointers = {"values_SQB": values, "offsets_E1": "*i32"}
+            end = ", no table" if table else ""
+            yield Case(dequantize_kernel, arch, dtype, constants, pointers, label=label + end)
+
+
+def _described_cases(arch: int) -> Iterator[Case]:
+    """Tiles that come through descriptors: wide ones, in 16 bits."""
+    for dtype in (torch.bfloat16, torch.float16):
+        tiles = tiles_for("matmul", 128, dtype, True)._replace(num_stages=NUM_STAGES)
+        constants = {"PRECISION": PRECISION[dtype], "M": tiles.M, "N": tiles.N, "P": tiles.P}
+        constants |= {"GROUP_TILES": GROUP_TILES}
+
+        def block(*shape: int, dtype: torch.dtype = dtype) -> str:
+            return f"tensordesc<{TYPES[dtype]}{list(shape)}>"
+
+        for label, is_transposed in (("fc2", True), ("grad x", False)):
+            shape = (tiles.N, tiles.P) if is_transposed else (tiles.P, tiles.N)
+            blocks = {"x_desc": block(tiles.M, tiles.P), "weight_desc": block(1, *shape)}
+            case = constants | {"IS_TRANSPOSED": is_transposed}
+            yield Case(described_matmul_kernel, arch, dtype, case, blocks, tiles, label)
+        blocks = {"fc1_desc": block(1, 2, tiles.N // 2, tiles.P)}
+        for act, keep, even in itertools.product(ACTIVATIONS, (True, False), (True, False)):
+            case = (
+                constants | {"ACTIVATION": act, "IS_EVEN": even} | ({} if keep else {"h_RH": None})
+            )
+            label = f"{act}, {'keeps h' if keep else 'inference'}{'' if even else ', ragged'}"
+            yield Case(described_up_kernel, arch, dtype, case, blocks, tiles, label)
+
+
 def compile_case(case: Case) -> Compiled:
     """Compile a case and read what came out."""
     signature, divisible = {}, {}
@@ -172,10 +237,13 @@ def compile_case(case: Case) -> Compiled:
         name = parameter.name
         if name in case.constants:
             signature[name] = "constexpr"
+        elif name.endswith("_desc"):
+            signature[name] = case.pointers[name]
         elif ("_" in name and name.rpartition("_")[2].isupper()) or name in INDEX_POINTERS:
             is_index = name in INDEX_POINTERS
             usual = "*i32" if is_index else f"*{TYPES[case.dtype]}"
             usual = "*fp32" if name in FP32_POINTERS else usual
+            usual = "*bf16" if name in BF16_POINTERS else usual
             signature[name] = case.pointers.get(name, usual)
             divisible[(place,)] = [["tt.divisibility", 16]]
         else:
@@ -200,6 +268,7 @@ def compile_case(case: Case) -> Compiled:
         made.metadata.shared,
         len(re.findall(r"\bHGMMA\b", code)),
         len(re.findall(r"\bHMMA\b", code)),
+        len(re.findall(r"\bUTMALDG\b", code)),
     )
 
 

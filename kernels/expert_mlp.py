@@ -51,6 +51,12 @@ def expert_mlp(
         )
     if backend == "reference":
         return expert_mlp_reference(x_TD, experts_TK, weights_TK, experts)
+    wants_grad = torch.is_grad_enabled() and (x_TD.requires_grad or weights_TK.requires_grad)
+    if isinstance(experts, QuantizedExpertWeights) and wants_grad:
+        raise ValueError(
+            "x or the routing weights want gradients, but quantized experts have no backward; "
+            "run under torch.no_grad() or with plain weights."
+        )
     if backend == "triton" or (
         backend == "auto" and is_chosen(x_TD, experts_TK, weights_TK, experts)
     ):

@@ -6,7 +6,7 @@ those of the compressed-tensors format (which shows 4 of them as one int32), on 
 S slots, Q outputs and P inputs of a matrix, G = P / group size, D model width, F expert width.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -99,6 +99,10 @@ class QuantizedMatrices:
         grouped_QGP = values_QP.to(wide).unflatten(-1, (-1, self.group_size))
         return (grouped_QGP * scales_QG.unsqueeze(-1)).flatten(-2).to(dtype)
 
+    def to(self, device: torch.device | str) -> "QuantizedMatrices":
+        """Return the matrices on a device."""
+        return QuantizedMatrices(self.values.to(device), self.scales_SQG.to(device))
+
 
 @dataclass(frozen=True, slots=True)
 class QuantizedExpertWeights(SlotTable):
@@ -136,6 +140,10 @@ class QuantizedExpertWeights(SlotTable):
     def matrices(self, slot: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return fc1 ``[2F, D]`` and fc2 ``[D, F]`` of a slot in ``dtype``."""
         return self.fc1.dequantize(slot, dtype), self.fc2.dequantize(slot, dtype)
+
+    def to(self, device: torch.device | str) -> "QuantizedExpertWeights":
+        """Return the weights on a device."""
+        return replace(self, fc1=self.fc1.to(device), fc2=self.fc2.to(device))
 
     @property
     def nbytes(self) -> int:

@@ -3,7 +3,8 @@
 T tokens, K choices, E experts, D model width, F expert width.
 """
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from .cpu.library import load
 from .expert_mlp import Backend, expert_mlp
 from .expert_weights import ExpertWeights
+from .quantized_weights import Bits, quantize_experts
 from .triton_backend import why_not
 
 BACKENDS: tuple[Backend, ...] = ("torch", "reference", "cpp", "triton")
@@ -27,6 +29,12 @@ T, K, E, D, F = 61, 2, 5, 48, 32
 
 MANY_TOKENS = 400
 """Enough for the Triton kernels' large tiles."""
+
+QUANTIZED_TOKENS = (4, T, 656)
+"""Triton's ways to weights in 8 and 4 bits: tiles for decoding, larger ones, and written out."""
+QUANTIZED_D, QUANTIZED_F = 128, 64
+GROUP_SIZES: dict[Bits, tuple[int | None, ...]] = {8: (None, 64), 4: (64, 32)}
+"""A scale per row, per step of a product, and per group that shortens the steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +79,9 @@ def check_backends() -> Iterator[BackendCheck]:
                 continue
             for dtype in (torch.float32, torch.bfloat16):
                 yield check_backend(backend, dtype, device)
+                if backend == "triton":
+                    for bits in GROUP_SIZES:
+                        yield check_quantized(backend, dtype, device, bits)
 
 
 def _why_not(backend: Backend, device: str) -> str | None:
@@ -86,11 +97,50 @@ def check_backend(
     backend: Backend, dtype: torch.dtype, device: str, num_tokens: int = T
 ) -> BackendCheck:
     """Run one backend forward and backward and compare."""
-    name, limit = str(dtype).removeprefix("torch."), LIMITS[dtype]
-    inputs, experts_TK = _inputs(dtype, num_tokens)
+    inputs, experts_TK = _inputs(dtype, num_tokens, D, F)
     expected = _outcome("reference", [x.double() for x in inputs], experts_TK, "cpu")
+    return _compared(
+        backend, dtype, device, expected, lambda: _outcome(backend, inputs, experts_TK, device)
+    )
+
+
+def check_quantized(backend: Backend, dtype: torch.dtype, device: str, bits: Bits) -> BackendCheck:
+    """Run one backend on weights in 8 or 4 bits and compare the values."""
+    expected = {"values": _quantized_values("reference", dtype, torch.float64, "cpu", bits)}
+    return _compared(
+        f"{backend} int{bits}",
+        dtype,
+        device,
+        expected,
+        lambda: {"values": _quantized_values(backend, dtype, dtype, device, bits)},
+    )
+
+
+def _quantized_values(
+    backend: Backend, rounded: torch.dtype, dtype: torch.dtype, device: str, bits: Bits
+) -> Tensor:
+    """Return all results of rows that were ``rounded``, computed in ``dtype``."""
+    results = []
+    for num_tokens, group_size in itertools.product(QUANTIZED_TOKENS, GROUP_SIZES[bits]):
+        inputs, experts_TK = _inputs(rounded, num_tokens, QUANTIZED_D, QUANTIZED_F)
+        x_TD, weights_TK, fc1_EHD, fc2_EDF = inputs
+        # Quantized before it is sent: another device may round a value to the other side.
+        experts = quantize_experts(ExpertWeights(fc1_EHD, fc2_EDF), bits, group_size).to(device)
+        rows = (x_TD.to(device, dtype), experts_TK.to(device), weights_TK.to(device))
+        results.append(expert_mlp(*rows, experts, backend).flatten())
+    return torch.cat(results)
+
+
+def _compared(
+    backend: str,
+    dtype: torch.dtype,
+    device: str,
+    expected: dict[str, Tensor],
+    run: Callable[[], dict[str, Tensor]],
+) -> BackendCheck:
+    name, limit = str(dtype).removeprefix("torch."), LIMITS[dtype]
     try:
-        found = _outcome(backend, inputs, experts_TK, device)
+        found = run()
     except Exception as error:  # whatever it is, it belongs in the table and not on a traceback
         problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
         return BackendCheck(backend, device, name, limit, problem=problem)
@@ -103,18 +153,20 @@ def check_backend(
     return BackendCheck(backend, device, name, limit, errors)
 
 
-def _inputs(dtype: torch.dtype, num_tokens: int) -> tuple[list[Tensor], Tensor]:
+def _inputs(
+    dtype: torch.dtype, num_tokens: int, d_model: int, d_expert: int
+) -> tuple[list[Tensor], Tensor]:
     """Return x, routing weights (fp32, as routers give them), fc1 and fc2; and experts_TK."""
     generator = torch.Generator().manual_seed(0)
-    x_TD = torch.randn(num_tokens, D, generator=generator).to(dtype)
+    x_TD = torch.randn(num_tokens, d_model, generator=generator).to(dtype)
     weights_TK = torch.rand(num_tokens, K, generator=generator)
-    fc1_EHD = (torch.randn(E, 2 * F, D, generator=generator) * D**-0.5).to(dtype)
-    fc2_EDF = (torch.randn(E, D, F, generator=generator) * F**-0.5).to(dtype)
+    fc1_EHD = torch.randn(E, 2 * d_expert, d_model, generator=generator) * d_model**-0.5
+    fc2_EDF = torch.randn(E, d_model, d_expert, generator=generator) * d_expert**-0.5
     # Expert 3 is idle, and some tokens have one expert only.
     experts_TK = torch.randint(0, E - 1, (num_tokens, K), generator=generator)
     experts_TK[experts_TK == 3] = 4
     experts_TK[::7, 1] = -1
-    return [x_TD, weights_TK, fc1_EHD, fc2_EDF], experts_TK
+    return [x_TD, weights_TK, fc1_EHD.to(dtype), fc2_EDF.to(dtype)], experts_TK
 
 
 def _outcome(

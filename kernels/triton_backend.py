@@ -13,7 +13,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from .quantized_weights import AnyExperts, QuantizedExpertWeights
+from .quantized_weights import AnyExperts, Bits, QuantizedExpertWeights
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -47,37 +47,48 @@ def is_chosen(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, experts: Any
     """
     if not x_TD.is_cuda or _misfit(x_TD, experts_TK, weights_TK, experts) is not None:
         return False
-    checked = (x_TD.dtype, x_TD.device)
+    kinds: set[Bits | None] = {None}
+    if isinstance(experts, QuantizedExpertWeights):
+        kinds = {experts.fc1.bits, experts.fc2.bits}
+    checks = [(x_TD.dtype, x_TD.device, bits) for bits in kinds]
     if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
-        return _VERDICTS.get(checked, False)
-    return why_not(x_TD.device) is None and _is_trusted(*checked)
+        return all(_VERDICTS.get(check, False) for check in checks)
+    return why_not(x_TD.device) is None and all(_is_trusted(*check) for check in checks)
 
 
-_VERDICTS: dict[tuple[torch.dtype, torch.device], bool] = {}
-"""What the self-check found."""
+_VERDICTS: dict[tuple[torch.dtype, torch.device, Bits | None], bool] = {}
+"""What the self-check found; the kernels of weights in 8 and 4 bits are checked by themselves."""
 
 
-def _is_trusted(dtype: torch.dtype, device: torch.device) -> bool:
+def _is_trusted(dtype: torch.dtype, device: torch.device, bits: Bits | None) -> bool:
     """Check the kernels against the reference, once per type and device; warn where they fail.
 
     Compilers have miscompiled such kernels without a word on single architectures.
     """
-    if (dtype, device) not in _VERDICTS:
-        _VERDICTS[dtype, device] = _passes(dtype, device)
-    return _VERDICTS[dtype, device]
+    if (dtype, device, bits) not in _VERDICTS:
+        _VERDICTS[dtype, device, bits] = _passes(dtype, device, bits)
+    return _VERDICTS[dtype, device, bits]
 
 
-def _passes(dtype: torch.dtype, device: torch.device) -> bool:
-    from .self_check import MANY_TOKENS, T, check_backend  # it checks this backend and imports us
+def _passes(dtype: torch.dtype, device: torch.device, bits: Bits | None) -> bool:
+    from . import self_check  # it checks this backend and imports us
 
-    for num_tokens in (T, MANY_TOKENS):
+    if bits is None:
+        sizes = (self_check.T, self_check.MANY_TOKENS)
+        call = functools.partial(self_check.check_backend, "triton", dtype, str(device))
+        checks = [functools.partial(call, num_tokens) for num_tokens in sizes]
+    else:
+        call = functools.partial(self_check.check_quantized, "triton", dtype, str(device))
+        checks = [functools.partial(call, bits)]
+    for run in checks:
         with torch.inference_mode(False), torch.enable_grad():
-            check = check_backend("triton", dtype, str(device), num_tokens)
+            check = run()
         if not check.passed:
             worst = max(check.errors.values(), default=float("nan"))
             reason = check.problem or f"the largest error is {worst:.0e}, the limit {check.limit}"
+            kind = "expert kernels" if bits is None else f"kernels for {bits}-bit experts"
             warnings.warn(
-                f"Triton's expert kernels do not pass their self-check for {check.dtype} on "
+                f"Triton's {kind} do not pass their self-check for {check.dtype} on "
                 f"{device} ({reason}); using the torch backend. `moeyard doctor` says more.",
                 stacklevel=4,
             )
@@ -98,23 +109,23 @@ def expert_mlp_triton(
         problem = why_not(x_TD.device) or problem
     if problem is not None:
         raise ValueError(f"{problem} Use backend 'torch'.")
-    assert not isinstance(experts, QuantizedExpertWeights), "they are a misfit"
+    slot_of_E = None
+    if experts.slot_of_E is not None:
+        slot_of_E = _slot_table(experts.slot_of_E, x_TD.device)
+    rows = (x_TD.contiguous(), experts_TK.contiguous(), weights_TK.contiguous())
+    if isinstance(experts, QuantizedExpertWeights):
+        return _quantized(*rows, experts, slot_of_E)
     from .gpu.ops import expert_mlp_op
 
     leaves = (x_TD, weights_TK, experts.fc1_SHD, experts.fc2_SDF)
     keep_h = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
-    slot_of_E = None
-    if experts.slot_of_E is not None:
-        slot_of_E = _slot_table(experts.slot_of_E, x_TD.device)
     sums: tuple[Tensor | None, Tensor | None] = (None, None)
     if experts.main_grads is not None:
         if keep_h:
             experts.main_grads.begin_with_zeros()  # the operator's backward only adds
         sums = (experts.main_grads.fc1_SHD, experts.main_grads.fc2_SDF)
     return expert_mlp_op(
-        x_TD.contiguous(),
-        experts_TK.contiguous(),
-        weights_TK.contiguous(),
+        *rows,
         experts.fc1_SHD,
         experts.fc2_SDF,
         slot_of_E,
@@ -124,31 +135,57 @@ def expert_mlp_triton(
     )[0]
 
 
+def _quantized(
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    experts: QuantizedExpertWeights,
+    slot_of_E: Tensor | None,
+) -> Tensor:
+    from .gpu.quantized_ops import quantized_expert_mlp_op
+
+    fc1, fc2 = experts.fc1, experts.fc2
+    parts = (fc1.values, fc1.scales_SQG, fc2.values, fc2.scales_SQG)
+    return quantized_expert_mlp_op(
+        x_TD, experts_TK, weights_TK, *parts, slot_of_E, experts.activation
+    )
+
+
 def _misfit(
     x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, experts: AnyExperts
 ) -> str | None:
     """Say what the kernels do not take about these arguments."""
-    if isinstance(experts, QuantizedExpertWeights):
-        return "Triton's expert kernels do not take quantized experts."
-    fc1_SHD, fc2_SDF = experts.fc1_SHD, experts.fc2_SDF
     if x_TD.dtype not in DTYPES:
         return f"Triton's expert kernels take bf16, fp16 and fp32, not {x_TD.dtype}."
     if experts_TK.dtype not in (torch.int32, torch.int64):
         return f"experts has type {experts_TK.dtype}; Triton's kernels take int32 and int64."
-    if fc2_SDF.dtype != fc1_SHD.dtype:
-        return f"fc1 has type {fc1_SHD.dtype} and fc2 {fc2_SDF.dtype}; they must have one."
-    main = experts.main_grads
-    sums = () if main is None else (main.fc1_SHD, main.fc2_SDF)
-    devices = {str(t.device) for t in (x_TD, experts_TK, weights_TK, fc1_SHD, fc2_SDF, *sums)}
+    if isinstance(experts, QuantizedExpertWeights):
+        parts = {
+            "fc1.values": experts.fc1.values,
+            "fc1.scales": experts.fc1.scales_SQG,
+            "fc2.values": experts.fc2.values,
+            "fc2.scales": experts.fc2.scales_SQG,
+        }
+        sums: tuple[Tensor, ...] = ()
+    else:
+        parts = {"fc1": experts.fc1_SHD, "fc2": experts.fc2_SDF}
+        main = experts.main_grads
+        sums = () if main is None else (main.fc1_SHD, main.fc2_SDF)
+        if experts.fc2_SDF.dtype != experts.fc1_SHD.dtype:
+            return (
+                f"fc1 has type {experts.fc1_SHD.dtype} and fc2 {experts.fc2_SDF.dtype}; they must "
+                "have one."
+            )
+    devices = {str(t.device) for t in (x_TD, experts_TK, weights_TK, *parts.values(), *sums)}
     if len(devices) > 1:
         return f"The tensors are on {', '.join(sorted(devices))}; they must share one device."
-    for name, weight in (("fc1", fc1_SHD), ("fc2", fc2_SDF)):
-        if weight.stride(2) != 1 or weight.stride(1) != weight.shape[2]:
-            return f"{name} has strides {weight.stride()}; a slot's matrix must be contiguous."
+    for name, part in parts.items():
+        if part.stride(2) != 1 or part.stride(1) != part.shape[2]:
+            return f"{name} has strides {part.stride()}; a slot's matrix must be contiguous."
     if not all(total.is_contiguous() for total in sums):
         return "The main gradients are not contiguous, as Triton's kernels need them."
-    if max(fc1_SHD[:1].numel(), experts_TK.numel()) >= 2**31:
-        return "One expert's fc1, or the routed rows, have 2^31 elements or more."
+    if max(*(part[:1].numel() for part in parts.values()), experts_TK.numel()) >= 2**31:
+        return "One expert's matrix, or the routed rows, have 2^31 elements or more."
     return None
 
 

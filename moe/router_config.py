@@ -8,7 +8,10 @@ GROUP_BEST = 2
 """A group of experts is judged by the sum of this many of its best scores (DeepSeek-V3)."""
 
 
-TRAINING_ONLY = ("bias_update_rate", "balance_loss", "sequence_balance_loss", "z_loss", "jitter")
+TRAINING_ONLY = (
+    *("bias_update_rate", "balance_loss", "sequence_balance_loss", "z_loss", "jitter"),
+    "round_rows_to",
+)
 """Fields of :class:`TopK` that a run may change on the way: weights mean the same without them."""
 
 
@@ -56,6 +59,10 @@ class TopK(RouterConfig):
     jitter: float = Field(default=0.0, ge=0, lt=1)
     """Training multiplies the router's input by U(1 - jitter, 1 + jitter) (Switch). The draws
     belong to a rank, so results then depend on the number of ranks."""
+    round_rows_to: int = Field(default=0, ge=0)
+    """Training gives each expert a multiple of this many rows of a rank's tokens (SonicMoE's token
+    rounding; 0 = off): 128 fills the tiles of GPU kernels where experts have a few hundred rows.
+    Losses and statistics keep the router's own choice. Results depend on the number of ranks."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

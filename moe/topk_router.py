@@ -12,6 +12,7 @@ from ..kernels.row_stable import MIN_ROWS_FP32, row_stable_linear
 from .router import Router
 from .router_config import GROUP_BEST, TopK
 from .routing import Lookahead, RouterInput, Routing, count_choices, count_tokens
+from .token_rounding import round_tokens
 
 EPSILON = 1e-20
 """Keeps weights finite where all chosen sigmoid scores vanish (DeepSeek-V3)."""
@@ -58,6 +59,10 @@ class TopKRouter(Router):
         )
         if self.training:
             self._add_loss_terms(routing, logits_TE, scores_TE, router_input)
+            if self.config.round_rows_to:
+                routing.experts_TK, routing.weights_TK = round_tokens(
+                    experts_TK, weights_TK, scores_TE, self.config.round_rows_to
+                )
         return routing
 
     def _route_in_cpp(self, x_TD: Tensor) -> Routing | None:

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .descriptors import are_chosen, described_matmul
 from .grouping import SlotGroups
 from .tile_math import add_product, tile_and_column
 from .tiles import GROUP_TILES, Tiles
@@ -20,6 +21,8 @@ def grouped_matmul(
 
     ``weight_SPQ`` may be a transposed view: either of its last two dimensions is contiguous.
     """
+    if are_chosen("matmul", tiles, x_RP, weight_SPQ):
+        return described_matmul(x_RP, weight_SPQ, groups, precision, tiles)
     num_rows, num_inner = x_RP.shape
     num_outputs = weight_SPQ.shape[2]
     y_RQ = x_RP.new_empty(num_rows, num_outputs)

@@ -63,6 +63,50 @@ def tiles_for(kernel: Kernel, rows: int, dtype: torch.dtype, is_hopper: bool) ->
     return Tiles(128, 256, 64, 8, 3)
 
 
+QUANTIZED_ROWS = 64
+"""The most rows of a tile on weights in 8 or 4 bits. A scale per group costs a second sum in
+registers, which 128 rows have no room for; sm_90 spills."""
+
+DEQUANTIZE_ROWS_PER_EXPERT = 256
+"""From this many rows per expert on, weights in 8 or 4 bits are written out in x's type once, and
+the plain kernels run. An estimate (a tile widens its weights in about the time it multiplies them;
+writing them out and reading them again takes as long as multiplying 256 to 512 rows at the H200's
+rates); not measured here yet."""
+DEQUANTIZED_BYTES = 4 << 30
+"""The largest fc1 of a layer that is written out: who keeps experts in 4 bits may have no room for
+a layer of them in 16. A guess at what a GPU can spare beside a model."""
+
+
+def is_dequantized(num_rows: int, num_experts: int, matrix_bytes: int) -> bool:
+    """Say whether weights in 8 or 4 bits are written out, ``matrix_bytes`` for an expert's fc1.
+
+    As with tiles, the number of slots plays no part.
+    """
+    is_small = num_experts * matrix_bytes <= DEQUANTIZED_BYTES
+    return is_small and num_rows >= DEQUANTIZE_ROWS_PER_EXPERT * num_experts
+
+
+def quantized_tiles(rows: int, dtype: torch.dtype, group_size: int) -> Tiles:
+    """Return the tiles of products with weights in 8 or 4 bits; a step lies within one group."""
+    tiles = (_QUANTIZED_FP32 if dtype == torch.float32 else _QUANTIZED)[min(rows, QUANTIZED_ROWS)]
+    step = min(tiles.P, group_size & -group_size)  # the largest power of 2 that divides a group
+    # Short steps have few bytes on their way, so there are more of them.
+    return tiles._replace(P=step, num_stages=tiles.num_stages * (2 if 2 * step <= tiles.P else 1))
+
+
+_QUANTIZED = {
+    16: Tiles(16, 128, 128, 4, 3),
+    32: Tiles(32, 128, 64, 4, 4),
+    64: Tiles(64, 128, 64, 8, 3),
+}
+_QUANTIZED_FP32 = {
+    16: Tiles(16, 64, 32, 4, 3),
+    32: Tiles(32, 64, 32, 4, 3),
+    64: Tiles(64, 32, 32, 4, 3),
+}
+"""Those of 16-bit and fp32 weights until measured; where they would spill, shorter steps, more
+warps or fewer columns."""
+
 _FEW_ROWS = {
     16: Tiles(16, 128, 128, 4, 3),
     32: Tiles(32, 128, 128, 4, 3),

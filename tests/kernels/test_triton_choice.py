@@ -12,6 +12,11 @@ from moeyard.kernels.cpu import library
 from moeyard.kernels.expert_mlp import expert_mlp
 from moeyard.kernels.expert_weights import ExpertWeights, MainGrads, empty_slots
 from moeyard.kernels.gpu.tiles import tile_rows
+from moeyard.kernels.quantized_weights import (
+    QuantizedExpertWeights,
+    QuantizedMatrices,
+    quantize_experts,
+)
 from moeyard.kernels.self_check import BackendCheck
 
 
@@ -66,7 +71,9 @@ def test_a_failing_self_check_warns_once_and_is_remembered(monkeypatch, broken):
     monkeypatch.setattr(triton_backend, "_VERDICTS", {})
     with warnings.catch_warnings(record=True) as said, torch.inference_mode():
         warnings.simplefilter("always")
-        found = {triton_backend._is_trusted(torch.bfloat16, torch.device("cuda")) for _ in "ab"}
+        found = {
+            triton_backend._is_trusted(torch.bfloat16, torch.device("cuda"), None) for _ in "ab"
+        }
     assert found == {broken is None}
     assert len(said) == (broken is not None)
     assert broken is None or "using the torch backend" in str(said[0].message)
@@ -90,6 +97,21 @@ def test_says_what_it_does_not_take(monkeypatch):
     with pytest.raises(ValueError, match="main gradients are not contiguous"):
         with_sums = ExpertWeights(experts.fc1_SHD, experts.fc2_SDF, main_grads=sums)
         expert_mlp(x, ids, weights, with_sums, "triton")
+
+
+def test_says_what_it_does_not_take_of_quantized_experts(monkeypatch):
+    monkeypatch.setattr(triton_backend, "why_not", lambda device: None)
+    x, ids, weights = torch.randn(4, 64), torch.randint(0, 3, (4, 2)), torch.rand(4, 2)
+    plain = ExpertWeights(torch.randn(3, 64, 64), torch.randn(3, 64, 32))
+    experts = quantize_experts(plain, 8)
+    assert triton_backend._misfit(x, ids, weights, experts) is None
+    values = experts.fc2.values.mT.contiguous().mT
+    by_column = QuantizedMatrices(values, experts.fc2.scales_SQG)
+    with pytest.raises(ValueError, match=r"fc2\.values has strides \(2048, 1, 64\)"):
+        expert_mlp(x, ids, weights, QuantizedExpertWeights(experts.fc1, by_column), "triton")
+    elsewhere = QuantizedExpertWeights(experts.fc1.to("meta"), experts.fc2)
+    with pytest.raises(ValueError, match="on cpu, meta; they must share one device"):
+        expert_mlp(x, ids, weights, elsewhere, "triton")
 
 
 def test_takes_the_slots_of_a_cache(monkeypatch):

@@ -1,0 +1,115 @@
+"""The Triton expert MLP on weights in 8 or 4 bits as a ``torch.library`` operator, for inference.
+
+T tokens, K choices, R = T*K routed rows in slot order, E experts, S slots, D model width, F expert
+width, H = 2F, B bytes of a row, G groups of a row.
+"""
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from ..quantized_weights import QuantizedMatrices
+from .combine import combine
+from .dequantize import dequantize
+from .grouped_matmul import grouped_matmul
+from .grouping import SlotGroups, group_rows
+from .ops import PRECISION
+from .quantized import quantized_matmul, quantized_up_projection
+from .tiles import QUANTIZED_ROWS, is_dequantized, quantized_tiles, tile_rows, tiles_for
+from .up_projection import up_projection
+
+
+@torch.library.custom_op("moeyard::quantized_expert_mlp", mutates_args=())
+def quantized_expert_mlp_op(
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    values1_SHB: Tensor,
+    scales1_SHG: Tensor,
+    values2_SDB: Tensor,
+    scales2_SDG: Tensor,
+    slot_of_E: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """Return y ``[T, D]``."""
+    (num_tokens, d_model), num_rows = x_TD.shape, experts_TK.numel()
+    if num_rows == 0:
+        return x_TD.new_zeros(num_tokens, d_model)
+    fc1 = QuantizedMatrices(values1_SHB, scales1_SHG)
+    fc2 = QuantizedMatrices(values2_SDB, scales2_SDG)
+    num_slots = values1_SHB.shape[0]
+    num_experts = num_slots if slot_of_E is None else slot_of_E.numel()
+    rows = tile_rows(num_rows, num_experts)
+    matrix_bytes = values1_SHB.shape[1] * d_model * x_TD.element_size()
+    with torch.cuda.device(x_TD.device) if x_TD.is_cuda else nullcontext():
+        if is_dequantized(num_rows, num_experts, matrix_bytes):
+            expert_of_E = _experts_here(slot_of_E, num_slots)
+            groups = group_rows(experts_TK, expert_of_E, num_experts, rows)
+            y_RD = _dequantized_rows(x_TD, groups, fc1, fc2, slot_of_E, activation, rows)
+        else:
+            rows = min(rows, QUANTIZED_ROWS)
+            groups = group_rows(experts_TK, slot_of_E, num_slots, rows)
+            y_RD = _quantized_rows(x_TD, groups, fc1, fc2, activation, rows)
+        return combine(y_RD, groups, weights_TK, num_tokens)
+
+
+@quantized_expert_mlp_op.register_fake
+def _(
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    values1_SHB: Tensor,
+    scales1_SHG: Tensor,
+    values2_SDB: Tensor,
+    scales2_SDG: Tensor,
+    slot_of_E: Tensor | None,
+    activation: str,
+) -> Tensor:
+    return torch.empty_like(x_TD)
+
+
+def _quantized_rows(
+    x_TD: Tensor,
+    groups: SlotGroups,
+    fc1: QuantizedMatrices,
+    fc2: QuantizedMatrices,
+    activation: str,
+    rows: int,
+) -> Tensor:
+    dtype, precision = x_TD.dtype, PRECISION[x_TD.dtype]
+    a_RF = x_TD.new_empty(groups.order_R.numel(), fc2.width)
+    tiles = quantized_tiles(rows, dtype, fc1.group_size)
+    quantized_up_projection(x_TD, groups, fc1, activation, precision, tiles, a_RF)
+    tiles = quantized_tiles(rows, dtype, fc2.group_size)
+    return quantized_matmul(a_RF, fc2, groups, precision, tiles)
+
+
+def _dequantized_rows(
+    x_TD: Tensor,
+    groups: SlotGroups,
+    fc1: QuantizedMatrices,
+    fc2: QuantizedMatrices,
+    slot_of_E: Tensor | None,
+    activation: str,
+    rows: int,
+) -> Tensor:
+    """Write out one of the two matrices at a time."""
+    dtype, precision = x_TD.dtype, PRECISION[x_TD.dtype]
+    is_hopper = x_TD.is_cuda and torch.cuda.get_device_capability(x_TD.device)[0] == 9
+    a_RF = x_TD.new_empty(groups.order_R.numel(), fc2.width)
+    tiles = tiles_for("up", rows, dtype, is_hopper)
+    fc1_EHD = dequantize(fc1, slot_of_E, groups, dtype)
+    up_projection(x_TD, groups, fc1_EHD, activation, precision, tiles, a_RF, None)
+    del fc1_EHD
+    tiles = tiles_for("matmul", rows, dtype, is_hopper)
+    fc2_EFD = dequantize(fc2, slot_of_E, groups, dtype).transpose(1, 2)
+    return grouped_matmul(a_RF, fc2_EFD, groups, precision, tiles)
+
+
+def _experts_here(slot_of_E: Tensor | None, num_slots: int) -> Tensor | None:
+    """Return a table that keeps experts where they are and leaves out those that are not here."""
+    if slot_of_E is None:
+        return None
+    is_here_E = (slot_of_E >= 0) & (slot_of_E < num_slots)
+    return torch.where(is_here_E, torch.arange(len(slot_of_E), device=slot_of_E.device), -1).int()
