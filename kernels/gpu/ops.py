@@ -8,13 +8,13 @@ F expert width, H = 2F.
 """
 
 import functools
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .combine import combine
+from .device import on_device_of
 from .grad_hidden import grad_hidden
 from .grouped_matmul import grouped_matmul
 from .grouping import SlotGroups, group_rows, max_tiles
@@ -48,7 +48,7 @@ def expert_mlp_op(
     d_expert = fc2_SDF.shape[2]
     plan = _Plan(x_TD, num_rows, _num_experts(fc1_SHD, slot_of_E))
     h_RH = x_TD.new_empty(num_rows if keep_h else 0, 2 * d_expert)
-    with _device_of(x_TD):
+    with on_device_of(x_TD):
         groups = group_rows(experts_TK, slot_of_E, fc1_SHD.shape[0], plan.rows)
         if num_rows == 0:
             return x_TD.new_zeros(num_tokens, d_model), h_RH, *groups
@@ -126,7 +126,7 @@ def expert_mlp_backward_op(
         num_choices=num_choices,
         add=add,
     )
-    with _device_of(x_TD):
+    with on_device_of(x_TD):
         tiles = plan.tiles("grad_hidden")
         grad_h_RH, scaled_RF, grad_weights_TK = grad_hidden(
             grad_TD, groups, weights_TK, h_RH, fc2_SDF, activation, precision, tiles
@@ -221,8 +221,3 @@ class _Plan:
 
 def _num_experts(fc1_SHD: Tensor, slot_of_E: Tensor | None) -> int:
     return fc1_SHD.shape[0] if slot_of_E is None else slot_of_E.numel()
-
-
-def _device_of(x_TD: Tensor) -> AbstractContextManager:
-    """Launch on the device of x; Triton takes the current one."""
-    return torch.cuda.device(x_TD.device) if x_TD.is_cuda else nullcontext()
