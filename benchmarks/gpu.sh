@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Check the expert kernels on this machine's GPU and measure them; unattended, under 9 minutes.
+# Check the Triton kernels on this machine's GPU and measure them; unattended, under 10 minutes.
 #
 #     benchmarks/gpu.sh [FOLDER]      # FOLDER gets a copy of what was found
 #
@@ -27,7 +27,7 @@ parts=(bfloat16 "float16 and not bfloat16" float32 "not float16 and not float32"
 pids=()
 for number in "${!parts[@]}"; do
     timeout 170 "$python" -m pytest -q --noconftest -p no:cacheprovider -m gpu \
-        tests/kernels/test_triton_gpu.py -k "${parts[$number]}" > "$found/tests_$number.txt" 2>&1 &
+        tests/kernels/test_triton_gpu.py tests/kernels/test_triton_router_gpu.py -k "${parts[$number]}" > "$found/tests_$number.txt" 2>&1 &
     pids+=($!)
 done
 passed=0
@@ -36,6 +36,9 @@ for number in "${!parts[@]}"; do
     tail -n 1 "$found/tests_$number.txt"
 done
 
+timeout 60 "$python" benchmarks/router.py --device cuda --budget-s 40 |
+    tee benchmarks/results/router_cuda.txt
+cp benchmarks/results/router_cuda.* "$found"
 timeout 350 "$python" benchmarks/expert_mlp.py --device cuda --budget-s 320 |
     tee benchmarks/results/expert_mlp_cuda.txt
 cp benchmarks/results/expert_mlp_cuda.* "$found"

@@ -4,7 +4,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from .torch_router import Choices, ChoiceRule, choose_torch
+from .torch_router import ChoiceRule, Choices, choose_torch
 from .triton_backend import choose_triton, is_router_chosen
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .torch_router import Choices, ChoiceRule, choose_torch
+from .torch_router import ChoiceRule, Choices, choose_torch
 from .triton_backend import choose_triton
 
 LIMIT = 1e-5
@@ -25,13 +25,14 @@ def problem_with_triton(device: torch.device) -> str | None:
     # Scores further apart than fp32 rounds, so that both make the same choice.
     logits_TE = torch.rand(T, E, generator=generator).argsort(dim=1) * 0.25 - 3
     for rule in RULES:
-        is_plain = rule.num_groups == 1
-        bias_E = None if is_plain else torch.linspace(-0.4, 0.4, E)
-        valid_T = None if is_plain else torch.arange(T) % 5 > 0
+        bias_E, valid_T = None, None
+        if rule.num_groups > 1:
+            bias_E, valid_T = torch.linspace(-0.4, 0.4, E), torch.arange(T) % 5 > 0
         expected = _outcome(choose_torch, logits_TE.double(), bias_E, valid_T, rule)
-        on_device = (None if x is None else x.to(device) for x in (bias_E, valid_T))
+        if bias_E is not None and valid_T is not None:
+            bias_E, valid_T = bias_E.to(device), valid_T.to(device)
         try:
-            found = _outcome(choose_triton, logits_TE.to(device), *on_device, rule)
+            found = _outcome(choose_triton, logits_TE.to(device), bias_E, valid_T, rule)
         except Exception as error:  # whatever it is, torch's operators take over with a sentence
             return f"{type(error).__name__}: {' '.join(str(error).split())}"
         for name, reference in expected.items():

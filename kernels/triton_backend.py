@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from .quantized_weights import AnyExperts, QuantizedExpertWeights
-from .torch_router import Choices, ChoiceRule, LossSums, where_valid
+from .torch_router import ChoiceRule, Choices, LossSums, where_valid
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 MAX_EXPERTS = 1024
-"""Experts that the router takes in one tile, with room for padding between groups."""
+"""Experts that the router takes; with padding between groups up to twice as many lanes of a tile,
+the most that does not spill."""
 
 MIN_CAPABILITY = (8, 0)
 """The first GPUs with bf16 tensor cores and asynchronous copies (Ampere)."""

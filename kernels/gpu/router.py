@@ -7,6 +7,8 @@ T tokens, E experts, K choices, G groups of experts, B programs. In a tile: M ro
 and padding), K choices padded to a power of two.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -15,12 +17,10 @@ from torch import Tensor
 from ..torch_router import EPSILON as EPSILON_VALUE
 from ..torch_router import GROUP_BEST, ChoiceRule
 
-MAX_EXPERTS = 2048
-"""Lanes that a program takes, padding included, before it spills."""
 TILE = 2048
 """Lanes times rows of a tile: 16 a thread, not measured yet. It depends on the experts alone, so
 that the bits of a row do not depend on the others."""
-MAX_ROWS = 64
+MAX_ROWS = 32
 MAX_PROGRAMS = 1024
 """Eight on each of an H200's 132 multiprocessors, about; with more, adding their lines up grows."""
 FINISH_PARTS, FINISH_EXPERTS = 64, 32
@@ -43,6 +43,11 @@ def rows_of(num_lanes: int) -> int:
     return max(1, min(MAX_ROWS, TILE // num_lanes))
 
 
+def warps_of(num_lanes: int) -> int:
+    """Return the warps of a program: more where 4 would spill."""
+    return 8 if num_lanes >= 1024 else 4
+
+
 def route(
     logits_TE: Tensor,
     bias_E: Tensor | None,
@@ -56,20 +61,20 @@ def route(
     ``wants_sums``. All fp32, ids int32, counts int64.
     """
     num_tokens, num_experts = logits_TE.shape
-    fp32 = {"dtype": torch.float32, "device": logits_TE.device}
-    chosen_TK = torch.empty(num_tokens, rule.k, dtype=torch.int32, device=logits_TE.device)
-    weights_TK = torch.empty(num_tokens, rule.k, **fp32)
-    counts_E = torch.zeros(num_experts, dtype=torch.int64, device=logits_TE.device)
-    sums_E = torch.zeros(num_experts if wants_sums else 0, **fp32)
-    z_sum = torch.zeros(() if wants_sums else 0, **fp32)
+    empty = functools.partial(torch.empty, device=logits_TE.device, dtype=torch.float32)
+    chosen_TK = empty(num_tokens, rule.k, dtype=torch.int32)
+    weights_TK = empty(num_tokens, rule.k)
+    counts_E = empty(num_experts, dtype=torch.int64)
+    sums_E = empty(num_experts if wants_sums else 0)
+    z_sum = empty(() if wants_sums else 0)
     if num_tokens == 0:
-        return chosen_TK, weights_TK, counts_E, sums_E, z_sum
+        return chosen_TK, weights_TK, counts_E.zero_(), sums_E.zero_(), z_sum.zero_()
     groups, width = lanes(num_experts, rule.num_groups)
     rows = rows_of(groups * width)
     num_parts = min(MAX_PROGRAMS, triton.cdiv(num_tokens, rows))
-    part_counts_BE = counts_E.new_empty(num_parts, num_experts, dtype=torch.int32)
-    part_sums_BE = torch.empty(num_parts, num_experts, **fp32) if wants_sums else None
-    part_z_B = torch.empty(num_parts, **fp32) if wants_sums else None
+    part_counts_BE = empty(num_parts, num_experts, dtype=torch.int32)
+    part_sums_BE = empty(num_parts, num_experts) if wants_sums else None
+    part_z_B = empty(num_parts) if wants_sums else None
     route_kernel[(num_parts,)](
         logits_TE,
         bias_E,
@@ -92,6 +97,7 @@ def route(
         GROUPS=groups,
         WIDTH=width,
         M=rows,
+        num_warps=warps_of(groups * width),
     )
     finish_kernel[(triton.cdiv(num_experts, FINISH_EXPERTS),)](
         part_counts_BE,

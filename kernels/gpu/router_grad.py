@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..torch_router import ChoiceRule
-from .router import EPSILON, rows_of, scores_of_chosen, softmax_parts
+from .router import EPSILON, rows_of, scores_of_chosen, softmax_parts, warps_of
 
 
 def route_grad(
@@ -50,6 +50,7 @@ def route_grad(
         ALL_CHOICES=triton.next_power_of_2(rule.k),
         M=rows,
         N=num_lanes,
+        num_warps=warps_of(num_lanes),
     )
     return grad_TE
 
