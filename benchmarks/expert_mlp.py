@@ -77,10 +77,13 @@ class Problem:
         self.num_rows = num_tokens * layer.num_choices
         self.forward_flops = 6 * self.num_rows * layer.d_model * layer.d_expert
 
-    def run(self, backend: Backend, main_grads: MainGrads | None = None) -> Tensor:
+    def run(
+        self, backend: Backend, main_grads: MainGrads | None = None, recompute: bool = False
+    ) -> Tensor:
         """Compute y with one of our backends."""
         weights = ExpertWeights(self.fc1_EHD, self.fc2_EDF, main_grads=main_grads)
-        return expert_mlp(self.x_TD, self.experts_TK, self.weights_TK, weights, backend)
+        arguments = (self.x_TD, self.experts_TK, self.weights_TK, weights, backend)
+        return expert_mlp(*arguments, recompute=recompute)
 
     def gradients(self, y_TD: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
         """Return the gradients of x, the routing weights and the parameters."""
@@ -132,6 +135,9 @@ def contestants_of(problem: Problem, has_backward: bool, is_cuda: bool) -> Conte
             return problem.gradients(problem.run("triton", sums[0]))
 
         found["triton, fp32 main gradients"] = with_main_gradients
+        found["triton, fc1 again"] = lambda: problem.gradients(
+            problem.run("triton", recompute=True), *parameters
+        )
     elif is_cuda and problem.x_TD.shape[0] <= GRAPH_TOKENS:
         found["triton, graph"] = _graph_of(ours("triton"))
     found["dense"] = problem.dense(has_backward)

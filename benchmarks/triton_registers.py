@@ -134,6 +134,9 @@ def cases(arch: int) -> Iterator[Case]:
                 extra = {} if keep else {"h_RH": None}
                 constants = {"ACTIVATION": act, "IS_EVEN": even, **extra}
                 yield product(up_projection_kernel, "up", rows, dtype, label, **constants)
+            constants = {"ACTIVATION": "swiglu", "IS_EVEN": even, "a_RF": None}
+            label = f"h again{ragged}"
+            yield product(up_projection_kernel, "up", rows, dtype, label, **constants)
             for label, unit in (("fc2", "stride_inner"), ("grad x", "stride_output")):
                 constants = {"IS_EVEN": even, unit: 1}
                 label += ragged

@@ -30,10 +30,16 @@ def can_run(x_TD: Tensor, experts: ExpertWeights) -> bool:
 
 def forward(x_TD: Tensor, grouping: Grouping, experts: ExpertWeights) -> tuple[Tensor, Tensor]:
     """Return pre-activations ``h_RH``, which backward needs, and outputs ``y_RD``."""
+    h_RH = pre_activations(x_TD, grouping, experts)
+    fc2_SFD = experts.fc2_SDF.transpose(1, 2)
     ends_S = _slot_ends(grouping, experts)
-    fc1_SDH, fc2_SFD = experts.fc1_SHD.transpose(1, 2), experts.fc2_SDF.transpose(1, 2)
-    h_RH = F.grouped_mm(x_TD[grouping.tokens_R], fc1_SDH, offs=ends_S)
     return h_RH, F.grouped_mm(gated(h_RH, experts.activation), fc2_SFD, offs=ends_S)
+
+
+def pre_activations(x_TD: Tensor, grouping: Grouping, experts: ExpertWeights) -> Tensor:
+    """Return ``h_RH``."""
+    fc1_SDH, ends_S = experts.fc1_SHD.transpose(1, 2), _slot_ends(grouping, experts)
+    return F.grouped_mm(x_TD[grouping.tokens_R], fc1_SDH, offs=ends_S)
 
 
 def backward(

@@ -1,6 +1,6 @@
 """The expert MLP: one call, several backends.
 
-T tokens, K choices, D model width.
+T tokens, K choices, R = T*K routed rows, D model width, F expert width.
 """
 
 from typing import Literal
@@ -29,13 +29,17 @@ def expert_mlp(
     weights_TK: Tensor,
     experts: AnyExperts,
     backend: Backend = "auto",
+    *,
+    recompute: bool = False,
 ) -> Tensor:
     """Return ``y_t = sum_k weights[t, k] * MLP_{experts[t, k]}(x_t)``, ``[T, D]`` in x's dtype.
 
     ``experts_TK`` holds logical expert ids, -1 for no expert; ``weights_TK`` may be wider than x
     (fp32 beside bf16), and the sum over k runs in that type. Differentiable in x, the weights,
-    fc1 and fc2, unless the experts are quantized. Raises ``ValueError`` for shapes that do not fit,
-    ids out of range, gradients of quantized experts, and a backend that cannot run here.
+    fc1 and fc2, unless the experts are quantized. ``recompute`` keeps x only and computes fc1 again
+    in backward: two thirds of the forward work more, R * 2F elements kept less; the gradients are
+    the same bits (the reference keeps what autograd does). Raises ``ValueError`` for shapes that do
+    not fit, ids out of range, gradients of quantized experts, and a backend that cannot run here.
     """
     if experts_TK.shape != weights_TK.shape or x_TD.shape[:1] != experts_TK.shape[:1]:
         raise ValueError(
@@ -53,7 +57,7 @@ def expert_mlp(
     if backend == "triton" or (
         backend == "auto" and is_chosen(x_TD, experts_TK, weights_TK, experts)
     ):
-        return expert_mlp_triton(x_TD, experts_TK, weights_TK, experts)
+        return expert_mlp_triton(x_TD, experts_TK, weights_TK, experts, recompute)
     if isinstance(experts, QuantizedExpertWeights):
         if torch.is_grad_enabled() and (x_TD.requires_grad or weights_TK.requires_grad):
             raise ValueError(
@@ -65,7 +69,8 @@ def expert_mlp(
     if torch.is_grad_enabled():
         is_cpp = _is_cpp(backend, can_train(x_TD, weights_TK, experts), x_TD)
         mlp = CppExpertMLP if is_cpp else ExpertMLP
-        return mlp.apply(x_TD, experts_TK, weights_TK, experts.fc1_SHD, experts.fc2_SDF, experts)
+        matrices = (experts.fc1_SHD, experts.fc2_SDF)
+        return mlp.apply(x_TD, experts_TK, weights_TK, *matrices, experts, recompute)
     return _run_waves(x_TD, experts_TK, weights_TK, experts, backend)
 
 

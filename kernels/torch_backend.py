@@ -100,10 +100,11 @@ class ExpertMLP(torch.autograd.Function):
     """``y_t = sum_k weights[t, k] * MLP_{experts[t, k]}(x_t)``, forward and backward.
 
     ``fc1`` and ``fc2`` are given beside ``experts`` because autograd tracks arguments only.
+    ``recompute`` does not keep the pre-activations.
     """
 
     @staticmethod
-    def forward(ctx, x_TD, experts_TK, weights_TK, fc1_SHD, fc2_SDF, experts):  # type: ignore[no-untyped-def]
+    def forward(ctx, x_TD, experts_TK, weights_TK, fc1_SHD, fc2_SDF, experts, recompute):  # type: ignore[no-untyped-def]
         grouping = group_tokens(experts_TK, experts.num_experts)
         ctx.spans = None
         if expert_fused.can_run(x_TD, experts):
@@ -111,7 +112,7 @@ class ExpertMLP(torch.autograd.Function):
         else:
             ctx.spans = expert_loop.spans_of(grouping, experts)
             h_NH, y_ND = expert_loop.forward(x_TD, grouping, experts, ctx.spans)
-        ctx.save_for_backward(x_TD, weights_TK, h_NH, fc1_SHD, fc2_SDF)
+        ctx.save_for_backward(x_TD, weights_TK, None if recompute else h_NH, fc1_SHD, fc2_SDF)
         ctx.grouping, ctx.experts = grouping, experts
         return combine_rows(y_ND, grouping, weights_TK)
 
@@ -119,6 +120,10 @@ class ExpertMLP(torch.autograd.Function):
     def backward(ctx, grad_TD):  # type: ignore[no-untyped-def]
         x_TD, weights_TK, h_NH, fc1_SHD, fc2_SDF = ctx.saved_tensors
         grouping, experts = ctx.grouping, ctx.experts
+        if h_NH is None and ctx.spans is None:
+            h_NH = expert_fused.pre_activations(x_TD, grouping, experts)
+        elif h_NH is None:
+            h_NH = expert_loop.pre_activations(x_TD, grouping, experts, ctx.spans)
         sums = experts.main_grads
         if sums is None:
             sums = MainGrads(torch.empty_like(fc1_SHD), torch.empty_like(fc2_SDF), is_empty=True)
@@ -131,4 +136,4 @@ class ExpertMLP(torch.autograd.Function):
         grad_x_TD = combine_rows(grad_x_ND, grouping, None)
         has_main = experts.main_grads is not None
         grad_fc1, grad_fc2 = (None, None) if has_main else (sums.fc1_SHD, sums.fc2_SDF)
-        return grad_x_TD, None, grad_weights_TK, grad_fc1, grad_fc2, None
+        return grad_x_TD, None, grad_weights_TK, grad_fc1, grad_fc2, None, None

@@ -165,12 +165,16 @@ def _router_misfit(logits_TE: Tensor) -> str | None:
 
 
 def expert_mlp_triton(
-    x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, experts: AnyExperts
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    experts: AnyExperts,
+    recompute: bool = False,
 ) -> Tensor:
     """Return ``y_t = sum_k weights[t, k] * MLP_{experts[t, k]}(x_t)``, ``[T, D]``, summed in fp32.
 
-    Ids outside ``[-1, E)`` count as -1. Raises ``ValueError`` where the kernels cannot run and for
-    types, devices and layouts they do not take.
+    ``recompute`` runs fc1 again in backward. Ids outside ``[-1, E)`` count as -1. Raises
+    ``ValueError`` where the kernels cannot run and for types, devices and layouts they do not take.
     """
     problem = _misfit(x_TD, experts_TK, weights_TK, experts)
     if not torch.compiler.is_compiling():  # it cannot follow how we look around
@@ -181,13 +185,13 @@ def expert_mlp_triton(
     from .gpu.ops import expert_mlp_op
 
     leaves = (x_TD, weights_TK, experts.fc1_SHD, experts.fc2_SDF)
-    keep_h = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
+    has_backward = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
     slot_of_E = None
     if experts.slot_of_E is not None:
         slot_of_E = _slot_table(experts.slot_of_E, x_TD.device)
     sums: tuple[Tensor | None, Tensor | None] = (None, None)
     if experts.main_grads is not None:
-        if keep_h:
+        if has_backward:
             experts.main_grads.begin_with_zeros()  # the operator's backward only adds
         sums = (experts.main_grads.fc1_SHD, experts.main_grads.fc2_SDF)
     return expert_mlp_op(
@@ -199,7 +203,7 @@ def expert_mlp_triton(
         slot_of_E,
         *sums,
         experts.activation,
-        keep_h,
+        has_backward and not recompute,
     )[0]
 
 

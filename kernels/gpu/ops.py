@@ -1,7 +1,8 @@
 """The Triton expert MLP as ``torch.library`` operators with fake versions and a gradient.
 
 Saved for backward: x, fc1's outputs (pre-activations), the routing weights and the indices;
-2 T D + 4 R F bytes in 16 bits beside the indices.
+2 T D + 4 R F bytes in 16 bits beside the indices. Without ``keep_h`` backward computes fc1's
+outputs again, and 2 T D bytes are all.
 
 T tokens, K choices, R = T*K routed rows in slot order, E experts, S slots, L tiles, D model width,
 F expert width, H = 2F.
@@ -41,8 +42,8 @@ def expert_mlp_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return y ``[T, D]``, then what backward needs: h ``[R, 2F]`` and the ``SlotGroups``.
 
-    h is empty unless ``keep_h``. ``main1_SHD`` and ``main2_SDF`` are not read; backward adds weight
-    gradients to them.
+    h is empty unless ``keep_h``; backward then computes it again. ``main1_SHD`` and ``main2_SDF``
+    are not read; backward adds weight gradients to them.
     """
     (num_tokens, d_model), num_rows = x_TD.shape, experts_TK.numel()
     d_expert = fc2_SDF.shape[2]
@@ -109,8 +110,9 @@ def expert_mlp_backward_op(
     """Return the gradients of x (empty unless ``wants_x``) and of the routing weights.
 
     Those of fc1 and fc2 are written to ``out1_SHD`` and ``out2_SDF``, or added there with ``add``.
+    An empty h is computed again.
     """
-    num_choices, num_rows = weights_TK.shape[1], h_RH.shape[0]
+    num_choices, num_rows = weights_TK.shape[1], order_R.shape[0]
     if num_rows == 0:
         for out in (out1_SHD, out2_SDF):
             if out is not None and not add:
@@ -127,6 +129,10 @@ def expert_mlp_backward_op(
         add=add,
     )
     with on_device_of(x_TD):
+        if h_RH.shape[0] == 0:
+            h_RH = x_TD.new_empty(num_rows, fc1_SHD.shape[1])
+            tiles = plan.tiles("up")
+            up_projection(x_TD, groups, fc1_SHD, activation, precision, tiles, None, h_RH)
         tiles = plan.tiles("grad_hidden")
         grad_h_RH, scaled_RF, grad_weights_TK = grad_hidden(
             grad_TD, groups, weights_TK, h_RH, fc2_SDF, activation, precision, tiles

@@ -14,8 +14,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..torch_router import EPSILON as EPSILON_VALUE
-from ..torch_router import GROUP_BEST, ChoiceRule
+from ..torch_router import ChoiceRule
+from .router_math import (
+    EPSILON,
+    NO_KEY,
+    TAKEN,
+    key_of,
+    name_in,
+    scores_of_chosen,
+    softmax_parts,
+    within_best_groups,
+)
 
 TILE = 2048
 """Lanes times rows of a tile: 16 a thread, not measured yet. It depends on the experts alone, so
@@ -24,12 +33,6 @@ MAX_ROWS = 32
 MAX_PROGRAMS = 1024
 """Eight on each of an H200's 132 multiprocessors, about; with more, adding their lines up grows."""
 FINISH_PARTS, FINISH_EXPERTS = 64, 32
-
-EPSILON = tl.constexpr(EPSILON_VALUE)
-BEST_OF_GROUP = tl.constexpr(GROUP_BEST)
-NO_KEY = tl.constexpr(-1)
-"""Below all keys: padding, and experts out of reach."""
-TAKEN = tl.constexpr(-2)
 
 
 def lanes(num_experts: int, num_groups: int) -> tuple[int, int]:
@@ -115,69 +118,6 @@ def route(
 
 
 @triton.jit
-def softmax_parts(logit_MN):
-    """Return exp(logit - top), its sum and the top of each row."""
-    top_M = tl.max(logit_MN, axis=1)
-    exp_MN = tl.exp(logit_MN - top_M[:, None])
-    return exp_MN, tl.sum(exp_MN, axis=1), top_M
-
-
-@triton.jit
-def scores_of_chosen(logit_MK, is_choice_MK, top_M, total_M, IS_SIGMOID: tl.constexpr):
-    """Return the scores of the chosen experts, 0 in padding."""
-    if IS_SIGMOID:
-        score_MK = tl.sigmoid(logit_MK)
-    else:
-        score_MK = tl.exp(logit_MK - top_M[:, None]) / total_M[:, None]
-    return tl.where(is_choice_MK, score_MK, 0.0)
-
-
-@triton.jit
-def _key(value, name):
-    """Return an int64 that orders by value and, where values are equal, lower names first."""
-    bits = value.to(tl.int32, bitcast=True)
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return ((ordered.to(tl.int64) + 0x80000000) << 16) | (0xFFFF - name)
-
-
-@triton.jit
-def _name(key):
-    return (0xFFFF - (key & 0xFFFF)).to(tl.int32)
-
-
-@triton.jit
-def _value(key):
-    ordered = ((key >> 16) - 0x80000000).to(tl.int32)
-    return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _within_best_groups(
-    key_MN,
-    num_groups,
-    top_groups,
-    M: tl.constexpr,
-    GROUPS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """Keep the keys of the groups with the largest sums of their best values."""
-    key_MGW = tl.reshape(key_MN, (M, GROUPS, WIDTH))
-    left_MGW = key_MGW
-    sum_MG = tl.zeros((M, GROUPS), dtype=tl.float32)
-    for _ in tl.static_range(BEST_OF_GROUP):
-        best_MG = tl.max(left_MGW, axis=2)
-        sum_MG += tl.where(best_MG >= 0, _value(best_MG), 0.0)  # a group may have one expert only
-        left_MGW = tl.where(left_MGW == best_MG[:, :, None], NO_KEY, left_MGW)
-    group_G = tl.arange(0, GROUPS)
-    group_key_MG = tl.where((group_G < num_groups)[None, :], _key(sum_MG, group_G[None, :]), NO_KEY)
-    for _ in range(top_groups):
-        best_M = tl.max(group_key_MG, axis=1)
-        group_key_MG = tl.where(group_key_MG == best_M[:, None], TAKEN, group_key_MG)
-    key_MGW = tl.where((group_key_MG == TAKEN)[:, :, None], key_MGW, NO_KEY)
-    return tl.reshape(key_MGW, (M, GROUPS * WIDTH))
-
-
-@triton.jit
 def route_kernel(
     logits_TE,
     bias_E,
@@ -223,14 +163,14 @@ def route_kernel(
         value_MN = score_MN
         if bias_E is not None:
             value_MN += tl.load(bias_E + expert_N, mask=is_expert_N, other=0)[None, :]
-        key_MN = tl.where(is_expert_N[None, :], _key(value_MN, expert_N[None, :]), NO_KEY)
+        key_MN = tl.where(is_expert_N[None, :], key_of(value_MN, expert_N[None, :]), NO_KEY)
         if GROUPS > 1:
-            key_MN = _within_best_groups(key_MN, num_groups, top_groups, M, GROUPS, WIDTH)
+            key_MN = within_best_groups(key_MN, num_groups, top_groups, M, GROUPS, WIDTH)
         chosen_MK = tl.zeros((M, ALL_CHOICES), dtype=tl.int32)
         for choice in range(CHOICES):
             best_M = tl.max(key_MN, axis=1)
             key_MN = tl.where(key_MN == best_M[:, None], TAKEN, key_MN)
-            chosen_MK = tl.where(choice_K[None, :] == choice, _name(best_M)[:, None], chosen_MK)
+            chosen_MK = tl.where(choice_K[None, :] == choice, name_in(best_M)[:, None], chosen_MK)
         is_choice_MK = is_row_M[:, None] & (choice_K < CHOICES)[None, :]
         at_MK = row_M.to(tl.int64)[:, None] * CHOICES + choice_K[None, :]
         tl.store(chosen_TK + at_MK, chosen_MK, mask=is_choice_MK)

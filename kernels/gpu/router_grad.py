@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..torch_router import ChoiceRule
-from .router import EPSILON, rows_of, scores_of_chosen, softmax_parts, warps_of
+from .router import rows_of, warps_of
+from .router_math import EPSILON, scores_of_chosen, softmax_parts
 
 
 def route_grad(
