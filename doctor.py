@@ -22,7 +22,7 @@ PACKAGES = {
     "ray": "serving needs it: pip install 'ray[serve]'",
     "triton": "comes with PyTorch's CUDA build",
     "deepspeed": "optional: pip install deepspeed",
-    "megablocks": "optional: pip install megablocks, which needs CUDA",
+    "megablocks": "optional: docs/backends.md says how to build it",
     "tensorboard": "optional: pip install 'moeyard[tensorboard]'",
     "wandb": "optional: pip install 'moeyard[wandb]'",
 }

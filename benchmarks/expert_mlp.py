@@ -25,6 +25,7 @@ from torch import Tensor
 
 from moeyard.kernels.expert_mlp import Backend, expert_mlp
 from moeyard.kernels.expert_weights import ExpertWeights, MainGrads
+from moeyard.kernels.megablocks_backend import why_no_megablocks
 
 from report import write_results
 
@@ -125,6 +126,8 @@ def contestants_of(problem: Problem, has_backward: bool, is_cuda: bool) -> Conte
 
     found["torch"] = ours("torch")
     found["triton"] = ours("triton")
+    if is_cuda and why_no_megablocks(problem.x_TD.device) is None:
+        found["our glue on MegaBlocks"] = ours("megablocks")
     if has_backward:
         sums: list[MainGrads] = []
 

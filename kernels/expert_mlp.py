@@ -12,15 +12,16 @@ from .cpu.experts import can_run
 from .cpu.library import load
 from .cpu.training import CppExpertMLP, can_train
 from .expert_weights import ExpertWeights
+from .megablocks_backend import expert_mlp_megablocks
 from .quantized_weights import AnyExperts, QuantizedExpertWeights
 from .reference import expert_mlp_reference
 from .torch_backend import ExpertMLP
 from .triton_backend import expert_mlp_triton, is_chosen
 from .waves import CppWaves, TorchWaves, Waves
 
-Backend = Literal["auto", "torch", "reference", "cpp", "triton"]
+Backend = Literal["auto", "torch", "reference", "cpp", "triton", "megablocks"]
 """``auto`` is Triton on a GPU where its kernels pass their self-check, C++ on a CPU where those
-could be built and pass theirs, and torch elsewhere."""
+could be built and pass theirs, and torch elsewhere (docs/backends.md)."""
 
 
 def expert_mlp(
@@ -58,6 +59,8 @@ def expert_mlp(
         backend == "auto" and is_chosen(x_TD, experts_TK, weights_TK, experts)
     ):
         return expert_mlp_triton(x_TD, experts_TK, weights_TK, experts, recompute)
+    if backend == "megablocks":
+        return expert_mlp_megablocks(x_TD, experts_TK, weights_TK, experts, recompute)
     if isinstance(experts, QuantizedExpertWeights):
         if torch.is_grad_enabled() and (x_TD.requires_grad or weights_TK.requires_grad):
             raise ValueError(
