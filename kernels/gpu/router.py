@@ -142,9 +142,13 @@ def route_kernel(
     M: tl.constexpr,
 ):
     lane_N = tl.arange(0, GROUPS * WIDTH)
-    # Every group begins at a multiple of a power of two, so that reductions see whole groups.
-    expert_N = lane_N // WIDTH * group_width + lane_N % WIDTH
-    is_expert_N = (lane_N // WIDTH < num_groups) & (lane_N % WIDTH < group_width)
+    if GROUPS == 1:
+        expert_N = lane_N
+        is_expert_N = expert_N < num_experts
+    else:
+        # Every group begins at a multiple of a power of two, so that reductions see whole groups.
+        expert_N = lane_N // WIDTH * group_width + lane_N % WIDTH
+        is_expert_N = (lane_N // WIDTH < num_groups) & (lane_N % WIDTH < group_width)
     choice_K = tl.arange(0, ALL_CHOICES)
     count_N = tl.zeros((GROUPS * WIDTH,), dtype=tl.int32)
     sum_N = tl.zeros((GROUPS * WIDTH,), dtype=tl.float32)
