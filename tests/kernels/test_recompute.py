@@ -75,7 +75,7 @@ def test_a_run_asks_for_it_with_train_recompute(config_file):
         return load_config(RunConfig, config_file, overrides).train.recompute
 
     assert [asked("true"), asked("false"), asked("experts")] == [True, False, "experts"]
-    with pytest.raises(ConfigError, match=r"train\.recompute"):
+    with pytest.raises(ConfigError, match=r"train\.recompute: .* True, False or .experts"):
         asked("sometimes")
     config = load_config(RunConfig, config_file, ["run_dir=unused", "model.vocab_size=50"]).model
     assert isinstance(config, ModelConfig)
