@@ -19,7 +19,7 @@ pytestmark = pytest.mark.gpu
 DEEPSEEK = rule(8, score="sigmoid", scale=2.5, num_groups=8, top_groups=4)
 
 
-@pytest.mark.parametrize("tokens", [1, 300, 20_000])
+@pytest.mark.parametrize("tokens", [1, 300, 3000])
 @pytest.mark.parametrize(
     ("rule", "experts"),
     [(rule(2), 8), (rule(8), 128), (rule(10, renormalize=False), 512), (DEEPSEEK, 256)],
@@ -27,7 +27,7 @@ DEEPSEEK = rule(8, score="sigmoid", scale=2.5, num_groups=8, top_groups=4)
 )
 def test_real_sizes_agree_with_torch(rule, experts, tokens):
     logits, bias, valid = problem(tokens, experts, has_bias=rule.num_groups > 1)
-    # Far enough apart that rounding cannot change the choice.
+    # Far enough apart that rounding cannot change the choice: the margins are 7e-7 or more.
     logits = (logits * 256).round() / 256 + torch.arange(experts, device="cuda") / 2**17
     arguments = (logits, bias, valid, rule)
     assert_near(outcome(*arguments), expected_outcome(*arguments))
