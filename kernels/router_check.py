@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .torch_router import ChoiceRule, Choices, choose_torch
-from .triton_backend import choose_triton
+from .triton_backend import choose_triton, why_not
 
 LIMIT = 1e-5
 """Largest error that passes, over the largest value of the same tensor."""
@@ -17,6 +17,16 @@ RULES = (
     ChoiceRule(k=3, score="sigmoid", scale=2.5, num_groups=4, top_groups=2),
 )
 """Both kinds of scores; the second chooses with a bias, too, and leaves rows out."""
+
+
+def state() -> str:
+    """Say how the Triton router does on this machine's GPU, for people."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    reason = why_not(device)
+    if reason is not None:
+        return f"not available: {reason}"
+    problem = problem_with_triton(device)
+    return "passes its self-check" if problem is None else f"FAILED its self-check: {problem}"
 
 
 def problem_with_triton(device: torch.device) -> str | None:

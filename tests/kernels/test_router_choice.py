@@ -77,3 +77,12 @@ def test_the_self_check_sees_what_a_wrong_kernel_does(monkeypatch, part):
     problem = router_check.problem_with_triton(torch.device("cpu"))
     expected = {"sums": "z sums", "an exception": "RuntimeError: no kernel image"}.get(part, part)
     assert problem is not None and problem.startswith(expected)
+
+
+def test_the_doctor_says_how_the_router_does(monkeypatch):
+    if not torch.cuda.is_available():
+        assert router_check.state() == "not available: Triton needs a CUDA device."
+    monkeypatch.setattr(router_check, "why_not", lambda device: None)
+    for problem, expected in ((None, "passes its"), ("weights are off", "FAILED its")):
+        monkeypatch.setattr(router_check, "problem_with_triton", lambda _, p=problem: p)
+        assert router_check.state().startswith(expected)
