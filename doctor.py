@@ -22,7 +22,7 @@ PACKAGES = {
     "ray": "serving needs it: pip install 'ray[serve]'",
     "triton": "comes with PyTorch's CUDA build",
     "deepspeed": "optional: pip install deepspeed",
-    "megablocks": "optional: pip install megablocks, which needs CUDA",
+    "megablocks": "optional: docs/backends.md says how to build it",
     "tensorboard": "optional: pip install 'moeyard[tensorboard]'",
     "wandb": "optional: pip install 'moeyard[wandb]'",
 }
@@ -118,6 +118,7 @@ def _torch() -> dict[str, str]:
     import torch.distributed as dist
 
     from .kernels.cpu.library import load
+    from .kernels.router_check import state as router_state
 
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return {
@@ -125,6 +126,7 @@ def _torch() -> dict[str, str]:
         "torch": torch.__version__,
         "cpu code": torch.backends.cpu.get_cpu_capability(),
         "c++ kernels": load().state,
+        "triton router": router_state(),
         "threads": f"{torch.get_num_threads()} (OMP_NUM_THREADS changes it)",
         "gpus": ", ".join(f"{g.name} {_gib(g.total_memory)}" for g in gpus) or "none",
         "gloo": "available" if dist.is_gloo_available() else "not in this build of torch",

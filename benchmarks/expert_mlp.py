@@ -27,6 +27,7 @@ from moeyard.kernels.expert_mlp import Backend, expert_mlp
 from moeyard.kernels.expert_weights import ExpertWeights, MainGrads
 from moeyard.kernels.gpu import descriptors
 from moeyard.kernels.gpu.tiles import Kernel, tile_rows
+from moeyard.kernels.megablocks_backend import why_no_megablocks
 from moeyard.kernels.quantized_weights import Bits, QuantizedExpertWeights, quantize_experts
 
 from report import write_results
@@ -90,10 +91,13 @@ class Problem:
         self.num_rows = num_tokens * layer.num_choices
         self.forward_flops = 6 * self.num_rows * layer.d_model * layer.d_expert
 
-    def run(self, backend: Backend, main_grads: MainGrads | None = None) -> Tensor:
+    def run(
+        self, backend: Backend, main_grads: MainGrads | None = None, recompute: bool = False
+    ) -> Tensor:
         """Compute y with one of our backends."""
         weights = ExpertWeights(self.fc1_EHD, self.fc2_EDF, main_grads=main_grads)
-        return expert_mlp(self.x_TD, self.experts_TK, self.weights_TK, weights, backend)
+        arguments = (self.x_TD, self.experts_TK, self.weights_TK, weights, backend)
+        return expert_mlp(*arguments, recompute=recompute)
 
     def gradients(self, y_TD: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
         """Return the gradients of x, the routing weights and the parameters."""
@@ -141,6 +145,8 @@ def contestants_of(
         for kernels in (("up",), ("matmul",), ("up", "matmul")):
             name = f"triton, TMA {' '.join(kernels)}"
             found[name] = _described(ours("triton"), frozenset(kernels))
+    if is_cuda and why_no_megablocks(problem.x_TD.device) is None:
+        found["our glue on MegaBlocks"] = ours("megablocks")
     if has_backward:
         sums: list[MainGrads] = []
 
@@ -151,6 +157,9 @@ def contestants_of(
             return problem.gradients(problem.run("triton", sums[0]))
 
         found["triton, fp32 main gradients"] = with_main_gradients
+        found["triton, fc1 again"] = lambda: problem.gradients(
+            problem.run("triton", recompute=True), *parameters
+        )
     elif is_cuda and problem.x_TD.shape[0] <= GRAPH_TOKENS:
         found["triton, graph"] = _graph_of(ours("triton"))
     found["dense"] = problem.dense(has_backward)

@@ -181,9 +181,9 @@ MUTATIONS = [
     ),
     (
         "the router weighs with its bias",
-        "moe/topk_router.py",
+        "kernels/torch_router.py",
         "weights_TK = scores_TE.gather(-1, chosen_TK)",
-        "weights_TK = self._selection(scores_TE).gather(-1, chosen_TK)",
+        "weights_TK = selection_TE.gather(-1, chosen_TK)",
         "tests/moe",
     ),
     (

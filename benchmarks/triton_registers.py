@@ -20,7 +20,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from moeyard.kernels.activation import ACTIVATIONS
-from moeyard.kernels.gpu import group_few, grouping
+from moeyard.kernels.cpu.router import SCORES
+from moeyard.kernels.gpu import group_few, grouping, router
 from moeyard.kernels.gpu.combine import combine_kernel
 from moeyard.kernels.gpu.dequantize import INPUTS, LINES, dequantize_kernel
 from moeyard.kernels.gpu.descriptors import (
@@ -32,6 +33,7 @@ from moeyard.kernels.gpu.grad_hidden import grad_hidden_kernel
 from moeyard.kernels.gpu.grouped_matmul import grouped_matmul_kernel
 from moeyard.kernels.gpu.ops import PRECISION
 from moeyard.kernels.gpu.quantized import quantized_matmul_kernel, quantized_up_kernel
+from moeyard.kernels.gpu.router_grad import route_grad_kernel
 from moeyard.kernels.gpu.tiles import GROUP_TILES, Kernel, Tiles, quantized_tiles, tiles_for
 from moeyard.kernels.gpu.up_projection import up_projection_kernel
 from moeyard.kernels.gpu.weight_grad import weight_grad_kernel
@@ -43,10 +45,12 @@ have less than A100's 166,912 and run the same configurations, and on H100 or H2
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 INDEX_POINTERS = {
     *("order_R", "inverse_R", "offsets_S1", "tiles_L2", "slot_of_E", "slot_R", "rank_R"),
-    *("before_BS1", "count_S1"),
+    *("before_BS1", "count_S1", "chosen_TK", "part_counts_BE"),
 }
 FP32_POINTERS = {"part_BR", "weights_R"}
 BF16_POINTERS = {"scales_SHG", "scales_SQG"}
+SCALAR_POINTERS = {"z_sum", "grad_z"}
+FLOATS = {"scale"}
 DIVISIBLE = {
     *("d_model", "d_expert", "num_inner", "num_outputs", "num_lines", "num_columns"),
     *("stride_x", "stride_slot", "stride_row", "stride_left", "stride_right", "tile_rows"),
@@ -68,6 +72,10 @@ class Case(NamedTuple):
     """Types of pointers that are not what their names say elsewhere."""
     tiles: Tiles | None = None
     label: str = ""
+    divisible: frozenset[str] = frozenset(DIVISIBLE)
+    """Integers that are multiples of 16."""
+    num_warps: int = 4
+    """Of kernels without tiles."""
 
     @property
     def name(self) -> str:
@@ -138,6 +146,9 @@ def cases(arch: int) -> Iterator[Case]:
                 extra = {} if keep else {"h_RH": None}
                 constants = {"ACTIVATION": act, "IS_EVEN": even, **extra}
                 yield product(up_projection_kernel, "up", rows, dtype, label, **constants)
+            constants = {"ACTIVATION": "swiglu", "IS_EVEN": even, "a_RF": None}
+            label = f"h again{ragged}"
+            yield product(up_projection_kernel, "up", rows, dtype, label, **constants)
             for label, unit in (("fc2", "stride_inner"), ("grad x", "stride_output")):
                 constants = {"IS_EVEN": even, unit: 1}
                 label += ragged
@@ -160,6 +171,7 @@ def cases(arch: int) -> Iterator[Case]:
     yield from _quantized_cases(arch)
     if is_hopper:
         yield from _described_cases(arch)
+    yield from _router_cases(arch)
 
 
 def _grouping_cases(arch: int) -> Iterator[Case]:
@@ -169,10 +181,11 @@ def _grouping_cases(arch: int) -> Iterator[Case]:
     for ids, table in itertools.product(("*i32", "*i64"), ({}, {"slot_of_E": None})):
         label = f"ids {ids[1:]}, {'no table' if table else 'slot table'}"
         constants = block | table
-        yield Case(grouping.rank_kernel, arch, fp32, constants, {"ids_R": ids}, label=label)
+        more = {"label": label, "num_warps": grouping.RANK_WARPS}
+        yield Case(grouping.rank_kernel, arch, fp32, constants, {"ids_R": ids}, **more)
         constants = {"FEW_ROWS": group_few.FEW_ROWS} | table
-        kernel = group_few.group_few_kernel
-        yield Case(kernel, arch, fp32, constants, {"ids_R": ids}, label=label)
+        more = {"label": label, "num_warps": group_few.FEW_WARPS}
+        yield Case(group_few.group_few_kernel, arch, fp32, constants, {"ids_R": ids}, **more)
     yield Case(grouping.scan_kernel, arch, fp32, scan)
     for slots in (8, 512):
         constants = {"ALL_SLOTS": slots}
@@ -230,6 +243,51 @@ def _described_cases(arch: int) -> Iterator[Case]:
             yield Case(described_up_kernel, arch, dtype, case, blocks, tiles, label)
 
 
+ROUTERS = {
+    "8 experts": (8, 1),
+    "128 experts": (128, 1),
+    "256 experts in 8 groups": (256, 8),
+    "1024 experts": (1024, 1),
+    "990 experts in 33 groups": (990, 33),
+}
+"""Numbers of experts and groups; the last one has the most lanes."""
+
+
+def _router_cases(arch: int) -> Iterator[Case]:
+    fp32 = torch.float32
+    types = {"valid_T": "*i1", "counts_E": "*i64"}
+    inference = dict.fromkeys(("bias_E", "valid_T", "part_sums_BE", "part_z_B"))
+    for (name, (experts, groups)), kind in itertools.product(ROUTERS.items(), SCORES):
+        label = f"{name}, {kind}"
+        divisible = frozenset({"num_experts", "group_width"} if experts % 16 == 0 else ())
+        rule = {"IS_SIGMOID": kind == "sigmoid", "RENORMALIZE": True}
+        rule |= {"CHOICES": 8, "ALL_CHOICES": 8}
+
+        def case(
+            kernel: Any,
+            lanes: int,
+            label: str,
+            constants: dict[str, Any],
+            divisible: frozenset[str] = divisible,
+            rule: dict[str, Any] = rule,
+        ) -> Case:
+            known = rule | {"M": router.rows_of(lanes)} | constants
+            warps = router.warps_of(lanes)
+            return Case(kernel, arch, fp32, known, types, None, label, divisible, warps)
+
+        padded, width = router.lanes(experts, groups)
+        sizes = {"GROUPS": padded, "WIDTH": width}
+        yield case(router.route_kernel, padded * width, label, sizes)
+        without = sizes | inference
+        yield case(router.route_kernel, padded * width, f"{label}, inference", without)
+        lanes = triton.next_power_of_2(experts)
+        yield case(route_grad_kernel, lanes, label, {"N": lanes})
+    finish = {"PARTS": router.FINISH_PARTS, "EXPERTS": router.FINISH_EXPERTS}
+    yield Case(router.finish_kernel, arch, fp32, finish, types, label="training")
+    finish |= dict.fromkeys(("part_sums_BE", "part_z_B", "sums_E", "z_sum"))
+    yield Case(router.finish_kernel, arch, fp32, finish, types, label="inference")
+
+
 def compile_case(case: Case) -> Compiled:
     """Compile a case and read what came out."""
     signature, divisible = {}, {}
@@ -239,6 +297,10 @@ def compile_case(case: Case) -> Compiled:
             signature[name] = "constexpr"
         elif name.endswith("_desc"):
             signature[name] = case.pointers[name]
+        elif name in SCALAR_POINTERS:
+            signature[name] = "*fp32"
+        elif name in FLOATS:
+            signature[name] = "fp32"
         elif ("_" in name and name.rpartition("_")[2].isupper()) or name in INDEX_POINTERS:
             is_index = name in INDEX_POINTERS
             usual = "*i32" if is_index else f"*{TYPES[case.dtype]}"
@@ -248,13 +310,9 @@ def compile_case(case: Case) -> Compiled:
             divisible[(place,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "i32"
-            if name in DIVISIBLE:
+            if name in case.divisible:
                 divisible[(place,)] = [["tt.divisibility", 16]]
-    warps = {
-        grouping.rank_kernel: grouping.RANK_WARPS,
-        group_few.group_few_kernel: group_few.FEW_WARPS,
-    }
-    options = {"num_warps": warps.get(case.kernel, 4)}
+    options = {"num_warps": case.num_warps}
     if case.tiles is not None:
         options = {"num_warps": case.tiles.num_warps, "num_stages": case.tiles.num_stages}
     source = ASTSource(case.kernel, signature, case.constants, divisible)

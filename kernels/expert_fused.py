@@ -1,10 +1,15 @@
-"""The expert MLP on ``F.grouped_mm``, for GPUs: all groups at once, no host synchronisation.
+"""The expert MLP on grouped products, for GPUs: all groups at once.
 
-Every routed row names an expert that is here, or none (-1), as dispatchers see to.
+The products are ``F.grouped_mm``'s, without host synchronisation, or another library's. Every
+routed row names an expert that is here, or none (-1), as dispatchers see to.
 
 T tokens, K choices, R = T*K routed rows in expert order (those without an expert here come last,
-and their lines are undefined), D model width, F expert width, H = 2F, S slots.
+and their lines are undefined), D model width, F expert width, H = 2F, S slots; P and Q stand for
+the inputs and outputs of a product.
 """
+
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +18,37 @@ from torch import Tensor
 from .activation import gated, gated_backward
 from .expert_weights import ExpertWeights, MainGrads
 from .grouping import Grouping
+
+
+class GroupedProducts(Protocol):
+    """Products of rows in expert order with the matrices of their experts."""
+
+    def rows(self, x_RP: Tensor, weight_SPQ: Tensor) -> Tensor:
+        """Return ``x_r @ weight_slot(r)``, ``[R, Q]``; either of the weight's last two dimensions
+        is contiguous."""
+        ...
+
+    def sums(self, left_RQ: Tensor, right_RP: Tensor) -> Tensor:
+        """Return each slot's ``left_rows^T @ right_rows``, ``[S, Q, P]``; 0 without rows."""
+        ...
+
+
+MakeProducts = Callable[[Grouping, ExpertWeights], GroupedProducts]
+
+
+class TorchProducts:
+    """On ``F.grouped_mm``."""
+
+    def __init__(self, grouping: Grouping, experts: ExpertWeights) -> None:
+        self._ends_S = _slot_ends(grouping, experts)
+
+    def rows(self, x_RP: Tensor, weight_SPQ: Tensor) -> Tensor:
+        """Return ``x_r @ weight_slot(r)``."""
+        return F.grouped_mm(x_RP, weight_SPQ, offs=self._ends_S)
+
+    def sums(self, left_RQ: Tensor, right_RP: Tensor) -> Tensor:
+        """Return each slot's ``left_rows^T @ right_rows``."""
+        return F.grouped_mm(left_RQ.t(), right_RP, offs=self._ends_S)
 
 
 def can_run(x_TD: Tensor, experts: ExpertWeights) -> bool:
@@ -28,12 +64,20 @@ def can_run(x_TD: Tensor, experts: ExpertWeights) -> bool:
     )
 
 
-def forward(x_TD: Tensor, grouping: Grouping, experts: ExpertWeights) -> tuple[Tensor, Tensor]:
+def forward(
+    x_TD: Tensor, grouping: Grouping, experts: ExpertWeights, products: GroupedProducts
+) -> tuple[Tensor, Tensor]:
     """Return pre-activations ``h_RH``, which backward needs, and outputs ``y_RD``."""
-    ends_S = _slot_ends(grouping, experts)
-    fc1_SDH, fc2_SFD = experts.fc1_SHD.transpose(1, 2), experts.fc2_SDF.transpose(1, 2)
-    h_RH = F.grouped_mm(x_TD[grouping.tokens_R], fc1_SDH, offs=ends_S)
-    return h_RH, F.grouped_mm(gated(h_RH, experts.activation), fc2_SFD, offs=ends_S)
+    h_RH = pre_activations(x_TD, grouping, experts, products)
+    act_RF = gated(h_RH, experts.activation)
+    return h_RH, products.rows(act_RF, experts.fc2_SDF.transpose(1, 2))
+
+
+def pre_activations(
+    x_TD: Tensor, grouping: Grouping, experts: ExpertWeights, products: GroupedProducts
+) -> Tensor:
+    """Return ``h_RH``."""
+    return products.rows(x_TD[grouping.tokens_R], experts.fc1_SHD.transpose(1, 2))
 
 
 def backward(
@@ -43,17 +87,17 @@ def backward(
     h_RH: Tensor,
     grouping: Grouping,
     experts: ExpertWeights,
+    products: GroupedProducts,
     sums: MainGrads,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of each row's x, ``[R, D]``, and of ``weights_TK``.
 
     Those of fc1 and fc2 are left in ``sums``.
     """
-    ends_S = _slot_ends(grouping, experts)
     tokens_R = grouping.tokens_R
     grad_RD = grad_TD[tokens_R]
     weights_R1 = weights_TK.reshape(-1)[grouping.order_R].unsqueeze(-1)
-    unscaled_RF = F.grouped_mm(grad_RD, experts.fc2_SDF, offs=ends_S)
+    unscaled_RF = products.rows(grad_RD, experts.fc2_SDF)
     grad_act_RF = (unscaled_RF * weights_R1).to(unscaled_RF.dtype)
     act_RF, grad_h_RH = gated_backward(h_RH, grad_act_RF, experts.activation)
     # <dy_t, y_row> = <dy_t W2, act>, so the outputs need not be kept.
@@ -62,10 +106,9 @@ def backward(
     grad_weights_R = torch.where(present_R, grad_weights_R[grouping.inverse_R], 0)
     scaled_act_RF = (act_RF * weights_R1).to(act_RF.dtype)
     sums.begin_with_zeros()
-    sums.fc2_SDF += F.grouped_mm(grad_RD.t(), scaled_act_RF, offs=ends_S)
-    sums.fc1_SHD += F.grouped_mm(grad_h_RH.t(), x_TD[tokens_R], offs=ends_S)
-    grad_x_RD = F.grouped_mm(grad_h_RH, experts.fc1_SHD, offs=ends_S)
-    return grad_x_RD, grad_weights_R.view_as(weights_TK)
+    sums.fc2_SDF += products.sums(grad_RD, scaled_act_RF)
+    sums.fc1_SHD += products.sums(grad_h_RH, x_TD[tokens_R])
+    return products.rows(grad_h_RH, experts.fc1_SHD), grad_weights_R.view_as(weights_TK)
 
 
 def _slot_ends(grouping: Grouping, experts: ExpertWeights) -> Tensor:

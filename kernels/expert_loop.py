@@ -106,6 +106,19 @@ def forward(
     return h_MH, y_MD
 
 
+def pre_activations(
+    x_TD: Tensor, grouping: Grouping, experts: ExpertWeights, spans: list[Span]
+) -> Tensor:
+    """Return ``h_MH`` again, with the bits of :func:`forward`: rows lie where they lay there."""
+    tokens_M = _tokens_M(grouping, spans, x_TD)
+    h_MH = x_TD.new_empty(len(tokens_M), experts.fc1_SHD.shape[1])
+    for slot, start, end in spans:
+        rows = slice(start, start + _rounded(end - start, x_TD))
+        x_mD = x_TD.index_select(0, tokens_M[rows])
+        torch.mm(x_mD, experts.fc1_SHD[slot].t(), out=h_MH[rows])
+    return h_MH
+
+
 def backward(
     grad_TD: Tensor,
     x_TD: Tensor,

@@ -1,6 +1,6 @@
 """The expert MLP: one call, several backends.
 
-T tokens, K choices, D model width.
+T tokens, K choices, R = T*K routed rows, D model width, F expert width.
 """
 
 from typing import Literal
@@ -13,15 +13,16 @@ from .cpu.library import load
 from .cpu.ops import can_compile, expert_mlp_compiled
 from .cpu.training import CppExpertMLP, can_train
 from .expert_weights import ExpertWeights
+from .megablocks_backend import expert_mlp_megablocks
 from .quantized_weights import AnyExperts, QuantizedExpertWeights
 from .reference import expert_mlp_reference
 from .torch_backend import ExpertMLP
 from .triton_backend import expert_mlp_triton, is_chosen
 from .waves import CppWaves, TorchWaves, Waves
 
-Backend = Literal["auto", "torch", "reference", "cpp", "triton"]
+Backend = Literal["auto", "torch", "reference", "cpp", "triton", "megablocks"]
 """``auto`` is Triton on a GPU where its kernels pass their self-check, C++ on a CPU where those
-could be built and pass theirs, and torch elsewhere."""
+could be built and pass theirs, and torch elsewhere (docs/backends.md)."""
 
 
 def expert_mlp(
@@ -30,13 +31,17 @@ def expert_mlp(
     weights_TK: Tensor,
     experts: AnyExperts,
     backend: Backend = "auto",
+    *,
+    recompute: bool = False,
 ) -> Tensor:
     """Return ``y_t = sum_k weights[t, k] * MLP_{experts[t, k]}(x_t)``, ``[T, D]`` in x's dtype.
 
     ``experts_TK`` holds logical expert ids, -1 for no expert; ``weights_TK`` may be wider than x
     (fp32 beside bf16), and the sum over k runs in that type. Differentiable in x, the weights,
-    fc1 and fc2, unless the experts are quantized. Raises ``ValueError`` for shapes that do not fit,
-    ids out of range, gradients of quantized experts, and a backend that cannot run here.
+    fc1 and fc2, unless the experts are quantized. ``recompute`` keeps x only and computes fc1 again
+    in backward: two thirds of the forward work more, R * 2F elements kept less; the gradients are
+    the same bits (the reference keeps what autograd does). Raises ``ValueError`` for shapes that do
+    not fit, ids out of range, gradients of quantized experts, and a backend that cannot run here.
     """
     if experts_TK.shape != weights_TK.shape or x_TD.shape[:1] != experts_TK.shape[:1]:
         raise ValueError(
@@ -60,14 +65,9 @@ def expert_mlp(
     if backend == "triton" or (
         backend == "auto" and is_chosen(x_TD, experts_TK, weights_TK, experts)
     ):
-        return expert_mlp_triton(x_TD, experts_TK, weights_TK, experts)
-    is_quantized = isinstance(experts, QuantizedExpertWeights)
-    wants_gradients = x_TD.requires_grad or weights_TK.requires_grad
-    if is_quantized and torch.is_grad_enabled() and wants_gradients:
-        raise ValueError(
-            "x or the routing weights want gradients, but quantized experts have no backward; "
-            "run under torch.no_grad() or with plain weights."
-        )
+        return expert_mlp_triton(x_TD, experts_TK, weights_TK, experts, recompute)
+    if backend == "megablocks":
+        return expert_mlp_megablocks(x_TD, experts_TK, weights_TK, experts, recompute)
     if torch.compiler.is_compiling() and backend != "torch" and can_compile(x_TD, weights_TK):
         return expert_mlp_compiled(x_TD, experts_TK, weights_TK, experts)
     if isinstance(experts, QuantizedExpertWeights):
@@ -76,7 +76,8 @@ def expert_mlp(
     if torch.is_grad_enabled():
         is_cpp = _is_cpp(backend, can_train(x_TD, weights_TK, experts), x_TD)
         mlp = CppExpertMLP if is_cpp else ExpertMLP
-        return mlp.apply(x_TD, experts_TK, weights_TK, experts.fc1_SHD, experts.fc2_SDF, experts)
+        matrices = (experts.fc1_SHD, experts.fc2_SDF)
+        return mlp.apply(x_TD, experts_TK, weights_TK, *matrices, experts, recompute)
     return _run_waves(x_TD, experts_TK, weights_TK, experts, backend)
 
 

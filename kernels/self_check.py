@@ -13,11 +13,14 @@ from torch import Tensor
 from .cpu.library import load
 from .expert_mlp import Backend, expert_mlp
 from .expert_weights import ExpertWeights
+from .megablocks_backend import why_no_megablocks
 from .quantized_weights import Bits, quantize_experts
 from .triton_backend import why_not
 
-BACKENDS: tuple[Backend, ...] = ("torch", "reference", "cpp", "triton")
+BACKENDS: tuple[Backend, ...] = ("torch", "reference", "cpp", "triton", "megablocks")
 """Those that compute; ``auto`` chooses among them."""
+
+ON_GPUS = ("triton", "megablocks")
 
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 """Largest error that passes, over the largest value of the same tensor. Measured on a CPU with
@@ -68,7 +71,7 @@ def check_backends() -> Iterator[BackendCheck]:
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     for device in devices:
         for backend in BACKENDS:
-            if device != {"cpp": "cpu", "triton": devices[0]}.get(backend, device):
+            if device != {"cpp": "cpu", **dict.fromkeys(ON_GPUS, devices[0])}.get(backend, device):
                 continue  # not a device that it is for
             if backend == "cpp" and load().is_wrong:
                 yield BackendCheck(backend, device, "any", 0.0, problem=load().state)
@@ -77,7 +80,7 @@ def check_backends() -> Iterator[BackendCheck]:
             if reason is not None:
                 yield BackendCheck(backend, device, "any", 0.0, unavailable=reason)
                 continue
-            for dtype in (torch.float32, torch.bfloat16):
+            for dtype in (torch.float32, torch.bfloat16)[backend == "megablocks" :]:
                 yield check_backend(backend, dtype, device)
                 if backend == "triton":
                     for bits in GROUP_SIZES:
@@ -88,6 +91,8 @@ def _why_not(backend: Backend, device: str) -> str | None:
     """Return why a backend is not there, if it is not."""
     if backend == "triton":
         return why_not(torch.device(device))
+    if backend == "megablocks":
+        return why_no_megablocks(torch.device(device))
     if backend == "cpp" and load().functions is None:
         return f"{load().state}."
     return None

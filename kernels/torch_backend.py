@@ -32,7 +32,8 @@ def expert_rows(
     in waves; every row's bits are the same whichever waves it is split into.
     """
     if isinstance(experts, ExpertWeights) and only is None and expert_fused.can_run(x_TD, experts):
-        return expert_fused.forward(x_TD, grouping, experts)[1]
+        products = expert_fused.TorchProducts(grouping, experts)
+        return expert_fused.forward(x_TD, grouping, experts, products)[1]
     if out_RD is None:
         out_RD = x_TD.new_empty(grouping.order_R.numel(), x_TD.shape[1])
     spans = expert_loop.spans_of(grouping, experts, only)
@@ -100,18 +101,33 @@ class ExpertMLP(torch.autograd.Function):
     """``y_t = sum_k weights[t, k] * MLP_{experts[t, k]}(x_t)``, forward and backward.
 
     ``fc1`` and ``fc2`` are given beside ``experts`` because autograd tracks arguments only.
+    ``recompute`` does not keep the pre-activations. ``make_products`` brings another library's
+    grouped products; None chooses between ``F.grouped_mm`` and a loop.
     """
 
     @staticmethod
-    def forward(ctx, x_TD, experts_TK, weights_TK, fc1_SHD, fc2_SDF, experts):  # type: ignore[no-untyped-def]
+    def forward(  # type: ignore[no-untyped-def]
+        ctx,
+        x_TD,
+        experts_TK,
+        weights_TK,
+        fc1_SHD,
+        fc2_SDF,
+        experts,
+        recompute,
+        make_products: expert_fused.MakeProducts | None = None,
+    ):
         grouping = group_tokens(experts_TK, experts.num_experts)
-        ctx.spans = None
-        if expert_fused.can_run(x_TD, experts):
-            h_NH, y_ND = expert_fused.forward(x_TD, grouping, experts)
+        ctx.spans, ctx.products = None, None
+        if make_products is None and expert_fused.can_run(x_TD, experts):
+            make_products = expert_fused.TorchProducts
+        if make_products is not None:
+            ctx.products = make_products(grouping, experts)
+            h_NH, y_ND = expert_fused.forward(x_TD, grouping, experts, ctx.products)
         else:
             ctx.spans = expert_loop.spans_of(grouping, experts)
             h_NH, y_ND = expert_loop.forward(x_TD, grouping, experts, ctx.spans)
-        ctx.save_for_backward(x_TD, weights_TK, h_NH, fc1_SHD, fc2_SDF)
+        ctx.save_for_backward(x_TD, weights_TK, None if recompute else h_NH, fc1_SHD, fc2_SDF)
         ctx.grouping, ctx.experts = grouping, experts
         return combine_rows(y_ND, grouping, weights_TK)
 
@@ -119,16 +135,20 @@ class ExpertMLP(torch.autograd.Function):
     def backward(ctx, grad_TD):  # type: ignore[no-untyped-def]
         x_TD, weights_TK, h_NH, fc1_SHD, fc2_SDF = ctx.saved_tensors
         grouping, experts = ctx.grouping, ctx.experts
+        if h_NH is None and ctx.spans is None:
+            h_NH = expert_fused.pre_activations(x_TD, grouping, experts, ctx.products)
+        elif h_NH is None:
+            h_NH = expert_loop.pre_activations(x_TD, grouping, experts, ctx.spans)
         sums = experts.main_grads
         if sums is None:
             sums = MainGrads(torch.empty_like(fc1_SHD), torch.empty_like(fc2_SDF), is_empty=True)
         arguments = (grad_TD, x_TD, weights_TK, h_NH, grouping, experts)
         if ctx.spans is None:
-            grad_x_ND, grad_weights_TK = expert_fused.backward(*arguments, sums)
+            grad_x_ND, grad_weights_TK = expert_fused.backward(*arguments, ctx.products, sums)
         else:
             grad_x_ND, grad_weights_TK = expert_loop.backward(*arguments, ctx.spans, sums)
         sums.is_empty = False
         grad_x_TD = combine_rows(grad_x_ND, grouping, None)
         has_main = experts.main_grads is not None
         grad_fc1, grad_fc2 = (None, None) if has_main else (sums.fc1_SHD, sums.fc2_SDF)
-        return grad_x_TD, None, grad_weights_TK, grad_fc1, grad_fc2, None
+        return grad_x_TD, None, grad_weights_TK, grad_fc1, grad_fc2, None, None, None

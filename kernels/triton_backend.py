@@ -14,8 +14,13 @@ import torch
 from torch import Tensor
 
 from .quantized_weights import AnyExperts, Bits, QuantizedExpertWeights
+from .torch_router import ChoiceRule, Choices, LossSums, where_valid
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+MAX_EXPERTS = 1024
+"""Experts that the router takes; with padding between groups up to twice as many lanes of a tile,
+the most that does not spill."""
 
 MIN_CAPABILITY = (8, 0)
 """The first GPUs with bf16 tensor cores and asynchronous copies (Ampere)."""
@@ -96,13 +101,91 @@ def _passes(dtype: torch.dtype, device: torch.device, bits: Bits | None) -> bool
     return True
 
 
+def is_router_chosen(logits_TE: Tensor) -> bool:
+    """Say whether the automatic choice falls on Triton for these logits; see :func:`is_chosen`."""
+    if not logits_TE.is_cuda or _router_misfit(logits_TE) is not None:
+        return False
+    device = logits_TE.device
+    if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+        return _ROUTER_VERDICTS.get(device, False)
+    return why_not(device) is None and _is_router_trusted(device)
+
+
+_ROUTER_VERDICTS: dict[torch.device, bool] = {}
+"""What the router's self-check found."""
+
+
+def _is_router_trusted(device: torch.device) -> bool:
+    """Check the router's kernels against torch's, once per device; warn where they fail."""
+    if device not in _ROUTER_VERDICTS:
+        from .router_check import problem_with_triton
+
+        with torch.inference_mode(False), torch.enable_grad():
+            problem = problem_with_triton(device)
+        _ROUTER_VERDICTS[device] = problem is None
+        if problem is not None:
+            warnings.warn(
+                f"Triton's router does not pass its self-check on {device} ({problem}); using "
+                "torch's operators.",
+                stacklevel=4,
+            )
+    return _ROUTER_VERDICTS[device]
+
+
+def choose_triton(
+    logits_TE: Tensor,
+    bias_E: Tensor | None,
+    valid_T: Tensor | None,
+    rule: ChoiceRule,
+    wants_sums: bool,
+) -> Choices:
+    """Choose in one pass over the logits; equal scores go to the lower id.
+
+    Raises ``ValueError`` where the kernels cannot run and for what they do not take.
+    """
+    problem = _router_misfit(logits_TE)
+    if not torch.compiler.is_compiling():  # it cannot follow how we look around
+        problem = why_not(logits_TE.device) or problem
+    if problem is not None:
+        raise ValueError(f"{problem} Use backend 'torch'.")
+    from .gpu.router_ops import route_op
+
+    chosen_TK, weights_TK, counts_E, sums_E, z_sum = route_op(
+        logits_TE.contiguous(),
+        None if bias_E is None else bias_E.float().contiguous(),
+        None if valid_T is None else valid_T.contiguous(),
+        rule.k,
+        rule.score == "sigmoid",
+        rule.renormalize,
+        rule.scale,
+        rule.num_groups,
+        rule.top_groups,
+        wants_sums,
+    )
+    sums = LossSums(sums_E, z_sum) if wants_sums else None
+    return Choices(where_valid(valid_T, chosen_TK), weights_TK, counts_E, sums)
+
+
+def _router_misfit(logits_TE: Tensor) -> str | None:
+    """Say what the router's kernels do not take about these logits."""
+    if logits_TE.dtype != torch.float32:
+        return f"Triton's router takes fp32 logits, not {logits_TE.dtype}."
+    if logits_TE.shape[1] > MAX_EXPERTS:
+        return f"Triton's router takes at most {MAX_EXPERTS} experts, not {logits_TE.shape[1]}."
+    return None
+
+
 def expert_mlp_triton(
-    x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, experts: AnyExperts
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    experts: AnyExperts,
+    recompute: bool = False,
 ) -> Tensor:
     """Return ``y_t = sum_k weights[t, k] * MLP_{experts[t, k]}(x_t)``, ``[T, D]``, summed in fp32.
 
-    Ids outside ``[-1, E)`` count as -1. Raises ``ValueError`` where the kernels cannot run and for
-    types, devices and layouts they do not take.
+    ``recompute`` runs fc1 again in backward. Ids outside ``[-1, E)`` count as -1. Raises
+    ``ValueError`` where the kernels cannot run and for types, devices and layouts they do not take.
     """
     problem = _misfit(x_TD, experts_TK, weights_TK, experts)
     if not torch.compiler.is_compiling():  # it cannot follow how we look around
@@ -118,10 +201,10 @@ def expert_mlp_triton(
     from .gpu.ops import expert_mlp_op
 
     leaves = (x_TD, weights_TK, experts.fc1_SHD, experts.fc2_SDF)
-    keep_h = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
+    has_backward = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
     sums: tuple[Tensor | None, Tensor | None] = (None, None)
     if experts.main_grads is not None:
-        if keep_h:
+        if has_backward:
             experts.main_grads.begin_with_zeros()  # the operator's backward only adds
         sums = (experts.main_grads.fc1_SHD, experts.main_grads.fc2_SDF)
     return expert_mlp_op(
@@ -131,7 +214,7 @@ def expert_mlp_triton(
         slot_of_E,
         *sums,
         experts.activation,
-        keep_h,
+        has_backward and not recompute,
     )[0]
 
 

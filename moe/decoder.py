@@ -6,6 +6,7 @@ T tokens, D model width, V vocabulary.
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,7 @@ class DecoderLayer(nn.Module):
         expert_ids: Sequence[int] | None,
         backend: Backend,
         token_counts: Sequence[int] | None,
+        recompute_experts: bool,
     ) -> None:
         super().__init__()
         self.layer = layer
@@ -68,6 +70,7 @@ class DecoderLayer(nn.Module):
                 token_counts=token_counts,
                 expert_ids=expert_ids,
                 backend=backend,
+                recompute=recompute_experts,
             )
         else:
             assert config.d_ff is not None, "the configuration was not validated"
@@ -149,7 +152,8 @@ class Decoder(nn.Module):
 
     ``expert_ids`` are the experts this process holds (None = all). ``recompute`` drops each
     layer's activations in training and computes them again in backward; routings leave the
-    recomputed region as outputs, so they are counted once.
+    recomputed region as outputs, so they are counted once. ``"experts"`` does so with the experts'
+    pre-activations alone.
     """
 
     def __init__(
@@ -159,14 +163,14 @@ class Decoder(nn.Module):
         expert_ids: Sequence[int] | None = None,
         backend: Backend = "auto",
         token_counts: Sequence[int] | None = None,
-        recompute: bool = False,
+        recompute: bool | Literal["experts"] = False,
     ) -> None:
         super().__init__()
         self.config = config
-        self.recompute = recompute
+        self.recompute = recompute is True
         self.embed_tokens = nn.Embedding(config.vocabulary, config.d_model)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, layer, expert_ids, backend, token_counts)
+            DecoderLayer(config, layer, expert_ids, backend, token_counts, recompute == "experts")
             for layer in range(config.num_layers)
         )
         self.norm = RMSNorm(config.d_model, config.rms_eps)

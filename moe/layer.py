@@ -72,8 +72,11 @@ class Experts(AnyExperts):
         expert_ids: Sequence[int] | None = None,
         backend: Backend = "auto",
         activation: Activation = "swiglu",
+        recompute: bool = False,
     ) -> None:
         super().__init__()
+        self.recompute = recompute
+        """Whether backward computes fc1 again in place of keeping its output."""
         self.activation: Activation = activation
         self.expert_ids = tuple(range(num_experts) if expert_ids is None else expert_ids)
         """Logical expert of each slot."""
@@ -108,7 +111,9 @@ class Experts(AnyExperts):
         weights = ExpertWeights(
             self.fc1, self.fc2, self._slot_of_E, self.activation, self.main_grads
         )
-        return expert_mlp(x_ND, experts_NK, weights_NK, weights, self.backend)
+        return expert_mlp(
+            x_ND, experts_NK, weights_NK, weights, self.backend, recompute=self.recompute
+        )
 
 
 class GatedMLP(nn.Module):
@@ -132,7 +137,8 @@ class MoELayer(nn.Module):
     """A sparse Mixture-of-Experts layer.
 
     ``router`` is a router's configuration (``TopK(k=4)``, ``Hash()``). ``d_shared`` adds a shared
-    expert of that width which every token visits.
+    expert of that width which every token visits. ``recompute`` keeps the experts' input only, and
+    not their pre-activations, for backward.
     """
 
     def __init__(
@@ -148,6 +154,7 @@ class MoELayer(nn.Module):
         token_counts: Sequence[int] | None = None,
         expert_ids: Sequence[int] | None = None,
         backend: Backend = "auto",
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
@@ -156,7 +163,7 @@ class MoELayer(nn.Module):
             TopK() if router is None else router, d_model, num_experts, vocab_size, token_counts
         )
         self.experts: AnyExperts = Experts(
-            d_model, d_expert, num_experts, expert_ids, backend, activation
+            d_model, d_expert, num_experts, expert_ids, backend, activation, recompute
         )
         self.shared_expert = GatedMLP(d_model, d_shared, activation) if d_shared else None
         self.dispatcher: Dispatcher = LocalDispatcher()

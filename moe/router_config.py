@@ -4,10 +4,6 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-GROUP_BEST = 2
-"""A group of experts is judged by the sum of this many of its best scores (DeepSeek-V3)."""
-
-
 TRAINING_ONLY = (
     *("bias_update_rate", "balance_loss", "sequence_balance_loss", "z_loss", "jitter"),
     "round_rows_to",

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import register_dataclass
 
+from ..kernels.torch_router import count_choices as count_choices
+
 Reduce = Callable[[Tensor], Tensor]
 """Sum a tensor of counts over all ranks that share the batch; the identity on one process."""
 
@@ -83,18 +85,10 @@ register_dataclass(
 )
 
 
-def count_choices(experts_TK: Tensor, num_experts: int) -> Tensor:
-    """Return int64 ``[E]``: how often each expert is chosen; -1 is not counted."""
-    ids_R = experts_TK.reshape(-1).long()
-    if not ids_R.is_cuda:  # there bincount would wait for the device to learn its size
-        return torch.bincount(ids_R + 1, minlength=num_experts + 1)[1:]
-    present_R = (ids_R >= 0).long()
-    counts_E = torch.zeros(num_experts, dtype=torch.int64, device=ids_R.device)
-    return counts_E.scatter_add_(0, ids_R.clamp(min=0), present_R)
-
-
 def count_tokens(valid_T: Tensor | None, experts_TK: Tensor) -> Tensor:
     """Return the number of valid rows as an int64 scalar."""
     if valid_T is None:
-        return torch.tensor(experts_TK.shape[0], device=experts_TK.device)
+        # Filled on the device: sending a number there would wait for it.
+        shape, device = (), experts_TK.device
+        return torch.full(shape, experts_TK.shape[0], dtype=torch.int64, device=device)
     return valid_T.sum()

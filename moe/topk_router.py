@@ -8,14 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.cpu.router import route as cpp_route
+from ..kernels.router import choose
 from ..kernels.row_stable import MIN_ROWS_FP32, row_stable_linear
+from ..kernels.torch_router import EPSILON, ChoiceRule, probabilities, scores, where_valid
 from .router import Router
-from .router_config import GROUP_BEST, TopK
-from .routing import Lookahead, RouterInput, Routing, count_choices, count_tokens
+from .router_config import TopK
+from .routing import Lookahead, RouterInput, Routing, count_tokens
 from .token_rounding import round_tokens
-
-EPSILON = 1e-20
-"""Keeps weights finite where all chosen sigmoid scores vanish (DeepSeek-V3)."""
 
 
 class TopKRouter(Router):
@@ -28,6 +27,14 @@ class TopKRouter(Router):
         super().__init__(config.k, num_experts)
         self.config: TopK = config
         self.lookahead = Lookahead(config.lookahead)
+        self.rule = ChoiceRule(
+            k=config.k,
+            score=config.score,
+            renormalize=config.renormalize,
+            scale=config.scale,
+            num_groups=config.num_groups,
+            top_groups=config.top_groups,
+        )
         self.weight = nn.Parameter(torch.empty(num_experts, d_model))
         nn.init.normal_(self.weight, std=d_model**-0.5)
         has_bias = config.bias_update_rate is not None
@@ -46,23 +53,25 @@ class TopKRouter(Router):
             if routing is not None:
                 return routing
         logits_TE = self._logits(x_TD)
-        scores_TE = self._scores(logits_TE)
-        weights_TK, chosen_TK = self._choose(scores_TE)
-        experts_TK = chosen_TK.int()
-        if valid_T is not None:
-            experts_TK = torch.where(valid_T.unsqueeze(-1), experts_TK, -1)
+        bias_E = self.e_score_correction_bias
+        choices = choose(logits_TE, bias_E, valid_T, self.rule, wants_sums=self.training)
         routing = Routing(
-            experts_TK=experts_TK,
-            weights_TK=weights_TK,
-            counts_E=count_choices(experts_TK, self.num_experts),
-            num_tokens=count_tokens(valid_T, experts_TK),
+            experts_TK=choices.experts_TK,
+            weights_TK=choices.weights_TK,
+            counts_E=choices.counts_E,
+            num_tokens=count_tokens(valid_T, choices.experts_TK),
         )
-        if self.training:
-            self._add_loss_terms(routing, logits_TE, scores_TE, router_input)
-            if self.config.round_rows_to:
-                routing.experts_TK, routing.weights_TK = round_tokens(
-                    experts_TK, weights_TK, scores_TE, self.config.round_rows_to
-                )
+        if choices.sums is not None:
+            routing.probability_sums_E, routing.z_sum = choices.sums
+        if self.training and self.config.sequence_balance_loss:
+            self._add_sequence_balance(routing, logits_TE, router_input)
+        if self.training and self.config.round_rows_to:
+            routing.experts_TK, routing.weights_TK = round_tokens(
+                routing.experts_TK,
+                routing.weights_TK,
+                scores(logits_TE, self.rule),
+                self.config.round_rows_to,
+            )
         return routing
 
     def _route_in_cpp(self, x_TD: Tensor) -> Routing | None:
@@ -104,59 +113,18 @@ class TopKRouter(Router):
             return F.linear(x_TD, self.weight.to(dtype))
         return row_stable_linear(x_TD, self.weight.to(dtype), MIN_ROWS_FP32)
 
-    def _scores(self, logits_TE: Tensor) -> Tensor:
-        return logits_TE.sigmoid() if self.config.score == "sigmoid" else logits_TE.softmax(dim=-1)
-
-    def _choose(self, scores_TE: Tensor) -> tuple[Tensor, Tensor]:
-        """Return weights and int64 ids of the chosen experts, best first."""
-        config = self.config
-        if self.e_score_correction_bias is None and config.num_groups == 1:
-            weights_TK, chosen_TK = scores_TE.topk(self.k, dim=-1)
-        else:
-            chosen_TK = self._selection(scores_TE.detach()).topk(self.k, dim=-1).indices
-            weights_TK = scores_TE.gather(-1, chosen_TK)
-        if config.renormalize:
-            total_T1 = weights_TK.sum(dim=-1, keepdim=True)
-            weights_TK = weights_TK / (total_T1 + EPSILON)
-        if config.scale != 1:
-            weights_TK = weights_TK * config.scale
-        return weights_TK, chosen_TK
-
-    def _selection(self, scores_TE: Tensor) -> Tensor:
-        """Return the scores to choose by: with the bias, -inf outside the best groups."""
-        if self.e_score_correction_bias is not None:
-            scores_TE = scores_TE + self.e_score_correction_bias
-        if self.config.num_groups == 1:
-            return scores_TE
-        scores_TGe = scores_TE.unflatten(-1, (self.config.num_groups, -1))
-        best = min(GROUP_BEST, scores_TGe.shape[-1])
-        group_scores_TG = scores_TGe.topk(best, dim=-1).values.sum(dim=-1)
-        kept_TG = torch.zeros_like(group_scores_TG, dtype=torch.bool)
-        kept_TG.scatter_(-1, group_scores_TG.topk(self.config.top_groups, dim=-1).indices, True)
-        return scores_TGe.masked_fill(~kept_TG.unsqueeze(-1), -torch.inf).flatten(-2)
-
-    def _add_loss_terms(
-        self, routing: Routing, logits_TE: Tensor, scores_TE: Tensor, router_input: RouterInput
+    def _add_sequence_balance(
+        self, routing: Routing, logits_TE: Tensor, router_input: RouterInput
     ) -> None:
         valid_T = router_input.valid_T
-        z_T = logits_TE.logsumexp(dim=-1).square()
-        if self.config.score == "sigmoid":
-            scores_TE = scores_TE / (scores_TE.sum(dim=-1, keepdim=True) + EPSILON)
-        if valid_T is not None:
-            scores_TE = torch.where(valid_T.unsqueeze(-1), scores_TE, 0)
-            z_T = torch.where(valid_T, z_T, 0)
-        routing.probability_sums_E = scores_TE.sum(dim=0)
-        routing.z_sum = z_T.sum()
-        if self.config.sequence_balance_loss:
-            # DeepSeek-V3 eq. 18 counts the best plain scores, whatever bias and groups choose: a
-            # bias that evens the load must not hide the sequence's own imbalance.
-            best_TK = scores_TE.topk(self.k, dim=-1).indices
-            if valid_T is not None:
-                best_TK = torch.where(valid_T.unsqueeze(-1), best_TK, -1)
-            lengths = router_input.lengths or (len(scores_TE),)
-            routing.sequence_balance_sum, routing.num_sequences = _sequence_balance(
-                scores_TE, best_TK, lengths
-            )
+        scores_TE = probabilities(scores(logits_TE, self.rule), valid_T, self.rule)
+        # DeepSeek-V3 eq. 18 counts the best plain scores, whatever bias and groups choose: a
+        # bias that evens the load must not hide the sequence's own imbalance.
+        best_TK = where_valid(valid_T, scores_TE.topk(self.k, dim=-1).indices)
+        lengths = router_input.lengths or (len(scores_TE),)
+        routing.sequence_balance_sum, routing.num_sequences = _sequence_balance(
+            scores_TE, best_TK, lengths
+        )
 
 
 def _sequence_balance(

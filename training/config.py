@@ -88,8 +88,9 @@ class TrainConfig(_Section):
     """Micro-batches per step; balance losses are taken over each, across all ranks."""
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
     """bf16 keeps fp32 master weights and main gradients, and the router in fp32."""
-    recompute: bool = False
-    """Drop each layer's activations and compute them again in backward."""
+    recompute: Literal[True, False, "experts"] = False
+    """Drop each layer's activations and compute them again in backward. ``experts`` drops the
+    pre-activations of the experts alone: two thirds of their forward work more."""
     log_every: int = Field(default=10, ge=1)
     eval_every: int = Field(default=0, ge=0)
     """Steps between evaluations; 0 = only after the last step."""

@@ -113,7 +113,7 @@ def expert_arguments(
     experts_TK: Tensor,
     experts: ExpertWeights,
     only: Collection[int] | None,
-    lines_RD: Tensor,
+    lines_RD: Tensor | None,
     hidden_RH: Tensor | None = None,
 ) -> "tuple[ExpertArguments, array[int] | None]":
     """Return the arguments, and the slot table that must live as long as they do."""
@@ -124,7 +124,8 @@ def expert_arguments(
         *(x_TD.shape[1], fc2.shape[2], experts.num_experts, torch.get_num_threads()),
         *(fc1.stride(0), fc2.stride(0), only is not None),
         *(x_TD.data_ptr(), fc1.data_ptr(), fc2.data_ptr(), experts_TK.data_ptr()),
-        *(None if slots is None else slots.buffer_info()[0], lines_RD.data_ptr()),
+        None if slots is None else slots.buffer_info()[0],
+        None if lines_RD is None else lines_RD.data_ptr(),
         None if hidden_RH is None else hidden_RH.data_ptr(),
     )
     return arguments, slots

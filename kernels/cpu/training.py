@@ -30,22 +30,26 @@ def can_train(x_TD: Tensor, weights_TK: Tensor, experts: ExpertWeights) -> bool:
 class CppExpertMLP(torch.autograd.Function):
     """``y_t = sum_k weights[t, k] * MLP_{experts[t, k]}(x_t)``, forward and backward.
 
-    Kept for backward are x, gate and up of each row, and the routing.
+    Kept for backward are x, gate and up of each row, and the routing; with ``recompute`` gate and
+    up are computed again.
     """
 
     @staticmethod
-    def forward(ctx, x_TD, experts_TK, weights_TK, fc1_SHD, fc2_SDF, experts):  # type: ignore[no-untyped-def]
+    def forward(ctx, x_TD, experts_TK, weights_TK, fc1_SHD, fc2_SDF, experts, recompute):  # type: ignore[no-untyped-def]
         experts_TK = experts_TK.int().contiguous()
         wide_TK = weights_TK.float().contiguous()
         y_TD, hidden_RH = forward_kept(x_TD, experts_TK, wide_TK, experts)
+        kept_RH = None if recompute else hidden_RH
         ctx.experts, ctx.weights_dtype = experts, weights_TK.dtype
-        ctx.save_for_backward(x_TD, experts_TK, wide_TK, hidden_RH, fc1_SHD, fc2_SDF)
+        ctx.save_for_backward(x_TD, experts_TK, wide_TK, kept_RH, fc1_SHD, fc2_SDF)
         return y_TD
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_TD):  # type: ignore[no-untyped-def]
         x_TD, experts_TK, weights_TK, hidden_RH, fc1_SHD, fc2_SDF = ctx.saved_tensors
+        if hidden_RH is None:
+            hidden_RH = _hidden_again(x_TD, experts_TK, ctx.experts)
         sums = ctx.experts.main_grads
         has_main = sums is not None
         if not has_main:
@@ -57,7 +61,18 @@ class CppExpertMLP(torch.autograd.Function):
         grad_fc1, grad_fc2 = None, None
         if not has_main:
             grad_fc1, grad_fc2 = sums.fc1_SHD.to(fc1_SHD.dtype), sums.fc2_SDF.to(fc2_SDF.dtype)
-        return grad_x_TD, None, grad_weights_TK.to(ctx.weights_dtype), grad_fc1, grad_fc2, None
+        grad_weights_TK = grad_weights_TK.to(ctx.weights_dtype)
+        return grad_x_TD, None, grad_weights_TK, grad_fc1, grad_fc2, None, None
+
+
+def _hidden_again(x_TD: Tensor, experts_TK: Tensor, experts: ExpertWeights) -> Tensor:
+    """Return gate and up of each row as forward had them, without the lines."""
+    functions = functions_for(x_TD)
+    assert functions is not None, "forward ran on these kernels"
+    hidden_RH = x_TD.new_empty(experts_TK.numel(), experts.fc1_SHD.shape[1])
+    arguments, _slots = expert_arguments(x_TD, experts_TK, experts, None, None, hidden_RH)
+    functions.moeyard_expert_forward(ctypes.byref(arguments))
+    return hidden_RH
 
 
 def forward_kept(

@@ -1,20 +1,21 @@
 """The Triton expert MLP as ``torch.library`` operators with fake versions and a gradient.
 
 Saved for backward: x, fc1's outputs (pre-activations), the routing weights and the indices;
-2 T D + 4 R F bytes in 16 bits beside the indices.
+2 T D + 4 R F bytes in 16 bits beside the indices. Without ``keep_h`` backward computes fc1's
+outputs again, and 2 T D bytes are all.
 
 T tokens, K choices, R = T*K routed rows in slot order, E experts, S slots, L tiles, D model width,
 F expert width, H = 2F.
 """
 
 import functools
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .combine import combine
+from .device import on_device_of
 from .grad_hidden import grad_hidden
 from .grouped_matmul import grouped_matmul
 from .grouping import SlotGroups, group_rows, max_tiles
@@ -41,14 +42,14 @@ def expert_mlp_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return y ``[T, D]``, then what backward needs: h ``[R, 2F]`` and the ``SlotGroups``.
 
-    h is empty unless ``keep_h``. ``main1_SHD`` and ``main2_SDF`` are not read; backward adds weight
-    gradients to them.
+    h is empty unless ``keep_h``; backward then computes it again. ``main1_SHD`` and ``main2_SDF``
+    are not read; backward adds weight gradients to them.
     """
     (num_tokens, d_model), num_rows = x_TD.shape, experts_TK.numel()
     d_expert = fc2_SDF.shape[2]
     plan = _Plan(x_TD, num_rows, _num_experts(fc1_SHD, slot_of_E))
     h_RH = x_TD.new_empty(num_rows if keep_h else 0, 2 * d_expert)
-    with _device_of(x_TD):
+    with on_device_of(x_TD):
         groups = group_rows(experts_TK, slot_of_E, fc1_SHD.shape[0], plan.rows)
         if num_rows == 0:
             return x_TD.new_zeros(num_tokens, d_model), h_RH, *groups
@@ -109,8 +110,9 @@ def expert_mlp_backward_op(
     """Return the gradients of x (empty unless ``wants_x``) and of the routing weights.
 
     Those of fc1 and fc2 are written to ``out1_SHD`` and ``out2_SDF``, or added there with ``add``.
+    An empty h is computed again.
     """
-    num_choices, num_rows = weights_TK.shape[1], h_RH.shape[0]
+    num_choices, num_rows = weights_TK.shape[1], order_R.shape[0]
     if num_rows == 0:
         for out in (out1_SHD, out2_SDF):
             if out is not None and not add:
@@ -126,7 +128,11 @@ def expert_mlp_backward_op(
         num_choices=num_choices,
         add=add,
     )
-    with _device_of(x_TD):
+    with on_device_of(x_TD):
+        if h_RH.shape[0] == 0:
+            h_RH = x_TD.new_empty(num_rows, fc1_SHD.shape[1])
+            tiles = plan.tiles("up")
+            up_projection(x_TD, groups, fc1_SHD, activation, precision, tiles, None, h_RH)
         tiles = plan.tiles("grad_hidden")
         grad_h_RH, scaled_RF, grad_weights_TK = grad_hidden(
             grad_TD, groups, weights_TK, h_RH, fc2_SDF, activation, precision, tiles
@@ -221,8 +227,3 @@ class _Plan:
 
 def _num_experts(fc1_SHD: Tensor, slot_of_E: Tensor | None) -> int:
     return fc1_SHD.shape[0] if slot_of_E is None else slot_of_E.numel()
-
-
-def _device_of(x_TD: Tensor) -> AbstractContextManager:
-    """Launch on the device of x; Triton takes the current one."""
-    return torch.cuda.device(x_TD.device) if x_TD.is_cuda else nullcontext()

@@ -21,14 +21,14 @@ def up_projection(
     activation: str,
     precision: str,
     tiles: Tiles,
-    a_RF: Tensor,
+    a_RF: Tensor | None,
     h_RH: Tensor | None,
 ) -> None:
     """Write the activations of the rows that have a slot, and their pre-activations if wanted."""
-    if are_chosen("up", tiles, fc1_SHD):
+    if a_RF is not None and are_chosen("up", tiles, fc1_SHD):
         described_up_projection(x_TD, groups, fc1_SHD, activation, precision, tiles, a_RF, h_RH)
         return
-    d_model, d_expert = x_TD.shape[1], a_RF.shape[1]
+    d_model, d_expert = x_TD.shape[1], fc1_SHD.shape[1] // 2
     num_tiles = groups.tiles_L2.shape[0]
     up_projection_kernel[(num_tiles * triton.cdiv(d_expert, tiles.N // 2),)](
         x_TD,
@@ -39,7 +39,7 @@ def up_projection(
         a_RF,
         h_RH,
         num_tiles,
-        a_RF.shape[0] // x_TD.shape[0],
+        groups.order_R.shape[0] // x_TD.shape[0],
         d_model,
         d_expert,
         x_TD.stride(0),
@@ -115,11 +115,12 @@ def up_projection_kernel(
     feature = column * (N // 2) + tl.arange(0, N // 2)
     is_stored = is_row_M[:, None] & (feature < d_expert)[None, :]
     row_M = row_M.to(tl.int64)
-    tl.store(
-        a_RF + row_M[:, None] * d_expert + feature[None, :],
-        gated(gate, up, ACTIVATION).to(a_RF.dtype.element_ty),
-        mask=is_stored,
-    )
+    if a_RF is not None:
+        tl.store(
+            a_RF + row_M[:, None] * d_expert + feature[None, :],
+            gated(gate, up, ACTIVATION).to(a_RF.dtype.element_ty),
+            mask=is_stored,
+        )
     if h_RH is not None:
         h_at = h_RH + row_M[:, None] * (2 * d_expert) + feature[None, :]
         tl.store(h_at, gate.to(h_RH.dtype.element_ty), mask=is_stored)

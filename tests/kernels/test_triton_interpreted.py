@@ -15,8 +15,8 @@ pytest.importorskip("triton", reason="Triton has no package for this system")
 
 
 def test_kernels_agree_with_the_reference_in_the_interpreter():
-    files = ("triton_cases", "triton_quantized_cases", "triton_descriptor_cases")
-    cases = [str(Path(__file__).with_name(f"{name}.py")) for name in files]
+    parts = ("", "_quantized", "_descriptor", "_router")
+    cases = [Path(__file__).with_name(f"triton{part}_cases.py") for part in parts]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *cases],
         # One thread: the interpreter's tiles are small, and other tests run beside it.

@@ -268,3 +268,23 @@ def test_fake_versions_and_schemas_say_the_truth():
     for wants_x, add, outs in ((True, True, sums), (False, False, (None, sums[1]))):
         backward = (x, x, weights, *saved, fc1, fc2, 5, "swiglu", wants_x, add, *outs)
         torch.library.opcheck(ops.expert_mlp_backward_op, backward, test_utils=checks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [0, 37])
+def test_computing_fc1_again_changes_no_bit_and_keeps_x_only(tokens, dtype):
+    shape = (tokens, 2, 5, 24, 40)
+    ids, (x, weights, fc1, fc2) = routing("with_none", *shape[:3]).to(DEVICE), problem(shape, dtype)
+    found, saved = [], []
+    for recompute in (False, True):
+        kept = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, kept=kept: kept.__setitem__(t.data_ptr(), t.nbytes) or t, lambda t: t
+        ):
+            experts = ExpertWeights(fc1, fc2)
+            y = expert_mlp(x, ids, weights, experts, "triton", recompute=recompute)
+        upstream = torch.cos(torch.arange(y.numel(), device=DEVICE)).view_as(y).to(y)
+        found.append([y, *torch.autograd.grad(y, (x, weights, fc1, fc2), upstream)])
+        saved.append(sum(kept.values()))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert saved[0] - saved[1] == tokens * 2 * 2 * 40 * dtype.itemsize

@@ -31,12 +31,13 @@ def test_every_backend_and_type_passes_here(capsys):
     if not has_cpp:
         expected.add(("cpp", "any"))
     if not torch.cuda.is_available():
-        expected.add(("triton", "any"))
+        expected |= {("triton", "any"), ("megablocks", "any")}
     assert checked == expected
     for check in found["backends"]:
         assert check["passed"] == (check["unavailable"] is None)
         if not check["passed"]:
-            assert check["unavailable"].startswith({"triton": "Triton"}.get(check["backend"], ""))
+            names = {"triton": "Triton", "megablocks": "MegaBlocks"}
+            assert check["unavailable"].startswith(names.get(check["backend"], ""))
             continue
         assert set(check["errors"]) == {"values", "grad x", "grad weights", "grad fc1", "grad fc2"}
         assert all(0 < error <= check["limit"] for error in check["errors"].values())

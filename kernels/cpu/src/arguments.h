@@ -30,7 +30,7 @@ struct ExpertArguments {
     const void *x, *fc1, *fc2;
     const int32_t* experts;  // [T, K], -1 = none
     const int32_t* slot_of;  // [E], -1 = not here; null = slot e holds expert e
-    float* lines;            // [T * K, D]
+    float* lines;            // [T * K, D]; null = only `hidden` is wanted
     void* hidden;            // [T * K, 2F] gate and up, rows in expert order; for training alone
 };
 

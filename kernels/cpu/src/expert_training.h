@@ -59,7 +59,7 @@ void keep_second_half(const ExpertArguments& a, const Order& order, const RowBlo
                     count * sizeof(float));
 }
 
-// Fills `hidden` and `lines`; otherwise like experts().
+// Fills `hidden`, and `lines` if there are any; otherwise like experts().
 template <class Element> int64_t expert_forward(const ExpertArguments& a) {
     int64_t wrong = first_wrong_row(a);
     if (wrong >= 0) return wrong;
@@ -70,6 +70,7 @@ template <class Element> int64_t expert_forward(const ExpertArguments& a) {
         int64_t from = task % first_panels * PANEL, count = least(PANEL, a.d_expert - from);
         keep_first_half(a, order, order.row_blocks[task / first_panels], from, count, act.get());
     });
+    if (a.lines == nullptr) return -1;
     for_each_task(order.num_blocks * second_panels, a.threads, [&](int64_t task) {
         int64_t from = task % second_panels * PANEL, count = least(PANEL, a.d_model - from);
         keep_second_half(a, order, order.row_blocks[task / second_panels], from, count, act.get());
