@@ -14,6 +14,7 @@ T tokens, K choices, R = T*K routed rows, E experts, D model width, F expert wid
 import argparse
 import gc
 import itertools
+import os
 import time
 from collections.abc import Callable
 from statistics import median
@@ -390,6 +391,15 @@ def main() -> None:
     parser.add_argument("--quantized-tokens", nargs="*", type=int, default=QUANTIZED_TOKENS)
     parser.add_argument("--budget-s", type=float, default=330)
     arguments = parser.parse_args()
+    if arguments.device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        from expert_mlp_cpu import LAYERS as CPU_LAYERS
+        from expert_mlp_cpu import TOKENS as CPU_TOKENS
+        from expert_mlp_cpu import run_all
+
+        names = [name for name in arguments.layers if name in CPU_LAYERS]
+        tokens = CPU_TOKENS if arguments.tokens is TOKENS else arguments.tokens
+        run_all(names, list(tokens), [torch.bfloat16, torch.float32])
+        return
     stop = time.monotonic() + arguments.budget_s
     # Every layer's most wanted sizes come before any layer's others.
     tokens = tuple(arguments.tokens)

@@ -19,6 +19,9 @@ namespace ISA {
 
 // Inputs that share a scale of x at most. Sums of so many products of 16 and 8 bits fit 32.
 constexpr int64_t STEP = 512;
+// Bytes of weights between what is computed and what is fetched. With AVX512-VNNI at 35 GB/s of
+// memory: 4 bits go from 20 GB/s to 29, for 4096 to 32768 alike; 8 bits are as fast as memory anyway.
+constexpr int64_t AHEAD = 4096;
 // The largest number with a high and a low byte that both have a sign.
 constexpr float LARGEST = 127 * 256;
 
@@ -142,6 +145,9 @@ template <int Count, class Body> ALWAYS_INLINE inline void each(Body body) {
 template <int Bits, int Rows, int Side, class Load>
 ALWAYS_INLINE inline void add_chunk(const int16_t* const* x, const uint8_t* const* w, int64_t at,
                                     IntSum (&sums)[Rows][Side], Load load) {
+    // One output at a time means weights that come from memory. Arithmetic takes so many
+    // instructions a byte that the processor does not look far enough ahead by itself.
+    if constexpr (Side == 1) __builtin_prefetch(w[0] + at * Bits / 8 + AHEAD, 0, 2);
     Weights<Bits> weights[Side];
     each<Side>([&](auto n) ALWAYS_INLINE { weights[n] = load(w[n] + at * Bits / 8); });
     each<Rows>([&](auto m) ALWAYS_INLINE {
