@@ -6,9 +6,9 @@ figures are medians. Two bounds are measured in the same run:
 - ``floor``: the products of each expert at its number of rows (2 forward, 6 with backward), one
   after the other by ``torch.mm`` into buffers that are there: no gathering, activation or sum. One
   routing serves all rounds, so that oneDNN has its code for every shape.
-- ``memory``: the faster of summing and of copying 400 MB in huge pages. For few tokens the bytes of
-  the experts that were chosen, over the time, are given as a share of it; routing is then new in
-  every round, and experts are far more than the caches hold.
+- ``memory``: summing all of the layer's plain weights. For few tokens the bytes of the experts that
+  were chosen, over the time, are given as a share of it; routing is then new in every call, and
+  experts are far more than the caches hold.
 
 For few tokens the experts have the models' widths (Mixtral half of them), so that what is measured
 is memory; for many tokens half (Mixtral half, and a quarter of the experts' width), so that a round
@@ -31,7 +31,6 @@ from torch import Tensor
 from moeyard.kernels.cpu.library import load
 from moeyard.kernels.expert_mlp import Backend, expert_mlp
 from moeyard.kernels.expert_weights import ExpertWeights, MainGrads, empty_slots
-from moeyard.kernels.memory import prefer_huge_pages
 from moeyard.kernels.quantized_weights import AnyExperts, quantize_experts
 from moeyard.training.allocator import keep_freed_memory
 
@@ -150,20 +149,19 @@ def floor(case: Case, has_backward: bool) -> Callable[[], None]:
     return products
 
 
-def memory_rate() -> float:
-    """Return bytes per second of the faster of a sum and a copy."""
-    source = torch.empty(100_000_000)
-    prefer_huge_pages(source)
-    source.normal_()
-    target = torch.empty_like(source)
-    times: dict[str, list[float]] = {"sum": [], "copy": []}
+def memory_rate(experts: ExpertWeights) -> float:
+    """Return bytes per second of summing these very weights, read as fp32.
+
+    A shared machine has faster and slower memory, so others would not do.
+    """
+    parts = [w.detach().view(torch.float32) for w in (experts.fc1_SHD, experts.fc2_SDF)]
+    times = []
     for _ in range(8):
-        for name, run in (("sum", source.sum), ("copy", lambda: target.copy_(source))):
-            start_s = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start_s)
-    best = min(statistics.median(times["sum"]), statistics.median(times["copy"]) / 2)
-    return source.nbytes / best
+        start_s = time.perf_counter()
+        for part in parts:
+            part.sum()
+        times.append(time.perf_counter() - start_s)
+    return sum(part.nbytes for part in parts) / statistics.median(times)
 
 
 class Contestant(NamedTuple):
@@ -290,7 +288,7 @@ def cells_of_layer(
                 "mode": mode,
                 "rows_per_expert": case.num_rows / layer.num_experts,
                 "flops": flops,
-                "memory_bytes_per_s": memory_rate() if is_decode else None,
+                "memory_bytes_per_s": memory_rate(plain) if is_decode else None,
                 "contestants": measure(case, contestants, new_routing),
             }
 
