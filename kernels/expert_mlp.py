@@ -43,17 +43,7 @@ def expert_mlp(
     the same bits (the reference keeps what autograd does). Raises ``ValueError`` for shapes that do
     not fit, ids out of range, gradients of quantized experts, and a backend that cannot run here.
     """
-    if experts_TK.shape != weights_TK.shape or x_TD.shape[:1] != experts_TK.shape[:1]:
-        raise ValueError(
-            f"x {tuple(x_TD.shape)}, experts {tuple(experts_TK.shape)} and weights "
-            f"{tuple(weights_TK.shape)} do not fit; they must be [T, D], [T, K] and [T, K]."
-        )
-    dtype = experts.fc1_SHD.dtype if isinstance(experts, ExpertWeights) else x_TD.dtype
-    if x_TD.shape[-1] != experts.d_model or x_TD.dtype != dtype:
-        raise ValueError(
-            f"x has width {x_TD.shape[-1]} and type {x_TD.dtype}, but the experts take "
-            f"{experts.d_model} and {dtype}."
-        )
+    _check(x_TD, experts_TK, weights_TK, experts)
     if backend == "reference":
         return expert_mlp_reference(x_TD, experts_TK, weights_TK, experts)
     wants_grad = torch.is_grad_enabled() and (x_TD.requires_grad or weights_TK.requires_grad)
@@ -79,6 +69,36 @@ def expert_mlp(
         matrices = (experts.fc1_SHD, experts.fc2_SDF)
         return mlp.apply(x_TD, experts_TK, weights_TK, *matrices, experts, recompute)
     return _run_waves(x_TD, experts_TK, weights_TK, experts, backend)
+
+
+def _check(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, experts: AnyExperts) -> None:
+    """Raise ``ValueError`` for what no backend takes."""
+    x, ids, weights = (tuple(tensor.shape) for tensor in (x_TD, experts_TK, weights_TK))
+    if not (len(x) == len(ids) == 2 and ids == weights and x[0] == ids[0]):
+        raise ValueError(
+            f"x {x}, experts {ids} and weights {weights} do not fit; they must be [T, D], [T, K] "
+            "and [T, K]."
+        )
+    if experts_TK.dtype not in (torch.int32, torch.int64) or not weights_TK.is_floating_point():
+        raise ValueError(
+            f"experts have type {experts_TK.dtype} and weights {weights_TK.dtype}; experts must be "
+            "int32 or int64, and weights floating point."
+        )
+    if isinstance(experts, ExpertWeights):
+        one, dtype = experts.fc1_SHD, experts.fc1_SHD.dtype
+    else:
+        one, dtype = experts.fc1.values, x_TD.dtype
+    if x[1] != experts.d_model or x_TD.dtype != dtype:
+        raise ValueError(
+            f"x has width {x[1]} and type {x_TD.dtype}, but the experts take {experts.d_model} and "
+            f"{dtype}."
+        )
+    devices = {str(tensor.device) for tensor in (x_TD, experts_TK, weights_TK, one)}
+    if len(devices) > 1:
+        raise ValueError(
+            f"x, experts, weights and fc1 are on {' and '.join(sorted(devices))}; move them to one "
+            "device."
+        )
 
 
 def _run_waves(

@@ -67,6 +67,17 @@ class SlotTable:
         return expert if self.slot_of_E is None else self.slot_of_E[expert]
 
 
+def check_slots(experts: SlotTable) -> None:
+    """Raise ``ValueError`` for a table that names slots that are not there."""
+    table = experts.slot_of_E
+    if table and not -1 <= min(table) <= max(table) < experts.num_slots:
+        wrong = next(slot for slot in table if not -1 <= slot < experts.num_slots)
+        raise ValueError(
+            f"slot_of_E names slot {wrong}, but slots go from 0 to {experts.num_slots - 1}; use -1 "
+            "for experts that are not here."
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class ExpertWeights(SlotTable):
     """Gated expert weights in the plain layout; quantized_weights.py has them in 8 and 4 bits.
@@ -84,6 +95,21 @@ class ExpertWeights(SlotTable):
     activation: Activation = "swiglu"
     main_grads: MainGrads | None = None
     """Where backward leaves the gradients of the weights; None returns them."""
+
+    def __post_init__(self) -> None:
+        """Raise ``ValueError`` for shapes and slots that do not belong together."""
+        fc1, fc2 = tuple(self.fc1_SHD.shape), tuple(self.fc2_SDF.shape)
+        if len(fc2) != 3 or fc1 != (fc2[0], 2 * fc2[2], fc2[1]):
+            raise ValueError(
+                f"fc1 {fc1} and fc2 {fc2} do not fit; they must be [S, 2F, D] and [S, D, F]."
+            )
+        check_slots(self)
+        sums = self.main_grads
+        if sums is not None and (sums.fc1_SHD.shape, sums.fc2_SDF.shape) != (fc1, fc2):
+            raise ValueError(
+                f"main_grads are {tuple(sums.fc1_SHD.shape)} and {tuple(sums.fc2_SDF.shape)}; they "
+                f"must have the shapes of fc1 and fc2, {fc1} and {fc2}."
+            )
 
     @property
     def num_slots(self) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .activation import Activation
-from .expert_weights import ExpertWeights, SlotTable, empty_slots
+from .expert_weights import ExpertWeights, SlotTable, check_slots, empty_slots
 from .row_stable import bf16_row_stable_linear
 
 Bits = Literal[8, 4]
@@ -126,6 +126,7 @@ class QuantizedExpertWeights(SlotTable):
                 f"fc1 {shapes[0]} and fc2 {shapes[1]} do not fit; they must be [S, 2F, D] and "
                 "[S, D, F]."
             )
+        check_slots(self)
 
     @property
     def num_slots(self) -> int:

@@ -177,3 +177,37 @@ def test_says_what_does_not_fit():
         expert_mlp(x, ids[:, :1], weights, ExpertWeights(fc1, fc2))
     with pytest.raises(ValueError, match="width 7"):
         expert_mlp(x[:, :7], ids, weights, ExpertWeights(fc1, fc2))
+
+
+def test_says_what_is_wrong_with_the_arguments_before_anything_runs():
+    ids, (x, weights, fc1, fc2) = problem((5, 2, 3, 8, 8), "random", torch.float32)
+    experts = ExpertWeights(fc1, fc2)
+
+    def refused(x=x, ids=ids, weights=weights, experts=experts):
+        with pytest.raises(ValueError) as caught:
+            expert_mlp(x, ids, weights, experts)
+        return str(caught.value)
+
+    assert "x (4, 8), experts (5, 2) and weights (5, 2) do not fit" in refused(x=x[:4])
+    assert "x (1, 5, 8), experts" in refused(x=x[None])
+    assert "experts (5, 2) and weights (5, 1) do not fit" in refused(weights=weights[:, :1])
+    assert "experts have type torch.float32" in refused(ids=ids.float())
+    assert "weights torch.int32" in refused(weights=ids)
+    assert "x has width 7" in refused(x=x[:, :7])
+    assert "type torch.float64, but the experts take 8 and torch.float32" in refused(x=x.double())
+    assert "are on cpu and meta" in refused(x=x.to("meta"))
+
+
+def test_experts_whose_parts_do_not_belong_together_are_refused():
+    def refused(fc1, fc2, *more, **named):
+        with pytest.raises(ValueError) as caught:
+            ExpertWeights(torch.zeros(fc1), torch.zeros(fc2), *more, **named)
+        return str(caught.value)
+
+    assert "fc1 (3, 10, 8) and fc2 (3, 8, 4) do not fit" in refused((3, 10, 8), (3, 8, 4))
+    assert "fc1 (2, 8, 8) and fc2 (3, 8, 4) do not fit" in refused((2, 8, 8), (3, 8, 4))
+    good = ((3, 8, 8), (3, 8, 4))
+    assert "slot_of_E names slot 3, but slots go from 0 to 2" in refused(*good, (0, 3))
+    assert "slot_of_E names slot -2" in refused(*good, (0, -2))
+    sums = MainGrads(torch.zeros(good[0]), torch.zeros(3, 8, 5))
+    assert "main_grads are (3, 8, 8) and (3, 8, 5)" in refused(*good, main_grads=sums)
