@@ -58,10 +58,11 @@ DECODE_TOKENS = 16
 """Up to here routing is new in every round, and speed is bytes of weights per second."""
 MAX_ERROR = 3e-2
 """Of bf16 against fp32; of our own experts in 8 and 4 bits, against their rounded weights."""
-BUDGET_S, MAX_ROUNDS, MIN_ROUNDS = 8.0, 25, 2
+BUDGET_S, MAX_ROUNDS, MIN_ROUNDS = 5.0, 25, 3
 PAUSE_S, CALLS = 0.02, 3
-"""Before a turn, as OpenMP's threads spin for milliseconds after a call and would take a core from
-whoever is next; and in a turn, of which the first is not timed, as it wakes threads."""
+"""Before a turn, as OpenMP's threads spin for milliseconds after a call, be it the softmax of the
+routing, and would take a core from whoever is next; and in a turn, of which the first is not timed,
+as it wakes threads."""
 LONG_S = 0.2
 """Where all that plays no part: one call a turn."""
 
@@ -77,14 +78,18 @@ class Case:
         self.x_TD = torch.randn(size, generator=self._generator).to(dtype).requires_grad_()
         self.upstream_TD = torch.randn(size, generator=self._generator).to(dtype)
         self.num_rows = num_tokens * layer.num_choices
-        self.route()
+        self.use(self.routing())
 
-    def route(self) -> None:
-        """Draw a routing."""
+    def routing(self) -> tuple[Tensor, Tensor]:
+        """Draw experts and weights."""
         size = (self.x_TD.shape[0], self.layer.num_experts)
         scores_TE = torch.randn(size, generator=self._generator)
-        weights_TK, self.experts_TK = scores_TE.topk(self.layer.num_choices)
-        self.weights_TK = weights_TK.softmax(dim=-1).requires_grad_()
+        weights_TK, experts_TK = scores_TE.topk(self.layer.num_choices)
+        return experts_TK, weights_TK.softmax(dim=-1).requires_grad_()
+
+    def use(self, routing: tuple[Tensor, Tensor]) -> None:
+        """Take this routing from now on."""
+        self.experts_TK, self.weights_TK = routing
 
     @property
     def counts_E(self) -> list[int]:
@@ -220,8 +225,11 @@ def measure(case: Case, contestants: dict[str, Contestant], new_routing: bool) -
     """Check all, then time them in turns."""
     right = contestants["moeyard (torch)"].run()
     figures: dict[str, dict[str, Any]] = {}
+    is_long = {}
     for name, contestant in contestants.items():
+        start_s = time.perf_counter()
         figures[name] = {"error": check(name, contestant, right)}
+        is_long[name] = time.perf_counter() - start_s > LONG_S
     times: dict[str, list[float]] = {name: [] for name in contestants}
     rates: dict[str, list[float]] = {name: [] for name in contestants}
     stop = time.monotonic() + BUDGET_S
@@ -230,15 +238,16 @@ def measure(case: Case, contestants: dict[str, Contestant], new_routing: bool) -
             break
         order = list(contestants.items())
         for name, contestant in order[number % len(order) :] + order[: number % len(order)]:
+            num_calls = 1 if is_long[name] else CALLS
+            routings = [case.routing() for _ in range(num_calls)] if new_routing else []
             time.sleep(PAUSE_S)
-            is_long = number > 0 and times[name][-1] > LONG_S
-            for call in range(1 if is_long else CALLS):
+            for call in range(num_calls):
                 if new_routing:
-                    case.route()
+                    case.use(routings[call])
                 start_s = time.perf_counter()
                 contestant.run()
                 taken_s = time.perf_counter() - start_s
-                if call or is_long:
+                if call or is_long[name]:
                     times[name].append(taken_s)
                     rates[name].append(case.weight_bytes(contestant.bits) / taken_s)
     for name in contestants:

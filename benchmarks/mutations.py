@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 EQUAL, STORE = "tests/parallel", "tests/serving/test_store.py"
 SHARED = "tests/parallel/test_shared_memory.py"
 CPP = "tests/kernels -k cpp"
+QUANTIZED = "tests/kernels/test_quantized.py"
 AHEAD = "tests/serving/test_prefetch.py"
 RESUME = "tests/training/test_training.py -k"
 
@@ -262,6 +263,55 @@ MUTATIONS = [
         "step = CacheStep(some.caches or ()) if is_single else None",
         "step = None",
         "tests/moe/test_decode_step.py",
+    ),
+    (
+        "bytes hold the odd input low",
+        "kernels/quantized_weights.py",
+        "values_QP[:, ::2] | values_QP[:, 1::2] << 4",
+        "values_QP[:, 1::2] | values_QP[:, ::2] << 4",
+        QUANTIZED,
+    ),
+    (
+        "4-bit groups are not clipped where that serves them",
+        "kernels/quantized_weights.py",
+        "is_better_QG1 = error_QG1 < least_QG1",
+        "is_better_QG1 = error_QG1 < -least_QG1",
+        QUANTIZED,
+    ),
+    (
+        "sums of few bits do not begin with what the zero point adds",
+        "kernels/cpu/src/quantized.h",
+        "sums[lane] -= WEIGHT_ZERO<Bits> * values",
+        "sums[lane] -= 0 * values",
+        CPP,
+    ),
+    (
+        "a group that goes on for several steps has the scale of its number",
+        "kernels/cpu/src/quantized.h",
+        "widen(weights[matrix.steps[first + i].group])",
+        "widen(weights[(first + i) % matrix.groups])",
+        CPP,
+    ),
+    (
+        "the second chunk of a step is left out of a single row",
+        "kernels/cpu/src/quantized.h",
+        "sums[m][n] = both_sums(sums[m][n], others[m][n]);",
+        "sums[m][n] = both_sums(sums[m][n], no_int_sum());",
+        CPP,
+    ),
+    (
+        "groups of one chunk share a scale",
+        "kernels/cpu/src/int_vectors.h",
+        "Groups == 2 ? 3 : 2",
+        "4",
+        CPP,
+    ),
+    (
+        "the compiled backward forgets that sums are added to",
+        "kernels/cpu/ops.py",
+        "sums = MainGrads(out1_SHD, out2_SDF, is_empty=not add)",
+        "sums = MainGrads(out1_SHD, out2_SDF, is_empty=True)",
+        CPP,
     ),
     (
         "a query sees the key behind it",

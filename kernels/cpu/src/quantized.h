@@ -93,7 +93,7 @@ private:
         }
     }
 
-    // Returns the scale; NaN where a value is not finite, so that the results are not either.
+    // Returns the scale. Where a value is not finite it is not either, and 0 times it is NaN.
     template <class Element>
     static float round_step(const Element* x, int64_t size, int16_t* values) {
         uint32_t bits, largest_bits = 0;  // as integers, magnitudes have the same order
@@ -104,12 +104,12 @@ private:
         }
         float largest;
         std::memcpy(&largest, &largest_bits, sizeof largest);
-        bool is_finite = largest <= std::numeric_limits<float>::max();
-        float inverse = is_finite && largest > 0 ? LARGEST / largest : 0;
-        if (!(inverse <= std::numeric_limits<float>::max())) inverse = 0;  // subnormal: as zeros
+        float inverse = LARGEST / largest;
+        bool is_usual = largest <= std::numeric_limits<float>::max() &&
+                        inverse <= std::numeric_limits<float>::max();  // not zeros nor subnormals
         for (int64_t i = 0; i < size; i++)
-            values[i] = inverse > 0 ? int16_t(std::lrintf(widen(x[i]) * inverse)) : 0;
-        return is_finite ? largest / LARGEST : std::numeric_limits<float>::quiet_NaN();
+            values[i] = is_usual ? int16_t(std::lrintf(widen(x[i]) * inverse)) : 0;
+        return largest / LARGEST;
     }
 
     // Every lane begins with -zero times the inputs that it will meet.

@@ -1,0 +1,118 @@
+"""Write the tables of docs/performance.md from the results of ``expert_mlp.py``.
+
+    python benchmarks/performance_table.py
+
+Everything between a table's two marks is written anew.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from report import RESULTS
+
+PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
+PEER_PREFIXES = ("F.grouped_mm", "transformers", "DeepSpeed")
+GPU_CONTESTANTS = ("triton", "triton, graph", "torch", "dense", "ScatterMoE", "MegaBlocks")
+NOT_MEASURED = "not measured yet"
+
+
+def cpu_rows(cells: list[dict[str, Any]]) -> Iterator[list[str]]:
+    """Yield the CPU table: head, then a line for each size."""
+    yield ["layer", "type", "T", "rows an expert", "mode", "ms", "of the floor", "best peer"]
+    for cell in cells:
+        found = cell["contestants"]
+        own_s = found["moeyard (auto)"]["seconds"]
+        peers = {n: f["seconds"] for n, f in found.items() if n.startswith(PEER_PREFIXES)}
+        best = min(peers, key=peers.__getitem__)
+        yield [
+            cell["layer"],
+            cell["type"],
+            str(cell["tokens"]),
+            f"{cell['rows_per_expert']:.3g}",
+            cell["mode"],
+            f"{own_s * 1e3:.2f}",
+            f"{found['floor']['seconds'] / own_s:.2f}x",
+            f"{peers[best] / own_s:.2f}x of {best}",
+        ]
+
+
+def decode_rows(cells: list[dict[str, Any]]) -> Iterator[list[str]]:
+    """Yield the table of few tokens: bytes of weights a second, and few bits beside 16 or 32."""
+    yield [
+        "layer",
+        "type",
+        "T",
+        "memory GB/s",
+        "plain, of memory",
+        "int8",
+        "int4",
+        "without a compiler",
+    ]
+    for cell in cells:
+        if cell["memory_bytes_per_s"] is None:
+            continue
+        found, memory = cell["contestants"], cell["memory_bytes_per_s"]
+        own = found["moeyard (auto)"]
+        yield [
+            cell["layer"],
+            cell["type"],
+            str(cell["tokens"]),
+            f"{memory / 1e9:.0f}",
+            f"{own['weights_bytes_per_s'] / memory:.2f}",
+            *(
+                f"{own['seconds'] / found[f'moeyard {n}']['seconds']:.2f}x"
+                for n in ("int8", "int4")
+            ),
+            f"{own['seconds'] / found['moeyard (torch)']['seconds']:.2f}x, int8 "
+            f"{own['seconds'] / found['moeyard int8 (torch)']['seconds']:.2f}x",
+        ]
+
+
+def gpu_rows(cells: list[dict[str, Any]]) -> Iterator[list[str]]:
+    """Yield the GPU table: TFLOP/s of each contestant, and the Triton kernels' peak memory."""
+    yield ["layer", "T", "mode", *GPU_CONTESTANTS, "peak MiB"]
+    for cell in cells:
+        found = cell["contestants"]
+        line = [cell["layer"], str(cell["tokens"]), cell["mode"]]
+        for name in GPU_CONTESTANTS:
+            seconds = found.get(name, {}).get("seconds")
+            line.append("" if seconds is None else f"{cell['flops'] / seconds / 1e12:.0f}")
+        peak = found.get("triton", {}).get("peak_bytes")
+        yield [*line, "" if peak is None else f"{peak / 2**20:.0f}"]
+
+
+def table(rows: Iterator[list[str]]) -> str:
+    """Return rows as Markdown."""
+    head, *body = rows
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def replaced(page: str, name: str, text: str) -> str:
+    """Return the page with what stands between the marks of ``name`` replaced."""
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    before, _, rest = page.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}\n{text}\n{end}{after}"
+
+
+def main() -> None:
+    """Write the tables for which there are results."""
+    page = PAGE.read_text()
+    for name, result, rows in (
+        ("decode on a CPU", "expert_mlp_cpu", decode_rows),
+        ("all sizes on a CPU", "expert_mlp_cpu", cpu_rows),
+        ("GPU", "expert_mlp_cuda", gpu_rows),
+    ):
+        path = RESULTS / f"{result}.json"
+        text = NOT_MEASURED
+        if path.exists():
+            text = table(rows(json.loads(path.read_text())["cells"]))
+        page = replaced(page, name, text)
+    PAGE.write_text(page)
+
+
+if __name__ == "__main__":
+    main()
