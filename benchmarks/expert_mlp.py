@@ -1,6 +1,7 @@
 """The expert MLP's speed and memory on a GPU, beside its peers and the dense floor, in one run.
 
     python benchmarks/expert_mlp.py --device cuda            # benchmarks/gpu.sh does more
+    python benchmarks/expert_mlp.py --device cpu             # expert_mlp_cpu.py says what that is
     TRITON_INTERPRET=1 python benchmarks/expert_mlp.py --device cpu --layers tiny --tokens 1 9
 
 The floor is cuBLAS on dense products of the same FLOPs: all routed rows through one expert. Every
