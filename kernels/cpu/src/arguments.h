@@ -34,7 +34,7 @@ struct ExpertArguments {
     void* hidden;            // [T * K, 2F] gate and up, rows in expert order; for training alone
 };
 
-// Weights of 8 or 4 bits: bytes [S, outputs, width * bits / 8] and bf16 scales [S, outputs, groups].
+// Weights of 8 or 4 bits: bytes [S, outputs, width * bits / 8], bf16 scales [S, outputs, groups].
 struct QuantizedMatrix {
     const void *values, *scales;
     int64_t bits, group;           // inputs that share a scale

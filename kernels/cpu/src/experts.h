@@ -139,13 +139,13 @@ template <class Element> int64_t experts(const ExpertArguments& a) {
     std::unique_ptr<Element[]> act(new Element[a.tokens * a.choices * a.d_expert]);
     PlainMatrix<Element> fc1{static_cast<const Element*>(a.fc1), a.fc1_stride, a.d_model};
     PlainMatrix<Element> fc2{static_cast<const Element*>(a.fc2), a.fc2_stride, a.d_expert};
-    for_each_block(order, a.d_expert, threads, [&](const RowBlock& block, int64_t from, int64_t to) {
+    for_each_block(order, a.d_expert, threads, [&](auto& block, int64_t from, int64_t to) {
         const Element* rows[BLOCK_ROWS];
         for (int64_t r = block.from; r < block.to; r++)
             rows[r - block.from] = x + order.rows[r] / a.choices * a.d_model;
         first_half(a, fc1, block, rows, from, to, act.get());
     });
-    for_each_block(order, a.d_model, threads, [&](const RowBlock& block, int64_t from, int64_t to) {
+    for_each_block(order, a.d_model, threads, [&](auto& block, int64_t from, int64_t to) {
         const Element* rows[BLOCK_ROWS];
         for (int64_t r = block.from; r < block.to; r++)
             rows[r - block.from] = act.get() + r * a.d_expert;

@@ -49,7 +49,7 @@ struct IntMatrix {
 };
 
 // Rows rounded to integers for one matrix. Each row is: values, every step in whole chunks; scales;
-// and what the sums of each step begin with, which makes up for weights being stored without a sign.
+// and what the sums of each step begin with, which makes up for weights stored without a sign.
 class IntRows {
 public:
     IntRows(int64_t rows, const IntMatrix& matrix)

@@ -16,8 +16,8 @@ namespace ISA {
 // Bytes of weights between what is computed and what is fetched: a page.
 constexpr int64_t AHEAD = 4096;
 
-// Calls body(0), body(1), ... body(Count - 1) with constants: written out, so that arrays they index
-// can live in registers.
+// Calls body(0), body(1), ... body(Count - 1) with constants: written out, so that arrays they
+// index can live in registers.
 template <int Count, class Body> ALWAYS_INLINE inline void each(Body body) {
     [&]<int... Index>(std::integer_sequence<int, Index...>) ALWAYS_INLINE {
         (body(std::integral_constant<int, Index>{}), ...);
@@ -80,7 +80,7 @@ inline void set_factors(const IntMatrix& matrix, const float* x, const bf16* wei
             factors[i] = x[first + i] * widen(weights[matrix.steps[first + i].group]);
 }
 
-// The products of `Rows` rows with `Side` outputs' weights. A chunk holds inputs of `Groups` groups.
+// The products of `Rows` rows with `Side` outputs. A chunk holds inputs of `Groups` groups.
 template <int Bits, int Groups, int Rows, int Side> struct IntTile {
     const IntMatrix& matrix;
     const IntRows& all;

@@ -50,7 +50,7 @@ template <class Element> int64_t quantized_experts(const QuantizedExpertArgument
         x.round(t, static_cast<const Element*>(a.x) + t * a.d_model);
     });
     QuantizedRowsMatrix first{fc1, x}, second{fc2, rounded_act};
-    for_each_block(order, a.d_expert, threads, [&](const RowBlock& block, int64_t from, int64_t to) {
+    for_each_block(order, a.d_expert, threads, [&](auto& block, int64_t from, int64_t to) {
         const char* rows[BLOCK_ROWS];
         for (int64_t r = block.from; r < block.to; r++)
             rows[r - block.from] = x.row(order.rows[r] / a.choices);
@@ -58,7 +58,7 @@ template <class Element> int64_t quantized_experts(const QuantizedExpertArgument
     });
     for_each_task(num_rows, threads,
                   [&](int64_t r) { rounded_act.round(r, act.get() + r * a.d_expert); });
-    for_each_block(order, a.d_model, threads, [&](const RowBlock& block, int64_t from, int64_t to) {
+    for_each_block(order, a.d_model, threads, [&](auto& block, int64_t from, int64_t to) {
         const char* rows[BLOCK_ROWS];
         for (int64_t r = block.from; r < block.to; r++)
             rows[r - block.from] = rounded_act.row(r);
