@@ -40,8 +40,9 @@ def expert_mlp(
     (fp32 beside bf16), and the sum over k runs in that type. Differentiable in x, the weights,
     fc1 and fc2, unless the experts are quantized. ``recompute`` keeps x only and computes fc1 again
     in backward: two thirds of the forward work more, R * 2F elements kept less; the gradients are
-    the same bits (the reference keeps what autograd does). Raises ``ValueError`` for shapes that do
-    not fit, ids out of range, gradients of quantized experts, and a backend that cannot run here.
+    the same bits (the reference keeps what autograd does, a graph compiled for a CPU keeps all).
+    Raises ``ValueError`` for shapes that do not fit, ids out of range, gradients of quantized
+    experts, and a backend that cannot run here.
     """
     _check(x_TD, experts_TK, weights_TK, experts)
     if backend == "reference":
