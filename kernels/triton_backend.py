@@ -240,8 +240,6 @@ def _misfit(
     """Say what the kernels do not take about these arguments."""
     if x_TD.dtype not in DTYPES:
         return f"Triton's expert kernels take bf16, fp16 and fp32, not {x_TD.dtype}."
-    if experts_TK.dtype not in (torch.int32, torch.int64):
-        return f"experts has type {experts_TK.dtype}; Triton's kernels take int32 and int64."
     if isinstance(experts, QuantizedExpertWeights):
         parts = {
             "fc1.values": experts.fc1.values,

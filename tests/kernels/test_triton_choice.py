@@ -85,14 +85,14 @@ def test_says_what_it_does_not_take(monkeypatch):
     x, ids, weights, experts = problem()
     with pytest.raises(ValueError, match=r"take bf16, fp16 and fp32, not torch\.float64"):
         expert_mlp(*problem(torch.float64), "triton")
-    with pytest.raises(ValueError, match=r"experts has type torch\.uint8"):
+    with pytest.raises(ValueError, match=r"experts have type torch\.uint8"):
         expert_mlp(x, ids.byte(), weights, experts, "triton")
     by_column = ExpertWeights(experts.fc1_SHD, experts.fc2_SDF.mT.contiguous().mT)
     with pytest.raises(ValueError, match=r"fc2 has strides \(48, 1, 8\)"):
         expert_mlp(x, ids, weights, by_column, "triton")
-    elsewhere = problem()[3].fc1_SHD.to("meta")
+    elsewhere = problem()[3].fc2_SDF.to("meta")
     with pytest.raises(ValueError, match="on cpu, meta; they must share one device"):
-        expert_mlp(x, ids, weights, ExpertWeights(elsewhere, experts.fc2_SDF), "triton")
+        expert_mlp(x, ids, weights, ExpertWeights(experts.fc1_SHD, elsewhere), "triton")
     sums = MainGrads(torch.zeros(3, 8, 12).mT, torch.zeros(3, 8, 6))
     with pytest.raises(ValueError, match="main gradients are not contiguous"):
         with_sums = ExpertWeights(experts.fc1_SHD, experts.fc2_SDF, main_grads=sums)
@@ -109,7 +109,7 @@ def test_says_what_it_does_not_take_of_quantized_experts(monkeypatch):
     by_column = QuantizedMatrices(values, experts.fc2.scales_SQG)
     with pytest.raises(ValueError, match=r"fc2\.values has strides \(2048, 1, 64\)"):
         expert_mlp(x, ids, weights, QuantizedExpertWeights(experts.fc1, by_column), "triton")
-    elsewhere = QuantizedExpertWeights(experts.fc1.to("meta"), experts.fc2)
+    elsewhere = QuantizedExpertWeights(experts.fc1, experts.fc2.to("meta"))
     with pytest.raises(ValueError, match="on cpu, meta; they must share one device"):
         expert_mlp(x, ids, weights, elsewhere, "triton")
 
