@@ -280,7 +280,7 @@ MUTATIONS = [
     ),
     (
         "sums of few bits do not begin with what the zero point adds",
-        "kernels/cpu/src/quantized.h",
+        "kernels/cpu/src/int_rows.h",
         "sums[lane] -= WEIGHT_ZERO<Bits> * values",
         "sums[lane] -= 0 * values",
         CPP,
