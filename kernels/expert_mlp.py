@@ -59,7 +59,11 @@ def expert_mlp(
         return expert_mlp_triton(x_TD, experts_TK, weights_TK, experts, recompute)
     if backend == "megablocks":
         return expert_mlp_megablocks(x_TD, experts_TK, weights_TK, experts, recompute)
-    if torch.compiler.is_compiling() and backend != "torch" and can_compile(x_TD, weights_TK):
+    if (
+        torch.compiler.is_compiling()
+        and backend != "torch"
+        and can_compile(x_TD, weights_TK, experts)
+    ):
         return expert_mlp_compiled(x_TD, experts_TK, weights_TK, experts)
     if isinstance(experts, QuantizedExpertWeights):
         with torch.no_grad():

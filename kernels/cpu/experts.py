@@ -43,6 +43,14 @@ def is_plain(experts: AnyExperts) -> bool:
     return all(part.stride()[1:] == (part.shape[2], 1) for part in parts)
 
 
+def as_int32(experts_TK: Tensor) -> Tensor:
+    """Return ids as the kernels take them; those that do not fit stay out of range."""
+    if experts_TK.dtype != torch.int32:
+        limits = torch.iinfo(torch.int32)
+        experts_TK = experts_TK.clamp(limits.min, limits.max).int()
+    return experts_TK.contiguous()
+
+
 class CppWaves:
     """``y_t = sum_k weights[t, k] * MLP_{experts[t, k]}(x_t)``, some experts at a time.
 
@@ -55,7 +63,7 @@ class CppWaves:
         assert functions is not None, "can_run was not asked"
         self._functions = functions
         self._x_TD = x_TD
-        self._experts_TK = experts_TK.int().contiguous()
+        self._experts_TK = as_int32(experts_TK)
         self._weights_TK = weights_TK.float().contiguous()
         self._lines_RD = empty_fp32(experts_TK.numel(), x_TD.shape[1])
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from ..activation import ACTIVATIONS, Activation
 from ..expert_weights import ExpertWeights, MainGrads
 from ..quantized_weights import AnyExperts, QuantizedExpertWeights, QuantizedMatrices
-from .experts import CppWaves, is_plain
+from .experts import CppWaves, as_int32, is_plain
 from .library import TYPES, empty_fp32, load
-from .training import forward_kept, gradients
+from .training import forward_kept, gradients, have_backward
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -24,31 +24,32 @@ def _has_library() -> bool:
     return load().functions is not None
 
 
-def can_compile(x_TD: Tensor, weights_TK: Tensor, *weights: Tensor) -> bool:
+def can_compile(x_TD: Tensor, weights_TK: Tensor, experts: AnyExperts) -> bool:
     """Say whether the operators can stand in a compiled graph for these tensors."""
-    types = x_TD.dtype in TYPES and weights_TK.dtype in TYPES
-    return types and all(tensor.is_cpu for tensor in (x_TD, *weights)) and _has_library()
+    if not x_TD.is_cpu or x_TD.dtype not in TYPES or weights_TK.dtype not in TYPES:
+        return False
+    if isinstance(experts, ExpertWeights) and torch.is_grad_enabled():
+        fits = have_backward(experts)
+    else:
+        fits = is_plain(experts)
+    return fits and _has_library()
 
 
 def expert_mlp_compiled(
-    x_TD: Tensor,
-    experts_TK: Tensor,
-    weights_TK: Tensor,
-    experts: AnyExperts,
+    x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, experts: AnyExperts
 ) -> Tensor:
     """Return ``y_t = sum_k weights[t, k] * MLP_{experts[t, k]}(x_t)``, ``[T, D]``."""
     slots = None if experts.slot_of_E is None else list(experts.slot_of_E)
-    rows = (x_TD.contiguous(), experts_TK.int().contiguous(), weights_TK.float().contiguous())
+    rows = (x_TD.contiguous(), as_int32(experts_TK), weights_TK.float().contiguous())
     if isinstance(experts, QuantizedExpertWeights):
         parts = (*_parts(experts.fc1), *_parts(experts.fc2))
         return quantized_expert_mlp_op(*rows, *parts, slots, experts.activation)
-    main = experts.main_grads
+    main, keep = experts.main_grads, torch.is_grad_enabled()
     sums: tuple[Tensor | None, Tensor | None] = (None, None)
-    if main is not None:
+    if main is not None and keep:
         main.begin_with_zeros()  # the operator's backward only adds
         sums = (main.fc1_SHD, main.fc2_SDF)
     matrices = (experts.fc1_SHD, experts.fc2_SDF)
-    keep = torch.is_grad_enabled()
     return expert_mlp_op(*rows, *matrices, slots, *sums, experts.activation, keep)[0]
 
 
@@ -60,10 +61,7 @@ def _experts(
     fc1_SHD: Tensor, fc2_SDF: Tensor, slots: Sequence[int] | None, activation: str
 ) -> ExpertWeights:
     table = None if slots is None else tuple(slots)
-    experts = ExpertWeights(fc1_SHD, fc2_SDF, table, _named(activation))
-    if not is_plain(experts):
-        raise ValueError("fc1 or fc2 has gaps between its rows; make it contiguous.")
-    return experts
+    return ExpertWeights(fc1_SHD, fc2_SDF, table, _named(activation))
 
 
 @torch.no_grad()

@@ -10,21 +10,26 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..expert_weights import ExpertWeights, MainGrads
-from .experts import check_rows, combine_lines, expert_arguments, is_plain
+from .experts import as_int32, check_rows, combine_lines, expert_arguments, is_plain
 from .library import TYPES, empty_fp32, functions_for
 from .structures import ExpertGradArguments
 
 
 def can_train(x_TD: Tensor, weights_TK: Tensor, experts: ExpertWeights) -> bool:
     """Say whether the kernels can run forward and backward."""
-    fc1, fc2, sums = experts.fc1_SHD, experts.fc2_SDF, experts.main_grads
-    if functions_for(x_TD, fc1, fc2, is_backward_ours=True) is None or not is_plain(experts):
+    matrices = (experts.fc1_SHD, experts.fc2_SDF)
+    if functions_for(x_TD, *matrices, is_backward_ours=True) is None:
         return False
-    if weights_TK.dtype not in TYPES:  # sums over k run in fp32
-        return False
+    return weights_TK.dtype in TYPES and have_backward(experts)  # sums over k run in fp32
+
+
+def have_backward(experts: ExpertWeights) -> bool:
+    """Say whether the kernels' backward takes experts of these sizes and sums."""
+    fc2, sums = experts.fc2_SDF, experts.main_grads
     has_pairs = fc2.shape[1] % 2 == 0 and fc2.shape[2] % 2 == 0  # bf16 is multiplied in pairs
     totals = () if sums is None else (sums.fc1_SHD, sums.fc2_SDF)
-    return has_pairs and all(t.dtype == torch.float32 and t.is_contiguous() for t in totals)
+    are_fp32 = all(t.dtype == torch.float32 and t.is_contiguous() for t in totals)
+    return has_pairs and are_fp32 and is_plain(experts)
 
 
 class CppExpertMLP(torch.autograd.Function):
@@ -36,7 +41,7 @@ class CppExpertMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_TD, experts_TK, weights_TK, fc1_SHD, fc2_SDF, experts, recompute):  # type: ignore[no-untyped-def]
-        experts_TK = experts_TK.int().contiguous()
+        experts_TK = as_int32(experts_TK)
         wide_TK = weights_TK.float().contiguous()
         y_TD, hidden_RH = forward_kept(x_TD, experts_TK, wide_TK, experts)
         kept_RH = None if recompute else hidden_RH

@@ -323,3 +323,11 @@ def test_rows_of_zeros_and_of_subnormals_give_zeros():
     x, ids, weights, experts = quantized_problem("int4", 2, torch.float32)
     x[0], x[1] = 0, 1e-42
     assert not expert_mlp(x, ids.clamp(min=0), weights, experts, "cpp").any()
+
+
+@pytest.mark.parametrize("expert", [3, -2, 1 << 32, -(1 << 40)])
+def test_ids_out_of_range_are_refused_however_wide_they_are(expert):
+    x, ids, weights, experts = quantized_problem("int8", 5, torch.float32)
+    ids[2, 1] = expert
+    with pytest.raises(ValueError, match=r"is outside \[-1, 3\)"):
+        expert_mlp(x, ids, weights, experts, "cpp")

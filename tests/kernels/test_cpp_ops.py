@@ -44,16 +44,36 @@ def test_a_compiled_graph_has_no_break_and_the_bits_of_eager(dtype):
         assert torch.equal(run(ids, leaves, table), compiled(ids, leaves, table))
 
 
-def test_a_compiled_backward_adds_to_main_gradients():
+@pytest.mark.parametrize("is_empty", [False, True], ids=["filled", "empty"])
+def test_a_compiled_backward_adds_to_main_gradients(is_empty):
     ids, leaves, table = problem(torch.float32)
     totals = []
     for function in (run, torch.compile(run, backend="aot_eager", fullgraph=True)):
-        sums = MainGrads(torch.ones(4, 192, 64), torch.ones(4, 64, 96))
+        fill = float("nan") if is_empty else 1.0  # what an empty sum holds must not matter
+        shapes = ((4, 192, 64), (4, 64, 96))
+        sums = MainGrads(*(torch.full(shape, fill) for shape in shapes), is_empty)
         for _ in range(2):
             y = function(ids, leaves, table, sums)
             torch.autograd.grad(y.square().sum(), leaves[:2])
         totals.append((sums.fc1_SHD, sums.fc2_SDF))
     for eager, other in zip(*totals, strict=True):
+        assert torch.equal(eager, other)
+
+
+@pytest.mark.parametrize("kind", ["odd widths", "wide sums"])
+def test_what_the_kernels_backward_does_not_take_is_left_to_torch(kind):
+    ids, (x, weights, fc1, fc2), _ = problem(torch.float32)
+    sums = None
+    if kind == "odd widths":
+        odd = (x[:, :63], fc1[:, :190, :63], fc2[:, :63, :95])
+        x, fc1, fc2 = (part.detach().contiguous().requires_grad_() for part in odd)
+    else:
+        sums = MainGrads(torch.zeros(4, 192, 64).double(), torch.zeros(4, 64, 96).double())
+    leaves, found = [x, weights, fc1, fc2], []
+    for function in (run, torch.compile(run, backend="aot_eager")):
+        y = function(ids, leaves, None, sums)
+        found.append([y, *torch.autograd.grad(y.square().sum(), leaves[:2])])
+    for eager, other in zip(*found, strict=True):
         assert torch.equal(eager, other)
 
 
