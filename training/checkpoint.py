@@ -11,7 +11,7 @@ import re
 import shutil
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ..errors import CheckpointError
@@ -138,18 +139,49 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
-    """Read every tensor whose key starts with ``prefix``, gathered from all ranks' shards."""
-    reader = SafeFileSystemReader(path)
-    stored = reader.read_metadata().state_dict_metadata
-    tensors = {
-        key: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for key, entry in stored.items()
-        if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
-    }
-    with _quiet_about_one_process():
-        dcp.load(tensors, storage_reader=reader, no_dist=True)
-    return tensors
+class StoredTensors(Mapping[str, Tensor]):
+    """Every tensor of a checkpoint, gathered from all ranks' shards; read when it is asked for.
+
+    Raises :class:`CheckpointError` for a tensor that cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._reader = SafeFileSystemReader(path)
+        self._entries = {
+            key: entry
+            for key, entry in self._reader.read_metadata().state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, key: object) -> bool:  # Mapping's own would read the tensor
+        return key in self._entries
+
+    def type_and_shape(self, key: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        """Return what reading ``key`` will give."""
+        entry = self._entries[key]
+        return entry.properties.dtype, tuple(entry.size)
+
+    def __getitem__(self, key: str) -> Tensor:
+        dtype, shape = self.type_and_shape(key)
+        tensor = torch.empty(shape, dtype=dtype)
+        # Flattening would look at all keys of the checkpoint each time, and ours are flat.
+        planner = DefaultLoadPlanner(flatten_state_dict=False)
+        try:
+            with _quiet_about_one_process():
+                dcp.load({key: tensor}, storage_reader=self._reader, planner=planner, no_dist=True)
+        except (OSError, dcp.api.CheckpointException) as error:
+            raise CheckpointError(
+                f"{key} of checkpoint {self._path} could not be read ({_reason(error)}); "
+                "mend the disk or restore the checkpoint from a backup."
+            ) from error
+        return tensor
 
 
 def verify(path: Path) -> str | None:
@@ -176,15 +208,19 @@ def _as_checkpoint_error(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, dcp.api.CheckpointException) as error:
-        if isinstance(error, dcp.api.CheckpointException):
-            for failure in error.failures.values():
-                if not isinstance(failure[0], Exception):
-                    raise failure[0] from None  # Ctrl-C is no fault of the disk
-        reason = str(error).strip().splitlines()[-1]
         raise CheckpointError(
-            f"checkpoint {path} could not be written ({reason}), but the previous one is "
+            f"checkpoint {path} could not be written ({_reason(error)}), but the previous one is "
             "untouched; free space or mend the disk and start again."
         ) from error
+
+
+def _reason(error: OSError | dcp.api.CheckpointException) -> str:
+    """Return the last line of an error; raises what is no fault of the disk, such as Ctrl-C."""
+    if isinstance(error, dcp.api.CheckpointException):
+        for failure in error.failures.values():
+            if not isinstance(failure[0], Exception):
+                raise failure[0] from None
+    return str(error).strip().splitlines()[-1]
 
 
 @contextmanager

@@ -48,10 +48,17 @@ class _MetadataUnpickler(pickle.Unpickler):
 class SafeFileSystemReader(FileSystemReader):
     """A :class:`FileSystemReader` whose metadata cannot call anything."""
 
+    def __init__(self, path: pathlib.Path) -> None:
+        super().__init__(path)
+        self._metadata: Metadata | None = None
+        """Read once: DCP asks again in every load, and a large model has 100,000 entries."""
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Read the metadata, allowing only DCP's own classes."""
-        with (pathlib.Path(self.path) / ".metadata").open("rb") as file:
-            metadata: Metadata = _MetadataUnpickler(file).load()
+        if self._metadata is None:
+            with (pathlib.Path(self.path) / ".metadata").open("rb") as file:
+                self._metadata = _MetadataUnpickler(file).load()
+        metadata = self._metadata
         if metadata.storage_meta is None:
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id

@@ -1,6 +1,7 @@
 """Turn a run's newest checkpoint into a Hugging Face folder."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -9,10 +10,10 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..moe.config import ModelConfig
 from ..moe.hf_config import to_hf
-from ..moe.model_writer import write_model_folder
+from ..moe.model_writer import TensorPlan, write_model_folder
 from ..moe.tensor_names import expert_tensor_name, tensor_name
 from ..parallel.mesh import Mesh
-from .checkpoint import Checkpoints, read_state, read_tensors
+from .checkpoint import Checkpoints, StoredTensors, read_state
 from .data.tokenizer import open_tokenizer
 
 
@@ -33,36 +34,44 @@ def export(run_dir: Path, target: Path) -> int:
         )
     # fp64 runs, made for tests of exactness, export as fp32.
     dtype = torch.bfloat16 if state["precision"] == "bf16" else torch.float32
-    values = to_hf(model, str(dtype).removeprefix("torch."), tokenizer.eos_id)
-    tensors = _named(read_tensors(checkpoint, "weight/"), read_tensors(checkpoint, "buffer/"))
-    write_model_folder(target, values, _cast(tensors, dtype), tokenizer.save)
+    eos = tokenizer.eos_id
+    write_model_folder(
+        target,
+        to_hf(model, str(dtype).removeprefix("torch."), eos),
+        plans_of(StoredTensors(checkpoint), dtype),
+        tokenizer.save,
+        {"eos_token_id": eos, "pad_token_id": eos},
+    )
     return int(state["step"])
 
 
-def _named(weights: dict[str, Tensor], buffers: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    for key in sorted(weights):
-        name = key.removeprefix("weight/")
-        parts = name.split(".")
-        if "experts" in parts:
-            layer, expert, leaf = int(parts[1]), int(parts[4]), parts[5]
-            if leaf == "fc1":
-                gate, up = weights[key].chunk(2)
-                yield expert_tensor_name(layer, expert, "gate"), gate
-                yield expert_tensor_name(layer, expert, "up"), up
-            else:
-                yield expert_tensor_name(layer, expert, "down"), weights[key]
-        else:
-            yield tensor_name(name), weights[key]
-    for key in sorted(buffers):
-        yield tensor_name(key.removeprefix("buffer/")), buffers[key]
+def plans_of(stored: StoredTensors, dtype: torch.dtype) -> list[TensorPlan]:
+    """Return the tensors of the exported folder: weights, then buffers, in the order of keys."""
+    keys = sorted(key for key in stored if key.startswith("weight/"))
+    keys += sorted(key for key in stored if key.startswith("buffer/"))
+    read = lru_cache(maxsize=1)(stored.__getitem__)  # fc1 is read once for its gate and its up
+    return [plan for key in keys for plan in _plans_of_one(stored, read, key, dtype)]
 
 
-def _cast(
-    tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype
-) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in tensors:
-        is_router = ".mlp.gate." in name
-        if not tensor.is_floating_point() or (is_router and dtype == torch.bfloat16):
-            yield name, tensor
-        else:
-            yield name, tensor.to(dtype)
+def _plans_of_one(
+    stored: StoredTensors, read: Callable[[str], Tensor], key: str, dtype: torch.dtype
+) -> Iterator[TensorPlan]:
+    stored_type, shape = stored.type_and_shape(key)
+    name = key.partition("/")[2]
+    path = name.split(".")
+    is_router = ".mlp.gate." in name
+    if not stored_type.is_floating_point or (is_router and dtype == torch.bfloat16):
+        dtype = stored_type
+
+    if "experts" not in path:
+        yield TensorPlan(tensor_name(name), dtype, shape, lambda: [read(key).to(dtype)])
+        return
+    layer, expert, leaf = int(path[1]), int(path[4]), path[5]
+    parts = ("gate", "up") if leaf == "fc1" else ("down",)
+    shape = (shape[0] // len(parts), *shape[1:])
+    for index, part in enumerate(parts):
+
+        def rows(index: int = index) -> list[Tensor]:
+            return [read(key).chunk(len(parts))[index].to(dtype)]
+
+        yield TensorPlan(expert_tensor_name(layer, expert, part), dtype, shape, rows)

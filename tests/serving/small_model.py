@@ -9,7 +9,7 @@ from moeyard.moe.decoder import Decoder
 from moeyard.moe.hf_config import to_hf
 from moeyard.moe.initialize import initialize
 from moeyard.moe.model_folder import ModelFolder
-from moeyard.moe.model_writer import write_model_folder
+from moeyard.moe.model_writer import TensorPlan, write_model_folder
 from moeyard.moe.router_config import Hash, TopK
 from moeyard.moe.tensor_names import expert_tensor_name, tensor_name
 from moeyard.serving.store import ExpertStore
@@ -55,7 +55,13 @@ def write_random_model(folder: Path, config: ModelConfig = CONFIG) -> None:
             for part, half in zip(names, halves, strict=True):
                 tensors[expert_tensor_name(int(parts[1]), expert, part)] = half
     values = to_hf(config, "float32", 256)
-    write_model_folder(folder, values, tensors.items(), ByteTokenizer().save)
+    plans = [plan_of(name, tensor) for name, tensor in tensors.items()]
+    write_model_folder(folder, values, plans, ByteTokenizer().save, {"eos_token_id": 256})
+
+
+def plan_of(name: str, tensor: torch.Tensor) -> TensorPlan:
+    """Plan a tensor that is in memory."""
+    return TensorPlan(name, tensor.dtype, tuple(tensor.shape), lambda: [tensor])
 
 
 def slots(count: int, dtype: str = "float32") -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from moeyard.parallel.mesh import Mesh
-from moeyard.training.checkpoint import Checkpoints, read_state, read_tensors
+from moeyard.training.checkpoint import Checkpoints, StoredTensors, read_state
 
 from launch import environment
 
@@ -33,7 +33,7 @@ def digest(run_dir: Path) -> str:
     newest = Checkpoints(run_dir, Mesh(), 1).newest_whole()
     assert newest is not None, f"{run_dir} has no checkpoint"
     found = hashlib.sha256(str(read_state(newest)["step"]).encode())
-    for key, tensor in sorted(read_tensors(newest).items()):
+    for key, tensor in sorted(StoredTensors(newest).items()):
         found.update(key.encode())
         found.update(tensor.contiguous().numpy().tobytes())
     return found.hexdigest()

@@ -1,11 +1,16 @@
 """Exported folders: transformers opens them, and every mesh writes the same files."""
 
+import gc
+import resource
+import weakref
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeForCausalLM
 
 import moeyard
 from moeyard.cli import main
+from moeyard.training.checkpoint import StoredTensors
 
 from launch import torchrun, training
 
@@ -140,17 +145,51 @@ def test_another_tokenizer_than_the_trained_one_is_not_exported(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_export_that_fails_leaves_no_folder(tmp_path, config_file, monkeypatch, capsys):
-    from moeyard.moe import model_writer
+def test_an_export_that_fails_leaves_no_folder(tmp_path, config_file, capsys):
     from moeyard.training.__main__ import main as train
 
     assert train([str(config_file), f"run_dir={tmp_path}/run"]) == 0
-
-    def full(*_arguments, **_options):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(model_writer, "save_file", full)
     capsys.readouterr()
-    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 2
-    assert "could not be written (No space left on device)" in capsys.readouterr().err
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "could not be written (File too large)" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
+
+
+def test_an_export_reads_a_tensor_when_its_turn_has_come(tmp_path, config_file, monkeypatch):
+    """Never the whole model: at most the one tensor that is kept for its other half."""
+    from moeyard.training.__main__ import main as train
+
+    assert train([str(config_file), f"run_dir={tmp_path}/run"]) == 0
+    plain, alive, reads = StoredTensors.__getitem__, [], []
+
+    def watched(self, key):
+        gc.collect()
+        assert sum(ref() is not None for ref in alive) <= 1
+        tensor = plain(self, key)
+        alive.append(weakref.ref(tensor))
+        reads.append(key)
+        return tensor
+
+    monkeypatch.setattr(StoredTensors, "__getitem__", watched)
+    export(tmp_path / "run", tmp_path / "out")
+    assert len(reads) == len(set(reads)) > 20
+    stored = StoredTensors(tmp_path / "run/checkpoints/step-00000006")
+    assert set(reads) == {key for key in stored if key.startswith(("weight/", "buffer/"))}
+
+
+def test_a_checkpoint_that_cannot_be_read_gets_one_sentence(tmp_path, config_file):
+    from moeyard.errors import CheckpointError
+    from moeyard.training.__main__ import main as train
+
+    assert train([str(config_file), f"run_dir={tmp_path}/run"]) == 0
+    folder = tmp_path / "run/checkpoints/step-00000006"
+    stored = StoredTensors(folder)
+    for shard in folder.glob("*.distcp"):
+        shard.unlink()
+    with pytest.raises(CheckpointError, match=r"norm\.weight of .* could not be read"):
+        stored["weight/norm.weight"]

@@ -11,7 +11,7 @@ from moeyard.cli import main as command
 from moeyard.configuration import load_config
 from moeyard.parallel.mesh import Mesh
 from moeyard.training.__main__ import main
-from moeyard.training.checkpoint import read_tensors
+from moeyard.training.checkpoint import StoredTensors
 from moeyard.training.config import RunConfig
 from moeyard.training.trainer import Trainer
 
@@ -83,7 +83,7 @@ def records(run_dir: Path) -> list[dict]:
 
 
 def saved(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
-    tensors = read_tensors(run_dir / f"checkpoints/step-{step:08d}")
+    tensors = StoredTensors(run_dir / f"checkpoints/step-{step:08d}")
     return {key: t for key, t in tensors.items() if not key.startswith("rng/")}
 
 

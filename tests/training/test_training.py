@@ -183,13 +183,13 @@ def test_a_checkpoint_continues_on_other_ranks(tmp_path, config_file):
     torchrun(2, "-m", "moeyard.training", *moved, "parallel.ep=2")
     shutil.rmtree(tmp_path / "moved/checkpoints/step-00000009")
     training(*moved)
-    from moeyard.training.checkpoint import read_tensors
+    from moeyard.training.checkpoint import StoredTensors
 
-    one = read_tensors(tmp_path / "one/checkpoints/step-00000009", "weight/")
-    two = read_tensors(tmp_path / "moved/checkpoints/step-00000009", "weight/")
+    one = StoredTensors(tmp_path / "one/checkpoints/step-00000009")
+    two = StoredTensors(tmp_path / "moved/checkpoints/step-00000009")
     assert one.keys() == two.keys()
-    for key, tensor in one.items():
-        torch.testing.assert_close(two[key], tensor, rtol=1e-12, atol=1e-13)
+    for key in filter(lambda key: key.startswith("weight/"), one):
+        torch.testing.assert_close(two[key], one[key], rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.dist
