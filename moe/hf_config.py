@@ -14,7 +14,6 @@ from .families.family import Family
 from .families.native import NATIVE
 from .families.table import FAMILIES, family_for, why_native
 
-
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 NOT_KEPT = ("auto_map", "quantization_config", "torch_dtype")
 """Keys of a folder that do not hold for what is written from it: its own code, its own types."""

@@ -18,7 +18,7 @@ def read_dense(folder: ModelFolder, decoder: Decoder, dtype: torch.dtype) -> Non
     Routers keep the type the decoder has them in.
     """
     for name, meta in [*decoder.named_parameters(), *decoder.named_buffers()]:
-        if not meta.is_meta:
+        if not meta.is_meta and isinstance(meta, nn.Parameter):
             continue  # experts, read already
         keeps_type = not meta.is_floating_point() or is_router(name)
         target = torch.empty(meta.shape, dtype=meta.dtype if keeps_type else dtype)

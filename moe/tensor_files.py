@@ -75,7 +75,7 @@ class TensorFiles:
         if not (self.folder / INDEX).exists():
             if not (self.folder / WEIGHTS).exists():
                 raise ModelFileError(
-                    f"{self.folder} has no {WEIGHTS} and no {INDEX}; {self._way()}."
+                    f"{self.folder} has no {WEIGHTS} and no {INDEX}; {self._remedy()}."
                 )
             return {}
         weight_map = read_json(self.folder / INDEX).get("weight_map")

@@ -121,7 +121,7 @@ def make(case: str, **options) -> nn.Module:
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     for parameter in model.parameters():
         if parameter.ndim == 1 or parameter.shape[-1] == 1:
-            nn.init.normal_(parameter, float(parameter.mean()), 0.2)
+            nn.init.normal_(parameter, float(parameter.detach().mean()), 0.2)
     for buffer_name, buffer in model.named_buffers():
         if buffer_name.endswith("e_score_correction_bias"):
             buffer.normal_(std=0.3)

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from hf_families import CASES, make, save
 from transformers import AutoModelForCausalLM
 
 import moeyard
 from moeyard.moe.batch import batch_of
 from moeyard.moe.convert import convert
 from moeyard.moe.model_folder import ModelFolder
+
+from hf_families import CASES, make, save
 
 TOLERANCE = 1e-4
 

@@ -1,0 +1,5 @@
+GROUP_SIZE = 32
+
+
+def dequantize(*a):
+    raise NotImplementedError
