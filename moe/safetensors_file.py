@@ -68,13 +68,21 @@ class SafetensorsFile:
         Raises :class:`ModelFileError` when shapes differ and ``OSError`` when bytes are missing.
         """
         self.check_shape(name, tuple(out.shape))
+        self._read(self.entries[name], out)
+
+    def read_part(self, name: str, index: int, out: Tensor) -> None:
+        """Fill ``out`` with element ``index`` of the first dimension of ``name``; reads no more.
+
+        For experts that are packed into one tensor ``[E, ...]``. Raises what :meth:`read_into`
+        does.
+        """
         entry = self.entries[name]
-        if entry.dtype == out.dtype and out.is_contiguous():
-            self._fill(entry, out)
-        else:
-            raw = torch.empty(entry.shape, dtype=entry.dtype)
-            self._fill(entry, raw)
-            out.copy_(raw)
+        length = entry.shape[0] if entry.shape else 0
+        self.check_shape(name, (length, *out.shape))
+        assert 0 <= index < length, f"{name} has no part {index}"
+        num_bytes = entry.num_bytes // length
+        start = entry.start + index * num_bytes
+        self._read(TensorEntry(entry.dtype, entry.shape[1:], start, num_bytes), out)
 
     def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
         """Raise :class:`ModelFileError` when tensor ``name`` has another shape."""
@@ -84,6 +92,14 @@ class SafetensorsFile:
                 f"{self.path.name}: {name} has shape {list(found)}, config.json asks for "
                 f"{list(shape)}; the weights belong to another configuration."
             )
+
+    def _read(self, entry: TensorEntry, out: Tensor) -> None:
+        if entry.dtype == out.dtype and out.is_contiguous():
+            self._fill(entry, out)
+        else:
+            raw = torch.empty(entry.shape, dtype=entry.dtype)
+            self._fill(entry, raw)
+            out.copy_(raw)
 
     def _fill(self, entry: TensorEntry, out: Tensor) -> None:
         view = memoryview(out.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
