@@ -26,21 +26,25 @@ class ModelFolder:
         self.family: Family = find_family(self.values)
         self.files = TensorFiles(path)
 
-    def check(self) -> None:
-        """Raise :class:`ModelFileError` unless all tensors are there and fit the configuration.
+    def check(self, config: ModelConfig | None = None, without: str | None = None) -> None:
+        """Raise :class:`ModelFileError` unless all tensors are there and fit the configuration:
+        the folder's own, or another that is to use its weights.
 
         Reads headers only, and stops at the first tensor that is missing, so that an absurd
-        configuration costs nothing.
+        configuration costs nothing. Tensors whose name ends in ``without`` may be missing.
         """
-        for parameter, tensor in dense_tensors(self.config):
-            self.files.check_shape(self._name(parameter), tuple(tensor.shape))
-        moe = self.config.moe
-        for layer in self.config.moe_layers:
-            assert moe is not None, "only MoE models have MoE layers"
-            for name, shape in self.family.experts.tensors(
-                self.files, moe, self.config.d_model, layer
-            ):
+        config = config or self.config
+        for parameter, tensor in dense_tensors(config):
+            if without is None or not parameter.endswith(without) or parameter in self:
+                self.files.check_shape(self._name(parameter), tuple(tensor.shape))
+        for layer in config.moe_layers:
+            assert config.moe is not None, "only MoE models have MoE layers"
+            experts = self.family.experts
+            for name, shape in experts.tensors(self.files, config.moe, config.d_model, layer):
                 self.files.check_shape(name, shape)
+
+    def __contains__(self, parameter: str) -> bool:
+        return self._name(parameter) in self.files
 
     def entry(self, parameter: str) -> TensorEntry:
         """Return type and shape of a tensor of the decoder outside the experts."""

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError, ModelFileError
-from ..moe.config import ModelConfig
 from ..moe.decoder import Decoder
+from ..moe.generation_config import FILE as GENERATION_FILE
 from ..moe.layer import Experts
 from ..moe.model_folder import ModelFolder
 from ..moe.read_weights import read_experts, read_tensor
@@ -36,25 +36,36 @@ def complete_values(values: dict[str, Any]) -> dict[str, Any]:
     return values | {"model": model, "data": data}
 
 
-def check_start(folder: ModelFolder, model: ModelConfig) -> None:
-    """Raise :class:`ConfigError` where the weights of ``folder`` do not fit the run's model."""
+def read_origin(start_from: str) -> dict[str, Any]:
+    """Return what an export needs of the folder: its two configurations."""
+    folder = ModelFolder(Path(start_from))
+    folder.close()
+    return {"config": folder.values, "generation": folder.read_optional(GENERATION_FILE)}
+
+
+def read_start(start_from: str, decoder: Decoder) -> None:
+    """Fill this rank's part of a decoder: its experts and all else, and nothing twice.
+
+    Raises :class:`ConfigError` where the folder's weights do not fit the run's model.
+    """
+    folder = ModelFolder(Path(start_from))
     try:
-        folder.check(model, without=NEW_IN_TRAINING)
+        folder.check(decoder.config, without=NEW_IN_TRAINING)
+        with torch.no_grad():
+            _read(folder, decoder)
     except ModelFileError as error:
-        raise ConfigError(
-            f"model does not fit the weights of start_from = {str(folder.path)!r}: {error}"
-        ) from None
+        raise ConfigError(f"start_from is {start_from!r}, which does not fit: {error}") from None
+    finally:
+        folder.close()
 
 
-def read_start(folder: ModelFolder, decoder: Decoder) -> None:
-    """Fill this rank's part of a decoder: its experts and all else, and nothing twice."""
-    with torch.no_grad():
-        for index, layer in decoder.moe_layers():
-            assert isinstance(layer.experts, Experts)
-            read_experts(folder, layer.experts, index)
-        for name, tensor in (*decoder.named_parameters(), *decoder.named_buffers()):
-            if ".mlp.experts." in name or (name.endswith(NEW_IN_TRAINING) and name not in folder):
-                continue
+def _read(folder: ModelFolder, decoder: Decoder) -> None:
+    for index, layer in decoder.moe_layers():
+        assert isinstance(layer.experts, Experts)
+        read_experts(folder, layer.experts, index)
+    for name, tensor in (*decoder.named_parameters(), *decoder.named_buffers()):
+        is_new = name.endswith(NEW_IN_TRAINING) and name not in folder
+        if ".mlp.experts." not in name and not is_new:
             read_tensor(folder, name, tensor.data)
 
 

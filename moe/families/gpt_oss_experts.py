@@ -17,7 +17,7 @@ from ...errors import ModelFileError
 from ..config import MoEConfig
 from ..expert_layouts import ExpertViews, GetPart, Shapes
 from ..model_writer import TensorPlan
-from ..mxfp4 import GROUP_SIZE, dequantize
+from ..mxfp4 import GROUP_BYTES, GROUP_SIZE, decode
 from ..tensor_files import TensorFiles
 
 
@@ -39,7 +39,7 @@ class GptOssExperts:
                     f"{width} inputs that config.json asks for; copy the folder again."
                 )
             groups = width // GROUP_SIZE
-            yield f"{name}_blocks", (num_experts, rows, groups, GROUP_SIZE // 2)
+            yield f"{name}_blocks", (num_experts, rows, groups, GROUP_BYTES)
             yield f"{name}_scales", (num_experts, rows, groups)
 
     def reads(
@@ -113,8 +113,8 @@ def _read_matrix(files: TensorFiles, name: str, expert: int, out_QP: Tensor) -> 
         out_QP.copy_(transposed_PQ.T)
         return
     groups = width // GROUP_SIZE
-    blocks = torch.empty(rows, groups, GROUP_SIZE // 2, dtype=torch.uint8)
+    blocks = torch.empty(rows, groups, GROUP_BYTES, dtype=torch.uint8)
     scales = torch.empty(rows, groups, dtype=torch.uint8)
     files.read_part(f"{name}_blocks", expert, blocks)
     files.read_part(f"{name}_scales", expert, scales)
-    out_QP.copy_(dequantize(blocks, scales, out_QP.dtype))
+    decode(blocks, scales, out_QP)

@@ -194,7 +194,7 @@ DAMAGES = {
     "no_weights": (lambda f: (f / "model.safetensors").unlink(), "has no model.safetensors"),
     "pickle_only": (
         lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
-        "convert them to safetensors",
+        "convert them with",
     ),
     "cut_short": (truncate, "is cut short"),
     "header_cut": (
