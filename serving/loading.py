@@ -10,9 +10,9 @@ from ..moe.decoder import Decoder
 from ..moe.expert_slots import empty_experts, expert_bytes
 from ..moe.generation_config import read_generation_config
 from ..moe.language_model import LanguageModel
-from ..moe.layer import AnyExperts, Experts
+from ..moe.layer import Experts
 from ..moe.model_folder import ModelFolder
-from ..moe.read_weights import read_dense, read_experts
+from ..moe.read_weights import Read, dense_reads, expert_reads, run_reads
 from .budget import parse_budget
 from .offload import OffloadedExperts
 from .store import ExpertStore
@@ -62,9 +62,14 @@ def _open(
     store = None
     if expert_memory is not None:
         store = open_store(files, chosen, expert_memory)
+    reads: list[Read] = []
     for index, layer in decoder.moe_layers():
-        layer.experts = _experts(files, index, chosen, store)
-    read_dense(files, decoder, chosen)
+        if store is not None:
+            layer.experts = OffloadedExperts(store, index, layer.gate.num_experts)
+        else:
+            layer.experts = _experts(files, chosen)
+            reads += expert_reads(files, layer.experts, index)
+    run_reads(files, [*dense_reads(files, decoder, chosen), *reads])
     model = LanguageModel(decoder, read_generation_config(files))
     if store is None:
         files.close()
@@ -89,17 +94,13 @@ def pick_dtype(files: ModelFolder, name: str | None) -> torch.dtype:
     return DTYPES[name]
 
 
-def _experts(
-    files: ModelFolder, layer: int, dtype: torch.dtype, store: ExpertStore | None
-) -> AnyExperts:
+def _experts(files: ModelFolder, dtype: torch.dtype) -> Experts:
+    """Return experts with memory of their own and nothing in it yet."""
     config, moe = files.config, files.config.moe
     assert moe is not None, "only MoE layers come here"
-    if store is not None:
-        return OffloadedExperts(store, layer, moe.num_experts)
     with torch.device("meta"):
         experts = Experts(config.d_model, moe.d_expert, moe.num_experts, activation=moe.activation)
     weights = empty_experts(config, moe.num_experts, dtype)
     experts.fc1 = nn.Parameter(weights.fc1_SHD, requires_grad=False)
     experts.fc2 = nn.Parameter(weights.fc2_SDF, requires_grad=False)
-    read_experts(files, experts, layer)
     return experts

@@ -1,5 +1,7 @@
 """Start a run from a Hugging Face folder: its model, its tokenizer, its weights."""
 
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from ..moe.decoder import Decoder
 from ..moe.generation_config import FILE as GENERATION_FILE
 from ..moe.layer import Experts
 from ..moe.model_folder import ModelFolder
-from ..moe.read_weights import read_experts, read_tensor
+from ..moe.read_weights import Read, expert_reads, read_tensor, run_reads
 
 NEW_IN_TRAINING = "gate.e_score_correction_bias"
 """The one tensor that a run may have and its folder not: a balancing bias begins at 0."""
@@ -52,21 +54,21 @@ def read_start(start_from: str, decoder: Decoder) -> None:
     try:
         folder.check(decoder.config, without=NEW_IN_TRAINING)
         with torch.no_grad():
-            _read(folder, decoder)
+            run_reads(folder, _reads(folder, decoder))
     except ModelFileError as error:
         raise ConfigError(f"start_from is {start_from!r}, which does not fit: {error}") from None
     finally:
         folder.close()
 
 
-def _read(folder: ModelFolder, decoder: Decoder) -> None:
+def _reads(folder: ModelFolder, decoder: Decoder) -> Iterator[Read]:
     for index, layer in decoder.moe_layers():
         assert isinstance(layer.experts, Experts)
-        read_experts(folder, layer.experts, index)
+        yield from expert_reads(folder, layer.experts, index)
     for name, tensor in (*decoder.named_parameters(), *decoder.named_buffers()):
         is_new = name.endswith(NEW_IN_TRAINING) and name not in folder
         if ".mlp.experts." not in name and not is_new:
-            read_tensor(folder, name, tensor.data)
+            yield tensor.nbytes, partial(read_tensor, folder, name, tensor.data)
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
