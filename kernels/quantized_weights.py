@@ -7,7 +7,7 @@ S slots, Q outputs and P inputs of a matrix, G = P / group size, D model width, 
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -104,6 +104,15 @@ class QuantizedMatrices:
         return QuantizedMatrices(self.values.to(device), self.scales_SQG.to(device))
 
 
+class SlotView(NamedTuple):
+    """One matrix of a slot, to write into."""
+
+    values: Tensor
+    """int8 ``[Q, P]`` or uint8 ``[Q, P / 2]``."""
+    scales_QG: Tensor
+    """bf16."""
+
+
 @dataclass(frozen=True, slots=True)
 class QuantizedExpertWeights(SlotTable):
     """Gated expert weights in 8 or 4 bits, addressed as :class:`ExpertWeights` are."""
@@ -141,6 +150,16 @@ class QuantizedExpertWeights(SlotTable):
     def matrices(self, slot: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return fc1 ``[2F, D]`` and fc2 ``[D, F]`` of a slot in ``dtype``."""
         return self.fc1.dequantize(slot, dtype), self.fc2.dequantize(slot, dtype)
+
+    def slot_views(self, slot: int) -> dict[str, SlotView]:
+        """Return the writable parts of a slot: gate and up, F rows each, and down, D rows."""
+        values, scales = self.fc1.values[slot], self.fc1.scales_SQG[slot]
+        gate, up = map(SlotView, values.chunk(2), scales.chunk(2))
+        return {
+            "gate": gate,
+            "up": up,
+            "down": SlotView(self.fc2.values[slot], self.fc2.scales_SQG[slot]),
+        }
 
     def to(self, device: torch.device | str) -> "QuantizedExpertWeights":
         """Return the weights on a device."""

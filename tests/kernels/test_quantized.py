@@ -95,6 +95,26 @@ def test_a_slot_table_addresses_quantized_experts():
     torch.testing.assert_close(expert_mlp(x, ids, weights, found), expected, rtol=1e-3, atol=1e-3)
 
 
+@FORMATS
+def test_a_slot_is_written_through_its_views(bits, group_size):
+    _, _, _, experts = problem(1, 1, 3, 192, 64)
+    expected, found = (quantize_experts(experts, bits, group_size) for _ in range(2))
+    for matrices in (found.fc1, found.fc2):
+        matrices.values[1] = 0
+        matrices.scales_SQG[1] = 0
+    fc1, fc2 = expected.fc1.values[1], expected.fc2.values[1]
+    rows = {"gate": fc1[:64], "up": fc1[64:], "down": fc2}
+    fc1, fc2 = expected.fc1.scales_SQG[1], expected.fc2.scales_SQG[1]
+    scales = {"gate": fc1[:64], "up": fc1[64:], "down": fc2}
+    for part, view in found.slot_views(1).items():
+        view.values.copy_(rows[part])
+        view.scales_QG.copy_(scales[part])
+        assert view.values.is_contiguous() and view.scales_QG.is_contiguous()
+    for mine, theirs in ((found.fc1, expected.fc1), (found.fc2, expected.fc2)):
+        assert torch.equal(mine.values, theirs.values)
+        assert torch.equal(mine.scales_SQG, theirs.scales_SQG)
+
+
 def test_says_what_is_wrong_before_anything_runs():
     weight = random(2, 8, 96)
     with pytest.raises(ValueError, match="group_size is 64; for matrices of 96 inputs"):
