@@ -106,6 +106,11 @@ def slot_view(matrices: QuantizedMatrices, slot: int) -> SlotView:
     return SlotView(matrices.values[slot], matrices.scales_SQG[slot])
 
 
+def packed_name(name: str) -> str:
+    """Return the name of the tensor that holds a matrix's values."""
+    return f"{name}_packed"
+
+
 def _names(name: str) -> tuple[str, str, str]:
     assert name.endswith("weight"), f"{name} is not the weight of a module"
-    return f"{name}_packed", f"{name}_scale", f"{name}_shape"
+    return packed_name(name), f"{name}_scale", f"{name}_shape"

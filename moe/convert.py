@@ -1,21 +1,26 @@
 """From one model folder to another: other types, quantized experts, files made whole again."""
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from ..kernels.quantized_weights import Bits
 from .families.table import FAMILIES
 from .generation_config import FILE as GENERATION_FILE
 from .hf_config import to_hf
 from .model_folder import ModelFolder
-from .model_writer import write_model_folder
+from .model_writer import TensorPlan, write_model_folder
+from .quantized_config import quantization_config
 from .router_config import TopK
+from .write_packed import choose_format
 from .write_weights import FolderWeights, plan_weights
 
-Dtype = Literal["fp32", "bf16"]
+Dtype = Literal["fp32", "bf16", "int8", "int4"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+BITS: dict[str | None, Bits] = {"int8": 8, "int4": 4}
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -35,17 +40,27 @@ TOKENIZER_FILES = (
 def convert(source: Path, target: Path, dtype: Dtype | None = None) -> str:
     """Write the model of folder ``source`` to ``target`` and return its ``model_type`` there.
 
-    ``dtype`` is the type of the weights; None keeps it. Tokenizer, chat template and generation
-    config come along. One tensor, or one expert, is in memory at a time.
+    ``dtype`` is the type of the weights; None widens what is in few bits and keeps the others.
+    ``int8`` and ``int4`` are for the routed experts and leave all else as it is. Tokenizer, chat
+    template and generation config come along. One tensor, or one expert, is in memory at a time.
     """
     folder = ModelFolder(source)
     try:
         folder.check()
-        chosen = stored_dtype(folder) if dtype is None else DTYPES[dtype]
-        values = to_hf(folder.config, str(chosen).removeprefix("torch."), source=folder.values)
-        family = FAMILIES[values["model_type"]]
-        weights = FolderWeights(folder, chosen)
-        plans = plan_weights(folder.config, family, weights, chosen, router_dtype(folder, chosen))
+        config, packed = folder.config, None
+        if dtype in BITS:
+            packed = choose_format(config, BITS[dtype])
+        plain = folder.dtype if dtype is None or packed is not None else DTYPES[dtype]
+        values = to_hf(
+            config,
+            str(plain).removeprefix("torch."),
+            source=folder.values,
+            has_separate_experts=packed is not None,
+        )
+        weights, family = FolderWeights(folder, plain), FAMILIES[values["model_type"]]
+        plans = plan_weights(config, family, weights, plain, _router_dtype(folder, plain), packed)
+        if packed is not None:
+            values["quantization_config"] = quantization_config(packed, _plain_matrices(plans))
         generation = folder.read_optional(GENERATION_FILE)
         write_model_folder(
             target, values, plans, lambda unfinished: copy_tokenizer(source, unfinished), generation
@@ -62,15 +77,15 @@ def copy_tokenizer(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def stored_dtype(folder: ModelFolder) -> torch.dtype:
-    """Return the type of a folder's floating weights: its embeddings'."""
-    return folder.entry("embed_tokens.weight").dtype
-
-
-def router_dtype(folder: ModelFolder, chosen: torch.dtype) -> torch.dtype:
-    """Return the type to write routers in: theirs if it is wider, for it decides who is chosen."""
+def _router_dtype(folder: ModelFolder, plain: torch.dtype) -> torch.dtype:
+    """Return the type to write routers in: theirs if it is wider, for they decide who is chosen."""
     for layer in folder.config.moe_layers:
-        name = f"layers.{layer}.mlp.gate.weight"
         if isinstance(folder.config.router(layer), TopK):
-            return torch.promote_types(folder.entry(name).dtype, chosen)
-    return chosen
+            stored, _ = folder.stored(f"layers.{layer}.mlp.gate.weight")
+            return torch.promote_types(stored, plain)
+    return plain
+
+
+def _plain_matrices(plans: Iterable[TensorPlan]) -> list[str]:
+    """Return the matrices that are written as they are."""
+    return [p.name for p in plans if p.name.endswith(".weight") and len(p.shape) == 2]

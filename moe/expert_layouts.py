@@ -3,20 +3,23 @@
 E experts, D model width, F expert width.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from ..kernels.quantized_weights import SlotView
+from .compressed_tensors import read_matrix
 from .config import MoEConfig
 from .model_writer import TensorPlan
 from .tensor_files import TensorFiles
 
-ExpertViews = dict[str, Tensor]
+ExpertViews = Mapping[str, Tensor | SlotView]
 """An expert's writable ``gate``, ``up`` ``[F, D]`` and ``down`` ``[D, F]`` matrices, and with
-biases ``gate_bias``, ``up_bias`` ``[F]`` and ``down_bias`` ``[D]``."""
+biases ``gate_bias``, ``up_bias`` ``[F]`` and ``down_bias`` ``[D]``. A matrix in few bits is a
+:class:`SlotView`, which only a folder in as many bits can fill."""
 
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
 GetPart = Callable[[int, str], Tensor]
@@ -58,7 +61,7 @@ class ExpertLayout(Protocol):
 class SeparateExperts:
     """A tensor for each matrix of each expert, ``<prefix>.3.gate_proj.weight``.
 
-    Also reads the packed layout that transformers 5 has in memory: all experts in one
+    Also reads the fused layout that transformers 5 has in memory: all experts in one
     ``gate_up_proj`` ``[E, 2F, D]`` (gate rows first) and one ``down_proj`` ``[E, D, F]``.
     """
 
@@ -74,31 +77,36 @@ class SeparateExperts:
 
     def tensors(self, files: TensorFiles, moe: MoEConfig, d_model: int, layer: int) -> Shapes:
         """Yield name and shape of every tensor that the experts of ``layer`` need."""
-        if self._is_packed(files, layer):
+        if self._is_fused(files, layer):
             num_experts, d_expert = moe.num_experts, moe.d_expert
-            yield _packed_name(layer, "gate_up"), (num_experts, 2 * d_expert, d_model)
-            yield _packed_name(layer, "down"), (num_experts, d_model, d_expert)
+            yield _fused_name(layer, "gate_up"), (num_experts, 2 * d_expert, d_model)
+            yield _fused_name(layer, "down"), (num_experts, d_model, d_expert)
             return
         shapes = part_shapes(moe, d_model)
         for expert in range(moe.num_experts):
             for part, shape in shapes.items():
-                yield self.name(layer, expert, part), shape
+                name = self.name(layer, expert, part)
+                if files.packed is None or len(shape) == 1:
+                    yield name, shape
+                    continue
+                for stored, (_, stored_shape) in files.packed.stored(name, *shape).items():
+                    yield stored, stored_shape
 
     def reads(
         self, files: TensorFiles, layer: int, expert: int, views: ExpertViews
     ) -> list[Callable[[], None]]:
         """Return calls that fill ``views``, each a part of the work."""
-        if self._is_packed(files, layer):
+        if self._is_fused(files, layer):
             calls: list[Callable[[], None]] = []
             if "gate" in views:
-                name = _packed_name(layer, "gate_up")
+                name = _fused_name(layer, "gate_up")
                 calls.append(partial(_read_gate_up, files, name, expert, views))
             if "down" in views:
-                name = _packed_name(layer, "down")
+                name = _fused_name(layer, "down")
                 calls.append(partial(files.read_part, name, expert, views["down"]))
             return calls
         return [
-            partial(files.read_into, self.name(layer, expert, part), view)
+            partial(_read, files, self.name(layer, expert, part), view)
             for part, view in views.items()
         ]
 
@@ -118,11 +126,18 @@ class SeparateExperts:
         leaf = bias or "weight"
         return f"model.layers.{layer}.{self._prefix}.{expert}.{self._names[matrix]}.{leaf}"
 
-    def _is_packed(self, files: TensorFiles, layer: int) -> bool:
-        return _packed_name(layer, "gate_up") in files
+    def _is_fused(self, files: TensorFiles, layer: int) -> bool:
+        return _fused_name(layer, "gate_up") in files
 
 
-def _packed_name(layer: int, part: str) -> str:
+def _read(files: TensorFiles, name: str, view: Tensor | SlotView) -> None:
+    if isinstance(view, SlotView):
+        read_matrix(files.read_into, name, view)
+    else:
+        files.read_matrix(name, view)
+
+
+def _fused_name(layer: int, part: str) -> str:
     return f"model.layers.{layer}.mlp.experts.{part}_proj"
 
 

@@ -24,14 +24,16 @@ def to_hf(
     dtype: str,
     token_ids: dict[str, Any] | None = None,
     source: dict[str, Any] | None = None,
+    has_separate_experts: bool = False,
 ) -> dict[str, Any]:
     """Return the contents of ``config.json``.
 
     ``token_ids`` are its ``eos_token_id`` and the like. ``source`` is the ``config.json`` that the
     model came from: its family is kept if it can say the model, and so are keys we know nothing of.
+    ``has_separate_experts`` leaves out families that keep many experts in one tensor.
     """
     source = source or {}
-    family = family_for(config, source.get("model_type"))
+    family = family_for(config, source.get("model_type"), has_separate_experts)
     values = {"dtype": dtype} | family.config_values(config) | (token_ids or {})
     if family is NATIVE:
         values["why_moeyard"] = why_native(config)

@@ -4,14 +4,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import ModelFileError
+from .compressed_tensors import PackedFormat, packed_name
 from .config import ModelConfig
 from .expert_layouts import ExpertViews
 from .families.family import Family, full_name
 from .hf_config import find_family, from_hf
-from .safetensors_file import TensorEntry
+from .quantized_config import read_quantization_config
 from .tensor_files import TensorFiles, read_json
 from .tensor_names import dense_tensors
 
@@ -24,7 +26,7 @@ class ModelFolder:
         self.values = read_json(path / "config.json")
         self.config: ModelConfig = from_hf(self.values)
         self.family: Family = find_family(self.values)
-        self.files = TensorFiles(path)
+        self.files = TensorFiles(path, self._packed_format())
 
     def check(self, config: ModelConfig | None = None, without: str | None = None) -> None:
         """Raise :class:`ModelFileError` unless all tensors are there and fit the configuration:
@@ -36,7 +38,7 @@ class ModelFolder:
         config = config or self.config
         for parameter, tensor in dense_tensors(config):
             if without is None or not parameter.endswith(without) or parameter in self:
-                self.files.check_shape(self._name(parameter), tuple(tensor.shape))
+                self.files.check_matrix(self._name(parameter), tuple(tensor.shape))
         for layer in config.moe_layers:
             assert config.moe is not None, "only MoE models have MoE layers"
             experts = self.family.experts
@@ -46,14 +48,27 @@ class ModelFolder:
     def __contains__(self, parameter: str) -> bool:
         return self._name(parameter) in self.files
 
-    def entry(self, parameter: str) -> TensorEntry:
-        """Return type and shape of a tensor of the decoder outside the experts."""
-        return self.files.entry(self._name(parameter))
+    def stored(self, parameter: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        """Return type and shape of a tensor of the decoder outside the experts.
+
+        A matrix in few bits has the type it is meant to be widened to.
+        """
+        name = self._name(parameter)
+        if self.files.packed is None or packed_name(name) not in self.files:
+            entry = self.files.entry(name)
+            return entry.dtype, entry.shape
+        rows, words = self.files.entry(packed_name(name)).shape
+        return self.dtype, (rows, words * 32 // self.files.packed.bits)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of floating weights that are not rounded: the embedding's."""
+        return self.files.entry(self._name("embed_tokens.weight")).dtype
 
     def read_into(self, parameter: str, out: Tensor) -> None:
         """Fill ``out`` with a tensor of the decoder outside the experts."""
         try:
-            self.files.read_into(self._name(parameter), out)
+            self.files.read_matrix(self._name(parameter), out)
         except OSError as error:
             raise ModelFileError(f"{self._name(parameter)} could not be read: {error}.") from None
 
@@ -80,6 +95,13 @@ class ModelFolder:
         """Read another JSON file of the folder; an absent one reads as empty."""
         path = self.path / name
         return read_json(path) if path.exists() else {}
+
+    def _packed_format(self) -> PackedFormat | None:
+        values = self.values.get("quantization_config")
+        method = values.get("quant_method") if isinstance(values, dict) else None
+        if values is None or method == self.family.own_quantization:
+            return None
+        return read_quantization_config(values)
 
     def _name(self, parameter: str) -> str:
         """Return the name a tensor has here: the family's, or else our own, which is also what

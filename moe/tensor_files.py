@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import ModelFileError
+from .compressed_tensors import PackedFormat, packed_name, read_plain
 from .safetensors_file import SafetensorsFile, TensorEntry
 
 WEIGHTS = "model.safetensors"
@@ -18,8 +19,10 @@ INDEX = "model.safetensors.index.json"
 class TensorFiles:
     """All safetensors files of a folder, open; reading is thread-safe."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, packed: PackedFormat | None = None) -> None:
         self.folder = folder
+        self.packed = packed
+        """How matrices that are stored in few bits are rounded; None where there are none."""
         self._files: dict[str, SafetensorsFile] = {}
         self._file_of: dict[str, SafetensorsFile] = {}
         try:
@@ -52,6 +55,21 @@ class TensorFiles:
     def read_into(self, name: str, out: Tensor) -> None:
         """Fill ``out`` with tensor ``name``; ``OSError`` where its bytes cannot be read."""
         self._locate(name).read_into(name, out)
+
+    def check_matrix(self, name: str, shape: tuple[int, ...]) -> None:
+        """Do what :meth:`check_shape` does for a tensor that may be a matrix in few bits."""
+        if self.packed is None or packed_name(name) not in self:
+            self.check_shape(name, shape)
+            return
+        for stored, (_, stored_shape) in self.packed.stored(name, *shape).items():
+            self.check_shape(stored, stored_shape)
+
+    def read_matrix(self, name: str, out: Tensor) -> None:
+        """Do what :meth:`read_into` does, and widen a matrix that is stored in few bits."""
+        if self.packed is None or packed_name(name) not in self:
+            self.read_into(name, out)
+        else:
+            read_plain(self.read_into, name, self.packed, out)
 
     def read_part(self, name: str, index: int, out: Tensor) -> None:
         """Fill ``out`` with element ``index`` of the first dimension of tensor ``name``."""

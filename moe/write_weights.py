@@ -7,12 +7,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .compressed_tensors import PackedFormat
 from .config import ModelConfig
 from .expert_layouts import part_shapes
 from .families.family import Family
 from .model_folder import ModelFolder
 from .model_writer import TensorPlan
 from .tensor_names import dense_tensors, is_router
+from .write_packed import pack
 
 TOGETHER = (("gate", "up"), ("down",), ("gate_bias", "up_bias"), ("down_bias",))
 """Parts of an expert that folders keep side by side, so that they are read at once."""
@@ -43,8 +45,8 @@ class FolderWeights:
 
     def dense(self, parameter: str) -> Tensor:
         """Return a tensor of the decoder outside the experts, in the type it is stored in."""
-        entry = self._folder.entry(parameter)
-        tensor = torch.empty(entry.shape, dtype=entry.dtype)
+        dtype, shape = self._folder.stored(parameter)
+        tensor = torch.empty(shape, dtype=dtype)
         self._folder.read_into(parameter, tensor)
         return tensor
 
@@ -64,10 +66,12 @@ def plan_weights(
     source: WeightSource,
     dtype: torch.dtype,
     router_dtype: torch.dtype,
+    packed: PackedFormat | None = None,
 ) -> list[TensorPlan]:
     """Return every tensor of a folder of ``family``, floating ones in ``dtype``.
 
-    Routers have a type of their own, and integers stay what they are.
+    Routers have a type of their own, and integers stay what they are. ``packed`` is how the
+    matrices of the experts are rounded, None for not at all.
     """
     plans = []
     for parameter, like in dense_tensors(config):
@@ -79,7 +83,9 @@ def plan_weights(
     for layer in config.moe_layers:
         assert moe is not None, "only MoE models have MoE layers"
         get: Callable[[int, str], Tensor] = partial(source.expert_part, layer)
-        plans += family.experts.plans(moe, config.d_model, layer, dtype, get)
+        for plan in family.experts.plans(moe, config.d_model, layer, dtype, get):
+            is_rounded = packed is not None and len(plan.shape) == 2
+            plans += pack(plan, packed) if is_rounded else [plan]
     return plans
 
 

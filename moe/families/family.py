@@ -30,6 +30,8 @@ class Family:
     renames: tuple[tuple[str, str], ...] = ()
     activation: str | None = "silu"
     """The one ``hidden_act`` the family may have; None: it does not say."""
+    own_quantization: str | None = None
+    """The ``quant_method`` of folders whose experts' layout reads it by itself."""
     has_experts: bool = True
     has_latent: bool = False
     is_in_transformers: bool = True

@@ -70,4 +70,5 @@ GPT_OSS = Family(
     write=_write,
     experts=GptOssExperts(),
     renames=((".mlp.gate.", ".mlp.router."),),
+    own_quantization="mxfp4",
 )

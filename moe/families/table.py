@@ -1,6 +1,7 @@
 """All families, and which of them a model is exported as."""
 
 from ..config import ModelConfig
+from ..expert_layouts import SeparateExperts
 from .deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from .dense import LLAMA, QWEN3
 from .family import Family
@@ -21,17 +22,21 @@ FAMILIES = {
 """By ``model_type``."""
 
 
-def family_for(config: ModelConfig, preferred: str | None = None) -> Family:
+def family_for(
+    config: ModelConfig, preferred: str | None = None, has_separate_experts: bool = False
+) -> Family:
     """Return the family to export ``config`` as: one that can say all of it.
 
     ``preferred``, the ``model_type`` a model came from, goes first; then those that transformers
-    opens; our own says everything.
+    opens; our own says everything. ``has_separate_experts`` leaves out those that keep many experts
+    in one tensor.
     """
     candidates = [family for family in FAMILIES.values() if family.is_in_transformers]
     if preferred is not None and preferred != NATIVE.model_type:
         candidates.insert(0, FAMILIES[preferred])
     for family in candidates:
-        if family.why_not(config) is None:
+        is_separate = isinstance(family.experts, SeparateExperts)
+        if family.why_not(config) is None and (is_separate or not has_separate_experts):
             return family
     return NATIVE
 
