@@ -26,6 +26,7 @@ class ChoiceRule:
     scale: float = 1.0
     num_groups: int = 1
     top_groups: int = 1
+    group_best: int = 2
 
 
 class LossSums(NamedTuple):
@@ -120,7 +121,7 @@ def _selection(scores_TE: Tensor, bias_E: Tensor | None, rule: ChoiceRule) -> Te
     if rule.num_groups == 1:
         return scores_TE
     scores_TGe = scores_TE.unflatten(-1, (rule.num_groups, -1))
-    best = min(GROUP_BEST, scores_TGe.shape[-1])
+    best = min(rule.group_best, scores_TGe.shape[-1])
     group_scores_TG = scores_TGe.topk(best, dim=-1).values.sum(dim=-1)
     kept_TG = torch.zeros_like(group_scores_TG, dtype=torch.bool)
     kept_TG.scatter_(-1, group_scores_TG.topk(rule.top_groups, dim=-1).indices, True)

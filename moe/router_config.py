@@ -40,6 +40,10 @@ class TopK(RouterConfig):
     """Factor on all weights (DeepSeek's ``routed_scaling_factor``)."""
     num_groups: int = Field(default=1, ge=1)
     """Groups of neighbouring experts, each judged by the sum of its two best scores."""
+    group_score: Literal["top2", "max"] = "top2"
+    """By its two best scores' sum (DeepSeek-V3) or its best (DeepSeek-V2)."""
+    logit_bias: bool = False
+    """A learned bias on the logits (gpt-oss)."""
     top_groups: int = Field(default=1, ge=1)
     """Groups a token may choose experts from."""
     bias_update_rate: float | None = Field(default=None, ge=0)

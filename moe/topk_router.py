@@ -34,7 +34,9 @@ class TopKRouter(Router):
             scale=config.scale,
             num_groups=config.num_groups,
             top_groups=config.top_groups,
+            group_best=2 if config.group_score == "top2" else 1,
         )
+        self.bias = nn.Parameter(torch.zeros(num_experts)) if config.logit_bias else None
         self.weight = nn.Parameter(torch.empty(num_experts, d_model))
         nn.init.normal_(self.weight, std=d_model**-0.5)
         has_bias = config.bias_update_rate is not None
@@ -76,6 +78,8 @@ class TopKRouter(Router):
 
     def _route_in_cpp(self, x_TD: Tensor) -> Routing | None:
         config = self.config
+        if config.logit_bias or config.group_score == "max":
+            return None
         found = cpp_route(
             x_TD,
             self.weight,
@@ -110,8 +114,10 @@ class TopKRouter(Router):
         if self.config.jitter and self.training:
             x_TD = x_TD * (1 + self.config.jitter * (2 * torch.rand_like(x_TD) - 1))
         if torch.is_grad_enabled() or dtype != torch.float32:
-            return F.linear(x_TD, self.weight.to(dtype))
-        return row_stable_linear(x_TD, self.weight.to(dtype), MIN_ROWS_FP32)
+            logits = F.linear(x_TD, self.weight.to(dtype))
+        else:
+            logits = row_stable_linear(x_TD, self.weight.to(dtype), MIN_ROWS_FP32)
+        return logits if self.bias is None else logits + self.bias.to(dtype)
 
     def _add_sequence_balance(
         self, routing: Routing, logits_TE: Tensor, router_input: RouterInput
