@@ -15,8 +15,7 @@ from torch import Tensor
 from ..kernels.cpu.attention import CacheStep
 from ..kernels.cpu.library import functions_for
 from .batch import Batch
-
-Tables = tuple[Tensor, Tensor]
+from .rope import Tables
 
 
 @dataclass(frozen=True, slots=True)

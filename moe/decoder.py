@@ -1,4 +1,4 @@
-"""A sparse decoder of the Qwen3-MoE architecture on flat, ragged batches.
+"""A sparse decoder on flat, ragged batches.
 
 T tokens, D model width, V vocabulary.
 """
@@ -14,13 +14,17 @@ from torch.utils.checkpoint import checkpoint
 
 from ..kernels.cpu.attention import CppAttention
 from ..kernels.expert_mlp import Backend
-from .attention import Attention, RMSNorm, Rope
+from .attention import Attention
+from .attention_config import AttentionConfig
 from .attention_parts import Part, parts_of
 from .batch import Batch
 from .config import ModelConfig
 from .kv_cache import SequenceCache
+from .latent_attention import LatentAttention
 from .layer import GatedMLP, MoELayer
 from .linear import Linear
+from .norm import RMSNorm
+from .rope import Rope
 from .router import Router
 from .routing import Lookahead, RouterInput, Routing
 
@@ -47,15 +51,19 @@ class DecoderLayer(nn.Module):
         self,
         config: ModelConfig,
         layer: int,
-        expert_ids: Sequence[int] | None,
-        backend: Backend,
-        token_counts: Sequence[int] | None,
-        recompute_experts: bool,
+        expert_ids: Sequence[int] | None = None,
+        backend: Backend = "auto",
+        token_counts: Sequence[int] | None = None,
+        recompute_experts: bool = False,
     ) -> None:
         super().__init__()
         self.layer = layer
         self.input_layernorm = RMSNorm(config.d_model, config.rms_eps)
-        self.self_attn = Attention(config, layer)
+        self.self_attn: Attention | LatentAttention
+        if config.attention.latent is None:
+            self.self_attn = Attention(config, layer)
+        else:
+            self.self_attn = LatentAttention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.d_model, config.rms_eps)
         self.mlp: MoELayer | GatedMLP
         if config.moe is not None and config.is_moe(layer):
@@ -66,6 +74,7 @@ class DecoderLayer(nn.Module):
                 config.router(layer),
                 config.moe.activation,
                 config.moe.d_shared,
+                shared_gate=config.moe.shared_gate,
                 vocab_size=config.vocabulary,
                 token_counts=token_counts,
                 expert_ids=expert_ids,
@@ -76,6 +85,8 @@ class DecoderLayer(nn.Module):
             assert config.d_ff is not None, "the configuration was not validated"
             self.mlp = GatedMLP(config.d_model, config.d_ff)
         self._cpp_attention: CppAttention | None = None
+        only_qwen3 = config.attention == AttentionConfig() and config.rope_scaling is None
+        self._takes_cpp = only_qwen3
 
     def forward(
         self,
@@ -117,7 +128,7 @@ class DecoderLayer(nn.Module):
         return x_out_TD, normed_TD
 
     def _attend_part(self, x_ND: Tensor, part: Part) -> tuple[Tensor, Tensor]:
-        if part.step is not None:
+        if part.step is not None and self._takes_cpp:
             found = self._cpp().run(x_ND, part.rope, self.layer, part.step)
             if found is not None:
                 return found
@@ -177,7 +188,7 @@ class Decoder(nn.Module):
         self.lm_head = Linear(config.d_model, config.vocabulary)
         if config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        self._rope = Rope(config.head_width, config.rope_theta)
+        self._rope = Rope.of(config)
         self._following = {
             earlier: (index, layer)
             for (earlier, _), (index, layer) in itertools.pairwise(self.moe_layers())

@@ -1,6 +1,6 @@
 """Keys and values of past tokens, one cache per sequence.
 
-L positions, G key/value heads, H head width.
+L positions, G key/value heads, H head width, V value width.
 """
 
 from array import array
@@ -12,10 +12,13 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class KVCacheSpec:
-    """What one layer keeps per position. Other kinds (latent, windowed) are further specs."""
+    """What one layer keeps per position."""
 
     num_kv_heads: int
     head_dim: int
+    """Width of a key; of latent attention, of the row that is key and value in one."""
+    v_dim: int
+    """Width of a value; 0 where it is a part of the key."""
     dtype: torch.dtype
 
 
@@ -33,15 +36,15 @@ class SequenceCache:
         self.addresses = array("q")
         """Where that memory is: keys, then values, of each layer."""
         self._keys_GLH: list[Tensor] = []
-        self._values_GLH: list[Tensor] = []
+        self._values_GLV: list[Tensor] = []
 
-    def extend(self, layer: int, keys_GLH: Tensor, values_GLH: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new positions of ``layer`` and return all its keys and values, ``[G, L, H]``."""
+    def extend(self, layer: int, keys_GLH: Tensor, values_GLV: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new positions of ``layer``; return all its keys, ``[G, L, H]``, and values."""
         end = self.length + keys_GLH.shape[1]
         self.reserve(keys_GLH.shape[1])
         self._keys_GLH[layer][:, self.length : end] = keys_GLH
-        self._values_GLH[layer][:, self.length : end] = values_GLH
-        return self._keys_GLH[layer][:, :end], self._values_GLH[layer][:, :end]
+        self._values_GLV[layer][:, self.length : end] = values_GLV
+        return self._keys_GLH[layer][:, :end], self._values_GLV[layer][:, :end]
 
     def reserve(self, count: int) -> None:
         """Make room for ``count`` positions more."""
@@ -52,19 +55,22 @@ class SequenceCache:
         if needed > self._max_length:  # no assertion: others write without looking
             raise IndexError(f"{needed} positions in a cache for {self._max_length}")
         self.capacity = min(self._max_length, max(64, needed, 2 * self.capacity))
-        for buffers in (self._keys_GLH, self._values_GLH):
+        key_widths = [spec.head_dim for spec in self._specs]
+        value_widths = [spec.v_dim for spec in self._specs]
+        for buffers, widths in (
+            (self._keys_GLH, key_widths),
+            (self._values_GLV, value_widths),
+        ):
             old = list(buffers)
             buffers.clear()
-            for layer, spec in enumerate(self._specs):
+            for layer, (spec, width) in enumerate(zip(self._specs, widths, strict=True)):
                 new = torch.empty(
-                    spec.num_kv_heads,
-                    self.capacity,
-                    spec.head_dim,
+                    *(spec.num_kv_heads, self.capacity, width),
                     dtype=spec.dtype,
                     device=self._device,
                 )
                 if old:
                     new[:, : self.length] = old[layer][:, : self.length]
                 buffers.append(new)
-        pairs = zip(self._keys_GLH, self._values_GLH, strict=True)
+        pairs = zip(self._keys_GLH, self._values_GLV, strict=True)
         self.addresses = array("q", (buffer.data_ptr() for pair in pairs for buffer in pair))

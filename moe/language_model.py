@@ -3,7 +3,7 @@
 B rows, T tokens per row, V vocabulary.
 """
 
-from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,38 +11,55 @@ from torch import Tensor
 from ..errors import ConfigError
 from .batch import batch_of, batch_of_rows
 from .decoder import Decoder
-from .sampling import SamplingParams, sample
+from .generation_config import GenerationConfig
+from .sampling import sample
 
 
 class LanguageModel:
     """A loaded model for inference."""
 
-    def __init__(self, decoder: Decoder, eos_ids: Iterable[int] = ()) -> None:
+    def __init__(self, decoder: Decoder, generation: GenerationConfig) -> None:
         self.decoder = decoder.eval()
         self.config = decoder.config
-        self.eos_ids = frozenset(eos_ids)
+        self.sampling = generation.sampling
+        """How the model's folder wants tokens chosen."""
+        self.eos_ids = generation.eos_ids
 
     @torch.inference_mode()
-    def __call__(self, ids_BT: Tensor) -> Tensor:
-        """Return scores for every position: ``[B, T]`` ids to ``[B, T, V]``."""
+    def __call__(self, ids_BT: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Return scores for every position: ``[B, T]`` ids to ``[B, T, V]``.
+
+        ``attention_mask`` ``[B, T]`` is 0 for padding, on either side: it is not computed, and its
+        scores are 0.
+        """
         self._check(ids_BT, ids_BT.shape[-1])
-        hidden_TD = self.decoder(batch_of_rows(ids_BT)).hidden_TD
-        return self.decoder.logits(hidden_TD).unflatten(0, ids_BT.shape)
+        if attention_mask is None:
+            hidden_TD = self.decoder(batch_of_rows(ids_BT)).hidden_TD
+            return self.decoder.logits(hidden_TD).unflatten(0, ids_BT.shape)
+        is_real_BT = _check_mask(attention_mask, ids_BT)
+        rows = [ids_T[is_real_T] for ids_T, is_real_T in zip(ids_BT, is_real_BT, strict=True)]
+        scores_NV = self.decoder.logits(self.decoder(batch_of(rows)).hidden_TD)
+        scores_BTV = scores_NV.new_zeros(*ids_BT.shape, scores_NV.shape[-1])
+        scores_BTV[is_real_BT] = scores_NV
+        return scores_BTV
 
     @torch.inference_mode()
     def generate(
         self,
         ids_BT: Tensor,
         max_new_tokens: int = 32,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
         seed: int | None = None,
+        attention_mask: Tensor | None = None,
     ) -> Tensor:
         """Continue every row: ``[B, T]`` ids to ``[B, T + new]``.
 
-        Rows that meet an end-of-text id are filled with it. Row b draws from its own generator,
-        seeded with ``seed + b``, so its text does not depend on the other rows.
+        Sampling is as the folder's ``generation_config.json`` says unless it is given here.
+        ``attention_mask`` ``[B, T]`` is 0 for padding, best on the left. Rows that meet an
+        end-of-text id are filled with it. Row b draws from its own generator, seeded with
+        ``seed + b``, so its text does not depend on the other rows.
         """
         self._check(ids_BT, ids_BT.shape[-1] + max_new_tokens)
         num_rows, length = ids_BT.shape
@@ -51,7 +68,8 @@ class LanguageModel:
                 f"max_new_tokens is {max_new_tokens} and seed {seed}; use numbers from 0 upwards, "
                 "the seed below 2^62."
             )
-        params = SamplingParams(temperature, top_p, top_k)
+        given = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+        params = replace(self.sampling, **{k: v for k, v in given.items() if v is not None})
         generators = [torch.Generator() for _ in range(num_rows)]
         for row, generator in enumerate(generators):
             generator.seed() if seed is None else generator.manual_seed(seed + row)
@@ -59,6 +77,9 @@ class LanguageModel:
         ended: list[int | None] = [None] * num_rows
         columns = [ids_BT]
         inputs = list(ids_BT)
+        if attention_mask is not None:
+            is_real_BT = _check_mask(attention_mask, ids_BT)
+            inputs = [ids_T[real_T] for ids_T, real_T in zip(ids_BT, is_real_BT, strict=True)]
         for _ in range(max_new_tokens):
             batch = batch_of(inputs, caches)
             ends = torch.tensor(batch.lengths).cumsum(0) - 1
@@ -90,3 +111,16 @@ class LanguageModel:
                 f"ids range from {lowest} to {highest}; "
                 f"they must be in [0, {self.config.vocabulary})."
             )
+
+
+def _check_mask(attention_mask: Tensor, ids_BT: Tensor) -> Tensor:
+    """Return the mask as bool ``[B, T]``."""
+    if attention_mask.shape != ids_BT.shape:
+        raise ConfigError(
+            f"attention_mask has shape {list(attention_mask.shape)}, ids have "
+            f"{list(ids_BT.shape)}; give one of the same shape."
+        )
+    is_real_BT = attention_mask.bool()
+    if not is_real_BT.any(dim=1).all():
+        raise ConfigError("attention_mask hides all of a row; leave the row out.")
+    return is_real_BT

@@ -150,6 +150,7 @@ class MoELayer(nn.Module):
         activation: Activation = "swiglu",
         d_shared: int = 0,
         *,
+        shared_gate: bool = False,
         vocab_size: int | None = None,
         token_counts: Sequence[int] | None = None,
         expert_ids: Sequence[int] | None = None,
@@ -166,6 +167,7 @@ class MoELayer(nn.Module):
             d_model, d_expert, num_experts, expert_ids, backend, activation, recompute
         )
         self.shared_expert = GatedMLP(d_model, d_shared, activation) if d_shared else None
+        self.shared_expert_gate = Linear(d_model, 1) if shared_gate else None
         self.dispatcher: Dispatcher = LocalDispatcher()
 
     @property
@@ -206,5 +208,8 @@ class MoELayer(nn.Module):
         y_ND = self.experts(x_ND, experts_NK, weights_NK)
         y_TD = self.dispatcher.combine(y_ND, handle)
         if self.shared_expert is not None:
-            y_TD = y_TD + self.shared_expert(x_TD)
+            shared_TD = self.shared_expert(x_TD)
+            if self.shared_expert_gate is not None:
+                shared_TD = self.shared_expert_gate(x_TD).sigmoid() * shared_TD
+            y_TD = y_TD + shared_TD
         return y_TD.view_as(x), routing

@@ -6,11 +6,12 @@ from ..kernels.row_stable import bf16_row_stable_linear
 
 
 class Linear(nn.Linear):
-    """A linear layer without bias whose bf16 results do not depend on the other rows of a batch."""
+    """A linear layer whose bf16 results do not depend on the other rows of a batch."""
 
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+        super().__init__(in_features, out_features, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``x @ weight.T``, ``[T, out_features]``."""
-        return bf16_row_stable_linear(x, self.weight)
+        """Return ``x @ weight.T + bias``, ``[T, out_features]``."""
+        y = bf16_row_stable_linear(x, self.weight)
+        return y if self.bias is None else y + self.bias

@@ -1,7 +1,6 @@
-"""Open a Hugging Face model folder: its configuration and its tensors."""
+"""Open a Hugging Face model folder: its configuration, its family and its tensors."""
 
-import json
-import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,100 +8,81 @@ from torch import Tensor
 
 from ..errors import ModelFileError
 from .config import ModelConfig
-from .hf_config import from_hf
-from .safetensors_file import SafetensorsFile
-from .tensor_names import expected_tensors
-
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+from .expert_layouts import ExpertViews
+from .families.family import Family, full_name
+from .hf_config import find_family, from_hf
+from .safetensors_file import TensorEntry
+from .tensor_files import TensorFiles, read_json
+from .tensor_names import dense_tensors
 
 
 class ModelFolder:
-    """An open model folder: its configuration and its tensors by Hugging Face name."""
+    """An open model folder. Tensors go by the decoder's own names, whatever the family's are."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.values = self._read_json("config.json")
+        self.values = read_json(path / "config.json")
         self.config: ModelConfig = from_hf(self.values)
-        self._files: dict[str, SafetensorsFile] = {}
-        self._file_of: dict[str, SafetensorsFile] = {}
-        try:
-            for name in self._file_names():
-                file = SafetensorsFile(path / name)
-                self._files[name] = file
-                self._file_of.update(dict.fromkeys(file.entries, file))
-            self._check_index()
-        except BaseException:
-            self.close()
-            raise
+        self.family: Family = find_family(self.values)
+        self.files = TensorFiles(path)
 
-    def locate(self, name: str) -> SafetensorsFile:
-        """Return the file that holds tensor ``name``."""
-        if name not in self._file_of:
-            raise ModelFileError(
-                f"{self.path} has no tensor {name!r}, which its config.json asks for; "
-                "copy the folder again."
-            )
-        return self._file_of[name]
-
-    def check(self) -> None:
-        """Raise :class:`ModelFileError` unless all tensors are there and fit the configuration.
+    def check(self, config: ModelConfig | None = None, without: str | None = None) -> None:
+        """Raise :class:`ModelFileError` unless all tensors are there and fit the configuration:
+        the folder's own, or another that is to use its weights.
 
         Reads headers only, and stops at the first tensor that is missing, so that an absurd
-        configuration costs nothing.
+        configuration costs nothing. Tensors whose name ends in ``without`` may be missing.
         """
-        for name, shape in expected_tensors(self.config):
-            self.locate(name).check_shape(name, shape)
+        config = config or self.config
+        for parameter, tensor in dense_tensors(config):
+            if without is None or not parameter.endswith(without) or parameter in self:
+                self.files.check_shape(self._name(parameter), tuple(tensor.shape))
+        for layer in config.moe_layers:
+            assert config.moe is not None, "only MoE models have MoE layers"
+            experts = self.family.experts
+            for name, shape in experts.tensors(self.files, config.moe, config.d_model, layer):
+                self.files.check_shape(name, shape)
 
-    def read_into(self, name: str, out: Tensor) -> None:
-        """Fill ``out`` with tensor ``name``."""
+    def __contains__(self, parameter: str) -> bool:
+        return self._name(parameter) in self.files
+
+    def entry(self, parameter: str) -> TensorEntry:
+        """Return type and shape of a tensor of the decoder outside the experts."""
+        return self.files.entry(self._name(parameter))
+
+    def read_into(self, parameter: str, out: Tensor) -> None:
+        """Fill ``out`` with a tensor of the decoder outside the experts."""
         try:
-            self.locate(name).read_into(name, out)
+            self.files.read_into(self._name(parameter), out)
         except OSError as error:
-            raise ModelFileError(f"{name} could not be read: {error}.") from None
+            raise ModelFileError(f"{self._name(parameter)} could not be read: {error}.") from None
+
+    def expert_reads(self, layer: int, expert: int, views: ExpertViews) -> list[Callable[[], None]]:
+        """Return calls that fill an expert's ``views``; they raise ``OSError`` where reading
+        fails."""
+        return self.family.experts.reads(self.files, layer, expert, views)
+
+    def read_expert(self, layer: int, expert: int, views: ExpertViews) -> None:
+        """Fill an expert's ``views``."""
+        try:
+            for read in self.expert_reads(layer, expert, views):
+                read()
+        except OSError as error:
+            raise ModelFileError(
+                f"expert {expert} of layer {layer} could not be read: {error}."
+            ) from None
 
     def close(self) -> None:
         """Close all files."""
-        for file in self._files.values():
-            file.close()
+        self.files.close()
 
     def read_optional(self, name: str) -> dict[str, Any]:
         """Read another JSON file of the folder; an absent one reads as empty."""
-        return self._read_json(name) if (self.path / name).exists() else {}
+        path = self.path / name
+        return read_json(path) if path.exists() else {}
 
-    def _read_json(self, name: str) -> dict[str, Any]:
-        try:
-            values = json.loads((self.path / name).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ModelFileError(
-                f"{self.path / name} cannot be read ({error.strerror}); "
-                "give a Hugging Face model folder."
-            ) from None
-        except (ValueError, RecursionError):
-            raise ModelFileError(f"{self.path / name} is not JSON; copy it again.") from None
-        if not isinstance(values, dict):
-            raise ModelFileError(f"{self.path / name} is not a JSON object; copy it again.")
-        return values
-
-    def _file_names(self) -> list[str]:
-        if (self.path / INDEX).exists():
-            weight_map = self._read_json(INDEX).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise ModelFileError(f"{INDEX} has no weight_map; copy the folder again.")
-            self._index: dict[str, str] = weight_map
-            for name in weight_map.values():
-                if not isinstance(name, str) or not re.fullmatch(r"[\w.-]*\.safetensors", name):
-                    raise ModelFileError(f"{INDEX} names {name!r}, which is not in the folder.")
-            return sorted(set(self._index.values()))
-        self._index = {}
-        if not (self.path / WEIGHTS).exists():
-            remedy = "copy the folder again"
-            if any(self.path.glob("*.bin")):
-                remedy = "pickled .bin weights are not read, so convert them to safetensors"
-            raise ModelFileError(f"{self.path} has no {WEIGHTS} and no {INDEX}; {remedy}.")
-        return [WEIGHTS]
-
-    def _check_index(self) -> None:
-        for name, file in self._index.items():
-            if name not in self._files[file].entries:
-                raise ModelFileError(f"{INDEX} says {name} is in {file}, but it is not.")
+    def _name(self, parameter: str) -> str:
+        """Return the name a tensor has here: the family's, or else our own, which is also what
+        transformers 5 calls it in memory."""
+        name, own = self.family.tensor_name(parameter), full_name(parameter)
+        return own if name not in self.files and own in self.files else name

@@ -18,8 +18,8 @@ from torch import Tensor
 from ..errors import ModelFileError
 from ..files import sync
 from ..progress import Progress
-from .model_folder import INDEX, WEIGHTS
 from .safetensors_file import DTYPES
+from .tensor_files import INDEX, WEIGHTS
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

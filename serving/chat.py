@@ -27,7 +27,7 @@ async def prepare_chat(
             request_id=uuid.uuid4().hex,
             prompt_ids=prompt_ids,
             max_tokens=body.limit or max(1, engine.max_model_len - len(prompt_ids)),
-            sampling=sampling_of(body),
+            sampling=sampling_of(body, engine.sampling),
             seed=seed_of(body, choice),
             stop=body.stop_strings(),
             num_logprobs=body.num_logprobs,

@@ -16,9 +16,10 @@ from .sequence import GenerationEvent, GenerationRequest
 from .tokenizer import ServingTokenizer
 
 
-def sampling_of(body: GenerationOptions) -> SamplingParams:
-    """Return how a request wants its tokens drawn."""
-    return SamplingParams(body.temperature, body.top_p, body.top_k)
+def sampling_of(body: GenerationOptions, usual: SamplingParams) -> SamplingParams:
+    """Return how a request wants its tokens drawn; what it leaves open is as ``usual``."""
+    given = body.model_dump(include={"temperature", "top_p", "top_k"}, exclude_unset=True)
+    return replace(usual, **given)
 
 
 def seed_of(body: GenerationOptions, choice: int) -> int | None:
@@ -42,7 +43,7 @@ async def prepare_completion(
                 request_id=uuid.uuid4().hex,
                 prompt_ids=prompt_ids,
                 max_tokens=body.max_tokens,
-                sampling=sampling_of(body),
+                sampling=sampling_of(body, engine.sampling),
                 seed=seed_of(body, choice),
                 stop=body.stop_strings(),
                 num_logprobs=body.logprobs,

@@ -12,7 +12,7 @@ import torch
 from ..errors import ConfigError, ExpertReadError, RequestError
 from ..moe.batch import batch_of
 from ..moe.language_model import LanguageModel
-from ..moe.sampling import sample
+from ..moe.sampling import SamplingParams, sample
 from .logprobs import TokenLogprob, score_tokens
 from .metrics import EngineMetrics
 from .sequence import GenerationEvent, GenerationRequest, Sequence
@@ -46,6 +46,11 @@ class Engine:
     def has_work(self) -> bool:
         """True while some request is unfinished."""
         return bool(self._waiting or self._running)
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """How the model's folder wants tokens chosen."""
+        return self._model.sampling
 
     def add(self, request: GenerationRequest) -> None:
         """Queue a request; raises :class:`RequestError` for one that cannot be served."""

@@ -5,15 +5,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..errors import ConfigError, ModelFileError
-from ..kernels.expert_weights import empty_slots
-from ..kernels.memory import prefer_huge_pages
-from ..moe.config import ModelConfig
+from ..errors import ConfigError
 from ..moe.decoder import Decoder
+from ..moe.expert_slots import empty_experts, expert_bytes
+from ..moe.generation_config import read_generation_config
 from ..moe.language_model import LanguageModel
-from ..moe.layer import AnyExperts, Experts, MoELayer
+from ..moe.layer import Experts
 from ..moe.model_folder import ModelFolder
-from ..moe.tensor_names import expert_tensor_name, tensor_name
+from ..moe.read_weights import Read, dense_reads, expert_reads, run_reads
 from .budget import parse_budget
 from .offload import OffloadedExperts
 from .store import ExpertStore
@@ -63,10 +62,15 @@ def _open(
     store = None
     if expert_memory is not None:
         store = open_store(files, chosen, expert_memory)
+    reads: list[Read] = []
     for index, layer in decoder.moe_layers():
-        layer.experts = _experts(files, layer, index, chosen, store)
-    _read_dense(files, decoder, chosen)
-    model = LanguageModel(decoder, end_of_text_ids(files))
+        if store is not None:
+            layer.experts = OffloadedExperts(store, index, layer.gate.num_experts)
+        else:
+            layer.experts = _experts(files, chosen)
+            reads += expert_reads(files, layer.experts, index)
+    run_reads(files, [*dense_reads(files, decoder, chosen), *reads])
+    model = LanguageModel(decoder, read_generation_config(files))
     if store is None:
         files.close()
     return model, store
@@ -74,33 +78,11 @@ def _open(
 
 def open_store(files: ModelFolder, dtype: torch.dtype, expert_memory: str) -> ExpertStore:
     """Open a store with a budget as people write it."""
-    return ExpertStore(files, dtype, parse_budget(expert_memory, expert_bytes(files, dtype)))
-
-
-def expert_bytes(files: ModelFolder, dtype: torch.dtype) -> int:
-    """Return the bytes all experts take in ``dtype``."""
-    config, moe = files.config, files.config.moe
-    if moe is None:
-        return 0
-    num_layers = sum(config.is_moe(layer) for layer in range(config.num_layers))
-    return num_layers * moe.num_experts * 3 * moe.d_expert * config.d_model * dtype.itemsize
-
-
-def end_of_text_ids(files: ModelFolder) -> set[int]:
-    """Return the ids that end a text: those of config.json and of generation_config.json."""
-    found: set[int] = set()
-    for name in ("config.json", "generation_config.json"):
-        value = files.read_optional(name).get("eos_token_id")
-        for token in value if isinstance(value, list) else [value]:
-            if token is None:
-                continue
-            if type(token) is not int or not 0 <= token < files.config.vocabulary:
-                raise ModelFileError(
-                    f"{name} has eos_token_id {token!r}; it must be an id below "
-                    f"{files.config.vocabulary}."
-                )
-            found.add(token)
-    return found
+    config, whole = files.config, 0
+    if config.moe is not None:
+        num_experts = len(config.moe_layers) * config.moe.num_experts
+        whole = num_experts * expert_bytes(config, dtype)
+    return ExpertStore(files, dtype, parse_budget(expert_memory, whole))
 
 
 def pick_dtype(files: ModelFolder, name: str | None) -> torch.dtype:
@@ -112,55 +94,13 @@ def pick_dtype(files: ModelFolder, name: str | None) -> torch.dtype:
     return DTYPES[name]
 
 
-def _experts(
-    files: ModelFolder,
-    layer: MoELayer,
-    index: int,
-    dtype: torch.dtype,
-    store: ExpertStore | None,
-) -> AnyExperts:
+def _experts(files: ModelFolder, dtype: torch.dtype) -> Experts:
+    """Return experts with memory of their own and nothing in it yet."""
     config, moe = files.config, files.config.moe
     assert moe is not None, "only MoE layers come here"
-    if store is not None:
-        return OffloadedExperts(store, index, moe.num_experts)
     with torch.device("meta"):
         experts = Experts(config.d_model, moe.d_expert, moe.num_experts, activation=moe.activation)
-    fc1 = empty_slots(moe.num_experts, 2 * moe.d_expert, config.d_model, dtype)
-    fc2 = empty_slots(moe.num_experts, config.d_model, moe.d_expert, dtype)
-    experts.fc1 = nn.Parameter(fc1, requires_grad=False)
-    experts.fc2 = nn.Parameter(fc2, requires_grad=False)
-    for expert, views in enumerate(experts.slot_views()):
-        for part, view in views.items():
-            files.read_into(expert_tensor_name(index, expert, part), view)
+    weights = empty_experts(config, moe.num_experts, dtype)
+    experts.fc1 = nn.Parameter(weights.fc1_SHD, requires_grad=False)
+    experts.fc2 = nn.Parameter(weights.fc2_SDF, requires_grad=False)
     return experts
-
-
-def _read_dense(files: ModelFolder, decoder: Decoder, dtype: torch.dtype) -> None:
-    """Give every tensor outside the experts memory and its contents."""
-    for name, meta in [*decoder.named_parameters(), *decoder.named_buffers()]:
-        if not meta.is_meta and isinstance(meta, nn.Parameter):
-            continue  # experts, read already
-        keeps_type = not meta.is_floating_point() or ".mlp.gate." in name
-        target = torch.empty(meta.shape, dtype=meta.dtype if keeps_type else dtype)
-        prefer_huge_pages(target)
-        files.read_into(tensor_name(name), target)
-        if name.endswith("gate.table_VK"):
-            _check_table(name, target, files.config)
-        owner_name, _, leaf = name.rpartition(".")
-        owner = decoder.get_submodule(owner_name)
-        if isinstance(meta, nn.Parameter):
-            setattr(owner, leaf, nn.Parameter(target, requires_grad=False))
-        else:
-            owner.register_buffer(leaf, target)
-    if decoder.config.tie_embeddings:
-        decoder.lm_head.weight = decoder.embed_tokens.weight
-
-
-def _check_table(name: str, table_VK: torch.Tensor, config: ModelConfig) -> None:
-    assert config.moe is not None, "only MoE layers have tables"
-    lowest, highest = (int(bound) for bound in table_VK.aminmax())
-    if lowest < 0 or highest >= config.moe.num_experts:
-        raise ModelFileError(
-            f"{name} names experts from {lowest} to {highest}, but there are "
-            f"{config.moe.num_experts}; the weights belong to another configuration."
-        )

@@ -26,7 +26,10 @@ class StreamOptions(BaseModel):
 
 
 class GenerationOptions(BaseModel):
-    """The keys that all endpoints share."""
+    """The keys that all endpoints share.
+
+    How to sample is as the model's folder says where a request does not.
+    """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 

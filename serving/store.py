@@ -11,15 +11,15 @@ wait behind everything compute is waiting for.
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from ..errors import ConfigError, ExpertReadError
-from ..kernels.expert_weights import ExpertWeights, empty_slots
+from ..kernels.expert_weights import ExpertWeights
+from ..moe.expert_slots import empty_experts, expert_bytes
 from ..moe.model_folder import ModelFolder
-from ..moe.tensor_names import expert_tensor_name
 from .read_queue import Key, Read, ReadQueue
 from .traffic import LayerTraffic, StoreStatistics
 
@@ -42,17 +42,15 @@ class ExpertStore:
             raise ConfigError("expert-memory is set, but the model has no experts; leave it out.")
         self._folder = folder
         self._num_experts = moe.num_experts
-        self._activation = moe.activation
-        layers = [layer for layer in range(config.num_layers) if config.is_moe(layer)]
-        self.slot_bytes = 3 * moe.d_expert * config.d_model * dtype.itemsize
+        layers = config.moe_layers
+        self.slot_bytes = expert_bytes(config, dtype)
         if budget_bytes < self.slot_bytes:
             raise ConfigError(
                 f"expert-memory is {budget_bytes} bytes, but one expert takes {self.slot_bytes}; "
                 "give at least that."
             )
         self.num_slots = min(len(layers) * moe.num_experts, budget_bytes // self.slot_bytes)
-        self._fc1_SHD = empty_slots(self.num_slots, 2 * moe.d_expert, config.d_model, dtype)
-        self._fc2_SDF = empty_slots(self.num_slots, config.d_model, moe.d_expert, dtype)
+        self._slots = empty_experts(config, self.num_slots, dtype)
         self._free = deque(range(self.num_slots))
         self._resident: OrderedDict[Key, int] = OrderedDict()
         self._loading: dict[Key, Read] = {}
@@ -157,7 +155,7 @@ class ExpertStore:
 
     def _weights(self, layer: int) -> ExpertWeights:
         slots = tuple(self._resident.get((layer, e), -1) for e in range(self._num_experts))
-        return ExpertWeights(self._fc1_SHD, self._fc2_SDF, slots, self._activation)
+        return replace(self._slots, slot_of_E=slots)
 
     def _read_now(
         self, layer: int, waiting: deque[int], reading: dict[Key, Read], can_wait: bool
@@ -220,25 +218,12 @@ class ExpertStore:
             self.statistics.layers[key[0]].prefetch_wasted += 1
 
     def _submit(self, key: Key, slot: int, is_urgent: bool) -> Read:
-        views = ExpertWeights(self._fc1_SHD, self._fc2_SDF).slot_views(slot)
-        names = {part: expert_tensor_name(*key, part) for part in views}
-        parts: deque[Callable[[], None]] = deque(
-            partial(self._fill, names[part], view) for part, view in views.items()
-        )
+        reads = self._folder.expert_reads(*key, self._slots.slot_views(slot))
+        parts: deque[Callable[[], None]] = deque(partial(_read_patiently, read) for read in reads)
         read = Read(key, slot, is_urgent, parts, is_prefetch=not is_urgent)
         self._loading[key] = read
         self._reads.submit(read)
         return read
-
-    def _fill(self, name: str, view: Tensor) -> None:
-        for attempt in range(1, READ_ATTEMPTS + 1):
-            try:
-                self._folder.locate(name).read_into(name, view)
-                return
-            except OSError:
-                if attempt == READ_ATTEMPTS:
-                    raise
-                time.sleep(RETRY_PAUSE_S * attempt)
 
     def _next_ready(self, layer: int, reading: dict[Key, Read]) -> list[int]:
         """Wait for reads and return the experts that came; with none of ours under way, wait for a
@@ -274,3 +259,15 @@ class ExpertStore:
         else:
             self._free.append(read.slot)
             self._waste(read.key)
+
+
+def _read_patiently(read: Callable[[], None]) -> None:
+    """Try again when a disk or a network file system has a bad moment."""
+    for attempt in range(1, READ_ATTEMPTS + 1):
+        try:
+            read()
+            return
+        except OSError:
+            if attempt == READ_ATTEMPTS:
+                raise
+            time.sleep(RETRY_PAUSE_S * attempt)

@@ -12,7 +12,7 @@ from moeyard.kernels.cpu import library
 library.load()  # built once, and before tests look at what programs print
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE / "serving"), str(HERE / "training")]
+sys.path[:0] = [str(HERE), *(str(HERE / folder) for folder in ("moe", "serving", "training"))]
 
 TEXT = "".join(
     f"def function_{n}(a, b={n % 7}):\n    return [a * {n}, b ** {n % 5}, '{'xyz' * (n % 4)}']\n"

@@ -1,11 +1,12 @@
 """The configuration of a training run: one YAML file, typed here."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..kernels.expert_mlp import Backend
 from ..moe.config import ModelConfig
+from .start_from import complete_values
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -143,6 +144,9 @@ class RunConfig(_Section):
     """Folder of the run; a run that is there is resumed."""
     seed: int = Field(default=0, ge=0)
     """Seed of weights, data order and router noise."""
+    start_from: str | None = None
+    """A Hugging Face folder whose weights training starts from. ``model`` and ``data.tokenizer``
+    are then the folder's, but for what they say themselves."""
     model: ModelConfig
     data: DataConfig = DataConfig()
     train: TrainConfig
@@ -150,6 +154,11 @@ class RunConfig(_Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     parallel: ParallelConfig = ParallelConfig()
     monitor: MonitorConfig = MonitorConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, values: Any) -> Any:
+        return complete_values(values) if isinstance(values, dict) else values
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -1,24 +1,27 @@
 """Turn a run's newest checkpoint into a Hugging Face folder."""
 
-from collections.abc import Callable, Iterator
-from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
 from ..moe.config import ModelConfig
+from ..moe.families.table import FAMILIES
 from ..moe.hf_config import to_hf
-from ..moe.model_writer import TensorPlan, write_model_folder
-from ..moe.tensor_names import expert_tensor_name, tensor_name
+from ..moe.model_writer import write_model_folder
+from ..moe.write_weights import plan_weights
 from ..parallel.mesh import Mesh
 from .checkpoint import Checkpoints, StoredTensors, read_state
-from .data.tokenizer import open_tokenizer
+from .data.tokenizer import Tokenizer, open_tokenizer
 
 
 def export(run_dir: Path, target: Path) -> int:
-    """Write ``target`` from the newest whole checkpoint of ``run_dir`` and return its step."""
+    """Write ``target`` from the newest whole checkpoint of ``run_dir`` and return its step.
+
+    A run that started from a folder is written as that folder's family, if that can say it.
+    """
     if not run_dir.is_dir():
         raise CheckpointError(f"{run_dir} is no folder; give the run_dir of a training run.")
     checkpoint = Checkpoints(run_dir, Mesh(), keep=1).newest_whole()
@@ -34,44 +37,52 @@ def export(run_dir: Path, target: Path) -> int:
         )
     # fp64 runs, made for tests of exactness, export as fp32.
     dtype = torch.bfloat16 if state["precision"] == "bf16" else torch.float32
-    eos = tokenizer.eos_id
+    origin = state.get("origin") or {}
+    values = to_hf(
+        model,
+        str(dtype).removeprefix("torch."),
+        _token_ids(tokenizer, origin),
+        origin.get("config"),
+    )
+    weights = CheckpointWeights(StoredTensors(checkpoint))
+    plans = plan_weights(model, FAMILIES[values["model_type"]], weights, dtype, torch.float32)
+    generation = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
     write_model_folder(
-        target,
-        to_hf(model, str(dtype).removeprefix("torch."), eos),
-        plans_of(StoredTensors(checkpoint), dtype),
-        tokenizer.save,
-        {"eos_token_id": eos, "pad_token_id": eos},
+        target, values, plans, tokenizer.save, origin.get("generation") or generation
     )
     return int(state["step"])
 
 
-def plans_of(stored: StoredTensors, dtype: torch.dtype) -> list[TensorPlan]:
-    """Return the tensors of the exported folder: weights, then buffers, in the order of keys."""
-    keys = sorted(key for key in stored if key.startswith("weight/"))
-    keys += sorted(key for key in stored if key.startswith("buffer/"))
-    read = lru_cache(maxsize=1)(stored.__getitem__)  # fc1 is read once for its gate and its up
-    return [plan for key in keys for plan in _plans_of_one(stored, read, key, dtype)]
+class CheckpointWeights:
+    """The weights of a training checkpoint, tensor by tensor."""
+
+    def __init__(self, stored: StoredTensors) -> None:
+        self._stored = stored
+        self._last: tuple[str, Tensor] | None = None
+
+    def dense(self, parameter: str) -> Tensor:
+        """Return a tensor of the decoder outside the experts."""
+        kind = "weight" if f"weight/{parameter}" in self._stored else "buffer"
+        return self._stored[f"{kind}/{parameter}"]
+
+    def expert_part(self, layer: int, expert: int, part: str) -> Tensor:
+        """Return a part of an expert; fc1 is read once for its gate and its up."""
+        matrix, _, bias = part.partition("_")
+        leaf = "fc2" if matrix == "down" else "fc1"
+        name = f"layers.{layer}.mlp.experts.{expert}.{leaf}{'_bias' if bias else ''}"
+        if self._last is None or self._last[0] != name:
+            self._last = (name, self._stored[f"weight/{name}"])
+        tensor = self._last[1]
+        return tensor if leaf == "fc2" else tensor.chunk(2)[matrix == "up"]
 
 
-def _plans_of_one(
-    stored: StoredTensors, read: Callable[[str], Tensor], key: str, dtype: torch.dtype
-) -> Iterator[TensorPlan]:
-    stored_type, shape = stored.type_and_shape(key)
-    name = key.partition("/")[2]
-    path = name.split(".")
-    is_router = ".mlp.gate." in name
-    if not stored_type.is_floating_point or (is_router and dtype == torch.bfloat16):
-        dtype = stored_type
-
-    if "experts" not in path:
-        yield TensorPlan(tensor_name(name), dtype, shape, lambda: [read(key).to(dtype)])
-        return
-    layer, expert, leaf = int(path[1]), int(path[4]), path[5]
-    parts = ("gate", "up") if leaf == "fc1" else ("down",)
-    shape = (shape[0] // len(parts), *shape[1:])
-    for index, part in enumerate(parts):
-
-        def rows(index: int = index) -> list[Tensor]:
-            return [read(key).chunk(len(parts))[index].to(dtype)]
-
-        yield TensorPlan(expert_tensor_name(layer, expert, part), dtype, shape, rows)
+def _token_ids(tokenizer: Tokenizer, origin: dict[str, Any]) -> dict[str, Any]:
+    """Return the special ids: the folder's a run began from, as long as its tokenizer has them."""
+    known = origin.get("config", {})
+    if known.get("eos_token_id") is not None:
+        return {}
+    return {
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.eos_id,
+        "bos_token_id": None,
+    }

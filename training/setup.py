@@ -23,6 +23,7 @@ from .data.stream import StreamBatches
 from .data.stream_setup import is_stream, prepare_stream, stream_identity
 from .data.tokenizer import Tokenizer, open_tokenizer
 from .precision import apply_precision
+from .start_from import read_start
 from .stop import StopRequest
 
 
@@ -114,7 +115,10 @@ def build_model(
         token_counts=token_counts,
         recompute=config.train.recompute,
     )
-    initialize(decoder, config.seed)
+    if config.start_from is None:
+        initialize(decoder, config.seed)
+    else:
+        read_start(config.start_from, decoder)
     if shards_dense(config, mesh):
         for module in modules_kept_whole(decoder):  # the others when they are sharded
             module.to(device())

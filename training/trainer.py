@@ -20,6 +20,7 @@ from .monitor import open_observers
 from .phases import PhaseAverage
 from .run_folder import dump_config
 from .setup import build_data, build_model, check_batch, fill_vocabulary, seed_rank
+from .start_from import read_origin
 from .starts import note_start
 from .step import StepResult, TrainStep
 from .stop import StopRequest
@@ -41,6 +42,7 @@ class Trainer:
         self._step = TrainStep(config, self.decoder, masters, self._data.train, mesh)
         self._checkpoints = Checkpoints(run_dir, mesh, config.checkpoint.keep)
         self._run_dir = run_dir
+        self._origin = None if config.start_from is None else read_origin(config.start_from)
         self._generator = torch.default_generator
         if torch.cuda.is_available():
             self._generator = torch.cuda.default_generators[torch.cuda.current_device()]
@@ -167,6 +169,7 @@ class Trainer:
             "precision": self._config.train.precision,
             "tokenizer": self._config.data.tokenizer,
             "tokenizer_sha256": self._data.tokenizer.sha256,
+            "origin": self._origin,
         }
         self._checkpoints.save(done, self._tensors(), state)
         self._data.train.forget_before(self._checkpoints.oldest_step())

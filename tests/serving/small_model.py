@@ -6,12 +6,13 @@ import torch
 
 from moeyard.moe.config import ModelConfig, MoEConfig
 from moeyard.moe.decoder import Decoder
+from moeyard.moe.families.table import FAMILIES
 from moeyard.moe.hf_config import to_hf
 from moeyard.moe.initialize import initialize
 from moeyard.moe.model_folder import ModelFolder
-from moeyard.moe.model_writer import TensorPlan, write_model_folder
+from moeyard.moe.model_writer import write_model_folder
 from moeyard.moe.router_config import Hash, TopK
-from moeyard.moe.tensor_names import expert_tensor_name, tensor_name
+from moeyard.moe.write_weights import plan_weights
 from moeyard.serving.store import ExpertStore
 from moeyard.training.data.tokenizer import ByteTokenizer
 
@@ -42,26 +43,33 @@ def write_random_model(folder: Path, config: ModelConfig = CONFIG) -> None:
     """Write the folder; scaled embeddings and head make its scores sharp."""
     model = Decoder(config)
     initialize(model, 5)
-    tensors = {tensor_name(name): buffer for name, buffer in model.named_buffers()}
     for name, parameter in model.named_parameters():
-        parts = name.split(".")
-        if "experts" not in parts:
-            scale = 20 if "lm_head" in name or "embed" in name else 1
-            tensors[tensor_name(name)] = parameter.data * scale
-            continue
-        for expert, matrix in enumerate(parameter.data):
-            halves = matrix.chunk(2) if parts[-1] == "fc1" else (matrix,)
-            names = ("gate", "up") if parts[-1] == "fc1" else ("down",)
-            for part, half in zip(names, halves, strict=True):
-                tensors[expert_tensor_name(int(parts[1]), expert, part)] = half
-    values = to_hf(config, "float32", 256)
-    plans = [plan_of(name, tensor) for name, tensor in tensors.items()]
-    write_model_folder(folder, values, plans, ByteTokenizer().save, {"eos_token_id": 256})
+        if "lm_head" in name or "embed" in name:
+            parameter.data *= 20
+    write_decoder(folder, model, eos_id=256)
 
 
-def plan_of(name: str, tensor: torch.Tensor) -> TensorPlan:
-    """Plan a tensor that is in memory."""
-    return TensorPlan(name, tensor.dtype, tuple(tensor.shape), lambda: [tensor])
+def write_decoder(folder: Path, model: Decoder, eos_id: int) -> None:
+    """Write a decoder that is in memory, with a byte tokenizer."""
+    ids = {"eos_token_id": eos_id}
+    values = to_hf(model.config, "float32", ids)
+    family, weights = FAMILIES[values["model_type"]], DecoderWeights(model)
+    plans = plan_weights(model.config, family, weights, torch.float32, torch.float32)
+    write_model_folder(folder, values, plans, ByteTokenizer().save, ids)
+
+
+class DecoderWeights:
+    """The weights of a decoder that is in memory."""
+
+    def __init__(self, model: Decoder) -> None:
+        self._tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        self._experts = dict(model.moe_layers())
+
+    def dense(self, parameter: str) -> torch.Tensor:
+        return self._tensors[parameter].detach()
+
+    def expert_part(self, layer: int, expert: int, part: str) -> torch.Tensor:
+        return self._experts[layer].experts.slot_views()[expert][part]
 
 
 def slots(count: int, dtype: str = "float32") -> str:

@@ -1,0 +1,87 @@
+"""What a model family is."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pydantic import ValidationError
+
+from ..config import ModelConfig
+from ..expert_layouts import ExpertLayout
+from ..router_config import TopK
+from .keys import Values, check_only, write_common
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """How folders of one ``model_type`` say what our configuration says.
+
+    Its tensors have our names but for ``renames`` (ours, theirs) and the experts' layout.
+    """
+
+    model_type: str
+    architecture: str
+    """The class that opens such folders in transformers, or would."""
+    read: Callable[[Values], ModelConfig]
+    """Understand a ``config.json``; may raise ``KeyError`` and ``TypeError`` for damaged ones."""
+    write: Callable[[ModelConfig], Values]
+    """Return what ``config.json`` has beside the common keys, for any model with this family's
+    parts (experts, latent attention); what the family cannot say is not said."""
+    experts: ExpertLayout
+    renames: tuple[tuple[str, str], ...] = ()
+    activation: str | None = "silu"
+    """The one ``hidden_act`` the family may have; None: it does not say."""
+    has_experts: bool = True
+    has_latent: bool = False
+    is_in_transformers: bool = True
+
+    def read_config(self, values: Values) -> ModelConfig:
+        """Understand a ``config.json``."""
+        if self.activation is not None:
+            check_only(values, {"hidden_act": self.activation})
+        return self.read(values)
+
+    def tensor_name(self, parameter: str) -> str:
+        """Return the name of one of the decoder's own tensors, ``layers.0.mlp.gate.weight``."""
+        for ours, theirs in self.renames:
+            parameter = parameter.replace(ours, theirs)
+        return full_name(parameter)
+
+    def config_values(self, config: ModelConfig) -> Values:
+        """Return the ``config.json`` of a model this family can say (:meth:`why_not`)."""
+        head = {"model_type": self.model_type, "architectures": [self.architecture]}
+        return head | write_common(config) | self.write(config)
+
+    def why_not(self, config: ModelConfig) -> str | None:
+        """Return the first thing about ``config`` that this family cannot say, or None.
+
+        It writes the configuration and reads it back: what comes out otherwise cannot be said.
+        """
+        if (config.moe is not None) != self.has_experts:
+            return f"{self.model_type} models have {'' if self.has_experts else 'no '}experts"
+        if config.moe is not None and not isinstance(config.moe.router, TopK):
+            return f"moe.router is {config.moe.router.kind}, where {self.model_type} has topk"
+        if (config.attention.latent is not None) != self.has_latent:
+            is_latent = "latent" if self.has_latent else "grouped-query"
+            return f"{self.model_type} models have {is_latent} attention"
+        try:
+            found = self.read_config(self.config_values(config)).architecture()
+        except ValidationError as error:
+            return f"{self.model_type} cannot say it: {error.errors()[0]['msg']}"
+        return _difference(config.architecture(), found, self.model_type)
+
+
+def full_name(parameter: str) -> str:
+    """Return our own name of a tensor as folders have it."""
+    return parameter if parameter.startswith("lm_head.") else f"model.{parameter}"
+
+
+def _difference(ours: Values, theirs: Values, model_type: str, path: str = "") -> str | None:
+    for key, value in ours.items():
+        other = theirs.get(key)
+        if isinstance(value, dict) and isinstance(other, dict):
+            found = _difference(value, other, model_type, f"{path}{key}.")
+            if found is not None:
+                return found
+        elif value != other:
+            return f"{path}{key} is {value}, where {model_type} has {other}"
+    return None

@@ -1,0 +1,98 @@
+"""Fill a decoder from a model folder, tensor by tensor, straight into the memory that keeps it."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ModelFileError
+from ..kernels.memory import prefer_huge_pages
+from ..progress import Progress
+from .config import ModelConfig
+from .decoder import Decoder
+from .layer import Experts
+from .model_folder import ModelFolder
+from .tensor_names import is_router
+
+Read = tuple[int, Callable[[], None]]
+"""Bytes of memory that a call fills, and the call."""
+
+MOST_THREADS = 3
+"""Each may hold a matrix in the folder's type on its way, and an expert has three."""
+
+
+def run_reads(folder: ModelFolder, reads: Iterable[Read]) -> None:
+    """Make the calls, a few at a time, and show how far they are.
+
+    Several threads, because the first touch of fresh memory costs as much as reading from a warm
+    page cache. Raises :class:`ModelFileError` for the first that fails.
+    """
+    listed = list(reads)
+    num_threads = min(MOST_THREADS, len(os.sched_getaffinity(0)))
+    total = sum(num_bytes for num_bytes, _ in listed)
+    with (
+        ThreadPoolExecutor(num_threads, thread_name_prefix="read-weights") as pool,
+        Progress("loading", total, in_bytes=True) as progress,
+    ):
+        waiting = {pool.submit(read): num_bytes for num_bytes, read in listed}
+        try:
+            while waiting:
+                done, _ = wait(waiting, timeout=0.2, return_when=FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+                    progress.advance(waiting.pop(future))
+        except OSError as error:
+            raise ModelFileError(f"{folder.path} could not be read: {error}.") from None
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def dense_reads(folder: ModelFolder, decoder: Decoder, dtype: torch.dtype) -> Iterator[Read]:
+    """Give all outside the experts memory in ``dtype``, for inference, and yield what fills it.
+
+    Routers keep the type the decoder has them in.
+    """
+    for name, meta in [*decoder.named_parameters(), *decoder.named_buffers()]:
+        if not meta.is_meta and isinstance(meta, nn.Parameter):
+            continue  # experts, which have theirs
+        keeps_type = not meta.is_floating_point() or is_router(name)
+        target = torch.empty(meta.shape, dtype=meta.dtype if keeps_type else dtype)
+        prefer_huge_pages(target)
+        owner_name, _, leaf = name.rpartition(".")
+        owner = decoder.get_submodule(owner_name)
+        if isinstance(meta, nn.Parameter):
+            setattr(owner, leaf, nn.Parameter(target, requires_grad=False))
+        else:
+            owner.register_buffer(leaf, target)
+        yield target.nbytes, partial(read_tensor, folder, name, target)
+    if decoder.config.tie_embeddings:
+        decoder.lm_head.weight = decoder.embed_tokens.weight
+
+
+def read_tensor(folder: ModelFolder, name: str, target: Tensor) -> None:
+    """Fill ``target`` with one of the decoder's tensors outside the experts."""
+    folder.read_into(name, target)
+    if name.endswith("gate.table_VK"):
+        _check_table(name, target, folder.config)
+
+
+def expert_reads(folder: ModelFolder, experts: Experts, layer: int) -> Iterator[Read]:
+    """Yield what fills the experts that are here, whichever they are."""
+    for expert, views in zip(experts.expert_ids, experts.slot_views(), strict=True):
+        calls = folder.expert_reads(layer, expert, views)
+        num_bytes = sum(view.nbytes for view in views.values()) // len(calls)
+        yield from ((num_bytes, call) for call in calls)
+
+
+def _check_table(name: str, table_VK: Tensor, config: ModelConfig) -> None:
+    assert config.moe is not None, "only MoE layers have tables"
+    lowest, highest = (int(bound) for bound in table_VK.aminmax())
+    if lowest < 0 or highest >= config.moe.num_experts:
+        raise ModelFileError(
+            f"{name} names experts from {lowest} to {highest}, but there are "
+            f"{config.moe.num_experts}; the weights belong to another configuration."
+        )

@@ -1,0 +1,110 @@
+"""The tensors of a model folder by name, whichever of its safetensors files holds them."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import ModelFileError
+from .safetensors_file import SafetensorsFile, TensorEntry
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+class TensorFiles:
+    """All safetensors files of a folder, open; reading is thread-safe."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files: dict[str, SafetensorsFile] = {}
+        self._file_of: dict[str, SafetensorsFile] = {}
+        try:
+            index = self._read_index()
+            for name in sorted(set(index.values())) or [WEIGHTS]:
+                file = SafetensorsFile(folder / name)
+                self._files[name] = file
+                self._file_of.update(dict.fromkeys(file.entries, file))
+            for name, file_name in index.items():
+                if name not in self._files[file_name].entries:
+                    raise ModelFileError(f"{INDEX} says {name} is in {file_name}, but it is not.")
+        except BaseException:
+            self.close()
+            raise
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
+
+    def entry(self, name: str) -> TensorEntry:
+        """Return type and shape of tensor ``name``."""
+        return self._locate(name).entries[name]
+
+    def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raise :class:`ModelFileError` when tensor ``name`` is missing or has another shape."""
+        self._locate(name).check_shape(name, shape)
+
+    def read_into(self, name: str, out: Tensor) -> None:
+        """Fill ``out`` with tensor ``name``; ``OSError`` where its bytes cannot be read."""
+        self._locate(name).read_into(name, out)
+
+    def read_part(self, name: str, index: int, out: Tensor) -> None:
+        """Fill ``out`` with element ``index`` of the first dimension of tensor ``name``."""
+        self._locate(name).read_part(name, index, out)
+
+    def close(self) -> None:
+        """Close all files."""
+        for file in self._files.values():
+            file.close()
+
+    def _locate(self, name: str) -> SafetensorsFile:
+        if name not in self._file_of:
+            raise ModelFileError(
+                f"{self.folder} has no tensor {name!r}, which its config.json asks for; "
+                "copy the folder again."
+            )
+        return self._file_of[name]
+
+    def _read_index(self) -> dict[str, str]:
+        """Return which file each tensor is in; empty where there is but one file."""
+        if not (self.folder / INDEX).exists():
+            if not (self.folder / WEIGHTS).exists():
+                raise ModelFileError(
+                    f"{self.folder} has no {WEIGHTS} and no {INDEX}; {self._remedy()}."
+                )
+            return {}
+        weight_map = read_json(self.folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ModelFileError(f"{INDEX} has no weight_map; copy the folder again.")
+        for name in weight_map.values():
+            if not isinstance(name, str) or not re.fullmatch(r"[\w.-]*\.safetensors", name):
+                raise ModelFileError(f"{INDEX} names {name!r}, which is not in the folder.")
+        return weight_map
+
+    def _remedy(self) -> str:
+        if any(self.folder.glob("*.bin")) or any(self.folder.glob("*.pt*")):
+            return (
+                "pickled weights can run code and are not read, so convert them with "
+                "transformers' save_pretrained on a machine that trusts them"
+            )
+        return "copy the folder again"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file, or raise :class:`ModelFileError`."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelFileError(
+            f"{path} cannot be read ({error.strerror}); give a Hugging Face model folder."
+        ) from None
+    except (ValueError, RecursionError):
+        raise ModelFileError(f"{path} is not JSON; copy it again.") from None
+    if not isinstance(values, dict):
+        raise ModelFileError(f"{path} is not a JSON object; copy it again.")
+    return values

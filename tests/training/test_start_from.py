@@ -1,0 +1,86 @@
+"""Runs that start from a folder of any family: with EP = 2 they export what they began with."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from moeyard.configuration import load_config
+from moeyard.errors import ConfigError
+from moeyard.training.config import RunConfig
+from moeyard.training.export import export
+
+from hf_families import CASES, save
+from launch import torchrun
+
+WORKER = Path(__file__).parent / "families_worker.py"
+VOCABULARY = 260  # the bytes tokenizer has 257
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, config_file):
+    """Every family's folder, trained by two ranks with EP = 2 for a step that changes nothing."""
+    folder = tmp_path_factory.mktemp("families")
+    for case in CASES:
+        save(case, folder / case, vocab_size=VOCABULARY)
+    folders = [str(folder / case) for case in CASES]
+    torchrun(2, str(WORKER), str(config_file), str(folder / "runs"), *folders)
+    return folder
+
+
+@pytest.mark.dist
+@torch.no_grad()
+@pytest.mark.parametrize("case", CASES)
+def test_what_two_ranks_loaded_is_exported_whole(runs, case, tmp_path):
+    export(runs / "runs" / case, tmp_path / "out")
+    before = AutoModelForCausalLM.from_pretrained(runs / case).eval()
+    after, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert type(after) is type(before)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ids = torch.randint(0, VOCABULARY, (2, 23), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(after.eval()(ids).logits, before(ids).logits)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("case", CASES)
+def test_the_loss_of_two_ranks_is_that_of_transformers(runs, case, config_file):
+    """The cross-entropy of the one step, over the same tokens."""
+    from moeyard.parallel.mesh import Mesh
+    from moeyard.training.setup import build_data
+
+    run = runs / "runs" / case
+    line = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    options = [f"run_dir={run}", f"start_from={runs / case}", "model=null"]
+    config = load_config(RunConfig, config_file, options)
+    data = build_data(config, run / "data", Mesh())
+    windows = data.train.sequences(0, range(config.train.batch_sequences))
+    theirs = AutoModelForCausalLM.from_pretrained(runs / case).eval()
+    with torch.no_grad():
+        logits = theirs(windows[:, :-1]).logits
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+    assert line["loss"] == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_a_folder_that_does_not_fit_gets_one_sentence(tmp_path, config_file):
+    from moeyard.parallel.mesh import Mesh
+    from moeyard.training.trainer import Trainer
+
+    save("qwen3_moe", tmp_path / "m", vocab_size=VOCABULARY)
+    options = [f"run_dir={tmp_path}/run", f"start_from={tmp_path}/m"]
+    with pytest.raises(ConfigError, match=r"config\.json cannot be read"):
+        load_config(RunConfig, config_file, [options[0], f"start_from={tmp_path}/nowhere"])
+    options.append("model={num_layers: 5}")
+    config = load_config(RunConfig, config_file, options)
+    with pytest.raises(ConfigError, match=r"which does not fit: .* has no tensor 'model.layers.3"):
+        Trainer(config, tmp_path / "run", Mesh())
+
+
+def test_a_run_may_change_what_weights_do_not_depend_on(tmp_path, config_file):
+    save("qwen3_moe", tmp_path / "m", vocab_size=VOCABULARY)
+    change = "model={moe: {router: {lookahead: previous_block, z_loss: 0.5}}, dense_layers: [1]}"
+    options = [f"run_dir={tmp_path}/run", f"start_from={tmp_path}/m", change]
+    model = load_config(RunConfig, config_file, options).model
+    assert model.moe.router.lookahead == "previous_block" and model.moe.router.z_loss == 0.5
+    assert (model.d_model, model.moe.num_experts, model.moe.router.k) == (40, 6, 3)

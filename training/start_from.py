@@ -1,0 +1,84 @@
+"""Start a run from a Hugging Face folder: its model, its tokenizer, its weights."""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import ConfigError, ModelFileError
+from ..moe.decoder import Decoder
+from ..moe.generation_config import FILE as GENERATION_FILE
+from ..moe.layer import Experts
+from ..moe.model_folder import ModelFolder
+from ..moe.read_weights import Read, expert_reads, read_tensor, run_reads
+
+NEW_IN_TRAINING = "gate.e_score_correction_bias"
+"""The one tensor that a run may have and its folder not: a balancing bias begins at 0."""
+
+
+def complete_values(values: dict[str, Any]) -> dict[str, Any]:
+    """Return a run's configuration with what ``start_from`` says under what the run says.
+
+    ``model`` may hold what is to change (another look-ahead, other losses), or nothing.
+    """
+    start_from = values.get("start_from")
+    if not isinstance(start_from, str):
+        return values
+    folder = ModelFolder(Path(start_from))
+    folder.close()
+    given = values.get("model") or {}
+    if not isinstance(given, dict):
+        return values  # validation says what is wrong with it
+    data = values.get("data") or {}
+    if isinstance(data, dict) and (folder.path / "tokenizer.json").is_file():
+        data = {"tokenizer": start_from} | data
+    model = _merged(folder.config.model_dump(mode="json"), given)
+    return values | {"model": model, "data": data}
+
+
+def read_origin(start_from: str) -> dict[str, Any]:
+    """Return what an export needs of the folder: its two configurations."""
+    folder = ModelFolder(Path(start_from))
+    folder.close()
+    return {"config": folder.values, "generation": folder.read_optional(GENERATION_FILE)}
+
+
+def read_start(start_from: str, decoder: Decoder) -> None:
+    """Fill this rank's part of a decoder: its experts and all else, and nothing twice.
+
+    Raises :class:`ConfigError` where the folder's weights do not fit the run's model.
+    """
+    folder = ModelFolder(Path(start_from))
+    try:
+        folder.check(decoder.config, without=NEW_IN_TRAINING)
+        with torch.no_grad():
+            run_reads(folder, _reads(folder, decoder))
+    except ModelFileError as error:
+        raise ConfigError(f"start_from is {start_from!r}, which does not fit: {error}") from None
+    finally:
+        folder.close()
+
+
+def _reads(folder: ModelFolder, decoder: Decoder) -> Iterator[Read]:
+    for index, layer in decoder.moe_layers():
+        assert isinstance(layer.experts, Experts)
+        yield from expert_reads(folder, layer.experts, index)
+    for name, tensor in (*decoder.named_parameters(), *decoder.named_buffers()):
+        is_new = name.endswith(NEW_IN_TRAINING) and name not in folder
+        if ".mlp.experts." not in name and not is_new:
+            yield tensor.nbytes, partial(read_tensor, folder, name, tensor.data)
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    found = dict(base)
+    for key, value in over.items():
+        below = found.get(key)
+        if isinstance(value, dict) and isinstance(below, dict):
+            # Another kind of thing shares no keys with the one that was there.
+            is_same = value.get("kind", below.get("kind")) == below.get("kind")
+            found[key] = _merged(below, value) if is_same else value
+        else:
+            found[key] = value
+    return found
