@@ -9,10 +9,8 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausal
 
 from moeyard.kernels.quantized_weights import empty_matrices, quantize
 from moeyard.moe.compressed_tensors import PackedFormat, read_matrix, slot_view, to_stored
-from moeyard.moe.model_writer import write_model_folder
+from moeyard.moe.model_writer import TensorPlan, write_model_folder
 from moeyard.moe.quantized_config import quantization_config
-
-from small_model import plan_of
 
 pytest.importorskip("compressed_tensors")
 
@@ -107,7 +105,10 @@ def test_transformers_opens_a_folder_with_packed_experts(tmp_path):
     save_file(plain, tmp_path / "plain/model.safetensors", {"format": "pt"})
     values = json.loads((tmp_path / "plain/config.json").read_text())
     values["quantization_config"] = quantization_config(packed, plain_names)
-    plans = [plan_of(name, tensor) for name, tensor in stored.items()]
+    plans = [
+        TensorPlan(name, tensor.dtype, tuple(tensor.shape), lambda tensor=tensor: [tensor])
+        for name, tensor in stored.items()
+    ]
     write_model_folder(tmp_path / "packed", values, plans, lambda _folder: None, {})
     expected = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
     theirs, info = AutoModelForCausalLM.from_pretrained(
