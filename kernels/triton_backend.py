@@ -240,6 +240,8 @@ def _misfit(
     """Say what the kernels do not take about these arguments."""
     if x_TD.dtype not in DTYPES:
         return f"Triton's expert kernels take bf16, fp16 and fp32, not {x_TD.dtype}."
+    if experts.fc1_bias_SH is not None:
+        return "Triton's expert kernels take no biases."
     if isinstance(experts, QuantizedExpertWeights):
         parts = {
             "fc1.values": experts.fc1.values,
