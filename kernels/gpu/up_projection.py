@@ -1,4 +1,4 @@
-"""fc1 and the gated activation: ``a = act(x W_gate) * (x W_up)`` for every routed row.
+"""fc1 and the gated activation: ``a = act(x W_gate) * (x W_up)`` for every routed row, with biases.
 
 T tokens, K choices, R routed rows in slot order, S slots, L tiles, D model width, F expert width,
 H = 2F. In a tile: M rows, N columns of which N/2 are gates, P of D at a time.
@@ -18,14 +18,18 @@ def up_projection(
     x_TD: Tensor,
     groups: SlotGroups,
     fc1_SHD: Tensor,
+    bias_SH: Tensor | None,
     activation: str,
     precision: str,
     tiles: Tiles,
     a_RF: Tensor | None,
     h_RH: Tensor | None,
 ) -> None:
-    """Write the activations of the rows that have a slot, and their pre-activations if wanted."""
-    if a_RF is not None and are_chosen("up", tiles, fc1_SHD):
+    """Write the activations of the rows that have a slot, and their pre-activations if wanted.
+
+    Descriptors take no biases; with one the tiles come by pointers.
+    """
+    if a_RF is not None and bias_SH is None and are_chosen("up", tiles, fc1_SHD):
         described_up_projection(x_TD, groups, fc1_SHD, activation, precision, tiles, a_RF, h_RH)
         return
     d_model, d_expert = x_TD.shape[1], fc1_SHD.shape[1] // 2
@@ -36,6 +40,7 @@ def up_projection(
         groups.tiles_L2,
         groups.offsets_S1,
         fc1_SHD,
+        bias_SH,
         a_RF,
         h_RH,
         num_tiles,
@@ -45,6 +50,7 @@ def up_projection(
         x_TD.stride(0),
         fc1_SHD.stride(0),
         fc1_SHD.stride(1),
+        0 if bias_SH is None else bias_SH.stride(0),
         ACTIVATION=activation,
         IS_EVEN=d_model % tiles.P == 0,
         PRECISION=precision,
@@ -64,6 +70,7 @@ def up_projection_kernel(
     tiles_L2,
     offsets_S1,
     fc1_SHD,
+    bias_SH,
     a_RF,
     h_RH,
     num_tiles,
@@ -73,6 +80,7 @@ def up_projection_kernel(
     stride_x,
     stride_slot,
     stride_row,
+    stride_bias,
     ACTIVATION: tl.constexpr,
     IS_EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -113,6 +121,11 @@ def up_projection_kernel(
         w_at += P
     gate, up = tl.split(tl.reshape(h_MN, (M, N // 2, 2)))
     feature = column * (N // 2) + tl.arange(0, N // 2)
+    if bias_SH is not None:
+        bias_at = bias_SH + slot.to(tl.int64) * stride_bias + feature
+        gate += tl.load(bias_at, mask=feature < d_expert, other=0).to(tl.float32)[None, :]
+        bias_at += d_expert
+        up += tl.load(bias_at, mask=feature < d_expert, other=0).to(tl.float32)[None, :]
     is_stored = is_row_M[:, None] & (feature < d_expert)[None, :]
     row_M = row_M.to(tl.int64)
     if a_RF is not None:
