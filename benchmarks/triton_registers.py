@@ -146,26 +146,22 @@ def cases(arch: int) -> Iterator[Case]:
         return Case(kernel, arch, dtype, constants | more, pointers, tiles, label)
 
     for dtype, rows in itertools.product(TYPES, (16, 32, 64, 128)):
-        for act in ACTIVATIONS:
-            constants = {"ACTIVATION": act, "IS_EVEN": True, "has_bias": True}
-            label = f"{act}, keeps h, biased"
-            yield product(up_projection_kernel, "up", rows, dtype, label, **constants)
-        constants = {"IS_EVEN": True, "stride_inner": 1, "has_bias": True}
-        yield product(grouped_matmul_kernel, "matmul", rows, dtype, "fc2, biased", **constants)
+        for even, has_bias in itertools.product((True, False), (False, True)):
+            end = f"{'' if even else ', ragged'}{', biased' if has_bias else ''}"
+            common = {"IS_EVEN": even, "has_bias": has_bias}
+            for act, keep in itertools.product(ACTIVATIONS, (True, False)):
+                label = f"{act}, {'keeps h' if keep else 'inference'}{end}"
+                constants = common | {"ACTIVATION": act} | ({} if keep else {"h_RH": None})
+                yield product(up_projection_kernel, "up", rows, dtype, label, **constants)
+            constants = common | {"ACTIVATION": "swiglu", "a_RF": None}
+            yield product(up_projection_kernel, "up", rows, dtype, f"h again{end}", **constants)
+            constants = common | {"stride_inner": 1}
+            yield product(grouped_matmul_kernel, "matmul", rows, dtype, f"fc2{end}", **constants)
         for even in (True, False):
             ragged = "" if even else ", ragged"
-            for act, keep in itertools.product(ACTIVATIONS, (True, False)):
-                label = f"{act}, {'keeps h' if keep else 'inference'}{ragged}"
-                extra = {} if keep else {"h_RH": None}
-                constants = {"ACTIVATION": act, "IS_EVEN": even, **extra}
-                yield product(up_projection_kernel, "up", rows, dtype, label, **constants)
-            constants = {"ACTIVATION": "swiglu", "IS_EVEN": even, "a_RF": None}
-            label = f"h again{ragged}"
-            yield product(up_projection_kernel, "up", rows, dtype, label, **constants)
-            for label, unit in (("fc2", "stride_inner"), ("grad x", "stride_output")):
-                constants = {"IS_EVEN": even, unit: 1}
-                label += ragged
-                yield product(grouped_matmul_kernel, "matmul", rows, dtype, label, **constants)
+            constants = {"IS_EVEN": even, "stride_output": 1}
+            label = f"grad x{ragged}"
+            yield product(grouped_matmul_kernel, "matmul", rows, dtype, label, **constants)
             for act in ACTIVATIONS:
                 constants = {"ACTIVATION": act, "IS_EVEN": even}
                 label = act + ragged

@@ -108,6 +108,10 @@ def up_projection_kernel(
     w_at = fc1_SHD + slot.to(tl.int64) * stride_slot
     w_at = w_at + line_N[None, :] * stride_row + inner_P[:, None]
     h_MN = tl.zeros((M, N), dtype=tl.float32)
+    if bias_SH is not None:
+        # The sum begins with it: beside the activation it would not fit and spill.
+        bias_at = bias_SH + slot.to(tl.int64) * stride_bias + line_N
+        h_MN += tl.load(bias_at, mask=is_feature_N, other=0).to(tl.float32)[None, :]
     for first in range(0, d_model, P):
         if IS_EVEN:
             x_MP = tl.load(x_at)
@@ -121,11 +125,6 @@ def up_projection_kernel(
         w_at += P
     gate, up = tl.split(tl.reshape(h_MN, (M, N // 2, 2)))
     feature = column * (N // 2) + tl.arange(0, N // 2)
-    if bias_SH is not None:
-        bias_at = bias_SH + slot.to(tl.int64) * stride_bias + feature
-        gate += tl.load(bias_at, mask=feature < d_expert, other=0).to(tl.float32)[None, :]
-        bias_at += d_expert
-        up += tl.load(bias_at, mask=feature < d_expert, other=0).to(tl.float32)[None, :]
     is_stored = is_row_M[:, None] & (feature < d_expert)[None, :]
     row_M = row_M.to(tl.int64)
     if a_RF is not None:
