@@ -21,7 +21,7 @@ from triton.compiler import ASTSource
 
 from moeyard.kernels.activation import ACTIVATIONS
 from moeyard.kernels.cpu.router import SCORES
-from moeyard.kernels.gpu import group_few, grouping, router
+from moeyard.kernels.gpu import bias_grad, group_few, grouping, router
 from moeyard.kernels.gpu.combine import combine_kernel
 from moeyard.kernels.gpu.dequantize import INPUTS, LINES, dequantize_kernel
 from moeyard.kernels.gpu.descriptors import (
@@ -58,6 +58,10 @@ DIVISIBLE = {
 }
 """Integers that are multiples of 16 for the widths of real models; Triton is told so, as it finds
 out itself when it runs."""
+
+
+BIASES = {up_projection_kernel: "bias_SH", grouped_matmul_kernel: "bias_SQ"}
+"""What a kernel calls its biases, which cases leave out unless they say ``has_bias``."""
 
 
 class Case(NamedTuple):
@@ -133,26 +137,31 @@ def cases(arch: int) -> Iterator[Case]:
     ) -> Case:
         tiles = tiles_for(kind, rows, dtype, is_hopper)
         pointers = more.pop("pointers", {})
+        bias = BIASES.get(kernel)
+        if bias is not None and not more.pop("has_bias", False):
+            more[bias] = None
         constants = {"PRECISION": PRECISION[dtype], "M": tiles.M, "N": tiles.N, "P": tiles.P}
         if kind != "weight_grad":
             constants |= {"GROUP_TILES": GROUP_TILES}
         return Case(kernel, arch, dtype, constants | more, pointers, tiles, label)
 
     for dtype, rows in itertools.product(TYPES, (16, 32, 64, 128)):
+        for even, has_bias in itertools.product((True, False), (False, True)):
+            end = f"{'' if even else ', ragged'}{', biased' if has_bias else ''}"
+            common = {"IS_EVEN": even, "has_bias": has_bias}
+            for act, keep in itertools.product(ACTIVATIONS, (True, False)):
+                label = f"{act}, {'keeps h' if keep else 'inference'}{end}"
+                constants = common | {"ACTIVATION": act} | ({} if keep else {"h_RH": None})
+                yield product(up_projection_kernel, "up", rows, dtype, label, **constants)
+            constants = common | {"ACTIVATION": "swiglu", "a_RF": None}
+            yield product(up_projection_kernel, "up", rows, dtype, f"h again{end}", **constants)
+            constants = common | {"stride_inner": 1}
+            yield product(grouped_matmul_kernel, "matmul", rows, dtype, f"fc2{end}", **constants)
         for even in (True, False):
             ragged = "" if even else ", ragged"
-            for act, keep in itertools.product(ACTIVATIONS, (True, False)):
-                label = f"{act}, {'keeps h' if keep else 'inference'}{ragged}"
-                extra = {} if keep else {"h_RH": None}
-                constants = {"ACTIVATION": act, "IS_EVEN": even, **extra}
-                yield product(up_projection_kernel, "up", rows, dtype, label, **constants)
-            constants = {"ACTIVATION": "swiglu", "IS_EVEN": even, "a_RF": None}
-            label = f"h again{ragged}"
-            yield product(up_projection_kernel, "up", rows, dtype, label, **constants)
-            for label, unit in (("fc2", "stride_inner"), ("grad x", "stride_output")):
-                constants = {"IS_EVEN": even, unit: 1}
-                label += ragged
-                yield product(grouped_matmul_kernel, "matmul", rows, dtype, label, **constants)
+            constants = {"IS_EVEN": even, "stride_output": 1}
+            label = f"grad x{ragged}"
+            yield product(grouped_matmul_kernel, "matmul", rows, dtype, label, **constants)
             for act in ACTIVATIONS:
                 constants = {"ACTIVATION": act, "IS_EVEN": even}
                 label = act + ragged
@@ -163,6 +172,13 @@ def cases(arch: int) -> Iterator[Case]:
         pointers = {"out_SQP": "*fp32"} if out == "fp32" else {}
         arguments = (weight_grad_kernel, "weight_grad", 128, dtype, label)
         yield product(*arguments, **constants, pointers=pointers)
+    for dtype, out in itertools.product(TYPES, ({}, {"out_SQ": "*fp32"})):
+        for weights, label in (({}, "fc2"), ({"weights_R": None}, "fc1")):
+            constants = {"ADD": bool(out), "ROWS": bias_grad.ROWS, "COLUMNS": bias_grad.COLUMNS}
+            label += ", adds to fp32" if out else ""
+            yield Case(
+                bias_grad.bias_grad_kernel, arch, dtype, constants | weights, out, label=label
+            )
     for dtype in TYPES:
         yield Case(combine_kernel, arch, dtype, {"COLUMNS": 1024}, label="weighted")
         constants = {"COLUMNS": 1024, "weights_R": None}
@@ -204,13 +220,18 @@ def _quantized_cases(arch: int) -> Iterator[Case]:
             tiles = quantized_tiles(rows, dtype, group_size)
             constants = {"BITS": bits, "IS_PER_ROW": group_size == 768, "GROUP_TILES": GROUP_TILES}
             constants |= {"PRECISION": PRECISION[dtype], "M": tiles.M, "N": tiles.N, "P": tiles.P}
-            for act in ACTIVATIONS:
-                case = constants | {"ACTIVATION": act}
-                pointers = {"values_SHB": values}
-                kernel = quantized_up_kernel
-                yield Case(kernel, arch, dtype, case, pointers, tiles, f"{act}, {label}")
-            pointers = {"values_SQB": values}
-            yield Case(quantized_matmul_kernel, arch, dtype, constants, pointers, tiles, label)
+            for has_bias in (False, True):
+                end = ", biased" if has_bias else ""
+                for act in ACTIVATIONS:
+                    case = constants | {"ACTIVATION": act}
+                    case |= {} if has_bias else {"bias_SH": None}
+                    pointers = {"values_SHB": values}
+                    kernel = quantized_up_kernel
+                    yield Case(kernel, arch, dtype, case, pointers, tiles, f"{act}, {label}{end}")
+                case = constants | ({} if has_bias else {"bias_SQ": None})
+                pointers = {"values_SQB": values}
+                kernel = quantized_matmul_kernel
+                yield Case(kernel, arch, dtype, case, pointers, tiles, label + end)
         for table in ({}, {"slot_of_E": None}):
             step = min(INPUTS, group_size & -group_size)
             constants = {"BITS": bits, "N": LINES, "P": step} | table

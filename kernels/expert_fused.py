@@ -33,6 +33,9 @@ class GroupedProducts(Protocol):
         ...
 
 
+ALIGNED_COLUMNS = 8
+"""16 bytes of bf16, which grouped products need a row to be a multiple of."""
+
 MakeProducts = Callable[[Grouping, ExpertWeights], GroupedProducts]
 
 
@@ -70,14 +73,20 @@ def forward(
     """Return pre-activations ``h_RH``, which backward needs, and outputs ``y_RD``."""
     h_RH = pre_activations(x_TD, grouping, experts, products)
     act_RF = gated(h_RH, experts.activation)
-    return h_RH, products.rows(act_RF, experts.fc2_SDF.transpose(1, 2))
+    y_RD = products.rows(act_RF, experts.fc2_SDF.transpose(1, 2))
+    if experts.fc2_bias_SD is not None:
+        y_RD += experts.fc2_bias_SD[_slots_R(grouping, experts)]
+    return h_RH, y_RD
 
 
 def pre_activations(
     x_TD: Tensor, grouping: Grouping, experts: ExpertWeights, products: GroupedProducts
 ) -> Tensor:
     """Return ``h_RH``."""
-    return products.rows(x_TD[grouping.tokens_R], experts.fc1_SHD.transpose(1, 2))
+    h_RH = products.rows(x_TD[grouping.tokens_R], experts.fc1_SHD.transpose(1, 2))
+    if experts.fc1_bias_SH is not None:
+        h_RH += experts.fc1_bias_SH[_slots_R(grouping, experts)]
+    return h_RH
 
 
 def backward(
@@ -92,7 +101,7 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of each row's x, ``[R, D]``, and of ``weights_TK``.
 
-    Those of fc1 and fc2 are left in ``sums``.
+    Those of the parameters are left in ``sums``.
     """
     tokens_R = grouping.tokens_R
     grad_RD = grad_TD[tokens_R]
@@ -100,15 +109,37 @@ def backward(
     unscaled_RF = products.rows(grad_RD, experts.fc2_SDF)
     grad_act_RF = (unscaled_RF * weights_R1).to(unscaled_RF.dtype)
     act_RF, grad_h_RH = gated_backward(h_RH, grad_act_RF, experts.activation)
-    # <dy_t, y_row> = <dy_t W2, act>, so the outputs need not be kept.
+    # <dy_t, y_row> = <dy_t W2, act> + <dy_t, b2>, so the outputs need not be kept.
     grad_weights_R = (unscaled_RF * act_RF).sum(dim=-1, dtype=weights_TK.dtype)
+    if experts.fc2_bias_SD is not None:
+        bias2_RD = experts.fc2_bias_SD[_slots_R(grouping, experts)]
+        grad_weights_R += (grad_RD * bias2_RD).sum(dim=-1, dtype=weights_TK.dtype)
     present_R = grouping.inverse_R < grouping.offsets_E1[-1]
     grad_weights_R = torch.where(present_R, grad_weights_R[grouping.inverse_R], 0)
     scaled_act_RF = (act_RF * weights_R1).to(act_RF.dtype)
     sums.begin_with_zeros()
     sums.fc2_SDF += products.sums(grad_RD, scaled_act_RF)
     sums.fc1_SHD += products.sums(grad_h_RH, x_TD[tokens_R])
+    if sums.fc1_bias_SH is not None and sums.fc2_bias_SD is not None:
+        sums.fc1_bias_SH += _row_sums(grad_h_RH, torch.ones_like(weights_R1), products)
+        sums.fc2_bias_SD += _row_sums(grad_RD, weights_R1, products)
     return products.rows(grad_h_RH, experts.fc1_SHD), grad_weights_R.view_as(weights_TK)
+
+
+def _row_sums(rows_RQ: Tensor, weights_R1: Tensor, products: GroupedProducts) -> Tensor:
+    """Return each slot's weighted sum of rows, ``[S, Q]``, as a product.
+
+    An indexed sum would use atomics on a GPU, and reach lines that are undefined.
+    """
+    column_R8 = weights_R1.to(rows_RQ.dtype).expand(-1, ALIGNED_COLUMNS).contiguous()
+    return products.sums(rows_RQ, column_R8)[..., 0]
+
+
+def _slots_R(grouping: Grouping, experts: ExpertWeights) -> Tensor:
+    """Return int64 ``[R]``: the slot of each row; any slot for rows without an expert here."""
+    ends_S = _slot_ends(grouping, experts)
+    places_R = torch.arange(grouping.order_R.numel(), device=ends_S.device, dtype=ends_S.dtype)
+    return torch.searchsorted(ends_S, places_R, right=True).clamp(max=len(ends_S) - 1)
 
 
 def _slot_ends(grouping: Grouping, experts: ExpertWeights) -> Tensor:

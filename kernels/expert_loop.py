@@ -82,13 +82,20 @@ def infer(
     tokens_R = grouping.tokens_R
     for slot, start, end in spans:
         x_nD = x_TD.index_select(0, tokens_R[start:end])
+        bias1_H, bias2_D = experts.biases(slot, x_TD.dtype)
         if isinstance(experts, QuantizedExpertWeights):
-            act_nF = gated(experts.fc1.multiply(x_nD, slot), experts.activation)
-            out_RD[start:end] = experts.fc2.multiply(act_nF, slot)
+            h_nH = _with_bias(experts.fc1.multiply(x_nD, slot), bias1_H)
+            y_nD = experts.fc2.multiply(gated(h_nH, experts.activation), slot)
         else:
-            h_nH = bf16_row_stable_linear(x_nD, experts.fc1_SHD[slot])
+            h_nH = _with_bias(bf16_row_stable_linear(x_nD, experts.fc1_SHD[slot]), bias1_H)
             act_nF = gated(h_nH, experts.activation)
-            out_RD[start:end] = bf16_row_stable_linear(act_nF, experts.fc2_SDF[slot])
+            y_nD = bf16_row_stable_linear(act_nF, experts.fc2_SDF[slot])
+        out_RD[start:end] = _with_bias(y_nD, bias2_D)
+
+
+def _with_bias(y_nQ: Tensor, bias_Q: Tensor | None) -> Tensor:
+    """Add a bias to every row, in place."""
+    return y_nQ if bias_Q is None else y_nQ.add_(bias_Q)
 
 
 def forward(
@@ -100,9 +107,12 @@ def forward(
     y_MD = x_TD.new_empty(len(tokens_M), x_TD.shape[1])
     for slot, start, end in spans:
         rows = slice(start, start + _rounded(end - start, x_TD))
-        h_mH = h_MH[rows]
+        h_mH, y_mD = h_MH[rows], y_MD[rows]
+        bias1_H, bias2_D = experts.biases(slot, x_TD.dtype)
         torch.mm(x_TD.index_select(0, tokens_M[rows]), experts.fc1_SHD[slot].t(), out=h_mH)
-        torch.mm(gated(h_mH, experts.activation), experts.fc2_SDF[slot].t(), out=y_MD[rows])
+        _with_bias(h_mH, bias1_H)
+        torch.mm(gated(h_mH, experts.activation), experts.fc2_SDF[slot].t(), out=y_mD)
+        _with_bias(y_mD, bias2_D)
     return h_MH, y_MD
 
 
@@ -116,6 +126,7 @@ def pre_activations(
         rows = slice(start, start + _rounded(end - start, x_TD))
         x_mD = x_TD.index_select(0, tokens_M[rows])
         torch.mm(x_mD, experts.fc1_SHD[slot].t(), out=h_MH[rows])
+        _with_bias(h_MH[rows], experts.biases(slot, x_TD.dtype)[0])
     return h_MH
 
 
@@ -131,7 +142,7 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of each row's x, ``[M, D]``, and of ``weights_TK``.
 
-    Those of fc1 and fc2 are left in ``sums``.
+    Those of the parameters are left in ``sums``.
     """
     grad_x_MD = x_TD.new_empty(h_MH.shape[0], x_TD.shape[1])
     grad_weights_R = torch.zeros_like(weights_TK).reshape(-1)
@@ -144,8 +155,14 @@ def backward(
         unscaled_mF = torch.mm(grad_mD, experts.fc2_SDF[slot])
         grad_act_mF = (unscaled_mF * weight_m1).to(unscaled_mF.dtype)
         act_mF, grad_h_mH = gated_backward(h_MH[rows], grad_act_mF, experts.activation)
-        # <dy_t, y_row> = <dy_t W2, act>, so the outputs need not be kept.
+        # <dy_t, y_row> = <dy_t W2, act> + <dy_t, b2>, so the outputs need not be kept.
         grad_weights_m = (unscaled_mF * act_mF).sum(dim=-1, dtype=weights_TK.dtype)
+        if sums.fc1_bias_SH is not None and sums.fc2_bias_SD is not None:
+            assert experts.fc2_bias_SD is not None, "sums have the parameters of the experts"
+            bias2_D = experts.fc2_bias_SD[slot]
+            grad_weights_m += (grad_mD * bias2_D).sum(dim=-1, dtype=weights_TK.dtype)
+            _add(sums.fc1_bias_SH[slot], grad_h_mH.sum(dim=0), sums.is_empty)
+            _add(sums.fc2_bias_SD[slot], (grad_mD * weight_m1).sum(dim=0), sums.is_empty)
         grad_weights_R[start:end] = grad_weights_m[: end - start]
         scaled_act_mF = (act_mF * weight_m1).to(act_mF.dtype)
         _add_product(sums.fc2_SDF[slot], grad_mD, scaled_act_mF, sums.is_empty)
@@ -160,16 +177,21 @@ def backward(
 def _add_product(total_QP: Tensor, grad_nQ: Tensor, x_nP: Tensor, is_empty: bool) -> None:
     """Add ``grad.T @ x`` to a sum that may be wider, or write it if there is no sum yet."""
     if total_QP.dtype != grad_nQ.dtype:
-        product_QP = torch.mm(grad_nQ.t(), x_nP)
-        _ = total_QP.copy_(product_QP) if is_empty else total_QP.add_(product_QP)
+        _add(total_QP, torch.mm(grad_nQ.t(), x_nP), is_empty)
     elif is_empty:
         torch.mm(grad_nQ.t(), x_nP, out=total_QP)
     else:
         total_QP.addmm_(grad_nQ.t(), x_nP)
 
 
+def _add(total: Tensor, part: Tensor, is_empty: bool) -> None:
+    """Add to a sum that may have another type, or write it if there is no sum yet."""
+    _ = total.copy_(part) if is_empty else total.add_(part)
+
+
 def _zero_others(sums: MainGrads, spans: list[Span]) -> None:
     """Fill the sums of experts without rows; the others have just been written."""
     for slot in set(range(sums.fc1_SHD.shape[0])) - {span.slot for span in spans}:
-        sums.fc1_SHD[slot].zero_()
-        sums.fc2_SDF[slot].zero_()
+        for total in sums.totals:
+            if total is not None:
+                total[slot].zero_()

@@ -38,9 +38,10 @@ def expert_mlp(
 
     ``experts_TK`` holds logical expert ids, -1 for no expert; ``weights_TK`` may be wider than x
     (fp32 beside bf16), and the sum over k runs in that type. Differentiable in x, the weights,
-    fc1 and fc2, unless the experts are quantized. ``recompute`` keeps x only and computes fc1 again
-    in backward: two thirds of the forward work more, R * 2F elements kept less; the gradients are
-    the same bits (the reference keeps what autograd does, a graph compiled for a CPU keeps all).
+    fc1, fc2 and their biases, unless the experts are quantized. ``recompute`` keeps x only and
+    computes fc1 again in backward: two thirds of the forward work more, R * 2F elements kept less;
+    the gradients are the same bits (the reference keeps what autograd does, a graph compiled for a
+    CPU keeps all).
     Raises ``ValueError`` for shapes that do not fit, ids out of range, gradients of quantized
     experts, and a backend that cannot run here.
     """
@@ -71,8 +72,7 @@ def expert_mlp(
     if torch.is_grad_enabled():
         is_cpp = _is_cpp(backend, can_train(x_TD, weights_TK, experts), x_TD)
         mlp = CppExpertMLP if is_cpp else ExpertMLP
-        matrices = (experts.fc1_SHD, experts.fc2_SDF)
-        return mlp.apply(x_TD, experts_TK, weights_TK, *matrices, experts, recompute)
+        return mlp.apply(x_TD, experts_TK, weights_TK, *experts.parameters, experts, recompute)
     return _run_waves(x_TD, experts_TK, weights_TK, experts, backend)
 
 

@@ -1,8 +1,9 @@
 """The weights of the experts that are here, addressed through a slot table.
 
-S slots, E experts, F expert width, D model width.
+S slots, E experts, F expert width, H = 2F, D model width.
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +16,13 @@ ALIGNMENT_BYTES = 64
 """Every slot starts on a cache line: BLAS picks other code, with other rounding, below that."""
 
 
+Parameters = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+"""fc1, fc2 and the bias of each, None where there is none."""
+
+
 @dataclass(slots=True)
 class MainGrads:
-    """Sums, like fc1 and fc2 or wider, that backward adds weight gradients to, in place of
+    """Sums, like the parameters or wider, that backward adds weight gradients to, in place of
     returning them: a fresh buffer per backward would cost as much as the weights."""
 
     fc1_SHD: Tensor
@@ -25,12 +30,30 @@ class MainGrads:
     is_empty: bool = False
     """Whether the sums hold nothing yet, whatever is in memory. The first backward then writes
     where later ones add, which saves filling with zeros and reading them again."""
+    fc1_bias_SH: Tensor | None = None
+    """Of the biases, where the experts have any."""
+    fc2_bias_SD: Tensor | None = None
+
+    @classmethod
+    def empty_for(
+        cls, experts: "ExpertWeights", allocate: Callable[[Tensor], Tensor] = torch.empty_like
+    ) -> "MainGrads":
+        """Return sums that hold nothing yet for every parameter of ``experts``."""
+        fc1, fc2, *biases = (None if p is None else allocate(p) for p in experts.parameters)
+        assert fc1 is not None and fc2 is not None, "only biases may be missing"
+        return cls(fc1, fc2, True, *biases)
+
+    @property
+    def totals(self) -> "Parameters":
+        """The sums in the order of :attr:`ExpertWeights.parameters`."""
+        return self.fc1_SHD, self.fc2_SDF, self.fc1_bias_SH, self.fc2_bias_SD
 
     def begin_with_zeros(self) -> None:
         """Fill sums that hold nothing yet, for a backward that can only add."""
         if self.is_empty:
-            self.fc1_SHD.zero_()
-            self.fc2_SDF.zero_()
+            for total in self.totals:
+                if total is not None:
+                    total.zero_()
             self.is_empty = False
 
 
@@ -39,6 +62,8 @@ class SlotTable:
 
     __slots__ = ()
     slot_of_E: tuple[int, ...] | None
+    fc1_bias_SH: Tensor | None
+    fc2_bias_SD: Tensor | None
 
     @property
     def num_slots(self) -> int:
@@ -66,6 +91,19 @@ class SlotTable:
         """Return the slot of ``expert``, -1 when it is not here."""
         return expert if self.slot_of_E is None else self.slot_of_E[expert]
 
+    def biases(self, slot: int, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        """Return the biases of a slot, ``[2F]`` and ``[D]``, in ``dtype``; None without any."""
+        if self.fc1_bias_SH is None or self.fc2_bias_SD is None:
+            return None, None
+        return self.fc1_bias_SH[slot].to(dtype), self.fc2_bias_SD[slot].to(dtype)
+
+    def bias_views(self, slot: int) -> dict[str, Tensor]:
+        """Return the writable biases of a slot by part; nothing where there are none."""
+        if self.fc1_bias_SH is None or self.fc2_bias_SD is None:
+            return {}
+        gate_F, up_F = self.fc1_bias_SH[slot].chunk(2)
+        return {"gate_bias": gate_F, "up_bias": up_F, "down_bias": self.fc2_bias_SD[slot]}
+
 
 def check_slots(experts: SlotTable) -> None:
     """Raise ``ValueError`` for a table that names slots that are not there."""
@@ -76,6 +114,25 @@ def check_slots(experts: SlotTable) -> None:
             f"slot_of_E names slot {wrong}, but slots go from 0 to {experts.num_slots - 1}; use -1 "
             "for experts that are not here."
         )
+
+
+def check_biases(
+    fc1_bias_SH: Tensor | None,
+    fc2_bias_SD: Tensor | None,
+    fc1_shape: tuple[int, ...],
+    fc2_shape: tuple[int, ...],
+) -> None:
+    """Raise ``ValueError`` for biases that do not fit ``[S, 2F]`` and ``[S, D]``, or one alone."""
+    found = _shapes((fc1_bias_SH, fc2_bias_SD))
+    if found not in ((None, None), (fc1_shape, fc2_shape)):
+        raise ValueError(
+            f"fc1_bias is {found[0]} and fc2_bias {found[1]}; give both, {fc1_shape} and "
+            f"{fc2_shape}, or neither."
+        )
+
+
+def _shapes(tensors: Iterable[Tensor | None]) -> tuple[tuple[int, ...] | None, ...]:
+    return tuple(None if tensor is None else tuple(tensor.shape) for tensor in tensors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,22 +151,36 @@ class ExpertWeights(SlotTable):
     """Slot of each expert, -1 where it is not here; None where slot e holds expert e."""
     activation: Activation = "swiglu"
     main_grads: MainGrads | None = None
-    """Where backward leaves the gradients of the weights; None returns them."""
+    """Where backward leaves the gradients of all parameters; None returns them."""
+    fc1_bias_SH: Tensor | None = None
+    """``[S, 2F]`` in fc1's type, added before the activation; None without biases."""
+    fc2_bias_SD: Tensor | None = None
+    """``[S, D]``, part of an expert's output and so multiplied by its routing weight."""
 
     def __post_init__(self) -> None:
-        """Raise ``ValueError`` for shapes and slots that do not belong together."""
+        """Raise ``ValueError`` for shapes, types and slots that do not belong together."""
         fc1, fc2 = tuple(self.fc1_SHD.shape), tuple(self.fc2_SDF.shape)
         if len(fc2) != 3 or fc1 != (fc2[0], 2 * fc2[2], fc2[1]):
             raise ValueError(
                 f"fc1 {fc1} and fc2 {fc2} do not fit; they must be [S, 2F, D] and [S, D, F]."
             )
         check_slots(self)
-        sums = self.main_grads
-        if sums is not None and (sums.fc1_SHD.shape, sums.fc2_SDF.shape) != (fc1, fc2):
+        check_biases(self.fc1_bias_SH, self.fc2_bias_SD, fc1[:2], fc2[:2])
+        types = {
+            str(part.dtype) for part in (self.fc1_bias_SH, self.fc2_bias_SD) if part is not None
+        }
+        if types - {str(self.fc1_SHD.dtype)}:
             raise ValueError(
-                f"main_grads are {tuple(sums.fc1_SHD.shape)} and {tuple(sums.fc2_SDF.shape)}; they "
-                f"must have the shapes of fc1 and fc2, {fc1} and {fc2}."
+                f"The biases have type {' and '.join(sorted(types))}; they must have fc1's, "
+                f"{self.fc1_SHD.dtype}."
             )
+        if self.main_grads is not None:
+            found, wanted = _shapes(self.main_grads.totals), _shapes(self.parameters)
+            if found != wanted:
+                raise ValueError(
+                    f"main_grads are {found}; they must have the shapes of fc1, fc2 and their "
+                    f"biases, {wanted}."
+                )
 
     @property
     def num_slots(self) -> int:
@@ -121,15 +192,24 @@ class ExpertWeights(SlotTable):
         """D."""
         return self.fc1_SHD.shape[2]
 
+    @property
+    def parameters(self) -> Parameters:
+        """fc1, fc2 and their biases."""
+        return self.fc1_SHD, self.fc2_SDF, self.fc1_bias_SH, self.fc2_bias_SD
+
     def matrices(self, slot: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return fc1 ``[2F, D]`` and fc2 ``[D, F]`` of a slot; they are in ``dtype`` already."""
         assert self.fc1_SHD.dtype == dtype, "the experts have another type"
         return self.fc1_SHD[slot], self.fc2_SDF[slot]
 
     def slot_views(self, slot: int) -> dict[str, Tensor]:
-        """Return the writable parts of a slot: gate ``[F, D]``, up ``[F, D]``, down ``[D, F]``."""
+        """Return the writable parts of a slot: gate ``[F, D]``, up ``[F, D]``, down ``[D, F]``.
+
+        Where there are biases also gate_bias ``[F]``, up_bias ``[F]`` and down_bias ``[D]``.
+        """
         gate_FD, up_FD = self.fc1_SHD[slot].chunk(2)
-        return {"gate": gate_FD, "up": up_FD, "down": self.fc2_SDF[slot]}
+        views = {"gate": gate_FD, "up": up_FD, "down": self.fc2_SDF[slot]}
+        return views | self.bias_views(slot)
 
 
 def empty_slots(num_slots: int, rows: int, columns: int, dtype: torch.dtype) -> Tensor:

@@ -96,7 +96,7 @@ def expert_mlp_megablocks(
     if problem is not None:
         raise ValueError(f"{problem} Use backend 'auto'.")
     assert isinstance(experts, ExpertWeights), "others are a misfit"
-    arguments = (x_TD, experts_TK, weights_TK, experts.fc1_SHD, experts.fc2_SDF, experts)
+    arguments = (x_TD, experts_TK, weights_TK, *experts.parameters, experts)
     y_TD: Tensor = ExpertMLP.apply(*arguments, recompute, MegablocksProducts)
     return y_TD
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .activation import Activation
-from .expert_weights import ExpertWeights, SlotTable, check_slots, empty_slots
+from .expert_weights import ExpertWeights, SlotTable, check_biases, check_slots, empty_slots
 from .row_stable import bf16_row_stable_linear
 
 Bits = Literal[8, 4]
@@ -124,9 +124,13 @@ class QuantizedExpertWeights(SlotTable):
     slot_of_E: tuple[int, ...] | None = None
     """Slot of each expert, -1 where it is not here; None where slot e holds expert e."""
     activation: Activation = "swiglu"
+    fc1_bias_SH: Tensor | None = None
+    """``[S, 2F]``, not quantized: bf16, fp16 or fp32, whatever x's type; None without biases."""
+    fc2_bias_SD: Tensor | None = None
+    """``[S, D]``."""
 
     def __post_init__(self) -> None:
-        """Raise ``ValueError`` where fc1 and fc2 do not belong together."""
+        """Raise ``ValueError`` where fc1, fc2 and their biases do not belong together."""
         fc1, fc2 = self.fc1, self.fc2
         shapes = (*fc1.values.shape[:2], fc1.width), (*fc2.values.shape[:2], fc2.width)
         num_slots, d_model, d_expert = shapes[1]
@@ -136,6 +140,7 @@ class QuantizedExpertWeights(SlotTable):
                 "[S, D, F]."
             )
         check_slots(self)
+        check_biases(self.fc1_bias_SH, self.fc2_bias_SD, shapes[0][:2], shapes[1][:2])
 
     @property
     def num_slots(self) -> int:
@@ -163,13 +168,20 @@ class QuantizedExpertWeights(SlotTable):
 
     def to(self, device: torch.device | str) -> "QuantizedExpertWeights":
         """Return the weights on a device."""
-        return replace(self, fc1=self.fc1.to(device), fc2=self.fc2.to(device))
+        bias1, bias2 = self.fc1_bias_SH, self.fc2_bias_SD
+        return replace(
+            self,
+            fc1=self.fc1.to(device),
+            fc2=self.fc2.to(device),
+            fc1_bias_SH=None if bias1 is None else bias1.to(device),
+            fc2_bias_SD=None if bias2 is None else bias2.to(device),
+        )
 
     @property
     def nbytes(self) -> int:
         """Bytes of all slots."""
-        parts = (*_tensors(self.fc1), *_tensors(self.fc2))
-        return sum(part.nbytes for part in parts)
+        parts = (*_tensors(self.fc1), *_tensors(self.fc2), self.fc1_bias_SH, self.fc2_bias_SD)
+        return sum(part.nbytes for part in parts if part is not None)
 
 
 AnyExperts = ExpertWeights | QuantizedExpertWeights
@@ -178,10 +190,11 @@ AnyExperts = ExpertWeights | QuantizedExpertWeights
 def quantize_experts(
     experts: ExpertWeights, bits: Bits, group_size: int | None = None
 ) -> QuantizedExpertWeights:
-    """Round expert weights to 8 or 4 bits; see :func:`quantize`."""
-    fc1 = quantize(experts.fc1_SHD.detach(), bits, group_size)
-    fc2 = quantize(experts.fc2_SDF.detach(), bits, group_size)
-    return QuantizedExpertWeights(fc1, fc2, experts.slot_of_E, experts.activation)
+    """Round expert weights to 8 or 4 bits and keep their biases; see :func:`quantize`."""
+    fc1, fc2, *biases = (None if p is None else p.detach() for p in experts.parameters)
+    assert fc1 is not None and fc2 is not None, "only biases may be missing"
+    matrices = (quantize(fc1, bits, group_size), quantize(fc2, bits, group_size))
+    return QuantizedExpertWeights(*matrices, experts.slot_of_E, experts.activation, *biases)
 
 
 def quantize(weight_SQP: Tensor, bits: Bits, group_size: int | None = None) -> QuantizedMatrices:

@@ -24,8 +24,9 @@ def expert_mlp_reference(
             assert tokens_N.numel() == 0, f"expert {expert} has rows but no slot"
             continue
         fc1_HD, fc2_DF = experts.matrices(slot, x_TD.dtype)
-        hidden_NF = gated(F.linear(x_TD[tokens_N], fc1_HD), experts.activation)
-        y_ND = F.linear(hidden_NF, fc2_DF)
+        bias1_H, bias2_D = experts.biases(slot, x_TD.dtype)
+        hidden_NF = gated(F.linear(x_TD[tokens_N], fc1_HD, bias1_H), experts.activation)
+        y_ND = F.linear(hidden_NF, fc2_DF, bias2_D)
         y_TKD = y_TKD.index_put((tokens_N, choices_N), y_ND)
     present_TK = experts_TK >= 0
     weights_TK = torch.where(present_TK, weights_TK, 0)

@@ -99,38 +99,52 @@ def _why_not(backend: Backend, device: str) -> str | None:
 
 
 def check_backend(
-    backend: Backend, dtype: torch.dtype, device: str, num_tokens: int = T
+    backend: Backend,
+    dtype: torch.dtype,
+    device: str,
+    num_tokens: int = T,
+    has_bias: bool = False,
 ) -> BackendCheck:
-    """Run one backend forward and backward and compare."""
+    """Run one backend forward and backward and compare; ``has_bias`` gives the experts biases."""
     inputs, experts_TK = _inputs(dtype, num_tokens, D, F)
+    inputs += _biases(dtype, D, F) if has_bias else []
     expected = _outcome("reference", [x.double() for x in inputs], experts_TK, "cpu")
     return _compared(
         backend, dtype, device, expected, lambda: _outcome(backend, inputs, experts_TK, device)
     )
 
 
-def check_quantized(backend: Backend, dtype: torch.dtype, device: str, bits: Bits) -> BackendCheck:
+def check_quantized(
+    backend: Backend, dtype: torch.dtype, device: str, bits: Bits, has_bias: bool = False
+) -> BackendCheck:
     """Run one backend on weights in 8 or 4 bits and compare the values."""
-    expected = {"values": _quantized_values("reference", dtype, torch.float64, "cpu", bits)}
+    exact = _quantized_values("reference", dtype, torch.float64, "cpu", bits, has_bias)
+    expected = {"values": exact}
     return _compared(
         f"{backend} int{bits}",
         dtype,
         device,
         expected,
-        lambda: {"values": _quantized_values(backend, dtype, dtype, device, bits)},
+        lambda: {"values": _quantized_values(backend, dtype, dtype, device, bits, has_bias)},
     )
 
 
 def _quantized_values(
-    backend: Backend, rounded: torch.dtype, dtype: torch.dtype, device: str, bits: Bits
+    backend: Backend,
+    rounded: torch.dtype,
+    dtype: torch.dtype,
+    device: str,
+    bits: Bits,
+    has_bias: bool,
 ) -> Tensor:
     """Return all results of rows that were ``rounded``, computed in ``dtype``."""
     results = []
     for num_tokens, group_size in itertools.product(QUANTIZED_TOKENS, GROUP_SIZES[bits]):
         inputs, experts_TK = _inputs(rounded, num_tokens, QUANTIZED_D, QUANTIZED_F)
-        x_TD, weights_TK, fc1_EHD, fc2_EDF = inputs
+        x_TD, weights_TK, *parameters = inputs
+        parameters += _biases(rounded, QUANTIZED_D, QUANTIZED_F) if has_bias else []
         # Quantized before it is sent: another device may round a value to the other side.
-        experts = quantize_experts(ExpertWeights(fc1_EHD, fc2_EDF), bits, group_size).to(device)
+        experts = quantize_experts(_experts(parameters), bits, group_size).to(device)
         rows = (x_TD.to(device, dtype), experts_TK.to(device), weights_TK.to(device))
         results.append(expert_mlp(*rows, experts, backend).flatten())
     return torch.cat(results)
@@ -174,16 +188,27 @@ def _inputs(
     return [x_TD, weights_TK, fc1_EHD.to(dtype), fc2_EDF.to(dtype)], experts_TK
 
 
+def _biases(dtype: torch.dtype, d_model: int, d_expert: int) -> list[Tensor]:
+    """Return biases of fc1 and fc2 of the size of what they are added to."""
+    generator = torch.Generator().manual_seed(1)
+    widths = (2 * d_expert, d_model)
+    return [torch.randn(E, width, generator=generator).to(dtype) for width in widths]
+
+
+def _experts(parameters: list[Tensor]) -> ExpertWeights:
+    fc1_EHD, fc2_EDF, *biases = parameters
+    return ExpertWeights(fc1_EHD, fc2_EDF, None, "swiglu", None, *biases)
+
+
 def _outcome(
     backend: Backend, inputs: list[Tensor], experts_TK: Tensor, device: str
 ) -> dict[str, Tensor]:
     """Return the values and the gradients of a fixed weighted sum of them."""
-    x_TD, weights_TK, fc1_EHD, fc2_EDF = leaves = [
+    x_TD, weights_TK, *parameters = leaves = [
         tensor.to(device).requires_grad_() for tensor in (t.detach().clone() for t in inputs)
     ]
-    weights = ExpertWeights(fc1_EHD, fc2_EDF)
-    y_TD = expert_mlp(x_TD, experts_TK.to(device), weights_TK, weights, backend)
+    y_TD = expert_mlp(x_TD, experts_TK.to(device), weights_TK, _experts(parameters), backend)
     slope_TD = torch.linspace(-1, 1, y_TD.numel(), device=device).view_as(y_TD).to(y_TD.dtype)
     gradients = torch.autograd.grad((y_TD * slope_TD).sum(), leaves)
-    names = ("grad x", "grad weights", "grad fc1", "grad fc2")
-    return {"values": y_TD.detach(), **dict(zip(names, gradients, strict=True))}
+    names = ("grad x", "grad weights", "grad fc1", "grad fc2", "grad bias1", "grad bias2")
+    return {"values": y_TD.detach(), **dict(zip(names, gradients, strict=False))}

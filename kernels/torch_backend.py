@@ -100,7 +100,7 @@ def _combine_by_choice(
 class ExpertMLP(torch.autograd.Function):
     """``y_t = sum_k weights[t, k] * MLP_{experts[t, k]}(x_t)``, forward and backward.
 
-    ``fc1`` and ``fc2`` are given beside ``experts`` because autograd tracks arguments only.
+    The parameters are given beside ``experts`` because autograd tracks arguments only.
     ``recompute`` does not keep the pre-activations. ``make_products`` brings another library's
     grouped products; None chooses between ``F.grouped_mm`` and a loop.
     """
@@ -113,6 +113,8 @@ class ExpertMLP(torch.autograd.Function):
         weights_TK,
         fc1_SHD,
         fc2_SDF,
+        fc1_bias_SH,
+        fc2_bias_SD,
         experts,
         recompute,
         make_products: expert_fused.MakeProducts | None = None,
@@ -127,13 +129,14 @@ class ExpertMLP(torch.autograd.Function):
         else:
             ctx.spans = expert_loop.spans_of(grouping, experts)
             h_NH, y_ND = expert_loop.forward(x_TD, grouping, experts, ctx.spans)
-        ctx.save_for_backward(x_TD, weights_TK, None if recompute else h_NH, fc1_SHD, fc2_SDF)
+        parameters = (fc1_SHD, fc2_SDF, fc1_bias_SH, fc2_bias_SD)
+        ctx.save_for_backward(x_TD, weights_TK, None if recompute else h_NH, *parameters)
         ctx.grouping, ctx.experts = grouping, experts
         return combine_rows(y_ND, grouping, weights_TK)
 
     @staticmethod
     def backward(ctx, grad_TD):  # type: ignore[no-untyped-def]
-        x_TD, weights_TK, h_NH, fc1_SHD, fc2_SDF = ctx.saved_tensors
+        x_TD, weights_TK, h_NH, *_ = ctx.saved_tensors
         grouping, experts = ctx.grouping, ctx.experts
         if h_NH is None and ctx.spans is None:
             h_NH = expert_fused.pre_activations(x_TD, grouping, experts, ctx.products)
@@ -141,7 +144,7 @@ class ExpertMLP(torch.autograd.Function):
             h_NH = expert_loop.pre_activations(x_TD, grouping, experts, ctx.spans)
         sums = experts.main_grads
         if sums is None:
-            sums = MainGrads(torch.empty_like(fc1_SHD), torch.empty_like(fc2_SDF), is_empty=True)
+            sums = MainGrads.empty_for(experts)
         arguments = (grad_TD, x_TD, weights_TK, h_NH, grouping, experts)
         if ctx.spans is None:
             grad_x_ND, grad_weights_TK = expert_fused.backward(*arguments, ctx.products, sums)
@@ -149,6 +152,5 @@ class ExpertMLP(torch.autograd.Function):
             grad_x_ND, grad_weights_TK = expert_loop.backward(*arguments, ctx.spans, sums)
         sums.is_empty = False
         grad_x_TD = combine_rows(grad_x_ND, grouping, None)
-        has_main = experts.main_grads is not None
-        grad_fc1, grad_fc2 = (None, None) if has_main else (sums.fc1_SHD, sums.fc2_SDF)
-        return grad_x_TD, None, grad_weights_TK, grad_fc1, grad_fc2, None, None, None
+        grads = (None,) * 4 if experts.main_grads is not None else sums.totals
+        return grad_x_TD, None, grad_weights_TK, *grads, None, None, None

@@ -55,36 +55,41 @@ def is_chosen(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, experts: Any
     kinds: set[Bits | None] = {None}
     if isinstance(experts, QuantizedExpertWeights):
         kinds = {experts.fc1.bits, experts.fc2.bits}
-    checks = [(x_TD.dtype, x_TD.device, bits) for bits in kinds]
+    has_bias = experts.fc1_bias_SH is not None
+    checks = [(x_TD.dtype, x_TD.device, bits, has_bias) for bits in kinds]
     if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
         return all(_VERDICTS.get(check, False) for check in checks)
     return why_not(x_TD.device) is None and all(_is_trusted(*check) for check in checks)
 
 
-_VERDICTS: dict[tuple[torch.dtype, torch.device, Bits | None], bool] = {}
-"""What the self-check found; the kernels of weights in 8 and 4 bits are checked by themselves."""
+_VERDICTS: dict[tuple[torch.dtype, torch.device, Bits | None, bool], bool] = {}
+"""What the self-check found; the kernels of weights in 8 and 4 bits are checked by themselves, and
+so are those that add biases."""
 
 
-def _is_trusted(dtype: torch.dtype, device: torch.device, bits: Bits | None) -> bool:
+def _is_trusted(
+    dtype: torch.dtype, device: torch.device, bits: Bits | None, has_bias: bool
+) -> bool:
     """Check the kernels against the reference, once per type and device; warn where they fail.
 
     Compilers have miscompiled such kernels without a word on single architectures.
     """
-    if (dtype, device, bits) not in _VERDICTS:
-        _VERDICTS[dtype, device, bits] = _passes(dtype, device, bits)
-    return _VERDICTS[dtype, device, bits]
+    check = (dtype, device, bits, has_bias)
+    if check not in _VERDICTS:
+        _VERDICTS[check] = _passes(*check)
+    return _VERDICTS[check]
 
 
-def _passes(dtype: torch.dtype, device: torch.device, bits: Bits | None) -> bool:
+def _passes(dtype: torch.dtype, device: torch.device, bits: Bits | None, has_bias: bool) -> bool:
     from . import self_check  # it checks this backend and imports us
 
     if bits is None:
         sizes = (self_check.T, self_check.MANY_TOKENS)
         call = functools.partial(self_check.check_backend, "triton", dtype, str(device))
-        checks = [functools.partial(call, num_tokens) for num_tokens in sizes]
+        checks = [functools.partial(call, num_tokens, has_bias) for num_tokens in sizes]
     else:
         call = functools.partial(self_check.check_quantized, "triton", dtype, str(device))
-        checks = [functools.partial(call, bits)]
+        checks = [functools.partial(call, bits, has_bias)]
     for run in checks:
         with torch.inference_mode(False), torch.enable_grad():
             check = run()
@@ -200,17 +205,16 @@ def expert_mlp_triton(
         return _quantized(*rows, experts, slot_of_E)
     from .gpu.ops import expert_mlp_op
 
-    leaves = (x_TD, weights_TK, experts.fc1_SHD, experts.fc2_SDF)
+    leaves = [leaf for leaf in (x_TD, weights_TK, *experts.parameters) if leaf is not None]
     has_backward = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
-    sums: tuple[Tensor | None, Tensor | None] = (None, None)
+    sums: tuple[Tensor | None, ...] = (None,) * 4
     if experts.main_grads is not None:
         if has_backward:
             experts.main_grads.begin_with_zeros()  # the operator's backward only adds
-        sums = (experts.main_grads.fc1_SHD, experts.main_grads.fc2_SDF)
+        sums = experts.main_grads.totals
     return expert_mlp_op(
         *rows,
-        experts.fc1_SHD,
-        experts.fc2_SDF,
+        *experts.parameters,
         slot_of_E,
         *sums,
         experts.activation,
@@ -229,8 +233,9 @@ def _quantized(
 
     fc1, fc2 = experts.fc1, experts.fc2
     parts = (fc1.values, fc1.scales_SQG, fc2.values, fc2.scales_SQG)
+    biases = (experts.fc1_bias_SH, experts.fc2_bias_SD)
     return quantized_expert_mlp_op(
-        x_TD, experts_TK, weights_TK, *parts, slot_of_E, experts.activation
+        x_TD, experts_TK, weights_TK, *parts, *biases, slot_of_E, experts.activation
     )
 
 
@@ -247,22 +252,30 @@ def _misfit(
             "fc2.values": experts.fc2.values,
             "fc2.scales": experts.fc2.scales_SQG,
         }
-        sums: tuple[Tensor, ...] = ()
+        sums: list[Tensor] = []
     else:
         parts = {"fc1": experts.fc1_SHD, "fc2": experts.fc2_SDF}
         main = experts.main_grads
-        sums = () if main is None else (main.fc1_SHD, main.fc2_SDF)
+        sums = [] if main is None else [total for total in main.totals if total is not None]
         if experts.fc2_SDF.dtype != experts.fc1_SHD.dtype:
             return (
                 f"fc1 has type {experts.fc1_SHD.dtype} and fc2 {experts.fc2_SDF.dtype}; they must "
                 "have one."
             )
-    devices = {str(t.device) for t in (x_TD, experts_TK, weights_TK, *parts.values(), *sums)}
+    biases = [bias for bias in (experts.fc1_bias_SH, experts.fc2_bias_SD) if bias is not None]
+    tensors = (x_TD, experts_TK, weights_TK, *parts.values(), *biases, *sums)
+    devices = {str(tensor.device) for tensor in tensors}
     if len(devices) > 1:
         return f"The tensors are on {', '.join(sorted(devices))}; they must share one device."
     for name, part in parts.items():
         if part.stride(2) != 1 or part.stride(1) != part.shape[2]:
             return f"{name} has strides {part.stride()}; a slot's matrix must be contiguous."
+    for bias in biases:
+        if bias.stride(1) != 1 or bias.dtype not in DTYPES:
+            return (
+                f"A bias has strides {bias.stride()} and type {bias.dtype}; a slot's must be "
+                "contiguous, in bf16, fp16 or fp32."
+            )
     if not all(total.is_contiguous() for total in sums):
         return "The main gradients are not contiguous, as Triton's kernels need them."
     if max(*(part[:1].numel() for part in parts.values()), experts_TK.numel()) >= 2**31:

@@ -62,7 +62,10 @@ class AnyExperts(nn.Module):
 
 
 class Experts(AnyExperts):
-    """Gated experts as parameters: ``fc1 [S, 2F, D]`` (gate rows first), ``fc2 [S, D, F]``."""
+    """Gated experts as parameters: ``fc1 [S, 2F, D]`` (gate rows first), ``fc2 [S, D, F]``.
+
+    With ``bias`` also ``fc1_bias [S, 2F]`` and ``fc2_bias [S, D]``, zeros at first; else None.
+    """
 
     def __init__(
         self,
@@ -73,6 +76,7 @@ class Experts(AnyExperts):
         backend: Backend = "auto",
         activation: Activation = "swiglu",
         recompute: bool = False,
+        bias: bool = False,
     ) -> None:
         super().__init__()
         self.recompute = recompute
@@ -86,8 +90,13 @@ class Experts(AnyExperts):
         self.fc2 = nn.Parameter(torch.empty(num_slots, d_model, d_expert))
         nn.init.normal_(self.fc1, std=d_model**-0.5)
         nn.init.normal_(self.fc2, std=d_expert**-0.5)
+        self.fc1_bias: nn.Parameter | None = None
+        self.fc2_bias: nn.Parameter | None = None
+        if bias:
+            self.fc1_bias = nn.Parameter(torch.zeros(num_slots, 2 * d_expert))
+            self.fc2_bias = nn.Parameter(torch.zeros(num_slots, d_model))
         self.main_grads: MainGrads | None = None
-        """Where backward leaves the gradients of the weights; None: where autograd does."""
+        """Where backward leaves the gradients of the parameters; None: where autograd does."""
         self._slot_of_E: tuple[int, ...] | None = None
         if self.expert_ids != tuple(range(num_experts)):
             slots = [-1] * num_experts
@@ -96,8 +105,9 @@ class Experts(AnyExperts):
             self._slot_of_E = tuple(slots)
 
     def slot_views(self) -> list[dict[str, Tensor]]:
-        """Return the writable gate, up and down matrices of every slot."""
-        weights = ExpertWeights(self.fc1.data, self.fc2.data)
+        """Return the writable parts of every slot; see :meth:`ExpertWeights.slot_views`."""
+        biases = (None if bias is None else bias.data for bias in (self.fc1_bias, self.fc2_bias))
+        weights = ExpertWeights(self.fc1.data, self.fc2.data, None, self.activation, None, *biases)
         return [weights.slot_views(slot) for slot in range(len(self.expert_ids))]
 
     def announce(self, routing: Routing) -> None:
@@ -108,12 +118,14 @@ class Experts(AnyExperts):
 
     def forward(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """Return the weighted sum of each row's experts, ``[N, D]``."""
-        weights = ExpertWeights(
-            self.fc1, self.fc2, self._slot_of_E, self.activation, self.main_grads
-        )
         return expert_mlp(
-            x_ND, experts_NK, weights_NK, weights, self.backend, recompute=self.recompute
+            x_ND, experts_NK, weights_NK, self._weights(), self.backend, recompute=self.recompute
         )
+
+    def _weights(self) -> ExpertWeights:
+        biases = (self.fc1_bias, self.fc2_bias)
+        how = (self._slot_of_E, self.activation, self.main_grads)
+        return ExpertWeights(self.fc1, self.fc2, *how, *biases)
 
 
 class GatedMLP(nn.Module):
@@ -138,7 +150,8 @@ class MoELayer(nn.Module):
 
     ``router`` is a router's configuration (``TopK(k=4)``, ``Hash()``). ``d_shared`` adds a shared
     expert of that width which every token visits. ``recompute`` keeps the experts' input only, and
-    not their pre-activations, for backward.
+    not their pre-activations, for backward. ``expert_bias`` gives each expert's two products a
+    bias, as gpt-oss's have.
     """
 
     def __init__(
@@ -156,6 +169,7 @@ class MoELayer(nn.Module):
         expert_ids: Sequence[int] | None = None,
         backend: Backend = "auto",
         recompute: bool = False,
+        expert_bias: bool = False,
     ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
@@ -164,7 +178,7 @@ class MoELayer(nn.Module):
             TopK() if router is None else router, d_model, num_experts, vocab_size, token_counts
         )
         self.experts: AnyExperts = Experts(
-            d_model, d_expert, num_experts, expert_ids, backend, activation, recompute
+            d_model, d_expert, num_experts, expert_ids, backend, activation, recompute, expert_bias
         )
         self.shared_expert = GatedMLP(d_model, d_shared, activation) if d_shared else None
         self.shared_expert_gate = Linear(d_model, 1) if shared_gate else None

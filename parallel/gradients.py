@@ -49,7 +49,11 @@ class MainGradients:
         for module in model.modules():
             if isinstance(module, Experts):
                 main = (module.fc1.main_grad, module.fc2.main_grad)  # type: ignore[attr-defined]
-                module.main_grads = MainGrads(*main)
+                biases = [
+                    None if bias is None else bias.main_grad  # type: ignore[attr-defined]
+                    for bias in (module.fc1_bias, module.fc2_bias)
+                ]
+                module.main_grads = MainGrads(*main, False, *biases)
                 self._main_grads.append(module.main_grads)
 
     @property

@@ -24,7 +24,7 @@ class MasterAdamW:
     """AdamW reading ``parameter.main_grad`` and writing parameters of any precision.
 
     ``masters`` holds the fp32 copies of narrower parameters; others are their own masters.
-    Matrices decay, norms and embeddings do not.
+    Matrices decay; norms, biases and embeddings do not.
     """
 
     def __init__(
@@ -40,6 +40,7 @@ class MasterAdamW:
             master = masters.get(name, local_part(parameter))
             self._pairs.append((name, parameter, master))
             is_matrix = parameter.ndim > 1 and "embed_tokens" not in name
+            is_matrix = is_matrix and not name.endswith("bias")  # experts' have two dimensions
             (decayed if is_matrix else others).append(master)
         self._adam = torch.optim.AdamW(
             [

@@ -72,9 +72,14 @@ def _results(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
     scores_TE = F.linear(wide_TD, gate_ED.double()).softmax(dim=-1)
     yield "routing", weights_TK, scores_TE.topk(K).values
 
+    biases = [random(E, width).to(dtype) for width in (2 * WIDTH, D)]
     waves = CppWaves(x_TD, experts_TK, weights_TK)
-    waves.add(ExpertWeights(fc1_EHD, fc2_EDF))
-    wide = ExpertWeights(fc1_EHD.double(), fc2_EDF.double())
+    waves.add(ExpertWeights(fc1_EHD, fc2_EDF, fc1_bias_SH=biases[0], fc2_bias_SD=biases[1]))
+    wide = ExpertWeights(
+        *(fc1_EHD.double(), fc2_EDF.double()),
+        fc1_bias_SH=biases[0].double(),
+        fc2_bias_SD=biases[1].double(),
+    )
     expected_TD = expert_mlp_reference(wide_TD, experts_TK, weights_TK.double(), wide)
     yield "experts", waves.result(), expected_TD
 

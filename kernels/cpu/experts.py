@@ -16,6 +16,7 @@ from ..grouping import outside
 from ..quantized_weights import AnyExperts, QuantizedExpertWeights, QuantizedMatrices
 from .library import TYPES, empty_fp32, functions_for
 from .structures import (
+    Biases,
     CombineArguments,
     ExpertArguments,
     QuantizedExpertArguments,
@@ -34,13 +35,16 @@ def can_run(x_TD: Tensor, weights_TK: Tensor, experts: AnyExperts | None = None)
 
 
 def is_plain(experts: AnyExperts) -> bool:
-    """Say whether every slot is one dense block, as the kernels need it."""
+    """Say whether every slot is one dense block, as the kernels need it, and its biases too."""
     if isinstance(experts, ExpertWeights):
         parts = [experts.fc1_SHD, experts.fc2_SDF]
     else:
         matrices = (experts.fc1, experts.fc2)
         parts = [part for m in matrices for part in (m.values, m.scales_SQG)]
-    return all(part.stride()[1:] == (part.shape[2], 1) for part in parts)
+    biases = [bias for bias in (experts.fc1_bias_SH, experts.fc2_bias_SD) if bias is not None]
+    return all(part.stride()[1:] == (part.shape[2], 1) for part in parts) and all(
+        bias.stride(1) == 1 and bias.dtype in TYPES for bias in biases
+    )
 
 
 def as_int32(experts_TK: Tensor) -> Tensor:
@@ -135,6 +139,7 @@ def expert_arguments(
         None if slots is None else slots.buffer_info()[0],
         None if lines_RD is None else lines_RD.data_ptr(),
         None if hidden_RH is None else hidden_RH.data_ptr(),
+        *(_biases(experts.fc1_bias_SH), _biases(experts.fc2_bias_SD)),
     )
     return arguments, slots
 
@@ -152,9 +157,16 @@ def _quantized_arguments(
         *(experts.d_model, experts.fc2.width, experts.num_experts, torch.get_num_threads()),
         *(0, 0, only is not None, x_TD.data_ptr(), None, None, experts_TK.data_ptr()),
         *(None if slots is None else slots.buffer_info()[0], lines_RD.data_ptr(), None),
+        *(_biases(experts.fc1_bias_SH), _biases(experts.fc2_bias_SD)),
     )
     matrices = (_matrix(experts.fc1), _matrix(experts.fc2))
     return QuantizedExpertArguments(rest, *matrices), slots
+
+
+def _biases(bias_SQ: Tensor | None) -> Biases:
+    if bias_SQ is None:
+        return Biases(0, 0, None)
+    return Biases(TYPES[bias_SQ.dtype], bias_SQ.stride(0), bias_SQ.data_ptr())
 
 
 def _matrix(matrices: QuantizedMatrices) -> QuantizedMatrix:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..activation import ACTIVATIONS, Activation
-from ..expert_weights import ExpertWeights, MainGrads
+from ..expert_weights import ExpertWeights, MainGrads, Parameters
 from ..quantized_weights import AnyExperts, QuantizedExpertWeights, QuantizedMatrices
 from .experts import CppWaves, as_int32, is_plain
 from .library import TYPES, empty_fp32, load
@@ -42,26 +42,25 @@ def expert_mlp_compiled(
     slots = None if experts.slot_of_E is None else list(experts.slot_of_E)
     rows = (x_TD.contiguous(), as_int32(experts_TK), weights_TK.float().contiguous())
     if isinstance(experts, QuantizedExpertWeights):
-        parts = (*_parts(experts.fc1), *_parts(experts.fc2))
+        biases = (experts.fc1_bias_SH, experts.fc2_bias_SD)
+        parts = (*_parts(experts.fc1), *_parts(experts.fc2), *biases)
         return quantized_expert_mlp_op(*rows, *parts, slots, experts.activation)
     main, keep = experts.main_grads, torch.is_grad_enabled()
-    sums: tuple[Tensor | None, Tensor | None] = (None, None)
+    sums: tuple[Tensor | None, ...] = (None,) * 4
     if main is not None and keep:
         main.begin_with_zeros()  # the operator's backward only adds
-        sums = (main.fc1_SHD, main.fc2_SDF)
-    matrices = (experts.fc1_SHD, experts.fc2_SDF)
-    return expert_mlp_op(*rows, *matrices, slots, *sums, experts.activation, keep)[0]
+        sums = main.totals
+    return expert_mlp_op(*rows, *experts.parameters, slots, *sums, experts.activation, keep)[0]
 
 
 def _parts(matrices: QuantizedMatrices) -> tuple[Tensor, Tensor]:
     return matrices.values, matrices.scales_SQG
 
 
-def _experts(
-    fc1_SHD: Tensor, fc2_SDF: Tensor, slots: Sequence[int] | None, activation: str
-) -> ExpertWeights:
+def _experts(parameters: Parameters, slots: Sequence[int] | None, activation: str) -> ExpertWeights:
+    fc1_SHD, fc2_SDF, *biases = parameters
     table = None if slots is None else tuple(slots)
-    return ExpertWeights(fc1_SHD, fc2_SDF, table, _named(activation))
+    return ExpertWeights(fc1_SHD, fc2_SDF, table, _named(activation), None, *biases)
 
 
 @torch.no_grad()
@@ -84,17 +83,21 @@ def expert_mlp_op(
     weights_TK: Tensor,
     fc1_SHD: Tensor,
     fc2_SDF: Tensor,
+    bias1_SH: Tensor | None,
+    bias2_SD: Tensor | None,
     slots: Sequence[int] | None,
     main1_SHD: Tensor | None,
     main2_SDF: Tensor | None,
+    main_bias1_SH: Tensor | None,
+    main_bias2_SD: Tensor | None,
     activation: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return y ``[T, D]`` and, with ``keep``, what backward needs of each row, ``[R, 2F]``.
 
-    ``main1_SHD`` and ``main2_SDF`` are not read; backward adds weight gradients to them.
+    What begins with ``main`` is not read; backward adds gradients of the parameters to it.
     """
-    experts = _experts(fc1_SHD, fc2_SDF, slots, activation)
+    experts = _experts((fc1_SHD, fc2_SDF, bias1_SH, bias2_SD), slots, activation)
     if keep:
         return forward_kept(x_TD, experts_TK, weights_TK, experts)
     nothing_RH = x_TD.new_empty(0, fc1_SHD.shape[1])
@@ -108,9 +111,13 @@ def _(
     weights_TK: Tensor,
     fc1_SHD: Tensor,
     fc2_SDF: Tensor,
+    bias1_SH: Tensor | None,
+    bias2_SD: Tensor | None,
     slots: Sequence[int] | None,
     main1_SHD: Tensor | None,
     main2_SDF: Tensor | None,
+    main_bias1_SH: Tensor | None,
+    main_bias2_SD: Tensor | None,
     activation: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -119,7 +126,9 @@ def _(
 
 
 @torch.library.custom_op(
-    "moeyard::expert_mlp_cpu_backward", mutates_args=("out1_SHD", "out2_SDF"), device_types="cpu"
+    "moeyard::expert_mlp_cpu_backward",
+    mutates_args=("out1_SHD", "out2_SDF", "out_bias1_SH", "out_bias2_SD"),
+    device_types="cpu",
 )
 def expert_mlp_backward_op(
     grad_TD: Tensor,
@@ -129,18 +138,22 @@ def expert_mlp_backward_op(
     hidden_RH: Tensor,
     fc1_SHD: Tensor,
     fc2_SDF: Tensor,
+    bias1_SH: Tensor | None,
+    bias2_SD: Tensor | None,
     slots: Sequence[int] | None,
     activation: str,
     add: bool,
     out1_SHD: Tensor,
     out2_SDF: Tensor,
+    out_bias1_SH: Tensor | None,
+    out_bias2_SD: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of x and of the routing weights.
 
-    Those of fc1 and fc2 are written to ``out1_SHD`` and ``out2_SDF``, fp32, or added with ``add``.
+    Those of the parameters are written to what begins with ``out``, fp32, or added with ``add``.
     """
-    experts = _experts(fc1_SHD, fc2_SDF, slots, activation)
-    sums = MainGrads(out1_SHD, out2_SDF, is_empty=not add)
+    experts = _experts((fc1_SHD, fc2_SDF, bias1_SH, bias2_SD), slots, activation)
+    sums = MainGrads(out1_SHD, out2_SDF, not add, out_bias1_SH, out_bias2_SD)
     return gradients(grad_TD, x_TD, experts_TK, weights_TK, hidden_RH, experts, sums)
 
 
@@ -153,35 +166,44 @@ def _(
     hidden_RH: Tensor,
     fc1_SHD: Tensor,
     fc2_SDF: Tensor,
+    bias1_SH: Tensor | None,
+    bias2_SD: Tensor | None,
     slots: Sequence[int] | None,
     activation: str,
     add: bool,
     out1_SHD: Tensor,
     out2_SDF: Tensor,
+    out_bias1_SH: Tensor | None,
+    out_bias2_SD: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x_TD), torch.empty_like(weights_TK)
 
 
 def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x_TD, experts_TK, weights_TK, fc1_SHD, fc2_SDF, slots, main1, main2, activation, _ = inputs
+    x_TD, experts_TK, weights_TK, *parameters = inputs[:7]
+    slots, *main, activation, _ = inputs[7:]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(x_TD, experts_TK, weights_TK, output[1], fc1_SHD, fc2_SDF)
+    ctx.save_for_backward(x_TD, experts_TK, weights_TK, output[1], *parameters)
     # Not saved tensors: other layers and micro-batches change them before backward comes.
-    ctx.main, ctx.slots, ctx.activation = (main1, main2), slots, activation
+    ctx.main, ctx.slots, ctx.activation = main, slots, activation
 
 
 def _backward(ctx: Any, grad_TD: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if grad_TD is None:
-        return (None,) * 10
-    *rows, fc1_SHD, fc2_SDF = ctx.saved_tensors
+        return (None,) * 14
+    *rows, fc1_SHD, fc2_SDF, bias1_SH, bias2_SD = ctx.saved_tensors
+    parameters = (fc1_SHD, fc2_SDF, bias1_SH, bias2_SD)
     add = ctx.main[0] is not None
-    outs = ctx.main if add else [empty_fp32(*w.shape) for w in (fc1_SHD, fc2_SDF)]
+    outs = ctx.main if add else [None if p is None else empty_fp32(*p.shape) for p in parameters]
     grad_x_TD, grad_weights_TK = expert_mlp_backward_op(
-        *(grad_TD.contiguous(), *rows, fc1_SHD, fc2_SDF, ctx.slots, ctx.activation, add, *outs)
+        *(grad_TD.contiguous(), *rows, *parameters, ctx.slots, ctx.activation, add, *outs)
     )
-    grads = (None, None) if add else (outs[0].to(fc1_SHD.dtype), outs[1].to(fc2_SDF.dtype))
-    return (grad_x_TD, None, grad_weights_TK, *grads, *(None,) * 5)
+    grads = [
+        None if add or out is None else out.to(parameter.dtype)
+        for out, parameter in zip(outs, parameters, strict=True)
+    ]
+    return (grad_x_TD, None, grad_weights_TK, *grads, *(None,) * 7)
 
 
 expert_mlp_op.register_autograd(_backward, setup_context=_keep)
@@ -196,13 +218,16 @@ def quantized_expert_mlp_op(
     scales1_SHG: Tensor,
     values2: Tensor,
     scales2_SDG: Tensor,
+    bias1_SH: Tensor | None,
+    bias2_SD: Tensor | None,
     slots: Sequence[int] | None,
     activation: str,
 ) -> Tensor:
     """Return y ``[T, D]`` of experts in 8 or 4 bits; without a gradient."""
     table = None if slots is None else tuple(slots)
     matrices = QuantizedMatrices(values1, scales1_SHG), QuantizedMatrices(values2, scales2_SDG)
-    experts = QuantizedExpertWeights(*matrices, table, _named(activation))
+    biases = (bias1_SH, bias2_SD)
+    experts = QuantizedExpertWeights(*matrices, table, _named(activation), *biases)
     return _without_gradients(x_TD, experts_TK, weights_TK, experts)
 
 
@@ -215,6 +240,8 @@ def _(
     scales1_SHG: Tensor,
     values2: Tensor,
     scales2_SDG: Tensor,
+    bias1_SH: Tensor | None,
+    bias2_SD: Tensor | None,
     slots: Sequence[int] | None,
     activation: str,
 ) -> Tensor:

@@ -24,6 +24,12 @@ class NormArguments(ctypes.Structure):
     ]
 
 
+class Biases(ctypes.Structure):
+    """A bias for every slot, or none."""
+
+    _fields_ = [*((name, Int) for name in ("type", "stride")), ("values", Pointer)]
+
+
 class ExpertArguments(ctypes.Structure):
     """The expert MLP of some experts, each routed row into its own line."""
 
@@ -33,6 +39,7 @@ class ExpertArguments(ctypes.Structure):
         *((name, Int) for name in ("fc1_stride", "fc2_stride", "is_wave")),
         *((name, Pointer) for name in ("x", "fc1", "fc2", "experts", "slot_of", "lines")),
         ("hidden", Pointer),
+        *((name, Biases) for name in ("fc1_bias", "fc2_bias")),
     ]
 
 
@@ -61,7 +68,8 @@ class ExpertGradArguments(ctypes.Structure):
         ("forward", ExpertArguments),
         *((name, Pointer) for name in ("grad", "weights")),
         *((name, Int) for name in ("is_empty", "num_slots")),
-        *((name, Pointer) for name in ("grad_fc1", "grad_fc2", "grad_weights")),
+        *((name, Pointer) for name in ("grad_fc1", "grad_fc2", "grad_fc1_bias", "grad_fc2_bias")),
+        ("grad_weights", Pointer),
     ]
 
 

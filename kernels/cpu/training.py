@@ -17,8 +17,8 @@ from .structures import ExpertGradArguments
 
 def can_train(x_TD: Tensor, weights_TK: Tensor, experts: ExpertWeights) -> bool:
     """Say whether the kernels can run forward and backward."""
-    matrices = (experts.fc1_SHD, experts.fc2_SDF)
-    if functions_for(x_TD, *matrices, is_backward_ours=True) is None:
+    parameters = [part for part in experts.parameters if part is not None]
+    if functions_for(x_TD, *parameters, is_backward_ours=True) is None:
         return False
     return weights_TK.dtype in TYPES and have_backward(experts)  # sums over k run in fp32
 
@@ -27,7 +27,7 @@ def have_backward(experts: ExpertWeights) -> bool:
     """Say whether the kernels' backward takes experts of these sizes and sums."""
     fc2, sums = experts.fc2_SDF, experts.main_grads
     has_pairs = fc2.shape[1] % 2 == 0 and fc2.shape[2] % 2 == 0  # bf16 is multiplied in pairs
-    totals = () if sums is None else (sums.fc1_SHD, sums.fc2_SDF)
+    totals = [] if sums is None else [total for total in sums.totals if total is not None]
     are_fp32 = all(t.dtype == torch.float32 and t.is_contiguous() for t in totals)
     return has_pairs and are_fp32 and is_plain(experts)
 
@@ -40,34 +40,46 @@ class CppExpertMLP(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x_TD, experts_TK, weights_TK, fc1_SHD, fc2_SDF, experts, recompute):  # type: ignore[no-untyped-def]
+    def forward(  # type: ignore[no-untyped-def]
+        ctx,
+        x_TD,
+        experts_TK,
+        weights_TK,
+        fc1_SHD,
+        fc2_SDF,
+        fc1_bias_SH,
+        fc2_bias_SD,
+        experts,
+        recompute,
+    ):
         experts_TK = as_int32(experts_TK)
         wide_TK = weights_TK.float().contiguous()
         y_TD, hidden_RH = forward_kept(x_TD, experts_TK, wide_TK, experts)
         kept_RH = None if recompute else hidden_RH
         ctx.experts, ctx.weights_dtype = experts, weights_TK.dtype
-        ctx.save_for_backward(x_TD, experts_TK, wide_TK, kept_RH, fc1_SHD, fc2_SDF)
+        parameters = (fc1_SHD, fc2_SDF, fc1_bias_SH, fc2_bias_SD)
+        ctx.save_for_backward(x_TD, experts_TK, wide_TK, kept_RH, *parameters)
         return y_TD
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_TD):  # type: ignore[no-untyped-def]
-        x_TD, experts_TK, weights_TK, hidden_RH, fc1_SHD, fc2_SDF = ctx.saved_tensors
+        x_TD, experts_TK, weights_TK, hidden_RH, *parameters = ctx.saved_tensors
         if hidden_RH is None:
             hidden_RH = _hidden_again(x_TD, experts_TK, ctx.experts)
         sums = ctx.experts.main_grads
         has_main = sums is not None
         if not has_main:
-            sums = MainGrads(empty_fp32(*fc1_SHD.shape), empty_fp32(*fc2_SDF.shape), is_empty=True)
+            sums = MainGrads.empty_for(ctx.experts, lambda part: empty_fp32(*part.shape))
         grad_x_TD, grad_weights_TK = gradients(
             grad_TD.contiguous(), x_TD, experts_TK, weights_TK, hidden_RH, ctx.experts, sums
         )
         sums.is_empty = False
-        grad_fc1, grad_fc2 = None, None
-        if not has_main:
-            grad_fc1, grad_fc2 = sums.fc1_SHD.to(fc1_SHD.dtype), sums.fc2_SDF.to(fc2_SDF.dtype)
-        grad_weights_TK = grad_weights_TK.to(ctx.weights_dtype)
-        return grad_x_TD, None, grad_weights_TK, grad_fc1, grad_fc2, None, None
+        grads = [
+            None if has_main or total is None else total.to(parameter.dtype)
+            for total, parameter in zip(sums.totals, parameters, strict=True)
+        ]
+        return grad_x_TD, None, grad_weights_TK.to(ctx.weights_dtype), *grads, None, None
 
 
 def _hidden_again(x_TD: Tensor, experts_TK: Tensor, experts: ExpertWeights) -> Tensor:
@@ -106,7 +118,7 @@ def gradients(
     experts: ExpertWeights,
     sums: MainGrads,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of x and of the routing weights; those of fc1 and fc2 go to ``sums``."""
+    """Return the gradients of x and of the routing weights; the parameters' go to ``sums``."""
     functions = functions_for(x_TD, grad_TD, is_backward_ours=True)
     assert functions is not None, "forward ran on these kernels"
     lines_RD = empty_fp32(experts_TK.numel(), x_TD.shape[1])
@@ -115,7 +127,8 @@ def gradients(
     arguments = ExpertGradArguments(
         *(forward, grad_TD.data_ptr(), weights_TK.data_ptr()),
         *(sums.is_empty, experts.fc1_SHD.shape[0]),
-        *(sums.fc1_SHD.data_ptr(), sums.fc2_SDF.data_ptr(), grad_weights_TK.data_ptr()),
+        *(None if total is None else total.data_ptr() for total in sums.totals),
+        grad_weights_TK.data_ptr(),
     )
     functions.moeyard_expert_grads(ctypes.byref(arguments))
     return combine_lines(lines_RD, experts_TK, None, x_TD), grad_weights_TK

@@ -15,13 +15,19 @@ from .tiles import GROUP_TILES, Tiles
 
 
 def grouped_matmul(
-    x_RP: Tensor, weight_SPQ: Tensor, groups: SlotGroups, precision: str, tiles: Tiles
+    x_RP: Tensor,
+    weight_SPQ: Tensor,
+    bias_SQ: Tensor | None,
+    groups: SlotGroups,
+    precision: str,
+    tiles: Tiles,
 ) -> Tensor:
-    """Return ``x_r @ weight_slot(r)``, ``[R, Q]``; rows without a slot are undefined.
+    """Return ``x_r @ weight_slot(r) + bias_slot(r)``, ``[R, Q]``; undefined without a slot.
 
     ``weight_SPQ`` may be a transposed view: either of its last two dimensions is contiguous.
+    Descriptors take no biases; with one the tiles come by pointers.
     """
-    if are_chosen("matmul", tiles, x_RP, weight_SPQ):
+    if bias_SQ is None and are_chosen("matmul", tiles, x_RP, weight_SPQ):
         return described_matmul(x_RP, weight_SPQ, groups, precision, tiles)
     num_rows, num_inner = x_RP.shape
     num_outputs = weight_SPQ.shape[2]
@@ -32,6 +38,7 @@ def grouped_matmul(
         groups.tiles_L2,
         groups.offsets_S1,
         weight_SPQ,
+        bias_SQ,
         y_RQ,
         num_tiles,
         num_inner,
@@ -39,6 +46,7 @@ def grouped_matmul(
         weight_SPQ.stride(0),
         weight_SPQ.stride(1),
         weight_SPQ.stride(2),
+        0 if bias_SQ is None else bias_SQ.stride(0),
         IS_EVEN=num_inner % tiles.P == 0,
         PRECISION=precision,
         M=tiles.M,
@@ -57,6 +65,7 @@ def grouped_matmul_kernel(
     tiles_L2,
     offsets_S1,
     weight_SPQ,
+    bias_SQ,
     y_RQ,
     num_tiles,
     num_inner,
@@ -64,6 +73,7 @@ def grouped_matmul_kernel(
     stride_slot,
     stride_inner,
     stride_output,
+    stride_bias,
     IS_EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
     M: tl.constexpr,
@@ -100,6 +110,9 @@ def grouped_matmul_kernel(
         y_MN = add_product(y_MN, x_MP, w_PN, PRECISION)
         x_at += P
         w_at += P * stride_inner
+    if bias_SQ is not None:
+        bias_at = bias_SQ + slot.to(tl.int64) * stride_bias + output_N
+        y_MN += tl.load(bias_at, mask=is_output_N, other=0).to(tl.float32)[None, :]
     tl.store(
         y_RQ + row_M.to(tl.int64)[:, None] * num_outputs + output_N[None, :],
         y_MN.to(y_RQ.dtype.element_ty),

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .bias_grad import bias_grad
 from .combine import combine
 from .device import on_device_of
 from .grad_hidden import grad_hidden
@@ -34,16 +35,20 @@ def expert_mlp_op(
     weights_TK: Tensor,
     fc1_SHD: Tensor,
     fc2_SDF: Tensor,
+    bias1_SH: Tensor | None,
+    bias2_SD: Tensor | None,
     slot_of_E: Tensor | None,
     main1_SHD: Tensor | None,
     main2_SDF: Tensor | None,
+    main_bias1_SH: Tensor | None,
+    main_bias2_SD: Tensor | None,
     activation: str,
     keep_h: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return y ``[T, D]``, then what backward needs: h ``[R, 2F]`` and the ``SlotGroups``.
 
-    h is empty unless ``keep_h``; backward then computes it again. ``main1_SHD`` and ``main2_SDF``
-    are not read; backward adds weight gradients to them.
+    h is empty unless ``keep_h``; backward then computes it again. What begins with ``main`` is not
+    read; backward adds gradients of the parameters to it.
     """
     (num_tokens, d_model), num_rows = x_TD.shape, experts_TK.numel()
     d_expert = fc2_SDF.shape[2]
@@ -55,9 +60,10 @@ def expert_mlp_op(
             return x_TD.new_zeros(num_tokens, d_model), h_RH, *groups
         a_RF = x_TD.new_empty(num_rows, d_expert)
         precision, h_out = plan.precision, h_RH if keep_h else None
-        up_projection(x_TD, groups, fc1_SHD, activation, precision, plan.tiles("up"), a_RF, h_out)
+        first = (fc1_SHD, bias1_SH, activation, precision, plan.tiles("up"))
+        up_projection(x_TD, groups, *first, a_RF, h_out)
         fc2_SFD = fc2_SDF.transpose(1, 2)
-        y_RD = grouped_matmul(a_RF, fc2_SFD, groups, precision, plan.tiles("matmul"))
+        y_RD = grouped_matmul(a_RF, fc2_SFD, bias2_SD, groups, precision, plan.tiles("matmul"))
         return combine(y_RD, groups, weights_TK, num_tokens), h_RH, *groups
 
 
@@ -68,9 +74,13 @@ def _(
     weights_TK: Tensor,
     fc1_SHD: Tensor,
     fc2_SDF: Tensor,
+    bias1_SH: Tensor | None,
+    bias2_SD: Tensor | None,
     slot_of_E: Tensor | None,
     main1_SHD: Tensor | None,
     main2_SDF: Tensor | None,
+    main_bias1_SH: Tensor | None,
+    main_bias2_SD: Tensor | None,
     activation: str,
     keep_h: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -88,7 +98,10 @@ def _(
     )
 
 
-@torch.library.custom_op("moeyard::expert_mlp_backward", mutates_args=("out1_SHD", "out2_SDF"))
+@torch.library.custom_op(
+    "moeyard::expert_mlp_backward",
+    mutates_args=("out1_SHD", "out2_SDF", "out_bias1_SH", "out_bias2_SD"),
+)
 def expert_mlp_backward_op(
     grad_TD: Tensor,
     x_TD: Tensor,
@@ -100,21 +113,25 @@ def expert_mlp_backward_op(
     tiles_L2: Tensor,
     fc1_SHD: Tensor,
     fc2_SDF: Tensor,
+    bias1_SH: Tensor | None,
+    bias2_SD: Tensor | None,
     num_experts: int,
     activation: str,
     wants_x: bool,
     add: bool,
     out1_SHD: Tensor | None,
     out2_SDF: Tensor | None,
+    out_bias1_SH: Tensor | None,
+    out_bias2_SD: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of x (empty unless ``wants_x``) and of the routing weights.
 
-    Those of fc1 and fc2 are written to ``out1_SHD`` and ``out2_SDF``, or added there with ``add``.
-    An empty h is computed again.
+    Those of the parameters are written to what begins with ``out``, or added there with ``add``. An
+    empty h is computed again.
     """
     num_choices, num_rows = weights_TK.shape[1], order_R.shape[0]
     if num_rows == 0:
-        for out in (out1_SHD, out2_SDF):
+        for out in (out1_SHD, out2_SDF, out_bias1_SH, out_bias2_SD):
             if out is not None and not add:
                 out.zero_()
         return torch.zeros_like(x_TD if wants_x else x_TD[:0]), torch.zeros_like(weights_TK)
@@ -131,20 +148,25 @@ def expert_mlp_backward_op(
     with on_device_of(x_TD):
         if h_RH.shape[0] == 0:
             h_RH = x_TD.new_empty(num_rows, fc1_SHD.shape[1])
-            tiles = plan.tiles("up")
-            up_projection(x_TD, groups, fc1_SHD, activation, precision, tiles, None, h_RH)
+            first = (fc1_SHD, bias1_SH, activation, precision, plan.tiles("up"))
+            up_projection(x_TD, groups, *first, None, h_RH)
         tiles = plan.tiles("grad_hidden")
         grad_h_RH, scaled_RF, grad_weights_TK = grad_hidden(
-            grad_TD, groups, weights_TK, h_RH, fc2_SDF, activation, precision, tiles
+            grad_TD, groups, weights_TK, h_RH, fc2_SDF, bias2_SD, activation, precision, tiles
         )
         if out2_SDF is not None:
             write_grad(grad_TD, scaled_RF, groups, out2_SDF, left_is_by_token=True)
         del scaled_RF
         if out1_SHD is not None:
             write_grad(grad_h_RH, x_TD, groups, out1_SHD, left_is_by_token=False)
+        if out_bias1_SH is not None:
+            bias_grad(grad_h_RH, groups, None, out_bias1_SH, add)
+        if out_bias2_SD is not None:
+            bias_grad(grad_TD, groups, weights_TK, out_bias2_SD, add)
         if not wants_x:
             return torch.empty_like(x_TD[:0]), grad_weights_TK
-        grad_x_RD = grouped_matmul(grad_h_RH, fc1_SHD, groups, precision, plan.tiles("matmul"))
+        tiles = plan.tiles("matmul")
+        grad_x_RD = grouped_matmul(grad_h_RH, fc1_SHD, None, groups, precision, tiles)
         return combine(grad_x_RD, groups, None, x_TD.shape[0]), grad_weights_TK
 
 
@@ -160,53 +182,51 @@ def _(
     tiles_L2: Tensor,
     fc1_SHD: Tensor,
     fc2_SDF: Tensor,
+    bias1_SH: Tensor | None,
+    bias2_SD: Tensor | None,
     num_experts: int,
     activation: str,
     wants_x: bool,
     add: bool,
     out1_SHD: Tensor | None,
     out2_SDF: Tensor | None,
+    out_bias1_SH: Tensor | None,
+    out_bias2_SD: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x_TD if wants_x else x_TD[:0]), torch.empty_like(weights_TK)
 
 
 def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x_TD, _, weights_TK, fc1_SHD, fc2_SDF, slot_of_E, main1, main2, activation, _ = inputs
+    x_TD, _, weights_TK, *parameters = inputs[:7]
+    slot_of_E, *main, activation, _ = inputs[7:]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(x_TD, weights_TK, *output[1:], fc1_SHD, fc2_SDF)
+    ctx.save_for_backward(x_TD, weights_TK, *output[1:], *parameters)
     # Not saved tensors: other layers and micro-batches change them before backward comes.
-    ctx.main = (main1, main2)
-    ctx.num_experts = _num_experts(fc1_SHD, slot_of_E)
+    ctx.main = main
+    ctx.num_experts = _num_experts(parameters[0], slot_of_E)
     ctx.activation = activation
 
 
 def _backward(ctx: Any, grad_TD: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad_TD is None:
-        return (None,) * 10
-    *saved, fc1_SHD, fc2_SDF = ctx.saved_tensors
+        return (None,) * 14
     wants = ctx.needs_input_grad
+    saved = ctx.saved_tensors  # once: checkpointing hands them out a single time
+    parameters = saved[-4:]
     add = ctx.main[0] is not None
-    out1, out2 = ctx.main
+    outs = ctx.main
     if not add:
-        out1 = torch.empty_like(fc1_SHD) if wants[3] else None
-        out2 = torch.empty_like(fc2_SDF) if wants[4] else None
+        pairs = zip(parameters, wants[3:7], strict=True)
+        outs = [torch.empty_like(part) if wanted else None for part, wanted in pairs]
     grad_x_TD, grad_weights_TK = expert_mlp_backward_op(
-        grad_TD.contiguous(),
-        *saved,
-        fc1_SHD,
-        fc2_SDF,
-        ctx.num_experts,
-        ctx.activation,
-        wants[0],
-        add,
-        out1,
-        out2,
+        *(grad_TD.contiguous(), *saved, ctx.num_experts, ctx.activation),
+        *(wants[0], add, *outs),
     )
-    grad1, grad2 = (None, None) if add else (out1, out2)
+    grads = (None,) * 4 if add else outs
     grad_x = grad_x_TD if wants[0] else None
     grad_weights = grad_weights_TK if wants[2] else None
-    return (grad_x, None, grad_weights, grad1, grad2, *(None,) * 5)
+    return (grad_x, None, grad_weights, *grads, *(None,) * 7)
 
 
 expert_mlp_op.register_autograd(_backward, setup_context=_keep)

@@ -30,12 +30,13 @@ def quantized_up_projection(
     x_TD: Tensor,
     groups: SlotGroups,
     fc1: QuantizedMatrices,
+    bias_SH: Tensor | None,
     activation: str,
     precision: str,
     tiles: Tiles,
     a_RF: Tensor,
 ) -> None:
-    """Write ``act(x W_gate) * (x W_up)`` of the rows that have a slot."""
+    """Write ``act(x W_gate) * (x W_up)`` of the rows that have a slot, with biases if any."""
     num_tiles, d_expert = groups.tiles_L2.shape[0], a_RF.shape[1]
     quantized_up_kernel[(num_tiles * triton.cdiv(d_expert, tiles.N // 2),)](
         x_TD,
@@ -44,6 +45,7 @@ def quantized_up_projection(
         groups.offsets_S1,
         fc1.values,
         fc1.scales_SQG,
+        bias_SH,
         a_RF,
         num_tiles,
         a_RF.shape[0] // x_TD.shape[0],
@@ -54,15 +56,21 @@ def quantized_up_projection(
         fc1.values.stride(1),
         fc1.scales_SQG.stride(0),
         fc1.scales_SQG.stride(1),
+        0 if bias_SH is None else bias_SH.stride(0),
         ACTIVATION=activation,
         **_constants(fc1, precision, tiles),
     )
 
 
 def quantized_matmul(
-    x_RP: Tensor, matrices: QuantizedMatrices, groups: SlotGroups, precision: str, tiles: Tiles
+    x_RP: Tensor,
+    matrices: QuantizedMatrices,
+    bias_SQ: Tensor | None,
+    groups: SlotGroups,
+    precision: str,
+    tiles: Tiles,
 ) -> Tensor:
-    """Return ``x_r @ matrix_slot(r)^T``, ``[R, Q]``; rows without a slot are undefined."""
+    """Return ``x_r @ matrix_slot(r)^T + bias_slot(r)``, ``[R, Q]``; undefined without a slot."""
     num_rows, num_inner = x_RP.shape
     num_outputs = matrices.values.shape[1]
     y_RQ = x_RP.new_empty(num_rows, num_outputs)
@@ -73,6 +81,7 @@ def quantized_matmul(
         groups.offsets_S1,
         matrices.values,
         matrices.scales_SQG,
+        bias_SQ,
         y_RQ,
         num_tiles,
         num_inner,
@@ -82,6 +91,7 @@ def quantized_matmul(
         matrices.values.stride(1),
         matrices.scales_SQG.stride(0),
         matrices.scales_SQG.stride(1),
+        0 if bias_SQ is None else bias_SQ.stride(0),
         **_constants(matrices, precision, tiles),
     )
     return y_RQ
@@ -161,6 +171,7 @@ def quantized_up_kernel(
     offsets_S1,
     values_SHB,
     scales_SHG,
+    bias_SH,
     a_RF,
     num_tiles,
     num_choices,
@@ -171,6 +182,7 @@ def quantized_up_kernel(
     stride_row,
     stride_scale_slot,
     stride_scale_row,
+    stride_bias,
     ACTIVATION: tl.constexpr,
     BITS: tl.constexpr,
     IS_PER_ROW: tl.constexpr,
@@ -210,6 +222,11 @@ def quantized_up_kernel(
     )
     gate, up = tl.split(tl.reshape(h_MN, (M, N // 2, 2)))
     feature = column * (N // 2) + tl.arange(0, N // 2)
+    if bias_SH is not None:
+        bias_at = bias_SH + slot * stride_bias + feature
+        gate += tl.load(bias_at, mask=feature < d_expert, other=0).to(tl.float32)[None, :]
+        bias_at += d_expert
+        up += tl.load(bias_at, mask=feature < d_expert, other=0).to(tl.float32)[None, :]
     tl.store(
         a_RF + row_M.to(tl.int64)[:, None] * d_expert + feature[None, :],
         gated(gate, up, ACTIVATION).to(a_RF.dtype.element_ty),
@@ -224,6 +241,7 @@ def quantized_matmul_kernel(
     offsets_S1,
     values_SQB,
     scales_SQG,
+    bias_SQ,
     y_RQ,
     num_tiles,
     num_inner,
@@ -233,6 +251,7 @@ def quantized_matmul_kernel(
     stride_row,
     stride_scale_slot,
     stride_scale_row,
+    stride_bias,
     BITS: tl.constexpr,
     IS_PER_ROW: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -268,6 +287,9 @@ def quantized_matmul_kernel(
         N,
         P,
     )
+    if bias_SQ is not None:
+        bias_at = bias_SQ + slot * stride_bias + output_N
+        y_MN += tl.load(bias_at, mask=is_output_N, other=0).to(tl.float32)[None, :]
     tl.store(
         y_RQ + row_M.to(tl.int64)[:, None] * num_outputs + output_N[None, :],
         y_MN.to(y_RQ.dtype.element_ty),

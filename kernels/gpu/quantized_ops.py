@@ -1,10 +1,11 @@
 """The Triton expert MLP on weights in 8 or 4 bits as a ``torch.library`` operator, for inference.
 
 T tokens, K choices, R = T*K routed rows in slot order, E experts, S slots, D model width, F expert
-width, H = 2F, B bytes of a row, G groups of a row.
+width, H = 2F, Q outputs of a matrix, B bytes of a row, G groups of a row.
 """
 
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,13 @@ from .tiles import QUANTIZED_ROWS, is_dequantized, quantized_tiles, tile_rows, t
 from .up_projection import up_projection
 
 
+class _Product(NamedTuple):
+    """One of an expert's two products, for all slots."""
+
+    matrices: QuantizedMatrices
+    bias_SQ: Tensor | None
+
+
 @torch.library.custom_op("moeyard::quantized_expert_mlp", mutates_args=())
 def quantized_expert_mlp_op(
     x_TD: Tensor,
@@ -29,6 +37,8 @@ def quantized_expert_mlp_op(
     scales1_SHG: Tensor,
     values2_SDB: Tensor,
     scales2_SDG: Tensor,
+    bias1_SH: Tensor | None,
+    bias2_SD: Tensor | None,
     slot_of_E: Tensor | None,
     activation: str,
 ) -> Tensor:
@@ -36,8 +46,8 @@ def quantized_expert_mlp_op(
     (num_tokens, d_model), num_rows = x_TD.shape, experts_TK.numel()
     if num_rows == 0:
         return x_TD.new_zeros(num_tokens, d_model)
-    fc1 = QuantizedMatrices(values1_SHB, scales1_SHG)
-    fc2 = QuantizedMatrices(values2_SDB, scales2_SDG)
+    first = _Product(QuantizedMatrices(values1_SHB, scales1_SHG), bias1_SH)
+    second = _Product(QuantizedMatrices(values2_SDB, scales2_SDG), bias2_SD)
     num_slots = values1_SHB.shape[0]
     num_experts = num_slots if slot_of_E is None else slot_of_E.numel()
     rows = tile_rows(num_rows, num_experts)
@@ -46,11 +56,11 @@ def quantized_expert_mlp_op(
         if is_dequantized(num_rows, num_experts, matrix_bytes):
             expert_of_E = _experts_here(slot_of_E, num_slots)
             groups = group_rows(experts_TK, expert_of_E, num_experts, rows)
-            y_RD = _dequantized_rows(x_TD, groups, fc1, fc2, slot_of_E, activation, rows)
+            y_RD = _dequantized_rows(x_TD, groups, first, second, slot_of_E, activation, rows)
         else:
             rows = min(rows, QUANTIZED_ROWS)
             groups = group_rows(experts_TK, slot_of_E, num_slots, rows)
-            y_RD = _quantized_rows(x_TD, groups, fc1, fc2, activation, rows)
+            y_RD = _quantized_rows(x_TD, groups, first, second, activation, rows)
         return combine(y_RD, groups, weights_TK, num_tokens)
 
 
@@ -63,6 +73,8 @@ def _(
     scales1_SHG: Tensor,
     values2_SDB: Tensor,
     scales2_SDG: Tensor,
+    bias1_SH: Tensor | None,
+    bias2_SD: Tensor | None,
     slot_of_E: Tensor | None,
     activation: str,
 ) -> Tensor:
@@ -72,24 +84,24 @@ def _(
 def _quantized_rows(
     x_TD: Tensor,
     groups: SlotGroups,
-    fc1: QuantizedMatrices,
-    fc2: QuantizedMatrices,
+    first: _Product,
+    second: _Product,
     activation: str,
     rows: int,
 ) -> Tensor:
     dtype, precision = x_TD.dtype, PRECISION[x_TD.dtype]
-    a_RF = x_TD.new_empty(groups.order_R.numel(), fc2.width)
-    tiles = quantized_tiles(rows, dtype, fc1.group_size)
-    quantized_up_projection(x_TD, groups, fc1, activation, precision, tiles, a_RF)
-    tiles = quantized_tiles(rows, dtype, fc2.group_size)
-    return quantized_matmul(a_RF, fc2, groups, precision, tiles)
+    a_RF = x_TD.new_empty(groups.order_R.numel(), second.matrices.width)
+    tiles = quantized_tiles(rows, dtype, first.matrices.group_size)
+    quantized_up_projection(x_TD, groups, *first, activation, precision, tiles, a_RF)
+    tiles = quantized_tiles(rows, dtype, second.matrices.group_size)
+    return quantized_matmul(a_RF, *second, groups, precision, tiles)
 
 
 def _dequantized_rows(
     x_TD: Tensor,
     groups: SlotGroups,
-    fc1: QuantizedMatrices,
-    fc2: QuantizedMatrices,
+    first: _Product,
+    second: _Product,
     slot_of_E: Tensor | None,
     activation: str,
     rows: int,
@@ -97,14 +109,23 @@ def _dequantized_rows(
     """Write out one of the two matrices at a time."""
     dtype, precision = x_TD.dtype, PRECISION[x_TD.dtype]
     is_hopper = x_TD.is_cuda and torch.cuda.get_device_capability(x_TD.device)[0] == 9
-    a_RF = x_TD.new_empty(groups.order_R.numel(), fc2.width)
+    a_RF = x_TD.new_empty(groups.order_R.numel(), second.matrices.width)
     tiles = tiles_for("up", rows, dtype, is_hopper)
-    fc1_EHD = dequantize(fc1, slot_of_E, groups, dtype)
-    up_projection(x_TD, groups, fc1_EHD, activation, precision, tiles, a_RF, None)
+    fc1_EHD = dequantize(first.matrices, slot_of_E, groups, dtype)
+    bias1_EH = _by_expert(first.bias_SQ, slot_of_E)
+    up_projection(x_TD, groups, fc1_EHD, bias1_EH, activation, precision, tiles, a_RF, None)
     del fc1_EHD
     tiles = tiles_for("matmul", rows, dtype, is_hopper)
-    fc2_EFD = dequantize(fc2, slot_of_E, groups, dtype).transpose(1, 2)
-    return grouped_matmul(a_RF, fc2_EFD, groups, precision, tiles)
+    fc2_EFD = dequantize(second.matrices, slot_of_E, groups, dtype).transpose(1, 2)
+    bias2_ED = _by_expert(second.bias_SQ, slot_of_E)
+    return grouped_matmul(a_RF, fc2_EFD, bias2_ED, groups, precision, tiles)
+
+
+def _by_expert(bias_SQ: Tensor | None, slot_of_E: Tensor | None) -> Tensor | None:
+    """Return ``[E, Q]``; those of experts that are not here are another's and are not read."""
+    if bias_SQ is None or slot_of_E is None:
+        return bias_SQ
+    return bias_SQ[slot_of_E.long().clamp(0, len(bias_SQ) - 1)]
 
 
 def _experts_here(slot_of_E: Tensor | None, num_slots: int) -> Tensor | None:

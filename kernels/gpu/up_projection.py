@@ -1,4 +1,4 @@
-"""fc1 and the gated activation: ``a = act(x W_gate) * (x W_up)`` for every routed row.
+"""fc1 and the gated activation: ``a = act(x W_gate) * (x W_up)`` for every routed row, with biases.
 
 T tokens, K choices, R routed rows in slot order, S slots, L tiles, D model width, F expert width,
 H = 2F. In a tile: M rows, N columns of which N/2 are gates, P of D at a time.
@@ -18,14 +18,18 @@ def up_projection(
     x_TD: Tensor,
     groups: SlotGroups,
     fc1_SHD: Tensor,
+    bias_SH: Tensor | None,
     activation: str,
     precision: str,
     tiles: Tiles,
     a_RF: Tensor | None,
     h_RH: Tensor | None,
 ) -> None:
-    """Write the activations of the rows that have a slot, and their pre-activations if wanted."""
-    if a_RF is not None and are_chosen("up", tiles, fc1_SHD):
+    """Write the activations of the rows that have a slot, and their pre-activations if wanted.
+
+    Descriptors take no biases; with one the tiles come by pointers.
+    """
+    if a_RF is not None and bias_SH is None and are_chosen("up", tiles, fc1_SHD):
         described_up_projection(x_TD, groups, fc1_SHD, activation, precision, tiles, a_RF, h_RH)
         return
     d_model, d_expert = x_TD.shape[1], fc1_SHD.shape[1] // 2
@@ -36,6 +40,7 @@ def up_projection(
         groups.tiles_L2,
         groups.offsets_S1,
         fc1_SHD,
+        bias_SH,
         a_RF,
         h_RH,
         num_tiles,
@@ -45,6 +50,7 @@ def up_projection(
         x_TD.stride(0),
         fc1_SHD.stride(0),
         fc1_SHD.stride(1),
+        0 if bias_SH is None else bias_SH.stride(0),
         ACTIVATION=activation,
         IS_EVEN=d_model % tiles.P == 0,
         PRECISION=precision,
@@ -64,6 +70,7 @@ def up_projection_kernel(
     tiles_L2,
     offsets_S1,
     fc1_SHD,
+    bias_SH,
     a_RF,
     h_RH,
     num_tiles,
@@ -73,6 +80,7 @@ def up_projection_kernel(
     stride_x,
     stride_slot,
     stride_row,
+    stride_bias,
     ACTIVATION: tl.constexpr,
     IS_EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -100,6 +108,10 @@ def up_projection_kernel(
     w_at = fc1_SHD + slot.to(tl.int64) * stride_slot
     w_at = w_at + line_N[None, :] * stride_row + inner_P[:, None]
     h_MN = tl.zeros((M, N), dtype=tl.float32)
+    if bias_SH is not None:
+        # The sum begins with it: beside the activation it would not fit and spill.
+        bias_at = bias_SH + slot.to(tl.int64) * stride_bias + line_N
+        h_MN += tl.load(bias_at, mask=is_feature_N, other=0).to(tl.float32)[None, :]
     for first in range(0, d_model, P):
         if IS_EVEN:
             x_MP = tl.load(x_at)

@@ -2,6 +2,7 @@
 
 import os
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -79,18 +80,30 @@ def test_norms_agree_with_fp64(dtype):
     assert_near(rms_norm(x, weight, 1e-5), expected)
 
 
+BIASES = pytest.mark.parametrize("has_bias", [False, True], ids=["plain", "biased"])
+
+
+def biases_for(experts, d_model, d_expert, dtype):
+    """Return biases of the size of what they are added to."""
+    shapes = (experts, 2 * d_expert), (experts, d_model)
+    return [(2 * random(*shape, seed=5)).to(dtype) for shape in shapes]
+
+
 @DTYPES
+@BIASES
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("tokens, choices, experts", [(1, 1, 1), (9, 3, 3), (130, 2, 5)])
-def test_experts_agree_with_the_reference(dtype, activation, tokens, choices, experts):
+def test_experts_agree_with_the_reference(dtype, has_bias, activation, tokens, choices, experts):
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(-1, experts, (tokens, choices), generator=generator)
     weights = torch.rand(tokens, choices, generator=generator)
     x = random(tokens, 45, dtype=dtype)
     fc1 = random(experts, 2 * 70, 45, seed=1, dtype=dtype)
     fc2 = random(experts, 45, 70, seed=2, dtype=dtype)
-    y = expert_mlp(x, ids, weights, ExpertWeights(fc1, fc2, activation=activation))
-    wide = ExpertWeights(fc1.double(), fc2.double(), activation=activation)
+    biases = biases_for(experts, 45, 70, dtype) if has_bias else []
+    y = expert_mlp(x, ids, weights, ExpertWeights(fc1, fc2, None, activation, None, *biases))
+    wide = [part.double() for part in (fc1, fc2, *biases)]
+    wide = ExpertWeights(*wide[:2], None, activation, None, *wide[2:])
     expected = expert_mlp(x.double(), ids, weights.double(), wide, "reference")
     if ids.max() >= 0:
         assert_near(y, expected)
@@ -106,9 +119,10 @@ TRAINING = {  # tokens, choices, experts, D, F
 
 
 @DTYPES
+@BIASES
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("shape", TRAINING.values(), ids=TRAINING)
-def test_training_has_the_values_and_gradients_of_the_reference(dtype, activation, shape):
+def test_training_has_the_values_and_gradients_of_the_reference(dtype, has_bias, activation, shape):
     tokens, choices, experts, d_model, d_expert = shape
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(-1, experts + 1, (tokens, choices), generator=generator)
@@ -117,37 +131,42 @@ def test_training_has_the_values_and_gradients_of_the_reference(dtype, activatio
     fc1 = random(experts + 1, 2 * d_expert, d_model, seed=1, dtype=dtype)  # the last has no rows
     fc2 = random(experts + 1, d_model, d_expert, seed=2, dtype=dtype)
     leaves = [x, torch.rand(tokens, choices, generator=generator), fc1, fc2]
+    leaves += biases_for(experts + 1, d_model, d_expert, dtype) if has_bias else []
     upstream = random(tokens, d_model, seed=4, dtype=dtype)
     found = values_and_gradients(leaves, ids, activation, upstream)
     expected = values_and_gradients([t.double() for t in leaves], ids, activation, upstream)
     for actual, wanted in zip(found, expected, strict=True):
         assert_near(actual.to(dtype), wanted)
-    assert not found[3][-1].any() and not found[4][-1].any()
+    assert not any(gradient[-1].any() for gradient in found[3:])
     again = values_and_gradients(leaves, ids, activation, upstream)
     assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
 
 
 def values_and_gradients(leaves, ids, activation, upstream):
-    x, weights, fc1, fc2 = leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+    leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+    x, weights, fc1, fc2, *biases = leaves
     with torch.enable_grad():
-        experts = ExpertWeights(fc1, fc2, activation=activation)
+        experts = ExpertWeights(fc1, fc2, None, activation, None, *biases)
         backend = "reference" if x.dtype == torch.float64 else "cpp"
         y = expert_mlp(x, ids, weights, experts, backend)
         return y.detach(), *torch.autograd.grad(y, leaves, upstream.to(y.dtype))
 
 
-def test_gradients_of_the_experts_are_added_to_main_gradients_or_begin_them():
+@BIASES
+def test_gradients_of_the_experts_are_added_to_main_gradients_or_begin_them(has_bias):
     ids, weights = torch.tensor([[0, 2], [2, -1]]), torch.rand(2, 2)
     x, fc1, fc2 = random(2, 8), random(3, 12, 8, seed=1), random(3, 8, 6, seed=2)
-    leaves = [x, weights, fc1, fc2]
+    biases = biases_for(3, 8, 6, torch.float32) if has_bias else []
+    leaves = [x, weights, fc1, fc2, *biases]
     _, _, _, *expected = values_and_gradients(leaves, ids, "swiglu", torch.ones(2, 8))
-    sums = MainGrads(torch.full((3, 12, 8), torch.nan), torch.full((3, 8, 6), torch.nan), True)
+    totals = [torch.full(leaf.shape, torch.nan) for leaf in leaves[2:]]
+    sums = MainGrads(*totals[:2], True, *totals[2:])
     for times in (1, 2):
         with torch.enable_grad():
-            experts = ExpertWeights(fc1.requires_grad_(), fc2, main_grads=sums)
+            experts = ExpertWeights(fc1.requires_grad_(), fc2, None, "swiglu", sums, *biases)
             expert_mlp(x, ids, weights, experts).sum().backward()
         assert fc1.grad is None and not sums.is_empty
-        for total, one in zip((sums.fc1_SHD, sums.fc2_SDF), expected, strict=True):
+        for total, one in zip(totals, expected, strict=True):
             torch.testing.assert_close(total, times * one)
 
 
@@ -279,13 +298,15 @@ QUANTIZED = {  # bits, group, D, F: whole chunks, parts of chunks, several steps
 }
 
 
-def quantized_problem(name, tokens, dtype):
+def quantized_problem(name, tokens, dtype, bias_dtype=None):
     bits, group, d_model, d_expert = QUANTIZED[name]
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(-1, 3, (tokens, 2), generator=generator)
     fc1 = random(3, 2 * d_expert, d_model, seed=1) * d_model**-0.5
     fc2 = random(3, d_model, d_expert, seed=2) * d_expert**-0.5
+    biases = [] if bias_dtype is None else biases_for(3, d_model, d_expert, bias_dtype)
     experts = quantize_experts(ExpertWeights(fc1, fc2), bits, group)
+    experts = replace(experts, **dict(zip(("fc1_bias_SH", "fc2_bias_SD"), biases, strict=False)))
     x = random(tokens, d_model).to(dtype)
     return x, ids, torch.rand(tokens, 2, generator=generator), experts
 
@@ -298,6 +319,18 @@ def test_quantized_experts_agree_with_the_reference(name, dtype):
     expected = expert_mlp(x.double(), ids, weights.double(), experts, "reference")
     error = (y.double() - expected).abs().max() / expected.abs().max()
     assert error <= {torch.float32: 1e-4, torch.bfloat16: 1e-2}[dtype]
+
+
+@DTYPES
+@pytest.mark.parametrize("bias_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["int8", "int4_small_groups"])
+def test_biases_of_quantized_experts_may_be_wider_or_narrower_than_rows(name, bias_dtype, dtype):
+    x, ids, weights, experts = quantized_problem(name, 23, dtype, bias_dtype)
+    expected = expert_mlp(x.double(), ids, weights.double(), experts, "reference")
+    for backend, limits in (("cpp", (1e-4, 1e-2)), ("torch", (2e-4, 2e-2))):
+        y = expert_mlp(x, ids, weights, experts, backend)
+        error = (y.double() - expected).abs().max() / expected.abs().max()
+        assert error <= limits[dtype == torch.bfloat16], backend
 
 
 @pytest.mark.parametrize("name", ["int8", "int4"])

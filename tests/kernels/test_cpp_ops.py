@@ -12,7 +12,16 @@ pytestmark = pytest.mark.skipif(library.load().functions is None, reason=library
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 
-def problem(dtype, tokens=19):
+@pytest.fixture(autouse=True)
+def _forget_graphs():
+    """Dynamo refuses a function that it has compiled for too many cases, of other tests too."""
+    torch._dynamo.reset()
+
+
+BIASES = pytest.mark.parametrize("has_bias", [False, True], ids=["plain", "biased"])
+
+
+def problem(dtype, tokens=19, has_bias=False):
     g = torch.Generator().manual_seed(0)
     ids = torch.randint(-1, 5, (tokens, 2), generator=g)
     x = torch.randn(tokens, 64, generator=g).to(dtype)
@@ -21,18 +30,22 @@ def problem(dtype, tokens=19):
     fc2 = (torch.randn(4, 64, 96, generator=g) / 8).to(dtype)
     table = (2, 0, 3, 1, -1)
     ids[ids == 4] = -1  # which is not here
-    return ids, [leaf.requires_grad_() for leaf in (x, weights, fc1, fc2)], table
+    leaves = [x, weights, fc1, fc2]
+    if has_bias:
+        leaves += (torch.randn(4, width, generator=g).to(dtype) for width in (192, 64))
+    return ids, [leaf.requires_grad_() for leaf in leaves], table
 
 
 def run(ids, leaves, table, main_grads=None):
-    x, weights, fc1, fc2 = leaves
-    experts = ExpertWeights(fc1, fc2, table, "swiglu", main_grads)
+    x, weights, fc1, fc2, *biases = leaves
+    experts = ExpertWeights(fc1, fc2, table, "swiglu", main_grads, *biases)
     return expert_mlp(x, ids, weights, experts) * 2
 
 
 @DTYPES
-def test_a_compiled_graph_has_no_break_and_the_bits_of_eager(dtype):
-    ids, leaves, table = problem(dtype)
+@BIASES
+def test_a_compiled_graph_has_no_break_and_the_bits_of_eager(dtype, has_bias):
+    ids, leaves, table = problem(dtype, has_bias=has_bias)
     compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
     found = []
     for function in (run, compiled):
@@ -44,18 +57,19 @@ def test_a_compiled_graph_has_no_break_and_the_bits_of_eager(dtype):
         assert torch.equal(run(ids, leaves, table), compiled(ids, leaves, table))
 
 
+@BIASES
 @pytest.mark.parametrize("is_empty", [False, True], ids=["filled", "empty"])
-def test_a_compiled_backward_adds_to_main_gradients(is_empty):
-    ids, leaves, table = problem(torch.float32)
+def test_a_compiled_backward_adds_to_main_gradients(is_empty, has_bias):
+    ids, leaves, table = problem(torch.float32, has_bias=has_bias)
     totals = []
     for function in (run, torch.compile(run, backend="aot_eager", fullgraph=True)):
         fill = float("nan") if is_empty else 1.0  # what an empty sum holds must not matter
-        shapes = ((4, 192, 64), (4, 64, 96))
-        sums = MainGrads(*(torch.full(shape, fill) for shape in shapes), is_empty)
+        filled = [torch.full(leaf.shape, fill) for leaf in leaves[2:]]
+        sums = MainGrads(*filled[:2], is_empty, *filled[2:])
         for _ in range(2):
             y = function(ids, leaves, table, sums)
             torch.autograd.grad(y.square().sum(), leaves[:2])
-        totals.append((sums.fc1_SHD, sums.fc2_SDF))
+        totals.append(filled)
     for eager, other in zip(*totals, strict=True):
         assert torch.equal(eager, other)
 
@@ -78,32 +92,35 @@ def test_what_the_kernels_backward_does_not_take_is_left_to_torch(kind):
 
 
 @DTYPES
-@pytest.mark.parametrize("bits", [8, 4])
-def test_quantized_experts_stand_in_a_compiled_graph(dtype, bits):
-    ids, leaves, table = problem(dtype)
+@pytest.mark.parametrize(("bits", "has_bias"), [(8, False), (4, False), (4, True)])
+def test_quantized_experts_stand_in_a_compiled_graph(dtype, bits, has_bias):
+    ids, leaves, table = problem(dtype, has_bias=has_bias)
     x, weights = leaves[0].detach(), leaves[1].detach()
-    experts = quantize_experts(ExpertWeights(*leaves[2:], table), bits, 32)
+    fc1, fc2, *biases = leaves[2:]
+    plain = ExpertWeights(fc1, fc2, table, "swiglu", None, *biases)
+    experts = quantize_experts(plain, bits, 32)
     compiled = torch.compile(
         lambda x: expert_mlp(x, ids, weights, experts) + 1, backend="aot_eager", fullgraph=True
     )
     assert torch.equal(compiled(x), expert_mlp(x, ids, weights, experts) + 1)
 
 
-def test_fake_versions_and_schemas_say_the_truth():
-    ids, leaves, table = problem(torch.float32)
-    x, weights, fc1, fc2 = (leaf.detach() for leaf in leaves)
-    rows = (x, ids.int(), weights)
+@BIASES
+def test_fake_versions_and_schemas_say_the_truth(has_bias):
+    ids, leaves, table = problem(torch.float32, has_bias=has_bias)
+    x, weights, fc1, fc2, *biases = (leaf.detach() for leaf in leaves)
+    rows, biases = (x, ids.int(), weights), biases or [None, None]
     checks = ("test_schema", "test_faketensor")
-    forward = (*rows, fc1, fc2, list(table), None, None, "swiglu", True)
+    forward = (*rows, fc1, fc2, *biases, list(table), *(None,) * 4, "swiglu", True)
     torch.library.opcheck(ops.expert_mlp_op, forward, test_utils=checks)
     hidden = ops.expert_mlp_op(*forward)[1]
     for add in (True, False):
-        outs = (torch.zeros(fc1.shape), torch.zeros(fc2.shape))
-        backward = (x, *rows, hidden, fc1, fc2, list(table), "swiglu", add, *outs)
+        outs = (None if p is None else torch.zeros(p.shape) for p in (fc1, fc2, *biases))
+        backward = (x, *rows, hidden, fc1, fc2, *biases, list(table), "swiglu", add, *outs)
         torch.library.opcheck(ops.expert_mlp_backward_op, backward, test_utils=checks)
     experts = quantize_experts(ExpertWeights(fc1, fc2), 8)
     parts = (experts.fc1.values, experts.fc1.scales_SQG, experts.fc2.values, experts.fc2.scales_SQG)
-    arguments = (*rows, *parts, list(table), "swiglu")
+    arguments = (*rows, *parts, *biases, list(table), "swiglu")
     torch.library.opcheck(ops.quantized_expert_mlp_op, arguments, test_utils=checks)
 
 

@@ -30,7 +30,10 @@ SHAPES = [
 ]
 
 
-def problem(shape, routing, dtype, seed=0):
+BIASES = pytest.mark.parametrize("has_bias", [False, True], ids=["plain", "biased"])
+
+
+def problem(shape, routing, dtype, seed=0, has_bias=False):
     tokens, choices, experts, d_model, d_expert = shape
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, d_model, generator=g, dtype=torch.float64)
@@ -42,28 +45,34 @@ def problem(shape, routing, dtype, seed=0):
     wide = torch.promote_types(dtype, torch.float32)
     leaves = [x.to(dtype), weights.to(wide), (fc1 * d_model**-0.5).to(dtype)]
     leaves.append((fc2 * d_expert**-0.5).to(dtype))
+    if has_bias:
+        widths = (2 * d_expert, d_model)
+        leaves += (torch.randn(experts, width, generator=g).to(dtype) for width in widths)
     return ids, [leaf.requires_grad_() for leaf in leaves]
 
 
 def run(ids, leaves, backend, activation="swiglu"):
-    x, weights, fc1, fc2 = leaves
-    experts = ExpertWeights(fc1, fc2, activation=activation)
+    x, weights, fc1, fc2, *biases = leaves
+    experts = ExpertWeights(fc1, fc2, None, activation, None, *biases)
     y = expert_mlp(x, ids, weights, experts, backend)
     upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(9)).to(y.dtype)
     return y.detach(), torch.autograd.grad(y, leaves, upstream)
 
 
+NAMES = ("y", "x", "weights", "fc1", "fc2", "bias1", "bias2")
+
+
+@BIASES
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_agrees_with_the_reference_in_values_and_all_gradients(shape, routing, dtype):
-    ids, leaves = problem(shape, routing, dtype)
+def test_agrees_with_the_reference_in_values_and_all_gradients(shape, routing, dtype, has_bias):
+    ids, leaves = problem(shape, routing, dtype, has_bias=has_bias)
     y, grads = run(ids, leaves, "torch")
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
     expected_y, expected_grads = run(ids, exact, "reference")
-    for name, actual, expected in zip(
-        ("y", "x", "weights", "fc1", "fc2"), (y, *grads), (expected_y, *expected_grads), strict=True
-    ):
+    pairs = zip((y, *grads), (expected_y, *expected_grads), strict=True)
+    for name, (actual, expected) in zip(NAMES, pairs, strict=False):
         scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
         error = (actual.double() - expected).abs().max() / scale if expected.numel() else 0.0
         assert error <= TOLERANCE[dtype], f"{name} is off by {float(error)}"
@@ -102,55 +111,74 @@ def test_a_share_of_the_experts_agrees_with_the_reference(first):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
+@BIASES
 @pytest.mark.parametrize("is_empty", [False, True], ids=["filled", "empty"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_backward_adds_weight_gradients_to_main_gradients_where_there_are_any(dtype, is_empty):
-    ids, leaves = problem((37, 2, 5, 24, 40), "with_none", dtype)
+def test_backward_adds_gradients_to_main_gradients_where_there_are_any(dtype, is_empty, has_bias):
+    ids, leaves = problem((37, 2, 5, 24, 40), "with_none", dtype, has_bias=has_bias)
     ids = torch.where(ids == 3, -1, ids)  # an expert without rows
-    x, weights, fc1, fc2 = leaves
+    x, weights, fc1, fc2, *biases = leaves
     _, returned = run(ids, leaves, "torch")
     wide = torch.promote_types(dtype, torch.float32)
     fill = float("nan") if is_empty else 1.0  # what an empty sum holds must not matter
-    sums = MainGrads(*(torch.full(w.shape, fill, dtype=wide) for w in (fc1, fc2)), is_empty)
+    totals = [torch.full(leaf.shape, fill, dtype=wide) for leaf in leaves[2:]]
+    sums = MainGrads(*totals[:2], is_empty, *totals[2:])
+    experts = ExpertWeights(fc1, fc2, None, "swiglu", sums, *biases)
     for _ in range(2):
-        y = expert_mlp(x, ids, weights, ExpertWeights(fc1, fc2, main_grads=sums), "torch")
+        y = expert_mlp(x, ids, weights, experts, "torch")
         upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(9)).to(y.dtype)
         y.backward(upstream)
-    assert fc1.grad is None and fc2.grad is None
-    for total, one in zip((sums.fc1_SHD, sums.fc2_SDF), returned[2:], strict=True):
+    assert all(leaf.grad is None for leaf in leaves[2:])
+    for total, one in zip(totals, returned[2:], strict=True):
         tolerance = 1e-12 if dtype == torch.float64 else 1e-2
         expected = 2 * one.to(wide) + (0 if is_empty else 1)
         torch.testing.assert_close(total, expected, rtol=tolerance, atol=tolerance)
 
 
 def test_reference_gradients_pass_gradcheck():
-    ids, leaves = problem((5, 2, 3, 4, 3), "with_none", torch.float64)
+    ids, leaves = problem((5, 2, 3, 4, 3), "with_none", torch.float64, has_bias=True)
 
-    def f(x, weights, fc1, fc2):
-        return expert_mlp(x, ids, weights, ExpertWeights(fc1, fc2), "reference")
+    def f(x, weights, fc1, fc2, *biases):
+        experts = ExpertWeights(fc1, fc2, None, "swiglu", None, *biases)
+        return expert_mlp(x, ids, weights, experts, "reference")
 
     assert torch.autograd.gradcheck(f, leaves)
 
 
+def test_an_experts_bias_is_weighted_as_its_output_is():
+    fc1, fc2 = torch.zeros(2, 4, 3), torch.zeros(2, 3, 2)
+    bias1, bias2 = torch.zeros(2, 4), torch.tensor([[1.0, 2, 3], [10, 20, 30]])
+    experts = ExpertWeights(fc1, fc2, fc1_bias_SH=bias1, fc2_bias_SD=bias2)
+    ids, weights = torch.tensor([[1, 0], [0, -1]]), torch.tensor([[0.5, 2.0], [3.0, 7.0]])
+    y = expert_mlp(torch.ones(2, 3), ids, weights, experts, "reference")
+    assert torch.equal(y, torch.tensor([[7.0, 14, 21], [3, 6, 9]]))
+
+
+@BIASES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tokens", [3, 700], ids=["few_rows", "many_rows"])
 @pytest.mark.parametrize("kernels", [library.load(), NONE], ids=["cpp", "torch"])
-def test_waves_through_few_slots_give_the_resident_bits(dtype, tokens, kernels, monkeypatch):
+def test_waves_through_few_slots_give_the_resident_bits(
+    dtype, tokens, kernels, has_bias, monkeypatch
+):
     shape = (tokens, 2, 6, 32, 48)
-    ids, leaves = problem(shape, "random", dtype)
-    x, weights, fc1, fc2 = (leaf.detach() for leaf in leaves)
+    ids, leaves = problem(shape, "random", dtype, has_bias=has_bias)
+    x, weights, *parameters = (leaf.detach() for leaf in leaves)
     monkeypatch.setattr(library, "_loaded", kernels)
+    fc1, fc2, *biases = parameters
+    all_experts = ExpertWeights(fc1, fc2, None, "swiglu", None, *biases)
     with torch.no_grad():
-        resident = expert_mlp(x, ids, weights, ExpertWeights(fc1, fc2))
+        resident = expert_mlp(x, ids, weights, all_experts)
         waves = start_waves(x, ids, weights, 6)
     slot1, slot2 = empty_slots(1, 96, 32, dtype), empty_slots(1, 32, 48, dtype)
-    for expert in range(6):
+    slots_of_biases = [torch.empty_like(bias[:1]) for bias in biases]
+    for expert in reversed(range(6)):
         table = tuple(0 if e == expert else -1 for e in range(6))
-        one = ExpertWeights(slot1, slot2, table)
+        one = ExpertWeights(slot1, slot2, table, "swiglu", None, *slots_of_biases)
         views = one.slot_views(0)
-        views["gate"].copy_(fc1[expert][:48])
-        views["up"].copy_(fc1[expert][48:])
-        views["down"].copy_(fc2[expert])
+        assert views.keys() == all_experts.slot_views(expert).keys()
+        for part, whole in all_experts.slot_views(expert).items():
+            views[part].copy_(whole)
         with torch.no_grad():
             waves.add(one, only=[expert])
     assert torch.equal(waves.result(), resident)
@@ -210,4 +238,29 @@ def test_experts_whose_parts_do_not_belong_together_are_refused():
     assert "slot_of_E names slot 3, but slots go from 0 to 2" in refused(*good, (0, 3))
     assert "slot_of_E names slot -2" in refused(*good, (0, -2))
     sums = MainGrads(torch.zeros(good[0]), torch.zeros(3, 8, 5))
-    assert "main_grads are (3, 8, 8) and (3, 8, 5)" in refused(*good, main_grads=sums)
+    assert "main_grads are ((3, 8, 8), (3, 8, 5), None, None)" in refused(*good, main_grads=sums)
+    biases = {"fc1_bias_SH": torch.zeros(3, 8), "fc2_bias_SD": torch.zeros(3, 8)}
+    sums = MainGrads(torch.zeros(good[0]), torch.zeros(good[1]))
+    assert "biases, ((3, 8, 8), (3, 8, 4), (3, 8), (3, 8))" in refused(
+        *good, main_grads=sums, **biases
+    )
+    one = {"fc1_bias_SH": torch.zeros(3, 8)}
+    assert "fc1_bias is (3, 8) and fc2_bias None; give both, (3, 8) and" in refused(*good, **one)
+    short = biases | {"fc2_bias_SD": torch.zeros(3, 7)}
+    assert "fc2_bias (3, 7); give both, (3, 8) and (3, 8), or neither" in refused(*good, **short)
+    wide = biases | {"fc2_bias_SD": torch.zeros(3, 8).double()}
+    assert "float32 and torch.float64; they must have fc1's, torch.float32" in refused(
+        *good, **wide
+    )
+
+
+def test_a_slot_names_the_parts_that_fill_it():
+    fc1, fc2 = torch.arange(24.0).view(2, 4, 3), torch.arange(12.0).view(2, 3, 2)
+    biases = torch.arange(8.0).view(2, 4), torch.arange(6.0).view(2, 3)
+    views = ExpertWeights(fc1, fc2, None, "swiglu", None, *biases).slot_views(1)
+    for part, whole in {"gate": fc1[1, :2], "up": fc1[1, 2:], "down": fc2[1]}.items():
+        assert torch.equal(views[part], whole)
+    assert views["gate_bias"].tolist() == [4, 5] and views["up_bias"].tolist() == [6, 7]
+    views["down_bias"].fill_(9)
+    assert biases[1].tolist() == [[0, 1, 2], [9, 9, 9]]
+    assert list(ExpertWeights(fc1, fc2).slot_views(0)) == ["gate", "up", "down"]

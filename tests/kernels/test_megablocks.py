@@ -49,19 +49,22 @@ def stand_in(monkeypatch):
     monkeypatch.setattr(megablocks_backend, "why_no_megablocks", lambda device: None)
 
 
-def problem(ids_from=-1, slots=E):
+def problem(ids_from=-1, slots=E, has_bias=False):
     g = torch.Generator().manual_seed(0)
     x, weights = torch.randn(T, D, generator=g), torch.rand(T, K, generator=g)
     fc1 = torch.randn(slots, 2 * F, D, generator=g) * D**-0.5
     fc2 = torch.randn(slots, D, F, generator=g) * F**-0.5
     ids = torch.randint(ids_from, E - 1, (T, K), generator=g)  # the last expert is idle
     leaves = [x.bfloat16(), weights, fc1.bfloat16(), fc2.bfloat16()]
+    if has_bias:
+        leaves += (torch.randn(slots, w, generator=g).bfloat16() for w in (2 * F, D))
     return ids, [leaf.requires_grad_() for leaf in leaves]
 
 
 def outcome(ids, leaves, backend="megablocks", table=None, **more):
-    x, weights, fc1, fc2 = leaves
-    y = expert_mlp(x, ids, weights, ExpertWeights(fc1, fc2, table), backend, **more)
+    x, weights, fc1, fc2, *biases = leaves
+    experts = ExpertWeights(fc1, fc2, table, "swiglu", None, *biases)
+    y = expert_mlp(x, ids, weights, experts, backend, **more)
     upstream = torch.cos(torch.arange(y.numel())).view_as(y).to(y)
     return [y.detach(), *torch.autograd.grad(y, leaves, upstream)]
 
@@ -72,9 +75,13 @@ def assert_near(found, expected):
         assert error <= 3e-2
 
 
+BIASES = pytest.mark.parametrize("has_bias", [False, True], ids=["plain", "biased"])
+
+
+@BIASES
 @pytest.mark.parametrize("kind", ["random", "some_without", "one_takes_all", "nobody"])
-def test_glue_agrees_with_the_reference_in_values_and_all_gradients(stand_in, kind):
-    ids, leaves = problem(0 if kind == "random" else -1)
+def test_glue_agrees_with_the_reference_in_values_and_all_gradients(stand_in, kind, has_bias):
+    ids, leaves = problem(0 if kind == "random" else -1, has_bias=has_bias)
     if kind == "one_takes_all":
         ids = torch.full_like(ids, 2)
     elif kind == "nobody":
@@ -83,8 +90,9 @@ def test_glue_agrees_with_the_reference_in_values_and_all_gradients(stand_in, ki
     assert_near(outcome(ids, leaves), outcome(ids, exact, "reference"))
 
 
-def test_a_share_of_the_experts_agrees_with_the_reference(stand_in):
-    ids, leaves = problem(slots=2)
+@BIASES
+def test_a_share_of_the_experts_agrees_with_the_reference(stand_in, has_bias):
+    ids, leaves = problem(slots=2, has_bias=has_bias)
     table = (-1, -1, 0, 1, -1)
     ids = torch.where((ids == 2) | (ids == 3), ids, -1)
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
@@ -92,19 +100,22 @@ def test_a_share_of_the_experts_agrees_with_the_reference(stand_in):
     assert_near(outcome(ids, leaves, table=table), expected)
 
 
-def test_adds_to_main_gradients_and_recomputes_with_the_same_bits(stand_in):
-    ids, leaves = problem()
+@BIASES
+def test_adds_to_main_gradients_and_recomputes_with_the_same_bits(stand_in, has_bias):
+    ids, leaves = problem(has_bias=has_bias)
     plain = outcome(ids, leaves)
     for actual, expected in zip(outcome(ids, leaves, recompute=True), plain, strict=True):
         assert torch.equal(actual, expected)
-    x, weights, fc1, fc2 = leaves
-    sums = MainGrads(*(torch.ones(w.shape) for w in (fc1, fc2)))
-    y = expert_mlp(x, ids, weights, ExpertWeights(fc1, fc2, main_grads=sums), "megablocks")
+    x, weights, fc1, fc2, *biases = leaves
+    ones = [torch.ones(leaf.shape) for leaf in leaves[2:]]
+    sums = MainGrads(*ones[:2], False, *ones[2:])
+    experts = ExpertWeights(fc1, fc2, None, "swiglu", sums, *biases)
+    y = expert_mlp(x, ids, weights, experts, "megablocks")
     torch.autograd.grad(y, (x, weights), torch.cos(torch.arange(y.numel())).view_as(y).to(y))
-    for total, one in zip((sums.fc1_SHD, sums.fc2_SDF), plain[3:], strict=True):
+    for total, one in zip(ones, plain[3:], strict=True):
         assert torch.equal(total, 1 + one.float())
     with torch.no_grad():
-        y = expert_mlp(x, ids, weights, ExpertWeights(fc1, fc2), "megablocks")
+        y = expert_mlp(x, ids, weights, experts, "megablocks")
     assert torch.equal(y, plain[0])
 
 

@@ -56,11 +56,13 @@ def test_wants_ampere_or_newer(monkeypatch, capability):
     assert reason is None or "this GPU has 7.5" in reason
 
 
+@pytest.mark.parametrize("has_bias", [False, True], ids=["plain", "biased"])
 @pytest.mark.parametrize("broken", ["wrong numbers", "an exception", None])
-def test_a_failing_self_check_warns_once_and_is_remembered(monkeypatch, broken):
+def test_a_failing_self_check_warns_once_and_is_remembered(monkeypatch, broken, has_bias):
     sizes = []
 
-    def check(backend, dtype, device, num_tokens):
+    def check(backend, dtype, device, num_tokens, checks_bias):
+        assert checks_bias == has_bias
         assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         sizes.append(num_tokens)
         errors = {"values": 0.5 if broken == "wrong numbers" else 0.0}
@@ -71,9 +73,8 @@ def test_a_failing_self_check_warns_once_and_is_remembered(monkeypatch, broken):
     monkeypatch.setattr(triton_backend, "_VERDICTS", {})
     with warnings.catch_warnings(record=True) as said, torch.inference_mode():
         warnings.simplefilter("always")
-        found = {
-            triton_backend._is_trusted(torch.bfloat16, torch.device("cuda"), None) for _ in "ab"
-        }
+        kind = (torch.bfloat16, torch.device("cuda"), None, has_bias)
+        found = {triton_backend._is_trusted(*kind) for _ in "ab"}
     assert found == {broken is None}
     assert len(said) == (broken is not None)
     assert broken is None or "using the torch backend" in str(said[0].message)
@@ -93,6 +94,10 @@ def test_says_what_it_does_not_take(monkeypatch):
     elsewhere = problem()[3].fc2_SDF.to("meta")
     with pytest.raises(ValueError, match="on cpu, meta; they must share one device"):
         expert_mlp(x, ids, weights, ExpertWeights(experts.fc1_SHD, elsewhere), "triton")
+    biases = {"fc1_bias_SH": torch.zeros(3, 24)[:, ::2], "fc2_bias_SD": torch.zeros(3, 8)}
+    with pytest.raises(ValueError, match=r"A bias has strides \(24, 2\) and type torch\.float32"):
+        spread = ExpertWeights(experts.fc1_SHD, experts.fc2_SDF, **biases)
+        expert_mlp(x, ids, weights, spread, "triton")
     sums = MainGrads(torch.zeros(3, 8, 12).mT, torch.zeros(3, 8, 6))
     with pytest.raises(ValueError, match="main gradients are not contiguous"):
         with_sums = ExpertWeights(experts.fc1_SHD, experts.fc2_SDF, main_grads=sums)

@@ -15,11 +15,15 @@ from triton_registers import TYPES, cases, compile_case
 
 SAMPLE = {
     "up_projection  bf16 swiglu, keeps h",
+    "up_projection  bf16 clamped_swiglu, keeps h, biased",
     "grouped_matmul bf16 fc2",
+    "grouped_matmul bf16 fc2, biased",
+    "bias_grad      bf16 fc2, adds to fp32",
     "grad_hidden    bf16 swiglu",
     "weight_grad    bf16 fc2, adds to fp32",
     "quantized_up   bf16 swiglu, int8, a scale per row",
     "quantized_up   bf16 swiglu, int4, groups of 64",
+    "quantized_up   bf16 clamped_swiglu, int4, groups of 32, biased",
     "quantized_matmul bf16 int4, groups of 64",
     "described_up   bf16 swiglu, keeps h",
     "described_matmul bf16 grad x",

@@ -16,7 +16,7 @@ from moeyard.kernels.grouping import group_tokens
 
 DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-NAMES = ("y", "grad x", "grad weights", "grad fc1", "grad fc2")
+NAMES = ("y", "grad x", "grad weights", "grad fc1", "grad fc2", "grad bias1", "grad bias2")
 
 # T, K, E, D, F; together they take every tile size, with and without a ragged end.
 SHAPES = {
@@ -42,7 +42,7 @@ def routing(kind, tokens, choices, experts, seed=0):
     return ids
 
 
-def problem(shape, dtype, seed=0):
+def problem(shape, dtype, seed=0, has_bias=False):
     tokens, choices, experts, d_model, d_expert = shape
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, d_model, generator=g)
@@ -50,13 +50,16 @@ def problem(shape, dtype, seed=0):
     fc2 = torch.randn(experts, d_model, d_expert, generator=g) * d_expert**-0.5
     weights = torch.rand(tokens, choices, generator=g)
     leaves = [x.to(dtype), weights, fc1.to(dtype), fc2.to(dtype)]
+    if has_bias:
+        widths = (2 * d_expert, d_model)
+        leaves += (torch.randn(experts, width, generator=g).to(dtype) for width in widths)
     return [leaf.to(DEVICE).requires_grad_() for leaf in leaves]
 
 
 def outcome(ids, leaves, backend="triton", table=None, activation="swiglu", main_grads=None):
     """Return y and all gradients of a fixed weighted sum of it."""
-    x, weights, fc1, fc2 = leaves
-    experts = ExpertWeights(fc1, fc2, table, activation, main_grads)
+    x, weights, fc1, fc2, *biases = leaves
+    experts = ExpertWeights(fc1, fc2, table, activation, main_grads, *biases)
     y = expert_mlp(x, ids.to(x.device), weights, experts, backend)
     upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(9)).to(y)
     wanted = leaves[:2] if main_grads else leaves
@@ -68,8 +71,8 @@ def expected_outcome(ids, leaves, **more):
     return outcome(ids, exact, "reference", **more)
 
 
-def assert_near(found, expected, dtype, names=NAMES):
-    for name, actual, wanted in zip(names, found, expected, strict=True):
+def assert_near(found, expected, dtype):
+    for name, (actual, wanted) in zip(NAMES, zip(found, expected, strict=True), strict=False):
         assert actual.shape == wanted.shape, name
         if wanted.numel():
             error = (actual.double().cpu() - wanted).abs().max() / max(1.0, wanted.abs().max())
@@ -92,10 +95,25 @@ def test_agrees_with_the_reference_in_values_and_all_gradients(dtype, name):
     assert_near(outcome(ids, leaves), expected_outcome(ids, leaves), dtype)
 
 
+BIASED = [
+    (torch.float32, "no_token"),
+    (torch.float32, "one_token"),
+    (torch.bfloat16, "every_expert"),
+]
+BIASED += [(torch.float32, "tiles_of_16"), (torch.float16, "tiles_of_128")]
+
+
+@pytest.mark.parametrize(("dtype", "name"), BIASED, ids=str)
+def test_biases_agree_with_the_reference_in_values_and_all_gradients(dtype, name):
+    shape = SHAPES[name]
+    ids, leaves = routing("with_none", *shape[:3]), problem(shape, dtype, has_bias=True)
+    assert_near(outcome(ids, leaves), expected_outcome(ids, leaves), dtype)
+
+
 @pytest.mark.parametrize("kind", ["one_expert_takes_all", "nobody", "an_expert_is_idle"])
 def test_any_distribution_of_the_rows_agrees_with_the_reference(kind):
     shape = (37, 2, 5, 24, 40)
-    ids, leaves = routing(kind, *shape[:3]), problem(shape, torch.float32)
+    ids, leaves = routing(kind, *shape[:3]), problem(shape, torch.float32, has_bias=True)
     assert_near(outcome(ids, leaves), expected_outcome(ids, leaves), torch.float32)
 
 
@@ -112,7 +130,8 @@ def test_activations_agree_with_the_reference(activation, dtype):
 
 @pytest.mark.parametrize("table", [(1, -1, 0, 2, -1, -1), (-1, -1, 0, 1, 2, -1)], ids=str)
 def test_a_slot_table_agrees_with_the_reference_and_drops_experts_that_are_not_here(table):
-    ids, leaves = routing("with_none", 23, 2, 6), problem((23, 2, 3, 24, 40), torch.float32)
+    ids = routing("with_none", 23, 2, 6)
+    leaves = problem((23, 2, 3, 24, 40), torch.float32, has_bias=True)
     here = torch.tensor([e for e, slot in enumerate(table) if slot >= 0])
     expected_ids = torch.where(torch.isin(ids, here), ids, -1)
     found = outcome(ids, leaves, table=table)
@@ -131,7 +150,7 @@ def test_ids_out_of_range_are_rows_without_an_expert():
 def test_reads_nothing_beside_its_inputs():
     """Rows, slots and columns beside them are NaN, and routing weights of no expert too."""
     shape = (37, 2, 5, 24, 40)
-    ids, leaves = routing("with_none", *shape[:3]), problem(shape, torch.float32)
+    ids, leaves = routing("with_none", *shape[:3]), problem(shape, torch.float32, has_bias=True)
 
     def surrounded(leaf):
         around = leaf.new_full((leaf.shape[0] + 2, leaf[0].numel() + 64), torch.nan)
@@ -141,12 +160,12 @@ def test_reads_nothing_beside_its_inputs():
         view = around.as_strided(leaf.shape, strides, inside.storage_offset())
         return view.detach().requires_grad_()
 
-    x, weights, fc1, fc2 = leaves
+    x, weights, *parameters = leaves
     rows = x.new_full((x.shape[0] + 300, x.shape[1]), torch.nan)
     rows[100 : 100 + x.shape[0]] = x.detach()
     x_inside = rows[100 : 100 + x.shape[0]].detach().requires_grad_()
     nan_weights = torch.where(ids.to(DEVICE) >= 0, weights.detach(), torch.nan).requires_grad_()
-    found = outcome(ids, [x_inside, nan_weights, surrounded(fc1), surrounded(fc2)])
+    found = outcome(ids, [x_inside, nan_weights, *map(surrounded, parameters)])
     assert_near(found, expected_outcome(ids, leaves), torch.float32)
 
 
@@ -154,10 +173,10 @@ def test_reads_nothing_beside_its_inputs():
 @pytest.mark.parametrize("is_empty", [False, True], ids=["filled", "empty"])
 def test_backward_adds_to_fp32_main_gradients(dtype, is_empty):
     shape = (37, 2, 5, 24, 40)
-    ids, leaves = routing("an_expert_is_idle", *shape[:3]), problem(shape, dtype)
+    ids, leaves = routing("an_expert_is_idle", *shape[:3]), problem(shape, dtype, has_bias=is_empty)
     fill = float("nan") if is_empty else 1.0  # what an empty sum holds must not matter
     totals = [torch.full(leaf.shape, fill, device=DEVICE) for leaf in leaves[2:]]
-    sums = MainGrads(*totals, is_empty)
+    sums = MainGrads(*totals[:2], is_empty, *totals[2:])
     for _ in range(2):
         found = outcome(ids, leaves, main_grads=sums)
     expected = expected_outcome(ids, leaves)
@@ -181,11 +200,12 @@ def test_takes_expanded_gradients_and_inputs_that_are_not_contiguous():
 
 def test_inference_gives_the_bits_of_training_and_every_run_the_same_bits():
     shape = SHAPES["tiles_of_64"]
-    ids, leaves = routing("with_none", *shape[:3]), problem(shape, torch.bfloat16)
+    ids, leaves = routing("with_none", *shape[:3]), problem(shape, torch.bfloat16, has_bias=True)
     first, second = outcome(ids, leaves), outcome(ids, leaves)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     with torch.no_grad():
-        experts = ExpertWeights(*leaves[2:])
+        fc1, fc2, *biases = leaves[2:]
+        experts = ExpertWeights(fc1, fc2, None, "swiglu", None, *biases)
         y = expert_mlp(leaves[0], ids.to(DEVICE), leaves[1], experts, "triton")
     assert torch.equal(y, first[0])
 
@@ -208,9 +228,11 @@ def test_saves_x_the_pre_activations_and_indices_only():
 def test_checkpointing_and_compiling_change_nothing():
     shape = (37, 2, 5, 24, 40)
     ids, leaves = routing("random", *shape[:3]).to(DEVICE), problem(shape, torch.float32)
+    leaves += problem(shape, torch.float32, has_bias=True)[4:]
 
-    def run(x, weights, fc1, fc2):
-        return expert_mlp(x, ids, weights, ExpertWeights(fc1, fc2), "triton") * 2
+    def run(x, weights, fc1, fc2, *biases):
+        experts = ExpertWeights(fc1, fc2, None, "swiglu", None, *biases)
+        return expert_mlp(x, ids, weights, experts, "triton") * 2
 
     plain = run(*leaves)
     expected = [plain, *torch.autograd.grad(plain.square().sum(), leaves)]
@@ -253,20 +275,24 @@ def test_groups_rows_as_the_reference_does_and_cuts_groups_into_tiles(size, kind
     assert all(slot == -1 for slot in found.tiles_L2[len(tiles) :, 0].tolist())
 
 
-def test_fake_versions_and_schemas_say_the_truth():
+@pytest.mark.parametrize("has_bias", [False, True], ids=["plain", "biased"])
+def test_fake_versions_and_schemas_say_the_truth(has_bias):
     from moeyard.kernels.gpu import ops
 
     shape = (37, 2, 5, 24, 40)
-    ids, leaves = routing("with_none", *shape[:3]).to(DEVICE), problem(shape, torch.float32)
-    x, weights, fc1, fc2 = (leaf.detach() for leaf in leaves)
+    ids = routing("with_none", *shape[:3]).to(DEVICE)
+    leaves = problem(shape, torch.float32, has_bias=has_bias)
+    x, weights, fc1, fc2, *biases = (leaf.detach() for leaf in leaves)
+    biases = biases or [None, None]
     table = torch.arange(5, dtype=torch.int32, device=DEVICE)
     checks = ("test_schema", "test_faketensor")
-    forward = (x, ids, weights, fc1, fc2, table, None, None, "swiglu", True)
+    forward = (x, ids, weights, fc1, fc2, *biases, table, *(None,) * 4, "swiglu", True)
     torch.library.opcheck(ops.expert_mlp_op, forward, test_utils=checks)
     saved = ops.expert_mlp_op(*forward)[1:]
-    sums = (torch.zeros_like(fc1), torch.zeros_like(fc2))
-    for wants_x, add, outs in ((True, True, sums), (False, False, (None, sums[1]))):
-        backward = (x, x, weights, *saved, fc1, fc2, 5, "swiglu", wants_x, add, *outs)
+    sums = [None if part is None else torch.zeros_like(part) for part in (fc1, fc2, *biases)]
+    for wants_x, add, outs in ((True, True, sums), (False, False, (None, *sums[1:3], None))):
+        rows = (x, x, weights, *saved, fc1, fc2, *biases)
+        backward = (*rows, 5, "swiglu", wants_x, add, *outs)
         torch.library.opcheck(ops.expert_mlp_backward_op, backward, test_utils=checks)
 
 
@@ -274,17 +300,19 @@ def test_fake_versions_and_schemas_say_the_truth():
 @pytest.mark.parametrize("tokens", [0, 37])
 def test_computing_fc1_again_changes_no_bit_and_keeps_x_only(tokens, dtype):
     shape = (tokens, 2, 5, 24, 40)
-    ids, (x, weights, fc1, fc2) = routing("with_none", *shape[:3]).to(DEVICE), problem(shape, dtype)
+    ids = routing("with_none", *shape[:3]).to(DEVICE)
+    leaves = problem(shape, dtype, has_bias=True)
+    x, weights, fc1, fc2, *biases = leaves
     found, saved = [], []
     for recompute in (False, True):
         kept = {}
         with torch.autograd.graph.saved_tensors_hooks(
             lambda t, kept=kept: kept.__setitem__(t.data_ptr(), t.nbytes) or t, lambda t: t
         ):
-            experts = ExpertWeights(fc1, fc2)
+            experts = ExpertWeights(fc1, fc2, None, "swiglu", None, *biases)
             y = expert_mlp(x, ids, weights, experts, "triton", recompute=recompute)
         upstream = torch.cos(torch.arange(y.numel(), device=DEVICE)).view_as(y).to(y)
-        found.append([y, *torch.autograd.grad(y, (x, weights, fc1, fc2), upstream)])
+        found.append([y, *torch.autograd.grad(y, leaves, upstream)])
         saved.append(sum(kept.values()))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     assert saved[0] - saved[1] == tokens * 2 * 2 * 40 * dtype.itemsize

@@ -72,6 +72,12 @@ def test_odd_strides_come_by_pointers_where_they_are(calls):
     assert calls == ["described_matmul"]
 
 
+def test_experts_with_biases_come_by_pointers_where_the_biases_are(calls):
+    ids, leaves = routing("with_none", *SHAPE[:3]), problem(SHAPE, torch.float16, has_bias=True)
+    assert_near(outcome(ids, leaves), expected_outcome(ids, leaves), torch.float16)
+    assert calls == ["described_matmul"]  # the gradient of x, which no bias reaches
+
+
 def test_only_wide_tiles_of_16_bits_come_through_descriptors(monkeypatch):
     wide, small = tiles.tiles_for("up", 128, torch.float16, True), tiles.Tiles(64, 128, 64, 4, 3)
     half = torch.zeros(2, 64, 64, dtype=torch.float16, device=DEVICE)

@@ -1,6 +1,7 @@
 """What the Triton kernels promise about weights in 8 and 4 bits; run as triton_cases.py is."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -96,6 +97,14 @@ def test_quantized_takes_no_tokens_and_ids_out_of_range():
     assert_near(found, expected_of((x, kept, weights), experts), torch.float32)
 
 
+def biased(experts, dtype):
+    """Return the experts with biases of the size of what they are added to."""
+    g, (num_slots, height) = torch.Generator().manual_seed(3), experts.fc1.values.shape[:2]
+    shapes = {"fc1_bias_SH": (num_slots, height), "fc2_bias_SD": (num_slots, experts.d_model)}
+    made = {name: torch.randn(shape, generator=g).to(dtype) for name, shape in shapes.items()}
+    return replace(experts, **made)
+
+
 WAYS = pytest.mark.parametrize("way", ["widened", "written_out"])
 
 
@@ -114,22 +123,24 @@ def test_quantized_weights_are_written_out_for_many_rows_where_there_is_room_wha
 @pytest.mark.parametrize(("bits", "group_size"), [(8, None), (4, 32)])
 def test_quantized_gives_the_same_bits_from_any_slots(bits, group_size, way, monkeypatch):
     write_out_from(8 if way == "written_out" else 1000, monkeypatch)
-    experts = weights_of(3, 64, 32, bits, group_size)
+    experts = biased(weights_of(3, 64, 32, bits, group_size), torch.float32)
     inputs = problem((25, 1, 3, 64, 32), torch.float16)
 
-    def in_slots(matrices, order):
-        return QuantizedMatrices(matrices.values[order], matrices.scales_SQG[order])
+    def in_slots(order, table):
+        def matrices(m):
+            return QuantizedMatrices(m.values[order], m.scales_SQG[order])
+
+        biases = (experts.fc1_bias_SH[order], experts.fc2_bias_SD[order])
+        parts = (matrices(experts.fc1), matrices(experts.fc2))
+        return QuantizedExpertWeights(*parts, table, "swiglu", *biases)
 
     resident = run(inputs, experts)
     # A pool with more slots than the layer has experts; those between belong to others.
-    order, table = [2, 2, 0, 1, 1, 0], (2, 4, 0)
-    pool = QuantizedExpertWeights(in_slots(experts.fc1, order), in_slots(experts.fc2, order), table)
+    pool = in_slots([2, 2, 0, 1, 1, 0], (2, 4, 0))
     assert torch.equal(run(inputs, pool), resident)
     # A cache without expert 1; its rows count as nobody's.
     x, ids, weights = inputs
-    cache = QuantizedExpertWeights(
-        in_slots(experts.fc1, [2, 0]), in_slots(experts.fc2, [2, 0]), (1, -1, 0)
-    )
+    cache = in_slots([2, 0], (1, -1, 0))
     there = (ids != 1) & (ids >= 0)
     assert torch.equal(run(inputs, cache), torch.where(there, resident, 0))
     expected = expected_of((x, torch.where(there, ids, -1), weights), experts)
@@ -172,13 +183,14 @@ def test_quantized_weights_are_written_out_as_torch_does_it(bits, group_size, dt
 
 def test_quantized_refuses_gradients_and_schemas_say_the_truth():
     shape = (37, 2, 5, 64, 32)
-    experts = weights_of(*shape[2:], 4, 32).to(DEVICE)
+    experts = biased(weights_of(*shape[2:], 4, 32), torch.bfloat16).to(DEVICE)
     x, ids, weights = (part.to(DEVICE) for part in problem(shape, torch.float32))
     with pytest.raises(ValueError, match="quantized experts have no backward"):
         expert_mlp(x.requires_grad_(), ids, weights, experts, "triton")
     x = x.detach()
     fc1, fc2 = experts.fc1, experts.fc2
     parts = (fc1.values, fc1.scales_SQG, fc2.values, fc2.scales_SQG)
+    parts += (experts.fc1_bias_SH, experts.fc2_bias_SD)
     table = torch.arange(5, dtype=torch.int32, device=DEVICE)
     arguments = (x, ids, weights, *parts, table, "swiglu")
     checks = ("test_schema", "test_faketensor")

@@ -40,6 +40,30 @@ def test_sums_the_weighted_experts_and_the_shared_expert():
         torch.testing.assert_close(y[t], expected)
 
 
+def test_biases_of_experts_are_zeros_at_first_and_belong_to_the_expert():
+    torch.manual_seed(0)
+    layer = moeyard.MoELayer(8, 6, 4, moeyard.TopK(k=2), expert_bias=True).double()
+    experts = layer.experts
+    assert experts.fc1_bias.shape == (4, 12) and experts.fc2_bias.shape == (4, 8)
+    assert not experts.fc1_bias.any() and not experts.fc2_bias.any()
+    for slot, views in enumerate(experts.slot_views()):
+        for number, part in enumerate(("gate_bias", "up_bias", "down_bias")):
+            views[part].copy_(torch.linspace(-1, 1, len(views[part])) + slot + number)
+    x = torch.randn(5, 8, dtype=torch.float64)
+    y, routing = layer(x)
+    silu = torch.nn.functional.silu
+    for t in range(5):
+        expected = torch.zeros(8, dtype=torch.float64)
+        for e, w in zip(routing.experts_TK[t].tolist(), routing.weights_TK[t], strict=True):
+            h = experts.fc1[e] @ x[t] + experts.fc1_bias[e]
+            out = experts.fc2[e] @ (silu(h[:6]) * h[6:]) + experts.fc2_bias[e]
+            expected = expected + w * out
+        torch.testing.assert_close(y[t], expected)
+    plain = moeyard.MoELayer(8, 6, 4, moeyard.TopK(k=2)).experts
+    assert [name for name, _ in plain.named_parameters()] == ["fc1", "fc2"]
+    assert "gate_bias" not in plain.slot_views()[0]
+
+
 def test_hash_routing_needs_token_ids():
     layer = moeyard.MoELayer(8, 6, 4, Hash(k=1, table="random"), vocab_size=20)
     y, _ = layer(torch.randn(2, 3, 8), token_ids=torch.randint(0, 20, (2, 3)))

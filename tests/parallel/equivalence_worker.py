@@ -15,7 +15,8 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from moeyard.configuration import load_config
-from moeyard.moe.layer import Experts
+from moeyard.moe import decoder as decoder_module
+from moeyard.moe.layer import Experts, MoELayer
 from moeyard.moe.routing import count_choices
 from moeyard.moe.topk_router import TopKRouter
 from moeyard.parallel.local_part import as_part_of, local_part
@@ -42,6 +43,21 @@ def starve_upper_half(decoder) -> None:
 
         assert isinstance(router, TopKRouter)
         router.route = folded
+
+
+class BiasedLayer(MoELayer):
+    """A layer whose experts have biases, which no configuration asks for."""
+
+    def __init__(self, *arguments, **options) -> None:
+        super().__init__(*arguments, expert_bias=True, **options)
+
+
+def fill_biases(decoder) -> None:
+    """Give every expert biases of its own, the same wherever it is."""
+    for _, layer in decoder.moe_layers():
+        for expert, views in zip(layer.experts.expert_ids, layer.experts.slot_views(), strict=True):
+            for number, part in enumerate(("gate_bias", "up_bias", "down_bias")):
+                views[part].copy_(torch.linspace(-1, 1, len(views[part])) * (expert + number + 1))
 
 
 def keyed(decoder, tensor_of) -> dict[str, torch.Tensor]:
@@ -73,7 +89,10 @@ def run_case(config_path: Path, out: Path, name: str, case: dict, store) -> None
         mesh = replace(mesh, dp_host=None, ep_host=None, edp_host=None)
     data = build_data(config, out / name / "data", mesh)
     model = fill_vocabulary(config, data.tokenizer)
+    decoder_module.MoELayer = BiasedLayer if case.get("biased") else MoELayer
     decoder, masters = build_model(config, model, data, mesh)
+    if case.get("biased"):
+        fill_biases(decoder)
     if case.get("starved"):
         starve_upper_half(decoder)
     step = TrainStep(config, decoder, masters, data.train, mesh)

@@ -56,6 +56,7 @@ VARIANTS = {
             f"data.source={DOCUMENTS}",
         ],
     },
+    "biased": {"overrides": [TORCH, "train.accumulation=2"], "biased": True},
     "apart": {"overrides": [TORCH], "apart": True},
     "apart_both": {
         "overrides": ["train.accumulation=2", "train.recompute=true"],

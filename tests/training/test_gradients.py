@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from moeyard.configuration import load_config
 from moeyard.moe.batch import batch_of_rows
 from moeyard.moe.initialize import initialize
+from moeyard.moe.layer import MoELayer
 from moeyard.parallel.mesh import Mesh
 from moeyard.training.config import RunConfig
 from moeyard.training.evaluate import evaluate
@@ -21,6 +22,68 @@ PLAIN = ["train.precision=fp64", "model.moe.router={kind: topk, k: 2, balance_lo
 def trainer(config_file, tmp_path, *overrides) -> Trainer:
     config = load_config(RunConfig, config_file, [f"run_dir={tmp_path}/run", *overrides])
     return Trainer(config, tmp_path / "run", Mesh())
+
+
+@pytest.fixture
+def biased_experts(monkeypatch):
+    """Experts of decoders get biases, which no configuration asks for."""
+
+    class BiasedLayer(MoELayer):
+        def __init__(self, *arguments, **options) -> None:
+            super().__init__(*arguments, expert_bias=True, **options)
+
+    monkeypatch.setattr("moeyard.moe.decoder.MoELayer", BiasedLayer)
+
+
+def fill_biases(decoder) -> None:
+    torch.manual_seed(0)
+    for _, layer in decoder.moe_layers():
+        for bias in (layer.experts.fc1_bias, layer.experts.fc2_bias):
+            torch.nn.init.normal_(bias)
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_biases_of_experts_have_main_gradients_too(tmp_path, config_file, biased_experts, backend):
+    precision = ["train.precision=fp32"] if backend == "auto" else []
+    run = trainer(config_file, tmp_path, *PLAIN, "train.accumulation=2", *precision)
+    decoder = run.decoder
+    fill_biases(decoder)
+    biases = [p for name, p in decoder.named_parameters() if name.endswith("bias")]
+    assert [tuple(bias.shape) for bias in biases] == 2 * [(4, 32), (4, 32)]
+    for _, layer in decoder.moe_layers():
+        layer.experts.backend = "reference"
+    windows = run._data.train.sequences(0, range(8))
+    logits = decoder.logits(decoder(batch_of_rows(windows[:, :-1])).hidden_TD)
+    loss = F.cross_entropy(logits, windows[:, 1:].reshape(-1))
+    expected = torch.autograd.grad(loss, biases)
+    for _, layer in decoder.moe_layers():
+        layer.experts.backend = backend
+    found, scale = [], run._step.gradients.scale_
+    run._step.gradients.scale_ = lambda factor: (
+        found.extend(bias.main_grad.clone() for bias in biases),
+        scale(factor),
+    )
+    run._step.run(0, stop_requested=False)
+    tolerance = (
+        {"rtol": 1e-10, "atol": 1e-14} if backend == "torch" else {"rtol": 1e-3, "atol": 1e-6}
+    )
+    for gradient, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(gradient, wanted, **tolerance)
+    keys = {key for key, _ in run._step.optimizer.named_tensors()}
+    assert {f"weight/layers.0.mlp.experts.{e}.fc1_bias" for e in range(4)} < keys
+    assert "exp_avg_sq/layers.1.mlp.experts.3.fc2_bias" in keys
+
+
+def test_biases_of_experts_begin_with_zeros_and_do_not_decay(tmp_path, config_file, biased_experts):
+    run = trainer(config_file, tmp_path, *PLAIN)
+    biases = [p for name, p in run.decoder.named_parameters() if name.endswith("bias")]
+    assert len(biases) == 4 and not any(bias.any() for bias in biases)
+    fill_biases(run.decoder)
+    before = [bias.detach().clone() for bias in biases]
+    run._step.gradients.zero()
+    run._step.gradients.accumulate()
+    run._step.optimizer.step(lr=0.5)
+    assert all(map(torch.equal, biases, before))
 
 
 @pytest.mark.parametrize("accumulation", [1, 2, 4])

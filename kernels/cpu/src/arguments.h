@@ -22,6 +22,12 @@ struct NormArguments {
     void* y;
 };
 
+// A bias for every slot, dense but for the slots' distance; null values = none.
+struct Biases {
+    int64_t type, stride;
+    const void* values;
+};
+
 // The expert MLP of some experts: lines[t * K + k] = MLP_{experts[t][k]}(x[t]).
 struct ExpertArguments {
     int64_t type, activation, tokens, choices, d_model, d_expert, num_experts, threads;
@@ -32,6 +38,7 @@ struct ExpertArguments {
     const int32_t* slot_of;  // [E], -1 = not here; null = slot e holds expert e
     float* lines;            // [T * K, D]; null = only `hidden` is wanted
     void* hidden;            // [T * K, 2F] gate and up, rows in expert order; for training alone
+    Biases fc1_bias, fc2_bias;  // [S, 2F], [S, D]; in `type` for training
 };
 
 // Weights of 8 or 4 bits: bytes [S, outputs, width * bits / 8], bf16 scales [S, outputs, groups].
@@ -52,10 +59,11 @@ struct ExpertGradArguments {
     ExpertArguments forward;  // as it was; `lines` is scratch
     const void* grad;         // [T, D]: of y
     const float* weights;     // [T, K]
-    int64_t is_empty;         // write the gradients of fc1 and fc2, in place of adding to them
+    int64_t is_empty;         // write the gradients of the parameters, in place of adding to them
     int64_t num_slots;
-    float *grad_fc1, *grad_fc2;  // [S, 2F, D], [S, D, F], dense
-    float* grad_weights;         // [T, K]
+    float *grad_fc1, *grad_fc2;            // [S, 2F, D], [S, D, F], dense
+    float *grad_fc1_bias, *grad_fc2_bias;  // [S, 2F], [S, D], where there are biases
+    float* grad_weights;                   // [T, K]
 };
 
 // out[t] = sum_k weights[t][k] * lines[t * K + k], in k order, choices of -1 left out.

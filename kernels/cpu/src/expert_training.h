@@ -3,8 +3,9 @@
 // Kept from forward: x, gate and up, routing weights. With g the gradient of a token's output, w the
 // weight of its row, a = act(gate) * up:
 //
-//   u = g W2               d w = <u, a>      d a = w u, which gives d gate and d up
-//   d W2 += g^T (w a)      d x = d h W1      d W1 += (d h)^T x
+//   u = g W2               d w = <u, a> + <g, b2>    d a = w u, which gives d gate and d up
+//   d W2 += g^T (w a)      d b2 += w g               d x = d h W1
+//   d W1 += (d h)^T x      d b1 += d h
 #pragma once
 
 #include "experts.h"
@@ -26,6 +27,8 @@ void keep_first_half(const ExpertArguments& a, const Order& order, const RowBloc
         pointers[m] = x + order.rows[block.from + m] / a.choices * a.d_model;
     rows_times_transposed(pointers, rows, weights, a.d_model, from, count, gate);
     rows_times_transposed(pointers, rows, weights, a.d_model, width + from, count, up);
+    add_bias(a.fc1_bias, block.slot, from, count, gate[0], rows, PANEL);
+    add_bias(a.fc1_bias, block.slot, width + from, count, up[0], rows, PANEL);
     by_activation(a.activation, [&](auto kind) {
         for (int64_t m = 0; m < rows; m++) {
             Element* kept_gate = hidden + (block.from + m) * 2 * width + from;
@@ -54,6 +57,7 @@ void keep_second_half(const ExpertArguments& a, const Order& order, const RowBlo
     int64_t rows = block.to - block.from;
     for (int64_t m = 0; m < rows; m++) pointers[m] = act + (block.from + m) * a.d_expert;
     rows_times_transposed(pointers, rows, weights, a.d_expert, from, count, y);
+    add_bias(a.fc2_bias, block.slot, from, count, y[0], rows, PANEL);
     for (int64_t m = 0; m < rows; m++)
         std::memcpy(a.lines + order.rows[block.from + m] * a.d_model + from, y[m],
                     count * sizeof(float));
@@ -86,7 +90,7 @@ template <class Element> struct Backward {
     int64_t act_panels;
     std::unique_ptr<Element[]> grad_hidden;  // [N, 2F]
     std::unique_ptr<Element[]> scaled_act;   // [N, F]: w a
-    std::unique_ptr<float[]> parts;          // [N, act_panels]: of <u, a>
+    std::unique_ptr<float[]> parts;          // [N, act_panels]: of <u, a> + <g, b2>
 
     explicit Backward(const ExpertGradArguments& arguments)
         : a(arguments), f(arguments.forward), order(arguments.forward, TRAINING_ROWS),
@@ -120,6 +124,12 @@ template <class Element> struct Backward {
                 part_of(block.from + m, panel) = through_activation<kind>(block.from + m, from,
                                                                           count, u[m]);
         });
+        if (f.fc2_bias.values == nullptr || panel != 0) return;
+        const Element* bias = static_cast<const Element*>(f.fc2_bias.values);
+        products(pointers, rows, bias + block.slot * f.fc2_bias.stride, 0, 1, f.d_model,
+                 [&](int64_t m, int64_t, const float* values, int64_t) {
+                     part_of(block.from + m, 0) += values[0];
+                 });
     }
 
     // From u, one row of it: d gate, d up and w a. Returns the sum of u a over these columns.
@@ -160,6 +170,18 @@ template <class Element> struct Backward {
                         count * sizeof(float));
     }
 
+    // The weighted sum of a span's rows from column `from` on, fewer than a panel, into `total`.
+    template <class Row, class Weight>
+    void add_rows(const RowBlock& span, Row row, Weight weight, int64_t count, float* total) {
+        float sums[PANEL] = {};
+        for (int64_t r = span.from; r < span.to; r++) {
+            const Element* values = row(r);
+            float factor = weight(r);
+            for (int64_t i = 0; i < count; i++) sums[i] += factor * widen(values[i]);
+        }
+        for (int64_t i = 0; i < count; i++) total[i] = (a.is_empty ? 0 : total[i]) + sums[i];
+    }
+
     void add_fc1(const RowBlock& span, int64_t from) {
         int64_t outputs = 2 * f.d_expert;
         add_transposed_product<Element>(
@@ -167,6 +189,11 @@ template <class Element> struct Backward {
             [&](int64_t k) { return x(span.from + k); }, span.to - span.from, from,
             least(PANEL, outputs - from), f.d_model, a.is_empty,
             a.grad_fc1 + span.slot * outputs * f.d_model);
+        if (a.grad_fc1_bias == nullptr) return;
+        add_rows(
+            span, [&](int64_t r) { return grad_hidden.get() + r * outputs + from; },
+            [](int64_t) { return 1.0f; }, least(PANEL, outputs - from),
+            a.grad_fc1_bias + span.slot * outputs + from);
     }
 
     void add_fc2(const RowBlock& span, int64_t from) {
@@ -175,6 +202,22 @@ template <class Element> struct Backward {
             [&](int64_t k) { return scaled_act.get() + (span.from + k) * f.d_expert; },
             span.to - span.from, from, least(PANEL, f.d_model - from), f.d_expert, a.is_empty,
             a.grad_fc2 + span.slot * f.d_model * f.d_expert);
+        if (a.grad_fc2_bias == nullptr) return;
+        add_rows(
+            span, [&](int64_t r) { return grad(r) + from; },
+            [&](int64_t r) { return a.weights[order.rows[r]]; }, least(PANEL, f.d_model - from),
+            a.grad_fc2_bias + span.slot * f.d_model + from);
+    }
+
+    // Gradients of a slot without rows.
+    void clear(int64_t slot) {
+        auto zero = [&](float* gradients, int64_t size) {
+            if (gradients) std::memset(gradients + slot * size, 0, size * sizeof(float));
+        };
+        zero(a.grad_fc1, 2 * f.d_expert * f.d_model);
+        zero(a.grad_fc2, f.d_expert * f.d_model);
+        zero(a.grad_fc1_bias, 2 * f.d_expert);
+        zero(a.grad_fc2_bias, f.d_model);
     }
 };
 
@@ -212,11 +255,7 @@ template <class Element> void expert_grads(const ExpertGradArguments& a) {
         const RowBlock& span = spans[task / panels];
         int64_t panel = task % panels;
         if (span.from == span.to) {
-            if (a.is_empty && panel == 0) {
-                int64_t size = f.d_expert * f.d_model;
-                std::memset(a.grad_fc1 + span.slot * 2 * size, 0, 2 * size * sizeof(float));
-                std::memset(a.grad_fc2 + span.slot * size, 0, size * sizeof(float));
-            }
+            if (a.is_empty && panel == 0) backward.clear(span.slot);
             return;
         }
         panel < fc1_panels ? backward.add_fc1(span, panel * PANEL)

@@ -68,6 +68,19 @@ template <class Element> struct PlainMatrix {
     }
 };
 
+// Adds entries [from, from + count) of a slot's bias to rows of sums that lie `distance` apart.
+inline void add_bias(const Biases& bias, int64_t slot, int64_t from, int64_t count, float* sums,
+                     int64_t rows, int64_t distance) {
+    if (bias.values == nullptr) return;
+    int64_t first = slot * bias.stride + from;
+    auto add = [&](const auto* values) {
+        for (int64_t m = 0; m < rows; m++)
+            for (int64_t i = 0; i < count; i++) sums[m * distance + i] += widen(values[i]);
+    };
+    bias.type == BFLOAT16 ? add(static_cast<const bf16*>(bias.values) + first)
+                          : add(static_cast<const float*>(bias.values) + first);
+}
+
 // One block's act(gate) * up for outputs [from, to) of F. `rows` are the block's rows of x.
 template <class Row, class Matrix, class Element>
 void first_half(const ExpertArguments& a, const Matrix& fc1, const RowBlock& block,
@@ -82,6 +95,8 @@ void first_half(const ExpertArguments& a, const Matrix& fc1, const RowBlock& blo
     int64_t up_from = a.d_expert + from, up_to = a.d_expert + to;
     fc1.multiply(rows, num_rows, block.slot, from, to, keep_in(gates, from));
     fc1.multiply(rows, num_rows, block.slot, up_from, up_to, keep_in(ups, up_from));
+    add_bias(a.fc1_bias, block.slot, from, num_outputs, gates, num_rows, num_outputs);
+    add_bias(a.fc1_bias, block.slot, up_from, num_outputs, ups, num_rows, num_outputs);
     by_activation(a.activation, [&](auto kind) {
         for (int64_t m = 0; m < num_rows; m++) {
             Element* line = act + (block.from + m) * a.d_expert + from;
@@ -102,6 +117,9 @@ void second_half(const ExpertArguments& a, const Matrix& fc2, const Order& order
                      float* line = a.lines + order.rows[block.from + m] * a.d_model + n;
                      for (int64_t i = 0; i < count; i++) line[i] = values[i];
                  });
+    for (int64_t r = block.from; r < block.to; r++)
+        add_bias(a.fc2_bias, block.slot, from, to - from, a.lines + order.rows[r] * a.d_model + from,
+                 1, 0);
 }
 
 // Calls body(block, from, to) for every block of rows and a part of `outputs`, on some threads.
