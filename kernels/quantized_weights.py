@@ -156,15 +156,15 @@ class QuantizedExpertWeights(SlotTable):
         """Return fc1 ``[2F, D]`` and fc2 ``[D, F]`` of a slot in ``dtype``."""
         return self.fc1.dequantize(slot, dtype), self.fc2.dequantize(slot, dtype)
 
-    def slot_views(self, slot: int) -> dict[str, SlotView]:
-        """Return the writable parts of a slot: gate and up, F rows each, and down, D rows."""
+    def slot_views(self, slot: int) -> dict[str, SlotView | Tensor]:
+        """Return the writable parts of a slot: gate and up, F rows each, and down, D rows.
+
+        Where there are biases also gate_bias ``[F]``, up_bias ``[F]`` and down_bias ``[D]``.
+        """
         values, scales = self.fc1.values[slot], self.fc1.scales_SQG[slot]
         gate, up = map(SlotView, values.chunk(2), scales.chunk(2))
-        return {
-            "gate": gate,
-            "up": up,
-            "down": SlotView(self.fc2.values[slot], self.fc2.scales_SQG[slot]),
-        }
+        down = SlotView(self.fc2.values[slot], self.fc2.scales_SQG[slot])
+        return {"gate": gate, "up": up, "down": down, **self.bias_views(slot)}
 
     def to(self, device: torch.device | str) -> "QuantizedExpertWeights":
         """Return the weights on a device."""

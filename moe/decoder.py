@@ -75,6 +75,7 @@ class DecoderLayer(nn.Module):
                 config.moe.activation,
                 config.moe.d_shared,
                 shared_gate=config.moe.shared_gate,
+                expert_bias=config.moe.expert_bias,
                 vocab_size=config.vocabulary,
                 token_counts=token_counts,
                 expert_ids=expert_ids,

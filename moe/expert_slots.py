@@ -8,24 +8,51 @@ from math import prod
 import torch
 
 from ..kernels.expert_weights import ExpertWeights, empty_slots
+from ..kernels.quantized_weights import (
+    AnyExperts,
+    QuantizedExpertWeights,
+    QuantizedMatrices,
+    empty_matrices,
+)
+from .compressed_tensors import PackedFormat
 from .config import ModelConfig
 from .expert_layouts import part_shapes
 
 
-def empty_experts(config: ModelConfig, num_slots: int, dtype: torch.dtype) -> ExpertWeights:
-    """Allocate ``num_slots`` experts of a model on the CPU."""
-    moe = config.moe
+def empty_experts(
+    config: ModelConfig, num_slots: int, dtype: torch.dtype, packed: PackedFormat | None
+) -> AnyExperts:
+    """Allocate ``num_slots`` experts of a model on the CPU, in few bits where ``packed`` says so.
+
+    Biases are in ``dtype`` in any case.
+    """
+    moe, d_model = config.moe, config.d_model
     assert moe is not None, "only MoE models have experts"
-    return ExpertWeights(
-        empty_slots(num_slots, 2 * moe.d_expert, config.d_model, dtype),
-        empty_slots(num_slots, config.d_model, moe.d_expert, dtype),
-        activation=moe.activation,
-    )
+    shapes = ((2 * moe.d_expert, d_model), (d_model, moe.d_expert))
+    biases = (None, None)
+    if moe.expert_bias:
+        biases = tuple(torch.empty(num_slots, rows, dtype=dtype) for rows, _ in shapes)
+    if packed is None:
+        fc1, fc2 = (empty_slots(num_slots, *shape, dtype) for shape in shapes)
+        return ExpertWeights(fc1, fc2, None, moe.activation, None, *biases)
+    matrices = (_empty_packed(num_slots, *shape, packed) for shape in shapes)
+    return QuantizedExpertWeights(*matrices, None, moe.activation, *biases)
 
 
-def expert_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+def expert_bytes(config: ModelConfig, dtype: torch.dtype, packed: PackedFormat | None) -> int:
     """Return the bytes of one expert."""
     moe = config.moe
     assert moe is not None, "only MoE models have experts"
-    shapes = part_shapes(moe, config.d_model).values()
-    return sum(prod(shape) for shape in shapes) * dtype.itemsize
+    total = 0
+    for part, shape in part_shapes(moe, config.d_model).items():
+        if packed is None or len(shape) == 1:
+            total += prod(shape) * dtype.itemsize
+        else:
+            stored = packed.stored(f"{part}.weight", *shape).values()
+            total += sum(prod(s) * t.itemsize for t, s in stored if t != torch.int64)
+    return total
+
+
+def _empty_packed(num_slots: int, rows: int, width: int, packed: PackedFormat) -> QuantizedMatrices:
+    group_size = packed.width_of_group("fc1 or fc2", width)
+    return empty_matrices(num_slots, rows, width, packed.bits, group_size, torch.device("cpu"))

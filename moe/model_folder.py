@@ -61,6 +61,11 @@ class ModelFolder:
         return self.dtype, (rows, words * 32 // self.files.packed.bits)
 
     @property
+    def packed(self) -> PackedFormat | None:
+        """How matrices in few bits are rounded; None where there are none."""
+        return self.files.packed
+
+    @property
     def dtype(self) -> torch.dtype:
         """The type of floating weights that are not rounded: the embedding's."""
         return self.files.entry(self._name("embed_tokens.weight")).dtype

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from ..errors import ModelFileError
 from ..kernels.memory import prefer_huge_pages
+from ..kernels.quantized_weights import SlotView
 from ..progress import Progress
 from .config import ModelConfig
 from .decoder import Decoder
-from .layer import Experts
+from .expert_layouts import ExpertViews
 from .model_folder import ModelFolder
 from .tensor_names import is_router
 
@@ -80,12 +81,18 @@ def read_tensor(folder: ModelFolder, name: str, target: Tensor) -> None:
         _check_table(name, target, folder.config)
 
 
-def expert_reads(folder: ModelFolder, experts: Experts, layer: int) -> Iterator[Read]:
-    """Yield what fills the experts that are here, whichever they are."""
-    for expert, views in zip(experts.expert_ids, experts.slot_views(), strict=True):
+def expert_reads(
+    folder: ModelFolder, layer: int, views_of: Iterable[tuple[int, ExpertViews]]
+) -> Iterator[Read]:
+    """Yield what fills experts of a layer: pairs of a logical expert and its views."""
+    for expert, views in views_of:
         calls = folder.expert_reads(layer, expert, views)
-        num_bytes = sum(view.nbytes for view in views.values()) // len(calls)
+        num_bytes = sum(_bytes_of(view) for view in views.values()) // len(calls)
         yield from ((num_bytes, call) for call in calls)
+
+
+def _bytes_of(view: Tensor | SlotView) -> int:
+    return view.nbytes if isinstance(view, Tensor) else sum(part.nbytes for part in view)
 
 
 def _check_table(name: str, table_VK: Tensor, config: ModelConfig) -> None:

@@ -6,12 +6,15 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
+from ..kernels.expert_weights import ExpertWeights
+from ..kernels.quantized_weights import QuantizedExpertWeights
 from ..moe.decoder import Decoder
 from ..moe.expert_slots import empty_experts, expert_bytes
 from ..moe.generation_config import read_generation_config
 from ..moe.language_model import LanguageModel
-from ..moe.layer import Experts
+from ..moe.layer import AnyExperts, Experts
 from ..moe.model_folder import ModelFolder
+from ..moe.quantized_experts import QuantizedExperts
 from ..moe.read_weights import Read, dense_reads, expert_reads, run_reads
 from .budget import parse_budget
 from .offload import OffloadedExperts
@@ -29,8 +32,9 @@ def load(
     """Open a Hugging Face MoE folder or a run's export as a model ready to call.
 
     ``dtype`` is ``float32`` or ``bfloat16`` (None = as stored); routers stay in fp32 under
-    bfloat16. ``expert_memory`` (``2GiB``, ``25%``) bounds the experts kept in memory; the others
-    are read from the folder when they are needed, and outputs are the same bit for bit.
+    bfloat16, and experts that the folder has in 8 or 4 bits stay in those. ``expert_memory``
+    (``2GiB``, ``25%``) bounds the experts kept in memory; the others are read from the folder when
+    they are needed, and outputs are the same bit for bit.
     """
     return open_model(folder, dtype, device, expert_memory)[0]
 
@@ -67,8 +71,10 @@ def _open(
         if store is not None:
             layer.experts = OffloadedExperts(store, index, layer.gate.num_experts)
         else:
-            layer.experts = _experts(files, chosen)
-            reads += expert_reads(files, layer.experts, index)
+            weights = empty_experts(files.config, layer.gate.num_experts, chosen, files.packed)
+            views = enumerate(map(weights.slot_views, range(layer.gate.num_experts)))
+            reads += expert_reads(files, index, views)
+            layer.experts = _as_module(weights)
     run_reads(files, [*dense_reads(files, decoder, chosen), *reads])
     model = LanguageModel(decoder, read_generation_config(files))
     if store is None:
@@ -81,7 +87,7 @@ def open_store(files: ModelFolder, dtype: torch.dtype, expert_memory: str) -> Ex
     config, whole = files.config, 0
     if config.moe is not None:
         num_experts = len(config.moe_layers) * config.moe.num_experts
-        whole = num_experts * expert_bytes(config, dtype)
+        whole = num_experts * expert_bytes(config, dtype, files.packed)
     return ExpertStore(files, dtype, parse_budget(expert_memory, whole))
 
 
@@ -94,13 +100,13 @@ def pick_dtype(files: ModelFolder, name: str | None) -> torch.dtype:
     return DTYPES[name]
 
 
-def _experts(files: ModelFolder, dtype: torch.dtype) -> Experts:
-    """Return experts with memory of their own and nothing in it yet."""
-    config, moe = files.config, files.config.moe
-    assert moe is not None, "only MoE layers come here"
+def _as_module(weights: ExpertWeights | QuantizedExpertWeights) -> AnyExperts:
+    """Return a layer's experts with weights of their own."""
+    if isinstance(weights, QuantizedExpertWeights):
+        return QuantizedExperts(weights)
+    num_experts, d_model, d_expert = weights.fc2_SDF.shape
     with torch.device("meta"):
-        experts = Experts(config.d_model, moe.d_expert, moe.num_experts, activation=moe.activation)
-    weights = empty_experts(config, moe.num_experts, dtype)
-    experts.fc1 = nn.Parameter(weights.fc1_SHD, requires_grad=False)
-    experts.fc2 = nn.Parameter(weights.fc2_SDF, requires_grad=False)
+        experts = Experts(d_model, d_expert, num_experts, activation=weights.activation)
+    parts = (None if part is None else nn.Parameter(part, False) for part in weights.parameters)
+    experts.fc1, experts.fc2, experts.fc1_bias, experts.fc2_bias = parts
     return experts

@@ -17,7 +17,7 @@ from functools import partial
 import torch
 
 from ..errors import ConfigError, ExpertReadError
-from ..kernels.expert_weights import ExpertWeights
+from ..kernels.quantized_weights import AnyExperts
 from ..moe.expert_slots import empty_experts, expert_bytes
 from ..moe.model_folder import ModelFolder
 from .read_queue import Key, Read, ReadQueue
@@ -43,14 +43,14 @@ class ExpertStore:
         self._folder = folder
         self._num_experts = moe.num_experts
         layers = config.moe_layers
-        self.slot_bytes = expert_bytes(config, dtype)
+        self.slot_bytes = expert_bytes(config, dtype, folder.packed)
         if budget_bytes < self.slot_bytes:
             raise ConfigError(
                 f"expert-memory is {budget_bytes} bytes, but one expert takes {self.slot_bytes}; "
                 "give at least that."
             )
         self.num_slots = min(len(layers) * moe.num_experts, budget_bytes // self.slot_bytes)
-        self._slots = empty_experts(config, self.num_slots, dtype)
+        self._slots = empty_experts(config, self.num_slots, dtype, folder.packed)
         self._free = deque(range(self.num_slots))
         self._resident: OrderedDict[Key, int] = OrderedDict()
         self._loading: dict[Key, Read] = {}
@@ -93,9 +93,7 @@ class ExpertStore:
             if key in self._resident:
                 self._resident.move_to_end(key)
 
-    def stream(
-        self, layer: int, experts: Sequence[int]
-    ) -> Iterator[tuple[list[int], ExpertWeights]]:
+    def stream(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[list[int], AnyExperts]]:
         """Yield all of ``experts`` in waves, each with weights that stay valid until the next.
 
         Resident experts come first, while the others are being read. Raises
@@ -153,7 +151,7 @@ class ExpertStore:
         self._announced = deque(key for key in self._announced if key[0] != layer)
         return ready, waiting
 
-    def _weights(self, layer: int) -> ExpertWeights:
+    def _weights(self, layer: int) -> AnyExperts:
         slots = tuple(self._resident.get((layer, e), -1) for e in range(self._num_experts))
         return replace(self._slots, slot_of_E=slots)
 

@@ -64,7 +64,8 @@ def read_start(start_from: str, decoder: Decoder) -> None:
 def _reads(folder: ModelFolder, decoder: Decoder) -> Iterator[Read]:
     for index, layer in decoder.moe_layers():
         assert isinstance(layer.experts, Experts)
-        yield from expert_reads(folder, layer.experts, index)
+        experts = zip(layer.experts.expert_ids, layer.experts.slot_views(), strict=True)
+        yield from expert_reads(folder, index, experts)
     for name, tensor in (*decoder.named_parameters(), *decoder.named_buffers()):
         is_new = name.endswith(NEW_IN_TRAINING) and name not in folder
         if ".mlp.experts." not in name and not is_new:

@@ -17,6 +17,7 @@ from .keys import (
     write_layer_types,
 )
 
+_WINDOW = 128
 _CONSTANTS = {"swiglu_limit": CLAMP, "swiglu_alpha": CLAMPED_SLOPE}
 
 
@@ -33,7 +34,7 @@ def _read(values: Values) -> ModelConfig:
             qkv_bias=has_bias,
             o_bias=has_bias,
             sinks=True,
-            window=values.get("sliding_window", 128) if windows else None,
+            window=values.get("sliding_window", _WINDOW) if windows else None,
             window_layers=windows,
         ),
         moe=MoEConfig(
@@ -56,7 +57,7 @@ def _write(config: ModelConfig) -> Values:
         "experts_per_token": moe.router.k,
         "intermediate_size": moe.d_expert,
         "attention_bias": config.attention.qkv_bias,
-        "sliding_window": config.attention.window,
+        "sliding_window": config.attention.window or _WINDOW,  # transformers wants a number
         "layer_types": write_layer_types(config),
         **_CONSTANTS,
         **write_balance_loss(moe.router),
