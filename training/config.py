@@ -135,7 +135,7 @@ class ParallelConfig(_Section):
     has nothing to split."""
     backend: Backend = "auto"
     """Expert kernels: ``auto`` is ``triton`` on a GPU where they pass their self-check, else
-    ``torch``; ``reference`` is slow and takes fp64."""
+    ``torch``; ``reference`` is slow and takes fp64. Frozen experts take torch's products always."""
     timeout_s: float = Field(default=300, gt=0)
     """A collective that waits longer ends the run."""
 
