@@ -38,6 +38,18 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("out_dir", type=Path, metavar="OUT_DIR")
     export.set_defaults(run=_export)
 
+    upcycle = commands.add_parser("upcycle", help="dense Hugging Face folder to one with experts")
+    upcycle.add_argument("source", type=Path, metavar="SRC")
+    upcycle.add_argument("target", type=Path, metavar="DST")
+    upcycle.add_argument("--num-experts", type=int, required=True, help="experts of a layer")
+    upcycle.add_argument("--k", type=int, required=True, help="experts each token visits")
+    upcycle.add_argument(
+        "--split", type=int, default=1, help="slices of the dense MLP, an expert each; default 1"
+    )
+    upcycle.add_argument("--moe-layers", choices=("all", "every-2", "last-half"), default="all")
+    upcycle.add_argument("--seed", type=int, default=0, help="of the new routers")
+    upcycle.set_defaults(run=_upcycle)
+
     tokenize = commands.add_parser("tokenize", help="text to a tokenizer and token shards")
     tokenize.add_argument(
         "source",
@@ -114,6 +126,14 @@ def _export(arguments: argparse.Namespace) -> None:
 
     step = export(arguments.run_dir, arguments.out_dir)
     sys.stdout.write(f"exported step={step} folder={arguments.out_dir}\n")
+
+
+def _upcycle(arguments: argparse.Namespace) -> None:
+    from .moe.upcycle import upcycle
+
+    given = {name: value for name, value in vars(arguments).items() if name != "run"}
+    model_type = upcycle(**given)
+    sys.stdout.write(f"upcycled folder={arguments.target} model_type={model_type}\n")
 
 
 def _tokenize(arguments: argparse.Namespace) -> None:

@@ -37,7 +37,12 @@ def initialize(model: Decoder, seed: int) -> None:
             _fill(parameter.data, scale / math.sqrt(parameter.shape[-1]), f"{seed}/{name}")
 
 
-def _fill(target: Tensor, std: float, key: str) -> None:
+def generator_of(key: str) -> torch.Generator:
+    """Return a generator whose numbers depend on ``key`` alone."""
     digest = hashlib.sha256(key.encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-    target.copy_(torch.randn(target.shape, generator=generator, dtype=torch.float32) * std)
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
+
+def _fill(target: Tensor, std: float, key: str) -> None:
+    drawn = torch.randn(target.shape, generator=generator_of(key), dtype=torch.float32)
+    target.copy_(drawn * std)

@@ -102,7 +102,8 @@ class ShardedMainGradients(MainGradients):
             if isinstance(parameter, DTensor) and parameter.requires_grad:
                 self.sharded.append(parameter)
                 parameter.register_post_accumulate_grad_hook(_add_to_main_grad)
-        self._sharded_flat = attach(self.sharded, self.sharded[0], None)
+        like = next(p for p in model.parameters() if p.requires_grad)
+        self._sharded_flat = attach(self.sharded, like, None)
 
     def zero(self) -> None:
         """Forget the last step."""

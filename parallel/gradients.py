@@ -47,7 +47,7 @@ class MainGradients:
         self._expert_flat = attach(self.experts, like, self._expert_sum)
         self._main_grads = []
         for module in model.modules():
-            if isinstance(module, Experts):
+            if isinstance(module, Experts) and module.fc1.requires_grad:
                 main = (module.fc1.main_grad, module.fc2.main_grad)  # type: ignore[attr-defined]
                 biases = [
                     None if bias is None else bias.main_grad  # type: ignore[attr-defined]
@@ -55,6 +55,13 @@ class MainGradients:
                 ]
                 module.main_grads = MainGrads(*main, False, *biases)
                 self._main_grads.append(module.main_grads)
+        written = {id(sums) for main in self._main_grads for sums in (main.fc1_SHD, main.fc2_SDF)}
+        self._only_added = [
+            p.main_grad  # type: ignore[attr-defined]
+            for p in self.experts
+            if id(p.main_grad) not in written  # type: ignore[attr-defined]
+        ]
+        """Of experts, what no kernel writes over at the start of a step: low-rank updates."""
 
     @property
     def sums_dense(self) -> bool:
@@ -66,6 +73,8 @@ class MainGradients:
         self._dense_flat.zero_()
         for main in self._main_grads:
             main.is_empty = True
+        for sums in self._only_added:
+            sums.zero_()
 
     def accumulate(self) -> None:
         """Add the gradients autograd left on the parameters, and take them off."""
@@ -139,15 +148,17 @@ def square_sum(parameters: list[nn.Parameter], like: Tensor) -> Tensor:
 
 
 def wrap_dense(model: nn.Module, mesh: Mesh) -> nn.Module:
-    """Wrap ``model`` in DDP for its dense parameters; on one process return it as it is.
+    """Wrap ``model`` in DDP for its dense parameters; without any, or on one process, do nothing.
 
     Call after :class:`MainGradients` has attached its buffers. In the synchronising backward each
     bucket's main gradients, with this micro-batch added, are summed over all ranks.
     """
-    if mesh.dp_group is None:
+    expert_names = expert_parameter_names(model)
+    trains = any(p.requires_grad for n, p in model.named_parameters() if n not in expert_names)
+    if mesh.dp_group is None or not trains:
         return model
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
-        model, [*expert_parameter_names(model), *(name for name, _ in model.named_buffers())]
+        model, [*expert_names, *(name for name, _ in model.named_buffers())]
     )
     wrapped = DistributedDataParallel(model, process_group=mesh.dp_group)
     wrapped.register_comm_hook(mesh.dp_group, _sum_main_gradients)

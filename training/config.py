@@ -6,6 +6,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..kernels.expert_mlp import Backend
 from ..moe.config import ModelConfig
+from ..moe.lora import LoraTarget
+from ..moe.router_config import TopK
 from .start_from import complete_values
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -80,6 +82,9 @@ class TrainConfig(_Section):
     steps: int = Field(ge=1)
     sequence_length: int = Field(default=256, ge=1)
     """Tokens per sequence."""
+    parameters: Literal["all", "router", "lora"] = "all"
+    """What trains: everything, the routers alone, or low-rank updates (``lora``) of frozen weights.
+    What is frozen has no gradients, no optimizer state and under bf16 no fp32 master weights."""
     batch_sequences: int = Field(default=16, ge=1)
     """Sequences of the global batch, over all ranks and micro-batches."""
     packing: Literal["none", "documents"] = "none"
@@ -97,6 +102,17 @@ class TrainConfig(_Section):
     """Steps between evaluations; 0 = only after the last step."""
     eval_sequences: int = Field(default=64, ge=1)
     """Held-out sequences per evaluation, at most."""
+
+
+class LoraConfig(_Section):
+    """Low-rank updates ``W + alpha / rank * B A`` of frozen weights (Hu et al. 2021)."""
+
+    rank: int = Field(default=8, ge=1)
+    """Rows of A and columns of B."""
+    alpha: float = Field(default=16.0, gt=0)
+    """Updates are multiplied by ``alpha / rank``."""
+    targets: tuple[LoraTarget, ...] = Field(default=("attention", "experts"), min_length=1)
+    """``attention``: all its projections. ``experts``: gate, up and down of the routed experts."""
 
 
 class CheckpointConfig(_Section):
@@ -119,7 +135,7 @@ class ParallelConfig(_Section):
     has nothing to split."""
     backend: Backend = "auto"
     """Expert kernels: ``auto`` is ``triton`` on a GPU where they pass their self-check, else
-    ``torch``; ``reference`` is slow and takes fp64."""
+    ``torch``; ``reference`` is slow and takes fp64. Frozen experts take torch's products always."""
     timeout_s: float = Field(default=300, gt=0)
     """A collective that waits longer ends the run."""
 
@@ -150,6 +166,8 @@ class RunConfig(_Section):
     model: ModelConfig
     data: DataConfig = DataConfig()
     train: TrainConfig
+    lora: LoraConfig | None = None
+    """Only with ``train.parameters: lora``, which fills in the defaults."""
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     parallel: ParallelConfig = ParallelConfig()
@@ -158,7 +176,12 @@ class RunConfig(_Section):
     @model_validator(mode="before")
     @classmethod
     def _complete(cls, values: Any) -> Any:
-        return complete_values(values) if isinstance(values, dict) else values
+        if not isinstance(values, dict):
+            return values
+        train = values.get("train")
+        if isinstance(train, dict) and train.get("parameters") == "lora":
+            values = values | {"lora": values.get("lora") or {}}
+        return complete_values(values)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -177,4 +200,22 @@ class RunConfig(_Section):
                 f"parallel.ep is {self.parallel.ep}, but the model has no experts; "
                 "set parallel.ep to 1 or give model.moe."
             )
+        problem = self._problem_with_parameters()
+        if problem is not None:
+            raise ValueError(problem)
         return self
+
+    def _problem_with_parameters(self) -> str | None:
+        """Return why nothing would train, or something else than what was asked for."""
+        chosen, moe = self.train.parameters, self.model.moe
+        if chosen == "router" and not (moe is not None and isinstance(moe.router, TopK)):
+            kind = "has no experts" if moe is None else "has hash routers, which learn nothing"
+            return f"train.parameters is router, but the model {kind}; use all or lora."
+        if chosen != "lora" and self.lora is not None:
+            return (
+                f"lora is given, but train.parameters is {chosen}; set train.parameters to lora "
+                "or leave lora out."
+            )
+        if self.lora is not None and moe is None and "attention" not in self.lora.targets:
+            return "lora.targets is [experts], but the model has no experts; add attention."
+        return None

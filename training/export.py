@@ -10,6 +10,7 @@ from ..errors import CheckpointError
 from ..moe.config import ModelConfig
 from ..moe.families.table import FAMILIES
 from ..moe.hf_config import to_hf
+from ..moe.lora import merged
 from ..moe.model_writer import write_model_folder
 from ..moe.write_weights import plan_weights
 from ..parallel.mesh import Mesh
@@ -21,6 +22,7 @@ def export(run_dir: Path, target: Path) -> int:
     """Write ``target`` from the newest whole checkpoint of ``run_dir`` and return its step.
 
     A run that started from a folder is written as that folder's family, if that can say it.
+    Low-rank updates are added to the weights they belong to.
     """
     if not run_dir.is_dir():
         raise CheckpointError(f"{run_dir} is no folder; give the run_dir of a training run.")
@@ -44,7 +46,9 @@ def export(run_dir: Path, target: Path) -> int:
         _token_ids(tokenizer, origin),
         origin.get("config"),
     )
-    weights = CheckpointWeights(StoredTensors(checkpoint))
+    lora = state.get("lora")
+    scale = None if lora is None else lora["alpha"] / lora["rank"]
+    weights = CheckpointWeights(StoredTensors(checkpoint), scale)
     plans = plan_weights(model, FAMILIES[values["model_type"]], weights, dtype, torch.float32)
     generation = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
     write_model_folder(
@@ -54,16 +58,22 @@ def export(run_dir: Path, target: Path) -> int:
 
 
 class CheckpointWeights:
-    """The weights of a training checkpoint, tensor by tensor."""
+    """The weights of a training checkpoint, tensor by tensor.
 
-    def __init__(self, stored: StoredTensors) -> None:
+    ``scale`` is the factor on low-rank updates, None where the run has none.
+    """
+
+    def __init__(self, stored: StoredTensors, scale: float | None = None) -> None:
         self._stored = stored
-        self._last: tuple[str, Tensor] | None = None
+        self._scale = scale
+        self._last: tuple[str, list[Tensor]] | None = None
 
     def dense(self, parameter: str) -> Tensor:
         """Return a tensor of the decoder outside the experts."""
         kind = "weight" if f"weight/{parameter}" in self._stored else "buffer"
-        return self._stored[f"{kind}/{parameter}"]
+        owner, _, leaf = parameter.rpartition(".")
+        prefix = f"{owner}.lora" if leaf == "weight" else None
+        return self._merged(self._read(f"{kind}/{parameter}", prefix))
 
     def expert_part(self, layer: int, expert: int, part: str) -> Tensor:
         """Return a part of an expert; fc1 is read once for its gate and its up."""
@@ -71,9 +81,25 @@ class CheckpointWeights:
         leaf = "fc2" if matrix == "down" else "fc1"
         name = f"layers.{layer}.mlp.experts.{expert}.{leaf}{'_bias' if bias else ''}"
         if self._last is None or self._last[0] != name:
-            self._last = (name, self._stored[f"weight/{name}"])
-        tensor = self._last[1]
-        return tensor if leaf == "fc2" else tensor.chunk(2)[matrix == "up"]
+            prefix = None if bias else f"{name}_lora"
+            self._last = (name, self._read(f"weight/{name}", prefix))
+        tensors = self._last[1]
+        if leaf == "fc1":  # A and B are halves too
+            tensors = [tensor.chunk(2)[matrix == "up"] for tensor in tensors]
+        return self._merged(tensors)
+
+    def _read(self, key: str, prefix: str | None) -> list[Tensor]:
+        """Return a tensor, with A and B of its update if it has one."""
+        tensors = [self._stored[key]]
+        if prefix is not None and f"weight/{prefix}_a" in self._stored:
+            tensors += [self._stored[f"weight/{prefix}_{matrix}"] for matrix in "ab"]
+        return tensors
+
+    def _merged(self, tensors: list[Tensor]) -> Tensor:
+        if self._scale is None or len(tensors) == 1:
+            return tensors[0]
+        weight, a, b = tensors
+        return merged(weight, a, b, self._scale)
 
 
 def _token_ids(tokenizer: Tokenizer, origin: dict[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,8 @@ class MasterAdamW:
     """AdamW reading ``parameter.main_grad`` and writing parameters of any precision.
 
     ``masters`` holds the fp32 copies of narrower parameters; others are their own masters.
-    Matrices decay; norms, biases and embeddings do not.
+    Matrices decay; norms, biases and embeddings do not. Parameters that want no gradient stay as
+    they are.
     """
 
     def __init__(
@@ -84,24 +85,29 @@ class MasterAdamW:
         """Yield every master weight, moment and buffer under topology-free keys.
 
         Keys name the logical expert: ``weight/layers.0.mlp.experts.3.fc1``, whichever rank and
-        slot holds it.
+        slot holds it. Frozen weights are among them, so that a checkpoint is whole by itself.
         """
         for name, parameter, master in self._pairs:
             state = self._adam.state[master]
-            for kind, tensor in (
-                ("weight", master),
-                ("exp_avg", state["exp_avg"]),
-                ("exp_avg_sq", state["exp_avg_sq"]),
-            ):
-                owner_name, _, leaf = name.rpartition(".")
-                owner = self._model.get_submodule(owner_name)
-                if isinstance(owner, Experts):
-                    for slot, expert in enumerate(owner.expert_ids):
-                        yield f"{kind}/{owner_name}.{expert}.{leaf}", tensor[slot]
-                else:
-                    yield f"{kind}/{name}", as_part_of(parameter, tensor)
+            yield from self._keyed("weight", name, parameter, master)
+            for kind in ("exp_avg", "exp_avg_sq"):
+                yield from self._keyed(kind, name, parameter, state[kind])
+        for name, parameter in self._model.named_parameters():
+            if not parameter.requires_grad:
+                yield from self._keyed("weight", name, parameter, local_part(parameter))
         for name, buffer in self._model.named_buffers():
             yield f"buffer/{name}", buffer
+
+    def _keyed(
+        self, kind: str, name: str, parameter: Tensor, tensor: Tensor
+    ) -> Iterator[tuple[str, Tensor]]:
+        owner_name, _, leaf = name.rpartition(".")
+        owner = self._model.get_submodule(owner_name)
+        if isinstance(owner, Experts):
+            for slot, expert in enumerate(owner.expert_ids):
+                yield f"{kind}/{owner_name}.{expert}.{leaf}", tensor[slot]
+        else:
+            yield f"{kind}/{name}", as_part_of(parameter, tensor)
 
 
 def _write(parameter: nn.Parameter, master: Tensor) -> None:

@@ -16,17 +16,19 @@ def apply_precision(
 ) -> dict[str, Tensor]:
     """Cast an fp32 model in place and return fp32 masters of the parameters this narrowed.
 
-    Under bf16 the routers stay in fp32, and so do the ``sharded`` parameters: they are masters
-    themselves, which FSDP casts when it gathers them. Main gradients are fp32 in any case
-    (parallel/gradients.py).
+    Under bf16 the routers stay in fp32, and so do the ``sharded`` parameters that train: they are
+    masters themselves, which FSDP casts when it gathers them. What does not train needs no master.
+    Main gradients are fp32 in any case (parallel/gradients.py).
     """
     dtype = DTYPES[precision]
     masters = {}
     for name, parameter in model.named_parameters():
         owner = model.get_submodule(name.rpartition(".")[0])
-        if dtype == torch.bfloat16 and (isinstance(owner, Router) or name in sharded):
+        trains = parameter.requires_grad
+        is_master = isinstance(owner, Router) or (trains and name in sharded)
+        if dtype == torch.bfloat16 and is_master:
             continue
-        if dtype == torch.bfloat16:
+        if dtype == torch.bfloat16 and trains:
             masters[name] = parameter.detach().clone()
         parameter.data = parameter.data.to(dtype)
     return masters

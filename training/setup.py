@@ -11,6 +11,7 @@ from ..errors import ConfigError
 from ..moe.config import ModelConfig
 from ..moe.decoder import Decoder
 from ..moe.initialize import initialize
+from ..moe.lora import add_lora
 from ..moe.router_config import Hash
 from ..parallel.dense_fsdp import modules_kept_whole, sharded_parameter_names
 from ..parallel.dispatch import AllToAllDispatcher
@@ -119,6 +120,7 @@ def build_model(
         initialize(decoder, config.seed)
     else:
         read_start(config.start_from, decoder)
+    _choose_trained(config, decoder)
     if shards_dense(config, mesh):
         for module in modules_kept_whole(decoder):  # the others when they are sharded
             module.to(device())
@@ -133,6 +135,17 @@ def build_model(
             layer.dispatcher = AllToAllDispatcher(model.moe.num_experts, mesh, exchange)
     seed_rank(config.seed, mesh.rank)
     return decoder, masters
+
+
+def _choose_trained(config: RunConfig, decoder: Decoder) -> None:
+    """Freeze what ``train.parameters`` leaves out, and add low-rank updates if it asks for them."""
+    if config.train.parameters == "router":
+        decoder.requires_grad_(False)
+        for router in decoder.routers():
+            router.requires_grad_(True)
+    elif config.lora is not None:
+        lora = config.lora
+        add_lora(decoder, lora.rank, lora.alpha, lora.targets, config.seed)
 
 
 def shards_dense(config: RunConfig, mesh: Mesh) -> bool:

@@ -93,8 +93,9 @@ class TrainStep:
         self.gradients.scale_((clip / (grad_norm + 1e-6)).clamp(max=1.0))
         lr = learning_rate(self._config.optimizer, step, train.steps)
         self.optimizer.step(lr)
-        for router, counts_E in zip(self._routers, counts_LE, strict=True):
-            router.update_bias(counts_E)
+        if train.parameters != "lora":  # which leaves routers as they are
+            for router, counts_E in zip(self._routers, counts_LE, strict=True):
+                router.update_bias(counts_E)
         self.phases.lap("optimizer")
         return StepResult(loss, balance, z, float(grad_norm), lr, counts_LE, stop > 0)
 

@@ -103,14 +103,15 @@ class Trainer:
         note_start(self._run_dir, done, self._config, self.decoder, self._mesh)
 
     def _announce(self, console: TrainingConsole, done: int) -> None:
-        parameters = sum(local_part(p).numel() for p in self.decoder.parameters())
+        held = [(local_part(p).numel(), p.requires_grad) for p in self.decoder.parameters()]
         console.line(
             event="resumed" if done else "started",
             step=done,
             ranks=self._mesh.world_size,
             ep=self._mesh.ep_size,
             shared_memory=self._mesh.groups_sharing_memory,
-            parameters_here=parameters,
+            parameters_here=sum(numel for numel, _ in held),
+            trained_here=sum(numel for numel, trains in held if trains),
             train_tokens=self._data.num_train_tokens or "streamed",
             precision=self._config.train.precision,
         )
@@ -170,9 +171,18 @@ class Trainer:
             "tokenizer": self._config.data.tokenizer,
             "tokenizer_sha256": self._data.tokenizer.sha256,
             "origin": self._origin,
+            **self._trained(),
         }
         self._checkpoints.save(done, self._tensors(), state)
         self._data.train.forget_before(self._checkpoints.oldest_step())
+
+    def _trained(self) -> dict[str, Any]:
+        """Return what decides which parameters there are and which of them have moments."""
+        lora = self._config.lora
+        return {
+            "parameters": self._config.train.parameters,
+            "lora": None if lora is None else lora.model_dump(mode="json"),
+        }
 
     def _resume(self) -> int:
         """Load the newest whole checkpoint, if any, and return the steps it has seen."""
@@ -201,11 +211,13 @@ class Trainer:
                     f"checkpoint {path} has model.{key} = {stored_model[key]}, the configuration "
                     f"says {actual}; use the same model or a new run_dir."
                 )
+        state = {"parameters": "all", "lora": None} | state  # as older checkpoints mean it
         for key, actual in (
             ("seed", self._config.seed),
             ("train_shard_sha256", self._data.identity),
             ("batch_sequences", self._config.train.batch_sequences),
             ("sequence_length", self._config.train.sequence_length),
+            *self._trained().items(),
         ):
             if state[key] != actual:
                 raise CheckpointError(

@@ -65,7 +65,10 @@ def keyed(decoder, tensor_of) -> dict[str, torch.Tensor]:
     for name, parameter in decoder.named_parameters():
         owner_name, _, leaf = name.rpartition(".")
         owner = decoder.get_submodule(owner_name)
-        tensor = as_part_of(parameter, local_part(tensor_of(parameter)))
+        tensor = tensor_of(parameter)
+        if tensor is None:
+            continue
+        tensor = as_part_of(parameter, local_part(tensor))
         if isinstance(tensor, DTensor):
             tensor = tensor.full_tensor()
         tensor = tensor.double().clone()
@@ -75,6 +78,11 @@ def keyed(decoder, tensor_of) -> dict[str, torch.Tensor]:
         else:
             values[name] = tensor
     return values
+
+
+def main_grad_of(parameter) -> torch.Tensor | None:
+    assert hasattr(parameter, "main_grad") == parameter.requires_grad
+    return parameter.main_grad if parameter.requires_grad else None
 
 
 def balancing_biases(decoder) -> dict[str, torch.Tensor]:
@@ -100,7 +108,7 @@ def run_case(config_path: Path, out: Path, name: str, case: dict, store) -> None
     scale = step.gradients.scale_
 
     def record_then_scale(factor):
-        recorded.append({"gradients": keyed(decoder, lambda p: p.main_grad)})
+        recorded.append({"gradients": keyed(decoder, main_grad_of)})
         scale(factor)
 
     step.gradients.scale_ = record_then_scale

@@ -133,11 +133,13 @@ def test_the_wheel_holds_the_packages_and_nothing_else(tmp_path):
     assert set(listed) == folders
 
 
-def test_every_shipped_configuration_is_valid():
+def test_every_shipped_configuration_is_valid(model_folder):
+    """Those that start from a folder start from the one the README's first run exports."""
     from moeyard.configuration import load_config
     from moeyard.training.config import RunConfig
 
     configurations = list((ROOT / "configs" / "train").glob("*.yaml"))
     assert len(configurations) >= 3
     for path in configurations:
-        load_config(RunConfig, path)
+        starts = "start_from: runs/tiny-model\n" in path.read_text()
+        load_config(RunConfig, path, [f"start_from={model_folder}"] if starts else [])

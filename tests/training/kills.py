@@ -10,6 +10,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from moeyard.parallel.mesh import Mesh
 from moeyard.training.checkpoint import Checkpoints, StoredTensors, read_state
 
@@ -35,7 +37,7 @@ def digest(run_dir: Path) -> str:
     found = hashlib.sha256(str(read_state(newest)["step"]).encode())
     for key, tensor in sorted(StoredTensors(newest).items()):
         found.update(key.encode())
-        found.update(tensor.contiguous().numpy().tobytes())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 

@@ -1,0 +1,146 @@
+"""Frozen experts with low-rank updates: values and gradients of plain autograd over W + s B A.
+
+T tokens, K choices, E experts, S slots, D model width, F expert width, P rank.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from moeyard.kernels.expert_weights import ExpertWeights
+from moeyard.kernels.frozen_experts import LowRank, frozen_expert_mlp
+from moeyard.kernels.reference import expert_mlp_reference
+
+T, K, E, D, F, P, SCALE = 37, 3, 6, 10, 7, 2, 1.7
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-2}
+"""Largest difference over the largest expected value."""
+SLOTS = {"all_here": None, "half_here": (-1, 2, -1, 0, 1, -1)}
+
+
+def draw(*shape, dtype, generator, scale=1.0):
+    return (scale * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(dtype)
+
+
+def case(dtype, slot_of_E, empty=()):
+    """Return everything that may want gradients, the ids, and the frozen experts."""
+    generator = torch.Generator().manual_seed(5)
+    num_slots = E if slot_of_E is None else 3
+    kw = {"dtype": dtype, "generator": generator}
+    here = [e for e in range(E) if slot_of_E is None or slot_of_E[e] >= 0]
+    ids = torch.rand(T, E, generator=generator).argsort(dim=1)[:, :K].to(torch.int32)
+    ids[~torch.isin(ids, torch.tensor([e for e in here if e not in empty]))] = -1
+    ids[3] = -1
+    weights = torch.rand(T, K, generator=generator, dtype=torch.float64)
+    wide = torch.promote_types(dtype, torch.float32)
+    leaves = {
+        "x": draw(T, D, **kw),
+        "weights": weights.to(wide),
+        "fc1_a": draw(num_slots, 2 * P, D, **kw, scale=D**-0.5),
+        "fc1_b": draw(num_slots, 2 * F, P, **kw, scale=0.5),
+        "fc2_a": draw(num_slots, P, F, **kw, scale=F**-0.5),
+        "fc2_b": draw(num_slots, D, P, **kw, scale=0.5),
+    }
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    fc1 = draw(num_slots, 2 * F, D, **kw, scale=D**-0.5)
+    fc2 = draw(num_slots, D, F, **kw, scale=F**-0.5)
+    return leaves, ids, ExpertWeights(fc1, fc2, slot_of_E)
+
+
+def low_rank(leaves):
+    return LowRank(*(leaves[name] for name in ("fc1_a", "fc1_b", "fc2_a", "fc2_b")), SCALE)
+
+
+def expected_of(leaves, ids, experts):
+    """The reference over W + s B A, in fp64."""
+    wide = {name: leaf.double() for name, leaf in leaves.items()}
+    gate_a, up_a = wide["fc1_a"].chunk(2, dim=1)
+    gate_b, up_b = wide["fc1_b"].chunk(2, dim=1)
+    update1 = torch.cat((gate_b @ gate_a, up_b @ up_a), dim=1)
+    fc1 = experts.fc1_SHD.double() + SCALE * update1
+    fc2 = experts.fc2_SDF.double() + SCALE * wide["fc2_b"] @ wide["fc2_a"]
+    merged = ExpertWeights(fc1, fc2, experts.slot_of_E)
+    return expert_mlp_reference(wide["x"], ids, wide["weights"], merged)
+
+
+def gradients(y, leaves):
+    generator = torch.Generator().manual_seed(6)
+    like = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype)
+    return torch.autograd.grad((y * like).sum(), list(leaves.values()), allow_unused=True)
+
+
+def assert_close(actual, expected, dtype, name):
+    assert actual is not None and actual.shape == expected.shape, name
+    difference = (actual.double() - expected).abs().max()
+    assert difference <= TOLERANCE[dtype] * expected.abs().max().clamp(min=1e-3), name
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("slot_of_E", SLOTS.values(), ids=SLOTS)
+def test_values_and_gradients_are_those_of_the_merged_weights(dtype, slot_of_E):
+    leaves, ids, experts = case(dtype, slot_of_E, empty=(3,))
+    y = frozen_expert_mlp(leaves["x"], ids, leaves["weights"], experts, low_rank(leaves))
+    expected = expected_of(leaves, ids, experts)
+    assert y.dtype == dtype
+    assert_close(y, expected.detach(), dtype, "y")
+    found, wanted = gradients(y, leaves), gradients(expected, leaves)
+    for name, actual, right in zip(leaves, found, wanted, strict=True):
+        assert_close(actual, right.double(), dtype, name)
+    unused = 3 if slot_of_E is None else slot_of_E[3]
+    assert all(float(grad[unused].abs().max()) == 0 for grad in found[2:])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_without_updates_x_and_the_routing_weights_have_their_gradients(dtype):
+    leaves, ids, experts = case(dtype, None)
+    some = {name: leaves[name] for name in ("x", "weights")}
+    y = frozen_expert_mlp(leaves["x"], ids, leaves["weights"], experts)
+    wide = ExpertWeights(experts.fc1_SHD.double(), experts.fc2_SDF.double())
+    right = expert_mlp_reference(leaves["x"].double(), ids, leaves["weights"].double(), wide)
+    assert_close(y, right.detach(), dtype, "y")
+    for name, actual, expected in zip(
+        some, gradients(y, some), gradients(right, some), strict=True
+    ):
+        assert_close(actual, expected.double(), dtype, name)
+
+
+def test_biases_are_added_to_both_products():
+    leaves, ids, experts = case(torch.float64, None)
+    g = torch.Generator().manual_seed(4)
+    sizes = ((E, 2 * F), (E, D))
+    fc1_bias, fc2_bias = (torch.randn(size, generator=g, dtype=torch.float64) for size in sizes)
+    biased = replace(experts, fc1_bias_SH=fc1_bias, fc2_bias_SD=fc2_bias)
+    x, weights = leaves["x"].detach(), leaves["weights"].detach()
+    right = expert_mlp_reference(x, ids, weights, biased)
+    assert (right - expert_mlp_reference(x, ids, weights, experts)).abs().max() > 0.1
+    actual = frozen_expert_mlp(x, ids, weights, biased)
+    torch.testing.assert_close(actual, right, rtol=1e-12, atol=1e-12)
+
+
+def test_a_rank_without_rows_still_has_a_graph():
+    leaves, ids, experts = case(torch.float32, None)
+    update, empty = low_rank(leaves), torch.full_like(ids, -1)
+    x, weights = leaves["x"].detach(), leaves["weights"].detach()
+    y = frozen_expert_mlp(x, empty, weights, experts, update)
+    assert float(y.detach().abs().max()) == 0
+    y.sum().backward()
+    assert float(leaves["fc2_b"].grad.abs().max()) == 0
+    none = frozen_expert_mlp(x[:0], empty[:0], weights[:0], experts, update)
+    assert none.shape == (0, D) and none.requires_grad
+
+
+def test_rows_of_x_are_kept_for_updates_only():
+    """Frozen matrices want no gradients, for which autograd would keep what they multiply."""
+
+    def num_kept(update):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            frozen_expert_mlp(leaves["x"], ids, leaves["weights"], experts, update)
+        own = {experts.fc1_SHD.untyped_storage().data_ptr()}
+        own |= {experts.fc2_SDF.untyped_storage().data_ptr()}
+        kept = [t for t in kept if t.untyped_storage().data_ptr() not in own]
+        return sum(t.shape[1:] == (D,) and len(t) < T for t in kept)
+
+    leaves, ids, experts = case(torch.float32, None)
+    assert num_kept(None) == 0 and num_kept(low_rank(leaves)) >= E
