@@ -26,6 +26,13 @@ GetPart = Callable[[int, str], Tensor]
 """From an expert's id and a part's name, as in :data:`ExpertViews`, to the tensor."""
 
 
+def plain(views: ExpertViews, part: str) -> Tensor:
+    """Return a part that is not in few bits, as all are where a tensor holds many experts."""
+    view = views[part]
+    assert isinstance(view, Tensor), f"{part} is in few bits"
+    return view
+
+
 def part_shapes(moe: MoEConfig, d_model: int) -> dict[str, tuple[int, ...]]:
     """Return the shapes of an expert's parts."""
     wide, narrow = (moe.d_expert, d_model), (d_model, moe.d_expert)
@@ -103,7 +110,7 @@ class SeparateExperts:
                 calls.append(partial(_read_gate_up, files, name, expert, views))
             if "down" in views:
                 name = _fused_name(layer, "down")
-                calls.append(partial(files.read_part, name, expert, views["down"]))
+                calls.append(partial(files.read_part, name, expert, plain(views, "down")))
             return calls
         return [
             partial(_read, files, self.name(layer, expert, part), view)
@@ -127,7 +134,7 @@ class SeparateExperts:
         return f"model.layers.{layer}.{self._prefix}.{expert}.{self._names[matrix]}.{leaf}"
 
     def _is_fused(self, files: TensorFiles, layer: int) -> bool:
-        return _fused_name(layer, "gate_up") in files
+        return files.packed is None and _fused_name(layer, "gate_up") in files
 
 
 def _read(files: TensorFiles, name: str, view: Tensor | SlotView) -> None:
@@ -142,7 +149,7 @@ def _fused_name(layer: int, part: str) -> str:
 
 
 def _read_gate_up(files: TensorFiles, name: str, expert: int, views: ExpertViews) -> None:
-    gate, up = views["gate"], views["up"]
+    gate, up = plain(views, "gate"), plain(views, "up")
     both = torch.empty(2 * gate.shape[0], gate.shape[1], dtype=gate.dtype)
     files.read_part(name, expert, both)
     gate.copy_(both[: len(gate)])

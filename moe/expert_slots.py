@@ -4,6 +4,7 @@ S slots, D model width, F expert width.
 """
 
 from math import prod
+from typing import Any
 
 import torch
 
@@ -29,14 +30,15 @@ def empty_experts(
     moe, d_model = config.moe, config.d_model
     assert moe is not None, "only MoE models have experts"
     shapes = ((2 * moe.d_expert, d_model), (d_model, moe.d_expert))
-    biases = (None, None)
+    how: dict[str, Any] = {"activation": moe.activation}
     if moe.expert_bias:
-        biases = tuple(torch.empty(num_slots, rows, dtype=dtype) for rows, _ in shapes)
+        biases = (torch.empty(num_slots, rows, dtype=dtype) for rows, _ in shapes)
+        how["fc1_bias_SH"], how["fc2_bias_SD"] = biases
     if packed is None:
-        fc1, fc2 = (empty_slots(num_slots, *shape, dtype) for shape in shapes)
-        return ExpertWeights(fc1, fc2, None, moe.activation, None, *biases)
-    matrices = (_empty_packed(num_slots, *shape, packed) for shape in shapes)
-    return QuantizedExpertWeights(*matrices, None, moe.activation, *biases)
+        plain = (empty_slots(num_slots, *shape, dtype) for shape in shapes)
+        return ExpertWeights(*plain, **how)
+    fc1, fc2 = (_empty_packed(num_slots, *shape, packed) for shape in shapes)
+    return QuantizedExpertWeights(fc1, fc2, **how)
 
 
 def expert_bytes(config: ModelConfig, dtype: torch.dtype, packed: PackedFormat | None) -> int:

@@ -4,6 +4,7 @@ B rows, T tokens per row, V vocabulary.
 """
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,7 +69,7 @@ class LanguageModel:
                 f"max_new_tokens is {max_new_tokens} and seed {seed}; use numbers from 0 upwards, "
                 "the seed below 2^62."
             )
-        given = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+        given: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
         params = replace(self.sampling, **{k: v for k, v in given.items() if v is not None})
         generators = [torch.Generator() for _ in range(num_rows)]
         for row, generator in enumerate(generators):

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from .config import ModelConfig, MoEConfig
-from .convert import copy_tokenizer, stored_dtype
+from .convert import copy_tokenizer
 from .families.table import FAMILIES
 from .generation_config import FILE as GENERATION_FILE
 from .hf_config import to_hf
@@ -58,7 +58,7 @@ def upcycle(
     try:
         folder.check()
         config = _config(folder, num_experts, k, split, moe_layers)
-        dtype = stored_dtype(folder)
+        dtype = folder.dtype
         values = to_hf(config, str(dtype).removeprefix("torch."), source=folder.values)
         family = FAMILIES[values["model_type"]]
         weights = UpcycledWeights(folder, config, split, seed)
@@ -78,7 +78,7 @@ class UpcycledWeights:
     """The weights of a dense folder, its MLPs as experts."""
 
     def __init__(self, folder: ModelFolder, config: ModelConfig, split: int, seed: int) -> None:
-        self._dense = FolderWeights(folder, stored_dtype(folder))
+        self._dense = FolderWeights(folder, folder.dtype)
         self._config = config
         self._split = split
         self._seed = seed

@@ -84,8 +84,10 @@ def plan_weights(
         assert moe is not None, "only MoE models have MoE layers"
         get: Callable[[int, str], Tensor] = partial(source.expert_part, layer)
         for plan in family.experts.plans(moe, config.d_model, layer, dtype, get):
-            is_rounded = packed is not None and len(plan.shape) == 2
-            plans += pack(plan, packed) if is_rounded else [plan]
+            if packed is None or len(plan.shape) != 2:
+                plans.append(plan)
+            else:
+                plans += pack(plan, packed)
     return plans
 
 

@@ -20,6 +20,8 @@ from .budget import parse_budget
 from .offload import OffloadedExperts
 from .store import ExpertStore
 
+PARAMETERS = ("fc1", "fc2", "fc1_bias", "fc2_bias")
+"""Of a module of experts, in the order of ``ExpertWeights.parameters``."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -72,7 +74,7 @@ def _open(
             layer.experts = OffloadedExperts(store, index, layer.gate.num_experts)
         else:
             weights = empty_experts(files.config, layer.gate.num_experts, chosen, files.packed)
-            views = enumerate(map(weights.slot_views, range(layer.gate.num_experts)))
+            views = ((slot, weights.slot_views(slot)) for slot in range(weights.num_slots))
             reads += expert_reads(files, index, views)
             layer.experts = _as_module(weights)
     run_reads(files, [*dense_reads(files, decoder, chosen), *reads])
@@ -107,6 +109,7 @@ def _as_module(weights: ExpertWeights | QuantizedExpertWeights) -> AnyExperts:
     num_experts, d_model, d_expert = weights.fc2_SDF.shape
     with torch.device("meta"):
         experts = Experts(d_model, d_expert, num_experts, activation=weights.activation)
-    parts = (None if part is None else nn.Parameter(part, False) for part in weights.parameters)
-    experts.fc1, experts.fc2, experts.fc1_bias, experts.fc2_bias = parts
+    for name, part in zip(PARAMETERS, weights.parameters, strict=True):
+        if part is not None:
+            setattr(experts, name, nn.Parameter(part, requires_grad=False))
     return experts

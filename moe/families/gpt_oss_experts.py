@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...errors import ModelFileError
 from ..config import MoEConfig
-from ..expert_layouts import ExpertViews, GetPart, Shapes
+from ..expert_layouts import ExpertViews, GetPart, Shapes, plain
 from ..model_writer import TensorPlan
 from ..mxfp4 import GROUP_BYTES, GROUP_SIZE, decode
 from ..tensor_files import TensorFiles
@@ -26,6 +26,11 @@ class GptOssExperts:
 
     def tensors(self, files: TensorFiles, moe: MoEConfig, d_model: int, layer: int) -> Shapes:
         """Yield name and shape of every tensor that the experts of ``layer`` need."""
+        if files.packed is not None:
+            raise ModelFileError(
+                "config.json says that gpt_oss's experts are in the compressed-tensors format; "
+                "only MXFP4 and plain types are read in this family."
+            )
         num_experts, d_expert = moe.num_experts, moe.d_expert
         for part, rows, width in (("gate_up", 2 * d_expert, d_model), ("down", d_model, d_expert)):
             name = _name(layer, part)
@@ -51,11 +56,13 @@ class GptOssExperts:
         if "gate" in views:
             calls.append(partial(_read_gate_up, files, gate_up, expert, views))
         if "down" in views:
-            calls.append(partial(_read_matrix, files, down, expert, views["down"]))
+            calls.append(partial(_read_matrix, files, down, expert, plain(views, "down")))
         if "gate_bias" in views:
             calls.append(partial(_read_gate_up_bias, files, gate_up, expert, views))
         if "down_bias" in views:
-            calls.append(partial(files.read_part, f"{down}_bias", expert, views["down_bias"]))
+            calls.append(
+                partial(files.read_part, f"{down}_bias", expert, plain(views, "down_bias"))
+            )
         return calls
 
     def plans(
@@ -89,7 +96,7 @@ def _name(layer: int, part: str) -> str:
 
 
 def _read_gate_up(files: TensorFiles, name: str, expert: int, views: ExpertViews) -> None:
-    gate, up = views["gate"], views["up"]
+    gate, up = plain(views, "gate"), plain(views, "up")
     both = torch.empty(2 * len(gate), gate.shape[1], dtype=gate.dtype)
     _read_matrix(files, name, expert, both)
     gate.copy_(both[::2])
@@ -97,7 +104,7 @@ def _read_gate_up(files: TensorFiles, name: str, expert: int, views: ExpertViews
 
 
 def _read_gate_up_bias(files: TensorFiles, name: str, expert: int, views: ExpertViews) -> None:
-    gate, up = views["gate_bias"], views["up_bias"]
+    gate, up = plain(views, "gate_bias"), plain(views, "up_bias")
     both = torch.empty(2 * len(gate), dtype=gate.dtype)
     files.read_part(f"{name}_bias", expert, both)
     gate.copy_(both[::2])

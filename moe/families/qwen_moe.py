@@ -1,5 +1,7 @@
 """Qwen2-MoE (a gated shared expert, biases on q, k and v) and Qwen3-MoE (norms of q and k)."""
 
+from typing import Any
+
 from ...errors import ModelFileError
 from ..attention_config import AttentionConfig
 from ..config import ModelConfig, MoEConfig
@@ -26,7 +28,7 @@ def read_dense_layers(values: Values) -> tuple[int, ...]:
     return tuple(layer for layer in layers if layer in only or (layer + 1) % step)
 
 
-def _read_moe(values: Values, **more: int | bool) -> MoEConfig:
+def _read_moe(values: Values, **more: Any) -> MoEConfig:
     k = values["num_experts_per_tok"]
     return MoEConfig(
         # transformers 4 writes num_experts, 5 also num_local_experts
