@@ -91,6 +91,11 @@ class SlotTable:
         """Return the slot of ``expert``, -1 when it is not here."""
         return expert if self.slot_of_E is None else self.slot_of_E[expert]
 
+    @property
+    def bias_parts(self) -> tuple[Tensor, ...]:
+        """The biases of all slots, of fc1 and fc2; empty where there are none."""
+        return tuple(b for b in (self.fc1_bias_SH, self.fc2_bias_SD) if b is not None)
+
     def biases(self, slot: int, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
         """Return the biases of a slot, ``[2F]`` and ``[D]``, in ``dtype``; None without any."""
         if self.fc1_bias_SH is None or self.fc2_bias_SD is None:
@@ -166,9 +171,7 @@ class ExpertWeights(SlotTable):
             )
         check_slots(self)
         check_biases(self.fc1_bias_SH, self.fc2_bias_SD, fc1[:2], fc2[:2])
-        types = {
-            str(part.dtype) for part in (self.fc1_bias_SH, self.fc2_bias_SD) if part is not None
-        }
+        types = {str(part.dtype) for part in self.bias_parts}
         if types - {str(self.fc1_SHD.dtype)}:
             raise ValueError(
                 f"The biases have type {' and '.join(sorted(types))}; they must have fc1's, "

@@ -6,7 +6,7 @@ those of the compressed-tensors format (which shows 4 of them as one int32), on 
 S slots, Q outputs and P inputs of a matrix, G = P / group size, D model width, F expert width.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -168,20 +168,15 @@ class QuantizedExpertWeights(SlotTable):
 
     def to(self, device: torch.device | str) -> "QuantizedExpertWeights":
         """Return the weights on a device."""
-        bias1, bias2 = self.fc1_bias_SH, self.fc2_bias_SD
-        return replace(
-            self,
-            fc1=self.fc1.to(device),
-            fc2=self.fc2.to(device),
-            fc1_bias_SH=None if bias1 is None else bias1.to(device),
-            fc2_bias_SD=None if bias2 is None else bias2.to(device),
-        )
+        matrices = (self.fc1.to(device), self.fc2.to(device))
+        biases = (part.to(device) for part in self.bias_parts)
+        return QuantizedExpertWeights(*matrices, self.slot_of_E, self.activation, *biases)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all slots."""
-        parts = (*_tensors(self.fc1), *_tensors(self.fc2), self.fc1_bias_SH, self.fc2_bias_SD)
-        return sum(part.nbytes for part in parts if part is not None)
+        parts = (*_tensors(self.fc1), *_tensors(self.fc2), *self.bias_parts)
+        return sum(part.nbytes for part in parts)
 
 
 AnyExperts = ExpertWeights | QuantizedExpertWeights
@@ -191,10 +186,10 @@ def quantize_experts(
     experts: ExpertWeights, bits: Bits, group_size: int | None = None
 ) -> QuantizedExpertWeights:
     """Round expert weights to 8 or 4 bits and keep their biases; see :func:`quantize`."""
-    fc1, fc2, *biases = (None if p is None else p.detach() for p in experts.parameters)
-    assert fc1 is not None and fc2 is not None, "only biases may be missing"
-    matrices = (quantize(fc1, bits, group_size), quantize(fc2, bits, group_size))
-    return QuantizedExpertWeights(*matrices, experts.slot_of_E, experts.activation, *biases)
+    fc1 = quantize(experts.fc1_SHD.detach(), bits, group_size)
+    fc2 = quantize(experts.fc2_SDF.detach(), bits, group_size)
+    biases = (part.detach() for part in experts.bias_parts)
+    return QuantizedExpertWeights(fc1, fc2, experts.slot_of_E, experts.activation, *biases)
 
 
 def quantize(weight_SQP: Tensor, bits: Bits, group_size: int | None = None) -> QuantizedMatrices:

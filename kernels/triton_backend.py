@@ -55,7 +55,7 @@ def is_chosen(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, experts: Any
     kinds: set[Bits | None] = {None}
     if isinstance(experts, QuantizedExpertWeights):
         kinds = {experts.fc1.bits, experts.fc2.bits}
-    has_bias = experts.fc1_bias_SH is not None
+    has_bias = bool(experts.bias_parts)
     checks = [(x_TD.dtype, x_TD.device, bits, has_bias) for bits in kinds]
     if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
         return all(_VERDICTS.get(check, False) for check in checks)
@@ -262,15 +262,14 @@ def _misfit(
                 f"fc1 has type {experts.fc1_SHD.dtype} and fc2 {experts.fc2_SDF.dtype}; they must "
                 "have one."
             )
-    biases = [bias for bias in (experts.fc1_bias_SH, experts.fc2_bias_SD) if bias is not None]
-    tensors = (x_TD, experts_TK, weights_TK, *parts.values(), *biases, *sums)
+    tensors = (x_TD, experts_TK, weights_TK, *parts.values(), *experts.bias_parts, *sums)
     devices = {str(tensor.device) for tensor in tensors}
     if len(devices) > 1:
         return f"The tensors are on {', '.join(sorted(devices))}; they must share one device."
     for name, part in parts.items():
         if part.stride(2) != 1 or part.stride(1) != part.shape[2]:
             return f"{name} has strides {part.stride()}; a slot's matrix must be contiguous."
-    for bias in biases:
+    for bias in experts.bias_parts:
         if bias.stride(1) != 1 or bias.dtype not in DTYPES:
             return (
                 f"A bias has strides {bias.stride()} and type {bias.dtype}; a slot's must be "

@@ -41,9 +41,8 @@ def is_plain(experts: AnyExperts) -> bool:
     else:
         matrices = (experts.fc1, experts.fc2)
         parts = [part for m in matrices for part in (m.values, m.scales_SQG)]
-    biases = [bias for bias in (experts.fc1_bias_SH, experts.fc2_bias_SD) if bias is not None]
     return all(part.stride()[1:] == (part.shape[2], 1) for part in parts) and all(
-        bias.stride(1) == 1 and bias.dtype in TYPES for bias in biases
+        bias.stride(1) == 1 and bias.dtype in TYPES for bias in experts.bias_parts
     )
 
 

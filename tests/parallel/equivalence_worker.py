@@ -49,7 +49,7 @@ class BiasedLayer(MoELayer):
     """A layer whose experts have biases, which no configuration asks for."""
 
     def __init__(self, *arguments, **options) -> None:
-        super().__init__(*arguments, expert_bias=True, **options)
+        super().__init__(*arguments, **(options | {"expert_bias": True}))
 
 
 def fill_biases(decoder) -> None:

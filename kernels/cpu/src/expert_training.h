@@ -170,18 +170,6 @@ template <class Element> struct Backward {
                         count * sizeof(float));
     }
 
-    // The weighted sum of a span's rows from column `from` on, fewer than a panel, into `total`.
-    template <class Row, class Weight>
-    void add_rows(const RowBlock& span, Row row, Weight weight, int64_t count, float* total) {
-        float sums[PANEL] = {};
-        for (int64_t r = span.from; r < span.to; r++) {
-            const Element* values = row(r);
-            float factor = weight(r);
-            for (int64_t i = 0; i < count; i++) sums[i] += factor * widen(values[i]);
-        }
-        for (int64_t i = 0; i < count; i++) total[i] = (a.is_empty ? 0 : total[i]) + sums[i];
-    }
-
     void add_fc1(const RowBlock& span, int64_t from) {
         int64_t outputs = 2 * f.d_expert;
         add_transposed_product<Element>(
@@ -190,10 +178,10 @@ template <class Element> struct Backward {
             least(PANEL, outputs - from), f.d_model, a.is_empty,
             a.grad_fc1 + span.slot * outputs * f.d_model);
         if (a.grad_fc1_bias == nullptr) return;
-        add_rows(
-            span, [&](int64_t r) { return grad_hidden.get() + r * outputs + from; },
-            [](int64_t) { return 1.0f; }, least(PANEL, outputs - from),
-            a.grad_fc1_bias + span.slot * outputs + from);
+        add_weighted_rows(
+            [&](int64_t k) { return grad_hidden.get() + (span.from + k) * outputs + from; },
+            [](int64_t) { return 1.0f; }, span.to - span.from, least(PANEL, outputs - from),
+            a.is_empty, a.grad_fc1_bias + span.slot * outputs + from);
     }
 
     void add_fc2(const RowBlock& span, int64_t from) {
@@ -203,9 +191,10 @@ template <class Element> struct Backward {
             span.to - span.from, from, least(PANEL, f.d_model - from), f.d_expert, a.is_empty,
             a.grad_fc2 + span.slot * f.d_model * f.d_expert);
         if (a.grad_fc2_bias == nullptr) return;
-        add_rows(
-            span, [&](int64_t r) { return grad(r) + from; },
-            [&](int64_t r) { return a.weights[order.rows[r]]; }, least(PANEL, f.d_model - from),
+        add_weighted_rows(
+            [&](int64_t k) { return grad(span.from + k) + from; },
+            [&](int64_t k) { return a.weights[order.rows[span.from + k]]; }, span.to - span.from,
+            least(PANEL, f.d_model - from), a.is_empty,
             a.grad_fc2_bias + span.slot * f.d_model + from);
     }
 
@@ -220,18 +209,6 @@ template <class Element> struct Backward {
         zero(a.grad_fc2_bias, f.d_model);
     }
 };
-
-// The rows of each slot, all of them together; slots without rows come last, empty.
-inline std::unique_ptr<RowBlock[]> spans_of(const Order& order, int64_t num_slots) {
-    std::unique_ptr<RowBlock[]> spans(new RowBlock[num_slots]);
-    for (int64_t s = 0; s < num_slots; s++) spans[s] = {s, 0, 0};
-    for (int64_t b = 0; b < order.num_blocks; b++) {
-        RowBlock& span = spans[order.row_blocks[b].slot];
-        if (span.from == span.to) span.from = order.row_blocks[b].from;
-        span.to = order.row_blocks[b].to;
-    }
-    return spans;
-}
 
 template <class Element> void expert_grads(const ExpertGradArguments& a) {
     const ExpertArguments& f = a.forward;

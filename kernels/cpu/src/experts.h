@@ -56,6 +56,18 @@ struct Order {
     }
 };
 
+// The rows of each slot, all of them together; slots without rows come last, empty.
+inline std::unique_ptr<RowBlock[]> spans_of(const Order& order, int64_t num_slots) {
+    std::unique_ptr<RowBlock[]> spans(new RowBlock[num_slots]);
+    for (int64_t s = 0; s < num_slots; s++) spans[s] = {s, 0, 0};
+    for (int64_t b = 0; b < order.num_blocks; b++) {
+        RowBlock& span = spans[order.row_blocks[b].slot];
+        if (span.from == span.to) span.from = order.row_blocks[b].from;
+        span.to = order.row_blocks[b].to;
+    }
+    return spans;
+}
+
 // A plain matrix of all slots, and rows for it by address.
 template <class Element> struct PlainMatrix {
     const Element* values;

@@ -164,4 +164,18 @@ inline void rows_times_transposed(const Element* const* x, int64_t rows, const E
     rows_times_panel(x, rows, depth, pack, c);
 }
 
+// Writes the sum of `depth` weighted rows, `count` columns of them and at most a panel, to `total`
+// if `writes`, else adds it there.
+template <class Row, class Weight>
+inline void add_weighted_rows(Row row, Weight weight, int64_t depth, int64_t count, bool writes,
+                              float* total) {
+    float sums[PANEL] = {};
+    for (int64_t k = 0; k < depth; k++) {
+        const auto* values = row(k);
+        float factor = weight(k);
+        for (int64_t i = 0; i < count; i++) sums[i] += factor * widen(values[i]);
+    }
+    for (int64_t i = 0; i < count; i++) total[i] = writes ? sums[i] : total[i] + sums[i];
+}
+
 }  // namespace ISA
