@@ -1,7 +1,7 @@
 """What does pre-gating a trained model cost, and how much of it does fine-tuning bring back?
 
-    python benchmarks/pregate_finetune.py [--source stdlib] [--work DIR] [--steps 500]
-        [--fine-tune-steps 200] [--jobs 1]
+    python benchmarks/pregate_finetune.py [--source stdlib] [--work DIR] [--steps 800]
+        [--fine-tune-steps 300] [--jobs 1]
 
 A small Qwen3-MoE-like model is trained and exported. The routers of its copy are rewired to read
 what the MoE layer before hands to its experts (configs/train/pregate.yaml), and both are trained on
@@ -64,8 +64,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--source", default="stdlib", help="text to train on, as data.source")
     parser.add_argument("--work", type=Path, default=Path("runs/pregate-finetune"))
-    parser.add_argument("--steps", type=int, default=500, help="of the original")
-    parser.add_argument("--fine-tune-steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=800, help="of the original")
+    parser.add_argument("--fine-tune-steps", type=int, default=300)
     parser.add_argument("--jobs", type=int, default=1, help="seeds side by side, one thread each")
     arguments = parser.parse_args()
     arguments.work = arguments.work.absolute()
