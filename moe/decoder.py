@@ -12,23 +12,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..kernels.cpu.attention import CppAttention
+from ..kernels.cpu.attention import CacheStep, CppAttention
 from ..kernels.expert_mlp import Backend
 from .attention import Attention
-from .attention_config import AttentionConfig
 from .attention_parts import Part, parts_of
 from .batch import Batch
 from .config import ModelConfig
+from .cpp_attention import cpp_attention
 from .kv_cache import SequenceCache
 from .latent_attention import LatentAttention
 from .layer import GatedMLP, MoELayer
 from .linear import Linear
 from .norm import RMSNorm
-from .rope import Rope
+from .rope import Rope, Tables
 from .router import Router
 from .routing import Lookahead, RouterInput, Routing
-
-ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
 
 
 @dataclass(slots=True)
@@ -86,8 +84,7 @@ class DecoderLayer(nn.Module):
             assert config.d_ff is not None, "the configuration was not validated"
             self.mlp = GatedMLP(config.d_model, config.d_ff)
         self._cpp_attention: CppAttention | None = None
-        only_qwen3 = config.attention == AttentionConfig() and config.rope_scaling is None
-        self._takes_cpp = only_qwen3
+        self._epsilon = config.rms_eps
 
     def forward(
         self,
@@ -129,28 +126,19 @@ class DecoderLayer(nn.Module):
         return x_out_TD, normed_TD
 
     def _attend_part(self, x_ND: Tensor, part: Part) -> tuple[Tensor, Tensor]:
-        if part.step is not None and self._takes_cpp:
-            found = self._cpp().run(x_ND, part.rope, self.layer, part.step)
+        if part.step is not None:
+            found = self._attend_in_cpp(x_ND, part.rope, part.step)
             if found is not None:
                 return found
         x_ND = x_ND + self.self_attn(self.input_layernorm(x_ND), part.batch, part.rope)
         return x_ND, self.post_attention_layernorm(x_ND)
 
-    def _cpp(self) -> CppAttention:
-        # Attributes of modules are slow to look up; these are the dictionaries behind them.
-        outside, inside = self._modules, self.self_attn._modules
-        found = [outside["input_layernorm"], *(inside[name] for name in ATTENTION_MODULES)]
-        found.append(outside["post_attention_layernorm"])
-        modules = [module for module in found if module is not None]
-        if self._cpp_attention is None or not self._cpp_attention.is_of(modules):
-            attention = self.self_attn
-            self._cpp_attention = CppAttention(
-                modules,
-                attention.num_heads,
-                attention.num_kv_heads,
-                self.input_layernorm.eps,
-            )
-        return self._cpp_attention
+    def _attend_in_cpp(
+        self, x_ND: Tensor, rope: Tables, step: CacheStep
+    ) -> tuple[Tensor, Tensor] | None:
+        known = cpp_attention(self._modules, self._epsilon, self._cpp_attention)
+        self._cpp_attention = known
+        return None if known is None else known.run(x_ND, rope, self.layer, step)
 
 
 def _choose(layer: MoELayer, x_TD: Tensor | None, batch: Batch) -> Routing:

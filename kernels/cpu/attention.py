@@ -5,11 +5,13 @@ B sequences with one row each, D model width, H head width.
 
 import ctypes
 from array import array
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Parameter
 
 from .library import TYPES, functions_for
 from .structures import AttentionArguments, AttentionWeights
@@ -28,34 +30,94 @@ class Cache(Protocol):
         ...
 
 
+class AttentionModules(NamedTuple):
+    """The modules whose parameters are used; projections may have a bias."""
+
+    input_norm: nn.Module
+    q: nn.Module
+    k: nn.Module
+    v: nn.Module
+    o: nn.Module
+    output_norm: nn.Module
+    q_norm: nn.Module | None
+    """Of each head, or of all at once; None = none."""
+    k_norm: nn.Module | None
+    """Like ``q_norm``."""
+    attention: nn.Module
+    """May have ``sinks``, a logit per query head that takes probability and gives no value."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionOptions:
+    """The numbers of a layer's attention."""
+
+    num_heads: int
+    """Query heads."""
+    num_kv_heads: int
+    """Key and value heads; they divide the query heads."""
+    head_dim: int
+    """Width of a head, even where it rotates."""
+    scale: float
+    """Factor on scores, above 0."""
+    epsilon: float
+    """Of all norms."""
+    window: int | None = None
+    """Positions a query sees, its own included; None = all."""
+    clip: float | None = None
+    """Largest magnitude of queries, keys and values, above 0; None = any."""
+    rotates: bool = True
+    """Rotate the halves of queries and keys against each other."""
+
+
+PLACES = (
+    *((module, "weight") for module in ("input_norm", "q", "k", "v", "o", "output_norm")),
+    *((module, "weight") for module in ("q_norm", "k_norm")),
+    *((module, "bias") for module in ("q", "k", "v", "o")),
+    ("attention", "sinks"),
+)
+"""Module and name of each parameter, in the order of the structure's pointers."""
+NUM_NEEDED = 6
+"""The first places, which no model leaves empty."""
+NOTHING: dict[str, Parameter | None] = {}
+"""The parameters of a module that is not there."""
+
+
 class CppAttention:
     """A decoder layer's attention with both norms around it, for rows that have a cache each.
 
     Holds the addresses of the parameters, and says with :meth:`is_of` whether they still hold.
     """
 
-    def __init__(
-        self, modules: Sequence[nn.Module], num_heads: int, num_kv_heads: int, epsilon: float
-    ) -> None:
-        """Take input norm, q, k, v and output projection, q and k norm, output norm."""
+    def __init__(self, modules: AttentionModules, options: AttentionOptions) -> None:
         # Looking parameters up as attributes is slow; these are the dictionaries behind them.
-        self._parameters = [module._parameters for module in modules]
-        weights = self._weights()
-        self._pointers = [weight.data_ptr() for weight in weights]
-        self._can_run = functions_for(*weights) is not None
-        self._type = TYPES.get(weights[0].dtype)
-        sizes = (weights[0].shape[0], num_heads, num_kv_heads, weights[5].shape[0])
-        self._fields = (self._type, *sizes, epsilon, *self._pointers)
+        self._parameters = [_parameters(module) for module in modules]
+        by_name = dict(zip(AttentionModules._fields, self._parameters, strict=True))
+        self._places = [(by_name[module], name) for module, name in PLACES]
+        self._pointers = self._pointers_now()
+        tensors = [parameters.get(name) for parameters, name in self._places]
+        present = [tensor for tensor in tensors if tensor is not None]
+        is_whole = None not in self._pointers[:NUM_NEEDED]
+        has_both_norms = (modules.q_norm is None) == (modules.k_norm is None)
+        self._can_run = is_whole and has_both_norms and functions_for(*present) is not None
+        self._type = TYPES.get(present[0].dtype)
+        q_norm = by_name["q_norm"].get("weight")
+        self._fields = (
+            *(self._type, present[0].shape[0], options.num_heads, options.num_kv_heads),
+            *(options.head_dim, options.window or 0),
+            *(q_norm is not None and len(q_norm) == options.head_dim, options.rotates),
+            *(options.epsilon, options.scale, options.clip or 0.0, *self._pointers),
+        )
 
-    def _weights(self) -> list[Tensor]:
-        return [parameters["weight"] for parameters in self._parameters]  # type: ignore[misc]
+    def _pointers_now(self) -> list[int | None]:
+        found = [parameters.get(name) for parameters, name in self._places]
+        return [None if tensor is None else tensor.data_ptr() for tensor in found]
 
-    def is_of(self, modules: Iterable[nn.Module]) -> bool:
+    def is_of(self, modules: AttentionModules) -> bool:
         """Say whether these are still the modules, and their parameters where they were."""
         for module, parameters in zip(modules, self._parameters, strict=True):
-            if module._parameters is not parameters:
+            if _parameters(module) is not parameters:
                 return False
-        return [weight.data_ptr() for weight in self._weights()] == self._pointers
+        return self._pointers_now() == self._pointers
 
     def run(
         self, x_BD: Tensor, rope: tuple[Tensor, Tensor], layer: int, step: "CacheStep"
@@ -77,6 +139,10 @@ class CppAttention:
         weights = AttentionWeights(*self._fields)
         functions.moeyard_attend(ctypes.byref(weights), ctypes.byref(arguments))
         return x_out_BD, normed_BD
+
+
+def _parameters(module: nn.Module | None) -> dict[str, Parameter | None]:
+    return NOTHING if module is None else module._parameters
 
 
 class CacheStep:

@@ -98,9 +98,11 @@ class AttentionWeights(ctypes.Structure):
 
     _fields_ = [
         *((name, Int) for name in ("type", "d_model", "num_heads", "num_kv_heads", "head_dim")),
-        ("epsilon", Float),
-        *((name, Pointer) for name in ("input_norm", "q", "k", "v", "o")),
-        *((name, Pointer) for name in ("q_norm", "k_norm", "output_norm")),
+        *((name, Int) for name in ("window", "norms_heads", "rotates")),
+        *((name, Float) for name in ("epsilon", "scale", "clip")),
+        *((name, Pointer) for name in ("input_norm", "q", "k", "v", "o", "output_norm")),
+        *((name, Pointer) for name in ("q_norm", "k_norm")),
+        *((name, Pointer) for name in ("q_bias", "k_bias", "v_bias", "o_bias", "sinks")),
     ]
 
 

@@ -87,11 +87,19 @@ struct RouterArguments {
     int64_t* counts;      // [E]
 };
 
-// One layer's attention, the same for every step.
+// One layer's attention, the same for every step. Null = the model has none of it.
 struct AttentionWeights {
     int64_t type, d_model, num_heads, num_kv_heads, head_dim;
+    int64_t window;       // positions a query sees, its own included; 0 = all
+    int64_t norms_heads;  // q_norm and k_norm are [head_dim]; else for all heads at once
+    int64_t rotates;      // else cosines and sines play no part
     float epsilon;
-    const void *input_norm, *q, *k, *v, *o, *q_norm, *k_norm, *output_norm;
+    float scale;  // of scores; above 0
+    float clip;   // largest magnitude of queries, keys and values; 0 = any
+    const void *input_norm, *q, *k, *v, *o, *output_norm;
+    const void *q_norm, *k_norm;
+    const void *q_bias, *k_bias, *v_bias, *o_bias;
+    const void* sinks;  // [num_heads]: logits that take probability and give no value
 };
 
 // One new position of each sequence.

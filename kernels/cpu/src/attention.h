@@ -1,6 +1,6 @@
-// One new position of each sequence through a layer's attention: norm, projections, head norms,
-// rotary embedding, cache, attention, output projection, residual and the next norm. A sequence's
-// arithmetic never depends on the others.
+// One new position of each sequence through a layer's attention: norm, projections, norms of
+// queries and keys, clipping, rotary embedding, cache, attention, output projection, residual and
+// the next norm. A sequence's arithmetic never depends on the others.
 #pragma once
 
 #include <memory>
@@ -24,12 +24,38 @@ inline void rotate(Element* x, const Element* cosine, const Element* sine, int64
     }
 }
 
-// out = softmax(scores) v for one head; scores become probabilities.
+template <class Element> inline void limit(Element* x, float highest, int64_t width) {
+    for (int64_t i = 0; i < width; i++) {
+        float value = widen(x[i]);
+        x[i] = narrow<Element>(value > highest ? highest : value < -highest ? -highest : value);
+    }
+}
+
+// A new query or key as attention takes it; `out` may be `x`.
+template <class Element>
+inline void prepare(const AttentionWeights& w, const Element* x, const void* norm,
+                    const Element* cosine, const Element* sine, Element* out) {
+    int64_t width = w.head_dim;
+    if (norm && w.norms_heads)
+        rms_norm(x, static_cast<const Element*>(norm), width, w.epsilon, out);
+    else if (out != x)
+        std::memcpy(out, x, width * sizeof(Element));
+    if (w.clip > 0) limit(out, w.clip, width);
+    if (w.rotates) rotate(out, cosine, sine, width);
+}
+
+// out = softmax(scale * scores) v for one head; scores become probabilities. A sink, where there
+// is one, is a logit without a value.
 template <class Element>
 inline void mix(float* scores, const Element* v, int64_t length, int64_t width, float scale,
-                Element* out, float* total) {
+                const Element* sink, Element* out, float* total) {
     float highest = scores[0], sum = 0;
     for (int64_t l = 1; l < length; l++) highest = scores[l] > highest ? scores[l] : highest;
+    if (sink) {
+        float score = widen(*sink) / scale;
+        highest = score > highest ? score : highest;
+        sum = exponential((score - highest) * scale);
+    }
     for (int64_t l = 0; l < length; l++) scores[l] = exponential((scores[l] - highest) * scale);
     for (int64_t l = 0; l < length; l++) sum += scores[l];
     for (int64_t i = 0; i < width; i++) total[i] = 0;
@@ -59,20 +85,20 @@ void attend_group(const AttentionWeights& w, const AttentionArguments& a, int64_
     Element* new_v = qkv + (w.num_heads + w.num_kv_heads + g) * width;
     Element* k = static_cast<Element*>(a.caches[b][2 * a.layer]) + g * capacity * width;
     Element* v = static_cast<Element*>(a.caches[b][2 * a.layer + 1]) + g * capacity * width;
-    const Element* q_norm = static_cast<const Element*>(w.q_norm);
-    const Element* k_norm = static_cast<const Element*>(w.k_norm);
-    rms_norm(new_k, k_norm, width, w.epsilon, k + (length - 1) * width);
-    rotate(k + (length - 1) * width, cosine, sine, width);
-    std::memcpy(v + (length - 1) * width, new_v, width * sizeof(Element));
-    float scale = 1 / std::sqrt(float(width));
+    prepare<Element>(w, new_k, w.k_norm, cosine, sine, k + (length - 1) * width);
+    Element* last_v = v + (length - 1) * width;
+    std::memcpy(last_v, new_v, width * sizeof(Element));
+    if (w.clip > 0) limit(last_v, w.clip, width);
+    int64_t unseen = w.window && length > w.window ? length - w.window : 0;
+    k += unseen * width, v += unseen * width, length -= unseen;
+    const Element* sinks = static_cast<const Element*>(w.sinks);
     std::unique_ptr<float[]> scratch(new float[TILE_ROWS * length + width]);
     for (int64_t from = 0; from < heads; from += TILE_ROWS) {
         int64_t count = least(TILE_ROWS, heads - from);
         const Element* pointers[TILE_ROWS];
         for (int64_t h = 0; h < count; h++) {
             Element* head = q + (from + h) * width;
-            rms_norm(head, q_norm, width, w.epsilon, head);
-            rotate(head, cosine, sine, width);
+            prepare<Element>(w, head, w.q_norm, cosine, sine, head);
             pointers[h] = head;
         }
         products(pointers, count, static_cast<const Element*>(k), 0, length, width,
@@ -80,9 +106,21 @@ void attend_group(const AttentionWeights& w, const AttentionArguments& a, int64_
                      for (int64_t i = 0; i < some; i++) scratch[h * length + l + i] = values[i];
                  });
         for (int64_t h = 0; h < count; h++)
-            mix(scratch.get() + h * length, v, length, width, scale,
+            mix(scratch.get() + h * length, v, length, width, w.scale,
+                sinks ? sinks + g * heads + from + h : nullptr,
                 out + (g * heads + from + h) * width, scratch.get() + TILE_ROWS * length);
     }
+}
+
+// Norms all heads of a query, and those of a key, at once. Rows of `qkv` are [q, k, v].
+template <class Element>
+void norm_projections(const AttentionWeights& w, int64_t batch, int threads, Element* qkv) {
+    int64_t q_size = w.num_heads * w.head_dim, kv_size = w.num_kv_heads * w.head_dim;
+    for_each_task(batch, batch < FEW ? 1 : threads, [&](int64_t b) {
+        Element *q = qkv + b * (q_size + 2 * kv_size), *k = q + q_size;
+        rms_norm(q, static_cast<const Element*>(w.q_norm), q_size, w.epsilon, q);
+        rms_norm(k, static_cast<const Element*>(w.k_norm), kv_size, w.epsilon, k);
+    });
 }
 
 template <class Element>
@@ -96,7 +134,7 @@ void attend(const AttentionWeights& w, const AttentionArguments& a) {
     std::unique_ptr<Element[]> qkv(new Element[batch * qkv_size]);
     std::unique_ptr<Element[]> mixed(new Element[batch * q_size]);
     // Weight rows of q, k and v as one list of tasks, each within one matrix.
-    const void* matrices[3] = {w.q, w.k, w.v};
+    const void *matrices[3] = {w.q, w.k, w.v}, *biases[3] = {w.q_bias, w.k_bias, w.v_bias};
     int64_t starts[4] = {0, q_size, q_size + kv_size, qkv_size}, first_task[4] = {0, 0, 0, 0};
     for (int i = 0; i < 3; i++)
         first_task[i + 1] = first_task[i] + blocks(starts[i + 1] - starts[i], BLOCK_OUTPUTS);
@@ -115,12 +153,15 @@ void attend(const AttentionWeights& w, const AttentionArguments& a) {
         int i = task >= first_task[2] ? 2 : task >= first_task[1] ? 1 : 0;
         int64_t from = (task - first_task[i]) * BLOCK_OUTPUTS;
         int64_t to = least(from + BLOCK_OUTPUTS, starts[i + 1] - starts[i]);
+        const Element* bias = static_cast<const Element*>(biases[i]);
         products(rows.get(), batch, static_cast<const Element*>(matrices[i]), from, to, width,
                  [&](int64_t b, int64_t n, const float* values, int64_t count) {
                      Element* line = qkv.get() + b * qkv_size + starts[i] + n;
-                     for (int64_t j = 0; j < count; j++) line[j] = narrow<Element>(values[j]);
+                     for (int64_t j = 0; j < count; j++)
+                         line[j] = narrow<Element>(values[j] + (bias ? widen(bias[n + j]) : 0));
                  });
     });
+    if (w.q_norm && !w.norms_heads) norm_projections(w, batch, threads, qkv.get());
     for_each_task(batch * w.num_kv_heads, threads, [&](int64_t task) {
         int64_t b = task / w.num_kv_heads;
         attend_group(w, a, b, task % w.num_kv_heads, qkv.get() + b * qkv_size,
@@ -128,11 +169,13 @@ void attend(const AttentionWeights& w, const AttentionArguments& a) {
     });
     for_each_task(blocks(width, BLOCK_OUTPUTS), threads, [&](int64_t task) {
         int64_t from = task * BLOCK_OUTPUTS, to = least(from + BLOCK_OUTPUTS, width);
+        const Element* bias = static_cast<const Element*>(w.o_bias);
         products(mixed_rows.get(), batch, static_cast<const Element*>(w.o), from, to, q_size,
                  [&](int64_t b, int64_t n, const float* values, int64_t count) {
                      for (int64_t j = 0; j < count; j++) {
                          int64_t at = b * width + n + j;
-                         x_out[at] = narrow<Element>(widen(x[at]) + values[j]);
+                         float value = values[j] + (bias ? widen(bias[n + j]) : 0);
+                         x_out[at] = narrow<Element>(widen(x[at]) + value);
                      }
                  });
     });
