@@ -118,10 +118,10 @@ MUTATIONS = [
         "tests/kernels",
     ),
     (
-        "single bf16 rows are not padded",
+        "products of rows have any size",
         "kernels/row_stable.py",
-        "MIN_ROWS_BF16 = 2",
-        "MIN_ROWS_BF16 = 1",
+        "padded_NP.split(BLOCK_ROWS)",
+        "padded_NP.split(BLOCK_ROWS * 13)",
         "tests/kernels",
     ),
     (

@@ -2,11 +2,12 @@
 
 N rows, P inputs, Q outputs.
 
-The C++ kernels (``kernels/cpu``) are like that for every number of rows. Where there are none: for
-few rows BLAS libraries take other code with another order of summation. Measured on a CPU with
-AVX512-BF16, rows of F.linear against those of a 400-row call: fp32 (MKL) differs below 12 rows,
-bf16 (oneDNN) for a single row once P exceeds 1024, and for no other number of rows
-(benchmarks/constants.py).
+The C++ kernels (``kernels/cpu``) are like that for every number of rows. Where there are none:
+BLAS libraries choose their code, and with it the order of summation, by the size of a product, each
+processor its own way. Rows of F.linear against those of a 400-row call: on an AMD EPYC with
+AVX512-BF16 fp32 differs below 12 rows and bf16 for a single one; on an Intel Xeon with AMX and two
+threads both differ for most numbers of rows up to 130 and beyond. Products of one size agree with
+each other on both, so rows are multiplied by blocks of one size (benchmarks/constants.py).
 """
 
 import torch
@@ -15,18 +16,19 @@ from torch import Tensor
 
 from .cpu.linear import linear as cpp_linear
 
-MIN_ROWS_BF16 = 2
-MIN_ROWS_FP32 = 16
+BLOCK_ROWS = 16
+"""Rows of a product: few, for decoding has few, and a whole tile of matrix units."""
 
 
-def row_stable_linear(x_NP: Tensor, weight_QP: Tensor, min_rows: int) -> Tensor:
-    """Return ``x @ weight.T`` for inference, on the CPU computed with ``min_rows`` or more rows."""
-    num_rows = x_NP.shape[0]
-    if not 0 < num_rows < min_rows or x_NP.is_cuda:
+def row_stable_linear(x_NP: Tensor, weight_QP: Tensor) -> Tensor:
+    """Return ``x @ weight.T`` for inference; on the CPU in blocks of ``BLOCK_ROWS`` rows."""
+    if x_NP.is_cuda:
         return F.linear(x_NP, weight_QP)
-    padded = x_NP.new_zeros(min_rows, x_NP.shape[1])
-    padded[:num_rows] = x_NP
-    return F.linear(padded, weight_QP)[:num_rows]
+    num_rows = x_NP.shape[0]
+    rows = -num_rows % BLOCK_ROWS
+    padded_NP = F.pad(x_NP, (0, 0, 0, rows)) if rows else x_NP
+    blocks = [F.linear(block_NP, weight_QP) for block_NP in padded_NP.split(BLOCK_ROWS)]
+    return torch.cat(blocks)[:num_rows]
 
 
 def bf16_row_stable_linear(x_NP: Tensor, weight_QP: Tensor) -> Tensor:
@@ -38,4 +40,4 @@ def bf16_row_stable_linear(x_NP: Tensor, weight_QP: Tensor) -> Tensor:
         return y_NQ
     if x_NP.dtype != torch.bfloat16:
         return F.linear(x_NP, weight_QP)
-    return row_stable_linear(x_NP, weight_QP, MIN_ROWS_BF16)
+    return row_stable_linear(x_NP, weight_QP)

@@ -35,10 +35,10 @@ def empty_experts(
         biases = (torch.empty(num_slots, rows, dtype=dtype) for rows, _ in shapes)
         how["fc1_bias_SH"], how["fc2_bias_SD"] = biases
     if packed is None:
-        plain = (empty_slots(num_slots, *shape, dtype) for shape in shapes)
-        return ExpertWeights(*plain, **how)
-    fc1, fc2 = (_empty_packed(num_slots, *shape, packed) for shape in shapes)
-    return QuantizedExpertWeights(fc1, fc2, **how)
+        fc1, fc2 = (empty_slots(num_slots, *shape, dtype) for shape in shapes)
+        return ExpertWeights(fc1, fc2, **how)
+    packed1, packed2 = (_empty_packed(num_slots, *shape, packed) for shape in shapes)
+    return QuantizedExpertWeights(packed1, packed2, **how)
 
 
 def expert_bytes(config: ModelConfig, dtype: torch.dtype, packed: PackedFormat | None) -> int:

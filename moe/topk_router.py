@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..kernels.cpu.router import route as cpp_route
 from ..kernels.router import choose
-from ..kernels.row_stable import MIN_ROWS_FP32, row_stable_linear
+from ..kernels.row_stable import row_stable_linear
 from ..kernels.torch_router import EPSILON, ChoiceRule, probabilities, scores, where_valid
 from .router import Router
 from .router_config import TopK
@@ -116,7 +116,7 @@ class TopKRouter(Router):
         if torch.is_grad_enabled() or dtype != torch.float32:
             logits = F.linear(x_TD, self.weight.to(dtype))
         else:
-            logits = row_stable_linear(x_TD, self.weight.to(dtype), MIN_ROWS_FP32)
+            logits = row_stable_linear(x_TD, self.weight.to(dtype))
         return logits if self.bias is None else logits + self.bias.to(dtype)
 
     def _add_sequence_balance(

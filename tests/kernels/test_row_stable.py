@@ -7,7 +7,6 @@ from moeyard.kernels.cpu import library
 from moeyard.kernels.expert_mlp import expert_mlp
 from moeyard.kernels.expert_weights import ExpertWeights
 from moeyard.kernels.row_stable import (
-    MIN_ROWS_FP32,
     bf16_row_stable_linear,
     row_stable_linear,
 )
@@ -27,10 +26,10 @@ def test_few_rows_have_the_bits_of_many(width, threads, kernels, monkeypatch):
     x = torch.randn(200, width[0], generator=g)
     weight = torch.randn(width[1], width[0], generator=g) * width[0] ** -0.5
     with torch.no_grad():
-        wide = row_stable_linear(x, weight, MIN_ROWS_FP32)
+        wide = row_stable_linear(x, weight)
         narrow = bf16_row_stable_linear(x.bfloat16(), weight.bfloat16())
         for count in COUNTS:
-            assert torch.equal(row_stable_linear(x[:count], weight, MIN_ROWS_FP32), wide[:count])
+            assert torch.equal(row_stable_linear(x[:count], weight), wide[:count])
             found = bf16_row_stable_linear(x[:count].bfloat16(), weight.bfloat16())
             assert torch.equal(found, narrow[:count])
         for row in range(200):  # few elements of few rows show a lone row's other path
