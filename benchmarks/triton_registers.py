@@ -297,7 +297,7 @@ def _router_cases(arch: int) -> Iterator[Case]:
             return Case(kernel, arch, fp32, known, types, None, label, divisible, warps)
 
         padded, width = router.lanes(experts, groups)
-        sizes = {"GROUPS": padded, "WIDTH": width}
+        sizes = {"GROUPS": padded, "WIDTH": width, "GROUP_BEST": 2}
         yield case(router.route_kernel, padded * width, label, sizes)
         without = sizes | inference
         yield case(router.route_kernel, padded * width, f"{label}, inference", without)

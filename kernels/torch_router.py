@@ -12,9 +12,6 @@ from torch import Tensor
 EPSILON = 1e-20
 """Keeps weights finite where all chosen sigmoid scores vanish (DeepSeek-V3)."""
 
-GROUP_BEST = 2
-"""A group of experts is judged by the sum of this many of its best scores (DeepSeek-V3)."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChoiceRule:
@@ -27,6 +24,7 @@ class ChoiceRule:
     num_groups: int = 1
     top_groups: int = 1
     group_best: int = 2
+    """A group of experts is judged by the sum of this many of its best scores (DeepSeek-V3: 2)."""
 
 
 class LossSums(NamedTuple):

@@ -165,6 +165,7 @@ def choose_triton(
         rule.scale,
         rule.num_groups,
         rule.top_groups,
+        rule.group_best,
         wants_sums,
     )
     sums = LossSums(sums_E, z_sum) if wants_sums else None

@@ -78,19 +78,19 @@ class TopKRouter(Router):
 
     def _route_in_cpp(self, x_TD: Tensor) -> Routing | None:
         config = self.config
-        if config.logit_bias or config.group_score == "max":
-            return None
         found = cpp_route(
             x_TD,
             self.weight,
             self.e_score_correction_bias,
             self.k,
+            logit_bias_E=self.bias,
             score=config.score,
             renormalize=config.renormalize,
             scale=config.scale,
             epsilon=EPSILON,
             num_groups=config.num_groups,
             top_groups=config.top_groups,
+            group_best=self.rule.group_best,
         )
         if found is None:
             return None

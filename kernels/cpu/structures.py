@@ -87,9 +87,11 @@ class RouterArguments(ctypes.Structure):
 
     _fields_ = [
         *((name, Int) for name in ("type", "tokens", "d_model", "num_experts", "choices", "score")),
-        *((name, Int) for name in ("renormalize", "num_groups", "top_groups", "threads")),
+        *((name, Int) for name in ("renormalize", "num_groups", "top_groups")),
+        *((name, Int) for name in ("group_best", "threads")),
         *((name, Float) for name in ("scale", "epsilon")),
-        *((name, Pointer) for name in ("x", "weight", "bias", "experts", "weights", "counts")),
+        *((name, Pointer) for name in ("x", "weight", "logit_bias", "bias")),
+        *((name, Pointer) for name in ("experts", "weights", "counts")),
     ]
 
 

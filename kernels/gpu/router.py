@@ -95,6 +95,7 @@ def route(
         rule.scale,
         IS_SIGMOID=rule.score == "sigmoid",
         RENORMALIZE=rule.renormalize,
+        GROUP_BEST=rule.group_best,
         CHOICES=rule.k,
         ALL_CHOICES=triton.next_power_of_2(rule.k),
         GROUPS=groups,
@@ -135,6 +136,7 @@ def route_kernel(
     scale,
     IS_SIGMOID: tl.constexpr,
     RENORMALIZE: tl.constexpr,
+    GROUP_BEST: tl.constexpr,
     CHOICES: tl.constexpr,
     ALL_CHOICES: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -169,7 +171,9 @@ def route_kernel(
             value_MN += tl.load(bias_E + expert_N, mask=is_expert_N, other=0)[None, :]
         key_MN = tl.where(is_expert_N[None, :], key_of(value_MN, expert_N[None, :]), NO_KEY)
         if GROUPS > 1:
-            key_MN = within_best_groups(key_MN, num_groups, top_groups, M, GROUPS, WIDTH)
+            key_MN = within_best_groups(
+                key_MN, num_groups, top_groups, GROUP_BEST, M, GROUPS, WIDTH
+            )
         chosen_MK = tl.zeros((M, ALL_CHOICES), dtype=tl.int32)
         for choice in range(CHOICES):
             best_M = tl.max(key_MN, axis=1)

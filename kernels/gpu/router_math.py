@@ -9,7 +9,6 @@ import triton.language as tl
 from .. import torch_router
 
 EPSILON = tl.constexpr(torch_router.EPSILON)
-BEST_OF_GROUP = tl.constexpr(torch_router.GROUP_BEST)
 NO_KEY = tl.constexpr(-1)
 """Below all keys: padding, and experts out of reach."""
 TAKEN = tl.constexpr(-2)
@@ -59,6 +58,7 @@ def within_best_groups(
     key_MN,
     num_groups,
     top_groups,
+    GROUP_BEST: tl.constexpr,
     M: tl.constexpr,
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -67,7 +67,7 @@ def within_best_groups(
     key_MGW = tl.reshape(key_MN, (M, GROUPS, WIDTH))
     left_MGW = key_MGW
     sum_MG = tl.zeros((M, GROUPS), dtype=tl.float32)
-    for _ in tl.static_range(BEST_OF_GROUP):
+    for _ in tl.static_range(GROUP_BEST):
         best_MG = tl.max(left_MGW, axis=2)
         sum_MG += tl.where(best_MG >= 0, value_in(best_MG), 0.0)  # a group may have one expert only
         left_MGW = tl.where(left_MGW == best_MG[:, :, None], NO_KEY, left_MGW)

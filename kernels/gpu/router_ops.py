@@ -3,7 +3,8 @@
 Saved for backward: the logits and the chosen ids. T tokens, E experts, K choices.
 """
 
-from typing import Any
+import dataclasses
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,17 +17,9 @@ from .router_grad import route_grad
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _rule(
-    k: int, is_sigmoid: bool, renormalize: bool, scale: float, num_groups: int, top_groups: int
-) -> ChoiceRule:
-    return ChoiceRule(
-        k=k,
-        score="sigmoid" if is_sigmoid else "softmax",
-        renormalize=renormalize,
-        scale=scale,
-        num_groups=num_groups,
-        top_groups=top_groups,
-    )
+def _rule(k: int, is_sigmoid: bool, renormalize: bool, scale: float) -> ChoiceRule:
+    score: Literal["softmax", "sigmoid"] = "sigmoid" if is_sigmoid else "softmax"
+    return ChoiceRule(k=k, score=score, renormalize=renormalize, scale=scale)
 
 
 @torch.library.custom_op("moeyard::route", mutates_args=())
@@ -40,10 +33,16 @@ def route_op(
     scale: float,
     num_groups: int,
     top_groups: int,
+    group_best: int,
     wants_sums: bool,
 ) -> Outputs:
     """Return chosen ids of all rows, weights, counts and the sums for losses; see ``route``."""
-    rule = _rule(k, is_sigmoid, renormalize, scale, num_groups, top_groups)
+    rule = dataclasses.replace(
+        _rule(k, is_sigmoid, renormalize, scale),
+        num_groups=num_groups,
+        top_groups=top_groups,
+        group_best=group_best,
+    )
     with on_device_of(logits_TE):
         return route(logits_TE, bias_E, valid_T, rule, wants_sums)
 
@@ -59,6 +58,7 @@ def _(
     scale: float,
     num_groups: int,
     top_groups: int,
+    group_best: int,
     wants_sums: bool,
 ) -> Outputs:
     num_tokens, num_experts = logits_TE.shape
@@ -84,7 +84,7 @@ def route_backward_op(
     scale: float,
 ) -> Tensor:
     """Return the gradient of the logits, ``[T, E]``."""
-    rule = _rule(chosen_TK.shape[1], is_sigmoid, renormalize, scale, 1, 1)
+    rule = _rule(chosen_TK.shape[1], is_sigmoid, renormalize, scale)
     with on_device_of(logits_TE):
         grads = (grad_weights_TK, grad_sums_E, grad_z)
         return route_grad(logits_TE, chosen_TK, valid_T, rule, *grads)
@@ -106,7 +106,7 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple, output: Outputs) -> None:
-    logits_TE, _, valid_T, _, is_sigmoid, renormalize, scale, _, _, wants_sums = inputs
+    logits_TE, _, valid_T, _, is_sigmoid, renormalize, scale, *_, wants_sums = inputs
     chosen_TK, _, counts_E, _, _ = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(chosen_TK, counts_E)
@@ -127,9 +127,9 @@ def _backward(
     if not ctx.has_sums:
         grads = (grad_weights_TK, None, None)
     if all(grad is None for grad in grads):
-        return (None,) * 10
+        return (None,) * 11
     contiguous = (None if grad is None else grad.contiguous() for grad in grads)
-    return (route_backward_op(*ctx.saved_tensors, *contiguous, *ctx.rule), *(None,) * 9)
+    return (route_backward_op(*ctx.saved_tensors, *contiguous, *ctx.rule), *(None,) * 10)
 
 
 route_op.register_autograd(_backward, setup_context=_keep)

@@ -223,6 +223,9 @@ ROUTERS = {
     "sigmoid_with_bias": {"score": "sigmoid", "bias_update_rate": 0.1},
     "groups": {"score": "sigmoid", "num_groups": 6, "top_groups": 2, "bias_update_rate": 0.1},
     "softmax_groups": {"num_groups": 3, "top_groups": 2},
+    "groups_by_best": {"num_groups": 6, "top_groups": 2, "group_score": "max"},
+    "logit_bias": {"logit_bias": True},
+    "sigmoid_logit_bias": {"score": "sigmoid", "logit_bias": True, "bias_update_rate": 0.1},
 }
 
 
@@ -232,6 +235,8 @@ def routers(dtype, **options):
     router = build_router(TopK(k=4, **options), 37, 18).eval()
     if router.e_score_correction_bias is not None:
         router.e_score_correction_bias += torch.linspace(-0.3, 0.3, 18)
+    if router.bias is not None:
+        router.bias += torch.linspace(1.0, -1.0, 18)
     x = random(57, 37, dtype=dtype)
     wide = build_router(TopK(k=4, **options), 37, 18).eval().double()
     wide.load_state_dict(router.state_dict())
@@ -243,6 +248,7 @@ def routers(dtype, **options):
 def test_routers_choose_and_weigh_as_in_fp64(dtype, options):
     router, x, wide = routers(dtype, **options)
     found, expected = router.route(RouterInput(x)), wide.route(RouterInput(x.double()))
+    assert router._route_in_cpp(x) is not None
     assert found.experts_TK.dtype == torch.int32 and found.weights_TK.dtype == torch.float32
     assert torch.equal(found.experts_TK, expected.experts_TK)
     torch.testing.assert_close(found.weights_TK.double(), expected.weights_TK, rtol=2e-5, atol=1e-6)

@@ -35,6 +35,7 @@ CASES = {
     "sigmoid_as_it_is": (rule(2, score="sigmoid", renormalize=False), 37, 7, True),
     "deepseek": (rule(4, score="sigmoid", scale=2.5, num_groups=4, top_groups=2), 70, 32, True),
     "ragged_groups": (rule(4, num_groups=5, top_groups=2), 37, 15, False),
+    "groups_by_best": (rule(4, num_groups=5, top_groups=2, group_best=1), 37, 15, True),
     "groups_of_one": (rule(2, num_groups=6, top_groups=3), 37, 6, True),
     "all_groups": (rule(5, score="sigmoid", num_groups=3, top_groups=3), 9, 6, True),
     "every_expert": (rule(7), 9, 7, False),
@@ -210,7 +211,7 @@ def test_the_routers_fake_versions_and_schemas_say_the_truth():
     logits, bias, valid = problem(37, 12, True)
     checks = ("test_schema", "test_faketensor")
     for wants_sums, mask in ((True, valid), (False, None)):
-        forward = (logits, bias, mask, 3, True, True, 2.5, 4, 2, wants_sums)
+        forward = (logits, bias, mask, 3, True, True, 2.5, 4, 2, 1, wants_sums)
         torch.library.opcheck(route_op, forward, test_utils=checks)
         chosen, *_ = route_op(*forward)
         grads = (torch.ones(37, 3).to(logits), bias, bias[0].clone()) if wants_sums else (None,) * 3

@@ -77,11 +77,13 @@ struct CombineArguments {
 // Scores, choice and weights of a top-k router; all in fp32.
 struct RouterArguments {
     int64_t type, tokens, d_model, num_experts, choices, score, renormalize, num_groups, top_groups;
+    int64_t group_best;  // a group is judged by the sum of this many of its best scores
     int64_t threads;
     float scale, epsilon;
     const void* x;        // [T, D]
     const float* weight;  // [E, D]
-    const float* bias;    // [E] added to the scores to choose by; null = none
+    const float* logit_bias;  // [E] added to the logits; null = none
+    const float* bias;        // [E] added to the scores to choose by; null = none
     int32_t* experts;     // [T, K], best first
     float* weights;       // [T, K]
     int64_t* counts;      // [E]

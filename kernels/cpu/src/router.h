@@ -35,14 +35,14 @@ inline void score(const RouterArguments& a, float* values) {
     for (int64_t e = 0; e < size; e++) values[e] /= total;
 }
 
-// Leaves only the best groups to choose from: by the sum of each one's two best.
+// Leaves only the best groups to choose from: by the sum of each one's `group_best` best.
 inline void keep_best_groups(const RouterArguments& a, float* values, float* scratch,
                              int32_t* chosen) {
     int64_t width = a.num_experts / a.num_groups;
     float* group_scores = scratch;
     float* copy = scratch + a.num_groups;
     for (int64_t g = 0; g < a.num_groups; g++) {
-        int64_t best = least(2, width);
+        int64_t best = least(a.group_best, width);
         std::memcpy(copy, values + g * width, width * sizeof(float));
         take_largest(copy, width, best, chosen);
         group_scores[g] = 0;
@@ -83,7 +83,8 @@ template <class Element> void route(const RouterArguments& a) {
         products(pointers, rows, a.weight, 0, a.num_experts, a.d_model,
                  [&](int64_t m, int64_t n, const float* values, int64_t count) {
                      for (int64_t i = 0; i < count; i++)
-                         scores[m * a.num_experts + n + i] = values[i];
+                         scores[m * a.num_experts + n + i] =
+                             values[i] + (a.logit_bias ? a.logit_bias[n + i] : 0.0f);
                  });
         for (int64_t m = 0; m < rows; m++) {
             int64_t at = (from + m) * a.choices;
