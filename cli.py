@@ -38,6 +38,16 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("out_dir", type=Path, metavar="OUT_DIR")
     export.set_defaults(run=_export)
 
+    convert = commands.add_parser("convert", help="Hugging Face folder to one of another type")
+    convert.add_argument("source", type=Path, metavar="SRC")
+    convert.add_argument("target", type=Path, metavar="DST")
+    convert.add_argument(
+        "--dtype",
+        choices=("fp32", "bf16", "int8", "int4"),
+        help="of the weights; int8 and int4 are for routed experts; default as stored",
+    )
+    convert.set_defaults(run=_convert)
+
     upcycle = commands.add_parser("upcycle", help="dense Hugging Face folder to one with experts")
     upcycle.add_argument("source", type=Path, metavar="SRC")
     upcycle.add_argument("target", type=Path, metavar="DST")
@@ -126,6 +136,13 @@ def _export(arguments: argparse.Namespace) -> None:
 
     step = export(arguments.run_dir, arguments.out_dir)
     sys.stdout.write(f"exported step={step} folder={arguments.out_dir}\n")
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from .moe.convert import convert
+
+    model_type = convert(arguments.source, arguments.target, arguments.dtype)
+    sys.stdout.write(f"converted folder={arguments.target} model_type={model_type}\n")
 
 
 def _upcycle(arguments: argparse.Namespace) -> None:
