@@ -1,0 +1,41 @@
+"""One rank of the resharding matrix: open a checkpoint on this mesh and save it again.
+
+    torchrun ... reshard_worker.py CONFIG SOURCE OUT [NAME=OVERRIDES ...]
+
+For each NAME the run in SOURCE is resumed with the comma-separated overrides, and its state is
+saved in OUT/NAME before any step.
+"""
+
+import sys
+from pathlib import Path
+
+from moeyard.configuration import load_config
+from moeyard.parallel.mesh import build_mesh
+from moeyard.parallel.parent import is_torchrun_worker
+from moeyard.parallel.process import start_process_group, stop_process_group
+from moeyard.training.checkpoint import Checkpoints
+from moeyard.training.config import RunConfig
+from moeyard.training.trainer import Trainer
+
+
+def main() -> None:
+    config_path, source, out = (Path(argument) for argument in sys.argv[1:4])
+    store = start_process_group(60) if is_torchrun_worker() else None
+    try:
+        for case in sys.argv[4:]:
+            name, _, overrides = case.partition("=")
+            options = [f"run_dir={source}", *filter(None, overrides.split(","))]
+            config = load_config(RunConfig, config_path, options)
+            mesh = build_mesh(config.parallel.ep, config.model.moe.num_experts, store, 60)
+            trainer = Trainer(config, source, mesh)
+            done = trainer._resume()
+            trainer._checkpoints = Checkpoints(out / name, mesh, keep=1)
+            (out / name).mkdir(parents=True, exist_ok=True)
+            mesh.barrier()
+            trainer._save(done)
+    finally:
+        stop_process_group()
+
+
+if __name__ == "__main__":
+    main()
