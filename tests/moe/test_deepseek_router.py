@@ -1,4 +1,5 @@
-"""DeepSeek-V3's router against its formulas: sigmoid, groups, bias, sequence balance."""
+"""DeepSeek's routers against their formulas: V3's sigmoid, groups, bias and sequence balance, and
+V2's softmax with groups judged by their best."""
 
 import pytest
 import torch
@@ -48,6 +49,26 @@ def test_chooses_within_the_best_groups_by_biased_score_and_weighs_without_bias(
         expected = choose_by_formula(router, x[token])
         assert routing.experts_TK[token].tolist() == list(expected)
         assert routing.weights_TK[token].tolist() == pytest.approx(list(expected.values()))
+
+
+@torch.no_grad()
+def test_version_2_judges_groups_by_their_best_and_does_not_renormalize():
+    options = {"score": "softmax", "group_score": "max", "renormalize": False, "scale": 16.0}
+    router, x = gate(bias_update_rate=None, **options), rows()
+    routing = router.route(RouterInput(x))
+    size, differs = EXPERTS // GROUPS, 0
+    for token in range(len(x)):
+        scores = torch.softmax(router.weight @ x[token], dim=-1).tolist()
+        groups = [range(g * size, (g + 1) * size) for g in range(GROUPS)]
+        judged = sorted(groups, key=lambda g: -max(scores[e] for e in g))
+        allowed = [expert for group in judged[:KEPT] for expert in group]
+        chosen = sorted(allowed, key=lambda e: -scores[e])[:K]
+        assert routing.experts_TK[token].tolist() == chosen
+        expected = [16.0 * scores[e] for e in chosen]
+        assert routing.weights_TK[token].tolist() == pytest.approx(expected)
+        by_two = sorted(groups, key=lambda g: -sum(sorted(scores[e] for e in g)[-2:]))
+        differs += set(judged[:KEPT]) != set(by_two[:KEPT])
+    assert differs, "rows where the two rules choose the same groups show nothing"
 
 
 def test_the_bias_gets_no_gradient_and_the_weights_do():
