@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .decoder import Decoder
-from .layer import Experts
+from .experts import Experts
 
 
 def initialize(model: Decoder, seed: int) -> None:

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .decoder import Decoder, DecoderLayer
+from .experts import Experts
 from .initialize import generator_of
-from .layer import Experts, MoELayer
+from .layer import MoELayer
 from .linear import Linear
 
 LoraTarget = Literal["attention", "experts"]

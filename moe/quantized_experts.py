@@ -4,7 +4,7 @@ from torch import Tensor
 
 from ..kernels.expert_mlp import expert_mlp
 from ..kernels.quantized_weights import QuantizedExpertWeights
-from .layer import AnyExperts
+from .experts import AnyExperts
 from .routing import Routing
 
 

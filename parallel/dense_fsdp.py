@@ -24,7 +24,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from ..moe.decoder import Decoder
-from ..moe.layer import Experts
+from ..moe.experts import Experts
 from ..moe.router import Router
 from .gradients import MainGradients, attach, square_sum
 from .mesh import Mesh

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ..kernels.expert_weights import MainGrads
-from ..moe.layer import Experts
+from ..moe.experts import Experts
 from .host_group import HostGroup, SharedSum
 from .local_part import local_part
 from .mesh import Mesh

@@ -1,5 +1,6 @@
 """Open a model folder for inference, with all experts in memory or behind a store."""
 
+import logging
 from pathlib import Path
 
 import torch
@@ -10,15 +11,17 @@ from ..kernels.expert_weights import ExpertWeights
 from ..kernels.quantized_weights import QuantizedExpertWeights
 from ..moe.decoder import Decoder
 from ..moe.expert_slots import empty_experts, expert_bytes
+from ..moe.experts import AnyExperts, Experts
 from ..moe.generation_config import read_generation_config
 from ..moe.language_model import LanguageModel
-from ..moe.layer import AnyExperts, Experts
 from ..moe.model_folder import ModelFolder
 from ..moe.quantized_experts import QuantizedExperts
 from ..moe.read_weights import Read, dense_reads, expert_reads, run_reads
 from .budget import parse_budget
 from .offload import OffloadedExperts
 from .store import ExpertStore
+
+log = logging.getLogger(__name__)
 
 PARAMETERS = ("fc1", "fc2", "fc1_bias", "fc2_bias")
 """Of a module of experts, in the order of ``ExpertWeights.parameters``."""
@@ -78,7 +81,13 @@ def _open(
             reads += expert_reads(files, index, views)
             layer.experts = _as_module(weights)
     run_reads(files, [*dense_reads(files, decoder, chosen), *reads])
-    model = LanguageModel(decoder, read_generation_config(files))
+    generation = read_generation_config(files)
+    if generation.not_followed:
+        log.warning(
+            "generation_config.json asks for %s, which is not offered; answers are without.",
+            " and ".join(generation.not_followed),
+        )
+    model = LanguageModel(decoder, generation)
     if store is None:
         files.close()
     return model, store

@@ -4,13 +4,13 @@ import torch
 from torch import Tensor
 
 from ..kernels.waves import start_waves
-from ..moe.layer import AnyExperts
+from ..moe.experts import AnyExperts
 from ..moe.routing import Routing, count_choices
 from .store import ExpertStore
 
 
 class OffloadedExperts(AnyExperts):
-    """Takes the place of :class:`moeyard.moe.layer.Experts` for inference, bit for bit.
+    """Takes the place of :class:`moeyard.moe.experts.Experts` for inference, bit for bit.
 
     Experts come in waves; each routed row has its own line of the output, filled once, and the
     lines are combined in k order at the end, as in the resident case.

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ..moe.layer import Experts
+from ..moe.experts import Experts
 from ..parallel.local_part import as_part_of, local_part
 from .config import OptimizerConfig
 

@@ -9,8 +9,8 @@ import torch
 
 from ..errors import ConfigError, ModelFileError
 from ..moe.decoder import Decoder
+from ..moe.experts import Experts
 from ..moe.generation_config import FILE as GENERATION_FILE
-from ..moe.layer import Experts
 from ..moe.model_folder import ModelFolder
 from ..moe.read_weights import Read, expert_reads, read_tensor, run_reads
 

@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor
 
 from moeyard.configuration import load_config
 from moeyard.moe import decoder as decoder_module
-from moeyard.moe.layer import Experts, MoELayer
+from moeyard.moe.experts import Experts
+from moeyard.moe.layer import MoELayer
 from moeyard.moe.routing import count_choices
 from moeyard.moe.topk_router import TopKRouter
 from moeyard.parallel.local_part import as_part_of, local_part
