@@ -264,6 +264,24 @@ def test_a_folder_of_many_shards_opens(tmp_path):
         assert (moeyard.load(tmp_path / "m")(ids) - again(ids).logits).abs().max() <= 1e-4
 
 
+@pytest.mark.parametrize("memory", [None, "50%"], ids=["resident", "offloaded"])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda shard: shard.unlink(), r"cannot be opened \(No such file"),
+        (lambda shard: shard.write_bytes(shard.read_bytes()[:-1]), "is cut short"),
+        (lambda shard: shard.write_bytes(b""), "no whole safetensors file"),
+    ],
+    ids=["missing", "truncated", "empty"],
+)
+def test_a_shard_that_is_not_whole_gets_one_sentence(tmp_path, damage, message, memory):
+    qwen3_moe(num_key_value_heads=2).save_pretrained(tmp_path / "m", max_shard_size="20KB")
+    damage(sorted((tmp_path / "m").glob("*.safetensors"))[2])
+    with pytest.raises(ModelFileError, match=message) as caught:
+        moeyard.load(tmp_path / "m", expert_memory=memory)
+    assert "\n" not in str(caught.value)
+
+
 def test_end_of_text_comes_from_both_configurations(tmp_path):
     theirs = qwen3_moe(num_key_value_heads=2)
     theirs.generation_config.eos_token_id = [5, 7]
