@@ -10,7 +10,6 @@ import torch.nn.functional as F
 
 from moeyard.kernels.activation import ACTIVATIONS
 from moeyard.kernels.cpu import library
-from moeyard.kernels.cpu.build import VARIANTS
 from moeyard.kernels.cpu.linear import linear
 from moeyard.kernels.cpu.norm import rms_norm
 from moeyard.kernels.expert_mlp import expert_mlp
@@ -22,19 +21,12 @@ from moeyard.moe.router_config import TopK
 from moeyard.moe.routing import RouterInput
 
 FUNCTIONS = library.load().functions
-pytestmark = pytest.mark.skipif(FUNCTIONS is None, reason=library.load().state)
+pytestmark = [
+    pytest.mark.skipif(FUNCTIONS is None, reason=library.load().state),
+    pytest.mark.usefixtures("instruction_set"),
+]
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2e-2}
 DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-
-
-@pytest.fixture(params=list(VARIANTS), autouse=True)
-def instruction_set(request):
-    chosen = FUNCTIONS.moeyard_choose(request.param.encode()).decode()
-    if chosen == request.param:
-        yield
-    FUNCTIONS.moeyard_choose(None)
-    if chosen != request.param:
-        pytest.skip(f"this processor has no {request.param}")
 
 
 @pytest.fixture(autouse=True)
