@@ -256,6 +256,26 @@ def test_equal_scores_go_to_the_lower_expert():
     assert router.route(RouterInput(random(2, 8))).experts_TK.tolist() == [[0, 1, 2, 3]] * 2
 
 
+@pytest.mark.parametrize("group_score", ["top2", "max"])
+def test_equal_groups_go_to_the_lower_one(group_score):
+    groups = {"num_groups": 6, "top_groups": 1, "group_score": group_score}
+    router = build_router(TopK(k=3, logit_bias=True, **groups), 8, 18).eval()
+    router.weight.zero_()
+    for best, expected in (([], [0, 1, 2]), ([9, 10, 12, 13], [9, 10, 11])):
+        router.bias.zero_()
+        router.bias[best] = 1.0
+        assert router.route(RouterInput(random(2, 8))).experts_TK.tolist() == [expected] * 2
+
+
+def test_a_group_is_judged_by_its_best_or_by_its_two_best():
+    for group_score, expected in (("top2", [3, 4, 5]), ("max", [6, 7, 8])):
+        groups = {"num_groups": 6, "top_groups": 1, "group_score": group_score}
+        router = build_router(TopK(k=3, logit_bias=True, **groups), 8, 18).eval()
+        router.weight.zero_()
+        router.bias[3:5], router.bias[6] = 1.0, 1.4  # e + e > e^1.4 + 1
+        assert router.route(RouterInput(random(2, 8))).experts_TK.tolist() == [expected] * 2
+
+
 def test_scores_that_are_not_numbers_still_name_different_experts():
     for options in ROUTERS.values():
         router, x, _ = routers(torch.float32, **options)
