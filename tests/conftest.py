@@ -8,6 +8,7 @@ import torch
 import yaml
 
 from moeyard.kernels.cpu import library
+from moeyard.kernels.cpu.build import VARIANTS
 
 library.load()  # built once, and before tests look at what programs print
 
@@ -72,6 +73,19 @@ def model_folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("model") / "small"
     write_random_model(path)
     return path
+
+
+@pytest.fixture(params=list(VARIANTS))
+def instruction_set(request):
+    """Run a test on the C++ kernels of each instruction set that this processor has."""
+    functions = library.load().functions
+    assert functions is not None, "a test without kernels must be skipped before this"
+    chosen = functions.moeyard_choose(request.param.encode()).decode()
+    if chosen == request.param:
+        yield
+    functions.moeyard_choose(None)
+    if chosen != request.param:
+        pytest.skip(f"this processor has no {request.param}")
 
 
 @pytest.fixture(autouse=True)

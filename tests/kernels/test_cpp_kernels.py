@@ -10,7 +10,6 @@ import torch.nn.functional as F
 
 from moeyard.kernels.activation import ACTIVATIONS
 from moeyard.kernels.cpu import library
-from moeyard.kernels.cpu.build import VARIANTS
 from moeyard.kernels.cpu.linear import linear
 from moeyard.kernels.cpu.norm import rms_norm
 from moeyard.kernels.expert_mlp import expert_mlp
@@ -22,19 +21,12 @@ from moeyard.moe.router_config import TopK
 from moeyard.moe.routing import RouterInput
 
 FUNCTIONS = library.load().functions
-pytestmark = pytest.mark.skipif(FUNCTIONS is None, reason=library.load().state)
+pytestmark = [
+    pytest.mark.skipif(FUNCTIONS is None, reason=library.load().state),
+    pytest.mark.usefixtures("instruction_set"),
+]
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2e-2}
 DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-
-
-@pytest.fixture(params=list(VARIANTS), autouse=True)
-def instruction_set(request):
-    chosen = FUNCTIONS.moeyard_choose(request.param.encode()).decode()
-    if chosen == request.param:
-        yield
-    FUNCTIONS.moeyard_choose(None)
-    if chosen != request.param:
-        pytest.skip(f"this processor has no {request.param}")
 
 
 @pytest.fixture(autouse=True)
@@ -262,6 +254,26 @@ def test_equal_scores_go_to_the_lower_expert():
     router = build_router(TopK(k=4), 8, 18).eval()
     router.weight.zero_()
     assert router.route(RouterInput(random(2, 8))).experts_TK.tolist() == [[0, 1, 2, 3]] * 2
+
+
+@pytest.mark.parametrize("group_score", ["top2", "max"])
+def test_equal_groups_go_to_the_lower_one(group_score):
+    groups = {"num_groups": 6, "top_groups": 1, "group_score": group_score}
+    router = build_router(TopK(k=3, logit_bias=True, **groups), 8, 18).eval()
+    router.weight.zero_()
+    for best, expected in (([], [0, 1, 2]), ([9, 10, 12, 13], [9, 10, 11])):
+        router.bias.zero_()
+        router.bias[best] = 1.0
+        assert router.route(RouterInput(random(2, 8))).experts_TK.tolist() == [expected] * 2
+
+
+def test_a_group_is_judged_by_its_best_or_by_its_two_best():
+    for group_score, expected in (("top2", [3, 4, 5]), ("max", [6, 7, 8])):
+        groups = {"num_groups": 6, "top_groups": 1, "group_score": group_score}
+        router = build_router(TopK(k=3, logit_bias=True, **groups), 8, 18).eval()
+        router.weight.zero_()
+        router.bias[3:5], router.bias[6] = 1.0, 1.4  # e + e > e^1.4 + 1
+        assert router.route(RouterInput(random(2, 8))).experts_TK.tolist() == [expected] * 2
 
 
 def test_scores_that_are_not_numbers_still_name_different_experts():

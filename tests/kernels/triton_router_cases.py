@@ -120,12 +120,22 @@ def test_equal_scores_go_to_the_lower_id(score, has_bias):
     assert torch.equal(found.experts_TK.cpu(), expected)
 
 
-def test_equal_groups_go_to_the_lower_one():
+@pytest.mark.parametrize("group_best", [1, 2])
+def test_equal_groups_go_to_the_lower_one(group_best):
     logits = torch.zeros(3, 12)
     logits[1, 6:9] = logits[1, 9:] = 1.0
-    options = {"score": "sigmoid", "num_groups": 4, "top_groups": 1}
+    options = {"score": "sigmoid", "num_groups": 4, "top_groups": 1, "group_best": group_best}
     found = choose(logits.to(DEVICE), None, None, rule(3, **options), False, "triton")
     assert found.experts_TK.tolist() == [[0, 1, 2], [6, 7, 8], [0, 1, 2]]
+
+
+@pytest.mark.parametrize("group_best, expected", [(1, [6, 7, 8]), (2, [3, 4, 5])])
+def test_a_group_is_judged_by_the_sum_of_so_many_of_its_best(group_best, expected):
+    logits = torch.zeros(1, 12)
+    logits[0, 3:5], logits[0, 6] = 1.0, 1.4  # e + e > e^1.4 + 1
+    options = {"num_groups": 4, "top_groups": 1, "group_best": group_best}
+    found = choose(logits.to(DEVICE), None, None, rule(3, **options), False, "triton")
+    assert found.experts_TK.tolist() == [expected]
 
 
 def test_whatever_the_logits_each_row_chooses_distinct_experts():

@@ -17,8 +17,9 @@ import yaml
 from moeyard.configuration import load_config
 from moeyard.errors import CheckpointError, ConfigError, TrainingError
 from moeyard.parallel.mesh import Mesh
+from moeyard.training import trainer
 from moeyard.training.__main__ import main
-from moeyard.training.checkpoint import Checkpoints, verify
+from moeyard.training.checkpoint import Checkpoints, read_state, verify
 from moeyard.training.config import OptimizerConfig, RunConfig
 from moeyard.training.optimizer import learning_rate
 from moeyard.training.run_folder import claim_run_folder
@@ -319,6 +320,28 @@ def test_a_changed_model_under_an_old_run_is_refused(tmp_path, config_file, caps
     capsys.readouterr()
     assert run_here(config_file, run, "model.num_layers=3") == 1
     assert "has model.num_layers = 2, the configuration says 3" in capsys.readouterr().err
+
+
+def test_a_checkpoint_from_before_the_routers_newest_fields_means_their_defaults(
+    tmp_path, config_file, capsys, monkeypatch
+):
+    def older(path):
+        state = read_state(path)
+        for name in ("logit_bias", "group_score"):
+            del state["model"]["moe"]["router"][name]
+        return state
+
+    run = tmp_path / "run"
+    assert run_here(config_file, run) == 0
+    before = digest(run)
+    shutil.rmtree(run / "checkpoints" / "step-00000006")
+    monkeypatch.setattr(trainer, "read_state", older)
+    capsys.readouterr()
+    assert run_here(config_file, run) == 0
+    assert "event=resumed step=3 " in capsys.readouterr().err
+    assert digest(run) == before
+    assert run_here(config_file, run, "model.moe.router.logit_bias=true") == 1
+    assert "use the same model or a new run_dir" in capsys.readouterr().err
 
 
 def test_print_config_shows_the_merged_values(config_file, capsys):
