@@ -30,7 +30,7 @@ def biased_experts(monkeypatch):
 
     class BiasedLayer(MoELayer):
         def __init__(self, *arguments, **options) -> None:
-            super().__init__(*arguments, expert_bias=True, **options)
+            super().__init__(*arguments, **(options | {"expert_bias": True}))
 
     monkeypatch.setattr("moeyard.moe.decoder.MoELayer", BiasedLayer)
 

@@ -40,7 +40,8 @@ def test_what_two_ranks_loaded_is_exported_whole(runs, case, tmp_path):
     assert type(after) is type(before)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     ids = torch.randint(0, VOCABULARY, (2, 23), generator=torch.Generator().manual_seed(0))
-    assert torch.equal(after.eval()(ids).logits, before(ids).logits)
+    # A step of rate 1e-30 moves nothing but weights that are 0, as an embedding of padding is.
+    torch.testing.assert_close(after.eval()(ids).logits, before(ids).logits, atol=1e-25, rtol=0)
 
 
 @pytest.mark.dist
