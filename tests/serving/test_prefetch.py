@@ -132,10 +132,13 @@ def test_compute_waits_for_its_own_experts_before_it_puts_prefetches_out(folder)
 
 def test_prefetches_that_finish_while_experts_stream_are_booked_at_once(folder, monkeypatch):
     store = small_store(folder, 3)
-    hold, fill = threading.Event(), store._fill
-    monkeypatch.setattr(
-        store, "_fill", lambda name, view: (".2." in name and hold.wait(10), fill(name, view))
-    )
+    hold, reads = threading.Event(), store._folder.expert_reads
+
+    def held(layer, expert, views):
+        calls = reads(layer, expert, views)
+        return [lambda: hold.wait(10), *calls] if layer == 2 else calls
+
+    monkeypatch.setattr(store._folder, "expert_reads", held)
     store.prefetch(2, [3, 4])
     waves = store.stream(0, range(6))
     next(waves)
