@@ -67,6 +67,29 @@ def _megablocks(problem: "Problem", has_backward: bool) -> Callable[[], Any]:
     )
 
 
+def _transformers(problem: "Problem", has_backward: bool) -> Callable[[], Any]:
+    """Build transformers' Qwen3-MoE experts on ``F.grouped_mm``."""
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+    experts, d_model, d_expert = problem.fc2_EDF.shape
+    config = Qwen3MoeConfig(
+        hidden_size=d_model, moe_intermediate_size=d_expert, num_experts=experts
+    )
+    config._experts_implementation = "grouped_mm"
+    with torch.device("meta"):
+        module = Qwen3MoeExperts(config)
+    module.gate_up_proj = torch.nn.Parameter(problem.fc1_EHD.detach())
+    module.down_proj = torch.nn.Parameter(problem.fc2_EDF.detach())
+    weights_TK = problem.weights_TK.detach().to(problem.x_TD.dtype)
+    return _timed(
+        problem,
+        has_backward,
+        lambda: module(problem.x_TD, problem.experts_TK, weights_TK),
+        list(module.parameters()),
+    )
+
+
 def _timed(
     problem: "Problem",
     has_backward: bool,
@@ -99,4 +122,8 @@ def _late(build: Callable[["Problem", bool], Callable[[], Any]]) -> Any:
     return builder
 
 
-PEERS = {"ScatterMoE": _late(_scattermoe), "MegaBlocks": _late(_megablocks)}
+PEERS = {
+    "transformers grouped_mm": _late(_transformers),
+    "ScatterMoE": _late(_scattermoe),
+    "MegaBlocks": _late(_megablocks),
+}

@@ -1,72 +1,95 @@
 #!/usr/bin/env bash
-# Check the Triton kernels on this machine's GPU and measure them; unattended, under 10 minutes.
+# Check this machine's GPU and measure it, unattended.
 #
-#     benchmarks/gpu.sh [FOLDER]      # FOLDER gets a copy of what was found
+#     benchmarks/gpu.sh FOLDER check measure     # under 10 minutes; FOLDER gets what was found
+#     benchmarks/gpu.sh FOLDER tiles             # 3 minutes: other tiles than those shipped
 #
-# MEGABLOCKS_SOURCES names a folder with source archives of megablocks, grouped_gemm and stanford-stk
-# (docs/backends.md): they are built beside the tests, and left out where that fails.
+# check runs the tests of kernels, models and training that need a GPU. measure times the router and
+# the expert MLP beside their peers.
 #
-# Needs a python3 (or $PYTHON) with PyTorch's CUDA build, pytest and numpy; moeyard need not be
-# installed.
+# MEGABLOCKS_SOURCES names a folder with archives or wheels of megablocks, grouped_gemm and
+# stanford-stk (docs/backends.md): they are built beside the tests, into FOLDER/megablocks, and left
+# out where that fails.
+#
+# Needs a python3 (or $PYTHON) with PyTorch's CUDA build, transformers, pydantic and pytest, with
+# pytest-xdist if there is time to lose; moeyard need not be installed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python="${PYTHON:-python3}"
-found="${1:-$(mktemp -d)}"
+found="${1:?a folder for what was found}"
+shift
 mkdir -p "$found"
 # The root is the package: a link of that name makes it importable uninstalled.
 link="$(mktemp -d)"
 trap 'rm -rf "$link"' EXIT
 ln -s "$PWD" "$link/moeyard"
 export PYTHONPATH="$link${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+processes="$(nproc)"
+failed=0
 
 if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo "error: $python sees no CUDA device; run this where there is one" >&2
     exit 2
 fi
 
-# Into a folder of its own, so that the Python that runs this stays as it is.
-build=""
-if [ -n "${MEGABLOCKS_SOURCES:-}" ]; then
-    timeout 170 "$python" -m pip install --quiet --no-deps --no-index --no-build-isolation \
-        --target "$link/megablocks_build" "$MEGABLOCKS_SOURCES"/*.tar.gz \
-        > "$found/megablocks_build.txt" 2>&1 &
-    build=$!
-fi
+# tests SECONDS NAME ARGUMENTS...: run some tests and keep what they print.
+tests() {
+    local seconds="$1" name="$2"
+    shift 2
+    timeout "$seconds" "$python" -m pytest -q -rs -p no:cacheprovider -m gpu --durations=5 "$@" \
+        > "$found/tests_$name.txt" 2>&1 || failed=1
+    grep -E '^(FAILED|ERROR|E  )' "$found/tests_$name.txt"
+    echo "$name: $(tail -n 1 "$found/tests_$name.txt")"
+}
 
-# Compiling takes most of the tests' time, so several processes share them. What passed in the
-# interpreter can still be miscompiled; figures of kernels that fail are worth nothing.
-files=(test_triton_gpu test_triton_gpu test_triton_gpu test_triton_gpu)
-parts=(bfloat16 "float16 and not bfloat16" float32 "not float16 and not float32")
-files+=(test_triton_quantized_gpu test_triton_quantized_gpu test_triton_quantized_gpu)
-parts+=(bfloat16 "float16 and not bfloat16" "not float16")
-files+=(test_triton_descriptors_gpu test_triton_router_gpu)
-parts+=(test test)
-pids=()
-for number in "${!parts[@]}"; do
-    timeout 170 "$python" -m pytest -q --noconftest -p no:cacheprovider -m gpu \
-        "tests/kernels/${files[$number]}.py" -k "${parts[$number]}" \
-        > "$found/tests_$number.txt" 2>&1 &
-    pids+=($!)
+check() {
+    local build="" kernels=(tests/kernels/test_triton_*gpu.py) workers=()
+    # Into a folder of its own, so that the Python that runs this stays as it is.
+    if [ -n "${MEGABLOCKS_SOURCES:-}" ]; then
+        { timeout 200 "$python" -m pip wheel --no-deps --no-index --no-build-isolation \
+            --wheel-dir "$found/megablocks" "$MEGABLOCKS_SOURCES"/* &&
+            "$python" -m pip install --quiet --no-deps --no-index \
+                --target "$link/megablocks_build" "$found"/megablocks/*.whl
+        } > "$found/megablocks_build.txt" 2>&1 &
+        build=$!
+    fi
+    # Compiling takes most of the time, so that many processes share it; two tests need most of the
+    # GPU's memory and come by themselves.
+    if "$python" -c 'import xdist' 2> /dev/null; then workers=(-n "$processes"); fi
+    tests 200 kernels --noconftest "${workers[@]}" -k "not wrap" "${kernels[@]}"
+    tests 60 large --noconftest -k wrap "${kernels[@]}"
+    tests 120 models "${workers[@]}" tests/moe/test_families_gpu.py \
+        tests/training/test_training_gpu.py
+    if [ -n "$build" ] && wait "$build"; then
+        export PYTHONPATH="$PYTHONPATH:$link/megablocks_build"
+        tests 60 megablocks --noconftest tests/kernels/test_megablocks.py
+    elif [ -n "$build" ]; then
+        echo "MegaBlocks could not be built here; going on without (see megablocks_build.txt)"
+    fi
+}
+
+# kept SECONDS NAME COMMAND...: run a benchmark and keep its figures.
+kept() {
+    local seconds="$1" name="$2"
+    shift 2
+    timeout "$seconds" "$python" "$@" 2>&1 | tee "benchmarks/results/$name.txt"
+    cp "benchmarks/results/$name".* "$found"
+}
+
+measure() {
+    kept 60 router_cuda benchmarks/router.py --device cuda --budget-s "${ROUTER_S:-30}"
+    kept 270 expert_mlp_cuda benchmarks/expert_mlp.py --device cuda --budget-s "${MLP_S:-220}"
+}
+
+tiles() {
+    kept 200 tiles_cuda benchmarks/tiles.py --processes "$processes" --budget-s "${TILES_S:-150}"
+}
+
+for part in "$@"; do
+    case "$part" in
+        check | measure | tiles) "$part" ;;
+        *) echo "error: $part is no part; use check, measure or tiles" >&2; failed=2 ;;
+    esac
 done
-passed=0
-for number in "${!parts[@]}"; do
-    wait "${pids[$number]}" || { passed=1; grep -E '^(FAILED|ERROR|E  )' "$found/tests_$number.txt"; }
-    tail -n 1 "$found/tests_$number.txt"
-done
-
-if [ -n "$build" ] && wait "$build"; then
-    export PYTHONPATH="$PYTHONPATH:$link/megablocks_build"
-    timeout 60 "$python" -m pytest -q -rs --noconftest -p no:cacheprovider -m gpu \
-        tests/kernels/test_megablocks.py 2>&1 | tee "$found/tests_megablocks.txt"
-elif [ -n "$build" ]; then
-    echo "MegaBlocks could not be built here; going on without (see $found/megablocks_build.txt)"
-fi
-
-timeout 60 "$python" benchmarks/router.py --device cuda --budget-s 40 |
-    tee benchmarks/results/router_cuda.txt
-cp benchmarks/results/router_cuda.* "$found"
-timeout 270 "$python" benchmarks/expert_mlp.py --device cuda --budget-s 240 |
-    tee benchmarks/results/expert_mlp_cuda.txt
-cp benchmarks/results/expert_mlp_cuda.* "$found"
-[ "$passed" = 0 ] || echo "error: tests failed on this GPU; see $found/tests_*.txt" >&2
-exit "$passed"
+[ "$failed" = 0 ] || echo "error: tests failed on this GPU; see $found/tests_*.txt" >&2
+exit "$failed"

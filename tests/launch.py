@@ -33,11 +33,11 @@ def training(*arguments: str, timeout: float = 300) -> str:
     return run([sys.executable, "-m", "moeyard.training", *arguments], timeout)
 
 
-def run(command: list[str], timeout: float) -> str:
-    """Run a command, which must succeed, and return what it printed."""
+def run(command: list[str], timeout: float, **extra: str) -> str:
+    """Run a command, which must succeed, and return what it printed; ``extra`` is environment."""
     done = subprocess.run(
         command,
-        env=environment(),
+        env=environment(**extra),
         cwd="/",
         capture_output=True,
         text=True,
