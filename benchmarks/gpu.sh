@@ -46,7 +46,7 @@ check() {
     local build="" kernels=(tests/kernels/test_triton_*gpu.py) workers=()
     # Into a folder of its own, so that the Python that runs this stays as it is.
     if [ -n "${MEGABLOCKS_SOURCES:-}" ]; then
-        { timeout 200 "$python" -m pip wheel --no-deps --no-index --no-build-isolation \
+        { timeout 150 "$python" -m pip wheel --no-deps --no-index --no-build-isolation \
             --wheel-dir "$found/megablocks" "$MEGABLOCKS_SOURCES"/* &&
             "$python" -m pip install --quiet --no-deps --no-index \
                 --target "$link/megablocks_build" "$found"/megablocks/*.whl
