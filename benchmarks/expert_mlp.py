@@ -28,6 +28,7 @@ from torch import Tensor
 from moeyard.kernels.expert_mlp import Backend, expert_mlp
 from moeyard.kernels.expert_weights import ExpertWeights, MainGrads
 from moeyard.kernels.gpu import descriptors
+from moeyard.kernels.gpu import tiles as tile_rules
 from moeyard.kernels.gpu.tiles import Kernel, tile_rows
 from moeyard.kernels.megablocks_backend import why_no_megablocks
 from moeyard.kernels.quantized_weights import Bits, QuantizedExpertWeights, quantize_experts
@@ -56,7 +57,7 @@ LAYERS = {
 MODES = ("forward", "forward and backward")
 QUANTIZED_MODES: dict[str, Bits] = {"forward, int8": 8, "forward, int4": 4}
 QUANTIZED_LAYERS = ("Qwen3-30B-A3B", "tiny")
-QUANTIZED_TOKENS = (16, 1, 64, 8192)
+QUANTIZED_TOKENS = (16, 1, 64, 8192, 2048, 4096)
 """Decoding, where weights in 8 and 4 bits should pay, and a prompt, where they must not cost."""
 DESCRIBED_LAYERS = ("Qwen3-30B-A3B",)
 """Where descriptors are timed beside pointers, which decides descriptors.DESCRIBED."""
@@ -144,11 +145,16 @@ def contestants_of(
     found["torch"] = ours("torch")
     found["triton"] = ours("triton")
     if with_descriptors and tile_rows(problem.num_rows, problem.fc1_EHD.shape[0]) == 128:
-        for kernels in (("up",), ("matmul",), ("up", "matmul")):
-            name = f"triton, TMA {' '.join(kernels)}"
+        for kernels in ((), ("up",), ("matmul",), ("up", "matmul")):
+            if frozenset(kernels) == descriptors.DESCRIBED:
+                continue
+            name = f"triton, TMA {' '.join(kernels) or 'for nothing'}"
             found[name] = _described(ours("triton"), frozenset(kernels))
     if is_cuda and why_no_megablocks(problem.x_TD.device) is None:
         found["our glue on MegaBlocks"] = ours("megablocks")
+    sum_bytes = sum(4 * p.numel() for p in parameters)
+    # Gradients of two others come beside them.
+    has_room = not is_cuda or 2 * sum_bytes < torch.cuda.mem_get_info()[0]
     if has_backward:
         sums: list[MainGrads] = []
 
@@ -158,7 +164,8 @@ def contestants_of(
                 sums.append(MainGrads(*totals))
             return problem.gradients(problem.run("triton", sums[0]))
 
-        found["triton, fp32 main gradients"] = with_main_gradients
+        if has_room:
+            found["triton, fp32 main gradients"] = with_main_gradients
         found["triton, fc1 again"] = lambda: problem.gradients(
             problem.run("triton", recompute=True), *parameters
         )
@@ -184,9 +191,26 @@ def quantized_contestants_of(
         "triton": lambda: ours("triton"),
         PLAIN: torch.no_grad()(lambda: problem.run("triton")),
     }
+    if problem.num_rows > experts.num_experts * tile_rules.QUANTIZED_ROWS:
+        for name, rows in (("written out", 0), ("on their way", problem.num_rows)):
+            found[f"triton, widened {name}"] = _widened(lambda: ours("triton"), rows)
     if is_cuda and problem.x_TD.shape[0] <= GRAPH_TOKENS:
         found |= {f"{name}, graph": _graph_of(found[name]) for name in ("triton", PLAIN)}
     return found
+
+
+def _widened(function: Callable[[], Any], rows_per_expert: int) -> Callable[[], Any]:
+    """Return a function that writes weights out from this many rows per expert on."""
+
+    def widened() -> Any:
+        usual = tile_rules.DEQUANTIZE_ROWS_PER_EXPERT
+        tile_rules.DEQUANTIZE_ROWS_PER_EXPERT = rows_per_expert
+        try:
+            return function()
+        finally:
+            tile_rules.DEQUANTIZE_ROWS_PER_EXPERT = usual
+
+    return widened
 
 
 def _described(function: Callable[[], Any], kernels: frozenset[Kernel]) -> Callable[[], Any]:
@@ -231,7 +255,8 @@ def measure(contestants: Contestants, is_cuda: bool, budget_s: float) -> dict[st
         try:
             figures[name] = _first_call(name, function, expected, is_cuda)
         except Exception as error:  # a peer that is not there or too large is a line of the table
-            figures[name] = {"problem": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+            line = str(error).splitlines()[0].partition(". ")[0]
+            figures[name] = {"problem": f"{type(error).__name__}: {line}"}
     expected.clear()
     timed = {name: contestants[name] for name in figures if "problem" not in figures[name]}
     times: dict[str, list[float]] = {name: [] for name in timed}

@@ -36,7 +36,7 @@ fi
 tests() {
     local seconds="$1" name="$2"
     shift 2
-    timeout "$seconds" "$python" -m pytest -q -rs -p no:cacheprovider -m gpu --durations=5 "$@" \
+    timeout "$seconds" "$python" -m pytest -v -p no:cacheprovider -m gpu --durations=5 "$@" \
         > "$found/tests_$name.txt" 2>&1 || failed=1
     grep -E '^(FAILED|ERROR|E  )' "$found/tests_$name.txt"
     echo "$name: $(tail -n 1 "$found/tests_$name.txt")"
@@ -56,7 +56,7 @@ check() {
     # Compiling takes most of the time, so that many processes share it; two tests need most of the
     # GPU's memory and come by themselves.
     if "$python" -c 'import xdist' 2> /dev/null; then workers=(-n "$processes"); fi
-    tests 200 kernels --noconftest "${workers[@]}" -k "not wrap" "${kernels[@]}"
+    tests 300 kernels --noconftest "${workers[@]}" -k "not wrap" "${kernels[@]}"
     tests 60 large --noconftest -k wrap "${kernels[@]}"
     tests 120 models "${workers[@]}" tests/moe/test_families_gpu.py \
         tests/training/test_training_gpu.py

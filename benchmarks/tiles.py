@@ -47,6 +47,8 @@ KIND: dict[str, Kernel] = {
     "grad hidden": "grad_hidden",
     "grad fc1": "weight_grad",
     "grad fc2": "weight_grad",
+    "grad fc1, adds": "weight_grad",
+    "grad fc2, adds": "weight_grad",
     "up, inference": "up",
     "up int8": "up",
     "fc2 int8": "matmul",
@@ -54,7 +56,8 @@ KIND: dict[str, Kernel] = {
     "fc2 int4": "matmul",
 }
 """What each launch is in ``tiles_for``."""
-WIDE = ("up", "fc2", "grad x", "grad hidden", "grad fc1", "grad fc2")
+WIDE = ("up", "fc2", "grad x", "grad hidden")
+WIDE += ("grad fc1", "grad fc2", "grad fc1, adds", "grad fc2, adds")
 FEW = ("up, inference", "fc2", "up int8", "fc2 int8", "up int4", "fc2 int4")
 """Which launches are measured where experts have many rows, and few."""
 
@@ -86,12 +89,11 @@ DESCRIBED = [
 SUMS = [
     Tiles(*values)
     for values in _with_stages(
-        ((128, 256, 64, 8), (3, 4)),
-        ((128, 256, 32, 8), (4, 5)),
-        ((128, 128, 64, 8), (3, 4)),
-        ((128, 128, 64, 4), (3, 4)),
-        ((128, 128, 32, 8), (4,)),
-        ((256, 128, 64, 8), (3,)),
+        ((128, 256, 64, 8), (3, 5, 7)),
+        ((128, 256, 32, 8), (5, 7)),
+        ((128, 128, 64, 8), (3, 5)),
+        ((128, 128, 64, 4), (3,)),
+        ((256, 128, 64, 8), (5, 7)),
     )
 ]
 FEW_ROWS = _with_stages(
@@ -143,11 +145,14 @@ def candidates_of(layer: Layer, kernel: str, tokens: int) -> Iterator[Candidate]
     if rows < 128 and KIND[kernel] != "weight_grad":
         few = FEW_ROWS_INT4 if bits == "4" else FEW_ROWS
         others = [Tiles(rows, *columns) for columns in few]
-    for tiles in dict.fromkeys((shipped, *others)):
-        yield Candidate(kernel, tokens, tiles)
+    is_described = rows == 128 and KIND[kernel] in descriptors.DESCRIBED
+    if is_described:
+        shipped = shipped._replace(num_stages=descriptors.NUM_STAGES)
+    found = {Candidate(kernel, tokens, shipped, is_described): None}
+    found |= {Candidate(kernel, tokens, tiles): None for tiles in others}
     if rows == 128 and KIND[kernel] in ("up", "matmul"):
-        for tiles in DESCRIBED:
-            yield Candidate(kernel, tokens, tiles, has_descriptors=True)
+        found |= {Candidate(kernel, tokens, tiles, True): None for tiles in DESCRIBED}
+    yield from found
 
 
 class Problem:
@@ -160,6 +165,9 @@ class Problem:
         self.fc1_EHD = draw(experts, 2 * d_expert, d_model) * d_model**-0.5
         self.fc2_EDF = draw(experts, d_model, d_expert) * d_expert**-0.5
         self.grad1_EHD, self.grad2_EDF = (torch.empty_like(w) for w in (self.fc1_EHD, self.fc2_EDF))
+        self.sum1_EHD, self.sum2_EDF = (
+            torch.zeros_like(w, dtype=torch.float32) for w in (self.fc1_EHD, self.fc2_EDF)
+        )
 
     @functools.cached_property
     def quantized(self) -> dict[str, Any]:
@@ -210,7 +218,8 @@ class Problem:
             return grad_hidden(x_TD, groups, *first, *tail)[0]
 
         def total(left_XQ: Tensor, right_XP: Tensor, out_EQP: Tensor, by_token: bool) -> Tensor:
-            how = {"num_choices": self.layer.num_choices, "add": False}
+            adds = out_EQP.dtype == torch.float32
+            how = {"num_choices": self.layer.num_choices, "add": adds}
             factors = (left_XQ, right_XP, groups, out_EQP)
             weight_grad(*factors, *tail, left_is_by_token=by_token, **how)
             return out_EQP
@@ -223,13 +232,15 @@ class Problem:
             "grad hidden": hidden,
             "grad fc1": lambda: total(h_RH, x_TD, self.grad1_EHD, False),
             "grad fc2": lambda: total(x_TD, a_RF, self.grad2_EDF, True),
+            "grad fc1, adds": lambda: total(h_RH, x_TD, self.sum1_EHD, False),
+            "grad fc2, adds": lambda: total(x_TD, a_RF, self.sum2_EDF, True),
             "up int8": lambda: few_bits_up("8"),
             "fc2 int8": lambda: few_bits_down("8"),
             "up int4": lambda: few_bits_up("4"),
             "fc2 int4": lambda: few_bits_down("4"),
         }
         run = launches[kernel]
-        return _described(run, tiles) if has_descriptors else run
+        return _with_descriptors(run, tiles.num_stages) if has_descriptors else _by_pointers(run)
 
     def flops(self, kernel: str, tokens: int) -> int:
         """Return what a kernel computes."""
@@ -238,17 +249,28 @@ class Problem:
         return product * (2 if kernel.startswith(("up", "grad x", "grad fc1")) else 1)
 
 
-def _described(run: Callable[[], Any], tiles: Tiles) -> Callable[[], Any]:
+def _with_descriptors(run: Callable[[], Any], num_stages: int) -> Callable[[], Any]:
     def described() -> Any:
         chosen, stages = descriptors.DESCRIBED, descriptors.NUM_STAGES
         descriptors.DESCRIBED = frozenset(("up", "matmul"))
-        descriptors.NUM_STAGES = tiles.num_stages
+        descriptors.NUM_STAGES = num_stages
         try:
             return run()
         finally:
             descriptors.DESCRIBED, descriptors.NUM_STAGES = chosen, stages
 
     return described
+
+
+def _by_pointers(run: Callable[[], Any]) -> Callable[[], Any]:
+    def pointed() -> Any:
+        chosen, descriptors.DESCRIBED = descriptors.DESCRIBED, frozenset()
+        try:
+            return run()
+        finally:
+            descriptors.DESCRIBED = chosen
+
+    return pointed
 
 
 def compile_some(layer: Layer, candidates: list[Candidate]) -> None:
@@ -278,7 +300,9 @@ def time_kernel(
             continue
         try:
             call = problem.call(candidate)
-            outcome = call().float()
+            problem.sum1_EHD.zero_()
+            problem.sum2_EDF.zero_()
+            outcome = call().to(torch.float32, copy=True)
             expected = outcome if expected is None else expected
             line["error"] = float((outcome - expected).abs().max() / expected.abs().max())
             calls.append(call)
@@ -316,6 +340,7 @@ def main() -> None:
     usual = ["Qwen3-30B-A3B"]
     parser.add_argument("--layers", nargs="+", choices=LAYERS, default=usual)
     parser.add_argument("--tokens", nargs="+", type=int, default=(8192, 16))
+    parser.add_argument("--kernels", nargs="+", choices=KIND, default=list(KIND))
     parser.add_argument("--processes", type=int, default=8)
     parser.add_argument("--budget-s", type=float, default=150)
     arguments = parser.parse_args()
@@ -326,7 +351,7 @@ def main() -> None:
     for name, tokens in itertools.product(arguments.layers, arguments.tokens):
         layer = LAYERS[name]
         is_few = tile_rows(tokens * layer.num_choices, layer.num_experts) < 64
-        for kernel in FEW if is_few else WIDE:
+        for kernel in (k for k in (FEW if is_few else WIDE) if k in arguments.kernels):
             plan[name, tokens, kernel] = list(candidates_of(layer, kernel, tokens))
     gpu = {"gpu": torch.cuda.get_device_name(), **floors()}
     print(f"{gpu['gpu']}: {gpu['flops'] / 1e12:.0f} TFLOP/s, {gpu['bytes'] / 1e12:.2f} TB/s")

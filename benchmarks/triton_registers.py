@@ -167,7 +167,7 @@ def cases(arch: int) -> Iterator[Case]:
                 label = act + ragged
                 yield product(grad_hidden_kernel, "grad_hidden", rows, dtype, label, **constants)
     for dtype, by_token, out in itertools.product(TYPES, (True, False), ("same", "adds", "fp32")):
-        constants = {"LEFT_IS_BY_TOKEN": by_token, "ADD": out != "same"}
+        constants = {"LEFT_IS_BY_TOKEN": by_token, "ADD": out != "same", "CHOICES": 8}
         label = f"{'fc2' if by_token else 'fc1'}, {'adds to fp32' if out == 'fp32' else out}"
         pointers = {"out_SQP": "*fp32"} if out == "fp32" else {}
         arguments = (weight_grad_kernel, "weight_grad", 128, dtype, label)

@@ -84,7 +84,7 @@ class LanguageModel:
         for _ in range(max_new_tokens):
             batch = batch_of(inputs, caches)
             ends = torch.tensor(batch.lengths).cumsum(0) - 1
-            logits_BV = self.decoder.logits(self.decoder(batch).hidden_TD[ends])
+            logits_BV = self.decoder.logits(self.decoder(batch).hidden_TD[ends]).cpu()
             new = []
             for row in range(num_rows):
                 token = ended[row]
@@ -92,10 +92,11 @@ class LanguageModel:
                     token = sample(logits_BV[row], params, generators[row])
                     ended[row] = token if token in self.eos_ids else None
                 new.append(token)
-            columns.append(torch.tensor(new).unsqueeze(1))
+            new_B1 = torch.tensor(new, device=ids_BT.device).unsqueeze(1)
+            columns.append(new_B1)
             if all(token is not None for token in ended):
                 break
-            inputs = [torch.tensor([token]) for token in new]
+            inputs = list(new_B1)
         return torch.cat(columns, dim=1)
 
     def _check(self, ids_BT: Tensor, length: int) -> None:

@@ -1,5 +1,7 @@
 """Experts in 8 or 4 bits, for inference. N rows, D model width, K choices."""
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from ..kernels.expert_mlp import expert_mlp
@@ -14,6 +16,12 @@ class QuantizedExperts(AnyExperts):
     def __init__(self, weights: QuantizedExpertWeights) -> None:
         super().__init__()
         self.weights = weights
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedExperts":
+        """Follow the module to a device; values and scales keep their types."""
+        self.weights = self.weights.to(fn(self.weights.fc1.values[:0]).device)
+        super()._apply(fn, recurse)
+        return self
 
     def announce(self, routing: Routing) -> None:
         """Do nothing: experts in memory are always ready."""

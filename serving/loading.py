@@ -37,7 +37,8 @@ def load(
     """Open a Hugging Face MoE folder or a run's export as a model ready to call.
 
     ``dtype`` is ``float32`` or ``bfloat16`` (None = as stored); routers stay in fp32 under
-    bfloat16, and experts that the folder has in 8 or 4 bits stay in those. ``expert_memory``
+    bfloat16, and experts that the folder has in 8 or 4 bits stay in those. ``device`` is ``cpu``,
+    ``cuda`` or ``cuda:N``; ids go there too. ``expert_memory``
     (``2GiB``, ``25%``) bounds the experts kept in memory; the others are read from the folder when
     they are needed, and outputs are the same bit for bit.
     """
@@ -51,14 +52,31 @@ def open_model(
     expert_memory: str | None = None,
 ) -> tuple[LanguageModel, ExpertStore | None]:
     """Do what :func:`load` does and return the store too, if there is one."""
-    if device != "cpu":
-        raise ConfigError(f"device is {device!r}; this release serves on 'cpu'.")
+    target = _check_device(device, expert_memory)
     files = ModelFolder(Path(folder))
     try:
-        return _open(files, dtype, expert_memory)
+        model, store = _open(files, dtype, expert_memory)
+        if target.type != "cpu":
+            model.decoder.to(target)
+        return model, store
     except BaseException:
         files.close()
         raise
+
+
+def _check_device(name: str, expert_memory: str | None) -> torch.device:
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or not (number.isdigit() or number == ""):
+        raise ConfigError(f"device is {name!r}; use cpu, cuda or cuda:N.")
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    if int(number or 0) >= count:
+        raise ConfigError(f"device is {name!r}, but torch sees {count} of that kind; use cpu.")
+    if kind == "cuda" and expert_memory is not None:
+        raise ConfigError(
+            f"device is {name!r} and expert_memory {expert_memory!r}, but experts are offloaded "
+            "for the CPU only; leave one out."
+        )
+    return torch.device(name)
 
 
 def _open(

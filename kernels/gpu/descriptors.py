@@ -23,10 +23,9 @@ from .grouping import SlotGroups
 from .tile_math import add_product, gated, left_and_right_half, tile_and_column
 from .tiles import GROUP_TILES, Kernel, Tiles
 
-DESCRIBED: frozenset[Kernel] = frozenset()
-"""The kernels that descriptors serve, "up" and "matmul" or one of them; none, for it is not
-measured here yet which are faster so: benchmarks/gpu.sh times both ways. Published: 13 percent more
-for a dense product in fp16 (Triton's pull request 5461, H100)."""
+DESCRIBED: frozenset[Kernel] = frozenset(("matmul",))
+"""The kernels that descriptors serve; "up" may be one, whose rows come by pointers both ways. On an
+H100, fc2 is 1.08 times and grad x 1.09 times as fast so, fc1 0.89 times (benchmarks/tiles.py)."""
 
 NUM_STAGES = 4
 """As many tiles as an H200's shared memory holds."""

@@ -17,8 +17,8 @@ from torch import Tensor
 from .grouping import SlotGroups
 from .tile_math import (
     add_product,
+    columns_of,
     gated_with_slopes,
-    left_and_right_half,
     tile_and_column,
 )
 from .tiles import GROUP_TILES, Tiles
@@ -177,25 +177,20 @@ def grad_hidden_kernel(
         w_at += P * stride_row
     weight_M = tl.load(weights_R + routed_M, mask=is_row_M, other=0).to(tl.float32)
     row_M = row_M.to(tl.int64)
-    # A quarter of the columns at a time: gate, up and their gradients of a whole tile spill.
-    half0, half1 = left_and_right_half(g_MN, M, N)
+    # 32 columns at a time: gate, up and their gradients of a whole tile spill.
+    PARTS: tl.constexpr = max(1, N // 32)
     part_M = tl.zeros((M,), dtype=tl.float32)
-    for half in tl.static_range(2):
-        half_MN = half0 if half == 0 else half1
-        quarter0, quarter1 = left_and_right_half(half_MN, M, N // 2)
-        for quarter in tl.static_range(2):
-            quarter_MN = quarter0 if quarter == 0 else quarter1
-            first_feature = column * N + (2 * half + quarter) * (N // 4)
-            part_M += _finish_columns(
-                quarter_MN,
-                first_feature + tl.arange(0, N // 4),
-                row_M,
-                is_row_M,
-                weight_M,
-                h_RH,
-                grad_h_RH,
-                scaled_RF,
-                d_expert,
-                ACTIVATION,
-            )
+    for part in tl.static_range(PARTS):
+        part_M += _finish_columns(
+            columns_of(g_MN, part, PARTS, M, N),
+            column * N + part * (N // PARTS) + tl.arange(0, N // PARTS),
+            row_M,
+            is_row_M,
+            weight_M,
+            h_RH,
+            grad_h_RH,
+            scaled_RF,
+            d_expert,
+            ACTIVATION,
+        )
     tl.store(part_BR + column.to(tl.int64) * num_rows + row_M, part_M, mask=is_row_M)

@@ -89,3 +89,14 @@ def gated_with_slopes(gate, up, ACTIVATION: tl.constexpr):
 def left_and_right_half(x_MN, M: tl.constexpr, N: tl.constexpr):
     """Split a tile's columns into two halves."""
     return tl.split(tl.permute(tl.reshape(x_MN, (M, 2, N // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def columns_of(x_MN, part: tl.constexpr, PARTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """Return one of PARTS equal parts of a tile's columns; PARTS is a power of 2."""
+    if PARTS == 1:
+        return x_MN
+    else:
+        left, right = left_and_right_half(x_MN, M, N)
+        half = left if part < PARTS // 2 else right
+        return columns_of(half, part % (PARTS // 2), PARTS // 2, M, N // 2)

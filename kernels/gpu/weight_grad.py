@@ -38,12 +38,12 @@ def weight_grad(
         groups.order_R,
         groups.offsets_S1,
         out_SQP,
-        num_choices,
         num_lines,
         num_columns,
         left_XQ.stride(0),
         right_XP.stride(0),
         out_SQP.stride(0),
+        CHOICES=num_choices,
         LEFT_IS_BY_TOKEN=left_is_by_token,
         ADD=add,
         PRECISION=precision,
@@ -62,12 +62,12 @@ def weight_grad_kernel(
     order_R,
     offsets_S1,
     out_SQP,
-    num_choices,
     num_lines,
     num_columns,
     stride_left,
     stride_right,
     stride_slot,
+    CHOICES: tl.constexpr,
     LEFT_IS_BY_TOKEN: tl.constexpr,
     ADD: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -94,19 +94,35 @@ def weight_grad_kernel(
         sum_MN = tl.load(out_at, mask=is_out, other=0).to(tl.float32)
     else:
         sum_MN = tl.zeros((M, N), dtype=tl.float32)
-    for first in range(start, end, P):
+    left_at = left_XQ + line_M[None, :]
+    right_at = right_XP + column_N[None, :]
+    # No row is masked but in the last step: instructions took as long as the products.
+    whole = start + (end - start) // P * P
+    for first in range(start, whole, P):
         row_I = first + tl.arange(0, P)
-        is_row_I = row_I < end
-        token_I = tl.load(order_R + row_I, mask=is_row_I, other=0) // num_choices
+        token_I = tl.load(order_R + row_I) // CHOICES
         left_row_I = (token_I if LEFT_IS_BY_TOKEN else row_I).to(tl.int64)
         right_row_I = (row_I if LEFT_IS_BY_TOKEN else token_I).to(tl.int64)
         left_IM = tl.load(
-            left_XQ + left_row_I[:, None] * stride_left + line_M[None, :],
+            left_at + left_row_I[:, None] * stride_left, mask=is_line_M[None, :], other=0
+        )
+        right_IN = tl.load(
+            right_at + right_row_I[:, None] * stride_right, mask=is_column_N[None, :], other=0
+        )
+        sum_MN = add_product(sum_MN, tl.trans(left_IM), right_IN, PRECISION)
+    if whole < end:
+        row_I = whole + tl.arange(0, P)
+        is_row_I = row_I < end
+        token_I = tl.load(order_R + row_I, mask=is_row_I, other=0) // CHOICES
+        left_row_I = (token_I if LEFT_IS_BY_TOKEN else row_I).to(tl.int64)
+        right_row_I = (row_I if LEFT_IS_BY_TOKEN else token_I).to(tl.int64)
+        left_IM = tl.load(
+            left_at + left_row_I[:, None] * stride_left,
             mask=is_row_I[:, None] & is_line_M[None, :],
             other=0,
         )
         right_IN = tl.load(
-            right_XP + right_row_I[:, None] * stride_right + column_N[None, :],
+            right_at + right_row_I[:, None] * stride_right,
             mask=is_row_I[:, None] & is_column_N[None, :],
             other=0,
         )

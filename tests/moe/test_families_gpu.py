@@ -22,8 +22,7 @@ def some_ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:
 @torch.no_grad()
 @pytest.mark.parametrize("case", CASES)
 def test_logits_and_greedy_tokens_on_a_gpu_are_those_of_transformers(case, tmp_path):
-    theirs, ours = save(case, tmp_path), moeyard.load(tmp_path)
-    ours.decoder.cuda()
+    theirs, ours = save(case, tmp_path), moeyard.load(tmp_path, device="cuda")
     ids = some_ids(3, 41)
     mask = torch.ones(3, 41, dtype=torch.long)
     mask[0, :9], mask[1, :30] = 0, 0
@@ -57,9 +56,9 @@ def test_gradients_on_a_gpu_are_those_of_the_cpu(case, tmp_path):
 def test_experts_of_few_bits_on_a_gpu_give_the_cpus_logits(bits, tmp_path):
     save("qwen3_moe", tmp_path / "plain", hidden_size=64, moe_intermediate_size=32)
     convert(tmp_path / "plain", tmp_path / bits, dtype=bits)
-    ours, ids = moeyard.load(tmp_path / bits), some_ids(3, 41)
-    expected = ours(ids)
-    ours.decoder.cuda()
+    ids = some_ids(3, 41)
+    expected = moeyard.load(tmp_path / bits)(ids)
+    ours = moeyard.load(tmp_path / bits, device="cuda")
     assert (ours(ids.cuda()).cpu() - expected).abs().max() <= TOLERANCE
 
 
@@ -68,8 +67,7 @@ def test_bf16_on_a_gpu_is_as_near_to_fp32_as_transformers_is(tmp_path):
     theirs = save("qwen3_moe", tmp_path)
     ids = some_ids(3, 41)
     expected = theirs(ids).logits
-    ours = moeyard.load(tmp_path, dtype="bfloat16")
-    ours.decoder.cuda()
+    ours = moeyard.load(tmp_path, dtype="bfloat16", device="cuda")
     error = (ours(ids.cuda()).float().cpu() - expected).square().mean()
     usual = (theirs.bfloat16()(ids).logits.float() - expected).square().mean()
     assert error <= 2 * usual
