@@ -27,9 +27,7 @@ from torch import Tensor
 
 from moeyard.kernels.expert_mlp import Backend, expert_mlp
 from moeyard.kernels.expert_weights import ExpertWeights, MainGrads
-from moeyard.kernels.gpu import descriptors
 from moeyard.kernels.gpu import tiles as tile_rules
-from moeyard.kernels.gpu.tiles import Kernel, tile_rows
 from moeyard.kernels.megablocks_backend import why_no_megablocks
 from moeyard.kernels.quantized_weights import Bits, QuantizedExpertWeights, quantize_experts
 
@@ -59,8 +57,6 @@ QUANTIZED_MODES: dict[str, Bits] = {"forward, int8": 8, "forward, int4": 4}
 QUANTIZED_LAYERS = ("Qwen3-30B-A3B", "tiny")
 QUANTIZED_TOKENS = (16, 1, 64, 8192, 2048, 4096)
 """Decoding, where weights in 8 and 4 bits should pay, and a prompt, where they must not cost."""
-DESCRIBED_LAYERS = ("Qwen3-30B-A3B",)
-"""Where descriptors are timed beside pointers, which decides descriptors.DESCRIBED."""
 TOKENS = (8192, 32768, 16, 1, 1024, 4096, 128, 64, 4)
 """By how much we want to know them."""
 GRAPH_TOKENS = 256
@@ -130,9 +126,7 @@ class Problem:
 Contestants = dict[str, Callable[[], Any]]
 
 
-def contestants_of(
-    problem: Problem, has_backward: bool, is_cuda: bool, with_descriptors: bool
-) -> Contestants:
+def contestants_of(problem: Problem, has_backward: bool, is_cuda: bool) -> Contestants:
     """Return what is timed; our own come first, and "torch" is what the others must agree with."""
     parameters = (problem.fc1_EHD, problem.fc2_EDF)
     found: Contestants = {}
@@ -144,12 +138,6 @@ def contestants_of(
 
     found["torch"] = ours("torch")
     found["triton"] = ours("triton")
-    if with_descriptors and tile_rows(problem.num_rows, problem.fc1_EHD.shape[0]) == 128:
-        for kernels in ((), ("up",), ("matmul",), ("up", "matmul")):
-            if frozenset(kernels) == descriptors.DESCRIBED:
-                continue
-            name = f"triton, TMA {' '.join(kernels) or 'for nothing'}"
-            found[name] = _described(ours("triton"), frozenset(kernels))
     if is_cuda and why_no_megablocks(problem.x_TD.device) is None:
         found["our glue on MegaBlocks"] = ours("megablocks")
     sum_bytes = sum(4 * p.numel() for p in parameters)
@@ -211,19 +199,6 @@ def _widened(function: Callable[[], Any], rows_per_expert: int) -> Callable[[], 
             tile_rules.DEQUANTIZE_ROWS_PER_EXPERT = usual
 
     return widened
-
-
-def _described(function: Callable[[], Any], kernels: frozenset[Kernel]) -> Callable[[], Any]:
-    """Return a function that runs another one with descriptors for these kernels."""
-
-    def run() -> Any:
-        usual, descriptors.DESCRIBED = descriptors.DESCRIBED, kernels
-        try:
-            return function()
-        finally:
-            descriptors.DESCRIBED = usual
-
-    return run
 
 
 def _graph_of(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -339,9 +314,8 @@ def lines_of(cell: dict[str, Any]) -> list[str]:
 
 
 def ratios_of(contestants: dict[str, dict[str, Any]]) -> list[str]:
-    """Return how much faster descriptors are than pointers, and few bits than 16."""
-    pairs = [("triton", name) for name in contestants if name.startswith("triton, TMA")]
-    pairs += [(PLAIN, "triton"), (f"{PLAIN}, graph", "triton, graph")]
+    """Return how much faster few bits are than 16."""
+    pairs = [(PLAIN, "triton"), (f"{PLAIN}, graph", "triton, graph")]
     seconds = {name: figures.get("seconds") for name, figures in contestants.items()}
     return [
         f"  {name} runs at {seconds[usual] / seconds[name]:.2f} times the speed of {usual}"
@@ -366,8 +340,6 @@ class Part(NamedTuple):
 def run_part(part: Part, device: str, stop: float, cells_left: int) -> list[dict[str, Any]]:
     """Measure the sizes of one layer; each may take its share of what is left of the time."""
     layer, is_cuda = LAYERS[part.layer], device == "cuda"
-    has_tma = is_cuda and torch.cuda.get_device_capability()[0] == 9
-    with_descriptors = has_tma and part.layer in DESCRIBED_LAYERS
     dtype = torch.bfloat16 if is_cuda else torch.float32
     experts, _, d_model, d_expert = layer
     sizes = ((experts, 2 * d_expert, d_model), (experts, d_model, d_expert))
@@ -390,7 +362,7 @@ def run_part(part: Part, device: str, stop: float, cells_left: int) -> list[dict
                 quantized[mode] = quantize_experts(plain, QUANTIZED_MODES[mode])
             contestants = quantized_contestants_of(problem, quantized[mode], is_cuda)
         else:
-            contestants = contestants_of(problem, has_backward, is_cuda, with_descriptors)
+            contestants = contestants_of(problem, has_backward, is_cuda)
         cell = {
             "layer": part.layer,
             "tokens": num_tokens,

@@ -25,7 +25,6 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from moeyard.kernels.expert_weights import ExpertWeights
-from moeyard.kernels.gpu import descriptors
 from moeyard.kernels.gpu.grad_hidden import grad_hidden
 from moeyard.kernels.gpu.grouped_matmul import grouped_matmul
 from moeyard.kernels.gpu.grouping import group_rows
@@ -47,8 +46,8 @@ KIND: dict[str, Kernel] = {
     "grad hidden": "grad_hidden",
     "grad fc1": "weight_grad",
     "grad fc2": "weight_grad",
-    "grad fc1, adds": "weight_grad",
-    "grad fc2, adds": "weight_grad",
+    "grad fc1, adds": "weight_sum",
+    "grad fc2, adds": "weight_sum",
     "up, inference": "up",
     "up int8": "up",
     "fc2 int8": "matmul",
@@ -56,6 +55,7 @@ KIND: dict[str, Kernel] = {
     "fc2 int4": "matmul",
 }
 """What each launch is in ``tiles_for``."""
+WEIGHTS = ("weight_grad", "weight_sum")
 WIDE = ("up", "fc2", "grad x", "grad hidden")
 WIDE += ("grad fc1", "grad fc2", "grad fc1, adds", "grad fc2, adds")
 FEW = ("up, inference", "fc2", "up int8", "fc2 int8", "up int4", "fc2 int4")
@@ -78,12 +78,6 @@ WIDE_ROWS = [
         ((64, 256, 64, 8), (3, 4)),
         ((64, 128, 64, 4), (3, 5)),
         ((64, 128, 128, 4), (3,)),
-    )
-]
-DESCRIBED = [
-    Tiles(*values)
-    for values in _with_stages(
-        ((128, 256, 64, 8), (3, 4)), ((128, 128, 64, 8), (3, 4)), ((128, 128, 64, 4), (3, 4))
     )
 ]
 SUMS = [
@@ -123,14 +117,12 @@ class Candidate(NamedTuple):
     kernel: str
     tokens: int
     tiles: Tiles
-    has_descriptors: bool = False
 
     @property
     def name(self) -> str:
         """A line's head in the table."""
         m, n, p, warps, stages = self.tiles
-        way = " TMA" if self.has_descriptors else ""
-        return f"{m:3} x {n:3} x {p:3}, {warps} warps, {stages} stages{way}"
+        return f"{m:3} x {n:3} x {p:3}, {warps} warps, {stages} stages"
 
 
 def candidates_of(layer: Layer, kernel: str, tokens: int) -> Iterator[Candidate]:
@@ -141,18 +133,12 @@ def candidates_of(layer: Layer, kernel: str, tokens: int) -> Iterator[Candidate]
         shipped = quantized_tiles(rows, DTYPE, layer.d_model if bits == "8" else INT4_GROUP)
     else:
         shipped = tiles_for(KIND[kernel], rows, DTYPE, True)
-    others = SUMS if KIND[kernel] == "weight_grad" else WIDE_ROWS
-    if rows < 128 and KIND[kernel] != "weight_grad":
+    others = SUMS if KIND[kernel] in WEIGHTS else WIDE_ROWS
+    if rows < 128 and KIND[kernel] not in WEIGHTS:
         few = FEW_ROWS_INT4 if bits == "4" else FEW_ROWS
         others = [Tiles(rows, *columns) for columns in few]
-    is_described = rows == 128 and KIND[kernel] in descriptors.DESCRIBED
-    if is_described:
-        shipped = shipped._replace(num_stages=descriptors.NUM_STAGES)
-    found = {Candidate(kernel, tokens, shipped, is_described): None}
-    found |= {Candidate(kernel, tokens, tiles): None for tiles in others}
-    if rows == 128 and KIND[kernel] in ("up", "matmul"):
-        found |= {Candidate(kernel, tokens, tiles, True): None for tiles in DESCRIBED}
-    yield from found
+    for tiles in dict.fromkeys((shipped, *others)):
+        yield Candidate(kernel, tokens, tiles)
 
 
 class Problem:
@@ -192,11 +178,11 @@ class Problem:
 
     def call(self, candidate: Candidate) -> Callable[[], Any]:
         """Return what runs the candidate's kernel once and returns what it wrote."""
-        kernel, tokens, tiles, has_descriptors = candidate
+        kernel, tokens, tiles = candidate
         made = self.rows(tokens)
         x_TD, h_RH, a_RF = made["x_TD"], made["h_RH"], made["a_RF"]
         rows = tile_rows(a_RF.shape[0], self.layer.num_experts)
-        rows = rows if KIND[kernel] == "weight_grad" else tiles.M
+        rows = rows if KIND[kernel] in WEIGHTS else tiles.M
         groups = group_rows(made["experts_TK"], None, self.layer.num_experts, rows)
         tail = ("ieee", tiles)
 
@@ -239,38 +225,13 @@ class Problem:
             "up int4": lambda: few_bits_up("4"),
             "fc2 int4": lambda: few_bits_down("4"),
         }
-        run = launches[kernel]
-        return _with_descriptors(run, tiles.num_stages) if has_descriptors else _by_pointers(run)
+        return launches[kernel]
 
     def flops(self, kernel: str, tokens: int) -> int:
         """Return what a kernel computes."""
         rows = tokens * self.layer.num_choices
         product = 2 * rows * self.layer.d_model * self.layer.d_expert
         return product * (2 if kernel.startswith(("up", "grad x", "grad fc1")) else 1)
-
-
-def _with_descriptors(run: Callable[[], Any], num_stages: int) -> Callable[[], Any]:
-    def described() -> Any:
-        chosen, stages = descriptors.DESCRIBED, descriptors.NUM_STAGES
-        descriptors.DESCRIBED = frozenset(("up", "matmul"))
-        descriptors.NUM_STAGES = num_stages
-        try:
-            return run()
-        finally:
-            descriptors.DESCRIBED, descriptors.NUM_STAGES = chosen, stages
-
-    return described
-
-
-def _by_pointers(run: Callable[[], Any]) -> Callable[[], Any]:
-    def pointed() -> Any:
-        chosen, descriptors.DESCRIBED = descriptors.DESCRIBED, frozenset()
-        try:
-            return run()
-        finally:
-            descriptors.DESCRIBED = chosen
-
-    return pointed
 
 
 def compile_some(layer: Layer, candidates: list[Candidate]) -> None:
@@ -292,8 +253,7 @@ def time_kernel(
     calls: list[Callable[[], Any]] = []
     expected = None
     for candidate in candidates:
-        line: dict[str, Any] = {"tiles": list(candidate.tiles), "tma": candidate.has_descriptors}
-        line["name"] = candidate.name
+        line: dict[str, Any] = {"tiles": list(candidate.tiles), "name": candidate.name}
         found.append(line)
         if time.monotonic() > stop:
             line["problem"] = "no time was left"
@@ -355,9 +315,11 @@ def main() -> None:
             plan[name, tokens, kernel] = list(candidates_of(layer, kernel, tokens))
     gpu = {"gpu": torch.cuda.get_device_name(), **floors()}
     print(f"{gpu['gpu']}: {gpu['flops'] / 1e12:.0f} TFLOP/s, {gpu['bytes'] / 1e12:.2f} TB/s")
+    # Each process holds a layer, its gradients and their sums.
+    num_processes = max(1, min(arguments.processes, torch.cuda.mem_get_info()[0] >> 33))
     for name in arguments.layers:
         everything = [c for key, some in plan.items() if key[0] == name for c in some]
-        shares = [everything[i :: arguments.processes] for i in range(arguments.processes)]
+        shares = [everything[i::num_processes] for i in range(num_processes)]
         processes = [
             context.Process(target=compile_some, args=(LAYERS[name], share)) for share in shares
         ]

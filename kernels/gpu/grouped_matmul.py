@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .descriptors import are_chosen, described_matmul
 from .grouping import SlotGroups
 from .tile_math import add_product, tile_and_column
 from .tiles import GROUP_TILES, Tiles
@@ -25,10 +24,7 @@ def grouped_matmul(
     """Return ``x_r @ weight_slot(r) + bias_slot(r)``, ``[R, Q]``; undefined without a slot.
 
     ``weight_SPQ`` may be a transposed view: either of its last two dimensions is contiguous.
-    Descriptors take no biases; with one the tiles come by pointers.
     """
-    if bias_SQ is None and are_chosen("matmul", tiles, x_RP, weight_SPQ):
-        return described_matmul(x_RP, weight_SPQ, groups, precision, tiles)
     num_rows, num_inner = x_RP.shape
     num_outputs = weight_SPQ.shape[2]
     y_RQ = x_RP.new_empty(num_rows, num_outputs)

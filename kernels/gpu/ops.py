@@ -141,7 +141,7 @@ def expert_mlp_backward_op(
     write_grad = functools.partial(
         weight_grad,
         precision=precision,
-        tiles=plan.tiles("weight_grad"),
+        tiles=plan.tiles("weight_sum" if add else "weight_grad"),
         num_choices=num_choices,
         add=add,
     )

@@ -9,7 +9,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
-Kernel = Literal["up", "matmul", "grad_hidden", "weight_grad"]
+Kernel = Literal["up", "matmul", "grad_hidden", "weight_grad", "weight_sum"]
+"""The last two both make weight gradients: "weight_sum" adds them to what is there."""
 
 
 class Tiles(NamedTuple):
@@ -46,15 +47,18 @@ def tile_rows(num_rows: int, num_experts: int) -> int:
 def tiles_for(kernel: Kernel, rows: int, dtype: torch.dtype, is_hopper: bool) -> Tiles:
     """Return the tiles of ``kernel``; ``rows`` is :func:`tile_rows` and fixes M.
 
-    ``weight_grad`` has no row tiles: its M and N are the gradient's rows and columns, P the routed
-    rows it takes at a time. Registers and shared memory of all of them:
+    Weight gradients have no row tiles: their M and N are the gradient's rows and columns, P the
+    routed rows taken at a time. Registers and shared memory of all of them:
     benchmarks/results/triton_registers.txt.
     """
+    is_weight = kernel in ("weight_grad", "weight_sum")
     if dtype == torch.float32:
-        return _FP32_WEIGHT_GRAD if kernel == "weight_grad" else _FP32[rows]
-    if kernel == "weight_grad":
+        return _FP32_WEIGHT_GRAD if is_weight else _FP32[rows]
+    if is_weight:
         # Row numbers must be there before rows, which takes every other stage.
-        return Tiles(128, 256, 64, 8, 7) if is_hopper else Tiles(128, 128, 32, 8, 7)
+        if not is_hopper:
+            return Tiles(128, 128, 32, 8, 7)
+        return Tiles(128, 256 if kernel == "weight_sum" else 128, 64, 8, 5)
     if rows < 128:
         # 128 of the inner dimension at a time spill beside the epilogue of grad_hidden.
         return _FEW_ROWS[rows]._replace(P=64) if kernel == "grad_hidden" else _FEW_ROWS[rows]

@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .descriptors import are_chosen, described_up_projection
 from .grouping import SlotGroups
 from .tile_math import add_product, gated, tile_and_column
 from .tiles import GROUP_TILES, Tiles
@@ -25,13 +24,7 @@ def up_projection(
     a_RF: Tensor | None,
     h_RH: Tensor | None,
 ) -> None:
-    """Write the activations of the rows that have a slot, and their pre-activations if wanted.
-
-    Descriptors take no biases; with one the tiles come by pointers.
-    """
-    if a_RF is not None and bias_SH is None and are_chosen("up", tiles, fc1_SHD):
-        described_up_projection(x_TD, groups, fc1_SHD, activation, precision, tiles, a_RF, h_RH)
-        return
+    """Write the activations of the rows that have a slot, and their pre-activations if wanted."""
     d_model, d_expert = x_TD.shape[1], fc1_SHD.shape[1] // 2
     num_tiles = groups.tiles_L2.shape[0]
     up_projection_kernel[(num_tiles * triton.cdiv(d_expert, tiles.N // 2),)](

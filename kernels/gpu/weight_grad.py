@@ -9,8 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .grouping import SlotGroups
-from .tile_math import add_product
-from .tiles import Tiles
+from .tile_math import add_product, tile_and_column
+from .tiles import GROUP_TILES, Tiles
 
 
 def weight_grad(
@@ -50,6 +50,7 @@ def weight_grad(
         M=tiles.M,
         N=tiles.N,
         P=tiles.P,
+        GROUP_TILES=GROUP_TILES,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )
@@ -74,6 +75,7 @@ def weight_grad_kernel(
     M: tl.constexpr,
     N: tl.constexpr,
     P: tl.constexpr,
+    GROUP_TILES: tl.constexpr,
 ):
     tiles_down, tiles_across = tl.cdiv(num_lines, M), tl.cdiv(num_columns, N)
     slot = tl.program_id(0) // (tiles_down * tiles_across)
@@ -83,8 +85,8 @@ def weight_grad_kernel(
     if ADD:  # noqa: SIM102  (decided when compiling, the next one on the device)
         if start == end:
             return
-    line_M = inside % tiles_down * M + tl.arange(0, M)
-    column_N = inside // tiles_down * N + tl.arange(0, N)
+    down, across = tile_and_column(inside, tiles_down, tiles_across, GROUP_TILES, False)
+    line_M, column_N = down * M + tl.arange(0, M), across * N + tl.arange(0, N)
     is_line_M, is_column_N = line_M < num_lines, column_N < num_columns
     out_at = out_SQP + slot.to(tl.int64) * stride_slot
     out_at = out_at + line_M[:, None] * num_columns + column_N[None, :]

@@ -1,5 +1,6 @@
 """Folders converted to other types open, run, and lose no more than rounding takes."""
 
+import copy
 import json
 
 import pytest
@@ -58,6 +59,8 @@ def test_experts_in_few_bits_run_as_the_weights_they_stand_for(source, tmp_path,
     for _, layer in model.decoder.moe_layers():
         assert isinstance(layer.experts, QuantizedExperts)
         assert layer.experts.weights.fc1.bits == (8 if dtype == "int8" else 4)
+        there = copy.copy(layer.experts).to("meta").weights  # modules take their values along
+        assert there.fc1.values.is_meta and there.fc2.scales_SQG.is_meta
     ids = some_ids()
     found, original = model(ids), moeyard.load(source)(ids)
     widened(model)

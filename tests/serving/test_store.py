@@ -20,6 +20,23 @@ def folder(model_folder):
     return model_folder
 
 
+@pytest.mark.parametrize(
+    ("device", "gpus", "memory", "message"),
+    [
+        ("gpu", 1, None, "device is 'gpu'; use cpu, cuda or cuda:N."),
+        ("cuda:x", 1, None, "device is 'cuda:x'; use cpu, cuda or cuda:N."),
+        ("cuda", 0, None, "device is 'cuda', but torch sees 0 of that kind; use cpu."),
+        ("cuda:1", 1, None, "device is 'cuda:1', but torch sees 1 of that kind; use cpu."),
+        ("cuda", 1, "25%", "experts are offloaded for the CPU only; leave one out."),
+    ],
+)
+def test_devices_that_cannot_work_are_refused(folder, monkeypatch, device, gpus, memory, message):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with pytest.raises(ConfigError) as raised:
+        open_model(folder, device=device, expert_memory=memory)
+    assert message in str(raised.value)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("count", [12, 6, 3, 1])
 def test_logits_are_the_resident_ones_bit_for_bit(folder, dtype, count):
