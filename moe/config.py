@@ -158,6 +158,8 @@ class ModelConfig(BaseModel):
             router["has_bias"] = router["bias_update_rate"] is not None
             for name in TRAINING_ONLY:
                 del router[name]
+            if self.moe.router.num_groups == 1:
+                router["group_score"] = router["top_groups"] = None
         return values
 
     def router(self, layer: int) -> TopK | Hash:

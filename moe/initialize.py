@@ -15,13 +15,13 @@ def initialize(model: Decoder, seed: int) -> None:
 
     Matrices are normal with std ``fan_in**-0.5``, output projections scaled by
     ``(2 * num_layers)**-0.5`` (GPT-2), embeddings and the head with std 0.02, norms one, biases
-    zero.
+    and attention sinks zero.
     Draws are made in fp32 and cast, so that all precisions start from the same numbers.
     """
     residual = (2 * model.config.num_layers) ** -0.5
     for name, parameter in model.named_parameters():
         owner = model.get_submodule(name.rpartition(".")[0])
-        if name.endswith("bias"):
+        if name.endswith(("bias", "sinks")):
             torch.nn.init.zeros_(parameter)
         elif parameter.ndim == 1:
             torch.nn.init.ones_(parameter)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from moeyard.kernels.cpu import library
+from moeyard.moe.attention_config import AttentionConfig
 from moeyard.moe.build_router import build_router
 from moeyard.moe.config import ModelConfig, MoEConfig
 from moeyard.moe.decoder import Decoder
@@ -99,16 +100,20 @@ def test_a_rows_bits_depend_on_no_other_row_and_its_type_is_not_the_routers():
         assert torch.equal(alone.weights_TK, together.weights_TK[token : token + 1])
 
 
-def model(**router) -> ModelConfig:
-    moe = MoEConfig(num_experts=E, d_expert=4, router=TopK(k=K, **router))
+def model(num_experts: int = E, **router) -> ModelConfig:
+    moe = MoEConfig(num_experts=num_experts, d_expert=4, router=TopK(k=K, **router))
     return ModelConfig(vocab_size=16, d_model=D, num_layers=1, num_heads=2, moe=moe)
 
 
-def test_biases_start_at_zero():
-    decoder = Decoder(model(logit_bias=True))
-    torch.nn.init.ones_(decoder.layers[0].mlp.gate.bias)
+def test_biases_and_sinks_start_at_zero():
+    config = model(logit_bias=True)
+    config = config.model_copy(update={"attention": AttentionConfig(sinks=True)})
+    decoder = Decoder(config)
+    fresh = (decoder.layers[0].mlp.gate.bias, decoder.layers[0].self_attn.sinks)
+    for part in fresh:
+        torch.nn.init.ones_(part)
     initialize(decoder, seed=0)
-    assert torch.equal(decoder.layers[0].mlp.gate.bias, torch.zeros(E))
+    assert not any(part.any() for part in fresh)
     assert torch.equal(decoder.norm.weight, torch.ones(D))
 
 
@@ -117,15 +122,17 @@ def test_qwen3_has_no_word_for_it():
     assert family.why_not(model()) is None
     reason = family.why_not(model(logit_bias=True))
     assert reason == "moe.router.logit_bias is True, where qwen3_moe has False"
-    reason = family.why_not(model(group_score="max"))
-    assert reason == "moe.router.group_score is max, where qwen3_moe has top2"
+    assert (
+        family.why_not(model(group_score="max")) is None
+    )  # of one group there is nothing to judge
 
 
 def test_a_configuration_from_before_these_fields_means_their_defaults():
-    now = model(logit_bias=False, group_score="top2")
+    groups = {"num_experts": 8, "num_groups": 2, "top_groups": 1}
+    now = model(logit_bias=False, group_score="top2", **groups)
     before = now.model_dump(mode="json")
     for name in ("logit_bias", "group_score"):
         del before["moe"]["router"][name]
     assert ModelConfig.model_validate(before).architecture() == now.architecture()
-    for other in (model(logit_bias=True), model(group_score="max")):
+    for other in (model(logit_bias=True, **groups), model(group_score="max", **groups)):
         assert other.architecture() != now.architecture()
