@@ -3,9 +3,9 @@
     python benchmarks/loading.py [--folder FOLDER] [--rounds 7]
 
 A Qwen3-MoE of 0.7 B random bf16 parameters (12 layers of 32 experts), written by transformers into
-FOLDER unless it is there. Each opening is a fresh process that has imported what it needs; a first
-round warms the page cache and is left out, then both take turns. Time is that of the call alone;
-peak is the largest anonymous resident memory during it, over that before it.
+FOLDER unless it is there. Each opening is a fresh process that has imported what it needs. A first
+round warms the page cache and watches memory: peak is the largest anonymous resident memory during
+the call, over that before it. Then both take turns unwatched, for the time of the call alone.
 """
 
 import argparse
@@ -16,7 +16,9 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from report import write_results
 
@@ -33,9 +35,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--open", choices=NAMES, help=argparse.SUPPRESS)
+    parser.add_argument("--watch", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.open is not None:
-        print(json.dumps(measure(arguments.open, arguments.folder)))
+        action = peak_of if arguments.watch else seconds_of
+        print(json.dumps(action(opener(arguments.open, arguments.folder))))
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary) / "model"
@@ -55,32 +59,45 @@ def write(folder: Path) -> None:
 
 def compare(folder: Path, rounds: int) -> None:
     weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    found: dict[str, list[dict]] = {name: [] for name in NAMES}
-    for number in range(rounds + 1):
+    peaks = {name: in_a_process(name, folder, "--watch") for name in NAMES}
+    seconds: dict[str, list[float]] = {name: [] for name in NAMES}
+    for number in range(rounds):
         for name in NAMES if number % 2 else reversed(NAMES):
-            command = [sys.executable, __file__, "--open", name, "--folder", str(folder)]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            if number:
-                found[name].append(json.loads(done.stdout.splitlines()[-1]))
+            seconds[name].append(in_a_process(name, folder))
     rows = {}
-    for name, runs in found.items():
+    for name in NAMES:
         rows[name] = {
-            "seconds": statistics.median(run["seconds"] for run in runs),
-            "peak_over_weights": max(run["peak_bytes"] for run in runs) / weights,
-            "all_seconds": [run["seconds"] for run in runs],
+            "seconds": statistics.median(seconds[name]),
+            "peak_over_weights": peaks[name] / weights,
+            "all_seconds": seconds[name],
         }
         print(
             f"{name:13} {rows[name]['seconds']:6.2f} s   peak anonymous memory "
             f"{rows[name]['peak_over_weights']:.2f} of the weights"
         )
-    pairs = zip(*(rows[name]["all_seconds"] for name in NAMES), strict=True)
-    ratio = statistics.median(ours / theirs for ours, theirs in pairs)
-    print(f"time against transformers, median of {rounds} pairs: {ratio:.2f}")
-    write_results("loading", {"weights_bytes": weights, "ratio": ratio, "rows": rows})
+    ratios = [ours / theirs for ours, theirs in zip(*seconds.values(), strict=True)]
+    print(
+        f"time against transformers, median of {rounds} pairs: {statistics.median(ratios):.2f} "
+        f"(from {min(ratios):.2f} to {max(ratios):.2f})"
+    )
+    write_results("loading", {"weights_bytes": weights, "ratios": ratios, "rows": rows})
 
 
-def measure(name: str, folder: Path) -> dict[str, float]:
-    open_it = opener(name, folder)
+def in_a_process(name: str, folder: Path, *options: str) -> float:
+    command = [sys.executable, __file__, "--open", name, "--folder", str(folder), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(json.loads(done.stdout.splitlines()[-1]))
+
+
+def seconds_of(open_it: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    model = open_it()
+    seconds = time.perf_counter() - started
+    assert model is not None
+    return seconds
+
+
+def peak_of(open_it: Callable[[], Any]) -> int:
     before, peak, is_done = anonymous_bytes(), 0, False
 
     def watch() -> None:
@@ -91,16 +108,14 @@ def measure(name: str, folder: Path) -> dict[str, float]:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    started = time.perf_counter()
     model = open_it()
-    seconds = time.perf_counter() - started
     is_done = True
     watcher.join()
     assert model is not None
-    return {"seconds": seconds, "peak_bytes": max(peak, anonymous_bytes()) - before}
+    return max(peak, anonymous_bytes()) - before
 
 
-def opener(name: str, folder: Path):
+def opener(name: str, folder: Path) -> Callable[[], Any]:
     """Import what a library needs and return its call."""
     if name == "moeyard":
         from moeyard.serving.loading import load

@@ -23,6 +23,8 @@ Read = tuple[int, Callable[[], None]]
 
 MOST_THREADS = 3
 """Each may hold a matrix in the folder's type on its way, and an expert has three."""
+RUN_BYTES = 8 << 20
+"""What a thread fills in one go: threads whose matrices share a huge page wait for each other."""
 
 
 def run_reads(folder: ModelFolder, reads: Iterable[Read]) -> None:
@@ -31,14 +33,14 @@ def run_reads(folder: ModelFolder, reads: Iterable[Read]) -> None:
     Several threads, because the first touch of fresh memory costs as much as reading from a warm
     page cache. Raises :class:`ModelFileError` for the first that fails.
     """
-    listed = list(reads)
+    runs = list(_runs(reads))
     num_threads = min(MOST_THREADS, len(os.sched_getaffinity(0)))
-    total = sum(num_bytes for num_bytes, _ in listed)
+    total = sum(num_bytes for num_bytes, _ in runs)
     with (
         ThreadPoolExecutor(num_threads, thread_name_prefix="read-weights") as pool,
         Progress("loading", total, in_bytes=True) as progress,
     ):
-        waiting = {pool.submit(read): num_bytes for num_bytes, read in listed}
+        waiting = {pool.submit(run): num_bytes for num_bytes, run in runs}
         try:
             while waiting:
                 done, _ = wait(waiting, timeout=0.2, return_when=FIRST_EXCEPTION)
@@ -50,6 +52,25 @@ def run_reads(folder: ModelFolder, reads: Iterable[Read]) -> None:
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def _runs(reads: Iterable[Read]) -> Iterator[Read]:
+    """Join neighbouring calls."""
+    calls: list[Callable[[], None]] = []
+    num_bytes = 0
+    for more, call in reads:
+        calls.append(call)
+        num_bytes += more
+        if num_bytes >= RUN_BYTES:
+            yield num_bytes, partial(_make_all, calls)
+            calls, num_bytes = [], 0
+    if calls:
+        yield num_bytes, partial(_make_all, calls)
+
+
+def _make_all(calls: list[Callable[[], None]]) -> None:
+    for call in calls:
+        call()
 
 
 def dense_reads(folder: ModelFolder, decoder: Decoder, dtype: torch.dtype) -> Iterator[Read]:
