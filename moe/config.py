@@ -9,6 +9,8 @@ from .attention_config import AttentionConfig, RopeScaling
 from .router_config import TRAINING_ONLY, AnyRouter, Hash, TopK, problem_with_choices
 
 WIDEST = 1 << 24
+MOST_EXPERTS = 1 << 16
+LONGEST = 1 << 30
 """Bound on widths: absurd ones, as in a damaged file, are refused before anything is made."""
 
 
@@ -17,7 +19,7 @@ class MoEConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    num_experts: int = Field(ge=1, le=1 << 16)
+    num_experts: int = Field(ge=1, le=MOST_EXPERTS)
     """Routed experts per layer."""
     d_expert: int = Field(ge=1, le=WIDEST)
     """Inner width of one expert."""
@@ -61,7 +63,7 @@ class ModelConfig(BaseModel):
     moe: MoEConfig | None = None
     dense_layers: tuple[int, ...] = ()
     """Layers with a dense MLP in place of experts."""
-    max_positions: int = Field(default=2048, ge=1)
+    max_positions: int = Field(default=2048, ge=1, le=LONGEST)
     """Longest sequence in tokens."""
     rope_theta: float = Field(default=10_000.0, gt=0)
     rope_scaling: RopeScaling | None = None

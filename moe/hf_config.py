@@ -65,9 +65,15 @@ def from_hf(values: dict[str, Any]) -> ModelConfig:
     except KeyError as error:
         raise ModelFileError(f"config.json has no {error.args[0]!r}; add it.") from None
     except ValidationError as error:
-        problem = error.errors()[0]
-        path = ".".join(str(part) for part in problem["loc"])
-        message = (
-            str(problem["ctx"]["error"]) if problem["type"] == "value_error" else problem["msg"]
-        )
-        raise ModelFileError(f"config.json: {path}: {message}.".replace("..", ".")) from None
+        raise ModelFileError(f"config.json: {_sentence(error, values)}.") from None
+
+
+def _sentence(error: ValidationError, values: dict[str, Any]) -> str:
+    """Say what is wrong in the file's own words, where a key of it has the value in question."""
+    problem = error.errors()[0]
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"]).removesuffix(".")
+    found, name = problem["input"], ".".join(map(str, problem["loc"]))
+    same = [key for key, value in values.items() if type(value) is type(found) and value == found]
+    rule = problem["msg"].removeprefix("Input ").partition(",")[0]
+    return f"{same[0] if len(same) == 1 else name} is {found!r}; it {rule}"

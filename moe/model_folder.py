@@ -1,5 +1,6 @@
 """Open a Hugging Face model folder: its configuration, its family and its tensors."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ class ModelFolder:
         Reads headers only, and stops at the first tensor that is missing, so that an absurd
         configuration costs nothing. Tensors whose name ends in ``without`` may be missing.
         """
+        self._check_that_all_is_used()
         config = config or self.config
         for parameter, tensor in dense_tensors(config):
             if without is None or not parameter.endswith(without) or parameter in self:
@@ -44,6 +46,36 @@ class ModelFolder:
             experts = self.family.experts
             for name, shape in experts.tensors(self.files, config.moe, config.d_model, layer):
                 self.files.check_shape(name, shape)
+
+    def _check_that_all_is_used(self) -> None:
+        """Raise :class:`ModelFileError` where the weights are those of a larger model."""
+        # DeepSeek-V3 keeps the layers that predict further tokens behind its own.
+        extra = self.values.get("num_nextn_predict_layers") or 0
+        num_layers = self.config.num_layers + (extra if isinstance(extra, int) else 0)
+        for name in self.files:
+            layer = re.match(r"model\.layers\.(\d+)\.", name)
+            if layer is not None and int(layer[1]) >= num_layers:
+                raise ModelFileError(
+                    f"config.json has num_hidden_layers = {self.config.num_layers}, but the "
+                    f"weights have {name}; copy the folder again, or correct the number."
+                )
+        if self.config.tie_embeddings and "lm_head.weight" in self.files:
+            self._check_tied_head()
+
+    def _check_tied_head(self) -> None:
+        """Compare a few rows: a folder may hold one matrix under both names."""
+        embedding, head = self._name("embed_tokens.weight"), "lm_head.weight"
+        shape = self.files.entry(embedding).shape
+        self.files.check_shape(head, shape)
+        for row in {0, shape[0] // 2, shape[0] - 1}:
+            rows = torch.empty(2, *shape[1:])
+            for name, out in zip((embedding, head), rows, strict=True):
+                self.files.read_part(name, row, out)
+            if not torch.equal(*rows):
+                raise ModelFileError(
+                    f"config.json has tie_word_embeddings = true, but {head} is another matrix "
+                    f"than {embedding}; set it to false."
+                )
 
     def __contains__(self, parameter: str) -> bool:
         return self._name(parameter) in self.files
@@ -103,6 +135,10 @@ class ModelFolder:
 
     def _packed_format(self) -> PackedFormat | None:
         values = self.values.get("quantization_config")
+        if values is not None and not isinstance(values, dict):
+            raise ModelFileError(
+                f"config.json has quantization_config = {values!r}; use an object or leave it out."
+            )
         method = values.get("quant_method") if isinstance(values, dict) else None
         if values is None or method == self.family.own_quantization:
             return None

@@ -101,7 +101,9 @@ class TensorFiles:
             raise ModelFileError(f"{INDEX} has no weight_map; copy the folder again.")
         for name in weight_map.values():
             if not isinstance(name, str) or not re.fullmatch(r"[\w.-]*\.safetensors", name):
-                raise ModelFileError(f"{INDEX} names {name!r}, which is not in the folder.")
+                raise ModelFileError(
+                    f"{INDEX} names {name!r}, which is not in the folder; copy the folder again."
+                )
         return weight_map
 
     def _remedy(self) -> str:

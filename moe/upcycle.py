@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .config import ModelConfig, MoEConfig
+from .config import MOST_EXPERTS, ModelConfig, MoEConfig
 from .convert import copy_tokenizer
 from .families.table import FAMILIES
 from .generation_config import FILE as GENERATION_FILE
@@ -118,17 +118,17 @@ def _config(
     assert dense.d_ff is not None, "the configuration was not validated"
     if split < 1 or dense.d_ff % split:
         raise ConfigError(
-            f"split is {split}, which does not divide the MLP's width {dense.d_ff}; use a divisor."
+            f"split is {split}; use 1 or another divisor of the MLP's width {dense.d_ff}."
         )
-    if num_experts < split or num_experts % split:
+    if not split <= num_experts <= MOST_EXPERTS or num_experts % split:
         raise ConfigError(
             f"num_experts is {num_experts}, but a copy of the MLP takes split = {split} experts; "
-            f"use a multiple of {split}."
+            f"use a multiple of {split} from {split} to {MOST_EXPERTS}."
         )
     if not split <= k <= num_experts or k % split:
         raise ConfigError(
             f"k is {k}, but tokens must choose whole copies of split = {split} experts to begin as "
-            f"the dense model; use a multiple of {split} up to num_experts = {num_experts}."
+            f"the dense model; use a multiple of {split} from {split} to {num_experts}."
         )
     first, step = {"all": (0, 1), "every-2": (1, 2), "last-half": (dense.num_layers // 2, 1)}[
         moe_layers

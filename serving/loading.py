@@ -122,9 +122,14 @@ def open_store(files: ModelFolder, dtype: torch.dtype, expert_memory: str) -> Ex
 
 def pick_dtype(files: ModelFolder, name: str | None) -> torch.dtype:
     """Return the asked type, or the folder's own."""
-    if name is None:
-        name = files.values.get("dtype") or files.values.get("torch_dtype") or "float32"
-    if not isinstance(name, str) or name not in DTYPES:
+    stored = files.values.get("dtype") or files.values.get("torch_dtype") or "float32"
+    if name is None and not (isinstance(stored, str) and stored in DTYPES):
+        raise ConfigError(
+            f"{files.path / 'config.json'} has dtype {stored!r}, which is not offered; ask for one "
+            f"of {', '.join(DTYPES)}."
+        )
+    name = name or stored
+    if name not in DTYPES:
         raise ConfigError(f"dtype is {name!r}; use one of {', '.join(DTYPES)}.")
     return DTYPES[name]
 

@@ -41,7 +41,7 @@ class DataConfig(_Section):
     stream_ahead_tokens: int = Field(default=1 << 22, ge=1)
     """Tokens of an ``hf:`` source that are prepared before training needs them, at most."""
     tokenizer: str = "bytes"
-    """``bytes`` or a folder with a Hugging Face tokenizer."""
+    """``bytes`` or a folder with a Hugging Face tokenizer; null with ``start_from``: its own."""
     text_key: str = "text"
     """Key of the document's text in a JSONL line, or its column in a data set."""
 
@@ -216,6 +216,6 @@ class RunConfig(_Section):
                 f"lora is given, but train.parameters is {chosen}; set train.parameters to lora "
                 "or leave lora out."
             )
-        if self.lora is not None and moe is None and "attention" not in self.lora.targets:
-            return "lora.targets is [experts], but the model has no experts; add attention."
+        if self.lora is not None and moe is None and "experts" in self.lora.targets:
+            return "lora.targets has experts, but the model has none; use [attention]."
         return None

@@ -24,7 +24,7 @@ from .data.stream import StreamBatches
 from .data.stream_setup import is_stream, prepare_stream, stream_identity
 from .data.tokenizer import Tokenizer, open_tokenizer
 from .precision import apply_precision
-from .start_from import read_start
+from .start_from import check_tokenizer, read_start
 from .stop import StopRequest
 
 
@@ -52,6 +52,8 @@ def build_data(
     """
     stop = stop or StopRequest()
     tokenizer = open_tokenizer(config.data.tokenizer)
+    if config.start_from is not None:
+        check_tokenizer(config.start_from, config.data.tokenizer, tokenizer)
     streams = is_stream(config.data.source)
 
     def prepare() -> None:

@@ -13,7 +13,9 @@ from ..moe.experts import Experts
 from ..moe.generation_config import FILE as GENERATION_FILE
 from ..moe.model_folder import ModelFolder
 from ..moe.read_weights import Read, expert_reads, read_tensor, run_reads
+from .data.tokenizer import Tokenizer, open_tokenizer
 
+SAMPLE = "Two tokenizers that agree on this: naïve café, 12 x 345 = 4140, {'a': [1.5]}\n\t日本語 🙂"
 NEW_IN_TRAINING = "gate.e_score_correction_bias"
 """The one tensor that a run may have and its folder not: a balancing bias begins at 0."""
 
@@ -32,10 +34,27 @@ def complete_values(values: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(given, dict):
         return values  # validation says what is wrong with it
     data = values.get("data") or {}
-    if isinstance(data, dict) and (folder.path / "tokenizer.json").is_file():
-        data = {"tokenizer": start_from} | data
+    if isinstance(data, dict) and data.get("tokenizer") is None and _has_tokenizer(start_from):
+        data = data | {"tokenizer": start_from}
     model = _merged(folder.config.model_dump(mode="json"), given)
     return values | {"model": model, "data": data}
+
+
+def check_tokenizer(start_from: str, name: str, tokenizer: Tokenizer) -> None:
+    """Raise :class:`ConfigError` where ``data.tokenizer`` has other ids than the folder's own."""
+    if name == start_from or not _has_tokenizer(start_from):
+        return
+    own = open_tokenizer(start_from)
+    is_same = own.eos_id == tokenizer.eos_id
+    if not is_same or own.encode(SAMPLE).tolist() != tokenizer.encode(SAMPLE).tolist():
+        raise ConfigError(
+            f"data.tokenizer is {name!r}, whose ids mean other text than those of start_from "
+            f"{start_from!r}; set data.tokenizer to null to take the folder's."
+        )
+
+
+def _has_tokenizer(start_from: str) -> bool:
+    return (Path(start_from) / "tokenizer.json").is_file()
 
 
 def read_origin(start_from: str) -> dict[str, Any]:

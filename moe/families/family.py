@@ -1,6 +1,6 @@
 """What a model family is."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from pydantic import ValidationError
@@ -58,6 +58,16 @@ class Family:
 
         It writes the configuration and reads it back: what comes out otherwise cannot be said.
         """
+        return self._why_impossible(config) or next(iter(self.differences(config)), None)
+
+    def differences(self, config: ModelConfig) -> list[str]:
+        """Return all that this family says otherwise; nothing where it cannot begin to say it."""
+        if self._why_impossible(config) is not None:
+            return []
+        found = self.read_config(self.config_values(config)).architecture()
+        return list(_differences(config.architecture(), found, self.model_type))
+
+    def _why_impossible(self, config: ModelConfig) -> str | None:
         if (config.moe is not None) != self.has_experts:
             return f"{self.model_type} models have {'' if self.has_experts else 'no '}experts"
         if config.moe is not None and not isinstance(config.moe.router, TopK):
@@ -66,10 +76,10 @@ class Family:
             is_latent = "latent" if self.has_latent else "grouped-query"
             return f"{self.model_type} models have {is_latent} attention"
         try:
-            found = self.read_config(self.config_values(config)).architecture()
+            self.read_config(self.config_values(config))
         except ValidationError as error:
             return f"{self.model_type} cannot say it: {error.errors()[0]['msg']}"
-        return _difference(config.architecture(), found, self.model_type)
+        return None
 
 
 def full_name(parameter: str) -> str:
@@ -77,13 +87,10 @@ def full_name(parameter: str) -> str:
     return parameter if parameter.startswith("lm_head.") else f"model.{parameter}"
 
 
-def _difference(ours: Values, theirs: Values, model_type: str, path: str = "") -> str | None:
+def _differences(ours: Values, theirs: Values, model_type: str, path: str = "") -> Iterator[str]:
     for key, value in ours.items():
         other = theirs.get(key)
         if isinstance(value, dict) and isinstance(other, dict):
-            found = _difference(value, other, model_type, f"{path}{key}.")
-            if found is not None:
-                return found
+            yield from _differences(value, other, model_type, f"{path}{key}.")
         elif value != other:
-            return f"{path}{key} is {value}, where {model_type} has {other}"
-    return None
+            yield f"{path}{key} is {value}, where {model_type} has {other}"

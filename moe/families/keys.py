@@ -17,7 +17,12 @@ def read_common(values: Values, theta: float = 10_000.0) -> Values:
 
     ``theta`` is what the family means where ``rope_theta`` is missing.
     """
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    name = "rope_parameters" if values.get("rope_parameters") else "rope_scaling"
+    rope = values.get(name) or {}
+    if not isinstance(rope, dict):
+        raise ModelFileError(
+            f'config.json has {name} = {rope!r}; use an object, such as {{"rope_theta": 10000.0}}.'
+        )
     return {
         "vocab_size": values["vocab_size"],
         "d_model": values["hidden_size"],

@@ -42,6 +42,14 @@ def family_for(
 
 
 def why_native(config: ModelConfig) -> str:
-    """Return one sentence on why transformers has no class for ``config``."""
-    reason = (QWEN3_MOE if config.moe is not None else QWEN3).why_not(config)
-    return f"{reason}, and no other family of transformers says it."
+    """Return one sentence on why transformers has no class for ``config``.
+
+    It is about the family that is nearest: which differs in the fewest things.
+    """
+    families = [family for family in FAMILIES.values() if family.is_in_transformers]
+    if any(family.why_not(config) is None for family in families):
+        return "Experts are stored one by one, where families that could say it have one tensor."
+    other = {family.model_type: family.differences(config) for family in families}
+    near = [name for name, differences in other.items() if differences]
+    nearest = min(near, key=lambda name: len(other[name]), default=QWEN3_MOE.model_type)
+    return f"{FAMILIES[nearest].why_not(config)}, and no other family of transformers says it."

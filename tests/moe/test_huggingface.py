@@ -15,7 +15,7 @@ from transformers import (
 )
 
 import moeyard
-from moeyard.errors import ModelFileError
+from moeyard.errors import ConfigError, ModelFileError
 from moeyard.moe.batch import batch_of, batch_of_rows
 from moeyard.moe.config import ModelConfig, MoEConfig
 from moeyard.moe.hf_config import from_hf, to_hf
@@ -214,8 +214,31 @@ DAMAGES = {
     "text_for_a_number": (damage_config(num_hidden_layers="3"), "value of the wrong type"),
     "no_choices": (damage_config(num_experts_per_tok=None), "wrong type"),
     "no_step": (damage_config(decoder_sparse_step=0), "decoder_sparse_step = 0; use 1"),
-    "rope_list": (damage_config(rope_parameters=[1]), "wrong type"),
-    "absurd_vocabulary": (damage_config(vocab_size=10**12), "vocab_size: Input should be less"),
+    "rope_list": (
+        damage_config(rope_parameters=[1]),
+        r"has rope_parameters = \[1\]; use an object",
+    ),
+    "absurd_vocabulary": (
+        damage_config(vocab_size=10**12),
+        "config.json: vocab_size is 1000000000000; it should be less than",
+    ),
+    "absurd_width": (
+        damage_config(hidden_size=2**40),
+        "config.json: hidden_size is 1099511627776; it should be less than or equal to 16777216.",
+    ),
+    "absurd_length": (
+        damage_config(max_position_embeddings=10**12),
+        "max_position_embeddings is 1000000000000; it should be less",
+    ),
+    "fewer_layers": (
+        damage_config(num_hidden_layers=1),
+        "has num_hidden_layers = 1, but the weights have model.layers.1.",
+    ),
+    "tied_by_mistake": (
+        damage_config(tie_word_embeddings=True),
+        "tie_word_embeddings = true, but lm_head.weight is another matrix",
+    ),
+    "quantized_by_yes": (damage_config(quantization_config="yes"), "quantization_config = 'yes'"),
     "absurd_layers": (damage_config(num_hidden_layers=10**9), "the most is 10000"),
     "absurd_sparse_layers": (
         damage_config(num_hidden_layers=10**9, decoder_sparse_step=2),
@@ -252,6 +275,30 @@ def test_a_damaged_folder_gets_one_sentence(tmp_path, damage, memory):
         moeyard.load(tmp_path / "m", expert_memory=memory)
     assert len(list(Path("/proc/self/fd").iterdir())) == before, "a file was left open"
     assert "\n" not in str(caught.value)
+
+
+def test_a_tied_head_may_be_stored_twice(tmp_path):
+    theirs = qwen3_moe(num_key_value_heads=2, tie_word_embeddings=True)
+    theirs.save_pretrained(tmp_path / "m")
+
+    def store_head(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    rewrite(tmp_path / "m", store_head)
+    ids = torch.randint(0, 97, (1, 8))
+    with torch.no_grad():
+        assert (moeyard.load(tmp_path / "m")(ids) - theirs(ids).logits).abs().max() <= 1e-4
+
+
+def test_a_type_that_is_not_offered_is_the_files(tmp_path):
+    qwen3_moe(num_key_value_heads=2).save_pretrained(tmp_path / "m")
+    for name in ("float8_e4m3fn", ["bfloat16"]):
+        damage_config(dtype=name)(tmp_path / "m")
+        with pytest.raises(ConfigError, match=r"config.json has dtype .*, which is not offered"):
+            moeyard.load(tmp_path / "m")
+        assert moeyard.load(
+            tmp_path / "m", dtype="float32"
+        ).decoder.norm.weight.dtype.is_floating_point
 
 
 def test_a_folder_of_many_shards_opens(tmp_path):

@@ -131,13 +131,16 @@ def test_the_rule_that_the_lower_id_wins_keeps_tied_copies_whole():
     ("options", "message"),
     [
         (["--num-experts=6", "--k=3", "--split=2"], "k is 3, but tokens must choose whole copies"),
-        (["--num-experts=6", "--k=8", "--split=2"], "k is 8, .* up to num_experts = 6"),
+        (["--num-experts=6", "--k=8", "--split=2"], "k is 8, .* use a multiple of 2 from 2 to 6"),
         (["--num-experts=5", "--k=2", "--split=2"], "num_experts is 5, .* use a multiple of 2"),
         (
             ["--num-experts=6", "--k=3", "--split=3"],
-            "split is 3, which does not divide the MLP's width 64",
+            "split is 3; use 1 or another divisor of the MLP's width 64",
         ),
         (["--num-experts=6", "--k=0"], "k is 0"),
+        (["--num-experts=70000", "--k=2"], "num_experts is 70000, .* from 1 to 65536"),
+        (["--num-experts=-2", "--k=2", "--split=2"], "num_experts is -2, .* from 2 to 65536"),
+        (["--num-experts=6", "--k=2", "--split=0"], "split is 0; use 1 or another divisor"),
     ],
 )
 def test_what_cannot_be_exact_gets_one_sentence(dense, tmp_path, capsys, options, message):

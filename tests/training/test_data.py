@@ -173,6 +173,13 @@ def test_changed_text_under_an_old_run_is_refused(tmp_path):
         prepare_shards(config, BYTES, tmp_path / "shards")
 
 
+def test_a_corpus_of_one_text_many_times_leaves_nothing_to_train_on(tmp_path):
+    text = tmp_path / "d.jsonl"
+    text.write_text('{"text": "the same"}\n' * 40)
+    with pytest.raises(DataError, match="holds 40 documents, all of them copies of held-out ones"):
+        prepare_shards(DataConfig(source=str(text)), BYTES, tmp_path / "shards")
+
+
 def test_the_standard_library_is_a_corpus_without_its_tests():
     paths = [path for path, _ in standard_library()]
     assert paths == sorted(paths) and "argparse.py" in paths and len(paths) > 300

@@ -85,3 +85,27 @@ def test_a_run_may_change_what_weights_do_not_depend_on(tmp_path, config_file):
     model = load_config(RunConfig, config_file, options).model
     assert model.moe.router.lookahead == "previous_block" and model.moe.router.z_loss == 0.5
     assert (model.d_model, model.moe.num_experts, model.moe.router.k) == (40, 6, 3)
+
+
+def test_the_tokenizer_is_the_folders_unless_it_has_the_same_ids(tmp_path, config_file):
+    from moeyard.parallel.mesh import Mesh
+    from moeyard.training.data.bpe import train_bpe
+    from moeyard.training.data.tokenizer import ByteTokenizer
+    from moeyard.training.setup import build_data
+    from moeyard.training.stop import StopRequest
+
+    for name in ("bytes", "bpe"):
+        save("mixtral", tmp_path / name, vocab_size=400)
+    ByteTokenizer().save(tmp_path / "bytes")
+    texts = [["def function(x):\n    return x\n" * 50], [" ".join(map(str, range(900)))]]
+    train_bpe(texts, 300, tmp_path / "bpe", StopRequest())
+
+    def tokenizer_of(name, *options):
+        given = [f"run_dir={tmp_path / 'run'}", f"start_from={tmp_path / name}", "model=null"]
+        config = load_config(RunConfig, config_file, [*given, *options])
+        return build_data(config, tmp_path / "data" / name, Mesh()).tokenizer
+
+    assert tokenizer_of("bytes").vocab_size == 257  # config_file says bytes
+    with pytest.raises(ConfigError, match=r"data.tokenizer is 'bytes', whose ids mean other text"):
+        tokenizer_of("bpe")
+    assert tokenizer_of("bpe", "data.tokenizer=null").vocab_size == 300

@@ -50,8 +50,13 @@ def find_split(source: Source, name: str, fraction: float, work: LongWork) -> Sp
         num_documents += 1
         is_all_held_out &= digest in digests
         work.advance(documents=num_documents)
-    if is_all_held_out and num_documents != 1:
+    if num_documents == 0:
         raise DataError(f"data.source {name!r} holds no documents; give a corpus with some text.")
+    if is_all_held_out and num_documents != 1:
+        raise DataError(
+            f"data.source {name!r} holds {num_documents} documents, all of them copies of held-out "
+            "ones; give a corpus with other texts."
+        )
     cut = num_characters - max(1, int(num_characters * fraction))
     return Split(num_documents, every, max(0, cut), digests)
 
