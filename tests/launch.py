@@ -1,6 +1,7 @@
 """Start the processes that tests talk to."""
 
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -15,10 +16,19 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """Return a port of the loopback that nobody listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Return a port of the loopback that nobody listens at, and that nobody is given by chance.
+
+    Below the ports that Linux hands out (32768 and up) and above those of Ray's workers: one of
+    them took such a port before the server that it was meant for.
+    """
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return port
 
 
 def torchrun(ranks: int, *arguments: str, timeout: float = 300) -> str:
