@@ -88,6 +88,13 @@ def instruction_set(request):
         pytest.skip(f"this processor has no {request.param}")
 
 
+@pytest.fixture
+def no_gradients():
+    """Run a test as inference does."""
+    with torch.no_grad():
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _fixed_threads():
     torch.set_num_threads(2)

@@ -13,16 +13,13 @@ from moeyard.kernels.cpu.attention import (
     CppAttention,
 )
 
-pytestmark = pytest.mark.skipif(library.load().functions is None, reason=library.load().state)
+pytestmark = [
+    pytest.mark.skipif(library.load().functions is None, reason=library.load().state),
+    pytest.mark.usefixtures("no_gradients"),
+]
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2e-2}
 """Largest error that passes, over the largest value; 4.4e-7 and 1.1e-2 were measured."""
 DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients():
-    with torch.no_grad():
-        yield
 
 
 def steps(modules, options, dtype, past, count=2) -> list[tuple[Tensor, Tensor]]:

@@ -23,16 +23,10 @@ from moeyard.moe.routing import RouterInput
 FUNCTIONS = library.load().functions
 pytestmark = [
     pytest.mark.skipif(FUNCTIONS is None, reason=library.load().state),
-    pytest.mark.usefixtures("instruction_set"),
+    pytest.mark.usefixtures("instruction_set", "no_gradients"),
 ]
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2e-2}
 DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients():
-    with torch.no_grad():
-        yield
 
 
 def random(*shape, seed=0, dtype=torch.float32):
