@@ -116,12 +116,14 @@ def backward(
         grad_weights_R += (grad_RD * bias2_RD).sum(dim=-1, dtype=weights_TK.dtype)
     present_R = grouping.inverse_R < grouping.offsets_E1[-1]
     grad_weights_R = torch.where(present_R, grad_weights_R[grouping.inverse_R], 0)
-    scaled_act_RF = (act_RF * weights_R1).to(act_RF.dtype)
     sums.begin_with_zeros()
-    sums.fc2_SDF += products.sums(grad_RD, scaled_act_RF)
-    sums.fc1_SHD += products.sums(grad_h_RH, x_TD[tokens_R])
-    if sums.fc1_bias_SH is not None and sums.fc2_bias_SD is not None:
+    if sums.fc2_SDF is not None:
+        sums.fc2_SDF += products.sums(grad_RD, (act_RF * weights_R1).to(act_RF.dtype))
+    if sums.fc1_SHD is not None:
+        sums.fc1_SHD += products.sums(grad_h_RH, x_TD[tokens_R])
+    if sums.fc1_bias_SH is not None:
         sums.fc1_bias_SH += _row_sums(grad_h_RH, torch.ones_like(weights_R1), products)
+    if sums.fc2_bias_SD is not None:
         sums.fc2_bias_SD += _row_sums(grad_RD, weights_R1, products)
     return products.rows(grad_h_RH, experts.fc1_SHD), grad_weights_R.view_as(weights_TK)
 

@@ -157,20 +157,23 @@ def backward(
         act_mF, grad_h_mH = gated_backward(h_MH[rows], grad_act_mF, experts.activation)
         # <dy_t, y_row> = <dy_t W2, act> + <dy_t, b2>, so the outputs need not be kept.
         grad_weights_m = (unscaled_mF * act_mF).sum(dim=-1, dtype=weights_TK.dtype)
-        if sums.fc1_bias_SH is not None and sums.fc2_bias_SD is not None:
-            assert experts.fc2_bias_SD is not None, "sums have the parameters of the experts"
+        if experts.fc2_bias_SD is not None:
             bias2_D = experts.fc2_bias_SD[slot]
             grad_weights_m += (grad_mD * bias2_D).sum(dim=-1, dtype=weights_TK.dtype)
-            _add(sums.fc1_bias_SH[slot], grad_h_mH.sum(dim=0), sums.is_empty)
-            _add(sums.fc2_bias_SD[slot], (grad_mD * weight_m1).sum(dim=0), sums.is_empty)
         grad_weights_R[start:end] = grad_weights_m[: end - start]
-        scaled_act_mF = (act_mF * weight_m1).to(act_mF.dtype)
-        _add_product(sums.fc2_SDF[slot], grad_mD, scaled_act_mF, sums.is_empty)
-        x_mD = x_TD.index_select(0, tokens_M[rows])
-        _add_product(sums.fc1_SHD[slot], grad_h_mH, x_mD, sums.is_empty)
+        if sums.fc1_bias_SH is not None:
+            _add(sums.fc1_bias_SH[slot], grad_h_mH.sum(dim=0), sums.is_empty)
+        if sums.fc2_bias_SD is not None:
+            _add(sums.fc2_bias_SD[slot], (grad_mD * weight_m1).sum(dim=0), sums.is_empty)
+        if sums.fc2_SDF is not None:
+            scaled_act_mF = (act_mF * weight_m1).to(act_mF.dtype)
+            _add_product(sums.fc2_SDF[slot], grad_mD, scaled_act_mF, sums.is_empty)
+        if sums.fc1_SHD is not None:
+            x_mD = x_TD.index_select(0, tokens_M[rows])
+            _add_product(sums.fc1_SHD[slot], grad_h_mH, x_mD, sums.is_empty)
         torch.mm(grad_h_mH, experts.fc1_SHD[slot], out=grad_x_MD[rows])
     if sums.is_empty:
-        _zero_others(sums, spans)
+        _zero_others(sums, spans, experts.num_slots)
     return grad_x_MD, grad_weights_R.index_select(0, grouping.inverse_R).view_as(weights_TK)
 
 
@@ -189,9 +192,9 @@ def _add(total: Tensor, part: Tensor, is_empty: bool) -> None:
     _ = total.copy_(part) if is_empty else total.add_(part)
 
 
-def _zero_others(sums: MainGrads, spans: list[Span]) -> None:
+def _zero_others(sums: MainGrads, spans: list[Span], num_slots: int) -> None:
     """Fill the sums of experts without rows; the others have just been written."""
-    for slot in set(range(sums.fc1_SHD.shape[0])) - {span.slot for span in spans}:
+    for slot in set(range(num_slots)) - {span.slot for span in spans}:
         for total in sums.totals:
             if total is not None:
                 total[slot].zero_()

@@ -3,7 +3,7 @@
 S slots, E experts, F expert width, H = 2F, D model width.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,26 +25,30 @@ class MainGrads:
     """Sums, like the parameters or wider, that backward adds weight gradients to, in place of
     returning them: a fresh buffer per backward would cost as much as the weights."""
 
-    fc1_SHD: Tensor
-    fc2_SDF: Tensor
+    fc1_SHD: Tensor | None
+    """None, here and below, where the parameter wants no gradient or the experts have none."""
+    fc2_SDF: Tensor | None
     is_empty: bool = False
     """Whether the sums hold nothing yet, whatever is in memory. The first backward then writes
     where later ones add, which saves filling with zeros and reading them again."""
     fc1_bias_SH: Tensor | None = None
-    """Of the biases, where the experts have any."""
     fc2_bias_SD: Tensor | None = None
 
     @classmethod
     def empty_for(
-        cls, experts: "ExpertWeights", allocate: Callable[[Tensor], Tensor] = torch.empty_like
+        cls, parameters: Sequence[Tensor | None], wanted: Sequence[bool] = (True,) * 4
     ) -> "MainGrads":
-        """Return sums that hold nothing yet for every parameter of ``experts``."""
-        fc1, fc2, *biases = (None if p is None else allocate(p) for p in experts.parameters)
-        assert fc1 is not None and fc2 is not None, "only biases may be missing"
+        """Return sums like the wanted ones of fc1, fc2 and their biases; they hold nothing yet."""
+        fc1, fc2, *biases = (
+            torch.empty_like(part, memory_format=torch.contiguous_format)
+            if part is not None and is_wanted
+            else None
+            for part, is_wanted in zip(parameters, wanted, strict=True)
+        )
         return cls(fc1, fc2, True, *biases)
 
     @property
-    def totals(self) -> "Parameters":
+    def totals(self) -> tuple[Tensor | None, ...]:
         """The sums in the order of :attr:`ExpertWeights.parameters`."""
         return self.fc1_SHD, self.fc2_SDF, self.fc1_bias_SH, self.fc2_bias_SD
 

@@ -1,22 +1,21 @@
-"""The expert MLP whose own matrices do not train, perhaps with low-rank updates that do.
+"""The expert MLP whose own matrices do not train, with low-rank updates that do.
 
-Products run expert by expert under autograd. It keeps no inputs for the gradients of matrices that
-want none, and there are no weight gradients to compute: what is left are the gradients of x, of the
-routing weights and of the low-rank matrices (LoRA, Hu et al. 2021: ``W x + s B (A x)``).
+The update of a matrix W is ``s B A`` (LoRA, Hu et al. 2021): ``W x + s B (A x)``. Products run
+grouped by expert under autograd, and none keeps its input for a matrix that wants no gradient.
 
-T tokens, K choices, R = T*K routed rows, N <= R rows whose expert is here, in expert order, n rows
-of one group, perhaps rounded up, S slots, D model width, F expert width, H = 2F, P rank.
+T tokens, K choices, R = T*K routed rows, N <= R rows whose expert is here, in expert order,
+S slots, D model width, F expert width, H = 2F, P rank.
 """
 
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .activation import gated
-from .expert_loop import Span, _rounded, spans_of
+from .expert_loop import Span, spans_of
 from .expert_weights import ExpertWeights
+from .grouped_linear import grouped_linear
 from .grouping import group_tokens
 
 
@@ -33,19 +32,13 @@ class LowRank:
     scale: float
     """s, the factor on ``B A``."""
 
-    def slots(self) -> list["LowRank"]:
-        """Return the updates slot by slot; their gradients are put together once."""
-        stacked = (self.fc1_a_S2PD, self.fc1_b_SHP, self.fc2_a_SPF, self.fc2_b_SDP)
-        every = zip(*(tensor.unbind(0) for tensor in stacked), strict=True)
-        return [LowRank(a1, b1, a2, b2, self.scale) for a1, b1, a2, b2 in every]
-
 
 def frozen_expert_mlp(
     x_TD: Tensor,
     experts_TK: Tensor,
     weights_TK: Tensor,
     experts: ExpertWeights,
-    low_rank: LowRank | None = None,
+    low_rank: LowRank,
 ) -> Tensor:
     """Return ``y_t = sum_k weights[t, k] * MLP_{experts[t, k]}(x_t)``, ``[T, D]`` in x's dtype.
 
@@ -56,41 +49,42 @@ def frozen_expert_mlp(
     """
     num_choices = experts_TK.shape[1]
     grouping = group_tokens(experts_TK, experts.num_experts)
-    spans = spans_of(grouping, experts) or [Span(0, 0, 0)]  # no rows: still a graph
-    updates = None if low_rank is None else low_rank.slots()
+    spans = spans_of(grouping, experts)
+    num_rows = spans[-1].end if spans else 0
     # One line per routed row first, so that backward sums each token's lines in order of k.
     x_RD = x_TD.unsqueeze(1).expand(-1, num_choices, -1).reshape(-1, x_TD.shape[1])
-    x_ND = x_RD.index_select(0, grouping.order_R[: spans[-1].end])
-    groups = []
-    for slot, start, end in spans:
-        update = None if updates is None else updates[slot]
-        # In few numbers of rows where code is compiled for each (kernels/expert_loop.py).
-        num_rows = end - start
-        x_nD = F.pad(x_ND[start:end], (0, 0, 0, _rounded(num_rows, x_TD) - num_rows))
-        groups.append(_one_expert(x_nD, experts, slot, update)[:num_rows])
+    y_ND = _experts(x_RD.index_select(0, grouping.order_R[:num_rows]), experts, spans, low_rank)
     # Rows without an expert read a line of zeros behind the last.
-    y_ND = torch.cat([*groups, x_TD.new_zeros(1, x_TD.shape[1])])
-    lines_R = grouping.inverse_R.clamp(max=spans[-1].end)
+    y_ND = torch.cat([y_ND, x_TD.new_zeros(1, x_TD.shape[1])])
+    lines_R = grouping.inverse_R.clamp(max=num_rows)
     y_TKD = y_ND.index_select(0, lines_R).unflatten(0, (-1, num_choices))
     weights_TK = torch.where(experts_TK >= 0, weights_TK, 0)
     return (weights_TK.unsqueeze(-1) * y_TKD).sum(dim=1).to(x_TD.dtype)
 
 
-def _one_expert(x_nD: Tensor, experts: ExpertWeights, slot: int, update: LowRank | None) -> Tensor:
-    parts = (*experts.matrices(slot, x_nD.dtype), *experts.biases(slot, x_nD.dtype))
-    fc1_HD, fc2_DF, fc1_bias_H, fc2_bias_D = (
-        None if part is None else part.detach() for part in parts
-    )
-    assert fc1_HD is not None and fc2_DF is not None, "only biases may be missing"
-    h_nH = F.linear(x_nD, fc1_HD, fc1_bias_H)
-    if update is not None:
-        gate_nP, up_nP = F.linear(x_nD, update.fc1_a_S2PD).chunk(2, dim=-1)
-        gate_b_FP, up_b_FP = update.fc1_b_SHP.chunk(2)
-        both = (F.linear(gate_nP, gate_b_FP), F.linear(up_nP, up_b_FP))
-        h_nH = h_nH + update.scale * torch.cat(both, dim=-1)
-    act_nF = gated(h_nH, experts.activation)
-    y_nD = F.linear(act_nF, fc2_DF, fc2_bias_D)
-    if update is not None:
-        low_nP = F.linear(act_nF, update.fc2_a_SPF)
-        y_nD = y_nD + update.scale * F.linear(low_nP, update.fc2_b_SDP)
-    return y_nD
+def _experts(x_ND: Tensor, experts: ExpertWeights, spans: list[Span], update: LowRank) -> Tensor:
+    d_expert = experts.fc2_SDF.shape[2]
+    h_NH = grouped_linear(x_ND, experts.fc1_SHD.detach(), spans)
+    if experts.bias_parts:
+        slots_N = _slots_N(spans, x_ND)
+        fc1_bias_SH, fc2_bias_SD = (bias.detach().to(x_ND.dtype) for bias in experts.bias_parts)
+        h_NH = h_NH + fc1_bias_SH.index_select(0, slots_N)
+    gate_NP, up_NP = grouped_linear(x_ND, update.fc1_a_S2PD, spans).chunk(2, dim=-1)
+    gate_NF = grouped_linear(gate_NP, update.fc1_b_SHP[:, :d_expert], spans)
+    up_NF = grouped_linear(up_NP, update.fc1_b_SHP[:, d_expert:], spans)
+    h_NH = h_NH + update.scale * torch.cat((gate_NF, up_NF), dim=-1)
+    act_NF = gated(h_NH, experts.activation)
+    y_ND = grouped_linear(act_NF, experts.fc2_SDF.detach(), spans)
+    if experts.bias_parts:
+        y_ND = y_ND + fc2_bias_SD.index_select(0, slots_N)
+    low_NP = grouped_linear(act_NF, update.fc2_a_SPF, spans)
+    return y_ND + update.scale * grouped_linear(low_NP, update.fc2_b_SDP, spans)
+
+
+def _slots_N(spans: list[Span], x_ND: Tensor) -> Tensor:
+    """Return the slot of every row."""
+    slots, counts = [span.slot for span in spans], [span.end - span.start for span in spans]
+    device = x_ND.device
+    slots_n = torch.tensor(slots, dtype=torch.int64, device=device)
+    counts_n = torch.tensor(counts, dtype=torch.int64, device=device)
+    return slots_n.repeat_interleave(counts_n, output_size=len(x_ND))

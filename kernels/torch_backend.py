@@ -136,7 +136,7 @@ class ExpertMLP(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_TD):  # type: ignore[no-untyped-def]
-        x_TD, weights_TK, h_NH, *_ = ctx.saved_tensors
+        x_TD, weights_TK, h_NH, *parameters = ctx.saved_tensors
         grouping, experts = ctx.grouping, ctx.experts
         if h_NH is None and ctx.spans is None:
             h_NH = expert_fused.pre_activations(x_TD, grouping, experts, ctx.products)
@@ -144,7 +144,7 @@ class ExpertMLP(torch.autograd.Function):
             h_NH = expert_loop.pre_activations(x_TD, grouping, experts, ctx.spans)
         sums = experts.main_grads
         if sums is None:
-            sums = MainGrads.empty_for(experts)
+            sums = MainGrads.empty_for(parameters, ctx.needs_input_grad[3:7])
         arguments = (grad_TD, x_TD, weights_TK, h_NH, grouping, experts)
         if ctx.spans is None:
             grad_x_ND, grad_weights_TK = expert_fused.backward(*arguments, ctx.products, sums)

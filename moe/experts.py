@@ -106,31 +106,34 @@ class Experts(AnyExperts):
 
     def forward(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """Return the weighted sum of each row's experts, ``[N, D]``."""
-        weights = self._weights()
-        is_frozen = torch.is_grad_enabled() and not self.fc1.requires_grad
-        if is_frozen or self._low_rank_scale is not None:
-            return self._run_frozen(x_ND, experts_NK, weights_NK, weights)
-        return expert_mlp(
-            x_ND, experts_NK, weights_NK, weights, self.backend, recompute=self.recompute
-        )
+        device = x_ND.device.type
+        if not torch.is_autocast_enabled(device):
+            return self._run(x_ND, experts_NK, weights_NK, self.fc1.dtype)
+        # As nn.Linear does: rows and weights take autocast's type. The kernels know no autocast.
+        dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            return self._run(x_ND.to(dtype), experts_NK, weights_NK, dtype)
 
-    def _weights(self) -> ExpertWeights:
-        biases = (self.fc1_bias, self.fc2_bias)
-        how = (self._slot_of_E, self.activation, self.main_grads)
-        return ExpertWeights(self.fc1, self.fc2, *how, *biases)
-
-    def _run_frozen(
-        self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor, weights: ExpertWeights
+    def _run(
+        self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor, dtype: torch.dtype
     ) -> Tensor:
-        low_rank = None
-        if self._low_rank_scale is not None:
-            a1, b1, a2, b2 = (getattr(self, name) for name in LOW_RANK)
-            low_rank = LowRank(a1, b1, a2, b2, self._low_rank_scale)
-
-        def run() -> Tensor:
-            return frozen_expert_mlp(x_ND, experts_NK, weights_NK, weights, low_rank)
-
+        weights = self._weights(dtype)
+        if self._low_rank_scale is None:
+            return expert_mlp(
+                x_ND, experts_NK, weights_NK, weights, self.backend, recompute=self.recompute
+            )
+        updates = (getattr(self, name).to(dtype) for name in LOW_RANK)
+        low_rank = LowRank(*updates, self._low_rank_scale)
+        rows = (x_ND, experts_NK, weights_NK)
         if self.recompute and torch.is_grad_enabled():
-            again: Tensor = checkpoint(run, use_reentrant=False)
+            again: Tensor = checkpoint(
+                frozen_expert_mlp, *rows, weights, low_rank, use_reentrant=False
+            )
             return again
-        return run()
+        return frozen_expert_mlp(*rows, weights, low_rank)
+
+    def _weights(self, dtype: torch.dtype) -> ExpertWeights:
+        fc1, fc2 = self.fc1.to(dtype), self.fc2.to(dtype)
+        biases = (None if b is None else b.to(dtype) for b in (self.fc1_bias, self.fc2_bias))
+        how = (self._slot_of_E, self.activation, self.main_grads)
+        return ExpertWeights(fc1, fc2, *how, *biases)

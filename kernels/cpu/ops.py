@@ -15,7 +15,7 @@ from ..activation import ACTIVATIONS, Activation
 from ..expert_weights import ExpertWeights, MainGrads, Parameters
 from ..quantized_weights import AnyExperts, QuantizedExpertWeights, QuantizedMatrices
 from .experts import CppWaves, as_int32, is_plain
-from .library import TYPES, empty_fp32, load
+from .library import TYPES, load
 from .training import forward_kept, gradients, have_backward
 
 
@@ -143,14 +143,15 @@ def expert_mlp_backward_op(
     slots: Sequence[int] | None,
     activation: str,
     add: bool,
-    out1_SHD: Tensor,
-    out2_SDF: Tensor,
+    out1_SHD: Tensor | None,
+    out2_SDF: Tensor | None,
     out_bias1_SH: Tensor | None,
     out_bias2_SD: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of x and of the routing weights.
 
-    Those of the parameters are written to what begins with ``out``, fp32, or added with ``add``.
+    Those of the parameters are written to what begins with ``out``, fp32 or like x, or added to
+    fp32 with ``add``; None = not wanted.
     """
     experts = _experts((fc1_SHD, fc2_SDF, bias1_SH, bias2_SD), slots, activation)
     sums = MainGrads(out1_SHD, out2_SDF, not add, out_bias1_SH, out_bias2_SD)
@@ -171,8 +172,8 @@ def _(
     slots: Sequence[int] | None,
     activation: str,
     add: bool,
-    out1_SHD: Tensor,
-    out2_SDF: Tensor,
+    out1_SHD: Tensor | None,
+    out2_SDF: Tensor | None,
     out_bias1_SH: Tensor | None,
     out_bias2_SD: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
@@ -195,14 +196,13 @@ def _backward(ctx: Any, grad_TD: Tensor | None, _: None) -> tuple[Tensor | None,
     *rows, fc1_SHD, fc2_SDF, bias1_SH, bias2_SD = ctx.saved_tensors
     parameters = (fc1_SHD, fc2_SDF, bias1_SH, bias2_SD)
     add = ctx.main[0] is not None
-    outs = ctx.main if add else [None if p is None else empty_fp32(*p.shape) for p in parameters]
+    outs = ctx.main
+    if not add:
+        outs = MainGrads.empty_for(parameters, ctx.needs_input_grad[3:7]).totals
     grad_x_TD, grad_weights_TK = expert_mlp_backward_op(
         *(grad_TD.contiguous(), *rows, *parameters, ctx.slots, ctx.activation, add, *outs)
     )
-    grads = [
-        None if add or out is None else out.to(parameter.dtype)
-        for out, parameter in zip(outs, parameters, strict=True)
-    ]
+    grads = (None,) * 4 if add else outs
     return (grad_x_TD, None, grad_weights_TK, *grads, *(None,) * 7)
 
 

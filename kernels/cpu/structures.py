@@ -67,9 +67,19 @@ class ExpertGradArguments(ctypes.Structure):
     _fields_ = [
         ("forward", ExpertArguments),
         *((name, Pointer) for name in ("grad", "weights")),
-        *((name, Int) for name in ("is_empty", "num_slots")),
+        *((name, Int) for name in ("is_empty", "num_slots", "grad_type")),
         *((name, Pointer) for name in ("grad_fc1", "grad_fc2", "grad_fc1_bias", "grad_fc2_bias")),
         ("grad_weights", Pointer),
+    ]
+
+
+class GroupedArguments(ctypes.Structure):
+    """Rows times the matrix of their slot."""
+
+    _fields_ = [
+        *((name, Int) for name in ("type", "num_slots", "inputs", "outputs", "threads")),
+        *((name, Int) for name in ("weight_stride", "x_stride", "y_stride")),
+        *((name, Pointer) for name in ("spans", "x", "y", "weights")),
     ]
 
 

@@ -70,15 +70,12 @@ class CppExpertMLP(torch.autograd.Function):
         sums = ctx.experts.main_grads
         has_main = sums is not None
         if not has_main:
-            sums = MainGrads.empty_for(ctx.experts, lambda part: empty_fp32(*part.shape))
+            sums = MainGrads.empty_for(parameters, ctx.needs_input_grad[3:7])
         grad_x_TD, grad_weights_TK = gradients(
             grad_TD.contiguous(), x_TD, experts_TK, weights_TK, hidden_RH, ctx.experts, sums
         )
         sums.is_empty = False
-        grads = [
-            None if has_main or total is None else total.to(parameter.dtype)
-            for total, parameter in zip(sums.totals, parameters, strict=True)
-        ]
+        grads = (None,) * 4 if has_main else sums.totals
         return grad_x_TD, None, grad_weights_TK.to(ctx.weights_dtype), *grads, None, None
 
 
@@ -118,15 +115,20 @@ def gradients(
     experts: ExpertWeights,
     sums: MainGrads,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of x and of the routing weights; the parameters' go to ``sums``."""
+    """Return the gradients of x and of the routing weights; the parameters' go to ``sums``.
+
+    ``sums`` are all fp32, or like x and still empty: then each is rounded once.
+    """
     functions = functions_for(x_TD, grad_TD, is_backward_ours=True)
     assert functions is not None, "forward ran on these kernels"
     lines_RD = empty_fp32(experts_TK.numel(), x_TD.shape[1])
     grad_weights_TK = empty_fp32(*weights_TK.shape)
     forward, _slots = expert_arguments(x_TD, experts_TK, experts, None, lines_RD, hidden_RH)
+    types = {total.dtype for total in sums.totals if total is not None} or {torch.float32}
+    assert types == {torch.float32} or (types == {x_TD.dtype} and sums.is_empty), "wrong sums"
     arguments = ExpertGradArguments(
         *(forward, grad_TD.data_ptr(), weights_TK.data_ptr()),
-        *(sums.is_empty, experts.fc1_SHD.shape[0]),
+        *(sums.is_empty, experts.num_slots, TYPES[types.pop()]),
         *(None if total is None else total.data_ptr() for total in sums.totals),
         grad_weights_TK.data_ptr(),
     )

@@ -61,9 +61,24 @@ struct ExpertGradArguments {
     const float* weights;     // [T, K]
     int64_t is_empty;         // write the gradients of the parameters, in place of adding to them
     int64_t num_slots;
-    float *grad_fc1, *grad_fc2;            // [S, 2F, D], [S, D, F], dense
-    float *grad_fc1_bias, *grad_fc2_bias;  // [S, 2F], [S, D], where there are biases
-    float* grad_weights;                   // [T, K]
+    int64_t grad_type;  // of the parameters' gradients; bf16 only where they are written
+    void *grad_fc1, *grad_fc2;            // [S, 2F, D], [S, D, F], dense; null = not wanted
+    void *grad_fc1_bias, *grad_fc2_bias;  // [S, 2F], [S, D]; null = not wanted
+    float* grad_weights;                  // [T, K]
+};
+
+// The rows of a slot, [from, to).
+struct Span {
+    int64_t from, to;
+};
+
+// One matrix W for every slot, and rows that are together by slot: y = x W^T and its gradients.
+struct GroupedArguments {
+    int64_t type, num_slots, inputs, outputs, threads;
+    int64_t weight_stride;       // elements from one slot to the next
+    int64_t x_stride, y_stride;  // elements from one row to the next
+    const Span* spans;           // [S]
+    void *x, *y, *weights;       // [N, inputs], [N, outputs], [S, outputs, inputs]
 };
 
 // out[t] = sum_k weights[t][k] * lines[t * K + k], in k order, choices of -1 left out.
@@ -123,6 +138,9 @@ struct Kernels {
     int64_t (*quantized_experts)(const QuantizedExpertArguments*);
     int64_t (*expert_forward)(const ExpertArguments*);
     void (*expert_grads)(const ExpertGradArguments*);
+    void (*grouped_product)(const GroupedArguments*);
+    void (*grouped_product_grad)(const GroupedArguments*);
+    void (*grouped_weight_grad)(const GroupedArguments*);
     void (*combine)(const CombineArguments*);
     void (*route)(const RouterArguments*);
     void (*attend)(const AttentionWeights*, const AttentionArguments*);

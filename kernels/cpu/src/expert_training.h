@@ -170,43 +170,68 @@ template <class Element> struct Backward {
                         count * sizeof(float));
     }
 
-    void add_fc1(const RowBlock& span, int64_t from) {
-        int64_t outputs = 2 * f.d_expert;
-        add_transposed_product<Element>(
-            [&](int64_t k) { return grad_hidden.get() + (span.from + k) * outputs; },
-            [&](int64_t k) { return x(span.from + k); }, span.to - span.from, from,
-            least(PANEL, outputs - from), f.d_model, a.is_empty,
-            a.grad_fc1 + span.slot * outputs * f.d_model);
-        if (a.grad_fc1_bias == nullptr) return;
-        add_weighted_rows(
-            [&](int64_t k) { return grad_hidden.get() + (span.from + k) * outputs + from; },
-            [](int64_t) { return 1.0f; }, span.to - span.from, least(PANEL, outputs - from),
-            a.is_empty, a.grad_fc1_bias + span.slot * outputs + from);
+    // Gradients of a slot's parameters in type Total, for outputs [from, from + PANEL).
+    template <class Total> void add_fc1(const RowBlock& span, int64_t from) {
+        int64_t outputs = 2 * f.d_expert, depth = span.to - span.from;
+        auto hidden_row = [&](int64_t k) {
+            return grad_hidden.get() + (span.from + k) * outputs;
+        };
+        if (a.grad_fc1)
+            add_transposed_product<Element>(
+                hidden_row, [&](int64_t k) { return x(span.from + k); }, depth, from,
+                least(PANEL, outputs - from), f.d_model, a.is_empty,
+                static_cast<Total*>(a.grad_fc1) + span.slot * outputs * f.d_model);
+        if (a.grad_fc1_bias)
+            add_weighted_rows(
+                [&](int64_t k) { return hidden_row(k) + from; }, [](int64_t) { return 1.0f; },
+                depth, least(PANEL, outputs - from), a.is_empty,
+                static_cast<Total*>(a.grad_fc1_bias) + span.slot * outputs + from);
     }
 
-    void add_fc2(const RowBlock& span, int64_t from) {
-        add_transposed_product<Element>(
-            [&](int64_t k) { return grad(span.from + k); },
-            [&](int64_t k) { return scaled_act.get() + (span.from + k) * f.d_expert; },
-            span.to - span.from, from, least(PANEL, f.d_model - from), f.d_expert, a.is_empty,
-            a.grad_fc2 + span.slot * f.d_model * f.d_expert);
-        if (a.grad_fc2_bias == nullptr) return;
-        add_weighted_rows(
-            [&](int64_t k) { return grad(span.from + k) + from; },
-            [&](int64_t k) { return a.weights[order.rows[span.from + k]]; }, span.to - span.from,
-            least(PANEL, f.d_model - from), a.is_empty,
-            a.grad_fc2_bias + span.slot * f.d_model + from);
+    template <class Total> void add_fc2(const RowBlock& span, int64_t from) {
+        int64_t depth = span.to - span.from;
+        if (a.grad_fc2)
+            add_transposed_product<Element>(
+                [&](int64_t k) { return grad(span.from + k); },
+                [&](int64_t k) { return scaled_act.get() + (span.from + k) * f.d_expert; }, depth,
+                from, least(PANEL, f.d_model - from), f.d_expert, a.is_empty,
+                static_cast<Total*>(a.grad_fc2) + span.slot * f.d_model * f.d_expert);
+        if (a.grad_fc2_bias)
+            add_weighted_rows(
+                [&](int64_t k) { return grad(span.from + k) + from; },
+                [&](int64_t k) { return a.weights[order.rows[span.from + k]]; }, depth,
+                least(PANEL, f.d_model - from), a.is_empty,
+                static_cast<Total*>(a.grad_fc2_bias) + span.slot * f.d_model + from);
     }
 
     // Gradients of a slot without rows.
-    void clear(int64_t slot) {
-        auto zero = [&](float* gradients, int64_t size) {
-            if (gradients) std::memset(gradients + slot * size, 0, size * sizeof(float));
+    template <class Total> void clear(int64_t slot) {
+        auto zero = [&](void* gradients, int64_t size) {
+            if (gradients == nullptr) return;
+            std::memset(static_cast<Total*>(gradients) + slot * size, 0, size * sizeof(Total));
         };
         zero(a.grad_fc1, 2 * f.d_expert * f.d_model);
         zero(a.grad_fc2, f.d_expert * f.d_model);
         zero(a.grad_fc1_bias, 2 * f.d_expert);
         zero(a.grad_fc2_bias, f.d_model);
+    }
+
+    // Gradients of all parameters that want any.
+    template <class Total> void parameter_gradients() {
+        if (!a.grad_fc1 && !a.grad_fc2 && !a.grad_fc1_bias && !a.grad_fc2_bias) return;
+        std::unique_ptr<RowBlock[]> spans = spans_of(order, a.num_slots);
+        int64_t fc1_panels = blocks(2 * f.d_expert, PANEL);
+        int64_t panels = fc1_panels + blocks(f.d_model, PANEL);
+        for_each_task(a.num_slots * panels, f.threads, [&](int64_t task) {
+            const RowBlock& span = spans[task / panels];
+            int64_t panel = task % panels;
+            if (span.from == span.to) {
+                if (a.is_empty && panel == 0) clear<Total>(span.slot);
+                return;
+            }
+            panel < fc1_panels ? add_fc1<Total>(span, panel * PANEL)
+                               : add_fc2<Total>(span, (panel - fc1_panels) * PANEL);
+        });
     }
 };
 
@@ -226,18 +251,8 @@ template <class Element> void expert_grads(const ExpertGradArguments& a) {
     for_each_task(order.num_blocks * model_panels, f.threads, [&](int64_t task) {
         backward.through_first(order.row_blocks[task / model_panels], task % model_panels);
     });
-    std::unique_ptr<RowBlock[]> spans = spans_of(order, a.num_slots);
-    int64_t fc1_panels = blocks(2 * f.d_expert, PANEL), panels = fc1_panels + model_panels;
-    for_each_task(a.num_slots * panels, f.threads, [&](int64_t task) {
-        const RowBlock& span = spans[task / panels];
-        int64_t panel = task % panels;
-        if (span.from == span.to) {
-            if (a.is_empty && panel == 0) backward.clear(span.slot);
-            return;
-        }
-        panel < fc1_panels ? backward.add_fc1(span, panel * PANEL)
-                           : backward.add_fc2(span, (panel - fc1_panels) * PANEL);
-    });
+    a.grad_type == FLOAT32 ? backward.template parameter_gradients<float>()
+                           : backward.template parameter_gradients<Element>();
 }
 
 }  // namespace ISA

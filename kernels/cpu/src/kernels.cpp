@@ -3,6 +3,7 @@
 #include "attention.h"
 #include "expert_training.h"
 #include "experts.h"
+#include "grouped.h"
 #include "linear.h"
 #include "norm.h"
 #include "quantized_experts.h"
@@ -31,6 +32,15 @@ static int64_t run_expert_forward(const ExpertArguments* a) {
 static void run_expert_grads(const ExpertGradArguments* a) {
     BY_TYPE(expert_grads, a->forward.type, *a);
 }
+static void run_grouped_product(const GroupedArguments* a) {
+    BY_TYPE(grouped_product, a->type, *a);
+}
+static void run_grouped_product_grad(const GroupedArguments* a) {
+    BY_TYPE(grouped_product_grad, a->type, *a);
+}
+static void run_grouped_weight_grad(const GroupedArguments* a) {
+    BY_TYPE(grouped_weight_grad, a->type, *a);
+}
 static void run_combine(const CombineArguments* a) { BY_TYPE(combine, a->type, *a); }
 static void run_route(const RouterArguments* a) { BY_TYPE(route, a->type, *a); }
 static void run_attend(const AttentionWeights* w, const AttentionArguments* a) {
@@ -48,6 +58,9 @@ const Kernels JOIN(kernels_, ISA) = {
     ISA::run_quantized_experts,
     ISA::run_expert_forward,
     ISA::run_expert_grads,
+    ISA::run_grouped_product,
+    ISA::run_grouped_product_grad,
+    ISA::run_grouped_weight_grad,
     ISA::run_combine,
     ISA::run_route,
     ISA::run_attend,

@@ -59,6 +59,13 @@ PUBLIC int64_t moeyard_expert_forward(const ExpertArguments* a) {
     return chosen->expert_forward(a);
 }
 PUBLIC void moeyard_expert_grads(const ExpertGradArguments* a) { chosen->expert_grads(a); }
+PUBLIC void moeyard_grouped_product(const GroupedArguments* a) { chosen->grouped_product(a); }
+PUBLIC void moeyard_grouped_product_grad(const GroupedArguments* a) {
+    chosen->grouped_product_grad(a);
+}
+PUBLIC void moeyard_grouped_weight_grad(const GroupedArguments* a) {
+    chosen->grouped_weight_grad(a);
+}
 PUBLIC void moeyard_combine(const CombineArguments* a) { chosen->combine(a); }
 PUBLIC void moeyard_route(const RouterArguments* a) { chosen->route(a); }
 PUBLIC void moeyard_attend(const AttentionWeights* w, const AttentionArguments* a) {

@@ -2,6 +2,9 @@
 // products.h. Columns of B are packed into a panel once and meet all rows of A.
 #pragma once
 
+#include <memory>
+#include <type_traits>
+
 #include "packing.h"
 
 namespace ISA {
@@ -115,14 +118,24 @@ inline void rows_times_panel(const Element* const* x, int64_t rows, int64_t dept
 }
 
 // total[m][n] (+)= sum_k a_row(k)[m0 + m] * b_row(k)[n]: a panel of columns of A, transposed, times
-// all `width` columns of B. Adds to `total`, or writes it if `is_empty`.
-template <class Element, class ARow, class BRow>
+// all `width` columns of B. Adds to `total`, or writes it if `is_empty`. Sums of several depths are
+// rounded once, at the end: fp32 totals hold them meanwhile, others have fp32 lines next to them.
+template <class Element, class Total, class ARow, class BRow>
 inline void add_transposed_product(ARow a_row, BRow b_row, int64_t depth, int64_t m0,
-                                   int64_t outputs, int64_t width, bool is_empty, float* total) {
+                                   int64_t outputs, int64_t width, bool is_empty, Total* total) {
     using S = Step<Element>;
     alignas(64) typename S::Value a_panel[DEPTH / S::SIZE * PANEL], b_panel[DEPTH / S::SIZE * PANEL];
+    float* sums;
+    std::unique_ptr<float[]> own_sums;
+    if constexpr (std::is_same_v<Total, float>) {
+        sums = total + m0 * width;
+    } else {
+        if (depth > DEPTH) own_sums.reset(new float[outputs * width]);
+        sums = own_sums.get();
+    }
     for (int64_t k = 0; k < depth; k += DEPTH) {
         int64_t some = least(DEPTH, depth - k), steps = blocks(some, S::SIZE);
+        bool is_first = k == 0, is_last = k + some == depth;
         pack_columns<Element>([&](int64_t i) { return a_row(k + i); }, some, m0, outputs, a_panel);
         for (int64_t n = 0; n < width; n += PANEL) {
             int64_t count = least(PANEL, width - n);
@@ -134,10 +147,16 @@ inline void add_transposed_product(ARow a_row, BRow b_row, int64_t depth, int64_
                     rows, [&](int64_t i, int64_t s) { return a_panel[s * PANEL + m + i]; }, b_panel,
                     steps, true, c);
                 for (int64_t i = 0; i < rows; i++) {
-                    float* line = total + (m0 + m + i) * width + n;
-                    bool writes = is_empty && k == 0;
-                    for (int64_t j = 0; j < count; j++)
-                        line[j] = writes ? c[i][j] : line[j] + c[i][j];
+                    float* earlier = sums ? sums + (m + i) * width + n : nullptr;
+                    Total* line = total + (m0 + m + i) * width + n;
+                    if (!is_first)
+                        for (int64_t j = 0; j < count; j++) c[i][j] += earlier[j];
+                    else if (!is_empty)
+                        for (int64_t j = 0; j < count; j++) c[i][j] += widen(line[j]);
+                    if (is_last)
+                        for (int64_t j = 0; j < count; j++) line[j] = narrow<Total>(c[i][j]);
+                    else
+                        std::memcpy(earlier, c[i], count * sizeof(float));
                 }
             }
         }
@@ -166,16 +185,17 @@ inline void rows_times_transposed(const Element* const* x, int64_t rows, const E
 
 // Writes the sum of `depth` weighted rows, `count` columns of them and at most a panel, to `total`
 // if `writes`, else adds it there.
-template <class Row, class Weight>
+template <class Total, class Row, class Weight>
 inline void add_weighted_rows(Row row, Weight weight, int64_t depth, int64_t count, bool writes,
-                              float* total) {
+                              Total* total) {
     float sums[PANEL] = {};
     for (int64_t k = 0; k < depth; k++) {
         const auto* values = row(k);
         float factor = weight(k);
         for (int64_t i = 0; i < count; i++) sums[i] += factor * widen(values[i]);
     }
-    for (int64_t i = 0; i < count; i++) total[i] = writes ? sums[i] : total[i] + sums[i];
+    for (int64_t i = 0; i < count; i++)
+        total[i] = narrow<Total>(writes ? sums[i] : widen(total[i]) + sums[i]);
 }
 
 }  // namespace ISA

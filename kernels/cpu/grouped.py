@@ -1,0 +1,68 @@
+"""Rows times the matrix of their slot, and the gradients, on the C++ kernels.
+
+N rows that are together by slot, S slots, P inputs, Q outputs.
+"""
+
+import ctypes
+from array import array
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from .library import TYPES, functions_for
+from .structures import GroupedArguments
+
+
+def can_multiply(x_NP: Tensor, weight_SQP: Tensor) -> bool:
+    """Say whether the kernels can take these."""
+    num_outputs, num_inputs = weight_SQP.shape[1:]
+    has_pairs = num_outputs % 2 == 0 and num_inputs % 2 == 0  # bf16 is multiplied in pairs
+    are_dense = x_NP.stride(1) == 1 and weight_SQP.stride()[1:] == (num_inputs, 1)
+    if not has_pairs or not are_dense or x_NP.dtype != weight_SQP.dtype:
+        return False
+    return functions_for(x_NP[:0], weight_SQP[:0], is_backward_ours=True) is not None
+
+
+def multiply(x_NP: Tensor, weight_SQP: Tensor, spans: Iterable[tuple[int, int, int]]) -> Tensor:
+    """Return ``x_n W_slot(n)^T``, ``[N, Q]``. Spans are slot, first row and end."""
+    y_NQ = x_NP.new_empty(x_NP.shape[0], weight_SQP.shape[1])
+    _run("product", x_NP, y_NQ, weight_SQP, spans)
+    return y_NQ
+
+
+def grad_rows(grad_NQ: Tensor, weight_SQP: Tensor, spans: Iterable[tuple[int, int, int]]) -> Tensor:
+    """Return ``grad_n W_slot(n)``, ``[N, P]``."""
+    grad_NP = grad_NQ.new_empty(grad_NQ.shape[0], weight_SQP.shape[2])
+    _run("product_grad", grad_NP, grad_NQ, weight_SQP, spans)
+    return grad_NP
+
+
+def grad_weights(
+    grad_NQ: Tensor, x_NP: Tensor, num_slots: int, spans: Iterable[tuple[int, int, int]]
+) -> Tensor:
+    """Return each slot's ``grad^T x``, ``[S, Q, P]``; 0 without rows."""
+    grad_SQP = x_NP.new_empty(num_slots, grad_NQ.shape[1], x_NP.shape[1])
+    _run("weight_grad", x_NP, grad_NQ, grad_SQP, spans)
+    return grad_SQP
+
+
+def _run(
+    name: str,
+    x_NP: Tensor,
+    y_NQ: Tensor,
+    weight_SQP: Tensor,
+    spans: Iterable[tuple[int, int, int]],
+) -> None:
+    num_slots, num_outputs, num_inputs = weight_SQP.shape
+    bounds = array("q", bytes(16 * num_slots))
+    for slot, start, end in spans:
+        bounds[2 * slot], bounds[2 * slot + 1] = start, end
+    arguments = GroupedArguments(
+        *(TYPES[x_NP.dtype], num_slots, num_inputs, num_outputs, torch.get_num_threads()),
+        *(weight_SQP.stride(0), x_NP.stride(0), y_NQ.stride(0), bounds.buffer_info()[0]),
+        *(tensor.data_ptr() for tensor in (x_NP, y_NQ, weight_SQP)),
+    )
+    functions = functions_for(x_NP[:0], is_backward_ours=True)
+    assert functions is not None, "can_multiply was not asked"
+    getattr(functions, f"moeyard_grouped_{name}")(ctypes.byref(arguments))
