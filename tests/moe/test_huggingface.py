@@ -212,7 +212,7 @@ DAMAGES = {
         "has no tensor 'lm_head.weight'",
     ),
     "text_for_a_number": (damage_config(num_hidden_layers="3"), "value of the wrong type"),
-    "no_choices": (damage_config(num_experts_per_tok=None), "wrong type"),
+    "no_choices": (damage_config(num_experts_per_tok=None), "num_experts_per_tok = null; give"),
     "no_step": (damage_config(decoder_sparse_step=0), "decoder_sparse_step = 0; use 1"),
     "rope_list": (
         damage_config(rope_parameters=[1]),
