@@ -9,7 +9,7 @@ import torch
 
 from ..kernels.quantized_weights import Bits
 from .families.table import FAMILIES
-from .generation_config import FILE as GENERATION_FILE
+from .generation_config import generation_to_keep
 from .hf_config import to_hf
 from .model_folder import ModelFolder
 from .model_writer import TensorPlan, write_model_folder
@@ -61,7 +61,7 @@ def convert(source: Path, target: Path, dtype: Dtype | None = None) -> str:
         plans = plan_weights(config, family, weights, plain, _router_dtype(folder, plain), packed)
         if packed is not None:
             values["quantization_config"] = quantization_config(packed, _plain_matrices(plans))
-        generation = folder.read_optional(GENERATION_FILE)
+        generation = generation_to_keep(folder)
         write_model_folder(
             target, values, plans, lambda unfinished: copy_tokenizer(source, unfinished), generation
         )

@@ -26,22 +26,35 @@ class GenerationConfig:
     """Where the file says nothing: temperature 1, all tokens."""
     eos_ids: frozenset[int] = frozenset()
     """Ids that end a text."""
+    unknown_eos_ids: tuple[int, ...] = ()
+    """Those outside the vocabulary, which no text can end with."""
     not_followed: tuple[str, ...] = ()
     """Keys whose wish is not met."""
 
 
 def read_generation_config(folder: ModelFolder) -> GenerationConfig:
-    """Read the file and the end-of-text ids of ``config.json``; without it defaults hold."""
+    """Read the file, or without it the end-of-text ids of ``config.json``."""
     values = folder.read_optional(FILE)
+    eos_ids = _end_of_text_ids(folder)
     return GenerationConfig(
         _sampling(values),
-        _end_of_text_ids(folder),
+        eos_ids,
+        tuple(sorted(eos_ids.difference(range(folder.config.vocabulary)))),
         tuple(
             key
             for key, neutral in NEUTRAL.items()
             if values.get(key, neutral) not in (neutral, None)
         ),
     )
+
+
+def generation_to_keep(folder: ModelFolder) -> dict[str, Any]:
+    """Return the file's contents for a folder that is written from this one; empty without a file.
+
+    A file that says nothing is not the same as none: it takes away ``config.json``'s end.
+    """
+    values = folder.read_optional(FILE)
+    return values or ({"eos_token_id": None} if (folder.path / FILE).exists() else {})
 
 
 def _sampling(values: dict[str, Any]) -> SamplingParams:
@@ -61,16 +74,14 @@ def _sampling(values: dict[str, Any]) -> SamplingParams:
 
 
 def _end_of_text_ids(folder: ModelFolder) -> frozenset[int]:
-    found: set[int] = set()
-    for name in ("config.json", FILE):
-        value = folder.read_optional(name).get("eos_token_id")
-        for token in value if isinstance(value, list) else [value]:
-            if token is None:
-                continue
-            if type(token) is not int or not 0 <= token < folder.config.vocabulary:
-                raise ModelFileError(
-                    f"{name} has eos_token_id {token!r}; it must be an id below "
-                    f"{folder.config.vocabulary}."
-                )
-            found.add(token)
-    return frozenset(found)
+    """Return the ids of ``generation_config.json`` where it is, of ``config.json`` elsewhere.
+
+    As in transformers, the file replaces those of ``config.json`` even where it has none itself.
+    """
+    name = FILE if (folder.path / FILE).exists() else "config.json"
+    value = folder.read_optional(name).get("eos_token_id")
+    tokens = [] if value is None else value if isinstance(value, list) else [value]
+    for token in tokens:
+        if type(token) is not int:
+            raise ModelFileError(f"{name} has eos_token_id {token!r}; use an id or a list of ids.")
+    return frozenset(tokens)

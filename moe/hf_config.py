@@ -10,13 +10,16 @@ from pydantic import ValidationError
 
 from ..errors import ModelFileError
 from .config import ModelConfig
+from .families.balance_keys import OWN_KEY
 from .families.family import Family
 from .families.native import NATIVE
+from .families.rope_keys import replaced_rope
 from .families.table import FAMILIES, family_for, why_native
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-NOT_KEPT = ("auto_map", "quantization_config", "torch_dtype")
-"""Keys of a folder that do not hold for what is written from it: its own code, its own types."""
+NOT_KEPT = ("auto_map", "quantization_config", "torch_dtype", OWN_KEY)
+"""Keys of a folder that do not hold for what is written from it: its own code, its own types, the
+loss of another run."""
 
 
 def to_hf(
@@ -39,7 +42,9 @@ def to_hf(
         values["why_moeyard"] = why_native(config)
         return {key: source.get(key) for key in TOKEN_IDS} | values
     if family.model_type == source.get("model_type"):
-        return {key: value for key, value in source.items() if key not in NOT_KEPT} | values
+        dropped = (*NOT_KEPT, *family.aliases)
+        kept = {key: value for key, value in source.items() if key not in dropped}
+        return replaced_rope(kept, values) | values
     return {key: source[key] for key in TOKEN_IDS if key in source} | values
 
 

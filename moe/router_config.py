@@ -5,8 +5,8 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 TRAINING_ONLY = (
-    *("bias_update_rate", "balance_loss", "sequence_balance_loss", "z_loss", "jitter"),
-    "round_rows_to",
+    *("bias_update_rate", "balance_loss", "balance_over", "sequence_balance_loss", "z_loss"),
+    *("jitter", "round_rows_to"),
 )
 """Fields of :class:`TopK` that a run may change on the way: weights mean the same without them."""
 
@@ -52,6 +52,10 @@ class TopK(RouterConfig):
     the bias. None = no bias, 0 = a bias that stays. Set ``balance_loss: 0`` beside it."""
     balance_loss: float = Field(default=0.01, ge=0)
     """Coefficient of the Switch/GShard balance loss; at perfect balance the loss itself is 1."""
+    balance_over: Literal["layer", "model"] = "layer"
+    """``layer``: a balance loss for each layer, summed (Switch, Megatron). ``model``: one loss of
+    all layers, whose counts and probabilities are pooled first (transformers). It is 1 in all
+    where the other is 1 for each layer."""
     sequence_balance_loss: float = Field(default=0.0, ge=0)
     """Coefficient of the same loss over each sequence (DeepSeek-V3, 1e-4)."""
     z_loss: float = Field(default=0.0, ge=0)

@@ -25,7 +25,7 @@ from ..errors import ConfigError
 from .config import MOST_EXPERTS, ModelConfig, MoEConfig
 from .convert import copy_tokenizer
 from .families.table import FAMILIES
-from .generation_config import FILE as GENERATION_FILE
+from .generation_config import generation_to_keep
 from .hf_config import to_hf
 from .initialize import generator_of
 from .model_folder import ModelFolder
@@ -67,7 +67,7 @@ def upcycle(
             values,
             plan_weights(config, family, weights, dtype, torch.float32),
             lambda unfinished: copy_tokenizer(source, unfinished),
-            folder.read_optional(GENERATION_FILE),
+            generation_to_keep(folder),
         )
     finally:
         folder.close()

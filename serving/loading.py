@@ -100,6 +100,12 @@ def _open(
             layer.experts = _as_module(weights)
     run_reads(files, [*dense_reads(files, decoder, chosen), *reads])
     generation = read_generation_config(files)
+    if generation.unknown_eos_ids:
+        log.warning(
+            "eos_token_id has %s, but ids go up to %d, so no answer ends there.",
+            ", ".join(map(str, generation.unknown_eos_ids)),
+            files.config.vocabulary - 1,
+        )
     if generation.not_followed:
         log.warning(
             "generation_config.json asks for %s, which is not offered; answers are without.",

@@ -51,9 +51,9 @@ def export(run_dir: Path, target: Path) -> int:
     weights = CheckpointWeights(StoredTensors(checkpoint), scale)
     plans = plan_weights(model, FAMILIES[values["model_type"]], weights, dtype, torch.float32)
     generation = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
-    write_model_folder(
-        target, values, plans, tokenizer.save, origin.get("generation") or generation
-    )
+    if origin:  # where that folder has no such file, the ids of its config.json hold
+        generation = origin["generation"]
+    write_model_folder(target, values, plans, tokenizer.save, generation)
     return int(state["step"])
 
 

@@ -10,7 +10,7 @@ import torch
 from ..errors import ConfigError, ModelFileError
 from ..moe.decoder import Decoder
 from ..moe.experts import Experts
-from ..moe.generation_config import FILE as GENERATION_FILE
+from ..moe.generation_config import generation_to_keep
 from ..moe.model_folder import ModelFolder
 from ..moe.read_weights import Read, expert_reads, read_tensor, run_reads
 from .data.tokenizer import Tokenizer, open_tokenizer
@@ -61,7 +61,7 @@ def read_origin(start_from: str) -> dict[str, Any]:
     """Return what an export needs of the folder: its two configurations."""
     folder = ModelFolder(Path(start_from))
     folder.close()
-    return {"config": folder.values, "generation": folder.read_optional(GENERATION_FILE)}
+    return {"config": folder.values, "generation": generation_to_keep(folder)}
 
 
 def read_start(start_from: str, decoder: Decoder) -> None:

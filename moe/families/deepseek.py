@@ -6,13 +6,68 @@ from ..config import ModelConfig, MoEConfig
 from ..expert_layouts import SeparateExperts
 from ..router_config import TopK
 from .family import Family
-from .keys import Values, check_only, num_layers, read_common
+from .keys import COMMON, Values, check_only, num_layers, read_common
+
+_V2_DEFAULTS = COMMON | {
+    "vocab_size": 102_400,
+    "hidden_size": 4096,
+    "intermediate_size": 11_008,
+    "moe_intermediate_size": 1407,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "max_position_embeddings": 2048,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "first_k_dense_replace": 0,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": None,
+    "routed_scaling_factor": 1.0,
+    "topk_method": "greedy",
+    "n_group": None,
+    "topk_group": None,
+}
+_V3_DEFAULTS = COMMON | {
+    "vocab_size": 129_280,
+    "hidden_size": 7168,
+    "intermediate_size": 18_432,
+    "moe_intermediate_size": 2048,
+    "num_hidden_layers": 61,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "max_position_embeddings": 4096,
+    "attention_bias": False,
+    "first_k_dense_replace": 3,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "rope_interleave": True,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "n_group": 8,
+    "topk_group": 4,
+    "num_nextn_predict_layers": 1,
+}
 
 
 def _read(values: Values, router: TopK, interleaved: bool) -> ModelConfig:
     check_only(values, {"mlp_bias": False, "moe_layer_freq": 1})
-    has_bias = values.get("attention_bias", False)
-    num_dense = min(values.get("first_k_dense_replace") or 0, len(num_layers(values)))
+    num_heads, kv_heads = values["num_attention_heads"], values["num_key_value_heads"]
+    if kv_heads is not None and kv_heads < num_heads:  # more do no harm in transformers either
+        check_only(values, {"num_key_value_heads": num_heads})
+    has_bias = values["attention_bias"]
+    num_dense = min(values["first_k_dense_replace"], len(num_layers(values)))
     d_expert = values["moe_intermediate_size"]
     # head_dim is the rotated part alone, and keys have as many heads as queries
     common = read_common(values) | {"head_dim": None, "num_kv_heads": None}
@@ -35,7 +90,7 @@ def _read(values: Values, router: TopK, interleaved: bool) -> ModelConfig:
         moe=MoEConfig(
             num_experts=values["n_routed_experts"],
             d_expert=d_expert,
-            d_shared=(values.get("n_shared_experts") or 0) * d_expert,
+            d_shared=values["n_shared_experts"] * d_expert,
             router=router,
         ),
     )
@@ -68,7 +123,7 @@ def _write(config: ModelConfig) -> Values:
 
 
 def _read_v2(values: Values) -> ModelConfig:
-    method = values.get("topk_method", "greedy")
+    method = values["topk_method"]
     if method not in ("greedy", "group_limited_greedy"):
         raise ModelFileError(
             f"config.json has topk_method = {method!r}; the known ones of deepseek_v2 are greedy "
@@ -78,7 +133,7 @@ def _read_v2(values: Values) -> ModelConfig:
     router = TopK(
         k=values["num_experts_per_tok"],
         renormalize=False,  # whatever norm_topk_prob says: the model never reads it
-        scale=values.get("routed_scaling_factor", 1.0),
+        scale=values["routed_scaling_factor"],
         num_groups=values["n_group"] if has_groups else 1,
         top_groups=values["topk_group"] if has_groups else 1,
         group_score="max",
@@ -97,14 +152,14 @@ def _read_v3(values: Values) -> ModelConfig:
     router = TopK(
         k=values["num_experts_per_tok"],
         score="sigmoid",
-        renormalize=values.get("norm_topk_prob", True),
-        scale=values.get("routed_scaling_factor", 2.5),
-        num_groups=values.get("n_group") or 1,
-        top_groups=values.get("topk_group") or 1,
+        renormalize=bool(values["norm_topk_prob"]),
+        scale=values["routed_scaling_factor"],
+        num_groups=values["n_group"],
+        top_groups=values["topk_group"],
         bias_update_rate=0.0,  # there is a bias, and a folder does not say how fast it moves
         balance_loss=0.0,
     )
-    return _read(values, router, interleaved=values.get("rope_interleave", True))
+    return _read(values, router, interleaved=bool(values["rope_interleave"]))
 
 
 def _write_v3(config: ModelConfig) -> Values:
@@ -121,6 +176,9 @@ DEEPSEEK_V2 = Family(
     read=_read_v2,
     write=_write_v2,
     experts=SeparateExperts(),
+    defaults=_V2_DEFAULTS,
+    may_be_null=("head_dim", "q_lora_rank"),
+    aliases={"num_experts": "n_routed_experts"},
     renames=_SHARED,
     has_latent=True,
 )
@@ -130,6 +188,15 @@ DEEPSEEK_V3 = Family(
     read=_read_v3,
     write=_write_v3,
     experts=SeparateExperts(),
+    defaults=_V3_DEFAULTS,
+    may_be_null=(
+        *("num_key_value_heads", "q_lora_rank", "rope_interleave", "norm_topk_prob"),
+        "num_nextn_predict_layers",
+    ),
+    aliases={
+        "num_local_experts": "n_routed_experts",
+        "num_mtp_layers": "num_nextn_predict_layers",
+    },
     renames=_SHARED,
     has_latent=True,
 )

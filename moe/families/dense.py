@@ -1,39 +1,68 @@
 """Dense families, read and written as sources of upcycling: Llama and Qwen3."""
 
-from collections.abc import Callable
-from typing import Literal
-
 from ..attention_config import AttentionConfig
 from ..config import ModelConfig
 from ..expert_layouts import SeparateExperts
 from .family import Family
-from .keys import Values, check_only, layers_with, num_layers, read_common, write_layer_types
+from .keys import (
+    COMMON,
+    Values,
+    check_only,
+    num_layers,
+    read_common,
+    read_windows,
+    write_layer_types,
+)
+
+_LLAMA_DEFAULTS = COMMON | {
+    "vocab_size": 32_000,
+    "hidden_size": 4096,
+    "intermediate_size": 11_008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "max_position_embeddings": 2048,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+_QWEN3_DEFAULTS = COMMON | {
+    "vocab_size": 151_936,
+    "hidden_size": 4096,
+    "intermediate_size": 22_016,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "head_dim": 128,
+    "max_position_embeddings": 32_768,
+    "attention_bias": False,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+    "layer_types": None,
+}
 
 
-def _reader(qk_norm: Literal["head"] | None) -> Callable[[Values], ModelConfig]:
-    def read(values: Values) -> ModelConfig:
-        check_only(values, {"mlp_bias": False})
-        has_bias = values.get("attention_bias", False)
-        windows: tuple[int, ...] = ()
-        if values.get("use_sliding_window"):
-            first = values.get("max_window_layers", 28)
-            usual = (
-                "sliding_attention" if i >= first else "full_attention" for i in num_layers(values)
-            )
-            windows = layers_with("sliding_attention", values.get("layer_types") or usual)
-        return ModelConfig(
-            **read_common(values),
-            d_ff=values["intermediate_size"],
-            attention=AttentionConfig(
-                qk_norm=qk_norm,
-                qkv_bias=has_bias,
-                o_bias=has_bias,
-                window=values.get("sliding_window", 4096) if windows else None,
-                window_layers=windows,
-            ),
-        )
+def _read_llama(values: Values) -> ModelConfig:
+    return _read(values, AttentionConfig(qk_norm=None, **_biases(values)))
 
-    return read
+
+def _read_qwen3(values: Values) -> ModelConfig:
+    width = values["sliding_window"] if values["use_sliding_window"] else None
+    first = values["max_window_layers"]
+    usual = (width is not None and layer >= first for layer in num_layers(values))
+    window, windows = read_windows(values, width, usual)
+    attention = AttentionConfig(window=window, window_layers=windows, **_biases(values))
+    return _read(values, attention)
+
+
+def _read(values: Values, attention: AttentionConfig) -> ModelConfig:
+    check_only(values, {"mlp_bias": False})
+    return ModelConfig(**read_common(values), d_ff=values["intermediate_size"], attention=attention)
+
+
+def _biases(values: Values) -> Values:
+    return {"qkv_bias": values["attention_bias"], "o_bias": values["attention_bias"]}
 
 
 def _write_llama(config: ModelConfig) -> Values:
@@ -57,16 +86,19 @@ def _write_qwen3(config: ModelConfig) -> Values:
 LLAMA = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
-    read=_reader(qk_norm=None),
+    read=_read_llama,
     write=_write_llama,
     experts=SeparateExperts(),
+    defaults=_LLAMA_DEFAULTS,
     has_experts=False,
 )
 QWEN3 = Family(
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
-    read=_reader(qk_norm="head"),
+    read=_read_qwen3,
     write=_write_qwen3,
     experts=SeparateExperts(),
+    defaults=_QWEN3_DEFAULTS,
+    may_be_null=("num_key_value_heads", "sliding_window"),
     has_experts=False,
 )

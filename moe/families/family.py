@@ -1,14 +1,14 @@
 """What a model family is."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pydantic import ValidationError
 
 from ..config import ModelConfig
 from ..expert_layouts import ExpertLayout
 from ..router_config import TopK
-from .keys import Values, check_only, write_common
+from .keys import COMMON, Values, check_only, complete, write_common
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,11 +22,18 @@ class Family:
     architecture: str
     """The class that opens such folders in transformers, or would."""
     read: Callable[[Values], ModelConfig]
-    """Understand a ``config.json``; may raise ``KeyError`` and ``TypeError`` for damaged ones."""
+    """Understand a ``config.json`` in which no key of ``defaults`` is missing; may raise
+    ``KeyError`` and ``TypeError`` for damaged ones."""
     write: Callable[[ModelConfig], Values]
     """Return what ``config.json`` has beside the common keys, for any model with this family's
     parts (experts, latent attention); what the family cannot say is not said."""
     experts: ExpertLayout
+    defaults: Values = field(default_factory=lambda: dict(COMMON))
+    """What the family means where a key is missing."""
+    may_be_null: tuple[str, ...] = ()
+    """Keys that may be null although their default is not."""
+    aliases: dict[str, str] = field(default_factory=dict)
+    """Other names of keys, which win over the keys."""
     renames: tuple[tuple[str, str], ...] = ()
     activation: str | None = "silu"
     """The one ``hidden_act`` the family may have; None: it does not say."""
@@ -36,8 +43,13 @@ class Family:
     has_latent: bool = False
     is_in_transformers: bool = True
 
+    def complete(self, values: Values) -> Values:
+        """Return a ``config.json`` with what the family means by the keys it leaves out."""
+        return complete(values, self.defaults, self.may_be_null, self.aliases)
+
     def read_config(self, values: Values) -> ModelConfig:
         """Understand a ``config.json``."""
+        values = self.complete(values)
         if self.activation is not None:
             check_only(values, {"hidden_act": self.activation})
         return self.read(values)

@@ -4,37 +4,68 @@ from ...kernels.activation import CLAMP, CLAMPED_SLOPE
 from ..attention_config import AttentionConfig
 from ..config import ModelConfig, MoEConfig
 from ..router_config import TopK
+from .balance_keys import read_balance_loss, write_balance_loss
 from .family import Family
 from .gpt_oss_experts import GptOssExperts
 from .keys import (
+    COMMON,
     Values,
     check_only,
-    layers_with,
     num_layers,
-    read_balance_loss,
     read_common,
-    write_balance_loss,
+    read_windows,
     write_layer_types,
 )
 
 _WINDOW = 128
 _CONSTANTS = {"swiglu_limit": CLAMP, "swiglu_alpha": CLAMPED_SLOPE}
+_DEFAULTS = COMMON | {
+    "vocab_size": 201_088,
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "max_position_embeddings": 131_072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 150_000.0,
+    "sliding_window": _WINDOW,
+    "layer_types": None,
+    "attention_bias": True,
+    "num_local_experts": 128,
+    "num_experts_per_tok": 4,
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.001,
+    **_CONSTANTS,
+}
+_ROPE = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
+"""What the family means by ``rope_parameters: null``."""
 
 
 def _read(values: Values) -> ModelConfig:
     check_only(values, _CONSTANTS)
-    usual = ("full_attention" if i % 2 else "sliding_attention" for i in num_layers(values))
-    windows = layers_with("sliding_attention", values.get("layer_types") or usual)
-    has_bias = values.get("attention_bias", True)
-    k = values.get("num_experts_per_tok") or values["experts_per_token"]
+    if values["rope_parameters"] is None:
+        values = values | {"rope_parameters": _ROPE}
+    every_other = (layer % 2 == 0 for layer in num_layers(values))
+    window, windows = read_windows(values, values["sliding_window"], every_other)
+    has_bias, k = values["attention_bias"], values["num_experts_per_tok"]
+    check_only(values, {"experts_per_token": k})  # an older name, which transformers skips
     return ModelConfig(
-        **read_common({"rms_norm_eps": 1e-5, "head_dim": 64} | values, theta=150_000.0),
+        **read_common(values),
         attention=AttentionConfig(
             qk_norm=None,
             qkv_bias=has_bias,
             o_bias=has_bias,
             sinks=True,
-            window=values.get("sliding_window", _WINDOW) if windows else None,
+            window=window,
             window_layers=windows,
         ),
         moe=MoEConfig(
@@ -43,7 +74,7 @@ def _read(values: Values) -> ModelConfig:
             activation="clamped_swiglu",
             expert_bias=True,
             # softmax of the chosen logits is softmax of all, renormalized
-            router=TopK(k=k, logit_bias=True, balance_loss=read_balance_loss(values, k, 0.001)),
+            router=TopK(k=k, logit_bias=True, **read_balance_loss(values, k)),
         ),
     )
 
@@ -60,7 +91,7 @@ def _write(config: ModelConfig) -> Values:
         "sliding_window": config.attention.window or _WINDOW,  # transformers wants a number
         "layer_types": write_layer_types(config),
         **_CONSTANTS,
-        **write_balance_loss(moe.router),
+        **write_balance_loss(config),
     }
 
 
@@ -70,6 +101,8 @@ GPT_OSS = Family(
     read=_read,
     write=_write,
     experts=GptOssExperts(),
+    defaults=_DEFAULTS,
+    aliases={"num_experts": "num_local_experts"},
     renames=((".mlp.gate.", ".mlp.router."),),
     own_quantization="mxfp4",
 )

@@ -1,40 +1,56 @@
 """Keys of ``config.json`` that families share, to and from our configuration."""
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping
 
 from ...errors import ModelFileError
-from ..attention_config import LinearRope, Llama3Rope, RopeScaling, YarnRope
 from ..config import ModelConfig
-from ..router_config import TopK
+from .rope_keys import Values, read_rope, write_rope
 
-Values = dict[str, Any]
-"""The contents of a ``config.json``."""
+COMMON: Values = {
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "rope_theta": 10_000.0,
+    "rope_scaling": None,
+    "rope_parameters": None,
+}
+"""What most families mean where these keys are missing."""
+
+_FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
-def read_common(values: Values, theta: float = 10_000.0) -> Values:
-    """Return the arguments of :class:`ModelConfig` that all families say alike.
+def complete(
+    values: Values, defaults: Values, may_be_null: Collection[str], aliases: Mapping[str, str]
+) -> Values:
+    """Return a ``config.json`` with all that it leaves out, as transformers completes it.
 
-    ``theta`` is what the family means where ``rope_theta`` is missing.
+    ``defaults`` are the values of absent keys. A null may stand for ``may_be_null``, for
+    ``rope_theta`` (unless it is needed) and where it is the default; elsewhere it is refused, as
+    transformers refuses it. ``aliases`` are other names of keys, which win over the keys.
     """
-    name = "rope_parameters" if values.get("rope_parameters") else "rope_scaling"
-    rope = values.get(name) or {}
-    if not isinstance(rope, dict):
-        raise ModelFileError(
-            f'config.json has {name} = {rope!r}; use an object, such as {{"rope_theta": 10000.0}}.'
-        )
+    for key in (*defaults, *aliases, "head_dim"):
+        is_free = key in may_be_null or key == "rope_theta" or defaults.get(key, key) is None
+        if key in values and values[key] is None and not is_free:
+            raise ModelFileError(
+                f"config.json has {key} = null; give it a value, or leave it out for the default."
+            )
+    named = {key: values[alias] for alias, key in aliases.items() if alias in values}
+    return defaults | values | named
+
+
+def read_common(values: Values) -> Values:
+    """Return the arguments of :class:`ModelConfig` that all families say alike."""
     return {
         "vocab_size": values["vocab_size"],
         "d_model": values["hidden_size"],
         "num_layers": values["num_hidden_layers"],
         "num_heads": values["num_attention_heads"],
-        "num_kv_heads": values.get("num_key_value_heads"),
+        "num_kv_heads": values["num_key_value_heads"],
         "head_dim": values.get("head_dim"),
         "max_positions": values["max_position_embeddings"],
-        "rope_theta": rope.get("rope_theta", values.get("rope_theta", theta)),
-        "rope_scaling": _read_scaling(rope, values["max_position_embeddings"]),
-        "rms_eps": values.get("rms_norm_eps", 1e-6),
-        "tie_embeddings": values.get("tie_word_embeddings", False),
+        "rms_eps": values["rms_norm_eps"],
+        "tie_embeddings": values["tie_word_embeddings"],
+        **read_rope(values),
     }
 
 
@@ -49,10 +65,9 @@ def write_common(config: ModelConfig) -> Values:
         "head_dim": config.head_width,
         "max_position_embeddings": config.max_positions,
         "rms_norm_eps": config.rms_eps,
-        "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_theta": config.rope_theta} | _write_scaling(config.rope_scaling),
         "tie_word_embeddings": config.tie_embeddings,
         "hidden_act": "silu",
+        **write_rope(config),
     }
 
 
@@ -75,60 +90,37 @@ def num_layers(values: Values) -> range:
     return layers
 
 
-def layers_with(kind: str, layer_types: Iterable[str]) -> tuple[int, ...]:
-    """Return the layers of a ``layer_types`` list that are of ``kind``."""
-    return tuple(layer for layer, name in enumerate(layer_types) if name == kind)
+def read_windows(
+    values: Values, window: int | None, usual: Iterable[bool]
+) -> tuple[int | None, tuple[int, ...]]:
+    """Return the window and the layers that have it.
+
+    ``layer_types`` says which, or ``usual`` where it is null; ``window`` is their width.
+    """
+    kinds = values["layer_types"]
+    if kinds is None:
+        kinds = [_SLIDING if has_window else _FULL for has_window in usual]
+    unknown = next((kind for kind in kinds if kind not in (_FULL, _SLIDING)), None)
+    if unknown is not None:
+        raise ModelFileError(
+            f"config.json has {unknown!r} in layer_types; the known ones are {_FULL} and "
+            f"{_SLIDING}."
+        )
+    if len(kinds) != len(num_layers(values)):
+        raise ModelFileError(
+            f"config.json has {len(kinds)} layer_types for num_hidden_layers = "
+            f"{values['num_hidden_layers']}; name each layer's."
+        )
+    layers = tuple(layer for layer, kind in enumerate(kinds) if kind == _SLIDING)
+    if layers and window is None:
+        raise ModelFileError(
+            f"config.json has {_SLIDING} in layer_types, but no window is in use; give "
+            "sliding_window a value and set use_sliding_window to true if it is there."
+        )
+    return (window, layers) if layers else (None, ())
 
 
 def write_layer_types(config: ModelConfig) -> list[str]:
     """Return Hugging Face's ``layer_types``."""
     windows = (config.attention.layer_window(layer) for layer in range(config.num_layers))
-    return ["full_attention" if window is None else "sliding_attention" for window in windows]
-
-
-def read_balance_loss(values: Values, k: int, default: float) -> float:
-    """Return our coefficient: Hugging Face's balance loss is k times ours at equal routing."""
-    return float(values.get("router_aux_loss_coef", default) * k)
-
-
-def write_balance_loss(router: TopK) -> Values:
-    """Return Hugging Face's coefficient."""
-    return {"router_aux_loss_coef": router.balance_loss / router.k}
-
-
-def _read_scaling(rope: Values, max_positions: int) -> RopeScaling | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    original = rope.get("original_max_position_embeddings") or max_positions
-    if kind == "default":
-        return None
-    if kind == "linear":
-        return LinearRope(factor=rope["factor"])
-    if kind == "llama3":
-        return Llama3Rope(
-            factor=rope["factor"],
-            low_freq_factor=rope["low_freq_factor"],
-            high_freq_factor=rope["high_freq_factor"],
-            original_max_positions=original,
-        )
-    if kind == "yarn":
-        given = ("attention_factor", "mscale", "mscale_all_dim", "truncate")
-        return YarnRope(
-            factor=rope["factor"],
-            original_max_positions=original,
-            beta_fast=rope.get("beta_fast") or 32.0,
-            beta_slow=rope.get("beta_slow") or 1.0,
-            **{name: rope[name] for name in given if rope.get(name) is not None},
-        )
-    raise ModelFileError(
-        f"config.json has rope_type {kind!r}; the known ones are default, linear, llama3 and yarn."
-    )
-
-
-def _write_scaling(scaling: RopeScaling | None) -> Values:
-    if scaling is None:
-        return {"rope_type": "default"}
-    values = scaling.model_dump(mode="json", exclude_none=True)
-    values["rope_type"] = values.pop("kind")
-    if "original_max_positions" in values:
-        values["original_max_position_embeddings"] = values.pop("original_max_positions")
-    return values
+    return [_FULL if window is None else _SLIDING for window in windows]

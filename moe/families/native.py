@@ -20,6 +20,7 @@ NATIVE = Family(
     read=_read,
     write=_write,
     experts=SeparateExperts(),
+    defaults={},
     activation=None,
     is_in_transformers=False,
 )

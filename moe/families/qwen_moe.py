@@ -7,21 +7,49 @@ from ..attention_config import AttentionConfig
 from ..config import ModelConfig, MoEConfig
 from ..expert_layouts import SeparateExperts
 from ..router_config import TopK
+from .balance_keys import read_balance_loss, write_balance_loss
 from .family import Family
-from .keys import (
-    Values,
-    layers_with,
-    num_layers,
-    read_balance_loss,
-    read_common,
-    write_balance_loss,
-    write_layer_types,
-)
+from .keys import COMMON, Values, num_layers, read_common, read_windows, write_layer_types
+
+_DEFAULTS = COMMON | {
+    "vocab_size": 151_936,
+    "hidden_size": 2048,
+    "num_hidden_layers": 24,
+    "max_position_embeddings": 32_768,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": None,
+    "norm_topk_prob": False,
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.001,
+}
+_QWEN2_DEFAULTS = _DEFAULTS | {
+    "intermediate_size": 5632,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "qkv_bias": True,
+    "max_window_layers": 28,
+    "layer_types": None,
+    "moe_intermediate_size": 1408,
+    "shared_expert_intermediate_size": 5632,
+    "num_experts": 60,
+    "num_experts_per_tok": 4,
+}
+_QWEN3_DEFAULTS = _DEFAULTS | {
+    "intermediate_size": 6144,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "attention_bias": False,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+}
 
 
 def read_dense_layers(values: Values) -> tuple[int, ...]:
     """Return the layers without experts: ``mlp_only_layers``, and all but every n-th."""
-    step, only = values.get("decoder_sparse_step", 1), values.get("mlp_only_layers") or []
+    step, only = values["decoder_sparse_step"], values["mlp_only_layers"] or []
     if type(step) is not int or step < 1:
         raise ModelFileError(f"config.json has decoder_sparse_step = {step!r}; use 1 or more.")
     layers = num_layers(values)
@@ -31,13 +59,12 @@ def read_dense_layers(values: Values) -> tuple[int, ...]:
 def _read_moe(values: Values, **more: Any) -> MoEConfig:
     k = values["num_experts_per_tok"]
     return MoEConfig(
-        # transformers 4 writes num_experts, 5 also num_local_experts
-        num_experts=values.get("num_local_experts") or values["num_experts"],
+        num_experts=values["num_experts"],
         d_expert=values["moe_intermediate_size"],
         router=TopK(
             k=k,
-            renormalize=values.get("norm_topk_prob", False),
-            balance_loss=read_balance_loss(values, k, 0.001),
+            renormalize=values["norm_topk_prob"],
+            **read_balance_loss(values, k),
         ),
         **more,
     )
@@ -56,27 +83,22 @@ def _write_moe(config: ModelConfig) -> Values:
         "mlp_only_layers": sorted(set(config.dense_layers)),
         "use_sliding_window": bool(config.attention.window_layers),
         "sliding_window": config.attention.window,
-        **write_balance_loss(moe.router),
+        **write_balance_loss(config),
     }
 
 
 def _read_qwen2(values: Values) -> ModelConfig:
-    windows: tuple[int, ...] = ()
-    if values.get("use_sliding_window"):
-        last = values.get("max_window_layers", 28)
-        usual = (
-            "full_attention" if i % 2 or i >= last else "sliding_attention"
-            for i in num_layers(values)
-        )
-        windows = layers_with("sliding_attention", values.get("layer_types") or usual)
+    is_used, last = values["use_sliding_window"], values["max_window_layers"]
+    usual = (is_used and layer % 2 == 0 and layer < last for layer in num_layers(values))
+    window, windows = read_windows(values, values["sliding_window"] if is_used else None, usual)
     return ModelConfig(
         **read_common(values),
         d_ff=values["intermediate_size"],
         dense_layers=read_dense_layers(values),
         attention=AttentionConfig(
             qk_norm=None,
-            qkv_bias=values.get("qkv_bias", True),
-            window=values.get("sliding_window", 4096) if windows else None,
+            qkv_bias=values["qkv_bias"],
+            window=window,
             window_layers=windows,
         ),
         moe=_read_moe(values, d_shared=values["shared_expert_intermediate_size"], shared_gate=True),
@@ -93,11 +115,11 @@ def _write_qwen2(config: ModelConfig) -> Values:
 
 
 def _read_qwen3(values: Values) -> ModelConfig:
-    has_bias = values.get("attention_bias", False)
-    window = values.get("sliding_window", 4096) if values.get("use_sliding_window") else None
+    has_bias = values["attention_bias"]
+    window = values["sliding_window"] if values["use_sliding_window"] else None
     return ModelConfig(
         **read_common(values),
-        d_ff=values.get("intermediate_size"),
+        d_ff=values["intermediate_size"],
         dense_layers=read_dense_layers(values),
         attention=AttentionConfig(
             qkv_bias=has_bias,
@@ -119,6 +141,8 @@ QWEN2_MOE = Family(
     read=_read_qwen2,
     write=_write_qwen2,
     experts=SeparateExperts(),
+    defaults=_QWEN2_DEFAULTS,
+    may_be_null=("sliding_window",),
 )
 QWEN3_MOE = Family(
     model_type="qwen3_moe",
@@ -126,4 +150,7 @@ QWEN3_MOE = Family(
     read=_read_qwen3,
     write=_write_qwen3,
     experts=SeparateExperts(),
+    defaults=_QWEN3_DEFAULTS,
+    may_be_null=("sliding_window",),
+    aliases={"num_local_experts": "num_experts"},
 )

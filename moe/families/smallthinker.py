@@ -6,7 +6,7 @@ from ..config import ModelConfig, MoEConfig
 from ..expert_layouts import SeparateExperts
 from ..router_config import TopK
 from .family import Family
-from .keys import Values, check_only, num_layers, read_common
+from .keys import COMMON, Values, check_only, num_layers, read_common
 
 
 def _read(values: Values) -> ModelConfig:
@@ -63,6 +63,7 @@ SMALLTHINKER = Family(
     architecture="SmallThinkerForCausalLM",
     read=_read,
     write=_write,
+    defaults=COMMON | {"num_key_value_heads": None, "head_dim": None},
     experts=SeparateExperts("block_sparse_moe.experts", gate="gate", up="up", down="down"),
     renames=((".mlp.gate.", ".block_sparse_moe.primary_router."),),
     activation=None,

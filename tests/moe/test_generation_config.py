@@ -2,12 +2,15 @@
 
 import json
 import logging
+import shutil
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import moeyard
 from moeyard.errors import ModelFileError
+from moeyard.moe.convert import convert
 from moeyard.serving.completion_request import CompletionRequest
 from moeyard.serving.completions import sampling_of
 
@@ -56,3 +59,69 @@ def test_what_is_not_offered_is_said(tmp_path, caplog):
 def test_a_file_that_makes_no_sense_gets_one_sentence(tmp_path, values, message):
     with pytest.raises(ModelFileError, match=message):
         load_with(tmp_path, **values)
+
+
+START = torch.arange(20, 25).unsqueeze(0)
+
+
+@pytest.fixture(scope="module")
+def greedy(tmp_path_factory):
+    """A folder and the tokens that its model writes when nothing ends it."""
+    folder = tmp_path_factory.mktemp("greedy")
+    options = {"num_hidden_layers": 2, "initializer_range": 0.4}
+    save("olmoe", folder, eos_token_id=None, pad_token_id=None, **options)
+    (folder / "generation_config.json").unlink()
+    tokens = moeyard.load(folder).generate(START, max_new_tokens=9, temperature=0)[0, 5:].tolist()
+    assert len(set(tokens[:6])) == 6
+    return folder, tokens
+
+
+ENDS = {
+    "config_alone": (4, None),
+    "list_in_config": ([4, 2], None),
+    "file_alone": (None, {"eos_token_id": [4, 2]}),
+    "file_replaces_config": (1, {"eos_token_id": [5]}),
+    "file_without_the_key": (3, {"temperature": 0.7}),
+    "file_with_null": (3, {"eos_token_id": None}),
+    "empty_file": (3, {}),
+    "neither": (None, None),
+}
+"""What config.json and generation_config.json say, as places in the tokens of the model."""
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_texts_end_where_they_end_in_transformers(greedy, tmp_path, name):
+    """From the folder, and from the one that convert makes of it."""
+    source, tokens = greedy
+    in_config, in_file = ENDS[name]
+
+    def ids(places):
+        if isinstance(places, list):
+            return [tokens[place] for place in places]
+        return places if places is None else tokens[places]
+
+    shutil.copytree(source, tmp_path / "m")
+    path = tmp_path / "m/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": ids(in_config)}))
+    if in_file is not None:
+        file = in_file | ({"eos_token_id": ids(in_file.get("eos_token_id"))} if in_file else {})
+        if name == "file_without_the_key":
+            del file["eos_token_id"]
+        (tmp_path / "m/generation_config.json").write_text(json.dumps(file))
+    convert(tmp_path / "m", tmp_path / "again")
+    theirs, ours = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "m"),
+        moeyard.load(tmp_path / "m"),
+    )
+    options = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
+    expected = theirs.generate(START, **options)[0].tolist()
+    assert ours.generate(START, max_new_tokens=9, temperature=0)[0].tolist() == expected
+    assert len(expected) == 14 or expected[-1] in tokens[:6]
+    assert moeyard.load(tmp_path / "again").eos_ids == ours.eos_ids
+
+
+def test_an_end_that_no_text_can_reach_is_said_and_not_refused(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, "moeyard.serving.loading"):
+        model = load_with(tmp_path, eos_token_id=[96, 1000, -1])
+    assert "eos_token_id has -1, 1000, but ids go up to 96" in caplog.text
+    assert 96 in model.eos_ids

@@ -212,7 +212,7 @@ DAMAGES = {
         "has no tensor 'lm_head.weight'",
     ),
     "text_for_a_number": (damage_config(num_hidden_layers="3"), "value of the wrong type"),
-    "no_choices": (damage_config(num_experts_per_tok=None), "wrong type"),
+    "no_choices": (damage_config(num_experts_per_tok=None), "num_experts_per_tok = null; give"),
     "no_step": (damage_config(decoder_sparse_step=0), "decoder_sparse_step = 0; use 1"),
     "rope_list": (
         damage_config(rope_parameters=[1]),
@@ -245,7 +245,10 @@ DAMAGES = {
         "the most is 10000",
     ),
     "deep_json": (lambda f: (f / "config.json").write_text("[" * 200_000), "is not JSON"),
-    "bad_eos": (damage_config(eos_token_id=99999), "eos_token_id 99999"),
+    "bad_eos": (
+        lambda f: (f / "generation_config.json").write_text('{"eos_token_id": "</s>"}'),
+        "generation_config.json has eos_token_id '</s>'; use an id",
+    ),
     "pipe": (make_pipe, "is not a file"),
     "index_list": (
         lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": [1]}'),
@@ -327,13 +330,6 @@ def test_a_shard_that_is_not_whole_gets_one_sentence(tmp_path, damage, message, 
     with pytest.raises(ModelFileError, match=message) as caught:
         moeyard.load(tmp_path / "m", expert_memory=memory)
     assert "\n" not in str(caught.value)
-
-
-def test_end_of_text_comes_from_both_configurations(tmp_path):
-    theirs = qwen3_moe(num_key_value_heads=2)
-    theirs.generation_config.eos_token_id = [5, 7]
-    theirs.save_pretrained(tmp_path / "m")
-    assert moeyard.load(tmp_path / "m").eos_ids == {96, 5, 7}
 
 
 def test_a_hash_table_that_names_no_expert_is_refused(tmp_path):
