@@ -41,11 +41,11 @@ def listeners(pids: list[int]) -> set[tuple[str, str, int]]:
                 address, port = local.split(":")
                 words = [bytes.fromhex(address[i : i + 8])[::-1] for i in range(0, len(address), 8)]
                 host = socket.inet_ntop(family, b"".join(words)).removeprefix("::ffff:")
-                found.add((_name_of(pid), host, int(port, 16)))
+                found.add((name_of(pid), host, int(port, 16)))
     return found
 
 
-def _name_of(pid: int) -> str:
+def name_of(pid: int) -> str:
     """Return what a process is: a title of Ray's, a script of Python's, or a program."""
     words = Path(f"/proc/{pid}/cmdline").read_text().strip("\0").split("\0")
     scripts = [word for word in words if word.endswith((".py", "/moeyard"))]
@@ -72,9 +72,9 @@ class Running:
     def log(self) -> str:
         return self.log_path.read_text()
 
-    def wait_until_ready(self) -> None:
+    def wait_until_ready(self, seconds: float = START_S) -> None:
         """Wait for ``moeyard serve`` to say that it is ready."""
-        deadline = time.monotonic() + START_S
+        deadline = time.monotonic() + seconds
         while "ready model=" not in self.log():
             assert self.process.poll() is None and time.monotonic() < deadline, self.log()
             time.sleep(0.1)

@@ -163,7 +163,7 @@ def test_sigterm_while_the_server_starts_ends_it(tmp_path, model_folder, after):
     code = patches[after] + "import sys\nfrom moeyard.cli import main\nsys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "serve", str(model_folder), "--port", str(port)]
     running = Running(command, tmp_path / "log.txt", port)
-    assert running.process.wait(90) == 0, running.log()
+    assert running.process.wait(300) == 0, running.log()
     assert running.stop() == 0, running.log()
     assert "Traceback" not in running.log()
 
