@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from . import __version__
@@ -12,8 +13,13 @@ from .errors import MoeyardError, Stopped
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return 0 when done, 1 failed, 2 for bad input, 130 when interrupted."""
     arguments = build_parser().parse_args(argv)
+    return _report_errors(lambda: arguments.run(arguments))
+
+
+def _report_errors(work: Callable[[], int | None]) -> int:
+    """Do ``work`` and turn what it raises into a sentence and a status."""
     try:
-        status: int | None = arguments.run(arguments)
+        status = work()
     except Stopped as stopped:
         sys.stderr.write(f"{stopped}\n")
         return 130
@@ -193,17 +199,23 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return 1 if any(check.failed for check in checks) else 0
 
 
-def _serve(arguments: argparse.Namespace) -> None:
-    from .configuration import validate_config
-    from .serving.launch import serve_forever
-    from .serving.server import ServeArgs
+def _serve(arguments: argparse.Namespace) -> int:
+    from .serving.guardian import run_guarded
 
-    values = {
-        name: value
-        for name, value in vars(arguments).items()
-        if name in ServeArgs.model_fields and value is not None
-    }
-    serve_forever(validate_config(ServeArgs, values), arguments.host, arguments.port)
+    def start(attempt: int) -> int:
+        from .configuration import validate_config
+        from .serving.launch import serve_forever
+        from .serving.server import ServeArgs
+
+        values = {
+            name: value
+            for name, value in vars(arguments).items()
+            if name in ServeArgs.model_fields and value is not None
+        }
+        args = validate_config(ServeArgs, values)
+        return serve_forever(args, arguments.host, arguments.port, attempt)
+
+    return run_guarded(lambda attempt: _report_errors(lambda: start(attempt)))
 
 
 if __name__ == "__main__":

@@ -14,12 +14,16 @@ from ..configuration import validate_config
 from ..errors import MoeyardError
 from .hub_link import HubLink
 from .proxy_guard import CALLBACK, CALLBACK_VARIABLE, ask_for_guard
+from .replica_port import close_replica_port
 from .server import ServeArgs, Server, check_model
 
 log = logging.getLogger(__name__)
 
 SPARE_REQUESTS = 64
 """Room beside the admitted requests: for health, metrics and refusals."""
+MAX_QUEUED_IN_PROXY = 1024
+"""Requests that wait in Ray's proxy for a replica to take them, or to be there at all; 503 beyond.
+Each holds a body of at most 1 MiB."""
 
 ask_for_guard()  # ``serve run`` imports this file before it starts Ray
 
@@ -51,6 +55,7 @@ class MoeyardServer:
                 CALLBACK_VARIABLE,
                 CALLBACK,
             )
+        close_replica_port()
         self._server = Server(args)
         context = serve.get_replica_context()
         replica = context.replica_id.unique_id
@@ -91,6 +96,7 @@ def application(args: ServeArgs) -> Application:
         num_replicas=args.num_replicas,
         # Waiting happens in the engine's queue, which knows what it can batch.
         max_ongoing_requests=args.max_num_seqs + args.max_queued_requests + SPARE_REQUESTS,
+        max_queued_requests=MAX_QUEUED_IN_PROXY,
         # Ray asks a replica that it takes away to finish, and ends it after so long.
         graceful_shutdown_timeout_s=args.drain_timeout,
     ).bind(args)

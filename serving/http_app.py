@@ -21,13 +21,12 @@ from .completion_request import CompletionRequest, parse_completion
 from .completions import CompletionWording, prepare_completion
 from .engine_thread import EngineThread
 from .gate import Gate
+from .request_body import read_body
 from .responses import error_response
 from .sequence import GenerationRequest
 from .tokenizer import ServingTokenizer
 
 log = logging.getLogger(__name__)
-
-MAX_BODY_BYTES = 1 << 20
 
 
 class HttpApi:
@@ -93,7 +92,7 @@ class HttpApi:
 
     async def create_completion(self, request: Request) -> Response:
         """Continue text."""
-        body = parse_completion(await read_body(request))
+        body = parse_completion(await read_body(request.receive))
         self._check_model(body.model)
         wording = CompletionWording(body, self._tokenizer)
         return await self._answer(
@@ -102,7 +101,7 @@ class HttpApi:
 
     async def create_chat(self, request: Request) -> Response:
         """Answer a conversation."""
-        body = parse_chat(await read_body(request))
+        body = parse_chat(await read_body(request.receive))
         self._check_model(body.model)
         wording = ChatWording(body, self._tokenizer)
         return await self._answer(
@@ -157,19 +156,6 @@ class HeldResponse(Response):
         """Send the response, then let go."""
         with self._held:
             await self._response(scope, receive, send)
-
-
-async def read_body(request: Request) -> bytes:
-    """Read the body, at most :data:`MAX_BODY_BYTES`."""
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise RequestError(
-                f"the body is larger than {MAX_BODY_BYTES} bytes; send a shorter prompt.",
-                status=413,
-            )
-    return bytes(body)
 
 
 async def _answer_request_error(_: Request, error: Exception) -> Response:

@@ -1,8 +1,9 @@
 """``moeyard serve``: Ray and Ray Serve on this machine, on the loopback, until told to stop."""
 
+import contextlib
+import json
 import logging
 import os
-import secrets
 import signal
 import socket
 import sys
@@ -10,10 +11,13 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 
 from ..errors import ConfigError, MoeyardError
-from .proxy_guard import ask_for_guard
+from .guardian import ATTEMPTS, TRY_AGAIN, stopping_signals
+from .own_ray import RayStartError, StartReport, Watch, prepare, start
+from .proxy_guard import UNFINISHED
 from .server import ServeArgs, check_model
 
 START_TIMEOUT_S = 300.0
@@ -21,61 +25,93 @@ ENDING_TIMEOUT_S = 10.0
 """For the last events to reach clients whose requests are ended; the longest step counts too."""
 HUB_TIMEOUT_S = 10.0
 APPLICATION = "moeyard"
-RAY_LOGS = "/tmp/ray/session_latest/logs/serve"
 
 
 class _Stopped(Exception):  # noqa: N818
-    """SIGINT or SIGTERM came."""
+    """SIGINT, SIGTERM or SIGHUP came."""
 
 
-def serve_forever(args: ServeArgs, host: str, port: int) -> None:
-    """Start the server, say when it is ready, and stop it on SIGINT or SIGTERM.
+def serve_forever(args: ServeArgs, host: str, port: int, attempt: int) -> int:
+    """Start the server, say when it is ready, and stop it when a signal comes; return a status.
 
-    What can be refused is refused before Ray starts.
+    What can be refused is refused before Ray starts. Where Ray fails on the way, the status is
+    :data:`TRY_AGAIN`, unless this is the last attempt. Runs under the guardian, which ends every
+    process that is still there afterwards.
     """
     check_address(host, port)
     check_model(args)
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray's own ports listen on every interface; a token keeps strangers out.
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    ask_for_guard()
+    report = StartReport(args.model_name, attempt)
+    folder = prepare()
     is_ready = False
+
+    def end_without_ray(name: str) -> None:
+        # Ray's library would wait in vain, in any thread, for the process that has died.
+        reason = f"Ray's {name} has ended"
+        if is_ready:
+            sys.stderr.write(f"error: {reason}, so the server stops; its logs are in {folder}.\n")
+        status = 1 if is_ready else _failed_start(reason, folder, attempt)
+        sys.stderr.flush()
+        os._exit(status)
+
+    watch = Watch(end_without_ray)
     try:
         _on_signals(_stop)
-        import ray
-        from ray import serve
-
-        # "local": never join, and never shut down, a cluster that is already there.
-        ray.init(
-            address="local",
-            # A replica asks Ray for one CPU; more of them than there are must not wait for ever.
-            num_cpus=max(args.num_replicas, len(os.sched_getaffinity(0))),
-            include_dashboard=False,
-            logging_level=logging.WARNING,
-            log_to_driver=False,
-        )
-        _on_signals(_stop)  # ray.init put handlers of its own in place
-        logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        serve.start(http_options={"host": host, "port": port})
-        _deploy(args)
-        base = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        _wait_until_healthy(base)
+        base = _start(args, host, port, folder, report)
+        report.close()
         sys.stdout.write(f"ready model={args.model_name} url={base}/v1\n")
         sys.stdout.flush()
         is_ready = True
         while True:
             signal.pause()
+    except RayStartError as error:
+        return _failed_start(str(error), folder, attempt)
     except (_Stopped, SystemExit):
         # SystemExit: the signal came while ray.init had its own handler in place.
+        report.close()
         if is_ready:
-            _drain(args.drain_timeout)
+            _drain(args.drain_timeout, base)
+        return 0
     finally:
         _on_signals(signal.SIG_IGN)  # shutting down is all that is left
+        watch.close()
         _shut_down()
 
 
-def _drain(timeout_s: float) -> None:
+def _start(args: ServeArgs, host: str, port: int, folder: Path, report: StartReport) -> str:
+    """Start everything and return the address once it answers."""
+    # A replica asks Ray for one CPU; more of them than there are must not wait for ever.
+    start(folder, max(args.num_replicas, len(os.sched_getaffinity(0))))
+    _on_signals(_stop)  # ray.init put handlers of its own in place
+    from ray import serve
+    from ray.exceptions import RayError
+
+    report.waits_for = "ray_serve"
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    try:
+        serve.start(http_options={"host": host, "port": port})
+    except (RayError, RuntimeError, TimeoutError) as error:
+        raise RayStartError(f"Ray Serve did not start ({type(error).__name__})") from error
+    report.waits_for = "model"
+    _deploy(args, folder)
+    base = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    _wait_until_healthy(base, folder)
+    return base
+
+
+def _failed_start(reason: str, folder: Path, attempt: int) -> int:
+    """Say that an attempt failed and return the status that asks for the next, if there is one."""
+    if attempt < ATTEMPTS:
+        sys.stdout.write(f"starting_again attempt={attempt + 1} reason={json.dumps(reason)}\n")
+        sys.stdout.flush()
+        return TRY_AGAIN
+    sys.stderr.write(
+        f"error: {reason} in the last of {attempt} attempts; the machine may be too busy or short "
+        f"of memory, so try again when it is not; Ray's logs are in {folder}/session_latest/logs.\n"
+    )
+    return 1
+
+
+def _drain(timeout_s: float, base: str) -> None:
     """Let nobody in, wait for what runs, end what is left; a second signal ends all at once."""
     import ray
     from ray.exceptions import RayError
@@ -92,16 +128,29 @@ def _drain(timeout_s: float) -> None:
             while not ray.get(hub.is_drained.remote(), timeout=HUB_TIMEOUT_S):
                 if time.monotonic() > deadline:
                     break
-                time.sleep(0.1)
+                time.sleep(0.05)
             else:
-                return
+                break
+        _wait_for_clients(base, time.monotonic() + ENDING_TIMEOUT_S)
     except RayError as error:
         reason = type(error).__name__
         sys.stderr.write(f"running requests are ended: Ray does not answer ({reason}).\n")
     except _Stopped:
-        _on_signals(signal.SIG_IGN)
-        ray.shutdown()  # takes everything it started with it, without asking
         raise KeyboardInterrupt from None
+
+
+def _wait_for_clients(base: str, deadline: float) -> None:
+    """Wait until Ray's proxy has handed over all that the replicas said."""
+    request = urllib.request.Request(f"{base}{UNFINISHED}")
+    request.add_header("Authorization", f"Bearer {os.environ['RAY_AUTH_TOKEN']}")
+    while time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(request, timeout=5) as answer:
+                if json.load(answer)["unfinished"] == 0:
+                    return
+        except (OSError, ValueError):
+            return  # there is no proxy any more that could hold anything
+        time.sleep(0.05)
 
 
 def check_address(host: str, port: int) -> None:
@@ -123,7 +172,7 @@ def check_address(host: str, port: int) -> None:
             ) from None
 
 
-def _deploy(args: ServeArgs) -> None:
+def _deploy(args: ServeArgs, folder: Path) -> None:
     from ray import serve
 
     from .app import application
@@ -133,34 +182,37 @@ def _deploy(args: ServeArgs) -> None:
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise MoeyardError(
-            f"the server could not start ({reason}); the logs are in {RAY_LOGS}."
+            f"the server could not start ({reason}); the logs are in {_serve_logs(folder)}."
         ) from error
 
 
 def _shut_down() -> None:
-    import ray
-    from ray import serve
+    """End Ray where there is no guardian to do it, which is quicker and says nothing."""
+    if sys.platform != "linux":
+        import ray
 
-    if ray.is_initialized():  # asking Serve would start a Ray otherwise
-        serve.shutdown()
         ray.shutdown()
 
 
-def _wait_until_healthy(base: str) -> None:
+def _wait_until_healthy(base: str, folder: Path) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
-        try:
-            with urllib.request.urlopen(f"{base}/health", timeout=5):
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.2)
+        with contextlib.suppress(urllib.error.URLError, OSError):
+            urllib.request.urlopen(f"{base}/health", timeout=5).close()
+            return
+        time.sleep(0.2)
     raise MoeyardError(
-        f"the server did not answer within {START_TIMEOUT_S:.0f} s; the logs are in {RAY_LOGS}."
+        f"the server did not answer within {START_TIMEOUT_S:.0f} s; "
+        f"the logs are in {_serve_logs(folder)}."
     )
 
 
+def _serve_logs(folder: Path) -> Path:
+    return folder / "session_latest" / "logs" / "serve"
+
+
 def _on_signals(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in stopping_signals():
         signal.signal(number, handler)
 
 

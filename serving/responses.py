@@ -8,6 +8,8 @@ from starlette.responses import JSONResponse
 from ..errors import RequestError
 
 DONE = b"data: [DONE]\n\n"
+RETRY_AFTER_S = 1
+"""Where the error knows no better: what fails for a moment is a read, a step or a replica."""
 
 
 def sse(values: dict[str, Any]) -> bytes:
@@ -30,6 +32,11 @@ def error_response(error: RequestError) -> JSONResponse:
     headers = {}
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    if error.retry_after_s is not None:
-        headers["Retry-After"] = str(error.retry_after_s)
+    if error.status == 408:
+        headers["Connection"] = "close"  # the rest of the request may still come
+    retry_after_s = error.retry_after_s
+    if retry_after_s is None and error.status in (429, 503):
+        retry_after_s = RETRY_AFTER_S
+    if retry_after_s is not None:
+        headers["Retry-After"] = str(retry_after_s)
     return JSONResponse(error_object(error), status_code=error.status, headers=headers)

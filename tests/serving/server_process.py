@@ -1,5 +1,6 @@
 """A server as a process in a group of its own, and what its metrics say."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -14,12 +15,42 @@ from prometheus_client.parser import text_string_to_metric_families
 
 BIN = Path(sys.executable).parent
 START_S = 120
+LISTENING = "0A"
+"""In /proc/net/tcp."""
 
 
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def listeners(pids: list[int]) -> set[tuple[str, str, int]]:
+    """Return name of the process, address and port of every TCP socket these listen on."""
+    owners = {}
+    for pid in pids:
+        for link in Path(f"/proc/{pid}/fd").glob("*"):
+            with contextlib.suppress(OSError):
+                owners[str(link.readlink())] = pid
+    found = set()
+    for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            _, local, _, state, *_, inode = line.split()[:10]
+            pid = owners.get(f"socket:[{inode}]")
+            if state == LISTENING and pid is not None:
+                address, port = local.split(":")
+                words = [bytes.fromhex(address[i : i + 8])[::-1] for i in range(0, len(address), 8)]
+                host = socket.inet_ntop(family, b"".join(words)).removeprefix("::ffff:")
+                found.add((name_of(pid), host, int(port, 16)))
+    return found
+
+
+def name_of(pid: int) -> str:
+    """Return what a process is: a title of Ray's, a script of Python's, or a program."""
+    words = Path(f"/proc/{pid}/cmdline").read_text().strip("\0").split("\0")
+    scripts = [word for word in words if word.endswith((".py", "/moeyard"))]
+    name = words[0] if words[0].startswith("ray::") else (scripts or words)[0].rpartition("/")[2]
+    return name.partition(".")[0].partition(":moeyard")[0].strip()
 
 
 class Running:
@@ -41,9 +72,9 @@ class Running:
     def log(self) -> str:
         return self.log_path.read_text()
 
-    def wait_until_ready(self) -> None:
+    def wait_until_ready(self, seconds: float = START_S) -> None:
         """Wait for ``moeyard serve`` to say that it is ready."""
-        deadline = time.monotonic() + START_S
+        deadline = time.monotonic() + seconds
         while "ready model=" not in self.log():
             assert self.process.poll() is None and time.monotonic() < deadline, self.log()
             time.sleep(0.1)
@@ -58,6 +89,12 @@ class Running:
             except (urllib.error.URLError, OSError):
                 time.sleep(0.2)
         raise AssertionError(self.log())
+
+    def members(self) -> list[str]:
+        """Return the process ids of all that the server has started."""
+        command = ["pgrep", "-s", str(self.process.pid)]
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+        return found.stdout.split()
 
     def replicas(self) -> list[int]:
         """Return the process ids of the replicas."""

@@ -1,12 +1,14 @@
-"""A response that nobody finished ends in an error; one that was finished is left alone."""
+"""Only whole requests go on to a replica, and every response ends, if need be in an error."""
 
 import asyncio
 import json
 
 import httpx
 import pytest
+from starlette.responses import JSONResponse
 
-from moeyard.serving.proxy_guard import ProxyGuard, middlewares
+from moeyard.serving import request_body
+from moeyard.serving.proxy_guard import UNFINISHED, ProxyGuard, middlewares
 
 from http_calls import check_error, events
 
@@ -19,23 +21,37 @@ def body(content, more):
     return {"type": "http.response.body", "body": content, "more_body": more}
 
 
-def answer(*messages):
-    """Send a request through the guard to an application that sends ``messages`` and returns."""
-    sent = []
+def part(content, more=True):
+    return {"type": "http.request", "body": content, "more_body": more}
 
-    async def app(scope, receive, send):
-        for message in messages:
-            await send(message)
+
+def run(app, came, path="/v1/completions", headers=()):
+    """Send a request, of which ``came`` arrives, through the guard; return what it answers."""
+    sent = []
+    left = list(came)
 
     async def send(message):
         sent.append(message)
 
     async def receive():
-        raise AssertionError("nothing to receive")
+        if not left:
+            await asyncio.Event().wait()
+        return left.pop(0)
 
     (guard,) = middlewares()
-    asyncio.run(guard.cls(app)({"type": "http"}, receive, send))
+    scope = {"type": "http", "method": "POST", "path": path, "headers": list(headers)}
+    asyncio.run(guard.cls(app)(scope, receive, send))
     return sent
+
+
+def answer(*messages, path="/v1/completions"):
+    """Return what becomes of ``messages`` of the application."""
+
+    async def app(scope, receive, send):
+        for message in messages:
+            await send(message)
+
+    return run(app, [part(b"", more=False)], path)
 
 
 def as_response(sent):
@@ -81,3 +97,77 @@ def test_what_is_no_http_passes_unchanged():
 
     asyncio.run(ProxyGuard(app)({"type": "lifespan"}, "receive", "send"))
     assert seen == [({"type": "lifespan"}, "receive", "send")]
+
+
+async def refuse_to_run(scope, receive, send):
+    raise AssertionError("the request reached the application")
+
+
+def test_a_request_goes_on_when_it_is_whole_and_in_one_piece():
+    seen = []
+
+    async def app(scope, receive, send):
+        seen.append(await receive())
+        await JSONResponse({})(scope, receive, send)
+
+    run(app, [part(b"ab"), part(b""), part(b"c", more=False)])
+    assert seen == [part(b"abc", more=False)]
+
+
+def test_a_body_that_does_not_come_in_time_is_refused_and_the_connection_closed(monkeypatch):
+    monkeypatch.setattr(request_body, "BODY_TIMEOUT_S", 0.05)
+    response = as_response(run(refuse_to_run, [part(b"ab")]))
+    check_error(response, 408, "did not come whole within 0.05 s (of the body, 2 bytes came)")
+    assert response.headers["connection"] == "close"
+
+
+def test_a_body_that_is_too_large_goes_no_further():
+    too_much = [part(b"a" * request_body.MAX_BODY_BYTES), part(b"a")]
+    check_error(as_response(run(refuse_to_run, too_much)), 413, "larger than 1048576 bytes")
+
+
+def test_a_client_that_leaves_before_its_body_is_whole_is_forgotten():
+    assert run(refuse_to_run, [part(b"a"), {"type": "http.disconnect"}]) == []
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 503])
+def test_errors_in_rays_own_words_become_ours(status):
+    start = {"type": "http.response.start", "status": status}
+    words = {**start, "headers": [[b"content-type", b"text/plain; charset=utf-8"]]}
+    response = as_response(answer(words, body(b"no\nreplica", False)))
+    check_error(response, status, "no replica")
+    assert ("retry-after" in response.headers) == (status in (429, 503))
+    assert answer(words, body(b"no", False), path="/-/healthz") == [words, body(b"no", False)]
+
+
+def test_ray_takes_no_orders_from_clients():
+    seen = []
+
+    async def app(scope, receive, send):
+        seen.extend(scope["headers"])
+        await JSONResponse({})(scope, receive, send)
+
+    kept = [(b"authorization", b"Bearer k"), (b"x-request-id", b"a1")]
+    orders = [
+        (b"x-request-disconnect-disabled", b"?1"),
+        (b"X-Request-Timeout-Seconds", b"0.001"),
+        (b"serve_multiplexed_model_id", b"m"),
+        (b"x-session-id", b"s"),
+        (b"x-request-id", b"\xff"),
+    ]
+    run(app, [part(b"", more=False)], headers=[*kept, *orders])
+    assert seen == kept
+
+
+def test_how_much_is_unfinished_is_told_to_those_with_rays_token(monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "t")
+    whole = [part(b"", more=False)]
+    token = [(b"authorization", b"Bearer t")]
+    found = as_response(run(refuse_to_run, whole, UNFINISHED, token))
+    assert found.json() == {"unfinished": 0}
+
+    async def app(scope, receive, send):
+        await JSONResponse({"detail": "unknown"}, 404)(scope, receive, send)
+
+    for headers in ([], [(b"authorization", b"Bearer x")]):
+        assert as_response(run(app, whole, UNFINISHED, headers)).status_code == 404
