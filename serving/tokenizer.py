@@ -2,11 +2,10 @@
 
 import re
 from pathlib import Path
-from typing import Any
 
-from ..errors import ConfigError, ModelFileError, RequestError
+from ..errors import ConfigError, RequestError
+from ..moe.tokenizer_files import open_tokenizer
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 WORD_START = "\u2581"
 """SentencePiece's sign for a space."""
 
@@ -17,7 +16,7 @@ class ServingTokenizer:
     def __init__(self, folder: Path, chat_template: Path | None = None) -> None:
         from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-        self._inner = _open(folder)
+        self._inner = open_tokenizer(folder)
         self._folder = folder
         self._template: str | None = None
         if self._inner.chat_template is not None:
@@ -109,21 +108,6 @@ class ServingTokenizer:
             ) from None
         except TemplateError:
             pass  # it wants other messages than this one; what it says is for those who ask
-
-
-def _open(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        # transformers would make an empty tokenizer up from config.json
-        raise ModelFileError(f"{folder} has no tokenizer; add tokenizer.json.")
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the tokenizer library raises whatever it likes
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ModelFileError(
-            f"{folder} has no usable tokenizer ({reason}); add tokenizer.json."
-        ) from None
 
 
 def _read_template(path: Path) -> str:

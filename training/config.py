@@ -41,7 +41,8 @@ class DataConfig(_Section):
     stream_ahead_tokens: int = Field(default=1 << 22, ge=1)
     """Tokens of an ``hf:`` source that are prepared before training needs them, at most."""
     tokenizer: str = "bytes"
-    """``bytes`` or a folder with a Hugging Face tokenizer; null with ``start_from``: its own."""
+    """``bytes`` or a folder with a Hugging Face tokenizer; left out or null with ``start_from``:
+    its own."""
     text_key: str = "text"
     """Key of the document's text in a JSONL line, or its column in a data set."""
 
