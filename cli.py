@@ -64,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     tokenize.add_argument(
         "source",
         metavar="SOURCE",
-        help="stdlib, a text or .jsonl file, a folder of these, or hf:NAME_OR_FOLDER",
+        help="stdlib, a text, .jsonl or .json file, a folder of these, or hf:NAME_OR_PATH",
     )
     tokenize.add_argument("out_dir", type=Path, metavar="OUT_DIR")
     which = tokenize.add_mutually_exclusive_group()

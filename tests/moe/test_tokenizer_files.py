@@ -87,7 +87,7 @@ def test_a_tokenizer_that_transformers_would_make_up_is_refused(tmp_path):
     write_config(tmp_path, "LlamaTokenizer", eos_token="</s>", bos_token="<s>", unk_token="<unk>")
     with pytest.raises(ModelFileError, match=r"does not understand .* as ''"):
         open_tokenizer(tmp_path)
-    with pytest.raises(DataError, match=r"data\.tokenizer cannot be opened: .* does not understand"):
+    with pytest.raises(DataError, match=r"data\.tokenizer cannot be opened: .* as ''"):
         FolderTokenizer(tmp_path)
 
 
