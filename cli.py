@@ -120,7 +120,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="time for running requests to finish when the server stops",
     )
     serve.add_argument(
-        "--chat-template", metavar="FILE", help="Jinja file; default the model folder's template"
+        "--chat-template",
+        metavar="FILE|NAME",
+        help="Jinja file, or one of the model folder's templates by name; default the folder's",
     )
     serve.add_argument(
         "--api-key",

@@ -14,7 +14,7 @@ from .model_folder import ModelFolder
 from .model_writer import TensorPlan, write_model_folder
 from .quantized_config import quantization_config
 from .router_config import TopK
-from .tokenizer_files import copy_tokenizer
+from .tokenizer_folder import copy_tokenizer
 from .write_packed import choose_format
 from .write_weights import FolderWeights, plan_weights
 

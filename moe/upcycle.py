@@ -30,7 +30,7 @@ from .initialize import generator_of
 from .model_folder import ModelFolder
 from .model_writer import write_model_folder
 from .router_config import TopK
-from .tokenizer_files import copy_tokenizer
+from .tokenizer_folder import copy_tokenizer
 from .write_weights import FolderWeights, plan_weights
 
 MoELayers = Literal["all", "every-2", "last-half"]

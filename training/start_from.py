@@ -13,7 +13,7 @@ from ..moe.experts import Experts
 from ..moe.generation_config import FILE as GENERATION_FILE
 from ..moe.model_folder import ModelFolder
 from ..moe.read_weights import Read, expert_reads, read_tensor, run_reads
-from ..moe.tokenizer_files import has_tokenizer
+from ..moe.tokenizer_folder import has_tokenizer
 from .data.tokenizer import Tokenizer, open_tokenizer
 
 SAMPLE = "Two tokenizers that agree on this: naïve café, 12 x 345 = 4140, {'a': [1.5]}\n\t日本語 🙂"

@@ -11,8 +11,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as RustTokenizer
 
 from ...errors import DataError, ModelFileError
-from ...moe.tokenizer_files import copy_tokenizer
-from ...moe.tokenizer_files import open_tokenizer as open_hf_tokenizer
+from ...moe.tokenizer_folder import copy_tokenizer, open_folder_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -75,7 +74,7 @@ class FolderTokenizer:
             )
         self._folder = folder
         try:
-            self._inner = open_hf_tokenizer(folder)
+            self._inner = open_folder_tokenizer(folder)
         except ModelFileError as error:
             raise DataError(f"data.tokenizer cannot be opened: {error}") from error
         if self._inner.eos_token_id is None:

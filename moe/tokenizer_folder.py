@@ -54,7 +54,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
             shutil.copyfile(path, target / TEMPLATES / path.name)
 
 
-def open_tokenizer(folder: Path) -> Any:
+def open_folder_tokenizer(folder: Path) -> Any:
     """Open a folder's tokenizer with transformers, which runs none of the folder's code.
 
     Raises :class:`ModelFileError` where there is none, where a package is missing, or where

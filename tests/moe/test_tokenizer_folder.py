@@ -7,12 +7,12 @@ import json
 import pytest
 
 from moeyard.errors import DataError, ModelFileError
-from moeyard.moe.tokenizer_files import (
+from moeyard.moe.tokenizer_folder import (
     SETTINGS_FILES,
     VOCABULARY_FILES,
     copy_tokenizer,
     has_tokenizer,
-    open_tokenizer,
+    open_folder_tokenizer,
 )
 from moeyard.training.data.tokenizer import FolderTokenizer
 
@@ -68,7 +68,7 @@ def test_a_vocabulary_with_merges_is_the_same_tokenizer_for_training_and_after_e
     write_config(tmp_path, "Qwen2Tokenizer", eos_token="<|endoftext|>")
     ours = FolderTokenizer(tmp_path)
     assert ours.encode("two words").tolist() == rust.encode("two words").ids
-    assert open_tokenizer(tmp_path).decode(ours.encode(TEXT).tolist()) == TEXT
+    assert open_folder_tokenizer(tmp_path).decode(ours.encode(TEXT).tolist()) == TEXT
     ours.save(tmp_path / "known")
     assert (tmp_path / "known/merges.txt").read_text() == (tmp_path / "merges.txt").read_text()
     assert FolderTokenizer(tmp_path / "known").sha256 == ours.sha256
@@ -82,11 +82,11 @@ def test_a_vocabulary_with_merges_is_the_same_tokenizer_for_training_and_after_e
 def test_a_tokenizer_that_transformers_would_make_up_is_refused(tmp_path):
     write_config(tmp_path, "Qwen2Tokenizer")
     with pytest.raises(ModelFileError, match=r"has no tokenizer; add tokenizer\.json"):
-        open_tokenizer(tmp_path)
+        open_folder_tokenizer(tmp_path)
     write_vocabulary_and_merges(tmp_path)
     write_config(tmp_path, "LlamaTokenizer", eos_token="</s>", bos_token="<s>", unk_token="<unk>")
     with pytest.raises(ModelFileError, match=r"does not understand .* as ''"):
-        open_tokenizer(tmp_path)
+        open_folder_tokenizer(tmp_path)
     with pytest.raises(DataError, match=r"data\.tokenizer cannot be opened: .* as ''"):
         FolderTokenizer(tmp_path)
 
@@ -95,7 +95,7 @@ def test_a_tokenizer_with_code_of_its_own_is_refused(tmp_path):
     write_tiktoken(tmp_path, "tiktoken.model")
     write_config(tmp_path, "TikTokenTokenizer", auto_map={"AutoTokenizer": ["own.Own", None]})
     with pytest.raises(ModelFileError, match="Python code of its own, which is not run; save"):
-        open_tokenizer(tmp_path)
+        open_folder_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, content, package):
     )
     (tmp_path / "tokenizer.model").write_bytes(content)
     with pytest.raises(ModelFileError, match=f"without the Python package {package}; pip install"):
-        open_tokenizer(tmp_path)
+        open_folder_tokenizer(tmp_path)
 
 
 def test_a_sentencepiece_model_is_read(tmp_path):
