@@ -70,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     tokenize.add_argument(
         "source",
         metavar="SOURCE",
-        help="stdlib, a text or .jsonl file, a folder of these, or hf:NAME_OR_FOLDER",
+        help="stdlib, a text, .jsonl or .json file, a folder of these, or hf:NAME_OR_PATH",
     )
     tokenize.add_argument("out_dir", type=Path, metavar="OUT_DIR")
     which = tokenize.add_mutually_exclusive_group()
@@ -126,7 +126,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="time for running requests to finish when the server stops",
     )
     serve.add_argument(
-        "--chat-template", metavar="FILE", help="Jinja file; default the model folder's template"
+        "--chat-template",
+        metavar="FILE|NAME",
+        help="Jinja file, or one of the model folder's templates by name; default the folder's",
     )
     serve.add_argument(
         "--api-key",

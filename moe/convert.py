@@ -1,6 +1,5 @@
 """From one model folder to another: other types, quantized experts, files made whole again."""
 
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
@@ -15,26 +14,13 @@ from .model_folder import ModelFolder
 from .model_writer import TensorPlan, write_model_folder
 from .quantized_config import quantization_config
 from .router_config import TopK
+from .tokenizer_folder import copy_tokenizer
 from .write_packed import choose_format
 from .write_weights import FolderWeights, plan_weights
 
 Dtype = Literal["fp32", "bf16", "int8", "int4"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BITS: dict[str | None, Bits] = {"int8": 8, "int4": 4}
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 
 
 def convert(source: Path, target: Path, dtype: Dtype | None = None) -> str:
@@ -68,13 +54,6 @@ def convert(source: Path, target: Path, dtype: Dtype | None = None) -> str:
     finally:
         folder.close()
     return family.model_type
-
-
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy a folder's tokenizer, with its chat template."""
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
 
 
 def _router_dtype(folder: ModelFolder, plain: torch.dtype) -> torch.dtype:

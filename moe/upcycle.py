@@ -23,7 +23,6 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from .config import MOST_EXPERTS, ModelConfig, MoEConfig
-from .convert import copy_tokenizer
 from .families.table import FAMILIES
 from .generation_config import generation_to_keep
 from .hf_config import to_hf
@@ -31,6 +30,7 @@ from .initialize import generator_of
 from .model_folder import ModelFolder
 from .model_writer import write_model_folder
 from .router_config import TopK
+from .tokenizer_folder import copy_tokenizer
 from .write_weights import FolderWeights, plan_weights
 
 MoELayers = Literal["all", "every-2", "last-half"]

@@ -46,10 +46,11 @@ class ChatRequest(GenerationOptions):
         """Alternatives per token, or None for no log-probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
-    def conversation(self) -> list[dict[str, str]]:
-        """Return the messages as chat templates take them."""
+    def conversation(self) -> list[dict[str, Any]]:
+        """Return the messages with the roles that chat templates know; a content is text or text
+        parts, as it was sent."""
         return [
-            {"role": ROLES[message["role"]], "content": _text_of(message["content"])}
+            {"role": ROLES[message["role"]], "content": message["content"]}
             for message in self.messages
         ]
 
@@ -71,7 +72,7 @@ def parse_chat(body: bytes) -> ChatRequest:
             param="max_completion_tokens",
         )
     for index, message in enumerate(request.conversation()):
-        check_unicode(f"messages[{index}].content", [message["content"]])
+        check_unicode(f"messages[{index}].content", _texts_of(message["content"]))
     return request
 
 
@@ -109,5 +110,5 @@ def _check_content(where: str, content: Any) -> None:
             raise RequestError(f"{field} must have type and text, a string.", param=field)
 
 
-def _text_of(content: str | list[dict[str, str]]) -> str:
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+def _texts_of(content: str | list[dict[str, str]]) -> list[str]:
+    return [content] if isinstance(content, str) else [part["text"] for part in content]

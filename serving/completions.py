@@ -86,22 +86,32 @@ class CompletionWording:
 
     def _logprobs(self, index: int, scores: list[TokenLogprob]) -> dict[str, Any]:
         offsets = self._offsets.setdefault(index, TextOffsets())
-        name = self._tokenizer.token_name
         return {
-            "tokens": [name(score.token) for score in scores],
+            "tokens": [self._tokenizer.token_name(score.token) for score in scores],
             "token_logprobs": [score.logprob for score in scores],
-            "top_logprobs": [
-                # The token itself is always among them, as OpenAI has it.
-                None
-                if score.logprob is None
-                else {name(token): value for token, value in score.top}
-                | {name(score.token): score.logprob}
-                for score in scores
-            ],
+            "top_logprobs": [self._by_name(score) for score in scores],
             "text_offset": [
                 offsets.next(self._tokenizer.token_bytes(score.token)) for score in scores
             ],
         }
+
+    def _by_name(self, score: TokenLogprob) -> dict[str, float] | None:
+        """Return the likeliest tokens, likeliest first, and always the token itself.
+
+        OpenAI's format has them by their text, which several ids may share (a letter and its byte);
+        the token itself goes by its text, others that would take its place by their id, spelled as
+        vLLM does.
+        """
+        if score.logprob is None:
+            return None
+        own = self._tokenizer.token_name(score.token)
+        found: dict[str, float] = {}
+        for token, logprob in (*score.top, (score.token, score.logprob)):
+            name = self._tokenizer.token_name(token)
+            if token != score.token and (name == own or name in found):
+                name = f"token_id:{token}"
+            found[name] = logprob
+        return found
 
 
 class TextOffsets:

@@ -49,7 +49,7 @@ class ServeArgs(BaseModel):
     api_key: str | None = None
     """Key clients must send; None asks for none."""
     chat_template: str | None = None
-    """A Jinja file to use instead of the model folder's chat template."""
+    """A Jinja file, or the name of one of the model folder's templates where it has several."""
 
     @field_validator("api_key")
     @classmethod
@@ -65,8 +65,7 @@ class ServeArgs(BaseModel):
 
     def open_tokenizer(self) -> ServingTokenizer:
         """Open the model's tokenizer."""
-        template = None if self.chat_template is None else Path(self.chat_template)
-        return ServingTokenizer(Path(self.model), template)
+        return ServingTokenizer(Path(self.model), self.chat_template)
 
 
 def check_model(args: ServeArgs) -> None:

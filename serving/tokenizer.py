@@ -4,9 +4,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, ModelFileError, RequestError
+from ..errors import ConfigError, RequestError
+from ..moe.tokenizer_folder import open_folder_tokenizer
+from .chat_template import content_format_of, pick_template
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 WORD_START = "\u2581"
 """SentencePiece's sign for a space."""
 
@@ -14,22 +15,19 @@ WORD_START = "\u2581"
 class ServingTokenizer:
     """Text to ids, ids to text, conversations to ids, and the bytes of single tokens."""
 
-    def __init__(self, folder: Path, chat_template: Path | None = None) -> None:
+    def __init__(self, folder: Path, chat_template: str | None = None) -> None:
         from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-        self._inner = _open(folder)
+        self._inner = open_folder_tokenizer(folder)
         self._folder = folder
-        self._template: str | None = None
-        if self._inner.chat_template is not None:
-            self._template = self._inner.get_chat_template()
+        self._template = pick_template(self._inner.chat_template, folder, chat_template)
+        self._format = content_format_of(self._template)
         self._byte_of = {symbol: byte for byte, symbol in bytes_to_unicode().items()}
         self._is_byte_level = "ByteLevel" in repr(
             getattr(getattr(self._inner, "backend_tokenizer", None), "decoder", None)
         )
-        if chat_template is not None:
-            self._template = _read_template(chat_template)
         if self._template is not None:
-            self._check_template(chat_template or folder)
+            self._check_template(str(chat_template or folder))
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a prompt."""
@@ -43,7 +41,7 @@ class ServingTokenizer:
         """Return the text of ids, without special tokens."""
         return str(self._inner.decode(ids, skip_special_tokens=True))
 
-    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+    def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
         """Return the ids of a conversation in the form the model knows, ready for its answer."""
         if self._template is None:
             raise RequestError(
@@ -86,7 +84,8 @@ class ServingTokenizer:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
 
-    def _render(self, messages: list[dict[str, str]]) -> str:
+    def _render(self, messages: list[dict[str, Any]]) -> str:
+        messages = [self._format.word(message) for message in messages]
         # The template runs in transformers' Jinja sandbox.
         return str(
             self._inner.apply_chat_template(
@@ -97,7 +96,7 @@ class ServingTokenizer:
             )
         )
 
-    def _check_template(self, source: Path) -> None:
+    def _check_template(self, source: str) -> None:
         from jinja2 import TemplateError, TemplateSyntaxError
 
         try:
@@ -109,28 +108,3 @@ class ServingTokenizer:
             ) from None
         except TemplateError:
             pass  # it wants other messages than this one; what it says is for those who ask
-
-
-def _open(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        # transformers would make an empty tokenizer up from config.json
-        raise ModelFileError(f"{folder} has no tokenizer; add tokenizer.json.")
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the tokenizer library raises whatever it likes
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ModelFileError(
-            f"{folder} has no usable tokenizer ({reason}); add tokenizer.json."
-        ) from None
-
-
-def _read_template(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise ConfigError(
-            f"chat-template {path} cannot be read ({reason}); give a Jinja file."
-        ) from None

@@ -21,9 +21,10 @@ class DataConfig(_Section):
     """Where tokens come from."""
 
     source: str = "stdlib"
-    """``stdlib`` (the running Python's standard library), a text file, a ``.jsonl`` file, a folder
-    of these, a token shard ``.bin`` with its JSON sidecar, or ``hf:NAME``: a data set of the
-    Hugging Face hub, or a folder of its kind, which is streamed while training runs."""
+    """``stdlib`` (the running Python's standard library), a text file, JSON objects (``.jsonl``,
+    ``.ndjson``, ``.json``: one a line or a list), a folder of these, a token shard ``.bin`` with
+    its JSON sidecar, or ``hf:NAME``: a data set of the Hugging Face hub, or a file or folder of its
+    kind, which is streamed while training runs."""
     eval_source: str | None = None
     """Held-out data of the same kinds; None holds out ``eval_fraction`` of ``source``."""
     hf_config: str | None = None
@@ -35,15 +36,17 @@ class DataConfig(_Section):
     eval_split: str | None = None
     """Held-out split of an ``hf:`` source, in place of ``eval_fraction``."""
     eval_fraction: float = Field(default=0.05, gt=0, lt=0.5)
-    """Share of ``source`` held out: whole files (stdlib), documents (JSONL), or the text's end."""
+    """Share of ``source`` held out: every n-th document (file or JSON object) where that comes
+    within a third of this share, else the ends of the long documents and every n-th short one."""
     block_tokens: int = Field(default=1 << 20, ge=1)
     """Tokens of the blocks that an ``hf:`` source is cut in; windows are shuffled inside one."""
     stream_ahead_tokens: int = Field(default=1 << 22, ge=1)
     """Tokens of an ``hf:`` source that are prepared before training needs them, at most."""
     tokenizer: str = "bytes"
-    """``bytes`` or a folder with a Hugging Face tokenizer; null with ``start_from``: its own."""
+    """``bytes`` or a folder with a Hugging Face tokenizer; left out or null with ``start_from``:
+    its own."""
     text_key: str = "text"
-    """Key of the document's text in a JSONL line, or its column in a data set."""
+    """Key of the document's text in a JSON object, or its column in a data set."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
-from ..errors import ConfigError, ModelFileError
+from ..errors import ConfigError, DataError, ModelFileError
 from ..moe.decoder import Decoder
 from ..moe.experts import Experts
 from ..moe.generation_config import generation_to_keep
 from ..moe.model_folder import ModelFolder
 from ..moe.read_weights import Read, expert_reads, read_tensor, run_reads
+from ..moe.tokenizer_folder import has_tokenizer
 from .data.tokenizer import Tokenizer, open_tokenizer
 
 SAMPLE = "Two tokenizers that agree on this: naïve café, 12 x 345 = 4140, {'a': [1.5]}\n\t日本語 🙂"
@@ -34,27 +35,36 @@ def complete_values(values: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(given, dict):
         return values  # validation says what is wrong with it
     data = values.get("data") or {}
-    if isinstance(data, dict) and data.get("tokenizer") is None and _has_tokenizer(start_from):
+    if isinstance(data, dict) and data.get("tokenizer") is None:
+        if not has_tokenizer(Path(start_from)):
+            raise ConfigError(
+                f"start_from is {start_from!r}, which has no tokenizer; put tokenizer.json there, "
+                "or say in data.tokenizer what its ids mean: 'bytes' or a folder."
+            )
         data = data | {"tokenizer": start_from}
     model = _merged(folder.config.model_dump(mode="json"), given)
     return values | {"model": model, "data": data}
 
 
 def check_tokenizer(start_from: str, name: str, tokenizer: Tokenizer) -> None:
-    """Raise :class:`ConfigError` where ``data.tokenizer`` has other ids than the folder's own."""
-    if name == start_from or not _has_tokenizer(start_from):
+    """Raise :class:`ConfigError` where ``data.tokenizer`` has other ids than the folder's own.
+
+    A folder's own that cannot be opened is believed to be what another folder holds for it.
+    """
+    if name == start_from or not has_tokenizer(Path(start_from)):
         return
-    own = open_tokenizer(start_from)
+    try:
+        own = open_tokenizer(start_from)
+    except DataError:
+        if name == "bytes":
+            raise
+        return
     is_same = own.eos_id == tokenizer.eos_id
     if not is_same or own.encode(SAMPLE).tolist() != tokenizer.encode(SAMPLE).tolist():
         raise ConfigError(
             f"data.tokenizer is {name!r}, whose ids mean other text than those of start_from "
             f"{start_from!r}; set data.tokenizer to null to take the folder's."
         )
-
-
-def _has_tokenizer(start_from: str) -> bool:
-    return (Path(start_from) / "tokenizer.json").is_file()
 
 
 def read_origin(start_from: str) -> dict[str, Any]:

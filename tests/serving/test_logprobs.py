@@ -7,10 +7,14 @@ import torch
 from test_engine import latin, prompts, request
 
 from moeyard.moe.sampling import SamplingParams
-from moeyard.serving.completions import TextOffsets
+from moeyard.serving.answers import Answer
+from moeyard.serving.chat import ChatWording
+from moeyard.serving.chat_request import ChatRequest
+from moeyard.serving.completion_request import CompletionRequest
+from moeyard.serving.completions import CompletionWording, TextOffsets
 from moeyard.serving.engine import Engine
 from moeyard.serving.loading import open_model
-from moeyard.serving.logprobs import LOWEST, score_tokens
+from moeyard.serving.logprobs import LOWEST, TokenLogprob, score_tokens
 from moeyard.serving.server import ServeArgs, Server
 from moeyard.serving.tokenizer import ServingTokenizer
 
@@ -184,3 +188,36 @@ def test_names_of_tokens_differ_and_bytes_join_to_the_text(model_folder):
     assert names[256] == "<|endoftext|>" and tokenizer.token_name(999) == "token_id:999"
     text = "na\u00efve \u65e5\u672c \u2192 ok"
     assert b"".join(map(tokenizer.token_bytes, tokenizer.encode(text))).decode() == text
+
+
+class Ambiguous:
+    """A letter and its byte have the same text, as in SentencePiece's vocabularies."""
+
+    NAMES = {0: "a", 1: "a", 2: "b", 3: "a"}
+
+    def token_name(self, token):
+        return self.NAMES[token]
+
+    def token_bytes(self, token):
+        return self.NAMES[token].encode()
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        (0, {"a": -1.0, "token_id:1": -2.0, "b": -3.0}),
+        (1, {"token_id:0": -1.0, "a": -2.0, "b": -3.0}),
+        (2, {"a": -1.0, "token_id:1": -2.0, "b": -3.0}),
+        (3, {"token_id:0": -1.0, "token_id:1": -2.0, "b": -3.0, "a": -4.0}),
+    ],
+)
+def test_ids_with_one_text_all_keep_their_log_probability(own, expected):
+    top = ((0, -1.0), (1, -2.0), (2, -3.0))
+    answer = Answer(logprobs=[TokenLogprob(own, -1.0 - own, top)])
+    body = CompletionRequest(model="m", prompt="p", logprobs=3)
+    found = CompletionWording(body, Ambiguous()).whole(0, answer)["logprobs"]
+    assert found["top_logprobs"] == [expected] and list(found["top_logprobs"][0]) == list(expected)
+    assert found["top_logprobs"][0][found["tokens"][0]] == found["token_logprobs"][0]
+    chat = ChatRequest(model="m", messages=[], logprobs=True, top_logprobs=3)
+    listed = ChatWording(chat, Ambiguous()).whole(0, answer)["logprobs"]["content"][0]
+    assert [one["logprob"] for one in listed["top_logprobs"]] == [-1.0, -2.0, -3.0]

@@ -218,7 +218,7 @@ def test_a_bad_jsonl_line_is_named(tmp_path, content, message):
 def test_sources_that_cannot_be_read_are_refused(tmp_path):
     with pytest.raises(DataError, match="cannot be read"):
         read_documents(str(tmp_path / "none.txt"), "text", "data.source")
-    (tmp_path / "latin.txt").write_bytes(b"\xff\xfe\xfa")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 au lait")
     with pytest.raises(DataError, match="is not UTF-8"):
         read_documents(str(tmp_path / "latin.txt"), "text", "data.source")
     with pytest.raises(DataError, match="is no folder"):

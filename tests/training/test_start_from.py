@@ -109,3 +109,19 @@ def test_the_tokenizer_is_the_folders_unless_it_has_the_same_ids(tmp_path, confi
     with pytest.raises(ConfigError, match=r"data.tokenizer is 'bytes', whose ids mean other text"):
         tokenizer_of("bpe")
     assert tokenizer_of("bpe", "data.tokenizer=null").vocab_size == 300
+
+    save("mixtral", tmp_path / "none", vocab_size=400)
+    assert tokenizer_of("none").vocab_size == 257  # config_file says bytes
+    with pytest.raises(ConfigError, match=r"which has no tokenizer; put tokenizer\.json there, or"):
+        tokenizer_of("none", "data.tokenizer=null")
+
+
+def test_a_tokenizer_that_cannot_be_opened_is_no_reason_to_train_on_bytes(tmp_path):
+    from moeyard.errors import DataError
+    from moeyard.training.data.tokenizer import ByteTokenizer
+    from moeyard.training.start_from import check_tokenizer
+
+    (tmp_path / "tokenizer.model").write_bytes(b"damaged")
+    with pytest.raises(DataError, match=r"tokenizer\.model|has no usable tokenizer"):
+        check_tokenizer(str(tmp_path), "bytes", ByteTokenizer())
+    check_tokenizer(str(tmp_path), "a folder with this tokenizer as JSON", ByteTokenizer())

@@ -100,25 +100,30 @@ def test_a_text_with_blank_lines_and_indents_is_cut_where_tokens_end(tokenized, 
         assert ids.tolist() == tokenizer.encode(text).tolist()
 
 
-def test_a_folder_and_one_file_of_it_are_sources(tmp_path):
+def test_a_folder_and_one_file_of_it_are_sources(tmp_path, capsys):
     (tmp_path / "in" / "b").mkdir(parents=True)
-    (tmp_path / "in" / "a.txt").write_text("first " * 50)
+    (tmp_path / "in" / "A.TXT").write_text("first " * 50)
     write_jsonl(tmp_path / "in" / "b" / "c.jsonl", ["second " * 50, "third " * 50])
-    (tmp_path / "in" / "notes.md").write_text("not taken")
+    for name in ("notes.md", "t.csv", "b/x.py", "b/y.py"):
+        (tmp_path / "in" / name).write_text("not taken")
     out = str(tmp_path / "out")
     arguments = ["--tokenizer", "bytes", "--eval-fraction", "0.4"]
     assert main(["tokenize", str(tmp_path / "in"), out, *arguments]) == 0
+    skipped = "count=4 files='b/x.py, b/y.py, notes.md, ...'"
+    assert skipped in capsys.readouterr().err
     read = {n: (tmp_path / "out" / n).read_bytes() for n in ("train.bin", "eval.bin")}
     texts = {n: (np.frombuffer(raw, "<u2") % 256).astype(np.uint8) for n, raw in read.items()}
-    assert texts["eval.bin"].tobytes().decode() == "first " * 50 + "\0" + "third " * 50 + "\0"
-    assert texts["train.bin"].tobytes().decode() == "second " * 50 + "\0"
+    wholes = [word * 50 for word in ("first ", "second ", "third ")]
+    for name, part in (("train.bin", slice(0, 0.6)), ("eval.bin", slice(0.6, 1))):
+        cut = [w[round(part.start * len(w)) : round(part.stop * len(w))] for w in wholes]
+        assert texts[name].tobytes().decode() == "".join(text + "\0" for text in cut)
 
 
 REFUSED = {
     "twice": (["d.jsonl", "done"], "done holds finished token shards already"),
     "in_the_way": (["d.jsonl", "full"], "full is not an empty folder"),
     "no_source": (["none.txt", "out"], "SOURCE is 'none.txt', which cannot be read"),
-    "no_text": (["full", "out"], "holds no .txt or .jsonl file"),
+    "no_text": (["full", "out"], "holds no .txt, .jsonl, .ndjson or .json file among its 1 files"),
     "few_ids": (["d.jsonl", "out", "--vocab-size", "9"], "--vocab-size is 9, but a byte-level"),
     "shard": (["x.bin", "out"], "SOURCE is 'x.bin', which is a token shard already"),
     "template": (["d.jsonl", "out", "--chat-template", "bad"], "is no Jinja template (line 1"),

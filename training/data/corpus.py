@@ -110,7 +110,13 @@ def write_both(
                 work.advance(tokens=sum(writer.num_tokens for writer in writers.values()))
             for writer in writers.values():
                 writer.finish(fingerprint)
-            work.note(tokens=sum(writer.num_tokens for writer in writers.values()))
+            tokens = {side: writer.num_tokens for side, writer in writers.items()}
+            work.note(tokens=sum(tokens.values()))
+        sys.stderr.write(
+            f"event=split train_tokens={tokens[False]} eval_tokens={tokens[True]} "
+            f"held_out={tokens[True] / max(1, sum(tokens.values())):.4f} "
+            f"documents={split.num_documents} cut={'no' if split.ends is None else 'ends'}\n"
+        )
     finally:
         for writer in writers.values():
             writer.close()
@@ -184,6 +190,6 @@ def _check_same(path: Path, source_sha256: str, tokenizer: Tokenizer) -> None:
     facts = read_facts(path)
     if facts.source_sha256 != source_sha256 or facts.tokenizer_sha256 != tokenizer.sha256:
         raise DataError(
-            f"{path} was made from other text or with another tokenizer "
-            f"(Python {sys.version.split()[0]} is running); use a new run_dir."
+            f"{path} was made from other text, with another tokenizer, data.eval_fraction or "
+            f"release (Python {sys.version.split()[0]} is running); use a new run_dir."
         )

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 import sysconfig
 import time
 from collections.abc import Iterable, Iterator
@@ -10,11 +11,17 @@ from typing import Protocol
 
 from ...errors import DataError
 from ..config import DataConfig
+from .records import NotJson, read_records
+from .text_files import read_blocks
 
 TEST_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 PIECE = 1 << 18
 """Characters tokenised in one go; only longer documents are cut, behind a line's end."""
 HUB = "hf:"
+RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json")
+"""Files of JSON objects, lines or a list."""
+MOST_NAMES = 3
+"""Of skipped files, in the log."""
 SETTLED_S = 2
 """A file changed more recently may change again without its time of change showing it."""
 
@@ -56,24 +63,11 @@ class TextFile:
 
     def blocks(self) -> Iterator[str]:
         """Read the file in blocks of characters."""
-        try:
-            with self._path.open(encoding="utf-8") as file:
-                while block := file.read(PIECE):
-                    yield block
-        except OSError as error:
-            raise DataError(
-                f"{self._field} is {self._source!r}, which cannot be read ({error.strerror}); "
-                "give 'stdlib', a text file, a .jsonl file, a folder of these, a .bin shard or "
-                "hf:NAME."
-            ) from None
-        except UnicodeDecodeError:
-            raise DataError(
-                f"{self._field} {str(self._path)!r} is not UTF-8 text; convert it first."
-            ) from None
+        return read_blocks(self._path, self._source, self._field)
 
 
 class Files:
-    """Text files, each one document, and JSONL files, a document a line."""
+    """Text files, each one document, and JSON files, a document an object."""
 
     def __init__(self, paths: list[Path], source: str, text_key: str, field: str) -> None:
         self._paths, self._source = paths, source
@@ -81,8 +75,8 @@ class Files:
 
     def __iter__(self) -> Iterator[Document]:
         for path in self._paths:
-            if path.suffix == ".jsonl":
-                yield from self._lines(path)
+            if path.suffix.lower() in RECORD_SUFFIXES:
+                yield from self._records(path)
             else:
                 yield TextFile(path, self._source, self._field)
 
@@ -97,20 +91,19 @@ class Files:
         facts = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
         return hashlib.sha256(json.dumps([self._text_key, facts]).encode()).hexdigest()
 
-    def _lines(self, path: Path) -> Iterator[Document]:
+    def _records(self, path: Path) -> Iterator[Document]:
         blocks = TextFile(path, self._source, self._field).blocks()
-        for number, line in enumerate(_lines_of(blocks), start=1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)[self._text_key]
-                text.encode()
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise DataError(
-                    f"{path} line {number} is not a JSON object with text under "
-                    f"{self._text_key!r}; mend the line or set data.text_key."
-                ) from None
-            yield Text(text)
+        try:
+            for where, record in read_records(blocks):
+                text = record.get(self._text_key) if isinstance(record, dict) else None
+                if not isinstance(text, str) or not _is_unicode(text):
+                    raise NotJson(where)
+                yield Text(text)
+        except NotJson as error:
+            raise DataError(
+                f"{path} {error.where} is not a JSON object with text under "
+                f"{self._text_key!r}; mend it or set data.text_key."
+            ) from None
 
 
 class StandardLibrary:
@@ -138,15 +131,29 @@ def open_source(config: DataConfig, source: str, split: str, field: str) -> Sour
     path = Path(source)
     paths = [path]
     if path.is_dir():
-        paths = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl") and p.is_file())
-        if not paths:
-            raise DataError(
-                f"{field} is the folder {source!r}, which holds no .txt or .jsonl file; "
-                "give one that does."
-            )
+        paths = _files_in(path, field, source)
     elif not path.is_file():
         next(iter(TextFile(path, source, field)), "")  # says why it cannot be read
     return Files(paths, source, config.text_key, field)
+
+
+def _files_in(folder: Path, field: str, source: str) -> list[Path]:
+    """Return a folder's files that are read; those that are not are named in the log."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    read = [path for path in files if path.suffix.lower() in (".txt", *RECORD_SUFFIXES)]
+    read_ones = set(read)
+    skipped = [path.relative_to(folder).as_posix() for path in files if path not in read_ones]
+    if not read:
+        raise DataError(
+            f"{field} is the folder {source!r}, which holds no .txt, .jsonl, .ndjson or .json "
+            f"file among its {len(files)} files; give one that does."
+        )
+    if skipped:
+        shown = ", ".join(skipped[:MOST_NAMES]) + (", ..." if len(skipped) > MOST_NAMES else "")
+        sys.stderr.write(
+            f"event=skipped_files folder={source} count={len(skipped)} files={shown!r}\n"
+        )
+    return read
 
 
 def standard_library() -> Iterator[tuple[str, str]]:
@@ -188,16 +195,13 @@ def _line_end(text: str, start: int) -> int:
     return end
 
 
-def _lines_of(blocks: Iterable[str]) -> Iterator[str]:
-    rest: list[str] = []
-    for block in blocks:
-        *whole, last = block.split("\n")
-        for line in whole:
-            yield "".join([*rest, line])
-            rest = []
-        rest.append(last)
-    if rest:
-        yield "".join(rest)
+def _is_unicode(text: str) -> bool:
+    """Say whether a text is free of halves of surrogate pairs, which JSON can spell."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _modules() -> list[Path]:

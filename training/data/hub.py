@@ -17,8 +17,15 @@ from .documents import HUB, Document, Text
 
 PAUSES_S = (1, 2, 4, 8, 16)
 """Between attempts to go on after a failure; the library itself already retries connections."""
-READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
-"""For a single file, by its ending."""
+READERS = {
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+"""For a single file, by its ending in small letters, before that of gzip."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +77,8 @@ class HubSource:
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # failures are told once, here
         path, files = self._name, None
         if Path(path).is_file():
-            path, files = READERS.get(Path(path).suffix, path), path
+            suffix = Path(path.lower().removesuffix(".gz")).suffix
+            path, files = READERS.get(suffix, path), path
         try:
             splits = datasets.load_dataset(
                 path, self._config, data_files=files, revision=self._revision, streaming=True

@@ -10,7 +10,8 @@ import numpy.typing as npt
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as RustTokenizer
 
-from ...errors import DataError
+from ...errors import DataError, ModelFileError
+from ...moe.tokenizer_folder import copy_tokenizer, open_folder_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -66,23 +67,16 @@ class FolderTokenizer:
     """A Hugging Face tokenizer folder."""
 
     def __init__(self, folder: Path) -> None:
-        from transformers import AutoTokenizer
-
         if not folder.is_dir():
             raise DataError(
                 f"data.tokenizer is {str(folder)!r}, which is no folder; "
                 "give 'bytes' or a folder with tokenizer.json."
             )
+        self._folder = folder
         try:
-            self._inner = AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
-            )
-        except Exception as error:  # the tokenizer library raises whatever it likes
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise DataError(
-                f"data.tokenizer {str(folder)!r} cannot be opened ({reason}); "
-                "give a folder with tokenizer.json."
-            ) from error
+            self._inner = open_folder_tokenizer(folder)
+        except ModelFileError as error:
+            raise DataError(f"data.tokenizer cannot be opened: {error}") from error
         if self._inner.eos_token_id is None:
             raise DataError(
                 f"data.tokenizer {str(folder)!r} has no eos_token, which separates documents; "
@@ -106,8 +100,14 @@ class FolderTokenizer:
         return [np.asarray(one, dtype=np.uint32) for one in ids]
 
     def save(self, folder: Path) -> None:
-        """Write the tokenizer's files."""
-        self._inner.save_pretrained(folder)
+        """Copy the tokenizer's files, as other programs know them, if they open the same there."""
+        copy_tokenizer(self._folder, folder)
+        try:
+            is_same = FolderTokenizer(folder).sha256 == self.sha256
+        except DataError:
+            is_same = False
+        if not is_same:  # config.json, which is another one there, had said what they are
+            self._inner.save_pretrained(folder)
 
 
 def open_tokenizer(name: str) -> Tokenizer:
