@@ -34,7 +34,7 @@ def serve_forever(args: ServeArgs, host: str, port: int) -> None:
     What can be refused is refused before Ray starts.
     """
     check_address(host, port)
-    check_model(args)
+    check_model(args, runs_here=True)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray's own ports listen on every interface; a token keeps strangers out.
     os.environ.setdefault("RAY_AUTH_MODE", "token")

@@ -37,19 +37,13 @@ class ExpertStore:
         budget_bytes: int,
         num_threads: int = 4,
     ) -> None:
+        self.num_slots = count_slots(folder, dtype, budget_bytes)
         config, moe = folder.config, folder.config.moe
-        if moe is None:
-            raise ConfigError("expert-memory is set, but the model has no experts; leave it out.")
+        assert moe is not None, "slots were counted"
         self._folder = folder
         self._num_experts = moe.num_experts
         layers = config.moe_layers
         self.slot_bytes = expert_bytes(config, dtype, folder.packed)
-        if budget_bytes < self.slot_bytes:
-            raise ConfigError(
-                f"expert-memory is {budget_bytes} bytes, but one expert takes {self.slot_bytes}; "
-                "give at least that."
-            )
-        self.num_slots = min(len(layers) * moe.num_experts, budget_bytes // self.slot_bytes)
         self._slots = empty_experts(config, self.num_slots, dtype, folder.packed)
         self._free = deque(range(self.num_slots))
         self._resident: OrderedDict[Key, int] = OrderedDict()
@@ -261,6 +255,20 @@ class ExpertStore:
         else:
             self._free.append(read.slot)
             self._waste(read.key)
+
+
+def count_slots(folder: ModelFolder, dtype: torch.dtype, budget_bytes: int) -> int:
+    """Return how many experts a budget holds; :class:`ConfigError` where it holds none."""
+    config = folder.config
+    if config.moe is None:
+        raise ConfigError("expert-memory is set, but the model has no experts; leave it out.")
+    slot_bytes = expert_bytes(config, dtype, folder.packed)
+    if budget_bytes < slot_bytes:
+        raise ConfigError(
+            f"expert-memory is {budget_bytes} bytes, but one expert takes {slot_bytes}; "
+            "give at least that."
+        )
+    return min(len(config.moe_layers) * config.moe.num_experts, budget_bytes // slot_bytes)
 
 
 def _read_patiently(read: Callable[[], None]) -> None:

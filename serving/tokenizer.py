@@ -1,12 +1,18 @@
 """The tokenizer of a model folder, with what a server needs of it."""
 
 import re
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, ModelFileError, RequestError
+from ..files import read_small_file
+from ..moe.tokenizer_files import library_errors, open_tokenizer
+from .templates import TemplateFault, TemplateProcess
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+MAX_TEMPLATE_BYTES = 4 << 20
 WORD_START = "\u2581"
 """SentencePiece's sign for a space."""
 
@@ -22,10 +28,15 @@ class ServingTokenizer:
         self._template: str | None = None
         if self._inner.chat_template is not None:
             self._template = self._inner.get_chat_template()
+        self._added = frozenset(self._inner.added_tokens_decoder)
         self._byte_of = {symbol: byte for byte, symbol in bytes_to_unicode().items()}
         self._is_byte_level = "ByteLevel" in repr(
             getattr(getattr(self._inner, "backend_tokenizer", None), "decoder", None)
         )
+        self._templates = TemplateProcess()
+        self.rendering = ThreadPoolExecutor(1, thread_name_prefix="chat-template")
+        """Where templates are rendered, one at a time: one that takes long keeps only chats
+        waiting, and not the threads that all requests share."""
         if chat_template is not None:
             self._template = _read_template(chat_template)
         if self._template is not None:
@@ -33,7 +44,8 @@ class ServingTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a prompt."""
-        ids = list(self._inner(text, verbose=False)["input_ids"])
+        with _failures_on("prompt"):
+            ids = list(self._inner(text, verbose=False)["input_ids"])
         eos = self._inner.eos_token_id
         while ids and ids[-1] == eos and not text.endswith(str(self._inner.eos_token)):
             ids.pop()  # some tokenizers end every text; a prompt goes on
@@ -41,34 +53,45 @@ class ServingTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of ids, without special tokens."""
-        return str(self._inner.decode(ids, skip_special_tokens=True))
+        with library_errors(_cannot_spell):
+            return str(self._inner.decode(ids, skip_special_tokens=True))
 
-    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """Return the ids of a conversation in the form the model knows, ready for its answer."""
+    def render_chat(self, messages: list[dict[str, str]]) -> str:
+        """Return the text of a conversation in the form the model knows, ready for its answer.
+
+        For threads of :attr:`rendering`.
+        """
         if self._template is None:
             raise RequestError(
                 f"{self._folder.name} has no chat template; start the server with --chat-template "
                 "FILE, or use /v1/completions.",
                 param="messages",
             )
-        from jinja2 import TemplateError
-
         try:
-            text = self._render(messages)
-        except (TemplateError, TypeError, ValueError, OverflowError) as error:
-            reason = " ".join(str(error).split())[:200]
+            return self._render(messages)
+        except TemplateFault as fault:
+            verb = "refuses" if fault.kind == "refusal" else "fails on"
             raise RequestError(
-                f"the model's chat template refuses these messages ({reason}); change them.",
+                f"the model's chat template {verb} these messages ({fault}); change them.",
                 param="messages",
             ) from None
-        return list(self._inner(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Return the ids of a rendered conversation."""
+        with _failures_on("messages"):
+            return list(self._inner(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def close(self) -> None:
+        """End the process that renders."""
+        self._templates.close()
+        self.rendering.shutdown(wait=False, cancel_futures=True)
 
     def token_bytes(self, token: int) -> bytes:
         """Return the bytes that one id stands for; empty for an id without text."""
         piece = self._inner.convert_ids_to_tokens(token)
         if piece is None:
             return b""
-        if token in self._inner.added_tokens_decoder:
+        if token in self._added:
             return str(piece).encode()
         if self._is_byte_level and all(symbol in self._byte_of for symbol in piece):
             return bytes(self._byte_of[symbol] for symbol in piece)
@@ -87,48 +110,55 @@ class ServingTokenizer:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
 
     def _render(self, messages: list[dict[str, str]]) -> str:
-        # The template runs in transformers' Jinja sandbox.
-        return str(
-            self._inner.apply_chat_template(
-                messages,
-                chat_template=self._template,
-                add_generation_prompt=True,
-                tokenize=False,
-            )
-        )
+        assert self._template is not None, "there is a template"
+        # As transformers: templates tell a missing key from a value, and would spell None.
+        given = [{k: v for k, v in m.items() if v is not None} for m in messages]
+        return self._templates.render(self._template, given, dict(self._inner.special_tokens_map))
 
     def _check_template(self, source: Path) -> None:
-        from jinja2 import TemplateError, TemplateSyntaxError
-
         try:
             self._render([{"role": "user", "content": "a"}])
-        except TemplateSyntaxError as error:
+        except TemplateFault as fault:
+            if fault.kind == "refusal":
+                return  # it wants other messages than this one; what it says is for those who ask
+            self.close()
+            if fault.kind == "syntax":
+                raise ConfigError(
+                    f"the chat template of {source} is not Jinja ({fault}); mend it."
+                ) from None
             raise ConfigError(
-                f"the chat template of {source} is not Jinja (line {error.lineno}: "
-                f"{error.message}); mend it."
+                f"the chat template of {source} fails on a plain message ({fault}); mend it, or "
+                "give another with --chat-template."
             ) from None
-        except TemplateError:
-            pass  # it wants other messages than this one; what it says is for those who ask
 
 
 def _open(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         # transformers would make an empty tokenizer up from config.json
         raise ModelFileError(f"{folder} has no tokenizer; add tokenizer.json.")
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the tokenizer library raises whatever it likes
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ModelFileError(
-            f"{folder} has no usable tokenizer ({reason}); add tokenizer.json."
-        ) from None
+    return open_tokenizer(
+        folder,
+        lambda reason: ModelFileError(
+            f"{folder} has no usable tokenizer ({reason}); copy its files again."
+        ),
+    )
+
+
+def _failures_on(param: str) -> AbstractContextManager[None]:
+    return library_errors(
+        lambda reason: RequestError(
+            f"the model's tokenizer fails on this text ({reason}); change it.", param=param
+        )
+    )
+
+
+def _cannot_spell(reason: str) -> RequestError:
+    return RequestError(f"the model's tokenizer cannot spell the answer ({reason}).", status=500)
 
 
 def _read_template(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_small_file(path, MAX_TEMPLATE_BYTES).decode()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
         raise ConfigError(

@@ -11,6 +11,8 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as RustTokenizer
 
 from ...errors import DataError
+from ...moe.tokenizer_files import library_errors
+from ...moe.tokenizer_files import open_tokenizer as open_files
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -66,23 +68,19 @@ class FolderTokenizer:
     """A Hugging Face tokenizer folder."""
 
     def __init__(self, folder: Path) -> None:
-        from transformers import AutoTokenizer
-
         if not folder.is_dir():
             raise DataError(
                 f"data.tokenizer is {str(folder)!r}, which is no folder; "
                 "give 'bytes' or a folder with tokenizer.json."
             )
-        try:
-            self._inner = AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
-            )
-        except Exception as error:  # the tokenizer library raises whatever it likes
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise DataError(
+        self._folder = folder
+        self._inner = open_files(
+            folder,
+            lambda reason: DataError(
                 f"data.tokenizer {str(folder)!r} cannot be opened ({reason}); "
                 "give a folder with tokenizer.json."
-            ) from error
+            ),
+        )
         if self._inner.eos_token_id is None:
             raise DataError(
                 f"data.tokenizer {str(folder)!r} has no eos_token, which separates documents; "
@@ -97,17 +95,23 @@ class FolderTokenizer:
 
     def encode(self, text: str) -> npt.NDArray[np.uint32]:
         """Return ids without special tokens."""
-        ids = self._inner(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return np.asarray(ids, dtype=np.uint32)
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str]) -> list[npt.NDArray[np.uint32]]:
         """Return the ids of several texts; the tokenizers library uses all cores."""
-        ids = self._inner(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        with library_errors(self._fails):
+            ids = self._inner(texts, add_special_tokens=False, verbose=False)["input_ids"]
         return [np.asarray(one, dtype=np.uint32) for one in ids]
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer's files."""
         self._inner.save_pretrained(folder)
+
+    def _fails(self, reason: str) -> DataError:
+        return DataError(
+            f"data.tokenizer {str(self._folder)!r} fails on a text ({reason}); "
+            "take the text out, or use another tokenizer."
+        )
 
 
 def open_tokenizer(name: str) -> Tokenizer:
