@@ -21,16 +21,18 @@ from small_model import write_random_model
 PLAIN = "{% for m in messages %}{{ m.content }}{% endfor %}"
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 ENDLESS = "{% for a in cycler('x').__class__ %}{% endfor %}"
-GROWING = "{% set ns = namespace(t='x') %}{% for i in range(64) %}{% set ns.t = ns.t ~ ns.t %}{% endfor %}"
+GROWING = (
+    "{% set ns = namespace(t='x') %}"
+    "{% for i in range(64) %}{% set ns.t = ns.t ~ ns.t %}{% endfor %}"
+)
 LISTS = "{% set l = [0] %}{% for i in range(64) %}{% set _ = l.extend(l) %}{% endfor %}"
 ESCAPE = "{{ %s.__globals__['os'].system('touch CANARY') }}"
 
 
 def on_boom(template: str) -> str:
     """Return a template that is harmless until somebody says boom."""
-    return (
-        "{% if messages[-1].content == 'boom' %}" + template + "{% else %}" + PLAIN + "{% endif %}"
-    )
+    condition = "{% if messages[-1].content == 'boom' %}"
+    return condition + template + "{% else %}" + PLAIN + "{% endif %}"
 
 
 HOSTILE = {
@@ -45,7 +47,6 @@ HOSTILE = {
     "64 MB of text": "{{ 'x' * 67108864 }}",
     "joined without end": "{{ range(99999) | map('string') | join('x' * 99999) }}",
     "a macro that calls itself": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-    "two macros": "{% macro f() %}{{ g() }}{% endmacro %}{% macro g() %}{{ f() }}{% endmacro %}{{ f() }}",
     "division by zero": "{{ 1 / 0 }}",
     "wrong types": "{{ 'a' + 1 }}",
     "a number called": "{{ 3() }}",
@@ -86,9 +87,19 @@ HOSTILE = {
     "escape: namespace attribute": "{% set ns = namespace() %}{% set ns.__class__ = 1 %}",
 }
 CASES = {"plain": PLAIN, **HOSTILE}
-CASES |= {
-    f"on boom: {name}": on_boom(text) for name, text in HOSTILE.items() if "no Jinja" not in name
-}
+LATE = (
+    "a loop without end",
+    "a string of GB",
+    "a macro that calls itself",
+    "division by zero",
+    "import",
+    "include",
+    "half a surrogate pair",
+    "64 MB of text",
+    "raises",
+    "escape: class",
+)
+CASES |= {f"on boom: {name}": on_boom(HOSTILE[name]) for name in LATE}
 
 
 def serve(folder: Path, template: Path, canary: Path) -> str:
@@ -106,7 +117,7 @@ def serve(folder: Path, template: Path, canary: Path) -> str:
 
     before = post("/v1/completions", prompt="a")
     found = []
-    for content in ("a", "boom"):
+    for content in ("a", "boom") if "boom" in template.read_text() else ("a",):
         messages = [{"role": "user", "content": content}]
         status, text = post("/v1/chat/completions", messages=messages)
         assert status in (200, 400) and (status == 200 or "\n" not in text), (status, text)
