@@ -14,6 +14,8 @@ Every message is one sentence with the field, the value and the remedy. Commands
 without a traceback; anything that is not a MoeyardError is our bug and keeps its traceback.
 """
 
+from collections.abc import Iterable
+
 
 class MoeyardError(Exception):
     """Base of all errors whose message is meant for the user."""
@@ -32,7 +34,15 @@ class ModelFileError(MoeyardError, ValueError):
 
 
 class ExpertReadError(MoeyardError, OSError):
-    """The bytes of an expert could not be read."""
+    """The bytes of some of a layer's ``experts`` could not be read.
+
+    ``rows`` are the rows of the batch that chose one of them.
+    """
+
+    def __init__(self, message: str, experts: Iterable[int] = ()) -> None:
+        super().__init__(message)
+        self.experts = tuple(experts)
+        self.rows: tuple[int, ...] = ()
 
 
 class CheckpointError(MoeyardError):

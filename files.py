@@ -1,7 +1,9 @@
-"""Files that are whole or absent."""
+"""Files that are whole or absent, and files that others wrote."""
 
+import errno
 import hashlib
 import os
+import stat
 from pathlib import Path
 
 
@@ -27,3 +29,32 @@ def sha256_of(path: Path) -> str:
     """Return the hash of a file's contents."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_small_file(path: Path, max_bytes: int) -> bytes:
+    """Return the contents of a file that somebody else may have made.
+
+    Raises ``OSError`` for pipes and devices, which might never end, and for more than
+    ``max_bytes``.
+    """
+    # O_NONBLOCK: opening a named pipe would wait for a writer.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    with os.fdopen(descriptor, "rb") as file:
+        _check_status(path, os.fstat(descriptor), max_bytes)
+        return file.read()
+
+
+def check_small_file(path: Path, max_bytes: int) -> None:
+    """Raise ``OSError`` for what :func:`read_small_file` would not read; for libraries that open
+    files themselves."""
+    _check_status(path, path.stat(), max_bytes)
+
+
+def _check_status(path: Path, status: os.stat_result, max_bytes: int) -> None:
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "it is a pipe or a device", str(path))
+    if status.st_size > max_bytes:
+        reason = f"it has {status.st_size} bytes, at most {max_bytes} are read"
+        raise OSError(errno.EFBIG, reason, str(path))

@@ -1,13 +1,23 @@
-"""Advice to the system on memory that is read over and over."""
+"""Memory: advice to the system where it is read over and over, and its end."""
 
 import ctypes
 import sys
 from functools import cache
 
+import torch
 from torch import Tensor
 
 HUGE_PAGE_BYTES = 2 << 20
 MADV_HUGEPAGE = 14
+ALLOCATOR_SIGNS = ("can't allocate memory", "not enough memory", "bad_alloc")
+"""In messages of torch's CPU allocator, which has no error class of its own."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether Python or torch had no memory for what it was to do."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(s in str(error) for s in ALLOCATOR_SIGNS)
 
 
 def prefer_huge_pages(tensor: Tensor) -> None:

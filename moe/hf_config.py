@@ -81,4 +81,4 @@ def _sentence(error: ValidationError, values: dict[str, Any]) -> str:
     found, name = problem["input"], ".".join(map(str, problem["loc"]))
     same = [key for key, value in values.items() if type(value) is type(found) and value == found]
     rule = problem["msg"].removeprefix("Input ").partition(",")[0]
-    return f"{same[0] if len(same) == 1 else name} is {found!r}; it {rule}"
+    return f"{same[0] if len(same) == 1 else name} is {repr(found)[:80]}; it {rule}"

@@ -47,30 +47,31 @@ class SequenceCache:
         return self._keys_GLH[layer][:, :end], self._values_GLV[layer][:, :end]
 
     def reserve(self, count: int) -> None:
-        """Make room for ``count`` positions more."""
+        """Make room for ``count`` positions more.
+
+        Where there is no memory the allocator's error is raised, and the cache is as it was.
+        """
         if self.length + count > self.capacity:
             self._grow(self.length + count)
 
     def _grow(self, needed: int) -> None:
         if needed > self._max_length:  # no assertion: others write without looking
             raise IndexError(f"{needed} positions in a cache for {self._max_length}")
-        self.capacity = min(self._max_length, max(64, needed, 2 * self.capacity))
-        key_widths = [spec.head_dim for spec in self._specs]
-        value_widths = [spec.v_dim for spec in self._specs]
-        for buffers, widths in (
-            (self._keys_GLH, key_widths),
-            (self._values_GLV, value_widths),
-        ):
-            old = list(buffers)
-            buffers.clear()
-            for layer, (spec, width) in enumerate(zip(self._specs, widths, strict=True)):
-                new = torch.empty(
-                    *(spec.num_kv_heads, self.capacity, width),
-                    dtype=spec.dtype,
-                    device=self._device,
-                )
-                if old:
-                    new[:, : self.length] = old[layer][:, : self.length]
-                buffers.append(new)
-        pairs = zip(self._keys_GLH, self._values_GLV, strict=True)
+        capacity = min(self._max_length, max(64, needed, 2 * self.capacity))
+        keys_GLH = self._grown(self._keys_GLH, [s.head_dim for s in self._specs], capacity)
+        values_GLV = self._grown(self._values_GLV, [s.v_dim for s in self._specs], capacity)
+        # Only now: where memory was short, the cache is as it was.
+        self.capacity, self._keys_GLH, self._values_GLV = capacity, keys_GLH, values_GLV
+        pairs = zip(keys_GLH, values_GLV, strict=True)
         self.addresses = array("q", (buffer.data_ptr() for pair in pairs for buffer in pair))
+
+    def _grown(self, old: list[Tensor], widths: list[int], capacity: int) -> list[Tensor]:
+        """Return larger buffers, one per layer, with what is stored so far."""
+        grown = []
+        for layer, (spec, width) in enumerate(zip(self._specs, widths, strict=True)):
+            shape = (spec.num_kv_heads, capacity, width)
+            new = torch.empty(shape, dtype=spec.dtype, device=self._device)
+            if old:
+                new[:, : self.length] = old[layer][:, : self.length]
+            grown.append(new)
+        return grown

@@ -14,8 +14,9 @@ from .config import ModelConfig
 from .expert_layouts import ExpertViews
 from .families.family import Family, full_name
 from .hf_config import find_family, from_hf
+from .json_file import read_json
 from .quantized_config import read_quantization_config
-from .tensor_files import TensorFiles, read_json
+from .tensor_files import TensorFiles
 from .tensor_names import dense_tensors
 
 

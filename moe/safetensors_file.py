@@ -7,6 +7,7 @@ import json
 import os
 import stat
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 
@@ -107,7 +108,7 @@ class SafetensorsFile:
         while done < entry.num_bytes:
             count = os.preadv(self._descriptor, [view[done:]], entry.start + done)
             if count == 0:
-                raise OSError(f"{self.path} ends {entry.num_bytes - done} bytes too early")
+                raise OSError(f"{self.path.name} ends {entry.num_bytes - done} bytes too early")
             done += count
 
     def _read_header(self) -> dict[str, TensorEntry]:
@@ -124,7 +125,7 @@ class SafetensorsFile:
         try:
             header = json.loads(os.pread(self._descriptor, length, 8))
             header.pop("__metadata__", None)
-            return {
+            entries = {
                 name: self._entry(name, values, 8 + length, size) for name, values in header.items()
             }
         except (
@@ -138,6 +139,18 @@ class SafetensorsFile:
             if isinstance(error, ModelFileError):
                 raise
             raise ModelFileError(f"{self.path} has a damaged header; copy it again.") from None
+        self._check_apart(entries)
+        return entries
+
+    def _check_apart(self, entries: dict[str, TensorEntry]) -> None:
+        """Refuse tensors that share bytes: no writer makes them, and one of them is wrong."""
+        filled = [(name, entry) for name, entry in entries.items() if entry.num_bytes]
+        spans = sorted((entry.start, entry.num_bytes, name) for name, entry in filled)
+        for (start, num_bytes, name), (next_start, _, following) in pairwise(spans):
+            if next_start < start + num_bytes:
+                raise ModelFileError(
+                    f"{self.path}: {name} and {following} share bytes; copy it again."
+                )
 
     def _entry(self, name: str, values: dict, base: int, file_size: int) -> TensorEntry:
         if values["dtype"] not in DTYPES:

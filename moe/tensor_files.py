@@ -1,15 +1,14 @@
 """The tensors of a model folder by name, whichever of its safetensors files holds them."""
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from ..errors import ModelFileError
 from .compressed_tensors import PackedFormat, packed_name, read_plain
+from .json_file import read_json
 from .safetensors_file import SafetensorsFile, TensorEntry
 
 WEIGHTS = "model.safetensors"
@@ -113,18 +112,3 @@ class TensorFiles:
                 "transformers' save_pretrained on a machine that trusts them"
             )
         return "copy the folder again"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file, or raise :class:`ModelFileError`."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelFileError(
-            f"{path} cannot be read ({error.strerror}); give a Hugging Face model folder."
-        ) from None
-    except (ValueError, RecursionError):
-        raise ModelFileError(f"{path} is not JSON; copy it again.") from None
-    if not isinstance(values, dict):
-        raise ModelFileError(f"{path} is not a JSON object; copy it again.")
-    return values

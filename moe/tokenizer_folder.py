@@ -1,13 +1,15 @@
 """The files of a model folder's tokenizer: which there are, opening them, copying them."""
 
 import importlib.util
-import json
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from ..errors import ModelFileError
+from ..files import check_small_file
+from .json_file import read_json
+from .tokenizer_errors import library_errors
 
 TOKENIZER_JSON = "tokenizer.json"
 VOCABULARY_FILES = (
@@ -32,6 +34,10 @@ SETTINGS_FILES = (
 )
 TEMPLATES = "additional_chat_templates"
 """A folder of Jinja files."""
+READ_SUFFIXES = (".json", ".jinja", ".model", ".txt")
+"""Of the files that transformers looks for in a folder."""
+MAX_BYTES = 64 << 20
+"""Of one such file; the largest tokenizer.json in use has 33 MB."""
 SAMPLE = "two words and 3 more"
 """Text that the vocabulary of any language model has."""
 REMEDY = "save the tokenizer as tokenizer.json and put that into the folder"
@@ -64,20 +70,36 @@ def open_folder_tokenizer(folder: Path) -> Any:
 
     if not has_tokenizer(folder):
         raise ModelFileError(f"{folder} has no tokenizer; add tokenizer.json.")
-    if not (folder / TOKENIZER_JSON).is_file():
+    _check_sizes(folder)
+    is_guessed = not (folder / TOKENIZER_JSON).is_file()
+    if is_guessed:
         _check_openable(folder)
-    try:
+    with library_errors(lambda reason: _unusable(folder, reason)):
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # the tokenizer library raises whatever it likes
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".: ")
-        raise ModelFileError(
-            f"{folder} has no usable tokenizer ({reason}); add tokenizer.json."
-        ) from error
-    if not (folder / TOKENIZER_JSON).is_file():
+    if is_guessed:
         _check_reads_text(folder, tokenizer)
     return tokenizer
+
+
+def _unusable(folder: Path, reason: str) -> ModelFileError:
+    return ModelFileError(
+        f"{folder} has no usable tokenizer ({reason.rstrip('.: ')}); copy its files again, or add "
+        "tokenizer.json."
+    )
+
+
+def _check_sizes(folder: Path) -> None:
+    """Refuse pipes, devices and giants before the library opens them."""
+    for path in (*folder.iterdir(), *(folder / TEMPLATES).glob("*")):
+        if path.suffix in READ_SUFFIXES and not path.is_dir():
+            try:
+                check_small_file(path, MAX_BYTES)
+            except OSError as error:
+                raise _unusable(folder, f"{path.name}: {error.strerror}") from None
+    if (folder / CONFIG).exists():
+        read_json(folder / CONFIG)
 
 
 def _check_openable(folder: Path) -> None:
@@ -95,11 +117,7 @@ def _check_openable(folder: Path) -> None:
 
 
 def _has_code(folder: Path) -> bool:
-    try:
-        settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False  # transformers says what is wrong with it
-    return isinstance(settings, dict) and bool(settings.get("auto_map"))
+    return (folder / CONFIG).exists() and bool(read_json(folder / CONFIG).get("auto_map"))
 
 
 def _is_tiktoken(path: Path) -> bool:

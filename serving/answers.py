@@ -126,7 +126,7 @@ class Answers:
                 if isinstance(item, Exception):
                     raise item
                 if item[1].error is not None:
-                    raise RequestError(item[1].error, code="unavailable", status=503)
+                    raise item[1].error
                 unfinished -= item[1].finish_reason is not None
                 yield item
         finally:

@@ -19,8 +19,9 @@ async def prepare_chat(
     body: ChatRequest, tokenizer: ServingTokenizer, engine: Engine
 ) -> list[GenerationRequest]:
     """Return one generation request per answer; all are checked before any runs."""
-    ids = await asyncio.to_thread(tokenizer.encode_chat, body.conversation())
-    prompt_ids = tuple(ids)
+    loop, messages = asyncio.get_running_loop(), body.conversation()
+    text = await loop.run_in_executor(tokenizer.rendering, tokenizer.render_chat, messages)
+    prompt_ids = tuple(await asyncio.to_thread(tokenizer.encode_rendered, text))
     requests = []
     for choice in range(body.n):
         request = GenerationRequest(

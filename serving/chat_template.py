@@ -14,7 +14,9 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 
 from ..errors import ConfigError
+from ..files import read_small_file
 
+MAX_TEMPLATE_BYTES = 4 << 20
 LIST_FILTERS = {"selectattr", "rejectattr", "select", "reject", "list", "default", "d"}
 """Filters that give a list's members, or some of them."""
 
@@ -169,7 +171,7 @@ def _name_of(node: nodes.Node) -> str:
 
 def _read_template(path: Path, named: dict[str, str]) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_small_file(path, MAX_TEMPLATE_BYTES).decode()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
         names = f" or one of {', '.join(sorted(named))}" if named else ""

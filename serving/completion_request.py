@@ -58,10 +58,11 @@ def _check_prompt(prompt: Any) -> None:
         return  # a missing prompt is found by the model
     if isinstance(prompt, list) and not prompt:
         raise RequestError("prompt is an empty list; give at least one prompt.", param="prompt")
-    rows = prompt if isinstance(prompt, list) else [prompt]
-    if all(isinstance(row, str) for row in rows) or _are_ids(rows):
-        return
-    if all(isinstance(row, list) and _are_ids(row) for row in rows):
+    if isinstance(prompt, list) and (
+        all(isinstance(row, str) for row in prompt)
+        or _are_ids(prompt)
+        or all(isinstance(row, list) and _are_ids(row) for row in prompt)
+    ):
         return
     raise RequestError(
         "prompt must be a string, a list of strings, a list of token ids, or a list of such lists.",

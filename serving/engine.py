@@ -4,18 +4,18 @@ L MoE layers, E experts, V vocabulary.
 """
 
 from collections import deque
-from collections.abc import Sequence as Items
 from time import perf_counter
 
 import torch
 
-from ..errors import ConfigError, ExpertReadError, RequestError
-from ..moe.batch import batch_of
+from ..errors import ConfigError, RequestError
+from ..kernels.memory import is_out_of_memory
 from ..moe.language_model import LanguageModel
 from ..moe.sampling import SamplingParams, sample
 from .logprobs import TokenLogprob, score_tokens
 from .metrics import EngineMetrics
 from .sequence import GenerationEvent, GenerationRequest, Sequence
+from .step import StepResult, out_of_memory, run_step
 from .store import ExpertStore
 from .text_stream import Decode
 
@@ -91,20 +91,19 @@ class Engine:
     def step(self) -> list[GenerationEvent]:
         """Run one forward and return an event for every request that got a token or ended.
 
-        When an expert cannot be read, the requests of this step end with an error and the engine
-        goes on with the others.
+        Where memory is short or an expert cannot be read, the requests that need it end with an
+        error, and the others go on.
         """
         while self._waiting and len(self._running) < self._max_num_seqs:
             self._running.append(self._waiting.popleft())
         batch = self._choose()
         if not batch:
             return []
-        try:
-            events = self._forward(batch)
-        except ExpertReadError as error:
-            events = [sequence.fail(str(error)) for sequence in batch]
-            for _ in events:
-                self.metrics.count_failure()
+        step = run_step(self._model.decoder, batch, self._prefill_chunk)
+        for routings in step.routings:
+            self.metrics.count_routing(routings)
+        events = [self._fail(sequence, error) for sequence, error in step.failures]
+        events += [event for result in step.results if (event := self._take(result)) is not None]
         ended = {event.request_id for event in events if event.finish_reason is not None}
         self._running = [s for s in self._running if s.request.request_id not in ended]
         self._count_requests()
@@ -116,51 +115,59 @@ class Engine:
         prefilling = [s for s in self._running if s.is_prefilling]
         return decoding + prefilling[:1]
 
-    def _forward(self, sequences: list[Sequence]) -> list[GenerationEvent]:
-        ids = [torch.tensor(s.next_ids(self._prefill_chunk)) for s in sequences]
-        decoder = self._model.decoder
-        output = decoder(batch_of(ids, [s.cache for s in sequences]))
-        self.metrics.count_routing(output.routings)
-        self._score_prompts(sequences, output.hidden_TD.split([len(i) for i in ids]))
-        ends = torch.tensor([len(i) for i in ids]).cumsum(0) - 1
-        ready = [index for index, s in enumerate(sequences) if not s.is_prefilling]
-        if not ready:
-            return []
-        logits_RV = decoder.logits(output.hidden_TD[ends[ready]])
-        events = []
-        is_finite_R = logits_RV.isfinite().all(dim=-1)
-        for row, index in enumerate(ready):
-            sequence = sequences[index]
-            if not is_finite_R[row]:
-                self.metrics.count_failure()
-                events.append(sequence.fail("the model gave scores that are not finite"))
-                continue
-            token = sample(logits_RV[row], sequence.request.sampling, sequence.generator)
-            num_top = sequence.request.num_logprobs
-            scores = [] if num_top is None else score_tokens(logits_RV[[row]], [token], num_top)
-            event = sequence.accept(token, scores)
-            self.metrics.count_token(sequence, event, perf_counter())
-            events.append(event)
-        return events
+    def _take(self, result: StepResult) -> GenerationEvent | None:
+        """Choose a sequence's next token, if it is time; what fails here fails for it alone."""
+        sequence = result.sequence
+        try:
+            self._score_prompt(sequence, result.hidden_TD)
+            if result.logits_V is None:
+                return None
+            if not result.logits_V.isfinite().all():
+                return self._fail(sequence, _not_finite())
+            event = self._accept(sequence, result.logits_V)
+        except RequestError as error:
+            return self._fail(sequence, error)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return self._fail(sequence, out_of_memory())
+        self.metrics.count_token(sequence, event, perf_counter())
+        return event
 
-    def _score_prompts(self, sequences: list[Sequence], chunks: Items[torch.Tensor]) -> None:
-        """Give requests that ask for it the log-probabilities of what they just read."""
-        for sequence, hidden_TD in zip(sequences, chunks, strict=True):
-            request = sequence.request
-            if not request.scores_prompt or request.num_logprobs is None:
-                continue
-            end = sequence.cache.length
-            start = end - len(hidden_TD)
-            if start == 0:
-                sequence.prompt_logprobs.append(TokenLogprob(request.prompt_ids[0], None))
-            targets = list(request.prompt_ids[start + 1 : end + 1])
-            if targets:
-                logits_NV = self._model.decoder.logits(hidden_TD[: len(targets)])
-                sequence.prompt_logprobs += score_tokens(logits_NV, targets, request.num_logprobs)
+    def _accept(self, sequence: Sequence, logits_V: torch.Tensor) -> GenerationEvent:
+        request = sequence.request
+        token = sample(logits_V, request.sampling, sequence.generator)
+        scores: list[TokenLogprob] = []
+        if request.num_logprobs is not None:
+            scores = score_tokens(logits_V.unsqueeze(0), [token], request.num_logprobs)
+        return sequence.accept(token, scores)
+
+    def _fail(self, sequence: Sequence, error: RequestError) -> GenerationEvent:
+        self.metrics.count_failure()
+        return sequence.fail(error)
+
+    def _score_prompt(self, sequence: Sequence, hidden_TD: torch.Tensor) -> None:
+        """Give a request that asks for it the log-probabilities of what it has just read."""
+        request = sequence.request
+        if not request.scores_prompt or request.num_logprobs is None:
+            return
+        end = sequence.cache.length
+        start = end - len(hidden_TD)
+        if start == 0:
+            sequence.prompt_logprobs.append(TokenLogprob(request.prompt_ids[0], None))
+        targets = list(request.prompt_ids[start + 1 : end + 1])
+        if targets:
+            logits_NV = self._model.decoder.logits(hidden_TD[: len(targets)])
+            sequence.prompt_logprobs += score_tokens(logits_NV, targets, request.num_logprobs)
 
     def _count_requests(self) -> None:
         self.metrics.running.set(len(self._running))
         self.metrics.waiting.set(len(self._waiting))
+
+
+def _not_finite() -> RequestError:
+    message = "the model gave scores that are not finite"
+    return RequestError(message, code="unavailable", status=503)
 
 
 def check_length(max_model_len: int | None, longest: int) -> None:

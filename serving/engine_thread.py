@@ -16,6 +16,8 @@ log = logging.getLogger(__name__)
 
 STUCK_AFTER_S = 120.0
 """A single engine step that takes longer makes the server unhealthy."""
+RETRY_AFTER_S = 10
+"""Seconds until asking again where an engine does not work: its replica is being replaced."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,7 @@ class EngineThread:
             # Asked after the hand-over: an engine that ended before it would never answer.
             problem = self.problem()
             if problem is not None:
-                raise RequestError(f"{problem}; try again later.", code="unavailable", status=503)
+                raise _unavailable(f"{problem}; try again later.")
             while not is_finished:
                 event = await listener.get()
                 is_finished = event.finish_reason is not None
@@ -129,7 +131,7 @@ class EngineThread:
                 self.engine.add(command.request)
             except RequestError as error:
                 request_id = command.request.request_id
-                self._deliver(GenerationEvent(request_id, "", 0, "error", str(error)))
+                self._deliver(GenerationEvent(request_id, "", 0, "error", error))
 
     def _deliver(self, event: GenerationEvent) -> None:
         listener = self._listeners.get(event.request_id)
@@ -145,4 +147,8 @@ class EngineThread:
             if isinstance(command, _Add):
                 self._listeners[command.request.request_id] = command.listener
         for request_id in list(self._listeners):
-            self._deliver(GenerationEvent(request_id, "", 0, "error", message))
+            self._deliver(GenerationEvent(request_id, "", 0, "error", _unavailable(message)))
+
+
+def _unavailable(message: str) -> RequestError:
+    return RequestError(message, code="unavailable", status=503, retry_after_s=RETRY_AFTER_S)

@@ -39,7 +39,7 @@ def serve_forever(args: ServeArgs, host: str, port: int, attempt: int) -> int:
     process that is still there afterwards.
     """
     check_address(host, port)
-    check_model(args)
+    check_model(args, runs_here=True)
     report = StartReport(args.model_name, attempt)
     folder = prepare()
     is_ready = False

@@ -8,16 +8,17 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..kernels.expert_weights import ExpertWeights
+from ..kernels.memory import is_out_of_memory
 from ..kernels.quantized_weights import QuantizedExpertWeights
 from ..moe.decoder import Decoder
-from ..moe.expert_slots import empty_experts, expert_bytes
+from ..moe.expert_slots import empty_experts
 from ..moe.experts import AnyExperts, Experts
 from ..moe.generation_config import read_generation_config
 from ..moe.language_model import LanguageModel
 from ..moe.model_folder import ModelFolder
 from ..moe.quantized_experts import QuantizedExperts
 from ..moe.read_weights import Read, dense_reads, expert_reads, run_reads
-from .budget import parse_budget
+from .memory import budget_bytes, check_memory
 from .offload import OffloadedExperts
 from .store import ExpertStore
 
@@ -59,8 +60,13 @@ def open_model(
         if target.type != "cpu":
             model.decoder.to(target)
         return model, store
-    except BaseException:
+    except BaseException as error:
         files.close()
+        if is_out_of_memory(error):
+            raise ConfigError(
+                f"there is not enough memory to load {files.path} ({error}); set a smaller "
+                "expert-memory, or use a machine with more."
+            ) from None
         raise
 
 
@@ -84,6 +90,7 @@ def _open(
 ) -> tuple[LanguageModel, ExpertStore | None]:
     files.check()
     chosen = pick_dtype(files, dtype)
+    check_memory(files, chosen, expert_memory)
     with torch.device("meta"):
         decoder = Decoder(files.config, expert_ids=())
     store = None
@@ -119,11 +126,7 @@ def _open(
 
 def open_store(files: ModelFolder, dtype: torch.dtype, expert_memory: str) -> ExpertStore:
     """Open a store with a budget as people write it."""
-    config, whole = files.config, 0
-    if config.moe is not None:
-        num_experts = len(config.moe_layers) * config.moe.num_experts
-        whole = num_experts * expert_bytes(config, dtype, files.packed)
-    return ExpertStore(files, dtype, parse_budget(expert_memory, whole))
+    return ExpertStore(files, dtype, budget_bytes(files, dtype, expert_memory))
 
 
 def pick_dtype(files: ModelFolder, name: str | None) -> torch.dtype:

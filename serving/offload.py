@@ -1,8 +1,12 @@
 """Experts that live in a store. N rows, D model width, K choices."""
 
+from collections.abc import Sequence
+from contextlib import closing
+
 import torch
 from torch import Tensor
 
+from ..errors import ExpertReadError
 from ..kernels.waves import start_waves
 from ..moe.experts import AnyExperts
 from ..moe.routing import Routing, count_choices
@@ -35,9 +39,20 @@ class OffloadedExperts(AnyExperts):
         counts_E = count_choices(experts_NK, self._num_experts)
         needed = torch.nonzero(counts_E).flatten().tolist()
         waves = start_waves(x_ND, experts_NK, weights_NK, self._num_experts)
-        for ready, weights in self._store.stream(self._layer, needed):
-            waves.add(weights, only=ready)
+        try:
+            # Closed at once when computing fails: the store must be whole before the next forward.
+            with closing(self._store.stream(self._layer, needed)) as stream:
+                for ready, experts in stream:
+                    waves.add(experts, only=ready)
+        except ExpertReadError as error:
+            error.rows = _rows_that_chose(error.experts, experts_NK)
+            raise
         return waves.result()
+
+
+def _rows_that_chose(experts: Sequence[int], experts_NK: Tensor) -> tuple[int, ...]:
+    has_one_N = torch.isin(experts_NK, torch.tensor(experts)).any(dim=1)
+    return tuple(torch.nonzero(has_one_N).flatten().tolist())
 
 
 def _chosen(routing: Routing) -> list[int]:

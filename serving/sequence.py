@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from ..errors import RequestError
 from ..moe.kv_cache import SequenceCache
 from ..moe.sampling import SamplingParams
 from .logprobs import TokenLogprob
@@ -46,7 +47,7 @@ class GenerationEvent:
     num_tokens: int
     """Tokens generated so far."""
     finish_reason: FinishReason | None = None
-    error: str | None = None
+    error: RequestError | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
     """Of the new token, if asked for, and before the first one of the prompt's tokens."""
 
@@ -126,6 +127,6 @@ class Sequence:
             self.request.request_id, text, self.num_generated, reason, logprobs=tuple(logprobs)
         )
 
-    def fail(self, message: str) -> GenerationEvent:
+    def fail(self, error: RequestError) -> GenerationEvent:
         """End the request with an error."""
-        return GenerationEvent(self.request.request_id, "", self.num_generated, "error", message)
+        return GenerationEvent(self.request.request_id, "", self.num_generated, "error", error)

@@ -10,12 +10,14 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from starlette.types import ASGIApp
 
+from ..moe.generation_config import read_generation_config
 from ..moe.model_folder import ModelFolder
 from .admission import Admission
 from .engine import Engine, check_length
 from .engine_thread import EngineThread
 from .http_app import HttpApi
-from .loading import open_model, open_store, pick_dtype
+from .loading import open_model, pick_dtype
+from .memory import bytes_of_experts, check_memory
 from .tokenizer import ServingTokenizer
 
 
@@ -68,14 +70,19 @@ class ServeArgs(BaseModel):
         return ServingTokenizer(Path(self.model), self.chat_template)
 
 
-def check_model(args: ServeArgs) -> None:
-    """Refuse a folder, a tokenizer or a budget that cannot work; reads headers only."""
+def check_model(args: ServeArgs, runs_here: bool = False) -> None:
+    """Refuse a folder, a tokenizer or a budget that cannot work; reads headers only.
+
+    ``runs_here`` says that the replicas run on this machine, whose memory must hold the model.
+    """
     folder = ModelFolder(Path(args.model))
     folder.check()
     dtype = pick_dtype(folder, args.dtype)
-    args.open_tokenizer()
-    if args.expert_memory is not None:
-        open_store(folder, dtype, args.expert_memory).close()
+    read_generation_config(folder)
+    args.open_tokenizer().close()
+    bytes_of_experts(folder, dtype, args.expert_memory)
+    if runs_here:
+        check_memory(folder, dtype, args.expert_memory)
     folder.close()
     check_length(args.max_model_len, folder.config.max_positions)
 
@@ -87,7 +94,7 @@ class Server:
         share = max(1, len(os.sched_getaffinity(0)) // args.num_replicas)
         torch.set_num_threads(args.num_threads or share)
         model, self._store = open_model(args.model, args.dtype, expert_memory=args.expert_memory)
-        tokenizer = args.open_tokenizer()
+        tokenizer = self._tokenizer = args.open_tokenizer()
         engine = Engine(
             model,
             tokenizer.decode,
@@ -118,5 +125,6 @@ class Server:
     def close(self) -> None:
         """Stop the threads."""
         self.thread.stop()
+        self._tokenizer.close()
         if self._store is not None:
             self._store.close()

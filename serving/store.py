@@ -10,7 +10,7 @@ wait behind everything compute is waiting for.
 
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Generator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -37,19 +37,13 @@ class ExpertStore:
         budget_bytes: int,
         num_threads: int = 4,
     ) -> None:
+        self.num_slots = count_slots(folder, dtype, budget_bytes)
         config, moe = folder.config, folder.config.moe
-        if moe is None:
-            raise ConfigError("expert-memory is set, but the model has no experts; leave it out.")
+        assert moe is not None, "slots were counted"
         self._folder = folder
         self._num_experts = moe.num_experts
         layers = config.moe_layers
         self.slot_bytes = expert_bytes(config, dtype, folder.packed)
-        if budget_bytes < self.slot_bytes:
-            raise ConfigError(
-                f"expert-memory is {budget_bytes} bytes, but one expert takes {self.slot_bytes}; "
-                "give at least that."
-            )
-        self.num_slots = min(len(layers) * moe.num_experts, budget_bytes // self.slot_bytes)
         self._slots = empty_experts(config, self.num_slots, dtype, folder.packed)
         self._free = deque(range(self.num_slots))
         self._resident: OrderedDict[Key, int] = OrderedDict()
@@ -93,11 +87,11 @@ class ExpertStore:
             if key in self._resident:
                 self._resident.move_to_end(key)
 
-    def stream(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[list[int], AnyExperts]]:
+    def stream(self, layer: int, experts: Sequence[int]) -> Generator[tuple[list[int], AnyExperts]]:
         """Yield all of ``experts`` in waves, each with weights that stay valid until the next.
 
         Resident experts come first, while the others are being read. Raises
-        :class:`ExpertReadError` when a read fails for good; slots then stay consistent.
+        :class:`ExpertReadError` when reads fail for good; slots then stay consistent.
         """
         reading: dict[Key, Read] = {}
         try:
@@ -229,17 +223,21 @@ class ExpertStore:
         started = time.perf_counter()
         finished = self._reads.wait_for_any(reading.values() or self._loading.values())
         self.statistics.layers[layer].stall_s += time.perf_counter() - started
-        ready, failure = [], None
+        ready, failed = [], []
         for read in finished:
             self._settle(read)
             if reading.pop(read.key, None) is not None:
-                ready.append(read.key[1])
-                failure = read.error or failure
-        if failure is not None:
+                (ready if read.error is None else failed).append(read)
+        if failed:
+            # What else is under way is waited for in any case, so one error names all that failed.
+            self._reads.wait_for_all(reading.values())
+            failed += [read for read in reading.values() if read.error is not None]
+            cause = failed[0].error
             raise ExpertReadError(
-                f"an expert of layer {layer} could not be read ({failure}); try again later."
-            ) from failure
-        return sorted(ready)
+                f"an expert of layer {layer} could not be read ({cause}); try again later.",
+                experts=(read.key[1] for read in failed),
+            ) from cause
+        return sorted(read.key[1] for read in ready)
 
     def _settle_finished(self, wanted: Container[Key]) -> None:
         """Book the reads that are done, but for those the caller waits for."""
@@ -257,6 +255,20 @@ class ExpertStore:
         else:
             self._free.append(read.slot)
             self._waste(read.key)
+
+
+def count_slots(folder: ModelFolder, dtype: torch.dtype, budget_bytes: int) -> int:
+    """Return how many experts a budget holds; :class:`ConfigError` where it holds none."""
+    config = folder.config
+    if config.moe is None:
+        raise ConfigError("expert-memory is set, but the model has no experts; leave it out.")
+    slot_bytes = expert_bytes(config, dtype, folder.packed)
+    if budget_bytes < slot_bytes:
+        raise ConfigError(
+            f"expert-memory is {budget_bytes} bytes, but one expert takes {slot_bytes}; "
+            "give at least that."
+        )
+    return min(len(config.moe_layers) * config.moe.num_experts, budget_bytes // slot_bytes)
 
 
 def _read_patiently(read: Callable[[], None]) -> None:

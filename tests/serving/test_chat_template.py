@@ -92,7 +92,8 @@ def test_a_server_gives_its_template_what_it_takes(folder):
     set_template(folder, template)
     tokenizer = ServingTokenizer(folder)
     for content in ("ab", TWO_PARTS):
-        assert bytes(tokenizer.encode_chat([{"role": "user", "content": content}])) == b"ab"
+        assert tokenizer.render_chat([{"role": "user", "content": content}]) == "ab"
+    tokenizer.close()
 
 
 def test_of_several_templates_the_default_is_used_or_the_one_that_is_named(folder):
@@ -102,7 +103,10 @@ def test_of_several_templates_the_default_is_used_or_the_one_that_is_named(folde
 
     def answer(templates, given=None):
         set_template(folder, templates)
-        return bytes(ServingTokenizer(folder, given).encode_chat(message)).decode()
+        tokenizer = ServingTokenizer(folder, given)
+        text = tokenizer.render_chat(message)
+        tokenizer.close()
+        return text
 
     assert answer([rag, default]) == "default"
     assert answer([rag, default, tools], "tool_use") == answer([tools, rag], "tool_use") == "tools"

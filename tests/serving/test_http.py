@@ -258,7 +258,9 @@ def test_an_unreadable_expert_gives_503_or_an_error_event_and_the_server_goes_on
     server = Server(ServeArgs(model=str(model_folder), expert_memory="25%"))
     with monkeypatch.context() as patch:
         patch.setattr(os, "preadv", lambda *_: 0)
-        check_error(complete(server), 503, "could not be read")
+        refused = complete(server)
+        check_error(refused, 503, "could not be read")
+        assert int(refused.headers["retry-after"]) > 0
         error, done = events(complete(server, stream=True))
         assert "could not be read" in json.loads(error)["error"]["message"] and done == "[DONE]"
     assert complete(server).status_code == 200
@@ -323,6 +325,7 @@ def test_requests_that_arrive_while_the_engine_dies_are_answered(model_folder):
 
     for answer in asyncio.run(ask()):
         check_error(answer, 503, "the engine failed (SystemExit)")
+        assert int(answer.headers["retry-after"]) > 0
     check_error(complete(server), 503, "the engine failed (SystemExit)")
 
 

@@ -11,6 +11,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as RustTokenizer
 
 from ...errors import DataError, ModelFileError
+from ...moe.tokenizer_errors import library_errors
 from ...moe.tokenizer_folder import copy_tokenizer, open_folder_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
@@ -91,12 +92,12 @@ class FolderTokenizer:
 
     def encode(self, text: str) -> npt.NDArray[np.uint32]:
         """Return ids without special tokens."""
-        ids = self._inner(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return np.asarray(ids, dtype=np.uint32)
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str]) -> list[npt.NDArray[np.uint32]]:
         """Return the ids of several texts; the tokenizers library uses all cores."""
-        ids = self._inner(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        with library_errors(self._fails):
+            ids = self._inner(texts, add_special_tokens=False, verbose=False)["input_ids"]
         return [np.asarray(one, dtype=np.uint32) for one in ids]
 
     def save(self, folder: Path) -> None:
@@ -108,6 +109,12 @@ class FolderTokenizer:
             is_same = False
         if not is_same:  # config.json, which is another one there, had said what they are
             self._inner.save_pretrained(folder)
+
+    def _fails(self, reason: str) -> DataError:
+        return DataError(
+            f"data.tokenizer {str(self._folder)!r} fails on a text ({reason}); "
+            "take the text out, or use another tokenizer."
+        )
 
 
 def open_tokenizer(name: str) -> Tokenizer:

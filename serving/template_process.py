@@ -1,0 +1,99 @@
+"""The program that renders chat templates: one job a line on stdin, one result a line on stdout.
+
+A template is a program of whoever made the model folder. It may loop for ever or ask for any
+memory, and a thread cannot be stopped; a process can, so the kernel ends this one at its limits.
+Imports nothing of moeyard: torch would make it large, and slow to start again.
+"""
+
+import json
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+CPU_LIMIT_S = 2
+"""Of computing, for one job. Not of the clock: a busy machine must not make good templates fail.
+A megabyte of messages takes 0.1 s."""
+CLOCK_LIMIT_S = 60
+"""For a job that does not compute and does not end either."""
+MEMORY_BYTES = 256 << 20
+"""Beyond what the process has before its first job."""
+MAX_CHARACTERS = 4 << 20
+"""Of a result: four times the largest body."""
+READY = b"ready\n"
+
+
+def main() -> None:
+    """Render until stdin ends."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    results = os.fdopen(os.dup(1), "wb")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is printed is no result
+    _set_limits()
+    results.write(READY)
+    results.flush()
+    for line in sys.stdin.buffer:
+        signal.setitimer(signal.ITIMER_PROF, CPU_LIMIT_S)
+        signal.alarm(CLOCK_LIMIT_S)
+        result = _result(render_jinja_template, line)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.alarm(0)
+        results.write(result + b"\n")
+        results.flush()
+
+
+def _set_limits() -> None:
+    """Bound the memory, forbid files to be written, and let the timers' signals end the process."""
+    for number in (signal.SIGPROF, signal.SIGALRM):
+        signal.signal(number, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    status = Path("/proc/self/statm")
+    if status.exists():
+        used = int(status.read_text().split()[0]) * resource.getpagesize()
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        limit = used + MEMORY_BYTES
+        if hard == resource.RLIM_INFINITY or limit < hard:
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def _result(render: Callable[..., tuple[list[str], Any]], line: bytes) -> bytes:
+    try:
+        job = json.loads(line)
+        (text,), _ = render(
+            conversations=[job["messages"]],
+            chat_template=job["template"],
+            add_generation_prompt=True,
+            **job["special_tokens"],
+        )
+        if len(text) > MAX_CHARACTERS:
+            return _fault("failure", f"it makes {len(text)} characters of them")
+        return json.dumps({"text": text}).encode()
+    except Exception as error:  # it is the template's, whatever it is
+        return _fault(*_describe(error))
+
+
+def _describe(error: Exception) -> tuple[str, str]:
+    """Return the kind of a fault, and its reason."""
+    from jinja2 import TemplateError, TemplateSyntaxError
+
+    if isinstance(error, TemplateSyntaxError):
+        return "syntax", f"line {error.lineno}: {error.message}"
+    if isinstance(error, TemplateError):
+        return "refusal", str(error)
+    if isinstance(error, MemoryError):
+        return "failure", f"it needs more than {MEMORY_BYTES >> 20} MiB"
+    if isinstance(error, RecursionError):
+        return "failure", "it is nested too deeply"
+    return "failure", f"{type(error).__name__}: {error}"
+
+
+def _fault(kind: str, reason: str) -> bytes:
+    return json.dumps({"kind": kind, "reason": " ".join(reason.split())[:200]}).encode()
+
+
+if __name__ == "__main__":
+    main()
