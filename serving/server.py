@@ -48,6 +48,8 @@ class ServeArgs(BaseModel):
     """Seconds that running requests get to finish when the server or a replica stops."""
     api_key: str | None = None
     """Key clients must send; None asks for none."""
+    ignore_unused_weights: bool = False
+    """Serve a folder that has weights which its config.json does not ask for, without them."""
     chat_template: str | None = None
     """A Jinja file to use instead of the model folder's chat template."""
 
@@ -72,7 +74,7 @@ class ServeArgs(BaseModel):
 def check_model(args: ServeArgs) -> None:
     """Refuse a folder, a tokenizer or a budget that cannot work; reads headers only."""
     folder = ModelFolder(Path(args.model))
-    folder.check()
+    folder.check(ignore_unused_weights=args.ignore_unused_weights)
     dtype = pick_dtype(folder, args.dtype)
     args.open_tokenizer()
     if args.expert_memory is not None:
@@ -87,7 +89,12 @@ class Server:
     def __init__(self, args: ServeArgs) -> None:
         share = max(1, len(os.sched_getaffinity(0)) // args.num_replicas)
         torch.set_num_threads(args.num_threads or share)
-        model, self._store = open_model(args.model, args.dtype, expert_memory=args.expert_memory)
+        model, self._store = open_model(
+            args.model,
+            args.dtype,
+            expert_memory=args.expert_memory,
+            ignore_unused_weights=args.ignore_unused_weights,
+        )
         tokenizer = args.open_tokenizer()
         engine = Engine(
             model,
