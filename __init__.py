@@ -9,14 +9,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .errors import MoeyardError
-    from .moe.layer import MoELayer
+    from .moe.layer import MoELayer, auxiliary_loss
     from .moe.router_config import Hash, TopK
     from .moe.routing import Routing
     from .serving.loading import load
 
 __version__ = "0.1.0"
 
-__all__ = ["Hash", "MoELayer", "MoeyardError", "Routing", "TopK", "__version__", "load"]
+__all__ = [
+    "Hash",
+    "MoELayer",
+    "MoeyardError",
+    "Routing",
+    "TopK",
+    "__version__",
+    "auxiliary_loss",
+    "load",
+]
 
 _HOME = {
     "Hash": ".moe.router_config",
@@ -24,6 +33,7 @@ _HOME = {
     "MoeyardError": ".errors",
     "Routing": ".moe.routing",
     "TopK": ".moe.router_config",
+    "auxiliary_loss": ".moe.layer",
     "load": ".serving.loading",
 }
 

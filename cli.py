@@ -52,6 +52,11 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("fp32", "bf16", "int8", "int4"),
         help="of the weights; int8 and int4 are for routed experts; default as stored",
     )
+    convert.add_argument(
+        "--ignore-unused-weights",
+        action="store_true",
+        help="do without weights that config.json does not ask for",
+    )
     convert.set_defaults(run=_convert)
 
     upcycle = commands.add_parser("upcycle", help="dense Hugging Face folder to one with experts")
@@ -64,6 +69,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     upcycle.add_argument("--moe-layers", choices=("all", "every-2", "last-half"), default="all")
     upcycle.add_argument("--seed", type=int, default=0, help="of the new routers")
+    upcycle.add_argument(
+        "--ignore-unused-weights",
+        action="store_true",
+        help="do without weights that config.json does not ask for",
+    )
     upcycle.set_defaults(run=_upcycle)
 
     tokenize = commands.add_parser("tokenize", help="text to a tokenizer and token shards")
@@ -135,6 +145,11 @@ def build_parser() -> argparse.ArgumentParser:
         default=os.environ.get("MOEYARD_API_KEY"),
         help="key clients must send; default $MOEYARD_API_KEY, which ps does not show, or none",
     )
+    serve.add_argument(
+        "--ignore-unused-weights",
+        action="store_true",
+        help="do without weights that config.json does not ask for",
+    )
     serve.set_defaults(run=_serve)
     return parser
 
@@ -149,7 +164,8 @@ def _export(arguments: argparse.Namespace) -> None:
 def _convert(arguments: argparse.Namespace) -> None:
     from .moe.convert import convert
 
-    model_type = convert(arguments.source, arguments.target, arguments.dtype)
+    given = {name: value for name, value in vars(arguments).items() if name != "run"}
+    model_type = convert(**given)
     sys.stdout.write(f"converted folder={arguments.target} model_type={model_type}\n")
 
 

@@ -55,7 +55,7 @@ class PackedFormat:
         self, name: str, rows: int, width: int
     ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Return names, types and shapes of what stands for matrix ``name`` ``[rows, width]``."""
-        packed, scale, shape = _names(name)
+        packed, scale, shape = names_of(name)
         num_groups = width // self.width_of_group(name, width)
         return {
             packed: (torch.int32, (rows, width * self.bits // 32)),
@@ -71,7 +71,7 @@ def to_stored(name: str, view: SlotView) -> dict[str, Tensor]:
     width = values.shape[1] if is_int8 else 2 * values.shape[1]
     if is_int8:
         values = values ^ INT8_SIGN
-    packed, scale, shape = _names(name)
+    packed, scale, shape = names_of(name)
     return {
         packed: values.view(torch.int32),
         scale: view.scales_QG,
@@ -85,7 +85,7 @@ def read_matrix(read: Reader, name: str, view: SlotView) -> None:
     Nothing beside ``view`` is allocated. ``weight_shape`` is not read: P is a multiple of 32, so
     the shapes of the others say it. Scales of another type are rounded to bf16.
     """
-    packed, scale, _ = _names(name)
+    packed, scale, _ = names_of(name)
     read(packed, view.values.view(torch.int32))
     if view.values.dtype == torch.int8:
         view.values.view(torch.uint8).bitwise_xor_(INT8_SIGN)
@@ -111,6 +111,7 @@ def packed_name(name: str) -> str:
     return f"{name}_packed"
 
 
-def _names(name: str) -> tuple[str, str, str]:
+def names_of(name: str) -> tuple[str, str, str]:
+    """Return the names of the tensors that stand for a matrix."""
     assert name.endswith("weight"), f"{name} is not the weight of a module"
     return packed_name(name), f"{name}_scale", f"{name}_shape"

@@ -1,5 +1,6 @@
 """From one model folder to another: other types, quantized experts, files made whole again."""
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
@@ -18,21 +19,32 @@ from .tokenizer_folder import copy_tokenizer
 from .write_packed import choose_format
 from .write_weights import FolderWeights, plan_weights
 
+log = logging.getLogger(__name__)
+
 Dtype = Literal["fp32", "bf16", "int8", "int4"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BITS: dict[str | None, Bits] = {"int8": 8, "int4": 4}
 
 
-def convert(source: Path, target: Path, dtype: Dtype | None = None) -> str:
+def convert(
+    source: Path,
+    target: Path,
+    dtype: Dtype | None = None,
+    ignore_unused_weights: bool = False,
+) -> str:
     """Write the model of folder ``source`` to ``target`` and return its ``model_type`` there.
 
     ``dtype`` is the type of the weights; None widens what is in few bits and keeps the others.
     ``int8`` and ``int4`` are for the routed experts and leave all else as it is. Tokenizer, chat
-    template and generation config come along. One tensor, or one expert, is in memory at a time.
+    template and generation config come along; weights that ``config.json`` does not ask for do not,
+    and are refused without ``ignore_unused_weights``. One tensor, or one expert, is in memory at a
+    time.
     """
     folder = ModelFolder(source)
     try:
-        folder.check()
+        left_out = folder.check(ignore_unused_weights=ignore_unused_weights)
+        if left_out is not None:
+            log.warning("%s", left_out)
         config, packed = folder.config, None
         if dtype in BITS:
             packed = choose_format(config, BITS[dtype])

@@ -16,9 +16,10 @@ from ..kernels.expert_mlp import Backend
 from .build_router import build_router
 from .experts import AnyExperts, Experts
 from .linear import Linear
+from .losses import total_loss
 from .router import Router
 from .router_config import Hash, TopK
-from .routing import Lookahead, RouterInput, Routing
+from .routing import Lookahead, Reduce, RouterInput, Routing
 
 
 class Dispatcher(Protocol):
@@ -144,3 +145,23 @@ class MoELayer(nn.Module):
                 shared_TD = self.shared_expert_gate(x_TD).sigmoid() * shared_TD
             y_TD = y_TD + shared_TD
         return y_TD.view_as(x), routing
+
+    def auxiliary_loss(self, routing: Routing, reduce: Reduce | None = None) -> Tensor:
+        """Return :func:`auxiliary_loss` of this layer alone."""
+        return auxiliary_loss([self], [routing], reduce)
+
+
+def auxiliary_loss(
+    layers: Sequence[MoELayer], routings: Sequence[Routing], reduce: Reduce | None = None
+) -> Tensor:
+    """Return what the routers' configurations ask to be added to the loss, a scalar with gradient.
+
+    It is the sum of ``balance_loss``, ``sequence_balance_loss`` and ``z_loss`` times their losses
+    over ``layers``, whose forward returned ``routings``. A router does nothing about them by
+    itself. ``reduce`` sums an int64 tensor over the ranks that share the batch; the result is then
+    this rank's share, and shares add up to the loss of one process. None: there are no others.
+
+    Raises :class:`ConfigError` for routings of evaluation mode, and for those that have lost their
+    gradient to ``torch.no_grad`` or a reentrant checkpoint.
+    """
+    return total_loss([layer.gate for layer in layers], routings, reduce)

@@ -72,7 +72,7 @@ def auxiliary_losses(
     return AuxiliaryLosses(_total(layers, by_layer, zero), balance, z, counts_LE, counts[0][1])
 
 
-def auxiliary_loss(
+def total_loss(
     routers: Sequence[Router], routings: Sequence[Routing], reduce: Reduce | None = None
 ) -> Tensor:
     """Return what :func:`auxiliary_losses` calls the total, for routers of any sizes.

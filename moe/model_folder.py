@@ -1,6 +1,5 @@
 """Open a Hugging Face model folder: its configuration, its family and its tensors."""
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,14 @@ from torch import Tensor
 from ..errors import ModelFileError
 from .compressed_tensors import PackedFormat, packed_name
 from .config import ModelConfig
-from .expert_layouts import ExpertViews
+from .expert_layouts import ExpertViews, Shapes
 from .families.family import Family, full_name
 from .hf_config import find_family, from_hf
 from .json_file import read_json
 from .quantized_config import read_quantization_config
 from .tensor_files import TensorFiles
 from .tensor_names import dense_tensors
+from .unused_weights import check_unused, extra_layer
 
 
 class ModelFolder:
@@ -30,38 +30,72 @@ class ModelFolder:
         self.family: Family = find_family(self.values)
         self.files = TensorFiles(path, self._packed_format())
 
-    def check(self, config: ModelConfig | None = None, without: str | None = None) -> None:
+    def check(
+        self,
+        config: ModelConfig | None = None,
+        without: str | None = None,
+        ignore_unused_weights: bool = False,
+    ) -> str | None:
         """Raise :class:`ModelFileError` unless all tensors are there and fit the configuration:
         the folder's own, or another that is to use its weights.
 
         Reads headers only, and stops at the first tensor that is missing, so that an absurd
-        configuration costs nothing. Tensors whose name ends in ``without`` may be missing.
+        configuration costs nothing. Tensors whose name ends in ``without`` may be missing. Tensors
+        that neither configuration uses are refused, but for known extras (unused_weights.py) and
+        with ``ignore_unused_weights``. Returns a line that names what is left out, if anything is.
         """
-        self._check_that_all_is_used()
-        config = config or self.config
+        if not ignore_unused_weights:
+            self._check_number_of_layers()
+        if self.config.tie_embeddings and "lm_head.weight" in self.files:
+            self._check_tied_head()
+        used = self._check_all_there(config or self.config, without)
+        if config is not None:
+            used |= self._names_of(self.config)
+        if self.config.tie_embeddings:
+            used.add("lm_head.weight")
+        unused = [name for name in self.files if name not in used]
+        return check_unused(str(self.path), unused, self._layers_behind(), ignore_unused_weights)
+
+    def _check_all_there(self, config: ModelConfig, without: str | None) -> set[str]:
+        """Return the names of the tensors that a configuration uses."""
+        used: set[str] = set()
         for parameter, tensor in dense_tensors(config):
+            name = self._name(parameter)
             if without is None or not parameter.endswith(without) or parameter in self:
-                self.files.check_matrix(self._name(parameter), tuple(tensor.shape))
+                self.files.check_matrix(name, tuple(tensor.shape))
+            used |= self.files.stored_names(name)
+        for name, shape in self._expert_tensors(config):
+            self.files.check_shape(name, shape)
+            used.add(name)
+        return used
+
+    def _names_of(self, config: ModelConfig) -> set[str]:
+        used = {name for name, _ in self._expert_tensors(config)}
+        for parameter, _ in dense_tensors(config):
+            used |= self.files.stored_names(self._name(parameter))
+        return used
+
+    def _expert_tensors(self, config: ModelConfig) -> Shapes:
         for layer in config.moe_layers:
             assert config.moe is not None, "only MoE models have MoE layers"
-            experts = self.family.experts
-            for name, shape in experts.tensors(self.files, config.moe, config.d_model, layer):
-                self.files.check_shape(name, shape)
+            yield from self.family.experts.tensors(self.files, config.moe, config.d_model, layer)
 
-    def _check_that_all_is_used(self) -> None:
+    def _layers_behind(self) -> range:
+        """Return the layers that predict further tokens, which DeepSeek-V3 has behind its own."""
+        extra = self.family.complete(self.values).get("num_nextn_predict_layers") or 0
+        first = self.config.num_layers
+        return range(first, first + (extra if isinstance(extra, int) else 0))
+
+    def _check_number_of_layers(self) -> None:
         """Raise :class:`ModelFileError` where the weights are those of a larger model."""
-        # DeepSeek-V3 keeps the layers that predict further tokens behind its own.
-        extra = self.values.get("num_nextn_predict_layers") or 0
-        num_layers = self.config.num_layers + (extra if isinstance(extra, int) else 0)
+        last = self._layers_behind().stop
         for name in self.files:
-            layer = re.match(r"model\.layers\.(\d+)\.", name)
-            if layer is not None and int(layer[1]) >= num_layers:
+            layer = extra_layer(name)
+            if layer is not None and layer >= last:
                 raise ModelFileError(
                     f"config.json has num_hidden_layers = {self.config.num_layers}, but the "
                     f"weights have {name}; copy the folder again, or correct the number."
                 )
-        if self.config.tie_embeddings and "lm_head.weight" in self.files:
-            self._check_tied_head()
 
     def _check_tied_head(self) -> None:
         """Compare a few rows: a folder may hold one matrix under both names."""

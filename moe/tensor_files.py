@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..errors import ModelFileError
-from .compressed_tensors import PackedFormat, packed_name, read_plain
+from .compressed_tensors import PackedFormat, names_of, packed_name, read_plain
 from .json_file import read_json
 from .safetensors_file import SafetensorsFile, TensorEntry
 
@@ -29,10 +29,11 @@ class TensorFiles:
             for name in sorted(set(index.values())) or [WEIGHTS]:
                 file = SafetensorsFile(folder / name)
                 self._files[name] = file
-                self._file_of.update(dict.fromkeys(file.entries, file))
+                self._add(file, index)
             for name, file_name in index.items():
                 if name not in self._files[file_name].entries:
                     raise ModelFileError(f"{INDEX} says {name} is in {file_name}, but it is not.")
+                self._file_of[name] = self._files[file_name]
         except BaseException:
             self.close()
             raise
@@ -63,6 +64,12 @@ class TensorFiles:
         for stored, (_, stored_shape) in self.packed.stored(name, *shape).items():
             self.check_shape(stored, stored_shape)
 
+    def stored_names(self, name: str) -> set[str]:
+        """Return the names of what stands for a tensor that may be a matrix in few bits."""
+        if self.packed is None or packed_name(name) not in self:
+            return {name}
+        return set(names_of(name))
+
     def read_matrix(self, name: str, out: Tensor) -> None:
         """Do what :meth:`read_into` does, and widen a matrix that is stored in few bits."""
         if self.packed is None or packed_name(name) not in self:
@@ -78,6 +85,17 @@ class TensorFiles:
         """Close all files."""
         for file in self._files.values():
             file.close()
+
+    def _add(self, file: SafetensorsFile, index: dict[str, str]) -> None:
+        """Note what a file holds; where two hold one name, the index must say which."""
+        for name in file.entries:
+            other = self._file_of.get(name)
+            if other is not None and name not in index:
+                raise ModelFileError(
+                    f"{name} is in {other.path.name} and in {file.path.name}, and {INDEX} does not "
+                    "say which holds; copy the folder again."
+                )
+            self._file_of[name] = file
 
     def _locate(self, name: str) -> SafetensorsFile:
         if name not in self._file_of:

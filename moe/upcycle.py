@@ -15,6 +15,7 @@ without rounding where S is a power of two.
 E experts, K choices, S slices, D model width, F expert width.
 """
 
+import logging
 from pathlib import Path
 from typing import Literal
 
@@ -33,6 +34,8 @@ from .router_config import TopK
 from .tokenizer_folder import copy_tokenizer
 from .write_weights import FolderWeights, plan_weights
 
+log = logging.getLogger(__name__)
+
 MoELayers = Literal["all", "every-2", "last-half"]
 """Layers that get experts: ``every-2`` is 1, 3, 5, ...; ``last-half`` may be one more than half."""
 
@@ -48,6 +51,7 @@ def upcycle(
     split: int = 1,
     moe_layers: MoELayers = "all",
     seed: int = 0,
+    ignore_unused_weights: bool = False,
 ) -> str:
     """Write ``source`` with experts to ``target`` and return its ``model_type`` there.
 
@@ -56,7 +60,9 @@ def upcycle(
     """
     folder = ModelFolder(source)
     try:
-        folder.check()
+        left_out = folder.check(ignore_unused_weights=ignore_unused_weights)
+        if left_out is not None:
+            log.warning("%s", left_out)
         config = _config(folder, num_experts, k, split, moe_layers)
         dtype = folder.dtype
         values = to_hf(config, str(dtype).removeprefix("torch."), source=folder.values)

@@ -34,6 +34,7 @@ def load(
     dtype: str | None = None,
     device: str = "cpu",
     expert_memory: str | None = None,
+    ignore_unused_weights: bool = False,
 ) -> LanguageModel:
     """Open a Hugging Face MoE folder or a run's export as a model ready to call.
 
@@ -41,9 +42,10 @@ def load(
     bfloat16, and experts that the folder has in 8 or 4 bits stay in those. ``device`` is ``cpu``,
     ``cuda`` or ``cuda:N``; ids go there too. ``expert_memory``
     (``2GiB``, ``25%``) bounds the experts kept in memory; the others are read from the folder when
-    they are needed, and outputs are the same bit for bit.
+    they are needed, and outputs are the same bit for bit. Weights that ``config.json`` does not ask
+    for are refused, unless ``ignore_unused_weights`` says to do without them.
     """
-    return open_model(folder, dtype, device, expert_memory)[0]
+    return open_model(folder, dtype, device, expert_memory, ignore_unused_weights)[0]
 
 
 def open_model(
@@ -51,11 +53,15 @@ def open_model(
     dtype: str | None = None,
     device: str = "cpu",
     expert_memory: str | None = None,
+    ignore_unused_weights: bool = False,
 ) -> tuple[LanguageModel, ExpertStore | None]:
     """Do what :func:`load` does and return the store too, if there is one."""
     target = _check_device(device, expert_memory)
     files = ModelFolder(Path(folder))
     try:
+        left_out = files.check(ignore_unused_weights=ignore_unused_weights)
+        if left_out is not None:
+            log.warning("%s", left_out)
         model, store = _open(files, dtype, expert_memory)
         if target.type != "cpu":
             model.decoder.to(target)
@@ -88,7 +94,6 @@ def _check_device(name: str, expert_memory: str | None) -> torch.device:
 def _open(
     files: ModelFolder, dtype: str | None, expert_memory: str | None
 ) -> tuple[LanguageModel, ExpertStore | None]:
-    files.check()
     chosen = pick_dtype(files, dtype)
     check_memory(files, chosen, expert_memory)
     with torch.device("meta"):

@@ -50,6 +50,8 @@ class ServeArgs(BaseModel):
     """Seconds that running requests get to finish when the server or a replica stops."""
     api_key: str | None = None
     """Key clients must send; None asks for none."""
+    ignore_unused_weights: bool = False
+    """Serve a folder that has weights which its config.json does not ask for, without them."""
     chat_template: str | None = None
     """A Jinja file, or the name of one of the model folder's templates where it has several."""
 
@@ -76,7 +78,7 @@ def check_model(args: ServeArgs, runs_here: bool = False) -> None:
     ``runs_here`` says that the replicas run on this machine, whose memory must hold the model.
     """
     folder = ModelFolder(Path(args.model))
-    folder.check()
+    folder.check(ignore_unused_weights=args.ignore_unused_weights)
     dtype = pick_dtype(folder, args.dtype)
     read_generation_config(folder)
     args.open_tokenizer().close()
@@ -93,7 +95,12 @@ class Server:
     def __init__(self, args: ServeArgs) -> None:
         share = max(1, len(os.sched_getaffinity(0)) // args.num_replicas)
         torch.set_num_threads(args.num_threads or share)
-        model, self._store = open_model(args.model, args.dtype, expert_memory=args.expert_memory)
+        model, self._store = open_model(
+            args.model,
+            args.dtype,
+            expert_memory=args.expert_memory,
+            ignore_unused_weights=args.ignore_unused_weights,
+        )
         tokenizer = self._tokenizer = args.open_tokenizer()
         engine = Engine(
             model,

@@ -166,6 +166,8 @@ class RunConfig(_Section):
     start_from: str | None = None
     """A Hugging Face folder whose weights training starts from. ``model`` and ``data.tokenizer``
     are then the folder's, but for what they say themselves."""
+    ignore_unused_weights: bool = False
+    """Start from a folder that has weights which its config.json does not ask for, without them."""
     model: ModelConfig
     data: DataConfig = DataConfig()
     train: TrainConfig

@@ -121,7 +121,7 @@ def build_model(
     if config.start_from is None:
         initialize(decoder, config.seed)
     else:
-        read_start(config.start_from, decoder)
+        read_start(config.start_from, decoder, config.ignore_unused_weights)
     _choose_trained(config, decoder)
     if shards_dense(config, mesh):
         for module in modules_kept_whole(decoder):  # the others when they are sharded

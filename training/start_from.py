@@ -1,5 +1,7 @@
 """Start a run from a Hugging Face folder: its model, its tokenizer, its weights."""
 
+import logging
+import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -15,6 +17,8 @@ from ..moe.model_folder import ModelFolder
 from ..moe.read_weights import Read, expert_reads, read_tensor, run_reads
 from ..moe.tokenizer_folder import has_tokenizer
 from .data.tokenizer import Tokenizer, open_tokenizer
+
+log = logging.getLogger(__name__)
 
 SAMPLE = "Two tokenizers that agree on this: naïve café, 12 x 345 = 4140, {'a': [1.5]}\n\t日本語 🙂"
 NEW_IN_TRAINING = "gate.e_score_correction_bias"
@@ -74,14 +78,16 @@ def read_origin(start_from: str) -> dict[str, Any]:
     return {"config": folder.values, "generation": generation_to_keep(folder)}
 
 
-def read_start(start_from: str, decoder: Decoder) -> None:
+def read_start(start_from: str, decoder: Decoder, ignore_unused_weights: bool = False) -> None:
     """Fill this rank's part of a decoder: its experts and all else, and nothing twice.
 
     Raises :class:`ConfigError` where the folder's weights do not fit the run's model.
     """
     folder = ModelFolder(Path(start_from))
     try:
-        folder.check(decoder.config, without=NEW_IN_TRAINING)
+        left_out = folder.check(decoder.config, NEW_IN_TRAINING, ignore_unused_weights)
+        if left_out is not None and os.environ.get("RANK", "0") == "0":
+            log.warning("%s", left_out)
         with torch.no_grad():
             run_reads(folder, _reads(folder, decoder))
     except ModelFileError as error:

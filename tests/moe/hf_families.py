@@ -133,3 +133,21 @@ def save(case: str, folder: Path, **options) -> nn.Module:
     model = make(case, **options)
     model.save_pretrained(folder)
     return model
+
+
+@torch.no_grad()
+def assert_same_model(
+    found: nn.Module, expected: nn.Module, ids: torch.Tensor, moved: float = 0.0
+) -> None:
+    """Weights are the same bit for bit (or within ``moved``), and logits to the last digits.
+
+    Not bit for bit: MKL and oneDNN sum in another order where a matrix begins at another multiple
+    of 4 to 32 bytes, as it does on the heap and in a mapped file.
+    """
+    weights, right = dict(found.named_parameters()), dict(expected.named_parameters())
+    assert weights.keys() == right.keys()
+    for name, weight in right.items():
+        torch.testing.assert_close(weights[name], weight, rtol=0, atol=moved)
+    logits = expected.eval()(ids).logits
+    atol = float(logits.abs().max()) * (2e-5 if logits.dtype == torch.float32 else 2e-2)
+    torch.testing.assert_close(found.eval()(ids).logits, logits, rtol=0, atol=atol)

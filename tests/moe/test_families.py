@@ -9,7 +9,7 @@ from moeyard.moe.batch import batch_of
 from moeyard.moe.convert import convert
 from moeyard.moe.model_folder import ModelFolder
 
-from hf_families import CASES, make, save
+from hf_families import CASES, assert_same_model, make, save
 
 TOLERANCE = 1e-4
 
@@ -78,8 +78,7 @@ def test_what_we_write_opens_in_transformers_with_the_same_logits(opened, tmp_pa
     )
     assert type(again) is type(theirs)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    ids = some_ids(2, 23)
-    assert torch.equal(again.eval()(ids).logits, theirs(ids).logits)
+    assert_same_model(again, theirs, some_ids(2, 23))
 
 
 @torch.no_grad()

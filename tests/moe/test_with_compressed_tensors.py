@@ -12,6 +12,8 @@ from moeyard.moe.compressed_tensors import PackedFormat, read_matrix, slot_view,
 from moeyard.moe.model_writer import TensorPlan, write_model_folder
 from moeyard.moe.quantized_config import quantization_config
 
+from hf_families import assert_same_model
+
 pytest.importorskip("compressed_tensors")
 
 from compressed_tensors.compressors import BaseCompressor
@@ -115,5 +117,4 @@ def test_transformers_opens_a_folder_with_packed_experts(tmp_path):
         tmp_path / "packed", output_loading_info=True
     )
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    ids = torch.arange(30)[None]
-    assert torch.equal(theirs(ids).logits, expected(ids).logits)
+    assert_same_model(theirs, expected, torch.arange(30)[None])

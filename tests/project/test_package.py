@@ -29,6 +29,7 @@ def test_exported_names_are_pinned():
         "Hash",
         "MoELayer",
         "MoeyardError",
+        "auxiliary_loss",
         "Routing",
         "TopK",
         "__version__",
