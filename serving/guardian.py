@@ -59,7 +59,7 @@ def stopping_signals() -> set[signal.Signals]:
     return set(STOPPING) - ({signal.SIGHUP} if ignores_hangup else set())
 
 
-def _guard(work: Callable[[int], int], parent: int, mask: set[signal.Signals]) -> NoReturn:
+def _guard(work: Callable[[int], int], parent: int, mask: set[int | signal.Signals]) -> NoReturn:
     """Run the attempts, and end what each leaves behind."""
     os.setpgid(0, 0)  # Ctrl-C reaches the user's process alone, which passes it on
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
@@ -82,7 +82,7 @@ def _guard(work: Callable[[int], int], parent: int, mask: set[signal.Signals]) -
 
 
 def _work(
-    work: Callable[[int], int], attempt: int, guardian: int, mask: set[signal.Signals]
+    work: Callable[[int], int], attempt: int, guardian: int, mask: set[int | signal.Signals]
 ) -> NoReturn:
     """Be the process that works; what is left of it afterwards is the guardian's to end."""
     _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

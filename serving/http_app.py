@@ -13,7 +13,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..errors import RequestError
-from .admission import Admission
+from .admission import RETRY_WHEN_DRAINING_S, Admission
 from .answers import Answers, Wording
 from .chat import ChatWording, prepare_chat
 from .chat_request import ChatRequest, parse_chat
@@ -22,7 +22,7 @@ from .completions import CompletionWording, prepare_completion
 from .engine_thread import EngineThread
 from .gate import Gate
 from .request_body import read_body
-from .responses import error_response
+from .responses import RETRY_AFTER_S, error_response
 from .sequence import GenerationRequest
 from .tokenizer import ServingTokenizer
 
@@ -70,10 +70,9 @@ class HttpApi:
         """Say whether requests are served; 503 with a reason when they are not."""
         problem = self._thread.problem()
         if problem is not None:
-            return JSONResponse({"status": "failed", "reason": problem}, status_code=503)
+            return _not_healthy("failed", problem, RETRY_AFTER_S)
         if self._admission.is_draining:
-            reason = "the server is shutting down"
-            return JSONResponse({"status": "draining", "reason": reason}, status_code=503)
+            return _not_healthy("draining", "the server is shutting down", RETRY_WHEN_DRAINING_S)
         return JSONResponse({"status": "ok"})
 
     async def metrics(self, _: Request) -> Response:
@@ -156,6 +155,11 @@ class HeldResponse(Response):
         """Send the response, then let go."""
         with self._held:
             await self._response(scope, receive, send)
+
+
+def _not_healthy(status: str, reason: str, retry_after_s: int) -> Response:
+    headers = {"Retry-After": str(retry_after_s)}
+    return JSONResponse({"status": status, "reason": reason}, status_code=503, headers=headers)
 
 
 async def _answer_request_error(_: Request, error: Exception) -> Response:

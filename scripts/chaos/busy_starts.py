@@ -16,7 +16,7 @@ from pathlib import Path
 from with_server import Verdict, ask, served, wait_for
 
 STARTS = 20
-BUSY_PER_CORE = 4
+BUSY_PER_CORE = 3
 START_S = 600.0
 STOP_S = 60.0
 

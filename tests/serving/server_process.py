@@ -14,7 +14,7 @@ from pathlib import Path
 from prometheus_client.parser import text_string_to_metric_families
 
 BIN = Path(sys.executable).parent
-START_S = 120
+START_S = 300
 LISTENING = "0A"
 """In /proc/net/tcp."""
 

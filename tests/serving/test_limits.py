@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.parser import text_string_to_metric_families
 
 from moeyard.errors import RequestError
+from moeyard.serving import request_body
 from moeyard.serving.admission import Admission
 from moeyard.serving.server import ServeArgs, Server
 
@@ -139,7 +140,30 @@ def test_a_draining_server_lets_nobody_in_and_finishes_what_it_has(server):
     check_error(late, 503, "shutting down")
     assert int(late.headers["retry-after"]) >= 1
     assert health.status_code == 503 and health.json()["status"] == "draining"
+    assert int(health.headers["retry-after"]) >= 1
     assert rejected(server) == {"queue_full": 0, "draining": 1} and server.admission.num_open == 0
+
+
+def test_unfinished_bodies_hold_no_place_and_end_in_408(server, monkeypatch):
+    monkeypatch.setattr(request_body, "BODY_TIMEOUT_S", 0.2)
+
+    async def endless():
+        yield b"{"
+        await asyncio.Event().wait()
+
+    async def post_many():
+        async with client_of(server.app) as client:
+            path = "/v1/completions"
+            late = [asyncio.create_task(client.post(path, content=endless())) for _ in range(30)]
+            await asyncio.sleep(0)
+            whole = await asyncio.gather(*(client.post(path, json=BODY) for _ in range(6)))
+            return whole, await asyncio.gather(*late)
+
+    whole, late = asyncio.run(post_many())
+    assert [answer.status_code for answer in whole] == [200] * 6
+    for answer in late:
+        assert check_error(answer, 408, "did not come whole within")["code"] == "request_timeout"
+        assert answer.headers["connection"] == "close"
 
 
 def test_large_headers_are_refused_before_the_key_is_looked_at(server):
