@@ -33,8 +33,10 @@ def pick_template(
     if given is not None:
         is_name = given in named and not Path(given).is_file()
         return named[given] if is_name else _read_template(Path(given), named)
-    if not isinstance(known, dict) or not known:
+    if not isinstance(known, dict):
         return known or None
+    if not known:
+        return None
     if "default" in known:
         return known["default"]
     raise ConfigError(
