@@ -22,6 +22,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "serving")]
 
+from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: E402
+
 from moeyard.errors import MoeyardError  # noqa: E402 - the paths above come first
 
 LIMIT_S = 40
@@ -30,6 +32,8 @@ CLOCK_LIMIT_S = 240
 """For what waits without computing."""
 MEMORY_BYTES = 3 << 30
 """Of address space, beyond what the parent has."""
+LOADED = (AutoTokenizer, PreTrainedTokenizerFast)
+"""transformers imports them when asked; the parent does, and not every child."""
 FAULTS = ("HANG", "DIED", "TRACEBACK", "WRONG")
 
 
