@@ -2,8 +2,8 @@
 
     python scripts/chaos/folders.py [NAME ...]
 
-Each folder is checked in a child with 40 s and 3 GiB; one that is not refused is served there and
-asked for text. Bounded by rows x 40 s; a few minutes in practice. Exits with 1 on a fault.
+Each folder is checked in a child with 40 s of computing and 3 GiB; one that is not refused is
+served there and asked for text. A few minutes. Exits with 1 on a fault.
 """
 
 import json

@@ -2,9 +2,9 @@
 
     python scripts/chaos/templates.py [NAME ...]
 
-Each template is checked in a child with 40 s and 3 GiB, as ``moeyard serve`` does. Where it
-passes, a chat is sent, then another with the text ``boom``, then a plain completion, which must be
-what it was. No file may appear. Exits with 1 on a fault; a few minutes.
+Each template is checked in a child with 40 s of computing and 3 GiB, as ``moeyard serve`` does.
+Where it passes, a chat is sent, for some another with the text ``boom``, then a plain completion,
+which must be what it was. No file may appear. Exits with 1 on a fault; a few minutes.
 """
 
 import shutil
