@@ -113,8 +113,10 @@ class Peers:
                 self.changed.wait(BEAT_S)
 
     def close(self) -> None:
-        """Let go of the thread and the connections."""
+        """Let go of the thread and the connections; a second time does nothing."""
         with self.changed:
+            if self._closing:
+                return
             self._closing = True
         self._wake()
         self._thread.join(timeout=2 * BEAT_S)

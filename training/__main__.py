@@ -78,4 +78,11 @@ def train(config: RunConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status and is_torchrun_worker():
+        # All is said and closed. What torch does on its way out may take seconds on a busy host, or
+        # wait for a rank that is stopped, and torchrun waits for this process.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)

@@ -21,7 +21,7 @@ class _State(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True)
 
-    step: int = Field(ge=0)
+    step: int = Field(ge=0, le=99_999_999)
     world_size: int = Field(ge=1)
     seed: int
     model: dict[str, Any]

@@ -137,9 +137,11 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def in_parallel(work: Callable[[Any], Any], cases: Iterable[Any]) -> Iterator[Any]:
+def in_parallel(
+    work: Callable[[Any], Any], cases: Iterable[Any], at_once: int = PARALLEL
+) -> Iterator[Any]:
     """Run cases a few at a time and yield what they gave, in order."""
-    with ThreadPoolExecutor(PARALLEL) as pool:
+    with ThreadPoolExecutor(at_once) as pool:
         yield from pool.map(work, cases)
 
 

@@ -3,7 +3,7 @@
     python scripts/chaos/stopped_ranks.py [--engines ...] [--harms ...] [--places ...]
 
 Each case is a launch of two ranks in which one comes to grief (victim.py). Right is: a sentence
-that names the rank within ``parallel.timeout_s`` + 10 s, all processes gone within 45 s more, a
+that names the rank within ``parallel.timeout_s`` + 10 s, all processes gone 45 s after that, a
 failing exit status, and no traceback of a worker. Held locks below the limit must do no harm.
 """
 
@@ -32,6 +32,9 @@ TIMEOUT_S = 8
 SENTENCE_S = TIMEOUT_S + 10
 GONE_S = 45
 LIMIT_S = 240
+TRIES = 3
+AT_ONCE = 6
+"""They wait for their limits and torchrun's 30 s."""
 ENGINES = {"ddp": [], "ep": ["parallel.ep=2"], "fsdp": ["parallel.dense=fsdp"]}
 PLACES = ("start", "joined", "data", "step", "write", "commit", "evaluate", "leave")
 HARMS = ("stop", "kill", "sleep", "lock", "error")
@@ -70,8 +73,8 @@ def wait_for(pattern: str, log: Path, process: subprocess.Popen, limit_s: float)
         time.sleep(0.05)
 
 
-def run(case: Case, folder: Path) -> Outcome:
-    run_dir = folder / case.name.replace(" ", "-")
+def run(case: Case, folder: Path, place: Path) -> Outcome:
+    run_dir = place / case.name.replace(" ", "-")
     run_dir.mkdir()
     log = run_dir / "log.txt"
     options = [f"run_dir={run_dir}", f"parallel.timeout_s={TIMEOUT_S}", *ENGINES[case.engine]]
@@ -98,6 +101,17 @@ def run(case: Case, folder: Path) -> Outcome:
     return Outcome(case, status, said and said[1], sentence_s, gone_s, text)
 
 
+def run_until_harmed(case: Case, folder: Path) -> Outcome:
+    """Try again where a busy machine started one rank so late that the other gave up on it."""
+    for turn in range(TRIES):
+        place = folder / str(turn)
+        place.mkdir(exist_ok=True)
+        outcome = run(case, folder, place)
+        if "event=harm" in outcome.log:
+            break
+    return outcome
+
+
 def judge(report: Report, outcome: Outcome) -> None:
     case = outcome.case
     ended = Ended(outcome.status, outcome.gone_s, outcome.log)
@@ -117,7 +131,7 @@ def judge(report: Report, outcome: Outcome) -> None:
         problems.append("not named")
     if outcome.sentence_s > SENTENCE_S:
         problems.append("sentence too late")
-    if outcome.gone_s - outcome.sentence_s > GONE_S:
+    if outcome.gone_s > SENTENCE_S + GONE_S:
         problems.append("processes left too long")
     if ended.has_traceback and case.harm != "error":
         problems.append("a worker's traceback")
@@ -140,7 +154,7 @@ def main() -> None:
         for parts in itertools.product(chosen.engines, chosen.ranks, chosen.places, chosen.harms)
         if not (parts[1] == 1 and parts[2] == "commit")  # rank 0 does that alone
     ]
-    for outcome in in_parallel(lambda case: run(case, folder), cases):
+    for outcome in in_parallel(lambda case: run_until_harmed(case, folder), cases, AT_ONCE):
         judge(report, outcome)
     report.end()
 

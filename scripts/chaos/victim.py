@@ -4,7 +4,7 @@
 
 PLACE: start, joined, data, step, write, commit, evaluate, leave. HARM: stop (SIGSTOP), kill
 (SIGKILL), sleep (its main thread gets nowhere while its others run), lock (it holds Python's lock
-for ``CHAOS_LOCK_S`` seconds), error (a bug's exception).
+for ``CHAOS_LOCK_S`` seconds), error (a bug's exception), nan (a weight of an expert, at a step).
 """
 
 import ctypes
@@ -19,7 +19,7 @@ RANK, PLACE, HARM = os.environ["CHAOS"].split()
 is_victim = os.environ.get("RANK") == RANK
 
 
-def harm() -> None:
+def harm(arguments: tuple[Any, ...]) -> None:
     """Do it, once: a restarted attempt goes on unharmed."""
     if not is_victim or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         return
@@ -35,6 +35,9 @@ def harm() -> None:
         time.sleep(3600)
     elif HARM == "lock":
         ctypes.PyDLL(None).sleep(int(os.environ["CHAOS_LOCK_S"]))  # a PyDLL call keeps the lock
+    elif HARM == "nan":
+        step, *_ = arguments
+        step.gradients.experts[0].data.view(-1)[0] = float("nan")
     elif HARM == "error":
         raise AttributeError("a bug that chaos made up")
     else:
@@ -50,7 +53,7 @@ def before(owner: Any, name: str, turn: int = 1) -> None:
         nonlocal calls
         calls += 1
         if calls == turn:
-            harm()
+            harm(arguments)
         return original(*arguments, **options)
 
     setattr(owner, name, harmed)
@@ -61,8 +64,6 @@ def main() -> int:
     from moeyard.parallel.parent import die_with_parent
 
     die_with_parent()
-    if PLACE == "start":
-        harm()
     from torch.distributed.checkpoint import filesystem
 
     from moeyard.parallel.watch import Watch
@@ -72,6 +73,7 @@ def main() -> int:
     from moeyard.training.step import TrainStep
 
     places = {
+        "start": (program, "process_group", 1),
         "joined": (program, "build_mesh", 1),
         "data": (setup, "prepare_shards" if RANK == "0" else "open_shards", 1),
         "step": (TrainStep, "run", 3),
@@ -80,10 +82,11 @@ def main() -> int:
         "evaluate": (trainer, "evaluate", 1),
         "leave": (Watch, "leave", 1),
     }
-    if PLACE in places:
-        before(*places[PLACE])
+    before(*places[PLACE])
     return program.main(sys.argv[1:])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stderr.flush()
+    os._exit(status)  # as the program itself does
