@@ -7,6 +7,7 @@
     +-- ExpertReadError   an expert's bytes could not be read while serving
     +-- CheckpointError   no training checkpoint is whole
     +-- TrainingError     training cannot go on (a loss that is not finite)
+    |   +-- LostRankError     another rank has ended, is silent or keeps this one waiting
     +-- Stopped           somebody asked for it while work was under way; not a failure
     +-- RequestError      an HTTP request that asks for something that cannot be given
 
@@ -51,6 +52,10 @@ class CheckpointError(MoeyardError):
 
 class TrainingError(MoeyardError):
     """Training cannot go on."""
+
+
+class LostRankError(TrainingError):
+    """Another rank has ended, is silent or keeps this one waiting for too long."""
 
 
 class Stopped(MoeyardError):  # noqa: N818 - a request that was met, not an error

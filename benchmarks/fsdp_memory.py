@@ -25,7 +25,7 @@ from moeyard.moe.decoder import Decoder
 from moeyard.parallel.gradients import expert_parameter_names
 from moeyard.parallel.local_part import local_part
 from moeyard.parallel.mesh import build_mesh
-from moeyard.parallel.process import start_process_group, stop_process_group
+from moeyard.parallel.process import process_group
 from moeyard.training.config import RunConfig
 from moeyard.training.setup import build_data, build_model, fill_vocabulary
 from moeyard.training.step import TrainStep
@@ -67,11 +67,10 @@ def resident(field: str) -> int:
 
 def work(config_path: Path, out: Path) -> None:
     """Run one rank and leave its figures in OUT."""
-    store = start_process_group(120)
-    try:
+    with process_group(120) as watch:
         config = validate_config(RunConfig, yaml.safe_load(config_path.read_text()))
         assert config.model.moe is not None
-        mesh = build_mesh(config.parallel.ep, config.model.moe.num_experts, store, 120)
+        mesh = build_mesh(config.parallel.ep, config.model.moe.num_experts, watch, 120)
         data = build_data(config, out / "data", mesh)
         before = resident("VmRSS")
         decoder, masters = build_model(config, fill_vocabulary(config, data.tokenizer), data, mesh)
@@ -87,8 +86,6 @@ def work(config_path: Path, out: Path) -> None:
             "peak": resident("VmHWM") - before,
         }
         (out / f"{mesh.rank}.json").write_text(json.dumps(figures))
-    finally:
-        stop_process_group()
 
 
 def measure(ranks: int, precision: str, dense: str) -> dict[str, int]:

@@ -28,8 +28,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from moeyard.moe.config import ModelConfig, MoEConfig
 from moeyard.moe.router_config import TopK
 from moeyard.parallel.mesh import Mesh, build_mesh
-from moeyard.parallel.parent import is_torchrun_worker
-from moeyard.parallel.process import start_process_group, stop_process_group
+from moeyard.parallel.process import process_group
 from moeyard.training.allocator import keep_freed_memory
 from moeyard.training.config import OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
 from moeyard.training.data.batches import GlobalBatches
@@ -92,7 +91,7 @@ def our_step(mesh: Mesh, ep: int, precision: str, shard: TokenShard) -> OurStep:
         parallel=ParallelConfig(ep=ep),
     )
     batches = GlobalBatches(shard, TOKENS, mesh.world_size, seed=0)
-    data = Data(None, batches, "", None, batches, 1.0)  # type: ignore[arg-type]
+    data = Data(None, batches, "", None, batches, "", 1.0)  # type: ignore[arg-type]
     decoder, masters = build_model(config, MODEL, data, mesh)
     return OurStep(TrainStep(config, decoder, masters, batches, mesh))
 
@@ -178,17 +177,16 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="one step by operator")
     arguments = parser.parse_args()
     keep_freed_memory()
-    store = start_process_group(300) if is_torchrun_worker() else None
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, process_group(300) as watch:
         shard = random_shard(Path(folder))
-        mesh = build_mesh(1, 32, store)
+        mesh = build_mesh(1, 32, watch)
         contestants = {
             "hugging face": lambda: their_step(mesh, arguments.precision, shard),
             "moeyard ep=1": lambda: our_step(mesh, 1, arguments.precision, shard),
         }
         if mesh.world_size > 1:
-            wide = build_mesh(mesh.world_size, 32, store)
+            wide = build_mesh(mesh.world_size, 32, watch)
             contestants[f"moeyard ep={mesh.world_size}"] = lambda: our_step(
                 wide, mesh.world_size, arguments.precision, shard
             )
@@ -204,7 +202,6 @@ def main() -> None:
         if arguments.profile:
             for name, step in steps.items():
                 profile(name, step, arguments.rounds + 2, is_shown=mesh.rank == 0)
-    stop_process_group()
 
 
 def report(

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import TrainingError
+from ..errors import LostRankError
 from .shared_memory import agree, gather, share
 
 SEMAPHORE_BYTES = 128
@@ -71,7 +71,7 @@ class HostGroup:
     def barrier(self) -> None:
         """Wait for all ranks; what they wrote before is visible afterwards.
 
-        Raises :class:`TrainingError` when one has ended or takes longer than ``timeout_s``.
+        Raises :class:`LostRankError` when one has ended or takes longer than ``timeout_s``.
         """
         for other in self._others:
             self._libc.sem_post(self._semaphore(other, self.rank))
@@ -91,12 +91,12 @@ class HostGroup:
             number = ctypes.get_errno()
             assert number in (errno.ETIMEDOUT, errno.EINTR), os.strerror(number)
             if self._has_ended(other) and self._libc.sem_trywait(semaphore) != 0:
-                raise TrainingError(
+                raise LostRankError(
                     f"rank {dist.get_global_rank(self.group, other)} ended while rank "
                     f"{dist.get_rank()} waited for it; see its log and start again."
                 )
             if time.monotonic() > deadline:
-                raise TrainingError(
+                raise LostRankError(
                     f"rank {dist.get_global_rank(self.group, other)} let rank {dist.get_rank()} "
                     f"wait longer than parallel.timeout_s = {self._timeout_s:g}; see its log, or "
                     "raise the limit, and start again."

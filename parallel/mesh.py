@@ -4,8 +4,6 @@ Dense parameters are replicated over ``dp`` = all ranks. Experts are split over 
 ranks and replicated over ``edp`` = world / ep (Megatron's parallel folding).
 """
 
-import itertools
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,20 +11,14 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from .. import errors
-from ..errors import ConfigError, MoeyardError
+from ..errors import ConfigError
 from .host_group import HostGroup
-
-PREPARATION_LIMIT = timedelta(days=7)
-"""What rank 0 does alone may take long; if it dies, torchrun ends the others."""
-
-_turns = itertools.count()
-"""Numbers what rank 0 did alone; counts the same on every rank of a group."""
+from .watch import Answer, Watch
 
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """Where this process stands; groups and store are None on one process."""
+    """Where this process stands; groups and watch are None on one process."""
 
     rank: int = 0
     world_size: int = 1
@@ -39,7 +31,7 @@ class Mesh:
     """The ranks of ``dp_group`` where they share memory: all on this host, on the CPU."""
     ep_host: HostGroup | None = None
     edp_host: HostGroup | None = None
-    store: dist.Store | None = None
+    watch: Watch | None = None
 
     def local_experts(self, num_experts: int) -> range:
         """Return the logical experts this rank holds."""
@@ -63,31 +55,15 @@ class Mesh:
         if self.dp_group is not None:
             dist.barrier(group=self.dp_group)
 
-    def on_rank_0(self, action: Callable[[], None]) -> None:
-        """Run ``action`` on rank 0 while the others wait, however long it takes.
+    def on_rank_0(self, action: Callable[[], Answer]) -> Answer:
+        """Run ``action`` on rank 0 while the others wait, as long as rank 0 moves.
 
-        A :class:`MoeyardError` of rank 0 is raised on every rank.
+        Returns on every rank what it returned, which JSON must be able to say. A
+        :class:`MoeyardError` of rank 0 is raised on every rank.
         """
-        if self.store is None:
-            action()
-            return
-        key = f"rank 0, turn {next(_turns)}"
-        if self.rank != 0:
-            self.store.wait([key], PREPARATION_LIMIT)
-            outcome = json.loads(self.store.get(key))
-            if outcome is not None:
-                kind, message = outcome
-                raise getattr(errors, kind)(message)
-            return
-        try:
-            action()
-        except MoeyardError as error:
-            self.store.set(key, json.dumps([type(error).__name__, str(error)]))
-            raise
-        except BaseException:
-            self.store.set(key, json.dumps(["MoeyardError", "rank 0 failed; see its log."]))
-            raise
-        self.store.set(key, "null")
+        if self.watch is None:
+            return action()
+        return self.watch.on_rank_0(action)
 
 
 def check_expert_parallel(ep_size: int, world_size: int, num_experts: int) -> None:
@@ -105,11 +81,11 @@ def check_expert_parallel(ep_size: int, world_size: int, num_experts: int) -> No
 
 
 def build_mesh(
-    ep_size: int, num_experts: int, store: dist.Store | None = None, timeout_s: float = 300
+    ep_size: int, num_experts: int, watch: Watch | None = None, timeout_s: float = 300
 ) -> Mesh:
     """Fold the ranks of the running process group, if any; refuse degrees that do not divide.
 
-    ``store`` is the group's; ``timeout_s`` bounds the collectives of all groups made here.
+    ``watch`` is the group's; ``timeout_s`` bounds the collectives of all groups made here.
     """
     if not dist.is_initialized():
         check_expert_parallel(ep_size, 1, num_experts)
@@ -133,7 +109,7 @@ def build_mesh(
         dp_host=_host_of(dp_group, timeout_s),
         ep_host=_host_of(ep_group, timeout_s),
         edp_host=_host_of(edp_group, timeout_s),
-        store=store,
+        watch=watch,
     )
 
 

@@ -1,91 +1,171 @@
-"""Start and stop the process group of a torchrun worker."""
+"""Start and stop the process group of a torchrun worker, with a watch over its ranks."""
 
 import os
 import secrets
 import socket
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from ..errors import MoeyardError
+from ..errors import LostRankError, Stopped
+from .last_word import say_last
+from .lost_rank import last_line
+from .parent import is_torchrun_worker
+from .watch import GRACE_S, Stop, Watch
 
 ADDRESS_KEY = "moeyard/address"
 LOOPBACK = "127.0.0.1"
+ASK_EVERY = timedelta(seconds=1)
 
 
-def start_process_group(timeout_s: float) -> dist.Store:
-    """Join the group that torchrun's environment describes and return its store.
+@contextmanager
+def process_group(timeout_s: float, stop: Stop | None = None) -> Iterator[Watch | None]:
+    """Join the group that torchrun's environment describes; yield the watch, None without torchrun.
 
-    gloo serves the CPU; where there are GPUs, NCCL serves them beside it.
+    gloo serves the CPU; where there are GPUs, NCCL serves them beside it. An error that is due to
+    another rank leaves as a :class:`LostRankError` that names it, and an error of this rank is told
+    to the others.
     """
-    env = os.environ
-    rank, world = int(env["RANK"]), int(env["WORLD_SIZE"])
-    is_one_host = env.get("LOCAL_WORLD_SIZE") == env["WORLD_SIZE"]
-    if is_one_host and Path("/sys/class/net/lo").exists():
-        env.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nothing leaves the machine
-    timeout = timedelta(seconds=timeout_s)
-    store = _store_of_this_attempt(rank, world, timeout, is_one_host)
+    if not is_torchrun_worker():
+        yield None
+        return
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store, watch = _join(rank, world, timeout_s, stop)
+    try:
+        watch.wait_for_all(stop)
+        _init(rank, world, store, timeout_s)
+        yield watch
+        watch.leave()
+    except BaseException as error:
+        lost = watch.explain(error)
+        watch.fail(lost or error)
+        if lost is None:
+            raise
+        raise lost from error
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        watch.close()
+
+
+def _init(rank: int, world: int, store: dist.Store, timeout_s: float) -> None:
     backend = "gloo"
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(env["LOCAL_RANK"]))
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl"  # counts and flags stay on the CPU
+    timeout = timedelta(seconds=timeout_s)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
-    return store
 
 
-def stop_process_group() -> None:
-    """Leave the group, if there is one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def _store_of_this_attempt(
-    rank: int, world: int, timeout: timedelta, is_one_host: bool
-) -> dist.Store:
-    """Return a store that no earlier attempt has written to.
+def _join(rank: int, world: int, timeout_s: float, stop: Stop | None) -> tuple[dist.Store, Watch]:
+    """Find the other ranks: a store that no earlier attempt has written to, and the watch.
 
     torchrun's own store outlives its workers: after a restart they find the addresses the dead
     ones left there and fail to connect. So rank 0 opens a fresh store and leaves its address in
     torchrun's; an address that nobody listens at belongs to a dead attempt, and is asked for again.
     The restart count would not do as a prefix: agents on several hosts count differently.
     """
+    is_one_host = os.environ.get("LOCAL_WORLD_SIZE") == str(world)
+    if is_one_host and Path("/sys/class/net/lo").exists():
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nothing leaves the machine
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return dist.TCPStore(address, port, world, is_master=rank == 0, timeout=timeout)
-    agent = dist.TCPStore(address, port, is_master=False, timeout=timeout)
-    if rank == 0:
-        host = LOOPBACK if is_one_host else socket.getfqdn()
-        own = dist.TCPStore(host, 0, world, is_master=True, timeout=timeout, wait_for_workers=False)
-        token = secrets.token_hex(8)
-        own.set("token", token)
-        agent.set(ADDRESS_KEY, f"{host} {own.port} {token}")
-        return own
-    return _find_store(agent, world, timeout)
-
-
-def _find_store(agent: dist.Store, world: int, timeout: timedelta) -> dist.Store:
-    deadline = time.monotonic() + timeout.total_seconds()
-    while time.monotonic() < deadline:
-        host, port, token = agent.get(ADDRESS_KEY).decode().split()
-        if _is_listening(host, int(port)):
-            store = dist.TCPStore(
-                host, int(port), world, is_master=False, timeout=timeout, wait_for_workers=False
+    is_agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    timeout = timedelta(seconds=timeout_s)
+    silent = (
+        f"the store at {address}:{port} has not answered rank {rank} for parallel.timeout_s = "
+        f"{timeout_s:g}: torchrun or rank 0 is stopped, or its host is; see there."
+    )
+    try:
+        with _time_limit(timeout_s, silent):
+            known = dist.TCPStore(
+                address,
+                port,
+                is_master=rank == 0 and not is_agents,
+                timeout=timeout,
+                wait_for_workers=False,
             )
-            if store.get("token").decode() == token:
-                return store
-        time.sleep(0.1)
-    raise MoeyardError(
-        f"rank 0 did not appear within parallel.timeout_s = {timeout.total_seconds():.0f}; "
-        "look at its log or raise the limit."
+            if rank == 0:
+                host = LOOPBACK if is_one_host else socket.getfqdn()
+                return _open(known, host, is_agents, world, timeout_s)
+            return _find(known, rank, world, timeout_s, is_agents, stop)
+    except dist.DistError as error:
+        raise LostRankError(
+            f"the store at {address}:{port} cannot be reached by rank {rank} ({last_line(error)}); "
+            "see whether torchrun and rank 0 run there, and start again."
+        ) from error
+
+
+def _open(
+    known: dist.Store, host: str, is_agents: bool, world: int, timeout_s: float
+) -> tuple[dist.Store, Watch]:
+    """Open this attempt's store and watch, on rank 0, and leave their address."""
+    store, store_port = known, 0
+    token = secrets.token_hex(8)
+    if is_agents:
+        timeout = timedelta(seconds=timeout_s)
+        own = dist.TCPStore(host, 0, is_master=True, timeout=timeout, wait_for_workers=False)
+        store, store_port = own, own.port
+    watch = Watch(0, world, token, timeout_s)
+    port = watch.listen(LOOPBACK if host == LOOPBACK else "")
+    known.set(ADDRESS_KEY, f"{host} {store_port} {port} {token}")
+    return store, watch
+
+
+def _find(
+    known: dist.Store,
+    rank: int,
+    world: int,
+    timeout_s: float,
+    is_agents: bool,
+    stop: Stop | None,
+) -> tuple[dist.Store, Watch]:
+    """Join what rank 0 opened for this attempt."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if stop is not None and stop.signal_name is not None:
+            raise Stopped(f"stopped by {stop.signal_name} while ranks start.")
+        try:
+            known.wait([ADDRESS_KEY], ASK_EVERY)
+        except dist.DistStoreError:
+            continue
+        host, store_port, port, token = known.get(ADDRESS_KEY).decode().split()
+        watch = Watch(rank, world, token, timeout_s)
+        try:
+            watch.connect(host, int(port))
+        except OSError:  # of an attempt that has ended
+            time.sleep(0.1)
+            continue
+        store = known
+        if is_agents:
+            timeout = timedelta(seconds=timeout_s)
+            store = dist.TCPStore(
+                host, int(store_port), is_master=False, timeout=timeout, wait_for_workers=False
+            )
+        return store, watch
+    raise LostRankError(
+        f"rank 0 did not appear within parallel.timeout_s = {timeout_s:g} of rank {rank}; "
+        "see its log or raise the limit."
     )
 
 
-def _is_listening(host: str, port: int) -> bool:
+@contextmanager
+def _time_limit(timeout_s: float, sentence: str) -> Iterator[None]:
+    """End the process with ``sentence`` where torch's store waits without a limit."""
+
+    def end() -> None:
+        say_last(sentence)
+        os._exit(1)
+
+    timer = threading.Timer(timeout_s + GRACE_S, end)
+    timer.daemon = True
+    timer.start()
     try:
-        socket.create_connection((host, port), timeout=2).close()
-    except OSError:
-        return False
-    return True
+        yield
+    finally:
+        timer.cancel()

@@ -14,11 +14,14 @@ from pathlib import Path
 
 from ..configuration import load_config
 from ..errors import MoeyardError, Stopped
+from ..parallel.last_word import say_last
 from ..parallel.mesh import build_mesh
-from ..parallel.process import start_process_group, stop_process_group
+from ..parallel.process import process_group
+from .agreement import check_same_start
 from .allocator import keep_freed_memory
 from .config import RunConfig
 from .run_folder import claim_run_folder, dump_config
+from .shared_folder import check_shared_folder
 from .stop import StopRequest
 from .trainer import Trainer
 
@@ -43,11 +46,10 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             sys.stderr.write(f"{stopped}\n")
     except MoeyardError as error:
-        if os.environ.get("RANK", "0") == "0":
-            sys.stderr.write(f"error: {error}\n")
+        say_last(str(error))
         return 2 if isinstance(error, ValueError) else 1
     except OSError as error:  # a disk that fills up, a folder that goes away
-        sys.stderr.write(f"error: {error}; mend it and start again from the last checkpoint.\n")
+        say_last(f"{error}; mend it and start again from the last checkpoint.")
         return 1
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -60,19 +62,27 @@ def train(config: RunConfig) -> None:
     stop.listen()
     keep_freed_memory()
     timeout_s = config.parallel.timeout_s
-    store = start_process_group(timeout_s) if is_torchrun_worker() else None
     claims: list[int] = []
     try:
-        num_experts = config.model.moe.num_experts if config.model.moe is not None else 1
-        mesh = build_mesh(config.parallel.ep, num_experts, store, timeout_s)
-        run_dir = Path(config.run_dir)
-        mesh.on_rank_0(lambda: claims.append(claim_run_folder(run_dir)))
-        Trainer(config, run_dir, mesh, stop).run()
+        with process_group(timeout_s, stop) as watch:
+            check_same_start(config, watch)
+            num_experts = config.model.moe.num_experts if config.model.moe is not None else 1
+            mesh = build_mesh(config.parallel.ep, num_experts, watch, timeout_s)
+            run_dir = Path(config.run_dir)
+            mesh.on_rank_0(lambda: claims.append(claim_run_folder(run_dir)))
+            check_shared_folder(run_dir, watch)
+            Trainer(config, run_dir, mesh, stop).run()
     finally:
-        stop_process_group()
         for claim in claims:
             os.close(claim)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status and is_torchrun_worker():
+        # All is said and closed. What torch does on its way out may take seconds on a busy host, or
+        # wait for a rank that is stopped, and torchrun waits for this process.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)

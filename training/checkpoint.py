@@ -5,7 +5,6 @@ A step is written into a hidden folder (DCP shards, ``state.json``), hashed into
 ones go. Loading checks every hash and falls back to the newest checkpoint that is whole.
 """
 
-import json
 import logging
 import re
 import shutil
@@ -23,15 +22,13 @@ from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ..errors import CheckpointError
-from ..files import replace_text, sha256_of, sync
+from ..files import sync
+from ..parallel.lost_rank import last_line
 from ..parallel.mesh import Mesh
-from .dcp_reader import SafeFileSystemReader
+from .checkpoint_files import verify, write_manifest, write_state
+from .dcp_reader import HonestWriter, SafeFileSystemReader
 
 log = logging.getLogger(__name__)
-
-MANIFEST = "manifest.json"
-STATE = "state.json"
-VERSION = 1
 
 
 class Checkpoints:
@@ -44,14 +41,22 @@ class Checkpoints:
         self._keep = keep
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Write a checkpoint of ``step``; all ranks call this with the tensors they own."""
+        """Write a checkpoint of ``step``; all ranks call this with the tensors they own.
+
+        Raises :class:`CheckpointError` on all of them where it cannot be written, and leaves
+        nothing of it behind.
+        """
         final = self._folder / f"step-{step:08d}"
         temporary = self._folder / f".tmp-{final.name}"
-        self._mesh.on_rank_0(lambda: self._prepare(final, temporary))
-        with _as_checkpoint_error(final), _quiet_about_one_process():
-            dcp.save(tensors, checkpoint_id=temporary, no_dist=self._mesh.dp_group is None)
-        facts = {"version": VERSION, "step": step, **state}
-        self._mesh.on_rank_0(lambda: self._commit(final, temporary, facts))
+        try:
+            self._mesh.on_rank_0(lambda: self._prepare(final, temporary))
+            with _as_checkpoint_error(final), _quiet_about_one_process():
+                writer = HonestWriter(temporary)
+                dcp.save(tensors, storage_writer=writer, no_dist=self._mesh.dp_group is None)
+            self._mesh.on_rank_0(lambda: self._commit(final, temporary, state))
+        except CheckpointError:  # its space may be what is needed
+            self._mesh.on_rank_0(lambda: shutil.rmtree(temporary, ignore_errors=True))
+            raise
 
     def _prepare(self, final: Path, temporary: Path) -> None:
         with _as_checkpoint_error(final):
@@ -60,17 +65,24 @@ class Checkpoints:
                 shutil.rmtree(leftover)
             temporary.mkdir()
 
-    def _commit(self, final: Path, temporary: Path, facts: dict[str, Any]) -> None:
-        """Hash, flush and rename; then let go of what is older than ``keep`` or was damaged."""
+    def _commit(self, final: Path, temporary: Path, state: dict[str, Any]) -> None:
+        """Hash, flush and rename; then let go of what is older than ``keep`` or was damaged.
+
+        What needs room comes before the rename, so that ``latest`` does not stay behind.
+        """
         with _as_checkpoint_error(final):
-            (temporary / STATE).write_text(json.dumps(facts), encoding="utf-8")
-            _write_manifest(temporary)
+            write_state(temporary, _step_of(final), state)
+            write_manifest(temporary)
+            latest = self._run_dir / ".latest.tmp"
+            latest.write_text(final.name + "\n", encoding="utf-8")
+            sync(latest)
             for damaged in self._steps():
                 if damaged >= final:  # newer, so it failed verification when this run resumed
                     damaged.rename(damaged.with_name(f"damaged-{damaged.name}-{time.time_ns()}"))
             temporary.rename(final)
             sync(self._folder)
-            replace_text(self._run_dir / "latest", final.name + "\n")
+            latest.replace(self._run_dir / "latest")
+            sync(self._run_dir)
             for old in self._steps()[self._keep :]:
                 shutil.rmtree(old)
 
@@ -80,31 +92,27 @@ class Checkpoints:
         Says which file is wrong in those it passes over; raises :class:`CheckpointError` when
         there are checkpoints but none is whole.
         """
-        steps = self._steps()
-        chosen = torch.tensor(-1 if self._mesh.rank == 0 else 0)
 
-        def choose() -> None:
-            for index, step in enumerate(steps):
+        def choose() -> str | None:
+            steps = self._steps()
+            for step in steps:
                 problem = verify(step)
                 if problem is None:
-                    chosen.fill_(index)
-                    return
+                    return step.name
                 log.warning("skipping checkpoint %s: %s", step.name, problem)
-
-        self._mesh.on_rank_0(choose)
-        index = int(self._mesh.sum(chosen))
-        if index >= 0:
-            return steps[index]
-        if steps:
+            if not steps:
+                return None
             raise CheckpointError(
                 f"none of the {len(steps)} checkpoints in {self._folder} is whole; "
                 "restore one from a backup or remove the folder to start anew."
             )
-        return None
+
+        name = self._mesh.on_rank_0(choose)
+        return None if name is None else self._folder / name
 
     def oldest_step(self) -> int:
         """Return the oldest step that a restart may go on from."""
-        return min((int(path.name.removeprefix("step-")) for path in self._steps()), default=0)
+        return min(map(_step_of, self._steps()), default=0)
 
     def load(self, path: Path, tensors: dict[str, Tensor]) -> None:
         """Fill ``tensors`` in place from a verified checkpoint, whatever ranks wrote it."""
@@ -116,8 +124,15 @@ class Checkpoints:
                 f"checkpoint {path} has no {missing[0]!r}, so it belongs to another model; "
                 "use the run's own configuration or a new run_dir."
             )
-        with _quiet_about_one_process():
-            dcp.load(tensors, storage_reader=reader, no_dist=self._mesh.dp_group is None)
+        try:
+            with _quiet_about_one_process():
+                dcp.load(tensors, storage_reader=reader, no_dist=self._mesh.dp_group is None)
+        except (
+            dcp.api.CheckpointException
+        ) as error:  # the hashes were right, but not what they are of
+            raise CheckpointError(
+                f"checkpoint {path} cannot be read ({_reason(error)}); restore it from a backup."
+            ) from error
 
     def _steps(self) -> list[Path]:
         if not self._folder.is_dir():
@@ -129,14 +144,8 @@ def _is_step(path: Path) -> bool:
     return re.fullmatch(r"step-\d{8}", path.name) is not None
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """Return what ``save`` was given as ``state``, with ``step``."""
-    state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
-    if state["version"] != VERSION:
-        raise CheckpointError(
-            f"checkpoint {path} has format {state['version']}; this release reads {VERSION}."
-        )
-    return state
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 class StoredTensors(Mapping[str, Tensor]):
@@ -184,25 +193,6 @@ class StoredTensors(Mapping[str, Tensor]):
         return tensor
 
 
-def verify(path: Path) -> str | None:
-    """Return what is wrong with a checkpoint folder, or None."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        files = {n: (f["bytes"], f["sha256"]) for n, f in manifest["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"{MANIFEST} is missing or unreadable"
-    for name, (num_bytes, digest) in files.items():
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != num_bytes:
-            return f"{name} has {file.stat().st_size} bytes, the manifest says {num_bytes}"
-        if sha256_of(file) != digest:
-            return f"{name} does not match its hash"
-    missing = {STATE, ".metadata"} - files.keys()
-    return f"{MANIFEST} does not list {missing.pop()}" if missing else None
-
-
 @contextmanager
 def _as_checkpoint_error(path: Path) -> Iterator[None]:
     try:
@@ -210,17 +200,25 @@ def _as_checkpoint_error(path: Path) -> Iterator[None]:
     except (OSError, dcp.api.CheckpointException) as error:
         raise CheckpointError(
             f"checkpoint {path} could not be written ({_reason(error)}), but the previous one is "
-            "untouched; free space or mend the disk and start again."
+            "untouched; free space or mend the disk."
         ) from error
 
 
 def _reason(error: OSError | dcp.api.CheckpointException) -> str:
-    """Return the last line of an error; raises what is no fault of the disk, such as Ctrl-C."""
+    """Return what the disk said, or the last line of another error.
+
+    Raises what is no fault of the disk, such as Ctrl-C.
+    """
+    causes: list[BaseException] = [error]
     if isinstance(error, dcp.api.CheckpointException):
-        for failure in error.failures.values():
-            if not isinstance(failure[0], Exception):
-                raise failure[0] from None
-    return str(error).strip().splitlines()[-1]
+        causes = [failure[0] for failure in error.failures.values()]
+    for cause in causes:
+        if not isinstance(cause, Exception):
+            raise cause from None
+    for cause in causes:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror.lower()
+    return last_line(causes[0])
 
 
 @contextmanager
@@ -229,12 +227,3 @@ def _quiet_about_one_process() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
-
-
-def _write_manifest(folder: Path) -> None:
-    files = {}
-    for file in sorted(folder.iterdir()):
-        files[file.name] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
-        sync(file)
-    replace_text(folder / MANIFEST, json.dumps({"version": VERSION, "files": files}, indent=1))
-    sync(folder)

@@ -57,11 +57,14 @@ class TrainingConsole:
         """Print one key=value line."""
         if self._is_shown:
             text = " ".join(f"{key}={value}" for key, value in facts.items())
-            if self._progress is not None:
-                self._progress.console.print(text, highlight=False)
-            else:
-                sys.stderr.write(text + "\n")
-                sys.stderr.flush()
+            try:
+                if self._progress is not None:
+                    self._progress.console.print(text, highlight=False)
+                else:
+                    sys.stderr.write(text + "\n")
+                    sys.stderr.flush()
+            except OSError:  # the terminal was closed, and the run must still save
+                self._is_shown, self._progress = False, None
 
     def close(self) -> None:
         """Leave the terminal as it was."""

@@ -14,7 +14,8 @@ from ..moe.lora import merged
 from ..moe.model_writer import write_model_folder
 from ..moe.write_weights import plan_weights
 from ..parallel.mesh import Mesh
-from .checkpoint import Checkpoints, StoredTensors, read_state
+from .checkpoint import Checkpoints, StoredTensors
+from .checkpoint_files import read_state
 from .data.tokenizer import Tokenizer, open_tokenizer
 
 

@@ -27,6 +27,18 @@ from .config import RunConfig
 from .observers import Observer
 from .step import StepResult
 
+CLOSE_S = 5
+"""At most, for a scrape under way."""
+LAST_VALUES = {
+    "step": "Optimizer steps done",
+    "loss": "Nats per token of the last batch",
+    "learning_rate": "Of the last step",
+    "grad_norm": "Global gradient norm before clipping",
+    "eval_loss": "Nats per held-out token",
+    "tokens_per_second": "Of the last logged step",
+}
+"""Gauges and their help."""
+
 disable_created_metrics()  # a second series per counter that nothing here reads
 
 
@@ -41,22 +53,11 @@ class PrometheusPort(Observer):
         self.registry = r = CollectorRegistry()
         ProcessCollector(registry=r)
         self._tokens_per_step = config.train.batch_sequences * config.train.sequence_length
-        self._step = Gauge("moeyard_train_step", "Optimizer steps done", registry=r)
         target = Gauge("moeyard_train_steps_target", "Steps the run will take", registry=r)
         target.set(config.train.steps)
-        self._loss = Gauge("moeyard_train_loss", "Nats per token of the last batch", registry=r)
-        self._lr = Gauge("moeyard_train_learning_rate", "Of the last step", registry=r)
-        self._grad_norm = Gauge(
-            "moeyard_train_grad_norm", "Global gradient norm before clipping", registry=r
-        )
         self._tokens = Counter("moeyard_train_tokens", "Tokens trained on", registry=r)
-        self._eval_loss = Gauge(
-            "moeyard_train_eval_loss", "Nats per held-out token, NaN until measured", registry=r
-        )
-        self._eval_loss.set(float("nan"))
-        self._tokens_per_second = Gauge(
-            "moeyard_train_tokens_per_second", "Of the last logged step", registry=r
-        )
+        self._last = LastValues()
+        r.register(self._last)
         k = model.moe.router.k if model.moe is not None else 0
         self._progress = ProgressCollector(model.moe_layers, self._tokens_per_step * k)
         r.register(self._progress)
@@ -72,24 +73,41 @@ class PrometheusPort(Observer):
 
     def step(self, done: int, result: StepResult, phase_seconds: Mapping[str, float]) -> None:
         """Count a step."""
-        self._step.set(done)
-        self._loss.set(result.loss)
-        self._lr.set(result.lr)
-        self._grad_norm.set(result.grad_norm)
+        self._last.set("step", done)
+        self._last.set("loss", result.loss)
+        self._last.set("learning_rate", result.lr)
+        self._last.set("grad_norm", result.grad_norm)
         self._tokens.inc(self._tokens_per_step)
         self._progress.add(result.counts_LE, phase_seconds)
 
     def record(self, record: dict[str, Any]) -> None:
         """Take what only records have."""
-        self._tokens_per_second.set(record["tokens_per_s"])
+        self._last.set("tokens_per_second", record["tokens_per_s"])
         if "eval_loss" in record:
-            self._eval_loss.set(record["eval_loss"])
+            self._last.set("eval_loss", record["eval_loss"])
 
     def close(self) -> None:
         """Stop listening."""
         self._server.shutdown()
         self._server.server_close()
-        self._thread.join()
+        self._thread.join(timeout=CLOSE_S)
+
+
+class LastValues(Collector):
+    """Gauges that are there once they have a value: a loss of 0 before the first step is none."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, float] = {}
+
+    def set(self, name: str, value: float) -> None:
+        """Show ``value`` as ``moeyard_train_NAME`` from now on."""
+        assert name in LAST_VALUES, name
+        self._values[name] = value
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """Yield what has a value."""
+        for name, value in list(self._values.items()):
+            yield GaugeMetricFamily(f"moeyard_train_{name}", LAST_VALUES[name], value=value)
 
 
 class ProgressCollector(Collector):

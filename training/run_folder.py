@@ -63,12 +63,23 @@ class MetricsLog(Observer):
         path = folder / "metrics.jsonl"
         kept = _lines_up_to(path, resume_step) if path.exists() else []
         replace_text(path, "".join(kept))
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
+        self._unwritten = b""
 
     def record(self, record: dict[str, Any]) -> None:
-        """Append one record."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        """Append one record; on a full disk, keep it until there is room for the next."""
+        has_failed = bool(self._unwritten)
+        self._unwritten += json.dumps(record).encode() + b"\n"
+        try:
+            while self._unwritten:
+                written = self._file.write(self._unwritten)
+                self._unwritten = self._unwritten[written:]
+        except OSError as error:
+            if not has_failed:
+                reason = (error.strerror or str(error)).lower()
+                log.warning(
+                    "%s cannot be written (%s); its lines wait for room.", self._file.name, reason
+                )
 
     def close(self) -> None:
         """Close the file."""

@@ -39,6 +39,7 @@ class Data:
     num_train_tokens: int | None
     """None for a stream."""
     held_out: GlobalBatches
+    held_out_identity: str
     tokens_per_byte: float
     """Of the held-out text: turns nats per token into nats per byte."""
 
@@ -81,6 +82,7 @@ def build_data(
         identity=identity,
         num_train_tokens=num_tokens,
         held_out=GlobalBatches(eval_shard, length, batch, config.seed, "held-out"),
+        held_out_identity=eval_shard.facts.file_sha256,
         tokens_per_byte=eval_shard.facts.num_tokens / eval_shard.facts.num_bytes,
     )
 

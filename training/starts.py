@@ -15,6 +15,7 @@ from ..parallel.mesh import Mesh
 from .config import RunConfig
 
 STARTS = "starts.jsonl"
+GIT_LIMIT_S = 10
 
 
 def note_start(run_dir: Path, step: int, config: RunConfig, decoder: Decoder, mesh: Mesh) -> None:
@@ -56,5 +57,10 @@ def version_and_commit() -> str:
     if not (root / ".git").exists() or shutil.which("git") is None:
         return __version__
     command = ["git", "-C", str(root), "rev-parse", "--short", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=GIT_LIMIT_S
+        )
+    except subprocess.TimeoutExpired:  # a network file system that hangs
+        return __version__
     return f"{__version__} ({done.stdout.strip()})" if done.returncode == 0 else __version__

@@ -1,4 +1,4 @@
-"""Stop when asked: SIGTERM and SIGINT let the current step end, and the run save."""
+"""Stop when asked: SIGTERM, SIGINT and SIGHUP let the current step end, and the run save."""
 
 import signal
 from types import FrameType
@@ -11,9 +11,13 @@ class StopRequest:
         self.signal_name: str | None = None
 
     def listen(self) -> None:
-        """Take over SIGTERM and SIGINT."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._ask)
+        """Take over SIGTERM, SIGINT and SIGHUP, which a terminal sends when it is closed.
+
+        What ``nohup`` had ignored stays ignored.
+        """
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._ask)
 
     def _ask(self, number: int, _frame: FrameType | None) -> None:
         if self.signal_name is not None and number == signal.SIGINT:

@@ -1,5 +1,6 @@
 """The training loop: resume, step, log, evaluate, checkpoint, stop when asked."""
 
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,10 @@ from ..moe.config import ModelConfig
 from ..moe.load import load_statistics
 from ..parallel.local_part import local_part
 from ..parallel.mesh import Mesh
-from .checkpoint import Checkpoints, read_state
+from ..parallel.pulse import pulse
+from .agreement import check_same_beginning
+from .checkpoint import Checkpoints
+from .checkpoint_files import read_state
 from .config import RunConfig
 from .console import TrainingConsole
 from .evaluate import evaluate
@@ -25,6 +29,11 @@ from .starts import note_start
 from .step import StepResult, TrainStep
 from .stop import StopRequest
 
+log = logging.getLogger(__name__)
+
+MOST_FAILED_SAVES = 3
+"""In a row; then the run ends, because all that it does since would be lost with it."""
+
 
 class Trainer:
     """A training run of one process among ``mesh.world_size``."""
@@ -33,14 +42,19 @@ class Trainer:
         self, config: RunConfig, run_dir: Path, mesh: Mesh, stop: StopRequest | None = None
     ) -> None:
         check_batch(config, mesh)
+        pulse.begin("preparing data")
         self._config = config
         self._mesh = mesh
         self._stop = stop or StopRequest()
         self._data = build_data(config, run_dir / "data", mesh, self._stop)
+        pulse.begin("building the model")
         self._model_config = fill_vocabulary(config, self._data.tokenizer)
         self.decoder, masters = build_model(config, self._model_config, self._data, mesh)
+        check_same_beginning(self._data, self.decoder, mesh.watch)
         self._step = TrainStep(config, self.decoder, masters, self._data.train, mesh)
         self._checkpoints = Checkpoints(run_dir, mesh, config.checkpoint.keep)
+        self._failed_saves = 0
+        """In a row."""
         self._run_dir = run_dir
         self._origin = None if config.start_from is None else read_origin(config.start_from)
         self._generator = torch.default_generator
@@ -49,6 +63,7 @@ class Trainer:
 
     def run(self) -> None:
         """Train to the last step, or to the step's end once asked to stop; both save first."""
+        pulse.begin("looking for checkpoints")
         done = saved = self._resume()
         observers = open_observers(
             self._config, self._model_config, self._run_dir, self._mesh, resume_step=done
@@ -65,6 +80,7 @@ class Trainer:
             average = PhaseAverage(phases)
             while done < steps:
                 started = time.perf_counter()
+                pulse.begin(f"in step {done + 1}")
                 self._data.train.wait_for(done)
                 phases.lap("data")
                 result = self._step.run(done, self._stop.signal_name is not None)
@@ -83,17 +99,17 @@ class Trainer:
                 phases.lap("log")
                 is_last = done == steps or result.stop_requested
                 if is_last or done % self._config.checkpoint.every == 0:
-                    self._save(done)
-                    saved = done
+                    saved = done if self._save(done, must=is_last) else saved
                     phases.lap("checkpoint")
                 if result.stop_requested:
                     console.line(event="stopped", reason=self._stop.signal_name, saved_step=done)
                     break
         except (Stopped, DataError):  # before the step began, on all ranks alike
             if done != saved:
-                self._save(done)
+                self._save(done, must=True)
             raise
         finally:
+            pulse.begin("ending")
             self._data.train.close()
             console.close()
             observers.close()
@@ -121,6 +137,7 @@ class Trainer:
         every = self._config.train.eval_every
         if done != self._config.train.steps and not (every and done % every == 0):
             return {}
+        pulse.begin(f"evaluating after step {done}")
         held_out = evaluate(self._step.objective, self._data, self._config, self._mesh)
         console.line(
             event="evaluated",
@@ -159,7 +176,13 @@ class Trainer:
     def _rng_key(self) -> str:
         return f"rng/{self._mesh.rank}-of-{self._mesh.world_size}"
 
-    def _save(self, done: int) -> None:
+    def _save(self, done: int, must: bool) -> bool:
+        """Save, and say whether that went well.
+
+        A save that fails is a warning while there are more to come; then, or if ``must``, it
+        raises :class:`CheckpointError`.
+        """
+        pulse.begin(f"saving step {done}")
         state = {
             "world_size": self._mesh.world_size,
             "seed": self._config.seed,
@@ -173,8 +196,19 @@ class Trainer:
             "origin": self._origin,
             **self._trained(),
         }
-        self._checkpoints.save(done, self._tensors(), state)
+        try:
+            self._checkpoints.save(done, self._tensors(), state)
+        except CheckpointError as error:
+            self._failed_saves += 1
+            if must or self._failed_saves == MOST_FAILED_SAVES:
+                raise
+            if self._mesh.rank == 0:
+                count = f"{self._failed_saves} of {MOST_FAILED_SAVES} failures in a row"
+                log.warning("%s Training goes on to the next checkpoint (%s).", error, count)
+            return False
+        self._failed_saves = 0
         self._data.train.forget_before(self._checkpoints.oldest_step())
+        return True
 
     def _trained(self) -> dict[str, Any]:
         """Return what decides which parameters there are and which of them have moments."""
@@ -196,12 +230,21 @@ class Trainer:
             tensors.pop(self._rng_key())  # other ranks drew these numbers; start a new stream
         self._checkpoints.load(path, tensors)
         if self._rng_key() in tensors:
-            self._generator.set_state(tensors[self._rng_key()])
+            self._restore_generator(path, tensors[self._rng_key()])
         else:
             seed_rank(self._config.seed + state["step"], self._mesh.rank)
         self._step.optimizer.restore_parameters()
         self._step.optimizer.set_steps(state["step"])
         return int(state["step"])
+
+    def _restore_generator(self, path: Path, state: torch.Tensor) -> None:
+        try:
+            self._generator.set_state(state)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"checkpoint {path} holds no state of a random generator ({error}); restore it "
+                "from a backup."
+            ) from None
 
     def _check_same_run(self, path: Path, state: dict[str, Any]) -> None:
         stored_model = ModelConfig.model_validate(state["model"]).architecture()

@@ -1,6 +1,7 @@
 """Long work outside the training loop: visible while it runs, and ended when asked."""
 
 from ..errors import Stopped
+from ..parallel.pulse import pulse
 from ..progress import Progress
 from .stop import StopRequest
 
@@ -17,6 +18,7 @@ class LongWork(Progress):
 
     def advance(self, amount: int = 1, **facts: int) -> None:
         """Note more units of work. Raises :class:`Stopped` when somebody asked to stop."""
+        pulse.note()
         if self._stop.signal_name is not None:
             raise Stopped(f"stopped by {self._stop.signal_name} while {self._event}.")
         super().advance(amount, **facts)

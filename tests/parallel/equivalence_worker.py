@@ -22,8 +22,7 @@ from moeyard.moe.routing import count_choices
 from moeyard.moe.topk_router import TopKRouter
 from moeyard.parallel.local_part import as_part_of, local_part
 from moeyard.parallel.mesh import build_mesh
-from moeyard.parallel.parent import is_torchrun_worker
-from moeyard.parallel.process import start_process_group, stop_process_group
+from moeyard.parallel.process import process_group
 from moeyard.training.config import RunConfig
 from moeyard.training.setup import build_data, build_model, fill_vocabulary
 from moeyard.training.step import TrainStep
@@ -90,10 +89,10 @@ def balancing_biases(decoder) -> dict[str, torch.Tensor]:
     return {n: b.double().clone() for n, b in decoder.named_buffers() if n.endswith("_bias")}
 
 
-def run_case(config_path: Path, out: Path, name: str, case: dict, store) -> None:
+def run_case(config_path: Path, out: Path, name: str, case: dict, watch) -> None:
     overrides = [*case["overrides"], f"run_dir={out}/{name}"]
     config = load_config(RunConfig, config_path, overrides)
-    mesh = build_mesh(config.parallel.ep, config.model.moe.num_experts, store, 60)
+    mesh = build_mesh(config.parallel.ep, config.model.moe.num_experts, watch, 60)
     if case.get("apart"):  # as on several hosts
         mesh = replace(mesh, dp_host=None, ep_host=None, edp_host=None)
     data = build_data(config, out / name / "data", mesh)
@@ -128,12 +127,9 @@ def run_case(config_path: Path, out: Path, name: str, case: dict, store) -> None
 
 def main() -> None:
     config_path, out, cases = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
-    store = start_process_group(60) if is_torchrun_worker() else None
-    try:
+    with process_group(60) as watch:
         for name, case in cases.items():
-            run_case(config_path, out, name, case, store)
-    finally:
-        stop_process_group()
+            run_case(config_path, out, name, case, watch)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from moeyard.configuration import load_config
 from moeyard.parallel.mesh import build_mesh
-from moeyard.parallel.parent import is_torchrun_worker
-from moeyard.parallel.process import start_process_group, stop_process_group
+from moeyard.parallel.process import process_group
 from moeyard.training.config import RunConfig
 from moeyard.training.trainer import Trainer
 
@@ -20,21 +19,18 @@ STILL = ["train.steps=1", "optimizer.lr=1e-30", "optimizer.weight_decay=0", "mod
 
 def main() -> None:
     config_path, runs, folders = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
-    store = start_process_group(60) if is_torchrun_worker() else None
-    try:
+    with process_group(60) as watch:
         for folder in folders:
             run_dir = runs / Path(folder).name
             options = [*STILL, f"run_dir={run_dir}", f"start_from={folder}"]
             config = load_config(RunConfig, config_path, options)
             has_experts = config.model.moe is not None
-            if has_experts and store is not None:
+            if has_experts and watch is not None:
                 config = load_config(RunConfig, config_path, [*options, "parallel.ep=2"])
             num_experts = config.model.moe.num_experts if has_experts else 1
-            mesh = build_mesh(config.parallel.ep, num_experts, store, 60)
+            mesh = build_mesh(config.parallel.ep, num_experts, watch, 60)
             run_dir.mkdir(parents=True, exist_ok=True)
             Trainer(config, run_dir, mesh).run()
-    finally:
-        stop_process_group()
 
 
 if __name__ == "__main__":

@@ -14,24 +14,24 @@ from pathlib import Path
 from moeyard.configuration import load_config
 from moeyard.parallel.local_part import local_part
 from moeyard.parallel.mesh import build_mesh
-from moeyard.parallel.process import start_process_group, stop_process_group
+from moeyard.parallel.process import process_group
 from moeyard.training.config import RunConfig
 from moeyard.training.run_folder import create_run_folder
 from moeyard.training.trainer import Trainer
 
 
-def run_job(config_path: Path, job: list[str], store) -> None:
+def run_job(config_path: Path, job: list[str], watch) -> None:
     resaves, overrides = job[0] == "resave", [part for part in job if part != "resave"]
     config = load_config(RunConfig, config_path, overrides)
     num_experts = config.model.moe.num_experts if config.model.moe is not None else 1
-    mesh = build_mesh(config.parallel.ep, num_experts, store, 60)
+    mesh = build_mesh(config.parallel.ep, num_experts, watch, 60)
     run_dir = Path(config.run_dir)
     mesh.on_rank_0(lambda: create_run_folder(run_dir))
     trainer = Trainer(config, run_dir, mesh)
     if resaves:
         done = trainer._resume()
         assert done, "there was nothing to load"
-        trainer._save(done + 1)
+        trainer._save(done + 1, must=True)
     else:
         reductions: list[int] = []
         head = trainer.decoder.lm_head.weight
@@ -44,12 +44,9 @@ def run_job(config_path: Path, job: list[str], store) -> None:
 
 def main() -> None:
     config_path, jobs = Path(sys.argv[1]), json.loads(sys.argv[2])
-    store = start_process_group(60)
-    try:
+    with process_group(60) as watch:
         for job in jobs:
-            run_job(config_path, job, store)
-    finally:
-        stop_process_group()
+            run_job(config_path, job, watch)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from moeyard.parallel.mesh import Mesh
-from moeyard.training.checkpoint import Checkpoints, StoredTensors, read_state
+from moeyard.training.checkpoint import Checkpoints, StoredTensors
+from moeyard.training.checkpoint_files import read_state
 
 from launch import environment
 

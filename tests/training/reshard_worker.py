@@ -11,8 +11,7 @@ from pathlib import Path
 
 from moeyard.configuration import load_config
 from moeyard.parallel.mesh import build_mesh
-from moeyard.parallel.parent import is_torchrun_worker
-from moeyard.parallel.process import start_process_group, stop_process_group
+from moeyard.parallel.process import process_group
 from moeyard.training.checkpoint import Checkpoints
 from moeyard.training.config import RunConfig
 from moeyard.training.trainer import Trainer
@@ -20,21 +19,18 @@ from moeyard.training.trainer import Trainer
 
 def main() -> None:
     config_path, source, out = (Path(argument) for argument in sys.argv[1:4])
-    store = start_process_group(60) if is_torchrun_worker() else None
-    try:
+    with process_group(60) as watch:
         for case in sys.argv[4:]:
             name, _, overrides = case.partition("=")
             options = [f"run_dir={source}", *filter(None, overrides.split(","))]
             config = load_config(RunConfig, config_path, options)
-            mesh = build_mesh(config.parallel.ep, config.model.moe.num_experts, store, 60)
+            mesh = build_mesh(config.parallel.ep, config.model.moe.num_experts, watch, 60)
             trainer = Trainer(config, source, mesh)
             done = trainer._resume()
             trainer._checkpoints = Checkpoints(out / name, mesh, keep=1)
             (out / name).mkdir(parents=True, exist_ok=True)
             mesh.barrier()
-            trainer._save(done)
-    finally:
-        stop_process_group()
+            trainer._save(done, must=True)
 
 
 if __name__ == "__main__":

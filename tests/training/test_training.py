@@ -19,7 +19,8 @@ from moeyard.errors import CheckpointError, ConfigError, TrainingError
 from moeyard.parallel.mesh import Mesh
 from moeyard.training import trainer
 from moeyard.training.__main__ import main
-from moeyard.training.checkpoint import Checkpoints, read_state, verify
+from moeyard.training.checkpoint import Checkpoints
+from moeyard.training.checkpoint_files import read_state, verify
 from moeyard.training.config import OptimizerConfig, RunConfig
 from moeyard.training.optimizer import learning_rate
 from moeyard.training.run_folder import claim_run_folder
@@ -310,7 +311,8 @@ def test_torchrun_refuses_meshes_that_do_not_fit(tmp_path, config_file, override
     with pytest.raises(AssertionError, match=message) as caught:
         torchrun(2, "-m", "moeyard.training", str(config_file), f"run_dir={tmp_path}/run", override)
     text = str(caught.value)
-    assert text.count("error: ") == 1
+    assert text.count("\nerror: ") == 1, "each sentence is said once on a host"
+    assert message in text.splitlines()[-2], "torchrun's table ends with the sentence"
     assert "[rank" not in text, "a rank died with a traceback"
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ...errors import Stopped
+from ...parallel.pulse import pulse
 from ..stop import StopRequest
 from .blocks import Blocks
 from .token_stream import StreamPosition, TokenStream
@@ -53,6 +54,7 @@ class BlockWriter:
                     raise self._error
                 if self._stop.signal_name is not None:
                     raise Stopped(f"stopped by {self._stop.signal_name} while waiting for data.")
+                pulse.note()  # a hub that does not answer is no reason to give up
                 self._changed.wait(0.2)
                 if time.monotonic() - shown > LINE_EVERY_S:
                     shown = time.monotonic()

@@ -1,0 +1,53 @@
+"""The sentences about ranks that others wait for."""
+
+import time
+
+from .peers import BEAT_S, Peer
+
+SILENT_S = 5 * BEAT_S
+"""Without a beat, a process rather stands still than its main thread alone."""
+
+
+def missing(ranks: list[int], timeout_s: float) -> str:
+    """Say who has not joined."""
+    names = ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
+    return (
+        f"{names} did not appear within parallel.timeout_s = {timeout_s:g}; see the log there or "
+        "raise the limit."
+    )
+
+
+def ended(peer: Peer) -> str:
+    """Say whose connection has ended."""
+    return (
+        f"{peer.where} ended without a word, last heard of {peer.doing}, as after kill -9, a "
+        "crash or a lack of memory; see its log and start again."
+    )
+
+
+def held_up(peer: Peer, timeout_s: float) -> str:
+    """Say which rank let the limit pass, and whether it still beats."""
+    limit = f"parallel.timeout_s = {timeout_s:g}"
+    if time.monotonic() - peer.heard > SILENT_S:
+        return (
+            f"{peer.where} fell silent, last heard of {peer.doing}, and let {limit} pass: it is "
+            "stopped, or its host is; see there, or raise the limit, and start again."
+        )
+    return (
+        f"{peer.where} has not moved for {limit} {peer.doing}, and others wait for it; see there "
+        "what holds it, or raise the limit, and start again."
+    )
+
+
+def late(names: list[str], doing: str, timeout_s: float) -> str:
+    """Say which ranks no collective of theirs has given up on, all others' having done so."""
+    limit = f"parallel.timeout_s = {timeout_s:g}"
+    if not names:
+        return (
+            f"all ranks waited for each other longer than {limit}; look at the network between "
+            "their hosts, or raise the limit, and start again."
+        )
+    return (
+        f"{', '.join(names)} kept the others waiting longer than {limit} {doing}; see there what "
+        "holds it, or raise the limit, and start again."
+    )
