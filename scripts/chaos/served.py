@@ -123,6 +123,7 @@ def target_of(given: argparse.Namespace) -> Iterator[Target]:
         target.model = _model_of(target)
         yield target
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the server must not be left behind
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))  # short: Ray puts sockets there
     try:
         with _serve(folder, given.no_ray) as target:
