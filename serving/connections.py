@@ -46,7 +46,7 @@ class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.ws_protocol_class = None  # there are no websockets here, and they would slip away
-        self.app_state = {**self.app_state, STATE_KEY: self}
+        self.app_state: dict[str, Any] = {**options["app_state"], STATE_KEY: self}
         self._num_head_bytes = 0
         self._loop = asyncio.get_running_loop()
         self._stalled_since: float | None = None
@@ -221,4 +221,4 @@ def _raw(error: RequestError) -> bytes:
     response = error_response(error)
     response.headers["Connection"] = "close"
     headers = b"".join(b"%b: %b\r\n" % pair for pair in response.raw_headers)
-    return b"HTTP/1.1 %d Refused\r\n%b\r\n%b" % (error.status, headers, response.body)
+    return b"HTTP/1.1 %d Refused\r\n%b\r\n%b" % (error.status, headers, bytes(response.body))

@@ -1,6 +1,6 @@
 """What happens when one of the server's processes is killed under load?
 
-    python scripts/chaos/kills.py
+    python scripts/chaos/server_kills.py
 
 Two replicas and eight clients that never stop asking (benchmarks/serve_resilience.py: whole answers
 with one retry, streams without). Each replica, the hub, the controller and the HTTP proxy are

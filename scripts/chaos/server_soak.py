@@ -1,6 +1,6 @@
 """Does a server that works for long grow?
 
-    python scripts/chaos/soak.py [SECONDS]
+    python scripts/chaos/server_soak.py [SECONDS]
 
 Eight clients send whole answers, streams, streams that are left in the middle, chats without a
 template and bad requests, in a random order. Memory, files and threads of every process are looked

@@ -1,6 +1,6 @@
 """Who can reach which port of a running server?
 
-    python scripts/chaos/ports.py
+    python scripts/chaos/server_ports.py
 
 Every TCP socket that a process of the server listens on must be on 127.0.0.1 and its process in
 SECURITY.md's list, no port may answer on this machine's other addresses, and what answers plain
