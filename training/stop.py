@@ -3,6 +3,8 @@
 import signal
 from types import FrameType
 
+from ..parallel.parent import is_torchrun_worker
+
 
 class StopRequest:
     """Remembers that a stop was asked for. A second Ctrl-C interrupts at once."""
@@ -13,11 +15,14 @@ class StopRequest:
     def listen(self) -> None:
         """Take over SIGTERM, SIGINT and SIGHUP, which a terminal sends when it is closed.
 
-        What ``nohup`` had ignored stays ignored.
+        ``nohup`` has SIGHUP ignored, and so it stays; but not under torchrun, which heeds it all
+        the same, hands it on and kills who does not end.
         """
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, self._ask)
+        signal.signal(signal.SIGTERM, self._ask)
+        signal.signal(signal.SIGINT, self._ask)
+        is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        if is_torchrun_worker() or not is_ignored:
+            signal.signal(signal.SIGHUP, self._ask)
 
     def _ask(self, number: int, _frame: FrameType | None) -> None:
         if self.signal_name is not None and number == signal.SIGINT:

@@ -46,6 +46,12 @@ CASES = [
 ]
 
 
+def hear_signals() -> None:
+    """Undo what this script may have been started with: a shell's ``&``, or nohup."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def has_logged(run_dir: Path, step: int = 1) -> bool:
     path = run_dir / "metrics.jsonl"
     return path.exists() and path.read_text().count("\n") >= step
@@ -83,6 +89,7 @@ def run(case: Case, folder: Path) -> tuple[Case, list[str], str]:
             stdout=out,
             stderr=out,
             start_new_session=case.how != "terminal",
+            preexec_fn=hear_signals,
         )
     os.close(end)
     problems = []

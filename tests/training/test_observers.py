@@ -176,7 +176,11 @@ def port_of(config_file, *overrides) -> tuple[PrometheusPort, int]:
 def test_layers_have_their_own_number_and_drops_add_up(config_file):
     observer, port = port_of(config_file, "model.dense_layers=[0]", "model.d_ff=8")
     try:
-        assert "moeyard_train_expert_tokens_total" not in scrape(port)  # nothing has run
+        at_start = scrape(port)  # nothing has run
+        assert "moeyard_train_expert_tokens_total" not in at_start
+        absent = ("step", "loss", "learning_rate", "grad_norm", "eval_loss", "tokens_per_second")
+        assert not any(f"moeyard_train_{name}" in at_start for name in absent)
+        assert at_start["moeyard_train_tokens_total"] == {(): 0}, "a count of nothing is 0"
         observer.step(1, result_of([[512, 0, 0, 0]]), {"data": 1.0})
         observer.step(2, result_of([[100, 200, 200, 0]]), {"data": 2.5})
         seen = scrape(port)

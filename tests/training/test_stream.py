@@ -20,6 +20,8 @@ from moeyard.parallel.mesh import Mesh
 from moeyard.training.__main__ import main
 from moeyard.training.config import RunConfig
 from moeyard.training.data import hub
+from moeyard.training.data.block_writer import BlockWriter
+from moeyard.training.data.blocks import Blocks
 from moeyard.training.data.hub import HubReader, HubSource, Position
 from moeyard.training.data.stream import StreamBatches
 from moeyard.training.data.stream_setup import prepare_stream
@@ -319,3 +321,16 @@ def test_two_ranks_killed_at_random_in_mid_stream_end_as_the_unbroken_ones(tmp_p
     print(f"\n6 kills in mid-stream: {hit}; started or resumed {launch.starts()} times")
     assert losses(launch.run_dir) == losses(unbroken.run_dir)
     assert digest(launch.run_dir) == digest(unbroken.run_dir)
+
+
+def test_a_panic_of_the_reading_thread_ends_the_wait_with_a_sentence(tmp_path):
+    class Panic(BaseException):
+        """As libraries in Rust raise, past every ``except Exception``."""
+
+    def open_stream(start, pause):
+        raise Panic("index out of bounds")
+
+    writer = BlockWriter(Blocks(tmp_path, 2, 4, "uint16"), open_stream, 1, StopRequest())
+    with pytest.raises(DataError, match="ended with Panic: index out of bounds"):
+        writer.wait(0, 0)
+    writer.close()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ...errors import Stopped
+from ...errors import DataError, Stopped
 from ...parallel.pulse import pulse
 from ..stop import StopRequest
 from .blocks import Blocks
@@ -92,9 +92,14 @@ class BlockWriter:
             finally:
                 stream.close()
         except Exception as error:  # raised where training waits, with its traceback
-            with self._changed:
-                self._error = error
-                self._changed.notify_all()
+            self._fail(error)
+        except BaseException as error:  # a panic of a library in Rust is no Exception
+            self._fail(DataError(f"reading the data ended with {type(error).__name__}: {error}"))
+
+    def _fail(self, error: Exception) -> None:
+        with self._changed:
+            self._error = error
+            self._changed.notify_all()
 
     def _may_write(self) -> bool:
         """Wait until the next block is wanted; return False when there will be no more."""
