@@ -223,7 +223,8 @@ class ExpertStore:
         started = time.perf_counter()
         finished = self._reads.wait_for_any(reading.values() or self._loading.values())
         self.statistics.layers[layer].stall_s += time.perf_counter() - started
-        ready, failed = [], []
+        ready: list[Read] = []
+        failed: list[Read] = []
         for read in finished:
             self._settle(read)
             if reading.pop(read.key, None) is not None:
