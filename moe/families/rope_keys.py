@@ -67,7 +67,8 @@ def _read_scaling(rope: Values, values: Values) -> RopeScaling | None:
         return None
     if kind == "linear":
         return LinearRope(factor=rope["factor"])
-    original = values.get(ORIGINAL, rope.get(ORIGINAL, values["max_position_embeddings"]))
+    inside = rope.get(ORIGINAL, values["max_position_embeddings"])
+    original: Any = values.get(ORIGINAL, inside)
     if kind == "llama3":
         return Llama3Rope(
             factor=rope["factor"],
