@@ -122,8 +122,8 @@ class Experts(AnyExperts):
             return expert_mlp(
                 x_ND, experts_NK, weights_NK, weights, self.backend, recompute=self.recompute
             )
-        updates = (getattr(self, name).to(dtype) for name in LOW_RANK)
-        low_rank = LowRank(*updates, self._low_rank_scale)
+        a1, b1, a2, b2 = (getattr(self, name).to(dtype) for name in LOW_RANK)
+        low_rank = LowRank(a1, b1, a2, b2, self._low_rank_scale)
         rows = (x_ND, experts_NK, weights_NK)
         if self.recompute and torch.is_grad_enabled():
             again: Tensor = checkpoint(

@@ -113,11 +113,11 @@ class TopKRouter(Router):
         x_TD = x_TD.to(dtype)
         if self.config.jitter and self.training:
             x_TD = x_TD * (1 + self.config.jitter * (2 * torch.rand_like(x_TD) - 1))
-        product = F.linear
-        if not torch.is_grad_enabled() and dtype == torch.float32:
-            product = row_stable_linear
         with torch.autocast(x_TD.device.type, enabled=False):  # it would choose in bf16
-            logits: Tensor = product(x_TD, self.weight.to(dtype))
+            if torch.is_grad_enabled() or dtype != torch.float32:
+                logits = F.linear(x_TD, self.weight.to(dtype))
+            else:
+                logits = row_stable_linear(x_TD, self.weight.to(dtype))
         return logits if self.bias is None else logits + self.bias.to(dtype)
 
     def _add_sequence_balance(
