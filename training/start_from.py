@@ -40,11 +40,6 @@ def complete_values(values: dict[str, Any]) -> dict[str, Any]:
         return values  # validation says what is wrong with it
     data = values.get("data") or {}
     if isinstance(data, dict) and data.get("tokenizer") is None:
-        if not has_tokenizer(Path(start_from)):
-            raise ConfigError(
-                f"start_from is {start_from!r}, which has no tokenizer; put tokenizer.json there, "
-                "or say in data.tokenizer what its ids mean: 'bytes' or a folder."
-            )
         data = data | {"tokenizer": start_from}
     model = _merged(folder.config.model_dump(mode="json"), given)
     return values | {"model": model, "data": data}

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moeyard.configuration import load_config
-from moeyard.errors import ConfigError
+from moeyard.errors import ConfigError, DataError
 from moeyard.training.config import RunConfig
 from moeyard.training.export import export
 
@@ -112,12 +112,11 @@ def test_the_tokenizer_is_the_folders_unless_it_has_the_same_ids(tmp_path, confi
 
     save("mixtral", tmp_path / "none", vocab_size=400)
     assert tokenizer_of("none").vocab_size == 257  # config_file says bytes
-    with pytest.raises(ConfigError, match=r"which has no tokenizer; put tokenizer\.json there, or"):
+    with pytest.raises(DataError, match=r"which has no tokenizer; put tokenizer\.json there, or"):
         tokenizer_of("none", "data.tokenizer=null")
 
 
 def test_a_tokenizer_that_cannot_be_opened_is_no_reason_to_train_on_bytes(tmp_path):
-    from moeyard.errors import DataError
     from moeyard.training.data.tokenizer import ByteTokenizer
     from moeyard.training.start_from import check_tokenizer
 

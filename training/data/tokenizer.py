@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as RustTokenizer
 
 from ...errors import DataError, ModelFileError
 from ...moe.tokenizer_errors import library_errors
-from ...moe.tokenizer_folder import copy_tokenizer, open_folder_tokenizer
+from ...moe.tokenizer_folder import copy_tokenizer, has_tokenizer, open_folder_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -72,6 +72,11 @@ class FolderTokenizer:
             raise DataError(
                 f"data.tokenizer is {str(folder)!r}, which is no folder; "
                 "give 'bytes' or a folder with tokenizer.json."
+            )
+        if not has_tokenizer(folder):
+            raise DataError(
+                f"data.tokenizer is {str(folder)!r}, which has no tokenizer; put tokenizer.json "
+                "there, or set data.tokenizer to 'bytes' or another folder."
             )
         self._folder = folder
         try:
