@@ -30,6 +30,7 @@ def test_a_rewired_model_trains_and_its_experts_are_read_ahead(
 ):
     run = tmp_path / "run"
     options = [f"run_dir={run}", f"start_from={folder}", f"data.source={text_file}"]
+    options += ["data.tokenizer=bytes"]
     options += ["train.steps=20", "train.log_every=1", "train.sequence_length=32"]
     options += ["optimizer.lr=0.02", "optimizer.warmup_steps=1", "train.eval_sequences=8"]
     assert main([str(CONFIG), *options, f"train.parameters={parameters}"]) == 0
@@ -58,6 +59,7 @@ def test_a_rewired_model_trains_and_its_experts_are_read_ahead(
 
 def test_weights_start_as_they_were(folder, text_file, tmp_path):
     options = [f"run_dir={tmp_path}/run", f"start_from={folder}", f"data.source={text_file}"]
+    options += ["data.tokenizer=bytes"]
     options += ["train.steps=1", "optimizer.lr=1e-30", "optimizer.weight_decay=0"]
     assert main([str(CONFIG), *options, "train.eval_sequences=4"]) == 0
     export(tmp_path / "run", tmp_path / "out")
