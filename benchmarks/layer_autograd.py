@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from report import write_results
 
 RANK, ALPHA = 8, 16
-SECONDS, MIN_ROUNDS, MAX_ROUNDS = 12.0, 5, 40
+SECONDS, MIN_ROUNDS, MAX_ROUNDS = 5.0, 5, 40
 
 
 class Size(NamedTuple):

@@ -21,7 +21,7 @@ def environment() -> dict[str, Any]:
         names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         cpu = names[0].partition(":")[2].strip() if names else cpu
     versions = {}
-    for package in ("torch", "triton", "transformers", "ray", "numpy", "safetensors"):
+    for package in ("torch", "triton", "transformers", "peft", "ray", "numpy", "safetensors"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:

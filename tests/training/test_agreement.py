@@ -115,6 +115,7 @@ def test_a_folder_that_one_rank_only_reads_is_refused(pair, tmp_path, monkeypatc
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_a_killed_rank_ends_in_one_sentence_that_names_it_over_gloo_too(tmp_path, config_file):
     """Dense engine fsdp, whose collectives are gloo's; the sentence closes torchrun's table."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]

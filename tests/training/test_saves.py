@@ -61,7 +61,13 @@ def test_training_goes_on_after_saves_that_fail(run, config_file, monkeypatch, c
     assert all("could not be written (no space left on device)" in line for line in warnings)
 
 
-@pytest.mark.parametrize("which", [{2, 3, 4}, {5}], ids=["three_in_a_row", "the_last"])
+@pytest.mark.parametrize(
+    "which",
+    [
+        pytest.param({2, 3, 4}, id="three_in_a_row", marks=pytest.mark.slow),
+        pytest.param({5}, id="the_last"),
+    ],
+)
 def test_the_run_ends_with_a_sentence_where_saves_keep_failing(
     run, config_file, monkeypatch, capsys, which
 ):
