@@ -10,6 +10,7 @@ WORKER = Path(__file__).parent / "own_model_worker.py"
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_two_ranks_have_the_auxiliary_loss_and_all_gradients_of_one_process():
     """Over two micro-batches, with DDP and with expert parallelism."""
     assert torchrun(2, str(WORKER)).count("done") == 2

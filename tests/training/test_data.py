@@ -224,7 +224,7 @@ def test_sources_that_cannot_be_read_are_refused(tmp_path):
     with pytest.raises(DataError, match="is no folder"):
         open_tokenizer(str(tmp_path / "none"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="cannot be opened"):
+    with pytest.raises(DataError, match="which has no tokenizer"):
         open_tokenizer(str(tmp_path / "empty"))
     shard = make(tmp_path / "a.bin", ["text"])
     with pytest.raises(DataError, match=r"give data\.eval_source"):
