@@ -24,49 +24,49 @@ void for_each_row_panel(const GroupedArguments& a, int64_t width, Panel panel) {
     });
 }
 
-// The addresses of a block's rows.
-template <class Element>
-inline void find_rows(const void* rows, int64_t stride, const RowBlock& block,
-                      const Element** found) {
-    for (int64_t row = block.from; row < block.to; row++)
-        found[row - block.from] = static_cast<const Element*>(rows) + row * stride;
-}
+// Rows in memory, `stride` elements apart.
+struct Rows {
+    void* values;
+    int64_t stride, width;
+};
 
-template <class Element>
-inline void write_rows(const float (*sums)[PANEL], const RowBlock& block, int64_t from,
-                       int64_t count, int64_t stride, void* rows) {
-    for (int64_t m = 0; m < block.to - block.from; m++) {
-        Element* line = static_cast<Element*>(rows) + (block.from + m) * stride + from;
-        for (int64_t i = 0; i < count; i++) line[i] = narrow<Element>(sums[m][i]);
-    }
+// Multiplies each row of `in` with the matrix of its slot and writes the product to its row of
+// `out`. `multiply` computes a panel of columns for a block of rows.
+template <class Element, class Multiply>
+void multiply_rows(const GroupedArguments& a, const Rows& in, const Rows& out, Multiply multiply) {
+    for_each_row_panel(a, out.width, [&](const RowBlock& block, int64_t from) {
+        const Element* weights = static_cast<const Element*>(a.weights);
+        const Element* rows[TRAINING_ROWS];
+        alignas(64) float sums[TRAINING_ROWS][PANEL];
+        int64_t num_rows = block.to - block.from, count = least(PANEL, out.width - from);
+        for (int64_t m = 0; m < num_rows; m++)
+            rows[m] = static_cast<const Element*>(in.values) + (block.from + m) * in.stride;
+        multiply(rows, num_rows, weights + block.slot * a.weight_stride, from, count, sums);
+        for (int64_t m = 0; m < num_rows; m++) {
+            Element* line = static_cast<Element*>(out.values) + (block.from + m) * out.stride + from;
+            for (int64_t i = 0; i < count; i++) line[i] = narrow<Element>(sums[m][i]);
+        }
+    });
 }
 
 // y = x W^T.
 template <class Element> void grouped_product(const GroupedArguments& a) {
-    for_each_row_panel(a, a.outputs, [&](const RowBlock& block, int64_t from) {
-        const Element* weights = static_cast<const Element*>(a.weights);
-        const Element* rows[TRAINING_ROWS];
-        alignas(64) float y[TRAINING_ROWS][PANEL];
-        int64_t count = least(PANEL, a.outputs - from);
-        find_rows(a.x, a.x_stride, block, rows);
-        rows_times_transposed(rows, block.to - block.from, weights + block.slot * a.weight_stride,
-                              a.inputs, from, count, y);
-        write_rows<Element>(y, block, from, count, a.y_stride, a.y);
-    });
+    multiply_rows<Element>(
+        a, {a.x, a.x_stride, a.inputs}, {a.y, a.y_stride, a.outputs},
+        [&](const Element* const* rows, int64_t num_rows, const Element* weights, int64_t from,
+            int64_t count, float (*sums)[PANEL]) {
+            rows_times_transposed(rows, num_rows, weights, a.inputs, from, count, sums);
+        });
 }
 
 // x = y W, the gradient of x where y is that of the product.
 template <class Element> void grouped_product_grad(const GroupedArguments& a) {
-    for_each_row_panel(a, a.inputs, [&](const RowBlock& block, int64_t from) {
-        const Element* weights = static_cast<const Element*>(a.weights);
-        const Element* rows[TRAINING_ROWS];
-        alignas(64) float x[TRAINING_ROWS][PANEL];
-        int64_t count = least(PANEL, a.inputs - from);
-        find_rows(a.y, a.y_stride, block, rows);
-        rows_times(rows, block.to - block.from, weights + block.slot * a.weight_stride, a.outputs,
-                   a.inputs, from, count, x);
-        write_rows<Element>(x, block, from, count, a.x_stride, a.x);
-    });
+    multiply_rows<Element>(
+        a, {a.y, a.y_stride, a.outputs}, {a.x, a.x_stride, a.inputs},
+        [&](const Element* const* rows, int64_t num_rows, const Element* weights, int64_t from,
+            int64_t count, float (*sums)[PANEL]) {
+            rows_times(rows, num_rows, weights, a.outputs, a.inputs, from, count, sums);
+        });
 }
 
 // W = y^T x, the gradient of W where y is that of the product; 0 for slots without rows.
