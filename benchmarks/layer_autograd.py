@@ -5,11 +5,11 @@
 One ``MoELayer`` against transformers' Qwen3-MoE block with the same weights: forward and backward,
 gradients of x and of what trains. ``all``: every weight. ``router``: the router alone, experts
 frozen. ``lora``: low-rank updates of frozen experts, against the same block under PEFT, which adds
-``B A`` to the weights in every step. ``without C++`` is our layer on torch's products, in a process
-of its own settings (``MOEYARD_CPU_KERNELS=off``). ``--busy`` starts that many processes that
-compute without end next to the benchmark, as other users of a machine do.
+``B A`` to the weights in every step. ``without C++`` is our layer on torch's products
+(``MOEYARD_CPU_KERNELS=off``). ``--busy N`` runs N processes that compute without end next to the
+benchmark, as other users of a machine do.
 
-Contestants take turns, each in a process of its own that waits in between, and figures are medians.
+Contestants take turns, each in another process that waits in between, and figures are medians.
 """
 
 import argparse
@@ -43,10 +43,23 @@ SIZES = {
     "fine-grained": Size(64, 8, 512, 256, 2048),
     "Qwen3-30B-A3B/2": Size(128, 8, 1024, 384, 4096),
 }
-STEP = Callable[[], None]
+Step = Callable[[], float]
+"""Runs forward and backward; returns the mean magnitude of the output."""
+MAX_DIFFERENCE = 0.02
+"""Of that magnitude, over ours. In bf16 transformers' router rounds its logits; ours does not."""
 
 
-def our_layer(size: Size, dtype: Any, train: str) -> STEP:
+def fill(weights: list[Any]) -> None:
+    """Fill router, fc1 and fc2, which have one shape in all contestants, with the same numbers."""
+    import torch
+
+    generator = torch.Generator().manual_seed(1)
+    for weight in weights:
+        values = torch.randn(weight.shape, generator=generator) * weight.shape[-1] ** -0.5
+        weight.data.copy_(values)
+
+
+def our_layer(size: Size, dtype: Any, train: str) -> Step:
     """Return a step of our layer."""
     import torch
 
@@ -55,6 +68,7 @@ def our_layer(size: Size, dtype: Any, train: str) -> STEP:
     router = moeyard.TopK(k=size.num_choices)
     layer = moeyard.MoELayer(size.d_model, size.d_expert, size.num_experts, router)
     layer = layer.to(dtype)
+    fill([layer.gate.weight, layer.experts.fc1, layer.experts.fc2])
     if train != "all":
         layer.experts.requires_grad_(False)
     if train == "lora":
@@ -65,7 +79,7 @@ def our_layer(size: Size, dtype: Any, train: str) -> STEP:
     return _step(size, dtype, layer, lambda x_TD: layer(x_TD)[0])
 
 
-def transformers_block(size: Size, dtype: Any, train: str, implementation: str) -> STEP:
+def transformers_block(size: Size, dtype: Any, train: str, implementation: str) -> Step:
     """Return a step of transformers' block, under PEFT for low-rank updates."""
     import torch
     from transformers import Qwen3MoeConfig
@@ -80,8 +94,7 @@ def transformers_block(size: Size, dtype: Any, train: str, implementation: str) 
     )
     config._experts_implementation = implementation
     block: Any = Qwen3MoeSparseMoeBlock(config).to(dtype)
-    for parameter in block.parameters():
-        torch.nn.init.normal_(parameter, std=size.d_model**-0.5)
+    fill([block.gate.weight, block.experts.gate_up_proj, block.experts.down_proj])
     if train != "all":
         block.experts.requires_grad_(False)
     if train == "lora":
@@ -98,7 +111,7 @@ def transformers_block(size: Size, dtype: Any, train: str, implementation: str) 
     return _step(size, dtype, block, forward)
 
 
-def _step(size: Size, dtype: Any, module: Any, forward: Callable[[Any], Any]) -> STEP:
+def _step(size: Size, dtype: Any, module: Any, forward: Callable[[Any], Any]) -> Step:
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -108,13 +121,15 @@ def _step(size: Size, dtype: Any, module: Any, forward: Callable[[Any], Any]) ->
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     assert trained, "nothing trains"
 
-    def step() -> None:
-        torch.autograd.grad(forward(x_TD), [x_TD, *trained], upstream_TD, allow_unused=True)
+    def step() -> float:
+        y_TD = forward(x_TD)
+        torch.autograd.grad(y_TD, [x_TD, *trained], upstream_TD, allow_unused=True)
+        return float(y_TD.detach().abs().mean())
 
     return step
 
 
-CONTESTANTS: dict[str, tuple[Callable[..., STEP], tuple, dict[str, str]]] = {
+CONTESTANTS: dict[str, tuple[Callable[..., Step], tuple, dict[str, str]]] = {
     "moeyard": (our_layer, (), {}),
     "moeyard without C++": (our_layer, (), {"MOEYARD_CPU_KERNELS": "off"}),
     "transformers eager": (transformers_block, ("eager",), {}),
@@ -133,8 +148,7 @@ def serve_steps(pipe: Connection, name: str, size: Size, dtype_name: str, train:
     keep_freed_memory()
     torch.manual_seed(0)
     step = build(size, getattr(torch, dtype_name), train, *arguments)
-    step()
-    pipe.send("ready")
+    pipe.send(step())
     while pipe.recv() == "step":
         start_s = time.perf_counter()
         step()
@@ -159,7 +173,8 @@ def _compute_without_end() -> None:
 
 def measure(size: Size, dtype_name: str, train: str) -> dict[str, float]:
     """Return the median seconds of each contestant's step, taken in turns."""
-    pipes = {}
+    pipes: dict[str, Connection] = {}
+    magnitudes: dict[str, float] = {}
     context = multiprocessing.get_context("spawn")
     for name in CONTESTANTS:
         ours, theirs = context.Pipe()
@@ -167,10 +182,14 @@ def measure(size: Size, dtype_name: str, train: str) -> dict[str, float]:
         context.Process(target=serve_steps, args=arguments, daemon=True).start()
         theirs.close()
         try:
-            assert ours.recv() == "ready"
-            pipes[name] = ours
+            magnitudes[name] = ours.recv()
         except EOFError:
             print(f"  {name} cannot run here")
+            continue
+        pipes[name] = ours
+    for name, magnitude in magnitudes.items():
+        if abs(magnitude / magnitudes["moeyard"] - 1) > MAX_DIFFERENCE:
+            raise ValueError(f"{name} computes something else: {magnitudes}")
     times: dict[str, list[float]] = {name: [] for name in pipes}
     stop = time.monotonic() + SECONDS * len(pipes)
     for number in range(MAX_ROUNDS):

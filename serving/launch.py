@@ -45,7 +45,7 @@ def serve_forever(args: ServeArgs, host: str, port: int, attempt: int) -> int:
     is_ready = False
 
     def end_without_ray(name: str) -> None:
-        # Ray's library would wait in vain, in any thread, for the process that has died.
+        # Ray's library, in whichever thread it is called, waits for the process that has died.
         reason = f"Ray's {name} has ended"
         if is_ready:
             sys.stderr.write(f"error: {reason}, so the server stops; its logs are in {folder}.\n")

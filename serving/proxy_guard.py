@@ -38,8 +38,8 @@ RAYS_OWN_HEADERS = frozenset(
         b"x-session-id",
     }
 )
-"""With these Ray takes orders from whoever sends them: to go on for a client that has left, to
-give up early, which replica to use."""
+"""Ray obeys these from any client: they keep a request going after its client has left, set a
+time limit, or name a replica."""
 
 
 def middlewares() -> list[Middleware]:

@@ -1,8 +1,9 @@
-"""Close the port that each replica of Ray Serve opens to everybody.
+"""Close the port that each replica of Ray Serve opens to every host.
 
-A replica listens for calls of other deployments by gRPC, on every interface, asks for no token,
-and unpickles what it is sent: whoever reaches the port runs code as the server's user. Ray uses
-the port only where ``RAY_SERVE_USE_GRPC_BY_DEFAULT`` is on, and has no switch to leave it out.
+A replica listens for calls of other deployments by gRPC. It does so on every interface, asks for
+no token and unpickles what it is sent, so a caller who reaches the port runs code as the server's
+user. Ray uses the port only where ``RAY_SERVE_USE_GRPC_BY_DEFAULT`` is on, and has no switch to
+leave it out.
 """
 
 import logging
@@ -22,7 +23,7 @@ def close_replica_port() -> None:
     """Keep Ray's gRPC server in this process from listening, unless Ray needs it."""
     if any(os.environ.get(name) == "1" for name in VARIABLES):
         log.warning(
-            "%s makes every replica unpickle what anybody on the network sends; leave it off "
+            "%s makes every replica unpickle what any host on the network sends; leave it off "
             "unless a firewall closes all ports of this machine.",
             " or ".join(VARIABLES),
         )

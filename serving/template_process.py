@@ -1,6 +1,6 @@
 """The program that renders chat templates: one job a line on stdin, one result a line on stdout.
 
-A template is a program of whoever made the model folder. It may loop for ever or ask for any
+A template is a program that came with the model folder. It may loop for ever or ask for any
 memory, and a thread cannot be stopped; a process can, so the kernel ends this one at its limits.
 Imports nothing of moeyard: torch would make it large, and slow to start again.
 """

@@ -31,7 +31,7 @@ CHOSEN = {"GET", "POST"}
 
 
 def wrong_keys(key: str) -> dict[str, list[tuple[str, str]]]:
-    """Return headers that must not let anybody in, by name."""
+    """Return headers that must let no one in, by name."""
     right = f"Bearer {key}"
     return {
         "none": [],

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from moeyard.training.checkpoint_files import verify
 
-from common import Ended, Report, in_parallel, launch, torchrun, work_folder
+from small_runs import Ended, Report, in_parallel, launch, torchrun, work_folder
 
 KINDS = list(itertools.product((64, 256), (2, 4)))
 FIXED = ["train.eval_every=0", "train.batch_sequences=4", "train.eval_sequences=4"]

@@ -24,7 +24,7 @@ from moeyard.parallel.mesh import Mesh
 from moeyard.training.checkpoint import Checkpoints, StoredTensors
 from moeyard.training.checkpoint_files import read_state, verify
 
-from common import Ended, Report, in_parallel, launch, work_folder
+from small_runs import Ended, Report, in_parallel, launch, work_folder
 
 SIZES_KIB = (150, 250, 350, 500, 650, 800, 1000, 1300, 1600, 2000)
 STEPS = ["train.steps=12", "train.eval_every=0"]

@@ -11,7 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from common import ROOT, Report, work_folder
+from small_runs import ROOT, Report, work_folder
 
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "training")]
 

@@ -35,7 +35,7 @@ from moeyard.training.checkpoint_files import read_state
 from moeyard.training.config import RunConfig
 from moeyard.training.trainer import Trainer
 
-from common import Report, work_folder
+from small_runs import Report, work_folder
 
 Change = Callable[[Path, random.Random], None]
 

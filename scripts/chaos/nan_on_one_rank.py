@@ -12,7 +12,7 @@ from pathlib import Path
 
 from moeyard.training.checkpoint_files import verify
 
-from common import VICTIM, Ended, Report, in_parallel, launch, torchrun, work_folder
+from small_runs import VICTIM, Ended, Report, in_parallel, launch, torchrun, work_folder
 
 ENGINES = {"ddp": [], "ep": ["parallel.ep=2"], "fsdp": ["parallel.dense=fsdp"]}
 STEP = 3

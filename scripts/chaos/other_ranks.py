@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common import Ended, Report, in_parallel, launch, torchrun, work_folder
+from small_runs import Ended, Report, in_parallel, launch, torchrun, work_folder
 
 RANK_1 = """
 import os, sys

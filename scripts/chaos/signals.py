@@ -21,7 +21,7 @@ from pathlib import Path
 from moeyard.parallel.mesh import Mesh
 from moeyard.training.checkpoint import Checkpoints
 
-from common import Report, end_tree, environment, in_parallel, torchrun, work_folder
+from small_runs import Report, end_tree, environment, in_parallel, torchrun, work_folder
 
 LONG = ["train.steps=100000", "checkpoint.every=100000", "train.eval_every=0"]
 GONE_S = 60

@@ -3,7 +3,7 @@
     python scripts/chaos/slow_clients.py
 
 Heads and bodies that never become whole (200 of each, more than Ray has places), streams that
-nobody reads, large bodies, and thousands of connections on which nothing comes. Meanwhile every
+no one reads, large bodies, and thousands of connections on which nothing comes. Meanwhile every
 health check and every completion of an honest client must be answered within ten seconds, and in
 the end the server must have closed all of them.
 """

@@ -16,7 +16,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import (
+from small_runs import (
     VICTIM,
     Ended,
     Report,

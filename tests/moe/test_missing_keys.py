@@ -158,7 +158,7 @@ ROPES = {
 def test_the_key_that_counts_for_positions_is_the_one_that_counts_in_transformers(case, rope):
     values = full_values(case) | ROPES[rope]
     config = class_of(case, "Config").from_dict(copy.deepcopy(values))
-    config.standardize_rope_params()  # as its models do once more
+    config.standardize_rope_params()  # transformers' models call this again
     expected = json.loads(config.to_json_string(use_diff=False))
     expected.pop("original_max_position_embeddings", None)  # it has moved
     assert meaning(from_hf(values)) == meaning(from_hf(expected))
