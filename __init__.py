@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .errors import MoeyardError
     from .moe.layer import MoELayer, auxiliary_loss
-    from .moe.router_config import Hash, TopK
-    from .moe.routing import Routing
+    from .moe.routers.config import Hash, TopK
+    from .moe.routers.routing import Routing
     from .serving.loading import load
 
 __version__ = "0.1.0"
@@ -28,11 +28,11 @@ __all__ = [
 ]
 
 _HOME = {
-    "Hash": ".moe.router_config",
+    "Hash": ".moe.routers.config",
     "MoELayer": ".moe.layer",
     "MoeyardError": ".errors",
-    "Routing": ".moe.routing",
-    "TopK": ".moe.router_config",
+    "Routing": ".moe.routers.routing",
+    "TopK": ".moe.routers.config",
     "auxiliary_loss": ".moe.layer",
     "load": ".serving.loading",
 }

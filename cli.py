@@ -155,14 +155,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from .training.export import export
+    from .training.checkpoints.export import export
 
     step = export(arguments.run_dir, arguments.out_dir)
     sys.stdout.write(f"exported step={step} folder={arguments.out_dir}\n")
 
 
 def _convert(arguments: argparse.Namespace) -> None:
-    from .moe.convert import convert
+    from .moe.folders.convert import convert
 
     given = {name: value for name, value in vars(arguments).items() if name != "run"}
     model_type = convert(**given)
@@ -170,7 +170,7 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 
 def _upcycle(arguments: argparse.Namespace) -> None:
-    from .moe.upcycle import upcycle
+    from .moe.folders.upcycle import upcycle
 
     given = {name: value for name, value in vars(arguments).items() if name != "run"}
     model_type = upcycle(**given)
@@ -181,7 +181,7 @@ def _tokenize(arguments: argparse.Namespace) -> None:
     from .configuration import validate_config
     from .training.config import DataConfig
     from .training.data.tokenize import LEARNT_IDS, tokenize
-    from .training.stop import StopRequest
+    from .training.run.stop import StopRequest
 
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     values = {name: value for name, value in given.items() if name in DataConfig.model_fields}
@@ -218,7 +218,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    from .serving.guardian import run_guarded
+    from .serving.cluster.guardian import run_guarded
 
     def start(attempt: int) -> int:
         from .configuration import validate_config

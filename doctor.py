@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .kernels.self_check import BackendCheck, check_backends
+from .kernels.checks.experts import BackendCheck, check_backends
 
 ISA_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "sve", "bf16")
 """The vector units that decide how fast BLAS is; the last two are Arm's."""
@@ -117,8 +117,8 @@ def _torch() -> dict[str, str]:
     import torch
     import torch.distributed as dist
 
+    from .kernels.checks.router import state as router_state
     from .kernels.cpu.library import load
-    from .kernels.router_check import state as router_state
 
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return {

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from moeyard.configuration import validate_config
 from moeyard.moe.batch import batch_of_rows
-from moeyard.moe.convert import convert
-from moeyard.moe.decoder import Decoder
-from moeyard.moe.losses import auxiliary_losses
+from moeyard.moe.folders.convert import convert
+from moeyard.moe.models.decoder import Decoder
+from moeyard.moe.routers.losses import auxiliary_losses
+from moeyard.training.checkpoints.start_from import read_start
 from moeyard.training.config import RunConfig
-from moeyard.training.start_from import read_start
 
 from report import write_results
 

@@ -2,9 +2,9 @@
 
     python benchmarks/constants.py
 
-1. kernels/expert_loop.py: F.grouped_mm against a loop of torch.mm, interleaved, medians.
-2. kernels/row_stable.py: for which numbers of rows F.linear gives other bits than in a large call.
-3. training/allocator.py: a training step with and without keeping freed memory, interleaved.
+1. kernels/torch_ops/loop.py: F.grouped_mm against a loop of torch.mm, interleaved, medians.
+2. kernels/linear.py: for which numbers of rows F.linear gives other bits than in a large call.
+3. training/run/allocator.py: a training step with and without keeping freed memory, interleaved.
 """
 
 import os

@@ -3,10 +3,11 @@
     python benchmarks/cpu_kernels.py
 
 1. kernels/cpu/src/products.h: products of few bf16 rows with weights that come from memory, and how
-   fast those are read, with and without huge pages (kernels/memory.py), beside F.linear.
+   fast those are read, with and without huge pages (kernels/values/memory.py), beside F.linear.
 2. kernels/cpu/training.py: the experts forward and backward, beside torch's products, with a new
    routing in every round as in training, in GFLOP/s.
-3. kernels/causal_attention.py: blocks of 64 and 128 queries beside F.sdpa, forward and backward.
+3. kernels/torch_ops/causal_attention.py: blocks of 64 and 128 queries next to F.sdpa, forward and
+   backward.
 
 All take turns; medians. Weights of 1 are read in turn from 400 MB, so that none stay in a cache.
 """
@@ -18,13 +19,13 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from moeyard.kernels import causal_attention
 from moeyard.kernels.cpu.library import load
 from moeyard.kernels.cpu.linear import linear
-from moeyard.kernels.expert_mlp import expert_mlp
-from moeyard.kernels.expert_weights import ExpertWeights, MainGrads
-from moeyard.kernels.memory import prefer_huge_pages
-from moeyard.training.allocator import keep_freed_memory
+from moeyard.kernels.experts import expert_mlp
+from moeyard.kernels.torch_ops import causal_attention
+from moeyard.kernels.values.expert_weights import ExpertWeights, MainGrads
+from moeyard.kernels.values.memory import prefer_huge_pages
+from moeyard.training.run.allocator import keep_freed_memory
 
 from report import write_results
 

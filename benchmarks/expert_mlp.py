@@ -25,11 +25,11 @@ import torch
 from expert_mlp_peers import PEERS
 from torch import Tensor
 
-from moeyard.kernels.expert_mlp import Backend, expert_mlp
-from moeyard.kernels.expert_weights import ExpertWeights, MainGrads
+from moeyard.kernels.experts import Backend, expert_mlp
 from moeyard.kernels.gpu import tiles as tile_rules
-from moeyard.kernels.megablocks_backend import why_no_megablocks
-from moeyard.kernels.quantized_weights import Bits, QuantizedExpertWeights, quantize_experts
+from moeyard.kernels.torch_ops.megablocks import why_no_megablocks
+from moeyard.kernels.values.expert_weights import ExpertWeights, MainGrads
+from moeyard.kernels.values.quantized_weights import Bits, QuantizedExpertWeights, quantize_experts
 
 from report import write_results
 

@@ -29,10 +29,10 @@ from expert_mlp_cpu_peers import PEERS
 from torch import Tensor
 
 from moeyard.kernels.cpu.library import load
-from moeyard.kernels.expert_mlp import Backend, expert_mlp
-from moeyard.kernels.expert_weights import ExpertWeights, MainGrads, empty_slots
-from moeyard.kernels.quantized_weights import AnyExperts, quantize_experts
-from moeyard.training.allocator import keep_freed_memory
+from moeyard.kernels.experts import Backend, expert_mlp
+from moeyard.kernels.values.expert_weights import ExpertWeights, MainGrads, empty_slots
+from moeyard.kernels.values.quantized_weights import AnyExperts, quantize_experts
+from moeyard.training.run.allocator import keep_freed_memory
 
 from report import write_results
 

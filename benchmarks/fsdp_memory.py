@@ -21,9 +21,9 @@ import torch
 import yaml
 
 from moeyard.configuration import validate_config
-from moeyard.moe.decoder import Decoder
-from moeyard.parallel.gradients import expert_parameter_names
-from moeyard.parallel.local_part import local_part
+from moeyard.moe.models.decoder import Decoder
+from moeyard.parallel.dense.gradients import expert_parameter_names
+from moeyard.parallel.dense.local_part import local_part
 from moeyard.parallel.mesh import build_mesh
 from moeyard.parallel.process import process_group
 from moeyard.training.config import RunConfig

@@ -143,7 +143,7 @@ def serve_steps(pipe: Connection, name: str, size: Size, dtype_name: str, train:
     os.environ.update(environment)
     import torch
 
-    from moeyard.training.allocator import keep_freed_memory
+    from moeyard.training.run.allocator import keep_freed_memory
 
     keep_freed_memory()
     torch.manual_seed(0)

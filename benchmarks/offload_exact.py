@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 
 from moeyard.moe.batch import batch_of
-from moeyard.moe.sampling import SamplingParams
-from moeyard.serving.engine import Engine
+from moeyard.moe.models.sampling import SamplingParams
+from moeyard.serving.engine.engine import Engine
+from moeyard.serving.engine.sequence import GenerationRequest
 from moeyard.serving.loading import open_model
-from moeyard.serving.sequence import GenerationRequest
 
 from report import write_results
 

@@ -5,7 +5,7 @@
 Windows of random documents of several mean lengths (exponential, so that short ones are many).
 1. The attention of one layer, forward and backward, in every way tried: whole windows (no
    borders), a call per document, a block-diagonal mask, and groups of documents with lengths
-   rounded up to the next power of two over 1, 4 and 8 (8 is what moe/packing.py does).
+   rounded up to the next power of two over 1, 4 and 8 (8 is what moe/models/documents.py does).
 2. Forward and backward of a whole model, train.packing=documents against whole windows.
 Ratios of CPU time on one thread to whole windows in the same run, interleaved, medians.
 """
@@ -17,13 +17,13 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from moeyard.moe import packing
-from moeyard.moe.attention import Attention
+from moeyard.moe.attention.grouped_query import Attention
 from moeyard.moe.batch import Packing
-from moeyard.moe.config import ModelConfig
-from moeyard.moe.decoder import Decoder
-from moeyard.moe.initialize import initialize
-from moeyard.training.objective import NextToken
+from moeyard.moe.config.model import ModelConfig
+from moeyard.moe.models import documents as packing
+from moeyard.moe.models.decoder import Decoder
+from moeyard.moe.models.initialize import initialize
+from moeyard.training.objectives.next_token import NextToken
 
 from report import write_results
 

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import torch
 
-from moeyard.moe.language_model import LanguageModel
+from moeyard.moe.models.language_model import LanguageModel
+from moeyard.serving.experts.store import ExpertStore
 from moeyard.serving.loading import open_model
-from moeyard.serving.store import ExpertStore
 
 from report import write_results
 

@@ -24,7 +24,6 @@ from expert_mlp import FLUSH_BYTES, LAYERS, MAX_ERROR, Layer, _seconds
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from moeyard.kernels.expert_weights import ExpertWeights
 from moeyard.kernels.gpu.grad_hidden import grad_hidden
 from moeyard.kernels.gpu.grouped_matmul import grouped_matmul
 from moeyard.kernels.gpu.grouping import group_rows
@@ -32,7 +31,8 @@ from moeyard.kernels.gpu.quantized import quantized_matmul, quantized_up_project
 from moeyard.kernels.gpu.tiles import Kernel, Tiles, quantized_tiles, tile_rows, tiles_for
 from moeyard.kernels.gpu.up_projection import up_projection
 from moeyard.kernels.gpu.weight_grad import weight_grad
-from moeyard.kernels.quantized_weights import quantize_experts
+from moeyard.kernels.values.expert_weights import ExpertWeights
+from moeyard.kernels.values.quantized_weights import quantize_experts
 
 from report import write_results
 

@@ -25,14 +25,14 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from moeyard.moe.config import ModelConfig, MoEConfig
-from moeyard.moe.router_config import TopK
+from moeyard.moe.config.model import ModelConfig, MoEConfig
+from moeyard.moe.routers.config import TopK
 from moeyard.parallel.mesh import Mesh, build_mesh
 from moeyard.parallel.process import process_group
-from moeyard.training.allocator import keep_freed_memory
 from moeyard.training.config import OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
 from moeyard.training.data.batches import GlobalBatches
 from moeyard.training.data.shards import ShardFacts, TokenShard
+from moeyard.training.run.allocator import keep_freed_memory
 from moeyard.training.setup import Data, build_model
 from moeyard.training.step import TrainStep
 

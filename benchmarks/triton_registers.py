@@ -19,7 +19,6 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from moeyard.kernels.activation import ACTIVATIONS
 from moeyard.kernels.cpu.router import SCORES
 from moeyard.kernels.gpu import bias_grad, group_few, grouping, router
 from moeyard.kernels.gpu.combine import combine_kernel
@@ -32,6 +31,7 @@ from moeyard.kernels.gpu.router_grad import route_grad_kernel
 from moeyard.kernels.gpu.tiles import GROUP_TILES, Kernel, Tiles, quantized_tiles, tiles_for
 from moeyard.kernels.gpu.up_projection import up_projection_kernel
 from moeyard.kernels.gpu.weight_grad import weight_grad_kernel
+from moeyard.kernels.values.activation import ACTIVATIONS
 
 SHARED_LIMIT = {80: 101_376, 90: 232_448}
 """Bytes of shared memory that one program may have: on GeForce cards of the 30 and 40 series, which

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .activation import gated
-from .expert_loop import Span, spans_of
-from .expert_weights import ExpertWeights
 from .grouped_linear import grouped_linear
-from .grouping import group_tokens
+from .torch_ops.loop import Span, spans_of
+from .values.activation import gated
+from .values.expert_weights import ExpertWeights
+from .values.grouping import group_tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from .torch_router import ChoiceRule, Choices, choose_torch
-from .triton_backend import choose_triton, is_router_chosen
+from .gpu.door import choose_triton, is_router_chosen
+from .torch_ops.router import ChoiceRule, Choices, choose_torch
 
 
 def choose(

@@ -9,9 +9,9 @@ from typing import Protocol
 from torch import Tensor
 
 from .cpu.experts import CppWaves, can_run
-from .grouping import group_tokens
-from .quantized_weights import AnyExperts
-from .torch_backend import combine_rows, expert_rows
+from .torch_ops.experts import combine_rows, expert_rows
+from .values.grouping import group_tokens
+from .values.quantized_weights import AnyExperts
 
 
 class Waves(Protocol):

@@ -12,7 +12,7 @@ from .kv_cache import SequenceCache
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """Sequences without caches, grouped by padded length for attention (``moe/packing.py``)."""
+    """Sequences without caches, grouped by padded length for attention (models/documents.py)."""
 
     rows_P: Tensor
     """int64: the batch's row at each place of the groups laid end to end."""

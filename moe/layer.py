@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..kernels.activation import ACTIVATIONS, Activation, gated
-from ..kernels.expert_mlp import Backend
-from .build_router import build_router
-from .experts import AnyExperts, Experts
+from ..kernels.experts import Backend
+from ..kernels.values.activation import ACTIVATIONS, Activation, gated
+from .experts.resident import AnyExperts, Experts
 from .linear import Linear
-from .losses import total_loss
-from .router import Router
-from .router_config import Hash, TopK
-from .routing import Lookahead, Reduce, RouterInput, Routing
+from .routers.build import build_router
+from .routers.config import Hash, TopK
+from .routers.losses import total_loss
+from .routers.router import Router
+from .routers.routing import Lookahead, Reduce, RouterInput, Routing
 
 
 class Dispatcher(Protocol):

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from ..kernels.row_stable import bf16_row_stable_linear
+from ..kernels.linear import bf16_row_stable_linear
 
 
 class Linear(nn.Linear):

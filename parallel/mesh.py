@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from ..errors import ConfigError
-from .host_group import HostGroup
-from .watch import Answer, Watch
+from .host.group import HostGroup
+from .watch.watch import Answer, Watch
 
 
 @dataclass(frozen=True, slots=True)

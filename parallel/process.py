@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 
 from ..errors import LostRankError, Stopped
-from .last_word import say_last
-from .lost_rank import last_line
 from .parent import is_torchrun_worker
-from .watch import GRACE_S, Stop, Watch
+from .watch.last_word import say_last
+from .watch.lost_rank import last_line
+from .watch.watch import GRACE_S, Stop, Watch
 
 ADDRESS_KEY = "moeyard/address"
 LOOPBACK = "127.0.0.1"

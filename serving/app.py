@@ -12,9 +12,9 @@ from starlette.types import ASGIApp
 
 from ..configuration import validate_config
 from ..errors import MoeyardError
-from .hub_link import HubLink
+from .cluster.replica_port import close_replica_port
 from .proxy_guard import CALLBACK, CALLBACK_VARIABLE, ask_for_guard
-from .replica_port import close_replica_port
+from .replicas.hub_link import HubLink
 from .server import ServeArgs, Server, check_model
 
 log = logging.getLogger(__name__)

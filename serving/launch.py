@@ -15,8 +15,8 @@ from pathlib import Path
 from types import FrameType
 
 from ..errors import ConfigError, MoeyardError
-from .guardian import ATTEMPTS, TRY_AGAIN, stopping_signals
-from .own_ray import RayStartError, StartReport, Watch, prepare, start
+from .cluster.guardian import ATTEMPTS, TRY_AGAIN, stopping_signals
+from .cluster.own_ray import RayStartError, StartReport, Watch, prepare, start
 from .proxy_guard import UNFINISHED
 from .server import ServeArgs, check_model
 
@@ -116,7 +116,7 @@ def _drain(timeout_s: float, base: str) -> None:
     import ray
     from ray.exceptions import RayError
 
-    from .hub_actor import open_hub
+    from .replicas.hub_actor import open_hub
 
     sys.stdout.write(f"draining timeout_s={timeout_s:g}; a second signal ends everything at once\n")
     sys.stdout.flush()

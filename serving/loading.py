@@ -7,20 +7,20 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
-from ..kernels.expert_weights import ExpertWeights
-from ..kernels.memory import is_out_of_memory
-from ..kernels.quantized_weights import QuantizedExpertWeights
-from ..moe.decoder import Decoder
-from ..moe.expert_slots import empty_experts
-from ..moe.experts import AnyExperts, Experts
-from ..moe.generation_config import read_generation_config
-from ..moe.language_model import LanguageModel
-from ..moe.model_folder import ModelFolder
-from ..moe.quantized_experts import QuantizedExperts
-from ..moe.read_weights import Read, dense_reads, expert_reads, run_reads
+from ..kernels.values.expert_weights import ExpertWeights
+from ..kernels.values.memory import is_out_of_memory
+from ..kernels.values.quantized_weights import QuantizedExpertWeights
+from ..moe.experts.quantized import QuantizedExperts
+from ..moe.experts.resident import AnyExperts, Experts
+from ..moe.folders.expert_slots import empty_experts
+from ..moe.folders.folder import ModelFolder
+from ..moe.folders.generation_config import read_generation_config
+from ..moe.folders.read_weights import Read, dense_reads, expert_reads, run_reads
+from ..moe.models.decoder import Decoder
+from ..moe.models.language_model import LanguageModel
+from .experts.offloaded import OffloadedExperts
+from .experts.store import ExpertStore
 from .memory import budget_bytes, check_memory
-from .offload import OffloadedExperts
-from .store import ExpertStore
 
 log = logging.getLogger(__name__)
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 
 from ..errors import ConfigError
-from ..moe.expert_slots import expert_bytes
-from ..moe.model_folder import ModelFolder
-from ..moe.tensor_names import dense_tensors
-from .budget import parse_budget
-from .store import count_slots
+from ..moe.folders.expert_slots import expert_bytes
+from ..moe.folders.folder import ModelFolder
+from ..moe.folders.tensor_names import dense_tensors
+from .experts.budget import parse_budget
+from .experts.store import count_slots
 
 GROUPS = Path("/sys/fs/cgroup")
 

@@ -22,9 +22,9 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import RequestError
-from .connections import STATE_KEY, Connection, connections
-from .request_body import read_body
-from .responses import DONE, error_object, error_response, sse
+from .api.connections import STATE_KEY, Connection, connections
+from .api.request_body import read_body
+from .api.responses import DONE, error_object, error_response, sse
 
 CALLBACK_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 CALLBACK = "moeyard.serving.proxy_guard:middlewares"

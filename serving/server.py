@@ -10,15 +10,15 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from starlette.types import ASGIApp
 
-from ..moe.generation_config import read_generation_config
-from ..moe.model_folder import ModelFolder
-from .admission import Admission
-from .engine import Engine, check_length
-from .engine_thread import EngineThread
-from .http_app import HttpApi
+from ..moe.folders.folder import ModelFolder
+from ..moe.folders.generation_config import read_generation_config
+from .api.http_app import HttpApi
+from .engine.admission import Admission
+from .engine.engine import Engine, check_length
+from .engine.thread import EngineThread
+from .engine.tokenizer import ServingTokenizer
 from .loading import open_model, pick_dtype
 from .memory import bytes_of_experts, check_memory
-from .tokenizer import ServingTokenizer
 
 
 class ServeArgs(BaseModel):

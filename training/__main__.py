@@ -14,15 +14,15 @@ from pathlib import Path
 
 from ..configuration import load_config
 from ..errors import MoeyardError, Stopped
-from ..parallel.last_word import say_last
 from ..parallel.mesh import build_mesh
 from ..parallel.process import process_group
-from .agreement import check_same_start
-from .allocator import keep_freed_memory
+from ..parallel.watch.last_word import say_last
 from .config import RunConfig
-from .run_folder import claim_run_folder, dump_config
-from .shared_folder import check_shared_folder
-from .stop import StopRequest
+from .run.agreement import check_same_start
+from .run.allocator import keep_freed_memory
+from .run.folder import claim_run_folder, dump_config
+from .run.shared_folder import check_shared_folder
+from .run.stop import StopRequest
 from .trainer import Trainer
 
 INTERRUPTED = 130

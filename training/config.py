@@ -4,11 +4,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ..kernels.expert_mlp import Backend
-from ..moe.config import ModelConfig
-from ..moe.lora import LoraTarget
-from ..moe.router_config import TopK
-from .start_from import complete_values
+from ..kernels.experts import Backend
+from ..moe.config.model import ModelConfig
+from ..moe.models.lora import LoraTarget
+from ..moe.routers.config import TopK
+from .checkpoints.start_from import complete_values
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 

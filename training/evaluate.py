@@ -6,7 +6,7 @@ import torch
 
 from ..parallel.mesh import Mesh
 from .config import RunConfig
-from .objective import NextToken
+from .objectives.next_token import NextToken
 from .setup import Data, device
 
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ..moe.experts import Experts
-from ..parallel.local_part import as_part_of, local_part
+from ..moe.experts.resident import Experts
+from ..parallel.dense.local_part import as_part_of, local_part
 from .config import OptimizerConfig
 
 

@@ -5,8 +5,8 @@ from collections.abc import Set
 import torch
 from torch import Tensor
 
-from ..moe.decoder import Decoder
-from ..moe.router import Router
+from ..moe.models.decoder import Decoder
+from ..moe.routers.router import Router
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
@@ -18,7 +18,7 @@ def apply_precision(
 
     Under bf16 the routers stay in fp32, and so do the ``sharded`` parameters that train: they are
     masters themselves, which FSDP casts when it gathers them. What does not train needs no master.
-    Main gradients are fp32 in any case (parallel/gradients.py).
+    Main gradients are fp32 in any case (parallel/dense/gradients.py).
     """
     dtype = DTYPES[precision]
     masters = {}

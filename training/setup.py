@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..moe.config import ModelConfig
-from ..moe.decoder import Decoder
-from ..moe.initialize import initialize
-from ..moe.lora import add_lora
-from ..moe.router_config import Hash
-from ..parallel.dense_fsdp import modules_kept_whole, sharded_parameter_names
-from ..parallel.dispatch import AllToAllDispatcher
-from ..parallel.exchange import open_exchange
+from ..moe.config.model import ModelConfig
+from ..moe.models.decoder import Decoder
+from ..moe.models.initialize import initialize
+from ..moe.models.lora import add_lora
+from ..moe.routers.config import Hash
+from ..parallel.dense.fsdp import modules_kept_whole, sharded_parameter_names
+from ..parallel.experts.all_to_all import AllToAllDispatcher
+from ..parallel.experts.exchange import open_exchange
 from ..parallel.mesh import Mesh
+from .checkpoints.start_from import check_tokenizer, read_start
 from .config import RunConfig
 from .data.batches import Batches, GlobalBatches
 from .data.corpus import open_eval_shard, open_shards, prepare_shards
@@ -24,8 +25,7 @@ from .data.stream import StreamBatches
 from .data.stream_setup import is_stream, prepare_stream, stream_identity
 from .data.tokenizer import Tokenizer, open_tokenizer
 from .precision import apply_precision
-from .start_from import check_tokenizer, read_start
-from .stop import StopRequest
+from .run.stop import StopRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ def build_model(
     """Build this rank's part of the decoder, with initial weights and dispatcher.
 
     Returns it with the fp32 masters of the parameters that its precision narrows. Parameters that
-    will be sharded are still whole and on the CPU (parallel/dense_fsdp.py). The global
+    will be sharded are still whole and on the CPU (parallel/dense/fsdp.py). The global
     generator is seeded last: from here on only router noise draws from it.
     """
     expert_ids, token_counts = None, None

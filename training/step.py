@@ -12,16 +12,16 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import TrainingError
-from ..moe.decoder import Decoder
-from ..moe.losses import auxiliary_losses
-from ..parallel.dense_fsdp import ShardedMainGradients, shard_dense, without_reduction
-from ..parallel.gradients import MainGradients, wrap_dense
+from ..moe.models.decoder import Decoder
+from ..moe.routers.losses import auxiliary_losses
+from ..parallel.dense.fsdp import ShardedMainGradients, shard_dense, without_reduction
+from ..parallel.dense.gradients import MainGradients, wrap_dense
 from ..parallel.mesh import Mesh
 from .config import RunConfig
 from .data.batches import Batches
-from .objective import NextToken
+from .objectives.next_token import NextToken
+from .observers.phases import PhaseClock
 from .optimizer import MasterAdamW, learning_rate
-from .phases import PhaseClock
 from .precision import DTYPES
 from .setup import device, shards_dense
 

@@ -9,25 +9,25 @@ import torch
 
 from ..errors import CheckpointError, DataError, Stopped
 from ..files import replace_text
-from ..moe.config import ModelConfig
-from ..moe.load import load_statistics
-from ..parallel.local_part import local_part
+from ..moe.config.model import ModelConfig
+from ..moe.routers.load import load_statistics
+from ..parallel.dense.local_part import local_part
 from ..parallel.mesh import Mesh
-from ..parallel.pulse import pulse
-from .agreement import check_same_beginning
-from .checkpoint import Checkpoints
-from .checkpoint_files import read_state
+from ..parallel.watch.pulse import pulse
+from .checkpoints.checkpoint import Checkpoints
+from .checkpoints.files import read_state
+from .checkpoints.start_from import read_origin
 from .config import RunConfig
-from .console import TrainingConsole
 from .evaluate import evaluate
-from .monitor import open_observers
-from .phases import PhaseAverage
-from .run_folder import dump_config
+from .observers.console import TrainingConsole
+from .observers.open import open_observers
+from .observers.phases import PhaseAverage
+from .run.agreement import check_same_beginning
+from .run.folder import dump_config
+from .run.starts import note_start
+from .run.stop import StopRequest
 from .setup import build_data, build_model, check_batch, fill_vocabulary, seed_rank
-from .start_from import read_origin
-from .starts import note_start
 from .step import StepResult, TrainStep
-from .stop import StopRequest
 
 log = logging.getLogger(__name__)
 

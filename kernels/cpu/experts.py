@@ -10,10 +10,10 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from ..activation import ACTIVATIONS
-from ..expert_weights import ExpertWeights, SlotTable
-from ..grouping import outside
-from ..quantized_weights import AnyExperts, QuantizedExpertWeights, QuantizedMatrices
+from ..values.activation import ACTIVATIONS
+from ..values.expert_weights import ExpertWeights, SlotTable
+from ..values.grouping import outside
+from ..values.quantized_weights import AnyExperts, QuantizedExpertWeights, QuantizedMatrices
 from .library import TYPES, empty_fp32, functions_for
 from .structures import (
     Biases,

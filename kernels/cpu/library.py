@@ -59,7 +59,7 @@ def _checked(library: Library) -> Library:
     """Return the library, or why it cannot be trusted."""
     if library.functions is None:
         return library
-    from .check import problem  # it imports what imports this module
+    from ..checks.cpu import problem  # it imports what imports this module
 
     _candidate.library = library
     try:

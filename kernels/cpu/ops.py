@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..activation import ACTIVATIONS, Activation
-from ..expert_weights import ExpertWeights, MainGrads, Parameters
-from ..quantized_weights import AnyExperts, QuantizedExpertWeights, QuantizedMatrices
+from ..values.activation import ACTIVATIONS, Activation
+from ..values.expert_weights import ExpertWeights, MainGrads, Parameters
+from ..values.quantized_weights import AnyExperts, QuantizedExpertWeights, QuantizedMatrices
 from .experts import CppWaves, as_int32, is_plain
 from .library import TYPES, load
 from .training import forward_kept, gradients, have_backward

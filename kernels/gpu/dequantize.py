@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..quantized_weights import QuantizedMatrices
+from ..values.quantized_weights import QuantizedMatrices
 from .grouping import SlotGroups
 from .quantized import widened
 

@@ -1,4 +1,4 @@
-"""fc1 and fc2 on weights in 8 or 4 bits (kernels/quantized_weights.py), widened on their way.
+"""fc1 and fc2 on weights in 8 or 4 bits (values/quantized_weights.py), widened on their way.
 
 A value becomes x's type exactly, products are summed in fp32, and sums are multiplied by the scale:
 once at the end where a row has one scale, else once a group. So nothing is rounded that plain
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..quantized_weights import INT4_ZERO, QuantizedMatrices
+from ..values.quantized_weights import INT4_ZERO, QuantizedMatrices
 from .grouping import SlotGroups
 from .tile_math import add_product, gated, tile_and_column
 from .tiles import GROUP_TILES, Tiles

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..quantized_weights import QuantizedMatrices
+from ..values.quantized_weights import QuantizedMatrices
 from .combine import combine
 from .dequantize import dequantize
 from .grouped_matmul import grouped_matmul

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..torch_router import ChoiceRule
+from ..torch_ops.router import ChoiceRule
 from .router import rows_of, warps_of
 from .router_math import EPSILON, scores_of_chosen, softmax_parts
 

@@ -6,7 +6,7 @@ M rows of a tile, N lanes (experts and padding), K choices, G groups, W experts 
 import triton
 import triton.language as tl
 
-from .. import torch_router
+from ..torch_ops import router as torch_router
 
 EPSILON = tl.constexpr(torch_router.EPSILON)
 NO_KEY = tl.constexpr(-1)

@@ -6,7 +6,7 @@ M rows of a tile, N columns of a tile, P the inner dimension of a product.
 import triton
 import triton.language as tl
 
-from .. import activation
+from ..values import activation
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 """Whether the kernels run in Triton's interpreter, which multiplies bf16 tiles as if their bits
@@ -47,7 +47,7 @@ def tile_and_column(
 
 @triton.jit
 def gated(gate, up, ACTIVATION: tl.constexpr):
-    """Return act(gate) * factor(up), all in fp32 (kernels/activation.py has the formulas)."""
+    """Return act(gate) * factor(up), all in fp32 (values/activation.py has the formulas)."""
     if ACTIVATION == "swiglu":
         return gate * tl.sigmoid(gate) * up
     elif ACTIVATION == "reglu":

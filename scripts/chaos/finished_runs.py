@@ -16,7 +16,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from moeyard.training.checkpoint_files import verify
+from moeyard.training.checkpoints.files import verify
 
 from small_runs import Ended, Report, in_parallel, launch, torchrun, work_folder
 

@@ -30,8 +30,8 @@ from moeyard.errors import MoeyardError
 from moeyard.files import sha256_of
 from moeyard.parallel.mesh import Mesh
 from moeyard.training.__main__ import main as train
-from moeyard.training.checkpoint import Checkpoints, StoredTensors
-from moeyard.training.checkpoint_files import read_state
+from moeyard.training.checkpoints.checkpoint import Checkpoints, StoredTensors
+from moeyard.training.checkpoints.files import read_state
 from moeyard.training.config import RunConfig
 from moeyard.training.trainer import Trainer
 

@@ -10,7 +10,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from moeyard.training.checkpoint_files import verify
+from moeyard.training.checkpoints.files import verify
 
 from small_runs import VICTIM, Ended, Report, in_parallel, launch, torchrun, work_folder
 

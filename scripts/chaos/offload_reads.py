@@ -22,9 +22,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from moeyard.moe.config import MoEConfig
-from moeyard.moe.router_config import TopK
-from moeyard.serving import engine_thread
+from moeyard.moe.config.model import MoEConfig
+from moeyard.moe.routers.config import TopK
+from moeyard.serving.engine import thread as engine_thread
 from moeyard.serving.server import ServeArgs, Server
 
 from bounded import finish, scratch

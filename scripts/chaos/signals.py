@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moeyard.parallel.mesh import Mesh
-from moeyard.training.checkpoint import Checkpoints
+from moeyard.training.checkpoints.checkpoint import Checkpoints
 
 from small_runs import Report, end_tree, environment, in_parallel, torchrun, work_folder
 

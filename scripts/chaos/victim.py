@@ -66,10 +66,10 @@ def main() -> int:
     die_with_parent()
     from torch.distributed.checkpoint import filesystem
 
-    from moeyard.parallel.watch import Watch
+    from moeyard.parallel.watch.watch import Watch
     from moeyard.training import __main__ as program
     from moeyard.training import setup, trainer
-    from moeyard.training.checkpoint import Checkpoints
+    from moeyard.training.checkpoints.checkpoint import Checkpoints
     from moeyard.training.step import TrainStep
 
     places = {

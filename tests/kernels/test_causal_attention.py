@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moeyard.kernels.causal_attention import LENGTHS, CausalAttention, can_run
+from moeyard.kernels.torch_ops.causal_attention import LENGTHS, CausalAttention, can_run
 
 SHAPES = {
     "one_block": (3, 64, 4, 2, 16),

@@ -86,7 +86,7 @@ def test_a_check_that_breaks_leaves_the_kernels_unused(monkeypatch):
         raise RuntimeError("no memory")
 
     monkeypatch.setattr(library, "_loaded", None)
-    monkeypatch.setattr("moeyard.kernels.cpu.check.problem", broken)
+    monkeypatch.setattr("moeyard.kernels.checks.cpu.problem", broken)
     monkeypatch.setattr(library, "_open", lambda: library.Library(object(), "avx2"))
     for _ in range(2):
         found = library.load()
@@ -107,7 +107,7 @@ def test_the_pool_runs_every_task_of_every_job_exactly_once(tmp_path):
 
 
 def test_a_library_that_computes_wrong_is_not_used(cache, monkeypatch):
-    monkeypatch.setattr("moeyard.kernels.cpu.check.problem", lambda: "computes norms wrong")
+    monkeypatch.setattr("moeyard.kernels.checks.cpu.problem", lambda: "computes norms wrong")
     monkeypatch.setattr(library, "_open", lambda: library.Library(object(), "avx2"))
     assert library.load() == (None, "avx2 computes norms wrong", True)
 

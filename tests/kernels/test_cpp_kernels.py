@@ -8,17 +8,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moeyard.kernels.activation import ACTIVATIONS
 from moeyard.kernels.cpu import library
 from moeyard.kernels.cpu.linear import linear
 from moeyard.kernels.cpu.norm import rms_norm
-from moeyard.kernels.expert_mlp import expert_mlp
-from moeyard.kernels.expert_weights import ExpertWeights, MainGrads
-from moeyard.kernels.quantized_weights import quantize_experts
+from moeyard.kernels.experts import expert_mlp
+from moeyard.kernels.values.activation import ACTIVATIONS
+from moeyard.kernels.values.expert_weights import ExpertWeights, MainGrads
+from moeyard.kernels.values.quantized_weights import quantize_experts
 from moeyard.kernels.waves import start_waves
-from moeyard.moe.build_router import build_router
-from moeyard.moe.router_config import TopK
-from moeyard.moe.routing import RouterInput
+from moeyard.moe.routers.build import build_router
+from moeyard.moe.routers.config import TopK
+from moeyard.moe.routers.routing import RouterInput
 
 FUNCTIONS = library.load().functions
 pytestmark = [

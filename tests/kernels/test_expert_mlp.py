@@ -4,12 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moeyard.kernels.activation import ACTIVATIONS, gated
 from moeyard.kernels.cpu import library
-from moeyard.kernels.expert_mlp import expert_mlp
-from moeyard.kernels.expert_weights import ExpertWeights, MainGrads, empty_slots
-from moeyard.kernels.grouping import group_tokens
-from moeyard.kernels.torch_backend import combine_rows
+from moeyard.kernels.experts import expert_mlp
+from moeyard.kernels.torch_ops.experts import combine_rows
+from moeyard.kernels.values.activation import ACTIVATIONS, gated
+from moeyard.kernels.values.expert_weights import ExpertWeights, MainGrads, empty_slots
+from moeyard.kernels.values.grouping import group_tokens
 from moeyard.kernels.waves import start_waves
 
 NONE = library.Library(None, "left out")

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moeyard.kernels.expert_weights import ExpertWeights
 from moeyard.kernels.frozen_experts import LowRank, frozen_expert_mlp
-from moeyard.kernels.reference import expert_mlp_reference
+from moeyard.kernels.torch_ops.reference import expert_mlp_reference
+from moeyard.kernels.values.expert_weights import ExpertWeights
 
 T, K, E, D, F, P, SCALE = 37, 3, 6, 10, 8, 2, 1.7
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-2}

@@ -8,8 +8,8 @@ import torch
 
 from moeyard.kernels import grouped_linear as module
 from moeyard.kernels.cpu.library import load
-from moeyard.kernels.expert_loop import Span
 from moeyard.kernels.grouped_linear import grouped_linear
+from moeyard.kernels.torch_ops.loop import Span
 
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 6e-3}
 """Largest difference over the largest value; bf16 results are rounded once, by 2^-8 at most."""

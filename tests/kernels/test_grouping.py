@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moeyard.kernels.grouping import group_tokens
+from moeyard.kernels.values.grouping import group_tokens
 
 CASES = {
     "random": torch.randint(0, 7, (13, 3), generator=torch.Generator().manual_seed(0)),

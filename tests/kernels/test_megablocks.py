@@ -10,12 +10,13 @@ import types
 import pytest
 import torch
 
-from moeyard.kernels import megablocks_backend, self_check
-from moeyard.kernels.expert_mlp import expert_mlp
-from moeyard.kernels.expert_weights import ExpertWeights, MainGrads
-from moeyard.kernels.megablocks_backend import why_no_megablocks
-from moeyard.kernels.quantized_weights import QuantizedExpertWeights, quantize
-from moeyard.kernels.self_check import check_backend, check_backends
+from moeyard.kernels.checks import experts as self_check
+from moeyard.kernels.checks.experts import check_backend, check_backends
+from moeyard.kernels.experts import expert_mlp
+from moeyard.kernels.torch_ops import megablocks as megablocks_backend
+from moeyard.kernels.torch_ops.megablocks import why_no_megablocks
+from moeyard.kernels.values.expert_weights import ExpertWeights, MainGrads
+from moeyard.kernels.values.quantized_weights import QuantizedExpertWeights, quantize
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 T, K, E, D, F = 37, 2, 5, 24, 40

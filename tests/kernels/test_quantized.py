@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from moeyard.kernels.expert_mlp import expert_mlp
-from moeyard.kernels.expert_weights import ExpertWeights
-from moeyard.kernels.quantized_weights import (
+from moeyard.kernels.experts import expert_mlp
+from moeyard.kernels.values.expert_weights import ExpertWeights
+from moeyard.kernels.values.quantized_weights import (
     QuantizedExpertWeights,
     QuantizedMatrices,
     quantize,

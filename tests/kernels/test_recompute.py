@@ -7,10 +7,10 @@ import moeyard
 from moeyard.configuration import load_config
 from moeyard.errors import ConfigError
 from moeyard.kernels.cpu import library
-from moeyard.kernels.expert_mlp import expert_mlp
-from moeyard.kernels.expert_weights import ExpertWeights, MainGrads
-from moeyard.moe.config import ModelConfig
-from moeyard.moe.decoder import Decoder
+from moeyard.kernels.experts import expert_mlp
+from moeyard.kernels.values.expert_weights import ExpertWeights, MainGrads
+from moeyard.moe.config.model import ModelConfig
+from moeyard.moe.models.decoder import Decoder
 from moeyard.training.config import RunConfig
 
 T, K, E, D, F = 61, 2, 5, 24, 40

@@ -5,9 +5,10 @@ import warnings
 import pytest
 import torch
 
-from moeyard.kernels import router_check, triton_backend
+from moeyard.kernels.checks import router as router_check
+from moeyard.kernels.gpu import door as triton_backend
 from moeyard.kernels.router import choose
-from moeyard.kernels.torch_router import ChoiceRule, choose_torch
+from moeyard.kernels.torch_ops.router import ChoiceRule, choose_torch
 
 GPU = torch.device("cuda", 0)
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from moeyard.kernels.cpu import library
-from moeyard.kernels.expert_mlp import expert_mlp
-from moeyard.kernels.expert_weights import ExpertWeights
-from moeyard.kernels.row_stable import (
+from moeyard.kernels.experts import expert_mlp
+from moeyard.kernels.linear import (
     bf16_row_stable_linear,
     row_stable_linear,
 )
+from moeyard.kernels.values.expert_weights import ExpertWeights
 
 NONE = library.Library(None, "left out")
 WIDTHS = [(24, 6), (128, 257), (1024, 96), (1536, 1024), (2048, 1024), (4096, 512)]

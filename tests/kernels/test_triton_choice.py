@@ -7,17 +7,18 @@ import warnings
 import pytest
 import torch
 
-from moeyard.kernels import self_check, triton_backend
+from moeyard.kernels.checks import experts as self_check
+from moeyard.kernels.checks.experts import BackendCheck
 from moeyard.kernels.cpu import library
-from moeyard.kernels.expert_mlp import expert_mlp
-from moeyard.kernels.expert_weights import ExpertWeights, MainGrads, empty_slots
+from moeyard.kernels.experts import expert_mlp
+from moeyard.kernels.gpu import door as triton_backend
 from moeyard.kernels.gpu.tiles import tile_rows
-from moeyard.kernels.quantized_weights import (
+from moeyard.kernels.values.expert_weights import ExpertWeights, MainGrads, empty_slots
+from moeyard.kernels.values.quantized_weights import (
     QuantizedExpertWeights,
     QuantizedMatrices,
     quantize_experts,
 )
-from moeyard.kernels.self_check import BackendCheck
 
 
 def problem(dtype=torch.float32):

@@ -8,9 +8,9 @@ pytest.importorskip("triton", reason="Triton has no package for this system")
 from triton_cases import *  # noqa: F403
 from triton_cases import TOLERANCE, assert_near, expected_outcome, outcome, problem, routing
 
-from moeyard.kernels.expert_mlp import expert_mlp
-from moeyard.kernels.expert_weights import ExpertWeights
-from moeyard.kernels.triton_backend import is_chosen
+from moeyard.kernels.experts import expert_mlp
+from moeyard.kernels.gpu.door import is_chosen
+from moeyard.kernels.values.expert_weights import ExpertWeights
 
 pytestmark = pytest.mark.gpu
 

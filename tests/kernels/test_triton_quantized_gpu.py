@@ -9,9 +9,9 @@ from triton_cases import TOLERANCE, routing
 from triton_quantized_cases import *  # noqa: F403
 from triton_quantized_cases import assert_near, expected_of, problem, run, weights_of
 
-from moeyard.kernels.expert_mlp import expert_mlp
+from moeyard.kernels.experts import expert_mlp
+from moeyard.kernels.gpu.door import is_chosen
 from moeyard.kernels.gpu.tiles import is_dequantized
-from moeyard.kernels.triton_backend import is_chosen
 
 pytestmark = pytest.mark.gpu
 SHAPE = (64, 2, 8, 128, 64)

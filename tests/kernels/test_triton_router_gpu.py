@@ -8,11 +8,11 @@ pytest.importorskip("triton", reason="Triton has no package for this system")
 from triton_router_cases import *  # noqa: F403
 from triton_router_cases import assert_near, expected_outcome, outcome, problem, rule
 
+from moeyard.kernels.gpu.door import is_router_chosen
 from moeyard.kernels.router import choose
-from moeyard.kernels.triton_backend import is_router_chosen
-from moeyard.moe.router_config import TopK
-from moeyard.moe.routing import RouterInput
-from moeyard.moe.topk_router import TopKRouter
+from moeyard.moe.routers.config import TopK
+from moeyard.moe.routers.routing import RouterInput
+from moeyard.moe.routers.topk import TopKRouter
 
 pytestmark = pytest.mark.gpu
 

@@ -9,10 +9,10 @@ import torch
 import triton
 from torch.utils.checkpoint import checkpoint
 
-from moeyard.kernels.expert_mlp import expert_mlp
-from moeyard.kernels.expert_weights import ExpertWeights, MainGrads
+from moeyard.kernels.experts import expert_mlp
 from moeyard.kernels.gpu.grouping import group_rows
-from moeyard.kernels.grouping import group_tokens
+from moeyard.kernels.values.expert_weights import ExpertWeights, MainGrads
+from moeyard.kernels.values.grouping import group_tokens
 
 DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}

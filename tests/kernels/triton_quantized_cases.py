@@ -7,11 +7,11 @@ import pytest
 import torch
 from triton_cases import DEVICE, TOLERANCE, routing
 
-from moeyard.kernels.expert_mlp import expert_mlp
-from moeyard.kernels.expert_weights import ExpertWeights
+from moeyard.kernels.experts import expert_mlp
 from moeyard.kernels.gpu import dequantize, quantized_ops, tiles
 from moeyard.kernels.gpu.grouping import group_rows
-from moeyard.kernels.quantized_weights import (
+from moeyard.kernels.values.expert_weights import ExpertWeights
+from moeyard.kernels.values.quantized_weights import (
     QuantizedExpertWeights,
     QuantizedMatrices,
     quantize,

@@ -11,11 +11,11 @@ import triton
 import moeyard.kernels.router
 from moeyard.kernels.gpu import router as router_kernels
 from moeyard.kernels.router import choose
-from moeyard.kernels.torch_router import ChoiceRule, choose_torch
-from moeyard.moe.losses import auxiliary_losses
-from moeyard.moe.router_config import TopK
-from moeyard.moe.routing import RouterInput
-from moeyard.moe.topk_router import TopKRouter
+from moeyard.kernels.torch_ops.router import ChoiceRule, choose_torch
+from moeyard.moe.routers.config import TopK
+from moeyard.moe.routers.losses import auxiliary_losses
+from moeyard.moe.routers.routing import RouterInput
+from moeyard.moe.routers.topk import TopKRouter
 
 DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
 TOLERANCE = 1e-5

@@ -3,7 +3,7 @@
 import torch
 
 from moeyard.moe.batch import batch_of
-from moeyard.moe.decoder import Decoder
+from moeyard.moe.models.decoder import Decoder
 
 
 def prompts(*lengths: int) -> list[torch.Tensor]:

@@ -12,13 +12,13 @@ from transformers import AutoModelForCausalLM
 
 from moeyard.configuration import validate_config
 from moeyard.moe.batch import batch_of_rows
-from moeyard.moe.config import ModelConfig
-from moeyard.moe.convert import convert
-from moeyard.moe.decoder import Decoder
-from moeyard.moe.hf_config import from_hf, to_hf
-from moeyard.moe.losses import auxiliary_losses
+from moeyard.moe.config.model import ModelConfig
+from moeyard.moe.folders.convert import convert
+from moeyard.moe.folders.hf_config import from_hf, to_hf
+from moeyard.moe.models.decoder import Decoder
+from moeyard.moe.routers.losses import auxiliary_losses
+from moeyard.training.checkpoints.start_from import read_start
 from moeyard.training.config import RunConfig
-from moeyard.training.start_from import read_start
 
 from hf_families import BASE, CASES, make, save
 from small_model import write_decoder

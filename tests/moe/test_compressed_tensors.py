@@ -8,22 +8,22 @@ import torch
 from safetensors.torch import save_file
 
 from moeyard.errors import ModelFileError
-from moeyard.kernels.expert_mlp import expert_mlp
-from moeyard.kernels.expert_weights import ExpertWeights
-from moeyard.kernels.quantized_weights import (
+from moeyard.kernels.experts import expert_mlp
+from moeyard.kernels.values.expert_weights import ExpertWeights
+from moeyard.kernels.values.quantized_weights import (
     QuantizedExpertWeights,
     empty_matrices,
     quantize,
 )
-from moeyard.moe.compressed_tensors import (
+from moeyard.moe.folders.compressed_tensors import (
     PackedFormat,
     read_matrix,
     read_plain,
     slot_view,
     to_stored,
 )
-from moeyard.moe.quantized_config import quantization_config, read_quantization_config
-from moeyard.moe.safetensors_file import SafetensorsFile
+from moeyard.moe.folders.quantized_config import quantization_config, read_quantization_config
+from moeyard.moe.folders.safetensors_file import SafetensorsFile
 
 FORMATS = [(8, None), (8, 32), (4, 32), (4, 64)]
 EACH_FORMAT = pytest.mark.parametrize(("bits", "group_size"), FORMATS)

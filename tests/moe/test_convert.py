@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 import moeyard
 from moeyard.cli import main
 from moeyard.errors import ConfigError, ModelFileError
-from moeyard.kernels.quantized_weights import QuantizedExpertWeights
-from moeyard.moe.convert import convert
-from moeyard.moe.quantized_experts import QuantizedExperts
+from moeyard.kernels.values.quantized_weights import QuantizedExpertWeights
+from moeyard.moe.experts.quantized import QuantizedExperts
+from moeyard.moe.folders.convert import convert
 
 from hf_families import save
 
@@ -40,7 +40,7 @@ def source(request, tmp_path_factory):
 
 def widened(model: moeyard.load) -> None:
     """Put the weights that experts in few bits stand for in their place."""
-    from moeyard.kernels.expert_weights import ExpertWeights
+    from moeyard.kernels.values.expert_weights import ExpertWeights
 
     for _, layer in model.decoder.moe_layers():
         weights = layer.experts.weights

@@ -5,10 +5,10 @@ import torch
 from decode_steps import hidden_by_steps, prompts
 
 from moeyard.kernels.cpu import library
-from moeyard.moe.attention import Attention
-from moeyard.moe.attention_config import AttentionConfig, LatentAttention, YarnRope
-from moeyard.moe.config import ModelConfig
-from moeyard.moe.decoder import Decoder
+from moeyard.moe.attention.grouped_query import Attention
+from moeyard.moe.config.attention import AttentionConfig, LatentAttention, YarnRope
+from moeyard.moe.config.model import ModelConfig
+from moeyard.moe.models.decoder import Decoder
 
 NONE = library.Library(None, "left out")
 FAMILIES = {

@@ -8,9 +8,9 @@ from decode_steps import hidden_by_steps, prompts
 
 from moeyard.kernels.cpu import library
 from moeyard.moe.batch import batch_of
-from moeyard.moe.config import ModelConfig, MoEConfig
-from moeyard.moe.decoder import Decoder
-from moeyard.moe.router_config import TopK
+from moeyard.moe.config.model import ModelConfig, MoEConfig
+from moeyard.moe.models.decoder import Decoder
+from moeyard.moe.routers.config import TopK
 
 NONE = library.Library(None, "left out")
 BACKENDS = pytest.mark.parametrize("kernels", [library.load(), NONE], ids=["cpp", "torch"])

@@ -6,10 +6,10 @@ import torch
 
 import moeyard
 from moeyard.errors import ConfigError
-from moeyard.moe.build_router import build_router
-from moeyard.moe.losses import auxiliary_losses
-from moeyard.moe.router_config import TopK
-from moeyard.moe.routing import RouterInput
+from moeyard.moe.routers.build import build_router
+from moeyard.moe.routers.config import TopK
+from moeyard.moe.routers.losses import auxiliary_losses
+from moeyard.moe.routers.routing import RouterInput
 
 EXPERTS, GROUPS, KEPT, K = 12, 4, 2, 3
 

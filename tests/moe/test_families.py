@@ -6,8 +6,8 @@ from transformers import AutoModelForCausalLM
 
 import moeyard
 from moeyard.moe.batch import batch_of
-from moeyard.moe.convert import convert
-from moeyard.moe.model_folder import ModelFolder
+from moeyard.moe.folders.convert import convert
+from moeyard.moe.folders.folder import ModelFolder
 
 from hf_families import CASES, assert_same_model, make, save
 

@@ -7,7 +7,7 @@ import torch
 
 import moeyard
 from moeyard.moe.batch import batch_of
-from moeyard.moe.convert import convert
+from moeyard.moe.folders.convert import convert
 
 from hf_families import CASES, save
 

@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 
 import moeyard
 from moeyard.errors import ModelFileError
-from moeyard.moe.convert import convert
-from moeyard.serving.completion_request import CompletionRequest
-from moeyard.serving.completions import sampling_of
+from moeyard.moe.folders.convert import convert
+from moeyard.serving.api.completion_request import CompletionRequest
+from moeyard.serving.api.completions import sampling_of
 
 from hf_families import save
 

@@ -17,9 +17,9 @@ from transformers import (
 import moeyard
 from moeyard.errors import ConfigError, ModelFileError
 from moeyard.moe.batch import batch_of, batch_of_rows
-from moeyard.moe.config import ModelConfig, MoEConfig
-from moeyard.moe.hf_config import from_hf, to_hf
-from moeyard.moe.router_config import Hash, TopK
+from moeyard.moe.config.model import ModelConfig, MoEConfig
+from moeyard.moe.folders.hf_config import from_hf, to_hf
+from moeyard.moe.routers.config import Hash, TopK
 
 from small_model import write_decoder
 
@@ -335,7 +335,7 @@ def test_a_shard_that_is_not_whole_gets_one_sentence(tmp_path, damage, message, 
 def test_a_hash_table_that_names_no_expert_is_refused(tmp_path):
     from safetensors.torch import load_file, save_file
 
-    from moeyard.moe.decoder import Decoder
+    from moeyard.moe.models.decoder import Decoder
 
     moe = MoEConfig(num_experts=4, d_expert=8, router=Hash())
     config = ModelConfig(vocab_size=30, d_model=16, num_layers=1, num_heads=2, moe=moe)

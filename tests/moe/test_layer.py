@@ -5,7 +5,7 @@ import torch
 
 import moeyard
 from moeyard.errors import ConfigError
-from moeyard.moe.router_config import Hash
+from moeyard.moe.routers.config import Hash
 
 
 def test_gives_the_promised_shapes_and_routes_every_token():
@@ -22,7 +22,7 @@ def test_takes_a_choice_made_earlier():
     layer = moeyard.MoELayer(32, 16, 8, moeyard.TopK(k=2))
     x = torch.randn(3, 5, 32)
     y, routing = layer(x)
-    other = layer.gate.route(moeyard.moe.routing.RouterInput(torch.randn(15, 32)))
+    other = layer.gate.route(moeyard.moe.routers.routing.RouterInput(torch.randn(15, 32)))
     assert torch.equal(layer(x, routing=routing)[0], y)
     assert not torch.equal(layer(x, routing=other)[0], y)
 

@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from moeyard.kernels.cpu import library
-from moeyard.moe.attention_config import AttentionConfig
-from moeyard.moe.build_router import build_router
-from moeyard.moe.config import ModelConfig, MoEConfig
-from moeyard.moe.decoder import Decoder
-from moeyard.moe.families.table import FAMILIES
-from moeyard.moe.initialize import initialize
-from moeyard.moe.router_config import TopK
-from moeyard.moe.routing import RouterInput
-from moeyard.moe.topk_router import TopKRouter
+from moeyard.moe.config.attention import AttentionConfig
+from moeyard.moe.config.model import ModelConfig, MoEConfig
+from moeyard.moe.folders.families.table import FAMILIES
+from moeyard.moe.models.decoder import Decoder
+from moeyard.moe.models.initialize import initialize
+from moeyard.moe.routers.build import build_router
+from moeyard.moe.routers.config import TopK
+from moeyard.moe.routers.routing import RouterInput
+from moeyard.moe.routers.topk import TopKRouter
 
 D, E, K = 8, 7, 3
 RULES = {

@@ -8,12 +8,12 @@ import torch
 import moeyard
 from moeyard.errors import ConfigError
 from moeyard.moe.batch import batch_of, batch_of_rows
-from moeyard.moe.config import ModelConfig, MoEConfig
-from moeyard.moe.decoder import Decoder
-from moeyard.moe.hf_config import from_hf, to_hf
-from moeyard.moe.initialize import initialize
-from moeyard.moe.router_config import TopK
-from moeyard.moe.routing import Lookahead, RouterInput
+from moeyard.moe.config.model import ModelConfig, MoEConfig
+from moeyard.moe.folders.hf_config import from_hf, to_hf
+from moeyard.moe.models.decoder import Decoder
+from moeyard.moe.models.initialize import initialize
+from moeyard.moe.routers.config import TopK
+from moeyard.moe.routers.routing import Lookahead, RouterInput
 
 LOOKAHEADS = ["previous_block", "attention_input"]
 

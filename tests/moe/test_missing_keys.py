@@ -13,11 +13,11 @@ import transformers
 
 import moeyard
 from moeyard.errors import ModelFileError
-from moeyard.moe.config import ModelConfig
-from moeyard.moe.expert_layouts import part_shapes
-from moeyard.moe.families.table import FAMILIES
-from moeyard.moe.hf_config import from_hf, to_hf
-from moeyard.moe.tensor_names import dense_tensors
+from moeyard.moe.config.model import ModelConfig
+from moeyard.moe.folders.expert_layouts import part_shapes
+from moeyard.moe.folders.families.table import FAMILIES
+from moeyard.moe.folders.hf_config import from_hf, to_hf
+from moeyard.moe.folders.tensor_names import dense_tensors
 
 from hf_families import BASE, CASES, LLAMA3, YARN, save
 

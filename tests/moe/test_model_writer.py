@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from moeyard.errors import ModelFileError
-from moeyard.moe.model_writer import TensorPlan, write_model_folder
-from moeyard.moe.safetensors_file import SafetensorsFile
+from moeyard.moe.folders.safetensors_file import SafetensorsFile
+from moeyard.moe.folders.writer import TensorPlan, write_model_folder
 
 from hf_families import assert_same_model
 from launch import environment

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from moeyard.moe.mxfp4 import decode
+from moeyard.moe.folders.mxfp4 import decode
 
 
 def value(nibble: int, scale: int) -> float:

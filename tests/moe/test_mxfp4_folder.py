@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, Mxfp4Config
 
 import moeyard
 from moeyard.cli import main
-from moeyard.moe.convert import convert
+from moeyard.moe.folders.convert import convert
 
 from hf_families import save
 

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeyard.moe.batch import batch_of, batch_of_rows
-from moeyard.moe.config import ModelConfig
-from moeyard.moe.decoder import Decoder
-from moeyard.moe.initialize import initialize
-from moeyard.moe.packing import batch_of_documents, padded_lengths
-from moeyard.training.objective import NextToken
+from moeyard.moe.config.model import ModelConfig
+from moeyard.moe.models.decoder import Decoder
+from moeyard.moe.models.documents import batch_of_documents, padded_lengths
+from moeyard.moe.models.initialize import initialize
+from moeyard.training.objectives.next_token import NextToken
 
 EOS = 0
 MODEL = {

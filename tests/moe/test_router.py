@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from moeyard.errors import ConfigError
-from moeyard.moe.build_router import build_router
-from moeyard.moe.hash_router import HashRouter
-from moeyard.moe.hash_table import balanced_table, random_table
-from moeyard.moe.load import load_statistics
-from moeyard.moe.losses import auxiliary_losses
-from moeyard.moe.router_config import Hash, TopK
-from moeyard.moe.routing import Lookahead, RouterInput
-from moeyard.moe.topk_router import TopKRouter
+from moeyard.moe.routers.build import build_router
+from moeyard.moe.routers.config import Hash, TopK
+from moeyard.moe.routers.hash import HashRouter
+from moeyard.moe.routers.hash_table import balanced_table, random_table
+from moeyard.moe.routers.load import load_statistics
+from moeyard.moe.routers.losses import auxiliary_losses
+from moeyard.moe.routers.routing import Lookahead, RouterInput
+from moeyard.moe.routers.topk import TopKRouter
 
 
 def router(k=2, experts=5, **options) -> TopKRouter:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from moeyard.errors import ModelFileError
-from moeyard.moe.safetensors_file import SafetensorsFile
+from moeyard.moe.folders.safetensors_file import SafetensorsFile
 
 PACKED = torch.randn(6, 5, 7, generator=torch.Generator().manual_seed(0))
 

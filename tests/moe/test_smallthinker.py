@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import moeyard
-from moeyard.moe.convert import convert
+from moeyard.moe.folders.convert import convert
 
 D, LAYERS, HEADS, KV, H, E, K, F_EXPERT, V = 40, 4, 6, 2, 10, 5, 3, 24, 61
 WINDOW, THETA, EPS = 5, 5000.0, 1e-6

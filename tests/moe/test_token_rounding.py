@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moeyard.moe.router_config import TopK
-from moeyard.moe.routing import RouterInput
-from moeyard.moe.token_rounding import EXTRA_CHOICES, round_tokens
-from moeyard.moe.topk_router import TopKRouter
+from moeyard.moe.routers.config import TopK
+from moeyard.moe.routers.routing import RouterInput
+from moeyard.moe.routers.token_rounding import EXTRA_CHOICES, round_tokens
+from moeyard.moe.routers.topk import TopKRouter
 
 SIZES = [(300, 2, 8, 16), (300, 2, 8, 7), (64, 4, 6, 32), (500, 1, 3, 128), (40, 2, 8, 128)]
 

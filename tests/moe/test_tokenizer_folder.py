@@ -7,7 +7,7 @@ import json
 import pytest
 
 from moeyard.errors import DataError, ModelFileError
-from moeyard.moe.tokenizer_folder import (
+from moeyard.moe.folders.tokenizer_folder import (
     SETTINGS_FILES,
     VOCABULARY_FILES,
     copy_tokenizer,

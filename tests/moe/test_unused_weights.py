@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 import moeyard
 from moeyard.cli import main
 from moeyard.errors import ModelFileError, MoeyardError
-from moeyard.moe.convert import convert
-from moeyard.moe.decoder import Decoder
-from moeyard.moe.upcycle import upcycle
+from moeyard.moe.folders.convert import convert
+from moeyard.moe.folders.upcycle import upcycle
+from moeyard.moe.models.decoder import Decoder
 from moeyard.serving.server import ServeArgs, check_model
+from moeyard.training.checkpoints.start_from import read_start
 from moeyard.training.data.tokenizer import ByteTokenizer
-from moeyard.training.start_from import read_start
 
 from hf_families import save
 

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM, Qwen3MoeForCausalLM
 import moeyard
 from moeyard.cli import main
 from moeyard.kernels.router import choose
-from moeyard.kernels.torch_router import ChoiceRule
-from moeyard.moe.router_config import TopK
-from moeyard.moe.topk_router import TopKRouter
-from moeyard.moe.upcycle import upcycle
+from moeyard.kernels.torch_ops.router import ChoiceRule
+from moeyard.moe.folders.upcycle import upcycle
+from moeyard.moe.routers.config import TopK
+from moeyard.moe.routers.topk import TopKRouter
 
 from hf_families import save
 

@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from moeyard.kernels.quantized_weights import empty_matrices, quantize
-from moeyard.moe.compressed_tensors import PackedFormat, read_matrix, slot_view, to_stored
-from moeyard.moe.model_writer import TensorPlan, write_model_folder
-from moeyard.moe.quantized_config import quantization_config
+from moeyard.kernels.values.quantized_weights import empty_matrices, quantize
+from moeyard.moe.folders.compressed_tensors import PackedFormat, read_matrix, slot_view, to_stored
+from moeyard.moe.folders.quantized_config import quantization_config
+from moeyard.moe.folders.writer import TensorPlan, write_model_folder
 
 from hf_families import assert_same_model
 

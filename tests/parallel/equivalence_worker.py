@@ -15,12 +15,12 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from moeyard.configuration import load_config
-from moeyard.moe import decoder as decoder_module
-from moeyard.moe.experts import Experts
+from moeyard.moe.experts.resident import Experts
 from moeyard.moe.layer import MoELayer
-from moeyard.moe.routing import count_choices
-from moeyard.moe.topk_router import TopKRouter
-from moeyard.parallel.local_part import as_part_of, local_part
+from moeyard.moe.models import decoder as decoder_module
+from moeyard.moe.routers.routing import count_choices
+from moeyard.moe.routers.topk import TopKRouter
+from moeyard.parallel.dense.local_part import as_part_of, local_part
 from moeyard.parallel.mesh import build_mesh
 from moeyard.parallel.process import process_group
 from moeyard.training.config import RunConfig

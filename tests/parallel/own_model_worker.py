@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import moeyard
-from moeyard.parallel.dispatch import AllToAllDispatcher
-from moeyard.parallel.exchange import open_exchange
+from moeyard.parallel.experts.all_to_all import AllToAllDispatcher
+from moeyard.parallel.experts.exchange import open_exchange
 from moeyard.parallel.mesh import build_mesh
 
 D, E = 12, 4

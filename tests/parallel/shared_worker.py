@@ -19,9 +19,9 @@ import torch
 import torch.distributed as dist
 
 from moeyard.errors import TrainingError
-from moeyard.parallel import shared_memory
-from moeyard.parallel.exchange import GroupExchange, SharedExchange
-from moeyard.parallel.host_group import CHUNK, HostGroup, SharedSum
+from moeyard.parallel.experts.exchange import GroupExchange, SharedExchange
+from moeyard.parallel.host import shared_memory
+from moeyard.parallel.host.group import CHUNK, HostGroup, SharedSum
 from moeyard.parallel.mesh import build_mesh
 
 LIMIT_S = 60

@@ -10,10 +10,10 @@ from functools import partial
 import pytest
 
 from moeyard.errors import ConfigError, LostRankError
-from moeyard.parallel import peers as peers_module
-from moeyard.parallel import verdicts, watch
-from moeyard.parallel.link import Link
-from moeyard.parallel.watch import Watch
+from moeyard.parallel.watch import peers as peers_module
+from moeyard.parallel.watch import verdicts, watch
+from moeyard.parallel.watch.link import Link
+from moeyard.parallel.watch.watch import Watch
 
 TOKEN = "token"
 

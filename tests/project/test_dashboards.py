@@ -14,12 +14,12 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from moeyard.configuration import load_config
-from moeyard.moe.model_folder import ModelFolder
-from moeyard.serving.metrics import EngineMetrics
-from moeyard.serving.store import ExpertStore
+from moeyard.moe.folders.folder import ModelFolder
+from moeyard.serving.engine.metrics import EngineMetrics
+from moeyard.serving.experts.store import ExpertStore
 from moeyard.training.config import RunConfig
-from moeyard.training.phases import PHASES
-from moeyard.training.prometheus import PrometheusPort
+from moeyard.training.observers.phases import PHASES
+from moeyard.training.observers.prometheus import PrometheusPort
 from moeyard.training.step import StepResult
 
 from launch import free_port

@@ -11,8 +11,10 @@ import torch
 from moeyard import __version__
 from moeyard.cli import main
 from moeyard.doctor import PACKAGES
-from moeyard.kernels import expert_loop, self_check, torch_backend
+from moeyard.kernels.checks import experts as self_check
 from moeyard.kernels.cpu import library
+from moeyard.kernels.torch_ops import experts as torch_backend
+from moeyard.kernels.torch_ops import loop as expert_loop
 
 
 def doctor(capsys, *arguments) -> tuple[int, str]:

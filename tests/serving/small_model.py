@@ -4,16 +4,16 @@ from pathlib import Path
 
 import torch
 
-from moeyard.moe.config import ModelConfig, MoEConfig
-from moeyard.moe.decoder import Decoder
-from moeyard.moe.families.table import FAMILIES
-from moeyard.moe.hf_config import to_hf
-from moeyard.moe.initialize import initialize
-from moeyard.moe.model_folder import ModelFolder
-from moeyard.moe.model_writer import write_model_folder
-from moeyard.moe.router_config import Hash, TopK
-from moeyard.moe.write_weights import plan_weights
-from moeyard.serving.store import ExpertStore
+from moeyard.moe.config.model import ModelConfig, MoEConfig
+from moeyard.moe.folders.families.table import FAMILIES
+from moeyard.moe.folders.folder import ModelFolder
+from moeyard.moe.folders.hf_config import to_hf
+from moeyard.moe.folders.write_weights import plan_weights
+from moeyard.moe.folders.writer import write_model_folder
+from moeyard.moe.models.decoder import Decoder
+from moeyard.moe.models.initialize import initialize
+from moeyard.moe.routers.config import Hash, TopK
+from moeyard.serving.experts.store import ExpertStore
 from moeyard.training.data.tokenizer import ByteTokenizer
 
 CONFIG = ModelConfig(

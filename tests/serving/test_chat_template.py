@@ -6,8 +6,8 @@ import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from moeyard.errors import ConfigError
-from moeyard.serving.chat_template import ContentFormat, content_format_of, pick_template
-from moeyard.serving.tokenizer import ServingTokenizer
+from moeyard.serving.engine.tokenizer import ServingTokenizer
+from moeyard.serving.templates.chat_template import ContentFormat, content_format_of, pick_template
 from moeyard.training.data.tokenizer import ByteTokenizer
 
 TWO_PARTS = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]

@@ -7,12 +7,12 @@ import torch
 from test_engine import GREEDY, latin, prompts, request, run
 
 from moeyard.errors import RequestError
-from moeyard.kernels.memory import is_out_of_memory
+from moeyard.kernels.values.memory import is_out_of_memory
 from moeyard.moe.kv_cache import SequenceCache
-from moeyard.serving import store as store_module
-from moeyard.serving.engine import Engine
+from moeyard.serving.engine.engine import Engine
+from moeyard.serving.engine.sequence import GenerationRequest
+from moeyard.serving.experts import store as store_module
 from moeyard.serving.loading import open_model
-from moeyard.serving.sequence import GenerationRequest
 
 PROMPTS = prompts(5)
 

@@ -11,8 +11,8 @@ import httpx
 import pytest
 import uvicorn
 
-from moeyard.serving import connections, request_body
-from moeyard.serving.connections import Connection
+from moeyard.serving.api import connections, request_body
+from moeyard.serving.api.connections import Connection
 from moeyard.serving.proxy_guard import ProxyGuard
 
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\n"

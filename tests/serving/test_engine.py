@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from moeyard.errors import RequestError
-from moeyard.moe.sampling import SamplingParams, sample
-from moeyard.serving import store as store_module
-from moeyard.serving.engine import Engine
+from moeyard.moe.models.sampling import SamplingParams, sample
+from moeyard.serving.engine.engine import Engine
+from moeyard.serving.engine.sequence import GenerationRequest
+from moeyard.serving.experts import store as store_module
 from moeyard.serving.loading import open_model
-from moeyard.serving.sequence import GenerationRequest
 
 GREEDY = SamplingParams(temperature=0)
 

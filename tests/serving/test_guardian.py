@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from moeyard.serving import own_ray
-from moeyard.serving.guardian import children
-from moeyard.serving.own_ray import Watch, prepare
+from moeyard.serving.cluster import own_ray
+from moeyard.serving.cluster.guardian import children
+from moeyard.serving.cluster.own_ray import Watch, prepare
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the guardian is for Linux")
 

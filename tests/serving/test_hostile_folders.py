@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 
 from moeyard.errors import MoeyardError, RequestError
-from moeyard.kernels import memory as kernels_memory
-from moeyard.moe.tokenizer_errors import library_errors
-from moeyard.serving import loading, memory, template_process, templates
+from moeyard.kernels.values import memory as kernels_memory
+from moeyard.moe.folders.tokenizer_errors import library_errors
+from moeyard.serving import loading, memory
 from moeyard.serving.server import ServeArgs, Server, check_model
-from moeyard.serving.templates import TemplateFault, TemplateProcess
+from moeyard.serving.templates import process as template_process
+from moeyard.serving.templates import renderer as templates
+from moeyard.serving.templates.renderer import TemplateFault, TemplateProcess
 
 from http_calls import call, check_error
 
@@ -133,7 +135,7 @@ def test_a_model_larger_than_memory_is_refused_before_it_is_allocated(
 
 
 def test_the_check_of_a_budget_allocates_nothing(model_folder, monkeypatch):
-    monkeypatch.setattr("moeyard.serving.store.empty_experts", None)
+    monkeypatch.setattr("moeyard.serving.experts.store.empty_experts", None)
     check_model(ServeArgs(model=str(model_folder), expert_memory="25%"))
 
 

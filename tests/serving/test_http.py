@@ -9,7 +9,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from moeyard.serving import store as store_module
+from moeyard.serving.experts import store as store_module
 from moeyard.serving.server import ServeArgs, Server
 
 from http_calls import KEY, call, check_error, client_of, events

@@ -10,9 +10,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from moeyard.serving import metrics as metrics_module
-from moeyard.serving.hub import FOLDED_AFTER_S, LIVES_FOR_S, Hub, snapshot_of
-from moeyard.serving.metrics import EngineMetrics
+from moeyard.serving.engine import metrics as metrics_module
+from moeyard.serving.engine.metrics import EngineMetrics
+from moeyard.serving.replicas.metrics_hub import FOLDED_AFTER_S, LIVES_FOR_S, Hub, snapshot_of
 
 from small_model import CONFIG
 

@@ -9,8 +9,8 @@ from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.parser import text_string_to_metric_families
 
 from moeyard.errors import RequestError
-from moeyard.serving import request_body
-from moeyard.serving.admission import Admission
+from moeyard.serving.api import request_body
+from moeyard.serving.engine.admission import Admission
 from moeyard.serving.server import ServeArgs, Server
 
 from http_calls import call, check_error, client_of

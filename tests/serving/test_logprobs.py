@@ -6,17 +6,17 @@ import pytest
 import torch
 from test_engine import latin, prompts, request
 
-from moeyard.moe.sampling import SamplingParams
-from moeyard.serving.answers import Answer
-from moeyard.serving.chat import ChatWording
-from moeyard.serving.chat_request import ChatRequest
-from moeyard.serving.completion_request import CompletionRequest
-from moeyard.serving.completions import CompletionWording, TextOffsets
-from moeyard.serving.engine import Engine
+from moeyard.moe.models.sampling import SamplingParams
+from moeyard.serving.api.answers import Answer
+from moeyard.serving.api.chat import ChatWording
+from moeyard.serving.api.chat_request import ChatRequest
+from moeyard.serving.api.completion_request import CompletionRequest
+from moeyard.serving.api.completions import CompletionWording, TextOffsets
+from moeyard.serving.engine.engine import Engine
+from moeyard.serving.engine.logprobs import LOWEST, TokenLogprob, score_tokens
+from moeyard.serving.engine.tokenizer import ServingTokenizer
 from moeyard.serving.loading import open_model
-from moeyard.serving.logprobs import LOWEST, TokenLogprob, score_tokens
 from moeyard.serving.server import ServeArgs, Server
-from moeyard.serving.tokenizer import ServingTokenizer
 
 from http_calls import call, chunks
 
@@ -72,7 +72,7 @@ def test_they_are_log_softmax_of_the_models_scores_before_temperature(model_fold
 
 
 def test_only_requests_that_ask_pay_for_them(model_folder, monkeypatch):
-    from moeyard.serving import engine as engine_module
+    from moeyard.serving.engine import engine as engine_module
 
     model, store = open_model(model_folder)
     calls = []

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from moeyard.errors import ExpertReadError
-from moeyard.moe.router_config import Hash, TopK
-from moeyard.serving import store as store_module
+from moeyard.moe.routers.config import Hash, TopK
+from moeyard.serving.experts import store as store_module
+from moeyard.serving.experts.read_queue import Read, ReadQueue
 from moeyard.serving.loading import open_model
-from moeyard.serving.read_queue import Read, ReadQueue
 
 from small_model import (
     NUM_EXPERTS,

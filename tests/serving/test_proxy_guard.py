@@ -7,7 +7,7 @@ import httpx
 import pytest
 from starlette.responses import JSONResponse
 
-from moeyard.serving import request_body
+from moeyard.serving.api import request_body
 from moeyard.serving.proxy_guard import UNFINISHED, ProxyGuard, middlewares
 
 from http_calls import check_error, events

@@ -11,7 +11,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from moeyard.serving.connections import MAX_WAITING_PER_CLIENT
+from moeyard.serving.api.connections import MAX_WAITING_PER_CLIENT
 
 from server_process import BIN, Running, free_port, listeners
 

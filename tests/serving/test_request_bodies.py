@@ -8,9 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moeyard.errors import RequestError
-from moeyard.serving.chat_request import ChatRequest, parse_chat
-from moeyard.serving.completion_request import CompletionRequest, parse_completion
-from moeyard.serving.protocol import StreamOptions
+from moeyard.serving.api.chat_request import ChatRequest, parse_chat
+from moeyard.serving.api.completion_request import CompletionRequest, parse_completion
+from moeyard.serving.api.protocol import StreamOptions
 from moeyard.serving.server import ServeArgs, Server
 
 from http_calls import call, check_error

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from moeyard.errors import ConfigError, ExpertReadError
-from moeyard.serving import store as store_module
-from moeyard.serving.budget import parse_budget
+from moeyard.serving.experts import store as store_module
+from moeyard.serving.experts.budget import parse_budget
 from moeyard.serving.loading import open_model
 
 from small_model import NUM_EXPERTS, slots, small_store, visit

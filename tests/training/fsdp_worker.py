@@ -12,11 +12,11 @@ import sys
 from pathlib import Path
 
 from moeyard.configuration import load_config
-from moeyard.parallel.local_part import local_part
+from moeyard.parallel.dense.local_part import local_part
 from moeyard.parallel.mesh import build_mesh
 from moeyard.parallel.process import process_group
 from moeyard.training.config import RunConfig
-from moeyard.training.run_folder import create_run_folder
+from moeyard.training.run.folder import create_run_folder
 from moeyard.training.trainer import Trainer
 
 

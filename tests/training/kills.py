@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from moeyard.parallel.mesh import Mesh
-from moeyard.training.checkpoint import Checkpoints, StoredTensors
-from moeyard.training.checkpoint_files import read_state
+from moeyard.training.checkpoints.checkpoint import Checkpoints, StoredTensors
+from moeyard.training.checkpoints.files import read_state
 
 from launch import environment
 

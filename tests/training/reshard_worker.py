@@ -12,7 +12,7 @@ from pathlib import Path
 from moeyard.configuration import load_config
 from moeyard.parallel.mesh import build_mesh
 from moeyard.parallel.process import process_group
-from moeyard.training.checkpoint import Checkpoints
+from moeyard.training.checkpoints.checkpoint import Checkpoints
 from moeyard.training.config import RunConfig
 from moeyard.training.trainer import Trainer
 

@@ -9,11 +9,11 @@ import pytest
 
 from moeyard.configuration import load_config
 from moeyard.errors import ConfigError
-from moeyard.parallel.watch import Watch
-from moeyard.training import agreement, shared_folder
-from moeyard.training.agreement import check_same, check_same_start
+from moeyard.parallel.watch.watch import Watch
 from moeyard.training.config import RunConfig
-from moeyard.training.shared_folder import check_shared_folder
+from moeyard.training.run import agreement, shared_folder
+from moeyard.training.run.agreement import check_same, check_same_start
+from moeyard.training.run.shared_folder import check_shared_folder
 
 from launch import environment, free_port
 

@@ -7,8 +7,8 @@ import torch
 import moeyard
 from moeyard.configuration import load_config
 from moeyard.parallel.mesh import Mesh
+from moeyard.training.checkpoints.export import export
 from moeyard.training.config import RunConfig
-from moeyard.training.export import export
 from moeyard.training.trainer import Trainer
 
 BIASED = (

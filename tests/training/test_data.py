@@ -20,8 +20,8 @@ from moeyard.training.data.documents import (
 from moeyard.training.data.held_out import find_split
 from moeyard.training.data.shards import ShardWriter, open_shard
 from moeyard.training.data.tokenizer import ByteTokenizer, FolderTokenizer, open_tokenizer
-from moeyard.training.stop import StopRequest
-from moeyard.training.work import LongWork
+from moeyard.training.run.stop import StopRequest
+from moeyard.training.run.work import LongWork
 
 BYTES = ByteTokenizer()
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeForCausalL
 
 import moeyard
 from moeyard.cli import main
-from moeyard.training.checkpoint import StoredTensors
+from moeyard.training.checkpoints.checkpoint import StoredTensors
 
 from launch import torchrun, training
 

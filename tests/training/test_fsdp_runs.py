@@ -11,7 +11,7 @@ from moeyard.cli import main as command
 from moeyard.configuration import load_config
 from moeyard.parallel.mesh import Mesh
 from moeyard.training.__main__ import main
-from moeyard.training.checkpoint import StoredTensors
+from moeyard.training.checkpoints.checkpoint import StoredTensors
 from moeyard.training.config import RunConfig
 from moeyard.training.trainer import Trainer
 

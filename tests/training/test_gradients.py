@@ -8,12 +8,12 @@ import torch.nn.functional as F
 
 from moeyard.configuration import load_config
 from moeyard.moe.batch import batch_of_rows
-from moeyard.moe.initialize import initialize
 from moeyard.moe.layer import MoELayer
+from moeyard.moe.models.initialize import initialize
 from moeyard.parallel.mesh import Mesh
 from moeyard.training.config import RunConfig
 from moeyard.training.evaluate import evaluate
-from moeyard.training.objective import NextToken
+from moeyard.training.objectives.next_token import NextToken
 from moeyard.training.trainer import Trainer
 
 PLAIN = ["train.precision=fp64", "model.moe.router={kind: topk, k: 2, balance_loss: 0, z_loss: 0}"]
@@ -32,7 +32,7 @@ def biased_experts(monkeypatch):
         def __init__(self, *arguments, **options) -> None:
             super().__init__(*arguments, **(options | {"expert_bias": True}))
 
-    monkeypatch.setattr("moeyard.moe.decoder.MoELayer", BiasedLayer)
+    monkeypatch.setattr("moeyard.moe.models.decoder.MoELayer", BiasedLayer)
 
 
 def fill_biases(decoder) -> None:

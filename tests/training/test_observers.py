@@ -19,12 +19,12 @@ from moeyard.configuration import load_config
 from moeyard.parallel.mesh import Mesh
 from moeyard.training.__main__ import main
 from moeyard.training.config import RunConfig
-from moeyard.training.observers import Observer, Observers
-from moeyard.training.phases import PHASES, PhaseAverage, PhaseClock
-from moeyard.training.prometheus import PrometheusPort
+from moeyard.training.observers.observers import Observer, Observers
+from moeyard.training.observers.phases import PHASES, PhaseAverage, PhaseClock
+from moeyard.training.observers.prometheus import PrometheusPort
+from moeyard.training.observers.weights_and_biases import WeightsAndBiases
 from moeyard.training.step import StepResult
 from moeyard.training.trainer import Trainer
-from moeyard.training.weights_and_biases import WeightsAndBiases
 
 from launch import free_port
 

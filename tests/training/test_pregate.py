@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 import moeyard
 from moeyard.serving.loading import open_model
 from moeyard.training.__main__ import main
-from moeyard.training.export import export
+from moeyard.training.checkpoints.export import export
 
 from hf_families import save
 

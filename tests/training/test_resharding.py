@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from moeyard.training.checkpoint import StoredTensors
-from moeyard.training.export import export
+from moeyard.training.checkpoints.checkpoint import StoredTensors
+from moeyard.training.checkpoints.export import export
 
 from launch import run, torchrun, training
 

@@ -12,13 +12,13 @@ import torch
 
 from moeyard.errors import CheckpointError
 from moeyard.parallel.mesh import Mesh
-from moeyard.training import checkpoint
 from moeyard.training.__main__ import main
-from moeyard.training.checkpoint import Checkpoints, StoredTensors
-from moeyard.training.checkpoint_files import read_state, verify
-from moeyard.training.dcp_reader import FileSystemWriter, SafeFileSystemReader
-from moeyard.training.run_folder import MetricsLog
-from moeyard.training.stop import StopRequest
+from moeyard.training.checkpoints import checkpoint
+from moeyard.training.checkpoints.checkpoint import Checkpoints, StoredTensors
+from moeyard.training.checkpoints.dcp_reader import FileSystemWriter, SafeFileSystemReader
+from moeyard.training.checkpoints.files import read_state, verify
+from moeyard.training.run.folder import MetricsLog
+from moeyard.training.run.stop import StopRequest
 
 EVERY_STEP = ("checkpoint.every=1", "train.steps=5")
 

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from moeyard.configuration import load_config
 from moeyard.errors import ConfigError, DataError
+from moeyard.training.checkpoints.export import export
 from moeyard.training.config import RunConfig
-from moeyard.training.export import export
 
 from hf_families import CASES, assert_same_model, save
 from launch import torchrun
@@ -91,8 +91,8 @@ def test_the_tokenizer_is_the_folders_unless_it_has_the_same_ids(tmp_path, confi
     from moeyard.parallel.mesh import Mesh
     from moeyard.training.data.bpe import train_bpe
     from moeyard.training.data.tokenizer import ByteTokenizer
+    from moeyard.training.run.stop import StopRequest
     from moeyard.training.setup import build_data
-    from moeyard.training.stop import StopRequest
 
     for name in ("bytes", "bpe"):
         save("mixtral", tmp_path / name, vocab_size=400)
@@ -117,8 +117,8 @@ def test_the_tokenizer_is_the_folders_unless_it_has_the_same_ids(tmp_path, confi
 
 
 def test_a_tokenizer_that_cannot_be_opened_is_no_reason_to_train_on_bytes(tmp_path):
+    from moeyard.training.checkpoints.start_from import check_tokenizer
     from moeyard.training.data.tokenizer import ByteTokenizer
-    from moeyard.training.start_from import check_tokenizer
 
     (tmp_path / "tokenizer.model").write_bytes(b"damaged")
     with pytest.raises(DataError, match=r"tokenizer\.model|has no usable tokenizer"):

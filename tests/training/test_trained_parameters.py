@@ -14,9 +14,9 @@ from moeyard.errors import CheckpointError, ConfigError
 from moeyard.moe.batch import batch_of_rows
 from moeyard.parallel.mesh import Mesh
 from moeyard.training.__main__ import main
-from moeyard.training.checkpoint import StoredTensors
+from moeyard.training.checkpoints.checkpoint import StoredTensors
+from moeyard.training.checkpoints.export import export
 from moeyard.training.config import RunConfig
-from moeyard.training.export import export
 from moeyard.training.setup import build_model
 from moeyard.training.trainer import Trainer
 

@@ -19,12 +19,12 @@ from moeyard.errors import CheckpointError, ConfigError, TrainingError
 from moeyard.parallel.mesh import Mesh
 from moeyard.training import trainer
 from moeyard.training.__main__ import main
-from moeyard.training.checkpoint import Checkpoints
-from moeyard.training.checkpoint_files import read_state, verify
+from moeyard.training.checkpoints.checkpoint import Checkpoints
+from moeyard.training.checkpoints.files import read_state, verify
 from moeyard.training.config import OptimizerConfig, RunConfig
 from moeyard.training.optimizer import learning_rate
-from moeyard.training.run_folder import claim_run_folder
-from moeyard.training.stop import StopRequest
+from moeyard.training.run.folder import claim_run_folder
+from moeyard.training.run.stop import StopRequest
 from moeyard.training.trainer import Trainer
 
 from kills import digest
@@ -161,7 +161,7 @@ def test_a_run_without_a_whole_checkpoint_does_not_start_over_silently(tmp_path,
 def test_metadata_that_calls_something_is_refused(tmp_path, config_file):
     import pickle
 
-    from moeyard.training.dcp_reader import SafeFileSystemReader
+    from moeyard.training.checkpoints.dcp_reader import SafeFileSystemReader
 
     class Evil:
         def __reduce__(self):
@@ -185,7 +185,7 @@ def test_a_checkpoint_continues_on_other_ranks(tmp_path, config_file):
     torchrun(2, "-m", "moeyard.training", *moved, "parallel.ep=2")
     shutil.rmtree(tmp_path / "moved/checkpoints/step-00000009")
     training(*moved)
-    from moeyard.training.checkpoint import StoredTensors
+    from moeyard.training.checkpoints.checkpoint import StoredTensors
 
     one = StoredTensors(tmp_path / "one/checkpoints/step-00000009")
     two = StoredTensors(tmp_path / "moved/checkpoints/step-00000009")

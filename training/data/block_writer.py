@@ -8,8 +8,8 @@ from collections.abc import Callable
 import numpy as np
 
 from ...errors import DataError, Stopped
-from ...parallel.pulse import pulse
-from ..stop import StopRequest
+from ...parallel.watch.pulse import pulse
+from ..run.stop import StopRequest
 from .blocks import Blocks
 from .token_stream import StreamPosition, TokenStream
 

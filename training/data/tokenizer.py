@@ -11,8 +11,8 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as RustTokenizer
 
 from ...errors import DataError, ModelFileError
-from ...moe.tokenizer_errors import library_errors
-from ...moe.tokenizer_folder import copy_tokenizer, has_tokenizer, open_folder_tokenizer
+from ...moe.folders.tokenizer_errors import library_errors
+from ...moe.folders.tokenizer_folder import copy_tokenizer, has_tokenizer, open_folder_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...errors import ConfigError
 from ...files import replace_text
-from ..phases import PHASES
+from ..observers.phases import PHASES
 from .charts import (
     BOTTOM,
     BUCKETS,

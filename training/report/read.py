@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from ...errors import ConfigError
-from ..starts import STARTS
+from ..run.starts import STARTS
 
 FRAME_BYTES = 600_000
 """Budget of the heat map: one byte for each layer, expert and moment that is kept."""

@@ -1,4 +1,4 @@
-// The top-k router without gradients (moe/topk_router.py says what each term means).
+// The top-k router without gradients (moe/routers/topk.py says what each term means).
 #pragma once
 
 #include <memory>

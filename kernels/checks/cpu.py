@@ -1,0 +1,96 @@
+"""Do the C++ kernels compute on this machine what torch does?
+
+T tokens, K choices, E experts, D model width, F expert width.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..cpu.experts import CppWaves
+from ..cpu.library import TYPES
+from ..cpu.linear import linear
+from ..cpu.norm import rms_norm
+from ..cpu.router import route
+from ..torch_ops.reference import expert_mlp_reference
+from ..values.expert_weights import ExpertWeights
+from ..values.quantized_weights import quantize_experts
+
+LIMITS = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+"""Largest error that passes, over the largest value. Measured with every instruction set of an
+AVX512-BF16 processor: at most 2e-7 in fp32 and 3e-3 in bf16."""
+QUANTIZED_LIMIT = 1e-3
+"""The same in fp32 for quantized experts, which round rows to 16 bits: measured at most 6e-5."""
+
+T, K, E, D, WIDTH = 13, 2, 3, 50, 37
+"""Sizes with a rest in every vector and block."""
+QUANTIZED_D, QUANTIZED_WIDTH = 160, 96
+"""The same for quantized experts, whose widths are multiples of 32."""
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def problem() -> str | None:
+    """Return what is wrong, or None. Takes some milliseconds."""
+    for dtype in TYPES:
+        for name, found, expected in _results(dtype):
+            error = float((found.double() - expected).abs().max() / expected.abs().max())
+            limit = max(LIMITS[dtype], QUANTIZED_LIMIT if "bits" in name else 0)
+            if not error <= limit:
+                kind = str(dtype).removeprefix("torch.")
+                return f"computes {name} in {kind} wrong: relative error {error:.0e}"
+    return None
+
+
+def _results(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Yield what was computed, the result, and the same by torch in fp64."""
+    generator = torch.Generator("cpu").manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        wide = {"dtype": torch.float32, "device": "cpu"}
+        return torch.randn(shape, generator=generator, **wide)  # type: ignore[call-overload,no-any-return]
+
+    x_TD = random(T, D).to(dtype)
+    wide_TD = x_TD.double()
+    weight_D = random(D).to(dtype)
+    found = rms_norm(x_TD, weight_D, 1e-6)
+    assert found is not None, "the kernels are there"
+    yield "norms", found, F.rms_norm(wide_TD, (D,), weight_D.double(), 1e-6)
+
+    fc1_EHD = (random(E, 2 * WIDTH, D) * D**-0.5).to(dtype)
+    fc2_EDF = (random(E, D, WIDTH) * WIDTH**-0.5).to(dtype)
+    found = linear(x_TD, fc1_EHD[0])
+    assert found is not None, "the kernels are there"
+    yield "products", found, F.linear(wide_TD, fc1_EHD[0].double())
+
+    gate_ED = random(E, D)
+    routed = route(x_TD, gate_ED, None, K, renormalize=False)
+    assert routed is not None, "the kernels are there"
+    experts_TK, weights_TK, _ = routed
+    scores_TE = F.linear(wide_TD, gate_ED.double()).softmax(dim=-1)
+    yield "routing", weights_TK, scores_TE.topk(K).values
+
+    biases = [random(E, width).to(dtype) for width in (2 * WIDTH, D)]
+    waves = CppWaves(x_TD, experts_TK, weights_TK)
+    waves.add(ExpertWeights(fc1_EHD, fc2_EDF, fc1_bias_SH=biases[0], fc2_bias_SD=biases[1]))
+    wide = ExpertWeights(
+        *(fc1_EHD.double(), fc2_EDF.double()),
+        fc1_bias_SH=biases[0].double(),
+        fc2_bias_SD=biases[1].double(),
+    )
+    expected_TD = expert_mlp_reference(wide_TD, experts_TK, weights_TK.double(), wide)
+    yield "experts", waves.result(), expected_TD
+
+    x_TD = random(T, QUANTIZED_D).to(dtype)
+    fc1_EHD = random(E, 2 * QUANTIZED_WIDTH, QUANTIZED_D) * QUANTIZED_D**-0.5
+    fc2_EDF = random(E, QUANTIZED_D, QUANTIZED_WIDTH) * QUANTIZED_WIDTH**-0.5
+    for bits in (8, 4):
+        quantized = quantize_experts(ExpertWeights(fc1_EHD, fc2_EDF), bits, 32)
+        waves = CppWaves(x_TD, experts_TK, weights_TK)
+        waves.add(quantized)
+        expected_TD = expert_mlp_reference(
+            x_TD.double(), experts_TK, weights_TK.double(), quantized
+        )
+        yield f"experts of {bits} bits", waves.result(), expected_TD

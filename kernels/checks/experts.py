@@ -1,0 +1,214 @@
+"""Check every expert backend against the reference in fp64, on this machine.
+
+T tokens, K choices, E experts, D model width, F expert width.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..cpu.library import load
+from ..experts import Backend, expert_mlp
+from ..gpu.door import why_not
+from ..torch_ops.megablocks import why_no_megablocks
+from ..values.expert_weights import ExpertWeights
+from ..values.quantized_weights import Bits, quantize_experts
+
+BACKENDS: tuple[Backend, ...] = ("torch", "reference", "cpp", "triton", "megablocks")
+"""Those that compute; ``auto`` chooses among them."""
+
+ON_GPUS = ("triton", "megablocks")
+
+LIMITS = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+"""Largest error that passes, over the largest value of the same tensor. Measured on a CPU with
+AVX512-BF16, and with its libraries held to SSE4: at most 6e-7 in fp32 and 7e-3 in bf16; fp16 has
+eight times bf16's precision, and only GPUs compute in it."""
+
+T, K, E, D, F = 61, 2, 5, 48, 32
+"""Sizes that are not powers of two where the kernels allow it, with an expert that is idle."""
+
+MANY_TOKENS = 400
+"""Enough for the Triton kernels' large tiles."""
+
+QUANTIZED_TOKENS = (4, T, 656)
+"""Triton's ways to weights in 8 and 4 bits: tiles for decoding, larger ones, and written out."""
+QUANTIZED_D, QUANTIZED_F = 128, 64
+GROUP_SIZES: dict[Bits, tuple[int | None, ...]] = {8: (None, 64), 4: (64, 32)}
+"""A scale per row, per step of a product, and per group that shortens the steps."""
+
+
+@dataclass(frozen=True, slots=True)
+class BackendCheck:
+    """How one backend did in one type on one device."""
+
+    backend: str
+    device: str
+    dtype: str
+    limit: float
+    errors: dict[str, float] = field(default_factory=dict)
+    """Of the values and of each gradient, relative to the largest of the reference."""
+    problem: str | None = None
+    """What it said when it broke."""
+    unavailable: str | None = None
+    """Why it is not there on this machine, in a sentence."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether it ran and every error is within the limit."""
+        return bool(self.errors) and all(e <= self.limit for e in self.errors.values())
+
+    @property
+    def failed(self) -> bool:
+        """Whether it is there and computes wrong or breaks."""
+        return self.unavailable is None and not self.passed
+
+
+def check_backends() -> Iterator[BackendCheck]:
+    """Yield the outcome for each backend, device and type; takes well under a second on a CPU."""
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    for device in devices:
+        for backend in BACKENDS:
+            if device != {"cpp": "cpu", **dict.fromkeys(ON_GPUS, devices[0])}.get(backend, device):
+                continue  # not a device that it is for
+            if backend == "cpp" and load().is_wrong:
+                yield BackendCheck(backend, device, "any", 0.0, problem=load().state)
+                continue
+            reason = _why_not(backend, device)
+            if reason is not None:
+                yield BackendCheck(backend, device, "any", 0.0, unavailable=reason)
+                continue
+            for dtype in (torch.float32, torch.bfloat16)[backend == "megablocks" :]:
+                yield check_backend(backend, dtype, device)
+                if backend == "triton":
+                    for bits in GROUP_SIZES:
+                        yield check_quantized(backend, dtype, device, bits)
+
+
+def _why_not(backend: Backend, device: str) -> str | None:
+    """Return why a backend is not there, if it is not."""
+    if backend == "triton":
+        return why_not(torch.device(device))
+    if backend == "megablocks":
+        return why_no_megablocks(torch.device(device))
+    if backend == "cpp" and load().functions is None:
+        return f"{load().state}."
+    return None
+
+
+def check_backend(
+    backend: Backend,
+    dtype: torch.dtype,
+    device: str,
+    num_tokens: int = T,
+    has_bias: bool = False,
+) -> BackendCheck:
+    """Run one backend forward and backward and compare; ``has_bias`` gives the experts biases."""
+    inputs, experts_TK = _inputs(dtype, num_tokens, D, F)
+    inputs += _biases(dtype, D, F) if has_bias else []
+    expected = _outcome("reference", [x.double() for x in inputs], experts_TK, "cpu")
+    return _compared(
+        backend, dtype, device, expected, lambda: _outcome(backend, inputs, experts_TK, device)
+    )
+
+
+def check_quantized(
+    backend: Backend, dtype: torch.dtype, device: str, bits: Bits, has_bias: bool = False
+) -> BackendCheck:
+    """Run one backend on weights in 8 or 4 bits and compare the values."""
+    exact = _quantized_values("reference", dtype, torch.float64, "cpu", bits, has_bias)
+    expected = {"values": exact}
+    return _compared(
+        f"{backend} int{bits}",
+        dtype,
+        device,
+        expected,
+        lambda: {"values": _quantized_values(backend, dtype, dtype, device, bits, has_bias)},
+    )
+
+
+def _quantized_values(
+    backend: Backend,
+    rounded: torch.dtype,
+    dtype: torch.dtype,
+    device: str,
+    bits: Bits,
+    has_bias: bool,
+) -> Tensor:
+    """Return all results of rows that were ``rounded``, computed in ``dtype``."""
+    results = []
+    for num_tokens, group_size in itertools.product(QUANTIZED_TOKENS, GROUP_SIZES[bits]):
+        inputs, experts_TK = _inputs(rounded, num_tokens, QUANTIZED_D, QUANTIZED_F)
+        x_TD, weights_TK, *parameters = inputs
+        parameters += _biases(rounded, QUANTIZED_D, QUANTIZED_F) if has_bias else []
+        # Quantized before it is sent: another device may round a value to the other side.
+        experts = quantize_experts(_experts(parameters), bits, group_size).to(device)
+        rows = (x_TD.to(device, dtype), experts_TK.to(device), weights_TK.to(device))
+        results.append(expert_mlp(*rows, experts, backend).flatten())
+    return torch.cat(results)
+
+
+def _compared(
+    backend: str,
+    dtype: torch.dtype,
+    device: str,
+    expected: dict[str, Tensor],
+    run: Callable[[], dict[str, Tensor]],
+) -> BackendCheck:
+    name, limit = str(dtype).removeprefix("torch."), LIMITS[dtype]
+    try:
+        found = run()
+    except Exception as error:  # whatever it is, it belongs in the table and not on a traceback
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return BackendCheck(backend, device, name, limit, problem=problem)
+    errors = {}
+    for part, reference in expected.items():
+        distance = (found[part].double().cpu() - reference).abs().max()
+        if not torch.isfinite(distance):
+            return BackendCheck(backend, device, name, limit, problem=f"{part} is not finite")
+        errors[part] = float(distance / reference.abs().max())
+    return BackendCheck(backend, device, name, limit, errors)
+
+
+def _inputs(
+    dtype: torch.dtype, num_tokens: int, d_model: int, d_expert: int
+) -> tuple[list[Tensor], Tensor]:
+    """Return x, routing weights (fp32, as routers give them), fc1 and fc2; and experts_TK."""
+    generator = torch.Generator().manual_seed(0)
+    x_TD = torch.randn(num_tokens, d_model, generator=generator).to(dtype)
+    weights_TK = torch.rand(num_tokens, K, generator=generator)
+    fc1_EHD = torch.randn(E, 2 * d_expert, d_model, generator=generator) * d_model**-0.5
+    fc2_EDF = torch.randn(E, d_model, d_expert, generator=generator) * d_expert**-0.5
+    # Expert 3 is idle, and some tokens have one expert only.
+    experts_TK = torch.randint(0, E - 1, (num_tokens, K), generator=generator)
+    experts_TK[experts_TK == 3] = 4
+    experts_TK[::7, 1] = -1
+    return [x_TD, weights_TK, fc1_EHD.to(dtype), fc2_EDF.to(dtype)], experts_TK
+
+
+def _biases(dtype: torch.dtype, d_model: int, d_expert: int) -> list[Tensor]:
+    """Return biases of fc1 and fc2 of the size of what they are added to."""
+    generator = torch.Generator().manual_seed(1)
+    widths = (2 * d_expert, d_model)
+    return [torch.randn(E, width, generator=generator).to(dtype) for width in widths]
+
+
+def _experts(parameters: list[Tensor]) -> ExpertWeights:
+    fc1_EHD, fc2_EDF, *biases = parameters
+    return ExpertWeights(fc1_EHD, fc2_EDF, None, "swiglu", None, *biases)
+
+
+def _outcome(
+    backend: Backend, inputs: list[Tensor], experts_TK: Tensor, device: str
+) -> dict[str, Tensor]:
+    """Return the values and the gradients of a fixed weighted sum of them."""
+    x_TD, weights_TK, *parameters = leaves = [
+        tensor.to(device).requires_grad_() for tensor in (t.detach().clone() for t in inputs)
+    ]
+    y_TD = expert_mlp(x_TD, experts_TK.to(device), weights_TK, _experts(parameters), backend)
+    slope_TD = torch.linspace(-1, 1, y_TD.numel(), device=device).view_as(y_TD).to(y_TD.dtype)
+    gradients = torch.autograd.grad((y_TD * slope_TD).sum(), leaves)
+    names = ("grad x", "grad weights", "grad fc1", "grad fc2", "grad bias1", "grad bias2")
+    return {"values": y_TD.detach(), **dict(zip(names, gradients, strict=False))}

@@ -1,0 +1,119 @@
+"""The expert MLP on MegaBlocks' grouped products (github.com/databricks/megablocks, 0.10).
+
+Of MegaBlocks this takes what its grouped layers compute with, ``grouped_gemm_util.backend.gmm``.
+Ordering rows, activations and sums over k are torch's here, since MegaBlocks' own scatter leaves
+lines undefined where rows have no expert. Its products read the sizes of the groups on the host, so
+every call waits for the device, as MegaBlocks' layers do.
+
+T tokens, K choices, R = T*K routed rows in expert order, D model width, S slots; P and Q stand for
+the inputs and outputs of a product.
+"""
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..values.expert_weights import ExpertWeights
+from ..values.grouping import Grouping
+from ..values.quantized_weights import AnyExperts, QuantizedExpertWeights
+from .experts import ExpertMLP
+
+HOW_TO_BUILD = "docs/backends.md says how to build it"
+
+
+def why_no_megablocks(device: torch.device) -> str | None:
+    """Say in one sentence why MegaBlocks cannot run on ``device``, or None where it can.
+
+    It is imported only where there is a GPU: its parts for CUDA are loaded with it.
+    """
+    if importlib.util.find_spec("megablocks") is None:
+        return f"MegaBlocks is not installed; {HOW_TO_BUILD}."
+    if device.type != "cuda":
+        return "MegaBlocks needs a CUDA device."
+    return _load()[1]
+
+
+@functools.cache
+def _load() -> tuple[Callable[..., Tensor] | None, str | None]:
+    """Return MegaBlocks' grouped product, or why there is none."""
+    try:
+        util: Any = importlib.import_module("megablocks.grouped_gemm_util")
+    except Exception as error:  # what its compiled parts raise when they do not fit is theirs
+        reason = " ".join(str(error).split()).rstrip(".")
+        problem = f"MegaBlocks is installed but not importable ({type(error).__name__}: {reason})"
+        return None, f"{problem}; {HOW_TO_BUILD}."
+    if util.backend is None:
+        return None, f"MegaBlocks is installed without its grouped_gemm; {HOW_TO_BUILD}."
+    return util.backend.gmm, None
+
+
+class MegablocksProducts:
+    """Grouped products by ``gmm(a, b, sizes)``; see :class:`expert_fused.GroupedProducts`."""
+
+    def __init__(self, grouping: Grouping, experts: ExpertWeights) -> None:
+        gmm, _ = _load()
+        assert gmm is not None, "why_no_megablocks was not asked"
+        self._gmm = gmm
+        here, offsets_E1 = experts.consecutive, grouping.offsets_E1.cpu().long()
+        assert here is not None, "the experts were not checked"
+        has_others = offsets_E1[here.start] > 0 or offsets_E1[here.stop] < offsets_E1[-1]
+        assert not has_others, "an expert that is not here has rows"
+        self._sizes_S = offsets_E1[here.start : here.stop + 1].diff()
+        self._idle = torch.nonzero(self._sizes_S == 0).flatten().tolist()
+
+    def rows(self, x_RP: Tensor, weight_SPQ: Tensor) -> Tensor:
+        """Return ``x_r @ weight_slot(r)``."""
+        if len(self._idle) == len(self._sizes_S):
+            return x_RP.new_empty(x_RP.shape[0], weight_SPQ.shape[2])
+        is_transposed = not weight_SPQ.is_contiguous()
+        weight = weight_SPQ.transpose(1, 2) if is_transposed else weight_SPQ
+        return self._gmm(x_RP.contiguous(), weight, self._sizes_S, trans_b=is_transposed)
+
+    def sums(self, left_RQ: Tensor, right_RP: Tensor) -> Tensor:
+        """Return each slot's ``left_rows^T @ right_rows``."""
+        if len(self._idle) == len(self._sizes_S):
+            return left_RQ.new_zeros(len(self._sizes_S), left_RQ.shape[1], right_RP.shape[1])
+        left_RQ, right_RP = left_RQ.contiguous(), right_RP.contiguous()
+        total_SQP = self._gmm(left_RQ, right_RP, self._sizes_S, trans_a=True)
+        if self._idle:  # their products may not have been written
+            total_SQP[self._idle] = 0
+        return total_SQP
+
+
+def expert_mlp_megablocks(
+    x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, experts: AnyExperts, recompute: bool
+) -> Tensor:
+    """Return ``y_t = sum_k weights[t, k] * MLP_{experts[t, k]}(x_t)``, ``[T, D]``.
+
+    Raises ``ValueError`` where MegaBlocks cannot run and for what it does not take.
+    """
+    problem = why_no_megablocks(x_TD.device) or _misfit(x_TD, experts)
+    if problem is not None:
+        raise ValueError(f"{problem} Use backend 'auto'.")
+    assert isinstance(experts, ExpertWeights), "others are a misfit"
+    arguments = (x_TD, experts_TK, weights_TK, *experts.parameters, experts)
+    y_TD: Tensor = ExpertMLP.apply(*arguments, recompute, MegablocksProducts)
+    return y_TD
+
+
+def _misfit(x_TD: Tensor, experts: AnyExperts) -> str | None:
+    """Say what MegaBlocks does not take about these arguments."""
+    if isinstance(experts, QuantizedExpertWeights):
+        return "MegaBlocks does not take quantized experts."
+    if x_TD.dtype != torch.bfloat16:
+        return f"MegaBlocks' grouped products take bf16, not {x_TD.dtype}."
+    if experts.consecutive is None:
+        return "MegaBlocks needs experts in the order of their slots; this slot table has another."
+    fc1_SHD, fc2_SDF = experts.fc1_SHD, experts.fc2_SDF
+    for name, weight in (("fc1", fc1_SHD), ("fc2", fc2_SDF)):
+        if not weight.is_contiguous():
+            return f"{name} has strides {weight.stride()}; MegaBlocks needs it contiguous."
+    for side in (*fc1_SHD.shape[1:], fc2_SDF.shape[2]):
+        if side % 8:
+            return f"A matrix has a side of {side}; MegaBlocks needs multiples of 8."
+    return None

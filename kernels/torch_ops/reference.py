@@ -1,0 +1,33 @@
+"""The expert MLP written to be obviously right; any dtype, gradients by autograd.
+
+T tokens, K choices, E experts, F expert width, D model width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..values.activation import gated
+from ..values.quantized_weights import AnyExperts
+
+
+def expert_mlp_reference(
+    x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, experts: AnyExperts
+) -> Tensor:
+    """Return ``y_t = sum_k weights[t, k] * MLP_{experts[t, k]}(x_t)``, ``[T, D]``."""
+    y_TKD = x_TD.new_zeros(*experts_TK.shape, x_TD.shape[1])
+    for expert in range(experts.num_experts):
+        slot = experts.slot(expert)
+        tokens_N, choices_N = torch.nonzero(experts_TK == expert, as_tuple=True)
+        # Unused experts still take part, so that their gradient is zero and not missing.
+        if slot < 0:
+            assert tokens_N.numel() == 0, f"expert {expert} has rows but no slot"
+            continue
+        fc1_HD, fc2_DF = experts.matrices(slot, x_TD.dtype)
+        bias1_H, bias2_D = experts.biases(slot, x_TD.dtype)
+        hidden_NF = gated(F.linear(x_TD[tokens_N], fc1_HD, bias1_H), experts.activation)
+        y_ND = F.linear(hidden_NF, fc2_DF, bias2_D)
+        y_TKD = y_TKD.index_put((tokens_N, choices_N), y_ND)
+    present_TK = experts_TK >= 0
+    weights_TK = torch.where(present_TK, weights_TK, 0)
+    return (weights_TK.unsqueeze(-1) * y_TKD).sum(dim=1).to(x_TD.dtype)

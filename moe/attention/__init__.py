@@ -1,0 +1,1 @@
+"""Attention: grouped-query and latent, rotary positions, and which rows attend together."""

@@ -1,0 +1,107 @@
+"""Multi-head latent attention (DeepSeek-V2, section 2.1): queries, keys and values squeezed narrow.
+
+T tokens, D model width, Q heads, C latent width (``kv_rank``), R rotated part of a head, N part
+without position, V value width, L rows of one sequence, S positions.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ..batch import Batch
+from ..config.model import ModelConfig
+from ..kv_cache import KVCacheSpec, SequenceCache
+from ..linear import Linear
+from ..norm import RMSNorm
+from .attend import AttentionRule, attend, attend_heads
+from .rope import Tables, rotate, softmax_scale
+
+LATENT_EPS = 1e-6
+"""Of the norms of latents, whatever the model's own norms use (Hugging Face's classes)."""
+
+
+class LatentAttention(nn.Module):
+    """Causal latent attention; a cache keeps ``C + R`` numbers per position, for all heads.
+
+    Without a cache, keys and values are expanded. With one, the expansion is multiplied into
+    queries and outputs instead, so that a step reads the narrow rows only.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        latent = config.attention.latent
+        assert latent is not None, "the configuration asks for grouped-query attention"
+        self.layer = layer
+        self.num_heads = config.num_heads
+        self.latent = latent
+        self.interleaved = config.attention.rope_interleaved
+        self.rule = AttentionRule(softmax_scale(config))
+        d_model, has_bias = config.d_model, config.attention.qkv_bias
+        q_width = self.num_heads * (latent.nope_dim + latent.rope_dim)
+        if latent.q_rank is None:
+            self.q_proj = Linear(d_model, q_width)
+        else:
+            self.q_a_proj = Linear(d_model, latent.q_rank, has_bias)
+            self.q_a_layernorm = RMSNorm(latent.q_rank, LATENT_EPS)
+            self.q_b_proj = Linear(latent.q_rank, q_width)
+        self.kv_a_proj_with_mqa = Linear(d_model, latent.kv_rank + latent.rope_dim, has_bias)
+        self.kv_a_layernorm = RMSNorm(latent.kv_rank, LATENT_EPS)
+        kv_width = self.num_heads * (latent.nope_dim + latent.v_dim)
+        self.kv_b_proj = Linear(latent.kv_rank, kv_width)
+        self.o_proj = Linear(self.num_heads * latent.v_dim, d_model, config.attention.o_bias)
+
+    def cache_spec(self) -> KVCacheSpec:
+        """Say what a cache must keep for this layer: latents, whose first part is the value."""
+        width = self.latent.kv_rank + self.latent.rope_dim
+        return KVCacheSpec(1, width, 0, self.kv_b_proj.weight.dtype)
+
+    def forward(self, x_TD: Tensor, batch: Batch, rope: Tables) -> Tensor:
+        """Return the attention output, ``[T, D]``."""
+        q_TQN, q_TQR = self._queries(x_TD, rope)
+        c_TC, k_TR = self.kv_a_proj_with_mqa(x_TD).split(
+            [self.latent.kv_rank, self.latent.rope_dim], dim=-1
+        )
+        c_TC = self.kv_a_layernorm(c_TC)
+        k_T1R = rotate(k_TR.unsqueeze(1), rope, self.interleaved)
+        if batch.caches is None:
+            out_TQV = self._expanded(q_TQN, q_TQR, c_TC, k_T1R, batch)
+        else:
+            parts = (t.split(batch.lengths) for t in (q_TQN, q_TQR, c_TC, k_T1R))
+            sequences = zip(*parts, batch.caches, strict=True)
+            out_TQV = torch.cat([self._one_cached(*sequence) for sequence in sequences])
+        out_TD: Tensor = self.o_proj(out_TQV.flatten(-2))
+        return out_TD
+
+    def _queries(self, x_TD: Tensor, rope: Tables) -> tuple[Tensor, Tensor]:
+        latent = self.latent
+        if latent.q_rank is None:
+            q_TP = self.q_proj(x_TD)
+        else:
+            q_TP = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_TD)))
+        q_TQH = q_TP.unflatten(-1, (self.num_heads, latent.nope_dim + latent.rope_dim))
+        q_TQN, q_TQR = q_TQH.split([latent.nope_dim, latent.rope_dim], dim=-1)
+        return q_TQN, rotate(q_TQR, rope, self.interleaved)
+
+    def _expanded(
+        self, q_TQN: Tensor, q_TQR: Tensor, c_TC: Tensor, k_T1R: Tensor, batch: Batch
+    ) -> Tensor:
+        latent = self.latent
+        kv_TQP = self.kv_b_proj(c_TC).unflatten(-1, (self.num_heads, -1))
+        k_TQN, v_TQV = kv_TQP.split([latent.nope_dim, latent.v_dim], dim=-1)
+        k_TQH = torch.cat([k_TQN, k_T1R.expand(-1, self.num_heads, -1)], dim=-1)
+        q_TQH = torch.cat([q_TQN, q_TQR], dim=-1)
+        return attend(q_TQH, k_TQH, v_TQV, batch, self.rule, self.layer)
+
+    def _one_cached(
+        self, q_LQN: Tensor, q_LQR: Tensor, c_LC: Tensor, k_L1R: Tensor, cache: SequenceCache
+    ) -> Tensor:
+        """Attend to latents as they lie in the cache: one key head for all query heads."""
+        latent, past = self.latent, cache.length
+        rows_1LP = torch.cat([c_LC, k_L1R.squeeze(1)], dim=-1).unsqueeze(0)
+        rows_1SP, _ = cache.extend(self.layer, rows_1LP, rows_1LP[..., :0])
+        expand_QPC = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1))
+        keys_QNC, values_QVC = expand_QPC.split([latent.nope_dim, latent.v_dim], dim=1)
+        q_QLC = torch.bmm(q_LQN.transpose(0, 1), keys_QNC)
+        q_QLP = torch.cat([q_QLC, q_LQR.transpose(0, 1)], dim=-1)
+        keys, values = rows_1SP.unsqueeze(0), rows_1SP[..., : latent.kv_rank].unsqueeze(0)
+        mixed_QLC = attend_heads(q_QLP.unsqueeze(0), keys, values, self.rule, past).squeeze(0)
+        return torch.bmm(mixed_QLC, values_QVC.mT).transpose(0, 1)

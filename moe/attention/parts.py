@@ -1,0 +1,48 @@
+"""Which rows of a batch attend together.
+
+Sequences that continue by one row take another code than the others, with other rounding. So that
+a sequence's bits never depend on its neighbours, its own length alone decides.
+
+T rows of a batch, N rows of a part, H head width.
+"""
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from ...kernels.cpu.attention import CacheStep
+from ...kernels.cpu.library import functions_for
+from ..batch import Batch
+from .rope import Tables
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Some sequences of a batch."""
+
+    batch: Batch
+    rope: Tables
+    """Cosines and sines of the rows, ``[N, 1, H]``."""
+    rows_N: Tensor | None = None
+    """int64: their rows; None = all."""
+    step: CacheStep | None = None
+    """The caches, if each sequence adds one row and the C++ kernels may take it."""
+
+
+def parts_of(batch: Batch, rope: Tables) -> list[Part]:
+    """Split a batch into the sequences of one row that have a cache, and the others."""
+    if batch.caches is None or 1 not in batch.lengths or functions_for(*rope) is None:
+        return [Part(batch, rope)]
+    if set(batch.lengths) == {1}:
+        return [Part(batch, rope, step=CacheStep(batch.caches))]
+    starts = list(accumulate(batch.lengths, initial=0))
+    parts = []
+    for is_single in (True, False):
+        chosen = [i for i, length in enumerate(batch.lengths) if (length == 1) == is_single]
+        rows_N = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in chosen])
+        some, tables = batch.subset(chosen, rows_N), (rope[0][rows_N], rope[1][rows_N])
+        step = CacheStep(some.caches or ()) if is_single else None
+        parts.append(Part(some, tables, rows_N, step))
+    return parts

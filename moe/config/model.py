@@ -1,0 +1,177 @@
+"""The shape of a decoder: the ``model`` section of a configuration."""
+
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from ...kernels.values.activation import Activation
+from ..routers.config import TRAINING_ONLY, AnyRouter, Hash, TopK, problem_with_choices
+from .attention import AttentionConfig, RopeScaling
+
+WIDEST = 1 << 24
+MOST_EXPERTS = 1 << 16
+LONGEST = 1 << 30
+"""Bound on widths: absurd ones, as in a damaged file, are refused before anything is made."""
+
+
+class MoEConfig(BaseModel):
+    """The MoE layers of a decoder."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    num_experts: int = Field(ge=1, le=MOST_EXPERTS)
+    """Routed experts per layer."""
+    d_expert: int = Field(ge=1, le=WIDEST)
+    """Inner width of one expert."""
+    d_shared: int = Field(default=0, ge=0, le=WIDEST)
+    """Inner width of the shared expert; 0 = none."""
+    shared_gate: bool = False
+    """Multiply the shared expert by ``sigmoid(w x)`` (Qwen2-MoE)."""
+    expert_bias: bool = False
+    """Biases on the routed experts' projections (gpt-oss)."""
+    activation: Activation = "swiglu"
+    """Of routed and shared experts; dense layers are SwiGLU."""
+    router: AnyRouter = TopK()
+    """How tokens choose experts."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        problem = problem_with_choices(self.router, self.num_experts)
+        if problem is not None:
+            raise ValueError(problem)
+        if self.shared_gate and not self.d_shared:
+            raise ValueError("shared_gate is set, but d_shared is 0; give it a width.")
+        return self
+
+
+class ModelConfig(BaseModel):
+    """A decoder; all-dense where ``moe`` is missing. The defaults are Qwen3-MoE's."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    vocab_size: int | None = Field(default=None, ge=1, le=WIDEST)
+    """Rows of the embedding; training fills it in from the tokenizer."""
+    d_model: int = Field(ge=1, le=WIDEST)
+    num_layers: int = Field(ge=1, le=10_000)
+    num_heads: int = Field(ge=1, le=1 << 14)
+    num_kv_heads: int | None = Field(default=None, ge=1)
+    """Key and value heads (grouped-query attention); None = num_heads."""
+    head_dim: int | None = Field(default=None, ge=2, le=1 << 14, multiple_of=2)
+    """None = d_model / num_heads."""
+    d_ff: int | None = Field(default=None, ge=1, le=WIDEST)
+    """Inner width of dense layers' MLP; needed where there are any."""
+    moe: MoEConfig | None = None
+    dense_layers: tuple[int, ...] = ()
+    """Layers with a dense MLP in place of experts."""
+    max_positions: int = Field(default=2048, ge=1, le=LONGEST)
+    """Longest sequence in tokens."""
+    rope_theta: float = Field(default=10_000.0, gt=0)
+    rope_scaling: RopeScaling | None = None
+    """How positions beyond the original ones were made to fit."""
+    rms_eps: float = Field(default=1e-6, gt=0)
+    attention: AttentionConfig = AttentionConfig()
+    tie_embeddings: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads is {self.num_heads}, which num_kv_heads = {self.num_kv_heads} does "
+                f"not divide; use a divisor of {self.num_heads}."
+            )
+        needs_width = self.head_dim is None and self.attention.latent is None
+        if needs_width and self.d_model % (2 * self.num_heads):
+            raise ValueError(
+                f"d_model is {self.d_model}, which does not split into {self.num_heads} heads of "
+                "even width; set head_dim or change num_heads."
+            )
+        for name, layers in (
+            ("dense_layers", self.dense_layers),
+            ("attention.window_layers", self.attention.window_layers),
+            ("attention.nope_layers", self.attention.nope_layers),
+        ):
+            outside = [layer for layer in layers if not 0 <= layer < self.num_layers]
+            if outside:
+                raise ValueError(
+                    f"{name} names layer {outside[0]}, but there are {self.num_layers}; "
+                    f"use 0 to {self.num_layers - 1}."
+                )
+        if self.d_ff is None and (self.moe is None or self.dense_layers):
+            raise ValueError("d_ff is missing, but some layers are dense; give their width.")
+        num_moe_layers = self.num_layers - len(set(self.dense_layers))
+        if self._is_pregated() and num_moe_layers < 2:
+            raise ValueError(
+                f"moe.router.lookahead is previous_block, but the model has {num_moe_layers} MoE "
+                "layer(s); use two or more, or lookahead: ffn_input."
+            )
+        return self
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_width(self) -> int:
+        """Width of one head."""
+        return self.head_dim or self.d_model // self.num_heads
+
+    @property
+    def rope_width(self) -> int:
+        """Elements of a head that are rotated."""
+        latent = self.attention.latent
+        return self.head_width if latent is None else latent.rope_dim
+
+    @property
+    def vocabulary(self) -> int:
+        """``vocab_size`` once it is known."""
+        assert self.vocab_size is not None, "vocab_size has not been filled in"
+        return self.vocab_size
+
+    @property
+    def moe_layers(self) -> list[int]:
+        """Indices of the layers that have experts."""
+        return [layer for layer in range(self.num_layers) if self.is_moe(layer)]
+
+    def is_moe(self, layer: int) -> bool:
+        """Say whether ``layer`` has experts."""
+        return self.moe is not None and layer not in self.dense_layers
+
+    def architecture(self) -> dict[str, Any]:
+        """Return what the meaning of weights depends on: all but what only training reads.
+
+        Two ways to say the same come out alike.
+        """
+        values = self.model_dump(mode="json")
+        values["num_kv_heads"] = self.kv_heads if self.attention.latent is None else None
+        values["head_dim"] = self.head_width if self.attention.latent is None else None
+        values["dense_layers"] = sorted(set(self.dense_layers)) if self.moe is not None else []
+        if len(self.moe_layers) == self.num_layers:
+            values["d_ff"] = None
+        attention = values["attention"]
+        for name in ("window_layers", "nope_layers"):
+            attention[name] = sorted(set(attention[name]))
+        if not attention["window_layers"]:
+            attention["window"] = None
+        if self.attention.latent is not None:
+            attention["qk_norm"] = None
+        if self.moe is not None and isinstance(self.moe.router, TopK):
+            router = values["moe"]["router"]
+            router["has_bias"] = router["bias_update_rate"] is not None
+            for name in TRAINING_ONLY:
+                del router[name]
+            if self.moe.router.num_groups == 1:
+                router["group_score"] = router["top_groups"] = None
+        return values
+
+    def router(self, layer: int) -> TopK | Hash:
+        """Return the router configuration of an MoE layer; a pre-gated model's first differs."""
+        assert self.moe is not None and self.is_moe(layer), "only MoE layers have routers"
+        is_first = not any(self.is_moe(earlier) for earlier in range(layer))
+        if self._is_pregated() and is_first:
+            return self.moe.router.model_copy(update={"lookahead": "ffn_input"})
+        return self.moe.router
+
+    def _is_pregated(self) -> bool:
+        router = self.moe.router if self.moe is not None else None
+        return isinstance(router, TopK) and router.lookahead == "previous_block"

@@ -1,0 +1,1 @@
+"""A layer's experts: what the layer asks of them, and where they are."""

@@ -1,0 +1,34 @@
+"""Experts in 8 or 4 bits, for inference. N rows, D model width, K choices."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ...kernels.experts import expert_mlp
+from ...kernels.values.quantized_weights import QuantizedExpertWeights
+from ..routers.routing import Routing
+from .resident import AnyExperts
+
+
+class QuantizedExperts(AnyExperts):
+    """Takes the place of :class:`Experts`; all experts are in memory."""
+
+    def __init__(self, weights: QuantizedExpertWeights) -> None:
+        super().__init__()
+        self.weights = weights
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedExperts":
+        """Follow the module to a device; values and scales keep their types."""
+        self.weights = self.weights.to(fn(self.weights.fc1.values[:0]).device)
+        super()._apply(fn, recurse)
+        return self
+
+    def announce(self, routing: Routing) -> None:
+        """Do nothing: experts in memory are always ready."""
+
+    def keep(self, routing: Routing) -> None:
+        """Do nothing: experts in memory stay there."""
+
+    def forward(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
+        """Return the weighted sum of each row's experts, ``[N, D]``."""
+        return expert_mlp(x_ND, experts_NK, weights_NK, self.weights)

@@ -1,0 +1,139 @@
+"""The routed experts of a layer: in memory as parameters, or wherever they are.
+
+N rows, D model width, F expert width, E experts, K choices, S expert slots here.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ...kernels.experts import Backend, expert_mlp
+from ...kernels.frozen_experts import LowRank, frozen_expert_mlp
+from ...kernels.values.activation import Activation
+from ...kernels.values.expert_weights import ExpertWeights, MainGrads
+from ..routers.routing import Routing
+
+LOW_RANK = ("fc1_lora_a", "fc1_lora_b", "fc2_lora_a", "fc2_lora_b")
+"""Parameters of low-rank updates, where experts have them."""
+
+
+class AnyExperts(nn.Module):
+    """What a layer asks of its experts, wherever they are."""
+
+    def announce(self, routing: Routing) -> None:
+        """Learn what the next forward will need, before other work that leads there."""
+        raise NotImplementedError
+
+    def keep(self, routing: Routing) -> None:
+        """Hold on to what the next forward needs, which follows at once."""
+        raise NotImplementedError
+
+    def forward(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
+        """Return the weighted sum of each row's experts, ``[N, D]``."""
+        raise NotImplementedError
+
+
+class Experts(AnyExperts):
+    """Gated experts as parameters: ``fc1 [S, 2F, D]`` (gate rows first), ``fc2 [S, D, F]``.
+
+    With ``bias`` also ``fc1_bias [S, 2F]`` and ``fc2_bias [S, D]``, zeros at first; else None.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_expert: int,
+        num_experts: int,
+        expert_ids: Sequence[int] | None = None,
+        backend: Backend = "auto",
+        activation: Activation = "swiglu",
+        recompute: bool = False,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.recompute = recompute
+        """Whether backward computes fc1 again in place of keeping its output."""
+        self.activation: Activation = activation
+        self.expert_ids = tuple(range(num_experts) if expert_ids is None else expert_ids)
+        """Logical expert of each slot."""
+        self.backend: Backend = backend
+        num_slots = len(self.expert_ids)
+        self.fc1 = nn.Parameter(torch.empty(num_slots, 2 * d_expert, d_model))
+        self.fc2 = nn.Parameter(torch.empty(num_slots, d_model, d_expert))
+        nn.init.normal_(self.fc1, std=d_model**-0.5)
+        nn.init.normal_(self.fc2, std=d_expert**-0.5)
+        self.fc1_bias: nn.Parameter | None = None
+        self.fc2_bias: nn.Parameter | None = None
+        if bias:
+            self.fc1_bias = nn.Parameter(torch.zeros(num_slots, 2 * d_expert))
+            self.fc2_bias = nn.Parameter(torch.zeros(num_slots, d_model))
+        self.main_grads: MainGrads | None = None
+        """Where backward leaves the gradients of the parameters; None: where autograd does."""
+        self._low_rank_scale: float | None = None
+        self._slot_of_E: tuple[int, ...] | None = None
+        if self.expert_ids != tuple(range(num_experts)):
+            slots = [-1] * num_experts
+            for slot, expert in enumerate(self.expert_ids):
+                slots[expert] = slot
+            self._slot_of_E = tuple(slots)
+
+    def slot_views(self) -> list[dict[str, Tensor]]:
+        """Return the writable parts of every slot; see :meth:`ExpertWeights.slot_views`."""
+        biases = (None if bias is None else bias.data for bias in (self.fc1_bias, self.fc2_bias))
+        weights = ExpertWeights(self.fc1.data, self.fc2.data, None, self.activation, None, *biases)
+        return [weights.slot_views(slot) for slot in range(len(self.expert_ids))]
+
+    def add_low_rank(self, rank: int, scale: float) -> None:
+        """Add low-rank updates to frozen experts: B is 0, and A for the caller to fill.
+
+        ``fc1_lora_a [S, 2 rank, D]``, ``fc1_lora_b [S, 2F, rank]`` (the gate's rows first),
+        ``fc2_lora_a [S, rank, F]``, ``fc2_lora_b [S, D, rank]``.
+        """
+        num_slots, d_model, d_expert = self.fc2.shape
+        shapes = ((2 * rank, d_model), (2 * d_expert, rank), (rank, d_expert), (d_model, rank))
+        for name, shape in zip(LOW_RANK, shapes, strict=True):
+            zeros = self.fc2.new_zeros(num_slots, *shape)
+            self.register_parameter(name, nn.Parameter(zeros))
+        self._low_rank_scale = scale
+
+    def announce(self, routing: Routing) -> None:
+        """Do nothing: experts in memory are always ready."""
+
+    def keep(self, routing: Routing) -> None:
+        """Do nothing: experts in memory stay there."""
+
+    def forward(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
+        """Return the weighted sum of each row's experts, ``[N, D]``."""
+        device = x_ND.device.type
+        if not torch.is_autocast_enabled(device):
+            return self._run(x_ND, experts_NK, weights_NK, self.fc1.dtype)
+        # As nn.Linear does: rows and weights take autocast's type. The kernels know no autocast.
+        dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            return self._run(x_ND.to(dtype), experts_NK, weights_NK, dtype)
+
+    def _run(
+        self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        weights = self._weights(dtype)
+        if self._low_rank_scale is None:
+            return expert_mlp(
+                x_ND, experts_NK, weights_NK, weights, self.backend, recompute=self.recompute
+            )
+        a1, b1, a2, b2 = (getattr(self, name).to(dtype) for name in LOW_RANK)
+        low_rank = LowRank(a1, b1, a2, b2, self._low_rank_scale)
+        rows = (x_ND, experts_NK, weights_NK)
+        if self.recompute and torch.is_grad_enabled():
+            again: Tensor = checkpoint(
+                frozen_expert_mlp, *rows, weights, low_rank, use_reentrant=False
+            )
+            return again
+        return frozen_expert_mlp(*rows, weights, low_rank)
+
+    def _weights(self, dtype: torch.dtype) -> ExpertWeights:
+        fc1, fc2 = self.fc1.to(dtype), self.fc2.to(dtype)
+        biases = (None if b is None else b.to(dtype) for b in (self.fc1_bias, self.fc2_bias))
+        how = (self._slot_of_E, self.activation, self.main_grads)
+        return ExpertWeights(fc1, fc2, *how, *biases)

@@ -1,0 +1,82 @@
+"""From one model folder to another: other types, quantized experts, files made whole again."""
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from ...kernels.values.quantized_weights import Bits
+from ..routers.config import TopK
+from .families.table import FAMILIES
+from .folder import ModelFolder
+from .generation_config import generation_to_keep
+from .hf_config import to_hf
+from .quantized_config import quantization_config
+from .tokenizer_folder import copy_tokenizer
+from .write_few_bits import choose_format
+from .write_weights import FolderWeights, plan_weights
+from .writer import TensorPlan, write_model_folder
+
+log = logging.getLogger(__name__)
+
+Dtype = Literal["fp32", "bf16", "int8", "int4"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+BITS: dict[str | None, Bits] = {"int8": 8, "int4": 4}
+
+
+def convert(
+    source: Path,
+    target: Path,
+    dtype: Dtype | None = None,
+    ignore_unused_weights: bool = False,
+) -> str:
+    """Write the model of folder ``source`` to ``target`` and return its ``model_type`` there.
+
+    ``dtype`` is the type of the weights; None widens what is in few bits and keeps the others.
+    ``int8`` and ``int4`` are for the routed experts and leave all else as it is. Tokenizer, chat
+    template and generation config come along; weights that ``config.json`` does not ask for do not,
+    and are refused without ``ignore_unused_weights``. One tensor, or one expert, is in memory at a
+    time.
+    """
+    folder = ModelFolder(source)
+    try:
+        left_out = folder.check(ignore_unused_weights=ignore_unused_weights)
+        if left_out is not None:
+            log.warning("%s", left_out)
+        config, packed = folder.config, None
+        if dtype in BITS:
+            packed = choose_format(config, BITS[dtype])
+        plain = folder.dtype if dtype is None or packed is not None else DTYPES[dtype]
+        values = to_hf(
+            config,
+            str(plain).removeprefix("torch."),
+            source=folder.values,
+            has_separate_experts=packed is not None,
+        )
+        weights, family = FolderWeights(folder, plain), FAMILIES[values["model_type"]]
+        plans = plan_weights(config, family, weights, plain, _router_dtype(folder, plain), packed)
+        if packed is not None:
+            values["quantization_config"] = quantization_config(packed, _plain_matrices(plans))
+        generation = generation_to_keep(folder)
+        write_model_folder(
+            target, values, plans, lambda unfinished: copy_tokenizer(source, unfinished), generation
+        )
+    finally:
+        folder.close()
+    return family.model_type
+
+
+def _router_dtype(folder: ModelFolder, plain: torch.dtype) -> torch.dtype:
+    """Return the type to write routers in: theirs if it is wider, for they decide who is chosen."""
+    for layer in folder.config.moe_layers:
+        if isinstance(folder.config.router(layer), TopK):
+            stored, _ = folder.stored(f"layers.{layer}.mlp.gate.weight")
+            return torch.promote_types(stored, plain)
+    return plain
+
+
+def _plain_matrices(plans: Iterable[TensorPlan]) -> list[str]:
+    """Return the matrices that are written as they are."""
+    return [p.name for p in plans if p.name.endswith(".weight") and len(p.shape) == 2]

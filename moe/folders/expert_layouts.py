@@ -1,0 +1,160 @@
+"""How folders lay out the routed experts' matrices, and how one expert is read and written.
+
+E experts, D model width, F expert width.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ...kernels.values.quantized_weights import SlotView
+from ..config.model import MoEConfig
+from .compressed_tensors import read_matrix
+from .tensor_files import TensorFiles
+from .writer import TensorPlan
+
+ExpertViews = Mapping[str, Tensor | SlotView]
+"""An expert's writable ``gate``, ``up`` ``[F, D]`` and ``down`` ``[D, F]`` matrices, and with
+biases ``gate_bias``, ``up_bias`` ``[F]`` and ``down_bias`` ``[D]``. A matrix in few bits is a
+:class:`SlotView`, which only a folder in as many bits can fill."""
+
+Shapes = Iterator[tuple[str, tuple[int, ...]]]
+GetPart = Callable[[int, str], Tensor]
+"""From an expert's id and a part's name, as in :data:`ExpertViews`, to the tensor."""
+
+
+def plain(views: ExpertViews, part: str) -> Tensor:
+    """Return a part that is not in few bits, as all are where a tensor holds many experts."""
+    view = views[part]
+    assert isinstance(view, Tensor), f"{part} is in few bits"
+    return view
+
+
+def part_shapes(moe: MoEConfig, d_model: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of an expert's parts."""
+    wide, narrow = (moe.d_expert, d_model), (d_model, moe.d_expert)
+    shapes: dict[str, tuple[int, ...]] = {"gate": wide, "up": wide, "down": narrow}
+    if moe.expert_bias:
+        shapes |= {"gate_bias": wide[:1], "up_bias": wide[:1], "down_bias": narrow[:1]}
+    return shapes
+
+
+class ExpertLayout(Protocol):
+    """Where the experts of a layer lie in a folder."""
+
+    def tensors(self, files: TensorFiles, moe: MoEConfig, d_model: int, layer: int) -> Shapes:
+        """Yield name and shape of every tensor that the experts of ``layer`` need."""
+        ...
+
+    def reads(
+        self, files: TensorFiles, layer: int, expert: int, views: ExpertViews
+    ) -> list[Callable[[], None]]:
+        """Return calls that fill ``views``, each a part of the work; any thread may make them.
+
+        There may be some parts only, gate and up together.
+        """
+        ...
+
+    def plans(
+        self, moe: MoEConfig, d_model: int, layer: int, dtype: torch.dtype, get: GetPart
+    ) -> Iterator[TensorPlan]:
+        """Yield how the experts of ``layer`` are written."""
+        ...
+
+
+class SeparateExperts:
+    """A tensor for each matrix of each expert, ``<prefix>.3.gate_proj.weight``.
+
+    Also reads the fused layout that transformers 5 has in memory: all experts in one
+    ``gate_up_proj`` ``[E, 2F, D]`` (gate rows first) and one ``down_proj`` ``[E, D, F]``.
+    """
+
+    def __init__(
+        self,
+        prefix: str = "mlp.experts",
+        gate: str = "gate_proj",
+        up: str = "up_proj",
+        down: str = "down_proj",
+    ) -> None:
+        self._prefix = prefix
+        self._names = {"gate": gate, "up": up, "down": down}
+
+    def tensors(self, files: TensorFiles, moe: MoEConfig, d_model: int, layer: int) -> Shapes:
+        """Yield name and shape of every tensor that the experts of ``layer`` need."""
+        if self._is_fused(files, layer):
+            num_experts, d_expert = moe.num_experts, moe.d_expert
+            yield _fused_name(layer, "gate_up"), (num_experts, 2 * d_expert, d_model)
+            yield _fused_name(layer, "down"), (num_experts, d_model, d_expert)
+            return
+        shapes = part_shapes(moe, d_model)
+        for expert in range(moe.num_experts):
+            for part, shape in shapes.items():
+                name = self.name(layer, expert, part)
+                if files.packed is None or len(shape) == 1:
+                    yield name, shape
+                    continue
+                for stored, (_, stored_shape) in files.packed.stored(name, *shape).items():
+                    yield stored, stored_shape
+
+    def reads(
+        self, files: TensorFiles, layer: int, expert: int, views: ExpertViews
+    ) -> list[Callable[[], None]]:
+        """Return calls that fill ``views``, each a part of the work."""
+        if self._is_fused(files, layer):
+            calls: list[Callable[[], None]] = []
+            if "gate" in views:
+                name = _fused_name(layer, "gate_up")
+                calls.append(partial(_read_gate_up, files, name, expert, views))
+            if "down" in views:
+                name = _fused_name(layer, "down")
+                calls.append(partial(files.read_part, name, expert, plain(views, "down")))
+            return calls
+        return [
+            partial(_read, files, self.name(layer, expert, part), view)
+            for part, view in views.items()
+        ]
+
+    def plans(
+        self, moe: MoEConfig, d_model: int, layer: int, dtype: torch.dtype, get: GetPart
+    ) -> Iterator[TensorPlan]:
+        """Yield how the experts of ``layer`` are written: always one by one."""
+        shapes = part_shapes(moe, d_model)
+        for expert in range(moe.num_experts):
+            for part, shape in shapes.items():
+                name = self.name(layer, expert, part)
+                yield TensorPlan(name, dtype, shape, partial(_one, get, expert, part, dtype))
+
+    def name(self, layer: int, expert: int, part: str) -> str:
+        """Return the name of one part of one expert."""
+        matrix, _, bias = part.partition("_")
+        leaf = bias or "weight"
+        return f"model.layers.{layer}.{self._prefix}.{expert}.{self._names[matrix]}.{leaf}"
+
+    def _is_fused(self, files: TensorFiles, layer: int) -> bool:
+        return files.packed is None and _fused_name(layer, "gate_up") in files
+
+
+def _read(files: TensorFiles, name: str, view: Tensor | SlotView) -> None:
+    if isinstance(view, SlotView):
+        read_matrix(files.read_into, name, view)
+    else:
+        files.read_matrix(name, view)
+
+
+def _fused_name(layer: int, part: str) -> str:
+    return f"model.layers.{layer}.mlp.experts.{part}_proj"
+
+
+def _read_gate_up(files: TensorFiles, name: str, expert: int, views: ExpertViews) -> None:
+    gate, up = plain(views, "gate"), plain(views, "up")
+    both = torch.empty(2 * gate.shape[0], gate.shape[1], dtype=gate.dtype)
+    files.read_part(name, expert, both)
+    gate.copy_(both[: len(gate)])
+    up.copy_(both[len(gate) :])
+
+
+def _one(get: GetPart, expert: int, part: str, dtype: torch.dtype) -> Iterator[Tensor]:
+    yield get(expert, part).to(dtype)

@@ -1,0 +1,60 @@
+"""Memory for routed experts outside a module's parameters: a model's own, or a cache of some.
+
+S slots, D model width, F expert width.
+"""
+
+from math import prod
+from typing import Any
+
+import torch
+
+from ...kernels.values.expert_weights import ExpertWeights, empty_slots
+from ...kernels.values.quantized_weights import (
+    AnyExperts,
+    QuantizedExpertWeights,
+    QuantizedMatrices,
+    empty_matrices,
+)
+from ..config.model import ModelConfig
+from .compressed_tensors import PackedFormat
+from .expert_layouts import part_shapes
+
+
+def empty_experts(
+    config: ModelConfig, num_slots: int, dtype: torch.dtype, packed: PackedFormat | None
+) -> AnyExperts:
+    """Allocate ``num_slots`` experts of a model on the CPU, in few bits where ``packed`` says so.
+
+    Biases are in ``dtype`` in any case.
+    """
+    moe, d_model = config.moe, config.d_model
+    assert moe is not None, "only MoE models have experts"
+    shapes = ((2 * moe.d_expert, d_model), (d_model, moe.d_expert))
+    how: dict[str, Any] = {"activation": moe.activation}
+    if moe.expert_bias:
+        biases = (torch.empty(num_slots, rows, dtype=dtype) for rows, _ in shapes)
+        how["fc1_bias_SH"], how["fc2_bias_SD"] = biases
+    if packed is None:
+        fc1, fc2 = (empty_slots(num_slots, *shape, dtype) for shape in shapes)
+        return ExpertWeights(fc1, fc2, **how)
+    packed1, packed2 = (_empty_packed(num_slots, *shape, packed) for shape in shapes)
+    return QuantizedExpertWeights(packed1, packed2, **how)
+
+
+def expert_bytes(config: ModelConfig, dtype: torch.dtype, packed: PackedFormat | None) -> int:
+    """Return the bytes of one expert."""
+    moe = config.moe
+    assert moe is not None, "only MoE models have experts"
+    total = 0
+    for part, shape in part_shapes(moe, config.d_model).items():
+        if packed is None or len(shape) == 1:
+            total += prod(shape) * dtype.itemsize
+        else:
+            stored = packed.stored(f"{part}.weight", *shape).values()
+            total += sum(prod(s) * t.itemsize for t, s in stored if t != torch.int64)
+    return total
+
+
+def _empty_packed(num_slots: int, rows: int, width: int, packed: PackedFormat) -> QuantizedMatrices:
+    group_size = packed.width_of_group("fc1 or fc2", width)
+    return empty_matrices(num_slots, rows, width, packed.bits, group_size, torch.device("cpu"))

@@ -1,0 +1,49 @@
+"""What ``config.json`` says about the balance loss, to and from our router's configuration.
+
+transformers pools counts and probabilities of all MoE layers before it multiplies them, and its
+loss is K at perfect balance where ours is 1. It adds the loss only where ``output_router_logits``
+is true. Folders are not written with true: its generate (5.23) then fails for a batch with a mask.
+"""
+
+from typing import Any
+
+from ....errors import ModelFileError
+from ...config.model import ModelConfig
+from ...routers.config import TopK
+from .rope_keys import Values
+
+OWN_KEY = "moeyard_balance_loss"
+"""What a run trained with, for the next run that starts from its export; transformers skips it.
+
+It holds where ``output_router_logits`` is not true.
+"""
+
+
+def read_balance_loss(values: Values, k: int) -> dict[str, Any]:
+    """Return the fields of :class:`TopK` that say the loss which training would add."""
+    own = values.get(OWN_KEY)
+    if not isinstance(own, dict | None):
+        raise ModelFileError(f"config.json has {OWN_KEY} = {own!r}; use an object or leave it out.")
+    if values["output_router_logits"]:
+        return {"balance_loss": values["router_aux_loss_coef"] * k, "balance_over": "model"}
+    if own:
+        return {"balance_loss": own["coefficient"], "balance_over": own["over"]}
+    return {"balance_loss": 0.0, "balance_over": "model"}
+
+
+def write_balance_loss(config: ModelConfig) -> Values:
+    """Return what :func:`read_balance_loss` reads; without a loss, only that there is none.
+
+    A loss that is summed over layers is written as the pooled one that equals it where all layers
+    have the same counts.
+    """
+    assert config.moe is not None and isinstance(config.moe.router, TopK)
+    router = config.moe.router
+    if not router.balance_loss:
+        return {"output_router_logits": False}
+    layers = len(config.moe_layers) if router.balance_over == "layer" else 1
+    coefficient = router.balance_loss * layers / router.k
+    return {
+        "router_aux_loss_coef": float(f"{coefficient:.12g}"),  # a round trip returns what it read
+        OWN_KEY: {"coefficient": router.balance_loss, "over": router.balance_over},
+    }

@@ -1,0 +1,108 @@
+"""What a model family is."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from pydantic import ValidationError
+
+from ...config.model import ModelConfig
+from ...routers.config import TopK
+from ..expert_layouts import ExpertLayout
+from .keys import COMMON, Values, check_only, complete, write_common
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """How folders of one ``model_type`` say what our configuration says.
+
+    Its tensors have our names but for ``renames`` (ours, theirs) and the experts' layout.
+    """
+
+    model_type: str
+    architecture: str
+    """The class that opens such folders in transformers, or would."""
+    read: Callable[[Values], ModelConfig]
+    """Understand a ``config.json`` in which no key of ``defaults`` is missing; may raise
+    ``KeyError`` and ``TypeError`` for damaged ones."""
+    write: Callable[[ModelConfig], Values]
+    """Return what ``config.json`` has beside the common keys, for any model with this family's
+    parts (experts, latent attention); what the family cannot say is not said."""
+    experts: ExpertLayout
+    defaults: Values = field(default_factory=lambda: dict(COMMON))
+    """What the family means where a key is missing."""
+    may_be_null: tuple[str, ...] = ()
+    """Keys that may be null although their default is not."""
+    aliases: dict[str, str] = field(default_factory=dict)
+    """Other names of keys, which win over the keys."""
+    renames: tuple[tuple[str, str], ...] = ()
+    activation: str | None = "silu"
+    """The one ``hidden_act`` the family may have; None: it does not say."""
+    own_quantization: str | None = None
+    """The ``quant_method`` of folders whose experts' layout reads it by itself."""
+    has_experts: bool = True
+    has_latent: bool = False
+    is_in_transformers: bool = True
+
+    def complete(self, values: Values) -> Values:
+        """Return a ``config.json`` with what the family means by the keys it leaves out."""
+        return complete(values, self.defaults, self.may_be_null, self.aliases)
+
+    def read_config(self, values: Values) -> ModelConfig:
+        """Understand a ``config.json``."""
+        values = self.complete(values)
+        if self.activation is not None:
+            check_only(values, {"hidden_act": self.activation})
+        return self.read(values)
+
+    def tensor_name(self, parameter: str) -> str:
+        """Return the name of one of the decoder's own tensors, ``layers.0.mlp.gate.weight``."""
+        for ours, theirs in self.renames:
+            parameter = parameter.replace(ours, theirs)
+        return full_name(parameter)
+
+    def config_values(self, config: ModelConfig) -> Values:
+        """Return the ``config.json`` of a model this family can say (:meth:`why_not`)."""
+        head = {"model_type": self.model_type, "architectures": [self.architecture]}
+        return head | write_common(config) | self.write(config)
+
+    def why_not(self, config: ModelConfig) -> str | None:
+        """Return the first thing about ``config`` that this family cannot say, or None.
+
+        It writes the configuration and reads it back: what comes out otherwise cannot be said.
+        """
+        return self._why_impossible(config) or next(iter(self.differences(config)), None)
+
+    def differences(self, config: ModelConfig) -> list[str]:
+        """Return all that this family says otherwise; nothing where it cannot begin to say it."""
+        if self._why_impossible(config) is not None:
+            return []
+        found = self.read_config(self.config_values(config)).architecture()
+        return list(_differences(config.architecture(), found, self.model_type))
+
+    def _why_impossible(self, config: ModelConfig) -> str | None:
+        if (config.moe is not None) != self.has_experts:
+            return f"{self.model_type} models have {'' if self.has_experts else 'no '}experts"
+        if config.moe is not None and not isinstance(config.moe.router, TopK):
+            return f"moe.router is {config.moe.router.kind}, where {self.model_type} has topk"
+        if (config.attention.latent is not None) != self.has_latent:
+            is_latent = "latent" if self.has_latent else "grouped-query"
+            return f"{self.model_type} models have {is_latent} attention"
+        try:
+            self.read_config(self.config_values(config))
+        except ValidationError as error:
+            return f"{self.model_type} cannot say it: {error.errors()[0]['msg']}"
+        return None
+
+
+def full_name(parameter: str) -> str:
+    """Return our own name of a tensor as folders have it."""
+    return parameter if parameter.startswith("lm_head.") else f"model.{parameter}"
+
+
+def _differences(ours: Values, theirs: Values, model_type: str, path: str = "") -> Iterator[str]:
+    for key, value in ours.items():
+        other = theirs.get(key)
+        if isinstance(value, dict) and isinstance(other, dict):
+            yield from _differences(value, other, model_type, f"{path}{key}.")
+        elif value != other:
+            yield f"{path}{key} is {value}, where {model_type} has {other}"

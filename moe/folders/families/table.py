@@ -1,0 +1,55 @@
+"""All families, and which of them a model is exported as."""
+
+from ...config.model import ModelConfig
+from ..expert_layouts import SeparateExperts
+from .deepseek import DEEPSEEK_V2, DEEPSEEK_V3
+from .dense import LLAMA, QWEN3
+from .family import Family
+from .gpt_oss import GPT_OSS
+from .mixtral import MIXTRAL
+from .native import NATIVE
+from .olmoe import OLMOE
+from .qwen_moe import QWEN2_MOE, QWEN3_MOE
+from .smallthinker import SMALLTHINKER
+
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        *(QWEN3_MOE, QWEN3, MIXTRAL, QWEN2_MOE, OLMOE, DEEPSEEK_V3, DEEPSEEK_V2, GPT_OSS, LLAMA),
+        *(SMALLTHINKER, NATIVE),
+    )
+}
+"""By ``model_type``."""
+
+
+def family_for(
+    config: ModelConfig, preferred: str | None = None, has_separate_experts: bool = False
+) -> Family:
+    """Return the family to export ``config`` as: one that can say all of it.
+
+    ``preferred``, the ``model_type`` a model came from, goes first; then those that transformers
+    opens; our own says everything. ``has_separate_experts`` leaves out those that keep many experts
+    in one tensor.
+    """
+    candidates = [family for family in FAMILIES.values() if family.is_in_transformers]
+    if preferred is not None and preferred != NATIVE.model_type:
+        candidates.insert(0, FAMILIES[preferred])
+    for family in candidates:
+        is_separate = isinstance(family.experts, SeparateExperts)
+        if family.why_not(config) is None and (is_separate or not has_separate_experts):
+            return family
+    return NATIVE
+
+
+def why_native(config: ModelConfig) -> str:
+    """Return one sentence on why transformers has no class for ``config``.
+
+    It is about the family that is nearest: which differs in the fewest things.
+    """
+    families = [family for family in FAMILIES.values() if family.is_in_transformers]
+    if any(family.why_not(config) is None for family in families):
+        return "Experts are stored one by one, where families that could say it have one tensor."
+    other = {family.model_type: family.differences(config) for family in families}
+    near = [name for name, differences in other.items() if differences]
+    nearest = min(near, key=lambda name: len(other[name]), default=QWEN3_MOE.model_type)
+    return f"{FAMILIES[nearest].why_not(config)}, and no other family of transformers says it."

@@ -1,0 +1,186 @@
+"""Open a Hugging Face model folder: its configuration, its family and its tensors."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import ModelFileError
+from ..config.model import ModelConfig
+from .compressed_tensors import PackedFormat, packed_name
+from .expert_layouts import ExpertViews, Shapes
+from .families.family import Family, full_name
+from .hf_config import find_family, from_hf
+from .json_file import read_json
+from .quantized_config import read_quantization_config
+from .tensor_files import TensorFiles
+from .tensor_names import dense_tensors
+from .unused_weights import check_unused, extra_layer
+
+
+class ModelFolder:
+    """An open model folder. Tensors go by the decoder's own names, whatever the family's are."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.values = read_json(path / "config.json")
+        self.config: ModelConfig = from_hf(self.values)
+        self.family: Family = find_family(self.values)
+        self.files = TensorFiles(path, self._packed_format())
+
+    def check(
+        self,
+        config: ModelConfig | None = None,
+        without: str | None = None,
+        ignore_unused_weights: bool = False,
+    ) -> str | None:
+        """Raise :class:`ModelFileError` unless all tensors are there and fit the configuration:
+        the folder's own, or another that is to use its weights.
+
+        Reads headers only, and stops at the first tensor that is missing, so that an absurd
+        configuration costs nothing. Tensors whose name ends in ``without`` may be missing. Tensors
+        that neither configuration uses are refused, but for known extras (unused_weights.py) and
+        with ``ignore_unused_weights``. Returns a line that names what is left out, if anything is.
+        """
+        if not ignore_unused_weights:
+            self._check_number_of_layers()
+        if self.config.tie_embeddings and "lm_head.weight" in self.files:
+            self._check_tied_head()
+        used = self._check_all_there(config or self.config, without)
+        if config is not None:
+            used |= self._names_of(self.config)
+        if self.config.tie_embeddings:
+            used.add("lm_head.weight")
+        unused = [name for name in self.files if name not in used]
+        return check_unused(str(self.path), unused, self._layers_behind(), ignore_unused_weights)
+
+    def _check_all_there(self, config: ModelConfig, without: str | None) -> set[str]:
+        """Return the names of the tensors that a configuration uses."""
+        used: set[str] = set()
+        for parameter, tensor in dense_tensors(config):
+            name = self._name(parameter)
+            if without is None or not parameter.endswith(without) or parameter in self:
+                self.files.check_matrix(name, tuple(tensor.shape))
+            used |= self.files.stored_names(name)
+        for name, shape in self._expert_tensors(config):
+            self.files.check_shape(name, shape)
+            used.add(name)
+        return used
+
+    def _names_of(self, config: ModelConfig) -> set[str]:
+        used = {name for name, _ in self._expert_tensors(config)}
+        for parameter, _ in dense_tensors(config):
+            used |= self.files.stored_names(self._name(parameter))
+        return used
+
+    def _expert_tensors(self, config: ModelConfig) -> Shapes:
+        for layer in config.moe_layers:
+            assert config.moe is not None, "only MoE models have MoE layers"
+            yield from self.family.experts.tensors(self.files, config.moe, config.d_model, layer)
+
+    def _layers_behind(self) -> range:
+        """Return the layers that predict further tokens, which DeepSeek-V3 has behind its own."""
+        extra = self.family.complete(self.values).get("num_nextn_predict_layers") or 0
+        first = self.config.num_layers
+        return range(first, first + (extra if isinstance(extra, int) else 0))
+
+    def _check_number_of_layers(self) -> None:
+        """Raise :class:`ModelFileError` where the weights are those of a larger model."""
+        last = self._layers_behind().stop
+        for name in self.files:
+            layer = extra_layer(name)
+            if layer is not None and layer >= last:
+                raise ModelFileError(
+                    f"config.json has num_hidden_layers = {self.config.num_layers}, but the "
+                    f"weights have {name}; copy the folder again, or correct the number."
+                )
+
+    def _check_tied_head(self) -> None:
+        """Compare a few rows: a folder may hold one matrix under both names."""
+        embedding, head = self._name("embed_tokens.weight"), "lm_head.weight"
+        shape = self.files.entry(embedding).shape
+        self.files.check_shape(head, shape)
+        for row in {0, shape[0] // 2, shape[0] - 1}:
+            rows = torch.empty(2, *shape[1:])
+            for name, out in zip((embedding, head), rows, strict=True):
+                self.files.read_part(name, row, out)
+            if not torch.equal(*rows):
+                raise ModelFileError(
+                    f"config.json has tie_word_embeddings = true, but {head} is another matrix "
+                    f"than {embedding}; set it to false."
+                )
+
+    def __contains__(self, parameter: str) -> bool:
+        return self._name(parameter) in self.files
+
+    def stored(self, parameter: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        """Return type and shape of a tensor of the decoder outside the experts.
+
+        A matrix in few bits has the type it is meant to be widened to.
+        """
+        name = self._name(parameter)
+        if self.files.packed is None or packed_name(name) not in self.files:
+            entry = self.files.entry(name)
+            return entry.dtype, entry.shape
+        rows, words = self.files.entry(packed_name(name)).shape
+        return self.dtype, (rows, words * 32 // self.files.packed.bits)
+
+    @property
+    def packed(self) -> PackedFormat | None:
+        """How matrices in few bits are rounded; None where there are none."""
+        return self.files.packed
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of floating weights that are not rounded: the embedding's."""
+        return self.files.entry(self._name("embed_tokens.weight")).dtype
+
+    def read_into(self, parameter: str, out: Tensor) -> None:
+        """Fill ``out`` with a tensor of the decoder outside the experts."""
+        try:
+            self.files.read_matrix(self._name(parameter), out)
+        except OSError as error:
+            raise ModelFileError(f"{self._name(parameter)} could not be read: {error}.") from None
+
+    def expert_reads(self, layer: int, expert: int, views: ExpertViews) -> list[Callable[[], None]]:
+        """Return calls that fill an expert's ``views``; they raise ``OSError`` where reading
+        fails."""
+        return self.family.experts.reads(self.files, layer, expert, views)
+
+    def read_expert(self, layer: int, expert: int, views: ExpertViews) -> None:
+        """Fill an expert's ``views``."""
+        try:
+            for read in self.expert_reads(layer, expert, views):
+                read()
+        except OSError as error:
+            raise ModelFileError(
+                f"expert {expert} of layer {layer} could not be read: {error}."
+            ) from None
+
+    def close(self) -> None:
+        """Close all files."""
+        self.files.close()
+
+    def read_optional(self, name: str) -> dict[str, Any]:
+        """Read another JSON file of the folder; an absent one reads as empty."""
+        path = self.path / name
+        return read_json(path) if path.exists() else {}
+
+    def _packed_format(self) -> PackedFormat | None:
+        values = self.values.get("quantization_config")
+        if values is not None and not isinstance(values, dict):
+            raise ModelFileError(
+                f"config.json has quantization_config = {values!r}; use an object or leave it out."
+            )
+        method = values.get("quant_method") if isinstance(values, dict) else None
+        if values is None or method == self.family.own_quantization:
+            return None
+        return read_quantization_config(values)
+
+    def _name(self, parameter: str) -> str:
+        """Return the name a tensor has here: the family's, or else our own, which is also what
+        transformers 5 calls it in memory."""
+        name, own = self.family.tensor_name(parameter), full_name(parameter)
+        return own if name not in self.files and own in self.files else name

@@ -1,0 +1,126 @@
+"""Fill a decoder from a model folder, tensor by tensor, straight into the memory that keeps it."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import ModelFileError
+from ...kernels.values.memory import prefer_huge_pages
+from ...kernels.values.quantized_weights import SlotView
+from ...progress import Progress
+from ..config.model import ModelConfig
+from ..models.decoder import Decoder
+from .expert_layouts import ExpertViews
+from .folder import ModelFolder
+from .tensor_names import is_router
+
+Read = tuple[int, Callable[[], None]]
+"""Bytes of memory that a call fills, and the call."""
+
+MOST_THREADS = 3
+"""Each may hold a matrix in the folder's type on its way, and an expert has three."""
+RUN_BYTES = 8 << 20
+"""What a thread fills in one go: threads whose matrices share a huge page wait for each other."""
+
+
+def run_reads(folder: ModelFolder, reads: Iterable[Read]) -> None:
+    """Make the calls, a few at a time, and show how far they are.
+
+    Several threads, because the first touch of fresh memory costs as much as reading from a warm
+    page cache. Raises :class:`ModelFileError` for the first that fails.
+    """
+    runs = list(_runs(reads))
+    num_threads = min(MOST_THREADS, len(os.sched_getaffinity(0)))
+    total = sum(num_bytes for num_bytes, _ in runs)
+    with (
+        ThreadPoolExecutor(num_threads, thread_name_prefix="read-weights") as pool,
+        Progress("loading", total, in_bytes=True) as progress,
+    ):
+        waiting = {pool.submit(run): num_bytes for num_bytes, run in runs}
+        try:
+            while waiting:
+                done, _ = wait(waiting, timeout=0.2, return_when=FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+                    progress.advance(waiting.pop(future))
+        except OSError as error:
+            raise ModelFileError(f"{folder.path} could not be read: {error}.") from None
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _runs(reads: Iterable[Read]) -> Iterator[Read]:
+    """Join neighbouring calls."""
+    calls: list[Callable[[], None]] = []
+    num_bytes = 0
+    for more, call in reads:
+        calls.append(call)
+        num_bytes += more
+        if num_bytes >= RUN_BYTES:
+            yield num_bytes, partial(_make_all, calls)
+            calls, num_bytes = [], 0
+    if calls:
+        yield num_bytes, partial(_make_all, calls)
+
+
+def _make_all(calls: list[Callable[[], None]]) -> None:
+    for call in calls:
+        call()
+
+
+def dense_reads(folder: ModelFolder, decoder: Decoder, dtype: torch.dtype) -> Iterator[Read]:
+    """Give all outside the experts memory in ``dtype``, for inference, and yield what fills it.
+
+    Routers keep the type the decoder has them in.
+    """
+    for name, meta in [*decoder.named_parameters(), *decoder.named_buffers()]:
+        if not meta.is_meta and isinstance(meta, nn.Parameter):
+            continue  # experts, which have theirs
+        keeps_type = not meta.is_floating_point() or is_router(name)
+        target = torch.empty(meta.shape, dtype=meta.dtype if keeps_type else dtype)
+        prefer_huge_pages(target)
+        owner_name, _, leaf = name.rpartition(".")
+        owner = decoder.get_submodule(owner_name)
+        if isinstance(meta, nn.Parameter):
+            setattr(owner, leaf, nn.Parameter(target, requires_grad=False))
+        else:
+            owner.register_buffer(leaf, target)
+        yield target.nbytes, partial(read_tensor, folder, name, target)
+    if decoder.config.tie_embeddings:
+        decoder.lm_head.weight = decoder.embed_tokens.weight
+
+
+def read_tensor(folder: ModelFolder, name: str, target: Tensor) -> None:
+    """Fill ``target`` with one of the decoder's tensors outside the experts."""
+    folder.read_into(name, target)
+    if name.endswith("gate.table_VK"):
+        _check_table(name, target, folder.config)
+
+
+def expert_reads(
+    folder: ModelFolder, layer: int, views_of: Iterable[tuple[int, ExpertViews]]
+) -> Iterator[Read]:
+    """Yield what fills experts of a layer: pairs of a logical expert and its views."""
+    for expert, views in views_of:
+        calls = folder.expert_reads(layer, expert, views)
+        num_bytes = sum(_bytes_of(view) for view in views.values()) // len(calls)
+        yield from ((num_bytes, call) for call in calls)
+
+
+def _bytes_of(view: Tensor | SlotView) -> int:
+    return view.nbytes if isinstance(view, Tensor) else sum(part.nbytes for part in view)
+
+
+def _check_table(name: str, table_VK: Tensor, config: ModelConfig) -> None:
+    assert config.moe is not None, "only MoE layers have tables"
+    lowest, highest = (int(bound) for bound in table_VK.aminmax())
+    if lowest < 0 or highest >= config.moe.num_experts:
+        raise ModelFileError(
+            f"{name} names experts from {lowest} to {highest}, but there are "
+            f"{config.moe.num_experts}; the weights belong to another configuration."
+        )

@@ -1,0 +1,39 @@
+"""Which tensors outside the experts a configuration asks for, in the decoder's own names."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from ..config.model import ModelConfig
+from ..models.decoder import DecoderLayer
+
+Named = Iterator[tuple[str, torch.Tensor]]
+
+
+def dense_tensors(config: ModelConfig) -> Named:
+    """Yield name and tensor, without memory, of every parameter and buffer but the experts'.
+
+    Layer by layer, so that who stops at the first that is missing has built but few.
+    """
+    embedding = torch.empty(config.vocabulary, config.d_model, device="meta")
+    yield "embed_tokens.weight", embedding
+    yield "norm.weight", embedding[0]
+    if not config.tie_embeddings:
+        yield "lm_head.weight", embedding
+    for index in range(config.num_layers):
+        with torch.device("meta"):
+            layer = DecoderLayer(config, index, expert_ids=())
+        for name, tensor in _outside_experts(layer):
+            yield f"layers.{index}.{name}", tensor
+
+
+def is_router(parameter: str) -> bool:
+    """Say whether a tensor belongs to a router, which keeps its type where others are narrowed."""
+    return ".mlp.gate." in parameter
+
+
+def _outside_experts(layer: nn.Module) -> Named:
+    for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
+        if not name.startswith("mlp.experts."):
+            yield name, tensor

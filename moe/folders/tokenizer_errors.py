@@ -1,0 +1,22 @@
+"""The tokenizer library fails in ways of its own."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from ...errors import MoeyardError
+
+
+@contextmanager
+def library_errors(make: Callable[[str], MoeyardError]) -> Iterator[None]:
+    """Raise what ``make`` says in place of whatever the tokenizer library raises.
+
+    Its panics are no ``Exception``: they would go past every handler.
+    """
+    try:
+        yield
+    except BaseException as error:
+        is_panic = type(error).__name__ == "PanicException"
+        if not (is_panic or isinstance(error, Exception)):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise make(reason) from None

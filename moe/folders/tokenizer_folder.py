@@ -1,0 +1,153 @@
+"""The files of a model folder's tokenizer: which there are, opening them, copying them."""
+
+import importlib.util
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ...errors import ModelFileError
+from ...files import check_small_file
+from .json_file import read_json
+from .tokenizer_errors import library_errors
+
+TOKENIZER_JSON = "tokenizer.json"
+VOCABULARY_FILES = (
+    TOKENIZER_JSON,
+    "tokenizer.model",
+    "tiktoken.model",
+    "tekken.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "vocab.txt",
+)
+"""A folder with one of these has a tokenizer; transformers makes an empty one up for others."""
+CONFIG = "tokenizer_config.json"
+SETTINGS_FILES = (
+    CONFIG,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+TEMPLATES = "additional_chat_templates"
+"""A folder of Jinja files."""
+READ_SUFFIXES = (".json", ".jinja", ".model", ".txt")
+"""Of the files that transformers looks for in a folder."""
+MAX_BYTES = 64 << 20
+"""Of one such file; the largest tokenizer.json in use has 33 MB."""
+SAMPLE = "two words and 3 more"
+"""Text that the vocabulary of any language model has."""
+REMEDY = "save the tokenizer as tokenizer.json and put that into the folder"
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Say whether a folder has a tokenizer, of whatever kind."""
+    return any((folder / name).is_file() for name in VOCABULARY_FILES)
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy a folder's tokenizer, with its chat templates."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in (*VOCABULARY_FILES, *SETTINGS_FILES):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    if (source / TEMPLATES).is_dir():
+        (target / TEMPLATES).mkdir(exist_ok=True)
+        for path in sorted((source / TEMPLATES).glob("*.jinja")):
+            shutil.copyfile(path, target / TEMPLATES / path.name)
+
+
+def open_folder_tokenizer(folder: Path) -> Any:
+    """Open a folder's tokenizer with transformers, which runs none of the folder's code.
+
+    Raises :class:`ModelFileError` where there is none, where a package is missing, or where
+    transformers would make up a vocabulary or read text as other text.
+    """
+    from transformers import AutoTokenizer
+
+    if not has_tokenizer(folder):
+        raise ModelFileError(f"{folder} has no tokenizer; add tokenizer.json.")
+    _check_sizes(folder)
+    is_guessed = not (folder / TOKENIZER_JSON).is_file()
+    if is_guessed:
+        _check_openable(folder)
+    with library_errors(lambda reason: _unusable(folder, reason)):
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    if is_guessed:
+        _check_reads_text(folder, tokenizer)
+    return tokenizer
+
+
+def _unusable(folder: Path, reason: str) -> ModelFileError:
+    return ModelFileError(
+        f"{folder} has no usable tokenizer ({reason.rstrip('.: ')}); copy its files again, or add "
+        "tokenizer.json."
+    )
+
+
+def _check_sizes(folder: Path) -> None:
+    """Refuse pipes, devices and giants before the library opens them."""
+    for path in (*folder.iterdir(), *(folder / TEMPLATES).glob("*")):
+        if path.suffix in READ_SUFFIXES and not path.is_dir():
+            try:
+                check_small_file(path, MAX_BYTES)
+            except OSError as error:
+                raise _unusable(folder, f"{path.name}: {error.strerror}") from None
+    if (folder / CONFIG).exists():
+        read_json(folder / CONFIG)
+
+
+def _check_openable(folder: Path) -> None:
+    """Refuse what transformers would misread, or fail at for want of a package."""
+    if _has_code(folder):
+        raise ModelFileError(
+            f"{folder} has a tokenizer with Python code of its own, which is not run; {REMEDY}."
+        )
+    for name in (name for name in VOCABULARY_FILES if name.endswith(".model")):
+        if (folder / name).is_file():
+            packages = ["sentencepiece", "google.protobuf"]
+            if _is_tiktoken(folder / name):
+                packages = ["tiktoken"]
+            _check_packages(folder / name, packages)
+
+
+def _has_code(folder: Path) -> bool:
+    return (folder / CONFIG).exists() and bool(read_json(folder / CONFIG).get("auto_map"))
+
+
+def _is_tiktoken(path: Path) -> bool:
+    """Say whether a vocabulary is tiktoken's: lines of a token in base64 and its rank."""
+    with path.open("rb") as file:
+        return re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+\r?\n?", file.readline(4096)) is not None
+
+
+def _check_packages(path: Path, packages: list[str]) -> None:
+    missing = [name for name in packages if not _is_installed(name)]
+    if missing:
+        names = " ".join(name.removeprefix("google.") for name in missing)
+        raise ModelFileError(
+            f"{path} cannot be read without the Python package {names}; pip install {names}, or "
+            f"{REMEDY}."
+        )
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # not even the package that it is a part of
+        return False
+
+
+def _check_reads_text(folder: Path, tokenizer: Any) -> None:
+    """Without tokenizer.json transformers guesses the kind of tokenizer: see what it reads."""
+    text = tokenizer.decode(tokenizer(SAMPLE, add_special_tokens=False)["input_ids"])
+    if text.strip() != SAMPLE:
+        raise ModelFileError(
+            f"{folder} has a tokenizer whose files transformers does not understand (it reads "
+            f"{SAMPLE!r} as {text[:40]!r}); {REMEDY}."
+        )

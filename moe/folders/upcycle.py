@@ -1,0 +1,150 @@
+"""Sparse upcycling: a dense folder becomes a Mixture-of-Experts folder that is the same function.
+
+Komatsuzaki et al. 2023 copy a dense MLP into every expert. Cut into S slices (fine-grained experts,
+He et al. 2024), experts ``c*S .. c*S + S-1`` are copy c of the whole MLP: expert e holds slice
+``e mod S`` and all of a copy have one router row, which training moves apart.
+
+Why the first forward is the dense one's, whatever the router's rows: the S experts of a copy have
+equal logits, so the K = S * k' largest are those of k' whole copies as long as no two copies tie.
+Where copies do tie, ids decide: those of a copy are neighbours, so the rule "lower id wins" of the
+C++ and Triton kernels ranks experts copy by copy still (``torch.topk`` has no rule, but random rows
+tie for an input of zeros only, for which all experts answer zero). Weights are equal within a copy
+and sum to 1, so the sum of all is 1/S of the dense output: down projections are multiplied by S,
+without rounding where S is a power of two.
+
+E experts, K choices, S slices, D model width, F expert width.
+"""
+
+import logging
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ...errors import ConfigError
+from ..config.model import MOST_EXPERTS, ModelConfig, MoEConfig
+from ..models.initialize import generator_of
+from ..routers.config import TopK
+from .families.table import FAMILIES
+from .folder import ModelFolder
+from .generation_config import generation_to_keep
+from .hf_config import to_hf
+from .tokenizer_folder import copy_tokenizer
+from .write_weights import FolderWeights, plan_weights
+from .writer import write_model_folder
+
+log = logging.getLogger(__name__)
+
+MoELayers = Literal["all", "every-2", "last-half"]
+"""Layers that get experts: ``every-2`` is 1, 3, 5, ...; ``last-half`` may be one more than half."""
+
+ROUTER_STD = 0.02
+"""Of new routers (Komatsuzaki et al. 2023)."""
+
+
+def upcycle(
+    source: Path,
+    target: Path,
+    num_experts: int,
+    k: int,
+    split: int = 1,
+    moe_layers: MoELayers = "all",
+    seed: int = 0,
+    ignore_unused_weights: bool = False,
+) -> str:
+    """Write ``source`` with experts to ``target`` and return its ``model_type`` there.
+
+    Raises :class:`ConfigError` for sizes that cannot give the dense model's function. One layer's
+    MLP is in memory at a time.
+    """
+    folder = ModelFolder(source)
+    try:
+        left_out = folder.check(ignore_unused_weights=ignore_unused_weights)
+        if left_out is not None:
+            log.warning("%s", left_out)
+        config = _config(folder, num_experts, k, split, moe_layers)
+        dtype = folder.dtype
+        values = to_hf(config, str(dtype).removeprefix("torch."), source=folder.values)
+        family = FAMILIES[values["model_type"]]
+        weights = UpcycledWeights(folder, config, split, seed)
+        write_model_folder(
+            target,
+            values,
+            plan_weights(config, family, weights, dtype, torch.float32),
+            lambda unfinished: copy_tokenizer(source, unfinished),
+            generation_to_keep(folder),
+        )
+    finally:
+        folder.close()
+    return family.model_type
+
+
+class UpcycledWeights:
+    """The weights of a dense folder, its MLPs as experts."""
+
+    def __init__(self, folder: ModelFolder, config: ModelConfig, split: int, seed: int) -> None:
+        self._dense = FolderWeights(folder, folder.dtype)
+        self._config = config
+        self._split = split
+        self._seed = seed
+        self._layer = -1
+        self._matrices: dict[str, Tensor] = {}
+
+    def dense(self, parameter: str) -> Tensor:
+        """Return a tensor of the decoder outside the experts; routers are drawn by seed."""
+        if not parameter.endswith(".mlp.gate.weight"):
+            return self._dense.dense(parameter)
+        assert self._config.moe is not None, "only MoE layers have routers"
+        num_copies = self._config.moe.num_experts // self._split
+        generator = generator_of(f"{self._seed}/{parameter}")
+        rows_CD = torch.randn(num_copies, self._config.d_model, generator=generator) * ROUTER_STD
+        return rows_CD.repeat_interleave(self._split, dim=0)
+
+    def expert_part(self, layer: int, expert: int, part: str) -> Tensor:
+        """Return a slice of a dense matrix: rows of gate and up, columns of down times S."""
+        if self._layer != layer:
+            self._layer, self._matrices = layer, {}
+        if part not in self._matrices:
+            name = f"layers.{layer}.mlp.{part}_proj.weight"
+            self._matrices[part] = self._dense.dense(name)
+        dim = 1 if part == "down" else 0
+        piece = self._matrices[part].chunk(self._split, dim)[expert % self._split]
+        return piece * self._split if part == "down" else piece
+
+
+def _config(
+    folder: ModelFolder, num_experts: int, k: int, split: int, moe_layers: MoELayers
+) -> ModelConfig:
+    dense = folder.config
+    if dense.moe is not None:
+        raise ConfigError(
+            f"{folder.path} has {dense.moe.num_experts} experts already; give a dense folder."
+        )
+    assert dense.d_ff is not None, "the configuration was not validated"
+    if split < 1 or dense.d_ff % split:
+        raise ConfigError(
+            f"split is {split}; use 1 or another divisor of the MLP's width {dense.d_ff}."
+        )
+    if not split <= num_experts <= MOST_EXPERTS or num_experts % split:
+        raise ConfigError(
+            f"num_experts is {num_experts}, but a copy of the MLP takes split = {split} experts; "
+            f"use a multiple of {split} from {split} to {MOST_EXPERTS}."
+        )
+    if not split <= k <= num_experts or k % split:
+        raise ConfigError(
+            f"k is {k}, but tokens must choose whole copies of split = {split} experts to begin as "
+            f"the dense model; use a multiple of {split} from {split} to {num_experts}."
+        )
+    first, step = {"all": (0, 1), "every-2": (1, 2), "last-half": (dense.num_layers // 2, 1)}[
+        moe_layers
+    ]
+    sparse = range(first, dense.num_layers, step)
+    if not sparse:
+        raise ConfigError(
+            f"moe_layers is {moe_layers}, which leaves a model of {dense.num_layers} layer(s) "
+            "without experts; use all."
+        )
+    moe = MoEConfig(num_experts=num_experts, d_expert=dense.d_ff // split, router=TopK(k=k))
+    dense_layers = tuple(layer for layer in range(dense.num_layers) if layer not in sparse)
+    return dense.model_copy(update={"moe": moe, "dense_layers": dense_layers})

@@ -1,0 +1,95 @@
+"""The tensors of a folder to be written, each taken from where a model lies now."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..config.model import ModelConfig
+from .compressed_tensors import PackedFormat
+from .expert_layouts import part_shapes
+from .families.family import Family
+from .folder import ModelFolder
+from .tensor_names import dense_tensors, is_router
+from .write_few_bits import pack
+from .writer import TensorPlan
+
+TOGETHER = (("gate", "up"), ("down",), ("gate_bias", "up_bias"), ("down_bias",))
+"""Parts of an expert that folders keep side by side, so that they are read at once."""
+
+
+class WeightSource(Protocol):
+    """Where weights come from, one tensor at a time."""
+
+    def dense(self, parameter: str) -> Tensor:
+        """Return a tensor of the decoder outside the experts."""
+        ...
+
+    def expert_part(self, layer: int, expert: int, part: str) -> Tensor:
+        """Return a part of an expert, as ``ExpertViews`` names them."""
+        ...
+
+
+class FolderWeights:
+    """The weights of an open folder; quantized experts come out widened."""
+
+    def __init__(self, folder: ModelFolder, dtype: torch.dtype) -> None:
+        self._folder = folder
+        self._dtype = dtype
+        moe = folder.config.moe
+        self._shapes = {} if moe is None else part_shapes(moe, folder.config.d_model)
+        self._expert = (-1, -1)
+        self._parts: dict[str, Tensor] = {}
+
+    def dense(self, parameter: str) -> Tensor:
+        """Return a tensor of the decoder outside the experts, in the type it is stored in."""
+        dtype, shape = self._folder.stored(parameter)
+        tensor = torch.empty(shape, dtype=dtype)
+        self._folder.read_into(parameter, tensor)
+        return tensor
+
+    def expert_part(self, layer: int, expert: int, part: str) -> Tensor:
+        """Return a part of an expert; what lies beside it is kept until the next expert."""
+        if self._expert != (layer, expert) or part not in self._parts:
+            names = next(group for group in TOGETHER if part in group)
+            views = {name: torch.empty(self._shapes[name], dtype=self._dtype) for name in names}
+            self._folder.read_expert(layer, expert, views)
+            self._expert, self._parts = (layer, expert), views
+        return self._parts[part]
+
+
+def plan_weights(
+    config: ModelConfig,
+    family: Family,
+    source: WeightSource,
+    dtype: torch.dtype,
+    router_dtype: torch.dtype,
+    packed: PackedFormat | None = None,
+) -> list[TensorPlan]:
+    """Return every tensor of a folder of ``family``, floating ones in ``dtype``.
+
+    Routers have a type of their own, and integers stay what they are. ``packed`` is how the
+    matrices of the experts are rounded, None for not at all.
+    """
+    plans = []
+    for parameter, like in dense_tensors(config):
+        wanted = router_dtype if is_router(parameter) else dtype
+        kept = wanted if like.is_floating_point() else like.dtype
+        parts = partial(_one, source, parameter, kept)
+        plans.append(TensorPlan(family.tensor_name(parameter), kept, tuple(like.shape), parts))
+    moe = config.moe
+    for layer in config.moe_layers:
+        assert moe is not None, "only MoE models have MoE layers"
+        get: Callable[[int, str], Tensor] = partial(source.expert_part, layer)
+        for plan in family.experts.plans(moe, config.d_model, layer, dtype, get):
+            if packed is None or len(plan.shape) != 2:
+                plans.append(plan)
+            else:
+                plans += pack(plan, packed)
+    return plans
+
+
+def _one(source: WeightSource, parameter: str, dtype: torch.dtype) -> Iterator[Tensor]:
+    yield source.dense(parameter).to(dtype)

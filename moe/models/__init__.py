@@ -1,0 +1,1 @@
+"""Models made of MoE layers, their sampling and their low-rank updates."""

@@ -1,0 +1,245 @@
+"""A sparse decoder on flat, ragged batches.
+
+T tokens, D model width, V vocabulary.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ...kernels.cpu.attention import CacheStep, CppAttention
+from ...kernels.experts import Backend
+from ..attention.cpp import cpp_attention
+from ..attention.grouped_query import Attention
+from ..attention.latent import LatentAttention
+from ..attention.parts import Part, parts_of
+from ..attention.rope import Rope, Tables
+from ..batch import Batch
+from ..config.model import ModelConfig
+from ..kv_cache import SequenceCache
+from ..layer import GatedMLP, MoELayer
+from ..linear import Linear
+from ..norm import RMSNorm
+from ..routers.router import Router
+from ..routers.routing import Lookahead, RouterInput, Routing
+
+
+@dataclass(slots=True)
+class DecoderOutput:
+    """What a forward gives."""
+
+    hidden_TD: Tensor
+    """Rows after the final norm."""
+    routings: list[Routing] = field(default_factory=list)
+    """One per MoE layer, in order."""
+
+
+class DecoderLayer(nn.Module):
+    """Attention and an MLP or MoE layer, each behind a norm and inside a residual.
+
+    Routers run where their look-ahead says, and the experts hear of a choice at once.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: int,
+        expert_ids: Sequence[int] | None = None,
+        backend: Backend = "auto",
+        token_counts: Sequence[int] | None = None,
+        recompute_experts: bool = False,
+    ) -> None:
+        super().__init__()
+        self.layer = layer
+        self.input_layernorm = RMSNorm(config.d_model, config.rms_eps)
+        self.self_attn: Attention | LatentAttention
+        if config.attention.latent is None:
+            self.self_attn = Attention(config, layer)
+        else:
+            self.self_attn = LatentAttention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.d_model, config.rms_eps)
+        self.mlp: MoELayer | GatedMLP
+        if config.moe is not None and config.is_moe(layer):
+            self.mlp = MoELayer(
+                config.d_model,
+                config.moe.d_expert,
+                config.moe.num_experts,
+                config.router(layer),
+                config.moe.activation,
+                config.moe.d_shared,
+                shared_gate=config.moe.shared_gate,
+                expert_bias=config.moe.expert_bias,
+                vocab_size=config.vocabulary,
+                token_counts=token_counts,
+                expert_ids=expert_ids,
+                backend=backend,
+                recompute=recompute_experts,
+            )
+        else:
+            assert config.d_ff is not None, "the configuration was not validated"
+            self.mlp = GatedMLP(config.d_model, config.d_ff)
+        self._cpp_attention: CppAttention | None = None
+        self._epsilon = config.rms_eps
+
+    def forward(
+        self,
+        x_TD: Tensor,
+        batch: Batch,
+        parts: Sequence[Part],
+        routing: Routing | None,
+        following: MoELayer | None,
+    ) -> tuple[Tensor, Routing | None, Routing | None]:
+        """Return the residual stream after this layer, its routing and that of ``following``.
+
+        ``routing`` is this layer's choice where it was made earlier. ``following`` is the next MoE
+        layer if its router reads what this layer's experts read (pre-gating).
+        """
+        if isinstance(self.mlp, MoELayer) and self.mlp.lookahead is Lookahead.ATTENTION_INPUT:
+            routing = _choose(self.mlp, x_TD, batch)
+            self.mlp.experts.announce(routing)
+        x_TD, mlp_input_TD = self._attend(x_TD, parts)
+        if isinstance(self.mlp, GatedMLP):
+            return x_TD + self.mlp(mlp_input_TD), None, None
+        if routing is None:
+            routing = _choose(self.mlp, mlp_input_TD, batch)
+        next_routing = None
+        if following is not None:
+            next_routing = _choose(following, mlp_input_TD, batch)
+            self.mlp.experts.keep(routing)  # lest the next ones push them out
+            following.experts.announce(next_routing)
+        y_TD, routing = self.mlp(mlp_input_TD, routing=routing)
+        return x_TD + y_TD, routing, next_routing
+
+    def _attend(self, x_TD: Tensor, parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
+        """Return the residual stream after attention, and its norm, which the MLP reads."""
+        if len(parts) == 1:
+            return self._attend_part(x_TD, parts[0])
+        x_out_TD, normed_TD = torch.empty_like(x_TD), torch.empty_like(x_TD)
+        for part in parts:
+            rows_N = part.rows_N
+            x_out_TD[rows_N], normed_TD[rows_N] = self._attend_part(x_TD[rows_N], part)
+        return x_out_TD, normed_TD
+
+    def _attend_part(self, x_ND: Tensor, part: Part) -> tuple[Tensor, Tensor]:
+        if part.step is not None:
+            found = self._attend_in_cpp(x_ND, part.rope, part.step)
+            if found is not None:
+                return found
+        x_ND = x_ND + self.self_attn(self.input_layernorm(x_ND), part.batch, part.rope)
+        return x_ND, self.post_attention_layernorm(x_ND)
+
+    def _attend_in_cpp(
+        self, x_ND: Tensor, rope: Tables, step: CacheStep
+    ) -> tuple[Tensor, Tensor] | None:
+        known = cpp_attention(self._modules, self._epsilon, self._cpp_attention)
+        self._cpp_attention = known
+        return None if known is None else known.run(x_ND, rope, self.layer, step)
+
+
+def _choose(layer: MoELayer, x_TD: Tensor | None, batch: Batch) -> Routing:
+    return layer.gate.route(
+        RouterInput(x_TD, batch.ids_T, batch.positions_T, lengths=batch.lengths)
+    )
+
+
+class Decoder(nn.Module):
+    """Token ids in, hidden rows and routings out; ``logits`` turns rows into scores.
+
+    ``expert_ids`` are the experts this process holds (None = all). ``recompute`` drops each
+    layer's activations in training and computes them again in backward; routings leave the
+    recomputed region as outputs, so they are counted once. ``"experts"`` does so with the experts'
+    pre-activations alone.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        expert_ids: Sequence[int] | None = None,
+        backend: Backend = "auto",
+        token_counts: Sequence[int] | None = None,
+        recompute: bool | Literal["experts"] = False,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.recompute = recompute is True
+        self.embed_tokens = nn.Embedding(config.vocabulary, config.d_model)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, layer, expert_ids, backend, token_counts, recompute == "experts")
+            for layer in range(config.num_layers)
+        )
+        self.norm = RMSNorm(config.d_model, config.rms_eps)
+        self.lm_head = Linear(config.d_model, config.vocabulary)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        self._rope = Rope.of(config)
+        self._following = {
+            earlier: (index, layer)
+            for (earlier, _), (index, layer) in itertools.pairwise(self.moe_layers())
+            if layer.lookahead is Lookahead.PREVIOUS_BLOCK
+        }
+        """By MoE layer: the next one, where its router reads what this one's experts read."""
+
+    def moe_layers(self) -> list[tuple[int, MoELayer]]:
+        """Return (layer index, MoE layer) of every MoE layer."""
+        found = []
+        for index, layer in enumerate(self._decoder_layers()):
+            if isinstance(layer.mlp, MoELayer):
+                found.append((index, layer.mlp))
+        return found
+
+    def routers(self) -> list[Router]:
+        """Return the routers, one per MoE layer."""
+        return [layer.gate for _, layer in self.moe_layers()]
+
+    def new_cache(self, max_length: int | None = None) -> SequenceCache:
+        """Return an empty cache for one sequence."""
+        specs = [layer.self_attn.cache_spec() for layer in self._decoder_layers()]
+        device = self.embed_tokens.weight.device
+        return SequenceCache(specs, max_length or self.config.max_positions, device)
+
+    def forward(self, batch: Batch) -> DecoderOutput:
+        """Run the decoder over a batch; its caches, if any, grow by the batch's rows."""
+        x_TD = self.embed_tokens(batch.ids_T)
+        parts = parts_of(batch, self._rope.tables(batch.positions_T, x_TD.dtype))
+        early = self._route_from_tokens(batch)
+        routings = []
+        for index, layer in enumerate(self._decoder_layers()):
+            next_index, following = self._following.get(index, (-1, None))
+            arguments = (x_TD, batch, parts, early.get(index), following)
+            if self.recompute and self.training:
+                outputs = checkpoint(layer, *arguments, use_reentrant=False)
+            else:
+                outputs = layer(*arguments)
+            x_TD, routing, next_routing = outputs
+            if routing is not None:
+                routings.append(routing)
+            if next_routing is not None:
+                early[next_index] = next_routing
+        for cache, length in zip(batch.caches or (), batch.lengths, strict=False):
+            cache.length += length
+        return DecoderOutput(self.norm(x_TD), routings)
+
+    def logits(self, hidden_TD: Tensor) -> Tensor:
+        """Return scores over the vocabulary, ``[T, V]``."""
+        logits_TV: Tensor = self.lm_head(hidden_TD)
+        return logits_TV
+
+    def _decoder_layers(self) -> Iterator[DecoderLayer]:
+        for layer in self.layers:
+            assert isinstance(layer, DecoderLayer)
+            yield layer
+
+    def _route_from_tokens(self, batch: Batch) -> dict[int, Routing]:
+        """Return, by layer, the choices that token ids alone decide."""
+        early = {}
+        for index, layer in self.moe_layers():
+            if layer.lookahead is Lookahead.TOKEN:
+                early[index] = _choose(layer, None, batch)
+                layer.experts.announce(early[index])
+        return early

@@ -1,0 +1,48 @@
+"""Initial weights as a pure function of (seed, parameter name, expert), whatever the sharding."""
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+from ..experts.resident import Experts
+from .decoder import Decoder
+
+
+def initialize(model: Decoder, seed: int) -> None:
+    """Fill every parameter of ``model``.
+
+    Matrices are normal with std ``fan_in**-0.5``, output projections scaled by
+    ``(2 * num_layers)**-0.5`` (GPT-2), embeddings and the head with std 0.02, norms one, biases
+    and attention sinks zero.
+    Draws are made in fp32 and cast, so that all precisions start from the same numbers.
+    """
+    residual = (2 * model.config.num_layers) ** -0.5
+    for name, parameter in model.named_parameters():
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if name.endswith(("bias", "sinks")):
+            torch.nn.init.zeros_(parameter)
+        elif parameter.ndim == 1:
+            torch.nn.init.ones_(parameter)
+        elif isinstance(owner, Experts):
+            scale = residual if name.endswith("fc2") else 1.0
+            for slot, expert in enumerate(owner.expert_ids):
+                std = scale * parameter.shape[-1] ** -0.5
+                _fill(parameter.data[slot], std, f"{seed}/{name}/{expert}")
+        elif name.startswith(("embed_tokens", "lm_head")):
+            _fill(parameter.data, 0.02, f"{seed}/{name}")
+        else:
+            scale = residual if "o_proj" in name or "down_proj" in name else 1.0
+            _fill(parameter.data, scale / math.sqrt(parameter.shape[-1]), f"{seed}/{name}")
+
+
+def generator_of(key: str) -> torch.Generator:
+    """Return a generator whose numbers depend on ``key`` alone."""
+    digest = hashlib.sha256(key.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
+
+def _fill(target: Tensor, std: float, key: str) -> None:
+    drawn = torch.randn(target.shape, generator=generator_of(key), dtype=torch.float32)
+    target.copy_(drawn * std)

@@ -1,0 +1,1 @@
+"""Routers: one file each, with the values and losses they share."""

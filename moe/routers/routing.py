@@ -1,0 +1,94 @@
+"""What goes into a router and what comes out.
+
+T tokens, D model width, E experts, K choices.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import register_dataclass
+
+from ...kernels.torch_ops.router import count_choices as count_choices
+
+Reduce = Callable[[Tensor], Tensor]
+"""Sum a tensor of counts over all ranks that share the batch; the identity on one process."""
+
+
+class Lookahead(StrEnum):
+    """What a router must have seen, and so how early its choice is known."""
+
+    TOKEN = "token"
+    """Token ids only (hash): known before the forward starts."""
+    PREVIOUS_BLOCK = "previous_block"
+    """What the previous block's experts read (pre-gating)."""
+    ATTENTION_INPUT = "attention_input"
+    """The raw residual entering the layer."""
+    FFN_INPUT = "ffn_input"
+    """What the experts themselves read (ordinary routers)."""
+
+
+@dataclass(frozen=True, slots=True)
+class RouterInput:
+    """What a router may read; a router takes what its ``lookahead`` needs."""
+
+    x_TD: Tensor | None = None
+    """Hidden rows at the router's look-ahead point."""
+    ids_T: Tensor | None = None
+    """Token ids."""
+    positions_T: Tensor | None = None
+    """Position of each row in its sequence."""
+    valid_T: Tensor | None = None
+    """False for rows that must not be routed nor counted; None when all rows are real."""
+    lengths: tuple[int, ...] | None = None
+    """Rows of each sequence, in order; None where all rows are one sequence."""
+
+
+@dataclass(slots=True)
+class Routing:
+    """Which experts each token visits, with what the losses and the statistics need."""
+
+    experts_TK: Tensor
+    """int32 logical expert ids; -1 = none."""
+    weights_TK: Tensor
+    """Weight of each choice in the combined output."""
+    counts_E: Tensor
+    """int64: routed rows of each expert, no gradient."""
+    num_tokens: Tensor
+    """int64 scalar: valid rows, no gradient."""
+    probability_sums_E: Tensor | None = None
+    """Router probabilities summed over valid rows, with gradient; None for routers without and,
+    like all that follows, outside training."""
+    z_sum: Tensor | None = None
+    """Sum over valid rows of logsumexp(logits)^2, with gradient."""
+    sequence_balance_sum: Tensor | None = None
+    """Sum over sequences of their own balance loss, with gradient; None where nobody asked."""
+    num_sequences: Tensor | None = None
+    """int64 scalar: sequences with valid rows."""
+
+
+register_dataclass(
+    Routing,
+    field_names=[
+        "experts_TK",
+        "weights_TK",
+        "counts_E",
+        "num_tokens",
+        "probability_sums_E",
+        "z_sum",
+        "sequence_balance_sum",
+        "num_sequences",
+    ],
+    drop_field_names=[],
+)
+
+
+def count_tokens(valid_T: Tensor | None, experts_TK: Tensor) -> Tensor:
+    """Return the number of valid rows as an int64 scalar."""
+    if valid_T is None:
+        # Filled on the device: sending a number there would wait for it.
+        shape, device = (), experts_TK.device
+        return torch.full(shape, experts_TK.shape[0], dtype=torch.int64, device=device)
+    return valid_T.sum()

@@ -1,0 +1,1 @@
+"""Who wraps and reduces dense parameters."""

@@ -1,0 +1,135 @@
+"""Dense parameters sharded over all ranks with FSDP2, instead of replicated under DDP.
+
+Each decoder layer is a unit that is gathered for its forward and again for its backward; the
+embeddings, the last norm and the head are the root's. A rank keeps its rows of every dense
+parameter in fp32 (fp64 for fp64 runs): they are the master weights, and gradients and Adam's
+moments have their shape. Under bf16 a unit is cast when it is gathered. At the start every rank
+builds the whole weights on the host once. Run with gloo on CPUs so far, not yet with NCCL.
+
+Two kinds of parameter stay outside. Experts are split over ``ep`` already and are reduced over
+``edp``. Routers stay whole on every rank: a unit has one type and theirs is fp32 under bf16; they
+are called through ``route``, where their look-ahead says, which may be outside their layer's
+forward; and with E x D entries a layer they are too small to repay collectives of their own.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from ...moe.experts.resident import Experts
+from ...moe.models.decoder import Decoder
+from ...moe.routers.router import Router
+from ..mesh import Mesh
+from .gradients import MainGradients, attach, square_sum
+
+
+def modules_kept_whole(model: nn.Module) -> list[nn.Module]:
+    """Return the modules whose parameters FSDP leaves alone: experts and routers."""
+    return [module for module in model.modules() if isinstance(module, Experts | Router)]
+
+
+def sharded_parameter_names(model: nn.Module) -> frozenset[str]:
+    """Return the names of the parameters that :func:`shard_dense` will shard."""
+    whole = _parameters_kept_whole(model)
+    return frozenset(name for name, p in model.named_parameters() if p not in whole)
+
+
+def shard_dense(
+    objective: nn.Module, decoder: Decoder, mesh: Mesh, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Shard the dense parameters of ``decoder`` in place, layer by layer, and move the shards.
+
+    ``objective`` is the module whose forward runs the whole decoder. Its parameters are wide and
+    may still lie on the CPU; forward and backward see them in ``dtype``.
+    """
+    assert mesh.dp_group is not None, "one process has nothing to shard"
+    options: dict[str, Any] = {
+        "mesh": DeviceMesh.from_group(mesh.dp_group, device.type),
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=dtype,
+            reduce_dtype=torch.promote_types(dtype, torch.float32),
+            cast_forward_inputs=False,  # routing weights stay fp32
+        ),
+        "ignored_params": _parameters_kept_whole(decoder),
+    }
+    for module in [*decoder.layers, objective]:
+        unit = fully_shard(module, **options)
+        # Losses are shares of a sum, so gradients are summed. By default FSDP averages, and the
+        # factor alone asks for a reduction that only NCCL has.
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
+    objective.register_forward_hook(_reshard_without_backward)
+
+
+def _parameters_kept_whole(model: nn.Module) -> set[nn.Parameter]:
+    return {p for module in modules_kept_whole(model) for p in module.parameters()}
+
+
+def _reshard_without_backward(root: nn.Module, _inputs: Any, _output: Any) -> None:
+    """Free the root's whole parameters after an evaluation, as no backward will."""
+    assert isinstance(root, FSDPModule)
+    if not torch.is_grad_enabled():
+        root.reshard()
+
+
+@contextmanager
+def without_reduction(objective: FSDPModule) -> Iterator[None]:
+    """Keep a micro-batch's gradients on this rank: whole, in fp32, until the next reduction."""
+    objective.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        objective.set_requires_gradient_sync(True)
+
+
+class ShardedMainGradients(MainGradients):
+    """Main gradients of this rank's shards, beside those of routers and experts.
+
+    ``dense`` is what stays whole: routers. Make it after :func:`shard_dense`.
+    """
+
+    def __init__(self, model: nn.Module, mesh: Mesh) -> None:
+        super().__init__(model, mesh)
+        self.sharded: list[nn.Parameter] = []
+        for parameter in model.parameters():
+            if isinstance(parameter, DTensor) and parameter.requires_grad:
+                self.sharded.append(parameter)
+                parameter.register_post_accumulate_grad_hook(_add_to_main_grad)
+        like = next(p for p in model.parameters() if p.requires_grad)
+        self._sharded_flat = attach(self.sharded, like, None)
+
+    def zero(self) -> None:
+        """Forget the last step."""
+        super().zero()
+        self._sharded_flat.zero_()
+
+    def reduce(self) -> None:
+        """Sum routers over all ranks and experts over the ranks that hold the same ones."""
+        super().reduce()
+        if self._dense_sum is None and self._dense_flat.numel():
+            dist.all_reduce(self._dense_flat, group=self._mesh.dp_group)
+
+    def norm(self) -> Tensor:
+        """Return the global 2-norm, each distinct parameter counted once, as an fp64 scalar."""
+        sharded = square_sum(self.sharded, self._sharded_flat)
+        dist.all_reduce(sharded, group=self._mesh.dp_group)
+        return torch.hypot(super().norm(), sharded.sqrt())
+
+    def scale_(self, factor: Tensor) -> None:
+        """Multiply all main gradients by ``factor``."""
+        super().scale_(factor)
+        self._sharded_flat.mul_(factor)
+
+
+def _add_to_main_grad(parameter: Tensor) -> None:
+    """Take what FSDP has just reduced, while backward goes on."""
+    assert isinstance(parameter.grad, DTensor)
+    parameter.main_grad.add_(parameter.grad.to_local())  # type: ignore[attr-defined]
+    parameter.grad = None

@@ -1,0 +1,184 @@
+"""Main gradients: fp32 sums over micro-batches and ranks, equal to one process's gradients.
+
+Losses are sums over local tokens divided by the tokens of the global batch, so gradients are
+summed, never averaged. Where all ranks are on one host, main gradients lie in memory they share and
+are summed there after backward. Elsewhere dense parameters are reduced by DDP's buckets while
+backward still runs; experts live outside DDP. Experts are summed over the ranks that hold the same.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from ...kernels.values.expert_weights import MainGrads
+from ...moe.experts.resident import Experts
+from ..host.group import HostGroup, SharedSum
+from ..mesh import Mesh
+from .local_part import local_part
+
+
+def expert_parameter_names(model: nn.Module) -> set[str]:
+    """Return the names of all parameters that belong to experts."""
+    return {
+        f"{prefix}.{name}"
+        for prefix, module in model.named_modules()
+        if isinstance(module, Experts)
+        for name, _ in module.named_parameters()
+    }
+
+
+class MainGradients:
+    """One flat buffer of main gradients with a view for every trainable parameter."""
+
+    def __init__(self, model: nn.Module, mesh: Mesh) -> None:
+        self._mesh = mesh
+        expert_names = expert_parameter_names(model)
+        trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        self.dense = [
+            p for n, p in trainable if n not in expert_names and not isinstance(p, DTensor)
+        ]  # what FSDP shards is parallel/dense/fsdp.py's
+        self.experts = [p for n, p in trainable if n in expert_names]
+        like = trainable[0][1]
+        self._dense_sum = _shared_sum(self.dense, like, mesh.dp_host)
+        self._expert_sum = _shared_sum(self.experts, like, mesh.edp_host)
+        self._dense_flat = attach(self.dense, like, self._dense_sum)
+        self._expert_flat = attach(self.experts, like, self._expert_sum)
+        self._main_grads = []
+        for module in model.modules():
+            if isinstance(module, Experts) and module.fc1.requires_grad:
+                main = (module.fc1.main_grad, module.fc2.main_grad)  # type: ignore[attr-defined]
+                biases = [
+                    None if bias is None else bias.main_grad  # type: ignore[attr-defined]
+                    for bias in (module.fc1_bias, module.fc2_bias)
+                ]
+                module.main_grads = MainGrads(*main, False, *biases)
+                self._main_grads.append(module.main_grads)
+        written = {id(sums) for main in self._main_grads for sums in (main.fc1_SHD, main.fc2_SDF)}
+        self._only_added = [
+            p.main_grad  # type: ignore[attr-defined]
+            for p in self.experts
+            if id(p.main_grad) not in written  # type: ignore[attr-defined]
+        ]
+        """Of experts, what no kernel writes over at the start of a step: low-rank updates."""
+
+    @property
+    def sums_dense(self) -> bool:
+        """Whether :meth:`reduce` sums the dense gradients too, so that nobody else need."""
+        return self._dense_sum is not None
+
+    def zero(self) -> None:
+        """Forget the last step."""
+        self._dense_flat.zero_()
+        for main in self._main_grads:
+            main.is_empty = True
+        for sums in self._only_added:
+            sums.zero_()
+
+    def accumulate(self) -> None:
+        """Add the gradients autograd left on the parameters, and take them off."""
+        for main in self._main_grads:
+            main.begin_with_zeros()  # where no backward came by, as with another backend
+        for parameter in (*self.dense, *self.experts):
+            if parameter.grad is not None:
+                parameter.main_grad.add_(parameter.grad)  # type: ignore[attr-defined]
+                parameter.grad = None
+
+    def reduce(self) -> None:
+        """Sum what backward has not: experts, over the ranks that hold the same ones.
+
+        Where ranks share memory, dense gradients are summed here as well.
+        """
+        if self._dense_sum is not None:
+            self._dense_sum.all_reduce()
+        if self._expert_sum is not None:
+            self._expert_sum.all_reduce()
+        elif self._mesh.edp_group is not None and self._expert_flat.numel():
+            dist.all_reduce(self._expert_flat, group=self._mesh.edp_group)
+
+    def norm(self) -> Tensor:
+        """Return the global 2-norm, each distinct parameter counted once, as an fp64 scalar."""
+        dense = square_sum(self.dense, self._dense_flat)
+        experts = square_sum(self.experts, self._expert_flat)
+        if self._mesh.ep_group is not None:
+            dist.all_reduce(experts, group=self._mesh.ep_group)
+        return (dense + experts).sqrt()
+
+    def scale_(self, factor: Tensor) -> None:
+        """Multiply all main gradients by ``factor``."""
+        self._dense_flat.mul_(factor)
+        self._expert_flat.mul_(factor)
+
+
+def _shared_sum(
+    parameters: list[nn.Parameter], like: Tensor, host: HostGroup | None
+) -> SharedSum | None:
+    """Return memory for the main gradients that the ranks of ``host`` share, where they can."""
+    numel = sum(local_part(p).numel() for p in parameters)
+    if host is None or numel == 0:
+        return None
+    return SharedSum.create(host, numel, _wide(like))
+
+
+def attach(parameters: list[nn.Parameter], like: Tensor, shared: SharedSum | None) -> Tensor:
+    """Give every parameter its view of one flat buffer, and return that."""
+    parts = [local_part(p) for p in parameters]
+    if shared is None:
+        numel = sum(p.numel() for p in parts)
+        flat = torch.zeros(numel, dtype=_wide(like), device=like.device)
+    else:
+        flat = shared.local
+    views = flat.split([p.numel() for p in parts])
+    for parameter, part, view in zip(parameters, parts, views, strict=True):
+        parameter.main_grad = view.view(part.shape)  # type: ignore[attr-defined]
+    return flat
+
+
+def _wide(like: Tensor) -> torch.dtype:
+    return torch.promote_types(like.dtype, torch.float32)
+
+
+def square_sum(parameters: list[nn.Parameter], like: Tensor) -> Tensor:
+    """Sum the squares per tensor in its own type, over tensors in fp64."""
+    total = torch.zeros((), dtype=torch.float64, device=like.device)
+    for parameter in parameters:
+        total += torch.linalg.vector_norm(parameter.main_grad).double().square()  # type: ignore[attr-defined]
+    return total
+
+
+def wrap_dense(model: nn.Module, mesh: Mesh) -> nn.Module:
+    """Wrap ``model`` in DDP for its dense parameters; without any, or on one process, do nothing.
+
+    Call after :class:`MainGradients` has attached its buffers. In the synchronising backward each
+    bucket's main gradients, with this micro-batch added, are summed over all ranks.
+    """
+    expert_names = expert_parameter_names(model)
+    trains = any(p.requires_grad for n, p in model.named_parameters() if n not in expert_names)
+    if mesh.dp_group is None or not trains:
+        return model
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+        model, [*expert_names, *(name for name, _ in model.named_buffers())]
+    )
+    wrapped = DistributedDataParallel(model, process_group=mesh.dp_group)
+    wrapped.register_comm_hook(mesh.dp_group, _sum_main_gradients)
+    return wrapped
+
+
+def _sum_main_gradients(
+    group: dist.ProcessGroup,
+    bucket: dist.GradBucket,  # type: ignore[name-defined]
+) -> torch.futures.Future[Tensor]:
+    main = [parameter.main_grad for parameter in bucket.parameters()]  # type: ignore[attr-defined]
+    for main_grad, grad in zip(main, bucket.gradients(), strict=True):
+        main_grad.add_(grad)
+        grad.zero_()  # so that accumulate() does not add it again
+    flat = torch.cat([main_grad.reshape(-1) for main_grad in main])
+    work = dist.all_reduce(flat, group=group, async_op=True)
+
+    def write_back(_: torch.futures.Future) -> Tensor:
+        for main_grad, part in zip(main, flat.split([m.numel() for m in main]), strict=True):
+            main_grad.copy_(part.view_as(main_grad))
+        return bucket.buffer()
+
+    return work.get_future().then(write_back)

@@ -1,0 +1,103 @@
+"""Move tokens to the ranks that hold their experts with all-to-all, and the results back.
+
+T tokens here, D model width, K choices, P ranks of the expert-parallel group, N rows received.
+
+One copy of a token goes to each rank that holds at least one of its experts. Its routing weights
+travel with it and are applied there, and their gradient travels back. Every rank takes part in
+every exchange, with zero rows if need be, so nobody waits for a collective that never comes.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...moe.routers.routing import Routing
+from ..mesh import Mesh
+from .exchange import Exchange, Splits
+
+
+@dataclass(frozen=True, slots=True)
+class _Handle:
+    tokens: Tensor
+    """int64: the token of each row sent, by destination rank, then by token."""
+    splits: Splits
+    num_tokens: int
+    exchange: Exchange
+    rank: int
+
+    def sum_parts(self, parts: list[Tensor]) -> Tensor:
+        """Add what every rank returned for its tokens, in rank order; ``[T, width]``."""
+        total = parts[0].new_zeros(self.num_tokens, parts[0].shape[1])
+        tokens = self.tokens.split(self.splits.sent_by(self.rank))
+        for tokens_n, part in zip(tokens, parts, strict=True):
+            # One rank's tokens are distinct, so this sum has one order only.
+            total.index_add_(0, tokens_n, part)
+        return total
+
+
+class _Send(torch.autograd.Function):
+    """Rows, routing weights and expert ids out; gradients of rows and weights back."""
+
+    @staticmethod
+    def forward(ctx, x_TD, weights_TK, experts_TK, handle):  # type: ignore[no-untyped-def]
+        ctx.handle = handle
+        columns = [x_TD, weights_TK, experts_TK]
+        received = handle.exchange.rows(columns, handle.splits, handle.tokens)
+        x_ND, weights_NK, experts_NK = (torch.cat(parts) for parts in received)
+        ctx.mark_non_differentiable(experts_NK)
+        return x_ND, weights_NK, experts_NK
+
+    @staticmethod
+    def backward(ctx, grad_x_ND, grad_weights_NK, _):  # type: ignore[no-untyped-def]
+        handle = ctx.handle
+        columns = [grad_x_ND, grad_weights_NK]
+        received = handle.exchange.rows(columns, handle.splits.reversed())
+        grad_x_TD, grad_weights_TK = (handle.sum_parts(parts) for parts in received)
+        return grad_x_TD, grad_weights_TK, None, None
+
+
+class _Return(torch.autograd.Function):
+    """Results back, summed; their gradient out again."""
+
+    @staticmethod
+    def forward(ctx, y_ND, handle):  # type: ignore[no-untyped-def]
+        ctx.handle = handle
+        return handle.sum_parts(handle.exchange.rows([y_ND], handle.splits.reversed())[0])
+
+    @staticmethod
+    def backward(ctx, grad_TD):  # type: ignore[no-untyped-def]
+        handle = ctx.handle
+        return torch.cat(handle.exchange.rows([grad_TD], handle.splits, handle.tokens)[0]), None
+
+
+class AllToAllDispatcher:
+    """Dispatch over the expert-parallel group; expert e lives on rank ``e // (E / P)``.
+
+    Layers share one ``exchange``: their turns follow each other on every rank.
+    """
+
+    def __init__(self, num_experts: int, mesh: Mesh, exchange: Exchange) -> None:
+        self._exchange = exchange
+        self._rank = mesh.ep_rank
+        self._num_ranks = mesh.ep_size
+        self._share = num_experts // self._num_ranks
+
+    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Tensor, Any]:
+        """See :class:`moeyard.moe.layer.Dispatcher`."""
+        experts_TK = routing.experts_TK
+        owner_TK = torch.div(experts_TK, self._share, rounding_mode="floor")
+        ranks_P = torch.arange(self._num_ranks, device=x_TD.device)
+        wanted_PT = (owner_TK.unsqueeze(0) == ranks_P.view(-1, 1, 1)).any(dim=-1)
+        tokens = torch.nonzero(wanted_PT)[:, 1]
+        splits = self._exchange.splits(wanted_PT.sum(dim=1).tolist())
+        handle = _Handle(tokens, splits, x_TD.shape[0], self._exchange, self._rank)
+        x_ND, weights_NK, experts_NK = _Send.apply(x_TD, routing.weights_TK, experts_TK, handle)
+        here_NK = torch.div(experts_NK, self._share, rounding_mode="floor") == self._rank
+        return x_ND, torch.where(here_NK, experts_NK, -1), weights_NK, handle
+
+    def combine(self, y_ND: Tensor, handle: Any) -> Tensor:
+        """See :class:`moeyard.moe.layer.Dispatcher`; parts are added in rank order."""
+        y_TD: Tensor = _Return.apply(y_ND, handle)
+        return y_TD

@@ -1,0 +1,1 @@
+"""Every rank knows that the others live."""

@@ -1,0 +1,155 @@
+"""Run the generation requests of one HTTP request and word what comes, whatever the endpoint."""
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from ...errors import RequestError
+from ..engine.logprobs import TokenLogprob
+from ..engine.sequence import GenerationEvent, GenerationRequest
+from ..engine.thread import EngineThread
+from .responses import DONE, error_object, sse
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Answer:
+    """One answer as far as it has come."""
+
+    text: str = ""
+    finish_reason: str | None = None
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    num_tokens: int = 0
+
+    def add(self, event: GenerationEvent) -> None:
+        """Take an event in."""
+        self.text += event.text
+        self.logprobs += event.logprobs
+        self.finish_reason = event.finish_reason
+        self.num_tokens = event.num_tokens
+
+
+class Wording(Protocol):
+    """How an endpoint says things; one per HTTP request, so it may remember."""
+
+    id_prefix: str
+    whole_object: str
+    chunk_object: str
+
+    def whole(self, index: int, answer: Answer) -> dict[str, Any]:
+        """Return the choice of a finished answer."""
+        ...
+
+    def first(self, index: int) -> dict[str, Any] | None:
+        """Return the choice that opens an answer's stream, if there is one."""
+        ...
+
+    def chunk(self, index: int, event: GenerationEvent) -> dict[str, Any]:
+        """Return the choice that carries one event."""
+        ...
+
+
+class Answers:
+    """The answers of one engine."""
+
+    def __init__(self, thread: EngineThread, model_name: str) -> None:
+        self._thread = thread
+        self._model_name = model_name
+
+    async def whole(self, wording: Wording, requests: list[GenerationRequest]) -> dict[str, Any]:
+        """Run all requests to their end and return one object."""
+        answers = [Answer() for _ in requests]
+        async with aclosing(self._run(requests)) as events:
+            async for index, event in events:
+                answers[index].add(event)
+        choices = [wording.whole(index, answer) for index, answer in enumerate(answers)]
+        usage = _usage(requests, [answer.num_tokens for answer in answers])
+        return {**self._head(wording.id_prefix, wording.whole_object, choices), "usage": usage}
+
+    async def stream(
+        self, wording: Wording, requests: list[GenerationRequest], include_usage: bool
+    ) -> AsyncGenerator[bytes]:
+        """Yield server-sent events: one per piece, then usage if asked, then [DONE].
+
+        A failure ends the stream with an error event, never silently.
+        """
+        head = self._head(wording.id_prefix, wording.chunk_object, [])
+        generated = [0] * len(requests)
+        try:
+            for index in range(len(requests)):
+                opening = wording.first(index)
+                if opening is not None:
+                    yield sse({**head, "choices": [opening]})
+            async with aclosing(self._run(requests)) as events:
+                async for index, event in events:
+                    generated[index] = event.num_tokens
+                    if event.text or event.logprobs or event.finish_reason is not None:
+                        yield sse({**head, "choices": [wording.chunk(index, event)]})
+            if include_usage:
+                yield sse({**head, "usage": _usage(requests, generated)})
+        except RequestError as error:
+            yield sse(error_object(error))
+        except Exception as error:  # the status is sent already, so the event must tell
+            log.error("a stream failed", exc_info=error)
+            failure = RequestError("the server failed; its log has the details.", status=500)
+            yield sse(error_object(failure))
+        yield DONE
+
+    async def _run(
+        self, requests: list[GenerationRequest]
+    ) -> AsyncGenerator[tuple[int, GenerationEvent]]:
+        """Run requests side by side and yield (index, event) as they come.
+
+        Raises :class:`RequestError` when one of them fails; leaving early cancels all of them.
+        """
+        merged: asyncio.Queue[tuple[int, GenerationEvent] | Exception] = asyncio.Queue()
+
+        async def pump(index: int, request: GenerationRequest) -> None:
+            try:
+                async with aclosing(self._thread.generate(request)) as events:
+                    async for event in events:
+                        merged.put_nowait((index, event))
+            except Exception as error:
+                merged.put_nowait(error)
+
+        tasks = [asyncio.create_task(pump(i, request)) for i, request in enumerate(requests)]
+        try:
+            unfinished = len(requests)
+            while unfinished:
+                item = await merged.get()
+                if isinstance(item, Exception):
+                    raise item
+                if item[1].error is not None:
+                    raise item[1].error
+                unfinished -= item[1].finish_reason is not None
+                yield item
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _head(self, prefix: str, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": f"{prefix}-{uuid.uuid4().hex}",
+            "object": kind,
+            "created": int(time.time()),
+            "model": self._model_name,
+            "choices": choices,
+        }
+
+
+def _usage(requests: list[GenerationRequest], generated: list[int]) -> dict[str, int]:
+    # Answers to the same prompt share its tokens, as OpenAI counts them.
+    prompts = {id(request.prompt_ids): len(request.prompt_ids) for request in requests}
+    prompt_tokens = sum(prompts.values())
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": sum(generated),
+        "total_tokens": prompt_tokens + sum(generated),
+    }

@@ -1,0 +1,142 @@
+"""What OpenAI's requests have in common: read from bytes, checked, problems as sentences."""
+
+import difflib
+import json
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError
+
+from ...errors import RequestError
+
+IGNORED = {"user", "metadata", "store", "safety_identifier", "prompt_cache_key", "service_tier"}
+MAX_STOP_LENGTH = 256
+MAX_LOGPROBS = 20
+"""OpenAI's own limit on the alternatives per token."""
+
+
+class StreamOptions(BaseModel):
+    """Options of a streamed answer."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    include_usage: StrictBool = False
+    include_obfuscation: StrictBool = False
+    """Accepted and ignored: nothing here pads its events."""
+
+
+class GenerationOptions(BaseModel):
+    """The keys that all endpoints share.
+
+    How to sample is as the model's folder says where a request does not.
+    """
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    model: str
+    temperature: float = Field(strict=True, default=1.0, ge=0, le=2)
+    top_p: float = Field(strict=True, default=1.0, gt=0, le=1)
+    top_k: StrictInt = Field(default=0, ge=0)
+    n: StrictInt = Field(default=1, ge=1, le=8)
+    stream: StrictBool = False
+    stream_options: StreamOptions | None = None
+    stop: str | list[str] = Field(default_factory=list)
+    seed: StrictInt | None = Field(default=None, ge=-(1 << 63), lt=1 << 63)
+    presence_penalty: float = Field(strict=True, default=0.0, ge=0, le=0)
+    frequency_penalty: float = Field(strict=True, default=0.0, ge=0, le=0)
+
+    @property
+    def includes_usage(self) -> bool:
+        """True when a stream ends with the number of tokens."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def stop_strings(self) -> tuple[str, ...]:
+        """Return the stop strings."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+Options = TypeVar("Options", bound=GenerationOptions)
+
+
+def read_values(body: bytes, unsupported: dict[str, Any]) -> dict[str, Any]:
+    """Read a JSON object and drop the keys that ask for nothing.
+
+    ``unsupported`` are OpenAI's parameters that this server does not have, each with the value
+    that asks for nothing; another value is refused.
+    """
+    values = _read_json(body)
+    for key in list(values):
+        if values[key] is None or key in IGNORED:
+            del values[key]
+        elif key in unsupported:
+            neutral = unsupported[key]
+            if type(values[key]) is not type(neutral) or values[key] != neutral:
+                raise RequestError(f"{key} is not supported; leave it out.", param=key)
+            del values[key]
+    return values
+
+
+def validate(kind: type[Options], values: dict[str, Any]) -> Options:
+    """Check ``values`` and return the request."""
+    try:
+        request = kind.model_validate(values)
+    except ValidationError as error:
+        raise _as_request_error(kind, error, values) from None
+    stops = request.stop_strings()
+    if len(stops) > 4 or not all(0 < len(stop) <= MAX_STOP_LENGTH for stop in stops):
+        raise RequestError(
+            f"stop takes up to 4 strings of 1 to {MAX_STOP_LENGTH} characters.", param="stop"
+        )
+    check_unicode("stop", stops)
+    if request.stream_options is not None and not request.stream:
+        raise RequestError("stream_options needs stream = true.", param="stream_options")
+    return request
+
+
+def check_unicode(param: str, texts: Iterable[str]) -> None:
+    """Refuse text that is not valid Unicode."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise RequestError(
+                f"{param} holds half of a surrogate pair; send valid Unicode.", param=param
+            ) from None
+
+
+def _read_json(body: bytes) -> dict[str, Any]:
+    def refuse(constant: str) -> float:
+        raise RequestError(f"the body holds {constant}, which is not JSON; send a finite number.")
+
+    try:
+        values = json.loads(body, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, RequestError):
+            raise
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise RequestError(f"the body is not JSON ({reason}); send a JSON object.") from None
+    if not isinstance(values, dict):
+        raise RequestError(f"the body is a {type(values).__name__}; send a JSON object.")
+    return values
+
+
+def _as_request_error(
+    kind: type[GenerationOptions], error: ValidationError, values: dict[str, Any]
+) -> RequestError:
+    problem = error.errors(include_input=False, include_url=False)[0]
+    location = [part for part in problem["loc"] if isinstance(part, str)]
+    if not location:
+        return RequestError("a key of the body is not valid Unicode; send plain names.")
+    param = ".".join(location)[:80].encode("unicode_escape").decode()
+    if problem["type"] == "missing":
+        return RequestError(f"{param} is missing; give it.", param=param)
+    if problem["type"] == "extra_forbidden":
+        known = kind if len(location) == 1 else StreamOptions
+        close = difflib.get_close_matches(location[-1], known.model_fields, n=1)
+        hint = f"did you mean {close[0]}?" if close else "leave it out."
+        return RequestError(f"{param} is not a known parameter; {hint}", param=param)
+    if param.endswith("_penalty"):
+        return RequestError(f"{param} is not supported; leave it out or send 0.", param=param)
+    shown = repr(values.get(location[0]))[:80]
+    reason = problem["msg"].removeprefix("Input ")
+    return RequestError(f"{location[0]} is {shown}, but it {reason}.", param=param)

@@ -1,0 +1,1 @@
+"""The Ray that moeyard serve starts, and the processes around it."""

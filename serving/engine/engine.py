@@ -1,0 +1,178 @@
+"""Continuous batching: every step takes whatever requests there are one token further.
+
+L MoE layers, E experts, V vocabulary.
+"""
+
+from collections import deque
+from time import perf_counter
+
+import torch
+
+from ...errors import ConfigError, RequestError
+from ...kernels.values.memory import is_out_of_memory
+from ...moe.models.language_model import LanguageModel
+from ...moe.models.sampling import SamplingParams, sample
+from ..experts.store import ExpertStore
+from .logprobs import TokenLogprob, score_tokens
+from .metrics import EngineMetrics
+from .sequence import GenerationEvent, GenerationRequest, Sequence
+from .step import StepResult, out_of_memory, run_step
+from .text_stream import Decode
+
+
+class Engine:
+    """Requests in, events out. Knows nothing of HTTP; used by one thread."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        decode: Decode,
+        store: ExpertStore | None = None,
+        max_num_seqs: int = 8,
+        max_model_len: int | None = None,
+        prefill_chunk: int = 256,
+    ) -> None:
+        self._model = model
+        self._decode = decode
+        self._max_num_seqs = max_num_seqs
+        self._prefill_chunk = prefill_chunk
+        check_length(max_model_len, model.config.max_positions)
+        self.max_model_len = max_model_len or model.config.max_positions
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []
+        self.metrics = EngineMetrics(model.config, store)
+
+    @property
+    def has_work(self) -> bool:
+        """True while some request is unfinished."""
+        return bool(self._waiting or self._running)
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """How the model's folder wants tokens chosen."""
+        return self._model.sampling
+
+    def add(self, request: GenerationRequest) -> None:
+        """Queue a request; raises :class:`RequestError` for one that cannot be served."""
+        self.check(request)
+        length = len(request.prompt_ids) + request.max_tokens
+        cache = self._model.decoder.new_cache(length)
+        self._waiting.append(Sequence(request, cache, self._decode, self._model.eos_ids))
+        self._count_requests()
+
+    def check(self, request: GenerationRequest) -> None:
+        """Raise :class:`RequestError` for prompts that are empty, too long or hold unknown ids."""
+        length, vocabulary = len(request.prompt_ids), self._model.config.vocabulary
+        if length == 0:
+            raise RequestError("prompt is empty; give at least one token.", param="prompt")
+        if length + request.max_tokens > self.max_model_len:
+            raise RequestError(
+                f"prompt has {length} tokens and max_tokens is {request.max_tokens}, but the model "
+                f"takes {self.max_model_len} in all; shorten one of them.",
+                param="prompt" if length >= self.max_model_len else "max_tokens",
+                code="context_length_exceeded",
+            )
+        for token in request.prompt_ids:
+            if not 0 <= token < vocabulary:
+                raise RequestError(
+                    f"prompt holds token id {token}; ids of this model are in [0, {vocabulary}).",
+                    param="prompt",
+                )
+
+    def cancel(self, request_id: str) -> None:
+        """Forget a request at once, with its cache; unknown ids are ignored."""
+        before = len(self._waiting) + len(self._running)
+        self._waiting = deque(s for s in self._waiting if s.request.request_id != request_id)
+        self._running = [s for s in self._running if s.request.request_id != request_id]
+        self.metrics.cancelled.inc(before - len(self._waiting) - len(self._running))
+        self._count_requests()
+
+    @torch.inference_mode()
+    def step(self) -> list[GenerationEvent]:
+        """Run one forward and return an event for every request that got a token or ended.
+
+        Where memory is short or an expert cannot be read, the requests that need it end with an
+        error, and the others go on.
+        """
+        while self._waiting and len(self._running) < self._max_num_seqs:
+            self._running.append(self._waiting.popleft())
+        batch = self._choose()
+        if not batch:
+            return []
+        step = run_step(self._model.decoder, batch, self._prefill_chunk)
+        for routings in step.routings:
+            self.metrics.count_routing(routings)
+        events = [self._fail(sequence, error) for sequence, error in step.failures]
+        events += [event for result in step.results if (event := self._take(result)) is not None]
+        ended = {event.request_id for event in events if event.finish_reason is not None}
+        self._running = [s for s in self._running if s.request.request_id not in ended]
+        self._count_requests()
+        return events
+
+    def _choose(self) -> list[Sequence]:
+        """Take all requests that decode, and the oldest one that still reads its prompt."""
+        decoding = [s for s in self._running if not s.is_prefilling]
+        prefilling = [s for s in self._running if s.is_prefilling]
+        return decoding + prefilling[:1]
+
+    def _take(self, result: StepResult) -> GenerationEvent | None:
+        """Choose a sequence's next token, if it is time; what fails here fails for it alone."""
+        sequence = result.sequence
+        try:
+            self._score_prompt(sequence, result.hidden_TD)
+            if result.logits_V is None:
+                return None
+            if not result.logits_V.isfinite().all():
+                return self._fail(sequence, _not_finite())
+            event = self._accept(sequence, result.logits_V)
+        except RequestError as error:
+            return self._fail(sequence, error)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return self._fail(sequence, out_of_memory())
+        self.metrics.count_token(sequence, event, perf_counter())
+        return event
+
+    def _accept(self, sequence: Sequence, logits_V: torch.Tensor) -> GenerationEvent:
+        request = sequence.request
+        token = sample(logits_V, request.sampling, sequence.generator)
+        scores: list[TokenLogprob] = []
+        if request.num_logprobs is not None:
+            scores = score_tokens(logits_V.unsqueeze(0), [token], request.num_logprobs)
+        return sequence.accept(token, scores)
+
+    def _fail(self, sequence: Sequence, error: RequestError) -> GenerationEvent:
+        self.metrics.count_failure()
+        return sequence.fail(error)
+
+    def _score_prompt(self, sequence: Sequence, hidden_TD: torch.Tensor) -> None:
+        """Give a request that asks for it the log-probabilities of what it has just read."""
+        request = sequence.request
+        if not request.scores_prompt or request.num_logprobs is None:
+            return
+        end = sequence.cache.length
+        start = end - len(hidden_TD)
+        if start == 0:
+            sequence.prompt_logprobs.append(TokenLogprob(request.prompt_ids[0], None))
+        targets = list(request.prompt_ids[start + 1 : end + 1])
+        if targets:
+            logits_NV = self._model.decoder.logits(hidden_TD[: len(targets)])
+            sequence.prompt_logprobs += score_tokens(logits_NV, targets, request.num_logprobs)
+
+    def _count_requests(self) -> None:
+        self.metrics.running.set(len(self._running))
+        self.metrics.waiting.set(len(self._waiting))
+
+
+def _not_finite() -> RequestError:
+    message = "the model gave scores that are not finite"
+    return RequestError(message, code="unavailable", status=503)
+
+
+def check_length(max_model_len: int | None, longest: int) -> None:
+    """Refuse a limit beyond what the model takes."""
+    if max_model_len is not None and max_model_len > longest:
+        raise ConfigError(
+            f"max-model-len is {max_model_len}, but the model takes {longest}; lower it."
+        )

@@ -1,0 +1,227 @@
+"""Prometheus metrics of one engine.
+
+L MoE layers, E experts.
+"""
+
+import threading
+from collections.abc import Iterable, Iterator
+from typing import get_args
+
+import torch
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.exposition import generate_latest
+from prometheus_client.registry import Collector
+
+from ...moe.config.model import ModelConfig
+from ...moe.routers.load import MAX_EXPERT_SERIES, load_statistics
+from ...moe.routers.routing import Routing
+from ..experts.store import ExpertStore
+from .admission import Rejection
+from .sequence import FinishReason, GenerationEvent, Sequence
+
+disable_created_metrics()  # a second series per counter that nothing here reads
+
+TTFT_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 10, 20, 40)
+TOKEN_BUCKETS = (
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.075,
+    0.1,
+    0.15,
+    0.2,
+    0.3,
+    0.5,
+    1,
+    2.5,
+    5,
+)
+REQUEST_BUCKETS = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480)
+
+
+TRAFFIC = {
+    "hits": ("cache_hits", "Experts in memory when they were needed"),
+    "misses": ("cache_misses", "Experts whose read began when they were needed"),
+    "prefetch_issued": ("prefetch_issued", "Reads begun ahead of need"),
+    "prefetch_useful": ("prefetch_useful", "Prefetched and in memory when needed"),
+    "prefetch_late": ("prefetch_late", "Prefetched, still on their way when needed"),
+    "prefetch_wasted": ("prefetch_wasted", "Prefetched and put out before they were needed"),
+    "bytes_read": ("bytes_read", "Bytes of experts read, ahead and on demand"),
+    "prefetch_bytes": ("prefetch_bytes", "Bytes of experts read ahead"),
+    "stall_s": ("stall_seconds", "Seconds compute waited"),
+}
+"""Field of :class:`LayerTraffic`: metric and help."""
+
+
+class EngineMetrics:
+    """What an engine counts; ``render`` gives the exposition text."""
+
+    def __init__(self, config: ModelConfig, store: ExpertStore | None) -> None:
+        self.registry = CollectorRegistry()
+        r = self.registry
+        ProcessCollector(registry=r)
+        self.running = Gauge("moeyard_requests_running", "Requests in the batch", registry=r)
+        self.waiting = Gauge("moeyard_requests_waiting", "Requests queued", registry=r)
+        self.finished = Counter(
+            "moeyard_requests_finished", "Requests ended", ["finish_reason"], registry=r
+        )
+        self.cancelled = Counter(
+            "moeyard_requests_cancelled", "Requests cancelled by the client", registry=r
+        )
+        self.rejected = Counter(
+            "moeyard_requests_rejected", "Requests not let in", ["reason"], registry=r
+        )
+        # Series that are there from the start, at 0: a rate misses the rise of a new one.
+        for finish_reason in get_args(FinishReason):
+            self.finished.labels(finish_reason)
+        for reason in get_args(Rejection):
+            self.rejected.labels(reason)
+        self.prompt_tokens = Counter("moeyard_prompt_tokens", "Prompt tokens read", registry=r)
+        self.generated = Counter("moeyard_generation_tokens", "Tokens generated", registry=r)
+        self.time_to_first = Histogram(
+            "moeyard_time_to_first_token_seconds",
+            "Arrival to first token",
+            buckets=TTFT_BUCKETS,
+            registry=r,
+        )
+        self.inter_token = Histogram(
+            "moeyard_inter_token_latency_seconds",
+            "Between tokens of a request",
+            buckets=TOKEN_BUCKETS,
+            registry=r,
+        )
+        self.request_time = Histogram(
+            "moeyard_e2e_request_latency_seconds",
+            "Arrival to last token",
+            buckets=REQUEST_BUCKETS,
+            registry=r,
+        )
+        self.experts = ExpertCollector(config, store)
+        r.register(self.experts)
+
+    def count_routing(self, routings: Iterable[Routing]) -> None:
+        """Add one forward's routed rows."""
+        self.experts.add(list(routings))
+
+    def count_token(self, sequence: Sequence, event: GenerationEvent, now: float) -> None:
+        """Count one generated token and, if it was the last, the request."""
+        self.generated.inc()
+        if sequence.times.last_token is None:
+            self.prompt_tokens.inc(len(sequence.request.prompt_ids))
+            self.time_to_first.observe(now - sequence.times.arrived)
+        else:
+            self.inter_token.observe(now - sequence.times.last_token)
+        sequence.times.last_token = now
+        if event.finish_reason is not None:
+            self.finished.labels(event.finish_reason).inc()
+            self.request_time.observe(now - sequence.times.arrived)
+
+    def count_failure(self) -> None:
+        """Count a request that ended with an error."""
+        self.finished.labels("error").inc()
+
+    def render(self) -> bytes:
+        """Return the metrics in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+
+class ExpertCollector(Collector):
+    """Expert load, and the store's traffic, read when somebody asks."""
+
+    def __init__(self, config: ModelConfig, store: ExpertStore | None) -> None:
+        self._store = store
+        self._layers = [layer for layer in range(config.num_layers) if config.is_moe(layer)]
+        num_experts = config.moe.num_experts if config.moe is not None else 0
+        self._k = config.moe.router.k if config.moe is not None else 0
+        self._counts_LE = torch.zeros(len(self._layers), num_experts, dtype=torch.int64)
+        self._tokens = 0
+        self._tokens_without_wait = 0
+        self._num_waits = 0
+        self._lock = threading.Lock()
+        """Counts change in the engine's thread and are read in another."""
+
+    def add(self, routings: list[Routing]) -> None:
+        """Add one forward's routed rows."""
+        if routings:
+            counts_LE = torch.stack([routing.counts_E for routing in routings])
+            with self._lock:
+                num_tokens = int(routings[0].num_tokens)
+                self._counts_LE += counts_LE
+                self._tokens += num_tokens
+                if self._store is not None:
+                    before, self._num_waits = self._num_waits, self._store.statistics.num_waits()
+                    self._tokens_without_wait += num_tokens * (before == self._num_waits)
+
+    def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
+        """Yield all families."""
+        yield from self._load()
+        if self._store is not None:
+            yield from self._traffic(self._store)
+            yield CounterMetricFamily(
+                "moeyard_tokens_without_miss",
+                "Tokens of forwards that waited for no expert",
+                value=self._tokens_without_wait,
+            )
+
+    def _load(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
+        if not self._layers:
+            return
+        with self._lock:
+            counts_LE, tokens = self._counts_LE.clone(), self._tokens
+        yield CounterMetricFamily(
+            "moeyard_moe_tokens",
+            "Tokens that went through the MoE layers, prompt and generated",
+            value=tokens,
+        )
+        yield GaugeMetricFamily("moeyard_moe_top_k", "Experts per token", value=self._k)
+        per_expert = CounterMetricFamily(
+            "moeyard_expert_tokens", "Rows routed to an expert", labels=["layer", "expert"]
+        )
+        imbalance = GaugeMetricFamily(
+            "moeyard_expert_load_max_over_mean", "Largest over mean load", labels=["layer"]
+        )
+        idle = GaugeMetricFamily(
+            "moeyard_experts_idle", "Experts that never got a row", labels=["layer"]
+        )
+        for layer, counts_E in zip(self._layers, counts_LE, strict=True):
+            statistics = load_statistics(counts_E, tokens * self._k)
+            imbalance.add_metric([str(layer)], statistics.max_over_mean)
+            idle.add_metric([str(layer)], statistics.idle)
+            if counts_LE.numel() <= MAX_EXPERT_SERIES:
+                for expert, count in enumerate(counts_E.tolist()):
+                    per_expert.add_metric([str(layer), str(expert)], count)
+        yield from (per_expert, imbalance, idle)
+
+    @staticmethod
+    def _traffic(store: ExpertStore) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
+        families = {
+            name: CounterMetricFamily(f"moeyard_expert_{metric}", text, labels=["layer"])
+            for name, (metric, text) in TRAFFIC.items()
+        }
+        for layer, traffic in store.statistics.layers.items():
+            for name, family in families.items():
+                family.add_metric([str(layer)], getattr(traffic, name))
+        yield from families.values()
+        yield CounterMetricFamily(
+            "moeyard_expert_evictions", "Experts put out", value=store.statistics.evictions
+        )
+        yield GaugeMetricFamily(
+            "moeyard_expert_slots", "Experts that fit the budget", value=store.num_slots
+        )
+        yield GaugeMetricFamily(
+            "moeyard_expert_slot_bytes", "Bytes of one expert", value=store.slot_bytes
+        )
+        yield GaugeMetricFamily(
+            "moeyard_experts_resident", "Experts in memory", value=store.num_resident
+        )

@@ -1,0 +1,132 @@
+"""One request inside the engine."""
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Literal
+
+import torch
+
+from ...errors import RequestError
+from ...moe.kv_cache import SequenceCache
+from ...moe.models.sampling import SamplingParams
+from .logprobs import TokenLogprob
+from .text_stream import Decode, TextStream
+
+CONTEXT_IDS = 8
+"""Prompt ids that the text is decoded with: the first piece may begin with a space or not."""
+
+FinishReason = Literal["stop", "length", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """What to generate."""
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    max_tokens: int
+    sampling: SamplingParams
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    echo: str = ""
+    """Text to put in front of the answer."""
+    num_logprobs: int | None = None
+    """Likeliest tokens to report beside each one; None reports no log-probabilities."""
+    scores_prompt: bool = False
+    """Report log-probabilities of the prompt's tokens too, before the first generated one."""
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationEvent:
+    """What one engine step did for a request."""
+
+    request_id: str
+    text: str
+    """New text; may be empty."""
+    num_tokens: int
+    """Tokens generated so far."""
+    finish_reason: FinishReason | None = None
+    error: RequestError | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """Of the new token, if asked for, and before the first one of the prompt's tokens."""
+
+
+@dataclass(slots=True)
+class SequenceTimes:
+    """Moments of a request, in seconds of ``perf_counter``."""
+
+    arrived: float = field(default_factory=perf_counter)
+    last_token: float | None = None
+
+
+class Sequence:
+    """A request's state: what was read, what was generated, its cache and its own generator."""
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        cache: SequenceCache,
+        decode: Decode,
+        eos_ids: Items[int] | frozenset[int],
+    ) -> None:
+        self.request = request
+        self.cache = cache
+        self.times = SequenceTimes()
+        self._eos_ids = eos_ids
+        self._stream = TextStream(decode, request.stop, request.prompt_ids[-CONTEXT_IDS:])
+        self._generated: list[int] = []
+        self.prompt_logprobs: list[TokenLogprob] = []
+        self.generator = torch.Generator()
+        if request.seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(request.seed)
+
+    @property
+    def is_prefilling(self) -> bool:
+        """True until the last prompt token has been read."""
+        return self.cache.length < len(self.request.prompt_ids)
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens generated so far."""
+        return len(self._generated)
+
+    def next_ids(self, chunk: int) -> tuple[int, ...]:
+        """Return the ids the next forward must read: a chunk of the prompt, or the last token.
+
+        Chunks end at multiples of ``chunk``, whatever other requests do, so that a request's
+        arithmetic never depends on its neighbours.
+        """
+        if not self.is_prefilling:
+            return (self._generated[-1],)
+        start = self.cache.length
+        return self.request.prompt_ids[start : start + chunk]
+
+    def accept(self, token: int, logprobs: Items[TokenLogprob] = ()) -> GenerationEvent:
+        """Add a sampled token and say what came of it."""
+        is_first = not self._generated
+        self._generated.append(token)
+        reason: FinishReason | None = None
+        text = ""
+        if token in self._eos_ids:
+            reason = "stop"
+        else:
+            text = self._stream.push(token)
+            if self._stream.is_stopped:
+                reason = "stop"
+            elif self.num_generated >= self.request.max_tokens:
+                reason = "length"
+        if reason is not None:
+            text += self._stream.finish()
+        if is_first:
+            text = self.request.echo + text
+            logprobs = [*self.prompt_logprobs, *logprobs]
+        return GenerationEvent(
+            self.request.request_id, text, self.num_generated, reason, logprobs=tuple(logprobs)
+        )
+
+    def fail(self, error: RequestError) -> GenerationEvent:
+        """End the request with an error."""
+        return GenerationEvent(self.request.request_id, "", self.num_generated, "error", error)

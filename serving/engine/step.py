@@ -1,0 +1,141 @@
+"""One forward of several requests. What fails, fails for as few of them as can be.
+
+T rows of a sequence, D model width, R sequences that are ready for a token, V vocabulary.
+"""
+
+from bisect import bisect_right
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from ...errors import ExpertReadError, RequestError
+from ...kernels.values.memory import is_out_of_memory
+from ...moe.batch import batch_of
+from ...moe.models.decoder import Decoder
+from ...moe.routers.routing import Routing
+from .sequence import Sequence
+
+RETRY_AFTER_S = 5
+"""Seconds until asking again where a disk or the memory had a bad moment."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a forward gave one sequence."""
+
+    sequence: Sequence
+    hidden_TD: Tensor
+    """Of the rows it has just read."""
+    logits_V: Tensor | None
+    """Scores of its next token; None while it still reads its prompt."""
+
+
+Ids = tuple[int, ...]
+Failure = tuple[Sequence, RequestError]
+
+
+@dataclass(slots=True)
+class Step:
+    """What one step gave: results, the routings behind them, and what ended."""
+
+    results: list[StepResult]
+    routings: list[list[Routing]]
+    """Of each forward that went through."""
+    failures: list[Failure]
+
+
+def run_step(decoder: Decoder, sequences: Items[Sequence], prefill_chunk: int) -> Step:
+    """Take sequences one step further.
+
+    A sequence fails when its cache cannot grow, when one of its rows chose an expert that cannot
+    be read, or when there is no memory for it even alone. The others run again from unchanged
+    caches, and a sequence's bits do not depend on which others run with it.
+    """
+    step = Step([], [], [])
+    groups = [_make_room(sequences, prefill_chunk, step.failures)]
+    while groups:
+        group = groups.pop(0)
+        if not group:
+            continue
+        lengths = [sequence.cache.length for sequence in group]
+        ids = [sequence.next_ids(prefill_chunk) for sequence in group]
+        try:
+            results, routings = _forward(decoder, group, ids)
+        except Exception as error:
+            again, failures = _divide(group, ids, error)
+        else:
+            step.results += results
+            step.routings.append(routings)
+            continue
+        # Behind the except clause: until then the error holds on to all that the forward made.
+        for sequence, length in zip(group, lengths, strict=True):
+            sequence.cache.length = length
+        groups[:0] = again
+        step.failures += failures
+    return step
+
+
+def out_of_memory() -> RequestError:
+    """Return the error of a request that there is no memory for."""
+    return _unavailable(
+        "the server has no memory left for this request; try again later or shorten it."
+    )
+
+
+def _make_room(
+    sequences: Items[Sequence], prefill_chunk: int, failures: list[Failure]
+) -> list[Sequence]:
+    """Grow the caches; return the sequences that have room."""
+    able = []
+    for sequence in sequences:
+        try:
+            sequence.cache.reserve(len(sequence.next_ids(prefill_chunk)))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            failures.append((sequence, out_of_memory()))
+        else:
+            able.append(sequence)
+    return able
+
+
+def _forward(
+    decoder: Decoder, sequences: list[Sequence], ids: list[Ids]
+) -> tuple[list[StepResult], list[Routing]]:
+    output = decoder(batch_of(list(map(torch.tensor, ids)), [s.cache for s in sequences]))
+    chunks = output.hidden_TD.split([len(i) for i in ids])
+    is_ready = [not s.is_prefilling for s in sequences]
+    last_rows = [chunk[-1] for chunk, ready in zip(chunks, is_ready, strict=True) if ready]
+    logits_RV = iter(decoder.logits(torch.stack(last_rows)) if last_rows else ())
+    results = [
+        StepResult(sequence, hidden_TD, next(logits_RV) if ready else None)
+        for sequence, hidden_TD, ready in zip(sequences, chunks, is_ready, strict=True)
+    ]
+    return results, output.routings
+
+
+def _divide(
+    sequences: list[Sequence], ids: list[Ids], error: Exception
+) -> tuple[list[list[Sequence]], list[Failure]]:
+    """Return which sequences to run again, in groups, and which end because of ``error``."""
+    if isinstance(error, ExpertReadError):
+        reason = _unavailable(str(error))
+        ends = list(accumulate(len(i) for i in ids))
+        hit = {bisect_right(ends, row) for row in error.rows}
+        assert hit, "a read failed for an expert that no row chose"
+        again = [s for index, s in enumerate(sequences) if index not in hit]
+        return [again], [(sequences[index], reason) for index in sorted(hit)]
+    if not is_out_of_memory(error):
+        raise error
+    if len(sequences) == 1:
+        return [], [(sequences[0], out_of_memory())]
+    # Nothing tells whose rows memory was short for, so each half is tried.
+    middle = len(sequences) // 2
+    return [sequences[:middle], sequences[middle:]], []
+
+
+def _unavailable(message: str) -> RequestError:
+    return RequestError(message, code="unavailable", status=503, retry_after_s=RETRY_AFTER_S)

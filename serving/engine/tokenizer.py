@@ -1,0 +1,141 @@
+"""The tokenizer of a model folder, with what a server needs of it."""
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from ...errors import ConfigError, RequestError
+from ...moe.folders.tokenizer_errors import library_errors
+from ...moe.folders.tokenizer_folder import open_folder_tokenizer
+from ..templates.chat_template import content_format_of, pick_template
+from ..templates.renderer import TemplateFault, TemplateProcess
+
+WORD_START = "\u2581"
+"""SentencePiece's sign for a space."""
+
+
+class ServingTokenizer:
+    """Text to ids, ids to text, conversations to ids, and the bytes of single tokens."""
+
+    def __init__(self, folder: Path, chat_template: str | None = None) -> None:
+        from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+        self._inner = open_folder_tokenizer(folder)
+        self._folder = folder
+        self._template = pick_template(self._inner.chat_template, folder, chat_template)
+        self._format = content_format_of(self._template)
+        self._added = frozenset(self._inner.added_tokens_decoder)
+        self._byte_of = {symbol: byte for byte, symbol in bytes_to_unicode().items()}
+        self._is_byte_level = "ByteLevel" in repr(
+            getattr(getattr(self._inner, "backend_tokenizer", None), "decoder", None)
+        )
+        self._templates = TemplateProcess()
+        self.rendering = ThreadPoolExecutor(1, thread_name_prefix="chat-template")
+        """Where templates are rendered, one at a time: one that takes long keeps only chats
+        waiting, and not the threads that all requests share."""
+        if self._template is not None:
+            self._check_template(str(chat_template or folder))
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a prompt."""
+        with _failures_on("prompt"):
+            ids = list(self._inner(text, verbose=False)["input_ids"])
+        eos = self._inner.eos_token_id
+        while ids and ids[-1] == eos and not text.endswith(str(self._inner.eos_token)):
+            ids.pop()  # some tokenizers end every text; a prompt goes on
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of ids, without special tokens."""
+        with library_errors(_cannot_spell):
+            return str(self._inner.decode(ids, skip_special_tokens=True))
+
+    def render_chat(self, messages: list[dict[str, Any]]) -> str:
+        """Return the text of a conversation in the form the model knows, ready for its answer.
+
+        For threads of :attr:`rendering`.
+        """
+        if self._template is None:
+            raise RequestError(
+                f"{self._folder.name} has no chat template; start the server with --chat-template "
+                "FILE, or use /v1/completions.",
+                param="messages",
+            )
+        try:
+            return self._render(messages)
+        except TemplateFault as fault:
+            verb = "refuses" if fault.kind == "refusal" else "fails on"
+            raise RequestError(
+                f"the model's chat template {verb} these messages ({fault}); change them.",
+                param="messages",
+            ) from None
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Return the ids of a rendered conversation."""
+        with _failures_on("messages"):
+            return list(self._inner(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def close(self) -> None:
+        """End the process that renders."""
+        self._templates.close()
+        self.rendering.shutdown(wait=False, cancel_futures=True)
+
+    def token_bytes(self, token: int) -> bytes:
+        """Return the bytes that one id stands for; empty for an id without text."""
+        piece = self._inner.convert_ids_to_tokens(token)
+        if piece is None:
+            return b""
+        if token in self._added:
+            return str(piece).encode()
+        if self._is_byte_level and all(symbol in self._byte_of for symbol in piece):
+            return bytes(self._byte_of[symbol] for symbol in piece)
+        if re.fullmatch("<0x[0-9A-F]{2}>", piece):
+            return bytes([int(piece[3:5], 16)])
+        return str(piece).replace(WORD_START, " ").encode()
+
+    def token_name(self, token: int) -> str:
+        """Return the text of one id; what is no text is spelled out, so that names differ."""
+        spelled = self.token_bytes(token)
+        if not spelled:
+            return f"token_id:{token}"
+        try:
+            return spelled.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
+
+    def _render(self, messages: list[dict[str, Any]]) -> str:
+        assert self._template is not None, "there is a template"
+        messages = [self._format.word(message) for message in messages]
+        # As transformers: templates tell a missing key from a value, and would spell None.
+        given = [{k: v for k, v in m.items() if v is not None} for m in messages]
+        return self._templates.render(self._template, given, dict(self._inner.special_tokens_map))
+
+    def _check_template(self, source: str) -> None:
+        try:
+            self._render([{"role": "user", "content": "a"}])
+        except TemplateFault as fault:
+            if fault.kind == "refusal":
+                return  # it wants other messages than this one; what it says is for those who ask
+            self.close()
+            if fault.kind == "syntax":
+                raise ConfigError(
+                    f"the chat template of {source} is not Jinja ({fault}); mend it."
+                ) from None
+            raise ConfigError(
+                f"the chat template of {source} fails on a plain message ({fault}); mend it, or "
+                "give another with --chat-template."
+            ) from None
+
+
+def _failures_on(param: str) -> AbstractContextManager[None]:
+    return library_errors(
+        lambda reason: RequestError(
+            f"the model's tokenizer fails on this text ({reason}); change it.", param=param
+        )
+    )
+
+
+def _cannot_spell(reason: str) -> RequestError:
+    return RequestError(f"the model's tokenizer cannot spell the answer ({reason}).", status=500)

@@ -1,0 +1,1 @@
+"""Experts on disk and in slots."""

@@ -1,0 +1,59 @@
+"""Experts that live in a store. N rows, D model width, K choices."""
+
+from collections.abc import Sequence
+from contextlib import closing
+
+import torch
+from torch import Tensor
+
+from ...errors import ExpertReadError
+from ...kernels.waves import start_waves
+from ...moe.experts.resident import AnyExperts
+from ...moe.routers.routing import Routing, count_choices
+from .store import ExpertStore
+
+
+class OffloadedExperts(AnyExperts):
+    """Takes the place of :class:`moeyard.moe.experts.resident.Experts` for inference, bit for bit.
+
+    Experts come in waves; each routed row has its own line of the output, filled once, and the
+    lines are combined in k order at the end, as in the resident case.
+    """
+
+    def __init__(self, store: ExpertStore, layer: int, num_experts: int) -> None:
+        super().__init__()
+        self._store = store
+        self._layer = layer
+        self._num_experts = num_experts
+
+    def announce(self, routing: Routing) -> None:
+        """Begin to read the chosen experts while the model computes something else."""
+        self._store.prefetch(self._layer, _chosen(routing))
+
+    def keep(self, routing: Routing) -> None:
+        """Protect the chosen experts that are in memory from what is read ahead."""
+        self._store.keep(self._layer, _chosen(routing))
+
+    def forward(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
+        """Return the weighted sum of each row's experts, ``[N, D]``."""
+        counts_E = count_choices(experts_NK, self._num_experts)
+        needed = torch.nonzero(counts_E).flatten().tolist()
+        waves = start_waves(x_ND, experts_NK, weights_NK, self._num_experts)
+        try:
+            # Closed at once when computing fails: the store must be whole before the next forward.
+            with closing(self._store.stream(self._layer, needed)) as stream:
+                for ready, experts in stream:
+                    waves.add(experts, only=ready)
+        except ExpertReadError as error:
+            error.rows = _rows_that_chose(error.experts, experts_NK)
+            raise
+        return waves.result()
+
+
+def _rows_that_chose(experts: Sequence[int], experts_NK: Tensor) -> tuple[int, ...]:
+    has_one_N = torch.isin(experts_NK, torch.tensor(experts)).any(dim=1)
+    return tuple(torch.nonzero(has_one_N).flatten().tolist())
+
+
+def _chosen(routing: Routing) -> list[int]:
+    return torch.nonzero(routing.counts_E).flatten().tolist()

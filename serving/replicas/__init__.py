@@ -1,0 +1,1 @@
+"""The metrics of several replicas as one."""

@@ -1,0 +1,118 @@
+"""Render chat templates in a process that can be ended."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from ...errors import RequestError
+from . import process as template_process
+
+RETRY_AFTER_S = 5
+KEPT_VARIABLES = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "HOME", "LANG", "TZ")
+"""What the process sees of the environment; a server's key is in there too."""
+
+
+class TemplateFault(Exception):  # noqa: N818 - becomes an error of the configuration or a request
+    """A template that could not be rendered, with the reason in a few words."""
+
+    def __init__(self, kind: Literal["syntax", "refusal", "failure"], reason: str) -> None:
+        super().__init__(reason)
+        self.kind = kind
+        """``syntax``: no Jinja. ``refusal``: it does not want these messages. ``failure``: else."""
+
+
+class TemplateProcess:
+    """Renders with transformers' Jinja sandbox; one thread at a time may use it.
+
+    Starts with the first job and again after a job that was ended. Ends with this process.
+    """
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def render(
+        self, template: str, messages: list[dict[str, Any]], special_tokens: dict[str, Any]
+    ) -> str:
+        """Return the text of a conversation, ready for the answer.
+
+        Raises :class:`TemplateFault`, also for what takes too long or too much memory, and
+        :class:`RequestError` where the process does not start.
+        """
+        job = {"template": template, "messages": messages, "special_tokens": special_tokens}
+        line = self._exchange(json.dumps(job, default=str).encode())
+        result = json.loads(line)
+        if "text" not in result:
+            raise TemplateFault(result["kind"], result["reason"])
+        text: str = result["text"]
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise TemplateFault("failure", "it makes text that is not valid Unicode") from None
+        return text
+
+    def close(self) -> None:
+        """End the process."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.communicate()
+
+    def _exchange(self, job: bytes) -> bytes:
+        process = self._process
+        if process is None or process.poll() is not None:
+            self.close()
+            process = self._process = _start()
+        assert process.stdin is not None and process.stdout is not None, "pipes were asked for"
+        try:
+            process.stdin.write(job + b"\n")
+            process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it has ended, and the empty answer says so
+        line = process.stdout.readline()
+        if not line:
+            self._process = None
+            raise _reason(process)
+        return line
+
+
+def _start() -> subprocess.Popen[bytes]:
+    process = subprocess.Popen(
+        # -P: its own folder holds modules of ours whose names others may look for.
+        [sys.executable, "-P", str(Path(template_process.__file__).resolve())],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ},
+        start_new_session=True,  # Ctrl-C is for the server, which finishes what it has
+    )
+    assert process.stdout is not None, "a pipe was asked for"
+    if process.stdout.readline() != template_process.READY:
+        process.kill()
+        process.communicate()
+        raise _unavailable("could not start")
+    return process
+
+
+def _reason(process: subprocess.Popen[bytes]) -> Exception:
+    """Say why a process has ended during a job."""
+    process.communicate()
+    code = process.returncode
+    if code in (-signal.SIGPROF, -signal.SIGALRM):
+        limit = template_process.CPU_LIMIT_S
+        return TemplateFault("failure", f"it has not ended after {limit} s of computing")
+    if code == -signal.SIGKILL:  # nothing that a template does
+        return _unavailable("was ended from outside")
+    return TemplateFault("failure", f"it has ended its process (exit code {code})")
+
+
+def _unavailable(what: str) -> RequestError:
+    return RequestError(
+        f"the process that renders chat templates {what}; try again later.",
+        code="unavailable",
+        status=503,
+        retry_after_s=RETRY_AFTER_S,
+    )

@@ -1,0 +1,1 @@
+"""Checkpoints, exports, and starts from a model folder."""

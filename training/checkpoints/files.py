@@ -1,0 +1,112 @@
+"""The files of one checkpoint folder: what is there, what is whole, what ``state.json`` says."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ...errors import CheckpointError
+from ...files import replace_text, sha256_of, sync
+from ...moe.config.model import ModelConfig
+from .dcp_reader import METADATA, SafeFileSystemReader
+
+MANIFEST = "manifest.json"
+STATE = "state.json"
+VERSION = 1
+
+
+class _State(BaseModel):
+    """What ``state.json`` must hold, so that nothing behind it need ask again."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    step: int = Field(ge=0, le=99_999_999)
+    world_size: int = Field(ge=1)
+    seed: int
+    model: dict[str, Any]
+    train_shard_sha256: str
+    batch_sequences: int
+    sequence_length: int
+    precision: str
+    tokenizer: str
+    tokenizer_sha256: str
+    origin: dict[str, Any] | None = None
+    lora: dict[str, Any] | None = None
+
+
+def write_state(folder: Path, step: int, state: dict[str, Any]) -> None:
+    """Write ``state.json``."""
+    facts = {"version": VERSION, "step": step, **state}
+    (folder / STATE).write_text(json.dumps(facts), encoding="utf-8")
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Return what :func:`write_state` was given as ``state``, with ``step``."""
+    try:
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        version = state["version"]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        raise CheckpointError(
+            f"{path / STATE} cannot be read; restore the checkpoint from a backup."
+        ) from None
+    if version != VERSION:
+        raise CheckpointError(
+            f"checkpoint {path} has format {version}; this release reads {VERSION}."
+        )
+    try:
+        _State.model_validate(state)
+        ModelConfig.model_validate(state["model"])
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(map(str, problem["loc"]))
+        raise CheckpointError(
+            f"{path / STATE} says something impossible ({key or 'model'}: {problem['msg']}); "
+            "restore the checkpoint from a backup."
+        ) from None
+    found: dict[str, Any] = state
+    return found
+
+
+def write_manifest(folder: Path) -> None:
+    """Hash and flush every file; raise :class:`CheckpointError` where one is missing.
+
+    A rank whose run folder is another one leaves its shard there, which no hash would show.
+    """
+    files = {}
+    for file in sorted(folder.iterdir()):
+        files[file.name] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+        sync(file)
+    missing = sorted(SafeFileSystemReader(folder).file_names() - files.keys())
+    if missing:
+        raise CheckpointError(
+            f"checkpoint {folder} lacks {missing[0]}, which a rank wrote elsewhere; put run_dir on "
+            "a file system that all hosts share."
+        )
+    replace_text(folder / MANIFEST, json.dumps({"version": VERSION, "files": files}, indent=1))
+    sync(folder)
+
+
+def verify(path: Path) -> str | None:
+    """Return what is wrong with a checkpoint folder, or None."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        files = {n: (f["bytes"], f["sha256"]) for n, f in manifest["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return f"{MANIFEST} is missing or unreadable"
+    for name, (num_bytes, digest) in files.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != num_bytes:
+            return f"{name} has {file.stat().st_size} bytes, the manifest says {num_bytes}"
+        if sha256_of(file) != digest:
+            return f"{name} does not match its hash"
+    missing = {STATE, METADATA} - files.keys()
+    if missing:
+        return f"{MANIFEST} does not list {missing.pop()}"
+    try:
+        unlisted = SafeFileSystemReader(path).file_names() - files.keys()
+    except CheckpointError as error:
+        return str(error)
+    return f"{MANIFEST} does not list {unlisted.pop()}" if unlisted else None

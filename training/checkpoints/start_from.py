@@ -1,0 +1,115 @@
+"""Start a run from a Hugging Face folder: its model, its tokenizer, its weights."""
+
+import logging
+import os
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...errors import ConfigError, DataError, ModelFileError
+from ...moe.experts.resident import Experts
+from ...moe.folders.folder import ModelFolder
+from ...moe.folders.generation_config import generation_to_keep
+from ...moe.folders.read_weights import Read, expert_reads, read_tensor, run_reads
+from ...moe.folders.tokenizer_folder import has_tokenizer
+from ...moe.models.decoder import Decoder
+from ..data.tokenizer import Tokenizer, open_tokenizer
+
+log = logging.getLogger(__name__)
+
+SAMPLE = "Two tokenizers that agree on this: naïve café, 12 x 345 = 4140, {'a': [1.5]}\n\t日本語 🙂"
+NEW_IN_TRAINING = "gate.e_score_correction_bias"
+"""The one tensor that a run may have and its folder not: a balancing bias begins at 0."""
+
+
+def complete_values(values: dict[str, Any]) -> dict[str, Any]:
+    """Return a run's configuration with what ``start_from`` says under what the run says.
+
+    ``model`` may hold what is to change (another look-ahead, other losses), or nothing.
+    """
+    start_from = values.get("start_from")
+    if not isinstance(start_from, str):
+        return values
+    folder = ModelFolder(Path(start_from))
+    folder.close()
+    given = values.get("model") or {}
+    if not isinstance(given, dict):
+        return values  # validation says what is wrong with it
+    data = values.get("data") or {}
+    if isinstance(data, dict) and data.get("tokenizer") is None:
+        data = data | {"tokenizer": start_from}
+    model = _merged(folder.config.model_dump(mode="json"), given)
+    return values | {"model": model, "data": data}
+
+
+def check_tokenizer(start_from: str, name: str, tokenizer: Tokenizer) -> None:
+    """Raise :class:`ConfigError` where ``data.tokenizer`` has other ids than the folder's own.
+
+    A folder's own that cannot be opened is believed to be what another folder holds for it.
+    """
+    if name == start_from or not has_tokenizer(Path(start_from)):
+        return
+    try:
+        own = open_tokenizer(start_from)
+    except DataError:
+        if name == "bytes":
+            raise
+        return
+    is_same = own.eos_id == tokenizer.eos_id
+    if not is_same or own.encode(SAMPLE).tolist() != tokenizer.encode(SAMPLE).tolist():
+        raise ConfigError(
+            f"data.tokenizer is {name!r}, whose ids mean other text than those of start_from "
+            f"{start_from!r}; set data.tokenizer to null to take the folder's."
+        )
+
+
+def read_origin(start_from: str) -> dict[str, Any]:
+    """Return what an export needs of the folder: its two configurations."""
+    folder = ModelFolder(Path(start_from))
+    folder.close()
+    return {"config": folder.values, "generation": generation_to_keep(folder)}
+
+
+def read_start(start_from: str, decoder: Decoder, ignore_unused_weights: bool = False) -> None:
+    """Fill this rank's part of a decoder: its experts and all else, and nothing twice.
+
+    Raises :class:`ConfigError` where the folder's weights do not fit the run's model.
+    """
+    folder = ModelFolder(Path(start_from))
+    try:
+        left_out = folder.check(decoder.config, NEW_IN_TRAINING, ignore_unused_weights)
+        if left_out is not None and os.environ.get("RANK", "0") == "0":
+            log.warning("%s", left_out)
+        with torch.no_grad():
+            run_reads(folder, _reads(folder, decoder))
+    except ModelFileError as error:
+        raise ConfigError(f"start_from is {start_from!r}, which does not fit: {error}") from None
+    finally:
+        folder.close()
+
+
+def _reads(folder: ModelFolder, decoder: Decoder) -> Iterator[Read]:
+    for index, layer in decoder.moe_layers():
+        assert isinstance(layer.experts, Experts)
+        experts = zip(layer.experts.expert_ids, layer.experts.slot_views(), strict=True)
+        yield from expert_reads(folder, index, experts)
+    for name, tensor in (*decoder.named_parameters(), *decoder.named_buffers()):
+        is_new = name.endswith(NEW_IN_TRAINING) and name not in folder
+        if ".mlp.experts." not in name and not is_new:
+            yield tensor.nbytes, partial(read_tensor, folder, name, tensor.data)
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    found = dict(base)
+    for key, value in over.items():
+        below = found.get(key)
+        if isinstance(value, dict) and isinstance(below, dict):
+            # Another kind of thing shares no keys with the one that was there.
+            is_same = value.get("kind", below.get("kind")) == below.get("kind")
+            found[key] = _merged(below, value) if is_same else value
+        else:
+            found[key] = value
+    return found

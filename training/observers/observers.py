@@ -1,0 +1,80 @@
+"""Who sees what a run does: the interface, and the fan-out to all of them."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ..step import StepResult
+
+log = logging.getLogger(__name__)
+
+
+class Observer:
+    """Sees a run on rank 0. Subclasses override what they care for; this one sees nothing."""
+
+    def step(self, done: int, result: StepResult, phase_seconds: Mapping[str, float]) -> None:
+        """See every step, logged or not; ``phase_seconds`` are totals since this start."""
+
+    def record(self, record: dict[str, Any]) -> None:
+        """See what goes into ``metrics.jsonl``; it has ``step``."""
+
+    def close(self) -> None:
+        """Let go of files, ports and connections."""
+
+
+class Observers:
+    """All observers of a run.
+
+    One that was asked for beside the run folder must not end a long run: when it fails on the
+    way, that is said once and training goes on without it.
+    """
+
+    def __init__(self, needed: Sequence[Observer] = (), optional: Sequence[Observer] = ()) -> None:
+        self._needed = list(needed)
+        self._optional = list(optional)
+
+    def step(self, done: int, result: StepResult, phase_seconds: Mapping[str, float]) -> None:
+        """Show every observer a step."""
+        self._tell_all(lambda observer: observer.step(done, result, phase_seconds))
+
+    def record(self, record: dict[str, Any]) -> None:
+        """Show every observer a record."""
+        self._tell_all(lambda observer: observer.record(record))
+
+    def close(self) -> None:
+        """Close them all."""
+        self._tell_all(lambda observer: observer.close())
+
+    def _tell_all(self, tell: Callable[[Observer], None]) -> None:
+        for observer in self._needed:
+            tell(observer)
+        for observer in list(self._optional):
+            try:
+                tell(observer)
+            except Exception as error:
+                self._optional.remove(observer)
+                name = type(observer).__name__
+                reason = " ".join(str(error).split()) or type(error).__name__
+                log.warning("%s failed (%s); training goes on without it.", name, reason)
+
+
+def scalars(record: dict[str, Any]) -> dict[str, float]:
+    """Flatten a record into the tags that TensorBoard and W&B show, grouped by their prefix."""
+    tags = {
+        "train/loss": record["loss"],
+        "train/balance_loss": record["balance"],
+        "train/z_loss": record["z"],
+        "train/grad_norm": record["grad_norm"],
+        "train/learning_rate": record["lr"],
+        "train/tokens": record["tokens"],
+        "speed/tokens_per_second": record["tokens_per_s"],
+    }
+    if "eval_loss" in record:
+        tags["eval/loss"] = record["eval_loss"]
+        tags["eval/loss_per_byte"] = record["eval_loss_per_byte"]
+    for phase, seconds in record["phases_s"].items():
+        tags[f"phase_seconds/{phase}"] = seconds
+    for layer, load in zip(record["moe_layers"], record["load"], strict=True):
+        for name, value in load.items():
+            tags[f"expert_load_{name}/layer_{layer}"] = value
+    return tags

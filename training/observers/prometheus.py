@@ -1,0 +1,180 @@
+"""A Prometheus port for a training run.
+
+L MoE layers, E experts.
+"""
+
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    ProcessCollector,
+    disable_created_metrics,
+    start_http_server,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+from torch import Tensor
+
+from ...errors import ConfigError
+from ...moe.config.model import ModelConfig
+from ...moe.routers.load import MAX_EXPERT_SERIES, load_statistics
+from ..config import RunConfig
+from ..step import StepResult
+from .observers import Observer
+
+CLOSE_S = 5
+"""At most, for a scrape under way."""
+LAST_VALUES = {
+    "step": "Optimizer steps done",
+    "loss": "Nats per token of the last batch",
+    "learning_rate": "Of the last step",
+    "grad_norm": "Global gradient norm before clipping",
+    "eval_loss": "Nats per held-out token",
+    "tokens_per_second": "Of the last logged step",
+}
+"""Gauges and their help."""
+
+disable_created_metrics()  # a second series per counter that nothing here reads
+
+
+class PrometheusPort(Observer):
+    """Serves ``moeyard_train_*`` at ``monitor.prometheus_host:prometheus_port``.
+
+    Counters begin at 0 with each start of the program, which ``rate()`` understands, and rise
+    with every step, logged or not.
+    """
+
+    def __init__(self, config: RunConfig, model: ModelConfig) -> None:
+        self.registry = r = CollectorRegistry()
+        ProcessCollector(registry=r)
+        self._tokens_per_step = config.train.batch_sequences * config.train.sequence_length
+        target = Gauge("moeyard_train_steps_target", "Steps the run will take", registry=r)
+        target.set(config.train.steps)
+        self._tokens = Counter("moeyard_train_tokens", "Tokens trained on", registry=r)
+        self._last = LastValues()
+        r.register(self._last)
+        k = model.moe.router.k if model.moe is not None else 0
+        self._progress = ProgressCollector(model.moe_layers, self._tokens_per_step * k)
+        r.register(self._progress)
+        host, port = config.monitor.prometheus_host, config.monitor.prometheus_port
+        assert port is not None, "no port was asked for"
+        try:
+            self._server, self._thread = start_http_server(port, host, r)
+        except OSError as error:
+            raise ConfigError(
+                f"monitor.prometheus_port is {port}, which cannot be listened on at {host} "
+                f"({error.strerror}); choose another port or monitor.prometheus_host."
+            ) from None
+
+    def step(self, done: int, result: StepResult, phase_seconds: Mapping[str, float]) -> None:
+        """Count a step."""
+        self._last.set("step", done)
+        self._last.set("loss", result.loss)
+        self._last.set("learning_rate", result.lr)
+        self._last.set("grad_norm", result.grad_norm)
+        self._tokens.inc(self._tokens_per_step)
+        self._progress.add(result.counts_LE, phase_seconds)
+
+    def record(self, record: dict[str, Any]) -> None:
+        """Take what only records have."""
+        self._last.set("tokens_per_second", record["tokens_per_s"])
+        if "eval_loss" in record:
+            self._last.set("eval_loss", record["eval_loss"])
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join(timeout=CLOSE_S)
+
+
+class LastValues(Collector):
+    """Gauges that are there once they have a value: a loss of 0 before the first step is none."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, float] = {}
+
+    def set(self, name: str, value: float) -> None:
+        """Show ``value`` as ``moeyard_train_NAME`` from now on."""
+        assert name in LAST_VALUES, name
+        self._values[name] = value
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """Yield what has a value."""
+        for name, value in list(self._values.items()):
+            yield GaugeMetricFamily(f"moeyard_train_{name}", LAST_VALUES[name], value=value)
+
+
+class ProgressCollector(Collector):
+    """Phases and expert load; statistics are computed when somebody asks."""
+
+    def __init__(self, layers: list[int], rows_per_step: int) -> None:
+        self._layers = layers
+        self._rows_per_step = rows_per_step
+        """Routed rows of a layer: tokens times choices."""
+        self._phase_seconds: Mapping[str, float] = {}
+        self._last_LE = torch.zeros(0, dtype=torch.int64)
+        self._total_LE = torch.zeros(0, dtype=torch.int64)
+        self._steps = 0
+        self._lock = threading.Lock()
+        """The loop's thread adds, the HTTP server's reads."""
+
+    def add(self, counts_LE: Tensor, phase_seconds: Mapping[str, float]) -> None:
+        """Add one step."""
+        with self._lock:
+            self._phase_seconds = phase_seconds
+            self._total_LE = counts_LE + self._total_LE if self._steps else counts_LE
+            self._last_LE = counts_LE
+            self._steps += 1
+
+    def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
+        """Yield all families; those of the load once there was a step."""
+        with self._lock:  # tensors are replaced, never written to
+            phases, steps = self._phase_seconds, self._steps
+            last_LE, total_LE = self._last_LE, self._total_LE
+        seconds = CounterMetricFamily(
+            "moeyard_train_phase_seconds", "Wall time of rank 0 by phase", labels=["phase"]
+        )
+        for phase, value in phases.items():
+            seconds.add_metric([phase], value)
+        yield seconds
+        if steps and self._layers:
+            yield from self._statistics(last_LE)
+            yield from self._totals(total_LE, steps)
+
+    def _statistics(self, last_LE: Tensor) -> Iterator[GaugeMetricFamily]:
+        families = {
+            name: GaugeMetricFamily(f"moeyard_train_{metric}", text, labels=["layer"])
+            for name, metric, text in (
+                ("max_over_mean", "expert_load_max_over_mean", "Largest over mean, last step"),
+                ("max_violation", "expert_load_max_violation", "MaxVio, last step"),
+                ("cv", "expert_load_cv", "Standard deviation over mean, last step"),
+                ("entropy", "expert_load_entropy_nats", "Entropy of the load, last step"),
+                ("idle", "experts_idle", "Experts without a row in the last step"),
+            )
+        }
+        for layer, counts_E in zip(self._layers, last_LE, strict=True):
+            statistics = load_statistics(counts_E, self._rows_per_step).as_dict()
+            for name, family in families.items():
+                family.add_metric([str(layer)], statistics[name])
+        yield from families.values()
+
+    def _totals(self, total_LE: Tensor, steps: int) -> Iterator[CounterMetricFamily]:
+        dropped = CounterMetricFamily(
+            "moeyard_train_rows_dropped", "Routed rows that no expert took", labels=["layer"]
+        )
+        routed = CounterMetricFamily(
+            "moeyard_train_expert_tokens", "Rows routed to an expert", labels=["layer", "expert"]
+        )
+        for layer, total_E in zip(self._layers, total_LE, strict=True):
+            expected = steps * self._rows_per_step
+            dropped.add_metric([str(layer)], expected - int(total_E.sum()))
+            if total_LE.numel() <= MAX_EXPERT_SERIES:
+                for expert, rows in enumerate(total_E.tolist()):
+                    routed.add_metric([str(layer), str(expert)], rows)
+        yield from (dropped, routed)

@@ -1,0 +1,107 @@
+"""All ranks start alike: the same configuration, code and data."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import __version__
+from ...errors import ConfigError
+from ...files import sha256_of
+from ...moe.models.decoder import Decoder
+from ...parallel.dense.gradients import expert_parameter_names
+from ...parallel.watch.watch import Watch
+from ..config import RunConfig
+from ..setup import Data
+
+ROOT = Path(__file__).parent.parent.parent
+CODE = ("kernels", "moe", "parallel", "training")
+"""Folders whose files decide what a step computes."""
+SUFFIXES = {".py", ".h", ".cpp"}
+MAY_DIFFER = {"run_dir"}
+"""Keys that hosts may spell differently; shared_folder.py proves that they mean one folder."""
+ABSENT = "absent"
+
+Facts = dict[str, Any]
+
+
+def check_same_start(config: RunConfig, watch: Watch | None) -> None:
+    """Raise :class:`ConfigError` on all ranks where configuration, code or devices differ."""
+    facts = {k: v for k, v in _flat(config.model_dump(mode="json")) if k not in MAY_DIFFER}
+    facts["the device"] = "a GPU" if torch.cuda.is_available() else "the CPU"
+    check_same(facts, "start all ranks with the same configuration", watch)
+    code = {"moeyard": __version__, "torch": torch.__version__}
+    for folder in CODE:
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in SUFFIXES:
+                code[f"moeyard/{path.relative_to(ROOT)}"] = sha256_of(path)[:12]
+    check_same(code, "install the same versions on all hosts", watch)
+
+
+def check_same(facts: Facts, remedy: str, watch: Watch | None) -> None:
+    """Raise :class:`ConfigError` on all ranks, naming the first fact that is not the same on them.
+
+    Facts are what JSON can say.
+    """
+    if watch is None:
+        return
+    everyone = watch.gather(facts)
+
+    def judge() -> None:
+        for rank, theirs in enumerate(everyone):
+            differing = [key for key in _keys(facts, theirs) if facts.get(key) != theirs.get(key)]
+            if not differing:
+                continue
+            key = differing[0]
+            more = f" ({len(differing) - 1} more differ)" if len(differing) > 1 else ""
+            raise ConfigError(
+                f"{key} is {_shown(theirs, key)} on {watch.where(rank)}, but "
+                f"{_shown(facts, key)} on {watch.where(0)}{more}; {remedy}."
+            )
+
+    watch.on_rank_0(judge)
+
+
+def check_same_beginning(data: Data, decoder: Decoder, watch: Watch | None) -> None:
+    """Raise :class:`ConfigError` on all ranks where data, tokenizer or dense weights differ.
+
+    Weights are those a run begins with, all of them still whole: a ``start_from`` folder may be
+    another one on another host.
+    """
+    if watch is None:
+        return
+    facts = {
+        "the hash of the training data": data.identity,
+        "the hash of the held-out data": data.held_out_identity,
+        "the hash of the tokenizer": data.tokenizer.sha256,
+    }
+    experts = expert_parameter_names(decoder)
+    for name, parameter in decoder.named_parameters():
+        if name not in experts:
+            facts[f"the hash of the weight {name}"] = _digest(parameter.detach())
+    check_same(facts, "give all hosts the same files", watch)
+
+
+def _digest(tensor: Tensor) -> str:
+    flat = tensor.cpu().contiguous().view(-1).view(torch.uint8)
+    return hashlib.sha256(flat.numpy().data).hexdigest()[:12]
+
+
+def _keys(ours: Facts, theirs: Facts) -> list[str]:
+    return [*ours, *(key for key in theirs if key not in ours)]
+
+
+def _shown(facts: Facts, key: str) -> str:
+    return repr(facts[key]) if key in facts else ABSENT
+
+
+def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield ``("a.b", value)`` for what a nested dict holds."""
+    if not isinstance(values, dict) or not values:
+        yield prefix.removesuffix("."), values
+        return
+    for key, value in values.items():
+        yield from _flat(value, f"{prefix}{key}.")

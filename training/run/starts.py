@@ -1,0 +1,66 @@
+"""``starts.jsonl``: when, where and as what a run was started, each time."""
+
+import json
+import shutil
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from ... import __version__
+from ...moe.models.decoder import Decoder
+from ...parallel.dense.gradients import expert_parameter_names
+from ...parallel.mesh import Mesh
+from ..config import RunConfig
+
+STARTS = "starts.jsonl"
+GIT_LIMIT_S = 10
+
+
+def note_start(run_dir: Path, step: int, config: RunConfig, decoder: Decoder, mesh: Mesh) -> None:
+    """Append this start of the program, from ``step``, to ``starts.jsonl``."""
+    device = decoder.embed_tokens.weight.device
+    facts = {
+        "step": step,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "ranks": mesh.world_size,
+        "ep": mesh.ep_size,
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "precision": config.train.precision,
+        **count_parameters(decoder, mesh),
+        "moeyard": version_and_commit(),
+        "torch": torch.__version__,
+    }
+    with (run_dir / STARTS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(facts) + "\n")
+
+
+def count_parameters(decoder: Decoder, mesh: Mesh) -> dict[str, int]:
+    """Return the parameters of the whole model, and those one token meets."""
+    expert_names = expert_parameter_names(decoder)
+    dense, experts = 0, 0
+    for name, parameter in decoder.named_parameters():
+        if name in expert_names:
+            experts += parameter.numel() * mesh.ep_size
+        else:
+            dense += parameter.numel()
+    moe = decoder.config.moe
+    active = experts * moe.router.k // moe.num_experts if moe is not None else 0
+    return {"parameters": dense + experts, "active_parameters": dense + active}
+
+
+def version_and_commit() -> str:
+    """Return the version and, in a git checkout, the commit: ``0.1.0 (1a2b3c4)``."""
+    root = Path(__file__).parent.parent.parent
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        return __version__
+    command = ["git", "-C", str(root), "rev-parse", "--short", "HEAD"]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=GIT_LIMIT_S
+        )
+    except subprocess.TimeoutExpired:  # a network file system that hangs
+        return __version__
+    return f"{__version__} ({done.stdout.strip()})" if done.returncode == 0 else __version__
