@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .kernels.checks.experts import BackendCheck, check_backends
+from .kernels.experts import BackendCheck, check_backends
 
 ISA_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "sve", "bf16")
 """The vector units that decide how fast BLAS is; the last two are Arm's."""
@@ -117,15 +117,14 @@ def _torch() -> dict[str, str]:
     import torch
     import torch.distributed as dist
 
-    from .kernels.checks.router import state as router_state
-    from .kernels.cpu.library import load
+    from .kernels.trust import cpp, router_state
 
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return {
         "moeyard": f"{__version__}, Python {platform.python_version()}",
         "torch": torch.__version__,
         "cpu code": torch.backends.cpu.get_cpu_capability(),
-        "c++ kernels": load().state,
+        "c++ kernels": cpp().state,
         "triton router": router_state(),
         "threads": f"{torch.get_num_threads()} (OMP_NUM_THREADS changes it)",
         "gpus": ", ".join(f"{g.name} {_gib(g.total_memory)}" for g in gpus) or "none",

@@ -31,7 +31,8 @@ from torch import Tensor
 from moeyard.kernels.cpu.library import load
 from moeyard.kernels.experts import Backend, expert_mlp
 from moeyard.kernels.values.expert_weights import ExpertWeights, MainGrads, empty_slots
-from moeyard.kernels.values.quantized_weights import AnyExperts, quantize_experts
+from moeyard.kernels.values.quantize import quantize_experts
+from moeyard.kernels.values.quantized_weights import SlotWeights
 from moeyard.training.run.allocator import keep_freed_memory
 
 from report import write_results
@@ -103,7 +104,7 @@ class Case:
         return active * 3 * self.layer.d_model * self.layer.d_expert * bits / 8
 
 
-def ours(case: Case, experts: AnyExperts, backend: Backend) -> Callable[[], Tensor]:
+def ours(case: Case, experts: SlotWeights, backend: Backend) -> Callable[[], Tensor]:
     """Return our forward pass."""
 
     @torch.no_grad()
@@ -178,7 +179,7 @@ class Contestant(NamedTuple):
     expected: Callable[[], Any] | None = None
 
 
-def contestants_of(case: Case, formats: dict[str, AnyExperts], has_backward: bool) -> dict:
+def contestants_of(case: Case, formats: dict[str, SlotWeights], has_backward: bool) -> dict:
     """Return all of a cell by name."""
     bits = 8 * case.experts.fc1_SHD.element_size()
     if has_backward:

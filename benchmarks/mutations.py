@@ -260,7 +260,7 @@ MUTATIONS = [
     (
         "a single row beside a prompt takes the prompt's path",
         "moe/attention/parts.py",
-        "step = CacheStep(some.caches or ()) if is_single else None",
+        "step = RowStep(some.caches or ()) if is_single else None",
         "step = None",
         "tests/moe/test_decode_step.py",
     ),

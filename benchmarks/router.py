@@ -20,7 +20,7 @@ from expert_mlp import measure
 from torch import Tensor
 
 from moeyard.kernels.router import choose
-from moeyard.kernels.torch_ops.router import ChoiceRule
+from moeyard.kernels.values.choice import ChoiceRule
 
 from report import write_results
 

@@ -32,7 +32,7 @@ from moeyard.kernels.gpu.tiles import Kernel, Tiles, quantized_tiles, tile_rows,
 from moeyard.kernels.gpu.up_projection import up_projection
 from moeyard.kernels.gpu.weight_grad import weight_grad
 from moeyard.kernels.values.expert_weights import ExpertWeights
-from moeyard.kernels.values.quantized_weights import quantize_experts
+from moeyard.kernels.values.quantize import quantize_experts
 
 from report import write_results
 

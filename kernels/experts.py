@@ -1,35 +1,74 @@
 """The expert MLP: one call, several backends.
 
-T tokens, K choices, R = T*K routed rows, D model width, F expert width.
+T tokens, K choices, D model width.
 """
 
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .cpu.experts import can_run
-from .cpu.library import load
-from .cpu.ops import can_compile, expert_mlp_compiled
-from .cpu.training import CppExpertMLP, can_train
-from .gpu.door import expert_mlp_triton, is_chosen
-from .torch_ops.experts import ExpertMLP
-from .torch_ops.megablocks import expert_mlp_megablocks
-from .torch_ops.reference import expert_mlp_reference
-from .values.expert_weights import ExpertWeights
-from .values.quantized_weights import AnyExperts, QuantizedExpertWeights
-from .waves import CppWaves, TorchWaves, Waves
+from .checks.experts import BackendCheck, check_backend, check_quantized
+from .cpu import expert_mlp as cpp
+from .gpu import device as gpu
+from .gpu import experts as triton
+from .torch_ops import experts as torch_experts
+from .torch_ops import megablocks, reference
+from .trust import cpp as cpp_library
+from .trust import trusts_cpp, trusts_triton, why_not_cpp
+from .values.calls import ExpertBackend, ExpertCall
+from .values.quantized_weights import QuantizedExpertWeights, SlotWeights
 
 Backend = Literal["auto", "torch", "reference", "cpp", "triton", "megablocks"]
 """``auto`` is Triton on a GPU where its kernels pass their self-check, C++ on a CPU where those
 could be built and pass theirs, and torch elsewhere (docs/backends.md)."""
 
 
+def _nothing(_: torch.device | ExpertCall) -> None:
+    """Have nothing to say against a device or a call."""
+
+
+def _always(_: ExpertCall) -> bool:
+    return True
+
+
+def _never(_: ExpertCall) -> bool:
+    return False
+
+
+TORCH = ExpertBackend("torch", _nothing, _nothing, torch_experts.run, _always)
+REFERENCE = ExpertBackend("reference", _nothing, _nothing, reference.run, _never)
+CPP = ExpertBackend("cpp", why_not_cpp, cpp.misfit, cpp.run, trusts_cpp, devices=("cpu",))
+TRITON = ExpertBackend(
+    "triton",
+    gpu.why_not,
+    triton.misfit,
+    triton.run,
+    trusts_triton,
+    devices=("cuda",),
+    bits=(8, 4),
+)
+MEGABLOCKS = ExpertBackend(
+    "megablocks",
+    megablocks.why_not,
+    megablocks.misfit,
+    megablocks.run,
+    _never,
+    devices=("cuda",),
+    dtypes=(torch.bfloat16,),
+)
+
+BACKENDS = {b.name: b for b in (TORCH, REFERENCE, CPP, TRITON, MEGABLOCKS)}
+AUTOMATIC = {"cpu": (CPP, TORCH), "cuda": (TRITON, TORCH)}
+"""By type of device: what ``auto`` tries, best first."""
+
+
 def expert_mlp(
     x_TD: Tensor,
     experts_TK: Tensor,
     weights_TK: Tensor,
-    experts: AnyExperts,
+    experts: SlotWeights,
     backend: Backend = "auto",
     *,
     recompute: bool = False,
@@ -37,93 +76,67 @@ def expert_mlp(
     """Return ``y_t = sum_k weights[t, k] * MLP_{experts[t, k]}(x_t)``, ``[T, D]`` in x's dtype.
 
     ``experts_TK`` holds logical expert ids, -1 for no expert; ``weights_TK`` may be wider than x
-    (fp32 beside bf16), and the sum over k runs in that type. Differentiable in x, the weights,
-    fc1, fc2 and their biases, unless the experts are quantized. ``recompute`` keeps x only and
-    computes fc1 again in backward: two thirds of the forward work more, R * 2F elements kept less;
-    the gradients are the same bits (the reference keeps what autograd does, a graph compiled for a
-    CPU keeps all).
+    (fp32 with bf16), and the sum over k runs in that type. Differentiable in x, the weights, fc1,
+    fc2 and their biases, unless the experts are quantized. ``recompute`` keeps x only and computes
+    fc1 again in backward: two thirds of the forward work more, R * 2F elements kept less; the
+    gradients are the same bits (the reference keeps what autograd does, a graph compiled for a CPU
+    keeps all).
     Raises ``ValueError`` for shapes that do not fit, ids out of range, gradients of quantized
     experts, and a backend that cannot run here.
     """
-    _check(x_TD, experts_TK, weights_TK, experts)
-    if backend == "reference":
-        return expert_mlp_reference(x_TD, experts_TK, weights_TK, experts)
-    wants_grad = torch.is_grad_enabled() and (x_TD.requires_grad or weights_TK.requires_grad)
-    if isinstance(experts, QuantizedExpertWeights) and wants_grad:
+    call = ExpertCall(x_TD, experts_TK, weights_TK, experts, recompute)
+    call.check()
+    if backend != "reference":
+        _check_gradients(call)
+    return _chosen(call, backend).run(call)
+
+
+def _chosen(call: ExpertCall, name: Backend) -> ExpertBackend:
+    """Return the backend that computes a call; raise ``ValueError`` if ``name`` cannot."""
+    device = call.x_TD.device
+    if name == "auto":
+        for backend in AUTOMATIC.get(device.type, (TORCH,)):
+            if backend.misfit(call) is None and backend.is_trusted(call):
+                return backend
+    backend = TORCH if name == "auto" else BACKENDS[name]
+    problem = backend.misfit(call)
+    if not torch.compiler.is_compiling():  # it cannot follow how we look around
+        problem = backend.why_not(device) or problem
+    if problem is not None:
+        raise ValueError(f"backend is {name!r}, but {problem} Use backend 'auto'.")
+    return backend
+
+
+def _check_gradients(call: ExpertCall) -> None:
+    wants_grad = call.x_TD.requires_grad or call.weights_TK.requires_grad
+    is_quantized = isinstance(call.experts, QuantizedExpertWeights)
+    if is_quantized and wants_grad and torch.is_grad_enabled():
         raise ValueError(
             "x or the routing weights want gradients, but quantized experts have no backward; "
             "run under torch.no_grad() or with plain weights."
         )
-    if backend == "triton" or (
-        backend == "auto" and is_chosen(x_TD, experts_TK, weights_TK, experts)
-    ):
-        return expert_mlp_triton(x_TD, experts_TK, weights_TK, experts, recompute)
-    if backend == "megablocks":
-        return expert_mlp_megablocks(x_TD, experts_TK, weights_TK, experts, recompute)
-    if (
-        torch.compiler.is_compiling()
-        and backend != "torch"
-        and can_compile(x_TD, weights_TK, experts)
-    ):
-        return expert_mlp_compiled(x_TD, experts_TK, weights_TK, experts)
-    if isinstance(experts, QuantizedExpertWeights):
-        with torch.no_grad():
-            return _run_waves(x_TD, experts_TK, weights_TK, experts, backend)
-    if torch.is_grad_enabled():
-        is_cpp = _is_cpp(backend, can_train(x_TD, weights_TK, experts), x_TD)
-        mlp = CppExpertMLP if is_cpp else ExpertMLP
-        return mlp.apply(x_TD, experts_TK, weights_TK, *experts.parameters, experts, recompute)
-    return _run_waves(x_TD, experts_TK, weights_TK, experts, backend)
 
 
-def _check(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, experts: AnyExperts) -> None:
-    """Raise ``ValueError`` for what no backend takes."""
-    x, ids, weights = (tuple(tensor.shape) for tensor in (x_TD, experts_TK, weights_TK))
-    if not (len(x) == len(ids) == 2 and ids == weights and x[0] == ids[0]):
-        raise ValueError(
-            f"x {x}, experts {ids} and weights {weights} do not fit; they must be [T, D], [T, K] "
-            "and [T, K]."
-        )
-    if experts_TK.dtype not in (torch.int32, torch.int64) or not weights_TK.is_floating_point():
-        raise ValueError(
-            f"experts have type {experts_TK.dtype} and weights {weights_TK.dtype}; experts must be "
-            "int32 or int64, and weights floating point."
-        )
-    if isinstance(experts, ExpertWeights):
-        one, dtype = experts.fc1_SHD, experts.fc1_SHD.dtype
-    else:
-        one, dtype = experts.fc1.values, x_TD.dtype
-    if x[1] != experts.d_model or x_TD.dtype != dtype:
-        raise ValueError(
-            f"x has width {x[1]} and type {x_TD.dtype}, but the experts take {experts.d_model} and "
-            f"{dtype}."
-        )
-    devices = {str(tensor.device) for tensor in (x_TD, experts_TK, weights_TK, one)}
-    if len(devices) > 1:
-        raise ValueError(
-            f"x, experts, weights and fc1 are on {' and '.join(sorted(devices))}; move them to one "
-            "device."
-        )
+def check_backends() -> Iterator[BackendCheck]:
+    """Yield how each backend does on its devices and types; well under a second on a CPU."""
+    here = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
+    for device in here:
+        for backend in BACKENDS.values():
+            # One that is for no device of this machine says why not, under the first.
+            is_at_home = any(name in here for name in backend.devices)
+            if device in backend.devices or (not is_at_home and device == here[0]):
+                yield from _checks_of(backend, device)
 
 
-def _run_waves(
-    x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, experts: AnyExperts, backend: Backend
-) -> Tensor:
-    """Run all experts in one wave, without gradients."""
-    waves: Waves
-    if _is_cpp(backend, can_run(x_TD, weights_TK, experts), x_TD):
-        waves = CppWaves(x_TD, experts_TK, weights_TK)
-    else:
-        waves = TorchWaves(x_TD, experts_TK, weights_TK, experts.num_experts)
-    waves.add(experts)
-    return waves.result()
-
-
-def _is_cpp(backend: Backend, takes_them: bool, x_TD: Tensor) -> bool:
-    """Say whether the C++ kernels run; raise ``ValueError`` where they were asked for in vain."""
-    if backend == "cpp" and not takes_them:
-        raise ValueError(
-            f"backend is 'cpp', which does not take {x_TD.dtype} rows on {x_TD.device} here (C++ "
-            f"kernels: {load().state}); use 'auto'."
-        )
-    return backend != "torch" and takes_them
+def _checks_of(backend: ExpertBackend, device: str) -> Iterator[BackendCheck]:
+    if backend is CPP and cpp_library().is_wrong:
+        yield BackendCheck(backend.name, device, "any", 0.0, problem=cpp_library().state)
+        return
+    reason = backend.why_not(torch.device(device))
+    if reason is not None:
+        yield BackendCheck(backend.name, device, "any", 0.0, unavailable=reason)
+        return
+    for dtype in backend.dtypes:
+        yield check_backend(backend.name, backend.run, dtype, device)
+        for bits in backend.bits:
+            yield check_quantized(backend.name, backend.run, dtype, device, bits)

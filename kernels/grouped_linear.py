@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .cpu.grouped import can_multiply, grad_rows, grad_weights, multiply
-from .torch_ops.loop import Span, _rounded
+from .torch_ops.loop import Span, rounded
 
 
 def grouped_linear(x_NP: Tensor, weight_SQP: Tensor, spans: list[Span]) -> Tensor:
@@ -66,4 +66,4 @@ def _sum_each_group(grad_NQ: Tensor, x_NP: Tensor, num_slots: int, spans: list[S
 
 def _some(x_NP: Tensor, start: int, end: int) -> Tensor:
     """Return the rows of a group and zeros, in few numbers of rows (kernels/torch_ops/loop.py)."""
-    return F.pad(x_NP[start:end], (0, 0, 0, _rounded(end - start, x_NP) - (end - start)))
+    return F.pad(x_NP[start:end], (0, 0, 0, rounded(end - start, x_NP) - (end - start)))

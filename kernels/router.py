@@ -1,11 +1,14 @@
-"""From logits to choices: one call, on Triton or on torch. T tokens, E experts."""
+"""From rows or logits to choices: C++, Triton or torch. T tokens, D model width, E experts."""
 
 from typing import Literal
 
 from torch import Tensor
 
-from .gpu.door import choose_triton, is_router_chosen
-from .torch_ops.router import ChoiceRule, Choices, choose_torch
+from .cpu.router import route as route_in_cpp
+from .gpu.choice import choose_triton
+from .torch_ops.router import choose_torch
+from .trust import trusts_triton_router, uses_cpp
+from .values.choice import ChoiceRule, Choices
 
 
 def choose(
@@ -22,9 +25,26 @@ def choose(
     False get no expert and are not counted. ``wants_sums`` asks for what losses need. ``auto`` is
     Triton on a GPU where its kernels pass their self-check. The projection that makes the logits
     is left to torch: it is a plain product with two more in its backward, and a library's products
-    are hard to beat. Raises ``ValueError`` where Triton is asked for in vain.
+    are hard to beat. Raises ``ValueError`` if Triton was asked for and cannot run.
     """
     arguments = (logits_TE, bias_E, valid_T, rule, wants_sums)
-    if backend == "triton" or (backend == "auto" and is_router_chosen(logits_TE)):
+    if backend == "triton" or (backend == "auto" and trusts_triton_router(logits_TE)):
         return choose_triton(*arguments)
     return choose_torch(*arguments)
+
+
+def project_and_choose(
+    x_TD: Tensor,
+    weight_ED: Tensor,
+    logit_bias_E: Tensor | None,
+    bias_E: Tensor | None,
+    rule: ChoiceRule,
+) -> Choices | None:
+    """Do the projection and the choice in one C++ call, or return None where it cannot run.
+
+    For inference: all rows are valid, no gradients, no sums for losses. The logits are
+    ``x @ weight.T + logit_bias`` in fp32.
+    """
+    if not uses_cpp():
+        return None
+    return route_in_cpp(x_TD, weight_ED, logit_bias_E, bias_E, rule)

@@ -7,7 +7,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from .kv_cache import SequenceCache
+from .kv_cache import KVCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Batch:
     """int64 position of each token in its sequence."""
     lengths: tuple[int, ...]
     """Rows of each sequence in this batch; they sum to T."""
-    caches: tuple[SequenceCache, ...] | None = None
+    caches: tuple[KVCache, ...] | None = None
     """One cache per sequence; None where nothing came before and nothing is kept."""
     packing: Packing | None = None
     """How attention takes sequences together; None = one by one, or all at once if uniform."""
@@ -53,7 +53,7 @@ class Batch:
         )
 
 
-def batch_of(sequences: Sequence[Tensor], caches: Sequence[SequenceCache] | None = None) -> Batch:
+def batch_of(sequences: Sequence[Tensor], caches: Sequence[KVCache] | None = None) -> Batch:
     """Lay 1-D id tensors end to end, each continuing its cache if there are caches."""
     lengths = tuple(len(ids) for ids in sequences)
     starts = [0] * len(sequences) if caches is None else [cache.length for cache in caches]

@@ -5,6 +5,7 @@ L positions, G key/value heads, H head width, V value width.
 
 from array import array
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,8 +23,35 @@ class KVCacheSpec:
     dtype: torch.dtype
 
 
+class KVCache(Protocol):
+    """What attention asks of the cache of one sequence, over all layers."""
+
+    length: int
+    """Positions stored; advanced once per forward, after the last layer."""
+    capacity: int
+    """Positions there is memory for."""
+    addresses: "array[int]"
+    """Where that memory is, for kernels: keys, then values, of each layer."""
+
+    def spec(self, layer: int) -> KVCacheSpec:
+        """Say what ``layer`` keeps per position."""
+        ...
+
+    def reserve(self, count: int) -> None:
+        """Make room for ``count`` positions more, or raise and change nothing."""
+        ...
+
+    def append(self, layer: int, keys_GLH: Tensor, values_GLV: Tensor) -> None:
+        """Store the positions of ``layer`` that follow ``length``."""
+        ...
+
+    def view(self, layer: int, end: int) -> tuple[Tensor, Tensor]:
+        """Return the first ``end`` keys of ``layer``, ``[G, end, H]``, and their values."""
+        ...
+
+
 class SequenceCache:
-    """The cache of one sequence over all layers; grows by doubling up to ``max_length``."""
+    """A :class:`KVCache` in one piece; grows by doubling up to ``max_length``."""
 
     def __init__(self, specs: list[KVCacheSpec], max_length: int, device: torch.device) -> None:
         self.length = 0
@@ -38,12 +66,19 @@ class SequenceCache:
         self._keys_GLH: list[Tensor] = []
         self._values_GLV: list[Tensor] = []
 
-    def extend(self, layer: int, keys_GLH: Tensor, values_GLV: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new positions of ``layer``; return all its keys, ``[G, L, H]``, and values."""
+    def spec(self, layer: int) -> KVCacheSpec:
+        """Say what ``layer`` keeps per position."""
+        return self._specs[layer]
+
+    def append(self, layer: int, keys_GLH: Tensor, values_GLV: Tensor) -> None:
+        """Store the positions of ``layer`` that follow ``length``."""
         end = self.length + keys_GLH.shape[1]
         self.reserve(keys_GLH.shape[1])
         self._keys_GLH[layer][:, self.length : end] = keys_GLH
         self._values_GLV[layer][:, self.length : end] = values_GLV
+
+    def view(self, layer: int, end: int) -> tuple[Tensor, Tensor]:
+        """Return the first ``end`` keys of ``layer``, ``[G, end, H]``, and their values."""
         return self._keys_GLH[layer][:, :end], self._values_GLV[layer][:, :end]
 
     def reserve(self, count: int) -> None:

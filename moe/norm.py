@@ -1,10 +1,9 @@
 """Root-mean-square norm (Zhang and Sennrich 2019)."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.cpu.norm import rms_norm as cpp_rms_norm
+from ..kernels.norm import rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -17,9 +16,4 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``weight * x / rms(x)``."""
-        if not torch.is_grad_enabled():
-            normed = cpp_rms_norm(x, self.weight, self.eps)
-            if normed is not None:
-                return normed
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return self.weight * F.rms_norm(wide, wide.shape[-1:], eps=self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)

@@ -14,9 +14,11 @@ from ..cpu.library import TYPES
 from ..cpu.linear import linear
 from ..cpu.norm import rms_norm
 from ..cpu.router import route
-from ..torch_ops.reference import expert_mlp_reference
+from ..torch_ops import reference
+from ..values.calls import ExpertCall
+from ..values.choice import ChoiceRule
 from ..values.expert_weights import ExpertWeights
-from ..values.quantized_weights import quantize_experts
+from ..values.quantize import quantize_experts
 
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 """Largest error that passes, over the largest value. Measured with every instruction set of an
@@ -25,7 +27,7 @@ QUANTIZED_LIMIT = 1e-3
 """The same in fp32 for quantized experts, which round rows to 16 bits: measured at most 6e-5."""
 
 T, K, E, D, WIDTH = 13, 2, 3, 50, 37
-"""Sizes with a rest in every vector and block."""
+"""Sizes that are not multiples of any vector or block, so that tails are tested."""
 QUANTIZED_D, QUANTIZED_WIDTH = 160, 96
 """The same for quantized experts, whose widths are multiples of 32."""
 
@@ -66,9 +68,10 @@ def _results(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
     yield "products", found, F.linear(wide_TD, fc1_EHD[0].double())
 
     gate_ED = random(E, D)
-    routed = route(x_TD, gate_ED, None, K, renormalize=False)
+    rule = ChoiceRule(k=K, renormalize=False)
+    routed = route(x_TD, gate_ED, None, None, rule)
     assert routed is not None, "the kernels are there"
-    experts_TK, weights_TK, _ = routed
+    experts_TK, weights_TK = routed.experts_TK, routed.weights_TK
     scores_TE = F.linear(wide_TD, gate_ED.double()).softmax(dim=-1)
     yield "routing", weights_TK, scores_TE.topk(K).values
 
@@ -76,11 +79,12 @@ def _results(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
     waves = CppWaves(x_TD, experts_TK, weights_TK)
     waves.add(ExpertWeights(fc1_EHD, fc2_EDF, fc1_bias_SH=biases[0], fc2_bias_SD=biases[1]))
     wide = ExpertWeights(
-        *(fc1_EHD.double(), fc2_EDF.double()),
+        fc1_EHD.double(),
+        fc2_EDF.double(),
         fc1_bias_SH=biases[0].double(),
         fc2_bias_SD=biases[1].double(),
     )
-    expected_TD = expert_mlp_reference(wide_TD, experts_TK, weights_TK.double(), wide)
+    expected_TD = reference.run(ExpertCall(wide_TD, experts_TK, weights_TK.double(), wide))
     yield "experts", waves.result(), expected_TD
 
     x_TD = random(T, QUANTIZED_D).to(dtype)
@@ -90,7 +94,6 @@ def _results(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
         quantized = quantize_experts(ExpertWeights(fc1_EHD, fc2_EDF), bits, 32)
         waves = CppWaves(x_TD, experts_TK, weights_TK)
         waves.add(quantized)
-        expected_TD = expert_mlp_reference(
-            x_TD.double(), experts_TK, weights_TK.double(), quantized
-        )
+        rows = (x_TD.double(), experts_TK, weights_TK.double())
+        expected_TD = reference.run(ExpertCall(*rows, quantized))
         yield f"experts of {bits} bits", waves.result(), expected_TD

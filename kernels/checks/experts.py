@@ -1,26 +1,23 @@
-"""Check every expert backend against the reference in fp64, on this machine.
+"""Compare an expert backend with the reference in fp64, on this machine.
 
 T tokens, K choices, E experts, D model width, F expert width.
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ..cpu.library import load
-from ..experts import Backend, expert_mlp
-from ..gpu.door import why_not
-from ..torch_ops.megablocks import why_no_megablocks
+from ..torch_ops import reference
+from ..values.calls import ExpertCall
 from ..values.expert_weights import ExpertWeights
-from ..values.quantized_weights import Bits, quantize_experts
+from ..values.quantize import quantize_experts
+from ..values.quantized_weights import Bits
 
-BACKENDS: tuple[Backend, ...] = ("torch", "reference", "cpp", "triton", "megablocks")
-"""Those that compute; ``auto`` chooses among them."""
-
-ON_GPUS = ("triton", "megablocks")
+Run = Callable[[ExpertCall], Tensor]
+"""What is checked: it returns ``y_t = sum_k weights[t, k] * MLP_{experts[t, k]}(x_t)``."""
 
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 """Largest error that passes, over the largest value of the same tensor. Measured on a CPU with
@@ -66,40 +63,9 @@ class BackendCheck:
         return self.unavailable is None and not self.passed
 
 
-def check_backends() -> Iterator[BackendCheck]:
-    """Yield the outcome for each backend, device and type; takes well under a second on a CPU."""
-    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
-    for device in devices:
-        for backend in BACKENDS:
-            if device != {"cpp": "cpu", **dict.fromkeys(ON_GPUS, devices[0])}.get(backend, device):
-                continue  # not a device that it is for
-            if backend == "cpp" and load().is_wrong:
-                yield BackendCheck(backend, device, "any", 0.0, problem=load().state)
-                continue
-            reason = _why_not(backend, device)
-            if reason is not None:
-                yield BackendCheck(backend, device, "any", 0.0, unavailable=reason)
-                continue
-            for dtype in (torch.float32, torch.bfloat16)[backend == "megablocks" :]:
-                yield check_backend(backend, dtype, device)
-                if backend == "triton":
-                    for bits in GROUP_SIZES:
-                        yield check_quantized(backend, dtype, device, bits)
-
-
-def _why_not(backend: Backend, device: str) -> str | None:
-    """Return why a backend is not there, if it is not."""
-    if backend == "triton":
-        return why_not(torch.device(device))
-    if backend == "megablocks":
-        return why_no_megablocks(torch.device(device))
-    if backend == "cpp" and load().functions is None:
-        return f"{load().state}."
-    return None
-
-
 def check_backend(
-    backend: Backend,
+    name: str,
+    run: Run,
     dtype: torch.dtype,
     device: str,
     num_tokens: int = T,
@@ -108,29 +74,29 @@ def check_backend(
     """Run one backend forward and backward and compare; ``has_bias`` gives the experts biases."""
     inputs, experts_TK = _inputs(dtype, num_tokens, D, F)
     inputs += _biases(dtype, D, F) if has_bias else []
-    expected = _outcome("reference", [x.double() for x in inputs], experts_TK, "cpu")
+    expected = _outcome(reference.run, [x.double() for x in inputs], experts_TK, "cpu")
     return _compared(
-        backend, dtype, device, expected, lambda: _outcome(backend, inputs, experts_TK, device)
+        name, dtype, device, expected, lambda: _outcome(run, inputs, experts_TK, device)
     )
 
 
 def check_quantized(
-    backend: Backend, dtype: torch.dtype, device: str, bits: Bits, has_bias: bool = False
+    name: str, run: Run, dtype: torch.dtype, device: str, bits: Bits, has_bias: bool = False
 ) -> BackendCheck:
     """Run one backend on weights in 8 or 4 bits and compare the values."""
-    exact = _quantized_values("reference", dtype, torch.float64, "cpu", bits, has_bias)
+    exact = _quantized_values(reference.run, dtype, torch.float64, "cpu", bits, has_bias)
     expected = {"values": exact}
     return _compared(
-        f"{backend} int{bits}",
+        f"{name} int{bits}",
         dtype,
         device,
         expected,
-        lambda: {"values": _quantized_values(backend, dtype, dtype, device, bits, has_bias)},
+        lambda: {"values": _quantized_values(run, dtype, dtype, device, bits, has_bias)},
     )
 
 
 def _quantized_values(
-    backend: Backend,
+    run: Run,
     rounded: torch.dtype,
     dtype: torch.dtype,
     device: str,
@@ -146,7 +112,7 @@ def _quantized_values(
         # Quantized before it is sent: another device may round a value to the other side.
         experts = quantize_experts(_experts(parameters), bits, group_size).to(device)
         rows = (x_TD.to(device, dtype), experts_TK.to(device), weights_TK.to(device))
-        results.append(expert_mlp(*rows, experts, backend).flatten())
+        results.append(run(ExpertCall(*rows, experts)).flatten())
     return torch.cat(results)
 
 
@@ -164,11 +130,11 @@ def _compared(
         problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
         return BackendCheck(backend, device, name, limit, problem=problem)
     errors = {}
-    for part, reference in expected.items():
-        distance = (found[part].double().cpu() - reference).abs().max()
+    for part, wanted in expected.items():
+        distance = (found[part].double().cpu() - wanted).abs().max()
         if not torch.isfinite(distance):
             return BackendCheck(backend, device, name, limit, problem=f"{part} is not finite")
-        errors[part] = float(distance / reference.abs().max())
+        errors[part] = float(distance / wanted.abs().max())
     return BackendCheck(backend, device, name, limit, errors)
 
 
@@ -197,17 +163,16 @@ def _biases(dtype: torch.dtype, d_model: int, d_expert: int) -> list[Tensor]:
 
 def _experts(parameters: list[Tensor]) -> ExpertWeights:
     fc1_EHD, fc2_EDF, *biases = parameters
-    return ExpertWeights(fc1_EHD, fc2_EDF, None, "swiglu", None, *biases)
+    bias1_EH, bias2_ED = biases or (None, None)
+    return ExpertWeights(fc1_EHD, fc2_EDF, fc1_bias_SH=bias1_EH, fc2_bias_SD=bias2_ED)
 
 
-def _outcome(
-    backend: Backend, inputs: list[Tensor], experts_TK: Tensor, device: str
-) -> dict[str, Tensor]:
+def _outcome(run: Run, inputs: list[Tensor], experts_TK: Tensor, device: str) -> dict[str, Tensor]:
     """Return the values and the gradients of a fixed weighted sum of them."""
     x_TD, weights_TK, *parameters = leaves = [
         tensor.to(device).requires_grad_() for tensor in (t.detach().clone() for t in inputs)
     ]
-    y_TD = expert_mlp(x_TD, experts_TK.to(device), weights_TK, _experts(parameters), backend)
+    y_TD = run(ExpertCall(x_TD, experts_TK.to(device), weights_TK, _experts(parameters)))
     slope_TD = torch.linspace(-1, 1, y_TD.numel(), device=device).view_as(y_TD).to(y_TD.dtype)
     gradients = torch.autograd.grad((y_TD * slope_TD).sum(), leaves)
     names = ("grad x", "grad weights", "grad fc1", "grad fc2", "grad bias1", "grad bias2")

@@ -1,10 +1,15 @@
-"""Does the Triton router choose and differentiate as torch does in fp64? T tokens, E experts."""
+"""Does a router backend choose and differentiate as torch does in fp64? T tokens, E experts."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ..gpu.door import choose_triton, why_not
-from ..torch_ops.router import ChoiceRule, Choices, choose_torch
+from ..torch_ops.router import choose_torch
+from ..values.choice import ChoiceRule, Choices
+
+Choose = Callable[[Tensor, Tensor | None, Tensor | None, ChoiceRule, bool], Choices]
+"""Logits, bias, valid rows, rule, and whether losses will want sums."""
 
 LIMIT = 1e-5
 """Largest error that passes, over the largest value of the same tensor."""
@@ -19,18 +24,8 @@ RULES = (
 """Both kinds of scores; the second chooses with a bias, too, and leaves rows out."""
 
 
-def state() -> str:
-    """Say how the Triton router does on this machine's GPU, for people."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    reason = why_not(device)
-    if reason is not None:
-        return f"not available: {reason}"
-    problem = problem_with_triton(device)
-    return "passes its self-check" if problem is None else f"FAILED its self-check: {problem}"
-
-
-def problem_with_triton(device: torch.device) -> str | None:
-    """Return what is wrong on this device, or None."""
+def problem_with(choose: Choose, device: torch.device) -> str | None:
+    """Return what is wrong with ``choose`` on this device, or None."""
     generator = torch.Generator().manual_seed(0)
     # Scores further apart than fp32 rounds, so that both make the same choice.
     logits_TE = torch.rand(T, E, generator=generator).argsort(dim=1) * 0.25 - 3
@@ -42,7 +37,7 @@ def problem_with_triton(device: torch.device) -> str | None:
         if bias_E is not None and valid_T is not None:
             bias_E, valid_T = bias_E.to(device), valid_T.to(device)
         try:
-            found = _outcome(choose_triton, logits_TE.to(device), bias_E, valid_T, rule)
+            found = _outcome(choose, logits_TE.to(device), bias_E, valid_T, rule)
         except Exception as error:  # whatever it is, torch's operators take over with a sentence
             return f"{type(error).__name__}: {' '.join(str(error).split())}"
         for name, reference in expected.items():
@@ -53,16 +48,15 @@ def problem_with_triton(device: torch.device) -> str | None:
 
 
 def _outcome(
-    choose: object,
+    choose: Choose,
     logits_TE: Tensor,
     bias_E: Tensor | None,
     valid_T: Tensor | None,
     rule: ChoiceRule,
 ) -> dict[str, Tensor]:
     """Return the choices, and the gradient of fixed weighted sums of them."""
-    assert callable(choose)
     logits_TE = logits_TE.detach().requires_grad_()
-    made: Choices = choose(logits_TE, bias_E, valid_T, rule, wants_sums=True)
+    made = choose(logits_TE, bias_E, valid_T, rule, True)
     assert made.sums is not None, "they were asked for"
     outputs = (made.weights_TK, *made.sums)
     slopes = [torch.linspace(-1, 2, max(1, o.numel())).to(o).view_as(o) for o in outputs]

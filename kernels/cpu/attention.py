@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from .library import TYPES, functions_for
+from .library import TYPES, address, functions_for
 from .structures import AttentionArguments, AttentionWeights
 
 
@@ -69,20 +69,30 @@ class AttentionOptions:
     """Rotate the halves of queries and keys against each other."""
 
 
-PLACES = (
-    *((module, "weight") for module in ("input_norm", "q", "k", "v", "o", "output_norm")),
-    *((module, "weight") for module in ("q_norm", "k_norm")),
-    *((module, "bias") for module in ("q", "k", "v", "o")),
-    ("attention", "sinks"),
-)
-"""Module and name of each parameter, in the order of the structure's pointers."""
+PLACES = {
+    "input_norm": ("input_norm", "weight"),
+    "q": ("q", "weight"),
+    "k": ("k", "weight"),
+    "v": ("v", "weight"),
+    "o": ("o", "weight"),
+    "output_norm": ("output_norm", "weight"),
+    "q_norm": ("q_norm", "weight"),
+    "k_norm": ("k_norm", "weight"),
+    "q_bias": ("q", "bias"),
+    "k_bias": ("k", "bias"),
+    "v_bias": ("v", "bias"),
+    "o_bias": ("o", "bias"),
+    "sinks": ("attention", "sinks"),
+}
+"""By pointer of the structure: module and name of its parameter."""
+POINTERS = tuple(PLACES)
 NUM_NEEDED = 6
 """The first places, which no model leaves empty."""
 NOTHING: dict[str, Parameter | None] = {}
 """The parameters of a module that is not there."""
 
 
-class CppAttention:
+class RowAttention:
     """A decoder layer's attention with both norms around it, for rows that have a cache each.
 
     Holds the addresses of the parameters, and says with :meth:`is_of` whether they still hold.
@@ -92,7 +102,7 @@ class CppAttention:
         # Looking parameters up as attributes is slow; these are the dictionaries behind them.
         self._parameters = [_parameters(module) for module in modules]
         by_name = dict(zip(AttentionModules._fields, self._parameters, strict=True))
-        self._places = [(by_name[module], name) for module, name in PLACES]
+        self._places = [(by_name[module], name) for module, name in PLACES.values()]
         self._pointers = self._pointers_now()
         tensors = [parameters.get(name) for parameters, name in self._places]
         present = [tensor for tensor in tensors if tensor is not None]
@@ -101,16 +111,23 @@ class CppAttention:
         self._can_run = is_whole and has_both_norms and functions_for(*present) is not None
         self._type = TYPES.get(present[0].dtype)
         q_norm = by_name["q_norm"].get("weight")
-        self._fields = (
-            *(self._type, present[0].shape[0], options.num_heads, options.num_kv_heads),
-            *(options.head_dim, options.window or 0),
-            *(q_norm is not None and len(q_norm) == options.head_dim, options.rotates),
-            *(options.epsilon, options.scale, options.clip or 0.0, *self._pointers),
+        self._weights = AttentionWeights(
+            type=self._type or 0,
+            d_model=present[0].shape[0],
+            num_heads=options.num_heads,
+            num_kv_heads=options.num_kv_heads,
+            head_dim=options.head_dim,
+            window=options.window or 0,
+            norms_heads=q_norm is not None and len(q_norm) == options.head_dim,
+            rotates=options.rotates,
+            epsilon=options.epsilon,
+            scale=options.scale,
+            clip=options.clip or 0.0,
+            **dict(zip(POINTERS, self._pointers, strict=True)),
         )
 
     def _pointers_now(self) -> list[int | None]:
-        found = [parameters.get(name) for parameters, name in self._places]
-        return [None if tensor is None else tensor.data_ptr() for tensor in found]
+        return [address(parameters.get(name)) for parameters, name in self._places]
 
     def is_of(self, modules: AttentionModules) -> bool:
         """Say whether these are still the modules, and their parameters where they were."""
@@ -120,7 +137,7 @@ class CppAttention:
         return self._pointers_now() == self._pointers
 
     def run(
-        self, x_BD: Tensor, rope: tuple[Tensor, Tensor], layer: int, step: "CacheStep"
+        self, x_BD: Tensor, rope: tuple[Tensor, Tensor], layer: int, step: "RowStep"
     ) -> tuple[Tensor, Tensor] | None:
         """Return the residual stream after attention and its norm, or None if it cannot be run.
 
@@ -131,13 +148,19 @@ class CppAttention:
             return None
         x_out_BD, normed_BD = torch.empty_like(x_BD), torch.empty_like(x_BD)
         arguments = AttentionArguments(
-            *(layer, x_BD.shape[0], torch.get_num_threads(), x_BD.data_ptr()),
-            *(table.data_ptr() for table in rope),
-            *(array_.buffer_info()[0] for array_ in (step.caches, step.lengths, step.capacities)),
-            *(x_out_BD.data_ptr(), normed_BD.data_ptr()),
+            layer=layer,
+            sequences=x_BD.shape[0],
+            threads=torch.get_num_threads(),
+            x=x_BD.data_ptr(),
+            cosine=rope[0].data_ptr(),
+            sine=rope[1].data_ptr(),
+            caches=step.caches.buffer_info()[0],
+            lengths=step.lengths.buffer_info()[0],
+            capacities=step.capacities.buffer_info()[0],
+            x_out=x_out_BD.data_ptr(),
+            normed=normed_BD.data_ptr(),
         )
-        weights = AttentionWeights(*self._fields)
-        functions.moeyard_attend(ctypes.byref(weights), ctypes.byref(arguments))
+        functions.moeyard_attend(ctypes.byref(self._weights), ctypes.byref(arguments))
         return x_out_BD, normed_BD
 
 
@@ -145,7 +168,7 @@ def _parameters(module: nn.Module | None) -> dict[str, Parameter | None]:
     return NOTHING if module is None else module._parameters
 
 
-class CacheStep:
+class RowStep:
     """The caches of a step's sequences, with room for one more position in each."""
 
     def __init__(self, caches: Sequence[Cache]) -> None:

@@ -13,8 +13,8 @@ from torch import Tensor
 from ..values.activation import ACTIVATIONS
 from ..values.expert_weights import ExpertWeights, SlotTable
 from ..values.grouping import outside
-from ..values.quantized_weights import AnyExperts, QuantizedExpertWeights, QuantizedMatrices
-from .library import TYPES, empty_fp32, functions_for
+from ..values.quantized_weights import QuantizedExpertWeights, QuantizedMatrices, SlotWeights
+from .library import TYPES, address, empty_fp32, functions_for
 from .structures import (
     Biases,
     CombineArguments,
@@ -24,7 +24,7 @@ from .structures import (
 )
 
 
-def can_run(x_TD: Tensor, weights_TK: Tensor, experts: AnyExperts | None = None) -> bool:
+def can_run(x_TD: Tensor, weights_TK: Tensor, experts: SlotWeights | None = None) -> bool:
     """Say whether the kernels can take these rows, and these experts if given, without gradients.
 
     Sums over k run in fp32, so wider routing weights are left to others.
@@ -34,7 +34,7 @@ def can_run(x_TD: Tensor, weights_TK: Tensor, experts: AnyExperts | None = None)
     return experts is None or is_plain(experts)
 
 
-def is_plain(experts: AnyExperts) -> bool:
+def is_plain(experts: SlotWeights) -> bool:
     """Say whether every slot is one dense block, as the kernels need it, and its biases too."""
     if isinstance(experts, ExpertWeights):
         parts = [experts.fc1_SHD, experts.fc2_SDF]
@@ -70,7 +70,7 @@ class CppWaves:
         self._weights_TK = weights_TK.float().contiguous()
         self._lines_RD = empty_fp32(experts_TK.numel(), x_TD.shape[1])
 
-    def add(self, experts: AnyExperts, only: Collection[int] | None = None) -> None:
+    def add(self, experts: SlotWeights, only: Collection[int] | None = None) -> None:
         """Run these experts, all that are here or ``only`` some.
 
         Raises ``ValueError`` for expert ids out of range.
@@ -103,9 +103,15 @@ def combine_lines(
     assert functions is not None, "these kernels filled the lines"
     y_TD = torch.empty_like(like_TD)
     arguments = CombineArguments(
-        *(TYPES[y_TD.dtype], *experts_TK.shape, y_TD.shape[1], torch.get_num_threads()),
-        *(lines_RD.data_ptr(), None if weights_TK is None else weights_TK.data_ptr()),
-        *(experts_TK.data_ptr(), y_TD.data_ptr()),
+        type=TYPES[y_TD.dtype],
+        tokens=experts_TK.shape[0],
+        choices=experts_TK.shape[1],
+        d_model=y_TD.shape[1],
+        threads=torch.get_num_threads(),
+        lines=lines_RD.data_ptr(),
+        weights=address(weights_TK),
+        experts=experts_TK.data_ptr(),
+        out=y_TD.data_ptr(),
     )
     functions.moeyard_combine(ctypes.byref(arguments))
     return y_TD
@@ -131,14 +137,26 @@ def expert_arguments(
     fc1, fc2 = experts.fc1_SHD, experts.fc2_SDF
     slots = _slots(experts, only)
     arguments = ExpertArguments(
-        *(TYPES[x_TD.dtype], ACTIVATIONS.index(experts.activation), *experts_TK.shape),
-        *(x_TD.shape[1], fc2.shape[2], experts.num_experts, torch.get_num_threads()),
-        *(fc1.stride(0), fc2.stride(0), only is not None),
-        *(x_TD.data_ptr(), fc1.data_ptr(), fc2.data_ptr(), experts_TK.data_ptr()),
-        None if slots is None else slots.buffer_info()[0],
-        None if lines_RD is None else lines_RD.data_ptr(),
-        None if hidden_RH is None else hidden_RH.data_ptr(),
-        *(_biases(experts.fc1_bias_SH), _biases(experts.fc2_bias_SD)),
+        type=TYPES[x_TD.dtype],
+        activation=ACTIVATIONS.index(experts.activation),
+        tokens=experts_TK.shape[0],
+        choices=experts_TK.shape[1],
+        d_model=x_TD.shape[1],
+        d_expert=fc2.shape[2],
+        num_experts=experts.num_experts,
+        threads=torch.get_num_threads(),
+        fc1_stride=fc1.stride(0),
+        fc2_stride=fc2.stride(0),
+        is_wave=only is not None,
+        x=x_TD.data_ptr(),
+        fc1=fc1.data_ptr(),
+        fc2=fc2.data_ptr(),
+        experts=experts_TK.data_ptr(),
+        slot_of=None if slots is None else slots.buffer_info()[0],
+        lines=address(lines_RD),
+        hidden=address(hidden_RH),
+        fc1_bias=_biases(experts.fc1_bias_SH),
+        fc2_bias=_biases(experts.fc2_bias_SD),
     )
     return arguments, slots
 
@@ -152,27 +170,41 @@ def _quantized_arguments(
 ) -> "tuple[QuantizedExpertArguments, array[int] | None]":
     slots = _slots(experts, only)
     rest = ExpertArguments(
-        *(TYPES[x_TD.dtype], ACTIVATIONS.index(experts.activation), *experts_TK.shape),
-        *(experts.d_model, experts.fc2.width, experts.num_experts, torch.get_num_threads()),
-        *(0, 0, only is not None, x_TD.data_ptr(), None, None, experts_TK.data_ptr()),
-        *(None if slots is None else slots.buffer_info()[0], lines_RD.data_ptr(), None),
-        *(_biases(experts.fc1_bias_SH), _biases(experts.fc2_bias_SD)),
+        type=TYPES[x_TD.dtype],
+        activation=ACTIVATIONS.index(experts.activation),
+        tokens=experts_TK.shape[0],
+        choices=experts_TK.shape[1],
+        d_model=experts.d_model,
+        d_expert=experts.fc2.width,
+        num_experts=experts.num_experts,
+        threads=torch.get_num_threads(),
+        is_wave=only is not None,
+        x=x_TD.data_ptr(),
+        experts=experts_TK.data_ptr(),
+        slot_of=None if slots is None else slots.buffer_info()[0],
+        lines=lines_RD.data_ptr(),
+        fc1_bias=_biases(experts.fc1_bias_SH),
+        fc2_bias=_biases(experts.fc2_bias_SD),
     )
-    matrices = (_matrix(experts.fc1), _matrix(experts.fc2))
-    return QuantizedExpertArguments(rest, *matrices), slots
+    fc1, fc2 = _matrix(experts.fc1), _matrix(experts.fc2)
+    return QuantizedExpertArguments(rest=rest, fc1=fc1, fc2=fc2), slots
 
 
 def _biases(bias_SQ: Tensor | None) -> Biases:
     if bias_SQ is None:
-        return Biases(0, 0, None)
-    return Biases(TYPES[bias_SQ.dtype], bias_SQ.stride(0), bias_SQ.data_ptr())
+        return Biases()
+    return Biases(type=TYPES[bias_SQ.dtype], stride=bias_SQ.stride(0), values=bias_SQ.data_ptr())
 
 
 def _matrix(matrices: QuantizedMatrices) -> QuantizedMatrix:
     values, scales = matrices.values, matrices.scales_SQG
     return QuantizedMatrix(
-        *(values.data_ptr(), scales.data_ptr(), matrices.bits, matrices.group_size),
-        *(values.stride(0), scales.stride(0)),
+        values=values.data_ptr(),
+        scales=scales.data_ptr(),
+        bits=matrices.bits,
+        group=matrices.group_size,
+        stride=values.stride(0),
+        scale_stride=scales.stride(0),
     )
 
 

@@ -59,9 +59,18 @@ def _run(
     for slot, start, end in spans:
         bounds[2 * slot], bounds[2 * slot + 1] = start, end
     arguments = GroupedArguments(
-        *(TYPES[x_NP.dtype], num_slots, num_inputs, num_outputs, torch.get_num_threads()),
-        *(weight_SQP.stride(0), x_NP.stride(0), y_NQ.stride(0), bounds.buffer_info()[0]),
-        *(tensor.data_ptr() for tensor in (x_NP, y_NQ, weight_SQP)),
+        type=TYPES[x_NP.dtype],
+        num_slots=num_slots,
+        inputs=num_inputs,
+        outputs=num_outputs,
+        threads=torch.get_num_threads(),
+        weight_stride=weight_SQP.stride(0),
+        x_stride=x_NP.stride(0),
+        y_stride=y_NQ.stride(0),
+        spans=bounds.buffer_info()[0],
+        x=x_NP.data_ptr(),
+        y=y_NQ.data_ptr(),
+        weights=weight_SQP.data_ptr(),
     )
     functions = functions_for(x_NP[:0], is_backward_ours=True)
     assert functions is not None, "can_multiply was not asked"

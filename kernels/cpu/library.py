@@ -14,6 +14,7 @@ import torch
 from torch.autograd import forward_ad
 
 from .build import VARIANTS, BuildError, built_library
+from .structures import misfit
 
 VARIABLE = "MOEYARD_CPU_KERNELS"
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -33,44 +34,20 @@ class Library(NamedTuple):
 
 
 _loaded: Library | None = None
-_candidate = threading.local()
-"""``library`` of the thread that checks one: what :func:`load` gives there meanwhile."""
 _loading = threading.Lock()
 
 
 def load() -> Library:
     """Load the kernels, building them first if need be; the outcome holds for the process.
 
-    They are used only after a comparison with torch's results.
+    Whether they compute right is another question: trust.py answers it.
     """
     global _loaded
-    if _loaded is not None:
-        return _loaded
-    checked: Library | None = getattr(_candidate, "library", None)
-    if checked is not None:
-        return checked
-    with _loading:
-        if _loaded is None:
-            _loaded = _checked(_open())
+    if _loaded is None:
+        with _loading:
+            if _loaded is None:
+                _loaded = _open()
     return _loaded
-
-
-def _checked(library: Library) -> Library:
-    """Return the library, or why it cannot be trusted."""
-    if library.functions is None:
-        return library
-    from ..checks.cpu import problem  # it imports what imports this module
-
-    _candidate.library = library
-    try:
-        found = problem()
-    except Exception as error:  # whatever it is, kernels that could not be checked do not run
-        found = f"could not be checked ({type(error).__name__}: {error})"
-    finally:
-        del _candidate.library
-    if found is None:
-        return library
-    return _without(f"{library.state} {found}")._replace(is_wrong=True)
 
 
 def _open() -> Library:
@@ -78,11 +55,14 @@ def _open() -> Library:
     if limit == "off":
         return Library(None, f"switched off by {VARIABLE}=off")
     if limit is not None and limit not in VARIANTS:
-        return _without(f"{VARIABLE} is {limit!r}; use off or one of {', '.join(VARIANTS)}")
+        return without(f"{VARIABLE} is {limit!r}; use off or one of {', '.join(VARIANTS)}")
     try:
         functions = ctypes.CDLL(str(built_library()))
     except (BuildError, OSError) as error:
-        return _without(str(error))
+        return without(str(error))
+    problem = misfit(functions)
+    if problem is not None:
+        return without(f"{problem}; make structures.py like arguments.h")._replace(is_wrong=True)
     choose = functions.moeyard_choose
     choose.argtypes, choose.restype = [ctypes.c_char_p], ctypes.c_char_p
     functions.moeyard_experts.restype = ctypes.c_int64
@@ -92,7 +72,8 @@ def _open() -> Library:
     return Library(functions, name)
 
 
-def _without(reason: str) -> Library:
+def without(reason: str) -> Library:
+    """Warn, and return that there are no kernels."""
     log.warning("the CPU kernels are not used, torch's are: %s", reason)
     return Library(None, reason)
 
@@ -113,6 +94,11 @@ def functions_for(*tensors: torch.Tensor, is_backward_ours: bool = False) -> cty
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
             return None  # fake, distributed and other tensors without plain memory
     return load().functions
+
+
+def address(tensor: torch.Tensor | None) -> int | None:
+    """Return where a tensor lies; None stays None, the null pointer."""
+    return None if tensor is None else tensor.data_ptr()
 
 
 def empty_fp32(*shape: int) -> torch.Tensor:

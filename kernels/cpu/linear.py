@@ -17,8 +17,14 @@ def linear(x_NP: Tensor, weight_QP: Tensor) -> Tensor | None:
     (num_rows, width), num_outputs = x_NP.shape, weight_QP.shape[0]
     y_NQ = x_NP.new_empty(num_rows, num_outputs)
     arguments = LinearArguments(
-        *(TYPES[x_NP.dtype], num_rows, width, num_outputs, torch.get_num_threads()),
-        *(x_NP.data_ptr(), weight_QP.data_ptr(), y_NQ.data_ptr()),
+        type=TYPES[x_NP.dtype],
+        rows=num_rows,
+        width=width,
+        outputs=num_outputs,
+        threads=torch.get_num_threads(),
+        x=x_NP.data_ptr(),
+        weight=weight_QP.data_ptr(),
+        y=y_NQ.data_ptr(),
     )
     functions.moeyard_linear(ctypes.byref(arguments))
     return y_NQ

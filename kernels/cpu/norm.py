@@ -16,8 +16,14 @@ def rms_norm(x: Tensor, weight_H: Tensor, epsilon: float) -> Tensor | None:
         return None
     y, width = torch.empty_like(x), weight_H.shape[0]
     arguments = NormArguments(
-        *(TYPES[x.dtype], x.numel() // width, width, torch.get_num_threads(), epsilon),
-        *(x.data_ptr(), weight_H.data_ptr(), y.data_ptr()),
+        type=TYPES[x.dtype],
+        rows=x.numel() // width,
+        width=width,
+        threads=torch.get_num_threads(),
+        epsilon=epsilon,
+        x=x.data_ptr(),
+        weight=weight_H.data_ptr(),
+        y=y.data_ptr(),
     )
     functions.moeyard_norm(ctypes.byref(arguments))
     return y

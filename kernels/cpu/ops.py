@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..values.activation import ACTIVATIONS, Activation
 from ..values.expert_weights import ExpertWeights, MainGrads, Parameters
-from ..values.quantized_weights import AnyExperts, QuantizedExpertWeights, QuantizedMatrices
+from ..values.quantized_weights import QuantizedExpertWeights, QuantizedMatrices, SlotWeights
 from .experts import CppWaves, as_int32, is_plain
 from .library import TYPES, load
 from .training import forward_kept, gradients, have_backward
@@ -24,7 +24,7 @@ def _has_library() -> bool:
     return load().functions is not None
 
 
-def can_compile(x_TD: Tensor, weights_TK: Tensor, experts: AnyExperts) -> bool:
+def can_compile(x_TD: Tensor, weights_TK: Tensor, experts: SlotWeights) -> bool:
     """Say whether the operators can stand in a compiled graph for these tensors."""
     if not x_TD.is_cpu or x_TD.dtype not in TYPES or weights_TK.dtype not in TYPES:
         return False
@@ -36,7 +36,7 @@ def can_compile(x_TD: Tensor, weights_TK: Tensor, experts: AnyExperts) -> bool:
 
 
 def expert_mlp_compiled(
-    x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, experts: AnyExperts
+    x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, experts: SlotWeights
 ) -> Tensor:
     """Return ``y_t = sum_k weights[t, k] * MLP_{experts[t, k]}(x_t)``, ``[T, D]``."""
     slots = None if experts.slot_of_E is None else list(experts.slot_of_E)
@@ -65,7 +65,7 @@ def _experts(parameters: Parameters, slots: Sequence[int] | None, activation: st
 
 @torch.no_grad()
 def _without_gradients(
-    x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, experts: AnyExperts
+    x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, experts: SlotWeights
 ) -> Tensor:
     waves = CppWaves(x_TD, experts_TK, weights_TK)
     waves.add(experts)

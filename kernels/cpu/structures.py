@@ -1,4 +1,4 @@
-"""The structures of arguments.h, field by field."""
+"""The structures of arguments.h, field by field. Fill them by keyword: an order says nothing."""
 
 import ctypes
 
@@ -9,8 +9,14 @@ class LinearArguments(ctypes.Structure):
     """``y = x w^T``."""
 
     _fields_ = [
-        *((name, Int) for name in ("type", "rows", "width", "outputs", "threads")),
-        *((name, Pointer) for name in ("x", "weight", "y")),
+        ("type", Int),
+        ("rows", Int),
+        ("width", Int),
+        ("outputs", Int),
+        ("threads", Int),
+        ("x", Pointer),
+        ("weight", Pointer),
+        ("y", Pointer),
     ]
 
 
@@ -18,28 +24,51 @@ class NormArguments(ctypes.Structure):
     """``y = weight * x / rms(x)``."""
 
     _fields_ = [
-        *((name, Int) for name in ("type", "rows", "width", "threads")),
+        ("type", Int),
+        ("rows", Int),
+        ("width", Int),
+        ("threads", Int),
         ("epsilon", Float),
-        *((name, Pointer) for name in ("x", "weight", "y")),
+        ("x", Pointer),
+        ("weight", Pointer),
+        ("y", Pointer),
     ]
 
 
 class Biases(ctypes.Structure):
     """A bias for every slot, or none."""
 
-    _fields_ = [*((name, Int) for name in ("type", "stride")), ("values", Pointer)]
+    _fields_ = [
+        ("type", Int),
+        ("stride", Int),
+        ("values", Pointer),
+    ]
 
 
 class ExpertArguments(ctypes.Structure):
     """The expert MLP of some experts, each routed row into its own line."""
 
     _fields_ = [
-        *((name, Int) for name in ("type", "activation", "tokens", "choices", "d_model")),
-        *((name, Int) for name in ("d_expert", "num_experts", "threads")),
-        *((name, Int) for name in ("fc1_stride", "fc2_stride", "is_wave")),
-        *((name, Pointer) for name in ("x", "fc1", "fc2", "experts", "slot_of", "lines")),
+        ("type", Int),
+        ("activation", Int),
+        ("tokens", Int),
+        ("choices", Int),
+        ("d_model", Int),
+        ("d_expert", Int),
+        ("num_experts", Int),
+        ("threads", Int),
+        ("fc1_stride", Int),
+        ("fc2_stride", Int),
+        ("is_wave", Int),
+        ("x", Pointer),
+        ("fc1", Pointer),
+        ("fc2", Pointer),
+        ("experts", Pointer),
+        ("slot_of", Pointer),
+        ("lines", Pointer),
         ("hidden", Pointer),
-        *((name, Biases) for name in ("fc1_bias", "fc2_bias")),
+        ("fc1_bias", Biases),
+        ("fc2_bias", Biases),
     ]
 
 
@@ -47,8 +76,12 @@ class QuantizedMatrix(ctypes.Structure):
     """A matrix of 8 or 4 bits of all slots."""
 
     _fields_ = [
-        *((name, Pointer) for name in ("values", "scales")),
-        *((name, Int) for name in ("bits", "group", "stride", "scale_stride")),
+        ("values", Pointer),
+        ("scales", Pointer),
+        ("bits", Int),
+        ("group", Int),
+        ("stride", Int),
+        ("scale_stride", Int),
     ]
 
 
@@ -57,7 +90,8 @@ class QuantizedExpertArguments(ctypes.Structure):
 
     _fields_ = [
         ("rest", ExpertArguments),
-        *((name, QuantizedMatrix) for name in ("fc1", "fc2")),
+        ("fc1", QuantizedMatrix),
+        ("fc2", QuantizedMatrix),
     ]
 
 
@@ -66,9 +100,15 @@ class ExpertGradArguments(ctypes.Structure):
 
     _fields_ = [
         ("forward", ExpertArguments),
-        *((name, Pointer) for name in ("grad", "weights")),
-        *((name, Int) for name in ("is_empty", "num_slots", "grad_type")),
-        *((name, Pointer) for name in ("grad_fc1", "grad_fc2", "grad_fc1_bias", "grad_fc2_bias")),
+        ("grad", Pointer),
+        ("weights", Pointer),
+        ("is_empty", Int),
+        ("num_slots", Int),
+        ("grad_type", Int),
+        ("grad_fc1", Pointer),
+        ("grad_fc2", Pointer),
+        ("grad_fc1_bias", Pointer),
+        ("grad_fc2_bias", Pointer),
         ("grad_weights", Pointer),
     ]
 
@@ -77,9 +117,18 @@ class GroupedArguments(ctypes.Structure):
     """Rows times the matrix of their slot."""
 
     _fields_ = [
-        *((name, Int) for name in ("type", "num_slots", "inputs", "outputs", "threads")),
-        *((name, Int) for name in ("weight_stride", "x_stride", "y_stride")),
-        *((name, Pointer) for name in ("spans", "x", "y", "weights")),
+        ("type", Int),
+        ("num_slots", Int),
+        ("inputs", Int),
+        ("outputs", Int),
+        ("threads", Int),
+        ("weight_stride", Int),
+        ("x_stride", Int),
+        ("y_stride", Int),
+        ("spans", Pointer),
+        ("x", Pointer),
+        ("y", Pointer),
+        ("weights", Pointer),
     ]
 
 
@@ -87,8 +136,15 @@ class CombineArguments(ctypes.Structure):
     """The weighted sum of each token's lines."""
 
     _fields_ = [
-        *((name, Int) for name in ("type", "tokens", "choices", "d_model", "threads")),
-        *((name, Pointer) for name in ("lines", "weights", "experts", "out")),
+        ("type", Int),
+        ("tokens", Int),
+        ("choices", Int),
+        ("d_model", Int),
+        ("threads", Int),
+        ("lines", Pointer),
+        ("weights", Pointer),
+        ("experts", Pointer),
+        ("out", Pointer),
     ]
 
 
@@ -96,12 +152,26 @@ class RouterArguments(ctypes.Structure):
     """A top-k router."""
 
     _fields_ = [
-        *((name, Int) for name in ("type", "tokens", "d_model", "num_experts", "choices", "score")),
-        *((name, Int) for name in ("renormalize", "num_groups", "top_groups")),
-        *((name, Int) for name in ("group_best", "threads")),
-        *((name, Float) for name in ("scale", "epsilon")),
-        *((name, Pointer) for name in ("x", "weight", "logit_bias", "bias")),
-        *((name, Pointer) for name in ("experts", "weights", "counts")),
+        ("type", Int),
+        ("tokens", Int),
+        ("d_model", Int),
+        ("num_experts", Int),
+        ("choices", Int),
+        ("score", Int),
+        ("renormalize", Int),
+        ("num_groups", Int),
+        ("top_groups", Int),
+        ("group_best", Int),
+        ("threads", Int),
+        ("scale", Float),
+        ("epsilon", Float),
+        ("x", Pointer),
+        ("weight", Pointer),
+        ("logit_bias", Pointer),
+        ("bias", Pointer),
+        ("experts", Pointer),
+        ("weights", Pointer),
+        ("counts", Pointer),
     ]
 
 
@@ -109,12 +179,30 @@ class AttentionWeights(ctypes.Structure):
     """One layer's attention."""
 
     _fields_ = [
-        *((name, Int) for name in ("type", "d_model", "num_heads", "num_kv_heads", "head_dim")),
-        *((name, Int) for name in ("window", "norms_heads", "rotates")),
-        *((name, Float) for name in ("epsilon", "scale", "clip")),
-        *((name, Pointer) for name in ("input_norm", "q", "k", "v", "o", "output_norm")),
-        *((name, Pointer) for name in ("q_norm", "k_norm")),
-        *((name, Pointer) for name in ("q_bias", "k_bias", "v_bias", "o_bias", "sinks")),
+        ("type", Int),
+        ("d_model", Int),
+        ("num_heads", Int),
+        ("num_kv_heads", Int),
+        ("head_dim", Int),
+        ("window", Int),
+        ("norms_heads", Int),
+        ("rotates", Int),
+        ("epsilon", Float),
+        ("scale", Float),
+        ("clip", Float),
+        ("input_norm", Pointer),
+        ("q", Pointer),
+        ("k", Pointer),
+        ("v", Pointer),
+        ("o", Pointer),
+        ("output_norm", Pointer),
+        ("q_norm", Pointer),
+        ("k_norm", Pointer),
+        ("q_bias", Pointer),
+        ("k_bias", Pointer),
+        ("v_bias", Pointer),
+        ("o_bias", Pointer),
+        ("sinks", Pointer),
     ]
 
 
@@ -122,7 +210,46 @@ class AttentionArguments(ctypes.Structure):
     """One new position of each sequence."""
 
     _fields_ = [
-        *((name, Int) for name in ("layer", "sequences", "threads")),
-        *((name, Pointer) for name in ("x", "cosine", "sine", "caches", "lengths", "capacities")),
-        *((name, Pointer) for name in ("x_out", "normed")),
+        ("layer", Int),
+        ("sequences", Int),
+        ("threads", Int),
+        ("x", Pointer),
+        ("cosine", Pointer),
+        ("sine", Pointer),
+        ("caches", Pointer),
+        ("lengths", Pointer),
+        ("capacities", Pointer),
+        ("x_out", Pointer),
+        ("normed", Pointer),
     ]
+
+
+STRUCTURES: tuple[type[ctypes.Structure], ...] = (
+    LinearArguments,
+    NormArguments,
+    Biases,
+    ExpertArguments,
+    QuantizedMatrix,
+    QuantizedExpertArguments,
+    ExpertGradArguments,
+    GroupedArguments,
+    CombineArguments,
+    RouterArguments,
+    AttentionWeights,
+    AttentionArguments,
+)
+"""In the order of ``moeyard_sizes`` (library.cpp)."""
+
+
+def misfit(functions: ctypes.CDLL) -> str | None:
+    """Say which structure has another size in the library than here, or None.
+
+    A field that only one side has would shift all pointers behind it.
+    """
+    functions.moeyard_sizes.restype = ctypes.POINTER(Int)
+    sizes = functions.moeyard_sizes()
+    for place, structure in enumerate(STRUCTURES):
+        here, there = ctypes.sizeof(structure), sizes[place]
+        if here != there:
+            return f"{structure.__name__} has {there} bytes in the library, but {here} here"
+    return None

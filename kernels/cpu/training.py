@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from ..values.expert_weights import ExpertWeights, MainGrads
 from .experts import as_int32, check_rows, combine_lines, expert_arguments, is_plain
-from .library import TYPES, empty_fp32, functions_for
+from .library import TYPES, address, empty_fp32, functions_for
 from .structures import ExpertGradArguments
 
 
@@ -127,10 +127,17 @@ def gradients(
     types = {total.dtype for total in sums.totals if total is not None} or {torch.float32}
     assert types == {torch.float32} or (types == {x_TD.dtype} and sums.is_empty), "wrong sums"
     arguments = ExpertGradArguments(
-        *(forward, grad_TD.data_ptr(), weights_TK.data_ptr()),
-        *(sums.is_empty, experts.num_slots, TYPES[types.pop()]),
-        *(None if total is None else total.data_ptr() for total in sums.totals),
-        grad_weights_TK.data_ptr(),
+        forward=forward,
+        grad=grad_TD.data_ptr(),
+        weights=weights_TK.data_ptr(),
+        is_empty=sums.is_empty,
+        num_slots=experts.num_slots,
+        grad_type=TYPES[types.pop()],
+        grad_fc1=address(sums.fc1_SHD),
+        grad_fc2=address(sums.fc2_SDF),
+        grad_fc1_bias=address(sums.fc1_bias_SH),
+        grad_fc2_bias=address(sums.fc2_bias_SD),
+        grad_weights=grad_weights_TK.data_ptr(),
     )
     functions.moeyard_expert_grads(ctypes.byref(arguments))
     return combine_lines(lines_RD, experts_TK, None, x_TD), grad_weights_TK

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .bias_grad import bias_grad
 from .combine import combine
-from .device import on_device_of
+from .device import is_hopper, on_device_of
 from .grad_hidden import grad_hidden
 from .grouped_matmul import grouped_matmul
 from .grouping import SlotGroups, group_rows, max_tiles
@@ -239,7 +239,7 @@ class _Plan:
         self.rows = tile_rows(num_rows, num_experts)
         self.dtype = x_TD.dtype
         self.precision = PRECISION[x_TD.dtype]
-        self.is_hopper = x_TD.is_cuda and torch.cuda.get_device_capability(x_TD.device)[0] == 9
+        self.is_hopper = is_hopper(x_TD)
 
     def tiles(self, kernel: Kernel) -> Tiles:
         return tiles_for(kernel, self.rows, self.dtype, self.is_hopper)

@@ -4,7 +4,6 @@ T tokens, K choices, R = T*K routed rows in slot order, E experts, S slots, D mo
 width, H = 2F, Q outputs of a matrix, B bytes of a row, G groups of a row.
 """
 
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from ..values.quantized_weights import QuantizedMatrices
 from .combine import combine
 from .dequantize import dequantize
+from .device import is_hopper, on_device_of
 from .grouped_matmul import grouped_matmul
 from .grouping import SlotGroups, group_rows
 from .ops import PRECISION
@@ -52,7 +52,7 @@ def quantized_expert_mlp_op(
     num_experts = num_slots if slot_of_E is None else slot_of_E.numel()
     rows = tile_rows(num_rows, num_experts)
     matrix_bytes = values1_SHB.shape[1] * d_model * x_TD.element_size()
-    with torch.cuda.device(x_TD.device) if x_TD.is_cuda else nullcontext():
+    with on_device_of(x_TD):
         if is_dequantized(num_rows, num_experts, matrix_bytes):
             expert_of_E = _experts_here(slot_of_E, num_slots)
             groups = group_rows(experts_TK, expert_of_E, num_experts, rows)
@@ -108,14 +108,14 @@ def _dequantized_rows(
 ) -> Tensor:
     """Write out one of the two matrices at a time."""
     dtype, precision = x_TD.dtype, PRECISION[x_TD.dtype]
-    is_hopper = x_TD.is_cuda and torch.cuda.get_device_capability(x_TD.device)[0] == 9
+    on_hopper = is_hopper(x_TD)
     a_RF = x_TD.new_empty(groups.order_R.numel(), second.matrices.width)
-    tiles = tiles_for("up", rows, dtype, is_hopper)
+    tiles = tiles_for("up", rows, dtype, on_hopper)
     fc1_EHD = dequantize(first.matrices, slot_of_E, groups, dtype)
     bias1_EH = _by_expert(first.bias_SQ, slot_of_E)
     up_projection(x_TD, groups, fc1_EHD, bias1_EH, activation, precision, tiles, a_RF, None)
     del fc1_EHD
-    tiles = tiles_for("matmul", rows, dtype, is_hopper)
+    tiles = tiles_for("matmul", rows, dtype, on_hopper)
     fc2_EFD = dequantize(second.matrices, slot_of_E, groups, dtype).transpose(1, 2)
     bias2_ED = _by_expert(second.bias_SQ, slot_of_E)
     return grouped_matmul(a_RF, fc2_EFD, bias2_ED, groups, precision, tiles)

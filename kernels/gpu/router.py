@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..torch_ops.router import ChoiceRule
+from ..values.choice import ChoiceRule
 from .router_math import (
     EPSILON,
     NO_KEY,

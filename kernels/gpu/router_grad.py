@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..torch_ops.router import ChoiceRule
+from ..values.choice import ChoiceRule
 from .router import rows_of, warps_of
 from .router_math import EPSILON, scores_of_chosen, softmax_parts
 

@@ -6,9 +6,9 @@ M rows of a tile, N lanes (experts and padding), K choices, G groups, W experts 
 import triton
 import triton.language as tl
 
-from ..torch_ops import router as torch_router
+from ..values import choice
 
-EPSILON = tl.constexpr(torch_router.EPSILON)
+EPSILON = tl.constexpr(choice.EPSILON)
 NO_KEY = tl.constexpr(-1)
 """Below all keys: padding, and experts out of reach."""
 TAKEN = tl.constexpr(-2)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..torch_ops.router import ChoiceRule
+from ..values.choice import ChoiceRule
 from .device import on_device_of
 from .router import route
 from .router_grad import route_grad

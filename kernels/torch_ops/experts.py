@@ -6,23 +6,23 @@ grouping are saved for backward (the identities are SonicMoE's: reading the rout
 recomputed activation saves keeping the expert outputs).
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..values.calls import ExpertCall
 from ..values.expert_weights import ExpertWeights, MainGrads
 from ..values.grouping import Grouping, group_tokens
-from ..values.quantized_weights import AnyExperts
-from . import grouped as expert_fused
-from . import loop as expert_loop
+from ..values.quantized_weights import SlotWeights
+from . import grouped, loop
 
 
 def expert_rows(
     x_TD: Tensor,
     grouping: Grouping,
-    experts: AnyExperts,
+    experts: SlotWeights,
     *,
     only: Iterable[int] | None = None,
     out_RD: Tensor | None = None,
@@ -32,13 +32,13 @@ def expert_rows(
     ``only`` names the experts to run and ``out_RD`` receives their rows, so that experts can come
     in waves; every row's bits are the same whichever waves it is split into.
     """
-    if isinstance(experts, ExpertWeights) and only is None and expert_fused.can_run(x_TD, experts):
-        products = expert_fused.TorchProducts(grouping, experts)
-        return expert_fused.forward(x_TD, grouping, experts, products)[1]
+    if isinstance(experts, ExpertWeights) and only is None and grouped.can_run(x_TD, experts):
+        products = grouped.TorchProducts(grouping, experts)
+        return grouped.forward(x_TD, grouping, experts, products)[1]
     if out_RD is None:
         out_RD = x_TD.new_empty(grouping.order_R.numel(), x_TD.shape[1])
-    spans = expert_loop.spans_of(grouping, experts, only)
-    expert_loop.infer(x_TD, grouping, experts, spans, out_RD)
+    spans = loop.spans_of(grouping, experts, only)
+    loop.infer(x_TD, grouping, experts, spans, out_RD)
     return out_RD
 
 
@@ -98,6 +98,40 @@ def _combine_by_choice(
     return y_TD.to(y_ND.dtype)
 
 
+class TorchWaves:
+    """A sum without gradients whose experts come in waves; see waves.py."""
+
+    def __init__(
+        self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, num_experts: int
+    ) -> None:
+        self._x_TD, self._weights_TK = x_TD, weights_TK
+        self._grouping = group_tokens(experts_TK, num_experts)
+        self._y_RD: Tensor | None = None
+
+    def add(self, experts: SlotWeights, only: Collection[int] | None = None) -> None:
+        """Run experts that are here, all or ``only`` some of them."""
+        self._y_RD = expert_rows(self._x_TD, self._grouping, experts, only=only, out_RD=self._y_RD)
+
+    def result(self) -> Tensor:
+        """Return ``y``, ``[T, D]``."""
+        y_RD = self._y_RD
+        if y_RD is None:  # no token chose any expert
+            y_RD = self._x_TD.new_empty(self._grouping.order_R.numel(), self._x_TD.shape[1])
+        return combine_rows(y_RD, self._grouping, self._weights_TK)
+
+
+def run(call: ExpertCall) -> Tensor:
+    """Return ``y_t = sum_k weights[t, k] * MLP_{experts[t, k]}(x_t)``, ``[T, D]``."""
+    experts = call.experts
+    if isinstance(experts, ExpertWeights) and torch.is_grad_enabled():
+        y_TD: Tensor = ExpertMLP.apply(*call.rows, *experts.parameters, experts, call.recompute)
+        return y_TD
+    with torch.no_grad():  # quantized experts have no backward
+        waves = TorchWaves(*call.rows, experts.num_experts)
+        waves.add(experts)
+        return waves.result()
+
+
 class ExpertMLP(torch.autograd.Function):
     """``y_t = sum_k weights[t, k] * MLP_{experts[t, k]}(x_t)``, forward and backward.
 
@@ -118,18 +152,18 @@ class ExpertMLP(torch.autograd.Function):
         fc2_bias_SD,
         experts,
         recompute,
-        make_products: expert_fused.MakeProducts | None = None,
+        make_products: grouped.MakeProducts | None = None,
     ):
         grouping = group_tokens(experts_TK, experts.num_experts)
         ctx.spans, ctx.products = None, None
-        if make_products is None and expert_fused.can_run(x_TD, experts):
-            make_products = expert_fused.TorchProducts
+        if make_products is None and grouped.can_run(x_TD, experts):
+            make_products = grouped.TorchProducts
         if make_products is not None:
             ctx.products = make_products(grouping, experts)
-            h_NH, y_ND = expert_fused.forward(x_TD, grouping, experts, ctx.products)
+            h_NH, y_ND = grouped.forward(x_TD, grouping, experts, ctx.products)
         else:
-            ctx.spans = expert_loop.spans_of(grouping, experts)
-            h_NH, y_ND = expert_loop.forward(x_TD, grouping, experts, ctx.spans)
+            ctx.spans = loop.spans_of(grouping, experts)
+            h_NH, y_ND = loop.forward(x_TD, grouping, experts, ctx.spans)
         parameters = (fc1_SHD, fc2_SDF, fc1_bias_SH, fc2_bias_SD)
         ctx.save_for_backward(x_TD, weights_TK, None if recompute else h_NH, *parameters)
         ctx.grouping, ctx.experts = grouping, experts
@@ -140,17 +174,17 @@ class ExpertMLP(torch.autograd.Function):
         x_TD, weights_TK, h_NH, *parameters = ctx.saved_tensors
         grouping, experts = ctx.grouping, ctx.experts
         if h_NH is None and ctx.spans is None:
-            h_NH = expert_fused.pre_activations(x_TD, grouping, experts, ctx.products)
+            h_NH = grouped.pre_activations(x_TD, grouping, experts, ctx.products)
         elif h_NH is None:
-            h_NH = expert_loop.pre_activations(x_TD, grouping, experts, ctx.spans)
+            h_NH = loop.pre_activations(x_TD, grouping, experts, ctx.spans)
         sums = experts.main_grads
         if sums is None:
             sums = MainGrads.empty_for(parameters, ctx.needs_input_grad[3:7])
         arguments = (grad_TD, x_TD, weights_TK, h_NH, grouping, experts)
         if ctx.spans is None:
-            grad_x_ND, grad_weights_TK = expert_fused.backward(*arguments, ctx.products, sums)
+            grad_x_ND, grad_weights_TK = grouped.backward(*arguments, ctx.products, sums)
         else:
-            grad_x_ND, grad_weights_TK = expert_loop.backward(*arguments, ctx.spans, sums)
+            grad_x_ND, grad_weights_TK = loop.backward(*arguments, ctx.spans, sums)
         sums.is_empty = False
         grad_x_TD = combine_rows(grad_x_ND, grouping, None)
         grads = (None,) * 4 if experts.main_grads is not None else sums.totals

@@ -5,9 +5,9 @@ threads, it takes 0.84 of the time in bf16 and 0.97 in fp32 at 2 rows a group, a
 256 (benchmarks/constants.py), and between its products everything goes through memory.
 
 In bf16 oneDNN compiles code for every new number of rows, which takes about as long as a product of
-128 rows, and keeps 1024 pieces; routing asks for new numbers in every step. Training therefore
-rounds a group's rows up to few numbers: the rows that
-follow are computed along, with weight 0, and overwritten when their own group comes.
+128 rows, and keeps 1024 pieces; routing asks for new numbers in every step. Training therefore pads
+each group to one of few sizes. The padding rows are the next group's: they get weight 0 here and
+are computed again in their own group.
 
 T tokens, K choices, R = T*K routed rows, N <= R rows whose expert is here, in expert order, M >= N
 with those that the last group was rounded up by, D model width, F expert width, H = 2F, S slots,
@@ -21,11 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..linear import bf16_row_stable_linear
 from ..values.activation import gated, gated_backward
 from ..values.expert_weights import ExpertWeights, MainGrads, SlotTable
 from ..values.grouping import Grouping
-from ..values.quantized_weights import AnyExperts, QuantizedExpertWeights
+from ..values.quantized_weights import QuantizedExpertWeights, SlotWeights
+from .quantized import quantized_linear
+from .row_stable import bf16_row_stable_linear
 
 
 class Span(NamedTuple):
@@ -50,7 +51,7 @@ def spans_of(
     return spans
 
 
-def _rounded(num_rows: int, x_TD: Tensor) -> int:
+def rounded(num_rows: int, x_TD: Tensor) -> int:
     """Return ``num_rows`` in five significant bits where code is compiled for each number.
 
     That is 16 numbers from each power of two to the next, 2 % more rows on average.
@@ -64,14 +65,14 @@ def _rounded(num_rows: int, x_TD: Tensor) -> int:
 def _tokens_M(grouping: Grouping, spans: list[Span], x_TD: Tensor) -> Tensor:
     """Return the token of each of the N rows; token 0 for those that rounding adds behind them."""
     num_rows = spans[-1].end if spans else 0
-    most = max((start + _rounded(end - start, x_TD) for _, start, end in spans), default=0)
+    most = max((start + rounded(end - start, x_TD) for _, start, end in spans), default=0)
     return F.pad(grouping.tokens_R[:num_rows], (0, most - num_rows))
 
 
 def infer(
     x_TD: Tensor,
     grouping: Grouping,
-    experts: AnyExperts,
+    experts: SlotWeights,
     spans: list[Span],
     out_RD: Tensor,
 ) -> None:
@@ -84,8 +85,8 @@ def infer(
         x_nD = x_TD.index_select(0, tokens_R[start:end])
         bias1_H, bias2_D = experts.biases(slot, x_TD.dtype)
         if isinstance(experts, QuantizedExpertWeights):
-            h_nH = _with_bias(experts.fc1.multiply(x_nD, slot), bias1_H)
-            y_nD = experts.fc2.multiply(gated(h_nH, experts.activation), slot)
+            h_nH = _with_bias(quantized_linear(x_nD, experts.fc1, slot), bias1_H)
+            y_nD = quantized_linear(gated(h_nH, experts.activation), experts.fc2, slot)
         else:
             h_nH = _with_bias(bf16_row_stable_linear(x_nD, experts.fc1_SHD[slot]), bias1_H)
             act_nF = gated(h_nH, experts.activation)
@@ -106,7 +107,7 @@ def forward(
     h_MH = x_TD.new_empty(len(tokens_M), experts.fc1_SHD.shape[1])
     y_MD = x_TD.new_empty(len(tokens_M), x_TD.shape[1])
     for slot, start, end in spans:
-        rows = slice(start, start + _rounded(end - start, x_TD))
+        rows = slice(start, start + rounded(end - start, x_TD))
         h_mH, y_mD = h_MH[rows], y_MD[rows]
         bias1_H, bias2_D = experts.biases(slot, x_TD.dtype)
         torch.mm(x_TD.index_select(0, tokens_M[rows]), experts.fc1_SHD[slot].t(), out=h_mH)
@@ -123,7 +124,7 @@ def pre_activations(
     tokens_M = _tokens_M(grouping, spans, x_TD)
     h_MH = x_TD.new_empty(len(tokens_M), experts.fc1_SHD.shape[1])
     for slot, start, end in spans:
-        rows = slice(start, start + _rounded(end - start, x_TD))
+        rows = slice(start, start + rounded(end - start, x_TD))
         x_mD = x_TD.index_select(0, tokens_M[rows])
         torch.mm(x_mD, experts.fc1_SHD[slot].t(), out=h_MH[rows])
         _with_bias(h_MH[rows], experts.biases(slot, x_TD.dtype)[0])
@@ -149,7 +150,7 @@ def backward(
     tokens_M = _tokens_M(grouping, spans, x_TD)
     weights_R1 = weights_TK.reshape(-1).index_select(0, grouping.order_R).unsqueeze(-1)
     for slot, start, end in spans:
-        rows = slice(start, start + _rounded(end - start, x_TD))
+        rows = slice(start, start + rounded(end - start, x_TD))
         weight_m1 = F.pad(weights_R1[start:end], (0, 0, 0, rows.stop - end))
         grad_mD = grad_TD.index_select(0, tokens_M[rows])
         unscaled_mF = torch.mm(grad_mD, experts.fc2_SDF[slot])
@@ -189,7 +190,10 @@ def _add_product(total_QP: Tensor, grad_nQ: Tensor, x_nP: Tensor, is_empty: bool
 
 def _add(total: Tensor, part: Tensor, is_empty: bool) -> None:
     """Add to a sum that may have another type, or write it if there is no sum yet."""
-    _ = total.copy_(part) if is_empty else total.add_(part)
+    if is_empty:
+        total.copy_(part)
+    else:
+        total.add_(part)
 
 
 def _zero_others(sums: MainGrads, spans: list[Span], num_slots: int) -> None:

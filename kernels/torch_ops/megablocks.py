@@ -18,15 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..values.calls import ExpertCall
 from ..values.expert_weights import ExpertWeights
 from ..values.grouping import Grouping
-from ..values.quantized_weights import AnyExperts, QuantizedExpertWeights
+from ..values.quantized_weights import QuantizedExpertWeights
 from .experts import ExpertMLP
 
 HOW_TO_BUILD = "docs/backends.md says how to build it"
 
 
-def why_no_megablocks(device: torch.device) -> str | None:
+def why_not(device: torch.device) -> str | None:
     """Say in one sentence why MegaBlocks cannot run on ``device``, or None where it can.
 
     It is imported only where there is a GPU: its parts for CUDA are loaded with it.
@@ -57,7 +58,7 @@ class MegablocksProducts:
 
     def __init__(self, grouping: Grouping, experts: ExpertWeights) -> None:
         gmm, _ = _load()
-        assert gmm is not None, "why_no_megablocks was not asked"
+        assert gmm is not None, "why_not was not asked"
         self._gmm = gmm
         here, offsets_E1 = experts.consecutive, grouping.offsets_E1.cpu().long()
         assert here is not None, "the experts were not checked"
@@ -85,24 +86,18 @@ class MegablocksProducts:
         return total_SQP
 
 
-def expert_mlp_megablocks(
-    x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, experts: AnyExperts, recompute: bool
-) -> Tensor:
-    """Return ``y_t = sum_k weights[t, k] * MLP_{experts[t, k]}(x_t)``, ``[T, D]``.
-
-    Raises ``ValueError`` where MegaBlocks cannot run and for what it does not take.
-    """
-    problem = why_no_megablocks(x_TD.device) or _misfit(x_TD, experts)
-    if problem is not None:
-        raise ValueError(f"{problem} Use backend 'auto'.")
+def run(call: ExpertCall) -> Tensor:
+    """Return ``y_t = sum_k weights[t, k] * MLP_{experts[t, k]}(x_t)``, ``[T, D]``."""
+    experts = call.experts
     assert isinstance(experts, ExpertWeights), "others are a misfit"
-    arguments = (x_TD, experts_TK, weights_TK, *experts.parameters, experts)
-    y_TD: Tensor = ExpertMLP.apply(*arguments, recompute, MegablocksProducts)
+    arguments = (*call.rows, *experts.parameters, experts, call.recompute)
+    y_TD: Tensor = ExpertMLP.apply(*arguments, MegablocksProducts)
     return y_TD
 
 
-def _misfit(x_TD: Tensor, experts: AnyExperts) -> str | None:
-    """Say what MegaBlocks does not take about these arguments."""
+def misfit(call: ExpertCall) -> str | None:
+    """Say in one sentence what MegaBlocks does not take about a call, or None."""
+    x_TD, experts = call.x_TD, call.experts
     if isinstance(experts, QuantizedExpertWeights):
         return "MegaBlocks does not take quantized experts."
     if x_TD.dtype != torch.bfloat16:

@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..values.activation import gated
-from ..values.quantized_weights import AnyExperts
+from ..values.calls import ExpertCall
 
 
-def expert_mlp_reference(
-    x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, experts: AnyExperts
-) -> Tensor:
+def run(call: ExpertCall) -> Tensor:
     """Return ``y_t = sum_k weights[t, k] * MLP_{experts[t, k]}(x_t)``, ``[T, D]``."""
+    x_TD, experts_TK, weights_TK = call.rows
+    experts = call.experts
     y_TKD = x_TD.new_zeros(*experts_TK.shape, x_TD.shape[1])
     for expert in range(experts.num_experts):
         slot = experts.slot(expert)

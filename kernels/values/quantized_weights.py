@@ -12,7 +12,6 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..linear import bf16_row_stable_linear
 from .activation import Activation
 from .expert_weights import ExpertWeights, SlotTable, check_biases, check_slots, empty_slots
 
@@ -22,15 +21,8 @@ WIDTH_UNIT = 32
 """Inputs of a matrix, and a group's, are a multiple of this: vectors and tiles then hold whole
 groups, whatever the processor."""
 
-INT4_GROUP_SIZE = 64
-"""Inputs that share a scale in 4 bits unless the caller says otherwise; 4.25 bits a weight."""
-
 INT4_ZERO = 8
 """4 bits hold ``q + 8``."""
-
-INT4_CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
-"""Shares of the largest magnitude that the widest 4-bit value may stand for; each group takes the
-one with the smallest squared error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,16 +69,6 @@ class QuantizedMatrices:
     def group_size(self) -> int:
         """Inputs that share a scale."""
         return self.width // self.scales_SQG.shape[2]
-
-    def multiply(self, x_NP: Tensor, slot: int) -> Tensor:
-        """Return ``x w^T`` with a slot's matrix, ``[N, Q]``, on torch's operators.
-
-        In bf16 on a CPU, a row's bits do not depend on the rows beside it.
-        """
-        if x_NP.is_cpu and self.bits == 8 and self.scales_SQG.shape[2] == 1:
-            scales_Q = self.scales_SQG[slot, :, 0].to(x_NP.dtype)
-            return torch._weight_int8pack_mm(x_NP, self.values[slot], scales_Q)
-        return bf16_row_stable_linear(x_NP, self.dequantize(slot, x_NP.dtype))
 
     def dequantize(self, slot: int, dtype: torch.dtype) -> Tensor:
         """Return the matrix of a slot, ``[Q, P]``, rounded once."""
@@ -179,41 +161,8 @@ class QuantizedExpertWeights(SlotTable):
         return sum(part.nbytes for part in parts)
 
 
-AnyExperts = ExpertWeights | QuantizedExpertWeights
-
-
-def quantize_experts(
-    experts: ExpertWeights, bits: Bits, group_size: int | None = None
-) -> QuantizedExpertWeights:
-    """Round expert weights to 8 or 4 bits and keep their biases; see :func:`quantize`."""
-    fc1 = quantize(experts.fc1_SHD.detach(), bits, group_size)
-    fc2 = quantize(experts.fc2_SDF.detach(), bits, group_size)
-    biases = (part.detach() for part in experts.bias_parts)
-    return QuantizedExpertWeights(fc1, fc2, experts.slot_of_E, experts.activation, *biases)
-
-
-def quantize(weight_SQP: Tensor, bits: Bits, group_size: int | None = None) -> QuantizedMatrices:
-    """Round to the nearest of 255 or 15 values per group.
-
-    ``group_size`` is the inputs that share a scale: unless given, all of a row in 8 bits, and
-    ``INT4_GROUP_SIZE`` in 4. Raises ``ValueError`` where it does not divide the width, or is no
-    multiple of ``WIDTH_UNIT``.
-    """
-    if bits not in (8, 4):
-        raise ValueError(f"bits is {bits}; use 8 or 4.")
-    num_slots, rows, width = weight_SQP.shape
-    if group_size is None:
-        group_size = width if bits == 8 else INT4_GROUP_SIZE
-    if group_size <= 0 or group_size % WIDTH_UNIT or width % group_size:
-        raise ValueError(
-            f"group_size is {group_size}; for matrices of {width} inputs use a multiple of "
-            f"{WIDTH_UNIT} that divides them."
-        )
-    found = empty_matrices(num_slots, rows, width, bits, group_size, weight_SQP.device)
-    # Slot by slot: fp32 copies of all experts at once would be several times the model.
-    for slot, weight_QP in enumerate(weight_SQP):
-        found.values[slot], found.scales_SQG[slot] = _quantize_one(weight_QP, bits, group_size)
-    return found
+SlotWeights = ExpertWeights | QuantizedExpertWeights
+"""The weights of the experts in some slots, whatever their layout."""
 
 
 def empty_matrices(
@@ -229,42 +178,6 @@ def empty_matrices(
         values = torch.empty(num_slots, rows, row_bytes, dtype=dtype, device=device)
         scales = torch.empty(num_slots, rows, num_groups, dtype=torch.bfloat16, device=device)
     return QuantizedMatrices(values, scales)
-
-
-def _quantize_one(weight_QP: Tensor, bits: Bits, group_size: int) -> tuple[Tensor, Tensor]:
-    grouped_QGP = weight_QP.float().unflatten(-1, (-1, group_size))
-    largest_QG1 = grouped_QGP.abs().amax(dim=-1, keepdim=True)
-    if bits == 8:
-        scales_QG1 = _as_scales(largest_QG1 / 127)
-        values_QP = _rounded(grouped_QGP, scales_QG1, 127).flatten(-2)
-        return values_QP.to(torch.int8), scales_QG1.squeeze(-1).bfloat16()
-    scales_QG1 = _best_int4_scales(grouped_QGP, largest_QG1 / 7)
-    values_QP = (_rounded(grouped_QGP, scales_QG1, 7).flatten(-2) + INT4_ZERO).to(torch.uint8)
-    packed = values_QP[:, ::2] | values_QP[:, 1::2] << 4
-    return packed, scales_QG1.squeeze(-1).bfloat16()
-
-
-def _best_int4_scales(grouped_QGP: Tensor, widest_QG1: Tensor) -> Tensor:
-    best_QG1, least_QG1 = widest_QG1, torch.full_like(widest_QG1, torch.inf)
-    for clip in INT4_CLIPS:
-        scales_QG1 = _as_scales(widest_QG1 * clip)
-        off_QGP = _rounded(grouped_QGP, scales_QG1, 7) * scales_QG1 - grouped_QGP
-        error_QG1 = off_QGP.square().sum(dim=-1, keepdim=True)
-        is_better_QG1 = error_QG1 < least_QG1
-        best_QG1 = torch.where(is_better_QG1, scales_QG1, best_QG1)
-        least_QG1 = torch.where(is_better_QG1, error_QG1, least_QG1)
-    return best_QG1
-
-
-def _as_scales(scales: Tensor) -> Tensor:
-    """Round to the stored type first, so that values are rounded for what they will mean."""
-    return scales.bfloat16().float()
-
-
-def _rounded(grouped_QGP: Tensor, scales_QG1: Tensor, limit: int) -> Tensor:
-    # A group of zeros, or one below bf16's range, has scale 0: its values are 0 too.
-    inverse_QG1 = torch.where(scales_QG1 > 0, 1 / scales_QG1, 0)
-    return (grouped_QGP * inverse_QG1).round().clamp(-limit, limit)
 
 
 def _tensors(matrices: QuantizedMatrices) -> tuple[Tensor, Tensor]:

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...kernels.torch_ops import causal_attention
+from ...kernels.attention import attend_causally
 from ..batch import Batch, Packing
-from ..kv_cache import SequenceCache
+from ..kv_cache import KVCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +103,10 @@ def _uniform(
     q, k, v = (t.unflatten(0, (-1, length)) for t in (q_TQH, k_TGH, v_TGV))
     is_plain = rule.sinks_Q is None and (rule.window is None or rule.window >= length)
     has_usual_shape = q.shape[-1] == v.shape[-1] and rule.scale == q.shape[-1] ** -0.5
-    if is_plain and has_usual_shape and causal_attention.can_run(q):
-        out_BLQH: Tensor = causal_attention.CausalAttention.apply(q, k, v)
-        return out_BLQH.flatten(0, 1)
+    if is_plain and has_usual_shape:
+        out_BLQH = attend_causally(q, k, v)
+        if out_BLQH is not None:
+            return out_BLQH.flatten(0, 1)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return attend_heads(q, k, v, rule).transpose(1, 2).flatten(0, 1)
 
@@ -124,7 +125,7 @@ def _one_sequence(
     q_LQH: Tensor,
     k_LGH: Tensor,
     v_LGV: Tensor,
-    cache: SequenceCache | None,
+    cache: KVCache | None,
     rule: AttentionRule,
     layer: int,
 ) -> Tensor:
@@ -132,6 +133,7 @@ def _one_sequence(
     past = 0
     if cache is not None:
         past = cache.length
-        k, v = cache.extend(layer, k, v)
+        cache.append(layer, k, v)
+        k, v = cache.view(layer, past + k.shape[1])
     out_BQLV = attend_heads(q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), rule, past)
     return out_BQLV.squeeze(0).transpose(0, 1)

@@ -1,48 +1,59 @@
-"""Which attention layers the C++ kernels run for single new positions, and with what."""
+"""Single new positions on the C++ kernels: which attention layers they take, and with what.
+
+N rows of a part, D model width.
+"""
 
 from collections.abc import Mapping
 from typing import Any
 
-from ...kernels.cpu.attention import AttentionModules, AttentionOptions, CppAttention
+from torch import Tensor
+
+from ...kernels.attention import AttentionModules, AttentionOptions, RowAttention
 from .grouped_query import Attention
+from .parts import Part
 
 
-def cpp_attention(
-    layer: Mapping[str, Any], epsilon: float, known: CppAttention | None
-) -> CppAttention | None:
-    """Return a decoder layer's attention for the C++ kernels, or None if they do not support it.
+class RowBackend:
+    """Grouped-query attention of sequences that add one row each."""
 
-    ``layer`` holds the layer's modules by name; a dictionary, for attributes of modules are slow
-    to look up. ``epsilon`` is that of all norms. ``known`` is returned if it still fits.
-    """
-    attention = layer["self_attn"]
-    if not isinstance(attention, Attention) or (attention.uses_rope and attention.interleaved):
-        return None
-    inside: Mapping[str, Any] = attention._modules
-    modules = AttentionModules(
-        input_norm=layer["input_layernorm"],
-        q=inside["q_proj"],
-        k=inside["k_proj"],
-        v=inside["v_proj"],
-        o=inside["o_proj"],
-        output_norm=layer["post_attention_layernorm"],
-        q_norm=inside.get("q_norm"),
-        k_norm=inside.get("k_norm"),
-        attention=attention,
-    )
-    if known is not None and known.is_of(modules):
-        return known
-    return CppAttention(modules, _options(attention, epsilon))
+    def __init__(self, layer: int, epsilon: float) -> None:
+        self._layer = layer
+        self._epsilon = epsilon
+        self._known: RowAttention | None = None
 
+    def run(
+        self, modules: Mapping[str, Any], x_ND: Tensor, part: Part
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return the residual stream after attention and its norm, or None; see backend.py."""
+        attention = modules["self_attn"]
+        if part.step is None or not isinstance(attention, Attention):
+            return None
+        if attention.uses_rope and attention.interleaved:
+            return None
+        inside: Mapping[str, Any] = attention._modules
+        used = AttentionModules(
+            input_norm=modules["input_layernorm"],
+            q=inside["q_proj"],
+            k=inside["k_proj"],
+            v=inside["v_proj"],
+            o=inside["o_proj"],
+            output_norm=modules["post_attention_layernorm"],
+            q_norm=inside.get("q_norm"),
+            k_norm=inside.get("k_norm"),
+            attention=attention,
+        )
+        if self._known is None or not self._known.is_of(used):
+            self._known = RowAttention(used, self._options(attention))
+        return self._known.run(x_ND, part.rope, self._layer, part.step)
 
-def _options(attention: Attention, epsilon: float) -> AttentionOptions:
-    return AttentionOptions(
-        num_heads=attention.num_heads,
-        num_kv_heads=attention.num_kv_heads,
-        head_dim=attention.head_dim,
-        scale=attention.scale,
-        epsilon=epsilon,
-        window=attention.window,
-        clip=attention.clip,
-        rotates=attention.uses_rope,
-    )
+    def _options(self, attention: Attention) -> AttentionOptions:
+        return AttentionOptions(
+            num_heads=attention.num_heads,
+            num_kv_heads=attention.num_kv_heads,
+            head_dim=attention.head_dim,
+            scale=attention.scale,
+            epsilon=self._epsilon,
+            window=attention.window,
+            clip=attention.clip,
+            rotates=attention.uses_rope,
+        )

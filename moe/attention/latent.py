@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..batch import Batch
 from ..config.model import ModelConfig
-from ..kv_cache import KVCacheSpec, SequenceCache
+from ..kv_cache import KVCache, KVCacheSpec
 from ..linear import Linear
 from ..norm import RMSNorm
 from .attend import AttentionRule, attend, attend_heads
@@ -92,12 +92,13 @@ class LatentAttention(nn.Module):
         return attend(q_TQH, k_TQH, v_TQV, batch, self.rule, self.layer)
 
     def _one_cached(
-        self, q_LQN: Tensor, q_LQR: Tensor, c_LC: Tensor, k_L1R: Tensor, cache: SequenceCache
+        self, q_LQN: Tensor, q_LQR: Tensor, c_LC: Tensor, k_L1R: Tensor, cache: KVCache
     ) -> Tensor:
         """Attend to latents as they lie in the cache: one key head for all query heads."""
         latent, past = self.latent, cache.length
         rows_1LP = torch.cat([c_LC, k_L1R.squeeze(1)], dim=-1).unsqueeze(0)
-        rows_1SP, _ = cache.extend(self.layer, rows_1LP, rows_1LP[..., :0])
+        cache.append(self.layer, rows_1LP, rows_1LP[..., :0])
+        rows_1SP, _ = cache.view(self.layer, past + rows_1LP.shape[1])
         expand_QPC = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1))
         keys_QNC, values_QVC = expand_QPC.split([latent.nope_dim, latent.v_dim], dim=1)
         q_QLC = torch.bmm(q_LQN.transpose(0, 1), keys_QNC)

@@ -1,7 +1,7 @@
 """Which rows of a batch attend together.
 
-Sequences that continue by one row take another code than the others, with other rounding. So that
-a sequence's bits never depend on its neighbours, its own length alone decides.
+Sequences that add one row run on other kernels than the others, which round differently. The
+length of a sequence alone decides which, so that its bits never depend on its neighbours.
 
 T rows of a batch, N rows of a part, H head width.
 """
@@ -12,8 +12,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from ...kernels.cpu.attention import CacheStep
-from ...kernels.cpu.library import functions_for
+from ...kernels.attention import RowStep, can_attend_rows, prepare_rows
 from ..batch import Batch
 from .rope import Tables
 
@@ -27,22 +26,22 @@ class Part:
     """Cosines and sines of the rows, ``[N, 1, H]``."""
     rows_N: Tensor | None = None
     """int64: their rows; None = all."""
-    step: CacheStep | None = None
-    """The caches, if each sequence adds one row and the C++ kernels may take it."""
+    step: RowStep | None = None
+    """The caches, if each sequence adds one row and a kernel may take it."""
 
 
 def parts_of(batch: Batch, rope: Tables) -> list[Part]:
     """Split a batch into the sequences of one row that have a cache, and the others."""
-    if batch.caches is None or 1 not in batch.lengths or functions_for(*rope) is None:
+    if batch.caches is None or 1 not in batch.lengths or not can_attend_rows(rope):
         return [Part(batch, rope)]
     if set(batch.lengths) == {1}:
-        return [Part(batch, rope, step=CacheStep(batch.caches))]
+        return [Part(batch, rope, step=prepare_rows(batch.caches))]
     starts = list(accumulate(batch.lengths, initial=0))
     parts = []
     for is_single in (True, False):
         chosen = [i for i, length in enumerate(batch.lengths) if (length == 1) == is_single]
         rows_N = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in chosen])
         some, tables = batch.subset(chosen, rows_N), (rope[0][rows_N], rope[1][rows_N])
-        step = CacheStep(some.caches or ()) if is_single else None
+        step = prepare_rows(some.caches or ()) if is_single else None
         parts.append(Part(some, tables, rows_N, step))
     return parts

@@ -10,9 +10,9 @@ import torch
 
 from ...kernels.values.expert_weights import ExpertWeights, empty_slots
 from ...kernels.values.quantized_weights import (
-    AnyExperts,
     QuantizedExpertWeights,
     QuantizedMatrices,
+    SlotWeights,
     empty_matrices,
 )
 from ..config.model import ModelConfig
@@ -22,7 +22,7 @@ from .expert_layouts import part_shapes
 
 def empty_experts(
     config: ModelConfig, num_slots: int, dtype: torch.dtype, packed: PackedFormat | None
-) -> AnyExperts:
+) -> SlotWeights:
     """Allocate ``num_slots`` experts of a model on the CPU, in few bits where ``packed`` says so.
 
     Biases are in ``dtype`` in any case.

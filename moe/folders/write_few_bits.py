@@ -9,7 +9,8 @@ from functools import partial
 from torch import Tensor
 
 from ...errors import ConfigError
-from ...kernels.values.quantized_weights import INT4_GROUP_SIZE, WIDTH_UNIT, Bits, quantize
+from ...kernels.values.quantize import INT4_GROUP_SIZE, quantize
+from ...kernels.values.quantized_weights import WIDTH_UNIT, Bits
 from ..config.model import ModelConfig
 from .compressed_tensors import PackedFormat, slot_view, to_stored
 from .writer import TensorPlan

@@ -8,17 +8,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ...kernels.cpu.attention import CacheStep, CppAttention
 from ...kernels.experts import Backend
-from ..attention.cpp import cpp_attention
+from ..attention.backend import backends, run_attention
 from ..attention.grouped_query import Attention
 from ..attention.latent import LatentAttention
 from ..attention.parts import Part, parts_of
-from ..attention.rope import Rope, Tables
+from ..attention.rope import Rope
 from ..batch import Batch
 from ..config.model import ModelConfig
 from ..kv_cache import SequenceCache
@@ -83,8 +81,7 @@ class DecoderLayer(nn.Module):
         else:
             assert config.d_ff is not None, "the configuration was not validated"
             self.mlp = GatedMLP(config.d_model, config.d_ff)
-        self._cpp_attention: CppAttention | None = None
-        self._epsilon = config.rms_eps
+        self._attention_backends = backends(layer, config.rms_eps)
 
     def forward(
         self,
@@ -102,7 +99,7 @@ class DecoderLayer(nn.Module):
         if isinstance(self.mlp, MoELayer) and self.mlp.lookahead is Lookahead.ATTENTION_INPUT:
             routing = _choose(self.mlp, x_TD, batch)
             self.mlp.experts.announce(routing)
-        x_TD, mlp_input_TD = self._attend(x_TD, parts)
+        x_TD, mlp_input_TD = run_attention(self._attention_backends, self._modules, x_TD, parts)
         if isinstance(self.mlp, GatedMLP):
             return x_TD + self.mlp(mlp_input_TD), None, None
         if routing is None:
@@ -110,35 +107,10 @@ class DecoderLayer(nn.Module):
         next_routing = None
         if following is not None:
             next_routing = _choose(following, mlp_input_TD, batch)
-            self.mlp.experts.keep(routing)  # lest the next ones push them out
+            self.mlp.experts.keep(routing)  # reading the next layer's must not evict them
             following.experts.announce(next_routing)
         y_TD, routing = self.mlp(mlp_input_TD, routing=routing)
         return x_TD + y_TD, routing, next_routing
-
-    def _attend(self, x_TD: Tensor, parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
-        """Return the residual stream after attention, and its norm, which the MLP reads."""
-        if len(parts) == 1:
-            return self._attend_part(x_TD, parts[0])
-        x_out_TD, normed_TD = torch.empty_like(x_TD), torch.empty_like(x_TD)
-        for part in parts:
-            rows_N = part.rows_N
-            x_out_TD[rows_N], normed_TD[rows_N] = self._attend_part(x_TD[rows_N], part)
-        return x_out_TD, normed_TD
-
-    def _attend_part(self, x_ND: Tensor, part: Part) -> tuple[Tensor, Tensor]:
-        if part.step is not None:
-            found = self._attend_in_cpp(x_ND, part.rope, part.step)
-            if found is not None:
-                return found
-        x_ND = x_ND + self.self_attn(self.input_layernorm(x_ND), part.batch, part.rope)
-        return x_ND, self.post_attention_layernorm(x_ND)
-
-    def _attend_in_cpp(
-        self, x_ND: Tensor, rope: Tables, step: CacheStep
-    ) -> tuple[Tensor, Tensor] | None:
-        known = cpp_attention(self._modules, self._epsilon, self._cpp_attention)
-        self._cpp_attention = known
-        return None if known is None else known.run(x_ND, rope, self.layer, step)
 
 
 def _choose(layer: MoELayer, x_TD: Tensor | None, batch: Batch) -> Routing:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import register_dataclass
 
-from ...kernels.torch_ops.router import count_choices as count_choices
+from ...kernels.values.choice import count_choices as count_choices
 
 Reduce = Callable[[Tensor], Tensor]
 """Sum a tensor of counts over all ranks that share the batch; the identity on one process."""

@@ -7,10 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels.cpu.router import route as cpp_route
 from ...kernels.linear import row_stable_linear
-from ...kernels.router import choose
-from ...kernels.torch_ops.router import EPSILON, ChoiceRule, probabilities, scores, where_valid
+from ...kernels.router import choose, project_and_choose
+from ...kernels.values.choice import ChoiceRule, probabilities, scores, where_valid
 from .config import TopK
 from .router import Router
 from .routing import Lookahead, RouterInput, Routing, count_tokens
@@ -77,24 +76,11 @@ class TopKRouter(Router):
         return routing
 
     def _route_in_cpp(self, x_TD: Tensor) -> Routing | None:
-        config = self.config
-        found = cpp_route(
-            x_TD,
-            self.weight,
-            self.e_score_correction_bias,
-            self.k,
-            logit_bias_E=self.bias,
-            score=config.score,
-            renormalize=config.renormalize,
-            scale=config.scale,
-            epsilon=EPSILON,
-            num_groups=config.num_groups,
-            top_groups=config.top_groups,
-            group_best=self.rule.group_best,
-        )
+        bias_E = self.e_score_correction_bias
+        found = project_and_choose(x_TD, self.weight, self.bias, bias_E, self.rule)
         if found is None:
             return None
-        return Routing(*found, num_tokens=torch.tensor(x_TD.shape[0]))
+        return Routing(*found[:3], num_tokens=torch.tensor(x_TD.shape[0]))
 
     @torch.no_grad()
     def update_bias(self, counts_E: Tensor) -> None:

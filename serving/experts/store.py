@@ -17,7 +17,7 @@ from functools import partial
 import torch
 
 from ...errors import ConfigError, ExpertReadError
-from ...kernels.values.quantized_weights import AnyExperts
+from ...kernels.values.quantized_weights import SlotWeights
 from ...moe.folders.expert_slots import empty_experts, expert_bytes
 from ...moe.folders.folder import ModelFolder
 from .read_queue import Key, Read, ReadQueue
@@ -87,7 +87,9 @@ class ExpertStore:
             if key in self._resident:
                 self._resident.move_to_end(key)
 
-    def stream(self, layer: int, experts: Sequence[int]) -> Generator[tuple[list[int], AnyExperts]]:
+    def stream(
+        self, layer: int, experts: Sequence[int]
+    ) -> Generator[tuple[list[int], SlotWeights]]:
         """Yield all of ``experts`` in waves, each with weights that stay valid until the next.
 
         Resident experts come first, while the others are being read. Raises
@@ -145,7 +147,7 @@ class ExpertStore:
         self._announced = deque(key for key in self._announced if key[0] != layer)
         return ready, waiting
 
-    def _weights(self, layer: int) -> AnyExperts:
+    def _weights(self, layer: int) -> SlotWeights:
         slots = tuple(self._resident.get((layer, e), -1) for e in range(self._num_experts))
         return replace(self._slots, slot_of_E=slots)
 

@@ -94,8 +94,8 @@ def caches_of(dtype: torch.dtype, past: tuple[int, ...]) -> tuple[list[SequenceC
         keys_GLH, values_GLH = torch.randn(2, G, length, H, generator=generator).to(dtype)
         cache = SequenceCache([KVCacheSpec(G, H, H, dtype)] * 2, 80, torch.device("cpu"))
         cache.reserve(max(1, length))
-        cache.extend(0, *torch.full((2, G, length, H), torch.nan))
-        cache.extend(LAYER, keys_GLH, values_GLH)
+        cache.append(0, *torch.full((2, G, length, H), torch.nan))
+        cache.append(LAYER, keys_GLH, values_GLH)
         cache.length = length
         caches.append(cache)
         known.append([keys_GLH.double(), values_GLH.double()])

@@ -9,8 +9,8 @@ from moeyard.kernels.cpu import library
 from moeyard.kernels.cpu.attention import (
     AttentionModules,
     AttentionOptions,
-    CacheStep,
-    CppAttention,
+    RowAttention,
+    RowStep,
 )
 
 pytestmark = [
@@ -24,11 +24,11 @@ DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 
 def steps(modules, options, dtype, past, count=2) -> list[tuple[Tensor, Tensor]]:
     """Return what the kernels give for ``count`` positions of each sequence, one by one."""
-    attention, (caches, _) = CppAttention(modules, options), caches_of(dtype, past)
+    attention, (caches, _) = RowAttention(modules, options), caches_of(dtype, past)
     found = []
     for step in range(count):
         x_BD, *rope = inputs(dtype, past, step)
-        made = attention.run(x_BD, tuple(rope), LAYER, CacheStep(caches))
+        made = attention.run(x_BD, tuple(rope), LAYER, RowStep(caches))
         assert made is not None
         found.append(made)
         for cache in caches:
@@ -95,7 +95,7 @@ PLACES = [
 @pytest.mark.parametrize("place", PLACES)
 def test_sees_that_a_parameter_or_its_module_is_another(place):
     modules, options = layer(CASES["all"], torch.float32)
-    attention = CppAttention(modules, options)
+    attention = RowAttention(modules, options)
     module, name = place.split(".")
     old = getattr(getattr(modules, module), name)
     old.add_(1.0)
@@ -134,4 +134,4 @@ def test_leaves_rows_that_need_gradients_to_others():
 def attempt(modules: AttentionModules, options: AttentionOptions) -> tuple[Tensor, Tensor] | None:
     caches, _ = caches_of(torch.float32, PAST)
     x_BD, *rope = inputs(torch.float32, PAST, 0)
-    return CppAttention(modules, options).run(x_BD, tuple(rope), LAYER, CacheStep(caches))
+    return RowAttention(modules, options).run(x_BD, tuple(rope), LAYER, RowStep(caches))

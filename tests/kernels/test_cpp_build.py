@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from moeyard.kernels import trust
 from moeyard.kernels.cpu import build, library
 from moeyard.kernels.cpu.build import BuildError, built_library
 from moeyard.kernels.cpu.linear import linear
@@ -27,7 +28,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 
 def test_the_kernels_of_this_machine_compute_right():
-    assert not library.load().is_wrong, library.load().state
+    assert not trust.cpp().is_wrong, trust.cpp().state
 
 
 def fake_compiler(tmp_path, monkeypatch, script: str) -> Path:
@@ -89,7 +90,7 @@ def test_a_check_that_breaks_leaves_the_kernels_unused(monkeypatch):
     monkeypatch.setattr("moeyard.kernels.checks.cpu.problem", broken)
     monkeypatch.setattr(library, "_open", lambda: library.Library(object(), "avx2"))
     for _ in range(2):
-        found = library.load()
+        found = trust.cpp()
         assert found.functions is None and found.is_wrong
         assert found.state == "avx2 could not be checked (RuntimeError: no memory)"
 
@@ -109,7 +110,7 @@ def test_the_pool_runs_every_task_of_every_job_exactly_once(tmp_path):
 def test_a_library_that_computes_wrong_is_not_used(cache, monkeypatch):
     monkeypatch.setattr("moeyard.kernels.checks.cpu.problem", lambda: "computes norms wrong")
     monkeypatch.setattr(library, "_open", lambda: library.Library(object(), "avx2"))
-    assert library.load() == (None, "avx2 computes norms wrong", True)
+    assert trust.cpp() == (None, "avx2 computes norms wrong", True)
 
 
 def start(code: str, **variables: str) -> str:
@@ -119,7 +120,7 @@ def start(code: str, **variables: str) -> str:
     return done.stdout + done.stderr
 
 
-PRINT_STATE = "from moeyard.kernels.cpu.library import load; print(load().state)"
+PRINT_STATE = "from moeyard.kernels.trust import cpp; print(cpp().state)"
 
 
 @needs_compiler

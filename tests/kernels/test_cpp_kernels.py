@@ -14,7 +14,7 @@ from moeyard.kernels.cpu.norm import rms_norm
 from moeyard.kernels.experts import expert_mlp
 from moeyard.kernels.values.activation import ACTIVATIONS
 from moeyard.kernels.values.expert_weights import ExpertWeights, MainGrads
-from moeyard.kernels.values.quantized_weights import quantize_experts
+from moeyard.kernels.values.quantize import quantize_experts
 from moeyard.kernels.waves import start_waves
 from moeyard.moe.routers.build import build_router
 from moeyard.moe.routers.config import TopK

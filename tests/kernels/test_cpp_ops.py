@@ -6,7 +6,7 @@ import torch
 from moeyard.kernels.cpu import library, ops
 from moeyard.kernels.experts import expert_mlp
 from moeyard.kernels.values.expert_weights import ExpertWeights, MainGrads
-from moeyard.kernels.values.quantized_weights import quantize_experts
+from moeyard.kernels.values.quantize import quantize_experts
 
 pytestmark = pytest.mark.skipif(library.load().functions is None, reason=library.load().state)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from moeyard.kernels.experts import expert_mlp
 from moeyard.kernels.frozen_experts import LowRank, frozen_expert_mlp
-from moeyard.kernels.torch_ops.reference import expert_mlp_reference
 from moeyard.kernels.values.expert_weights import ExpertWeights
 
 T, K, E, D, F, P, SCALE = 37, 3, 6, 10, 8, 2, 1.7
@@ -62,7 +62,7 @@ def expected_of(leaves, ids, experts):
     fc2 = experts.fc2_SDF.double() + SCALE * wide["fc2_b"] @ wide["fc2_a"]
     biases = (None if bias is None else bias.double() for bias in experts.parameters[2:])
     merged = ExpertWeights(fc1, fc2, experts.slot_of_E, "swiglu", None, *biases)
-    return expert_mlp_reference(wide["x"], ids, wide["weights"], merged)
+    return expert_mlp(wide["x"], ids, wide["weights"], merged, "reference")
 
 
 def gradients(y, leaves):

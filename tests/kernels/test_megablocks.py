@@ -10,13 +10,16 @@ import types
 import pytest
 import torch
 
-from moeyard.kernels.checks import experts as self_check
-from moeyard.kernels.checks.experts import check_backend, check_backends
-from moeyard.kernels.experts import expert_mlp
+from moeyard.kernels import experts as door
+from moeyard.kernels.checks.experts import check_backend
+from moeyard.kernels.experts import MEGABLOCKS, check_backends, expert_mlp
 from moeyard.kernels.torch_ops import megablocks as megablocks_backend
-from moeyard.kernels.torch_ops.megablocks import why_no_megablocks
+from moeyard.kernels.torch_ops.megablocks import why_not
 from moeyard.kernels.values.expert_weights import ExpertWeights, MainGrads
-from moeyard.kernels.values.quantized_weights import QuantizedExpertWeights, quantize
+from moeyard.kernels.values.quantize import quantize
+from moeyard.kernels.values.quantized_weights import QuantizedExpertWeights
+
+from backends import pretend_there
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 T, K, E, D, F = 37, 2, 5, 24, 40
@@ -47,7 +50,7 @@ def gmm(a, b, batch_sizes, trans_a=False, trans_b=False, c=None):
 @pytest.fixture
 def stand_in(monkeypatch):
     monkeypatch.setattr(megablocks_backend, "_load", lambda: (gmm, None))
-    monkeypatch.setattr(megablocks_backend, "why_no_megablocks", lambda device: None)
+    pretend_there(monkeypatch, "megablocks")
 
 
 def problem(ids_from=-1, slots=E, has_bias=False):
@@ -123,21 +126,23 @@ def test_adds_to_main_gradients_and_recomputes_with_the_same_bits(stand_in, has_
 def test_passes_the_self_check_on_its_stand_in_and_fails_it_where_products_are_wrong(
     stand_in, monkeypatch
 ):
-    assert check_backend("megablocks", torch.bfloat16, "cpu").passed
+    assert check_backend("megablocks", MEGABLOCKS.run, torch.bfloat16, "cpu").passed
 
     def wrong(*arguments, **options):
         return gmm(*arguments, **options) * 1.1
 
     monkeypatch.setattr(megablocks_backend, "_load", lambda: (wrong, None))
-    assert check_backend("megablocks", torch.bfloat16, "cpu").failed
+    assert check_backend("megablocks", MEGABLOCKS.run, torch.bfloat16, "cpu").failed
 
 
 def test_the_doctor_checks_the_type_that_it_takes(monkeypatch):
     checked = []
-    monkeypatch.setattr(self_check, "why_no_megablocks", lambda device: None)
-    monkeypatch.setattr(self_check, "check_backend", lambda *a: checked.append(a))
+    pretend_there(monkeypatch, "megablocks")
+    monkeypatch.setattr(door, "check_backend", lambda *a: checked.append(a))
     list(check_backends())
-    assert [dtype for backend, dtype, _ in checked if backend == "megablocks"] == [torch.bfloat16]
+    assert [dtype for backend, _, dtype, _ in checked if backend == "megablocks"] == [
+        torch.bfloat16
+    ]
 
 
 def test_says_what_it_does_not_take(stand_in):
@@ -169,7 +174,7 @@ def fresh(monkeypatch):
 
 def test_says_in_one_sentence_why_it_is_not_there(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    reason = why_no_megablocks(GPU)
+    reason = why_not(GPU)
     assert reason == "MegaBlocks is not installed; docs/backends.md says how to build it."
     ids, (x, weights, fc1, fc2) = problem()
     with pytest.raises(ValueError, match=r"MegaBlocks is not installed; .* Use backend 'auto'\."):
@@ -183,7 +188,7 @@ def test_is_not_imported_without_a_gpu(fresh):
         raise AssertionError(f"{name} was imported")
 
     fresh.setattr(importlib, "import_module", never)
-    assert why_no_megablocks(CPU) == "MegaBlocks needs a CUDA device."
+    assert why_not(CPU) == "MegaBlocks needs a CUDA device."
 
 
 def test_says_why_it_cannot_be_imported_and_tries_once(fresh):
@@ -195,7 +200,7 @@ def test_says_why_it_cannot_be_imported_and_tries_once(fresh):
 
     fresh.setattr(importlib, "import_module", broken)
     for _ in range(2):
-        assert why_no_megablocks(GPU) == (
+        assert why_not(GPU) == (
             "MegaBlocks is installed but not importable (ImportError: undefined symbol: _ZN3c10); "
             "docs/backends.md says how to build it."
         )
@@ -206,7 +211,7 @@ def test_says_why_it_cannot_be_imported_and_tries_once(fresh):
 def test_needs_its_grouped_products(fresh, has_products):
     util = types.SimpleNamespace(backend=types.SimpleNamespace(gmm=gmm) if has_products else None)
     fresh.setattr(importlib, "import_module", lambda name: util)
-    reason = why_no_megablocks(GPU)
+    reason = why_not(GPU)
     assert (reason is None) == has_products
     assert reason is None or "without its grouped_gemm" in reason
 
@@ -214,8 +219,8 @@ def test_needs_its_grouped_products(fresh, has_products):
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [61, 4000])
 def test_megablocks_itself_passes_the_self_check(tokens):
-    reason = why_no_megablocks(GPU)
+    reason = why_not(GPU)
     if reason is not None:
         pytest.skip(reason)
-    check = check_backend("megablocks", torch.bfloat16, "cuda", tokens)
+    check = check_backend("megablocks", MEGABLOCKS.run, torch.bfloat16, "cuda", tokens)
     assert check.passed, check

@@ -5,12 +5,8 @@ import torch
 
 from moeyard.kernels.experts import expert_mlp
 from moeyard.kernels.values.expert_weights import ExpertWeights
-from moeyard.kernels.values.quantized_weights import (
-    QuantizedExpertWeights,
-    QuantizedMatrices,
-    quantize,
-    quantize_experts,
-)
+from moeyard.kernels.values.quantize import quantize, quantize_experts
+from moeyard.kernels.values.quantized_weights import QuantizedExpertWeights, QuantizedMatrices
 
 FORMATS = pytest.mark.parametrize(("bits", "group_size"), [(8, None), (8, 32), (4, 32), (4, 64)])
 

@@ -5,10 +5,13 @@ import warnings
 import pytest
 import torch
 
+from moeyard.kernels import trust
 from moeyard.kernels.checks import router as router_check
-from moeyard.kernels.gpu import door as triton_backend
+from moeyard.kernels.gpu import choice as triton_choice
+from moeyard.kernels.gpu import device as triton_device
 from moeyard.kernels.router import choose
-from moeyard.kernels.torch_ops.router import ChoiceRule, choose_torch
+from moeyard.kernels.torch_ops.router import choose_torch
+from moeyard.kernels.values.choice import ChoiceRule
 
 GPU = torch.device("cuda", 0)
 
@@ -27,7 +30,7 @@ def test_a_cpu_takes_torch_by_itself_and_refuses_triton_in_a_sentence():
 
 
 def test_says_what_the_router_does_not_take(monkeypatch):
-    monkeypatch.setattr(triton_backend, "why_not", lambda device: None)
+    monkeypatch.setattr(triton_choice, "why_not", lambda device: None)
     rule = ChoiceRule(k=2)
     with pytest.raises(ValueError, match=r"takes fp32 logits, not torch\.float64"):
         choose(logits(dtype=torch.float64), None, None, rule, False, "triton")
@@ -39,23 +42,24 @@ def test_says_what_the_router_does_not_take(monkeypatch):
 def test_a_router_that_fails_its_self_check_warns_once_and_is_not_taken(monkeypatch, broken):
     asked = []
 
-    def check(device):
+    def check(choose, device):
+        assert choose is triton_choice.choose_triton
         assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         asked.append(device)
         return broken
 
-    monkeypatch.setattr(router_check, "problem_with_triton", check)
-    monkeypatch.setattr(triton_backend, "_ROUTER_VERDICTS", {})
+    monkeypatch.setattr(router_check, "problem_with", check)
+    monkeypatch.setattr(trust, "_router_verdicts", {})
     with warnings.catch_warnings(record=True) as said, torch.inference_mode():
         warnings.simplefilter("always")
-        found = {triton_backend._is_router_trusted(GPU) for _ in "ab"}
+        found = {trust.triton_router_computes(GPU) for _ in "ab"}
     assert found == {broken is None} and asked == [GPU]
     assert len(said) == (broken is not None)
     assert broken is None or broken in str(said[0].message)
 
 
 @pytest.mark.parametrize("part", ["experts", "weights", "sums", "gradients", "an exception"])
-def test_the_self_check_sees_what_a_wrong_kernel_does(monkeypatch, part):
+def test_the_self_check_sees_what_a_wrong_kernel_does(part):
     """Torch's own path passes for the kernels; then one thing about it is made wrong."""
 
     def wrong(logits_TE, bias_E, valid_T, rule, wants_sums):
@@ -72,18 +76,16 @@ def test_the_self_check_sees_what_a_wrong_kernel_does(monkeypatch, part):
             return made._replace(sums=made.sums._replace(z_sum=made.sums.z_sum * 1.001))
         return made
 
-    monkeypatch.setattr(router_check, "choose_triton", choose_torch)
-    assert router_check.problem_with_triton(torch.device("cpu")) is None
-    monkeypatch.setattr(router_check, "choose_triton", wrong)
-    problem = router_check.problem_with_triton(torch.device("cpu"))
+    assert router_check.problem_with(choose_torch, torch.device("cpu")) is None
+    problem = router_check.problem_with(wrong, torch.device("cpu"))
     expected = {"sums": "z sums", "an exception": "RuntimeError: no kernel image"}.get(part, part)
     assert problem is not None and problem.startswith(expected)
 
 
 def test_the_doctor_says_how_the_router_does(monkeypatch):
     if not torch.cuda.is_available():
-        assert router_check.state() == "not available: Triton needs a CUDA device."
-    monkeypatch.setattr(router_check, "why_not", lambda device: None)
+        assert trust.router_state() == "not available: Triton needs a CUDA device."
+    monkeypatch.setattr(triton_device, "why_not", lambda device: None)
     for problem, expected in ((None, "passes its"), ("weights are off", "FAILED its")):
-        monkeypatch.setattr(router_check, "problem_with_triton", lambda _, p=problem: p)
-        assert router_check.state().startswith(expected)
+        monkeypatch.setattr(router_check, "problem_with", lambda _, __, p=problem: p)
+        assert trust.router_state().startswith(expected)

@@ -6,7 +6,7 @@ import torch
 from moeyard.kernels.cpu import library
 from moeyard.kernels.experts import expert_mlp
 from moeyard.kernels.linear import (
-    bf16_row_stable_linear,
+    linear,
     row_stable_linear,
 )
 from moeyard.kernels.values.expert_weights import ExpertWeights
@@ -27,13 +27,13 @@ def test_few_rows_have_the_bits_of_many(width, threads, kernels, monkeypatch):
     weight = torch.randn(width[1], width[0], generator=g) * width[0] ** -0.5
     with torch.no_grad():
         wide = row_stable_linear(x, weight)
-        narrow = bf16_row_stable_linear(x.bfloat16(), weight.bfloat16())
+        narrow = linear(x.bfloat16(), weight.bfloat16())
         for count in COUNTS:
             assert torch.equal(row_stable_linear(x[:count], weight), wide[:count])
-            found = bf16_row_stable_linear(x[:count].bfloat16(), weight.bfloat16())
+            found = linear(x[:count].bfloat16(), weight.bfloat16())
             assert torch.equal(found, narrow[:count])
         for row in range(200):  # few elements of few rows show a lone row's other path
-            found = bf16_row_stable_linear(x[row : row + 1].bfloat16(), weight.bfloat16())
+            found = linear(x[row : row + 1].bfloat16(), weight.bfloat16())
             assert torch.equal(found, narrow[row : row + 1])
 
 

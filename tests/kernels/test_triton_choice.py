@@ -7,18 +7,20 @@ import warnings
 import pytest
 import torch
 
+from moeyard.kernels import trust
 from moeyard.kernels.checks import experts as self_check
 from moeyard.kernels.checks.experts import BackendCheck
 from moeyard.kernels.cpu import library
 from moeyard.kernels.experts import expert_mlp
-from moeyard.kernels.gpu import door as triton_backend
+from moeyard.kernels.gpu import experts as triton_experts
+from moeyard.kernels.gpu.device import why_not
 from moeyard.kernels.gpu.tiles import tile_rows
+from moeyard.kernels.values.calls import ExpertCall
 from moeyard.kernels.values.expert_weights import ExpertWeights, MainGrads, empty_slots
-from moeyard.kernels.values.quantized_weights import (
-    QuantizedExpertWeights,
-    QuantizedMatrices,
-    quantize_experts,
-)
+from moeyard.kernels.values.quantize import quantize_experts
+from moeyard.kernels.values.quantized_weights import QuantizedExpertWeights, QuantizedMatrices
+
+from backends import pretend_there
 
 
 def problem(dtype=torch.float32):
@@ -35,15 +37,17 @@ def test_a_cpu_takes_cpp_or_torch_by_itself_and_refuses_triton_in_a_sentence(mon
         assert torch.equal(expert_mlp(*arguments), expert_mlp(*arguments, "cpp"))
     monkeypatch.setattr(library, "_loaded", library.Library(None, "no C++ compiler"))
     assert torch.equal(expert_mlp(*arguments), expected)
-    with pytest.raises(ValueError, match=r"backend is 'cpp', .* no C\+\+ compiler.*use 'auto'"):
+    with pytest.raises(
+        ValueError, match=r"backend is 'cpp', .* no C\+\+ compiler.*Use backend 'auto'\."
+    ):
         expert_mlp(*arguments, "cpp")
-    with pytest.raises(ValueError, match=r"needs a CUDA device\. Use backend 'torch'\."):
+    with pytest.raises(ValueError, match=r"needs a CUDA device\. Use backend 'auto'\."):
         expert_mlp(*arguments, "triton")
 
 
 def test_says_that_triton_is_missing(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "not installed" in triton_backend.why_not(torch.device("cuda"))
+    assert "not installed" in why_not(torch.device("cuda"))
     with pytest.raises(ValueError, match="not installed"):
         expert_mlp(*problem(), "triton")
 
@@ -52,7 +56,7 @@ def test_says_that_triton_is_missing(monkeypatch):
 def test_wants_ampere_or_newer(monkeypatch, capability):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    reason = triton_backend.why_not(torch.device("cuda"))
+    reason = why_not(torch.device("cuda"))
     assert (reason is None) == (capability >= (8, 0))
     assert reason is None or "this GPU has 7.5" in reason
 
@@ -62,7 +66,7 @@ def test_wants_ampere_or_newer(monkeypatch, capability):
 def test_a_failing_self_check_warns_once_and_is_remembered(monkeypatch, broken, has_bias):
     sizes = []
 
-    def check(backend, dtype, device, num_tokens, checks_bias):
+    def check(backend, run, dtype, device, num_tokens, checks_bias):
         assert checks_bias == has_bias
         assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         sizes.append(num_tokens)
@@ -71,11 +75,11 @@ def test_a_failing_self_check_warns_once_and_is_remembered(monkeypatch, broken, 
         return BackendCheck(backend, device, "bfloat16", 0.03, {} if problem else errors, problem)
 
     monkeypatch.setattr(self_check, "check_backend", check)
-    monkeypatch.setattr(triton_backend, "_VERDICTS", {})
+    monkeypatch.setattr(trust, "_triton_verdicts", {})
     with warnings.catch_warnings(record=True) as said, torch.inference_mode():
         warnings.simplefilter("always")
         kind = (torch.bfloat16, torch.device("cuda"), None, has_bias)
-        found = {triton_backend._is_trusted(*kind) for _ in "ab"}
+        found = {trust.triton_computes(*kind) for _ in "ab"}
     assert found == {broken is None}
     assert len(said) == (broken is not None)
     assert broken is None or "using the torch backend" in str(said[0].message)
@@ -83,7 +87,7 @@ def test_a_failing_self_check_warns_once_and_is_remembered(monkeypatch, broken, 
 
 
 def test_says_what_it_does_not_take(monkeypatch):
-    monkeypatch.setattr(triton_backend, "why_not", lambda device: None)
+    pretend_there(monkeypatch, "triton")
     x, ids, weights, experts = problem()
     with pytest.raises(ValueError, match=r"take bf16, fp16 and fp32, not torch\.float64"):
         expert_mlp(*problem(torch.float64), "triton")
@@ -106,11 +110,11 @@ def test_says_what_it_does_not_take(monkeypatch):
 
 
 def test_says_what_it_does_not_take_of_quantized_experts(monkeypatch):
-    monkeypatch.setattr(triton_backend, "why_not", lambda device: None)
+    pretend_there(monkeypatch, "triton")
     x, ids, weights = torch.randn(4, 64), torch.randint(0, 3, (4, 2)), torch.rand(4, 2)
     plain = ExpertWeights(torch.randn(3, 64, 64), torch.randn(3, 64, 32))
     experts = quantize_experts(plain, 8)
-    assert triton_backend._misfit(x, ids, weights, experts) is None
+    assert triton_experts.misfit(ExpertCall(x, ids, weights, experts)) is None
     values = experts.fc2.values.mT.contiguous().mT
     by_column = QuantizedMatrices(values, experts.fc2.scales_SQG)
     with pytest.raises(ValueError, match=r"fc2\.values has strides \(2048, 1, 64\)"):
@@ -121,10 +125,10 @@ def test_says_what_it_does_not_take_of_quantized_experts(monkeypatch):
 
 
 def test_takes_the_slots_of_a_cache(monkeypatch):
-    monkeypatch.setattr(triton_backend, "why_not", lambda device: None)
+    pretend_there(monkeypatch, "triton")
     x, ids, weights, _ = problem()
     slots = ExpertWeights(empty_slots(3, 12, 8, x.dtype), empty_slots(3, 8, 6, x.dtype))
-    assert triton_backend._misfit(x, ids, weights, slots) is None
+    assert triton_experts.misfit(ExpertCall(x, ids, weights, slots)) is None
 
 
 def test_no_distribution_of_rows_needs_more_tiles_than_the_bound_and_one_needs_all():

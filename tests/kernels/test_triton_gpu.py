@@ -8,8 +8,8 @@ pytest.importorskip("triton", reason="Triton has no package for this system")
 from triton_cases import *  # noqa: F403
 from triton_cases import TOLERANCE, assert_near, expected_outcome, outcome, problem, routing
 
-from moeyard.kernels.experts import expert_mlp
-from moeyard.kernels.gpu.door import is_chosen
+from moeyard.kernels.experts import TRITON, expert_mlp
+from moeyard.kernels.values.calls import ExpertCall
 from moeyard.kernels.values.expert_weights import ExpertWeights
 
 pytestmark = pytest.mark.gpu
@@ -27,7 +27,8 @@ def test_real_widths_agree_with_the_reference(tokens, dtype):
 def test_is_the_automatic_choice(dtype):
     shape = (64, 2, 4, 64, 64)
     ids, leaves = routing("random", *shape[:3]), problem(shape, dtype)
-    assert is_chosen(leaves[0], ids.cuda(), leaves[1], ExpertWeights(*leaves[2:]))
+    call = ExpertCall(leaves[0], ids.cuda(), leaves[1], ExpertWeights(*leaves[2:]))
+    assert TRITON.misfit(call) is None and TRITON.is_trusted(call)
     for actual, expected in zip(outcome(ids, leaves, "auto"), outcome(ids, leaves), strict=True):
         assert torch.equal(actual, expected)
 

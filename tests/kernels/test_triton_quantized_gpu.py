@@ -9,9 +9,9 @@ from triton_cases import TOLERANCE, routing
 from triton_quantized_cases import *  # noqa: F403
 from triton_quantized_cases import assert_near, expected_of, problem, run, weights_of
 
-from moeyard.kernels.experts import expert_mlp
-from moeyard.kernels.gpu.door import is_chosen
+from moeyard.kernels.experts import TRITON, expert_mlp
 from moeyard.kernels.gpu.tiles import is_dequantized
+from moeyard.kernels.values.calls import ExpertCall
 
 pytestmark = pytest.mark.gpu
 SHAPE = (64, 2, 8, 128, 64)
@@ -31,7 +31,8 @@ def test_quantized_real_widths_agree_with_the_reference(bits, group_size, dtype,
 @pytest.mark.parametrize("bits", [8, 4])
 def test_quantized_is_the_automatic_choice(bits, dtype):
     inputs, experts = problem(SHAPE, dtype), weights_of(*SHAPE[2:], bits, None)
-    assert is_chosen(*(part.cuda() for part in inputs), experts.to("cuda"))
+    call = ExpertCall(*(part.cuda() for part in inputs), experts.to("cuda"))
+    assert TRITON.misfit(call) is None and TRITON.is_trusted(call)
     assert torch.equal(run(inputs, experts, "auto"), run(inputs, experts))
 
 

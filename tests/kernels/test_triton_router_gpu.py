@@ -8,8 +8,8 @@ pytest.importorskip("triton", reason="Triton has no package for this system")
 from triton_router_cases import *  # noqa: F403
 from triton_router_cases import assert_near, expected_outcome, outcome, problem, rule
 
-from moeyard.kernels.gpu.door import is_router_chosen
 from moeyard.kernels.router import choose
+from moeyard.kernels.trust import trusts_triton_router
 from moeyard.moe.routers.config import TopK
 from moeyard.moe.routers.routing import RouterInput
 from moeyard.moe.routers.topk import TopKRouter
@@ -35,7 +35,7 @@ def test_real_sizes_agree_with_torch(rule, experts, tokens):
 
 def test_is_the_automatic_choice():
     logits, bias, valid = problem(300, 64, has_bias=True)
-    assert is_router_chosen(logits)
+    assert trusts_triton_router(logits)
     for actual, expected in zip(
         outcome(logits, bias, valid, DEEPSEEK, "auto"),
         outcome(logits, bias, valid, DEEPSEEK),

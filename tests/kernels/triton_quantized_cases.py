@@ -11,12 +11,8 @@ from moeyard.kernels.experts import expert_mlp
 from moeyard.kernels.gpu import dequantize, quantized_ops, tiles
 from moeyard.kernels.gpu.grouping import group_rows
 from moeyard.kernels.values.expert_weights import ExpertWeights
-from moeyard.kernels.values.quantized_weights import (
-    QuantizedExpertWeights,
-    QuantizedMatrices,
-    quantize,
-    quantize_experts,
-)
+from moeyard.kernels.values.quantize import quantize, quantize_experts
+from moeyard.kernels.values.quantized_weights import QuantizedExpertWeights, QuantizedMatrices
 
 FORMATS = [(8, None), (8, 32), (4, 32), (4, 64)]
 # T, K, E, D, F: tiles of 16, 32 and 64 rows, with ragged ends; widths no tile divides.

@@ -11,7 +11,8 @@ import triton
 import moeyard.kernels.router
 from moeyard.kernels.gpu import router as router_kernels
 from moeyard.kernels.router import choose
-from moeyard.kernels.torch_ops.router import ChoiceRule, choose_torch
+from moeyard.kernels.torch_ops.router import choose_torch
+from moeyard.kernels.values.choice import ChoiceRule
 from moeyard.moe.routers.config import TopK
 from moeyard.moe.routers.losses import auxiliary_losses
 from moeyard.moe.routers.routing import RouterInput
@@ -243,7 +244,9 @@ def test_the_top_k_router_computes_the_same_losses_and_gradients_on_both(score, 
     found = []
     for is_chosen in (True, False):
         called = []
-        monkeypatch.setattr(moeyard.kernels.router, "is_router_chosen", lambda _, c=is_chosen: c)
+        monkeypatch.setattr(
+            moeyard.kernels.router, "trusts_triton_router", lambda _, c=is_chosen: c
+        )
         monkeypatch.setattr(
             moeyard.kernels.router,
             "choose_torch",

@@ -10,11 +10,8 @@ from safetensors.torch import save_file
 from moeyard.errors import ModelFileError
 from moeyard.kernels.experts import expert_mlp
 from moeyard.kernels.values.expert_weights import ExpertWeights
-from moeyard.kernels.values.quantized_weights import (
-    QuantizedExpertWeights,
-    empty_matrices,
-    quantize,
-)
+from moeyard.kernels.values.quantize import quantize
+from moeyard.kernels.values.quantized_weights import QuantizedExpertWeights, empty_matrices
 from moeyard.moe.folders.compressed_tensors import (
     PackedFormat,
     read_matrix,

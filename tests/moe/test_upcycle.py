@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, Qwen3MoeForCausalLM
 import moeyard
 from moeyard.cli import main
 from moeyard.kernels.router import choose
-from moeyard.kernels.torch_ops.router import ChoiceRule
+from moeyard.kernels.values.choice import ChoiceRule
 from moeyard.moe.folders.upcycle import upcycle
 from moeyard.moe.routers.config import TopK
 from moeyard.moe.routers.topk import TopKRouter

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from moeyard.kernels.values.quantized_weights import empty_matrices, quantize
+from moeyard.kernels.values.quantize import quantize
+from moeyard.kernels.values.quantized_weights import empty_matrices
 from moeyard.moe.folders.compressed_tensors import PackedFormat, read_matrix, slot_view, to_stored
 from moeyard.moe.folders.quantized_config import quantization_config
 from moeyard.moe.folders.writer import TensorPlan, write_model_folder

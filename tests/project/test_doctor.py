@@ -11,6 +11,8 @@ import torch
 from moeyard import __version__
 from moeyard.cli import main
 from moeyard.doctor import PACKAGES
+from moeyard.kernels import experts as door
+from moeyard.kernels import trust
 from moeyard.kernels.checks import experts as self_check
 from moeyard.kernels.cpu import library
 from moeyard.kernels.torch_ops import experts as torch_backend
@@ -85,9 +87,11 @@ def test_cpp_kernels_that_compute_wrong_fail_the_command_and_a_missing_compiler_
     capsys, monkeypatch
 ):
     wrong = library.Library(None, "avx2 computes norms in float32 wrong", is_wrong=True)
-    monkeypatch.setattr(library, "_loaded", wrong)
+    monkeypatch.setattr(trust, "cpp", lambda: wrong)
+    monkeypatch.setattr(door, "cpp_library", lambda: wrong)
     status, text = doctor(capsys)
     assert status == 1 and "FAILED avx2 computes norms in float32 wrong" in text
+    monkeypatch.undo()
     monkeypatch.setattr(library, "_loaded", library.Library(None, "no C++ compiler"))
     status, text = doctor(capsys)
     assert status == 0 and "not available: no C++ compiler." in text
@@ -101,7 +105,7 @@ def test_a_kernel_that_breaks_or_gives_nan_is_a_line_of_the_table(capsys, monkey
     status, text = doctor(capsys)
     assert status == 1 and text.count("FAILED RuntimeError: no kernel image") == 2
     monkeypatch.setattr(torch_backend, "combine_rows", lambda y_RD, *_: y_RD[:61] * torch.nan)
-    check = self_check.check_backend("torch", torch.float32, "cpu")
+    check = self_check.check_backend("torch", torch_backend.run, torch.float32, "cpu")
     assert not check.passed and check.problem == "values is not finite"
 
 

@@ -49,6 +49,25 @@ PUBLIC const char* moeyard_choose(const char* limit) {
     return chosen->name;
 }
 
+// Bytes of each structure, for Python to compare with its own.
+PUBLIC const int64_t* moeyard_sizes() {
+    static const int64_t sizes[] = {
+        sizeof(LinearArguments),
+        sizeof(NormArguments),
+        sizeof(Biases),
+        sizeof(ExpertArguments),
+        sizeof(QuantizedMatrix),
+        sizeof(QuantizedExpertArguments),
+        sizeof(ExpertGradArguments),
+        sizeof(GroupedArguments),
+        sizeof(CombineArguments),
+        sizeof(RouterArguments),
+        sizeof(AttentionWeights),
+        sizeof(AttentionArguments),
+    };
+    return sizes;
+}
+
 PUBLIC void moeyard_linear(const LinearArguments* a) { chosen->linear(a); }
 PUBLIC void moeyard_norm(const NormArguments* a) { chosen->norm(a); }
 PUBLIC int64_t moeyard_experts(const ExpertArguments* a) { return chosen->experts(a); }

@@ -1,0 +1,42 @@
+"""Attention: which kernels run it.
+
+B sequences of length L, Q query heads, G key/value heads, H head width, D model width.
+
+Two operations have kernels here: causal attention in training, and one new position of each
+sequence in decoding. Everything else is ``F.scaled_dot_product_attention`` (moe/attention).
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .cpu.attention import AttentionModules as AttentionModules
+from .cpu.attention import AttentionOptions as AttentionOptions
+from .cpu.attention import Cache
+from .cpu.attention import RowAttention as RowAttention
+from .cpu.attention import RowStep as RowStep
+from .cpu.library import functions_for
+from .torch_ops import causal_attention
+from .trust import uses_cpp
+
+
+def attend_causally(q_BLQH: Tensor, k_BLGH: Tensor, v_BLGH: Tensor) -> Tensor | None:
+    """Return ``softmax(q k^T / sqrt(H) below the diagonal) v`` with its backward, ``[B, L, Q, H]``.
+
+    None where ``F.scaled_dot_product_attention`` is faster: on a GPU, without gradients, and for
+    sequences that are short or long.
+    """
+    if not causal_attention.can_run(q_BLQH):
+        return None
+    out_BLQH: Tensor = causal_attention.CausalAttention.apply(q_BLQH, k_BLGH, v_BLGH)
+    return out_BLQH
+
+
+def can_attend_rows(rope: tuple[Tensor, Tensor]) -> bool:
+    """Say whether ``RowAttention`` may take rows with these cosines and sines."""
+    return uses_cpp() and functions_for(*rope) is not None
+
+
+def prepare_rows(caches: Sequence[Cache]) -> RowStep:
+    """Make room for one more position in each cache, once for all layers of a step."""
+    return RowStep(caches)

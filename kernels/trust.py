@@ -1,0 +1,171 @@
+"""Which kernels may be used here: each passes a check against torch or the reference first.
+
+Compilers have miscompiled such kernels without a word on single machines. A check runs once per
+process, for the C++ kernels as a whole, and for Triton's by kind of call; its verdict is kept here.
+"""
+
+import functools
+import threading
+import warnings
+
+import torch
+
+from .checks import cpu as cpu_check
+from .checks import experts as experts_check
+from .checks import router as router_check
+from .cpu import library
+from .cpu.library import Library
+from .gpu import choice as triton_choice
+from .gpu import device as triton
+from .gpu import experts as triton_experts
+from .values.calls import ExpertCall
+from .values.quantized_weights import Bits, QuantizedExpertWeights
+
+Kind = tuple[torch.dtype, torch.device, Bits | None, bool]
+"""Type of the rows, device, bits of the weights (None = not quantized), and whether with biases."""
+
+_checking = threading.Lock()
+_cpp_verdict: tuple[Library, Library] | None = None
+"""The library that was checked, and what may be used of it."""
+_triton_verdicts: dict[Kind, bool] = {}
+_router_verdicts: dict[torch.device, bool] = {}
+
+
+def cpp() -> Library:
+    """Return the C++ kernels if they pass their check, else why they are not used."""
+    global _cpp_verdict
+    loaded, known = library.load(), _cpp_verdict
+    if known is not None and known[0] is loaded:
+        return known[1]
+    with _checking:
+        if _cpp_verdict is None or _cpp_verdict[0] is not loaded:
+            _cpp_verdict = loaded, _checked(loaded)
+        return _cpp_verdict[1]
+
+
+def uses_cpp() -> bool:
+    """Say whether the C++ kernels are there and pass their check."""
+    return cpp().functions is not None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _uses_cpp_in_graphs() -> bool:
+    return uses_cpp()
+
+
+def trusts_cpp(call: ExpertCall) -> bool:
+    """Say whether the automatic choice may fall on the C++ kernels; they are checked as a whole."""
+    return _uses_cpp_in_graphs() if torch.compiler.is_compiling() else uses_cpp()
+
+
+def why_not_cpp(device: torch.device) -> str | None:
+    """Say in one sentence why the C++ kernels cannot run on ``device``, or None where they can."""
+    if torch.compiler.is_compiling():
+        return None if _uses_cpp_in_graphs() else "There are no C++ kernels here."
+    state = cpp()
+    return None if state.functions is not None else f"{state.state}."
+
+
+def _checked(loaded: Library) -> Library:
+    if loaded.functions is None:
+        return loaded
+    try:
+        found = cpu_check.problem()
+    except Exception as error:  # whatever it is, kernels that could not be checked do not run
+        found = f"could not be checked ({type(error).__name__}: {error})"
+    if found is None:
+        return loaded
+    return library.without(f"{loaded.state} {found}")._replace(is_wrong=True)
+
+
+def trusts_triton(call: ExpertCall) -> bool:
+    """Say whether the automatic choice may fall on Triton for a call.
+
+    The first call of a kind checks the kernels, which compiles them and waits for the device. While
+    torch.compile traces or a CUDA graph captures, nothing can be checked: then only what was found
+    before counts.
+    """
+    experts, device = call.experts, call.x_TD.device
+    bits_here: set[Bits | None] = {None}
+    if isinstance(experts, QuantizedExpertWeights):
+        bits_here = {experts.fc1.bits, experts.fc2.bits}
+    has_bias = bool(experts.bias_parts)
+    kinds = [(call.x_TD.dtype, device, bits, has_bias) for bits in bits_here]
+    if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+        return all(_triton_verdicts.get(kind, False) for kind in kinds)
+    return triton.why_not(device) is None and all(triton_computes(*kind) for kind in kinds)
+
+
+def triton_computes(
+    dtype: torch.dtype, device: torch.device, bits: Bits | None, has_bias: bool
+) -> bool:
+    """Check Triton's expert kernels of a kind once, and warn where they fail."""
+    kind = (dtype, device, bits, has_bias)
+    if kind not in _triton_verdicts:
+        _triton_verdicts[kind] = _passes(*kind)
+    return _triton_verdicts[kind]
+
+
+def _passes(dtype: torch.dtype, device: torch.device, bits: Bits | None, has_bias: bool) -> bool:
+    check = functools.partial(
+        experts_check.check_quantized if bits is not None else experts_check.check_backend,
+        "triton",
+        triton_experts.run,
+        dtype,
+        str(device),
+    )
+    if bits is None:
+        sizes = (experts_check.T, experts_check.MANY_TOKENS)
+        checks = [functools.partial(check, num_tokens, has_bias) for num_tokens in sizes]
+    else:
+        checks = [functools.partial(check, bits, has_bias)]
+    for run in checks:
+        with torch.inference_mode(False), torch.enable_grad():
+            outcome = run()
+        if not outcome.passed:
+            worst = max(outcome.errors.values(), default=float("nan"))
+            limit = outcome.limit
+            reason = outcome.problem or f"the largest error is {worst:.0e}, the limit {limit}"
+            kernels = "expert kernels" if bits is None else f"kernels for {bits}-bit experts"
+            warnings.warn(
+                f"Triton's {kernels} do not pass their self-check for {outcome.dtype} on "
+                f"{device} ({reason}); using the torch backend. `moeyard doctor` says more.",
+                stacklevel=4,
+            )
+            return False
+    return True
+
+
+def trusts_triton_router(logits_TE: torch.Tensor) -> bool:
+    """Say whether the automatic choice may fall on Triton's router; see :func:`trusts_triton`."""
+    if not logits_TE.is_cuda or triton_choice.misfit(logits_TE) is not None:
+        return False
+    device = logits_TE.device
+    if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+        return _router_verdicts.get(device, False)
+    return triton.why_not(device) is None and triton_router_computes(device)
+
+
+def triton_router_computes(device: torch.device) -> bool:
+    """Check Triton's router against torch's once per device, and warn where it fails."""
+    if device not in _router_verdicts:
+        with torch.inference_mode(False), torch.enable_grad():
+            problem = router_check.problem_with(triton_choice.choose_triton, device)
+        _router_verdicts[device] = problem is None
+        if problem is not None:
+            warnings.warn(
+                f"Triton's router does not pass its self-check on {device} ({problem}); using "
+                "torch's operators.",
+                stacklevel=4,
+            )
+    return _router_verdicts[device]
+
+
+def router_state() -> str:
+    """Say how Triton's router does on this machine's GPU, for people."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    reason = triton.why_not(device)
+    if reason is not None:
+        return f"not available: {reason}"
+    problem = router_check.problem_with(triton_choice.choose_triton, device)
+    return "passes its self-check" if problem is None else f"FAILED its self-check: {problem}"

@@ -1,0 +1,87 @@
+"""A call of the expert MLP, and what is known of a backend that could run it.
+
+T tokens, K choices, D model width.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .expert_weights import ExpertWeights
+from .quantized_weights import Bits, SlotWeights
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertCall:
+    """The arguments of ``y_t = sum_k weights[t, k] * MLP_{experts[t, k]}(x_t)``."""
+
+    x_TD: Tensor
+    experts_TK: Tensor
+    """int32 or int64 expert ids; -1 = no expert."""
+    weights_TK: Tensor
+    experts: SlotWeights
+    recompute: bool = False
+    """Whether backward computes fc1 again in place of keeping its output."""
+
+    @property
+    def rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        """x, ids and weights."""
+        return self.x_TD, self.experts_TK, self.weights_TK
+
+    def check(self) -> None:
+        """Raise ``ValueError`` for what no backend takes."""
+        x, ids, weights = (tuple(tensor.shape) for tensor in self.rows)
+        if not (len(x) == len(ids) == 2 and ids == weights and x[0] == ids[0]):
+            raise ValueError(
+                f"x {x}, experts {ids} and weights {weights} do not fit; they must be [T, D], "
+                "[T, K] and [T, K]."
+            )
+        if self.experts_TK.dtype not in (torch.int32, torch.int64) or (
+            not self.weights_TK.is_floating_point()
+        ):
+            raise ValueError(
+                f"experts have type {self.experts_TK.dtype} and weights {self.weights_TK.dtype}; "
+                "experts must be int32 or int64, and weights floating point."
+            )
+        self._check_width_and_device()
+
+    def _check_width_and_device(self) -> None:
+        experts, x_TD = self.experts, self.x_TD
+        if isinstance(experts, ExpertWeights):
+            one, dtype = experts.fc1_SHD, experts.fc1_SHD.dtype
+        else:
+            one, dtype = experts.fc1.values, x_TD.dtype
+        if x_TD.shape[1] != experts.d_model or x_TD.dtype != dtype:
+            raise ValueError(
+                f"x has width {x_TD.shape[1]} and type {x_TD.dtype}, but the experts take "
+                f"{experts.d_model} and {dtype}."
+            )
+        devices = {str(tensor.device) for tensor in (*self.rows, one)}
+        if len(devices) > 1:
+            raise ValueError(
+                f"x, experts, weights and fc1 are on {' and '.join(sorted(devices))}; move them "
+                "to one device."
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertBackend:
+    """One way to compute the expert MLP."""
+
+    name: str
+    why_not: Callable[[torch.device], str | None]
+    """Say in one sentence why it cannot run on a device, or None where it can."""
+    misfit: Callable[[ExpertCall], str | None]
+    """Say in one sentence what it does not take about a call, or None where it takes all."""
+    run: Callable[[ExpertCall], Tensor]
+    """Return y, ``[T, D]``; neither of the two above may speak against it."""
+    is_trusted: Callable[[ExpertCall], bool]
+    """Say whether the automatic choice may fall on it: it is there, and its self-check passes."""
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    """Types of devices that it is meant for."""
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+    """What ``moeyard doctor`` checks it in."""
+    bits: tuple[Bits, ...] = ()
+    """Bits of quantized weights that have kernels to check apart from the others."""
