@@ -5,14 +5,12 @@ R routed rows, E experts, D model width, F expert width.
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from expert_mlp_cpu_case import Case
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from expert_mlp_cpu import Case
 
 Run = Callable[[], Any]
 BATCHED_TOKENS = 16
@@ -21,7 +19,7 @@ DEEPSPEED_TOKENS = 512
 """DeepSpeed dispatches through a tensor [T, E, rows of the fullest expert]: gigabytes beyond."""
 
 
-def _timed(case: "Case", has_backward: bool, forward: Callable[[], Tensor]) -> Run:
+def _timed(case: Case, has_backward: bool, forward: Callable[[], Tensor]) -> Run:
     if not has_backward:
         return torch.no_grad()(forward)
     weights = [case.experts.fc1_SHD, case.experts.fc2_SDF]
@@ -33,7 +31,7 @@ def _timed(case: "Case", has_backward: bool, forward: Callable[[], Tensor]) -> R
     return both
 
 
-def grouped_mm(case: "Case", has_backward: bool) -> Run:
+def grouped_mm(case: Case, has_backward: bool) -> Run:
     """Sort by expert, ``F.grouped_mm`` twice, weigh and sum with ``index_add``."""
     fc1_EHD, fc2_EDF = case.experts.fc1_SHD, case.experts.fc2_SDF
     num_experts, num_choices = case.layer.num_experts, case.layer.num_choices
@@ -52,10 +50,10 @@ def grouped_mm(case: "Case", has_backward: bool) -> Run:
     return _timed(case, has_backward, forward)
 
 
-def _huggingface(implementation: str) -> Callable[["Case", bool], Run | None]:
+def _huggingface(implementation: str) -> Callable[[Case, bool], Run | None]:
     """Build transformers' Qwen3-MoE experts in one of its implementations."""
 
-    def build(case: "Case", has_backward: bool) -> Run | None:
+    def build(case: Case, has_backward: bool) -> Run | None:
         from transformers import Qwen3MoeConfig
         from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
@@ -94,7 +92,7 @@ class _Expert(nn.Module):
         return self.fc2(F.silu(gate) * up)
 
 
-def deepspeed(case: "Case", has_backward: bool) -> Run | None:
+def deepspeed(case: Case, has_backward: bool) -> Run | None:
     """Build DeepSpeed's MoE layer, whose router is part of it; so its results are not compared."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:

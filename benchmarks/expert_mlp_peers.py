@@ -5,16 +5,14 @@ table. E experts, D model width, F expert width.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from expert_mlp_problem import Problem
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from expert_mlp import Problem
 
-
-def _scattermoe(problem: "Problem", has_backward: bool) -> Callable[[], Any]:
+def _scattermoe(problem: Problem, has_backward: bool) -> Callable[[], Any]:
     """Build github.com/shawntan/scattermoe's GLUMLP, whose fc1 has up before gate."""
     from scattermoe.mlp import GLUMLP
 
@@ -33,7 +31,7 @@ def _scattermoe(problem: "Problem", has_backward: bool) -> Callable[[], Any]:
     )
 
 
-def _megablocks(problem: "Problem", has_backward: bool) -> Callable[[], Any]:
+def _megablocks(problem: Problem, has_backward: bool) -> Callable[[], Any]:
     """Build MegaBlocks' dropless MLP on grouped products; its sparse one does not run any more."""
     from megablocks.layers.arguments import Arguments
     from megablocks.layers.dmoe import ParallelDroplessMLP
@@ -67,7 +65,7 @@ def _megablocks(problem: "Problem", has_backward: bool) -> Callable[[], Any]:
     )
 
 
-def _transformers(problem: "Problem", has_backward: bool) -> Callable[[], Any]:
+def _transformers(problem: Problem, has_backward: bool) -> Callable[[], Any]:
     """Build transformers' Qwen3-MoE experts on ``F.grouped_mm``."""
     from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
@@ -91,7 +89,7 @@ def _transformers(problem: "Problem", has_backward: bool) -> Callable[[], Any]:
 
 
 def _timed(
-    problem: "Problem",
+    problem: Problem,
     has_backward: bool,
     forward: Callable[[], Tensor],
     parameters: list[torch.nn.Parameter],
@@ -106,10 +104,10 @@ def _timed(
     return both
 
 
-def _late(build: Callable[["Problem", bool], Callable[[], Any]]) -> Any:
+def _late(build: Callable[[Problem, bool], Callable[[], Any]]) -> Any:
     """Build on the first call, where a missing library becomes a line of the table."""
 
-    def builder(problem: "Problem", has_backward: bool) -> Callable[[], Any]:
+    def builder(problem: Problem, has_backward: bool) -> Callable[[], Any]:
         built: list[Callable[[], Any]] = []
 
         def call() -> Any:

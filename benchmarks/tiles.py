@@ -20,7 +20,8 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-from expert_mlp import FLUSH_BYTES, LAYERS, MAX_ERROR, Layer, _seconds
+from expert_mlp import FLUSH_BYTES, LAYERS, MAX_ERROR, _seconds
+from expert_mlp_problem import Layer
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
