@@ -10,16 +10,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .errors import MoeyardError
     from .moe.layer import MoELayer, auxiliary_loss
-    from .moe.routers.config import Hash, TopK
-    from .moe.routers.routing import Routing
+    from .moe.routers.hash import Hash
+    from .moe.routers.router import Router, RouterConfig, RouterSizes
+    from .moe.routers.routing import Lookahead, RouterInput, Routing
+    from .moe.routers.topk import TopK
     from .serving.loading import load
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Hash",
+    "Lookahead",
     "MoELayer",
     "MoeyardError",
+    "Router",
+    "RouterConfig",
+    "RouterInput",
+    "RouterSizes",
     "Routing",
     "TopK",
     "__version__",
@@ -28,11 +35,16 @@ __all__ = [
 ]
 
 _HOME = {
-    "Hash": ".moe.routers.config",
+    "Hash": ".moe.routers.hash",
+    "Lookahead": ".moe.routers.routing",
     "MoELayer": ".moe.layer",
     "MoeyardError": ".errors",
+    "Router": ".moe.routers.router",
+    "RouterConfig": ".moe.routers.router",
+    "RouterInput": ".moe.routers.routing",
+    "RouterSizes": ".moe.routers.router",
     "Routing": ".moe.routers.routing",
-    "TopK": ".moe.routers.config",
+    "TopK": ".moe.routers.topk",
     "auxiliary_loss": ".moe.layer",
     "load": ".serving.loading",
 }

@@ -10,8 +10,9 @@ from ..errors import ConfigError
 from ..kernels.values.expert_weights import ExpertWeights
 from ..kernels.values.memory import is_out_of_memory
 from ..kernels.values.quantized_weights import QuantizedExpertWeights
+from ..moe.experts.base import LayerExperts
 from ..moe.experts.quantized import QuantizedExperts
-from ..moe.experts.resident import AnyExperts, Experts
+from ..moe.experts.resident import Experts
 from ..moe.folders.expert_slots import empty_experts
 from ..moe.folders.folder import ModelFolder
 from ..moe.folders.generation_config import read_generation_config
@@ -148,7 +149,7 @@ def pick_dtype(files: ModelFolder, name: str | None) -> torch.dtype:
     return DTYPES[name]
 
 
-def _as_module(weights: ExpertWeights | QuantizedExpertWeights) -> AnyExperts:
+def _as_module(weights: ExpertWeights | QuantizedExpertWeights) -> LayerExperts:
     """Return a layer's experts with weights of their own."""
     if isinstance(weights, QuantizedExpertWeights):
         return QuantizedExperts(weights)

@@ -12,10 +12,9 @@ import moeyard.kernels.router
 from moeyard.kernels.gpu import router as router_kernels
 from moeyard.kernels.router import choose
 from moeyard.kernels.torch_ops.router import ChoiceRule, choose_torch
-from moeyard.moe.routers.config import TopK
 from moeyard.moe.routers.losses import auxiliary_losses
 from moeyard.moe.routers.routing import RouterInput
-from moeyard.moe.routers.topk import TopKRouter
+from moeyard.moe.routers.topk import TopK, TopKRouter
 
 DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
 TOLERANCE = 1e-5

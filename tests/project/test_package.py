@@ -27,8 +27,13 @@ def test_exported_names_are_pinned():
     assert moeyard.__all__ == sorted(moeyard.__all__)
     assert set(moeyard.__all__) == {
         "Hash",
+        "Lookahead",
         "MoELayer",
         "MoeyardError",
+        "Router",
+        "RouterConfig",
+        "RouterInput",
+        "RouterSizes",
         "auxiliary_loss",
         "Routing",
         "TopK",
