@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .errors import MoeyardError
     from .moe.layer import MoELayer, auxiliary_loss
     from .moe.routers.hash import Hash
+    from .moe.routers.loss_terms import GlobalCounts, LayerLosses
     from .moe.routers.router import Router, RouterConfig, RouterSizes
     from .moe.routers.routing import Lookahead, RouterInput, Routing
     from .moe.routers.topk import TopK
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "GlobalCounts",
     "Hash",
+    "LayerLosses",
     "Lookahead",
     "MoELayer",
     "MoeyardError",
@@ -35,7 +38,9 @@ __all__ = [
 ]
 
 _HOME = {
+    "GlobalCounts": ".moe.routers.loss_terms",
     "Hash": ".moe.routers.hash",
+    "LayerLosses": ".moe.routers.loss_terms",
     "Lookahead": ".moe.routers.routing",
     "MoELayer": ".moe.layer",
     "MoeyardError": ".errors",

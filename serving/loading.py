@@ -1,6 +1,7 @@
 """Open a model folder for inference, with all experts in memory or behind a store."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from ..moe.folders.generation_config import read_generation_config
 from ..moe.folders.read_weights import Read, dense_reads, expert_reads, run_reads
 from ..moe.models.decoder import Decoder
 from ..moe.models.language_model import LanguageModel
+from ..moe.routers.own_code import allow
 from .experts.offloaded import OffloadedExperts
 from .experts.store import ExpertStore
 from .memory import budget_bytes, check_memory
@@ -36,6 +38,7 @@ def load(
     device: str = "cpu",
     expert_memory: str | None = None,
     ignore_unused_weights: bool = False,
+    allow_code: str | Sequence[str] = (),
 ) -> LanguageModel:
     """Open a Hugging Face MoE folder or a run's export as a model ready to call.
 
@@ -44,9 +47,10 @@ def load(
     ``cuda`` or ``cuda:N``; ids go there too. ``expert_memory``
     (``2GiB``, ``25%``) bounds the experts kept in memory; the others are read from the folder when
     they are needed, and outputs are the same bit for bit. Weights that ``config.json`` does not ask
-    for are refused, unless ``ignore_unused_weights`` says to do without them.
+    for are refused, unless ``ignore_unused_weights`` says to do without them. ``allow_code`` names
+    modules of your own whose routers the folder may use; they are imported.
     """
-    return open_model(folder, dtype, device, expert_memory, ignore_unused_weights)[0]
+    return open_model(folder, dtype, device, expert_memory, ignore_unused_weights, allow_code)[0]
 
 
 def open_model(
@@ -55,9 +59,11 @@ def open_model(
     device: str = "cpu",
     expert_memory: str | None = None,
     ignore_unused_weights: bool = False,
+    allow_code: str | Sequence[str] = (),
 ) -> tuple[LanguageModel, ExpertStore | None]:
     """Do what :func:`load` does and return the store too, if there is one."""
     target = _check_device(device, expert_memory)
+    allow(allow_code)
     files = ModelFolder(Path(folder))
     try:
         left_out = files.check(ignore_unused_weights=ignore_unused_weights)

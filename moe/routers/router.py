@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from ...errors import ConfigError
@@ -31,7 +31,8 @@ class RouterSizes:
 class RouterConfig(BaseModel):
     """Base of configurations: what a ``router:`` section may say, and what it means.
 
-    A subclass adds its fields and defines :meth:`build`.
+    A subclass adds its fields and defines :meth:`build`. Those of :mod:`moeyard` have a ``kind`` of
+    one word; a class of your own has none and goes by its import path (own_code.py).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -41,10 +42,18 @@ class RouterConfig(BaseModel):
     needs_token_counts: ClassVar[bool] = False
     """Whether training must count the token ids of its data before the router is built."""
 
-    kind: str
-    """The router's name in configurations."""
+    kind: str = ""
+    """The router's name in configurations; where the class gives none, ``module:Class``."""
     k: int = Field(default=2, ge=1)
     """Experts each token visits."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name(cls, values: Any) -> Any:
+        has_name = bool(cls.model_fields["kind"].default)
+        if has_name or not isinstance(values, dict) or "kind" in values:
+            return values
+        return values | {"kind": f"{cls.__module__}:{cls.__qualname__}"}
 
     def build(self, sizes: RouterSizes) -> "Router":
         """Return the module; :class:`ConfigError` where ``sizes`` lacks something."""

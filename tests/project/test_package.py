@@ -26,7 +26,9 @@ PYTHON_FILES = [
 def test_exported_names_are_pinned():
     assert moeyard.__all__ == sorted(moeyard.__all__)
     assert set(moeyard.__all__) == {
+        "GlobalCounts",
         "Hash",
+        "LayerLosses",
         "Lookahead",
         "MoELayer",
         "MoeyardError",
