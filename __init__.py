@@ -10,16 +10,26 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .errors import MoeyardError
     from .moe.layer import MoELayer, auxiliary_loss
-    from .moe.routers.config import Hash, TopK
-    from .moe.routers.routing import Routing
+    from .moe.routers.hash import Hash
+    from .moe.routers.loss_terms import GlobalCounts, LayerLosses
+    from .moe.routers.router import Router, RouterConfig, RouterSizes
+    from .moe.routers.routing import Lookahead, RouterInput, Routing
+    from .moe.routers.topk import TopK
     from .serving.loading import load
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "GlobalCounts",
     "Hash",
+    "LayerLosses",
+    "Lookahead",
     "MoELayer",
     "MoeyardError",
+    "Router",
+    "RouterConfig",
+    "RouterInput",
+    "RouterSizes",
     "Routing",
     "TopK",
     "__version__",
@@ -28,11 +38,18 @@ __all__ = [
 ]
 
 _HOME = {
-    "Hash": ".moe.routers.config",
+    "GlobalCounts": ".moe.routers.loss_terms",
+    "Hash": ".moe.routers.hash",
+    "LayerLosses": ".moe.routers.loss_terms",
+    "Lookahead": ".moe.routers.routing",
     "MoELayer": ".moe.layer",
     "MoeyardError": ".errors",
+    "Router": ".moe.routers.router",
+    "RouterConfig": ".moe.routers.router",
+    "RouterInput": ".moe.routers.routing",
+    "RouterSizes": ".moe.routers.router",
     "Routing": ".moe.routers.routing",
-    "TopK": ".moe.routers.config",
+    "TopK": ".moe.routers.topk",
     "auxiliary_loss": ".moe.layer",
     "load": ".serving.loading",
 }

@@ -42,6 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export", help="training checkpoint to Hugging Face folder")
     export.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     export.add_argument("out_dir", type=Path, metavar="OUT_DIR")
+    _add_allow_code(export)
     export.set_defaults(run=_export)
 
     convert = commands.add_parser("convert", help="Hugging Face folder to one of another type")
@@ -57,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="do without weights that config.json does not ask for",
     )
+    _add_allow_code(convert)
     convert.set_defaults(run=_convert)
 
     upcycle = commands.add_parser("upcycle", help="dense Hugging Face folder to one with experts")
@@ -150,21 +152,37 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="do without weights that config.json does not ask for",
     )
+    _add_allow_code(serve)
     serve.set_defaults(run=_serve)
     return parser
 
 
+def _add_allow_code(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--allow-code",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="import a module of your own that has routers; give it again for another",
+    )
+
+
 def _export(arguments: argparse.Namespace) -> None:
+    from .moe.routers.own_code import allow
     from .training.checkpoints.export import export
 
+    allow(arguments.allow_code)
     step = export(arguments.run_dir, arguments.out_dir)
     sys.stdout.write(f"exported step={step} folder={arguments.out_dir}\n")
 
 
 def _convert(arguments: argparse.Namespace) -> None:
     from .moe.folders.convert import convert
+    from .moe.routers.own_code import allow
 
-    given = {name: value for name, value in vars(arguments).items() if name != "run"}
+    allow(arguments.allow_code)
+    no_argument = ("run", "allow_code")
+    given = {name: value for name, value in vars(arguments).items() if name not in no_argument}
     model_type = convert(**given)
     sys.stdout.write(f"converted folder={arguments.target} model_type={model_type}\n")
 

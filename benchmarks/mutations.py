@@ -78,8 +78,8 @@ MUTATIONS = [
     (
         "the balance loss sees one rank's counts",
         "moe/routers/losses.py",
-        "packed = reduce(torch.cat",
-        "packed = (lambda x: x)(torch.cat",
+        "summed = reduce(torch.cat",
+        "summed = (lambda x: x)(torch.cat",
         EQUAL,
     ),
     (
@@ -190,7 +190,7 @@ MUTATIONS = [
     (
         "the bias is never moved",
         "training/step.py",
-        "router.update_bias(counts_E)",
+        "router.after_step(counts_E)",
         "pass",
         "tests/training/test_bias.py",
     ),

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from moeyard.moe.config.model import ModelConfig, MoEConfig
-from moeyard.moe.routers.config import TopK
+from moeyard.moe.routers.topk import TopK
 from moeyard.parallel.mesh import Mesh, build_mesh
 from moeyard.parallel.process import process_group
 from moeyard.training.config import OptimizerConfig, ParallelConfig, RunConfig, TrainConfig

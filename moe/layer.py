@@ -1,11 +1,11 @@
-"""The MoE layer: router, dispatch, experts, combine, optional shared experts.
+"""The MoE layer: a router, the way through the experts, an optional shared expert.
 
-T tokens, D model width, F expert width, E experts, K choices, S expert slots here, N rows here.
+T tokens, D model width.
 """
 
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,37 +13,14 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..kernels.experts import Backend
 from ..kernels.values.activation import ACTIVATIONS, Activation, gated
-from .experts.resident import AnyExperts, Experts
+from .experts.base import LayerExperts
+from .experts.path import ExpertPath, LocalPath
+from .experts.resident import Experts
 from .linear import Linear
-from .routers.build import build_router
-from .routers.config import Hash, TopK
 from .routers.losses import total_loss
-from .routers.router import Router
+from .routers.router import Router, RouterConfig, RouterSizes
 from .routers.routing import Lookahead, Reduce, RouterInput, Routing
-
-
-class Dispatcher(Protocol):
-    """Brings rows to the ranks that hold their experts, and the results back."""
-
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Tensor, Any]:
-        """Return x_ND, experts_NK (-1 = not here), weights_NK and a handle for combine."""
-        ...
-
-    def combine(self, y_ND: Tensor, handle: Any) -> Tensor:
-        """Return ``y_TD``, the sum of every rank's part of each token."""
-        ...
-
-
-class LocalDispatcher:
-    """All experts are here: nothing moves."""
-
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Tensor, None]:
-        """Hand rows and routing through."""
-        return x_TD, routing.experts_TK, routing.weights_TK, None
-
-    def combine(self, y_ND: Tensor, handle: None) -> Tensor:
-        """Hand the result through."""
-        return y_ND
+from .routers.topk import TopK
 
 
 class GatedMLP(nn.Module):
@@ -66,10 +43,11 @@ class GatedMLP(nn.Module):
 class MoELayer(nn.Module):
     """A sparse Mixture-of-Experts layer.
 
-    ``router`` is a router's configuration (``TopK(k=4)``, ``Hash()``). ``d_shared`` adds a shared
-    expert of that width which every token visits. ``recompute`` keeps the experts' input only, and
-    not their pre-activations, for backward. ``expert_bias`` gives each expert's two products a
-    bias, as gpt-oss's have.
+    ``router`` is a router's configuration (``TopK(k=4)``, ``Hash()``, or one of your own: a
+    :class:`RouterConfig` that builds your :class:`Router`). ``d_shared`` adds a shared expert of
+    that width which every token visits. ``recompute`` keeps the experts' input only, and not their
+    pre-activations, for backward. ``expert_bias`` gives each expert's two products a bias, as
+    gpt-oss's have.
     """
 
     def __init__(
@@ -77,7 +55,7 @@ class MoELayer(nn.Module):
         d_model: int,
         d_expert: int,
         num_experts: int,
-        router: TopK | Hash | None = None,
+        router: RouterConfig | None = None,
         activation: Activation = "swiglu",
         d_shared: int = 0,
         *,
@@ -92,15 +70,15 @@ class MoELayer(nn.Module):
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ConfigError(f"activation is {activation!r}; use one of {', '.join(ACTIVATIONS)}.")
-        self.gate: Router = build_router(
-            TopK() if router is None else router, d_model, num_experts, vocab_size, token_counts
-        )
-        self.experts: AnyExperts = Experts(
+        sizes = RouterSizes(d_model, num_experts, vocab_size, token_counts)
+        self.gate: Router = _build(TopK() if router is None else router, sizes)
+        self.experts: LayerExperts = Experts(
             d_model, d_expert, num_experts, expert_ids, backend, activation, recompute, expert_bias
         )
         self.shared_expert = GatedMLP(d_model, d_shared, activation) if d_shared else None
         self.shared_expert_gate = Linear(d_model, 1) if shared_gate else None
-        self.dispatcher: Dispatcher = LocalDispatcher()
+        self.path: ExpertPath = LocalPath()
+        """How rows and experts come together."""
 
     @property
     def lookahead(self) -> Lookahead:
@@ -136,14 +114,10 @@ class MoELayer(nn.Module):
                     lengths=(x.shape[-2],) * math.prod(x.shape[:-2]) if x.ndim > 2 else None,
                 )
             )
-        x_ND, experts_NK, weights_NK, handle = self.dispatcher.dispatch(x_TD, routing)
-        y_ND = self.experts(x_ND, experts_NK, weights_NK)
-        y_TD = self.dispatcher.combine(y_ND, handle)
+        shared = None
         if self.shared_expert is not None:
-            shared_TD = self.shared_expert(x_TD)
-            if self.shared_expert_gate is not None:
-                shared_TD = self.shared_expert_gate(x_TD).sigmoid() * shared_TD
-            y_TD = y_TD + shared_TD
+            shared = partial(_run_shared, self.shared_expert, self.shared_expert_gate, x_TD)
+        y_TD = self.path.run(x_TD, routing, self.experts, shared)
         return y_TD.view_as(x), routing
 
     def auxiliary_loss(self, routing: Routing, reduce: Reduce | None = None) -> Tensor:
@@ -151,15 +125,36 @@ class MoELayer(nn.Module):
         return auxiliary_loss([self], [routing], reduce)
 
 
+def _build(config: RouterConfig, sizes: RouterSizes) -> Router:
+    if not isinstance(config, RouterConfig):
+        raise ConfigError(
+            f"router is {config!r}; give the configuration of a router, such as moeyard.TopK(k=4)."
+        )
+    router = config.build(sizes)
+    if not isinstance(router, Router):
+        raise ConfigError(
+            f"router is {type(config).__name__}, whose build returned a {type(router).__name__}; "
+            "return a moeyard.Router."
+        )
+    return router
+
+
+def _run_shared(expert: nn.Module, gate: nn.Module | None, x_TD: Tensor) -> Tensor:
+    """Return what the shared expert adds to every token."""
+    y_TD: Tensor = expert(x_TD)
+    return y_TD if gate is None else gate(x_TD).sigmoid() * y_TD
+
+
 def auxiliary_loss(
     layers: Sequence[MoELayer], routings: Sequence[Routing], reduce: Reduce | None = None
 ) -> Tensor:
     """Return what the routers' configurations ask to be added to the loss, a scalar with gradient.
 
-    It is the sum of ``balance_loss``, ``sequence_balance_loss`` and ``z_loss`` times their losses
-    over ``layers``, whose forward returned ``routings``. A router does nothing about them by
-    itself. ``reduce`` sums an int64 tensor over the ranks that share the batch; the result is then
-    this rank's share, and shares add up to the loss of one process. None: there are no others.
+    For :class:`TopK` it is the sum of ``balance_loss``, ``sequence_balance_loss`` and ``z_loss``
+    times their losses over ``layers``, whose forward returned ``routings``. A router does nothing
+    about them by itself. ``reduce`` sums an int64 tensor over the ranks that share the batch; the
+    result is then this rank's share, and shares add up to the loss of one process. None: there are
+    no others.
 
     Raises :class:`ConfigError` for routings of evaluation mode, and for those that have lost their
     gradient to ``torch.no_grad`` or a reentrant checkpoint.

@@ -1,6 +1,7 @@
 """Open a model folder for inference, with all experts in memory or behind a store."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,14 +11,16 @@ from ..errors import ConfigError
 from ..kernels.values.expert_weights import ExpertWeights
 from ..kernels.values.memory import is_out_of_memory
 from ..kernels.values.quantized_weights import QuantizedExpertWeights
+from ..moe.experts.base import LayerExperts
 from ..moe.experts.quantized import QuantizedExperts
-from ..moe.experts.resident import AnyExperts, Experts
+from ..moe.experts.resident import Experts
 from ..moe.folders.expert_slots import empty_experts
 from ..moe.folders.folder import ModelFolder
 from ..moe.folders.generation_config import read_generation_config
 from ..moe.folders.read_weights import Read, dense_reads, expert_reads, run_reads
 from ..moe.models.decoder import Decoder
 from ..moe.models.language_model import LanguageModel
+from ..moe.routers.own_code import allow
 from .experts.offloaded import OffloadedExperts
 from .experts.store import ExpertStore
 from .memory import budget_bytes, check_memory
@@ -35,6 +38,7 @@ def load(
     device: str = "cpu",
     expert_memory: str | None = None,
     ignore_unused_weights: bool = False,
+    allow_code: str | Sequence[str] = (),
 ) -> LanguageModel:
     """Open a Hugging Face MoE folder or a run's export as a model ready to call.
 
@@ -43,9 +47,10 @@ def load(
     ``cuda`` or ``cuda:N``; ids go there too. ``expert_memory``
     (``2GiB``, ``25%``) bounds the experts kept in memory; the others are read from the folder when
     they are needed, and outputs are the same bit for bit. Weights that ``config.json`` does not ask
-    for are refused, unless ``ignore_unused_weights`` says to do without them.
+    for are refused, unless ``ignore_unused_weights`` says to do without them. ``allow_code`` names
+    modules of your own whose routers the folder may use; they are imported.
     """
-    return open_model(folder, dtype, device, expert_memory, ignore_unused_weights)[0]
+    return open_model(folder, dtype, device, expert_memory, ignore_unused_weights, allow_code)[0]
 
 
 def open_model(
@@ -54,9 +59,11 @@ def open_model(
     device: str = "cpu",
     expert_memory: str | None = None,
     ignore_unused_weights: bool = False,
+    allow_code: str | Sequence[str] = (),
 ) -> tuple[LanguageModel, ExpertStore | None]:
     """Do what :func:`load` does and return the store too, if there is one."""
     target = _check_device(device, expert_memory)
+    allow(allow_code)
     files = ModelFolder(Path(folder))
     try:
         left_out = files.check(ignore_unused_weights=ignore_unused_weights)
@@ -148,7 +155,7 @@ def pick_dtype(files: ModelFolder, name: str | None) -> torch.dtype:
     return DTYPES[name]
 
 
-def _as_module(weights: ExpertWeights | QuantizedExpertWeights) -> AnyExperts:
+def _as_module(weights: ExpertWeights | QuantizedExpertWeights) -> LayerExperts:
     """Return a layer's experts with weights of their own."""
     if isinstance(weights, QuantizedExpertWeights):
         return QuantizedExperts(weights)

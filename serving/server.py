@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -12,6 +12,7 @@ from starlette.types import ASGIApp
 
 from ..moe.folders.folder import ModelFolder
 from ..moe.folders.generation_config import read_generation_config
+from ..moe.routers.own_code import allow
 from .api.http_app import HttpApi
 from .engine.admission import Admission
 from .engine.engine import Engine, check_length
@@ -52,8 +53,16 @@ class ServeArgs(BaseModel):
     """Key clients must send; None asks for none."""
     ignore_unused_weights: bool = False
     """Serve a folder that has weights which its config.json does not ask for, without them."""
+    allow_code: tuple[str, ...] = ()
+    """Modules of the user's own whose routers the folder may use; a string may join some by ``,``.
+    Every replica imports them."""
     chat_template: str | None = None
     """A Jinja file, or the name of one of the model folder's templates where it has several."""
+
+    @field_validator("allow_code", mode="before")
+    @classmethod
+    def _split_modules(cls, modules: Any) -> Any:
+        return modules.split(",") if isinstance(modules, str) else modules
 
     @field_validator("api_key")
     @classmethod
@@ -77,6 +86,7 @@ def check_model(args: ServeArgs, runs_here: bool = False) -> None:
 
     ``runs_here`` says that the replicas run on this machine, whose memory must hold the model.
     """
+    allow(args.allow_code)
     folder = ModelFolder(Path(args.model))
     folder.check(ignore_unused_weights=args.ignore_unused_weights)
     dtype = pick_dtype(folder, args.dtype)
@@ -100,6 +110,7 @@ class Server:
             args.dtype,
             expert_memory=args.expert_memory,
             ignore_unused_weights=args.ignore_unused_weights,
+            allow_code=args.allow_code,
         )
         tokenizer = self._tokenizer = args.open_tokenizer()
         engine = Engine(

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ..configuration import load_config
 from ..errors import MoeyardError, Stopped
+from ..moe.routers.own_code import allow
 from ..parallel.mesh import build_mesh
 from ..parallel.process import process_group
 from ..parallel.watch.last_word import say_last
@@ -34,9 +35,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("config", type=Path, help="YAML configuration")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="values to change")
     parser.add_argument("--print-config", action="store_true", help="print the result and stop")
-    arguments = parser.parse_args(argv)
+    parser.add_argument(
+        "--allow-code",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="import a module of your own that has routers; give it again for another",
+    )
+    arguments = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
+        allow(arguments.allow_code)
         config = load_config(RunConfig, arguments.config, arguments.overrides)
         if arguments.print_config:
             sys.stdout.write(dump_config(config))

@@ -7,7 +7,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ..kernels.experts import Backend
 from ..moe.config.model import ModelConfig
 from ..moe.models.lora import LoraTarget
-from ..moe.routers.config import TopK
 from .checkpoints.start_from import complete_values
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -213,9 +212,11 @@ class RunConfig(_Section):
     def _problem_with_parameters(self) -> str | None:
         """Return why nothing would train, or something else than what was asked for."""
         chosen, moe = self.train.parameters, self.model.moe
-        if chosen == "router" and not (moe is not None and isinstance(moe.router, TopK)):
-            kind = "has no experts" if moe is None else "has hash routers, which learn nothing"
-            return f"train.parameters is router, but the model {kind}; use all or lora."
+        if chosen == "router" and (moe is None or not moe.router.learns):
+            found = "has no experts"
+            if moe is not None:
+                found = f"has {moe.router.kind} routers, which learn nothing"
+            return f"train.parameters is router, but the model {found}; use all or lora."
         if chosen != "lora" and self.lora is not None:
             return (
                 f"lora is given, but train.parameters is {chosen}; set train.parameters to lora "

@@ -21,11 +21,11 @@ def apply_precision(
     Main gradients are fp32 in any case (parallel/dense/gradients.py).
     """
     dtype = DTYPES[precision]
+    routers = {p for m in model.modules() if isinstance(m, Router) for p in m.parameters()}
     masters = {}
     for name, parameter in model.named_parameters():
-        owner = model.get_submodule(name.rpartition(".")[0])
         trains = parameter.requires_grad
-        is_master = isinstance(owner, Router) or (trains and name in sharded)
+        is_master = parameter in routers or (trains and name in sharded)
         if dtype == torch.bfloat16 and is_master:
             continue
         if dtype == torch.bfloat16 and trains:

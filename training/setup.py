@@ -12,9 +12,8 @@ from ..moe.config.model import ModelConfig
 from ..moe.models.decoder import Decoder
 from ..moe.models.initialize import initialize
 from ..moe.models.lora import add_lora
-from ..moe.routers.config import Hash
 from ..parallel.dense.fsdp import modules_kept_whole, sharded_parameter_names
-from ..parallel.experts.all_to_all import AllToAllDispatcher
+from ..parallel.experts.all_to_all import AllToAllPath
 from ..parallel.experts.exchange import open_exchange
 from ..parallel.mesh import Mesh
 from .checkpoints.start_from import check_tokenizer, read_start
@@ -101,7 +100,7 @@ def fill_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> ModelConfig:
 def build_model(
     config: RunConfig, model: ModelConfig, data: Data, mesh: Mesh
 ) -> tuple[Decoder, dict[str, Tensor]]:
-    """Build this rank's part of the decoder, with initial weights and dispatcher.
+    """Build this rank's part of the decoder, with initial weights and expert paths.
 
     Returns it with the fp32 masters of the parameters that its precision narrows. Parameters that
     will be sharded are still whole and on the CPU (parallel/dense/fsdp.py). The global
@@ -110,7 +109,7 @@ def build_model(
     expert_ids, token_counts = None, None
     if model.moe is not None:
         expert_ids = mesh.local_experts(model.moe.num_experts)
-        if isinstance(model.moe.router, Hash):
+        if model.moe.router.needs_token_counts:
             token_counts = data.train.token_counts()
             token_counts += [0] * (model.vocabulary - len(token_counts))
     decoder = Decoder(
@@ -136,7 +135,7 @@ def build_model(
     if mesh.ep_group is not None and mesh.ep_size > 1 and model.moe is not None:
         exchange = open_exchange(mesh.ep_group, mesh.ep_host)
         for _, layer in decoder.moe_layers():
-            layer.dispatcher = AllToAllDispatcher(model.moe.num_experts, mesh, exchange)
+            layer.path = AllToAllPath(model.moe.num_experts, mesh, exchange)
     seed_rank(config.seed, mesh.rank)
     return decoder, masters
 

@@ -95,7 +95,7 @@ class TrainStep:
         self.optimizer.step(lr)
         if train.parameters != "lora":  # which leaves routers as they are
             for router, counts_E in zip(self._routers, counts_LE, strict=True):
-                router.update_bias(counts_E)
+                router.after_step(counts_E)
         self.phases.lap("optimizer")
         return StepResult(loss, balance, z, float(grad_norm), lr, counts_LE, stop > 0)
 

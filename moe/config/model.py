@@ -5,7 +5,10 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ...kernels.values.activation import Activation
-from ..routers.config import TRAINING_ONLY, AnyRouter, Hash, TopK, problem_with_choices
+from ..routers.router import RouterConfig
+from ..routers.routing import Lookahead
+from ..routers.table import AnyRouter
+from ..routers.topk import TopK
 from .attention import AttentionConfig, RopeScaling
 
 WIDEST = 1 << 24
@@ -36,7 +39,7 @@ class MoEConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        problem = problem_with_choices(self.router, self.num_experts)
+        problem = self.router.problem_with(self.num_experts)
         if problem is not None:
             raise ValueError(problem)
         if self.shared_gate and not self.d_shared:
@@ -99,7 +102,10 @@ class ModelConfig(BaseModel):
         if self.d_ff is None and (self.moe is None or self.dense_layers):
             raise ValueError("d_ff is missing, but some layers are dense; give their width.")
         num_moe_layers = self.num_layers - len(set(self.dense_layers))
-        if self._is_pregated() and num_moe_layers < 2:
+        is_pregated = (
+            self.moe is not None and self.moe.router.reads_at() is Lookahead.PREVIOUS_BLOCK
+        )
+        if is_pregated and num_moe_layers < 2:
             raise ValueError(
                 f"moe.router.lookahead is previous_block, but the model has {num_moe_layers} MoE "
                 "layer(s); use two or more, or lookahead: ffn_input."
@@ -155,23 +161,12 @@ class ModelConfig(BaseModel):
             attention["window"] = None
         if self.attention.latent is not None:
             attention["qk_norm"] = None
-        if self.moe is not None and isinstance(self.moe.router, TopK):
-            router = values["moe"]["router"]
-            router["has_bias"] = router["bias_update_rate"] is not None
-            for name in TRAINING_ONLY:
-                del router[name]
-            if self.moe.router.num_groups == 1:
-                router["group_score"] = router["top_groups"] = None
+        if self.moe is not None:
+            values["moe"]["router"] = self.moe.router.architecture()
         return values
 
-    def router(self, layer: int) -> TopK | Hash:
-        """Return the router configuration of an MoE layer; a pre-gated model's first differs."""
+    def router(self, layer: int) -> RouterConfig:
+        """Return the router configuration of an MoE layer; the first one's may differ."""
         assert self.moe is not None and self.is_moe(layer), "only MoE layers have routers"
         is_first = not any(self.is_moe(earlier) for earlier in range(layer))
-        if self._is_pregated() and is_first:
-            return self.moe.router.model_copy(update={"lookahead": "ffn_input"})
-        return self.moe.router
-
-    def _is_pregated(self) -> bool:
-        router = self.moe.router if self.moe is not None else None
-        return isinstance(router, TopK) and router.lookahead == "previous_block"
+        return self.moe.router.for_first_layer() if is_first else self.moe.router

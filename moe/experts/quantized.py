@@ -7,10 +7,10 @@ from torch import Tensor
 from ...kernels.experts import expert_mlp
 from ...kernels.values.quantized_weights import QuantizedExpertWeights
 from ..routers.routing import Routing
-from .resident import AnyExperts
+from .base import LayerExperts
 
 
-class QuantizedExperts(AnyExperts):
+class QuantizedExperts(LayerExperts):
     """Takes the place of :class:`Experts`; all experts are in memory."""
 
     def __init__(self, weights: QuantizedExpertWeights) -> None:

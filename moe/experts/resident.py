@@ -1,4 +1,4 @@
-"""The routed experts of a layer: in memory as parameters, or wherever they are.
+"""The routed experts of a layer, in memory as parameters.
 
 N rows, D model width, F expert width, E experts, K choices, S expert slots here.
 """
@@ -14,28 +14,13 @@ from ...kernels.frozen_experts import LowRank, frozen_expert_mlp
 from ...kernels.values.activation import Activation
 from ...kernels.values.expert_weights import ExpertWeights, MainGrads
 from ..routers.routing import Routing
+from .base import LayerExperts
 
 LOW_RANK = ("fc1_lora_a", "fc1_lora_b", "fc2_lora_a", "fc2_lora_b")
 """Parameters of low-rank updates, where experts have them."""
 
 
-class AnyExperts(nn.Module):
-    """What a layer asks of its experts, wherever they are."""
-
-    def announce(self, routing: Routing) -> None:
-        """Learn what the next forward will need, before other work that leads there."""
-        raise NotImplementedError
-
-    def keep(self, routing: Routing) -> None:
-        """Hold on to what the next forward needs, which follows at once."""
-        raise NotImplementedError
-
-    def forward(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
-        """Return the weighted sum of each row's experts, ``[N, D]``."""
-        raise NotImplementedError
-
-
-class Experts(AnyExperts):
+class Experts(LayerExperts):
     """Gated experts as parameters: ``fc1 [S, 2F, D]`` (gate rows first), ``fc2 [S, D, F]``.
 
     With ``bias`` also ``fc1_bias [S, 2F]`` and ``fc2_bias [S, D]``, zeros at first; else None.

@@ -8,12 +8,12 @@ from typing import Literal
 import torch
 
 from ...kernels.values.quantized_weights import Bits
-from ..routers.config import TopK
 from .families.table import FAMILIES
 from .folder import ModelFolder
 from .generation_config import generation_to_keep
 from .hf_config import to_hf
 from .quantized_config import quantization_config
+from .tensor_names import dense_tensors, is_router
 from .tokenizer_folder import copy_tokenizer
 from .write_few_bits import choose_format
 from .write_weights import FolderWeights, plan_weights
@@ -70,9 +70,9 @@ def convert(
 
 def _router_dtype(folder: ModelFolder, plain: torch.dtype) -> torch.dtype:
     """Return the type to write routers in: theirs if it is wider, for they decide who is chosen."""
-    for layer in folder.config.moe_layers:
-        if isinstance(folder.config.router(layer), TopK):
-            stored, _ = folder.stored(f"layers.{layer}.mlp.gate.weight")
+    for name, tensor in dense_tensors(folder.config):
+        if is_router(name) and tensor.is_floating_point() and tensor.ndim == 2:
+            stored, _ = folder.stored(name)
             return torch.promote_types(stored, plain)
     return plain
 

@@ -16,7 +16,7 @@ from ..config.model import ModelConfig
 from ..models.decoder import Decoder
 from .expert_layouts import ExpertViews
 from .folder import ModelFolder
-from .tensor_names import is_router
+from .tensor_names import ROUTER, is_router
 
 Read = tuple[int, Callable[[], None]]
 """Bytes of memory that a call fills, and the call."""
@@ -98,8 +98,8 @@ def dense_reads(folder: ModelFolder, decoder: Decoder, dtype: torch.dtype) -> It
 def read_tensor(folder: ModelFolder, name: str, target: Tensor) -> None:
     """Fill ``target`` with one of the decoder's tensors outside the experts."""
     folder.read_into(name, target)
-    if name.endswith("gate.table_VK"):
-        _check_table(name, target, folder.config)
+    if is_router(name):
+        _check_router(name, target, folder.config)
 
 
 def expert_reads(
@@ -116,11 +116,9 @@ def _bytes_of(view: Tensor | SlotView) -> int:
     return view.nbytes if isinstance(view, Tensor) else sum(part.nbytes for part in view)
 
 
-def _check_table(name: str, table_VK: Tensor, config: ModelConfig) -> None:
-    assert config.moe is not None, "only MoE layers have tables"
-    lowest, highest = (int(bound) for bound in table_VK.aminmax())
-    if lowest < 0 or highest >= config.moe.num_experts:
-        raise ModelFileError(
-            f"{name} names experts from {lowest} to {highest}, but there are "
-            f"{config.moe.num_experts}; the weights belong to another configuration."
-        )
+def _check_router(name: str, tensor: Tensor, config: ModelConfig) -> None:
+    assert config.moe is not None, "only MoE models have routers"
+    own_name = name.partition(ROUTER)[2]
+    problem = config.moe.router.problem_with_tensor(own_name, tensor, config.moe.num_experts)
+    if problem is not None:
+        raise ModelFileError(f"{name} {problem}; the weights belong to another configuration.")

@@ -8,6 +8,9 @@ from torch import nn
 from ..config.model import ModelConfig
 from ..models.decoder import DecoderLayer
 
+ROUTER = ".mlp.gate."
+"""Between the layer and the name that a router has for its tensor."""
+
 Named = Iterator[tuple[str, torch.Tensor]]
 
 
@@ -30,7 +33,7 @@ def dense_tensors(config: ModelConfig) -> Named:
 
 def is_router(parameter: str) -> bool:
     """Say whether a tensor belongs to a router, which keeps its type where others are narrowed."""
-    return ".mlp.gate." in parameter
+    return ROUTER in parameter
 
 
 def _outside_experts(layer: nn.Module) -> Named:

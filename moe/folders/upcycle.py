@@ -25,7 +25,7 @@ from torch import Tensor
 from ...errors import ConfigError
 from ..config.model import MOST_EXPERTS, ModelConfig, MoEConfig
 from ..models.initialize import generator_of
-from ..routers.config import TopK
+from ..routers.topk import TopK
 from .families.table import FAMILIES
 from .folder import ModelFolder
 from .generation_config import generation_to_keep

@@ -14,8 +14,8 @@ def initialize(model: Decoder, seed: int) -> None:
     """Fill every parameter of ``model``.
 
     Matrices are normal with std ``fan_in**-0.5``, output projections scaled by
-    ``(2 * num_layers)**-0.5`` (GPT-2), embeddings and the head with std 0.02, norms one, biases
-    and attention sinks zero.
+    ``(2 * num_layers)**-0.5`` (GPT-2), embeddings and the head with std 0.02, norms and
+    scalars one, biases and attention sinks zero.
     Draws are made in fp32 and cast, so that all precisions start from the same numbers.
     """
     residual = (2 * model.config.num_layers) ** -0.5
@@ -23,7 +23,7 @@ def initialize(model: Decoder, seed: int) -> None:
         owner = model.get_submodule(name.rpartition(".")[0])
         if name.endswith(("bias", "sinks")):
             torch.nn.init.zeros_(parameter)
-        elif parameter.ndim == 1:
+        elif parameter.ndim <= 1:
             torch.nn.init.ones_(parameter)
         elif isinstance(owner, Experts):
             scale = residual if name.endswith("fc2") else 1.0

@@ -1,21 +1,59 @@
-"""The hash router (Roller et al. 2021). T tokens, K choices, V vocabulary."""
+"""The hash router (Roller et al. 2021, "Hash Layers for Large Sparse Models").
 
+T tokens, K choices, V vocabulary.
+"""
+
+import heapq
 from collections.abc import Sequence
+from typing import ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from ...errors import ConfigError
-from .config import Hash
-from .hash_table import balanced_table, random_table
-from .router import Router
+from .router import Router, RouterConfig, RouterSizes
 from .routing import Lookahead, RouterInput, Routing, count_choices, count_tokens
+
+
+class Hash(RouterConfig):
+    """A fixed table from token id to experts (Roller et al. 2021); nothing is learned."""
+
+    kind: Literal["hash"] = "hash"
+    k: int = Field(default=1, ge=1)
+    """Experts each token visits; each weighs 1/k."""
+    table: Literal["random", "balanced"] = "balanced"
+    """random: experts drawn per token id. balanced: frequent ids first, each to the experts with
+    the least traffic so far; needs token frequencies when training starts."""
+    seed: int = 0
+    """Seed of the table."""
+
+    learns: ClassVar[bool] = False
+    needs_token_counts: ClassVar[bool] = True
+
+    def build(self, sizes: RouterSizes) -> "HashRouter":
+        """Return the module, whose table needs the size of the vocabulary."""
+        if sizes.vocab_size is None:
+            raise ConfigError("router.kind is hash, which needs a vocabulary; pass vocab_size.")
+        return HashRouter(self, sizes.num_experts, sizes.vocab_size, sizes.token_counts)
+
+    def reads_at(self) -> Lookahead:
+        """Return that token ids are enough."""
+        return Lookahead.TOKEN
+
+    def problem_with_tensor(self, name: str, tensor: Tensor, num_experts: int) -> str | None:
+        """Return which experts a table names that are not there, or None."""
+        if name != "table_VK":
+            return None
+        lowest, highest = (int(bound) for bound in tensor.aminmax())
+        if lowest < 0 or highest >= num_experts:
+            return f"names experts from {lowest} to {highest}, but there are {num_experts}"
+        return None
 
 
 class HashRouter(Router):
     """See :class:`Hash`. The table is a buffer, saved and exported with the weights."""
 
-    lookahead = Lookahead.TOKEN
     table_VK: Tensor
 
     def __init__(
@@ -25,8 +63,7 @@ class HashRouter(Router):
         vocab_size: int,
         token_counts: Sequence[int] | None = None,
     ) -> None:
-        super().__init__(config.k, num_experts)
-        self.config = config
+        super().__init__(config, num_experts)
         if config.table == "random":
             table_VK = random_table(vocab_size, num_experts, config.k, config.seed)
         else:
@@ -51,3 +88,27 @@ class HashRouter(Router):
             counts_E=count_choices(experts_TK, self.num_experts),
             num_tokens=count_tokens(valid_T, experts_TK),
         )
+
+
+def random_table(vocab_size: int, num_experts: int, k: int, seed: int) -> Tensor:
+    """Draw k distinct experts for every token id: int32 ``[V, K]``."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    draws_VE = torch.rand(vocab_size, num_experts, generator=generator, device="cpu")
+    return draws_VE.topk(k, dim=-1).indices.int()
+
+
+def balanced_table(token_counts: Sequence[int], num_experts: int, k: int) -> Tensor:
+    """Give each token id, most frequent first, to the k experts with the least traffic so far.
+
+    Ids that never occur count as one occurrence, so that they too are spread out. Ties go to the
+    lower id. Returns int32 ``[V, K]``.
+    """
+    table_VK = torch.empty(len(token_counts), k, dtype=torch.int32, device="cpu")
+    heap = [(0, expert) for expert in range(num_experts)]
+    by_frequency = sorted(range(len(token_counts)), key=lambda token: (-token_counts[token], token))
+    for token in by_frequency:
+        lightest = [heapq.heappop(heap) for _ in range(k)]
+        table_VK[token] = torch.tensor([expert for _, expert in lightest], device="cpu")
+        for load, expert in lightest:
+            heapq.heappush(heap, (load + max(1, token_counts[token]), expert))
+    return table_VK

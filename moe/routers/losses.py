@@ -7,15 +7,14 @@ value and gradient alike. Only counts, which carry no gradient, cross ranks: the
 linear in the probabilities once the global counts are known.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...errors import ConfigError
-from .config import TopK
+from .loss_terms import BalanceSums, GlobalCounts, LayerLosses
 from .router import Router
 from .routing import Reduce, Routing
 
@@ -37,39 +36,26 @@ class AuxiliaryLosses:
     """int64: tokens of the global batch."""
 
 
-class _Layer(NamedTuple):
-    """A layer's part of this rank, with counts of the global batch."""
-
-    router: Router
-    config: TopK
-    routing: Routing
-    counts_E: Tensor
-    num_tokens: Tensor
-    num_sequences: Tensor
-
-
 def auxiliary_losses(
     routings: Sequence[Routing], routers: Sequence[Router], reduce: Reduce
 ) -> AuxiliaryLosses:
     """Compute the losses of all MoE layers, which have as many experts each, with one reduction.
 
-    Balance (Switch eq. 4-6, GShard; Megatron's normalisation): ``E / (K T^2) * sum_e n_e P_e``,
-    n_e the routed rows and P_e the summed probability of expert e over the global batch; with
-    ``balance_over: model`` n_e, P_e and T are first summed over the layers (transformers'
-    ``load_balancing_loss_func``, which leaves out the K).
-    Sequence balance (DeepSeek-V3 eq. 17-20): the same over each sequence, averaged over sequences.
-    z (ST-MoE eq. 5): ``1/T * sum_t logsumexp(logits_t)^2``.
+    Each router says what it adds (:meth:`Router.losses`). Balance losses that are pooled sum n_e,
+    P_e and T over their layers first (transformers' ``load_balancing_loss_func``, which leaves out
+    the K).
     """
     counts = _global_counts(routings, reduce)
-    layers = list(_learned(routings, routers, counts))
+    by_layer = _losses(routings, routers, counts)
     zero = routings[0].weights_TK.new_zeros(())
     balance, z = zero, zero
-    by_layer = [(_balance([layer]), _z(layer)) for layer in layers]
-    for layer_balance, layer_z in by_layer:
-        balance = balance + layer_balance.detach() / len(routings)
-        z = z + layer_z.detach() / len(routings)
-    counts_LE = torch.stack([counts_E for counts_E, _, _ in counts])
-    return AuxiliaryLosses(_total(layers, by_layer, zero), balance, z, counts_LE, counts[0][1])
+    for layer in by_layer:
+        if layer.balance is not None:
+            balance = balance + layer.balance.detach() / len(routings)
+        if layer.z is not None:
+            z = z + layer.z.detach() / len(routings)
+    counts_LE = torch.stack([layer_counts.counts_E for layer_counts in counts])
+    return AuxiliaryLosses(_total(by_layer, zero), balance, z, counts_LE, counts[0].num_tokens)
 
 
 def total_loss(
@@ -84,102 +70,61 @@ def total_loss(
             f"there are {len(routers)} MoE layers and {len(routings)} routings; give each layer's "
             "routing, in the same order."
         )
-    for router, routing in zip(routers, routings, strict=True):
-        _check_gradient(router, routing)
     counts = _global_counts(routings, reduce or (lambda counts: counts))
-    zero = routings[0].weights_TK.new_zeros(())
-    layers = list(_learned(routings, routers, counts))
-    return _total(layers, [(_balance([layer]), _z(layer)) for layer in layers], zero)
+    by_layer = _losses(routings, routers, counts)
+    for router, layer in zip(routers, by_layer, strict=True):
+        _check_gradient(router, layer)
+    return _total(by_layer, routings[0].weights_TK.new_zeros(()))
 
 
-def _check_gradient(router: Router, routing: Routing) -> None:
-    if not isinstance(router.config, TopK):
-        return
-    sums_E = routing.probability_sums_E
-    if sums_E is None:
-        raise ConfigError(
-            "the routing has no sums for losses, which routers keep in training mode only; call "
-            "train() on the layer before its forward."
-        )
+def _losses(
+    routings: Sequence[Routing], routers: Sequence[Router], counts: Sequence[GlobalCounts]
+) -> list[LayerLosses]:
+    return [
+        router.losses(routing, layer_counts)
+        for router, routing, layer_counts in zip(routers, routings, counts, strict=True)
+    ]
+
+
+def _check_gradient(router: Router, layer: LayerLosses) -> None:
+    tensors = list(layer.terms)
+    if layer.pooled is not None:
+        tensors.append(layer.pooled[1].probability_sums_E)
     learns = torch.is_grad_enabled() and any(p.requires_grad for p in router.parameters())
-    if learns and not sums_E.requires_grad:
+    if learns and tensors and not any(tensor.requires_grad for tensor in tensors):
         raise ConfigError(
             "the routing has no gradient; take the layer's forward out of torch.no_grad(), and "
             "checkpoint it with use_reentrant=False."
         )
 
 
-def _global_counts(
-    routings: Sequence[Routing], reduce: Reduce
-) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Return each layer's counts, tokens and sequences over the global batch."""
+def _global_counts(routings: Sequence[Routing], reduce: Reduce) -> list[GlobalCounts]:
+    """Return each layer's counts over the global batch: one reduction for all of them."""
     parts = [
-        torch.cat(
-            [
-                routing.counts_E,
-                routing.num_tokens.view(1),
-                (
-                    routing.num_tokens if routing.num_sequences is None else routing.num_sequences
-                ).view(1),
-            ]
-        )
+        part
+        for routing in routings
+        for part in (routing.counts_E, routing.num_tokens, *routing.extra_counts.values())
+    ]
+    summed = reduce(torch.cat([part.reshape(-1) for part in parts]))
+    pieces = summed.split([part.numel() for part in parts])
+    whole = iter([piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True)])
+    return [
+        GlobalCounts(next(whole), next(whole), {name: next(whole) for name in routing.extra_counts})
         for routing in routings
     ]
-    summed = reduce(torch.cat(parts)).split([len(part) for part in parts])
-    return [(part[:-2], part[-2], part[-1]) for part in summed]
 
 
-def _learned(
-    routings: Sequence[Routing],
-    routers: Sequence[Router],
-    counts: Sequence[tuple[Tensor, Tensor, Tensor]],
-) -> Iterator[_Layer]:
-    """Yield the layers whose router learns, which others have no losses."""
-    for routing, router, seen in zip(routings, routers, counts, strict=True):
-        if isinstance(router.config, TopK):
-            yield _Layer(router, router.config, routing, *seen)
-
-
-def _total(
-    layers: Sequence[_Layer], by_layer: Sequence[tuple[Tensor, Tensor]], zero: Tensor
-) -> Tensor:
-    """Return the sum of all losses; ``by_layer`` has each layer's balance and z."""
+def _total(by_layer: Sequence[LayerLosses], zero: Tensor) -> Tensor:
+    """Return the sum of all losses times their coefficients."""
     total = zero
-    pools: dict[tuple[int, int, float], list[_Layer]] = {}
-    for layer, (layer_balance, layer_z) in zip(layers, by_layer, strict=True):
-        config = layer.config
-        if config.balance_over == "layer":
-            total = total + config.balance_loss * layer_balance
-        else:
-            key = (layer.router.num_experts, layer.router.k, config.balance_loss)
-            pools.setdefault(key, []).append(layer)
-        total = total + config.z_loss * layer_z
-        if layer.routing.sequence_balance_sum is not None:
-            num_sequences = layer.num_sequences.clamp(min=1)
-            per_sequence = layer.routing.sequence_balance_sum / num_sequences
-            total = total + config.sequence_balance_loss * per_sequence
-    for (_, _, coefficient), members in pools.items():
-        total = total + coefficient * _balance(members)
+    pools: dict[tuple[int, int, float], BalanceSums] = {}
+    for layer in by_layer:
+        for term in layer.terms:
+            total = total + term
+        if layer.pooled is not None:
+            coefficient, sums = layer.pooled
+            key = (sums.num_experts, sums.k, coefficient)
+            pools[key] = pools[key].plus(sums) if key in pools else sums
+    for (_, _, coefficient), sums in pools.items():
+        total = total + coefficient * sums.loss()
     return total
-
-
-def _balance(pool: Sequence[_Layer]) -> Tensor:
-    """Return the balance loss of layers that have as many experts and choices each."""
-    router = pool[0].router
-    counts_E, sums_E, num_tokens = pool[0].counts_E, _sums(pool[0]), pool[0].num_tokens
-    for layer in pool[1:]:
-        counts_E, sums_E = counts_E + layer.counts_E, sums_E + _sums(layer)
-        num_tokens = num_tokens + layer.num_tokens
-    divisor = num_tokens.clamp(min=1).double()  # a batch without tokens has no loss
-    scale = router.num_experts / (router.k * divisor**2)
-    return (counts_E * scale * sums_E).sum().to(pool[0].routing.weights_TK.dtype)
-
-
-def _z(layer: _Layer) -> Tensor:
-    assert layer.routing.z_sum is not None
-    return layer.routing.z_sum / layer.num_tokens.clamp(min=1)
-
-
-def _sums(layer: _Layer) -> Tensor:
-    assert layer.routing.probability_sums_E is not None
-    return layer.routing.probability_sums_E

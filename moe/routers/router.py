@@ -1,31 +1,135 @@
-"""What every router is."""
+"""What every router is: a configuration, and the module that it builds.
 
+T tokens, E experts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from .config import Hash, TopK
+from ...errors import ConfigError
+from .loss_terms import GlobalCounts, LayerLosses
 from .routing import Lookahead, RouterInput, Routing
 
 
-class Router(nn.Module):
-    """Base of routers. ``route`` is called where ``lookahead`` says, by training and serving.
+@dataclass(frozen=True, slots=True)
+class RouterSizes:
+    """What a router must know of the model around it."""
 
-    A router belongs to the layer whose experts it selects, wherever it reads.
+    d_model: int
+    num_experts: int
+    vocab_size: int | None = None
+    """None where a layer is built alone."""
+    token_counts: Sequence[int] | None = None
+    """How often each token id occurs in the training data; None outside training, and for routers
+    that do not ask for it (:attr:`RouterConfig.needs_token_counts`)."""
+
+
+class RouterConfig(BaseModel):
+    """Base of configurations: what a ``router:`` section may say, and what it means.
+
+    A subclass adds its fields and defines :meth:`build`. Those of :mod:`moeyard` have a ``kind`` of
+    one word; a class of your own has none and goes by its import path (own_code.py).
     """
 
-    lookahead: Lookahead
-    config: TopK | Hash
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    def __init__(self, k: int, num_experts: int) -> None:
+    learns: ClassVar[bool] = True
+    """Whether the router has weights that training changes."""
+    needs_token_counts: ClassVar[bool] = False
+    """Whether training must count the token ids of its data before the router is built."""
+
+    kind: str = ""
+    """The router's name in configurations; where the class gives none, ``module:Class``."""
+    k: int = Field(default=2, ge=1)
+    """Experts each token visits."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name(cls, values: Any) -> Any:
+        has_name = bool(cls.model_fields["kind"].default)
+        if has_name or not isinstance(values, dict) or "kind" in values:
+            return values
+        return values | {"kind": f"{cls.__module__}:{cls.__qualname__}"}
+
+    def build(self, sizes: RouterSizes) -> "Router":
+        """Return the module; :class:`ConfigError` where ``sizes`` lacks something."""
+        raise ConfigError(
+            f"router is {type(self).__name__}, which has no build(self, sizes); define it, and "
+            "return a moeyard.Router."
+        )
+
+    def problem_with(self, num_experts: int) -> str | None:
+        """Return in one sentence why the router cannot choose among ``num_experts``, or None."""
+        if self.k > num_experts:
+            return (
+                f"router.k is {self.k}, but the layer has {num_experts} experts; "
+                f"use a value from 1 to {num_experts}."
+            )
+        return None
+
+    def architecture(self) -> dict[str, Any]:
+        """Return what the meaning of weights depends on; by default all fields.
+
+        A run may change what is not in here, and two ways to say the same come out alike.
+        """
+        return self.model_dump(mode="json")
+
+    def reads_at(self) -> Lookahead:
+        """Return what the router must have seen."""
+        return Lookahead.FFN_INPUT
+
+    def for_first_layer(self) -> Self:
+        """Return the configuration of a model's first MoE layer, which has no MoE layer before."""
+        return self
+
+    def problem_with_tensor(self, name: str, tensor: Tensor, num_experts: int) -> str | None:
+        """Return what is wrong with a tensor of the router that was read from a folder, or None.
+
+        ``name`` is the module's own name of it. The sentence begins after the name.
+        """
+        return None
+
+
+class Router(nn.Module):
+    """Base of modules. ``route`` is called where ``lookahead`` says, by training and serving.
+
+    A router belongs to the layer whose experts it selects, wherever it reads. Its parameters stay
+    in fp32 under bf16 and are whole on every rank. Raises :class:`ConfigError` where ``config``
+    does not fit ``num_experts``.
+    """
+
+    config: RouterConfig
+
+    def __init__(self, config: RouterConfig, num_experts: int) -> None:
+        problem = config.problem_with(num_experts)
+        if problem is not None:
+            raise ConfigError(problem)
         super().__init__()
-        self.k = k
+        self.config = config
+        self.k = config.k
         self.num_experts = num_experts
+        self.lookahead = config.reads_at()
 
     def route(self, router_input: RouterInput) -> Routing:
         """Choose experts for every row."""
         raise NotImplementedError
 
-    def update_bias(self, counts_E: Tensor) -> None:
+    def losses(self, routing: Routing, counts: GlobalCounts) -> LayerLosses:
+        """Return what the router adds to the loss; by default nothing.
+
+        ``routing`` is what :meth:`route` returned in training, ``counts`` its counts over the
+        global batch. Shares of all ranks must add up to the loss of one process. Raises
+        :class:`ConfigError` for a routing of evaluation mode.
+        """
+        return LayerLosses()
+
+    def after_step(self, counts_E: Tensor) -> None:
         """Answer to the load of a finished step, ``[E]`` rows of the global batch.
 
-        Only routers with a balancing bias do; it is called once per step on every rank.
+        It is called once per step on every rank, and does nothing by default. Routers with a
+        balancing bias move it here.
         """

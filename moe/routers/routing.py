@@ -4,7 +4,7 @@ T tokens, D model width, E experts, K choices.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 import torch
@@ -58,15 +58,12 @@ class Routing:
     """int64: routed rows of each expert, no gradient."""
     num_tokens: Tensor
     """int64 scalar: valid rows, no gradient."""
-    probability_sums_E: Tensor | None = None
-    """Router probabilities summed over valid rows, with gradient; None for routers without and,
-    like all that follows, outside training."""
-    z_sum: Tensor | None = None
-    """Sum over valid rows of logsumexp(logits)^2, with gradient."""
-    sequence_balance_sum: Tensor | None = None
-    """Sum over sequences of their own balance loss, with gradient; None where nobody asked."""
-    num_sequences: Tensor | None = None
-    """int64 scalar: sequences with valid rows."""
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    """What the router's own losses need of this rank, by name and with gradient; empty outside
+    training."""
+    extra_counts: dict[str, Tensor] = field(default_factory=dict)
+    """int64: what the losses need counted over the global batch besides ``counts_E`` and
+    ``num_tokens``. The names and shapes are the same on all ranks."""
 
 
 register_dataclass(
@@ -76,10 +73,8 @@ register_dataclass(
         "weights_TK",
         "counts_E",
         "num_tokens",
-        "probability_sums_E",
-        "z_sum",
-        "sequence_balance_sum",
-        "num_sequences",
+        "extras",
+        "extra_counts",
     ],
     drop_field_names=[],
 )

@@ -3,17 +3,132 @@
 T tokens, D model width, E experts, K choices, G groups of experts, B sequences.
 """
 
+from typing import Any, Literal, Self
+
 import torch
 import torch.nn.functional as F
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from ...errors import ConfigError
 from ...kernels.linear import row_stable_linear
 from ...kernels.router import choose, project_and_choose
 from ...kernels.values.choice import ChoiceRule, probabilities, scores, where_valid
-from .config import TopK
-from .router import Router
+from .loss_terms import BalanceSums, GlobalCounts, LayerLosses, sequence_balance
+from .router import Router, RouterConfig, RouterSizes
 from .routing import Lookahead, RouterInput, Routing, count_tokens
 from .token_rounding import round_tokens
+
+TRAINING_ONLY = (
+    "bias_update_rate",
+    "balance_loss",
+    "balance_over",
+    "sequence_balance_loss",
+    "z_loss",
+    "jitter",
+    "round_rows_to",
+)
+"""Fields of :class:`TopK` that a run may change on the way: weights mean the same without them."""
+
+
+class TopK(RouterConfig):
+    """Scores from a linear layer, the k largest win (Shazeer et al. 2017; Switch).
+
+    With ``lookahead`` it is Pre-gated MoE's or SmallThinker's router; with ``score: sigmoid``,
+    groups and ``bias_update_rate`` it is DeepSeek-V3's.
+    """
+
+    kind: Literal["topk"] = "topk"
+    lookahead: Literal["ffn_input", "attention_input", "previous_block"] = "ffn_input"
+    """What it reads. ``ffn_input``: what the experts read. ``attention_input``: the raw residual
+    entering the layer (SmallThinker). ``previous_block``: what the experts of the MoE layer before
+    read (Pre-gated MoE); the first MoE layer then reads ``ffn_input``."""
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    """How logits become scores."""
+    renormalize: bool = True
+    """Divide the chosen scores by their sum (Mixtral, released Qwen3-MoE checkpoints)."""
+    scale: float = Field(default=1.0, gt=0)
+    """Factor on all weights (DeepSeek's ``routed_scaling_factor``)."""
+    num_groups: int = Field(default=1, ge=1)
+    """Groups of neighbouring experts, each judged by the sum of its two best scores."""
+    group_score: Literal["top2", "max"] = "top2"
+    """By its two best scores' sum (DeepSeek-V3) or its best (DeepSeek-V2)."""
+    logit_bias: bool = False
+    """A learned bias on the logits (gpt-oss)."""
+    top_groups: int = Field(default=1, ge=1)
+    """Groups a token may choose experts from."""
+    bias_update_rate: float | None = Field(default=None, ge=0)
+    """Balance without a loss (Wang et al. 2024; DeepSeek-V3): experts are chosen by score plus a
+    bias, which moves by this much towards underloaded experts after each step. Weights never see
+    the bias. None = no bias, 0 = a bias that stays. Set ``balance_loss: 0`` beside it."""
+    balance_loss: float = Field(default=0.01, ge=0)
+    """Coefficient of the Switch/GShard balance loss; at perfect balance the loss itself is 1."""
+    balance_over: Literal["layer", "model"] = "layer"
+    """``layer``: a balance loss for each layer, summed (Switch, Megatron). ``model``: one loss of
+    all layers, whose counts and probabilities are pooled first (transformers). It is 1 in all
+    where the other is 1 for each layer."""
+    sequence_balance_loss: float = Field(default=0.0, ge=0)
+    """Coefficient of the same loss over each sequence (DeepSeek-V3, 1e-4)."""
+    z_loss: float = Field(default=0.0, ge=0)
+    """Coefficient of the ST-MoE z-loss."""
+    jitter: float = Field(default=0.0, ge=0, lt=1)
+    """Training multiplies the router's input by U(1 - jitter, 1 + jitter) (Switch). The draws
+    belong to a rank, so results then depend on the number of ranks."""
+    round_rows_to: int = Field(default=0, ge=0)
+    """Training gives each expert a multiple of this many rows of a rank's tokens (SonicMoE's token
+    rounding; 0 = off): 128 fills the tiles of GPU kernels where experts have a few hundred rows.
+    Losses and statistics keep the router's own choice. Results depend on the number of ranks."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.top_groups > self.num_groups:
+            raise ValueError(
+                f"top_groups is {self.top_groups}, but num_groups is {self.num_groups}; raise "
+                "num_groups or lower top_groups."
+            )
+        return self
+
+    def build(self, sizes: RouterSizes) -> "TopKRouter":
+        """Return the module."""
+        return TopKRouter(self, sizes.d_model, sizes.num_experts)
+
+    def problem_with(self, num_experts: int) -> str | None:
+        """Return why k or these groups do not fit ``num_experts``, or None."""
+        problem = super().problem_with(num_experts)
+        if problem is not None:
+            return problem
+        if num_experts % self.num_groups:
+            return (
+                f"router.num_groups is {self.num_groups}, which does not divide the layer's "
+                f"{num_experts} experts; use a divisor of {num_experts}."
+            )
+        within_reach = num_experts // self.num_groups * self.top_groups
+        if self.k > within_reach:
+            return (
+                f"router.k is {self.k}, but top_groups = {self.top_groups} of num_groups = "
+                f"{self.num_groups} leave {within_reach} experts; raise top_groups or lower k."
+            )
+        return None
+
+    def architecture(self) -> dict[str, Any]:
+        """Return all but :data:`TRAINING_ONLY`, and whether there is a balancing bias."""
+        values = super().architecture()
+        values["has_bias"] = self.bias_update_rate is not None
+        for name in TRAINING_ONLY:
+            del values[name]
+        if self.num_groups == 1:
+            values["group_score"] = values["top_groups"] = None
+        return values
+
+    def reads_at(self) -> Lookahead:
+        """Return ``lookahead``."""
+        return Lookahead(self.lookahead)
+
+    def for_first_layer(self) -> Self:
+        """Return this, reading ``ffn_input`` where it is pre-gated."""
+        if self.lookahead == "previous_block":
+            return self.model_copy(update={"lookahead": "ffn_input"})
+        return self
 
 
 class TopKRouter(Router):
@@ -23,9 +138,8 @@ class TopKRouter(Router):
     """``[E]``: DeepSeek's name for the balancing bias."""
 
     def __init__(self, config: TopK, d_model: int, num_experts: int) -> None:
-        super().__init__(config.k, num_experts)
+        super().__init__(config, num_experts)
         self.config: TopK = config
-        self.lookahead = Lookahead(config.lookahead)
         self.rule = ChoiceRule(
             k=config.k,
             score=config.score,
@@ -63,7 +177,7 @@ class TopKRouter(Router):
             num_tokens=count_tokens(valid_T, choices.experts_TK),
         )
         if choices.sums is not None:
-            routing.probability_sums_E, routing.z_sum = choices.sums
+            routing.extras = choices.sums._asdict()
         if self.training and self.config.sequence_balance_loss:
             self._add_sequence_balance(routing, logits_TE, router_input)
         if self.training and self.config.round_rows_to:
@@ -82,8 +196,41 @@ class TopKRouter(Router):
             return None
         return Routing(*found[:3], num_tokens=torch.tensor(x_TD.shape[0]))
 
+    def losses(self, routing: Routing, counts: GlobalCounts) -> LayerLosses:
+        """Return balance, sequence balance and z; see :class:`TopK`.
+
+        z is ``1/T * sum_t logsumexp(logits_t)^2`` (ST-MoE eq. 5). Balance over sequences is its
+        mean over the sequences of the global batch.
+        """
+        config, extras = self.config, routing.extras
+        if "probability_sums_E" not in extras:
+            raise ConfigError(
+                "the routing has no sums for losses, which routers keep in training mode only; "
+                "call train() on the layer before its forward."
+            )
+        sums = BalanceSums(
+            num_experts=self.num_experts,
+            k=self.k,
+            counts_E=counts.counts_E,
+            probability_sums_E=extras["probability_sums_E"],
+            num_tokens=counts.num_tokens,
+        )
+        balance = sums.loss()
+        z = extras["z_sum"] / counts.num_tokens.clamp(min=1)
+        terms, pooled = [], None
+        if config.balance_over == "layer":
+            terms.append(config.balance_loss * balance)
+        else:
+            pooled = (config.balance_loss, sums)
+        terms.append(config.z_loss * z)
+        if "sequence_balance_sum" in extras:
+            num_sequences = counts.extra["num_sequences"].clamp(min=1)
+            per_sequence = extras["sequence_balance_sum"] / num_sequences
+            terms.append(config.sequence_balance_loss * per_sequence)
+        return LayerLosses(tuple(terms), pooled, balance, z)
+
     @torch.no_grad()
-    def update_bias(self, counts_E: Tensor) -> None:
+    def after_step(self, counts_E: Tensor) -> None:
         """Move the bias towards even load; ``counts_E`` are rows of the whole global batch.
 
         ``b += rate * sign(mean - load)`` (Wang et al. 2024, algorithm 1). Does nothing without a
@@ -115,31 +262,6 @@ class TopKRouter(Router):
         # bias that evens the load must not hide the sequence's own imbalance.
         best_TK = where_valid(valid_T, scores_TE.topk(self.k, dim=-1).indices)
         lengths = router_input.lengths or (len(scores_TE),)
-        routing.sequence_balance_sum, routing.num_sequences = _sequence_balance(
-            scores_TE, best_TK, lengths
-        )
-
-
-def _sequence_balance(
-    probabilities_TE: Tensor, best_TK: Tensor, lengths: tuple[int, ...]
-) -> tuple[Tensor, Tensor]:
-    """Return the sum over sequences of their balance loss, and how many have valid rows.
-
-    Per sequence of n valid tokens: ``E / (K n^2) * sum_e n_e P_e`` (DeepSeek-V3 eq. 17-20; f_e and
-    P_e there are n_e E / (K n) and P_e / n). n_e counts ``best_TK``, -1 where a row is not valid.
-    """
-    num_experts, k = probabilities_TE.shape[1], best_TK.shape[1]
-    device = best_TK.device
-    sequence_T = torch.arange(len(lengths), device=device).repeat_interleave(
-        torch.tensor(lengths, device=device), output_size=len(best_TK)
-    )
-    present_TK = best_TK >= 0
-    cells_TK = sequence_T.unsqueeze(-1) * num_experts + best_TK.clamp(min=0)
-    counts_BE = torch.zeros(len(lengths) * num_experts, dtype=torch.int64, device=device)
-    counts_BE.scatter_add_(0, cells_TK.flatten(), present_TK.flatten().long())
-    counts_BE = counts_BE.view(len(lengths), num_experts)
-    valid_B = torch.zeros(len(lengths), dtype=torch.int64, device=device)
-    valid_B.scatter_add_(0, sequence_T, present_TK.any(dim=-1).long())
-    sums_BE = probabilities_TE.new_zeros(counts_BE.shape).index_add(0, sequence_T, probabilities_TE)
-    scale_B = num_experts / (k * valid_B.clamp(min=1).to(sums_BE.dtype).square())
-    return ((counts_BE * sums_BE).sum(dim=-1) * scale_B).sum(), (valid_B > 0).sum()
+        total, num_sequences = sequence_balance(scores_TE, best_TK, lengths)
+        routing.extras["sequence_balance_sum"] = total
+        routing.extra_counts["num_sequences"] = num_sequences

@@ -8,11 +8,12 @@ every exchange, with zero rows if need be, so nobody waits for a collective that
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...moe.experts.base import LayerExperts
+from ...moe.experts.path import Beside
 from ...moe.routers.routing import Routing
 from ..mesh import Mesh
 from .exchange import Exchange, Splits
@@ -72,8 +73,8 @@ class _Return(torch.autograd.Function):
         return torch.cat(handle.exchange.rows([grad_TD], handle.splits, handle.tokens)[0]), None
 
 
-class AllToAllDispatcher:
-    """Dispatch over the expert-parallel group; expert e lives on rank ``e // (E / P)``.
+class AllToAllPath:
+    """Rows travel over the expert-parallel group; expert e lives on rank ``e // (E / P)``.
 
     Layers share one ``exchange``: their turns follow each other on every rank.
     """
@@ -84,8 +85,20 @@ class AllToAllDispatcher:
         self._num_ranks = mesh.ep_size
         self._share = num_experts // self._num_ranks
 
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Tensor, Any]:
-        """See :class:`moeyard.moe.layer.Dispatcher`."""
+    def run(
+        self, x_TD: Tensor, routing: Routing, experts: LayerExperts, beside: Beside | None = None
+    ) -> Tensor:
+        """See :class:`moeyard.moe.experts.path.ExpertPath`; parts are added in rank order."""
+        x_ND, experts_NK, weights_NK, handle = self._dispatch(x_TD, routing)
+        y_ND = experts(x_ND, experts_NK, weights_NK)
+        y_TD: Tensor = _Return.apply(y_ND, handle)
+        return y_TD if beside is None else y_TD + beside()
+
+    def _dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Tensor, _Handle]:
+        """Return the rows that arrive here, x_ND, experts_NK (-1 = not here) and weights_NK.
+
+        The handle brings their results back.
+        """
         experts_TK = routing.experts_TK
         owner_TK = torch.div(experts_TK, self._share, rounding_mode="floor")
         ranks_P = torch.arange(self._num_ranks, device=x_TD.device)
@@ -96,8 +109,3 @@ class AllToAllDispatcher:
         x_ND, weights_NK, experts_NK = _Send.apply(x_TD, routing.weights_TK, experts_TK, handle)
         here_NK = torch.div(experts_NK, self._share, rounding_mode="floor") == self._rank
         return x_ND, torch.where(here_NK, experts_NK, -1), weights_NK, handle
-
-    def combine(self, y_ND: Tensor, handle: Any) -> Tensor:
-        """See :class:`moeyard.moe.layer.Dispatcher`; parts are added in rank order."""
-        y_TD: Tensor = _Return.apply(y_ND, handle)
-        return y_TD

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from moeyard.moe.config.model import MoEConfig
-from moeyard.moe.routers.config import TopK
+from moeyard.moe.routers.topk import TopK
 from moeyard.serving.engine import thread as engine_thread
 from moeyard.serving.server import ServeArgs, Server
 

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from ...errors import ExpertReadError
 from ...kernels.waves import start_waves
-from ...moe.experts.resident import AnyExperts
+from ...moe.experts.base import LayerExperts
 from ...moe.routers.routing import Routing, count_choices
 from .store import ExpertStore
 
 
-class OffloadedExperts(AnyExperts):
+class OffloadedExperts(LayerExperts):
     """Takes the place of :class:`moeyard.moe.experts.resident.Experts` for inference, bit for bit.
 
     Experts come in waves; each routed row has its own line of the output, filled once, and the

@@ -16,9 +16,9 @@ from moeyard.kernels.values.activation import ACTIVATIONS
 from moeyard.kernels.values.expert_weights import ExpertWeights, MainGrads
 from moeyard.kernels.values.quantize import quantize_experts
 from moeyard.kernels.waves import start_waves
-from moeyard.moe.routers.build import build_router
-from moeyard.moe.routers.config import TopK
+from moeyard.moe.routers.router import RouterSizes
 from moeyard.moe.routers.routing import RouterInput
+from moeyard.moe.routers.topk import TopK
 
 FUNCTIONS = library.load().functions
 pytestmark = [
@@ -218,13 +218,13 @@ ROUTERS = {
 def routers(dtype, **options):
     """Return a router and x, on which the C++ kernels run, and both in fp64."""
     torch.manual_seed(0)
-    router = build_router(TopK(k=4, **options), 37, 18).eval()
+    router = TopK(k=4, **options).build(RouterSizes(37, 18)).eval()
     if router.e_score_correction_bias is not None:
         router.e_score_correction_bias += torch.linspace(-0.3, 0.3, 18)
     if router.bias is not None:
         router.bias += torch.linspace(1.0, -1.0, 18)
     x = random(57, 37, dtype=dtype)
-    wide = build_router(TopK(k=4, **options), 37, 18).eval().double()
+    wide = TopK(k=4, **options).build(RouterSizes(37, 18)).eval().double()
     wide.load_state_dict(router.state_dict())
     return router, x, wide
 
@@ -245,7 +245,7 @@ def test_routers_choose_and_weigh_as_in_fp64(dtype, options):
 
 
 def test_equal_scores_go_to_the_lower_expert():
-    router = build_router(TopK(k=4), 8, 18).eval()
+    router = TopK(k=4).build(RouterSizes(8, 18)).eval()
     router.weight.zero_()
     assert router.route(RouterInput(random(2, 8))).experts_TK.tolist() == [[0, 1, 2, 3]] * 2
 
@@ -253,7 +253,7 @@ def test_equal_scores_go_to_the_lower_expert():
 @pytest.mark.parametrize("group_score", ["top2", "max"])
 def test_equal_groups_go_to_the_lower_one(group_score):
     groups = {"num_groups": 6, "top_groups": 1, "group_score": group_score}
-    router = build_router(TopK(k=3, logit_bias=True, **groups), 8, 18).eval()
+    router = TopK(k=3, logit_bias=True, **groups).build(RouterSizes(8, 18)).eval()
     router.weight.zero_()
     for best, expected in (([], [0, 1, 2]), ([9, 10, 12, 13], [9, 10, 11])):
         router.bias.zero_()
@@ -264,7 +264,7 @@ def test_equal_groups_go_to_the_lower_one(group_score):
 def test_a_group_is_judged_by_its_best_or_by_its_two_best():
     for group_score, expected in (("top2", [3, 4, 5]), ("max", [6, 7, 8])):
         groups = {"num_groups": 6, "top_groups": 1, "group_score": group_score}
-        router = build_router(TopK(k=3, logit_bias=True, **groups), 8, 18).eval()
+        router = TopK(k=3, logit_bias=True, **groups).build(RouterSizes(8, 18)).eval()
         router.weight.zero_()
         router.bias[3:5], router.bias[6] = 1.0, 1.4  # e + e > e^1.4 + 1
         assert router.route(RouterInput(random(2, 8))).experts_TK.tolist() == [expected] * 2

@@ -10,9 +10,8 @@ from triton_router_cases import assert_near, expected_outcome, outcome, problem,
 
 from moeyard.kernels.router import choose
 from moeyard.kernels.trust import trusts_triton_router
-from moeyard.moe.routers.config import TopK
 from moeyard.moe.routers.routing import RouterInput
-from moeyard.moe.routers.topk import TopKRouter
+from moeyard.moe.routers.topk import TopK, TopKRouter
 
 pytestmark = pytest.mark.gpu
 
@@ -56,7 +55,11 @@ def test_routing_never_waits_for_the_device():
 
     def step():
         routing = gate.route(RouterInput(x))
-        total = routing.weights_TK.sum() + routing.probability_sums_E.sum() + routing.z_sum
+        total = (
+            routing.weights_TK.sum()
+            + routing.extras["probability_sums_E"].sum()
+            + routing.extras["z_sum"]
+        )
         return torch.autograd.grad(total, gate.weight)
 
     step()

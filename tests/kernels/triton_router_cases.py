@@ -13,10 +13,9 @@ from moeyard.kernels.gpu import router as router_kernels
 from moeyard.kernels.router import choose
 from moeyard.kernels.torch_ops.router import choose_torch
 from moeyard.kernels.values.choice import ChoiceRule
-from moeyard.moe.routers.config import TopK
 from moeyard.moe.routers.losses import auxiliary_losses
 from moeyard.moe.routers.routing import RouterInput
-from moeyard.moe.routers.topk import TopKRouter
+from moeyard.moe.routers.topk import TopK, TopKRouter
 
 DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
 TOLERANCE = 1e-5

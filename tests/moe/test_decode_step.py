@@ -10,7 +10,7 @@ from moeyard.kernels.cpu import library
 from moeyard.moe.batch import batch_of
 from moeyard.moe.config.model import ModelConfig, MoEConfig
 from moeyard.moe.models.decoder import Decoder
-from moeyard.moe.routers.config import TopK
+from moeyard.moe.routers.topk import TopK
 
 NONE = library.Library(None, "left out")
 BACKENDS = pytest.mark.parametrize("kernels", [library.load(), NONE], ids=["cpp", "torch"])

@@ -6,10 +6,10 @@ import torch
 
 import moeyard
 from moeyard.errors import ConfigError
-from moeyard.moe.routers.build import build_router
-from moeyard.moe.routers.config import TopK
 from moeyard.moe.routers.losses import auxiliary_losses
+from moeyard.moe.routers.router import RouterSizes
 from moeyard.moe.routers.routing import RouterInput
+from moeyard.moe.routers.topk import TopK
 
 EXPERTS, GROUPS, KEPT, K = 12, 4, 2, 3
 
@@ -18,7 +18,7 @@ def gate(**options):
     torch.manual_seed(1)
     values = {"k": K, "score": "sigmoid", "num_groups": GROUPS, "top_groups": KEPT, "scale": 2.5}
     values |= {"bias_update_rate": 0.001} | options
-    router = build_router(TopK(**values), 8, EXPERTS).double()
+    router = TopK(**values).build(RouterSizes(8, EXPERTS)).double()
     if router.e_score_correction_bias is not None:
         router.e_score_correction_bias += torch.linspace(-0.4, 0.4, EXPERTS).flip(0)
     return router
@@ -82,7 +82,7 @@ def test_the_bias_moves_by_its_rate_towards_even_load():
     router = gate(bias_update_rate=0.01)
     before = router.e_score_correction_bias.clone()
     counts = torch.tensor([5] * 4 + [1] * 4 + [3] * 4)
-    router.update_bias(counts)
+    router.after_step(counts)
     moved = router.e_score_correction_bias - before
     torch.testing.assert_close(moved, torch.tensor([-0.01] * 4 + [0.01] * 4 + [0.0] * 4).double())
 
@@ -92,7 +92,7 @@ def test_a_missing_or_frozen_bias_stays(rate):
     router = gate(bias_update_rate=rate)
     before = router.e_score_correction_bias
     before = None if before is None else before.clone()
-    router.update_bias(torch.arange(EXPERTS))
+    router.after_step(torch.arange(EXPERTS))
     assert (before is None) == (router.e_score_correction_bias is None)
     assert before is None or torch.equal(before, router.e_score_correction_bias)
 
@@ -107,7 +107,7 @@ def test_updates_drive_a_skewed_router_to_even_load():
 
     first = peak()
     for _ in range(400):
-        router.update_bias(router.route(RouterInput(x)).counts_E)
+        router.after_step(router.route(RouterInput(x)).counts_E)
     assert first > 2 and peak() < 1.2
 
 
@@ -152,7 +152,7 @@ def test_weights_stay_finite_where_all_scores_vanish():
 def test_a_layer_counts_sequences_by_the_shape_of_its_input():
     layer = moeyard.MoELayer(8, 6, 4, TopK(k=2, sequence_balance_loss=1.0))
     _, routing = layer(torch.randn(3, 5, 8))
-    assert int(routing.num_sequences) == 3
+    assert int(routing.extra_counts["num_sequences"]) == 3
 
 
 @pytest.mark.parametrize(

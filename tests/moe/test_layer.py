@@ -5,7 +5,7 @@ import torch
 
 import moeyard
 from moeyard.errors import ConfigError
-from moeyard.moe.routers.config import Hash
+from moeyard.moe.routers.hash import Hash
 
 
 def test_gives_the_promised_shapes_and_routes_every_token():

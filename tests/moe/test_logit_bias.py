@@ -12,10 +12,9 @@ from moeyard.moe.config.model import ModelConfig, MoEConfig
 from moeyard.moe.folders.families.table import FAMILIES
 from moeyard.moe.models.decoder import Decoder
 from moeyard.moe.models.initialize import initialize
-from moeyard.moe.routers.build import build_router
-from moeyard.moe.routers.config import TopK
+from moeyard.moe.routers.router import RouterSizes
 from moeyard.moe.routers.routing import RouterInput
-from moeyard.moe.routers.topk import TopKRouter
+from moeyard.moe.routers.topk import TopK, TopKRouter
 
 D, E, K = 8, 7, 3
 RULES = {
@@ -28,7 +27,7 @@ RULES = {
 
 def gate(**options) -> TopKRouter:
     torch.manual_seed(1)
-    router = build_router(TopK(k=K, logit_bias=True, **options), D, E)
+    router = TopK(k=K, logit_bias=True, **options).build(RouterSizes(D, E))
     with torch.no_grad():
         router.bias.copy_(torch.linspace(1.5, -1.5, E))
         if router.e_score_correction_bias is not None:
@@ -83,7 +82,7 @@ def test_gradients_of_all_outputs_are_those_of_finite_differences(options):
 
     def outputs(x, *_):  # gradcheck moves the parameters where they are
         routing = router.route(RouterInput(x))
-        return routing.weights_TK, routing.probability_sums_E, routing.z_sum
+        return routing.weights_TK, routing.extras["probability_sums_E"], routing.extras["z_sum"]
 
     assert torch.autograd.gradcheck(outputs, (x, router.weight, router.bias))
 

@@ -12,8 +12,8 @@ from moeyard.moe.config.model import ModelConfig, MoEConfig
 from moeyard.moe.folders.hf_config import from_hf, to_hf
 from moeyard.moe.models.decoder import Decoder
 from moeyard.moe.models.initialize import initialize
-from moeyard.moe.routers.config import TopK
 from moeyard.moe.routers.routing import Lookahead, RouterInput
+from moeyard.moe.routers.topk import TopK
 
 LOOKAHEADS = ["previous_block", "attention_input"]
 
@@ -96,7 +96,7 @@ def test_recompute_gives_the_same_gradients_and_counts(lookahead):
     for recompute in (False, True):
         model = decoder(lookahead, recompute=recompute)
         output = model(batch_of_rows(ids))
-        z = sum(routing.z_sum for routing in output.routings)
+        z = sum(routing.extras["z_sum"] for routing in output.routings)
         (output.hidden_TD.square().sum() + z).backward()
         assert all(int(routing.counts_E.sum()) == 2 * 9 * 2 for routing in output.routings)
         found.append({name: parameter.grad for name, parameter in model.named_parameters()})

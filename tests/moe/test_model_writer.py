@@ -227,7 +227,7 @@ SLOW_WRITER = """
 import sys, time
 from pathlib import Path
 import torch
-from moeyard.moe.model_writer import TensorPlan, write_model_folder
+from moeyard.moe.folders.writer import TensorPlan, write_model_folder
 
 def parts(index):
     if index == 5:

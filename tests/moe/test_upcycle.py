@@ -13,8 +13,7 @@ from moeyard.cli import main
 from moeyard.kernels.router import choose
 from moeyard.kernels.values.choice import ChoiceRule
 from moeyard.moe.folders.upcycle import upcycle
-from moeyard.moe.routers.config import TopK
-from moeyard.moe.routers.topk import TopKRouter
+from moeyard.moe.routers.topk import TopK, TopKRouter
 
 from hf_families import save
 

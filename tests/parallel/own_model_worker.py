@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import moeyard
-from moeyard.parallel.experts.all_to_all import AllToAllDispatcher
+from moeyard.parallel.experts.all_to_all import AllToAllPath
 from moeyard.parallel.experts.exchange import open_exchange
 from moeyard.parallel.mesh import build_mesh
 
@@ -107,7 +107,7 @@ def check_ep(batches: list[Tensor]) -> None:
     state = whole.state_dict()
     model.load_state_dict({k: v[here] if k in names else v for k, v in state.items()})
     for layer in model.moe:
-        layer.dispatcher = AllToAllDispatcher(E, mesh, exchange)
+        layer.path = AllToAllPath(E, mesh, exchange)
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
     check_share(steps(DistributedDataParallel(model), model.moe, batches), expected)
     for name, parameter in model.named_parameters():

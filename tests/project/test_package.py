@@ -26,9 +26,16 @@ PYTHON_FILES = [
 def test_exported_names_are_pinned():
     assert moeyard.__all__ == sorted(moeyard.__all__)
     assert set(moeyard.__all__) == {
+        "GlobalCounts",
         "Hash",
+        "LayerLosses",
+        "Lookahead",
         "MoELayer",
         "MoeyardError",
+        "Router",
+        "RouterConfig",
+        "RouterInput",
+        "RouterSizes",
         "auxiliary_loss",
         "Routing",
         "TopK",

@@ -12,7 +12,8 @@ from moeyard.moe.folders.write_weights import plan_weights
 from moeyard.moe.folders.writer import write_model_folder
 from moeyard.moe.models.decoder import Decoder
 from moeyard.moe.models.initialize import initialize
-from moeyard.moe.routers.config import Hash, TopK
+from moeyard.moe.routers.hash import Hash
+from moeyard.moe.routers.topk import TopK
 from moeyard.serving.experts.store import ExpertStore
 from moeyard.training.data.tokenizer import ByteTokenizer
 

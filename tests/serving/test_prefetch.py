@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from moeyard.errors import ExpertReadError
-from moeyard.moe.routers.config import Hash, TopK
+from moeyard.moe.routers.hash import Hash
+from moeyard.moe.routers.topk import TopK
 from moeyard.serving.experts import store as store_module
 from moeyard.serving.experts.read_queue import Read, ReadQueue
 from moeyard.serving.loading import open_model

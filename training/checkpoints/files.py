@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, ConfigError
 from ...files import replace_text, sha256_of, sync
 from ...moe.config.model import ModelConfig
 from .dcp_reader import METADATA, SafeFileSystemReader
@@ -59,6 +59,9 @@ def read_state(path: Path) -> dict[str, Any]:
         ModelConfig.model_validate(state["model"])
     except ValidationError as error:
         problem = error.errors()[0]
+        cause = problem.get("ctx", {}).get("error")
+        if isinstance(cause, ConfigError):  # a router of the user's own that is not permitted
+            raise cause from None
         key = ".".join(map(str, problem["loc"]))
         raise CheckpointError(
             f"{path / STATE} says something impossible ({key or 'model'}: {problem['msg']}); "

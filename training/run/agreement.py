@@ -12,6 +12,7 @@ from ... import __version__
 from ...errors import ConfigError
 from ...files import sha256_of
 from ...moe.models.decoder import Decoder
+from ...moe.routers.own_code import permitted
 from ...parallel.dense.gradients import expert_parameter_names
 from ...parallel.watch.watch import Watch
 from ..config import RunConfig
@@ -38,6 +39,9 @@ def check_same_start(config: RunConfig, watch: Watch | None) -> None:
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in SUFFIXES:
                 code[f"moeyard/{path.relative_to(ROOT)}"] = sha256_of(path)[:12]
+    for name, module in permitted().items():
+        if module.__file__ is not None:
+            code[name] = sha256_of(Path(module.__file__))[:12]
     check_same(code, "install the same versions on all hosts", watch)
 
 

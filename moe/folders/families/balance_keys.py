@@ -9,8 +9,7 @@ from typing import Any
 
 from ....errors import ModelFileError
 from ...config.model import ModelConfig
-from ...routers.config import TopK
-from .rope_keys import Values
+from .keys import Values, topk_moe
 
 OWN_KEY = "moeyard_balance_loss"
 """What a run trained with, for the next run that starts from its export; transformers skips it.
@@ -20,7 +19,7 @@ It holds where ``output_router_logits`` is not true.
 
 
 def read_balance_loss(values: Values, k: int) -> dict[str, Any]:
-    """Return the fields of :class:`TopK` that say the loss which training would add."""
+    """Return the fields of a ``topk`` router that say the loss which training would add."""
     own = values.get(OWN_KEY)
     if not isinstance(own, dict | None):
         raise ModelFileError(f"config.json has {OWN_KEY} = {own!r}; use an object or leave it out.")
@@ -37,8 +36,7 @@ def write_balance_loss(config: ModelConfig) -> Values:
     A loss that is summed over layers is written as the pooled one that equals it where all layers
     have the same counts.
     """
-    assert config.moe is not None and isinstance(config.moe.router, TopK)
-    router = config.moe.router
+    _, router = topk_moe(config)
     if not router.balance_loss:
         return {"output_router_logits": False}
     layers = len(config.moe_layers) if router.balance_over == "layer" else 1

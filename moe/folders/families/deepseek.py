@@ -3,10 +3,10 @@
 from ....errors import ModelFileError
 from ...config.attention import AttentionConfig, LatentAttention
 from ...config.model import ModelConfig, MoEConfig
-from ...routers.config import TopK
+from ...routers.topk import TopK
 from ..expert_layouts import SeparateExperts
 from .family import Family
-from .keys import COMMON, Values, check_only, num_layers, read_common
+from .keys import COMMON, Values, check_only, num_layers, read_common, topk_moe
 
 _V2_DEFAULTS = COMMON | {
     "vocab_size": 102_400,
@@ -97,8 +97,9 @@ def _read(values: Values, router: TopK, interleaved: bool) -> ModelConfig:
 
 
 def _write(config: ModelConfig) -> Values:
-    moe, latent = config.moe, config.attention.latent
-    assert moe is not None and latent is not None and isinstance(moe.router, TopK)
+    moe, router = topk_moe(config)
+    latent = config.attention.latent
+    assert latent is not None, "why_not was not asked"
     return {
         "head_dim": latent.rope_dim,
         "num_key_value_heads": config.num_heads,
@@ -108,11 +109,11 @@ def _write(config: ModelConfig) -> Values:
         "n_routed_experts": moe.num_experts,
         # transformers makes shared experts in any case, so none cannot be said
         "n_shared_experts": max(1, moe.d_shared // moe.d_expert),
-        "num_experts_per_tok": moe.router.k,
-        "routed_scaling_factor": moe.router.scale,
-        "n_group": moe.router.num_groups,
-        "topk_group": moe.router.top_groups,
-        "norm_topk_prob": moe.router.renormalize,
+        "num_experts_per_tok": router.k,
+        "routed_scaling_factor": router.scale,
+        "n_group": router.num_groups,
+        "topk_group": router.top_groups,
+        "norm_topk_prob": router.renormalize,
         "q_lora_rank": latent.q_rank,
         "kv_lora_rank": latent.kv_rank,
         "qk_nope_head_dim": latent.nope_dim,

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pydantic import ValidationError
 
 from ...config.model import ModelConfig
-from ...routers.config import TopK
 from ..expert_layouts import ExpertLayout
 from .keys import COMMON, Values, check_only, complete, write_common
 
@@ -82,7 +81,7 @@ class Family:
     def _why_impossible(self, config: ModelConfig) -> str | None:
         if (config.moe is not None) != self.has_experts:
             return f"{self.model_type} models have {'' if self.has_experts else 'no '}experts"
-        if config.moe is not None and not isinstance(config.moe.router, TopK):
+        if config.moe is not None and config.moe.router.kind != "topk":
             return f"moe.router is {config.moe.router.kind}, where {self.model_type} has topk"
         if (config.attention.latent is not None) != self.has_latent:
             is_latent = "latent" if self.has_latent else "grouped-query"

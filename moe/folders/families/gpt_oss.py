@@ -3,7 +3,7 @@
 from ....kernels.values.activation import CLAMP, CLAMPED_SLOPE
 from ...config.attention import AttentionConfig
 from ...config.model import ModelConfig, MoEConfig
-from ...routers.config import TopK
+from ...routers.topk import TopK
 from .balance_keys import read_balance_loss, write_balance_loss
 from .family import Family
 from .gpt_oss_experts import GptOssExperts
@@ -14,6 +14,7 @@ from .keys import (
     num_layers,
     read_common,
     read_windows,
+    topk_moe,
     write_layer_types,
 )
 
@@ -80,12 +81,11 @@ def _read(values: Values) -> ModelConfig:
 
 
 def _write(config: ModelConfig) -> Values:
-    moe = config.moe
-    assert moe is not None and isinstance(moe.router, TopK)
+    moe, router = topk_moe(config)
     return {
         "num_local_experts": moe.num_experts,
-        "num_experts_per_tok": moe.router.k,
-        "experts_per_token": moe.router.k,
+        "num_experts_per_tok": router.k,
+        "experts_per_token": router.k,
         "intermediate_size": moe.d_expert,
         "attention_bias": config.attention.qkv_bias,
         "sliding_window": config.attention.window or _WINDOW,  # transformers wants a number

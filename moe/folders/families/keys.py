@@ -1,9 +1,11 @@
 """Keys of ``config.json`` that families share, to and from our configuration."""
 
 from collections.abc import Collection, Iterable, Mapping
+from typing import cast
 
 from ....errors import ModelFileError
-from ...config.model import ModelConfig
+from ...config.model import ModelConfig, MoEConfig
+from ...routers.topk import TopK
 from .rope_keys import Values, read_rope, write_rope
 
 COMMON: Values = {
@@ -17,6 +19,15 @@ COMMON: Values = {
 """What most families mean where these keys are missing."""
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
+
+
+def topk_moe(config: ModelConfig) -> tuple[MoEConfig, TopK]:
+    """Return the MoE layers of a model and their router, which every family but our own has.
+
+    Other kinds of routers are refused before (:meth:`Family.why_not`).
+    """
+    assert config.moe is not None and config.moe.router.kind == "topk", "why_not was not asked"
+    return config.moe, cast(TopK, config.moe.router)
 
 
 def complete(

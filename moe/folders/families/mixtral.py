@@ -2,11 +2,11 @@
 
 from ...config.attention import AttentionConfig
 from ...config.model import ModelConfig, MoEConfig
-from ...routers.config import TopK
+from ...routers.topk import TopK
 from ..expert_layouts import SeparateExperts
 from .balance_keys import read_balance_loss, write_balance_loss
 from .family import Family
-from .keys import COMMON, Values, num_layers, read_common
+from .keys import COMMON, Values, num_layers, read_common, topk_moe
 
 _DEFAULTS = COMMON | {
     "vocab_size": 32_000,
@@ -45,11 +45,10 @@ def _read(values: Values) -> ModelConfig:
 
 
 def _write(config: ModelConfig) -> Values:
-    moe = config.moe
-    assert moe is not None and isinstance(moe.router, TopK)
+    moe, router = topk_moe(config)
     return {
         "num_local_experts": moe.num_experts,
-        "num_experts_per_tok": moe.router.k,
+        "num_experts_per_tok": router.k,
         "intermediate_size": moe.d_expert,
         "sliding_window": config.attention.window if config.attention.window_layers else None,
         **write_balance_loss(config),

@@ -2,11 +2,11 @@
 
 from ...config.attention import AttentionConfig
 from ...config.model import ModelConfig, MoEConfig
-from ...routers.config import TopK
+from ...routers.topk import TopK
 from ..expert_layouts import SeparateExperts
 from .balance_keys import read_balance_loss, write_balance_loss
 from .family import Family
-from .keys import COMMON, Values, read_common
+from .keys import COMMON, Values, read_common, topk_moe
 
 _DEFAULTS = COMMON | {
     "vocab_size": 50_304,
@@ -50,13 +50,12 @@ def _read(values: Values) -> ModelConfig:
 
 
 def _write(config: ModelConfig) -> Values:
-    moe = config.moe
-    assert moe is not None and isinstance(moe.router, TopK)
+    moe, router = topk_moe(config)
     return {
         "num_experts": moe.num_experts,
-        "num_experts_per_tok": moe.router.k,
+        "num_experts_per_tok": router.k,
         "intermediate_size": moe.d_expert,
-        "norm_topk_prob": moe.router.renormalize,
+        "norm_topk_prob": router.renormalize,
         "attention_bias": config.attention.qkv_bias,
         "clip_qkv": config.attention.clip_qkv,
         **write_balance_loss(config),

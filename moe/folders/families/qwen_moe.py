@@ -5,11 +5,11 @@ from typing import Any
 from ....errors import ModelFileError
 from ...config.attention import AttentionConfig
 from ...config.model import ModelConfig, MoEConfig
-from ...routers.config import TopK
+from ...routers.topk import TopK
 from ..expert_layouts import SeparateExperts
 from .balance_keys import read_balance_loss, write_balance_loss
 from .family import Family
-from .keys import COMMON, Values, num_layers, read_common, read_windows, write_layer_types
+from .keys import COMMON, Values, num_layers, read_common, read_windows, topk_moe, write_layer_types
 
 _DEFAULTS = COMMON | {
     "vocab_size": 151_936,
@@ -71,14 +71,13 @@ def _read_moe(values: Values, **more: Any) -> MoEConfig:
 
 
 def _write_moe(config: ModelConfig) -> Values:
-    moe = config.moe
-    assert moe is not None and isinstance(moe.router, TopK)
+    moe, router = topk_moe(config)
     return {
         "intermediate_size": config.d_ff or config.d_model,
         "num_experts": moe.num_experts,
-        "num_experts_per_tok": moe.router.k,
+        "num_experts_per_tok": router.k,
         "moe_intermediate_size": moe.d_expert,
-        "norm_topk_prob": moe.router.renormalize,
+        "norm_topk_prob": router.renormalize,
         "decoder_sparse_step": 1,
         "mlp_only_layers": sorted(set(config.dense_layers)),
         "use_sliding_window": bool(config.attention.window_layers),

@@ -3,10 +3,10 @@ windowed layers (https://huggingface.co/PowerInfer; it is not in transformers)."
 
 from ...config.attention import AttentionConfig
 from ...config.model import ModelConfig, MoEConfig
-from ...routers.config import TopK
+from ...routers.topk import TopK
 from ..expert_layouts import SeparateExperts
 from .family import Family
-from .keys import COMMON, Values, check_only, num_layers, read_common
+from .keys import COMMON, Values, check_only, num_layers, read_common, topk_moe
 
 
 def _read(values: Values) -> ModelConfig:
@@ -39,22 +39,22 @@ def _read(values: Values) -> ModelConfig:
 
 
 def _write(config: ModelConfig) -> Values:
-    moe, attention = config.moe, config.attention
-    assert moe is not None and isinstance(moe.router, TopK)
+    moe, router = topk_moe(config)
+    attention = config.attention
     layers = range(config.num_layers)
     return {
         "hidden_act": "relu",
         "moe_num_primary_experts": moe.num_experts,
-        "moe_num_active_primary_experts": moe.router.k,
+        "moe_num_active_primary_experts": router.k,
         "moe_ffn_hidden_size": moe.d_expert,
-        "moe_primary_router_apply_softmax": moe.router.score == "softmax",
+        "moe_primary_router_apply_softmax": router.score == "softmax",
         "moe_enable_secondary_experts": False,
         "moe_layer_layout": [1] * config.num_layers,
         "rope_layout": [int(layer not in attention.nope_layers) for layer in layers],
         "sliding_window_layout": [int(layer in attention.window_layers) for layer in layers],
         "sliding_window_size": attention.window,
         # for readers that take the folder's own code; moeyard never runs it
-        "norm_topk_prob": moe.router.renormalize,
+        "norm_topk_prob": router.renormalize,
     }
 
 

@@ -1,0 +1,43 @@
+"""The way from a layer's rows through its experts and back.
+
+T tokens, D model width.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from torch import Tensor
+
+from ..routers.routing import Routing
+from .base import LayerExperts
+
+Beside = Callable[[], Tensor]
+"""Work that needs nothing of the routed experts: a layer's shared expert, ``[T, D]``."""
+
+
+class ExpertPath(Protocol):
+    """Brings rows and experts together: rows may travel to experts, or experts to rows.
+
+    A layer never knows which path it has. Layers may share one.
+    """
+
+    def run(
+        self, x_TD: Tensor, routing: Routing, experts: LayerExperts, beside: Beside | None = None
+    ) -> Tensor:
+        """Return each token's weighted sum of its experts, plus the result of ``beside``.
+
+        ``experts`` are those of this process. ``beside`` is called once; a path may do so while
+        rows or experts are on their way. Its result is added to the finished sum, ``[T, D]``.
+        """
+        ...
+
+
+class LocalPath:
+    """All experts are here: nothing moves."""
+
+    def run(
+        self, x_TD: Tensor, routing: Routing, experts: LayerExperts, beside: Beside | None = None
+    ) -> Tensor:
+        """See :class:`ExpertPath`."""
+        y_TD: Tensor = experts(x_TD, routing.experts_TK, routing.weights_TK)
+        return y_TD if beside is None else y_TD + beside()

@@ -1,0 +1,93 @@
+"""What one layer's router hands to the loss, and the balance losses that routers share.
+
+E experts, K choices, T tokens of the global batch or of a sequence, B sequences.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class GlobalCounts(NamedTuple):
+    """What one layer's router has counted, summed over the global batch; int64, no gradient."""
+
+    counts_E: Tensor
+    """Routed rows of each expert."""
+    num_tokens: Tensor
+    """Valid rows."""
+    extra: dict[str, Tensor]
+    """The router's own ``Routing.extra_counts``."""
+
+
+class BalanceSums(NamedTuple):
+    """What a balance loss is made of; the sums of several layers can be pooled."""
+
+    num_experts: int
+    k: int
+    counts_E: Tensor
+    """Routed rows of the global batch."""
+    probability_sums_E: Tensor
+    """Probabilities summed over this rank's rows, with gradient."""
+    num_tokens: Tensor
+    """Tokens of the global batch."""
+
+    def plus(self, other: "BalanceSums") -> "BalanceSums":
+        """Return the sums over both layers, which have as many experts and choices each."""
+        return self._replace(
+            counts_E=self.counts_E + other.counts_E,
+            probability_sums_E=self.probability_sums_E + other.probability_sums_E,
+            num_tokens=self.num_tokens + other.num_tokens,
+        )
+
+    def loss(self) -> Tensor:
+        """Return this rank's share of ``E / (K T^2) * sum_e n_e P_e``; 1 is perfect balance.
+
+        n_e are the routed rows and P_e the summed probability of expert e over the global batch
+        (Switch eq. 4-6, GShard; Megatron's normalisation).
+        """
+        divisor = self.num_tokens.clamp(min=1).double()  # a batch without tokens has no loss
+        scale = self.num_experts / (self.k * divisor**2)
+        share = (self.counts_E * scale * self.probability_sums_E).sum()
+        return share.to(self.probability_sums_E.dtype)
+
+
+class LayerLosses(NamedTuple):
+    """What a router adds to the loss for one layer: this rank's share."""
+
+    terms: tuple[Tensor, ...] = ()
+    """Losses times their coefficients, with gradient."""
+    pooled: tuple[float, BalanceSums] | None = None
+    """Coefficient and sums of a balance loss that is taken over several layers together: over
+    those whose coefficient, number of experts and k are the same."""
+    balance: Tensor | None = None
+    """The layer's own balance loss without its coefficient, for logs."""
+    z: Tensor | None = None
+    """The z-loss without its coefficient, for logs."""
+
+
+def sequence_balance(
+    probabilities_TE: Tensor, best_TK: Tensor, lengths: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Return the sum over sequences of their balance loss, and how many have valid rows.
+
+    Per sequence of n valid tokens: ``E / (K n^2) * sum_e n_e P_e`` (DeepSeek-V3 eq. 17-20; f_e and
+    P_e there are n_e E / (K n) and P_e / n). n_e counts ``best_TK``, -1 where a row is not valid.
+    ``lengths`` are the rows of each sequence, in order.
+    """
+    num_experts, k = probabilities_TE.shape[1], best_TK.shape[1]
+    device = best_TK.device
+    sequence_T = torch.arange(len(lengths), device=device).repeat_interleave(
+        torch.tensor(lengths, device=device), output_size=len(best_TK)
+    )
+    present_TK = best_TK >= 0
+    cells_TK = sequence_T.unsqueeze(-1) * num_experts + best_TK.clamp(min=0)
+    counts_BE = torch.zeros(len(lengths) * num_experts, dtype=torch.int64, device=device)
+    counts_BE.scatter_add_(0, cells_TK.flatten(), present_TK.flatten().long())
+    counts_BE = counts_BE.view(len(lengths), num_experts)
+    valid_B = torch.zeros(len(lengths), dtype=torch.int64, device=device)
+    valid_B.scatter_add_(0, sequence_T, present_TK.any(dim=-1).long())
+    sums_BE = probabilities_TE.new_zeros(counts_BE.shape).index_add(0, sequence_T, probabilities_TE)
+    scale_B = num_experts / (k * valid_B.clamp(min=1).to(sums_BE.dtype).square())
+    return ((counts_BE * sums_BE).sum(dim=-1) * scale_B).sum(), (valid_B > 0).sum()

@@ -1,0 +1,41 @@
+"""All routers. A new one is a file of this folder and a line here."""
+
+from typing import TYPE_CHECKING, Annotated, Any, Union
+
+from pydantic import Discriminator, SerializeAsAny, WrapValidator
+from pydantic_core.core_schema import ValidatorFunctionWrapHandler
+
+from .hash import Hash
+from .own_code import check_class, find_class, is_import_path
+from .router import RouterConfig
+from .topk import TopK
+
+ROUTERS: tuple[type[RouterConfig], ...] = (
+    TopK,
+    Hash,
+)
+"""The configurations of all routers; ``kind`` tells them apart."""
+
+
+def _or_own(value: Any, ours: ValidatorFunctionWrapHandler) -> Any:
+    """Read a router of a user's own where ``value`` is or names one, else one of ``ROUTERS``."""
+    if isinstance(value, RouterConfig) and not isinstance(value, ROUTERS):
+        check_class(type(value))
+        return value
+    kind = value.get("kind") if isinstance(value, dict) else None
+    if is_import_path(kind):
+        return find_class(kind).model_validate(value)
+    return ours(value)
+
+
+if TYPE_CHECKING:
+    AnyRouter = RouterConfig
+else:
+    AnyRouter = SerializeAsAny[
+        Annotated[
+            Union[ROUTERS],  # noqa: UP007 - made from a tuple
+            Discriminator("kind"),
+            WrapValidator(_or_own),
+        ]
+    ]
+    """The type of a ``router:`` section."""
