@@ -23,7 +23,7 @@ def _or_own(value: Any, ours: ValidatorFunctionWrapHandler) -> Any:
         check_class(type(value))
         return value
     kind = value.get("kind") if isinstance(value, dict) else None
-    if is_import_path(kind):
+    if isinstance(kind, str) and is_import_path(kind):
         return find_class(kind).model_validate(value)
     return ours(value)
 
