@@ -168,9 +168,9 @@ MUTATIONS = [
     ),
     (
         "what is needed first is put out first",
-        "serving/experts/store.py",
-        "for key in reversed(self._expected):",
-        "for key in self._expected:",
+        "serving/experts/expectations.py",
+        "return reversed(self._expected)",
+        "return iter(self._expected)",
         AHEAD,
     ),
     (

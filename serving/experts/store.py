@@ -1,6 +1,4 @@
-"""The expert store: experts on disk, some of them in slots in memory.
-
-S slots, E experts per layer, F expert width, D model width.
+"""The expert store: experts on disk, some of them in slots in memory. E experts per layer.
 
 One pool of slots serves all layers. A policy (policies/) says which expert leaves its slot, a tier
 (tiers.py) fills a slot, a queue (read_queue.py) runs the reads, and this file talks to compute.
@@ -21,6 +19,7 @@ from ...kernels.values.quantized_weights import AnyExperts
 from ...moe.folders.expert_slots import empty_experts, expert_bytes
 from ...moe.folders.folder import ModelFolder
 from .budget import count_slots
+from .expectations import Expectations
 from .policies.lru import LeastRecentlyUsed
 from .policies.policy import Key, Policy
 from .read_queue import Read, ReadQueue
@@ -43,23 +42,14 @@ class ExpertStore:
         self.num_slots = count_slots(folder, dtype, budget_bytes)
         config, moe = folder.config, folder.config.moe
         assert moe is not None, "slots were counted"
-        layers = config.moe_layers
         self.slot_bytes = expert_bytes(config, dtype, folder.packed)
         self._memory = empty_experts(config, self.num_slots, dtype, folder.packed)
-        self._slots = Slots(self.num_slots, layers, moe.num_experts)
+        self._slots = Slots(self.num_slots, config.moe_layers, moe.num_experts)
         self._policy: Policy = LeastRecentlyUsed() if policy is None else policy
         self._tier: Tier = DiskTier(folder)
         self._reads = ReadQueue(num_threads)
-        self._announced: deque[Key] = deque()
-        """Needed soon, not in memory, and no slot yet; in the order of need."""
-        self._expected: dict[Key, None] = {}
-        """Needed soon, in the order of need; put out only if compute cannot go on otherwise."""
-        self.statistics = StoreStatistics(layers, self.slot_bytes)
-
-    @property
-    def num_resident(self) -> int:
-        """Experts in memory now."""
-        return self._slots.num_resident
+        self._expected = Expectations()
+        self.statistics = StoreStatistics(config.moe_layers, self.slot_bytes)
 
     def counts(self) -> StoreCounts:
         """Return what the slots are used for; any thread may ask."""
@@ -69,8 +59,8 @@ class ExpertStore:
             filling=len(filling),
             resident=self._slots.num_resident,
             reading=sum(not read.is_done for read in filling),
-            announced=len(self._announced),
-            expected=len(self._expected),
+            announced=self._expected.num_announced,
+            expected=self._expected.num_expected,
         )
 
     def has(self, layer: int, expert: int) -> bool:
@@ -90,16 +80,15 @@ class ExpertStore:
         self.keep(layer, experts)
         for expert in experts:
             key = (layer, expert)
-            is_coming = key in self._announced or self._slots.filling(key) is not None
-            if not is_coming and key not in self._slots:
-                self._announced.append(key)
+            if key not in self._slots and self._slots.filling(key) is None:
+                self._expected.announce(key)
         self._read_ahead()
 
     def keep(self, layer: int, experts: Sequence[int]) -> None:
         """Protect what is there of ``experts``: ``layer`` will need it."""
         for expert in experts:
             key = (layer, expert)
-            self._expected[key] = None
+            self._expected.expect(key)
             self._policy.expect(key)
 
     def stream(self, layer: int, experts: Sequence[int]) -> Generator[tuple[list[int], AnyExperts]]:
@@ -117,14 +106,12 @@ class ExpertStore:
                 self._read_ahead()
                 if ready:
                     yield ready, replace(self._memory, slot_of_E=self._slots.table(layer))
-                    for expert in ready:
-                        self._expected.pop((layer, expert), None)
+                    self._expected.drop((layer, expert) for expert in ready)
                     ready = []
                 else:
                     ready = self._next_ready(layer, reading)
         except BaseException:
-            self._announced.clear()  # this forward ends here, so nothing is known to be needed
-            self._expected.clear()
+            self._expected.clear()  # this forward ends here
             raise
         finally:
             # Whatever ended the wave, no thread may write into a slot that is given away.
@@ -138,11 +125,11 @@ class ExpertStore:
     ) -> tuple[list[int], deque[int]]:
         """Return which experts are here and which must be read; make those under way urgent."""
         self._book_finished(wanted=reading)
-        self._expected = {key: None for key in self._expected if key[0] != layer}
+        self._expected.drop_layer(layer)
         ready, waiting = [], deque[int]()
         for expert in experts:
             key = (layer, expert)
-            self._expected[key] = None
+            self._expected.expect(key)
             self._policy.touch(key)
             read = self._slots.filling(key)
             if key in self._slots:
@@ -155,7 +142,6 @@ class ExpertStore:
             else:
                 waiting.append(expert)
                 self.statistics.miss(key)
-        self._announced = deque(key for key in self._announced if key[0] != layer)
         return ready, waiting
 
     def _read_now(
@@ -173,11 +159,11 @@ class ExpertStore:
 
     def _read_ahead(self) -> None:
         """Begin announced reads while there are slots that nothing known needs."""
-        while self._announced:
+        while self._expected.num_announced:
             slot = self._idle_slot()
             if slot is None:
                 return
-            key = self._announced.popleft()
+            key = self._expected.next_announced()
             self.statistics.prefetch(key)
             self._submit(key, slot, is_urgent=False)
 
@@ -198,18 +184,15 @@ class ExpertStore:
         return self._put_out(key)
 
     def _slot_of_prefetch(self) -> int | None:
-        """Return the slot of an expert that is expected later, and announce that expert again.
-
-        Compute cannot go on without it. What is needed last goes first.
-        """
+        """Return the slot of the expert that is needed last, and announce that expert again."""
         for read in reversed(self._slots.all_filling()):
             if self._reads.cancel(read):
                 self.statistics.lose(read.key)
-                self._announced.appendleft(read.key)
+                self._expected.announce_again(read.key)
                 return self._slots.give_up(read)
-        for key in reversed(self._expected):
+        for key in self._expected.last_first():
             if key in self._slots:
-                self._announced.appendleft(key)
+                self._expected.announce_again(key)
                 return self._put_out(key)
         return None
 
@@ -233,8 +216,7 @@ class ExpertStore:
         started = time.perf_counter()
         finished = self._reads.wait_for_any(reading.values() or self._slots.all_filling())
         self.statistics.layers[layer].stall_s += time.perf_counter() - started
-        ready: list[Read] = []
-        failed: list[Read] = []
+        ready, failed = list[Read](), list[Read]()
         for read in finished:
             self._book(read)
             if reading.pop(read.key, None) is not None:

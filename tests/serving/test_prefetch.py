@@ -41,7 +41,14 @@ def folder(request, tmp_path_factory):
 
 def settle(store) -> None:
     """Wait for what is being read ahead."""
-    while store.counts().reading:
+    wait_for_reads(store, 0)
+
+
+def wait_for_reads(store, number) -> None:
+    """Wait until so many reads are under way."""
+    deadline = time.monotonic() + 10
+    while store.counts().reading != number:
+        assert time.monotonic() < deadline, f"{store.counts().reading} reads are under way"
         time.sleep(0.001)
 
 
@@ -202,13 +209,13 @@ def test_closing_the_store_leaves_nobody_waiting(folder, monkeypatch):
     thread = threading.Thread(target=compute, daemon=True)  # or a failure would hang the run
     thread.start()
     begun.wait(10)
-    while store.counts().reading < 3:
-        time.sleep(0.001)
+    wait_for_reads(store, 3)
     closing = threading.Thread(target=store.close, daemon=True)
     closing.start()
-    while store.counts().reading > 1:  # those that had not begun have failed
-        time.sleep(0.001)
-    hold.set()
+    try:
+        wait_for_reads(store, 1)  # those that had not begun have failed
+    finally:
+        hold.set()
     thread.join(10)
     closing.join(10)
     assert not thread.is_alive() and not closing.is_alive()

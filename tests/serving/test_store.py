@@ -62,7 +62,7 @@ def test_counts_hits_misses_and_bytes(folder):
     for traffic in store.statistics.layers.values():
         assert (traffic.hits, traffic.misses) == (6, 6)
         assert traffic.bytes_read == 6 * store.slot_bytes
-    assert store.statistics.evictions == 0 and store.num_resident == NUM_EXPERTS
+    assert store.statistics.evictions == 0 and store.counts().resident == NUM_EXPERTS
 
 
 def test_evicts_the_least_recently_used(folder):
@@ -83,7 +83,7 @@ def test_never_holds_more_than_its_slots_and_every_wave_is_disjoint(folder):
     for _ in range(3):
         seen = []
         for ready, weights in store.stream(2, range(6)):
-            assert 1 <= len(ready) <= 2 and store.num_resident <= 2
+            assert 1 <= len(ready) <= 2 and store.counts().resident <= 2
             assert len({weights.slot(e) for e in ready}) == len(ready)
             seen += ready
         assert sorted(seen) == list(range(6))
