@@ -140,16 +140,16 @@ MUTATIONS = [
     ),
     (
         "experts in use are put out",
-        "serving/experts/store.py",
-        "if key not in self._expected:",
+        "serving/experts/policies/lru.py",
+        "if key not in protected:",
         "if True:",
         AHEAD,
     ),
     (
         "a hit does not refresh an expert",
-        "serving/experts/store.py",
-        "                self._resident.move_to_end(key)\n                ready.append(expert)",
-        "                ready.append(expert)",
+        "serving/experts/policies/lru.py",
+        "self._by_age.move_to_end(key)",
+        "pass",
         STORE,
     ),
     (
@@ -162,15 +162,15 @@ MUTATIONS = [
     (
         "finished reads are booked late",
         "serving/experts/store.py",
-        "                self._settle_finished(wanted=reading)\n                self._read_now",
+        "                self._book_finished(wanted=reading)\n                self._read_now",
         "                self._read_now",
         AHEAD,
     ),
     (
         "what is needed first is put out first",
-        "serving/experts/store.py",
-        "for key in reversed(self._resident):",
-        "for key in self._resident:",
+        "serving/experts/expectations.py",
+        "return reversed(self._expected)",
+        "return iter(self._expected)",
         AHEAD,
     ),
     (

@@ -21,9 +21,12 @@ from ..moe.folders.read_weights import Read, dense_reads, expert_reads, run_read
 from ..moe.models.decoder import Decoder
 from ..moe.models.language_model import LanguageModel
 from ..moe.routers.own_code import allow
+from .experts.budget import budget_bytes
 from .experts.offloaded import OffloadedExperts
+from .experts.policies.policy import Policy
+from .experts.policies.table import open_policy
 from .experts.store import ExpertStore
-from .memory import budget_bytes, check_memory
+from .memory import check_memory
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +42,7 @@ def load(
     expert_memory: str | None = None,
     ignore_unused_weights: bool = False,
     allow_code: str | Sequence[str] = (),
+    expert_policy: str | Policy = "lru",
 ) -> LanguageModel:
     """Open a Hugging Face MoE folder or a run's export as a model ready to call.
 
@@ -48,9 +52,14 @@ def load(
     (``2GiB``, ``25%``) bounds the experts kept in memory; the others are read from the folder when
     they are needed, and outputs are the same bit for bit. Weights that ``config.json`` does not ask
     for are refused, unless ``ignore_unused_weights`` says to do without them. ``allow_code`` names
-    modules of your own whose routers the folder may use; they are imported.
+    modules of your own whose routers the folder may use; they are imported. ``expert_policy``
+    chooses which expert leaves memory when another one is needed: a name, or an object with the
+    methods of :class:`moeyard.serving.experts.policies.policy.Policy`, for this model alone.
     """
-    return open_model(folder, dtype, device, expert_memory, ignore_unused_weights, allow_code)[0]
+    model, _ = open_model(
+        folder, dtype, device, expert_memory, ignore_unused_weights, allow_code, expert_policy
+    )
+    return model
 
 
 def open_model(
@@ -60,16 +69,23 @@ def open_model(
     expert_memory: str | None = None,
     ignore_unused_weights: bool = False,
     allow_code: str | Sequence[str] = (),
+    expert_policy: str | Policy = "lru",
 ) -> tuple[LanguageModel, ExpertStore | None]:
     """Do what :func:`load` does and return the store too, if there is one."""
     target = _check_device(device, expert_memory)
     allow(allow_code)
+    policy = open_policy(expert_policy)
+    if expert_memory is None and not isinstance(expert_policy, str):
+        raise ConfigError(
+            f"expert_policy is a {type(policy).__name__}, but all experts are in memory; set "
+            "expert_memory, or leave expert_policy out."
+        )
     files = ModelFolder(Path(folder))
     try:
         left_out = files.check(ignore_unused_weights=ignore_unused_weights)
         if left_out is not None:
             log.warning("%s", left_out)
-        model, store = _open(files, dtype, expert_memory)
+        model, store = _open(files, dtype, expert_memory, policy)
         if target.type != "cpu":
             model.decoder.to(target)
         return model, store
@@ -99,7 +115,7 @@ def _check_device(name: str, expert_memory: str | None) -> torch.device:
 
 
 def _open(
-    files: ModelFolder, dtype: str | None, expert_memory: str | None
+    files: ModelFolder, dtype: str | None, expert_memory: str | None, policy: Policy
 ) -> tuple[LanguageModel, ExpertStore | None]:
     chosen = pick_dtype(files, dtype)
     check_memory(files, chosen, expert_memory)
@@ -107,7 +123,8 @@ def _open(
         decoder = Decoder(files.config, expert_ids=())
     store = None
     if expert_memory is not None:
-        store = open_store(files, chosen, expert_memory)
+        num_bytes = budget_bytes(files, chosen, expert_memory)
+        store = ExpertStore(files, chosen, num_bytes, policy=policy)
     reads: list[Read] = []
     for index, layer in decoder.moe_layers():
         if store is not None:
@@ -134,11 +151,6 @@ def _open(
     if store is None:
         files.close()
     return model, store
-
-
-def open_store(files: ModelFolder, dtype: torch.dtype, expert_memory: str) -> ExpertStore:
-    """Open a store with a budget as people write it."""
-    return ExpertStore(files, dtype, budget_bytes(files, dtype, expert_memory))
 
 
 def pick_dtype(files: ModelFolder, name: str | None) -> torch.dtype:

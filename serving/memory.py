@@ -8,11 +8,9 @@ from pathlib import Path
 import torch
 
 from ..errors import ConfigError
-from ..moe.folders.expert_slots import expert_bytes
 from ..moe.folders.folder import ModelFolder
 from ..moe.folders.tensor_names import dense_tensors
-from .experts.budget import parse_budget
-from .experts.store import count_slots
+from .experts.budget import bytes_of_experts
 
 GROUPS = Path("/sys/fs/cgroup")
 
@@ -33,34 +31,10 @@ def check_memory(files: ModelFolder, dtype: torch.dtype, expert_memory: str | No
         )
 
 
-def bytes_of_experts(files: ModelFolder, dtype: torch.dtype, expert_memory: str | None) -> int:
-    """Return the bytes that experts will take: all of them, or the slots that a budget holds."""
-    moe = files.config.moe
-    if moe is None and expert_memory is None:
-        return 0
-    if expert_memory is not None:
-        budget = budget_bytes(files, dtype, expert_memory)
-        return count_slots(files, dtype, budget) * expert_bytes(files.config, dtype, files.packed)
-    return _all_experts(files, dtype)
-
-
-def budget_bytes(files: ModelFolder, dtype: torch.dtype, expert_memory: str) -> int:
-    """Return the bytes of a budget as people write it."""
-    return parse_budget(expert_memory, _all_experts(files, dtype))
-
-
 def available_bytes() -> int:
     """Return what this process can still get: of the machine, its control groups, its limit."""
     free = [*_of_machine(), *_of_groups(), *_of_process()]
     return max(0, min(free, default=1 << 62))
-
-
-def _all_experts(files: ModelFolder, dtype: torch.dtype) -> int:
-    config = files.config
-    if config.moe is None:
-        return 0
-    number = len(config.moe_layers) * config.moe.num_experts
-    return number * expert_bytes(config, dtype, files.packed)
 
 
 def _of_machine() -> Iterator[int]:

@@ -18,8 +18,9 @@ from .engine.admission import Admission
 from .engine.engine import Engine, check_length
 from .engine.thread import EngineThread
 from .engine.tokenizer import ServingTokenizer
+from .experts.budget import bytes_of_experts
 from .loading import open_model, pick_dtype
-from .memory import bytes_of_experts, check_memory
+from .memory import check_memory
 
 
 class ServeArgs(BaseModel):

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from moeyard.moe.config.model import MoEConfig
+from moeyard.moe.folders.folder import ModelFolder
 from moeyard.moe.routers.topk import TopK
 from moeyard.serving.engine import thread as engine_thread
 from moeyard.serving.server import ServeArgs, Server
@@ -97,21 +98,21 @@ def failing(rate: float, draw: random.Random) -> Any:
 
 
 @contextmanager
-def one_expert(server: Server) -> Iterator[None]:
+def one_expert() -> Iterator[None]:
     """Let every read of one expert fail."""
-    folder, good = server._store._folder, server._store._folder.expert_reads
+    good = ModelFolder.expert_reads
 
     def fail() -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    def reads(layer: int, expert: int, views: Any) -> Any:
-        return [fail] if (layer, expert) == (0, 7) else good(layer, expert, views)
+    def reads(folder: ModelFolder, layer: int, expert: int, views: Any) -> Any:
+        return [fail] if (layer, expert) == (0, 7) else good(folder, layer, expert, views)
 
-    folder.expert_reads = reads
+    ModelFolder.expert_reads = reads  # type: ignore[method-assign]
     try:
         yield
     finally:
-        del folder.expert_reads
+        ModelFolder.expert_reads = good  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -177,7 +178,7 @@ def main() -> None:
         rows = {
             "short reads": (reading(short), 8),
             "slow reads": (reading(slow), 8),
-            "one expert unreadable": (one_expert(server), None),
+            "one expert unreadable": (one_expert(), None),
             "EIO, 20 % of reads": (reading(failing(0.2, draw)), None),
             "EIO, every second read": (reading(failing(0.5, draw)), None),
             "EIO, every read": (reading(failing(1.0, draw)), 0),

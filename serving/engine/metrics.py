@@ -223,5 +223,5 @@ class ExpertCollector(Collector):
             "moeyard_expert_slot_bytes", "Bytes of one expert", value=store.slot_bytes
         )
         yield GaugeMetricFamily(
-            "moeyard_experts_resident", "Experts in memory", value=store.num_resident
+            "moeyard_experts_resident", "Experts in memory", value=store.counts().resident
         )

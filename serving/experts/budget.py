@@ -1,8 +1,12 @@
-"""Memory budgets as people write them: ``2GiB``, ``500MB``, ``25%``."""
+"""How many experts fit: memory budgets as people write them, ``2GiB``, ``500MB``, ``25%``."""
 
 import re
 
+import torch
+
 from ...errors import ConfigError
+from ...moe.folders.expert_slots import expert_bytes
+from ...moe.folders.folder import ModelFolder
 
 UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20}
 UNITS |= {"gib": 1 << 30, "tib": 1 << 40, "tb": 10**12}
@@ -22,3 +26,38 @@ def parse_budget(text: str, whole_bytes: int) -> int:
             )
         return int(whole_bytes * amount / 100)
     return int(amount * UNITS[unit])
+
+
+def budget_bytes(folder: ModelFolder, dtype: torch.dtype, expert_memory: str) -> int:
+    """Return the bytes of a budget as people write it."""
+    return parse_budget(expert_memory, _bytes_of_all(folder, dtype))
+
+
+def count_slots(folder: ModelFolder, dtype: torch.dtype, budget_bytes: int) -> int:
+    """Return how many experts a budget holds; :class:`ConfigError` where it holds none."""
+    config = folder.config
+    if config.moe is None:
+        raise ConfigError("expert-memory is set, but the model has no experts; leave it out.")
+    slot_bytes = expert_bytes(config, dtype, folder.packed)
+    if budget_bytes < slot_bytes:
+        raise ConfigError(
+            f"expert-memory is {budget_bytes} bytes, but one expert takes {slot_bytes}; "
+            "give at least that."
+        )
+    return min(len(config.moe_layers) * config.moe.num_experts, budget_bytes // slot_bytes)
+
+
+def bytes_of_experts(folder: ModelFolder, dtype: torch.dtype, expert_memory: str | None) -> int:
+    """Return the bytes that experts will take: all of them, or the slots that a budget holds."""
+    if expert_memory is None:
+        return _bytes_of_all(folder, dtype)
+    num_slots = count_slots(folder, dtype, budget_bytes(folder, dtype, expert_memory))
+    return num_slots * expert_bytes(folder.config, dtype, folder.packed)
+
+
+def _bytes_of_all(folder: ModelFolder, dtype: torch.dtype) -> int:
+    config = folder.config
+    if config.moe is None:
+        return 0
+    number = len(config.moe_layers) * config.moe.num_experts
+    return number * expert_bytes(config, dtype, folder.packed)

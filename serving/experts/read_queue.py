@@ -1,7 +1,7 @@
 """Reads of experts by a few threads: what compute waits for goes first.
 
-A read consists of parts (an expert's matrices). Between the parts of an early read a thread looks
-whether something urgent has come in, and if so lays the early read aside.
+A read consists of parts (an expert's matrices). Between the parts of an early read a thread checks
+for urgent reads; if there are any, it puts the early read back and serves them first.
 """
 
 from collections import deque
@@ -10,8 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Condition
 
-Key = tuple[int, int]
-"""(layer, expert)."""
+from .policies.policy import Key
 
 
 @dataclass(slots=True, eq=False)
@@ -91,7 +90,7 @@ class ReadQueue:
             self._changed.wait_for(lambda: all(read.is_done for read in reads))
 
     def close(self) -> None:
-        """Stop the threads; reads that have not begun fail, so that nobody waits for them."""
+        """Stop the threads. Reads that have not begun fail, so that waiting callers return."""
         with self._changed:
             self._is_closed = True
             for read in (*self._waiting.urgent, *self._waiting.early):

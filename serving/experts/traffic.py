@@ -1,6 +1,9 @@
 """What an expert store counts."""
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .policies.policy import Key
 
 
 @dataclass(slots=True)
@@ -31,13 +34,56 @@ class LayerTraffic:
     """Seconds the compute thread waited for reads."""
 
 
-@dataclass(slots=True)
 class StoreStatistics:
-    """Counters since start."""
+    """Counters since start. Each method books one event of one expert."""
 
-    layers: dict[int, LayerTraffic] = field(default_factory=dict)
-    evictions: int = 0
+    def __init__(self, layers: Iterable[int], slot_bytes: int) -> None:
+        self.layers = {layer: LayerTraffic() for layer in layers}
+        self.evictions = 0
+        self._slot_bytes = slot_bytes
+        self._unused: set[Key] = set()
+        """Prefetched, read or being read, and not needed so far."""
 
     def num_waits(self) -> int:
         """Return how many experts compute has waited for: misses and late prefetches."""
         return sum(traffic.misses + traffic.prefetch_late for traffic in self.layers.values())
+
+    def hit(self, key: Key) -> None:
+        """Needed, and in memory."""
+        traffic = self.layers[key[0]]
+        traffic.hits += 1
+        if key in self._unused:
+            self._unused.discard(key)
+            traffic.prefetch_useful += 1
+
+    def late(self, key: Key) -> None:
+        """Needed, and on its way."""
+        self._unused.discard(key)
+        self.layers[key[0]].prefetch_late += 1
+
+    def miss(self, key: Key) -> None:
+        """Needed, and neither in memory nor on its way."""
+        self.layers[key[0]].misses += 1
+
+    def prefetch(self, key: Key) -> None:
+        """A read begins ahead of need."""
+        self._unused.add(key)
+        self.layers[key[0]].prefetch_issued += 1
+
+    def read(self, key: Key, is_prefetch: bool) -> None:
+        """A read has brought its expert."""
+        traffic = self.layers[key[0]]
+        traffic.bytes_read += self._slot_bytes
+        if is_prefetch:
+            traffic.prefetch_bytes += self._slot_bytes
+
+    def lose(self, key: Key) -> None:
+        """A read is cancelled or has failed."""
+        if key in self._unused:
+            self._unused.discard(key)
+            self.layers[key[0]].prefetch_wasted += 1
+
+    def put_out(self, key: Key) -> None:
+        """An expert leaves its slot."""
+        self.evictions += 1
+        self.lose(key)

@@ -8,10 +8,11 @@ from test_engine import GREEDY, latin, prompts, request, run
 
 from moeyard.errors import RequestError
 from moeyard.kernels.values.memory import is_out_of_memory
+from moeyard.moe.folders.folder import ModelFolder
 from moeyard.moe.kv_cache import SequenceCache
 from moeyard.serving.engine.engine import Engine
 from moeyard.serving.engine.sequence import GenerationRequest
-from moeyard.serving.experts import store as store_module
+from moeyard.serving.experts import tiers
 from moeyard.serving.loading import open_model
 
 PROMPTS = prompts(5)
@@ -65,7 +66,7 @@ def test_torchs_and_pythons_allocator_errors_are_known_and_no_others():
 def test_an_unreadable_expert_ends_the_requests_that_chose_it_and_no_others(
     model_folder, monkeypatch, dtype, stagger
 ):
-    monkeypatch.setattr(store_module, "RETRY_PAUSE_S", 0)
+    monkeypatch.setattr(tiers, "RETRY_PAUSE_S", 0)
     resident, _ = open_model(model_folder, dtype)
     expected, chosen = {}, choices_of(resident)
     for one in short_ones():
@@ -75,15 +76,15 @@ def test_an_unreadable_expert_ends_the_requests_that_chose_it_and_no_others(
     assert 0 < len(users[key]) < len(chosen), "the expert must matter to some requests, not to all"
 
     model, store = open_model(model_folder, dtype, expert_memory="25%")
-    reads = store._folder.expert_reads
+    reads = ModelFolder.expert_reads
 
-    def read(layer, expert, views):
+    def read(folder, layer, expert, views):
         def fail():
             raise OSError(5, "Input/output error")
 
-        return [fail] if (layer, expert) == key else reads(layer, expert, views)
+        return [fail] if (layer, expert) == key else reads(folder, layer, expert, views)
 
-    monkeypatch.setattr(store._folder, "expert_reads", read)
+    monkeypatch.setattr(ModelFolder, "expert_reads", read)
     texts, reasons, errors = run(engine_of(model, store), short_ones(), stagger=stagger)
     assert {name for name, reason in reasons.items() if reason == "error"} == users[key]
     for name, text in expected.items():

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from moeyard.errors import ExpertReadError
+from moeyard.moe.folders.folder import ModelFolder
 from moeyard.moe.routers.hash import Hash
 from moeyard.moe.routers.topk import TopK
-from moeyard.serving.experts import store as store_module
+from moeyard.serving.experts import tiers
 from moeyard.serving.experts.read_queue import Read, ReadQueue
 from moeyard.serving.loading import open_model
 
@@ -41,8 +42,21 @@ def folder(request, tmp_path_factory):
 
 def settle(store) -> None:
     """Wait for what is being read ahead."""
-    while not all(read.is_done for read in store._loading.values()):
+    wait_for_reads(store, 0)
+
+
+def wait_for_reads(store, number) -> None:
+    """Wait until so many reads are under way."""
+    deadline = time.monotonic() + 10
+    while store.counts().reading != number:
+        assert time.monotonic() < deadline, f"{store.counts().reading} reads are under way"
         time.sleep(0.001)
+
+
+def slots_known(store) -> int:
+    """Return how many slots the store accounts for, in whatever state."""
+    counts = store.counts()
+    return counts.resident + counts.free + counts.filling
 
 
 @pytest.mark.parametrize("count", [12, 6, 3, 2, 1])
@@ -61,7 +75,7 @@ def test_logits_are_the_resident_ones_bit_for_bit_however_slow_the_disk(folder, 
     assert torch.equal(offloaded.generate(prompt, 24, temperature=0), expected)
     ids = torch.randint(0, 257, (2, 40), generator=torch.Generator().manual_seed(8))
     assert torch.equal(offloaded(ids), resident(ids))
-    assert store.num_resident + len(store._free) + len(store._loading) == count
+    assert slots_known(store) == count
 
     traffic = store.statistics.layers.values()
     assert sum(layer.prefetch_issued for layer in traffic) > 0 or count == 1
@@ -116,7 +130,7 @@ def test_compute_takes_the_slots_of_prefetches_rather_than_stand_still(folder):
     assert sorted(visit(store, 0, 2, 3, 4)) == [2, 3, 4]
     traffic = store.statistics.layers[2]
     assert traffic.prefetch_wasted == 1
-    assert (2, 0) in store._resident, "what is needed first must stay"
+    assert store.has(2, 0), "what is needed first must stay"
     settle(store)
     assert sorted(visit(store, 2, 0, 1)) == [0, 1], "and what was put out is read again ahead"
     assert (traffic.misses, traffic.prefetch_issued) == (0, 3)
@@ -133,13 +147,13 @@ def test_compute_waits_for_its_own_experts_before_it_puts_prefetches_out(folder)
 
 def test_prefetches_that_finish_while_experts_stream_are_booked_at_once(folder, monkeypatch):
     store = small_store(folder, 3)
-    hold, reads = threading.Event(), store._folder.expert_reads
+    hold, reads = threading.Event(), ModelFolder.expert_reads
 
-    def held(layer, expert, views):
-        calls = reads(layer, expert, views)
+    def held(folder, layer, expert, views):
+        calls = reads(folder, layer, expert, views)
         return [lambda: hold.wait(10), *calls] if layer == 2 else calls
 
-    monkeypatch.setattr(store._folder, "expert_reads", held)
+    monkeypatch.setattr(ModelFolder, "expert_reads", held)
     store.prefetch(2, [3, 4])
     waves = store.stream(0, range(6))
     next(waves)
@@ -148,12 +162,12 @@ def test_prefetches_that_finish_while_experts_stream_are_booked_at_once(folder, 
     settle(store)
     next(waves)
     assert store.statistics.layers[2].bytes_read == 2 * store.slot_bytes
-    assert store.num_resident + len(store._free) + len(store._loading) == 3
+    assert slots_known(store) == 3
     waves.close()
 
 
 def test_a_forward_that_fails_leaves_nothing_expected(folder, monkeypatch):
-    monkeypatch.setattr(store_module, "RETRY_PAUSE_S", 0)
+    monkeypatch.setattr(tiers, "RETRY_PAUSE_S", 0)
     store = small_store(folder, 2)
 
     def broken(*_):
@@ -164,7 +178,7 @@ def test_a_forward_that_fails_leaves_nothing_expected(folder, monkeypatch):
         store.prefetch(2, [0, 1, 2, 3])
         with pytest.raises(ExpertReadError):
             visit(store, 0, 1)
-    assert not store._expected and not store._announced
+    assert store.counts().expected == store.counts().announced == 0
 
 
 def test_an_announcement_that_did_not_come_true_protects_nothing(folder):
@@ -172,7 +186,7 @@ def test_an_announcement_that_did_not_come_true_protects_nothing(folder):
     visit(store, 0, 0, 1)
     store.prefetch(0, [0, 1])
     visit(store, 0, 5)
-    assert store._expected == set()
+    assert store.counts().expected == 0
 
 
 def test_closing_the_store_leaves_nobody_waiting(folder, monkeypatch):
@@ -196,11 +210,13 @@ def test_closing_the_store_leaves_nobody_waiting(folder, monkeypatch):
     thread = threading.Thread(target=compute, daemon=True)  # or a failure would hang the run
     thread.start()
     begun.wait(10)
+    wait_for_reads(store, 3)
     closing = threading.Thread(target=store.close, daemon=True)
     closing.start()
-    while not store._reads._is_closed:
-        time.sleep(0.001)
-    hold.set()
+    try:
+        wait_for_reads(store, 1)  # those that had not begun have failed
+    finally:
+        hold.set()
     thread.join(10)
     closing.join(10)
     assert not thread.is_alive() and not closing.is_alive()
@@ -208,7 +224,7 @@ def test_closing_the_store_leaves_nobody_waiting(folder, monkeypatch):
 
 
 def test_a_failed_prefetch_is_read_again_when_it_is_needed(folder, monkeypatch):
-    monkeypatch.setattr(store_module, "RETRY_PAUSE_S", 0)
+    monkeypatch.setattr(tiers, "RETRY_PAUSE_S", 0)
     real, failures = os.preadv, [3]
 
     def broken(*arguments):

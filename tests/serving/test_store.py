@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moeyard.errors import ConfigError, ExpertReadError
-from moeyard.serving.experts import store as store_module
+from moeyard.serving.experts import tiers
 from moeyard.serving.experts.budget import parse_budget
 from moeyard.serving.loading import open_model
 
@@ -62,7 +62,7 @@ def test_counts_hits_misses_and_bytes(folder):
     for traffic in store.statistics.layers.values():
         assert (traffic.hits, traffic.misses) == (6, 6)
         assert traffic.bytes_read == 6 * store.slot_bytes
-    assert store.statistics.evictions == 0 and store.num_resident == NUM_EXPERTS
+    assert store.statistics.evictions == 0 and store.counts().resident == NUM_EXPERTS
 
 
 def test_evicts_the_least_recently_used(folder):
@@ -83,14 +83,14 @@ def test_never_holds_more_than_its_slots_and_every_wave_is_disjoint(folder):
     for _ in range(3):
         seen = []
         for ready, weights in store.stream(2, range(6)):
-            assert 1 <= len(ready) <= 2 and store.num_resident <= 2
+            assert 1 <= len(ready) <= 2 and store.counts().resident <= 2
             assert len({weights.slot(e) for e in ready}) == len(ready)
             seen += ready
         assert sorted(seen) == list(range(6))
 
 
 def test_a_passing_read_error_is_retried(folder, monkeypatch):
-    monkeypatch.setattr(store_module, "RETRY_PAUSE_S", 0)
+    monkeypatch.setattr(tiers, "RETRY_PAUSE_S", 0)
     real, failures = os.preadv, [2]
 
     def flaky(*arguments):
@@ -108,7 +108,7 @@ def test_a_passing_read_error_is_retried(folder, monkeypatch):
 
 @pytest.mark.parametrize("fault", ["error", "short"])
 def test_a_lasting_read_error_is_reported_and_leaves_the_store_usable(folder, monkeypatch, fault):
-    monkeypatch.setattr(store_module, "RETRY_PAUSE_S", 0)
+    monkeypatch.setattr(tiers, "RETRY_PAUSE_S", 0)
     resident, _ = open_model(folder)
     offloaded, store = open_model(folder, expert_memory=slots(4))
     ids = torch.arange(30).unsqueeze(0)
@@ -127,7 +127,8 @@ def test_a_lasting_read_error_is_reported_and_leaves_the_store_usable(folder, mo
         patch.setattr(os, "preadv", broken)
         with pytest.raises(ExpertReadError, match="could not be read"):
             offloaded(ids)
-    assert store.num_resident + len(store._free) == store.num_slots
+    counts = store.counts()
+    assert counts.resident + counts.free == store.num_slots
     assert torch.equal(offloaded(ids), expected)
 
 
@@ -136,7 +137,8 @@ def test_a_wave_given_up_half_way_leaves_the_store_usable(folder):
     waves = store.stream(0, range(6))
     next(waves)
     waves.close()
-    assert store.num_resident + len(store._free) == store.num_slots
+    counts = store.counts()
+    assert counts.resident + counts.free == store.num_slots
     assert sorted(e for ready, _ in store.stream(0, range(6)) for e in ready) == list(range(6))
 
 

@@ -1,0 +1,1 @@
+"""Which expert leaves its slot when another one needs it: one file per rule."""

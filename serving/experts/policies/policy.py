@@ -1,0 +1,43 @@
+"""What a policy is told, and what it is asked: which expert should leave its slot?"""
+
+from collections.abc import Container
+from typing import Protocol
+
+Key = tuple[int, int]
+"""(layer, expert)."""
+
+
+class Policy(Protocol):
+    """Chooses the expert to put out when a slot is needed and none is free.
+
+    A policy sees keys only: no weights, no slots, no disk. So it can be replayed on any list of
+    keys. The store knows which experts a forward is about to need and protects them itself, so a
+    policy decides among the others and can never make an answer wrong, only slower. An object
+    serves one store. All calls come from one thread.
+    """
+
+    def add(self, key: Key) -> None:
+        """``key`` has come into a slot."""
+        ...
+
+    def touch(self, key: Key) -> None:
+        """Compute needs ``key`` now. It may be in a slot, on its way, or neither."""
+        ...
+
+    def expect(self, key: Key) -> None:
+        """A router has chosen ``key``; compute will need it soon, and :meth:`touch` follows then.
+
+        It may be in a slot, on its way, or neither.
+        """
+        ...
+
+    def forget(self, key: Key) -> None:
+        """``key`` has left its slot."""
+        ...
+
+    def victim(self, protected: Container[Key]) -> Key | None:
+        """Return the key to put out: one that was added and is not in ``protected``.
+
+        None if ``protected`` has them all. :meth:`forget` follows when it has been put out.
+        """
+        ...

@@ -1,0 +1,104 @@
+"""Which expert is in which slot. E experts of a layer."""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from .policies.policy import Key
+from .read_queue import Read
+
+
+@dataclass(frozen=True, slots=True)
+class StoreCounts:
+    """What the slots are used for now, and what is known to be needed."""
+
+    free: int
+    filling: int
+    """Slots that a read fills, or has filled without being booked yet."""
+    resident: int
+    reading: int
+    """Reads that are not done."""
+    announced: int
+    """Experts that will be read ahead as soon as there is a slot."""
+    expected: int
+    """Experts that are protected because compute will need them."""
+
+
+class Slots:
+    """Slots for experts of all layers. Each slot is free, being filled, or holds an expert.
+
+    Keeps the books only: it neither reads nor decides. A layer's table is kept ready, because every
+    forward asks for it.
+    """
+
+    def __init__(self, num_slots: int, layers: Iterable[int], num_experts: int) -> None:
+        self._free = deque(range(num_slots))
+        self._filling: dict[Key, Read] = {}
+        self._slot_of_E = {layer: [-1] * num_experts for layer in layers}
+        self._num_resident = 0
+
+    @property
+    def num_free(self) -> int:
+        """Slots that nothing uses."""
+        return len(self._free)
+
+    @property
+    def num_resident(self) -> int:
+        """Slots that hold an expert."""
+        return self._num_resident
+
+    def __contains__(self, key: Key) -> bool:
+        """Say whether an expert is in a slot, whole."""
+        layer, expert = key
+        return self._slot_of_E[layer][expert] >= 0
+
+    def table(self, layer: int) -> tuple[int, ...]:
+        """Return the slot of each expert of a layer, -1 for those that are not here."""
+        return tuple(self._slot_of_E[layer])
+
+    def filling(self, key: Key) -> Read | None:
+        """Return the read that brings an expert, if there is one."""
+        return self._filling.get(key)
+
+    def all_filling(self) -> list[Read]:
+        """Return the reads that fill slots, in the order they began."""
+        return list(self._filling.values())
+
+    def finished(self) -> Iterator[Read]:
+        """Yield the reads that are done, and whose slots are still booked as being filled."""
+        for read in self._filling.values():
+            if read.is_done:
+                yield read
+
+    def take_free(self) -> int | None:
+        """Take a free slot, if there is one. The caller fills it or gives it back."""
+        return self._free.popleft() if self._free else None
+
+    def fill(self, read: Read) -> None:
+        """Book a read's slot as being filled."""
+        self._filling[read.key] = read
+
+    def arrive(self, read: Read) -> None:
+        """Book a read's slot as holding its expert."""
+        layer, expert = read.key
+        del self._filling[read.key]
+        self._slot_of_E[layer][expert] = read.slot
+        self._num_resident += 1
+
+    def fail(self, read: Read) -> None:
+        """Book a read's slot as free."""
+        self._free.append(self.give_up(read))
+
+    def give_up(self, read: Read) -> int:
+        """Take the slot of a read that will not happen."""
+        del self._filling[read.key]
+        return read.slot
+
+    def put_out(self, key: Key) -> int:
+        """Take the slot of an expert."""
+        layer, expert = key
+        slot = self._slot_of_E[layer][expert]
+        assert slot >= 0, f"{key} is in no slot"
+        self._slot_of_E[layer][expert] = -1
+        self._num_resident -= 1
+        return slot

@@ -1,0 +1,141 @@
+"""What a policy puts out, replayed on lists of keys, and what the store makes of it."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+import moeyard
+from moeyard.errors import ConfigError
+from moeyard.serving.experts.policies.lru import LeastRecentlyUsed
+from moeyard.serving.experts.policies.table import POLICIES, open_policy
+from moeyard.serving.loading import open_model
+
+from small_model import slots, small_store, visit
+
+ROUTE = [(0, 0), (0, 1), (0, 0), (2, 4), (0, 1), (0, 0), (2, 5), (2, 4), (0, 0), (2, 5)]
+
+
+class LeastFrequentlyUsed:
+    """The smallest policy of one's own: puts out the expert that was needed least often."""
+
+    def __init__(self):
+        self._uses, self._here = Counter(), {}
+
+    def add(self, key):
+        self._here[key] = None
+
+    def touch(self, key):
+        self._uses[key] += 1
+
+    def expect(self, key):
+        pass
+
+    def forget(self, key):
+        del self._here[key]
+
+    def victim(self, protected):
+        free = [key for key in self._here if key not in protected]
+        return min(free, key=self._uses.__getitem__, default=None)
+
+
+class Stubborn(LeastFrequentlyUsed):
+    """Gives away what is needed."""
+
+    def victim(self, protected):
+        return next(iter(self._here), None)
+
+
+def replay(policy, keys, num_slots) -> list[tuple[int, int]]:
+    """Need ``keys`` one after the other, without a model or a disk; return those not there."""
+    here, missed = set(), []
+    for key in keys:
+        policy.touch(key)
+        if key in here:
+            continue
+        missed.append(key)
+        if len(here) == num_slots:
+            victim = policy.victim({key})
+            here.remove(victim)
+            policy.forget(victim)
+        here.add(key)
+        policy.add(key)
+    return missed
+
+
+def test_replaying_keys_shows_what_each_policy_reads_again():
+    recent, frequent = LeastRecentlyUsed(), LeastFrequentlyUsed()
+    first = [(0, 0), (0, 1), (2, 4)]
+    assert replay(recent, ROUTE, 2) == [*first, (0, 1), (0, 0), (2, 5), (2, 4), (0, 0), (2, 5)]
+    assert replay(frequent, ROUTE, 2) == [*first, (0, 1), (2, 5), (2, 4), (2, 5)]
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("num_slots", [1, 2, 3])
+def test_the_store_reads_what_the_replay_says(model_folder, name, num_slots):
+    store = small_store(model_folder, num_slots)
+    came = []
+    for layer, expert in ROUTE:
+        before = store.statistics.layers[layer].misses
+        visit(store, layer, expert)
+        if store.statistics.layers[layer].misses > before:
+            came.append((layer, expert))
+    assert came == replay(open_policy(name), ROUTE, num_slots)
+    store.close()
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_policy_gives_away_nothing_that_is_protected(name):
+    policy = open_policy(name)
+    keys = [(0, 0), (0, 1), (1, 0)]
+    assert policy.victim(()) is None
+    for key in keys:
+        policy.add(key)
+    assert policy.victim(set(keys)) is None
+    assert policy.victim({keys[0], keys[2]}) == keys[1]
+    policy.forget(keys[1])
+    assert policy.victim({keys[0]}) == keys[2]
+
+
+def test_being_chosen_keeps_an_expert_from_going_first():
+    policy = LeastRecentlyUsed()
+    for key in ((0, 0), (0, 1)):
+        policy.add(key)
+    policy.expect((0, 0))
+    policy.expect((5, 5))  # not in a slot: nothing to remember
+    assert policy.victim(()) == (0, 1)
+    assert policy.victim({(0, 1)}) == (0, 0)
+
+
+def test_a_policy_of_ones_own_decides_and_changes_no_number(model_folder):
+    resident = moeyard.load(model_folder)
+    policy = LeastFrequentlyUsed()
+    model = moeyard.load(model_folder, expert_memory=slots(3), expert_policy=policy)
+    prompt = torch.arange(9).unsqueeze(0)
+    expected = resident.generate(prompt, 20, temperature=0)
+    assert torch.equal(model.generate(prompt, 20, temperature=0), expected)
+    assert torch.equal(model(prompt), resident(prompt))
+    assert policy._uses.total() > 50 and len(policy._here) == 3, "it was asked"
+
+
+def test_a_policy_that_gives_away_what_is_needed_is_found_out(model_folder):
+    model, store = open_model(model_folder, expert_memory=slots(3), expert_policy=Stubborn())
+    with pytest.raises(ConfigError, match=r"expert_policy Stubborn chose \(0, \d\), which is"):
+        model(torch.arange(40).unsqueeze(0))
+    assert store.counts().resident + store.counts().free == 3
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"expert_policy": "mru", "expert_memory": "50%"},
+            "expert_policy is 'mru'; use one of lru",
+        ),
+        ({"expert_policy": LeastFrequentlyUsed()}, "is a LeastFrequentlyUsed, but all experts are"),
+    ],
+)
+def test_policies_that_cannot_be_used_are_refused(model_folder, options, message):
+    with pytest.raises(ConfigError, match=message):
+        moeyard.load(model_folder, **options)
