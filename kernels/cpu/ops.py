@@ -60,7 +60,9 @@ def _parts(matrices: QuantizedMatrices) -> tuple[Tensor, Tensor]:
 def _experts(parameters: Parameters, slots: Sequence[int] | None, activation: str) -> ExpertWeights:
     fc1_SHD, fc2_SDF, *biases = parameters
     table = None if slots is None else tuple(slots)
-    return ExpertWeights(fc1_SHD, fc2_SDF, table, _named(activation), None, *biases)
+    return ExpertWeights.of(
+        (fc1_SHD, fc2_SDF, *biases), slot_of_E=table, activation=_named(activation)
+    )
 
 
 @torch.no_grad()
@@ -154,7 +156,7 @@ def expert_mlp_backward_op(
     fp32 with ``add``; None = not wanted.
     """
     experts = _experts((fc1_SHD, fc2_SDF, bias1_SH, bias2_SD), slots, activation)
-    sums = MainGrads(out1_SHD, out2_SDF, not add, out_bias1_SH, out_bias2_SD)
+    sums = MainGrads.of((out1_SHD, out2_SDF, out_bias1_SH, out_bias2_SD), is_empty=not add)
     return gradients(grad_TD, x_TD, experts_TK, weights_TK, hidden_RH, experts, sums)
 
 
@@ -226,8 +228,13 @@ def quantized_expert_mlp_op(
     """Return y ``[T, D]`` of experts in 8 or 4 bits; without a gradient."""
     table = None if slots is None else tuple(slots)
     matrices = QuantizedMatrices(values1, scales1_SHG), QuantizedMatrices(values2, scales2_SDG)
-    biases = (bias1_SH, bias2_SD)
-    experts = QuantizedExpertWeights(*matrices, table, _named(activation), *biases)
+    experts = QuantizedExpertWeights(
+        *matrices,
+        slot_of_E=table,
+        activation=_named(activation),
+        fc1_bias_SH=bias1_SH,
+        fc2_bias_SD=bias2_SD,
+    )
     return _without_gradients(x_TD, experts_TK, weights_TK, experts)
 
 

@@ -4,7 +4,7 @@ S slots, E experts, F expert width, H = 2F, D model width.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ class MainGrads:
     fc1_SHD: Tensor | None
     """None, here and below, where the parameter wants no gradient or the experts have none."""
     fc2_SDF: Tensor | None
+    _: KW_ONLY
     is_empty: bool = False
     """Whether the sums hold nothing yet, whatever is in memory. The first backward then writes
     where later ones add, which saves filling with zeros and reading them again."""
@@ -39,13 +40,19 @@ class MainGrads:
         cls, parameters: Sequence[Tensor | None], wanted: Sequence[bool] = (True,) * 4
     ) -> "MainGrads":
         """Return sums like the wanted ones of fc1, fc2 and their biases; they hold nothing yet."""
-        fc1, fc2, *biases = (
+        sums = [
             torch.empty_like(part, memory_format=torch.contiguous_format)
             if part is not None and is_wanted
             else None
             for part, is_wanted in zip(parameters, wanted, strict=True)
-        )
-        return cls(fc1, fc2, True, *biases)
+        ]
+        return cls.of(sums, is_empty=True)
+
+    @classmethod
+    def of(cls, totals: Sequence[Tensor | None], *, is_empty: bool = False) -> "MainGrads":
+        """Return the sums of fc1, fc2 and, where the experts have them, of their biases."""
+        fc1, fc2, bias1, bias2 = totals if len(totals) == 4 else (*totals, None, None)
+        return cls(fc1, fc2, is_empty=is_empty, fc1_bias_SH=bias1, fc2_bias_SD=bias2)
 
     @property
     def totals(self) -> tuple[Tensor | None, ...]:
@@ -156,6 +163,7 @@ class ExpertWeights(SlotTable):
     """``[S, 2F, D]``: F gate rows, then F up rows."""
     fc2_SDF: Tensor
     """``[S, D, F]``."""
+    _: KW_ONLY
     slot_of_E: tuple[int, ...] | None = None
     """Slot of each expert, -1 where it is not here; None where slot e holds expert e."""
     activation: Activation = "swiglu"
@@ -165,6 +173,28 @@ class ExpertWeights(SlotTable):
     """``[S, 2F]`` in fc1's type, added before the activation; None without biases."""
     fc2_bias_SD: Tensor | None = None
     """``[S, D]``, part of an expert's output and so multiplied by its routing weight."""
+
+    @classmethod
+    def of(
+        cls,
+        parameters: Sequence[Tensor | None],
+        *,
+        slot_of_E: tuple[int, ...] | None = None,
+        activation: Activation = "swiglu",
+        main_grads: MainGrads | None = None,
+    ) -> "ExpertWeights":
+        """Return the weights of fc1, fc2 and, where there are any, of their biases."""
+        fc1, fc2, bias1, bias2 = parameters if len(parameters) == 4 else (*parameters, None, None)
+        assert fc1 is not None and fc2 is not None, "experts have two matrices"
+        return cls(
+            fc1,
+            fc2,
+            slot_of_E=slot_of_E,
+            activation=activation,
+            main_grads=main_grads,
+            fc1_bias_SH=bias1,
+            fc2_bias_SD=bias2,
+        )
 
     def __post_init__(self) -> None:
         """Raise ``ValueError`` for shapes, types and slots that do not belong together."""

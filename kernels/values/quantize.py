@@ -30,8 +30,15 @@ def quantize_experts(
     """Round expert weights to 8 or 4 bits and keep their biases; see :func:`quantize`."""
     fc1 = quantize(experts.fc1_SHD.detach(), bits, group_size)
     fc2 = quantize(experts.fc2_SDF.detach(), bits, group_size)
-    biases = (part.detach() for part in experts.bias_parts)
-    return QuantizedExpertWeights(fc1, fc2, experts.slot_of_E, experts.activation, *biases)
+    bias1_SH, bias2_SD = experts.fc1_bias_SH, experts.fc2_bias_SD
+    return QuantizedExpertWeights(
+        fc1,
+        fc2,
+        slot_of_E=experts.slot_of_E,
+        activation=experts.activation,
+        fc1_bias_SH=None if bias1_SH is None else bias1_SH.detach(),
+        fc2_bias_SD=None if bias2_SD is None else bias2_SD.detach(),
+    )
 
 
 def quantize(weight_SQP: Tensor, bits: Bits, group_size: int | None = None) -> QuantizedMatrices:

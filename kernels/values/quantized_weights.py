@@ -6,7 +6,7 @@ those of the compressed-tensors format (which shows 4 of them as one int32), on 
 S slots, Q outputs and P inputs of a matrix, G = P / group size, D model width, F expert width.
 """
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -103,6 +103,7 @@ class QuantizedExpertWeights(SlotTable):
     """F gate rows, then F up rows, of D inputs."""
     fc2: QuantizedMatrices
     """D rows of F inputs."""
+    _: KW_ONLY
     slot_of_E: tuple[int, ...] | None = None
     """Slot of each expert, -1 where it is not here; None where slot e holds expert e."""
     activation: Activation = "swiglu"
@@ -150,9 +151,14 @@ class QuantizedExpertWeights(SlotTable):
 
     def to(self, device: torch.device | str) -> "QuantizedExpertWeights":
         """Return the weights on a device."""
-        matrices = (self.fc1.to(device), self.fc2.to(device))
-        biases = (part.to(device) for part in self.bias_parts)
-        return QuantizedExpertWeights(*matrices, self.slot_of_E, self.activation, *biases)
+        bias1_SH, bias2_SD = self.fc1_bias_SH, self.fc2_bias_SD
+        return replace(
+            self,
+            fc1=self.fc1.to(device),
+            fc2=self.fc2.to(device),
+            fc1_bias_SH=None if bias1_SH is None else bias1_SH.to(device),
+            fc2_bias_SD=None if bias2_SD is None else bias2_SD.to(device),
+        )
 
     @property
     def nbytes(self) -> int:

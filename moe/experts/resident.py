@@ -67,7 +67,9 @@ class Experts(LayerExperts):
     def slot_views(self) -> list[dict[str, Tensor]]:
         """Return the writable parts of every slot; see :meth:`ExpertWeights.slot_views`."""
         biases = (None if bias is None else bias.data for bias in (self.fc1_bias, self.fc2_bias))
-        weights = ExpertWeights(self.fc1.data, self.fc2.data, None, self.activation, None, *biases)
+        weights = ExpertWeights.of(
+            (self.fc1.data, self.fc2.data, *biases), activation=self.activation
+        )
         return [weights.slot_views(slot) for slot in range(len(self.expert_ids))]
 
     def add_low_rank(self, rank: int, scale: float) -> None:
@@ -120,5 +122,9 @@ class Experts(LayerExperts):
     def _weights(self, dtype: torch.dtype) -> ExpertWeights:
         fc1, fc2 = self.fc1.to(dtype), self.fc2.to(dtype)
         biases = (None if b is None else b.to(dtype) for b in (self.fc1_bias, self.fc2_bias))
-        how = (self._slot_of_E, self.activation, self.main_grads)
-        return ExpertWeights(fc1, fc2, *how, *biases)
+        return ExpertWeights.of(
+            (fc1, fc2, *biases),
+            slot_of_E=self._slot_of_E,
+            activation=self.activation,
+            main_grads=self.main_grads,
+        )

@@ -53,7 +53,7 @@ class MainGradients:
                     None if bias is None else bias.main_grad  # type: ignore[attr-defined]
                     for bias in (module.fc1_bias, module.fc2_bias)
                 ]
-                module.main_grads = MainGrads(*main, False, *biases)
+                module.main_grads = MainGrads.of((*main, *biases))
                 self._main_grads.append(module.main_grads)
         written = {id(sums) for main in self._main_grads for sums in (main.fc1_SHD, main.fc2_SDF)}
         self._only_added = [

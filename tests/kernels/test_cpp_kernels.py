@@ -87,9 +87,9 @@ def test_experts_agree_with_the_reference(dtype, has_bias, activation, tokens, c
     fc1 = random(experts, 2 * 70, 45, seed=1, dtype=dtype)
     fc2 = random(experts, 45, 70, seed=2, dtype=dtype)
     biases = biases_for(experts, 45, 70, dtype) if has_bias else []
-    y = expert_mlp(x, ids, weights, ExpertWeights(fc1, fc2, None, activation, None, *biases))
+    y = expert_mlp(x, ids, weights, ExpertWeights.of((fc1, fc2, *biases), activation=activation))
     wide = [part.double() for part in (fc1, fc2, *biases)]
-    wide = ExpertWeights(*wide[:2], None, activation, None, *wide[2:])
+    wide = ExpertWeights.of(wide, activation=activation)
     expected = expert_mlp(x.double(), ids, weights.double(), wide, "reference")
     if ids.max() >= 0:
         assert_near(y, expected)
@@ -132,7 +132,7 @@ def values_and_gradients(leaves, ids, activation, upstream):
     leaves = [leaf.clone().requires_grad_() for leaf in leaves]
     x, weights, fc1, fc2, *biases = leaves
     with torch.enable_grad():
-        experts = ExpertWeights(fc1, fc2, None, activation, None, *biases)
+        experts = ExpertWeights.of((fc1, fc2, *biases), activation=activation)
         backend = "reference" if x.dtype == torch.float64 else "cpp"
         y = expert_mlp(x, ids, weights, experts, backend)
         return y.detach(), *torch.autograd.grad(y, leaves, upstream.to(y.dtype))
@@ -146,10 +146,10 @@ def test_gradients_of_the_experts_are_added_to_main_gradients_or_begin_them(has_
     leaves = [x, weights, fc1, fc2, *biases]
     _, _, _, *expected = values_and_gradients(leaves, ids, "swiglu", torch.ones(2, 8))
     totals = [torch.full(leaf.shape, torch.nan) for leaf in leaves[2:]]
-    sums = MainGrads(*totals[:2], True, *totals[2:])
+    sums = MainGrads.of(totals, is_empty=True)
     for times in (1, 2):
         with torch.enable_grad():
-            experts = ExpertWeights(fc1.requires_grad_(), fc2, None, "swiglu", sums, *biases)
+            experts = ExpertWeights.of((fc1.requires_grad_(), fc2, *biases), main_grads=sums)
             expert_mlp(x, ids, weights, experts).sum().backward()
         assert fc1.grad is None and not sums.is_empty
         for total, one in zip(totals, expected, strict=True):

@@ -38,7 +38,7 @@ def problem(dtype, tokens=19, has_bias=False):
 
 def run(ids, leaves, table, main_grads=None):
     x, weights, fc1, fc2, *biases = leaves
-    experts = ExpertWeights(fc1, fc2, table, "swiglu", main_grads, *biases)
+    experts = ExpertWeights.of((fc1, fc2, *biases), slot_of_E=table, main_grads=main_grads)
     return expert_mlp(x, ids, weights, experts) * 2
 
 
@@ -65,7 +65,7 @@ def test_a_compiled_backward_adds_to_main_gradients(is_empty, has_bias):
     for function in (run, torch.compile(run, backend="aot_eager", fullgraph=True)):
         fill = float("nan") if is_empty else 1.0  # what an empty sum holds must not matter
         filled = [torch.full(leaf.shape, fill) for leaf in leaves[2:]]
-        sums = MainGrads(*filled[:2], is_empty, *filled[2:])
+        sums = MainGrads.of(filled, is_empty=is_empty)
         for _ in range(2):
             y = function(ids, leaves, table, sums)
             torch.autograd.grad(y.square().sum(), leaves[:2])
@@ -97,7 +97,7 @@ def test_quantized_experts_stand_in_a_compiled_graph(dtype, bits, has_bias):
     ids, leaves, table = problem(dtype, has_bias=has_bias)
     x, weights = leaves[0].detach(), leaves[1].detach()
     fc1, fc2, *biases = leaves[2:]
-    plain = ExpertWeights(fc1, fc2, table, "swiglu", None, *biases)
+    plain = ExpertWeights.of((fc1, fc2, *biases), slot_of_E=table)
     experts = quantize_experts(plain, bits, 32)
     compiled = torch.compile(
         lambda x: expert_mlp(x, ids, weights, experts) + 1, backend="aot_eager", fullgraph=True

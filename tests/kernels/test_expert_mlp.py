@@ -53,7 +53,7 @@ def problem(shape, routing, dtype, seed=0, has_bias=False):
 
 def run(ids, leaves, backend, activation="swiglu"):
     x, weights, fc1, fc2, *biases = leaves
-    experts = ExpertWeights(fc1, fc2, None, activation, None, *biases)
+    experts = ExpertWeights.of((fc1, fc2, *biases), activation=activation)
     y = expert_mlp(x, ids, weights, experts, backend)
     upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(9)).to(y.dtype)
     return y.detach(), torch.autograd.grad(y, leaves, upstream)
@@ -105,7 +105,7 @@ def test_a_share_of_the_experts_agrees_with_the_reference(first):
     x, weights, fc1, fc2 = leaves
     found = []
     for backend in ("torch", "reference"):
-        y = expert_mlp(x, ids, weights, ExpertWeights(fc1, fc2, table), backend)
+        y = expert_mlp(x, ids, weights, ExpertWeights(fc1, fc2, slot_of_E=table), backend)
         found.append((y, *torch.autograd.grad(y.square().sum(), leaves)))
     for actual, expected in zip(*found, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
@@ -122,8 +122,8 @@ def test_backward_adds_gradients_to_main_gradients_where_there_are_any(dtype, is
     wide = torch.promote_types(dtype, torch.float32)
     fill = float("nan") if is_empty else 1.0  # what an empty sum holds must not matter
     totals = [torch.full(leaf.shape, fill, dtype=wide) for leaf in leaves[2:]]
-    sums = MainGrads(*totals[:2], is_empty, *totals[2:])
-    experts = ExpertWeights(fc1, fc2, None, "swiglu", sums, *biases)
+    sums = MainGrads.of(totals, is_empty=is_empty)
+    experts = ExpertWeights.of((fc1, fc2, *biases), main_grads=sums)
     for _ in range(2):
         y = expert_mlp(x, ids, weights, experts, "torch")
         upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(9)).to(y.dtype)
@@ -139,7 +139,7 @@ def test_reference_gradients_pass_gradcheck():
     ids, leaves = problem((5, 2, 3, 4, 3), "with_none", torch.float64, has_bias=True)
 
     def f(x, weights, fc1, fc2, *biases):
-        experts = ExpertWeights(fc1, fc2, None, "swiglu", None, *biases)
+        experts = ExpertWeights.of((fc1, fc2, *biases))
         return expert_mlp(x, ids, weights, experts, "reference")
 
     assert torch.autograd.gradcheck(f, leaves)
@@ -166,7 +166,7 @@ def test_waves_through_few_slots_give_the_resident_bits(
     x, weights, *parameters = (leaf.detach() for leaf in leaves)
     monkeypatch.setattr(library, "_loaded", kernels)
     fc1, fc2, *biases = parameters
-    all_experts = ExpertWeights(fc1, fc2, None, "swiglu", None, *biases)
+    all_experts = ExpertWeights.of((fc1, fc2, *biases))
     with torch.no_grad():
         resident = expert_mlp(x, ids, weights, all_experts)
         waves = start_waves(x, ids, weights, 6)
@@ -174,7 +174,7 @@ def test_waves_through_few_slots_give_the_resident_bits(
     slots_of_biases = [torch.empty_like(bias[:1]) for bias in biases]
     for expert in reversed(range(6)):
         table = tuple(0 if e == expert else -1 for e in range(6))
-        one = ExpertWeights(slot1, slot2, table, "swiglu", None, *slots_of_biases)
+        one = ExpertWeights.of((slot1, slot2, *slots_of_biases), slot_of_E=table)
         views = one.slot_views(0)
         assert views.keys() == all_experts.slot_views(expert).keys()
         for part, whole in all_experts.slot_views(expert).items():
@@ -227,16 +227,16 @@ def test_says_what_is_wrong_with_the_arguments_before_anything_runs():
 
 
 def test_experts_whose_parts_do_not_belong_together_are_refused():
-    def refused(fc1, fc2, *more, **named):
+    def refused(fc1, fc2, **named):
         with pytest.raises(ValueError) as caught:
-            ExpertWeights(torch.zeros(fc1), torch.zeros(fc2), *more, **named)
+            ExpertWeights(torch.zeros(fc1), torch.zeros(fc2), **named)
         return str(caught.value)
 
     assert "fc1 (3, 10, 8) and fc2 (3, 8, 4) do not fit" in refused((3, 10, 8), (3, 8, 4))
     assert "fc1 (2, 8, 8) and fc2 (3, 8, 4) do not fit" in refused((2, 8, 8), (3, 8, 4))
     good = ((3, 8, 8), (3, 8, 4))
-    assert "slot_of_E names slot 3, but slots go from 0 to 2" in refused(*good, (0, 3))
-    assert "slot_of_E names slot -2" in refused(*good, (0, -2))
+    assert "slot_of_E names slot 3, but slots go from 0 to 2" in refused(*good, slot_of_E=(0, 3))
+    assert "slot_of_E names slot -2" in refused(*good, slot_of_E=(0, -2))
     sums = MainGrads(torch.zeros(good[0]), torch.zeros(3, 8, 5))
     assert "main_grads are ((3, 8, 8), (3, 8, 5), None, None)" in refused(*good, main_grads=sums)
     biases = {"fc1_bias_SH": torch.zeros(3, 8), "fc2_bias_SD": torch.zeros(3, 8)}
@@ -257,7 +257,7 @@ def test_experts_whose_parts_do_not_belong_together_are_refused():
 def test_a_slot_names_the_parts_that_fill_it():
     fc1, fc2 = torch.arange(24.0).view(2, 4, 3), torch.arange(12.0).view(2, 3, 2)
     biases = torch.arange(8.0).view(2, 4), torch.arange(6.0).view(2, 3)
-    views = ExpertWeights(fc1, fc2, None, "swiglu", None, *biases).slot_views(1)
+    views = ExpertWeights.of((fc1, fc2, *biases)).slot_views(1)
     for part, whole in {"gate": fc1[1, :2], "up": fc1[1, 2:], "down": fc2[1]}.items():
         assert torch.equal(views[part], whole)
     assert views["gate_bias"].tolist() == [4, 5] and views["up_bias"].tolist() == [6, 7]

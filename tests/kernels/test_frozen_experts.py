@@ -45,7 +45,7 @@ def case(dtype, slot_of_E, empty=()):
         leaf.requires_grad_()
     fc1 = draw(num_slots, 2 * F, D, **kw, scale=D**-0.5)
     fc2 = draw(num_slots, D, F, **kw, scale=F**-0.5)
-    return leaves, ids, ExpertWeights(fc1, fc2, slot_of_E)
+    return leaves, ids, ExpertWeights(fc1, fc2, slot_of_E=slot_of_E)
 
 
 def low_rank(leaves):
@@ -61,7 +61,7 @@ def expected_of(leaves, ids, experts):
     fc1 = experts.fc1_SHD.double() + SCALE * update1
     fc2 = experts.fc2_SDF.double() + SCALE * wide["fc2_b"] @ wide["fc2_a"]
     biases = (None if bias is None else bias.double() for bias in experts.parameters[2:])
-    merged = ExpertWeights(fc1, fc2, experts.slot_of_E, "swiglu", None, *biases)
+    merged = ExpertWeights.of((fc1, fc2, *biases), slot_of_E=experts.slot_of_E)
     return expert_mlp(wide["x"], ids, wide["weights"], merged, "reference")
 
 

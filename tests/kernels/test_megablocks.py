@@ -67,7 +67,7 @@ def problem(ids_from=-1, slots=E, has_bias=False):
 
 def outcome(ids, leaves, backend="megablocks", table=None, **more):
     x, weights, fc1, fc2, *biases = leaves
-    experts = ExpertWeights(fc1, fc2, table, "swiglu", None, *biases)
+    experts = ExpertWeights.of((fc1, fc2, *biases), slot_of_E=table)
     y = expert_mlp(x, ids, weights, experts, backend, **more)
     upstream = torch.cos(torch.arange(y.numel())).view_as(y).to(y)
     return [y.detach(), *torch.autograd.grad(y, leaves, upstream)]
@@ -112,8 +112,8 @@ def test_adds_to_main_gradients_and_recomputes_with_the_same_bits(stand_in, has_
         assert torch.equal(actual, expected)
     x, weights, fc1, fc2, *biases = leaves
     ones = [torch.ones(leaf.shape) for leaf in leaves[2:]]
-    sums = MainGrads(*ones[:2], False, *ones[2:])
-    experts = ExpertWeights(fc1, fc2, None, "swiglu", sums, *biases)
+    sums = MainGrads.of(ones)
+    experts = ExpertWeights.of((fc1, fc2, *biases), main_grads=sums)
     y = expert_mlp(x, ids, weights, experts, "megablocks")
     torch.autograd.grad(y, (x, weights), torch.cos(torch.arange(y.numel())).view_as(y).to(y))
     for total, one in zip(ones, plain[3:], strict=True):
@@ -150,7 +150,7 @@ def test_says_what_it_does_not_take(stand_in):
 
     def refused(x, fc1, fc2, table=None):
         with pytest.raises(ValueError, match=r" Use backend 'auto'\.$") as caught:
-            expert_mlp(x, ids, weights, ExpertWeights(fc1, fc2, table), "megablocks")
+            expert_mlp(x, ids, weights, ExpertWeights(fc1, fc2, slot_of_E=table), "megablocks")
         return str(caught.value)
 
     assert "take bf16, not torch.float32" in refused(x.float(), fc1.float(), fc2.float())

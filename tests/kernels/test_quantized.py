@@ -85,7 +85,7 @@ def test_experts_compute_with_the_rounded_weights(bits, group_size, backend, dty
 def test_a_slot_table_addresses_quantized_experts():
     x, ids, weights, experts = problem(19, 2, 3, 64, 32)
     table = (-1, 2, 0, -1, 1)
-    found = quantize_experts(ExpertWeights(experts.fc1_SHD, experts.fc2_SDF, table), 8)
+    found = quantize_experts(ExpertWeights(experts.fc1_SHD, experts.fc2_SDF, slot_of_E=table), 8)
     ids = torch.tensor([1, 2, 4, -1])[ids]  # of the experts that are here
     expected = expert_mlp(x, ids, weights, found, "reference")
     torch.testing.assert_close(expert_mlp(x, ids, weights, found), expected, rtol=1e-3, atol=1e-3)

@@ -40,7 +40,7 @@ def outcome(ids, leaves, backend, recompute, main_grads=None):
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: kept.__setitem__(t.data_ptr(), t.nbytes) or t, lambda t: t
     ):
-        experts = ExpertWeights(fc1, fc2, None, "swiglu", main_grads, *biases)
+        experts = ExpertWeights.of((fc1, fc2, *biases), main_grads=main_grads)
         y = expert_mlp(x, ids, weights, experts, backend, recompute=recompute)
     wanted = leaves if main_grads is None else leaves[:2]
     grads = torch.autograd.grad(y, wanted, torch.cos(torch.arange(y.numel())).view_as(y).to(y))
@@ -65,7 +65,7 @@ def test_main_gradients_are_bit_equal(backend):
     totals = []
     for recompute in (False, True):
         ones = [torch.ones(leaf.shape) for leaf in leaves[2:]]
-        sums = MainGrads(*ones[:2], False, *ones[2:])
+        sums = MainGrads.of(ones)
         grads, _ = outcome(ids, leaves, backend, recompute, sums)
         totals.append((*grads, *ones))
     assert all(torch.equal(a, b) for a, b in zip(*totals, strict=True))

@@ -38,7 +38,7 @@ def test_never_waits_for_the_device():
     ids, leaves = routing("random", *shape[:3]).cuda(), problem(shape, torch.bfloat16)
     table = tuple(range(16))
     upstream = torch.randn(300, 128, device="cuda", dtype=torch.bfloat16)
-    experts = ExpertWeights(leaves[2], leaves[3], table)
+    experts = ExpertWeights(leaves[2], leaves[3], slot_of_E=table)
 
     def step():
         y = expert_mlp(leaves[0], ids, leaves[1], experts, "triton")

@@ -34,7 +34,7 @@ def gradients(ids, leaves, backend, frozen, run=expert_mlp):
         for name, leaf in zip(NAMES, leaves, strict=True)
     ]
     x, weights, fc1, fc2, *biases = leaves
-    experts = ExpertWeights(fc1, fc2, None, "swiglu", None, *biases)
+    experts = ExpertWeights.of((fc1, fc2, *biases))
     run(x, ids, weights, experts, backend).square().sum().backward()
     return {name: leaf.grad for name, leaf in zip(NAMES, leaves, strict=True)}
 

@@ -59,7 +59,9 @@ def problem(shape, dtype, seed=0, has_bias=False):
 def outcome(ids, leaves, backend="triton", table=None, activation="swiglu", main_grads=None):
     """Return y and all gradients of a fixed weighted sum of it."""
     x, weights, fc1, fc2, *biases = leaves
-    experts = ExpertWeights(fc1, fc2, table, activation, main_grads, *biases)
+    experts = ExpertWeights.of(
+        (fc1, fc2, *biases), slot_of_E=table, activation=activation, main_grads=main_grads
+    )
     y = expert_mlp(x, ids.to(x.device), weights, experts, backend)
     upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(9)).to(y)
     wanted = leaves[:2] if main_grads else leaves
@@ -176,7 +178,7 @@ def test_backward_adds_to_fp32_main_gradients(dtype, is_empty):
     ids, leaves = routing("an_expert_is_idle", *shape[:3]), problem(shape, dtype, has_bias=is_empty)
     fill = float("nan") if is_empty else 1.0  # what an empty sum holds must not matter
     totals = [torch.full(leaf.shape, fill, device=DEVICE) for leaf in leaves[2:]]
-    sums = MainGrads(*totals[:2], is_empty, *totals[2:])
+    sums = MainGrads.of(totals, is_empty=is_empty)
     for _ in range(2):
         found = outcome(ids, leaves, main_grads=sums)
     expected = expected_outcome(ids, leaves)
@@ -205,7 +207,7 @@ def test_inference_gives_the_bits_of_training_and_every_run_the_same_bits():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     with torch.no_grad():
         fc1, fc2, *biases = leaves[2:]
-        experts = ExpertWeights(fc1, fc2, None, "swiglu", None, *biases)
+        experts = ExpertWeights.of((fc1, fc2, *biases))
         y = expert_mlp(leaves[0], ids.to(DEVICE), leaves[1], experts, "triton")
     assert torch.equal(y, first[0])
 
@@ -231,7 +233,7 @@ def test_checkpointing_and_compiling_change_nothing():
     leaves += problem(shape, torch.float32, has_bias=True)[4:]
 
     def run(x, weights, fc1, fc2, *biases):
-        experts = ExpertWeights(fc1, fc2, None, "swiglu", None, *biases)
+        experts = ExpertWeights.of((fc1, fc2, *biases))
         return expert_mlp(x, ids, weights, experts, "triton") * 2
 
     plain = run(*leaves)
@@ -309,7 +311,7 @@ def test_computing_fc1_again_changes_no_bit_and_keeps_x_only(tokens, dtype):
         with torch.autograd.graph.saved_tensors_hooks(
             lambda t, kept=kept: kept.__setitem__(t.data_ptr(), t.nbytes) or t, lambda t: t
         ):
-            experts = ExpertWeights(fc1, fc2, None, "swiglu", None, *biases)
+            experts = ExpertWeights.of((fc1, fc2, *biases))
             y = expert_mlp(x, ids, weights, experts, "triton", recompute=recompute)
         upstream = torch.cos(torch.arange(y.numel(), device=DEVICE)).view_as(y).to(y)
         found.append([y, *torch.autograd.grad(y, leaves, upstream)])

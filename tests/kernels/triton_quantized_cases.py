@@ -69,7 +69,7 @@ def test_quantized_agrees_with_the_reference(bits, group_size, dtype, rows):
 def test_quantized_activations_agree_with_the_reference(activation):
     shape = SHAPES[16]
     whole = weights_of(*shape[2:], 4, 64)
-    experts = QuantizedExpertWeights(whole.fc1, whole.fc2, None, activation)
+    experts = QuantizedExpertWeights(whole.fc1, whole.fc2, activation=activation)
     inputs = problem(shape, torch.float32)
     assert_near(run(inputs, experts), expected_of(inputs, experts), torch.float32)
 
@@ -126,9 +126,13 @@ def test_quantized_gives_the_same_bits_from_any_slots(bits, group_size, way, mon
         def matrices(m):
             return QuantizedMatrices(m.values[order], m.scales_SQG[order])
 
-        biases = (experts.fc1_bias_SH[order], experts.fc2_bias_SD[order])
-        parts = (matrices(experts.fc1), matrices(experts.fc2))
-        return QuantizedExpertWeights(*parts, table, "swiglu", *biases)
+        return QuantizedExpertWeights(
+            matrices(experts.fc1),
+            matrices(experts.fc2),
+            slot_of_E=table,
+            fc1_bias_SH=experts.fc1_bias_SH[order],
+            fc2_bias_SD=experts.fc2_bias_SD[order],
+        )
 
     resident = run(inputs, experts)
     # A pool with more slots than the layer has experts; those between belong to others.

@@ -48,7 +48,7 @@ def widened(model: moeyard.load) -> None:
         slots = [weights.matrices(slot, torch.float32) for slot in range(weights.num_slots)]
         fc1, fc2 = (torch.stack(part) for part in zip(*slots, strict=True))
         biases = (weights.fc1_bias_SH, weights.fc2_bias_SD)
-        plain = ExpertWeights(fc1, fc2, None, weights.activation, None, *biases)
+        plain = ExpertWeights.of((fc1, fc2, *biases), activation=weights.activation)
         layer.experts.weights = plain
 
 
