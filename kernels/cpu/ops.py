@@ -107,24 +107,11 @@ def expert_mlp_op(
 
 
 @expert_mlp_op.register_fake
-def _(
-    x_TD: Tensor,
-    experts_TK: Tensor,
-    weights_TK: Tensor,
-    fc1_SHD: Tensor,
-    fc2_SDF: Tensor,
-    bias1_SH: Tensor | None,
-    bias2_SD: Tensor | None,
-    slots: Sequence[int] | None,
-    main1_SHD: Tensor | None,
-    main2_SDF: Tensor | None,
-    main_bias1_SH: Tensor | None,
-    main_bias2_SD: Tensor | None,
-    activation: str,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
-    num_rows = experts_TK.numel() if keep else 0
-    return torch.empty_like(x_TD), x_TD.new_empty(num_rows, fc1_SHD.shape[1])
+def _(x_TD: Tensor, experts_TK: Tensor, _: Tensor, fc1_SHD: Tensor, *others: Any) -> Any:
+    keep = others[-1]
+    return torch.empty_like(x_TD), x_TD.new_empty(
+        experts_TK.numel() if keep else 0, fc1_SHD.shape[1]
+    )
 
 
 @torch.library.custom_op(
@@ -161,24 +148,7 @@ def expert_mlp_backward_op(
 
 
 @expert_mlp_backward_op.register_fake
-def _(
-    grad_TD: Tensor,
-    x_TD: Tensor,
-    experts_TK: Tensor,
-    weights_TK: Tensor,
-    hidden_RH: Tensor,
-    fc1_SHD: Tensor,
-    fc2_SDF: Tensor,
-    bias1_SH: Tensor | None,
-    bias2_SD: Tensor | None,
-    slots: Sequence[int] | None,
-    activation: str,
-    add: bool,
-    out1_SHD: Tensor | None,
-    out2_SDF: Tensor | None,
-    out_bias1_SH: Tensor | None,
-    out_bias2_SD: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def _(_: Tensor, x_TD: Tensor, __: Tensor, weights_TK: Tensor, *others: Any) -> Any:
     return torch.empty_like(x_TD), torch.empty_like(weights_TK)
 
 
@@ -239,17 +209,5 @@ def quantized_expert_mlp_op(
 
 
 @quantized_expert_mlp_op.register_fake
-def _(
-    x_TD: Tensor,
-    experts_TK: Tensor,
-    weights_TK: Tensor,
-    values1: Tensor,
-    scales1_SHG: Tensor,
-    values2: Tensor,
-    scales2_SDG: Tensor,
-    bias1_SH: Tensor | None,
-    bias2_SD: Tensor | None,
-    slots: Sequence[int] | None,
-    activation: str,
-) -> Tensor:
+def _(x_TD: Tensor, *others: Any) -> Tensor:
     return torch.empty_like(x_TD)
