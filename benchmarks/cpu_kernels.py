@@ -23,7 +23,8 @@ from moeyard.kernels.cpu.library import load
 from moeyard.kernels.cpu.linear import linear
 from moeyard.kernels.experts import expert_mlp
 from moeyard.kernels.torch_ops import causal_attention
-from moeyard.kernels.values.expert_weights import ExpertWeights, MainGrads
+from moeyard.kernels.values.expert_weights import ExpertWeights
+from moeyard.kernels.values.main_grads import MainGrads
 from moeyard.kernels.values.memory import prefer_huge_pages
 from moeyard.training.run.allocator import keep_freed_memory
 

@@ -29,7 +29,8 @@ from torch import Tensor
 from moeyard.kernels.experts import Backend, expert_mlp
 from moeyard.kernels.gpu import tiles as tile_rules
 from moeyard.kernels.torch_ops.megablocks import why_not as why_no_megablocks
-from moeyard.kernels.values.expert_weights import ExpertWeights, MainGrads
+from moeyard.kernels.values.expert_weights import ExpertWeights
+from moeyard.kernels.values.main_grads import MainGrads
 from moeyard.kernels.values.quantize import quantize_experts
 from moeyard.kernels.values.quantized_weights import Bits, QuantizedExpertWeights
 

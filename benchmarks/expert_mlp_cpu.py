@@ -31,7 +31,8 @@ from torch import Tensor
 
 from moeyard.kernels.cpu.library import load
 from moeyard.kernels.experts import Backend, expert_mlp
-from moeyard.kernels.values.expert_weights import ExpertWeights, MainGrads, empty_slots
+from moeyard.kernels.values.expert_weights import ExpertWeights, empty_slots
+from moeyard.kernels.values.main_grads import MainGrads
 from moeyard.kernels.values.quantize import quantize_experts
 from moeyard.kernels.values.quantized_weights import SlotWeights
 from moeyard.training.run.allocator import keep_freed_memory

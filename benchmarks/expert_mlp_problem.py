@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from moeyard.kernels.experts import Backend, expert_mlp
-from moeyard.kernels.values.expert_weights import ExpertWeights, MainGrads
+from moeyard.kernels.values.expert_weights import ExpertWeights
+from moeyard.kernels.values.main_grads import MainGrads
 
 
 class Layer(NamedTuple):

@@ -28,7 +28,8 @@ from triton.runtime.errors import OutOfResources
 from moeyard.kernels.gpu.grad_hidden import grad_hidden
 from moeyard.kernels.gpu.grouped_matmul import grouped_matmul
 from moeyard.kernels.gpu.grouping import group_rows
-from moeyard.kernels.gpu.quantized import quantized_matmul, quantized_up_projection
+from moeyard.kernels.gpu.quantized_matmul import quantized_matmul
+from moeyard.kernels.gpu.quantized_up import quantized_up_projection
 from moeyard.kernels.gpu.tiles import Kernel, Tiles, quantized_tiles, tile_rows, tiles_for
 from moeyard.kernels.gpu.up_projection import up_projection
 from moeyard.kernels.gpu.weight_grad import weight_grad

@@ -26,7 +26,8 @@ from moeyard.kernels.gpu.dequantize import INPUTS, LINES, dequantize_kernel
 from moeyard.kernels.gpu.grad_hidden import grad_hidden_kernel
 from moeyard.kernels.gpu.grouped_matmul import grouped_matmul_kernel
 from moeyard.kernels.gpu.ops import PRECISION
-from moeyard.kernels.gpu.quantized import quantized_matmul_kernel, quantized_up_kernel
+from moeyard.kernels.gpu.quantized_matmul import quantized_matmul_kernel
+from moeyard.kernels.gpu.quantized_up import quantized_up_kernel
 from moeyard.kernels.gpu.router_grad import route_grad_kernel
 from moeyard.kernels.gpu.tiles import GROUP_TILES, Kernel, Tiles, quantized_tiles, tiles_for
 from moeyard.kernels.gpu.up_projection import up_projection_kernel

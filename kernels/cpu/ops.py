@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..values.activation import ACTIVATIONS, Activation
-from ..values.expert_weights import ExpertWeights, MainGrads, Parameters
+from ..values.expert_weights import ExpertWeights, Parameters
+from ..values.main_grads import MainGrads
 from ..values.quantized_weights import QuantizedExpertWeights, QuantizedMatrices, SlotWeights
 from .experts import CppWaves, as_int32, is_plain
 from .library import TYPES, load

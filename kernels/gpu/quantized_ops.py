@@ -16,7 +16,8 @@ from .device import is_hopper, on_device_of
 from .grouped_matmul import grouped_matmul
 from .grouping import SlotGroups, group_rows
 from .ops import PRECISION
-from .quantized import quantized_matmul, quantized_up_projection
+from .quantized_matmul import quantized_matmul
+from .quantized_up import quantized_up_projection
 from .tiles import QUANTIZED_ROWS, is_dequantized, quantized_tiles, tile_rows, tiles_for
 from .up_projection import up_projection
 

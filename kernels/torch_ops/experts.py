@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..values.calls import ExpertCall
-from ..values.expert_weights import ExpertWeights, MainGrads
+from ..values.expert_weights import ExpertWeights
 from ..values.grouping import Grouping, group_tokens
+from ..values.main_grads import MainGrads
 from ..values.quantized_weights import SlotWeights
 from . import grouped, loop
 

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..values.activation import gated, gated_backward
-from ..values.expert_weights import ExpertWeights, MainGrads
+from ..values.expert_weights import ExpertWeights
 from ..values.grouping import Grouping
+from ..values.main_grads import MainGrads
 
 
 class GroupedProducts(Protocol):

@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..values.activation import gated, gated_backward
-from ..values.expert_weights import ExpertWeights, MainGrads, SlotTable
+from ..values.expert_weights import ExpertWeights, SlotTable
 from ..values.grouping import Grouping
+from ..values.main_grads import MainGrads
 from ..values.quantized_weights import QuantizedExpertWeights, SlotWeights
 from .quantized import quantized_linear
 from .row_stable import bf16_row_stable_linear

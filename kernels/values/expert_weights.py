@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .activation import Activation
+from .main_grads import MainGrads
 from .memory import prefer_huge_pages
 
 ALIGNMENT_BYTES = 64
@@ -18,54 +19,6 @@ ALIGNMENT_BYTES = 64
 
 Parameters = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 """fc1, fc2 and the bias of each, None where there is none."""
-
-
-@dataclass(slots=True)
-class MainGrads:
-    """Sums, like the parameters or wider, that backward adds weight gradients to, in place of
-    returning them: a fresh buffer per backward would cost as much as the weights."""
-
-    fc1_SHD: Tensor | None
-    """None, here and below, where the parameter wants no gradient or the experts have none."""
-    fc2_SDF: Tensor | None
-    _: KW_ONLY
-    is_empty: bool = False
-    """Whether the sums hold nothing yet, whatever is in memory. The first backward then writes
-    where later ones add, which saves filling with zeros and reading them again."""
-    fc1_bias_SH: Tensor | None = None
-    fc2_bias_SD: Tensor | None = None
-
-    @classmethod
-    def empty_for(
-        cls, parameters: Sequence[Tensor | None], wanted: Sequence[bool] = (True,) * 4
-    ) -> "MainGrads":
-        """Return sums like the wanted ones of fc1, fc2 and their biases; they hold nothing yet."""
-        sums = [
-            torch.empty_like(part, memory_format=torch.contiguous_format)
-            if part is not None and is_wanted
-            else None
-            for part, is_wanted in zip(parameters, wanted, strict=True)
-        ]
-        return cls.of(sums, is_empty=True)
-
-    @classmethod
-    def of(cls, totals: Sequence[Tensor | None], *, is_empty: bool = False) -> "MainGrads":
-        """Return the sums of fc1, fc2 and, where the experts have them, of their biases."""
-        fc1, fc2, bias1, bias2 = totals if len(totals) == 4 else (*totals, None, None)
-        return cls(fc1, fc2, is_empty=is_empty, fc1_bias_SH=bias1, fc2_bias_SD=bias2)
-
-    @property
-    def totals(self) -> tuple[Tensor | None, ...]:
-        """The sums in the order of :attr:`ExpertWeights.parameters`."""
-        return self.fc1_SHD, self.fc2_SDF, self.fc1_bias_SH, self.fc2_bias_SD
-
-    def begin_with_zeros(self) -> None:
-        """Fill sums that hold nothing yet, for a backward that can only add."""
-        if self.is_empty:
-            for total in self.totals:
-                if total is not None:
-                    total.zero_()
-            self.is_empty = False
 
 
 class SlotTable:

@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from ...kernels.experts import Backend, expert_mlp
 from ...kernels.frozen_experts import LowRank, frozen_expert_mlp
 from ...kernels.values.activation import Activation
-from ...kernels.values.expert_weights import ExpertWeights, MainGrads
+from ...kernels.values.expert_weights import ExpertWeights
+from ...kernels.values.main_grads import MainGrads
 from ..routers.routing import Routing
 from .base import LayerExperts
 

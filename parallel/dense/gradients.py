@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ...kernels.values.expert_weights import MainGrads
+from ...kernels.values.main_grads import MainGrads
 from ...moe.experts.resident import Experts
 from ..host.group import HostGroup, SharedSum
 from ..mesh import Mesh

@@ -13,7 +13,8 @@ from moeyard.kernels.cpu.linear import linear
 from moeyard.kernels.cpu.norm import rms_norm
 from moeyard.kernels.experts import expert_mlp
 from moeyard.kernels.values.activation import ACTIVATIONS
-from moeyard.kernels.values.expert_weights import ExpertWeights, MainGrads
+from moeyard.kernels.values.expert_weights import ExpertWeights
+from moeyard.kernels.values.main_grads import MainGrads
 from moeyard.kernels.values.quantize import quantize_experts
 from moeyard.kernels.waves import start_waves
 from moeyard.moe.routers.router import RouterSizes

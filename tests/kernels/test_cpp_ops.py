@@ -5,7 +5,8 @@ import torch
 
 from moeyard.kernels.cpu import library, ops
 from moeyard.kernels.experts import expert_mlp
-from moeyard.kernels.values.expert_weights import ExpertWeights, MainGrads
+from moeyard.kernels.values.expert_weights import ExpertWeights
+from moeyard.kernels.values.main_grads import MainGrads
 from moeyard.kernels.values.quantize import quantize_experts
 
 pytestmark = pytest.mark.skipif(library.load().functions is None, reason=library.load().state)

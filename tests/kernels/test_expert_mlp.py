@@ -8,8 +8,9 @@ from moeyard.kernels.cpu import library
 from moeyard.kernels.experts import expert_mlp
 from moeyard.kernels.torch_ops.experts import combine_rows
 from moeyard.kernels.values.activation import ACTIVATIONS, gated
-from moeyard.kernels.values.expert_weights import ExpertWeights, MainGrads, empty_slots
+from moeyard.kernels.values.expert_weights import ExpertWeights, empty_slots
 from moeyard.kernels.values.grouping import group_tokens
+from moeyard.kernels.values.main_grads import MainGrads
 from moeyard.kernels.waves import start_waves
 
 NONE = library.Library(None, "left out")

@@ -15,7 +15,8 @@ from moeyard.kernels.checks.experts import check_backend
 from moeyard.kernels.experts import MEGABLOCKS, check_backends, expert_mlp
 from moeyard.kernels.torch_ops import megablocks as megablocks_backend
 from moeyard.kernels.torch_ops.megablocks import why_not
-from moeyard.kernels.values.expert_weights import ExpertWeights, MainGrads
+from moeyard.kernels.values.expert_weights import ExpertWeights
+from moeyard.kernels.values.main_grads import MainGrads
 from moeyard.kernels.values.quantize import quantize
 from moeyard.kernels.values.quantized_weights import QuantizedExpertWeights
 

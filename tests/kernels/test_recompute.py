@@ -8,7 +8,8 @@ from moeyard.configuration import load_config
 from moeyard.errors import ConfigError
 from moeyard.kernels.cpu import library
 from moeyard.kernels.experts import expert_mlp
-from moeyard.kernels.values.expert_weights import ExpertWeights, MainGrads
+from moeyard.kernels.values.expert_weights import ExpertWeights
+from moeyard.kernels.values.main_grads import MainGrads
 from moeyard.moe.config.model import ModelConfig
 from moeyard.moe.models.decoder import Decoder
 from moeyard.training.config import RunConfig

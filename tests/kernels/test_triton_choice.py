@@ -16,7 +16,8 @@ from moeyard.kernels.gpu import experts as triton_experts
 from moeyard.kernels.gpu.device import why_not
 from moeyard.kernels.gpu.tiles import tile_rows
 from moeyard.kernels.values.calls import ExpertCall
-from moeyard.kernels.values.expert_weights import ExpertWeights, MainGrads, empty_slots
+from moeyard.kernels.values.expert_weights import ExpertWeights, empty_slots
+from moeyard.kernels.values.main_grads import MainGrads
 from moeyard.kernels.values.quantize import quantize_experts
 from moeyard.kernels.values.quantized_weights import QuantizedExpertWeights, QuantizedMatrices
 

@@ -5,7 +5,8 @@ import torch
 
 from moeyard.kernels.cpu import library
 from moeyard.kernels.experts import expert_mlp
-from moeyard.kernels.values.expert_weights import ExpertWeights, MainGrads
+from moeyard.kernels.values.expert_weights import ExpertWeights
+from moeyard.kernels.values.main_grads import MainGrads
 
 T, K, E, D, F = 61, 2, 5, 24, 40
 NAMES = ("x", "weights", "fc1", "fc2", "fc1_bias", "fc2_bias")

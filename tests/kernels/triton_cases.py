@@ -11,8 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 from moeyard.kernels.experts import expert_mlp
 from moeyard.kernels.gpu.grouping import group_rows
-from moeyard.kernels.values.expert_weights import ExpertWeights, MainGrads
+from moeyard.kernels.values.expert_weights import ExpertWeights
 from moeyard.kernels.values.grouping import group_tokens
+from moeyard.kernels.values.main_grads import MainGrads
 
 DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
