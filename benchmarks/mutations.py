@@ -322,14 +322,14 @@ MUTATIONS = [
     ),
     (
         "the routing gradient forgets the bias of the output",
-        "kernels/cpu/src/expert_training.h",
+        "kernels/cpu/src/expert_backward.h",
         "part_of(block.from + m, 0) += values[0];",
         "",
         CPP,
     ),
     (
         "the gradient of an idle expert's bias is left undefined",
-        "kernels/cpu/src/expert_training.h",
+        "kernels/cpu/src/expert_backward.h",
         "zero(a.grad_fc1_bias, 2 * f.d_expert);",
         "",
         CPP,

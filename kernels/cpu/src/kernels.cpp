@@ -1,7 +1,8 @@
 // All kernels for one instruction set, in a table.
 #include "arguments.h"
 #include "attention.h"
-#include "expert_training.h"
+#include "expert_backward.h"
+#include "expert_forward.h"
 #include "experts.h"
 #include "grouped.h"
 #include "linear.h"
