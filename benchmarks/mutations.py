@@ -106,7 +106,7 @@ MUTATIONS = [
     (
         "gradients of experts without rows are left over from the last step",
         "kernels/torch_ops/loop.py",
-        "        _zero_others(sums, spans)",
+        "        _zero_others(sums, spans, experts.num_slots)",
         "        pass",
         "tests/kernels",
     ),
@@ -119,7 +119,7 @@ MUTATIONS = [
     ),
     (
         "products of rows have any size",
-        "kernels/linear.py",
+        "kernels/torch_ops/row_stable.py",
         "padded_NP.split(BLOCK_ROWS)",
         "padded_NP.split(BLOCK_ROWS * 13)",
         "tests/kernels",
@@ -127,13 +127,13 @@ MUTATIONS = [
     (
         "the random state is not restored",
         "training/trainer.py",
-        "self._generator.set_state(tensors[self._rng_key()])",
+        "self._generator.set_state(state)",
         "pass",
         f"{RESUME} resumed",
     ),
     (
         "checkpoint hashes are not compared",
-        "training/checkpoints/checkpoint.py",
+        "training/checkpoints/files.py",
         "if sha256_of(file) != digest:",
         "if False:",
         f"{RESUME} damaged",
@@ -246,8 +246,8 @@ MUTATIONS = [
     (
         "the second half of an expert's many rows begins its gradient anew",
         "kernels/cpu/src/panels.h",
-        "bool writes = is_empty && k == 0;",
-        "bool writes = is_empty;",
+        "if (!is_first)\n",
+        "if (!is_first && !is_empty)\n",
         CPP,
     ),
     (
@@ -260,20 +260,20 @@ MUTATIONS = [
     (
         "a single row beside a prompt takes the prompt's path",
         "moe/attention/parts.py",
-        "step = RowStep(some.caches or ()) if is_single else None",
+        "step = prepare_rows(some.caches or ()) if is_single else None",
         "step = None",
         "tests/moe/test_decode_step.py",
     ),
     (
         "bytes hold the odd input low",
-        "kernels/values/quantized_weights.py",
+        "kernels/values/quantize.py",
         "values_QP[:, ::2] | values_QP[:, 1::2] << 4",
         "values_QP[:, 1::2] | values_QP[:, ::2] << 4",
         QUANTIZED,
     ),
     (
         "4-bit groups are not clipped where that serves them",
-        "kernels/values/quantized_weights.py",
+        "kernels/values/quantize.py",
         "is_better_QG1 = error_QG1 < least_QG1",
         "is_better_QG1 = error_QG1 < -least_QG1",
         QUANTIZED,
@@ -309,8 +309,8 @@ MUTATIONS = [
     (
         "the compiled backward forgets that sums are added to",
         "kernels/cpu/ops.py",
-        "sums = MainGrads(out1_SHD, out2_SDF, not add, out_bias1_SH, out_bias2_SD)",
-        "sums = MainGrads(out1_SHD, out2_SDF, True, out_bias1_SH, out_bias2_SD)",
+        "out_bias1_SH, out_bias2_SD), is_empty=not add)",
+        "out_bias1_SH, out_bias2_SD), is_empty=True)",
         CPP,
     ),
     (
