@@ -42,7 +42,7 @@ class DecoderOutput:
 class DecoderLayer(nn.Module):
     """Attention and an MLP or MoE layer, each behind a norm and inside a residual.
 
-    Routers run where their look-ahead says, and the experts hear of a choice at once.
+    Routers run where their look-ahead says, and the experts hear of a choice immediately.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class DecoderLayer(nn.Module):
         next_routing = None
         if following is not None:
             next_routing = _choose(following, mlp_input_TD, batch)
-            self.mlp.experts.keep(routing)  # lest the next ones push them out
+            self.mlp.experts.keep(routing)  # so that the next ones do not push them out
             following.experts.announce(next_routing)
         y_TD, routing = self.mlp(mlp_input_TD, routing=routing)
         return x_TD + y_TD, routing, next_routing
