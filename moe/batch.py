@@ -35,7 +35,7 @@ class Batch:
     caches: tuple[KVCache, ...] | None = None
     """One cache per sequence; None where nothing came before and nothing is kept."""
     packing: Packing | None = None
-    """How attention takes sequences together; None = one by one, or all at once if uniform."""
+    """How attention takes sequences together; None = one by one, or all together if uniform."""
 
     @property
     def is_uniform(self) -> bool:

@@ -17,7 +17,7 @@ from ..moe.experts.resident import Experts
 from ..moe.folders.expert_slots import empty_experts
 from ..moe.folders.folder import ModelFolder
 from ..moe.folders.generation_config import read_generation_config
-from ..moe.folders.read_weights import Read, dense_reads, expert_reads, run_reads
+from ..moe.folders.read_weights import WeightRead, dense_reads, expert_reads, run_reads
 from ..moe.models.decoder import Decoder
 from ..moe.models.language_model import LanguageModel
 from ..moe.routers.own_code import allow
@@ -125,7 +125,7 @@ def _open(
     if expert_memory is not None:
         num_bytes = budget_bytes(files, chosen, expert_memory)
         store = ExpertStore(files, chosen, num_bytes, policy=policy)
-    reads: list[Read] = []
+    reads: list[WeightRead] = []
     for index, layer in decoder.moe_layers():
         if store is not None:
             layer.experts = OffloadedExperts(store, index, layer.gate.num_experts)

@@ -54,7 +54,7 @@ class ServeArgs(BaseModel):
     """Key clients must send; None asks for none."""
     ignore_unused_weights: bool = False
     """Serve a folder that has weights which its config.json does not ask for, without them."""
-    allow_code: tuple[str, ...] = ()
+    allow_code: list[str] = []
     """Modules of the user's own whose routers the folder may use; a string may join some by ``,``.
     Every replica imports them."""
     chat_template: str | None = None

@@ -59,7 +59,7 @@ class YarnRope(_Section):
 RopeScaling = Annotated[LinearRope | Llama3Rope | YarnRope, Field(discriminator="kind")]
 
 
-class LatentAttention(_Section):
+class LatentConfig(_Section):
     """Multi-head latent attention (DeepSeek-V2): a cache keeps one narrow row per position."""
 
     q_rank: int | None = Field(default=None, ge=1)
@@ -78,8 +78,8 @@ class AttentionConfig(_Section):
     """The attention of all layers; the defaults are Qwen3's."""
 
     qk_norm: Literal["head", "projection"] | None = "head"
-    """RMSNorm of queries and keys: per head (Qwen3), over all heads at once (OLMoE), or none.
-    Latent attention has norms of its own."""
+    """RMSNorm of queries and keys: per head (Qwen3), over all heads together (OLMoE), or none.
+    Latent attention has its own norms."""
     qkv_bias: bool = False
     """Biases on the projections from the model's width (Qwen2, gpt-oss)."""
     o_bias: bool = False
@@ -95,7 +95,7 @@ class AttentionConfig(_Section):
     """Layers without rotary embedding (SmallThinker)."""
     rope_interleaved: bool = False
     """Rotate neighbouring elements against each other (DeepSeek) rather than a head's halves."""
-    latent: LatentAttention | None = None
+    latent: LatentConfig | None = None
     """Latent attention in place of grouped-query attention."""
 
     @model_validator(mode="after")
@@ -111,7 +111,7 @@ class AttentionConfig(_Section):
         for value, name in latent_has_none:
             if self.latent is not None and value:
                 raise ValueError(
-                    f"{name} is {value}, which latent attention has not; leave it out."
+                    f"{name} is {value}, which latent attention does not support; leave it out."
                 )
         return self
 

@@ -82,7 +82,7 @@ def to_stored(name: str, view: SlotView) -> dict[str, Tensor]:
 def read_matrix(read: Reader, name: str, view: SlotView) -> None:
     """Fill ``view`` with matrix ``name``; what ``read`` raises passes through.
 
-    Nothing beside ``view`` is allocated. ``weight_shape`` is not read: P is a multiple of 32, so
+    Nothing but ``view`` is allocated. ``weight_shape`` is not read: P is a multiple of 32, so
     the shapes of the others say it. Scales of another type are rounded to bf16.
     """
     packed, scale, _ = names_of(name)

@@ -22,7 +22,7 @@ from .writer import TensorPlan, write_model_folder
 log = logging.getLogger(__name__)
 
 Dtype = Literal["fp32", "bf16", "int8", "int4"]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PLAIN_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BITS: dict[str | None, Bits] = {"int8": 8, "int4": 4}
 
 
@@ -48,7 +48,7 @@ def convert(
         config, packed = folder.config, None
         if dtype in BITS:
             packed = choose_format(config, BITS[dtype])
-        plain = folder.dtype if dtype is None or packed is not None else DTYPES[dtype]
+        plain = folder.dtype if dtype is None or packed is not None else PLAIN_DTYPES[dtype]
         values = to_hf(
             config,
             str(plain).removeprefix("torch."),
@@ -69,7 +69,7 @@ def convert(
 
 
 def _router_dtype(folder: ModelFolder, plain: torch.dtype) -> torch.dtype:
-    """Return the type to write routers in: theirs if it is wider, for they decide who is chosen."""
+    """Return the type to write routers in: theirs if it is wider, since they choose the experts."""
     for name, tensor in dense_tensors(folder.config):
         if is_router(name) and tensor.is_floating_point() and tensor.ndim == 2:
             stored, _ = folder.stored(name)

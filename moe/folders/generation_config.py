@@ -1,10 +1,9 @@
 """What a folder's ``generation_config.json`` says about answers: how to sample, what ends them."""
 
-from dataclasses import dataclass, field
 from typing import Any
 
 from ...errors import ConfigError, ModelFileError
-from ..models.sampling import SamplingParams
+from ..models.sampling import GenerationConfig, SamplingParams
 from .folder import ModelFolder
 
 FILE = "generation_config.json"
@@ -16,20 +15,6 @@ NEUTRAL: dict[str, Any] = {
     "num_beams": 1,
 }
 """Ways to choose tokens that are not offered, and the values that ask for none of them."""
-
-
-@dataclass(frozen=True, slots=True)
-class GenerationConfig:
-    """Defaults that a caller may override."""
-
-    sampling: SamplingParams = field(default_factory=SamplingParams)
-    """Where the file says nothing: temperature 1, all tokens."""
-    eos_ids: frozenset[int] = frozenset()
-    """Ids that end a text."""
-    unknown_eos_ids: tuple[int, ...] = ()
-    """Those outside the vocabulary, which no text can end with."""
-    not_followed: tuple[str, ...] = ()
-    """Keys whose wish is not met."""
 
 
 def read_generation_config(folder: ModelFolder) -> GenerationConfig:
@@ -66,7 +51,7 @@ def _sampling(values: dict[str, Any]) -> SamplingParams:
     }
     for key, value in given.items():
         if type(value) not in ((int,) if key == "top_k" else (int, float)):
-            raise ModelFileError(f"{FILE} has {key} = {value!r}, which is no number; mend it.")
+            raise ModelFileError(f"{FILE} has {key} = {value!r}, which is no number; correct it.")
     try:
         return SamplingParams(**given)
     except ConfigError as error:
@@ -80,7 +65,9 @@ def _end_of_text_ids(folder: ModelFolder) -> frozenset[int]:
     """
     name = FILE if (folder.path / FILE).exists() else "config.json"
     value = folder.read_optional(name).get("eos_token_id")
-    tokens = [] if value is None else value if isinstance(value, list) else [value]
+    if value is None:
+        return frozenset()
+    tokens = value if isinstance(value, list) else [value]
     for token in tokens:
         if type(token) is not int:
             raise ModelFileError(f"{name} has eos_token_id {token!r}; use an id or a list of ids.")

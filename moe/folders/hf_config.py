@@ -79,6 +79,9 @@ def _sentence(error: ValidationError, values: dict[str, Any]) -> str:
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"]).removesuffix(".")
     found, name = problem["input"], ".".join(map(str, problem["loc"]))
+    if problem["type"] == "union_tag_invalid":
+        context = problem["ctx"]
+        return f"{name}.kind is {context['tag']!r}; use one of {context['expected_tags']}"
     same = [key for key, value in values.items() if type(value) is type(found) and value == found]
     rule = problem["msg"].removeprefix("Input ").partition(",")[0]
     return f"{same[0] if len(same) == 1 else name} is {repr(found)[:80]}; it {rule}"

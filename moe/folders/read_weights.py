@@ -18,7 +18,7 @@ from .expert_layouts import ExpertViews
 from .folder import ModelFolder
 from .tensor_names import ROUTER, is_router
 
-Read = tuple[int, Callable[[], None]]
+WeightRead = tuple[int, Callable[[], None]]
 """Bytes of memory that a call fills, and the call."""
 
 MOST_THREADS = 3
@@ -27,7 +27,7 @@ RUN_BYTES = 8 << 20
 """What a thread fills in one go: threads whose matrices share a huge page wait for each other."""
 
 
-def run_reads(folder: ModelFolder, reads: Iterable[Read]) -> None:
+def run_reads(folder: ModelFolder, reads: Iterable[WeightRead]) -> None:
     """Make the calls, a few at a time, and show how far they are.
 
     Several threads, because the first touch of fresh memory costs as much as reading from a warm
@@ -54,7 +54,7 @@ def run_reads(folder: ModelFolder, reads: Iterable[Read]) -> None:
                 future.cancel()
 
 
-def _runs(reads: Iterable[Read]) -> Iterator[Read]:
+def _runs(reads: Iterable[WeightRead]) -> Iterator[WeightRead]:
     """Join neighbouring calls."""
     calls: list[Callable[[], None]] = []
     num_bytes = 0
@@ -73,7 +73,7 @@ def _make_all(calls: list[Callable[[], None]]) -> None:
         call()
 
 
-def dense_reads(folder: ModelFolder, decoder: Decoder, dtype: torch.dtype) -> Iterator[Read]:
+def dense_reads(folder: ModelFolder, decoder: Decoder, dtype: torch.dtype) -> Iterator[WeightRead]:
     """Give all outside the experts memory in ``dtype``, for inference, and yield what fills it.
 
     Routers keep the type the decoder has them in.
@@ -104,7 +104,7 @@ def read_tensor(folder: ModelFolder, name: str, target: Tensor) -> None:
 
 def expert_reads(
     folder: ModelFolder, layer: int, views_of: Iterable[tuple[int, ExpertViews]]
-) -> Iterator[Read]:
+) -> Iterator[WeightRead]:
     """Yield what fills experts of a layer: pairs of a logical expert and its views."""
     for expert, views in views_of:
         calls = folder.expert_reads(layer, expert, views)

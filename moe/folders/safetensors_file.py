@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...errors import ModelFileError
 
-DTYPES = {
+STORED_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -153,11 +153,11 @@ class SafetensorsFile:
                 )
 
     def _entry(self, name: str, values: dict, base: int, file_size: int) -> TensorEntry:
-        if values["dtype"] not in DTYPES:
+        if values["dtype"] not in STORED_DTYPES:
             raise ModelFileError(
                 f"{self.path}: {name} has type {values['dtype']}; convert it to BF16 or F32."
             )
-        dtype = DTYPES[values["dtype"]]
+        dtype = STORED_DTYPES[values["dtype"]]
         shape = tuple(int(side) for side in values["shape"])
         start, end = (int(offset) for offset in values["data_offsets"])
         if not 0 <= start <= end or end - start != prod(shape) * dtype.itemsize:

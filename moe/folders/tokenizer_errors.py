@@ -1,4 +1,4 @@
-"""The tokenizer library fails in ways of its own."""
+"""Errors of the tokenizer library, which have no common class."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -17,7 +17,7 @@ from .write_few_bits import pack
 from .writer import TensorPlan
 
 TOGETHER = (("gate", "up"), ("down",), ("gate_bias", "up_bias"), ("down_bias",))
-"""Parts of an expert that folders keep side by side, so that they are read at once."""
+"""Parts of an expert that folders keep side by side, so that they are read together."""
 
 
 class WeightSource(Protocol):
@@ -51,7 +51,7 @@ class FolderWeights:
         return tensor
 
     def expert_part(self, layer: int, expert: int, part: str) -> Tensor:
-        """Return a part of an expert; what lies beside it is kept until the next expert."""
+        """Return a part of an expert; what is read with it is kept until the next expert."""
         if self._expert != (layer, expert) or part not in self._parts:
             names = next(group for group in TOGETHER if part in group)
             views = {name: torch.empty(self._shapes[name], dtype=self._dtype) for name in names}

@@ -18,10 +18,10 @@ from torch import Tensor
 from ...errors import ModelFileError
 from ...files import sync
 from ...progress import Progress
-from .safetensors_file import DTYPES
+from .safetensors_file import STORED_DTYPES
 from .tensor_files import INDEX, WEIGHTS
 
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,7 @@ class DecoderOutput:
 class DecoderLayer(nn.Module):
     """Attention and an MLP or MoE layer, each behind a norm and inside a residual.
 
-    Routers run where their look-ahead says, and the experts hear of a choice at once.
+    Routers run where their look-ahead says, and the experts hear of a choice immediately.
     """
 
     def __init__(

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ..batch import batch_of, batch_of_rows
-from ..folders.generation_config import GenerationConfig
 from .decoder import Decoder
-from .sampling import sample
+from .sampling import GenerationConfig, sample
 
 
 class LanguageModel:

@@ -1,7 +1,7 @@
-"""Choose the next token from scores. V vocabulary."""
+"""How a model answers: its defaults, and the choice of the next token. V vocabulary."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -29,6 +29,20 @@ class SamplingParams:
             raise ConfigError(f"top_p is {self.top_p}; use a number above 0 and up to 1.")
         if self.top_k < 0:
             raise ConfigError(f"top_k is {self.top_k}; use 0 for all tokens, or a count.")
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationConfig:
+    """What a model's folder says about answers; a caller may override it."""
+
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    """Where the folder says nothing: temperature 1, all tokens."""
+    eos_ids: frozenset[int] = frozenset()
+    """Ids that end a text."""
+    unknown_eos_ids: tuple[int, ...] = ()
+    """Those outside the vocabulary, which no text can end with."""
+    not_followed: tuple[str, ...] = ()
+    """Keys whose wish is not met."""
 
 
 def sample(logits_V: Tensor, params: SamplingParams, generator: torch.Generator) -> int:

@@ -31,11 +31,6 @@ def permitted() -> dict[str, ModuleType]:
     return dict(_permitted)
 
 
-def is_import_path(kind: object) -> bool:
-    """Say whether a kind names a class by its import path."""
-    return isinstance(kind, str) and ":" in kind
-
-
 def find_class(kind: str) -> type[RouterConfig]:
     """Return the class that ``kind`` names.
 

@@ -6,7 +6,7 @@ from pydantic import Discriminator, SerializeAsAny, WrapValidator
 from pydantic_core.core_schema import ValidatorFunctionWrapHandler
 
 from .hash import Hash
-from .own_code import check_class, find_class, is_import_path
+from .own_code import check_class, find_class
 from .router import RouterConfig
 from .topk import TopK
 
@@ -23,7 +23,7 @@ def _or_own(value: Any, ours: ValidatorFunctionWrapHandler) -> Any:
         check_class(type(value))
         return value
     kind = value.get("kind") if isinstance(value, dict) else None
-    if isinstance(kind, str) and is_import_path(kind):
+    if isinstance(kind, str) and ":" in kind:
         return find_class(kind).model_validate(value)
     return ours(value)
 

@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 
 EXTRA_CHOICES = 2
-"""Experts that may take a token beside those it chose. E M / (8 T) of them do on average, if counts
-end anywhere between two multiples, so few tokens are wanted by a third; it gives rows up."""
+"""Experts that may take a token besides those it chose.
+
+If counts end anywhere between two multiples, E M / (8 T) of them take one on average. So few tokens
+are wanted by a third expert; it gives rows up instead.
+"""
 
 EPSILON = 1e-20
 """Keeps a weight finite where all chosen scores vanish."""

@@ -60,7 +60,7 @@ class TopK(RouterConfig):
     bias_update_rate: float | None = Field(default=None, ge=0)
     """Balance without a loss (Wang et al. 2024; DeepSeek-V3): experts are chosen by score plus a
     bias, which moves by this much towards underloaded experts after each step. Weights never see
-    the bias. None = no bias, 0 = a bias that stays. Set ``balance_loss: 0`` beside it."""
+    the bias. None = no bias, 0 = a bias that stays. Set ``balance_loss: 0`` with it."""
     balance_loss: float = Field(default=0.01, ge=0)
     """Coefficient of the Switch/GShard balance loss; at perfect balance the loss itself is 1."""
     balance_over: Literal["layer", "model"] = "layer"

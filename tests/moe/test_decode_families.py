@@ -6,7 +6,7 @@ from decode_steps import hidden_by_steps, prompts
 
 from moeyard.kernels.cpu import library
 from moeyard.moe.attention.grouped_query import Attention
-from moeyard.moe.config.attention import AttentionConfig, LatentAttention, YarnRope
+from moeyard.moe.config.attention import AttentionConfig, LatentConfig, YarnRope
 from moeyard.moe.config.model import ModelConfig
 from moeyard.moe.models.decoder import Decoder
 
@@ -133,7 +133,7 @@ def test_a_sequence_has_the_same_bits_alone_and_beside_others(family, dtype):
     assert torch.equal(hidden_by_steps(model, [*others, ids], 10)[-1], alone)
 
 
-LATENT = LatentAttention(kv_rank=6, nope_dim=4, rope_dim=4, v_dim=5)
+LATENT = LatentConfig(kv_rank=6, nope_dim=4, rope_dim=4, v_dim=5)
 
 
 @pytest.mark.parametrize(

@@ -103,16 +103,14 @@ def test_its_loss_adds_to_that_of_other_routers_and_recompute_keeps_it():
         own.auxiliary_loss(checkpoint(own, x_TD, use_reentrant=True)[1])
 
 
-def test_a_routing_compiles_and_flattens_with_its_extras():
+def test_a_routing_is_a_tree_with_its_extras():
     moe = layer()
     x_TD = torch.randn(4, D, dtype=torch.float64)
     values, spec = torch.utils._pytree.tree_flatten(moe(x_TD)[1])
     assert len(values) == 6
     again = torch.utils._pytree.tree_unflatten([value.detach() for value in values], spec)
-    assert (
-        again.extras.keys() == {"confidence_sum"}
-        and not again.extras["confidence_sum"].requires_grad
-    )
+    assert again.extras.keys() == {"confidence_sum"}
+    assert not again.extras["confidence_sum"].requires_grad
 
 
 def test_initial_weights_depend_on_the_seed_alone_and_scalars_are_one():

@@ -18,6 +18,7 @@ from moeyard.configuration import load_config
 from moeyard.moe.experts.resident import Experts
 from moeyard.moe.layer import MoELayer
 from moeyard.moe.models import decoder as decoder_module
+from moeyard.moe.routers.own_code import allow
 from moeyard.moe.routers.routing import count_choices
 from moeyard.moe.routers.topk import TopKRouter
 from moeyard.parallel.dense.local_part import as_part_of, local_part
@@ -28,6 +29,7 @@ from moeyard.training.setup import build_data, build_model, fill_vocabulary
 from moeyard.training.step import TrainStep
 
 STEPS = 3
+sys.path.append(str(Path(__file__).parent.parent / "moe"))  # where cosine_router.py is
 
 
 def starve_upper_half(decoder) -> None:
@@ -126,6 +128,7 @@ def run_case(config_path: Path, out: Path, name: str, case: dict, watch) -> None
 
 
 def main() -> None:
+    allow("cosine_router")
     config_path, out, cases = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
     with process_group(60) as watch:
         for name, case in cases.items():

@@ -23,6 +23,13 @@ VARIANTS = {
     "both": {"overrides": ["train.accumulation=2", "train.recompute=true"]},
     "torch": {"overrides": [TORCH]},
     "hash": {"overrides": [TORCH, "model.moe.router={kind: hash, k: 2}"]},
+    "own_router": {
+        "overrides": [
+            TORCH,
+            "train.accumulation=2",
+            "model.moe.router={kind: 'cosine_router:Cosine', k: 2, confidence_loss: 0.3}",
+        ],
+    },
     "shared_tied": {
         "overrides": [TORCH, "model.moe.d_shared=8", "model.tie_embeddings=true"],
     },

@@ -13,7 +13,7 @@ from ...errors import ConfigError, DataError, ModelFileError
 from ...moe.experts.resident import Experts
 from ...moe.folders.folder import ModelFolder
 from ...moe.folders.generation_config import generation_to_keep
-from ...moe.folders.read_weights import Read, expert_reads, read_tensor, run_reads
+from ...moe.folders.read_weights import WeightRead, expert_reads, read_tensor, run_reads
 from ...moe.folders.tokenizer_folder import has_tokenizer
 from ...moe.models.decoder import Decoder
 from ..data.tokenizer import Tokenizer, open_tokenizer
@@ -91,7 +91,7 @@ def read_start(start_from: str, decoder: Decoder, ignore_unused_weights: bool = 
         folder.close()
 
 
-def _reads(folder: ModelFolder, decoder: Decoder) -> Iterator[Read]:
+def _reads(folder: ModelFolder, decoder: Decoder) -> Iterator[WeightRead]:
     for index, layer in decoder.moe_layers():
         assert isinstance(layer.experts, Experts)
         experts = zip(layer.experts.expert_ids, layer.experts.slot_views(), strict=True)

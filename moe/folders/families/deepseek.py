@@ -1,7 +1,7 @@
 """DeepSeek-V2 (softmax, groups judged by their best) and V3 (sigmoid, balancing bias)."""
 
 from ....errors import ModelFileError
-from ...config.attention import AttentionConfig, LatentAttention
+from ...config.attention import AttentionConfig, LatentConfig
 from ...config.model import ModelConfig, MoEConfig
 from ...routers.topk import TopK
 from ..expert_layouts import SeparateExperts
@@ -79,7 +79,7 @@ def _read(values: Values, router: TopK, interleaved: bool) -> ModelConfig:
             qkv_bias=has_bias,
             o_bias=has_bias,
             rope_interleaved=interleaved,
-            latent=LatentAttention(
+            latent=LatentConfig(
                 q_rank=values["q_lora_rank"],
                 kv_rank=values["kv_lora_rank"],
                 nope_dim=values["qk_nope_head_dim"],
@@ -191,7 +191,10 @@ DEEPSEEK_V3 = Family(
     experts=SeparateExperts(),
     defaults=_V3_DEFAULTS,
     may_be_null=(
-        *("num_key_value_heads", "q_lora_rank", "rope_interleave", "norm_topk_prob"),
+        "num_key_value_heads",
+        "q_lora_rank",
+        "rope_interleave",
+        "norm_topk_prob",
         "num_nextn_predict_layers",
     ),
     aliases={

@@ -24,7 +24,7 @@ class Family:
     """Understand a ``config.json`` in which no key of ``defaults`` is missing; may raise
     ``KeyError`` and ``TypeError`` for damaged ones."""
     write: Callable[[ModelConfig], Values]
-    """Return what ``config.json`` has beside the common keys, for any model with this family's
+    """Return what ``config.json`` has besides the common keys, for any model with this family's
     parts (experts, latent attention); what the family cannot say is not said."""
     experts: ExpertLayout
     defaults: Values = field(default_factory=lambda: dict(COMMON))

@@ -1,4 +1,4 @@
-"""OLMoE: all layers sparse, q and k normed over all heads at once, perhaps clipped."""
+"""OLMoE: all layers sparse, q and k normed over all heads together, perhaps clipped."""
 
 from ...config.attention import AttentionConfig
 from ...config.model import ModelConfig, MoEConfig

@@ -15,8 +15,17 @@ from .smallthinker import SMALLTHINKER
 FAMILIES = {
     family.model_type: family
     for family in (
-        *(QWEN3_MOE, QWEN3, MIXTRAL, QWEN2_MOE, OLMOE, DEEPSEEK_V3, DEEPSEEK_V2, GPT_OSS, LLAMA),
-        *(SMALLTHINKER, NATIVE),
+        QWEN3_MOE,
+        QWEN3,
+        MIXTRAL,
+        QWEN2_MOE,
+        OLMOE,
+        DEEPSEEK_V3,
+        DEEPSEEK_V2,
+        GPT_OSS,
+        LLAMA,
+        SMALLTHINKER,
+        NATIVE,
     )
 }
 """By ``model_type``."""
