@@ -60,10 +60,10 @@ class MoeyardServer:
         context = serve.get_replica_context()
         replica = context.replica_id.unique_id
         self._link = HubLink(context.app_name, replica, self._server)
-        self._server.render_metrics = self._link.render
+        self._app = self._server.app(self._link.render)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        return self._server.app
+        return self._app
 
     def check_health(self) -> None:
         """Tell Ray to restart this replica when the engine does not work."""

@@ -127,16 +127,22 @@ class Server:
         self.admission = Admission(
             args.max_num_seqs, args.max_queued_requests, engine.metrics.rejected
         )
-        self.render_metrics: Callable[[], Awaitable[bytes]] = self._own_metrics
-        """What ``/metrics`` answers; one of several replicas puts the metrics of all here."""
+        self._args = args
+
+    def app(self, render_metrics: Callable[[], Awaitable[bytes]] | None = None) -> ASGIApp:
+        """Return the HTTP application.
+
+        ``render_metrics`` makes what ``/metrics`` answers: one of several replicas passes the
+        metrics of all. None: this server's own.
+        """
         api = HttpApi(
             self.thread,
-            tokenizer,
+            self._tokenizer,
             self.admission,
-            args.model_name,
-            lambda: self.render_metrics(),
+            self._args.model_name,
+            render_metrics or self._own_metrics,
         )
-        self.app: ASGIApp = api.app(args.api_key)
+        return api.app(self._args.api_key)
 
     async def _own_metrics(self) -> bytes:
         return self.metrics.render()

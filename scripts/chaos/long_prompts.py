@@ -82,7 +82,7 @@ async def one_shape(
     texts: list[float] = []
     healths: list[float] = []
     done = asyncio.Event()
-    async with client_of(server.app) as client:
+    async with client_of(server.app()) as client:
 
         async def short() -> str:
             body = {"model": "m", "prompt": "def", "max_tokens": 2, "temperature": 0}

@@ -61,7 +61,7 @@ async def ask(client: Any, index: int) -> tuple[str, str]:
 
 
 async def ask_all(server: Server) -> list[tuple[str, str]]:
-    async with client_of(server.app) as client:
+    async with client_of(server.app()) as client:
         asked = [ask(client, index) for index in range(len(PROMPTS))]
         answers = await asyncio.wait_for(asyncio.gather(*asked), LIMIT_S)
         health = await client.get("/health")

@@ -34,7 +34,7 @@ folder, key = sys.argv[1], os.environ["MOEYARD_API_KEY"]
 options = {"model": f"{folder}/small", "chat_template": f"{folder}/chat.jinja", "num_threads": 1}
 server = Server(ServeArgs(api_key=key, **options))
 print("ready model=small", flush=True)
-uvicorn.run(server.app, host="127.0.0.1", port=int(sys.argv[2]))
+uvicorn.run(server.app(), host="127.0.0.1", port=int(sys.argv[2]))
 """
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
 

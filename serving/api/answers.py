@@ -1,18 +1,24 @@
-"""Run the generation requests of one HTTP request and word what comes, whatever the endpoint."""
+"""Run the generation requests of one HTTP request and word what comes, for every endpoint."""
 
 import asyncio
 import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
 from ...errors import RequestError
+from ..engine.admission import Admission
+from ..engine.engine import Engine
 from ..engine.logprobs import TokenLogprob
 from ..engine.sequence import GenerationEvent, GenerationRequest
 from ..engine.thread import EngineThread
+from .protocol import GenerationOptions
 from .responses import DONE, error_object, sse
 
 log = logging.getLogger(__name__)
@@ -58,11 +64,49 @@ class Wording(Protocol):
 class Answers:
     """The answers of one engine."""
 
-    def __init__(self, thread: EngineThread, model_name: str) -> None:
+    def __init__(self, thread: EngineThread, admission: Admission, model_name: str) -> None:
+        self.engine: Engine = thread.engine
         self._thread = thread
+        self._admission = admission
         self._model_name = model_name
 
-    async def whole(self, wording: Wording, requests: list[GenerationRequest]) -> dict[str, Any]:
+    def check_model(self, name: str) -> None:
+        """Raise :class:`RequestError` (404) for a model that this server does not have."""
+        if name != self._model_name:
+            raise RequestError(
+                f"model {name!r} does not exist; this server has {self._model_name!r}.",
+                param="model",
+                code="model_not_found",
+                status=404,
+            )
+
+    def places(self, count: int) -> ExitStack:
+        """Take places for ``count`` answers; raises :class:`RequestError` if there are none.
+
+        :meth:`respond` keeps them until the response has been sent; leaving the returned context
+        before that gives them back.
+        """
+        held = ExitStack()
+        held.enter_context(self._admission.places(count))
+        return held
+
+    async def respond(
+        self,
+        body: GenerationOptions,
+        wording: Wording,
+        requests: list[GenerationRequest],
+        places: ExitStack,
+    ) -> Response:
+        """Run the requests; answer with one object, or with a stream if ``body`` asks for it."""
+        if not body.stream:
+            return JSONResponse(await self._whole(wording, requests))
+        events = self._stream(wording, requests, body.includes_usage)
+        response = StreamingResponse(
+            events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
+        )
+        return HeldResponse(response, places.pop_all())
+
+    async def _whole(self, wording: Wording, requests: list[GenerationRequest]) -> dict[str, Any]:
         """Run all requests to their end and return one object."""
         answers = [Answer() for _ in requests]
         async with aclosing(self._run(requests)) as events:
@@ -72,7 +116,7 @@ class Answers:
         usage = _usage(requests, [answer.num_tokens for answer in answers])
         return {**self._head(wording.id_prefix, wording.whole_object, choices), "usage": usage}
 
-    async def stream(
+    async def _stream(
         self, wording: Wording, requests: list[GenerationRequest], include_usage: bool
     ) -> AsyncGenerator[bytes]:
         """Yield server-sent events: one per piece, then usage if asked, then [DONE].
@@ -142,6 +186,19 @@ class Answers:
             "model": self._model_name,
             "choices": choices,
         }
+
+
+class HeldResponse(Response):
+    """A response with something to let go of when it has been sent, or never will be."""
+
+    def __init__(self, response: Response, held: ExitStack) -> None:
+        self._response = response
+        self._held = held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the response, then let go."""
+        with self._held:
+            await self._response(scope, receive, send)
 
 
 def _usage(requests: list[GenerationRequest], generated: list[int]) -> dict[str, int]:

@@ -1,18 +1,153 @@
-"""``/v1/chat/completions``: from a body to generation requests, and answers in OpenAI's words."""
+"""``POST /v1/chat/completions``: body, its generation requests, answers in OpenAI's words."""
 
 import asyncio
 import uuid
 from collections.abc import Iterable
 from typing import Any
 
+from pydantic import Field, StrictBool, StrictInt
+from starlette.requests import Request
+from starlette.responses import Response
+
 from ...errors import RequestError
 from ..engine.engine import Engine
 from ..engine.logprobs import TokenLogprob
 from ..engine.sequence import GenerationEvent, GenerationRequest
 from ..engine.tokenizer import ServingTokenizer
-from .answers import Answer
-from .chat_request import ChatRequest
-from .completions import sampling_of, seed_of
+from .answers import Answer, Answers
+from .protocol import (
+    MAX_LOGPROBS,
+    GenerationOptions,
+    check_unicode,
+    read_values,
+    sampling_of,
+    seed_of,
+    validate,
+)
+from .request_body import read_body
+
+UNSUPPORTED: dict[str, Any] = {
+    "tools": [],
+    "tool_choice": "none",
+    "functions": [],
+    "function_call": "none",
+    "response_format": {"type": "text"},
+    "modalities": ["text"],
+    "logit_bias": {},
+}
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+"""OpenAI's roles, and what chat templates call them."""
+
+
+class ChatRequest(GenerationOptions):
+    """A conversation to answer."""
+
+    messages: Any
+    """Objects with ``role`` and ``content``; the content is text or a list of text parts."""
+    max_tokens: StrictInt | None = Field(default=None, ge=1)
+    max_completion_tokens: StrictInt | None = Field(default=None, ge=1)
+    """The newer name of ``max_tokens``; without either an answer may fill the model's context."""
+    logprobs: StrictBool = False
+    top_logprobs: StrictInt | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+
+    @property
+    def num_answers(self) -> int:
+        """Choices that the answer will have."""
+        return self.n
+
+    @property
+    def limit(self) -> int | None:
+        """Longest answer in tokens, or None for whatever fits."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives per token, or None for no log-probabilities."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def conversation(self) -> list[dict[str, Any]]:
+        """Return the messages with the roles that chat templates know; a content is text or text
+        parts, as it was sent."""
+        return [
+            {"role": ROLES[message["role"]], "content": message["content"]}
+            for message in self.messages
+        ]
+
+
+class ChatEndpoint:
+    """``POST /v1/chat/completions``."""
+
+    def __init__(self, answers: Answers, tokenizer: ServingTokenizer) -> None:
+        self._answers = answers
+        self._tokenizer = tokenizer
+
+    async def create(self, request: Request) -> Response:
+        """Answer a conversation."""
+        body = parse_chat(await read_body(request.receive))
+        self._answers.check_model(body.model)
+        with self._answers.places(body.num_answers) as places:
+            requests = await prepare_chat(body, self._tokenizer, self._answers.engine)
+            wording = ChatWording(body, self._tokenizer)
+            return await self._answers.respond(body, wording, requests, places)
+
+
+def parse_chat(body: bytes) -> ChatRequest:
+    """Read a request body; every problem is a :class:`RequestError`."""
+    values = read_values(body, UNSUPPORTED)
+    if "messages" in values:
+        _check_messages(values["messages"])
+    request = validate(ChatRequest, values)
+    if request.top_logprobs is not None and not request.logprobs:
+        raise RequestError("top_logprobs needs logprobs = true.", param="top_logprobs")
+    if None not in (request.max_tokens, request.max_completion_tokens) and (
+        request.max_tokens != request.max_completion_tokens
+    ):
+        raise RequestError(
+            f"max_tokens is {request.max_tokens} and max_completion_tokens "
+            f"{request.max_completion_tokens}; give one of them.",
+            param="max_completion_tokens",
+        )
+    for index, message in enumerate(request.conversation()):
+        check_unicode(f"messages[{index}].content", _texts_of(message["content"]))
+    return request
+
+
+def _check_messages(messages: Any) -> None:
+    """Check by hand, so that the sentence names the message and the field."""
+    if not isinstance(messages, list) or not messages:
+        raise RequestError("messages must be a list with at least one message.", param="messages")
+    for index, message in enumerate(messages):
+        where = f"messages[{index}]"
+        if not isinstance(message, dict):
+            raise RequestError(f"{where} must be an object with role and content.", param=where)
+        for key, value in message.items():
+            if key not in ("role", "content") and value is not None:
+                field = f"{where}.{key[:40].encode('unicode_escape').decode()}"
+                raise RequestError(f"{field} is not supported; leave it out.", param=field)
+        role = message.get("role")
+        if not isinstance(role, str) or role not in ROLES:
+            raise RequestError(
+                f"{where}.role is {repr(role)[:80]}; use one of {', '.join(ROLES)}.",
+                param=f"{where}.role",
+            )
+        _check_content(f"{where}.content", message.get("content"))
+
+
+def _check_content(where: str, content: Any) -> None:
+    if isinstance(content, str):
+        return
+    if not isinstance(content, list) or not content:
+        raise RequestError(f"{where} must be a string or a list of text parts.", param=where)
+    for index, part in enumerate(content):
+        field = f"{where}[{index}]"
+        if not isinstance(part, dict) or part.get("type") != "text":
+            raise RequestError(f"{field} is not a text part; only text is supported.", param=field)
+        if set(part) != {"type", "text"} or not isinstance(part["text"], str):
+            raise RequestError(f"{field} must have type and text, a string.", param=field)
+
+
+def _texts_of(content: str | list[dict[str, str]]) -> list[str]:
+    return [content] if isinstance(content, str) else [part["text"] for part in content]
 
 
 async def prepare_chat(

@@ -1,4 +1,4 @@
-"""``/v1/completions``: from a body to generation requests, and answers in OpenAI's words."""
+"""``POST /v1/completions``: body, its generation requests, answers in OpenAI's words."""
 
 import asyncio
 import codecs
@@ -6,25 +6,109 @@ import uuid
 from dataclasses import replace
 from typing import Any
 
-from ...moe.models.sampling import SamplingParams
+from pydantic import Field, StrictBool, StrictInt
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ...errors import RequestError
 from ..engine.engine import Engine
 from ..engine.logprobs import TokenLogprob
 from ..engine.sequence import GenerationEvent, GenerationRequest
 from ..engine.tokenizer import ServingTokenizer
-from .answers import Answer
-from .completion_request import CompletionRequest
-from .protocol import GenerationOptions
+from .answers import Answer, Answers
+from .protocol import (
+    MAX_LOGPROBS,
+    GenerationOptions,
+    check_unicode,
+    read_values,
+    sampling_of,
+    seed_of,
+    validate,
+)
+from .request_body import read_body
+
+UNSUPPORTED: dict[str, Any] = {"suffix": "", "best_of": 1, "logit_bias": {}}
+MAX_ANSWERS = 32
 
 
-def sampling_of(body: GenerationOptions, usual: SamplingParams) -> SamplingParams:
-    """Return how a request wants its tokens drawn; what it leaves open is as ``usual``."""
-    given = body.model_dump(include={"temperature", "top_p", "top_k"}, exclude_unset=True)
-    return replace(usual, **given)
+class CompletionRequest(GenerationOptions):
+    """Text to continue."""
+
+    prompt: Any
+    """A string, a list of strings, a list of token ids or a list of such lists."""
+    max_tokens: StrictInt = Field(default=16, ge=1)
+    echo: StrictBool = False
+    """Answer with the prompt in front."""
+    logprobs: StrictInt | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    """Log-probabilities of each token and of so many likeliest ones."""
+
+    @property
+    def num_answers(self) -> int:
+        """Choices that the answer will have."""
+        return len(self.prompts()) * self.n
+
+    def prompts(self) -> list[str | list[int]]:
+        """Return the prompts one by one, as text or as ids."""
+        if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return list(self.prompt)
 
 
-def seed_of(body: GenerationOptions, choice: int) -> int | None:
-    """Return the seed of one of a request's answers; they differ."""
-    return None if body.seed is None else (body.seed + choice) % (1 << 63)
+class CompletionEndpoint:
+    """``POST /v1/completions``."""
+
+    def __init__(self, answers: Answers, tokenizer: ServingTokenizer) -> None:
+        self._answers = answers
+        self._tokenizer = tokenizer
+
+    async def create(self, request: Request) -> Response:
+        """Continue text."""
+        body = parse_completion(await read_body(request.receive))
+        self._answers.check_model(body.model)
+        with self._answers.places(body.num_answers) as places:
+            requests = await prepare_completion(body, self._tokenizer, self._answers.engine)
+            wording = CompletionWording(body, self._tokenizer)
+            return await self._answers.respond(body, wording, requests, places)
+
+
+def parse_completion(body: bytes) -> CompletionRequest:
+    """Read a request body; every problem is a :class:`RequestError`."""
+    values = read_values(body, UNSUPPORTED)
+    _check_prompt(values.get("prompt"))
+    request = validate(CompletionRequest, values)
+    check_unicode("prompt", (p for p in request.prompts() if isinstance(p, str)))
+    if request.num_answers > MAX_ANSWERS:
+        raise RequestError(
+            f"{len(request.prompts())} prompts with n = {request.n} make more than {MAX_ANSWERS} "
+            "answers; send several requests.",
+            param="n",
+        )
+    return request
+
+
+def _check_prompt(prompt: Any) -> None:
+    """Check the type by hand, stopping at the first element that is wrong.
+
+    A union of list types would make pydantic describe every element of a long list, per type.
+    """
+    if prompt is None or isinstance(prompt, str):
+        return  # a missing prompt is found by the model
+    if isinstance(prompt, list) and not prompt:
+        raise RequestError("prompt is an empty list; give at least one prompt.", param="prompt")
+    if isinstance(prompt, list) and (
+        all(isinstance(row, str) for row in prompt)
+        or _are_ids(prompt)
+        or all(isinstance(row, list) and _are_ids(row) for row in prompt)
+    ):
+        return
+    raise RequestError(
+        "prompt must be a string, a list of strings, a list of token ids, or a list of such lists.",
+        param="prompt",
+    )
+
+
+def _are_ids(row: list[Any]) -> bool:
+    return all(type(token) is int for token in row)
 
 
 async def prepare_completion(

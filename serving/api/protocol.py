@@ -3,11 +3,13 @@
 import difflib
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError
 
 from ...errors import RequestError
+from ...moe.models.sampling import SamplingParams
 
 IGNORED = {"user", "metadata", "store", "safety_identifier", "prompt_cache_key", "service_tier"}
 MAX_STOP_LENGTH = 256
@@ -91,6 +93,17 @@ def validate(kind: type[Options], values: dict[str, Any]) -> Options:
     if request.stream_options is not None and not request.stream:
         raise RequestError("stream_options needs stream = true.", param="stream_options")
     return request
+
+
+def sampling_of(body: GenerationOptions, usual: SamplingParams) -> SamplingParams:
+    """Return how a request wants its tokens drawn; what it leaves open is as ``usual``."""
+    given = body.model_dump(include={"temperature", "top_p", "top_k"}, exclude_unset=True)
+    return replace(usual, **given)
+
+
+def seed_of(body: GenerationOptions, choice: int) -> int | None:
+    """Return the seed of one of a request's answers; they differ."""
+    return None if body.seed is None else (body.seed + choice) % (1 << 63)
 
 
 def check_unicode(param: str, texts: Iterable[str]) -> None:

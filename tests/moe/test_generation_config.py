@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 import moeyard
 from moeyard.errors import ModelFileError
 from moeyard.moe.folders.convert import convert
-from moeyard.serving.api.completion_request import CompletionRequest
-from moeyard.serving.api.completions import sampling_of
+from moeyard.serving.api.completions import CompletionRequest
+from moeyard.serving.api.protocol import sampling_of
 
 from hf_families import save
 

@@ -15,7 +15,7 @@ def client_of(app) -> httpx.AsyncClient:
 
 def call(server, method, path, headers=KEY, **options) -> httpx.Response:
     async def go():
-        async with client_of(server.app) as client:
+        async with client_of(server.app()) as client:
             return await client.request(method, path, headers=headers, **options)
 
     return asyncio.run(go())

@@ -231,7 +231,7 @@ def test_health_tells_of_an_engine_stuck_in_one_step_until_it_goes_on(model_fold
         return step()
 
     async def ask():
-        async with client_of(server.app) as client:
+        async with client_of(server.app()) as client:
             # The first request is under way when the engine gets stuck.
             server.thread._stuck_after_s = 1e9
             first = asyncio.create_task(client.post("/v1/completions", json=BODY))
@@ -269,7 +269,7 @@ def test_an_unreadable_expert_gives_503_or_an_error_event_and_the_server_goes_on
 
 def test_a_client_that_leaves_frees_its_place(server):
     async def leave():
-        transport = httpx.ASGITransport(app=server.app)
+        transport = httpx.ASGITransport(app=server.app())
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             body = {**BODY, "max_tokens": 250}
             task = asyncio.create_task(client.post("/v1/completions", json=body, headers=KEY))
@@ -315,7 +315,7 @@ def test_requests_that_arrive_while_the_engine_dies_are_answered(model_folder):
     server.thread.engine.step = die
 
     async def ask():
-        transport = httpx.ASGITransport(app=server.app)
+        transport = httpx.ASGITransport(app=server.app())
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             posts = [client.post("/v1/completions", json=BODY) for _ in range(5)]
             tasks = [asyncio.create_task(post) for post in posts]

@@ -44,7 +44,7 @@ def test_a_burst_fills_the_batch_and_the_queue_exactly(server, stream):
     may_run = held_back(server)
 
     async def burst():
-        async with client_of(server.app) as client:
+        async with client_of(server.app()) as client:
             body = {**BODY, "stream": stream}
             posts = [client.post("/v1/completions", json=body) for _ in range(24)]
             tasks = [asyncio.create_task(post) for post in posts]
@@ -70,7 +70,7 @@ def test_every_answer_of_a_request_takes_a_place(server):
     may_run = held_back(server)
 
     async def fill():
-        async with client_of(server.app) as client:
+        async with client_of(server.app()) as client:
 
             async def ask(**changes):
                 return await client.post("/v1/completions", json={**BODY, **changes})
@@ -116,7 +116,7 @@ def test_a_client_gone_before_its_stream_began_gives_its_place_back(server):
     scope = {"type": "http", "asgi": {"version": "3.0", "spec_version": "2.4"}, "method": "POST"}
     scope |= {"path": "/v1/completions", "headers": [], "query_string": b""}
     with pytest.raises(Exception):  # noqa: B017 (whatever the framework makes of it)
-        asyncio.run(server.app(scope, receive, send))
+        asyncio.run(server.app()(scope, receive, send))
     assert server.admission.num_open == 0
     assert call(server, "POST", "/v1/completions", json={**BODY, "n": 6}).status_code == 200
 
@@ -125,7 +125,7 @@ def test_a_draining_server_lets_nobody_in_and_finishes_what_it_has(server):
     may_run = held_back(server)
 
     async def drain():
-        async with client_of(server.app) as client:
+        async with client_of(server.app()) as client:
             begun = asyncio.create_task(client.post("/v1/completions", json=BODY))
             while server.admission.num_open == 0:
                 await asyncio.sleep(0.001)
@@ -152,7 +152,7 @@ def test_unfinished_bodies_hold_no_place_and_end_in_408(server, monkeypatch):
         await asyncio.Event().wait()
 
     async def post_many():
-        async with client_of(server.app) as client:
+        async with client_of(server.app()) as client:
             path = "/v1/completions"
             late = [asyncio.create_task(client.post(path, content=endless())) for _ in range(30)]
             await asyncio.sleep(0)

@@ -8,10 +8,8 @@ from test_engine import latin, prompts, request
 
 from moeyard.moe.models.sampling import SamplingParams
 from moeyard.serving.api.answers import Answer
-from moeyard.serving.api.chat import ChatWording
-from moeyard.serving.api.chat_request import ChatRequest
-from moeyard.serving.api.completion_request import CompletionRequest
-from moeyard.serving.api.completions import CompletionWording, TextOffsets
+from moeyard.serving.api.chat import ChatRequest, ChatWording
+from moeyard.serving.api.completions import CompletionRequest, CompletionWording, TextOffsets
 from moeyard.serving.engine.engine import Engine
 from moeyard.serving.engine.logprobs import LOWEST, TokenLogprob, score_tokens
 from moeyard.serving.engine.tokenizer import ServingTokenizer

@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moeyard.errors import RequestError
-from moeyard.serving.api.chat_request import ChatRequest, parse_chat
-from moeyard.serving.api.completion_request import CompletionRequest, parse_completion
+from moeyard.serving.api.chat import ChatRequest, parse_chat
+from moeyard.serving.api.completions import CompletionRequest, parse_completion
 from moeyard.serving.api.protocol import StreamOptions
 from moeyard.serving.server import ServeArgs, Server
 
