@@ -28,6 +28,27 @@ ROOMS = {
         ["attention", "grouped_linear", "linear", "norm", "router", "waves"],
         ["experts", "frozen_experts"],
     ],
+    "moe": [
+        ["kv_cache", "linear", "norm", "routers"],
+        ["batch", "config", "experts"],
+        ["attention", "layer"],
+        ["models"],
+        ["folders"],
+    ],
+    "parallel": [
+        ["host", "parent", "watch"],
+        ["mesh", "process"],
+        ["dense", "experts"],
+    ],
+    "serving": [
+        ["experts", "templates"],
+        ["engine", "memory"],
+        ["api", "loading"],
+        ["proxy_guard", "server"],
+        ["cluster", "replicas"],
+        ["app"],
+        ["launch"],
+    ],
 }
 """The rooms of a folder, folders and single files, from the ground up. A room may import the rooms
 below it and its own files."""
