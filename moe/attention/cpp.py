@@ -21,6 +21,10 @@ class RowBackend:
         self._epsilon = epsilon
         self._known: RowAttention | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the addresses of parameters: a copy of the model has others."""
+        return self.__dict__ | {"_known": None}
+
     def run(
         self, modules: Mapping[str, Any], x_ND: Tensor, part: Part
     ) -> tuple[Tensor, Tensor] | None:
