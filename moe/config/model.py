@@ -11,10 +11,14 @@ from ..routers.table import AnyRouter
 from ..routers.topk import TopK
 from .attention import AttentionConfig, RopeScaling
 
+# Bounds: absurd values, as in a damaged file, are refused before anything is allocated.
 WIDEST = 1 << 24
+"""Largest width, and largest vocabulary."""
 MOST_EXPERTS = 1 << 16
+"""Experts of a layer."""
+MOST_LAYERS = 10_000
 LONGEST = 1 << 30
-"""Bound on widths: absurd ones, as in a damaged file, are refused before anything is made."""
+"""Tokens of a sequence."""
 
 
 class MoEConfig(BaseModel):
@@ -55,7 +59,7 @@ class ModelConfig(BaseModel):
     vocab_size: int | None = Field(default=None, ge=1, le=WIDEST)
     """Rows of the embedding; training fills it in from the tokenizer."""
     d_model: int = Field(ge=1, le=WIDEST)
-    num_layers: int = Field(ge=1, le=10_000)
+    num_layers: int = Field(ge=1, le=MOST_LAYERS)
     num_heads: int = Field(ge=1, le=1 << 14)
     num_kv_heads: int | None = Field(default=None, ge=1)
     """Key and value heads (grouped-query attention); None = num_heads."""

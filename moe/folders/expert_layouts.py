@@ -54,7 +54,7 @@ class ExpertLayout(Protocol):
     ) -> list[Callable[[], None]]:
         """Return calls that fill ``views``, each a part of the work; any thread may make them.
 
-        There may be some parts only, gate and up together.
+        ``views`` may have some of the parts only; gate and up are always there together.
         """
         ...
 

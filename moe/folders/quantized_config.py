@@ -1,12 +1,14 @@
 """What ``quantization_config`` in config.json says about weights in the compressed-tensors format.
 
-``config_groups`` has schemes with ``targets``, ``ignore`` what none of them is for. An entry is a
-module's name, its class, or ``re:`` and a pattern that must match from the name's first character.
-Readers differ in what they take from it. compressed-tensors quantizes modules that a target and
-no ``ignore`` matches. transformers picks the scheme of its fused experts by looking for "experts"
-in a pattern. vLLM asks about ``<experts>.0.gate_proj``, ``.up_proj`` and ``.down_proj`` whatever
-the family calls them, and may refuse a linear layer that neither a target nor ``ignore`` matches,
-so all that stays plain is named there.
+``config_groups`` maps schemes to the modules they are for (``targets``); ``ignore`` lists modules
+that stay plain. An entry is a module's name, its class, or ``re:`` and a pattern that must match
+from the name's first character. Readers of the file differ:
+
+- compressed-tensors quantizes the modules that match a target and no entry of ``ignore``.
+- transformers finds the scheme of its fused experts by looking for "experts" in a pattern.
+- vLLM asks about ``<experts>.0.gate_proj``, ``.up_proj`` and ``.down_proj``, whatever the family
+  calls them. It may refuse a linear layer that matches neither a target nor ``ignore``, so
+  ``ignore`` names every module that stays plain.
 """
 
 import reprlib

@@ -24,7 +24,7 @@ WeightRead = tuple[int, Callable[[], None]]
 MOST_THREADS = 3
 """Each may hold a matrix in the folder's type on its way, and an expert has three."""
 RUN_BYTES = 8 << 20
-"""What a thread fills in one go: threads whose matrices share a huge page wait for each other."""
+"""What a thread fills in one go; with less, threads would wait for each other's huge pages."""
 
 
 def run_reads(folder: ModelFolder, reads: Iterable[WeightRead]) -> None:

@@ -1,9 +1,9 @@
 """Weights that a folder has and its ``config.json`` does not ask for.
 
-Some folders carry what is known not to belong to the language model: layers that predict further
-tokens, towers for pictures and sound, tables that are computed anyway. Those are left out, and one
-line says so. Anything else is refused: a bias or a shared expert that ``config.json`` forgot would
-be missing from every number without a sign.
+Some folders have weights that are known not to belong to the language model: layers that predict
+further tokens, towers for pictures and sound, tables that we compute anyway. Those are left out,
+and one line says so. All others are refused: if ``config.json`` forgot a bias or a shared expert,
+every number would be wrong without any warning.
 """
 
 import re
@@ -41,7 +41,7 @@ def check_unused(
 ) -> str | None:
     """Return a line about the weights that are left out, or None where there are none.
 
-    Raises :class:`ModelFileError` where a weight of ``unused`` is no known extra.
+    Raises :class:`ModelFileError` where a weight of ``unused`` is not a known extra.
 
     ``layers_behind`` are the layers that predict further tokens and lie behind the model's own
     (DeepSeek-V3). With ``is_fine`` nothing is refused, and the line counts all.

@@ -1,16 +1,19 @@
 """Sparse upcycling: a dense folder becomes a Mixture-of-Experts folder that is the same function.
 
-Komatsuzaki et al. 2023 copy a dense MLP into every expert. Cut into S slices (fine-grained experts,
-He et al. 2024), experts ``c*S .. c*S + S-1`` are copy c of the whole MLP: expert e holds slice
-``e mod S`` and all of a copy have one router row, which training moves apart.
+Komatsuzaki et al. 2023 copy a dense MLP into every expert. Fine-grained experts (He et al. 2024)
+are slices of it: with S slices, experts ``c*S .. c*S + S-1`` are copy c of the whole MLP, and
+expert e holds slice ``e mod S``. All experts of a copy begin with the same router row; training
+moves the rows apart.
 
-Why the first forward is the dense one's, whatever the router's rows: the S experts of a copy have
-equal logits, so the K = S * k' largest are those of k' whole copies as long as no two copies tie.
-Where copies do tie, ids decide: those of a copy are neighbours, so the rule "lower id wins" of the
-C++ and Triton kernels ranks experts copy by copy still (``torch.topk`` has no rule, but random rows
-tie for an input of zeros only, for which all experts answer zero). Weights are equal within a copy
-and sum to 1, so the sum of all is 1/S of the dense output: down projections are multiplied by S,
-without rounding where S is a power of two.
+Why the first forward equals the dense one, whatever the router's rows are:
+
+1. The S experts of a copy have equal logits. So the K = S * k' largest logits belong to k' whole
+   copies, as long as no two copies tie.
+2. Where copies tie, the C++ and Triton kernels take the lower id, and the ids of a copy are
+   neighbours, so whole copies are taken again. ``torch.topk`` has no such rule, but random rows tie
+   only for an input of zeros, for which all experts answer zero.
+3. Weights are equal within a copy and sum to 1 over all, so the weighted sum is 1/S of the dense
+   output. Down projections are therefore multiplied by S, without rounding if S is a power of two.
 
 E experts, K choices, S slices, D model width, F expert width.
 """

@@ -1,7 +1,7 @@
 """Write a Hugging Face model folder, whole or not at all.
 
 Names, types and shapes are known before anything is written, so the shards, their headers and the
-index are decided first; then tensors are streamed, and one piece of one tensor is in memory.
+index are decided first. Then tensors are streamed: one piece of one tensor is in memory at a time.
 """
 
 import json

@@ -2,9 +2,9 @@
 
 B windows, L tokens each, T = B*L rows, P places after rounding lengths up.
 
-Calls of one sequence each are slow for many short documents, and a block-diagonal mask pays for
-whole windows. So documents of similar length are attended in one causal call, padded behind their
-end, where causality hides the padding from every real row (benchmarks/packing.py).
+One call per document is slow for many short documents, and a block-diagonal mask costs as much as
+whole windows. So documents of similar length share one causal call. They are padded at their end,
+where causality hides the padding from every real row (benchmarks/packing.py).
 """
 
 import numpy as np
@@ -23,9 +23,9 @@ with 1; a call per document 0.39, but 0.96 for documents of 8 (benchmarks/packin
 def batch_of_documents(ids_BL: Tensor, eos_id: int) -> Batch:
     """Lay windows end to end, split into documents that do not see each other.
 
-    A document begins with the eos before it, as its position 0: the row of eos then predicts the
-    first token from nothing but "a document begins", the last token predicts the next eos, and no
-    target is lost. What a window cuts off begins at position 0 too.
+    A document begins with the eos that precedes it, at position 0. The row of this eos predicts the
+    document's first token, and its last token predicts the next eos, so no target needs masking.
+    The rest of a document that the window before cut off begins at position 0 too.
     """
     if ids_BL.numel() == 0:
         return batch_of_rows(ids_BL)

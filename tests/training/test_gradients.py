@@ -10,6 +10,7 @@ from moeyard.configuration import load_config
 from moeyard.moe.batch import batch_of_rows
 from moeyard.moe.layer import MoELayer
 from moeyard.moe.models.initialize import initialize
+from moeyard.moe.routers.hash import balanced_table
 from moeyard.parallel.mesh import Mesh
 from moeyard.training.config import RunConfig
 from moeyard.training.evaluate import evaluate
@@ -22,6 +23,16 @@ PLAIN = ["train.precision=fp64", "model.moe.router={kind: topk, k: 2, balance_lo
 def trainer(config_file, tmp_path, *overrides) -> Trainer:
     config = load_config(RunConfig, config_file, [f"run_dir={tmp_path}/run", *overrides])
     return Trainer(config, tmp_path / "run", Mesh())
+
+
+def test_a_hash_table_is_balanced_by_the_tokens_of_the_training_data(config_file, tmp_path):
+    run = trainer(config_file, tmp_path, "model.moe.router={kind: hash, k: 2}")
+    table_VK = run.decoder.routers()[0].table_VK
+    counts = run._data.train.token_counts()
+    assert max(counts) > 1000
+    counts = counts + [0] * (len(table_VK) - len(counts))
+    assert torch.equal(table_VK, balanced_table(counts, 4, 2))
+    assert not torch.equal(table_VK, balanced_table([1] * len(counts), 4, 2))
 
 
 @pytest.fixture

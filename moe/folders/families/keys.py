@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import cast
 
 from ....errors import ModelFileError
-from ...config.model import ModelConfig, MoEConfig
+from ...config.model import MOST_LAYERS, ModelConfig, MoEConfig
 from ...routers.topk import TopK
 from .rope_keys import Values, read_rope, write_rope
 
@@ -92,11 +92,11 @@ def check_only(values: Values, supported: Values) -> None:
 
 
 def num_layers(values: Values) -> range:
-    """Return the layers' indices; a ``TypeError`` for what is no integer."""
+    """Return the layers' indices; a ``TypeError`` for what is not an integer."""
     layers = range(values["num_hidden_layers"])
-    if len(layers) > 10_000:  # before anything counts through them
+    if len(layers) > MOST_LAYERS:  # before anything iterates over them
         raise ModelFileError(
-            f"config.json has num_hidden_layers = {len(layers)}; the most is 10000."
+            f"config.json has num_hidden_layers = {len(layers)}; the most is {MOST_LAYERS}."
         )
     return layers
 
