@@ -70,7 +70,7 @@ MUTATIONS = [
     ),
     (
         "the last micro-batch is added twice",
-        "parallel/dense/gradients.py",
+        "parallel/dense/replicated.py",
         "grad.zero_()",
         "pass",
         EQUAL,

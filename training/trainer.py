@@ -18,15 +18,18 @@ from .checkpoints.checkpoint import Checkpoints
 from .checkpoints.files import read_state
 from .checkpoints.start_from import read_origin
 from .config import RunConfig
-from .evaluate import evaluate
+from .device import seed_rank
+from .objectives.objective import Objective
+from .objectives.table import DEFAULT, OBJECTIVES
 from .observers.console import TrainingConsole
 from .observers.open import open_observers
 from .observers.phases import PhaseAverage
+from .parallelize import parallelize
 from .run.agreement import check_same_beginning
 from .run.folder import dump_config
 from .run.starts import note_start
 from .run.stop import StopRequest
-from .setup import build_data, build_model, check_batch, fill_vocabulary, seed_rank
+from .setup import build_model, check_batch, fill_vocabulary
 from .step import StepResult, TrainStep
 
 log = logging.getLogger(__name__)
@@ -39,19 +42,27 @@ class Trainer:
     """A training run of one process among ``mesh.world_size``."""
 
     def __init__(
-        self, config: RunConfig, run_dir: Path, mesh: Mesh, stop: StopRequest | None = None
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        mesh: Mesh,
+        stop: StopRequest | None = None,
+        objective: type[Objective] = OBJECTIVES[DEFAULT],
     ) -> None:
         check_batch(config, mesh)
         pulse.begin("preparing data")
         self._config = config
         self._mesh = mesh
         self._stop = stop or StopRequest()
-        self._data = build_data(config, run_dir / "data", mesh, self._stop)
+        self._data = objective.open_data(config, run_dir / "data", mesh, self._stop)
         pulse.begin("building the model")
         self._model_config = fill_vocabulary(config, self._data.tokenizer)
-        self.decoder, masters = build_model(config, self._model_config, self._data, mesh)
+        self.decoder = build_model(config, self._model_config, self._data, mesh)
         check_same_beginning(self._data, self.decoder, mesh.watch)
-        self._step = TrainStep(config, self.decoder, masters, self._data.train, mesh)
+        self.objective = objective(config, self._data)
+        self._loss = self.objective.module(self.decoder)
+        parallel = parallelize(config, self.decoder, self._loss, mesh)
+        self._step = TrainStep(config, self.decoder, self.objective, parallel, mesh)
         self._checkpoints = Checkpoints(run_dir, mesh, config.checkpoint.keep)
         self._failed_saves = 0
         """In a row."""
@@ -138,15 +149,10 @@ class Trainer:
         if done != self._config.train.steps and not (every and done % every == 0):
             return {}
         pulse.begin(f"evaluating after step {done}")
-        held_out = evaluate(self._step.objective, self._data, self._config, self._mesh)
-        console.line(
-            event="evaluated",
-            step=done,
-            eval_loss=f"{held_out.loss:.4f}",
-            eval_loss_per_byte=f"{held_out.loss_per_byte:.4f}",
-            tokens=held_out.num_tokens,
-        )
-        return {"eval_loss": held_out.loss, "eval_loss_per_byte": held_out.loss_per_byte}
+        held_out = self.objective.evaluate(self._loss, self._mesh)
+        shown = {name: f"{value:.4f}" for name, value in held_out.metrics.items()}
+        console.line(event="evaluated", step=done, **shown, tokens=held_out.num_tokens)
+        return dict(held_out.metrics)
 
     def _record(self, done: int, result: StepResult, seconds: float) -> dict[str, Any]:
         train, moe = self._config.train, self._model_config.moe

@@ -49,7 +49,7 @@ def test_what_two_ranks_loaded_is_exported_whole(runs, case, tmp_path):
 def test_the_loss_of_two_ranks_is_that_of_transformers(runs, case, config_file):
     """The cross-entropy of the one step, over the same tokens."""
     from moeyard.parallel.mesh import Mesh
-    from moeyard.training.setup import build_data
+    from moeyard.training.data.text import build_data
 
     run = runs / "runs" / case
     line = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
@@ -90,9 +90,9 @@ def test_a_run_may_change_what_weights_do_not_depend_on(tmp_path, config_file):
 def test_the_tokenizer_is_the_folders_unless_it_has_the_same_ids(tmp_path, config_file):
     from moeyard.parallel.mesh import Mesh
     from moeyard.training.data.bpe import train_bpe
+    from moeyard.training.data.text import build_data
     from moeyard.training.data.tokenizer import ByteTokenizer
     from moeyard.training.run.stop import StopRequest
-    from moeyard.training.setup import build_data
 
     for name in ("bytes", "bpe"):
         save("mixtral", tmp_path / name, vocab_size=400)
@@ -117,8 +117,7 @@ def test_the_tokenizer_is_the_folders_unless_it_has_the_same_ids(tmp_path, confi
 
 
 def test_a_tokenizer_that_cannot_be_opened_is_no_reason_to_train_on_bytes(tmp_path):
-    from moeyard.training.checkpoints.start_from import check_tokenizer
-    from moeyard.training.data.tokenizer import ByteTokenizer
+    from moeyard.training.data.tokenizer import ByteTokenizer, check_tokenizer
 
     (tmp_path / "tokenizer.model").write_bytes(b"damaged")
     with pytest.raises(DataError, match=r"tokenizer\.model|has no usable tokenizer"):

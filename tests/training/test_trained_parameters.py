@@ -17,6 +17,7 @@ from moeyard.training.__main__ import main
 from moeyard.training.checkpoints.checkpoint import StoredTensors
 from moeyard.training.checkpoints.export import export
 from moeyard.training.config import RunConfig
+from moeyard.training.parallelize import parallelize
 from moeyard.training.setup import build_model
 from moeyard.training.trainer import Trainer
 
@@ -142,7 +143,8 @@ def test_frozen_weights_have_no_moments_no_masters_and_no_gradients(folders, con
         assert stored.type_and_shape(f"weight/{name}")[0] == wanted, name
     config = load_config(RunConfig, config_file, options(folder, tmp_path / "run", *more))
     trainer = Trainer(config, tmp_path / "run", Mesh())
-    _, masters = build_model(config, trainer._model_config, trainer._data, Mesh())
+    decoder = build_model(config, trainer._model_config, trainer._data, Mesh())
+    masters = parallelize(config, decoder, trainer.objective.module(decoder), Mesh()).masters
     assert masters and all("lora" in name for name in masters)
     trainer._step.run(0, stop_requested=False)
     for name, parameter in trainer.decoder.named_parameters():
