@@ -7,10 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from moeyard.configuration import load_config
 from moeyard.errors import ConfigError, DataError
 from moeyard.training.checkpoints.export import export
-from moeyard.training.config import RunConfig
+from moeyard.training.read_config import read_run_config
 
 from hf_families import CASES, assert_same_model, save
 from launch import torchrun
@@ -54,7 +53,7 @@ def test_the_loss_of_two_ranks_is_that_of_transformers(runs, case, config_file):
     run = runs / "runs" / case
     line = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
     options = [f"run_dir={run}", f"start_from={runs / case}", "model=null"]
-    config = load_config(RunConfig, config_file, options)
+    config = read_run_config(config_file, options)
     data = build_data(config, run / "data", Mesh())
     windows = data.train.sequences(0, range(config.train.batch_sequences))
     theirs = AutoModelForCausalLM.from_pretrained(runs / case).eval()
@@ -71,9 +70,9 @@ def test_a_folder_that_does_not_fit_gets_one_sentence(tmp_path, config_file):
     save("qwen3_moe", tmp_path / "m", vocab_size=VOCABULARY)
     options = [f"run_dir={tmp_path}/run", f"start_from={tmp_path}/m"]
     with pytest.raises(ConfigError, match=r"config\.json cannot be read"):
-        load_config(RunConfig, config_file, [options[0], f"start_from={tmp_path}/nowhere"])
+        read_run_config(config_file, [options[0], f"start_from={tmp_path}/nowhere"])
     options.append("model={num_layers: 5}")
-    config = load_config(RunConfig, config_file, options)
+    config = read_run_config(config_file, options)
     with pytest.raises(ConfigError, match=r"which does not fit: .* has no tensor 'model.layers.3"):
         Trainer(config, tmp_path / "run", Mesh())
 
@@ -82,7 +81,7 @@ def test_a_run_may_change_what_weights_do_not_depend_on(tmp_path, config_file):
     save("qwen3_moe", tmp_path / "m", vocab_size=VOCABULARY)
     change = "model={moe: {router: {lookahead: previous_block, z_loss: 0.5}}, dense_layers: [1]}"
     options = [f"run_dir={tmp_path}/run", f"start_from={tmp_path}/m", change]
-    model = load_config(RunConfig, config_file, options).model
+    model = read_run_config(config_file, options).model
     assert model.moe.router.lookahead == "previous_block" and model.moe.router.z_loss == 0.5
     assert (model.d_model, model.moe.num_experts, model.moe.router.k) == (40, 6, 3)
 
@@ -102,7 +101,7 @@ def test_the_tokenizer_is_the_folders_unless_it_has_the_same_ids(tmp_path, confi
 
     def tokenizer_of(name, *options):
         given = [f"run_dir={tmp_path / 'run'}", f"start_from={tmp_path / name}", "model=null"]
-        config = load_config(RunConfig, config_file, [*given, *options])
+        config = read_run_config(config_file, [*given, *options])
         return build_data(config, tmp_path / "data" / name, Mesh()).tokenizer
 
     assert tokenizer_of("bytes").vocab_size == 257  # config_file says bytes

@@ -25,12 +25,16 @@ NEW_IN_TRAINING = "gate.e_score_correction_bias"
 def complete_values(values: dict[str, Any]) -> dict[str, Any]:
     """Return a run's configuration with what ``start_from`` says under what the run says.
 
-    ``model`` may hold what is to change (another look-ahead, other losses), or nothing.
+    ``model`` may hold what is to change (another look-ahead, other losses), or nothing. Raises
+    :class:`ConfigError` for a folder that cannot be used.
     """
     start_from = values.get("start_from")
     if not isinstance(start_from, str):
         return values
-    folder = ModelFolder(Path(start_from))
+    try:
+        folder = ModelFolder(Path(start_from))
+    except ModelFileError as error:
+        raise ConfigError(f"start_from is {start_from!r}, which cannot be used: {error}") from None
     folder.close()
     given = values.get("model") or {}
     if not isinstance(given, dict):

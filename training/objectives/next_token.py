@@ -75,15 +75,16 @@ class NextTokenObjective(Objective):
         train, held_out = self.config.train, self.data.held_out
         num_windows = min(train.eval_sequences, held_out.num_windows)
         per_rank = max(1, train.batch_sequences // (train.accumulation * mesh.world_size))
-        total = torch.zeros((), dtype=torch.float64)
+        sums = torch.zeros(2, dtype=torch.float64)  # loss, targets
         module.eval()
         with torch.no_grad():
             for start in range(0, num_windows, per_rank * mesh.world_size):
                 first = min(num_windows, start + mesh.rank * per_rank)
                 windows = held_out.in_order(range(first, min(num_windows, first + per_rank)))
-                total += module(windows.to(device())).loss_sum.double().cpu()
+                part = module(windows.to(device()))
+                sums += torch.tensor([float(part.loss_sum), part.num_targets], dtype=torch.float64)
         module.train()
-        num_tokens = num_windows * train.sequence_length
-        loss = float(mesh.sum(total)) / num_tokens
+        loss_sum, num_targets = mesh.sum(sums).tolist()
+        loss = loss_sum / num_targets
         per_byte = loss * self.data.tokens_per_byte
-        return HeldOut({"eval_loss": loss, "eval_loss_per_byte": per_byte}, num_tokens)
+        return HeldOut({"eval_loss": loss, "eval_loss_per_byte": per_byte}, int(num_targets))
