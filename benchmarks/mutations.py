@@ -126,8 +126,8 @@ MUTATIONS = [
     ),
     (
         "the random state is not restored",
-        "training/trainer.py",
-        "self._generator.set_state(tensors[self._rng_key()])",
+        "training/saves.py",
+        "self._generator.set_state(state)",
         "pass",
         f"{RESUME} resumed",
     ),

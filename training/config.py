@@ -136,9 +136,9 @@ class ParallelConfig(_Section):
     ranks and gathered layer by layer (fsdp). Numbers and checkpoints are the same; one process
     has nothing to split."""
     backend: Backend = "auto"
-    """Expert kernels. ``auto`` is ``triton`` on a GPU and ``cpp`` on a CPU, where these run and pass
-    their self-check, else ``torch``. ``reference`` is slow and takes fp64. Frozen experts always use
-    torch's products."""
+    """Expert kernels. ``auto`` is ``triton`` on a GPU and ``cpp`` on a CPU, where these run and
+    pass their self-check, else ``torch``. ``reference`` is slow and takes fp64. Frozen experts
+    always use torch's products."""
     timeout_s: float = Field(default=300, gt=0)
     """A collective that waits longer ends the run."""
 

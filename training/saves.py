@@ -21,7 +21,7 @@ from .optimizer import MasterAdamW
 log = logging.getLogger(__name__)
 
 MOST_FAILED_SAVES = 3
-"""In a row; then the run ends, because all that it does since would be lost with it."""
+"""In a row; then the run ends, because a crash would lose all work since the last save."""
 
 
 class Saves:

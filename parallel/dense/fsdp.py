@@ -54,10 +54,9 @@ class Sharded:
     ) -> nn.Module:
         """Shard ``objective`` in place and return it."""
         assert isinstance(model, Decoder)
-        root = shard_dense(objective, model, self._mesh, dtype, device)
-        self._root = root
+        self._root = shard_dense(objective, model, self._mesh, dtype, device)
         self.gradients = ShardedMainGradients(model, self._mesh)
-        return root
+        return objective
 
     def accumulating(self) -> AbstractContextManager[object]:
         """Keep a micro-batch's gradients on this rank: whole, in fp32, until the next reduction."""

@@ -1,8 +1,8 @@
 """The interface of objectives: what a run minimises, on which data, and how it is judged.
 
-A run goes: ``open_data``, then the model is built, then an objective is made from the data and its
-``module`` from the model. Every optimizer step asks for ``batch`` and ``divisor``. A new kind is one
-file and one line in table.py.
+A run calls ``open_data``, builds the model, makes the objective from the data and asks it for the
+``module`` that scores the model. Every optimizer step asks for ``batch`` and ``divisor``. A new
+kind is one file and one line in table.py.
 """
 
 from abc import ABC, abstractmethod
