@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from moeyard.errors import ConfigError, DataError
 from moeyard.training.checkpoints.export import export
-from moeyard.training.read_config import read_run_config
+from moeyard.training.read_config import complete_run_config, read_run_config
 
 from hf_families import CASES, assert_same_model, save
 from launch import torchrun
@@ -122,3 +122,14 @@ def test_a_tokenizer_that_cannot_be_opened_is_no_reason_to_train_on_bytes(tmp_pa
     with pytest.raises(DataError, match=r"tokenizer\.model|has no usable tokenizer"):
         check_tokenizer(str(tmp_path), "bytes", ByteTokenizer())
     check_tokenizer(str(tmp_path), "a folder with this tokenizer as JSON", ByteTokenizer())
+
+
+def test_validation_reads_no_folder(tmp_path):
+    from moeyard.configuration import validate_config
+    from moeyard.training.config import RunConfig
+
+    values = {"run_dir": "unused", "start_from": f"{tmp_path}/nowhere", "train": {"steps": 1}}
+    values |= {"model": {"d_model": 32, "num_layers": 1, "num_heads": 2}}
+    assert validate_config(RunConfig, values).start_from == f"{tmp_path}/nowhere"
+    with pytest.raises(ConfigError, match=r"nowhere', which cannot be used: .*config\.json"):
+        complete_run_config(values)
