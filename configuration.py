@@ -16,6 +16,11 @@ Model = TypeVar("Model", bound=BaseModel)
 
 def load_config(model: type[Model], path: Path, overrides: Iterable[str] = ()) -> Model:
     """Read ``path``, apply overrides and validate; every problem is a :class:`ConfigError`."""
+    return validate_config(model, read_values(path, overrides))
+
+
+def read_values(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """Read ``path`` and apply overrides; every problem is a :class:`ConfigError`."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -24,14 +29,16 @@ def load_config(model: type[Model], path: Path, overrides: Iterable[str] = ()) -
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(f"configuration {path} is not YAML: {reason}; mend the file.") from None
+        raise ConfigError(
+            f"configuration {path} is not YAML: {reason}; correct the file."
+        ) from None
     if values is None:
         values = {}
     if not isinstance(values, dict):
         raise ConfigError(f"configuration {path} holds a {type(values).__name__}; use key: value.")
     for override in overrides:
         apply_override(values, override)
-    return validate_config(model, values)
+    return values
 
 
 def validate_config(model: type[Model], values: dict[str, Any]) -> Model:

@@ -16,13 +16,12 @@ import torch
 import transformers
 from torch import Tensor
 
-from moeyard.configuration import validate_config
 from moeyard.moe.batch import batch_of_rows
 from moeyard.moe.folders.convert import convert
 from moeyard.moe.models.decoder import Decoder
 from moeyard.moe.routers.losses import auxiliary_losses
 from moeyard.training.checkpoints.start_from import read_start
-from moeyard.training.config import RunConfig
+from moeyard.training.read_config import complete_run_config
 
 from report import write_results
 
@@ -66,7 +65,7 @@ def ours(folder: Path) -> tuple[Tensor, Tensor]:
     """Return the term of a run that starts from a folder and its gradient."""
     train = {"steps": 1, "sequence_length": 32}
     values = {"run_dir": "unused", "start_from": str(folder), "train": train}
-    decoder = Decoder(validate_config(RunConfig, values).model)
+    decoder = Decoder(complete_run_config(values).model)
     read_start(str(folder), decoder)
     routings = decoder.train()(batch_of_rows(IDS)).routings
     losses = auxiliary_losses(routings, decoder.routers(), lambda counts: counts)

@@ -23,15 +23,14 @@ from report import write_results
 STEP = """
 import sys, time
 from pathlib import Path
-from moeyard.configuration import load_config
 from moeyard.parallel.mesh import Mesh
-from moeyard.training.allocator import keep_freed_memory
-from moeyard.training.config import RunConfig
+from moeyard.training.run.allocator import keep_freed_memory
+from moeyard.training.read_config import read_run_config
 from moeyard.training.trainer import Trainer
 if sys.argv[3] == "kept":
     keep_freed_memory()
 options = [f"run_dir={sys.argv[2]}", "train.batch_sequences=8"]
-config = load_config(RunConfig, Path(sys.argv[1]), options)
+config = read_run_config(Path(sys.argv[1]), options)
 step = Trainer(config, Path(sys.argv[2]), Mesh())._step
 times = []
 for index in range(13):

@@ -20,7 +20,7 @@ from moeyard.cli import main as command
 from moeyard.configuration import load_config
 from moeyard.parallel.mesh import Mesh
 from moeyard.training.config import RunConfig
-from moeyard.training.setup import build_data
+from moeyard.training.data.text import build_data
 
 from report import write_results
 from runs import train

@@ -27,7 +27,9 @@ from moeyard.parallel.dense.local_part import local_part
 from moeyard.parallel.mesh import build_mesh
 from moeyard.parallel.process import process_group
 from moeyard.training.config import RunConfig
-from moeyard.training.setup import build_data, build_model, fill_vocabulary
+from moeyard.training.objectives.next_token import NextTokenObjective
+from moeyard.training.parallelize import parallelize
+from moeyard.training.setup import build_model, fill_vocabulary
 from moeyard.training.step import TrainStep
 
 from report import write_results
@@ -71,11 +73,13 @@ def work(config_path: Path, out: Path) -> None:
         config = validate_config(RunConfig, yaml.safe_load(config_path.read_text()))
         assert config.model.moe is not None
         mesh = build_mesh(config.parallel.ep, config.model.moe.num_experts, watch, 120)
-        data = build_data(config, out / "data", mesh)
+        data = NextTokenObjective.open_data(config, out / "data", mesh)
         before = resident("VmRSS")
-        decoder, masters = build_model(config, fill_vocabulary(config, data.tokenizer), data, mesh)
-        step = TrainStep(config, decoder, masters, data.train, mesh)
-        del masters
+        decoder = build_model(config, fill_vocabulary(config, data.tokenizer), data, mesh)
+        objective = NextTokenObjective(config, data)
+        parallel = parallelize(config, decoder, objective.module(decoder), mesh)
+        step = TrainStep(config, decoder, objective, parallel, mesh)
+        del parallel
         step.run(0, stop_requested=False)
         between = resident("VmRSS") - before
         Path("/proc/self/clear_refs").write_text("5")  # start a new peak

@@ -70,7 +70,7 @@ MUTATIONS = [
     ),
     (
         "the last micro-batch is added twice",
-        "parallel/dense/gradients.py",
+        "parallel/dense/replicated.py",
         "grad.zero_()",
         "pass",
         EQUAL,
@@ -126,7 +126,7 @@ MUTATIONS = [
     ),
     (
         "the random state is not restored",
-        "training/trainer.py",
+        "training/saves.py",
         "self._generator.set_state(state)",
         "pass",
         f"{RESUME} resumed",

@@ -99,8 +99,8 @@ def model_ways(length: int, mean: int) -> dict[str, Callable[[], torch.Tensor]]:
     initialize(decoder, 0)
     windows = windows_of(length, mean)
     return {
-        "whole windows": lambda: NextToken(decoder)(windows).cross_entropy_sum,
-        "packing=documents": lambda: NextToken(decoder, EOS)(windows).cross_entropy_sum,
+        "whole windows": lambda: NextToken(decoder)(windows).loss_sum,
+        "packing=documents": lambda: NextToken(decoder, EOS)(windows).loss_sum,
     }
 
 

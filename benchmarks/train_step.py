@@ -32,8 +32,11 @@ from moeyard.parallel.process import process_group
 from moeyard.training.config import OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
 from moeyard.training.data.batches import GlobalBatches
 from moeyard.training.data.shards import ShardFacts, TokenShard
+from moeyard.training.data.text import Data
+from moeyard.training.objectives.next_token import NextTokenObjective
+from moeyard.training.parallelize import parallelize
 from moeyard.training.run.allocator import keep_freed_memory
-from moeyard.training.setup import Data, build_model
+from moeyard.training.setup import build_model
 from moeyard.training.step import TrainStep
 
 from report import write_results
@@ -92,8 +95,10 @@ def our_step(mesh: Mesh, ep: int, precision: str, shard: TokenShard) -> OurStep:
     )
     batches = GlobalBatches(shard, TOKENS, mesh.world_size, seed=0)
     data = Data(None, batches, "", None, batches, "", 1.0)  # type: ignore[arg-type]
-    decoder, masters = build_model(config, MODEL, data, mesh)
-    return OurStep(TrainStep(config, decoder, masters, batches, mesh))
+    decoder = build_model(config, MODEL, data, mesh)
+    objective = NextTokenObjective(config, data)
+    parallel = parallelize(config, decoder, objective.module(decoder), mesh)
+    return OurStep(TrainStep(config, decoder, objective, parallel, mesh))
 
 
 def their_step(mesh: Mesh, precision: str, shard: TokenShard) -> Callable[[int], object]:

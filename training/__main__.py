@@ -12,13 +12,13 @@ import os
 import sys
 from pathlib import Path
 
-from ..configuration import load_config
 from ..errors import MoeyardError, Stopped
 from ..moe.routers.own_code import allow
 from ..parallel.mesh import build_mesh
 from ..parallel.process import process_group
 from ..parallel.watch.last_word import say_last
 from .config import RunConfig
+from .read_config import read_run_config
 from .run.agreement import check_same_start
 from .run.allocator import keep_freed_memory
 from .run.folder import claim_run_folder, dump_config
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         allow(arguments.allow_code)
-        config = load_config(RunConfig, arguments.config, arguments.overrides)
+        config = read_run_config(arguments.config, arguments.overrides)
         if arguments.print_config:
             sys.stdout.write(dump_config(config))
             return 0
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         say_last(str(error))
         return 2 if isinstance(error, ValueError) else 1
     except OSError as error:  # a disk that fills up, a folder that goes away
-        say_last(f"{error}; mend it and start again from the last checkpoint.")
+        say_last(f"{error}; correct that and start again from the last checkpoint.")
         return 1
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -7,7 +7,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ..kernels.experts import Backend
 from ..moe.config.model import ModelConfig
 from ..moe.models.lora import LoraTarget
-from .checkpoints.start_from import complete_values
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -136,14 +135,15 @@ class ParallelConfig(_Section):
     ranks and gathered layer by layer (fsdp). Numbers and checkpoints are the same; one process
     has nothing to split."""
     backend: Backend = "auto"
-    """Expert kernels: ``auto`` is ``triton`` on a GPU where they pass their self-check, else
-    ``torch``; ``reference`` is slow and takes fp64. Frozen experts take torch's products always."""
+    """Expert kernels. ``auto`` is ``triton`` on a GPU and ``cpp`` on a CPU, where these run and
+    pass their self-check, else ``torch``. ``reference`` is slow and takes fp64. Frozen experts
+    always use torch's products."""
     timeout_s: float = Field(default=300, gt=0)
     """A collective that waits longer ends the run."""
 
 
 class MonitorConfig(_Section):
-    """Who watches the run, beside the console and ``metrics.jsonl``."""
+    """Who watches the run, in addition to the console and ``metrics.jsonl``."""
 
     prometheus_port: int | None = Field(default=None, ge=1, le=65535)
     """Port of ``/metrics`` on rank 0's host; None = no port is opened."""
@@ -164,7 +164,7 @@ class RunConfig(_Section):
     """Seed of weights, data order and router noise."""
     start_from: str | None = None
     """A Hugging Face folder whose weights training starts from. ``model`` and ``data.tokenizer``
-    are then the folder's, but for what they say themselves."""
+    are then the folder's, but for what the run says itself."""
     ignore_unused_weights: bool = False
     """Start from a folder that has weights which its config.json does not ask for, without them."""
     model: ModelConfig
@@ -179,13 +179,13 @@ class RunConfig(_Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _complete(cls, values: Any) -> Any:
+    def _fill_in_lora(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
         train = values.get("train")
         if isinstance(train, dict) and train.get("parameters") == "lora":
             values = values | {"lora": values.get("lora") or {}}
-        return complete_values(values)
+        return values
 
     @model_validator(mode="after")
     def _check(self) -> Self:

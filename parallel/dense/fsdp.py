@@ -12,8 +12,8 @@ are called through ``route``, where their look-ahead says, which may be outside 
 forward; and with E x D entries a layer they are too small to repay collectives of their own.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Set
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -27,7 +27,49 @@ from ...moe.experts.resident import Experts
 from ...moe.models.decoder import Decoder
 from ...moe.routers.router import Router
 from ..mesh import Mesh
+from .engine import Optimizer
 from .gradients import MainGradients, attach, square_sum
+
+
+class Sharded:
+    """See :class:`~moeyard.parallel.dense.engine.DenseEngine`; needs a process group."""
+
+    gradients: MainGradients
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh = mesh
+
+    def place(self, model: nn.Module, device: torch.device) -> None:
+        """Move experts and routers; the rest moves as shards."""
+        for module in modules_kept_whole(model):
+            module.to(device)
+
+    def own_masters(self, model: nn.Module) -> Set[str]:
+        """Return what will be sharded: FSDP casts it when it is gathered."""
+        whole = _parameters_kept_whole(model)
+        return frozenset(name for name, p in model.named_parameters() if p not in whole)
+
+    def wrap(
+        self, objective: nn.Module, model: nn.Module, dtype: torch.dtype, device: torch.device
+    ) -> nn.Module:
+        """Shard ``objective`` in place and return it."""
+        assert isinstance(model, Decoder)
+        self._root = shard_dense(objective, model, self._mesh, dtype, device)
+        self.gradients = ShardedMainGradients(model, self._mesh)
+        return objective
+
+    def accumulating(self) -> AbstractContextManager[object]:
+        """Keep a micro-batch's gradients on this rank: whole, in fp32, until the next reduction."""
+        return _without_reduction(self._root)
+
+    def backward(self, loss: Tensor) -> None:
+        """Run backward; shards are reduced meanwhile, the rest is taken off the parameters."""
+        loss.backward()
+        self.gradients.accumulate()
+
+    def step(self, optimizer: Optimizer, lr: float) -> None:
+        """Let ``optimizer`` update this rank's shards, and what is whole, the same on all ranks."""
+        optimizer.step(lr)
 
 
 def modules_kept_whole(model: nn.Module) -> list[nn.Module]:
@@ -35,15 +77,9 @@ def modules_kept_whole(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, Experts | Router)]
 
 
-def sharded_parameter_names(model: nn.Module) -> frozenset[str]:
-    """Return the names of the parameters that :func:`shard_dense` will shard."""
-    whole = _parameters_kept_whole(model)
-    return frozenset(name for name, p in model.named_parameters() if p not in whole)
-
-
 def shard_dense(
     objective: nn.Module, decoder: Decoder, mesh: Mesh, dtype: torch.dtype, device: torch.device
-) -> None:
+) -> FSDPModule:
     """Shard the dense parameters of ``decoder`` in place, layer by layer, and move the shards.
 
     ``objective`` is the module whose forward runs the whole decoder. Its parameters are wide and
@@ -66,6 +102,8 @@ def shard_dense(
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
     objective.register_forward_hook(_reshard_without_backward)
+    assert isinstance(objective, FSDPModule)
+    return objective
 
 
 def _parameters_kept_whole(model: nn.Module) -> set[nn.Parameter]:
@@ -80,8 +118,7 @@ def _reshard_without_backward(root: nn.Module, _inputs: Any, _output: Any) -> No
 
 
 @contextmanager
-def without_reduction(objective: FSDPModule) -> Iterator[None]:
-    """Keep a micro-batch's gradients on this rank: whole, in fp32, until the next reduction."""
+def _without_reduction(objective: FSDPModule) -> Iterator[None]:
     objective.set_requires_gradient_sync(False)
     try:
         yield
@@ -90,7 +127,7 @@ def without_reduction(objective: FSDPModule) -> Iterator[None]:
 
 
 class ShardedMainGradients(MainGradients):
-    """Main gradients of this rank's shards, beside those of routers and experts.
+    """Main gradients of this rank's shards, and those of routers and experts.
 
     ``dense`` is what stays whole: routers. Make it after :func:`shard_dense`.
     """

@@ -2,15 +2,14 @@
 
 Losses are sums over local tokens divided by the tokens of the global batch, so gradients are
 summed, never averaged. Where all ranks are on one host, main gradients lie in memory they share and
-are summed there after backward. Elsewhere dense parameters are reduced by DDP's buckets while
-backward still runs; experts live outside DDP. Experts are summed over the ranks that hold the same.
+are summed there after backward. Elsewhere the dense engine reduces dense parameters while
+backward still runs; experts are outside it. Experts are summed over the ranks that hold the same.
 """
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
 from ...kernels.values.main_grads import MainGrads
 from ...moe.experts.resident import Experts
@@ -65,7 +64,7 @@ class MainGradients:
 
     @property
     def sums_dense(self) -> bool:
-        """Whether :meth:`reduce` sums the dense gradients too, so that nobody else need."""
+        """Whether :meth:`reduce` sums the dense gradients too, so that no other code need do so."""
         return self._dense_sum is not None
 
     def zero(self) -> None:
@@ -79,7 +78,7 @@ class MainGradients:
     def accumulate(self) -> None:
         """Add the gradients autograd left on the parameters, and take them off."""
         for main in self._main_grads:
-            main.begin_with_zeros()  # where no backward came by, as with another backend
+            main.begin_with_zeros()  # where no kernel wrote them, as with another backend
         for parameter in (*self.dense, *self.experts):
             if parameter.grad is not None:
                 parameter.main_grad.add_(parameter.grad)  # type: ignore[attr-defined]
@@ -145,40 +144,3 @@ def square_sum(parameters: list[nn.Parameter], like: Tensor) -> Tensor:
     for parameter in parameters:
         total += torch.linalg.vector_norm(parameter.main_grad).double().square()  # type: ignore[attr-defined]
     return total
-
-
-def wrap_dense(model: nn.Module, mesh: Mesh) -> nn.Module:
-    """Wrap ``model`` in DDP for its dense parameters; without any, or on one process, do nothing.
-
-    Call after :class:`MainGradients` has attached its buffers. In the synchronising backward each
-    bucket's main gradients, with this micro-batch added, are summed over all ranks.
-    """
-    expert_names = expert_parameter_names(model)
-    trains = any(p.requires_grad for n, p in model.named_parameters() if n not in expert_names)
-    if mesh.dp_group is None or not trains:
-        return model
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
-        model, [*expert_names, *(name for name, _ in model.named_buffers())]
-    )
-    wrapped = DistributedDataParallel(model, process_group=mesh.dp_group)
-    wrapped.register_comm_hook(mesh.dp_group, _sum_main_gradients)
-    return wrapped
-
-
-def _sum_main_gradients(
-    group: dist.ProcessGroup,
-    bucket: dist.GradBucket,  # type: ignore[name-defined]
-) -> torch.futures.Future[Tensor]:
-    main = [parameter.main_grad for parameter in bucket.parameters()]  # type: ignore[attr-defined]
-    for main_grad, grad in zip(main, bucket.gradients(), strict=True):
-        main_grad.add_(grad)
-        grad.zero_()  # so that accumulate() does not add it again
-    flat = torch.cat([main_grad.reshape(-1) for main_grad in main])
-    work = dist.all_reduce(flat, group=group, async_op=True)
-
-    def write_back(_: torch.futures.Future) -> Tensor:
-        for main_grad, part in zip(main, flat.split([m.numel() for m in main]), strict=True):
-            main_grad.copy_(part.view_as(main_grad))
-        return bucket.buffer()
-
-    return work.get_future().then(write_back)

@@ -3,17 +3,17 @@
 Rank 0 listens and the others hold a connection to it, apart from torch's (peers.py). A thread on
 each rank sends a beat every second and reads the others'; what rank 0 finds out it tells everyone:
 
-- a process that dies is named at once, for the kernel closes its connection;
-- one that is silent for ``timeout_s`` is named: stopped, or its host is. So a long call that
-  holds Python's lock is no alarm before that;
+- a process that dies is named immediately, because the kernel closes its connection;
+- one that is silent for ``timeout_s`` is named: it or its host is stopped. A shorter call that
+  holds Python's lock raises no alarm;
 - one whose main thread keeps others waiting in a collective for ``timeout_s`` is named: when
   their collectives give up they say so, and it is the one that does not;
 - one that others wait for here (:meth:`Watch.on_rank_0`, :meth:`Watch.gather`) may take as long as
   it likes while it moves (pulse.py), and is named after ``timeout_s`` without.
 
 The first such finding is the verdict on the run. A main thread that does not end by itself within
-``GRACE_S`` then is in a call that nothing else ends, so the thread says the sentence and ends the
-process. Not promised: to see a main thread that is busy for nothing where no collective waits.
+``GRACE_S`` is in a call that cannot be interrupted, so the thread prints the verdict and ends the
+process. A main thread that loops for ever while no collective waits for it is not detected.
 """
 
 import os
@@ -92,10 +92,7 @@ class Watch:
         return self._me if rank == self.rank else self._peers.by_rank[rank].where
 
     def gather(self, value: Any) -> list[Any]:
-        """Return every rank's value on rank 0, in rank order; elsewhere nothing.
-
-        Values are what JSON can say.
-        """
+        """Return every rank's JSON value on rank 0, in rank order; elsewhere nothing."""
         turn = self._next_turn()
         if self.rank != 0:
             self._peers.send({"kind": "value", "turn": turn, "value": value})
@@ -148,10 +145,9 @@ class Watch:
         )
 
     def leave(self) -> None:
-        """Part from the others after the last of the work; no one watches a rank behind this.
+        """Leave after the last work; from here on this rank is not watched.
 
-        Rank 0 takes leave last, because the store that it hosts ends with it; the others wait for
-        that, so that they notice if it does not come to it.
+        Rank 0 leaves last, because it hosts the store; the others wait for it.
         """
         if self.rank != 0:
             self._peers.send({"kind": "bye"})
@@ -170,7 +166,7 @@ class Watch:
         self._peers.flush()
 
     def close(self) -> None:
-        """Let go of the thread and the connections."""
+        """End the thread and close the connections."""
         self._peers.close()
 
     def _next_turn(self) -> int:

@@ -10,7 +10,6 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from moeyard.configuration import validate_config
 from moeyard.moe.batch import batch_of_rows
 from moeyard.moe.config.model import ModelConfig
 from moeyard.moe.folders.convert import convert
@@ -18,7 +17,7 @@ from moeyard.moe.folders.hf_config import from_hf, to_hf
 from moeyard.moe.models.decoder import Decoder
 from moeyard.moe.routers.losses import auxiliary_losses
 from moeyard.training.checkpoints.start_from import read_start
-from moeyard.training.config import RunConfig
+from moeyard.training.read_config import complete_run_config
 
 from hf_families import BASE, CASES, make, save
 from small_model import write_decoder
@@ -42,7 +41,7 @@ def run_config(folder, **router) -> ModelConfig:
     values["train"]["sequence_length"] = 32
     if router:
         values["model"] = {"moe": {"router": router}}
-    return validate_config(RunConfig, values).model
+    return complete_run_config(values).model
 
 
 def started_from(folder) -> Decoder:

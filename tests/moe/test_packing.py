@@ -61,7 +61,7 @@ def test_loss_and_gradients_are_those_of_the_documents_run_separately(
     generator = torch.Generator().manual_seed(seed)
     windows = torch.randint(1, 11, (num_windows, length + 1), generator=generator)
     windows[torch.rand(windows.shape, generator=generator) < share] = EOS
-    packed = NextToken(decoder, EOS)(windows).cross_entropy_sum
+    packed = NextToken(decoder, EOS)(windows).loss_sum
     alone = torch.zeros((), dtype=torch.float64)
     for inputs, targets in documents_of(windows):
         logits = decoder.logits(decoder(batch_of([torch.tensor(inputs)])).hidden_TD)
@@ -98,13 +98,13 @@ def test_positions_begin_again_at_each_eos(decoder):
 
 def test_windows_without_a_border_keep_their_bits(decoder):
     windows = torch.randint(1, 11, (3, 33))
-    whole = NextToken(decoder)(windows).cross_entropy_sum
-    assert torch.equal(NextToken(decoder, EOS)(windows).cross_entropy_sum, whole)
+    whole = NextToken(decoder)(windows).loss_sum
+    assert torch.equal(NextToken(decoder, EOS)(windows).loss_sum, whole)
 
 
 def test_a_rank_without_windows_runs_all_the_same(decoder):
     empty = torch.empty(0, 9, dtype=torch.int64)
-    assert float(NextToken(decoder, EOS)(empty).cross_entropy_sum.detach()) == 0
+    assert float(NextToken(decoder, EOS)(empty).loss_sum.detach()) == 0
 
 
 def test_padding_is_less_than_a_quarter_and_lengths_are_few():

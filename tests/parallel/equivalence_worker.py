@@ -25,7 +25,9 @@ from moeyard.parallel.dense.local_part import as_part_of, local_part
 from moeyard.parallel.mesh import build_mesh
 from moeyard.parallel.process import process_group
 from moeyard.training.config import RunConfig
-from moeyard.training.setup import build_data, build_model, fill_vocabulary
+from moeyard.training.objectives.next_token import NextTokenObjective
+from moeyard.training.parallelize import parallelize
+from moeyard.training.setup import build_model, fill_vocabulary
 from moeyard.training.step import TrainStep
 
 STEPS = 3
@@ -97,15 +99,17 @@ def run_case(config_path: Path, out: Path, name: str, case: dict, watch) -> None
     mesh = build_mesh(config.parallel.ep, config.model.moe.num_experts, watch, 60)
     if case.get("apart"):  # as on several hosts
         mesh = replace(mesh, dp_host=None, ep_host=None, edp_host=None)
-    data = build_data(config, out / name / "data", mesh)
+    data = NextTokenObjective.open_data(config, out / name / "data", mesh)
     model = fill_vocabulary(config, data.tokenizer)
     decoder_module.MoELayer = BiasedLayer if case.get("biased") else MoELayer
-    decoder, masters = build_model(config, model, data, mesh)
+    decoder = build_model(config, model, data, mesh)
     if case.get("biased"):
         fill_biases(decoder)
     if case.get("starved"):
         starve_upper_half(decoder)
-    step = TrainStep(config, decoder, masters, data.train, mesh)
+    objective = NextTokenObjective(config, data)
+    parallel = parallelize(config, decoder, objective.module(decoder), mesh)
+    step = TrainStep(config, decoder, objective, parallel, mesh)
     recorded = []
     scale = step.gradients.scale_
 

@@ -5,19 +5,19 @@ import sys
 import torch
 
 from moeyard.training.__main__ import main
-from moeyard.training.trainer import Trainer
+from moeyard.training.saves import Saves
 
-resume = Trainer._resume
+resume = Saves.resume
 
 
-def resume_and_draw(trainer: Trainer) -> int:
-    step = resume(trainer)
+def resume_and_draw(saves: Saves) -> int:
+    step = resume(saves)
     if step:
         torch.rand(1)
     return step
 
 
-Trainer._resume = resume_and_draw
+Saves.resume = resume_and_draw
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -29,9 +29,9 @@ def run_job(config_path: Path, job: list[str], watch) -> None:
     mesh.on_rank_0(lambda: create_run_folder(run_dir))
     trainer = Trainer(config, run_dir, mesh)
     if resaves:
-        done = trainer._resume()
+        done = trainer.saves.resume()
         assert done, "there was nothing to load"
-        trainer._save(done + 1, must=True)
+        trainer.saves.save(done + 1, must=True)
     else:
         reductions: list[int] = []
         head = trainer.decoder.lm_head.weight

@@ -26,11 +26,11 @@ def main() -> None:
             config = load_config(RunConfig, config_path, options)
             mesh = build_mesh(config.parallel.ep, config.model.moe.num_experts, watch, 60)
             trainer = Trainer(config, source, mesh)
-            done = trainer._resume()
-            trainer._checkpoints = Checkpoints(out / name, mesh, keep=1)
+            done = trainer.saves.resume()
+            trainer.saves.checkpoints = Checkpoints(out / name, mesh, keep=1)
             (out / name).mkdir(parents=True, exist_ok=True)
             mesh.barrier()
-            trainer._save(done, must=True)
+            trainer.saves.save(done, must=True)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,10 @@ from moeyard.errors import DataError
 from moeyard.training.config import DataConfig
 from moeyard.training.data.batches import GlobalBatches
 from moeyard.training.data.corpus import open_shards, prepare_shards
-from moeyard.training.data.documents import (
-    Text,
-    open_source,
-    standard_library,
-)
+from moeyard.training.data.documents import Text, standard_library
 from moeyard.training.data.held_out import find_split
 from moeyard.training.data.shards import ShardWriter, open_shard
+from moeyard.training.data.sources import open_source
 from moeyard.training.data.tokenizer import ByteTokenizer, FolderTokenizer, open_tokenizer
 from moeyard.training.run.stop import StopRequest
 from moeyard.training.run.work import LongWork

@@ -92,19 +92,18 @@ def test_transformers_opens_the_export_with_equal_logits_and_tokens(runs):
 def test_every_kind_of_model_comes_back_with_its_own_loss(tmp_path, config_file, overrides, kind):
     import json
 
-    from moeyard.configuration import load_config
     from moeyard.parallel.mesh import Mesh
     from moeyard.training.__main__ import main as train
-    from moeyard.training.config import RunConfig
+    from moeyard.training.read_config import read_run_config
     from moeyard.training.trainer import Trainer
 
     options = [f"run_dir={tmp_path}/run", *overrides]
     assert train([str(config_file), *options]) == 0
     export(tmp_path / "run", tmp_path / "model")
     assert json.loads((tmp_path / "model/config.json").read_text())["model_type"] == kind
-    config = load_config(RunConfig, config_file, options)
+    config = read_run_config(config_file, options)
     trainer = Trainer(config, tmp_path / "run", Mesh())
-    trainer._resume()
+    trainer.saves.resume()
     ids = torch.randint(0, 256, (2, 30))
     from moeyard.moe.batch import batch_of_rows
 

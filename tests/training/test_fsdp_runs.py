@@ -70,7 +70,7 @@ def runs(tmp_path_factory, config_file):
     for kind, options in KINDS.items():
         config = load_config(RunConfig, config_file, job(kind, *options, KEEP))
         trainer = Trainer(config, folder / kind, Mesh())
-        trainer._save(trainer._resume() + 1, must=True)
+        trainer.saves.save(trainer.saves.resume() + 1, must=True)
     alone = [job("moved", *MOVED), job("one", *MOVED), job("evaluated_one", *EVALUATED)]
     alone += [job("dense_one", *DENSE), job("alone_ddp"), job("alone_fsdp", FSDP)]
     for options in alone:

@@ -13,7 +13,6 @@ from moeyard.moe.models.initialize import initialize
 from moeyard.moe.routers.hash import balanced_table
 from moeyard.parallel.mesh import Mesh
 from moeyard.training.config import RunConfig
-from moeyard.training.evaluate import evaluate
 from moeyard.training.objectives.next_token import NextToken
 from moeyard.training.trainer import Trainer
 
@@ -134,11 +133,11 @@ def test_steps_and_evaluation_separate_packed_documents(tmp_path, config_file):
     evaluated = held_out.in_order(range(min(12, held_out.num_windows)))
     packed, reaching = NextToken(run.decoder, run._data.train.eos_id), NextToken(run.decoder)
     for windows, found in (
-        (evaluated, lambda: evaluate(run._step.objective, run._data, run._config, Mesh()).loss),
+        (evaluated, lambda: run.objective.evaluate(run._loss, Mesh()).metrics["eval_loss"]),
         (run._data.train.sequences(0, range(8)), lambda: run._step.run(0, False).loss),
     ):
         expected, other = (
-            float(objective(windows).cross_entropy_sum.detach()) / (len(windows) * 32)
+            float(objective(windows).loss_sum.detach()) / (len(windows) * 32)
             for objective in (packed, reaching)
         )
         assert abs(expected - other) > 1e-9

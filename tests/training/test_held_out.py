@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from moeyard.errors import DataError
 from moeyard.training.config import DataConfig
 from moeyard.training.data.corpus import open_shards, prepare_shards, write_both
-from moeyard.training.data.documents import Text, open_source
+from moeyard.training.data.documents import Text
 from moeyard.training.data.held_out import Split, digest_of, every_nth, find_split
+from moeyard.training.data.sources import open_source
 from moeyard.training.data.tokenizer import ByteTokenizer
 from moeyard.training.run.stop import StopRequest
 from moeyard.training.run.work import LongWork

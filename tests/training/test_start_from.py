@@ -7,10 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from moeyard.configuration import load_config
 from moeyard.errors import ConfigError, DataError
 from moeyard.training.checkpoints.export import export
-from moeyard.training.config import RunConfig
+from moeyard.training.read_config import complete_run_config, read_run_config
 
 from hf_families import CASES, assert_same_model, save
 from launch import torchrun
@@ -49,12 +48,12 @@ def test_what_two_ranks_loaded_is_exported_whole(runs, case, tmp_path):
 def test_the_loss_of_two_ranks_is_that_of_transformers(runs, case, config_file):
     """The cross-entropy of the one step, over the same tokens."""
     from moeyard.parallel.mesh import Mesh
-    from moeyard.training.setup import build_data
+    from moeyard.training.data.text import build_data
 
     run = runs / "runs" / case
     line = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
     options = [f"run_dir={run}", f"start_from={runs / case}", "model=null"]
-    config = load_config(RunConfig, config_file, options)
+    config = read_run_config(config_file, options)
     data = build_data(config, run / "data", Mesh())
     windows = data.train.sequences(0, range(config.train.batch_sequences))
     theirs = AutoModelForCausalLM.from_pretrained(runs / case).eval()
@@ -71,9 +70,9 @@ def test_a_folder_that_does_not_fit_gets_one_sentence(tmp_path, config_file):
     save("qwen3_moe", tmp_path / "m", vocab_size=VOCABULARY)
     options = [f"run_dir={tmp_path}/run", f"start_from={tmp_path}/m"]
     with pytest.raises(ConfigError, match=r"config\.json cannot be read"):
-        load_config(RunConfig, config_file, [options[0], f"start_from={tmp_path}/nowhere"])
+        read_run_config(config_file, [options[0], f"start_from={tmp_path}/nowhere"])
     options.append("model={num_layers: 5}")
-    config = load_config(RunConfig, config_file, options)
+    config = read_run_config(config_file, options)
     with pytest.raises(ConfigError, match=r"which does not fit: .* has no tensor 'model.layers.3"):
         Trainer(config, tmp_path / "run", Mesh())
 
@@ -82,7 +81,7 @@ def test_a_run_may_change_what_weights_do_not_depend_on(tmp_path, config_file):
     save("qwen3_moe", tmp_path / "m", vocab_size=VOCABULARY)
     change = "model={moe: {router: {lookahead: previous_block, z_loss: 0.5}}, dense_layers: [1]}"
     options = [f"run_dir={tmp_path}/run", f"start_from={tmp_path}/m", change]
-    model = load_config(RunConfig, config_file, options).model
+    model = read_run_config(config_file, options).model
     assert model.moe.router.lookahead == "previous_block" and model.moe.router.z_loss == 0.5
     assert (model.d_model, model.moe.num_experts, model.moe.router.k) == (40, 6, 3)
 
@@ -90,9 +89,9 @@ def test_a_run_may_change_what_weights_do_not_depend_on(tmp_path, config_file):
 def test_the_tokenizer_is_the_folders_unless_it_has_the_same_ids(tmp_path, config_file):
     from moeyard.parallel.mesh import Mesh
     from moeyard.training.data.bpe import train_bpe
+    from moeyard.training.data.text import build_data
     from moeyard.training.data.tokenizer import ByteTokenizer
     from moeyard.training.run.stop import StopRequest
-    from moeyard.training.setup import build_data
 
     for name in ("bytes", "bpe"):
         save("mixtral", tmp_path / name, vocab_size=400)
@@ -102,7 +101,7 @@ def test_the_tokenizer_is_the_folders_unless_it_has_the_same_ids(tmp_path, confi
 
     def tokenizer_of(name, *options):
         given = [f"run_dir={tmp_path / 'run'}", f"start_from={tmp_path / name}", "model=null"]
-        config = load_config(RunConfig, config_file, [*given, *options])
+        config = read_run_config(config_file, [*given, *options])
         return build_data(config, tmp_path / "data" / name, Mesh()).tokenizer
 
     assert tokenizer_of("bytes").vocab_size == 257  # config_file says bytes
@@ -117,10 +116,20 @@ def test_the_tokenizer_is_the_folders_unless_it_has_the_same_ids(tmp_path, confi
 
 
 def test_a_tokenizer_that_cannot_be_opened_is_no_reason_to_train_on_bytes(tmp_path):
-    from moeyard.training.checkpoints.start_from import check_tokenizer
-    from moeyard.training.data.tokenizer import ByteTokenizer
+    from moeyard.training.data.tokenizer import ByteTokenizer, check_tokenizer
 
     (tmp_path / "tokenizer.model").write_bytes(b"damaged")
     with pytest.raises(DataError, match=r"tokenizer\.model|has no usable tokenizer"):
         check_tokenizer(str(tmp_path), "bytes", ByteTokenizer())
     check_tokenizer(str(tmp_path), "a folder with this tokenizer as JSON", ByteTokenizer())
+
+
+def test_validation_reads_no_folder(tmp_path):
+    from moeyard.configuration import validate_config
+    from moeyard.training.config import RunConfig
+
+    values = {"run_dir": "unused", "start_from": f"{tmp_path}/nowhere", "train": {"steps": 1}}
+    values |= {"model": {"d_model": 32, "num_layers": 1, "num_heads": 2}}
+    assert validate_config(RunConfig, values).start_from == f"{tmp_path}/nowhere"
+    with pytest.raises(ConfigError, match=r"nowhere', which cannot be used: .*config\.json"):
+        complete_run_config(values)

@@ -25,9 +25,9 @@ from moeyard.training.data.blocks import Blocks
 from moeyard.training.data.hub import HubReader, HubSource, Position
 from moeyard.training.data.stream import StreamBatches
 from moeyard.training.data.stream_setup import prepare_stream
+from moeyard.training.data.text import build_data
 from moeyard.training.data.tokenizer import ByteTokenizer
 from moeyard.training.run.stop import StopRequest
-from moeyard.training.setup import build_data
 
 from kills import Launch, digest, kill_at_random, wait_until
 from launch import environment, torchrun

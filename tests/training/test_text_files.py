@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from moeyard.errors import DataError
 from moeyard.training.config import DataConfig
-from moeyard.training.data.documents import open_source
 from moeyard.training.data.records import NotJson, read_records
+from moeyard.training.data.sources import open_source
 
 ROWS = [{"text": f"document {n} café \u2028 \r\n [", "n": [n]} for n in range(9)]
 TEXTS = [row["text"] for row in ROWS]

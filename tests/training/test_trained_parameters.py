@@ -9,14 +9,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from moeyard.configuration import load_config
 from moeyard.errors import CheckpointError, ConfigError
 from moeyard.moe.batch import batch_of_rows
 from moeyard.parallel.mesh import Mesh
 from moeyard.training.__main__ import main
 from moeyard.training.checkpoints.checkpoint import StoredTensors
 from moeyard.training.checkpoints.export import export
-from moeyard.training.config import RunConfig
+from moeyard.training.parallelize import parallelize
+from moeyard.training.read_config import read_run_config
 from moeyard.training.setup import build_model
 from moeyard.training.trainer import Trainer
 
@@ -94,7 +94,7 @@ def test_a_merged_export_has_the_logits_of_the_model_that_trained(
     folders, config_file, tmp_path, case
 ):
     given = options(folders / case, tmp_path / "run", "train.steps=4", *TRAINED["lora"])
-    trainer = Trainer(load_config(RunConfig, config_file, given), tmp_path / "run", Mesh())
+    trainer = Trainer(read_run_config(config_file, given), tmp_path / "run", Mesh())
     (tmp_path / "run").mkdir(exist_ok=True)
     with torch.enable_grad():
         trainer.run()
@@ -140,9 +140,10 @@ def test_frozen_weights_have_no_moments_no_masters_and_no_gradients(folders, con
         is_router = ".mlp.gate." in name
         wanted = torch.float32 if is_router else torch.bfloat16
         assert stored.type_and_shape(f"weight/{name}")[0] == wanted, name
-    config = load_config(RunConfig, config_file, options(folder, tmp_path / "run", *more))
+    config = read_run_config(config_file, options(folder, tmp_path / "run", *more))
     trainer = Trainer(config, tmp_path / "run", Mesh())
-    _, masters = build_model(config, trainer._model_config, trainer._data, Mesh())
+    decoder = build_model(config, trainer._model_config, trainer._data, Mesh())
+    masters = parallelize(config, decoder, trainer.objective.module(decoder), Mesh()).masters
     assert masters and all("lora" in name for name in masters)
     trainer._step.run(0, stop_requested=False)
     for name, parameter in trainer.decoder.named_parameters():
@@ -153,7 +154,7 @@ def test_frozen_weights_have_no_moments_no_masters_and_no_gradients(folders, con
 def test_updates_are_drawn_by_name_and_expert_and_begin_as_nothing(folders, config_file, tmp_path):
     def updates(*more):
         given = options(folders / "qwen3_moe", tmp_path / "run", *TRAINED["lora"], *more)
-        trainer = Trainer(load_config(RunConfig, config_file, given), tmp_path / "run", Mesh())
+        trainer = Trainer(read_run_config(config_file, given), tmp_path / "run", Mesh())
         return {n: p.detach() for n, p in trainer.decoder.named_parameters() if "lora" in n}
 
     first, again, other = updates(), updates(), updates("seed=4")
@@ -182,8 +183,8 @@ def test_updates_are_drawn_by_name_and_expert_and_begin_as_nothing(folders, conf
 )
 def test_what_would_train_nothing_gets_one_sentence(config_file, tmp_path, overrides, message):
     with pytest.raises(ConfigError, match=message):
-        load_config(RunConfig, config_file, [f"run_dir={tmp_path}", *overrides])
-    config = load_config(RunConfig, config_file, [f"run_dir={tmp_path}", LORA])
+        read_run_config(config_file, [f"run_dir={tmp_path}", *overrides])
+    config = read_run_config(config_file, [f"run_dir={tmp_path}", LORA])
     assert config.lora.rank == 8 and config.lora.targets == ("attention", "experts")
 
 
@@ -191,6 +192,6 @@ def test_a_run_goes_on_with_the_parameters_it_began_with(folders, config_file, t
     folder = folders / "qwen3_moe"
     train(config_file, folder, tmp_path / "run", "train.steps=2", *TRAINED["lora"])
     given = options(folder, tmp_path / "run", LORA, "lora={rank: 3, alpha: 6}")
-    trainer = Trainer(load_config(RunConfig, config_file, given), tmp_path / "run", Mesh())
+    trainer = Trainer(read_run_config(config_file, given), tmp_path / "run", Mesh())
     with pytest.raises(CheckpointError, match="was made with lora = "):
         trainer.run()

@@ -9,18 +9,15 @@ from typing import Any
 
 import torch
 
-from ...errors import ConfigError, DataError, ModelFileError
+from ...errors import ConfigError, ModelFileError
 from ...moe.experts.resident import Experts
 from ...moe.folders.folder import ModelFolder
 from ...moe.folders.generation_config import generation_to_keep
 from ...moe.folders.read_weights import WeightRead, expert_reads, read_tensor, run_reads
-from ...moe.folders.tokenizer_folder import has_tokenizer
 from ...moe.models.decoder import Decoder
-from ..data.tokenizer import Tokenizer, open_tokenizer
 
 log = logging.getLogger(__name__)
 
-SAMPLE = "Two tokenizers that agree on this: naïve café, 12 x 345 = 4140, {'a': [1.5]}\n\t日本語 🙂"
 NEW_IN_TRAINING = "gate.e_score_correction_bias"
 """The one tensor that a run may have and its folder not: a balancing bias begins at 0."""
 
@@ -28,12 +25,16 @@ NEW_IN_TRAINING = "gate.e_score_correction_bias"
 def complete_values(values: dict[str, Any]) -> dict[str, Any]:
     """Return a run's configuration with what ``start_from`` says under what the run says.
 
-    ``model`` may hold what is to change (another look-ahead, other losses), or nothing.
+    ``model`` may hold what is to change (another look-ahead, other losses), or nothing. Raises
+    :class:`ConfigError` for a folder that cannot be used.
     """
     start_from = values.get("start_from")
     if not isinstance(start_from, str):
         return values
-    folder = ModelFolder(Path(start_from))
+    try:
+        folder = ModelFolder(Path(start_from))
+    except ModelFileError as error:
+        raise ConfigError(f"start_from is {start_from!r}, which cannot be used: {error}") from None
     folder.close()
     given = values.get("model") or {}
     if not isinstance(given, dict):
@@ -43,27 +44,6 @@ def complete_values(values: dict[str, Any]) -> dict[str, Any]:
         data = data | {"tokenizer": start_from}
     model = _merged(folder.config.model_dump(mode="json"), given)
     return values | {"model": model, "data": data}
-
-
-def check_tokenizer(start_from: str, name: str, tokenizer: Tokenizer) -> None:
-    """Raise :class:`ConfigError` where ``data.tokenizer`` has other ids than the folder's own.
-
-    A folder's own that cannot be opened is believed to be what another folder holds for it.
-    """
-    if name == start_from or not has_tokenizer(Path(start_from)):
-        return
-    try:
-        own = open_tokenizer(start_from)
-    except DataError:
-        if name == "bytes":
-            raise
-        return
-    is_same = own.eos_id == tokenizer.eos_id
-    if not is_same or own.encode(SAMPLE).tolist() != tokenizer.encode(SAMPLE).tolist():
-        raise ConfigError(
-            f"data.tokenizer is {name!r}, whose ids mean other text than those of start_from "
-            f"{start_from!r}; set data.tokenizer to null to take the folder's."
-        )
 
 
 def read_origin(start_from: str) -> dict[str, Any]:

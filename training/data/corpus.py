@@ -7,9 +7,10 @@ from ...errors import DataError
 from ..config import DataConfig
 from ..run.stop import StopRequest
 from ..run.work import LongWork
-from .documents import Source, open_source
+from .documents import Source
 from .held_out import Split, find_split
 from .shards import ShardWriter, TokenShard, hash_of_documents, open_shard, read_facts
+from .sources import open_source
 from .tokenizer import Tokenizer
 
 NAMES = {False: "train.bin", True: "eval.bin"}

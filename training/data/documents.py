@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import sys
 import sysconfig
 import time
 from collections.abc import Iterable, Iterator
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Protocol
 
 from ...errors import DataError
-from ..config import DataConfig
 from .records import NotJson, read_records
 from .text_files import read_blocks
 
@@ -20,8 +18,6 @@ PIECE = 1 << 18
 HUB = "hf:"
 RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json")
 """Files of JSON objects, lines or a list."""
-MOST_NAMES = 3
-"""Of skipped files, in the log."""
 SETTLED_S = 2
 """A file changed more recently may change again without its time of change showing it."""
 
@@ -115,45 +111,6 @@ class StandardLibrary:
     def fingerprint(self) -> str | None:
         """Hash names, sizes and times of change."""
         return Files(_modules(), "stdlib", "", "data.source").fingerprint()
-
-
-def open_source(config: DataConfig, source: str, split: str, field: str) -> Source:
-    """Open a source of the kinds that ``data.source`` takes, except shards.
-
-    ``field`` is the configuration key that messages name, ``split`` that of a data set.
-    """
-    if source == "stdlib":
-        return StandardLibrary()
-    if source.startswith(HUB):
-        from .hub import HubSource
-
-        return HubSource(config, source, split, field)
-    path = Path(source)
-    paths = [path]
-    if path.is_dir():
-        paths = _files_in(path, field, source)
-    elif not path.is_file():
-        next(iter(TextFile(path, source, field)), "")  # says why it cannot be read
-    return Files(paths, source, config.text_key, field)
-
-
-def _files_in(folder: Path, field: str, source: str) -> list[Path]:
-    """Return a folder's files that are read; those that are not are named in the log."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    read = [path for path in files if path.suffix.lower() in (".txt", *RECORD_SUFFIXES)]
-    read_ones = set(read)
-    skipped = [path.relative_to(folder).as_posix() for path in files if path not in read_ones]
-    if not read:
-        raise DataError(
-            f"{field} is the folder {source!r}, which holds no .txt, .jsonl, .ndjson or .json "
-            f"file among its {len(files)} files; give one that does."
-        )
-    if skipped:
-        shown = ", ".join(skipped[:MOST_NAMES]) + (", ..." if len(skipped) > MOST_NAMES else "")
-        sys.stderr.write(
-            f"event=skipped_files folder={source} count={len(skipped)} files={shown!r}\n"
-        )
-    return read
 
 
 def standard_library() -> Iterator[tuple[str, str]]:

@@ -22,9 +22,9 @@ from ..config import RunConfig
 from ..run.stop import StopRequest
 from .block_writer import BlockWriter
 from .blocks import Blocks
-from .documents import open_source
 from .hub import HubSource
 from .shards import token_dtype
+from .sources import open_source
 from .stream_setup import num_block_windows, read_rule
 from .token_stream import StreamPosition, TokenStream
 from .tokenizer import Tokenizer

@@ -12,10 +12,11 @@ from ..config import RunConfig
 from ..run.stop import StopRequest
 from ..run.work import LongWork
 from .corpus import NAMES, has_own_eval, is_shard, make_folder, open_eval_source, prepare_eval
-from .documents import HUB, Text, open_source
+from .documents import HUB, Text
 from .held_out import digest_of, every_nth
 from .hub import HubReader, HubSource, Position
 from .shards import ShardWriter
+from .sources import open_source
 from .token_stream import HeldOutRule
 from .tokenizer import Tokenizer
 

@@ -15,9 +15,10 @@ from ..run.stop import StopRequest
 from ..run.work import LongWork
 from .bpe import SMALLEST, train_bpe
 from .corpus import NAMES, has_own_eval, is_shard, open_eval_source, write_both, write_one
-from .documents import Document, open_source
+from .documents import Document
 from .held_out import find_split
 from .shards import read_facts
+from .sources import open_source
 from .tokenizer import open_tokenizer
 
 TOKENIZER = "tokenizer"

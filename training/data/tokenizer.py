@@ -10,11 +10,12 @@ import numpy.typing as npt
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as RustTokenizer
 
-from ...errors import DataError, ModelFileError
+from ...errors import ConfigError, DataError, ModelFileError
 from ...moe.folders.tokenizer_errors import library_errors
 from ...moe.folders.tokenizer_folder import copy_tokenizer, has_tokenizer, open_folder_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
+SAMPLE = "Two tokenizers that agree on this: naïve café, 12 x 345 = 4140, {'a': [1.5]}\n\t日本語 🙂"
 
 
 class Tokenizer(Protocol):
@@ -150,3 +151,24 @@ def _byte_symbols() -> list[str]:
     others = (byte for byte in range(256) if byte not in symbols)
     symbols.update({byte: chr(256 + index) for index, byte in enumerate(others)})
     return [symbols[byte] for byte in range(256)]
+
+
+def check_tokenizer(start_from: str, name: str, tokenizer: Tokenizer) -> None:
+    """Raise :class:`ConfigError` where ``data.tokenizer`` has other ids than the folder's own.
+
+    A folder's own that cannot be opened is believed to be what another folder holds for it.
+    """
+    if name == start_from or not has_tokenizer(Path(start_from)):
+        return
+    try:
+        own = open_tokenizer(start_from)
+    except DataError:
+        if name == "bytes":
+            raise
+        return
+    is_same = own.eos_id == tokenizer.eos_id
+    if not is_same or own.encode(SAMPLE).tolist() != tokenizer.encode(SAMPLE).tolist():
+        raise ConfigError(
+            f"data.tokenizer is {name!r}, whose ids mean other text than those of start_from "
+            f"{start_from!r}; set data.tokenizer to null to take the folder's."
+        )

@@ -1,9 +1,9 @@
-"""What training minimises.
+"""Next-token cross-entropy on text.
 
 B sequences, L tokens each, T = B*L, V vocabulary.
 """
 
-from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -12,16 +12,12 @@ from torch import Tensor, nn
 from ...moe.batch import batch_of_rows
 from ...moe.models.decoder import Decoder
 from ...moe.models.documents import batch_of_documents
-from ...moe.routers.routing import Routing
-
-
-@dataclass(slots=True)
-class MicroBatchLoss:
-    """What one micro-batch gave on this rank."""
-
-    cross_entropy_sum: Tensor
-    """Summed over this rank's tokens, in nats, at least in fp32."""
-    routings: list[Routing]
+from ...parallel.mesh import Mesh
+from ..config import RunConfig
+from ..data.text import Data, build_data
+from ..device import device
+from ..run.stop import StopRequest
+from .objective import HeldOut, MicroBatchLoss, Objective
 
 
 class NextToken(nn.Module):
@@ -48,4 +44,47 @@ class NextToken(nn.Module):
         wide = torch.promote_types(logits_TV.dtype, torch.float32)
         targets_T = windows_BL1[:, 1:].reshape(-1)
         loss = F.cross_entropy(logits_TV.to(wide), targets_T, reduction="sum")
-        return MicroBatchLoss(loss, output.routings)
+        return MicroBatchLoss(loss, len(targets_T), output.routings)
+
+
+class NextTokenObjective(Objective):
+    """Every token of the text is a target; held-out text is also scored per byte."""
+
+    @classmethod
+    def open_data(
+        cls, config: RunConfig, folder: Path, mesh: Mesh, stop: StopRequest | None = None
+    ) -> Data:
+        """Tokenize the source, or stream it, and hold a part out."""
+        return build_data(config, folder, mesh, stop)
+
+    def module(self, decoder: Decoder) -> nn.Module:
+        """Return :class:`NextToken`, which separates documents as ``train.packing`` says."""
+        separates = self.config.train.packing == "documents"
+        return NextToken(decoder, self.data.train.eos_id if separates else None)
+
+    def batch(self, step: int, rows: range, device: torch.device) -> Tensor:
+        """Return int64 windows ``[len(rows), L + 1]``."""
+        return self.data.train.sequences(step, rows).to(device)
+
+    def divisor(self, step: int) -> int:
+        """Return ``B * L``: windows have no padding."""
+        return self.config.train.batch_sequences * self.config.train.sequence_length
+
+    def evaluate(self, module: nn.Module, mesh: Mesh) -> HeldOut:
+        """Score the first ``eval_sequences`` held-out windows, split over the ranks."""
+        train, held_out = self.config.train, self.data.held_out
+        num_windows = min(train.eval_sequences, held_out.num_windows)
+        per_rank = max(1, train.batch_sequences // (train.accumulation * mesh.world_size))
+        sums = torch.zeros(2, dtype=torch.float64)  # loss, targets
+        module.eval()
+        with torch.no_grad():
+            for start in range(0, num_windows, per_rank * mesh.world_size):
+                first = min(num_windows, start + mesh.rank * per_rank)
+                windows = held_out.in_order(range(first, min(num_windows, first + per_rank)))
+                part = module(windows.to(device()))
+                sums += torch.tensor([float(part.loss_sum), part.num_targets], dtype=torch.float64)
+        module.train()
+        loss_sum, num_targets = mesh.sum(sums).tolist()
+        loss = loss_sum / num_targets
+        per_byte = loss * self.data.tokens_per_byte
+        return HeldOut({"eval_loss": loss, "eval_loss_per_byte": per_byte}, int(num_targets))

@@ -1,0 +1,59 @@
+"""The interface of dense engines: who holds, reduces and steps a run's dense parameters.
+
+Dense means all but the routed experts, whose paths and gradients are the same under every engine.
+The order of a run is ``place``, precision, ``wrap``; then for each step ``gradients.zero``, a
+``backward`` for every micro-batch, ``gradients.reduce``, ``gradients.norm``,
+``gradients.scale_`` and ``step``. Callers never ask which kind they have; table.py lists the kinds.
+"""
+
+from collections.abc import Set
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .gradients import MainGradients
+
+
+class Optimizer(Protocol):
+    """What updates parameters from their ``main_grad``."""
+
+    def step(self, lr: float) -> None:
+        """Update all parameters."""
+
+
+class DenseEngine(Protocol):
+    """One kind of engine, made for one model of one run."""
+
+    gradients: MainGradients
+    """Sums of this rank's part of every trained parameter; there once ``wrap`` has returned. Its
+    norm counts each distinct parameter of the whole model once, and is the same on all ranks."""
+
+    def place(self, model: nn.Module, device: torch.device) -> None:
+        """Move to ``device`` what each rank will hold whole; ``wrap`` moves the rest."""
+
+    def own_masters(self, model: nn.Module) -> Set[str]:
+        """Return the names of the parameters that stay wide under bf16, as their own masters."""
+
+    def wrap(
+        self, objective: nn.Module, model: nn.Module, dtype: torch.dtype, device: torch.device
+    ) -> nn.Module:
+        """Return the module whose forward a step calls, and attach ``gradients``.
+
+        ``objective`` is the module whose forward runs the whole of ``model``; forward and backward
+        see parameters in ``dtype``. The parameters of ``model`` are those of one process: same
+        values on all ranks. ``objective`` itself remains callable, for evaluation.
+        """
+
+    def accumulating(self) -> AbstractContextManager[object]:
+        """Return a context whose backward passes reduce nothing between ranks."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of this rank's share of the loss to ``gradients``.
+
+        Outside ``accumulating`` this may start the reduction, which ``gradients.reduce`` completes.
+        """
+
+    def step(self, optimizer: Optimizer, lr: float) -> None:
+        """Update all parameters once, dense ones and experts, at the learning rate ``lr``."""

@@ -1,0 +1,93 @@
+"""Dense parameters whole on every rank: DDP, and the case of one process.
+
+Where all ranks are on one host, main gradients lie in memory they share and are summed there after
+backward (gradients.py), so DDP has nothing to do and is left out.
+"""
+
+from collections.abc import Set
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..mesh import Mesh
+from .engine import Optimizer
+from .gradients import MainGradients, expert_parameter_names
+
+
+class Replicated:
+    """See :class:`~moeyard.parallel.dense.engine.DenseEngine`."""
+
+    gradients: MainGradients
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh = mesh
+        self._ddp: DistributedDataParallel | None = None
+
+    def place(self, model: nn.Module, device: torch.device) -> None:
+        """Move the whole model."""
+        model.to(device)
+
+    def own_masters(self, model: nn.Module) -> Set[str]:
+        """Return nothing: the optimizer keeps masters of all that is narrowed."""
+        return frozenset()
+
+    def wrap(
+        self, objective: nn.Module, model: nn.Module, dtype: torch.dtype, device: torch.device
+    ) -> nn.Module:
+        """Wrap ``objective`` in DDP, where DDP has dense parameters to reduce."""
+        self.gradients = MainGradients(model, self._mesh)
+        has_dense = bool(self.gradients.dense)
+        if self._mesh.dp_group is None or self.gradients.sums_dense or not has_dense:
+            return objective
+        self._ddp = _wrap_in_ddp(objective, self._mesh.dp_group)
+        return self._ddp
+
+    def accumulating(self) -> AbstractContextManager[object]:
+        """Keep DDP from reducing its buckets."""
+        if self._ddp is None:
+            return nullcontext()
+        return self._ddp.no_sync()
+
+    def backward(self, loss: Tensor) -> None:
+        """Run backward and take its gradients off the parameters."""
+        loss.backward()
+        self.gradients.accumulate()
+
+    def step(self, optimizer: Optimizer, lr: float) -> None:
+        """Let ``optimizer`` update what this rank holds, which is the same on all ranks."""
+        optimizer.step(lr)
+
+
+def _wrap_in_ddp(objective: nn.Module, group: dist.ProcessGroup) -> DistributedDataParallel:
+    """Wrap all but experts; main gradients are attached already.
+
+    In the synchronising backward each bucket's main gradients, with this micro-batch added, are
+    summed over all ranks.
+    """
+    ignored = [*expert_parameter_names(objective), *(n for n, _ in objective.named_buffers())]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, ignored)
+    wrapped = DistributedDataParallel(objective, process_group=group)
+    wrapped.register_comm_hook(group, _sum_main_gradients)
+    return wrapped
+
+
+def _sum_main_gradients(
+    group: dist.ProcessGroup,
+    bucket: dist.GradBucket,  # type: ignore[name-defined]
+) -> torch.futures.Future[Tensor]:
+    main = [parameter.main_grad for parameter in bucket.parameters()]  # type: ignore[attr-defined]
+    for main_grad, grad in zip(main, bucket.gradients(), strict=True):
+        main_grad.add_(grad)
+        grad.zero_()  # so that accumulate() does not add it again
+    flat = torch.cat([main_grad.reshape(-1) for main_grad in main])
+    work = dist.all_reduce(flat, group=group, async_op=True)
+
+    def write_back(_: torch.futures.Future) -> Tensor:
+        for main_grad, part in zip(main, flat.split([m.numel() for m in main]), strict=True):
+            main_grad.copy_(part.view_as(main_grad))
+        return bucket.buffer()
+
+    return work.get_future().then(write_back)

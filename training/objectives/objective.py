@@ -1,0 +1,89 @@
+"""The interface of objectives: what a run minimises, on which data, and how it is judged.
+
+A run calls ``open_data``, builds the model, makes the objective from the data and asks it for the
+``module`` that scores the model. Every optimizer step asks for ``batch`` and ``divisor``. A new
+kind is one file and one line in table.py.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...moe.models.decoder import Decoder
+from ...moe.routers.routing import Routing
+from ...parallel.mesh import Mesh
+from ..config import RunConfig
+from ..data.text import Data
+from ..run.stop import StopRequest
+
+
+@dataclass(slots=True)
+class MicroBatchLoss:
+    """What one micro-batch gave on this rank."""
+
+    loss_sum: Tensor
+    """Summed over this rank's targets, at least in fp32; for cross-entropy in nats."""
+    num_targets: int
+    routings: list[Routing]
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """What an evaluation found."""
+
+    metrics: dict[str, float]
+    """Names as ``metrics.jsonl`` has them; ``eval_loss`` is among them."""
+    num_tokens: int
+
+
+class Objective(ABC):
+    """One kind of objective, made for one run."""
+
+    def __init__(self, config: RunConfig, data: Data) -> None:
+        self.config = config
+        self.data = data
+
+    @classmethod
+    @abstractmethod
+    def open_data(
+        cls, config: RunConfig, folder: Path, mesh: Mesh, stop: StopRequest | None = None
+    ) -> Data:
+        """Prepare the data of a run in ``folder`` on rank 0, and open them on all ranks.
+
+        Raises :class:`DataError` or :class:`ConfigError` where they cannot be used, and
+        :class:`Stopped` on all ranks when rank 0 is asked to stop.
+        """
+
+    @abstractmethod
+    def module(self, decoder: Decoder) -> nn.Module:
+        """Return the module whose forward takes a batch and returns :class:`MicroBatchLoss`.
+
+        One forward runs the whole decoder, because DDP and FSDP want a single entry. The module has
+        no trained parameters but the decoder's.
+        """
+
+    @abstractmethod
+    def batch(self, step: int, rows: range, device: torch.device) -> Any:
+        """Return some rows of the global batch of ``step`` on ``device``, as the module takes it.
+
+        A pure function of seed, step and rows, whatever the number of ranks.
+        """
+
+    @abstractmethod
+    def divisor(self, step: int) -> int:
+        """Return the number of targets in the global batch of ``step``, the same on all ranks.
+
+        Loss sums are divided by it, so that gradients are those of the mean over all ranks.
+        """
+
+    @abstractmethod
+    def evaluate(self, module: nn.Module, mesh: Mesh) -> HeldOut:
+        """Judge the model on held-out data; all ranks call this and get the same answer.
+
+        ``module`` is what :meth:`module` returned. All ranks must run the same number of forwards,
+        some perhaps with no rows, because experts on one rank serve tokens of another.
+        """

@@ -1,0 +1,65 @@
+"""From a whole model on one process to this rank's part of it, step by step."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ..moe.models.decoder import Decoder
+from ..moe.models.lora import add_lora
+from ..parallel.dense.engine import DenseEngine
+from ..parallel.dense.table import open_engine
+from ..parallel.experts.all_to_all import AllToAllPath
+from ..parallel.experts.exchange import open_exchange
+from ..parallel.mesh import Mesh
+from .config import RunConfig
+from .device import device, seed_rank
+from .precision import DTYPES, apply_precision
+
+
+@dataclass(frozen=True, slots=True)
+class Parallel:
+    """A model that is ready to train."""
+
+    engine: DenseEngine
+    wrapped: nn.Module
+    """What a step calls: the loss of this rank's rows."""
+    masters: dict[str, Tensor]
+    """fp32 copies of the parameters that the run's precision narrowed."""
+
+
+def parallelize(config: RunConfig, decoder: Decoder, loss: nn.Module, mesh: Mesh) -> Parallel:
+    """Make ``decoder`` ready to train, in place. It holds fp32 weights on the CPU.
+
+    ``loss`` is the module whose forward runs the decoder. The global generator is seeded last:
+    from here on only router noise draws from it.
+    """
+    engine = open_engine(config.parallel.dense, mesh)
+    here, precision = device(), config.train.precision
+    freeze(config, decoder)
+    engine.place(decoder, here)
+    masters = apply_precision(decoder, precision, engine.own_masters(decoder))
+    place_experts(decoder, mesh)
+    wrapped = engine.wrap(loss, decoder, DTYPES[precision], here)
+    seed_rank(config.seed, mesh.rank)
+    return Parallel(engine, wrapped, masters)
+
+
+def freeze(config: RunConfig, decoder: Decoder) -> None:
+    """Freeze what ``train.parameters`` leaves out, and add low-rank updates if it asks for them."""
+    if config.train.parameters == "router":
+        decoder.requires_grad_(False)
+        for router in decoder.routers():
+            router.requires_grad_(True)
+    elif config.lora is not None:
+        lora = config.lora
+        add_lora(decoder, lora.rank, lora.alpha, lora.targets, config.seed)
+
+
+def place_experts(decoder: Decoder, mesh: Mesh) -> None:
+    """Give MoE layers the way to experts on other ranks, if there are any."""
+    moe = decoder.config.moe
+    if mesh.ep_group is None or mesh.ep_size == 1 or moe is None:
+        return
+    exchange = open_exchange(mesh.ep_group, mesh.ep_host)
+    for _, layer in decoder.moe_layers():
+        layer.path = AllToAllPath(moe.num_experts, mesh, exchange)
