@@ -105,6 +105,11 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(run=_doctor)
 
+    _add_serve(commands)
+    return parser
+
+
+def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     serve = commands.add_parser("serve", help="serve a model behind an OpenAI API with Ray Serve")
     serve.add_argument("model", metavar="MODEL_DIR")
     serve.add_argument("--host", default="127.0.0.1")
@@ -151,7 +156,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="do without weights that config.json does not ask for",
     )
     serve.set_defaults(run=_serve)
-    return parser
 
 
 def _export(arguments: argparse.Namespace) -> None:
