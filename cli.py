@@ -107,6 +107,11 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(run=_doctor)
 
+    _add_serve(commands)
+    return parser
+
+
+def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     serve = commands.add_parser("serve", help="serve a model behind an OpenAI API with Ray Serve")
     serve.add_argument("model", metavar="MODEL_DIR")
     serve.add_argument("--host", default="127.0.0.1")
@@ -154,7 +159,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_allow_code(serve)
     serve.set_defaults(run=_serve)
-    return parser
 
 
 def _add_allow_code(parser: argparse.ArgumentParser) -> None:

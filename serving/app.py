@@ -20,7 +20,7 @@ from .server import ServeArgs, Server, check_model
 log = logging.getLogger(__name__)
 
 SPARE_REQUESTS = 64
-"""Room beside the admitted requests: for health, metrics and refusals."""
+"""Room in addition to the admitted requests: for health, metrics and refusals."""
 MAX_QUEUED_IN_PROXY = 1024
 """Requests that wait in Ray's proxy for a replica to take them, or to be there at all; 503 beyond.
 Each holds a body of at most 1 MiB."""
@@ -50,7 +50,7 @@ class MoeyardServer:
     def __init__(self, args: ServeArgs) -> None:
         if not os.environ.get(CALLBACK_VARIABLE):
             log.warning(
-                "streams of a replica that dies will break off without an error event; "
+                "streams of a replica that dies will end without an error event; "
                 "start Ray with %s=%s.",
                 CALLBACK_VARIABLE,
                 CALLBACK,

@@ -81,7 +81,7 @@ def _start(args: ServeArgs, host: str, port: int, folder: Path, report: StartRep
     """Start everything and return the address once it answers."""
     # A replica asks Ray for one CPU; more of them than there are must not wait for ever.
     start(folder, max(args.num_replicas, len(os.sched_getaffinity(0))))
-    _on_signals(_stop)  # ray.init put handlers of its own in place
+    _on_signals(_stop)  # ray.init has replaced them
     from ray import serve
     from ray.exceptions import RayError
 
@@ -112,7 +112,7 @@ def _failed_start(reason: str, folder: Path, attempt: int) -> int:
 
 
 def _drain(timeout_s: float, base: str) -> None:
-    """Let nobody in, wait for what runs, end what is left; a second signal ends all at once."""
+    """Refuse new requests, wait for running ones, end the rest; a second signal ends all now."""
     import ray
     from ray.exceptions import RayError
 

@@ -144,7 +144,7 @@ def _open(
         )
     if generation.not_followed:
         log.warning(
-            "generation_config.json asks for %s, which is not offered; answers are without.",
+            "generation_config.json asks for %s, which is not offered; answers do without.",
             " and ".join(generation.not_followed),
         )
     model = LanguageModel(decoder, generation)

@@ -1,9 +1,9 @@
 """Runs inside Ray Serve's HTTP proxy, around its application.
 
-A request goes on to a replica when it is whole: Ray counts it there from its first byte, and a
-replica takes no more at once than its batch, its queue and some spare, so requests that never
-become whole would shut everybody out. Deadlines and limits: ``request_body.py`` for bodies,
-``connections.py`` for everything that happens outside an application.
+A request goes on to a replica when it is whole. Ray counts it there from its first byte, and a
+replica takes a limited number, so requests that never become whole would shut out all others.
+Deadlines and limits: ``request_body.py`` for bodies, ``connections.py`` for everything that happens
+outside an application.
 
 When a replica dies, Ray's proxy drops the connection in the middle of a stream, and answers a
 request that had no response yet with a bare 500. Only the proxy outlives the replica, so the

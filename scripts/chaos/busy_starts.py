@@ -13,7 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-from with_server import Verdict, ask, served, wait_for
+from verdict import Verdict
+from with_server import ask, served, wait_for
 
 STARTS = 20
 BUSY_PER_CORE = 3

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from moeyard.training.checkpoints.files import verify
 
-from small_runs import Ended, Report, in_parallel, launch, torchrun, work_folder
+from small_runs import Ended, in_parallel, launch, torchrun, work_folder
+from verdict import Verdict
 
 KINDS = list(itertools.product((64, 256), (2, 4)))
 FIXED = ["train.eval_every=0", "train.batch_sequences=4", "train.eval_sequences=4"]
@@ -55,18 +56,18 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
-    report, folder = Report(), work_folder()
+    verdict, folder = Verdict(), work_folder()
     print(f"seed {chosen.seed}")
     chance = random.Random(chosen.seed)
     runs = [Run(n, *KINDS[n % len(KINDS)], chance.randint(1, 3)) for n in range(chosen.runs)]
     for run, ended, problem in in_parallel(lambda run: go(run, folder), runs):
         holds = ended.status == 0 and problem is None and "Traceback" not in ended.log
         facts = f"exit {ended.status}, {ended.seconds:.0f} s, {problem or 'checkpoint whole'}"
-        report.check(run.name, holds, f"{facts}, load {os.getloadavg()[0]:.1f}")
+        verdict.check(run.name, holds, f"{facts}, load {os.getloadavg()[0]:.1f}")
         if not holds:
             print(ended.log[-3000:])
     shutil.rmtree(folder)
-    report.end()
+    verdict.end()
 
 
 if __name__ == "__main__":

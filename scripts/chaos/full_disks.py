@@ -24,7 +24,8 @@ from moeyard.parallel.mesh import Mesh
 from moeyard.training.checkpoints.checkpoint import Checkpoints, StoredTensors
 from moeyard.training.checkpoints.files import read_state, verify
 
-from small_runs import Ended, Report, in_parallel, launch, work_folder
+from small_runs import Ended, in_parallel, launch, work_folder
+from verdict import Verdict
 
 SIZES_KIB = (150, 250, 350, 500, 650, 800, 1000, 1300, 1600, 2000)
 STEPS = ["train.steps=12", "train.eval_every=0"]
@@ -107,7 +108,7 @@ def main() -> None:
     parser.add_argument("--limits", type=int, default=16, help="runs with RLIMIT_FSIZE")
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
-    report, folder = Report(), work_folder()
+    verdict, folder = Verdict(), work_folder()
     print(f"seed {chosen.seed}")
     chance = random.Random(chosen.seed)
     command = [sys.executable, "-m", "moeyard.training", str(folder / "run.yaml")]
@@ -126,10 +127,10 @@ def main() -> None:
         passed_over = ended.log.count("Training goes on")
         facts = f"exit {ended.status}, {passed_over} failed saves passed over: {last}"
         facts = re.sub(r"/tmp/\S*/", "", facts)
-        report.check(case.name, not problems, " ".join([*problems, facts]))
-    report.check("some runs went on after a failed save", went_on > 0, went_on)
+        verdict.check(case.name, not problems, " ".join([*problems, facts]))
+    verdict.check("some runs went on after a failed save", went_on > 0, went_on)
     shutil.rmtree(folder)
-    report.end()
+    verdict.end()
 
 
 if __name__ == "__main__":

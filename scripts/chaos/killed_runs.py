@@ -11,7 +11,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from small_runs import ROOT, Report, work_folder
+from small_runs import ROOT, work_folder
+from verdict import Verdict
 
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "training")]
 
@@ -23,7 +24,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=12)
     parser.add_argument("--seed", type=int, default=11)
     chosen = parser.parse_args()
-    report, folder = Report(), work_folder()
+    verdict, folder = Verdict(), work_folder()
     print(f"seed {chosen.seed}")
     config = Path(folder / "run.yaml")
     unbroken = Launch(config, folder / "unbroken")
@@ -34,15 +35,15 @@ def main() -> None:
     hit = kill_at_random(broken, chosen.kills, chosen.seed)
     status = broken.wait()
     found, wanted = digest(broken.run_dir), digest(unbroken.run_dir)
-    report.check(
+    verdict.check(
         f"{chosen.kills} kills", status == 0, f"exit {status}, {hit}, {broken.starts()} starts"
     )
-    report.check("inside saves", hit["inside a save"] > 0, hit["inside a save"])
-    report.check("digest", found == wanted, f"{found[:16]} and {wanted[:16]}")
+    verdict.check("inside saves", hit["inside a save"] > 0, hit["inside a save"])
+    verdict.check("digest", found == wanted, f"{found[:16]} and {wanted[:16]}")
     left = [path.name for path in (broken.run_dir / "checkpoints").iterdir() if path.name[0] == "."]
-    report.check("nothing half written is left", not left, left)
+    verdict.check("nothing half written is left", not left, left)
     shutil.rmtree(folder)
-    report.end()
+    verdict.end()
 
 
 if __name__ == "__main__":

@@ -35,7 +35,8 @@ from moeyard.training.checkpoints.files import read_state
 from moeyard.training.config import RunConfig
 from moeyard.training.trainer import Trainer
 
-from small_runs import Report, work_folder
+from small_runs import work_folder
+from verdict import Verdict
 
 Change = Callable[[Path, random.Random], None]
 
@@ -291,7 +292,7 @@ def main() -> None:
     parser.add_argument("--forgeries", type=int, default=250)
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
-    report, folder = Report(), work_folder()
+    verdict, folder = Verdict(), work_folder()
     print(f"seed {chosen.seed}")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
@@ -315,11 +316,11 @@ def main() -> None:
         outcome = mutated(run, newest, before, older)
         found[outcome] += 1
         if "WRONG" in outcome or "CRASH" in outcome:
-            report.check(f"mutation {number} {change.__name__}", False, outcome)
+            verdict.check(f"mutation {number} {change.__name__}", False, outcome)
     bad = sum(
         n for outcome, n in found.items() if outcome not in ("previous", "unchanged", "sentence")
     )
-    report.check(f"{chosen.mutations} mutations", bad == 0, dict(found))
+    verdict.check(f"{chosen.mutations} mutations", bad == 0, dict(found))
 
     found.clear()
     config = load_config(RunConfig, folder / "run.yaml", [f"run_dir={run}", "train.steps=6"])
@@ -333,11 +334,11 @@ def main() -> None:
         if (run / "canary").exists():
             outcome = "CRASH the pickle was run"
         if outcome not in ("loaded", "sentence"):
-            report.check(f"forgery {number} {change.__name__}", False, outcome)
+            verdict.check(f"forgery {number} {change.__name__}", False, outcome)
     bad = sum(n for outcome, n in found.items() if outcome not in ("loaded", "sentence"))
-    report.check(f"{chosen.forgeries} forgeries", bad == 0, dict(found))
+    verdict.check(f"{chosen.forgeries} forgeries", bad == 0, dict(found))
     shutil.rmtree(folder)
-    report.end()
+    verdict.end()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from moeyard.training.checkpoints.files import verify
 
-from small_runs import VICTIM, Ended, Report, in_parallel, launch, torchrun, work_folder
+from small_runs import VICTIM, Ended, in_parallel, launch, torchrun, work_folder
+from verdict import Verdict
 
 ENGINES = {"ddp": [], "ep": ["parallel.ep=2"], "fsdp": ["parallel.dense=fsdp"]}
 STEP = 3
@@ -26,7 +27,7 @@ def run(engine: str, folder: Path) -> tuple[str, Ended]:
 
 
 def main() -> None:
-    report, folder = Report(), work_folder()
+    verdict, folder = Verdict(), work_folder()
     for engine, ended in in_parallel(lambda engine: run(engine, folder), ENGINES):
         steps = sorted((folder / engine / "checkpoints").glob("step-*"))
         problems = []
@@ -40,13 +41,13 @@ def main() -> None:
             problems.append("the checkpoint from before it is not there")
         if ended.has_traceback:
             problems.append("a worker's traceback")
-        report.check(
+        verdict.check(
             f"{engine}, NaN on rank 1", not problems, " ".join([*problems, *ended.sentences])
         )
         if problems:
             print(ended.log[-3000:])
     shutil.rmtree(folder)
-    report.end()
+    verdict.end()
 
 
 if __name__ == "__main__":

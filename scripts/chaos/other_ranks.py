@@ -12,7 +12,8 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from small_runs import Ended, Report, in_parallel, launch, torchrun, work_folder
+from small_runs import Ended, in_parallel, launch, torchrun, work_folder
+from verdict import Verdict
 
 RANK_1 = """
 import os, sys
@@ -115,7 +116,7 @@ def run(case: Case, number: int, folder: Path) -> tuple[Case, Ended, bool]:
 
 
 def main() -> None:
-    report, folder = Report(), work_folder()
+    verdict, folder = Verdict(), work_folder()
     (folder / "elsewhere").mkdir()
     numbered = list(enumerate(CASES))
     for case, ended, has_trained in in_parallel(lambda n: run(n[1], n[0], folder), numbered):
@@ -130,11 +131,11 @@ def main() -> None:
         if ended.has_traceback:
             problems.append("a worker's traceback")
         facts = said[0] if said else ended.log[-2500:]
-        report.check(
+        verdict.check(
             case.name, not problems, " ".join([*problems, f"{ended.seconds:.0f} s:", facts])
         )
     shutil.rmtree(folder)
-    report.end()
+    verdict.end()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ import sys
 import time
 from collections import Counter
 
-from with_server import Verdict, read, served, wait_for
+from verdict import Verdict
+from with_server import read, served, wait_for
 
 SEED = 7
 PLACES = 8 + 64

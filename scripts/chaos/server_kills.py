@@ -17,7 +17,8 @@ import sys
 import time
 from pathlib import Path
 
-from with_server import Load, Running, Verdict, ask, processes, read, served, wait_for
+from verdict import Verdict
+from with_server import Load, Running, ask, processes, read, served, wait_for
 
 SEED = 5
 BACK_S = 120.0

@@ -14,7 +14,8 @@ import subprocess
 import urllib.error
 import urllib.request
 
-from with_server import ROOT, Verdict, listeners, served
+from verdict import Verdict
+from with_server import ROOT, listeners, served
 
 OPEN = {"ray::ProxyActor", "ray::DashboardAgent", "monitor", "dashboard"}
 """Answer something without a token: health and routes; Ray's metrics."""

@@ -17,7 +17,8 @@ import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from with_server import Verdict, memory_mb, num_files, processes, served, wait_for
+from verdict import Verdict
+from with_server import memory_mb, num_files, processes, served, wait_for
 
 SEED = 11
 CLIENTS = 8

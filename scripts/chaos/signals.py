@@ -21,7 +21,8 @@ from pathlib import Path
 from moeyard.parallel.mesh import Mesh
 from moeyard.training.checkpoints.checkpoint import Checkpoints
 
-from small_runs import Report, end_tree, environment, in_parallel, torchrun, work_folder
+from small_runs import end_tree, environment, in_parallel, torchrun, work_folder
+from verdict import Verdict
 
 LONG = ["train.steps=100000", "checkpoint.every=100000", "train.eval_every=0"]
 GONE_S = 60
@@ -125,11 +126,11 @@ def run(case: Case, folder: Path) -> tuple[Case, list[str], str]:
 
 
 def main() -> None:
-    report, folder = Report(), work_folder()
+    verdict, folder = Verdict(), work_folder()
     for case, problems, facts in in_parallel(lambda case: run(case, folder), CASES):
-        report.check(case.name, not problems, " ".join([*problems, facts]))
+        verdict.check(case.name, not problems, " ".join([*problems, facts]))
     shutil.rmtree(folder)
-    report.end()
+    verdict.end()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
-from with_server import Verdict, ask, connect, memory_mb, num_files, processes, read, served
+from verdict import Verdict
+from with_server import ask, connect, memory_mb, num_files, processes, read, served
 
 SLOW = 200
 IDLE = 3000

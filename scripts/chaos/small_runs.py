@@ -1,10 +1,9 @@
-"""What the chaos scripts share: a tiny run, launches that always end, a verdict."""
+"""What the chaos scripts share: a tiny run, and launches that always end."""
 
 import contextlib
 import json
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -143,41 +142,3 @@ def in_parallel(
     """Run cases a few at a time and yield what they gave, in order."""
     with ThreadPoolExecutor(at_once) as pool:
         yield from pool.map(work, cases)
-
-
-class Report:
-    """Prints checks, and ends the script with 1 after a fault."""
-
-    def __init__(self) -> None:
-        self.faults = 0
-        self.checks = 0
-        self.started = time.monotonic()
-        print(f"command: python {shlex.join(_shown(sys.argv))}")
-        print(
-            f"machine: {os.cpu_count()} cores, {_processor()}, load {os.getloadavg()[0]:.1f}",
-            flush=True,
-        )
-
-    def check(self, name: str, holds: bool, facts: object = "") -> None:
-        """Print one line."""
-        self.checks += 1
-        self.faults += not holds
-        print(f"{'ok   ' if holds else 'FAULT'} {name:42} {facts}", flush=True)
-
-    def end(self) -> None:
-        """Print the sum and leave."""
-        seconds = time.monotonic() - self.started
-        load = f"load {os.getloadavg()[0]:.1f} at the end"
-        print(f"{self.checks} checks, {self.faults} faults, {seconds:.0f} s, {load}")
-        sys.exit(1 if self.faults else 0)
-
-
-def _shown(argv: list[str]) -> list[str]:
-    return [f"scripts/chaos/{Path(argv[0]).name}", *argv[1:]]
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return "a processor that does not say its name"

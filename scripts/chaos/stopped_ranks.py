@@ -19,7 +19,6 @@ from pathlib import Path
 from small_runs import (
     VICTIM,
     Ended,
-    Report,
     end_tree,
     environment,
     in_parallel,
@@ -27,6 +26,7 @@ from small_runs import (
     torchrun,
     work_folder,
 )
+from verdict import Verdict
 
 TIMEOUT_S = 8
 SENTENCE_S = TIMEOUT_S + 10
@@ -112,11 +112,11 @@ def run_until_harmed(case: Case, folder: Path) -> Outcome:
     return outcome
 
 
-def judge(report: Report, outcome: Outcome) -> None:
+def judge(verdict: Verdict, outcome: Outcome) -> None:
     case = outcome.case
     ended = Ended(outcome.status, outcome.gone_s, outcome.log)
     if case.harm == "lock":
-        report.check(
+        verdict.check(
             case.name,
             outcome.status == 0,
             f"exit {outcome.status}; {outcome.sentence or 'no sentence'}",
@@ -136,7 +136,7 @@ def judge(report: Report, outcome: Outcome) -> None:
     if ended.has_traceback and case.harm != "error":
         problems.append("a worker's traceback")
     facts = f"{outcome.sentence_s:4.1f} s, gone {outcome.gone_s:4.1f} s: {outcome.sentence}"
-    report.check(case.name, not problems, " ".join([*problems, facts]))
+    verdict.check(case.name, not problems, " ".join([*problems, facts]))
     if problems:
         print(outcome.log[-3000:])
 
@@ -148,15 +148,15 @@ def main() -> None:
     parser.add_argument("--places", nargs="+", default=list(PLACES))
     parser.add_argument("--ranks", nargs="+", type=int, default=[0, 1])
     chosen = parser.parse_args()
-    report, folder = Report(), work_folder()
+    verdict, folder = Verdict(), work_folder()
     cases = [
         Case(*parts)
         for parts in itertools.product(chosen.engines, chosen.ranks, chosen.places, chosen.harms)
         if not (parts[1] == 1 and parts[2] == "commit")  # rank 0 does that alone
     ]
     for outcome in in_parallel(lambda case: run_until_harmed(case, folder), cases, AT_ONCE):
-        judge(report, outcome)
-    report.end()
+        judge(verdict, outcome)
+    verdict.end()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the scripts that hurt a server share: a model, the server, plain requests, a verdict."""
+"""What the scripts that hurt a server share: a model, the server, plain requests."""
 
 import json
 import os
@@ -16,40 +16,11 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 sys.path[:0] = [str(ROOT / "tests" / "serving"), str(ROOT / "benchmarks")]
 
-from report import environment
 from serve_resilience import Load
 from server_process import BIN, Running, free_port, listeners, name_of
 from small_model import CONFIG, write_random_model
 
 __all__ = ["Load", "listeners"]
-
-
-class Verdict:
-    """Prints what was found; its end is the script's."""
-
-    def __init__(self) -> None:
-        self._faults: list[str] = []
-        facts = environment()
-        self.say(f"$ {facts['command']}")
-        self.say(
-            f"({facts['cores']} cores, {facts['cpu']}; Python {facts['python']}, Ray "
-            f"{facts['versions']['ray']}; commit {facts['commit']}; load "
-            f"{facts['load_average'][0]:.0f} before the start)"
-        )
-
-    def say(self, text: str) -> None:
-        print(text, flush=True)
-
-    def check(self, what: str, is_right: bool, detail: object = "") -> None:
-        """Note whether something held."""
-        self.say(f"{'ok   ' if is_right else 'FAULT'} {what}" + (f": {detail}" if detail else ""))
-        if not is_right:
-            self._faults.append(what)
-
-    def end(self) -> None:
-        """Leave with 1 when anything did not hold."""
-        self.say(f"faults: {len(self._faults)}")
-        sys.exit(1 if self._faults else 0)
 
 
 @contextmanager

@@ -1,12 +1,12 @@
-"""What a client may take of Ray's HTTP proxy before, between and after requests.
+"""Limits on the connections of Ray's HTTP proxy before, between and after requests.
 
-An ASGI application hears of a request when its head has come, and cannot break off a response
-that no one takes in. So the rest is done one level lower, by a protocol class that uvicorn uses in
-place of its own: it only watches and closes, and leaves parsing to uvicorn.
+An ASGI application hears of a request when its head has arrived, and cannot end a response
+whose client does not read. So the rest is done one level lower, by a protocol class that replaces
+uvicorn's. It only watches and closes connections, and leaves parsing to uvicorn.
 
 A connection *waits* while its client owes it something: the rest of a request, or taking in a
 response. Once a second those that wait too long are closed, and the oldest of a client that has
-too many. So a client whose requests come at once never meets a limit, however many they are.
+too many. A client that sends its requests whole never meets a limit, however many they are.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""Read a request's body, of bounded size and in bounded time."""
+"""Read a request's body: at most so many bytes, in at most so many seconds."""
 
 import asyncio
 

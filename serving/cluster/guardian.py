@@ -140,7 +140,7 @@ def children(parent: int) -> list[tuple[int, str, str]]:
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             pid, _, rest = path.read_text(errors="replace").partition(" (")
-        except OSError:  # it has gone meanwhile
+        except OSError:  # the process has ended
             continue
         name, _, values = rest.rpartition(") ")
         state, ppid = values.split()[:2]

@@ -40,7 +40,7 @@ SHORT_FOLDER = "/tmp"
 
 
 class RayStartError(MoeyardError):
-    """Ray did not start; a fresh process may have more luck."""
+    """Ray did not start; a fresh process may succeed."""
 
 
 def prepare() -> Path:
@@ -88,7 +88,7 @@ class Watch:
         threading.Thread(target=self._run, name="ray-watch", daemon=True).start()
 
     def close(self) -> None:
-        """Look no longer: what ends from now on was meant to."""
+        """Stop watching: what ends from now on is meant to end."""
         self._is_closed.set()
 
     def _run(self) -> None:

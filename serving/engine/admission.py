@@ -1,4 +1,4 @@
-"""Who may come in: a bounded number of requests, and nobody while the server drains."""
+"""Which requests are let in: a bounded number, and none while the server drains."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,13 +39,13 @@ class Admission:
         return self._num_open
 
     def drain(self) -> None:
-        """Let nobody in from now on."""
+        """Refuse every request from now on."""
         self.is_draining = True
 
     @contextmanager
     def places(self, count: int) -> Iterator[None]:
-        """Hold ``count`` places, or raise :class:`RequestError` at once: 503 while draining, 429
-        when the queue is full, 400 for more than there could ever be."""
+        """Hold ``count`` places, or raise :class:`RequestError`: 503 while draining, 429 when the
+        queue is full, 400 for more than there could ever be."""
         self._check(count)
         self._num_held += count
         self._num_open += 1

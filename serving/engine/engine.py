@@ -80,7 +80,7 @@ class Engine:
                 )
 
     def cancel(self, request_id: str) -> None:
-        """Forget a request at once, with its cache; unknown ids are ignored."""
+        """Drop a request and its cache; unknown ids are ignored."""
         before = len(self._waiting) + len(self._running)
         self._waiting = deque(s for s in self._waiting if s.request.request_id != request_id)
         self._running = [s for s in self._running if s.request.request_id != request_id]

@@ -137,7 +137,7 @@ class EngineMetrics:
 
 
 class ExpertCollector(Collector):
-    """Expert load, and the store's traffic, read when somebody asks."""
+    """Expert load and the store's traffic, computed when metrics are collected."""
 
     def __init__(self, config: ModelConfig, store: ExpertStore | None) -> None:
         self._store = store
@@ -160,8 +160,10 @@ class ExpertCollector(Collector):
                 self._counts_LE += counts_LE
                 self._tokens += num_tokens
                 if self._store is not None:
-                    before, self._num_waits = self._num_waits, self._store.statistics.num_waits()
-                    self._tokens_without_wait += num_tokens * (before == self._num_waits)
+                    num_waits = self._store.statistics.num_waits()
+                    if num_waits == self._num_waits:
+                        self._tokens_without_wait += num_tokens
+                    self._num_waits = num_waits
 
     def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
         """Yield all families."""

@@ -32,7 +32,7 @@ class GenerationRequest:
     echo: str = ""
     """Text to put in front of the answer."""
     num_logprobs: int | None = None
-    """Likeliest tokens to report beside each one; None reports no log-probabilities."""
+    """Likeliest tokens to report for each token; None reports no log-probabilities."""
     scores_prompt: bool = False
     """Report log-probabilities of the prompt's tokens too, before the first generated one."""
 

@@ -110,7 +110,7 @@ class EngineThread:
             log.exception("the engine failed")
             self._failure = f"the engine failed ({type(error).__name__}); see the server's log"
         finally:
-            # Whatever happened, nobody may wait for ever.
+            # Whatever happened, no client may wait for ever.
             self._fail_all(self._failure or "the engine has stopped")
 
     def _take_commands(self) -> bool:
@@ -141,7 +141,7 @@ class EngineThread:
             listener.put(event)
 
     def _fail_all(self, message: str) -> None:
-        """End every request, those too that are still on their way in."""
+        """End every request, also those that the engine has not taken yet."""
         while not self._commands.empty():
             command = self._commands.get()
             if isinstance(command, _Add):

@@ -96,7 +96,7 @@ class ServingTokenizer:
         return str(piece).replace(WORD_START, " ").encode()
 
     def token_name(self, token: int) -> str:
-        """Return the text of one id; what is no text is spelled out, so that names differ."""
+        """Return the text of one id; bytes that are not text are spelled out as numbers."""
         spelled = self.token_bytes(token)
         if not spelled:
             return f"token_id:{token}"
@@ -117,14 +117,14 @@ class ServingTokenizer:
             self._render([{"role": "user", "content": "a"}])
         except TemplateFault as fault:
             if fault.kind == "refusal":
-                return  # it wants other messages than this one; what it says is for those who ask
+                return  # it wants other messages than this one
             self.close()
             if fault.kind == "syntax":
                 raise ConfigError(
-                    f"the chat template of {source} is not Jinja ({fault}); mend it."
+                    f"the chat template of {source} is not Jinja ({fault}); correct it."
                 ) from None
             raise ConfigError(
-                f"the chat template of {source} fails on a plain message ({fault}); mend it, or "
+                f"the chat template of {source} fails on a plain message ({fault}); correct it, or "
                 "give another with --chat-template."
             ) from None
 

@@ -40,7 +40,7 @@ class OffloadedExperts(LayerExperts):
         needed = torch.nonzero(counts_E).flatten().tolist()
         waves = start_waves(x_ND, experts_NK, weights_NK, self._num_experts)
         try:
-            # Closed at once when computing fails: the store must be whole before the next forward.
+            # Closed also when computing fails: the next forward needs a consistent store.
             with closing(self._store.stream(self._layer, needed)) as stream:
                 for ready, experts in stream:
                     waves.add(experts, only=ready)

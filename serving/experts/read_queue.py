@@ -104,7 +104,7 @@ class ReadQueue:
         with self._changed:
             read = self._waiting.pop()
         if read is None:
-            return  # cancelled meanwhile
+            return  # it was cancelled
         try:
             while read.parts:
                 read.parts[0]()

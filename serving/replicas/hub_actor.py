@@ -13,24 +13,24 @@ from typing import Any, Literal
 
 import ray
 
-from .metrics_hub import Hub
+from .metrics_hub import MetricsHub
 
 NAMESPACE = "moeyard"
 
 Stage = Literal["serving", "draining", "ending"]
-"""Serving; letting nobody in but finishing; ending what is left."""
+"""``draining`` refuses new requests and finishes the others; ``ending`` ends the others too."""
 
 
 class HubActor:
-    """A :class:`Hub` that replicas reach through Ray."""
+    """A :class:`MetricsHub` that replicas reach through Ray."""
 
     def __init__(self) -> None:
-        self._hub = Hub()
+        self._hub = MetricsHub()
         self._stage: Stage = "serving"
         self._changed = asyncio.Event()
 
     async def push(self, *report: Any) -> None:
-        """Take a replica's report in, see :meth:`Hub.push`."""
+        """Take a replica's report in, see :meth:`MetricsHub.push`."""
         self._hub.push(*report)
 
     async def end(self, incarnation: str, *report: Any) -> None:
@@ -44,7 +44,7 @@ class HubActor:
         return self._hub.render()
 
     async def set_stage(self, stage: Stage) -> None:
-        """Tell every replica, those too that start later."""
+        """Tell every replica, also those that start later."""
         self._stage = stage
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
@@ -56,7 +56,7 @@ class HubActor:
         return self._stage
 
     async def is_drained(self) -> bool:
-        """See :meth:`Hub.is_drained`."""
+        """See :meth:`MetricsHub.is_drained`."""
         return self._hub.is_drained()
 
 

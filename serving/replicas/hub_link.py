@@ -1,4 +1,4 @@
-"""A replica's end of the line to the hub: a thread that reports and listens."""
+"""A replica's connection to the metrics hub: a thread that reports and listens."""
 
 import asyncio
 import logging
@@ -38,10 +38,10 @@ class HubLink:
             text: bytes = await asyncio.wait_for(answer, ANSWER_TIMEOUT_S)
             return text
         except (RayError, TimeoutError) as error:
-            # Only this replica's metrics would look as if counters had gone back.
+            # This replica's metrics alone would look as if counters had gone back.
             log.warning("the metrics hub does not answer: %s", type(error).__name__)
             raise RequestError(
-                "the metrics of the other replicas are not to be had now; try again.",
+                "the other replicas' metrics are unavailable; try again.",
                 code="unavailable",
                 status=503,
                 retry_after_s=1,

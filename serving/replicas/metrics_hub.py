@@ -21,7 +21,7 @@ Family = tuple[str, str, str, tuple[tuple[str, Labels, float], ...]]
 Snapshot = tuple[Family, ...]
 
 LIVES_FOR_S = 10.0
-"""An incarnation that has not been heard of for so long has no part in gauges."""
+"""Gauges leave out an incarnation that has been silent for so long."""
 FOLDED_AFTER_S = 900.0
 """Silence after which an incarnation counts as ended: Ray has replaced it long before."""
 
@@ -57,7 +57,7 @@ class Incarnation:
     is_draining: bool
 
 
-class Hub:
+class MetricsHub:
     """The latest snapshot of every incarnation, and the sum of those that ended."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the guardian is
 
 PROGRAM = """
 import os, subprocess, sys, time
-from moeyard.serving.guardian import run_guarded
+from moeyard.serving.cluster.guardian import run_guarded
 from pathlib import Path
 pids = Path(sys.argv[1])
 

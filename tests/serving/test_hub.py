@@ -12,7 +12,12 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from moeyard.serving.engine import metrics as metrics_module
 from moeyard.serving.engine.metrics import EngineMetrics
-from moeyard.serving.replicas.metrics_hub import FOLDED_AFTER_S, LIVES_FOR_S, Hub, snapshot_of
+from moeyard.serving.replicas.metrics_hub import (
+    FOLDED_AFTER_S,
+    LIVES_FOR_S,
+    MetricsHub,
+    snapshot_of,
+)
 
 from small_model import CONFIG
 
@@ -65,7 +70,7 @@ EVENTS = st.lists(
 def test_counts_are_those_of_one_process_and_never_go_back(events):
     """Replicas push after every observation here, so none is lost."""
     clock, whole = Clock(), Counted()
-    hub = Hub(clock)
+    hub = MetricsHub(clock)
     lives = {slot: (f"{slot}.0", Counted()) for slot in range(4)}
     before = {}
     for slot, action, reason, seconds in events:
@@ -95,7 +100,7 @@ def test_counts_are_those_of_one_process_and_never_go_back(events):
 
 def test_gauges_are_those_of_the_living():
     clock = Clock()
-    hub = Hub(clock)
+    hub = MetricsHub(clock)
     first, second = Counted(), Counted()
     first.running.set(3)
     second.running.set(4)
@@ -110,7 +115,7 @@ def test_gauges_are_those_of_the_living():
 
 
 def test_what_comes_after_the_end_is_not_counted_twice():
-    hub, counted = Hub(), Counted()
+    hub, counted = MetricsHub(), Counted()
     counted.observe("stop", 1)
     hub.push("a", "r1", counted.snapshot())
     hub.end("a")
@@ -135,7 +140,7 @@ ROWS = [
 
 
 def test_load_follows_from_the_rows_of_all_replicas():
-    hub = Hub()
+    hub = MetricsHub()
     for number, rows_LE in enumerate(ROWS):
         hub.push(str(number), f"r{number}", snapshot_of(engine_metrics(rows_LE).registry))
     found = samples(hub.render())
@@ -153,7 +158,7 @@ def test_load_follows_from_the_rows_of_all_replicas():
 
 def test_a_ratio_that_cannot_be_added_keeps_its_replica(monkeypatch):
     monkeypatch.setattr(metrics_module, "MAX_EXPERT_SERIES", 1)  # no rows per expert are exported
-    hub, expected = Hub(), {}
+    hub, expected = MetricsHub(), {}
     for number, rows_LE in enumerate(ROWS):
         metrics = engine_metrics(rows_LE)
         hub.push(str(number), f"r{number}", snapshot_of(metrics.registry))
@@ -167,7 +172,7 @@ def test_a_ratio_that_cannot_be_added_keeps_its_replica(monkeypatch):
 
 def test_is_drained_when_every_living_replica_has_said_so():
     clock = Clock()
-    hub = Hub(clock)
+    hub = MetricsHub(clock)
     hub.push("a", "r1", (), 0, True)
     hub.push("b", "r2", (), 0, False)
     assert not hub.is_drained()
