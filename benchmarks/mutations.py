@@ -85,8 +85,8 @@ MUTATIONS = [
     (
         "the loss has a constant factor",
         "training/step.py",
-        "loss = part.cross_entropy_sum / global_tokens",
-        "loss = part.cross_entropy_sum / (2 * global_tokens)",
+        "loss = part.loss_sum / divisor",
+        "loss = part.loss_sum / (2 * divisor)",
         "tests/training/test_gradients.py",
     ),
     (

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from ...errors import ConfigError
 from ...kernels.linear import row_stable_linear
 from ...kernels.router import choose, project_and_choose
-from ...kernels.values.choice import ChoiceRule, probabilities, scores, where_valid
-from .loss_terms import BalanceSums, GlobalCounts, LayerLosses, sequence_balance
+from ...kernels.values.choice import ChoiceRule, scores
+from .loss_terms import BalanceSums, GlobalCounts, LayerLosses
 from .router import Router, RouterConfig, RouterSizes
 from .routing import Lookahead, RouterInput, Routing, count_tokens
+from .sequence_balance import add_sequence_balance
 from .token_rounding import round_tokens
 
 TRAINING_ONLY = (
@@ -164,9 +165,10 @@ class TopKRouter(Router):
         x_TD, valid_T = router_input.x_TD, router_input.valid_T
         assert x_TD is not None, "the caller must hand over hidden rows"
         if not self.training and valid_T is None:
-            routing = self._route_in_cpp(x_TD)
-            if routing is not None:
-                return routing
+            bias_E = self.e_score_correction_bias
+            found = project_and_choose(x_TD, self.weight, self.bias, bias_E, self.rule)
+            if found is not None:
+                return Routing(*found[:3], num_tokens=torch.tensor(x_TD.shape[0]))
         logits_TE = self._logits(x_TD)
         bias_E = self.e_score_correction_bias
         choices = choose(logits_TE, bias_E, valid_T, self.rule, wants_sums=self.training)
@@ -179,7 +181,7 @@ class TopKRouter(Router):
         if choices.sums is not None:
             routing.extras = choices.sums._asdict()
         if self.training and self.config.sequence_balance_loss:
-            self._add_sequence_balance(routing, logits_TE, router_input)
+            add_sequence_balance(routing, logits_TE, router_input, self.rule)
         if self.training and self.config.round_rows_to:
             routing.experts_TK, routing.weights_TK = round_tokens(
                 routing.experts_TK,
@@ -188,13 +190,6 @@ class TopKRouter(Router):
                 self.config.round_rows_to,
             )
         return routing
-
-    def _route_in_cpp(self, x_TD: Tensor) -> Routing | None:
-        bias_E = self.e_score_correction_bias
-        found = project_and_choose(x_TD, self.weight, self.bias, bias_E, self.rule)
-        if found is None:
-            return None
-        return Routing(*found[:3], num_tokens=torch.tensor(x_TD.shape[0]))
 
     def losses(self, routing: Routing, counts: GlobalCounts) -> LayerLosses:
         """Return balance, sequence balance and z; see :class:`TopK`.
@@ -252,16 +247,3 @@ class TopKRouter(Router):
             else:
                 logits = row_stable_linear(x_TD, self.weight.to(dtype))
         return logits if self.bias is None else logits + self.bias.to(dtype)
-
-    def _add_sequence_balance(
-        self, routing: Routing, logits_TE: Tensor, router_input: RouterInput
-    ) -> None:
-        valid_T = router_input.valid_T
-        scores_TE = probabilities(scores(logits_TE, self.rule), valid_T, self.rule)
-        # DeepSeek-V3 eq. 18 counts the best plain scores, whatever bias and groups choose: a
-        # bias that evens the load must not hide the sequence's own imbalance.
-        best_TK = where_valid(valid_T, scores_TE.topk(self.k, dim=-1).indices)
-        lengths = router_input.lengths or (len(scores_TE),)
-        total, num_sequences = sequence_balance(scores_TE, best_TK, lengths)
-        routing.extras["sequence_balance_sum"] = total
-        routing.extra_counts["num_sequences"] = num_sequences

@@ -15,6 +15,7 @@ FLOORS = [
     ["parallel"],
     ["training", "serving"],
     ["doctor"],
+    ["commands"],
     ["cli", "__init__"],
 ]
 """From the ground up. A floor may import the floors below it, and a folder its own files."""
