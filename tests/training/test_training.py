@@ -24,7 +24,7 @@ from moeyard.training.checkpoints.files import read_state, verify
 from moeyard.training.config import OptimizerConfig, RunConfig
 from moeyard.training.optimizer import learning_rate
 from moeyard.training.run.folder import claim_run_folder
-from moeyard.training.run.stop import StopRequest
+from moeyard.training.stop import StopRequest
 from moeyard.training.trainer import Trainer
 
 from kills import digest
