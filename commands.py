@@ -58,7 +58,7 @@ def run_tokenize(arguments: argparse.Namespace) -> None:
     from .configuration import validate_config
     from .training.config import DataConfig
     from .training.data.tokenize import LEARNT_IDS, tokenize
-    from .training.run.stop import StopRequest
+    from .training.stop import StopRequest
 
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     values = {name: value for name, value in given.items() if name in DataConfig.model_fields}

@@ -23,7 +23,7 @@ from .run.agreement import check_same_start
 from .run.allocator import keep_freed_memory
 from .run.folder import claim_run_folder, dump_config
 from .run.shared_folder import check_shared_folder
-from .run.stop import StopRequest
+from .stop import StopRequest
 from .trainer import Trainer
 
 INTERRUPTED = 130

@@ -16,9 +16,9 @@ from ..parallel.mesh import Mesh
 from .config import RunConfig
 from .device import device
 from .objectives.objective import Objective
-from .observers.phases import PhaseClock
 from .optimizer import MasterAdamW, learning_rate
 from .parallelize import Parallel
+from .phases import PhaseClock
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,15 +15,15 @@ from .objectives.objective import Objective
 from .objectives.table import DEFAULT, OBJECTIVES
 from .observers.console import TrainingConsole
 from .observers.open import open_observers
-from .observers.phases import PhaseAverage
 from .parallelize import parallelize
+from .phases import PhaseAverage
 from .run.agreement import check_same_beginning
 from .run.folder import dump_config
 from .run.starts import note_start
-from .run.stop import StopRequest
 from .saves import Saves
 from .setup import build_model, check_batch, fill_vocabulary
 from .step import StepResult, TrainStep
+from .stop import StopRequest
 
 
 class Trainer:

@@ -276,7 +276,7 @@ def forged(config: RunConfig, run: Path) -> str:
 
 
 def resume(config: RunConfig, run: Path) -> None:
-    Trainer(config, run, Mesh())._resume()
+    Trainer(config, run, Mesh()).saves.resume()
 
 
 def read_all(config: RunConfig, run: Path) -> None:

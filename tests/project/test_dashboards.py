@@ -18,8 +18,8 @@ from moeyard.moe.folders.folder import ModelFolder
 from moeyard.serving.engine.metrics import EngineMetrics
 from moeyard.serving.experts.store import ExpertStore
 from moeyard.training.config import RunConfig
-from moeyard.training.observers.phases import PHASES
 from moeyard.training.observers.prometheus import PrometheusPort
+from moeyard.training.phases import PHASES
 from moeyard.training.step import StepResult
 
 from launch import free_port

@@ -17,8 +17,8 @@ from moeyard.training.data.held_out import find_split
 from moeyard.training.data.shards import ShardWriter, open_shard
 from moeyard.training.data.sources import open_source
 from moeyard.training.data.tokenizer import ByteTokenizer, FolderTokenizer, open_tokenizer
-from moeyard.training.run.stop import StopRequest
-from moeyard.training.run.work import LongWork
+from moeyard.training.stop import StopRequest
+from moeyard.training.work import LongWork
 
 BYTES = ByteTokenizer()
 

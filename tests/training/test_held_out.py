@@ -14,8 +14,8 @@ from moeyard.training.data.documents import Text
 from moeyard.training.data.held_out import Split, digest_of, every_nth, find_split
 from moeyard.training.data.sources import open_source
 from moeyard.training.data.tokenizer import ByteTokenizer
-from moeyard.training.run.stop import StopRequest
-from moeyard.training.run.work import LongWork
+from moeyard.training.stop import StopRequest
+from moeyard.training.work import LongWork
 
 BYTES = ByteTokenizer()
 

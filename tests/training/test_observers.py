@@ -20,9 +20,9 @@ from moeyard.parallel.mesh import Mesh
 from moeyard.training.__main__ import main
 from moeyard.training.config import RunConfig
 from moeyard.training.observers.observers import Observer, Observers
-from moeyard.training.observers.phases import PHASES, PhaseAverage, PhaseClock
 from moeyard.training.observers.prometheus import PrometheusPort
 from moeyard.training.observers.weights_and_biases import WeightsAndBiases
+from moeyard.training.phases import PHASES, PhaseAverage, PhaseClock
 from moeyard.training.step import StepResult
 from moeyard.training.trainer import Trainer
 

@@ -17,8 +17,8 @@ from moeyard.training.checkpoints import checkpoint
 from moeyard.training.checkpoints.checkpoint import Checkpoints, StoredTensors
 from moeyard.training.checkpoints.dcp_reader import FileSystemWriter, SafeFileSystemReader
 from moeyard.training.checkpoints.files import read_state, verify
-from moeyard.training.run.folder import MetricsLog
-from moeyard.training.run.stop import StopRequest
+from moeyard.training.observers.metrics_log import MetricsLog
+from moeyard.training.stop import StopRequest
 
 EVERY_STEP = ("checkpoint.every=1", "train.steps=5")
 

@@ -91,7 +91,7 @@ def test_the_tokenizer_is_the_folders_unless_it_has_the_same_ids(tmp_path, confi
     from moeyard.training.data.bpe import train_bpe
     from moeyard.training.data.text import build_data
     from moeyard.training.data.tokenizer import ByteTokenizer
-    from moeyard.training.run.stop import StopRequest
+    from moeyard.training.stop import StopRequest
 
     for name in ("bytes", "bpe"):
         save("mixtral", tmp_path / name, vocab_size=400)
@@ -129,7 +129,7 @@ def test_validation_reads_no_folder(tmp_path):
     from moeyard.training.config import RunConfig
 
     values = {"run_dir": "unused", "start_from": f"{tmp_path}/nowhere", "train": {"steps": 1}}
-    values |= {"model": {"d_model": 32, "num_layers": 1, "num_heads": 2}}
+    values |= {"model": {"d_model": 32, "num_layers": 1, "num_heads": 2, "d_ff": 64}}
     assert validate_config(RunConfig, values).start_from == f"{tmp_path}/nowhere"
     with pytest.raises(ConfigError, match=r"nowhere', which cannot be used: .*config\.json"):
         complete_run_config(values)

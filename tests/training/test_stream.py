@@ -27,7 +27,7 @@ from moeyard.training.data.stream import StreamBatches
 from moeyard.training.data.stream_setup import prepare_stream
 from moeyard.training.data.text import build_data
 from moeyard.training.data.tokenizer import ByteTokenizer
-from moeyard.training.run.stop import StopRequest
+from moeyard.training.stop import StopRequest
 
 from kills import Launch, digest, kill_at_random, wait_until
 from launch import environment, torchrun

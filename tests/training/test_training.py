@@ -17,14 +17,14 @@ import yaml
 from moeyard.configuration import load_config
 from moeyard.errors import CheckpointError, ConfigError, TrainingError
 from moeyard.parallel.mesh import Mesh
-from moeyard.training import trainer
+from moeyard.training import saves
 from moeyard.training.__main__ import main
 from moeyard.training.checkpoints.checkpoint import Checkpoints
 from moeyard.training.checkpoints.files import read_state, verify
 from moeyard.training.config import OptimizerConfig, RunConfig
 from moeyard.training.optimizer import learning_rate
 from moeyard.training.run.folder import claim_run_folder
-from moeyard.training.run.stop import StopRequest
+from moeyard.training.stop import StopRequest
 from moeyard.training.trainer import Trainer
 
 from kills import digest
@@ -337,7 +337,7 @@ def test_a_checkpoint_from_before_the_routers_newest_fields_means_their_defaults
     assert run_here(config_file, run) == 0
     before = digest(run)
     shutil.rmtree(run / "checkpoints" / "step-00000006")
-    monkeypatch.setattr(trainer, "read_state", older)
+    monkeypatch.setattr(saves, "read_state", older)
     capsys.readouterr()
     assert run_here(config_file, run) == 0
     assert "event=resumed step=3 " in capsys.readouterr().err

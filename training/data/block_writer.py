@@ -9,7 +9,7 @@ import numpy as np
 
 from ...errors import DataError, Stopped
 from ...parallel.watch.pulse import pulse
-from ..run.stop import StopRequest
+from ..stop import StopRequest
 from .blocks import Blocks
 from .token_stream import StreamPosition, TokenStream
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from ..run.stop import StopRequest
-from ..run.work import LongWork
+from ..stop import StopRequest
+from ..work import LongWork
 from .documents import Document
 from .tokenizer import END_OF_TEXT, write_tokenizer_files
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from ...errors import DataError
 from ..config import DataConfig
-from ..run.stop import StopRequest
-from ..run.work import LongWork
+from ..stop import StopRequest
+from ..work import LongWork
 from .documents import Source
 from .held_out import Split, find_split
 from .shards import ShardWriter, TokenShard, hash_of_documents, open_shard, read_facts

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from ...errors import DataError
-from ..run.work import LongWork
+from ..work import LongWork
 from .documents import Document, Source
 
 DIGEST_BYTES = 16

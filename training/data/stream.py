@@ -19,7 +19,7 @@ from torch import Tensor
 from ...files import replace_text
 from ...parallel.mesh import Mesh
 from ..config import RunConfig
-from ..run.stop import StopRequest
+from ..stop import StopRequest
 from .block_writer import BlockWriter
 from .blocks import Blocks
 from .hub import HubSource

@@ -9,8 +9,8 @@ from typing import Any
 from ...errors import DataError
 from ...files import replace_text
 from ..config import RunConfig
-from ..run.stop import StopRequest
-from ..run.work import LongWork
+from ..stop import StopRequest
+from ..work import LongWork
 from .corpus import NAMES, has_own_eval, is_shard, make_folder, open_eval_source, prepare_eval
 from .documents import HUB, Text
 from .held_out import digest_of, every_nth

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ...parallel.mesh import Mesh
 from ..config import RunConfig
-from ..run.stop import StopRequest
+from ..stop import StopRequest
 from .batches import Batches, GlobalBatches
 from .corpus import open_eval_shard, open_shards, prepare_shards
 from .stream import StreamBatches

@@ -11,8 +11,8 @@ from jinja2.sandbox import SandboxedEnvironment
 from ...errors import DataError
 from ...files import sync
 from ..config import DataConfig
-from ..run.stop import StopRequest
-from ..run.work import LongWork
+from ..stop import StopRequest
+from ..work import LongWork
 from .bpe import SMALLEST, train_bpe
 from .corpus import NAMES, has_own_eval, is_shard, open_eval_source, write_both, write_one
 from .documents import Document

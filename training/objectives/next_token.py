@@ -16,7 +16,7 @@ from ...parallel.mesh import Mesh
 from ..config import RunConfig
 from ..data.text import Data, build_data
 from ..device import device
-from ..run.stop import StopRequest
+from ..stop import StopRequest
 from .objective import HeldOut, MicroBatchLoss, Objective
 
 

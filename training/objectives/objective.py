@@ -18,7 +18,7 @@ from ...moe.routers.routing import Routing
 from ...parallel.mesh import Mesh
 from ..config import RunConfig
 from ..data.text import Data
-from ..run.stop import StopRequest
+from ..stop import StopRequest
 
 
 @dataclass(slots=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 from ...moe.config.model import ModelConfig
 from ...parallel.mesh import Mesh
 from ..config import RunConfig
-from ..run.folder import MetricsLog
+from .metrics_log import MetricsLog
 from .observers import Observer, Observers
 
 

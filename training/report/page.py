@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ...errors import ConfigError
 from ...files import replace_text
-from ..observers.phases import PHASES
+from ..phases import PHASES
 from .cards import facts
 from .charts import (
     BOTTOM,

@@ -3,7 +3,7 @@
 import signal
 from types import FrameType
 
-from ...parallel.parent import is_torchrun_worker
+from ..parallel.parent import is_torchrun_worker
 
 
 class StopRequest:

@@ -1,8 +1,8 @@
 """Long work outside the training loop: visible while it runs, and ended when asked."""
 
-from ...errors import Stopped
-from ...parallel.watch.pulse import pulse
-from ...progress import Progress
+from ..errors import Stopped
+from ..parallel.watch.pulse import pulse
+from ..progress import Progress
 from .stop import StopRequest
 
 
