@@ -41,6 +41,16 @@ ROOMS = {
         ["mesh", "process"],
         ["dense", "experts"],
     ],
+    "training": [
+        ["config", "device", "phases", "precision", "stop"],
+        ["optimizer", "parallelize", "work"],
+        ["data"],
+        ["checkpoints", "objectives", "run"],
+        ["read_config", "report", "saves", "setup", "step"],
+        ["observers"],
+        ["trainer"],
+        ["__main__"],
+    ],
     "serving": [
         ["experts", "templates"],
         ["engine", "memory"],
