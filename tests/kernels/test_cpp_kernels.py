@@ -12,6 +12,7 @@ from moeyard.kernels.cpu import library
 from moeyard.kernels.cpu.linear import linear
 from moeyard.kernels.cpu.norm import rms_norm
 from moeyard.kernels.experts import expert_mlp
+from moeyard.kernels.router import project_and_choose
 from moeyard.kernels.values.activation import ACTIVATIONS
 from moeyard.kernels.values.expert_weights import ExpertWeights
 from moeyard.kernels.values.main_grads import MainGrads
@@ -235,7 +236,8 @@ def routers(dtype, **options):
 def test_routers_choose_and_weigh_as_in_fp64(dtype, options):
     router, x, wide = routers(dtype, **options)
     found, expected = router.route(RouterInput(x)), wide.route(RouterInput(x.double()))
-    assert router._route_in_cpp(x) is not None
+    bias = router.e_score_correction_bias
+    assert project_and_choose(x, router.weight, router.bias, bias, router.rule) is not None
     assert found.experts_TK.dtype == torch.int32 and found.weights_TK.dtype == torch.float32
     assert torch.equal(found.experts_TK, expected.experts_TK)
     torch.testing.assert_close(found.weights_TK.double(), expected.weights_TK, rtol=2e-5, atol=1e-6)

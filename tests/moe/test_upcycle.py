@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, Qwen3MoeForCausalLM
 
 import moeyard
 from moeyard.cli import main
-from moeyard.kernels.router import choose
+from moeyard.kernels.router import choose, project_and_choose
 from moeyard.kernels.values.choice import ChoiceRule
 from moeyard.moe.folders.upcycle import upcycle
 from moeyard.moe.routers.topk import TopK, TopKRouter
@@ -116,7 +116,7 @@ def test_the_rule_that_the_lower_id_wins_keeps_tied_copies_whole():
     router.weight.data.copy_(rows_2D[[0, 1, 0, 0, 1, 1]].repeat_interleave(4, dim=0))
     x_TD = torch.randn(200, 16, generator=generator)
     with torch.no_grad():
-        found = router._route_in_cpp(x_TD)
+        found = project_and_choose(x_TD, router.weight, None, None, router.rule)
     if found is None:
         pytest.skip("the C++ kernels are not here")
     assert_whole_copies(found.experts_TK, 4)

@@ -14,7 +14,6 @@ import yaml
 
 import moeyard
 from moeyard.cli import main
-from moeyard.configuration import load_config
 from moeyard.errors import ConfigError, MoeyardError
 from moeyard.moe.folders.convert import convert
 from moeyard.moe.routers import own_code
@@ -22,6 +21,7 @@ from moeyard.moe.routers.own_code import allow
 from moeyard.serving.app import build
 from moeyard.serving.server import ServeArgs, Server, check_model
 from moeyard.training.config import RunConfig
+from moeyard.training.read_config import read_run_config
 
 from http_calls import call
 from launch import run
@@ -157,12 +157,12 @@ def test_nothing_permits_itself(folder, run_dir, config, tmp_path, what, capsys)
         elif what == "serve":
             check_model(ServeArgs(model=str(folder)))
         elif what == "train":
-            load_config(RunConfig, config)
+            read_run_config(config)
         elif what == "start_from":
             start = tmp_path / "start.yaml"
             values = {"run_dir": "unused", "start_from": str(folder), "train": {"steps": 1}}
             start.write_text(yaml.safe_dump(values))
-            load_config(RunConfig, start)
+            read_run_config(start)
         elif what == "convert":
             convert(folder, tmp_path / "out")
         else:
