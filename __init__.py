@@ -1,7 +1,7 @@
 """moeyard: sparse Mixture-of-Experts models, trained with torchrun, served with Ray Serve.
 
-Names are loaded when they are first used, so that starting a command or a worker costs no import
-of torch before it is needed.
+Names are loaded when they are first used, so that a command or a worker imports torch only when it
+needs it.
 """
 
 import importlib

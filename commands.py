@@ -8,7 +8,7 @@ from .errors import MoeyardError, Stopped
 
 
 def report_errors(work: Callable[[], int | None]) -> int:
-    """Do ``work`` and turn what it raises into a sentence and a status."""
+    """Do ``work``; print an error as one sentence and return the exit status."""
     try:
         status = work()
     except Stopped as stopped:
@@ -33,7 +33,7 @@ def run_export(arguments: argparse.Namespace) -> None:
 
 
 def run_convert(arguments: argparse.Namespace) -> None:
-    """Write a Hugging Face folder in another type."""
+    """Write a Hugging Face folder in another dtype."""
     from .moe.folders.convert import convert
     from .moe.routers.own_code import allow
 

@@ -90,9 +90,9 @@ def _sentence(model: type[BaseModel], values: dict[str, Any], problem: Any) -> s
 
 
 def _path_in(values: Any, location: tuple[int | str, ...], is_absent: bool) -> Iterator[str]:
-    """Drop the parts of pydantic's location that name a union's branch and not a key.
+    """Drop the parts of pydantic's location that name a branch of a union rather than a key.
 
-    ``is_absent`` says that the last part names a key that need not be there.
+    ``is_absent`` says that the last part names a key that may be missing.
     """
     for index, part in enumerate(location):
         is_last = index == len(location) - 1

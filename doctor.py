@@ -1,7 +1,7 @@
-"""``moeyard doctor``: what this machine has, and whether the expert backends compute right on it.
+"""``moeyard doctor``: what this machine has, and whether the expert backends compute correctly.
 
-Optional packages are looked up and never imported: some take seconds or end the process where
-their libraries are missing.
+Optional packages are looked up and never imported: some take seconds to import, or end the process
+if their libraries are missing.
 """
 
 import importlib.metadata
@@ -16,7 +16,7 @@ from . import __version__
 from .kernels.experts import BackendCheck, check_backends
 
 ISA_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "sve", "bf16")
-"""The vector units that decide how fast BLAS is; the last two are Arm's."""
+"""The vector units that decide how fast BLAS is. ``sve`` and ``bf16`` are Arm's."""
 
 PACKAGES = {
     "ray": "serving needs it: pip install 'ray[serve]'",
@@ -26,7 +26,7 @@ PACKAGES = {
     "tensorboard": "optional: pip install 'moeyard[tensorboard]'",
     "wandb": "optional: pip install 'moeyard[wandb]'",
 }
-"""What to say where a package is missing."""
+"""What to print for a missing package."""
 
 
 def examine() -> tuple[dict[str, Any], list[BackendCheck]]:
@@ -36,7 +36,7 @@ def examine() -> tuple[dict[str, Any], list[BackendCheck]]:
 
 
 def as_json(facts: dict[str, Any], checks: list[BackendCheck]) -> dict[str, Any]:
-    """Return everything in plain values; ``passed`` is the verdict."""
+    """Return everything as plain values; ``passed`` is False if any backend fails."""
     listed = [asdict(check) | {"passed": check.passed} for check in checks]
     return {**facts, "backends": listed, "passed": not any(check.failed for check in checks)}
 
@@ -134,7 +134,7 @@ def _torch() -> dict[str, str]:
 
 
 def _packages() -> dict[str, str]:
-    """Return each package's version, or why it is not there."""
+    """Return each package's version, or how to install it."""
     found = {}
     for name, remedy in PACKAGES.items():
         try:
@@ -148,7 +148,7 @@ def _packages() -> dict[str, str]:
 
 
 def _read(path: str) -> str:
-    """Return a file's text, or nothing where the system has no such file."""
+    """Return a file's text, or "" if it cannot be read."""
     try:
         return Path(path).read_text(encoding="utf-8")
     except OSError:

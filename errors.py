@@ -5,11 +5,11 @@
     +-- DataError         a text file, token shard or tokenizer that cannot be used
     +-- ModelFileError    a model folder that is missing something, damaged or of an unknown kind
     +-- ExpertReadError   an expert's bytes could not be read while serving
-    +-- CheckpointError   no training checkpoint is whole
+    +-- CheckpointError   a training checkpoint that cannot be written or read
     +-- TrainingError     training cannot go on (a loss that is not finite)
     |   +-- LostRankError     another rank has ended, is silent or keeps this one waiting
-    +-- Stopped           somebody asked for it while work was under way; not a failure
-    +-- RequestError      an HTTP request that asks for something that cannot be given
+    +-- Stopped           a signal ended work that was under way; not a failure
+    +-- RequestError      an HTTP request that cannot be served
 
 Every message is one sentence with the field, the value and the remedy. Commands print the message
 without a traceback; anything that is not a MoeyardError is our bug and keeps its traceback.

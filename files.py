@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and files that others wrote."""
+"""Write files whole or not at all, and read files that others may have made."""
 
 import errno
 import hashlib
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` so that a crash leaves the old contents or the new."""
+    """Write ``text`` to ``path``; a crash leaves either the old contents or the new."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     sync(temporary)
@@ -32,7 +32,7 @@ def sha256_of(path: Path) -> str:
 
 
 def read_small_file(path: Path, max_bytes: int) -> bytes:
-    """Return the contents of a file that somebody else may have made.
+    """Return the contents of an untrusted file.
 
     Raises ``OSError`` for pipes and devices, which might never end, and for more than
     ``max_bytes``.
@@ -45,8 +45,7 @@ def read_small_file(path: Path, max_bytes: int) -> bytes:
 
 
 def check_small_file(path: Path, max_bytes: int) -> None:
-    """Raise ``OSError`` for what :func:`read_small_file` would not read; for libraries that open
-    files themselves."""
+    """Raise ``OSError`` if :func:`read_small_file` would, for libraries that open files."""
     _check_status(path, path.stat(), max_bytes)
 
 

@@ -17,16 +17,16 @@ from rich.progress import (
 from rich.progress import Progress as Bar
 
 FIRST_LINE_S = 2
-"""Work that is done before anybody could wonder leaves no line."""
+"""Work that ends sooner prints no line."""
 LINE_EVERY_S = 5
 REFRESH_S = 0.1
 
 
 class Progress:
-    """Shows how far ``event`` is, on standard error.
+    """Shows the progress of ``event`` on standard error.
 
-    ``total`` is what the amounts given to :meth:`advance` will come to, None when nobody knows;
-    ``in_bytes`` says that they are bytes. Used by one thread.
+    ``total`` is the sum of the amounts that :meth:`advance` will get, None if unknown. ``in_bytes``
+    says that the amounts are bytes. Used by one thread.
     """
 
     def __init__(self, event: str, total: int | None = None, *, in_bytes: bool = False) -> None:

@@ -23,8 +23,8 @@ from .trust import uses_cpp
 def attend_causally(q_BLQH: Tensor, k_BLGH: Tensor, v_BLGH: Tensor) -> Tensor | None:
     """Return ``softmax(q k^T / sqrt(H) below the diagonal) v`` with its backward, ``[B, L, Q, H]``.
 
-    None where ``F.scaled_dot_product_attention`` is faster: on a GPU, without gradients, and for
-    sequences that are short or long.
+    None if ``F.scaled_dot_product_attention`` is faster: on a GPU, without gradients, and for
+    very short or very long sequences.
     """
     if not causal_attention.can_run(q_BLQH):
         return None

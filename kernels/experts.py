@@ -21,12 +21,12 @@ from .values.calls import ExpertBackend, ExpertCall
 from .values.quantized_weights import QuantizedExpertWeights, SlotWeights
 
 Backend = Literal["auto", "torch", "reference", "cpp", "triton", "megablocks"]
-"""``auto`` is Triton on a GPU where its kernels pass their self-check, C++ on a CPU where those
-could be built and pass theirs, and torch elsewhere (docs/backends.md)."""
+"""``auto`` is Triton on a GPU if its kernels pass their self-check, C++ on a CPU if those kernels
+were built and pass theirs, and torch otherwise (docs/backends.md)."""
 
 
 def _nothing(_: torch.device | ExpertCall) -> None:
-    """Have nothing to say against a device or a call."""
+    """Accept every device and every call."""
 
 
 def _always(_: ExpertCall) -> bool:
@@ -61,7 +61,7 @@ MEGABLOCKS = ExpertBackend(
 
 BACKENDS = {b.name: b for b in (TORCH, REFERENCE, CPP, TRITON, MEGABLOCKS)}
 AUTOMATIC = {"cpu": (CPP, TORCH), "cuda": (TRITON, TORCH)}
-"""By type of device: what ``auto`` tries, best first."""
+"""What ``auto`` tries for each device type, best first."""
 
 
 def expert_mlp(
@@ -78,9 +78,10 @@ def expert_mlp(
     ``experts_TK`` holds logical expert ids, -1 for no expert; ``weights_TK`` may be wider than x
     (fp32 with bf16), and the sum over k runs in that type. Differentiable in x, the weights, fc1,
     fc2 and their biases, unless the experts are quantized. ``recompute`` keeps x only and computes
-    fc1 again in backward: two thirds of the forward work more, R * 2F elements kept less; the
-    gradients are the same bits (the reference keeps what autograd does, a graph compiled for a CPU
-    keeps all).
+    fc1 again in backward. That costs two thirds of the forward's work and saves R * 2F elements;
+    the gradients have the same bits. It has no effect on the reference, where autograd decides,
+    and in a graph compiled for a CPU, which keeps everything.
+
     Raises ``ValueError`` for shapes that do not fit, ids out of range, gradients of quantized
     experts, and a backend that cannot run here.
     """
@@ -100,7 +101,7 @@ def _chosen(call: ExpertCall, name: Backend) -> ExpertBackend:
                 return backend
     backend = TORCH if name == "auto" else BACKENDS[name]
     problem = backend.misfit(call)
-    if not torch.compiler.is_compiling():  # it cannot follow how we look around
+    if not torch.compiler.is_compiling():  # it cannot trace these checks
         problem = backend.why_not(device) or problem
     if problem is not None:
         raise ValueError(f"backend is {name!r}, but {problem} Use backend 'auto'.")
@@ -112,17 +113,17 @@ def _check_gradients(call: ExpertCall) -> None:
     is_quantized = isinstance(call.experts, QuantizedExpertWeights)
     if is_quantized and wants_grad and torch.is_grad_enabled():
         raise ValueError(
-            "x or the routing weights want gradients, but quantized experts have no backward; "
+            "x or the routing weights require gradients, but quantized experts have no backward; "
             "run under torch.no_grad() or with plain weights."
         )
 
 
 def check_backends() -> Iterator[BackendCheck]:
-    """Yield how each backend does on its devices and types; well under a second on a CPU."""
+    """Yield the check of each backend on its devices and types; under a second on a CPU."""
     here = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
     for device in here:
         for backend in BACKENDS.values():
-            # One that is for no device of this machine says why not, under the first.
+            # A backend for no device of this machine is listed once, with the reason.
             is_at_home = any(name in here for name in backend.devices)
             if device in backend.devices or (not is_at_home and device == here[0]):
                 yield from _checks_of(backend, device)

@@ -1,7 +1,7 @@
-"""The expert MLP whose own matrices do not train, with low-rank updates that do.
+"""The expert MLP with frozen matrices and trainable low-rank updates.
 
 The update of a matrix W is ``s B A`` (LoRA, Hu et al. 2021): ``W x + s B (A x)``. Products run
-grouped by expert under autograd, and none keeps its input for a matrix that wants no gradient.
+grouped by expert under autograd, and inputs are not kept for frozen matrices.
 
 T tokens, K choices, R = T*K routed rows, N <= R rows whose expert is here, in expert order,
 S slots, D model width, F expert width, H = 2F, P rank.
@@ -42,9 +42,9 @@ def frozen_expert_mlp(
 ) -> Tensor:
     """Return ``y_t = sum_k weights[t, k] * MLP_{experts[t, k]}(x_t)``, ``[T, D]`` in x's dtype.
 
-    As :func:`..expert_mlp.expert_mlp`, but differentiable in x, the weights and ``low_rank`` only.
-    Sums have one order, without atomics. The result has a graph wherever an argument wants
-    gradients, even where no row came, so that all ranks go through the same backward. Raises
+    Like :func:`.experts.expert_mlp`, but differentiable in x, the weights and ``low_rank`` only.
+    Sums have one order, without atomics. The result has a graph if any argument requires
+    gradients, even without rows, so that all ranks run the same backward. Raises
     ``ValueError`` for expert ids out of range.
     """
     num_choices = experts_TK.shape[1]
@@ -54,7 +54,7 @@ def frozen_expert_mlp(
     # One line per routed row first, so that backward sums each token's lines in order of k.
     x_RD = x_TD.unsqueeze(1).expand(-1, num_choices, -1).reshape(-1, x_TD.shape[1])
     y_ND = _experts(x_RD.index_select(0, grouping.order_R[:num_rows]), experts, spans, low_rank)
-    # Rows without an expert read a line of zeros behind the last.
+    # Rows without an expert read a line of zeros after the last row.
     y_ND = torch.cat([y_ND, x_TD.new_zeros(1, x_TD.shape[1])])
     lines_R = grouping.inverse_R.clamp(max=num_rows)
     y_TKD = y_ND.index_select(0, lines_R).unflatten(0, (-1, num_choices))

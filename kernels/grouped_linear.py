@@ -1,6 +1,6 @@
 """Rows times the matrix of their group, differentiable: on C++ kernels, or group by group.
 
-N rows in expert order, n of one group, perhaps rounded up, S slots, P inputs, Q outputs.
+N rows in expert order, n rows of one group (perhaps padded), S slots, P inputs, Q outputs.
 """
 
 import torch
@@ -16,7 +16,7 @@ def grouped_linear(x_NP: Tensor, weight_SQP: Tensor, spans: list[Span]) -> Tenso
     """Return ``y_n = W_slot(n) x_n``, ``[N, Q]``, differentiable in both.
 
     The spans must cover all N rows. Sums have one order, without atomics. Rows are kept for
-    backward only where the matrices want gradients.
+    backward only if the matrices require gradients.
     """
     y_NQ: Tensor = _GroupedLinear.apply(x_NP, weight_SQP, spans)
     return y_NQ
@@ -65,5 +65,5 @@ def _sum_each_group(grad_NQ: Tensor, x_NP: Tensor, num_slots: int, spans: list[S
 
 
 def _some(x_NP: Tensor, start: int, end: int) -> Tensor:
-    """Return the rows of a group and zeros, in few numbers of rows (kernels/torch_ops/loop.py)."""
+    """Return a group's rows, padded with zeros to one of few sizes (kernels/torch_ops/loop.py)."""
     return F.pad(x_NP[start:end], (0, 0, 0, rounded(end - start, x_NP) - (end - start)))

@@ -19,13 +19,13 @@ def choose(
     wants_sums: bool,
     backend: Literal["auto", "torch", "triton"] = "auto",
 ) -> Choices:
-    """Return the k best experts of each row, equal scores to the lower id where kernels choose.
+    """Return the k best experts of each row. In our kernels, ties go to the lower id.
 
     ``bias_E`` is added to the scores to choose by, not to the weights. Rows where ``valid_T`` is
     False get no expert and are not counted. ``wants_sums`` asks for what losses need. ``auto`` is
-    Triton on a GPU where its kernels pass their self-check. The projection that makes the logits
-    is left to torch: it is a plain product with two more in its backward, and a library's products
-    are hard to beat. Raises ``ValueError`` if Triton was asked for and cannot run.
+    Triton on a GPU if its kernels pass their self-check. torch
+    computes the projection to logits: it is a plain product, with two more in its backward, and a
+    library's products are hard to beat. Raises ``ValueError`` if Triton was asked for and cannot run.
     """
     arguments = (logits_TE, bias_E, valid_T, rule, wants_sums)
     if backend == "triton" or (backend == "auto" and trusts_triton_router(logits_TE)):
@@ -40,7 +40,7 @@ def project_and_choose(
     bias_E: Tensor | None,
     rule: ChoiceRule,
 ) -> Choices | None:
-    """Do the projection and the choice in one C++ call, or return None where it cannot run.
+    """Do the projection and the choice in one C++ call, or return None if it cannot run.
 
     For inference: all rows are valid, no gradients, no sums for losses. The logits are
     ``x @ weight.T + logit_bias`` in fp32.

@@ -1,7 +1,7 @@
 """Which kernels may be used here: each passes a check against torch or the reference first.
 
-Compilers have miscompiled such kernels without a word on single machines. A check runs once per
-process, for the C++ kernels as a whole, and for Triton's by kind of call; its verdict is kept here.
+Compilers have silently miscompiled such kernels on some machines. A check runs once per process:
+for the C++ kernels as a whole, and for Triton's by kind of call. Its result is kept here.
 """
 
 import functools
@@ -26,7 +26,7 @@ Kind = tuple[torch.dtype, torch.device, Bits | None, bool]
 
 _checking = threading.Lock()
 _cpp_verdict: tuple[Library, Library] | None = None
-"""The library that was checked, and what may be used of it."""
+"""The library that was checked, and the result."""
 _triton_verdicts: dict[Kind, bool] = {}
 _router_verdicts: dict[torch.device, bool] = {}
 
@@ -44,7 +44,7 @@ def cpp() -> Library:
 
 
 def uses_cpp() -> bool:
-    """Say whether the C++ kernels are there and pass their check."""
+    """Say whether the C++ kernels exist and pass their check."""
     return cpp().functions is not None
 
 
@@ -54,7 +54,7 @@ def _uses_cpp_in_graphs() -> bool:
 
 
 def trusts_cpp(call: ExpertCall) -> bool:
-    """Say whether the automatic choice may fall on the C++ kernels; they are checked as a whole."""
+    """Say whether ``auto`` may choose the C++ kernels, which are checked as a whole."""
     return _uses_cpp_in_graphs() if torch.compiler.is_compiling() else uses_cpp()
 
 
@@ -71,7 +71,7 @@ def _checked(loaded: Library) -> Library:
         return loaded
     try:
         found = cpu_check.problem()
-    except Exception as error:  # whatever it is, kernels that could not be checked do not run
+    except Exception as error:  # any error: unchecked kernels do not run
         found = f"could not be checked ({type(error).__name__}: {error})"
     if found is None:
         return loaded
@@ -79,11 +79,11 @@ def _checked(loaded: Library) -> Library:
 
 
 def trusts_triton(call: ExpertCall) -> bool:
-    """Say whether the automatic choice may fall on Triton for a call.
+    """Say whether ``auto`` may choose Triton for a call.
 
-    The first call of a kind checks the kernels, which compiles them and waits for the device. While
-    torch.compile traces or a CUDA graph captures, nothing can be checked: then only what was found
-    before counts.
+    The first call of a kind checks the kernels, which compiles them and waits for the device. During
+    torch.compile tracing and CUDA graph capture nothing can be checked, and only earlier results
+    count.
     """
     experts, device = call.experts, call.x_TD.device
     bits_here: set[Bits | None] = {None}
@@ -99,7 +99,7 @@ def trusts_triton(call: ExpertCall) -> bool:
 def triton_computes(
     dtype: torch.dtype, device: torch.device, bits: Bits | None, has_bias: bool
 ) -> bool:
-    """Check Triton's expert kernels of a kind once, and warn where they fail."""
+    """Check Triton's expert kernels of a kind once; warn if they fail."""
     kind = (dtype, device, bits, has_bias)
     if kind not in _triton_verdicts:
         _triton_verdicts[kind] = _passes(*kind)
@@ -137,7 +137,7 @@ def _passes(dtype: torch.dtype, device: torch.device, bits: Bits | None, has_bia
 
 
 def trusts_triton_router(logits_TE: torch.Tensor) -> bool:
-    """Say whether the automatic choice may fall on Triton's router; see :func:`trusts_triton`."""
+    """Say whether ``auto`` may choose Triton's router; see :func:`trusts_triton`."""
     if not logits_TE.is_cuda or triton_choice.misfit(logits_TE) is not None:
         return False
     device = logits_TE.device
@@ -147,7 +147,7 @@ def trusts_triton_router(logits_TE: torch.Tensor) -> bool:
 
 
 def triton_router_computes(device: torch.device) -> bool:
-    """Check Triton's router against torch's once per device, and warn where it fails."""
+    """Check Triton's router against torch's once per device; warn if it fails."""
     if device not in _router_verdicts:
         with torch.inference_mode(False), torch.enable_grad():
             problem = router_check.problem_with(triton_choice.choose_triton, device)
@@ -162,7 +162,7 @@ def triton_router_computes(device: torch.device) -> bool:
 
 
 def router_state() -> str:
-    """Say how Triton's router does on this machine's GPU, for people."""
+    """Return a line for `moeyard doctor` on Triton's router on this machine's GPU."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     reason = triton.why_not(device)
     if reason is not None:

@@ -15,14 +15,14 @@ from .values.quantized_weights import SlotWeights
 
 
 class Waves(Protocol):
-    """A sum ``y_t = sum_k weights[t, k] * MLP_{experts[t, k]}(x_t)`` in the making.
+    """An unfinished sum ``y_t = sum_k weights[t, k] * MLP_{experts[t, k]}(x_t)``.
 
     Every routed row has its own line, which its expert fills once; the lines are combined in k
-    order at the end. So the bits are the same whichever waves the experts come in.
+    order at the end. So the bits do not depend on how experts are split into waves.
     """
 
     def add(self, experts: SlotWeights, only: Collection[int] | None = None) -> None:
-        """Run experts that are here, all or ``only`` some of them."""
+        """Run all experts in slots, or ``only`` some of them."""
         ...
 
     def result(self) -> Tensor:
@@ -31,7 +31,7 @@ class Waves(Protocol):
 
 
 def start_waves(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, num_experts: int) -> Waves:
-    """Begin a sum on the fastest backend that takes these rows."""
+    """Begin a sum on the fastest backend that supports these rows."""
     if uses_cpp() and can_run(x_TD, weights_TK):
         return CppWaves(x_TD, experts_TK, weights_TK)
     return TorchWaves(x_TD, experts_TK, weights_TK, num_experts)

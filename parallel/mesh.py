@@ -18,7 +18,7 @@ from .watch.watch import Answer, Watch
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """Where this process stands; groups and watch are None on one process."""
+    """This process's place among the ranks; groups and watch are None on one process."""
 
     rank: int = 0
     world_size: int = 1
@@ -56,9 +56,9 @@ class Mesh:
             dist.barrier(group=self.dp_group)
 
     def on_rank_0(self, action: Callable[[], Answer]) -> Answer:
-        """Run ``action`` on rank 0 while the others wait, as long as rank 0 moves.
+        """Run ``action`` on rank 0; the others wait for as long as rank 0 makes progress.
 
-        Returns on every rank what it returned, which JSON must be able to say. A
+        Every rank returns the action's result, which must be a JSON value. A
         :class:`MoeyardError` of rank 0 is raised on every rank.
         """
         if self.watch is None:
@@ -114,7 +114,7 @@ def build_mesh(
 
 
 def _group_of(rank: int, partition: list[list[int]], timeout: timedelta) -> dist.ProcessGroup:
-    """Make all groups of a partition, as every rank must, and return this rank's."""
+    """Make all groups of a partition (every rank must) and return this rank's."""
     groups = [(ranks, dist.new_group(ranks, timeout=timeout)) for ranks in partition]
     return next(group for ranks, group in groups if rank in ranks)
 

@@ -18,8 +18,8 @@ def is_torchrun_worker() -> bool:
 def die_with_parent() -> None:
     """Ask Linux to kill this process when its parent dies, so that no worker outlives torchrun.
 
-    A process that has been handed to init already lost its parent, and ends at once; in a
-    container torchrun may be process 1 itself.
+    A process whose parent is now init has already lost its parent, so it ends immediately. In a
+    container, torchrun itself may be process 1.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -28,9 +28,9 @@ ASK_EVERY = timedelta(seconds=1)
 def process_group(timeout_s: float, stop: Stop | None = None) -> Iterator[Watch | None]:
     """Join the group that torchrun's environment describes; yield the watch, None without torchrun.
 
-    gloo serves the CPU; where there are GPUs, NCCL serves them beside it. An error that is due to
-    another rank leaves as a :class:`LostRankError` that names it, and an error of this rank is told
-    to the others.
+    gloo serves the CPU; with GPUs, NCCL serves those. An error that another rank caused is raised
+    as a :class:`LostRankError` that names that rank. An error of this rank is reported to the
+    others.
     """
     if not is_torchrun_worker():
         yield None
@@ -64,12 +64,12 @@ def _init(rank: int, world: int, store: dist.Store, timeout_s: float) -> None:
 
 
 def _join(rank: int, world: int, timeout_s: float, stop: Stop | None) -> tuple[dist.Store, Watch]:
-    """Find the other ranks: a store that no earlier attempt has written to, and the watch.
+    """Find the other ranks; return a store that no earlier attempt has written to, and the watch.
 
-    torchrun's own store outlives its workers: after a restart they find the addresses the dead
-    ones left there and fail to connect. So rank 0 opens a fresh store and leaves its address in
-    torchrun's; an address that nobody listens at belongs to a dead attempt, and is asked for again.
-    The restart count would not do as a prefix: agents on several hosts count differently.
+    torchrun's own store outlives its workers. After a restart, they would find the addresses of
+    dead workers there and fail to connect. So rank 0 opens a fresh store and leaves its address in
+    torchrun's. If nothing listens at an address, it belongs to a dead attempt, and the rank asks
+    again. The restart count cannot serve as a prefix: agents on several hosts count differently.
     """
     is_one_host = os.environ.get("LOCAL_WORLD_SIZE") == str(world)
     if is_one_host and Path("/sys/class/net/lo").exists():
@@ -79,7 +79,7 @@ def _join(rank: int, world: int, timeout_s: float, stop: Stop | None) -> tuple[d
     timeout = timedelta(seconds=timeout_s)
     silent = (
         f"the store at {address}:{port} has not answered rank {rank} for parallel.timeout_s = "
-        f"{timeout_s:g}: torchrun or rank 0 is stopped, or its host is; see there."
+        f"{timeout_s:g}: torchrun, rank 0 or their host is stopped; look there and start again."
     )
     try:
         with _time_limit(timeout_s, silent):
@@ -97,7 +97,7 @@ def _join(rank: int, world: int, timeout_s: float, stop: Stop | None) -> tuple[d
     except dist.DistError as error:
         raise LostRankError(
             f"the store at {address}:{port} cannot be reached by rank {rank} ({last_line(error)}); "
-            "see whether torchrun and rank 0 run there, and start again."
+            "check that torchrun and rank 0 run there, and start again."
         ) from error
 
 
@@ -138,7 +138,7 @@ def _find(
         watch = Watch(rank, world, token, timeout_s)
         try:
             watch.connect(host, int(port))
-        except OSError:  # of an attempt that has ended
+        except OSError:  # the address of an attempt that has ended
             time.sleep(0.1)
             continue
         store = known
@@ -156,7 +156,7 @@ def _find(
 
 @contextmanager
 def _time_limit(timeout_s: float, sentence: str) -> Iterator[None]:
-    """End the process with ``sentence`` where torch's store waits without a limit."""
+    """End the process with ``sentence`` if torch's store waits beyond the limit."""
 
     def end() -> None:
         say_last(sentence)

@@ -34,13 +34,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m moeyard.training", description=__doc__)
     parser.add_argument("config", type=Path, help="YAML configuration")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="values to change")
-    parser.add_argument("--print-config", action="store_true", help="print the result and stop")
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the final configuration and stop"
+    )
     parser.add_argument(
         "--allow-code",
         action="append",
         default=[],
         metavar="MODULE",
-        help="import a module of your own that has routers; give it again for another",
+        help="permit and import your own module with routers; repeat for several modules",
     )
     arguments = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")

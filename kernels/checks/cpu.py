@@ -1,4 +1,4 @@
-"""Do the C++ kernels compute on this machine what torch does?
+"""Check that the C++ kernels compute on this machine what torch does.
 
 T tokens, K choices, E experts, D model width, F expert width.
 """
@@ -35,7 +35,7 @@ QUANTIZED_D, QUANTIZED_WIDTH = 160, 96
 @torch.inference_mode(False)
 @torch.no_grad()
 def problem() -> str | None:
-    """Return what is wrong, or None. Takes some milliseconds."""
+    """Return what is wrong, or None. Takes a few milliseconds."""
     for dtype in TYPES:
         for name, found, expected in _results(dtype):
             error = float((found.double() - expected).abs().max() / expected.abs().max())

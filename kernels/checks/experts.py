@@ -31,15 +31,15 @@ MANY_TOKENS = 400
 """Enough for the Triton kernels' large tiles."""
 
 QUANTIZED_TOKENS = (4, T, 656)
-"""Triton's ways to weights in 8 and 4 bits: tiles for decoding, larger ones, and written out."""
+"""Rows that reach each Triton path for 8 and 4 bits: decoding tiles, larger tiles, dequantized."""
 QUANTIZED_D, QUANTIZED_F = 128, 64
 GROUP_SIZES: dict[Bits, tuple[int | None, ...]] = {8: (None, 64), 4: (64, 32)}
-"""A scale per row, per step of a product, and per group that shortens the steps."""
+"""Group sizes: a scale per row, per step of a product, and per group shorter than a step."""
 
 
 @dataclass(frozen=True, slots=True)
 class BackendCheck:
-    """How one backend did in one type on one device."""
+    """The result of checking one backend in one type on one device."""
 
     backend: str
     device: str
@@ -48,9 +48,9 @@ class BackendCheck:
     errors: dict[str, float] = field(default_factory=dict)
     """Of the values and of each gradient, relative to the largest of the reference."""
     problem: str | None = None
-    """What it said when it broke."""
+    """The error it raised, or what is wrong with its results."""
     unavailable: str | None = None
-    """Why it is not there on this machine, in a sentence."""
+    """Why it is not available on this machine, in one sentence."""
 
     @property
     def passed(self) -> bool:
@@ -59,7 +59,7 @@ class BackendCheck:
 
     @property
     def failed(self) -> bool:
-        """Whether it is there and computes wrong or breaks."""
+        """Whether it is available, but raises an error or computes wrong results."""
         return self.unavailable is None and not self.passed
 
 
@@ -126,7 +126,7 @@ def _compared(
     name, limit = str(dtype).removeprefix("torch."), LIMITS[dtype]
     try:
         found = run()
-    except Exception as error:  # whatever it is, it belongs in the table and not on a traceback
+    except Exception as error:  # any error becomes a line of the table
         problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
         return BackendCheck(backend, device, name, limit, problem=problem)
     errors = {}
@@ -155,7 +155,7 @@ def _inputs(
 
 
 def _biases(dtype: torch.dtype, d_model: int, d_expert: int) -> list[Tensor]:
-    """Return biases of fc1 and fc2 of the size of what they are added to."""
+    """Return biases of fc1 and fc2, about as large as the values they are added to."""
     generator = torch.Generator().manual_seed(1)
     widths = (2 * d_expert, d_model)
     return [torch.randn(E, width, generator=generator).to(dtype) for width in widths]

@@ -1,4 +1,4 @@
-"""Does a router backend choose and differentiate as torch does in fp64? T tokens, E experts."""
+"""Check a router backend's choices and gradients against torch in fp64. T tokens, E experts."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from ..torch_ops.router import choose_torch
 from ..values.choice import ChoiceRule, Choices
 
 Choose = Callable[[Tensor, Tensor | None, Tensor | None, ChoiceRule, bool], Choices]
-"""Logits, bias, valid rows, rule, and whether losses will want sums."""
+"""Logits, bias, valid rows, rule, and whether the losses need sums."""
 
 LIMIT = 1e-5
 """Largest error that passes, over the largest value of the same tensor."""
@@ -38,7 +38,7 @@ def problem_with(choose: Choose, device: torch.device) -> str | None:
             bias_E, valid_T = bias_E.to(device), valid_T.to(device)
         try:
             found = _outcome(choose, logits_TE.to(device), bias_E, valid_T, rule)
-        except Exception as error:  # whatever it is, torch's operators take over with a sentence
+        except Exception as error:  # any error: warn and use torch's operators
             return f"{type(error).__name__}: {' '.join(str(error).split())}"
         for name, reference in expected.items():
             distance = (found[name].double().cpu() - reference.double()).abs().max()

@@ -26,7 +26,7 @@ class Cache(Protocol):
     """Of keys, then values, of each layer; ``[G, capacity, H]`` each."""
 
     def reserve(self, count: int) -> None:
-        """Make room for so many positions more."""
+        """Make room for ``count`` more positions."""
         ...
 
 
@@ -40,11 +40,11 @@ class AttentionModules(NamedTuple):
     o: nn.Module
     output_norm: nn.Module
     q_norm: nn.Module | None
-    """Of each head, or of all at once; None = none."""
+    """Over each head, or over all heads together; None = no norm."""
     k_norm: nn.Module | None
     """Like ``q_norm``."""
     attention: nn.Module
-    """May have ``sinks``, a logit per query head that takes probability and gives no value."""
+    """May have ``sinks``: a logit per query head that takes probability but has no value."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,18 +84,18 @@ PLACES = {
     "o_bias": ("o", "bias"),
     "sinks": ("attention", "sinks"),
 }
-"""By pointer of the structure: module and name of its parameter."""
+"""For each pointer of the structure: the module and the name of its parameter."""
 POINTERS = tuple(PLACES)
 NUM_NEEDED = 6
-"""The first places, which no model leaves empty."""
+"""The first pointers; every model has these parameters."""
 NOTHING: dict[str, Parameter | None] = {}
-"""The parameters of a module that is not there."""
+"""The parameters of a missing module."""
 
 
 class RowAttention:
-    """A decoder layer's attention with both norms around it, for rows that have a cache each.
+    """A decoder layer's attention and the norms before and after it, one cache per row.
 
-    Holds the addresses of the parameters, and says with :meth:`is_of` whether they still hold.
+    Holds the addresses of the parameters; :meth:`is_of` says whether they are still valid.
     """
 
     def __init__(self, modules: AttentionModules, options: AttentionOptions) -> None:
@@ -130,7 +130,7 @@ class RowAttention:
         return [address(parameters.get(name)) for parameters, name in self._places]
 
     def is_of(self, modules: AttentionModules) -> bool:
-        """Say whether these are still the modules, and their parameters where they were."""
+        """Say whether these are still the same modules, with parameters at the same addresses."""
         for module, parameters in zip(modules, self._parameters, strict=True):
             if _parameters(module) is not parameters:
                 return False
@@ -141,7 +141,7 @@ class RowAttention:
     ) -> tuple[Tensor, Tensor] | None:
         """Return the residual stream after attention and its norm, or None if it cannot be run.
 
-        The caches receive the new position, which they count as theirs once the forward is over.
+        Stores the new position in the caches; they count it once the forward is over.
         """
         functions = functions_for(x_BD, *rope) if self._can_run else None
         if functions is None or TYPES[x_BD.dtype] != self._type:
@@ -174,7 +174,7 @@ class RowStep:
     def __init__(self, caches: Sequence[Cache]) -> None:
         for cache in caches:
             cache.reserve(1)
-        self._addresses = [cache.addresses for cache in caches]  # alive as long as this is
+        self._addresses = [cache.addresses for cache in caches]  # keeps them alive as long as this object
         self.caches = array("q", (addresses.buffer_info()[0] for addresses in self._addresses))
         self.lengths = array("q", (cache.length for cache in caches))
         self.capacities = array("q", (cache.capacity for cache in caches))

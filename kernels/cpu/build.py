@@ -30,19 +30,19 @@ VARIANTS = {
     "avx512": AVX512,
     "avx512_bf16": (*AVX512, "-mavx512bf16", "-mavx512vnni"),
 }
-"""Compiler flags by instruction set; other architectures than x86-64 have the first alone."""
+"""Compiler flags by instruction set; only x86-64 has more than the first."""
 
 log = logging.getLogger(__name__)
 
 
 class BuildError(Exception):
-    """Why there is no library, in one sentence."""
+    """The library could not be built; the message is one sentence."""
 
 
 def built_library() -> Path:
-    """Return the path of the library, building it first where this source has none yet.
+    """Return the path of the library, building it first if this source has no build yet.
 
-    Several processes may call this at once: one builds, the others wait for it.
+    Several processes may call this at the same time: one builds, the others wait for it.
     """
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     facts = [*FLAGS, platform.machine(), *platform.libc_ver()]

@@ -1,4 +1,4 @@
-"""The expert MLP on the C++ kernels: what they take, and one call.
+"""The expert MLP on the C++ kernels: which calls they support, and running one.
 
 T tokens, K choices, D model width.
 """
@@ -14,7 +14,7 @@ from .training import CppExpertMLP, can_train
 
 
 def misfit(call: ExpertCall) -> str | None:
-    """Say in one sentence what the kernels do not take about a call, or None."""
+    """Return one sentence on what the kernels do not support in a call, or None."""
     x_TD, _, weights_TK = call.rows
     experts = call.experts
     if torch.compiler.is_compiling():

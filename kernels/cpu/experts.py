@@ -27,7 +27,7 @@ from .structures import (
 def can_run(x_TD: Tensor, weights_TK: Tensor, experts: SlotWeights | None = None) -> bool:
     """Say whether the kernels can take these rows, and these experts if given, without gradients.
 
-    Sums over k run in fp32, so wider routing weights are left to others.
+    Sums over k run in fp32, so wider routing weights are not supported.
     """
     if functions_for(x_TD) is None or weights_TK.dtype not in TYPES:
         return False
@@ -35,7 +35,7 @@ def can_run(x_TD: Tensor, weights_TK: Tensor, experts: SlotWeights | None = None
 
 
 def is_plain(experts: SlotWeights) -> bool:
-    """Say whether every slot is one dense block, as the kernels need it, and its biases too."""
+    """Say whether every slot, and its biases, is one dense block, as the kernels need."""
     if isinstance(experts, ExpertWeights):
         parts = [experts.fc1_SHD, experts.fc2_SDF]
     else:
@@ -47,7 +47,7 @@ def is_plain(experts: SlotWeights) -> bool:
 
 
 def as_int32(experts_TK: Tensor) -> Tensor:
-    """Return ids as the kernels take them; those that do not fit stay out of range."""
+    """Return the ids as int32; ids that do not fit stay out of range."""
     if experts_TK.dtype != torch.int32:
         limits = torch.iinfo(torch.int32)
         experts_TK = experts_TK.clamp(limits.min, limits.max).int()
@@ -57,8 +57,8 @@ def as_int32(experts_TK: Tensor) -> Tensor:
 class CppWaves:
     """``y_t = sum_k weights[t, k] * MLP_{experts[t, k]}(x_t)``, some experts at a time.
 
-    Each routed row has a line in fp32 that its expert fills; the lines are summed in k order. So
-    neither the other rows nor the order of the waves change a bit.
+    Each routed row has an fp32 line that its expert fills; the lines are summed in k order. So the
+    bits depend neither on the other rows nor on the order of the waves.
     """
 
     def __init__(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> None:
@@ -71,7 +71,7 @@ class CppWaves:
         self._lines_RD = empty_fp32(experts_TK.numel(), x_TD.shape[1])
 
     def add(self, experts: SlotWeights, only: Collection[int] | None = None) -> None:
-        """Run these experts, all that are here or ``only`` some.
+        """Run all experts in slots, or ``only`` some of them.
 
         Raises ``ValueError`` for expert ids out of range.
         """
@@ -95,7 +95,7 @@ class CppWaves:
 def combine_lines(
     lines_RD: Tensor, experts_TK: Tensor, weights_TK: Tensor | None, like_TD: Tensor
 ) -> Tensor:
-    """Return ``sum_k weights[t, k] * lines[t * K + k]`` in ``like``'s type; None weighs all 1.
+    """Return ``sum_k weights[t, k] * lines[t * K + k]`` in ``like``'s type; None = weights of 1.
 
     Choices of -1 are left out.
     """
@@ -118,7 +118,7 @@ def combine_lines(
 
 
 def check_rows(wrong: int, experts_TK: Tensor, experts: SlotTable) -> None:
-    """Say what is wrong with a routed row, if it is not -1."""
+    """Raise the error of the first wrong routed row; -1 means that no row is wrong."""
     if wrong >= 0:
         expert = int(experts_TK.flatten()[wrong])
         assert not 0 <= expert < experts.num_experts, f"expert {expert} has rows but no slot"
@@ -133,7 +133,7 @@ def expert_arguments(
     lines_RD: Tensor | None,
     hidden_RH: Tensor | None = None,
 ) -> "tuple[ExpertArguments, array[int] | None]":
-    """Return the arguments, and the slot table that must live as long as they do."""
+    """Return the arguments, and the slot table; keep it alive as long as they are used."""
     fc1, fc2 = experts.fc1_SHD, experts.fc2_SDF
     slots = _slots(experts, only)
     arguments = ExpertArguments(

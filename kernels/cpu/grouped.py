@@ -1,6 +1,6 @@
 """Rows times the matrix of their slot, and the gradients, on the C++ kernels.
 
-N rows that are together by slot, S slots, P inputs, Q outputs.
+N rows sorted by slot, S slots, P inputs, Q outputs.
 """
 
 import ctypes
@@ -15,7 +15,7 @@ from .structures import GroupedArguments
 
 
 def can_multiply(x_NP: Tensor, weight_SQP: Tensor) -> bool:
-    """Say whether the kernels can take these."""
+    """Say whether the kernels support these tensors."""
     num_outputs, num_inputs = weight_SQP.shape[1:]
     has_pairs = num_outputs % 2 == 0 and num_inputs % 2 == 0  # bf16 is multiplied in pairs
     are_dense = x_NP.stride(1) == 1 and weight_SQP.stride()[1:] == (num_inputs, 1)

@@ -1,7 +1,7 @@
 """The C++ kernels as a loaded library, or the reason why there is none.
 
-``MOEYARD_CPU_KERNELS`` limits them: ``off``, or the name of an instruction set that they shall not
-go beyond (``portable``, ``avx2``, ``avx512``, ``avx512_bf16``).
+``MOEYARD_CPU_KERNELS`` limits them: ``off``, or the highest instruction set they may use
+(``portable``, ``avx2``, ``avx512``, ``avx512_bf16``).
 """
 
 import ctypes
@@ -24,13 +24,13 @@ log = logging.getLogger(__name__)
 
 
 class Library(NamedTuple):
-    """What became of the attempt to load the kernels."""
+    """The result of loading the kernels."""
 
     functions: ctypes.CDLL | None
     state: str
-    """The instruction set that runs, or why nothing does."""
+    """The instruction set in use, or why there is none."""
     is_wrong: bool = False
-    """Whether they are there and computed wrong."""
+    """Whether the kernels exist but compute wrong results."""
 
 
 _loaded: Library | None = None
@@ -38,9 +38,9 @@ _loading = threading.Lock()
 
 
 def load() -> Library:
-    """Load the kernels, building them first if need be; the outcome holds for the process.
+    """Load the kernels, building them first if needed; the result is kept for the process.
 
-    Whether they compute right is another question: trust.py answers it.
+    trust.py checks whether they compute correct results.
     """
     global _loaded
     if _loaded is None:
@@ -73,7 +73,7 @@ def _open() -> Library:
 
 
 def without(reason: str) -> Library:
-    """Warn, and return that there are no kernels."""
+    """Warn and return a result without kernels."""
     log.warning("the CPU kernels are not used, torch's are: %s", reason)
     return Library(None, reason)
 
@@ -81,13 +81,13 @@ def without(reason: str) -> Library:
 def functions_for(*tensors: torch.Tensor, is_backward_ours: bool = False) -> ctypes.CDLL | None:
     """Return the kernels if they can compute with these tensors: one type, dense.
 
-    Not while autograd records, unless the caller brings the backward.
+    Returns None while autograd records, unless the caller computes the backward.
     """
     first = tensors[0]
     if first.dtype not in TYPES or (torch.is_grad_enabled() and not is_backward_ours):
         return None
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
-        return None  # tensors that carry more than their memory
+        return None  # tensor subclasses carry more than their memory
     for tensor in tensors:
         if tensor.dtype != first.dtype or not tensor.is_cpu or not tensor.is_contiguous():
             return None
@@ -97,7 +97,7 @@ def functions_for(*tensors: torch.Tensor, is_backward_ours: bool = False) -> cty
 
 
 def address(tensor: torch.Tensor | None) -> int | None:
-    """Return where a tensor lies; None stays None, the null pointer."""
+    """Return a tensor's address; None stays None, the null pointer."""
     return None if tensor is None else tensor.data_ptr()
 
 

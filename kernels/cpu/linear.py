@@ -10,7 +10,7 @@ from .structures import LinearArguments
 
 
 def linear(x_NP: Tensor, weight_QP: Tensor) -> Tensor | None:
-    """Return ``x @ weight.T``, ``[N, Q]``, or None where the kernels cannot run."""
+    """Return ``x @ weight.T``, ``[N, Q]``, or None if the kernels cannot run."""
     functions = functions_for(x_NP, weight_QP)
     if functions is None or x_NP.ndim != 2 or x_NP.shape[1] != weight_QP.shape[1]:
         return None

@@ -10,7 +10,7 @@ from .structures import NormArguments
 
 
 def rms_norm(x: Tensor, weight_H: Tensor, epsilon: float) -> Tensor | None:
-    """Return ``weight * x / rms(x)`` over the last dimension, or None where it cannot run."""
+    """Return ``weight * x / rms(x)`` over the last dimension, or None if the kernels cannot run."""
     functions = functions_for(x, weight_H)
     if functions is None or x.shape[-1:] != weight_H.shape:
         return None

@@ -1,6 +1,6 @@
 """The C++ expert MLP as ``torch.library`` operators with fake versions and a gradient.
 
-torch.compile takes these; without it the kernels are called directly, which costs less.
+torch.compile needs operators. Without it the kernels are called directly, which costs less.
 
 T tokens, K choices, R = T*K routed rows, S slots, E experts, D model width, F expert width, H = 2F.
 """
@@ -26,7 +26,7 @@ def _has_library() -> bool:
 
 
 def can_compile(x_TD: Tensor, weights_TK: Tensor, experts: SlotWeights) -> bool:
-    """Say whether the operators can stand in a compiled graph for these tensors."""
+    """Say whether the operators support these tensors in a compiled graph."""
     if not x_TD.is_cpu or x_TD.dtype not in TYPES or weights_TK.dtype not in TYPES:
         return False
     if isinstance(experts, ExpertWeights) and torch.is_grad_enabled():
@@ -98,7 +98,7 @@ def expert_mlp_op(
 ) -> tuple[Tensor, Tensor]:
     """Return y ``[T, D]`` and, with ``keep``, what backward needs of each row, ``[R, 2F]``.
 
-    What begins with ``main`` is not read; backward adds gradients of the parameters to it.
+    Arguments that begin with ``main`` are not read; backward adds parameter gradients to them.
     """
     experts = _experts((fc1_SHD, fc2_SDF, bias1_SH, bias2_SD), slots, activation)
     if keep:
@@ -140,8 +140,8 @@ def expert_mlp_backward_op(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of x and of the routing weights.
 
-    Those of the parameters are written to what begins with ``out``, fp32 or like x, or added to
-    fp32 with ``add``; None = not wanted.
+    Parameter gradients are written to the arguments that begin with ``out`` (fp32 or x's type), or
+    added to them (fp32) with ``add``; None = not wanted.
     """
     experts = _experts((fc1_SHD, fc2_SDF, bias1_SH, bias2_SD), slots, activation)
     sums = MainGrads.of((out1_SHD, out2_SDF, out_bias1_SH, out_bias2_SD), is_empty=not add)
@@ -196,7 +196,7 @@ def quantized_expert_mlp_op(
     slots: Sequence[int] | None,
     activation: str,
 ) -> Tensor:
-    """Return y ``[T, D]`` of experts in 8 or 4 bits; without a gradient."""
+    """Return y ``[T, D]`` of experts in 8 or 4 bits; has no gradient."""
     table = None if slots is None else tuple(slots)
     matrices = QuantizedMatrices(values1, scales1_SHG), QuantizedMatrices(values2, scales2_SDG)
     experts = QuantizedExpertWeights(

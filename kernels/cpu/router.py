@@ -21,7 +21,7 @@ def route(
 ) -> Choices | None:
     """Choose by ``scores(x @ weight.T + logit_bias) + bias``, all rows valid, without loss sums.
 
-    Scores are computed in fp32; equal ones go to the lower id. None where the kernels cannot run.
+    Scores are computed in fp32; ties go to the lower id. None if the kernels cannot run.
     """
     functions = functions_for(x_TD)
     wide = [part for part in (weight_ED, logit_bias_E, bias_E) if part is not None]

@@ -1,4 +1,4 @@
-"""The structures of arguments.h, field by field. Fill them by keyword: an order says nothing."""
+"""The structures of arguments.h, field by field. Fill them by keyword, never by position."""
 
 import ctypes
 
@@ -242,9 +242,9 @@ STRUCTURES: tuple[type[ctypes.Structure], ...] = (
 
 
 def misfit(functions: ctypes.CDLL) -> str | None:
-    """Say which structure has another size in the library than here, or None.
+    """Say which structure has a different size in the library, or None.
 
-    A field that only one side has would shift all pointers behind it.
+    A field that exists on one side only would shift all pointers after it.
     """
     functions.moeyard_sizes.restype = ctypes.POINTER(Int)
     sizes = functions.moeyard_sizes()

@@ -25,7 +25,7 @@ def can_train(x_TD: Tensor, weights_TK: Tensor, experts: ExpertWeights) -> bool:
 
 
 def have_backward(experts: ExpertWeights) -> bool:
-    """Say whether the kernels' backward takes experts of these sizes and sums."""
+    """Say whether the kernels' backward supports experts of these sizes, and their sums."""
     fc2, sums = experts.fc2_SDF, experts.main_grads
     has_pairs = fc2.shape[1] % 2 == 0 and fc2.shape[2] % 2 == 0  # bf16 is multiplied in pairs
     totals = [] if sums is None else [total for total in sums.totals if total is not None]
@@ -36,8 +36,8 @@ def have_backward(experts: ExpertWeights) -> bool:
 class CppExpertMLP(torch.autograd.Function):
     """``y_t = sum_k weights[t, k] * MLP_{experts[t, k]}(x_t)``, forward and backward.
 
-    Kept for backward are x, gate and up of each row, and the routing; with ``recompute`` gate and
-    up are computed again.
+    Backward needs x, gate and up of each row, and the routing. With ``recompute`` gate and up are
+    not kept but computed again.
     """
 
     @staticmethod
@@ -81,7 +81,7 @@ class CppExpertMLP(torch.autograd.Function):
 
 
 def _hidden_again(x_TD: Tensor, experts_TK: Tensor, experts: ExpertWeights) -> Tensor:
-    """Return gate and up of each row as forward had them, without the lines."""
+    """Compute gate and up of each row again, without the expert outputs."""
     functions = functions_for(x_TD)
     assert functions is not None, "forward ran on these kernels"
     hidden_RH = x_TD.new_empty(experts_TK.numel(), experts.fc1_SHD.shape[1])
@@ -118,7 +118,7 @@ def gradients(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of x and of the routing weights; the parameters' go to ``sums``.
 
-    ``sums`` are all fp32, or like x and still empty: then each is rounded once.
+    ``sums`` are all fp32; or all of x's type and still empty, so that each is rounded once.
     """
     functions = functions_for(x_TD, grad_TD, is_backward_ours=True)
     assert functions is not None, "forward ran on these kernels"

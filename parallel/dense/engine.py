@@ -1,8 +1,8 @@
 """The interface of dense engines: who holds, reduces and steps a run's dense parameters.
 
-Dense means all but the routed experts, whose paths and gradients are the same under every engine.
-The order of a run is ``place``, precision, ``wrap``; then for each step ``gradients.zero``, a
-``backward`` for every micro-batch, ``gradients.reduce``, ``gradients.norm``,
+Dense means everything except the routed experts. Experts have the same paths and gradients under
+every engine. A run calls ``place``, sets the precision, then calls ``wrap``. Each step then calls
+``gradients.zero``, ``backward`` for every micro-batch, ``gradients.reduce``, ``gradients.norm``,
 ``gradients.scale_`` and ``step``. Callers never ask which kind they have; table.py lists the kinds.
 """
 
@@ -27,23 +27,23 @@ class DenseEngine(Protocol):
     """One kind of engine, made for one model of one run."""
 
     gradients: MainGradients
-    """Sums of this rank's part of every trained parameter; there once ``wrap`` has returned. Its
-    norm counts each distinct parameter of the whole model once, and is the same on all ranks."""
+    """Sums of this rank's part of every trained parameter, set by ``wrap``. Their norm counts each
+    distinct parameter of the whole model once and is the same on all ranks."""
 
     def place(self, model: nn.Module, device: torch.device) -> None:
-        """Move to ``device`` what each rank will hold whole; ``wrap`` moves the rest."""
+        """Move the parameters that each rank holds whole to ``device``; ``wrap`` moves the rest."""
 
     def own_masters(self, model: nn.Module) -> Set[str]:
-        """Return the names of the parameters that stay wide under bf16, as their own masters."""
+        """Return the names of the parameters that stay fp32 under bf16 and need no other master."""
 
     def wrap(
         self, objective: nn.Module, model: nn.Module, dtype: torch.dtype, device: torch.device
     ) -> nn.Module:
         """Return the module whose forward a step calls, and attach ``gradients``.
 
-        ``objective`` is the module whose forward runs the whole of ``model``; forward and backward
-        see parameters in ``dtype``. The parameters of ``model`` are those of one process: same
-        values on all ranks. ``objective`` itself remains callable, for evaluation.
+        ``objective`` is the module whose forward runs the whole of ``model``. Forward and backward
+        see parameters in ``dtype``. ``model`` still has unsharded parameters, with the same values
+        on all ranks. ``objective`` itself remains callable, for evaluation.
         """
 
     def accumulating(self) -> AbstractContextManager[object]:

@@ -1,15 +1,17 @@
 """Dense parameters sharded over all ranks with FSDP2, instead of replicated under DDP.
 
-Each decoder layer is a unit that is gathered for its forward and again for its backward; the
-embeddings, the last norm and the head are the root's. A rank keeps its rows of every dense
-parameter in fp32 (fp64 for fp64 runs): they are the master weights, and gradients and Adam's
-moments have their shape. Under bf16 a unit is cast when it is gathered. At the start every rank
-builds the whole weights on the host once. Run with gloo on CPUs so far, not yet with NCCL.
+Each decoder layer is one FSDP unit, gathered for its forward and again for its backward. The
+embeddings, the last norm and the head belong to the root unit. A rank keeps its rows of every
+dense parameter in fp32 (fp64 for fp64 runs). These rows are the master weights; gradients and
+Adam's moments have the same shape. Under bf16 a unit is cast when it is gathered. At the start
+every rank builds the whole weights on the host once. Tested with gloo on CPUs, not yet with NCCL.
 
-Two kinds of parameter stay outside. Experts are split over ``ep`` already and are reduced over
-``edp``. Routers stay whole on every rank: a unit has one type and theirs is fp32 under bf16; they
-are called through ``route``, where their look-ahead says, which may be outside their layer's
-forward; and with E x D entries a layer they are too small to repay collectives of their own.
+Two kinds of parameter stay outside. Experts are already split over ``ep`` and are reduced over
+``edp``. Routers stay whole on every rank, for three reasons:
+
+- a unit has one type, and routers are fp32 under bf16;
+- ``route`` calls them where their look-ahead says, perhaps outside their layer's forward;
+- with E x D entries a layer they are too small to be worth separate collectives.
 """
 
 from collections.abc import Iterator, Set
@@ -45,7 +47,7 @@ class Sharded:
             module.to(device)
 
     def own_masters(self, model: nn.Module) -> Set[str]:
-        """Return what will be sharded: FSDP casts it when it is gathered."""
+        """Return the parameters to shard: FSDP casts them when it gathers them."""
         whole = _parameters_kept_whole(model)
         return frozenset(name for name, p in model.named_parameters() if p not in whole)
 
@@ -63,12 +65,12 @@ class Sharded:
         return _without_reduction(self._root)
 
     def backward(self, loss: Tensor) -> None:
-        """Run backward; shards are reduced meanwhile, the rest is taken off the parameters."""
+        """Run backward, which reduces the shards; then collect the other gradients."""
         loss.backward()
         self.gradients.accumulate()
 
     def step(self, optimizer: Optimizer, lr: float) -> None:
-        """Let ``optimizer`` update this rank's shards, and what is whole, the same on all ranks."""
+        """Update this rank's shards, and identically on all ranks the parameters held whole."""
         optimizer.step(lr)
 
 
@@ -97,8 +99,8 @@ def shard_dense(
     }
     for module in [*decoder.layers, objective]:
         unit = fully_shard(module, **options)
-        # Losses are shares of a sum, so gradients are summed. By default FSDP averages, and the
-        # factor alone asks for a reduction that only NCCL has.
+        # Losses are shares of a sum, so gradients are summed; FSDP averages by default. Setting
+        # only the factor would select a reduction that only NCCL has.
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
     objective.register_forward_hook(_reshard_without_backward)
@@ -111,7 +113,7 @@ def _parameters_kept_whole(model: nn.Module) -> set[nn.Parameter]:
 
 
 def _reshard_without_backward(root: nn.Module, _inputs: Any, _output: Any) -> None:
-    """Free the root's whole parameters after an evaluation, as no backward will."""
+    """Free the root's gathered parameters after an evaluation, which has no backward."""
     assert isinstance(root, FSDPModule)
     if not torch.is_grad_enabled():
         root.reshard()
@@ -129,7 +131,7 @@ def _without_reduction(objective: FSDPModule) -> Iterator[None]:
 class ShardedMainGradients(MainGradients):
     """Main gradients of this rank's shards, and those of routers and experts.
 
-    ``dense`` is what stays whole: routers. Make it after :func:`shard_dense`.
+    ``dense`` lists the parameters held whole: routers. Create it after :func:`shard_dense`.
     """
 
     def __init__(self, model: nn.Module, mesh: Mesh) -> None:
@@ -166,7 +168,7 @@ class ShardedMainGradients(MainGradients):
 
 
 def _add_to_main_grad(parameter: Tensor) -> None:
-    """Take what FSDP has just reduced, while backward goes on."""
+    """Add the gradient that FSDP has just reduced, while backward continues."""
     assert isinstance(parameter.grad, DTensor)
     parameter.main_grad.add_(parameter.grad.to_local())  # type: ignore[attr-defined]
     parameter.grad = None

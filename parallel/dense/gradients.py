@@ -1,9 +1,9 @@
 """Main gradients: fp32 sums over micro-batches and ranks, equal to one process's gradients.
 
 Losses are sums over local tokens divided by the tokens of the global batch, so gradients are
-summed, never averaged. Where all ranks are on one host, main gradients lie in memory they share and
-are summed there after backward. Elsewhere the dense engine reduces dense parameters while
-backward still runs; experts are outside it. Experts are summed over the ranks that hold the same.
+summed, never averaged. If all ranks are on one host, main gradients lie in shared memory and are
+summed there after backward. Otherwise the dense engine reduces dense parameters while backward
+still runs. Experts are always summed here, over the ranks that hold the same ones.
 """
 
 import torch
@@ -37,7 +37,7 @@ class MainGradients:
         trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         self.dense = [
             p for n, p in trainable if n not in expert_names and not isinstance(p, DTensor)
-        ]  # what FSDP shards is parallel/dense/fsdp.py's
+        ]  # fsdp.py handles what FSDP shards
         self.experts = [p for n, p in trainable if n in expert_names]
         like = trainable[0][1]
         self._dense_sum = _shared_sum(self.dense, like, mesh.dp_host)
@@ -60,11 +60,11 @@ class MainGradients:
             for p in self.experts
             if id(p.main_grad) not in written  # type: ignore[attr-defined]
         ]
-        """Of experts, what no kernel writes over at the start of a step: low-rank updates."""
+        """Main gradients of experts that no kernel overwrites in a new step: low-rank updates."""
 
     @property
     def sums_dense(self) -> bool:
-        """Whether :meth:`reduce` sums the dense gradients too, so that no other code need do so."""
+        """Whether :meth:`reduce` also sums the dense gradients; then no other code needs to."""
         return self._dense_sum is not None
 
     def zero(self) -> None:
@@ -76,18 +76,18 @@ class MainGradients:
             sums.zero_()
 
     def accumulate(self) -> None:
-        """Add the gradients autograd left on the parameters, and take them off."""
+        """Add the gradients that autograd left on the parameters, then clear those."""
         for main in self._main_grads:
-            main.begin_with_zeros()  # where no kernel wrote them, as with another backend
+            main.begin_with_zeros()  # other backends do not write them
         for parameter in (*self.dense, *self.experts):
             if parameter.grad is not None:
                 parameter.main_grad.add_(parameter.grad)  # type: ignore[attr-defined]
                 parameter.grad = None
 
     def reduce(self) -> None:
-        """Sum what backward has not: experts, over the ranks that hold the same ones.
+        """Sum the gradients of experts over the ranks that hold the same ones.
 
-        Where ranks share memory, dense gradients are summed here as well.
+        If ranks share memory, dense gradients are summed here as well.
         """
         if self._dense_sum is not None:
             self._dense_sum.all_reduce()
@@ -113,7 +113,7 @@ class MainGradients:
 def _shared_sum(
     parameters: list[nn.Parameter], like: Tensor, host: HostGroup | None
 ) -> SharedSum | None:
-    """Return memory for the main gradients that the ranks of ``host`` share, where they can."""
+    """Return memory shared by the ranks of ``host`` for main gradients, or None if impossible."""
     numel = sum(local_part(p).numel() for p in parameters)
     if host is None or numel == 0:
         return None
@@ -139,7 +139,7 @@ def _wide(like: Tensor) -> torch.dtype:
 
 
 def square_sum(parameters: list[nn.Parameter], like: Tensor) -> Tensor:
-    """Sum the squares per tensor in its own type, over tensors in fp64."""
+    """Return the sum of squares: within a tensor in its type, over tensors in fp64."""
     total = torch.zeros((), dtype=torch.float64, device=like.device)
     for parameter in parameters:
         total += torch.linalg.vector_norm(parameter.main_grad).double().square()  # type: ignore[attr-defined]

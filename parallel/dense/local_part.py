@@ -1,7 +1,7 @@
 """This rank's part of a parameter, whether it is held whole or sharded.
 
 FSDP2 turns the parameters it shards into DTensors. Main gradients, masters and moments are plain
-tensors of this rank's part; only checkpoints speak of the whole again.
+tensors of this rank's part; only checkpoints use the whole parameter again.
 """
 
 from torch import Tensor
@@ -11,14 +11,14 @@ from torch.distributed.tensor import DTensor
 def local_part(parameter: Tensor) -> Tensor:
     """Return the rows of ``parameter`` this rank holds, sharing their memory.
 
-    Some ranks hold none of a parameter with fewer rows than there are ranks.
+    If a parameter has fewer rows than there are ranks, some ranks hold none of it.
     """
     data = parameter.data
     return data.to_local() if isinstance(data, DTensor) else data
 
 
 def as_part_of(parameter: Tensor, local: Tensor) -> Tensor:
-    """Say which part of a whole ``local`` is, if ``parameter`` is sharded, for a checkpoint.
+    """For a checkpoint, wrap ``local`` as a DTensor if ``parameter`` is sharded.
 
     The result shares the memory of ``local``, so loading into it fills ``local``.
     """

@@ -1,7 +1,7 @@
 """Dense parameters whole on every rank: DDP, and the case of one process.
 
-Where all ranks are on one host, main gradients lie in memory they share and are summed there after
-backward (gradients.py), so DDP has nothing to do and is left out.
+If all ranks are on one host, main gradients lie in shared memory and are summed there after
+backward (gradients.py). DDP would have nothing to do and is not used.
 """
 
 from collections.abc import Set
@@ -31,13 +31,13 @@ class Replicated:
         model.to(device)
 
     def own_masters(self, model: nn.Module) -> Set[str]:
-        """Return nothing: the optimizer keeps masters of all that is narrowed."""
+        """Return nothing: the optimizer keeps a master of every narrowed parameter."""
         return frozenset()
 
     def wrap(
         self, objective: nn.Module, model: nn.Module, dtype: torch.dtype, device: torch.device
     ) -> nn.Module:
-        """Wrap ``objective`` in DDP, where DDP has dense parameters to reduce."""
+        """Wrap ``objective`` in DDP if DDP has dense parameters to reduce."""
         self.gradients = MainGradients(model, self._mesh)
         has_dense = bool(self.gradients.dense)
         if self._mesh.dp_group is None or self.gradients.sums_dense or not has_dense:
@@ -52,20 +52,20 @@ class Replicated:
         return self._ddp.no_sync()
 
     def backward(self, loss: Tensor) -> None:
-        """Run backward and take its gradients off the parameters."""
+        """Run backward and move its gradients into main gradients."""
         loss.backward()
         self.gradients.accumulate()
 
     def step(self, optimizer: Optimizer, lr: float) -> None:
-        """Let ``optimizer`` update what this rank holds, which is the same on all ranks."""
+        """Update what this rank holds; dense parameters stay the same on all ranks."""
         optimizer.step(lr)
 
 
 def _wrap_in_ddp(objective: nn.Module, group: dist.ProcessGroup) -> DistributedDataParallel:
-    """Wrap all but experts; main gradients are attached already.
+    """Wrap everything except experts; main gradients are already attached.
 
-    In the synchronising backward each bucket's main gradients, with this micro-batch added, are
-    summed over all ranks.
+    In the synchronising backward, each bucket adds this micro-batch to its main gradients and sums
+    them over all ranks.
     """
     ignored = [*expert_parameter_names(objective), *(n for n, _ in objective.named_buffers())]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, ignored)

@@ -4,7 +4,7 @@ T tokens here, D model width, K choices, P ranks of the expert-parallel group, N
 
 One copy of a token goes to each rank that holds at least one of its experts. Its routing weights
 travel with it and are applied there, and their gradient travels back. Every rank takes part in
-every exchange, with zero rows if need be, so nobody waits for a collective that never comes.
+every exchange, even with zero rows, so no rank waits for a collective that never comes.
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """All-to-all of rows between the ranks of a group: through shared memory on one host, else gloo.
 
-P ranks of the group. Every rank takes part in every exchange, with zero rows if need be.
+P ranks of the group. Every rank takes part in every exchange, even with zero rows.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from ..host.shared_memory import share
 ALIGNMENT = 64
 """Bytes of a cache line, where every column begins."""
 SLACK = 1.5
-"""Room made beyond what is asked for, so that uneven loads do not ask again."""
+"""Factor on the requested size, so that uneven loads seldom need to grow the memory again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Splits:
         return [row[rank] for row in self.rows_PP]
 
     def reversed(self) -> "Splits":
-        """Return the splits of the way back."""
+        """Return the splits for sending results back."""
         return Splits([list(column) for column in zip(*self.rows_PP, strict=True)])
 
 
@@ -51,13 +51,13 @@ class Exchange(Protocol):
         """Send rows of several tensors and return, for each, what every rank sent here.
 
         ``columns`` are 2-D; their rows (those that ``order`` names, if given) are sorted by
-        destination. The result may be overwritten by the next exchange: copy or use it before.
+        destination. The next exchange may overwrite the result, so use or copy it first.
         """
         ...
 
 
 def open_exchange(group: dist.ProcessGroup, host: HostGroup | None) -> Exchange:
-    """Return the exchange of a group; ``host`` is given where it is on one host, on the CPU."""
+    """Return the exchange of a group; ``host`` is set if its ranks share one host, on the CPU."""
     return GroupExchange(group) if host is None else SharedExchange(host)
 
 
@@ -87,9 +87,8 @@ class GroupExchange:
         dist.all_to_all_single(arrived, packed, received, sent, group=self._group)
         widths = [column.shape[1] * column.element_size() for column in columns]
         parts = arrived.split(widths, dim=1)
-        own = (
-            torch.contiguous_format
-        )  # contiguous() would leave a single row where it is, unaligned
+        # contiguous() would leave a single row where it is, unaligned.
+        own = torch.contiguous_format
         return [
             list(part.clone(memory_format=own).view(column.dtype).split(received))
             for part, column in zip(parts, columns, strict=True)
@@ -97,11 +96,11 @@ class GroupExchange:
 
 
 class SharedExchange:
-    """Through shared memory: each rank lays out what it sends, and the others read it there.
+    """Through shared memory: each rank writes what it sends, and the others read it there.
 
-    Turns alternate between two halves of the memory, so one barrier a turn is enough: whoever
-    writes to a half again has passed the barrier of the turn between, to which the others came
-    only when they had read that half.
+    Turns alternate between two halves of the memory, so one barrier a turn is enough. Before a rank
+    writes to a half again, it passes the barrier of the turn in between. The others reach that
+    barrier only after they have read the half.
     """
 
     def __init__(self, host: HostGroup) -> None:
@@ -142,7 +141,7 @@ class SharedExchange:
         return received
 
     def _places(self, columns: list[Tensor], splits: Splits, rank: int) -> list[Tensor]:
-        """Return where ``rank`` lays out its rows of each column this turn."""
+        """Return where ``rank`` writes its rows of each column this turn."""
         num_rows = sum(splits.sent_by(rank))
         start = self._turn % 2 * self._room
         places = []
@@ -154,7 +153,7 @@ class SharedExchange:
         return places
 
     def _make_room(self, columns: list[Tensor], splits: Splits) -> None:
-        """Share more memory where this turn needs it, which all ranks see alike."""
+        """Share more memory if this turn needs it; all ranks decide the same."""
         most = max(sum(splits.sent_by(rank)) for rank in range(self._host.size))
         needed = sum(_aligned(most * c.shape[1] * c.element_size()) for c in columns)
         if needed <= self._room or self._otherwise is not None:

@@ -1,12 +1,12 @@
 """Ranks of one host that wait for each other, and sum and exchange through shared memory.
 
-What is needed of the machine's memory order: everything a rank wrote before a barrier is seen by
-all after it. No plain store or load of Python or torch promises that, on Arm or elsewhere. POSIX
-does for ``sem_post`` and ``sem_wait`` ("Memory Synchronization"), and they also bring waiting
-without spinning and with a limit; torch's own threads have joined when one of its calls returns.
+Memory order: after a barrier, all ranks must see everything that any rank wrote before it. Plain
+stores and loads of Python or torch do not promise that, on Arm or elsewhere. POSIX promises it for
+``sem_post`` and ``sem_wait`` ("Memory Synchronization"). Semaphores also wait without spinning and
+with a time limit. torch's threads have joined when one of its calls returns.
 
-Two ranks on two cores that were not idle, medians: a barrier takes 11 us, gloo's 216 us; a sum of
-302 MB takes 61 ms, gloo's 576 ms.
+Medians of two ranks on two busy cores: a barrier takes 11 us, gloo's 216 us; a sum of 302 MB takes
+61 ms, gloo's 576 ms.
 """
 
 import ctypes
@@ -25,12 +25,12 @@ from ...errors import LostRankError
 from .shared_memory import agree, gather, share
 
 SEMAPHORE_BYTES = 128
-"""Room for one semaphore (32 bytes in glibc and musl), on lines of its own."""
+"""Room for one semaphore (32 bytes in glibc and musl), so that no two share a cache line."""
 LOOK_EVERY_S = 0.1
-"""While a rank waits, it looks this often whether the other still lives."""
+"""A waiting rank checks this often whether the other is still alive."""
 CHUNK = 1 << 16
-"""Elements summed at a time: few enough to be still in a core's cache when they are copied, and
-enough to make little of the calls."""
+"""Elements summed at a time: few enough to stay in a core's cache until they are copied, and enough
+to make the cost of the calls negligible."""
 
 
 class _Timespec(ctypes.Structure):
@@ -54,7 +54,7 @@ class HostGroup:
 
     @classmethod
     def join(cls, group: dist.ProcessGroup, timeout_s: float) -> "HostGroup | None":
-        """Return the group as seen from this rank; None on all ranks unless it is on one host."""
+        """Return this rank's view of the group; None on all ranks unless they are on one host."""
         parts = share(dist.get_world_size(group) * SEMAPHORE_BYTES, group)
         if parts is None:
             return None
@@ -65,7 +65,7 @@ class HostGroup:
         joined = cls(group, timeout_s, parts, processes)
         for rank in range(joined.size):
             assert joined._libc.sem_init(joined._semaphore(joined.rank, rank), 1, 0) == 0
-        dist.barrier(group)  # nobody posts before all are initialised
+        dist.barrier(group)  # no rank may post before all are initialised
         return joined
 
     def barrier(self) -> None:
@@ -103,7 +103,7 @@ class HostGroup:
                 )
 
     def _wait_a_little(self, semaphore: ctypes.c_void_p) -> int:
-        """Wait for ``LOOK_EVERY_S`` at most, by a clock that nobody sets where libc has that."""
+        """Wait for at most ``LOOK_EVERY_S``, by the monotonic clock if libc supports it."""
         has_clock = hasattr(self._libc, "sem_clockwait")
         until = LOOK_EVERY_S + (time.monotonic() if has_clock else time.time())
         limit = ctypes.byref(_Timespec(int(until), int(until % 1 * 1e9)))
@@ -118,7 +118,7 @@ class HostGroup:
 
 
 def _open_processes(pids: list[int]) -> list[int] | None:
-    """Return descriptors that are readable once their process has ended; None before Linux 5.3."""
+    """Return descriptors that become readable when their process ends; None before Linux 5.3."""
     assert sys.platform == "linux", "no other host shares memory"
     try:
         return [os.pidfd_open(pid) for pid in pids]
@@ -129,8 +129,8 @@ def _open_processes(pids: list[int]) -> list[int] | None:
 class SharedSum:
     """A flat tensor on every rank of a host, summed in place over the ranks.
 
-    ``local`` is this rank's. Each rank sums its share of the elements, in the order of ranks, so
-    the bits are the same on all of them and from run to run.
+    ``local`` is this rank's tensor. Each rank sums its share of the elements in rank order, so the
+    bits are the same on all ranks and in every run.
     """
 
     def __init__(self, host: HostGroup, flats: list[Tensor]) -> None:
@@ -140,7 +140,7 @@ class SharedSum:
 
     @classmethod
     def create(cls, host: HostGroup, numel: int, dtype: torch.dtype) -> "SharedSum | None":
-        """Return a sum of zeros, the same on all ranks; None on all of them without the memory."""
+        """Return a sum of zeros; None on all ranks if there is not enough memory."""
         parts = share(numel * dtype.itemsize, host.group)
         return None if parts is None else cls(host, [part.view(dtype) for part in parts])
 

@@ -1,9 +1,9 @@
-"""Memory that the ranks of one host share, without a name that anybody could leave behind.
+"""Memory that the ranks of one host share, without a name that could be left behind.
 
 Each rank makes a part with ``memfd_create`` and the others open it through ``/proc/PID/fd``. Such
-memory has no path, so nothing remains after ``kill -9``, and it does not count against the size of
+memory has no path, so nothing remains after ``kill -9``. It does not count against the size of
 ``/dev/shm`` (64 MB in a Docker container by default), only against memory itself. Its pages are
-taken at once, so that a lack of memory is an error here and not a signal later.
+allocated immediately, so a lack of memory is an error here and not a signal later.
 """
 
 import logging
@@ -22,14 +22,14 @@ log = logging.getLogger(__name__)
 
 TOKEN_BYTES = 8
 PREFIX_BYTES = mmap.PAGESIZE
-"""Room for the token; what callers see begins on a page behind it."""
+"""Room for the token; the callers' memory begins on the next page."""
 
 
 def share(num_bytes: int, group: dist.ProcessGroup) -> list[Tensor] | None:
     """Return one zeroed byte tensor per rank of ``group``, in rank order, shared by all of them.
 
-    All ranks of the group call it with the same size. Returns None on all of them when one cannot:
-    another host, another container, not Linux, or not enough memory.
+    All ranks of the group call it with the same size. Returns None on all of them if one cannot
+    share: another host, another container, not Linux, or not enough memory.
     """
     here = _facts_of_host()
     if any(facts != here for facts in gather(here, group)):
@@ -41,7 +41,7 @@ def share(num_bytes: int, group: dist.ProcessGroup) -> list[Tensor] | None:
     found = [part for part in parts if part is not None]
     have_all = agree(len(found) == len(parts), group)
     if own is not None:
-        os.close(own)  # all have opened it, or do without
+        os.close(own)  # the others have opened it or given up
     if not have_all:
         if dist.get_rank(group) == 0:
             log.warning(
@@ -66,16 +66,16 @@ def agree(holds: bool, group: dist.ProcessGroup) -> bool:
 
 
 def _facts_of_host() -> list[int]:
-    """Return numbers that differ between hosts, and between containers that see other processes."""
+    """Return numbers that differ between hosts and between containers with separate processes."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_bytes()
         return [zlib.crc32(boot), Path("/proc/self/ns/pid").stat().st_ino]
-    except OSError:  # not Linux: equal to nobody
+    except OSError:  # not Linux: equal to no other rank
         return [secrets.randbits(62), 0]
 
 
 def _create(num_bytes: int, token: int) -> int | None:
-    """Return a descriptor of new memory that begins with ``token``; None without the memory."""
+    """Return a descriptor of new memory that begins with ``token``; None if memory is short."""
     assert sys.platform == "linux", "no other host has facts in common"
     try:
         descriptor = os.memfd_create("moeyard", os.MFD_CLOEXEC)
@@ -91,7 +91,7 @@ def _create(num_bytes: int, token: int) -> int | None:
 
 
 def _map(pid: int, descriptor: int, num_bytes: int, token: int) -> Tensor | None:
-    """Map what process ``pid`` holds as ``descriptor``, if it is what ``token`` says."""
+    """Map the memory that process ``pid`` holds as ``descriptor``; None unless it has ``token``."""
     path = Path(f"/proc/{pid}/fd/{descriptor}")
     try:
         opened = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)

@@ -1,1 +1,1 @@
-"""Every rank knows that the others live."""
+"""Every rank knows whether the others are alive."""

@@ -1,7 +1,7 @@
-"""The sentence a rank ends with: said once on each host, and left where torchrun looks for it.
+"""The last error of a rank: printed once on each host, and written where torchrun looks for it.
 
-torchrun ends with a table of the workers that failed. What its error file holds stands there, as
-the last lines a person sees.
+torchrun ends with a table of the workers that failed. The table shows what each worker's error file
+holds, so it is the last thing a person sees.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 
 
 def say_last(sentence: str) -> None:
-    """Print an error, unless another rank of this host has said the same."""
+    """Print an error, unless another rank of this host has printed the same one."""
     error_file = os.environ.get(ERROR_FILE)
     if error_file is not None:
         path = Path(error_file)
@@ -38,7 +38,7 @@ def _leave_for_torchrun(path: Path, sentence: str) -> None:
 
 
 def _is_first(attempt: Path, sentence: str) -> bool:
-    """Say whether no rank of this host and attempt has said the sentence; now this one has."""
+    """Say whether this rank is the first of its host and attempt with the sentence; mark it."""
     name = f"said-{hashlib.sha256(sentence.encode()).hexdigest()[:16]}"
     try:
         os.close(os.open(attempt / name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))

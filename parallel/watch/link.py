@@ -5,15 +5,15 @@ import socket
 from typing import Any
 
 MOST_BYTES = 1 << 16
-"""Read at a time."""
+"""Bytes read at a time."""
 MOST_BYTES_OF_A_STRANGER = 4096
-"""A line may be this long before the sender has shown the run's token."""
+"""Longest line accepted before the sender has shown the run's token."""
 
 Message = dict[str, Any]
 
 
 class Link:
-    """One end of a connection. Not for several threads at once."""
+    """One end of a connection. Not thread-safe."""
 
     def __init__(self, connected: socket.socket) -> None:
         connected.setblocking(False)
@@ -44,11 +44,11 @@ class Link:
         except BlockingIOError:
             return
         except OSError:
-            return  # reading says that the connection has ended, behind what was still received
+            return  # reading reports the end of the connection, after the last messages
         del self._to_send[:sent]
 
     def receive(self) -> list[Message]:
-        """Return the messages that have come; ``is_open`` is False once there will be no more."""
+        """Return the messages received so far; ``is_open`` is False once no more can come."""
         self._read()
         *lines, rest = self._received.split(b"\n")
         self._received = rest
@@ -76,6 +76,6 @@ class Link:
                 return
 
     def close(self) -> None:
-        """Let go of the socket."""
+        """Close the socket."""
         self.is_open = False
         self.socket.close()

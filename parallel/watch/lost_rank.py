@@ -6,9 +6,9 @@ from ...errors import LostRankError
 
 
 def is_lost_rank(error: BaseException) -> bool:
-    """Say whether an error means that another rank ended or did not come.
+    """Say whether an error means that another rank ended or did not join.
 
-    gloo raises plain RuntimeErrors, that name its own source file.
+    gloo raises plain RuntimeErrors that name its source file.
     """
     if isinstance(error, LostRankError | dist.DistError):
         return True

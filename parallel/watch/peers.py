@@ -16,7 +16,7 @@ from .link import Link, Message
 
 BEAT_S = 1.0
 FLUSH_S = 3.0
-"""At most, for the last words to leave."""
+"""Most seconds to wait until the last messages are sent."""
 
 
 @dataclass
@@ -28,26 +28,26 @@ class Peer:
     """``rank 3 on HOST (process 123)``."""
     link: Link
     heard: float
-    """When something came from it, by the monotonic clock, as are all times here."""
+    """When its last message came. All times here are of the monotonic clock."""
     moved: float
     """When its count of moves last rose."""
     moves: int = -1
     doing: str = "at the start"
     has_left: bool = False
     values: dict[int, Any] = field(default_factory=dict)
-    """What it gave, by turn."""
+    """The values it sent, by turn."""
 
     def has_value(self, turn: int) -> bool:
-        """Say whether its value of a turn is here."""
+        """Say whether its value of a turn has arrived."""
         return turn in self.values
 
     def is_gone(self) -> bool:
-        """Say whether it has taken leave."""
+        """Say whether it has said goodbye."""
         return self.has_left
 
 
 class Owner(Protocol):
-    """Whose thread it is; called under the lock, but for ``after_round``."""
+    """Receives the thread's calls, all under the lock except ``after_round``."""
 
     def heard(self, peer: Peer, message: Message) -> None:
         """See a message."""
@@ -56,10 +56,10 @@ class Owner(Protocol):
         """See that a connection has ended, after its last message."""
 
     def beat(self) -> None:
-        """Do what is to be done every ``BEAT_S``."""
+        """Do the periodic work; called every ``BEAT_S``."""
 
     def after_round(self) -> None:
-        """Do what must not hold the lock."""
+        """Do the work that must not hold the lock."""
 
 
 class Peers:
@@ -81,7 +81,7 @@ class Peers:
         self._thread = threading.Thread(target=self._run, name="moeyard-watch", daemon=True)
 
     def listen(self, host: str) -> int:
-        """Accept the other ranks, on rank 0, and return the port; "" is every interface."""
+        """Accept the other ranks on rank 0; return the port. ``host`` "" means every interface."""
         self._listener = socket.create_server((host, 0), backlog=self._world_size)
         self._listener.setblocking(False)
         self._selector.register(self._listener, selectors.EVENT_READ, self._listener)
@@ -90,7 +90,7 @@ class Peers:
         return port
 
     def connect(self, host: str, port: int, timeout_s: float) -> None:
-        """Join rank 0, from another rank. Raises :class:`OSError` where nothing listens."""
+        """Join rank 0 from another rank. Raises :class:`OSError` if nothing listens there."""
         link = Link(socket.create_connection((host, port), timeout=timeout_s))
         link.is_trusted = True
         self._add(0, f"rank 0 on {host}", link)
@@ -113,7 +113,7 @@ class Peers:
                 self.changed.wait(BEAT_S)
 
     def close(self) -> None:
-        """Let go of the thread and the connections; a second time does nothing."""
+        """End the thread and close the connections; a second call does nothing."""
         with self.changed:
             if self._closing:
                 return
@@ -135,7 +135,7 @@ class Peers:
         try:
             self._waker.send(b".")
         except BlockingIOError:
-            return  # it is awake
+            return  # the thread is awake already
 
     def _add(self, rank: int, where: str, link: Link) -> Peer:
         now = time.monotonic()
@@ -171,7 +171,7 @@ class Peers:
         elif isinstance(source, Peer):
             self._read_peer(source)
         else:
-            source.recv(4096)  # awake
+            source.recv(4096)  # the waker's bytes
 
     def _read_stranger(self, link: Link) -> None:
         messages = link.receive()

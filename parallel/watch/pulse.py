@@ -1,16 +1,16 @@
-"""How far this process is, for the thread that tells the other ranks.
+"""This process's progress, for the thread that reports it to the other ranks.
 
-A thread that beats proves that its process runs, and not that the main thread gets anywhere. So a
-beat also says how often the main thread has moved: what it notes here, or processor time it used.
-Hashing and tokenising move without knowing of this page; what waits by nature notes each turn.
+A beat proves that a process runs, not that its main thread makes progress. So a beat also says how
+often the main thread has moved. A move is a note made here, or processor time used. Hashing and
+tokenising use processor time and need no notes. Code that waits by nature notes each turn.
 """
 
 import threading
 import time
 
 MOVE_S = 0.05
-"""Processor time of the main thread that counts as a move. Who waits on a condition or semaphore
-uses less than a hundredth of that in a second."""
+"""Processor time of the main thread that counts as a move. A thread that waits on a condition or
+semaphore uses less than a hundredth of that per second."""
 
 
 class Pulse:
@@ -36,7 +36,7 @@ class Pulse:
         self._notes += 1
 
     def moves(self) -> int:
-        """Return a count that rises while the main thread moves; for one other thread."""
+        """Return a count that rises while the main thread moves. Only one thread may call this."""
         cpu_s = _main_thread_cpu_s()
         if self._notes != self._seen_notes or cpu_s - self._seen_cpu_s > MOVE_S:
             self._seen_notes, self._seen_cpu_s = self._notes, cpu_s
@@ -53,4 +53,4 @@ def _main_thread_cpu_s() -> float:
 
 
 pulse = Pulse()
-"""Of this process: it has one main thread."""
+"""The pulse of this process, which has one main thread."""

@@ -5,11 +5,12 @@ import time
 from .peers import BEAT_S, Peer
 
 SILENT_S = 5 * BEAT_S
-"""Without a beat, a process rather stands still than its main thread alone."""
+"""Seconds without a beat after which the whole process counts as stopped, not just its main
+thread."""
 
 
 def missing(ranks: list[int], timeout_s: float) -> str:
-    """Say who has not joined."""
+    """Say which ranks have not joined."""
     names = ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
     return (
         f"{names} did not appear within parallel.timeout_s = {timeout_s:g}; see the log there or "
@@ -40,7 +41,7 @@ def held_up(peer: Peer, timeout_s: float) -> str:
 
 
 def late(names: list[str], doing: str, timeout_s: float) -> str:
-    """Say which ranks no collective of theirs has given up on, all others' having done so."""
+    """Name the ranks whose collectives have not given up when those of all others have."""
     limit = f"parallel.timeout_s = {timeout_s:g}"
     if not names:
         return (

@@ -1,19 +1,19 @@
-"""Every rank knows that the others live, and names the one that does not.
+"""Every rank knows whether the others are alive, and names one that is not.
 
-Rank 0 listens and the others hold a connection to it, apart from torch's (peers.py). A thread on
-each rank sends a beat every second and reads the others'; what rank 0 finds out it tells everyone:
+Rank 0 listens and the others connect to it, apart from torch's connections (peers.py). A thread on
+each rank sends a beat every second and reads the others'. Rank 0 tells everyone what it finds out:
 
-- a process that dies is named immediately, because the kernel closes its connection;
-- one that is silent for ``timeout_s`` is named: it or its host is stopped. A shorter call that
-  holds Python's lock raises no alarm;
-- one whose main thread keeps others waiting in a collective for ``timeout_s`` is named: when
-  their collectives give up they say so, and it is the one that does not;
-- one that others wait for here (:meth:`Watch.on_rank_0`, :meth:`Watch.gather`) may take as long as
-  it likes while it moves (pulse.py), and is named after ``timeout_s`` without.
+- It names a process that dies immediately, because the kernel closes its connection.
+- It names a process that is silent for ``timeout_s``: the process or its host is stopped. A shorter
+  call that holds Python's lock raises no alarm.
+- It names a process whose main thread keeps others waiting in a collective for ``timeout_s``. The
+  others report when their collectives give up; the one that does not report is the cause.
+- Others may wait here for a process (:meth:`Watch.on_rank_0`, :meth:`Watch.gather`). It may take
+  any time while it moves (pulse.py), and is named after ``timeout_s`` without a move.
 
-The first such finding is the verdict on the run. A main thread that does not end by itself within
-``GRACE_S`` is in a call that cannot be interrupted, so the thread prints the verdict and ends the
-process. A main thread that loops for ever while no collective waits for it is not detected.
+The first such finding is the verdict on the run. If the main thread does not end within
+``GRACE_S``, it is in a call that cannot be interrupted. The watching thread then prints the verdict
+and ends the process. A main thread that loops while no collective waits for it is not detected.
 """
 
 import os
@@ -34,11 +34,11 @@ from .peers import BEAT_S, Peer, Peers
 from .pulse import pulse
 
 LOOK_EVERY_S = 0.2
-"""A waiting main thread looks this often whether the one it waits for moves."""
+"""A waiting main thread checks this often whether the rank it waits for moves."""
 WINDOW_S = 3.0
-"""Collectives of several ranks give up within this, one after the other."""
+"""Collectives of several ranks give up within this time of each other."""
 GRACE_S = 6.0
-"""After a verdict, until the process is ended; more than ``WINDOW_S`` and a beat."""
+"""Seconds from a verdict until the process is ended; longer than ``WINDOW_S`` plus a beat."""
 
 Answer = TypeVar("Answer")
 
@@ -58,13 +58,13 @@ class Watch:
         self._peers = Peers(rank, world_size, token, self)
         self._changed: threading.Condition = self._peers.changed
         self._turn = 0
-        """Counts what ranks do together here; the same on all of them."""
+        """Counts calls that all ranks make together; the same on all of them."""
         self._outcomes: dict[int, Message] = {}
-        """What came of rank 0's turns."""
+        """The outcomes of rank 0's turns."""
         self._verdict: str | None = None
         self._judged = 0.0
         self._waited: dict[int, float] = {}
-        """When which rank's collective gave up."""
+        """When each rank's collective gave up."""
 
     def listen(self, host: str) -> int:
         """See :meth:`Peers.listen`."""
@@ -75,7 +75,7 @@ class Watch:
         self._peers.connect(host, port, self.timeout_s)
 
     def wait_for_all(self, stop: Stop | None = None) -> None:
-        """Wait until every rank has joined. Raises :class:`LostRankError` naming who has not."""
+        """Wait until every rank has joined; raise :class:`LostRankError` that names the missing."""
         deadline = time.monotonic() + self.timeout_s
         with self._changed:
             while not self._peers.are_complete:
@@ -88,7 +88,7 @@ class Watch:
                 self._changed.wait(LOOK_EVERY_S)
 
     def where(self, rank: int) -> str:
-        """Return words for a rank, on rank 0."""
+        """Return a rank's description; call on rank 0."""
         return self._me if rank == self.rank else self._peers.by_rank[rank].where
 
     def gather(self, value: Any) -> list[Any]:
@@ -105,9 +105,9 @@ class Watch:
         return values
 
     def on_rank_0(self, action: Callable[[], Answer]) -> Answer:
-        """Run ``action`` on rank 0 while the others wait, as long as rank 0 moves.
+        """Run ``action`` on rank 0; the others wait for as long as rank 0 makes progress.
 
-        Returns on every rank what it returned, which JSON must be able to say. A
+        Every rank returns the action's result, which must be a JSON value. A
         :class:`MoeyardError` of rank 0 is raised on every rank.
         """
         turn = self._next_turn()
@@ -125,7 +125,7 @@ class Watch:
         return answer
 
     def explain(self, error: BaseException) -> LostRankError | None:
-        """Return whom an error is due to, if that is another rank, perhaps after ``WINDOW_S``."""
+        """Return the error that names the guilty rank, waiting for a verdict; None for our own."""
         if not is_lost_rank(error):
             return None
         with self._changed:
@@ -145,7 +145,7 @@ class Watch:
         )
 
     def leave(self) -> None:
-        """Leave after the last work; from here on this rank is not watched.
+        """Leave after the last work; from then on this rank is not watched.
 
         Rank 0 leaves last, because it hosts the store; the others wait for it.
         """
@@ -158,7 +158,7 @@ class Watch:
         self._peers.flush()
 
     def fail(self, error: BaseException) -> None:
-        """Tell the others why this rank ends, unless that is known."""
+        """Tell the others why this rank ends, unless there is a verdict already."""
         if self._verdict is None:
             is_sentence = isinstance(error, MoeyardError | OSError)
             reason = str(error) if is_sentence else f"{type(error).__name__}; see its log."
@@ -181,7 +181,7 @@ class Watch:
                 if time.monotonic() - max(peer.moved, started) > self.timeout_s:
                     self._decide(verdicts.held_up(peer, self.timeout_s))
                 if self.rank == 0:
-                    pulse.note()  # it has a limit of its own for each rank
+                    pulse.note()  # rank 0 has a separate limit for each rank
                 self._changed.wait(LOOK_EVERY_S)
 
     def _raise_verdict(self) -> None:
@@ -197,7 +197,7 @@ class Watch:
     def _tell(self, sentence: str) -> None:
         self._peers.send({"kind": "verdict", "sentence": sentence})
 
-    # What the thread of the peers calls
+    # Calls from the thread of the peers
 
     def heard(self, peer: Peer, message: Message) -> None:
         """See a message of a peer."""
@@ -212,11 +212,11 @@ class Watch:
                 self._decide(message["sentence"])
 
     def ended(self, peer: Peer) -> None:
-        """See that a peer's process has ended without taking leave."""
+        """See that a peer's process has ended without saying goodbye."""
         self._decide(verdicts.ended(peer))
 
     def beat(self) -> None:
-        """Tell the peers how far this rank is, and judge them."""
+        """Report this rank's progress to the peers, and judge them."""
         message = {"kind": "beat", "moves": pulse.moves(), "doing": pulse.doing}
         now = time.monotonic()
         for peer in self._peers.by_rank.values():
@@ -228,7 +228,7 @@ class Watch:
             self._decide(self._late())
 
     def after_round(self) -> None:
-        """End the process where a verdict has not ended it."""
+        """End the process if it still runs ``GRACE_S`` after the verdict."""
         if self._verdict is not None and time.monotonic() - self._judged > GRACE_S:
             say_last(self._verdict)
             os._exit(1)

@@ -20,7 +20,6 @@ from moeyard.moe.routers import own_code
 from moeyard.moe.routers.own_code import allow
 from moeyard.serving.app import build
 from moeyard.serving.server import ServeArgs, Server, check_model
-from moeyard.training.config import RunConfig
 from moeyard.training.read_config import read_run_config
 
 from http_calls import call
@@ -199,17 +198,17 @@ def test_a_module_that_cannot_be_imported_gets_one_sentence(module, message):
 def test_a_class_that_cannot_be_a_router_gets_one_sentence(config, kind, message):
     allow("trialpkg.broken")
     with pytest.raises(ConfigError, match=f"^model.moe.router: .*{message}"):
-        load_config(RunConfig, config, [f"model.moe.router={{kind: '{kind}'}}"])
+        read_run_config(config, [f"model.moe.router={{kind: '{kind}'}}"])
 
 
 def test_its_fields_are_validated_as_ours_are(config):
     allow("trialpkg.routers")
     with pytest.raises(ConfigError, match=r"^model.moe.router.width: it is 'x'"):
-        load_config(RunConfig, config, ["model.moe.router.width=x"])
+        read_run_config(config, ["model.moe.router.width=x"])
     with pytest.raises(ConfigError, match=r"^model.moe.router.heigth is not a known key"):
-        load_config(RunConfig, config, ["model.moe.router.heigth=2"])
+        read_run_config(config, ["model.moe.router.heigth=2"])
     with pytest.raises(ConfigError, match=r"router.k is 9, but the layer has 4 experts"):
-        load_config(RunConfig, config, ["model.moe.router.k=9"])
+        read_run_config(config, ["model.moe.router.k=9"])
 
 
 def test_an_unknown_kind_in_a_folder_names_the_known_ones(folder, tmp_path):
