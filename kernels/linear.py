@@ -13,7 +13,7 @@ from .trust import uses_cpp
 
 
 def linear(x_NP: Tensor, weight_QP: Tensor) -> Tensor:
-    """Return ``x @ weight.T``; in bf16 and without gradients, each row as in any larger batch."""
+    """Return ``x @ weight.T``; in bf16 without gradients, rows do not depend on the batch size."""
     if not torch.is_grad_enabled() and uses_cpp():
         y_NQ = cpp_linear(x_NP, weight_QP)
         if y_NQ is not None:

@@ -25,7 +25,8 @@ def choose(
     False get no expert and are not counted. ``wants_sums`` asks for what losses need. ``auto`` is
     Triton on a GPU if its kernels pass their self-check. torch
     computes the projection to logits: it is a plain product, with two more in its backward, and a
-    library's products are hard to beat. Raises ``ValueError`` if Triton was asked for and cannot run.
+    library's products are hard to beat. Raises ``ValueError`` if Triton is asked for but cannot
+    run.
     """
     arguments = (logits_TE, bias_E, valid_T, rule, wants_sums)
     if backend == "triton" or (backend == "auto" and trusts_triton_router(logits_TE)):

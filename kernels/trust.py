@@ -81,9 +81,9 @@ def _checked(loaded: Library) -> Library:
 def trusts_triton(call: ExpertCall) -> bool:
     """Say whether ``auto`` may choose Triton for a call.
 
-    The first call of a kind checks the kernels, which compiles them and waits for the device. During
-    torch.compile tracing and CUDA graph capture nothing can be checked, and only earlier results
-    count.
+    The first call of a kind checks the kernels, which compiles them and waits for the device.
+    During torch.compile tracing and CUDA graph capture nothing can be checked, and only earlier
+    results count.
     """
     experts, device = call.experts, call.x_TD.device
     bits_here: set[Bits | None] = {None}

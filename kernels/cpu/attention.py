@@ -174,7 +174,7 @@ class RowStep:
     def __init__(self, caches: Sequence[Cache]) -> None:
         for cache in caches:
             cache.reserve(1)
-        self._addresses = [cache.addresses for cache in caches]  # keeps them alive as long as this object
+        self._addresses = [cache.addresses for cache in caches]  # keeps them alive
         self.caches = array("q", (addresses.buffer_info()[0] for addresses in self._addresses))
         self.lengths = array("q", (cache.length for cache in caches))
         self.capacities = array("q", (cache.capacity for cache in caches))

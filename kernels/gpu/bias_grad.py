@@ -11,8 +11,8 @@ from torch import Tensor
 from .grouping import SlotGroups
 
 ROWS, COLUMNS = 32, 128
-"""A tile: 16 bytes a thread and more, whichever the type. Nothing is multiplied here, so reading
-each row once sets the pace."""
+"""A tile: at least 16 bytes a thread in every type. Nothing is multiplied here, so the kernel is as
+fast as it reads each row once."""
 
 
 def bias_grad(
@@ -22,10 +22,10 @@ def bias_grad(
     out_SQ: Tensor,
     add: bool,
 ) -> None:
-    """Write each slot's sum to ``out_SQ``, or ``add`` it there, in row order and fp32.
+    """Write each slot's sum to ``out_SQ``, or ``add`` it, in row order and in fp32.
 
-    ``rows_XQ`` has a line per row in slot order; with ``weights_TK`` one per token, and each routed
-    row counts as often as its weight says.
+    ``rows_XQ`` has a line per row in slot order. With ``weights_TK`` it has a line per token, and
+    each routed row is multiplied by its weight.
     """
     num_slots, num_columns = out_SQ.shape
     bias_grad_kernel[(num_slots, triton.cdiv(num_columns, COLUMNS))](

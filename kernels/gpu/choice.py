@@ -1,4 +1,4 @@
-"""The choice of experts on Triton's kernels: what they take, and one call. T tokens, E experts."""
+"""The choice of experts on Triton's kernels: what they support, and a call. T tokens, E experts."""
 
 import torch
 from torch import Tensor
@@ -7,12 +7,12 @@ from ..values.choice import ChoiceRule, Choices, LossSums, where_valid
 from .device import why_not
 
 MAX_EXPERTS = 1024
-"""Experts that the router takes; with padding between groups up to twice as many lanes of a tile,
-the most that does not spill."""
+"""The most experts of a router. Padding between groups may double the lanes of a tile; more lanes
+would spill."""
 
 
 def misfit(logits_TE: Tensor) -> str | None:
-    """Say in one sentence what the router's kernels do not take about these logits, or None."""
+    """Return one sentence on why the router's kernels do not support these logits, or None."""
     if logits_TE.dtype != torch.float32:
         return f"Triton's router takes fp32 logits, not {logits_TE.dtype}."
     if logits_TE.shape[1] > MAX_EXPERTS:
@@ -27,12 +27,12 @@ def choose_triton(
     rule: ChoiceRule,
     wants_sums: bool,
 ) -> Choices:
-    """Choose in one pass over the logits; equal scores go to the lower id.
+    """Choose in one pass over the logits; ties go to the lower id.
 
-    Raises ``ValueError`` where the kernels cannot run and for what they do not take.
+    Raises ``ValueError`` if the kernels cannot run or do not support the logits.
     """
     problem = misfit(logits_TE)
-    if not torch.compiler.is_compiling():  # it cannot follow how we look around
+    if not torch.compiler.is_compiling():  # it cannot trace this check
         problem = why_not(logits_TE.device) or problem
     if problem is not None:
         raise ValueError(f"{problem} Use backend 'torch'.")

@@ -1,4 +1,4 @@
-"""Add up the rows of each token, in the order of its choices: no atomics, the same bits every time.
+"""Add up the rows of each token in the order of its choices: no atomics, the same bits every time.
 
 T tokens, K choices, R = T*K routed rows in slot order, S slots, D model width; C columns at a time.
 """
@@ -13,8 +13,8 @@ from .grouping import SlotGroups
 def combine(y_RD: Tensor, groups: SlotGroups, weights_TK: Tensor | None, num_tokens: int) -> Tensor:
     """Return ``sum_k weights[t, k] * y_row(t, k)``, ``[T, D]``, summed in fp32.
 
-    Rows without a slot add nothing, whatever their lines and weights hold. ``weights_TK = None``
-    sums the rows themselves.
+    Rows without a slot add nothing, even if their lines or weights are NaN. ``weights_TK = None``
+    sums the rows unweighted.
     """
     num_rows, d_model = y_RD.shape
     out_TD = y_RD.new_empty(num_tokens, d_model)

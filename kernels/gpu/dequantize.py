@@ -1,7 +1,7 @@
-"""Write weights of 8 or 4 bits out in x's type, for the plain kernels.
+"""Convert weights of 8 or 4 bits to x's type, for the plain kernels.
 
-By expert and not by slot: a pool of slots may hold many more experts than this layer has. Experts
-without rows are left out.
+The result is by expert, not by slot: a pool of slots may hold many more experts than this layer
+has. Experts without rows are skipped.
 
 E experts, S slots, Q outputs, P inputs and G groups of a matrix. In a tile: N rows, P inputs in B
 bytes.
@@ -17,7 +17,7 @@ from .grouping import SlotGroups
 from .quantized import widened
 
 LINES, INPUTS = 32, 128
-"""A tile: 16 bytes and more a thread on both sides."""
+"""A tile: at least 16 bytes a thread, for both reading and writing."""
 
 
 def dequantize(

@@ -1,7 +1,7 @@
-"""Where kernels are launched, and where they cannot be.
+"""On which devices the kernels can run.
 
-Triton itself is imported only where :func:`why_not` has nothing to say, so that machines without it
-import the rest.
+Triton is imported only if :func:`why_not` returns None, so that machines without Triton can import
+the rest.
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ HOPPER = 9
 
 
 def why_not(device: torch.device) -> str | None:
-    """Say in one sentence why the kernels cannot run on ``device``, or None where they can."""
+    """Return one sentence on why the kernels cannot run on ``device``, or None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; it comes with PyTorch's CUDA build."
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -34,10 +34,10 @@ def why_not(device: torch.device) -> str | None:
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager:
-    """Launch on the device of x; Triton takes the current one."""
+    """Make x's device current, because Triton launches on the current device."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def is_hopper(x: Tensor) -> bool:
-    """Say whether x is on a GPU whose tiles were measured apart."""
+    """Say whether x is on a Hopper GPU, which has its own measured tiles."""
     return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == HOPPER

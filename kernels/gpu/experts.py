@@ -1,4 +1,4 @@
-"""The expert MLP on Triton's kernels: what they take, and one call.
+"""The expert MLP on Triton's kernels: which calls they support, and running one.
 
 T tokens, K choices, E experts, S slots, D model width, F expert width, H = 2F.
 """
@@ -18,7 +18,7 @@ MOST_ELEMENTS = 2**31
 
 
 def misfit(call: ExpertCall) -> str | None:
-    """Say in one sentence what the kernels do not take about a call, or None."""
+    """Return one sentence on what the kernels do not support in a call, or None."""
     x_TD, experts_TK, weights_TK = call.rows
     experts = call.experts
     if x_TD.dtype not in DTYPES:
@@ -117,5 +117,5 @@ def _parts(experts: SlotWeights) -> dict[str, Tensor]:
 
 @functools.lru_cache(maxsize=256)
 def _slot_table(slot_of_E: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return the table on the device; sending it waits for the device, so it is sent once."""
+    """Return the table on the device; copying it waits for the device, so it is copied once."""
     return torch.tensor(slot_of_E, dtype=torch.int32, device=device)

@@ -1,9 +1,9 @@
-"""From the gradient of the output to that of fc1's output, and of the routing weights.
+"""The gradients of fc1's output and of the routing weights, from the gradient of the output.
 
 With G = grad_y W2 of a row (not yet weighted), A its activation and s its routing weight:
-grad s = <G, A>, since <grad_y, A W2^T> = <grad_y W2, A>, so the outputs need not be kept, and
-<grad_y, b2> where fc2 has a bias; grad A = s G; and fc2's own gradient needs s A. All but the part
-of the bias come from one tile of G (the identities are SonicMoE's).
+grad s = <G, A>, plus <grad_y, b2> if fc2 has a bias, because <grad_y, A W2^T> = <grad_y W2, A>, so
+the outputs need not be kept; grad A = s G; and fc2's weight gradient needs s A. All but the part of
+the bias come from one tile of G (the identities are SonicMoE's).
 
 T tokens, K choices, R routed rows in slot order, S slots, L tiles, D model width, F expert width,
 H = 2F, B column tiles. In a tile: M rows, N of F, P of D at a time.
@@ -37,7 +37,7 @@ def grad_hidden(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return grad h ``[R, 2F]``, the weighted activations ``[R, F]`` and grad weights ``[T, K]``.
 
-    Lines of rows without a slot are undefined in the first two, and zero in the last.
+    Rows without a slot are undefined in the first two and zero in the last.
     """
     num_rows, d_model, d_expert = h_RH.shape[0], fc2_SDF.shape[1], fc2_SDF.shape[2]
     num_tiles = groups.tiles_L2.shape[0]
@@ -85,8 +85,8 @@ def grad_hidden(
 def _through_bias(grad_TD: Tensor, groups: SlotGroups, bias_SD: Tensor) -> Tensor:
     """Return <grad_y, b2> for every routed row, ``[T, K]``; undefined without a slot.
 
-    One product with all slots' biases, of which each row takes its own: that is 2 T D S operations,
-    under 1 % of the experts' own at gpt-oss's widths, and no kernel gathers rows again.
+    One product with all slots' biases, from which each row takes its slot's entry. It costs 2 T D S
+    operations, under 1 % of the experts' at gpt-oss's widths, and no kernel gathers rows again.
     """
     slot_R = torch.searchsorted(groups.offsets_S1[1:], groups.inverse_R, right=True)
     slot_TK = slot_R.clamp(max=len(bias_SD) - 1).view(grad_TD.shape[0], -1)
@@ -177,8 +177,8 @@ def grad_hidden_kernel(
         w_at += P * stride_row
     weight_M = tl.load(weights_R + routed_M, mask=is_row_M, other=0).to(tl.float32)
     row_M = row_M.to(tl.int64)
-    # A quarter of the columns at a time: gate, up and their gradients of a whole tile spill, and
-    # rows of an eighth are too short for memory (1.2 times slower).
+    # A quarter of the columns at a time: gate, up and their gradients of a whole tile would spill,
+    # and an eighth writes rows that are too short for fast stores (1.2 times slower).
     PARTS: tl.constexpr = 4
     part_M = tl.zeros((M,), dtype=tl.float32)
     for part in tl.static_range(PARTS):

@@ -14,7 +14,7 @@ FEW_WARPS = 16
 
 @triton.jit
 def slot_of_row(ids_R, slot_of_E, row_I, num_rows, num_experts, num_slots):
-    """Return the slot of each row's expert, and S for rows without one and behind the last."""
+    """Return the slot of each row's expert; S for rows without an expert and for spare lanes."""
     id_I = tl.load(ids_R + row_I, mask=row_I < num_rows, other=-1)
     is_here_I = (id_I >= 0) & (id_I < num_experts)
     slot_I = id_I.to(tl.int32)
@@ -42,7 +42,7 @@ def group_few_kernel(
     row_I = tl.arange(0, FEW_ROWS)
     is_row_I = row_I < num_rows
     slot_I = slot_of_row(ids_R, slot_of_E, row_I, num_rows, num_experts, num_slots)
-    # Lanes behind the last row count as rows without an expert, which come last, and in order.
+    # Lanes after the last row count as rows without an expert, which come last and in order.
     key_I = slot_I * FEW_ROWS + row_I
     place_I = tl.sum((key_I[None, :] < key_I[:, None]).to(tl.int32), axis=1)
     first_I = tl.sum((key_I[None, :] < (slot_I * FEW_ROWS)[:, None]).to(tl.int32), axis=1)
@@ -52,7 +52,7 @@ def group_few_kernel(
         slot_N = start + tl.arange(0, 64)
         before_N = tl.sum((slot_I[None, :] < slot_N[:, None]).to(tl.int32), axis=1)
         tl.store(offsets_S1 + slot_N, before_N, mask=slot_N <= num_slots)
-    # A tile begins with every tile_rows-th row of a slot; those before it give its number.
+    # Every tile_rows-th row of a slot begins a tile; its index is the number of those before it.
     is_start_I = (slot_I < num_slots) & ((place_I - first_I) % tile_rows == 0)
     is_start_before_IJ = (key_I[None, :] < key_I[:, None]) & is_start_I[None, :]
     tile_I = tl.sum(is_start_before_IJ.to(tl.int32), axis=1)

@@ -1,4 +1,4 @@
-"""Order routed rows by slot on the GPU, and cut the groups into tiles, without asking the host.
+"""Sort routed rows by slot on the GPU and cut the groups into tiles, without host synchronisation.
 
 Every size is bounded from T, K and S, so nothing waits for the device and a CUDA graph may capture
 the calls. No atomics: the order is stable and the same in every run.
@@ -31,11 +31,11 @@ class SlotGroups(NamedTuple):
     order_R: Tensor
     """Routed rows sorted by slot, stably."""
     inverse_R: Tensor
-    """Where each routed row stands in ``order_R``."""
+    """The position of each routed row in ``order_R``."""
     offsets_S1: Tensor
     """``[S + 1]``: slot s owns ``order_R[offsets[s] : offsets[s + 1]]``."""
     tiles_L2: Tensor
-    """``[L, 2]``: slot and first row of each tile; slot -1 behind the last one."""
+    """``[L, 2]``: slot and first row of each tile; slot -1 after the last tile."""
 
 
 def max_tiles(num_rows: int, num_slots: int, tile_rows: int) -> int:
@@ -126,13 +126,13 @@ def rank_kernel(
     num_slots,
     BLOCK_ROWS: tl.constexpr,
 ):
-    """Write each row's slot, its rank among equal ones of the block, and the block's counts."""
+    """Write each row's slot, its rank among the block's rows of that slot, and block counts."""
     block = tl.program_id(0)
     lane_I = tl.arange(0, BLOCK_ROWS)
     row_I = block * BLOCK_ROWS + lane_I
     is_row_I = row_I < num_rows
-    # Lanes behind the last row count as rows without an expert: they are the last of the last
-    # block, so no row is ranked behind them, and nobody reads how many rows have none.
+    # Lanes after the last row count as rows without an expert. They are the last lanes of the last
+    # block, so they change no row's rank, and the count of rows without an expert is never read.
     slot_I = slot_of_row(ids_R, slot_of_E, row_I, num_rows, num_experts, num_slots)
     is_same_IJ = slot_I[:, None] == slot_I[None, :]
     is_earlier_IJ = lane_I[None, :] < lane_I[:, None]
@@ -140,7 +140,7 @@ def rank_kernel(
     count_I = tl.sum(is_same_IJ.to(tl.int32), axis=1)
     tl.store(slot_R + row_I, slot_I, mask=is_row_I)
     tl.store(rank_R + row_I, rank_I, mask=is_row_I)
-    # One lane of each slot, its last, writes the count; the others are zero already.
+    # The last lane of each slot writes the count; the other counts are zero already.
     line = before_BS1 + block.to(tl.int64) * (num_slots + 1)
     tl.store(line + slot_I, count_I, mask=rank_I == count_I - 1)
 
@@ -207,7 +207,7 @@ def permute_kernel(
     num_slots,
     BLOCK_ROWS: tl.constexpr,
 ):
-    """Write each row's place, and the row of each place."""
+    """Write each row's position, and the row at each position."""
     block = tl.program_id(0)
     row_I = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     is_row_I = row_I < num_rows

@@ -1,8 +1,8 @@
 """The Triton expert MLP as ``torch.library`` operators with fake versions and a gradient.
 
 Saved for backward: x, fc1's outputs (pre-activations), the routing weights and the indices;
-2 T D + 4 R F bytes in 16 bits beside the indices. Without ``keep_h`` backward computes fc1's
-outputs again, and 2 T D bytes are all.
+2 T D + 4 R F bytes in 16 bits, plus the indices. Without ``keep_h`` only x, the routing weights and
+the indices are saved (2 T D bytes), and backward computes fc1's outputs again.
 
 T tokens, K choices, R = T*K routed rows in slot order, E experts, S slots, L tiles, D model width,
 F expert width, H = 2F.
@@ -47,8 +47,8 @@ def expert_mlp_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return y ``[T, D]``, then what backward needs: h ``[R, 2F]`` and the ``SlotGroups``.
 
-    h is empty unless ``keep_h``; backward then computes it again. What begins with ``main`` is not
-    read; backward adds gradients of the parameters to it.
+    Without ``keep_h`` h is empty, and backward computes it again. Arguments that begin with
+    ``main`` are not read; backward adds parameter gradients to them.
     """
     (num_tokens, d_model), num_rows = x_TD.shape, experts_TK.numel()
     d_expert = fc2_SDF.shape[2]
@@ -112,8 +112,8 @@ def expert_mlp_backward_op(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of x (empty unless ``wants_x``) and of the routing weights.
 
-    Those of the parameters are written to what begins with ``out``, or added there with ``add``. An
-    empty h is computed again.
+    Parameter gradients are written to the arguments that begin with ``out``, or added to them with
+    ``add``. An empty h is computed again.
     """
     num_choices, num_rows = weights_TK.shape[1], order_R.shape[0]
     if num_rows == 0:
@@ -178,7 +178,7 @@ def _backward(ctx: Any, grad_TD: Tensor | None, *_: None) -> tuple[Tensor | None
     if grad_TD is None:
         return (None,) * 14
     wants = ctx.needs_input_grad
-    saved = ctx.saved_tensors  # once: checkpointing hands them out a single time
+    saved = ctx.saved_tensors  # read once: checkpointing allows a single access
     parameters = saved[-4:]
     add = ctx.main[0] is not None
     outs = ctx.main

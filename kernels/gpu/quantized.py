@@ -1,7 +1,7 @@
-"""Products with weights in 8 or 4 bits (values/quantized_weights.py), widened on their way.
+"""Products with weights in 8 or 4 bits (values/quantized_weights.py), widened inside the kernel.
 
-A value becomes x's type exactly, products are summed in fp32, and sums are multiplied by the scale:
-once at the end where a row has one scale, else once a group. So nothing is rounded that plain
+A value is widened to x's type exactly, products are summed in fp32, and sums are multiplied by the
+scale: once at the end if a row has one scale, else once per group. So nothing is rounded that plain
 weights would not round. fc1 is quantized_up.py, fc2 is quantized_matmul.py.
 
 In a tile: M rows, N outputs, P inputs at a time in B bytes.
@@ -17,14 +17,14 @@ from .tile_math import add_product
 from .tiles import GROUP_TILES, Tiles
 
 TWO_TO_23 = tl.constexpr(8388608.0)
-"""From here to its double, fp32 numbers are whole and their lowest bits count them."""
+"""From here to twice this, fp32 numbers are integers and their lowest bits count up."""
 TWO_TO_23_BITS = tl.constexpr(0x4B000000)
 ZERO_OF_INT4 = tl.constexpr(INT4_ZERO)
 
 
 def constants(matrices: QuantizedMatrices, precision: str, tiles: Tiles) -> dict[str, Any]:
-    """Return what both kernels are compiled for."""
-    assert matrices.group_size % tiles.P == 0, "a step must lie within one group"
+    """Return the compile-time arguments of both kernels."""
+    assert matrices.group_size % tiles.P == 0, "a step must be within one group"
     return {
         "BITS": matrices.bits,
         "IS_PER_ROW": matrices.group_size == matrices.width,
@@ -44,12 +44,12 @@ def widened(values_NB, BITS: tl.constexpr, TYPE: tl.constexpr):
     if BITS == 8:
         return values_NB.to(tl.float32).to(TYPE)
     else:
-        # A nibble below the bits of 2^23 makes 2^23 + nibble: two operations in place of a
-        # conversion, of which a processor does a few at a time.
+        # A nibble in the low bits of 2^23 gives 2^23 + nibble: two fast operations in place of a
+        # conversion, which runs at a lower rate.
         word_NB = values_NB.to(tl.int32)
         low_NB = (word_NB & 15 | TWO_TO_23_BITS).to(tl.float32, bitcast=True)
         high_NB = (word_NB >> 4 | TWO_TO_23_BITS).to(tl.float32, bitcast=True)
-        # Neighbours share a byte, so joining them moves nothing between threads.
+        # Neighbouring values share a byte, so joining them moves no data between threads.
         pair_NB2 = tl.join(low_NB, high_NB) - (TWO_TO_23 + ZERO_OF_INT4)
         return tl.reshape(pair_NB2, (values_NB.shape[0], 2 * values_NB.shape[1])).to(TYPE)
 
@@ -69,7 +69,7 @@ def quantized_product(
     N: tl.constexpr,
     P: tl.constexpr,
 ):
-    """Return ``x @ w^T`` of a tile, in fp32; whole steps, each within one group."""
+    """Return ``x @ w^T`` of a tile, in fp32, in whole steps that are each within one group."""
     sum_MN = tl.zeros((M, N), dtype=tl.float32)
     for first in range(0, num_inner, P):
         x_MP = tl.load(x_at_MP)

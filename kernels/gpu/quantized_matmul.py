@@ -84,7 +84,7 @@ def quantized_matmul_kernel(
         return
     row_M = tl.load(tiles_L2 + 2 * tile + 1) + tl.arange(0, M)
     end = tl.load(offsets_S1 + slot + 1)
-    # Rows behind the group's end read its last row and are dropped at the store.
+    # Rows after the group's end read its last row and are masked in the store.
     x_row_M = tl.minimum(row_M, end - 1).to(tl.int64)
     output_N = column * N + tl.arange(0, N)
     is_output_N = output_N < num_outputs

@@ -95,7 +95,7 @@ def _dequantized_rows(
     activation: str,
     rows: int,
 ) -> Tensor:
-    """Write out one of the two matrices at a time."""
+    """Dequantize one of the two matrices at a time, and multiply the rows."""
     dtype, precision = x_TD.dtype, PRECISION[x_TD.dtype]
     on_hopper = is_hopper(x_TD)
     a_RF = x_TD.new_empty(groups.order_R.numel(), second.matrices.width)
@@ -111,14 +111,14 @@ def _dequantized_rows(
 
 
 def _by_expert(bias_SQ: Tensor | None, slot_of_E: Tensor | None) -> Tensor | None:
-    """Return ``[E, Q]``; those of experts that are not here are another's and are not read."""
+    """Return ``[E, Q]``; entries of experts that are not here are arbitrary and never read."""
     if bias_SQ is None or slot_of_E is None:
         return bias_SQ
     return bias_SQ[slot_of_E.long().clamp(0, len(bias_SQ) - 1)]
 
 
 def _experts_here(slot_of_E: Tensor | None, num_slots: int) -> Tensor | None:
-    """Return a table that keeps experts where they are and leaves out those that are not here."""
+    """Return a table that maps each expert to itself, and experts that are not here to -1."""
     if slot_of_E is None:
         return None
     is_here_E = (slot_of_E >= 0) & (slot_of_E < num_slots)

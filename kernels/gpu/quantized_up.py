@@ -87,9 +87,9 @@ def quantized_up_kernel(
         return
     row_M = tl.load(tiles_L2 + 2 * tile + 1) + tl.arange(0, M)
     is_row_M = row_M < tl.load(offsets_S1 + slot + 1)
-    # Rows behind the group's end read token 0 and are dropped at the store: no mask in the loop.
+    # Rows after the group's end read token 0 and are masked in the store: no mask in the loop.
     token_M = tl.load(order_R + row_M, mask=is_row_M, other=0) // num_choices
-    # Gate and up rows alternate, so that one product makes both and a thread holds the pair.
+    # Gate and up rows alternate, so that one product computes both and a thread holds the pair.
     output_N = tl.arange(0, N)
     feature_N = column * (N // 2) + output_N // 2
     line_N = feature_N + output_N % 2 * d_expert

@@ -1,7 +1,7 @@
 """The choice of experts in one pass over the logits: scores, top-k, weights, counts, loss sums.
 
-A program walks blocks of rows and keeps its counts and sums in registers; it writes them once, and
-a second kernel adds the programs' lines up in order. No atomics: the same bits in every run.
+A program processes blocks of rows and keeps its counts and sums in registers. It writes them once,
+and a second kernel adds up the programs' lines in order. No atomics: the same bits in every run.
 
 T tokens, E experts, K choices, G groups of experts, B programs. In a tile: M rows, N lanes (experts
 and padding), K choices padded to a power of two.
@@ -27,16 +27,17 @@ from .router_math import (
 )
 
 TILE = 2048
-"""Lanes times rows of a tile: 16 a thread, not measured yet. It depends on the experts alone, so
-that the bits of a row do not depend on the others."""
+"""Lanes times rows of a tile: 16 a thread, not measured yet. It depends on the number of experts
+alone, so that a row's bits do not depend on the other rows."""
 MAX_ROWS = 32
 MAX_PROGRAMS = 1024
-"""Eight on each of an H200's 132 multiprocessors, about; with more, adding their lines up grows."""
+"""About eight on each of an H200's 132 multiprocessors; with more, adding up their lines takes
+longer."""
 FINISH_PARTS, FINISH_EXPERTS = 64, 32
 
 
 def lanes(num_experts: int, num_groups: int) -> tuple[int, int]:
-    """Return how many groups and experts of a group the lanes are laid out for."""
+    """Return the padded numbers of groups and of experts per group, for the layout of lanes."""
     width = triton.next_power_of_2(num_experts // num_groups)
     return triton.next_power_of_2(num_groups), width
 
@@ -47,7 +48,7 @@ def rows_of(num_lanes: int) -> int:
 
 
 def warps_of(num_lanes: int) -> int:
-    """Return the warps of a program: more where 4 would spill."""
+    """Return the warps of a program: more than 4 if 4 would spill."""
     return 8 if num_lanes >= 1024 else 4
 
 
@@ -60,7 +61,7 @@ def route(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return chosen ids and weights ``[T, K]``, counts ``[E]``, probability sums ``[E]``, z sum.
 
-    Rows that are not valid are chosen for, but not counted. The sums are empty unless
+    Rows that are not valid get choices too, but are not counted. The sums are empty unless
     ``wants_sums``. All fp32, ids int32, counts int64.
     """
     num_tokens, num_experts = logits_TE.shape
@@ -219,7 +220,7 @@ def finish_kernel(
     PARTS: tl.constexpr,
     EXPERTS: tl.constexpr,
 ):
-    """Add up what the programs left."""
+    """Add up the programs' counts and sums."""
     expert_N = tl.program_id(0) * EXPERTS + tl.arange(0, EXPERTS)
     is_expert_N = expert_N < num_experts
     count_N = tl.zeros((EXPERTS,), dtype=tl.int64)

@@ -1,7 +1,7 @@
 """The gradient of the logits, from those of the weights and of the loss sums, in one pass.
 
-Scores are computed again from the logits; nothing of size [T, E] is kept or made beside the logits
-and their gradient. With s the scores, w = c s / S of the chosen (S their sum), for a row:
+Scores are computed again from the logits. The logits and their gradient are the only tensors of
+size [T, E]. With s the scores, w = c s / S of the chosen (S their sum), for a row:
 grad s_k = c / S (g_k - <g, s> / S) over the chosen; a probability p = s / sum(s) adds its own; and
 through a softmax grad l = s (grad s - <grad s, s>), through a sigmoid grad l = grad s * s (1 - s).
 
@@ -27,7 +27,7 @@ def route_grad(
     grad_sums_E: Tensor | None,
     grad_z: Tensor | None,
 ) -> Tensor:
-    """Return the gradient of the logits, ``[T, E]``; None stands for gradients that are zero."""
+    """Return the gradient of the logits, ``[T, E]``; None means that a gradient is zero."""
     num_tokens, num_experts = logits_TE.shape
     grad_TE = torch.empty_like(logits_TE)
     if num_tokens == 0:

@@ -1,4 +1,4 @@
-"""What the router's kernels share: scores of tiles, and keys that order experts and groups.
+"""Shared by the router's kernels: scores of tiles, and keys that order experts and groups.
 
 M rows of a tile, N lanes (experts and padding), K choices, G groups, W experts of a group.
 """
@@ -42,13 +42,13 @@ def key_of(value, name):
 
 @triton.jit
 def name_in(key):
-    """Return the name that a key was made of."""
+    """Return the name in a key."""
     return (0xFFFF - (key & 0xFFFF)).to(tl.int32)
 
 
 @triton.jit
 def value_in(key):
-    """Return the value that a key was made of."""
+    """Return the value in a key."""
     ordered = ((key >> 16) - 0x80000000).to(tl.int32)
     return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
@@ -63,7 +63,7 @@ def within_best_groups(
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Keep the keys of the groups with the largest sums of their best values."""
+    """Keep only the keys of the groups whose best values have the largest sums."""
     key_MGW = tl.reshape(key_MN, (M, GROUPS, WIDTH))
     left_MGW = key_MGW
     sum_MG = tl.zeros((M, GROUPS), dtype=tl.float32)

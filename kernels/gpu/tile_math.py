@@ -1,4 +1,4 @@
-"""What the kernels share: products of tiles, gated activations, and who computes which tile.
+"""Shared by the kernels: products of tiles, gated activations, and which program computes a tile.
 
 M rows of a tile, N columns of a tile, P the inner dimension of a product.
 """
@@ -10,7 +10,7 @@ from ..values import activation
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 """Whether the kernels run in Triton's interpreter, which multiplies bf16 tiles as if their bits
-were integers (triton issue 11584); there they are widened first."""
+were integers (triton issue 11584). There tiles are widened first."""
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 INVERSE_SQRT_2PI = tl.constexpr(0.3989422804014327)

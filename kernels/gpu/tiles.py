@@ -1,6 +1,6 @@
-"""Which tiles each kernel takes: for Hopper and bf16 the fastest of benchmarks/tiles.py on an H100.
+"""The tiles of each kernel: for Hopper and bf16, the fastest of benchmarks/tiles.py on an H100.
 
-Elsewhere the constants are their sources'.
+Other constants come from the sources that are named next to them.
 
 R routed rows, E experts; M rows of a tile, N columns of a tile, P the inner dimension.
 """
@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 
 Kernel = Literal["up", "matmul", "grad_hidden", "weight_grad", "weight_sum"]
-"""The last two both make weight gradients: "weight_sum" adds them to what is there."""
+"""The last two compute weight gradients: "weight_sum" adds them to existing sums."""
 
 
 class Tiles(NamedTuple):
@@ -34,9 +34,9 @@ the H200 (E=128 N=768 and E=8 N=14336) change there."""
 def tile_rows(num_rows: int, num_experts: int) -> int:
     """Return M of the kernels that walk row tiles.
 
-    Below WIDE_ROWS_PER_EXPERT the weights' way from memory decides, so a tile should hold all rows
-    of an expert: twice the mean, as vLLM's tables do. The number of slots plays no part, so that a
-    cache of experts computes the resident model's bits.
+    Below WIDE_ROWS_PER_EXPERT reading the weights sets the speed, so a tile should hold all rows of
+    an expert: twice the mean, as in vLLM's tables. The number of slots has no influence, so that a
+    cache of experts gives the same bits as the resident model.
     """
     mean = num_rows / max(1, num_experts)
     if mean > WIDE_ROWS_PER_EXPERT:
@@ -55,12 +55,12 @@ def tiles_for(kernel: Kernel, rows: int, dtype: torch.dtype, is_hopper: bool) ->
     if dtype == torch.float32:
         return _FP32_WEIGHT_GRAD if is_weight else _FP32[rows]
     if is_weight:
-        # Row numbers must be there before rows, which takes every other stage.
+        # Row numbers must be loaded before the rows, which takes every other stage.
         if not is_hopper:
             return Tiles(128, 128, 32, 8, 7)
         return Tiles(128, 256 if kernel == "weight_sum" else 128, 64, 8, 5)
     if rows < 128:
-        # 128 of the inner dimension at a time spill beside the epilogue of grad_hidden.
+        # 128 of the inner dimension at a time would spill with the epilogue of grad_hidden.
         return _FEW_ROWS[rows]._replace(P=64) if kernel == "grad_hidden" else _FEW_ROWS[rows]
     return Tiles(128, 256, 64, 8, 4) if is_hopper else Tiles(128, 128, 64, 8, 3)
 
@@ -70,29 +70,29 @@ QUANTIZED_ROWS = 64
 registers, which 128 rows have no room for; sm_90 spills."""
 
 DEQUANTIZE_ROWS_PER_EXPERT = 256
-"""From this many rows per expert on, weights in 8 or 4 bits are written out in x's type once, and
-the plain kernels run. An estimate (a tile widens its weights in about the time it multiplies them;
-writing them out and reading them again takes as long as multiplying 256 to 512 rows at the H200's
-rates); not measured here yet."""
+"""From this many rows per expert on, weights in 8 or 4 bits are converted to x's type once, and the
+plain kernels run. An estimate, not measured yet: a tile widens its weights in about the time it
+multiplies them, and writing and reading converted weights takes as long as multiplying 256 to 512
+rows at the H200's rates."""
 DEQUANTIZED_BYTES = 4 << 30
-"""The largest fc1 of a layer that is written out: who keeps experts in 4 bits may have no room for
-a layer of them in 16. A guess at what a GPU can spare beside a model."""
+"""The largest fc1 of a layer that is converted: a GPU that needs 4-bit experts may have no room for
+a layer of them in 16 bits. A guess at the memory that is free next to a model."""
 
 
 def is_dequantized(num_rows: int, num_experts: int, matrix_bytes: int) -> bool:
-    """Say whether weights in 8 or 4 bits are written out, ``matrix_bytes`` for an expert's fc1.
+    """Say whether weights in 8 or 4 bits are converted to x's type; fc1 then has ``matrix_bytes``.
 
-    As with tiles, the number of slots plays no part.
+    As with tiles, the number of slots has no influence.
     """
     is_small = num_experts * matrix_bytes <= DEQUANTIZED_BYTES
     return is_small and num_rows >= DEQUANTIZE_ROWS_PER_EXPERT * num_experts
 
 
 def quantized_tiles(rows: int, dtype: torch.dtype, group_size: int) -> Tiles:
-    """Return the tiles of products with weights in 8 or 4 bits; a step lies within one group."""
+    """Return the tiles of products with weights in 8 or 4 bits; a step is within one group."""
     tiles = (_QUANTIZED_FP32 if dtype == torch.float32 else _QUANTIZED)[min(rows, QUANTIZED_ROWS)]
     step = min(tiles.P, group_size & -group_size)  # the largest power of 2 that divides a group
-    # Short steps have few bytes on their way, so there are more of them.
+    # Short steps have few bytes in flight, so more stages are needed.
     return tiles._replace(P=step, num_stages=tiles.num_stages * (2 if 2 * step <= tiles.P else 1))
 
 
@@ -106,15 +106,15 @@ _QUANTIZED_FP32 = {
     32: Tiles(32, 64, 32, 4, 3),
     64: Tiles(64, 32, 32, 4, 3),
 }
-"""Those of 16-bit and fp32 weights until measured; where they would spill, shorter steps, more
-warps or fewer columns."""
+"""The tiles of 16-bit and fp32 weights until measured; with shorter steps, more warps or fewer
+columns where those would spill."""
 
 _FEW_ROWS = {
     16: Tiles(16, 128, 128, 4, 3),
     32: Tiles(32, 128, 128, 4, 3),
     64: Tiles(64, 128, 64, 4, 3),
 }
-"""16-bit tiles where the weights' way from memory decides; vLLM's tables for the H200."""
+"""16-bit tiles where reading the weights sets the speed; vLLM's tables for the H200."""
 
 _FP32 = {
     16: Tiles(16, 64, 32, 4, 3),

@@ -24,7 +24,7 @@ def up_projection(
     a_RF: Tensor | None,
     h_RH: Tensor | None,
 ) -> None:
-    """Write the activations of the rows that have a slot, and their pre-activations if wanted."""
+    """Write the activations of rows that have a slot, and their pre-activations if asked for."""
     d_model, d_expert = x_TD.shape[1], fc1_SHD.shape[1] // 2
     num_tiles = groups.tiles_L2.shape[0]
     up_projection_kernel[(num_tiles * triton.cdiv(d_expert, tiles.N // 2),)](
@@ -89,9 +89,9 @@ def up_projection_kernel(
         return
     row_M = tl.load(tiles_L2 + 2 * tile + 1) + tl.arange(0, M)
     is_row_M = row_M < tl.load(offsets_S1 + slot + 1)
-    # Rows behind the group's end read token 0 and are dropped at the store: no mask in the loop.
+    # Rows after the group's end read token 0 and are masked in the store: no mask in the loop.
     token_M = tl.load(order_R + row_M, mask=is_row_M, other=0) // num_choices
-    # Gate and up columns alternate, so that one product makes both and a thread holds the pair.
+    # Gate and up columns alternate, so that one product computes both and a thread holds the pair.
     column_N = tl.arange(0, N)
     feature_N = column * (N // 2) + column_N // 2
     is_feature_N = feature_N < d_expert
@@ -102,7 +102,7 @@ def up_projection_kernel(
     w_at = w_at + line_N[None, :] * stride_row + inner_P[:, None]
     h_MN = tl.zeros((M, N), dtype=tl.float32)
     if bias_SH is not None:
-        # The sum begins with it: beside the activation it would not fit and spill.
+        # The sum starts with the bias: added after the loop, it would spill.
         bias_at = bias_SH + slot.to(tl.int64) * stride_bias + line_N
         h_MN += tl.load(bias_at, mask=is_feature_N, other=0).to(tl.float32)[None, :]
     for first in range(0, d_model, P):

@@ -25,7 +25,7 @@ def weight_grad(
     left_is_by_token: bool,
     add: bool,
 ) -> None:
-    """Write each slot's gradient to ``out_SQP``, or ``add`` it there, summed in fp32.
+    """Write each slot's gradient to ``out_SQP``, or ``add`` it, summed in fp32.
 
     One factor has a line per token and the other one per row in slot order, as
     ``left_is_by_token`` says.
@@ -92,13 +92,13 @@ def weight_grad_kernel(
     out_at = out_at + line_M[:, None] * num_columns + column_N[None, :]
     is_out = is_line_M[:, None] & is_column_N[None, :]
     if ADD:
-        # Loaded before the loop: afterwards it would not fit beside the sum and spill.
+        # Loaded before the loop: loaded after it, next to the sum, it would spill.
         sum_MN = tl.load(out_at, mask=is_out, other=0).to(tl.float32)
     else:
         sum_MN = tl.zeros((M, N), dtype=tl.float32)
     left_at = left_XQ + line_M[None, :]
     right_at = right_XP + column_N[None, :]
-    # No row is masked but in the last step: instructions took as long as the products.
+    # Only the last step masks rows: masks in every step took as long as the products.
     whole = start + (end - start) // P * P
     for first in range(start, whole, P):
         row_I = first + tl.arange(0, P)

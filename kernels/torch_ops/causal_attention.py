@@ -3,8 +3,9 @@
 B sequences of length L, G key/value heads, r query heads each (Q = G*r), H head width, s queries of
 a block, b keys up to the block's end.
 
-A block of queries meets only the keys up to its own end, so the upper triangle is not computed; the
-query heads of one key/value head are rows of one product. The probabilities are kept for backward.
+A block of queries is multiplied only with the keys up to its own end, so the upper triangle is not
+computed. The query heads of one key/value head are rows of one product. The probabilities are kept
+for backward.
 """
 
 import torch
@@ -16,8 +17,8 @@ BLOCK = 64
 an AMD EPYC: fp32 50 ms with 64, 53 with 128, F.sdpa 70; bf16 36, 35 and 59
 (benchmarks/cpu_kernels.py)."""
 LENGTHS = range(64, 2049)
-"""Where it pays: shorter ones are little work; above, L * L * Q / 2 kept probabilities become
-the largest part of a layer's activations, of which F.sdpa keeps none."""
+"""Lengths at which it pays. Shorter sequences are little work. For longer ones the L * L * Q / 2
+kept probabilities become the largest part of a layer's activations; F.sdpa keeps none."""
 
 
 class CausalAttention(torch.autograd.Function):
@@ -68,7 +69,7 @@ class CausalAttention(torch.autograd.Function):
 
 
 def can_run(q_BLQH: Tensor) -> bool:
-    """Say whether this is the faster way to train: on a CPU, for sequences that are not long."""
+    """Say whether this trains faster than F.sdpa: on a CPU, for sequences of medium length."""
     return torch.is_grad_enabled() and not q_BLQH.is_cuda and q_BLQH.shape[1] in LENGTHS
 
 
@@ -92,7 +93,7 @@ def _rows(x: Tensor, start: int, end: int) -> Tensor:
 
 
 def _put(out_BLQH: Tensor, block: Tensor, start: int, end: int) -> None:
-    """Write ``[B*G, r*s, H]`` to its places."""
+    """Write a block's ``[B*G, r*s, H]`` to its rows of ``out_BLQH``."""
     num_sequences, _, num_heads, width = out_BLQH.shape
     block = block.view(num_sequences, num_heads, end - start, width)
     out_BLQH[:, start:end].copy_(block.transpose(1, 2))

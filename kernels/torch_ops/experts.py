@@ -2,8 +2,8 @@
 
 T tokens, K choices, R = T*K routed rows, N <= R rows whose expert is here, in expert order,
 D model width, F expert width, H = 2F. Only x, the pre-activations, the routing weights and the
-grouping are saved for backward (the identities are SonicMoE's: reading the routing gradient off the
-recomputed activation saves keeping the expert outputs).
+grouping are saved for backward. The expert outputs are not: the routing gradient follows from the
+recomputed activation (SonicMoE's identities).
 """
 
 from collections.abc import Collection, Iterable
@@ -30,8 +30,8 @@ def expert_rows(
 ) -> Tensor:
     """Run the experts without gradients and return their outputs, ``[R, D]`` in expert order.
 
-    ``only`` names the experts to run and ``out_RD`` receives their rows, so that experts can come
-    in waves; every row's bits are the same whichever waves it is split into.
+    ``only`` names the experts to run and ``out_RD`` receives their rows, so that experts can run in
+    waves. A row's bits do not depend on the waves.
     """
     if isinstance(experts, ExpertWeights) and only is None and grouped.can_run(x_TD, experts):
         products = grouped.TorchProducts(grouping, experts)
@@ -46,8 +46,8 @@ def expert_rows(
 def combine_rows(y_ND: Tensor, grouping: Grouping, weights_TK: Tensor | None) -> Tensor:
     """Return ``y_t = sum_k weights[t, k] * y_row(t, k)`` in k order, summed in weights' type.
 
-    Routed rows without an expert contribute nothing, whatever their (undefined) line holds.
-    ``weights_TK = None`` sums the rows themselves, at least in fp32.
+    Routed rows without an expert contribute nothing; their lines are undefined.
+    ``weights_TK = None`` sums the rows unweighted, at least in fp32.
     """
     inverse_TK = grouping.inverse_R.view(-1, grouping.num_choices)
     has_all = not y_ND.is_cuda and int(grouping.offsets_E1[-1]) == grouping.order_R.numel()
@@ -100,7 +100,7 @@ def _combine_by_choice(
 
 
 class TorchWaves:
-    """A sum without gradients whose experts come in waves; see waves.py."""
+    """A sum without gradients whose experts run in waves; see waves.py."""
 
     def __init__(
         self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, num_experts: int
@@ -110,7 +110,7 @@ class TorchWaves:
         self._y_RD: Tensor | None = None
 
     def add(self, experts: SlotWeights, only: Collection[int] | None = None) -> None:
-        """Run experts that are here, all or ``only`` some of them."""
+        """Run all experts in slots, or ``only`` some of them."""
         self._y_RD = expert_rows(self._x_TD, self._grouping, experts, only=only, out_RD=self._y_RD)
 
     def result(self) -> Tensor:
@@ -136,7 +136,7 @@ def run(call: ExpertCall) -> Tensor:
 class ExpertMLP(torch.autograd.Function):
     """``y_t = sum_k weights[t, k] * MLP_{experts[t, k]}(x_t)``, forward and backward.
 
-    The parameters are given beside ``experts`` because autograd tracks arguments only.
+    The parameters are passed in addition to ``experts`` because autograd tracks arguments only.
     ``recompute`` does not keep the pre-activations. ``make_products`` brings another library's
     grouped products; None chooses between ``F.grouped_mm`` and a loop.
     """

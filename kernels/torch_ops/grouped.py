@@ -1,7 +1,7 @@
-"""The expert MLP on grouped products, for GPUs: all groups at once.
+"""The expert MLP on grouped products, for GPUs: one product for all groups.
 
 The products are ``F.grouped_mm``'s, without host synchronisation, or another library's. Every
-routed row names an expert that is here, or none (-1), as dispatchers see to.
+routed row must name an expert that is here, or none (-1); expert paths guarantee that.
 
 T tokens, K choices, R = T*K routed rows in expert order (those without an expert here come last,
 and their lines are undefined), D model width, F expert width, H = 2F, S slots; P and Q stand for
@@ -35,13 +35,13 @@ class GroupedProducts(Protocol):
 
 
 ALIGNED_COLUMNS = 8
-"""16 bytes of bf16, which grouped products need a row to be a multiple of."""
+"""16 bytes of bf16; grouped products need rows of a multiple of this."""
 
 MakeProducts = Callable[[Grouping, ExpertWeights], GroupedProducts]
 
 
 class TorchProducts:
-    """On ``F.grouped_mm``."""
+    """Grouped products by ``F.grouped_mm``."""
 
     def __init__(self, grouping: Grouping, experts: ExpertWeights) -> None:
         self._ends_S = _slot_ends(grouping, experts)
@@ -56,7 +56,7 @@ class TorchProducts:
 
 
 def can_run(x_TD: Tensor, experts: ExpertWeights) -> bool:
-    """Say whether ``F.grouped_mm`` serves these weights: bf16 on a GPU, consecutive experts."""
+    """Say whether ``F.grouped_mm`` supports these weights: bf16 on a GPU, consecutive experts."""
     fc1, fc2 = experts.fc1_SHD, experts.fc2_SDF
     return (
         x_TD.is_cuda
@@ -83,7 +83,7 @@ def forward(
 def pre_activations(
     x_TD: Tensor, grouping: Grouping, experts: ExpertWeights, products: GroupedProducts
 ) -> Tensor:
-    """Return ``h_RH``."""
+    """Return pre-activations ``h_RH``."""
     h_RH = products.rows(x_TD[grouping.tokens_R], experts.fc1_SHD.transpose(1, 2))
     if experts.fc1_bias_SH is not None:
         h_RH += experts.fc1_bias_SH[_slots_R(grouping, experts)]
@@ -102,7 +102,7 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of each row's x, ``[R, D]``, and of ``weights_TK``.
 
-    Those of the parameters are left in ``sums``.
+    Parameter gradients are left in ``sums``.
     """
     tokens_R = grouping.tokens_R
     grad_RD = grad_TD[tokens_R]
@@ -132,7 +132,7 @@ def backward(
 def _row_sums(rows_RQ: Tensor, weights_R1: Tensor, products: GroupedProducts) -> Tensor:
     """Return each slot's weighted sum of rows, ``[S, Q]``, as a product.
 
-    An indexed sum would use atomics on a GPU, and reach lines that are undefined.
+    An indexed sum would use atomics on a GPU and read undefined lines.
     """
     column_R8 = weights_R1.to(rows_RQ.dtype).expand(-1, ALIGNED_COLUMNS).contiguous()
     return products.sums(rows_RQ, column_R8)[..., 0]

@@ -1,17 +1,17 @@
 """The expert MLP expert by expert, for CPUs: a group stays in the cache from gather to product.
 
-``F.grouped_mm`` gains nothing on a CPU: over a loop of ``torch.mm`` on 32 groups of [512, 512], 2
-threads, it takes 0.84 of the time in bf16 and 0.97 in fp32 at 2 rows a group, and 0.98 and 0.99 at
-256 (benchmarks/constants.py), and between its products everything goes through memory.
+``F.grouped_mm`` gains little on a CPU, and between its products everything goes through memory. On
+32 groups of [512, 512] and 2 threads it takes 0.84 of the time of a ``torch.mm`` loop in bf16 and
+0.97 in fp32 at 2 rows a group, and 0.98 and 0.99 at 256 (benchmarks/constants.py).
 
-In bf16 oneDNN compiles code for every new number of rows, which takes about as long as a product of
-128 rows, and keeps 1024 pieces; routing asks for new numbers in every step. Training therefore pads
-each group to one of few sizes. The padding rows are the next group's: they get weight 0 here and
-are computed again in their own group.
+In bf16 oneDNN compiles code for every new number of rows and keeps the last 1024 pieces. Compiling
+takes about as long as a product of 128 rows, and routing gives new numbers in every step. Training
+therefore pads each group to one of few sizes. The padding rows are the next group's: they get
+weight 0 here and are computed again in their own group.
 
 T tokens, K choices, R = T*K routed rows, N <= R rows whose expert is here, in expert order, M >= N
-with those that the last group was rounded up by, D model width, F expert width, H = 2F, S slots,
-n rows of one group, m >= n rounded up.
+with the padding of the last group, D model width, F expert width, H = 2F, S slots, n rows of one
+group, m >= n padded.
 """
 
 from collections.abc import Iterable
@@ -31,7 +31,7 @@ from .row_stable import bf16_row_stable_linear
 
 
 class Span(NamedTuple):
-    """Where a group's rows stand in expert order, and the slot of its expert."""
+    """A group's rows in expert order, and the slot of its expert."""
 
     slot: int
     start: int
@@ -53,9 +53,9 @@ def spans_of(
 
 
 def rounded(num_rows: int, x_TD: Tensor) -> int:
-    """Return ``num_rows`` in five significant bits where code is compiled for each number.
+    """Round ``num_rows`` up to five significant bits if code is compiled for each number.
 
-    That is 16 numbers from each power of two to the next, 2 % more rows on average.
+    That leaves 16 sizes from each power of two to the next, with 2 % more rows on average.
     """
     if x_TD.dtype != torch.bfloat16 or x_TD.is_cuda:
         return num_rows
@@ -64,7 +64,7 @@ def rounded(num_rows: int, x_TD: Tensor) -> int:
 
 
 def _tokens_M(grouping: Grouping, spans: list[Span], x_TD: Tensor) -> Tensor:
-    """Return the token of each of the N rows; token 0 for those that rounding adds behind them."""
+    """Return the token of each of the N rows, and token 0 for the padding rows after them."""
     num_rows = spans[-1].end if spans else 0
     most = max((start + rounded(end - start, x_TD) for _, start, end in spans), default=0)
     return F.pad(grouping.tokens_R[:num_rows], (0, most - num_rows))
@@ -77,7 +77,7 @@ def infer(
     spans: list[Span],
     out_RD: Tensor,
 ) -> None:
-    """Write the outputs of the groups into their lines of ``out_RD``, keeping nothing.
+    """Write the outputs of the groups into their lines of ``out_RD``; keep nothing for backward.
 
     In bf16 a row's bits do not depend on how many rows its group has.
     """
@@ -121,7 +121,7 @@ def forward(
 def pre_activations(
     x_TD: Tensor, grouping: Grouping, experts: ExpertWeights, spans: list[Span]
 ) -> Tensor:
-    """Return ``h_MH`` again, with the bits of :func:`forward`: rows lie where they lay there."""
+    """Compute ``h_MH`` again, with the bits of :func:`forward`: rows have the same places."""
     tokens_M = _tokens_M(grouping, spans, x_TD)
     h_MH = x_TD.new_empty(len(tokens_M), experts.fc1_SHD.shape[1])
     for slot, start, end in spans:
@@ -144,7 +144,7 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of each row's x, ``[M, D]``, and of ``weights_TK``.
 
-    Those of the parameters are left in ``sums``.
+    Parameter gradients are left in ``sums``.
     """
     grad_x_MD = x_TD.new_empty(h_MH.shape[0], x_TD.shape[1])
     grad_weights_R = torch.zeros_like(weights_TK).reshape(-1)

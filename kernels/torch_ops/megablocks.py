@@ -1,9 +1,9 @@
 """The expert MLP on MegaBlocks' grouped products (github.com/databricks/megablocks, 0.10).
 
-Of MegaBlocks this takes what its grouped layers compute with, ``grouped_gemm_util.backend.gmm``.
-Ordering rows, activations and sums over k are torch's here, since MegaBlocks' own scatter leaves
-lines undefined where rows have no expert. Its products read the sizes of the groups on the host, so
-every call waits for the device, as MegaBlocks' layers do.
+This uses MegaBlocks' grouped product only, ``grouped_gemm_util.backend.gmm``. torch sorts rows,
+computes activations and sums over k, because MegaBlocks' scatter leaves the lines of rows without
+an expert undefined. The products read the group sizes on the host, so every call waits for the
+device, as MegaBlocks' layers do.
 
 T tokens, K choices, R = T*K routed rows in expert order, D model width, S slots; P and Q stand for
 the inputs and outputs of a product.
@@ -28,9 +28,9 @@ HOW_TO_BUILD = "docs/backends.md says how to build it"
 
 
 def why_not(device: torch.device) -> str | None:
-    """Say in one sentence why MegaBlocks cannot run on ``device``, or None where it can.
+    """Return one sentence on why MegaBlocks cannot run on ``device``, or None if it can.
 
-    It is imported only where there is a GPU: its parts for CUDA are loaded with it.
+    It is imported only on machines with a GPU, because importing it loads its CUDA parts.
     """
     if importlib.util.find_spec("megablocks") is None:
         return f"MegaBlocks is not installed; {HOW_TO_BUILD}."
@@ -44,7 +44,7 @@ def _load() -> tuple[Callable[..., Tensor] | None, str | None]:
     """Return MegaBlocks' grouped product, or why there is none."""
     try:
         util: Any = importlib.import_module("megablocks.grouped_gemm_util")
-    except Exception as error:  # what its compiled parts raise when they do not fit is theirs
+    except Exception as error:  # compiled parts that do not fit can raise anything
         reason = " ".join(str(error).split()).rstrip(".")
         problem = f"MegaBlocks is installed but not importable ({type(error).__name__}: {reason})"
         return None, f"{problem}; {HOW_TO_BUILD}."
@@ -54,7 +54,7 @@ def _load() -> tuple[Callable[..., Tensor] | None, str | None]:
 
 
 class MegablocksProducts:
-    """Grouped products by ``gmm(a, b, sizes)``; see :class:`expert_fused.GroupedProducts`."""
+    """Grouped products by ``gmm(a, b, sizes)``; see :class:`.grouped.GroupedProducts`."""
 
     def __init__(self, grouping: Grouping, experts: ExpertWeights) -> None:
         gmm, _ = _load()
@@ -81,7 +81,7 @@ class MegablocksProducts:
             return left_RQ.new_zeros(len(self._sizes_S), left_RQ.shape[1], right_RP.shape[1])
         left_RQ, right_RP = left_RQ.contiguous(), right_RP.contiguous()
         total_SQP = self._gmm(left_RQ, right_RP, self._sizes_S, trans_a=True)
-        if self._idle:  # their products may not have been written
+        if self._idle:  # gmm may not write their products
             total_SQP[self._idle] = 0
         return total_SQP
 
@@ -96,7 +96,7 @@ def run(call: ExpertCall) -> Tensor:
 
 
 def misfit(call: ExpertCall) -> str | None:
-    """Say in one sentence what MegaBlocks does not take about a call, or None."""
+    """Return one sentence on what MegaBlocks does not support in a call, or None."""
     x_TD, experts = call.x_TD, call.experts
     if isinstance(experts, QuantizedExpertWeights):
         return "MegaBlocks does not take quantized experts."

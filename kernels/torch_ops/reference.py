@@ -19,7 +19,7 @@ def run(call: ExpertCall) -> Tensor:
     for expert in range(experts.num_experts):
         slot = experts.slot(expert)
         tokens_N, choices_N = torch.nonzero(experts_TK == expert, as_tuple=True)
-        # Unused experts still take part, so that their gradient is zero and not missing.
+        # Unused experts are computed too, so that their gradient is zero and not missing.
         if slot < 0:
             assert tokens_N.numel() == 0, f"expert {expert} has rows but no slot"
             continue

@@ -2,11 +2,11 @@
 
 N rows, P inputs, Q outputs.
 
-BLAS libraries choose their code, and with it the order of summation, by the size of a product, each
-processor in its own way. Rows of F.linear against those of a 400-row call: on an AMD EPYC with
-AVX512-BF16 fp32 differs below 12 rows and bf16 for a single one; on an Intel Xeon with AMX and two
-threads both differ for most numbers of rows up to 130 and beyond. Products of one size agree with
-each other on both, so rows are multiplied by blocks of one size (benchmarks/constants.py).
+BLAS libraries choose their code, and with it the order of summation, by the size of a product and
+by the processor. We compared rows of F.linear with those of a 400-row call. On an AMD EPYC with
+AVX512-BF16, fp32 differs below 12 rows, and bf16 for a single row. On an Intel Xeon with AMX and
+two threads, both differ for most numbers of rows up to 130 and beyond. On both, products of one
+size agree with each other, so rows are multiplied in blocks of one size (benchmarks/constants.py).
 """
 
 import torch
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK_ROWS = 16
-"""Rows of a product: few, because decoding has few, and a whole tile of matrix units."""
+"""Rows of a product: few, because decoding has few rows, but a whole tile of matrix units."""
 
 
 def row_stable_linear(x_NP: Tensor, weight_QP: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ def row_stable_linear(x_NP: Tensor, weight_QP: Tensor) -> Tensor:
 
 
 def bf16_row_stable_linear(x_NP: Tensor, weight_QP: Tensor) -> Tensor:
-    """Return ``x @ weight.T``; in bf16 and without gradients, each row as in any larger batch."""
+    """Return ``x @ weight.T``; in bf16 without gradients, rows do not depend on the batch size."""
     if torch.is_grad_enabled() or x_NP.dtype != torch.bfloat16:
         return F.linear(x_NP, weight_QP)
     return row_stable_linear(x_NP, weight_QP)

@@ -1,4 +1,4 @@
-"""A call of the expert MLP, and what is known of a backend that could run it.
+"""A call of the expert MLP, and the description of a backend that can run it.
 
 T tokens, K choices, D model width.
 """
@@ -23,7 +23,7 @@ class ExpertCall:
     weights_TK: Tensor
     experts: SlotWeights
     recompute: bool = False
-    """Whether backward computes fc1 again in place of keeping its output."""
+    """Whether backward computes fc1 again instead of keeping its output."""
 
     @property
     def rows(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,7 +31,7 @@ class ExpertCall:
         return self.x_TD, self.experts_TK, self.weights_TK
 
     def check(self) -> None:
-        """Raise ``ValueError`` for what no backend takes."""
+        """Raise ``ValueError`` for calls that no backend supports."""
         x, ids, weights = (tuple(tensor.shape) for tensor in self.rows)
         if not (len(x) == len(ids) == 2 and ids == weights and x[0] == ids[0]):
             raise ValueError(
@@ -72,16 +72,16 @@ class ExpertBackend:
 
     name: str
     why_not: Callable[[torch.device], str | None]
-    """Say in one sentence why it cannot run on a device, or None where it can."""
+    """Return one sentence on why it cannot run on a device, or None if it can."""
     misfit: Callable[[ExpertCall], str | None]
-    """Say in one sentence what it does not take about a call, or None where it takes all."""
+    """Return one sentence on what it does not support in a call, or None."""
     run: Callable[[ExpertCall], Tensor]
-    """Return y, ``[T, D]``; neither of the two above may speak against it."""
+    """Return y, ``[T, D]``; call it only if both functions above return None."""
     is_trusted: Callable[[ExpertCall], bool]
-    """Say whether the automatic choice may fall on it: it is there, and its self-check passes."""
+    """Say whether ``auto`` may choose it: it is available and passes its self-check."""
     devices: tuple[str, ...] = ("cpu", "cuda")
-    """Types of devices that it is meant for."""
+    """Device types that it is meant for."""
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
-    """What ``moeyard doctor`` checks it in."""
+    """Types that ``moeyard doctor`` checks it in."""
     bits: tuple[Bits, ...] = ()
-    """Bits of quantized weights that have kernels to check apart from the others."""
+    """Bits of quantized weights whose kernels need a separate check."""

@@ -1,4 +1,4 @@
-"""What a router's choice is made of: the rule, its result, and the parts every backend shares.
+"""A router's choice: the rule, its result, and the parts that every backend shares.
 
 T tokens, E experts, K choices.
 """
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 EPSILON = 1e-20
-"""Keeps weights finite where all chosen sigmoid scores vanish (DeepSeek-V3)."""
+"""Keeps weights finite if all chosen sigmoid scores are zero (DeepSeek-V3)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,29 +24,29 @@ class ChoiceRule:
     num_groups: int = 1
     top_groups: int = 1
     group_best: int = 2
-    """A group of experts is judged by the sum of this many of its best scores (DeepSeek-V3: 2)."""
+    """A group of experts is ranked by the sum of this many of its best scores (DeepSeek-V3: 2)."""
 
 
 class LossSums(NamedTuple):
     """Sums over the valid rows, with gradient."""
 
     probability_sums_E: Tensor
-    """Scores that add up to 1 over the experts, summed."""
+    """Scores that are normalized to 1 over the experts, summed over rows."""
     z_sum: Tensor
-    """logsumexp(logits)^2, summed."""
+    """logsumexp(logits)^2, summed over rows."""
 
 
 class Choices(NamedTuple):
-    """What a rule makes of logits."""
+    """The result of a rule."""
 
     experts_TK: Tensor
     """int32 expert ids, best first; -1 in rows that are not valid."""
     weights_TK: Tensor
-    """Their weights, with gradient; rows that are not valid have some, too."""
+    """Their weights, with gradient; rows that are not valid have weights, too."""
     counts_E: Tensor
     """int64: how many valid rows choose each expert."""
     sums: LossSums | None
-    """None where the caller did not ask for them."""
+    """None if the caller did not ask for them."""
 
 
 def where_valid(valid_T: Tensor | None, experts_TK: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ def probabilities(scores_TE: Tensor, valid_T: Tensor | None, rule: ChoiceRule) -
 def count_choices(experts_TK: Tensor, num_experts: int) -> Tensor:
     """Return int64 ``[E]``: how often each expert is chosen; -1 is not counted."""
     ids_R = experts_TK.reshape(-1).long()
-    if not ids_R.is_cuda:  # there bincount would wait for the device to learn its size
+    if not ids_R.is_cuda:  # on a GPU bincount waits for the device to learn its size
         return torch.bincount(ids_R + 1, minlength=num_experts + 1)[1:]
     present_R = (ids_R >= 0).long()
     counts_E = torch.zeros(num_experts, dtype=torch.int64, device=ids_R.device)

@@ -14,15 +14,16 @@ from .main_grads import MainGrads
 from .memory import prefer_huge_pages
 
 ALIGNMENT_BYTES = 64
-"""Every slot starts on a cache line: BLAS picks other code, with other rounding, below that."""
+"""Every slot starts on a cache line: with less alignment BLAS picks other code, which rounds
+differently."""
 
 
 Parameters = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
-"""fc1, fc2 and the bias of each, None where there is none."""
+"""fc1, fc2 and their biases; None for a missing bias."""
 
 
 class SlotTable:
-    """Which slot holds which expert; every layout of the weights is one."""
+    """Which slot holds which expert; the base of every layout of the weights."""
 
     __slots__ = ()
     slot_of_E: tuple[int, ...] | None
@@ -41,7 +42,7 @@ class SlotTable:
 
     @property
     def consecutive(self) -> range | None:
-        """The experts of slots 0, 1, 2, ... where they are consecutive, else None."""
+        """The experts of slots 0, 1, 2, ... if they are consecutive, else None."""
         if self.slot_of_E is None:
             return range(self.num_slots)
         if 0 not in self.slot_of_E:
@@ -57,7 +58,7 @@ class SlotTable:
 
     @property
     def bias_parts(self) -> tuple[Tensor, ...]:
-        """The biases of all slots, of fc1 and fc2; empty where there are none."""
+        """The biases of all slots, of fc1 and fc2; empty without biases."""
         return tuple(b for b in (self.fc1_bias_SH, self.fc2_bias_SD) if b is not None)
 
     def biases(self, slot: int, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
@@ -67,7 +68,7 @@ class SlotTable:
         return self.fc1_bias_SH[slot].to(dtype), self.fc2_bias_SD[slot].to(dtype)
 
     def bias_views(self, slot: int) -> dict[str, Tensor]:
-        """Return the writable biases of a slot by part; nothing where there are none."""
+        """Return the writable biases of a slot by part; empty without biases."""
         if self.fc1_bias_SH is None or self.fc2_bias_SD is None:
             return {}
         gate_F, up_F = self.fc1_bias_SH[slot].chunk(2)
@@ -75,7 +76,7 @@ class SlotTable:
 
 
 def check_slots(experts: SlotTable) -> None:
-    """Raise ``ValueError`` for a table that names slots that are not there."""
+    """Raise ``ValueError`` for a table that names slots that do not exist."""
     table = experts.slot_of_E
     if table and not -1 <= min(table) <= max(table) < experts.num_slots:
         wrong = next(slot for slot in table if not -1 <= slot < experts.num_slots)
@@ -91,7 +92,7 @@ def check_biases(
     fc1_shape: tuple[int, ...],
     fc2_shape: tuple[int, ...],
 ) -> None:
-    """Raise ``ValueError`` for biases that do not fit ``[S, 2F]`` and ``[S, D]``, or one alone."""
+    """Raise ``ValueError`` unless both biases are None, or ``[S, 2F]`` and ``[S, D]``."""
     found = _shapes((fc1_bias_SH, fc2_bias_SD))
     if found not in ((None, None), (fc1_shape, fc2_shape)):
         raise ValueError(
@@ -108,7 +109,7 @@ def _shapes(tensors: Iterable[Tensor | None]) -> tuple[tuple[int, ...] | None, .
 class ExpertWeights(SlotTable):
     """Gated expert weights in the plain layout; quantized_weights.py has them in 8 and 4 bits.
 
-    Resident experts are the case S = E with ``slot_of_E = None``. An expert cache hands the same
+    Resident experts are the case S = E with ``slot_of_E = None``. An expert cache gives the same
     kernels fewer slots and a table.
     """
 
@@ -118,7 +119,7 @@ class ExpertWeights(SlotTable):
     """``[S, D, F]``."""
     _: KW_ONLY
     slot_of_E: tuple[int, ...] | None = None
-    """Slot of each expert, -1 where it is not here; None where slot e holds expert e."""
+    """Slot of each expert, -1 if it is not here; None if slot e holds expert e."""
     activation: Activation = "swiglu"
     main_grads: MainGrads | None = None
     """Where backward leaves the gradients of all parameters; None returns them."""
@@ -136,7 +137,7 @@ class ExpertWeights(SlotTable):
         activation: Activation = "swiglu",
         main_grads: MainGrads | None = None,
     ) -> "ExpertWeights":
-        """Return the weights of fc1, fc2 and, where there are any, of their biases."""
+        """Return the weights made of fc1, fc2 and their biases, if any."""
         fc1, fc2, bias1, bias2 = parameters if len(parameters) == 4 else (*parameters, None, None)
         assert fc1 is not None and fc2 is not None, "experts have two matrices"
         return cls(
@@ -195,7 +196,7 @@ class ExpertWeights(SlotTable):
     def slot_views(self, slot: int) -> dict[str, Tensor]:
         """Return the writable parts of a slot: gate ``[F, D]``, up ``[F, D]``, down ``[D, F]``.
 
-        Where there are biases also gate_bias ``[F]``, up_bias ``[F]`` and down_bias ``[D]``.
+        With biases also gate_bias ``[F]``, up_bias ``[F]`` and down_bias ``[D]``.
         """
         gate_FD, up_FD = self.fc1_SHD[slot].chunk(2)
         views = {"gate": gate_FD, "up": up_FD, "down": self.fc2_SDF[slot]}

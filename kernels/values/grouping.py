@@ -16,7 +16,7 @@ class Grouping:
     order_R: Tensor
     """int64 ``[R]``: routed rows sorted by expert, stably; rows without an expert come last."""
     inverse_R: Tensor
-    """int64 ``[R]``: where each routed row stands in ``order_R``."""
+    """int64 ``[R]``: the position of each routed row in ``order_R``."""
     offsets_E1: Tensor
     """int32 ``[E + 1]``: expert e owns ``order_R[offsets[e] : offsets[e + 1]]``."""
     num_choices: int
@@ -35,8 +35,8 @@ class Grouping:
 def group_tokens(experts_TK: Tensor, num_experts: int) -> Grouping:
     """Group the rows of ``experts_TK`` (int, -1 = no expert) by expert.
 
-    Ids outside ``[-1, num_experts)`` raise ``ValueError`` on the CPU, where looking costs no
-    synchronisation; on other devices they are treated as -1.
+    Ids outside ``[-1, num_experts)`` raise ``ValueError`` on the CPU, where the check needs no
+    synchronisation; on other devices they count as -1.
     """
     if experts_TK.ndim != 2:
         raise ValueError(f"experts has shape {tuple(experts_TK.shape)}; it must be [T, K].")
@@ -45,7 +45,7 @@ def group_tokens(experts_TK: Tensor, num_experts: int) -> Grouping:
     if ids_R.device.type == "cpu" and bool((outside_R & (ids_R != -1)).any()):
         worst = int(ids_R[outside_R & (ids_R != -1)][0])
         raise ValueError(outside(worst, num_experts))
-    # Rows without an expert sort behind the last one.
+    # Rows without an expert sort after the last expert.
     keys_R = torch.where(outside_R, num_experts, ids_R)
     sorted_R, order_R = keys_R.sort(stable=True)
     inverse_R = torch.empty_like(order_R)
@@ -56,5 +56,5 @@ def group_tokens(experts_TK: Tensor, num_experts: int) -> Grouping:
 
 
 def outside(expert: int, num_experts: int) -> str:
-    """Return what to say of an expert id that is none."""
+    """Return the error message for an invalid expert id."""
     return f"expert id {expert} is outside [-1, {num_experts}); use -1 for rows without an expert."

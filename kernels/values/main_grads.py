@@ -12,16 +12,16 @@ from torch import Tensor
 
 @dataclass(slots=True)
 class MainGrads:
-    """Sums, like the parameters or wider, that backward adds weight gradients to, in place of
-    returning them: a fresh buffer per backward would cost as much as the weights."""
+    """Sums of weight gradients, in the parameters' type or wider. Backward adds to them instead of
+    returning gradients: a new buffer per backward would cost as much memory as the weights."""
 
     fc1_SHD: Tensor | None
-    """None, here and below, where the parameter wants no gradient or the experts have none."""
+    """None, here and below, if the parameter is frozen or the experts do not have it."""
     fc2_SDF: Tensor | None
     _: KW_ONLY
     is_empty: bool = False
-    """Whether the sums hold nothing yet, whatever is in memory. The first backward then writes
-    where later ones add, which saves filling with zeros and reading them again."""
+    """Whether the sums are still uninitialized memory. The first backward then writes instead of
+    adding, which saves filling them with zeros."""
     fc1_bias_SH: Tensor | None = None
     fc2_bias_SD: Tensor | None = None
 
@@ -29,7 +29,7 @@ class MainGrads:
     def empty_for(
         cls, parameters: Sequence[Tensor | None], wanted: Sequence[bool] = (True,) * 4
     ) -> "MainGrads":
-        """Return sums like the wanted ones of fc1, fc2 and their biases; they hold nothing yet."""
+        """Return empty sums like those of fc1, fc2 and their biases that are wanted."""
         sums = [
             torch.empty_like(part, memory_format=torch.contiguous_format)
             if part is not None and is_wanted
@@ -40,7 +40,7 @@ class MainGrads:
 
     @classmethod
     def of(cls, totals: Sequence[Tensor | None], *, is_empty: bool = False) -> "MainGrads":
-        """Return the sums of fc1, fc2 and, where the experts have them, of their biases."""
+        """Return the sums of fc1, fc2 and their biases, if any."""
         fc1, fc2, bias1, bias2 = totals if len(totals) == 4 else (*totals, None, None)
         return cls(fc1, fc2, is_empty=is_empty, fc1_bias_SH=bias1, fc2_bias_SD=bias2)
 
@@ -50,7 +50,7 @@ class MainGrads:
         return self.fc1_SHD, self.fc2_SDF, self.fc1_bias_SH, self.fc2_bias_SD
 
     def begin_with_zeros(self) -> None:
-        """Fill sums that hold nothing yet, for a backward that can only add."""
+        """Fill empty sums with zeros, for a backward that can only add."""
         if self.is_empty:
             for total in self.totals:
                 if total is not None:

@@ -1,4 +1,4 @@
-"""Memory: advice to the system where it is read over and over, and its end."""
+"""Memory: huge pages for tensors that are read often, and out-of-memory errors."""
 
 import ctypes
 import sys
@@ -10,22 +10,21 @@ from torch import Tensor
 HUGE_PAGE_BYTES = 2 << 20
 MADV_HUGEPAGE = 14
 ALLOCATOR_SIGNS = ("can't allocate memory", "not enough memory", "bad_alloc")
-"""In messages of torch's CPU allocator, which has no error class of its own."""
+"""Part of the error messages of torch's CPU allocator, which has no error class."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Say whether Python or torch had no memory for what it was to do."""
+    """Say whether Python or torch ran out of memory."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(s in str(error) for s in ALLOCATOR_SIGNS)
 
 
 def prefer_huge_pages(tensor: Tensor) -> None:
-    """Ask Linux to back a CPU tensor that nobody has written to yet with huge pages.
+    """Ask Linux to back a CPU tensor with huge pages; call it before the first write.
 
-    Streaming weights then misses fewer page translations: products of one bf16 row read 37 GB/s in
-    place of 20 on 2 cores (benchmarks/cpu_kernels.py). Advice only: where the system does not take
-    it, nothing is said.
+    Streaming weights then misses fewer page translations: products of one bf16 row read 37 GB/s
+    instead of 20 on 2 cores (benchmarks/cpu_kernels.py). If the system refuses, nothing happens.
     """
     start = -(-tensor.data_ptr() // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
     end = tensor.data_ptr() + tensor.nbytes

@@ -17,11 +17,11 @@ from .quantized_weights import (
 )
 
 INT4_GROUP_SIZE = 64
-"""Inputs that share a scale in 4 bits unless the caller says otherwise; 4.25 bits a weight."""
+"""Inputs that share a scale in 4 bits by default; 4.25 bits a weight."""
 
 INT4_CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
-"""Shares of the largest magnitude that the widest 4-bit value may stand for; each group takes the
-one with the smallest squared error."""
+"""Fractions of the largest magnitude that the largest 4-bit value may stand for; each group uses
+the one with the smallest squared error."""
 
 
 def quantize_experts(
@@ -44,8 +44,8 @@ def quantize_experts(
 def quantize(weight_SQP: Tensor, bits: Bits, group_size: int | None = None) -> QuantizedMatrices:
     """Round to the nearest of 255 or 15 values per group.
 
-    ``group_size`` is the inputs that share a scale: unless given, all of a row in 8 bits, and
-    ``INT4_GROUP_SIZE`` in 4. Raises ``ValueError`` where it does not divide the width, or is no
+    ``group_size`` is the number of inputs that share a scale; by default a whole row in 8 bits and
+    ``INT4_GROUP_SIZE`` in 4. Raises ``ValueError`` if it does not divide the width or is not a
     multiple of ``WIDTH_UNIT``.
     """
     if bits not in (8, 4):
@@ -59,7 +59,7 @@ def quantize(weight_SQP: Tensor, bits: Bits, group_size: int | None = None) -> Q
             f"{WIDTH_UNIT} that divides them."
         )
     found = empty_matrices(num_slots, rows, width, bits, group_size, weight_SQP.device)
-    # Slot by slot: fp32 copies of all experts at once would be several times the model.
+    # Slot by slot: fp32 copies of all experts together would be several times the model.
     for slot, weight_QP in enumerate(weight_SQP):
         found.values[slot], found.scales_SQG[slot] = _quantize_one(weight_QP, bits, group_size)
     return found
@@ -91,7 +91,7 @@ def _best_int4_scales(grouped_QGP: Tensor, widest_QG1: Tensor) -> Tensor:
 
 
 def _as_scales(scales: Tensor) -> Tensor:
-    """Round to the stored type first, so that values are rounded for what they will mean."""
+    """Round scales to their stored type first, so that values are rounded for the stored scale."""
     return scales.bfloat16().float()
 
 

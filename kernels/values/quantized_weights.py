@@ -1,7 +1,7 @@
 """Expert weights in 8 or 4 bits with a scale per group of inputs, for inference.
 
 ``w = q * scale``, symmetric, each row of a matrix in groups of consecutive inputs. The bytes are
-those of the compressed-tensors format (which shows 4 of them as one int32), on CPU and GPU alike.
+those of the compressed-tensors format (which shows 4 of them as one int32), on CPU and GPU.
 
 S slots, Q outputs and P inputs of a matrix, G = P / group size, D model width, F expert width.
 """
@@ -18,8 +18,8 @@ from .expert_weights import ExpertWeights, SlotTable, check_biases, check_slots,
 Bits = Literal[8, 4]
 
 WIDTH_UNIT = 32
-"""Inputs of a matrix, and a group's, are a multiple of this: vectors and tiles then hold whole
-groups, whatever the processor."""
+"""The inputs of a matrix, and of a group, are a multiple of this, so that vectors and tiles hold
+whole groups on every processor."""
 
 INT4_ZERO = 8
 """4 bits hold ``q + 8``."""
@@ -51,13 +51,13 @@ class QuantizedMatrices:
         num_groups = scales.shape[2]
         if num_groups == 0 or self.width % num_groups or self.group_size % WIDTH_UNIT:
             raise ValueError(
-                f"{num_groups} scales for {self.width} inputs make no groups of a multiple of "
+                f"{num_groups} scales for {self.width} inputs do not give groups of a multiple of "
                 f"{WIDTH_UNIT}."
             )
 
     @property
     def bits(self) -> Bits:
-        """Of one value."""
+        """Bits of one value."""
         return 8 if self.values.dtype == torch.int8 else 4
 
     @property
@@ -105,15 +105,15 @@ class QuantizedExpertWeights(SlotTable):
     """D rows of F inputs."""
     _: KW_ONLY
     slot_of_E: tuple[int, ...] | None = None
-    """Slot of each expert, -1 where it is not here; None where slot e holds expert e."""
+    """Slot of each expert, -1 if it is not here; None if slot e holds expert e."""
     activation: Activation = "swiglu"
     fc1_bias_SH: Tensor | None = None
-    """``[S, 2F]``, not quantized: bf16, fp16 or fp32, whatever x's type; None without biases."""
+    """``[S, 2F]``, not quantized: bf16, fp16 or fp32 for any type of x; None without biases."""
     fc2_bias_SD: Tensor | None = None
     """``[S, D]``."""
 
     def __post_init__(self) -> None:
-        """Raise ``ValueError`` where fc1, fc2 and their biases do not belong together."""
+        """Raise ``ValueError`` if fc1, fc2 and their biases do not belong together."""
         fc1, fc2 = self.fc1, self.fc2
         shapes = (*fc1.values.shape[:2], fc1.width), (*fc2.values.shape[:2], fc2.width)
         num_slots, d_model, d_expert = shapes[1]
@@ -142,7 +142,7 @@ class QuantizedExpertWeights(SlotTable):
     def slot_views(self, slot: int) -> dict[str, SlotView | Tensor]:
         """Return the writable parts of a slot: gate and up, F rows each, and down, D rows.
 
-        Where there are biases also gate_bias ``[F]``, up_bias ``[F]`` and down_bias ``[D]``.
+        With biases also gate_bias ``[F]``, up_bias ``[F]`` and down_bias ``[D]``.
         """
         values, scales = self.fc1.values[slot], self.fc1.scales_SQG[slot]
         gate, up = map(SlotView, values.chunk(2), scales.chunk(2))
@@ -168,7 +168,7 @@ class QuantizedExpertWeights(SlotTable):
 
 
 SlotWeights = ExpertWeights | QuantizedExpertWeights
-"""The weights of the experts in some slots, whatever their layout."""
+"""The weights of the experts in some slots, in any layout."""
 
 
 def empty_matrices(

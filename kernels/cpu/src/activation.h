@@ -12,7 +12,7 @@ namespace ISA {
 // gpt-oss's constants.
 constexpr float CLAMP = 7.0f, CLAMPED_SLOPE = 1.702f;
 
-// Calls body with the activation as a constant, so that loops in it become vector code.
+// Calls body with the activation as a constant, so that its loops are vectorized.
 template <class Body> inline void by_activation(int64_t activation, Body body) {
     if (activation == REGLU) return body(std::integral_constant<Activation, REGLU>{});
     if (activation == GEGLU) return body(std::integral_constant<Activation, GEGLU>{});

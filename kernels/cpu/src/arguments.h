@@ -1,4 +1,4 @@
-// What Python hands over: plain structures, mirrored field by field in kernels/cpu/*.py.
+// The arguments Python passes: plain structures, mirrored by kernels/cpu/structures.py.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +22,7 @@ struct NormArguments {
     void* y;
 };
 
-// A bias for every slot, dense but for the slots' distance; null values = none.
+// A bias for every slot, each one dense; null values = none.
 struct Biases {
     int64_t type, stride;
     const void* values;
@@ -32,12 +32,12 @@ struct Biases {
 struct ExpertArguments {
     int64_t type, activation, tokens, choices, d_model, d_expert, num_experts, threads;
     int64_t fc1_stride, fc2_stride;  // elements from one slot to the next
-    int64_t is_wave;                 // other experts' rows are left out; else they are an error
+    int64_t is_wave;                 // other experts' rows are skipped; else they are an error
     const void *x, *fc1, *fc2;
     const int32_t* experts;  // [T, K], -1 = none
     const int32_t* slot_of;  // [E], -1 = not here; null = slot e holds expert e
     float* lines;            // [T * K, D]; null = only `hidden` is wanted
-    void* hidden;            // [T * K, 2F] gate and up, rows in expert order; for training alone
+    void* hidden;            // [T * K, 2F] gate and up, rows in expert order; training only
     Biases fc1_bias, fc2_bias;  // [S, 2F], [S, D]; in `type` for training
 };
 
@@ -48,7 +48,7 @@ struct QuantizedMatrix {
     int64_t stride, scale_stride;  // bytes and scales from one slot to the next
 };
 
-// The expert MLP of quantized experts; fc1 and fc2 of `rest` play no part.
+// The expert MLP of quantized experts; fc1 and fc2 of `rest` are not used.
 struct QuantizedExpertArguments {
     ExpertArguments rest;
     QuantizedMatrix fc1, fc2;
@@ -56,10 +56,10 @@ struct QuantizedExpertArguments {
 
 // Gradients of the expert MLP's sum y[t] = sum_k weights[t][k] * MLP_{experts[t][k]}(x[t]).
 struct ExpertGradArguments {
-    ExpertArguments forward;  // as it was; `lines` is scratch
+    ExpertArguments forward;  // as in forward; `lines` is scratch
     const void* grad;         // [T, D]: of y
     const float* weights;     // [T, K]
-    int64_t is_empty;         // write the gradients of the parameters, in place of adding to them
+    int64_t is_empty;         // write the gradients of the parameters instead of adding to them
     int64_t num_slots;
     int64_t grad_type;  // of the parameters' gradients; bf16 only where they are written
     void *grad_fc1, *grad_fc2;            // [S, 2F, D], [S, D, F], dense; null = not wanted
@@ -72,7 +72,7 @@ struct Span {
     int64_t from, to;
 };
 
-// One matrix W for every slot, and rows that are together by slot: y = x W^T and its gradients.
+// One matrix W for every slot, and rows sorted by slot: y = x W^T and its gradients.
 struct GroupedArguments {
     int64_t type, num_slots, inputs, outputs, threads;
     int64_t weight_stride;       // elements from one slot to the next
@@ -81,7 +81,7 @@ struct GroupedArguments {
     void *x, *y, *weights;       // [N, inputs], [N, outputs], [S, outputs, inputs]
 };
 
-// out[t] = sum_k weights[t][k] * lines[t * K + k], in k order, choices of -1 left out.
+// out[t] = sum_k weights[t][k] * lines[t * K + k], in k order, without choices of -1.
 struct CombineArguments {
     int64_t type, tokens, choices, d_model, threads;
     const float *lines, *weights;  // null weights = 1
@@ -92,7 +92,7 @@ struct CombineArguments {
 // Scores, choice and weights of a top-k router; all in fp32.
 struct RouterArguments {
     int64_t type, tokens, d_model, num_experts, choices, score, renormalize, num_groups, top_groups;
-    int64_t group_best;  // a group is judged by the sum of this many of its best scores
+    int64_t group_best;  // a group is ranked by the sum of this many of its best scores
     int64_t threads;
     float scale, epsilon;
     const void* x;        // [T, D]
@@ -104,19 +104,19 @@ struct RouterArguments {
     int64_t* counts;      // [E]
 };
 
-// One layer's attention, the same for every step. Null = the model has none of it.
+// One layer's attention, the same for every step. Null = the model does not have it.
 struct AttentionWeights {
     int64_t type, d_model, num_heads, num_kv_heads, head_dim;
     int64_t window;       // positions a query sees, its own included; 0 = all
-    int64_t norms_heads;  // q_norm and k_norm are [head_dim]; else for all heads at once
-    int64_t rotates;      // else cosines and sines play no part
+    int64_t norms_heads;  // q_norm and k_norm are [head_dim]; else over all heads together
+    int64_t rotates;      // else cosines and sines are not used
     float epsilon;
     float scale;  // of scores; above 0
     float clip;   // largest magnitude of queries, keys and values; 0 = any
     const void *input_norm, *q, *k, *v, *o, *output_norm;
     const void *q_norm, *k_norm;
     const void *q_bias, *k_bias, *v_bias, *o_bias;
-    const void* sinks;  // [num_heads]: logits that take probability and give no value
+    const void* sinks;  // [num_heads]: logits that take probability but have no value
 };
 
 // One new position of each sequence.
@@ -126,7 +126,7 @@ struct AttentionArguments {
     const void *cosine, *sine;  // [B, head_dim]
     // By sequence: its caches' addresses, keys then values of each layer, [G, capacity, H] each.
     void* const* const* caches;
-    const int64_t *lengths, *capacities;  // [B]: positions there, room for
+    const int64_t *lengths, *capacities;  // [B]: positions stored, positions allocated
     void *x_out, *normed;                 // [B, D]: the residual stream after, and its norm
 };
 

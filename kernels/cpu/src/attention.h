@@ -31,7 +31,7 @@ template <class Element> inline void limit(Element* x, float highest, int64_t wi
     }
 }
 
-// A new query or key as attention takes it; `out` may be `x`.
+// A new query or key, ready for attention; `out` may be `x`.
 template <class Element>
 inline void prepare(const AttentionWeights& w, const Element* x, const void* norm,
                     const Element* cosine, const Element* sine, Element* out) {
@@ -44,8 +44,8 @@ inline void prepare(const AttentionWeights& w, const Element* x, const void* nor
     if (w.rotates) rotate(out, cosine, sine, width);
 }
 
-// out = softmax(scale * scores) v for one head; scores become probabilities. A sink, where there
-// is one, is a logit without a value.
+// out = softmax(scale * scores) v for one head; scores become probabilities. A sink, if any,
+// is a logit without a value.
 template <class Element>
 inline void mix(float* scores, const Element* v, int64_t length, int64_t width, float scale,
                 const Element* sink, Element* out, float* total) {
@@ -112,7 +112,7 @@ void attend_group(const AttentionWeights& w, const AttentionArguments& a, int64_
     }
 }
 
-// Norms all heads of a query, and those of a key, at once. Rows of `qkv` are [q, k, v].
+// One norm over all heads of a query, and one over those of a key. Rows of `qkv` are [q, k, v].
 template <class Element>
 void norm_projections(const AttentionWeights& w, int64_t batch, int threads, Element* qkv) {
     int64_t q_size = w.num_heads * w.head_dim, kv_size = w.num_kv_heads * w.head_dim;

@@ -13,7 +13,7 @@
 
 namespace ISA {
 
-// What one backward shares among its tasks.
+// What the tasks of one backward share.
 template <class Element> struct Backward {
     const ExpertGradArguments& a;
     const ExpertArguments& f;
@@ -41,7 +41,7 @@ template <class Element> struct Backward {
         return static_cast<const Element*>(a.grad) + token(row) * f.d_model;
     }
 
-    // u for one block of rows and one panel of F, and all that follows from it element by element.
+    // u for one block of rows and one panel of F, and everything computed from it elementwise.
     void through_second(const RowBlock& block, int64_t panel) {
         int64_t from = panel * PANEL, count = least(PANEL, f.d_expert - from);
         int64_t rows = block.to - block.from, width = f.d_expert;
@@ -63,7 +63,7 @@ template <class Element> struct Backward {
                  });
     }
 
-    // From u, one row of it: d gate, d up and w a. Returns the sum of u a over these columns.
+    // d gate, d up and w a from one row of u. Returns the sum of u a over these columns.
     template <Activation Kind>
     float through_activation(int64_t row, int64_t from, int64_t count, const float* u) {
         int64_t width = f.d_expert;
@@ -147,7 +147,7 @@ template <class Element> struct Backward {
         zero(a.grad_fc2_bias, f.d_model);
     }
 
-    // Gradients of all parameters that want any.
+    // Gradients of all parameters that need one.
     template <class Total> void parameter_gradients() {
         if (!a.grad_fc1 && !a.grad_fc2 && !a.grad_fc1_bias && !a.grad_fc2_bias) return;
         std::unique_ptr<RowBlock[]> spans = spans_of(order, a.num_slots);

@@ -28,7 +28,7 @@ void keep_first_half(const ExpertArguments& a, const Order& order, const RowBloc
             Element* kept_up = kept_gate + width;
             Element* line = act + (block.from + m) * width + from;
 #pragma GCC ivdep
-            for (int64_t i = 0; i < count; i++) {  // backward will find rounded values: so here
+            for (int64_t i = 0; i < count; i++) {  // backward reads rounded values
                 Element rounded_gate = narrow<Element>(gate[m][i]);
                 Element rounded_up = narrow<Element>(up[m][i]);
                 float value = activate<kind>(widen(rounded_gate), widen(rounded_up)).value;

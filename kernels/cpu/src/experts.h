@@ -11,7 +11,7 @@
 
 namespace ISA {
 
-// A stretch of routed rows that share an expert.
+// Consecutive routed rows of one expert.
 struct RowBlock {
     int64_t slot, from, to;
 };
@@ -20,7 +20,7 @@ inline int64_t slot_of(const ExpertArguments& a, int64_t expert) {
     return a.slot_of ? a.slot_of[expert] : expert;
 }
 
-// The first routed row whose expert does not exist, or is not here outside a wave; -1 = none.
+// The first routed row whose expert does not exist or, outside a wave, is not here; -1 = none.
 inline int64_t first_wrong_row(const ExpertArguments& a) {
     for (int64_t r = 0; r < a.tokens * a.choices; r++) {
         int64_t expert = a.experts[r];
@@ -31,7 +31,7 @@ inline int64_t first_wrong_row(const ExpertArguments& a) {
 }
 
 // Routed rows in expert order, stably, and their blocks of at most `block_rows`. Experts without a
-// slot are left out.
+// slot are skipped.
 struct Order {
     std::unique_ptr<int64_t[]> rows;
     std::unique_ptr<RowBlock[]> row_blocks;
@@ -80,7 +80,7 @@ template <class Element> struct PlainMatrix {
     }
 };
 
-// Adds entries [from, from + count) of a slot's bias to rows of sums that lie `distance` apart.
+// Adds entries [from, from + count) of a slot's bias to rows of sums that are `distance` apart.
 inline void add_bias(const Biases& bias, int64_t slot, int64_t from, int64_t count, float* sums,
                      int64_t rows, int64_t distance) {
     if (bias.values == nullptr) return;
@@ -134,10 +134,10 @@ void second_half(const ExpertArguments& a, const Matrix& fc2, const Order& order
                  1, 0);
 }
 
-// Calls body(block, from, to) for every block of rows and a part of `outputs`, on some threads.
+// Calls body(block, from, to) for every block of rows and part of `outputs`, on several threads.
 template <class Body>
 void for_each_block(const Order& order, int64_t outputs, int threads, Body body) {
-    // Few rows pass by their weights once: the longer the stretch, the sooner memory is at speed.
+    // Few rows read their weights once; longer reads bring memory to full speed.
     auto part_of = [](const RowBlock& block) {
         return block.to - block.from <= STREAM_ROWS ? STREAM_OUTPUTS : BLOCK_OUTPUTS;
     };
@@ -159,7 +159,7 @@ inline int expert_threads(const ExpertArguments& a, const Order& order) {
     return threads_for(matrices * order.num_blocks, a.tokens * a.choices, a.threads);
 }
 
-// Returns what first_wrong_row does, and runs nothing in that case.
+// Returns the first wrong row, and runs nothing if there is one; else -1.
 template <class Element> int64_t experts(const ExpertArguments& a) {
     int64_t wrong = first_wrong_row(a);
     if (wrong >= 0) return wrong;

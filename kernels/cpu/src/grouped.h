@@ -1,5 +1,5 @@
-// Rows sorted by slot times the matrix of their slot, forward and backward, on panels: for parts of
-// experts that are no MLP, such as low-rank updates.
+// Rows sorted by slot times the matrix of their slot, forward and backward, on panels: for products
+// outside the MLP, such as low-rank updates.
 #pragma once
 
 #include "experts.h"
@@ -59,7 +59,7 @@ template <class Element> void grouped_product(const GroupedArguments& a) {
         });
 }
 
-// x = y W, the gradient of x where y is that of the product.
+// x = y W, the gradient of x if y is the gradient of the product.
 template <class Element> void grouped_product_grad(const GroupedArguments& a) {
     multiply_rows<Element>(
         a, {a.y, a.y_stride, a.outputs}, {a.x, a.x_stride, a.inputs},
@@ -69,7 +69,7 @@ template <class Element> void grouped_product_grad(const GroupedArguments& a) {
         });
 }
 
-// W = y^T x, the gradient of W where y is that of the product; 0 for slots without rows.
+// W = y^T x, the gradient of W if y is the gradient of the product; 0 for slots without rows.
 template <class Element> void grouped_weight_grad(const GroupedArguments& a) {
     int64_t panels = blocks(a.outputs, PANEL);
     for_each_task(a.num_slots * panels, a.threads, [&](int64_t task) {

@@ -1,4 +1,4 @@
-// Weights of 8 or 4 bits, and rows rounded to integers that meet them.
+// Weights of 8 or 4 bits, and rows rounded to integers that are multiplied with them.
 #pragma once
 
 #include <cmath>
@@ -12,13 +12,13 @@
 
 namespace ISA {
 
-// Inputs that share a scale of x at most. Sums of so many products of 16 and 8 bits fit 32.
+// The most inputs that share a scale of x: sums of that many 16 x 8 bit products fit 32 bits.
 constexpr int64_t STEP = 512;
-// The largest number with a high and a low byte that both have a sign.
+// The largest number whose high and low byte are both signed.
 constexpr float LARGEST = 127 * 256;
 
-// What a row has one scale for: at most STEP inputs of one group, or, where several groups fit in a
-// chunk, the groups of one chunk.
+// The inputs of a row that share a scale: at most STEP inputs of one group, or the groups of one
+// chunk if several groups fit in it.
 struct ScaleStep {
     int64_t start, size, group;  // inputs [start, start + size); the first group
 };
@@ -49,7 +49,7 @@ struct IntMatrix {
 };
 
 // Rows rounded to integers for one matrix. Each row is: values, every step in whole chunks; scales;
-// and what the sums of each step begin with, which makes up for weights stored without a sign.
+// and the starting sums of each step, which correct for weights stored without a sign.
 class IntRows {
 public:
     IntRows(int64_t rows, const IntMatrix& matrix)
@@ -85,7 +85,7 @@ private:
         }
     }
 
-    // Returns the scale. Where a value is not finite it is not either, and 0 times it is NaN.
+    // Returns the scale. If a value is not finite, the scale is not either, and 0 times it is NaN.
     template <class Element>
     static float round_step(const Element* x, int64_t size, int16_t* values) {
         uint32_t bits, largest_bits = 0;  // as integers, magnitudes have the same order
@@ -98,13 +98,13 @@ private:
         std::memcpy(&largest, &largest_bits, sizeof largest);
         float inverse = LARGEST / largest;
         bool is_usual = largest <= std::numeric_limits<float>::max() &&
-                        inverse <= std::numeric_limits<float>::max();  // not zeros nor subnormals
+                        inverse <= std::numeric_limits<float>::max();  // no zero or subnormal
         for (int64_t i = 0; i < size; i++)
             values[i] = is_usual ? int16_t(std::lrintf(widen(x[i]) * inverse)) : 0;
         return largest / LARGEST;
     }
 
-    // Every lane begins with -zero times the inputs that it will meet.
+    // Every lane starts with -zero times the inputs that it will be multiplied with.
     template <int Bits>
     static void begin_sums(const int16_t* values, int64_t count, int32_t* sums) {
         constexpr int64_t IN_LANE = CHUNK<Bits> / SUM_LANES;

@@ -2,8 +2,8 @@
 // once per instruction set.
 //
 // A chunk is what one Weights holds: CHUNK inputs of one output, in one part (8 bits) or two (4
-// bits: the even inputs, then the odd ones, as bytes hold inputs 2i low and 2i + 1 high). Rows come
-// in whole chunks, filled up with zeros, in the arrangement that arrange() gives them.
+// bits). The two are the even and the odd inputs, as bytes hold inputs 2i low and 2i + 1 high. Rows
+// are in whole chunks, padded with zeros, in the order that arrange() gives them.
 #pragma once
 
 #include "vectors.h"
@@ -68,7 +68,7 @@ inline Total add_scaled(Total total, IntSum sum, Total scales, float scale) {
 // Neighbouring lanes hold neighbouring inputs: the scale of each lane, in a chunk of `Groups`.
 template <int Groups> inline Total scales_of_lanes(const bf16* p, int64_t count) {
     int64_t bits = 0;
-    if (count >= Groups) std::memcpy(&bits, p, Groups * sizeof *p);  // of a size known here
+    if (count >= Groups) std::memcpy(&bits, p, Groups * sizeof *p);  // a constant size
     else std::memcpy(&bits, p, count * sizeof *p);
     __m128i wide = _mm_slli_epi32(_mm_cvtepu16_epi32(_mm_cvtsi64_si128(bits)), 16);
     __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
@@ -161,7 +161,7 @@ inline Total add_scaled(Total total, IntSum sum, float scale) {
 #endif
 
 #if !defined(__AVX512VNNI__)
-// Chunks divide WIDTH_UNIT of quantized_weights.py, so no step ends with a part of one.
+// Chunks divide WIDTH_UNIT of quantized_weights.py, so no step ends with a partial chunk.
 template <int Bits> inline Weights<Bits> load_some_weights(const uint8_t* p, int64_t) {
     return load_weights<Bits>(p);
 }

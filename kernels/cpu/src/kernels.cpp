@@ -17,7 +17,7 @@
 
 namespace ISA {
 
-// Runs `kernel<float>` or `kernel<bf16>` as the arguments' type says.
+// Runs `kernel<float>` or `kernel<bf16>`, depending on the arguments' type.
 #define BY_TYPE(kernel, type, ...) \
     ((type) == BFLOAT16 ? kernel<bf16>(__VA_ARGS__) : kernel<float>(__VA_ARGS__))
 

@@ -1,9 +1,9 @@
-// The functions Python calls, each handed to the best instruction set this processor has.
+// The functions Python calls; each runs on the best instruction set this processor has.
 #include <cstring>
 
 #include "arguments.h"
 
-// HAS_... are the instruction sets that the compiler knew.
+// HAS_... are the instruction sets that the compiler supports.
 extern const Kernels kernels_portable, kernels_avx2, kernels_avx512, kernels_avx512_bf16;
 
 static const Kernels* chosen = &kernels_portable;
@@ -49,7 +49,7 @@ PUBLIC const char* moeyard_choose(const char* limit) {
     return chosen->name;
 }
 
-// Bytes of each structure, for Python to compare with its own.
+// Bytes of each structure; Python compares them with its structures.
 PUBLIC const int64_t* moeyard_sizes() {
     static const int64_t sizes[] = {
         sizeof(LinearArguments),

@@ -7,7 +7,7 @@
 
 namespace ISA {
 
-// Handing work to other threads costs some microseconds: less work than this is done sooner.
+// Handing work to other threads costs some microseconds; less work than this runs faster alone.
 inline int threads_for(int64_t weights, int64_t rows, int64_t threads) {
     return int(weights < (1 << 16) && weights * rows < (1 << 19) ? 1 : threads);
 }

@@ -13,7 +13,7 @@ constexpr int64_t FEW = 16;
 template <class In, class Element>
 inline void rms_norm(const In* x, const Element* weight, int64_t width, float epsilon,
                      Element* out) {
-    constexpr int64_t LANES = 16;  // partial sums, so that the loop becomes vector code
+    constexpr int64_t LANES = 16;  // partial sums, so that the loop is vectorized
     float partial[LANES] = {}, squares = 0;
     int64_t whole = width / LANES * LANES;
     for (int64_t i = 0; i < whole; i += LANES)

@@ -17,8 +17,8 @@ constexpr int64_t PANEL_ROWS = 6, PANEL_VECTORS = 4;
 #else
 constexpr int64_t PANEL_ROWS = 4, PANEL_VECTORS = 2;
 #endif
-// Columns of a panel, and how deep it is: a panel stays in the second-level cache. Rows that meet
-// one packed panel, enough of them to make little of the packing.
+// Columns and depth of a panel, which stays in the second-level cache. Rows that are multiplied by
+// one packed panel: enough to make the cost of packing small.
 constexpr int64_t PANEL = PANEL_VECTORS * LANES;
 constexpr int64_t DEPTH = 512;
 constexpr int64_t TRAINING_ROWS = 192;
@@ -44,14 +44,14 @@ template <class Element> struct Step {
 };
 #endif
 
-// From the elements of k and k + 1, what is multiplied.
+// Combines the elements of k and k + 1 into a step.
 inline void join(float* to, float first, float) { *to = first; }
 inline void join(float* to, bf16 first, bf16) { *to = widen(first); }
 #if defined(__AVX512BF16__)
 inline void join(Pair* to, bf16 first, bf16 second) { *to = {first, second}; }
 #endif
 
-// Packs columns [from, from + count) of rows [0, depth) of B: panel[step][column], zeros beyond.
+// Packs columns [from, from + count) of rows [0, depth) of B: panel[step][column], zero-padded.
 // `row(k)` is the address of row k.
 template <class Element, class Row>
 inline void pack_columns(Row row, int64_t depth, int64_t from, int64_t count,
@@ -71,7 +71,7 @@ inline void pack_columns(Row row, int64_t depth, int64_t from, int64_t count,
     }
 }
 
-// Vectors of 32 bits a lane, whatever they hold, as GCC and Clang know them.
+// Vectors of 32 bits a lane of any type, as GCC and Clang provide them.
 typedef float Lanes __attribute__((vector_size(LANES * 4)));
 
 #if defined(__clang__) || __GNUC__ >= 12
@@ -133,7 +133,7 @@ inline Lanes load_steps(const bf16* p) {
 #endif
 }
 
-// Packs `depth` columns of rows [0, count) into panel[step][row], zeros beyond: B is the transpose
+// Packs `depth` columns of rows [0, count) into panel[step][row], zero-padded: B is the transpose
 // of those rows, which are `stride` apart.
 template <class Element>
 inline void pack_transposed(const Element* rows, int64_t stride, int64_t depth, int64_t count,

@@ -1,5 +1,5 @@
-// Matrix products over rows of B, c[m][n] = sum_k a(m, k) b(k, n): what backward needs beside
-// products.h. Columns of B are packed into a panel once and meet all rows of A.
+// Matrix products over rows of B, c[m][n] = sum_k a(m, k) b(k, n): what backward needs in
+// addition to products.h. Columns of B are packed into a panel once, for all rows of A.
 #pragma once
 
 #include <memory>
@@ -118,8 +118,8 @@ inline void rows_times_panel(const Element* const* x, int64_t rows, int64_t dept
 }
 
 // total[m][n] (+)= sum_k a_row(k)[m0 + m] * b_row(k)[n]: a panel of columns of A, transposed, times
-// all `width` columns of B. Adds to `total`, or writes it if `is_empty`. Sums of several depths are
-// rounded once, at the end: fp32 totals hold them meanwhile, others have fp32 lines next to them.
+// all `width` columns of B. Adds to `total`, or writes it if `is_empty`. Sums over several depths
+// are rounded once, at the end; until then they are in the total itself (fp32) or in fp32 lines.
 template <class Element, class Total, class ARow, class BRow>
 inline void add_transposed_product(ARow a_row, BRow b_row, int64_t depth, int64_t m0,
                                    int64_t outputs, int64_t width, bool is_empty, Total* total) {

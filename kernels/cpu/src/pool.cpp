@@ -11,7 +11,7 @@
 namespace {
 
 // How long a worker looks for the next job before it sleeps: longer than the gap between two
-// kernels of a decode step, short beside the gap between two requests.
+// kernels of a decode step, and short compared with the gap between two requests.
 constexpr auto PATIENCE = std::chrono::microseconds(200);
 constexpr int LOOKS_BETWEEN_CLOCKS = 64;
 constexpr int SPINS_BEFORE_YIELD = 4096;
@@ -23,8 +23,9 @@ inline void relax() {
 }
 
 // One job at a time. `ticket` is the job's number in the high half and its next task in the low
-// half. While the other fields change, the ticket is closed: its task is beyond any count. They are
-// released and acquired, so whoever sees a new one finds the ticket it read before gone.
+// half. While a job's fields are being written, the ticket holds an invalid task number. Fields are
+// written with release and read with acquire order, so a thread that reads new fields under an old
+// ticket fails its compare-and-swap.
 class Pool {
 public:
     void run(int64_t count, int64_t threads, Task task, void* context) {
@@ -45,7 +46,7 @@ public:
     }
 
 private:
-    // Starts threads as far as the system allows; the caller could do all the work alone.
+    // Starts as many threads as the system allows; the caller can do all the work alone.
     void grow(int64_t workers) {
         try {
             for (; num_workers_ < workers; num_workers_++)
@@ -79,7 +80,7 @@ private:
         }
     }
 
-    // Returns when another job than that of ticket `seen` may have come.
+    // Returns when there may be a newer job than that of ticket `seen`.
     void wait_for_change(uint64_t seen) {
         auto start = std::chrono::steady_clock::now();
         do {
@@ -113,7 +114,7 @@ std::mutex* in_use = new std::mutex;
 
 void run_tasks(int64_t count, int64_t threads, Task task, void* context) {
     std::unique_lock<std::mutex> lock(*in_use, std::defer_lock);
-    // One task, one thread, or a second caller beside one that has the helpers: no help.
+    // One task, one thread, or another caller already has the helpers: run everything here.
     if (count <= 1 || threads <= 1 || count >= UINT32_MAX || !lock.try_lock()) {
         for (int64_t index = 0; index < count; index++) task(context, index);
         return;

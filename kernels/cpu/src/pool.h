@@ -1,7 +1,7 @@
-// Threads that help with numbered tasks. Whoever is free takes the next task, the caller included,
-// and the caller waits for tasks that were taken, never for threads: on a busy machine, where a
-// thread may have lost its processor, the others do its share. (OpenMP's loops end in a barrier
-// that all threads must reach, and a decode step has a hundred such loops.)
+// Threads that help with numbered tasks. Every free thread takes the next task, also the caller.
+// The caller waits for tasks that were taken, never for threads. So if a thread loses its processor
+// on a busy machine, the others do its share. (OpenMP's loops end in a barrier that all threads
+// must reach, and a decode step has a hundred such loops.)
 #pragma once
 
 #include <cstdint>

@@ -1,20 +1,20 @@
 // Rows times the rows of a weight matrix, y[m][n] = <x_m, w_n>, each product summed in an order
-// that depends on the width only: a row's result never depends on the rows beside it.
+// that depends on the width only: a row's result never depends on the other rows.
 #pragma once
 
 #include "vectors.h"
 
 namespace ISA {
 
-// Rows of x in one tile: as many sums as the registers hold, beside four rows of weights.
+// Rows of x in one tile: as many sums as the registers hold, with four rows of weights.
 #if defined(__AVX512F__)
 constexpr int64_t TILE_ROWS = 6;
 #else
 constexpr int64_t TILE_ROWS = 2;
 #endif
-// Rows of x that meet weights coming from memory: with more, arithmetic would wait for loads of x.
+// The most rows of x for weights read from memory: with more, arithmetic waits for loads of x.
 constexpr int64_t STREAM_ROWS = TILE_ROWS < 4 ? TILE_ROWS : 4;
-// Outputs in one task: their weights stay in the second-level cache while rows pass by.
+// Outputs in one task: their weights stay in the second-level cache for all rows.
 constexpr int64_t BLOCK_OUTPUTS = 64;
 constexpr int64_t BLOCK_ROWS = 96;
 // Outputs in one task of at most STREAM_ROWS rows.
@@ -26,9 +26,9 @@ inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // out[m][0..3] = products of `Rows` rows of x with four rows of weights.
 //
-// Streamed, one row of weights follows the other, as memory likes it best: right for weights that
-// are read for the first time. Otherwise the four go side by side, so that a load of x serves four
-// products: right for weights in the cache. Either way a product is summed in the same order.
+// Streamed, the rows of weights are read one after the other, which memory serves fastest: for
+// weights that are read for the first time. Otherwise the four are read side by side, so that a
+// load of x serves four products: for weights in the cache. The order of summation is the same.
 template <int Rows, bool Streamed, class Element>
 inline void tile(const Element* const* x, const Element* const* w, int64_t width, float (*out)[4]) {
     using C = Chunk<Element>;

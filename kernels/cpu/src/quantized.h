@@ -1,7 +1,6 @@
-// Rows times weights of 8 or 4 bits: the rows are rounded to integers of LARGEST at most, step by
-// step of at most STEP inputs with a scale of its own, and multiplied exactly. What rounding loses
-// is 2^-16 of a step's largest value. As in products.h, a row's result never depends on the rows
-// beside it.
+// Rows times weights of 8 or 4 bits: the rows are rounded to integers of LARGEST at most, in steps
+// of at most STEP inputs that share a scale, and multiplied exactly. The rounding error is 2^-16 of
+// a step's largest value. As in products.h, a row's result never depends on the other rows.
 #pragma once
 
 #include <type_traits>
@@ -13,11 +12,11 @@
 
 namespace ISA {
 
-// Bytes of weights between what is computed and what is fetched: a page.
+// How far ahead weights are prefetched, in bytes: a page.
 constexpr int64_t AHEAD = 4096;
 
-// Calls body(0), body(1), ... body(Count - 1) with constants: written out, so that arrays they
-// index can live in registers.
+// Calls body(0), body(1), ... body(Count - 1) with constants: unrolled, so that arrays they
+// index can stay in registers.
 template <int Count, class Body> ALWAYS_INLINE inline void each(Body body) {
     [&]<int... Index>(std::integer_sequence<int, Index...>) ALWAYS_INLINE {
         (body(std::integral_constant<int, Index>{}), ...);
@@ -28,8 +27,8 @@ template <int Count, class Body> ALWAYS_INLINE inline void each(Body body) {
 template <int Bits, int Rows, int Side, class Load>
 ALWAYS_INLINE inline void add_chunk(const int16_t* const* x, const uint8_t* const* w, int64_t at,
                                     IntSum (&sums)[Rows][Side], Load load) {
-    // One output at a time means weights that come from memory. Arithmetic takes so many
-    // instructions a byte that the processor does not look far enough ahead by itself.
+    // One output at a time means that weights come from memory. There are so many instructions
+    // a byte that the processor does not prefetch far enough ahead by itself.
     if constexpr (Side == 1) __builtin_prefetch(w[0] + at * Bits / 8 + AHEAD, 0, 2);
     Weights<Bits> weights[Side];
     each<Side>([&](auto n) ALWAYS_INLINE { weights[n] = load(w[n] + at * Bits / 8); });
@@ -41,7 +40,7 @@ ALWAYS_INLINE inline void add_chunk(const int16_t* const* x, const uint8_t* cons
 }
 
 // sums[m][n] += the products of one step of `size` inputs. A tile of few sums takes two chunks at a
-// time, as each product waits for the one before it in its sum.
+// time, because each product waits for the previous one of its sum.
 template <int Bits, int Rows, int Side>
 ALWAYS_INLINE inline void add_step(const int16_t* const* x, const uint8_t* const* w, int64_t size,
                                    IntSum (&sums)[Rows][Side]) {

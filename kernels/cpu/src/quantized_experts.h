@@ -6,7 +6,7 @@
 
 namespace ISA {
 
-// A quantized matrix of all slots, and the rounded rows that it takes.
+// A quantized matrix of all slots, and the rounded rows that it is multiplied with.
 struct QuantizedRowsMatrix {
     const IntMatrix& matrix;
     const IntRows& all;
@@ -27,7 +27,7 @@ private:
         constexpr std::integral_constant<int, 4> four;
         constexpr std::integral_constant<int, 1> one;
         if (matrix.groups_per_step == 1) return matrix.bits == 8 ? run(eight, one) : run(four, one);
-        if constexpr (CHUNK<8> > 32) {  // the least group
+        if constexpr (CHUNK<8> > 32) {  // the smallest group
             constexpr std::integral_constant<int, 2> two;
             if (matrix.bits == 8) return run(eight, two);
             matrix.groups_per_step == 2 ? run(four, two) : run(four, std::integral_constant<int, 4>{});
@@ -35,7 +35,7 @@ private:
     }
 };
 
-// Returns what first_wrong_row does, and runs nothing in that case.
+// Returns the first wrong row, and runs nothing if there is one; else -1.
 template <class Element> int64_t quantized_experts(const QuantizedExpertArguments& q) {
     const ExpertArguments& a = q.rest;
     int64_t wrong = first_wrong_row(a);

@@ -35,7 +35,7 @@ inline void score(const RouterArguments& a, float* values) {
     for (int64_t e = 0; e < size; e++) values[e] /= total;
 }
 
-// Leaves only the best groups to choose from: by the sum of each one's `group_best` best.
+// Leaves only the best groups to choose from, ranked by the sum of their `group_best` best scores.
 inline void keep_best_groups(const RouterArguments& a, float* values, float* scratch,
                              int32_t* chosen) {
     int64_t width = a.num_experts / a.num_groups;

@@ -1,6 +1,6 @@
 // Vector arithmetic for one instruction set. ISA is the namespace, given by the compiler's
-// command line with the flags that go with it: this file is compiled once per instruction set, and
-// as everything lives in that namespace, no instruction leaks into code that runs elsewhere.
+// command line with the flags that go with it: this file is compiled once per instruction set.
+// Everything is in that namespace, so that no instruction leaks into code for other processors.
 #pragma once
 
 #include <cmath>
@@ -34,7 +34,7 @@ template <> inline bf16 narrow<bf16>(float x) {  // round to nearest, ties to ev
     return {uint16_t(x != x ? quiet_nan : rounded)};
 }
 
-// Chunk<Element> is what one load brings, Sum holds partial sums of products in fp32.
+// Chunk<Element> is what one load returns, Sum holds partial sums of products in fp32.
 template <class Element> struct Chunk;
 
 #if defined(__AVX512F__)
@@ -128,7 +128,7 @@ inline void total4(const Sum sums[4], float* out) {
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
 }
 
-#else  // any processor: GCC's and Clang's own vectors, which become SSE2, NEON or plain code
+#else  // any processor: GCC's and Clang's vectors, which become SSE2, NEON or plain code
 
 typedef float Sum __attribute__((vector_size(16)));
 inline Sum no_sum() { return Sum{0, 0, 0, 0}; }
@@ -156,7 +156,7 @@ inline void total4(const Sum sums[4], float* out) {
 
 #endif
 
-// e^x to about 2 ulp, without branches, so that loops over it become vector code: 2^n * e^r with
+// e^x to about 2 ulp, without branches, so that loops over it are vectorized: 2^n * e^r with
 // |r| <= ln(2) / 2, and e^r by its Taylor polynomial.
 inline float exponential(float x) {
     x = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
