@@ -17,7 +17,7 @@ from .cpu.attention import RowAttention as RowAttention
 from .cpu.attention import RowStep as RowStep
 from .cpu.library import functions_for
 from .torch_ops import causal_attention
-from .trust import uses_cpp
+from .trust import may_use_cpp
 
 
 def attend_causally(q_BLQH: Tensor, k_BLGH: Tensor, v_BLGH: Tensor) -> Tensor | None:
@@ -34,7 +34,7 @@ def attend_causally(q_BLQH: Tensor, k_BLGH: Tensor, v_BLGH: Tensor) -> Tensor | 
 
 def can_attend_rows(rope: tuple[Tensor, Tensor]) -> bool:
     """Say whether ``RowAttention`` may take rows with these cosines and sines."""
-    return uses_cpp() and functions_for(*rope) is not None
+    return may_use_cpp(rope[0]) and functions_for(*rope) is not None
 
 
 def prepare_rows(caches: Sequence[Cache]) -> RowStep:

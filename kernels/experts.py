@@ -100,9 +100,7 @@ def _chosen(call: ExpertCall, name: Backend) -> ExpertBackend:
             if backend.misfit(call) is None and backend.is_trusted(call):
                 return backend
     backend = TORCH if name == "auto" else BACKENDS[name]
-    problem = backend.misfit(call)
-    if not torch.compiler.is_compiling():  # it cannot trace these checks
-        problem = backend.why_not(device) or problem
+    problem = backend.why_not(device) or backend.misfit(call)
     if problem is not None:
         raise ValueError(f"backend is {name!r}, but {problem} Use backend 'auto'.")
     return backend

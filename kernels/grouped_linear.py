@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from .cpu.grouped import can_multiply, grad_rows, grad_weights, multiply
 from .torch_ops.loop import Span, rounded
+from .trust import may_use_cpp
 
 
 def grouped_linear(x_NP: Tensor, weight_SQP: Tensor, spans: list[Span]) -> Tensor:
@@ -26,7 +27,8 @@ class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_NP, weight_SQP, spans):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x_NP if ctx.needs_input_grad[1] else None, weight_SQP)
-        ctx.spans, ctx.is_cpp = spans, can_multiply(x_NP, weight_SQP)
+        ctx.spans = spans
+        ctx.is_cpp = may_use_cpp(x_NP) and can_multiply(x_NP, weight_SQP)
         if ctx.is_cpp:
             return multiply(x_NP, weight_SQP, spans)
         return _each_group(x_NP, weight_SQP, spans)

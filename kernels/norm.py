@@ -5,12 +5,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cpu.norm import rms_norm as cpp_rms_norm
-from .trust import uses_cpp
+from .trust import may_use_cpp
 
 
 def rms_norm(x: Tensor, weight_H: Tensor, epsilon: float) -> Tensor:
     """Return ``weight * x / rms(x)`` over the last dimension, computed at least in fp32."""
-    if not torch.is_grad_enabled() and uses_cpp():
+    if not torch.is_grad_enabled() and may_use_cpp(x):
         normed = cpp_rms_norm(x, weight_H, epsilon)
         if normed is not None:
             return normed

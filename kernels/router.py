@@ -7,7 +7,7 @@ from torch import Tensor
 from .cpu.router import route as route_in_cpp
 from .gpu.choice import choose_triton
 from .torch_ops.router import choose_torch
-from .trust import trusts_triton_router, uses_cpp
+from .trust import may_use_cpp, trusts_triton_router
 from .values.choice import ChoiceRule, Choices
 
 
@@ -46,6 +46,6 @@ def project_and_choose(
     For inference: all rows are valid, no gradients, no sums for losses. The logits are
     ``x @ weight.T + logit_bias`` in fp32.
     """
-    if not uses_cpp():
+    if not may_use_cpp(x_TD):
         return None
     return route_in_cpp(x_TD, weight_ED, logit_bias_E, bias_E, rule)

@@ -43,25 +43,32 @@ def cpp() -> Library:
         return _cpp_verdict[1]
 
 
-def uses_cpp() -> bool:
-    """Say whether the C++ kernels exist and pass their check."""
+def may_use_cpp(x: torch.Tensor) -> bool:
+    """Say whether the C++ kernels may be asked to take ``x``: they exist and pass their check.
+
+    Tensors that they never take are refused first, so that those build and load nothing.
+    """
+    if not x.is_cpu or x.dtype not in library.TYPES:
+        return False
+    if torch.compiler.is_compiling():
+        return _has_cpp_in_graphs()
     return cpp().functions is not None
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _uses_cpp_in_graphs() -> bool:
-    return uses_cpp()
+def _has_cpp_in_graphs() -> bool:
+    return cpp().functions is not None
 
 
 def trusts_cpp(call: ExpertCall) -> bool:
     """Say whether ``auto`` may choose the C++ kernels, which are checked as a whole."""
-    return _uses_cpp_in_graphs() if torch.compiler.is_compiling() else uses_cpp()
+    return may_use_cpp(call.x_TD)
 
 
 def why_not_cpp(device: torch.device) -> str | None:
     """Say in one sentence why the C++ kernels cannot run on ``device``, or None where they can."""
     if torch.compiler.is_compiling():
-        return None if _uses_cpp_in_graphs() else "There are no C++ kernels here."
+        return None if _has_cpp_in_graphs() else "There are no C++ kernels here."
     state = cpp()
     return None if state.functions is not None else f"{state.state}."
 

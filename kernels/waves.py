@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .cpu.experts import CppWaves, can_run
 from .torch_ops.experts import TorchWaves
-from .trust import uses_cpp
+from .trust import may_use_cpp
 from .values.quantized_weights import SlotWeights
 
 
@@ -32,6 +32,6 @@ class Waves(Protocol):
 
 def start_waves(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, num_experts: int) -> Waves:
     """Begin a sum on the fastest backend that supports these rows."""
-    if uses_cpp() and can_run(x_TD, weights_TK):
+    if may_use_cpp(x_TD) and can_run(x_TD, weights_TK):
         return CppWaves(x_TD, experts_TK, weights_TK)
     return TorchWaves(x_TD, experts_TK, weights_TK, num_experts)

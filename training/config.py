@@ -19,30 +19,30 @@ class DataConfig(_Section):
     """Where tokens come from."""
 
     source: str = "stdlib"
-    """``stdlib`` (the running Python's standard library), a text file, JSON objects (``.jsonl``,
-    ``.ndjson``, ``.json``: one a line or a list), a folder of these, a token shard ``.bin`` with
-    its JSON sidecar, or ``hf:NAME``: a data set of the Hugging Face hub, or a file or folder of its
-    kind, which is streamed while training runs."""
+    """One of: ``stdlib`` (the running Python's standard library); a text file; a file of JSON
+    objects (``.jsonl``, ``.ndjson``, ``.json``: one a line, or a list); a folder of these; a token
+    shard ``.bin`` with its JSON sidecar; or ``hf:NAME``, a data set of the Hugging Face hub (or a
+    file or folder in its formats), which is streamed during training."""
     eval_source: str | None = None
     """Held-out data of the same kinds; None holds out ``eval_fraction`` of ``source``."""
     hf_config: str | None = None
-    """Configuration of an ``hf:`` data set; None where it has but one."""
+    """Configuration of an ``hf:`` data set; None if it has only one."""
     hf_revision: str | None = None
-    """Commit of a hub data set; pin it, so that a resumed run goes on in the same data."""
+    """Commit of a hub data set; pin it, so that a resumed run continues in the same data."""
     split: str = "train"
     """Split of an ``hf:`` source."""
     eval_split: str | None = None
     """Held-out split of an ``hf:`` source, in place of ``eval_fraction``."""
     eval_fraction: float = Field(default=0.05, gt=0, lt=0.5)
-    """Share of ``source`` held out: every n-th document (file or JSON object) where that comes
-    within a third of this share, else the ends of the long documents and every n-th short one."""
+    """Share of ``source`` held out: every n-th document (file or JSON object) if that comes within
+    a third of this share. Otherwise the ends of long documents and every n-th short one."""
     block_tokens: int = Field(default=1 << 20, ge=1)
-    """Tokens of the blocks that an ``hf:`` source is cut in; windows are shuffled inside one."""
+    """Tokens per block of an ``hf:`` source; windows are shuffled within a block."""
     stream_ahead_tokens: int = Field(default=1 << 22, ge=1)
-    """Tokens of an ``hf:`` source that are prepared before training needs them, at most."""
+    """Most tokens of an ``hf:`` source to prepare before training needs them."""
     tokenizer: str = "bytes"
-    """``bytes`` or a folder with a Hugging Face tokenizer; left out or null with ``start_from``:
-    its own."""
+    """``bytes`` or a folder with a Hugging Face tokenizer. With ``start_from``, leave it out or
+    null to use that folder's."""
     text_key: str = "text"
     """Key of the document's text in a JSON object, or its column in a data set."""
 
@@ -67,7 +67,7 @@ class OptimizerConfig(_Section):
 
     lr: float = Field(default=1e-3, gt=0)
     min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
-    """Last learning rate as a share of ``lr``."""
+    """Final learning rate as a share of ``lr``."""
     warmup_steps: int = Field(default=100, ge=0)
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
@@ -85,24 +85,24 @@ class TrainConfig(_Section):
     """Tokens per sequence."""
     parameters: Literal["all", "router", "lora"] = "all"
     """What trains: everything, the routers alone, or low-rank updates (``lora``) of frozen weights.
-    What is frozen has no gradients, no optimizer state and under bf16 no fp32 master weights."""
+    Frozen weights have no gradients, no optimizer state and, under bf16, no fp32 masters."""
     batch_sequences: int = Field(default=16, ge=1)
     """Sequences of the global batch, over all ranks and micro-batches."""
     packing: Literal["none", "documents"] = "none"
     """``documents``: a window's documents do not see each other, and each counts its positions from
-    0; ``none``: attention reaches across the whole window."""
+    0. ``none``: attention spans the whole window."""
     accumulation: int = Field(default=1, ge=1)
     """Micro-batches per step; balance losses are taken over each, across all ranks."""
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
     """bf16 keeps fp32 master weights and main gradients, and the router in fp32."""
     recompute: Literal[True, False, "experts"] = False
-    """Drop each layer's activations and compute them again in backward. ``experts`` drops the
-    pre-activations of the experts alone: two thirds of their forward work more."""
+    """Drop each layer's activations and compute them again in backward. ``experts`` drops only the
+    experts' pre-activations, which costs two thirds of their forward again."""
     log_every: int = Field(default=10, ge=1)
     eval_every: int = Field(default=0, ge=0)
     """Steps between evaluations; 0 = only after the last step."""
     eval_sequences: int = Field(default=64, ge=1)
-    """Held-out sequences per evaluation, at most."""
+    """Most held-out sequences per evaluation."""
 
 
 class LoraConfig(_Section):
@@ -131,13 +131,13 @@ class ParallelConfig(_Section):
     ep: int = Field(default=1, ge=1)
     """Expert-parallel degree: ranks that split the experts among them."""
     dense: Literal["ddp", "fsdp"] = "ddp"
-    """Dense parameters and their optimizer state: whole on every rank (ddp), or split over all
-    ranks and gathered layer by layer (fsdp). Numbers and checkpoints are the same; one process
-    has nothing to split."""
+    """How ranks hold dense parameters and their optimizer state: whole on every rank (ddp), or
+    split over all ranks and gathered layer by layer (fsdp). Numbers and checkpoints are the same.
+    One process has nothing to split."""
     backend: Backend = "auto"
-    """Expert kernels. ``auto`` is ``triton`` on a GPU and ``cpp`` on a CPU, where these run and
-    pass their self-check, else ``torch``. ``reference`` is slow and takes fp64. Frozen experts
-    always use torch's products."""
+    """Expert kernels. ``auto`` is ``triton`` on a GPU and ``cpp`` on a CPU if these run and pass
+    their self-check, otherwise ``torch``. ``reference`` is slow and takes fp64. Frozen experts
+    always use torch's matrix products."""
     timeout_s: float = Field(default=300, gt=0)
     """A collective that waits longer ends the run."""
 
@@ -148,25 +148,25 @@ class MonitorConfig(_Section):
     prometheus_port: int | None = Field(default=None, ge=1, le=65535)
     """Port of ``/metrics`` on rank 0's host; None = no port is opened."""
     prometheus_host: str = "127.0.0.1"
-    """Address to listen on; there is no key, so think before it is more than the loopback."""
+    """Address to listen on. There is no key, so open more than the loopback with care."""
     tensorboard: bool = False
     """Write event files into ``RUN_DIR/tensorboard``."""
     wandb: str | None = Field(default=None, min_length=1)
-    """Project of Weights & Biases to log to; ``WANDB_MODE=offline`` keeps everything here."""
+    """Project of Weights & Biases to log to; ``WANDB_MODE=offline`` keeps everything local."""
 
 
 class RunConfig(_Section):
     """A training run."""
 
     run_dir: str
-    """Folder of the run; a run that is there is resumed."""
+    """Folder of the run. If it holds a run, that run is resumed."""
     seed: int = Field(default=0, ge=0)
     """Seed of weights, data order and router noise."""
     start_from: str | None = None
     """A Hugging Face folder whose weights training starts from. ``model`` and ``data.tokenizer``
-    are then the folder's, but for what the run says itself."""
+    then default to the folder's."""
     ignore_unused_weights: bool = False
-    """Start from a folder that has weights which its config.json does not ask for, without them."""
+    """Skip the folder's weights that its config.json does not ask for, instead of refusing it."""
     model: ModelConfig
     data: DataConfig = DataConfig()
     train: TrainConfig
@@ -210,7 +210,7 @@ class RunConfig(_Section):
         return self
 
     def _problem_with_parameters(self) -> str | None:
-        """Return why nothing would train, or something else than what was asked for."""
+        """Return why the chosen parameters cannot be trained, or None."""
         chosen, moe = self.train.parameters, self.model.moe
         if chosen == "router" and (moe is None or not moe.router.learns):
             found = "has no experts"

@@ -247,9 +247,9 @@ def misfit(functions: ctypes.CDLL) -> str | None:
     A field that exists on one side only would shift all pointers after it.
     """
     functions.moeyard_sizes.restype = ctypes.POINTER(Int)
-    sizes = functions.moeyard_sizes()
+    sizes = functions.moeyard_sizes()  # ends with 0
     for place, structure in enumerate(STRUCTURES):
         here, there = ctypes.sizeof(structure), sizes[place]
         if here != there:
             return f"{structure.__name__} has {there} bytes in the library, but {here} here"
-    return None
+    return None if sizes[len(STRUCTURES)] == 0 else "the library has structures that are not here"

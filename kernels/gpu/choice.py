@@ -31,9 +31,7 @@ def choose_triton(
 
     Raises ``ValueError`` if the kernels cannot run or do not support the logits.
     """
-    problem = misfit(logits_TE)
-    if not torch.compiler.is_compiling():  # it cannot trace this check
-        problem = why_not(logits_TE.device) or problem
+    problem = why_not(logits_TE.device) or misfit(logits_TE)
     if problem is not None:
         raise ValueError(f"{problem} Use backend 'torch'.")
     from .router_ops import route_op

@@ -18,6 +18,8 @@ HOPPER = 9
 
 def why_not(device: torch.device) -> str | None:
     """Return one sentence on why the kernels cannot run on ``device``, or None if they can."""
+    if torch.compiler.is_compiling():
+        return None  # it cannot follow how we look around
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; it comes with PyTorch's CUDA build."
     if os.environ.get("TRITON_INTERPRET") == "1":

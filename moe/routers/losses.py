@@ -100,8 +100,9 @@ def _check_gradient(router: Router, layer: LayerLosses) -> None:
 
 def _global_counts(routings: Sequence[Routing], reduce: Reduce) -> list[GlobalCounts]:
     """Return each layer's counts over the global batch: one reduction for all of them."""
+    device = routings[0].counts_E.device  # a router may have counted tokens on the host
     parts = [
-        part
+        part.to(device)
         for routing in routings
         for part in (routing.counts_E, routing.num_tokens, *routing.extra_counts.values())
     ]

@@ -20,8 +20,8 @@ def allow(modules: str | Iterable[str]) -> None:
 
     Raises :class:`ConfigError` where one cannot be imported.
     """
-    names = modules.split(",") if isinstance(modules, str) else modules
-    for name in names:
+    given = [modules] if isinstance(modules, str) else list(modules)
+    for name in (name for part in given for name in part.split(",") if part):
         if name not in _permitted:
             _permitted[name] = _imported(name)
 

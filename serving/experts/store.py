@@ -14,12 +14,13 @@ from dataclasses import replace
 
 import torch
 
-from ...errors import ConfigError, ExpertReadError
+from ...errors import ExpertReadError
 from ...kernels.values.quantized_weights import SlotWeights
 from ...moe.folders.expert_slots import empty_experts, expert_bytes
 from ...moe.folders.folder import ModelFolder
 from .budget import count_slots
 from .expectations import Expectations
+from .policies.errors import no_victim, wrong_victim
 from .policies.lru import LeastRecentlyUsed
 from .policies.policy import Key, Policy
 from .read_queue import Read, ReadQueue
@@ -179,10 +180,7 @@ class ExpertStore:
             return None
         if key in self._expected or key not in self._slots:
             # Its slot may be in use by compute, so going on could give wrong numbers.
-            raise ConfigError(
-                f"expert_policy {type(self._policy).__name__} chose {key}, which is not in memory "
-                "or is protected; victim() must return an added key that is not protected, or None."
-            )
+            raise wrong_victim(self._policy, key)
         return self._put_out(key)
 
     def _slot_of_prefetch(self) -> int | None:
@@ -215,6 +213,8 @@ class ExpertStore:
 
         If none of ``reading`` is under way, wait until any prefetch is done and its slot usable.
         """
+        if not (reading or self._slots.all_filling()):
+            raise no_victim(self._policy)
         started = time.perf_counter()
         finished = self._reads.wait_for_any(reading.values() or self._slots.all_filling())
         self.statistics.layers[layer].stall_s += time.perf_counter() - started

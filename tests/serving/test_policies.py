@@ -126,6 +126,18 @@ def test_a_policy_that_gives_away_what_is_needed_is_found_out(model_folder):
     store.close()
 
 
+def test_a_policy_that_keeps_every_slot_is_found_out_and_nothing_waits(model_folder):
+    class Hoarder(LeastFrequentlyUsed):
+        def victim(self, protected):
+            return None
+
+    model, store = open_model(model_folder, expert_memory=slots(3), expert_policy=Hoarder())
+    with pytest.raises(ConfigError, match="expert_policy Hoarder chose no expert to evict"):
+        for start in (0, 40):
+            model(torch.arange(start, start + 40).unsqueeze(0))
+    store.close()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -64,6 +64,7 @@ PUBLIC const int64_t* moeyard_sizes() {
         sizeof(RouterArguments),
         sizeof(AttentionWeights),
         sizeof(AttentionArguments),
+        0,
     };
     return sizes;
 }
