@@ -15,7 +15,7 @@ class Packing:
     """Sequences without caches, grouped by padded length for attention (models/documents.py)."""
 
     rows_P: Tensor
-    """int64: the batch's row at each place of the groups laid end to end."""
+    """int64: the batch's row at each place of the concatenated groups."""
     places_T: Tensor
     """int64: the place of each row."""
     groups: tuple[tuple[int, int], ...]
@@ -24,7 +24,7 @@ class Packing:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Sequences laid end to end: training documents, prompts, chunks and single decode steps."""
+    """Concatenated sequences: training documents, prompts, chunks and single decode steps."""
 
     ids_T: Tensor
     """int64 token ids."""
@@ -33,9 +33,9 @@ class Batch:
     lengths: tuple[int, ...]
     """Rows of each sequence in this batch; they sum to T."""
     caches: tuple[KVCache, ...] | None = None
-    """One cache per sequence; None where nothing came before and nothing is kept."""
+    """One cache per sequence; None if nothing came before and nothing is kept."""
     packing: Packing | None = None
-    """How attention takes sequences together; None = one by one, or all together if uniform."""
+    """How attention groups sequences; None = one by one, or all together if uniform."""
 
     @property
     def is_uniform(self) -> bool:
@@ -54,7 +54,7 @@ class Batch:
 
 
 def batch_of(sequences: Sequence[Tensor], caches: Sequence[KVCache] | None = None) -> Batch:
-    """Lay 1-D id tensors end to end, each continuing its cache if there are caches."""
+    """Concatenate 1-D id tensors, each continuing its cache if there are caches."""
     lengths = tuple(len(ids) for ids in sequences)
     starts = [0] * len(sequences) if caches is None else [cache.length for cache in caches]
     spans = (range(start, start + n) for start, n in zip(starts, lengths, strict=True))
@@ -68,7 +68,7 @@ def batch_of(sequences: Sequence[Tensor], caches: Sequence[KVCache] | None = Non
 
 
 def batch_of_rows(ids_BL: Tensor) -> Batch:
-    """Lay the rows of ``[B, L]`` ids end to end."""
+    """Concatenate the rows of ``[B, L]`` ids."""
     num_rows, length = ids_BL.shape
     positions_T = torch.arange(length, device=ids_BL.device).repeat(num_rows)
     return Batch(ids_BL.reshape(-1), positions_T, (length,) * num_rows)

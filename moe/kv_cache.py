@@ -13,32 +13,32 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class KVCacheSpec:
-    """What one layer keeps per position."""
+    """What one layer stores per position."""
 
     num_kv_heads: int
     head_dim: int
-    """Width of a key; of latent attention, of the row that is key and value in one."""
+    """Width of a key; for latent attention, of the row that is both key and value."""
     v_dim: int
-    """Width of a value; 0 where it is a part of the key."""
+    """Width of a value; 0 if it is a part of the key."""
     dtype: torch.dtype
 
 
 class KVCache(Protocol):
-    """What attention asks of the cache of one sequence, over all layers."""
+    """The interface of the cache of one sequence, over all layers."""
 
     length: int
     """Positions stored; advanced once per forward, after the last layer."""
     capacity: int
     """Positions there is memory for."""
     addresses: "array[int]"
-    """Where that memory is, for kernels: keys, then values, of each layer."""
+    """Addresses of that memory, for kernels: keys, then values, of each layer."""
 
     def spec(self, layer: int) -> KVCacheSpec:
         """Say what ``layer`` keeps per position."""
         ...
 
     def reserve(self, count: int) -> None:
-        """Make room for ``count`` positions more, or raise and change nothing."""
+        """Make room for ``count`` more positions, or raise and change nothing."""
         ...
 
     def append(self, layer: int, keys_GLH: Tensor, values_GLV: Tensor) -> None:
@@ -51,7 +51,7 @@ class KVCache(Protocol):
 
 
 class SequenceCache:
-    """A :class:`KVCache` in one piece; grows by doubling up to ``max_length``."""
+    """A :class:`KVCache` in contiguous memory; grows by doubling up to ``max_length``."""
 
     def __init__(self, specs: list[KVCacheSpec], max_length: int, device: torch.device) -> None:
         self.length = 0
@@ -62,7 +62,7 @@ class SequenceCache:
         self.capacity = 0
         """Positions there is memory for."""
         self.addresses = array("q")
-        """Where that memory is: keys, then values, of each layer."""
+        """Addresses of that memory: keys, then values, of each layer."""
         self._keys_GLH: list[Tensor] = []
         self._values_GLV: list[Tensor] = []
 
@@ -82,26 +82,26 @@ class SequenceCache:
         return self._keys_GLH[layer][:, :end], self._values_GLV[layer][:, :end]
 
     def reserve(self, count: int) -> None:
-        """Make room for ``count`` positions more.
+        """Make room for ``count`` more positions.
 
-        Where there is no memory the allocator's error is raised, and the cache is as it was.
+        Without enough memory, the allocator's error is raised and the cache is unchanged.
         """
         if self.length + count > self.capacity:
             self._grow(self.length + count)
 
     def _grow(self, needed: int) -> None:
-        if needed > self._max_length:  # no assertion: others write without looking
+        if needed > self._max_length:  # not an assertion: kernels write without a check
             raise IndexError(f"{needed} positions in a cache for {self._max_length}")
         capacity = min(self._max_length, max(64, needed, 2 * self.capacity))
         keys_GLH = self._grown(self._keys_GLH, [s.head_dim for s in self._specs], capacity)
         values_GLV = self._grown(self._values_GLV, [s.v_dim for s in self._specs], capacity)
-        # Only now: where memory was short, the cache is as it was.
+        # Only now, so that the cache is unchanged if memory runs out.
         self.capacity, self._keys_GLH, self._values_GLV = capacity, keys_GLH, values_GLV
         pairs = zip(keys_GLH, values_GLV, strict=True)
         self.addresses = array("q", (buffer.data_ptr() for pair in pairs for buffer in pair))
 
     def _grown(self, old: list[Tensor], widths: list[int], capacity: int) -> list[Tensor]:
-        """Return larger buffers, one per layer, with what is stored so far."""
+        """Return larger buffers, one per layer, with the stored positions."""
         grown = []
         for layer, (spec, width) in enumerate(zip(self._specs, widths, strict=True)):
             shape = (spec.num_kv_heads, capacity, width)

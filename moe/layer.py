@@ -1,4 +1,4 @@
-"""The MoE layer: a router, the way through the experts, an optional shared expert.
+"""The MoE layer: a router, the path through the experts, an optional shared expert.
 
 T tokens, D model width.
 """
@@ -45,9 +45,9 @@ class MoELayer(nn.Module):
 
     ``router`` is a router's configuration (``TopK(k=4)``, ``Hash()``, or one of your own: a
     :class:`RouterConfig` that builds your :class:`Router`). ``d_shared`` adds a shared expert of
-    that width which every token visits. ``recompute`` keeps the experts' input only, and not their
-    pre-activations, for backward. ``expert_bias`` gives each expert's two products a bias, as
-    gpt-oss's have.
+    that width which every token visits. ``recompute`` keeps only the experts' input for backward, and
+    not their pre-activations. ``expert_bias`` gives each expert's two products a bias, as in
+    gpt-oss.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class MoELayer(nn.Module):
         self.shared_expert = GatedMLP(d_model, d_shared, activation) if d_shared else None
         self.shared_expert_gate = Linear(d_model, 1) if shared_gate else None
         self.path: ExpertPath = LocalPath()
-        """How rows and experts come together."""
+        """How rows get to their experts and back."""
 
     @property
     def lookahead(self) -> Lookahead:
@@ -95,9 +95,8 @@ class MoELayer(nn.Module):
     ) -> tuple[Tensor, Routing]:
         """Return the layer's output, shaped like ``x`` ``[..., D]``, and the routing.
 
-        ``token_ids`` and ``valid`` have x's leading shape; the last of it counts the tokens of a
-        sequence. ``routing`` is a choice made earlier;
-        routers that read something else than x need it.
+        ``token_ids`` and ``valid`` have x's leading shape; its last dimension is the tokens of a
+        sequence. ``routing`` is a choice made earlier; layers whose router does not read x need it.
         """
         x_TD = x.reshape(-1, x.shape[-1])
         if routing is None:
@@ -151,12 +150,12 @@ def auxiliary_loss(
     """Return what the routers' configurations ask to be added to the loss, a scalar with gradient.
 
     For :class:`TopK` it is the sum of ``balance_loss``, ``sequence_balance_loss`` and ``z_loss``
-    times their losses over ``layers``, whose forward returned ``routings``. A router does nothing
-    about them by itself. ``reduce`` sums an int64 tensor over the ranks that share the batch; the
-    result is then this rank's share, and shares add up to the loss of one process. None: there are
-    no others.
+    times their losses over ``layers``, whose forward returned ``routings``. The layer does
+    not add them by itself. ``reduce`` sums an int64 tensor over the ranks that share the batch; the
+    result is then this rank's share, and the shares add up to the loss of one process. None = one
+    process.
 
-    Raises :class:`ConfigError` for routings of evaluation mode, and for those that have lost their
+    Raises :class:`ConfigError` for routings of evaluation mode, and for those that lost their
     gradient to ``torch.no_grad`` or a reentrant checkpoint.
     """
     return total_loss([layer.gate for layer in layers], routings, reduce)

@@ -24,13 +24,13 @@ class AttentionRule:
     window: int | None = None
     """Positions a query sees, its own included; None = all before it."""
     sinks_Q: Tensor | None = None
-    """A logit per query head that takes probability and gives no value (gpt-oss)."""
+    """A logit per query head that takes probability but has no value (gpt-oss)."""
 
 
 def attend(
     q_TQH: Tensor, k_TGH: Tensor, v_TGV: Tensor, batch: Batch, rule: AttentionRule, layer: int
 ) -> Tensor:
-    """Return what each row takes from its own sequence, ``[T, Q, V]``.
+    """Return each row's attention over its own sequence, ``[T, Q, V]``.
 
     Caches, if the batch has any, receive the new keys and values of ``layer``.
     """
@@ -38,7 +38,7 @@ def attend(
         return _uniform(q_TQH, k_TGH, v_TGV, batch.lengths[0], rule)
     if batch.packing is not None:
         return _packed(q_TQH, k_TGH, v_TGV, batch.packing, rule)
-    # One call per sequence: padding would tie a sequence's bits to its neighbours' lengths.
+    # One call per sequence: with padding, a sequence's bits would depend on the other lengths.
     out = []
     parts = (t.split(batch.lengths) for t in (q_TQH, k_TGH, v_TGV))
     for index, (q_LQH, k_LGH, v_LGV) in enumerate(zip(*parts, strict=True)):

@@ -1,4 +1,4 @@
-"""A decoder layer's attention with the norms around it, on the backend that takes a part.
+"""A decoder layer's attention with the norms around it, on the first backend that supports it.
 
 N rows of a part, D model width.
 
@@ -24,14 +24,14 @@ class AttentionBackend(Protocol):
     def run(self, modules: Modules, x_ND: Tensor, part: Part) -> tuple[Tensor, Tensor] | None:
         """Return the residual stream after attention and its norm, both ``[N, D]``.
 
-        None where the backend does not take this layer or this part. Caches receive the new
-        positions, which they count once the forward is over.
+        None if the backend does not support this layer or this part. Stores the new positions in
+        the caches, which count them once the forward is over.
         """
         ...
 
 
 class ModuleBackend:
-    """The layer's modules one after the other; takes everything."""
+    """The layer's modules one after the other; supports everything."""
 
     def run(self, modules: Modules, x_ND: Tensor, part: Part) -> tuple[Tensor, Tensor]:
         """Return the residual stream after attention and its norm."""
@@ -41,7 +41,7 @@ class ModuleBackend:
 
 
 def backends(layer: int, epsilon: float) -> tuple[AttentionBackend, ...]:
-    """Return what layer number ``layer`` tries in turn; ``epsilon`` is that of all its norms."""
+    """Return the backends that ``layer`` tries in turn; ``epsilon`` is that of all its norms."""
     return RowBackend(layer, epsilon), ModuleBackend()
 
 
@@ -65,4 +65,4 @@ def _run_part(
         found = backend.run(modules, x_ND, part)
         if found is not None:
             return found
-    raise AssertionError("the last backend takes everything")
+    raise AssertionError("the last backend supports everything")

@@ -1,4 +1,4 @@
-"""Single new positions on the C++ kernels: which attention layers they take, and with what.
+"""Single new positions on the C++ kernels: which attention layers they support.
 
 N rows of a part, D model width.
 """
@@ -22,7 +22,7 @@ class RowBackend:
         self._known: RowAttention | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the addresses of parameters: a copy of the model has others."""
+        """Leave out the addresses of parameters: a copy of the model has different ones."""
         return self.__dict__ | {"_known": None}
 
     def run(

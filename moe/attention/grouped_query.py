@@ -1,4 +1,4 @@
-"""Grouped-query attention with what models differ in: norms, biases, windows, sinks, positions.
+"""Grouped-query attention and its variants: norms, biases, windows, sinks, positions.
 
 T tokens, D model width, Q query heads, G key/value heads, H head width.
 """
@@ -64,7 +64,7 @@ class Attention(nn.Module):
     def _heads(self, x_TP: Tensor, norm: RMSNorm | None, num_heads: int) -> Tensor:
         """Split a projection into heads, ``[T, heads, H]``, normed and clipped."""
         if norm is not None and len(norm.weight) == x_TP.shape[-1]:
-            x_TP, norm = norm(x_TP), None  # over all heads at once
+            x_TP, norm = norm(x_TP), None  # over all heads together
         x_TNH = x_TP.unflatten(-1, (num_heads, self.head_dim))
         if norm is not None:
             x_TNH = norm(x_TNH)

@@ -1,4 +1,4 @@
-"""Multi-head latent attention (DeepSeek-V2, section 2.1): queries, keys and values squeezed narrow.
+"""Multi-head latent attention (DeepSeek-V2, section 2.1): queries, keys and values through narrow latents.
 
 T tokens, D model width, Q heads, C latent width (``kv_rank``), R rotated part of a head, N part
 without position, V value width, L rows of one sequence, S positions.
@@ -16,14 +16,14 @@ from .attend import AttentionRule, attend, attend_heads
 from .rope import Tables, rotate, softmax_scale
 
 LATENT_EPS = 1e-6
-"""Of the norms of latents, whatever the model's own norms use (Hugging Face's classes)."""
+"""Epsilon of the norms of latents, for every epsilon of the model's norms (as in Hugging Face)."""
 
 
 class LatentAttention(nn.Module):
     """Causal latent attention; a cache keeps ``C + R`` numbers per position, for all heads.
 
-    Without a cache, keys and values are expanded. With one, the expansion is multiplied into
-    queries and outputs instead, so that a step reads the narrow rows only.
+    Without a cache, keys and values are expanded. With a cache, queries and outputs are multiplied
+    by the expansion instead, so that a step reads the narrow rows only.
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -94,7 +94,7 @@ class LatentAttention(nn.Module):
     def _one_cached(
         self, q_LQN: Tensor, q_LQR: Tensor, c_LC: Tensor, k_L1R: Tensor, cache: KVCache
     ) -> Tensor:
-        """Attend to latents as they lie in the cache: one key head for all query heads."""
+        """Attend to latents as they are in the cache: one key head for all query heads."""
         latent, past = self.latent, cache.length
         rows_1LP = torch.cat([c_LC, k_L1R.squeeze(1)], dim=-1).unsqueeze(0)
         cache.append(self.layer, rows_1LP, rows_1LP[..., :0])

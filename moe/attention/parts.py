@@ -1,7 +1,7 @@
 """Which rows of a batch attend together.
 
-Sequences that add one row run on other kernels than the others, which round differently. The
-length of a sequence alone decides which, so that its bits never depend on its neighbours.
+Sequences that add one row run on other kernels, which round differently. Only the length of a
+sequence decides which kernels run it, so that its bits never depend on the other sequences.
 
 T rows of a batch, N rows of a part, H head width.
 """
@@ -25,9 +25,9 @@ class Part:
     rope: Tables
     """Cosines and sines of the rows, ``[N, 1, H]``."""
     rows_N: Tensor | None = None
-    """int64: their rows; None = all."""
+    """int64: rows of these sequences; None = all."""
     step: RowStep | None = None
-    """The caches, if each sequence adds one row and a kernel may take it."""
+    """The caches, if each sequence adds one row and a kernel may support it."""
 
 
 def parts_of(batch: Batch, rope: Tables) -> list[Part]:

@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al. 2021) and the ways to stretch it.
+"""Rotary position embedding (Su et al. 2021) and its scaling to longer sequences.
 
 T tokens, H rotated elements of a head, h = H / 2 frequencies.
 """
@@ -27,24 +27,24 @@ class Rope:
 
     @classmethod
     def of(cls, config: ModelConfig) -> "Rope":
-        """Return what a model's attention layers rotate by."""
+        """Return the rotary embedding of a model's attention layers."""
         return cls(config.rope_width, config.rope_theta, config.rope_scaling)
 
     def tables(self, positions_T: Tensor, dtype: torch.dtype) -> Tables:
         """Return cosines and sines, ``[T, 1, H]``, computed at least in fp32."""
         if not positions_T.is_cpu or positions_T.is_meta or not len(positions_T):
             return self._compute(positions_T, dtype)
-        # Looked up: computing a few of them takes torch longer than the rest of a decode step.
+        # Looked up: torch would take longer to compute a few than the rest of a decode step takes.
         cos_P1H, sin_P1H = self._known.get(dtype, (positions_T[:0], positions_T[:0]))
         highest = int(positions_T.max())
         if highest >= len(cos_P1H):
             cos_P1H, sin_P1H = self._grow(highest, dtype)
         return cos_P1H.index_select(0, positions_T), sin_P1H.index_select(0, positions_T)
 
-    @torch.inference_mode(False)  # for what is kept may be used in training later
+    @torch.inference_mode(False)  # because training may use the kept tensors later
     def _grow(self, highest: int, dtype: torch.dtype) -> Tables:
-        # Page by page, so that a position's bits do not depend on what came before it; all of them
-        # anew, so that two threads that do this at once do no harm.
+        # Page by page, so that a position's bits do not depend on earlier calls. All pages are
+        # computed again, so that two threads may do this at the same time.
         starts = range(0, 2 * highest + 1, PAGE)
         places = (torch.arange(start, start + PAGE, device="cpu") for start in starts)
         cosines, sines = zip(*(self._compute(place, dtype) for place in places), strict=True)
@@ -64,8 +64,8 @@ class Rope:
 def rotate(x_TQH: Tensor, tables: Tables, interleaved: bool = False) -> Tensor:
     """Apply the rotary embedding to every head.
 
-    ``interleaved`` takes neighbouring elements as pairs; the result is half-split in any case,
-    which dot products of two rotated heads do not see.
+    ``interleaved`` takes neighbouring elements as pairs; the result is always half-split,
+    which does not change dot products of two rotated heads.
     """
     cos_T1H, sin_T1H = tables
     if interleaved:
@@ -109,7 +109,7 @@ def _llama3(plain_h: Tensor, scaling: Llama3Rope) -> Tensor:
 
 def _yarn(plain_h: Tensor, width: int, theta: float, scaling: YarnRope) -> Tensor:
     def dimension(turns: float) -> float:
-        """Return which frequency turns so often in the original positions."""
+        """Return the index of the frequency with ``turns`` turns over the original positions."""
         length = scaling.original_max_positions / (turns * 2 * math.pi)
         return width * math.log(length) / (2 * math.log(theta))
 

@@ -1,1 +1,1 @@
-"""What a YAML file may say of a model."""
+"""The model section of a configuration."""

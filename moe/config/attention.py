@@ -1,4 +1,4 @@
-"""What attention layers differ in from model to model: a configuration's ``attention`` section."""
+"""Variants of attention layers: the ``attention`` section of a configuration."""
 
 from typing import Annotated, Literal, Self
 
@@ -44,16 +44,16 @@ class YarnRope(_Section):
     original_max_positions: int = Field(ge=1)
     """Positions the model was trained with before it was extended."""
     beta_fast: float = Field(default=32.0, gt=0)
-    """Frequencies that turn more often than this in the original positions are kept."""
+    """Frequencies with more turns than this over the original positions are kept."""
     beta_slow: float = Field(default=1.0, gt=0)
-    """Frequencies that turn less often than this are divided by ``factor``."""
+    """Frequencies with fewer turns than this are divided by ``factor``."""
     truncate: bool = True
-    """Round the ends of the ramp between to whole dimensions."""
+    """Round the ends of the ramp between the two to whole dimensions."""
     attention_factor: float | None = Field(default=None, gt=0)
     """Factor on cosines and sines; None = from ``factor``, ``mscale`` and ``mscale_all_dim``."""
     mscale: float | None = None
     mscale_all_dim: float | None = None
-    """DeepSeek's: with latent attention it scales the softmax, too."""
+    """DeepSeek's factor; with latent attention it also scales the softmax."""
 
 
 RopeScaling = Annotated[LinearRope | Llama3Rope | YarnRope, Field(discriminator="kind")]
@@ -63,13 +63,13 @@ class LatentConfig(_Section):
     """Multi-head latent attention (DeepSeek-V2): a cache keeps one narrow row per position."""
 
     q_rank: int | None = Field(default=None, ge=1)
-    """Width queries are squeezed through; None = not at all."""
+    """Latent width of queries; None = queries are projected directly."""
     kv_rank: int = Field(ge=1)
-    """Width keys and values are squeezed through."""
+    """Latent width of keys and values."""
     nope_dim: int = Field(ge=1)
-    """Part of a head's query and key without position."""
+    """Width of the part of a head's query and key without position."""
     rope_dim: int = Field(ge=2, multiple_of=2)
-    """Part with rotary position, its key shared by all heads."""
+    """Width of the part with rotary position; all heads share its key."""
     v_dim: int = Field(ge=1)
     """Width of a head's value."""
 
@@ -79,7 +79,7 @@ class AttentionConfig(_Section):
 
     qk_norm: Literal["head", "projection"] | None = "head"
     """RMSNorm of queries and keys: per head (Qwen3), over all heads together (OLMoE), or none.
-    Latent attention has its own norms."""
+    Latent attention has separate norms."""
     qkv_bias: bool = False
     """Biases on the projections from the model's width (Qwen2, gpt-oss)."""
     o_bias: bool = False
@@ -87,7 +87,7 @@ class AttentionConfig(_Section):
     clip_qkv: float | None = Field(default=None, gt=0)
     """Largest magnitude of queries, keys and values (OLMoE)."""
     sinks: bool = False
-    """A learned logit per head that takes probability and gives nothing (gpt-oss)."""
+    """A learned logit per head that takes probability but has no value (gpt-oss)."""
     window: int | None = Field(default=None, ge=1)
     """Positions that layers of ``window_layers`` see, their own included."""
     window_layers: tuple[int, ...] = ()
@@ -96,7 +96,7 @@ class AttentionConfig(_Section):
     rope_interleaved: bool = False
     """Rotate neighbouring elements against each other (DeepSeek) rather than a head's halves."""
     latent: LatentConfig | None = None
-    """Latent attention in place of grouped-query attention."""
+    """Latent attention instead of grouped-query attention."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -11,7 +11,7 @@ from ..routers.table import AnyRouter
 from ..routers.topk import TopK
 from .attention import AttentionConfig, RopeScaling
 
-# Bounds: absurd values, as in a damaged file, are refused before anything is allocated.
+# Bounds: absurd values, for example from a damaged file, are refused before any allocation.
 WIDEST = 1 << 24
 """Largest width, and largest vocabulary."""
 MOST_EXPERTS = 1 << 16
@@ -37,7 +37,7 @@ class MoEConfig(BaseModel):
     expert_bias: bool = False
     """Biases on the routed experts' projections (gpt-oss)."""
     activation: Activation = "swiglu"
-    """Of routed and shared experts; dense layers are SwiGLU."""
+    """Activation of routed and shared experts; dense layers are SwiGLU."""
     router: AnyRouter = TopK()
     """How tokens choose experts."""
 
@@ -52,7 +52,7 @@ class MoEConfig(BaseModel):
 
 
 class ModelConfig(BaseModel):
-    """A decoder; all-dense where ``moe`` is missing. The defaults are Qwen3-MoE's."""
+    """A decoder; all layers are dense without ``moe``. The defaults are Qwen3-MoE's."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -64,17 +64,17 @@ class ModelConfig(BaseModel):
     num_kv_heads: int | None = Field(default=None, ge=1)
     """Key and value heads (grouped-query attention); None = num_heads."""
     head_dim: int | None = Field(default=None, ge=2, le=1 << 14, multiple_of=2)
-    """None = d_model / num_heads."""
+    """Width of a head; None = d_model / num_heads."""
     d_ff: int | None = Field(default=None, ge=1, le=WIDEST)
-    """Inner width of dense layers' MLP; needed where there are any."""
+    """Inner width of the dense layers' MLPs; required if there are dense layers."""
     moe: MoEConfig | None = None
     dense_layers: tuple[int, ...] = ()
-    """Layers with a dense MLP in place of experts."""
+    """Layers with a dense MLP instead of experts."""
     max_positions: int = Field(default=2048, ge=1, le=LONGEST)
     """Longest sequence in tokens."""
     rope_theta: float = Field(default=10_000.0, gt=0)
     rope_scaling: RopeScaling | None = None
-    """How positions beyond the original ones were made to fit."""
+    """How rotary positions are scaled beyond the original ones."""
     rms_eps: float = Field(default=1e-6, gt=0)
     attention: AttentionConfig = AttentionConfig()
     tie_embeddings: bool = False
@@ -135,7 +135,7 @@ class ModelConfig(BaseModel):
     @property
     def vocabulary(self) -> int:
         """``vocab_size`` once it is known."""
-        assert self.vocab_size is not None, "vocab_size has not been filled in"
+        assert self.vocab_size is not None, "vocab_size is not filled in yet"
         return self.vocab_size
 
     @property
@@ -148,9 +148,9 @@ class ModelConfig(BaseModel):
         return self.moe is not None and layer not in self.dense_layers
 
     def architecture(self) -> dict[str, Any]:
-        """Return what the meaning of weights depends on: all but what only training reads.
+        """Return the fields that the meaning of weights depends on: all but training-only ones.
 
-        Two ways to say the same come out alike.
+        Equivalent configurations give equal results.
         """
         values = self.model_dump(mode="json")
         values["num_kv_heads"] = self.kv_heads if self.attention.latent is None else None
@@ -170,7 +170,7 @@ class ModelConfig(BaseModel):
         return values
 
     def router(self, layer: int) -> RouterConfig:
-        """Return the router configuration of an MoE layer; the first one's may differ."""
+        """Return the router configuration of an MoE layer; that of the first may differ."""
         assert self.moe is not None and self.is_moe(layer), "only MoE layers have routers"
         is_first = not any(self.is_moe(earlier) for earlier in range(layer))
         return self.moe.router.for_first_layer() if is_first else self.moe.router

@@ -1,1 +1,1 @@
-"""A layer's experts: what the layer asks of them, and where they are."""
+"""A layer's experts: their interface, their memory, and the path of rows through them."""

@@ -1,4 +1,4 @@
-"""What a layer asks of its routed experts. N rows, D model width, K choices."""
+"""The interface of a layer's routed experts. N rows, D model width, K choices."""
 
 from torch import Tensor, nn
 
@@ -6,14 +6,14 @@ from ..routers.routing import Routing
 
 
 class LayerExperts(nn.Module):
-    """The experts of one layer, wherever they are."""
+    """The experts of one layer, in memory or elsewhere."""
 
     def announce(self, routing: Routing) -> None:
-        """Learn what the next forward will need, before other work that leads there."""
+        """Start preparing the experts of the next forward, while other work runs first."""
         raise NotImplementedError
 
     def keep(self, routing: Routing) -> None:
-        """Hold on to what the next forward needs, which follows immediately."""
+        """Protect the experts of the next forward, which follows immediately, from eviction."""
         raise NotImplementedError
 
     def forward(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:

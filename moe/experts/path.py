@@ -1,4 +1,4 @@
-"""The way from a layer's rows through its experts and back.
+"""The path of a layer's rows through its experts and back.
 
 T tokens, D model width.
 """
@@ -12,13 +12,13 @@ from ..routers.routing import Routing
 from .base import LayerExperts
 
 Beside = Callable[[], Tensor]
-"""Work that needs nothing of the routed experts: a layer's shared expert, ``[T, D]``."""
+"""Work that does not depend on the routed experts: a layer's shared expert, ``[T, D]``."""
 
 
 class ExpertPath(Protocol):
     """Brings rows and experts together: rows may travel to experts, or experts to rows.
 
-    A layer never knows which path it has. Layers may share one.
+    A layer does not know which path it has. Layers may share a path.
     """
 
     def run(
@@ -26,14 +26,14 @@ class ExpertPath(Protocol):
     ) -> Tensor:
         """Return each token's weighted sum of its experts, plus the result of ``beside``.
 
-        ``experts`` are those of this process. ``beside`` is called once; a path may do so while
-        rows or experts are on their way. Its result is added to the finished sum, ``[T, D]``.
+        ``experts`` are those of this process. ``beside`` is called once; a path may call
+        it while rows or experts are in transit. Its result is added to the finished sum, ``[T, D]``.
         """
         ...
 
 
 class LocalPath:
-    """All experts are here: nothing moves."""
+    """All experts are in this process: nothing moves."""
 
     def run(
         self, x_TD: Tensor, routing: Routing, experts: LayerExperts, beside: Beside | None = None

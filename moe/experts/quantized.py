@@ -11,7 +11,7 @@ from .base import LayerExperts
 
 
 class QuantizedExperts(LayerExperts):
-    """Takes the place of :class:`Experts`; all experts are in memory."""
+    """Replaces :class:`Experts`; all experts are in memory."""
 
     def __init__(self, weights: QuantizedExpertWeights) -> None:
         super().__init__()

@@ -18,13 +18,13 @@ from ..routers.routing import Routing
 from .base import LayerExperts
 
 LOW_RANK = ("fc1_lora_a", "fc1_lora_b", "fc2_lora_a", "fc2_lora_b")
-"""Parameters of low-rank updates, where experts have them."""
+"""Parameters of low-rank updates, if any."""
 
 
 class Experts(LayerExperts):
     """Gated experts as parameters: ``fc1 [S, 2F, D]`` (gate rows first), ``fc2 [S, D, F]``.
 
-    With ``bias`` also ``fc1_bias [S, 2F]`` and ``fc2_bias [S, D]``, zeros at first; else None.
+    With ``bias`` also ``fc1_bias [S, 2F]`` and ``fc2_bias [S, D]``, initially zeros; else None.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Experts(LayerExperts):
     ) -> None:
         super().__init__()
         self.recompute = recompute
-        """Whether backward computes fc1 again in place of keeping its output."""
+        """Whether backward computes fc1 again instead of keeping its output."""
         self.activation: Activation = activation
         self.expert_ids = tuple(range(num_experts) if expert_ids is None else expert_ids)
         """Logical expert of each slot."""
@@ -56,7 +56,7 @@ class Experts(LayerExperts):
             self.fc1_bias = nn.Parameter(torch.zeros(num_slots, 2 * d_expert))
             self.fc2_bias = nn.Parameter(torch.zeros(num_slots, d_model))
         self.main_grads: MainGrads | None = None
-        """Where backward leaves the gradients of the parameters; None: where autograd does."""
+        """Where backward leaves the parameters' gradients; None = in ``grad``, by autograd."""
         self._low_rank_scale: float | None = None
         self._slot_of_E: tuple[int, ...] | None = None
         if self.expert_ids != tuple(range(num_experts)):
@@ -74,7 +74,7 @@ class Experts(LayerExperts):
         return [weights.slot_views(slot) for slot in range(len(self.expert_ids))]
 
     def add_low_rank(self, rank: int, scale: float) -> None:
-        """Add low-rank updates to frozen experts: B is 0, and A for the caller to fill.
+        """Add low-rank updates to frozen experts: B is 0, and the caller must fill A.
 
         ``fc1_lora_a [S, 2 rank, D]``, ``fc1_lora_b [S, 2F, rank]`` (the gate's rows first),
         ``fc2_lora_a [S, rank, F]``, ``fc2_lora_b [S, D, rank]``.
@@ -97,7 +97,7 @@ class Experts(LayerExperts):
         device = x_ND.device.type
         if not torch.is_autocast_enabled(device):
             return self._run(x_ND, experts_NK, weights_NK, self.fc1.dtype)
-        # As nn.Linear does: rows and weights take autocast's type. The kernels know no autocast.
+        # Like nn.Linear, cast rows and weights to autocast's type. The kernels ignore autocast.
         dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
             return self._run(x_ND.to(dtype), experts_NK, weights_NK, dtype)

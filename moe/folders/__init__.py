@@ -1,1 +1,1 @@
-"""Hugging Face folders, in and out."""
+"""Reading and writing Hugging Face model folders."""

@@ -3,7 +3,7 @@
 A matrix ``X.weight`` ``[Q, P]`` is stored as ``X.weight_packed``, int32 with ``32 / bits``
 consecutive inputs in a word, the first in its lowest bits, each as ``q + 2^(bits - 1)``;
 ``X.weight_scale`` ``[Q, G]``; and ``X.weight_shape``, int64 ``(Q, P)``. Symmetric: w = q * scale.
-quantized_config.py has what config.json says about it.
+quantized_config.py reads and writes the part of config.json about it.
 
 Q outputs and P inputs of a matrix, G groups of inputs that share a scale.
 """
@@ -24,10 +24,10 @@ from ...kernels.values.quantized_weights import (
 )
 
 Reader = Callable[[str, Tensor], None]
-"""Fills a tensor with the stored one of a name, as ``ModelFolder.read_into`` does."""
+"""Fills a tensor with the stored tensor of a name, like ``ModelFolder.read_into``."""
 
 INT8_SIGN = 0x80
-"""Flipping it turns a signed byte into ``q + 128`` and back."""
+"""Flipping this bit turns a signed byte into ``q + 128`` and back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +36,12 @@ class PackedFormat:
 
     bits: Bits
     group_size: int | None
-    """Inputs that share a scale; None: all of a row."""
+    """Inputs that share a scale; None = a whole row."""
 
     def width_of_group(self, name: str, width: int) -> int:
         """Return the inputs that share a scale in a matrix of ``width`` inputs.
 
-        Raises :class:`ModelFileError` for a width that such groups do not make up.
+        Raises :class:`ModelFileError` for a width that is not a multiple of the group.
         """
         group_size = self.group_size or width
         if width % group_size or group_size % WIDTH_UNIT:
@@ -54,7 +54,7 @@ class PackedFormat:
     def stored(
         self, name: str, rows: int, width: int
     ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Return names, types and shapes of what stands for matrix ``name`` ``[rows, width]``."""
+        """Return names, types and shapes of what is stored for ``name``, a ``[rows, width]``."""
         packed, scale, shape = names_of(name)
         num_groups = width // self.width_of_group(name, width)
         return {
@@ -65,7 +65,7 @@ class PackedFormat:
 
 
 def to_stored(name: str, view: SlotView) -> dict[str, Tensor]:
-    """Return the tensors that stand for matrix ``name``."""
+    """Return the stored tensors of matrix ``name``."""
     is_int8 = view.values.dtype == torch.int8
     values = view.values.contiguous().view(torch.uint8)
     width = values.shape[1] if is_int8 else 2 * values.shape[1]
@@ -80,10 +80,10 @@ def to_stored(name: str, view: SlotView) -> dict[str, Tensor]:
 
 
 def read_matrix(read: Reader, name: str, view: SlotView) -> None:
-    """Fill ``view`` with matrix ``name``; what ``read`` raises passes through.
+    """Fill ``view`` with matrix ``name``; errors of ``read`` pass through.
 
     Nothing but ``view`` is allocated. ``weight_shape`` is not read: P is a multiple of 32, so
-    the shapes of the others say it. Scales of another type are rounded to bf16.
+    it follows from the other shapes. Scales of another type are rounded to bf16.
     """
     packed, scale, _ = names_of(name)
     read(packed, view.values.view(torch.int32))
@@ -93,7 +93,7 @@ def read_matrix(read: Reader, name: str, view: SlotView) -> None:
 
 
 def read_plain(read: Reader, name: str, packed: PackedFormat, out_QP: Tensor) -> None:
-    """Fill ``out_QP`` with the weights that matrix ``name`` stands for, rounded once."""
+    """Fill ``out_QP`` with the dequantized matrix ``name``, rounded once."""
     rows, width = out_QP.shape
     group_size = packed.width_of_group(name, width)
     found = empty_matrices(1, rows, width, packed.bits, group_size, torch.device("cpu"))
@@ -112,6 +112,6 @@ def packed_name(name: str) -> str:
 
 
 def names_of(name: str) -> tuple[str, str, str]:
-    """Return the names of the tensors that stand for a matrix."""
+    """Return the names of the stored tensors of a matrix."""
     assert name.endswith("weight"), f"{name} is not the weight of a module"
     return packed_name(name), f"{name}_scale", f"{name}_shape"

@@ -1,4 +1,4 @@
-"""From one model folder to another: other types, quantized experts, files made whole again."""
+"""Convert a model folder: other types, quantized experts, rewritten files."""
 
 import logging
 from collections.abc import Iterable
@@ -34,11 +34,10 @@ def convert(
 ) -> str:
     """Write the model of folder ``source`` to ``target`` and return its ``model_type`` there.
 
-    ``dtype`` is the type of the weights; None widens what is in few bits and keeps the others.
-    ``int8`` and ``int4`` are for the routed experts and leave all else as it is. Tokenizer, chat
-    template and generation config come along; weights that ``config.json`` does not ask for do not,
-    and are refused without ``ignore_unused_weights``. One tensor, or one expert, is in memory at a
-    time.
+    ``dtype`` is the type of the weights; None widens quantized weights and keeps the others.
+    ``int8`` and ``int4`` apply to the routed experts only. Tokenizer, chat template and generation
+    config are copied. Weights that ``config.json`` does not ask for are left out, and refused
+    without ``ignore_unused_weights``. One tensor, or one expert, is in memory at a time.
     """
     folder = ModelFolder(source)
     try:
@@ -69,7 +68,7 @@ def convert(
 
 
 def _router_dtype(folder: ModelFolder, plain: torch.dtype) -> torch.dtype:
-    """Return the type to write routers in: theirs if it is wider, since they choose the experts."""
+    """Return the type to write routers in: their stored type if it is wider."""
     for name, tensor in dense_tensors(folder.config):
         if is_router(name) and tensor.is_floating_point() and tensor.ndim == 2:
             stored, _ = folder.stored(name)
@@ -78,5 +77,5 @@ def _router_dtype(folder: ModelFolder, plain: torch.dtype) -> torch.dtype:
 
 
 def _plain_matrices(plans: Iterable[TensorPlan]) -> list[str]:
-    """Return the matrices that are written as they are."""
+    """Return the matrices that are not quantized."""
     return [p.name for p in plans if p.name.endswith(".weight") and len(p.shape) == 2]

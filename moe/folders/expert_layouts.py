@@ -18,18 +18,18 @@ from .writer import TensorPlan
 
 ExpertViews = Mapping[str, Tensor | SlotView]
 """An expert's writable ``gate``, ``up`` ``[F, D]`` and ``down`` ``[D, F]`` matrices, and with
-biases ``gate_bias``, ``up_bias`` ``[F]`` and ``down_bias`` ``[D]``. A matrix in few bits is a
-:class:`SlotView`, which only a folder in as many bits can fill."""
+biases ``gate_bias``, ``up_bias`` ``[F]`` and ``down_bias`` ``[D]``. A quantized matrix is a
+:class:`SlotView`, which only a folder with the same number of bits can fill."""
 
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
 GetPart = Callable[[int, str], Tensor]
-"""From an expert's id and a part's name, as in :data:`ExpertViews`, to the tensor."""
+"""Maps an expert's id and a part's name, as in :data:`ExpertViews`, to the tensor."""
 
 
 def plain(views: ExpertViews, part: str) -> Tensor:
-    """Return a part that is not in few bits, as all are where a tensor holds many experts."""
+    """Return a part that is not quantized; tensors of many experts never are."""
     view = views[part]
-    assert isinstance(view, Tensor), f"{part} is in few bits"
+    assert isinstance(view, Tensor), f"{part} is quantized"
     return view
 
 
@@ -43,7 +43,7 @@ def part_shapes(moe: MoEConfig, d_model: int) -> dict[str, tuple[int, ...]]:
 
 
 class ExpertLayout(Protocol):
-    """Where the experts of a layer lie in a folder."""
+    """Where the experts of a layer are in a folder."""
 
     def tensors(self, files: TensorFiles, moe: MoEConfig, d_model: int, layer: int) -> Shapes:
         """Yield name and shape of every tensor that the experts of ``layer`` need."""
@@ -52,9 +52,9 @@ class ExpertLayout(Protocol):
     def reads(
         self, files: TensorFiles, layer: int, expert: int, views: ExpertViews
     ) -> list[Callable[[], None]]:
-        """Return calls that fill ``views``, each a part of the work; any thread may make them.
+        """Return calls that fill ``views``, each a part of the work; any thread may run them.
 
-        ``views`` may have some of the parts only; gate and up are always there together.
+        ``views`` may have only some parts, but gate and up always together.
         """
         ...
 
@@ -68,7 +68,7 @@ class ExpertLayout(Protocol):
 class SeparateExperts:
     """A tensor for each matrix of each expert, ``<prefix>.3.gate_proj.weight``.
 
-    Also reads the fused layout that transformers 5 has in memory: all experts in one
+    Also reads the fused layout that transformers 5 uses in memory: all experts in one
     ``gate_up_proj`` ``[E, 2F, D]`` (gate rows first) and one ``down_proj`` ``[E, D, F]``.
     """
 
@@ -120,7 +120,7 @@ class SeparateExperts:
     def plans(
         self, moe: MoEConfig, d_model: int, layer: int, dtype: torch.dtype, get: GetPart
     ) -> Iterator[TensorPlan]:
-        """Yield how the experts of ``layer`` are written: always one by one."""
+        """Yield how the experts of ``layer`` are written: always as separate tensors."""
         shapes = part_shapes(moe, d_model)
         for expert in range(moe.num_experts):
             for part, shape in shapes.items():

@@ -1,4 +1,4 @@
-"""Memory for routed experts outside a module's parameters: a model's own, or a cache of some.
+"""Memory for routed experts outside a module's parameters: all of a model, or a cache of some.
 
 S slots, D model width, F expert width.
 """
@@ -23,9 +23,9 @@ from .expert_layouts import part_shapes
 def empty_experts(
     config: ModelConfig, num_slots: int, dtype: torch.dtype, packed: PackedFormat | None
 ) -> SlotWeights:
-    """Allocate ``num_slots`` experts of a model on the CPU, in few bits where ``packed`` says so.
+    """Allocate ``num_slots`` experts of a model on the CPU, quantized with ``packed``.
 
-    Biases are in ``dtype`` in any case.
+    Biases are always in ``dtype``.
     """
     moe, d_model = config.moe, config.d_model
     assert moe is not None, "only MoE models have experts"

@@ -21,7 +21,7 @@ from .unused_weights import check_unused, extra_layer
 
 
 class ModelFolder:
-    """An open model folder. Tensors go by the decoder's own names, whatever the family's are."""
+    """An open model folder. Tensors have the decoder's names, in every family."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -36,13 +36,13 @@ class ModelFolder:
         without: str | None = None,
         ignore_unused_weights: bool = False,
     ) -> str | None:
-        """Raise :class:`ModelFileError` unless all tensors are there and fit the configuration:
-        the folder's own, or another that is to use its weights.
+        """Raise :class:`ModelFileError` unless all tensors exist and fit the configuration: the
+        folder's, or another one that will use its weights.
 
-        Reads headers only, and stops at the first tensor that is missing, so that an absurd
-        configuration costs nothing. Tensors whose name ends in ``without`` may be missing. Tensors
-        that neither configuration uses are refused, but for known extras (unused_weights.py) and
-        with ``ignore_unused_weights``. Returns a line that names what is left out, if anything is.
+        Reads only headers and stops at the first missing tensor, so that an absurd configuration
+        costs nothing. Tensors whose name ends in ``without`` may be missing. Tensors that neither
+        configuration uses are refused, except known extras (unused_weights.py) or with
+        ``ignore_unused_weights``. Returns a line that names what is left out, or None.
         """
         if not ignore_unused_weights:
             self._check_number_of_layers()
@@ -81,13 +81,13 @@ class ModelFolder:
             yield from self.family.experts.tensors(self.files, config.moe, config.d_model, layer)
 
     def _layers_behind(self) -> range:
-        """Return the layers that predict further tokens, which DeepSeek-V3 has behind its own."""
+        """Return the layers that predict further tokens; DeepSeek-V3 has them after the model's."""
         extra = self.family.complete(self.values).get("num_nextn_predict_layers") or 0
         first = self.config.num_layers
         return range(first, first + (extra if isinstance(extra, int) else 0))
 
     def _check_number_of_layers(self) -> None:
-        """Raise :class:`ModelFileError` where the weights are those of a larger model."""
+        """Raise :class:`ModelFileError` if the weights are those of a larger model."""
         last = self._layers_behind().stop
         for name in self.files:
             layer = extra_layer(name)
@@ -108,8 +108,8 @@ class ModelFolder:
                 self.files.read_part(name, row, out)
             if not torch.equal(*rows):
                 raise ModelFileError(
-                    f"config.json has tie_word_embeddings = true, but {head} is another matrix "
-                    f"than {embedding}; set it to false."
+                    f"config.json has tie_word_embeddings = true, but {head} differs from "
+                    f"{embedding}; set it to false."
                 )
 
     def __contains__(self, parameter: str) -> bool:
@@ -118,7 +118,7 @@ class ModelFolder:
     def stored(self, parameter: str) -> tuple[torch.dtype, tuple[int, ...]]:
         """Return type and shape of a tensor of the decoder outside the experts.
 
-        A matrix in few bits has the type it is meant to be widened to.
+        A quantized matrix has the type that it should be dequantized to.
         """
         name = self._name(parameter)
         if self.files.packed is None or packed_name(name) not in self.files:
@@ -129,12 +129,12 @@ class ModelFolder:
 
     @property
     def packed(self) -> PackedFormat | None:
-        """How matrices in few bits are rounded; None where there are none."""
+        """How quantized matrices are rounded; None if there are none."""
         return self.files.packed
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of floating weights that are not rounded: the embedding's."""
+        """The type of floating-point weights that are not quantized: the embedding's."""
         return self.files.entry(self._name("embed_tokens.weight")).dtype
 
     def read_into(self, parameter: str, out: Tensor) -> None:
@@ -145,7 +145,7 @@ class ModelFolder:
             raise ModelFileError(f"{self._name(parameter)} could not be read: {error}.") from None
 
     def expert_reads(self, layer: int, expert: int, views: ExpertViews) -> list[Callable[[], None]]:
-        """Return calls that fill an expert's ``views``; they raise ``OSError`` where reading
+        """Return calls that fill an expert's ``views``; they raise ``OSError`` if reading
         fails."""
         return self.family.experts.reads(self.files, layer, expert, views)
 
@@ -164,7 +164,7 @@ class ModelFolder:
         self.files.close()
 
     def read_optional(self, name: str) -> dict[str, Any]:
-        """Read another JSON file of the folder; an absent one reads as empty."""
+        """Read another JSON file of the folder; empty if it does not exist."""
         path = self.path / name
         return read_json(path) if path.exists() else {}
 
@@ -180,7 +180,7 @@ class ModelFolder:
         return read_quantization_config(values)
 
     def _name(self, parameter: str) -> str:
-        """Return the name a tensor has here: the family's, or else our own, which is also what
-        transformers 5 calls it in memory."""
+        """Return a tensor's name in this folder: the family's, or else ours, which transformers 5
+        uses in memory."""
         name, own = self.family.tensor_name(parameter), full_name(parameter)
         return own if name not in self.files and own in self.files else name

@@ -1,4 +1,4 @@
-"""What a folder's ``generation_config.json`` says about answers: how to sample, what ends them."""
+"""A folder's ``generation_config.json``: how to sample, and which tokens end a text."""
 
 from typing import Any
 
@@ -14,11 +14,11 @@ NEUTRAL: dict[str, Any] = {
     "typical_p": 1.0,
     "num_beams": 1,
 }
-"""Ways to choose tokens that are not offered, and the values that ask for none of them."""
+"""Ways to choose tokens that are not supported, and the values that switch them off."""
 
 
 def read_generation_config(folder: ModelFolder) -> GenerationConfig:
-    """Read the file, or without it the end-of-text ids of ``config.json``."""
+    """Read the file; without a file, use the end-of-text ids of ``config.json``."""
     values = folder.read_optional(FILE)
     eos_ids = _end_of_text_ids(folder)
     return GenerationConfig(
@@ -36,14 +36,14 @@ def read_generation_config(folder: ModelFolder) -> GenerationConfig:
 def generation_to_keep(folder: ModelFolder) -> dict[str, Any]:
     """Return the file's contents for a folder that is written from this one; empty without a file.
 
-    A file that says nothing is not the same as none: it takes away ``config.json``'s end.
+    An empty file is not the same as none: it overrides the end-of-text ids of ``config.json``.
     """
     values = folder.read_optional(FILE)
     return values or ({"eos_token_id": None} if (folder.path / FILE).exists() else {})
 
 
 def _sampling(values: dict[str, Any]) -> SamplingParams:
-    """``do_sample: false`` is greedy; where it is missing, other values still say how to sample."""
+    """Read the parameters; ``do_sample: false`` is greedy, and without it other values count."""
     if values.get("do_sample") is False:
         return SamplingParams(temperature=0)
     given = {
@@ -51,7 +51,7 @@ def _sampling(values: dict[str, Any]) -> SamplingParams:
     }
     for key, value in given.items():
         if type(value) not in ((int,) if key == "top_k" else (int, float)):
-            raise ModelFileError(f"{FILE} has {key} = {value!r}, which is no number; correct it.")
+            raise ModelFileError(f"{FILE} has {key} = {value!r}, which is not a number; correct it.")
     try:
         return SamplingParams(**given)
     except ConfigError as error:
@@ -59,9 +59,9 @@ def _sampling(values: dict[str, Any]) -> SamplingParams:
 
 
 def _end_of_text_ids(folder: ModelFolder) -> frozenset[int]:
-    """Return the ids of ``generation_config.json`` where it is, of ``config.json`` elsewhere.
+    """Return the ids of ``generation_config.json`` if it exists, else those of ``config.json``.
 
-    As in transformers, the file replaces those of ``config.json`` even where it has none itself.
+    As in transformers, the file replaces the ids of ``config.json`` even if it has none.
     """
     name = FILE if (folder.path / FILE).exists() else "config.json"
     value = folder.read_optional(name).get("eos_token_id")

@@ -1,7 +1,7 @@
 """Our model configuration to and from a Hugging Face ``config.json``.
 
-What transformers has a class for is written as that class's family (``moe/families``); anything
-else as ``model_type: moeyard`` with the same tensor names and a sentence that gives the reason.
+A model that transformers has a class for is written as that family (``moe/folders/families``).
+Any other is ``model_type: moeyard``, with the same tensor names and a sentence with the reason.
 """
 
 from typing import Any
@@ -18,8 +18,8 @@ from .families.table import FAMILIES, family_for, why_native
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 NOT_KEPT = ("auto_map", "quantization_config", "torch_dtype", OWN_KEY)
-"""Keys of a folder that do not hold for what is written from it: its own code, its own types, the
-loss of another run."""
+"""Keys of a folder that are wrong for folders written from it: its code, its types, the loss of
+another run."""
 
 
 def to_hf(
@@ -32,7 +32,7 @@ def to_hf(
     """Return the contents of ``config.json``.
 
     ``token_ids`` are its ``eos_token_id`` and the like. ``source`` is the ``config.json`` that the
-    model came from: its family is kept if it can say the model, and so are keys we know nothing of.
+    model came from: its family is kept if it can express the model, and so are unknown keys.
     ``has_separate_experts`` leaves out families that keep many experts in one tensor.
     """
     source = source or {}
@@ -49,7 +49,7 @@ def to_hf(
 
 
 def find_family(values: dict[str, Any]) -> Family:
-    """Return the family of a ``config.json``; :class:`ModelFileError` for an unknown one."""
+    """Return the family of a ``config.json``; raise :class:`ModelFileError` for an unknown one."""
     model_type = values.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ModelFileError(
@@ -74,7 +74,7 @@ def from_hf(values: dict[str, Any]) -> ModelConfig:
 
 
 def _sentence(error: ValidationError, values: dict[str, Any]) -> str:
-    """Say what is wrong in the file's own words, where a key of it has the value in question."""
+    """Say what is wrong, with the file's key if one of its keys has the value in question."""
     problem = error.errors()[0]
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"]).removesuffix(".")

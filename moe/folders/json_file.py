@@ -8,10 +8,9 @@ from ...errors import ModelFileError
 from ...files import read_small_file
 
 MAX_BYTES = 64 << 20
-"""The index of 100,000 tensors has 10 MB."""
+"""Largest file in bytes. The index of 100,000 tensors has 10 MB."""
 MAX_KEYS = 10_000
-"""Of an object. Configurations have a hundred, and transformers takes 15 s to look through a
-million."""
+"""Most keys of an object. Configurations have a hundred; transformers takes 15 s for a million."""
 
 
 def read_json(path: Path) -> dict[str, Any]:

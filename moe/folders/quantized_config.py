@@ -1,14 +1,14 @@
-"""What ``quantization_config`` in config.json says about weights in the compressed-tensors format.
+"""``quantization_config`` in config.json, for weights in the compressed-tensors format.
 
-``config_groups`` maps schemes to the modules they are for (``targets``); ``ignore`` lists modules
-that stay plain. An entry is a module's name, its class, or ``re:`` and a pattern that must match
+``config_groups`` maps schemes to their modules (``targets``); ``ignore`` lists modules that are not
+quantized. An entry is a module's name, its class, or ``re:`` and a pattern that must match
 from the name's first character. Readers of the file differ:
 
 - compressed-tensors quantizes the modules that match a target and no entry of ``ignore``.
 - transformers finds the scheme of its fused experts by looking for "experts" in a pattern.
-- vLLM asks about ``<experts>.0.gate_proj``, ``.up_proj`` and ``.down_proj``, whatever the family
-  calls them. It may refuse a linear layer that matches neither a target nor ``ignore``, so
-  ``ignore`` names every module that stays plain.
+- vLLM asks about ``<experts>.0.gate_proj``, ``.up_proj`` and ``.down_proj``, in every family. It
+  may refuse a linear layer that matches neither a target nor ``ignore``, so ``ignore`` names every
+  module that is not quantized.
 """
 
 import reprlib
@@ -23,7 +23,7 @@ METHOD = "compressed-tensors"
 LAYOUT = "pack-quantized"
 
 EXPERTS = r"re:.*\.experts\..*\d+\.\w+$"
-"""Every matrix of every routed expert, and neither shared experts nor the module of all experts."""
+"""Matches every matrix of every routed expert, but not shared experts or the experts' module."""
 
 REMEDY = (
     "use a model whose weights are symmetric int4 or int8 in the pack-quantized format of "
@@ -64,8 +64,8 @@ def quantization_config(packed: PackedFormat, plain_matrices: Iterable[str]) -> 
 def read_quantization_config(values: Any) -> PackedFormat:
     """Read the value of ``quantization_config``.
 
-    Raises :class:`ModelFileError` for every other method, layout or kind of rounding. Which
-    matrices are quantized is for the names of the tensors to say.
+    Raises :class:`ModelFileError` for every other method, layout or kind of rounding. The names of
+    the tensors say which matrices are quantized.
     """
     path = "quantization_config"
     config = {"quant_method": None, "format": None, **_object(path, values)}

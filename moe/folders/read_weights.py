@@ -22,16 +22,16 @@ WeightRead = tuple[int, Callable[[], None]]
 """Bytes of memory that a call fills, and the call."""
 
 MOST_THREADS = 3
-"""Each may hold a matrix in the folder's type on its way, and an expert has three."""
+"""Threads. Each may hold a matrix in the folder's type, and an expert has three."""
 RUN_BYTES = 8 << 20
-"""What a thread fills in one go; with less, threads would wait for each other's huge pages."""
+"""Bytes that a thread fills in one go; with less, threads wait for each other's huge pages."""
 
 
 def run_reads(folder: ModelFolder, reads: Iterable[WeightRead]) -> None:
-    """Make the calls, a few at a time, and show how far they are.
+    """Run the calls, a few at a time, and show the progress.
 
     Several threads, because the first touch of fresh memory costs as much as reading from a warm
-    page cache. Raises :class:`ModelFileError` for the first that fails.
+    page cache. Raises :class:`ModelFileError` for the first call that fails.
     """
     runs = list(_runs(reads))
     num_threads = min(MOST_THREADS, len(os.sched_getaffinity(0)))
@@ -74,13 +74,13 @@ def _make_all(calls: list[Callable[[], None]]) -> None:
 
 
 def dense_reads(folder: ModelFolder, decoder: Decoder, dtype: torch.dtype) -> Iterator[WeightRead]:
-    """Give all outside the experts memory in ``dtype``, for inference, and yield what fills it.
+    """Allocate every tensor outside the experts in ``dtype``, and yield the calls that fill them.
 
-    Routers keep the type the decoder has them in.
+    For inference. Routers keep their type in the decoder.
     """
     for name, meta in [*decoder.named_parameters(), *decoder.named_buffers()]:
         if not meta.is_meta and isinstance(meta, nn.Parameter):
-            continue  # experts, which have theirs
+            continue  # experts have their memory already
         keeps_type = not meta.is_floating_point() or is_router(name)
         target = torch.empty(meta.shape, dtype=meta.dtype if keeps_type else dtype)
         prefer_huge_pages(target)
@@ -105,7 +105,7 @@ def read_tensor(folder: ModelFolder, name: str, target: Tensor) -> None:
 def expert_reads(
     folder: ModelFolder, layer: int, views_of: Iterable[tuple[int, ExpertViews]]
 ) -> Iterator[WeightRead]:
-    """Yield what fills experts of a layer: pairs of a logical expert and its views."""
+    """Yield the calls that fill experts of a layer, given as logical expert and views."""
     for expert, views in views_of:
         calls = folder.expert_reads(layer, expert, views)
         num_bytes = sum(_bytes_of(view) for view in views.values()) // len(calls)

@@ -1,6 +1,6 @@
 """Read safetensors files with pread into buffers we own.
 
-A memory map would be shorter, but a file cut short under a live map kills the process (SIGBUS).
+A memory map would be simpler, but if a mapped file is cut short, the process is killed (SIGBUS).
 """
 
 import json
@@ -32,7 +32,7 @@ MAX_HEADER_BYTES = 100 << 20
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where one tensor lies."""
+    """Where one tensor is."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -74,8 +74,7 @@ class SafetensorsFile:
     def read_part(self, name: str, index: int, out: Tensor) -> None:
         """Fill ``out`` with element ``index`` of the first dimension of ``name``; reads no more.
 
-        For experts that are packed into one tensor ``[E, ...]``. Raises what :meth:`read_into`
-        does.
+        For experts that share one tensor ``[E, ...]``. Raises the errors of :meth:`read_into`.
         """
         entry = self.entries[name]
         length = entry.shape[0] if entry.shape else 0
@@ -119,7 +118,7 @@ class SafetensorsFile:
         length = int.from_bytes(os.pread(self._descriptor, 8, 0), "little")
         if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
             raise ModelFileError(
-                f"{self.path} is no whole safetensors file (header of {length} bytes in a file of "
+                f"{self.path} is not a complete safetensors file (header of {length} bytes in a file of "
                 f"{size}); copy it again."
             )
         try:
@@ -143,7 +142,7 @@ class SafetensorsFile:
         return entries
 
     def _check_apart(self, entries: dict[str, TensorEntry]) -> None:
-        """Refuse tensors that share bytes: no writer makes them, and one of them is wrong."""
+        """Refuse tensors that share bytes: no writer makes them, so one of them must be wrong."""
         filled = [(name, entry) for name, entry in entries.items() if entry.num_bytes]
         spans = sorted((entry.start, entry.num_bytes, name) for name, entry in filled)
         for (start, num_bytes, name), (next_start, _, following) in pairwise(spans):

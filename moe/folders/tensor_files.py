@@ -1,4 +1,4 @@
-"""The tensors of a model folder by name, whichever of its safetensors files holds them."""
+"""The tensors of a model folder by name, in all of its safetensors files."""
 
 import re
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ class TensorFiles:
     def __init__(self, folder: Path, packed: PackedFormat | None = None) -> None:
         self.folder = folder
         self.packed = packed
-        """How matrices that are stored in few bits are rounded; None where there are none."""
+        """How quantized matrices are rounded; None if there are none."""
         self._files: dict[str, SafetensorsFile] = {}
         self._file_of: dict[str, SafetensorsFile] = {}
         try:
@@ -57,7 +57,7 @@ class TensorFiles:
         self._locate(name).read_into(name, out)
 
     def check_matrix(self, name: str, shape: tuple[int, ...]) -> None:
-        """Do what :meth:`check_shape` does for a tensor that may be a matrix in few bits."""
+        """Do what :meth:`check_shape` does, for a tensor that may be a quantized matrix."""
         if self.packed is None or packed_name(name) not in self:
             self.check_shape(name, shape)
             return
@@ -65,13 +65,13 @@ class TensorFiles:
             self.check_shape(stored, stored_shape)
 
     def stored_names(self, name: str) -> set[str]:
-        """Return the names of what stands for a tensor that may be a matrix in few bits."""
+        """Return the names of the stored tensors of ``name``, which may be a quantized matrix."""
         if self.packed is None or packed_name(name) not in self:
             return {name}
         return set(names_of(name))
 
     def read_matrix(self, name: str, out: Tensor) -> None:
-        """Do what :meth:`read_into` does, and widen a matrix that is stored in few bits."""
+        """Do what :meth:`read_into` does, and dequantize a quantized matrix."""
         if self.packed is None or packed_name(name) not in self:
             self.read_into(name, out)
         else:
@@ -87,7 +87,7 @@ class TensorFiles:
             file.close()
 
     def _add(self, file: SafetensorsFile, index: dict[str, str]) -> None:
-        """Note what a file holds; where two hold one name, the index must say which."""
+        """Register a file's tensors; if two files have one name, the index must say which counts."""
         for name in file.entries:
             other = self._file_of.get(name)
             if other is not None and name not in index:
@@ -106,7 +106,7 @@ class TensorFiles:
         return self._file_of[name]
 
     def _read_index(self) -> dict[str, str]:
-        """Return which file each tensor is in; empty where there is but one file."""
+        """Return which file each tensor is in; empty if there is only one file."""
         if not (self.folder / INDEX).exists():
             if not (self.folder / WEIGHTS).exists():
                 raise ModelFileError(

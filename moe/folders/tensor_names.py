@@ -1,4 +1,4 @@
-"""Which tensors outside the experts a configuration asks for, in the decoder's own names."""
+"""Which tensors outside the experts a configuration asks for, with the decoder's names."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from ..config.model import ModelConfig
 from ..models.decoder import DecoderLayer
 
 ROUTER = ".mlp.gate."
-"""Between the layer and the name that a router has for its tensor."""
+"""The path from the layer to a router's tensor."""
 
 Named = Iterator[tuple[str, torch.Tensor]]
 
@@ -17,7 +17,7 @@ Named = Iterator[tuple[str, torch.Tensor]]
 def dense_tensors(config: ModelConfig) -> Named:
     """Yield name and tensor, without memory, of every parameter and buffer but the experts'.
 
-    Layer by layer, so that who stops at the first that is missing has built but few.
+    Layer by layer, so that a caller that stops early has built only a few.
     """
     embedding = torch.empty(config.vocabulary, config.d_model, device="meta")
     yield "embed_tokens.weight", embedding
@@ -32,7 +32,7 @@ def dense_tensors(config: ModelConfig) -> Named:
 
 
 def is_router(parameter: str) -> bool:
-    """Say whether a tensor belongs to a router, which keeps its type where others are narrowed."""
+    """Say whether a tensor is a router's; routers keep their type when others are narrowed."""
     return ROUTER in parameter
 
 

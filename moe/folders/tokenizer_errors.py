@@ -8,9 +8,9 @@ from ...errors import MoeyardError
 
 @contextmanager
 def library_errors(make: Callable[[str], MoeyardError]) -> Iterator[None]:
-    """Raise what ``make`` says in place of whatever the tokenizer library raises.
+    """Replace every error of the tokenizer library by the error that ``make`` returns.
 
-    Its panics are no ``Exception``: they would go past every handler.
+    Its panics are not an ``Exception``, so no handler would catch them.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""The files of a model folder's tokenizer: which there are, opening them, copying them."""
+"""The files of a model folder's tokenizer: finding, opening and copying them."""
 
 import importlib.util
 import re
@@ -22,7 +22,7 @@ VOCABULARY_FILES = (
     "vocab.json",
     "vocab.txt",
 )
-"""A folder with one of these has a tokenizer; transformers makes an empty one up for others."""
+"""A folder with one of these has a tokenizer; for others transformers makes up an empty one."""
 CONFIG = "tokenizer_config.json"
 SETTINGS_FILES = (
     CONFIG,
@@ -44,7 +44,7 @@ REMEDY = "save the tokenizer as tokenizer.json and put that into the folder"
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Say whether a folder has a tokenizer, of whatever kind."""
+    """Say whether a folder has a tokenizer of any kind."""
     return any((folder / name).is_file() for name in VOCABULARY_FILES)
 
 
@@ -63,8 +63,8 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 def open_folder_tokenizer(folder: Path) -> Any:
     """Open a folder's tokenizer with transformers, which runs none of the folder's code.
 
-    Raises :class:`ModelFileError` where there is none, where a package is missing, or where
-    transformers would make up a vocabulary or read text as other text.
+    Raises :class:`ModelFileError` if there is none, if a package is missing, or if transformers
+    would make up a vocabulary or change the text.
     """
     from transformers import AutoTokenizer
 
@@ -103,10 +103,10 @@ def _check_sizes(folder: Path) -> None:
 
 
 def _check_openable(folder: Path) -> None:
-    """Refuse what transformers would misread, or fail at for want of a package."""
+    """Refuse tokenizers that transformers would misread or that need a missing package."""
     if _has_code(folder):
         raise ModelFileError(
-            f"{folder} has a tokenizer with Python code of its own, which is not run; {REMEDY}."
+            f"{folder} has a tokenizer with its own Python code, which is not run; {REMEDY}."
         )
     for name in (name for name in VOCABULARY_FILES if name.endswith(".model")):
         if (folder / name).is_file():
@@ -121,7 +121,7 @@ def _has_code(folder: Path) -> bool:
 
 
 def _is_tiktoken(path: Path) -> bool:
-    """Say whether a vocabulary is tiktoken's: lines of a token in base64 and its rank."""
+    """Say whether a vocabulary is tiktoken's: each line a token in base64 and its rank."""
     with path.open("rb") as file:
         return re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+\r?\n?", file.readline(4096)) is not None
 
@@ -139,12 +139,12 @@ def _check_packages(path: Path, packages: list[str]) -> None:
 def _is_installed(package: str) -> bool:
     try:
         return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:  # not even the package that it is a part of
+    except ModuleNotFoundError:  # not even its parent package
         return False
 
 
 def _check_reads_text(folder: Path, tokenizer: Any) -> None:
-    """Without tokenizer.json transformers guesses the kind of tokenizer: see what it reads."""
+    """Check how text is read: without tokenizer.json transformers guesses the tokenizer's kind."""
     text = tokenizer.decode(tokenizer(SAMPLE, add_special_tokens=False)["input_ids"])
     if text.strip() != SAMPLE:
         raise ModelFileError(

@@ -1,8 +1,8 @@
 """Weights that a folder has and its ``config.json`` does not ask for.
 
-Some folders have weights that are known not to belong to the language model: layers that predict
-further tokens, towers for pictures and sound, tables that we compute anyway. Those are left out,
-and one line says so. All others are refused: if ``config.json`` forgot a bias or a shared expert,
+Some folders have known weights outside the language model: layers that predict further tokens,
+towers for pictures and sound, tables that we compute anyway. Those are left out, and one line says
+so. All others are refused: if ``config.json`` forgot a bias or a shared expert,
 every number would be wrong without any warning.
 """
 
@@ -25,8 +25,8 @@ NOT_OURS = {
 transformers' models, and what such weights are for."""
 
 REMEDY = (
-    "correct config.json, or pass ignore_unused_weights=True (--ignore-unused-weights) to do "
-    "without them"
+    "correct config.json, or pass ignore_unused_weights=True (--ignore-unused-weights) to leave "
+    "them out"
 )
 
 
@@ -41,10 +41,10 @@ def check_unused(
 ) -> str | None:
     """Return a line about the weights that are left out, or None where there are none.
 
-    Raises :class:`ModelFileError` where a weight of ``unused`` is not a known extra.
+    Raises :class:`ModelFileError` if a weight of ``unused`` is not a known extra.
 
-    ``layers_behind`` are the layers that predict further tokens and lie behind the model's own
-    (DeepSeek-V3). With ``is_fine`` nothing is refused, and the line counts all.
+    ``layers_behind`` are the layers after the model's that predict further tokens (DeepSeek-V3).
+    With ``is_fine`` nothing is refused, and the line counts all.
     """
     kinds: Counter[str] = Counter()
     unknown = []
@@ -57,7 +57,7 @@ def check_unused(
     if unknown and not is_fine:
         raise ModelFileError(
             f"{folder} has {len(unknown)} weight(s) that its config.json does not ask for "
-            f"({_some(unknown)}), and the model would be without them; {REMEDY}."
+            f"({_some(unknown)}), and the model would not use them; {REMEDY}."
         )
     if unknown:
         kinds[f"what config.json does not ask for, {_some(unknown)}"] = len(unknown)

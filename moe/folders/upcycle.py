@@ -11,7 +11,7 @@ Why the first forward equals the dense one, whatever the router's rows are:
    copies, as long as no two copies tie.
 2. Where copies tie, the C++ and Triton kernels take the lower id, and the ids of a copy are
    neighbours, so whole copies are taken again. ``torch.topk`` has no such rule, but random rows tie
-   only for an input of zeros, for which all experts answer zero.
+   only for an input of zeros, for which all experts return zero.
 3. Weights are equal within a copy and sum to 1 over all, so the weighted sum is 1/S of the dense
    output. Down projections are therefore multiplied by S, without rounding if S is a power of two.
 
@@ -43,7 +43,7 @@ MoELayers = Literal["all", "every-2", "last-half"]
 """Layers that get experts: ``every-2`` is 1, 3, 5, ...; ``last-half`` may be one more than half."""
 
 ROUTER_STD = 0.02
-"""Of new routers (Komatsuzaki et al. 2023)."""
+"""Standard deviation of new routers (Komatsuzaki et al. 2023)."""
 
 
 def upcycle(

@@ -1,4 +1,4 @@
-"""Write matrices in few bits, in the compressed-tensors layout, one at a time.
+"""Write quantized matrices in the compressed-tensors layout, one at a time.
 
 Q outputs and P inputs of a matrix.
 """
@@ -17,7 +17,7 @@ from .writer import TensorPlan
 
 
 def choose_format(config: ModelConfig, bits: Bits) -> PackedFormat:
-    """Return how to round a model's experts: 8 bits by the row, 4 in the widest groups that fit.
+    """Return how to round a model's experts: 8 bits per row, 4 bits in the widest possible groups.
 
     Raises :class:`ConfigError` for a model without experts or with widths that no group divides.
     """
@@ -34,14 +34,14 @@ def choose_format(config: ModelConfig, bits: Bits) -> PackedFormat:
 
 
 def pack(plan: TensorPlan, packed: PackedFormat) -> Iterator[TensorPlan]:
-    """Yield the tensors that stand for matrix ``plan``, to be written in this order."""
+    """Yield the stored tensors of matrix ``plan``, in the order of writing."""
     matrix = _PackedMatrix(plan, packed)
     for name, (dtype, shape) in packed.stored(plan.name, *plan.shape).items():
         yield TensorPlan(name, dtype, shape, partial(matrix.take, name))
 
 
 class _PackedMatrix:
-    """Rounds a matrix when its first tensor is asked for, and lets go of each that is taken."""
+    """Rounds a matrix when its first tensor is read, and frees each tensor after that."""
 
     def __init__(self, plan: TensorPlan, packed: PackedFormat) -> None:
         self._plan, self._packed = plan, packed

@@ -1,4 +1,4 @@
-"""The tensors of a folder to be written, each taken from where a model lies now."""
+"""The tensors of a new folder, each with its source."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -17,7 +17,7 @@ from .write_few_bits import pack
 from .writer import TensorPlan
 
 TOGETHER = (("gate", "up"), ("down",), ("gate_bias", "up_bias"), ("down_bias",))
-"""Parts of an expert that folders keep side by side, so that they are read together."""
+"""Parts of an expert that are next to each other in folders, and so are read together."""
 
 
 class WeightSource(Protocol):
@@ -33,7 +33,7 @@ class WeightSource(Protocol):
 
 
 class FolderWeights:
-    """The weights of an open folder; quantized experts come out widened."""
+    """The weights of an open folder; quantized experts are dequantized."""
 
     def __init__(self, folder: ModelFolder, dtype: torch.dtype) -> None:
         self._folder = folder
@@ -51,7 +51,7 @@ class FolderWeights:
         return tensor
 
     def expert_part(self, layer: int, expert: int, part: str) -> Tensor:
-        """Return a part of an expert; what is read with it is kept until the next expert."""
+        """Return a part of an expert; parts read with it are kept until the next expert."""
         if self._expert != (layer, expert) or part not in self._parts:
             names = next(group for group in TOGETHER if part in group)
             views = {name: torch.empty(self._shapes[name], dtype=self._dtype) for name in names}
@@ -70,8 +70,8 @@ def plan_weights(
 ) -> list[TensorPlan]:
     """Return every tensor of a folder of ``family``, floating ones in ``dtype``.
 
-    Routers have a type of their own, and integers stay what they are. ``packed`` is how the
-    matrices of the experts are rounded, None for not at all.
+    Routers have a separate type, and integers keep theirs. ``packed`` is how the experts' matrices
+    are quantized; None = not at all.
     """
     plans = []
     for parameter, like in dense_tensors(config):

@@ -1,4 +1,4 @@
-"""Write a Hugging Face model folder, whole or not at all.
+"""Write a Hugging Face model folder, completely or not at all.
 
 Names, types and shapes are known before anything is written, so the shards, their headers and the
 index are decided first. Then tensors are streamed: one piece of one tensor is in memory at a time.
@@ -26,14 +26,14 @@ DTYPE_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 
 @dataclass(frozen=True, slots=True)
 class TensorPlan:
-    """A tensor that will be written, and where its contents come from."""
+    """A tensor to be written, and the source of its contents."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     parts: Callable[[], Iterable[Tensor]]
-    """Called once, when the tensor's turn has come. Yields it in consecutive pieces, each one row
-    (``shape[1:]``) or several (``[n, *shape[1:]]``); most tensors have one piece, themselves."""
+    """Called once, when the tensor is written. Yields it in consecutive pieces, each one row
+    (``shape[1:]``) or several (``[n, *shape[1:]]``); most tensors are one piece."""
 
     @property
     def num_bytes(self) -> int:
@@ -51,19 +51,19 @@ def write_model_folder(
 ) -> None:
     """Write a folder under a hidden name, flush it to disk and rename it when it is complete.
 
-    ``save_tokenizer`` is given the unfinished folder and may put other files there too. Without
+    ``save_tokenizer`` gets the unfinished folder and may put other files there too. Without
     ``generation_values`` there is no generation_config.json. Shards hold at most
     ``max_shard_bytes``, unless a single tensor is larger. The same arguments give the same bytes.
 
-    Raises :class:`ModelFileError` where ``target`` exists already or cannot be written; whatever
-    is raised, nothing is left behind.
+    Raises :class:`ModelFileError` if ``target`` exists already or cannot be written. After an
+    error, nothing is left behind.
     """
     assert len({plan.name for plan in plans}) == len(plans), "two tensors have the same name"
     if target.exists():
         raise ModelFileError(f"{target} exists already; remove it or choose another folder.")
     temporary = target.with_name(f".{target.name}.tmp")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)  # of an attempt that was killed
+        shutil.rmtree(temporary, ignore_errors=True)  # left by a killed attempt
         temporary.mkdir(parents=True)
         _write_json(temporary / "config.json", config_values)
         if generation_values:
@@ -114,12 +114,12 @@ def _fill_shards(plans: Sequence[TensorPlan], limit: int) -> list[list[TensorPla
             size = 0
         shards[-1].append(plan)
         size += plan.num_bytes
-    # Wide types first, as safetensors does: every tensor then starts at a multiple of its type's.
+    # Wide types first, like safetensors, so that every tensor starts at a multiple of its type.
     return [sorted(shard, key=lambda plan: -plan.dtype.itemsize) for shard in shards]
 
 
 def _header(shard: Sequence[TensorPlan]) -> bytes:
-    """Return what comes before the tensors: the length of a JSON object and the object."""
+    """Return the bytes before the tensors: the length of a JSON object and the object."""
     values: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
     for plan in shard:
@@ -145,7 +145,7 @@ def _write_tensor(out: BinaryIO, plan: TensorPlan, progress: Progress) -> None:
         out.write(memoryview(flat.view(torch.uint8).numpy()))  # type: ignore[arg-type]
         left -= part.nbytes
         progress.advance(part.nbytes)
-        del part, flat  # or they would stay in memory while the next one is made
+        del part, flat  # free them before the next piece is made
     assert left == 0, f"the parts of {plan.name} are {left} bytes short"
 
 

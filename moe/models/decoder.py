@@ -29,7 +29,7 @@ from ..routers.routing import Lookahead, RouterInput, Routing
 
 @dataclass(slots=True)
 class DecoderOutput:
-    """What a forward gives."""
+    """The result of a forward."""
 
     hidden_TD: Tensor
     """Rows after the final norm."""
@@ -40,7 +40,7 @@ class DecoderOutput:
 class DecoderLayer(nn.Module):
     """Attention and an MLP or MoE layer, each behind a norm and inside a residual.
 
-    Routers run where their look-ahead says, and the experts hear of a choice immediately.
+    Routers run where their look-ahead says, and choices are announced to the experts immediately.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class DecoderLayer(nn.Module):
     ) -> tuple[Tensor, Routing | None, Routing | None]:
         """Return the residual stream after this layer, its routing and that of ``following``.
 
-        ``routing`` is this layer's choice where it was made earlier. ``following`` is the next MoE
+        ``routing`` is this layer's choice if it was made earlier. ``following`` is the next MoE
         layer if its router reads what this layer's experts read (pre-gating).
         """
         if isinstance(self.mlp, MoELayer) and self.mlp.lookahead is Lookahead.ATTENTION_INPUT:
@@ -107,7 +107,7 @@ class DecoderLayer(nn.Module):
         next_routing = None
         if following is not None:
             next_routing = _choose(following, mlp_input_TD, batch)
-            self.mlp.experts.keep(routing)  # reading the next layer's must not evict them
+            self.mlp.experts.keep(routing)  # prefetching the next layer's must not evict them
             following.experts.announce(next_routing)
         y_TD, routing = self.mlp(mlp_input_TD, routing=routing)
         return x_TD + y_TD, routing, next_routing
@@ -124,8 +124,8 @@ class Decoder(nn.Module):
 
     ``expert_ids`` are the experts this process holds (None = all). ``recompute`` drops each
     layer's activations in training and computes them again in backward; routings leave the
-    recomputed region as outputs, so they are counted once. ``"experts"`` does so with the experts'
-    pre-activations alone.
+    recomputed region as outputs, so they are counted once. ``"experts"`` does so only with the
+    experts' pre-activations.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class Decoder(nn.Module):
             for (earlier, _), (index, layer) in itertools.pairwise(self.moe_layers())
             if layer.lookahead is Lookahead.PREVIOUS_BLOCK
         }
-        """By MoE layer: the next one, where its router reads what this one's experts read."""
+        """By MoE layer: the next one, if its router reads what this one's experts read."""
 
     def moe_layers(self) -> list[tuple[int, MoELayer]]:
         """Return (layer index, MoE layer) of every MoE layer."""
@@ -176,7 +176,7 @@ class Decoder(nn.Module):
         return SequenceCache(specs, max_length or self.config.max_positions, device)
 
     def forward(self, batch: Batch) -> DecoderOutput:
-        """Run the decoder over a batch; its caches, if any, grow by the batch's rows."""
+        """Run the decoder on a batch; its caches, if any, grow by the batch's rows."""
         x_TD = self.embed_tokens(batch.ids_T)
         parts = parts_of(batch, self._rope.tables(batch.positions_T, x_TD.dtype))
         early = self._route_from_tokens(batch)

@@ -1,9 +1,9 @@
-"""Documents packed into windows: where they begin, and how attention takes them together.
+"""Documents packed into windows: where they begin, and how attention groups them.
 
 B windows, L tokens each, T = B*L rows, P places after rounding lengths up.
 
 One call per document is slow for many short documents, and a block-diagonal mask costs as much as
-whole windows. So documents of similar length share one causal call. They are padded at their end,
+whole windows. So documents of similar length share one causal call. They are padded at the end,
 where causality hides the padding from every real row (benchmarks/packing.py).
 """
 
@@ -15,17 +15,17 @@ from torch import Tensor
 from ..batch import Batch, Packing, batch_of_rows
 
 STEPS = 8
-"""Lengths are rounded up to multiples of the next power of two over this. Attention over windows of
-1024 with documents of 128 on average took 0.41 of whole windows' time with 8, 0.45 with 4, 0.68
-with 1; a call per document 0.39, but 0.96 for documents of 8 (benchmarks/packing.py)."""
+"""Lengths are rounded up to multiples of the next power of two over this. For windows of 1024 with
+documents of 128 on average, attention took 0.41 of whole windows' time with 8, 0.45 with 4 and 0.68
+with 1. A call per document took 0.39, but 0.96 for documents of 8 (benchmarks/packing.py)."""
 
 
 def batch_of_documents(ids_BL: Tensor, eos_id: int) -> Batch:
-    """Lay windows end to end, split into documents that do not see each other.
+    """Concatenate windows, split into documents that do not see each other.
 
     A document begins with the eos that precedes it, at position 0. The row of this eos predicts the
     document's first token, and its last token predicts the next eos, so no target needs masking.
-    The rest of a document that the window before cut off begins at position 0 too.
+    The rest of a document that continues from the previous window begins at position 0 too.
     """
     if ids_BL.numel() == 0:
         return batch_of_rows(ids_BL)

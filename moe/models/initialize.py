@@ -1,4 +1,4 @@
-"""Initial weights as a pure function of (seed, parameter name, expert), whatever the sharding."""
+"""Initial weights as a pure function of (seed, parameter name, expert), independent of sharding."""
 
 import hashlib
 import math
@@ -38,7 +38,7 @@ def initialize(model: Decoder, seed: int) -> None:
 
 
 def generator_of(key: str) -> torch.Generator:
-    """Return a generator whose numbers depend on ``key`` alone."""
+    """Return a generator whose numbers depend only on ``key``."""
     digest = hashlib.sha256(key.encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 

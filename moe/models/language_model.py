@@ -1,4 +1,4 @@
-"""A decoder with the calls people make: scores and generation.
+"""A decoder for inference: scores and generation.
 
 B rows, T tokens per row, V vocabulary.
 """
@@ -22,15 +22,15 @@ class LanguageModel:
         self.decoder = decoder.eval()
         self.config = decoder.config
         self.sampling = generation.sampling
-        """How the model's folder wants tokens chosen."""
+        """The sampling defaults of the model's folder."""
         self.eos_ids = generation.eos_ids
 
     @torch.inference_mode()
     def __call__(self, ids_BT: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Return scores for every position: ``[B, T]`` ids to ``[B, T, V]``.
 
-        ``attention_mask`` ``[B, T]`` is 0 for padding, on either side: it is not computed, and its
-        scores are 0.
+        ``attention_mask`` ``[B, T]`` is 0 for padding, on either side. Padding is not computed,
+        and its scores are 0.
         """
         self._check(ids_BT, ids_BT.shape[-1])
         if attention_mask is None:
@@ -56,8 +56,8 @@ class LanguageModel:
     ) -> Tensor:
         """Continue every row: ``[B, T]`` ids to ``[B, T + new]``.
 
-        Sampling is as the folder's ``generation_config.json`` says unless it is given here.
-        ``attention_mask`` ``[B, T]`` is 0 for padding, best on the left. Rows that meet an
+        Sampling parameters default to the folder's ``generation_config.json``.
+        ``attention_mask`` ``[B, T]`` is 0 for padding, best on the left. Rows that reach an
         end-of-text id are filled with it. Row b draws from its own generator, seeded with
         ``seed + b``, so its text does not depend on the other rows.
         """

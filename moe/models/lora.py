@@ -46,9 +46,9 @@ def add_lora(
     """Freeze ``decoder`` and give its ``targets`` updates that train, with ``s = alpha / rank``.
 
     ``attention``: every projection of every attention. ``experts``: gate, up and down of every
-    routed expert that is here; gate and up have an A each. B starts as 0, so the model is the same
-    function; A is uniform in ``+- in_features**-0.5`` (peft's default), drawn in fp32 for each
-    (seed, name, expert), whatever rank holds it.
+    routed expert in this process; gate and up have an A each. B starts as 0, so the model is the
+    same function. A is uniform in ``+- in_features**-0.5`` (peft's default), drawn in fp32 for each
+    (seed, name, expert), independent of the rank that holds it.
     """
     decoder.requires_grad_(False)
     for layer in decoder.layers:
@@ -79,6 +79,6 @@ def _every_a(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
 
 
 def merged(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Return ``weight + scale * b @ a``, computed at least in fp32 and not rounded below it."""
+    """Return ``weight + scale * b @ a``, computed at least in fp32 and not rounded to less."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
     return torch.addmm(weight.to(dtype), b.to(dtype), a.to(dtype), alpha=scale)

@@ -1,4 +1,4 @@
-"""How a model answers: its defaults, and the choice of the next token. V vocabulary."""
+"""Sampling: a model's defaults, and the choice of the next token. V vocabulary."""
 
 import math
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from torch import Tensor
 from ...errors import ConfigError
 
 COLDEST = 1e-5
-"""Lower temperatures sample like this one; dividing by less overflows fp32."""
+"""Lower temperatures are raised to this; dividing by less overflows fp32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,16 +33,16 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class GenerationConfig:
-    """What a model's folder says about answers; a caller may override it."""
+    """The generation defaults in a model's folder; a caller may override them."""
 
     sampling: SamplingParams = field(default_factory=SamplingParams)
-    """Where the folder says nothing: temperature 1, all tokens."""
+    """Without values in the folder: temperature 1, all tokens."""
     eos_ids: frozenset[int] = frozenset()
     """Ids that end a text."""
     unknown_eos_ids: tuple[int, ...] = ()
-    """Those outside the vocabulary, which no text can end with."""
+    """End-of-text ids outside the vocabulary, which never occur."""
     not_followed: tuple[str, ...] = ()
-    """Keys whose wish is not met."""
+    """Keys that are not supported."""
 
 
 def sample(logits_V: Tensor, params: SamplingParams, generator: torch.Generator) -> int:
@@ -51,7 +51,7 @@ def sample(logits_V: Tensor, params: SamplingParams, generator: torch.Generator)
     Greedy ties go to the lower id and draw nothing from ``generator``.
     """
     if params.temperature == 0:
-        return int(logits_V.float().argmax())  # torch looks through bf16 four times slower
+        return int(logits_V.float().argmax())  # argmax of bf16 is four times slower
     scores_V, ids_V = logits_V.float().sort(descending=True, stable=True)
     if params.top_k:
         scores_V, ids_V = scores_V[: params.top_k], ids_V[: params.top_k]

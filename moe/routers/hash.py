@@ -38,11 +38,11 @@ class Hash(RouterConfig):
         return HashRouter(self, sizes.num_experts, sizes.vocab_size, sizes.token_counts)
 
     def reads_at(self) -> Lookahead:
-        """Return that token ids are enough."""
+        """Return that the router reads only token ids."""
         return Lookahead.TOKEN
 
     def problem_with_tensor(self, name: str, tensor: Tensor, num_experts: int) -> str | None:
-        """Return which experts a table names that are not there, or None."""
+        """Return which experts in a table do not exist, or None."""
         if name != "table_VK":
             return None
         lowest, highest = (int(bound) for bound in tensor.aminmax())
@@ -72,7 +72,7 @@ class HashRouter(Router):
         self.register_buffer("table_VK", table_VK)
 
     def route(self, router_input: RouterInput) -> Routing:
-        """Look the experts of each token id up."""
+        """Look up the experts of each token id."""
         ids_T, valid_T = router_input.ids_T, router_input.valid_T
         if ids_T is None:
             raise ConfigError(
@@ -100,7 +100,7 @@ def random_table(vocab_size: int, num_experts: int, k: int, seed: int) -> Tensor
 def balanced_table(token_counts: Sequence[int], num_experts: int, k: int) -> Tensor:
     """Give each token id, most frequent first, to the k experts with the least traffic so far.
 
-    Ids that never occur count as one occurrence, so that they too are spread out. Ties go to the
+    Ids that never occur count as one occurrence, so that they are spread out too. Ties go to the
     lower id. Returns int32 ``[V, K]``.
     """
     table_VK = torch.empty(len(token_counts), k, dtype=torch.int32, device="cpu")

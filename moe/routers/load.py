@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 MAX_EXPERT_SERIES = 8192
-"""Above this many (layer, expert) pairs metrics are exported per layer only."""
+"""With more (layer, expert) pairs than this, metrics are exported per layer only."""
 
 
 @dataclass(frozen=True, slots=True)

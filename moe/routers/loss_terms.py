@@ -1,4 +1,4 @@
-"""What one layer's router hands to the loss, and the balance losses that routers share.
+"""A router's contribution to the loss of one layer, and the balance loss that routers share.
 
 E experts, K choices, T tokens of the global batch.
 """
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class GlobalCounts(NamedTuple):
-    """What one layer's router has counted, summed over the global batch; int64, no gradient."""
+    """The counts of one layer's router, summed over the global batch; int64, no gradient."""
 
     counts_E: Tensor
     """Routed rows of each expert."""
@@ -20,7 +20,7 @@ class GlobalCounts(NamedTuple):
 
 
 class BalanceSums(NamedTuple):
-    """What a balance loss is made of; the sums of several layers can be pooled."""
+    """The sums that a balance loss is computed from; those of several layers can be pooled."""
 
     num_experts: int
     k: int
@@ -32,7 +32,7 @@ class BalanceSums(NamedTuple):
     """Tokens of the global batch."""
 
     def plus(self, other: "BalanceSums") -> "BalanceSums":
-        """Return the sums over both layers, which have as many experts and choices each."""
+        """Return the sums over both layers, which must have the same experts and choices."""
         return self._replace(
             counts_E=self.counts_E + other.counts_E,
             probability_sums_E=self.probability_sums_E + other.probability_sums_E,
@@ -57,8 +57,8 @@ class LayerLosses(NamedTuple):
     terms: tuple[Tensor, ...] = ()
     """Losses times their coefficients, with gradient."""
     pooled: tuple[float, BalanceSums] | None = None
-    """Coefficient and sums of a balance loss that is taken over several layers together: over
-    those whose coefficient, number of experts and k are the same."""
+    """Coefficient and sums of a balance loss over several layers together: those with the same
+    coefficient, number of experts and k."""
     balance: Tensor | None = None
     """The layer's own balance loss without its coefficient, for logs."""
     z: Tensor | None = None

@@ -2,9 +2,9 @@
 
 L MoE layers, E experts, K choices, T tokens of the global batch.
 
-Every rank returns its own share; the shares sum to the loss of one process holding all tokens,
-value and gradient alike. Only counts, which carry no gradient, cross ranks: the balance loss is
-linear in the probabilities once the global counts are known.
+Every rank returns its own share. The shares sum to the loss of one process with all tokens, in
+value and in gradient. Ranks exchange only counts, which have no gradient: once the global counts
+are known, the balance loss is linear in the probabilities.
 """
 
 from collections.abc import Sequence
@@ -26,8 +26,8 @@ class AuxiliaryLosses:
     total: Tensor
     """Sum over layers of coefficient times loss, with gradient."""
     balance: Tensor
-    """Mean over layers of the balance loss without its coefficient, however it is pooled; 1 is
-    perfect balance."""
+    """Mean over layers of the balance loss without its coefficient, pooled or not; 1 is perfect
+    balance."""
     z: Tensor
     """Mean over layers of the z-loss without its coefficient."""
     counts_LE: Tensor
@@ -39,11 +39,11 @@ class AuxiliaryLosses:
 def auxiliary_losses(
     routings: Sequence[Routing], routers: Sequence[Router], reduce: Reduce
 ) -> AuxiliaryLosses:
-    """Compute the losses of all MoE layers, which have as many experts each, with one reduction.
+    """Compute the losses of all MoE layers, with equal numbers of experts, in one reduction.
 
-    Each router says what it adds (:meth:`Router.losses`). Balance losses that are pooled sum n_e,
-    P_e and T over their layers first (transformers' ``load_balancing_loss_func``, which leaves out
-    the K).
+    Each router says what it adds (:meth:`Router.losses`). Pooled balance losses first
+    sum n_e, P_e and T over their layers (like transformers' ``load_balancing_loss_func``, which
+    leaves out the K).
     """
     counts = _global_counts(routings, reduce)
     by_layer = _losses(routings, routers, counts)
@@ -61,7 +61,7 @@ def auxiliary_losses(
 def total_loss(
     routers: Sequence[Router], routings: Sequence[Routing], reduce: Reduce | None = None
 ) -> Tensor:
-    """Return what :func:`auxiliary_losses` calls the total, for routers of any sizes.
+    """Return the total of :func:`auxiliary_losses`, for routers of any sizes.
 
     Raises :class:`ConfigError` for routings whose gradient would be lost.
     """

@@ -1,8 +1,8 @@
 """Routers of a user's own code: ``kind: "mypkg.routers:MyRouter"`` names a class by import path.
 
-Nothing is imported because a file names it. The user permits a module (``--allow-code
-mypkg.routers``), which imports it; validation then finds its classes here. So a configuration or a
-model folder can never run code by itself.
+A name in a file never imports anything. The user permits a module (``--allow-code mypkg.routers``),
+which imports it; validation then finds its classes here. So a configuration or a model folder can
+never run code by itself.
 """
 
 import importlib
@@ -57,7 +57,7 @@ def find_class(kind: str) -> type[RouterConfig]:
 
 
 def check_class(router: type[RouterConfig]) -> None:
-    """Raise :class:`ConfigError` where a class of a user's own cannot stand in a configuration."""
+    """Raise :class:`ConfigError` if a user's class cannot be used in a configuration."""
     path = f"{router.__module__}:{router.__qualname__}"
     if router.build is RouterConfig.build:
         raise ConfigError(
@@ -85,7 +85,7 @@ def _imported(name: str) -> ModuleType:
             f"allow_code is {name!r}, which cannot be imported ({error}); install it, or put its "
             "folder on PYTHONPATH."
         ) from error
-    except Exception as error:  # code of the user's own can raise anything
+    except Exception as error:  # user code can raise anything
         raise ConfigError(
             f"allow_code is {name!r}, which fails while it is imported "
             f"({type(error).__name__}: {error}); correct that module."

@@ -17,22 +17,22 @@ from .routing import Lookahead, RouterInput, Routing
 
 @dataclass(frozen=True, slots=True)
 class RouterSizes:
-    """What a router must know of the model around it."""
+    """What a router must know about the model around it."""
 
     d_model: int
     num_experts: int
     vocab_size: int | None = None
-    """None where a layer is built alone."""
+    """Vocabulary size; None if a layer is built alone."""
     token_counts: Sequence[int] | None = None
-    """How often each token id occurs in the training data; None outside training, and for routers
-    that do not ask for it (:attr:`RouterConfig.needs_token_counts`)."""
+    """How often each token id occurs in the training data. None outside training, and for routers
+    without :attr:`RouterConfig.needs_token_counts`."""
 
 
 class RouterConfig(BaseModel):
-    """Base of configurations: what a ``router:`` section may say, and what it means.
+    """Base of configurations: the fields of a ``router:`` section, and their meaning.
 
     A subclass adds its fields and defines :meth:`build`. Those of :mod:`moeyard` have a ``kind`` of
-    one word; a class of your own has none and goes by its import path (own_code.py).
+    one word; your own class has none and is named by its import path (own_code.py).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -43,7 +43,7 @@ class RouterConfig(BaseModel):
     """Whether training must count the token ids of its data before the router is built."""
 
     kind: str = ""
-    """The router's name in configurations; where the class gives none, ``module:Class``."""
+    """The router's name in configurations; by default ``module:Class``."""
     k: int = Field(default=2, ge=1)
     """Experts each token visits."""
 
@@ -56,7 +56,7 @@ class RouterConfig(BaseModel):
         return values | {"kind": f"{cls.__module__}:{cls.__qualname__}"}
 
     def build(self, sizes: RouterSizes) -> "Router":
-        """Return the module; :class:`ConfigError` where ``sizes`` lacks something."""
+        """Return the module; raise :class:`ConfigError` if ``sizes`` lacks something."""
         raise ConfigError(
             f"router is {type(self).__name__}, which has no build(self, sizes); define it, and "
             "return a moeyard.Router."
@@ -72,14 +72,14 @@ class RouterConfig(BaseModel):
         return None
 
     def architecture(self) -> dict[str, Any]:
-        """Return what the meaning of weights depends on; by default all fields.
+        """Return the fields that the meaning of weights depends on; by default all.
 
-        A run may change what is not in here, and two ways to say the same come out alike.
+        A run may change the other fields. Equivalent configurations give equal results.
         """
         return self.model_dump(mode="json")
 
     def reads_at(self) -> Lookahead:
-        """Return what the router must have seen."""
+        """Return what the router reads, and so when it can run."""
         return Lookahead.FFN_INPUT
 
     def for_first_layer(self) -> Self:
@@ -87,9 +87,9 @@ class RouterConfig(BaseModel):
         return self
 
     def problem_with_tensor(self, name: str, tensor: Tensor, num_experts: int) -> str | None:
-        """Return what is wrong with a tensor of the router that was read from a folder, or None.
+        """Return what is wrong with a router's tensor that was read from a folder, or None.
 
-        ``name`` is the module's own name of it. The sentence begins after the name.
+        ``name`` is its name in the module. The sentence continues after the name.
         """
         return None
 
@@ -97,9 +97,9 @@ class RouterConfig(BaseModel):
 class Router(nn.Module):
     """Base of modules. ``route`` is called where ``lookahead`` says, by training and serving.
 
-    A router belongs to the layer whose experts it selects, wherever it reads. Its parameters stay
-    in fp32 under bf16 and are whole on every rank. Raises :class:`ConfigError` where ``config``
-    does not fit ``num_experts``.
+    A router belongs to the layer whose experts it selects, even if it reads elsewhere. Its
+    parameters stay in fp32 under bf16 and are never sharded. Raises :class:`ConfigError` if
+    ``config`` does not fit ``num_experts``.
     """
 
     config: RouterConfig
@@ -128,8 +128,8 @@ class Router(nn.Module):
         return LayerLosses()
 
     def after_step(self, counts_E: Tensor) -> None:
-        """Answer to the load of a finished step, ``[E]`` rows of the global batch.
+        """React to the load of a finished step, ``[E]`` rows of the global batch.
 
-        It is called once per step on every rank, and does nothing by default. Routers with a
+        Called once per step on every rank; does nothing by default. Routers with a
         balancing bias move it here.
         """

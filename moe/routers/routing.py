@@ -1,4 +1,4 @@
-"""What goes into a router and what comes out.
+"""The input and the output of a router.
 
 T tokens, D model width, E experts, K choices.
 """
@@ -18,7 +18,7 @@ Reduce = Callable[[Tensor], Tensor]
 
 
 class Lookahead(StrEnum):
-    """What a router must have seen, and so how early its choice is known."""
+    """What a router reads, and so how early its choice is known."""
 
     TOKEN = "token"
     """Token ids only (hash): known before the forward starts."""
@@ -41,14 +41,14 @@ class RouterInput:
     positions_T: Tensor | None = None
     """Position of each row in its sequence."""
     valid_T: Tensor | None = None
-    """False for rows that must not be routed nor counted; None when all rows are real."""
+    """False for rows that must be neither routed nor counted; None = all rows are real."""
     lengths: tuple[int, ...] | None = None
-    """Rows of each sequence, in order; None where all rows are one sequence."""
+    """Rows of each sequence, in order; None = all rows are one sequence."""
 
 
 @dataclass(slots=True)
 class Routing:
-    """Which experts each token visits, with what the losses and the statistics need."""
+    """Which experts each token visits, and the values for losses and statistics."""
 
     experts_TK: Tensor
     """int32 logical expert ids; -1 = none."""
@@ -59,11 +59,11 @@ class Routing:
     num_tokens: Tensor
     """int64 scalar: valid rows, no gradient."""
     extras: dict[str, Tensor] = field(default_factory=dict)
-    """What the router's own losses need of this rank, by name and with gradient; empty outside
+    """This rank's values for the router's losses, by name and with gradient; empty outside
     training."""
     extra_counts: dict[str, Tensor] = field(default_factory=dict)
-    """int64: what the losses need counted over the global batch besides ``counts_E`` and
-    ``num_tokens``. The names and shapes are the same on all ranks."""
+    """int64: other counts that the losses need over the global batch, in addition to ``counts_E``
+    and ``num_tokens``. The names and shapes are the same on all ranks."""
 
 
 register_dataclass(
@@ -83,7 +83,7 @@ register_dataclass(
 def count_tokens(valid_T: Tensor | None, experts_TK: Tensor) -> Tensor:
     """Return the number of valid rows as an int64 scalar."""
     if valid_T is None:
-        # Filled on the device: sending a number there would wait for it.
+        # Filled on the device: copying a number to the device would wait for it.
         shape, device = (), experts_TK.device
         return torch.full(shape, experts_TK.shape[0], dtype=torch.int64, device=device)
     return valid_T.sum()

@@ -15,10 +15,10 @@ from .routing import RouterInput, Routing
 def add_sequence_balance(
     routing: Routing, logits_TE: Tensor, router_input: RouterInput, rule: ChoiceRule
 ) -> None:
-    """Leave in ``routing`` the summed loss of this rank's sequences, and how many there are.
+    """Store in ``routing`` the summed loss of this rank's sequences, and their number.
 
-    Eq. 18 counts the best plain scores, whatever bias and groups choose: a bias that evens the load
-    must not hide the sequence's own imbalance.
+    Eq. 18 counts the best scores without bias and groups: a bias that evens the load must not hide
+    the imbalance within the sequence.
     """
     valid_T = router_input.valid_T
     scores_TE = probabilities(scores(logits_TE, rule), valid_T, rule)
@@ -35,7 +35,7 @@ def sequence_balance(
     """Return the sum over sequences of their balance loss, and how many have valid rows.
 
     Per sequence of n valid tokens: ``E / (K n^2) * sum_e n_e P_e`` (DeepSeek-V3 eq. 17-20; f_e and
-    P_e there are n_e E / (K n) and P_e / n). n_e counts ``best_TK``, -1 where a row is not valid.
+    P_e there are n_e E / (K n) and P_e / n). n_e counts ``best_TK``, which is -1 in invalid rows.
     ``lengths`` are the rows of each sequence, in order.
     """
     num_experts, k = probabilities_TE.shape[1], best_TK.shape[1]

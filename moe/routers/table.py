@@ -1,4 +1,4 @@
-"""All routers. A new one is a file of this folder and a line here."""
+"""All routers. A new router is a file of this folder and a line here."""
 
 from typing import TYPE_CHECKING, Annotated, Any, Union
 
@@ -18,7 +18,7 @@ ROUTERS: tuple[type[RouterConfig], ...] = (
 
 
 def _or_own(value: Any, ours: ValidatorFunctionWrapHandler) -> Any:
-    """Read a router of a user's own where ``value`` is or names one, else one of ``ROUTERS``."""
+    """Read a user's router if ``value`` is or names one, else one of ``ROUTERS``."""
     if isinstance(value, RouterConfig) and not isinstance(value, ROUTERS):
         check_class(type(value))
         return value

@@ -1,10 +1,10 @@
 """Token rounding: each expert gets a multiple of a tile's rows, so that no tile is partly empty.
 
-It changes the model a little, in training alone (SonicMoE; evaluate with plain top-k). An expert
-gives up its weakest rows or takes the best of the tokens that did not choose it, whichever is
-less; so a token visits fewer or more than K experts.
+It changes the model slightly, and only in training (SonicMoE; evaluate with plain top-k). An expert
+drops its weakest rows or takes the best of the tokens that did not choose it, whichever is less. So
+a token may visit fewer or more than K experts.
 
-T tokens, E experts, K choices, M rows of a tile, A rows that an expert may take, B give up.
+T tokens, E experts, K choices, M rows of a tile, A rows that an expert may take, B drop.
 X = K + EXTRA_CHOICES (K + 1 where there is one expert).
 """
 
@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 EXTRA_CHOICES = 2
-"""Experts that may take a token besides those it chose.
+"""Experts that may take a token in addition to those it chose.
 
-If counts end anywhere between two multiples, E M / (8 T) of them take one on average. So few tokens
-are wanted by a third expert; it gives rows up instead.
+If counts are spread evenly between two multiples, E M / (8 T) experts take a token on average. So
+few tokens are taken by a third expert; it drops rows instead.
 """
 
 EPSILON = 1e-20
-"""Keeps a weight finite where all chosen scores vanish."""
+"""Keeps a weight finite if all chosen scores are zero."""
 
 
 def round_tokens(
@@ -27,10 +27,10 @@ def round_tokens(
 ) -> tuple[Tensor, Tensor]:
     """Return experts and weights, ``[T, X]``, with a multiple of ``tile_rows`` rows per expert.
 
-    The nearest multiple, or the one below where tokens do not suffice or have no place left.
-    Choices that are given up become -1 with weight 0, and the last columns hold what is added: an
-    expert's score weighs there as the token's chosen scores do. Tokens without any choice stay so.
-    ``experts_TK`` names no expert twice in a row. Waits for nothing on the device.
+    The nearest multiple, or the one below if there are too few tokens or no columns left. Dropped
+    choices become -1 with weight 0. The last columns hold added choices, whose scores become
+    weights like those of chosen experts. Tokens without any choice get none. ``experts_TK`` must
+    not repeat an expert in a row. Does not wait for the device.
     """
     with torch.no_grad():
         weights_TE, chosen_TE = _by_expert(experts_TK, weights_TK, scores_TE.shape[1])
@@ -49,7 +49,7 @@ def round_tokens(
 
 
 def _by_expert(experts_TK: Tensor, weights_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Return the weight of each pair, infinite where it is not chosen, and which are chosen."""
+    """Return the weight of each pair, infinite if it is not chosen, and which are chosen."""
     columns_TK = torch.where(experts_TK >= 0, experts_TK, num_experts).long()
     weights_TE = weights_TK.new_full((len(experts_TK), num_experts + 1), torch.inf)
     weights_TE = weights_TE.scatter(1, columns_TK, weights_TK)[:, :num_experts]
@@ -67,7 +67,7 @@ def _plan(
     missing_E = torch.where(goes_up_E, tile_rows - over_E, 0)
     free_TE = ~chosen_TE & valid_T.unsqueeze(1)
     wanted_TE = _best(torch.where(free_TE, scores_TE, -torch.inf), missing_E, tile_rows // 2)
-    # Where more experts want a token than it has places, the lowest scores find none.
+    # If more experts want a token than it has columns for, those with the lowest scores lose.
     offers_TE = torch.where(wanted_TE, scores_TE, -torch.inf)
     places = min(EXTRA_CHOICES, scores_TE.shape[1])
     added_TX = offers_TE.topk(places, dim=1).indices

@@ -29,14 +29,14 @@ TRAINING_ONLY = (
     "jitter",
     "round_rows_to",
 )
-"""Fields of :class:`TopK` that a run may change on the way: weights mean the same without them."""
+"""Fields of :class:`TopK` that a run may change: they do not change the meaning of weights."""
 
 
 class TopK(RouterConfig):
     """Scores from a linear layer, the k largest win (Shazeer et al. 2017; Switch).
 
-    With ``lookahead`` it is Pre-gated MoE's or SmallThinker's router; with ``score: sigmoid``,
-    groups and ``bias_update_rate`` it is DeepSeek-V3's.
+    With ``lookahead`` it is the router of Pre-gated MoE or SmallThinker. With ``score: sigmoid``,
+    groups and ``bias_update_rate`` it is that of DeepSeek-V3.
     """
 
     kind: Literal["topk"] = "topk"
@@ -51,30 +51,30 @@ class TopK(RouterConfig):
     scale: float = Field(default=1.0, gt=0)
     """Factor on all weights (DeepSeek's ``routed_scaling_factor``)."""
     num_groups: int = Field(default=1, ge=1)
-    """Groups of neighbouring experts, each judged by the sum of its two best scores."""
+    """Number of groups of neighbouring experts; ``top_groups`` of them are open to a token."""
     group_score: Literal["top2", "max"] = "top2"
-    """By its two best scores' sum (DeepSeek-V3) or its best (DeepSeek-V2)."""
+    """Rank a group by the sum of its two best scores (DeepSeek-V3) or by its best (DeepSeek-V2)."""
     logit_bias: bool = False
     """A learned bias on the logits (gpt-oss)."""
     top_groups: int = Field(default=1, ge=1)
     """Groups a token may choose experts from."""
     bias_update_rate: float | None = Field(default=None, ge=0)
     """Balance without a loss (Wang et al. 2024; DeepSeek-V3): experts are chosen by score plus a
-    bias, which moves by this much towards underloaded experts after each step. Weights never see
-    the bias. None = no bias, 0 = a bias that stays. Set ``balance_loss: 0`` with it."""
+    bias, which moves by this much towards underloaded experts after each step. The bias
+    does not change weights. None = no bias, 0 = a fixed bias. Set ``balance_loss: 0`` with it."""
     balance_loss: float = Field(default=0.01, ge=0)
     """Coefficient of the Switch/GShard balance loss; at perfect balance the loss itself is 1."""
     balance_over: Literal["layer", "model"] = "layer"
-    """``layer``: a balance loss for each layer, summed (Switch, Megatron). ``model``: one loss of
-    all layers, whose counts and probabilities are pooled first (transformers). It is 1 in all
-    where the other is 1 for each layer."""
+    """``layer``: a balance loss for each layer, summed (Switch, Megatron). ``model``: one loss
+    over the pooled counts and probabilities of all layers (transformers). At perfect balance
+    ``model`` is 1 in total, and ``layer`` 1 per layer."""
     sequence_balance_loss: float = Field(default=0.0, ge=0)
     """Coefficient of the same loss over each sequence (DeepSeek-V3, 1e-4)."""
     z_loss: float = Field(default=0.0, ge=0)
     """Coefficient of the ST-MoE z-loss."""
     jitter: float = Field(default=0.0, ge=0, lt=1)
-    """Training multiplies the router's input by U(1 - jitter, 1 + jitter) (Switch). The draws
-    belong to a rank, so results then depend on the number of ranks."""
+    """Training multiplies the router's input by U(1 - jitter, 1 + jitter) (Switch). Each rank
+    draws separately, so results depend on the number of ranks."""
     round_rows_to: int = Field(default=0, ge=0)
     """Training gives each expert a multiple of this many rows of a rank's tokens (SonicMoE's token
     rounding; 0 = off): 128 fills the tiles of GPU kernels where experts have a few hundred rows.
@@ -126,14 +126,14 @@ class TopK(RouterConfig):
         return Lookahead(self.lookahead)
 
     def for_first_layer(self) -> Self:
-        """Return this, reading ``ffn_input`` where it is pre-gated."""
+        """Return this, but with ``ffn_input`` in place of ``previous_block``."""
         if self.lookahead == "previous_block":
             return self.model_copy(update={"lookahead": "ffn_input"})
         return self
 
 
 class TopKRouter(Router):
-    """See :class:`TopK`. Scores are computed in fp32 (fp64 for fp64 input) whatever x's type."""
+    """See :class:`TopK`. Scores are computed in fp32 (fp64 for fp64 input) for any type of x."""
 
     e_score_correction_bias: Tensor | None
     """``[E]``: DeepSeek's name for the balancing bias."""
@@ -160,10 +160,10 @@ class TopKRouter(Router):
     def route(self, router_input: RouterInput) -> Routing:
         """Choose the k best experts of each row of ``x_TD``.
 
-        What only losses need is left out in evaluation mode.
+        Values that only losses need are left out in evaluation mode.
         """
         x_TD, valid_T = router_input.x_TD, router_input.valid_T
-        assert x_TD is not None, "the caller must hand over hidden rows"
+        assert x_TD is not None, "the caller must pass hidden rows"
         if not self.training and valid_T is None:
             bias_E = self.e_score_correction_bias
             found = project_and_choose(x_TD, self.weight, self.bias, bias_E, self.rule)
@@ -226,7 +226,7 @@ class TopKRouter(Router):
 
     @torch.no_grad()
     def after_step(self, counts_E: Tensor) -> None:
-        """Move the bias towards even load; ``counts_E`` are rows of the whole global batch.
+        """Move the bias towards even load; ``counts_E`` are rows of the global batch.
 
         ``b += rate * sign(mean - load)`` (Wang et al. 2024, algorithm 1). Does nothing without a
         bias.

@@ -50,9 +50,9 @@ def test_what_is_not_offered_is_said(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"temperature": "hot"}, "temperature = 'hot', which is no number"),
+        ({"temperature": "hot"}, "temperature = 'hot', which is not a number"),
         ({"top_p": 2.0}, "top_p is 2.0; use a number above 0"),
-        ({"top_k": 1.5}, "top_k = 1.5, which is no number"),
+        ({"top_k": 1.5}, "top_k = 1.5, which is not a number"),
     ],
     ids=["text", "range", "fraction"],
 )

@@ -200,9 +200,9 @@ DAMAGES = {
     "cut_short": (truncate, "is cut short"),
     "header_cut": (
         lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 20),
-        "is no whole safetensors file",
+        "is not a complete safetensors file",
     ),
-    "empty": (lambda f: (f / "model.safetensors").write_bytes(b""), "no whole safetensors file"),
+    "empty": (lambda f: (f / "model.safetensors").write_bytes(b""), "not a complete safetensors"),
     "tensor_missing": (drop_a_tensor, "has no tensor 'model.layers.0.mlp.experts.3.up_proj"),
     "unknown_type": (damage_config(model_type="gpt9"), "the known ones are qwen3_moe"),
     "bias_without_weights": (damage_config(attention_bias=True), "has no tensor .*q_proj.bias"),
@@ -237,7 +237,7 @@ DAMAGES = {
     ),
     "tied_by_mistake": (
         damage_config(tie_word_embeddings=True),
-        "tie_word_embeddings = true, but lm_head.weight is another matrix",
+        "tie_word_embeddings = true, but lm_head.weight differs from",
     ),
     "quantized_by_yes": (damage_config(quantization_config="yes"), "quantization_config = 'yes'"),
     "absurd_layers": (damage_config(num_hidden_layers=10**9), "the most is 10000"),
@@ -321,7 +321,7 @@ def test_a_folder_of_many_shards_opens(tmp_path):
     [
         (lambda shard: shard.unlink(), r"cannot be opened \(No such file"),
         (lambda shard: shard.write_bytes(shard.read_bytes()[:-1]), "is cut short"),
-        (lambda shard: shard.write_bytes(b""), "no whole safetensors file"),
+        (lambda shard: shard.write_bytes(b""), "not a complete safetensors file"),
     ],
     ids=["missing", "truncated", "empty"],
 )

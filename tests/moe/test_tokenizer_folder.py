@@ -94,7 +94,7 @@ def test_a_tokenizer_that_transformers_would_make_up_is_refused(tmp_path):
 def test_a_tokenizer_with_code_of_its_own_is_refused(tmp_path):
     write_tiktoken(tmp_path, "tiktoken.model")
     write_config(tmp_path, "TikTokenTokenizer", auto_map={"AutoTokenizer": ["own.Own", None]})
-    with pytest.raises(ModelFileError, match="Python code of its own, which is not run; save"):
+    with pytest.raises(ModelFileError, match="its own Python code, which is not run; save"):
         open_folder_tokenizer(tmp_path)
 
 

@@ -1,1 +1,1 @@
-"""Model families: how the folders of other libraries say what our configuration says."""
+"""Model families: our configuration in the ``config.json`` of other libraries, and back."""

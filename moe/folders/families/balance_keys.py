@@ -1,8 +1,8 @@
-"""What ``config.json`` says about the balance loss, to and from our router's configuration.
+"""The balance loss in ``config.json``, to and from our router's configuration.
 
 transformers pools counts and probabilities of all MoE layers before it multiplies them, and its
 loss is K at perfect balance where ours is 1. It adds the loss only where ``output_router_logits``
-is true. Folders are not written with true: its generate (5.23) then fails for a batch with a mask.
+is true. We never write true, because its generate (5.23) then fails for a batch with a mask.
 """
 
 from typing import Any
@@ -12,14 +12,14 @@ from ...config.model import ModelConfig
 from .keys import Values, topk_moe
 
 OWN_KEY = "moeyard_balance_loss"
-"""What a run trained with, for the next run that starts from its export; transformers skips it.
+"""The loss of a run, for the next run that starts from its export; transformers ignores it.
 
-It holds where ``output_router_logits`` is not true.
+It counts if ``output_router_logits`` is not true.
 """
 
 
 def read_balance_loss(values: Values, k: int) -> dict[str, Any]:
-    """Return the fields of a ``topk`` router that say the loss which training would add."""
+    """Return the fields of a ``topk`` router for the loss that training would add."""
     own = values.get(OWN_KEY)
     if not isinstance(own, dict | None):
         raise ModelFileError(f"config.json has {OWN_KEY} = {own!r}; use an object or leave it out.")
@@ -31,9 +31,9 @@ def read_balance_loss(values: Values, k: int) -> dict[str, Any]:
 
 
 def write_balance_loss(config: ModelConfig) -> Values:
-    """Return what :func:`read_balance_loss` reads; without a loss, only that there is none.
+    """Return the keys that :func:`read_balance_loss` reads.
 
-    A loss that is summed over layers is written as the pooled one that equals it where all layers
+    A loss that is summed over layers is written as the pooled loss that equals it if all layers
     have the same counts.
     """
     _, router = topk_moe(config)

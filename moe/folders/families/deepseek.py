@@ -1,4 +1,4 @@
-"""DeepSeek-V2 (softmax, groups judged by their best) and V3 (sigmoid, balancing bias)."""
+"""DeepSeek-V2 (softmax, groups ranked by their best) and V3 (sigmoid, balancing bias)."""
 
 from ....errors import ModelFileError
 from ...config.attention import AttentionConfig, LatentConfig
@@ -64,7 +64,7 @@ _V3_DEFAULTS = COMMON | {
 def _read(values: Values, router: TopK, interleaved: bool) -> ModelConfig:
     check_only(values, {"mlp_bias": False, "moe_layer_freq": 1})
     num_heads, kv_heads = values["num_attention_heads"], values["num_key_value_heads"]
-    if kv_heads is not None and kv_heads < num_heads:  # more do no harm in transformers either
+    if kv_heads is not None and kv_heads < num_heads:  # transformers ignores more, too
         check_only(values, {"num_key_value_heads": num_heads})
     has_bias = values["attention_bias"]
     num_dense = min(values["first_k_dense_replace"], len(num_layers(values)))
@@ -107,7 +107,7 @@ def _write(config: ModelConfig) -> Values:
         "moe_intermediate_size": moe.d_expert,
         "first_k_dense_replace": len(set(config.dense_layers)),
         "n_routed_experts": moe.num_experts,
-        # transformers makes shared experts in any case, so none cannot be said
+        # transformers always creates shared experts, so it cannot express none
         "n_shared_experts": max(1, moe.d_shared // moe.d_expert),
         "num_experts_per_tok": router.k,
         "routed_scaling_factor": router.scale,
@@ -133,7 +133,7 @@ def _read_v2(values: Values) -> ModelConfig:
     has_groups = method == "group_limited_greedy"
     router = TopK(
         k=values["num_experts_per_tok"],
-        renormalize=False,  # whatever norm_topk_prob says: the model never reads it
+        renormalize=False,  # the model never reads norm_topk_prob
         scale=values["routed_scaling_factor"],
         num_groups=values["n_group"] if has_groups else 1,
         top_groups=values["topk_group"] if has_groups else 1,
@@ -157,7 +157,7 @@ def _read_v3(values: Values) -> ModelConfig:
         scale=values["routed_scaling_factor"],
         num_groups=values["n_group"],
         top_groups=values["topk_group"],
-        bias_update_rate=0.0,  # there is a bias, and a folder does not say how fast it moves
+        bias_update_rate=0.0,  # there is a bias, but a folder does not say how fast it moves
         balance_loss=0.0,
     )
     return _read(values, router, interleaved=bool(values["rope_interleave"]))

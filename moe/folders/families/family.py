@@ -12,67 +12,67 @@ from .keys import COMMON, Values, check_only, complete, write_common
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """How folders of one ``model_type`` say what our configuration says.
+    """How folders of one ``model_type`` express our configuration.
 
-    Its tensors have our names but for ``renames`` (ours, theirs) and the experts' layout.
+    Its tensors have our names, except for ``renames`` (ours, theirs) and the experts' layout.
     """
 
     model_type: str
     architecture: str
-    """The class that opens such folders in transformers, or would."""
+    """The class that opens such folders in transformers, or would open them."""
     read: Callable[[Values], ModelConfig]
-    """Understand a ``config.json`` in which no key of ``defaults`` is missing; may raise
-    ``KeyError`` and ``TypeError`` for damaged ones."""
+    """Read a ``config.json`` in which no key of ``defaults`` is missing. May raise ``KeyError`` and
+    ``TypeError`` for damaged ones."""
     write: Callable[[ModelConfig], Values]
-    """Return what ``config.json`` has besides the common keys, for any model with this family's
-    parts (experts, latent attention); what the family cannot say is not said."""
+    """Return the keys of ``config.json`` in addition to the common ones, for any model with this
+    family's parts (experts, latent attention). What it cannot express is left out."""
     experts: ExpertLayout
     defaults: Values = field(default_factory=lambda: dict(COMMON))
-    """What the family means where a key is missing."""
+    """The values of missing keys."""
     may_be_null: tuple[str, ...] = ()
-    """Keys that may be null although their default is not."""
+    """Keys that may be null although their default is not null."""
     aliases: dict[str, str] = field(default_factory=dict)
-    """Other names of keys, which win over the keys."""
+    """Other names of keys, which override the keys."""
     renames: tuple[tuple[str, str], ...] = ()
     activation: str | None = "silu"
-    """The one ``hidden_act`` the family may have; None: it does not say."""
+    """The only ``hidden_act`` of the family; None = it has no such key."""
     own_quantization: str | None = None
-    """The ``quant_method`` of folders whose experts' layout reads it by itself."""
+    """The ``quant_method`` that the experts' layout reads by itself."""
     has_experts: bool = True
     has_latent: bool = False
     is_in_transformers: bool = True
 
     def complete(self, values: Values) -> Values:
-        """Return a ``config.json`` with what the family means by the keys it leaves out."""
+        """Return a ``config.json`` with the family's values for missing keys."""
         return complete(values, self.defaults, self.may_be_null, self.aliases)
 
     def read_config(self, values: Values) -> ModelConfig:
-        """Understand a ``config.json``."""
+        """Return the configuration in a ``config.json``."""
         values = self.complete(values)
         if self.activation is not None:
             check_only(values, {"hidden_act": self.activation})
         return self.read(values)
 
     def tensor_name(self, parameter: str) -> str:
-        """Return the name of one of the decoder's own tensors, ``layers.0.mlp.gate.weight``."""
+        """Return the family's name of a decoder's tensor, such as ``layers.0.mlp.gate.weight``."""
         for ours, theirs in self.renames:
             parameter = parameter.replace(ours, theirs)
         return full_name(parameter)
 
     def config_values(self, config: ModelConfig) -> Values:
-        """Return the ``config.json`` of a model this family can say (:meth:`why_not`)."""
+        """Return the ``config.json`` of a model that this family can express (:meth:`why_not`)."""
         head = {"model_type": self.model_type, "architectures": [self.architecture]}
         return head | write_common(config) | self.write(config)
 
     def why_not(self, config: ModelConfig) -> str | None:
-        """Return the first thing about ``config`` that this family cannot say, or None.
+        """Return the first field of ``config`` that this family cannot express, or None.
 
-        It writes the configuration and reads it back: what comes out otherwise cannot be said.
+        Writes the configuration and reads it back: a field that changes cannot be expressed.
         """
         return self._why_impossible(config) or next(iter(self.differences(config)), None)
 
     def differences(self, config: ModelConfig) -> list[str]:
-        """Return all that this family says otherwise; nothing where it cannot begin to say it."""
+        """Return all fields that change; empty if the family cannot express the model at all."""
         if self._why_impossible(config) is not None:
             return []
         found = self.read_config(self.config_values(config)).architecture()
@@ -89,12 +89,12 @@ class Family:
         try:
             self.read_config(self.config_values(config))
         except ValidationError as error:
-            return f"{self.model_type} cannot say it: {error.errors()[0]['msg']}"
+            return f"{self.model_type} cannot express it: {error.errors()[0]['msg']}"
         return None
 
 
 def full_name(parameter: str) -> str:
-    """Return our own name of a tensor as folders have it."""
+    """Return our name of a tensor in folders."""
     return parameter if parameter.startswith("lm_head.") else f"model.{parameter}"
 
 

@@ -48,7 +48,7 @@ _ROPE = {
     "truncate": False,
     "original_max_position_embeddings": 4096,
 }
-"""What the family means by ``rope_parameters: null``."""
+"""The family's meaning of ``rope_parameters: null``."""
 
 
 def _read(values: Values) -> ModelConfig:
@@ -58,7 +58,7 @@ def _read(values: Values) -> ModelConfig:
     every_other = (layer % 2 == 0 for layer in num_layers(values))
     window, windows = read_windows(values, values["sliding_window"], every_other)
     has_bias, k = values["attention_bias"], values["num_experts_per_tok"]
-    check_only(values, {"experts_per_token": k})  # an older name, which transformers skips
+    check_only(values, {"experts_per_token": k})  # an older name, which transformers ignores
     return ModelConfig(
         **read_common(values),
         attention=AttentionConfig(
@@ -88,7 +88,7 @@ def _write(config: ModelConfig) -> Values:
         "experts_per_token": router.k,
         "intermediate_size": moe.d_expert,
         "attention_bias": config.attention.qkv_bias,
-        "sliding_window": config.attention.window or _WINDOW,  # transformers wants a number
+        "sliding_window": config.attention.window or _WINDOW,  # transformers requires a number
         "layer_types": write_layer_types(config),
         **_CONSTANTS,
         **write_balance_loss(config),

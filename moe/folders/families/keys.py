@@ -16,15 +16,15 @@ COMMON: Values = {
     "rope_scaling": None,
     "rope_parameters": None,
 }
-"""What most families mean where these keys are missing."""
+"""The values of these keys in most families if they are missing."""
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 def topk_moe(config: ModelConfig) -> tuple[MoEConfig, TopK]:
-    """Return the MoE layers of a model and their router, which every family but our own has.
+    """Return the MoE layers of a model and their top-k router.
 
-    Other kinds of routers are refused before (:meth:`Family.why_not`).
+    Only our own family has other routers; :meth:`Family.why_not` refuses them earlier.
     """
     assert config.moe is not None and config.moe.router.kind == "topk", "why_not was not asked"
     return config.moe, cast(TopK, config.moe.router)
@@ -33,11 +33,11 @@ def topk_moe(config: ModelConfig) -> tuple[MoEConfig, TopK]:
 def complete(
     values: Values, defaults: Values, may_be_null: Collection[str], aliases: Mapping[str, str]
 ) -> Values:
-    """Return a ``config.json`` with all that it leaves out, as transformers completes it.
+    """Return a ``config.json`` with the values of missing keys, as transformers completes it.
 
-    ``defaults`` are the values of absent keys. A null may stand for ``may_be_null``, for
-    ``rope_theta`` (unless it is needed) and where it is the default; elsewhere it is refused, as
-    transformers refuses it. ``aliases`` are other names of keys, which win over the keys.
+    ``defaults`` are the values of missing keys. Null is allowed for keys of ``may_be_null``, for
+    ``rope_theta`` (unless it is needed) and for keys whose default is null. Elsewhere it is
+    refused, as in transformers. ``aliases`` are other names of keys, which override the keys.
     """
     for key in (*defaults, *aliases, "head_dim"):
         is_free = key in may_be_null or key == "rope_theta" or defaults.get(key, key) is None
@@ -50,7 +50,7 @@ def complete(
 
 
 def read_common(values: Values) -> Values:
-    """Return the arguments of :class:`ModelConfig` that all families say alike."""
+    """Return the arguments of :class:`ModelConfig` that have the same keys in all families."""
     return {
         "vocab_size": values["vocab_size"],
         "d_model": values["hidden_size"],
@@ -66,7 +66,7 @@ def read_common(values: Values) -> Values:
 
 
 def write_common(config: ModelConfig) -> Values:
-    """Return what :func:`read_common` reads."""
+    """Return the keys that :func:`read_common` reads."""
     return {
         "vocab_size": config.vocabulary,
         "hidden_size": config.d_model,
@@ -83,7 +83,7 @@ def write_common(config: ModelConfig) -> Values:
 
 
 def check_only(values: Values, supported: Values) -> None:
-    """Refuse keys whose value is another than the one we support."""
+    """Refuse keys whose value is not the one we support."""
     for key, value in supported.items():
         if values.get(key, value) != value:
             raise ModelFileError(
@@ -92,7 +92,7 @@ def check_only(values: Values, supported: Values) -> None:
 
 
 def num_layers(values: Values) -> range:
-    """Return the layers' indices; a ``TypeError`` for what is not an integer."""
+    """Return the layers' indices; raise ``TypeError`` unless the number is an integer."""
     layers = range(values["num_hidden_layers"])
     if len(layers) > MOST_LAYERS:  # before anything iterates over them
         raise ModelFileError(
@@ -106,7 +106,7 @@ def read_windows(
 ) -> tuple[int | None, tuple[int, ...]]:
     """Return the window and the layers that have it.
 
-    ``layer_types`` says which, or ``usual`` where it is null; ``window`` is their width.
+    ``layer_types`` names the layers, or ``usual`` if it is null; ``window`` is their width.
     """
     kinds = values["layer_types"]
     if kinds is None:

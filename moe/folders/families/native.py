@@ -1,4 +1,4 @@
-"""Our own folders: what no other family can say, with Qwen3-MoE's tensor names."""
+"""Our own family, for models that no other can express, with Qwen3-MoE's tensor names."""
 
 from ...config.model import ModelConfig
 from ..expert_layouts import SeparateExperts

@@ -1,9 +1,8 @@
-"""What ``config.json`` says about rotary positions, to and from our configuration.
+"""Rotary positions in ``config.json``, to and from our configuration.
 
-Which key wins is what transformers decides (``convert_rope_params_to_dict`` and
-``standardize_rope_params`` of its 5.23): ``rope_scaling`` goes before ``rope_parameters``, a theta
-inside the chosen one before ``rope_theta``, and ``original_max_position_embeddings`` at the top
-before the one inside.
+Precedence follows transformers (``convert_rope_params_to_dict`` and ``standardize_rope_params`` of
+5.23): ``rope_scaling`` over ``rope_parameters``, a theta inside the chosen one over ``rope_theta``,
+and ``original_max_position_embeddings`` at the top over the one inside.
 """
 
 from typing import Any
@@ -36,15 +35,15 @@ def read_rope(values: Values) -> Values:
 
 
 def write_rope(config: ModelConfig) -> Values:
-    """Return what :func:`read_rope` reads."""
+    """Return the keys that :func:`read_rope` reads."""
     theta = {"rope_theta": config.rope_theta}
     return theta | {"rope_parameters": theta | _write_scaling(config.rope_scaling)}
 
 
 def replaced_rope(source: Values, written: Values) -> Values:
-    """Return ``source`` without what would go before the rope keys of ``written``.
+    """Return ``source`` without keys that would override the rope keys of ``written``.
 
-    A ``rope_scaling`` stays, for readers older than ``rope_parameters``, and says the same.
+    A ``rope_scaling`` stays, with the same meaning, for readers older than ``rope_parameters``.
     """
     kept = {key: value for key, value in source.items() if key != ORIGINAL}
     rope = written.get("rope_parameters")
@@ -83,7 +82,7 @@ def _read_scaling(rope: Values, values: Values) -> RopeScaling | None:
             original_max_positions=original,
             beta_fast=rope.get("beta_fast") or 32.0,
             beta_slow=rope.get("beta_slow") or 1.0,
-            truncate=bool(rope.get("truncate", True)),  # a null is no, as in transformers
+            truncate=bool(rope.get("truncate", True)),  # null means false, as in transformers
             **{name: rope[name] for name in given if rope.get(name) is not None},
         )
     raise ModelFileError(

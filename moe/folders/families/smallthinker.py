@@ -53,7 +53,7 @@ def _write(config: ModelConfig) -> Values:
         "rope_layout": [int(layer not in attention.nope_layers) for layer in layers],
         "sliding_window_layout": [int(layer in attention.window_layers) for layer in layers],
         "sliding_window_size": attention.window,
-        # for readers that take the folder's own code; moeyard never runs it
+        # for readers that run the folder's own code; moeyard never does
         "norm_topk_prob": router.renormalize,
     }
 

@@ -34,11 +34,11 @@ FAMILIES = {
 def family_for(
     config: ModelConfig, preferred: str | None = None, has_separate_experts: bool = False
 ) -> Family:
-    """Return the family to export ``config`` as: one that can say all of it.
+    """Return the family to export ``config`` as: the first that can express all of it.
 
-    ``preferred``, the ``model_type`` a model came from, goes first; then those that transformers
-    opens; our own says everything. ``has_separate_experts`` leaves out those that keep many experts
-    in one tensor.
+    ``preferred``, the ``model_type`` a model came from, is first; then those that transformers
+    opens; then our own, which can express everything. ``has_separate_experts`` leaves out those
+    that keep many experts in one tensor.
     """
     candidates = [family for family in FAMILIES.values() if family.is_in_transformers]
     if preferred is not None and preferred != NATIVE.model_type:
@@ -53,12 +53,12 @@ def family_for(
 def why_native(config: ModelConfig) -> str:
     """Return one sentence on why transformers has no class for ``config``.
 
-    It is about the family that is nearest: which differs in the fewest things.
+    It is about the nearest family: the one that differs in the fewest fields.
     """
     families = [family for family in FAMILIES.values() if family.is_in_transformers]
     if any(family.why_not(config) is None for family in families):
-        return "Experts are stored one by one, where families that could say it have one tensor."
+        return "Experts are stored one by one; families that could express the model have one tensor."
     other = {family.model_type: family.differences(config) for family in families}
     near = [name for name, differences in other.items() if differences]
     nearest = min(near, key=lambda name: len(other[name]), default=QWEN3_MOE.model_type)
-    return f"{FAMILIES[nearest].why_not(config)}, and no other family of transformers says it."
+    return f"{FAMILIES[nearest].why_not(config)}, and no other family of transformers can express it."
