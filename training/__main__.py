@@ -1,6 +1,6 @@
 """The training program: python -m moeyard.training CONFIG [a.b=c ...], alone or under torchrun."""
 
-# First of all: torchrun may die while the imports below take their seconds.
+# First: torchrun may die during the imports below, which take seconds.
 from ..parallel.parent import die_with_parent, is_torchrun_worker
 
 if __name__ == "__main__" and is_torchrun_worker():
@@ -91,8 +91,8 @@ def train(config: RunConfig) -> None:
 if __name__ == "__main__":
     status = main()
     if status and is_torchrun_worker():
-        # All is said and closed. What torch does on its way out may take seconds on a busy host, or
-        # wait for a rank that is stopped, and torchrun waits for this process.
+        # Everything is reported and closed. torch's exit handlers may take seconds on a busy host,
+        # or wait for a stopped rank, while torchrun waits for this process.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -218,7 +218,7 @@ def test_sources_that_cannot_be_read_are_refused(tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 au lait")
     with pytest.raises(DataError, match="is not UTF-8"):
         read_documents(str(tmp_path / "latin.txt"), "text", "data.source")
-    with pytest.raises(DataError, match="is no folder"):
+    with pytest.raises(DataError, match="is not a folder"):
         open_tokenizer(str(tmp_path / "none"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="which has no tokenizer"):

@@ -121,7 +121,7 @@ def test_export_refuses_what_is_there_and_what_is_missing(tmp_path, config_file,
     assert main(["export", str(tmp_path / "empty"), str(tmp_path / "out")]) == 1
     assert "has no checkpoint yet" in capsys.readouterr().err
     assert main(["export", str(tmp_path / "none"), str(tmp_path / "out")]) == 1
-    assert "is no folder" in capsys.readouterr().err
+    assert "is not a folder" in capsys.readouterr().err
     assert train([str(config_file), f"run_dir={tmp_path}/run"]) == 0
     capsys.readouterr()
     (tmp_path / "out").mkdir()

@@ -144,7 +144,7 @@ def test_metadata_that_lies_is_refused_with_a_sentence(saved, tmp_path, lie):
         (folder / path.name).write_bytes(path.read_bytes())
     assert verify(folder) is None
     (folder / ".metadata").write_bytes(LIES[lie]((saved / ".metadata").read_bytes()))
-    with pytest.raises(CheckpointError, match="is no metadata of a checkpoint"):
+    with pytest.raises(CheckpointError, match="is not metadata of a checkpoint"):
         SafeFileSystemReader(folder).read_metadata()
     with pytest.raises(CheckpointError):
         StoredTensors(folder)

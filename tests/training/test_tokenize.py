@@ -126,7 +126,7 @@ REFUSED = {
     "no_text": (["full", "out"], "holds no .txt, .jsonl, .ndjson or .json file among its 1 files"),
     "few_ids": (["d.jsonl", "out", "--vocab-size", "9"], "--vocab-size is 9, but a byte-level"),
     "shard": (["x.bin", "out"], "SOURCE is 'x.bin', which is a token shard already"),
-    "template": (["d.jsonl", "out", "--chat-template", "bad"], "is no Jinja template (line 1"),
+    "template": (["d.jsonl", "out", "--chat-template", "bad"], "is not a Jinja template (line 1"),
     "fraction": (["d.jsonl", "out", "--eval-fraction", "2"], "eval_fraction: it is 2.0, but"),
     "unwritable": (["d.jsonl", "/proc/out"], "/proc/out cannot be written ("),
 }

@@ -261,7 +261,7 @@ BAD = {
     "ep_experts": ("parallel.ep=3", "parallel.ep is 3, which does not divide the 1 rank"),
     "ep_dense": ("model.moe=null|model.d_ff=8|parallel.ep=2", "but the model has no experts"),
     "no_width": ("model.moe=null", "d_ff is missing"),
-    "tokenizer": ("data.tokenizer=/nowhere", "data.tokenizer is '/nowhere', which is no folder"),
+    "tokenizer": ("data.tokenizer=/nowhere", "data.tokenizer is '/nowhere', which is not a folder"),
     "source": ("data.source=/nowhere.txt", "data.source is '/nowhere.txt', which cannot be read"),
     "small_vocabulary": ("model.vocab_size=100", "model.vocab_size is 100, but the tokenizer"),
     "unwritable": ("run_dir=/proc/nowhere", "run_dir is '/proc/nowhere', which cannot be written"),

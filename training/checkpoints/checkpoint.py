@@ -1,8 +1,9 @@
 """Checkpoints that are whole or absent, and independent of the number of ranks.
 
-A step is written into a hidden folder (DCP shards, ``state.json``), hashed into
-``manifest.json``, flushed to disk and renamed; only then does ``latest`` name it and do older
-ones go. Loading checks every hash and falls back to the newest checkpoint that is whole.
+A save writes a step into a hidden folder (DCP shards, ``state.json``), hashes the files into
+``manifest.json``, flushes them to disk and renames the folder. Only then does ``latest`` name it,
+and older checkpoints are deleted. Loading checks every hash and falls back to the newest whole
+checkpoint.
 """
 
 import logging
@@ -43,8 +44,8 @@ class Checkpoints:
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Write a checkpoint of ``step``; all ranks call this with the tensors they own.
 
-        Raises :class:`CheckpointError` on all of them where it cannot be written, and leaves
-        nothing of it behind.
+        If it cannot be written, raises :class:`CheckpointError` on all ranks and leaves no files
+        of it behind.
         """
         final = self._folder / f"step-{step:08d}"
         temporary = self._folder / f".tmp-{final.name}"
@@ -54,7 +55,7 @@ class Checkpoints:
                 writer = HonestWriter(temporary)
                 dcp.save(tensors, storage_writer=writer, no_dist=self._mesh.dp_group is None)
             self._mesh.on_rank_0(lambda: self._commit(final, temporary, state))
-        except CheckpointError:  # its space may be what is needed
+        except CheckpointError:  # free its space, which the next save may need
             self._mesh.on_rank_0(lambda: shutil.rmtree(temporary, ignore_errors=True))
             raise
 
@@ -66,9 +67,9 @@ class Checkpoints:
             temporary.mkdir()
 
     def _commit(self, final: Path, temporary: Path, state: dict[str, Any]) -> None:
-        """Hash, flush and rename; then let go of what is older than ``keep`` or was damaged.
+        """Hash, flush and rename; set damaged checkpoints aside and keep the ``keep`` newest.
 
-        What needs room comes before the rename, so that ``latest`` does not stay behind.
+        Everything that needs disk space comes before the rename, so that ``latest`` stays correct.
         """
         with _as_checkpoint_error(final):
             write_state(temporary, _step_of(final), state)
@@ -89,7 +90,7 @@ class Checkpoints:
     def newest_whole(self) -> Path | None:
         """Return the newest checkpoint that passes verification, the same on every rank.
 
-        Says which file is wrong in those it passes over; raises :class:`CheckpointError` when
+        Warns of each checkpoint that it skips, naming the file. Raises :class:`CheckpointError` if
         there are checkpoints but none is whole.
         """
 
@@ -111,11 +112,11 @@ class Checkpoints:
         return None if name is None else self._folder / name
 
     def oldest_step(self) -> int:
-        """Return the oldest step that a restart may go on from."""
+        """Return the oldest step that a restart may continue from."""
         return min(map(_step_of, self._steps()), default=0)
 
     def load(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        """Fill ``tensors`` in place from a verified checkpoint, whatever ranks wrote it."""
+        """Fill ``tensors`` in place from a verified checkpoint, written by any number of ranks."""
         reader = SafeFileSystemReader(path)
         stored = reader.read_metadata().state_dict_metadata
         missing = sorted(key for key in tensors if key not in stored)
@@ -127,9 +128,7 @@ class Checkpoints:
         try:
             with _quiet_about_one_process():
                 dcp.load(tensors, storage_reader=reader, no_dist=self._mesh.dp_group is None)
-        except (
-            dcp.api.CheckpointException
-        ) as error:  # the hashes were right, but not what they are of
+        except dcp.api.CheckpointException as error:  # the hashes match, but the contents are bad
             raise CheckpointError(
                 f"checkpoint {path} cannot be read ({_reason(error)}); restore it from a backup."
             ) from error
@@ -149,7 +148,7 @@ def _step_of(path: Path) -> int:
 
 
 class StoredTensors(Mapping[str, Tensor]):
-    """Every tensor of a checkpoint, gathered from all ranks' shards; read when it is asked for.
+    """Every tensor of a checkpoint, gathered from all ranks' shards; each is read on access.
 
     Raises :class:`CheckpointError` for a tensor that cannot be read.
     """
@@ -180,7 +179,7 @@ class StoredTensors(Mapping[str, Tensor]):
     def __getitem__(self, key: str) -> Tensor:
         dtype, shape = self.type_and_shape(key)
         tensor = torch.empty(shape, dtype=dtype)
-        # Flattening would look at all keys of the checkpoint each time, and ours are flat.
+        # Flattening would scan all keys of the checkpoint each time, and ours are flat already.
         planner = DefaultLoadPlanner(flatten_state_dict=False)
         try:
             with _quiet_about_one_process():
@@ -188,7 +187,7 @@ class StoredTensors(Mapping[str, Tensor]):
         except (OSError, dcp.api.CheckpointException) as error:
             raise CheckpointError(
                 f"{key} of checkpoint {self._path} could not be read ({_reason(error)}); "
-                "mend the disk or restore the checkpoint from a backup."
+                "repair the disk or restore the checkpoint from a backup."
             ) from error
         return tensor
 
@@ -200,14 +199,14 @@ def _as_checkpoint_error(path: Path) -> Iterator[None]:
     except (OSError, dcp.api.CheckpointException) as error:
         raise CheckpointError(
             f"checkpoint {path} could not be written ({_reason(error)}), but the previous one is "
-            "untouched; free space or mend the disk."
+            "untouched; free space or repair the disk."
         ) from error
 
 
 def _reason(error: OSError | dcp.api.CheckpointException) -> str:
-    """Return what the disk said, or the last line of another error.
+    """Return the disk's error message, or the last line of another error.
 
-    Raises what is no fault of the disk, such as Ctrl-C.
+    Raises what is not an error, such as Ctrl-C.
     """
     causes: list[BaseException] = [error]
     if isinstance(error, dcp.api.CheckpointException):

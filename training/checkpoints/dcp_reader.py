@@ -1,8 +1,8 @@
-"""Read and write torch.distributed.checkpoint folders without running what a pickle says.
+"""Read and write torch.distributed.checkpoint folders without running code from a pickle.
 
-DCP keeps its metadata as a pickle. Only the plain classes such metadata consists of are
-resolved here; anything else is refused before it is called. What they say is checked against the
-files before anything is allocated for it. Tensors are read with ``weights_only``.
+DCP keeps its metadata as a pickle. The unpickler here resolves only the plain classes of such
+metadata and refuses anything else before it is called. The metadata is checked against the files
+before memory is allocated for it. Tensors are read with ``weights_only``.
 """
 
 import math
@@ -54,18 +54,18 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 class SafeFileSystemReader(FileSystemReader):
-    """A :class:`FileSystemReader` whose metadata cannot call anything, nor promise too much."""
+    """A :class:`FileSystemReader` whose metadata cannot call code or claim more than files hold."""
 
     def __init__(self, path: pathlib.Path) -> None:
         super().__init__(path)
         self._folder = path
         self._metadata: Metadata | None = None
-        """Read once: DCP asks again in every load, and a large model has 100,000 entries."""
+        """Cached: DCP reads it in every load, and a large model has 100,000 entries."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Read the metadata, allowing only DCP's own classes.
 
-        Raises :class:`CheckpointError` for what is no metadata of a checkpoint of ours.
+        Raises :class:`CheckpointError` if the file is not metadata of our checkpoints.
         """
         if self._metadata is None:
             self._metadata = self._read()
@@ -76,7 +76,7 @@ class SafeFileSystemReader(FileSystemReader):
         return metadata
 
     def file_names(self) -> set[str]:
-        """Return the files that tensors are in."""
+        """Return the names of the files that hold tensors."""
         return {info.relative_path for info in self.read_metadata().storage_data.values()}
 
     def _read(self) -> Metadata:
@@ -87,10 +87,10 @@ class SafeFileSystemReader(FileSystemReader):
             self._check(metadata)
         except CheckpointError:
             raise
-        # A pickle that was tampered with can end in any error there is.
+        # A tampered pickle can raise any error.
         except Exception as error:
             raise CheckpointError(
-                f"{path} is no metadata of a checkpoint ({type(error).__name__}); restore the "
+                f"{path} is not metadata of a checkpoint ({type(error).__name__}); restore the "
                 "checkpoint from a backup."
             ) from None
         assert isinstance(metadata, Metadata)
@@ -119,13 +119,13 @@ class SafeFileSystemReader(FileSystemReader):
 
 
 class HonestWriter(FileSystemWriter):
-    """A :class:`FileSystemWriter` that says what the disk said.
+    """A :class:`FileSystemWriter` that reports the disk's own error.
 
-    torch's archive writer fails on its way out of a full disk, and that hides the disk's error.
+    On a full disk, torch's archive writer fails a second time while closing and hides that error.
     """
 
     def write_data(self, *args: Any, **kwargs: Any) -> Any:
-        """Write; raise the :class:`OSError` behind a failure where there is one."""
+        """Write; raise the :class:`OSError` behind a failure if there is one."""
         try:
             return super().write_data(*args, **kwargs)
         except RuntimeError as error:

@@ -22,11 +22,11 @@ from .files import read_state
 def export(run_dir: Path, target: Path) -> int:
     """Write ``target`` from the newest whole checkpoint of ``run_dir`` and return its step.
 
-    A run that started from a folder is written as that folder's family, if that can say it.
-    Low-rank updates are added to the weights they belong to.
+    A run that started from a folder is written in that folder's family, if the family can express
+    the model. Low-rank updates are merged into their weights.
     """
     if not run_dir.is_dir():
-        raise CheckpointError(f"{run_dir} is no folder; give the run_dir of a training run.")
+        raise CheckpointError(f"{run_dir} is not a folder; give the run_dir of a training run.")
     checkpoint = Checkpoints(run_dir, Mesh(), keep=1).newest_whole()
     if checkpoint is None:
         raise CheckpointError(f"{run_dir} has no checkpoint yet; train until it saves one.")
@@ -52,7 +52,7 @@ def export(run_dir: Path, target: Path) -> int:
     weights = CheckpointWeights(StoredTensors(checkpoint), scale)
     plans = plan_weights(model, FAMILIES[values["model_type"]], weights, dtype, torch.float32)
     generation = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
-    if origin:  # where that folder has no such file, the ids of its config.json hold
+    if origin:  # None if that folder has no such file; then its config.json has the ids
         generation = origin["generation"]
     write_model_folder(target, values, plans, tokenizer.save, generation)
     return int(state["step"])
@@ -77,7 +77,7 @@ class CheckpointWeights:
         return self._merged(self._read(f"{kind}/{parameter}", prefix))
 
     def expert_part(self, layer: int, expert: int, part: str) -> Tensor:
-        """Return a part of an expert; fc1 is read once for its gate and its up."""
+        """Return a part of an expert; fc1 is read once for both gate and up."""
         matrix, _, bias = part.partition("_")
         leaf = "fc2" if matrix == "down" else "fc1"
         name = f"layers.{layer}.mlp.experts.{expert}.{leaf}{'_bias' if bias else ''}"
@@ -90,7 +90,7 @@ class CheckpointWeights:
         return self._merged(tensors)
 
     def _read(self, key: str, prefix: str | None) -> list[Tensor]:
-        """Return a tensor, with A and B of its update if it has one."""
+        """Return a tensor, followed by A and B of its low-rank update if it has one."""
         tensors = [self._stored[key]]
         if prefix is not None and f"weight/{prefix}_a" in self._stored:
             tensors += [self._stored[f"weight/{prefix}_{matrix}"] for matrix in "ab"]
@@ -104,7 +104,7 @@ class CheckpointWeights:
 
 
 def _token_ids(tokenizer: Tokenizer, origin: dict[str, Any]) -> dict[str, Any]:
-    """Return the special ids: the folder's a run began from, as long as its tokenizer has them."""
+    """Return the special ids to write; none if the ``start_from`` folder's config has them."""
     known = origin.get("config", {})
     if known.get("eos_token_id") is not None:
         return {}

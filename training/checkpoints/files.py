@@ -1,4 +1,4 @@
-"""The files of one checkpoint folder: what is there, what is whole, what ``state.json`` says."""
+"""The files of one checkpoint folder: write and verify them, and read ``state.json``."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ VERSION = 1
 
 
 class _State(BaseModel):
-    """What ``state.json`` must hold, so that nothing behind it need ask again."""
+    """What ``state.json`` must hold, so that later code need not check again."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -42,7 +42,7 @@ def write_state(folder: Path, step: int, state: dict[str, Any]) -> None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Return what :func:`write_state` was given as ``state``, with ``step``."""
+    """Return the ``state`` given to :func:`write_state`, plus ``step``."""
     try:
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
         version = state["version"]
@@ -52,7 +52,8 @@ def read_state(path: Path) -> dict[str, Any]:
         ) from None
     if version != VERSION:
         raise CheckpointError(
-            f"checkpoint {path} has format {version}; this release reads {VERSION}."
+            f"checkpoint {path} has format {version}, but this release reads {VERSION}; use the "
+            "release that wrote it."
         )
     try:
         _State.model_validate(state)
@@ -60,7 +61,7 @@ def read_state(path: Path) -> dict[str, Any]:
     except ValidationError as error:
         problem = error.errors()[0]
         cause = problem.get("ctx", {}).get("error")
-        if isinstance(cause, ConfigError):  # a router of the user's own that is not permitted
+        if isinstance(cause, ConfigError):  # the user's own router, not permitted
             raise cause from None
         key = ".".join(map(str, problem["loc"]))
         raise CheckpointError(
@@ -72,9 +73,9 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def write_manifest(folder: Path) -> None:
-    """Hash and flush every file; raise :class:`CheckpointError` where one is missing.
+    """Hash and flush every file; raise :class:`CheckpointError` if one is missing.
 
-    A rank whose run folder is another one leaves its shard there, which no hash would show.
+    A rank with another run folder writes its shard there, which no hash would show.
     """
     files = {}
     for file in sorted(folder.iterdir()):

@@ -19,14 +19,14 @@ from ...moe.models.decoder import Decoder
 log = logging.getLogger(__name__)
 
 NEW_IN_TRAINING = "gate.e_score_correction_bias"
-"""The one tensor that a run may have and its folder not: a balancing bias begins at 0."""
+"""The one tensor that a folder may lack: a balancing bias, which begins at 0."""
 
 
 def complete_values(values: dict[str, Any]) -> dict[str, Any]:
-    """Return a run's configuration with what ``start_from`` says under what the run says.
+    """Return a run's configuration with defaults from the ``start_from`` folder.
 
-    ``model`` may hold what is to change (another look-ahead, other losses), or nothing. Raises
-    :class:`ConfigError` for a folder that cannot be used.
+    The run's own values win: ``model`` may change parts (another look-ahead, other losses) or be
+    empty. Raises :class:`ConfigError` for a folder that cannot be used.
     """
     start_from = values.get("start_from")
     if not isinstance(start_from, str):
@@ -47,16 +47,16 @@ def complete_values(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_origin(start_from: str) -> dict[str, Any]:
-    """Return what an export needs of the folder: its two configurations."""
+    """Return what an export needs from the folder: its two configurations."""
     folder = ModelFolder(Path(start_from))
     folder.close()
     return {"config": folder.values, "generation": generation_to_keep(folder)}
 
 
 def read_start(start_from: str, decoder: Decoder, ignore_unused_weights: bool = False) -> None:
-    """Fill this rank's part of a decoder: its experts and all else, and nothing twice.
+    """Fill this rank's part of a decoder, its experts and the rest, reading each tensor once.
 
-    Raises :class:`ConfigError` where the folder's weights do not fit the run's model.
+    Raises :class:`ConfigError` if the folder's weights do not fit the run's model.
     """
     folder = ModelFolder(Path(start_from))
     try:
@@ -87,7 +87,7 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     for key, value in over.items():
         below = found.get(key)
         if isinstance(value, dict) and isinstance(below, dict):
-            # Another kind of thing shares no keys with the one that was there.
+            # A section of another kind shares no keys with the old one.
             is_same = value.get("kind", below.get("kind")) == below.get("kind")
             found[key] = _merged(below, value) if is_same else value
         else:

@@ -16,7 +16,7 @@ class Batches(Protocol):
     """The global batches of a run."""
 
     eos_id: int
-    """Ends each document."""
+    """The id that ends each document."""
 
     def sequences(self, step: int, rows: range) -> Tensor:
         """Return some rows of the global batch of ``step``: int64 ``[len(rows), L + 1]``."""
@@ -27,7 +27,7 @@ class Batches(Protocol):
         ...
 
     def forget_before(self, step: int) -> None:
-        """Hear that no step before ``step`` will be asked for again, even after a restart."""
+        """Drop what only steps before ``step`` need; even a restart will not ask for it."""
         ...
 
     def token_counts(self) -> list[int]:
@@ -35,7 +35,7 @@ class Batches(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of files and threads."""
+        """Close files and end threads."""
         ...
 
 
@@ -75,10 +75,10 @@ class GlobalBatches:
         return self._windows(list(windows))
 
     def wait_for(self, step: int) -> None:
-        """Return at once: a shard is there as a whole."""
+        """Return immediately: a shard is complete on disk."""
 
     def forget_before(self, step: int) -> None:
-        """Keep everything: each epoch comes back to it."""
+        """Keep everything: each epoch reads it again."""
 
     def token_counts(self) -> list[int]:
         """Return how often each id occurs in the shard."""

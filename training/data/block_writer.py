@@ -22,8 +22,8 @@ OpenStream = Callable[[StreamPosition, Callable[[float], object]], TokenStream]
 class BlockWriter:
     """Writes blocks in a thread, at most ``ahead`` beyond the one that training reads.
 
-    A thread is enough: what takes time, reading files and tokenising, happens in libraries that
-    let go of the interpreter; and it dies with its process, whatever kills that.
+    A thread is enough: reading files and tokenising take the time, and those libraries release the
+    interpreter lock. A thread also dies with its process, whatever kills that.
     """
 
     def __init__(
@@ -35,13 +35,13 @@ class BlockWriter:
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
         self._needed = self._wanted = self._next = 0
-        """First block that training still needs, last one it waits for, next one to be written."""
+        """First block that training still needs, last one it waits for, next one to write."""
         self._error: Exception | None = None
 
     def wait(self, first: int, last: int) -> None:
-        """Return when blocks ``first`` to ``last`` are there; earlier ones are not needed again.
+        """Return when blocks ``first`` to ``last`` are written; earlier ones are not needed again.
 
-        Raises what ended the reading, or :class:`Stopped` when that is asked for.
+        Raises the error that ended the reading, or :class:`Stopped` after a stop request.
         """
         started = shown = time.monotonic()
         if self._thread is None:
@@ -54,7 +54,7 @@ class BlockWriter:
                     raise self._error
                 if self._stop.signal_name is not None:
                     raise Stopped(f"stopped by {self._stop.signal_name} while waiting for data.")
-                pulse.note()  # a hub that does not answer is no reason to give up
+                pulse.note()  # other ranks must not give up while the hub is silent
                 self._changed.wait(0.2)
                 if time.monotonic() - shown > LINE_EVERY_S:
                     shown = time.monotonic()
@@ -70,7 +70,7 @@ class BlockWriter:
             self._thread.join(timeout=30)
 
     def _start(self, first: int) -> None:
-        """Go on behind the blocks that are whole; what is damaged is made again."""
+        """Continue after the whole blocks; make damaged ones again."""
         self._needed = first
         self._next, start = self._blocks.end_before(self._blocks.whole_from(first))
         self._blocks.forget_from(self._next)
@@ -93,7 +93,7 @@ class BlockWriter:
                 stream.close()
         except Exception as error:  # raised where training waits, with its traceback
             self._fail(error)
-        except BaseException as error:  # a panic of a library in Rust is no Exception
+        except BaseException as error:  # a panic in a Rust library is not an Exception
             self._fail(DataError(f"reading the data ended with {type(error).__name__}: {error}"))
 
     def _fail(self, error: Exception) -> None:

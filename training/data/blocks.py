@@ -25,13 +25,13 @@ class BlockFacts:
 
 
 class Blocks:
-    """Files ``block-00000000.bin``: W*L tokens and the one behind them, which is also the first of
-    the next block, so that every window has its L targets."""
+    """Files ``block-00000000.bin``: W*L tokens, then the first token of the next block, so that
+    every window has its L targets."""
 
     def __init__(self, folder: Path, num_windows: int, length: int, dtype: str) -> None:
         self.num_windows = num_windows
         self.num_tokens = num_windows * length
-        """Of a block, the last one not counted."""
+        """Tokens of a block, not counting the extra last one."""
         self._folder, self._length = folder, length
         self._dtype = np.dtype(dtype).newbyteorder("<")
         self._open = lru_cache(maxsize=4)(self._map)
@@ -54,7 +54,7 @@ class Blocks:
         return self._open(index)[start : start + self._length + 1].astype(np.int64)
 
     def tokens(self, index: int) -> npt.NDArray[np.int64]:
-        """Return the tokens of a block that are no other block's."""
+        """Return a block's tokens without the extra last one."""
         return self._open(index)[: self.num_tokens].astype(np.int64)
 
     def whole_from(self, first: int) -> int:
@@ -65,8 +65,7 @@ class Blocks:
         return index
 
     def end_before(self, index: int) -> tuple[int, StreamPosition]:
-        """Return the block, ``index`` or one before it, that can be made from what is known, and
-        where its tokens begin."""
+        """Return the latest block up to ``index`` whose start is known, and that start."""
         known = sorted(map(_index_of, self._folder.glob("block-*.json")), reverse=True)
         for earlier in known:
             facts = self._facts(earlier) if earlier < index else None
@@ -75,13 +74,13 @@ class Blocks:
         return 0, StreamPosition()
 
     def forget_from(self, index: int) -> None:
-        """Delete a block and those behind it."""
+        """Delete a block and those after it."""
         for path in self._folder.glob("block-*"):
             if _index_of(path) >= index:
                 path.unlink()
 
     def forget_before(self, index: int) -> None:
-        """Delete blocks that are no longer needed, but not the place where ``index`` begins."""
+        """Delete the blocks before ``index``, but keep the sidecar that says where it begins."""
         for path in self._folder.glob("block-*"):
             if _index_of(path) < index - (path.suffix == ".json"):
                 path.unlink()

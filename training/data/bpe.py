@@ -12,9 +12,9 @@ from .documents import Document
 from .tokenizer import END_OF_TEXT, write_tokenizer_files
 
 SMALLEST = 257
-"""256 bytes and the end of a document."""
+"""Ids of a BPE without merges: 256 bytes and the end of a document."""
 MOST_CHARACTERS = 1 << 30
-"""Text to learn from at most: more changes few merges, and its words would fill the memory."""
+"""Most characters to learn from: more text changes few merges, and its words fill the memory."""
 
 
 def train_bpe(

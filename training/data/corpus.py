@@ -14,15 +14,15 @@ from .sources import open_source
 from .tokenizer import Tokenizer
 
 NAMES = {False: "train.bin", True: "eval.bin"}
-"""By whether the text is held out."""
+"""File names by whether the text is held out."""
 
 
 def prepare_shards(
     config: DataConfig, tokenizer: Tokenizer, folder: Path, stop: StopRequest | None = None
 ) -> None:
-    """Write ``train.bin`` and ``eval.bin`` into ``folder`` unless whole ones are there.
+    """Write ``train.bin`` and ``eval.bin`` into ``folder`` unless it has whole ones.
 
-    Sources that are shards already are left where they are.
+    Sources that are already shards are not copied.
     """
     stop = stop or StopRequest()
     make_folder(folder)
@@ -62,12 +62,12 @@ def open_eval_shard(
 def prepare_eval(
     folder: Path, source: Source, tokenizer: Tokenizer, stop: StopRequest, limit: int | None
 ) -> None:
-    """Write ``eval.bin`` from a source of its own; ``limit`` tokens are enough."""
+    """Write ``eval.bin`` from a separate source; stop after ``limit`` tokens."""
     _write_once(folder / NAMES[True], source, tokenizer, stop, limit)
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder, or say why it cannot be."""
+    """Make a folder; raise :class:`DataError` if that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -82,12 +82,12 @@ def is_shard(source: str | None) -> bool:
 
 
 def has_own_eval(config: DataConfig) -> bool:
-    """Say whether held-out text has a source of its own."""
+    """Say whether held-out text has a separate source."""
     return config.eval_source is not None or config.eval_split is not None
 
 
 def open_eval_source(config: DataConfig) -> Source:
-    """Open the held-out text's own source."""
+    """Open the separate source of held-out text."""
     split = config.eval_split or config.split
     if config.eval_source is None:
         return open_source(config, config.source, split, "data.source")
@@ -102,7 +102,7 @@ def write_both(
     fingerprint: str | None,
     stop: StopRequest,
 ) -> None:
-    """Read ``source`` once and write its two sides."""
+    """Read ``source`` once and write both shards."""
     writers = {side: ShardWriter(folder / name, tokenizer) for side, name in NAMES.items()}
     try:
         with LongWork("tokenising", stop, split.num_documents) as work:
@@ -131,7 +131,7 @@ def write_one(
     stop: StopRequest,
     limit: int | None = None,
 ) -> None:
-    """Write the documents of ``source``, only the first ones once ``limit`` tokens are there."""
+    """Write the documents of ``source``; stop after ``limit`` tokens if given."""
     writer = ShardWriter(path, tokenizer)
     try:
         with LongWork("tokenising", stop) as work:
@@ -180,7 +180,7 @@ def _exists(path: Path) -> bool:
 
 
 def _is_unchanged(path: Path, fingerprint: str | None, tokenizer: Tokenizer) -> bool:
-    """Say whether a shard's text need not be read again to know that it is the same."""
+    """Say whether fingerprints alone prove that a shard's text is unchanged."""
     if fingerprint is None or not _exists(path):
         return False
     facts = read_facts(path)
@@ -191,6 +191,6 @@ def _check_same(path: Path, source_sha256: str, tokenizer: Tokenizer) -> None:
     facts = read_facts(path)
     if facts.source_sha256 != source_sha256 or facts.tokenizer_sha256 != tokenizer.sha256:
         raise DataError(
-            f"{path} was made from other text, with another tokenizer, data.eval_fraction or "
+            f"{path} was made from other text, or with another tokenizer, data.eval_fraction or "
             f"release (Python {sys.version.split()[0]} is running); use a new run_dir."
         )

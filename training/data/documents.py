@@ -1,4 +1,4 @@
-"""Where documents come from: read one at a time, as often as asked, never a corpus in memory."""
+"""Where documents come from: read one at a time, repeatably, never the whole corpus in memory."""
 
 import hashlib
 import json
@@ -14,27 +14,27 @@ from .text_files import read_blocks
 
 TEST_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 PIECE = 1 << 18
-"""Characters tokenised in one go; only longer documents are cut, behind a line's end."""
+"""Characters tokenised in one call; only longer documents are cut, after the end of a line."""
 HUB = "hf:"
 RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json")
-"""Files of JSON objects, lines or a list."""
+"""Files of JSON objects: one a line, or a list."""
 SETTLED_S = 2
-"""A file changed more recently may change again without its time of change showing it."""
+"""Seconds. A file changed more recently may change again within the same timestamp."""
 
 
 class Document(Protocol):
-    """A text in pieces, to be read as often as asked."""
+    """A text in pieces; each iteration reads it again."""
 
     def __iter__(self) -> Iterator[str]: ...
 
 
 class Source(Protocol):
-    """A corpus; each iteration reads it anew."""
+    """A corpus; each iteration reads it again."""
 
     def __iter__(self) -> Iterator[Document]: ...
 
     def fingerprint(self) -> str | None:
-        """Identify the contents without reading them; None where that cannot be done."""
+        """Identify the contents without reading them; None if that is impossible."""
         ...
 
 
@@ -63,7 +63,7 @@ class TextFile:
 
 
 class Files:
-    """Text files, each one document, and JSON files, a document an object."""
+    """Text files (one document each) and JSON files (one document per object)."""
 
     def __init__(self, paths: list[Path], source: str, text_key: str, field: str) -> None:
         self._paths, self._source = paths, source
@@ -98,7 +98,7 @@ class Files:
         except NotJson as error:
             raise DataError(
                 f"{path} {error.where} is not a JSON object with text under "
-                f"{self._text_key!r}; mend it or set data.text_key."
+                f"{self._text_key!r}; correct it or set data.text_key."
             ) from None
 
 
@@ -124,11 +124,11 @@ def standard_library() -> Iterator[tuple[str, str]]:
 
 
 def cut_into_pieces(blocks: Iterable[str]) -> Iterator[str]:
-    """Join blocks and cut them again so that tokenising the pieces is tokenising the whole.
+    """Join blocks and cut them again, so that the pieces give the same tokens as the whole.
 
-    A cut comes behind a single line's end between two characters that are no white space: the
-    patterns that byte-level BPE tokenizers split words with (GPT-2's and its descendants) always
-    split there. A text without such a place is cut where a piece is full.
+    A cut follows a single newline between two characters that are not white space. The word
+    patterns of byte-level BPE tokenizers (GPT-2's and its descendants) always split there. A text
+    without such a place is cut when a piece is full.
     """
     rest = ""
     for block in blocks:
@@ -153,7 +153,7 @@ def _line_end(text: str, start: int) -> int:
 
 
 def _is_unicode(text: str) -> bool:
-    """Say whether a text is free of halves of surrogate pairs, which JSON can spell."""
+    """Say whether a text has no lone surrogates, which JSON can express."""
     try:
         text.encode()
     except UnicodeEncodeError:

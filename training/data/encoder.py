@@ -6,12 +6,12 @@ import numpy.typing as npt
 from .tokenizer import Tokenizer
 
 BATCH_CHARACTERS = 2 << 20
-"""Some 100 MB inside the tokenizers library, and enough texts for its threads to share."""
+"""About 100 MB inside the tokenizers library, and enough text for all its threads."""
 BATCH_TEXTS = 1024
 
 
 class BatchEncoder:
-    """Gathers pieces of documents until a batch is worth the tokenizer's threads."""
+    """Gathers pieces of documents into batches that keep the tokenizer's threads busy."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -21,11 +21,11 @@ class BatchEncoder:
         self._characters = 0
 
     def add(self, piece: str) -> npt.NDArray[np.uint32]:
-        """Take a piece of a document; return tokens that are due."""
+        """Take a piece of a document; return the tokens of a full batch, or none."""
         return self._take(piece, ends_document=False)
 
     def end_document(self) -> npt.NDArray[np.uint32]:
-        """Put eos behind the pieces taken; return tokens that are due."""
+        """End the document with eos; return the tokens of a full batch, or none."""
         return self._take("", ends_document=True)
 
     def _take(self, text: str, ends_document: bool) -> npt.NDArray[np.uint32]:

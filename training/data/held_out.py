@@ -1,4 +1,4 @@
-"""Which text is held out: every n-th document, or the ends of documents where that misses."""
+"""Which text is held out: every n-th document, or the ends of documents if those miss the share."""
 
 import hashlib
 import math
@@ -11,42 +11,42 @@ from ..work import LongWork
 from .documents import Document, Source
 
 DIGEST_BYTES = 16
-"""Of a held-out document, kept in memory: 100 million documents at 5 % take some 0.5 GB."""
+"""Bytes kept in memory per held-out document: 100 million documents at 5 % take about 0.5 GB."""
 TOLERANCE = 1 / 3
-"""Whole documents are held out while their share is that close to what was asked, relatively. The
-standard library's every 20th module is 17 % short."""
+"""Whole documents are held out if their share is within this relative distance of the requested
+one. Every 20th module of the standard library is 17 % short."""
 LONG = 1 / 4
-"""Otherwise a document longer than this part of what is to be held out gives its end: a whole one
-more or less would miss."""
+"""Otherwise documents longer than this part of the held-out total are cut and give their ends: one
+whole document more or less would miss the share."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ends:
-    """Of documents of at least ``length`` characters, the last ``part`` is held out."""
+    """The last ``part`` of documents of at least ``length`` characters is held out."""
 
     length: float
     part: float
 
     def cut(self, length: int) -> int | None:
-        """Return where a document's end begins, None for one that is not cut."""
+        """Return where a document's held-out end begins; None if it is not cut."""
         return None if length < self.length else length - int(length * self.part)
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """What one pass over a source has found."""
+    """How to split a source, found in one pass over it."""
 
     num_documents: int
     every: int
-    """Of the documents that are not cut, those at 0, n, 2n, ... are held out."""
+    """Documents 0, n, 2n, ... are held out, among those that are not cut."""
     ends: Ends | None
-    """None where no document is cut."""
+    """None if no document is cut."""
     digests: set[bytes] = field(repr=False)
-    """Of held-out documents: a copy of one must not be trained on. Copies of a document that is
-    cut are as long, and so are cut at the same place."""
+    """Hashes of held-out documents, whose copies must not be trained on. Copies of a cut document
+    are cut at the same place."""
 
     def sides(self, source: Source) -> Iterator[tuple[bool, Document]]:
-        """Yield (is held out, document) of what goes to either side, in the source's order."""
+        """Yield (is held out, document) for all text that is used, in the source's order."""
         for index, document in enumerate(source):
             digest, length = _measure(document)
             cut = None if self.ends is None else self.ends.cut(length)
@@ -62,9 +62,9 @@ class Split:
 
 
 def find_split(source: Source, name: str, fraction: float, work: LongWork) -> Split:
-    """Read a source once and decide what is held out: about ``fraction`` of its characters.
+    """Read a source once and decide what to hold out: about ``fraction`` of its characters.
 
-    Raises :class:`DataError` when nothing would be left to train on.
+    Raises :class:`DataError` if nothing would be left to train on.
     """
     every = every_nth(fraction)
     digests: set[bytes] = set()
@@ -90,8 +90,8 @@ def find_split(source: Source, name: str, fraction: float, work: LongWork) -> Sp
 
 
 class _Lengths:
-    """How often each length occurs. Texts of a million different lengths have 500 G characters, so
-    this stays small."""
+    """How often each length occurs. This stays small: texts of a million different lengths have at
+    least 500 G characters."""
 
     def __init__(self) -> None:
         self.num_documents = 0
@@ -105,11 +105,11 @@ class _Lengths:
         self._nth[length] += is_nth
 
     def total(self, at_least: float = 0) -> int:
-        """Return the characters of documents of some length."""
+        """Return the characters of documents of at least some length."""
         return sum(size * count for size, count in self._all.items() if size >= at_least)
 
     def nth(self, below: float) -> int:
-        """Return the characters of n-th documents under some length."""
+        """Return the characters of n-th documents below some length."""
         return sum(size * count for size, count in self._nth.items() if size < below)
 
     def held_out(self, ends: Ends | None) -> int:
@@ -122,7 +122,7 @@ class _Lengths:
 
 
 def _choose_ends(lengths: _Lengths, fraction: float) -> Ends | None:
-    """Return what to cut so that ``fraction`` is held out; None where whole documents will do."""
+    """Return what to cut so that ``fraction`` is held out; None if whole documents are enough."""
     total = lengths.total()
     wanted = fraction * total
     long = LONG * wanted
@@ -130,7 +130,7 @@ def _choose_ends(lengths: _Lengths, fraction: float) -> Ends | None:
     choices: list[Ends | None] = []
     if lengths.num_documents > 1:
         choices.append(None)
-    if 0 < long_total < total:  # the long ones make up for what the short ones are short of
+    if 0 < long_total < total:  # long documents supply what the short ones lack
         part = (wanted - lengths.nth(long)) / long_total
         choices.append(Ends(long, min(0.5, max(fraction / 2, part))))
     choices.append(Ends(0, fraction))

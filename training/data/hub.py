@@ -1,6 +1,6 @@
-"""Data sets of the Hugging Face hub, or folders of their kind, read in order and resumable.
+"""Data sets of the Hugging Face hub, or local folders in their formats, read in order; resumable.
 
-The datasets library runs no code of a data set since its version 4, and none is asked for here.
+The datasets library has run no code of data sets since version 4, and this file never asks for it.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from ..config import DataConfig
 from .documents import HUB, Document, Text
 
 PAUSES_S = (1, 2, 4, 8, 16)
-"""Between attempts to go on after a failure; the library itself already retries connections."""
+"""Seconds between attempts after a failure; the library itself already retries connections."""
 READERS = {
     ".jsonl": "json",
     ".ndjson": "json",
@@ -25,21 +25,21 @@ READERS = {
     ".parquet": "parquet",
     ".arrow": "arrow",
 }
-"""For a single file, by its ending in small letters, before that of gzip."""
+"""Reader of a single file by its lower-case suffix, ignoring ``.gz``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """A place between two documents of a split, as JSON can keep it."""
+    """A place between two documents of a split, in JSON types."""
 
     state: dict[str, Any] | None = None
-    """What the datasets library says of the place; None is the beginning."""
+    """The datasets library's state at this place; None at the beginning."""
     documents: int = 0
     """Rows before this place."""
 
 
 class HubSource:
-    """A split of a data set. Making one opens it and refuses what cannot be used."""
+    """A split of a data set. The constructor opens it and refuses one that cannot be used."""
 
     def __init__(self, config: DataConfig, source: str, split: str, field: str) -> None:
         self._name = source.removeprefix(HUB)
@@ -74,7 +74,7 @@ class HubSource:
                 "pip install 'moeyard[datasets]'."
             ) from None
         datasets.disable_progress_bars()
-        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # failures are told once, here
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # reported once, here
         path, files = self._name, None
         if Path(path).is_file():
             suffix = Path(path.lower().removesuffix(".gz")).suffix
@@ -86,7 +86,7 @@ class HubSource:
             known = sorted(splits)
             rows = splits.get(self._split)
             columns = None if rows is None else rows.column_names
-        except Exception as error:  # the library raises whatever it likes
+        except Exception as error:  # the library raises errors of any type
             raise DataError(
                 f"{self._field} is {self._source!r}, which cannot be opened "
                 f"({_reason(error)}); give hf: and a data set's name or folder."
@@ -96,7 +96,7 @@ class HubSource:
                 f"split {self._split!r} is not in {self._source!r}, which has "
                 f"{', '.join(known)}; choose one of these."
             )
-        if columns is None:  # some formats tell only row by row
+        if columns is None:  # some formats name columns only row by row
             return rows
         if self._text_key not in columns:
             raise self._no_text(columns)
@@ -123,8 +123,8 @@ class HubSource:
         """Say that reading failed for good."""
         return DataError(
             f"{self._source!r} broke off after {documents} documents ({_reason(error)}) and "
-            f"{len(PAUSES_S)} more attempts failed; mend it or the network and start again: a "
-            "training run goes on from there."
+            f"{len(PAUSES_S)} more attempts failed; repair it or the network and start again: a "
+            "training run continues from there."
         )
 
     def _no_text(self, columns: list[str]) -> DataError:
@@ -135,19 +135,19 @@ class HubSource:
 
 
 class HubReader:
-    """Reads texts from a position onwards, over failures that pass."""
+    """Reads texts from a position onwards and retries after temporary failures."""
 
     def __init__(
         self, source: HubSource, start: Position, pause: Callable[[float], object]
     ) -> None:
         self.position = start
-        """Behind the last text given out."""
+        """The place after the last text returned."""
         self._source, self._pause = source, pause
         self._failure: DataError | None = None
         self._reopen()
 
     def next_text(self) -> str | None:
-        """Return the next text that is there, None at the end of the split."""
+        """Return the next text; None at the end of the split. Rows without text are skipped."""
         while True:
             row = self._next_row()
             if row is None:
@@ -157,7 +157,7 @@ class HubReader:
                 return text
 
     def close(self) -> None:
-        """Let go of open files."""
+        """Close open files."""
         self._rows.close()
 
     def _next_row(self) -> dict[str, Any] | None:

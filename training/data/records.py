@@ -1,4 +1,4 @@
-"""JSON values out of text: one a line (JSON Lines), or the members of one list."""
+"""JSON values from text: one a line (JSON Lines), or the members of one list."""
 
 import json
 import re
@@ -8,11 +8,11 @@ from typing import Any
 
 BLANK = re.compile(r"[ \t\r\n]*")
 LONGEST = 1 << 28
-"""Characters of a list's member at most: what is no JSON must not fill the memory."""
+"""Most characters of a list's member, so that text that is not JSON cannot fill the memory."""
 
 
 class NotJson(ValueError):  # noqa: N818 - the caller words it
-    """Text that is not the JSON that was hoped for; ``where`` says which line or member."""
+    """Text that is not the expected JSON; ``where`` says which line or member."""
 
     def __init__(self, where: str) -> None:
         super().__init__(where)
@@ -20,9 +20,10 @@ class NotJson(ValueError):  # noqa: N818 - the caller words it
 
 
 def read_records(blocks: Iterator[str]) -> Iterator[tuple[str, Any]]:
-    """Yield (where, value) of a JSON list's members or of JSON lines; text tells which it is.
+    """Yield (where, value) for the members of a JSON list, or for JSON lines.
 
-    Neither is held in memory as a whole. Raises :class:`NotJson`.
+    A text that begins with ``[`` is a list. Neither is held in memory as a whole. Raises
+    :class:`NotJson`.
     """
     start = ""
     for block in blocks:
@@ -73,7 +74,7 @@ def _members_of(text: "_ListText") -> Iterator[tuple[str, Any]]:
 
 
 class _ListText:
-    """The text of a JSON list, of which no more than a member and a block are in memory."""
+    """The text of a JSON list; only one member and one block are in memory."""
 
     def __init__(self, blocks: Iterator[str]) -> None:
         self._blocks = blocks
@@ -81,7 +82,7 @@ class _ListText:
         self._text, self._at = "", 0
 
     def next_sign(self) -> str:
-        """Go on to the next character that is not blank and return it, '' at the end."""
+        """Skip blanks and return the next character without taking it; '' at the end."""
         while True:
             blank = BLANK.match(self._text, self._at)
             assert blank is not None, "blanks may be none"
@@ -92,7 +93,7 @@ class _ListText:
                 return ""
 
     def take(self, sign: str) -> bool:
-        """Go on behind ``sign`` if it comes next, or say that it does not."""
+        """Skip ``sign`` if it comes next; say whether it did."""
         if self.next_sign() != sign:
             return False
         self._at += 1
@@ -103,7 +104,7 @@ class _ListText:
         while True:
             try:
                 value, self._at = self._decoder.raw_decode(self._text, self._at)
-            except (ValueError, RecursionError):  # perhaps it goes on in the next block
+            except (ValueError, RecursionError):  # it may continue in the next block
                 unread = len(self._text) - self._at
                 if unread > LONGEST or not self._read(unread):
                     raise NotJson(where) from None
@@ -111,8 +112,11 @@ class _ListText:
                 return value
 
     def _read(self, at_least: int) -> bool:
-        """Read so many characters if they are there; at once as many as there are unread, so that
-        a long value is not parsed from its beginning for each block."""
+        """Read at least so many characters if the text has them; say whether any came.
+
+        Callers double the unread text each time, so that a long value is not parsed again for
+        every block.
+        """
         parts = [self._text[self._at :]]
         count = 0
         for block in self._blocks:

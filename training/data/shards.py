@@ -29,7 +29,7 @@ class ShardFacts:
     """uint16 or uint32."""
     num_tokens: int
     num_bytes: int
-    """UTF-8 bytes of the text behind the tokens, for losses per byte."""
+    """UTF-8 bytes of the text that was tokenised, for losses per byte."""
     vocab_size: int
     eos_id: int
     tokenizer_sha256: str
@@ -37,7 +37,7 @@ class ShardFacts:
     source_sha256: str
     """Hash of the text the shard was made from."""
     source_fingerprint: str | None = None
-    """Names, sizes and times of change of the files behind the text, hashed."""
+    """Hash of the source files' names, sizes and times of change."""
     format: str = FORMAT
     version: int = VERSION
 
@@ -89,7 +89,7 @@ class ShardWriter:
         self._file = path.open("wb")
 
     def add(self, document: Iterable[str]) -> None:
-        """Append a document's pieces and eos; tokens reach the file some documents later."""
+        """Append a document's pieces and eos; its tokens are written in a later batch."""
         text_digest = hashlib.sha256()
         for piece in document:
             raw = piece.encode()
@@ -100,15 +100,15 @@ class ShardWriter:
         self._source_digest.update(text_digest.digest())
 
     def flush(self) -> None:
-        """Tokenise what has been added."""
+        """Tokenise and write everything added so far."""
         self._write(self._encoder.flush())
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._file.close()
 
     def finish(self, fingerprint: str | None) -> None:
-        """Flush the tokens to disk, then say in the sidecar what they are."""
+        """Flush the tokens to disk, then write the sidecar."""
         self.flush()
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -141,7 +141,7 @@ def token_dtype(tokenizer: Tokenizer) -> str:
 
 
 def hash_of_documents(documents: Iterable[Iterable[str]]) -> str:
-    """Return what a shard of these documents has as ``source_sha256``."""
+    """Return the ``source_sha256`` of a shard of these documents."""
     digest = hashlib.sha256()
     for document in documents:
         text_digest = hashlib.sha256()

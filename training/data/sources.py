@@ -9,7 +9,7 @@ from .documents import HUB, RECORD_SUFFIXES, Files, Source, StandardLibrary, Tex
 from .hub import HubSource
 
 MOST_NAMES = 3
-"""Of skipped files, in the log."""
+"""Skipped files that the log names."""
 
 
 def open_source(config: DataConfig, source: str, split: str, field: str) -> Source:
@@ -31,7 +31,7 @@ def open_source(config: DataConfig, source: str, split: str, field: str) -> Sour
 
 
 def _files_in(folder: Path, field: str, source: str) -> list[Path]:
-    """Return a folder's files that are read; those that are not are named in the log."""
+    """Return the files of a folder to read; log the names of the others."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     read = [path for path in files if path.suffix.lower() in (".txt", *RECORD_SUFFIXES)]
     read_ones = set(read)

@@ -1,9 +1,9 @@
 """Training on a data set while it is read: the global batch as a function of (seed, step).
 
-The data set's tokens, in its own order and without end, are cut into windows, and windows into
-blocks. Step s takes windows s*B to (s+1)*B, those of a block in a random order that depends on
-(seed, block). Rank 0 writes blocks into the run folder ahead of training; all ranks read them
-there. B sequences, L tokens each.
+The data set's tokens, in its own order and repeated without end, are cut into windows, and the
+windows are grouped into blocks. Step s takes windows s*B to (s+1)*B. Within a block, windows are in
+a random order that depends on (seed, block). Rank 0 writes blocks into the run folder ahead of
+training; all ranks read them there. B sequences, L tokens each.
 """
 
 import json
@@ -33,7 +33,7 @@ COUNTS = "token-counts.json"
 
 
 class StreamBatches:
-    """The global batches of a run that streams; :func:`prepare_stream` came before."""
+    """The global batches of a run that streams; call :func:`prepare_stream` first."""
 
     def __init__(
         self,
@@ -52,13 +52,13 @@ class StreamBatches:
         ahead = -(-config.data.stream_ahead_tokens // self._blocks.num_tokens)
         self._writer = BlockWriter(self._blocks, self._open_stream, ahead, stop)
         self._ready = -1
-        """Last block that is known to be there."""
+        """Last block that is known to be written."""
         self._order = lru_cache(maxsize=4)(self._order_of_block)
 
     def sequences(self, step: int, rows: range) -> Tensor:
         """Return some rows of the global batch of ``step``: int64 ``[len(rows), L + 1]``.
 
-        All ranks must ask for the same step, for they may have to wait for rank 0.
+        All ranks must ask for the same step, because they may have to wait for rank 0.
         """
         self.wait_for(step)
         found = [self._window(step * self._batch + row) for row in rows]
@@ -67,9 +67,9 @@ class StreamBatches:
         return torch.from_numpy(np.stack(found))
 
     def wait_for(self, step: int) -> None:
-        """Wait on all ranks until the windows of ``step`` are there.
+        """Wait on all ranks until the windows of ``step`` are written.
 
-        Raises what ended the reading, and :class:`Stopped` when rank 0 is asked to stop.
+        Raises the error that ended the reading, or :class:`Stopped` if rank 0 is asked to stop.
         """
         first = step * self._batch // self._blocks.num_windows
         last = ((step + 1) * self._batch - 1) // self._blocks.num_windows
@@ -78,7 +78,7 @@ class StreamBatches:
             self._ready = last
 
     def forget_before(self, step: int) -> None:
-        """Delete, on rank 0, what only steps before ``step`` read."""
+        """Delete, on rank 0, the blocks that only steps before ``step`` read."""
         if self._mesh.rank == 0:
             self._blocks.forget_before(step * self._batch // self._blocks.num_windows)
 
@@ -87,7 +87,7 @@ class StreamBatches:
         self._writer.close()
 
     def token_counts(self) -> list[int]:
-        """Return how often each id occurs in the first block, at any time of the run."""
+        """Return how often each id occurs in the first block; the same throughout the run."""
         path = self._folder / COUNTS
         self._mesh.on_rank_0(lambda: self._count(path))
         counts: list[int] = json.loads(path.read_text(encoding="utf-8"))

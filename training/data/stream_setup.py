@@ -1,4 +1,4 @@
-"""What a run that streams settles before its first step: what is held out, how blocks are cut."""
+"""What a streaming run fixes before its first step: what is held out, and how blocks are cut."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ VERSION = 1
 
 
 def is_stream(source: str) -> bool:
-    """Say whether training reads a source while it runs."""
+    """Say whether training streams a source."""
     return source.startswith(HUB)
 
 
@@ -37,7 +37,7 @@ def num_block_windows(config: RunConfig) -> int:
 def prepare_stream(
     config: RunConfig, tokenizer: Tokenizer, folder: Path, stop: StopRequest
 ) -> None:
-    """Write ``eval.bin`` and ``stream.json``, or check that the run goes on as it began."""
+    """Write ``eval.bin`` and ``stream.json``, or check that a resumed run has the same settings."""
     make_folder(folder / "blocks")
     facts = _facts(config, tokenizer)
     path = folder / NAME
@@ -53,7 +53,7 @@ def prepare_stream(
         every, eval_path = every_nth(data.eval_fraction), folder / NAMES[True]
         digests = _hold_out(source, every, num_tokens, tokenizer, eval_path, stop)
     else:
-        next(iter(source), None)  # says now what is wrong with the first row
+        next(iter(source), None)  # fails now if the first row cannot be used
         if not is_shard(data.eval_source):
             held_out = open_eval_source(data)
             limit = num_tokens if isinstance(held_out, HubSource) else None
@@ -62,13 +62,13 @@ def prepare_stream(
 
 
 def read_rule(folder: Path) -> HeldOutRule:
-    """Return what must not be trained on."""
+    """Return the rule for what must not be trained on."""
     values = json.loads((folder / NAME).read_text(encoding="utf-8"))
     return HeldOutRule(values["every"], frozenset(map(bytes.fromhex, values["held_out"])))
 
 
 def stream_identity(folder: Path) -> str:
-    """Return a hash of everything that the order of the tokens depends on, but the seed."""
+    """Return a hash of everything except the seed that the order of the tokens depends on."""
     return hashlib.sha256((folder / NAME).read_bytes()).hexdigest()
 
 
@@ -93,8 +93,8 @@ def _check_same(path: Path, facts: dict[str, Any]) -> None:
     for key, value in facts.items():
         if stored.get(key) != value:
             raise DataError(
-                f"{path} says that this run streams with {key} = {stored.get(key)}, the "
-                f"configuration now gives {value}; use the same or a new run_dir."
+                f"{path} says that this run streams with {key} = {stored.get(key)}, but the "
+                f"configuration now gives {value}; use the same value or a new run_dir."
             )
 
 
@@ -106,7 +106,10 @@ def _hold_out(
     path: Path,
     stop: StopRequest,
 ) -> list[str]:
-    """Write every n-th document from the beginning on, until evaluation has enough."""
+    """Write every n-th document from the beginning until evaluation has enough tokens.
+
+    Returns the hashes of the documents written.
+    """
     reader, writer = HubReader(source, Position(), time.sleep), ShardWriter(path, tokenizer)
     digests = []
     try:

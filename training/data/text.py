@@ -20,13 +20,13 @@ class Data:
     tokenizer: Tokenizer
     train: Batches
     identity: str
-    """Hash of what is trained on; a run goes on with the same."""
+    """Hash of the training data; a resumed run must have the same."""
     num_train_tokens: int | None
     """None for a stream."""
     held_out: GlobalBatches
     held_out_identity: str
     tokens_per_byte: float
-    """Of the held-out text: turns nats per token into nats per byte."""
+    """Of the held-out text; converts nats per token into nats per byte."""
 
 
 def build_data(
@@ -34,7 +34,7 @@ def build_data(
 ) -> Data:
     """Prepare the data on rank 0 and open them on all ranks.
 
-    Raises :class:`Stopped` on all when rank 0 is asked to stop meanwhile.
+    Raises :class:`Stopped` on all ranks if rank 0 is asked to stop.
     """
     stop = stop or StopRequest()
     tokenizer = open_tokenizer(config.data.tokenizer)

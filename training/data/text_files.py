@@ -1,4 +1,4 @@
-"""Text files in blocks of characters, and what other files are that people take for text."""
+"""Read text files in blocks of characters; recognise files that are not text."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,20 +6,20 @@ from pathlib import Path
 from ...errors import DataError
 
 BLOCK = 1 << 18
-"""Characters read in one go."""
+"""Characters read at a time."""
 COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
 """Kinds of compressed files by their first bytes."""
 TABLES = {b"PAR1": "Parquet", b"ARROW1": "Arrow"}
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 MOST_NULS = 4
-"""Text has no NUL; one in so many characters means UTF-16 without a mark, or binary data."""
+"""More than one NUL in so many characters means UTF-16 without a mark, or binary data."""
 
 
 def read_blocks(path: Path, source: str, field: str) -> Iterator[str]:
     """Read a UTF-8 file in blocks, without its byte order mark and with plain line ends.
 
-    ``source`` is what the configuration key ``field`` holds. Raises :class:`DataError` that says
-    what the file is when it is not text.
+    ``source`` is the value of the configuration key ``field``. For a file that is not text, raises
+    :class:`DataError` that says what it is.
     """
     name = f"{field} {str(path)!r}"
     try:

@@ -1,4 +1,4 @@
-"""The tokens of a data set without end: epoch after epoch, from any position."""
+"""The endless tokens of a data set: epoch after epoch, from any position."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -14,13 +14,13 @@ from .hub import HubReader, HubSource, Position
 from .tokenizer import Tokenizer
 
 BATCH_CHARACTERS = 1 << 20
-"""Read and tokenised together; going on from a position repeats at most this much."""
+"""Characters read and tokenised together; resuming from a position repeats at most these."""
 BATCH_DOCUMENTS = 512
 
 
 @dataclass(frozen=True, slots=True)
 class StreamPosition:
-    """A place between two tokens, as JSON can keep it."""
+    """A place between two tokens, in JSON types."""
 
     batch: Position = field(default_factory=Position)
     """Beginning of the documents that were tokenised together."""
@@ -34,9 +34,9 @@ class HeldOutRule:
     """What of the data set is not trained on."""
 
     every: int | None
-    """Rows 0, n, 2n, ...; None where held-out text has a source of its own."""
+    """Rows 0, n, 2n, ... are held out; None if held-out text has a separate source."""
     digests: frozenset[bytes]
-    """Documents that are evaluated; their copies are left out too."""
+    """Hashes of evaluated documents, whose copies are not trained on either."""
 
     def is_held_out(self, row: int, text: str) -> bool:
         """Say whether a document must not be trained on."""
@@ -61,7 +61,7 @@ class TokenStream:
         self._reader = HubReader(source, start.batch, pause)
         self._epoch = start.epoch
         self.position = replace(start, used=0)
-        """Behind the last token taken."""
+        """The place after the last token taken."""
         self._tokens = np.empty(0, dtype=np.uint32)
         if start.used:
             self._next_batch()
@@ -85,12 +85,12 @@ class TokenStream:
         return np.concatenate(parts)
 
     def peek(self) -> int:
-        """Return the token that will be taken next."""
+        """Return the next token without taking it."""
         self._fill()
         return int(self._tokens[self.position.used])
 
     def close(self) -> None:
-        """Let go of open files."""
+        """Close open files."""
         self._reader.close()
 
     def _fill(self) -> None:
@@ -119,7 +119,7 @@ class TokenStream:
             except DataError:
                 if not texts:
                     raise
-                break  # give out what was read; the next call fails again
+                break  # return what was read; the next call fails again
             if text is None:
                 break
             if not self._rule.is_held_out(self._reader.position.documents - 1, text):

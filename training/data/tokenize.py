@@ -23,13 +23,13 @@ from .tokenizer import open_tokenizer
 
 TOKENIZER = "tokenizer"
 LEARNT_IDS = 8192
-"""Vocabulary of a tokenizer that is learnt, unless asked otherwise."""
+"""Default vocabulary size of a learnt tokenizer."""
 CHAT_TEMPLATE = "chat_template.jinja"
 
 
 @dataclass(frozen=True, slots=True)
 class Tokenized:
-    """What the folder holds now."""
+    """What the finished folder holds."""
 
     vocab_size: int
     train_tokens: int
@@ -123,7 +123,7 @@ def _read_template(path: Path) -> str:
         SandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(text)
     except TemplateSyntaxError as error:
         raise DataError(
-            f"--chat-template {str(path)!r} is no Jinja template (line {error.lineno}: "
-            f"{error.message}); mend it."
+            f"--chat-template {str(path)!r} is not a Jinja template (line {error.lineno}: "
+            f"{error.message}); correct it."
         ) from None
     return text

@@ -71,7 +71,7 @@ class FolderTokenizer:
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
             raise DataError(
-                f"data.tokenizer is {str(folder)!r}, which is no folder; "
+                f"data.tokenizer is {str(folder)!r}, which is not a folder; "
                 "give 'bytes' or a folder with tokenizer.json."
             )
         if not has_tokenizer(folder):
@@ -107,13 +107,13 @@ class FolderTokenizer:
         return [np.asarray(one, dtype=np.uint32) for one in ids]
 
     def save(self, folder: Path) -> None:
-        """Copy the tokenizer's files, as other programs know them, if they open the same there."""
+        """Copy the tokenizer's files; write new ones if the copies open as another tokenizer."""
         copy_tokenizer(self._folder, folder)
         try:
             is_same = FolderTokenizer(folder).sha256 == self.sha256
         except DataError:
             is_same = False
-        if not is_same:  # config.json, which is another one there, had said what they are
+        if not is_same:  # the old folder's config.json decided how to open them
             self._inner.save_pretrained(folder)
 
     def _fails(self, reason: str) -> DataError:
@@ -154,9 +154,9 @@ def _byte_symbols() -> list[str]:
 
 
 def check_tokenizer(start_from: str, name: str, tokenizer: Tokenizer) -> None:
-    """Raise :class:`ConfigError` where ``data.tokenizer`` has other ids than the folder's own.
+    """Raise :class:`ConfigError` if ``data.tokenizer`` has other ids than the folder's own.
 
-    A folder's own that cannot be opened is believed to be what another folder holds for it.
+    If the folder's own cannot be opened, another folder is trusted to hold the same tokenizer.
     """
     if name == start_from or not has_tokenizer(Path(start_from)):
         return
