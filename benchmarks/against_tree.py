@@ -3,9 +3,9 @@
     python benchmarks/against_tree.py OTHER_TREE [--pairs 5]
 
 Each turn is a fresh process of one tree, with its own .venv, on all cores: first one tree, then
-the other, the order alternating from pair to pair. Only public names are used, so the same program
-runs on both. Figures are seconds: the ratio is this tree's over the other's, below 1 is faster.
-"Slower" needs the whole interval of the ratios above 1.
+the other, the order alternating from pair to pair. Only public names are used, so that the same
+program runs on both. Figures are seconds: the ratio is this tree's over the other's, and below 1 is
+faster. "Slower" needs the whole interval of the ratios above 1.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Is the balance loss of a model folder transformers', for any number of layers?
+"""Does the balance loss of a model folder equal transformers', for any number of layers?
 
     python benchmarks/balance_loss.py
 
@@ -89,7 +89,7 @@ def _compared(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> 
 
 
 def main() -> int:
-    """Print the table and write the figures; return 1 where one is off."""
+    """Print the table and write the figures; return 1 if one is off."""
     transformers.utils.logging.disable_progress_bar()
     rows = []
     sys.stdout.write("family     layers way      value ratio  gradient ratio  |difference|\n")

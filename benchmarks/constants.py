@@ -1,9 +1,10 @@
-"""Where do the constants in the code come from?
+"""Measure the constants in the code.
 
     python benchmarks/constants.py
 
 1. kernels/torch_ops/loop.py: F.grouped_mm against a loop of torch.mm, interleaved, medians.
-2. kernels/linear.py: for which numbers of rows F.linear gives other bits than in a large call.
+2. kernels/torch_ops/row_stable.py: for which numbers of rows F.linear gives other bits
+   than in a large call.
 3. training/run/allocator.py: a training step with and without keeping freed memory, interleaved.
 """
 
@@ -88,7 +89,7 @@ def other_bits() -> list[dict]:
             for width in (128, 512, 1024, 1152, 2048, 4096):
                 x, weight = torch.randn(400, width).to(dtype), torch.randn(2048, width).to(dtype)
                 whole = F.linear(x, weight)
-                starts = range(0, 100, 4)  # one place shows little: few elements differ
+                starts = range(0, 100, 4)  # many starts, because few elements differ
                 other = [
                     n
                     for n in counts

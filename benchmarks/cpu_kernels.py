@@ -1,15 +1,16 @@
-"""Where do the choices of the CPU kernels come from?
+"""Measure the choices in the CPU kernels.
 
     python benchmarks/cpu_kernels.py
 
 1. kernels/cpu/src/products.h: products of few bf16 rows with weights that come from memory, and how
-   fast those are read, with and without huge pages (kernels/values/memory.py), beside F.linear.
-2. kernels/cpu/training.py: the experts forward and backward, beside torch's products, with a new
+   fast those are read, with and without huge pages (kernels/values/memory.py), against F.linear.
+2. kernels/cpu/training.py: the experts forward and backward, against torch's products, with a new
    routing in every round as in training, in GFLOP/s.
 3. kernels/torch_ops/causal_attention.py: blocks of 64 and 128 queries next to F.sdpa, forward and
    backward.
 
-All take turns; medians. Weights of 1 are read in turn from 400 MB, so that none stay in a cache.
+All take turns; figures are medians. Weights of 1 are read in turn from 400 MB, so that none stay in
+a cache.
 """
 
 import statistics

@@ -1,13 +1,13 @@
-"""Greedy decoding beside transformers and llama.cpp on the same random Qwen3-MoE weights.
+"""Greedy decoding against transformers and llama.cpp on the same random Qwen3-MoE weights.
 
     python benchmarks/decode.py [--models demo big] [--llama-bin FOLDER] [--threads 2]
 
 demo: the shape of configs/train/demo.yaml (3.4 M parameters). big: 0.92 B parameters, 0.18 B
 active (12 layers, width 768, 32 experts of 960, 4 chosen, vocabulary 32768). Batch 1 and batch 8 of
-16-token prompts; ms per step of the whole batch, the prompt left out. Ours and theirs take turns
+16-token prompts; ms per step of the whole batch, without the prompt. Ours and theirs take turns
 in one process; ours is ``LanguageModel.generate``. llama.cpp is a build given as a folder with
 llama-bench and llama-batched-bench (GGUF in the same type; the package gguf writes it); it runs
-between the rounds. Peers get the implementation that is fastest here of those they offer.
+between the rounds. Peers run the fastest implementation that they offer on this machine.
 """
 
 import argparse
@@ -230,7 +230,7 @@ def compare(
             "who": who,
             "ms": statistics.median(values),
             "over_ours": statistics.median(v / m for v, m in zip(values, mine, strict=True)),
-            # Of one token: in a batch some experts serve several.
+            # Of one token: in a batch, tokens share experts.
             "weights_gb_s": read / statistics.median(values) / 1e6 if batch == 1 else None,
             "all_ms": values,
         }

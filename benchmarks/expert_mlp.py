@@ -1,4 +1,4 @@
-"""The expert MLP's speed and memory on a GPU, beside its peers and the dense floor, in one run.
+"""The expert MLP's speed and memory on a GPU, against peers and the dense floor, in one run.
 
     python benchmarks/expert_mlp.py --device cuda            # benchmarks/gpu.sh does more
     python benchmarks/expert_mlp.py --device cpu             # expert_mlp_cpu.py says what that is
@@ -7,7 +7,7 @@
 The floor is cuBLAS on dense products of the same FLOPs: all routed rows through one expert. Every
 contestant is first compared with the torch backend, then timed in turns; figures are medians, with
 L2 overwritten before each call. T=8192 comes first and the results are written after every size,
-so that a run that is cut short still says something.
+so that a run that is cut short still has results.
 
 T tokens, K choices, R = T*K routed rows, E experts, D model width, F expert width.
 """
@@ -49,13 +49,14 @@ MODES = ("forward", "forward and backward")
 QUANTIZED_MODES: dict[str, Bits] = {"forward, int8": 8, "forward, int4": 4}
 QUANTIZED_LAYERS = ("Qwen3-30B-A3B", "tiny")
 QUANTIZED_TOKENS = (16, 1, 64, 8192, 2048, 4096)
-"""Decoding, where weights in 8 and 4 bits should pay, and a prompt, where they must not cost."""
+"""Decoding, where weights in 8 and 4 bits should be faster, and a prompt, where they must not be
+slower."""
 TOKENS = (8192, 32768, 16, 1, 1024, 4096, 128, 64, 4)
-"""By how much we want to know them."""
+"""Most important first."""
 GRAPH_TOKENS = 256
 """Up to here launching takes longer than computing, so a replayed CUDA graph is timed too."""
 MAX_ERROR = 5e-2
-"""Against the torch backend, both in bf16; what is worse is not timed."""
+"""Largest error against the torch backend, both in bf16; contestants above it are not timed."""
 PLAIN = "triton, bf16 weights"
 UNCOMPARED = ("dense", PLAIN, f"{PLAIN}, graph")
 """Contestants that compute something else than "torch" does, by design."""
@@ -82,7 +83,7 @@ def contestants_of(problem: Problem, has_backward: bool, is_cuda: bool) -> Conte
     if is_cuda and why_no_megablocks(problem.x_TD.device) is None:
         found["our glue on MegaBlocks"] = ours("megablocks")
     sum_bytes = sum(4 * p.numel() for p in parameters)
-    # Gradients of two others come beside them.
+    # The gradients of two other contestants need memory too.
     has_room = not is_cuda or 2 * sum_bytes < torch.cuda.mem_get_info()[0]
     if has_backward:
         sums: list[MainGrads] = []
@@ -109,7 +110,7 @@ def contestants_of(problem: Problem, has_backward: bool, is_cuda: bool) -> Conte
 def quantized_contestants_of(
     problem: Problem, experts: QuantizedExpertWeights, is_cuda: bool
 ) -> Contestants:
-    """Return what is timed on weights in 8 or 4 bits, beside the plain ones."""
+    """Return the contestants on weights in 8 or 4 bits, and those on plain weights."""
 
     @torch.no_grad()
     def ours(backend: Backend) -> Tensor:
@@ -129,7 +130,7 @@ def quantized_contestants_of(
 
 
 def _widened(function: Callable[[], Any], rows_per_expert: int) -> Callable[[], Any]:
-    """Return a function that writes weights out from this many rows per expert on."""
+    """Return a function that dequantizes weights from this many rows per expert on."""
 
     def widened() -> Any:
         usual = tile_rules.DEQUANTIZE_ROWS_PER_EXPERT
@@ -164,13 +165,13 @@ def _graph_of(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 
 def measure(contestants: Contestants, is_cuda: bool, budget_s: float) -> dict[str, dict[str, Any]]:
-    """Check, warm up and time every contestant; say in a sentence why one has no figures."""
+    """Check, warm up and time every contestant; record a sentence if one has no figures."""
     figures: dict[str, dict[str, Any]] = {}
     expected: list[Tensor] = []
     for name, function in contestants.items():
         try:
             figures[name] = _first_call(name, function, expected, is_cuda)
-        except Exception as error:  # a peer that is not there or too large is a line of the table
+        except Exception as error:  # a peer that is missing or too large is a line of the table
             line = str(error).splitlines()[0].partition(". ")[0]
             figures[name] = {"problem": f"{type(error).__name__}: {line}"}
     expected.clear()
@@ -187,7 +188,7 @@ def measure(contestants: Contestants, is_cuda: bool, budget_s: float) -> dict[st
             try:
                 times[name].append(_seconds(function, is_cuda))
             except torch.OutOfMemoryError:
-                figures[name]["problem"] = "out of memory beside the others"
+                figures[name]["problem"] = "out of memory next to the others"
                 del timed[name]
     for name in timed:
         figures[name] |= {"seconds": median(times[name]), "rounds": len(times[name])}
@@ -211,13 +212,13 @@ def _first_call(
     if name in UNCOMPARED:
         return figures
     outputs = [found] if isinstance(found, Tensor) else list(found)
-    # Of weight gradients the last experts': all of them twice do not fit beside the largest layer.
+    # Only the last experts' weight gradients: all of them twice do not fit with the largest layer.
     outputs = [part if part.ndim < 3 else part[-2:].clone() for part in outputs]
     del found
     if not expected:
         expected += outputs
         return figures
-    # Peers lay weights out in their own way, so of gradients all must have that of x.
+    # Peers have other weight layouts, so only the gradient of x is compared for all.
     pairs = zip(outputs[: len(expected)], expected, strict=False)
     errors = [float((a - b).abs().max() / b.abs().max()) for a, b in pairs]
     figures["error"] = max(errors)

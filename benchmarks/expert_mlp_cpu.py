@@ -1,19 +1,20 @@
 """The expert MLP on a CPU: ``python benchmarks/expert_mlp.py --device cpu`` runs this.
 
-Every contestant has the same experts and the same routing, keeps freed memory, and takes its turn;
-figures are medians. Two bounds are measured in the same run:
+Every contestant has the same experts and the same routing, keeps freed memory, and takes turns with
+the others; figures are medians. Two bounds are measured in the same run:
 
 - ``floor``: the products of each expert at its number of rows (2 forward, 6 with backward), one
   after the other by ``torch.mm`` into buffers that are there: no gathering, activation or sum. One
   routing serves all rounds, so that oneDNN has its code for every shape.
-- ``memory``: summing all of the layer's plain weights. For few tokens the bytes of the experts that
-  were chosen, over the time, are given as a share of it; routing is then new in every call, and
-  experts are far more than the caches hold.
+- ``memory``: summing all of the layer's plain weights. For few tokens the table shows
+  the bytes of the chosen experts per second as a share of it. Routing is then new in every call,
+  and the experts are much larger than the caches.
 
-For few tokens the experts have the models' widths (Mixtral half of them), so that what is measured
-is memory; for many tokens half (Mixtral half, and a quarter of the experts' width), so that a round
-takes seconds. Forward and backward is measured with one routing for all rounds, which is best for
-what compiles code by shape, and in bf16 with a new one in every call, as training has it.
+For few tokens the experts have the models' widths (Mixtral: half), so that memory is measured. For
+many tokens they have half (Mixtral: half, and a quarter of the experts' width), so that a round
+takes seconds. Forward and backward is measured with one routing for all rounds, which favours
+libraries that compile code by shape. In bf16 it is also measured with a new routing in every call,
+as in training.
 
 T tokens, K choices, R = T*K routed rows, E experts, D model width, F expert width.
 """
@@ -53,11 +54,11 @@ MAX_ERROR = 3e-2
 """Of bf16 against fp32; of our own experts in 8 and 4 bits, against their rounded weights."""
 BUDGET_S, MAX_ROUNDS, MIN_ROUNDS = 5.0, 25, 3
 PAUSE_S, CALLS = 0.02, 3
-"""Before a turn, as OpenMP's threads spin for milliseconds after a call, be it the softmax of the
-routing, and would take a core from whoever is next; and in a turn, of which the first is not timed,
-as it wakes threads."""
+"""Seconds of waiting before a turn, and calls in a turn. OpenMP's threads spin for milliseconds
+after a call, even the softmax of the routing, and would take a core from the next contestant. The
+first call of a turn wakes threads and is not timed."""
 LONG_S = 0.2
-"""Where all that plays no part: one call a turn."""
+"""Longer calls than this are not affected: one call a turn."""
 
 
 def ours(case: Case, experts: SlotWeights, backend: Backend) -> Callable[[], Tensor]:
@@ -112,9 +113,9 @@ def floor(case: Case, has_backward: bool) -> Callable[[], None]:
 
 
 def memory_rate(experts: ExpertWeights) -> float:
-    """Return bytes per second of summing these very weights, read as fp32.
+    """Return bytes per second of summing these same weights, read as fp32.
 
-    A shared machine has faster and slower memory, so others would not do.
+    A shared machine has faster and slower memory, so other memory would give another rate.
     """
     parts = [w.detach().view(torch.float32) for w in (experts.fc1_SHD, experts.fc2_SDF)]
     times = []
@@ -127,16 +128,16 @@ def memory_rate(experts: ExpertWeights) -> float:
 
 
 class Contestant(NamedTuple):
-    """What is timed, and what it must agree with."""
+    """A function to time, and the result that it must agree with."""
 
     run: Callable[[], Any]
     bits: float
-    """Of a weight, for its bytes."""
+    """Bits of a weight, for the bytes that are read."""
     expected: Callable[[], Any] | None = None
 
 
 def contestants_of(case: Case, formats: dict[str, SlotWeights], has_backward: bool) -> dict:
-    """Return all of a cell by name."""
+    """Return all contestants of a cell by name."""
     bits = 8 * case.experts.fc1_SHD.element_size()
     if has_backward:
         found = {
@@ -166,7 +167,7 @@ def contestants_of(case: Case, formats: dict[str, SlotWeights], has_backward: bo
 
 
 def check(name: str, contestant: Contestant, right: Any) -> float | None:
-    """Return the largest error; raise where it is too large. What routes by itself has none."""
+    """Return the largest error; raise if it is too large. None for peers with another router."""
     found = contestant.run()
     if found is None:
         return None

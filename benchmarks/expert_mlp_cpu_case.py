@@ -38,7 +38,7 @@ class Case:
         return experts_TK, weights_TK.softmax(dim=-1).requires_grad_()
 
     def use(self, routing: tuple[Tensor, Tensor]) -> None:
-        """Take this routing from now on."""
+        """Use this routing from now on."""
         self.experts_TK, self.weights_TK = routing
 
     @property

@@ -1,6 +1,6 @@
 """Other libraries' expert MLPs behind the call that ``expert_mlp.py`` times.
 
-Neither is a dependency: importing happens inside, and a library that is missing is a line of the
+None is a dependency: they are imported inside functions, and a missing library is a line of the
 table. E experts, D model width, F expert width.
 """
 
@@ -32,7 +32,7 @@ def _scattermoe(problem: Problem, has_backward: bool) -> Callable[[], Any]:
 
 
 def _megablocks(problem: Problem, has_backward: bool) -> Callable[[], Any]:
-    """Build MegaBlocks' dropless MLP on grouped products; its sparse one does not run any more."""
+    """Build MegaBlocks' dropless MLP on grouped products; its sparse one no longer runs."""
     from megablocks.layers.arguments import Arguments
     from megablocks.layers.dmoe import ParallelDroplessMLP
 

@@ -53,7 +53,7 @@ class Problem:
         return torch.autograd.grad(y_TD, leaves, self.upstream_TD)
 
     def dense(self, has_backward: bool) -> Callable[[], None]:
-        """Return the products of the same FLOPs through one expert, and nothing else."""
+        """Return only the products of the same FLOPs, through one expert."""
         fc1_HD, fc2_DF = self.fc1_EHD[0].detach(), self.fc2_EDF[0].detach()
         x_RD = self.x_TD.detach().repeat(self.num_rows // self.x_TD.shape[0], 1)
         a_RF, h_RH = (x_RD.new_ones(self.num_rows, n) for n in (fc2_DF.shape[1], fc1_HD.shape[0]))

@@ -1,4 +1,4 @@
-"""Does transformers see the model we export as we do?
+"""Does transformers compute the same as we do with a model we export?
 
     python benchmarks/export_parity.py MODEL_DIR
 

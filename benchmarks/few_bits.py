@@ -2,10 +2,10 @@
 
     python benchmarks/few_bits.py --out FOLDER [--steps 600] [--threads 2]
 
-Trains the shape of configs/train/demo.yaml on the standard
-library, exports it, converts the export with ``moeyard convert`` and scores held-out windows with
-``moeyard.load``. Runs and folders stay in FOLDER, and a second start goes on from there. Bytes are
-of the weight files; perplexity is per token (a byte).
+Trains the shape of configs/train/demo.yaml on the standard library, exports it, converts the export
+with ``moeyard convert`` and scores held-out windows with ``moeyard.load``. Runs and folders stay in
+FOLDER, and a second start continues from there. Bytes are those of the weight files; perplexity is
+per token (a byte).
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""What does a rank hold under parallel.dense = ddp and fsdp?
+"""How much memory does a rank use under parallel.dense = ddp and fsdp?
 
     python benchmarks/fsdp_memory.py
 
 Trains two steps on 2 and 4 ranks, in fp32 and bf16, experts split over all ranks. Adds up the
 storages a rank keeps between steps (parameters, masters, main gradients, moments) for the dense
-part (routers included) and for the experts, and takes from the kernel how far the resident memory
-grew since before the model was built: between steps, and at the peak of the second step. glibc
-is told to hand freed tensors back at once, so that what is resident is in use. Reports the rank
+part (routers included) and for the experts. Also reads from the kernel how far the resident memory
+grew since before the model was built: between steps, and at the peak of the second step. glibc is
+told to return freed tensors immediately, so that all resident memory is in use. Reports the rank
 that holds most. Linux with glibc only; about five minutes on two cores.
 """
 
@@ -46,7 +46,7 @@ TRAIN = {"steps": 2, "sequence_length": 64, "batch_sequences": 4}
 
 
 def bytes_kept(step: TrainStep, decoder: Decoder) -> dict[str, int]:
-    """Add up every storage once, by whether it belongs to experts."""
+    """Add up every storage once, separately for experts and the rest."""
     experts = expert_parameter_names(decoder)
     tensors = [(name in experts, local_part(p)) for name, p in decoder.named_parameters()]
     tensors += [(name in experts, p.main_grad) for name, p in decoder.named_parameters()]
@@ -68,7 +68,7 @@ def resident(field: str) -> int:
 
 
 def work(config_path: Path, out: Path) -> None:
-    """Run one rank and leave its figures in OUT."""
+    """Run one rank and write its figures to ``out``."""
     with process_group(120) as watch:
         config = validate_config(RunConfig, yaml.safe_load(config_path.read_text()))
         assert config.model.moe is not None

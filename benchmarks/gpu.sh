@@ -5,14 +5,14 @@
 #     benchmarks/gpu.sh FOLDER tiles             # 3 minutes: other tiles than those shipped
 #
 # check runs the tests of kernels, models and training that need a GPU. measure times the router and
-# the expert MLP beside their peers.
+# the expert MLP against their peers.
 #
 # MEGABLOCKS_SOURCES names a folder with archives or wheels of megablocks, grouped_gemm and
-# stanford-stk (docs/backends.md): they are built beside the tests, into FOLDER/megablocks, and left
-# out where that fails.
+# stanford-stk (docs/backends.md): they are built next to the tests, into FOLDER/megablocks, and left
+# out if that fails.
 #
-# Needs a python3 (or $PYTHON) with PyTorch's CUDA build, transformers, pydantic and pytest, with
-# pytest-xdist if there is time to lose; moeyard need not be installed.
+# Needs a python3 (or $PYTHON) with PyTorch's CUDA build, transformers, pydantic and pytest, and
+# pytest-xdist for speed; moeyard need not be installed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python="${PYTHON:-python3}"
@@ -44,7 +44,7 @@ tests() {
 
 check() {
     local build="" kernels=(tests/kernels/test_triton_*gpu.py) workers=()
-    # Into a folder of its own, so that the Python that runs this stays as it is.
+    # Into a separate folder, so that the Python that runs this does not change.
     if [ -n "${MEGABLOCKS_SOURCES:-}" ]; then
         { timeout 150 "$python" -m pip wheel --no-deps --no-index --no-build-isolation \
             --wheel-dir "$found/megablocks" "$MEGABLOCKS_SOURCES"/* &&
@@ -53,8 +53,8 @@ check() {
         } > "$found/megablocks_build.txt" 2>&1 &
         build=$!
     fi
-    # Compiling takes most of the time, so that many processes share it; two tests need most of the
-    # GPU's memory and come by themselves.
+    # Compiling takes most of the time, so many processes share it; two tests need most of the
+    # GPU's memory and run alone.
     if "$python" -c 'import xdist' 2> /dev/null; then workers=(-n "$processes"); fi
     tests 300 kernels --noconftest "${workers[@]}" -k "not wrap" "${kernels[@]}"
     tests 60 large --noconftest -k wrap "${kernels[@]}"

@@ -1,4 +1,4 @@
-"""How fast is an MoE layer in a user's own training loop, where autograd returns all gradients?
+"""How fast is an MoE layer in a user's training loop, where autograd returns all gradients?
 
     python benchmarks/layer_autograd.py [--busy 2] [--layer NAME] [--train all|router|lora]
 
@@ -6,10 +6,10 @@ One ``MoELayer`` against transformers' Qwen3-MoE block with the same weights: fo
 gradients of x and of what trains. ``all``: every weight. ``router``: the router alone, experts
 frozen. ``lora``: low-rank updates of frozen experts, against the same block under PEFT, which adds
 ``B A`` to the weights in every step. ``without C++`` is our layer on torch's products
-(``MOEYARD_CPU_KERNELS=off``). ``--busy N`` runs N processes that compute without end next to the
-benchmark, as other users of a machine do.
+(``MOEYARD_CPU_KERNELS=off``). ``--busy N`` runs N processes that compute all the time next to the
+benchmark, like other users of a machine.
 
-Contestants take turns, each in another process that waits in between, and figures are medians.
+Contestants take turns, each in a separate process that waits in between; figures are medians.
 """
 
 import argparse

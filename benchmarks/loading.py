@@ -1,11 +1,11 @@
-"""Opening a checkpoint of 1.4 GB beside ``AutoModelForCausalLM.from_pretrained``: time and memory.
+"""Opening a checkpoint of 1.4 GB against ``AutoModelForCausalLM.from_pretrained``: time and memory.
 
     python benchmarks/loading.py [--folder FOLDER] [--rounds 7]
 
 A Qwen3-MoE of 0.7 B random bf16 parameters (12 layers of 32 experts), written by transformers into
-FOLDER unless it is there. Each opening is a fresh process that has imported what it needs. A first
+FOLDER unless it exists. Each opening is a fresh process that has imported what it needs. A first
 round warms the page cache and watches memory: peak is the largest anonymous resident memory during
-the call, over that before it. Then both take turns unwatched, for the time of the call alone.
+the call, over that before it. Then both take turns unwatched, and only the time of the call counts.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Do the tests see deliberate defects?
+"""Do the tests detect deliberate defects?
 
     python benchmarks/mutations.py [WORD]
 
-WORD keeps those whose file has it in its path; the record is written without it only. Breaks one
-line at a time in a copy of the project and runs the tests that should notice, after seeing them
-pass unbroken.
+Breaks one line at a time in a copy of the project and runs the tests that should fail, which must
+pass first. WORD selects defects in files whose path contains it; the record is written only without
+WORD.
 """
 
 import os
@@ -352,7 +352,7 @@ MUTATIONS = [
 
 
 def survives(copy: Path, path: str, line: str, broken: str, tests: str) -> bool:
-    """Break the line, run the tests, mend it; say whether the tests passed all the same."""
+    """Break the line, run the tests and restore the line; say whether the tests still passed."""
     source = (copy / path).read_text()
     assert source.count(line) == 1, f"{path} has {line!r} {source.count(line)} times"
     (copy / path).write_text(source.replace(line, broken))

@@ -1,10 +1,10 @@
-"""Are outputs the resident ones, bit for bit, and a request's the same alone and among others?
+"""Are offloaded outputs bit for bit the resident ones, and does a request ever depend on others?
 
     python benchmarks/offload_exact.py MODEL_DIR
 
 For float32 and bfloat16 and budgets of 100 %, 50 %, 25 % and one slot: logits of a prompt batch and
 of 64 decoding steps against the fully resident model, with hits, misses and bytes read. Then, in
-bfloat16, greedy answers of an engine to eight prompts one by one and all at once.
+bfloat16, greedy answers of an engine to eight prompts one by one and all together.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
     python benchmarks/performance_table.py
 
-Everything between a table's two marks is written anew.
+Everything between a table's two marks is replaced.
 """
 
 import json
@@ -39,7 +39,7 @@ def cpu_rows(cells: list[dict[str, Any]]) -> Iterator[list[str]]:
 
 
 def decode_rows(cells: list[dict[str, Any]]) -> Iterator[list[str]]:
-    """Yield the table of few tokens: bytes of weights a second, and few bits beside 16 or 32."""
+    """Yield the table of few tokens: bytes of weights a second, and few bits against 16 or 32."""
     yield [
         "layer",
         "type",
@@ -71,7 +71,7 @@ def decode_rows(cells: list[dict[str, Any]]) -> Iterator[list[str]]:
 
 
 def gpu_rows(cells: list[dict[str, Any]]) -> Iterator[list[str]]:
-    """Yield the GPU table: our kernels beside dense products and the fastest other way."""
+    """Yield the GPU table: our kernels against dense products and the fastest other way."""
     yield ["layer", "T", "mode", "ms", "TFLOP/s", "of dense", "others", "peak MiB"]
     for cell in cells:
         found = {n: c for n, c in cell["contestants"].items() if "seconds" in c}
@@ -80,7 +80,7 @@ def gpu_rows(cells: list[dict[str, Any]]) -> Iterator[list[str]]:
         ratio = ""
         if others:
             best = min(others, key=lambda name: others[name])
-            # Nobody else's calls are captured in a graph, so ours is not for this.
+            # Peers are not captured in a graph, so the ratio uses our time without a graph.
             ratio = f"{others[best] / found['triton']['seconds']:.2f}x of {best}"
         dense = found.get("dense", {}).get("seconds")
         yield [

@@ -1,12 +1,12 @@
-"""What is reading ahead worth? Decoding with a quarter of the experts and a disk of declared speed.
+"""How much does prefetching help? Decoding with a quarter of the experts and a disk of known speed.
 
     python benchmarks/prefetch.py RUNS_DIR [--rates 400 800 1600] [--budget 25%]
 
 RUNS_DIR holds the runs of benchmarks/router_loss.py; each is exported and decodes 3 prompts of 64
 greedy tokens, one after the other, in three ways that take turns: all experts in memory; on demand
-(least recently used first out, no reading ahead); with reading ahead. The disk is the file read
-with a pause that makes all threads together no faster than the declared rate; bytes come from the
-page cache. Tokens must be the same in all of them.
+(least recently used first out, no reading ahead); with reading ahead. The disk is simulated: reads
+come from the page cache, with pauses that limit all threads together to the given rate. Tokens must
+be the same in all of them.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""What does pre-gating a trained model cost, and how much of it does fine-tuning bring back?
+"""How much loss does pre-gating a trained model cost, and how much does fine-tuning recover?
 
     python benchmarks/pregate_finetune.py [--source stdlib] [--work DIR] [--steps 800]
         [--fine-tune-steps 300] [--jobs 1]
 
 A small Qwen3-MoE-like model is trained and exported. The routers of its copy are rewired to read
-what the MoE layer before hands to its experts (configs/train/pregate.yaml), and both are trained on
-for the same steps over the same batches: the original as the control, the pre-gated one with its
-routers alone and with all parameters. Interrupt and start again as you like.
+what the experts of the previous MoE layer read (configs/train/pregate.yaml). Both are trained on
+for the same steps over the same batches: the original as the control, the pre-gated one with only
+its routers and with all parameters. Interrupt and start again as you like.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def run_seed(seed: int, arguments: argparse.Namespace) -> dict[str, float]:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     losses = {}
     for arm, more in ARMS.items():
-        # Another seed than the model's own: batches it has not seen, the same for every arm.
+        # Not the model's seed: batches that are new to it and the same for every arm.
         options = [*common, f"seed={100 + seed}", f"start_from={folder}", *more]
         steps = 1 if STILL[0] in more else arguments.fine_tune_steps
         run_dir = work / arm.replace(",", "").replace(" ", "-")

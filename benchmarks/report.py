@@ -38,7 +38,7 @@ def environment() -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """Return the commit, or nothing where the tree came without its history or git is missing."""
+    """Return the commit, or nothing if the tree has no history or git is missing."""
     command = ["git", "rev-parse", "--short", "HEAD"]
     if shutil.which("git") is None:
         return ""

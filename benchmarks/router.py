@@ -1,4 +1,4 @@
-"""The choice of experts in Triton beside torch's operators on a GPU, without the projection.
+"""The choice of experts in Triton against torch's operators on a GPU, without the projection.
 
     python benchmarks/router.py --device cuda            # benchmarks/gpu.sh runs it, too
     TRITON_INTERPRET=1 python benchmarks/router.py --device cpu --tokens 9
@@ -69,7 +69,7 @@ def main() -> None:
         experts, rule = ROUTERS[name]
         generator = torch.Generator(arguments.device).manual_seed(0)
         size, on = (num_tokens, experts), {"generator": generator, "device": arguments.device}
-        # In steps that both round alike, so that equal choices can be expected.
+        # In steps that both round in the same way, so that choices must be equal.
         logits_TE = (torch.randn(size, **on) * 256).round() / 256
         logits_TE += torch.arange(experts, device=arguments.device) / 2**17
         bias_E = torch.randn(experts, **on) / 8 if rule.num_groups > 1 else None

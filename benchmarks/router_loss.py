@@ -1,4 +1,4 @@
-"""What do routers that choose early cost in validation loss, and does a bias balance load?
+"""How much validation loss do early routers cost, and does a bias balance the load?
 
     python benchmarks/router_loss.py [--work DIR] [--steps 300] [--jobs 2]
 
@@ -29,7 +29,7 @@ ARMS = {
 
 
 def run_one(arm: str, seed: int, steps: int, work: Path) -> list[dict]:
-    """Train one model, or pick up what is there, and return its metrics."""
+    """Train one model, or continue an earlier run, and return its metrics."""
     run_dir = work / f"{arm.replace(' ', '-')}-seed{seed}"
     overrides = [f"seed={seed}", f"model.moe.router={ARMS[arm]}", "parallel.ep=1"]
     records = train(CONFIG, run_dir, [*overrides, "checkpoint.every=200"], steps, threads=1)
@@ -83,7 +83,7 @@ def main() -> None:
     path = write_results(
         "router_loss",
         {
-            "question": "validation loss of early routers beside top-k; load under a bias",
+            "question": "validation loss of early routers against top-k; load under a bias",
             "steps": arguments.steps,
             "routers": ARMS,
             "arms": rows,

@@ -10,7 +10,7 @@ from pathlib import Path
 def train(
     config: Path, run_dir: Path, overrides: list[str], steps: int, threads: int
 ) -> list[dict]:
-    """Train to step ``steps``, or pick up what is there, and return the records of the run."""
+    """Train to step ``steps``, or continue an earlier run, and return its records."""
     records = read_metrics(run_dir)
     if not records or records[-1]["step"] < steps:
         run_dir.mkdir(parents=True, exist_ok=True)

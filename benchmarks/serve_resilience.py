@@ -40,16 +40,16 @@ from moeyard.serving.server import ServeArgs
 from report import write_results
 
 CLIENTS = 4
-"""Of each kind."""
+"""Clients of each kind."""
 QUIET_S = 4.0
-"""Load before and after each event."""
+"""Seconds of load before and after each event."""
 OPTIONS = {"prompt": "hello 1", "temperature": 0}
 WHOLE_TOKENS, STREAM_TOKENS = 120, 1500
 
 
 @dataclass
 class Load:
-    """Clients that ask until they are told to stop, and what became of their requests."""
+    """Clients that send requests until told to stop, and the outcomes of their requests."""
 
     base: str
     model: str
@@ -74,7 +74,7 @@ class Load:
         while not self._stopping.is_set():
             kind, outcome, problem = ask()
             with self._lock:
-                phase = self.phase  # when it ended: that is when something may have gone wrong
+                phase = self.phase  # the phase in which it ended, because that may be the cause
                 self.outcomes[phase, kind, outcome] += 1
                 if problem:
                     self.problems.append(f"{phase}: {kind}: {problem}")
@@ -154,7 +154,7 @@ def kill_each(_: ServeArgs) -> None:
     for victim in sorted(replicas()):
         others = replicas() - {victim}
         os.kill(victim, signal.SIGKILL)
-        wait_for(lambda: len(replicas() - others - {victim}) == 1)  # noqa: B023 (called at once)
+        wait_for(lambda: len(replicas() - others - {victim}) == 1)  # noqa: B023 (called immediately)
         time.sleep(QUIET_S)
 
 

@@ -25,7 +25,7 @@ ARMS = {"moe": [], "dense": ["model.moe=null", "model.d_ff=512"]}
 
 
 def run_one(arm: str, lr: float, seed: int, text: Path, work: Path, threads: int) -> float:
-    """Train one model, or pick up what is there, and return its held-out loss."""
+    """Train one model, or continue an earlier run, and return its held-out loss."""
     run_dir = work / f"{arm}-lr{lr:g}-seed{seed}"
     overrides = [f"data.source={text}", f"optimizer.lr={lr}", f"seed={seed}", *ARMS[arm]]
     loss: float = train(CONFIG, run_dir, overrides, STEPS, threads)[-1]["eval_loss"]

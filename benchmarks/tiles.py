@@ -2,10 +2,10 @@
 
     python benchmarks/tiles.py --processes 16      # benchmarks/gpu.sh runs it, too
 
-Each candidate is compiled first, by several processes that share Triton's cache, and must compute
-what the shipped tiles compute; then one process times them in turns, medians with L2 overwritten
-before each call. ``kernels/gpu/tiles.py`` holds what was chosen. A floor stands beside each kernel:
-for many rows cuBLAS on a dense product of the same FLOPs, for few the memory's speed.
+Several processes that share Triton's cache compile the candidates first. Each must give the results
+of the shipped tiles. Then one process times them in turns; figures are medians with L2 overwritten
+before each call. ``kernels/gpu/tiles.py`` has the chosen tiles. Each kernel has a floor: for many
+rows cuBLAS on a dense product of the same FLOPs, for few rows the memory's speed.
 
 T tokens, R routed rows, E experts, D model width, F expert width; M, N, P as in ``Tiles``.
 """
@@ -110,7 +110,7 @@ FEW_ROWS_INT4 = _with_stages(
     ((128, 64, 4), (3, 4, 6, 8)),
     ((256, 64, 8), (4,)),
 )
-"""Tiles but for their rows. Steps of int4 lie within a group."""
+"""Tiles without their rows. Steps of int4 are within a group."""
 
 
 class Candidate(NamedTuple):
@@ -230,12 +230,12 @@ class Problem:
         return launches[kernel]
 
     def outcome_of(self, call: Callable[[], Tensor]) -> Tensor:
-        """Run a call once on outputs full of NaN, so that what it leaves out is seen."""
+        """Run a call once on outputs full of NaN, so that missing writes are visible."""
         for total in (self.sum1_EHD, self.sum2_EDF):
             total.zero_()
         for gradient in (self.grad1_EHD, self.grad2_EDF):
             gradient.fill_(torch.nan)
-        # torch then fills what it allocates with NaN, too.
+        # torch then also fills new memory with NaN.
         torch.use_deterministic_algorithms(True, warn_only=True)
         try:
             return call().to(torch.float32, copy=True)
@@ -250,7 +250,7 @@ class Problem:
 
 
 def compile_some(layer: Layer, candidates: list[Candidate]) -> None:
-    """Compile in a process of its own; what fails here fails again, and is told, where timed."""
+    """Compile in a separate process; failures show up again, and are reported, when timed."""
     problem = Problem(layer)
     for candidate in candidates:
         try:

@@ -1,4 +1,4 @@
-"""A training step beside Hugging Face's Qwen3-MoE: same shape, types, optimizer and allocator.
+"""A training step against Hugging Face's Qwen3-MoE: same shape, types, optimizer and allocator.
 
     torchrun --standalone --nproc-per-node 2 benchmarks/train_step.py [--precision fp32|bf16]
     python benchmarks/train_step.py --no-communication
@@ -74,7 +74,7 @@ class OurStep:
         self.phases.append(dict(self._step.phases.seconds))
 
     def median_phases(self) -> dict[str, float]:
-        """Return each phase's median without the first two steps, those that take any time."""
+        """Return the median of each phase that takes any time, without the first two steps."""
         names = [name for name, seconds in self.phases[-1].items() if seconds > 0]
         return {n: statistics.median(phase[n] for phase in self.phases[2:]) for n in names}
 

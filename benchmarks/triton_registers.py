@@ -35,8 +35,8 @@ from moeyard.kernels.gpu.weight_grad import weight_grad_kernel
 from moeyard.kernels.values.activation import ACTIVATIONS
 
 SHARED_LIMIT = {80: 101_376, 90: 232_448}
-"""Bytes of shared memory that one program may have: on GeForce cards of the 30 and 40 series, which
-have less than A100's 166,912 and run the same configurations, and on H100 or H200."""
+"""The most bytes of shared memory of one program. For sm_80 it is that of GeForce cards of the 30
+and 40 series, which have less than A100's 166,912; for sm_90, that of H100 and H200."""
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 INDEX_POINTERS = {
@@ -52,12 +52,12 @@ DIVISIBLE = {
     *("stride_x", "stride_slot", "stride_row", "stride_left", "stride_right", "tile_rows"),
     *("stride_inner", "stride_output", "group_size"),
 }
-"""Integers that are multiples of 16 for the widths of real models; Triton is told so, as it finds
-out itself when it runs."""
+"""Integers that are multiples of 16 for the widths of real models. We tell Triton; at run time it
+finds out by itself."""
 
 
 BIASES = {up_projection_kernel: "bias_SH", grouped_matmul_kernel: "bias_SQ"}
-"""What a kernel calls its biases, which cases leave out unless they say ``has_bias``."""
+"""Names of bias arguments, which cases leave out without ``has_bias``."""
 
 
 SPILLS = {grad_hidden_kernel: 384, weight_grad_kernel: 16}
@@ -91,7 +91,7 @@ class Case(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """What the compiler made of a case."""
+    """A case's compiled kernel."""
 
     case: Case
     registers: int
@@ -111,7 +111,7 @@ class Compiled(NamedTuple):
 
     @property
     def problems(self) -> list[str]:
-        """What must not ship."""
+        """Reasons not to ship this configuration."""
         found = []
         tiles = self.case.tiles
         is_wide = tiles is not None and tiles.N == 256
@@ -330,7 +330,7 @@ def _cuobjdump(cubin: bytes, option: str) -> str:
 
 
 def main() -> int:
-    """Print and write the table; fail where a configuration must not ship."""
+    """Print and write the table; fail if a configuration must not ship."""
     head = f"Triton {triton.__version__}, compiled without a GPU by {Path(__file__).name}"
     lines, is_bad = [head], False
     for case in itertools.chain(cases(80), cases(90)):

@@ -1,4 +1,4 @@
-"""Does every panel of the shipped dashboards show something?
+"""Does every panel of the shipped dashboards show data?
 
 python benchmarks/watching.py [--hold SECONDS]
 
@@ -36,7 +36,7 @@ from launch import free_port  # noqa: E402
 KEY = "a-key-for-this-run"
 OBSERVE_S = 60
 VARIABLES = {"$__rate_interval": "30s", "$instance": ".*", "$layer": "1"}
-"""What Grafana would fill in."""
+"""Values of the variables that Grafana would fill in."""
 
 
 def main() -> int:
@@ -175,7 +175,7 @@ def api(base: str, path: str, **parameters: str) -> Any:
 
 
 def ask(url: str) -> bytes | None:
-    """Return what is at ``url``, or None when nobody answers well."""
+    """Return what is at ``url``, or None without a good answer."""
     try:
         with urllib.request.urlopen(url, timeout=30) as answer:
             content: bytes = answer.read()

@@ -45,8 +45,8 @@ class MoELayer(nn.Module):
 
     ``router`` is a router's configuration (``TopK(k=4)``, ``Hash()``, or one of your own: a
     :class:`RouterConfig` that builds your :class:`Router`). ``d_shared`` adds a shared expert of
-    that width which every token visits. ``recompute`` keeps only the experts' input for backward, and
-    not their pre-activations. ``expert_bias`` gives each expert's two products a bias, as in
+    that width which every token visits. ``recompute`` keeps only the experts' input for backward,
+    and not their pre-activations. ``expert_bias`` gives each expert's two products a bias, as in
     gpt-oss.
     """
 

@@ -1,4 +1,4 @@
-"""Multi-head latent attention (DeepSeek-V2, section 2.1): queries, keys and values through narrow latents.
+"""Multi-head latent attention (DeepSeek-V2, section 2.1): narrow latents of queries, keys, values.
 
 T tokens, D model width, Q heads, C latent width (``kv_rank``), R rotated part of a head, N part
 without position, V value width, L rows of one sequence, S positions.

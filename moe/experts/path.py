@@ -26,8 +26,8 @@ class ExpertPath(Protocol):
     ) -> Tensor:
         """Return each token's weighted sum of its experts, plus the result of ``beside``.
 
-        ``experts`` are those of this process. ``beside`` is called once; a path may call
-        it while rows or experts are in transit. Its result is added to the finished sum, ``[T, D]``.
+        ``experts`` are those of this process. ``beside`` is called once; a path may call it
+        while rows or experts are in transit. Its result is added to the finished sum, ``[T, D]``.
         """
         ...
 

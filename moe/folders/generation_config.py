@@ -51,7 +51,9 @@ def _sampling(values: dict[str, Any]) -> SamplingParams:
     }
     for key, value in given.items():
         if type(value) not in ((int,) if key == "top_k" else (int, float)):
-            raise ModelFileError(f"{FILE} has {key} = {value!r}, which is not a number; correct it.")
+            raise ModelFileError(
+                f"{FILE} has {key} = {value!r}, which is not a number; correct it."
+            )
     try:
         return SamplingParams(**given)
     except ConfigError as error:

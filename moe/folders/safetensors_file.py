@@ -118,8 +118,8 @@ class SafetensorsFile:
         length = int.from_bytes(os.pread(self._descriptor, 8, 0), "little")
         if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
             raise ModelFileError(
-                f"{self.path} is not a complete safetensors file (header of {length} bytes in a file of "
-                f"{size}); copy it again."
+                f"{self.path} is not a complete safetensors file (header of {length} bytes in a "
+                f"file of {size}); copy it again."
             )
         try:
             header = json.loads(os.pread(self._descriptor, length, 8))

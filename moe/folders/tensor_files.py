@@ -87,7 +87,7 @@ class TensorFiles:
             file.close()
 
     def _add(self, file: SafetensorsFile, index: dict[str, str]) -> None:
-        """Register a file's tensors; if two files have one name, the index must say which counts."""
+        """Register a file's tensors; if two files share a name, the index must decide."""
         for name in file.entries:
             other = self._file_of.get(name)
             if other is not None and name not in index:

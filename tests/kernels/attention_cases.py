@@ -15,7 +15,7 @@ from moeyard.moe.kv_cache import KVCacheSpec, SequenceCache
 D, Q, G, H = 24, 6, 2, 10
 EPSILON = 1e-5
 LAYER = 1
-"""Of two; the other's keys and values are no numbers."""
+"""The layer of two that is tested; the other's keys and values are NaN."""
 PAST = (0, 1, 4, 13, 70)
 """Positions in each sequence's cache before the first step."""
 
@@ -131,7 +131,7 @@ def formula(
     rope: tuple[Tensor, Tensor],
     known: list[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Return one sequence's residual stream and its norm in fp64; ``known`` grows."""
+    """Return one sequence's residual stream and its norm in fp64; extend ``known``."""
     seen_D = normed(x_D, modules.input_norm)
     q_QH = heads_of(product(seen_D, modules.q), modules.q_norm, options)
     k_GH = heads_of(product(seen_D, modules.k), modules.k_norm, options)

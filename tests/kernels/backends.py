@@ -1,4 +1,4 @@
-"""Stand-ins for what a machine has."""
+"""Stand-ins for the hardware of a machine."""
 
 import dataclasses
 

@@ -57,7 +57,7 @@ def test_two_positions_agree_with_the_formula(name, dtype):
 def test_no_case_could_pass_without_what_it_is_about(name):
     modules, options = layer(CASES[name], torch.float64)
     plain_modules, plain = layer(CASES["plain"], torch.float64)
-    for linear in "qkvo":  # the same weights, whatever was drawn between them
+    for linear in "qkvo":  # the same weights, independent of other draws
         getattr(plain_modules, linear).weight = getattr(modules, linear).weight
     for norm in ("input_norm", "output_norm"):
         getattr(plain_modules, norm).weight = getattr(modules, norm).weight
@@ -99,7 +99,7 @@ def test_sees_that_a_parameter_or_its_module_is_another(place):
     module, name = place.split(".")
     old = getattr(getattr(modules, module), name)
     old.add_(1.0)
-    assert attention.is_of(modules), "what is in the same place needs no new addresses"
+    assert attention.is_of(modules), "parameters at the same addresses need no update"
     other = nn.Module()
     setattr(other, name, old)
     assert not attention.is_of(modules._replace(**{module: other}))

@@ -1,4 +1,4 @@
-"""Building and loading the C++ kernels, and doing without them."""
+"""Building and loading the C++ kernels, and running without them."""
 
 import logging
 import os
@@ -32,7 +32,7 @@ def test_the_kernels_of_this_machine_compute_right():
 
 
 def fake_compiler(tmp_path, monkeypatch, script: str) -> Path:
-    """Put a compiler in place that counts its calls; return the file that counts."""
+    """Install a fake compiler that counts its calls; return the file with the count."""
     compiler, calls = tmp_path / "fake-c++", tmp_path / "calls"
     compiler.write_text(f"#!/bin/sh\necho called >> {calls}\n{script}\n")
     compiler.chmod(0o755)
@@ -97,7 +97,7 @@ def test_a_check_that_breaks_leaves_the_kernels_unused(monkeypatch):
 
 @needs_compiler
 def test_the_pool_runs_every_task_of_every_job_exactly_once(tmp_path):
-    """Millions of short jobs of changing size: a worker that is late must find nothing."""
+    """Millions of short jobs of changing size: a worker that is late must not find a task."""
     program = tmp_path / "pool_stress"
     compiler = next(filter(None, map(shutil.which, build.COMPILERS)))
     files = [str(Path(__file__).with_name("pool_stress.cpp")), str(build.SOURCES / "pool.cpp")]

@@ -72,7 +72,7 @@ BIASES = pytest.mark.parametrize("has_bias", [False, True], ids=["plain", "biase
 
 
 def biases_for(experts, d_model, d_expert, dtype):
-    """Return biases of the size of what they are added to."""
+    """Return biases about as large as the values they are added to."""
     shapes = (experts, 2 * d_expert), (experts, d_model)
     return [(2 * random(*shape, seed=5)).to(dtype) for shape in shapes]
 
@@ -114,7 +114,7 @@ def test_training_has_the_values_and_gradients_of_the_reference(dtype, has_bias,
     tokens, choices, experts, d_model, d_expert = shape
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(-1, experts + 1, (tokens, choices), generator=generator)
-    ids[ids == experts] = 0  # which has many rows
+    ids[ids == experts] = 0  # so that expert 0 has many rows
     x = random(tokens, d_model, dtype=dtype)
     fc1 = random(experts + 1, 2 * d_expert, d_model, seed=1, dtype=dtype)  # the last has no rows
     fc2 = random(experts + 1, d_model, d_expert, seed=2, dtype=dtype)
@@ -294,7 +294,7 @@ def test_callers_in_several_threads_and_in_forked_children_get_right_results():
     for caller in callers:
         caller.start()
     child = os.fork()
-    if not child:  # it inherits no helpers, and maybe a pool in the midst of a job
+    if not child:  # it has no helper threads, and its pool may be in the middle of a job
         os._exit(0 if torch.equal(linear(x, weight), expected) else 1)
     for caller in callers:
         caller.join()

@@ -1,4 +1,4 @@
-"""The C++ kernels as operators: what torch.compile and torch's own checks of operators see."""
+"""The C++ kernels as operators, under torch.compile and torch's checks of operators."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=s
 
 @pytest.fixture(autouse=True)
 def _forget_graphs():
-    """Dynamo refuses a function that it has compiled for too many cases, of other tests too."""
+    """Dynamo refuses a function that it compiled for too many cases, also those of other tests."""
     torch._dynamo.reset()
 
 
@@ -30,7 +30,7 @@ def problem(dtype, tokens=19, has_bias=False):
     fc1 = (torch.randn(4, 192, 64, generator=g) / 8).to(dtype)
     fc2 = (torch.randn(4, 64, 96, generator=g) / 8).to(dtype)
     table = (2, 0, 3, 1, -1)
-    ids[ids == 4] = -1  # which is not here
+    ids[ids == 4] = -1  # expert 4 is not here
     leaves = [x, weights, fc1, fc2]
     if has_bias:
         leaves += (torch.randn(4, width, generator=g).to(dtype) for width in (192, 64))
@@ -64,7 +64,7 @@ def test_a_compiled_backward_adds_to_main_gradients(is_empty, has_bias):
     ids, leaves, table = problem(torch.float32, has_bias=has_bias)
     totals = []
     for function in (run, torch.compile(run, backend="aot_eager", fullgraph=True)):
-        fill = float("nan") if is_empty else 1.0  # what an empty sum holds must not matter
+        fill = float("nan") if is_empty else 1.0  # the contents of an empty sum must not matter
         filled = [torch.full(leaf.shape, fill) for leaf in leaves[2:]]
         sums = MainGrads.of(filled, is_empty=is_empty)
         for _ in range(2):

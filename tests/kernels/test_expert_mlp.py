@@ -90,7 +90,7 @@ def test_activations_agree_with_torch_and_with_the_reference_in_all_gradients(ac
         expected = {"swiglu": F.silu, "reglu": F.relu, "geglu": F.gelu}[activation](gate) * up
     torch.testing.assert_close(gated(h, activation), expected)
     ids, leaves = problem((37, 2, 5, 24, 40), "with_none", torch.float64)
-    leaves[2] = (leaves[2].detach() * 10).requires_grad_()  # beyond where gates are clamped
+    leaves[2] = (leaves[2].detach() * 10).requires_grad_()  # some gates are clamped
     y, grads = run(ids, leaves, "torch", activation)
     expected_y, expected = run(ids, leaves, "reference", activation)
     for actual, wanted in zip((y, *grads), (expected_y, *expected), strict=True):
@@ -99,7 +99,7 @@ def test_activations_agree_with_torch_and_with_the_reference_in_all_gradients(ac
 
 @pytest.mark.parametrize("first", [0, 2, 4])
 def test_a_share_of_the_experts_agrees_with_the_reference(first):
-    """What a rank does: a slot table, few rows, all of them for experts that are here."""
+    """As on a rank: a slot table and few rows, all of them for experts that are here."""
     ids, leaves = problem((11, 2, 2, 16, 8), "with_none", torch.float32)
     ids = torch.where(ids >= 0, ids + first, -1)
     table = tuple(e - first if first <= e < first + 2 else -1 for e in range(6))
@@ -121,7 +121,7 @@ def test_backward_adds_gradients_to_main_gradients_where_there_are_any(dtype, is
     x, weights, fc1, fc2, *biases = leaves
     _, returned = run(ids, leaves, "torch")
     wide = torch.promote_types(dtype, torch.float32)
-    fill = float("nan") if is_empty else 1.0  # what an empty sum holds must not matter
+    fill = float("nan") if is_empty else 1.0  # the contents of an empty sum must not matter
     totals = [torch.full(leaf.shape, fill, dtype=wide) for leaf in leaves[2:]]
     sums = MainGrads.of(totals, is_empty=is_empty)
     experts = ExpertWeights.of((fc1, fc2, *biases), main_grads=sums)

@@ -23,7 +23,7 @@ def draw(*shape, dtype, generator, scale=1.0):
 
 
 def case(dtype, slot_of_E, empty=()):
-    """Return everything that may want gradients, the ids, and the frozen experts."""
+    """Return all tensors that may require gradients, the ids, and the frozen experts."""
     generator = torch.Generator().manual_seed(5)
     num_slots = E if slot_of_E is None else 3
     kw = {"dtype": dtype, "generator": generator}

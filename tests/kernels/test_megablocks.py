@@ -1,4 +1,4 @@
-"""The MegaBlocks backend's glue, on a stand-in for its grouped product; and when it is refused.
+"""Our code around MegaBlocks, on a stand-in for its grouped product; and when it is refused.
 
 MegaBlocks itself needs CUDA; the last test runs it where it is installed.
 """
@@ -27,7 +27,7 @@ T, K, E, D, F = 37, 2, 5, 24, 40
 
 
 def gmm(a, b, batch_sizes, trans_a=False, trans_b=False, c=None):
-    """What grouped_gemm.backend.gmm computes, with its checks; idle sums stay as they were."""
+    """Compute what grouped_gemm.backend.gmm does, with its checks; idle sums are not written."""
     assert not (trans_a and trans_b) and c is None
     assert batch_sizes.device == CPU and batch_sizes.dtype == torch.int64
     assert a.is_contiguous() and b.is_contiguous() and a.dtype == b.dtype == torch.bfloat16
@@ -166,7 +166,7 @@ def test_says_what_it_does_not_take(stand_in):
 
 @pytest.fixture
 def fresh(monkeypatch):
-    """MegaBlocks is found; what importing it does, each test says. Nothing is remembered."""
+    """Make MegaBlocks seem installed; each test decides what importing it does. No caches."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     megablocks_backend._load.cache_clear()
     yield monkeypatch

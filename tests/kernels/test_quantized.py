@@ -1,4 +1,4 @@
-"""Expert weights in 8 and 4 bits: what rounding keeps, and that every backend reads it alike."""
+"""Expert weights in 8 and 4 bits: rounding errors, and the same values in every backend."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def test_no_weight_is_off_by_more_than_half_a_step(bits, group_size):
     weight = random(3, 10, 128)
     found = quantize(weight, bits, group_size)
     groups = weight.unflatten(-1, (-1, group_size or 128))
-    # 4 bits may clip up to a quarter of the largest, when that serves the others.
+    # 4 bits may clip up to a quarter of the largest value if that helps the others.
     allowed = groups.abs().amax(-1, keepdim=True) * (1 / 254 if bits == 8 else 0.25) * 1.005
     error = (dequantized(found).unflatten(-1, (-1, group_size or 128)) - groups).abs()
     assert (error <= allowed).all()
@@ -86,7 +86,7 @@ def test_a_slot_table_addresses_quantized_experts():
     x, ids, weights, experts = problem(19, 2, 3, 64, 32)
     table = (-1, 2, 0, -1, 1)
     found = quantize_experts(ExpertWeights(experts.fc1_SHD, experts.fc2_SDF, slot_of_E=table), 8)
-    ids = torch.tensor([1, 2, 4, -1])[ids]  # of the experts that are here
+    ids = torch.tensor([1, 2, 4, -1])[ids]  # only experts that are here
     expected = expert_mlp(x, ids, weights, found, "reference")
     torch.testing.assert_close(expert_mlp(x, ids, weights, found), expected, rtol=1e-3, atol=1e-3)
 

@@ -1,4 +1,4 @@
-"""fc1 computed again in backward: the same gradients, and what is kept; on torch and C++."""
+"""fc1 computed again in backward, on torch and C++: the same gradients, and less memory kept."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def problem(dtype):
 
 
 def outcome(ids, leaves, backend, recompute, main_grads=None):
-    """Return y, the gradients, and the bytes kept beside the leaves."""
+    """Return y, the gradients, and the bytes kept in addition to the leaves."""
     x, weights, fc1, fc2, *biases = leaves
     kept = {}
     with torch.autograd.graph.saved_tensors_hooks(
@@ -55,7 +55,7 @@ def test_gradients_are_bit_equal_and_less_is_kept(backend, dtype):
     plain, plain_bytes = outcome(ids, leaves, backend, False)
     again, again_bytes = outcome(ids, leaves, backend, True)
     assert all(torch.equal(a, b) for a, b in zip(again, plain, strict=True))
-    # Torch's path keeps rows of experts that are here only, and some that rounding adds.
+    # Torch's path keeps only rows of experts that are here, and some padding.
     rows = T * K if backend == "cpp" else int((ids >= 0).sum())
     assert plain_bytes - again_bytes >= rows * 2 * F * dtype.itemsize
 

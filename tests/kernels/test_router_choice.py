@@ -1,4 +1,4 @@
-"""When the Triton router is taken, and what it says when it cannot be; without a GPU."""
+"""When the Triton router is chosen, and its messages when it cannot be; without a GPU."""
 
 import warnings
 
@@ -60,7 +60,7 @@ def test_a_router_that_fails_its_self_check_warns_once_and_is_not_taken(monkeypa
 
 @pytest.mark.parametrize("part", ["experts", "weights", "sums", "gradients", "an exception"])
 def test_the_self_check_sees_what_a_wrong_kernel_does(part):
-    """Torch's own path passes for the kernels; then one thing about it is made wrong."""
+    """Torch's path stands in for the kernels; then one part of it is made wrong."""
 
     def wrong(logits_TE, bias_E, valid_T, rule, wants_sums):
         if part == "an exception":

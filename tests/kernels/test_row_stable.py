@@ -1,4 +1,4 @@
-"""Rows do not depend on how many there are."""
+"""A row's bits do not depend on the number of rows."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def test_few_rows_have_the_bits_of_many(width, threads, kernels, monkeypatch):
             assert torch.equal(row_stable_linear(x[:count], weight), wide[:count])
             found = linear(x[:count].bfloat16(), weight.bfloat16())
             assert torch.equal(found, narrow[:count])
-        for row in range(200):  # few elements of few rows show a lone row's other path
+        for row in range(200):  # a single row's code path changes few elements of few rows
             found = linear(x[row : row + 1].bfloat16(), weight.bfloat16())
             assert torch.equal(found, narrow[row : row + 1])
 

@@ -1,4 +1,4 @@
-"""When the Triton backend is taken, and what it says when it cannot be; without a GPU."""
+"""When the Triton backend is chosen, and its messages when it cannot be; without a GPU."""
 
 import importlib.util
 import random

@@ -1,4 +1,4 @@
-"""The Triton kernels on a GPU: the cases of the interpreter, and what only a GPU can show."""
+"""The Triton kernels on a GPU: the interpreter's cases, and cases that need a GPU."""
 
 import pytest
 import torch
@@ -82,7 +82,7 @@ def test_a_captured_graph_follows_new_routings():
     ids=["weights_beyond_2**31_elements", "rows_beyond_2**31_elements"],
 )
 def test_offsets_do_not_wrap(shape):
-    """The last expert's rows alone, far behind the start of everything, agree with a small call."""
+    """The last expert's rows, far from the start of every tensor, agree with a small call."""
     tokens, choices, experts, d_model, d_expert = shape
     g = torch.Generator("cuda").manual_seed(0)
     dtype = torch.bfloat16

@@ -1,6 +1,6 @@
 """The Triton kernels in Triton's interpreter, on the CPU.
 
-The mode is fixed when Triton is imported, hence a process of its own.
+The mode is fixed when Triton is imported, so the cases run in separate processes.
 """
 
 import os
@@ -15,12 +15,12 @@ pytest.importorskip("triton", reason="Triton has no package for this system")
 
 
 PARTS = {"triton_cases": 60, "triton_quantized_cases": 35, "triton_router_cases": 50}
-"""The files of cases, and how many each has at least."""
+"""The files of cases, and the least number of cases in each."""
 
 
 @pytest.fixture(scope="module")
 def running():
-    """All files at once, each in a process of one thread: the interpreter's tiles are small."""
+    """Run all files in parallel, one single-threaded process each: tiles are small."""
     processes = {}
     for name in PARTS:
         cases = Path(__file__).with_name(f"{name}.py")

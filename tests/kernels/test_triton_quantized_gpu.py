@@ -1,4 +1,4 @@
-"""Weights in 8 and 4 bits on a GPU: the cases of the interpreter, and what only a GPU can show."""
+"""Weights in 8 and 4 bits on a GPU: the interpreter's cases, and cases that need a GPU."""
 
 import pytest
 import torch

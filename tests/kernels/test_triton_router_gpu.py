@@ -1,4 +1,4 @@
-"""The Triton router on a GPU: the cases of the interpreter, and what only a GPU can show."""
+"""The Triton router on a GPU: the interpreter's cases, and cases that need a GPU."""
 
 import pytest
 import torch

@@ -57,7 +57,7 @@ def test_frozen_parameters_have_no_gradient_and_the_others_the_same_bits(backend
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 @pytest.mark.parametrize("frozen", FROZEN, ids="-".join)
 def test_no_backward_computes_what_is_not_wanted(backend, frozen, monkeypatch):
-    """A gradient that autograd throws away would look the same from outside."""
+    """From outside, a gradient that autograd throws away would look the same."""
     asked, make = [], MainGrads.empty_for
     monkeypatch.setattr(MainGrads, "empty_for", lambda *a: asked.append(make(*a)) or asked[-1])
     gradients(*problem(torch.float32), backend, frozen)

@@ -1,6 +1,6 @@
-"""What the Triton kernels promise, against the reference in fp64; one set of cases, run twice.
+"""Cases of the Triton kernels against the reference in fp64; they run twice.
 
-In Triton's interpreter, in a process of its own (test_triton_interpreted.py), and on a GPU
+In Triton's interpreter, in a separate process (test_triton_interpreted.py), and on a GPU
 (test_triton_gpu.py).
 """
 
@@ -19,7 +19,7 @@ DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 NAMES = ("y", "grad x", "grad weights", "grad fc1", "grad fc2", "grad bias1", "grad bias2")
 
-# T, K, E, D, F; together they take every tile size, with and without a ragged end.
+# T, K, E, D, F; together they use every tile size, with and without a ragged end.
 SHAPES = {
     "no_token": (0, 2, 3, 8, 8),
     "one_token": (1, 1, 1, 16, 16),
@@ -125,7 +125,7 @@ def test_any_distribution_of_the_rows_agrees_with_the_reference(kind):
 def test_activations_agree_with_the_reference(activation, dtype):
     shape = SHAPES["tiles_of_32"]
     ids, leaves = routing("random", *shape[:3]), problem(shape, dtype)
-    if dtype == torch.float32:  # beyond where gates are clamped; bf16 may round across the edge
+    if dtype == torch.float32:  # beyond the limit where gates are clamped; bf16 may round across it
         leaves[2] = (leaves[2].detach() * 8).requires_grad_()
     found = outcome(ids, leaves, activation=activation)
     assert_near(found, expected_outcome(ids, leaves, activation=activation), dtype)
@@ -151,7 +151,7 @@ def test_ids_out_of_range_are_rows_without_an_expert():
 
 
 def test_reads_nothing_beside_its_inputs():
-    """Rows, slots and columns beside them are NaN, and routing weights of no expert too."""
+    """Other rows, slots and columns, and the routing weights of no expert, are NaN."""
     shape = (37, 2, 5, 24, 40)
     ids, leaves = routing("with_none", *shape[:3]), problem(shape, torch.float32, has_bias=True)
 
@@ -177,7 +177,7 @@ def test_reads_nothing_beside_its_inputs():
 def test_backward_adds_to_fp32_main_gradients(dtype, is_empty):
     shape = (37, 2, 5, 24, 40)
     ids, leaves = routing("an_expert_is_idle", *shape[:3]), problem(shape, dtype, has_bias=is_empty)
-    fill = float("nan") if is_empty else 1.0  # what an empty sum holds must not matter
+    fill = float("nan") if is_empty else 1.0  # the contents of an empty sum must not matter
     totals = [torch.full(leaf.shape, fill, device=DEVICE) for leaf in leaves[2:]]
     sums = MainGrads.of(totals, is_empty=is_empty)
     for _ in range(2):

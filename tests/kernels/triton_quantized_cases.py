@@ -1,4 +1,4 @@
-"""What the Triton kernels promise about weights in 8 and 4 bits; run as triton_cases.py is."""
+"""Cases of the Triton kernels for weights in 8 and 4 bits; they run like triton_cases.py."""
 
 import functools
 from dataclasses import replace
@@ -50,7 +50,7 @@ def assert_near(found, expected, dtype):
     assert error <= TOLERANCE[dtype], f"off by {float(error):.1e}"
 
 
-# Types differ in rounding and in how values are widened; sizes are alike for all of them.
+# Types differ in rounding and in how values are widened; all use the same sizes.
 CASES = [
     *((*made, torch.float32, 16 << i % 3) for i, made in enumerate(2 * FORMATS)),
     *((*made, torch.bfloat16, 16) for made in FORMATS),
@@ -94,7 +94,7 @@ def test_quantized_takes_no_tokens_and_ids_out_of_range():
 
 
 def biased(experts, dtype):
-    """Return the experts with biases of the size of what they are added to."""
+    """Return the experts with biases about as large as the values they are added to."""
     g, (num_slots, height) = torch.Generator().manual_seed(3), experts.fc1.values.shape[:2]
     shapes = {"fc1_bias_SH": (num_slots, height), "fc2_bias_SD": (num_slots, experts.d_model)}
     made = {name: torch.randn(shape, generator=g).to(dtype) for name, shape in shapes.items()}
@@ -135,10 +135,10 @@ def test_quantized_gives_the_same_bits_from_any_slots(bits, group_size, way, mon
         )
 
     resident = run(inputs, experts)
-    # A pool with more slots than the layer has experts; those between belong to others.
+    # A pool with more slots than the layer has experts; the slots between belong to other layers.
     pool = in_slots([2, 2, 0, 1, 1, 0], (2, 4, 0))
     assert torch.equal(run(inputs, pool), resident)
-    # A cache without expert 1; its rows count as nobody's.
+    # A cache without expert 1; its rows count as rows without an expert.
     x, ids, weights = inputs
     cache = in_slots([2, 0], (1, -1, 0))
     there = (ids != 1) & (ids >= 0)
@@ -150,7 +150,7 @@ def test_quantized_gives_the_same_bits_from_any_slots(bits, group_size, way, mon
 @WAYS
 @pytest.mark.parametrize(("bits", "group_size"), [(8, None), (4, 32)])
 def test_quantized_reads_nothing_beside_its_inputs(bits, group_size, way, monkeypatch):
-    """Rows and slots beside them are NaN, or bytes with a scale of NaN."""
+    """Other rows and slots are NaN, or bytes with a scale of NaN."""
     write_out_from(8 if way == "written_out" else 1000, monkeypatch)
     experts, tokens = weights_of(3, 64, 32, bits, group_size), 19
     x, ids, weights = problem((tokens, 1, 3, 64, 32), torch.float32)

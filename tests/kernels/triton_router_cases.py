@@ -1,7 +1,7 @@
-"""What the Triton router promises, against torch in fp64; one set of cases, run twice.
+"""Cases of the Triton router against torch in fp64; they run twice.
 
-In Triton's interpreter, in a process of its own (test_triton_interpreted.py), and on a GPU
-(test_triton_gpu.py).
+In Triton's interpreter, in a separate process (test_triton_interpreted.py), and on a GPU
+(test_triton_router_gpu.py).
 """
 
 import pytest

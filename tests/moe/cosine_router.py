@@ -1,4 +1,4 @@
-"""A router of a user's own, as docs/own-routers.md shows: X-MoE's cosine router.
+"""A user's router, as docs/own-routers.md shows it: X-MoE's cosine router.
 
 T tokens, D model width, P width of the comparison, E experts, K choices.
 """

@@ -1,4 +1,4 @@
-"""What tests of decoding share: random prompts, and reading them position by position."""
+"""Shared by tests of decoding: random prompts, and reading them position by position."""
 
 import torch
 
@@ -13,7 +13,7 @@ def prompts(*lengths: int) -> list[torch.Tensor]:
 
 @torch.inference_mode()
 def hidden_by_steps(model: Decoder, sequences, prefix: int) -> list[torch.Tensor]:
-    """Read ``prefix`` ids at once, then one by one, all sequences together."""
+    """Read ``prefix`` ids in one step, then one by one, all sequences together."""
     caches = [model.new_cache() for _ in sequences]
     chunks = [[ids[:prefix] for ids in sequences]]
     longest = max(map(len, sequences))

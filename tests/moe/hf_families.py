@@ -114,7 +114,7 @@ CASES = {
 
 
 def make(case: str, **options) -> nn.Module:
-    """Return transformers' model of a case; norms, biases and sinks are no round numbers."""
+    """Return transformers' model of a case; norms, biases and sinks are random."""
     name, own = CASES[case]
     torch.manual_seed(1)
     config = getattr(transformers, f"{name}Config")(**{**BASE, **own, **options})
@@ -141,8 +141,8 @@ def assert_same_model(
 ) -> None:
     """Weights are the same bit for bit (or within ``moved``), and logits to the last digits.
 
-    Not bit for bit: MKL and oneDNN sum in another order where a matrix begins at another multiple
-    of 4 to 32 bytes, as it does on the heap and in a mapped file.
+    Logits differ because MKL and oneDNN change the order of summation with the alignment of a
+    matrix (multiples of 4 to 32 bytes), and the heap and a mapped file differ in it.
     """
     weights, right = dict(found.named_parameters()), dict(expected.named_parameters())
     assert weights.keys() == right.keys()

@@ -1,4 +1,4 @@
-"""What a layer of a user's own model adds to the loss: values and all gradients of the formulas.
+"""The loss terms of a layer in a user's model: values and all gradients of the formulas.
 
 T tokens, D model width, E experts, K choices.
 """
@@ -115,7 +115,7 @@ def test_hash_routers_have_no_loss():
 
 
 def test_one_step_of_adamw_evens_the_load():
-    """Which it does not without the loss: nothing else of the layer knows of it."""
+    """Without the loss it does not: nothing else in the layer evens the load."""
 
     def largest_share(coefficient: float) -> float:
         torch.manual_seed(0)
@@ -149,7 +149,7 @@ def test_a_routing_that_cannot_have_a_loss_gets_one_sentence():
         moe.auxiliary_loss(moe.eval()(x)[1])
     with torch.no_grad():
         _, routing = moe.train()(x)
-        assert moe.auxiliary_loss(routing) > 0  # to look at
+        assert moe.auxiliary_loss(routing) > 0  # for logs
     with pytest.raises(ConfigError, match=r"out of torch.no_grad\(\)"):
         moe.auxiliary_loss(routing)
     with pytest.raises(ConfigError, match="there are 2 MoE layers and 1 routings"):

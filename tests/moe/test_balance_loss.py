@@ -1,4 +1,4 @@
-"""Our balance loss is transformers': what it adds to the loss and every gradient of a router.
+"""Our balance loss equals transformers': its term of the loss and every router's gradient.
 
 In both directions: from a folder into a run, and from a run's export into transformers.
 """
@@ -119,7 +119,7 @@ def test_a_loss_summed_over_layers_is_written_as_the_pooled_one_of_even_counts()
     values = to_hf(config.model_copy(update={"moe": moe}), "float32")
     # k E/K of them per layer at perfect balance, and k for all where layers are pooled
     assert values["router_aux_loss_coef"] == pytest.approx(0.02 * 3 / 2)
-    assert from_hf(values).moe.router == router  # the next run goes on as this one did
+    assert from_hf(values).moe.router == router  # the next run trains like this one
 
 
 @pytest.mark.parametrize(
@@ -127,8 +127,8 @@ def test_a_loss_summed_over_layers_is_written_as_the_pooled_one_of_even_counts()
     [(case, False) for case in WITH_LOSS] + [("qwen3_moe", True), ("qwen3_moe", None)],
 )
 def test_a_folder_without_output_router_logits_trains_without_a_balance_loss(tmp_path, case, flag):
-    """Whatever its coefficient: gpt-oss-20b's is 0.9, and the loss of transformers has no such
-    term. What convert writes says the same again."""
+    """For any coefficient: gpt-oss-20b's is 0.9, but the loss of transformers has no such term.
+    Folders that convert writes keep the meaning."""
     save(case, tmp_path / "m", router_aux_loss_coef=0.9)
     path = tmp_path / "m/config.json"
     values = json.loads(path.read_text())
@@ -156,7 +156,7 @@ def test_a_run_that_asks_for_a_balance_loss_has_it_and_so_has_its_export(tmp_pat
     assert not values["output_router_logits"]  # or transformers could not generate in batches
     assert from_hf(values) == config
     off = to_hf(from_hf(source), "float32", source=values)
-    assert from_hf(off).moe.router.balance_loss == 0, "the loss of another run came along"
+    assert from_hf(off).moe.router.balance_loss == 0, "the loss of another run was copied"
 
 
 def test_a_run_that_asks_for_no_balance_loss_says_so_in_its_export():

@@ -110,7 +110,7 @@ def test_an_expert_is_read_into_its_slot_alone(bits, group_size):
 @pytest.mark.parametrize("backend", ["torch", "auto"])
 @pytest.mark.parametrize(("bits", "group_size"), [(8, None), (8, 32), (4, 32)])
 def test_the_lowest_value_that_others_write_is_computed_with(bits, group_size, backend):
-    """We round to -127 or -7 at the least, and compressed-tensors to -128 or -8."""
+    """Our smallest values are -127 and -7; those of compressed-tensors are -128 and -8."""
     matrices = []
     for seed, (rows, width) in enumerate(((128, 96), (96, 64))):
         found = empty_matrices(2, rows, width, bits, group_size or width, torch.device("cpu"))

@@ -39,7 +39,7 @@ def source(request, tmp_path_factory):
 
 
 def widened(model: moeyard.load) -> None:
-    """Put the weights that experts in few bits stand for in their place."""
+    """Replace quantized experts by their dequantized weights."""
     from moeyard.kernels.values.expert_weights import ExpertWeights
 
     for _, layer in model.decoder.moe_layers():
@@ -59,7 +59,7 @@ def test_experts_in_few_bits_run_as_the_weights_they_stand_for(source, tmp_path,
     for _, layer in model.decoder.moe_layers():
         assert isinstance(layer.experts, QuantizedExperts)
         assert layer.experts.weights.fc1.bits == (8 if dtype == "int8" else 4)
-        there = copy.copy(layer.experts).to("meta").weights  # modules take their values along
+        there = copy.copy(layer.experts).to("meta").weights  # moving a module moves its values
         assert there.fc1.values.is_meta and there.fc2.scales_SQG.is_meta
     ids = some_ids()
     found, original = model(ids), moeyard.load(source)(ids)
@@ -102,7 +102,7 @@ def test_the_command_converts_and_keeps_what_it_does_not_know(tmp_path, capsys):
     assert "model_type=mixtral" in capsys.readouterr().out
     values = json.loads((tmp_path / "b/config.json").read_text())
     assert values["initializer_range"] == 0.125 and values["dtype"] == "bfloat16"
-    assert "auto_map" not in values, "a folder's own code is not for what we write"
+    assert "auto_map" not in values, "a folder's code does not fit what we write"
     assert (tmp_path / "b/chat_template.jinja").read_text() == "{{ messages }}"
     model = moeyard.load(tmp_path / "b")
     assert model.eos_ids == {5, 96} and model.sampling.temperature == 0
@@ -110,7 +110,7 @@ def test_the_command_converts_and_keeps_what_it_does_not_know(tmp_path, capsys):
     kinds = {tensor.dtype for name, tensor in tensors.items() if ".gate." not in name}
     assert kinds == {torch.bfloat16}
     gates = [tensor for name, tensor in tensors.items() if "block_sparse_moe.gate." in name]
-    assert {gate.dtype for gate in gates} == {torch.float32}, "routers decide who is chosen"
+    assert {gate.dtype for gate in gates} == {torch.float32}, "routers stay in fp32"
 
 
 def test_what_cannot_be_converted_gets_one_sentence(tmp_path):

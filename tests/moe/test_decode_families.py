@@ -40,7 +40,7 @@ HEADS = [(4, 4, 8), (6, 2, 10), (8, 1, 4), (1, 1, 24)]
 """Query heads, key/value heads, head width: one per group, some, more than a tile takes, one."""
 TOLERANCE = {"rtol": 2e-4, "atol": 2e-5}
 WORST_RATIO = 1.3
-"""C++'s error in bf16 may be so many times torch's; 0.77 to 1.10 were measured."""
+"""Limit of C++'s error in bf16, in multiples of torch's; 0.77 to 1.10 were measured."""
 needs_cpp = pytest.mark.skipif(library.load().functions is None, reason="no C++ kernels here")
 
 
@@ -50,7 +50,7 @@ def decoder(attention: dict, heads=(6, 2, 10), dtype=torch.float32, **options) -
     config = ModelConfig(
         vocab_size=40,
         d_model=24,
-        d_ff=32,  # without routers, for a choice of experts may hang on one bit
+        d_ff=32,  # without routers, because one bit may change a choice of experts
         num_layers=3,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
@@ -71,7 +71,7 @@ def decoder(attention: dict, heads=(6, 2, 10), dtype=torch.float32, **options) -
 
 
 def count_torch_steps(monkeypatch) -> list[int]:
-    """Return a list that grows with each call of torch's attention for rows of caches alone."""
+    """Return a list that grows with each call of torch's attention for cached rows only."""
     calls, forward = [], Attention.forward
 
     def counted(self, x_TD, batch, rope):

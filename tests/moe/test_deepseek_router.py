@@ -1,5 +1,5 @@
 """DeepSeek's routers against their formulas: V3's sigmoid, groups, bias and sequence balance, and
-V2's softmax with groups judged by their best."""
+V2's softmax with groups ranked by their best."""
 
 import pytest
 import torch
@@ -68,7 +68,7 @@ def test_version_2_judges_groups_by_their_best_and_does_not_renormalize():
         assert routing.weights_TK[token].tolist() == pytest.approx(expected)
         by_two = sorted(groups, key=lambda g: -sum(sorted(scores[e] for e in g)[-2:]))
         differs += set(judged[:KEPT]) != set(by_two[:KEPT])
-    assert differs, "rows where the two rules choose the same groups show nothing"
+    assert differs, "the two rules must choose different groups in some rows"
 
 
 def test_the_bias_gets_no_gradient_and_the_weights_do():
@@ -99,7 +99,7 @@ def test_a_missing_or_frozen_bias_stays(rate):
 
 def test_updates_drive_a_skewed_router_to_even_load():
     router = gate(num_groups=1, top_groups=1, bias_update_rate=0.005)
-    x = rows(600) + 1.5  # a common direction that a few experts like
+    x = rows(600) + 1.5  # a common direction that favours a few experts
 
     def peak():
         counts = router.route(RouterInput(x)).counts_E

@@ -1,4 +1,4 @@
-"""Every family that transformers has: its folders run here with its numbers, and go back."""
+"""Every family of transformers: its folders give its numbers here, and can be written back."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""How a folder wants its tokens chosen, and what a caller says instead."""
+"""A folder's sampling defaults, and a caller's overrides."""
 
 import json
 import logging
@@ -86,12 +86,12 @@ ENDS = {
     "empty_file": (3, {}),
     "neither": (None, None),
 }
-"""What config.json and generation_config.json say, as places in the tokens of the model."""
+"""End-of-text ids in config.json and generation_config.json, as places in the model's tokens."""
 
 
 @pytest.mark.parametrize("name", ENDS)
 def test_texts_end_where_they_end_in_transformers(greedy, tmp_path, name):
-    """From the folder, and from the one that convert makes of it."""
+    """In the folder, and in its conversion."""
     source, tokens = greedy
     in_config, in_file = ENDS[name]
 

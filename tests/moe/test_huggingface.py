@@ -1,4 +1,4 @@
-"""Against transformers: folders it wrote open here, folders written here open there."""
+"""Against transformers: each side opens the folders of the other."""
 
 import json
 import os

@@ -23,7 +23,7 @@ def layer(width: int, outputs: int = 37, bias: bool = True) -> Linear:
 def test_a_bf16_row_with_a_bias_has_the_same_bits_alone_and_among_others(
     size, kernels, monkeypatch
 ):
-    """The larger size is one at which a lone row's product has other bits in oneDNN."""
+    """At the larger size, a single row's product has different bits in oneDNN."""
     monkeypatch.setattr(library, "_loaded", kernels)
     linear = layer(*size).bfloat16()
     x = torch.randn(200, size[0], generator=torch.Generator().manual_seed(1)).bfloat16()

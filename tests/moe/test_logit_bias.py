@@ -1,4 +1,4 @@
-"""Routers with a bias on the logits (gpt-oss) against their formula, and what knows of it.
+"""Routers with a bias on the logits (gpt-oss): their formula, and where the bias is written.
 
 T tokens, D model width, E experts.
 """
@@ -124,7 +124,7 @@ def test_qwen3_has_no_word_for_it():
     assert reason == "moe.router.logit_bias is True, where qwen3_moe has False"
     assert (
         family.why_not(model(group_score="max")) is None
-    )  # of one group there is nothing to judge
+    )  # with one group there is nothing to rank
 
 
 def test_a_configuration_from_before_these_fields_means_their_defaults():

@@ -1,7 +1,7 @@
-"""What a config.json leaves out, or has as null, means what transformers means by it.
+"""Missing keys and nulls in a config.json have the meaning that transformers gives them.
 
-Each key of each family goes in turn. The right value is what transformers' own configuration class
-writes after it has read the same file; where it, or its model, fails, we say one sentence.
+Each key of each family is removed in turn. The right value is what transformers' configuration
+class writes after reading the same file. If it, or its model, fails, we raise a one-line error.
 """
 
 import copy
@@ -32,7 +32,7 @@ BY_FAMILY = {
     "llama": "llama_bias_tied",
     "qwen3": "qwen3",
 }
-"""The case of each family that says the most."""
+"""The case of each family with the most keys."""
 IDS = torch.randint(0, 96, (2, 40), generator=torch.Generator().manual_seed(0))
 
 
@@ -41,7 +41,7 @@ def class_of(case: str, kind: str):
 
 
 def full_values(case: str) -> dict:
-    """Return a config.json that says all its class knows."""
+    """Return a config.json with all keys of its class."""
     options = BASE | CASES[case][1] | {"output_router_logits": True, "router_aux_loss_coef": 0.03}
     return json.loads(class_of(case, "Config")(**options).to_json_string(use_diff=False))
 
@@ -59,13 +59,13 @@ def theirs(case: str, values: dict, runs: bool) -> dict | None:
             if model.num_parameters() < 1_000_000:
                 with torch.no_grad():
                     class_of(case, "ForCausalLM")(config).eval()(IDS)
-    except Exception:  # whatever its reason
+    except Exception:  # for any reason
         return None
     return json.loads(config.to_json_string(use_diff=False))
 
 
 def meaning(config: ModelConfig) -> tuple:
-    """Return what a configuration says, however it says it."""
+    """Return the meaning of a configuration, independent of its spelling."""
     return config.architecture(), None if config.moe is None else config.moe.router
 
 
@@ -101,7 +101,7 @@ def test_each_key_means_what_it_means_to_transformers(case, runs):
         try:
             found = from_hf(values)
         except ModelFileError as error:
-            # What the class takes and its model does not is for the longer test.
+            # The longer test covers values that the class takes but its model does not.
             is_right = expected is None or is_refused(expected) or not runs
             if "\n" in str(error) or not is_right:
                 wrong.append(f"{name}: refused with {error}")

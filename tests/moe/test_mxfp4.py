@@ -22,7 +22,7 @@ def decoded(blocks, scales, dtype=torch.bfloat16):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_every_byte_and_scale_is_exact(dtype):
-    """All values of all scales that the types hold, 0 (subnormal) and the largest among them."""
+    """All values of all scales that the types hold, also 0 (subnormal) and the largest."""
     blocks = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).expand(252, 16, 16)
     scales = torch.arange(252, dtype=torch.uint8).view(252, 1).expand(252, 16)
     found = decoded(blocks, scales, dtype)

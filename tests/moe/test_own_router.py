@@ -1,4 +1,4 @@
-"""A router of a user's own in a layer and in a decoder: nothing asks whether it is one of ours."""
+"""A user's router in a layer and in a decoder works like one of ours."""
 
 import pytest
 import torch
@@ -137,7 +137,7 @@ def test_it_stays_in_fp32_under_bf16_and_frozen_under_lora():
 
 
 class OfTokens(moeyard.RouterConfig):
-    """Reads token ids alone; its kind says where it must be called."""
+    """Reads only token ids; its configuration says where it is called."""
 
     learns = False
     needs_token_counts = True

@@ -1,4 +1,4 @@
-"""Packed documents: the numbers of each document alone, however windows cut them."""
+"""Packed documents have the numbers of each document alone, for any windows."""
 
 import numpy as np
 import pytest

@@ -131,7 +131,7 @@ def test_balanced_table_evens_out_traffic_that_random_does_not(k):
 
     balanced, random = loads(balanced_table(counts, 8, k)), loads(random_table(300, 8, k, seed=0))
     assert balanced.max() / balanced.mean() < random.max() / random.mean()
-    # No table can do better than the most frequent token alone.
+    # No table can be better than the load of the most frequent token.
     assert balanced.max() <= max(max(counts), 1.02 * float(balanced.mean()))
 
 

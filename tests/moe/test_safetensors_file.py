@@ -1,4 +1,4 @@
-"""Parts of packed tensors are read alone, by any number of threads."""
+"""Parts of packed tensors are read separately, by any number of threads."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor

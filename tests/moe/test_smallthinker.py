@@ -1,4 +1,4 @@
-"""SmallThinker, which transformers does not have, against its formulas written out.
+"""SmallThinker, which transformers does not have, against its formulas.
 
 The technical report's section 2 with the details of llama.cpp's and PowerInfer's graphs: the router
 reads the residual before its norm; sigmoid (or softmax) over the chosen logits, divided by their

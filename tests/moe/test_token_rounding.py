@@ -1,4 +1,4 @@
-"""Token rounding: what each expert gives up and takes."""
+"""Token rounding: the rows that each expert drops and takes."""
 
 import pytest
 import torch

@@ -27,7 +27,7 @@ def write_config(folder, tokenizer_class, **more):
 
 
 def write_vocabulary_and_merges(folder):
-    """Write a byte-level BPE as GPT-2 has it, and return it."""
+    """Write a byte-level BPE like GPT-2's, and return it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     rust = Tokenizer(models.BPE())

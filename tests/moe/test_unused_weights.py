@@ -94,7 +94,7 @@ def test_known_extras_are_left_out_with_one_line(tmp_path, caplog):
 
 
 def test_layers_that_predict_further_tokens_are_as_many_as_the_file_says(tmp_path):
-    """They lie behind the model's own; a layer behind those is of another model."""
+    """They come after the model's layers; further layers belong to another model."""
     save("deepseek_v3", tmp_path, num_mtp_layers=1)
     add_weights(tmp_path, {"model.layers.3.eh_proj.weight": (4, 8)})
     moeyard.load(tmp_path)
@@ -131,7 +131,7 @@ def test_every_place_that_opens_a_folder_refuses_and_can_go_on(tmp_path, capsys)
 
 
 def test_a_run_may_leave_out_what_the_folders_own_configuration_uses(tmp_path):
-    """It says so itself, as with dense layers in the place of sparse ones."""
+    """Its configuration says so, for example dense layers instead of sparse ones."""
     save("qwen3_moe", tmp_path)
     config = moeyard.load(tmp_path).config
     read_start(str(tmp_path), Decoder(config.model_copy(update={"num_layers": 2})))

@@ -1,4 +1,4 @@
-"""Upcycled folders are the dense model's function before training, however they were cut."""
+"""Before training, upcycled folders compute the dense model's function, for every split."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from moeyard.moe.routers.topk import TopK, TopKRouter
 from hf_families import save
 
 TOLERANCE = 1e-5
-"""Of logits, relative to the largest."""
+"""Tolerance of logits, relative to the largest."""
 FULL = {"use_sliding_window": False, "intermediate_size": 64}
 IDS = torch.randint(0, 96, (3, 31), generator=torch.Generator().manual_seed(0))
 

@@ -79,7 +79,7 @@ def test_the_package_quantizes_routed_experts_and_nothing_else():
 
 @torch.no_grad()
 def test_transformers_opens_a_folder_with_packed_experts(tmp_path):
-    """With the logits of a model whose experts are the dequantized ones."""
+    """The logits are those of a model with the dequantized experts."""
     config = Qwen3MoeConfig(
         vocab_size=60,
         hidden_size=64,

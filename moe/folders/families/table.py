@@ -57,8 +57,8 @@ def why_native(config: ModelConfig) -> str:
     """
     families = [family for family in FAMILIES.values() if family.is_in_transformers]
     if any(family.why_not(config) is None for family in families):
-        return "Experts are stored one by one; families that could express the model have one tensor."
+        return "Experts are stored one by one; families that can express the model have one tensor."
     other = {family.model_type: family.differences(config) for family in families}
     near = [name for name, differences in other.items() if differences]
     nearest = min(near, key=lambda name: len(other[name]), default=QWEN3_MOE.model_type)
-    return f"{FAMILIES[nearest].why_not(config)}, and no other family of transformers can express it."
+    return f"{FAMILIES[nearest].why_not(config)}, and no other family of transformers expresses it."
