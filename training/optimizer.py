@@ -24,8 +24,7 @@ class MasterAdamW:
     """AdamW reading ``parameter.main_grad`` and writing parameters of any precision.
 
     ``masters`` holds the fp32 copies of narrower parameters; others are their own masters.
-    Matrices decay; norms, biases and embeddings do not. Parameters that want no gradient stay as
-    they are.
+    Matrices decay; norms, biases and embeddings do not. Frozen parameters do not change.
     """
 
     def __init__(
@@ -77,15 +76,15 @@ class MasterAdamW:
             state["step"].fill_(steps)
 
     def restore_parameters(self) -> None:
-        """Write the masters, just loaded, into the parameters."""
+        """Copy freshly loaded masters into the parameters."""
         for _, parameter, master in self._pairs:
             _write(parameter, master)
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every master weight, moment and buffer under topology-free keys.
 
-        Keys name the logical expert: ``weight/layers.0.mlp.experts.3.fc1``, whichever rank and
-        slot holds it. Frozen weights are among them, so that a checkpoint is whole by itself.
+        Keys name the logical expert, ``weight/layers.0.mlp.experts.3.fc1``, whichever rank and
+        slot holds it. Frozen weights are included, so that a checkpoint is complete.
         """
         for name, parameter, master in self._pairs:
             state = self._adam.state[master]

@@ -1,4 +1,4 @@
-"""From a whole model on one process to this rank's part of it, step by step."""
+"""Turn a whole model into this rank's part of it, step by step."""
 
 from dataclasses import dataclass
 
@@ -28,7 +28,7 @@ class Parallel:
 
 
 def parallelize(config: RunConfig, decoder: Decoder, loss: nn.Module, mesh: Mesh) -> Parallel:
-    """Make ``decoder`` ready to train, in place. It holds fp32 weights on the CPU.
+    """Make ``decoder``, which holds fp32 weights on the CPU, ready to train, in place.
 
     ``loss`` is the module whose forward runs the decoder. The global generator is seeded last:
     from here on only router noise draws from it.
@@ -45,7 +45,7 @@ def parallelize(config: RunConfig, decoder: Decoder, loss: nn.Module, mesh: Mesh
 
 
 def freeze(config: RunConfig, decoder: Decoder) -> None:
-    """Freeze what ``train.parameters`` leaves out, and add low-rank updates if it asks for them."""
+    """Freeze what ``train.parameters`` excludes; add low-rank updates for ``lora``."""
     if config.train.parameters == "router":
         decoder.requires_grad_(False)
         for router in decoder.routers():
@@ -56,7 +56,7 @@ def freeze(config: RunConfig, decoder: Decoder) -> None:
 
 
 def place_experts(decoder: Decoder, mesh: Mesh) -> None:
-    """Give MoE layers the way to experts on other ranks, if there are any."""
+    """Let MoE layers send tokens to experts on other ranks, if there are any."""
     moe = decoder.config.moe
     if mesh.ep_group is None or mesh.ep_size == 1 or moe is None:
         return

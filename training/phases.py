@@ -1,8 +1,8 @@
 """Where a run's wall time goes.
 
-Laps of one host clock, so that nothing is counted twice or left out and no device is waited for.
-On a GPU the host runs ahead of its kernels: their time then shows in the phase that first needs a
-result, which is ``backward`` (it reads the loss) or ``reduce`` (it reads the gradient norm).
+Phases are laps of one host clock: nothing is counted twice or left out, and no phase waits for the
+device. On a GPU the host runs ahead of its kernels. Their time then shows in the phase that first
+needs a result: ``backward`` (reads the loss) or ``reduce`` (reads the gradient norm).
 """
 
 import time
@@ -13,9 +13,9 @@ Phase = Literal[
     "data", "forward", "backward", "reduce", "optimizer", "evaluate", "log", "checkpoint"
 ]
 PHASES: tuple[Phase, ...] = get_args(Phase)
-"""In the order of a step. ``forward`` and ``backward`` include the expert all-to-all, ``backward``
-the reduction that overlaps with it; ``reduce`` is what remains: experts, loss sums, norm, and dense
-gradients where ranks share memory."""
+"""In the order of a step. ``forward`` and ``backward`` include the expert all-to-all; ``backward``
+also includes the reduction that overlaps with it. ``reduce`` is the rest: experts, loss sums, norm,
+and dense gradients if ranks share memory."""
 
 
 class PhaseClock:
@@ -31,7 +31,7 @@ class PhaseClock:
         self._lap_began = self._now()
 
     def lap(self, phase: Phase) -> None:
-        """Give the time since the last lap to ``phase``."""
+        """Add the time since the last lap to ``phase``."""
         now = self._now()
         self.seconds[phase] += now - self._lap_began
         self._lap_began = now
@@ -46,11 +46,11 @@ class PhaseAverage:
         self._steps = 0
 
     def count_step(self) -> None:
-        """Take one more step into the mean."""
+        """Count one more step for the mean."""
         self._steps += 1
 
     def take(self) -> dict[str, float]:
-        """Return the means and begin anew."""
+        """Return the means and start over."""
         now, before, steps = dict(self._clock.seconds), self._before, self._steps
         self._before, self._steps = now, 0
         return {phase: (now[phase] - before[phase]) / steps for phase in PHASES}

@@ -16,9 +16,9 @@ def apply_precision(
 ) -> dict[str, Tensor]:
     """Cast an fp32 model in place and return fp32 masters of the parameters this narrowed.
 
-    Under bf16 the routers stay in fp32, and so do the ``sharded`` parameters that train: they are
-    masters themselves, which FSDP casts when it gathers them. What does not train needs no master.
-    Main gradients are fp32 in any case (parallel/dense/gradients.py).
+    Under bf16 the routers stay in fp32. So do the trained ``sharded`` parameters: they are masters
+    themselves, and FSDP casts them when it gathers them. Frozen parameters need no master. Main
+    gradients are always fp32 (parallel/dense/gradients.py).
     """
     dtype = DTYPES[precision]
     routers = {p for m in model.modules() if isinstance(m, Router) for p in m.parameters()}

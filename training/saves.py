@@ -1,4 +1,4 @@
-"""Save a run and resume it: weights, moments, random generator, and what must not change."""
+"""Save a run and resume it: weights, moments, random generator, and settings that must match."""
 
 import logging
 from pathlib import Path
@@ -21,7 +21,7 @@ from .optimizer import MasterAdamW
 log = logging.getLogger(__name__)
 
 MOST_FAILED_SAVES = 3
-"""In a row; then the run ends, because a crash would lose all work since the last save."""
+"""Failed saves in a row that end the run: a crash would lose all work since the last save."""
 
 
 class Saves:
@@ -43,17 +43,17 @@ class Saves:
         self._optimizer = optimizer
         self.checkpoints = Checkpoints(run_dir, mesh, config.checkpoint.keep)
         self._failed_saves = 0
-        """In a row."""
+        """Number of failed saves in a row."""
         self._origin = None if config.start_from is None else read_origin(config.start_from)
         self._generator = torch.default_generator
         if torch.cuda.is_available():
             self._generator = torch.cuda.default_generators[torch.cuda.current_device()]
 
     def save(self, done: int, must: bool) -> bool:
-        """Save, and say whether that went well.
+        """Save, and say whether that succeeded.
 
-        A save that fails is a warning while there are more to come; then, or if ``must``, it
-        raises :class:`CheckpointError`.
+        A failed save is only a warning. It raises :class:`CheckpointError` if ``must``, or if it is
+        the :data:`MOST_FAILED_SAVES`-th in a row.
         """
         pulse.begin(f"saving step {done}")
         try:
@@ -79,7 +79,7 @@ class Saves:
         self._check_same_run(path, state)
         tensors = self._tensors()
         if state["world_size"] != self._mesh.world_size:
-            tensors.pop(self._rng_key())  # other ranks drew these numbers; start a new stream
+            tensors.pop(self._rng_key())  # the number of ranks changed; start new streams
         self.checkpoints.load(path, tensors)
         if self._rng_key() in tensors:
             self._restore_generator(path, tensors[self._rng_key()])
@@ -94,7 +94,7 @@ class Saves:
             self._generator.set_state(state)
         except RuntimeError as error:
             raise CheckpointError(
-                f"checkpoint {path} holds no state of a random generator ({error}); restore it "
+                f"checkpoint {path} has no valid random generator state ({error}); restore it "
                 "from a backup."
             ) from None
 
@@ -103,10 +103,10 @@ class Saves:
         for key, actual in self._model_config.architecture().items():
             if stored_model[key] != actual:
                 raise CheckpointError(
-                    f"checkpoint {path} has model.{key} = {stored_model[key]}, the configuration "
-                    f"says {actual}; use the same model or a new run_dir."
+                    f"checkpoint {path} has model.{key} = {stored_model[key]}, but the "
+                    f"configuration says {actual}; use the same model or a new run_dir."
                 )
-        state = {"parameters": "all", "lora": None} | state  # as older checkpoints mean it
+        state = {"parameters": "all", "lora": None} | state  # defaults for older checkpoints
         for key, actual in (
             ("seed", self._config.seed),
             ("train_shard_sha256", self._data.identity),
@@ -116,8 +116,8 @@ class Saves:
         ):
             if state[key] != actual:
                 raise CheckpointError(
-                    f"checkpoint {path} was made with {key} = {state[key]}, this run has {actual}; "
-                    "use the same or a new run_dir."
+                    f"checkpoint {path} was made with {key} = {state[key]}, but this run has "
+                    f"{actual}; use the same value or a new run_dir."
                 )
 
     def _tensors(self) -> dict[str, torch.Tensor]:
@@ -144,7 +144,7 @@ class Saves:
         }
 
     def _trained(self) -> dict[str, Any]:
-        """Return what decides which parameters there are and which of them have moments."""
+        """Return the settings that decide which parameters exist and which of them have moments."""
         lora = self._config.lora
         return {
             "parameters": self._config.train.parameters,

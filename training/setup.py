@@ -23,9 +23,9 @@ def fill_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> ModelConfig:
 
 
 def build_model(config: RunConfig, model: ModelConfig, data: Data, mesh: Mesh) -> Decoder:
-    """Build this rank's part of the decoder with its first weights: fp32, whole, on the CPU.
+    """Build this rank's part of the decoder with initial weights: fp32, unsharded, on the CPU.
 
-    What makes it ready to train is parallelize.py.
+    parallelize.py then makes it ready to train.
     """
     expert_ids, token_counts = None, None
     if model.moe is not None:

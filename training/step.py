@@ -23,10 +23,10 @@ from .phases import PhaseClock
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step did; the same on every rank."""
+    """The result of a step; the same on every rank."""
 
     loss: float
-    """Per target of the global batch; cross-entropy is in nats."""
+    """Mean per target of the global batch; cross-entropy is in nats."""
     balance: float
     z: float
     grad_norm: float
@@ -61,8 +61,10 @@ class TrainStep:
         self.phases = PhaseClock()
 
     def run(self, step: int, stop_requested: bool) -> StepResult:
-        """Run step ``step`` (from 0). Raises :class:`TrainingError` when loss or gradient is not
-        finite; the weights are then untouched."""
+        """Run step ``step`` (from 0).
+
+        Raises :class:`TrainingError` if loss or gradient is not finite; weights are then unchanged.
+        """
         sums, counts_LE = self._forward_backward(step)
         sums = self._mesh.sum(torch.cat([sums, sums.new_tensor([float(stop_requested)])]))
         loss_sum, balance, z, stop = sums.tolist()
@@ -80,7 +82,7 @@ class TrainStep:
         self.gradients.scale_((clip / (grad_norm + 1e-6)).clamp(max=1.0))
         lr = learning_rate(self._config.optimizer, step, train.steps)
         self._engine.step(self.optimizer, lr)
-        if train.parameters != "lora":  # which leaves routers as they are
+        if train.parameters != "lora":  # lora freezes routers
             for router, counts_E in zip(self._routers, counts_LE, strict=True):
                 router.after_step(counts_E)
         self.phases.lap("optimizer")

@@ -1,4 +1,4 @@
-"""Stop when asked: SIGTERM, SIGINT and SIGHUP let the current step end, and the run save."""
+"""Stop requests: after SIGTERM, SIGINT or SIGHUP the current step ends and the run saves."""
 
 import signal
 from types import FrameType
@@ -7,16 +7,16 @@ from ..parallel.parent import is_torchrun_worker
 
 
 class StopRequest:
-    """Remembers that a stop was asked for. A second Ctrl-C interrupts at once."""
+    """Remembers that a stop was asked for. A second Ctrl-C interrupts immediately."""
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
 
     def listen(self) -> None:
-        """Take over SIGTERM, SIGINT and SIGHUP, which a terminal sends when it is closed.
+        """Handle SIGTERM, SIGINT and SIGHUP, which a terminal sends when it is closed.
 
-        ``nohup`` has SIGHUP ignored, and so it stays; but not under torchrun, which heeds it all
-        the same, hands it on and kills who does not end.
+        Under ``nohup`` SIGHUP stays ignored, except under torchrun. torchrun reacts to SIGHUP in
+        any case: it passes the signal on and kills workers that do not end.
         """
         signal.signal(signal.SIGTERM, self._ask)
         signal.signal(signal.SIGINT, self._ask)

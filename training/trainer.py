@@ -57,7 +57,7 @@ class Trainer:
         self._run_dir = run_dir
 
     def run(self) -> None:
-        """Train to the last step, or to the step's end once asked to stop; both save first."""
+        """Train to the last step, or finish the current one when asked to stop; then save."""
         pulse.begin("looking for checkpoints")
         done = saved = self.saves.resume()
         observers = open_observers(
@@ -99,7 +99,7 @@ class Trainer:
                 if result.stop_requested:
                     console.line(event="stopped", reason=self._stop.signal_name, saved_step=done)
                     break
-        except (Stopped, DataError):  # before the step began, on all ranks alike
+        except (Stopped, DataError):  # raised between steps, on all ranks
             if done != saved:
                 self.saves.save(done, must=True)
             raise
@@ -128,7 +128,7 @@ class Trainer:
         )
 
     def _evaluate_if_due(self, done: int, console: TrainingConsole) -> dict[str, Any]:
-        """Return what the record gets: nothing, or the held-out loss."""
+        """Return the held-out metrics for the record; empty if no evaluation is due."""
         every = self._config.train.eval_every
         if done != self._config.train.steps and not (every and done % every == 0):
             return {}

@@ -195,7 +195,7 @@ def test_what_is_no_run_gets_one_sentence(tmp_path, run, capsys):
         assert shown.startswith("error: ") and shown.count("\n") == 1
         return shown
 
-    assert "nowhere is no run folder (it has no config.yaml)" in refusal(tmp_path / "nowhere")
+    assert "nowhere is not a run folder (it has no config.yaml)" in refusal(tmp_path / "nowhere")
     assert "cannot be written (No such file" in refusal(run, "-o", tmp_path / "none" / "r.html")
     (run / "metrics.jsonl").write_text("{\n")
     assert "has no line that can be read" in refusal(run)

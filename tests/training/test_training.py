@@ -321,7 +321,7 @@ def test_a_changed_model_under_an_old_run_is_refused(tmp_path, config_file, caps
     assert run_here(config_file, run) == 0
     capsys.readouterr()
     assert run_here(config_file, run, "model.num_layers=3") == 1
-    assert "has model.num_layers = 2, the configuration says 3" in capsys.readouterr().err
+    assert "has model.num_layers = 2, but the configuration says 3" in capsys.readouterr().err
 
 
 def test_a_checkpoint_from_before_the_routers_newest_fields_means_their_defaults(

@@ -21,10 +21,10 @@ from .objective import HeldOut, MicroBatchLoss, Objective
 
 
 class NextToken(nn.Module):
-    """Next-token cross-entropy of a decoder, in one forward (DDP wants a single entry).
+    """Next-token cross-entropy of a decoder, in one forward because DDP wants a single entry.
 
-    ``eos_id`` separates documents that must not see each other; None lets attention reach across
-    whole windows.
+    ``eos_id`` separates documents that must not see each other; with None attention spans whole
+    windows.
     """
 
     def __init__(self, decoder: Decoder, eos_id: int | None = None) -> None:

@@ -1,7 +1,7 @@
 """The interface of objectives: what a run minimises, on which data, and how it is judged.
 
-A run calls ``open_data``, builds the model, makes the objective from the data and asks it for the
-``module`` that scores the model. Every optimizer step asks for ``batch`` and ``divisor``. A new
+A run calls ``open_data``, builds the model, creates the objective from the data and gets the
+``module`` that scores the model from it. Every optimizer step gets ``batch`` and ``divisor``. A new
 kind is one file and one line in table.py.
 """
 
@@ -23,7 +23,7 @@ from ..stop import StopRequest
 
 @dataclass(slots=True)
 class MicroBatchLoss:
-    """What one micro-batch gave on this rank."""
+    """The result of one micro-batch on this rank."""
 
     loss_sum: Tensor
     """Summed over this rank's targets, at least in fp32; for cross-entropy in nats."""
@@ -33,10 +33,10 @@ class MicroBatchLoss:
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """What an evaluation found."""
+    """The result of an evaluation."""
 
     metrics: dict[str, float]
-    """Names as ``metrics.jsonl`` has them; ``eval_loss`` is among them."""
+    """Values by their names in ``metrics.jsonl``; includes ``eval_loss``."""
     num_tokens: int
 
 
@@ -54,23 +54,23 @@ class Objective(ABC):
     ) -> Data:
         """Prepare the data of a run in ``folder`` on rank 0, and open them on all ranks.
 
-        Raises :class:`DataError` or :class:`ConfigError` where they cannot be used, and
-        :class:`Stopped` on all ranks when rank 0 is asked to stop.
+        Raises :class:`DataError` or :class:`ConfigError` if the data cannot be used, and
+        :class:`Stopped` on all ranks if rank 0 is asked to stop.
         """
 
     @abstractmethod
     def module(self, decoder: Decoder) -> nn.Module:
         """Return the module whose forward takes a batch and returns :class:`MicroBatchLoss`.
 
-        One forward runs the whole decoder, because DDP and FSDP want a single entry. The module has
-        no trained parameters but the decoder's.
+        One forward runs the whole decoder, because DDP and FSDP want a single entry. The module
+        trains only the decoder's parameters.
         """
 
     @abstractmethod
     def batch(self, step: int, rows: range, device: torch.device) -> Any:
         """Return some rows of the global batch of ``step`` on ``device``, as the module takes it.
 
-        A pure function of seed, step and rows, whatever the number of ranks.
+        A pure function of seed, step and rows; it does not depend on the number of ranks.
         """
 
     @abstractmethod
@@ -82,8 +82,8 @@ class Objective(ABC):
 
     @abstractmethod
     def evaluate(self, module: nn.Module, mesh: Mesh) -> HeldOut:
-        """Judge the model on held-out data; all ranks call this and get the same answer.
+        """Evaluate the model on held-out data; all ranks call this and get the same result.
 
-        ``module`` is what :meth:`module` returned. All ranks must run the same number of forwards,
-        some perhaps with no rows, because experts on one rank serve tokens of another.
+        ``module`` is the result of :meth:`module`. All ranks must run the same number of forwards,
+        even with no rows, because experts on one rank serve tokens of another.
         """

@@ -1,1 +1,1 @@
-"""Who sees what a run does."""
+"""Logs and monitors of a run."""

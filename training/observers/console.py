@@ -1,4 +1,4 @@
-"""What a person sees while training: a progress bar on a terminal, key=value lines otherwise."""
+"""Training output: a progress bar on a terminal, key=value lines otherwise."""
 
 import sys
 import time

@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 class MetricsLog(Observer):
     """``metrics.jsonl``: one JSON object per line, steps strictly rising.
 
-    On resume, lines past the checkpoint are cut off, so that no step is there twice.
+    On resume, lines after the checkpoint's step are removed, so that no step appears twice.
     """
 
     def __init__(self, folder: Path, resume_step: int) -> None:
@@ -25,7 +25,7 @@ class MetricsLog(Observer):
         self._unwritten = b""
 
     def record(self, record: dict[str, Any]) -> None:
-        """Append one record; on a full disk, keep it until there is room for the next."""
+        """Append one record; on a full disk, keep it and try again with the next record."""
         has_failed = bool(self._unwritten)
         self._unwritten += json.dumps(record).encode() + b"\n"
         try:

@@ -1,4 +1,4 @@
-"""Who sees what a run does: the interface, and the fan-out to all of them."""
+"""The interface of observers, and the fan-out of a run's events to all of them."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -10,23 +10,23 @@ log = logging.getLogger(__name__)
 
 
 class Observer:
-    """Sees a run on rank 0. Subclasses override what they care for; this one sees nothing."""
+    """Sees a run on rank 0. Subclasses override the methods they need; this one does nothing."""
 
     def step(self, done: int, result: StepResult, phase_seconds: Mapping[str, float]) -> None:
         """See every step, logged or not; ``phase_seconds`` are totals since this start."""
 
     def record(self, record: dict[str, Any]) -> None:
-        """See what goes into ``metrics.jsonl``; it has ``step``."""
+        """See a record of ``metrics.jsonl``; it includes ``step``."""
 
     def close(self) -> None:
-        """Let go of files, ports and connections."""
+        """Close files, ports and connections."""
 
 
 class Observers:
     """All observers of a run.
 
-    One that was asked for beside the run folder must not end a long run: when it fails on the
-    way, that is said once and training goes on without it.
+    The metrics log in the run folder is needed. Optional observers must not end a long run: if one
+    fails, that is logged once and training continues without it.
     """
 
     def __init__(self, needed: Sequence[Observer] = (), optional: Sequence[Observer] = ()) -> None:

@@ -15,7 +15,8 @@ def open_observers(
 ) -> Observers:
     """Open them on rank 0; other ranks get none. Raises :class:`ConfigError` on all ranks.
 
-    ``metrics.jsonl`` comes last: it is cut to ``resume_step``, which a refused start must not do.
+    ``metrics.jsonl`` is opened last, because that cuts it to ``resume_step``. A refused start must
+    not cut it.
     """
     needed: list[Observer] = []
     optional: list[Observer] = []

@@ -28,7 +28,7 @@ from ..step import StepResult
 from .observers import Observer
 
 CLOSE_S = 5
-"""At most, for a scrape under way."""
+"""Most seconds to wait for a scrape under way."""
 LAST_VALUES = {
     "step": "Optimizer steps done",
     "loss": "Nats per token of the last batch",
@@ -45,8 +45,8 @@ disable_created_metrics()  # a second series per counter that nothing here reads
 class PrometheusPort(Observer):
     """Serves ``moeyard_train_*`` at ``monitor.prometheus_host:prometheus_port``.
 
-    Counters begin at 0 with each start of the program, which ``rate()`` understands, and rise
-    with every step, logged or not.
+    Counters begin at 0 with each start of the program, as ``rate()`` expects. They rise with every
+    step, logged or not.
     """
 
     def __init__(self, config: RunConfig, model: ModelConfig) -> None:
@@ -81,7 +81,7 @@ class PrometheusPort(Observer):
         self._progress.add(result.counts_LE, phase_seconds)
 
     def record(self, record: dict[str, Any]) -> None:
-        """Take what only records have."""
+        """Set the gauges that only records have."""
         self._last.set("tokens_per_second", record["tokens_per_s"])
         if "eval_loss" in record:
             self._last.set("eval_loss", record["eval_loss"])
@@ -94,7 +94,7 @@ class PrometheusPort(Observer):
 
 
 class LastValues(Collector):
-    """Gauges that are there once they have a value: a loss of 0 before the first step is none."""
+    """Gauges that appear once they have a value; no loss of 0 shows before the first step."""
 
     def __init__(self) -> None:
         self._values: dict[str, float] = {}
@@ -111,7 +111,7 @@ class LastValues(Collector):
 
 
 class ProgressCollector(Collector):
-    """Phases and expert load; statistics are computed when somebody asks."""
+    """Phases and expert load; statistics are computed on each scrape."""
 
     def __init__(self, layers: list[int], rows_per_step: int) -> None:
         self._layers = layers
@@ -122,7 +122,7 @@ class ProgressCollector(Collector):
         self._total_LE = torch.zeros(0, dtype=torch.int64)
         self._steps = 0
         self._lock = threading.Lock()
-        """The loop's thread adds, the HTTP server's reads."""
+        """The training loop's thread adds; the HTTP server's thread reads."""
 
     def add(self, counts_LE: Tensor, phase_seconds: Mapping[str, float]) -> None:
         """Add one step."""
@@ -133,7 +133,7 @@ class ProgressCollector(Collector):
             self._steps += 1
 
     def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
-        """Yield all families; those of the load once there was a step."""
+        """Yield all families; those of the load only after the first step."""
         with self._lock:  # tensors are replaced, never written to
             phases, steps = self._phase_seconds, self._steps
             last_LE, total_LE = self._last_LE, self._total_LE

@@ -14,7 +14,7 @@ ID_FILE = "wandb-id"
 
 
 class WeightsAndBiases(Observer):
-    """Logs every record; a resumed run goes on under the id kept in its folder.
+    """Logs every record; a resumed run continues under the id kept in its folder.
 
     Steps that a resumed run repeats are bit-identical, so W&B may ignore the second time.
     """
@@ -38,7 +38,7 @@ class WeightsAndBiases(Observer):
                 resume="allow",
                 dir=run_dir,
                 config=config.model_dump(mode="json"),
-                # What leaves the machine is the configuration and the scalars.
+                # Only the configuration and the scalars leave the machine.
                 settings=wandb.Settings(console="off", disable_git=True, save_code=False),
             )
         except wandb.Error as error:
@@ -55,5 +55,5 @@ class WeightsAndBiases(Observer):
         self._run.log(scalars(record), step=record["step"])
 
     def close(self) -> None:
-        """Finish the run, as failed when training is ending with an error."""
+        """Finish the run; mark it as failed if training ends with an error."""
         self._run.finish(exit_code=0 if sys.exception() is None else 1)

@@ -1,4 +1,4 @@
-"""The run in a dozen cards: value, and what to know of it."""
+"""The run in a dozen cards: a value and a note each."""
 
 import statistics
 from html import escape

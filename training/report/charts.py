@@ -1,7 +1,7 @@
 """Charts as inline SVG, written by hand: lines with dots, and stacked areas.
 
-Coordinates are in a 400 x 240 box that the page scales; the script on the page reads values back
-from them for its tooltips, so every line carries its name and every chart its scale.
+Coordinates are in a 400 x 240 box that the page scales. For tooltips, the script on the page
+computes values from coordinates, so every line carries its name and every chart its scale.
 """
 
 import math
@@ -14,9 +14,9 @@ from .read import Point
 WIDTH, HEIGHT = 400, 240
 LEFT, RIGHT, TOP, BOTTOM = 48, 12, 22, 36
 BUCKETS = 300
-"""Longer lines keep the lowest and the highest point of each of so many stretches."""
+"""Longer lines are cut into this many stretches and keep the lowest and highest point of each."""
 FEW_POINTS = 40
-"""Up to so many points each gets a dot."""
+"""Lines of at most this many points show dots."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ def stacked_chart(
 ) -> str:
     """Return a figure of areas on top of each other.
 
-    ``layers`` are (name, value at each step, what the legend says of it), from the bottom up.
+    ``layers`` are (name, value at each step, text for the legend), from the bottom up.
     """
     steps, layers = _average(steps, layers)
     if len(steps) == 1:  # one moment: a bar over the whole width
@@ -167,7 +167,7 @@ def short(value: float) -> str:
 def _average(
     steps: Sequence[int], layers: Sequence[tuple[str, Sequence[float], str]]
 ) -> tuple[list[int], list[tuple[str, list[float], str]]]:
-    """Thin areas by averaging: sums stay sums."""
+    """Thin areas by averaging, so that layers still add up."""
     size = -(-len(steps) // BUCKETS)
     starts = range(0, len(steps), size)
     last = [steps[min(start + size, len(steps)) - 1] for start in starts]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 CAPS = (1.5, 2.0, 4.0, 8.0)
 COVERED = 0.9
-"""Share of the cells with rows that the chosen cap must not cut off."""
+"""Share of the cells with rows that must lie within the chosen cap."""
 
 
 def heat_map(frames: Sequence[tuple[int, list[list[int]]]], layers: Sequence[int]) -> str:

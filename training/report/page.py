@@ -33,7 +33,7 @@ MAX_LAYER_LINES = 8
 def write_report(run_dir: Path, out: Path | None) -> tuple[Path, str | None]:
     """Write the page (by default ``RUN_DIR/report.html``); return its path and what was damaged.
 
-    Raises :class:`ConfigError` for a folder that is no run, one without metrics, and an ``out``
+    Raises :class:`ConfigError` for a folder that is not a run or has no metrics, and for an ``out``
     that cannot be written.
     """
     run = read_run(run_dir)
@@ -71,7 +71,7 @@ def _notes(run: Run) -> str:
     notes = [f"Step {run.last['step']:,} of {steps}, {records}."]
     if run.num_records > 2 * BUCKETS:
         notes.append(
-            f"Long curves are thinned: they keep the lowest and the highest value of each of "
+            f"Long curves are thinned to the lowest and the highest value in each of "
             f"{BUCKETS} stretches."
         )
     if 1 < len(run.frames) < run.num_records:

@@ -32,7 +32,7 @@ class Run:
     starts: list[dict[str, Any]]
     last_checkpoint: str | None
     series: dict[str, list[Point]] = field(default_factory=dict)
-    """(step, value) of every finite number at the top of a record."""
+    """(step, value) of every finite number at the top level of a record."""
     phases: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     imbalance: list[tuple[int, list[float]]] = field(default_factory=list)
     """Step, and max/mean of each MoE layer."""
@@ -51,11 +51,11 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Read a run folder; raises :class:`ConfigError` when it is none or has no metrics yet."""
+    """Read a run folder; raise :class:`ConfigError` if it is not one or has no metrics yet."""
     config_path, metrics_path = folder / "config.yaml", folder / "metrics.jsonl"
     if not config_path.is_file():
         raise ConfigError(
-            f"{folder} is no run folder (it has no config.yaml); give the run_dir of a training."
+            f"{folder} is not a run folder (it has no config.yaml); give the run_dir of a run."
         )
     if not metrics_path.is_file() or metrics_path.stat().st_size == 0:
         raise ConfigError(
@@ -77,7 +77,7 @@ def read_run(folder: Path) -> Run:
     _read_records(run, metrics_path)
     if not run.num_records:
         raise ConfigError(
-            f"{metrics_path} has no line that can be read; start the run again to go on with it."
+            f"{metrics_path} has no line that can be read; start the run again to continue it."
         )
     return run
 
@@ -116,7 +116,7 @@ def _add(run: Run, step: int, record: dict[str, Any], number: int, num_lines: in
 
 
 def _stride(num_lines: int, cells: int) -> int:
-    """Return every how many records a frame is kept."""
+    """Return n such that every n-th record becomes a frame."""
     frames = max(2, min(MAX_FRAMES, FRAME_BYTES // cells))
     return -(-num_lines // frames)
 

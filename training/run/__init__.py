@@ -1,1 +1,1 @@
-"""One run on this machine: its folder, its starts, how it stops."""
+"""One run on this machine: its folder, its starts, and checks that all ranks agree."""

@@ -1,4 +1,4 @@
-"""All ranks start alike: the same configuration, code and data."""
+"""Check that all ranks start with the same configuration, code and data."""
 
 import hashlib
 from collections.abc import Iterator
@@ -23,14 +23,14 @@ CODE = ("kernels", "moe", "parallel", "training")
 """Folders whose files decide what a step computes."""
 SUFFIXES = {".py", ".h", ".cpp"}
 MAY_DIFFER = {"run_dir"}
-"""Keys that hosts may spell differently; shared_folder.py proves that they mean one folder."""
+"""Keys whose values may differ between hosts; shared_folder.py checks that they are one folder."""
 ABSENT = "absent"
 
 Facts = dict[str, Any]
 
 
 def check_same_start(config: RunConfig, watch: Watch | None) -> None:
-    """Raise :class:`ConfigError` on all ranks where configuration, code or devices differ."""
+    """Raise :class:`ConfigError` on all ranks if configuration, code or devices differ."""
     facts = {k: v for k, v in _flat(config.model_dump(mode="json")) if k not in MAY_DIFFER}
     facts["the device"] = "a GPU" if torch.cuda.is_available() else "the CPU"
     check_same(facts, "start all ranks with the same configuration", watch)
@@ -46,9 +46,9 @@ def check_same_start(config: RunConfig, watch: Watch | None) -> None:
 
 
 def check_same(facts: Facts, remedy: str, watch: Watch | None) -> None:
-    """Raise :class:`ConfigError` on all ranks, naming the first fact that is not the same on them.
+    """Raise :class:`ConfigError` on all ranks, naming the first fact that differs between them.
 
-    Facts are what JSON can say.
+    Facts are JSON values.
     """
     if watch is None:
         return
@@ -70,10 +70,10 @@ def check_same(facts: Facts, remedy: str, watch: Watch | None) -> None:
 
 
 def check_same_beginning(data: Data, decoder: Decoder, watch: Watch | None) -> None:
-    """Raise :class:`ConfigError` on all ranks where data, tokenizer or dense weights differ.
+    """Raise :class:`ConfigError` on all ranks if data, tokenizer or dense weights differ.
 
-    Weights are those a run begins with, all of them still whole: a ``start_from`` folder may be
-    another one on another host.
+    Compares the initial weights while they are whole on every rank: a ``start_from`` folder may
+    differ between hosts.
     """
     if watch is None:
         return
@@ -103,7 +103,7 @@ def _shown(facts: Facts, key: str) -> str:
 
 
 def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield ``("a.b", value)`` for what a nested dict holds."""
+    """Yield ``("a.b", value)`` for every value of a nested dict."""
     if not isinstance(values, dict) or not values:
         yield prefix.removesuffix("."), values
         return

@@ -1,4 +1,4 @@
-"""The folder of a run, and the claim of the one program that trains in it."""
+"""The folder of a run, and the lock of the one program that trains in it."""
 
 import fcntl
 import logging
@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 def create_run_folder(run_dir: Path) -> None:
-    """Make the folder, or say why it cannot be."""
+    """Make the folder; raise :class:`ConfigError` if that fails."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -25,9 +25,9 @@ def create_run_folder(run_dir: Path) -> None:
 
 
 def claim_run_folder(run_dir: Path) -> int:
-    """Make the folder and keep other programs from training in it.
+    """Make the folder and lock it against other training programs.
 
-    The claim ends when the returned descriptor is closed, at the latest with the process.
+    The lock ends when the returned descriptor is closed, or with the process.
     """
     create_run_folder(run_dir)
     descriptor = os.open(run_dir, os.O_RDONLY | os.O_CLOEXEC)

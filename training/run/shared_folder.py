@@ -1,7 +1,7 @@
-"""Prove at the start that all ranks have one run folder, and not each host one of its own.
+"""Check at the start that all ranks share one run folder.
 
-With folders of their own, hosts would train to the end and leave checkpoints that lack the parts
-other hosts wrote.
+With separate folders, hosts would train to the end and leave checkpoints that lack the parts of
+other hosts.
 """
 
 import secrets
@@ -12,15 +12,15 @@ from ...errors import ConfigError
 from ...parallel.watch.watch import Watch
 
 SEEN_WITHIN_S = 10.0
-"""A file system of several hosts may take this long to show what another one wrote."""
+"""A network file system may take this long to show what another host wrote."""
 LOOK_EVERY_S = 0.1
 
 
 def check_shared_folder(run_dir: Path, watch: Watch | None) -> None:
     """Raise :class:`ConfigError` on all ranks unless each sees what the others write there.
 
-    Files have new names each time: a network file system remembers for a while that there was
-    none of a name.
+    Files have new names each time, because network file systems cache for a while that a name does
+    not exist.
     """
     if watch is None or watch.world_size == 1:
         return
@@ -35,8 +35,8 @@ def check_shared_folder(run_dir: Path, watch: Watch | None) -> None:
                 if problem is not None:
                     raise ConfigError(
                         f"run_dir is {str(run_dir)!r}, and {watch.where(rank)} {problem}; put "
-                        "run_dir on a file system that all hosts share, for each rank writes its "
-                        "part of a checkpoint there."
+                        "run_dir on a file system that all hosts share, because each rank writes "
+                        "its part of a checkpoint there."
                     )
         finally:
             for file in run_dir.glob(f"{question}*"):
@@ -58,7 +58,7 @@ def _ask(run_dir: Path) -> str:
 
 
 def _answer(run_dir: Path, question: str, rank: int) -> str | None:
-    """Write a reply where rank 0's question is seen; return the problem, if there is one."""
+    """Write a reply if rank 0's question is visible; return the problem, if there is one."""
     if not _appears(run_dir / question):
         return "does not see there what rank 0 wrote"
     try:

@@ -1,4 +1,4 @@
-"""``starts.jsonl``: when, where and as what a run was started, each time."""
+"""``starts.jsonl``: time, machine and settings of each start of a run."""
 
 import json
 import shutil
@@ -38,7 +38,7 @@ def note_start(run_dir: Path, step: int, config: RunConfig, decoder: Decoder, me
 
 
 def count_parameters(decoder: Decoder, mesh: Mesh) -> dict[str, int]:
-    """Return the parameters of the whole model, and those one token meets."""
+    """Return the parameters of the whole model, and those that one token uses."""
     expert_names = expert_parameter_names(decoder)
     dense, experts = 0, 0
     for name, parameter in decoder.named_parameters():
