@@ -93,6 +93,11 @@ VARIANTS = {
 }
 WORLDS = [(dense, *w) for dense in ("ddp", "fsdp") for w in ((2, 1), (2, 2), (4, 2))]
 """(how dense parameters are held, ranks, expert-parallel degree)."""
+ALWAYS = (("ddp", 2, 2), ("fsdp", 4, 2))
+"""Both engines, both numbers of ranks: every variant runs here by default, in the other worlds in
+the slow tests."""
+EVERYWHERE = ("plain", "deepseek", "bf16")
+"""Variants that run in every world by default."""
 FP64_TOLERANCE = 1e-12
 ONE = "-ddp-w1-ep1"
 """Suffix of what one process computed."""
@@ -105,48 +110,81 @@ BF16_TOLERANCE = {"loss": 2e-3, "grad_norm": 3e-2, "gradients": 6e-2, "weights":
 """First step only: later on a rounding difference may change a choice of expert."""
 
 
-def cases(options: list[str], suffix: str) -> dict[str, dict]:
-    return {
-        f"{name}{suffix}": {**v, "overrides": [*EXACT, *v["overrides"], *options]}
-        for name, v in VARIANTS.items()
+def is_default(variant: str, world: tuple[str, int, int]) -> bool:
+    return world in ALWAYS or variant in EVERYWHERE
+
+
+def in_worlds(variants) -> list:
+    """Return each variant in each world as parameters; those not run by default are slow."""
+    return [
+        pytest.param(variant, *world, marks=() if is_default(variant, world) else pytest.mark.slow)
+        for variant in variants
+        for world in WORLDS
+    ]
+
+
+def all_cases(options: list[str]) -> dict[str, dict]:
+    """Return every variant by its name, in fp64 and bf16."""
+    fp64 = {n: {**v, "overrides": [*EXACT, *v["overrides"], *options]} for n, v in VARIANTS.items()}
+    bf16 = {
+        name: {"overrides": ["train.precision=bf16", *more, *options]}
+        for name, more in BF16_VARIANTS.items()
     }
+    return fp64 | bf16
 
 
 def suffix(dense: str, ranks: int, ep: int) -> str:
     return f"-{dense}-w{ranks}-ep{ep}"
 
 
+class Results:
+    """What every variant computed, in a folder; one launch per number of ranks, on first use."""
+
+    def __init__(self, out: Path, config_file: Path) -> None:
+        self.out, self._config = out, str(config_file)
+        self._launched: set[tuple[int, bool]] = set()
+
+    def need(self, name: str, ranks: int) -> None:
+        """Run what belongs to the launch of ``name``, unless it has run."""
+        variant, _, world = name.partition("-")
+        dense = world.partition("-")[0]
+        ep = int(world[-1])
+        launch = (ranks, ranks == 1 or is_default(variant, (dense, ranks, ep)))
+        if launch in self._launched:
+            return
+        self._launched.add(launch)
+        cases = {}
+        worlds = [w for w in WORLDS if w[1] == ranks] if ranks > 1 else [("ddp", 1, 1)]
+        for world in worlds:
+            dense, _, ep = world
+            options = [f"parallel.dense={dense}", f"parallel.ep={ep}"] if ranks > 1 else []
+            for variant, case in all_cases(options).items():
+                if ranks == 1 or is_default(variant, world) == launch[1]:
+                    cases[f"{variant}{suffix(dense, ranks, ep)}"] = case
+        arguments = (WORKER, self._config, str(self.out), as_json(cases, self.out))
+        if ranks == 1:
+            run([sys.executable, *arguments], 300)
+        else:
+            torchrun(ranks, *arguments)
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory, config_file):
-    """Run every variant on every mesh: one launch per number of ranks."""
     out = tmp_path_factory.mktemp("equivalence")
     texts = [f"def f{n}(x):\n" + "    x += 1\n" * (n % 9) for n in range(400)]
     lines = [json.dumps({"text": text}) + "\n" for text in texts]
     (out / Path(DOCUMENTS).name).write_text("".join(lines))
-    bf16 = ["train.precision=bf16"]
-    one = cases([], ONE)
-    for name, more in BF16_VARIANTS.items():
-        one[f"{name}{ONE}"] = {"overrides": [*bf16, *more]}
-    run([sys.executable, WORKER, str(config_file), str(out), as_json(one, out)], 300)
-    for ranks in (2, 4):
-        here = {}
-        for dense, _, ep in [w for w in WORLDS if w[1] == ranks]:
-            options = [f"parallel.dense={dense}", f"parallel.ep={ep}"]
-            here |= cases(options, suffix(dense, ranks, ep))
-            for name, more in BF16_VARIANTS.items():
-                case = {"overrides": [*bf16, *more, *options]}
-                here[f"{name}{suffix(dense, ranks, ep)}"] = case
-        torchrun(ranks, WORKER, str(config_file), str(out), as_json(here, out))
-    return out
+    return Results(out, config_file)
 
 
 def as_json(cases: dict[str, dict], out: Path) -> str:
     return json.dumps(cases).replace(DOCUMENTS, str(out / Path(DOCUMENTS).name))
 
 
-def gathered(out: Path, name: str, ranks: int) -> list[dict]:
+def gathered(results: Results, name: str, ranks: int) -> list[dict]:
     """Join the ranks' shares; what several ranks hold must be the same on all of them."""
-    steps = [torch.load(out / f"{name}-{rank}.pt") for rank in range(ranks)]
+    results.need(name, ranks)
+    steps = [torch.load(results.out / f"{name}-{rank}.pt") for rank in range(ranks)]
     joined = []
     for shares in zip(*steps, strict=True):
         whole = {k: shares[0][k] for k in ("loss", "balance", "grad_norm", "counts")}
@@ -178,8 +216,7 @@ def differences(actual: dict, expected: dict) -> dict[str, float]:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(("dense", "ranks", "ep"), WORLDS, ids=lambda v: str(v))
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("variant", "dense", "ranks", "ep"), in_worlds(VARIANTS), ids=str)
 def test_equals_one_rank_to_the_last_digits_in_fp64(results, variant, dense, ranks, ep):
     expected = gathered(results, f"{variant}{ONE}", 1)
     actual = gathered(results, f"{variant}{suffix(dense, ranks, ep)}", ranks)
@@ -191,8 +228,9 @@ def test_equals_one_rank_to_the_last_digits_in_fp64(results, variant, dense, ran
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(("dense", "ranks", "ep"), WORLDS, ids=lambda v: str(v))
-@pytest.mark.parametrize("variant", ["plain", "router", "lora"])
+@pytest.mark.parametrize(
+    ("variant", "dense", "ranks", "ep"), in_worlds(["plain", "router", "lora"]), ids=str
+)
 def test_the_clip_norm_counts_each_trained_parameter_once(results, variant, dense, ranks, ep):
     for step in gathered(results, f"{variant}{suffix(dense, ranks, ep)}", ranks):
         norm = torch.stack([gradient.norm() for gradient in step["gradients"].values()]).norm()
@@ -210,9 +248,9 @@ def test_recompute_changes_no_bit(results, variant, plain):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("dense", ["ddp", "fsdp"])
-def test_a_rank_without_tokens_really_had_none(results, dense):
-    for step in gathered(results, f"starved-{dense}-w2-ep2", 2):
+@pytest.mark.parametrize(("dense", "ranks", "ep"), ALWAYS)
+def test_a_rank_without_tokens_really_had_none(results, dense, ranks, ep):
+    for step in gathered(results, f"starved{suffix(dense, ranks, ep)}", ranks):
         assert int(step["counts"][:, 2:].sum()) == 0 and int(step["counts"].sum()) == 2 * 2 * 8 * 32
         assert all(
             float(g.abs().max()) == 0 for k, g in step["gradients"].items() if "experts.3" in k
@@ -220,8 +258,7 @@ def test_a_rank_without_tokens_really_had_none(results, dense):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(("dense", "ranks", "ep"), WORLDS, ids=lambda v: str(v))
-@pytest.mark.parametrize("variant", BF16_VARIANTS)
+@pytest.mark.parametrize(("variant", "dense", "ranks", "ep"), in_worlds(BF16_VARIANTS), ids=str)
 def test_equals_one_rank_within_tolerance_in_bf16(results, variant, dense, ranks, ep):
     expected = gathered(results, f"{variant}{ONE}", 1)[0]
     actual = gathered(results, f"{variant}{suffix(dense, ranks, ep)}", ranks)[0]
@@ -240,7 +277,7 @@ def test_equals_one_rank_within_tolerance_in_bf16(results, variant, dense, ranks
 
 @pytest.mark.dist
 @pytest.mark.parametrize(
-    "name", [f"plain{ONE}", "plain-ddp-w2-ep2", "both-ddp-w4-ep2", "both-fsdp-w4-ep2"]
+    "name", [f"plain{ONE}", "plain-ddp-w2-ep2", "both-ddp-w2-ep2", "both-fsdp-w4-ep2"]
 )
 def test_routed_rows_are_tokens_times_choices(results, name):
     ranks = int(name.split("-w")[1][0])
