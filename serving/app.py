@@ -20,10 +20,10 @@ from .server import ServeArgs, Server, check_model
 log = logging.getLogger(__name__)
 
 SPARE_REQUESTS = 64
-"""Room in addition to the admitted requests: for health, metrics and refusals."""
+"""Extra requests that a replica may take: health, metrics and refusals."""
 MAX_QUEUED_IN_PROXY = 1024
-"""Requests that wait in Ray's proxy for a replica to take them, or to be there at all; 503 beyond.
-Each holds a body of at most 1 MiB."""
+"""Most requests that wait in Ray's proxy for a replica to take them or to start; more get 503. Each
+holds a body of at most 1 MiB."""
 
 ask_for_guard()  # ``serve run`` imports this file before it starts Ray
 
@@ -97,6 +97,6 @@ def application(args: ServeArgs) -> Application:
         # Waiting happens in the engine's queue, which knows what it can batch.
         max_ongoing_requests=args.max_num_seqs + args.max_queued_requests + SPARE_REQUESTS,
         max_queued_requests=MAX_QUEUED_IN_PROXY,
-        # Ray asks a replica that it takes away to finish, and ends it after so long.
+        # Ray asks a replica that it removes to finish, and kills it after this time.
         graceful_shutdown_timeout_s=args.drain_timeout,
     ).bind(args)

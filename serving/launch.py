@@ -22,7 +22,7 @@ from .server import ServeArgs, check_model
 
 START_TIMEOUT_S = 300.0
 ENDING_TIMEOUT_S = 10.0
-"""For the last events to reach clients whose requests are ended; the longest step counts too."""
+"""Time for last events to reach clients whose requests are ended, including the longest step."""
 HUB_TIMEOUT_S = 10.0
 APPLICATION = "moeyard"
 
@@ -45,7 +45,7 @@ def serve_forever(args: ServeArgs, host: str, port: int, attempt: int) -> int:
     is_ready = False
 
     def end_without_ray(name: str) -> None:
-        # Ray's library, in whichever thread it is called, waits for the process that has died.
+        # Any call of Ray's library would wait for the process that has died.
         reason = f"Ray's {name} has ended"
         if is_ready:
             sys.stderr.write(f"error: {reason}, so the server stops; its logs are in {folder}.\n")
@@ -118,7 +118,7 @@ def _drain(timeout_s: float, base: str) -> None:
 
     from .replicas.hub_actor import open_hub
 
-    sys.stdout.write(f"draining timeout_s={timeout_s:g}; a second signal ends everything at once\n")
+    sys.stdout.write(f"draining timeout_s={timeout_s:g}; a second signal ends everything now\n")
     sys.stdout.flush()
     try:
         hub = open_hub(APPLICATION)
@@ -149,7 +149,7 @@ def _wait_for_clients(base: str, deadline: float) -> None:
                 if json.load(answer)["unfinished"] == 0:
                     return
         except (OSError, ValueError):
-            return  # there is no proxy any more that could hold anything
+            return  # the proxy is gone, so nothing is left to wait for
         time.sleep(0.05)
 
 
@@ -160,7 +160,9 @@ def check_address(host: str, port: int) -> None:
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
-        raise ConfigError(f"host is {host!r}, which is unknown ({error.strerror}).") from None
+        raise ConfigError(
+            f"host is {host!r}, which is unknown ({error.strerror}); choose another."
+        ) from None
     with socket.socket(family, kind) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -187,7 +189,7 @@ def _deploy(args: ServeArgs, folder: Path) -> None:
 
 
 def _shut_down() -> None:
-    """End Ray where there is no guardian to do it, which is quicker and says nothing."""
+    """End Ray on systems without the guardian, which is quicker and prints nothing."""
     if sys.platform != "linux":
         import ray
 

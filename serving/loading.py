@@ -168,7 +168,7 @@ def pick_dtype(files: ModelFolder, name: str | None) -> torch.dtype:
 
 
 def _as_module(weights: ExpertWeights | QuantizedExpertWeights) -> LayerExperts:
-    """Return a layer's experts with weights of their own."""
+    """Return a layer's experts as a module that holds ``weights``."""
     if isinstance(weights, QuantizedExpertWeights):
         return QuantizedExperts(weights)
     num_experts, d_model, d_expert = weights.fc2_SDF.shape

@@ -1,4 +1,4 @@
-"""Does a model fit into the memory there is? Asked before anything is allocated."""
+"""Check that a model fits into free memory, before anything is allocated."""
 
 import os
 import resource
@@ -18,7 +18,7 @@ GROUPS = Path("/sys/fs/cgroup")
 def check_memory(files: ModelFolder, dtype: torch.dtype, expert_memory: str | None) -> None:
     """Raise :class:`ConfigError` for a model that needs more memory than this process can get.
 
-    Without this the system would end some process, or the allocator this one, half-way.
+    Without this check, the system would kill some process, or this one would fail half-way.
     """
     experts = bytes_of_experts(files, dtype, expert_memory)
     others = sum(tensor.numel() for _, tensor in dense_tensors(files.config)) * dtype.itemsize

@@ -1,14 +1,14 @@
 """Runs inside Ray Serve's HTTP proxy, around its application.
 
-A request goes on to a replica when it is whole. Ray counts it there from its first byte, and a
-replica takes a limited number, so requests that never become whole would shut out all others.
+The guard passes a request on to a replica only when it is complete. Ray counts it there from its
+first byte, and a replica takes a limited number. So incomplete requests would shut out all others.
 Deadlines and limits: ``request_body.py`` for bodies, ``connections.py`` for everything that happens
 outside an application.
 
 When a replica dies, Ray's proxy drops the connection in the middle of a stream, and answers a
 request that had no response yet with a bare 500. Only the proxy outlives the replica, so the
-event that tells the client is added here; a stream costs one more function call per message and
-no hop through another process. Ray loads this where :data:`CALLBACK_VARIABLE` names it in the
+event that tells the client is added here. A stream costs one more function call per message and no
+hop through another process. Ray loads this file if :data:`CALLBACK_VARIABLE` names it in the
 environment of the process that starts Ray.
 """
 

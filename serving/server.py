@@ -53,7 +53,7 @@ class ServeArgs(BaseModel):
     api_key: str | None = None
     """Key clients must send; None asks for none."""
     ignore_unused_weights: bool = False
-    """Serve a folder that has weights which its config.json does not ask for, without them."""
+    """Skip the folder's weights that its config.json does not ask for, instead of refusing it."""
     allow_code: list[str] = []
     """Modules of the user's own whose routers the folder may use; a string may join some by ``,``.
     Every replica imports them."""

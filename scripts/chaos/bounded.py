@@ -1,4 +1,4 @@
-"""Run what may hang, eat memory or die in a child of its own, and say what became of it.
+"""Run what may hang, eat memory or die in a child process, and report how it ended.
 
 The child is a fork, so the libraries are loaded once for all rows.
 """

@@ -2,8 +2,8 @@
 
     python scripts/chaos/overload.py [SECONDS]
 
-Twice as many clients as batch and queue hold, each with a socket of its own, ask again at once
-whatever they were told. Every request must end in a whole answer or in 429 with Retry-After, every
+Twice as many clients as batch and queue hold, each with a separate socket, ask again immediately
+after any answer. Every request must end in a whole answer or in 429 with Retry-After, every
 health check meanwhile in 200, and in the end no request may run or wait.
 """
 
@@ -23,7 +23,7 @@ CLIENTS = 2 * PLACES
 
 
 async def exchange(port: int, method: str, path: str, body: bytes = b"") -> tuple[int, dict, bytes]:
-    """Send a request over a connection of its own; return status, headers and the whole body."""
+    """Send a request over a new connection; return status, headers and the whole body."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         head = f"{method} {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"

@@ -1,5 +1,5 @@
-"""What the scripts of this folder share: a server to try, one of their own unless they are given
-one, a client for it, and how they end."""
+"""Shared by the scripts of this folder: a server to try (a given one, or one that they start), a
+client for it, and how they end."""
 
 import argparse
 import contextlib
@@ -108,7 +108,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("base", nargs="?", metavar="BASE_URL", help="default: a server of its own")
+    parser.add_argument("base", nargs="?", metavar="BASE_URL", help="default: start a small server")
     parser.add_argument("--api-key", help="key of the server at BASE_URL")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--no-ray", action="store_true", help="serve the application alone")

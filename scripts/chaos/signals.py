@@ -80,7 +80,7 @@ def run(case: Case, folder: Path) -> tuple[Case, list[str], str]:
     terminal, end = pty.openpty()
     with log.open("w") as file:
         out = end if case.how == "terminal" else file
-        # In a session of its own, whose terminal is ours where there is one.
+        # In a separate session, whose terminal is ours if there is one.
         program = ["setsid", "--ctty", "--wait", *command] if case.how == "terminal" else command
         process = subprocess.Popen(
             program,

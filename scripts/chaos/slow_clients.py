@@ -139,7 +139,7 @@ def not_read(verdict: Verdict, running) -> None:
 
 
 def large(verdict: Verdict, running) -> None:
-    """Send bodies of 32 MiB at once."""
+    """Send several bodies of 32 MiB, which are too large."""
     clients = [connect(running.port) for _ in range(LARGE_BODIES)]
     for client in clients:
         client.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % (32 << 20))

@@ -58,7 +58,7 @@ class Ended:
 
     @property
     def sentences(self) -> list[str]:
-        """What it said as errors of its own."""
+        """The errors that it printed itself."""
         return re.findall(r"^error: (.*)$", self.log, re.MULTILINE)
 
     @property
@@ -101,7 +101,7 @@ def torchrun(
 def launch(
     command: list[str], log: Path, limit_s: float = 240, cwd: str = "/", **extra: str
 ) -> Ended:
-    """Run a command in a session of its own to its end; kill all of it at the limit."""
+    """Run a command in a separate session to its end; kill all of it at the limit."""
     started = time.monotonic()
     with log.open("a") as file:
         process = subprocess.Popen(

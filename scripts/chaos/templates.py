@@ -30,7 +30,7 @@ ESCAPE = "{{ %s.__globals__['os'].system('touch CANARY') }}"
 
 
 def on_boom(template: str) -> str:
-    """Return a template that is harmless until somebody says boom."""
+    """Return a template that is harmless until a message says boom."""
     condition = "{% if messages[-1].content == 'boom' %}"
     return condition + template + "{% else %}" + PLAIN + "{% endif %}"
 

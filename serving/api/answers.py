@@ -1,4 +1,4 @@
-"""Run the generation requests of one HTTP request and word what comes, for every endpoint."""
+"""Run the generation requests of one HTTP request and format the answers, for every endpoint."""
 
 import asyncio
 import logging
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Answer:
-    """One answer as far as it has come."""
+    """One answer, as generated so far."""
 
     text: str = ""
     finish_reason: str | None = None
@@ -34,7 +34,7 @@ class Answer:
     num_tokens: int = 0
 
     def add(self, event: GenerationEvent) -> None:
-        """Take an event in."""
+        """Add an event."""
         self.text += event.text
         self.logprobs += event.logprobs
         self.finish_reason = event.finish_reason
@@ -42,7 +42,7 @@ class Answer:
 
 
 class Wording(Protocol):
-    """How an endpoint says things; one per HTTP request, so it may remember."""
+    """How an endpoint formats answers; one per HTTP request, so it may keep state."""
 
     id_prefix: str
     whole_object: str
@@ -81,10 +81,10 @@ class Answers:
             )
 
     def places(self, count: int) -> ExitStack:
-        """Take places for ``count`` answers; raises :class:`RequestError` if there are none.
+        """Take places for ``count`` answers; raise :class:`RequestError` if there are none.
 
-        :meth:`respond` keeps them until the response has been sent; leaving the returned context
-        before that gives them back.
+        Leaving the returned context gives them back, unless :meth:`respond` holds them until a
+        stream has been sent.
         """
         held = ExitStack()
         held.enter_context(self._admission.places(count))
@@ -148,7 +148,7 @@ class Answers:
     async def _run(
         self, requests: list[GenerationRequest]
     ) -> AsyncGenerator[tuple[int, GenerationEvent]]:
-        """Run requests side by side and yield (index, event) as they come.
+        """Run requests concurrently and yield (index, event) as they come.
 
         Raises :class:`RequestError` when one of them fails; leaving early cancels all of them.
         """
@@ -189,14 +189,14 @@ class Answers:
 
 
 class HeldResponse(Response):
-    """A response with something to let go of when it has been sent, or never will be."""
+    """A response that releases resources when it has been sent or has failed."""
 
     def __init__(self, response: Response, held: ExitStack) -> None:
         self._response = response
         self._held = held
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the response, then let go."""
+        """Send the response, then release the resources."""
         with self._held:
             await self._response(scope, receive, send)
 

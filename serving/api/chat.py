@@ -1,4 +1,4 @@
-"""``POST /v1/chat/completions``: body, its generation requests, answers in OpenAI's words."""
+"""``POST /v1/chat/completions``: parse the body, make requests, format OpenAI's objects."""
 
 import asyncio
 import uuid
@@ -46,7 +46,7 @@ class ChatRequest(GenerationOptions):
     """Objects with ``role`` and ``content``; the content is text or a list of text parts."""
     max_tokens: StrictInt | None = Field(default=None, ge=1)
     max_completion_tokens: StrictInt | None = Field(default=None, ge=1)
-    """The newer name of ``max_tokens``; without either an answer may fill the model's context."""
+    """The newer name of ``max_tokens``. Without either, an answer may fill the model's context."""
     logprobs: StrictBool = False
     top_logprobs: StrictInt | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
 
@@ -57,7 +57,7 @@ class ChatRequest(GenerationOptions):
 
     @property
     def limit(self) -> int | None:
-        """Longest answer in tokens, or None for whatever fits."""
+        """Longest answer in tokens; None for as much as fits."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
@@ -66,8 +66,7 @@ class ChatRequest(GenerationOptions):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def conversation(self) -> list[dict[str, Any]]:
-        """Return the messages with the roles that chat templates know; a content is text or text
-        parts, as it was sent."""
+        """Return the messages with the roles that chat templates know; contents are unchanged."""
         return [
             {"role": ROLES[message["role"]], "content": message["content"]}
             for message in self.messages
@@ -189,7 +188,7 @@ class ChatWording:
         self._tokenizer = tokenizer
 
     def first(self, index: int) -> dict[str, Any] | None:
-        """Say who speaks."""
+        """Return the choice that names the role."""
         delta = {"role": "assistant", "content": ""}
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 

@@ -1,4 +1,4 @@
-"""``POST /v1/completions``: body, its generation requests, answers in OpenAI's words."""
+"""``POST /v1/completions``: parse the body, make requests, format OpenAI's objects."""
 
 import asyncio
 import codecs
@@ -40,7 +40,7 @@ class CompletionRequest(GenerationOptions):
     echo: StrictBool = False
     """Answer with the prompt in front."""
     logprobs: StrictInt | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
-    """Log-probabilities of each token and of so many likeliest ones."""
+    """Report log-probabilities of each token and of this many likeliest ones."""
 
     @property
     def num_answers(self) -> int:
@@ -182,9 +182,9 @@ class CompletionWording:
     def _by_name(self, score: TokenLogprob) -> dict[str, float] | None:
         """Return the likeliest tokens, likeliest first, and always the token itself.
 
-        OpenAI's format has them by their text, which several ids may share (a letter and its byte);
-        the token itself goes by its text, others that would take its place by their id, spelled as
-        vLLM does.
+        OpenAI's format keys tokens by their text, but several ids may share a text (a letter and
+        its byte). The token itself is keyed by its text; another with a text already taken is keyed
+        by its id, spelled as in vLLM.
         """
         if score.logprob is None:
             return None
@@ -199,14 +199,14 @@ class CompletionWording:
 
 
 class TextOffsets:
-    """Where each token's text begins, in characters, as tokens come in."""
+    """Where each token's text begins, in characters, computed token by token."""
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._num_characters = 0
 
     def next(self, spelled: bytes) -> int:
-        """Return where a token begins, and go on behind it."""
+        """Return where a token begins, and advance past it."""
         start = self._num_characters
         self._num_characters += len(self._decoder.decode(spelled))
         return start

@@ -1,12 +1,12 @@
 """Limits on the connections of Ray's HTTP proxy before, between and after requests.
 
-An ASGI application hears of a request when its head has arrived, and cannot end a response
-whose client does not read. So the rest is done one level lower, by a protocol class that replaces
-uvicorn's. It only watches and closes connections, and leaves parsing to uvicorn.
+An ASGI application sees a request only after its head has arrived, and cannot end a response whose
+client does not read. So a protocol class that replaces uvicorn's works one level lower. It only
+watches and closes connections, and leaves parsing to uvicorn.
 
-A connection *waits* while its client owes it something: the rest of a request, or taking in a
-response. Once a second those that wait too long are closed, and the oldest of a client that has
-too many. A client that sends its requests whole never meets a limit, however many they are.
+A connection *waits* while its client must act: send the rest of a request, or read a response. Once
+a second, the server closes connections that wait too long, and the oldest of a client that has too
+many. A client that sends whole requests never meets a limit, no matter how many it sends.
 """
 
 import asyncio
@@ -23,19 +23,19 @@ from . import request_body
 from .responses import error_response
 
 READ_TIMEOUT_S = 30.0
-"""For a client to take in what lies ready: about 50 kB, asyncio's buffer between its marks."""
+"""Time for a client to read about 50 kB, asyncio's buffer between its watermarks."""
 FREE_S = 1.0
-"""Waiting that does not count: heads and bodies often come in packets of their own."""
+"""Waiting that does not count: heads and bodies often come in separate packets."""
 MAX_WAITING_PER_CLIENT = 64
 MAX_WAITING = 512
 """Each may hold a body of 1 MiB, so this bounds memory too."""
 MAX_HEAD_BYTES = 64 << 10
-"""Twice what the application takes; httptools itself has no limit."""
+"""Twice what the application accepts; httptools itself has no limit."""
 SHARE_OF_FILES = 0.8
-"""Of the files that the process may open, how many connections may take."""
+"""Share of the process's open files that connections may use."""
 SWEEP_EVERY_S = 1.0
 STATE_KEY = "moeyard.connection"
-"""Where a request's scope has its connection, in ``scope["state"]``."""
+"""Key of a request's connection in ``scope["state"]``."""
 
 Phase = Literal["idle", "head", "body", "answer"]
 
@@ -45,7 +45,7 @@ class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.ws_protocol_class = None  # there are no websockets here, and they would slip away
+        self.ws_protocol_class = None  # no websockets here; they would escape the limits
         self.app_state: dict[str, Any] = {**options["app_state"], STATE_KEY: self}
         self._num_head_bytes = 0
         self._loop = asyncio.get_running_loop()
@@ -53,13 +53,13 @@ class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         self.enter("head")
 
     def enter(self, phase: Phase) -> None:
-        """Note what the connection is at from now on; the guard around the application tells."""
+        """Note the connection's phase from now on; the guard around the application calls this."""
         self.phase = phase
         self.since = self._loop.time()
 
     @property
     def waits_since(self) -> float | None:
-        """Since when the client has owed something, or None."""
+        """When the client began to keep the server waiting, or None."""
         if self._stalled_since is not None:
             return self._stalled_since
         return self.since if self.phase in ("head", "body") else None
@@ -70,19 +70,19 @@ class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         return bool(self.transport.get_write_buffer_size() > 0)
 
     def connection_made(self, transport: Any) -> None:
-        """Count a new connection; it owes a request."""
+        """Watch a new connection, which waits for a request."""
         super().connection_made(transport)
         peer = transport.get_extra_info("peername")
         self.client_key = _client_key(peer[0]) if isinstance(peer, tuple) else ""
         connections.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget it."""
+        """Stop watching it."""
         connections.discard(self)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Pass bytes on to the parser, and bound the head that it keeps."""
+        """Pass bytes on to the parser, and limit the size of the head."""
         if self.phase == "idle":
             self.enter("head")
             self._num_head_bytes = 0
@@ -99,30 +99,30 @@ class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
                 )
 
     def pause_writing(self) -> None:
-        """Note that the client does not take in what lies ready."""
+        """Note that the client has stopped reading."""
         super().pause_writing()
         self._stalled_since = self._loop.time()
 
     def resume_writing(self) -> None:
-        """Note that it does again."""
+        """Note that the client reads again."""
         super().resume_writing()
         self._stalled_since = None
 
     def end_if_late(self, now: float) -> None:
-        """Close the connection if its client has owed something for too long."""
+        """Close the connection if its client has kept the server waiting for too long."""
         if self.transport.is_closing():
             if self._stalled_since is None:
-                self._stalled_since = now  # what is left must be taken in, too
+                self._stalled_since = now  # the client must read the rest in time, too
         elif self.phase == "head" and now - self.since > request_body.BODY_TIMEOUT_S:
             self.refuse(request_body.late_request(f"of the head, {self._num_head_bytes} bytes"))
-        # The guard answers a late body; what is left here was answered before it was whole.
+        # The guard answers late bodies; these requests were answered before they were whole.
         elif self.phase == "body" and now - self.since > request_body.BODY_TIMEOUT_S + FREE_S:
             self.transport.close()
         if self._stalled_since is not None and now - self._stalled_since > READ_TIMEOUT_S:
             self.transport.abort()
 
     def refuse(self, error: RequestError) -> None:
-        """Say why, where nothing has been said yet, and close."""
+        """Send the error if no response has begun, and close."""
         if self._stalled_since is not None:
             self.transport.abort()
             return
@@ -136,7 +136,7 @@ class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
 
 
 class Connections:
-    """Those that are open; belongs to one event loop."""
+    """The open connections of one event loop."""
 
     def __init__(self) -> None:
         self._open: set[Connection] = set()
@@ -149,7 +149,7 @@ class Connections:
             self._timer = asyncio.get_running_loop().call_later(SWEEP_EVERY_S, self._sweep)
 
     def discard(self, connection: Connection) -> None:
-        """Watch it no longer."""
+        """Stop watching a connection."""
         self._open.discard(connection)
 
     @property
@@ -177,7 +177,7 @@ class Connections:
         self._timer = loop.call_later(SWEEP_EVERY_S, self._sweep) if self._open else None
 
     def _keep_files(self, waiting: list[Connection]) -> None:
-        """Close idle and waiting connections when others could not come in any more."""
+        """Close idle and waiting connections when too few files are left for new ones."""
         limit = int(resource.getrlimit(resource.RLIMIT_NOFILE)[0] * SHARE_OF_FILES)
         if len(self._open) > limit:
             spare = [c for c in self._open if c.phase == "idle"] + waiting
@@ -185,11 +185,11 @@ class Connections:
 
 
 connections = Connections()
-"""Of this process."""
+"""The connections of this process."""
 
 
 def _close_oldest(group: Iterable[Connection], num_kept: int) -> None:
-    """Close those that have waited longest, so that the newest get their time."""
+    """Close the connections that have waited longest; keep ``num_kept``."""
     alive = [connection for connection in group if not connection.transport.is_closing()]
     alive.sort(key=lambda connection: connection.waits_since or connection.since)
     for connection in alive[: max(0, len(alive) - num_kept)]:
@@ -217,7 +217,7 @@ def _client_key(address: str) -> str:
 
 
 def _raw(error: RequestError) -> bytes:
-    """Return the response as it goes over the wire, where no application could send it."""
+    """Return the raw bytes of a response that no application can send."""
     response = error_response(error)
     response.headers["Connection"] = "close"
     headers = b"".join(b"%b: %b\r\n" % pair for pair in response.raw_headers)

@@ -1,4 +1,4 @@
-"""What stands before the application: the size of the headers, and the API key."""
+"""Checks before the application: the size of the headers, and the API key."""
 
 import hmac
 
@@ -14,9 +14,9 @@ OPEN_PATHS = frozenset({"/health"})
 
 
 class Gate:
-    """Refuse a request by its headers, before it is looked at.
+    """Refuse a request by its headers, before its body is read.
 
-    With a key, ``Authorization: Bearer KEY`` is asked of every path but the open ones.
+    With a key, every path except the open ones needs ``Authorization: Bearer KEY``.
     """
 
     def __init__(self, app: ASGIApp, api_key: str | None) -> None:
@@ -24,7 +24,7 @@ class Gate:
         self._expected = None if api_key is None else f"Bearer {api_key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let requests through that may pass."""
+        """Pass permitted requests on and answer the others with an error."""
         error = None if scope["type"] == "lifespan" else self._problem(scope)
         if error is None:
             await self._app(scope, receive, send)

@@ -1,4 +1,4 @@
-"""The HTTP face of a server: OpenAI's routes, health and metrics. Needs no Ray."""
+"""The HTTP application of a server: OpenAI's routes, health and metrics. Needs no Ray."""
 
 import logging
 from collections.abc import Awaitable, Callable

@@ -1,4 +1,4 @@
-"""What OpenAI's requests have in common: read from bytes, checked, problems as sentences."""
+"""The common part of OpenAI's requests: reading, checks, and errors as sentences."""
 
 import difflib
 import json
@@ -30,7 +30,7 @@ class StreamOptions(BaseModel):
 class GenerationOptions(BaseModel):
     """The keys that all endpoints share.
 
-    How to sample is as the model's folder says where a request does not.
+    Sampling parameters default to those of the model's folder.
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -63,8 +63,8 @@ Options = TypeVar("Options", bound=GenerationOptions)
 def read_values(body: bytes, unsupported: dict[str, Any]) -> dict[str, Any]:
     """Read a JSON object and drop the keys that ask for nothing.
 
-    ``unsupported`` are OpenAI's parameters that this server does not have, each with the value
-    that asks for nothing; another value is refused.
+    ``unsupported`` are OpenAI's parameters that this server lacks, each with its neutral value;
+    any other value is refused.
     """
     values = _read_json(body)
     for key in list(values):
@@ -96,7 +96,7 @@ def validate(kind: type[Options], values: dict[str, Any]) -> Options:
 
 
 def sampling_of(body: GenerationOptions, usual: SamplingParams) -> SamplingParams:
-    """Return how a request wants its tokens drawn; what it leaves open is as ``usual``."""
+    """Return a request's sampling parameters; missing ones are taken from ``usual``."""
     given = body.model_dump(include={"temperature", "top_p", "top_k"}, exclude_unset=True)
     return replace(usual, **given)
 

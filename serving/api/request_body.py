@@ -1,4 +1,4 @@
-"""Read a request's body: at most so many bytes, in at most so many seconds."""
+"""Read a request's body, with limits on its bytes and seconds."""
 
 import asyncio
 
@@ -15,8 +15,8 @@ BODY_TIMEOUT_S = 30.0
 async def read_body(receive: Receive) -> bytes:
     """Return the body.
 
-    Raises :class:`RequestError`: 413 beyond :data:`MAX_BODY_BYTES`, 408 when the whole has not
-    come after :data:`BODY_TIMEOUT_S`. Raises ``ClientDisconnect`` when the client leaves.
+    Raises :class:`RequestError`: 413 beyond :data:`MAX_BODY_BYTES`, 408 if the body is not complete
+    after :data:`BODY_TIMEOUT_S`. Raises ``ClientDisconnect`` if the client leaves.
     """
     body = bytearray()
     try:

@@ -9,7 +9,7 @@ from ...errors import RequestError
 
 DONE = b"data: [DONE]\n\n"
 RETRY_AFTER_S = 1
-"""Where the error knows no better: what fails for a moment is a read, a step or a replica."""
+"""Default of ``Retry-After``: a read, a step or a replica may fail for a moment."""
 
 
 def sse(values: dict[str, Any]) -> bytes:

@@ -1,10 +1,10 @@
-"""A parent for work that starts processes: whatever happens to it, none of them outlives it.
+"""A parent for work that starts processes: none of them outlives it, whatever happens.
 
 ``moeyard serve`` is three processes: the one the user started, the guardian, and the one that runs
-Ray. The kernel gives the guardian every orphan below it (``PR_SET_CHILD_SUBREAPER``), so it can
-end Ray's agents, which notice too late, or never, that Ray has gone. It is told when the user's
-process dies (``PR_SET_PDEATHSIG``) and ends everything then, after ``kill -9`` too. Each attempt
-of the work is a fresh process, so a start that failed halfway leaves nothing behind for the next.
+Ray. The kernel gives the guardian every orphan below it (``PR_SET_CHILD_SUBREAPER``). So it can end
+Ray's agents, which notice too late, or never, that Ray is gone. The kernel also tells it when the
+user's process dies, even by ``kill -9`` (``PR_SET_PDEATHSIG``), and it then ends everything. Each
+attempt is a fresh process, so a start that failed halfway leaves nothing behind for the next.
 
 Linux only: elsewhere the work runs in the user's process, once. Imports nothing heavy, since what
 is imported before the fork is in memory three times.
@@ -27,15 +27,15 @@ PR_SET_CHILD_SUBREAPER = 36
 PARENT_DIED = signal.SIGUSR1
 """What the kernel sends to the guardian when the user's process has gone."""
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Signals that ask the work to stop, so that are passed on to it."""
+"""Signals that ask the work to stop; they are passed on to it."""
 
 
 def run_guarded(work: Callable[[int], int]) -> int:
     """Run ``work`` and return its status; afterwards nothing that it started is alive.
 
-    ``work`` is told which attempt it is, from 1. It gets SIGINT, SIGTERM and SIGHUP that
-    this process gets, once each, wherever they come from. While it returns :data:`TRY_AGAIN`, it
-    is run again, :data:`ATTEMPTS` times in all. Call it before any thread has been started.
+    ``work`` gets the number of the attempt, from 1. SIGINT, SIGTERM and SIGHUP that reach this
+    process are passed on to it, once each. While it returns :data:`TRY_AGAIN`, it runs again,
+    :data:`ATTEMPTS` times in all. Call this before any thread has been started.
     """
     if sys.platform != "linux":
         return work(ATTEMPTS)
@@ -84,7 +84,7 @@ def _guard(work: Callable[[int], int], parent: int, mask: set[int | signal.Signa
 def _work(
     work: Callable[[int], int], attempt: int, guardian: int, mask: set[int | signal.Signals]
 ) -> NoReturn:
-    """Be the process that works; what is left of it afterwards is the guardian's to end."""
+    """Run one attempt in this process; the guardian ends what it leaves behind."""
     _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != guardian:
         os._exit(1)
@@ -150,7 +150,7 @@ def children(parent: int) -> list[tuple[int, str, str]]:
 
 
 def _told(status: int) -> int:
-    """Turn a death by a signal into a status, and a sentence where no one asked for it."""
+    """Turn a death by a signal into a status; report it unless the signal asked to stop."""
     if status >= 0:
         return status
     if -status in STOPPING:

@@ -28,14 +28,14 @@ SETTINGS = {
     # A proxy counts as dead after three checks; every 10 s means half a minute without answers.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
 }
-"""What is set in the environment, unless it is set there already."""
+"""Defaults for the environment; values that are set already win."""
 VITAL = frozenset({"gcs_server", "raylet"})
-"""Processes of Ray without which nothing can be started or replaced."""
+"""Processes that Ray needs to start or replace anything."""
 LOOK_EVERY_S = 0.5
 MAX_SOCKET_PATH = 107
 """Bytes in the path of a Unix socket, see unix(7)."""
 SOCKET_TAIL = "/ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store"
-"""What Ray puts behind the temporary folder."""
+"""What Ray appends to the temporary folder."""
 SHORT_FOLDER = "/tmp"
 
 
@@ -52,7 +52,7 @@ def prepare() -> Path:
     folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or SHORT_FOLDER
     if len(os.fsencode(folder + SOCKET_TAIL)) > MAX_SOCKET_PATH:
         sys.stderr.write(
-            f"note: {folder} is too long for the names of Ray's sockets, so Ray's files go to "
+            f"note: the path {folder} is too long for Ray's sockets, so Ray's files go to "
             f"{SHORT_FOLDER}/ray; set RAY_TMPDIR to another short folder if you like.\n"
         )
         folder = SHORT_FOLDER
@@ -79,7 +79,7 @@ def start(folder: Path, num_cpus: int) -> None:
 
 
 class Watch:
-    """A thread that looks whether the vital processes of this process's Ray are alive."""
+    """A thread that checks whether the vital processes of our Ray are alive."""
 
     def __init__(self, on_death: Callable[[str], None]) -> None:
         self._on_death = on_death
@@ -102,7 +102,7 @@ class Watch:
 
 
 class StartReport:
-    """Says that the server is starting, and every ten seconds for how long it has been."""
+    """Prints that the server is starting, and every ten seconds for how long."""
 
     EVERY_S = 10.0
 
@@ -115,7 +115,7 @@ class StartReport:
         threading.Thread(target=self._run, name="start-report", daemon=True).start()
 
     def close(self) -> None:
-        """Say no more."""
+        """Stop printing."""
         self._is_closed.set()
 
     def _run(self) -> None:

@@ -15,7 +15,7 @@ from grpc.aio import _server
 log = logging.getLogger(__name__)
 
 RAYS_ADDRESS = "[::]:0"
-"""A port at random, on every interface; nothing else in a replica asks for that."""
+"""A random port on every interface; nothing else in a replica asks for that."""
 VARIABLES = ("RAY_SERVE_USE_GRPC_BY_DEFAULT", "RAY_SERVE_PROXY_USE_GRPC")
 
 

@@ -1,4 +1,4 @@
-"""Which requests are let in: a bounded number, and none while the server drains."""
+"""Admission of requests: a bounded number, and none while the server drains."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,12 +9,12 @@ from prometheus_client import Counter
 from ...errors import RequestError
 
 Rejection = Literal["queue_full", "draining"]
-"""Why a request is not let in, as ``moeyard_requests_rejected_total`` labels it."""
+"""Why a request is refused: the label of ``moeyard_requests_rejected_total``."""
 
 RETRY_WHEN_FULL_S = 1
-"""Seconds until asking a full server again: with dozens of places, one is free by then."""
+"""``Retry-After`` of a full server: with dozens of places, one is free by then."""
 RETRY_WHEN_DRAINING_S = 10
-"""Seconds until asking a server again that is being replaced."""
+"""``Retry-After`` of a server that is being replaced."""
 
 
 class Admission:
@@ -67,14 +67,14 @@ class Admission:
         capacity = self._max_running + self._max_queued
         if count > capacity:
             raise RequestError(
-                f"the request asks for {count} answers, but the server takes {capacity} at once; "
+                f"the request asks for {count} answers, but the server takes {capacity} at a time; "
                 "send several requests.",
                 param="n",
             )
         if self._num_held + count > capacity:
             self._rejected.labels("queue_full").inc()
             raise RequestError(
-                f"the server is busy with {self._num_held} answers and takes {capacity} at once; "
+                f"the server is busy with {self._num_held} answers and takes {capacity} at a time; "
                 f"try again in {RETRY_WHEN_FULL_S} s.",
                 code="rate_limit_exceeded",
                 status=429,

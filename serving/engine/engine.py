@@ -1,4 +1,4 @@
-"""Continuous batching: every step takes whatever requests there are one token further.
+"""Continuous batching: every step advances the current requests by one token.
 
 L MoE layers, E experts, V vocabulary.
 """
@@ -91,8 +91,8 @@ class Engine:
     def step(self) -> list[GenerationEvent]:
         """Run one forward and return an event for every request that got a token or ended.
 
-        Where memory is short or an expert cannot be read, the requests that need it end with an
-        error, and the others go on.
+        If memory is short or an expert cannot be read, the affected requests end with an error and
+        the others continue.
         """
         while self._waiting and len(self._running) < self._max_num_seqs:
             self._running.append(self._waiting.popleft())
@@ -110,13 +110,13 @@ class Engine:
         return events
 
     def _choose(self) -> list[Sequence]:
-        """Take all requests that decode, and the oldest one that still reads its prompt."""
+        """Choose all requests that decode, and the oldest one that still reads its prompt."""
         decoding = [s for s in self._running if not s.is_prefilling]
         prefilling = [s for s in self._running if s.is_prefilling]
         return decoding + prefilling[:1]
 
     def _take(self, result: StepResult) -> GenerationEvent | None:
-        """Choose a sequence's next token, if it is time; what fails here fails for it alone."""
+        """Choose a sequence's next token if it is ready; a failure ends only this sequence."""
         sequence = result.sequence
         try:
             self._score_prompt(sequence, result.hidden_TD)
@@ -147,7 +147,7 @@ class Engine:
         return sequence.fail(error)
 
     def _score_prompt(self, sequence: Sequence, hidden_TD: torch.Tensor) -> None:
-        """Give a request that asks for it the log-probabilities of what it has just read."""
+        """Add the log-probabilities of the prompt tokens just read, if asked for."""
         request = sequence.request
         if not request.scores_prompt or request.num_logprobs is None:
             return
@@ -166,7 +166,7 @@ class Engine:
 
 
 def _not_finite() -> RequestError:
-    message = "the model gave scores that are not finite"
+    message = "the model gave scores that are not finite; check its weights."
     return RequestError(message, code="unavailable", status=503)
 
 

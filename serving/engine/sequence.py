@@ -39,7 +39,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class GenerationEvent:
-    """What one engine step did for a request."""
+    """The result of one engine step for a request."""
 
     request_id: str
     text: str
@@ -49,7 +49,7 @@ class GenerationEvent:
     finish_reason: FinishReason | None = None
     error: RequestError | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
-    """Of the new token, if asked for, and before the first one of the prompt's tokens."""
+    """Of the new token, if asked for; the first event begins with those of the prompt."""
 
 
 @dataclass(slots=True)
@@ -105,7 +105,7 @@ class Sequence:
         return self.request.prompt_ids[start : start + chunk]
 
     def accept(self, token: int, logprobs: Items[TokenLogprob] = ()) -> GenerationEvent:
-        """Add a sampled token and say what came of it."""
+        """Add a sampled token and return the event."""
         is_first = not self._generated
         self._generated.append(token)
         reason: FinishReason | None = None

@@ -1,4 +1,4 @@
-"""One forward of several requests. What fails, fails for as few of them as can be.
+"""One forward of several requests. A failure ends as few of them as possible.
 
 T rows of a sequence, D model width, R sequences that are ready for a token, V vocabulary.
 """
@@ -19,12 +19,12 @@ from ...moe.routers.routing import Routing
 from .sequence import Sequence
 
 RETRY_AFTER_S = 5
-"""Seconds until asking again where a disk or the memory had a bad moment."""
+"""``Retry-After`` for a temporary failure of a disk or of memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a forward gave one sequence."""
+    """A forward's result for one sequence."""
 
     sequence: Sequence
     hidden_TD: Tensor
@@ -39,7 +39,7 @@ Failure = tuple[Sequence, RequestError]
 
 @dataclass(slots=True)
 class Step:
-    """What one step gave: results, the routings behind them, and what ended."""
+    """The outcome of one step: results, their routings, and failed sequences."""
 
     results: list[StepResult]
     routings: list[list[Routing]]
@@ -70,7 +70,7 @@ def run_step(decoder: Decoder, sequences: Items[Sequence], prefill_chunk: int) -
             step.results += results
             step.routings.append(routings)
             continue
-        # Behind the except clause: until then the error holds on to all that the forward made.
+        # After the except clause: the error keeps the forward's tensors alive until then.
         for sequence, length in zip(group, lengths, strict=True):
             sequence.cache.length = length
         groups[:0] = again
@@ -132,7 +132,7 @@ def _divide(
         raise error
     if len(sequences) == 1:
         return [], [(sequences[0], out_of_memory())]
-    # Nothing tells whose rows memory was short for, so each half is tried.
+    # It is unknown whose rows exceeded the memory, so each half is tried.
     middle = len(sequences) // 2
     return [sequences[:middle], sequences[middle:]], []
 

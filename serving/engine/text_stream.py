@@ -12,9 +12,9 @@ MAX_CHARACTER_IDS = 4
 class TextStream:
     """The text of one answer as it grows.
 
-    A piece is held back while it might be the beginning of a stop string or ends inside a UTF-8
-    character, so what has been handed out is never taken back. ``context`` are the last ids of
-    the prompt: some tokenizers drop the space of a text's first word.
+    Text is held back while it might begin a stop string or ends inside a UTF-8 character, so
+    released text never changes. ``context`` are the last ids of the prompt: some tokenizers drop
+    the space of a text's first word.
     """
 
     def __init__(self, decode: Decode, stop: Sequence[str], context: Sequence[int] = ()) -> None:

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 STUCK_AFTER_S = 120.0
 """A single engine step that takes longer makes the server unhealthy."""
 RETRY_AFTER_S = 10
-"""Seconds until asking again where an engine does not work: its replica is being replaced."""
+"""``Retry-After`` of an engine that does not work: its replica is being replaced."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ class EngineThread:
         self._commands.put(_Add(request, listener))
         is_finished = False
         try:
-            # Asked after the hand-over: an engine that ended before it would never answer.
+            # Checked after queueing: an engine that ended before would never answer.
             problem = self.problem()
             if problem is not None:
                 raise _unavailable(f"{problem}; try again later.")
@@ -106,11 +106,11 @@ class EngineThread:
                 for event in events:
                     self._deliver(event)
             self._failure = "the server is shutting down"
-        except BaseException as error:  # a panic of a native library is no Exception
+        except BaseException as error:  # a native library's panic is not an Exception
             log.exception("the engine failed")
             self._failure = f"the engine failed ({type(error).__name__}); see the server's log"
         finally:
-            # Whatever happened, no client may wait for ever.
+            # In any case, no client may wait for ever.
             self._fail_all(self._failure or "the engine has stopped")
 
     def _take_commands(self) -> bool:

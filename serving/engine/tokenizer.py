@@ -33,8 +33,8 @@ class ServingTokenizer:
         )
         self._templates = TemplateProcess()
         self.rendering = ThreadPoolExecutor(1, thread_name_prefix="chat-template")
-        """Where templates are rendered, one at a time: one that takes long keeps only chats
-        waiting, and not the threads that all requests share."""
+        """Renders templates one at a time. A slow template delays only chats, not the threads that
+        all requests share."""
         if self._template is not None:
             self._check_template(str(chat_template or folder))
 
@@ -138,4 +138,4 @@ def _failures_on(param: str) -> AbstractContextManager[None]:
 
 
 def _cannot_spell(reason: str) -> RequestError:
-    return RequestError(f"the model's tokenizer cannot spell the answer ({reason}).", status=500)
+    return RequestError(f"the model's tokenizer cannot decode the answer ({reason}).", status=500)

@@ -9,8 +9,8 @@ from .policies.policy import Key
 class Expectations:
     """Experts that routers have chosen and compute has not used yet, in the order of need.
 
-    ``key in expectations`` says that an expert is expected, and so protected. Those among them
-    that no slot was found for yet are *announced*: they are read as soon as there is one.
+    ``key in expectations`` says that an expert is expected, and so protected. Those that
+    have no slot yet are *announced*: they are read as soon as there is one.
     """
 
     def __init__(self) -> None:

@@ -14,7 +14,7 @@ from .store import ExpertStore
 
 
 class OffloadedExperts(LayerExperts):
-    """Takes the place of :class:`moeyard.moe.experts.resident.Experts` for inference, bit for bit.
+    """Replaces :class:`moeyard.moe.experts.resident.Experts` for inference, bit for bit.
 
     Experts come in waves; each routed row has its own line of the output, filled once, and the
     lines are combined in k order at the end, as in the resident case.

@@ -60,7 +60,7 @@ class ReadQueue:
             self._pool.submit(self._run_next)
 
     def make_urgent(self, read: Read) -> None:
-        """Let an early read go before all other early ones, or on without pauses."""
+        """Move an early read to the urgent ones; one that runs is no longer interrupted."""
         with self._changed:
             was_waiting = read in self._waiting.early
             if was_waiting:

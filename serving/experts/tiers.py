@@ -20,7 +20,7 @@ class Tier(Protocol):
         """Return calls that fill the parts of a slot with an expert.
 
         Each call fills one part and runs in some thread of the read queue; it raises ``OSError``
-        where the part cannot be had.
+        if the part cannot be read.
         """
         ...
 

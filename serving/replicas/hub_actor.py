@@ -2,10 +2,10 @@
 
 Imports neither torch nor the server, so its process stays small.
 
-Each replica pushes every second, when it ends, and when it is asked for metrics. What a killed
-replica counted after its last push is lost, so up to a second's worth. The actor outlives its
-replicas; when it is killed itself, Ray starts it again and the replicas that live push anew, but
-the counts of those that had ended are gone, as after any restart of a Prometheus target.
+Each replica pushes every second, when it ends, and when it is asked for metrics. A killed replica
+loses what it counted after its last push: at most a second's worth. The actor outlives its
+replicas. If it is killed, Ray starts it again and the living replicas push again. The counts of
+ended replicas are then lost, as after any restart of a Prometheus target.
 """
 
 import asyncio
@@ -44,7 +44,7 @@ class HubActor:
         return self._hub.render()
 
     async def set_stage(self, stage: Stage) -> None:
-        """Tell every replica, also those that start later."""
+        """Set the stage for every replica, including those that start later."""
         self._stage = stage
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()

@@ -21,7 +21,7 @@ Family = tuple[str, str, str, tuple[tuple[str, Labels, float], ...]]
 Snapshot = tuple[Family, ...]
 
 LIVES_FOR_S = 10.0
-"""Gauges leave out an incarnation that has been silent for so long."""
+"""Gauges omit an incarnation that has been silent for this long."""
 FOLDED_AFTER_S = 900.0
 """Silence after which an incarnation counts as ended: Ray has replaced it long before."""
 

@@ -1,7 +1,7 @@
 """Which chat template a server uses, and what it takes as a message's content.
 
 A template that loops over a message's content wants parts; given a string it would loop over
-characters and lose the text in silence. Which it is shows in its syntax tree, as in vLLM.
+characters and silently lose the text. Its syntax tree shows which it is, as in vLLM.
 """
 
 from collections.abc import Iterable

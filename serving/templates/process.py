@@ -31,7 +31,7 @@ def main() -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     results = os.fdopen(os.dup(1), "wb")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is printed is no result
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # printed text is not a result
     _set_limits()
     results.write(READY)
     results.flush()

@@ -57,7 +57,7 @@ class BiasedLayer(MoELayer):
 
 
 def fill_biases(decoder) -> None:
-    """Give every expert biases of its own, the same wherever it is."""
+    """Give every expert different biases, the same on any rank."""
     for _, layer in decoder.moe_layers():
         for expert, views in zip(layer.experts.expert_ids, layer.experts.slot_views(), strict=True):
             for number, part in enumerate(("gate_bias", "up_bias", "down_bias")):

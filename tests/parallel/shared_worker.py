@@ -81,7 +81,7 @@ def check_exchanges(exchange, host: HostGroup, turns: int) -> None:
     expected_of = GroupExchange(host.group)
     generator = torch.Generator().manual_seed(host.rank)
     for turn in range(turns):
-        most = (0, 5, 40, 2000)[turn % 4]  # grows twice, and now and then nobody sends
+        most = (0, 5, 40, 2000)[turn % 4]  # grows twice, and now and then no rank sends
         send = [random.randint(0, most) * random.randint(0, 1) for _ in range(host.size)]
         splits = exchange.splits(send)
         assert splits == expected_of.splits(send)

@@ -53,7 +53,7 @@ def ranks():
 
 
 def on_all(watches: list[Watch], act: Callable[[Watch], object]) -> list[object]:
-    """Run ``act`` for every rank at once; return results, or the errors that ended it."""
+    """Run ``act`` for every rank concurrently; return results, or the errors that ended it."""
 
     def caught(member: Watch) -> object:
         try:

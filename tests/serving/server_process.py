@@ -1,4 +1,4 @@
-"""A server as a process in a group of its own, and what its metrics say."""
+"""A server as a process in a separate group, and what its metrics say."""
 
 import contextlib
 import os
@@ -122,5 +122,5 @@ class Running:
             self.end()
 
     def end(self) -> None:
-        """End whatever is left of the group, at once."""
+        """Kill whatever is left of the group."""
         subprocess.run(["pkill", "-9", "-s", str(self.process.pid)], check=False)

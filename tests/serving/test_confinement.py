@@ -131,7 +131,7 @@ def test_a_cache_that_could_not_grow_is_as_it_was(model_folder, monkeypatch):
 
 @contextmanager
 def short_of_memory(model, method, most_rows):
-    """Let a method of the decoder fail with more than so many rows at once."""
+    """Let a method of the decoder fail with more than so many rows together."""
     decoder, whole = model.decoder, getattr(model.decoder, method)
 
     def limited(batch_or_rows):

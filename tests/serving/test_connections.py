@@ -21,7 +21,7 @@ LARGE = 8 << 20
 
 
 class Application:
-    """Answers at once; under /large with more than a client's kernel takes."""
+    """Answers immediately; under /large with more than a client's kernel takes."""
 
     def __init__(self) -> None:
         self.num_running = self.num_begun = 0

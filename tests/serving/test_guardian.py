@@ -24,7 +24,7 @@ pids = Path(sys.argv[1])
 def work(attempt):
     with pids.open("a") as file:
         file.write(f"{os.getppid()} {os.getpid()}")
-        # One that a shell leaves behind in a session of its own, as daemons do.
+        # One that a shell leaves behind in a separate session, as daemons do.
         shell = "setsid sleep 1000 >/dev/null & echo $!"
         left = subprocess.run(["sh", "-c", shell], stdout=subprocess.PIPE, text=True).stdout
         file.write(f" {left}")

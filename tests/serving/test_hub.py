@@ -1,4 +1,4 @@
-"""One set of metrics for all replicas: what one process would have counted, whoever lives."""
+"""One set of metrics for all replicas: the counts of one process, whichever replicas live."""
 
 from types import SimpleNamespace
 

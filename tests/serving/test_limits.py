@@ -1,4 +1,4 @@
-"""What a server takes at once: nothing is let in that it cannot hold."""
+"""Limits of a server: it admits nothing that it cannot hold."""
 
 import asyncio
 import threading
@@ -59,7 +59,7 @@ def test_a_burst_fills_the_batch_and_the_queue_exactly(server, stream):
     assert sorted(answer.status_code for answer in answers) == [200] * 6 + [429] * 19
     for answer in answers:
         if answer.status_code == 429:
-            error = check_error(answer, 429, "busy with 6 answers and takes 6 at once")
+            error = check_error(answer, 429, "busy with 6 answers and takes 6 at a time")
             assert error["code"] == "rate_limit_exceeded"
             assert int(answer.headers["retry-after"]) >= 1
     assert rejected(server) == {"queue_full": 19, "draining": 0}

@@ -227,7 +227,7 @@ def test_what_does_not_finish_in_time_is_ended(tmp_path, folder, signals):
         if signals == 1:
             assert not failures and ends_with_error(events, "shutting down")
         else:
-            assert failures, "the connection breaks when everything ends at once"
+            assert failures, "the connection breaks when everything ends immediately"
         assert "Traceback" not in server.log()
     finally:
         server.end()

@@ -153,7 +153,7 @@ def test_computes_with_what_is_there_while_threads_read_the_rest(folder, monkeyp
         with lock:
             in_flight[0] += 1
             most[0] = max(most[0], in_flight[0])
-        assert gate.wait(10), "nobody computed while reading"
+        assert gate.wait(10), "nothing computed while reading"
         with lock:
             in_flight[0] -= 1
         return real(*arguments)
@@ -166,7 +166,7 @@ def test_computes_with_what_is_there_while_threads_read_the_rest(folder, monkeyp
         time.sleep(0.001)
     gate.set()
     assert sorted(e for wave, _ in waves for e in wave) == [2, 3, 4, 5]
-    assert most[0] == 2, "more reads at once than threads"
+    assert most[0] == 2, "more concurrent reads than threads"
 
 
 def test_budgets():

@@ -34,7 +34,7 @@ def pair():
 
 
 def on_both(watches, act) -> list[str | None]:
-    """Run ``act`` as both ranks at once and return the sentences of their errors."""
+    """Run ``act`` as both ranks together and return the sentences of their errors."""
 
     def sentence(member) -> str | None:
         try:
@@ -82,7 +82,7 @@ def test_another_source_file_is_named(pair, config_file, monkeypatch):
 
 def test_a_fact_that_one_rank_lacks_is_a_difference(pair):
     def check(member) -> None:
-        check_same({"a": None} if member.rank else {"a": None, "b": 1}, "mend it", member)
+        check_same({"a": None} if member.rank else {"a": None, "b": 1}, "correct it", member)
 
     assert all("b is absent on rank 1" in str(sentence) for sentence in on_both(pair, check))
 

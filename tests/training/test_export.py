@@ -38,7 +38,7 @@ def runs(tmp_path_factory, config_file):
     )
     for name in ("ep1", "one"):
         shutil.copytree(folder / "ep2", folder / name)
-    # One more step of rate zero makes the other meshes write a checkpoint of their own.
+    # One more step of rate zero makes the other meshes write separate checkpoints.
     still = ["train.steps=21", "optimizer.lr=1e-30", "checkpoint.every=10"]
     for name, ep in (("ep2", 2), ("ep1", 1)):
         run = ["-m", "moeyard.training", str(config_file), f"run_dir={folder}/{name}", *still]

@@ -1,4 +1,4 @@
-"""``moeyard report``: the page says what the run's files say, and asks nobody for anything."""
+"""``moeyard report``: the page says what the run's files say, and loads nothing from elsewhere."""
 
 import base64
 import json

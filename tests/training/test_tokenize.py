@@ -201,7 +201,7 @@ def test_training_that_is_stopped_while_it_reads_text_says_so_in_one_line(
     _, shown = process.communicate(timeout=60)
     assert "stopped by SIGTERM while tokenising.\n" in shown
     assert not (tmp_path / "run" / "data" / "train.json").exists()
-    if ranks == 1:  # torchrun adds a traceback of its own about the signal
+    if ranks == 1:  # torchrun adds its own traceback about the signal
         assert process.returncode == 0 and "Traceback" not in shown
     else:
         assert "exitcode" not in shown and "[rank" not in shown, shown

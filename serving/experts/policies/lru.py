@@ -7,7 +7,7 @@ from .policy import Key
 
 
 class LeastRecentlyUsed:
-    """Puts out the expert whose last need is longest ago. Being chosen counts as a need."""
+    """Evicts the least recently needed expert. Being chosen counts as a need."""
 
     def __init__(self) -> None:
         self._by_age: OrderedDict[Key, None] = OrderedDict()

@@ -8,7 +8,7 @@ Key = tuple[int, int]
 
 
 class Policy(Protocol):
-    """Chooses the expert to put out when a slot is needed and none is free.
+    """Chooses the expert to evict when a slot is needed and none is free.
 
     A policy sees keys only: no weights, no slots, no disk. So it can be replayed on any list of
     keys. The store knows which experts a forward is about to need and protects them itself, so a
