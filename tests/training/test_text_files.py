@@ -39,7 +39,7 @@ JSON_FILES = {
 def test_json_is_read_as_its_objects_whatever_its_shape(tmp_path, name):
     (tmp_path / name).write_bytes(JSON_FILES[name])
     assert read(tmp_path / name) == read(tmp_path) == TEXTS
-    if name != "pretty.Json":  # the datasets library wants its list on one line
+    if name != "pretty.Json":  # the datasets library wants no blanks before a list
         assert read(f"hf:{tmp_path / name}") == TEXTS
 
 

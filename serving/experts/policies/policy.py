@@ -11,9 +11,9 @@ class Policy(Protocol):
     """Chooses the expert to evict when a slot is needed and none is free.
 
     A policy sees keys only: no weights, no slots, no disk. So it can be replayed on any list of
-    keys. The store knows which experts a forward is about to need and protects them itself, so a
-    policy decides among the others and can never make an answer wrong, only slower. An object
-    serves one store. All calls come from one thread.
+    keys. The store itself protects the experts that a forward is about to need. So a policy decides
+    among the others and can only make an answer slower, never wrong. An object serves one store.
+    All calls come from one thread.
     """
 
     def add(self, key: Key) -> None:
