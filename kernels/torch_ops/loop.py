@@ -4,7 +4,7 @@
 32 groups of [512, 512] and 2 threads it takes 0.84 of the time of a ``torch.mm`` loop in bf16 and
 0.97 in fp32 at 2 rows a group, and 0.98 and 0.99 at 256 (benchmarks/constants.py).
 
-In bf16 oneDNN compiles code for every new number of rows and keeps the last 1024 pieces. Compiling
+In bf16 oneDNN compiles code for every new number of rows and keeps 1024 pieces. Compiling
 takes about as long as a product of 128 rows, and routing gives new numbers in every step. Training
 therefore pads each group to one of few sizes. The padding rows are the next group's: they get
 weight 0 here and are computed again in their own group.
