@@ -21,7 +21,7 @@ def allow(modules: str | Iterable[str]) -> None:
     Raises :class:`ConfigError` where one cannot be imported.
     """
     given = [modules] if isinstance(modules, str) else list(modules)
-    for name in (name for part in given for name in part.split(",") if part):
+    for name in (name for part in given for name in part.split(",")):
         if name not in _permitted:
             _permitted[name] = _imported(name)
 

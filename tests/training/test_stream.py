@@ -208,7 +208,7 @@ def test_splits_of_what_has_none_and_changed_streams_are_refused(tmp_path, strea
         load_config(RunConfig, stream_config, ["data.source=stdlib", "data.eval_split=test"])
     batches_of(opened(stream_config, tmp_path / "data"), range(1))
     for override, field in (
-        ("data.block_tokens=64", "block_windows = 20, the configuration now gives 2"),
+        ("data.block_tokens=64", "block_windows = 20, but the configuration now gives 2"),
         ("train.sequence_length=16", "sequence_length = 32"),
         ("data.text_key=n", "text_key = content"),
         ("data.eval_fraction=0.1", "every = 20"),
