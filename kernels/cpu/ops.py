@@ -16,13 +16,8 @@ from ..values.expert_weights import ExpertWeights, Parameters
 from ..values.main_grads import MainGrads
 from ..values.quantized_weights import QuantizedExpertWeights, QuantizedMatrices, SlotWeights
 from .experts import CppWaves, as_int32, is_plain
-from .library import TYPES, load
+from .library import TYPES
 from .training import forward_kept, gradients, have_backward
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _has_library() -> bool:
-    return load().functions is not None
 
 
 def can_compile(x_TD: Tensor, weights_TK: Tensor, experts: SlotWeights) -> bool:
@@ -33,7 +28,7 @@ def can_compile(x_TD: Tensor, weights_TK: Tensor, experts: SlotWeights) -> bool:
         fits = have_backward(experts)
     else:
         fits = is_plain(experts)
-    return fits and _has_library()
+    return fits
 
 
 def expert_mlp_compiled(
