@@ -39,11 +39,15 @@ def is_plain(experts: SlotWeights) -> bool:
     if isinstance(experts, ExpertWeights):
         parts = [experts.fc1_SHD, experts.fc2_SDF]
     else:
-        matrices = (experts.fc1, experts.fc2)
-        parts = [part for m in matrices for part in (m.values, m.scales_SQG)]
-    return all(part.stride()[1:] == (part.shape[2], 1) for part in parts) and all(
-        bias.stride(1) == 1 and bias.dtype in TYPES for bias in experts.bias_parts
-    )
+        fc1, fc2 = experts.fc1, experts.fc2
+        parts = [fc1.values, fc1.scales_SQG, fc2.values, fc2.scales_SQG]
+    for part in parts:
+        if part.stride()[1:] != (part.shape[2], 1):
+            return False
+    for bias in (experts.fc1_bias_SH, experts.fc2_bias_SD):
+        if bias is not None and (bias.stride(1) != 1 or bias.dtype not in TYPES):
+            return False
+    return True
 
 
 def as_int32(experts_TK: Tensor) -> Tensor:

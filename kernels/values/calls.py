@@ -5,6 +5,7 @@ T tokens, K choices, D model width.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +14,7 @@ from .expert_weights import ExpertWeights
 from .quantized_weights import Bits, SlotWeights
 
 
-@dataclass(frozen=True, slots=True)
-class ExpertCall:
+class ExpertCall(NamedTuple):
     """The arguments of ``y_t = sum_k weights[t, k] * MLP_{experts[t, k]}(x_t)``."""
 
     x_TD: Tensor
@@ -58,8 +58,9 @@ class ExpertCall:
                 f"x has width {x_TD.shape[1]} and type {x_TD.dtype}, but the experts take "
                 f"{experts.d_model} and {dtype}."
             )
-        devices = {str(tensor.device) for tensor in (*self.rows, one)}
-        if len(devices) > 1:
+        device = x_TD.device
+        if any(tensor.device != device for tensor in (self.experts_TK, self.weights_TK, one)):
+            devices = {str(tensor.device) for tensor in (*self.rows, one)}
             raise ValueError(
                 f"x, experts, weights and fc1 are on {' and '.join(sorted(devices))}; move them "
                 "to one device."

@@ -39,7 +39,7 @@ def outputs(cases: str, ranks: int, tmp_path: Path) -> list[str]:
     return said
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_equals_gloo_bit_for_bit(ranks, tmp_path):
     assert outputs("sums,exchanges", ranks, tmp_path) == ["done"] * ranks
 

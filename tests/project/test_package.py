@@ -67,7 +67,11 @@ print("fine")
 """
 
 
-@pytest.mark.parametrize("hub_package", [False, True], ids=["without_kernels", "with_kernels"])
+@pytest.mark.parametrize(
+    "hub_package",
+    [pytest.param(False, marks=pytest.mark.slow), True],
+    ids=["without_kernels", "with_kernels"],
+)
 def test_transformers_imports_beside_us_from_the_root(tmp_path, hub_package):
     """From the root ``python -c`` finds our folders as bare names; that must do no harm."""
     path = [str(tmp_path / "packages")] if hub_package else []

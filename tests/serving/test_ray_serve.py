@@ -148,7 +148,7 @@ def test_requests_that_never_become_whole_stop_no_one(server, client, key):
 
 
 @pytest.mark.server
-@pytest.mark.parametrize("after", ["import ray", "ray.init"])
+@pytest.mark.parametrize("after", ["import ray", pytest.param("ray.init", marks=pytest.mark.slow)])
 def test_sigterm_while_the_server_starts_ends_it(tmp_path, model_folder, after):
     port = free_port()
     # The command as it is, with a signal to itself at a known moment of its start.

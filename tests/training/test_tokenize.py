@@ -178,7 +178,7 @@ def test_an_interrupted_run_leaves_nothing_that_looks_whole(tmp_path, number):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_training_that_is_stopped_while_it_reads_text_says_so_in_one_line(
     tmp_path, config_file, ranks
 ):

@@ -177,14 +177,14 @@ def test_metadata_that_calls_something_is_refused(tmp_path, config_file):
 def test_a_checkpoint_continues_on_other_ranks(tmp_path, config_file):
     """1 rank, then 2 with EP=2, then 1 again: the weights of the unbroken single-rank run."""
     exact = ["train.precision=fp64", "parallel.backend=reference", "train.steps=9"]
-    training(str(config_file), f"run_dir={tmp_path}/one", *exact)
+    assert run_here(config_file, tmp_path / "one", *exact) == 0
     moved = [str(config_file), f"run_dir={tmp_path}/moved", *exact]
-    training(*moved[:2], *exact[:2], "train.steps=9", "checkpoint.keep=9")
+    assert run_here(config_file, tmp_path / "moved", *exact, "checkpoint.keep=9") == 0
     for step in (6, 9):
         shutil.rmtree(tmp_path / f"moved/checkpoints/step-{step:08d}")
     torchrun(2, "-m", "moeyard.training", *moved, "parallel.ep=2")
     shutil.rmtree(tmp_path / "moved/checkpoints/step-00000009")
-    training(*moved)
+    assert run_here(config_file, tmp_path / "moved", *exact) == 0
     from moeyard.training.checkpoints.checkpoint import StoredTensors
 
     one = StoredTensors(tmp_path / "one/checkpoints/step-00000009")
@@ -195,7 +195,7 @@ def test_a_checkpoint_continues_on_other_ranks(tmp_path, config_file):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_sigterm_saves_and_exits_with_0(tmp_path, config_file, ranks):
     run = tmp_path / "run"
     command = [sys.executable]
@@ -302,9 +302,15 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path, content):
     ("override", "message"),
     [
         ("parallel.ep=4", "parallel.ep is 4, which does not divide the 2 rank"),
-        ("train.batch_sequences=7", "does not split over 2 ranks"),
-        ("run_dir=/proc/nowhere", "run_dir is '/proc/nowhere', which cannot be written"),
         ("data.source=/nowhere.txt", "data.source is '/nowhere.txt', which cannot be read"),
+        pytest.param(
+            "train.batch_sequences=7", "does not split over 2 ranks", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "run_dir=/proc/nowhere",
+            "run_dir is '/proc/nowhere', which cannot be written",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_torchrun_refuses_meshes_that_do_not_fit(tmp_path, config_file, override, message):
