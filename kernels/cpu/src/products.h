@@ -92,7 +92,10 @@ inline void products(const Element* const* x, int64_t rows, const Element* weigh
             const Element* w[4];
             for (int64_t i = 0; i < 4; i++) w[i] = weights + (n + least(i, count - 1)) * width;
             float out[TILE_ROWS][4];
-            m == 0 ? tile<true>(some, x, w, width, out) : tile<false>(some, x + m, w, width, out);
+            if (m == 0)
+                tile<true>(some, x, w, width, out);
+            else
+                tile<false>(some, x + m, w, width, out);
             for (int64_t i = 0; i < some; i++) store(m + i, n, out[i], count);
         }
     }
