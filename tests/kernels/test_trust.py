@@ -20,7 +20,7 @@ needs_kernels = pytest.mark.skipif(library.load().functions is None, reason="no 
 
 
 class Untouched:
-    """Stands for a library that computes wrong: whoever calls it fails the test."""
+    """Stands for a library that computes wrong. A call of any of its functions fails the test."""
 
     def __getattr__(self, name):
         raise AssertionError(f"{name} was called although the kernels failed their check")
