@@ -18,6 +18,7 @@ from ..moe.folders.expert_slots import empty_experts
 from ..moe.folders.folder import ModelFolder
 from ..moe.folders.generation_config import read_generation_config
 from ..moe.folders.read_weights import WeightRead, dense_reads, expert_reads, run_reads
+from ..moe.folders.text_codec import TextCodec
 from ..moe.models.decoder import Decoder
 from ..moe.models.language_model import LanguageModel
 from ..moe.routers.own_code import allow
@@ -147,7 +148,7 @@ def _open(
             "generation_config.json asks for %s, which is not offered; answers do without.",
             " and ".join(generation.not_followed),
         )
-    model = LanguageModel(decoder, generation)
+    model = LanguageModel(decoder, generation, TextCodec(files.path))
     if store is None:
         files.close()
     return model, store

@@ -3,125 +3,195 @@
 B rows, T tokens per row, V vocabulary.
 """
 
-from dataclasses import replace
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from ...errors import ConfigError
+from ...errors import ConfigError, ModelFileError
 from ..batch import batch_of, batch_of_rows
 from .decoder import Decoder
-from .sampling import GenerationConfig, sample
+from .generation import Answer, AnswerStream, GenerationLimits, continue_rows, with_given
+from .prompts import brief, check_ids, ids_of_row, rows_without_padding
+from .sampling import GenerationConfig, SamplingParams
+
+Prompt = TypeVar("Prompt", str, list[str], Tensor)
+
+
+class TextCodec(Protocol):
+    """Text to ids and back."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of transformers."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a prompt."""
+        ...
+
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of ids."""
+        ...
 
 
 class LanguageModel:
-    """A loaded model for inference."""
+    """A model that :func:`moeyard.load` opened, for inference.
 
-    def __init__(self, decoder: Decoder, generation: GenerationConfig) -> None:
+    Call it for scores, :meth:`generate` for ids or text, :meth:`stream` for text as it comes.
+    ``config`` has its shape, ``decoder`` is the torch module.
+    """
+
+    def __init__(
+        self, decoder: Decoder, generation: GenerationConfig, codec: TextCodec | None = None
+    ) -> None:
         self.decoder = decoder.eval()
         self.config = decoder.config
         self.sampling = generation.sampling
         """The sampling defaults of the model's folder."""
         self.eos_ids = generation.eos_ids
+        """Ids that end a text."""
+        self._codec = codec
+
+    @property
+    def tokenizer(self) -> Any:
+        """transformers' tokenizer of the model's folder, opened when it is first used.
+
+        Raises :class:`ModelFileError` if the folder has none that can be used.
+        """
+        return self._text.tokenizer
 
     @torch.inference_mode()
     def __call__(self, ids_BT: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Return scores for every position: ``[B, T]`` ids to ``[B, T, V]``.
 
         ``attention_mask`` ``[B, T]`` is 0 for padding, on either side. Padding is not computed,
-        and its scores are 0.
+        and its scores are 0. Raises :class:`ConfigError` for ids outside the vocabulary and for
+        more than ``config.max_positions`` of them.
         """
-        self._check(ids_BT, ids_BT.shape[-1])
+        check_ids(ids_BT, self.config)
         if attention_mask is None:
             hidden_TD = self.decoder(batch_of_rows(ids_BT)).hidden_TD
             return self.decoder.logits(hidden_TD).unflatten(0, ids_BT.shape)
-        is_real_BT = _check_mask(attention_mask, ids_BT)
-        rows = [ids_T[is_real_T] for ids_T, is_real_T in zip(ids_BT, is_real_BT, strict=True)]
+        rows = rows_without_padding(ids_BT, attention_mask)
         scores_NV = self.decoder.logits(self.decoder(batch_of(rows)).hidden_TD)
         scores_BTV = scores_NV.new_zeros(*ids_BT.shape, scores_NV.shape[-1])
-        scores_BTV[is_real_BT] = scores_NV
+        scores_BTV[attention_mask.bool()] = scores_NV
         return scores_BTV
 
-    @torch.inference_mode()
     def generate(
         self,
-        ids_BT: Tensor,
+        prompt: Prompt,
         max_new_tokens: int = 32,
         temperature: float | None = None,
         top_p: float | None = None,
         top_k: int | None = None,
         seed: int | None = None,
         attention_mask: Tensor | None = None,
-    ) -> Tensor:
-        """Continue every row: ``[B, T]`` ids to ``[B, T + new]``.
+        *,
+        stop: str | Sequence[str] = (),
+        ignore_eos: bool = False,
+    ) -> Prompt:
+        """Continue a text, a list of texts, or rows of ids.
 
-        Sampling parameters default to the folder's ``generation_config.json``.
-        ``attention_mask`` ``[B, T]`` is 0 for padding, best on the left. Rows that reach an
-        end-of-text id are filled with it. Row b draws from its own generator, seeded with
-        ``seed + b``, so its text does not depend on the other rows.
+        Text gives the new text alone, without the prompt. Ids ``[B, T]`` give ``[B, T + new]``;
+        rows that end early are filled with their end-of-text id, and ``attention_mask``
+        ``[B, T]`` is 0 for padding, best on the left.
+
+        ``temperature`` (0 = greedy), ``top_p`` and ``top_k`` (0 = all) default to the folder's
+        ``generation_config.json``. Row b draws from its own generator, seeded with ``seed + b``
+        (None = at random), so its text does not depend on the other rows. An answer ends with an
+        end-of-text id of the model unless ``ignore_eos``, before the first of the ``stop`` texts,
+        or after ``max_new_tokens``.
+
+        Raises :class:`ConfigError` for prompts that are empty, too long or of another type.
         """
-        self._check(ids_BT, ids_BT.shape[-1] + max_new_tokens)
-        num_rows, length = ids_BT.shape
-        if max_new_tokens < 0 or not 0 <= (seed or 0) < 1 << 62:
-            raise ConfigError(
-                f"max_new_tokens is {max_new_tokens} and seed {seed}; use numbers from 0 upwards, "
-                "the seed below 2^62."
-            )
-        given: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-        params = replace(self.sampling, **{k: v for k, v in given.items() if v is not None})
-        generators = [torch.Generator() for _ in range(num_rows)]
-        for row, generator in enumerate(generators):
-            generator.seed() if seed is None else generator.manual_seed(seed + row)
-        caches = [self.decoder.new_cache(length + max_new_tokens) for _ in range(num_rows)]
-        ended: list[int | None] = [None] * num_rows
-        columns = [ids_BT]
-        inputs = list(ids_BT)
+        params = with_given(self.sampling, temperature, top_p, top_k)
+        limits = self._limits(max_new_tokens, params, seed, stop, ignore_eos)
+        if isinstance(prompt, Tensor):
+            return self._continue_ids(prompt, attention_mask, limits)
         if attention_mask is not None:
-            is_real_BT = _check_mask(attention_mask, ids_BT)
-            inputs = [ids_T[real_T] for ids_T, real_T in zip(ids_BT, is_real_BT, strict=True)]
-        for _ in range(max_new_tokens):
-            batch = batch_of(inputs, caches)
-            ends = torch.tensor(batch.lengths).cumsum(0) - 1
-            logits_BV = self.decoder.logits(self.decoder(batch).hidden_TD[ends]).cpu()
-            new = []
-            for row in range(num_rows):
-                token = ended[row]
-                if token is None:
-                    token = sample(logits_BV[row], params, generators[row])
-                    ended[row] = token if token in self.eos_ids else None
-                new.append(token)
-            new_B1 = torch.tensor(new, device=ids_BT.device).unsqueeze(1)
-            columns.append(new_B1)
-            if all(token is not None for token in ended):
-                break
-            inputs = list(new_B1)
+            raise ConfigError("attention_mask is given, but the prompt is text; leave it out.")
+        if isinstance(prompt, str):
+            return self._continue_texts([prompt], limits)[0]
+        if not isinstance(prompt, list) or not all(isinstance(text, str) for text in prompt):
+            raise ConfigError(
+                f"prompt is {brief(prompt)}; give text, a list of texts, or a tensor of ids [B, T]."
+            )
+        return self._continue_texts(prompt, limits)
+
+    def stream(
+        self,
+        prompt: str | Sequence[int] | Tensor,
+        max_new_tokens: int = 32,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        seed: int | None = None,
+        *,
+        stop: str | Sequence[str] = (),
+        ignore_eos: bool = False,
+    ) -> AnswerStream:
+        """Return an iterator over the text that follows ``prompt``: text, or the ids of one row.
+
+        The pieces join to what :meth:`generate` returns for the same arguments. Afterwards
+        ``finish_reason`` says why the answer ended, and ``num_tokens`` how long it is.
+        """
+        params = with_given(self.sampling, temperature, top_p, top_k)
+        limits = self._limits(max_new_tokens, params, seed, stop, ignore_eos)
+        ids = self._text.encode(prompt) if isinstance(prompt, str) else ids_of_row(prompt)
+        steps = continue_rows(self.decoder, [self._row(ids, limits)], limits)
+        return AnswerStream(steps, Answer(self._text.decode, ids, limits))
+
+    def _continue_ids(
+        self, ids_BT: Tensor, attention_mask: Tensor | None, limits: GenerationLimits
+    ) -> Tensor:
+        if limits.stop:
+            raise ConfigError("stop is given, but the prompt is ids; give text, or leave it out.")
+        check_ids(ids_BT, self.config, limits.max_new_tokens)
+        rows = list(ids_BT)
+        if attention_mask is not None:
+            rows = rows_without_padding(ids_BT, attention_mask)
+        columns = [ids_BT]
+        for tokens in continue_rows(self.decoder, rows, limits):
+            columns.append(torch.tensor(tokens, device=ids_BT.device).unsqueeze(1))
         return torch.cat(columns, dim=1)
 
-    def _check(self, ids_BT: Tensor, length: int) -> None:
-        if ids_BT.ndim != 2 or ids_BT.numel() == 0:
-            raise ConfigError(f"ids have shape {list(ids_BT.shape)}; give [B, T], both above 0.")
-        if length > self.config.max_positions:
-            raise ConfigError(
-                f"the sequence would have {length} tokens, but the model takes "
-                f"{self.config.max_positions}; shorten it."
-            )
-        lowest, highest = (int(bound) for bound in ids_BT.aminmax())
-        if lowest < 0 or highest >= self.config.vocabulary:
-            raise ConfigError(
-                f"ids range from {lowest} to {highest}; "
-                f"they must be in [0, {self.config.vocabulary})."
-            )
+    def _continue_texts(self, prompts: list[str], limits: GenerationLimits) -> list[str]:
+        prompt_ids = [self._text.encode(prompt) for prompt in prompts]
+        rows = [self._row(ids, limits) for ids in prompt_ids]
+        answers = [Answer(self._text.decode, ids, limits) for ids in prompt_ids]
+        texts = [""] * len(prompts)
+        for tokens in continue_rows(self.decoder, rows, limits) if rows else ():
+            for row, token in enumerate(tokens):
+                texts[row] += answers[row].push(token)
+            if all(answer.finish_reason is not None for answer in answers):
+                break
+        return texts
 
+    def _row(self, ids: list[int], limits: GenerationLimits) -> Tensor:
+        """Return a prompt as ids where the model is."""
+        if not ids:
+            raise ConfigError("prompt is empty; give at least one token.")
+        ids_T = torch.tensor(ids, dtype=torch.int64, device=self.decoder.embed_tokens.weight.device)
+        check_ids(ids_T.unsqueeze(0), self.config, limits.max_new_tokens)
+        return ids_T
 
-def _check_mask(attention_mask: Tensor, ids_BT: Tensor) -> Tensor:
-    """Return the mask as bool ``[B, T]``."""
-    if attention_mask.shape != ids_BT.shape:
-        raise ConfigError(
-            f"attention_mask has shape {list(attention_mask.shape)}, ids have "
-            f"{list(ids_BT.shape)}; give one of the same shape."
-        )
-    is_real_BT = attention_mask.bool()
-    if not is_real_BT.any(dim=1).all():
-        raise ConfigError("attention_mask hides all of a row; leave the row out.")
-    return is_real_BT
+    @property
+    def _text(self) -> TextCodec:
+        if self._codec is None:
+            raise ModelFileError("the model has no tokenizer; load it from a folder that has one.")
+        return self._codec
+
+    def _limits(
+        self,
+        max_new_tokens: int,
+        params: SamplingParams,
+        seed: int | None,
+        stop: str | Sequence[str],
+        ignore_eos: bool,
+    ) -> GenerationLimits:
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        eos_ids = frozenset() if ignore_eos else self.eos_ids
+        return GenerationLimits(max_new_tokens, params, seed, eos_ids, stops)

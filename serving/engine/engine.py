@@ -12,12 +12,12 @@ from ...errors import ConfigError, RequestError
 from ...kernels.values.memory import is_out_of_memory
 from ...moe.models.language_model import LanguageModel
 from ...moe.models.sampling import SamplingParams, sample
+from ...moe.models.text_stream import Decode
 from ..experts.store import ExpertStore
 from .logprobs import TokenLogprob, score_tokens
 from .metrics import EngineMetrics
 from .sequence import GenerationEvent, GenerationRequest, Sequence
 from .step import StepResult, out_of_memory, run_step
-from .text_stream import Decode
 
 
 class Engine:

@@ -10,11 +10,8 @@ import torch
 from ...errors import RequestError
 from ...moe.kv_cache import SequenceCache
 from ...moe.models.sampling import SamplingParams
+from ...moe.models.text_stream import CONTEXT_IDS, Decode, TextStream
 from .logprobs import TokenLogprob
-from .text_stream import Decode, TextStream
-
-CONTEXT_IDS = 8
-"""Prompt ids that the text is decoded with: the first piece may begin with a space or not."""
 
 FinishReason = Literal["stop", "length", "error"]
 

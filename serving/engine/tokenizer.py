@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError, RequestError
+from ...moe.folders.text_codec import prompt_ids
 from ...moe.folders.tokenizer_errors import library_errors
 from ...moe.folders.tokenizer_folder import open_folder_tokenizer
 from ..templates.chat_template import content_format_of, pick_template
@@ -41,11 +42,7 @@ class ServingTokenizer:
     def encode(self, text: str) -> list[int]:
         """Return the ids of a prompt."""
         with _failures_on("prompt"):
-            ids = list(self._inner(text, verbose=False)["input_ids"])
-        eos = self._inner.eos_token_id
-        while ids and ids[-1] == eos and not text.endswith(str(self._inner.eos_token)):
-            ids.pop()  # some tokenizers end every text; a prompt goes on
-        return ids
+            return prompt_ids(self._inner, text)
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of ids, without special tokens."""

@@ -7,6 +7,8 @@ Decode = Callable[[list[int]], str]
 REPLACEMENT = "\ufffd"
 MAX_CHARACTER_IDS = 4
 """Ids that one UTF-8 character may take when every id is a byte."""
+CONTEXT_IDS = 8
+"""Prompt ids that the text is decoded with: the first piece may begin with a space or not."""
 
 
 class TextStream:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeyard.serving.engine.text_stream import TextStream
+from moeyard.moe.models.text_stream import TextStream
 
 
 def decode(ids: list[int]) -> str:
