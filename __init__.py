@@ -5,6 +5,7 @@ needs it.
 """
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
     from .serving.loading import load
 
 __version__ = "0.1.0"
+
+# After scripts/install Python finds the package through a link. Debuggers and tracebacks should
+# name the files where they are edited.
+__path__ = [os.path.realpath(folder) for folder in __path__]
 
 __all__ = [
     "GlobalCounts",
@@ -59,3 +64,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -53,14 +53,15 @@ def test_kernels_is_a_namespace_and_no_test_folder_a_package():
 
 
 IMPORT_EVERYTHING = """
-import importlib.util, sys
+import importlib.util, os, sys
 spec = importlib.util.find_spec("kernels")
 # Nothing, our folder as a namespace, or Hugging Face's package: never a module of ours.
 assert spec is None or spec.origin is None or not spec.origin.startswith(ROOT), spec
 import moeyard, moeyard.kernels.values.grouping, moeyard.training.trainer
 import moeyard.serving.engine.engine
 from transformers import AutoTokenizer, Qwen3MoeForCausalLM
-files = [m.__file__ for m in list(sys.modules.values()) if getattr(m, "__file__", None)]
+loaded = [m.__file__ for m in list(sys.modules.values()) if getattr(m, "__file__", None)]
+files = [os.path.realpath(file) for file in loaded]
 twice = {f for f in files if files.count(f) > 1 and f.startswith(ROOT) and "site-packages" not in f}
 assert not twice, twice
 print("fine")
