@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from . import __version__, commands
 from .commands import report_errors
+from .dtypes import short_name
 
 if TYPE_CHECKING:
     Parsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -53,8 +54,10 @@ def _add_convert(parsers: "Parsers") -> None:
     convert.add_argument("target", type=Path, metavar="DST")
     convert.add_argument(
         "--dtype",
+        type=short_name,
         choices=("fp32", "bf16", "int8", "int4"),
-        help="dtype of the weights; int8 and int4 apply to routed experts; default: as stored",
+        help="of the weights; torch's float32 and bfloat16 work, too; int8 and int4 apply to "
+        "routed experts; default: as stored",
     )
     _add_ignore_unused_weights(convert)
     _add_allow_code(convert)
@@ -128,7 +131,12 @@ def _add_serve(parsers: "Parsers") -> None:
     serve.add_argument("--port", type=int, default=8000)
     serve.add_argument("--expert-memory", help="memory for experts: 2GiB or 25%%; default: all")
     serve.add_argument("--served-model-name", help="name clients use; default: the folder's name")
-    serve.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: as stored")
+    serve.add_argument(
+        "--dtype",
+        type=short_name,
+        choices=("fp32", "bf16"),
+        help="float32 and bfloat16 work, too; default: as stored",
+    )
     serve.add_argument("--max-num-seqs", type=int, default=8, help="batch size; default: 8")
     serve.add_argument(
         "--max-queued-requests", type=int, default=64, help="requests that may wait; more get 429"

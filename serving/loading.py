@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..dtypes import short_name, spellings, torch_dtype
 from ..errors import ConfigError
 from ..kernels.values.expert_weights import ExpertWeights
 from ..kernels.values.memory import is_out_of_memory
@@ -33,12 +34,13 @@ log = logging.getLogger(__name__)
 
 PARAMETERS = ("fc1", "fc2", "fc1_bias", "fc2_bias")
 """Of a module of experts, in the order of ``ExpertWeights.parameters``."""
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = ("fp32", "bf16")
+"""What a model may be loaded as."""
 
 
 def load(
     folder: str | Path,
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
     device: str = "cpu",
     expert_memory: str | None = None,
     ignore_unused_weights: bool = False,
@@ -65,7 +67,7 @@ def load(
 
 def open_model(
     folder: str | Path,
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
     device: str = "cpu",
     expert_memory: str | None = None,
     ignore_unused_weights: bool = False,
@@ -116,7 +118,7 @@ def _check_device(name: str, expert_memory: str | None) -> torch.device:
 
 
 def _open(
-    files: ModelFolder, dtype: str | None, expert_memory: str | None, policy: Policy
+    files: ModelFolder, dtype: str | torch.dtype | None, expert_memory: str | None, policy: Policy
 ) -> tuple[LanguageModel, ExpertStore | None]:
     chosen = pick_dtype(files, dtype)
     check_memory(files, chosen, expert_memory)
@@ -154,18 +156,18 @@ def _open(
     return model, store
 
 
-def pick_dtype(files: ModelFolder, name: str | None) -> torch.dtype:
+def pick_dtype(files: ModelFolder, name: str | torch.dtype | None) -> torch.dtype:
     """Return the asked type, or the folder's own."""
     stored = files.values.get("dtype") or files.values.get("torch_dtype") or "float32"
-    if name is None and not (isinstance(stored, str) and stored in DTYPES):
+    if name is None and short_name(stored) not in DTYPES:
         raise ConfigError(
             f"{files.path / 'config.json'} has dtype {stored!r}, which is not offered; ask for one "
-            f"of {', '.join(DTYPES)}."
+            f"of {spellings(DTYPES)}."
         )
-    name = name or stored
-    if name not in DTYPES:
-        raise ConfigError(f"dtype is {name!r}; use one of {', '.join(DTYPES)}.")
-    return DTYPES[name]
+    short = short_name(stored if name is None else name)
+    if short not in DTYPES:
+        raise ConfigError(f"dtype is {name!r}; use one of {spellings(DTYPES)}.")
+    return torch_dtype(short)
 
 
 def _as_module(weights: ExpertWeights | QuantizedExpertWeights) -> LayerExperts:

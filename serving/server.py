@@ -4,12 +4,13 @@ import os
 import re
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 from starlette.types import ASGIApp
 
+from ..dtypes import short_name
 from ..moe.folders.folder import ModelFolder
 from ..moe.folders.generation_config import read_generation_config
 from ..moe.routers.own_code import allow
@@ -34,8 +35,8 @@ class ServeArgs(BaseModel):
     """Name clients use; None = the folder's name."""
     expert_memory: str | None = None
     """Bound on the experts kept in memory (2GiB, 25%); None keeps all."""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """None = as stored."""
+    dtype: Annotated[Literal["fp32", "bf16"], BeforeValidator(short_name)] | None = None
+    """``bf16`` (or ``bfloat16``), ``fp32`` (or ``float32``); None = as stored."""
     max_num_seqs: int = Field(default=8, ge=1)
     """Requests in the batch; more wait."""
     max_queued_requests: int = Field(default=64, ge=0)

@@ -2,8 +2,9 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from ..dtypes import short_name
 from ..kernels.experts import Backend
 from ..moe.config.model import ModelConfig
 from ..moe.models.lora import LoraTarget
@@ -93,8 +94,8 @@ class TrainConfig(_Section):
     0. ``none``: attention spans the whole window."""
     accumulation: int = Field(default=1, ge=1)
     """Micro-batches per step; balance losses are taken over each, across all ranks."""
-    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
-    """bf16 keeps fp32 master weights and main gradients, and the router in fp32."""
+    precision: Annotated[Literal["fp32", "bf16", "fp64"], BeforeValidator(short_name)] = "fp32"
+    """bf16 (or bfloat16) keeps fp32 master weights and main gradients, and the router in fp32."""
     recompute: Literal[True, False, "experts"] = False
     """Drop each layer's activations and compute them again in backward. ``experts`` drops only the
     experts' pre-activations, which costs two thirds of their forward again."""

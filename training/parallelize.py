@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from ..dtypes import torch_dtype
 from ..moe.models.decoder import Decoder
 from ..moe.models.lora import add_lora
 from ..parallel.dense.engine import DenseEngine
@@ -13,7 +14,7 @@ from ..parallel.experts.exchange import open_exchange
 from ..parallel.mesh import Mesh
 from .config import RunConfig
 from .device import device, seed_rank
-from .precision import DTYPES, apply_precision
+from .precision import apply_precision
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,7 @@ def parallelize(config: RunConfig, decoder: Decoder, loss: nn.Module, mesh: Mesh
     engine.place(decoder, here)
     masters = apply_precision(decoder, precision, engine.own_masters(decoder))
     place_experts(decoder, mesh)
-    wrapped = engine.wrap(loss, decoder, DTYPES[precision], here)
+    wrapped = engine.wrap(loss, decoder, torch_dtype(precision), here)
     seed_rank(config.seed, mesh.rank)
     return Parallel(engine, wrapped, masters)
 

@@ -5,10 +5,9 @@ from collections.abc import Set
 import torch
 from torch import Tensor
 
+from ..dtypes import torch_dtype
 from ..moe.models.decoder import Decoder
 from ..moe.routers.router import Router
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 def apply_precision(
@@ -20,7 +19,7 @@ def apply_precision(
     themselves, and FSDP casts them when it gathers them. Frozen parameters need no master. Main
     gradients are always fp32 (parallel/dense/gradients.py).
     """
-    dtype = DTYPES[precision]
+    dtype = torch_dtype(precision)
     routers = {p for m in model.modules() if isinstance(m, Router) for p in m.parameters()}
     masters = {}
     for name, parameter in model.named_parameters():

@@ -3,10 +3,11 @@
 import logging
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
 
 import torch
 
+from ...dtypes import short_name, spellings, torch_dtype
+from ...errors import ConfigError
 from ...kernels.values.quantized_weights import Bits
 from .families.table import FAMILIES
 from .folder import ModelFolder
@@ -21,24 +22,28 @@ from .writer import TensorPlan, write_model_folder
 
 log = logging.getLogger(__name__)
 
-Dtype = Literal["fp32", "bf16", "int8", "int4"]
-PLAIN_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = ("fp32", "bf16", "int8", "int4")
+"""What weights may be written as."""
 BITS: dict[str | None, Bits] = {"int8": 8, "int4": 4}
 
 
 def convert(
     source: Path,
     target: Path,
-    dtype: Dtype | None = None,
+    dtype: str | None = None,
     ignore_unused_weights: bool = False,
 ) -> str:
     """Write the model of folder ``source`` to ``target`` and return its ``model_type`` there.
 
-    ``dtype`` is the type of the weights; None widens quantized weights and keeps the others.
+    ``dtype`` is the type of the weights: ``fp32``, ``bf16`` (or torch's names for these), ``int8``
+    or ``int4``; None widens quantized weights and keeps the others.
     ``int8`` and ``int4`` apply to the routed experts only. Tokenizer, chat template and generation
     config are copied. Weights that ``config.json`` does not ask for are left out, and refused
     without ``ignore_unused_weights``. One tensor, or one expert, is in memory at a time.
     """
+    dtype = short_name(dtype)
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}; use one of {spellings(DTYPES)}.")
     folder = ModelFolder(source)
     try:
         left_out = folder.check(ignore_unused_weights=ignore_unused_weights)
@@ -47,7 +52,7 @@ def convert(
         config, packed = folder.config, None
         if dtype in BITS:
             packed = choose_format(config, BITS[dtype])
-        plain = folder.dtype if dtype is None or packed is not None else PLAIN_DTYPES[dtype]
+        plain = folder.dtype if dtype is None or packed is not None else torch_dtype(dtype)
         values = to_hf(
             config,
             str(plain).removeprefix("torch."),

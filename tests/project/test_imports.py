@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 
 FLOORS = [
-    ["errors", "files", "progress", "configuration"],
+    ["dtypes", "errors", "files", "progress", "configuration"],
     ["kernels"],
     ["moe"],
     ["parallel"],
