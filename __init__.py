@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .errors import MoeyardError
+    from .moe.folders.transformers_blocks import replace_moe_blocks
     from .moe.layer import MoELayer, auxiliary_loss
     from .moe.routers.hash import Hash
     from .moe.routers.loss_terms import GlobalCounts, LayerLosses
@@ -40,6 +41,7 @@ __all__ = [
     "__version__",
     "auxiliary_loss",
     "load",
+    "replace_moe_blocks",
 ]
 
 _HOME = {
@@ -57,6 +59,7 @@ _HOME = {
     "TopK": ".moe.routers.topk",
     "auxiliary_loss": ".moe.layer",
     "load": ".serving.loading",
+    "replace_moe_blocks": ".moe.folders.transformers_blocks",
 }
 
 

@@ -169,7 +169,7 @@ class TopKRouter(Router):
             found = project_and_choose(x_TD, self.weight, self.bias, bias_E, self.rule)
             if found is not None:
                 return Routing(*found[:3], num_tokens=torch.tensor(x_TD.shape[0]))
-        logits_TE = self._logits(x_TD)
+        logits_TE = self.logits(x_TD)
         bias_E = self.e_score_correction_bias
         choices = choose(logits_TE, bias_E, valid_T, self.rule, wants_sums=self.training)
         routing = Routing(
@@ -236,7 +236,8 @@ class TopKRouter(Router):
             load_E = counts_E.to(bias_E)
             bias_E += rate * (load_E.mean() - load_E).sign()
 
-    def _logits(self, x_TD: Tensor) -> Tensor:
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """Return each row's score for every expert before softmax or sigmoid, ``[T, E]``."""
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
         x_TD = x_TD.to(dtype)
         if self.config.jitter and self.training:

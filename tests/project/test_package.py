@@ -41,6 +41,7 @@ def test_exported_names_are_pinned():
         "TopK",
         "__version__",
         "load",
+        "replace_moe_blocks",
     }
     assert all(hasattr(moeyard, name) for name in moeyard.__all__)
 
