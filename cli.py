@@ -126,7 +126,7 @@ def _add_doctor(parsers: "Parsers") -> None:
 
 def _add_serve(parsers: "Parsers") -> None:
     serve = parsers.add_parser("serve", help="serve a model behind an OpenAI API with Ray Serve")
-    serve.add_argument("model", metavar="MODEL_DIR")
+    serve.add_argument("model", metavar="MODEL", help="a model folder, or OWNER/MODEL of the hub")
     serve.add_argument("--host", default="127.0.0.1")
     serve.add_argument("--port", type=int, default=8000)
     serve.add_argument("--expert-memory", help="memory for experts: 2GiB or 25%%; default: all")

@@ -18,7 +18,7 @@ from ..errors import ConfigError, MoeyardError
 from .cluster.guardian import ATTEMPTS, TRY_AGAIN, stopping_signals
 from .cluster.own_ray import RayStartError, StartReport, Watch, prepare, start
 from .proxy_guard import UNFINISHED
-from .server import ServeArgs, check_model
+from .server import ServeArgs, check_model, with_commit
 
 START_TIMEOUT_S = 300.0
 ENDING_TIMEOUT_S = 10.0
@@ -39,6 +39,7 @@ def serve_forever(args: ServeArgs, host: str, port: int, attempt: int) -> int:
     process that is still there afterwards.
     """
     check_address(host, port)
+    args = with_commit(args)
     check_model(args, runs_here=True)
     report = StartReport(args.model_name, attempt)
     folder = prepare()

@@ -18,6 +18,7 @@ from ..moe.experts.resident import Experts
 from ..moe.folders.expert_slots import empty_experts
 from ..moe.folders.folder import ModelFolder
 from ..moe.folders.generation_config import read_generation_config
+from ..moe.folders.hub import local_folder
 from ..moe.folders.read_weights import WeightRead, dense_reads, expert_reads, run_reads
 from ..moe.folders.text_codec import TextCodec
 from ..moe.models.decoder import Decoder
@@ -83,7 +84,7 @@ def open_model(
             f"expert_policy is a {type(policy).__name__}, but all experts are in memory; set "
             "expert_memory, or leave expert_policy out."
         )
-    files = ModelFolder(Path(folder))
+    files = ModelFolder(local_folder(folder))
     try:
         left_out = files.check(ignore_unused_weights=ignore_unused_weights)
         if left_out is not None:

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp
 from ..dtypes import short_name
 from ..moe.folders.folder import ModelFolder
 from ..moe.folders.generation_config import read_generation_config
+from ..moe.folders.hub import hub_name, local_folder, pinned
 from ..moe.routers.own_code import allow
 from .api.http_app import HttpApi
 from .engine.admission import Admission
@@ -30,9 +31,9 @@ class ServeArgs(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str
-    """A Hugging Face model folder."""
+    """A Hugging Face model folder, or a name on the hub such as ``OWNER/MODEL@REVISION``."""
     served_model_name: str | None = None
-    """Name clients use; None = the folder's name."""
+    """Name clients use; None = the folder's name, or the one on the hub."""
     expert_memory: str | None = None
     """Bound on the experts kept in memory (2GiB, 25%); None keeps all."""
     dtype: Annotated[Literal["fp32", "bf16"], BeforeValidator(short_name)] | None = None
@@ -76,11 +77,21 @@ class ServeArgs(BaseModel):
     @property
     def model_name(self) -> str:
         """The name clients use."""
-        return self.served_model_name or Path(self.model).resolve().name
+        on_hub = hub_name(self.model)
+        own = Path(self.model).resolve().name if on_hub is None else on_hub[0]
+        return self.served_model_name or own
 
     def open_tokenizer(self) -> ServingTokenizer:
         """Open the model's tokenizer."""
-        return ServingTokenizer(Path(self.model), self.chat_template)
+        return ServingTokenizer(local_folder(self.model), self.chat_template)
+
+
+def with_commit(args: ServeArgs) -> ServeArgs:
+    """Download a model that is on the hub, and name its commit: every replica takes the same one.
+
+    A replica on another machine downloads it there.
+    """
+    return args.model_copy(update={"model": pinned(args.model)})
 
 
 def check_model(args: ServeArgs, runs_here: bool = False) -> None:
@@ -89,7 +100,7 @@ def check_model(args: ServeArgs, runs_here: bool = False) -> None:
     ``runs_here`` says that the replicas run on this machine, whose memory must hold the model.
     """
     allow(args.allow_code)
-    folder = ModelFolder(Path(args.model))
+    folder = ModelFolder(local_folder(args.model))
     folder.check(ignore_unused_weights=args.ignore_unused_weights)
     dtype = pick_dtype(folder, args.dtype)
     read_generation_config(folder)

@@ -42,8 +42,8 @@ class DataConfig(_Section):
     stream_ahead_tokens: int = Field(default=1 << 22, ge=1)
     """Most tokens of an ``hf:`` source to prepare before training needs them."""
     tokenizer: str = "bytes"
-    """``bytes`` or a folder with a Hugging Face tokenizer. With ``start_from``, leave it out or
-    null to use that folder's."""
+    """``bytes``, a folder with a Hugging Face tokenizer, or a name on the hub. With ``start_from``,
+    leave it out or null to use that folder's."""
     text_key: str = "text"
     """Key of the document's text in a JSON object, or its column in a data set."""
 
@@ -164,8 +164,8 @@ class RunConfig(_Section):
     seed: int = Field(default=0, ge=0)
     """Seed of weights, data order and router noise."""
     start_from: str | None = None
-    """A Hugging Face folder whose weights training starts from. ``model`` and ``data.tokenizer``
-    then default to the folder's."""
+    """A Hugging Face folder, or a name on the hub (``OWNER/MODEL``), whose weights training starts
+    from. ``model`` and ``data.tokenizer`` then default to the folder's."""
     ignore_unused_weights: bool = False
     """Skip the folder's weights that its config.json does not ask for, instead of refusing it."""
     model: ModelConfig

@@ -13,6 +13,7 @@ from .families.table import FAMILIES
 from .folder import ModelFolder
 from .generation_config import generation_to_keep
 from .hf_config import to_hf
+from .hub import local_folder
 from .quantized_config import quantization_config
 from .tensor_names import dense_tensors, is_router
 from .tokenizer_folder import copy_tokenizer
@@ -28,22 +29,24 @@ BITS: dict[str | None, Bits] = {"int8": 8, "int4": 4}
 
 
 def convert(
-    source: Path,
+    source: str | Path,
     target: Path,
     dtype: str | None = None,
     ignore_unused_weights: bool = False,
 ) -> str:
-    """Write the model of folder ``source`` to ``target`` and return its ``model_type`` there.
+    """Write a model to folder ``target`` and return its ``model_type`` there.
 
-    ``dtype`` is the type of the weights: ``fp32``, ``bf16`` (or torch's names for these), ``int8``
-    or ``int4``; None widens quantized weights and keeps the others.
-    ``int8`` and ``int4`` apply to the routed experts only. Tokenizer, chat template and generation
-    config are copied. Weights that ``config.json`` does not ask for are left out, and refused
-    without ``ignore_unused_weights``. One tensor, or one expert, is in memory at a time.
+    ``source`` is a folder or a name on the hub. ``dtype`` is the type of the weights: ``fp32``,
+    ``bf16`` (or torch's names for these), ``int8`` or ``int4``; None widens quantized weights and
+    keeps the others. ``int8`` and ``int4`` apply to the routed experts only. Tokenizer, chat
+    template and generation config are copied. Weights that ``config.json`` does not ask for are
+    left out, and refused without ``ignore_unused_weights``. One tensor, or one expert, is in memory
+    at a time.
     """
     dtype = short_name(dtype)
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype is {dtype!r}; use one of {spellings(DTYPES)}.")
+    source = local_folder(source)
     folder = ModelFolder(source)
     try:
         left_out = folder.check(ignore_unused_weights=ignore_unused_weights)

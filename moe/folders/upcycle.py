@@ -33,6 +33,7 @@ from .families.table import FAMILIES
 from .folder import ModelFolder
 from .generation_config import generation_to_keep
 from .hf_config import to_hf
+from .hub import local_folder
 from .tokenizer_folder import copy_tokenizer
 from .write_weights import FolderWeights, plan_weights
 from .writer import write_model_folder
@@ -47,7 +48,7 @@ ROUTER_STD = 0.02
 
 
 def upcycle(
-    source: Path,
+    source: str | Path,
     target: Path,
     num_experts: int,
     k: int,
@@ -61,6 +62,7 @@ def upcycle(
     Raises :class:`ConfigError` for sizes that cannot give the dense model's function. One layer's
     MLP is in memory at a time.
     """
+    source = local_folder(source)
     folder = ModelFolder(source)
     try:
         left_out = folder.check(ignore_unused_weights=ignore_unused_weights)

@@ -4,7 +4,6 @@ import logging
 import os
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from ...errors import ConfigError, ModelFileError
 from ...moe.experts.resident import Experts
 from ...moe.folders.folder import ModelFolder
 from ...moe.folders.generation_config import generation_to_keep
+from ...moe.folders.hub import local_folder, pinned
 from ...moe.folders.read_weights import WeightRead, expert_reads, read_tensor, run_reads
 from ...moe.models.decoder import Decoder
 
@@ -28,17 +28,20 @@ def complete_values(values: dict[str, Any]) -> dict[str, Any]:
     The run's own values win: ``model`` may change parts (another look-ahead, other losses) or be
     empty. Raises :class:`ConfigError` for a folder that cannot be used.
     """
+    values = _with_pinned_tokenizer(values)
     start_from = values.get("start_from")
     if not isinstance(start_from, str):
         return values
     try:
-        folder = ModelFolder(Path(start_from))
+        start_from = pinned(start_from)
+        folder = ModelFolder(local_folder(start_from))
     except ModelFileError as error:
         raise ConfigError(f"start_from is {start_from!r}, which cannot be used: {error}") from None
     folder.close()
     given = values.get("model") or {}
     if not isinstance(given, dict):
         return values  # validation says what is wrong with it
+    values = values | {"start_from": start_from}
     data = values.get("data") or {}
     if isinstance(data, dict) and data.get("tokenizer") is None:
         data = data | {"tokenizer": start_from}
@@ -46,9 +49,21 @@ def complete_values(values: dict[str, Any]) -> dict[str, Any]:
     return values | {"model": model, "data": data}
 
 
+def _with_pinned_tokenizer(values: dict[str, Any]) -> dict[str, Any]:
+    """Name the commit of a tokenizer on the hub, so that a resumed run takes the same one."""
+    data = values.get("data")
+    name = data.get("tokenizer") if isinstance(data, dict) else None
+    if not isinstance(data, dict) or not isinstance(name, str) or name == "bytes":
+        return values
+    try:
+        return values | {"data": data | {"tokenizer": pinned(name, weights=False)}}
+    except ModelFileError as error:
+        raise ConfigError(f"data.tokenizer is {name!r}, which cannot be used: {error}") from None
+
+
 def read_origin(start_from: str) -> dict[str, Any]:
     """Return what an export needs from the folder: its two configurations."""
-    folder = ModelFolder(Path(start_from))
+    folder = ModelFolder(local_folder(start_from))
     folder.close()
     return {"config": folder.values, "generation": generation_to_keep(folder)}
 
@@ -58,7 +73,7 @@ def read_start(start_from: str, decoder: Decoder, ignore_unused_weights: bool = 
 
     Raises :class:`ConfigError` if the folder's weights do not fit the run's model.
     """
-    folder = ModelFolder(Path(start_from))
+    folder = ModelFolder(local_folder(start_from))
     try:
         left_out = folder.check(decoder.config, NEW_IN_TRAINING, ignore_unused_weights)
         if left_out is not None and os.environ.get("RANK", "0") == "0":

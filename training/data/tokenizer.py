@@ -11,6 +11,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as RustTokenizer
 
 from ...errors import ConfigError, DataError, ModelFileError
+from ...moe.folders.hub import local_folder
 from ...moe.folders.tokenizer_errors import library_errors
 from ...moe.folders.tokenizer_folder import copy_tokenizer, has_tokenizer, open_folder_tokenizer
 
@@ -72,7 +73,7 @@ class FolderTokenizer:
         if not folder.is_dir():
             raise DataError(
                 f"data.tokenizer is {str(folder)!r}, which is not a folder; "
-                "give 'bytes' or a folder with tokenizer.json."
+                "give 'bytes', a folder with tokenizer.json, or OWNER/MODEL of the hub."
             )
         if not has_tokenizer(folder):
             raise DataError(
@@ -124,8 +125,14 @@ class FolderTokenizer:
 
 
 def open_tokenizer(name: str) -> Tokenizer:
-    """Open ``bytes`` or a tokenizer folder."""
-    return ByteTokenizer() if name == "bytes" else FolderTokenizer(Path(name))
+    """Open ``bytes``, a tokenizer folder, or that of a model on the hub."""
+    if name == "bytes":
+        return ByteTokenizer()
+    try:
+        folder = local_folder(name, weights=False)
+    except ModelFileError as error:
+        raise DataError(f"data.tokenizer is {name!r}, which cannot be used: {error}") from None
+    return FolderTokenizer(folder)
 
 
 def write_tokenizer_files(rust: RustTokenizer, folder: Path) -> None:
@@ -158,7 +165,7 @@ def check_tokenizer(start_from: str, name: str, tokenizer: Tokenizer) -> None:
 
     If the folder's own cannot be opened, another folder is trusted to hold the same tokenizer.
     """
-    if name == start_from or not has_tokenizer(Path(start_from)):
+    if name == start_from or not has_tokenizer(local_folder(start_from)):
         return
     try:
         own = open_tokenizer(start_from)
