@@ -41,13 +41,30 @@ class GatedMLP(nn.Module):
 
 
 class MoELayer(nn.Module):
-    """A sparse Mixture-of-Experts layer.
+    """A sparse Mixture-of-Experts layer: each token is computed by the experts that a router picks.
 
-    ``router`` is a router's configuration (``TopK(k=4)``, ``Hash()``, or one of your own: a
-    :class:`RouterConfig` that builds your :class:`Router`). ``d_shared`` adds a shared expert of
-    that width which every token visits. ``recompute`` keeps only the experts' input for backward,
-    and not their pre-activations. ``expert_bias`` gives each expert's two products a bias, as in
-    gpt-oss.
+    ``layer(x)`` takes ``[..., d_model]`` and returns ``(y, routing)``, y shaped like x. The
+    routers' losses are not in y: add ``layer.auxiliary_loss(routing)`` to yours.
+
+    Args:
+        d_model: Width of a token.
+        d_expert: Inner width of one expert, a gated MLP ``down(act(gate x) * up x)``.
+        num_experts: Routed experts.
+        router: A router's configuration: ``TopK(k=4)`` (None = ``TopK()``, 2 experts a token),
+            ``Hash()``, or your own :class:`RouterConfig` that builds your :class:`Router`.
+        activation: ``swiglu``, ``reglu``, ``geglu``, or gpt-oss's ``clamped_swiglu``.
+        d_shared: Inner width of a shared expert that every token visits; 0 = none.
+        shared_gate: Multiply the shared expert by ``sigmoid(w x)`` (Qwen2-MoE).
+        vocab_size: Number of token ids, for routers that read them (``Hash``).
+        token_counts: How often each id occurs, for ``Hash`` with a balanced table; None = equally.
+        expert_ids: Experts that this process holds, for expert parallelism; None = all.
+        backend: ``auto`` takes the fastest that passes its self-check; ``reference`` is slow and
+            takes fp64; docs/backends.md has the others.
+        recompute: Keep only the experts' input for backward, and not their pre-activations: less
+            memory, a third of the forward again.
+        expert_bias: Give each expert's two products a bias (gpt-oss).
+
+    Raises :class:`ConfigError` for sizes and routers that do not fit, also from ``forward``.
     """
 
     def __init__(
@@ -68,8 +85,13 @@ class MoELayer(nn.Module):
         expert_bias: bool = False,
     ) -> None:
         super().__init__()
+        sizes_given = {"d_model": d_model, "d_expert": d_expert, "num_experts": num_experts}
+        for name, width in sizes_given.items():
+            if type(width) is not int or width < 1:
+                raise ConfigError(f"{name} is {width!r}; use a whole number from 1 upwards.")
         if activation not in ACTIVATIONS:
             raise ConfigError(f"activation is {activation!r}; use one of {', '.join(ACTIVATIONS)}.")
+        self.d_model, self.d_expert, self.num_experts = d_model, d_expert, num_experts
         sizes = RouterSizes(d_model, num_experts, vocab_size, token_counts)
         self.gate: Router = _build(TopK() if router is None else router, sizes)
         self.experts: LayerExperts = Experts(
@@ -95,10 +117,13 @@ class MoELayer(nn.Module):
     ) -> tuple[Tensor, Routing]:
         """Return the layer's output, shaped like ``x`` ``[..., D]``, and the routing.
 
-        ``token_ids`` and ``valid`` have x's leading shape; its last dimension is the tokens of a
-        sequence. ``routing`` is a choice made earlier; layers whose router does not read x need it.
+        ``token_ids`` (int64, only read by routers such as ``Hash``) and ``valid`` (bool, False for
+        padding, which is neither computed nor counted) have x's leading shape; its last dimension
+        is the tokens of a sequence. ``routing`` is a choice made earlier; layers whose router does
+        not read x need it.
         """
-        x_TD = x.reshape(-1, x.shape[-1])
+        self._check(x, token_ids, valid)
+        x_TD = x.reshape(-1, self.d_model)
         if routing is None:
             if self.lookahead not in (Lookahead.FFN_INPUT, Lookahead.TOKEN):
                 raise ConfigError(
@@ -118,6 +143,29 @@ class MoELayer(nn.Module):
             shared = partial(_run_shared, self.shared_expert, self.shared_expert_gate, x_TD)
         y_TD = self.path.run(x_TD, routing, self.experts, shared)
         return y_TD.view_as(x), routing
+
+    def extra_repr(self) -> str:
+        """Show the layer's widths and its parameters."""
+        total = sum(parameter.numel() for parameter in self.parameters())
+        return (
+            f"d_model={self.d_model}, d_expert={self.d_expert}, num_experts={self.num_experts}, "
+            f"parameters={total:,}"
+        )
+
+    def _check(self, x: Tensor, token_ids: Tensor | None, valid: Tensor | None) -> None:
+        if not isinstance(x, Tensor):
+            raise ConfigError(f"x is a {type(x).__name__}; give a tensor [..., {self.d_model}].")
+        if x.ndim == 0 or x.shape[-1] != self.d_model:
+            raise ConfigError(
+                f"x has shape {list(x.shape)}, but d_model is {self.d_model}; give [..., "
+                f"{self.d_model}]."
+            )
+        for name, given in (("token_ids", token_ids), ("valid", valid)):
+            if given is not None and given.shape != x.shape[:-1]:
+                raise ConfigError(
+                    f"{name} has shape {list(given.shape)} and x {list(x.shape)}; give "
+                    f"{list(x.shape[:-1])}, a value for each token."
+                )
 
     def auxiliary_loss(self, routing: Routing, reduce: Reduce | None = None) -> Tensor:
         """Return :func:`auxiliary_loss` of this layer alone."""
@@ -148,6 +196,8 @@ def auxiliary_loss(
     layers: Sequence[MoELayer], routings: Sequence[Routing], reduce: Reduce | None = None
 ) -> Tensor:
     """Return what the routers' configurations ask to be added to the loss, a scalar with gradient.
+
+    ``layers`` and ``routings`` are in the same order: each layer's ``y, routing = layer(x)``.
 
     For :class:`TopK` it is the sum of ``balance_loss``, ``sequence_balance_loss`` and ``z_loss``
     times their losses over ``layers``, whose forward returned ``routings``. The layer does

@@ -48,17 +48,23 @@ def load(
     allow_code: str | Sequence[str] = (),
     expert_policy: str | Policy = "lru",
 ) -> LanguageModel:
-    """Open a Hugging Face MoE folder or a run's export as a model ready to call.
+    """Open a Hugging Face MoE model or a run's export as a model ready to call.
 
-    ``dtype`` is ``float32`` or ``bfloat16`` (None = as stored); routers stay in fp32 under
-    bfloat16, and experts that the folder has in 8 or 4 bits stay in those. ``device`` is ``cpu``,
-    ``cuda`` or ``cuda:N``; ids go there too. ``expert_memory``
+    ``folder`` is a folder with ``config.json`` and safetensors, or a name on the hub,
+    ``OWNER/MODEL`` or ``OWNER/MODEL@REVISION``, which is downloaded once.
+
+    ``dtype`` is ``fp32`` or ``bf16``, or torch's name or type for them (None = as stored). Routers
+    stay in fp32 under bf16, and experts that the folder has in 8 or 4 bits stay in those.
+    ``device`` is ``cpu``, ``cuda`` or ``cuda:N``; ids go there too. ``expert_memory``
     (``2GiB``, ``25%``) bounds the experts kept in memory; the others are read from the folder when
     they are needed, and outputs are the same bit for bit. Weights that ``config.json`` does not ask
     for are refused, unless ``ignore_unused_weights`` says to do without them. ``allow_code`` names
     modules of your own whose routers the folder may use; they are imported. ``expert_policy``
     chooses which expert leaves memory when another one is needed: a name, or an object with the
     methods of :class:`moeyard.serving.experts.policies.policy.Policy`, for this model alone.
+
+    Raises :class:`ModelFileError` for a folder that is damaged or of an unknown kind and for a
+    model that cannot be downloaded, and :class:`ConfigError` for arguments that do not fit.
     """
     model, _ = open_model(
         folder, dtype, device, expert_memory, ignore_unused_weights, allow_code, expert_policy
@@ -130,9 +136,10 @@ def _open(
         num_bytes = budget_bytes(files, chosen, expert_memory)
         store = ExpertStore(files, chosen, num_bytes, policy=policy)
     reads: list[WeightRead] = []
-    for index, layer in decoder.moe_layers():
+    moe_layers = decoder.moe_layers()
+    for index, layer in moe_layers:
         if store is not None:
-            layer.experts = OffloadedExperts(store, index, layer.gate.num_experts)
+            layer.experts = OffloadedExperts(store, index, layer.num_experts, len(moe_layers))
         else:
             weights = empty_experts(files.config, layer.gate.num_experts, chosen, files.packed)
             views = ((slot, weights.slot_views(slot)) for slot in range(weights.num_slots))

@@ -8,6 +8,9 @@ from ..routers.routing import Routing
 class LayerExperts(nn.Module):
     """The experts of one layer, in memory or elsewhere."""
 
+    share_in_memory: float = 1.0
+    """Share of the model's experts that memory has room for."""
+
     def announce(self, routing: Routing) -> None:
         """Start preparing the experts of the next forward, while other work runs first."""
         raise NotImplementedError

@@ -29,6 +29,12 @@ class QuantizedExperts(LayerExperts):
     def keep(self, routing: Routing) -> None:
         """Do nothing: experts in memory stay there."""
 
+    def extra_repr(self) -> str:
+        """Say how many experts there are and of which size, for ``repr``."""
+        num_slots, d_model, _ = self.weights.fc2.values.shape
+        d_expert, bits = self.weights.fc2.width, self.weights.fc1.bits
+        return f"{num_slots} experts, d_model={d_model}, d_expert={d_expert}, int{bits}"
+
     def forward(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """Return the weighted sum of each row's experts, ``[N, D]``."""
         return expert_mlp(x_ND, experts_NK, weights_NK, self.weights)

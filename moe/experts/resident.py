@@ -92,6 +92,18 @@ class Experts(LayerExperts):
     def keep(self, routing: Routing) -> None:
         """Do nothing: experts in memory stay there."""
 
+    def extra_repr(self) -> str:
+        """Say how many experts there are and of which size, for ``repr``."""
+        num_slots, d_model, d_expert = self.fc2.shape
+        rank = ""
+        if self._low_rank_scale is not None:
+            rank = f", lora rank {self.get_parameter('fc2_lora_a').shape[1]}"
+        bias = "" if self.fc1_bias is None else ", bias"
+        return (
+            f"{num_slots} experts, d_model={d_model}, d_expert={d_expert}, {self.activation}{bias}"
+            f"{rank}, {self.fc1.dtype} on {self.fc1.device}"
+        )
+
     def forward(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """Return the weighted sum of each row's experts, ``[N, D]``."""
         device = x_ND.device.type

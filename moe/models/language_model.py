@@ -12,6 +12,7 @@ from torch import Tensor
 from ...errors import ConfigError, ModelFileError
 from ..batch import batch_of, batch_of_rows
 from .decoder import Decoder
+from .describe import describe
 from .generation import Answer, AnswerStream, GenerationLimits, continue_rows, with_given
 from .prompts import brief, check_ids, ids_of_row, rows_without_padding
 from .sampling import GenerationConfig, SamplingParams
@@ -53,6 +54,10 @@ class LanguageModel:
         self.eos_ids = generation.eos_ids
         """Ids that end a text."""
         self._codec = codec
+
+    def __repr__(self) -> str:
+        """Show layers, widths, experts, parameters, type, device and the share on disk."""
+        return f"LanguageModel({describe(self.decoder)}\n)"
 
     @property
     def tokenizer(self) -> Any:

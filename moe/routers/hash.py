@@ -17,7 +17,10 @@ from .routing import Lookahead, RouterInput, Routing, count_choices, count_token
 
 
 class Hash(RouterConfig):
-    """A fixed table from token id to experts (Roller et al. 2021); nothing is learned."""
+    """A fixed table from token id to experts (Roller et al. 2021); nothing is learned.
+
+    The layer needs ``vocab_size``, and its forward ``token_ids``.
+    """
 
     kind: Literal["hash"] = "hash"
     k: int = Field(default=1, ge=1)

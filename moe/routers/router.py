@@ -3,6 +3,7 @@
 T tokens, E experts.
 """
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -35,7 +36,9 @@ class RouterConfig(BaseModel):
     one word; your own class has none and is named by its import path (own_code.py).
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     learns: ClassVar[bool] = True
     """Whether the router has weights that training changes."""
@@ -46,6 +49,16 @@ class RouterConfig(BaseModel):
     """The router's name in configurations; by default ``module:Class``."""
     k: int = Field(default=2, ge=1)
     """Experts each token visits."""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        """Put the fields' meanings into the class's docstring, so that help() shows them."""
+        lines = [
+            f"    {name}: {' '.join((field.description or '').split())} Default: {field.default!r}."
+            for name, field in cls.model_fields.items()
+            if name != "kind"
+        ]
+        cls.__doc__ = "\n".join([inspect.cleandoc(cls.__doc__ or ""), "", "Fields:", *lines])
 
     @model_validator(mode="before")
     @classmethod
@@ -117,6 +130,12 @@ class Router(nn.Module):
     def route(self, router_input: RouterInput) -> Routing:
         """Choose experts for every row."""
         raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        """Show the number of experts and what differs from the configuration's defaults."""
+        changed = self.config.model_dump(exclude_defaults=True, exclude={"kind", "k"})
+        options = "".join(f", {name}={value!r}" for name, value in changed.items())
+        return f"k={self.k} of {self.num_experts} experts{options}"
 
     def losses(self, routing: Routing, counts: GlobalCounts) -> LayerLosses:
         """Return what the router adds to the loss; by default nothing.

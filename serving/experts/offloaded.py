@@ -20,11 +20,21 @@ class OffloadedExperts(LayerExperts):
     lines are combined in k order at the end, as in the resident case.
     """
 
-    def __init__(self, store: ExpertStore, layer: int, num_experts: int) -> None:
+    def __init__(self, store: ExpertStore, layer: int, num_experts: int, num_layers: int) -> None:
         super().__init__()
         self._store = store
         self._layer = layer
         self._num_experts = num_experts
+        self._num_in_model = num_experts * num_layers
+        self.share_in_memory = min(1.0, store.num_slots / self._num_in_model)
+
+    def extra_repr(self) -> str:
+        """Say how many experts there are and how many fit into memory, for ``repr``."""
+        store = self._store
+        return (
+            f"{self._num_experts} experts, on disk; memory has {store.num_slots} slots for the "
+            f"{self._num_in_model} experts of all layers"
+        )
 
     def announce(self, routing: Routing) -> None:
         """Begin to read the chosen experts while the model computes something else."""

@@ -1,0 +1,46 @@
+"""What a loaded model is, in a few lines for a person."""
+
+from ..config.model import ModelConfig
+from ..layer import MoELayer
+from .decoder import Decoder
+
+
+def describe(decoder: Decoder) -> str:
+    """Return layers, widths, experts, parameters, type, device and what is offloaded."""
+    config, layers = decoder.config, [layer for _, layer in decoder.moe_layers()]
+    weight = decoder.embed_tokens.weight
+    lines = [
+        f"layers: {config.num_layers}, {len(layers)} of them with experts",
+        f"widths: d_model {config.d_model}, {config.num_heads} heads, vocabulary "
+        f"{config.vocabulary:,}, up to {config.max_positions:,} positions",
+    ]
+    if config.moe is not None and layers:
+        lines.append(
+            f"experts: {config.moe.num_experts} a layer of width {config.moe.d_expert}, "
+            f"{config.moe.router.k} for a token ({config.moe.router.kind})"
+        )
+    total, active = count_parameters(decoder)
+    lines.append(f"parameters: {total:,}, of them {active:,} for a token")
+    share = layers[0].experts.share_in_memory if layers else 1.0
+    place = f"weights: {weight.dtype} on {weight.device}"
+    lines.append(place if share == 1 else f"{place}; {1 - share:.0%} of the experts are on disk")
+    return "".join(f"\n  {line}" for line in lines)
+
+
+def count_parameters(decoder: Decoder) -> tuple[int, int]:
+    """Return the parameters of a decoder, wherever its experts are, and those a token uses."""
+    experts = {p for _, layer in decoder.moe_layers() for p in layer.experts.parameters()}
+    dense = sum(p.numel() for p in decoder.parameters() if p not in experts)
+    total = active = dense
+    for _, layer in decoder.moe_layers():
+        size = _expert_size(decoder.config, layer)
+        total += layer.num_experts * size
+        active += layer.gate.k * size
+    return total, active
+
+
+def _expert_size(config: ModelConfig, layer: MoELayer) -> int:
+    biases = 0
+    if config.moe is not None and config.moe.expert_bias:
+        biases = 2 * layer.d_expert + layer.d_model
+    return 3 * layer.d_model * layer.d_expert + biases
