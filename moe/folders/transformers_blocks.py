@@ -99,9 +99,9 @@ def replace_moe_blocks(hf_model: nn.Module) -> int:
     time: build the optimizer afterwards. ``state_dict`` keeps transformers' names and layouts, so
     ``save_pretrained`` writes the same files as before.
 
-    ``output_router_logits`` goes on to work. In place of transformers' own loss you may add
-    ``moeyard.auxiliary_loss(layers, [layer.routing for layer in layers])``, where ``layers`` are
-    the model's modules of type :class:`MoELayer`.
+    ``output_router_logits`` goes on to work: transformers adds its balance loss. Where the model's
+    configuration asks for it, ``moeyard.auxiliary_loss(layers, [layer.routing for layer in
+    layers])`` is the same loss; ``layers`` are the modules of type :class:`MoELayer`. Add only one.
 
     Raises :class:`ConfigError` for other models, before anything is changed.
     """
