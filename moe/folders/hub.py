@@ -8,11 +8,15 @@ that want the same file wait for one of them. (Data sets have their own file, tr
 import errno
 import os
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from ...errors import ModelFileError
 
 NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
+COMMIT = re.compile("[0-9a-f]{40}")
+"""Its files never change: if all are here, no network is needed, and nothing is shown."""
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
 """Configuration, tokenizer and chat templates. Weights as pickles are not among them."""
 WEIGHTS = "*.safetensors"
@@ -56,18 +60,19 @@ def pinned(name: str, weights: bool = True) -> str:
 
 def _download(name: str, revision: str | None, weights: bool) -> Path:
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.utils import disable_progress_bars, tqdm
+    from huggingface_hub.utils import disable_progress_bars
 
     if os.environ.get("LOCAL_RANK", "0") != "0":
         disable_progress_bars()  # the first process of a machine shows them
+    get = partial(
+        snapshot_download,
+        name,
+        revision=revision,
+        allow_patterns=[*SMALL_FILES, *([WEIGHTS] if weights else [])],
+        ignore_patterns=list(OTHER_FORMATS),
+    )
     try:
-        folder = snapshot_download(
-            name,
-            revision=revision,
-            allow_patterns=[*SMALL_FILES, *([WEIGHTS] if weights else [])],
-            ignore_patterns=list(OTHER_FORMATS),
-            tqdm_class=tqdm,
-        )
+        folder = _whole_here(get, revision) or get()
     except Exception as error:
         reason = _reason(name, revision, error, constants.ENDPOINT, constants.HF_HUB_CACHE)
         if reason is None:
@@ -79,6 +84,21 @@ def _download(name: str, revision: str | None, weights: bool) -> Path:
             "convert it, or choose another model."
         )
     return Path(folder)
+
+
+def _whole_here(get: Callable[..., str], revision: str | None) -> str | None:
+    """Return the folder of a commit whose files are all here, or None."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if COMMIT.fullmatch(revision or "") is None:
+        return None
+    try:
+        folder = get(local_files_only=True)
+    except LocalEntryNotFoundError:
+        return None
+    # Without the list of the model's files the library cannot know whether some are missing.
+    has_list = (Path(folder).parents[1] / "trees" / f"{revision}.json").exists()
+    return folder if has_list else None
 
 
 def _reason(
