@@ -124,3 +124,7 @@ def test_calls_and_streams_of_a_wrong_type_get_a_sentence(model):
         model("hello")
     with pytest.raises(ConfigError, match=r"prompt is \['a'\]; give text, or the ids of one row"):
         model.stream(["a"])
+
+
+def test_special_tokens_are_no_part_of_a_text(model):
+    assert model._codec.decode([104, 256, 105]) == "hi"
