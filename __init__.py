@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .errors import MoeyardError
     from .moe.folders.transformers_blocks import replace_moe_blocks
     from .moe.layer import MoELayer, auxiliary_loss
+    from .moe.models.language_model import LanguageModel
     from .moe.routers.hash import Hash
     from .moe.routers.loss_terms import GlobalCounts, LayerLosses
     from .moe.routers.router import Router, RouterConfig, RouterSizes
@@ -28,6 +29,7 @@ __path__ = [os.path.realpath(folder) for folder in __path__]
 __all__ = [
     "GlobalCounts",
     "Hash",
+    "LanguageModel",
     "LayerLosses",
     "Lookahead",
     "MoELayer",
@@ -47,6 +49,7 @@ __all__ = [
 _HOME = {
     "GlobalCounts": ".moe.routers.loss_terms",
     "Hash": ".moe.routers.hash",
+    "LanguageModel": ".moe.models.language_model",
     "LayerLosses": ".moe.routers.loss_terms",
     "Lookahead": ".moe.routers.routing",
     "MoELayer": ".moe.layer",

@@ -28,6 +28,7 @@ def test_exported_names_are_pinned():
     assert set(moeyard.__all__) == {
         "GlobalCounts",
         "Hash",
+        "LanguageModel",
         "LayerLosses",
         "Lookahead",
         "MoELayer",
