@@ -15,6 +15,7 @@ from pathlib import Path
 from ...errors import ModelFileError
 
 NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
+FULL = os.strerror(errno.ENOSPC)
 COMMIT = re.compile("[0-9a-f]{40}")
 """Its files never change: if all are here, no network is needed, and nothing is shown."""
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
@@ -74,10 +75,9 @@ def _download(name: str, revision: str | None, weights: bool) -> Path:
     try:
         folder = _whole_here(get, revision) or get()
     except Exception as error:
+        # Files come through several libraries, whose errors have no common class.
         reason = _reason(name, revision, error, constants.ENDPOINT, constants.HF_HUB_CACHE)
-        if reason is None:
-            raise
-        raise ModelFileError(reason) from None
+        raise ModelFileError(reason) from error
     if weights and not any(Path(folder).glob(WEIGHTS)):
         raise ModelFileError(
             f"{name} has no safetensors on {constants.ENDPOINT}; other weights are not read, so "
@@ -101,14 +101,12 @@ def _whole_here(get: Callable[..., str], revision: str | None) -> str | None:
     return folder if has_list else None
 
 
-def _reason(
-    name: str, revision: str | None, error: Exception, endpoint: str, cache: str
-) -> str | None:
-    """Return what went wrong in one sentence, or None if it is our bug."""
+def _reason(name: str, revision: str | None, error: Exception, endpoint: str, cache: str) -> str:
+    """Return what went wrong and the remedy, in one sentence."""
     from huggingface_hub import errors
 
     command = f"hf download {name}" + (f" --revision {revision}" if revision else "")
-    by_hand = f"or run `{command} --local-dir FOLDER` where there is one and give FOLDER."
+    by_hand = f"or run `{command} --local-dir FOLDER` on a machine that has it, and give FOLDER."
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.GatedRepoError) or status == 403:
         return (
@@ -132,18 +130,18 @@ def _reason(
             f"{name} is no folder here and cannot be downloaded, as {endpoint} does not answer "
             f"({_root(error)}); check the network, {by_hand}"
         )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, errors.HFValidationError):
+        return f"{name} is no folder here and no name that a hub has ({_root(error)}); correct it."
+    number = error.errno if isinstance(error, OSError) else None
+    if number in (errno.ENOSPC, errno.EDQUOT) or FULL in str(error):
         return (
-            f"{name} does not fit into {cache} ({error.strerror}); make room or set HF_HOME to "
+            f"{name} does not fit into {cache} ({FULL}); make room or set HF_HOME to "
             "another disk, and start again: files that are whole stay."
         )
-    library = type(error).__module__.partition(".")[0]
-    if isinstance(error, OSError) or library.startswith("httpx"):
-        return (
-            f"the download of {name} from {endpoint} broke off ({_root(error)}); start again "
-            f"(files that are whole stay), {by_hand}"
-        )
-    return None
+    return (
+        f"the download of {name} from {endpoint} broke off ({_root(error)}); start again, as files "
+        f"that are whole stay, or run `{command}`."
+    )
 
 
 def _root(error: BaseException) -> str:

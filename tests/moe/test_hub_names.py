@@ -77,9 +77,7 @@ def test_a_broken_connection_is_taken_up_again_where_it_broke(hub, model_folder,
 def test_after_a_failure_only_what_is_missing_is_downloaded_again(hub, model_folder, monkeypatch):
     monkeypatch.setattr(huggingface_hub.file_download.time, "sleep", lambda _: None)
     hub.cuts[WEIGHTS], hub.times_cut = 1000, 100
-    with pytest.raises(
-        ModelFileError, match=r"the download of .* broke off .*whole stay.*hf downl"
-    ):
+    with pytest.raises(ModelFileError, match=r"the download of .* broke off .*whole stay.*hf down"):
         local_folder(NAME)
     hub.cuts.clear()
     before = dict(hub.served)
@@ -152,6 +150,19 @@ def test_a_disk_that_is_really_full_is_named_and_the_rest_comes_later(hub, tmp_p
         assert local_folder(NAME).is_dir()
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_an_error_of_any_library_gets_a_sentence(hub, monkeypatch):
+    for text, sentence in (("odd", r"broke off \(odd\)"), ("No space left on device", "HF_HOME")):
+
+        def fails(*_, text=text, **__):
+            raise RuntimeError(text)
+
+        monkeypatch.setattr(huggingface_hub.file_download, "http_get", fails)
+        with pytest.raises(ModelFileError, match=sentence):
+            local_folder(NAME)
+    with pytest.raises(ModelFileError, match="lab/a--b is no folder here and no name that a hub"):
+        local_folder("lab/a--b")
 
 
 def test_two_processes_download_each_file_once(hub, tmp_path):
