@@ -1,21 +1,17 @@
 """The configuration of a training run: one YAML file, typed here."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from ..kernels.experts import Backend
 from ..moe.config.model import ModelConfig
 from ..moe.models.lora import LoraTarget
-
-Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+from .optimizer_config import OptimizerConfig
+from .section import Section
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """Where tokens come from."""
 
     source: str = "stdlib"
@@ -62,22 +58,7 @@ class DataConfig(_Section):
         return self
 
 
-class OptimizerConfig(_Section):
-    """AdamW with warm-up and cosine decay."""
-
-    lr: float = Field(default=1e-3, gt=0)
-    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
-    """Final learning rate as a share of ``lr``."""
-    warmup_steps: int = Field(default=100, ge=0)
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
-    eps: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.1, ge=0)
-    """Applied to matrices; never to norms or embeddings."""
-    clip_norm: float = Field(default=1.0, gt=0)
-    """Largest global gradient norm."""
-
-
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """The loop."""
 
     steps: int = Field(ge=1)
@@ -105,7 +86,7 @@ class TrainConfig(_Section):
     """Most held-out sequences per evaluation."""
 
 
-class LoraConfig(_Section):
+class LoraConfig(Section):
     """Low-rank updates ``W + alpha / rank * B A`` of frozen weights (Hu et al. 2021)."""
 
     rank: int = Field(default=8, ge=1)
@@ -116,7 +97,7 @@ class LoraConfig(_Section):
     """``attention``: all its projections. ``experts``: gate, up and down of the routed experts."""
 
 
-class CheckpointConfig(_Section):
+class CheckpointConfig(Section):
     """Restartable checkpoints."""
 
     every: int = Field(default=200, ge=1)
@@ -125,7 +106,7 @@ class CheckpointConfig(_Section):
     """Newest checkpoints kept."""
 
 
-class ParallelConfig(_Section):
+class ParallelConfig(Section):
     """How ranks share the work."""
 
     ep: int = Field(default=1, ge=1)
@@ -142,7 +123,7 @@ class ParallelConfig(_Section):
     """A collective that waits longer ends the run."""
 
 
-class MonitorConfig(_Section):
+class MonitorConfig(Section):
     """Who watches the run, in addition to the console and ``metrics.jsonl``."""
 
     prometheus_port: int | None = Field(default=None, ge=1, le=65535)
@@ -155,7 +136,7 @@ class MonitorConfig(_Section):
     """Project of Weights & Biases to log to; ``WANDB_MODE=offline`` keeps everything local."""
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """A training run."""
 
     run_dir: str

@@ -42,7 +42,9 @@ ROOMS = {
         ["dense", "experts"],
     ],
     "training": [
-        ["config", "device", "phases", "precision", "stop"],
+        ["section"],
+        ["optimizer_config"],
+        ["config", "device", "phases", "precision", "schedule", "stop"],
         ["optimizer", "parallelize", "work"],
         ["data"],
         ["checkpoints", "objectives", "run"],
