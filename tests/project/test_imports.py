@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 
 FLOORS = [
-    ["errors", "files", "progress", "configuration"],
+    ["errors", "files", "progress", "configuration", "system"],
     ["kernels"],
     ["moe"],
     ["parallel"],
@@ -54,7 +54,7 @@ ROOMS = {
         ["__main__"],
     ],
     "serving": [
-        ["experts", "templates"],
+        ["experts", "packages", "templates"],
         ["engine", "memory"],
         ["api", "loading"],
         ["proxy_guard", "server"],
