@@ -62,6 +62,7 @@ class TrainConfig(Section):
     """The loop."""
 
     steps: int = Field(ge=1)
+    """Optimizer steps of the run; raise it to go on with a finished run."""
     sequence_length: int = Field(default=256, ge=1)
     """Tokens per sequence."""
     parameters: Literal["all", "router", "lora"] = "all"
@@ -80,6 +81,7 @@ class TrainConfig(Section):
     """Drop each layer's activations and compute them again in backward. ``experts`` drops only the
     experts' pre-activations, which costs two thirds of their forward again."""
     log_every: int = Field(default=10, ge=1)
+    """Steps between records in ``metrics.jsonl``."""
     eval_every: int = Field(default=0, ge=0)
     """Steps between evaluations; 0 = only after the last step."""
     eval_sequences: int = Field(default=64, ge=1)
