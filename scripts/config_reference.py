@@ -7,6 +7,7 @@ A key's text is the docstring under it, its limits are those that its model chec
 
 import ast
 import inspect
+import itertools
 import json
 import textwrap
 from collections.abc import Iterator
@@ -103,7 +104,7 @@ def _texts(model: type[BaseModel]) -> dict[str, str]:
             continue
         tree = ast.parse(textwrap.dedent(inspect.getsource(owner)))
         body = tree.body[0].body  # type: ignore[attr-defined]
-        for statement, after in zip(body, body[1:], strict=False):
+        for statement, after in itertools.pairwise(body):
             is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
             if isinstance(statement, ast.AnnAssign) and is_text:
                 found[statement.target.id] = _markdown(inspect.cleandoc(after.value.value))
