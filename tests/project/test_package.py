@@ -166,3 +166,10 @@ def test_the_page_of_the_configuration_is_up_to_date():
     assert "|  |" not in page, "a key has no docstring"
     for router in ROUTERS:
         assert f"with `kind: {router.model_fields['kind'].default}`" in page
+
+
+def test_the_index_of_the_docs_names_every_page():
+    docs = ROOT / "docs"
+    index = (docs / "README.md").read_text(encoding="utf-8")
+    pages = {path.relative_to(docs).as_posix() for path in docs.rglob("*.md")} - {"README.md"}
+    assert {page for page in pages if f"]({page})" not in index} == set()
