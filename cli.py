@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from . import __version__, commands
 from .commands import report_errors
 from .dtypes import short_name
+from .system import stop_unless_it_can_run
 
 if TYPE_CHECKING:
     Parsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return 0 when done, 1 failed, 2 for bad input, 130 when interrupted."""
+    stop_unless_it_can_run()
     arguments = build_parser().parse_args(argv)
     return report_errors(lambda: arguments.run(arguments))
 

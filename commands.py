@@ -98,6 +98,9 @@ def run_doctor(arguments: argparse.Namespace) -> int:
 def run_serve(arguments: argparse.Namespace) -> int:
     """Serve a model until told to stop; return the status."""
     from .serving.cluster.guardian import run_guarded
+    from .serving.packages import check_packages
+
+    check_packages()
 
     def start(attempt: int) -> int:
         from .configuration import validate_config

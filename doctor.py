@@ -19,10 +19,11 @@ ISA_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "sve", "bf16")
 """The vector units that decide how fast BLAS is. ``sve`` and ``bf16`` are Arm's."""
 
 PACKAGES = {
-    "ray": "serving needs it: pip install 'ray[serve]'",
+    "ray": "serving needs it: pip install 'moeyard[serve]'",
     "triton": "comes with PyTorch's CUDA build",
     "deepspeed": "optional: pip install deepspeed",
     "megablocks": "optional: docs/backends.md says how to build it",
+    "datasets": "optional: pip install 'moeyard[datasets]'",
     "tensorboard": "optional: pip install 'moeyard[tensorboard]'",
     "wandb": "optional: pip install 'moeyard[wandb]'",
 }

@@ -2,7 +2,6 @@
 
 import os
 import secrets
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -91,7 +90,9 @@ def _join(rank: int, world: int, timeout_s: float, stop: Stop | None) -> tuple[d
                 wait_for_workers=False,
             )
             if rank == 0:
-                host = LOOPBACK if is_one_host else socket.getfqdn()
+                # MASTER_ADDR is rank 0's host as torchrun was told to reach it. The host's own name
+                # may not resolve on other hosts.
+                host = LOOPBACK if is_one_host else address
                 return _open(known, host, is_agents, world, timeout_s)
             return _find(known, rank, world, timeout_s, is_agents, stop)
     except dist.DistError as error:

@@ -1,10 +1,13 @@
 """The training program: python -m moeyard.training CONFIG [a.b=c ...], alone or under torchrun."""
 
-# First: torchrun may die during the imports below, which take seconds.
+# First: torchrun may die during the imports below, which take seconds and which Windows lacks.
 from ..parallel.parent import die_with_parent, is_torchrun_worker
+from ..system import stop_unless_it_can_run
 
-if __name__ == "__main__" and is_torchrun_worker():
-    die_with_parent()
+if __name__ == "__main__":
+    stop_unless_it_can_run()
+    if is_torchrun_worker():
+        die_with_parent()
 
 import argparse
 import logging

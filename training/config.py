@@ -2,21 +2,17 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from ..dtypes import short_name
 from ..kernels.experts import Backend
 from ..moe.config.model import ModelConfig
 from ..moe.models.lora import LoraTarget
-
-Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+from .optimizer_config import OptimizerConfig
+from .section import Section
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """Where tokens come from."""
 
     source: str = "stdlib"
@@ -63,25 +59,11 @@ class DataConfig(_Section):
         return self
 
 
-class OptimizerConfig(_Section):
-    """AdamW with warm-up and cosine decay."""
-
-    lr: float = Field(default=1e-3, gt=0)
-    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
-    """Final learning rate as a share of ``lr``."""
-    warmup_steps: int = Field(default=100, ge=0)
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
-    eps: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.1, ge=0)
-    """Applied to matrices; never to norms or embeddings."""
-    clip_norm: float = Field(default=1.0, gt=0)
-    """Largest global gradient norm."""
-
-
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """The loop."""
 
     steps: int = Field(ge=1)
+    """Optimizer steps of the run; raise it to go on with a finished run."""
     sequence_length: int = Field(default=256, ge=1)
     """Tokens per sequence."""
     parameters: Literal["all", "router", "lora"] = "all"
@@ -100,13 +82,14 @@ class TrainConfig(_Section):
     """Drop each layer's activations and compute them again in backward. ``experts`` drops only the
     experts' pre-activations, which costs two thirds of their forward again."""
     log_every: int = Field(default=10, ge=1)
+    """Steps between records in ``metrics.jsonl``."""
     eval_every: int = Field(default=0, ge=0)
     """Steps between evaluations; 0 = only after the last step."""
     eval_sequences: int = Field(default=64, ge=1)
     """Most held-out sequences per evaluation."""
 
 
-class LoraConfig(_Section):
+class LoraConfig(Section):
     """Low-rank updates ``W + alpha / rank * B A`` of frozen weights (Hu et al. 2021)."""
 
     rank: int = Field(default=8, ge=1)
@@ -117,7 +100,7 @@ class LoraConfig(_Section):
     """``attention``: all its projections. ``experts``: gate, up and down of the routed experts."""
 
 
-class CheckpointConfig(_Section):
+class CheckpointConfig(Section):
     """Restartable checkpoints."""
 
     every: int = Field(default=200, ge=1)
@@ -126,7 +109,7 @@ class CheckpointConfig(_Section):
     """Newest checkpoints kept."""
 
 
-class ParallelConfig(_Section):
+class ParallelConfig(Section):
     """How ranks share the work."""
 
     ep: int = Field(default=1, ge=1)
@@ -143,7 +126,7 @@ class ParallelConfig(_Section):
     """A collective that waits longer ends the run."""
 
 
-class MonitorConfig(_Section):
+class MonitorConfig(Section):
     """Who watches the run, in addition to the console and ``metrics.jsonl``."""
 
     prometheus_port: int | None = Field(default=None, ge=1, le=65535)
@@ -156,7 +139,7 @@ class MonitorConfig(_Section):
     """Project of Weights & Biases to log to; ``WANDB_MODE=offline`` keeps everything local."""
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """A training run."""
 
     run_dir: str

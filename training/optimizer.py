@@ -1,6 +1,5 @@
-"""AdamW on fp32 master weights, and the learning-rate schedule."""
+"""AdamW on fp32 master weights."""
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -8,16 +7,7 @@ from torch import Tensor, nn
 
 from ..moe.experts.resident import Experts
 from ..parallel.dense.local_part import as_part_of, local_part
-from .config import OptimizerConfig
-
-
-def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """Return the rate of ``step`` (from 0): linear warm-up, then cosine to ``min_lr_ratio``."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
+from .optimizer_config import OptimizerConfig
 
 
 class MasterAdamW:

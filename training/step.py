@@ -16,9 +16,10 @@ from ..parallel.mesh import Mesh
 from .config import RunConfig
 from .device import device
 from .objectives.objective import Objective
-from .optimizer import MasterAdamW, learning_rate
+from .optimizer import MasterAdamW
 from .parallelize import Parallel
 from .phases import PhaseClock
+from .schedule import learning_rate
 
 
 @dataclass(frozen=True, slots=True)

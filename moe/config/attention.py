@@ -14,6 +14,7 @@ class LinearRope(_Section):
 
     kind: Literal["linear"] = "linear"
     factor: float = Field(ge=1)
+    """How many times longer than the original the context is."""
 
 
 class Llama3Rope(_Section):
@@ -21,8 +22,11 @@ class Llama3Rope(_Section):
 
     kind: Literal["llama3"] = "llama3"
     factor: float = Field(ge=1)
+    """How many times longer than the original the context is."""
     low_freq_factor: float = Field(gt=0)
+    """Frequencies with fewer turns than this over the original positions are divided."""
     high_freq_factor: float = Field(gt=0)
+    """Frequencies with more turns than this over the original positions are kept."""
     original_max_positions: int = Field(ge=1)
     """Positions the model was trained with before it was extended."""
 
@@ -41,6 +45,7 @@ class YarnRope(_Section):
 
     kind: Literal["yarn"] = "yarn"
     factor: float = Field(ge=1)
+    """How many times longer than the original the context is."""
     original_max_positions: int = Field(ge=1)
     """Positions the model was trained with before it was extended."""
     beta_fast: float = Field(default=32.0, gt=0)
@@ -52,6 +57,7 @@ class YarnRope(_Section):
     attention_factor: float | None = Field(default=None, gt=0)
     """Factor on cosines and sines; None = from ``factor``, ``mscale`` and ``mscale_all_dim``."""
     mscale: float | None = None
+    """DeepSeek's factor on cosines and sines, with ``mscale_all_dim``."""
     mscale_all_dim: float | None = None
     """DeepSeek's factor; with latent attention it also scales the softmax."""
 
@@ -91,6 +97,7 @@ class AttentionConfig(_Section):
     window: int | None = Field(default=None, ge=1)
     """Positions that layers of ``window_layers`` see, their own included."""
     window_layers: tuple[int, ...] = ()
+    """Layers that see no further back than ``window``."""
     nope_layers: tuple[int, ...] = ()
     """Layers without rotary embedding (SmallThinker)."""
     rope_interleaved: bool = False

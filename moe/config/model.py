@@ -59,8 +59,11 @@ class ModelConfig(BaseModel):
     vocab_size: int | None = Field(default=None, ge=1, le=WIDEST)
     """Rows of the embedding; training fills it in from the tokenizer."""
     d_model: int = Field(ge=1, le=WIDEST)
+    """Width of a token's vector between layers."""
     num_layers: int = Field(ge=1, le=MOST_LAYERS)
+    """Layers, each with attention and an MLP or experts."""
     num_heads: int = Field(ge=1, le=1 << 14)
+    """Query heads of attention."""
     num_kv_heads: int | None = Field(default=None, ge=1)
     """Key and value heads (grouped-query attention); None = num_heads."""
     head_dim: int | None = Field(default=None, ge=2, le=1 << 14, multiple_of=2)
@@ -68,16 +71,20 @@ class ModelConfig(BaseModel):
     d_ff: int | None = Field(default=None, ge=1, le=WIDEST)
     """Inner width of the dense layers' MLPs; required if there are dense layers."""
     moe: MoEConfig | None = None
+    """The experts; None makes all layers dense."""
     dense_layers: tuple[int, ...] = ()
     """Layers with a dense MLP instead of experts."""
     max_positions: int = Field(default=2048, ge=1, le=LONGEST)
     """Longest sequence in tokens."""
     rope_theta: float = Field(default=10_000.0, gt=0)
+    """Base of the rotary positions' wavelengths."""
     rope_scaling: RopeScaling | None = None
     """How rotary positions are scaled beyond the original ones."""
     rms_eps: float = Field(default=1e-6, gt=0)
+    """Added to the mean square in RMSNorm."""
     attention: AttentionConfig = AttentionConfig()
     tie_embeddings: bool = False
+    """Use the embedding's weights for the output layer too."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 
 FLOORS = [
-    ["dtypes", "errors", "files", "progress", "configuration"],
+    ["dtypes", "errors", "files", "progress", "configuration", "system"],
     ["kernels"],
     ["moe"],
     ["parallel"],
@@ -42,7 +42,9 @@ ROOMS = {
         ["dense", "experts"],
     ],
     "training": [
-        ["config", "device", "phases", "precision", "stop"],
+        ["section"],
+        ["optimizer_config"],
+        ["config", "device", "phases", "precision", "schedule", "stop"],
         ["optimizer", "parallelize", "work"],
         ["data"],
         ["checkpoints", "objectives", "run"],
@@ -52,7 +54,7 @@ ROOMS = {
         ["__main__"],
     ],
     "serving": [
-        ["experts", "templates"],
+        ["experts", "packages", "templates"],
         ["engine", "memory"],
         ["api", "loading"],
         ["proxy_guard", "server"],

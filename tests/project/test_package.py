@@ -2,6 +2,7 @@
 
 import ast
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import moeyard
+from moeyard.moe.routers.table import ROUTERS
 
 ROOT = Path(__file__).parent.parent.parent
 FOLDERS = ("kernels", "moe", "parallel", "training", "serving")
@@ -158,3 +160,19 @@ def test_every_shipped_configuration_is_valid(model_folder):
     for path in configurations:
         starts = "start_from: runs/tiny-model\n" in path.read_text()
         read_run_config(path, [f"start_from={model_folder}"] if starts else [])
+
+
+def test_the_page_of_the_configuration_is_up_to_date():
+    written = runpy.run_path(str(ROOT / "scripts" / "config_reference.py"))["page"]()
+    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert page == written, "run .venv/bin/python scripts/config_reference.py"
+    assert "|  |" not in page, "a key has no docstring"
+    for router in ROUTERS:
+        assert f"with `kind: {router.model_fields['kind'].default}`" in page
+
+
+def test_the_index_of_the_docs_names_every_page():
+    docs = ROOT / "docs"
+    index = (docs / "README.md").read_text(encoding="utf-8")
+    pages = {path.relative_to(docs).as_posix() for path in docs.rglob("*.md")} - {"README.md"}
+    assert {page for page in pages if f"]({page})" not in index} == set()

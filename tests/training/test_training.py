@@ -1,6 +1,5 @@
 """The training program: learns, resumes, stops, refuses."""
 
-import itertools
 import json
 import math
 import os
@@ -21,8 +20,7 @@ from moeyard.training import saves
 from moeyard.training.__main__ import main
 from moeyard.training.checkpoints.checkpoint import Checkpoints
 from moeyard.training.checkpoints.files import read_state, verify
-from moeyard.training.config import OptimizerConfig, RunConfig
-from moeyard.training.optimizer import learning_rate
+from moeyard.training.config import RunConfig
 from moeyard.training.run.folder import claim_run_folder
 from moeyard.training.stop import StopRequest
 from moeyard.training.trainer import Trainer
@@ -231,14 +229,6 @@ def test_stops_before_an_update_that_is_not_finite(tmp_path, config_file):
         trainer.run()
     for name, parameter in trainer.decoder.named_parameters():
         assert torch.equal(parameter.nan_to_num(), before[name].nan_to_num())
-
-
-def test_learning_rate_warms_up_and_decays():
-    config = OptimizerConfig(lr=1.0, warmup_steps=4, min_lr_ratio=0.1)
-    rates = [learning_rate(config, step, 24) for step in range(24)]
-    assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and rates[4] == 1.0
-    assert all(a > b for a, b in itertools.pairwise(rates[4:]))
-    assert rates[-1] > 0.1 and learning_rate(config, 24, 24) == pytest.approx(0.1)
 
 
 BAD = {
