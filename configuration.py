@@ -68,14 +68,34 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r} has a value that is not YAML.") from None
 
 
+def unknown_key(path: str, known: Iterable[str]) -> str:
+    """Return the sentence about a key that does not exist; ``known`` are those that do."""
+    others = sorted(set(known) - {path})  # another kind may know it
+    close = difflib.get_close_matches(path, others, n=1, cutoff=0.6)
+    message = f"{path} is not a known key"
+    return f"{message}; did you mean {close[0]}?" if close else f"{message}; remove it."
+
+
+def with_others(overrides: Iterable[str], others: Iterable[str]) -> list[str]:
+    """Return overrides together with arguments that the command line has no option for.
+
+    Raises :class:`ConfigError` if one of these looks like an option: ``--train.steps 5``.
+    """
+    found = [*overrides, *others]
+    for index, argument in enumerate(found):
+        if argument.startswith("-"):
+            key, _, value = argument.lstrip("-").partition("=")
+            following = found[index + 1] if index + 1 < len(found) else ""
+            value = value or (following if "=" not in following else "") or "VALUE"
+            raise ConfigError(f"{argument} is not an option; write {key}={value} to set a key.")
+    return found
+
+
 def _sentence(model: type[BaseModel], values: dict[str, Any], problem: Any) -> str:
     is_absent = problem["type"] in ("missing", "extra_forbidden")
     path = ".".join(_path_in(values, problem["loc"], is_absent))
     if problem["type"] == "extra_forbidden":
-        known = sorted(set(_known_paths(model)) - {path})  # another kind may know it
-        message = f"{path} is not a known key"
-        close = difflib.get_close_matches(path, known, n=1, cutoff=0.6)
-        return f"{message}; did you mean {close[0]}?" if close else f"{message}; remove it."
+        return unknown_key(path, _known_paths(model))
     if problem["type"] == "missing":
         return f"{path} is missing; give it in the file or as {path}=VALUE."
     if problem["type"] == "value_error":

@@ -29,6 +29,7 @@ def die_with_parent() -> None:
 
 def _is_launcher(pid: int) -> bool:
     try:
-        return b"torch" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return False
+    return b"torch" in command or b"moeyard" in command

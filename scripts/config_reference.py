@@ -1,4 +1,4 @@
-"""Write docs/configuration.md from the typed models of a training configuration.
+"""Write docs/configuration.md and training/schema.json from the typed models of a run.
 
     .venv/bin/python scripts/config_reference.py
 
@@ -20,7 +20,9 @@ from pydantic.fields import FieldInfo
 
 from moeyard.training.config import RunConfig
 
-TARGET = Path(__file__).parent.parent / "docs" / "configuration.md"
+ROOT = Path(__file__).parent.parent
+TARGET = ROOT / "docs" / "configuration.md"
+SCHEMA = ROOT / "training" / "schema.json"
 
 HEAD = """# Configuration of a training run
 
@@ -46,6 +48,12 @@ LIMITS = {
     "multiple_of": "a multiple of {}",
     "min_length": "{} or more of them",
 }
+OWN_ROUTER = {
+    "type": "object",
+    "properties": {"kind": {"type": "string", "pattern": ":", "description": "MODULE:CLASS"}},
+    "additionalProperties": True,
+}
+"""A router of the user's own code."""
 SCALARS = {int: "integer", float: "number", str: "text", bool: "true or false", NoneType: "null"}
 
 
@@ -163,5 +171,26 @@ def _default(field: FieldInfo) -> str:
     return f"`{json.dumps(value)}`"
 
 
+def schema() -> str:
+    """Return the JSON schema for editors and for training/key_check.py.
+
+    No key is required, because the command line and ``start_from`` may give what a file lacks.
+    """
+    found = RunConfig.model_json_schema()
+    models = {model.__name__: model for _, model in _sections(RunConfig, "")}
+    for name, section in {**found["$defs"], "RunConfig": found}.items():
+        section.pop("required", None)
+        texts = _texts(models.get(name, RunConfig))
+        for key, value in section["properties"].items():
+            value.pop("title", None)
+            if key in texts:
+                value["description"] = texts[key]
+    router = found["$defs"]["MoEConfig"]["properties"]["router"]
+    del router["discriminator"]
+    router["oneOf"].append(OWN_ROUTER)
+    return json.dumps(found, indent=1) + "\n"
+
+
 if __name__ == "__main__":
     TARGET.write_text(page(), encoding="utf-8")
+    SCHEMA.write_text(schema(), encoding="utf-8")

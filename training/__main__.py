@@ -15,19 +15,10 @@ import os
 import sys
 from pathlib import Path
 
+from ..configuration import read_values, with_others
 from ..errors import MoeyardError, Stopped
-from ..moe.routers.own_code import allow
-from ..parallel.mesh import build_mesh
-from ..parallel.process import process_group
 from ..parallel.watch.last_word import say_last
-from .config import RunConfig
-from .read_config import read_run_config
-from .run.agreement import check_same_start
-from .run.allocator import keep_freed_memory
-from .run.folder import claim_run_folder, dump_config
-from .run.shared_folder import check_shared_folder
-from .stop import StopRequest
-from .trainer import Trainer
+from .key_check import check_keys
 
 INTERRUPTED = 130
 
@@ -47,15 +38,11 @@ def main(argv: list[str] | None = None) -> int:
         metavar="MODULE",
         help="permit and import your own module with routers; repeat for several modules",
     )
-    arguments = parser.parse_intermixed_args(argv)
+    arguments, others = parser.parse_known_intermixed_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
-        allow(arguments.allow_code)
-        config = read_run_config(arguments.config, arguments.overrides)
-        if arguments.print_config:
-            sys.stdout.write(dump_config(config))
-            return 0
-        train(config)
+        arguments.overrides = with_others(arguments.overrides, others)
+        _run(arguments)
     except Stopped as stopped:
         if os.environ.get("RANK", "0") == "0":
             sys.stderr.write(f"{stopped}\n")
@@ -70,25 +57,21 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def train(config: RunConfig) -> None:
-    """Run one training process to its end."""
-    stop = StopRequest()
-    stop.listen()
-    keep_freed_memory()
-    timeout_s = config.parallel.timeout_s
-    claims: list[int] = []
-    try:
-        with process_group(timeout_s, stop) as watch:
-            check_same_start(config, watch)
-            num_experts = config.model.moe.num_experts if config.model.moe is not None else 1
-            mesh = build_mesh(config.parallel.ep, num_experts, watch, timeout_s)
-            run_dir = Path(config.run_dir)
-            mesh.on_rank_0(lambda: claims.append(claim_run_folder(run_dir)))
-            check_shared_folder(run_dir, watch)
-            Trainer(config, run_dir, mesh, stop).run()
-    finally:
-        for claim in claims:
-            os.close(claim)
+def _run(arguments: argparse.Namespace) -> None:
+    """Check the keys, which is quick, import everything, and train."""
+    values = read_values(arguments.config, arguments.overrides)
+    check_keys(values)
+    from ..moe.routers.own_code import allow
+    from .program import train
+    from .read_config import complete_run_config
+    from .run.folder import dump_config
+
+    allow(arguments.allow_code)
+    config = complete_run_config(values)
+    if arguments.print_config:
+        sys.stdout.write(dump_config(config))
+        return
+    train(config)
 
 
 if __name__ == "__main__":

@@ -37,30 +37,39 @@ ROOMS = {
         ["folders"],
     ],
     "parallel": [
-        ["host", "parent", "watch"],
+        ["host", "local_ranks", "parent", "watch"],
         ["mesh", "process"],
         ["dense", "experts"],
     ],
     "training": [
         ["section"],
         ["optimizer_config"],
-        ["config", "device", "phases", "precision", "schedule", "stop"],
+        ["config", "device", "key_check", "phases", "precision", "schedule", "stop"],
         ["optimizer", "parallelize", "work"],
         ["data"],
         ["checkpoints", "objectives", "run"],
         ["read_config", "report", "saves", "setup", "step"],
         ["observers"],
         ["trainer"],
+        ["program"],
         ["__main__"],
     ],
     "serving": [
         ["experts", "packages", "templates"],
         ["engine", "memory"],
         ["api", "loading"],
+        ["evaluation"],
         ["proxy_guard", "server"],
         ["cluster", "replicas"],
         ["app"],
         ["launch"],
+    ],
+    "commands": [
+        ["model_folder", "options"],
+        [
+            *("chat", "convert", "doctor", "evaluate", "export", "generate", "report", "serve"),
+            *("tokenize", "train", "upcycle"),
+        ],
     ],
 }
 """The rooms of a folder, folders and single files, from the ground up. A room may import the rooms

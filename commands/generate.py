@@ -1,0 +1,50 @@
+"""``moeyard generate``: the text that follows a prompt."""
+
+import argparse
+import sys
+import time
+
+from .options import Parsers, add_command, add_loading, add_model, add_sampling
+
+
+def add(parsers: Parsers) -> None:
+    """Add the command."""
+    generate = add_command(parsers, "generate", "print the text that follows a prompt")
+    add_model(generate)
+    generate.add_argument("prompt", metavar="PROMPT", help="a text, or - to read it from stdin")
+    add_sampling(generate, max_new_tokens=128)
+    generate.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable"
+    )
+    generate.add_argument("--ignore-eos", action="store_true", help="go on after an end of text")
+    add_loading(generate)
+    generate.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print the text as it comes, and figures on standard error."""
+    from .model_folder import open_model
+
+    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    model = open_model(arguments)
+    answer = model.stream(
+        prompt,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        top_k=arguments.top_k,
+        seed=arguments.seed,
+        stop=arguments.stop,
+        ignore_eos=arguments.ignore_eos,
+    )
+    started = time.monotonic()
+    for piece in answer:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    seconds = time.monotonic() - started
+    sys.stderr.write(
+        f"generated tokens={answer.num_tokens} seconds={seconds:.2f} "
+        f"tokens_per_s={answer.num_tokens / seconds:.1f} finish_reason={answer.finish_reason}\n"
+    )

@@ -1,0 +1,98 @@
+"""What commands share: how their help looks, options of several, errors as one sentence."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import TypeAlias
+
+from ..dtypes import short_name
+from ..errors import MoeyardError, Stopped
+
+Parsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+INTERRUPTED = 130
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Adds ``default: X`` where a help text does not say it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = action.help
+        has_default = action.default not in (None, False, [], argparse.SUPPRESS)
+        if text and has_default and action.option_strings and "default" not in text:
+            return f"{text}; default: %(default)s"
+        return text
+
+
+def report_errors(work: Callable[[], int | None]) -> int:
+    """Do ``work``; print an error as one sentence and return the exit status."""
+    try:
+        status = work()
+    except Stopped as stopped:
+        sys.stderr.write(f"{stopped}\n")
+        return INTERRUPTED
+    except MoeyardError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2 if isinstance(error, ValueError) else 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return status or 0
+
+
+def add_command(parsers: Parsers, name: str, text: str) -> argparse.ArgumentParser:
+    """Add the parser of a command; ``text`` begins with a verb and has no full stop."""
+    return parsers.add_parser(
+        name, help=text, description=f"{text[0].upper()}{text[1:]}.", formatter_class=HelpFormatter
+    )
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add the model to open."""
+    parser.add_argument(
+        "model", metavar="MODEL", help="a model folder, a run's folder, or OWNER/MODEL of the hub"
+    )
+
+
+def add_loading(parser: argparse.ArgumentParser) -> None:
+    """Add how a model is opened in this process."""
+    parser.add_argument(
+        "--dtype",
+        type=short_name,
+        choices=("fp32", "bf16"),
+        help="float32 and bfloat16 work, too; default: as stored",
+    )
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument("--expert-memory", help="memory for experts: 2GiB or 25%%; default: all")
+    add_ignore_unused_weights(parser)
+    add_allow_code(parser)
+
+
+def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+    """Add how an answer is drawn."""
+    folders = "default: the model's generation_config.json"
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=max_new_tokens, help="longest answer in tokens"
+    )
+    parser.add_argument("--temperature", type=float, help=f"0 takes the likeliest; {folders}")
+    parser.add_argument("--top-p", type=float, help=f"probability mass to draw from; {folders}")
+    parser.add_argument("--top-k", type=int, help=f"tokens to draw from, 0 = all; {folders}")
+    parser.add_argument("--seed", type=int, help="of the draws; default: another each time")
+
+
+def add_ignore_unused_weights(parser: argparse.ArgumentParser) -> None:
+    """Add ``--ignore-unused-weights``."""
+    parser.add_argument(
+        "--ignore-unused-weights",
+        action="store_true",
+        help="skip weights that config.json does not ask for, instead of refusing the folder",
+    )
+
+
+def add_allow_code(parser: argparse.ArgumentParser) -> None:
+    """Add ``--allow-code``."""
+    parser.add_argument(
+        "--allow-code",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="permit and import your own module with routers; repeat for several modules",
+    )

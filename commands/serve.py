@@ -1,0 +1,99 @@
+"""``moeyard serve``: a model behind an OpenAI API with Ray Serve."""
+
+import argparse
+import os
+from pathlib import Path
+
+from ..dtypes import short_name
+from .options import (
+    Parsers,
+    add_allow_code,
+    add_command,
+    add_ignore_unused_weights,
+    add_model,
+    report_errors,
+)
+
+
+def add(parsers: Parsers) -> None:
+    """Add the command."""
+    serve = add_command(parsers, "serve", "serve a model behind an OpenAI API with Ray Serve")
+    add_model(serve)
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    serve.add_argument("--port", type=int, default=8000, help="port to listen on")
+    serve.add_argument("--expert-memory", help="memory for experts: 2GiB or 25%%; default: all")
+    serve.add_argument("--served-model-name", help="name clients use; default: the folder's name")
+    serve.add_argument(
+        "--dtype",
+        type=short_name,
+        choices=("fp32", "bf16"),
+        help="float32 and bfloat16 work, too; default: as stored",
+    )
+    serve.add_argument("--max-num-seqs", type=int, default=8, help="requests in the batch")
+    serve.add_argument(
+        "--max-queued-requests", type=int, default=64, help="requests that may wait; more get 429"
+    )
+    serve.add_argument(
+        "--max-model-len",
+        type=int,
+        help="most tokens of prompt plus answer; default: what the model takes",
+    )
+    serve.add_argument(
+        "--num-threads", type=int, help="compute threads per replica; default: its share of cores"
+    )
+    serve.add_argument(
+        "--replicas",
+        dest="num_replicas",
+        metavar="N",
+        type=int,
+        default=1,
+        help="processes that serve the model",
+    )
+    serve.add_argument(
+        "--drain-timeout",
+        metavar="SECONDS",
+        type=float,
+        default=30.0,
+        help="time for running requests to finish when the server stops",
+    )
+    serve.add_argument(
+        "--chat-template",
+        metavar="FILE|NAME",
+        help="Jinja file, or name of one of the folder's templates; default: the folder's own",
+    )
+    serve.add_argument(
+        "--api-key",
+        default=os.environ.get("MOEYARD_API_KEY"),
+        help="key clients must send; default: $MOEYARD_API_KEY (not visible in ps), else none",
+    )
+    add_ignore_unused_weights(serve)
+    add_allow_code(serve)
+    serve.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serve a model until told to stop; return the status."""
+    from ..serving.cluster.guardian import run_guarded
+    from ..serving.packages import check_packages
+
+    check_packages()
+
+    def start(attempt: int) -> int:
+        from ..configuration import validate_config
+        from ..serving.launch import serve_forever
+        from ..serving.server import ServeArgs
+        from .model_folder import model_folder
+
+        folder = model_folder(arguments.model)
+        if folder != arguments.model:  # clients know the run's name, not the step's
+            name = arguments.served_model_name or Path(arguments.model).resolve().name
+            arguments.model, arguments.served_model_name = folder, name
+        values = {
+            name: value
+            for name, value in vars(arguments).items()
+            if name in ServeArgs.model_fields and value is not None
+        }
+        args = validate_config(ServeArgs, values)
+        return serve_forever(args, arguments.host, arguments.port, attempt)
+
+    return run_guarded(lambda attempt: report_errors(lambda: start(attempt)))

@@ -1,0 +1,1 @@
+"""How good a model is: loss on a text, and lm-eval's tasks."""

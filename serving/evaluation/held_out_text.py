@@ -1,0 +1,78 @@
+"""The loss of a model on a text.
+
+B windows, L tokens each, N = B*L rows, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from ...errors import ConfigError, DataError
+from ...moe.models.language_model import LanguageModel
+from ...progress import Progress
+
+ROWS = 2048
+"""Tokens of a forward pass, unless one window is longer."""
+
+
+@dataclass(frozen=True, slots=True)
+class TextScore:
+    """What a model makes of a text."""
+
+    loss: float
+    """Mean cross-entropy in nats per token."""
+    tokens: int
+    """Tokens that were predicted."""
+    bytes: int
+    """Length of the whole text."""
+    loss_per_byte: float
+    """Nats per byte, which models with different tokenizers can be compared by."""
+
+    @property
+    def perplexity(self) -> float:
+        """``exp(loss)`` per token."""
+        return math.exp(self.loss)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """``loss_per_byte`` in bits."""
+        return self.loss_per_byte / math.log(2)
+
+
+def score_text(model: LanguageModel, text: str, length: int | None = None) -> TextScore:
+    """Predict every token of ``text`` but the first, in windows of ``length`` tokens.
+
+    Window n reads tokens ``n*L`` to ``(n+1)*L - 1`` and predicts each one's successor, as the
+    held-out evaluation of training does. ``length`` defaults to the model's longest sequence, at
+    most 2048. Raises :class:`DataError` for a text of less than two tokens.
+    """
+    longest = model.config.max_positions
+    length = min(longest, ROWS) if length is None else length
+    if not 1 <= length <= longest:
+        raise ConfigError(f"length is {length}, but the model takes 1 to {longest} tokens.")
+    ids = model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    num_targets = len(ids) - 1
+    if num_targets < 1:
+        raise DataError(f"the text has {len(ids)} tokens; give one of two tokens or more.")
+    device = model.decoder.embed_tokens.weight.device
+    ids_T = torch.tensor(ids, dtype=torch.int64, device=device)
+    loss_sum = 0.0
+    starts = range(0, num_targets, length)
+    per_pass = max(1, ROWS // length)
+    with Progress("evaluating", num_targets) as progress:
+        whole = [start for start in starts if start + length <= num_targets]
+        passes = [whole[first : first + per_pass] for first in range(0, len(whole), per_pass)]
+        passes += [[start] for start in starts[len(whole) :]]  # the rest of the text
+        for windows in passes:
+            reach = min(length, num_targets - windows[0])
+            inputs_BL = torch.stack([ids_T[start : start + reach] for start in windows])
+            targets_BL = torch.stack([ids_T[start + 1 : start + 1 + reach] for start in windows])
+            logits_NV = model(inputs_BL).flatten(0, 1).float()
+            part = F.cross_entropy(logits_NV, targets_BL.flatten(), reduction="sum")
+            loss_sum += float(part)
+            progress.advance(targets_BL.numel())
+    num_bytes = len(text.encode())
+    loss = loss_sum / num_targets
+    return TextScore(loss, num_targets, num_bytes, loss * len(ids) / num_bytes)

@@ -1,0 +1,35 @@
+"""One training process from its configuration to its end."""
+
+import os
+from pathlib import Path
+
+from ..parallel.mesh import build_mesh
+from ..parallel.process import process_group
+from .config import RunConfig
+from .run.agreement import check_same_start
+from .run.allocator import keep_freed_memory
+from .run.folder import claim_run_folder
+from .run.shared_folder import check_shared_folder
+from .stop import StopRequest
+from .trainer import Trainer
+
+
+def train(config: RunConfig) -> None:
+    """Run one training process to its end."""
+    stop = StopRequest()
+    stop.listen()
+    keep_freed_memory()
+    timeout_s = config.parallel.timeout_s
+    claims: list[int] = []
+    try:
+        with process_group(timeout_s, stop) as watch:
+            check_same_start(config, watch)
+            num_experts = config.model.moe.num_experts if config.model.moe is not None else 1
+            mesh = build_mesh(config.parallel.ep, num_experts, watch, timeout_s)
+            run_dir = Path(config.run_dir)
+            mesh.on_rank_0(lambda: claims.append(claim_run_folder(run_dir)))
+            check_shared_folder(run_dir, watch)
+            Trainer(config, run_dir, mesh, stop).run()
+    finally:
+        for claim in claims:
+            os.close(claim)
