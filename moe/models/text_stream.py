@@ -33,10 +33,15 @@ class TextStream:
         self.is_stopped = False
         """True when a stop string has been met; the text ends before it."""
 
-    def push(self, token: int) -> str:
-        """Add a token and return the text that is certain now."""
+    def push(self, token: int, may_stop: bool = True) -> str:
+        """Add a token and return the text that is certain now.
+
+        While ``may_stop`` is False, stop strings are text like any other.
+        """
         self._ids.append(token)
-        self._take(self._num_certain())
+        self._take(self._num_certain(), may_stop)
+        if not may_stop:
+            return self._release(len(self._text))
         return self._release(len(self._text) - self._held_back())
 
     def finish(self) -> str:
@@ -59,7 +64,7 @@ class TextStream:
                 return count
         return len(new)
 
-    def _take(self, count: int) -> None:
+    def _take(self, count: int, may_stop: bool = True) -> None:
         """Move the text of the next ``count`` ids to ``_text``."""
         if count == 0:
             return
@@ -67,6 +72,8 @@ class TextStream:
         before = self._decode(self._ids[self._context_ids : self._done_ids])
         self._text += self._decode(self._ids[self._context_ids : end])[len(before) :]
         self._context_ids, self._done_ids = self._done_ids, end
+        if not may_stop:
+            return
         found = [self._text.find(stop, self._sent) for stop in self._stop]
         cuts = [position for position in found if position >= 0]
         if cuts:

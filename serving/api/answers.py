@@ -30,6 +30,7 @@ class Answer:
 
     text: str = ""
     finish_reason: str | None = None
+    stop_token: int | None = None
     logprobs: list[TokenLogprob] = field(default_factory=list)
     num_tokens: int = 0
 
@@ -38,6 +39,7 @@ class Answer:
         self.text += event.text
         self.logprobs += event.logprobs
         self.finish_reason = event.finish_reason
+        self.stop_token = event.stop_token
         self.num_tokens = event.num_tokens
 
 
@@ -100,7 +102,7 @@ class Answers:
         """Run the requests; answer with one object, or with a stream if ``body`` asks for it."""
         if not body.stream:
             return JSONResponse(await self._whole(wording, requests))
-        events = self._stream(wording, requests, body.includes_usage)
+        events = self._stream(wording, requests, body)
         response = StreamingResponse(
             events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
         )
@@ -117,7 +119,7 @@ class Answers:
         return {**self._head(wording.id_prefix, wording.whole_object, choices), "usage": usage}
 
     async def _stream(
-        self, wording: Wording, requests: list[GenerationRequest], include_usage: bool
+        self, wording: Wording, requests: list[GenerationRequest], body: GenerationOptions
     ) -> AsyncGenerator[bytes]:
         """Yield server-sent events: one per piece, then usage if asked, then [DONE].
 
@@ -125,17 +127,24 @@ class Answers:
         """
         head = self._head(wording.id_prefix, wording.chunk_object, [])
         generated = [0] * len(requests)
+
+        def piece(index: int, choice: dict[str, Any]) -> bytes:
+            usage = {}
+            if body.has_continuous_usage:
+                usage = {"usage": _usage([requests[index]], [generated[index]])}
+            return sse({**head, "choices": [choice], **usage})
+
         try:
             for index in range(len(requests)):
                 opening = wording.first(index)
                 if opening is not None:
-                    yield sse({**head, "choices": [opening]})
+                    yield piece(index, opening)
             async with aclosing(self._run(requests)) as events:
                 async for index, event in events:
                     generated[index] = event.num_tokens
                     if event.text or event.logprobs or event.finish_reason is not None:
-                        yield sse({**head, "choices": [wording.chunk(index, event)]})
-            if include_usage:
+                        yield piece(index, wording.chunk(index, event))
+            if body.includes_usage:
                 yield sse({**head, "usage": _usage(requests, generated)})
         except RequestError as error:
             yield sse(error_object(error))
@@ -186,6 +195,14 @@ class Answers:
             "model": self._model_name,
             "choices": choices,
         }
+
+
+def ending(part: Answer | GenerationEvent) -> dict[str, Any]:
+    """Return why an answer ended; ``stop_reason``, as in vLLM, is the stop token that ended it."""
+    reason: dict[str, Any] = {"finish_reason": part.finish_reason}
+    if part.stop_token is not None:
+        reason["stop_reason"] = part.stop_token
+    return reason
 
 
 class HeldResponse(Response):

@@ -14,7 +14,7 @@ from ..engine.engine import Engine
 from ..engine.logprobs import TokenLogprob
 from ..engine.sequence import GenerationEvent, GenerationRequest
 from ..engine.tokenizer import ServingTokenizer
-from .answers import Answer, Answers
+from .answers import Answer, Answers, ending
 from .protocol import (
     MAX_LOGPROBS,
     GenerationOptions,
@@ -66,9 +66,9 @@ class ChatRequest(GenerationOptions):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def conversation(self) -> list[dict[str, Any]]:
-        """Return the messages with the roles that chat templates know; contents are unchanged."""
+        """Return the messages with the roles that chat templates know, their contents and names."""
         return [
-            {"role": ROLES[message["role"]], "content": message["content"]}
+            {**_name_of(message), "role": ROLES[message["role"]], "content": message["content"]}
             for message in self.messages
         ]
 
@@ -108,6 +108,7 @@ def parse_chat(body: bytes) -> ChatRequest:
         )
     for index, message in enumerate(request.conversation()):
         check_unicode(f"messages[{index}].content", _texts_of(message["content"]))
+        check_unicode(f"messages[{index}].name", [message.get("name", "")])
     return request
 
 
@@ -120,7 +121,7 @@ def _check_messages(messages: Any) -> None:
         if not isinstance(message, dict):
             raise RequestError(f"{where} must be an object with role and content.", param=where)
         for key, value in message.items():
-            if key not in ("role", "content") and value is not None:
+            if key not in ("role", "content") and not _is_harmless(key, value):
                 field = f"{where}.{key[:40].encode('unicode_escape').decode()}"
                 raise RequestError(f"{field} is not supported; leave it out.", param=field)
         role = message.get("role")
@@ -132,6 +133,21 @@ def _check_messages(messages: Any) -> None:
         _check_content(f"{where}.content", message.get("content"))
 
 
+def _is_harmless(key: str, value: Any) -> bool:
+    """True for what asks for nothing, as in the answers that clients send back."""
+    if key == "annotations":
+        return value is None or isinstance(value, list)  # links that the text has already
+    if key == "name":
+        return value is None or isinstance(value, str)  # for templates that write it
+    if key == "tool_calls":
+        return value is None or value == []
+    return value is None
+
+
+def _name_of(message: dict[str, Any]) -> dict[str, str]:
+    return {} if message.get("name") is None else {"name": message["name"]}
+
+
 def _check_content(where: str, content: Any) -> None:
     if isinstance(content, str):
         return
@@ -141,7 +157,8 @@ def _check_content(where: str, content: Any) -> None:
         field = f"{where}[{index}]"
         if not isinstance(part, dict) or part.get("type") != "text":
             raise RequestError(f"{field} is not a text part; only text is supported.", param=field)
-        if set(part) != {"type", "text"} or not isinstance(part["text"], str):
+        has_other_keys = set(part) - {"cache_control"} != {"type", "text"}
+        if has_other_keys or not isinstance(part["text"], str):
             raise RequestError(f"{field} must have type and text, a string.", param=field)
 
 
@@ -165,6 +182,9 @@ async def prepare_chat(
             sampling=sampling_of(body, engine.sampling),
             seed=seed_of(body, choice),
             stop=body.stop_strings(),
+            stop_token_ids=frozenset(body.stop_token_ids),
+            ignore_eos=body.ignore_eos,
+            min_tokens=body.min_tokens,
             num_logprobs=body.num_logprobs,
         )
         try:
@@ -199,7 +219,7 @@ class ChatWording:
             "index": index,
             "message": message,
             "logprobs": self._logprobs(answer.logprobs),
-            "finish_reason": answer.finish_reason,
+            **ending(answer),
         }
 
     def chunk(self, index: int, event: GenerationEvent) -> dict[str, Any]:
@@ -208,7 +228,7 @@ class ChatWording:
             "index": index,
             "delta": {"content": event.text} if event.text else {},
             "logprobs": self._logprobs(event.logprobs),
-            "finish_reason": event.finish_reason,
+            **ending(event),
         }
 
     def _logprobs(self, scores: Iterable[TokenLogprob]) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 import asyncio
 import codecs
 import uuid
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..engine.engine import Engine
 from ..engine.logprobs import TokenLogprob
 from ..engine.sequence import GenerationEvent, GenerationRequest
 from ..engine.tokenizer import ServingTokenizer
-from .answers import Answer, Answers
+from .answers import Answer, Answers, ending
 from .protocol import (
     MAX_LOGPROBS,
     GenerationOptions,
@@ -28,7 +29,6 @@ from .protocol import (
 from .request_body import read_body
 
 UNSUPPORTED: dict[str, Any] = {"suffix": "", "best_of": 1, "logit_bias": {}}
-MAX_ANSWERS = 32
 
 
 class CompletionRequest(GenerationOptions):
@@ -36,7 +36,8 @@ class CompletionRequest(GenerationOptions):
 
     prompt: Any
     """A string, a list of strings, a list of token ids or a list of such lists."""
-    max_tokens: StrictInt = Field(default=16, ge=1)
+    max_tokens: StrictInt = Field(default=16, ge=0)
+    """0 only with ``echo``: the prompt and its log-probabilities, and no answer."""
     echo: StrictBool = False
     """Answer with the prompt in front."""
     logprobs: StrictInt | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
@@ -77,11 +78,10 @@ def parse_completion(body: bytes) -> CompletionRequest:
     _check_prompt(values.get("prompt"))
     request = validate(CompletionRequest, values)
     check_unicode("prompt", (p for p in request.prompts() if isinstance(p, str)))
-    if request.num_answers > MAX_ANSWERS:
+    if request.max_tokens == 0 and not request.echo:
         raise RequestError(
-            f"{len(request.prompts())} prompts with n = {request.n} make more than {MAX_ANSWERS} "
-            "answers; send several requests.",
-            param="n",
+            "max_tokens is 0, which needs echo = true; ask for at least one token.",
+            param="max_tokens",
         )
     return request
 
@@ -130,6 +130,9 @@ async def prepare_completion(
                 sampling=sampling_of(body, engine.sampling),
                 seed=seed_of(body, choice),
                 stop=body.stop_strings(),
+                stop_token_ids=frozenset(body.stop_token_ids),
+                ignore_eos=body.ignore_eos,
+                min_tokens=body.min_tokens,
                 num_logprobs=body.logprobs,
                 scores_prompt=body.echo,
             )
@@ -158,17 +161,17 @@ class CompletionWording:
 
     def whole(self, index: int, answer: Answer) -> dict[str, Any]:
         """Return the choice of a finished answer."""
-        return self._choice(index, answer.text, answer.logprobs, answer.finish_reason)
+        return self._choice(index, answer.text, answer)
 
     def chunk(self, index: int, event: GenerationEvent) -> dict[str, Any]:
         """Return the choice that carries one event."""
-        return self._choice(index, event.text, event.logprobs, event.finish_reason)
+        return self._choice(index, event.text, event)
 
-    def _choice(self, index: int, text: str, scores: Any, reason: str | None) -> dict[str, Any]:
-        logprobs = self._logprobs(index, scores) if self._with_logprobs else None
-        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+    def _choice(self, index: int, text: str, part: Answer | GenerationEvent) -> dict[str, Any]:
+        logprobs = self._logprobs(index, part.logprobs) if self._with_logprobs else None
+        return {"index": index, "text": text, "logprobs": logprobs, **ending(part)}
 
-    def _logprobs(self, index: int, scores: list[TokenLogprob]) -> dict[str, Any]:
+    def _logprobs(self, index: int, scores: Iterable[TokenLogprob]) -> dict[str, Any]:
         offsets = self._offsets.setdefault(index, TextOffsets())
         return {
             "tokens": [self._tokenizer.token_name(score.token) for score in scores],

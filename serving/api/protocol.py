@@ -11,7 +11,19 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, Valida
 from ...errors import RequestError
 from ...moe.models.sampling import SamplingParams
 
-IGNORED = {"user", "metadata", "store", "safety_identifier", "prompt_cache_key", "service_tier"}
+IGNORED = {
+    "metadata",
+    "parallel_tool_calls",  # says how tools are called; without tools, nothing
+    "prediction",  # only makes an answer come sooner
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "safety_identifier",
+    "service_tier",
+    "store",
+    "user",
+}
+"""OpenAI's parameters that do not change the answer."""
+MAX_STOP_IDS = 256
 MAX_STOP_LENGTH = 256
 MAX_LOGPROBS = 20
 """OpenAI's own limit on the alternatives per token."""
@@ -23,6 +35,8 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     include_usage: StrictBool = False
+    continuous_usage_stats: StrictBool = False
+    """With ``include_usage``: every event carries the tokens of its choice so far, as in vLLM."""
     include_obfuscation: StrictBool = False
     """Accepted and ignored: nothing here pads its events."""
 
@@ -43,6 +57,12 @@ class GenerationOptions(BaseModel):
     stream: StrictBool = False
     stream_options: StreamOptions | None = None
     stop: str | list[str] = Field(default_factory=list)
+    stop_token_ids: list[StrictInt] = Field(default_factory=list, max_length=MAX_STOP_IDS)
+    """Ids that end the answer, next to the model's own, as in vLLM."""
+    ignore_eos: StrictBool = False
+    """Go on after the model's end-of-text tokens, as in vLLM."""
+    min_tokens: StrictInt = Field(default=0, ge=0)
+    """Tokens before which no end-of-text token, ``stop`` or ``stop_token_ids`` ends the answer."""
     seed: StrictInt | None = Field(default=None, ge=-(1 << 63), lt=1 << 63)
     presence_penalty: float = Field(strict=True, default=0.0, ge=0, le=0)
     frequency_penalty: float = Field(strict=True, default=0.0, ge=0, le=0)
@@ -51,6 +71,12 @@ class GenerationOptions(BaseModel):
     def includes_usage(self) -> bool:
         """True when a stream ends with the number of tokens."""
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def has_continuous_usage(self) -> bool:
+        """True when every event of a stream has the number of tokens."""
+        options = self.stream_options
+        return options is not None and options.include_usage and options.continuous_usage_stats
 
     def stop_strings(self) -> tuple[str, ...]:
         """Return the stop strings."""

@@ -79,6 +79,24 @@ class Engine:
                     param="prompt",
                 )
 
+        for token in request.stop_token_ids:
+            if not 0 <= token < vocabulary:
+                raise RequestError(
+                    f"stop_token_ids holds {token}; ids of this model are in [0, {vocabulary}).",
+                    param="stop_token_ids",
+                )
+        if request.min_tokens > request.max_tokens:
+            raise RequestError(
+                f"min_tokens is {request.min_tokens}, but the answer ends after "
+                f"{request.max_tokens} tokens; lower it.",
+                param="min_tokens",
+            )
+        if request.min_tokens and len(request.stop_token_ids | self._model.eos_ids) >= vocabulary:
+            raise RequestError(
+                "min_tokens with every token in stop_token_ids leaves none to choose; list fewer.",
+                param="stop_token_ids",
+            )
+
     def cancel(self, request_id: str) -> None:
         """Drop a request and its cache; unknown ids are ignored."""
         before = len(self._waiting) + len(self._running)
@@ -122,6 +140,9 @@ class Engine:
             self._score_prompt(sequence, result.hidden_TD)
             if result.logits_V is None:
                 return None
+            if sequence.request.max_tokens == 0:
+                self.metrics.count_prompt(sequence)
+                return sequence.finish_prompt()
             if not result.logits_V.isfinite().all():
                 return self._fail(sequence, _not_finite())
             event = self._accept(sequence, result.logits_V)
@@ -136,7 +157,10 @@ class Engine:
 
     def _accept(self, sequence: Sequence, logits_V: torch.Tensor) -> GenerationEvent:
         request = sequence.request
-        token = sample(logits_V, request.sampling, sequence.generator)
+        allowed_V = logits_V
+        if forbidden := sequence.forbidden_ids:
+            allowed_V = logits_V.index_fill(0, torch.tensor(forbidden), -torch.inf)
+        token = sample(allowed_V, request.sampling, sequence.generator)
         scores: list[TokenLogprob] = []
         if request.num_logprobs is not None:
             scores = score_tokens(logits_V.unsqueeze(0), [token], request.num_logprobs)

@@ -5,6 +5,7 @@ L MoE layers, E experts.
 
 import threading
 from collections.abc import Iterable, Iterator
+from time import perf_counter
 from typing import get_args
 
 import torch
@@ -126,6 +127,12 @@ class EngineMetrics:
         if event.finish_reason is not None:
             self.finished.labels(event.finish_reason).inc()
             self.request_time.observe(now - sequence.times.arrived)
+
+    def count_prompt(self, sequence: Sequence) -> None:
+        """Count a request that asked for no tokens and has read its prompt."""
+        self.prompt_tokens.inc(len(sequence.request.prompt_ids))
+        self.finished.labels("length").inc()
+        self.request_time.observe(perf_counter() - sequence.times.arrived)
 
     def count_failure(self) -> None:
         """Count a request that ended with an error."""

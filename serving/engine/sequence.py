@@ -30,6 +30,12 @@ class GenerationRequest:
     """Text to put in front of the answer."""
     num_logprobs: int | None = None
     """Likeliest tokens to report for each token; None reports no log-probabilities."""
+    ignore_eos: bool = False
+    """Go on after the model's end-of-text tokens."""
+    stop_token_ids: frozenset[int] = frozenset()
+    """Ids that end the answer too; they add no text to it."""
+    min_tokens: int = 0
+    """Tokens before which nothing but a failure ends the answer."""
     scores_prompt: bool = False
     """Report log-probabilities of the prompt's tokens too, before the first generated one."""
 
@@ -45,6 +51,8 @@ class GenerationEvent:
     """Tokens generated so far."""
     finish_reason: FinishReason | None = None
     error: RequestError | None = None
+    stop_token: int | None = None
+    """The one of the request's ``stop_token_ids`` that ended the answer."""
     logprobs: tuple[TokenLogprob, ...] = ()
     """Of the new token, if asked for; the first event begins with those of the prompt."""
 
@@ -70,7 +78,8 @@ class Sequence:
         self.request = request
         self.cache = cache
         self.times = SequenceTimes()
-        self._eos_ids = eos_ids
+        eos_ids = frozenset() if request.ignore_eos else frozenset(eos_ids)
+        self._end_ids = eos_ids | request.stop_token_ids
         self._stream = TextStream(decode, request.stop, request.prompt_ids[-CONTEXT_IDS:])
         self._generated: list[int] = []
         self.prompt_logprobs: list[TokenLogprob] = []
@@ -90,6 +99,11 @@ class Sequence:
         """Tokens generated so far."""
         return len(self._generated)
 
+    @property
+    def forbidden_ids(self) -> list[int]:
+        """Ids that may not come next: those that end an answer, while it is too short."""
+        return sorted(self._end_ids) if self.num_generated < self.request.min_tokens else []
+
     def next_ids(self, chunk: int) -> tuple[int, ...]:
         """Return the ids the next forward must read: a chunk of the prompt, or the last token.
 
@@ -107,10 +121,12 @@ class Sequence:
         self._generated.append(token)
         reason: FinishReason | None = None
         text = ""
-        if token in self._eos_ids:
+        stop_token = token if token in self.request.stop_token_ids else None
+        if token in self._end_ids:
             reason = "stop"
         else:
-            text = self._stream.push(token)
+            may_stop = self.num_generated > self.request.min_tokens
+            text = self._stream.push(token, may_stop)
             if self._stream.is_stopped:
                 reason = "stop"
             elif self.num_generated >= self.request.max_tokens:
@@ -121,7 +137,22 @@ class Sequence:
             text = self.request.echo + text
             logprobs = [*self.prompt_logprobs, *logprobs]
         return GenerationEvent(
-            self.request.request_id, text, self.num_generated, reason, logprobs=tuple(logprobs)
+            self.request.request_id,
+            text,
+            self.num_generated,
+            reason,
+            stop_token=stop_token,
+            logprobs=tuple(logprobs),
+        )
+
+    def finish_prompt(self) -> GenerationEvent:
+        """End a request that asks for no tokens, only for its prompt and that prompt's scores."""
+        return GenerationEvent(
+            self.request.request_id,
+            self.request.echo,
+            0,
+            "length",
+            logprobs=tuple(self.prompt_logprobs),
         )
 
     def fail(self, error: RequestError) -> GenerationEvent:

@@ -42,6 +42,30 @@ def chat(server, **changes):
     return call(server, "POST", "/v1/chat/completions", json={**BODY, **changes})
 
 
+def test_an_answer_may_come_back_as_clients_dump_it(server):
+    empty = {"refusal": None, "audio": None, "function_call": None, "annotations": []}
+    part = {"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}}
+    plain = [*USER, {"role": "assistant", "content": "yo"}, *USER]
+    dumped = [
+        {"role": "user", "content": [part], "name": "kim"},
+        {"role": "assistant", "content": "yo", "tool_calls": [], **empty},
+        *USER,
+    ]
+    answer, other = chat(server, messages=dumped).json(), chat(server, messages=plain).json()
+    assert answer["choices"] == other["choices"] and answer["usage"] == other["usage"]
+
+
+def test_a_template_may_write_the_name_of_a_speaker(chatty_folder, tmp_path):
+    template = tmp_path / "names.jinja"
+    template.write_text("{% for m in messages %}{{ m.name }}:{{ m.content }}{% endfor %}")
+    named = Server(ServeArgs(model=str(chatty_folder), chat_template=str(template)))
+    try:
+        answer = chat(named, messages=[{**USER[0], "name": "kim"}]).json()
+    finally:
+        named.close()
+    assert answer["usage"]["prompt_tokens"] == len("kim:hi")
+
+
 def complete(server, prompt, **changes):
     body = {"model": "chatty", "prompt": prompt, "max_tokens": 8, "temperature": 0, **changes}
     return call(server, "POST", "/v1/completions", json=body).json()
@@ -115,6 +139,11 @@ BAD = {
     "calls": (
         {"messages": [{"role": "assistant", "content": "a", "tool_calls": [{}]}]},
         "messages[0].tool_calls is not supported",
+    ),
+    "name": ({"messages": [{**USER[0], "name": 3}]}, "messages[0].name is not supported"),
+    "surrogate_name": (
+        {"messages": [{**USER[0], "name": "\ud800"}]},
+        "messages[0].name holds half of a surrogate pair",
     ),
     "surrogate": (
         {"messages": [{"role": "user", "content": "\ud800"}]},
