@@ -71,7 +71,7 @@ def check_expert_parallel(ep_size: int, world_size: int, num_experts: int) -> No
     if world_size % ep_size:
         raise ConfigError(
             f"parallel.ep is {ep_size}, which does not divide the {world_size} rank(s); "
-            f"start torchrun with a multiple of {ep_size} processes or lower parallel.ep."
+            f"start a multiple of {ep_size} processes or lower parallel.ep."
         )
     if num_experts % ep_size:
         raise ConfigError(
