@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from ..errors import MoeyardError
+from ..errors import ConfigError, MoeyardError
 from .options import Parsers, add_command, add_loading, add_model, add_sampling
 
 if TYPE_CHECKING:
@@ -42,6 +42,11 @@ def run(arguments: argparse.Namespace) -> None:
     model = open_model(arguments)
     tokenizer = ServingTokenizer(local_folder(arguments.model), arguments.chat_template)
     try:
+        if not tokenizer.has_template:
+            raise ConfigError(
+                f"{arguments.model} has no chat template; give one with --chat-template FILE, or "
+                "use moeyard generate."
+            )
         _talk(model, tokenizer, arguments)
     finally:
         tokenizer.close()

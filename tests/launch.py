@@ -38,6 +38,11 @@ def torchrun(ranks: int, *arguments: str, timeout: float = 300) -> str:
     return run(command, timeout)
 
 
+def moeyard_train(*arguments: str, timeout: float = 300) -> str:
+    """Run ``moeyard train`` and return its output; fail with it otherwise."""
+    return run([sys.executable, "-m", "moeyard.cli", "train", *arguments], timeout)
+
+
 def training(*arguments: str, timeout: float = 300) -> str:
     """Run the training program in one process and return its output."""
     return run([sys.executable, "-m", "moeyard.training", *arguments], timeout)

@@ -39,6 +39,11 @@ class ServingTokenizer:
         if self._template is not None:
             self._check_template(str(chat_template or folder))
 
+    @property
+    def has_template(self) -> bool:
+        """Say whether conversations can be rendered."""
+        return self._template is not None
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of a prompt."""
         with _failures_on("prompt"):

@@ -192,6 +192,8 @@ def test_chats_that_cannot_go_on_say_why(monkeypatch, capsys, tiny_run):
             raise EOFError from None
 
     monkeypatch.setattr("builtins.input", read)
+    assert main(["chat", str(tiny_run)]) == 2
+    assert "has no chat template; give one with --chat-template" in capsys.readouterr().err
     template = str(ROOT / "configs" / "serve" / "chatml.jinja")
     assert main(["chat", str(tiny_run), "--chat-template", template]) == 0
     assert "begin again with /new" in capsys.readouterr().err
