@@ -16,8 +16,8 @@ import moeyard
 from moeyard.moe.routers.table import ROUTERS
 
 ROOT = Path(__file__).parent.parent.parent
-FOLDERS = ("kernels", "moe", "parallel", "training", "serving")
-FLOORS = {"kernels": 1, "moe": 2, "parallel": 3, "training": 4, "serving": 4}
+FOLDERS = ("commands", "kernels", "moe", "parallel", "training", "serving")
+FLOORS = {"kernels": 1, "moe": 2, "parallel": 3, "training": 4, "serving": 4, "commands": 5}
 PYTHON_FILES = [
     path
     for path in sorted(ROOT.rglob("*.py"))
@@ -138,7 +138,7 @@ def test_the_wheel_holds_the_packages_and_nothing_else(tmp_path):
     )
     (wheel,) = tmp_path.glob("*.whl")
     inside = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    expected = {"moeyard/py.typed"}
+    expected = {"moeyard/py.typed", "moeyard/training/schema.json"}
     expected |= {f"moeyard/{p.name}" for p in ROOT.glob("*.py")}
     for folder in FOLDERS:
         expected |= {
