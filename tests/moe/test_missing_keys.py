@@ -238,3 +238,19 @@ def test_a_folder_that_is_written_again_has_no_keys_that_go_before_ours():
         again = transformers.Qwen3MoeConfig.from_dict(copy.deepcopy(values))
         assert again.rope_parameters["rope_type"] == ("default" if changed is wider else "linear")
         assert again.num_experts == 6
+
+
+@pytest.mark.parametrize(
+    "rope, longest",
+    [
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
+        ({"rope_type": "yarn", "factor": 1.0, "original_max_position_embeddings": 64}, 80),
+        ({"rope_type": "yarn", "factor": 2.0}, 160),
+        ({"rope_type": "linear", "factor": 4.0}, 80),
+        (LLAMA3 | {"factor": 4.0, "original_max_position_embeddings": 64}, 80),
+    ],
+)
+def test_yarn_takes_factor_times_the_original_positions(rope, longest):
+    """The recipe of model cards adds YaRN and leaves ``max_position_embeddings`` as it was."""
+    values = full_values("mixtral") | {"max_position_embeddings": 80, "rope_scaling": rope}
+    assert from_hf(values).max_positions == longest

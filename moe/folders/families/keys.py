@@ -6,7 +6,7 @@ from typing import cast
 from ....errors import ModelFileError
 from ...config.model import MOST_LAYERS, ModelConfig, MoEConfig
 from ...routers.topk import TopK
-from .rope_keys import Values, read_rope, write_rope
+from .rope_keys import Values, longest_sequence, read_rope, write_rope
 
 COMMON: Values = {
     "hidden_act": "silu",
@@ -51,6 +51,7 @@ def complete(
 
 def read_common(values: Values) -> Values:
     """Return the arguments of :class:`ModelConfig` that have the same keys in all families."""
+    rope = read_rope(values)
     return {
         "vocab_size": values["vocab_size"],
         "d_model": values["hidden_size"],
@@ -58,10 +59,10 @@ def read_common(values: Values) -> Values:
         "num_heads": values["num_attention_heads"],
         "num_kv_heads": values["num_key_value_heads"],
         "head_dim": values.get("head_dim"),
-        "max_positions": values["max_position_embeddings"],
+        "max_positions": longest_sequence(values["max_position_embeddings"], rope["rope_scaling"]),
         "rms_eps": values["rms_norm_eps"],
         "tie_embeddings": values["tie_word_embeddings"],
-        **read_rope(values),
+        **rope,
     }
 
 

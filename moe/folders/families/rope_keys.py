@@ -34,6 +34,17 @@ def read_rope(values: Values) -> Values:
     return {"rope_theta": theta, "rope_scaling": _read_scaling(rope, values)}
 
 
+def longest_sequence(max_positions: Any, scaling: RopeScaling | None) -> Any:
+    """Return the positions that a model takes; ``max_positions`` is what its config.json says.
+
+    YaRN stretches the original positions by its factor. Model cards (Qwen) add YaRN to config.json
+    and leave ``max_position_embeddings`` as it was, and other servers take the product, too.
+    """
+    if not isinstance(scaling, YarnRope) or not isinstance(max_positions, int):
+        return max_positions  # validation says what is wrong with another type
+    return max(max_positions, int(scaling.factor * scaling.original_max_positions))
+
+
 def write_rope(config: ModelConfig) -> Values:
     """Return the keys that :func:`read_rope` reads."""
     theta = {"rope_theta": config.rope_theta}
