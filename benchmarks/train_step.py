@@ -31,8 +31,8 @@ from moeyard.parallel.mesh import Mesh, build_mesh
 from moeyard.parallel.process import process_group
 from moeyard.training.config import OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
 from moeyard.training.data.batches import GlobalBatches
+from moeyard.training.data.data import Data
 from moeyard.training.data.shards import ShardFacts, TokenShard
-from moeyard.training.data.text import Data
 from moeyard.training.objectives.next_token import NextTokenObjective
 from moeyard.training.parallelize import parallelize
 from moeyard.training.run.allocator import keep_freed_memory

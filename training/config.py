@@ -15,6 +15,11 @@ from .section import Section
 class DataConfig(Section):
     """Where tokens come from."""
 
+    format: Literal["text", "chat"] = "text"
+    """``chat`` trains on the assistant's tokens of conversations: JSON objects with ``messages``,
+    with ``prompt`` and ``completion``, or with ShareGPT's ``conversations``."""
+    chat_template: str | None = None
+    """A Jinja file, used and exported in place of the tokenizer's own chat template."""
     source: str = "stdlib"
     """One of: ``stdlib`` (the running Python's standard library); a text file; a file of JSON
     objects (``.jsonl``, ``.ndjson``, ``.json``: one a line, or a list); a folder of these; a token

@@ -14,7 +14,7 @@ from .checkpoints.checkpoint import Checkpoints
 from .checkpoints.files import read_state
 from .checkpoints.start_from import read_origin
 from .config import RunConfig
-from .data.text import Data
+from .data.data import Data
 from .device import seed_rank
 from .optimizer import MasterAdamW
 

@@ -7,7 +7,7 @@ from ..moe.models.initialize import initialize
 from ..parallel.mesh import Mesh
 from .checkpoints.start_from import read_start
 from .config import RunConfig
-from .data.text import Data
+from .data.data import Data
 from .data.tokenizer import Tokenizer
 
 

@@ -12,7 +12,7 @@ from ..parallel.mesh import Mesh
 from ..parallel.watch.pulse import pulse
 from .config import RunConfig
 from .objectives.objective import Objective
-from .objectives.table import DEFAULT, OBJECTIVES
+from .objectives.table import OBJECTIVES
 from .observers.console import TrainingConsole
 from .observers.open import open_observers
 from .parallelize import parallelize
@@ -35,9 +35,10 @@ class Trainer:
         run_dir: Path,
         mesh: Mesh,
         stop: StopRequest | None = None,
-        objective: type[Objective] = OBJECTIVES[DEFAULT],
+        objective: type[Objective] | None = None,
     ) -> None:
         check_batch(config, mesh)
+        objective = objective or OBJECTIVES[config.data.format]
         pulse.begin("preparing data")
         self._config = config
         self._mesh = mesh
@@ -139,8 +140,8 @@ class Trainer:
         return dict(held_out.metrics)
 
     def _record(self, done: int, result: StepResult, seconds: float) -> dict[str, Any]:
-        train, moe = self._config.train, self._model_config.moe
-        tokens = train.batch_sequences * train.sequence_length
+        moe = self._model_config.moe
+        tokens = self.objective.num_tokens(range(done - 1, done))
         expected = tokens * (moe.router.k if moe is not None else 0)
         return {
             "step": done,
@@ -151,7 +152,7 @@ class Trainer:
             "lr": result.lr,
             "step_s": seconds,
             "tokens_per_s": tokens / seconds,
-            "tokens": tokens * done,
+            "tokens": self.objective.num_tokens(range(done)),
             "step_tokens": tokens,
             "moe_layers": self._model_config.moe_layers,
             "load": [load_statistics(c, expected).as_dict() for c in result.counts_LE],

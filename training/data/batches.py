@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from ...errors import DataError
+from .data import TrainingData
 from .shards import TokenShard
 
 
-class Batches(Protocol):
-    """The global batches of a run."""
+class Batches(TrainingData, Protocol):
+    """The global batches of text."""
 
     eos_id: int
     """The id that ends each document."""
@@ -22,21 +23,22 @@ class Batches(Protocol):
         """Return some rows of the global batch of ``step``: int64 ``[len(rows), L + 1]``."""
         ...
 
-    def wait_for(self, step: int) -> None:
-        """Wait, on all ranks alike, until the batch of ``step`` can be read."""
-        ...
 
-    def forget_before(self, step: int) -> None:
-        """Drop what only steps before ``step`` need; even a restart will not ask for it."""
-        ...
+class ShuffledOrder:
+    """Places 0, 1, ... in endless epochs, each a fresh permutation of ``num_items`` items."""
 
-    def token_counts(self) -> list[int]:
-        """Return how often each id occurs, in all of the data or in a sample."""
-        ...
+    def __init__(self, num_items: int, seed: int) -> None:
+        self._num_items, self._seed = num_items, seed
+        self._order = lru_cache(maxsize=2)(self._order_of_epoch)
 
-    def close(self) -> None:
-        """Close files and end threads."""
-        ...
+    def item(self, place: int) -> int:
+        """Return the item at a place."""
+        epoch, index = divmod(place, self._num_items)
+        return int(self._order(epoch)[index])
+
+    def _order_of_epoch(self, epoch: int) -> npt.NDArray[np.int64]:
+        random = np.random.Generator(np.random.PCG64([self._seed, epoch]))
+        return random.permutation(self._num_items)
 
 
 class GlobalBatches:
@@ -57,18 +59,17 @@ class GlobalBatches:
         self._shard = shard
         self._length = sequence_length
         self._batch = batch_sequences
-        self._seed = seed
         self.num_windows = (len(shard) - 1) // sequence_length
         if self.num_windows < 1:
             raise DataError(
                 f"the {name} data hold {len(shard)} tokens, too few for one sequence of "
                 f"train.sequence_length = {sequence_length}; give more text or lower it."
             )
-        self._order = lru_cache(maxsize=2)(self._order_of_epoch)
+        self._order = ShuffledOrder(self.num_windows, seed)
 
     def sequences(self, step: int, rows: range) -> Tensor:
         """Return some rows of the global batch of ``step``: int64 ``[len(rows), L + 1]``."""
-        return self._windows([self._window(step * self._batch + row) for row in rows])
+        return self._windows([self._order.item(step * self._batch + row) for row in rows])
 
     def in_order(self, windows: range) -> Tensor:
         """Return windows in the order of the file, for evaluation."""
@@ -92,12 +93,3 @@ class GlobalBatches:
         if not rows:
             return torch.empty(0, self._length + 1, dtype=torch.int64)
         return torch.from_numpy(np.stack(rows))
-
-    def _window(self, position: int) -> int:
-        epoch, place = divmod(position, self.num_windows)
-        return int(self._order(epoch)[place])
-
-    def _order_of_epoch(self, epoch: int) -> npt.NDArray[np.int64]:
-        return np.random.Generator(np.random.PCG64([self._seed, epoch])).permutation(
-            self.num_windows
-        )

@@ -8,30 +8,25 @@ from ..config import RunConfig
 from ..stop import StopRequest
 from .batches import Batches, GlobalBatches
 from .corpus import open_eval_shard, open_shards, prepare_shards
+from .data import Data
 from .stream import StreamBatches
 from .stream_setup import is_stream, prepare_stream, stream_identity
-from .tokenizer import Tokenizer, check_tokenizer, open_tokenizer
+from .tokenizer import check_tokenizer, open_tokenizer
 
 
 @dataclass(frozen=True, slots=True)
-class Data:
-    """Tokens of a run."""
+class TextData(Data):
+    """Windows of text."""
 
-    tokenizer: Tokenizer
     train: Batches
-    identity: str
-    """Hash of the training data; a resumed run must have the same."""
-    num_train_tokens: int | None
-    """None for a stream."""
     held_out: GlobalBatches
-    held_out_identity: str
     tokens_per_byte: float
     """Of the held-out text; converts nats per token into nats per byte."""
 
 
 def build_data(
     config: RunConfig, folder: Path, mesh: Mesh, stop: StopRequest | None = None
-) -> Data:
+) -> TextData:
     """Prepare the data on rank 0 and open them on all ranks.
 
     Raises :class:`Stopped` on all ranks if rank 0 is asked to stop.
@@ -61,7 +56,7 @@ def build_data(
         shard, eval_shard = open_shards(config.data, tokenizer, folder, verify=False)
         train = GlobalBatches(shard, length, batch, config.seed, "training")
         identity, num_tokens = shard.facts.file_sha256, len(shard)
-    return Data(
+    return TextData(
         tokenizer=tokenizer,
         train=train,
         identity=identity,

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +39,10 @@ class Tokenizer(Protocol):
         """Write files that ``AutoTokenizer.from_pretrained(folder)`` reads."""
         ...
 
+    def transformers(self) -> Any:
+        """Return the tokenizer as transformers knows it."""
+        ...
+
 
 class ByteTokenizer:
     """UTF-8 bytes are ids 0 to 255; 256 ends a document."""
@@ -57,13 +61,24 @@ class ByteTokenizer:
 
     def save(self, folder: Path) -> None:
         """Write the same mapping as a byte-level BPE without merges."""
+        write_tokenizer_files(self._rust(), folder)
+
+    def transformers(self) -> Any:
+        """Return the same mapping as transformers knows it."""
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast(
+            tokenizer_object=self._rust(), eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+        )
+
+    def _rust(self) -> RustTokenizer:
         vocabulary = {symbol: byte for byte, symbol in enumerate(_byte_symbols())}
         vocabulary[END_OF_TEXT] = self.eos_id
         rust = RustTokenizer(models.BPE(vocab=vocabulary, merges=[]))
         rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         rust.decoder = decoders.ByteLevel()
         rust.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
-        write_tokenizer_files(rust, folder)
+        return rust
 
 
 class FolderTokenizer:
@@ -116,6 +131,10 @@ class FolderTokenizer:
             is_same = False
         if not is_same:  # the old folder's config.json decided how to open them
             self._inner.save_pretrained(folder)
+
+    def transformers(self) -> Any:
+        """Return the tokenizer as transformers opened it."""
+        return self._inner
 
     def _fails(self, reason: str) -> DataError:
         return DataError(

@@ -14,7 +14,7 @@ from ...moe.models.decoder import Decoder
 from ...moe.models.documents import batch_of_documents
 from ...parallel.mesh import Mesh
 from ..config import RunConfig
-from ..data.text import Data, build_data
+from ..data.text import TextData, build_data
 from ..device import device
 from ..stop import StopRequest
 from .objective import HeldOut, MicroBatchLoss, Objective
@@ -50,10 +50,12 @@ class NextToken(nn.Module):
 class NextTokenObjective(Objective):
     """Every token of the text is a target; held-out text is also scored per byte."""
 
+    data: TextData
+
     @classmethod
     def open_data(
         cls, config: RunConfig, folder: Path, mesh: Mesh, stop: StopRequest | None = None
-    ) -> Data:
+    ) -> TextData:
         """Tokenize the source, or stream it, and hold a part out."""
         return build_data(config, folder, mesh, stop)
 

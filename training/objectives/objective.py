@@ -17,7 +17,7 @@ from ...moe.models.decoder import Decoder
 from ...moe.routers.routing import Routing
 from ...parallel.mesh import Mesh
 from ..config import RunConfig
-from ..data.text import Data
+from ..data.data import Data
 from ..stop import StopRequest
 
 
@@ -79,6 +79,10 @@ class Objective(ABC):
 
         Loss sums are divided by it, so that gradients are those of the mean over all ranks.
         """
+
+    def num_tokens(self, steps: range) -> int:
+        """Return the rows that the model computes for the global batches of ``steps``."""
+        return len(steps) * self.config.train.batch_sequences * self.config.train.sequence_length
 
     @abstractmethod
     def evaluate(self, module: nn.Module, mesh: Mesh) -> HeldOut:

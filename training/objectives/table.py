@@ -1,9 +1,10 @@
-"""The objectives by name."""
+"""The objectives by the ``data.format`` that they train on."""
 
+from .chat import ChatObjective
 from .next_token import NextTokenObjective
 from .objective import Objective
 
 OBJECTIVES: dict[str, type[Objective]] = {
-    "next_token": NextTokenObjective,
+    "text": NextTokenObjective,
+    "chat": ChatObjective,
 }
-DEFAULT = "next_token"

@@ -71,6 +71,7 @@ def scalars(record: dict[str, Any]) -> dict[str, float]:
     }
     if "eval_loss" in record:
         tags["eval/loss"] = record["eval_loss"]
+    if "eval_loss_per_byte" in record:
         tags["eval/loss_per_byte"] = record["eval_loss_per_byte"]
     for phase, seconds in record["phases_s"].items():
         tags[f"phase_seconds/{phase}"] = seconds

@@ -16,7 +16,7 @@ from ...moe.routers.own_code import permitted
 from ...parallel.dense.gradients import expert_parameter_names
 from ...parallel.watch.watch import Watch
 from ..config import RunConfig
-from ..data.text import Data
+from ..data.data import Data
 
 ROOT = Path(__file__).parent.parent.parent
 CODE = ("kernels", "moe", "parallel", "training")
