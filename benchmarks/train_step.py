@@ -31,8 +31,8 @@ from moeyard.parallel.mesh import Mesh, build_mesh
 from moeyard.parallel.process import process_group
 from moeyard.training.config import OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
 from moeyard.training.data.batches import GlobalBatches
-from moeyard.training.data.data import Data
 from moeyard.training.data.shards import ShardFacts, TokenShard
+from moeyard.training.data.text import TextData
 from moeyard.training.objectives.next_token import NextTokenObjective
 from moeyard.training.parallelize import parallelize
 from moeyard.training.run.allocator import keep_freed_memory
@@ -94,7 +94,7 @@ def our_step(mesh: Mesh, ep: int, precision: str, shard: TokenShard) -> OurStep:
         parallel=ParallelConfig(ep=ep),
     )
     batches = GlobalBatches(shard, TOKENS, mesh.world_size, seed=0)
-    data = Data(None, batches, "", None, batches, "", 1.0)  # type: ignore[arg-type]
+    data = TextData(None, batches, "", None, "", None, batches, 1.0)  # type: ignore[arg-type]
     decoder = build_model(config, MODEL, data, mesh)
     objective = NextTokenObjective(config, data)
     parallel = parallelize(config, decoder, objective.module(decoder), mesh)

@@ -3,8 +3,13 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from ..errors import ConfigError
 from .options import Parsers, add_command
+
+if TYPE_CHECKING:
+    from ..training.config import DataConfig
 
 
 def add(parsers: Parsers) -> None:
@@ -15,7 +20,18 @@ def add(parsers: Parsers) -> None:
         metavar="SOURCE",
         help="stdlib, a text, .jsonl or .json file, a folder of these, or hf:NAME_OR_PATH",
     )
-    tokenize.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="folder to write")
+    tokenize.add_argument(
+        "out_dir", type=Path, nargs="?", metavar="OUT_DIR", help="folder to write"
+    )
+    tokenize.add_argument(
+        "--format", choices=("text", "chat"), default="text", help="what SOURCE holds"
+    )
+    tokenize.add_argument(
+        "--show",
+        type=int,
+        metavar="N",
+        help="print N conversations, with what a run trains on marked, and write nothing",
+    )
     which = tokenize.add_mutually_exclusive_group()
     which.add_argument(
         "--vocab-size", type=int, help="ids of the byte-level BPE to learn; default: 8192"
@@ -31,7 +47,7 @@ def add(parsers: Parsers) -> None:
     tokenize.add_argument("--split", help="split of an hf: data set; default: train")
     tokenize.add_argument("--eval-split", help="held-out split of an hf: data set")
     tokenize.add_argument(
-        "--chat-template", type=Path, help="Jinja file to save with the tokenizer"
+        "--chat-template", type=Path, help="Jinja file to save with the tokenizer, or to show"
     )
     tokenize.set_defaults(run=run)
 
@@ -45,7 +61,14 @@ def run(arguments: argparse.Namespace) -> None:
 
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     values = {name: value for name, value in given.items() if name in DataConfig.model_fields}
+    if values.get("chat_template") is not None:
+        values["chat_template"] = str(values["chat_template"])
     config = validate_config(DataConfig, values)
+    if arguments.format == "chat":
+        _show(config, arguments)
+        return
+    if arguments.show is not None or arguments.out_dir is None:
+        raise ConfigError("OUT_DIR is missing, or --show is given without --format chat; give one.")
     stop = StopRequest()
     stop.listen()
     vocab_size = given.get("vocab_size", None if "tokenizer" in given else LEARNT_IDS)
@@ -54,3 +77,16 @@ def run(arguments: argparse.Namespace) -> None:
         f"tokenized folder={arguments.out_dir} vocab_size={found.vocab_size} "
         f"train_tokens={found.train_tokens} eval_tokens={found.eval_tokens}\n"
     )
+
+
+def _show(config: "DataConfig", arguments: argparse.Namespace) -> None:
+    """Print conversations; raise :class:`ConfigError` where a run does the work itself."""
+    from ..training.data.chat_show import show_conversations
+
+    if arguments.show is None or arguments.out_dir is not None:
+        raise ConfigError(
+            "--format is chat, which a run tokenizes itself (data.format=chat); give --show N to "
+            "look at it, and no OUT_DIR."
+        )
+    for text in show_conversations(config, arguments.show, sys.stdout.isatty()):
+        sys.stdout.write(text)

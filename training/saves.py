@@ -140,6 +140,7 @@ class Saves:
             "tokenizer": self._config.data.tokenizer,
             "tokenizer_sha256": self._data.tokenizer.sha256,
             "origin": self._origin,
+            "chat_template": self._data.chat_template,
             **self._trained(),
         }
 

@@ -71,7 +71,13 @@ def _export(checkpoint: Path, run_dir: Path, target: Path) -> int:
     generation = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
     if origin:  # None if that folder has no such file; then its config.json has the ids
         generation = origin["generation"]
-    write_model_folder(target, values, plans, tokenizer.save, generation)
+
+    def save_tokenizer(folder: Path) -> None:
+        tokenizer.save(folder)
+        if state.get("chat_template") is not None:
+            (folder / "chat_template.jinja").write_text(state["chat_template"], encoding="utf-8")
+
+    write_model_folder(target, values, plans, save_tokenizer, generation)
     return int(state["step"])
 
 

@@ -29,8 +29,6 @@ class ChatData(Data):
 
     train: ChatWindows
     held_out: ChatWindows
-    template: str
-    """The chat template, which the export keeps."""
 
 
 def open_chat(config: DataConfig, tokenizer: Tokenizer) -> ChatEncoder:
@@ -66,7 +64,7 @@ def build_chat_data(
         num_train_tokens=train.facts.rows,
         held_out_identity=held_out.identity,
         held_out=held_out,
-        template=encoder.template,
+        chat_template=encoder.template,
     )
 
 

@@ -73,16 +73,20 @@ class ChatEncoder:
         """Return the conversation's text, and where in it the answers begin and end."""
         if self._marks_answers:
             return self._render_marked(where, messages)
+        answers = [
+            index for index, message in enumerate(messages) if message["role"] == "assistant"
+        ]
+        if any(
+            messages[index].get("tool_calls") or not messages[index]["content"] for index in answers
+        ):
+            raise DataError(
+                f"{where} has an answer with tool calls or without text, which can be found only "
+                "if the chat template marks answers by {% generation %}; add the tags."
+            )
         text = self._render(where, messages)
         spans = []
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            if message.get("tool_calls") or not message["content"]:
-                raise DataError(
-                    f"{where} has an answer with tool calls or without text, which can be found "
-                    "only if the chat template marks answers by {% generation %}; add the tags."
-                )
+        for index in answers:
+            message = messages[index]
             other = [*messages[:index], message | {"content": STAND_IN}, *messages[index + 1 :]]
             first, last = self._difference(where, text, self._render(where, other))
             prompt = self._render(where, messages[:index], add_generation_prompt=True)

@@ -37,3 +37,5 @@ class Data:
     num_train_tokens: int | None
     """None for a stream."""
     held_out_identity: str
+    chat_template: str | None
+    """What the export writes; None keeps the tokenizer's own."""

@@ -61,6 +61,7 @@ def build_data(
         train=train,
         identity=identity,
         num_train_tokens=num_tokens,
+        chat_template=None,
         held_out=GlobalBatches(eval_shard, length, batch, config.seed, "held-out"),
         held_out_identity=eval_shard.facts.file_sha256,
         tokens_per_byte=eval_shard.facts.num_tokens / eval_shard.facts.num_bytes,
