@@ -66,6 +66,13 @@ def add(parsers: Parsers) -> None:
         default=os.environ.get("MOEYARD_API_KEY"),
         help="key clients must send; default: $MOEYARD_API_KEY (not visible in ps), else none",
     )
+    serve.add_argument(
+        "--cors-origin",
+        action="append",
+        metavar="ORIGIN",
+        help="web pages that may call the server, such as http://localhost:3000, or *; repeat for "
+        "several; default: none",
+    )
     add_ignore_unused_weights(serve)
     add_allow_code(serve)
     serve.set_defaults(run=run)

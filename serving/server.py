@@ -54,6 +54,9 @@ class ServeArgs(BaseModel):
     """Seconds that running requests get to finish when the server or a replica stops."""
     api_key: str | None = None
     """Key clients must send; None asks for none."""
+    cors_origin: list[str] = []
+    """Origins of web pages that may call the server from a browser, such as
+    ``http://localhost:3000``; ``*`` permits all. A string may join some by ``,``."""
     ignore_unused_weights: bool = False
     """Skip the folder's weights that its config.json does not ask for, instead of refusing it."""
     allow_code: list[str] = []
@@ -62,10 +65,20 @@ class ServeArgs(BaseModel):
     chat_template: str | None = None
     """A Jinja file, or the name of one of the model folder's templates where it has several."""
 
-    @field_validator("allow_code", mode="before")
+    @field_validator("allow_code", "cors_origin", mode="before")
     @classmethod
-    def _split_modules(cls, modules: Any) -> Any:
-        return modules.split(",") if isinstance(modules, str) else modules
+    def _split(cls, names: Any) -> Any:
+        return names.split(",") if isinstance(names, str) else names
+
+    @field_validator("cors_origin")
+    @classmethod
+    def _check_origins(cls, origins: list[str]) -> list[str]:
+        for origin in origins:
+            if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
+                raise ValueError(
+                    f"{origin!r} is no origin; use SCHEME://HOST[:PORT] without a path, or *."
+                )
+        return origins
 
     @field_validator("api_key")
     @classmethod
@@ -154,7 +167,7 @@ class Server:
             self._args.model_name,
             render_metrics or self._own_metrics,
         )
-        return api.app(self._args.api_key)
+        return api.app(self._args.api_key, self._args.cors_origin)
 
     async def _own_metrics(self) -> bytes:
         return self.metrics.render()

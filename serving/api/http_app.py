@@ -1,11 +1,12 @@
 """The HTTP application of a server: OpenAI's routes, health and metrics. Needs no Ray."""
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -19,6 +20,7 @@ from .answers import Answers
 from .chat import ChatEndpoint
 from .completions import CompletionEndpoint
 from .gate import Gate
+from .refusals import CountRefusals
 from .responses import RETRY_AFTER_S, error_response
 
 log = logging.getLogger(__name__)
@@ -43,8 +45,8 @@ class HttpApi:
         self._completions = CompletionEndpoint(self._answers, tokenizer)
         self._chat = ChatEndpoint(self._answers, tokenizer)
 
-    def app(self, api_key: str | None) -> ASGIApp:
-        """Return the ASGI application."""
+    def app(self, api_key: str | None, cors_origins: Sequence[str] = ()) -> ASGIApp:
+        """Return the ASGI application; pages of ``cors_origins`` may call it from a browser."""
         routes = [
             Route("/health", self.health),
             Route("/metrics", self.metrics),
@@ -59,7 +61,18 @@ class HttpApi:
             ClientDisconnect: _answer_one_who_left,
             Exception: _answer_bug,
         }
-        return Gate(Starlette(routes=routes, exception_handlers=handlers), api_key)
+        app: ASGIApp = Gate(Starlette(routes=routes, exception_handlers=handlers), api_key)
+        app = CountRefusals(app, self._admission.rejected)
+        if not cors_origins:
+            return app
+        # Outside the gate: browsers ask for permission without a key.
+        return CORSMiddleware(
+            app,
+            allow_origins=cors_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=("x-request-id", "retry-after"),
+        )
 
     async def health(self, _: Request) -> Response:
         """Say whether requests are served; 503 with a reason when they are not."""

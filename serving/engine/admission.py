@@ -8,8 +8,18 @@ from prometheus_client import Counter
 
 from ...errors import RequestError
 
-Rejection = Literal["queue_full", "draining"]
-"""Why a request is refused: the label of ``moeyard_requests_rejected_total``."""
+Rejection = Literal[
+    "queue_full",
+    "draining",
+    "bad_request",
+    "no_key",
+    "not_found",
+    "timed_out",
+    "too_large",
+    "failed",
+]
+"""Why a request is refused: the label of ``moeyard_requests_rejected_total``. The first two are
+counted here, the others by api/refusals.py."""
 
 RETRY_WHEN_FULL_S = 1
 """``Retry-After`` of a full server: with dozens of places, one is free by then."""
@@ -28,7 +38,8 @@ class Admission:
     def __init__(self, max_running: int, max_queued: int, rejected: Counter) -> None:
         self._max_running = max_running
         self._max_queued = max_queued
-        self._rejected = rejected
+        self.rejected = rejected
+        """Refused requests by reason."""
         self._num_held = 0
         self._num_open = 0
         self.is_draining = False
@@ -57,7 +68,7 @@ class Admission:
 
     def _check(self, count: int) -> None:
         if self.is_draining:
-            self._rejected.labels("draining").inc()
+            self.rejected.labels("draining").inc()
             raise RequestError(
                 "the server is shutting down; send the request again in a moment.",
                 code="unavailable",
@@ -72,7 +83,7 @@ class Admission:
                 param="n",
             )
         if self._num_held + count > capacity:
-            self._rejected.labels("queue_full").inc()
+            self.rejected.labels("queue_full").inc()
             raise RequestError(
                 f"the server is busy with {self._num_held} answers and takes {capacity} at a time; "
                 f"try again in {RETRY_WHEN_FULL_S} s.",

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from typing import get_args
 
 import httpx
 import pytest
@@ -10,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from moeyard.errors import RequestError
 from moeyard.serving.api import request_body
-from moeyard.serving.engine.admission import Admission
+from moeyard.serving.engine.admission import Admission, Rejection
 from moeyard.serving.server import ServeArgs, Server
 
 from http_calls import call, check_error, client_of
@@ -36,7 +37,9 @@ def rejected(server) -> dict[str, float]:
     families = text_string_to_metric_families(call(server, "GET", "/metrics").text)
     samples = [sample for family in families for sample in family.samples]
     name = "moeyard_requests_rejected_total"
-    return {s.labels["reason"]: s.value for s in samples if s.name == name}
+    counts = {s.labels["reason"]: s.value for s in samples if s.name == name}
+    assert counts.keys() == set(get_args(Rejection)), "a series is missing at the start"
+    return {reason: count for reason, count in counts.items() if count}
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
@@ -62,8 +65,8 @@ def test_a_burst_fills_the_batch_and_the_queue_exactly(server, stream):
             error = check_error(answer, 429, "busy with 6 answers and takes 6 at a time")
             assert error["code"] == "rate_limit_exceeded"
             assert int(answer.headers["retry-after"]) >= 1
-    assert rejected(server) == {"queue_full": 19, "draining": 0}
-    assert call(server, "POST", "/v1/completions", json=BODY).status_code == 200
+    assert rejected(server) == {"queue_full": 19}
+    assert call(server, "POST", "/v1/completions", json=json=BODY).status_code == 200
 
 
 def test_every_answer_of_a_request_takes_a_place(server):
@@ -102,7 +105,7 @@ def test_a_request_that_is_refused_or_fails_gives_its_place_back(server):
         bad = call(server, "POST", "/v1/completions", json={**BODY, "prompt": [999]})
         check_error(bad, 400, "token id 999")
     assert server.admission.num_open == 0
-    assert call(server, "POST", "/v1/completions", json={**BODY, "n": 6}).status_code == 200
+    assert call(server, "POST", "/v1/completions", json=json={**BODY, "n": 6}).status_code == 200
 
 
 def test_a_client_gone_before_its_stream_began_gives_its_place_back(server):
@@ -118,7 +121,7 @@ def test_a_client_gone_before_its_stream_began_gives_its_place_back(server):
     with pytest.raises(Exception):  # noqa: B017 (whatever the framework makes of it)
         asyncio.run(server.app()(scope, receive, send))
     assert server.admission.num_open == 0
-    assert call(server, "POST", "/v1/completions", json={**BODY, "n": 6}).status_code == 200
+    assert call(server, "POST", "/v1/completions", json=json={**BODY, "n": 6}).status_code == 200
 
 
 def test_a_draining_server_lets_nobody_in_and_finishes_what_it_has(server):
@@ -141,7 +144,7 @@ def test_a_draining_server_lets_nobody_in_and_finishes_what_it_has(server):
     assert int(late.headers["retry-after"]) >= 1
     assert health.status_code == 503 and health.json()["status"] == "draining"
     assert int(health.headers["retry-after"]) >= 1
-    assert rejected(server) == {"queue_full": 0, "draining": 1} and server.admission.num_open == 0
+    assert rejected(server) == {"draining": 1} and server.admission.num_open == 0
 
 
 def test_unfinished_bodies_hold_no_place_and_end_in_408(server, monkeypatch):
@@ -183,3 +186,60 @@ def test_without_a_queue_the_batch_is_all_there_is():
         assert caught.value.status == 429
     with admission.places(2):
         pass
+
+
+def test_refusals_are_counted_by_reason(server):
+    assert call(server, "POST", "/v1/completions", json={"model": "small"}).status_code == 400
+    assert call(server, "POST", "/v1/completions", json={**BODY, "model": "other"}).status_code == 404
+    assert call(server, "GET", "/nowhere").status_code == 404
+    assert call(server, "GET", "/v1/completions").status_code == 405
+    large = {**BODY, "prompt": "a" * (request_body.MAX_BODY_BYTES + 1)}
+    assert call(server, "POST", "/v1/completions", json=large).status_code == 413
+    assert call(server, "POST", "/v1/completions", json=BODY).status_code == 200
+    assert rejected(server) == {"bad_request": 1, "not_found": 3, "too_large": 1}
+
+
+def test_pages_of_permitted_origins_may_call_and_others_may_not(model_folder):
+    page = "http://localhost:3000"
+    args = ServeArgs(model=str(model_folder), api_key="k", cors_origin=f"{page},https://b.org")
+    running = Server(args)
+    try:
+
+        async def ask(method, origin, key, **more):
+            asked = {"Origin": origin, **more}
+            asked |= {"Authorization": f"Bearer {key}"} if key else {}
+            async with client_of(running.app()) as client:
+                return await client.request(method, "/v1/models", headers=asked)
+
+        wants = {
+            "Access-Control-Request-Method": "POST",
+            "Access-Control-Request-Headers": "authorization,content-type,x-stainless-lang",
+        }
+        may = asyncio.run(ask("OPTIONS", page, None, **wants))
+        assert may.status_code == 200 and may.headers["access-control-allow-origin"] == page
+        assert "x-stainless-lang" in may.headers["access-control-allow-headers"]
+        assert asyncio.run(ask("OPTIONS", "http://evil.org", None, **wants)).status_code == 400
+        answer = asyncio.run(ask("GET", page, "k"))
+        assert answer.status_code == 200
+        assert answer.headers["access-control-allow-origin"] == page
+        refused = asyncio.run(ask("GET", page, None))
+        assert refused.status_code == 401, "the key is still needed"
+        assert refused.headers["access-control-allow-origin"] == page, "so that pages see why"
+        other = asyncio.run(ask("GET", "http://evil.org", "k"))
+        assert "access-control-allow-origin" not in other.headers
+        assert rejected_by(running) == {"no_key": 1}
+    finally:
+        running.close()
+
+
+def rejected_by(running) -> dict[str, float]:
+    families = text_string_to_metric_families(running.metrics.render().decode())
+    samples = [sample for family in families for sample in family.samples]
+    name = "moeyard_requests_rejected_total"
+    return {s.labels["reason"]: s.value for s in samples if s.name == name and s.value}
+
+
+@pytest.mark.parametrize("origin", ["localhost:3000", "http://a.org/path", "http://", "a b"])
+def test_what_is_no_origin_is_refused(model_folder, origin):
+    with pytest.raises(ValueError, match="is no origin; use SCHEME://HOST"):
+        ServeArgs(model=str(model_folder), cors_origin=[origin])
