@@ -66,7 +66,7 @@ def test_a_burst_fills_the_batch_and_the_queue_exactly(server, stream):
             assert error["code"] == "rate_limit_exceeded"
             assert int(answer.headers["retry-after"]) >= 1
     assert rejected(server) == {"queue_full": 19}
-    assert call(server, "POST", "/v1/completions", json=json=BODY).status_code == 200
+    assert call(server, "POST", "/v1/completions", json=BODY).status_code == 200
 
 
 def test_every_answer_of_a_request_takes_a_place(server):
@@ -105,7 +105,7 @@ def test_a_request_that_is_refused_or_fails_gives_its_place_back(server):
         bad = call(server, "POST", "/v1/completions", json={**BODY, "prompt": [999]})
         check_error(bad, 400, "token id 999")
     assert server.admission.num_open == 0
-    assert call(server, "POST", "/v1/completions", json=json={**BODY, "n": 6}).status_code == 200
+    assert call(server, "POST", "/v1/completions", json={**BODY, "n": 6}).status_code == 200
 
 
 def test_a_client_gone_before_its_stream_began_gives_its_place_back(server):
@@ -121,7 +121,7 @@ def test_a_client_gone_before_its_stream_began_gives_its_place_back(server):
     with pytest.raises(Exception):  # noqa: B017 (whatever the framework makes of it)
         asyncio.run(server.app()(scope, receive, send))
     assert server.admission.num_open == 0
-    assert call(server, "POST", "/v1/completions", json=json={**BODY, "n": 6}).status_code == 200
+    assert call(server, "POST", "/v1/completions", json={**BODY, "n": 6}).status_code == 200
 
 
 def test_a_draining_server_lets_nobody_in_and_finishes_what_it_has(server):
