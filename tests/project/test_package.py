@@ -153,17 +153,25 @@ def test_the_wheel_holds_the_packages_and_nothing_else(tmp_path):
 
 def test_every_shipped_configuration_is_valid(model_folder):
     """Those that start from a folder start from the one the README's first run exports."""
+    from moeyard.configuration import read_values
+    from moeyard.training.key_check import check_keys
     from moeyard.training.read_config import read_run_config
 
     configurations = list((ROOT / "configs" / "train").glob("*.yaml"))
     assert len(configurations) >= 3
     for path in configurations:
         starts = "start_from: runs/tiny-model\n" in path.read_text()
-        read_run_config(path, [f"start_from={model_folder}"] if starts else [])
+        # The README's run takes 1024 tokens, the tests' folder fewer.
+        changed = [f"start_from={model_folder}", "model={max_positions: 1024}"] if starts else []
+        check_keys(read_values(path, changed))
+        read_run_config(path, changed)
 
 
-def test_the_page_of_the_configuration_is_up_to_date():
-    written = runpy.run_path(str(ROOT / "scripts" / "config_reference.py"))["page"]()
+def test_page_and_schema_of_the_configuration_are_up_to_date():
+    script = runpy.run_path(str(ROOT / "scripts" / "config_reference.py"))
+    schema = (ROOT / "training" / "schema.json").read_text(encoding="utf-8")
+    assert schema == script["schema"](), "run .venv/bin/python scripts/config_reference.py"
+    written = script["page"]()
     page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     assert page == written, "run .venv/bin/python scripts/config_reference.py"
     assert "|  |" not in page, "a key has no docstring"
@@ -176,3 +184,17 @@ def test_the_index_of_the_docs_names_every_page():
     index = (docs / "README.md").read_text(encoding="utf-8")
     pages = {path.relative_to(docs).as_posix() for path in docs.rglob("*.md")} - {"README.md"}
     assert {page for page in pages if f"]({page})" not in index} == set()
+
+
+def test_the_page_of_serving_names_every_flag_and_parameter():
+    from moeyard.cli import build_parser
+    from moeyard.serving.api.chat import ChatRequest
+    from moeyard.serving.api.completions import CompletionRequest
+    from moeyard.serving.api.protocol import IGNORED, StreamOptions
+
+    page = (ROOT / "docs" / "serving.md").read_text()
+    serve = build_parser()._subparsers._group_actions[0].choices["serve"]
+    flags = {action.option_strings[0] for action in serve._actions if action.option_strings}
+    fields = {*CompletionRequest.model_fields, *ChatRequest.model_fields}
+    wanted = {*(flags - {"-h"}), *fields, *StreamOptions.model_fields, *IGNORED}
+    assert {name for name in wanted if f"`{name}`" not in page} == set()

@@ -190,7 +190,9 @@ def test_without_a_queue_the_batch_is_all_there_is():
 
 def test_refusals_are_counted_by_reason(server):
     assert call(server, "POST", "/v1/completions", json={"model": "small"}).status_code == 400
-    assert call(server, "POST", "/v1/completions", json={**BODY, "model": "other"}).status_code == 404
+    assert (
+        call(server, "POST", "/v1/completions", json={**BODY, "model": "other"}).status_code == 404
+    )
     assert call(server, "GET", "/nowhere").status_code == 404
     assert call(server, "GET", "/v1/completions").status_code == 405
     large = {**BODY, "prompt": "a" * (request_body.MAX_BODY_BYTES + 1)}
