@@ -61,8 +61,9 @@ def run(arguments: argparse.Namespace) -> None:
 
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     values = {name: value for name, value in given.items() if name in DataConfig.model_fields}
-    if values.get("chat_template") is not None:
-        values["chat_template"] = str(values["chat_template"])
+    template = values.pop("chat_template", None)
+    if template is not None and arguments.format == "chat":
+        values["chat_template"] = str(template)
     config = validate_config(DataConfig, values)
     if arguments.format == "chat":
         _show(config, arguments)

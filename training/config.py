@@ -50,6 +50,11 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.format == "text" and self.chat_template is not None:
+            raise ValueError(
+                f"chat_template is {self.chat_template!r}, but format is text; set format to chat "
+                "or leave the template out."
+            )
         if self.eval_split is not None:
             held_out = self.source if self.eval_source is None else self.eval_source
             if not held_out.startswith("hf:"):

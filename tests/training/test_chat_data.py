@@ -86,6 +86,9 @@ def test_answers_are_found_by_tags_and_by_difference(tmp_path):
     # What the template writes after the prompt for an answer, the model must write too.
     found = answers_in(encoder_of(tmp_path, UNTAGGED), messages)
     assert found == ["It is 3.$", "(thinks) It is 4.$"]
+    spaced = UNTAGGED.replace("{{ eos_token }}", " {{ eos_token }}")
+    found = answers_in(encoder_of(tmp_path, spaced), messages)
+    assert found == ["It is 3. $", "(thinks) It is 4. $"]
 
 
 def test_the_mask_of_tags_is_that_of_transformers():
@@ -102,6 +105,34 @@ def test_the_mask_of_tags_is_that_of_transformers():
         assert ours.is_answer == [bool(bit) for bit in theirs["assistant_masks"]]
 
 
+class SpaceInFront:
+    """A tokenizer of words with the space in front, whose offsets leave the space out."""
+
+    @staticmethod
+    def transformers():
+        from tokenizers import Tokenizer, models, pre_tokenizers, processors
+        from transformers import PreTrainedTokenizerFast
+
+        words = ["Q", ":", "Say", "Ġanswer", "Ġ", "$", "!", "Answer", "answer"]
+        rust = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "!"))
+        rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        rust.post_processor = processors.ByteLevel(trim_offsets=True)
+        return PreTrainedTokenizerFast(tokenizer_object=rust, eos_token="$")
+
+
+def test_a_token_with_the_end_of_the_prompt_in_it_is_no_target(tmp_path):
+    turn = "{% for m in messages %}Say:%s{% generation %}%s{{ m.content }}$"
+    turn += "{% endgeneration %}{% endfor %}"
+    for before, behind, wanted in (("", " ", ["Ġanswer", "$"]), (" ", "", ["$"])):
+        (tmp_path / "t.jinja").write_text(turn.replace("%s", before, 1).replace("%s", behind, 1))
+        encoder = ChatEncoder(SpaceInFront(), tmp_path / "t.jinja")
+        encoded = encoder.encode("here", [{"role": "assistant", "content": "answer"}])
+        pairs = zip(encoded.ids, encoded.is_answer, strict=True)
+        trained = [token for token, is_answer in pairs if is_answer]
+        names = SpaceInFront.transformers().convert_ids_to_tokens(trained)
+        assert names == wanted, (before, encoded)
+
+
 def test_the_shapes_that_people_have_say_the_same():
     wanted = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     for record in (
@@ -109,6 +140,7 @@ def test_the_shapes_that_people_have_say_the_same():
         {"prompt": "a", "completion": "b"},
         {"prompt": wanted[:1], "completion": wanted[1:]},
         {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, wanted[1]]},
     ):
         assert messages_of(record, "here") == wanted
 
@@ -118,8 +150,20 @@ BAD = {
     "role": ({"messages": [{"role": "boss", "content": "a"}]}, "line 2 has the role 'boss'"),
     "speaker": ({"conversations": [{"from": "boss", "value": "a"}]}, 'line 2 has a turn "from"'),
     "no answer": ({"messages": [{"role": "user", "content": "a"}]}, "no assistant message"),
-    "content": ({"messages": [{"role": "user", "content": 5}]}, "content 5; give text"),
+    "content": ({"messages": [{"role": "user", "content": 5}]}, "content 5; give valid text"),
     "empty": ({"messages": []}, "line 2 is not a conversation"),
+    "surrogate": ({"prompt": "\ud800", "completion": "b"}, "give valid text"),
+    "list": ({"conversations": [{"from": ["x"], "value": "a"}]}, "has a turn \"from\" ['x']"),
+    "weight": (
+        {"messages": [{"role": "assistant", "content": "a", "weight": 0}]},
+        "a message of weight 0",
+    ),
+    "prompt": ({"prompt": 5, "completion": "b"}, "line 2 is not a conversation"),
+    "answer in a prompt": (
+        {"prompt": [{"role": "assistant", "content": "a"}], "completion": "b"},
+        "has an answer in its prompt",
+    ),
+    "tools": ({"prompt": "a", "completion": "b", "tools": [{}]}, "has tools, which are not"),
 }
 
 
@@ -151,6 +195,7 @@ TEMPLATES = {
         "{% for m in messages %}{{ m.role }}{{ eos_token }}{% endfor %}",
         "does not show where an answer begins and ends",
     ),
+    "raises": ("{{ 1 / 0 }}", "refuses these messages (division by zero"),
     "syntax": ("{% for %}", "refuses these messages (Expected an expression"),
 }
 

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-
 from ...errors import DataError
 from .chat_records import Message
 from .tokenizer import Tokenizer
@@ -56,12 +54,16 @@ class ChatEncoder:
             text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
         ids = given["input_ids"]
-        # A token that begins before an answer belongs to what the model is given, not to what it
-        # says; one that begins inside belongs to the answer.
-        is_answer = [
-            any(first <= start < last for first, last in spans)
-            for start, _ in given["offset_mapping"]
-        ]
+        starts = [start for start, _ in given["offset_mapping"]]
+        is_answer = [False] * len(ids)
+        for first, last in spans:
+            begins = next((i for i, start in enumerate(starts) if start >= first), len(ids))
+            # A token with the end of the prompt in it is not what the model will be asked for.
+            # (Offsets hide that where they leave out a token's space.)
+            before = self._inner(text[:first], add_special_tokens=False, verbose=False)
+            begins += before["input_ids"] != ids[:begins]
+            for index in range(begins, len(ids)):
+                is_answer[index] = is_answer[index] or starts[index] < last
         if not any(is_answer):
             raise DataError(
                 f"{where} has no answer in the rendered text; correct the conversation or the chat "
@@ -101,6 +103,7 @@ class ChatEncoder:
         behind = _num_shared(text[first:][::-1], other[first:][::-1])
         last = len(text) - behind
         is_found = other[first : len(other) - behind] == STAND_IN and first < last
+        last += len(text[last:]) - len(text[last:].lstrip())  # some put a newline in between
         closing = next((t for t in self._closing_tokens if text.startswith(t, last)), None)
         if not is_found or closing is None:
             raise DataError(
@@ -121,7 +124,7 @@ class ChatEncoder:
                     messages, chat_template=self.template, tokenize=False, **options
                 )
             )
-        except (TemplateError, TypeError, ValueError) as error:
+        except Exception as error:  # a template can raise anything
             raise _refused(where, error) from None
 
     def _render_marked(
@@ -136,7 +139,7 @@ class ChatEncoder:
                 return_assistant_tokens_mask=True,
                 **self._inner.special_tokens_map,
             )
-        except (TemplateError, TypeError, ValueError) as error:
+        except Exception as error:  # a template can raise anything
             raise _refused(where, error) from None
         return texts[0], spans[0]
 
@@ -157,12 +160,13 @@ def _template_of(inner: Any, path: Path | None) -> str:
                 f"data.chat_template is {str(path)!r}, which cannot be read ({reason}); give a "
                 "Jinja file."
             ) from None
-    if isinstance(inner.chat_template, str):
-        return inner.chat_template
-    raise DataError(
-        "data.format is chat, but the tokenizer has no chat template; give one as "
-        "data.chat_template, such as configs/train/chat.jinja."
-    )
+    try:
+        return str(inner.get_chat_template())
+    except ValueError:  # none, or several and none of them the default
+        raise DataError(
+            "data.format is chat, but the tokenizer has no chat template; give one as "
+            "data.chat_template, such as configs/train/chat.jinja."
+        ) from None
 
 
 def _refused(where: str, error: Exception) -> DataError:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import DataError
-from .documents import RECORD_SUFFIXES, Files, TextFile
+from .documents import RECORD_SUFFIXES, Files, TextFile, is_unicode
 from .records import NotJson, read_records
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -64,18 +64,33 @@ def messages_of(record: Any, where: str) -> list[Message]:
 
     Raises :class:`DataError` for other shapes, unknown roles and conversations without an answer.
     """
-    messages = _messages(record, where)
-    for message in messages:
-        role = message.get("role")
-        if role not in ROLES:
-            raise DataError(f"{where} has the role {role!r}; use one of {', '.join(ROLES)}.")
-        content = message.get("content")
-        is_call = role == "assistant" and content is None and message.get("tool_calls")
-        if not is_call and not isinstance(content, str):
-            raise DataError(f"{where} has a message with content {content!r}; give text.")
+    messages = [_checked(message, where) for message in _messages(record, where)]
+    if isinstance(record, dict) and record.get("tools"):
+        raise DataError(f"{where} has tools, which are not supported; take them out.")
     if not any(message["role"] == "assistant" for message in messages):
         raise DataError(f"{where} has no assistant message, so nothing to learn; take it out.")
     return messages
+
+
+def _checked(message: Message, where: str) -> Message:
+    """Return a message whose content is one text."""
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise DataError(f"{where} has the role {role!r}; use one of {', '.join(ROLES)}.")
+    if message.get("weight", 1) != 1:
+        raise DataError(
+            f"{where} has a message of weight {message['weight']!r}; all answers are trained on, "
+            "so take weight out, or the conversation."
+        )
+    if role == "assistant" and content is None and message.get("tool_calls"):
+        return message
+    if content and isinstance(content, list):
+        parts = [part.get("text") if isinstance(part, dict) else None for part in content]
+        texts = [part for part in parts if isinstance(part, str)]
+        content = "".join(texts) if len(texts) == len(parts) else content
+    if not isinstance(content, str) or not is_unicode(content):
+        raise DataError(f"{where} has a message with content {content!r}; give valid text.")
+    return message | {"content": content}
 
 
 def _messages(record: Any, where: str) -> list[Message]:
@@ -86,7 +101,14 @@ def _messages(record: Any, where: str) -> list[Message]:
         elif "conversations" in record:
             found = [_from_sharegpt(turn, where) for turn in _list(record["conversations"])]
         elif "prompt" in record and "completion" in record:
-            found = [*_side(record["prompt"], "user"), *_side(record["completion"], "assistant")]
+            prompt = _side(record["prompt"], "user")
+            completion = _side(record["completion"], "assistant")
+            found = [*prompt, *completion] if prompt and completion else None
+            if any(isinstance(part, dict) and part.get("role") == "assistant" for part in prompt):
+                raise DataError(
+                    f"{where} has an answer in its prompt, but all answers are trained on; give "
+                    "the conversation as messages if that is right."
+                )
     if not _list(found) or not all(isinstance(message, dict) for message in found):
         raise DataError(f"{where} is not a conversation; use {SHAPES}.")
     return list(found)
@@ -103,7 +125,7 @@ def _side(value: Any, role: str) -> list[Any]:
 
 def _from_sharegpt(turn: Any, where: str) -> Message:
     speaker = turn.get("from") if isinstance(turn, dict) else None
-    if speaker not in SHAREGPT_ROLES:
+    if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
         known = ", ".join(SHAREGPT_ROLES)
         raise DataError(f'{where} has a turn "from" {speaker!r}; use one of {known}.')
     return {"role": SHAREGPT_ROLES[speaker], "content": turn.get("value")}

@@ -92,7 +92,7 @@ class Files:
         try:
             for where, record in read_records(blocks):
                 text = record.get(self._text_key) if isinstance(record, dict) else None
-                if not isinstance(text, str) or not _is_unicode(text):
+                if not isinstance(text, str) or not is_unicode(text):
                     raise NotJson(where)
                 yield Text(text)
         except NotJson as error:
@@ -152,7 +152,7 @@ def _line_end(text: str, start: int) -> int:
     return end
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
     """Say whether a text has no lone surrogates, which JSON can express."""
     try:
         text.encode()
