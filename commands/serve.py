@@ -69,6 +69,7 @@ def add(parsers: Parsers) -> None:
     serve.add_argument(
         "--cors-origin",
         action="append",
+        default=[],
         metavar="ORIGIN",
         help="web pages that may call the server, such as http://localhost:3000, or *; repeat for "
         "several; default: none",
