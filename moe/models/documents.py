@@ -32,11 +32,16 @@ def batch_of_documents(ids_BL: Tensor, eos_id: int) -> Batch:
     begins_BL = ids_BL == eos_id
     begins_BL[:, 0] = True
     starts = begins_BL.reshape(-1).nonzero().squeeze(1).cpu().numpy()
-    lengths = np.diff(starts, append=ids_BL.numel())
-    positions_T = np.arange(ids_BL.numel()) - np.repeat(starts, lengths)
-    device = ids_BL.device
+    return batch_of_lengths(ids_BL.reshape(-1), np.diff(starts, append=ids_BL.numel()))
+
+
+def batch_of_lengths(ids_T: Tensor, lengths: npt.NDArray[np.int64]) -> Batch:
+    """Split rows into documents of ``lengths`` that do not see each other, each from position 0."""
+    starts = np.cumsum(lengths) - lengths
+    positions_T = np.arange(len(ids_T)) - np.repeat(starts, lengths)
+    device = ids_T.device
     return Batch(
-        ids_T=ids_BL.reshape(-1),
+        ids_T=ids_T,
         positions_T=torch.from_numpy(positions_T).to(device),
         lengths=tuple(lengths.tolist()),
         packing=pack(starts, lengths, device),

@@ -1,9 +1,9 @@
 """Conversations to token ids, and which of them the assistant says.
 
-A template that marks answers by ``{% generation %}`` says it itself (transformers). For others,
-each answer is found in the rendered text: the conversation is rendered once more with other text in
-the answer's place, and what differs is the answer. It begins where the prompt for it ends, and the
-special token right behind it belongs to it: without this token a model would not learn to stop.
+A template may mark answers by ``{% generation %}``, as transformers has it. Without these tags, we
+put other text in place of an answer, render again, and take what differs. An answer begins where
+its prompt ends. The special token right behind it belongs to it: without this token a model would
+not learn to stop.
 """
 
 import re

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from ...moe.batch import Batch, batch_of_rows
 from ...moe.models.decoder import Decoder
-from ...moe.models.documents import pack
+from ...moe.models.documents import batch_of_lengths
 from ...parallel.mesh import Mesh
 from ..config import RunConfig
 from ..data.chat import ChatData, build_chat_data
@@ -70,20 +70,14 @@ class ChatObjective(Objective):
 
     def evaluate(self, module: nn.Module, mesh: Mesh) -> HeldOut:
         """Score the first ``eval_sequences`` held-out windows, split over the ranks."""
-        train, held_out = self.config.train, self.data.held_out
-        num_windows = min(train.eval_sequences, len(held_out))
-        per_rank = max(1, train.batch_sequences // (train.accumulation * mesh.world_size))
-        sums = torch.zeros(2, dtype=torch.float64)  # loss, targets
-        module.eval()
-        with torch.no_grad():
-            for start in range(0, num_windows, per_rank * mesh.world_size):
-                first = min(num_windows, start + mesh.rank * per_rank)
-                windows = list(range(first, min(num_windows, first + per_rank)))
-                part = module(_on(device(), held_out.rows(windows)))
-                sums += torch.tensor([float(part.loss_sum), part.num_targets], dtype=torch.float64)
-        module.train()
-        loss_sum, num_targets = mesh.sum(sums).tolist()
-        return HeldOut({"eval_loss": loss_sum / num_targets}, int(num_targets))
+        held_out = self.data.held_out
+        loss, num_targets = self.score(
+            lambda windows: module(_on(device(), held_out.rows(list(windows)))),
+            module,
+            len(held_out),
+            mesh,
+        )
+        return HeldOut({"eval_loss": loss}, num_targets)
 
 
 def _on(target: torch.device, rows: ChatRows) -> ChatRows:
@@ -94,13 +88,4 @@ def _batch(rows: ChatRows) -> Batch:
     """Return the conversations as sequences that begin at position 0."""
     if not rows.lengths:
         return batch_of_rows(rows.ids_N.new_empty(0, 1))  # this rank helps others' experts
-    lengths = np.array(rows.lengths, dtype=np.int64)
-    starts = np.cumsum(lengths) - lengths
-    positions_N: Tensor = torch.from_numpy(np.arange(lengths.sum()) - np.repeat(starts, lengths))
-    place = rows.ids_N.device
-    return Batch(
-        ids_T=rows.ids_N,
-        positions_T=positions_N.to(place),
-        lengths=rows.lengths,
-        packing=pack(starts, lengths, place),
-    )
+    return batch_of_lengths(rows.ids_N, np.array(rows.lengths, dtype=np.int64))

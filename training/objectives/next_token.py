@@ -74,19 +74,12 @@ class NextTokenObjective(Objective):
 
     def evaluate(self, module: nn.Module, mesh: Mesh) -> HeldOut:
         """Score the first ``eval_sequences`` held-out windows, split over the ranks."""
-        train, held_out = self.config.train, self.data.held_out
-        num_windows = min(train.eval_sequences, held_out.num_windows)
-        per_rank = max(1, train.batch_sequences // (train.accumulation * mesh.world_size))
-        sums = torch.zeros(2, dtype=torch.float64)  # loss, targets
-        module.eval()
-        with torch.no_grad():
-            for start in range(0, num_windows, per_rank * mesh.world_size):
-                first = min(num_windows, start + mesh.rank * per_rank)
-                windows = held_out.in_order(range(first, min(num_windows, first + per_rank)))
-                part = module(windows.to(device()))
-                sums += torch.tensor([float(part.loss_sum), part.num_targets], dtype=torch.float64)
-        module.train()
-        loss_sum, num_targets = mesh.sum(sums).tolist()
-        loss = loss_sum / num_targets
+        held_out = self.data.held_out
+        loss, num_targets = self.score(
+            lambda windows: module(held_out.in_order(windows).to(device())),
+            module,
+            held_out.num_windows,
+            mesh,
+        )
         per_byte = loss * self.data.tokens_per_byte
-        return HeldOut({"eval_loss": loss, "eval_loss_per_byte": per_byte}, int(num_targets))
+        return HeldOut({"eval_loss": loss, "eval_loss_per_byte": per_byte}, num_targets)

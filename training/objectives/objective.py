@@ -6,6 +6,7 @@ kind is one file and one line in table.py.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,3 +92,29 @@ class Objective(ABC):
         ``module`` is the result of :meth:`module`. All ranks must run the same number of forwards,
         even with no rows, because experts on one rank serve tokens of another.
         """
+
+    def score(
+        self,
+        part_of: Callable[[range], MicroBatchLoss],
+        module: nn.Module,
+        num_windows: int,
+        mesh: Mesh,
+    ) -> tuple[float, int]:
+        """Return the mean loss of held-out windows, and their number of targets.
+
+        Takes the first ``eval_sequences`` of ``num_windows`` windows and splits them over the
+        ranks; ``part_of`` scores some of them, or none, by ``module``.
+        """
+        train = self.config.train
+        num_windows = min(train.eval_sequences, num_windows)
+        per_rank = max(1, train.batch_sequences // (train.accumulation * mesh.world_size))
+        sums = torch.zeros(2, dtype=torch.float64)  # loss, targets
+        module.eval()
+        with torch.no_grad():
+            for start in range(0, num_windows, per_rank * mesh.world_size):
+                first = min(num_windows, start + mesh.rank * per_rank)
+                part = part_of(range(first, min(num_windows, first + per_rank)))
+                sums += torch.tensor([float(part.loss_sum), part.num_targets], dtype=torch.float64)
+        module.train()
+        loss_sum, num_targets = mesh.sum(sums).tolist()
+        return loss_sum / num_targets, int(num_targets)
