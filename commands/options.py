@@ -54,16 +54,21 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 def add_loading(parser: argparse.ArgumentParser) -> None:
     """Add how a model is opened in this process."""
+    add_dtype(parser)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument("--expert-memory", help="memory for experts: 2GiB or 25%%; default: all")
+    add_ignore_unused_weights(parser)
+    add_allow_code(parser)
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    """Add the type that weights are loaded in."""
     parser.add_argument(
         "--dtype",
         type=short_name,
         choices=("fp32", "bf16"),
         help="float32 and bfloat16 work, too; default: as stored",
     )
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
-    parser.add_argument("--expert-memory", help="memory for experts: 2GiB or 25%%; default: all")
-    add_ignore_unused_weights(parser)
-    add_allow_code(parser)
 
 
 def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:

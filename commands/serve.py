@@ -4,11 +4,11 @@ import argparse
 import os
 from pathlib import Path
 
-from ..dtypes import short_name
 from .options import (
     Parsers,
     add_allow_code,
     add_command,
+    add_dtype,
     add_ignore_unused_weights,
     add_model,
     report_errors,
@@ -23,12 +23,7 @@ def add(parsers: Parsers) -> None:
     serve.add_argument("--port", type=int, default=8000, help="port to listen on")
     serve.add_argument("--expert-memory", help="memory for experts: 2GiB or 25%%; default: all")
     serve.add_argument("--served-model-name", help="name clients use; default: the folder's name")
-    serve.add_argument(
-        "--dtype",
-        type=short_name,
-        choices=("fp32", "bf16"),
-        help="float32 and bfloat16 work, too; default: as stored",
-    )
+    add_dtype(serve)
     serve.add_argument("--max-num-seqs", type=int, default=8, help="requests in the batch")
     serve.add_argument(
         "--max-queued-requests", type=int, default=64, help="requests that may wait; more get 429"

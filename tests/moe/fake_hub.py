@@ -17,7 +17,7 @@ class FakeHub:
     def __init__(self, folders: dict[str, Path]) -> None:
         self.folders = folders
         self.gated: set[str] = set()
-        """Models whose files nobody may read."""
+        """Models whose files no one may read without a token."""
         self.cuts: dict[str, int] = {}
         """By file: how many of its bytes are sent before a connection breaks."""
         self.times_cut = 1
