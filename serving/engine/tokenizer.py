@@ -6,12 +6,12 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from ...chat_templates.chat_template import content_format_of, pick_template
+from ...chat_templates.renderer import TemplateFault, TemplateProcess
 from ...errors import ConfigError, RequestError
 from ...moe.folders.text_codec import prompt_ids
 from ...moe.folders.tokenizer_errors import library_errors
 from ...moe.folders.tokenizer_folder import open_folder_tokenizer
-from ..templates.chat_template import content_format_of, pick_template
-from ..templates.renderer import TemplateFault, TemplateProcess
 
 WORD_START = "\u2581"
 """SentencePiece's sign for a space."""

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from moeyard.chat_templates import process as template_process
+from moeyard.chat_templates import renderer as templates
+from moeyard.chat_templates.renderer import TemplateFault, TemplateProcess
 from moeyard.errors import MoeyardError, RequestError
 from moeyard.kernels.values import memory as kernels_memory
 from moeyard.moe.folders.tokenizer_errors import library_errors
 from moeyard.serving import loading, memory
 from moeyard.serving.server import ServeArgs, Server, check_model
-from moeyard.serving.templates import process as template_process
-from moeyard.serving.templates import renderer as templates
-from moeyard.serving.templates.renderer import TemplateFault, TemplateProcess
 
 from http_calls import call, check_error
 

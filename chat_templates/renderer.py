@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from ...errors import RequestError
+from ..errors import RequestError
 from . import process as template_process
 
 RETRY_AFTER_S = 5
