@@ -12,6 +12,7 @@ from .commands import (
     export,
     generate,
     report,
+    routers,
     serve,
     tokenize,
     train,
@@ -31,6 +32,7 @@ COMMANDS = (
     convert,
     upcycle,
     report,
+    routers,
     doctor,
 )
 """In the order of the help."""

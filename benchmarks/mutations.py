@@ -190,7 +190,7 @@ MUTATIONS = [
     (
         "the bias is never moved",
         "training/step.py",
-        "router.after_step(counts_E)",
+        "router.after_step(layer, counts)",
         "pass",
         "tests/training/test_bias.py",
     ),

@@ -67,8 +67,9 @@ class Engine:
             raise RequestError("prompt is empty; give at least one token.", param="prompt")
         if length + request.max_tokens > self.max_model_len:
             raise RequestError(
-                f"prompt has {length} tokens and max_tokens is {request.max_tokens}, but the model "
-                f"takes {self.max_model_len} in all; shorten one of them.",
+                # litellm and others look for these words, to try a model with a longer context.
+                f"This model's maximum context length is {self.max_model_len} tokens, but the "
+                f"prompt has {length} and max_tokens is {request.max_tokens}; shorten one of them.",
                 param="prompt" if length >= self.max_model_len else "max_tokens",
                 code="context_length_exceeded",
             )

@@ -31,6 +31,7 @@ ROOMS = {
     ],
     "moe": [
         ["kv_cache", "linear", "norm", "routers"],
+        ["gated_mlp"],
         ["batch", "config", "experts"],
         ["attention", "layer"],
         ["models"],
@@ -68,7 +69,7 @@ ROOMS = {
         ["model_folder", "options"],
         [
             *("chat", "convert", "doctor", "evaluate", "export", "generate", "report", "serve"),
-            *("tokenize", "train", "upcycle"),
+            *("routers", "tokenize", "train", "upcycle"),
         ],
     ],
 }

@@ -160,7 +160,10 @@ BAD = {
     "many": ({"logprobs": True, "top_logprobs": 21}, "top_logprobs is 21"),
     "number": ({"logprobs": 1}, "logprobs is 1"),
     "prompt": ({"prompt": "a"}, "prompt is not a known parameter"),
-    "long": ({"messages": [{"role": "user", "content": "x" * 300}]}, "the model takes 256 in all"),
+    "long": (
+        {"messages": [{"role": "user", "content": "x" * 300}]},
+        "context length is 256 tokens",
+    ),
 }
 
 

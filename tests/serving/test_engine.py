@@ -173,7 +173,7 @@ def test_a_read_error_ends_the_requests_of_the_step_and_no_others(model_folder, 
         ({"prompt": []}, "prompt is empty"),
         ({"prompt": [257]}, r"token id 257; ids of this model are in \[0, 257\)"),
         ({"prompt": [-1]}, "token id -1"),
-        ({"prompt": [1] * 250}, "250 tokens and max_tokens is 24, but the model takes 256"),
+        ({"prompt": [1] * 250}, "256 tokens, but the prompt has 250 and max_tokens is 24"),
     ],
     ids=["empty", "above", "below", "long"],
 )

@@ -55,7 +55,7 @@ def test_the_openai_client_understands_refusals(server, client):
     with pytest.raises(openai.BadRequestError, match=r"token id 300") as caught:
         client.completions.create(model="small", prompt=[300])
     assert caught.value.param == "prompt"
-    with pytest.raises(openai.BadRequestError, match="the model takes 256 in all") as caught:
+    with pytest.raises(openai.BadRequestError, match="context length is 256 tokens") as caught:
         client.completions.create(model="small", prompt="x" * 999)
     assert caught.value.code == "context_length_exceeded"
     stranger = openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="wrong")
