@@ -6,21 +6,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moeyard.configuration import load_config
 from moeyard.moe.batch import batch_of_rows
 from moeyard.moe.layer import MoELayer
 from moeyard.moe.models.initialize import initialize
 from moeyard.moe.routers.hash import balanced_table
 from moeyard.parallel.mesh import Mesh
-from moeyard.training.config import RunConfig
 from moeyard.training.objectives.next_token import NextToken
+from moeyard.training.read_config import read_run_config
 from moeyard.training.trainer import Trainer
 
 PLAIN = ["train.precision=fp64", "model.moe.router={kind: topk, k: 2, balance_loss: 0, z_loss: 0}"]
 
 
 def trainer(config_file, tmp_path, *overrides) -> Trainer:
-    config = load_config(RunConfig, config_file, [f"run_dir={tmp_path}/run", *overrides])
+    config = read_run_config(config_file, [f"run_dir={tmp_path}/run", *overrides])
     return Trainer(config, tmp_path / "run", Mesh())
 
 
