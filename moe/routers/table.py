@@ -7,6 +7,7 @@ from pydantic_core.core_schema import ValidatorFunctionWrapHandler
 
 from ...configuration import validate_config
 from .hash import Hash
+from .noisy import Noisy
 from .own_code import check_class, find_class
 from .router import RouterConfig
 from .topk import TopK
@@ -14,6 +15,7 @@ from .topk import TopK
 ROUTERS: tuple[type[RouterConfig], ...] = (
     TopK,
     Hash,
+    Noisy,
 )
 """The configurations of all routers; ``kind`` tells them apart."""
 
