@@ -95,21 +95,25 @@ def balance_and_z(
     where they are not all that were routed: those before drops, or first choices with k = 1.
     Raises :class:`ConfigError` for a routing of evaluation mode.
     """
-    extras = routing.extras
-    if "probability_sums_E" not in extras:
-        raise ConfigError(
-            "the routing has no sums for losses, which routers keep in training mode only; "
-            "call train() on the layer before its forward."
-        )
     sums = BalanceSums(
         num_experts=len(counts.counts_E),
         k=k,
         counts_E=counts.counts_E if chosen_E is None else chosen_E,
-        probability_sums_E=extras["probability_sums_E"],
+        probability_sums_E=training_sum(routing, "probability_sums_E"),
         num_tokens=counts.num_tokens,
     )
     balance = sums.loss()
-    z = extras["z_sum"] / counts.num_tokens.clamp(min=1)
+    z = training_sum(routing, "z_sum") / counts.num_tokens.clamp(min=1)
     if balance_over == "layer":
         return LayerLosses((balance_loss * balance, z_loss * z), None, balance, z)
     return LayerLosses((z_loss * z,), (balance_loss, sums), balance, z)
+
+
+def training_sum(routing: Routing, name: str) -> Tensor:
+    """Return one of ``routing.extras``; :class:`ConfigError` for a routing of evaluation mode."""
+    if name not in routing.extras:
+        raise ConfigError(
+            "the routing has no sums for losses, which routers keep in training mode only; "
+            "call train() on the layer before its forward."
+        )
+    return routing.extras[name]

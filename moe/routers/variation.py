@@ -6,8 +6,7 @@ T tokens, E experts, K choices.
 import torch
 from torch import Tensor
 
-from ...errors import ConfigError
-from .loss_terms import GlobalCounts
+from .loss_terms import GlobalCounts, training_sum
 from .routing import Routing
 from .whole_batch import from_fixed_point, share_of, to_fixed_point
 
@@ -33,12 +32,7 @@ def add_sums(routing: Routing, name: str, values_TE: Tensor, valid_T: Tensor | N
 
 def variation_loss(routing: Routing, counts: GlobalCounts, name: str) -> Tensor:
     """Return this rank's share of the squared variation of ``name`` over the global batch."""
-    if name not in routing.extras:
-        raise ConfigError(
-            f"the routing has no {name}, which routers keep in training mode only; call train() on "
-            "the layer before its forward."
-        )
-    here_E = routing.extras[name]
+    here_E = training_sum(routing, name)
     whole_E = from_fixed_point(counts.extra[name], here_E.dtype)
     part = routing.num_tokens.to(here_E) / counts.num_tokens.clamp(min=1)
     return share_of(squared_variation, here_E, whole_E, part)

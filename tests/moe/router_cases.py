@@ -45,6 +45,18 @@ CASES: dict[str, dict] = {
         "load_loss": 0,
         "balance_loss": 0.01,
     },
+    "top_p": {"kind": "top_p", "p": 0.4, "entropy_loss": 0.01},
+    "top_p_limited": {"kind": "top_p", "p": 0.7, "max_k": 3, "lookahead": "attention_input"},
+    "relu": {"kind": "relu", "k": 1, "l1": 0.01},
+    "cosine": {"kind": "cosine"},
+    "cosine_code": {
+        "kind": "cosine",
+        "width": 16,
+        "normalize_token": False,
+        "temperature": None,
+        "renormalize": True,
+        "k": 2,
+    },
 }
 """By name: a ``router:`` section for four experts."""
 
