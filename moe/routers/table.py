@@ -6,14 +6,22 @@ from pydantic import BaseModel, Discriminator, SerializeAsAny, WrapValidator
 from pydantic_core.core_schema import ValidatorFunctionWrapHandler
 
 from ...configuration import validate_config
+from .cosine import Cosine
 from .hash import Hash
+from .noisy import Noisy
 from .own_code import check_class, find_class
+from .relu import ReLU
 from .router import RouterConfig
+from .top_p import TopP
 from .topk import TopK
 
 ROUTERS: tuple[type[RouterConfig], ...] = (
     TopK,
     Hash,
+    Noisy,
+    TopP,
+    ReLU,
+    Cosine,
 )
 """The configurations of all routers; ``kind`` tells them apart."""
 
