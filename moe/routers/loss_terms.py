@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ...errors import ConfigError
+
 
 class GlobalCounts(NamedTuple):
     """The counts of one layer's router, summed over the global batch; int64, no gradient."""
@@ -75,3 +77,16 @@ class LayerLosses(NamedTuple):
     """The layer's own balance loss without its coefficient, for logs."""
     z: Tensor | None = None
     """The z-loss without its coefficient, for logs."""
+
+
+def kept(extras: dict[str, Tensor], name: str) -> Tensor:
+    """Return what :meth:`Router.route` kept under ``name`` for the losses.
+
+    Raises :class:`ConfigError` for a routing of evaluation mode, which has none.
+    """
+    if name not in extras:
+        raise ConfigError(
+            "the routing has no sums for losses, which routers keep in training mode only; call "
+            "train() on the layer before its forward."
+        )
+    return extras[name]

@@ -6,6 +6,8 @@ from pydantic import BaseModel, Discriminator, SerializeAsAny, WrapValidator
 from pydantic_core.core_schema import ValidatorFunctionWrapHandler
 
 from ...configuration import validate_config
+from .comet import Comet
+from .dselect import DSelect
 from .hash import Hash
 from .own_code import check_class, find_class
 from .router import RouterConfig
@@ -14,6 +16,8 @@ from .topk import TopK
 ROUTERS: tuple[type[RouterConfig], ...] = (
     TopK,
     Hash,
+    Comet,
+    DSelect,
 )
 """The configurations of all routers; ``kind`` tells them apart."""
 

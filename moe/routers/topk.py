@@ -10,11 +10,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ...errors import ConfigError
 from ...kernels.router import choose, project_and_choose
 from ...kernels.values.choice import ChoiceRule, scores
 from .linear import LearnedConfig, LinearRouter, project
-from .loss_terms import BalanceSums, GlobalCounts, LayerLosses
+from .loss_terms import BalanceSums, GlobalCounts, LayerLosses, kept
 from .router import RouterSizes
 from .routing import RouterInput, Routing, count_tokens
 from .sequence_balance import add_sequence_balance
@@ -184,16 +183,11 @@ class TopKRouter(LinearRouter):
         mean over the sequences of the global batch.
         """
         config, extras = self.config, routing.extras
-        if "probability_sums_E" not in extras:
-            raise ConfigError(
-                "the routing has no sums for losses, which routers keep in training mode only; "
-                "call train() on the layer before its forward."
-            )
         sums = BalanceSums(
             num_experts=self.num_experts,
             k=self.k,
             counts_E=counts.counts_E,
-            probability_sums_E=extras["probability_sums_E"],
+            probability_sums_E=kept(extras, "probability_sums_E"),
             num_tokens=counts.num_tokens,
         )
         balance = sums.loss()

@@ -7,6 +7,10 @@ CASES: dict[str, dict] = {
     "topk_preattention": {"kind": "topk", "k": 1, "lookahead": "attention_input"},
     "hash": {"kind": "hash", "k": 1, "table": "random"},
     "hash_balanced": {"kind": "hash", "k": 2},
+    "comet": {"kind": "comet", "k": 2, "gamma": 0.5},
+    "comet_decided": {"kind": "comet", "k": 2, "gamma": 1e-3},
+    "dselect": {"kind": "dselect", "k": 2},
+    "dselect_static": {"kind": "dselect", "k": 2, "per_token": False},
 }
 """By name: a ``router:`` section for four experts."""
 
