@@ -9,6 +9,7 @@ from ...configuration import validate_config
 from .comet import Comet
 from .dselect import DSelect
 from .hash import Hash
+from .local_search import LocalSearch
 from .own_code import check_class, find_class
 from .router import RouterConfig
 from .topk import TopK
@@ -18,6 +19,7 @@ ROUTERS: tuple[type[RouterConfig], ...] = (
     Hash,
     Comet,
     DSelect,
+    LocalSearch,
 )
 """The configurations of all routers; ``kind`` tells them apart."""
 
@@ -36,13 +38,20 @@ def _or_own(value: Any, ours: ValidatorFunctionWrapHandler) -> Any:
 if TYPE_CHECKING:
     AnyRouter = RouterConfig
 else:
-    AnyRouter = SerializeAsAny[
-        Annotated[
-            Union[ROUTERS],  # noqa: UP007 - made from a tuple
-            Discriminator("kind"),
-            WrapValidator(_or_own),
+
+    def _any_of(routers):
+        """Return the type of a section with one of ``routers``, or with a user's."""
+        return SerializeAsAny[
+            Annotated[
+                Union[routers],  # noqa: UP007 - made from a tuple
+                Discriminator("kind"),
+                WrapValidator(_or_own),
+            ]
         ]
-    ]
+
+    searched = tuple(config for config in ROUTERS if config is not LocalSearch)
+    LocalSearch.model_rebuild(_types_namespace={"SearchedRouter": _any_of(searched)})
+    AnyRouter = _any_of(ROUTERS)
     """The type of a ``router:`` section."""
 
 

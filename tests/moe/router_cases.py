@@ -11,6 +11,9 @@ CASES: dict[str, dict] = {
     "comet_decided": {"kind": "comet", "k": 2, "gamma": 1e-3},
     "dselect": {"kind": "dselect", "k": 2},
     "dselect_static": {"kind": "dselect", "k": 2, "per_token": False},
+    "local_search": {"kind": "local_search", "router": {"kind": "comet"}, "search_steps": 50},
+    "local_search_done": {"kind": "local_search", "router": {"kind": "topk"}, "search_steps": 1},
+    "local_search_of_hash": {"kind": "local_search", "router": {"kind": "hash"}, "search_steps": 2},
 }
 """By name: a ``router:`` section for four experts."""
 
