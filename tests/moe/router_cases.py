@@ -19,3 +19,6 @@ CASES: dict[str, dict] = {
 
 NOT_FOR_TEXT: set[str] = set()
 """Those that read what a text model does not have, such as a task."""
+
+NOT_TENSORS_ALONE: set[str] = set()
+"""Those with a fixed number of experts whose rule needs values on the host."""
