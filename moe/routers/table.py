@@ -7,6 +7,7 @@ from pydantic_core.core_schema import ValidatorFunctionWrapHandler
 
 from ...configuration import validate_config
 from .comet import Comet
+from .dense_to_sparse import DenseToSparse
 from .dselect import DSelect
 from .hash import Hash
 from .local_search import LocalSearch
@@ -19,6 +20,7 @@ ROUTERS: tuple[type[RouterConfig], ...] = (
     Hash,
     Comet,
     DSelect,
+    DenseToSparse,
     LocalSearch,
 )
 """The configurations of all routers; ``kind`` tells them apart."""
