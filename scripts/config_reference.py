@@ -70,11 +70,15 @@ def page() -> str:
     return "\n".join(parts)
 
 
-def _sections(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, type[BaseModel]]]:
+def _sections(
+    model: type[BaseModel], prefix: str, around: frozenset[type[BaseModel]] = frozenset()
+) -> Iterator[tuple[str, type[BaseModel]]]:
+    """Yield path and model of each section; ``around`` are those on the way, which are known."""
     for name, field in model.model_fields.items():
-        for inner in _models_in(field.annotation):
+        models = [inner for inner in _models_in(field.annotation) if inner not in around]
+        for inner in models:
             yield f"{prefix}{name}", inner
-            yield from _sections(inner, f"{prefix}{name}.")
+            yield from _sections(inner, f"{prefix}{name}.", around | set(models))
 
 
 def _models_in(kind: Any) -> Iterator[type[BaseModel]]:
@@ -185,9 +189,10 @@ def schema() -> str:
             value.pop("title", None)
             if key in texts:
                 value["description"] = texts[key]
-    router = found["$defs"]["MoEConfig"]["properties"]["router"]
-    del router["discriminator"]
-    router["oneOf"].append(OWN_ROUTER)
+    for owner in ("MoEConfig", "LocalSearch"):
+        router = found["$defs"][owner]["properties"]["router"]
+        del router["discriminator"]
+        router["oneOf"].append(OWN_ROUTER)
     return json.dumps(found, indent=1) + "\n"
 
 

@@ -57,6 +57,22 @@ CASES: dict[str, dict] = {
         "renormalize": True,
         "k": 2,
     },
+    "comet": {"kind": "comet", "k": 2, "gamma": 0.5},
+    "comet_decided": {"kind": "comet", "k": 2, "gamma": 1e-3},
+    "dselect": {"kind": "dselect", "k": 2},
+    "dselect_static": {"kind": "dselect", "k": 2, "per_token": False},
+    "dense_to_sparse": {"kind": "dense_to_sparse"},
+    "dense_to_sparse_hard": {"kind": "dense_to_sparse", "k": 2, "hard_after": 1, "seed": 3},
+    "dense_to_sparse_activation": {
+        "kind": "dense_to_sparse",
+        "noise": False,
+        "activation": "gelu",
+        "threshold": 0.2,
+        "dense_evaluation": True,
+    },
+    "local_search": {"kind": "local_search", "router": {"kind": "comet"}, "search_steps": 50},
+    "local_search_done": {"kind": "local_search", "router": {"kind": "topk"}, "search_steps": 1},
+    "local_search_of_hash": {"kind": "local_search", "router": {"kind": "hash"}, "search_steps": 2},
 }
 """By name: a ``router:`` section for four experts."""
 
