@@ -70,7 +70,7 @@ def test_the_coefficient_grows_while_choices_are_too_dense_over_all_layers_and_e
     gate = router(k=2)
     dense, sparse = counts_of(31, 10), counts_of(10, 10)
     for layers, factor in (
-        ([dense, sparse], 1.2),  # 41 of 40: this layer and its neighbour together
+        ([sparse, dense], 1.2),  # 41 of 40: this layer and its neighbour together
         ([sparse, sparse], 1 / 1.2),
         ([counts_of(20, 10)], 1 / 1.2),  # exactly k
         ([dense], 1.2),
