@@ -14,6 +14,7 @@ from .commands import (
     report,
     serve,
     tokenize,
+    trace,
     train,
     upcycle,
 )
@@ -31,6 +32,7 @@ COMMANDS = (
     convert,
     upcycle,
     report,
+    trace,
     doctor,
 )
 """In the order of the help."""

@@ -1,6 +1,6 @@
 """The flat, ragged batch every decoder call takes. T tokens, B sequences."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -36,6 +36,9 @@ class Batch:
     """One cache per sequence; None if nothing came before and nothing is kept."""
     packing: Packing | None = None
     """How attention groups sequences; None = one by one, or all together if uniform."""
+    routes: Mapping[int, Tensor] | None = None
+    """By index of each MoE layer: int32 ``[T, K]``, recorded experts to visit instead of the
+    routers' choice; -1 = none (routes/replay.py)."""
 
     @property
     def is_uniform(self) -> bool:
@@ -50,6 +53,7 @@ class Batch:
             positions_T=self.positions_T[rows_N],
             lengths=tuple(self.lengths[index] for index in sequences),
             caches=None if caches is None else tuple(caches[index] for index in sequences),
+            routes=None if self.routes is None else {i: r[rows_N] for i, r in self.routes.items()},
         )
 
 

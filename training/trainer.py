@@ -14,9 +14,11 @@ from .config import RunConfig
 from .objectives.objective import Objective
 from .objectives.table import OBJECTIVES
 from .observers.console import TrainingConsole
+from .observers.observers import Observer
 from .observers.open import open_observers
 from .parallelize import parallelize
 from .phases import PhaseAverage
+from .routes import RouteRecording
 from .run.agreement import check_same_beginning
 from .run.folder import dump_config
 from .run.starts import note_start
@@ -62,7 +64,12 @@ class Trainer:
         pulse.begin("looking for checkpoints")
         done = saved = self.saves.resume()
         observers = open_observers(
-            self._config, self._model_config, self._run_dir, self._mesh, resume_step=done
+            self._config,
+            self._model_config,
+            self._run_dir,
+            self._mesh,
+            done,
+            self._recordings(done),
         )
         steps = self._config.train.steps
         console = TrainingConsole(done, steps, is_shown=self._mesh.rank == 0)
@@ -109,6 +116,12 @@ class Trainer:
             self._data.train.close()
             console.close()
             observers.close()
+
+    def _recordings(self, done: int) -> list[Observer]:
+        if self._config.monitor.routes is None:
+            return []
+        model = (self.objective, self.decoder, self._step)
+        return [RouteRecording(*model, self._run_dir, self._mesh, resume_step=done)]
 
     def _note_start(self, done: int) -> None:
         replace_text(self._run_dir / "config.yaml", dump_config(self._config))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError
 from ...kernels.linear import row_stable_linear
-from ...kernels.router import choose, project_and_choose
+from ...kernels.router import choose, project_and_choose, weigh
 from ...kernels.values.choice import ChoiceRule, scores
 from .loss_terms import BalanceSums, GlobalCounts, LayerLosses
 from .router import Router, RouterConfig, RouterSizes
@@ -162,16 +162,27 @@ class TopKRouter(Router):
 
         Values that only losses need are left out in evaluation mode.
         """
+        return self._route(router_input, None)
+
+    def route_to(self, router_input: RouterInput, experts_TK: Tensor) -> Routing:
+        """Visit the given experts, in whatever groups; rows are not rounded again."""
+        return self._route(router_input, experts_TK)
+
+    def _route(self, router_input: RouterInput, given_TK: Tensor | None) -> Routing:
         x_TD, valid_T = router_input.x_TD, router_input.valid_T
         assert x_TD is not None, "the caller must pass hidden rows"
         if not self.training and valid_T is None:
             bias_E = self.e_score_correction_bias
-            found = project_and_choose(x_TD, self.weight, self.bias, bias_E, self.rule)
+            weights = (self.weight, self.bias, bias_E)
+            found = project_and_choose(x_TD, *weights, self.rule, given_TK)
             if found is not None:
                 return Routing(*found[:3], num_tokens=torch.tensor(x_TD.shape[0]))
         logits_TE = self.logits(x_TD)
-        bias_E = self.e_score_correction_bias
-        choices = choose(logits_TE, bias_E, valid_T, self.rule, wants_sums=self.training)
+        if given_TK is None:
+            bias_E = self.e_score_correction_bias
+            choices = choose(logits_TE, bias_E, valid_T, self.rule, wants_sums=self.training)
+        else:
+            choices = weigh(logits_TE, given_TK, valid_T, self.rule, wants_sums=self.training)
         routing = Routing(
             experts_TK=choices.experts_TK,
             weights_TK=choices.weights_TK,
@@ -182,7 +193,7 @@ class TopKRouter(Router):
             routing.extras = choices.sums._asdict()
         if self.training and self.config.sequence_balance_loss:
             add_sequence_balance(routing, logits_TE, router_input, self.rule)
-        if self.training and self.config.round_rows_to:
+        if self.training and self.config.round_rows_to and given_TK is None:
             routing.experts_TK, routing.weights_TK = round_tokens(
                 routing.experts_TK,
                 routing.weights_TK,

@@ -34,7 +34,7 @@ ROOMS = {
         ["batch", "config", "experts"],
         ["attention", "layer"],
         ["models"],
-        ["folders"],
+        ["folders", "routes"],
     ],
     "parallel": [
         ["host", "local_ranks", "parent", "watch"],
@@ -50,6 +50,7 @@ ROOMS = {
         ["checkpoints", "objectives", "run"],
         ["read_config", "report", "saves", "setup", "step"],
         ["observers"],
+        ["routes"],
         ["trainer"],
         ["program"],
         ["__main__"],
@@ -68,7 +69,7 @@ ROOMS = {
         ["model_folder", "options"],
         [
             *("chat", "convert", "doctor", "evaluate", "export", "generate", "report", "serve"),
-            *("tokenize", "train", "upcycle"),
+            *("tokenize", "trace", "train", "upcycle"),
         ],
     ],
 }
