@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .errors import MoeyardError
     from .moe.folders.transformers_blocks import replace_moe_blocks
-    from .moe.layer import MoELayer, auxiliary_loss
+    from .moe.layer import MoELayer, after_step, auxiliary_loss
     from .moe.models.language_model import LanguageModel
     from .moe.routers.hash import Hash
     from .moe.routers.loss_terms import GlobalCounts, LayerLosses
     from .moe.routers.router import Router, RouterConfig, RouterSizes
     from .moe.routers.routing import Lookahead, RouterInput, Routing
+    from .moe.routers.table import router
     from .moe.routers.topk import TopK
     from .serving.loading import load
 
@@ -41,9 +42,11 @@ __all__ = [
     "Routing",
     "TopK",
     "__version__",
+    "after_step",
     "auxiliary_loss",
     "load",
     "replace_moe_blocks",
+    "router",
 ]
 
 _HOME = {
@@ -60,9 +63,11 @@ _HOME = {
     "RouterSizes": ".moe.routers.router",
     "Routing": ".moe.routers.routing",
     "TopK": ".moe.routers.topk",
+    "after_step": ".moe.layer",
     "auxiliary_loss": ".moe.layer",
     "load": ".serving.loading",
     "replace_moe_blocks": ".moe.folders.transformers_blocks",
+    "router": ".moe.routers.table",
 }
 
 

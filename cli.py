@@ -12,6 +12,7 @@ from .commands import (
     export,
     generate,
     report,
+    routers,
     serve,
     tokenize,
     trace,
@@ -33,6 +34,7 @@ COMMANDS = (
     upcycle,
     report,
     trace,
+    routers,
     doctor,
 )
 """In the order of the help."""

@@ -2,7 +2,7 @@
 
 import difflib
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
@@ -76,6 +76,16 @@ def unknown_key(path: str, known: Iterable[str]) -> str:
     return f"{message}; did you mean {close[0]}?" if close else f"{message}; remove it."
 
 
+def unknown_kind(path: str, kind: str | None, context: Mapping[str, Any]) -> str:
+    """Return the sentence about a kind that does not exist; ``context`` is pydantic's."""
+    known = context.get("expected_tags", "")
+    if kind is None:
+        return f"{path} is missing; use one of {known or 'the known kinds'}."
+    close = difflib.get_close_matches(kind, [name.strip("' ") for name in known.split(",")], n=1)
+    remedy = f"did you mean {close[0]!r}?" if close else f"use one of {known}."
+    return f"{path} is {kind!r}; {remedy}"
+
+
 def with_others(overrides: Iterable[str], others: Iterable[str]) -> list[str]:
     """Return overrides together with arguments that the command line has no option for.
 
@@ -102,9 +112,7 @@ def _sentence(model: type[BaseModel], values: dict[str, Any], problem: Any) -> s
         message = str(problem["ctx"]["error"])
         return f"{path}: {message}" if path else message
     if problem["type"].startswith("union_tag"):
-        known = problem["ctx"].get("expected_tags", "")
-        kind = problem["ctx"].get("tag", "missing")
-        return f"{path}.kind is {kind}; use one of {known or 'the known kinds'}."
+        return unknown_kind(f"{path}.kind", problem["ctx"].get("tag"), problem["ctx"])
     message = problem["msg"].replace("Input", f"it is {problem['input']!r}, but", 1)
     return f"{path}: {message}."
 

@@ -190,14 +190,14 @@ MUTATIONS = [
     (
         "the bias is never moved",
         "training/step.py",
-        "router.after_step(counts_E)",
+        "router.after_step(layer, counts)",
         "pass",
         "tests/training/test_bias.py",
     ),
     (
         "a pre-gate reads its own layer's input",
         "moe/models/decoder.py",
-        "next_routing = _choose(following, mlp_input_TD, batch)",
+        "next_routing = _choose(*following, mlp_input_TD, batch)",
         "next_routing = None",
         "tests/moe",
     ),

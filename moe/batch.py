@@ -36,6 +36,12 @@ class Batch:
     """One cache per sequence; None if nothing came before and nothing is kept."""
     packing: Packing | None = None
     """How attention groups sequences; None = one by one, or all together if uniform."""
+    tasks_T: Tensor | None = None
+    """int64: each row's task, for routers that read it."""
+    timesteps_T: Tensor | None = None
+    """Each row's time in a diffusion process, for routers that read it."""
+    draw_keys: tuple[int, ...] | None = None
+    """A number for each sequence that routers draw from in training (routers/draws.py)."""
     routes: Mapping[int, Tensor] | None = None
     """By index of each MoE layer: int32 ``[T, K]``, recorded experts to visit instead of the
     routers' choice; -1 = none (routes/replay.py)."""
@@ -53,6 +59,8 @@ class Batch:
             positions_T=self.positions_T[rows_N],
             lengths=tuple(self.lengths[index] for index in sequences),
             caches=None if caches is None else tuple(caches[index] for index in sequences),
+            tasks_T=None if self.tasks_T is None else self.tasks_T[rows_N],
+            timesteps_T=None if self.timesteps_T is None else self.timesteps_T[rows_N],
             routes=None if self.routes is None else {i: r[rows_N] for i, r in self.routes.items()},
         )
 

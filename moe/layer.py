@@ -4,7 +4,7 @@ T tokens, D model width.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -12,32 +12,18 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..kernels.experts import Backend
-from ..kernels.values.activation import ACTIVATIONS, Activation, gated
+from ..kernels.values.activation import ACTIVATIONS, Activation
 from .experts.base import LayerExperts
-from .experts.path import ExpertPath, LocalPath
+from .experts.path import Beside, ExpertPath, LocalPath
 from .experts.resident import Experts
+from .gated_mlp import GatedMLP
 from .linear import Linear
-from .routers.losses import total_loss
+from .routers.loss_terms import GlobalCounts
+from .routers.losses import add_counts, global_counts, total_loss
 from .routers.router import Router, RouterConfig, RouterSizes
 from .routers.routing import Lookahead, Reduce, RouterInput, Routing
+from .routers.split_rows import split_rows
 from .routers.topk import TopK
-
-
-class GatedMLP(nn.Module):
-    """A dense gated MLP: the decoder's dense layers and the shared experts."""
-
-    def __init__(self, d_model: int, d_ff: int, activation: Activation = "swiglu") -> None:
-        super().__init__()
-        self.activation: Activation = activation
-        self.gate_proj = Linear(d_model, d_ff)
-        self.up_proj = Linear(d_model, d_ff)
-        self.down_proj = Linear(d_ff, d_model)
-
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """Return ``down(act(gate x) * up x)``."""
-        h = torch.cat([self.gate_proj(x_TD), self.up_proj(x_TD)], dim=-1)
-        out: Tensor = self.down_proj(gated(h, self.activation))
-        return out
 
 
 class MoELayer(nn.Module):
@@ -56,6 +42,7 @@ class MoELayer(nn.Module):
         d_shared: Inner width of a shared expert that every token visits; 0 = none.
         shared_gate: Multiply the shared expert by ``sigmoid(w x)`` (Qwen2-MoE).
         vocab_size: Number of token ids, for routers that read them (``Hash``).
+        layer: Number of the layer in your model; routers of different layers draw differently.
         token_counts: How often each id occurs, for ``Hash`` with a balanced table; None = equally.
         expert_ids: Experts that this process holds, for expert parallelism; None = all.
         backend: ``auto`` takes the fastest that passes its self-check; ``reference`` is slow and
@@ -79,6 +66,7 @@ class MoELayer(nn.Module):
         shared_gate: bool = False,
         vocab_size: int | None = None,
         token_counts: Sequence[int] | None = None,
+        layer: int = 0,
         expert_ids: Sequence[int] | None = None,
         backend: Backend = "auto",
         recompute: bool = False,
@@ -92,7 +80,7 @@ class MoELayer(nn.Module):
         if activation not in ACTIVATIONS:
             raise ConfigError(f"activation is {activation!r}; use one of {', '.join(ACTIVATIONS)}.")
         self.d_model, self.d_expert, self.num_experts = d_model, d_expert, num_experts
-        sizes = RouterSizes(d_model, num_experts, vocab_size, token_counts)
+        sizes = RouterSizes(d_model, num_experts, vocab_size, token_counts, layer)
         self.gate: Router = _build(TopK() if router is None else router, sizes)
         self.experts: LayerExperts = Experts(
             d_model, d_expert, num_experts, expert_ids, backend, activation, recompute, expert_bias
@@ -113,16 +101,20 @@ class MoELayer(nn.Module):
         *,
         token_ids: Tensor | None = None,
         valid: Tensor | None = None,
+        tasks: Tensor | None = None,
+        timesteps: Tensor | None = None,
         routing: Routing | None = None,
     ) -> tuple[Tensor, Routing]:
         """Return the layer's output, shaped like ``x`` ``[..., D]``, and the routing.
 
         ``token_ids`` (int64, only read by routers such as ``Hash``) and ``valid`` (bool, False for
         padding, which is neither computed nor counted) have x's leading shape; its last dimension
-        is the tokens of a sequence. ``routing`` is a choice made earlier; layers whose router does
-        not read x need it.
+        is the tokens of a sequence. So have ``tasks`` and ``timesteps``, for routers that read
+        them. ``routing`` is a choice made earlier; layers whose router does not read x need it.
         """
-        self._check(x, token_ids, valid)
+        given = {"token_ids": token_ids, "valid": valid, "tasks": tasks, "timesteps": timesteps}
+        self._check(x, given)
+        rows = {name: None if v is None else v.reshape(-1) for name, v in given.items()}
         x_TD = x.reshape(-1, self.d_model)
         if routing is None:
             if self.lookahead not in (Lookahead.FFN_INPUT, Lookahead.TOKEN):
@@ -133,16 +125,31 @@ class MoELayer(nn.Module):
             routing = self.gate.route(
                 RouterInput(
                     x_TD=x_TD,
-                    ids_T=None if token_ids is None else token_ids.reshape(-1),
-                    valid_T=None if valid is None else valid.reshape(-1),
+                    ids_T=rows["token_ids"],
+                    valid_T=rows["valid"],
+                    tasks_T=rows["tasks"],
+                    timesteps_T=rows["timesteps"],
                     lengths=(x.shape[-2],) * math.prod(x.shape[:-2]) if x.ndim > 2 else None,
                 )
             )
         shared = None
         if self.shared_expert is not None:
             shared = partial(_run_shared, self.shared_expert, self.shared_expert_gate, x_TD)
-        y_TD = self.path.run(x_TD, routing, self.experts, shared)
+        if self.gate.config.varies:
+            y_TD = self._run_lines(x_TD, routing, shared)
+        else:
+            y_TD = self.path.run(x_TD, routing, self.experts, shared)
         return y_TD.view_as(x), routing
+
+    def _run_lines(self, x_TD: Tensor, routing: Routing, beside: Beside | None) -> Tensor:
+        """Run the experts on lines of k choices; see split_rows.py."""
+        tokens_N, experts_NW, weights_NW = split_rows(
+            routing.experts_TK, routing.weights_TK, self.gate.k
+        )
+        lines = Routing(experts_NW, weights_NW, routing.counts_E, routing.num_tokens)
+        y_ND = self.path.run(x_TD[tokens_N], lines, self.experts)
+        y_TD = torch.zeros_like(x_TD).index_add(0, tokens_N, y_ND)
+        return y_TD if beside is None else y_TD + beside()
 
     def extra_repr(self) -> str:
         """Show the layer's widths and its parameters."""
@@ -152,7 +159,7 @@ class MoELayer(nn.Module):
             f"parameters={total:,}"
         )
 
-    def _check(self, x: Tensor, token_ids: Tensor | None, valid: Tensor | None) -> None:
+    def _check(self, x: Tensor, given: Mapping[str, Tensor | None]) -> None:
         if not isinstance(x, Tensor):
             raise ConfigError(f"x is a {type(x).__name__}; give a tensor [..., {self.d_model}].")
         if x.ndim == 0 or x.shape[-1] != self.d_model:
@@ -160,10 +167,10 @@ class MoELayer(nn.Module):
                 f"x has shape {list(x.shape)}, but d_model is {self.d_model}; give [..., "
                 f"{self.d_model}]."
             )
-        for name, given in (("token_ids", token_ids), ("valid", valid)):
-            if given is not None and given.shape != x.shape[:-1]:
+        for name, value in given.items():
+            if value is not None and value.shape != x.shape[:-1]:
                 raise ConfigError(
-                    f"{name} has shape {list(given.shape)} and x {list(x.shape)}; give "
+                    f"{name} has shape {list(value.shape)} and x {list(x.shape)}; give "
                     f"{list(x.shape[:-1])}, a value for each token."
                 )
 
@@ -209,3 +216,20 @@ def auxiliary_loss(
     gradient to ``torch.no_grad`` or a reentrant checkpoint.
     """
     return total_loss([layer.gate for layer in layers], routings, reduce)
+
+
+def after_step(
+    layers: Sequence[MoELayer],
+    micro_batches: Sequence[Sequence[Routing]],
+    reduce: Reduce | None = None,
+) -> None:
+    """Tell the routers that a step of training is done: biases move, schedules go on.
+
+    ``micro_batches`` has the routings of each micro-batch of the step, in the order of ``layers``.
+    ``reduce`` is that of :func:`auxiliary_loss`. Call it on every rank, after the optimizer's step.
+    """
+    counts: list[GlobalCounts] = []
+    for routings in micro_batches:
+        counts = add_counts(counts, global_counts(routings, reduce or (lambda counts: counts)))
+    for layer, own in zip(layers, counts, strict=True):
+        layer.gate.after_step(own, counts)

@@ -15,6 +15,7 @@ from ..moe.folders.folder import ModelFolder
 from ..moe.folders.generation_config import read_generation_config
 from ..moe.folders.hub import hub_name, local_folder, pinned
 from ..moe.routers.own_code import allow
+from ..moe.routers.router import check_causal
 from .api.http_app import HttpApi
 from .engine.admission import Admission
 from .engine.engine import Engine, check_length
@@ -115,6 +116,8 @@ def check_model(args: ServeArgs, runs_here: bool = False) -> None:
     allow(args.allow_code)
     folder = ModelFolder(local_folder(args.model))
     folder.check(ignore_unused_weights=args.ignore_unused_weights)
+    if folder.config.moe is not None:
+        check_causal(folder.config.moe.router)
     dtype = pick_dtype(folder, args.dtype)
     read_generation_config(folder)
     args.open_tokenizer().close()

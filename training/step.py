@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..errors import TrainingError
 from ..moe.models.decoder import Decoder
-from ..moe.routers.losses import auxiliary_losses
+from ..moe.routers.loss_terms import GlobalCounts
+from ..moe.routers.losses import add_counts, auxiliary_losses, stacked
 from ..parallel.mesh import Mesh
 from .config import RunConfig
 from .device import device
@@ -36,6 +37,8 @@ class StepResult:
     lr: float
     counts_LE: Tensor
     """int64: routed rows of the global batch."""
+    dropped_L: tuple[int, ...]
+    """Choices of the global batch that reached no expert, per MoE layer."""
     stop_requested: bool
     """True when some rank was asked to stop."""
 
@@ -70,7 +73,7 @@ class TrainStep:
 
         Raises :class:`TrainingError` if loss or gradient is not finite; weights are then unchanged.
         """
-        sums, counts_LE = self._forward_backward(step)
+        sums, counts = self._forward_backward(step)
         sums = self._mesh.sum(torch.cat([sums, sums.new_tensor([float(stop_requested)])]))
         loss_sum, balance, z, stop = sums.tolist()
         train = self._config.train
@@ -88,19 +91,29 @@ class TrainStep:
         lr = learning_rate(self._config.optimizer, step, train.steps)
         self._engine.step(self.optimizer, lr)
         if train.parameters != "lora":  # lora freezes routers
-            for router, counts_E in zip(self._routers, counts_LE, strict=True):
-                router.after_step(counts_E)
+            for router, layer in zip(self._routers, counts, strict=True):
+                router.after_step(layer, counts)
         self.phases.lap("optimizer")
-        return StepResult(loss, balance, z, float(grad_norm), lr, counts_LE, stop > 0)
+        pairs = zip(self._routers, counts, strict=True)
+        return StepResult(
+            loss=loss,
+            balance=balance,
+            z=z,
+            grad_norm=float(grad_norm),
+            lr=lr,
+            counts_LE=stacked(counts),
+            dropped_L=tuple(router.dropped(layer) for router, layer in pairs),
+            stop_requested=stop > 0,
+        )
 
-    def _forward_backward(self, step: int) -> tuple[Tensor, Tensor]:
-        """Return fp64 ``[loss sum, balance, z]`` of this rank, and global counts."""
+    def _forward_backward(self, step: int) -> tuple[Tensor, list[GlobalCounts]]:
+        """Return fp64 ``[loss sum, balance, z]`` of this rank, and each layer's global counts."""
         train, mesh = self._config.train, self._mesh
         micro_rows = train.batch_sequences // train.accumulation
         rank_rows = micro_rows // mesh.world_size
         divisor = self._objective.divisor(step)
         sums = torch.zeros(3, dtype=torch.float64)
-        counts_LE = torch.zeros(0, dtype=torch.int64)
+        counts: list[GlobalCounts] = []
         self.gradients.zero()
         self.phases.lap("optimizer")
         for micro in range(train.accumulation):
@@ -120,11 +133,10 @@ class TrainStep:
                     loss = loss + auxiliary.total / train.accumulation
                     parts += [auxiliary.balance / train.accumulation]
                     parts += [auxiliary.z / train.accumulation]
-                    micro_counts = auxiliary.counts_LE
-                    counts_LE = micro_counts if micro == 0 else counts_LE + micro_counts
+                    counts = add_counts(counts, auxiliary.counts)
                 self.phases.lap("forward")
                 self._engine.backward(loss)
             sums[: len(parts)] += torch.stack([part.double() for part in parts]).cpu()
             self.phases.lap("backward")
         self.gradients.reduce()
-        return sums, counts_LE.cpu()
+        return sums, [layer.cpu() for layer in counts]

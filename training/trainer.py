@@ -153,9 +153,8 @@ class Trainer:
         return dict(held_out.metrics)
 
     def _record(self, done: int, result: StepResult, seconds: float) -> dict[str, Any]:
-        moe = self._model_config.moe
         tokens = self.objective.num_tokens(range(done - 1, done))
-        expected = tokens * (moe.router.k if moe is not None else 0)
+        loads = map(load_statistics, result.counts_LE, result.dropped_L)
         return {
             "step": done,
             "loss": result.loss,
@@ -168,6 +167,6 @@ class Trainer:
             "tokens": self.objective.num_tokens(range(done)),
             "step_tokens": tokens,
             "moe_layers": self._model_config.moe_layers,
-            "load": [load_statistics(c, expected).as_dict() for c in result.counts_LE],
+            "load": [load.as_dict() for load in loads],
             "expert_tokens": result.counts_LE.tolist(),
         }

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from ...configuration import unknown_kind
 from ...errors import ModelFileError
 from ..config.model import ModelConfig
 from .families.balance_keys import OWN_KEY
@@ -81,7 +82,7 @@ def _sentence(error: ValidationError, values: dict[str, Any]) -> str:
     found, name = problem["input"], ".".join(map(str, problem["loc"]))
     if problem["type"] == "union_tag_invalid":
         context = problem["ctx"]
-        return f"{name}.kind is {context['tag']!r}; use one of {context['expected_tags']}"
+        return unknown_kind(f"{name}.kind", context["tag"], context).removesuffix(".")
     same = [key for key, value in values.items() if type(value) is type(found) and value == found]
     rule = problem["msg"].removeprefix("Input ").partition(",")[0]
     return f"{same[0] if len(same) == 1 else name} is {repr(found)[:80]}; it {rule}"

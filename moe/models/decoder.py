@@ -5,7 +5,7 @@ T tokens, D model width, V vocabulary.
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torch import Tensor, nn
@@ -19,10 +19,12 @@ from ..attention.parts import Part, parts_of
 from ..attention.rope import Rope
 from ..batch import Batch
 from ..config.model import ModelConfig
+from ..gated_mlp import GatedMLP
 from ..kv_cache import SequenceCache
-from ..layer import GatedMLP, MoELayer
+from ..layer import MoELayer
 from ..linear import Linear
 from ..norm import RMSNorm
+from ..routers.draws import sequence_keys
 from ..routers.router import Router
 from ..routers.routing import Lookahead, RouterInput, Routing
 
@@ -73,6 +75,7 @@ class DecoderLayer(nn.Module):
                 shared_gate=config.moe.shared_gate,
                 expert_bias=config.moe.expert_bias,
                 vocab_size=config.vocabulary,
+                layer=layer,
                 token_counts=token_counts,
                 expert_ids=expert_ids,
                 backend=backend,
@@ -115,7 +118,15 @@ class DecoderLayer(nn.Module):
 
 def _choose(index: int, layer: MoELayer, x_TD: Tensor | None, batch: Batch) -> Routing:
     """Return the choice of decoder layer ``index``, or replay the one that the batch has for it."""
-    router_input = RouterInput(x_TD, batch.ids_T, batch.positions_T, lengths=batch.lengths)
+    router_input = RouterInput(
+        x_TD,
+        batch.ids_T,
+        batch.positions_T,
+        lengths=batch.lengths,
+        tasks_T=batch.tasks_T,
+        timesteps_T=batch.timesteps_T,
+        draw_keys=batch.draw_keys,
+    )
     if batch.routes is None:
         return layer.gate.route(router_input)
     return layer.gate.route_to(router_input, batch.routes[index])
@@ -179,6 +190,8 @@ class Decoder(nn.Module):
 
     def forward(self, batch: Batch) -> DecoderOutput:
         """Run the decoder on a batch; its caches, if any, grow by the batch's rows."""
+        if self.training and any(router.config.draws() for router in self.routers()):
+            batch = replace(batch, draw_keys=sequence_keys(batch.ids_T, batch.lengths))
         x_TD = self.embed_tokens(batch.ids_T)
         parts = parts_of(batch, self._rope.tables(batch.positions_T, x_TD.dtype))
         early = self._route_from_tokens(batch)

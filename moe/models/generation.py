@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ..batch import batch_of
+from ..routers.router import check_causal
 from .decoder import Decoder
 from .sampling import SamplingParams, sample
 from .text_stream import CONTEXT_IDS, Decode, TextStream
@@ -62,6 +63,8 @@ def continue_rows(
 
     ``rows`` are 1-D ids, of any lengths. A row that reached an end-of-text id repeats it.
     """
+    for router in decoder.routers():
+        check_causal(router.config)
     generators = [torch.Generator() for _ in rows]
     for row, generator in enumerate(generators):
         generator.seed() if limits.seed is None else generator.manual_seed(limits.seed + row)

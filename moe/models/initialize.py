@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..experts.resident import Experts
+from ..routers.router import Router
 from .decoder import Decoder
 
 
@@ -15,13 +16,16 @@ def initialize(model: Decoder, seed: int) -> None:
 
     Matrices are normal with std ``fan_in**-0.5``, output projections scaled by
     ``(2 * num_layers)**-0.5`` (GPT-2), embeddings and the head with std 0.02, norms and
-    scalars one, biases and attention sinks zero.
+    scalars one, biases and attention sinks zero. Routers may say otherwise for their own.
     Draws are made in fp32 and cast, so that all precisions start from the same numbers.
     """
     residual = (2 * model.config.num_layers) ** -0.5
     for name, parameter in model.named_parameters():
         owner = model.get_submodule(name.rpartition(".")[0])
-        if name.endswith(("bias", "sinks")):
+        first = _of_router(model, name, seed)
+        if first is not None:
+            parameter.data.copy_(first)
+        elif name.endswith(("bias", "sinks")):
             torch.nn.init.zeros_(parameter)
         elif parameter.ndim <= 1:
             torch.nn.init.ones_(parameter)
@@ -35,6 +39,15 @@ def initialize(model: Decoder, seed: int) -> None:
         else:
             scale = residual if "o_proj" in name or "down_proj" in name else 1.0
             _fill(parameter.data, scale / math.sqrt(parameter.shape[-1]), f"{seed}/{name}")
+
+
+def _of_router(model: Decoder, name: str, seed: int) -> Tensor | None:
+    """Return what a router wants its parameter to begin with; None for other parameters."""
+    owner, part, rest = name.partition(".gate.")
+    router = model.get_submodule(f"{owner}.gate") if part else None
+    if not isinstance(router, Router):
+        return None
+    return router.initialize(rest, generator_of(f"{seed}/{name}"))
 
 
 def generator_of(key: str) -> torch.Generator:

@@ -31,6 +31,7 @@ class Hash(RouterConfig):
     seed: int = 0
     """Seed of the table."""
 
+    paper: ClassVar[str] = "Roller et al. 2021"
     learns: ClassVar[bool] = False
     needs_token_counts: ClassVar[bool] = True
 

@@ -31,12 +31,12 @@ class LoadStatistics:
         return asdict(self)
 
 
-def load_statistics(counts_E: Tensor, expected_rows: int) -> LoadStatistics:
-    """Summarise ``counts_E``; ``expected_rows`` is tokens times choices."""
+def load_statistics(counts_E: Tensor, dropped: int = 0) -> LoadStatistics:
+    """Summarise ``counts_E``; ``dropped`` are choices that reached no expert."""
     load_E = counts_E.double()
     total = float(load_E.sum())
     if total == 0:
-        return LoadStatistics(0.0, 0.0, 0.0, load_E.numel(), 0.0, expected_rows)
+        return LoadStatistics(0.0, 0.0, 0.0, load_E.numel(), 0.0, dropped)
     mean = total / load_E.numel()
     share_E = load_E / total
     entropy = -float(torch.special.xlogy(share_E, share_E).sum())
@@ -47,5 +47,5 @@ def load_statistics(counts_E: Tensor, expected_rows: int) -> LoadStatistics:
         cv=float(load_E.std(unbiased=False)) / mean,
         idle=int((load_E == 0).sum()),
         entropy=entropy,
-        dropped=expected_rows - int(total),
+        dropped=dropped,
     )

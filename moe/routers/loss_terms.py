@@ -18,6 +18,18 @@ class GlobalCounts(NamedTuple):
     extra: dict[str, Tensor]
     """The router's own ``Routing.extra_counts``."""
 
+    def plus(self, other: "GlobalCounts") -> "GlobalCounts":
+        """Return the sums over both batches."""
+        extra = {name: value + other.extra[name] for name, value in self.extra.items()}
+        return GlobalCounts(
+            self.counts_E + other.counts_E, self.num_tokens + other.num_tokens, extra
+        )
+
+    def cpu(self) -> "GlobalCounts":
+        """Return a copy on the host."""
+        extra = {name: value.cpu() for name, value in self.extra.items()}
+        return GlobalCounts(self.counts_E.cpu(), self.num_tokens.cpu(), extra)
+
 
 class BalanceSums(NamedTuple):
     """The sums that a balance loss is computed from; those of several layers can be pooled."""

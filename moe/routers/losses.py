@@ -30,10 +30,25 @@ class AuxiliaryLosses:
     balance."""
     z: Tensor
     """Mean over layers of the z-loss without its coefficient."""
-    counts_LE: Tensor
-    """int64: routed rows of the global batch, per layer and expert."""
-    num_tokens: Tensor
-    """int64: tokens of the global batch."""
+    counts: list[GlobalCounts]
+    """The counts of the global batch, per layer."""
+
+    @property
+    def counts_LE(self) -> Tensor:
+        """int64: routed rows of the global batch, per layer and expert."""
+        return stacked(self.counts)
+
+    @property
+    def num_tokens(self) -> Tensor:
+        """int64: tokens of the global batch."""
+        return self.counts[0].num_tokens
+
+
+def stacked(counts: Sequence[GlobalCounts]) -> Tensor:
+    """Return int64 ``[L, E]``: routed rows per layer and expert; ``[0]`` without layers."""
+    if not counts:
+        return torch.zeros(0, dtype=torch.int64)
+    return torch.stack([layer.counts_E for layer in counts])
 
 
 def auxiliary_losses(
@@ -45,7 +60,7 @@ def auxiliary_losses(
     sum n_e, P_e and T over their layers (like transformers' ``load_balancing_loss_func``, which
     leaves out the K).
     """
-    counts = _global_counts(routings, reduce)
+    counts = global_counts(routings, reduce)
     by_layer = _losses(routings, routers, counts)
     zero = routings[0].weights_TK.new_zeros(())
     balance, z = zero, zero
@@ -54,8 +69,7 @@ def auxiliary_losses(
             balance = balance + layer.balance.detach() / len(routings)
         if layer.z is not None:
             z = z + layer.z.detach() / len(routings)
-    counts_LE = torch.stack([layer_counts.counts_E for layer_counts in counts])
-    return AuxiliaryLosses(_total(by_layer, zero), balance, z, counts_LE, counts[0].num_tokens)
+    return AuxiliaryLosses(_total(by_layer, zero), balance, z, counts)
 
 
 def total_loss(
@@ -70,7 +84,7 @@ def total_loss(
             f"there are {len(routers)} MoE layers and {len(routings)} routings; give each layer's "
             "routing, in the same order."
         )
-    counts = _global_counts(routings, reduce or (lambda counts: counts))
+    counts = global_counts(routings, reduce or (lambda counts: counts))
     by_layer = _losses(routings, routers, counts)
     for router, layer in zip(routers, by_layer, strict=True):
         _check_gradient(router, layer)
@@ -98,7 +112,14 @@ def _check_gradient(router: Router, layer: LayerLosses) -> None:
         )
 
 
-def _global_counts(routings: Sequence[Routing], reduce: Reduce) -> list[GlobalCounts]:
+def add_counts(before: list[GlobalCounts], more: list[GlobalCounts]) -> list[GlobalCounts]:
+    """Return the sums of two micro-batches, layer by layer; ``before`` may be empty."""
+    if not before:
+        return more
+    return [one.plus(other) for one, other in zip(before, more, strict=True)]
+
+
+def global_counts(routings: Sequence[Routing], reduce: Reduce) -> list[GlobalCounts]:
     """Return each layer's counts over the global batch: one reduction for all of them."""
     device = routings[0].counts_E.device  # a router may have counted tokens on the host
     parts = [

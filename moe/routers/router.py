@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from ...errors import ConfigError
 from .loss_terms import GlobalCounts, LayerLosses
@@ -27,6 +27,8 @@ class RouterSizes:
     token_counts: Sequence[int] | None = None
     """How often each token id occurs in the training data. None outside training, and for routers
     without :attr:`RouterConfig.needs_token_counts`."""
+    layer: int = 0
+    """Number of the layer in its model."""
 
 
 class RouterConfig(BaseModel):
@@ -40,10 +42,14 @@ class RouterConfig(BaseModel):
         frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
     )
 
+    paper: ClassVar[str] = ""
+    """Where the router comes from."""
     learns: ClassVar[bool] = True
     """Whether the router has weights that training changes."""
     needs_token_counts: ClassVar[bool] = False
     """Whether training must count the token ids of its data before the router is built."""
+    varies: ClassVar[bool] = False
+    """Whether tokens may visit more or fewer than k experts. ``k`` is then about their mean."""
 
     kind: str = ""
     """The router's name in configurations; by default ``module:Class``."""
@@ -95,6 +101,17 @@ class RouterConfig(BaseModel):
         """Return what the router reads, and so when it can run."""
         return Lookahead.FFN_INPUT
 
+    def draws(self) -> bool:
+        """Return whether training draws random numbers (draws.py)."""
+        return False
+
+    def why_not_causal(self) -> str | None:
+        """Return in one sentence why a token's choice depends on later tokens, or None.
+
+        Models with such a router cannot continue a text.
+        """
+        return None
+
     def for_first_layer(self) -> Self:
         """Return the configuration of a model's first MoE layer, which has no MoE layer before."""
         return self
@@ -105,6 +122,13 @@ class RouterConfig(BaseModel):
         ``name`` is its name in the module. The sentence continues after the name.
         """
         return None
+
+
+def check_causal(router: RouterConfig) -> None:
+    """Refuse to continue a text with a router whose choices depend on later tokens."""
+    reason = router.why_not_causal()
+    if reason is not None:
+        raise ConfigError(f"the model cannot continue a text: {reason}")
 
 
 class Router(nn.Module):
@@ -158,9 +182,25 @@ class Router(nn.Module):
         """
         return LayerLosses()
 
-    def after_step(self, counts_E: Tensor) -> None:
-        """React to the load of a finished step, ``[E]`` rows of the global batch.
+    def initialize(self, name: str, generator: Generator) -> Tensor | None:
+        """Return the first values of parameter ``name``; None = those of its shape.
 
-        Called once per step on every rank; does nothing by default. Routers with a
-        balancing bias move it here.
+        Matrices are normal with std ``fan_in**-0.5``, vectors one, and names that end in ``bias``
+        zero (models/initialize.py). ``generator`` is on the CPU and the same on all ranks.
+        """
+        return None
+
+    def dropped(self, counts: GlobalCounts) -> int:
+        """Return the choices of a step that reached no expert."""
+        if "dropped" in counts.extra:
+            return int(counts.extra["dropped"])
+        if self.config.varies:
+            return 0
+        return int(counts.num_tokens) * self.k - int(counts.counts_E.sum())
+
+    def after_step(self, counts: GlobalCounts, layers: Sequence[GlobalCounts]) -> None:
+        """React to a finished step of training: move a balancing bias, go on with a schedule.
+
+        Called once per step on every rank, with the counts of the global batch; ``layers`` are
+        those of all MoE layers in order. Does nothing by default.
         """

@@ -44,6 +44,13 @@ class RouterInput:
     """False for rows that must be neither routed nor counted; None = all rows are real."""
     lengths: tuple[int, ...] | None = None
     """Rows of each sequence, in order; None = all rows are one sequence."""
+    tasks_T: Tensor | None = None
+    """int64: the task that each row belongs to."""
+    timesteps_T: Tensor | None = None
+    """Time of the diffusion process of each row, from 0 upwards."""
+    draw_keys: tuple[int, ...] | None = None
+    """A number for each sequence from which routers draw at random (draws.py); None = from torch's
+    own generator."""
 
 
 @dataclass(slots=True)

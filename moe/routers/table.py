@@ -2,9 +2,10 @@
 
 from typing import TYPE_CHECKING, Annotated, Any, Union
 
-from pydantic import Discriminator, SerializeAsAny, WrapValidator
+from pydantic import BaseModel, Discriminator, SerializeAsAny, WrapValidator
 from pydantic_core.core_schema import ValidatorFunctionWrapHandler
 
+from ...configuration import validate_config
 from .hash import Hash
 from .own_code import check_class, find_class
 from .router import RouterConfig
@@ -39,3 +40,16 @@ else:
         ]
     ]
     """The type of a ``router:`` section."""
+
+
+class _Section(BaseModel):
+    router: AnyRouter
+
+
+def router(kind: str, **fields: Any) -> RouterConfig:
+    """Return the configuration of any router by its name: ``router("hash", k=2)``.
+
+    ``moeyard routers`` lists names and fields. Raises :class:`ConfigError` for those that it does
+    not have.
+    """
+    return validate_config(_Section, {"router": {"kind": kind, **fields}}).router

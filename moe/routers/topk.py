@@ -3,20 +3,20 @@
 T tokens, D model width, E experts, K choices, G groups of experts, B sequences.
 """
 
-from typing import Any, Literal, Self
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, Self
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ...errors import ConfigError
-from ...kernels.linear import row_stable_linear
 from ...kernels.router import choose, project_and_choose, weigh
 from ...kernels.values.choice import ChoiceRule, scores
+from .linear import LearnedConfig, LinearRouter, project
 from .loss_terms import BalanceSums, GlobalCounts, LayerLosses
-from .router import Router, RouterConfig, RouterSizes
-from .routing import Lookahead, RouterInput, Routing, count_tokens
+from .router import RouterSizes
+from .routing import RouterInput, Routing, count_tokens
 from .sequence_balance import add_sequence_balance
 from .token_rounding import round_tokens
 
@@ -32,18 +32,16 @@ TRAINING_ONLY = (
 """Fields of :class:`TopK` that a run may change: they do not change the meaning of weights."""
 
 
-class TopK(RouterConfig):
+class TopK(LearnedConfig):
     """Scores from a linear layer, the k largest win (Shazeer et al. 2017; Switch).
 
     With ``lookahead`` it is the router of Pre-gated MoE or SmallThinker. With ``score: sigmoid``,
     groups and ``bias_update_rate`` it is that of DeepSeek-V3.
     """
 
+    paper: ClassVar[str] = "Shazeer et al. 2017; Switch; DeepSeek-V3; Pre-gated MoE; SmallThinker"
+
     kind: Literal["topk"] = "topk"
-    lookahead: Literal["ffn_input", "attention_input", "previous_block"] = "ffn_input"
-    """What it reads. ``ffn_input``: what the experts read. ``attention_input``: the raw residual
-    entering the layer (SmallThinker). ``previous_block``: what the experts of the MoE layer before
-    read (Pre-gated MoE); the first MoE layer then reads ``ffn_input``."""
     score: Literal["softmax", "sigmoid"] = "softmax"
     """How logits become scores."""
     renormalize: bool = True
@@ -121,25 +119,15 @@ class TopK(RouterConfig):
             values["group_score"] = values["top_groups"] = None
         return values
 
-    def reads_at(self) -> Lookahead:
-        """Return ``lookahead``."""
-        return Lookahead(self.lookahead)
 
-    def for_first_layer(self) -> Self:
-        """Return this, but with ``ffn_input`` in place of ``previous_block``."""
-        if self.lookahead == "previous_block":
-            return self.model_copy(update={"lookahead": "ffn_input"})
-        return self
-
-
-class TopKRouter(Router):
+class TopKRouter(LinearRouter):
     """See :class:`TopK`. Scores are computed in fp32 (fp64 for fp64 input) for any type of x."""
 
     e_score_correction_bias: Tensor | None
     """``[E]``: DeepSeek's name for the balancing bias."""
 
     def __init__(self, config: TopK, d_model: int, num_experts: int) -> None:
-        super().__init__(config, num_experts)
+        super().__init__(config, d_model, num_experts)
         self.config: TopK = config
         self.rule = ChoiceRule(
             k=config.k,
@@ -151,8 +139,6 @@ class TopKRouter(Router):
             group_best=2 if config.group_score == "top2" else 1,
         )
         self.bias = nn.Parameter(torch.zeros(num_experts)) if config.logit_bias else None
-        self.weight = nn.Parameter(torch.empty(num_experts, d_model))
-        nn.init.normal_(self.weight, std=d_model**-0.5)
         has_bias = config.bias_update_rate is not None
         bias_E = torch.zeros(num_experts) if has_bias else None
         self.register_buffer("e_score_correction_bias", bias_E)
@@ -171,15 +157,14 @@ class TopKRouter(Router):
     def _route(self, router_input: RouterInput, given_TK: Tensor | None) -> Routing:
         x_TD, valid_T = router_input.x_TD, router_input.valid_T
         assert x_TD is not None, "the caller must pass hidden rows"
+        bias_E = self.e_score_correction_bias
         if not self.training and valid_T is None:
-            bias_E = self.e_score_correction_bias
             weights = (self.weight, self.bias, bias_E)
             found = project_and_choose(x_TD, *weights, self.rule, given_TK)
             if found is not None:
                 return Routing(*found[:3], num_tokens=torch.tensor(x_TD.shape[0]))
         logits_TE = self.logits(x_TD)
         if given_TK is None:
-            bias_E = self.e_score_correction_bias
             choices = choose(logits_TE, bias_E, valid_T, self.rule, wants_sums=self.training)
         else:
             choices = weigh(logits_TE, given_TK, valid_T, self.rule, wants_sums=self.training)
@@ -236,26 +221,21 @@ class TopKRouter(Router):
         return LayerLosses(tuple(terms), pooled, balance, z)
 
     @torch.no_grad()
-    def after_step(self, counts_E: Tensor) -> None:
-        """Move the bias towards even load; ``counts_E`` are rows of the global batch.
+    def after_step(self, counts: GlobalCounts, layers: Sequence[GlobalCounts]) -> None:
+        """Move the bias towards even load.
 
         ``b += rate * sign(mean - load)`` (Wang et al. 2024, algorithm 1). Does nothing without a
         bias.
         """
         bias_E, rate = self.e_score_correction_bias, self.config.bias_update_rate
         if bias_E is not None and rate:
-            load_E = counts_E.to(bias_E)
+            load_E = counts.counts_E.to(bias_E)
             bias_E += rate * (load_E.mean() - load_E).sign()
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """Return each row's score for every expert before softmax or sigmoid, ``[T, E]``."""
-        dtype = torch.promote_types(x_TD.dtype, torch.float32)
-        x_TD = x_TD.to(dtype)
         if self.config.jitter and self.training:
+            x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
             x_TD = x_TD * (1 + self.config.jitter * (2 * torch.rand_like(x_TD) - 1))
-        with torch.autocast(x_TD.device.type, enabled=False):  # it would choose in bf16
-            if torch.is_grad_enabled() or dtype != torch.float32:
-                logits = F.linear(x_TD, self.weight.to(dtype))
-            else:
-                logits = row_stable_linear(x_TD, self.weight.to(dtype))
-        return logits if self.bias is None else logits + self.bias.to(dtype)
+        logits_TE = project(x_TD, self.weight)
+        return logits_TE if self.bias is None else logits_TE + self.bias.to(logits_TE.dtype)

@@ -88,7 +88,7 @@ def summarize(header: RouteHeader, chunks: Iterable[Routes]) -> Summary:
     layers = []
     for layer, counts_E, kept in zip(header.moe_layers, counts_LE, kept_L, strict=True):
         total = int(counts_E.sum())
-        load = load_statistics(torch.from_numpy(counts_E), total)
+        load = load_statistics(torch.from_numpy(counts_E))
         layers.append(LayerSummary(layer, total, load.max_over_mean, load.idle, load.entropy, kept))
     named = {phase.name.lower(): count for phase, count in phases.items() if count}
     first, last = steps or (0, 0)

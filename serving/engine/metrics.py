@@ -204,7 +204,7 @@ class ExpertCollector(Collector):
             "moeyard_experts_idle", "Experts that never got a row", labels=["layer"]
         )
         for layer, counts_E in zip(self._layers, counts_LE, strict=True):
-            statistics = load_statistics(counts_E, tokens * self._k)
+            statistics = load_statistics(counts_E)
             imbalance.add_metric([str(layer)], statistics.max_over_mean)
             idle.add_metric([str(layer)], statistics.idle)
             if counts_LE.numel() <= MAX_EXPERT_SERIES:

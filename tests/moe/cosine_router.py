@@ -3,11 +3,12 @@
 T tokens, D model width, P width of the comparison, E experts, K choices.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 import moeyard
 
@@ -59,6 +60,8 @@ class CosineRouter(moeyard.Router):
         return moeyard.LayerLosses(terms=(self.config.confidence_loss * mean,))
 
     @torch.no_grad()
-    def after_step(self, counts_E: Tensor) -> None:
-        load_E = counts_E.to(self.balance_E)
+    def after_step(
+        self, counts: moeyard.GlobalCounts, layers: Sequence[moeyard.GlobalCounts]
+    ) -> None:
+        load_E = counts.counts_E.to(self.balance_E)
         self.balance_E += 0.01 * (load_E.mean() - load_E).sign()

@@ -6,6 +6,7 @@ import torch
 
 import moeyard
 from moeyard.errors import ConfigError
+from moeyard.moe.routers.loss_terms import GlobalCounts
 from moeyard.moe.routers.losses import auxiliary_losses
 from moeyard.moe.routers.router import RouterSizes
 from moeyard.moe.routers.routing import RouterInput
@@ -78,11 +79,16 @@ def test_the_bias_gets_no_gradient_and_the_weights_do():
     assert x.grad.abs().sum() > 0 and router.weight.grad.abs().sum() > 0
 
 
+def after_step(router, counts_E):
+    counts = GlobalCounts(counts_E, torch.tensor(0), {})
+    router.after_step(counts, [counts])
+
+
 def test_the_bias_moves_by_its_rate_towards_even_load():
     router = gate(bias_update_rate=0.01)
     before = router.e_score_correction_bias.clone()
     counts = torch.tensor([5] * 4 + [1] * 4 + [3] * 4)
-    router.after_step(counts)
+    after_step(router, counts)
     moved = router.e_score_correction_bias - before
     torch.testing.assert_close(moved, torch.tensor([-0.01] * 4 + [0.01] * 4 + [0.0] * 4).double())
 
@@ -92,7 +98,7 @@ def test_a_missing_or_frozen_bias_stays(rate):
     router = gate(bias_update_rate=rate)
     before = router.e_score_correction_bias
     before = None if before is None else before.clone()
-    router.after_step(torch.arange(EXPERTS))
+    after_step(router, torch.arange(EXPERTS))
     assert (before is None) == (router.e_score_correction_bias is None)
     assert before is None or torch.equal(before, router.e_score_correction_bias)
 
@@ -107,7 +113,7 @@ def test_updates_drive_a_skewed_router_to_even_load():
 
     first = peak()
     for _ in range(400):
-        router.after_step(router.route(RouterInput(x)).counts_E)
+        after_step(router, router.route(RouterInput(x)).counts_E)
     assert first > 2 and peak() < 1.2
 
 

@@ -141,10 +141,10 @@ def test_more_choices_than_experts_is_refused():
 
 
 def test_load_statistics_of_known_counts():
-    even = load_statistics(torch.tensor([4, 4, 4, 4]), 16)
+    even = load_statistics(torch.tensor([4, 4, 4, 4]))
     assert (even.max_over_mean, even.cv, even.idle, even.dropped) == (1.0, 0.0, 0, 0)
     assert even.entropy == pytest.approx(1.3862943611)
-    skewed = load_statistics(torch.tensor([8, 0, 0, 0]), 10)
+    skewed = load_statistics(torch.tensor([8, 0, 0, 0]), dropped=2)
     assert (skewed.max_over_mean, skewed.max_violation, skewed.idle) == (4.0, 3.0, 3)
     assert skewed.cv == pytest.approx(3**0.5) and skewed.entropy == 0 and skewed.dropped == 2
-    assert load_statistics(torch.zeros(3), 0).idle == 3
+    assert load_statistics(torch.zeros(3)).idle == 3

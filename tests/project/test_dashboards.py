@@ -61,7 +61,11 @@ def exported(config_file, model_folder) -> set[str]:
     config = load_config(RunConfig, config_file, overrides)
     port = PrometheusPort(config, config.model)
     counts_LE = torch.ones(2, 4, dtype=torch.int64)
-    port.step(1, StepResult(1.0, 0.0, 0.0, 1.0, 0.1, counts_LE, False), dict.fromkeys(PHASES, 1.0))
+    port.step(
+        1,
+        StepResult(1.0, 0.0, 0.0, 1.0, 0.1, counts_LE, (0,) * len(counts_LE), False),
+        dict.fromkeys(PHASES, 1.0),
+    )
     port.record({"tokens_per_s": 1.0, "eval_loss": 1.0})
     found = names_of(generate_latest(port.registry).decode())
     port.close()

@@ -31,6 +31,7 @@ ROOMS = {
     ],
     "moe": [
         ["kv_cache", "linear", "norm", "routers"],
+        ["gated_mlp"],
         ["batch", "config", "experts"],
         ["attention", "layer"],
         ["models"],
@@ -69,7 +70,7 @@ ROOMS = {
         ["model_folder", "options"],
         [
             *("chat", "convert", "doctor", "evaluate", "export", "generate", "report", "serve"),
-            *("tokenize", "trace", "train", "upcycle"),
+            *("routers", "tokenize", "trace", "train", "upcycle"),
         ],
     ],
 }

@@ -39,12 +39,14 @@ def test_exported_names_are_pinned():
         "RouterConfig",
         "RouterInput",
         "RouterSizes",
+        "after_step",
         "auxiliary_loss",
         "Routing",
         "TopK",
         "__version__",
         "load",
         "replace_moe_blocks",
+        "router",
     }
     assert all(hasattr(moeyard, name) for name in moeyard.__all__)
 

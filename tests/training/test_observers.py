@@ -162,8 +162,8 @@ def test_the_port_counts_every_step_of_a_run_logged_or_not(tmp_path, config_file
     assert all(phases[(p,)] > 0 for p in ("data", "forward", "backward", "optimizer"))
 
 
-def result_of(counts_LE) -> StepResult:
-    return StepResult(1.0, 0.0, 0.0, 1.0, 1e-3, torch.tensor(counts_LE), False)
+def result_of(counts_LE, dropped_L=(0,)) -> StepResult:
+    return StepResult(1.0, 0.0, 0.0, 1.0, 1e-3, torch.tensor(counts_LE), dropped_L, False)
 
 
 def port_of(config_file, *overrides) -> tuple[PrometheusPort, int]:
@@ -181,14 +181,14 @@ def test_layers_have_their_own_number_and_drops_add_up(config_file):
         absent = ("step", "loss", "learning_rate", "grad_norm", "eval_loss", "tokens_per_second")
         assert not any(f"moeyard_train_{name}" in at_start for name in absent)
         assert at_start["moeyard_train_tokens_total"] == {(): 0}, "a count of nothing is 0"
-        observer.step(1, result_of([[512, 0, 0, 0]]), {"data": 1.0})
-        observer.step(2, result_of([[100, 200, 200, 0]]), {"data": 2.5})
+        observer.step(1, result_of([[512, 0, 0, 0]], (5,)), {"data": 1.0})
+        observer.step(2, result_of([[100, 200, 200, 0]], (7,)), {"data": 2.5})
         seen = scrape(port)
     finally:
         observer.close()
     routed = seen["moeyard_train_expert_tokens_total"]
     assert routed == {("1", "0"): 612, ("1", "1"): 200, ("1", "2"): 200, ("1", "3"): 0}
-    assert seen["moeyard_train_rows_dropped_total"] == {("1",): 2 * 512 - 1012}
+    assert seen["moeyard_train_rows_dropped_total"] == {("1",): 12}
     assert seen["moeyard_train_expert_load_max_over_mean"] == {("1",): pytest.approx(1.6)}
     assert seen["moeyard_train_experts_idle"] == {("1",): 1}
     assert seen["moeyard_train_phase_seconds_total"] == {("data",): 2.5}
@@ -197,7 +197,7 @@ def test_layers_have_their_own_number_and_drops_add_up(config_file):
 def test_a_model_with_very_many_experts_exports_layers_only(config_file):
     observer, port = port_of(config_file)
     try:
-        observer.step(1, result_of([[1] * 4097] * 2), {})
+        observer.step(1, result_of([[1] * 4097] * 2, (0, 0)), {})
         seen = scrape(port)
     finally:
         observer.close()

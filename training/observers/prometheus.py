@@ -58,8 +58,7 @@ class PrometheusPort(Observer):
         self._tokens = Counter("moeyard_train_tokens", "Tokens trained on", registry=r)
         self._last = LastValues()
         r.register(self._last)
-        k = model.moe.router.k if model.moe is not None else 0
-        self._progress = ProgressCollector(model.moe_layers, self._tokens_per_step * k)
+        self._progress = ProgressCollector(model.moe_layers)
         r.register(self._progress)
         host, port = config.monitor.prometheus_host, config.monitor.prometheus_port
         assert port is not None, "no port was asked for"
@@ -78,7 +77,7 @@ class PrometheusPort(Observer):
         self._last.set("learning_rate", result.lr)
         self._last.set("grad_norm", result.grad_norm)
         self._tokens.inc(self._tokens_per_step)
-        self._progress.add(result.counts_LE, phase_seconds)
+        self._progress.add(result, phase_seconds)
 
     def record(self, record: dict[str, Any]) -> None:
         """Set the gauges that only records have."""
@@ -113,30 +112,32 @@ class LastValues(Collector):
 class ProgressCollector(Collector):
     """Phases and expert load; statistics are computed on each scrape."""
 
-    def __init__(self, layers: list[int], rows_per_step: int) -> None:
+    def __init__(self, layers: list[int]) -> None:
         self._layers = layers
-        self._rows_per_step = rows_per_step
-        """Routed rows of a layer: tokens times choices."""
         self._phase_seconds: Mapping[str, float] = {}
         self._last_LE = torch.zeros(0, dtype=torch.int64)
         self._total_LE = torch.zeros(0, dtype=torch.int64)
+        self._dropped_L = [0] * len(layers)
         self._steps = 0
         self._lock = threading.Lock()
         """The training loop's thread adds; the HTTP server's thread reads."""
 
-    def add(self, counts_LE: Tensor, phase_seconds: Mapping[str, float]) -> None:
+    def add(self, result: StepResult, phase_seconds: Mapping[str, float]) -> None:
         """Add one step."""
+        counts_LE = result.counts_LE
         with self._lock:
             self._phase_seconds = phase_seconds
             self._total_LE = counts_LE + self._total_LE if self._steps else counts_LE
             self._last_LE = counts_LE
+            both = zip(self._dropped_L, result.dropped_L, strict=True)
+            self._dropped_L = [before + more for before, more in both]
             self._steps += 1
 
     def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
         """Yield all families; those of the load only after the first step."""
         with self._lock:  # tensors are replaced, never written to
             phases, steps = self._phase_seconds, self._steps
-            last_LE, total_LE = self._last_LE, self._total_LE
+            last_LE, total_LE, dropped_L = self._last_LE, self._total_LE, self._dropped_L
         seconds = CounterMetricFamily(
             "moeyard_train_phase_seconds", "Wall time of rank 0 by phase", labels=["phase"]
         )
@@ -145,7 +146,7 @@ class ProgressCollector(Collector):
         yield seconds
         if steps and self._layers:
             yield from self._statistics(last_LE)
-            yield from self._totals(total_LE, steps)
+            yield from self._totals(total_LE, dropped_L)
 
     def _statistics(self, last_LE: Tensor) -> Iterator[GaugeMetricFamily]:
         families = {
@@ -159,21 +160,20 @@ class ProgressCollector(Collector):
             )
         }
         for layer, counts_E in zip(self._layers, last_LE, strict=True):
-            statistics = load_statistics(counts_E, self._rows_per_step).as_dict()
+            statistics = load_statistics(counts_E).as_dict()
             for name, family in families.items():
                 family.add_metric([str(layer)], statistics[name])
         yield from families.values()
 
-    def _totals(self, total_LE: Tensor, steps: int) -> Iterator[CounterMetricFamily]:
+    def _totals(self, total_LE: Tensor, dropped_L: list[int]) -> Iterator[CounterMetricFamily]:
         dropped = CounterMetricFamily(
             "moeyard_train_rows_dropped", "Routed rows that no expert took", labels=["layer"]
         )
         routed = CounterMetricFamily(
             "moeyard_train_expert_tokens", "Rows routed to an expert", labels=["layer", "expert"]
         )
-        for layer, total_E in zip(self._layers, total_LE, strict=True):
-            expected = steps * self._rows_per_step
-            dropped.add_metric([str(layer)], expected - int(total_E.sum()))
+        for layer, total_E, rows in zip(self._layers, total_LE, dropped_L, strict=True):
+            dropped.add_metric([str(layer)], rows)
             if total_LE.numel() <= MAX_EXPERT_SERIES:
                 for expert, rows in enumerate(total_E.tolist()):
                     routed.add_metric([str(layer), str(expert)], rows)

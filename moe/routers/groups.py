@@ -1,0 +1,26 @@
+"""The groups over which choices and capacity are made: sequences, not what a rank holds.
+
+A rank holds whole sequences of the global batch. So a rule that looks at the rows of one sequence
+gives the same choices on any number of ranks.
+
+T tokens, E experts, G groups.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .routing import RouterInput
+
+
+def group_lengths(router_input: RouterInput, num_rows: int) -> tuple[int, ...]:
+    """Return the rows of each sequence; all rows are one if the caller did not say."""
+    return router_input.lengths or (num_rows,)
+
+
+def groups_of_rows(lengths: Sequence[int], device: torch.device) -> Tensor:
+    """Return int64 ``[T]``: the number of each row's group."""
+    lengths_G = torch.tensor(lengths, dtype=torch.int64, device=device)
+    numbers_G = torch.arange(len(lengths), device=device)
+    return numbers_G.repeat_interleave(lengths_G, output_size=sum(lengths))
