@@ -116,7 +116,7 @@ class RouteFile:
 
 
 def route_files(paths: Sequence[Path]) -> list[RouteFile]:
-    """Open files, and all files of folders; they must be of one model."""
+    """Open files, and all files of folders; they must be of one recording."""
     found = []
     for path in paths:
         inside = sorted(path.glob(f"*{SUFFIX}")) if path.is_dir() else [path]
@@ -124,13 +124,9 @@ def route_files(paths: Sequence[Path]) -> list[RouteFile]:
             raise DataError(f"{path} has no file *{SUFFIX}; give a folder that has, or a file.")
         found += [RouteFile(file) for file in inside]
     for file in found[1:]:
-        if file.header.model != found[0].header.model:
+        if file.header != found[0].header:
             raise DataError(
-                f"{file.path} belongs to another model than {found[0].path}; give files of one."
-            )
-        if file.header.columns != found[0].header.columns:
-            raise DataError(
-                f"{file.path} has other columns than {found[0].path}; read them one by one."
+                f"{file.path} is of another recording than {found[0].path}; give files of one."
             )
     return found
 
@@ -139,7 +135,7 @@ def read_routes(*paths: Path) -> Routes:
     """Return the rows of files and folders by step, then sequence, then position.
 
     The files of a run's ranks become the rows of one process. Raises :class:`DataError` for files
-    that are damaged, cut short, of several models or without rows.
+    that are damaged, cut short, of several recordings or without rows.
     """
     files = route_files(paths)
     parts = []
