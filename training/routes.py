@@ -74,7 +74,7 @@ class RouteRecording(Observer):
 
         mesh.on_rank_0(prepare)
         path = folder / f"rank-{mesh.rank}{SUFFIX}"
-        self._writer = RouteWriter.resume(path, header, routes.max_bytes)
+        self._writer = RouteWriter(path, header, routes.max_bytes, append=True)
         self._numbers = SequenceNumbers(objective)
         self._train_step = train_step
         self._is_due = False

@@ -87,8 +87,8 @@ class RouteHeader(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: Literal["moeyard-routes"] = FORMAT
-    version: Literal[1] = VERSION
+    format: Literal["moeyard-routes"] = "moeyard-routes"
+    version: Literal[1] = 1
     model: ModelIdentity
     moe_layers: tuple[int, ...] = Field(min_length=1)
     """Indices of the decoder layers with experts; L of them."""

@@ -138,7 +138,7 @@ def read_routes(*paths: Path) -> Routes:
     that are damaged, cut short, of several recordings or without rows.
     """
     files = route_files(paths)
-    parts = []
+    parts: list[Routes] = []
     for file in files:
         parts += file.chunks()
         if file.damage is not None:

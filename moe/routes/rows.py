@@ -54,9 +54,9 @@ class Routes:
     def select(self, chosen: Array | slice) -> "Routes":
         """Return the rows of an index array, a mask or a slice."""
         return Routes(
-            *(getattr(self, name)[chosen] for name in PLAIN),
-            None if self.weights_NLK is None else self.weights_NLK[chosen],
-            {name: values[chosen] for name, values in self.columns.items()},
+            **{name: getattr(self, name)[chosen] for name in PLAIN},
+            weights_NLK=None if self.weights_NLK is None else self.weights_NLK[chosen],
+            columns={name: values[chosen] for name, values in self.columns.items()},
         )
 
 
@@ -73,11 +73,12 @@ def joined(parts: Sequence[Routes]) -> Routes:
         return parts[0]
     width = max(part.experts_NLK.shape[2] for part in parts)
     given = [part.weights_NLK for part in parts if part.weights_NLK is not None]
+    own = parts[0].columns
     return Routes(
-        *(np.concatenate([getattr(part, name) for part in parts]) for name in PLAIN[:-1]),
-        np.concatenate([_widened(part.experts_NLK, width, -1) for part in parts]),
-        np.concatenate([_widened(weights, width, 0) for weights in given]) if given else None,
-        {name: _joined_column([part.columns[name] for part in parts]) for name in parts[0].columns},
+        **{name: np.concatenate([getattr(part, name) for part in parts]) for name in PLAIN[:-1]},
+        experts_NLK=np.concatenate([_widened(part.experts_NLK, width, -1) for part in parts]),
+        weights_NLK=np.concatenate([_widened(w, width, 0) for w in given]) if given else None,
+        columns={name: _joined_column([part.columns[name] for part in parts]) for name in own},
     )
 
 

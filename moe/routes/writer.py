@@ -17,26 +17,36 @@ saves nothing; a smaller one is written more often while text is generated row b
 class RouteWriter:
     """Writes ``path``, replacing what is there. Raises ``OSError`` if that fails.
 
-    When the next chunk would make the file longer than ``max_bytes``, it is closed and later rows
-    are left out.
+    When the next chunk would make the file longer than ``max_bytes``, later rows are left out.
+    With ``append`` it goes on in a file that :func:`cut_after` prepared.
     """
 
-    def __init__(self, path: Path, header: RouteHeader, max_bytes: int | None = None) -> None:
-        self._begin(path, header, max_bytes)
-        self._file = path.open("wb", buffering=0)
-        self._write(header_line(header))
-
-    @classmethod
-    def resume(cls, path: Path, header: RouteHeader, max_bytes: int | None = None) -> "RouteWriter":
-        """Go on in a file that :func:`cut_after` prepared, or begin it if there is none."""
-        if not path.exists() or not path.stat().st_size:  # killed before the first line
-            return cls(path, header, max_bytes)
-        writer = cls.__new__(cls)
-        writer._begin(path, header, max_bytes)
-        writer.num_rows = sum(len(routes) for routes in RouteFile(path).chunks())
-        writer._file = path.open("ab", buffering=0)
-        writer.num_bytes = path.stat().st_size
-        return writer
+    def __init__(
+        self,
+        path: Path,
+        header: RouteHeader,
+        max_bytes: int | None = None,
+        append: bool = False,
+    ) -> None:
+        self.path = path
+        self._header = header
+        self._max_bytes = max_bytes
+        self._waiting: list[Routes] = []
+        self._waiting_bytes = 0
+        self.num_bytes = 0
+        """Bytes of the file."""
+        self.num_rows = 0
+        """Rows in the file."""
+        self.is_full = False
+        """Whether rows were left out because of ``max_bytes``."""
+        # A writer may be killed before the first line.
+        goes_on = append and path.exists() and path.stat().st_size > 0
+        if goes_on:
+            self.num_rows = sum(len(routes) for routes in RouteFile(path).chunks())
+            self.num_bytes = path.stat().st_size
+        self._file = path.open("ab" if goes_on else "wb", buffering=0)
+        if not goes_on:
+            self._write(header_line(header))
 
     def add(self, routes: Routes) -> None:
         """Add rows; whole chunks are written."""
@@ -73,19 +83,6 @@ class RouteWriter:
             self._write(chunk(END, 0, 0, TOTAL.pack(self.num_rows)))
         finally:
             self._file.close()
-
-    def _begin(self, path: Path, header: RouteHeader, max_bytes: int | None) -> None:
-        self.path = path
-        self._header = header
-        self._max_bytes = max_bytes
-        self._waiting: list[Routes] = []
-        self._waiting_bytes = 0
-        self.num_bytes = 0
-        """Bytes of the file."""
-        self.num_rows = 0
-        """Rows in the file."""
-        self.is_full = False
-        """Whether rows were left out because of ``max_bytes``."""
 
     def _write(self, data: bytes) -> None:
         """Write all of ``data``; after a failure the file ends where it did before."""
