@@ -4,11 +4,12 @@ B sequences of a batch, W windows.
 """
 
 import logging
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 
-import numpy as np
 from torch import Tensor
 
 from ..errors import ConfigError
@@ -187,9 +188,11 @@ def sequence_numbers(
     lengths_B: Sequence[int], rows_W: Sequence[int], first_window: int, window_length: int
 ) -> list[int]:
     """Return the number of each sequence of a batch, whose windows have ``rows_W`` rows."""
-    starts_B = np.cumsum(lengths_B) - lengths_B
-    ends_W = np.cumsum(rows_W)
-    windows_B = np.searchsorted(ends_W, starts_B, side="right")
-    within_B = starts_B - (ends_W - rows_W)[windows_B]
-    numbers: list[int] = ((first_window + windows_B) * window_length + within_B).tolist()
+    ends_W = list(accumulate(rows_W))
+    numbers, start = [], 0
+    for length in lengths_B:
+        window = bisect_right(ends_W, start)
+        within = start - (ends_W[window] - rows_W[window])
+        numbers.append((first_window + window) * window_length + within)
+        start += length
     return numbers

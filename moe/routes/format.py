@@ -176,9 +176,7 @@ def pack(header: RouteHeader, routes: Routes) -> bytes:
     parts = []
     for column in header.columns:
         values = _values(routes, column.name)
-        shape = (len(routes), *column.shape_of(header, choices))
-        assert values.shape == shape, f"column {column.name} is {values.shape}, not {shape}"
-        parts.append(np.ascontiguousarray(values, np.dtype(column.dtype).newbyteorder("<")).data)
+        parts.append(np.ascontiguousarray(values, f"<{np.dtype(column.dtype).str[1:]}").data)
     return chunk(ROWS, len(routes), choices, b"".join(parts))
 
 

@@ -20,7 +20,7 @@ from ..models.decoder import Decoder, DecoderOutput
 from ..routers.routing import Routing
 from .format import RouteHeader, make_header
 from .identity import identity_of
-from .rows import Phase, Routes
+from .rows import Array, Phase, Routes
 from .writer import RouteWriter
 
 
@@ -51,18 +51,15 @@ def rows_of(seen: Seen, sequences_B: Sequence[int], phases_B: Sequence[Phase], s
 
     ``sequences_B`` and ``phases_B`` are the number and the phase of each sequence of the batch.
     """
-    num_rows = len(seen.ids_T)
-    width = max(experts_TK.shape[1] for experts_TK in seen.experts)
-    experts_TLK = torch.stack([_widened(e.int(), width, -1) for e in seen.experts], dim=1)
-    weights_TLK = torch.stack([_widened(w.float(), width, 0) for w in seen.weights], dim=1)
+    lengths_B = np.array(seen.lengths)
     return Routes(
-        tokens_N=seen.ids_T.int().cpu().numpy(),
-        sequences_N=np.repeat(np.array(sequences_B, dtype=np.int64), seen.lengths),
-        positions_N=seen.positions_T.int().cpu().numpy(),
-        steps_N=np.full(num_rows, step, dtype=np.int64),
-        phases_N=np.repeat(np.array(phases_B, dtype=np.uint8), seen.lengths),
-        experts_NLK=experts_TLK.cpu().numpy(),
-        weights_NLK=weights_TLK.cpu().numpy(),
+        tokens_N=_on_host(seen.ids_T).astype(np.int32),
+        sequences_N=np.array(sequences_B, dtype=np.int64).repeat(lengths_B),
+        positions_N=_on_host(seen.positions_T).astype(np.int32),
+        steps_N=np.full(len(seen.ids_T), step, dtype=np.int64),
+        phases_N=np.array(phases_B, dtype=np.uint8).repeat(lengths_B),
+        experts_NLK=_stacked(seen.experts, torch.int32, -1),
+        weights_NLK=_stacked(seen.weights, torch.float32, 0),
     )
 
 
@@ -136,8 +133,20 @@ def recording(decoder: Decoder, path: Path, written_by: str = "python") -> Itera
         ) from None
 
 
-def _widened(values_TK: Tensor, width: int, filling: int) -> Tensor:
-    missing = width - values_TK.shape[1]
-    if missing == 0:
-        return values_TK
-    return torch.nn.functional.pad(values_TK, (0, missing), value=filling)
+def _stacked(layers: Sequence[Tensor], dtype: torch.dtype, filling: int) -> Array:
+    """Return ``[T, L, K]`` on the host; layers with fewer choices are filled up."""
+    width = max(values_TK.shape[1] for values_TK in layers)
+    same = []
+    for values_TK in layers:
+        missing = width - values_TK.shape[1]
+        if missing:
+            values_TK = torch.nn.functional.pad(values_TK, (0, missing), value=filling)
+        same.append(values_TK.to(dtype))
+    if same[0].device.type == "cpu":  # quicker than torch for the few rows of a decode step
+        return np.stack([values_TK.numpy() for values_TK in same], axis=1)
+    return _on_host(torch.stack(same, dim=1))
+
+
+def _on_host(tensor: Tensor) -> Array:
+    values: Array = tensor.cpu().numpy()
+    return values

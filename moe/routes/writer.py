@@ -5,7 +5,7 @@ A killed writer loses the rows of its last chunk at most: what was written stays
 
 from pathlib import Path
 
-from .format import END, LARGEST_CHUNK, TOTAL, RouteHeader, chunk, header_line, pack
+from .format import END, HEAD, LARGEST_CHUNK, TOTAL, RouteHeader, chunk, header_line, pack
 from .reader import RouteFile
 from .rows import Routes, joined
 
@@ -33,6 +33,8 @@ class RouteWriter:
         self._max_bytes = max_bytes
         self._waiting: list[Routes] = []
         self._waiting_bytes = 0
+        self._sizes: dict[int, int] = {}
+        """Bytes of a row by the number of its choices."""
         self.num_bytes = 0
         """Bytes of the file."""
         self.num_rows = 0
@@ -52,14 +54,16 @@ class RouteWriter:
         """Add rows; whole chunks are written."""
         if self.is_full or not len(routes):
             return
-        row_bytes = self._header.row_bytes(routes.experts_NLK.shape[2])
+        row_bytes = self._row_bytes(routes)
         largest = max(1, LARGEST_CHUNK // 4 // row_bytes)
-        for first in range(0, len(routes), largest):
-            part = routes.select(slice(first, first + largest))
-            self._waiting.append(part)
-            self._waiting_bytes += len(part) * row_bytes
-            if self._waiting_bytes >= CHUNK_BYTES:
-                self.flush()
+        if len(routes) > largest:
+            for first in range(0, len(routes), largest):
+                self.add(routes.select(slice(first, first + largest)))
+            return
+        self._waiting.append(routes)
+        self._waiting_bytes += len(routes) * row_bytes
+        if self._waiting_bytes >= CHUNK_BYTES:
+            self.flush()
 
     def flush(self) -> None:
         """Write what was added as a chunk."""
@@ -68,6 +72,7 @@ class RouteWriter:
         rows = joined(self._waiting)
         self._waiting, self._waiting_bytes = [], 0
         packed = pack(self._header, rows)
+        assert len(packed) == HEAD.size + len(rows) * self._row_bytes(rows), "a column's shape"
         if self._max_bytes is not None and self.num_bytes + len(packed) > self._max_bytes:
             self.is_full = True
             return
@@ -83,6 +88,12 @@ class RouteWriter:
             self._write(chunk(END, 0, 0, TOTAL.pack(self.num_rows)))
         finally:
             self._file.close()
+
+    def _row_bytes(self, routes: Routes) -> int:
+        choices = routes.experts_NLK.shape[2]
+        if choices not in self._sizes:
+            self._sizes[choices] = self._header.row_bytes(choices)
+        return self._sizes[choices]
 
     def _write(self, data: bytes) -> None:
         """Write all of ``data``; after a failure the file ends where it did before."""

@@ -1,5 +1,9 @@
 """Replay: the recorded experts, and everything else as the model computes it."""
 
+import re
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -25,6 +29,7 @@ from moeyard.moe.routes.rows import Phase
 from cosine_router import Cosine
 from small_model import with_router, write_random_model
 
+PAGE = Path(__file__).parent.parent.parent / "docs" / "routes.md"
 DEEPSEEK = TopK(
     k=2, score="sigmoid", num_groups=3, top_groups=2, bias_update_rate=0.1, scale=2.5,
     sequence_balance_loss=0.1, logit_bias=True,
@@ -257,6 +262,16 @@ def test_the_identity_tells_weights_and_architectures_apart(folder):
         update={"moe": model.config.moe.model_copy(update={"router": router})}
     )
     assert identity_of(other).architecture != before.architecture
+
+
+def test_the_code_of_the_page_runs(model_folder, tmp_path, monkeypatch, capsys):
+    shutil.copytree(model_folder, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    found: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL):
+        exec(compile(block, "docs/routes.md", "exec"), found)
+    assert found["logits_TV"].shape == (len(found["routes"]), 257)
+    assert "6 (0, 2)" in capsys.readouterr().out
 
 
 def test_commands_record_show_and_replay(model_folder, tmp_path, capsys):
