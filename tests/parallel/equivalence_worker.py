@@ -88,8 +88,8 @@ def main_grad_of(parameter) -> torch.Tensor | None:
     return parameter.main_grad if parameter.requires_grad else None
 
 
-def balancing_biases(decoder) -> dict[str, torch.Tensor]:
-    return {n: b.double().clone() for n, b in decoder.named_buffers() if n.endswith("_bias")}
+def state_of_routers(decoder) -> dict[str, torch.Tensor]:
+    return {n: b.double().clone() for n, b in decoder.named_buffers() if ".gate." in n}
 
 
 def run_case(config_path: Path, out: Path, name: str, case: dict, watch) -> None:
@@ -98,7 +98,7 @@ def run_case(config_path: Path, out: Path, name: str, case: dict, watch) -> None
     mesh = build_mesh(config.parallel.ep, config.model.moe.num_experts, watch, 60)
     if case.get("apart"):  # as on several hosts
         mesh = replace(mesh, dp_host=None, ep_host=None, edp_host=None)
-    data = NextTokenObjective.open_data(config, out / name / "data", mesh)
+    data = NextTokenObjective.open_data(config, out / case.get("data", name) / "data", mesh)
     model = fill_vocabulary(config, data.tokenizer)
     decoder_module.MoELayer = BiasedLayer if case.get("biased") else MoELayer
     decoder = build_model(config, model, data, mesh)
@@ -124,7 +124,7 @@ def run_case(config_path: Path, out: Path, name: str, case: dict, watch) -> None
             "balance": result.balance,
             "grad_norm": result.grad_norm,
             "counts": result.counts_LE,
-            "weights": keyed(decoder, lambda p: p) | balancing_biases(decoder),
+            "weights": keyed(decoder, lambda p: p) | state_of_routers(decoder),
         }
     torch.save(recorded, out / f"{name}-{mesh.rank}.pt")
     mesh.barrier()
