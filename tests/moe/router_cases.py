@@ -5,6 +5,7 @@ CASES: dict[str, dict] = {
     "topk_sigmoid_bias": {"kind": "topk", "k": 2, "score": "sigmoid", "bias_update_rate": 0.01},
     "topk_pregated": {"kind": "topk", "k": 2, "lookahead": "previous_block"},
     "topk_preattention": {"kind": "topk", "k": 1, "lookahead": "attention_input"},
+    "topk_quantile": {"kind": "topk", "k": 2, "bias_update_rate": 0.5, "bias_update": "quantile"},
     "topk_capacity": {
         "kind": "topk",
         "k": 2,
