@@ -6,6 +6,9 @@ T tokens, E experts.
 import torch
 from torch import Tensor
 
+LARGE = 1e30
+"""Stands for infinite scores."""
+
 
 def best_assignment(scores: Tensor) -> Tensor:
     """Return int64: the column of each row, no column twice, so that the scores' sum is largest.
@@ -15,7 +18,9 @@ def best_assignment(scores: Tensor) -> Tensor:
     """
     from scipy.optimize import linear_sum_assignment  # a third of a second, for few routers
 
-    _, columns = linear_sum_assignment(scores.detach().double().cpu().numpy(), maximize=True)
+    # scipy refuses NaN. Their weights are NaN too, which the trainer reports in its own words.
+    finite = scores.detach().double().nan_to_num(nan=0.0, posinf=LARGE, neginf=-torch.inf)
+    _, columns = linear_sum_assignment(finite.cpu().numpy(), maximize=True)
     return torch.from_numpy(columns).to(scores.device)
 
 
@@ -26,7 +31,7 @@ def balanced_assignment(scores_TE: Tensor) -> Tensor:
     """
     num_rows, num_experts = scores_TE.shape
     least, more = divmod(num_rows, num_experts)
-    scores_TE = scores_TE.detach().double()
+    scores_TE = scores_TE.detach().double().nan_to_num(nan=0.0, posinf=LARGE, neginf=-LARGE)
     if more == 0:
         places = scores_TE.repeat(1, least)
     else:
