@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
@@ -17,6 +18,9 @@ from .router import RouterSizes
 from .routing import RouterInput, Routing
 from .smooth_step import routing_of_weights
 from .whole_batch import from_fixed_point, to_fixed_point
+
+STEPS = 2.0**16
+"""Steps of the logarithm of a score, when scores are compared."""
 
 
 class ExpertChoice(LearnedConfig):
@@ -87,9 +91,10 @@ class ExpertChoiceRouter(Stepped, LinearRouter):
         assert x_ND is not None, "the caller must pass hidden rows"
         logits_NE = self.logits(x_ND)
         is_softmax = self.config.score == "softmax"
-        scores_NE = logits_NE.softmax(dim=1) if is_softmax else logits_NE.sigmoid()
+        logs_NE = logits_NE.log_softmax(dim=1) if is_softmax else F.logsigmoid(logits_NE)
+        scores_NE = logs_NE.exp()
         if self.training or self.config.evaluation == "group":
-            chosen_NE, smallest, num_groups = self._choose(scores_NE.detach(), router_input)
+            chosen_NE, smallest, num_groups = self._choose(logs_NE.detach(), router_input)
         else:
             chosen_NE = scores_NE > self.threshold.to(scores_NE.dtype)
         routing = routing_of_weights(torch.where(chosen_NE, scores_NE, 0), valid_N)
@@ -98,23 +103,22 @@ class ExpertChoiceRouter(Stepped, LinearRouter):
             routing.extra_counts["num_groups"] = num_groups
         return routing
 
-    def _choose(
-        self, scores_NE: Tensor, router_input: RouterInput
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _choose(self, logs_NE: Tensor, router_input: RouterInput) -> tuple[Tensor, Tensor, Tensor]:
         """Return the choices; the sum over sequences of the smallest chosen score; how many."""
-        chosen_NE = torch.zeros_like(scores_NE, dtype=torch.bool)
+        chosen_NE = torch.zeros_like(logs_NE, dtype=torch.bool)
         smallest = torch.zeros_like(self.threshold, dtype=torch.int64)
         num_groups = 0
-        for rows_T in valid_rows(router_input, len(scores_NE), scores_NE.device):
-            scores_TE, num_groups = scores_NE[rows_T], num_groups + 1
+        for rows_T in valid_rows(router_input, len(logs_NE), logs_NE.device):
+            logs_TE, num_groups = logs_NE[rows_T], num_groups + 1
             if self.config.choice == "mutual":
-                chosen_TE, last = best_of_all(scores_TE, self.k * len(rows_T))
+                chosen_TE, last = best_of_all(logs_TE, self.k * len(rows_T))
             else:
                 capacity = -(-self.k * len(rows_T) // self.num_experts)
-                chosen_TE, last = best_of_columns(scores_TE, capacity)
+                chosen_TE, last = best_of_columns(logs_TE, capacity)
             chosen_NE[rows_T] = chosen_TE
-            smallest += to_fixed_point(last)  # each alone, so that sums are the same on any ranks
-        return chosen_NE, smallest, torch.tensor(num_groups, device=scores_NE.device)
+            # Each alone in fixed point, so that sums are the same on any ranks.
+            smallest += to_fixed_point(last.exp())
+        return chosen_NE, smallest, torch.tensor(num_groups, device=logs_NE.device)
 
     @torch.no_grad()
     def after_step(self, counts: GlobalCounts, layers: Sequence[GlobalCounts]) -> None:
@@ -127,21 +131,22 @@ class ExpertChoiceRouter(Stepped, LinearRouter):
         super().after_step(counts, layers)
 
 
-def best_of_columns(scores_TE: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+def best_of_columns(logs_TE: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     """Return the ``capacity`` largest of each column, and the smallest of those ``[E]``.
 
-    Ties go to the earlier row.
+    Ties go to the earlier row. Logarithms of scores within 1.5e-5 are ties: the rows of a repeated
+    token differ by rounding only, and must not be chosen by it.
     """
-    values_TE, order_TE = scores_TE.sort(dim=0, descending=True, stable=True)
-    chosen_TE = torch.zeros_like(scores_TE, dtype=torch.bool)
+    order_TE = (logs_TE * STEPS).round().sort(dim=0, descending=True, stable=True).indices
+    chosen_TE = torch.zeros_like(logs_TE, dtype=torch.bool)
     chosen_TE.scatter_(0, order_TE[:capacity], True)
-    return chosen_TE, values_TE[capacity - 1]
+    return chosen_TE, logs_TE.gather(0, order_TE[capacity - 1 : capacity])[0]
 
 
-def best_of_all(scores_TE: Tensor, budget: int) -> tuple[Tensor, Tensor]:
+def best_of_all(logs_TE: Tensor, budget: int) -> tuple[Tensor, Tensor]:
     """Return the ``budget`` largest of all, and the smallest of those ``[1]``.
 
     Ties go to the earlier row, and within a row to the earlier expert.
     """
-    chosen, last = best_of_columns(scores_TE.reshape(-1, 1), budget)
-    return chosen.view_as(scores_TE), last
+    chosen, last = best_of_columns(logs_TE.reshape(-1, 1), budget)
+    return chosen.view_as(logs_TE), last

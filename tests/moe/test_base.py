@@ -97,3 +97,12 @@ def test_values_that_are_not_numbers_reach_the_weights():
     given.x_TD[3] = torch.inf
     routing = gate.route(given)
     assert routing.weights_TK[2].isnan() and int(routing.counts_E.sum()) == 7
+
+
+def test_rounding_does_not_tell_the_rows_of_a_repeated_token_apart():
+    gate, given = build(), rows(4)
+    x_TD = given.x_TD.repeat_interleave(4, dim=0)
+    expected = gate.route(RouterInput(x_TD=x_TD)).experts_TK
+    for seed in range(5):
+        noise_TD = torch.randn(16, D, generator=torch.Generator().manual_seed(seed)) * 1e-14
+        assert torch.equal(gate.route(RouterInput(x_TD=x_TD + noise_TD)).experts_TK, expected)

@@ -158,3 +158,14 @@ def test_gradients_come_through_the_chosen_scores_only():
     (scores_TE * mixer * (dense(routing, E) > 0)).sum().backward()
     torch.testing.assert_close(gate.weight.grad, weight.grad)
     assert gate.losses(routing, None).terms == ()
+
+
+@pytest.mark.parametrize("choice", ["expert", "mutual"])
+def test_rounding_does_not_tell_the_rows_of_a_repeated_token_apart(choice):
+    gate, given = build(choice=choice, k=1), rows(4)
+    x_TD = given.x_TD.repeat_interleave(torch.tensor([5, 3, 4, 7]), dim=0)
+    expected = dense(gate.route(RouterInput(x_TD=x_TD)), E) > 0
+    for seed in range(5):
+        noise_TD = torch.randn(19, D, generator=torch.Generator().manual_seed(seed)) * 1e-14
+        chosen = dense(gate.route(RouterInput(x_TD=x_TD + noise_TD)), E) > 0
+        assert torch.equal(chosen, expected)
