@@ -6,16 +6,19 @@ from pydantic import BaseModel, Discriminator, SerializeAsAny, WrapValidator
 from pydantic_core.core_schema import ValidatorFunctionWrapHandler
 
 from ...configuration import validate_config
+from .base import Base
 from .comet import Comet
 from .cosine import Cosine
 from .dense_to_sparse import DenseToSparse
 from .dselect import DSelect
+from .expert_choice import ExpertChoice
 from .hash import Hash
 from .local_search import LocalSearch
 from .noisy import Noisy
 from .own_code import check_class, find_class
 from .relu import ReLU
 from .router import RouterConfig
+from .sinkhorn import Sinkhorn
 from .top_p import TopP
 from .topk import TopK
 
@@ -29,6 +32,9 @@ ROUTERS: tuple[type[RouterConfig], ...] = (
     Comet,
     DSelect,
     DenseToSparse,
+    ExpertChoice,
+    Base,
+    Sinkhorn,
     LocalSearch,
 )
 """The configurations of all routers; ``kind`` tells them apart."""
