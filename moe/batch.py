@@ -1,13 +1,14 @@
 """The flat, ragged batch every decoder call takes. T tokens, B sequences."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import torch
 from torch import Tensor
 
 from .kv_cache import KVCache
+from .routers.groups import previous_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,8 @@ class Batch:
     """Each row's time in a diffusion process, for routers that read it."""
     draw_keys: tuple[int, ...] | None = None
     """A number for each sequence that routers draw from in training (routers/draws.py)."""
+    previous_ids_T: Tensor | None = None
+    """The token id before each row, -1 for none, for routers that read it."""
 
     @property
     def is_uniform(self) -> bool:
@@ -59,6 +62,24 @@ class Batch:
             tasks_T=None if self.tasks_T is None else self.tasks_T[rows_N],
             timesteps_T=None if self.timesteps_T is None else self.timesteps_T[rows_N],
         )
+
+    def with_previous_ids(self) -> "Batch":
+        """Return the batch with ``previous_ids_T``, those of first rows from the caches."""
+        previous_T = previous_rows(self.ids_T, self.lengths)
+        start = 0
+        for cache, length in zip(self.caches or (), self.lengths, strict=False):
+            if length and cache.length:
+                previous_T[start] = cache.last_id()
+            start += length
+        return replace(self, previous_ids_T=previous_T)
+
+    def advance_caches(self) -> None:
+        """Tell the caches that all layers have stored these rows."""
+        if self.caches is None:
+            return
+        ids = self.ids_T.split(list(self.lengths))
+        for cache, ids_L in zip(self.caches, ids, strict=True):
+            cache.advance(ids_L)
 
 
 def batch_of(sequences: Sequence[Tensor], caches: Sequence[KVCache] | None = None) -> Batch:

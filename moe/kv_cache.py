@@ -45,6 +45,14 @@ class KVCache(Protocol):
         """Store the positions of ``layer`` that follow ``length``."""
         ...
 
+    def advance(self, ids_L: Tensor) -> None:
+        """Add the positions that all layers have stored to ``length``; these are their tokens."""
+        ...
+
+    def last_id(self) -> Tensor:
+        """Return the token id of the last position, int64 scalar; not of an empty cache."""
+        ...
+
     def view(self, layer: int, end: int) -> tuple[Tensor, Tensor]:
         """Return the first ``end`` keys of ``layer``, ``[G, end, H]``, and their values."""
         ...
@@ -65,6 +73,8 @@ class SequenceCache:
         """Addresses of that memory: keys, then values, of each layer."""
         self._keys_GLH: list[Tensor] = []
         self._values_GLV: list[Tensor] = []
+        # All of them, and not the last alone: after a failed step, a caller sets length back.
+        self._ids_L = torch.empty(0, dtype=torch.int64, device=device)
 
     def spec(self, layer: int) -> KVCacheSpec:
         """Say what ``layer`` keeps per position."""
@@ -76,6 +86,16 @@ class SequenceCache:
         self.reserve(keys_GLH.shape[1])
         self._keys_GLH[layer][:, self.length : end] = keys_GLH
         self._values_GLV[layer][:, self.length : end] = values_GLV
+
+    def advance(self, ids_L: Tensor) -> None:
+        """Add the positions that all layers have stored to ``length``; these are their tokens."""
+        end = self.length + len(ids_L)
+        self._ids_L[self.length : end] = ids_L
+        self.length = end
+
+    def last_id(self) -> Tensor:
+        """Return the token id of the last position, int64 scalar; not of an empty cache."""
+        return self._ids_L[self.length - 1]
 
     def view(self, layer: int, end: int) -> tuple[Tensor, Tensor]:
         """Return the first ``end`` keys of ``layer``, ``[G, end, H]``, and their values."""
@@ -95,8 +115,11 @@ class SequenceCache:
         capacity = min(self._max_length, max(64, needed, 2 * self.capacity))
         keys_GLH = self._grown(self._keys_GLH, [s.head_dim for s in self._specs], capacity)
         values_GLV = self._grown(self._values_GLV, [s.v_dim for s in self._specs], capacity)
+        ids_L = torch.empty(capacity, dtype=torch.int64, device=self._device)
+        ids_L[: self.length] = self._ids_L[: self.length]
         # Only now, so that the cache is unchanged if memory runs out.
         self.capacity, self._keys_GLH, self._values_GLV = capacity, keys_GLH, values_GLV
+        self._ids_L = ids_L
         pairs = zip(keys_GLH, values_GLV, strict=True)
         self.addresses = array("q", (buffer.data_ptr() for pair in pairs for buffer in pair))
 
