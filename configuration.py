@@ -14,11 +14,6 @@ from .errors import ConfigError
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def load_config(model: type[Model], path: Path, overrides: Iterable[str] = ()) -> Model:
-    """Read ``path``, apply overrides and validate; every problem is a :class:`ConfigError`."""
-    return validate_config(model, read_values(path, overrides))
-
-
 def read_values(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
     """Read ``path`` and apply overrides; every problem is a :class:`ConfigError`."""
     try:

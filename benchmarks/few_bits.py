@@ -17,10 +17,9 @@ import torch.nn.functional as F
 
 import moeyard
 from moeyard.cli import main as command
-from moeyard.configuration import load_config
 from moeyard.parallel.mesh import Mesh
-from moeyard.training.config import RunConfig
 from moeyard.training.data.text import build_data
+from moeyard.training.read_config import read_run_config
 
 from report import write_results
 from runs import train
@@ -64,7 +63,7 @@ def main() -> None:
 
 
 def held_out_windows(run_dir: Path) -> torch.Tensor:
-    config = load_config(RunConfig, run_dir / "config.yaml")
+    config = read_run_config(run_dir / "config.yaml")
     data = build_data(config, run_dir / "data", Mesh())
     parts, step = [], 0
     while sum(map(len, parts)) < WINDOWS:

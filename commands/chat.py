@@ -44,8 +44,8 @@ def run(arguments: argparse.Namespace) -> None:
     try:
         if not tokenizer.has_template:
             raise ConfigError(
-                f"{arguments.model} has no chat template; give one with --chat-template FILE, or "
-                "use moeyard generate."
+                f"{arguments.model} has no chat template; give one with --chat-template FILE, such "
+                "as configs/serve/chatml.jinja of the source, or use moeyard generate."
             )
         _talk(model, tokenizer, arguments)
     finally:

@@ -22,7 +22,8 @@ def add(parsers: Parsers) -> None:
         "--length",
         type=int,
         metavar="N",
-        help="tokens of a window of --text; default: the model's longest, at most 2048",
+        help="tokens of a window of --text; default: that of the run's training, or the model's "
+        "longest, at most 2048",
     )
     evaluate.add_argument("--limit", type=int, metavar="N", help="examples per task; default: all")
     evaluate.add_argument(
@@ -40,7 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
         from ..serving.evaluation.lm_eval_bridge import check_lm_eval
 
         check_lm_eval()
-    from .model_folder import open_model
+    from .model_folder import open_model, trained_length
 
     model = open_model(arguments)
     if text is None:
@@ -51,12 +52,14 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         from ..serving.evaluation.held_out_text import score_text
 
-        score = score_text(model, text, arguments.length)
+        length = arguments.length or trained_length(arguments.model)
+        score = score_text(model, text, length)
         values = {
             "loss": score.loss,
             "perplexity": score.perplexity,
             "loss_per_byte": score.loss_per_byte,
             "bits_per_byte": score.bits_per_byte,
+            "length": score.length,
             "tokens": score.tokens,
             "bytes": score.bytes,
         }

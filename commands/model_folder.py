@@ -20,8 +20,19 @@ def model_folder(name: str) -> str:
     from ..training.checkpoints.export import export_newest
 
     folder = export_newest(run_dir)
-    sys.stderr.write(f"exported run={run_dir} folder={folder}\n")
+    sys.stderr.write(f"opened run={run_dir} export={folder}\n")
     return str(folder)
+
+
+def trained_length(name: str) -> int | None:
+    """Return the tokens of a sequence in the training of the run ``name``; None for a model."""
+    config = Path(name) / "config.yaml"
+    if not config.is_file():
+        return None
+    import yaml
+
+    length: int = yaml.safe_load(config.read_text())["train"]["sequence_length"]
+    return length
 
 
 def open_model(arguments: argparse.Namespace) -> "LanguageModel":

@@ -28,7 +28,7 @@ HEAD = """# Configuration of a training run
 
 `scripts/config_reference.py` writes this page from the typed models; do not edit it by hand.
 
-A run is one YAML file. Give it to `python -m moeyard.training CONFIG`, and change single keys
+A run is one YAML file. Give it to `moeyard train CONFIG`, and change single keys
 behind it: `train.steps=200 optimizer.lr=3e-4`. `--print-config` shows the result with all defaults.
 An unknown key is an error. `null` in YAML is `None` in the texts below.
 

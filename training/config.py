@@ -96,7 +96,7 @@ class TrainConfig(Section):
     eval_every: int = Field(default=0, ge=0)
     """Steps between evaluations; 0 = only after the last step."""
     eval_sequences: int = Field(default=64, ge=1)
-    """Most held-out sequences per evaluation."""
+    """Most held-out sequences per evaluation; they are spread evenly over the held-out data."""
 
 
 class LoraConfig(Section):

@@ -98,7 +98,12 @@ class Trainer:
                     saved = done if self.saves.save(done, must=is_last) else saved
                     phases.lap("checkpoint")
                 if result.stop_requested:
-                    console.line(event="stopped", reason=self._stop.signal_name, saved_step=done)
+                    console.line(
+                        event="stopped",
+                        reason=self._stop.signal_name,
+                        saved_step=done,
+                        advice=f"go on with: moeyard train {self._run_dir}",
+                    )
                     break
         except (Stopped, DataError):  # raised between steps, on all ranks
             if done != saved:

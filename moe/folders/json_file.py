@@ -18,6 +18,10 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(read_small_file(path, MAX_BYTES).decode())
     except OSError as error:
+        if not path.parent.exists():
+            raise ModelFileError(
+                f"{path.parent} does not exist; give a Hugging Face model folder or a run's folder."
+            ) from None
         raise ModelFileError(
             f"{path} cannot be read ({error.strerror}); give a Hugging Face model folder."
         ) from None

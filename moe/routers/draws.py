@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .groups import group_lengths
 from .routing import RouterInput
 
 Draw = Callable[[int, torch.Generator | None], Tensor]
@@ -41,7 +42,7 @@ def draw_rows(
     keys = router_input.draw_keys
     if keys is None:
         return draw(num_rows, None)
-    lengths = router_input.lengths or (num_rows,)
+    lengths = group_lengths(router_input, num_rows)
     parts = []
     for key, length in zip(keys, lengths, strict=True):
         seed = ((key * MIX + step) * MIX + stream) % (1 << 63)

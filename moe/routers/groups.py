@@ -17,7 +17,7 @@ from .routing import RouterInput
 
 def group_lengths(router_input: RouterInput, num_rows: int) -> tuple[int, ...]:
     """Return the rows of each sequence; all rows are one if the caller did not say."""
-    return router_input.lengths or (num_rows,)
+    return (num_rows,) if router_input.lengths is None else router_input.lengths
 
 
 def previous_rows(values_T: Tensor, lengths: Sequence[int]) -> Tensor:

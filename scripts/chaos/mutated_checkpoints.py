@@ -25,7 +25,6 @@ from pathlib import Path
 
 import torch
 
-from moeyard.configuration import load_config
 from moeyard.errors import MoeyardError
 from moeyard.files import sha256_of
 from moeyard.parallel.mesh import Mesh
@@ -33,6 +32,7 @@ from moeyard.training.__main__ import main as train
 from moeyard.training.checkpoints.checkpoint import Checkpoints, StoredTensors
 from moeyard.training.checkpoints.files import read_state
 from moeyard.training.config import RunConfig
+from moeyard.training.read_config import read_run_config
 from moeyard.training.trainer import Trainer
 
 from small_runs import work_folder
@@ -323,7 +323,7 @@ def main() -> None:
     verdict.check(f"{chosen.mutations} mutations", bad == 0, dict(found))
 
     found.clear()
-    config = load_config(RunConfig, folder / "run.yaml", [f"run_dir={run}", "train.steps=6"])
+    config = read_run_config(folder / "run.yaml", [f"run_dir={run}", "train.steps=6"])
     for number in range(chosen.forgeries):
         change = FORGERIES[number % len(FORGERIES)]
         fresh()

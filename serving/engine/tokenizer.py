@@ -6,13 +6,14 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from ...chat_templates.chat_template import content_format_of, pick_template
+from ...chat_templates.renderer import TemplateFault, TemplateProcess
 from ...errors import ConfigError, RequestError
 from ...moe.folders.text_codec import prompt_ids
 from ...moe.folders.tokenizer_errors import library_errors
 from ...moe.folders.tokenizer_folder import open_folder_tokenizer
-from ..templates.chat_template import content_format_of, pick_template
-from ..templates.renderer import TemplateFault, TemplateProcess
 
+RETRY_AFTER_S = 5
 WORD_START = "\u2581"
 """SentencePiece's sign for a space."""
 
@@ -112,7 +113,18 @@ class ServingTokenizer:
         messages = [self._format.word(message) for message in messages]
         # As transformers: templates tell a missing key from a value, and would spell None.
         given = [{k: v for k, v in m.items() if v is not None} for m in messages]
-        return self._templates.render(self._template, given, dict(self._inner.special_tokens_map))
+        tokens = dict(self._inner.special_tokens_map)
+        try:
+            return self._templates.render(self._template, given, tokens)
+        except TemplateFault as fault:
+            if fault.kind != "unavailable":
+                raise
+            raise RequestError(
+                f"{fault}; try again later.",
+                code="unavailable",
+                status=503,
+                retry_after_s=RETRY_AFTER_S,
+            ) from None
 
     def _check_template(self, source: str) -> None:
         try:

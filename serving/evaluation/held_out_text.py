@@ -23,6 +23,8 @@ class TextScore:
 
     loss: float
     """Mean cross-entropy in nats per token."""
+    length: int
+    """Tokens of a window; short ones give a model less to go by."""
     tokens: int
     """Tokens that were predicted."""
     bytes: int
@@ -75,4 +77,4 @@ def score_text(model: LanguageModel, text: str, length: int | None = None) -> Te
             progress.advance(targets_BL.numel())
     num_bytes = len(text.encode())
     loss = loss_sum / num_targets
-    return TextScore(loss, num_targets, num_bytes, loss * len(ids) / num_bytes)
+    return TextScore(loss, length, num_targets, num_bytes, loss * len(ids) / num_bytes)

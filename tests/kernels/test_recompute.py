@@ -4,7 +4,6 @@ import pytest
 import torch
 
 import moeyard
-from moeyard.configuration import load_config
 from moeyard.errors import ConfigError
 from moeyard.kernels.cpu import library
 from moeyard.kernels.experts import expert_mlp
@@ -12,7 +11,7 @@ from moeyard.kernels.values.expert_weights import ExpertWeights
 from moeyard.kernels.values.main_grads import MainGrads
 from moeyard.moe.config.model import ModelConfig
 from moeyard.moe.models.decoder import Decoder
-from moeyard.training.config import RunConfig
+from moeyard.training.read_config import read_run_config
 
 T, K, E, D, F = 61, 2, 5, 24, 40
 BACKENDS = [
@@ -75,12 +74,12 @@ def test_main_gradients_are_bit_equal(backend):
 def test_a_run_asks_for_it_with_train_recompute(config_file):
     def asked(value):
         overrides = [f"train.recompute={value}", "run_dir=unused"]
-        return load_config(RunConfig, config_file, overrides).train.recompute
+        return read_run_config(config_file, overrides).train.recompute
 
     assert [asked("true"), asked("false"), asked("experts")] == [True, False, "experts"]
     with pytest.raises(ConfigError, match=r"train\.recompute: .* True, False or .experts"):
         asked("sometimes")
-    config = load_config(RunConfig, config_file, ["run_dir=unused", "model.vocab_size=50"]).model
+    config = read_run_config(config_file, ["run_dir=unused", "model.vocab_size=50"]).model
     assert isinstance(config, ModelConfig)
     for value in (True, False, "experts"):
         decoder = Decoder(config, recompute=value)

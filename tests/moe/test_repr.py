@@ -50,7 +50,9 @@ def test_quantized_and_offloaded_experts_say_so(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "thing", [MoELayer, moeyard.load, moeyard.auxiliary_loss, moeyard.replace_moe_blocks], ids=str
+    "thing",
+    [MoELayer, moeyard.load, moeyard.auxiliary_loss, moeyard.replace_moe_blocks],
+    ids=lambda thing: thing.__name__,
 )
 def test_help_explains_every_argument(thing):
     function = thing.__init__ if inspect.isclass(thing) else thing

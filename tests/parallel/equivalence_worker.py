@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from torch.distributed.tensor import DTensor
 
-from moeyard.configuration import load_config
 from moeyard.moe.experts.resident import Experts
 from moeyard.moe.layer import MoELayer
 from moeyard.moe.models import decoder as decoder_module
@@ -24,9 +23,9 @@ from moeyard.moe.routers.topk import TopKRouter
 from moeyard.parallel.dense.local_part import as_part_of, local_part
 from moeyard.parallel.mesh import build_mesh
 from moeyard.parallel.process import process_group
-from moeyard.training.config import RunConfig
 from moeyard.training.objectives.next_token import NextTokenObjective
 from moeyard.training.parallelize import parallelize
+from moeyard.training.read_config import read_run_config
 from moeyard.training.setup import build_model, fill_vocabulary
 from moeyard.training.step import TrainStep
 
@@ -89,17 +88,17 @@ def main_grad_of(parameter) -> torch.Tensor | None:
     return parameter.main_grad if parameter.requires_grad else None
 
 
-def balancing_biases(decoder) -> dict[str, torch.Tensor]:
-    return {n: b.double().clone() for n, b in decoder.named_buffers() if n.endswith("_bias")}
+def state_of_routers(decoder) -> dict[str, torch.Tensor]:
+    return {n: b.double().clone() for n, b in decoder.named_buffers() if ".gate." in n}
 
 
 def run_case(config_path: Path, out: Path, name: str, case: dict, watch) -> None:
     overrides = [*case["overrides"], f"run_dir={out}/{name}"]
-    config = load_config(RunConfig, config_path, overrides)
+    config = read_run_config(config_path, overrides)
     mesh = build_mesh(config.parallel.ep, config.model.moe.num_experts, watch, 60)
     if case.get("apart"):  # as on several hosts
         mesh = replace(mesh, dp_host=None, ep_host=None, edp_host=None)
-    data = NextTokenObjective.open_data(config, out / name / "data", mesh)
+    data = NextTokenObjective.open_data(config, out / case.get("data", name) / "data", mesh)
     model = fill_vocabulary(config, data.tokenizer)
     decoder_module.MoELayer = BiasedLayer if case.get("biased") else MoELayer
     decoder = build_model(config, model, data, mesh)
@@ -125,7 +124,7 @@ def run_case(config_path: Path, out: Path, name: str, case: dict, watch) -> None
             "balance": result.balance,
             "grad_norm": result.grad_norm,
             "counts": result.counts_LE,
-            "weights": keyed(decoder, lambda p: p) | balancing_biases(decoder),
+            "weights": keyed(decoder, lambda p: p) | state_of_routers(decoder),
         }
     torch.save(recorded, out / f"{name}-{mesh.rank}.pt")
     mesh.barrier()

@@ -13,13 +13,12 @@ import yaml
 from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from moeyard.configuration import load_config
 from moeyard.moe.folders.folder import ModelFolder
 from moeyard.serving.engine.metrics import EngineMetrics
 from moeyard.serving.experts.store import ExpertStore
-from moeyard.training.config import RunConfig
 from moeyard.training.observers.prometheus import PrometheusPort
 from moeyard.training.phases import PHASES
+from moeyard.training.read_config import read_run_config
 from moeyard.training.step import StepResult
 
 from launch import free_port
@@ -58,7 +57,7 @@ def names_of(text) -> set[str]:
 def exported(config_file, model_folder) -> set[str]:
     """Names of a training run's port and of a server that offloads."""
     overrides = [f"monitor.prometheus_port={free_port()}"]
-    config = load_config(RunConfig, config_file, overrides)
+    config = read_run_config(config_file, overrides)
     port = PrometheusPort(config, config.model)
     counts_LE = torch.ones(2, 4, dtype=torch.int64)
     port.step(

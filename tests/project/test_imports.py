@@ -12,7 +12,7 @@ FLOORS = [
     ["dtypes", "errors", "files", "progress", "configuration", "system"],
     ["kernels"],
     ["moe"],
-    ["parallel"],
+    ["chat_templates", "parallel"],
     ["training", "serving"],
     ["doctor"],
     ["commands"],
@@ -56,7 +56,7 @@ ROOMS = {
         ["__main__"],
     ],
     "serving": [
-        ["experts", "packages", "templates"],
+        ["experts", "packages"],
         ["engine", "memory"],
         ["api", "loading"],
         ["evaluation"],

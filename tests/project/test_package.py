@@ -16,8 +16,16 @@ import moeyard
 from moeyard.moe.routers.table import ROUTERS
 
 ROOT = Path(__file__).parent.parent.parent
-FOLDERS = ("commands", "kernels", "moe", "parallel", "training", "serving")
-FLOORS = {"kernels": 1, "moe": 2, "parallel": 3, "training": 4, "serving": 4, "commands": 5}
+FLOORS = {
+    "kernels": 1,
+    "moe": 2,
+    "chat_templates": 3,
+    "parallel": 3,
+    "training": 4,
+    "serving": 4,
+    "commands": 5,
+}
+FOLDERS = tuple(FLOORS)
 PYTHON_FILES = [
     path
     for path in sorted(ROOT.rglob("*.py"))

@@ -5,9 +5,9 @@ import json
 import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from moeyard.chat_templates.chat_template import ContentFormat, content_format_of, pick_template
 from moeyard.errors import ConfigError
 from moeyard.serving.engine.tokenizer import ServingTokenizer
-from moeyard.serving.templates.chat_template import ContentFormat, content_format_of, pick_template
 from moeyard.training.data.tokenizer import ByteTokenizer
 
 TWO_PARTS = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]

@@ -11,14 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from moeyard.chat_templates import process as template_process
+from moeyard.chat_templates import renderer as templates
+from moeyard.chat_templates.renderer import Chat, Rendered, TemplateFault, TemplateProcess
 from moeyard.errors import MoeyardError, RequestError
 from moeyard.kernels.values import memory as kernels_memory
 from moeyard.moe.folders.tokenizer_errors import library_errors
 from moeyard.serving import loading, memory
+from moeyard.serving.engine.tokenizer import ServingTokenizer
 from moeyard.serving.server import ServeArgs, Server, check_model
-from moeyard.serving.templates import process as template_process
-from moeyard.serving.templates import renderer as templates
-from moeyard.serving.templates.renderer import TemplateFault, TemplateProcess
 
 from http_calls import call, check_error
 
@@ -224,11 +225,26 @@ def test_the_process_sees_no_key_and_may_write_no_file(process, monkeypatch):
     assert any(line.split()[:4] == ["Max", "file", "size", "0"] for line in limits.splitlines())
 
 
-def test_a_process_that_cannot_start_is_503(monkeypatch):
+def test_a_process_that_cannot_start_is_503(monkeypatch, model_folder, tmp_path):
+    (tmp_path / "t.jinja").write_text("a")
     monkeypatch.setattr(templates.sys, "executable", "/bin/false")
-    with pytest.raises(RequestError, match="could not start") as error:
-        TemplateProcess().render("a", USER, {})
-    assert error.value.status == 503
+    with pytest.raises(RequestError, match="could not start; try again later") as error:
+        ServingTokenizer(model_folder, str(tmp_path / "t.jinja"))
+    assert error.value.status == 503 and error.value.retry_after_s == 5
+
+
+def test_a_job_of_several_conversations_has_their_texts_in_order_and_ends_with_a_fault(process):
+    marked = "{% generation %}{{ m.content }}{% endgeneration %}"
+    template = "{% for m in messages %}" + marked + "{% endfor %}"
+    template += "{% if add_generation_prompt %}>{% endif %}{{ tools[0].name }}"
+    tools = [{"name": "t"}]
+    good = [Chat(USER, tools, add_generation_prompt=False), Chat([*USER, *USER], tools)]
+    found = process.render_all(template, good, {}, has_tags=True)
+    assert [one.text for one in found] == ["at", "aa>t"]
+    assert [one.answers for one in found] == [[(0, 1)], [(0, 1), (1, 2)]]
+    with pytest.raises(TemplateFault, match="has no element 0"):
+        process.render_all(template, [good[0], Chat(USER, []), good[1]], {})
+    assert process.render_all(template, good[1:], {}) == [Rendered("aa>t", [])]
 
 
 def test_a_template_that_fails_on_some_messages_gives_400_and_the_server_goes_on(

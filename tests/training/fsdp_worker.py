@@ -11,18 +11,17 @@ import json
 import sys
 from pathlib import Path
 
-from moeyard.configuration import load_config
 from moeyard.parallel.dense.local_part import local_part
 from moeyard.parallel.mesh import build_mesh
 from moeyard.parallel.process import process_group
-from moeyard.training.config import RunConfig
+from moeyard.training.read_config import read_run_config
 from moeyard.training.run.folder import create_run_folder
 from moeyard.training.trainer import Trainer
 
 
 def run_job(config_path: Path, job: list[str], watch) -> None:
     resaves, overrides = job[0] == "resave", [part for part in job if part != "resave"]
-    config = load_config(RunConfig, config_path, overrides)
+    config = read_run_config(config_path, overrides)
     num_experts = config.model.moe.num_experts if config.model.moe is not None else 1
     mesh = build_mesh(config.parallel.ep, num_experts, watch, 60)
     run_dir = Path(config.run_dir)

@@ -9,11 +9,10 @@ saved in OUT/NAME before any step.
 import sys
 from pathlib import Path
 
-from moeyard.configuration import load_config
 from moeyard.parallel.mesh import build_mesh
 from moeyard.parallel.process import process_group
 from moeyard.training.checkpoints.checkpoint import Checkpoints
-from moeyard.training.config import RunConfig
+from moeyard.training.read_config import read_run_config
 from moeyard.training.trainer import Trainer
 
 
@@ -23,7 +22,7 @@ def main() -> None:
         for case in sys.argv[4:]:
             name, _, overrides = case.partition("=")
             options = [f"run_dir={source}", *filter(None, overrides.split(","))]
-            config = load_config(RunConfig, config_path, options)
+            config = read_run_config(config_path, options)
             mesh = build_mesh(config.parallel.ep, config.model.moe.num_experts, watch, 60)
             trainer = Trainer(config, source, mesh)
             done = trainer.saves.resume()

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from moeyard.configuration import load_config
 from moeyard.errors import ConfigError
 from moeyard.parallel.watch.watch import Watch
-from moeyard.training.config import RunConfig
+from moeyard.training.read_config import read_run_config
 from moeyard.training.run import agreement, shared_folder
 from moeyard.training.run.agreement import check_same, check_same_start
 from moeyard.training.run.shared_folder import check_shared_folder
@@ -51,7 +50,7 @@ def test_a_key_that_differs_is_named_with_both_values_on_all_ranks(pair, config_
     def start(member) -> None:
         own = "optimizer.lr=0.25" if member.rank else "optimizer.lr=0.5"
         overrides = ["run_dir=/anywhere", own, f"run_dir=/{member.rank}"]  # which may be spelt so
-        check_same_start(load_config(RunConfig, config_file, overrides), member)
+        check_same_start(read_run_config(config_file, overrides), member)
 
     first, second = on_both(pair, start)
     assert first == second
@@ -60,7 +59,7 @@ def test_a_key_that_differs_is_named_with_both_values_on_all_ranks(pair, config_
 
 
 def test_equal_starts_pass(pair, config_file):
-    config = load_config(RunConfig, config_file)
+    config = read_run_config(config_file)
     assert on_both(pair, lambda member: check_same_start(config, member)) == [None, None]
 
 
@@ -74,7 +73,7 @@ def test_another_source_file_is_named(pair, config_file, monkeypatch):
         check_same(facts, remedy, member)
 
     monkeypatch.setattr(agreement, "check_same", check)
-    config = load_config(RunConfig, config_file)
+    config = read_run_config(config_file)
     sentences = on_both(pair, lambda member: check_same_start(config, member))
     assert all("moeyard/training/step.py is '0123' on rank 1" in str(s) for s in sentences)
     assert seen[0] > 100

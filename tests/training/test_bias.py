@@ -5,10 +5,9 @@ import shutil
 import torch
 
 import moeyard
-from moeyard.configuration import load_config
 from moeyard.parallel.mesh import Mesh
 from moeyard.training.checkpoints.export import export
-from moeyard.training.config import RunConfig
+from moeyard.training.read_config import read_run_config
 from moeyard.training.trainer import Trainer
 
 BIASED = (
@@ -17,7 +16,7 @@ BIASED = (
 
 
 def trainer(config_file, run, *overrides) -> Trainer:
-    config = load_config(RunConfig, config_file, [f"run_dir={run}", BIASED, *overrides])
+    config = read_run_config(config_file, [f"run_dir={run}", BIASED, *overrides])
     run.mkdir(exist_ok=True)
     return Trainer(config, run, Mesh())
 

@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from moeyard.chat_templates.renderer import TemplateProcess
 from moeyard.cli import main as command
 from moeyard.errors import DataError
 from moeyard.training.__main__ import main
 from moeyard.training.checkpoints.export import export
-from moeyard.training.data.chat_mask import ChatEncoder
-from moeyard.training.data.chat_records import Conversations, messages_of
+from moeyard.training.data.chat_mask import ChatEncoder, Encoded
+from moeyard.training.data.chat_records import Conversations, conversation_of
 from moeyard.training.data.chat_windows import NO_TARGET, ChatWindows, ChatWriter
 from moeyard.training.data.tokenizer import ByteTokenizer
 
@@ -66,32 +67,54 @@ def options(start: Path, chat_file: Path, run: Path, *more: str) -> list[str]:
     return [f"run_dir={run}", f"start_from={start}", *data, *loop, *more]
 
 
-def encoder_of(tmp_path: Path, template: str) -> ChatEncoder:
-    (tmp_path / "t.jinja").write_text(template)
-    return ChatEncoder(ByteTokenizer(), tmp_path / "t.jinja")
+@pytest.fixture(scope="module")
+def process():
+    with TemplateProcess() as process:
+        yield process
 
 
-def answers_in(encoder: ChatEncoder, messages: list[dict]) -> list[str]:
+@pytest.fixture
+def encoder_of(tmp_path, process):
+    """Make an encoder of bytes with a template."""
+
+    def make(template: str) -> ChatEncoder:
+        (tmp_path / "t.jinja").write_text(template)
+        return ChatEncoder(ByteTokenizer(), tmp_path / "t.jinja", process)
+
+    return make
+
+
+@pytest.fixture
+def tagged(process) -> ChatEncoder:
+    return ChatEncoder(ByteTokenizer(), TAGGED, process)
+
+
+def encode(encoder: ChatEncoder, messages: list[dict], **record) -> Encoded:
+    chat = conversation_of({"messages": messages, **record}, "line 7")
+    return encoder.encode("line 7", chat)
+
+
+def answers_in(encoder: ChatEncoder, messages: list[dict], **record) -> list[str]:
     """Return the runs of trained bytes; the end of text is shown as $."""
-    encoded = encoder.encode("here", messages)
+    encoded = encode(encoder, messages, **record)
     spelled = "".join("$" if token == 256 else chr(token) for token in encoded.ids)
     marked = "".join(c if a else "\n" for c, a in zip(spelled, encoded.is_answer, strict=True))
     return [part for part in marked.split("\n") if part]
 
 
-def test_answers_are_found_by_tags_and_by_difference(tmp_path):
+def test_answers_are_found_by_tags_and_by_difference(encoder_of, tagged):
     messages = conversation(3)
     wanted = ["It is 3.$", "It is 4.$"]
-    assert answers_in(ChatEncoder(ByteTokenizer(), TAGGED), messages) == wanted
+    assert answers_in(tagged, messages) == wanted
     # What the template writes after the prompt for an answer, the model must write too.
-    found = answers_in(encoder_of(tmp_path, UNTAGGED), messages)
+    found = answers_in(encoder_of(UNTAGGED), messages)
     assert found == ["It is 3.$", "(thinks) It is 4.$"]
     spaced = UNTAGGED.replace("{{ eos_token }}", " {{ eos_token }}")
-    found = answers_in(encoder_of(tmp_path, spaced), messages)
+    found = answers_in(encoder_of(spaced), messages)
     assert found == ["It is 3. $", "(thinks) It is 4. $"]
 
 
-def test_the_mask_of_tags_is_that_of_transformers():
+def test_the_mask_of_tags_is_that_of_transformers(tagged):
     tokenizer = ByteTokenizer().transformers()
     for number in range(6):
         theirs = tokenizer.apply_chat_template(
@@ -100,7 +123,7 @@ def test_the_mask_of_tags_is_that_of_transformers():
             return_dict=True,
             return_assistant_tokens_mask=True,
         )
-        ours = ChatEncoder(ByteTokenizer(), TAGGED).encode("here", conversation(number))
+        ours = encode(tagged, conversation(number))
         assert ours.ids == theirs["input_ids"]
         assert ours.is_answer == [bool(bit) for bit in theirs["assistant_masks"]]
 
@@ -120,13 +143,13 @@ class SpaceInFront:
         return PreTrainedTokenizerFast(tokenizer_object=rust, eos_token="$")
 
 
-def test_a_token_with_the_end_of_the_prompt_in_it_is_no_target(tmp_path):
+def test_a_token_with_the_end_of_the_prompt_in_it_is_no_target(tmp_path, process):
     turn = "{% for m in messages %}Say:%s{% generation %}%s{{ m.content }}$"
     turn += "{% endgeneration %}{% endfor %}"
     for before, behind, wanted in (("", " ", ["Ġanswer", "$"]), (" ", "", ["$"])):
         (tmp_path / "t.jinja").write_text(turn.replace("%s", before, 1).replace("%s", behind, 1))
-        encoder = ChatEncoder(SpaceInFront(), tmp_path / "t.jinja")
-        encoded = encoder.encode("here", [{"role": "assistant", "content": "answer"}])
+        encoder = ChatEncoder(SpaceInFront(), tmp_path / "t.jinja", process)
+        encoded = encode(encoder, [{"role": "assistant", "content": "answer"}])
         pairs = zip(encoded.ids, encoded.is_answer, strict=True)
         trained = [token for token, is_answer in pairs if is_answer]
         names = SpaceInFront.transformers().convert_ids_to_tokens(trained)
@@ -142,7 +165,7 @@ def test_the_shapes_that_people_have_say_the_same():
         {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, wanted[1]]},
     ):
-        assert messages_of(record, "here") == wanted
+        assert conversation_of(record, "here").messages == wanted
 
 
 BAD = {
@@ -155,24 +178,34 @@ BAD = {
     "surrogate": ({"prompt": "\ud800", "completion": "b"}, "give valid text"),
     "list": ({"conversations": [{"from": ["x"], "value": "a"}]}, "has a turn \"from\" ['x']"),
     "weight": (
-        {"messages": [{"role": "assistant", "content": "a", "weight": 0}]},
-        "a message of weight 0",
+        {"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]},
+        "a message of weight 0.5; use 1 to train on an answer and 0",
     ),
     "prompt": ({"prompt": 5, "completion": "b"}, "line 2 is not a conversation"),
     "answer in a prompt": (
         {"prompt": [{"role": "assistant", "content": "a"}], "completion": "b"},
         "has an answer in its prompt",
     ),
-    "tools": ({"prompt": "a", "completion": "b", "tools": [{}]}, "has tools, which are not"),
+    "only weight 0": (
+        {"messages": [{"role": "assistant", "content": "a", "weight": 0}]},
+        "or all of weight 0",
+    ),
+    "tools": ({"prompt": "a", "completion": "b", "tools": [5]}, "give a list of JSON schemas"),
+    "text tools": ({"prompt": "a", "completion": "b", "tools": "{]"}, "tools that are not JSON"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_conversations_are_refused_with_their_line_and_nothing_is_written(
-    case, tmp_path, config_file, capsys
-):
+def test_bad_conversations_are_refused_with_their_line(case):
     record, problem = BAD[case]
+    with pytest.raises(DataError) as caught:
+        conversation_of(json.loads(json.dumps(record)), "line 2")
+    assert problem in str(caught.value) and "line 2" in str(caught.value)
+
+
+def test_nothing_is_written_where_one_conversation_is_bad(tmp_path, config_file, capsys):
     path = tmp_path / "bad.jsonl"
+    record, problem = BAD["role"]
     path.write_text(json.dumps({"messages": conversation(0)}) + "\n" + json.dumps(record))
     data = f"data={{format: chat, source: {path}, tokenizer: bytes, chat_template: {TAGGED}}}"
     assert main([str(config_file), f"run_dir={tmp_path}/run", data]) == 2
@@ -195,38 +228,73 @@ TEMPLATES = {
         "{% for m in messages %}{{ m.role }}{{ eos_token }}{% endfor %}",
         "does not show where an answer begins and ends",
     ),
-    "raises": ("{{ 1 / 0 }}", "refuses these messages (division by zero"),
-    "syntax": ("{% for %}", "refuses these messages (Expected an expression"),
+    "raises": ("{{ 1 / 0 }}", "fails on these messages (ZeroDivisionError: division by zero"),
+    "syntax": ("{% for %}", "is not Jinja (line 1: Expected an expression"),
+    "memory": ("{{ 'x' * 9999999999 }}", "fails on these messages (it needs more than 256 MiB"),
 }
 
 
 @pytest.mark.parametrize("case", TEMPLATES)
-def test_templates_that_do_not_fit_are_refused(case, tmp_path):
+def test_templates_that_do_not_fit_are_refused(case, encoder_of):
     template, problem = TEMPLATES[case]
     messages = [*conversation(1), {"role": "tool", "content": "4"}]
     with pytest.raises(DataError) as caught:
-        encoder_of(tmp_path, template).encode("line 7", messages)
+        encode(encoder_of(template), messages)
     assert problem in str(caught.value) and "line 7" in str(caught.value)
 
 
-def test_calls_of_tools_need_a_template_with_tags(tmp_path):
+def test_calls_of_tools_need_a_template_with_tags(encoder_of):
     messages = [*conversation(1), {"role": "assistant", "content": None, "tool_calls": [{}]}]
     with pytest.raises(DataError, match="only if the chat template marks answers"):
-        encoder_of(tmp_path, UNTAGGED).encode("here", messages)
+        encode(encoder_of(UNTAGGED), messages)
 
 
-def windows_of(tmp_path: Path, length: int, batch: int = 2) -> ChatWindows:
-    writer, encoder = ChatWriter(), ChatEncoder(ByteTokenizer(), TAGGED)
+WITH_TOOLS = "{% for tool in tools or [] %}{{ tool.function.name }}\n{% endfor %}"
+
+
+@pytest.mark.parametrize("is_text", [False, True])
+def test_tools_are_what_the_template_gets_with_every_rendering(is_text, encoder_of, tagged):
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    given = json.dumps(tools) if is_text else tools
+    encoder = encoder_of(WITH_TOOLS + UNTAGGED)
+    encoded = encode(encoder, conversation(1), tools=given)
+    plain = encode(encoder, conversation(1))
+    assert bytes(encoded.ids[:4]) == b"add\n" and encoded.ids[4:] == plain.ids
+    assert encoded.is_answer == [False] * 4 + plain.is_answer
+    with pytest.raises(DataError, match="has tools, which the chat template does not write"):
+        encode(tagged, conversation(1), tools=tools)
+
+
+def test_answers_of_weight_0_are_read_and_not_trained_on(encoder_of, tagged):
+    messages = conversation(3)
+    messages[-1]["weight"], messages[-3]["weight"] = 1, 0
+    for encoder, wanted in ((tagged, "It is 4.$"), (encoder_of(UNTAGGED), "(thinks) It is 4.$")):
+        assert answers_in(encoder, messages) == [wanted]
+        assert encode(encoder, messages).ids == encode(encoder, conversation(3)).ids
+    part = "{% generation %}{{ m.content }}{% endgeneration %}"
+    halves = "{% for m in messages if m.role == 'assistant' %}" + part + part + "{% endfor %}"
+    with pytest.raises(DataError, match="marks 4 parts of 2 answers"):
+        encode(encoder_of(halves), messages)
+
+
+def test_a_template_that_takes_parts_gets_them(encoder_of):
+    loop = "{% for part in m.content %}{{ part.text }}{% endfor %}"
+    parts = UNTAGGED.replace("{{- m.content.strip() }}", "{#- -#}" + loop)
+    whole = encode(encoder_of(UNTAGGED), conversation(1))
+    assert encode(encoder_of(parts), conversation(1)) == whole
+
+
+def windows_of(folder: Path, encoder: ChatEncoder, length: int, batch: int = 2) -> ChatWindows:
+    writer = ChatWriter()
     for number in range(12):
-        writer.add(encoder.encode("here", conversation(number)))
-    writer.write(tmp_path / "chat.safetensors", "x")
-    return ChatWindows(tmp_path / "chat.safetensors", length, batch, 0, "training")
+        writer.add(encode(encoder, conversation(number)))
+    writer.write(folder / "chat.safetensors", "x")
+    return ChatWindows(folder / "chat.safetensors", length, batch, 0, "training")
 
 
-def test_windows_hold_whole_conversations_and_count_what_they_lose(tmp_path):
-    windows = windows_of(tmp_path, 200)
-    encoder = ChatEncoder(ByteTokenizer(), TAGGED)
-    whole = [encoder.encode("here", conversation(number)) for number in range(12)]
+def test_windows_hold_whole_conversations_and_count_what_they_lose(tmp_path, tagged):
+    windows = windows_of(tmp_path, tagged, 200)
+    whole = [encode(tagged, conversation(number)) for number in range(12)]
     rows = windows.rows(list(range(len(windows))))
     assert rows.lengths == tuple(len(encoded.ids) - 1 for encoded in whole)
     assert all(sum(windows.rows([w]).lengths) <= 200 for w in range(len(windows)))
@@ -237,15 +305,15 @@ def test_windows_hold_whole_conversations_and_count_what_they_lose(tmp_path):
     ]
     assert rows.targets_N.tolist() == targets
     assert windows.facts.cut == windows.facts.left_out == 0
-    short = windows_of(tmp_path, 50)
+    short = windows_of(tmp_path, tagged, 50)
     assert short.facts.cut > 0 and short.facts.left_out > 0
     assert max(short.rows(list(range(len(short)))).lengths) <= 50
     with pytest.raises(DataError, match=r"no answer within train.sequence_length = 5 tokens"):
-        windows_of(tmp_path, 5)
+        windows_of(tmp_path, tagged, 5)
 
 
-def test_counts_of_rows_and_targets_are_those_of_the_batches(tmp_path):
-    windows = windows_of(tmp_path, 200, batch=5)
+def test_counts_of_rows_and_targets_are_those_of_the_batches(tmp_path, tagged):
+    windows = windows_of(tmp_path, tagged, 200, batch=5)
     batches = [windows.rows(windows.at(step, range(5))) for step in range(9)]
     assert [windows.num_targets(s) for s in range(9)] == [
         int((batch.targets_N != NO_TARGET).sum()) for batch in batches
@@ -356,6 +424,15 @@ def test_tokenize_shows_what_is_trained_on_and_writes_nothing(tmp_path, chat_fil
     assert "give --show N" in capsys.readouterr().err and not (tmp_path / "out").exists()
     assert command(["tokenize", str(chat_file), *given[:-2], "--show", "2"]) == 2
     assert "the tokenizer has no chat template" in capsys.readouterr().err
+
+
+def test_control_characters_of_the_data_are_shown_escaped(tmp_path, capsys):
+    answer = "\x1b[2Ja\tb\x9b\x7f é"
+    record = {"prompt": "a", "completion": answer}
+    (tmp_path / "c.jsonl").write_text(json.dumps(record))
+    given = ["--format", "chat", "--tokenizer", "bytes", "--chat-template", str(TAGGED)]
+    assert command(["tokenize", str(tmp_path / "c.jsonl"), *given, "--show", "1"]) == 0
+    assert "[[\\x1b[2Ja\tb\\x9b\\x7f é<|endoftext|>]]" in capsys.readouterr().out
 
 
 def test_what_is_not_json_is_refused_with_its_name(tmp_path):

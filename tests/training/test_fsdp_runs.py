@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from moeyard.cli import main as command
-from moeyard.configuration import load_config
 from moeyard.parallel.mesh import Mesh
 from moeyard.training.__main__ import main
 from moeyard.training.checkpoints.checkpoint import StoredTensors
-from moeyard.training.config import RunConfig
+from moeyard.training.read_config import read_run_config
 from moeyard.training.trainer import Trainer
 
 from kills import digest
@@ -68,7 +67,7 @@ def runs(tmp_path_factory, config_file):
     launch(4, [*second, job("moved", *MOVED, FSDP, EP2)])
     forget("moved", 9)
     for kind, options in KINDS.items():
-        config = load_config(RunConfig, config_file, job(kind, *options, KEEP))
+        config = read_run_config(config_file, job(kind, *options, KEEP))
         trainer = Trainer(config, folder / kind, Mesh())
         trainer.saves.save(trainer.saves.resume() + 1, must=True)
     alone = [job("moved", *MOVED), job("one", *MOVED), job("evaluated_one", *EVALUATED)]

@@ -15,14 +15,13 @@ import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
-from moeyard.configuration import load_config
 from moeyard.parallel.mesh import Mesh
 from moeyard.training.__main__ import main
-from moeyard.training.config import RunConfig
 from moeyard.training.observers.observers import Observer, Observers
 from moeyard.training.observers.prometheus import PrometheusPort
 from moeyard.training.observers.weights_and_biases import WeightsAndBiases
 from moeyard.training.phases import PHASES, PhaseAverage, PhaseClock
+from moeyard.training.read_config import read_run_config
 from moeyard.training.step import StepResult
 from moeyard.training.trainer import Trainer
 
@@ -73,7 +72,7 @@ def test_laps_cover_all_time_and_averages_begin_anew():
 def test_every_lap_of_a_step_lands_in_its_phase(tmp_path, config_file):
     """With a clock that ticks once a look, a phase's seconds are its laps."""
     overrides = [f"run_dir={tmp_path}/run", "train.accumulation=2", "train.log_every=2"]
-    trainer = Trainer(load_config(RunConfig, config_file, overrides), tmp_path / "run", Mesh())
+    trainer = Trainer(read_run_config(config_file, overrides), tmp_path / "run", Mesh())
     ticks = itertools.count()
     trainer._step.phases = PhaseClock(lambda: float(next(ticks)))
     (tmp_path / "run").mkdir(exist_ok=True)
@@ -169,7 +168,7 @@ def result_of(counts_LE, dropped_L=(0,)) -> StepResult:
 def port_of(config_file, *overrides) -> tuple[PrometheusPort, int]:
     port = free_port()
     overrides = (f"monitor.prometheus_port={port}", *overrides)
-    config = load_config(RunConfig, config_file, overrides)
+    config = read_run_config(config_file, overrides)
     return PrometheusPort(config, config.model), port
 
 
@@ -304,7 +303,7 @@ def offline_records(file: Path) -> list:
 def test_wandb_offline_keeps_one_id_over_a_resume(tmp_path, trained, config_file, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    config = load_config(RunConfig, config_file)
+    config = read_run_config(config_file)
     records, files = metrics(trained), []
     for part in (records[:4], records[3:]):
         observer = WeightsAndBiases(config, tmp_path, "mine")
@@ -338,7 +337,7 @@ def test_each_start_leaves_its_facts(tmp_path, trained, config_file):
     first, second = (json.loads(line) for line in (run / "starts.jsonl").read_text().splitlines())
     assert (first["step"], second["step"]) == (0, 6)
     assert first["ranks"] == 1 and first["precision"] == "fp32"
-    decoder = Trainer(load_config(RunConfig, run / "config.yaml"), run, Mesh()).decoder
+    decoder = Trainer(read_run_config(run / "config.yaml"), run, Mesh()).decoder
     assert first["parameters"] == sum(p.numel() for p in decoder.parameters())
     idle = 2 * 2 * 3 * 32 * 16  # layers, experts a token leaves out, and an expert's matrices
     assert first["active_parameters"] == first["parameters"] - idle

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from moeyard.configuration import load_config, validate_config
+from moeyard.configuration import validate_config
 from moeyard.errors import ConfigError
 from moeyard.parallel.mesh import Mesh
-from moeyard.training.config import OptimizerConfig, RunConfig
+from moeyard.training.config import OptimizerConfig
+from moeyard.training.read_config import read_run_config
 from moeyard.training.schedule import learning_rate
 from moeyard.training.trainer import Trainer
 
@@ -72,7 +73,7 @@ def test_a_resumed_run_takes_the_rates_of_an_unbroken_one(config_file, tmp_path)
     def train(name: str, steps: int) -> list[float]:
         overrides = [f"run_dir={tmp_path / name}", f"train.steps={steps}"]
         overrides += ["optimizer.schedule=wsd", "optimizer.decay_share=0.4"]
-        config = load_config(RunConfig, config_file, overrides)
+        config = read_run_config(config_file, overrides)
         Trainer(config, Path(config.run_dir), Mesh()).run()
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         return [json.loads(line)["lr"] for line in lines]

@@ -14,11 +14,9 @@ import pytest
 import torch
 import yaml
 
-from moeyard.configuration import load_config
 from moeyard.errors import ConfigError, DataError, Stopped
 from moeyard.parallel.mesh import Mesh
 from moeyard.training.__main__ import main
-from moeyard.training.config import RunConfig
 from moeyard.training.data import hub
 from moeyard.training.data.block_writer import BlockWriter
 from moeyard.training.data.blocks import Blocks
@@ -27,6 +25,7 @@ from moeyard.training.data.stream import StreamBatches
 from moeyard.training.data.stream_setup import prepare_stream
 from moeyard.training.data.text import build_data
 from moeyard.training.data.tokenizer import ByteTokenizer
+from moeyard.training.read_config import read_run_config
 from moeyard.training.stop import StopRequest
 
 from kills import Launch, digest, kill_at_random, wait_until
@@ -73,7 +72,7 @@ def stream_config(tmp_path, config_file, data_set):
 
 
 def opened(stream_config, folder, *overrides, mesh=None, stop=None):
-    config = load_config(RunConfig, stream_config, [f"run_dir={folder}", *overrides])
+    config = read_run_config(stream_config, [f"run_dir={folder}", *overrides])
     mesh, stop = mesh or Mesh(), stop or StopRequest()
     if mesh.rank == 0:
         prepare_stream(config, ByteTokenizer(), folder, stop)
@@ -157,7 +156,7 @@ def test_reading_stays_a_bounded_way_ahead(tmp_path, stream_config):
 
 
 def test_held_out_documents_are_evaluated_and_never_trained_on(tmp_path, stream_config):
-    config = load_config(RunConfig, stream_config, [f"run_dir={tmp_path}"])
+    config = read_run_config(stream_config, [f"run_dir={tmp_path}"])
     data = build_data(config, tmp_path / "data", Mesh())
     rows = data.held_out.in_order(range(2))
     assert bytes((rows[0] % 256).tolist()).startswith(b"document 0: ")
@@ -167,9 +166,7 @@ def test_held_out_documents_are_evaluated_and_never_trained_on(tmp_path, stream_
     for number in range(0, 120, 20):
         assert f"document {number}: ".encode() not in text
     assert b"document 21: " in text and data.num_train_tokens is None
-    split = load_config(
-        RunConfig, stream_config, [f"run_dir={tmp_path}", "data.eval_split=validation"]
-    )
+    split = read_run_config(stream_config, [f"run_dir={tmp_path}", "data.eval_split=validation"])
     other = build_data(split, tmp_path / "other", Mesh())
     assert bytes(other.held_out.in_order(range(1))[0].tolist()).startswith(b"to be evaluated")
     seen = torch.cat([other.train.sequences(step, range(BATCH)) for step in range(5)])
@@ -205,7 +202,7 @@ def test_streaming_without_the_library_names_the_extra(stream_config, monkeypatc
 
 def test_splits_of_what_has_none_and_changed_streams_are_refused(tmp_path, stream_config):
     with pytest.raises(ConfigError, match="'stdlib' has no splits"):
-        load_config(RunConfig, stream_config, ["data.source=stdlib", "data.eval_split=test"])
+        read_run_config(stream_config, ["data.source=stdlib", "data.eval_split=test"])
     batches_of(opened(stream_config, tmp_path / "data"), range(1))
     for override, field in (
         ("data.block_tokens=64", "block_windows = 20, but the configuration now gives 2"),
@@ -234,7 +231,7 @@ def truncate(data_set):
 
 
 def test_a_failure_that_passes_is_read_over(stream_config, data_set):
-    data = load_config(RunConfig, stream_config, ["run_dir=x"]).data
+    data = read_run_config(stream_config, ["run_dir=x"]).data
     path, whole = truncate(data_set)
     pauses = []
 

@@ -13,14 +13,13 @@ import pytest
 import torch
 import yaml
 
-from moeyard.configuration import load_config
 from moeyard.errors import CheckpointError, ConfigError, TrainingError
 from moeyard.parallel.mesh import Mesh
 from moeyard.training import saves
 from moeyard.training.__main__ import main
 from moeyard.training.checkpoints.checkpoint import Checkpoints
 from moeyard.training.checkpoints.files import read_state, verify
-from moeyard.training.config import RunConfig
+from moeyard.training.read_config import read_run_config
 from moeyard.training.run.folder import claim_run_folder
 from moeyard.training.stop import StopRequest
 from moeyard.training.trainer import Trainer
@@ -229,7 +228,7 @@ def test_sigterm_saves_and_exits_with_0(tmp_path, config_file, program):
 
 
 def test_stops_before_an_update_that_is_not_finite(tmp_path, config_file):
-    config = load_config(RunConfig, config_file, [f"run_dir={tmp_path}/run"])
+    config = read_run_config(config_file, [f"run_dir={tmp_path}/run"])
     trainer = Trainer(config, tmp_path / "run", Mesh())
     with torch.no_grad():
         trainer.decoder.layers[0].mlp.experts.fc1[0, 0, 0] = float("nan")
@@ -291,9 +290,9 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path, content):
     path = tmp_path / "c.yaml"
     path.write_text(content)
     with pytest.raises(ConfigError):
-        load_config(RunConfig, path)
+        read_run_config(path)
     with pytest.raises(ConfigError, match="cannot be read"):
-        load_config(RunConfig, tmp_path / "none.yaml")
+        read_run_config(tmp_path / "none.yaml")
 
 
 @pytest.mark.dist
@@ -366,7 +365,7 @@ def test_keeping_few_checkpoints_never_deletes_the_only_whole_one(tmp_path, conf
     shutil.rmtree(folder / "step-00000003")
     shutil.rmtree(folder / "step-00000006")
     stopping = [steps, "checkpoint.keep=1", "checkpoint.every=1"]
-    config = load_config(RunConfig, config_file, [f"run_dir={run}", *stopping])
+    config = read_run_config(config_file, [f"run_dir={run}", *stopping])
     stop = StopRequest()
     stop.signal_name = "SIGTERM"  # one step from the newest whole checkpoint, then a save
     Trainer(config, run, Mesh(), stop).run()

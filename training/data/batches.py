@@ -1,5 +1,6 @@
 """The global batch as a pure function of (seed, step). B sequences, L tokens each."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Protocol
 
@@ -71,8 +72,8 @@ class GlobalBatches:
         """Return some rows of the global batch of ``step``: int64 ``[len(rows), L + 1]``."""
         return self._windows([self._order.item(step * self._batch + row) for row in rows])
 
-    def in_order(self, windows: range) -> Tensor:
-        """Return windows in the order of the file, for evaluation."""
+    def in_order(self, windows: Sequence[int]) -> Tensor:
+        """Return windows by their number in the file, for evaluation."""
         return self._windows(list(windows))
 
     def wait_for(self, step: int) -> None:

@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ...chat_templates.renderer import TemplateProcess
 from ...errors import DataError
 from ...parallel.mesh import Mesh
 from ..config import DataConfig, RunConfig
 from ..stop import StopRequest
 from ..work import LongWork
 from .chat_mask import ChatEncoder
-from .chat_records import Conversations, Message
+from .chat_records import Conversation, Conversations
 from .chat_windows import ChatWindows, ChatWriter, made_from
 from .corpus import make_folder
 from .data import Data
@@ -31,10 +32,10 @@ class ChatData(Data):
     held_out: ChatWindows
 
 
-def open_chat(config: DataConfig, tokenizer: Tokenizer) -> ChatEncoder:
-    """Return the encoder of a configuration's conversations."""
+def open_chat(config: DataConfig, tokenizer: Tokenizer, process: TemplateProcess) -> ChatEncoder:
+    """Return the encoder of a configuration's conversations; ``process`` renders them."""
     template = None if config.chat_template is None else Path(config.chat_template)
-    return ChatEncoder(tokenizer, template)
+    return ChatEncoder(tokenizer, template, process)
 
 
 def build_chat_data(
@@ -48,8 +49,10 @@ def build_chat_data(
     tokenizer = open_tokenizer(config.data.tokenizer)
     if config.start_from is not None:
         check_tokenizer(config.start_from, config.data.tokenizer, tokenizer)
-    encoder = open_chat(config.data, tokenizer)
-    mesh.on_rank_0(lambda: _prepare(config.data, tokenizer, encoder, folder, stop or StopRequest()))
+    stop = stop or StopRequest()
+    with TemplateProcess() as process:
+        encoder = open_chat(config.data, tokenizer, process)
+        mesh.on_rank_0(lambda: _prepare(config.data, tokenizer, encoder, folder, stop))
     length, batch = config.train.sequence_length, config.train.batch_sequences
     train = ChatWindows(folder / TRAIN, length, batch, config.seed, "training")
     held_out = ChatWindows(folder / HELD_OUT, length, batch, config.seed, "held-out")
@@ -84,9 +87,9 @@ def _prepare(
         return
     train, held_out = ChatWriter(), ChatWriter()
     with LongWork("tokenising", stop) as work:
-        for index, (is_held_out, where, messages) in enumerate(_sides(config, sources), start=1):
+        for index, (is_held_out, where, chat) in enumerate(_sides(config, sources), start=1):
             writer = held_out if is_held_out else train
-            writer.add(encoder.encode(where, messages))
+            writer.add(encoder.encode(where, chat))
             work.advance(conversations=index)
     for writer, name in ((train, "train on"), (held_out, "hold out")):
         if not len(writer):
@@ -100,20 +103,20 @@ def _prepare(
 
 def _sides(
     config: DataConfig, sources: list[Conversations]
-) -> Iterator[tuple[bool, str, list[Message]]]:
-    """Yield (is held out, where, messages); copies of held-out conversations are left out."""
+) -> Iterator[tuple[bool, str, Conversation]]:
+    """Yield (is held out, where, conversation); copies of held-out conversations are left out."""
     every = every_nth(config.eval_fraction)
     held_out = set()
     has_own_eval = len(sources) > 1
-    for index, (where, messages) in enumerate(sources[-1]):
+    for index, (where, chat) in enumerate(sources[-1]):
         if has_own_eval or index % every == 0:
-            held_out.add(_digest(messages))
-            yield True, where, messages
-    for where, messages in sources[0]:
-        if _digest(messages) not in held_out:
-            yield False, where, messages
+            held_out.add(_digest(chat))
+            yield True, where, chat
+    for where, chat in sources[0]:
+        if _digest(chat) not in held_out:
+            yield False, where, chat
 
 
-def _digest(messages: list[Message]) -> bytes:
-    text = json.dumps(messages, sort_keys=True)
+def _digest(chat: Conversation) -> bytes:
+    text = json.dumps([chat.messages, chat.tools], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).digest()

@@ -11,13 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...errors import DataError
-from .chat_records import Message
+from ...chat_templates.chat_template import content_format_of
+from ...chat_templates.renderer import Chat, Rendered, TemplateFault, TemplateProcess
+from ...errors import DataError, MoeyardError
+from .chat_records import Conversation, Message
 from .tokenizer import Tokenizer
 
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 STAND_IN = "\ue000\ue001"
 """Private characters, one at each end, which no text has."""
+CHATS_A_JOB = 8
+"""One job for a usual conversation. A long one with many answers needs a copy of itself for each,
+which the process shall not hold all at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,16 +31,20 @@ class Encoded:
 
     ids: list[int]
     is_answer: list[bool]
-    """For each id, whether the assistant says it."""
+    """For each id, whether the assistant says it and is to learn it."""
 
 
 class ChatEncoder:
     """Applies a chat template and finds the answers."""
 
-    def __init__(self, tokenizer: Tokenizer, template: Path | None) -> None:
-        """``template`` is a Jinja file, None takes the tokenizer's own."""
+    def __init__(
+        self, tokenizer: Tokenizer, template: Path | None, process: TemplateProcess
+    ) -> None:
+        """``template`` is a Jinja file, None takes the tokenizer's own; ``process`` renders it."""
         self._inner = tokenizer.transformers()
+        self._process = process
         self.template = _template_of(self._inner, template)
+        self._format = content_format_of(self.template)
         self._marks_answers = GENERATION.search(self.template) is not None
         if not self._inner.is_fast:
             raise DataError(
@@ -43,13 +52,21 @@ class ChatEncoder:
                 "the text; use a folder with tokenizer.json."
             )
 
-    def encode(self, where: str, messages: list[Message]) -> Encoded:
+    def encode(self, where: str, conversation: Conversation) -> Encoded:
         """Return ids and mask; ``where`` names the conversation in errors.
 
         Raises :class:`DataError` for messages that the template refuses, and for answers that
         cannot be told from the rest.
         """
-        text, spans = self._rendered(where, messages)
+        if conversation.tools and "tools" not in self.template:
+            raise DataError(
+                f"{where} has tools, which the chat template does not write; take them out, or "
+                "give another data.chat_template."
+            )
+        if self._marks_answers:
+            text, spans = self._marked(where, conversation)
+        else:
+            text, spans = self._told_apart(where, conversation)
         given = self._inner(
             text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
@@ -71,27 +88,43 @@ class ChatEncoder:
             )
         return Encoded(ids, is_answer)
 
-    def _rendered(self, where: str, messages: list[Message]) -> tuple[str, list[tuple[int, int]]]:
-        """Return the conversation's text, and where in it the answers begin and end."""
-        if self._marks_answers:
-            return self._render_marked(where, messages)
-        answers = [
-            index for index, message in enumerate(messages) if message["role"] == "assistant"
-        ]
-        if any(
-            messages[index].get("tool_calls") or not messages[index]["content"] for index in answers
-        ):
+    def _marked(self, where: str, conversation: Conversation) -> tuple[str, list[tuple[int, int]]]:
+        """Return the text, and where in it the template marks answers to train on."""
+        messages, is_trained, tools = conversation
+        (found,) = self._render(where, [self._chat(messages, tools)])
+        answers = [index for index, m in enumerate(messages) if m["role"] == "assistant"]
+        if all(is_trained[index] for index in answers):
+            return found.text, found.answers
+        if len(found.answers) != len(answers):
+            raise DataError(
+                f"{where} has an answer of weight 0, but the chat template marks "
+                f"{len(found.answers)} parts of {len(answers)} answers, so it is not known which "
+                "that is; take the conversation or the weights out."
+            )
+        spans = zip(answers, found.answers, strict=True)
+        return found.text, [span for index, span in spans if is_trained[index]]
+
+    def _told_apart(
+        self, where: str, conversation: Conversation
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """Return the text, and where in it the answers to train on are."""
+        messages, is_trained, tools = conversation
+        answers = [index for index, trained in enumerate(is_trained) if trained]
+        if any(messages[i].get("tool_calls") or not messages[i]["content"] for i in answers):
             raise DataError(
                 f"{where} has an answer with tool calls or without text, which can be found only "
                 "if the chat template marks answers by {% generation %}; add the tags."
             )
-        text = self._render(where, messages)
-        spans = []
+        chats = [self._chat(messages, tools)]
         for index in answers:
-            message = messages[index]
-            other = [*messages[:index], message | {"content": STAND_IN}, *messages[index + 1 :]]
-            first, last = self._difference(where, text, self._render(where, other))
-            prompt = self._render(where, messages[:index], add_generation_prompt=True)
+            stand_in = messages[index] | {"content": STAND_IN}
+            other = [*messages[:index], stand_in, *messages[index + 1 :]]
+            chats.append(self._chat(other, tools))
+            chats.append(self._chat(messages[:index], tools, add_generation_prompt=True))
+        text, *texts = (found.text for found in self._render(where, chats))
+        spans = []
+        for other_text, prompt in zip(texts[::2], texts[1::2], strict=True):
+            first, last = self._difference(where, text, other_text)
             if text.startswith(prompt) and len(prompt) <= first:
                 first = len(prompt)
             spans.append((first, last))
@@ -117,31 +150,27 @@ class ChatEncoder:
         found = {str(token) for token in self._inner.added_tokens_decoder.values()}
         return sorted(found, key=len, reverse=True)
 
-    def _render(self, where: str, messages: list[Message], **options: Any) -> str:
+    def _chat(
+        self,
+        messages: list[Message],
+        tools: list[dict[str, Any]] | None,
+        add_generation_prompt: bool = False,
+    ) -> Chat:
+        worded = [self._format.word(m) if "content" in m else m for m in messages]
+        return Chat(worded, tools, add_generation_prompt)
+
+    def _render(self, where: str, chats: list[Chat]) -> list[Rendered]:
+        tokens = dict(self._inner.special_tokens_map)
+        found: list[Rendered] = []
         try:
-            return str(
-                self._inner.apply_chat_template(
-                    messages, chat_template=self.template, tokenize=False, **options
+            for start in range(0, len(chats), CHATS_A_JOB):
+                part = chats[start : start + CHATS_A_JOB]
+                found += self._process.render_all(
+                    self.template, part, tokens, has_tags=self._marks_answers
                 )
-            )
-        except Exception as error:  # a template can raise anything
-            raise _refused(where, error) from None
-
-    def _render_marked(
-        self, where: str, messages: list[Message]
-    ) -> tuple[str, list[tuple[int, int]]]:
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        try:
-            texts, spans = render_jinja_template(
-                conversations=[messages],
-                chat_template=self.template,
-                return_assistant_tokens_mask=True,
-                **self._inner.special_tokens_map,
-            )
-        except Exception as error:  # a template can raise anything
-            raise _refused(where, error) from None
-        return texts[0], spans[0]
+        except TemplateFault as fault:
+            raise _refused(where, fault) from None
+        return found
 
 
 def _num_shared(one: str, two: str) -> int:
@@ -169,9 +198,15 @@ def _template_of(inner: Any, path: Path | None) -> str:
         ) from None
 
 
-def _refused(where: str, error: Exception) -> DataError:
-    reason = " ".join(str(error).split())
+def _refused(where: str, fault: TemplateFault) -> MoeyardError:
+    if fault.kind == "unavailable":
+        return MoeyardError(f"{fault}; start again.")
+    if fault.kind == "syntax":
+        return DataError(
+            f"{where}: the chat template is not Jinja ({fault}); correct data.chat_template."
+        )
+    verb = "refuses" if fault.kind == "refusal" else "fails on"
     return DataError(
-        f"{where}: the chat template refuses these messages ({reason}); correct the conversation, "
-        "or give another data.chat_template."
+        f"{where}: the chat template {verb} these messages ({fault}); correct the conversation, or "
+        "give another data.chat_template."
     )

@@ -1,8 +1,9 @@
 """Conversations from JSON files, in the shapes that people have."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...errors import DataError
 from .documents import RECORD_SUFFIXES, Files, TextFile, is_unicode
@@ -27,6 +28,16 @@ SHAPES = (
 Message = dict[str, Any]
 
 
+class Conversation(NamedTuple):
+    """What is rendered, and which of it is trained on."""
+
+    messages: list[Message]
+    is_trained: list[bool]
+    """For each message, whether the assistant says it and is to learn it."""
+    tools: list[dict[str, Any]] | None = None
+    """Functions that the assistant may call, as JSON schemas."""
+
+
 class Conversations:
     """The conversations of a file, or of all JSON files below a folder."""
 
@@ -43,14 +54,14 @@ class Conversations:
             )
         self._paths, self._source, self._field = found, source, field
 
-    def __iter__(self) -> Iterator[tuple[str, list[Message]]]:
-        """Yield where each conversation stands, and its messages."""
+    def __iter__(self) -> Iterator[tuple[str, Conversation]]:
+        """Yield where each conversation stands, and what it says."""
         for path in self._paths:
             try:
                 for where, record in read_records(
                     TextFile(path, self._source, self._field).blocks()
                 ):
-                    yield f"{path} {where}", messages_of(record, f"{path} {where}")
+                    yield f"{path} {where}", conversation_of(record, f"{path} {where}")
             except NotJson as error:
                 raise DataError(f"{path} {error.where} is not JSON; correct it.") from None
 
@@ -59,38 +70,62 @@ class Conversations:
         return Files(self._paths, self._source, "", self._field).fingerprint()
 
 
-def messages_of(record: Any, where: str) -> list[Message]:
-    """Return the messages of a JSON object of one of the known shapes.
+def conversation_of(record: Any, where: str) -> Conversation:
+    """Return the conversation in a JSON object of one of the known shapes.
 
-    Raises :class:`DataError` for other shapes, unknown roles and conversations without an answer.
+    Raises :class:`DataError` for other shapes, unknown roles and conversations without an answer to
+    train on.
     """
     messages = [_checked(message, where) for message in _messages(record, where)]
-    if isinstance(record, dict) and record.get("tools"):
-        raise DataError(f"{where} has tools, which are not supported; take them out.")
-    if not any(message["role"] == "assistant" for message in messages):
-        raise DataError(f"{where} has no assistant message, so nothing to learn; take it out.")
-    return messages
+    weights = [message.pop("weight", None) for message in messages]
+    is_trained = [
+        message["role"] == "assistant" and weight != 0
+        for message, weight in zip(messages, weights, strict=True)
+    ]
+    if not any(is_trained):
+        raise DataError(
+            f"{where} has no assistant message, or all of weight 0, so nothing to learn; take it "
+            "out."
+        )
+    return Conversation(messages, is_trained, _tools(record, where))
+
+
+def _tools(record: Any, where: str) -> list[dict[str, Any]] | None:
+    """Return a record's tools, which may be a list or, where columns have one type, its JSON."""
+    tools = record.get("tools") if isinstance(record, dict) else None
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools or "null")
+        except (ValueError, RecursionError):
+            raise DataError(f"{where} has tools that are not JSON; correct them.") from None
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise DataError(f"{where} has the tools {tools!r}; give a list of JSON schemas.")
+    return tools
 
 
 def _checked(message: Message, where: str) -> Message:
-    """Return a message whose content is one text."""
+    """Return a message whose content is one text, or absent where it only calls tools."""
+    # Templates tell a missing key from a value, and would spell None. Servers drop it as well.
+    said = {key: value for key, value in message.items() if value is not None}
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise DataError(f"{where} has the role {role!r}; use one of {', '.join(ROLES)}.")
-    if message.get("weight", 1) != 1:
+    if message.get("weight") not in (None, 0, 1):
         raise DataError(
-            f"{where} has a message of weight {message['weight']!r}; all answers are trained on, "
-            "so take weight out, or the conversation."
+            f"{where} has a message of weight {message['weight']!r}; use 1 to train on an answer "
+            "and 0 to leave it out."
         )
     if role == "assistant" and content is None and message.get("tool_calls"):
-        return message
+        return said
     if content and isinstance(content, list):
         parts = [part.get("text") if isinstance(part, dict) else None for part in content]
         texts = [part for part in parts if isinstance(part, str)]
         content = "".join(texts) if len(texts) == len(parts) else content
     if not isinstance(content, str) or not is_unicode(content):
         raise DataError(f"{where} has a message with content {content!r}; give valid text.")
-    return message | {"content": content}
+    return said | {"content": content}
 
 
 def _messages(record: Any, where: str) -> list[Message]:

@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator
 from itertools import groupby, islice
+from unicodedata import category
 
+from ...chat_templates.renderer import TemplateProcess
 from ..config import DataConfig
 from .chat import open_chat
 from .chat_records import Conversations
@@ -14,18 +16,28 @@ GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
 def show_conversations(config: DataConfig, count: int, in_colour: bool) -> Iterator[str]:
     """Yield the first ``count`` conversations of ``data.source`` as text, special tokens included.
 
-    What is trained on is green ``in_colour``, and in ``[[ ]]`` otherwise.
+    What is trained on is green ``in_colour``, and in ``[[ ]]`` otherwise. Control characters
+    except tabs and newlines are escaped, because a terminal would obey them.
     """
     tokenizer = open_tokenizer(config.tokenizer)
-    encoder = open_chat(config, tokenizer)
     decode = tokenizer.transformers().decode
     before, after = (GREEN, PLAIN) if in_colour else ("[[", "]]")
-    for where, messages in islice(Conversations(config.source, "data.source"), count):
-        encoded = encoder.encode(where, messages)
-        text = ""
-        pairs = zip(encoded.ids, encoded.is_answer, strict=True)
-        for is_answer, run in groupby(pairs, key=lambda pair: pair[1]):
-            part = decode([token for token, _ in run], skip_special_tokens=False)
-            text += f"{before}{part}{after}" if is_answer else part
-        trained = sum(encoded.is_answer)
-        yield f"== {where}: {len(encoded.ids)} tokens, {trained} trained on\n{text}\n"
+    with TemplateProcess() as process:
+        encoder = open_chat(config, tokenizer, process)
+        for where, chat in islice(Conversations(config.source, "data.source"), count):
+            encoded = encoder.encode(where, chat)
+            text = ""
+            pairs = zip(encoded.ids, encoded.is_answer, strict=True)
+            for is_answer, run in groupby(pairs, key=lambda pair: pair[1]):
+                part = _printable(decode([t for t, _ in run], skip_special_tokens=False))
+                text += f"{before}{part}{after}" if is_answer else part
+            trained = sum(encoded.is_answer)
+            counts = f"{len(encoded.ids)} tokens, {trained} trained on"
+            yield f"== {_printable(where)}: {counts}\n{text}\n"
+
+
+def _printable(text: str) -> str:
+    """Return a text with its control characters as Python spells them."""
+    return "".join(
+        repr(sign)[1:-1] if category(sign) == "Cc" and sign not in "\t\n" else sign for sign in text
+    )

@@ -69,7 +69,7 @@ class ChatObjective(Objective):
         return self.data.train.num_rows(steps)
 
     def evaluate(self, module: nn.Module, mesh: Mesh) -> HeldOut:
-        """Score the first ``eval_sequences`` held-out windows, split over the ranks."""
+        """Score ``eval_sequences`` held-out windows, split over the ranks."""
         held_out = self.data.held_out
         loss, num_targets = self.score(
             lambda windows: module(_on(device(), held_out.rows(list(windows)))),

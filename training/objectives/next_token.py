@@ -73,7 +73,7 @@ class NextTokenObjective(Objective):
         return self.config.train.batch_sequences * self.config.train.sequence_length
 
     def evaluate(self, module: nn.Module, mesh: Mesh) -> HeldOut:
-        """Score the first ``eval_sequences`` held-out windows, split over the ranks."""
+        """Score ``eval_sequences`` held-out windows, split over the ranks."""
         held_out = self.data.held_out
         loss, num_targets = self.score(
             lambda windows: module(held_out.in_order(windows).to(device())),

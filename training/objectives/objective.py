@@ -6,7 +6,7 @@ kind is one file and one line in table.py.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,25 +95,27 @@ class Objective(ABC):
 
     def score(
         self,
-        part_of: Callable[[range], MicroBatchLoss],
+        part_of: Callable[[Sequence[int]], MicroBatchLoss],
         module: nn.Module,
         num_windows: int,
         mesh: Mesh,
     ) -> tuple[float, int]:
         """Return the mean loss of held-out windows, and their number of targets.
 
-        Takes the first ``eval_sequences`` of ``num_windows`` windows and splits them over the
-        ranks; ``part_of`` scores some of them, or none, by ``module``.
+        Takes ``eval_sequences`` of ``num_windows`` windows, spread evenly because a text changes
+        along its way, and splits them over the ranks; ``part_of`` scores some of them, or none, by
+        ``module``.
         """
         train = self.config.train
-        num_windows = min(train.eval_sequences, num_windows)
+        count = min(train.eval_sequences, num_windows)
+        chosen = [place * num_windows // count for place in range(count)]
         per_rank = max(1, train.batch_sequences // (train.accumulation * mesh.world_size))
         sums = torch.zeros(2, dtype=torch.float64)  # loss, targets
         module.eval()
         with torch.no_grad():
-            for start in range(0, num_windows, per_rank * mesh.world_size):
-                first = min(num_windows, start + mesh.rank * per_rank)
-                part = part_of(range(first, min(num_windows, first + per_rank)))
+            for start in range(0, count, per_rank * mesh.world_size):
+                first = start + mesh.rank * per_rank
+                part = part_of(chosen[first : first + per_rank])
                 sums += torch.tensor([float(part.loss_sum), part.num_targets], dtype=torch.float64)
         module.train()
         loss_sum, num_targets = mesh.sum(sums).tolist()

@@ -13,8 +13,8 @@ from jinja2 import Environment, TemplateSyntaxError, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 
-from ...errors import ConfigError
-from ...files import read_small_file
+from ..errors import ConfigError
+from ..files import read_small_file
 
 MAX_TEMPLATE_BYTES = 4 << 20
 LIST_FILTERS = {"selectattr", "rejectattr", "select", "reject", "list", "default", "d"}

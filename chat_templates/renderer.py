@@ -5,13 +5,13 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ...errors import RequestError
 from . import process as template_process
 
-RETRY_AFTER_S = 5
 KEPT_VARIABLES = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "HOME", "LANG", "TZ")
 """What the process sees of the environment; a server's key is in there too."""
 
@@ -19,10 +19,32 @@ KEPT_VARIABLES = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "HOME"
 class TemplateFault(Exception):  # noqa: N818 - becomes an error of the configuration or a request
     """A template that could not be rendered, with the reason in a few words."""
 
-    def __init__(self, kind: Literal["syntax", "refusal", "failure"], reason: str) -> None:
+    def __init__(
+        self, kind: Literal["syntax", "refusal", "failure", "unavailable"], reason: str
+    ) -> None:
         super().__init__(reason)
         self.kind = kind
-        """``syntax``: no Jinja. ``refusal``: it does not want these messages. ``failure``: else."""
+        """``syntax``: no Jinja. ``refusal``: it does not want these messages. ``unavailable``: the
+        process is to blame, not the template. ``failure``: else."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """What a template is given."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+    add_generation_prompt: bool = True
+    """Whether the text ends where the assistant's next answer begins."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """What a template made of a conversation."""
+
+    text: str
+    answers: list[tuple[int, int]]
+    """Where the parts begin and end that it marks by ``{% generation %}``."""
 
 
 class TemplateProcess:
@@ -34,25 +56,37 @@ class TemplateProcess:
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
 
+    def __enter__(self) -> "TemplateProcess":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def render(
         self, template: str, messages: list[dict[str, Any]], special_tokens: dict[str, Any]
     ) -> str:
-        """Return the text of a conversation, ready for the answer.
+        """Return the text of a conversation, ready for the answer; errors as :meth:`render_all`."""
+        return self.render_all(template, [Chat(messages)], special_tokens)[0].text
 
-        Raises :class:`TemplateFault`, also for what takes too long or too much memory, and
-        :class:`RequestError` where the process does not start.
+    def render_all(
+        self,
+        template: str,
+        chats: list[Chat],
+        special_tokens: dict[str, Any],
+        has_tags: bool = False,
+    ) -> list[Rendered]:
+        """Return the texts of some conversations; ``has_tags`` asks for their marked answers, too.
+
+        Raises :class:`TemplateFault`, also for what takes too long or too much memory.
         """
-        job = {"template": template, "messages": messages, "special_tokens": special_tokens}
-        line = self._exchange(json.dumps(job, default=str).encode())
-        result = json.loads(line)
-        if "text" not in result:
-            raise TemplateFault(result["kind"], result["reason"])
-        text: str = result["text"]
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise TemplateFault("failure", "it makes text that is not valid Unicode") from None
-        return text
+        job = {
+            "template": template,
+            "chats": [{name: getattr(chat, name) for name in Chat.__slots__} for chat in chats],
+            "special_tokens": special_tokens,
+            "has_tags": has_tags,
+        }
+        lines = self._exchange(json.dumps(job, default=str).encode(), len(chats))
+        return [_read(line) for line in lines]
 
     def close(self) -> None:
         """End the process."""
@@ -61,7 +95,7 @@ class TemplateProcess:
             process.kill()
             process.communicate()
 
-    def _exchange(self, job: bytes) -> bytes:
+    def _exchange(self, job: bytes, num_results: int) -> Iterator[bytes]:
         process = self._process
         if process is None or process.poll() is not None:
             self.close()
@@ -72,11 +106,19 @@ class TemplateProcess:
             process.stdin.flush()
         except BrokenPipeError:
             pass  # it has ended, and the empty answer says so
-        line = process.stdout.readline()
-        if not line:
-            self._process = None
-            raise _reason(process)
-        return line
+        for _ in range(num_results):
+            line = process.stdout.readline()
+            if not line:
+                self._process = None
+                raise _reason(process)
+            yield line
+
+
+def _read(line: bytes) -> Rendered:
+    result = json.loads(line)
+    if "text" not in result:
+        raise TemplateFault(result["kind"], result["reason"])
+    return Rendered(result["text"], [(first, last) for first, last in result["answers"]])
 
 
 def _start() -> subprocess.Popen[bytes]:
@@ -97,7 +139,7 @@ def _start() -> subprocess.Popen[bytes]:
     return process
 
 
-def _reason(process: subprocess.Popen[bytes]) -> Exception:
+def _reason(process: subprocess.Popen[bytes]) -> TemplateFault:
     """Say why a process has ended during a job."""
     process.communicate()
     code = process.returncode
@@ -109,10 +151,5 @@ def _reason(process: subprocess.Popen[bytes]) -> Exception:
     return TemplateFault("failure", f"it has ended its process (exit code {code})")
 
 
-def _unavailable(what: str) -> RequestError:
-    return RequestError(
-        f"the process that renders chat templates {what}; try again later.",
-        code="unavailable",
-        status=503,
-        retry_after_s=RETRY_AFTER_S,
-    )
+def _unavailable(what: str) -> TemplateFault:
+    return TemplateFault("unavailable", f"the process that renders chat templates {what}")

@@ -1,0 +1,20 @@
+"""The routers that benchmarks/routers.py compares: overrides of its configuration."""
+
+
+def arm(section: str, one_wide_expert: bool = False) -> list[str]:
+    """Return the overrides of a router; ``one_wide_expert`` for those with k = 1."""
+    width = ["model.moe.d_expert=512"] if one_wide_expert else []
+    return [f"model.moe.router={{{section}}}", *width]
+
+
+ARMS = {
+    "topk": arm("kind: topk, k: 2, balance_loss: 0.01, z_loss: 0.001"),
+    "topk, pre-gated": arm("kind: topk, k: 2, lookahead: previous_block"),
+    "topk, pre-attention": arm("kind: topk, k: 2, lookahead: attention_input"),
+    "topk, sigmoid and bias": arm(
+        "kind: topk, k: 2, score: sigmoid, bias_update_rate: 0.003, balance_loss: 0"
+    ),
+    "hash, balanced": arm("kind: hash, k: 2"),
+    "hash, random": arm("kind: hash, k: 2, table: random"),
+}
+"""By name in the table."""

@@ -1,0 +1,57 @@
+"""Every router gives the same numbers when its experts and tokens are on two ranks."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from equivalence_worker import run_case
+from launch import torchrun
+from router_cases import CASES, NOT_FOR_TEXT
+
+NAMES = [name for name in CASES if name not in NOT_FOR_TEXT]
+OPTIONS = ["train.precision=fp64", "parallel.backend=reference", "train.accumulation=2"]
+SAME = {"rtol": 1e-9, "atol": 1e-12}
+
+
+def cases(ep: int) -> dict[str, dict]:
+    return {
+        f"{name}-{ep}": {
+            "overrides": [
+                *OPTIONS,
+                f"parallel.ep={ep}",
+                f"model.moe.router={json.dumps(CASES[name])}",
+            ],
+            "data": "shared",
+        }
+        for name in NAMES
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, config_file) -> Path:
+    """The results of all routers on two ranks and on one, in a process pair and in this process."""
+    out = tmp_path_factory.mktemp("routers")
+    worker = str(Path(__file__).parent / "equivalence_worker.py")
+    torchrun(2, worker, str(config_file), str(out), json.dumps(cases(2)))
+    for name, case in cases(1).items():
+        run_case(config_file, out, name, case, None)
+    return out
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", NAMES)
+def test_two_ranks_equal_one_in_loss_gradients_weights_and_state(folder, name):
+    ranks = [torch.load(folder / f"{name}-2-{rank}.pt") for rank in (0, 1)]
+    for alone, first, second in zip(torch.load(folder / f"{name}-1-0.pt"), *ranks, strict=True):
+        assert first["loss"] == pytest.approx(alone["loss"], rel=1e-10)
+        assert first["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-9)
+        assert torch.equal(first["counts"], alone["counts"])
+        for kind in ("gradients", "weights"):
+            both = first[kind] | second[kind]
+            assert both.keys() == alone[kind].keys()
+            for key, expected in alone[kind].items():
+                torch.testing.assert_close(
+                    both[key], expected, **SAME, msg=lambda m, k=key: f"{k}: {m}"
+                )
