@@ -9,11 +9,17 @@ from ...configuration import validate_config
 from .hash import Hash
 from .own_code import check_class, find_class
 from .router import RouterConfig
+from .stochastic import Stochastic
+from .task import Task
+from .timestep import Timestep
 from .topk import TopK
 
 ROUTERS: tuple[type[RouterConfig], ...] = (
     TopK,
     Hash,
+    Task,
+    Timestep,
+    Stochastic,
 )
 """The configurations of all routers; ``kind`` tells them apart."""
 

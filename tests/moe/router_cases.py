@@ -9,8 +9,14 @@ CASES: dict[str, dict] = {
     "hash_balanced": {"kind": "hash", "k": 2},
     "hash_bigram": {"kind": "hash", "k": 2, "table": "bigram"},
     "hash_multihash": {"kind": "hash", "k": 2, "table": "multihash"},
+    "task": {"kind": "task", "k": 2, "num_tasks": 2},
+    "task_vector": {"kind": "task", "k": 2, "num_tasks": 2, "form": "vector", "d_task": 6},
+    "timestep": {"kind": "timestep"},
+    "stochastic": {"kind": "stochastic"},
+    "stochastic_sequence": {"kind": "stochastic", "k": 2, "drawn_per": "sequence"},
+    "stochastic_fixed": {"kind": "stochastic", "k": 2, "evaluation": "fixed"},
 }
 """By name: a ``router:`` section for four experts."""
 
-NOT_FOR_TEXT: set[str] = set()
+NOT_FOR_TEXT: set[str] = {"task", "task_vector", "timestep"}
 """Those that read what a text model does not have, such as a task."""
