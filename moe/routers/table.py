@@ -7,6 +7,8 @@ from pydantic_core.core_schema import ValidatorFunctionWrapHandler
 
 from ...configuration import validate_config
 from .hash import Hash
+from .kmeans import KMeans
+from .null import Null
 from .own_code import check_class, find_class
 from .router import RouterConfig
 from .stochastic import Stochastic
@@ -20,6 +22,8 @@ ROUTERS: tuple[type[RouterConfig], ...] = (
     Task,
     Timestep,
     Stochastic,
+    KMeans,
+    Null,
 )
 """The configurations of all routers; ``kind`` tells them apart."""
 

@@ -15,6 +15,11 @@ CASES: dict[str, dict] = {
     "stochastic": {"kind": "stochastic"},
     "stochastic_sequence": {"kind": "stochastic", "k": 2, "drawn_per": "sequence"},
     "stochastic_fixed": {"kind": "stochastic", "k": 2, "evaluation": "fixed"},
+    "kmeans": {"kind": "kmeans", "k": 2},
+    "kmeans_farthest": {"kind": "kmeans", "k": 2, "choose": "farthest", "balance_loss": 0},
+    "kmeans_online": {"kind": "kmeans", "update_rate": 0.1, "reseed_after": 2},
+    "null": {"kind": "null", "k": 2, "num_null": 3},
+    "null_keeps_its_weight": {"kind": "null", "k": 3, "renormalize_over": "all"},
 }
 """By name: a ``router:`` section for four experts."""
 
