@@ -18,3 +18,15 @@ ARMS = {
     "hash, random": arm("kind: hash, k: 2, table: random"),
 }
 """By name in the table."""
+
+OVERHEAD = {
+    "topk": {"kind": "topk", "k": 2},
+    "topk, sigmoid and bias": {
+        "kind": "topk",
+        "k": 2,
+        "score": "sigmoid",
+        "bias_update_rate": 1e-3,
+    },
+    "hash": {"kind": "hash", "k": 2, "table": "random"},
+}
+"""The token-choice routers of benchmarks/router_overhead.py, for 64 experts."""

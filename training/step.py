@@ -59,6 +59,9 @@ class TrainStep:
         self._wrapped = parallel.wrapped
         self._engine = parallel.engine
         self._routers = decoder.routers()
+        self._layers = [index for index, _ in decoder.moe_layers()]
+        self._router_weights: list[list[Tensor]] = []
+        """Of each micro-batch and MoE layer of the step, to name a layer that broke."""
         self._device = device()
         self.gradients = parallel.engine.gradients
         self.optimizer = MasterAdamW(decoder, parallel.masters, config.optimizer)
@@ -77,9 +80,9 @@ class TrainStep:
         grad_norm = self.gradients.norm()
         if not (torch.isfinite(grad_norm) and torch.isfinite(sums).all()):
             raise TrainingError(
-                f"step {step + 1} has loss {loss} and gradient norm {float(grad_norm)}, and "
-                "nothing was updated; lower optimizer.lr or look at the data, then start again "
-                "from the last checkpoint."
+                f"step {step + 1} has loss {loss} and gradient norm {float(grad_norm)}"
+                f"{self._broken_router()}, and nothing was updated; lower optimizer.lr or look at "
+                "the data, then start again from the last checkpoint."
             )
         self.phases.lap("reduce")
         clip = self._config.optimizer.clip_norm
@@ -102,6 +105,15 @@ class TrainStep:
             stop_requested=stop > 0,
         )
 
+    def _broken_router(self) -> str:
+        """Say which layer's router was the first to weigh by NaN or infinity, on any rank."""
+        broken_L = torch.zeros(len(self._layers), dtype=torch.int64)
+        for weights in self._router_weights:
+            flags = [not bool(torch.isfinite(w).all()) for w in weights]
+            broken_L += torch.tensor(flags, dtype=torch.int64)
+        found = self._mesh.sum(broken_L).nonzero().flatten().tolist()
+        return f", with NaN in the router of layer {self._layers[found[0]]}" if found else ""
+
     def _forward_backward(self, step: int) -> tuple[Tensor, list[GlobalCounts]]:
         """Return fp64 ``[loss sum, balance, z]`` of this rank, and each layer's global counts."""
         train, mesh = self._config.train, self._mesh
@@ -110,6 +122,7 @@ class TrainStep:
         divisor = self._objective.divisor(step)
         sums = torch.zeros(3, dtype=torch.float64)
         counts: list[GlobalCounts] = []
+        self._router_weights = []
         self.gradients.zero()
         self.phases.lap("optimizer")
         for micro in range(train.accumulation):
@@ -122,6 +135,8 @@ class TrainStep:
                 loss = part.loss_sum / divisor
                 parts = [part.loss_sum.detach()]
                 if part.routings:
+                    weights = [routing.weights_TK.detach() for routing in part.routings]
+                    self._router_weights.append(weights)
                     auxiliary = auxiliary_losses(part.routings, self._routers, mesh.sum)
                     loss = loss + auxiliary.total / train.accumulation
                     parts += [auxiliary.balance / train.accumulation]

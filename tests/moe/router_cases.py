@@ -25,3 +25,6 @@ CASES: dict[str, dict] = {
 
 NOT_FOR_TEXT: set[str] = {"task", "task_vector", "timestep"}
 """Those that read what a text model does not have, such as a task."""
+
+NOT_TENSORS_ALONE: set[str] = set()
+"""Those with a fixed number of experts whose rule needs values on the host."""

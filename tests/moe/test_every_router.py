@@ -19,7 +19,7 @@ from moeyard.moe.routers.router import RouterSizes
 from moeyard.moe.routers.routing import RouterInput, count_choices
 from moeyard.moe.routers.table import ROUTERS, router
 
-from router_cases import CASES, NOT_FOR_TEXT
+from router_cases import CASES, NOT_FOR_TEXT, NOT_TENSORS_ALONE
 from small_model import CONFIG, write_decoder
 
 D, E, VOCABULARY = 24, 4, 257
@@ -158,6 +158,17 @@ def test_a_sequence_is_routed_alike_alone_and_in_a_batch(name):
 def pairs(routing, row) -> dict[int, float]:
     ids, weights = routing.experts_TK[row].tolist(), routing.weights_TK[row].tolist()
     return {expert: weight for expert, weight in zip(ids, weights, strict=True) if expert >= 0}
+
+
+@every_router
+def test_a_rule_of_tensors_alone_compiles_to_one_graph(name):
+    gate, given = module(name).eval(), rows()
+    if gate.config.varies or name in NOT_TENSORS_ALONE:
+        pytest.skip("its rule looks at values on the host")
+    route = torch.compile(gate.route, backend="eager", fullgraph=True)
+    compiled, plain = route(given), gate.route(given)
+    assert torch.equal(compiled.experts_TK, plain.experts_TK)
+    torch.testing.assert_close(compiled.weights_TK, plain.weights_TK)
 
 
 @every_router_of_text

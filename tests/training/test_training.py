@@ -227,13 +227,15 @@ def test_sigterm_saves_and_exits_with_0(tmp_path, config_file, program):
         assert "exitcode" not in text
 
 
-def test_stops_before_an_update_that_is_not_finite(tmp_path, config_file):
+@pytest.mark.parametrize(("part", "layer"), [("gate.weight", 0), ("experts.fc1", 1)])
+def test_stops_before_an_update_that_is_not_finite(tmp_path, config_file, part, layer):
+    """What an expert breaks shows in the next layer's router."""
     config = read_run_config(config_file, [f"run_dir={tmp_path}/run"])
     trainer = Trainer(config, tmp_path / "run", Mesh())
     with torch.no_grad():
-        trainer.decoder.layers[0].mlp.experts.fc1[0, 0, 0] = float("nan")
+        trainer.decoder.layers[0].mlp.get_parameter(part)[0].fill_(float("nan"))
     before = {n: p.clone() for n, p in trainer.decoder.named_parameters()}
-    with pytest.raises(TrainingError, match="nothing was updated"):
+    with pytest.raises(TrainingError, match=f"router of layer {layer}, and nothing was updated"):
         trainer.run()
     for name, parameter in trainer.decoder.named_parameters():
         assert torch.equal(parameter.nan_to_num(), before[name].nan_to_num())
