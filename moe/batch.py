@@ -77,9 +77,12 @@ class Batch:
         """Tell the caches that all layers have stored these rows."""
         if self.caches is None:
             return
-        ids = self.ids_T.split(list(self.lengths))
-        for cache, ids_L in zip(self.caches, ids, strict=True):
-            cache.advance(ids_L)
+        if self.previous_ids_T is not None:
+            ids = self.ids_T.split(list(self.lengths))
+            for cache, ids_L in zip(self.caches, ids, strict=True):
+                cache.keep_ids(ids_L)
+        for cache, length in zip(self.caches, self.lengths, strict=True):
+            cache.length += length
 
 
 def batch_of(sequences: Sequence[Tensor], caches: Sequence[KVCache] | None = None) -> Batch:

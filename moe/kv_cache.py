@@ -45,12 +45,12 @@ class KVCache(Protocol):
         """Store the positions of ``layer`` that follow ``length``."""
         ...
 
-    def advance(self, ids_L: Tensor) -> None:
-        """Add the positions that all layers have stored to ``length``; these are their tokens."""
+    def keep_ids(self, ids_L: Tensor) -> None:
+        """Store the token ids of the positions that follow ``length``, for :meth:`last_id`."""
         ...
 
     def last_id(self) -> Tensor:
-        """Return the token id of the last position, int64 scalar; not of an empty cache."""
+        """Return the token id of the last position, int64 scalar; only if ids were kept."""
         ...
 
     def view(self, layer: int, end: int) -> tuple[Tensor, Tensor]:
@@ -73,7 +73,7 @@ class SequenceCache:
         """Addresses of that memory: keys, then values, of each layer."""
         self._keys_GLH: list[Tensor] = []
         self._values_GLV: list[Tensor] = []
-        # All of them, and not the last alone: after a failed step, a caller sets length back.
+        # All ids, and not the last alone: after a failed step, a caller sets length back.
         self._ids_L = torch.empty(0, dtype=torch.int64, device=device)
 
     def spec(self, layer: int) -> KVCacheSpec:
@@ -87,14 +87,16 @@ class SequenceCache:
         self._keys_GLH[layer][:, self.length : end] = keys_GLH
         self._values_GLV[layer][:, self.length : end] = values_GLV
 
-    def advance(self, ids_L: Tensor) -> None:
-        """Add the positions that all layers have stored to ``length``; these are their tokens."""
-        end = self.length + len(ids_L)
-        self._ids_L[self.length : end] = ids_L
-        self.length = end
+    def keep_ids(self, ids_L: Tensor) -> None:
+        """Store the token ids of the positions that follow ``length``, for :meth:`last_id`."""
+        if len(self._ids_L) < self.capacity:
+            before_L = self._ids_L[: self.length]
+            self._ids_L = ids_L.new_empty(self.capacity)
+            self._ids_L[: len(before_L)] = before_L
+        self._ids_L[self.length : self.length + len(ids_L)] = ids_L
 
     def last_id(self) -> Tensor:
-        """Return the token id of the last position, int64 scalar; not of an empty cache."""
+        """Return the token id of the last position, int64 scalar; only if ids were kept."""
         return self._ids_L[self.length - 1]
 
     def view(self, layer: int, end: int) -> tuple[Tensor, Tensor]:
@@ -115,11 +117,8 @@ class SequenceCache:
         capacity = min(self._max_length, max(64, needed, 2 * self.capacity))
         keys_GLH = self._grown(self._keys_GLH, [s.head_dim for s in self._specs], capacity)
         values_GLV = self._grown(self._values_GLV, [s.v_dim for s in self._specs], capacity)
-        ids_L = torch.empty(capacity, dtype=torch.int64, device=self._device)
-        ids_L[: self.length] = self._ids_L[: self.length]
         # Only now, so that the cache is unchanged if memory runs out.
         self.capacity, self._keys_GLH, self._values_GLV = capacity, keys_GLH, values_GLV
-        self._ids_L = ids_L
         pairs = zip(keys_GLH, values_GLV, strict=True)
         self.addresses = array("q", (buffer.data_ptr() for pair in pairs for buffer in pair))
 

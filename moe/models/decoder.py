@@ -166,6 +166,7 @@ class Decoder(nn.Module):
         if config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         self._rope = Rope.of(config)
+        self._reads_previous_ids = any(r.config.reads_previous_ids() for r in self.routers())
         self._following = {
             earlier: (index, layer)
             for (earlier, _), (index, layer) in itertools.pairwise(self.moe_layers())
@@ -195,7 +196,7 @@ class Decoder(nn.Module):
         """Run the decoder on a batch; its caches, if any, grow by the batch's rows."""
         if self.training and any(router.config.draws() for router in self.routers()):
             batch = replace(batch, draw_keys=sequence_keys(batch.ids_T, batch.lengths))
-        if any(router.config.reads_previous_ids() for router in self.routers()):
+        if self._reads_previous_ids:
             batch = batch.with_previous_ids()
         x_TD = self.embed_tokens(batch.ids_T)
         parts = parts_of(batch, self._rope.tables(batch.positions_T, x_TD.dtype))

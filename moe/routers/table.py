@@ -8,7 +8,7 @@ from pydantic_core.core_schema import ValidatorFunctionWrapHandler
 from ...configuration import validate_config
 from .hash import Hash
 from .kmeans import KMeans
-from .null import Null
+from .null_experts import NullExperts
 from .own_code import check_class, find_class
 from .router import RouterConfig
 from .stochastic import Stochastic
@@ -23,7 +23,7 @@ ROUTERS: tuple[type[RouterConfig], ...] = (
     Timestep,
     Stochastic,
     KMeans,
-    Null,
+    NullExperts,
 )
 """The configurations of all routers; ``kind`` tells them apart."""
 

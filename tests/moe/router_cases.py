@@ -18,8 +18,8 @@ CASES: dict[str, dict] = {
     "kmeans": {"kind": "kmeans", "k": 2},
     "kmeans_farthest": {"kind": "kmeans", "k": 2, "choose": "farthest", "balance_loss": 0},
     "kmeans_online": {"kind": "kmeans", "update_rate": 0.1, "reseed_after": 2},
-    "null": {"kind": "null", "k": 2, "num_null": 3},
-    "null_keeps_its_weight": {"kind": "null", "k": 3, "renormalize_over": "all"},
+    "null_experts": {"kind": "null_experts", "k": 2, "num_null": 3},
+    "null_experts_keep_weight": {"kind": "null_experts", "k": 3, "renormalize_over": "all"},
 }
 """By name: a ``router:`` section for four experts."""
 

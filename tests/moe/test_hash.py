@@ -142,9 +142,13 @@ def test_a_bigram_model_goes_on_with_the_token_before_from_its_cache():
 def test_a_cache_keeps_its_tokens_when_it_grows():
     cache = model("bigram").new_cache()
     cache.reserve(60)
-    cache.advance(torch.arange(60))
-    cache.reserve(200)
+    cache.keep_ids(torch.arange(60))
+    cache.length = 60
+    cache.reserve(140)
+    cache.keep_ids(torch.arange(300, 440))
     assert int(cache.last_id()) == 59
+    cache.length = 200
+    assert int(cache.last_id()) == 439
     cache.length = 7
     assert int(cache.last_id()) == 6
 

@@ -7,6 +7,7 @@ from router_shares import losses_of_ranks
 import moeyard
 from moeyard.moe.routers.kmeans import KMeans, KMeansRouter
 from moeyard.moe.routers.kmeans_fit import fit_centroids
+from moeyard.moe.routers.kmeans_update import reseed
 from moeyard.moe.routers.losses import global_counts
 from moeyard.moe.routers.routing import RouterInput
 
@@ -151,6 +152,20 @@ def test_planted_clusters_are_found_with_reseeding_and_not_without():
         if reseed_after:
             assert nearest.values.max() < 0.2
     assert found == {0: 1, 2: E}
+
+
+def test_idle_centroids_take_half_of_the_busiest_ones_one_after_the_other():
+    centroids_ED = torch.arange(1.0, 9).view(4, 2)
+    idle_steps_E = torch.tensor([3, 0, 5, 1])
+    reseed(centroids_ED, idle_steps_E, torch.tensor([0, 10, 0, 6]), after=3)
+    up, down = 1 + 1 / 1024, 1 - 1 / 1024
+    # Expert 1 has 10 tokens and 5 are left, so expert 2 takes from expert 3, which has 6.
+    wanted = [[3 * up, 4 * down], [3 * down, 4 * up], [7 * up, 8 * down], [7 * down, 8 * up]]
+    torch.testing.assert_close(centroids_ED, torch.tensor(wanted), rtol=1e-7, atol=0)
+    assert idle_steps_E.tolist() == [0, 0, 0, 1]
+    alone_ED = centroids_ED.clone()
+    reseed(alone_ED, torch.tensor([3, 0, 3, 3]), torch.tensor([0, 1, 0, 0]), after=3)
+    assert torch.equal(alone_ED, centroids_ED)  # one token cannot be shared
 
 
 def test_centroids_may_come_from_rows_of_the_data():

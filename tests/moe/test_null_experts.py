@@ -6,16 +6,16 @@ from router_shares import losses_of_ranks
 
 import moeyard
 from moeyard.errors import ConfigError
-from moeyard.moe.routers.null import Null, NullRouter
+from moeyard.moe.routers.null_experts import NullExperts, NullExpertsRouter
 from moeyard.moe.routers.routing import RouterInput
 
 D, E, M = 6, 4, 3
-forms = pytest.mark.parametrize("over", ["true", "all"])
+forms = pytest.mark.parametrize("over", ["experts", "all"])
 
 
-def router(k: int = 2, **options) -> NullRouter:
+def router(k: int = 2, **options) -> NullExpertsRouter:
     torch.manual_seed(0)
-    return NullRouter(Null(k=k, num_null=M, **options), D, E).double()
+    return NullExpertsRouter(NullExperts(k=k, num_null=M, **options), D, E).double()
 
 
 def rows(count: int = 15) -> torch.Tensor:
@@ -23,7 +23,7 @@ def rows(count: int = 15) -> torch.Tensor:
     return torch.randn(count, D, generator=generator, dtype=torch.float64)
 
 
-def probabilities(gate: NullRouter, x_D: torch.Tensor) -> list[torch.Tensor]:
+def probabilities(gate: NullExpertsRouter, x_D: torch.Tensor) -> list[torch.Tensor]:
     exps = [(row @ x_D).exp() for row in gate.weight]
     return [value / sum(exps) for value in exps]
 
@@ -63,7 +63,7 @@ def test_null_choices_are_none_and_weights_are_renormalized_as_asked(over):
 
 def layer(**options) -> moeyard.MoELayer:
     torch.manual_seed(0)
-    config = Null(num_null=M, **options)
+    config = NullExperts(num_null=M, **options)
     return moeyard.MoELayer(D, 5, E, config, backend="reference").double()
 
 
@@ -104,7 +104,7 @@ def test_a_batch_that_skips_the_layer_runs_no_expert(monkeypatch):
 
 
 def test_a_partner_of_a_null_expert_weighs_one_or_its_share():
-    for over, wanted in (("true", 1.0), ("all", 0.25)):
+    for over, wanted in (("experts", 1.0), ("all", 0.25)):
         gate = router(k=2, renormalize_over=over)
         with torch.no_grad():
             gate.weight[:] = -9
@@ -148,7 +148,7 @@ def test_the_balance_loss_is_one_when_all_is_even():
     assert float(found.detach()) == pytest.approx(1.0)
 
 
-def layer_of(gate: NullRouter) -> moeyard.MoELayer:
+def layer_of(gate: NullExpertsRouter) -> moeyard.MoELayer:
     moe = moeyard.MoELayer(D, 5, E, gate.config)
     moe.gate = gate
     return moe

@@ -18,7 +18,7 @@ from .router import RouterSizes
 from .routing import RouterInput, Routing, count_tokens
 
 
-class Null(LearnedConfig):
+class NullExperts(LearnedConfig):
     """The k best of E experts and some null experts, whose output is 0 (AdaMoE; MoE++).
 
     A token's number of experts is k less the null experts among its choices. With null experts
@@ -29,15 +29,15 @@ class Null(LearnedConfig):
     paper: ClassVar[str] = "Zeng et al. 2024 (AdaMoE); Jin et al. 2024 (MoE++)"
     varies: ClassVar[bool] = True
 
-    kind: Literal["null"] = "null"
+    kind: Literal["null_experts"] = "null_experts"
     k: int = Field(default=2, ge=1)
     """Choices of each token, null experts among them."""
     num_null: int = Field(default=2, ge=1, le=65536)
     """Null experts. They differ in their rows of the router only; with as many as experts, about
     half of the choices compute nothing."""
-    renormalize_over: Literal["true", "all"] = "true"
-    """true: weights are divided by the sum of the chosen true experts' (AdaMoE, MoE++), so a single
-    one weighs 1. all: by the sum of all chosen, so null experts keep their share and the
+    renormalize_over: Literal["experts", "all"] = "experts"
+    """experts: weights are divided by the sum over chosen experts (AdaMoE, MoE++), so a single
+    expert weighs 1. all: by the sum over all choices, so null experts keep their share and the
     output is smaller (Mixtral's order)."""
     balance_loss: float = Field(default=0.01, ge=0)
     """Coefficient of the Switch balance loss over all E + num_null experts, where every null expert
@@ -45,9 +45,9 @@ class Null(LearnedConfig):
     null_factor: float = Field(default=1.0, ge=0)
     """Factor on null experts in that loss. Below 1, more choices go to them (MoE++: 0.75)."""
 
-    def build(self, sizes: RouterSizes) -> "NullRouter":
+    def build(self, sizes: RouterSizes) -> "NullExpertsRouter":
         """Return the module."""
-        return NullRouter(self, sizes.d_model, sizes.num_experts)
+        return NullExpertsRouter(self, sizes.d_model, sizes.num_experts)
 
     def architecture(self) -> dict[str, Any]:
         """Return all but the loss."""
@@ -56,12 +56,12 @@ class Null(LearnedConfig):
         return values
 
 
-class NullRouter(LinearRouter):
-    """See :class:`Null`. The weight is ``[X, D]``; its last rows are the null experts'."""
+class NullExpertsRouter(LinearRouter):
+    """See :class:`NullExperts`. The weight is ``[X, D]``; its last rows are the null experts'."""
 
-    def __init__(self, config: Null, d_model: int, num_experts: int) -> None:
+    def __init__(self, config: NullExperts, d_model: int, num_experts: int) -> None:
         super().__init__(config, d_model, num_experts, num_scores=num_experts + config.num_null)
-        self.config: Null = config
+        self.config: NullExperts = config
         self.rule = ChoiceRule(k=config.k, renormalize=config.renormalize_over == "all")
 
     def route(self, router_input: RouterInput) -> Routing:
@@ -70,13 +70,13 @@ class NullRouter(LinearRouter):
         assert x_TD is not None, "the caller must pass hidden rows"
         logits_TX = self.logits(x_TD)
         choices = choose(logits_TX, None, valid_T, self.rule, wants_sums=self.training)
-        is_true_TK = choices.experts_TK < self.num_experts
-        weights_TK = torch.where(is_true_TK, choices.weights_TK, 0)
-        if self.config.renormalize_over == "true":
+        is_expert_TK = choices.experts_TK < self.num_experts
+        weights_TK = torch.where(is_expert_TK, choices.weights_TK, 0)
+        if self.config.renormalize_over == "experts":
             weights_TK = weights_TK / (weights_TK.sum(dim=1, keepdim=True) + EPSILON)
         counts_E, null_counts_N = choices.counts_E.tensor_split([self.num_experts])
         routing = Routing(
-            experts_TK=torch.where(is_true_TK, choices.experts_TK, -1),
+            experts_TK=torch.where(is_expert_TK, choices.experts_TK, -1),
             weights_TK=weights_TK,
             counts_E=counts_E,
             num_tokens=count_tokens(valid_T, choices.experts_TK),
@@ -87,7 +87,7 @@ class NullRouter(LinearRouter):
         return routing
 
     def losses(self, routing: Routing, counts: GlobalCounts) -> LayerLosses:
-        """Return this rank's share of ``X / (K T^2) * sum_x n_x P_x``; see :class:`Null`."""
+        """Return this rank's share of ``X / (K T^2) * sum_x n_x P_x``; see :class:`NullExperts`."""
         if "probability_sums_X" not in routing.extras:
             raise ConfigError(
                 "the routing has no sums for losses, which routers keep in training mode only; "
