@@ -3,6 +3,7 @@
 T tokens, D model width, E experts, K choices.
 """
 
+import zlib
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, Self
 
@@ -19,7 +20,7 @@ from .loss_terms import BalanceSums, GlobalCounts, LayerLosses
 from .router import Router, RouterSizes
 from .routing import RouterInput, Routing, count_choices, count_tokens
 
-TRAINING_ONLY = ("update_rate", "reseed_after", "balance_loss", "commitment_loss")
+TRAINING_ONLY = ("update_rate", "reseed_after", "seed", "balance_loss", "commitment_loss")
 
 
 class KMeans(LearnedConfig):
@@ -47,6 +48,8 @@ class KMeans(LearnedConfig):
     reseed_after: int = Field(default=0, ge=0)
     """A centroid that was nearest to no token for this many steps takes half of the tokens of the
     busiest one: both move apart from its place. 0 = never."""
+    seed: int = 0
+    """Seed of the first centroids."""
     balance_loss: float = Field(default=0.01, ge=0)
     """Coefficient of the Switch balance loss on the softmax over all distances. It moves the hidden
     rows, because centroids have no gradient."""
@@ -92,7 +95,8 @@ class KMeansRouter(Router):
         self.config: KMeans = config
         self.rule = ChoiceRule(k=config.k)
         # Rows behind an RMSNorm have the length of these.
-        generator = torch.Generator("cpu").manual_seed(layer)
+        seed = zlib.crc32(f"kmeans/{config.seed}/{layer}".encode())
+        generator = torch.Generator("cpu").manual_seed(seed)
         centroids_ED = torch.randn(num_experts, d_model, generator=generator, device="cpu")
         self.register_buffer("centroids_ED", centroids_ED)
         self.register_buffer("idle_steps_E", torch.zeros(num_experts, dtype=torch.int64))

@@ -191,6 +191,14 @@ def test_state_comes_back():
     assert torch.equal(gate.idle_steps_E, other.idle_steps_E)
 
 
+def test_seed_and_layer_change_the_first_centroids():
+    first = router().centroids_ED
+    assert torch.equal(first, router().centroids_ED)
+    for other in (router(seed=1), KMeansRouter(KMeans(), D, E, layer=1)):
+        assert not torch.equal(first, other.centroids_ED)
+    assert KMeans(seed=1).architecture() == KMeans(balance_loss=0).architecture()
+
+
 def test_options_that_contradict_each_other_get_one_sentence():
     with pytest.raises(ValueError, match="choose is farthest, where centroids cannot follow"):
         KMeans(choose="farthest", update_rate=0.1)
