@@ -10,9 +10,8 @@ from ..values.choice import (
     EPSILON,
     ChoiceRule,
     Choices,
-    LossSums,
     count_choices,
-    probabilities,
+    loss_sums,
     scores,
     where_valid,
 )
@@ -39,17 +38,8 @@ def choose_torch(
         weights_TK = weights_TK * rule.scale
     experts_TK = where_valid(valid_T, chosen_TK.int())
     counts_E = count_choices(experts_TK, logits_TE.shape[1])
-    sums = _loss_sums(logits_TE, scores_TE, valid_T, rule) if wants_sums else None
+    sums = loss_sums(logits_TE, scores_TE, valid_T, rule) if wants_sums else None
     return Choices(experts_TK, weights_TK, counts_E, sums)
-
-
-def _loss_sums(
-    logits_TE: Tensor, scores_TE: Tensor, valid_T: Tensor | None, rule: ChoiceRule
-) -> LossSums:
-    z_T = logits_TE.logsumexp(dim=-1).square()
-    if valid_T is not None:
-        z_T = torch.where(valid_T, z_T, 0)
-    return LossSums(probabilities(scores_TE, valid_T, rule).sum(dim=0), z_T.sum())
 
 
 def _selection(scores_TE: Tensor, bias_E: Tensor | None, rule: ChoiceRule) -> Tensor:

@@ -11,12 +11,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ...errors import ConfigError
 from ...kernels.router import choose
 from ...kernels.values.choice import ChoiceRule
 from .kmeans_update import moved, reseed, sums_of_members, sums_to_means
 from .linear import LearnedConfig, project
-from .loss_terms import BalanceSums, GlobalCounts, LayerLosses
+from .loss_terms import BalanceSums, GlobalCounts, LayerLosses, training_sum
 from .router import Router, RouterSizes
 from .routing import RouterInput, Routing, count_choices, count_tokens
 
@@ -149,15 +148,9 @@ class KMeansRouter(Router):
 
     def losses(self, routing: Routing, counts: GlobalCounts) -> LayerLosses:
         """Return this rank's share of balance and commitment."""
-        if "probability_sums_E" not in routing.extras:
-            raise ConfigError(
-                "the routing has no sums for losses, which routers keep in training mode only; "
-                "call train() on the layer before its forward."
-            )
-        sums = routing.extras["probability_sums_E"]
-        balance = BalanceSums(
-            self.num_experts, self.k, counts.counts_E, sums, counts.num_tokens
-        ).loss()
+        sums_E = training_sum(routing, "probability_sums_E")
+        shares = BalanceSums(self.num_experts, self.k, counts.counts_E, sums_E, counts.num_tokens)
+        balance = shares.loss()
         terms = [self.config.balance_loss * balance]
         if "commitment_sum" in routing.extras:
             mean = routing.extras["commitment_sum"] / counts.num_tokens.clamp(min=1)

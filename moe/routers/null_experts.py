@@ -9,11 +9,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ...errors import ConfigError
 from ...kernels.router import choose
 from ...kernels.values.choice import EPSILON, ChoiceRule
 from .linear import LearnedConfig, LinearRouter
-from .loss_terms import GlobalCounts, LayerLosses
+from .loss_terms import GlobalCounts, LayerLosses, training_sum
 from .router import RouterSizes
 from .routing import RouterInput, Routing, count_tokens
 
@@ -88,12 +87,7 @@ class NullExpertsRouter(LinearRouter):
 
     def losses(self, routing: Routing, counts: GlobalCounts) -> LayerLosses:
         """Return this rank's share of ``X / (K T^2) * sum_x n_x P_x``; see :class:`NullExperts`."""
-        if "probability_sums_X" not in routing.extras:
-            raise ConfigError(
-                "the routing has no sums for losses, which routers keep in training mode only; "
-                "call train() on the layer before its forward."
-            )
-        sums_X = routing.extras["probability_sums_X"]
+        sums_X = training_sum(routing, "probability_sums_X")
         divisor = counts.num_tokens.clamp(min=1).double().square() * self.k
         balance = (self._loads(counts) * (len(sums_X) / divisor) * sums_X).sum().to(sums_X.dtype)
         return LayerLosses((self.config.balance_loss * balance,), balance=balance)

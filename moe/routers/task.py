@@ -13,14 +13,13 @@ from ...errors import ConfigError
 from ...kernels.router import choose
 from ...kernels.values.choice import ChoiceRule
 from .linear import LearnedConfig, project
-from .loss_terms import GlobalCounts, LayerLosses
+from .loss_terms import GlobalCounts, LayerLosses, training_sum
 from .router import Router, RouterSizes
 from .routing import RouterInput, Routing, count_tokens
 from .row_numbers import checked
+from .variation import squared_variation
 from .whole_batch import from_fixed_point, share_of, to_fixed_point
 
-EPSILON = 1e-10
-"""Added to the squared mean importance, so that a task without tokens has loss 0."""
 NORM_EPSILON = 1e-6
 
 
@@ -134,21 +133,13 @@ class TaskRouter(Router):
 
     def losses(self, routing: Routing, counts: GlobalCounts) -> LayerLosses:
         """Return this rank's share of the importance loss."""
-        if "importance_NE" not in routing.extras:
-            raise ConfigError(
-                "the routing has no sums for losses, which routers keep in training mode only; "
-                "call train() on the layer before its forward."
-            )
-        here_NE = routing.extras["importance_NE"]
+        here_NE = training_sum(routing, "importance_NE")
         whole_NE = from_fixed_point(counts.extra["importance_NE"], here_NE.dtype)
         part = routing.num_tokens.to(here_NE) / counts.num_tokens.clamp(min=1)
-        share = share_of(squared_variation, here_NE, whole_NE, part)
+        share = share_of(variation, here_NE, whole_NE, part)
         return LayerLosses((self.config.importance_loss * share,))
 
 
-def squared_variation(values_NE: Tensor) -> Tensor:
-    """Return ``sum_n var_e(values) / mean_e(values)^2``, with the unbiased variance."""
-    if values_NE.shape[1] == 1:
-        return values_NE.sum() * 0
-    mean_N = values_NE.mean(dim=1)
-    return (values_NE.var(dim=1) / (mean_N.square() + EPSILON)).sum()
+def variation(values_NE: Tensor) -> Tensor:
+    """Return the sum over tasks of the squared coefficient of variation."""
+    return torch.stack([squared_variation(values_E) for values_E in values_NE]).sum()

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from router_shares import losses_of_ranks
 
 import moeyard
 from moeyard.errors import ConfigError
 from moeyard.moe.routers.null_experts import NullExperts, NullExpertsRouter
 from moeyard.moe.routers.routing import RouterInput
+
+from router_shares import losses_of_ranks
 
 D, E, M = 6, 4, 3
 forms = pytest.mark.parametrize("over", ["experts", "all"])
@@ -131,7 +132,7 @@ def test_the_balance_loss_treats_null_experts_as_one_group(factor):
     loss = (E + M) / (3 * 15**2) * sum(n * p for n, p in zip(loads, sums, strict=True))
     (right,) = torch.autograd.grad(0.4 * loss, gate.weight)
     for parts in ([x_TD], [x_TD[:6], x_TD[6:]]):
-        total, _ = losses_of_ranks(gate, [RouterInput(part) for part in parts])
+        total = losses_of_ranks(gate, [RouterInput(part) for part in parts])
         torch.testing.assert_close(total, 0.4 * loss, rtol=1e-12, atol=0)
         (found,) = torch.autograd.grad(total, gate.weight)
         torch.testing.assert_close(found, right, rtol=1e-10, atol=1e-12)
@@ -160,7 +161,7 @@ def test_a_smaller_factor_sends_more_choices_to_null_experts():
         gate = router(k=2, balance_loss=1.0, null_factor=factor)
         optimizer = torch.optim.SGD(gate.parameters(), 1.0)
         for _ in range(100):
-            total, _ = losses_of_ranks(gate, [RouterInput(rows(200))])
+            total = losses_of_ranks(gate, [RouterInput(rows(200))])
             optimizer.zero_grad()
             total.backward()
             optimizer.step()
