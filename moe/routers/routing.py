@@ -52,6 +52,9 @@ class RouterInput:
     draw_keys: tuple[int, ...] | None = None
     """A number for each sequence from which routers draw at random (draws.py); None = from torch's
     own generator."""
+    previous_ids_T: Tensor | None = None
+    """The token id before each row, -1 at the beginning of a text; None = nothing came before the
+    first row of each sequence."""
 
 
 @dataclass(slots=True)
