@@ -70,11 +70,15 @@ def page() -> str:
     return "\n".join(parts)
 
 
-def _sections(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, type[BaseModel]]]:
+def _sections(
+    model: type[BaseModel], prefix: str, around: frozenset[type[BaseModel]] = frozenset()
+) -> Iterator[tuple[str, type[BaseModel]]]:
+    """Yield path and model of each section; ``around`` are those on the way, which are known."""
     for name, field in model.model_fields.items():
-        for inner in _models_in(field.annotation):
+        models = [inner for inner in _models_in(field.annotation) if inner not in around]
+        for inner in models:
             yield f"{prefix}{name}", inner
-            yield from _sections(inner, f"{prefix}{name}.")
+            yield from _sections(inner, f"{prefix}{name}.", around | set(models))
 
 
 def _models_in(kind: Any) -> Iterator[type[BaseModel]]:
@@ -101,7 +105,11 @@ def _section(title: str, prefix: str, model: type[BaseModel]) -> str:
 
 
 def _about(model: type[BaseModel] | None) -> str:
-    return "" if model is None else _markdown(inspect.cleandoc(model.__doc__ or ""))
+    return (
+        ""
+        if model is None
+        else _markdown(inspect.cleandoc(model.__doc__ or "").partition("\n\nFields:")[0])
+    )
 
 
 def _texts(model: type[BaseModel]) -> dict[str, str]:
@@ -185,9 +193,10 @@ def schema() -> str:
             value.pop("title", None)
             if key in texts:
                 value["description"] = texts[key]
-    router = found["$defs"]["MoEConfig"]["properties"]["router"]
-    del router["discriminator"]
-    router["oneOf"].append(OWN_ROUTER)
+    for owner in ("MoEConfig", "LocalSearch"):
+        router = found["$defs"][owner]["properties"]["router"]
+        del router["discriminator"]
+        router["oneOf"].append(OWN_ROUTER)
     return json.dumps(found, indent=1) + "\n"
 
 

@@ -10,10 +10,9 @@ from ..values.choice import (
     EPSILON,
     ChoiceRule,
     Choices,
-    LossSums,
     check_ids,
     count_choices,
-    probabilities,
+    loss_sums,
     scores,
     where_valid,
 )
@@ -36,7 +35,7 @@ def choose_torch(
         weights_TK = scores_TE.gather(-1, chosen_TK)
     experts_TK = where_valid(valid_T, chosen_TK.int())
     counts_E = count_choices(experts_TK, logits_TE.shape[1])
-    sums = _loss_sums(logits_TE, scores_TE, valid_T, rule) if wants_sums else None
+    sums = loss_sums(logits_TE, scores_TE, valid_T, rule) if wants_sums else None
     return Choices(experts_TK, _normalized(weights_TK, rule), counts_E, sums)
 
 
@@ -60,7 +59,7 @@ def weigh_torch(
     weights_TK = torch.where(given_TK >= 0, weights_TK, 0)
     experts_TK = where_valid(valid_T, given_TK.int())
     counts_E = count_choices(experts_TK, num_experts)
-    sums = _loss_sums(logits_TE, scores_TE, valid_T, rule) if wants_sums else None
+    sums = loss_sums(logits_TE, scores_TE, valid_T, rule) if wants_sums else None
     return Choices(experts_TK, _normalized(weights_TK, rule), counts_E, sums)
 
 
@@ -68,15 +67,6 @@ def _normalized(weights_TK: Tensor, rule: ChoiceRule) -> Tensor:
     if rule.renormalize:
         weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + EPSILON)
     return weights_TK if rule.scale == 1 else weights_TK * rule.scale
-
-
-def _loss_sums(
-    logits_TE: Tensor, scores_TE: Tensor, valid_T: Tensor | None, rule: ChoiceRule
-) -> LossSums:
-    z_T = logits_TE.logsumexp(dim=-1).square()
-    if valid_T is not None:
-        z_T = torch.where(valid_T, z_T, 0)
-    return LossSums(probabilities(scores_TE, valid_T, rule).sum(dim=0), z_T.sum())
 
 
 def _selection(scores_TE: Tensor, bias_E: Tensor | None, rule: ChoiceRule) -> Tensor:

@@ -90,3 +90,13 @@ def count_choices(experts_TK: Tensor, num_experts: int) -> Tensor:
     present_R = (ids_R >= 0).long()
     counts_E = torch.zeros(num_experts, dtype=torch.int64, device=ids_R.device)
     return counts_E.scatter_add_(0, ids_R.clamp(min=0), present_R)
+
+
+def loss_sums(
+    logits_TE: Tensor, scores_TE: Tensor, valid_T: Tensor | None, rule: ChoiceRule
+) -> LossSums:
+    """Return what losses need of the valid rows."""
+    z_T = logits_TE.logsumexp(dim=-1).square()
+    if valid_T is not None:
+        z_T = torch.where(valid_T, z_T, 0)
+    return LossSums(probabilities(scores_TE, valid_T, rule).sum(dim=0), z_T.sum())

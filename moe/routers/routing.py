@@ -51,6 +51,9 @@ class RouterInput:
     draw_keys: tuple[int, ...] | None = None
     """A number for each sequence from which routers draw at random (draws.py); None = from torch's
     own generator."""
+    given_TK: Tensor | None = None
+    """Recorded experts to visit instead of choosing, -1 = none, of any width; None = choose. Set by
+    :meth:`Router.route_to`, for routers that replay."""
 
 
 @dataclass(slots=True)

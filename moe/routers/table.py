@@ -6,14 +6,30 @@ from pydantic import BaseModel, Discriminator, SerializeAsAny, WrapValidator
 from pydantic_core.core_schema import ValidatorFunctionWrapHandler
 
 from ...configuration import validate_config
+from .comet import Comet
+from .cosine import Cosine
+from .dense_to_sparse import DenseToSparse
+from .dselect import DSelect
 from .hash import Hash
+from .local_search import LocalSearch
+from .noisy import Noisy
 from .own_code import check_class, find_class
+from .relu import ReLU
 from .router import RouterConfig
+from .top_p import TopP
 from .topk import TopK
 
 ROUTERS: tuple[type[RouterConfig], ...] = (
     TopK,
     Hash,
+    Noisy,
+    TopP,
+    ReLU,
+    Cosine,
+    Comet,
+    DSelect,
+    DenseToSparse,
+    LocalSearch,
 )
 """The configurations of all routers; ``kind`` tells them apart."""
 
@@ -32,13 +48,20 @@ def _or_own(value: Any, ours: ValidatorFunctionWrapHandler) -> Any:
 if TYPE_CHECKING:
     AnyRouter = RouterConfig
 else:
-    AnyRouter = SerializeAsAny[
-        Annotated[
-            Union[ROUTERS],  # noqa: UP007 - made from a tuple
-            Discriminator("kind"),
-            WrapValidator(_or_own),
+
+    def _any_of(routers):
+        """Return the type of a section with one of ``routers``, or with a user's."""
+        return SerializeAsAny[
+            Annotated[
+                Union[routers],  # noqa: UP007 - made from a tuple
+                Discriminator("kind"),
+                WrapValidator(_or_own),
+            ]
         ]
-    ]
+
+    searched = tuple(config for config in ROUTERS if config is not LocalSearch)
+    LocalSearch.model_rebuild(_types_namespace={"SearchedRouter": _any_of(searched)})
+    AnyRouter = _any_of(ROUTERS)
     """The type of a ``router:`` section."""
 
 

@@ -1,0 +1,250 @@
+"""Permutation-based local search around any router (COMET+, Ibrahim et al. 2023, section 4).
+
+T tokens, E experts.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Generator, Tensor, nn
+
+from .assignment import best_assignment, sinkhorn
+from .linear import Stepped
+from .loss_terms import GlobalCounts, LayerLosses
+from .router import Router, RouterConfig, RouterSizes
+from .routing import Lookahead, RouterInput, Routing, count_choices
+from .smooth_step import entropy, uniform
+from .split_rows import choices_of
+from .topk import TopK
+
+if TYPE_CHECKING:
+    SearchedRouter = RouterConfig
+# Otherwise table.py fills the name in, because it knows all routers.
+
+BOUND = 0.05
+"""The matrix begins in U(-0.05, 0.05), as in the released code."""
+INNER = "inner."
+"""Prefix of the inner router's values in ``Routing.extras`` and ``extra_counts``."""
+
+
+class LocalSearch(RouterConfig):
+    """Another router, together with a search for the best order of its experts (COMET+).
+
+    A gate with structure, such as a tree or a hash table, treats some experts as neighbours. Which
+    expert sits where is learned: in the first ``search_steps`` steps the weights ``G`` of the inner
+    router become ``G P``. P is a soft permutation: Sinkhorn's algorithm on ``exp(L / temperature)``
+    with a learned matrix L. Then P becomes the nearest permutation and stays fixed. Evaluation
+    takes the nearest permutation from the start. During the search a soft P gives every expert a
+    weight, so that training is dense and costs E/k times as much; it also keeps all Sinkhorn
+    iterations for the backward.
+    """
+
+    paper: ClassVar[str] = "Ibrahim et al. 2023 (COMET+)"
+    varies: ClassVar[bool] = True
+
+    kind: Literal["local_search"] = "local_search"
+    k: int = Field(default=2, ge=1)
+    """Experts each token visits: that of the inner router."""
+    router: "SearchedRouter" = TopK()
+    """The inner router: a section with its own ``kind`` and fields."""
+    search_steps: int = Field(default=1000, ge=1)
+    """Steps of training in which the order is learned (the paper: the first 1 to 10 epochs)."""
+    first_temperature: float = Field(default=1e-3, gt=0)
+    """Temperature of the first step. Its logarithm falls linearly."""
+    last_temperature: float = Field(default=1e-7, gt=0)
+    """Temperature of the last step of the search."""
+    first_iterations: int = Field(default=20, ge=1)
+    """Sinkhorn iterations of the first step. They grow linearly."""
+    last_iterations: int = Field(default=150, ge=1)
+    """Sinkhorn iterations of the last step of the search."""
+    entropy_loss: float = Field(default=1e-4, ge=0)
+    """Coefficient of the entropy of P's rows, during the search."""
+
+    @model_validator(mode="after")
+    def _take_k(self) -> Self:
+        if "k" in self.model_fields_set and self.k != self.router.k:
+            raise ValueError(
+                f"k is {self.k}, but that of the inner router is {self.router.k}; remove k, or set "
+                "router.k."
+            )
+        self.__dict__["k"] = self.router.k  # frozen for users; here it is still being made
+        return self
+
+    @property
+    def needs_token_counts(self) -> bool:  # type: ignore[override]
+        """Return what the inner router needs."""
+        return self.router.needs_token_counts
+
+    def build(self, sizes: RouterSizes) -> "LocalSearchRouter":
+        """Return the module."""
+        return LocalSearchRouter(self, sizes)
+
+    def problem_with(self, num_experts: int) -> str | None:
+        """Return what the inner router says."""
+        return self.router.problem_with(num_experts)
+
+    def architecture(self) -> dict[str, Any]:
+        """Return that of the inner router, and that its experts have another order."""
+        return {"kind": self.kind, "router": self.router.architecture()}
+
+    def reads_at(self) -> Lookahead:
+        """Return what the inner router reads."""
+        return self.router.reads_at()
+
+    def draws(self) -> bool:
+        """Return whether the inner router does."""
+        return self.router.draws()
+
+    def why_not_causal(self) -> str | None:
+        """Return what the inner router says."""
+        return self.router.why_not_causal()
+
+    def for_first_layer(self) -> Self:
+        """Return this around the inner router of a first layer."""
+        return self.model_copy(update={"router": self.router.for_first_layer()})
+
+    def problem_with_tensor(self, name: str, tensor: Tensor, num_experts: int) -> str | None:
+        """Return what is wrong with the order, or what the inner router says."""
+        if name.startswith("router."):
+            return self.router.problem_with_tensor(name[len("router.") :], tensor, num_experts)
+        if name == "order_E" and sorted(tensor.tolist()) != list(range(num_experts)):
+            return f"is {tensor.tolist()}, which is not an order of {num_experts} experts"
+        return None
+
+
+class LocalSearchRouter(Stepped, Router):
+    """See :class:`LocalSearch`."""
+
+    order_E: Tensor
+    """int64: the expert that each choice of the inner router means once P is a permutation."""
+
+    def __init__(self, config: LocalSearch, sizes: RouterSizes) -> None:
+        super().__init__(config, sizes.num_experts)
+        self.config: LocalSearch = config
+        self.router: Router = config.router.build(sizes)
+        self.permutation_weight = nn.Parameter(torch.zeros(self.num_experts, self.num_experts))
+        self.register_buffer("order_E", torch.arange(self.num_experts))
+        self.start_steps()
+        if not self.permutation_weight.is_meta:
+            generator = torch.Generator().manual_seed(sizes.layer)
+            self.permutation_weight.data.copy_(self._first_matrix(generator))
+
+    def initialize(self, name: str, generator: Generator) -> Tensor | None:
+        """Return a matrix in U(-0.05, 0.05), or what the inner router says of its own."""
+        if name.startswith("router."):
+            return self.router.initialize(name.removeprefix("router."), generator)
+        return self._first_matrix(generator)
+
+    def _first_matrix(self, generator: Generator) -> Tensor:
+        """Draw a matrix; then order its columns so that its nearest permutation is ``order_E``.
+
+        In the beginning all experts are alike, so their names may be exchanged.
+        """
+        matrix_EE = uniform(self.permutation_weight.shape, BOUND, generator)
+        return matrix_EE[:, best_assignment(self._soften(matrix_EE, 0))]
+
+    def _soften(self, matrix_EE: Tensor, step: int) -> Tensor:
+        """Return the soft permutation of ``matrix_EE`` at ``step`` of the search, in fp64."""
+        config = self.config
+        done = step / max(1, config.search_steps - 1)
+        fall = config.last_temperature / config.first_temperature
+        temperature = config.first_temperature * fall**done
+        growth = config.last_iterations - config.first_iterations
+        iterations = config.first_iterations + round(growth * done)
+        return sinkhorn(matrix_EE.double() / temperature, iterations)
+
+    def route(self, router_input: RouterInput) -> Routing:
+        """Let the inner router choose; mix or exchange its experts."""
+        inner = self.router.route(router_input)
+        step = int(self.step) if self.training else self.config.search_steps
+        if step < self.config.search_steps:
+            soft_EE = self._soften(self.permutation_weight, step)
+            routing = self._mixed(inner, soft_EE)
+            rows = entropy(soft_EE) + entropy(soft_EE / soft_EE.sum(dim=1, keepdim=True))
+            routing.extras["permutation_entropy"] = rows.mean()
+        else:
+            routing = self._exchanged(inner)
+        if self.training:
+            routing.extras |= {f"{INNER}{name}": value for name, value in inner.extras.items()}
+            routing.extras[f"{INNER}experts_TK"] = inner.experts_TK
+            routing.extras[f"{INNER}weights_TK"] = inner.weights_TK
+            counts = {"counts_E": inner.counts_E} | inner.extra_counts
+            routing.extra_counts = {f"{INNER}{name}": value for name, value in counts.items()}
+        return routing
+
+    def _mixed(self, inner: Routing, soft_EE: Tensor) -> Routing:
+        """Return the routing with weights ``G P``."""
+        present_TK = inner.experts_TK >= 0
+        # A hash router's weights are in fp32 whatever the precision.
+        dtype = torch.promote_types(inner.weights_TK.dtype, self.permutation_weight.dtype)
+        given_TK = torch.where(present_TK, inner.weights_TK, 0).to(dtype)
+        weights_TE = given_TK.new_zeros(len(given_TK), self.num_experts).scatter_add(
+            1, inner.experts_TK.clamp(min=0).long(), given_TK
+        )
+        with torch.autocast(weights_TE.device.type, enabled=False):
+            weights_TE = weights_TE @ soft_EE.to(dtype)
+        experts_TK, weights_TK = choices_of(weights_TE.detach() != 0, weights_TE)
+        counts_E = count_choices(experts_TK, self.num_experts)
+        return Routing(experts_TK, weights_TK, counts_E, inner.num_tokens)
+
+    def _exchanged(self, inner: Routing) -> Routing:
+        """Return the routing with each expert replaced by that of ``order_E``."""
+        experts_TK = self.order_E[inner.experts_TK.clamp(min=0).long()].int()
+        experts_TK = torch.where(inner.experts_TK >= 0, experts_TK, -1)
+        order_E = self.order_E.to(inner.counts_E.device)
+        counts_E = torch.zeros_like(inner.counts_E).index_copy(0, order_E, inner.counts_E)
+        return Routing(experts_TK, inner.weights_TK, counts_E, inner.num_tokens)
+
+    def losses(self, routing: Routing, counts: GlobalCounts) -> LayerLosses:
+        """Return the inner router's losses, and the entropy of P's rows during the search.
+
+        The entropy is the mean over rows of ``sum -p log(p + 1e-6)``, plus the same after the rows
+        are divided by their sums (the released code has both).
+        """
+        own = _without_prefix(routing.extras)
+        soft = own.pop("permutation_entropy", None)
+        inner = Routing(
+            experts_TK=own.pop("experts_TK", routing.experts_TK),
+            weights_TK=own.pop("weights_TK", routing.weights_TK),
+            counts_E=routing.extra_counts.get(f"{INNER}counts_E", routing.counts_E),
+            num_tokens=routing.num_tokens,
+            extras=own,
+            extra_counts=_without_prefix(routing.extra_counts),
+        )
+        found = self.router.losses(inner, inner_counts(counts))
+        if soft is None:
+            # The matrix has no use any more, but DDP waits for a gradient of all parameters.
+            term = 0 * self.permutation_weight.sum()
+        else:
+            part = routing.num_tokens / counts.num_tokens.clamp(min=1)
+            term = (self.config.entropy_loss * part * soft).to(routing.weights_TK.dtype)
+        return found._replace(terms=(*found.terms, term))
+
+    def dropped(self, counts: GlobalCounts) -> int:
+        """Return the inner router's dropped choices."""
+        return self.router.dropped(inner_counts(counts))
+
+    @torch.no_grad()
+    def after_step(self, counts: GlobalCounts, layers: Sequence[GlobalCounts]) -> None:
+        """Tell the inner router; find the permutation that is nearest to P."""
+        self.router.after_step(inner_counts(counts), [inner_counts(layer) for layer in layers])
+        if self.step < self.config.search_steps:
+            soft_EE = self._soften(self.permutation_weight, int(self.step))
+            self.order_E.copy_(best_assignment(soft_EE))
+        super().after_step(counts, layers)
+
+
+def inner_counts(counts: GlobalCounts) -> GlobalCounts:
+    """Return the counts of the inner router; those of other routers as they are."""
+    if f"{INNER}counts_E" not in counts.extra:
+        return counts
+    counts_E = counts.extra[f"{INNER}counts_E"]
+    return GlobalCounts(counts_E, counts.num_tokens, _without_prefix(counts.extra))
+
+
+def _without_prefix(extra: dict[str, Tensor]) -> dict[str, Tensor]:
+    own = {name.removeprefix(INNER): value for name, value in extra.items()}
+    own.pop("counts_E", None)
+    return own
