@@ -4,6 +4,7 @@ T tokens, D model width, E experts.
 """
 
 import zlib
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -19,7 +20,11 @@ from .routing import RouterInput, Routing
 from .smooth_step import routing_of_weights
 from .split_rows import mask_of
 
-ACTIVATIONS = {"gelu": F.gelu, "tanh": torch.tanh, "sigmoid": torch.sigmoid}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+}
 
 
 class DenseToSparse(LearnedConfig):

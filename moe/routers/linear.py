@@ -72,10 +72,7 @@ def route_in_one_call(
     rule: ChoiceRule,
     given_TK: Tensor | None = None,
 ) -> Routing | None:
-    """Route rows in evaluation by one C++ call, to ``given_TK`` if that is not None.
-
-    Returns None where it cannot run.
-    """
+    """Route rows in evaluation by one C++ call, to given experts if any; None if it cannot run."""
     if valid_T is not None:
         return None
     found = project_and_choose(x_TD, weight_ED, logit_bias_E, bias_E, rule, given_TK)

@@ -22,15 +22,8 @@ from .sequence_balance import add_sequence_balance
 from .token_rounding import round_tokens
 
 TRAINING_ONLY = (
-    "bias_update_rate",
-    "balance_loss",
-    "balance_over",
-    "sequence_balance_loss",
-    "z_loss",
-    "entropy_loss",
-    "jitter",
-    "capacity",
-    "round_rows_to",
+    *("bias_update_rate", "balance_loss", "balance_over", "sequence_balance_loss"),
+    *("z_loss", "entropy_loss", "jitter", "capacity", "round_rows_to"),
 )
 """Fields of :class:`TopK` that a run may change: they do not change the meaning of weights."""
 
@@ -187,6 +180,8 @@ class TopKRouter(LinearRouter):
             add_sequence_balance(routing, logits_TE, router_input, self.rule)
         if self.config.entropy_loss:
             routing.extras["entropy_sum"] = entropy_sum(logits_TE, valid_T, self.rule)
+        if given_TK is not None:
+            return routing  # recorded choices have been dropped and rounded
         if self.config.capacity is not None:
             scores_TE = scores(logits_TE, self.rule)
             apply_capacity(routing, scores_TE, self.config.capacity, router_input)
