@@ -97,6 +97,14 @@ class LocalSearch(RouterConfig):
         """Return whether the inner router does."""
         return self.router.draws()
 
+    def reads_previous_ids(self) -> bool:
+        """Return whether the inner router does."""
+        return self.router.reads_previous_ids()
+
+    def embeddings_folder(self) -> str | None:
+        """Return that of the inner router."""
+        return self.router.embeddings_folder()
+
     def why_not_causal(self) -> str | None:
         """Return what the inner router says."""
         return self.router.why_not_causal()

@@ -6,22 +6,35 @@ from pydantic import BaseModel, Discriminator, SerializeAsAny, WrapValidator
 from pydantic_core.core_schema import ValidatorFunctionWrapHandler
 
 from ...configuration import validate_config
+from .base import Base
 from .comet import Comet
 from .cosine import Cosine
 from .dense_to_sparse import DenseToSparse
 from .dselect import DSelect
+from .expert_choice import ExpertChoice
 from .hash import Hash
+from .kmeans import KMeans
 from .local_search import LocalSearch
 from .noisy import Noisy
+from .null_experts import NullExperts
 from .own_code import check_class, find_class
 from .relu import ReLU
 from .router import RouterConfig
+from .sinkhorn import Sinkhorn
+from .stochastic import Stochastic
+from .task import Task
+from .timestep import Timestep
 from .top_p import TopP
 from .topk import TopK
 
 ROUTERS: tuple[type[RouterConfig], ...] = (
     TopK,
     Hash,
+    Task,
+    Timestep,
+    Stochastic,
+    KMeans,
+    NullExperts,
     Noisy,
     TopP,
     ReLU,
@@ -29,6 +42,9 @@ ROUTERS: tuple[type[RouterConfig], ...] = (
     Comet,
     DSelect,
     DenseToSparse,
+    ExpertChoice,
+    Base,
+    Sinkhorn,
     LocalSearch,
 )
 """The configurations of all routers; ``kind`` tells them apart."""
