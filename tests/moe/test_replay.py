@@ -271,6 +271,7 @@ def test_the_code_of_the_page_runs(model_folder, tmp_path, monkeypatch, capsys):
     for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL):
         exec(compile(block, "docs/routes.md", "exec"), found)
     assert found["logits_TV"].shape == (len(found["routes"]), 257)
+    assert torch.equal(found["y_TD"], found["same_TD"])
     assert "6 (0, 2)" in capsys.readouterr().out
 
 
