@@ -202,6 +202,20 @@ MUTATIONS = [
         "tests/moe",
     ),
     (
+        "a replay chooses anew",
+        "moe/models/decoder.py",
+        "if batch.routes is None:",
+        "if True:",
+        "tests/moe",
+    ),
+    (
+        "a damaged chunk of routes is read",
+        "moe/routes/reader.py",
+        "if checksum(head[:-4], payload) != crc:",
+        "if False:",
+        "tests/moe",
+    ),
+    (
         "sharded gradients are averaged",
         "parallel/dense/fsdp.py",
         "unit.set_gradient_divide_factor(1.0)",

@@ -18,6 +18,7 @@ def choose(
     rule: ChoiceRule,
     wants_sums: bool,
     backend: Literal["auto", "torch", "triton"] = "auto",
+    given_TK: Tensor | None = None,
 ) -> Choices:
     """Return the k best experts of each row. In our kernels, ties go to the lower id.
 
@@ -27,26 +28,16 @@ def choose(
     computes the projection to logits: it is a plain product, with two more in its backward, and a
     library's products are hard to beat. Raises ``ValueError`` if Triton is asked for but cannot
     run.
+
+    ``given_TK`` (-1 = none, any width) are experts to weigh instead of choosing, always on torch.
+    Where torch chose them, the bits are the same. Ids that do not exist raise ``ValueError``.
     """
+    if given_TK is not None:
+        return weigh_torch(logits_TE, given_TK, valid_T, rule, wants_sums)
     arguments = (logits_TE, bias_E, valid_T, rule, wants_sums)
     if backend == "triton" or (backend == "auto" and trusts_triton_router(logits_TE)):
         return choose_triton(*arguments)
     return choose_torch(*arguments)
-
-
-def weigh(
-    logits_TE: Tensor,
-    experts_TK: Tensor,
-    valid_T: Tensor | None,
-    rule: ChoiceRule,
-    wants_sums: bool,
-) -> Choices:
-    """Return given experts (-1 = none) with the weights that the rule gives them, on torch alone.
-
-    Where :func:`choose` takes torch, the same experts have the same bits. Raises ``ValueError`` for
-    ids that do not exist.
-    """
-    return weigh_torch(logits_TE, experts_TK, valid_T, rule, wants_sums)
 
 
 def project_and_choose(

@@ -58,6 +58,8 @@ class Comet(LearnedConfig):
 class CometRouter(Router):
     """See :class:`Comet`. Nodes and leaves are numbered in heap order; E may be any number."""
 
+    replays: ClassVar[bool] = True
+
     def __init__(self, config: Comet, d_model: int, num_experts: int) -> None:
         super().__init__(config, num_experts)
         self.config: Comet = config
@@ -89,7 +91,7 @@ class CometRouter(Router):
         log_paths_TKE = log_path_probabilities(smooth_step(nodes_TKN, self.config.gamma))
         weights = (scores_TKE + log_paths_TKE).flatten(1).softmax(dim=1)
         weights_TE = weights.unflatten(1, (self.k, -1)).sum(dim=1)
-        routing = routing_of_weights(weights_TE, valid_T)
+        routing = routing_of_weights(weights_TE, valid_T, router_input.given_TK)
         if self.training:
             entropy_T = entropy(log_paths_TKE.exp()).sum(dim=1)
             routing.extras["entropy_sum"] = valid_sum(entropy_T, valid_T)

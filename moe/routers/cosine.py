@@ -72,6 +72,8 @@ class Cosine(LearnedConfig):
 class CosineRouter(Router):
     """See :class:`Cosine`. No forward changes a weight, in training or evaluation."""
 
+    replays: ClassVar[bool] = True
+
     def __init__(self, config: Cosine, sizes: RouterSizes) -> None:
         super().__init__(config, sizes.num_experts)
         self.config: Cosine = config
@@ -98,7 +100,9 @@ class CosineRouter(Router):
         x_TD, valid_T = router_input.x_TD, router_input.valid_T
         assert x_TD is not None, "the caller must pass hidden rows"
         logits_TE = self.logits(x_TD)
-        choices = choose(logits_TE, None, valid_T, self.rule, wants_sums=self.training)
+        choices = choose(
+            logits_TE, None, valid_T, self.rule, self.training, given_TK=router_input.given_TK
+        )
         return routing_of(choices, valid_T)
 
     def logits(self, x_TD: Tensor) -> Tensor:

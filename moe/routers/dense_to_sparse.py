@@ -18,6 +18,7 @@ from .loss_terms import BalanceSums, GlobalCounts, LayerLosses, kept
 from .router import RouterSizes
 from .routing import RouterInput, Routing
 from .smooth_step import routing_of_weights
+from .split_rows import mask_of
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -97,6 +98,8 @@ class DenseToSparse(LearnedConfig):
 class DenseToSparseRouter(Stepped, LinearRouter):
     """See :class:`DenseToSparse`."""
 
+    replays: ClassVar[bool] = True
+
     def __init__(self, config: DenseToSparse, sizes: RouterSizes) -> None:
         super().__init__(config, sizes.d_model, sizes.num_experts)
         self.config: DenseToSparse = config
@@ -138,8 +141,11 @@ class DenseToSparseRouter(Stepped, LinearRouter):
             chosen_TE = torch.zeros_like(gates_TE, dtype=torch.bool).scatter(1, best_TK, True)
         else:
             chosen_TE = gates_TE > config.threshold
+        given_TK = router_input.given_TK
+        if given_TK is not None:
+            chosen_TE = mask_of(given_TK, self.num_experts)
         weights_TE = torch.where(chosen_TE, weights_TE, 0)
-        routing = routing_of_weights(weights_TE, valid_T)
+        routing = routing_of_weights(weights_TE, valid_T, given_TK)
         if self.training:
             valid_TE = weights_TE if valid_T is None else weights_TE[valid_T]
             routing.extras["weight_sums_E"] = valid_TE.sum(dim=0)

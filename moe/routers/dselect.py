@@ -62,6 +62,8 @@ class DSelect(LearnedConfig):
 class DSelectRouter(Router):
     """See :class:`DSelect`."""
 
+    replays: ClassVar[bool] = True
+
     def __init__(self, config: DSelect, d_model: int, num_experts: int) -> None:
         super().__init__(config, num_experts)
         self.config: DSelect = config
@@ -92,7 +94,7 @@ class DSelectRouter(Router):
         bits_TKM, mixing_TK = self._read(x_TD)
         selected_TKE = spelled(smooth_step(bits_TKM, self.config.gamma), self.num_experts)
         weights_TE = (mixing_TK.softmax(dim=1).unsqueeze(-1) * selected_TKE).sum(dim=1)
-        routing = routing_of_weights(weights_TE, valid_T)
+        routing = routing_of_weights(weights_TE, valid_T, router_input.given_TK)
         if self.training:
             entropy_T = entropy(selected_TKE).sum(dim=1)
             routing.extras["entropy_sum"] = valid_sum(entropy_T, valid_T)

@@ -116,6 +116,7 @@ class HashRouter(Router):
 
     table_VK: Tensor
     """Rows are token ids; of ``bigram``, numbers of pairs."""
+    replays: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -150,31 +151,32 @@ class HashRouter(Router):
 
     def route(self, router_input: RouterInput) -> Routing:
         """Look up the experts of each token id."""
-        ids_T = router_input.ids_T
+        ids_T, valid_T = router_input.ids_T, router_input.valid_T
         if ids_T is None:
             raise ConfigError(
                 "router.kind is hash, which reads token ids; pass token_ids to the layer."
             )
-        rows_T = ids_T
-        if self.config.table == "bigram":
-            previous_T = router_input.previous_ids_T
-            if previous_T is None:
-                previous_T = previous_rows(ids_T, group_lengths(router_input, len(ids_T)))
-            rows_T = rows_of_pairs(ids_T, previous_T, len(self.table_VK))
-        return self.route_to(router_input, self.table_VK[rows_T])
-
-    def route_to(self, router_input: RouterInput, experts_TK: Tensor) -> Routing:
-        """Visit the given experts, with the same weights."""
-        valid_T = router_input.valid_T
+        experts_TK = router_input.given_TK
+        if experts_TK is None:
+            experts_TK = self.table_VK[self._rows(ids_T, router_input)]
         if valid_T is not None:
             experts_TK = torch.where(valid_T.unsqueeze(-1), experts_TK, -1)
-        weights_TK = torch.full(experts_TK.shape, self.weight_of_choice, device=experts_TK.device)
+        weights_TK = torch.full(experts_TK.shape, self.weight_of_choice, device=ids_T.device)
         return Routing(
             experts_TK=experts_TK,
             weights_TK=weights_TK,
             counts_E=count_choices(experts_TK, self.num_experts),
             num_tokens=count_tokens(valid_T, experts_TK),
         )
+
+    def _rows(self, ids_T: Tensor, router_input: RouterInput) -> Tensor:
+        """Return the row of the table that each token reads."""
+        if self.config.table != "bigram":
+            return ids_T
+        previous_T = router_input.previous_ids_T
+        if previous_T is None:
+            previous_T = previous_rows(ids_T, group_lengths(router_input, len(ids_T)))
+        return rows_of_pairs(ids_T, previous_T, len(self.table_VK))
 
 
 def _checked(embeddings_VD: Tensor | None, vocab_size: int, table: str) -> Tensor:

@@ -13,8 +13,8 @@ from torch import Tensor
 from .linear import LearnedConfig, LinearRouter
 from .loss_terms import BalanceSums, GlobalCounts, LayerLosses, training_sum
 from .router import RouterSizes
-from .routing import RouterInput, Routing, count_choices, count_tokens
-from .split_rows import choices_of
+from .routing import RouterInput, Routing
+from .smooth_step import routing_of_weights
 
 
 class ReLU(LearnedConfig):
@@ -50,6 +50,7 @@ class ReLU(LearnedConfig):
 class ReLURouter(LinearRouter):
     """See :class:`ReLU`. The L1 coefficient is a buffer, saved with the weights."""
 
+    replays: ClassVar[bool] = True
     l1: Tensor
     """fp32 scalar: the L1 coefficient of the next step."""
 
@@ -68,13 +69,7 @@ class ReLURouter(LinearRouter):
         weights_TE = self.logits(x_TD).relu()
         if valid_T is not None:
             weights_TE = torch.where(valid_T.unsqueeze(1), weights_TE, 0)
-        experts_TK, weights_TK = choices_of(weights_TE > 0, weights_TE)
-        routing = Routing(
-            experts_TK=experts_TK,
-            weights_TK=weights_TK,
-            counts_E=count_choices(experts_TK, self.num_experts),
-            num_tokens=count_tokens(valid_T, experts_TK),
-        )
+        routing = routing_of_weights(weights_TE, valid_T, router_input.given_TK)
         if self.training:
             routing.extras["weight_sums_E"] = weights_TE.sum(dim=0)
         return routing

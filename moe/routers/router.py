@@ -5,7 +5,7 @@ T tokens, E experts.
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -151,6 +151,9 @@ class Router(nn.Module):
     """
 
     config: RouterConfig
+    replays: ClassVar[bool] = False
+    """Whether ``route`` follows ``RouterInput.given_TK``. Weights, counts and the values for losses
+    then follow from those experts and the router's own scores, with gradient."""
 
     def __init__(self, config: RouterConfig, num_experts: int) -> None:
         problem = config.problem_with(num_experts)
@@ -169,14 +172,15 @@ class Router(nn.Module):
     def route_to(self, router_input: RouterInput, experts_TK: Tensor) -> Routing:
         """Visit the given experts instead of choosing: a recorded choice is replayed.
 
-        ``experts_TK`` are logical ids, -1 = none, of any width. Weights, counts and the values for
-        losses follow from them and from this router's own scores, with gradient. Where they are
-        what :meth:`route` chose, the result is the same. By default raises :class:`ConfigError`.
+        ``experts_TK`` are logical ids, -1 = none, of any width. Raises :class:`ConfigError` unless
+        the router ``replays``.
         """
-        raise ConfigError(
-            f"router.kind is {self.config.kind}, which cannot replay recorded routes; use another "
-            "router, or define route_to(self, router_input, experts_TK)."
-        )
+        if not self.replays:
+            raise ConfigError(
+                f"router.kind is {self.config.kind}, which cannot replay recorded routes; use "
+                "another router."
+            )
+        return self.route(replace(router_input, given_TK=experts_TK))
 
     def extra_repr(self) -> str:
         """Show the number of experts and what differs from the configuration's defaults."""

@@ -55,6 +55,9 @@ class RouterInput:
     previous_ids_T: Tensor | None = None
     """The token id before each row, -1 at the beginning of a text; None = nothing came before the
     first row of each sequence."""
+    given_TK: Tensor | None = None
+    """Recorded experts to visit instead of choosing, -1 = none, of any width; None = choose. Set by
+    :meth:`Router.route_to`, for routers that replay."""
 
 
 @dataclass(slots=True)

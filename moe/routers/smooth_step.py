@@ -6,8 +6,9 @@ T tokens, E experts.
 import torch
 from torch import Tensor
 
+from ...kernels.values.choice import where_valid
 from .routing import Routing, count_choices, count_tokens
-from .split_rows import choices_of
+from .split_rows import choices_of, weights_of
 
 TINY = 1e-6
 """Keeps logarithms of zero finite (the released code's value)."""
@@ -32,12 +33,18 @@ def uniform(shape: torch.Size, bound: float, generator: torch.Generator | None =
     return (torch.rand(shape, generator=generator, device="cpu") * 2 - 1) * bound
 
 
-def routing_of_weights(weights_TE: Tensor, valid_T: Tensor | None) -> Routing:
-    """Return the routing to every expert whose weight is above zero."""
-    chosen_TE = weights_TE.detach() > 0
-    if valid_T is not None:
-        chosen_TE = chosen_TE & valid_T.unsqueeze(-1)
-    experts_TK, weights_TK = choices_of(chosen_TE, weights_TE)
+def routing_of_weights(
+    weights_TE: Tensor, valid_T: Tensor | None, given_TK: Tensor | None = None
+) -> Routing:
+    """Return the routing to every expert whose weight is above zero, or to those given."""
+    if given_TK is None:
+        chosen_TE = weights_TE.detach() > 0
+        if valid_T is not None:
+            chosen_TE = chosen_TE & valid_T.unsqueeze(-1)
+        experts_TK, weights_TK = choices_of(chosen_TE, weights_TE)
+    else:
+        experts_TK = where_valid(valid_T, given_TK)
+        weights_TK = weights_of(experts_TK, weights_TE)
     return Routing(
         experts_TK=experts_TK,
         weights_TK=weights_TK,

@@ -31,6 +31,19 @@ def split_rows(experts_TK: Tensor, weights_TK: Tensor, width: int) -> tuple[Tens
     return tokens_N, experts_NW, weights_NW
 
 
+def mask_of(given_TK: Tensor, num_experts: int) -> Tensor:
+    """Return which experts are given (-1 = none), bool ``[T, E]``."""
+    columns_TK = torch.where(given_TK >= 0, given_TK, num_experts).long()
+    mask = torch.zeros(len(given_TK), num_experts + 1, dtype=torch.bool, device=given_TK.device)
+    return mask.scatter(1, columns_TK, True)[:, :num_experts]
+
+
+def weights_of(given_TK: Tensor, weights_TE: Tensor) -> Tensor:
+    """Return the weights of given experts (-1 = none), 0 for none."""
+    weights_TK = weights_TE.gather(1, given_TK.clamp(min=0).long())
+    return torch.where(given_TK >= 0, weights_TK, 0)
+
+
 def choices_of(chosen_TE: Tensor, weights_TE: Tensor) -> tuple[Tensor, Tensor]:
     """Return experts ``[T, K]`` (int32, -1 = none, in order of their ids) and weights of a mask.
 

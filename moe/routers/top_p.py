@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from ...kernels.values.choice import ChoiceRule, loss_sums
+from ...kernels.values.choice import ChoiceRule, loss_sums, where_valid
 from .entropy import add_entropy, mean_entropy
 from .linear import LearnedConfig, LinearRouter
 from .loss_terms import GlobalCounts, LayerLosses, balance_and_z
 from .router import RouterSizes
 from .routing import RouterInput, Routing, count_choices, count_tokens
+from .split_rows import weights_of
 
 SOFTMAX = ChoiceRule(k=1)
 
@@ -55,6 +56,8 @@ class TopP(LearnedConfig):
 class TopPRouter(LinearRouter):
     """See :class:`TopP`."""
 
+    replays: ClassVar[bool] = True
+
     def __init__(self, config: TopP, d_model: int, num_experts: int) -> None:
         super().__init__(config, d_model, num_experts)
         self.config: TopP = config
@@ -65,24 +68,28 @@ class TopPRouter(LinearRouter):
         assert x_TD is not None, "the caller must pass hidden rows"
         logits_TE = self.logits(x_TD)
         probabilities_TE = logits_TE.softmax(dim=-1)
-        weights_TK, ids_TK = probabilities_TE.sort(dim=-1, descending=True, stable=True)
-        if self.config.max_k is not None:
-            weights_TK, ids_TK = weights_TK[:, : self.config.max_k], ids_TK[:, : self.config.max_k]
-        # Before the first expert there is 0, so it is always chosen.
-        before_TK = F.pad(weights_TK.detach().cumsum(dim=-1)[:, :-1], (1, 0))
-        chosen_TK = before_TK <= self.config.p
-        if valid_T is not None:
-            chosen_TK = chosen_TK & valid_T.unsqueeze(1)
-        experts_TK = torch.where(chosen_TK, ids_TK, -1).int()
+        experts_TK = router_input.given_TK
+        if experts_TK is None:
+            experts_TK = self._choose(probabilities_TE.detach())
+        experts_TK = where_valid(valid_T, experts_TK)
         routing = Routing(
             experts_TK=experts_TK,
-            weights_TK=torch.where(chosen_TK, weights_TK, 0),
+            weights_TK=weights_of(experts_TK, probabilities_TE),
             counts_E=count_choices(experts_TK, self.num_experts),
             num_tokens=count_tokens(valid_T, experts_TK),
         )
         if self.training:
             self._add_sums(routing, logits_TE, probabilities_TE, valid_T)
         return routing
+
+    def _choose(self, probabilities_TE: Tensor) -> Tensor:
+        """Return the experts of each row, best first: int32 ``[T, K]``, -1 = none."""
+        best_TK, ids_TK = probabilities_TE.sort(dim=-1, descending=True, stable=True)
+        if self.config.max_k is not None:
+            best_TK, ids_TK = best_TK[:, : self.config.max_k], ids_TK[:, : self.config.max_k]
+        # Before the first expert there is 0, so it is always chosen.
+        before_TK = F.pad(best_TK.cumsum(dim=-1)[:, :-1], (1, 0))
+        return torch.where(before_TK <= self.config.p, ids_TK, -1).int()
 
     def losses(self, routing: Routing, counts: GlobalCounts) -> LayerLosses:
         """Return balance, z and the mean entropy."""

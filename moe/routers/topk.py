@@ -10,7 +10,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ...kernels.router import choose, weigh
+from ...kernels.router import choose
 from ...kernels.values.choice import ChoiceRule, scores
 from .balancing_bias import add_margins, even_bias, problem_with_quantiles, toward_even_load
 from .capacity import Capacity, apply_capacity
@@ -139,6 +139,7 @@ class TopK(LearnedConfig):
 class TopKRouter(LinearRouter):
     """See :class:`TopK`. Scores are computed in fp32 (fp64 for fp64 input) for any type of x."""
 
+    replays: ClassVar[bool] = True
     e_score_correction_bias: Tensor | None
     """``[E]``: DeepSeek's name for the balancing bias."""
 
@@ -164,26 +165,16 @@ class TopKRouter(LinearRouter):
 
         Values that only losses need are left out in evaluation mode.
         """
-        return self._route(router_input, None)
-
-    def route_to(self, router_input: RouterInput, experts_TK: Tensor) -> Routing:
-        """Visit the given experts, in whatever groups; rows are not rounded again."""
-        return self._route(router_input, experts_TK)
-
-    def _route(self, router_input: RouterInput, given_TK: Tensor | None) -> Routing:
         x_TD, valid_T = router_input.x_TD, router_input.valid_T
         assert x_TD is not None, "the caller must pass hidden rows"
+        bias_E, given_TK = self.e_score_correction_bias, router_input.given_TK
         if not self.training:
-            weights = (self.weight, self.bias, self.e_score_correction_bias)
+            weights = (self.weight, self.bias, bias_E)
             found = route_in_one_call(x_TD, *weights, valid_T, self.rule, given_TK)
             if found is not None:
                 return found
         logits_TE = self.logits(x_TD)
-        bias_E = self.e_score_correction_bias
-        if given_TK is None:
-            choices = choose(logits_TE, bias_E, valid_T, self.rule, wants_sums=self.training)
-        else:
-            choices = weigh(logits_TE, given_TK, valid_T, self.rule, wants_sums=self.training)
+        choices = choose(logits_TE, bias_E, valid_T, self.rule, self.training, given_TK=given_TK)
         routing = routing_of(choices, valid_T)
         if not self.training:
             return routing

@@ -10,7 +10,7 @@ import torch
 import moeyard
 from moeyard.cli import main
 from moeyard.errors import ConfigError, DataError
-from moeyard.kernels.router import choose, project_and_choose, weigh
+from moeyard.kernels.router import choose, project_and_choose
 from moeyard.kernels.values.choice import ChoiceRule
 from moeyard.moe.batch import batch_of
 from moeyard.moe.models.decoder import Decoder
@@ -123,7 +123,7 @@ def test_weights_and_gradients_are_the_rules_at_the_given_experts(rule):
     logits_TE = torch.randn(50, 6, generator=draw, dtype=torch.float64, requires_grad=True)
     given_TK = torch.rand(50, 6, generator=draw).topk(4).indices.int()  # wider than k, any group
     given_TK[7:12, 2:] = -1
-    found = weigh(logits_TE, given_TK, None, rule, True)
+    found = choose(logits_TE, None, None, rule, True, given_TK=given_TK)
     scores_TE = logits_TE.sigmoid() if rule.score == "sigmoid" else logits_TE.softmax(dim=1)
     expected_TK = scores_TE.gather(1, given_TK.clamp(min=0).long()) * (given_TK >= 0)
     if rule.renormalize:
@@ -137,7 +137,7 @@ def test_weights_and_gradients_are_the_rules_at_the_given_experts(rule):
     )
     assert torch.allclose(actual, wanted, rtol=1e-10, atol=1e-14)
     own = choose(logits_TE, None, None, rule, True, "torch")
-    again = weigh(logits_TE, own.experts_TK, None, rule, True)
+    again = choose(logits_TE, None, None, rule, True, given_TK=own.experts_TK)
     for a, b in zip((*own[:3], *own.sums), (*again[:3], *again.sums), strict=True):
         assert torch.equal(a, b)
 
@@ -154,7 +154,7 @@ def test_the_kernel_weighs_given_experts_as_it_weighs_its_own(rule):
     given_TK = torch.rand(50, 6, generator=draw).topk(4).indices
     given_TK[7:12, 2:] = -1
     found = project_and_choose(x_TD, weight_ED, None, bias_E, rule, given_TK)
-    expected = weigh(x_TD @ weight_ED.T, given_TK, None, rule, False)
+    expected = choose(x_TD @ weight_ED.T, None, None, rule, False, given_TK=given_TK)
     assert torch.equal(found.experts_TK, given_TK.int())
     assert torch.equal(found.counts_E, expected.counts_E)
     assert torch.allclose(found.weights_TK, expected.weights_TK, rtol=1e-5, atol=1e-7)
@@ -163,7 +163,7 @@ def test_the_kernel_weighs_given_experts_as_it_weighs_its_own(rule):
         with pytest.raises(ValueError, match=f"expert id {bad} is outside"):
             project_and_choose(x_TD, weight_ED, None, bias_E, rule, given_TK)
         with pytest.raises(ValueError, match=f"expert id {bad} is outside"):
-            weigh(x_TD @ weight_ED.T, given_TK, None, rule, False)
+            choose(x_TD @ weight_ED.T, None, None, rule, False, given_TK=given_TK)
 
 
 def test_the_order_of_a_rows_experts_changes_only_rounding():
@@ -246,7 +246,7 @@ def test_rows_that_were_not_recorded_and_other_tokens_get_a_sentence(folder, tmp
 def test_a_router_that_cannot_replay_says_so():
     gate = Cosine(k=2).build(moeyard.RouterSizes(8, 4))
     rows = RouterInput(torch.randn(3, 8))
-    with pytest.raises(ConfigError, match="cannot replay recorded routes; use another router, or"):
+    with pytest.raises(ConfigError, match="cannot replay recorded routes; use another"):
         gate.route_to(rows, torch.zeros(3, 2, dtype=torch.int32))
 
 
@@ -271,6 +271,7 @@ def test_the_code_of_the_page_runs(model_folder, tmp_path, monkeypatch, capsys):
     for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL):
         exec(compile(block, "docs/routes.md", "exec"), found)
     assert found["logits_TV"].shape == (len(found["routes"]), 257)
+    assert torch.equal(found["y_TD"], found["same_TD"])
     assert "6 (0, 2)" in capsys.readouterr().out
 
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from moeyard.chat_templates.renderer import TemplateProcess
 from moeyard.cli import main as command
 from moeyard.errors import DataError
+from moeyard.moe.routes.reader import read_routes
 from moeyard.training.__main__ import main
 from moeyard.training.checkpoints.export import export
 from moeyard.training.data.chat_mask import ChatEncoder, Encoded
@@ -319,6 +320,9 @@ def test_counts_of_rows_and_targets_are_those_of_the_batches(tmp_path, tagged):
         int((batch.targets_N != NO_TARGET).sum()) for batch in batches
     ]
     rows = [len(batch.ids_N) for batch in batches]
+    assert windows.window_rows(list(range(len(windows)))) == [
+        len(windows.rows([window]).ids_N) for window in range(len(windows))
+    ]
     for first in range(9):
         for last in range(first, 10):
             assert windows.num_rows(range(first, last)) == sum(rows[first:last])
@@ -386,7 +390,10 @@ def test_two_ranks_with_split_experts_and_a_resumed_run_end_alike(
     given = options(start, chat_file, tmp_path / "one", *exact)
     assert main([str(config_file), *given]) == 0
     two = options(start, chat_file, tmp_path / "two", *exact, "parallel.ep=2")
-    moeyard_train(str(config_file), "--nproc", "2", *two)
+    moeyard_train(str(config_file), "--nproc", "2", *two, "monitor.routes={}")
+    routes = read_routes(tmp_path / "two/routes")
+    names = zip(routes.steps_N, routes.sequences_N, routes.positions_N, strict=True)
+    assert len(set(names)) == len(routes) == losses(tmp_path / "two")[-1]["tokens"]
     for ours, theirs in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
         for key in (
             "loss",
