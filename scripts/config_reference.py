@@ -105,7 +105,11 @@ def _section(title: str, prefix: str, model: type[BaseModel]) -> str:
 
 
 def _about(model: type[BaseModel] | None) -> str:
-    return "" if model is None else _markdown(inspect.cleandoc(model.__doc__ or ""))
+    return (
+        ""
+        if model is None
+        else _markdown(inspect.cleandoc(model.__doc__ or "").partition("\n\nFields:")[0])
+    )
 
 
 def _texts(model: type[BaseModel]) -> dict[str, str]:

@@ -9,6 +9,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from .grouping import outside
+
 EPSILON = 1e-20
 """Keeps weights finite if all chosen sigmoid scores are zero (DeepSeek-V3)."""
 
@@ -68,6 +70,18 @@ def probabilities(scores_TE: Tensor, valid_T: Tensor | None, rule: ChoiceRule) -
     return scores_TE
 
 
+def check_ids(experts_TK: Tensor, num_experts: int) -> Tensor:
+    """Return ``experts_TK``; raise ``ValueError`` for ids outside -1 (none) to E - 1.
+
+    On a GPU they are not looked at, because that waits for the device.
+    """
+    if experts_TK.device.type == "cpu" and experts_TK.numel():
+        lowest, highest = (int(bound) for bound in experts_TK.aminmax())
+        if lowest < -1 or highest >= num_experts:
+            raise ValueError(outside(lowest if lowest < -1 else highest, num_experts))
+    return experts_TK
+
+
 def count_choices(experts_TK: Tensor, num_experts: int) -> Tensor:
     """Return int64 ``[E]``: how often each expert is chosen; -1 is not counted."""
     ids_R = experts_TK.reshape(-1).long()
@@ -76,3 +90,13 @@ def count_choices(experts_TK: Tensor, num_experts: int) -> Tensor:
     present_R = (ids_R >= 0).long()
     counts_E = torch.zeros(num_experts, dtype=torch.int64, device=ids_R.device)
     return counts_E.scatter_add_(0, ids_R.clamp(min=0), present_R)
+
+
+def loss_sums(
+    logits_TE: Tensor, scores_TE: Tensor, valid_T: Tensor | None, rule: ChoiceRule
+) -> LossSums:
+    """Return what losses need of the valid rows."""
+    z_T = logits_TE.logsumexp(dim=-1).square()
+    if valid_T is not None:
+        z_T = torch.where(valid_T, z_T, 0)
+    return LossSums(probabilities(scores_TE, valid_T, rule).sum(dim=0), z_T.sum())

@@ -77,18 +77,21 @@ class HashRouter(Router):
 
     def route(self, router_input: RouterInput) -> Routing:
         """Look up the experts of each token id."""
-        ids_T, valid_T = router_input.ids_T, router_input.valid_T
+        ids_T = router_input.ids_T
         if ids_T is None:
             raise ConfigError(
                 "router.kind is hash, which reads token ids; pass token_ids to the layer."
             )
-        experts_TK = self.table_VK[ids_T]
+        return self.route_to(router_input, self.table_VK[ids_T])
+
+    def route_to(self, router_input: RouterInput, experts_TK: Tensor) -> Routing:
+        """Visit the given experts; each weighs 1/k."""
+        valid_T = router_input.valid_T
         if valid_T is not None:
             experts_TK = torch.where(valid_T.unsqueeze(-1), experts_TK, -1)
-        weights_TK = torch.full(experts_TK.shape, 1 / self.k, device=ids_T.device)
         return Routing(
             experts_TK=experts_TK,
-            weights_TK=weights_TK,
+            weights_TK=torch.full(experts_TK.shape, 1 / self.k, device=experts_TK.device),
             counts_E=count_choices(experts_TK, self.num_experts),
             num_tokens=count_tokens(valid_T, experts_TK),
         )

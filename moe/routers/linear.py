@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.linear import row_stable_linear
+from ...kernels.router import project_and_choose
+from ...kernels.values.choice import ChoiceRule
 from .loss_terms import GlobalCounts
 from .router import Router, RouterConfig
-from .routing import Lookahead
+from .routing import Lookahead, Routing
 
 
 class LearnedConfig(RouterConfig):
@@ -59,6 +61,24 @@ def project(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
         if torch.is_grad_enabled() or dtype != torch.float32:
             return F.linear(x_TD, weight_ED)
         return row_stable_linear(x_TD, weight_ED)
+
+
+def route_in_one_call(
+    x_TD: Tensor,
+    weight_ED: Tensor,
+    logit_bias_E: Tensor | None,
+    bias_E: Tensor | None,
+    valid_T: Tensor | None,
+    rule: ChoiceRule,
+    given_TK: Tensor | None = None,
+) -> Routing | None:
+    """Route rows in evaluation by one C++ call, to given experts if any; None if it cannot run."""
+    if valid_T is not None:
+        return None
+    found = project_and_choose(x_TD, weight_ED, logit_bias_E, bias_E, rule, given_TK)
+    if found is None:
+        return None
+    return Routing(*found[:3], num_tokens=torch.tensor(x_TD.shape[0]))
 
 
 class Stepped:

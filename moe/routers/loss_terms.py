@@ -3,11 +3,12 @@
 E experts, K choices, T tokens of the global batch.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
 from ...errors import ConfigError
+from .routing import Routing
 
 
 class GlobalCounts(NamedTuple):
@@ -77,6 +78,40 @@ class LayerLosses(NamedTuple):
     """The layer's own balance loss without its coefficient, for logs."""
     z: Tensor | None = None
     """The z-loss without its coefficient, for logs."""
+
+
+def balance_and_z(
+    routing: Routing,
+    counts: GlobalCounts,
+    k: int,
+    balance_loss: float,
+    z_loss: float,
+    balance_over: Literal["layer", "model"] = "layer",
+    chosen_E: Tensor | None = None,
+) -> LayerLosses:
+    """Return the balance loss and the z-loss, times these coefficients.
+
+    z is ``1/T * sum_t logsumexp(logits_t)^2`` (ST-MoE eq. 5). ``chosen_E`` are the rows to balance,
+    where they are not all that were routed: those before drops, or first choices with k = 1.
+    Raises :class:`ConfigError` for a routing of evaluation mode.
+    """
+    sums = BalanceSums(
+        num_experts=len(counts.counts_E),
+        k=k,
+        counts_E=counts.counts_E if chosen_E is None else chosen_E,
+        probability_sums_E=training_sum(routing, "probability_sums_E"),
+        num_tokens=counts.num_tokens,
+    )
+    balance = sums.loss()
+    z = training_sum(routing, "z_sum") / counts.num_tokens.clamp(min=1)
+    if balance_over == "layer":
+        return LayerLosses((balance_loss * balance, z_loss * z), None, balance, z)
+    return LayerLosses((z_loss * z,), (balance_loss, sums), balance, z)
+
+
+def training_sum(routing: Routing, name: str) -> Tensor:
+    """Return one of ``routing.extras``; :class:`ConfigError` for a routing of evaluation mode."""
+    return kept(routing.extras, name)
 
 
 def kept(extras: dict[str, Tensor], name: str) -> Tensor:

@@ -8,19 +8,27 @@ from pydantic_core.core_schema import ValidatorFunctionWrapHandler
 from ...configuration import validate_config
 from .base import Base
 from .comet import Comet
+from .cosine import Cosine
 from .dense_to_sparse import DenseToSparse
 from .dselect import DSelect
 from .expert_choice import ExpertChoice
 from .hash import Hash
 from .local_search import LocalSearch
+from .noisy import Noisy
 from .own_code import check_class, find_class
+from .relu import ReLU
 from .router import RouterConfig
 from .sinkhorn import Sinkhorn
+from .top_p import TopP
 from .topk import TopK
 
 ROUTERS: tuple[type[RouterConfig], ...] = (
     TopK,
     Hash,
+    Noisy,
+    TopP,
+    ReLU,
+    Cosine,
     Comet,
     DSelect,
     DenseToSparse,

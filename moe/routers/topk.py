@@ -10,23 +10,20 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ...kernels.router import choose, project_and_choose
+from ...kernels.router import choose, weigh
 from ...kernels.values.choice import ChoiceRule, scores
-from .linear import LearnedConfig, LinearRouter, project
-from .loss_terms import BalanceSums, GlobalCounts, LayerLosses, kept
+from .capacity import Capacity, apply_capacity
+from .entropy import entropy_sum
+from .linear import LearnedConfig, LinearRouter, project, route_in_one_call
+from .loss_terms import GlobalCounts, LayerLosses, balance_and_z
 from .router import RouterSizes
 from .routing import RouterInput, Routing, count_tokens
 from .sequence_balance import add_sequence_balance
 from .token_rounding import round_tokens
 
 TRAINING_ONLY = (
-    "bias_update_rate",
-    "balance_loss",
-    "balance_over",
-    "sequence_balance_loss",
-    "z_loss",
-    "jitter",
-    "round_rows_to",
+    *("bias_update_rate", "balance_loss", "balance_over", "sequence_balance_loss"),
+    *("z_loss", "entropy_loss", "jitter", "capacity", "round_rows_to"),
 )
 """Fields of :class:`TopK` that a run may change: they do not change the meaning of weights."""
 
@@ -64,14 +61,20 @@ class TopK(LearnedConfig):
     balance_over: Literal["layer", "model"] = "layer"
     """``layer``: a balance loss for each layer, summed (Switch, Megatron). ``model``: one loss
     over the pooled counts and probabilities of all layers (transformers). At perfect balance
-    ``model`` is 1 in total, and ``layer`` 1 per layer."""
+    ``model`` is 1 in total, and ``layer`` 1 per layer. transformers does not divide by k: its
+    ``router_aux_loss_coef`` times k is the ``balance_loss`` of ``model``."""
     sequence_balance_loss: float = Field(default=0.0, ge=0)
     """Coefficient of the same loss over each sequence (DeepSeek-V3, 1e-4)."""
     z_loss: float = Field(default=0.0, ge=0)
     """Coefficient of the ST-MoE z-loss."""
+    entropy_loss: float = Field(default=0.0, ge=0)
+    """Coefficient of the mean entropy of a token's scores: makes tokens sure of their experts."""
     jitter: float = Field(default=0.0, ge=0, lt=1)
     """Training multiplies the router's input by U(1 - jitter, 1 + jitter) (Switch). Each rank
     draws separately, so results depend on the number of ranks."""
+    capacity: Capacity | None = None
+    """Limit the rows of each expert in training; null = no limit. Losses and the balancing bias
+    count choices before drops."""
     round_rows_to: int = Field(default=0, ge=0)
     """Training gives each expert a multiple of this many rows of a rank's tokens (SonicMoE's token
     rounding; 0 = off): 128 fills the tiles of GPU kernels where experts have a few hundred rows.
@@ -83,6 +86,11 @@ class TopK(LearnedConfig):
             raise ValueError(
                 f"top_groups is {self.top_groups}, but num_groups is {self.num_groups}; raise "
                 "num_groups or lower top_groups."
+            )
+        if self.round_rows_to and self.capacity is not None:
+            raise ValueError(
+                f"round_rows_to is {self.round_rows_to}, but there is a capacity, and both change "
+                "how many rows an expert gets; set round_rows_to: 0 or capacity: null."
             )
         return self
 
@@ -147,16 +155,26 @@ class TopKRouter(LinearRouter):
 
         Values that only losses need are left out in evaluation mode.
         """
+        return self._route(router_input, None)
+
+    def route_to(self, router_input: RouterInput, experts_TK: Tensor) -> Routing:
+        """Visit the given experts, in whatever groups; rows are not rounded again."""
+        return self._route(router_input, experts_TK)
+
+    def _route(self, router_input: RouterInput, given_TK: Tensor | None) -> Routing:
         x_TD, valid_T = router_input.x_TD, router_input.valid_T
         assert x_TD is not None, "the caller must pass hidden rows"
-        if not self.training and valid_T is None:
-            bias_E = self.e_score_correction_bias
-            found = project_and_choose(x_TD, self.weight, self.bias, bias_E, self.rule)
+        if not self.training:
+            weights = (self.weight, self.bias, self.e_score_correction_bias)
+            found = route_in_one_call(x_TD, *weights, valid_T, self.rule, given_TK)
             if found is not None:
-                return Routing(*found[:3], num_tokens=torch.tensor(x_TD.shape[0]))
+                return found
         logits_TE = self.logits(x_TD)
-        bias_E = self.e_score_correction_bias
-        choices = choose(logits_TE, bias_E, valid_T, self.rule, wants_sums=self.training)
+        if given_TK is None:
+            bias_E = self.e_score_correction_bias
+            choices = choose(logits_TE, bias_E, valid_T, self.rule, wants_sums=self.training)
+        else:
+            choices = weigh(logits_TE, given_TK, valid_T, self.rule, wants_sums=self.training)
         routing = Routing(
             experts_TK=choices.experts_TK,
             weights_TK=choices.weights_TK,
@@ -165,9 +183,18 @@ class TopKRouter(LinearRouter):
         )
         if choices.sums is not None:
             routing.extras = choices.sums._asdict()
-        if self.training and self.config.sequence_balance_loss:
+        if not self.training:
+            return routing
+        if self.config.sequence_balance_loss:
             add_sequence_balance(routing, logits_TE, router_input, self.rule)
-        if self.training and self.config.round_rows_to:
+        if self.config.entropy_loss:
+            routing.extras["entropy_sum"] = entropy_sum(logits_TE, valid_T, self.rule)
+        if given_TK is not None:
+            return routing  # recorded choices have been dropped and rounded
+        if self.config.capacity is not None:
+            scores_TE = scores(logits_TE, self.rule)
+            apply_capacity(routing, scores_TE, self.config.capacity, router_input)
+        if self.config.round_rows_to:
             routing.experts_TK, routing.weights_TK = round_tokens(
                 routing.experts_TK,
                 routing.weights_TK,
@@ -177,32 +204,29 @@ class TopKRouter(LinearRouter):
         return routing
 
     def losses(self, routing: Routing, counts: GlobalCounts) -> LayerLosses:
-        """Return balance, sequence balance and z; see :class:`TopK`.
+        """Return balance, z, sequence balance and entropy; see :class:`TopK`.
 
-        z is ``1/T * sum_t logsumexp(logits_t)^2`` (ST-MoE eq. 5). Balance over sequences is its
-        mean over the sequences of the global batch.
+        Balance over sequences is its mean over the sequences of the global batch.
         """
-        config, extras = self.config, routing.extras
-        sums = BalanceSums(
-            num_experts=self.num_experts,
-            k=self.k,
-            counts_E=counts.counts_E,
-            probability_sums_E=kept(extras, "probability_sums_E"),
-            num_tokens=counts.num_tokens,
+        config, chosen_E = self.config, counts.extra.get("chosen_E")
+        found = balance_and_z(
+            routing,
+            counts,
+            self.k,
+            config.balance_loss,
+            config.z_loss,
+            config.balance_over,
+            chosen_E,
         )
-        balance = sums.loss()
-        z = extras["z_sum"] / counts.num_tokens.clamp(min=1)
-        terms, pooled = [], None
-        if config.balance_over == "layer":
-            terms.append(config.balance_loss * balance)
-        else:
-            pooled = (config.balance_loss, sums)
-        terms.append(config.z_loss * z)
-        if "sequence_balance_sum" in extras:
+        if "sequence_balance_sum" in routing.extras:
             num_sequences = counts.extra["num_sequences"].clamp(min=1)
-            per_sequence = extras["sequence_balance_sum"] / num_sequences
-            terms.append(config.sequence_balance_loss * per_sequence)
-        return LayerLosses(tuple(terms), pooled, balance, z)
+            per_sequence = routing.extras["sequence_balance_sum"] / num_sequences
+            more = config.sequence_balance_loss * per_sequence
+            found = found._replace(terms=(*found.terms, more))
+        if "entropy_sum" in routing.extras:
+            mean = routing.extras["entropy_sum"] / counts.num_tokens.clamp(min=1)
+            found = found._replace(terms=(*found.terms, config.entropy_loss * mean))
+        return found
 
     @torch.no_grad()
     def after_step(self, counts: GlobalCounts, layers: Sequence[GlobalCounts]) -> None:
@@ -213,7 +237,7 @@ class TopKRouter(LinearRouter):
         """
         bias_E, rate = self.e_score_correction_bias, self.config.bias_update_rate
         if bias_E is not None and rate:
-            load_E = counts.counts_E.to(bias_E)
+            load_E = counts.extra.get("chosen_E", counts.counts_E).to(bias_E)
             bias_E += rate * (load_E.mean() - load_E).sign()
 
     def logits(self, x_TD: Tensor) -> Tensor:

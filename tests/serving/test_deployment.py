@@ -60,7 +60,7 @@ def test_ray_gets_what_the_arguments_say(model_folder):
         ({}, "model is missing"),
         ({"model": "MODEL", "max_num_seq": 3}, "max_num_seq is not a known key; did you mean max"),
         ({"model": "MODEL", "num_replicas": 0}, "num_replicas: it is 0"),
-        ({"model": "/nowhere"}, "/nowhere/config.json cannot be read"),
+        ({"model": "/nowhere"}, "/nowhere does not exist; give a Hugging Face model folder"),
         ({"model": "MODEL", "chat_template": "/nowhere"}, "chat-template /nowhere cannot be read"),
     ],
     ids=["missing", "misspelt", "zero", "folder", "template"],

@@ -98,7 +98,7 @@ def test_an_occupied_port_is_refused_at_once(server, model_folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["/nowhere"], "config.json cannot be read"),
+        (["/nowhere"], "/nowhere does not exist"),
         (["MODEL", "--expert-memory", "lots"], "expert-memory is 'lots'"),
         (["MODEL", "--expert-memory", "1B"], "but one expert takes"),
         (["MODEL", "--max-model-len", "9999"], "max-model-len is 9999, but the model takes 256"),

@@ -1,0 +1,242 @@
+"""Routers that draw: noise on the scores, a second expert by chance.
+
+T tokens, D model width, E experts, K choices.
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Generator, Tensor, nn
+
+from ...kernels.router import choose
+from ...kernels.values.choice import ChoiceRule
+from .capacity import Capacity, apply_capacity, drop
+from .draws import draw_rows
+from .linear import LearnedConfig, LinearRouter, Stepped, project, route_in_one_call
+from .loss_terms import GlobalCounts, LayerLosses, balance_and_z
+from .router import RouterSizes
+from .routing import RouterInput, Routing, count_choices, count_tokens
+from .variation import add_sums, chance_above_kth, chance_above_rivals, variation_loss
+
+PURPOSES = NOISE, JITTER, SECOND = range(3)
+"""What random numbers are for."""
+MOST_LAYERS = 10_007
+"""Seeds of draws are this far apart, so that a seed and a layer do not meet another pair."""
+NOISE_FLOOR = 0.01
+"""Smallest standard deviation of learned noise (tensor2tensor)."""
+
+
+class Noisy(LearnedConfig):
+    """Top-k with noise in training: the routers of Shazeer et al. 2017, V-MoE, GShard and Switch.
+
+    The defaults are Shazeer's. docs/routers.md has the settings of the others. Evaluation draws
+    nothing and drops nothing.
+    """
+
+    paper: ClassVar[str] = "Shazeer et al. 2017; GShard; Switch; V-MoE"
+
+    kind: Literal["noisy"] = "noisy"
+    noise: Literal["none", "learned", "constant"] = "learned"
+    """Normal noise on the logits in training. ``learned``: with standard deviation
+    ``softplus(x @ noise_weight.T) + 0.01`` (Shazeer). ``constant``: ``noise_std / E`` (V-MoE)."""
+    noise_std: float = Field(default=1.0, gt=0)
+    """Size of constant noise."""
+    jitter: float = Field(default=0.0, ge=0, lt=1)
+    """Training multiplies the router's input by U(1 - jitter, 1 + jitter) (Switch: 0.01)."""
+    renormalize: bool = True
+    """Divide the chosen probabilities by their sum, before any choice is dropped."""
+    second_expert: Literal["all", "none", "threshold", "random"] = "all"
+    """Who visits the second of two experts. ``threshold``: tokens whose second weight is above
+    ``second_threshold``. ``random``: with probability weight / threshold (GShard), in evaluation
+    all. A first expert's weight is the same without a second. Those left out count as dropped."""
+    second_threshold: float = Field(default=0.2, gt=0, le=1)
+    """See ``second_expert``."""
+    capacity: Capacity | None = None
+    """Limit the rows of each expert in training; null = no limit."""
+    importance_loss: float = Field(default=0.1, ge=0)
+    """Coefficient of the squared variation (variance / mean^2) of the experts' summed weights
+    (Shazeer), or summed probabilities without noise if noise is constant (V-MoE)."""
+    load_loss: float = Field(default=0.1, ge=0)
+    """Coefficient of the squared variation of the experts' expected rows, with a gradient that
+    comes from the noise. Variances are unbiased: V-MoE's coefficients times (E - 1) / E."""
+    balance_loss: float = Field(default=0.0, ge=0)
+    """Coefficient of the Switch/GShard balance loss; at perfect balance the loss itself is 1."""
+    balance_counts: Literal["all", "first"] = "all"
+    """Choices, before drops, that the balance loss counts: all, or first ones only (GShard)."""
+    z_loss: float = Field(default=0.0, ge=0)
+    """Coefficient of the ST-MoE z-loss."""
+    seed: int = 0
+    """Seed of the draws."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.second_expert != "all" and self.k != 2:
+            raise ValueError(
+                f"second_expert is {self.second_expert}, but k is {self.k}; use k: 2, or "
+                "second_expert: all."
+            )
+        if self.noise == "none" and self.load_loss:
+            raise ValueError(
+                f"load_loss is {self.load_loss}, but noise is none, and the loss gets its gradient "
+                "from noise; set load_loss: 0 or choose a noise."
+            )
+        return self
+
+    def build(self, sizes: RouterSizes) -> "NoisyRouter":
+        """Return the module."""
+        return NoisyRouter(self, sizes)
+
+    def architecture(self) -> dict[str, Any]:
+        """Return what evaluation depends on, and whether noise has weights."""
+        values = {name: getattr(self, name) for name in ("kind", "k", "lookahead", "renormalize")}
+        values["noise_is_learned"] = self.noise == "learned"
+        if self.second_expert in ("none", "threshold"):
+            values["second_expert"] = self.second_expert
+        if self.second_expert == "threshold":
+            values["second_threshold"] = self.second_threshold
+        return values
+
+    def draws(self) -> bool:
+        """Return whether training needs random numbers."""
+        return self.noise != "none" or self.jitter > 0 or self.second_expert == "random"
+
+
+class NoisyRouter(Stepped, LinearRouter):
+    """See :class:`Noisy`."""
+
+    def __init__(self, config: Noisy, sizes: RouterSizes) -> None:
+        super().__init__(config, sizes.d_model, sizes.num_experts)
+        self.config: Noisy = config
+        self.layer = sizes.layer
+        self.rule = ChoiceRule(k=config.k, renormalize=config.renormalize)
+        learned = torch.zeros(sizes.num_experts, sizes.d_model)
+        self.noise_weight = nn.Parameter(learned) if config.noise == "learned" else None
+        self.start_steps()
+
+    def initialize(self, name: str, generator: Generator) -> Tensor | None:
+        """Return zeros for ``noise_weight``: all rows start with the same noise (Shazeer)."""
+        return torch.zeros(self.weight.shape) if name == "noise_weight" else None
+
+    def route(self, router_input: RouterInput) -> Routing:
+        """Choose the k best experts of each row of ``x_TD``."""
+        x_TD, valid_T = router_input.x_TD, router_input.valid_T
+        assert x_TD is not None, "the caller must pass hidden rows"
+        if not self.training:
+            found = route_in_one_call(x_TD, self.weight, None, None, valid_T, self.rule)
+            if found is not None:
+                self._drop_seconds(found, router_input)
+                return found
+        scores = self._scores(x_TD, router_input)
+        choices = choose(scores.noisy_TE, None, valid_T, self.rule, wants_sums=self.training)
+        routing = Routing(
+            experts_TK=choices.experts_TK,
+            weights_TK=choices.weights_TK,
+            counts_E=choices.counts_E,
+            num_tokens=count_tokens(valid_T, choices.experts_TK),
+        )
+        if choices.sums is not None:
+            routing.extras = choices.sums._asdict()
+            self._add_sums(routing, scores, valid_T)
+        self._drop_seconds(routing, router_input)
+        if self.training and self.config.capacity is not None:
+            probabilities_TE = scores.noisy_TE.softmax(dim=-1)
+            apply_capacity(routing, probabilities_TE, self.config.capacity, router_input)
+        return routing
+
+    def losses(self, routing: Routing, counts: GlobalCounts) -> LayerLosses:
+        """Return balance, z, and the variation of importance and load over the global batch."""
+        config, extra = self.config, counts.extra
+        k, chosen_E = self.k, extra.get("chosen_E")
+        if config.balance_counts == "first":
+            k, chosen_E = 1, extra.get("first_E")
+        found = balance_and_z(
+            routing, counts, k, config.balance_loss, config.z_loss, chosen_E=chosen_E
+        )
+        terms = list(found.terms)
+        if config.importance_loss:
+            importance = variation_loss(routing, counts, "importance_E")
+            terms.append(config.importance_loss * importance)
+        if config.load_loss:
+            terms.append(config.load_loss * variation_loss(routing, counts, "load_E"))
+        return found._replace(terms=tuple(terms))
+
+    def _scores(self, x_TD: Tensor, router_input: RouterInput) -> "Scores":
+        """Return the logits, with noise if in training."""
+        config = self.config
+        if self.training and config.jitter:
+            drawn_TD = self._draw(router_input, JITTER, torch.rand, x_TD)
+            x_TD = x_TD * (1 + config.jitter * (2 * drawn_TD - 1))
+        clean_TE = project(x_TD, self.weight)
+        if not self.training or config.noise == "none":
+            return Scores(clean_TE, clean_TE, torch.zeros_like(clean_TE))
+        if self.noise_weight is not None:
+            std_TE = F.softplus(project(x_TD, self.noise_weight)) + NOISE_FLOOR
+        else:
+            std_TE = torch.full_like(clean_TE, config.noise_std / self.num_experts)
+        drawn_TE = self._draw(router_input, NOISE, torch.randn, clean_TE)
+        return Scores(clean_TE, clean_TE + drawn_TE * std_TE, std_TE)
+
+    def _draw(
+        self,
+        router_input: RouterInput,
+        purpose: int,
+        function: Callable[..., Tensor],
+        like: Tensor,
+    ) -> Tensor:
+        """Return numbers in the shape of ``like``, whose rows are tokens."""
+        stream = (self.config.seed * MOST_LAYERS + self.layer) * len(PURPOSES) + purpose
+        rest = like.shape[1:]
+        drawn = draw_rows(
+            router_input,
+            len(like),
+            int(self.step),
+            stream,
+            lambda rows, generator: function(rows, *rest, generator=generator),
+        )
+        return drawn.to(like.device, torch.promote_types(like.dtype, torch.float32))
+
+    def _add_sums(self, routing: Routing, scores: "Scores", valid_T: Tensor | None) -> None:
+        """Store what the losses need of this rank."""
+        config = self.config
+        if config.balance_counts == "first":
+            first_T1 = routing.experts_TK[:, :1]
+            routing.extra_counts["first_E"] = count_choices(first_T1, self.num_experts)
+        if config.importance_loss:
+            if config.noise == "constant":
+                weights_TE = scores.clean_TE.softmax(dim=-1)
+            else:
+                chosen_TK = routing.experts_TK.clamp(min=0).long()
+                weights_TE = torch.zeros_like(scores.clean_TE)
+                weights_TE = weights_TE.scatter(1, chosen_TK, routing.weights_TK)
+            add_sums(routing, "importance_E", weights_TE, valid_T)
+        if config.load_loss:
+            chance = chance_above_kth if config.noise == "constant" else chance_above_rivals
+            load_TE = chance(scores.clean_TE, scores.noisy_TE, scores.std_TE, self.k)
+            add_sums(routing, "load_E", load_TE, valid_T)
+
+    def _drop_seconds(self, routing: Routing, router_input: RouterInput) -> None:
+        """Take the second expert from tokens that do without, as ``second_expert`` says."""
+        rule, threshold = self.config.second_expert, self.config.second_threshold
+        if rule == "all" or (rule == "random" and not self.training):
+            return
+        kept_TK = torch.ones_like(routing.experts_TK, dtype=torch.bool)
+        second_T = routing.weights_TK[:, 1].detach()
+        if rule == "none":
+            kept_TK[:, 1] = False
+        elif rule == "threshold":
+            kept_TK[:, 1] = second_T > threshold
+        else:
+            drawn_T = self._draw(router_input, SECOND, torch.rand, second_T)
+            kept_TK[:, 1] = drawn_T * threshold < second_T
+        drop(routing, kept_TK)
+
+
+class Scores(NamedTuple):
+    """Logits before and after noise, and its standard deviation."""
+
+    clean_TE: Tensor
+    noisy_TE: Tensor
+    std_TE: Tensor
