@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Generator, Tensor, nn
 
 from .linear import LearnedConfig, project
-from .loss_terms import GlobalCounts, LayerLosses, kept
+from .loss_terms import GlobalCounts, LayerLosses, training_sum
 from .router import Router, RouterSizes
 from .routing import RouterInput, Routing
 from .smooth_step import entropy, routing_of_weights, smooth_step, uniform, valid_sum
@@ -97,7 +97,7 @@ class CometRouter(Router):
 
     def losses(self, routing: Routing, counts: GlobalCounts) -> LayerLosses:
         """Return the paths' entropy, a mean over the tokens of the global batch."""
-        mean = kept(routing.extras, "entropy_sum") / counts.num_tokens.clamp(min=1)
+        mean = training_sum(routing, "entropy_sum") / counts.num_tokens.clamp(min=1)
         return LayerLosses((self.config.entropy_loss * mean,))
 
 

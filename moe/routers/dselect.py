@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Generator, Tensor, nn
 
 from .linear import LearnedConfig, project
-from .loss_terms import GlobalCounts, LayerLosses, kept
+from .loss_terms import GlobalCounts, LayerLosses, training_sum
 from .router import Router, RouterSizes
 from .routing import RouterInput, Routing
 from .smooth_step import TINY, entropy, routing_of_weights, smooth_step, uniform, valid_sum
@@ -115,10 +115,10 @@ class DSelectRouter(Router):
     def losses(self, routing: Routing, counts: GlobalCounts) -> LayerLosses:
         """Return entropy and validity, means over the tokens of the global batch."""
         num_tokens = counts.num_tokens.clamp(min=1)
-        terms = [self.config.entropy_loss * kept(routing.extras, "entropy_sum") / num_tokens]
+        terms = [self.config.entropy_loss * training_sum(routing, "entropy_sum") / num_tokens]
         if self.num_experts & (self.num_experts - 1):
             terms.append(
-                self.config.validity_loss * kept(routing.extras, "invalid_sum") / num_tokens
+                self.config.validity_loss * training_sum(routing, "invalid_sum") / num_tokens
             )
         return LayerLosses(tuple(terms))
 
