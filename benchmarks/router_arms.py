@@ -16,6 +16,11 @@ ARMS = {
     ),
     "hash, balanced": arm("kind: hash, k: 2"),
     "hash, random": arm("kind: hash, k: 2, table: random"),
+    "hash, bigram": arm("kind: hash, k: 2, table: bigram"),
+    "hash, multihash": arm("kind: hash, k: 2, table: multihash"),
+    "k-means, online": arm("kind: kmeans, k: 2, update_rate: 0.01, reseed_after: 20"),
+    "null experts": arm("kind: null_experts, k: 4, num_null: 8"),
+    "stochastic, mean of all": arm("kind: stochastic", one_wide_expert=True),
 }
 """By name in the table."""
 

@@ -1,13 +1,14 @@
 """The flat, ragged batch every decoder call takes. T tokens, B sequences."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import torch
 from torch import Tensor
 
 from .kv_cache import KVCache
+from .routers.groups import previous_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,8 @@ class Batch:
     routes: Mapping[int, Tensor] | None = None
     """By index of each MoE layer: int32 ``[T, K]``, recorded experts to visit instead of the
     routers' choice; -1 = none (routes/replay.py)."""
+    previous_ids_T: Tensor | None = None
+    """The token id before each row, -1 for none, for routers that read it."""
 
     @property
     def is_uniform(self) -> bool:
@@ -63,6 +66,27 @@ class Batch:
             timesteps_T=None if self.timesteps_T is None else self.timesteps_T[rows_N],
             routes=None if self.routes is None else {i: r[rows_N] for i, r in self.routes.items()},
         )
+
+    def with_previous_ids(self) -> "Batch":
+        """Return the batch with ``previous_ids_T``, those of first rows from the caches."""
+        previous_T = previous_rows(self.ids_T, self.lengths)
+        start = 0
+        for cache, length in zip(self.caches or (), self.lengths, strict=False):
+            if length and cache.length:
+                previous_T[start] = cache.last_id()
+            start += length
+        return replace(self, previous_ids_T=previous_T)
+
+    def advance_caches(self) -> None:
+        """Tell the caches that all layers have stored these rows."""
+        if self.caches is None:
+            return
+        if self.previous_ids_T is not None:
+            ids = self.ids_T.split(list(self.lengths))
+            for cache, ids_L in zip(self.caches, ids, strict=True):
+                cache.keep_ids(ids_L)
+        for cache, length in zip(self.caches, self.lengths, strict=True):
+            cache.length += length
 
 
 def batch_of(sequences: Sequence[Tensor], caches: Sequence[KVCache] | None = None) -> Batch:

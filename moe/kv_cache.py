@@ -45,6 +45,14 @@ class KVCache(Protocol):
         """Store the positions of ``layer`` that follow ``length``."""
         ...
 
+    def keep_ids(self, ids_L: Tensor) -> None:
+        """Store the token ids of the positions that follow ``length``, for :meth:`last_id`."""
+        ...
+
+    def last_id(self) -> Tensor:
+        """Return the token id of the last position, int64 scalar; only if ids were kept."""
+        ...
+
     def view(self, layer: int, end: int) -> tuple[Tensor, Tensor]:
         """Return the first ``end`` keys of ``layer``, ``[G, end, H]``, and their values."""
         ...
@@ -65,6 +73,8 @@ class SequenceCache:
         """Addresses of that memory: keys, then values, of each layer."""
         self._keys_GLH: list[Tensor] = []
         self._values_GLV: list[Tensor] = []
+        # All ids, and not the last alone: after a failed step, a caller sets length back.
+        self._ids_L = torch.empty(0, dtype=torch.int64, device=device)
 
     def spec(self, layer: int) -> KVCacheSpec:
         """Say what ``layer`` keeps per position."""
@@ -76,6 +86,18 @@ class SequenceCache:
         self.reserve(keys_GLH.shape[1])
         self._keys_GLH[layer][:, self.length : end] = keys_GLH
         self._values_GLV[layer][:, self.length : end] = values_GLV
+
+    def keep_ids(self, ids_L: Tensor) -> None:
+        """Store the token ids of the positions that follow ``length``, for :meth:`last_id`."""
+        if len(self._ids_L) < self.capacity:
+            before_L = self._ids_L[: self.length]
+            self._ids_L = ids_L.new_empty(self.capacity)
+            self._ids_L[: len(before_L)] = before_L
+        self._ids_L[self.length : self.length + len(ids_L)] = ids_L
+
+    def last_id(self) -> Tensor:
+        """Return the token id of the last position, int64 scalar; only if ids were kept."""
+        return self._ids_L[self.length - 1]
 
     def view(self, layer: int, end: int) -> tuple[Tensor, Tensor]:
         """Return the first ``end`` keys of ``layer``, ``[G, end, H]``, and their values."""

@@ -50,6 +50,8 @@ class MoELayer(nn.Module):
         recompute: Keep only the experts' input for backward, and not their pre-activations: less
             memory, a third of the forward again.
         expert_bias: Give each expert's two products a bias (gpt-oss).
+        token_embeddings: Another model's token embeddings ``[V, width]``, for ``Hash`` with a
+            clustered or dispersed table.
 
     Raises :class:`ConfigError` for sizes and routers that do not fit, also from ``forward``.
     """
@@ -71,6 +73,7 @@ class MoELayer(nn.Module):
         backend: Backend = "auto",
         recompute: bool = False,
         expert_bias: bool = False,
+        token_embeddings: Tensor | None = None,
     ) -> None:
         super().__init__()
         sizes_given = {"d_model": d_model, "d_expert": d_expert, "num_experts": num_experts}
@@ -80,7 +83,7 @@ class MoELayer(nn.Module):
         if activation not in ACTIVATIONS:
             raise ConfigError(f"activation is {activation!r}; use one of {', '.join(ACTIVATIONS)}.")
         self.d_model, self.d_expert, self.num_experts = d_model, d_expert, num_experts
-        sizes = RouterSizes(d_model, num_experts, vocab_size, token_counts, layer)
+        sizes = RouterSizes(d_model, num_experts, vocab_size, token_counts, layer, token_embeddings)
         self.gate: Router = _build(TopK() if router is None else router, sizes)
         self.experts: LayerExperts = Experts(
             d_model, d_expert, num_experts, expert_ids, backend, activation, recompute, expert_bias

@@ -1,7 +1,12 @@
 """Build a run's model from its configuration."""
 
-from ..errors import ConfigError
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, ModelFileError
 from ..moe.config.model import ModelConfig
+from ..moe.folders.folder import ModelFolder
+from ..moe.folders.hub import local_folder
 from ..moe.models.decoder import Decoder
 from ..moe.models.initialize import initialize
 from ..parallel.mesh import Mesh
@@ -9,6 +14,9 @@ from .checkpoints.start_from import read_start
 from .config import RunConfig
 from .data.data import Data
 from .data.tokenizer import Tokenizer
+
+EMBEDDINGS = "embed_tokens.weight"
+"""The decoder's name of the token embeddings."""
 
 
 def fill_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> ModelConfig:
@@ -27,24 +35,43 @@ def build_model(config: RunConfig, model: ModelConfig, data: Data, mesh: Mesh) -
 
     parallelize.py then makes it ready to train.
     """
-    expert_ids, token_counts = None, None
+    expert_ids, token_counts, token_embeddings = None, None, None
     if model.moe is not None:
         expert_ids = mesh.local_experts(model.moe.num_experts)
         if model.moe.router.needs_token_counts:
             token_counts = data.train.token_counts()
             token_counts += [0] * (model.vocabulary - len(token_counts))
+        token_embeddings = _read_embeddings(model.moe.router.embeddings_folder())
     decoder = Decoder(
         model,
         expert_ids=expert_ids,
         backend=config.parallel.backend,
         token_counts=token_counts,
         recompute=config.train.recompute,
+        token_embeddings=token_embeddings,
     )
     if config.start_from is None:
         initialize(decoder, config.seed)
     else:
         read_start(config.start_from, decoder, config.ignore_unused_weights)
     return decoder
+
+
+def _read_embeddings(name: str | None) -> Tensor | None:
+    """Return the token embeddings of a model folder in fp32."""
+    if name is None:
+        return None
+    try:
+        folder = ModelFolder(local_folder(name))
+        try:
+            _, shape = folder.stored(EMBEDDINGS)
+            embeddings_VD = torch.empty(shape)
+            folder.read_into(EMBEDDINGS, embeddings_VD)
+        finally:
+            folder.close()
+    except ModelFileError as error:
+        raise ConfigError(f"router.embeddings is {name!r}, which cannot be used: {error}") from None
+    return embeddings_VD
 
 
 def check_batch(config: RunConfig, mesh: Mesh) -> None:

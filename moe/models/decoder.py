@@ -53,6 +53,7 @@ class DecoderLayer(nn.Module):
         backend: Backend = "auto",
         token_counts: Sequence[int] | None = None,
         recompute_experts: bool = False,
+        token_embeddings: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.layer = layer
@@ -80,6 +81,7 @@ class DecoderLayer(nn.Module):
                 expert_ids=expert_ids,
                 backend=backend,
                 recompute=recompute_experts,
+                token_embeddings=token_embeddings,
             )
         else:
             assert config.d_ff is not None, "the configuration was not validated"
@@ -126,6 +128,7 @@ def _choose(index: int, layer: MoELayer, x_TD: Tensor | None, batch: Batch) -> R
         tasks_T=batch.tasks_T,
         timesteps_T=batch.timesteps_T,
         draw_keys=batch.draw_keys,
+        previous_ids_T=batch.previous_ids_T,
     )
     if batch.routes is None:
         return layer.gate.route(router_input)
@@ -149,13 +152,15 @@ class Decoder(nn.Module):
         backend: Backend = "auto",
         token_counts: Sequence[int] | None = None,
         recompute: bool | Literal["experts"] = False,
+        token_embeddings: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.recompute = recompute is True
         self.embed_tokens = nn.Embedding(config.vocabulary, config.d_model)
+        facts = (token_counts, recompute == "experts", token_embeddings)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, layer, expert_ids, backend, token_counts, recompute == "experts")
+            DecoderLayer(config, layer, expert_ids, backend, *facts)
             for layer in range(config.num_layers)
         )
         self.norm = RMSNorm(config.d_model, config.rms_eps)
@@ -163,6 +168,7 @@ class Decoder(nn.Module):
         if config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         self._rope = Rope.of(config)
+        self._reads_previous_ids = any(r.config.reads_previous_ids() for r in self.routers())
         self._following = {
             earlier: (index, layer)
             for (earlier, _), (index, layer) in itertools.pairwise(self.moe_layers())
@@ -192,6 +198,8 @@ class Decoder(nn.Module):
         """Run the decoder on a batch; its caches, if any, grow by the batch's rows."""
         if self.training and any(router.config.draws() for router in self.routers()):
             batch = replace(batch, draw_keys=sequence_keys(batch.ids_T, batch.lengths))
+        if self._reads_previous_ids:
+            batch = batch.with_previous_ids()
         x_TD = self.embed_tokens(batch.ids_T)
         parts = parts_of(batch, self._rope.tables(batch.positions_T, x_TD.dtype))
         early = self._route_from_tokens(batch)
@@ -208,8 +216,7 @@ class Decoder(nn.Module):
                 routings.append(routing)
             if following is not None and next_routing is not None:
                 early[following[0]] = next_routing
-        for cache, length in zip(batch.caches or (), batch.lengths, strict=False):
-            cache.length += length
+        batch.advance_caches()
         return DecoderOutput(self.norm(x_TD), routings)
 
     def logits(self, hidden_TD: Tensor) -> Tensor:

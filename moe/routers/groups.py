@@ -7,6 +7,7 @@ T tokens, E experts, G groups.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -17,6 +18,15 @@ from .routing import RouterInput
 def group_lengths(router_input: RouterInput, num_rows: int) -> tuple[int, ...]:
     """Return the rows of each sequence; all rows are one if the caller did not say."""
     return (num_rows,) if router_input.lengths is None else router_input.lengths
+
+
+def previous_rows(values_T: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Return the value of the row before in the same sequence; -1 in first rows."""
+    firsts_T = torch.zeros_like(values_T, dtype=torch.bool)
+    ends = list(accumulate(lengths, initial=0))
+    starts = [start for start, end in pairwise(ends) if start < end]
+    firsts_T[starts] = True
+    return values_T.roll(1).masked_fill(firsts_T, -1)
 
 
 def groups_of_rows(lengths: Sequence[int], device: torch.device) -> Tensor:

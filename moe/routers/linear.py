@@ -40,9 +40,11 @@ class LearnedConfig(RouterConfig):
 class LinearRouter(Router):
     """Base of routers with one score per expert: ``logits = x @ weight.T``."""
 
-    def __init__(self, config: RouterConfig, d_model: int, num_experts: int) -> None:
+    def __init__(
+        self, config: RouterConfig, d_model: int, num_experts: int, num_scores: int | None = None
+    ) -> None:
         super().__init__(config, num_experts)
-        self.weight = nn.Parameter(torch.empty(num_experts, d_model))
+        self.weight = nn.Parameter(torch.empty(num_scores or num_experts, d_model))
         nn.init.normal_(self.weight, std=d_model**-0.5)
 
     def logits(self, x_TD: Tensor) -> Tensor:

@@ -29,6 +29,9 @@ class RouterSizes:
     without :attr:`RouterConfig.needs_token_counts`."""
     layer: int = 0
     """Number of the layer in its model."""
+    token_embeddings: Tensor | None = None
+    """``[V, width]``: another model's token embeddings, for routers with
+    :meth:`RouterConfig.embeddings_folder`. None outside training."""
 
 
 class RouterConfig(BaseModel):
@@ -104,6 +107,14 @@ class RouterConfig(BaseModel):
     def draws(self) -> bool:
         """Return whether training draws random numbers (draws.py)."""
         return False
+
+    def reads_previous_ids(self) -> bool:
+        """Return whether the router reads :attr:`RouterInput.previous_ids_T`."""
+        return False
+
+    def embeddings_folder(self) -> str | None:
+        """Return the model folder whose token embeddings training reads for ``build``, or None."""
+        return None
 
     def why_not_causal(self) -> str | None:
         """Return in one sentence why a token's choice depends on later tokens, or None.

@@ -13,18 +13,28 @@ from .dense_to_sparse import DenseToSparse
 from .dselect import DSelect
 from .expert_choice import ExpertChoice
 from .hash import Hash
+from .kmeans import KMeans
 from .local_search import LocalSearch
 from .noisy import Noisy
+from .null_experts import NullExperts
 from .own_code import check_class, find_class
 from .relu import ReLU
 from .router import RouterConfig
 from .sinkhorn import Sinkhorn
+from .stochastic import Stochastic
+from .task import Task
+from .timestep import Timestep
 from .top_p import TopP
 from .topk import TopK
 
 ROUTERS: tuple[type[RouterConfig], ...] = (
     TopK,
     Hash,
+    Task,
+    Timestep,
+    Stochastic,
+    KMeans,
+    NullExperts,
     Noisy,
     TopP,
     ReLU,

@@ -5,6 +5,7 @@ CASES: dict[str, dict] = {
     "topk_sigmoid_bias": {"kind": "topk", "k": 2, "score": "sigmoid", "bias_update_rate": 0.01},
     "topk_pregated": {"kind": "topk", "k": 2, "lookahead": "previous_block"},
     "topk_preattention": {"kind": "topk", "k": 1, "lookahead": "attention_input"},
+    "topk_quantile": {"kind": "topk", "k": 2, "bias_update_rate": 0.5, "bias_update": "quantile"},
     "topk_capacity": {
         "kind": "topk",
         "k": 2,
@@ -14,6 +15,19 @@ CASES: dict[str, dict] = {
     },
     "hash": {"kind": "hash", "k": 1, "table": "random"},
     "hash_balanced": {"kind": "hash", "k": 2},
+    "hash_bigram": {"kind": "hash", "k": 2, "table": "bigram"},
+    "hash_multihash": {"kind": "hash", "k": 2, "table": "multihash"},
+    "task": {"kind": "task", "k": 2, "num_tasks": 2},
+    "task_vector": {"kind": "task", "k": 2, "num_tasks": 2, "form": "vector", "d_task": 6},
+    "timestep": {"kind": "timestep"},
+    "stochastic": {"kind": "stochastic"},
+    "stochastic_sequence": {"kind": "stochastic", "k": 2, "drawn_per": "sequence"},
+    "stochastic_fixed": {"kind": "stochastic", "k": 2, "evaluation": "fixed"},
+    "kmeans": {"kind": "kmeans", "k": 2},
+    "kmeans_farthest": {"kind": "kmeans", "k": 2, "choose": "farthest", "balance_loss": 0},
+    "kmeans_online": {"kind": "kmeans", "update_rate": 0.1, "reseed_after": 2},
+    "null_experts": {"kind": "null_experts", "k": 2, "num_null": 3},
+    "null_experts_keep_weight": {"kind": "null_experts", "k": 3, "renormalize_over": "all"},
     "noisy": {"kind": "noisy", "k": 2},
     "noisy_vmoe": {
         "kind": "noisy",
@@ -79,10 +93,15 @@ CASES: dict[str, dict] = {
     "local_search": {"kind": "local_search", "router": {"kind": "comet"}, "search_steps": 50},
     "local_search_done": {"kind": "local_search", "router": {"kind": "topk"}, "search_steps": 1},
     "local_search_of_hash": {"kind": "local_search", "router": {"kind": "hash"}, "search_steps": 2},
+    "local_search_of_bigram": {
+        "kind": "local_search",
+        "router": {"kind": "hash", "table": "bigram"},
+        "search_steps": 2,
+    },
 }
 """By name: a ``router:`` section for four experts."""
 
-NOT_FOR_TEXT: set[str] = set()
+NOT_FOR_TEXT: set[str] = {"task", "task_vector", "timestep"}
 """Those that read what a text model does not have, such as a task."""
 
 NOT_TENSORS_ALONE: set[str] = set()

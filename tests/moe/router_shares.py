@@ -42,6 +42,16 @@ def loss_and_gradients(gate: moeyard.Router, parts: list[RouterInput]):
     return total.detach(), gradients, whole
 
 
+def losses_of_ranks(gate: moeyard.Router, parts: list[RouterInput]) -> torch.Tensor:
+    """Route ``parts`` as ranks do; return the summed shares of the loss with their graph."""
+    routings = [gate.route(part) for part in parts]
+    counts = [global_counts([routing], lambda own: own)[0] for routing in routings]
+    whole = counts[0]
+    for more in counts[1:]:
+        whole = whole.plus(more)
+    return torch.stack([sum(gate.losses(routing, whole).terms) for routing in routings]).sum()
+
+
 def assert_shares_add_up(gate: moeyard.Router, given: RouterInput, tolerance: float = 1e-12):
     """Check that the first sequence on one rank and the others on another give the same loss."""
     value, gradients, counts = loss_and_gradients(gate, [given])

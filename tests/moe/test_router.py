@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from moeyard.errors import ConfigError
-from moeyard.moe.routers.hash import Hash, HashRouter, balanced_table, random_table
+from moeyard.moe.routers.hash import Hash, HashRouter
+from moeyard.moe.routers.hash_tables import balanced_table, random_table
 from moeyard.moe.routers.load import load_statistics
 from moeyard.moe.routers.losses import auxiliary_losses
 from moeyard.moe.routers.router import RouterSizes

@@ -1,19 +1,24 @@
 """What a step computes, against plain autograd and arithmetic by hand."""
 
 import json
+import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import moeyard
+from moeyard.errors import ConfigError
 from moeyard.moe.batch import batch_of_rows
 from moeyard.moe.layer import MoELayer
 from moeyard.moe.models.initialize import initialize
-from moeyard.moe.routers.hash import balanced_table
+from moeyard.moe.routers.hash_tables import balanced_table, clustered_table
 from moeyard.parallel.mesh import Mesh
 from moeyard.training.objectives.next_token import NextToken
 from moeyard.training.read_config import read_run_config
 from moeyard.training.trainer import Trainer
+
+from small_model import write_decoder
 
 PLAIN = ["train.precision=fp64", "model.moe.router={kind: topk, k: 2, balance_loss: 0, z_loss: 0}"]
 
@@ -31,6 +36,23 @@ def test_a_hash_table_is_balanced_by_the_tokens_of_the_training_data(config_file
     counts = counts + [0] * (len(table_VK) - len(counts))
     assert torch.equal(table_VK, balanced_table(counts, 4, 2))
     assert not torch.equal(table_VK, balanced_table([1] * len(counts), 4, 2))
+
+
+def test_a_hash_table_is_made_of_the_embeddings_of_a_model_folder(config_file, tmp_path):
+    run = trainer(config_file, tmp_path)
+    write_decoder(tmp_path / "model", run.decoder, eos_id=0)
+    embeddings_VD = run.decoder.embed_tokens.weight
+    router = f"model.moe.router={{kind: hash, table: clustered, embeddings: {tmp_path}/%s}}"
+    clustered = trainer(config_file, tmp_path, router % "model").decoder
+    expected_VK = clustered_table(embeddings_VD, 4, 1, seed=0)
+    assert torch.equal(clustered.routers()[0].table_VK, expected_VK)
+    # The table is in the weights: the folder with the embeddings is no longer needed.
+    write_decoder(tmp_path / "export", clustered, eos_id=0)
+    shutil.rmtree(tmp_path / "model")
+    loaded = moeyard.load(tmp_path / "export").decoder
+    assert torch.equal(loaded.routers()[0].table_VK, expected_VK)
+    with pytest.raises(ConfigError, match=r"router\.embeddings is .*none', which cannot be used"):
+        trainer(config_file, tmp_path, router % "none")
 
 
 @pytest.fixture
