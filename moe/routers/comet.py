@@ -40,7 +40,8 @@ class Comet(LearnedConfig):
     """Trees; a token visits at most this many experts once its nodes are decided."""
     gamma: float = Field(default=1.0, gt=0)
     """Width of the step: nodes are decided where ``|w x + b|`` exceeds half of it. The weights
-    begin in proportion to it."""
+    begin in proportion to it. If it is too small for the learning rate, the first steps decide all
+    nodes, alike for all tokens. The paper tries 0.001 to 10."""
     entropy_loss: float = Field(default=0.05, ge=0)
     """Coefficient of the paths' entropy, a mean over tokens, summed over trees. It makes the nodes
     decide; without it the gate may stay dense. The paper tries 0.05 to 10."""

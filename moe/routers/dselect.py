@@ -39,7 +39,8 @@ class DSelect(LearnedConfig):
     """Selectors; a token visits at most this many experts once their bits are decided."""
     gamma: float = Field(default=1.0, gt=0)
     """Width of the step: bits are decided where ``|z|`` exceeds half of it. The weights begin in
-    proportion to it."""
+    proportion to it. If it is too small for the learning rate, the first steps decide all bits,
+    alike for all tokens."""
     per_token: bool = True
     """Compute bits and ``q`` from each token. False: the same for all tokens (static gates)."""
     entropy_loss: float = Field(default=0.05, ge=0)
