@@ -21,6 +21,19 @@ ARMS = {
     "k-means, online": arm("kind: kmeans, k: 2, update_rate: 0.01, reseed_after: 20"),
     "null experts": arm("kind: null_experts, k: 4, num_null: 8"),
     "stochastic, mean of all": arm("kind: stochastic", one_wide_expert=True),
+    "comet": arm("kind: comet, k: 2, gamma: 10.0, importance_loss: 0.01"),
+    "dselect": arm("kind: dselect, k: 2, gamma: 10.0, importance_loss: 0.01"),
+    "dense to sparse": arm(
+        "kind: dense_to_sparse, k: 2, decay_steps: 75, last_temperature: 0.3, hard_after: 100"
+    ),
+    "expert choice": arm("kind: expert_choice, k: 2"),
+    "expert choice, mutual": arm("kind: expert_choice, k: 2, choice: mutual"),
+    "base": arm("kind: base", one_wide_expert=True),
+    "sinkhorn": arm("kind: sinkhorn, k: 2"),
+    "comet, local search": arm(
+        "kind: local_search, search_steps: 50, "
+        "router: {kind: comet, k: 2, gamma: 10.0, importance_loss: 0.01}"
+    ),
 }
 """By name in the table."""
 

@@ -35,7 +35,8 @@ def balanced_assignment(scores_TE: Tensor) -> Tensor:
         return torch.empty(0, dtype=torch.int64, device=scores_TE.device)
     least, more = divmod(num_rows, num_experts)
     scores_TE = scores_TE.detach().double().nan_to_num(nan=0.0, posinf=LARGE, neginf=-LARGE)
-    steps = 2.0 ** (20 - scores_TE.abs().max().frexp().exponent)  # of a power of two: no rounding
+    exponent = scores_TE.abs().max().frexp().exponent.clamp(min=-64)
+    steps = 2.0 ** (20 - exponent)  # a power of two, so that only round() rounds
     scores_TE = (scores_TE * steps).round()
     if more == 0:
         places = scores_TE.repeat(1, least)

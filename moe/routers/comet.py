@@ -11,10 +11,11 @@ from pydantic import Field
 from torch import Generator, Tensor, nn
 
 from .linear import LearnedConfig, project
-from .loss_terms import GlobalCounts, LayerLosses, kept
+from .loss_terms import GlobalCounts, LayerLosses, training_sum
 from .router import Router, RouterSizes
 from .routing import RouterInput, Routing
 from .smooth_step import entropy, routing_of_weights, smooth_step, uniform, valid_sum
+from .variation import add_sums, variation_loss
 
 LEAF_BOUND = 0.05
 """Leaf weights begin in U(-0.05, 0.05), as in the released code."""
@@ -39,19 +40,24 @@ class Comet(LearnedConfig):
     """Trees; a token visits at most this many experts once its nodes are decided."""
     gamma: float = Field(default=1.0, gt=0)
     """Width of the step: nodes are decided where ``|w x + b|`` exceeds half of it. The weights
-    begin in proportion to it."""
+    begin in proportion to it. If it is too small for the learning rate, the first steps decide all
+    nodes, alike for all tokens. The paper tries 0.001 to 10."""
     entropy_loss: float = Field(default=0.05, ge=0)
     """Coefficient of the paths' entropy, a mean over tokens, summed over trees. It makes the nodes
     decide; without it the gate may stay dense. The paper tries 0.05 to 10."""
+    importance_loss: float = Field(default=0.0, ge=0)
+    """Coefficient of the squared variation (variance / mean^2) of the experts' summed weights over
+    the batch. The paper has none; without it a language model's tokens may all take the same k
+    experts once they are decided."""
 
     def build(self, sizes: RouterSizes) -> "CometRouter":
         """Return the module."""
         return CometRouter(self, sizes.d_model, sizes.num_experts)
 
     def architecture(self) -> dict[str, Any]:
-        """Return all but ``entropy_loss``."""
+        """Return all but the losses' coefficients."""
         values = super().architecture()
-        del values["entropy_loss"]
+        del values["entropy_loss"], values["importance_loss"]
         return values
 
 
@@ -95,12 +101,18 @@ class CometRouter(Router):
         if self.training:
             entropy_T = entropy(log_paths_TKE.exp()).sum(dim=1)
             routing.extras["entropy_sum"] = valid_sum(entropy_T, valid_T)
+            if self.config.importance_loss:
+                add_sums(routing, "importance_E", weights_TE, valid_T)
         return routing
 
     def losses(self, routing: Routing, counts: GlobalCounts) -> LayerLosses:
-        """Return the paths' entropy, a mean over the tokens of the global batch."""
-        mean = kept(routing.extras, "entropy_sum") / counts.num_tokens.clamp(min=1)
-        return LayerLosses((self.config.entropy_loss * mean,))
+        """Return the paths' entropy, a mean over tokens, and the variation of importance."""
+        mean = training_sum(routing, "entropy_sum") / counts.num_tokens.clamp(min=1)
+        terms = [self.config.entropy_loss * mean]
+        if self.config.importance_loss:
+            importance = variation_loss(routing, counts, "importance_E")
+            terms.append(self.config.importance_loss * importance)
+        return LayerLosses(tuple(terms))
 
 
 def log_path_probabilities(left_TKN: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Generator, Tensor, nn
 
 from .draws import draw_rows
 from .linear import LearnedConfig, LinearRouter, Stepped
-from .loss_terms import BalanceSums, GlobalCounts, LayerLosses, kept
+from .loss_terms import BalanceSums, GlobalCounts, LayerLosses, training_sum
 from .router import RouterSizes
 from .routing import RouterInput, Routing
 from .smooth_step import routing_of_weights
@@ -168,7 +168,7 @@ class DenseToSparseRouter(Stepped, LinearRouter):
             num_experts=self.num_experts,
             k=1,
             counts_E=counts.counts_E,
-            probability_sums_E=kept(routing.extras, "weight_sums_E"),
+            probability_sums_E=training_sum(routing, "weight_sums_E"),
             num_tokens=counts.num_tokens,
         )
         balance = sums.loss()

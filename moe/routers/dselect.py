@@ -10,10 +10,11 @@ from pydantic import Field
 from torch import Generator, Tensor, nn
 
 from .linear import LearnedConfig, project
-from .loss_terms import GlobalCounts, LayerLosses, kept
+from .loss_terms import GlobalCounts, LayerLosses, training_sum
 from .router import Router, RouterSizes
 from .routing import RouterInput, Routing
 from .smooth_step import TINY, entropy, routing_of_weights, smooth_step, uniform, valid_sum
+from .variation import add_sums, variation_loss
 
 MIXING_BOUND = 0.05
 """The selectors' own weights begin in U(-0.05, 0.05), as in the released code."""
@@ -38,7 +39,8 @@ class DSelect(LearnedConfig):
     """Selectors; a token visits at most this many experts once their bits are decided."""
     gamma: float = Field(default=1.0, gt=0)
     """Width of the step: bits are decided where ``|z|`` exceeds half of it. The weights begin in
-    proportion to it."""
+    proportion to it. If it is too small for the learning rate, the first steps decide all bits,
+    alike for all tokens."""
     per_token: bool = True
     """Compute bits and ``q`` from each token. False: the same for all tokens (static gates)."""
     entropy_loss: float = Field(default=0.05, ge=0)
@@ -47,6 +49,10 @@ class DSelect(LearnedConfig):
     validity_loss: float = Field(default=1.0, ge=0)
     """Coefficient of ``1 / sum_l r_il``, a mean over tokens, summed over selectors, if the number
     of experts is not a power of two. (The released code sums over the batch.)"""
+    importance_loss: float = Field(default=0.0, ge=0)
+    """Coefficient of the squared variation (variance / mean^2) of the experts' summed weights over
+    the batch. The paper has none; without it a language model's tokens may all take the same k
+    experts once they are decided."""
 
     def build(self, sizes: RouterSizes) -> "DSelectRouter":
         """Return the module."""
@@ -55,7 +61,8 @@ class DSelect(LearnedConfig):
     def architecture(self) -> dict[str, Any]:
         """Return all but the losses' coefficients."""
         values = super().architecture()
-        del values["entropy_loss"], values["validity_loss"]
+        for name in ("entropy_loss", "validity_loss", "importance_loss"):
+            del values[name]
         return values
 
 
@@ -98,6 +105,8 @@ class DSelectRouter(Router):
         if self.training:
             entropy_T = entropy(selected_TKE).sum(dim=1)
             routing.extras["entropy_sum"] = valid_sum(entropy_T, valid_T)
+            if self.config.importance_loss:
+                add_sums(routing, "importance_E", weights_TE, valid_T)
             invalid_T = (1 / (TINY + selected_TKE.sum(dim=-1))).sum(dim=1)
             routing.extras["invalid_sum"] = valid_sum(invalid_T, valid_T)
         return routing
@@ -115,13 +124,16 @@ class DSelectRouter(Router):
         return bits.unflatten(1, (self.k, bits.shape[1] // self.k)), mixing_TK
 
     def losses(self, routing: Routing, counts: GlobalCounts) -> LayerLosses:
-        """Return entropy and validity, means over the tokens of the global batch."""
+        """Return entropy and validity, means over tokens, and the variation of importance."""
         num_tokens = counts.num_tokens.clamp(min=1)
-        terms = [self.config.entropy_loss * kept(routing.extras, "entropy_sum") / num_tokens]
+        terms = [self.config.entropy_loss * training_sum(routing, "entropy_sum") / num_tokens]
         if self.num_experts & (self.num_experts - 1):
             terms.append(
-                self.config.validity_loss * kept(routing.extras, "invalid_sum") / num_tokens
+                self.config.validity_loss * training_sum(routing, "invalid_sum") / num_tokens
             )
+        if self.config.importance_loss:
+            importance = variation_loss(routing, counts, "importance_E")
+            terms.append(self.config.importance_loss * importance)
         return LayerLosses(tuple(terms))
 
 

@@ -123,8 +123,8 @@ class ExpertChoiceRouter(Stepped, LinearRouter):
     @torch.no_grad()
     def after_step(self, counts: GlobalCounts, layers: Sequence[GlobalCounts]) -> None:
         """Move the thresholds."""
-        num_groups = counts.extra["num_groups"]
-        sums = from_fixed_point(counts.extra["smallest"], self.threshold.dtype)
+        num_groups = counts.extra["num_groups"].to(self.threshold.device)
+        sums = from_fixed_point(counts.extra["smallest"], self.threshold.dtype).to(self.threshold)
         means = torch.where(num_groups > 0, sums / num_groups.clamp(min=1), self.threshold)
         rate = torch.where(self.step == 0, 1.0, self.config.threshold_rate)
         self.threshold.lerp_(means, rate.to(means.dtype))

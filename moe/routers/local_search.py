@@ -13,6 +13,7 @@ from torch import Generator, Tensor, nn
 from .assignment import best_assignment, sinkhorn
 from .linear import Stepped
 from .loss_terms import GlobalCounts, LayerLosses
+from .nested import inner_counts, inner_routing, keep_inner
 from .router import Router, RouterConfig, RouterSizes
 from .routing import Lookahead, RouterInput, Routing, count_choices
 from .smooth_step import entropy, uniform
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
 BOUND = 0.05
 """The matrix begins in U(-0.05, 0.05), as in the released code."""
-INNER = "inner."
-"""Prefix of the inner router's values in ``Routing.extras`` and ``extra_counts``."""
 
 
 class LocalSearch(RouterConfig):
@@ -93,10 +92,6 @@ class LocalSearch(RouterConfig):
         """Return what the inner router reads."""
         return self.router.reads_at()
 
-    def draws(self) -> bool:
-        """Return whether the inner router does."""
-        return self.router.draws()
-
     def reads_previous_ids(self) -> bool:
         """Return whether the inner router does."""
         return self.router.reads_previous_ids()
@@ -104,6 +99,10 @@ class LocalSearch(RouterConfig):
     def embeddings_folder(self) -> str | None:
         """Return that of the inner router."""
         return self.router.embeddings_folder()
+
+    def draws(self) -> bool:
+        """Return whether the inner router does."""
+        return self.router.draws()
 
     def why_not_causal(self) -> str | None:
         """Return what the inner router says."""
@@ -175,11 +174,7 @@ class LocalSearchRouter(Stepped, Router):
         else:
             routing = self._exchanged(inner)
         if self.training:
-            routing.extras |= {f"{INNER}{name}": value for name, value in inner.extras.items()}
-            routing.extras[f"{INNER}experts_TK"] = inner.experts_TK
-            routing.extras[f"{INNER}weights_TK"] = inner.weights_TK
-            counts = {"counts_E": inner.counts_E} | inner.extra_counts
-            routing.extra_counts = {f"{INNER}{name}": value for name, value in counts.items()}
+            keep_inner(routing, inner)
         return routing
 
     def _mixed(self, inner: Routing, soft_EE: Tensor) -> Routing:
@@ -211,17 +206,8 @@ class LocalSearchRouter(Stepped, Router):
         The entropy is the mean over rows of ``sum -p log(p + 1e-6)``, plus the same after the rows
         are divided by their sums (the released code has both).
         """
-        own = _without_prefix(routing.extras)
-        soft = own.pop("permutation_entropy", None)
-        inner = Routing(
-            experts_TK=own.pop("experts_TK", routing.experts_TK),
-            weights_TK=own.pop("weights_TK", routing.weights_TK),
-            counts_E=routing.extra_counts.get(f"{INNER}counts_E", routing.counts_E),
-            num_tokens=routing.num_tokens,
-            extras=own,
-            extra_counts=_without_prefix(routing.extra_counts),
-        )
-        found = self.router.losses(inner, inner_counts(counts))
+        found = self.router.losses(inner_routing(routing), inner_counts(counts))
+        soft = routing.extras.get("permutation_entropy")
         if soft is None:
             # The matrix has no use any more, but DDP waits for a gradient of all parameters.
             term = 0 * self.permutation_weight.sum()
@@ -242,17 +228,3 @@ class LocalSearchRouter(Stepped, Router):
             soft_EE = self._soften(self.permutation_weight, int(self.step))
             self.order_E.copy_(best_assignment(soft_EE))
         super().after_step(counts, layers)
-
-
-def inner_counts(counts: GlobalCounts) -> GlobalCounts:
-    """Return the counts of the inner router; those of other routers as they are."""
-    if f"{INNER}counts_E" not in counts.extra:
-        return counts
-    counts_E = counts.extra[f"{INNER}counts_E"]
-    return GlobalCounts(counts_E, counts.num_tokens, _without_prefix(counts.extra))
-
-
-def _without_prefix(extra: dict[str, Tensor]) -> dict[str, Tensor]:
-    own = {name.removeprefix(INNER): value for name, value in extra.items()}
-    own.pop("counts_E", None)
-    return own

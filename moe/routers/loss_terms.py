@@ -116,17 +116,9 @@ def balance_and_z(
 
 def training_sum(routing: Routing, name: str) -> Tensor:
     """Return one of ``routing.extras``; :class:`ConfigError` for a routing of evaluation mode."""
-    return kept(routing.extras, name)
-
-
-def kept(extras: dict[str, Tensor], name: str) -> Tensor:
-    """Return what :meth:`Router.route` kept under ``name`` for the losses.
-
-    Raises :class:`ConfigError` for a routing of evaluation mode, which has none.
-    """
-    if name not in extras:
+    if name not in routing.extras:
         raise ConfigError(
             "the routing has no sums for losses, which routers keep in training mode only; call "
             "train() on the layer before its forward."
         )
-    return extras[name]
+    return routing.extras[name]

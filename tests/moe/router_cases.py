@@ -71,7 +71,7 @@ CASES: dict[str, dict] = {
         "renormalize": True,
         "k": 2,
     },
-    "comet": {"kind": "comet", "k": 2, "gamma": 0.5},
+    "comet": {"kind": "comet", "k": 2, "gamma": 0.5, "importance_loss": 0.1},
     "comet_decided": {"kind": "comet", "k": 2, "gamma": 1e-3},
     "dselect": {"kind": "dselect", "k": 2},
     "dselect_static": {"kind": "dselect", "k": 2, "per_token": False},

@@ -108,8 +108,15 @@ def test_gradients_are_those_of_finite_differences():
 
 
 def test_shares_of_two_ranks_add_up():
-    value, gradients = assert_shares_add_up(build(5, gamma=3.0), rows(4, 2, 5))
+    given = rows(4, 2, 5)
+    value, gradients = assert_shares_add_up(build(5, gamma=3.0), given)
     assert value > 0 and gradients["node_weight"].any() and gradients["leaf_weight"] is None
+    more, gradients = assert_shares_add_up(
+        build(5, gamma=3.0, importance_loss=0.1), given, tolerance=1e-9
+    )
+    sums_E = dense(build(5, gamma=3.0).route(given), 5).detach().sum(0)
+    variation = float(sums_E.var() / sums_E.mean() ** 2)
+    assert float(more - value) == pytest.approx(0.1 * variation) and gradients["leaf_weight"].any()
 
 
 def test_losses_need_a_routing_of_training():

@@ -111,3 +111,8 @@ def test_shares_of_two_ranks_add_up(per_token):
     gate = build(6, gamma=3.0, per_token=per_token)
     value, gradients = assert_shares_add_up(gate, rows(4, 2, 5))
     assert value > 0 and gradients["bit_bias"].any() and gradients["mixing_bias"] is None
+    gate = build(6, gamma=3.0, per_token=per_token, importance_loss=0.1)
+    more, gradients = assert_shares_add_up(gate, rows(4, 2, 5), tolerance=1e-9)
+    sums_E = dense(gate.route(rows(4, 2, 5)), 6).detach().sum(0)
+    variation = float(sums_E.var() / sums_E.mean() ** 2)
+    assert float(more - value) == pytest.approx(0.1 * variation) and gradients["mixing_bias"].any()

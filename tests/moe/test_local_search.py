@@ -1,5 +1,6 @@
 """The search for an order of experts around other routers. T tokens, D width, E experts."""
 
+import inspect
 import itertools
 import math
 
@@ -9,9 +10,10 @@ import torch
 import moeyard
 from moeyard.errors import ConfigError
 from moeyard.moe.routers.assignment import balanced_assignment, best_assignment, sinkhorn
-from moeyard.moe.routers.local_search import inner_counts
+from moeyard.moe.routers.local_search import LocalSearch
 from moeyard.moe.routers.losses import global_counts
-from moeyard.moe.routers.router import RouterSizes
+from moeyard.moe.routers.nested import inner_counts
+from moeyard.moe.routers.router import RouterConfig, RouterSizes
 from moeyard.moe.routers.routing import RouterInput
 
 from router_shares import assert_shares_add_up, dense
@@ -167,6 +169,12 @@ def test_k_is_that_of_the_inner_router_and_searches_do_not_nest():
     assert config.needs_token_counts and moeyard.router(**config.model_dump()) == config
     with pytest.raises(ConfigError, match=r"router.k is 6, but the layer has 5 experts"):
         build({"kind": "topk", "k": 6})
+
+
+def test_the_search_passes_on_all_that_a_configuration_says():
+    asked = {name for name, value in vars(RouterConfig).items() if inspect.isfunction(value)}
+    asked = {name for name in asked if not name.startswith("_")}
+    assert "why_not_causal" in asked and asked <= vars(LocalSearch).keys()
 
 
 def test_an_order_in_a_folder_must_be_a_permutation():

@@ -33,7 +33,7 @@ ROOMS = {
         ["kv_cache", "linear", "norm", "routers"],
         ["gated_mlp"],
         ["batch", "config", "experts"],
-        ["attention", "layer"],
+        ["attention", "layer", "soft_moe"],
         ["models"],
         ["folders", "routes"],
     ],
