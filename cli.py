@@ -15,6 +15,7 @@ from .commands import (
     routers,
     serve,
     tokenize,
+    trace,
     train,
     upcycle,
 )
@@ -32,6 +33,7 @@ COMMANDS = (
     convert,
     upcycle,
     report,
+    trace,
     routers,
     doctor,
 )

@@ -197,7 +197,7 @@ MUTATIONS = [
     (
         "a pre-gate reads its own layer's input",
         "moe/models/decoder.py",
-        "next_routing = _choose(following, mlp_input_TD, batch)",
+        "next_routing = _choose(*following, mlp_input_TD, batch)",
         "next_routing = None",
         "tests/moe",
     ),

@@ -53,8 +53,8 @@ class ContentFormat:
     takes_parts: bool = False
 
     def word(self, message: dict[str, Any]) -> dict[str, Any]:
-        """Return a message with its content as the template takes it."""
-        content: str | list[dict[str, str]] = message["content"]
+        """Return a message with its content, where it has one, as the template takes it."""
+        content: str | list[dict[str, str]] | None = message.get("content")
         if isinstance(content, str) and not self.takes_text:
             return {**message, "content": [{"type": "text", "text": content}]}
         if isinstance(content, list) and not self.takes_parts:

@@ -20,12 +20,13 @@ class TemplateFault(Exception):  # noqa: N818 - becomes an error of the configur
     """A template that could not be rendered, with the reason in a few words."""
 
     def __init__(
-        self, kind: Literal["syntax", "refusal", "failure", "unavailable"], reason: str
+        self, kind: Literal["syntax", "refusal", "failure", "ended", "unavailable"], reason: str
     ) -> None:
         super().__init__(reason)
         self.kind = kind
-        """``syntax``: no Jinja. ``refusal``: it does not want these messages. ``unavailable``: the
-        process is to blame, not the template. ``failure``: else."""
+        """``syntax``: no Jinja. ``refusal``: it does not want these messages. ``ended``: it had to
+        be ended, or ended its process. ``unavailable``: the process is to blame, not the template.
+        ``failure``: else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,11 @@ class TemplateProcess:
             "special_tokens": special_tokens,
             "has_tags": has_tags,
         }
-        lines = self._exchange(json.dumps(job, default=str).encode(), len(chats))
+        try:
+            line = json.dumps(job, default=str).encode()
+        except RecursionError:
+            raise TemplateFault("failure", "they are nested too deeply") from None
+        lines = self._exchange(line, len(chats))
         return [_read(line) for line in lines]
 
     def close(self) -> None:
@@ -145,10 +150,10 @@ def _reason(process: subprocess.Popen[bytes]) -> TemplateFault:
     code = process.returncode
     if code in (-signal.SIGPROF, -signal.SIGALRM):
         limit = template_process.CPU_LIMIT_S
-        return TemplateFault("failure", f"it has not ended after {limit} s of computing")
+        return TemplateFault("ended", f"it has not ended after {limit} s of computing")
     if code == -signal.SIGKILL:  # nothing that a template does
         return _unavailable("was ended from outside")
-    return TemplateFault("failure", f"it has ended its process (exit code {code})")
+    return TemplateFault("ended", f"it has ended its process (exit code {code})")
 
 
 def _unavailable(what: str) -> TemplateFault:

@@ -3,8 +3,14 @@
 import argparse
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .options import Parsers, add_command, add_loading, add_model, add_sampling
+
+if TYPE_CHECKING:
+    from ..moe.models.language_model import LanguageModel
 
 
 def add(parsers: Parsers) -> None:
@@ -17,6 +23,12 @@ def add(parsers: Parsers) -> None:
         "--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable"
     )
     generate.add_argument("--ignore-eos", action="store_true", help="go on after an end of text")
+    generate.add_argument(
+        "--record-routes",
+        type=Path,
+        metavar="FILE",
+        help="write which experts each token visited into FILE, which is replaced",
+    )
     add_loading(generate)
     generate.set_defaults(run=run)
 
@@ -38,9 +50,10 @@ def run(arguments: argparse.Namespace) -> None:
         ignore_eos=arguments.ignore_eos,
     )
     started = time.monotonic()
-    for piece in answer:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
+    with _recording(model, arguments.record_routes):
+        for piece in answer:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
     sys.stdout.write("\n")
     sys.stdout.flush()
     seconds = time.monotonic() - started
@@ -48,3 +61,11 @@ def run(arguments: argparse.Namespace) -> None:
         f"generated tokens={answer.num_tokens} seconds={seconds:.2f} "
         f"tokens_per_s={answer.num_tokens / seconds:.1f} finish_reason={answer.finish_reason}\n"
     )
+
+
+def _recording(model: "LanguageModel", path: Path | None) -> AbstractContextManager[object]:
+    if path is None:
+        return nullcontext()
+    from ..moe.routes.recorder import recording
+
+    return recording(model.decoder, path, written_by="generate")

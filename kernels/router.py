@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .cpu.router import route as route_in_cpp
 from .gpu.choice import choose_triton
-from .torch_ops.router import choose_torch
+from .torch_ops.router import choose_torch, weigh_torch
 from .trust import may_use_cpp, trusts_triton_router
 from .values.choice import ChoiceRule, Choices
 
@@ -34,18 +34,35 @@ def choose(
     return choose_torch(*arguments)
 
 
+def weigh(
+    logits_TE: Tensor,
+    experts_TK: Tensor,
+    valid_T: Tensor | None,
+    rule: ChoiceRule,
+    wants_sums: bool,
+) -> Choices:
+    """Return given experts (-1 = none) with the weights that the rule gives them, on torch alone.
+
+    Where :func:`choose` takes torch, the same experts have the same bits. Raises ``ValueError`` for
+    ids that do not exist.
+    """
+    return weigh_torch(logits_TE, experts_TK, valid_T, rule, wants_sums)
+
+
 def project_and_choose(
     x_TD: Tensor,
     weight_ED: Tensor,
     logit_bias_E: Tensor | None,
     bias_E: Tensor | None,
     rule: ChoiceRule,
+    given_TK: Tensor | None = None,
 ) -> Choices | None:
     """Do the projection and the choice in one C++ call, or return None if it cannot run.
 
     For inference: all rows are valid, no gradients, no sums for losses. The logits are
-    ``x @ weight.T + logit_bias`` in fp32.
+    ``x @ weight.T + logit_bias`` in fp32. ``given_TK`` (-1 = none) are experts to weigh instead of
+    choosing; ids that do not exist raise ``ValueError``.
     """
     if not may_use_cpp(x_TD):
         return None
-    return route_in_cpp(x_TD, weight_ED, logit_bias_E, bias_E, rule)
+    return route_in_cpp(x_TD, weight_ED, logit_bias_E, bias_E, rule, given_TK)

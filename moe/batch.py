@@ -1,6 +1,6 @@
 """The flat, ragged batch every decoder call takes. T tokens, B sequences."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -43,6 +43,9 @@ class Batch:
     """Each row's time in a diffusion process, for routers that read it."""
     draw_keys: tuple[int, ...] | None = None
     """A number for each sequence that routers draw from in training (routers/draws.py)."""
+    routes: Mapping[int, Tensor] | None = None
+    """By index of each MoE layer: int32 ``[T, K]``, recorded experts to visit instead of the
+    routers' choice; -1 = none (routes/replay.py)."""
     previous_ids_T: Tensor | None = None
     """The token id before each row, -1 for none, for routers that read it."""
 
@@ -61,6 +64,7 @@ class Batch:
             caches=None if caches is None else tuple(caches[index] for index in sequences),
             tasks_T=None if self.tasks_T is None else self.tasks_T[rows_N],
             timesteps_T=None if self.timesteps_T is None else self.timesteps_T[rows_N],
+            routes=None if self.routes is None else {i: r[rows_N] for i, r in self.routes.items()},
         )
 
     def with_previous_ids(self) -> "Batch":

@@ -136,6 +136,18 @@ class ParallelConfig(Section):
     """A collective that waits longer ends the run."""
 
 
+class RoutesConfig(Section):
+    """Route files in ``RUN_DIR/routes``, one for each rank: which experts every token visited."""
+
+    every: int = Field(default=1, ge=1)
+    """Steps between recorded steps."""
+    max_bytes: int = Field(default=1 << 30, ge=1)
+    """Largest size of a rank's file; later steps are not recorded."""
+    weights: bool = True
+    """Record the weights of the choices too, in fp32. Ids alone take a third to a fifth of the
+    room and are all that a replay needs."""
+
+
 class MonitorConfig(Section):
     """Who watches the run, in addition to the console and ``metrics.jsonl``."""
 
@@ -147,6 +159,8 @@ class MonitorConfig(Section):
     """Write event files into ``RUN_DIR/tensorboard``."""
     wandb: str | None = Field(default=None, min_length=1)
     """Project of Weights & Biases to log to; ``WANDB_MODE=offline`` keeps everything local."""
+    routes: RoutesConfig | None = None
+    """Record which experts every token visits; ``{}`` records all steps."""
 
 
 class RunConfig(Section):
@@ -197,6 +211,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"parallel.ep is {self.parallel.ep}, but the model has no experts; "
                 "set parallel.ep to 1 or give model.moe."
+            )
+        if self.model.moe is None and self.monitor.routes is not None:
+            raise ValueError(
+                "monitor.routes is given, but the model has no experts; leave it out or give "
+                "model.moe."
             )
         problem = self._problem_with_parameters()
         if problem is not None:

@@ -3,6 +3,7 @@
 L MoE layers, E experts.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -66,6 +67,9 @@ class TrainStep:
         self.gradients = parallel.engine.gradients
         self.optimizer = MasterAdamW(decoder, parallel.masters, config.optimizer)
         self.phases = PhaseClock()
+        self.before_forward: list[Callable[[int, range], None]] = []
+        """Called before each forward of a step with the step (from 0) and the rows of the global
+        batch that it computes here."""
 
     def run(self, step: int, stop_requested: bool) -> StepResult:
         """Run step ``step`` (from 0).
@@ -127,7 +131,10 @@ class TrainStep:
         self.phases.lap("optimizer")
         for micro in range(train.accumulation):
             first = micro * micro_rows + mesh.rank * rank_rows
-            batch = self._objective.batch(step, range(first, first + rank_rows), self._device)
+            rows = range(first, first + rank_rows)
+            batch = self._objective.batch(step, rows, self._device)
+            for tell in self.before_forward:
+                tell(step, rows)
             self.phases.lap("data")
             is_last = micro == train.accumulation - 1
             with nullcontext() if is_last else self._engine.accumulating():

@@ -14,9 +14,11 @@ from .config import RunConfig
 from .objectives.objective import Objective
 from .objectives.table import OBJECTIVES
 from .observers.console import TrainingConsole
+from .observers.observers import Observer, Observers
 from .observers.open import open_observers
 from .parallelize import parallelize
 from .phases import PhaseAverage
+from .routes import RouteRecording
 from .run.agreement import check_same_beginning
 from .run.folder import dump_config
 from .run.starts import note_start
@@ -61,9 +63,7 @@ class Trainer:
         """Train to the last step, or finish the current one when asked to stop; then save."""
         pulse.begin("looking for checkpoints")
         done = saved = self.saves.resume()
-        observers = open_observers(
-            self._config, self._model_config, self._run_dir, self._mesh, resume_step=done
-        )
+        observers = self._open_observers(done)
         steps = self._config.train.steps
         console = TrainingConsole(done, steps, is_shown=self._mesh.rank == 0)
         try:
@@ -114,6 +114,14 @@ class Trainer:
             self._data.train.close()
             console.close()
             observers.close()
+
+    def _open_observers(self, done: int) -> Observers:
+        run = (self._run_dir, self._mesh, done)
+        of_this_rank: list[Observer] = []
+        if self._config.monitor.routes is not None:
+            model = (self.objective, self.decoder, self._step)
+            of_this_rank.append(RouteRecording(*model, *run))
+        return open_observers(self._config, self._model_config, *run, of_this_rank)
 
     def _note_start(self, done: int) -> None:
         replace_text(self._run_dir / "config.yaml", dump_config(self._config))

@@ -169,6 +169,7 @@ class RouterArguments(ctypes.Structure):
         ("weight", Pointer),
         ("logit_bias", Pointer),
         ("bias", Pointer),
+        ("given", Pointer),
         ("experts", Pointer),
         ("weights", Pointer),
         ("counts", Pointer),

@@ -10,6 +10,7 @@ from ..values.choice import (
     EPSILON,
     ChoiceRule,
     Choices,
+    check_ids,
     count_choices,
     loss_sums,
     scores,
@@ -32,14 +33,40 @@ def choose_torch(
         selection_TE = _selection(scores_TE.detach(), bias_E, rule)
         chosen_TK = selection_TE.topk(rule.k, dim=-1).indices
         weights_TK = scores_TE.gather(-1, chosen_TK)
-    if rule.renormalize:
-        weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + EPSILON)
-    if rule.scale != 1:
-        weights_TK = weights_TK * rule.scale
     experts_TK = where_valid(valid_T, chosen_TK.int())
     counts_E = count_choices(experts_TK, logits_TE.shape[1])
     sums = loss_sums(logits_TE, scores_TE, valid_T, rule) if wants_sums else None
-    return Choices(experts_TK, weights_TK, counts_E, sums)
+    return Choices(experts_TK, _normalized(weights_TK, rule), counts_E, sums)
+
+
+def weigh_torch(
+    logits_TE: Tensor,
+    experts_TK: Tensor,
+    valid_T: Tensor | None,
+    rule: ChoiceRule,
+    wants_sums: bool,
+) -> Choices:
+    """Weigh experts that are given, as :func:`choose_torch` weighs those that it chooses.
+
+    Groups are not looked at. A choice of -1 has weight 0 and is not counted. For the experts of
+    ``choose_torch``, values and gradients have the same bits. Raises ``ValueError`` for ids that
+    do not exist.
+    """
+    num_experts = logits_TE.shape[1]
+    given_TK = check_ids(experts_TK, num_experts).long()
+    scores_TE = scores(logits_TE, rule)
+    weights_TK = scores_TE.gather(-1, given_TK.clamp(min=0))
+    weights_TK = torch.where(given_TK >= 0, weights_TK, 0)
+    experts_TK = where_valid(valid_T, given_TK.int())
+    counts_E = count_choices(experts_TK, num_experts)
+    sums = loss_sums(logits_TE, scores_TE, valid_T, rule) if wants_sums else None
+    return Choices(experts_TK, _normalized(weights_TK, rule), counts_E, sums)
+
+
+def _normalized(weights_TK: Tensor, rule: ChoiceRule) -> Tensor:
+    if rule.renormalize:
+        weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + EPSILON)
+    return weights_TK if rule.scale == 1 else weights_TK * rule.scale
 
 
 def _selection(scores_TE: Tensor, bias_E: Tensor | None, rule: ChoiceRule) -> Tensor:

@@ -9,6 +9,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from .grouping import outside
+
 EPSILON = 1e-20
 """Keeps weights finite if all chosen sigmoid scores are zero (DeepSeek-V3)."""
 
@@ -66,6 +68,18 @@ def probabilities(scores_TE: Tensor, valid_T: Tensor | None, rule: ChoiceRule) -
     if valid_T is not None:
         scores_TE = torch.where(valid_T.unsqueeze(-1), scores_TE, 0)
     return scores_TE
+
+
+def check_ids(experts_TK: Tensor, num_experts: int) -> Tensor:
+    """Return ``experts_TK``; raise ``ValueError`` for ids outside -1 (none) to E - 1.
+
+    On a GPU they are not looked at, because that waits for the device.
+    """
+    if experts_TK.device.type == "cpu" and experts_TK.numel():
+        lowest, highest = (int(bound) for bound in experts_TK.aminmax())
+        if lowest < -1 or highest >= num_experts:
+            raise ValueError(outside(lowest if lowest < -1 else highest, num_experts))
+    return experts_TK
 
 
 def count_choices(experts_TK: Tensor, num_experts: int) -> Tensor:

@@ -94,43 +94,45 @@ class DecoderLayer(nn.Module):
         batch: Batch,
         parts: Sequence[Part],
         routing: Routing | None,
-        following: MoELayer | None,
+        following: tuple[int, MoELayer] | None,
     ) -> tuple[Tensor, Routing | None, Routing | None]:
         """Return the residual stream after this layer, its routing and that of ``following``.
 
         ``routing`` is this layer's choice if it was made earlier. ``following`` is the next MoE
-        layer if its router reads what this layer's experts read (pre-gating).
+        layer and its index, if its router reads what this layer's experts read (pre-gating).
         """
         if isinstance(self.mlp, MoELayer) and self.mlp.lookahead is Lookahead.ATTENTION_INPUT:
-            routing = _choose(self.mlp, x_TD, batch)
+            routing = _choose(self.layer, self.mlp, x_TD, batch)
             self.mlp.experts.announce(routing)
         x_TD, mlp_input_TD = run_attention(self._attention_backends, self._modules, x_TD, parts)
         if isinstance(self.mlp, GatedMLP):
             return x_TD + self.mlp(mlp_input_TD), None, None
         if routing is None:
-            routing = _choose(self.mlp, mlp_input_TD, batch)
+            routing = _choose(self.layer, self.mlp, mlp_input_TD, batch)
         next_routing = None
         if following is not None:
-            next_routing = _choose(following, mlp_input_TD, batch)
+            next_routing = _choose(*following, mlp_input_TD, batch)
             self.mlp.experts.keep(routing)  # prefetching the next layer's must not evict them
-            following.experts.announce(next_routing)
+            following[1].experts.announce(next_routing)
         y_TD, routing = self.mlp(mlp_input_TD, routing=routing)
         return x_TD + y_TD, routing, next_routing
 
 
-def _choose(layer: MoELayer, x_TD: Tensor | None, batch: Batch) -> Routing:
-    return layer.gate.route(
-        RouterInput(
-            x_TD,
-            batch.ids_T,
-            batch.positions_T,
-            lengths=batch.lengths,
-            tasks_T=batch.tasks_T,
-            timesteps_T=batch.timesteps_T,
-            draw_keys=batch.draw_keys,
-            previous_ids_T=batch.previous_ids_T,
-        )
+def _choose(index: int, layer: MoELayer, x_TD: Tensor | None, batch: Batch) -> Routing:
+    """Return the choice of decoder layer ``index``, or replay the one that the batch has for it."""
+    router_input = RouterInput(
+        x_TD,
+        batch.ids_T,
+        batch.positions_T,
+        lengths=batch.lengths,
+        tasks_T=batch.tasks_T,
+        timesteps_T=batch.timesteps_T,
+        draw_keys=batch.draw_keys,
+        previous_ids_T=batch.previous_ids_T,
     )
+    if batch.routes is None:
+        return layer.gate.route(router_input)
+    return layer.gate.route_to(router_input, batch.routes[index])
 
 
 class Decoder(nn.Module):
@@ -203,7 +205,7 @@ class Decoder(nn.Module):
         early = self._route_from_tokens(batch)
         routings = []
         for index, layer in enumerate(self._decoder_layers()):
-            next_index, following = self._following.get(index, (-1, None))
+            following = self._following.get(index)
             arguments = (x_TD, batch, parts, early.get(index), following)
             if self.recompute and self.training:
                 outputs = checkpoint(layer, *arguments, use_reentrant=False)
@@ -212,8 +214,8 @@ class Decoder(nn.Module):
             x_TD, routing, next_routing = outputs
             if routing is not None:
                 routings.append(routing)
-            if next_routing is not None:
-                early[next_index] = next_routing
+            if following is not None and next_routing is not None:
+                early[following[0]] = next_routing
         batch.advance_caches()
         return DecoderOutput(self.norm(x_TD), routings)
 
@@ -232,6 +234,6 @@ class Decoder(nn.Module):
         early = {}
         for index, layer in self.moe_layers():
             if layer.lookahead is Lookahead.TOKEN:
-                early[index] = _choose(layer, None, batch)
+                early[index] = _choose(index, layer, None, batch)
                 layer.experts.announce(early[index])
         return early

@@ -150,7 +150,7 @@ class HashRouter(Router):
 
     def route(self, router_input: RouterInput) -> Routing:
         """Look up the experts of each token id."""
-        ids_T, valid_T = router_input.ids_T, router_input.valid_T
+        ids_T = router_input.ids_T
         if ids_T is None:
             raise ConfigError(
                 "router.kind is hash, which reads token ids; pass token_ids to the layer."
@@ -161,10 +161,14 @@ class HashRouter(Router):
             if previous_T is None:
                 previous_T = previous_rows(ids_T, group_lengths(router_input, len(ids_T)))
             rows_T = rows_of_pairs(ids_T, previous_T, len(self.table_VK))
-        experts_TK = self.table_VK[rows_T]
+        return self.route_to(router_input, self.table_VK[rows_T])
+
+    def route_to(self, router_input: RouterInput, experts_TK: Tensor) -> Routing:
+        """Visit the given experts; each weighs 1/k, in ``multihash`` 1."""
+        valid_T = router_input.valid_T
         if valid_T is not None:
             experts_TK = torch.where(valid_T.unsqueeze(-1), experts_TK, -1)
-        weights_TK = torch.full(experts_TK.shape, self.weight_of_choice, device=ids_T.device)
+        weights_TK = torch.full(experts_TK.shape, self.weight_of_choice, device=experts_TK.device)
         return Routing(
             experts_TK=experts_TK,
             weights_TK=weights_TK,

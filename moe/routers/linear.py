@@ -72,11 +72,12 @@ def route_in_one_call(
     bias_E: Tensor | None,
     valid_T: Tensor | None,
     rule: ChoiceRule,
+    given_TK: Tensor | None = None,
 ) -> Routing | None:
-    """Route rows in evaluation by one C++ call; None where it cannot run."""
+    """Route rows in evaluation by one C++ call, to given experts if any; None if it cannot run."""
     if valid_T is not None:
         return None
-    found = project_and_choose(x_TD, weight_ED, logit_bias_E, bias_E, rule)
+    found = project_and_choose(x_TD, weight_ED, logit_bias_E, bias_E, rule, given_TK)
     if found is None:
         return None
     return Routing(*found[:3], num_tokens=torch.tensor(x_TD.shape[0]))

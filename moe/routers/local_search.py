@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from torch import Generator, Tensor, nn
 
 from .assignment import best_assignment, sinkhorn
+from .inner_counts import INNER, inner_counts, without_prefix
 from .linear import Stepped
 from .loss_terms import GlobalCounts, LayerLosses
 from .router import Router, RouterConfig, RouterSizes
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
 BOUND = 0.05
 """The matrix begins in U(-0.05, 0.05), as in the released code."""
-INNER = "inner."
-"""Prefix of the inner router's values in ``Routing.extras`` and ``extra_counts``."""
 
 
 class LocalSearch(RouterConfig):
@@ -211,7 +210,7 @@ class LocalSearchRouter(Stepped, Router):
         The entropy is the mean over rows of ``sum -p log(p + 1e-6)``, plus the same after the rows
         are divided by their sums (the released code has both).
         """
-        own = _without_prefix(routing.extras)
+        own = without_prefix(routing.extras)
         soft = own.pop("permutation_entropy", None)
         inner = Routing(
             experts_TK=own.pop("experts_TK", routing.experts_TK),
@@ -219,7 +218,7 @@ class LocalSearchRouter(Stepped, Router):
             counts_E=routing.extra_counts.get(f"{INNER}counts_E", routing.counts_E),
             num_tokens=routing.num_tokens,
             extras=own,
-            extra_counts=_without_prefix(routing.extra_counts),
+            extra_counts=without_prefix(routing.extra_counts),
         )
         found = self.router.losses(inner, inner_counts(counts))
         if soft is None:
@@ -242,17 +241,3 @@ class LocalSearchRouter(Stepped, Router):
             soft_EE = self._soften(self.permutation_weight, int(self.step))
             self.order_E.copy_(best_assignment(soft_EE))
         super().after_step(counts, layers)
-
-
-def inner_counts(counts: GlobalCounts) -> GlobalCounts:
-    """Return the counts of the inner router; those of other routers as they are."""
-    if f"{INNER}counts_E" not in counts.extra:
-        return counts
-    counts_E = counts.extra[f"{INNER}counts_E"]
-    return GlobalCounts(counts_E, counts.num_tokens, _without_prefix(counts.extra))
-
-
-def _without_prefix(extra: dict[str, Tensor]) -> dict[str, Tensor]:
-    own = {name.removeprefix(INNER): value for name, value in extra.items()}
-    own.pop("counts_E", None)
-    return own

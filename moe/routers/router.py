@@ -166,6 +166,18 @@ class Router(nn.Module):
         """Choose experts for every row."""
         raise NotImplementedError
 
+    def route_to(self, router_input: RouterInput, experts_TK: Tensor) -> Routing:
+        """Visit the given experts instead of choosing: a recorded choice is replayed.
+
+        ``experts_TK`` are logical ids, -1 = none, of any width. Weights, counts and the values for
+        losses follow from them and from this router's own scores, with gradient. Where they are
+        what :meth:`route` chose, the result is the same. By default raises :class:`ConfigError`.
+        """
+        raise ConfigError(
+            f"router.kind is {self.config.kind}, which cannot replay recorded routes; use another "
+            "router, or define route_to(self, router_input, experts_TK)."
+        )
+
     def extra_repr(self) -> str:
         """Show the number of experts and what differs from the configuration's defaults."""
         changed = self.config.model_dump(exclude_defaults=True, exclude={"kind", "k"})

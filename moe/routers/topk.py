@@ -10,7 +10,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ...kernels.router import choose
+from ...kernels.router import choose, weigh
 from ...kernels.values.choice import ChoiceRule, scores
 from .capacity import Capacity, apply_capacity
 from .entropy import entropy_sum
@@ -22,15 +22,8 @@ from .sequence_balance import add_sequence_balance
 from .token_rounding import round_tokens
 
 TRAINING_ONLY = (
-    "bias_update_rate",
-    "balance_loss",
-    "balance_over",
-    "sequence_balance_loss",
-    "z_loss",
-    "entropy_loss",
-    "jitter",
-    "capacity",
-    "round_rows_to",
+    *("bias_update_rate", "balance_loss", "balance_over", "sequence_balance_loss"),
+    *("z_loss", "entropy_loss", "jitter", "capacity", "round_rows_to"),
 )
 """Fields of :class:`TopK` that a run may change: they do not change the meaning of weights."""
 
@@ -162,16 +155,26 @@ class TopKRouter(LinearRouter):
 
         Values that only losses need are left out in evaluation mode.
         """
+        return self._route(router_input, None)
+
+    def route_to(self, router_input: RouterInput, experts_TK: Tensor) -> Routing:
+        """Visit the given experts, in whatever groups; rows are not rounded again."""
+        return self._route(router_input, experts_TK)
+
+    def _route(self, router_input: RouterInput, given_TK: Tensor | None) -> Routing:
         x_TD, valid_T = router_input.x_TD, router_input.valid_T
         assert x_TD is not None, "the caller must pass hidden rows"
         if not self.training:
-            bias_E = self.e_score_correction_bias
-            found = route_in_one_call(x_TD, self.weight, self.bias, bias_E, valid_T, self.rule)
+            weights = (self.weight, self.bias, self.e_score_correction_bias)
+            found = route_in_one_call(x_TD, *weights, valid_T, self.rule, given_TK)
             if found is not None:
                 return found
         logits_TE = self.logits(x_TD)
-        bias_E = self.e_score_correction_bias
-        choices = choose(logits_TE, bias_E, valid_T, self.rule, wants_sums=self.training)
+        if given_TK is None:
+            bias_E = self.e_score_correction_bias
+            choices = choose(logits_TE, bias_E, valid_T, self.rule, wants_sums=self.training)
+        else:
+            choices = weigh(logits_TE, given_TK, valid_T, self.rule, wants_sums=self.training)
         routing = Routing(
             experts_TK=choices.experts_TK,
             weights_TK=choices.weights_TK,
@@ -186,6 +189,8 @@ class TopKRouter(LinearRouter):
             add_sequence_balance(routing, logits_TE, router_input, self.rule)
         if self.config.entropy_loss:
             routing.extras["entropy_sum"] = entropy_sum(logits_TE, valid_T, self.rule)
+        if given_TK is not None:
+            return routing  # recorded choices have been dropped and rounded
         if self.config.capacity is not None:
             scores_TE = scores(logits_TE, self.rule)
             apply_capacity(routing, scores_TE, self.config.capacity, router_input)

@@ -15,35 +15,31 @@ from ..engine.logprobs import TokenLogprob
 from ..engine.sequence import GenerationEvent, GenerationRequest
 from ..engine.tokenizer import ServingTokenizer
 from .answers import Answer, Answers, ending
+from .messages import read_messages
 from .protocol import (
     MAX_LOGPROBS,
     GenerationOptions,
-    check_unicode,
     read_values,
     sampling_of,
     seed_of,
     validate,
 )
 from .request_body import read_body
+from .tool_messages import check_written
+from .tools import drop_tools
 
 UNSUPPORTED: dict[str, Any] = {
-    "tools": [],
-    "tool_choice": "none",
-    "functions": [],
-    "function_call": "none",
     "response_format": {"type": "text"},
     "modalities": ["text"],
     "logit_bias": {},
 }
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-"""OpenAI's roles, and what chat templates call them."""
 
 
 class ChatRequest(GenerationOptions):
     """A conversation to answer."""
 
     messages: Any
-    """Objects with ``role`` and ``content``; the content is text or a list of text parts."""
+    """As :func:`read_messages` returns them."""
     max_tokens: StrictInt | None = Field(default=None, ge=1)
     max_completion_tokens: StrictInt | None = Field(default=None, ge=1)
     """The newer name of ``max_tokens``. Without either, an answer may fill the model's context."""
@@ -64,13 +60,6 @@ class ChatRequest(GenerationOptions):
     def num_logprobs(self) -> int | None:
         """Alternatives per token, or None for no log-probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
-
-    def conversation(self) -> list[dict[str, Any]]:
-        """Return the messages with the roles that chat templates know, their contents and names."""
-        return [
-            {**_name_of(message), "role": ROLES[message["role"]], "content": message["content"]}
-            for message in self.messages
-        ]
 
 
 class ChatEndpoint:
@@ -93,8 +82,9 @@ class ChatEndpoint:
 def parse_chat(body: bytes) -> ChatRequest:
     """Read a request body; every problem is a :class:`RequestError`."""
     values = read_values(body, UNSUPPORTED)
+    drop_tools(values)
     if "messages" in values:
-        _check_messages(values["messages"])
+        values["messages"] = read_messages(values["messages"])
     request = validate(ChatRequest, values)
     if request.top_logprobs is not None and not request.logprobs:
         raise RequestError("top_logprobs needs logprobs = true.", param="top_logprobs")
@@ -106,72 +96,16 @@ def parse_chat(body: bytes) -> ChatRequest:
             f"{request.max_completion_tokens}; give one of them.",
             param="max_completion_tokens",
         )
-    for index, message in enumerate(request.conversation()):
-        check_unicode(f"messages[{index}].content", _texts_of(message["content"]))
-        check_unicode(f"messages[{index}].name", [message.get("name", "")])
     return request
-
-
-def _check_messages(messages: Any) -> None:
-    """Check by hand, so that the sentence names the message and the field."""
-    if not isinstance(messages, list) or not messages:
-        raise RequestError("messages must be a list with at least one message.", param="messages")
-    for index, message in enumerate(messages):
-        where = f"messages[{index}]"
-        if not isinstance(message, dict):
-            raise RequestError(f"{where} must be an object with role and content.", param=where)
-        for key, value in message.items():
-            if key not in ("role", "content") and not _is_harmless(key, value):
-                field = f"{where}.{key[:40].encode('unicode_escape').decode()}"
-                raise RequestError(f"{field} is not supported; leave it out.", param=field)
-        role = message.get("role")
-        if not isinstance(role, str) or role not in ROLES:
-            raise RequestError(
-                f"{where}.role is {repr(role)[:80]}; use one of {', '.join(ROLES)}.",
-                param=f"{where}.role",
-            )
-        _check_content(f"{where}.content", message.get("content"))
-
-
-def _is_harmless(key: str, value: Any) -> bool:
-    """True for what asks for nothing, as in the answers that clients send back."""
-    if key == "annotations":
-        return value is None or isinstance(value, list)  # links that the text has already
-    if key == "name":
-        return value is None or isinstance(value, str)  # for templates that write it
-    if key == "tool_calls":
-        return value is None or value == []
-    return value is None
-
-
-def _name_of(message: dict[str, Any]) -> dict[str, str]:
-    return {} if message.get("name") is None else {"name": message["name"]}
-
-
-def _check_content(where: str, content: Any) -> None:
-    if isinstance(content, str):
-        return
-    if not isinstance(content, list) or not content:
-        raise RequestError(f"{where} must be a string or a list of text parts.", param=where)
-    for index, part in enumerate(content):
-        field = f"{where}[{index}]"
-        if not isinstance(part, dict) or part.get("type") != "text":
-            raise RequestError(f"{field} is not a text part; only text is supported.", param=field)
-        has_other_keys = set(part) - {"cache_control"} != {"type", "text"}
-        if has_other_keys or not isinstance(part["text"], str):
-            raise RequestError(f"{field} must have type and text, a string.", param=field)
-
-
-def _texts_of(content: str | list[dict[str, str]]) -> list[str]:
-    return [content] if isinstance(content, str) else [part["text"] for part in content]
 
 
 async def prepare_chat(
     body: ChatRequest, tokenizer: ServingTokenizer, engine: Engine
 ) -> list[GenerationRequest]:
     """Return one generation request per answer; all are checked before any runs."""
-    loop, messages = asyncio.get_running_loop(), body.conversation()
-    text = await loop.run_in_executor(tokenizer.rendering, tokenizer.render_chat, messages)
+    check_written(body.messages, tokenizer.tools)
+    loop = asyncio.get_running_loop()
+    text = await loop.run_in_executor(tokenizer.rendering, tokenizer.render_chat, body.messages)
     prompt_ids = tuple(await asyncio.to_thread(tokenizer.encode_rendered, text))
     requests = []
     for choice in range(body.n):

@@ -143,6 +143,27 @@ def check_unicode(param: str, texts: Iterable[str]) -> None:
             ) from None
 
 
+def read_text(param: str, value: Any) -> str:
+    """Return ``value`` if it is a string of valid Unicode."""
+    if not isinstance(value, str):
+        raise RequestError(f"{param} is {shown(value)}; use a string.", param=param)
+    check_unicode(param, [value])
+    return value
+
+
+def check_keys(where: str, given: dict[str, Any], known: set[str]) -> None:
+    """Refuse keys of an object that are neither known nor null."""
+    for key, value in given.items():
+        if key not in known and value is not None:
+            param = f"{where}.{key[:40].encode('unicode_escape').decode()}"
+            raise RequestError(f"{param} is not supported; leave it out.", param=param)
+
+
+def shown(value: Any) -> str:
+    """Return a value of the body as a sentence can have it."""
+    return repr(value)[:80]
+
+
 def _read_json(body: bytes) -> dict[str, Any]:
     def refuse(constant: str) -> float:
         raise RequestError(f"the body holds {constant}, which is not JSON; send a finite number.")
@@ -176,6 +197,6 @@ def _as_request_error(
         return RequestError(f"{param} is not a known parameter; {hint}", param=param)
     if param.endswith("_penalty"):
         return RequestError(f"{param} is not supported; leave it out or send 0.", param=param)
-    shown = repr(values.get(location[0]))[:80]
+    given = shown(values.get(location[0]))
     reason = problem["msg"].removeprefix("Input ")
-    return RequestError(f"{location[0]} is {shown}, but it {reason}.", param=param)
+    return RequestError(f"{location[0]} is {given}, but it {reason}.", param=param)

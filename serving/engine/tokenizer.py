@@ -8,6 +8,7 @@ from typing import Any
 
 from ...chat_templates.chat_template import content_format_of, pick_template
 from ...chat_templates.renderer import TemplateFault, TemplateProcess
+from ...chat_templates.tool_form import ToolForm, ToolSupport, tool_support
 from ...errors import ConfigError, RequestError
 from ...moe.folders.text_codec import prompt_ids
 from ...moe.folders.tokenizer_errors import library_errors
@@ -37,8 +38,11 @@ class ServingTokenizer:
         self.rendering = ThreadPoolExecutor(1, thread_name_prefix="chat-template")
         """Renders templates one at a time. A slow template delays only chats, not the threads that
         all requests share."""
+        self.tools = ToolSupport(ToolForm(), {})
+        """Whether the template writes calls of tools and their results."""
         if self._template is not None:
             self._check_template(str(chat_template or folder))
+            self.tools = tool_support(self._render)
 
     @property
     def has_template(self) -> bool:
@@ -58,7 +62,8 @@ class ServingTokenizer:
     def render_chat(self, messages: list[dict[str, Any]]) -> str:
         """Return the text of a conversation in the form the model knows, ready for its answer.
 
-        For threads of :attr:`rendering`.
+        Messages have no key that is None, and calls of tools as :class:`ToolForm` wants them. For
+        threads of :attr:`rendering`.
         """
         if self._template is None:
             raise RequestError(
@@ -67,8 +72,10 @@ class ServingTokenizer:
                 param="messages",
             )
         try:
-            return self._render(messages)
+            return self._render(self.tools.form.word(messages))
         except TemplateFault as fault:
+            if fault.kind == "unavailable":
+                raise _unavailable(fault) from None
             verb = "refuses" if fault.kind == "refusal" else "fails on"
             raise RequestError(
                 f"the model's chat template {verb} these messages ({fault}); change them.",
@@ -111,20 +118,9 @@ class ServingTokenizer:
     def _render(self, messages: list[dict[str, Any]]) -> str:
         assert self._template is not None, "there is a template"
         messages = [self._format.word(message) for message in messages]
-        # As transformers: templates tell a missing key from a value, and would spell None.
-        given = [{k: v for k, v in m.items() if v is not None} for m in messages]
-        tokens = dict(self._inner.special_tokens_map)
-        try:
-            return self._templates.render(self._template, given, tokens)
-        except TemplateFault as fault:
-            if fault.kind != "unavailable":
-                raise
-            raise RequestError(
-                f"{fault}; try again later.",
-                code="unavailable",
-                status=503,
-                retry_after_s=RETRY_AFTER_S,
-            ) from None
+        return self._templates.render(
+            self._template, messages, dict(self._inner.special_tokens_map)
+        )
 
     def _check_template(self, source: str) -> None:
         try:
@@ -133,6 +129,8 @@ class ServingTokenizer:
             if fault.kind == "refusal":
                 return  # it wants other messages than this one
             self.close()
+            if fault.kind == "unavailable":
+                raise _unavailable(fault) from None
             if fault.kind == "syntax":
                 raise ConfigError(
                     f"the chat template of {source} is not Jinja ({fault}); correct it."
@@ -148,6 +146,15 @@ def _failures_on(param: str) -> AbstractContextManager[None]:
         lambda reason: RequestError(
             f"the model's tokenizer fails on this text ({reason}); change it.", param=param
         )
+    )
+
+
+def _unavailable(fault: TemplateFault) -> RequestError:
+    return RequestError(
+        f"{fault}; try again later.",
+        code="unavailable",
+        status=503,
+        retry_after_s=RETRY_AFTER_S,
     )
 
 

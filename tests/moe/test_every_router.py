@@ -116,6 +116,31 @@ def test_a_rank_without_rows_routes_nothing(name, training):
 
 
 @every_router
+@pytest.mark.parametrize("training", [True, False])
+def test_its_own_choice_replays_with_the_same_bits_or_is_refused(name, training):
+    gate, given = module(name).train(training), rows()
+    chosen = gate.route(given)
+    try:
+        replayed = gate.route_to(given, chosen.experts_TK)
+    except ConfigError as error:
+        assert "cannot replay recorded routes" in str(error)
+        assert type(gate).route_to is moeyard.Router.route_to
+        return
+    assert torch.equal(replayed.experts_TK, chosen.experts_TK)
+    if "dropped" in chosen.extra_counts:
+        return  # weights are those of the choices that were kept (docs/routes.md)
+    for field in dataclasses.fields(chosen):
+        wanted, found = getattr(chosen, field.name), getattr(replayed, field.name)
+        if isinstance(wanted, dict):
+            assert found.keys() == wanted.keys()
+            assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+        else:
+            assert torch.equal(found, wanted), field.name
+    other = gate.route_to(given, torch.where(chosen.experts_TK == 0, -1, chosen.experts_TK))
+    assert int(other.counts_E[0]) == 0 and torch.equal(other.counts_E[1:], chosen.counts_E[1:])
+
+
+@every_router
 def test_autocast_changes_no_choice(name):
     gate, given = module(name).train(), rows(dtype=torch.bfloat16)
     plain = gate.route(given)

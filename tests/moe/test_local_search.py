@@ -9,7 +9,7 @@ import torch
 import moeyard
 from moeyard.errors import ConfigError
 from moeyard.moe.routers.assignment import balanced_assignment, best_assignment, sinkhorn
-from moeyard.moe.routers.local_search import inner_counts
+from moeyard.moe.routers.inner_counts import inner_counts
 from moeyard.moe.routers.losses import global_counts
 from moeyard.moe.routers.router import RouterSizes
 from moeyard.moe.routers.routing import RouterInput

@@ -35,7 +35,7 @@ ROOMS = {
         ["batch", "config", "experts"],
         ["attention", "layer"],
         ["models"],
-        ["folders"],
+        ["folders", "routes"],
     ],
     "parallel": [
         ["host", "local_ranks", "parent", "watch"],
@@ -51,6 +51,7 @@ ROOMS = {
         ["checkpoints", "objectives", "run"],
         ["read_config", "report", "saves", "setup", "step"],
         ["observers"],
+        ["routes"],
         ["trainer"],
         ["program"],
         ["__main__"],
@@ -69,7 +70,7 @@ ROOMS = {
         ["model_folder", "options"],
         [
             *("chat", "convert", "doctor", "evaluate", "export", "generate", "report", "serve"),
-            *("routers", "tokenize", "train", "upcycle"),
+            *("routers", "tokenize", "trace", "train", "upcycle"),
         ],
     ],
 }

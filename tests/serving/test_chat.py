@@ -10,15 +10,28 @@ from moeyard.serving.server import ServeArgs, Server, check_model
 
 from http_calls import call, check_error, chunks
 
-TEMPLATE = """{%- for message in messages -%}
+TEMPLATE = r"""{%- for message in messages -%}
 {%- if message.role == 'system' and not loop.first -%}
 {{ raise_exception('a system message comes first') }}
 {%- endif -%}
+{%- if message.reasoning_content -%}<think>{{ message.reasoning_content }}{%- endif -%}
 <{{ message.role }}>{{ message.content }}
-{% endfor -%}
+{%- for call in message.tool_calls or [] -%}
+<call {{ call.id }}>{{ call.function.name }} {{ call.function.arguments | tojson }}
+{%- endfor -%}
+{%- if message.tool_call_id -%}<of {{ message.tool_call_id }}>{%- endif -%}
+{{ '\n' }}
+{%- endfor -%}
 {%- if add_generation_prompt -%}<assistant>{%- endif -%}"""
 USER = [{"role": "user", "content": "hi"}]
+FUNCTION = {"name": "add", "arguments": '{"a": 1, "b": [2]}'}
+CALL = {"id": "call_1", "type": "function", "function": FUNCTION}
+RESULT = {"role": "tool", "tool_call_id": "call_1", "content": "3"}
 BODY = {"model": "chatty", "messages": USER, "max_tokens": 8, "temperature": 0}
+
+
+def calling(*calls, **changes):
+    return {"role": "assistant", "content": None, "tool_calls": list(calls), **changes}
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +74,13 @@ def test_a_template_may_write_the_name_of_a_speaker(chatty_folder, tmp_path):
     named = Server(ServeArgs(model=str(chatty_folder), chat_template=str(template)))
     try:
         answer = chat(named, messages=[{**USER[0], "name": "kim"}]).json()
+        assert answer["usage"]["prompt_tokens"] == len("kim:hi")
+        refused = chat(named, messages=[*USER, calling(CALL), RESULT])
     finally:
         named.close()
-    assert answer["usage"]["prompt_tokens"] == len("kim:hi")
+    message = "messages[1].tool_calls has calls, but the model's chat template does not write calls"
+    error = check_error(refused, 400, f"{message} (it leaves them out); leave them and their resul")
+    assert error["param"] == "messages[1].tool_calls"
 
 
 def complete(server, prompt, **changes):
@@ -89,6 +106,101 @@ def test_answers_as_the_completion_of_the_rendered_template(server):
     }
     assert choice["finish_reason"] == "length" and choice["logprobs"] is None
     assert answer["usage"] == plain["usage"] and answer["usage"]["prompt_tokens"] == len(prompt)
+
+
+ADD = 'add {"a": 1, "b": [2]}'
+HISTORIES = {
+    "calls": (
+        [calling(CALL), RESULT],
+        f"<assistant><call call_1>{ADD}\n<tool>3<of call_1>\n",
+    ),
+    "no_content": (
+        [{k: v for k, v in calling(CALL).items() if k != "content"}],
+        f"<assistant><call call_1>{ADD}\n",
+    ),
+    "blank_content": ([calling(CALL, content=" \n")], f"<assistant><call call_1>{ADD}\n"),
+    "text_and_calls": (
+        [calling({**CALL, "index": 0}, {**CALL, "id": "b"}, content="so"), RESULT],
+        f"<assistant>so<call call_1>{ADD}<call b>{ADD}\n<tool>3<of call_1>\n",
+    ),
+    "no_arguments": (
+        [calling({**CALL, "function": {"name": "now", "arguments": ""}})],
+        "<assistant><call call_1>now {}\n",
+    ),
+    "parts": (
+        [calling(CALL), {**RESULT, "content": [{"type": "text", "text": t} for t in "34"]}],
+        f"<assistant><call call_1>{ADD}\n<tool>34<of call_1>\n",
+    ),
+    "old": (
+        [
+            {"role": "assistant", "content": None, "function_call": FUNCTION},
+            {"role": "function", "name": "add", "content": "3"},
+        ],
+        f"<assistant><call call00000>{ADD}\n<tool>3<of call00000>\n",
+    ),
+    "id_again": (
+        [calling(CALL), RESULT, calling(CALL), RESULT],
+        f"<assistant><call call_1>{ADD}\n<tool>3<of call_1>\n" * 2,
+    ),
+    "reasoning": (
+        [{"role": "assistant", "content": "a", "reasoning": "hm", "reasoning_content": "hm"}],
+        "<think>hm<assistant>a\n",
+    ),
+    "reasoning_alone": (
+        [{"role": "assistant", "content": None, "reasoning": "hm"}],
+        "<think>hm<assistant>\n",
+    ),
+    "refusal": ([{"role": "assistant", "content": None, "refusal": "no"}], "<assistant>no\n"),
+    "kinds_of_parts": (
+        [
+            {"role": "user", "content": [{"type": "input_text", "text": "a"}]},
+            {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]},
+            {
+                "role": "assistant",
+                "content": [{"type": "output_text", "text": "b", "annotations": []}],
+            },
+        ],
+        "<user>a\n<assistant>no\n<assistant>b\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HISTORIES)
+def test_a_history_reaches_the_model_as_the_template_writes_it(server, case):
+    messages, written = HISTORIES[case]
+    answer = chat(server, messages=[*USER, *messages], max_tokens=2)
+    prompt = f"<user>hi\n{written}<assistant>"
+    plain = complete(server, prompt, max_tokens=2)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["usage"]["prompt_tokens"] == len(prompt)
+    assert answer.json()["choices"][0]["message"]["content"] == plain["choices"][0]["text"]
+
+
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
+OLD_TOOLS = [{"name": "add", "description": "adds"}]
+
+
+def test_tools_that_may_not_be_called_change_nothing(server):
+    plain = chat(server).json()
+    for options in (
+        {"tools": TOOLS, "tool_choice": "none"},
+        {"functions": OLD_TOOLS, "function_call": "none"},
+    ):
+        answer = chat(server, **options).json()
+        assert (answer["choices"], answer["usage"]) == (plain["choices"], plain["usage"])
+
+
+def test_continuous_usage_counts_the_tokens_of_every_chunk_of_a_chat(server):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *pieces, last = chunks(chat(server, stream=True, logprobs=True, stream_options=options))
+    assert [piece["usage"]["completion_tokens"] for piece in pieces] == list(range(9))
+    tokens = last["usage"]["prompt_tokens"]
+    assert tokens == len("<user>hi\n<assistant>")
+    for piece in pieces:
+        usage = piece["usage"]
+        assert usage["prompt_tokens"] == tokens
+        assert usage["total_tokens"] == tokens + usage["completion_tokens"]
+    assert last["choices"] == [] and last["usage"] == pieces[-1]["usage"]
 
 
 def test_a_stream_begins_with_the_role_and_joins_to_the_plain_answer(server):
@@ -125,7 +237,7 @@ BAD = {
     "empty": ({"messages": []}, "messages must be a list with at least one message"),
     "text": ({"messages": "hi"}, "messages must be a list"),
     "item": ({"messages": ["hi"]}, "messages[0] must be an object"),
-    "role": ({"messages": [{"role": "tool", "content": "a"}]}, "messages[0].role is 'tool'; use"),
+    "role": ({"messages": [{"role": "robot", "content": "a"}]}, "messages[0].role is 'robot'; use"),
     "no_role": ({"messages": [*USER, {"content": "a"}]}, "messages[1].role is None"),
     "no_content": ({"messages": [{"role": "user"}]}, "messages[0].content must be a string"),
     "image": (
@@ -138,9 +250,9 @@ BAD = {
     ),
     "calls": (
         {"messages": [{"role": "assistant", "content": "a", "tool_calls": [{}]}]},
-        "messages[0].tool_calls is not supported",
+        "messages[0].tool_calls[0].type is None; use function",
     ),
-    "name": ({"messages": [{**USER[0], "name": 3}]}, "messages[0].name is not supported"),
+    "name": ({"messages": [{**USER[0], "name": 3}]}, "messages[0].name is 3; use a string"),
     "surrogate_name": (
         {"messages": [{**USER[0], "name": "\ud800"}]},
         "messages[0].name holds half of a surrogate pair",
@@ -153,7 +265,14 @@ BAD = {
         {"messages": [*USER, {"role": "system", "content": "late"}]},
         "template refuses these messages (a system message comes first)",
     ),
-    "tools": ({"tools": [{"type": "function"}]}, "tools is not supported"),
+    "tools": ({"tools": TOOLS}, 'tools out or send tool_choice = "none"'),
+    "chosen_tools": (
+        {"tools": TOOLS, "tool_choice": "required"},
+        "tools cannot be called",
+    ),
+    "functions": ({"functions": OLD_TOOLS}, 'functions out or send function_call = "none"'),
+    "choice_alone": ({"tool_choice": "auto"}, "tool_choice is 'auto' without tools"),
+    "tools_shape": ({"tools": [TOOLS], "tool_choice": "none"}, "tools[0] must be an object of"),
     "format": ({"response_format": {"type": "json_object"}}, "response_format is not supported"),
     "two_limits": ({"max_completion_tokens": 9}, "max_tokens is 8 and max_completion_tokens 9"),
     "top": ({"top_logprobs": 3}, "top_logprobs needs logprobs = true"),

@@ -196,7 +196,7 @@ def process(quick, tmp_path_factory):
 def test_a_bad_template_has_a_reason_and_the_next_one_is_rendered(process, template):
     with pytest.raises(TemplateFault, match=BAD[template]) as fault:
         process.render(template, USER, {})
-    assert fault.value.kind == "failure"
+    assert fault.value.kind == ("ended" if template == LOOP else "failure")
     assert process.render("{{ messages[0].content }}!", USER, {}) == "a!"
 
 
@@ -245,6 +245,11 @@ def test_a_job_of_several_conversations_has_their_texts_in_order_and_ends_with_a
     with pytest.raises(TemplateFault, match="has no element 0"):
         process.render_all(template, [good[0], Chat(USER, []), good[1]], {})
     assert process.render_all(template, good[1:], {}) == [Rendered("aa>t", [])]
+    deep = []
+    for _ in range(5000):
+        deep = [deep]
+    with pytest.raises(TemplateFault, match="nested too deeply"):
+        process.render_all(template, [Chat(USER, deep)], {})
 
 
 def test_a_template_that_fails_on_some_messages_gives_400_and_the_server_goes_on(
@@ -264,6 +269,24 @@ def test_a_template_that_fails_on_some_messages_gives_400_and_the_server_goes_on
     process_of = server._tokenizer._templates._process
     server.close()
     assert isinstance(process_of, subprocess.Popen) and process_of.poll() is not None
+
+
+def test_a_template_that_never_ends_on_calls_of_tools_serves_other_chats(
+    model_folder, tmp_path, process
+):
+    template = tmp_path / "t.jinja"
+    template.write_text("{% if messages[-1].tool_calls %}" + LOOP + "{% endif %}a")
+    args = {"model": str(model_folder), "served_model_name": "m", "chat_template": str(template)}
+    server = Server(ServeArgs(**args))
+    calls = [{"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
+    answers = []
+    for messages in ([*USER, {"role": "assistant", "tool_calls": calls}], USER):
+        body = {"model": "m", "messages": messages, "max_tokens": 2}
+        answers.append(call(server, "POST", "/v1/chat/completions", json=body))
+    server.close()
+    error = check_error(answers[0], 400, "does not write calls (it fails: it has not ended after")
+    assert error["param"] == "messages[1].tool_calls"
+    assert answers[1].status_code == 200, answers[1].text
 
 
 def test_a_panic_of_the_tokenizer_is_400_and_the_server_goes_on(model_folder, tmp_path):

@@ -25,7 +25,7 @@ from moeyard.training.stop import StopRequest
 from moeyard.training.trainer import Trainer
 
 from kills import digest
-from launch import environment, moeyard_train, torchrun, training
+from launch import environment, moeyard_train, torchrun
 
 
 def run_here(config_file, run_dir, *overrides) -> int:
@@ -80,19 +80,6 @@ def test_routed_rows_are_tokens_times_choices(tmp_path, config_file, router):
     for record in metrics(tmp_path / "run"):
         assert [sum(layer) for layer in record["expert_tokens"]] == [record["step_tokens"] * k] * 2
         assert all(layer["dropped"] == 0 for layer in record["load"])
-
-
-@pytest.mark.dist
-def test_two_ranks_log_the_same_routing_as_one(tmp_path, config_file):
-    training(str(config_file), f"run_dir={tmp_path}/one", "train.precision=fp64")
-    options = ("train.precision=fp64", "parallel.ep=2", f"run_dir={tmp_path}/two")
-    torchrun(2, "-m", "moeyard.training", str(config_file), *options)
-    for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
-        assert one["expert_tokens"] == two["expert_tokens"]
-        assert [sum(layer) for layer in two["expert_tokens"]] == [two["step_tokens"] * 2] * 2
-        assert one["loss"] == pytest.approx(two["loss"], rel=1e-12)
-        if "eval_loss" in one:
-            assert one["eval_loss"] == pytest.approx(two["eval_loss"], rel=1e-12)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -132,6 +132,10 @@ class ChatWindows:
             tuple(last - first for first, last in spans),
         )
 
+    def window_rows(self, windows: list[int]) -> list[int]:
+        """Return the number of rows of each of ``windows``."""
+        return [self._rows_W[window] for window in windows]
+
     def num_targets(self, step: int) -> int:
         """Return the targets of the global batch of ``step``."""
         return sum(self._targets_W[window] for window in self.at(step, range(self._batch)))

@@ -60,6 +60,10 @@ class ChatObjective(Objective):
         """Return the conversations of some windows of the global batch."""
         return _on(device, self.data.train.rows(self.data.train.at(step, rows)))
 
+    def window_rows(self, step: int, rows: range) -> list[int]:
+        """Return the rows of the conversations of each window."""
+        return self.data.train.window_rows(self.data.train.at(step, rows))
+
     def divisor(self, step: int) -> int:
         """Return the assistant's tokens in the global batch."""
         return self.data.train.num_targets(step)

@@ -74,6 +74,10 @@ class Objective(ABC):
         A pure function of seed, step and rows; it does not depend on the number of ranks.
         """
 
+    def window_rows(self, step: int, rows: range) -> list[int]:
+        """Return how many rows the model computes for each of some rows of the global batch."""
+        return [self.config.train.sequence_length] * len(rows)
+
     @abstractmethod
     def divisor(self, step: int) -> int:
         """Return the number of targets in the global batch of ``step``, the same on all ranks.

@@ -10,7 +10,7 @@ log = logging.getLogger(__name__)
 
 
 class Observer:
-    """Sees a run on rank 0. Subclasses override the methods they need; this one does nothing."""
+    """Sees a run; most kinds on rank 0 alone. Subclasses override the methods they need."""
 
     def step(self, done: int, result: StepResult, phase_seconds: Mapping[str, float]) -> None:
         """See every step, logged or not; ``phase_seconds`` are totals since this start."""

@@ -1,5 +1,6 @@
 """Open the observers that the configuration asks for."""
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -11,15 +12,22 @@ from .observers import Observer, Observers
 
 
 def open_observers(
-    config: RunConfig, model: ModelConfig, run_dir: Path, mesh: Mesh, resume_step: int
+    config: RunConfig,
+    model: ModelConfig,
+    run_dir: Path,
+    mesh: Mesh,
+    resume_step: int,
+    of_this_rank: Sequence[Observer] = (),
 ) -> Observers:
-    """Open them on rank 0; other ranks get none. Raises :class:`ConfigError` on all ranks.
+    """Open them on rank 0; other ranks get ``of_this_rank`` alone, which rank 0 gets, too.
+
+    Raises :class:`ConfigError` on all ranks.
 
     ``metrics.jsonl`` is opened last, because that cuts it to ``resume_step``. A refused start must
     not cut it.
     """
     needed: list[Observer] = []
-    optional: list[Observer] = []
+    optional = list(of_this_rank)
 
     def open_all() -> None:
         monitor = config.monitor

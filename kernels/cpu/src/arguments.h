@@ -99,7 +99,8 @@ struct RouterArguments {
     const float* weight;  // [E, D]
     const float* logit_bias;  // [E] added to the logits; null = none
     const float* bias;        // [E] added to the scores to choose by; null = none
-    int32_t* experts;     // [T, K], best first
+    const int32_t* given;     // [T, K] experts to weigh, -1 = none; null = choose
+    int32_t* experts;     // [T, K], best first, or as given
     float* weights;       // [T, K]
     int64_t* counts;      // [E]
 };

@@ -54,15 +54,20 @@ inline void keep_best_groups(const RouterArguments& a, float* values, float* scr
             for (int64_t i = 0; i < width; i++) values[g * width + i] = -INFINITY;
 }
 
-inline void choose(const RouterArguments& a, float* scores, float* scratch, int32_t* spare,
-                   int32_t* experts, float* weights) {
+inline void choose(const RouterArguments& a, const float* scores, float* scratch, int32_t* spare,
+                   int32_t* experts) {
     float* values = scratch;
     for (int64_t e = 0; e < a.num_experts; e++)
         values[e] = scores[e] + (a.bias ? a.bias[e] : 0.0f);
     if (a.num_groups > 1) keep_best_groups(a, values, scratch + a.num_experts, spare);
     take_largest(values, a.num_experts, a.choices, experts);
+}
+
+inline void weigh(const RouterArguments& a, const float* scores, const int32_t* experts,
+                  float* weights) {
     float total = 0;
-    for (int64_t k = 0; k < a.choices; k++) total += weights[k] = scores[experts[k]];
+    for (int64_t k = 0; k < a.choices; k++)
+        total += weights[k] = experts[k] < 0 ? 0.0f : scores[experts[k]];
     float factor = a.renormalize ? a.scale / (total + a.epsilon) : a.scale;
     for (int64_t k = 0; k < a.choices; k++) weights[k] *= factor;
 }
@@ -88,12 +93,17 @@ template <class Element> void route(const RouterArguments& a) {
                  });
         for (int64_t m = 0; m < rows; m++) {
             int64_t at = (from + m) * a.choices;
-            score(a, scores.get() + m * a.num_experts);
-            choose(a, scores.get() + m * a.num_experts, scratch.get(), spare.get(),
-                   a.experts + at, a.weights + at);
+            float* row = scores.get() + m * a.num_experts;
+            score(a, row);
+            if (a.given)
+                std::memcpy(a.experts + at, a.given + at, a.choices * sizeof(int32_t));
+            else
+                choose(a, row, scratch.get(), spare.get(), a.experts + at);
+            weigh(a, row, a.experts + at, a.weights + at);
         }
     });
-    for (int64_t r = 0; r < a.tokens * a.choices; r++) a.counts[a.experts[r]]++;
+    for (int64_t r = 0; r < a.tokens * a.choices; r++)
+        if (a.experts[r] >= 0) a.counts[a.experts[r]]++;
 }
 
 }  // namespace ISA

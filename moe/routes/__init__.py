@@ -1,0 +1,1 @@
+"""Routes as data: the file format, recording, reading back and replay."""

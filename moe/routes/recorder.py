@@ -1,0 +1,152 @@
+"""From a decoder's forwards to the rows of a route file.
+
+T rows, L MoE layers, K choices, B sequences.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...errors import ConfigError, DataError
+from ..batch import Batch
+from ..config.model import ModelConfig
+from ..models.decoder import Decoder, DecoderOutput
+from ..routers.routing import Routing
+from .format import RouteHeader, make_header
+from .identity import identity_of
+from .rows import Array, Phase, Routes
+from .writer import RouteWriter
+
+
+class Seen(NamedTuple):
+    """What a forward leaves behind. Nothing is copied or waited for until it is made into rows."""
+
+    ids_T: Tensor
+    positions_T: Tensor
+    lengths: tuple[int, ...]
+    experts: list[Tensor]
+    """``[T, K]`` of each MoE layer."""
+    weights: list[Tensor]
+
+
+def look_at(batch: Batch, routings: Sequence[Routing]) -> Seen:
+    """Keep what a route file needs of a forward."""
+    return Seen(
+        batch.ids_T,
+        batch.positions_T,
+        batch.lengths,
+        [routing.experts_TK for routing in routings],
+        [routing.weights_TK.detach() for routing in routings],
+    )
+
+
+def rows_of(seen: Seen, sequences_B: Sequence[int], phases_B: Sequence[Phase], step: int) -> Routes:
+    """Return a forward's rows on the host.
+
+    ``sequences_B`` and ``phases_B`` are the number and the phase of each sequence of the batch.
+    """
+    lengths_B = np.array(seen.lengths)
+    return Routes(
+        tokens_N=_on_host(seen.ids_T).astype(np.int32),
+        sequences_N=np.array(sequences_B, dtype=np.int64).repeat(lengths_B),
+        positions_N=_on_host(seen.positions_T).astype(np.int32),
+        steps_N=np.full(len(seen.ids_T), step, dtype=np.int64),
+        phases_N=np.array(phases_B, dtype=np.uint8).repeat(lengths_B),
+        experts_NLK=_stacked(seen.experts, torch.int32, -1),
+        weights_NLK=_stacked(seen.weights, torch.float32, 0),
+    )
+
+
+def header_of(
+    config: ModelConfig,
+    decoder: Decoder | None = None,
+    *,
+    weights: bool = True,
+    written_by: dict[str, Any],
+) -> RouteHeader:
+    """Return the header of a model's route files; ``decoder`` if its weights stay as they are."""
+    if config.moe is None:
+        raise ConfigError("routes cannot be recorded, because the model has no experts.")
+    return make_header(
+        identity_of(config, decoder),
+        config.moe_layers,
+        config.moe.num_experts,
+        config.moe.router.k,
+        weights=weights,
+        written_by=written_by,
+    )
+
+
+def see_forwards(
+    decoder: Decoder, see: Callable[[Batch, list[Routing]], None]
+) -> "torch.utils.hooks.RemovableHandle":
+    """Show every forward of ``decoder`` to ``see`` until the handle is removed."""
+
+    def hook(module: torch.nn.Module, arguments: tuple[Batch], output: DecoderOutput) -> None:
+        see(arguments[0], output.routings)
+
+    return decoder.register_forward_hook(hook)
+
+
+@contextmanager
+def recording(decoder: Decoder, path: Path, written_by: str = "python") -> Iterator[RouteWriter]:
+    """Record all forwards inside the ``with`` block into ``path``, which is replaced.
+
+    A sequence with a cache keeps its number from forward to forward: its first rows are its prompt,
+    the others were generated. A sequence without a cache is a text of its own. Raises
+    :class:`DataError` if the file cannot be written.
+    """
+    header = header_of(decoder.config, decoder, written_by={"program": written_by})
+    numbers: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+    taken = forwards = 0
+
+    def see(batch: Batch, routings: list[Routing]) -> None:
+        nonlocal taken, forwards
+        sequences, phases = [], []
+        for cache in batch.caches or [None] * len(batch.lengths):
+            known = None if cache is None else numbers.get(cache)
+            phases.append(Phase.PREFILL if known is None else Phase.DECODE)
+            sequences.append(taken if known is None else known)
+            taken += known is None
+            if cache is not None:
+                numbers[cache] = sequences[-1]
+        writer.add(rows_of(look_at(batch, routings), sequences, phases, forwards))
+        forwards += 1
+
+    try:
+        writer = RouteWriter(path, header)
+        handle = see_forwards(decoder, see)
+        try:
+            yield writer
+        finally:
+            handle.remove()
+            writer.close()
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be written ({error.strerror}); record into another file."
+        ) from None
+
+
+def _stacked(layers: Sequence[Tensor], dtype: torch.dtype, filling: int) -> Array:
+    """Return ``[T, L, K]`` on the host; layers with fewer choices are filled up."""
+    width = max(values_TK.shape[1] for values_TK in layers)
+    same = []
+    for values_TK in layers:
+        missing = width - values_TK.shape[1]
+        if missing:
+            values_TK = torch.nn.functional.pad(values_TK, (0, missing), value=filling)
+        same.append(values_TK.to(dtype))
+    if same[0].device.type == "cpu":  # quicker than torch for the few rows of a decode step
+        return np.stack([values_TK.numpy() for values_TK in same], axis=1)
+    return _on_host(torch.stack(same, dim=1))
+
+
+def _on_host(tensor: Tensor) -> Array:
+    values: Array = tensor.cpu().numpy()
+    return values
