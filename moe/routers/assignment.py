@@ -6,6 +6,9 @@ T tokens, E experts.
 import torch
 from torch import Tensor
 
+LARGE = 1e30
+"""Stands for infinite scores."""
+
 
 def best_assignment(scores: Tensor) -> Tensor:
     """Return int64: the column of each row, no column twice, so that the scores' sum is largest.
@@ -15,18 +18,25 @@ def best_assignment(scores: Tensor) -> Tensor:
     """
     from scipy.optimize import linear_sum_assignment  # a third of a second, for few routers
 
-    _, columns = linear_sum_assignment(scores.detach().double().cpu().numpy(), maximize=True)
+    # scipy refuses NaN. Their weights are NaN too, which the trainer reports in its own words.
+    finite = scores.detach().double().nan_to_num(nan=0.0, posinf=LARGE, neginf=-torch.inf)
+    _, columns = linear_sum_assignment(finite.cpu().numpy(), maximize=True)
     return torch.from_numpy(columns).to(scores.device)
 
 
 def balanced_assignment(scores_TE: Tensor) -> Tensor:
     """Return int64 ``[T]``: each row's expert, so that the scores' sum is largest.
 
-    Every expert gets ``T // E`` rows, or one more.
+    Every expert gets ``T // E`` rows, or one more. Scores are rounded to a millionth of the
+    largest: the rows of a repeated token differ by rounding only, and must not be told apart by it.
     """
     num_rows, num_experts = scores_TE.shape
+    if num_rows == 0:
+        return torch.empty(0, dtype=torch.int64, device=scores_TE.device)
     least, more = divmod(num_rows, num_experts)
-    scores_TE = scores_TE.detach().double()
+    scores_TE = scores_TE.detach().double().nan_to_num(nan=0.0, posinf=LARGE, neginf=-LARGE)
+    steps = 2.0 ** (20 - scores_TE.abs().max().frexp().exponent)  # of a power of two: no rounding
+    scores_TE = (scores_TE * steps).round()
     if more == 0:
         places = scores_TE.repeat(1, least)
     else:

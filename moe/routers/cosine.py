@@ -16,7 +16,7 @@ from ...kernels.values.choice import ChoiceRule
 from .linear import LearnedConfig, project
 from .loss_terms import GlobalCounts, LayerLosses, balance_and_z
 from .router import Router, RouterSizes
-from .routing import RouterInput, Routing, count_tokens
+from .routing import RouterInput, Routing, routing_of
 
 LOWEST_TEMPERATURE = 0.01
 """A learned temperature does not go below it, so that logits stay below 100 (Tutel)."""
@@ -99,13 +99,7 @@ class CosineRouter(Router):
         assert x_TD is not None, "the caller must pass hidden rows"
         logits_TE = self.logits(x_TD)
         choices = choose(logits_TE, None, valid_T, self.rule, wants_sums=self.training)
-        return Routing(
-            experts_TK=choices.experts_TK,
-            weights_TK=choices.weights_TK,
-            counts_E=choices.counts_E,
-            num_tokens=count_tokens(valid_T, choices.experts_TK),
-            extras={} if choices.sums is None else choices.sums._asdict(),
-        )
+        return routing_of(choices, valid_T)
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """Return each row's cosines over the temperature, ``[T, E]``, in fp32 or fp64."""

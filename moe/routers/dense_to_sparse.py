@@ -4,6 +4,7 @@ T tokens, D model width, E experts.
 """
 
 import zlib
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -18,7 +19,11 @@ from .router import RouterSizes
 from .routing import RouterInput, Routing
 from .smooth_step import routing_of_weights
 
-ACTIVATIONS = {"gelu": F.gelu, "tanh": torch.tanh, "sigmoid": torch.sigmoid}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+}
 
 
 class DenseToSparse(LearnedConfig):

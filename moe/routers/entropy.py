@@ -7,10 +7,14 @@ import torch
 from torch import Tensor
 
 from ...kernels.values.choice import ChoiceRule
+from .loss_terms import GlobalCounts, training_sum
+from .routing import Routing
 
 
-def entropy_sum(logits_TE: Tensor, valid_T: Tensor | None, rule: ChoiceRule) -> Tensor:
-    """Return ``-sum_e p log p`` in nats, summed over valid rows, with p the scores over their sum.
+def add_entropy(
+    routing: Routing, logits_TE: Tensor, valid_T: Tensor | None, rule: ChoiceRule
+) -> None:
+    """Store ``-sum_e p log p`` in nats, summed over valid rows, with p the scores over their sum.
 
     From logits: logarithms of scores that have become 0 would be infinite.
     """
@@ -20,4 +24,9 @@ def entropy_sum(logits_TE: Tensor, valid_T: Tensor | None, rule: ChoiceRule) -> 
     entropy_T = -(logs_TE.exp() * logs_TE).sum(dim=-1)
     if valid_T is not None:
         entropy_T = torch.where(valid_T, entropy_T, 0)
-    return entropy_T.sum()
+    routing.extras["entropy_sum"] = entropy_T.sum()
+
+
+def mean_entropy(routing: Routing, counts: GlobalCounts) -> Tensor:
+    """Return this rank's share of the mean over the tokens of the global batch."""
+    return training_sum(routing, "entropy_sum") / counts.num_tokens.clamp(min=1)

@@ -6,7 +6,7 @@ gives the same choices on any number of ranks.
 T tokens, E experts, G groups.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
 
 import torch
@@ -34,3 +34,15 @@ def groups_of_rows(lengths: Sequence[int], device: torch.device) -> Tensor:
     lengths_G = torch.tensor(lengths, dtype=torch.int64, device=device)
     numbers_G = torch.arange(len(lengths), device=device)
     return numbers_G.repeat_interleave(lengths_G, output_size=sum(lengths))
+
+
+def valid_rows(router_input: RouterInput, num_rows: int, device: torch.device) -> Iterator[Tensor]:
+    """Yield the numbers of each sequence's valid rows; not for sequences without any."""
+    first = 0
+    for length in group_lengths(router_input, num_rows):
+        rows = torch.arange(first, first + length, device=device)
+        if router_input.valid_T is not None:
+            rows = rows[router_input.valid_T[first : first + length]]
+        if len(rows):
+            yield rows
+        first += length

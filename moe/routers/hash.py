@@ -164,7 +164,7 @@ class HashRouter(Router):
         return self.route_to(router_input, self.table_VK[rows_T])
 
     def route_to(self, router_input: RouterInput, experts_TK: Tensor) -> Routing:
-        """Visit the given experts; each weighs 1/k, in ``multihash`` 1."""
+        """Visit the given experts, with the same weights."""
         valid_T = router_input.valid_T
         if valid_T is not None:
             experts_TK = torch.where(valid_T.unsqueeze(-1), experts_TK, -1)

@@ -21,6 +21,11 @@ class GlobalCounts(NamedTuple):
     extra: dict[str, Tensor]
     """The router's own ``Routing.extra_counts``."""
 
+    @property
+    def chosen_E(self) -> Tensor:
+        """Rows that chose each expert, also those that a capacity dropped."""
+        return self.extra.get("chosen_E", self.counts_E)
+
     def plus(self, other: "GlobalCounts") -> "GlobalCounts":
         """Return the sums over both batches."""
         extra = {name: value + other.extra[name] for name, value in self.extra.items()}
@@ -92,13 +97,13 @@ def balance_and_z(
     """Return the balance loss and the z-loss, times these coefficients.
 
     z is ``1/T * sum_t logsumexp(logits_t)^2`` (ST-MoE eq. 5). ``chosen_E`` are the rows to balance,
-    where they are not all that were routed: those before drops, or first choices with k = 1.
+    for example first choices with k = 1; by default all choices, also those that were dropped.
     Raises :class:`ConfigError` for a routing of evaluation mode.
     """
     sums = BalanceSums(
         num_experts=len(counts.counts_E),
         k=k,
-        counts_E=counts.counts_E if chosen_E is None else chosen_E,
+        counts_E=counts.chosen_E if chosen_E is None else chosen_E,
         probability_sums_E=training_sum(routing, "probability_sums_E"),
         num_tokens=counts.num_tokens,
     )

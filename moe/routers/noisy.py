@@ -18,7 +18,7 @@ from .draws import draw_rows
 from .linear import LearnedConfig, LinearRouter, Stepped, project, route_in_one_call
 from .loss_terms import GlobalCounts, LayerLosses, balance_and_z
 from .router import RouterSizes
-from .routing import RouterInput, Routing, count_choices, count_tokens
+from .routing import RouterInput, Routing, count_choices, routing_of
 from .variation import add_sums, chance_above_kth, chance_above_rivals, variation_loss
 
 PURPOSES = NOISE, JITTER, SECOND = range(3)
@@ -131,14 +131,8 @@ class NoisyRouter(Stepped, LinearRouter):
                 return found
         scores = self._scores(x_TD, router_input)
         choices = choose(scores.noisy_TE, None, valid_T, self.rule, wants_sums=self.training)
-        routing = Routing(
-            experts_TK=choices.experts_TK,
-            weights_TK=choices.weights_TK,
-            counts_E=choices.counts_E,
-            num_tokens=count_tokens(valid_T, choices.experts_TK),
-        )
-        if choices.sums is not None:
-            routing.extras = choices.sums._asdict()
+        routing = routing_of(choices, valid_T)
+        if self.training:
             self._add_sums(routing, scores, valid_T)
         self._drop_seconds(routing, router_input)
         if self.training and self.config.capacity is not None:
@@ -148,10 +142,9 @@ class NoisyRouter(Stepped, LinearRouter):
 
     def losses(self, routing: Routing, counts: GlobalCounts) -> LayerLosses:
         """Return balance, z, and the variation of importance and load over the global batch."""
-        config, extra = self.config, counts.extra
-        k, chosen_E = self.k, extra.get("chosen_E")
+        config, k, chosen_E = self.config, self.k, None
         if config.balance_counts == "first":
-            k, chosen_E = 1, extra.get("first_E")
+            k, chosen_E = 1, counts.extra.get("first_E")
         found = balance_and_z(
             routing, counts, k, config.balance_loss, config.z_loss, chosen_E=chosen_E
         )

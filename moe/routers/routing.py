@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import register_dataclass
 
+from ...kernels.values.choice import Choices
 from ...kernels.values.choice import count_choices as count_choices
 
 Reduce = Callable[[Tensor], Tensor]
@@ -97,3 +98,14 @@ def count_tokens(valid_T: Tensor | None, experts_TK: Tensor) -> Tensor:
         shape, device = (), experts_TK.device
         return torch.full(shape, experts_TK.shape[0], dtype=torch.int64, device=device)
     return valid_T.sum()
+
+
+def routing_of(choices: Choices, valid_T: Tensor | None) -> Routing:
+    """Return what a kernel chose, with the sums for losses if it was asked for them."""
+    return Routing(
+        experts_TK=choices.experts_TK,
+        weights_TK=choices.weights_TK,
+        counts_E=choices.counts_E,
+        num_tokens=count_tokens(valid_T, choices.experts_TK),
+        extras={} if choices.sums is None else choices.sums._asdict(),
+    )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.values.choice import ChoiceRule, probabilities, scores, where_valid
+from .loss_terms import GlobalCounts, training_sum
 from .routing import RouterInput, Routing
 
 
@@ -27,6 +28,12 @@ def add_sequence_balance(
     total, num_sequences = sequence_balance(scores_TE, best_TK, lengths)
     routing.extras["sequence_balance_sum"] = total
     routing.extra_counts["num_sequences"] = num_sequences
+
+
+def mean_sequence_balance(routing: Routing, counts: GlobalCounts) -> Tensor:
+    """Return this rank's share of the mean over the sequences of the global batch."""
+    num_sequences = counts.extra["num_sequences"].clamp(min=1)
+    return training_sum(routing, "sequence_balance_sum") / num_sequences
 
 
 def sequence_balance(

@@ -6,10 +6,12 @@ from pydantic import BaseModel, Discriminator, SerializeAsAny, WrapValidator
 from pydantic_core.core_schema import ValidatorFunctionWrapHandler
 
 from ...configuration import validate_config
+from .base import Base
 from .comet import Comet
 from .cosine import Cosine
 from .dense_to_sparse import DenseToSparse
 from .dselect import DSelect
+from .expert_choice import ExpertChoice
 from .hash import Hash
 from .kmeans import KMeans
 from .local_search import LocalSearch
@@ -18,6 +20,7 @@ from .null_experts import NullExperts
 from .own_code import check_class, find_class
 from .relu import ReLU
 from .router import RouterConfig
+from .sinkhorn import Sinkhorn
 from .stochastic import Stochastic
 from .task import Task
 from .timestep import Timestep
@@ -39,6 +42,9 @@ ROUTERS: tuple[type[RouterConfig], ...] = (
     Comet,
     DSelect,
     DenseToSparse,
+    ExpertChoice,
+    Base,
+    Sinkhorn,
     LocalSearch,
 )
 """The configurations of all routers; ``kind`` tells them apart."""

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ...kernels.values.choice import ChoiceRule, loss_sums
-from .entropy import entropy_sum
+from .entropy import add_entropy, mean_entropy
 from .linear import LearnedConfig, LinearRouter
 from .loss_terms import GlobalCounts, LayerLosses, balance_and_z
 from .router import RouterSizes
@@ -88,8 +88,8 @@ class TopPRouter(LinearRouter):
         """Return balance, z and the mean entropy."""
         config = self.config
         found = balance_and_z(routing, counts, self.k, config.balance_loss, config.z_loss)
-        entropy = routing.extras["entropy_sum"] / counts.num_tokens.clamp(min=1)
-        return found._replace(terms=(*found.terms, config.entropy_loss * entropy))
+        entropy = config.entropy_loss * mean_entropy(routing, counts)
+        return found._replace(terms=(*found.terms, entropy))
 
     def _add_sums(
         self,
@@ -101,4 +101,4 @@ class TopPRouter(LinearRouter):
         """Store what the losses need of this rank."""
         sums = loss_sums(logits_TE, probabilities_TE, valid_T, SOFTMAX)
         routing.extras = sums._asdict()
-        routing.extras["entropy_sum"] = entropy_sum(logits_TE, valid_T, SOFTMAX)
+        add_entropy(routing, logits_TE, valid_T, SOFTMAX)

@@ -12,17 +12,18 @@ from torch import Tensor, nn
 
 from ...kernels.router import choose, weigh
 from ...kernels.values.choice import ChoiceRule, scores
+from .balancing_bias import add_margins, even_bias, problem_with_quantiles, toward_even_load
 from .capacity import Capacity, apply_capacity
-from .entropy import entropy_sum
+from .entropy import add_entropy, mean_entropy
 from .linear import LearnedConfig, LinearRouter, project, route_in_one_call
 from .loss_terms import GlobalCounts, LayerLosses, balance_and_z
 from .router import RouterSizes
-from .routing import RouterInput, Routing, count_tokens
-from .sequence_balance import add_sequence_balance
+from .routing import RouterInput, Routing, routing_of
+from .sequence_balance import add_sequence_balance, mean_sequence_balance
 from .token_rounding import round_tokens
 
 TRAINING_ONLY = (
-    *("bias_update_rate", "balance_loss", "balance_over", "sequence_balance_loss"),
+    *("bias_update_rate", "bias_update", "balance_loss", "balance_over", "sequence_balance_loss"),
     *("z_loss", "entropy_loss", "jitter", "capacity", "round_rows_to"),
 )
 """Fields of :class:`TopK` that a run may change: they do not change the meaning of weights."""
@@ -53,9 +54,14 @@ class TopK(LearnedConfig):
     top_groups: int = Field(default=1, ge=1)
     """Groups a token may choose experts from."""
     bias_update_rate: float | None = Field(default=None, ge=0)
-    """Balance without a loss (Wang et al. 2024; DeepSeek-V3): experts are chosen by score plus a
-    bias, which moves by this much towards underloaded experts after each step. The bias
-    does not change weights. None = no bias, 0 = a fixed bias. Set ``balance_loss: 0`` with it."""
+    """Balance without a loss (Wang et al. 2024; DeepSeek-V3; ERNIE 4.5): experts are chosen by
+    score plus a bias, which moves towards underloaded experts after each step. The bias does not
+    change weights. None = no bias, 0 = a fixed bias. Set ``balance_loss: 0`` with it."""
+    bias_update: Literal["sign", "quantile"] = "sign"
+    """How the bias moves. ``sign``: by ``bias_update_rate`` (DeepSeek-V3: 0.001). ``quantile``: by
+    this part of its way to the bias with which each expert would have got its even share
+    (Megatron's quantile balancing: 1). It adds 512 counts for each expert to what ranks
+    exchange."""
     balance_loss: float = Field(default=0.01, ge=0)
     """Coefficient of the Switch/GShard balance loss; at perfect balance the loss itself is 1."""
     balance_over: Literal["layer", "model"] = "layer"
@@ -114,6 +120,9 @@ class TopK(LearnedConfig):
                 f"router.k is {self.k}, but top_groups = {self.top_groups} of num_groups = "
                 f"{self.num_groups} leave {within_reach} experts; raise top_groups or lower k."
             )
+        if self.bias_update == "quantile":
+            rate = self.bias_update_rate
+            return problem_with_quantiles(rate, self.k, self.num_groups, num_experts)
         return None
 
     def architecture(self) -> dict[str, Any]:
@@ -170,25 +179,20 @@ class TopKRouter(LinearRouter):
             if found is not None:
                 return found
         logits_TE = self.logits(x_TD)
+        bias_E = self.e_score_correction_bias
         if given_TK is None:
-            bias_E = self.e_score_correction_bias
             choices = choose(logits_TE, bias_E, valid_T, self.rule, wants_sums=self.training)
         else:
             choices = weigh(logits_TE, given_TK, valid_T, self.rule, wants_sums=self.training)
-        routing = Routing(
-            experts_TK=choices.experts_TK,
-            weights_TK=choices.weights_TK,
-            counts_E=choices.counts_E,
-            num_tokens=count_tokens(valid_T, choices.experts_TK),
-        )
-        if choices.sums is not None:
-            routing.extras = choices.sums._asdict()
+        routing = routing_of(choices, valid_T)
         if not self.training:
             return routing
         if self.config.sequence_balance_loss:
             add_sequence_balance(routing, logits_TE, router_input, self.rule)
         if self.config.entropy_loss:
-            routing.extras["entropy_sum"] = entropy_sum(logits_TE, valid_T, self.rule)
+            add_entropy(routing, logits_TE, valid_T, self.rule)
+        if bias_E is not None and self.config.bias_update == "quantile":
+            add_margins(routing, scores(logits_TE, self.rule), bias_E, self.k, valid_T)
         if given_TK is not None:
             return routing  # recorded choices have been dropped and rounded
         if self.config.capacity is not None:
@@ -208,37 +212,27 @@ class TopKRouter(LinearRouter):
 
         Balance over sequences is its mean over the sequences of the global batch.
         """
-        config, chosen_E = self.config, counts.extra.get("chosen_E")
+        config = self.config
         found = balance_and_z(
-            routing,
-            counts,
-            self.k,
-            config.balance_loss,
-            config.z_loss,
-            config.balance_over,
-            chosen_E,
+            routing, counts, self.k, config.balance_loss, config.z_loss, config.balance_over
         )
-        if "sequence_balance_sum" in routing.extras:
-            num_sequences = counts.extra["num_sequences"].clamp(min=1)
-            per_sequence = routing.extras["sequence_balance_sum"] / num_sequences
-            more = config.sequence_balance_loss * per_sequence
-            found = found._replace(terms=(*found.terms, more))
-        if "entropy_sum" in routing.extras:
-            mean = routing.extras["entropy_sum"] / counts.num_tokens.clamp(min=1)
-            found = found._replace(terms=(*found.terms, config.entropy_loss * mean))
-        return found
+        terms = list(found.terms)
+        if config.sequence_balance_loss:
+            terms.append(config.sequence_balance_loss * mean_sequence_balance(routing, counts))
+        if config.entropy_loss:
+            terms.append(config.entropy_loss * mean_entropy(routing, counts))
+        return found._replace(terms=tuple(terms))
 
     @torch.no_grad()
     def after_step(self, counts: GlobalCounts, layers: Sequence[GlobalCounts]) -> None:
-        """Move the bias towards even load.
-
-        ``b += rate * sign(mean - load)`` (Wang et al. 2024, algorithm 1). Does nothing without a
-        bias.
-        """
+        """Move the bias, if there is one, as ``bias_update`` says."""
         bias_E, rate = self.e_score_correction_bias, self.config.bias_update_rate
-        if bias_E is not None and rate:
-            load_E = counts.extra.get("chosen_E", counts.counts_E).to(bias_E)
-            bias_E += rate * (load_E.mean() - load_E).sign()
+        if bias_E is None or not rate:
+            return
+        if self.config.bias_update == "sign":
+            bias_E += rate * toward_even_load(counts).to(bias_E)
+        elif counts.num_tokens:
+            bias_E.lerp_(even_bias(counts, self.k).to(bias_E), rate)
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """Return each row's score for every expert before softmax or sigmoid, ``[T, E]``."""

@@ -1,0 +1,75 @@
+"""BASE layers (Lewis et al. 2021, "BASE Layers: Simplifying Training of Large, Sparse Models").
+
+T tokens, D model width, E experts, K = 1 choices.
+"""
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Generator, Tensor, nn
+
+from .assignment import balanced_assignment
+from .groups import valid_rows
+from .linear import LearnedConfig, LinearRouter
+from .router import RouterSizes
+from .routing import RouterInput, Routing, count_choices, count_tokens
+
+GAIN = 0.1
+"""Experts' centroids begin orthogonal with this length (fairseq)."""
+
+
+class Base(LearnedConfig):
+    """A balanced assignment of tokens to experts, with the largest sum of affinities (BASE).
+
+    Every expert gets the same number of each sequence's tokens, or one more where it does not
+    divide. An affinity is ``x . c_e`` with an expert's centroid c, and the weight of the choice is
+    ``sigmoid(x . c_e)``: the paper's ``(1 - a) x + a Expert(x)``, whose expert has a residual of
+    its own. There is no loss. Training looks at later tokens of the sequence. Evaluation takes the
+    expert with the largest affinity, token by token. The assignment is solved on the host: for a
+    sequence of 1,000 tokens in 0.1 to 1 s, and for 2,000 in 0.6 s and more.
+    """
+
+    paper: ClassVar[str] = "Lewis et al. 2021 (BASE)"
+
+    kind: Literal["base"] = "base"
+    k: int = Field(default=1, ge=1, le=1)
+    """Experts each token visits: one."""
+
+    def build(self, sizes: RouterSizes) -> "BaseRouter":
+        """Return the module."""
+        return BaseRouter(self, sizes.d_model, sizes.num_experts)
+
+
+class BaseRouter(LinearRouter):
+    """See :class:`Base`."""
+
+    def __init__(self, config: Base, d_model: int, num_experts: int) -> None:
+        super().__init__(config, d_model, num_experts)
+        nn.init.orthogonal_(self.weight, gain=GAIN)
+
+    def initialize(self, name: str, generator: Generator) -> Tensor | None:
+        """Return orthogonal centroids of length 0.1."""
+        weight_ED = torch.empty(self.weight.shape, device="cpu")
+        return nn.init.orthogonal_(weight_ED, gain=GAIN, generator=generator)
+
+    def route(self, router_input: RouterInput) -> Routing:
+        """Assign the rows of each sequence; in evaluation take the best expert of each row."""
+        x_TD, valid_T = router_input.x_TD, router_input.valid_T
+        assert x_TD is not None, "the caller must pass hidden rows"
+        affinity_TE = self.logits(x_TD)
+        if self.training:
+            expert_T = torch.full((len(x_TD),), -1, device=x_TD.device)
+            for rows in valid_rows(router_input, len(x_TD), x_TD.device):
+                expert_T[rows] = balanced_assignment(affinity_TE[rows])
+        else:
+            expert_T = affinity_TE.argmax(dim=1)
+            if valid_T is not None:
+                expert_T = torch.where(valid_T, expert_T, -1)
+        experts_TK = expert_T.unsqueeze(1).int()
+        return Routing(
+            experts_TK=experts_TK,
+            weights_TK=affinity_TE.gather(1, expert_T.clamp(min=0).unsqueeze(1)).sigmoid(),
+            counts_E=count_choices(experts_TK, self.num_experts),
+            num_tokens=count_tokens(valid_T, experts_TK),
+        )
