@@ -285,4 +285,4 @@ def test_the_settings_of_papers_on_the_page_are_configurations():
     sections = [yaml.safe_load("{" + part) for part in re.split(r"^{", block, flags=re.M)[1:]]
     assert len(sections) == 14
     for section in sections:
-        moeyard.router(**section).build(RouterSizes(D, 8, vocab_size=20))
+        moeyard.router(**section).build(RouterSizes(D, 16, vocab_size=20))
