@@ -82,8 +82,12 @@ class StochasticRouter(Stepped, Router):
         else:
             width = self.num_experts if self.config.evaluation == "mean" else self.k
             experts_TK = torch.arange(width, device=device).expand(num_rows, -1)
-        weights_TK = torch.full(experts_TK.shape, 1 / experts_TK.shape[1], device=device)
-        experts_TK = experts_TK.int()
+        return self.route_to(router_input, experts_TK.int())
+
+    def route_to(self, router_input: RouterInput, experts_TK: Tensor) -> Routing:
+        """Visit the given experts; each weighs one over their number of places."""
+        weight = 1 / max(1, experts_TK.shape[1])
+        weights_TK = torch.full(experts_TK.shape, weight, device=experts_TK.device)
         if router_input.valid_T is not None:
             experts_TK = torch.where(router_input.valid_T.unsqueeze(1), experts_TK, -1)
         return Routing(

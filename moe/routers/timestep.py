@@ -4,6 +4,7 @@ from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from ...errors import ConfigError
 from .router import Router, RouterConfig, RouterSizes
@@ -57,11 +58,16 @@ class TimestepRouter(Router):
         times_T = checked(times_T, valid_T, "timesteps", end)
         expert_T = (times_T.double() * self.num_experts / end).floor().int()
         experts_T1 = expert_T.clamp(max=self.num_experts - 1).unsqueeze(1)
+        return self.route_to(router_input, experts_T1)
+
+    def route_to(self, router_input: RouterInput, experts_TK: Tensor) -> Routing:
+        """Visit the given experts, with weight 1."""
+        valid_T = router_input.valid_T
         if valid_T is not None:
-            experts_T1 = torch.where(valid_T.unsqueeze(1), experts_T1, -1)
+            experts_TK = torch.where(valid_T.unsqueeze(1), experts_TK, -1)
         return Routing(
-            experts_TK=experts_T1,
-            weights_TK=torch.ones(experts_T1.shape, device=experts_T1.device),
-            counts_E=count_choices(experts_T1, self.num_experts),
-            num_tokens=count_tokens(valid_T, experts_T1),
+            experts_TK=experts_TK,
+            weights_TK=torch.ones(experts_TK.shape, device=experts_TK.device),
+            counts_E=count_choices(experts_TK, self.num_experts),
+            num_tokens=count_tokens(valid_T, experts_TK),
         )

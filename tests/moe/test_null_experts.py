@@ -5,6 +5,7 @@ import torch
 
 import moeyard
 from moeyard.errors import ConfigError
+from moeyard.moe.routers.losses import global_counts
 from moeyard.moe.routers.null_experts import NullExperts, NullExpertsRouter
 from moeyard.moe.routers.routing import RouterInput
 
@@ -173,7 +174,7 @@ def test_a_smaller_factor_sends_more_choices_to_null_experts():
 def test_nothing_is_dropped_and_evaluation_has_no_losses():
     gate = router()
     routing = gate.route(RouterInput(rows()))
-    counts = moeyard.moe.routers.losses.global_counts([routing], lambda counts: counts)[0]
+    counts = global_counts([routing], lambda counts: counts)[0]
     assert gate.dropped(counts) == 0 and int(counts.extra["null"]) > 0
     with pytest.raises(ConfigError, match="keep in training mode only"):
         gate.losses(gate.eval().route(RouterInput(rows())), counts)
