@@ -11,7 +11,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ...kernels.router import choose, weigh
+from ...kernels.router import choose
 from ...kernels.values.choice import ChoiceRule
 from .kmeans_update import moved, reseed, sums_of_members, sums_to_means
 from .linear import LearnedConfig, project
@@ -85,6 +85,8 @@ class KMeans(LearnedConfig):
 class KMeansRouter(Router):
     """See :class:`KMeans`."""
 
+    replays: ClassVar[bool] = True
+
     centroids_ED: Tensor
     idle_steps_E: Tensor
     """int64: steps since a token was nearest to each centroid; counted with ``update_rate``."""
@@ -101,14 +103,10 @@ class KMeansRouter(Router):
         self.register_buffer("idle_steps_E", torch.zeros(num_experts, dtype=torch.int64))
 
     def route(self, router_input: RouterInput) -> Routing:
-        """Choose the k nearest or farthest centroids of each row."""
-        return self._route(router_input, None)
+        """Choose the k nearest or farthest centroids of each row.
 
-    def route_to(self, router_input: RouterInput, experts_TK: Tensor) -> Routing:
-        """Visit the given experts; centroids still follow the tokens that are nearest to them."""
-        return self._route(router_input, experts_TK)
-
-    def _route(self, router_input: RouterInput, given_TK: Tensor | None) -> Routing:
+        In a replay centroids still follow the tokens that are nearest to them.
+        """
         x_TD, valid_T = router_input.x_TD, router_input.valid_T
         assert x_TD is not None, "the caller must pass hidden rows"
         squared_TE = self.squared_distances(x_TD)
@@ -116,10 +114,9 @@ class KMeansRouter(Router):
         distance_TE = squared_TE.clamp(min=torch.finfo(squared_TE.dtype).tiny).sqrt()
         sign = -1 if self.config.choose == "nearest" else 1
         logits_TE = sign * distance_TE / self.config.temperature
-        if given_TK is None:
-            choices = choose(logits_TE, None, valid_T, self.rule, wants_sums=self.training)
-        else:
-            choices = weigh(logits_TE, given_TK, valid_T, self.rule, wants_sums=self.training)
+        choices = choose(
+            logits_TE, None, valid_T, self.rule, self.training, given_TK=router_input.given_TK
+        )
         routing = Routing(
             experts_TK=choices.experts_TK,
             weights_TK=choices.weights_TK,

@@ -65,6 +65,8 @@ class Stochastic(RouterConfig):
 class StochasticRouter(Stepped, Router):
     """See :class:`Stochastic`."""
 
+    replays: ClassVar[bool] = True
+
     def __init__(self, config: Stochastic, num_experts: int, layer: int = 0) -> None:
         super().__init__(config, num_experts)
         self.config: Stochastic = config
@@ -77,15 +79,14 @@ class StochasticRouter(Stepped, Router):
         rows = x_TD if ids_T is None else ids_T
         assert rows is not None, "the caller must pass token ids or hidden rows"
         num_rows, device = rows.shape[0], rows.device
-        if self.training:
+        if router_input.given_TK is not None:
+            experts_TK = router_input.given_TK
+        elif self.training:
             experts_TK = self._drawn(router_input, num_rows, device)
         else:
             width = self.num_experts if self.config.evaluation == "mean" else self.k
             experts_TK = torch.arange(width, device=device).expand(num_rows, -1)
-        return self.route_to(router_input, experts_TK.int())
-
-    def route_to(self, router_input: RouterInput, experts_TK: Tensor) -> Routing:
-        """Visit the given experts; each weighs one over their number of places."""
+        experts_TK = experts_TK.int()
         weight = 1 / max(1, experts_TK.shape[1])
         weights_TK = torch.full(experts_TK.shape, weight, device=experts_TK.device)
         if router_input.valid_T is not None:

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ...errors import ConfigError
-from ...kernels.router import choose, weigh
+from ...kernels.router import choose
 from ...kernels.values.choice import ChoiceRule
 from .linear import LearnedConfig, project
 from .loss_terms import GlobalCounts, LayerLosses, training_sum
@@ -62,6 +62,8 @@ class Task(LearnedConfig):
 class TaskRouter(Router):
     """See :class:`Task`."""
 
+    replays: ClassVar[bool] = True
+
     def __init__(self, config: Task, d_model: int, num_experts: int) -> None:
         super().__init__(config, num_experts)
         self.config: Task = config
@@ -83,13 +85,6 @@ class TaskRouter(Router):
 
     def route(self, router_input: RouterInput) -> Routing:
         """Choose the k best experts of each row for its task."""
-        return self._route(router_input, None)
-
-    def route_to(self, router_input: RouterInput, experts_TK: Tensor) -> Routing:
-        """Visit the given experts, with their probabilities for the task."""
-        return self._route(router_input, experts_TK)
-
-    def _route(self, router_input: RouterInput, given_TK: Tensor | None) -> Routing:
         x_TD, valid_T = router_input.x_TD, router_input.valid_T
         assert x_TD is not None, "the caller must pass hidden rows"
         if router_input.tasks_T is None:
@@ -99,10 +94,7 @@ class TaskRouter(Router):
         last = self.config.num_tasks - 1
         tasks_T = checked(router_input.tasks_T, valid_T, "tasks", last).long()
         logits_TE = self.logits(x_TD, tasks_T)
-        if given_TK is None:
-            choices = choose(logits_TE, None, valid_T, self.rule, wants_sums=False)
-        else:
-            choices = weigh(logits_TE, given_TK, valid_T, self.rule, wants_sums=False)
+        choices = choose(logits_TE, None, valid_T, self.rule, False, given_TK=router_input.given_TK)
         routing = Routing(
             experts_TK=choices.experts_TK,
             weights_TK=choices.weights_TK,

@@ -4,7 +4,6 @@ from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from ...errors import ConfigError
 from .router import Router, RouterConfig, RouterSizes
@@ -42,6 +41,8 @@ class Timestep(RouterConfig):
 class TimestepRouter(Router):
     """See :class:`Timestep`."""
 
+    replays: ClassVar[bool] = True
+
     def __init__(self, config: Timestep, num_experts: int) -> None:
         super().__init__(config, num_experts)
         self.config: Timestep = config
@@ -57,12 +58,9 @@ class TimestepRouter(Router):
         end = self.config.num_timesteps
         times_T = checked(times_T, valid_T, "timesteps", end)
         expert_T = (times_T.double() * self.num_experts / end).floor().int()
-        experts_T1 = expert_T.clamp(max=self.num_experts - 1).unsqueeze(1)
-        return self.route_to(router_input, experts_T1)
-
-    def route_to(self, router_input: RouterInput, experts_TK: Tensor) -> Routing:
-        """Visit the given experts, with weight 1."""
-        valid_T = router_input.valid_T
+        experts_TK = router_input.given_TK
+        if experts_TK is None:
+            experts_TK = expert_T.clamp(max=self.num_experts - 1).unsqueeze(1)
         if valid_T is not None:
             experts_TK = torch.where(valid_T.unsqueeze(1), experts_TK, -1)
         return Routing(
