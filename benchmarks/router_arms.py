@@ -39,12 +39,32 @@ ARMS = {
 
 OVERHEAD = {
     "topk": {"kind": "topk", "k": 2},
-    "topk, sigmoid and bias": {
+    "topk, sigmoid, bias": {"kind": "topk", "k": 2, "score": "sigmoid", "bias_update_rate": 1e-3},
+    "topk, quantiles": {
         "kind": "topk",
         "k": 2,
         "score": "sigmoid",
-        "bias_update_rate": 1e-3,
+        "bias_update": "quantile",
+        "bias_update_rate": 0.5,
     },
+    "topk, capacity": {"kind": "topk", "k": 2, "capacity": {"factor": 1.25}},
+    "noisy": {"kind": "noisy", "k": 2},
+    "noisy, GShard": {
+        "kind": "noisy",
+        "k": 2,
+        "noise": "none",
+        "second_expert": "random",
+        "importance_loss": 0,
+        "load_loss": 0,
+        "balance_loss": 0.01,
+        "capacity": {"factor": 1.25},
+    },
+    "top_p": {"kind": "top_p", "k": 2, "p": 0.05},
+    "relu": {"kind": "relu", "k": 2},
+    "cosine": {"kind": "cosine", "k": 2},
+    "kmeans": {"kind": "kmeans", "k": 2},
+    "null_experts": {"kind": "null_experts", "k": 2, "num_null": 8},
     "hash": {"kind": "hash", "k": 2, "table": "random"},
+    "hash, bigram": {"kind": "hash", "k": 2, "table": "bigram"},
 }
 """The token-choice routers of benchmarks/router_overhead.py, for 64 experts."""

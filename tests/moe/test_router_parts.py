@@ -1,5 +1,7 @@
 """The parts that routers share: draws, lines of choices, shares of whole-batch losses, the list."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -72,6 +74,8 @@ def test_the_list_names_every_router_and_shows_the_options_of_one(capsys):
     listed = capsys.readouterr().out
     kinds = [config.model_fields["kind"].default for config in ROUTERS]
     assert [line.split()[0] for line in listed.splitlines()[1 : 1 + len(kinds)]] == kinds
+    page = (Path(__file__).parent.parent.parent / "docs" / "routers.md").read_text()
+    assert [kind for kind in kinds if f"\n| `{kind}` |" not in page] == []
     assert main(["routers", "hash"]) == 0
     assert "table: random: experts drawn per token id" in capsys.readouterr().out
 
