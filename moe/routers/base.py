@@ -24,8 +24,8 @@ class Base(LearnedConfig):
 
     Every expert gets the same number of each sequence's tokens, or one more where it does not
     divide. An affinity is ``x . c_e`` with an expert's centroid c, and the weight of the choice is
-    ``sigmoid(x . c_e)``: the paper's ``(1 - a) x + a Expert(x)``, whose expert has a residual of
-    its own. There is no loss. Training looks at later tokens of the sequence. Evaluation takes the
+    ``sigmoid(x . c_e)``: the paper's ``(1 - a) x + a Expert(x)``, whose expert has a residual
+    inside. There is no loss. Training looks at later tokens of the sequence. Evaluation takes the
     expert with the largest affinity, token by token. The assignment is solved on the host: for a
     sequence of 1,000 tokens in 0.1 to 1 s, and for 2,000 in 0.6 s and more.
     """

@@ -103,7 +103,7 @@ def replay(
 
 @contextmanager
 def replaying(decoder: Decoder, experts_of: Callable[[Batch], Tensor | None]) -> Iterator[None]:
-    """Replay in the forwards inside the ``with`` block, whoever calls the decoder.
+    """Replay in every forward of ``decoder`` inside the ``with`` block.
 
     ``experts_of`` returns the experts of a batch, ``[T, L, K]``; None = the routers choose.
     """

@@ -27,13 +27,7 @@ def part_of(given: RouterInput, first: int, last: int) -> RouterInput:
 def loss_and_gradients(gate: moeyard.Router, parts: list[RouterInput]):
     """Route ``parts`` as ranks do; return the summed shares of the loss, gradients and counts."""
     gate.zero_grad()
-    routings = [gate.route(part) for part in parts]
-    counts = [global_counts([routing], lambda own: own)[0] for routing in routings]
-    whole = counts[0]
-    for more in counts[1:]:
-        whole = whole.plus(more)
-    shares = [gate.losses(routing, whole).terms for routing in routings]
-    total = sum(term for terms in shares for term in terms)
+    total, whole = _on_ranks(gate, parts)
     total.backward()
     gradients = {
         name: None if parameter.grad is None else parameter.grad.clone()
@@ -44,12 +38,21 @@ def loss_and_gradients(gate: moeyard.Router, parts: list[RouterInput]):
 
 def losses_of_ranks(gate: moeyard.Router, parts: list[RouterInput]) -> torch.Tensor:
     """Route ``parts`` as ranks do; return the summed shares of the loss with their graph."""
+    return _on_ranks(gate, parts)[0]
+
+
+def _on_ranks(
+    gate: moeyard.Router, parts: list[RouterInput]
+) -> tuple[torch.Tensor, moeyard.GlobalCounts]:
+    """Return the summed shares, and the counts of all parts."""
     routings = [gate.route(part) for part in parts]
     counts = [global_counts([routing], lambda own: own)[0] for routing in routings]
     whole = counts[0]
     for more in counts[1:]:
         whole = whole.plus(more)
-    return torch.stack([sum(gate.losses(routing, whole).terms) for routing in routings]).sum()
+    return torch.stack(
+        [sum(gate.losses(routing, whole).terms) for routing in routings]
+    ).sum(), whole
 
 
 def assert_shares_add_up(gate: moeyard.Router, given: RouterInput, tolerance: float = 1e-12):
