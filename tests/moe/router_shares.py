@@ -50,9 +50,8 @@ def _on_ranks(
     whole = counts[0]
     for more in counts[1:]:
         whole = whole.plus(more)
-    return torch.stack(
-        [sum(gate.losses(routing, whole).terms) for routing in routings]
-    ).sum(), whole
+    shares = [sum(gate.losses(routing, whole).terms) for routing in routings]
+    return torch.stack(shares).sum(), whole
 
 
 def assert_shares_add_up(gate: moeyard.Router, given: RouterInput, tolerance: float = 1e-12):

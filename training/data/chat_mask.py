@@ -21,8 +21,8 @@ GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 STAND_IN = "\ue000\ue001"
 """Private characters, one at each end, which no text has."""
 CHATS_A_JOB = 8
-"""Most chats of a job. A usual conversation fits into one. A long one with many answers needs a copy
-of itself for each, and several jobs keep the process's memory small."""
+"""Most chats of a job. A usual conversation fits into one. A long one with many answers needs a
+copy of itself for each, and several jobs keep the process's memory small."""
 
 
 @dataclass(frozen=True, slots=True)
