@@ -14,6 +14,37 @@ ARMS = {
     "topk, sigmoid and bias": arm(
         "kind: topk, k: 2, score: sigmoid, bias_update_rate: 0.003, balance_loss: 0"
     ),
+    "topk, softmax and bias": arm(
+        "kind: topk, k: 2, score: softmax, bias_update_rate: 0.0003, balance_loss: 0"
+    ),
+    "topk, quantiles": arm(
+        "kind: topk, k: 2, score: sigmoid, bias_update: quantile, bias_update_rate: 1, "
+        "balance_loss: 0"
+    ),
+    "topk, capacity": arm(
+        "kind: topk, k: 2, balance_loss: 0.01, z_loss: 0.001, capacity: {factor: 1.25}"
+    ),
+    "topk, local search": arm(
+        "kind: local_search, search_steps: 50, "
+        "router: {kind: topk, k: 2, balance_loss: 0.01, z_loss: 0.001}"
+    ),
+    "noisy, Shazeer": arm("kind: noisy, k: 2"),
+    "noisy, GShard": arm(
+        "kind: noisy, k: 2, noise: none, importance_loss: 0, load_loss: 0, second_expert: random, "
+        "balance_loss: 0.01, balance_counts: first, capacity: {factor: 1.25}"
+    ),
+    "noisy, Switch": arm(
+        "kind: noisy, k: 1, noise: none, importance_loss: 0, load_loss: 0, renormalize: false, "
+        "jitter: 0.01, balance_loss: 0.01, capacity: {factor: 1.25}",
+        one_wide_expert=True,
+    ),
+    "noisy, V-MoE": arm(
+        "kind: noisy, k: 2, noise: constant, renormalize: false, importance_loss: 0.005, "
+        "load_loss: 0.005, capacity: {factor: 1.05, drop: batch_priority, rounding: up}"
+    ),
+    "top-p": arm("kind: top_p, k: 2, p: 0.3"),
+    "relu": arm("kind: relu, k: 2"),
+    "cosine": arm("kind: cosine, k: 2, renormalize: true"),
     "hash, balanced": arm("kind: hash, k: 2"),
     "hash, random": arm("kind: hash, k: 2, table: random"),
     "hash, bigram": arm("kind: hash, k: 2, table: bigram"),
@@ -23,6 +54,9 @@ ARMS = {
     "stochastic, mean of all": arm("kind: stochastic", one_wide_expert=True),
     "comet": arm("kind: comet, k: 2, gamma: 10.0, importance_loss: 0.01"),
     "dselect": arm("kind: dselect, k: 2, gamma: 10.0, importance_loss: 0.01"),
+    "comet, pre-gated": arm(
+        "kind: comet, k: 2, gamma: 10.0, importance_loss: 0.01, lookahead: previous_block"
+    ),
     "dense to sparse": arm(
         "kind: dense_to_sparse, k: 2, decay_steps: 75, last_temperature: 0.3, hard_after: 100"
     ),
@@ -33,6 +67,10 @@ ARMS = {
     "comet, local search": arm(
         "kind: local_search, search_steps: 50, "
         "router: {kind: comet, k: 2, gamma: 10.0, importance_loss: 0.01}"
+    ),
+    "dselect, local search": arm(
+        "kind: local_search, search_steps: 50, "
+        "router: {kind: dselect, k: 2, gamma: 10.0, importance_loss: 0.01}"
     ),
 }
 """By name in the table."""
