@@ -2,9 +2,10 @@
 
     python benchmarks/router_overhead.py [--threads 2] [--repeats 9]
 
-For each router, interleaved: the whole layer (width 1024, experts of 512), its linear scores alone
-where it has them, and from rows to grouped rows. Overhead is the last minus the scores, over the
-layer: what the rule itself adds. Medians, forward in evaluation and in training with its losses.
+For each router, interleaved: the whole layer (width 1024, experts of 512), its scores alone (their
+products with the rows, two for learned noise and cosines), and from rows to grouped rows. Overhead
+is the last minus the scores, over the layer: what the rule itself adds. Medians, forward in
+evaluation and in training with its losses.
 
 T tokens, D model width, E experts.
 """
@@ -21,9 +22,14 @@ from torch import Tensor
 
 import moeyard
 from moeyard.kernels.values.grouping import group_tokens
+from moeyard.moe.routers.cosine import CosineRouter
 from moeyard.moe.routers.draws import sequence_keys
-from moeyard.moe.routers.linear import project
+from moeyard.moe.routers.kmeans import KMeansRouter
+from moeyard.moe.routers.linear import LinearRouter, project
+from moeyard.moe.routers.noisy import NoisyRouter
+from moeyard.moe.routers.router import Router
 from moeyard.moe.routers.routing import RouterInput
+from moeyard.moe.routers.split_rows import split_rows
 
 from report import write_results
 
@@ -67,20 +73,22 @@ def measured(layer: moeyard.MoELayer, given: RouterInput, repeats: int) -> dict[
     """Return medians in milliseconds, and shares of the layer."""
     assert given.x_TD is not None
     gate, x_TD = layer.gate, given.x_TD
-    weight = getattr(gate, "weight", None)
-    scores = isinstance(weight, Tensor) and weight.shape == (E, D)
 
     def route() -> None:
-        group_tokens(gate.route(given).experts_TK, E)
+        routing = gate.route(given)
+        experts_TK = routing.experts_TK
+        if gate.config.varies:
+            _, experts_TK, _ = split_rows(experts_TK, routing.weights_TK, gate.k)
+        group_tokens(experts_TK, E)
 
     def whole() -> None:
         layer(x_TD, routing=gate.route(given))
 
-    def project_only() -> None:
-        if scores:
-            project(x_TD, weight)
-
-    calls: dict[str, Callable[[], None]] = {"layer": whole, "scores": project_only, "route": route}
+    calls: dict[str, Callable[[], None]] = {
+        "layer": whole,
+        "scores": lambda: score(gate, x_TD),
+        "route": route,
+    }
     times: dict[str, list[float]] = {name: [] for name in (*calls, *(f"train_{c}" for c in calls))}
     for _ in range(repeats + 1):  # the first is not counted
         for prefix in ("", "train_"):
@@ -95,6 +103,16 @@ def measured(layer: moeyard.MoELayer, given: RouterInput, repeats: int) -> dict[
         found[f"{prefix}rule"] = max(0.0, found[f"{prefix}route"] - found[f"{prefix}scores"])
         found[f"{prefix}share"] = found[f"{prefix}rule"] / found[f"{prefix}layer"]
     return found
+
+
+def score(gate: Router, x_TD: Tensor) -> None:
+    """Compute a router's scores: the products of its weights with the rows."""
+    if isinstance(gate, KMeansRouter):
+        gate.squared_distances(x_TD)
+    elif isinstance(gate, LinearRouter | CosineRouter):
+        gate.logits(x_TD)
+    if isinstance(gate, NoisyRouter) and gate.training and gate.noise_weight is not None:
+        project(x_TD, gate.noise_weight)
 
 
 if __name__ == "__main__":

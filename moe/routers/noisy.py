@@ -194,6 +194,7 @@ class NoisyRouter(Stepped, LinearRouter):
     def _add_sums(self, routing: Routing, scores: "Scores", valid_T: Tensor | None) -> None:
         """Store what the losses need of this rank."""
         config = self.config
+        chosen_TK = routing.experts_TK.clamp(min=0).long()
         if config.balance_counts == "first":
             first_T1 = routing.experts_TK[:, :1]
             routing.extra_counts["first_E"] = count_choices(first_T1, self.num_experts)
@@ -201,13 +202,15 @@ class NoisyRouter(Stepped, LinearRouter):
             if config.noise == "constant":
                 weights_TE = scores.clean_TE.softmax(dim=-1)
             else:
-                chosen_TK = routing.experts_TK.clamp(min=0).long()
                 weights_TE = torch.zeros_like(scores.clean_TE)
                 weights_TE = weights_TE.scatter(1, chosen_TK, routing.weights_TK)
             add_sums(routing, "importance_E", weights_TE, valid_T)
         if config.load_loss:
-            chance = chance_above_kth if config.noise == "constant" else chance_above_rivals
-            load_TE = chance(scores.clean_TE, scores.noisy_TE, scores.std_TE, self.k)
+            values = (scores.clean_TE, scores.noisy_TE, scores.std_TE)
+            if config.noise == "constant":
+                load_TE = chance_above_kth(*values, self.k)
+            else:
+                load_TE = chance_above_rivals(*values, chosen_TK)
             add_sums(routing, "load_E", load_TE, valid_T)
 
     def _drop_seconds(self, routing: Routing, router_input: RouterInput) -> None:

@@ -38,17 +38,22 @@ def variation_loss(routing: Routing, counts: GlobalCounts, name: str) -> Tensor:
     return share_of(squared_variation, here_E, whole_E, part)
 
 
-def chance_above_rivals(clean_TE: Tensor, noisy_TE: Tensor, std_TE: Tensor, k: int) -> Tensor:
+def chance_above_rivals(
+    clean_TE: Tensor, noisy_TE: Tensor, std_TE: Tensor, chosen_TK: Tensor
+) -> Tensor:
     """Return the chance that each expert is chosen if only its own noise is drawn again.
 
     ``Phi((clean - threshold) / std)``; the threshold is the best k-th value among the other
-    experts (Shazeer et al. 2017, eq. 8-9). With k = E it is 1, without gradient.
+    experts (Shazeer et al. 2017, eq. 8-9). With k = E it is 1, without gradient. ``chosen_TK`` are
+    the ids of the k best noisy values.
     """
-    if k == clean_TE.shape[1]:
+    if chosen_TK.shape[1] == clean_TE.shape[1]:
         return torch.ones_like(clean_TE)
-    best_TX = noisy_TE.topk(k + 1, dim=1).values
-    if_in_T1, if_out_T1 = best_TX[:, k:], best_TX[:, k - 1 : k]
-    threshold_TE = torch.where(noisy_TE > if_in_T1, if_in_T1, if_out_T1)
+    is_chosen_TE = torch.zeros_like(noisy_TE, dtype=torch.bool).scatter(1, chosen_TK, True)
+    rivals_TE = noisy_TE.masked_fill(is_chosen_TE, -torch.inf)
+    best_rival_T1 = rivals_TE.max(dim=1, keepdim=True).values
+    worst_chosen_T1 = noisy_TE.gather(1, chosen_TK).min(dim=1, keepdim=True).values
+    threshold_TE = torch.where(is_chosen_TE, best_rival_T1, worst_chosen_T1)
     return torch.special.ndtr((clean_TE - threshold_TE) / std_TE)
 
 

@@ -73,6 +73,24 @@ def test_equal_probabilities_go_to_the_lower_id_until_p_is_exceeded():
     assert routing.experts_TK[:, :4].tolist() == [[0, 1, 2, -1]] * 2
 
 
+@pytest.mark.parametrize("sharpness", [0.0, 1.0, 4.0])
+def test_a_row_of_many_experts_chooses_the_same_alone_and_among_others(sharpness):
+    torch.manual_seed(0)
+    gate = TopP(p=0.51).build(RouterSizes(D, 40)).eval()  # fp32; row 0 wants half of the experts
+    x = rows(12).float() * torch.tensor([0.0, *[sharpness] * 11]).unsqueeze(1)
+    scores = gate.logits(x).softmax(dim=-1)
+    together = gate.route(RouterInput(x)).experts_TK
+    for token in range(len(x)):
+        chosen, total = [], torch.zeros(())
+        for expert in scores[token].sort(descending=True, stable=True).indices.tolist():
+            if total <= 0.51:
+                chosen.append(expert)
+                total = total + scores[token, expert]
+        alone = gate.route(RouterInput(x[token : token + 1])).experts_TK[0]
+        for found in (alone, together[token]):
+            assert found[found >= 0].tolist() == chosen
+
+
 def test_losses_follow_their_formulas_with_gradients():
     gate, x = router(k=2, entropy_loss=0.3, balance_loss=0.5, z_loss=0.1), rows(9)
     routing = gate.route(RouterInput(x))
