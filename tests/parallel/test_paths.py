@@ -15,11 +15,15 @@ from moeyard.parallel.experts.pipelined import Degrees
 from moeyard.parallel.mesh import Mesh
 from moeyard.training.read_config import read_run_config
 
-from equivalence import EXACT, WORKER, differences, gathered_from
+from equivalence import EXACT as IN_FP64
+from equivalence import WORKER, differences, gathered_from
 from launch import run, torchrun
 
+EXACT = [*IN_FP64, "model.num_layers=3"]
 TORCH = [*EXACT, "parallel.backend=torch"]
 BOTH = ["train.accumulation=2", "train.recompute=true"]
+COPY_BYTES = 3 * 16 * 32 * (8 + 8)
+"""Weights and gradients of one expert of the test configuration."""
 LIKE = {
     "plain": {"overrides": TORCH},
     "both": {"overrides": [*EXACT, *BOTH, "model.moe.d_shared=8"]},
@@ -38,6 +42,12 @@ PATHS = {
         "parallel.chunks=2",
         "parallel.backward_chunks=8",
     ],
+    "copies": ["parallel.copies={}", "parallel.chunks=2"],
+    "few_copies": [
+        "parallel.path=hierarchical",
+        "parallel.ranks_per_node=2",
+        f"parallel.copies={{max_bytes: {2 * COPY_BYTES}, rematerialize: true}}",
+    ],
 }
 CASES = [
     ("chunked", "plain"),
@@ -46,6 +56,7 @@ CASES = [
     ("gathered", "starved"),
     ("hierarchical", "both"),
     *(("pipelined", like) for like in LIKE),
+    *((path, like) for path in ("copies", "few_copies") for like in ("both", "starved", "varying")),
 ]
 
 
