@@ -38,7 +38,7 @@ ROOMS = {
         ["folders", "routes"],
     ],
     "parallel": [
-        ["host", "local_ranks", "parent", "watch"],
+        ["host", "local_ranks", "parent", "planning", "watch"],
         ["mesh", "process"],
         ["dense", "experts"],
     ],
