@@ -16,7 +16,9 @@ import numpy.typing as npt
 
 from ...errors import ConfigError
 
-Operation = Literal["exchange", "gather", "scatter", "gradients", "experts", "experts_backward"]
+Operation = Literal[
+    "dispatch", "gather", "experts", "experts_backward", "scatter", "combine", "gradients"
+]
 OPERATIONS: tuple[Operation, ...] = get_args(Operation)
 
 Sample = tuple[float, float]
@@ -124,22 +126,24 @@ def _explained(times: npt.NDArray[np.float64], line: npt.NDArray[np.float64]) ->
 class CostModel:
     """What one rank pays for each operation of an MoE layer.
 
-    Sizes of links are bytes of the larger buffer on a rank: what it sends (``exchange``), has after
-    a gather, puts into a scatter, or sums (``gradients``). Sizes of experts are routed rows.
+    Sizes of links are bytes of the larger buffer on a rank: what it dispatches and gets back, has
+    after a gather, puts into a scatter, or sums. Sizes of experts are routed rows.
     """
 
-    exchange: Linear
-    """The all-to-all over the link between nodes, one way: dispatch, and combine."""
+    dispatch: Linear
+    """Rows to their experts over the link between nodes: all-to-all."""
     gather: Linear
-    """Over the links inside a node, before the experts: all-gather or all-to-all."""
-    scatter: Linear
-    """Over the links inside a node, after the experts: reduce-scatter or all-to-all."""
-    gradients: Linear
-    """The all-reduce of dense gradients."""
+    """Rows over the links inside a node, before the experts: all-gather or all-to-all."""
     experts: Linear
     """Forward of the experts here."""
     experts_backward: Linear
     """Their backward; about twice the forward."""
+    scatter: Linear
+    """Results over the links inside a node: reduce-scatter or all-to-all."""
+    combine: Linear
+    """Results over the link between nodes: all-to-all."""
+    gradients: Linear
+    """The all-reduce of dense gradients."""
 
     @classmethod
     def fitted(cls, samples: Mapping[Operation, Iterable[Sample]]) -> "CostModel":

@@ -98,14 +98,13 @@ def plan_layer(
     Experts compute each chunk in ``calls`` pieces. The shared expert's backward takes twice the
     time of its forward.
     """
-    exchange_s = model.exchange.seconds(work.sent_bytes / degree)
     line = model.experts_backward if backward else model.experts
     chunk = ChunkTimes(
-        dispatch=exchange_s,
+        dispatch=model.dispatch.seconds(work.sent_bytes / degree),
         gather=model.gather.seconds(work.node_bytes / degree),
         experts=calls * line.seconds(work.rows / (degree * calls)),
         scatter=model.scatter.seconds(work.node_bytes / degree),
-        combine=exchange_s,
+        combine=model.combine.seconds(work.sent_bytes / degree),
     )
     beside_s = work.beside_s * (2 if backward else 1)
     return simulate(layer_tasks([chunk] * degree, gradients_s, beside_s))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moeyard.errors import ConfigError
-from moeyard.parallel.planning.cost_model import FREE, CostModel, Linear, fit
+from moeyard.parallel.planning.cost_model import FREE, OPERATIONS, CostModel, Linear, fit
 from moeyard.parallel.planning.refresh import Comparison, Refresh, record_of
 
 SIZES = [2.0**power for power in range(14, 22)]
@@ -26,8 +26,7 @@ def line_of(alpha: float, beta: float) -> Linear:
 
 
 def model_of(**lines: Linear) -> CostModel:
-    names = ("exchange", "gather", "scatter", "gradients", "experts", "experts_backward")
-    return CostModel(**{name: lines.get(name, FREE) for name in names})
+    return CostModel(**{name: lines.get(name, FREE) for name in OPERATIONS})
 
 
 def test_a_line_is_found_again():
@@ -84,44 +83,44 @@ def test_what_does_not_happen_takes_no_time():
 
 
 def test_a_model_survives_json():
-    model = model_of(exchange=fit(samples(noise=0.1)), experts=Linear(1e-4, 1e-6))
+    model = model_of(dispatch=fit(samples(noise=0.1)), experts=Linear(1e-4, 1e-6))
     assert CostModel.from_json(model.to_json()) == model
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"exchange": {"alpha": 1}}'])
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"dispatch": {"alpha": 1}}'])
 def test_text_that_is_no_model_is_refused_with_a_sentence(text):
     with pytest.raises(ConfigError, match="measure it again"):
         CostModel.from_json(text)
 
 
 def test_operations_without_samples_are_free():
-    model = CostModel.fitted({"exchange": samples()})
-    assert model.exchange == fit(samples()) and model.gather == model.experts == FREE
+    model = CostModel.fitted({"dispatch": samples()})
+    assert model.dispatch == fit(samples()) and model.gather == model.experts == FREE
 
 
 def test_a_slower_link_is_noticed_while_sizes_stay_alike():
-    refresh = Refresh(model_of(exchange=Linear(ALPHA, BETA)), window=16)
+    refresh = Refresh(model_of(dispatch=Linear(ALPHA, BETA)), window=16)
     for turn in range(40):
         size = 1e6 * (1 + 0.01 * (turn % 3))
         slower = 3 if turn >= 20 else 1
-        refresh.add("exchange", size, slower * (ALPHA + BETA * size))
-    line = refresh.model().exchange
+        refresh.add("dispatch", size, slower * (ALPHA + BETA * size))
+    line = refresh.model().dispatch
     assert (line.alpha, line.beta) == pytest.approx((3 * ALPHA, 3 * BETA))
 
 
 def test_sizes_that_differ_give_a_new_line():
-    refresh = Refresh(model_of(exchange=Linear(ALPHA, BETA)))
+    refresh = Refresh(model_of(dispatch=Linear(ALPHA, BETA)))
     for size in SIZES:
-        refresh.add("exchange", size, 5 * ALPHA + BETA * size)
-    line = refresh.model().exchange
+        refresh.add("dispatch", size, 5 * ALPHA + BETA * size)
+    line = refresh.model().dispatch
     assert (line.alpha, line.beta) == pytest.approx((5 * ALPHA, BETA))
 
 
 def test_a_few_samples_change_nothing():
-    start = model_of(exchange=Linear(ALPHA, BETA), experts=Linear(1, 2))
+    start = model_of(dispatch=Linear(ALPHA, BETA), experts=Linear(1, 2))
     refresh = Refresh(start)
     for _ in range(7):
-        refresh.add("exchange", 1e6, 1.0)
+        refresh.add("dispatch", 1e6, 1.0)
     assert refresh.model() == start
 
 
@@ -130,9 +129,9 @@ def test_a_record_has_r2_and_the_error_of_each_phase():
     comparison.add("forward", 0.2, 0.25)
     comparison.add("forward", 0.2, 0.15)
     comparison.add("backward", 0.6, 0.4)
-    model = model_of(exchange=line_of(ALPHA, BETA))
+    model = model_of(dispatch=line_of(ALPHA, BETA))
     record = json.loads(json.dumps(record_of(model, comparison)))
-    assert record["r2"] == {"exchange": pytest.approx(1)}
+    assert record["r2"] == {"dispatch": pytest.approx(1)}
     assert record["phases"]["forward"] == pytest.approx(
         {"predicted_s": 0.2, "measured_s": 0.2, "relative_error": 0}
     )

@@ -19,7 +19,8 @@ from fsmoe_two_steps import total_s, two_steps
 
 LINE = Linear(0.0837e-3, 5.99e-10)
 MODEL = CostModel(
-    exchange=Linear(0.175e-3, 3.06e-10),
+    dispatch=Linear(0.175e-3, 3.06e-10),
+    combine=Linear(0.175e-3, 3.06e-10),
     gather=Linear(0.032e-3, 1.68e-10),
     scatter=Linear(0.0391e-3, 1.67e-10),
     gradients=LINE,

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -121,7 +122,8 @@ def test_the_shared_expert_hides_behind_the_first_dispatch():
 
 
 MODEL = CostModel(
-    exchange=Linear(0.175e-3, 3.06e-10),
+    dispatch=Linear(0.175e-3, 3.06e-10),
+    combine=Linear(0.175e-3, 3.06e-10),
     gather=Linear(0.032e-3, 1.68e-10),
     scatter=Linear(0.0391e-3, 1.67e-10),
     gradients=Linear(0.0837e-3, 5.99e-10),
@@ -166,8 +168,9 @@ def test_the_best_degrees_are_the_best_of_all_pairs():
 
 def test_cutting_pays_only_if_latency_is_small():
     work = LayerWork(sent_bytes=1e6, rows=1000)
-    quick = CostModel(Linear(0, 1e-9), FREE, FREE, FREE, Linear(0, 4e-6), Linear(0, 8e-6))
-    slow = CostModel(Linear(1e-2, 1e-9), FREE, FREE, FREE, Linear(0, 4e-6), Linear(0, 8e-6))
+    link, experts = Linear(0, 1e-9), Linear(0, 4e-6)
+    quick = CostModel(link, FREE, experts, experts.scaled(2), FREE, link, FREE)
+    slow = replace(quick, dispatch=Linear(1e-2, 1e-9))
     assert best_degrees(quick, work).forward == best_degrees(quick, work).backward == 8
     assert best_degrees(slow, work).forward == best_degrees(slow, work).backward == 1
 
