@@ -17,6 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ...moe.experts.base import LayerExperts
 from ...moe.experts.path import Beside
 from ...moe.experts.resident import Experts
 from ...moe.routers.routing import Routing
@@ -175,7 +176,7 @@ class MaterializedPath:
         self._pipeline, self._copies, self._layer = pipeline, copies, layer
 
     def run(
-        self, x_TD: Tensor, routing: Routing, experts: Experts, beside: Beside | None = None
+        self, x_TD: Tensor, routing: Routing, experts: LayerExperts, beside: Beside | None = None
     ) -> Tensor:
         """See :class:`moeyard.moe.experts.path.ExpertPath`."""
         if not self._copies.tables or not torch.is_grad_enabled():

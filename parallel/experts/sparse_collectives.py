@@ -51,7 +51,7 @@ class SparseCollectives:
 
         They are added in a fixed order. ``like`` has the shapes of an owner's expert.
         """
-        found = {}
+        found: dict[int, list[Tensor]] = {}
         for (owner, holders), experts in messages(placement).items():
             if self.rank not in holders:
                 continue
