@@ -60,6 +60,20 @@ class MasterAdamW:
             master.grad = None
             _write(parameter, master)
 
+    def state_of(self, parameter: nn.Parameter) -> tuple[Tensor, Tensor, Tensor]:
+        """Return a parameter's master weight and its two moments."""
+        master = next(master for _, p, master in self._pairs if p is parameter)
+        state = self._adam.state[master]
+        return master, state["exp_avg"], state["exp_avg_sq"]
+
+    def replace_state(self, parameter: nn.Parameter, state: tuple[Tensor, Tensor, Tensor]) -> None:
+        """Give a parameter another master weight and moments, of another number of slots."""
+        master, _, _ = self.state_of(parameter)
+        is_its_own = master.data_ptr() == parameter.data_ptr() and master.dtype == parameter.dtype
+        adam = self._adam.state[master]
+        master.data, adam["exp_avg"], adam["exp_avg_sq"] = state
+        parameter.data = master.data if is_its_own else master.to(parameter.dtype)
+
     def set_steps(self, steps: int) -> None:
         """Tell Adam how many updates its moments have seen."""
         for state in self._adam.state.values():

@@ -19,6 +19,9 @@ class CopiesConfig(Section):
     a layer fit."""
     window: int = Field(default=5, ge=1)
     """Steps whose mean load says which experts will be busy."""
+    reshard_every: int = Field(default=0, ge=0)
+    """Steps after which experts move to ranks that suit the load, with their optimizer state; a
+    rank keeps its number of experts over all layers. 0 = never."""
 
 
 class ParallelConfig(Section):

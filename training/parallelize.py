@@ -90,7 +90,9 @@ def copy_experts(config: RunConfig, decoder: Decoder, mesh: Mesh) -> Materialize
         [layer for _, layer in decoder.moe_layers()],
         mesh,
         Topology(mesh.ep_size, min(_ranks_per_node(config), mesh.ep_size)),
-        CopyOptions(**parallel.copies.model_dump()),
+        CopyOptions(
+            parallel.copies.max_bytes, parallel.copies.rematerialize, parallel.copies.window
+        ),
         parallel.timeout_s,
     )
 

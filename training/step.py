@@ -19,6 +19,7 @@ from .config import RunConfig
 from .device import device
 from .objectives.objective import Objective
 from .optimizer import MasterAdamW
+from .ownership import Ownership
 from .parallelize import Parallel
 from .phases import PhaseClock
 from .schedule import learning_rate
@@ -67,6 +68,13 @@ class TrainStep:
         self._device = device()
         self.gradients = parallel.engine.gradients
         self.optimizer = MasterAdamW(decoder, parallel.masters, config.optimizer)
+        self.ownership: Ownership | None = None
+        """Who moves experts between ranks, if the run has copies."""
+        if self._copies is not None:
+            assert mesh.ep_group is not None and config.parallel.copies is not None
+            every = config.parallel.copies.reshard_every
+            model = (self._copies, self.optimizer, self.gradients)
+            self.ownership = Ownership(*model, mesh.ep_group, every)
         self.phases = PhaseClock()
         self.before_forward: list[Callable[[int, range], None]] = []
         """Called before each forward of a step with the step (from 0) and the rows of the global
@@ -77,7 +85,8 @@ class TrainStep:
 
         Raises :class:`TrainingError` if loss or gradient is not finite; weights are then unchanged.
         """
-        if self._copies is not None:
+        if self._copies is not None and self.ownership is not None:
+            self.ownership.before_step(step)
             self._copies.begin_step(self._config.train.accumulation)
         sums, counts = self._forward_backward(step)
         sums = self._mesh.sum(torch.cat([sums, sums.new_tensor([float(stop_requested)])]))

@@ -61,7 +61,7 @@ class Trainer:
             mesh,
             self._data,
             self._step.optimizer,
-            parallel.copies,
+            self._step.ownership,
         )
         self._run_dir = run_dir
 

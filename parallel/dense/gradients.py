@@ -44,16 +44,11 @@ class MainGradients:
         self._expert_sum = _shared_sum(self.experts, like, mesh.edp_host)
         self._dense_flat = attach(self.dense, like, self._dense_sum)
         self._expert_flat = attach(self.experts, like, self._expert_sum)
-        self._main_grads = []
-        for module in model.modules():
-            if isinstance(module, Experts) and module.fc1.requires_grad:
-                main = (module.fc1.main_grad, module.fc2.main_grad)  # type: ignore[attr-defined]
-                biases = [
-                    None if bias is None else bias.main_grad  # type: ignore[attr-defined]
-                    for bias in (module.fc1_bias, module.fc2_bias)
-                ]
-                module.main_grads = MainGrads.of((*main, *biases))
-                self._main_grads.append(module.main_grads)
+        self._trained = [
+            m for m in model.modules() if isinstance(m, Experts) and m.fc1.requires_grad
+        ]
+        self._main_grads: list[MainGrads] = []
+        self._give_to_experts()
         written = {id(sums) for main in self._main_grads for sums in (main.fc1_SHD, main.fc2_SDF)}
         self._only_added = [
             p.main_grad  # type: ignore[attr-defined]
@@ -61,6 +56,19 @@ class MainGradients:
             if id(p.main_grad) not in written  # type: ignore[attr-defined]
         ]
         """Main gradients of experts that no kernel overwrites in a new step: low-rank updates."""
+
+    def _give_to_experts(self) -> None:
+        """Let the kernels of trained experts write to their main gradients."""
+        self._main_grads.clear()
+        for module in self._trained:
+            parameters = (module.fc1, module.fc2, module.fc1_bias, module.fc2_bias)
+            module.main_grads = MainGrads.of([getattr(p, "main_grad", None) for p in parameters])
+            self._main_grads.append(module.main_grads)
+
+    def fit_experts(self) -> None:
+        """Give experts their views again, after slots have moved between layers of this rank."""
+        share_views(self.experts, self._expert_flat)
+        self._give_to_experts()
 
     @property
     def sums_dense(self) -> bool:
@@ -128,10 +136,16 @@ def attach(parameters: list[nn.Parameter], like: Tensor, shared: SharedSum | Non
         flat = torch.zeros(numel, dtype=_wide(like), device=like.device)
     else:
         flat = shared.local
-    views = flat.split([p.numel() for p in parts])
+    share_views(parameters, flat)
+    return flat
+
+
+def share_views(parameters: list[nn.Parameter], flat: Tensor) -> None:
+    """Give every parameter its view of ``flat``, which has room for all of them."""
+    parts = [local_part(parameter) for parameter in parameters]
+    views = flat.split([part.numel() for part in parts])
     for parameter, part, view in zip(parameters, parts, views, strict=True):
         parameter.main_grad = view.view(part.shape)  # type: ignore[attr-defined]
-    return flat
 
 
 def _wide(like: Tensor) -> torch.dtype:

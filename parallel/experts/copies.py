@@ -23,25 +23,32 @@ class Copies:
 
     def __init__(self, own: Experts, num_slots: int) -> None:
         self.experts = own.like(num_slots)
+        self._weights = [None if p is None else p.data for p in _parameters(self.experts)]
         wide = torch.promote_types(own.fc1.dtype, torch.float32)
-        parameters = _parameters(self.experts)
-        sums = [None if p is None else torch.empty_like(p, dtype=wide) for p in parameters]
-        self.experts.main_grads = MainGrads.of(sums)
+        self._sums = [
+            None if whole is None else torch.empty_like(whole, dtype=wide)
+            for whole in self._weights
+        ]
+        self.experts.main_grads = MainGrads.of(self._sums)
         self.held: tuple[int, ...] = ()
 
-    @property
-    def num_bytes(self) -> int:
-        """Memory of weights and gradients."""
-        assert self.experts.main_grads is not None
-        tensors = [*_parameters(self.experts), *self.experts.main_grads.totals]
-        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
-
     def hold(self, expert_ids: Sequence[int]) -> None:
-        """Give slots to these experts, without weights yet, and forget the gradients."""
+        """Give the first slots to these experts, without weights yet, and forget the gradients.
+
+        Kernels see these slots only. A graph that was made while a layer's experts were held finds
+        its weights and sums again when the same experts are held again.
+        """
         self.held = tuple(expert_ids)
         self.experts.hold(self.held)
-        assert self.experts.main_grads is not None
-        self.experts.main_grads.is_empty = True
+        main = self.experts.main_grads
+        assert main is not None
+        for parameter, whole in zip(_parameters(self.experts), self._weights, strict=True):
+            if parameter is not None:
+                assert whole is not None
+                parameter.data = whole[: len(self.held)]
+        sums = [None if whole is None else whole[: len(self.held)] for whole in self._sums]
+        main.fc1_SHD, main.fc2_SDF, main.fc1_bias_SH, main.fc2_bias_SD = sums
+        main.is_empty = True
 
     def collect_gradients(self) -> None:
         """Add the gradients that autograd left on the copies, as some backends do, to the sums."""

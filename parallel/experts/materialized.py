@@ -8,7 +8,7 @@ Rows stay on their rank where it has a copy. Which rank computes a row does not 
 L MoE layers, E experts.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,21 +23,21 @@ from ...moe.experts.resident import Experts
 from ...moe.routers.routing import Routing
 from ..planning.dispatch import HolderTable
 from ..planning.load_window import LoadWindow
+from ..planning.materialize import CopyBudget, materialize
 from ..planning.placement import Placement, Topology
+from ..planning.reshard import reshard
 from .copies import Copies, WithCopies, begin_with_zeros, sums_of, weights_of
+from .hop import Level, RankOf
 from .lane import Lane
 from .pipelined import PipelinedPath
 from .sparse_collectives import SparseCollectives
-
-Choose = Callable[[Placement, Tensor], Placement]
-"""From the owners of a layer's experts and their expected rows ``[E]`` to the holders of a step."""
 
 
 class MaterializedExperts:
     """The copies of all layers of a model, step by step. All ranks make the same calls.
 
-    ``num_slots`` copies of a layer fit on a rank. With ``rematerialize`` only two layers have
-    copies at a time: weights travel again in backward, and memory does not grow with L.
+    ``budget`` says how many copies of a layer fit on a rank. With ``rematerialize`` only two layers
+    have copies at a time: weights travel again in backward, and memory does not grow with L.
     """
 
     def __init__(
@@ -46,16 +46,17 @@ class MaterializedExperts:
         owners: Sequence[Placement],
         topology: Topology,
         collectives: SparseCollectives,
-        choose: Choose,
+        budget: CopyBudget,
         window: LoadWindow,
-        num_slots: int,
         rematerialize: bool,
     ) -> None:
-        self._layers, self._owners, self._topology = layers, owners, topology
+        self.layers, self._topology = layers, topology
+        self.set_owners(owners)
         self._rank = collectives.rank
-        self._collectives, self._choose = collectives, choose
+        self._collectives, self._budget = collectives, budget
         self._rematerialize = rematerialize
-        self._buffers = [Copies(own, num_slots) for own in layers[: 2 if rematerialize else None]]
+        with_copies = layers[: 2 if rematerialize else None]
+        self._buffers = [Copies(own, budget.per_rank) for own in with_copies]
         self._in_buffer: list[int | None] = [None for _ in self._buffers]
         """The layer whose experts a buffer has."""
         self._lane = Lane("copies")
@@ -71,18 +72,33 @@ class MaterializedExperts:
         self.tables: list[HolderTable] = []
         """Where rows go in this step, by layer; none between steps."""
 
+    def set_owners(self, owners: Sequence[Placement]) -> None:
+        """Remember who owns the experts of each layer; their slots have moved already."""
+        self.owners = list(owners)
+        device = self.layers[0].fc1.device
+        self._owner_tables = [torch.tensor([*o.owner_E, -1], device=device) for o in owners]
+
+    def better_owners(self) -> list[Placement]:
+        """Return owners that suit the load of the last steps; the same ones if none are better."""
+        load_LE = self.window.mean_LE()
+        return reshard(self.owners, load_LE, self._topology, self._budget)
+
+    def owner_of(self, layer: int, experts: Tensor) -> Tensor:
+        """Return the ranks that own the experts of a layer, -1 for -1."""
+        return self._owner_tables[layer][experts]
+
     def begin_step(self, micro_batches: int) -> None:
         """Choose the step's copies; their weights start to travel."""
         load_LE = self.window.mean_LE()
         self.placements = [
-            self._choose(owners, load_E)
-            for owners, load_E in zip(self._owners, load_LE, strict=True)
+            materialize(owners, load_E, self._topology, self._budget)
+            for owners, load_E in zip(self.owners, load_LE, strict=True)
         ]
         self.tables = [
             HolderTable.of(placement, self._topology, self._rank).to(own.fc1.device)
-            for placement, own in zip(self.placements, self._layers, strict=True)
+            for placement, own in zip(self.placements, self.layers, strict=True)
         ]
-        self._backwards_left = [micro_batches for _ in self._layers]
+        self._backwards_left = [micro_batches for _ in self.layers]
         self._in_buffer = [None for _ in self._buffers]
         for layer in range(len(self._buffers)):
             self._fetch(layer)
@@ -93,7 +109,7 @@ class MaterializedExperts:
         self._goes_forward |= layer == 0
         if self._goes_forward:  # and is not computed again in backward
             self._fetch(layer + 1)
-        return WithCopies(self._layers[layer], self._buffer(layer))
+        return WithCopies(self.layers[layer], self._buffer(layer))
 
     @contextmanager
     def backward_of(self, layer: int) -> Iterator[None]:
@@ -134,7 +150,7 @@ class MaterializedExperts:
 
         The buffer's last layer has computed, and the lane sends its gradients first.
         """
-        if not 0 <= layer < len(self._layers):
+        if not 0 <= layer < len(self.layers):
             return
         number = layer % len(self._buffers)
         if self._in_buffer[number] != layer:
@@ -142,7 +158,7 @@ class MaterializedExperts:
             self._arriving[layer] = self._lane.submit(partial(self._gather, layer))
 
     def _gather(self, layer: int) -> None:
-        own, copies, placement = self._layers[layer], self._buffer(layer), self.placements[layer]
+        own, copies, placement = self.layers[layer], self._buffer(layer), self.placements[layer]
         mine = own.expert_ids
         copies.hold([expert for expert in placement.held_by(self._rank) if expert not in mine])
         self._collectives.gather(
@@ -150,7 +166,7 @@ class MaterializedExperts:
         )
 
     def _reduce(self, layer: int) -> dict[int, list[Tensor]]:
-        own = self._layers[layer]
+        own = self.layers[layer]
         return self._collectives.reduce(
             self.placements[layer],
             self._buffer(layer).gradients_of,
@@ -161,7 +177,7 @@ class MaterializedExperts:
         """Add what came back to the owners' gradients: in this thread, which also adds others."""
         while self._returning and (waits or self._returning[0][1].done()):
             layer, future = self._returning.pop(0)
-            own = self._layers[layer]
+            own = self.layers[layer]
             for expert, values in future.result().items():
                 begin_with_zeros(own)
                 sums = sums_of(own, own.expert_ids.index(expert))
@@ -179,15 +195,13 @@ class MaterializedPath:
         self, x_TD: Tensor, routing: Routing, experts: LayerExperts, beside: Beside | None = None
     ) -> Tensor:
         """See :class:`moeyard.moe.experts.path.ExpertPath`."""
-        if not self._copies.tables or not torch.is_grad_enabled():
-            return self._pipeline.run(x_TD, routing, experts, beside)
-        table = self._copies.tables[self._layer]
-        levels = [replace(level, rank_of=table.destinations) for level in self._pipeline.levels]
-        return self._pipeline.run_over(
-            levels,
-            x_TD,
-            routing,
-            self._copies.experts_of(self._layer),
-            beside,
-            partial(self._copies.backward_of, self._layer),
-        )
+        copies, layer = self._copies, self._layer
+        if not copies.tables or not torch.is_grad_enabled():
+            levels = self._levels(partial(copies.owner_of, layer))
+            return self._pipeline.run_over(levels, x_TD, routing, experts, beside)
+        levels = self._levels(copies.tables[layer].destinations)
+        both, around = copies.experts_of(layer), partial(copies.backward_of, layer)
+        return self._pipeline.run_over(levels, x_TD, routing, both, beside, around)
+
+    def _levels(self, rank_of: RankOf) -> list[Level]:
+        return [replace(level, rank_of=rank_of) for level in self._pipeline.levels]

@@ -5,14 +5,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
-from torch import Tensor
 
 from ...errors import ConfigError
 from ...moe.experts.resident import Experts
 from ...moe.layer import MoELayer
 from ..mesh import Mesh, group_of
 from ..planning.load_window import LoadWindow
-from ..planning.materialize import CopyBudget, materialize
+from ..planning.materialize import CopyBudget
 from ..planning.placement import Placement, Topology
 from .materialized import MaterializedExperts, MaterializedPath
 from .pipelined import PipelinedPath
@@ -41,23 +40,17 @@ def open_copies(
     """
     experts = [_plain(layer) for layer in layers]
     num_experts = experts[0].num_experts
-    num_slots = _slots(experts, options, num_experts - len(experts[0].expert_ids))
+    num_slots = _slots(experts, options, num_experts)
     ranks = torch.arange(mesh.world_size).view(-1, mesh.ep_size).tolist()
     group = group_of(mesh.rank, ranks, timedelta(seconds=timeout_s))
     owners = Placement.contiguous(num_experts, mesh.ep_size)
-    budget = CopyBudget(experts=num_experts, per_rank=num_slots)
-
-    def choose(owners: Placement, load_E: Tensor) -> Placement:
-        return materialize(owners, load_E, topology, budget)
-
     copies = MaterializedExperts(
         experts,
         [owners for _ in experts],
         topology,
         SparseCollectives(group),
-        choose,
+        CopyBudget(experts=num_experts, per_rank=num_slots),
         LoadWindow.empty(len(experts), num_experts, options.window),
-        num_slots,
         options.rematerialize,
     )
     for number, layer in enumerate(layers):

@@ -46,6 +46,11 @@ PATHS = {
         "parallel.backward_chunks=8",
     ],
     "copies": ["parallel.copies={}", "parallel.chunks=2"],
+    "moved": [
+        "parallel.ep=2",
+        "parallel.ranks_per_node=1",
+        f"parallel.copies={{max_bytes: {2 * COPY_BYTES}, rematerialize: true, reshard_every: 1}}",
+    ],
     "few_copies": [
         "parallel.path=hierarchical",
         "parallel.ranks_per_node=2",
@@ -59,7 +64,11 @@ CASES = [
     ("gathered", "starved"),
     ("hierarchical", "both"),
     *(("pipelined", like) for like in LIKE),
-    *((path, like) for path in ("copies", "few_copies") for like in ("both", "starved", "varying")),
+    *(
+        (path, like)
+        for path in ("copies", "few_copies", "moved")
+        for like in ("both", "starved", "varying")
+    ),
 ]
 
 
@@ -71,7 +80,7 @@ def out(tmp_path_factory, config_file):
     cases = {}
     for number, (path, like) in enumerate(CASES):
         ranks = ["parallel.ep=4", f"parallel.dense={('ddp', 'fsdp')[number % 2]}"]
-        overrides = [*LIKE[like]["overrides"], *PATHS[path], *ranks]
+        overrides = [*LIKE[like]["overrides"], *ranks, *PATHS[path]]
         apart = number % 3 == 0  # as on several hosts
         cases[f"{like}-{path}"] = LIKE[like] | {"overrides": overrides, "apart": apart}
     torchrun(4, WORKER, str(config_file), str(out), json.dumps(cases))
@@ -87,6 +96,18 @@ def test_equals_one_process_to_the_last_digits_in_fp64(out, path, like):
         assert a["counts"].equal(e["counts"])
         found = differences(a, e)
         assert max(found.values()) <= 1e-12, found
+
+
+@pytest.mark.dist
+def test_experts_really_changed_their_owners(out):
+    """Otherwise the cases above show nothing."""
+    held = [torch.load(out / f"starved-moved-{rank}.pt") for rank in range(4)]
+    first, last = (
+        [sorted(k for k in steps[number]["weights"] if "experts" in k) for steps in held]
+        for number in (0, -1)
+    )
+    assert first != last and sum(map(len, first)) == sum(map(len, last))
+    assert {len(keys) for keys in last} == {len(first[0])}
 
 
 def test_a_node_that_does_not_fold_is_refused():

@@ -47,6 +47,7 @@ ROOMS = {
         ["optimizer_config", "parallel_config"],
         ["config", "device", "key_check", "phases", "precision", "schedule", "stop"],
         ["optimizer", "parallelize", "work"],
+        ["ownership"],
         ["data"],
         ["checkpoints", "objectives", "run"],
         ["read_config", "report", "saves", "setup", "step"],
