@@ -41,10 +41,11 @@ ROOMS = {
         ["host", "local_ranks", "parent", "planning", "watch"],
         ["mesh", "process"],
         ["dense", "experts"],
+        ["profiling"],
     ],
     "training": [
         ["section"],
-        ["optimizer_config"],
+        ["optimizer_config", "parallel_config"],
         ["config", "device", "key_check", "phases", "precision", "schedule", "stop"],
         ["optimizer", "parallelize", "work"],
         ["data"],
