@@ -62,9 +62,12 @@ def place_experts(config: RunConfig, decoder: Decoder, mesh: Mesh) -> None:
     moe, parallel = decoder.config.moe, config.parallel
     if mesh.ep_group is None or mesh.ep_size == 1 or moe is None:
         return
+    degrees = None
+    if parallel.chunks != "auto":  # else layer_schedule.py sets them
+        degrees = Degrees(parallel.chunks, parallel.backward_chunks or parallel.chunks)
     path = open_path(
         parallel.path,
-        Degrees(parallel.chunks, parallel.backward_chunks or parallel.chunks),
+        degrees,
         moe.num_experts,
         mesh,
         parallel.ranks_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", "1")),

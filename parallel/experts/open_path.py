@@ -26,19 +26,22 @@ ranks of equal number, and from there to the ranks of the node."""
 
 def open_path(
     kind: PathKind,
-    degrees: Degrees,
+    degrees: Degrees | None,
     num_experts: int,
     mesh: Mesh,
     ranks_per_node: int,
     timeout_s: float,
 ) -> ExpertPath:
-    """Return the path of a mesh with more than one expert-parallel rank; all ranks call it."""
+    """Return the path of a mesh with more than one expert-parallel rank; all ranks call it.
+
+    ``degrees`` None means that they are set later: the path can cut rows into chunks.
+    """
     assert mesh.ep_group is not None, "one process has all experts"
     share = num_experts // mesh.ep_size
     if kind == "hierarchical":
         return PipelinedPath(_two_levels(share, mesh, ranks_per_node, timeout_s), degrees)
     exchange = open_exchange(mesh.ep_group, mesh.ep_host)
-    if kind == "all_to_all" and degrees.chunks == 1:
+    if kind == "all_to_all" and degrees is not None and degrees.chunks == 1:
         return AllToAllPath(num_experts, mesh, exchange)
     level = Level(
         exchange,

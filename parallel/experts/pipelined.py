@@ -8,7 +8,8 @@ T tokens here, K choices, D model width, C chunks.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -52,6 +53,9 @@ class PipelinedPath:
         self.levels = tuple(levels)
         self.lanes = [Lane(f"level-{number}") for number in range(len(self.levels))]
         self.degrees = degrees or Degrees()
+        self.observe: Callable[[str, float], None] | None = None
+        """Called after each "forward" and "backward" of training with its seconds, as the host
+        sees them."""
 
     def run(
         self, x_TD: Tensor, routing: Routing, experts: LayerExperts, beside: Beside | None = None
@@ -70,12 +74,17 @@ class _Run(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD, weights_TK, experts_TK, anchor, turn):  # type: ignore[no-untyped-def]
         ctx.turn = turn
-        return turn.forward(x_TD, weights_TK, experts_TK)
+        began = time.perf_counter()
+        y_TD = turn.forward(x_TD, weights_TK, experts_TK)
+        turn.note("forward", began)
+        return y_TD
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_TD):  # type: ignore[no-untyped-def]
+        began = time.perf_counter()
         grad_x_TD, grad_weights_TK = ctx.turn.backward(grad_TD)
+        ctx.turn.note("backward", began)
         return grad_x_TD, grad_weights_TK, None, None, None
 
 
@@ -126,6 +135,11 @@ class _Turn:
         parts = [columns for future in returning for columns in future.result()]
         grad_x_TD, grad_weights_TK = (torch.cat(column) for column in zip(*parts, strict=True))
         return grad_x_TD, grad_weights_TK
+
+    def note(self, phase: str, began: float) -> None:
+        """Tell the path's observer how long a phase took, if it was part of training."""
+        if self.has_grad and self._path.observe is not None:
+            self._path.observe(phase, time.perf_counter() - began)
 
     def _messages(self, degree: int) -> Iterator[slice]:
         """Yield the chunks of each message."""

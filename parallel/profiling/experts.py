@@ -28,9 +28,14 @@ def expert_probes(
     ids = torch.tensor(expert_ids, device=device)
 
     def inputs(amount: int) -> tuple[Tensor, Tensor, Tensor]:
-        x_ND = torch.randn(amount, d_model, dtype=dtype, device=device, requires_grad=True)
+        # Nothing here may draw from the global generator: routers do while training.
+        generator = torch.Generator(device).manual_seed(amount)
+        x_ND = torch.randn(amount, d_model, generator=generator, device=device).to(dtype)
+        x_ND.requires_grad_()
         experts_N1 = ids[torch.arange(amount, device=device) % len(ids)].unsqueeze(1)
-        return x_ND, experts_N1, torch.ones(amount, 1, device=device, requires_grad=True)
+        wide = torch.promote_types(dtype, torch.float32)
+        weights_N1 = torch.ones(amount, 1, dtype=wide, device=device, requires_grad=True)
+        return x_ND, experts_N1, weights_N1
 
     def forward(amount: int) -> Trial:
         rows = inputs(amount)

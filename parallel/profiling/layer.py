@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 
 import torch
+from torch import nn
 
 from ...moe.experts.base import LayerExperts
 from ..experts.hop import Level
@@ -11,7 +13,7 @@ from ..mesh import Mesh
 from ..planning.cost_model import CostModel, Operation
 from .experts import expert_probes
 from .links import all_reduce_probe, hop_probes
-from .measure import Probe, halvings, measure
+from .measure import Probe, Trial, halvings, measure
 
 GRADIENT_BYTES = 16 << 20
 """The largest all-reduce that is measured."""
@@ -65,3 +67,14 @@ def measure_layer(
             all_reduce_probe("gradients", mesh.dp_group, halvings(GRADIENT_BYTES), device)
         )
     return CostModel.fitted(measure(probes, mesh, device, limit_s))
+
+
+def measure_beside(
+    shape: LayerShape, shared: nn.Module | None, mesh: Mesh, device: torch.device
+) -> float:
+    """Return the seconds of a shared expert's forward, 0 without one; every rank must call it."""
+    if shared is None:
+        return 0.0
+    x_TD = torch.zeros(shape.tokens, shape.d_model, dtype=shape.dtype, device=device)
+    probe = Probe("experts", [shape.tokens], lambda tokens: Trial(tokens, lambda: shared(x_TD)))
+    return median(seconds for _, seconds in measure([probe], mesh, device)["experts"])

@@ -36,7 +36,8 @@ def hop_probes(
 
     def prepare(amount: int, is_there: bool) -> Trial:
         x_TD = torch.zeros(amount, d_model, dtype=dtype, device=device)
-        weights_TK = torch.zeros(amount, num_choices, device=device)
+        wide = torch.promote_types(dtype, torch.float32)
+        weights_TK = torch.zeros(amount, num_choices, dtype=wide, device=device)
         generator = torch.Generator().manual_seed(amount)
         scores_TE = torch.rand(amount, num_experts, generator=generator)
         hops = level.plan([scores_TE.topk(num_choices).indices.to(device)])

@@ -6,6 +6,7 @@ import time
 from typing import cast
 
 import pytest
+import torch
 from torch.distributed import ProcessGroup
 
 from moeyard.errors import ConfigError
@@ -39,6 +40,9 @@ PATHS = {
         "parallel.backward_chunks=8",
     ],
 }
+AUTO = ["parallel.chunks=auto", "parallel.profile_every=1"]
+PATHS["measured"] = [*AUTO, "parallel.path=hierarchical", "parallel.ranks_per_node=2"]
+PATHS["measured_flat"] = AUTO
 CASES = [
     ("chunked", "plain"),
     ("chunked", "both"),
@@ -46,6 +50,8 @@ CASES = [
     ("gathered", "starved"),
     ("hierarchical", "both"),
     *(("pipelined", like) for like in LIKE),
+    ("measured", "both"),
+    ("measured_flat", "lora"),
 ]
 
 
@@ -73,6 +79,36 @@ def test_equals_one_process_to_the_last_digits_in_fp64(out, path, like):
         assert a["counts"].equal(e["counts"])
         found = differences(a, e)
         assert max(found.values()) <= 1e-12, found
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", ["both-measured", "lora-measured_flat"])
+def test_measured_chunks_are_the_same_on_all_ranks_and_their_times_are_recorded(out, name):
+    ranks = [torch.load(out / f"{name}-{rank}.pt") for rank in range(4)]
+    for step, *others in zip(*ranks, strict=True):
+        chosen = step["schedule"]
+        assert {chosen["chunks"], chosen["backward_chunks"]} <= {1, 2, 4, 8}
+        for other in (step["schedule"] for step in others):
+            same = {key: other[key] for key in ("chunks", "backward_chunks", "r2")}
+            assert same == {key: chosen[key] for key in same}
+        has_two_levels = name == "both-measured"
+        assert ("gather" in chosen["r2"]) == ("scatter" in chosen["r2"]) == has_two_levels
+        for phase in ("forward", "backward"):
+            compared = chosen["phases"][phase]
+            assert compared["predicted_s"] > 0 and compared["measured_s"] > 0
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("parallel.profile_every=5", "profile_every is 5, but parallel.chunks is 1"),
+        ("parallel.backward_chunks=2 parallel.chunks=auto", "backward_chunks is 2.*chooses both"),
+        ("parallel.chunks=auto parallel.ep=1", "parallel.chunks is auto, but parallel.ep is 1"),
+    ],
+)
+def test_options_that_measure_nothing_are_refused(config_file, override, message):
+    with pytest.raises(ConfigError, match=message):
+        read_run_config(config_file, override.split())
 
 
 def test_a_node_that_does_not_fold_is_refused():

@@ -47,7 +47,7 @@ ROOMS = {
         ["section"],
         ["optimizer_config", "parallel_config"],
         ["config", "device", "key_check", "phases", "precision", "schedule", "stop"],
-        ["optimizer", "parallelize", "work"],
+        ["layer_schedule", "optimizer", "parallelize", "work"],
         ["data"],
         ["checkpoints", "objectives", "run"],
         ["read_config", "report", "saves", "setup", "step"],
