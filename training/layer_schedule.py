@@ -23,11 +23,13 @@ class LayerSchedule:
     tokens are expected to choose their experts evenly.
     """
 
-    def __init__(self, config: RunConfig, decoder: Decoder, mesh: Mesh) -> None:
+    def __init__(
+        self, config: RunConfig, decoder: Decoder, mesh: Mesh, pipeline: PipelinedPath
+    ) -> None:
         moe = decoder.config.moe
         _, layer = decoder.moe_layers()[0]
-        assert moe is not None and isinstance(layer.path, PipelinedPath)
-        self._path: PipelinedPath = layer.path
+        assert moe is not None, "a path to experts is the path of an MoE model"
+        self._path = pipeline
         self._layer: MoELayer = layer
         self._mesh = mesh
         self._every = config.parallel.profile_every

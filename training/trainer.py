@@ -56,11 +56,17 @@ class Trainer:
         parallel = parallelize(config, self.decoder, self._loss, mesh)
         self._step = TrainStep(config, self.decoder, self.objective, parallel, mesh)
         self.saves = Saves(
-            config, self._model_config, run_dir, mesh, self._data, self._step.optimizer
+            config,
+            self._model_config,
+            run_dir,
+            mesh,
+            self._data,
+            self._step.optimizer,
+            parallel.copies,
         )
         self._schedule: LayerSchedule | None = None
-        if config.parallel.chunks == "auto":
-            self._schedule = LayerSchedule(config, self.decoder, mesh)
+        if config.parallel.chunks == "auto" and parallel.pipeline is not None:
+            self._schedule = LayerSchedule(config, self.decoder, mesh, parallel.pipeline)
         self._run_dir = run_dir
 
     def run(self) -> None:
