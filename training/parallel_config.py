@@ -1,6 +1,6 @@
 """The ``parallel`` section of a run: how ranks share the work."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -33,9 +33,14 @@ class ParallelConfig(Section):
     """How rows travel to their experts. ``all_to_all``: a copy to each rank that has an expert of
     the row. ``all_gather``: a copy to every rank. ``hierarchical``: a copy to each node that has
     one, between ranks of equal number, and from there to the ranks of the node."""
-    chunks: int = Field(default=1, ge=1)
+    chunks: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
     """Messages into which a layer's rows are cut on their way to the experts (FSMoE). The experts
-    compute one while the next arrives. 1 = none overlap."""
+    compute one while the next arrives. 1 = none overlap. ``auto`` measures links and experts at the
+    start, and takes what should be fastest of 1, 2, 4 and 8, also for backward. Sums over chunks
+    are rounded by the number of chunks, so two runs with ``auto`` may differ in rounding."""
+    profile_every: int | None = Field(default=None, ge=1)
+    """Steps after which ``auto`` measures again, about a second each time; null = at the start
+    only."""
     backward_chunks: int | None = Field(default=None, ge=1)
     """The same for gradients in backward; null = ``chunks``."""
     ranks_per_node: int | None = Field(default=None, ge=1)
@@ -56,6 +61,16 @@ class ParallelConfig(Section):
 
     def problem_with_path(self) -> str | None:
         """Return which option of paths has no effect, or None."""
+        if self.profile_every is not None and self.chunks != "auto":
+            return (
+                f"parallel.profile_every is {self.profile_every}, but parallel.chunks is "
+                f"{self.chunks}, so nothing is measured; use auto or leave profile_every out."
+            )
+        if self.backward_chunks is not None and self.chunks == "auto":
+            return (
+                f"parallel.backward_chunks is {self.backward_chunks}, but parallel.chunks is auto, "
+                "which chooses both; leave backward_chunks out or give chunks a number."
+            )
         if self.ep > 1:
             return None
         for name in ("path", "chunks", "backward_chunks", "copies"):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..dtypes import torch_dtype
+from ..moe.experts.path import ExpertPath
 from ..moe.models.decoder import Decoder
 from ..moe.models.lora import add_lora
 from ..parallel.dense.engine import DenseEngine
@@ -13,7 +14,7 @@ from ..parallel.dense.table import open_engine
 from ..parallel.experts.materialized import MaterializedExperts
 from ..parallel.experts.open_copies import CopyOptions, open_copies
 from ..parallel.experts.open_path import open_path
-from ..parallel.experts.pipelined import Degrees
+from ..parallel.experts.pipelined import Degrees, PipelinedPath
 from ..parallel.mesh import Mesh
 from ..parallel.planning.placement import Topology
 from .config import RunConfig
@@ -32,6 +33,8 @@ class Parallel:
     """fp32 copies of the parameters that the run's precision narrowed."""
     copies: MaterializedExperts | None
     """Copies of busy experts, if the run makes any."""
+    pipeline: PipelinedPath | None
+    """What carries rows to experts in chunks, if the run has such a path."""
 
 
 def parallelize(config: RunConfig, decoder: Decoder, loss: nn.Module, mesh: Mesh) -> Parallel:
@@ -45,11 +48,12 @@ def parallelize(config: RunConfig, decoder: Decoder, loss: nn.Module, mesh: Mesh
     freeze(config, decoder)
     engine.place(decoder, here)
     masters = apply_precision(decoder, precision, engine.own_masters(decoder))
-    place_experts(config, decoder, mesh)
+    path = place_experts(config, decoder, mesh)
     wrapped = engine.wrap(loss, decoder, torch_dtype(precision), here)
     copies = copy_experts(config, decoder, mesh)
     seed_rank(config.seed, mesh.rank)
-    return Parallel(engine, wrapped, masters, copies)
+    pipeline = path if isinstance(path, PipelinedPath) else None
+    return Parallel(engine, wrapped, masters, copies, pipeline)
 
 
 def freeze(config: RunConfig, decoder: Decoder) -> None:
@@ -63,14 +67,17 @@ def freeze(config: RunConfig, decoder: Decoder) -> None:
         add_lora(decoder, lora.rank, lora.alpha, lora.targets, config.seed)
 
 
-def place_experts(config: RunConfig, decoder: Decoder, mesh: Mesh) -> None:
-    """Let MoE layers send tokens to experts on other ranks, if there are any."""
+def place_experts(config: RunConfig, decoder: Decoder, mesh: Mesh) -> ExpertPath | None:
+    """Let MoE layers send tokens to experts on other ranks, if there are any, and return how."""
     moe, parallel = decoder.config.moe, config.parallel
     if mesh.ep_group is None or mesh.ep_size == 1 or moe is None:
-        return
+        return None
+    degrees = None
+    if parallel.chunks != "auto":  # else layer_schedule.py sets them
+        degrees = Degrees(parallel.chunks, parallel.backward_chunks or parallel.chunks)
     path = open_path(
         parallel.path,
-        Degrees(parallel.chunks, parallel.backward_chunks or parallel.chunks),
+        degrees,
         moe.num_experts,
         mesh,
         _ranks_per_node(config),
@@ -79,6 +86,7 @@ def place_experts(config: RunConfig, decoder: Decoder, mesh: Mesh) -> None:
     )
     for _, layer in decoder.moe_layers():
         layer.path = path
+    return path
 
 
 def copy_experts(config: RunConfig, decoder: Decoder, mesh: Mesh) -> MaterializedExperts | None:

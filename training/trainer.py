@@ -11,6 +11,7 @@ from ..parallel.dense.local_part import local_part
 from ..parallel.mesh import Mesh
 from ..parallel.watch.pulse import pulse
 from .config import RunConfig
+from .layer_schedule import LayerSchedule
 from .objectives.objective import Objective
 from .objectives.table import OBJECTIVES
 from .observers.console import TrainingConsole
@@ -63,6 +64,9 @@ class Trainer:
             self._step.optimizer,
             self._step.ownership,
         )
+        self._schedule: LayerSchedule | None = None
+        if config.parallel.chunks == "auto" and parallel.pipeline is not None:
+            self._schedule = LayerSchedule(config, self.decoder, mesh, parallel.pipeline)
         self._run_dir = run_dir
 
     def run(self) -> None:
@@ -96,7 +100,11 @@ class Trainer:
                 if held_out or done % self._config.train.log_every == 0:
                     record = self._record(done, result, seconds)
                     record |= held_out | {"phases_s": average.take()}
+                    if self._schedule is not None:
+                        record["schedule"] = self._schedule.record()
                     observers.record(record)
+                if self._schedule is not None:
+                    self._schedule.after_step(done)
                 console.step(done, record)
                 phases.lap("log")
                 is_last = done == steps or result.stop_requested

@@ -27,7 +27,7 @@ ranks of equal number, and from there to the ranks of the node."""
 
 def open_path(
     kind: PathKind,
-    degrees: Degrees,
+    degrees: Degrees | None,
     num_experts: int,
     mesh: Mesh,
     ranks_per_node: int,
@@ -37,6 +37,7 @@ def open_path(
 ) -> ExpertPath:
     """Return the path of a mesh with more than one expert-parallel rank; all ranks call it.
 
+    ``degrees`` None asks for one that can cut rows into chunks, whose degrees are set later.
     ``has_copies`` asks for one whose rows may go to any holder of their experts.
     """
     assert mesh.ep_group is not None, "one process has all experts"
@@ -45,7 +46,8 @@ def open_path(
     if kind == "hierarchical":
         return PipelinedPath(_two_levels(owner_of, mesh, ranks_per_node, timeout_s), degrees)
     exchange = open_exchange(mesh.ep_group, mesh.ep_host)
-    if kind == "all_to_all" and degrees.chunks == 1 and not has_copies:
+    is_whole = degrees is not None and degrees.chunks == 1
+    if kind == "all_to_all" and is_whole and not has_copies:
         return AllToAllPath(num_experts, mesh, exchange)
     to_all = kind == "all_gather"
     level = Level(exchange, mesh.ep_rank, mesh.ep_size, owner_of, to_all=to_all)

@@ -8,6 +8,7 @@ T tokens here, K choices, D model width, C chunks.
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
@@ -55,6 +56,9 @@ class PipelinedPath:
         self.levels = tuple(levels)
         self.lanes = [Lane(f"level-{number}") for number in range(len(self.levels))]
         self.degrees = degrees or Degrees()
+        self.observe: Callable[[str, float], None] | None = None
+        """Called after each "forward" and "backward" of training with its seconds, as the host
+        sees them."""
 
     def run(
         self, x_TD: Tensor, routing: Routing, experts: LayerExperts, beside: Beside | None = None
@@ -86,13 +90,18 @@ class _Run(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD, weights_TK, experts_TK, anchor, turn):  # type: ignore[no-untyped-def]
         ctx.turn = turn
-        return turn.forward(x_TD, weights_TK, experts_TK)
+        began = time.perf_counter()
+        y_TD = turn.forward(x_TD, weights_TK, experts_TK)
+        turn.note("forward", began)
+        return y_TD
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_TD):  # type: ignore[no-untyped-def]
         with ctx.turn.around_backward():
+            began = time.perf_counter()
             grad_x_TD, grad_weights_TK = ctx.turn.backward(grad_TD)
+            ctx.turn.note("backward", began)
         return grad_x_TD, grad_weights_TK, None, None, None
 
 
@@ -113,6 +122,7 @@ class _Turn:
         """What ``beside`` returned."""
         self._levels, self._lanes, self._degrees = levels, path.lanes, path.degrees
         self._experts, self._beside = experts, beside
+        self._observe = path.observe
         self._hops: list[list[Hop]] = []
         """By level and chunk."""
         self._graphs: list[_Graph] = []
@@ -151,6 +161,11 @@ class _Turn:
         parts = [columns for future in returning for columns in future.result()]
         grad_x_TD, grad_weights_TK = (torch.cat(column) for column in zip(*parts, strict=True))
         return grad_x_TD, grad_weights_TK
+
+    def note(self, phase: str, began: float) -> None:
+        """Tell the path's observer how long a phase took, if it was part of training."""
+        if self.has_grad and self._observe is not None:
+            self._observe(phase, time.perf_counter() - began)
 
     def _messages(self, degree: int) -> Iterator[slice]:
         """Yield the chunks of each message."""

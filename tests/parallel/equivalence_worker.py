@@ -23,6 +23,7 @@ from moeyard.moe.routers.topk import TopKRouter
 from moeyard.parallel.dense.local_part import as_part_of, local_part
 from moeyard.parallel.mesh import build_mesh
 from moeyard.parallel.process import process_group
+from moeyard.training.layer_schedule import LayerSchedule
 from moeyard.training.objectives.next_token import NextTokenObjective
 from moeyard.training.parallelize import parallelize
 from moeyard.training.read_config import read_run_config
@@ -109,6 +110,9 @@ def run_case(config_path: Path, out: Path, name: str, case: dict, watch) -> None
     objective = NextTokenObjective(config, data)
     parallel = parallelize(config, decoder, objective.module(decoder), mesh)
     step = TrainStep(config, decoder, objective, parallel, mesh)
+    schedule = None
+    if config.parallel.chunks == "auto":
+        schedule = LayerSchedule(config, decoder, mesh, parallel.pipeline)
     recorded = []
     scale = step.gradients.scale_
 
@@ -126,6 +130,9 @@ def run_case(config_path: Path, out: Path, name: str, case: dict, watch) -> None
             "counts": result.counts_LE,
             "weights": keyed(decoder, lambda p: p) | state_of_routers(decoder),
         }
+        if schedule is not None:
+            recorded[-1]["schedule"] = schedule.record()
+            schedule.after_step(index + 1)
     torch.save(recorded, out / f"{name}-{mesh.rank}.pt")
     mesh.barrier()
 

@@ -57,6 +57,9 @@ PATHS = {
         f"parallel.copies={{max_bytes: {2 * COPY_BYTES}, rematerialize: true}}",
     ],
 }
+AUTO = ["parallel.chunks=auto", "parallel.profile_every=1"]
+PATHS["measured"] = [*AUTO, "parallel.path=hierarchical", "parallel.ranks_per_node=2"]
+PATHS["measured_copies"] = [*AUTO, "parallel.copies={}"]
 CASES = [
     ("chunked", "plain"),
     ("chunked", "both"),
@@ -64,11 +67,14 @@ CASES = [
     ("gathered", "starved"),
     ("hierarchical", "both"),
     *(("pipelined", like) for like in LIKE),
-    *(
-        (path, like)
-        for path in ("copies", "few_copies", "moved")
-        for like in ("both", "starved", "varying")
-    ),
+    ("measured", "both"),
+    ("measured_copies", "both"),
+    ("copies", "both"),
+    ("copies", "starved"),
+    ("few_copies", "both"),
+    ("few_copies", "varying"),
+    ("moved", "both"),
+    ("moved", "starved"),
 ]
 
 
@@ -108,6 +114,36 @@ def test_experts_really_changed_their_owners(out):
     )
     assert first != last and sum(map(len, first)) == sum(map(len, last))
     assert {len(keys) for keys in last} == {len(first[0])}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", ["both-measured", "both-measured_copies"])
+def test_measured_chunks_are_the_same_on_all_ranks_and_their_times_are_recorded(out, name):
+    ranks = [torch.load(out / f"{name}-{rank}.pt") for rank in range(4)]
+    for step, *others in zip(*ranks, strict=True):
+        chosen = step["schedule"]
+        assert {chosen["chunks"], chosen["backward_chunks"]} <= {1, 2, 4, 8}
+        for other in (step["schedule"] for step in others):
+            same = {key: other[key] for key in ("chunks", "backward_chunks", "r2")}
+            assert same == {key: chosen[key] for key in same}
+        has_two_levels = name == "both-measured"
+        assert ("gather" in chosen["r2"]) == ("scatter" in chosen["r2"]) == has_two_levels
+        for phase in ("forward", "backward"):
+            compared = chosen["phases"][phase]
+            assert compared["predicted_s"] > 0 and compared["measured_s"] > 0
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("parallel.profile_every=5", "profile_every is 5, but parallel.chunks is 1"),
+        ("parallel.backward_chunks=2 parallel.chunks=auto", "backward_chunks is 2.*chooses both"),
+        ("parallel.chunks=auto parallel.ep=1", "parallel.chunks is auto, but parallel.ep is 1"),
+    ],
+)
+def test_options_that_measure_nothing_are_refused(config_file, override, message):
+    with pytest.raises(ConfigError, match=message):
+        read_run_config(config_file, override.split())
 
 
 def test_a_node_that_does_not_fold_is_refused():

@@ -2,7 +2,9 @@
 
 import itertools
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -187,3 +189,12 @@ def test_a_schedule_can_be_drawn():
         "compute ....E1------....",
     ]
     assert drawing(simulate([]), columns=4).splitlines()[0] == "inter   ...."
+
+
+def test_the_example_of_the_page_prints_what_the_page_says(capsys):
+    page = Path(__file__).parent.parent.parent / "docs" / "inside" / "parallel.md"
+    text = page.read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (printed,) = re.findall(r"```text\n(.*?)```", text, re.DOTALL)
+    exec(compile(code, "docs/inside/parallel.md", "exec"), {})
+    assert capsys.readouterr().out == printed

@@ -75,7 +75,17 @@ def scalars(record: dict[str, Any]) -> dict[str, float]:
         tags["eval/loss_per_byte"] = record["eval_loss_per_byte"]
     for phase, seconds in record["phases_s"].items():
         tags[f"phase_seconds/{phase}"] = seconds
+    if "schedule" in record:
+        tags |= _of_schedule(record["schedule"])
     for layer, load in zip(record["moe_layers"], record["load"], strict=True):
         for name, value in load.items():
             tags[f"expert_load_{name}/layer_{layer}"] = value
+    return tags
+
+
+def _of_schedule(schedule: dict[str, Any]) -> dict[str, float]:
+    tags = {f"schedule/{name}": schedule[name] for name in ("chunks", "backward_chunks")}
+    tags |= {f"schedule_r2/{name}": r2 for name, r2 in schedule["r2"].items()}
+    for phase, compared in schedule["phases"].items():
+        tags[f"schedule_relative_error/{phase}"] = compared["relative_error"]
     return tags

@@ -1,0 +1,1 @@
+"""Measure links and experts on the ranks of a run."""
