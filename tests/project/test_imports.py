@@ -44,7 +44,7 @@ ROOMS = {
     ],
     "training": [
         ["section"],
-        ["optimizer_config"],
+        ["optimizer_config", "parallel_config"],
         ["config", "device", "key_check", "phases", "precision", "schedule", "stop"],
         ["optimizer", "parallelize", "work"],
         ["data"],
