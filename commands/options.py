@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeAlias
 
 from ..dtypes import short_name
@@ -49,6 +50,17 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """Add the model to open."""
     parser.add_argument(
         "model", metavar="MODEL", help="a model folder, a run's folder, or OWNER/MODEL of the hub"
+    )
+
+
+def add_route_files(parser: argparse.ArgumentParser) -> None:
+    """Add the route files to read."""
+    parser.add_argument(
+        "files",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="route files, or folders of them such as RUN_DIR/routes",
     )
 
 

@@ -5,7 +5,8 @@ import json
 import sys
 from pathlib import Path
 
-from .options import Parsers, add_command, add_loading, add_model
+from . import trace_place
+from .options import Parsers, add_command, add_loading, add_model, add_route_files
 
 
 def add(parsers: Parsers) -> None:
@@ -13,13 +14,7 @@ def add(parsers: Parsers) -> None:
     trace = add_command(parsers, "trace", "look at recorded routes, or replay them")
     kinds = trace.add_subparsers(required=True, metavar="WHAT", help="what to do with them")
     show = add_command(kinds, "show", "print the load of each layer, and how choices repeat")
-    show.add_argument(
-        "files",
-        nargs="+",
-        type=Path,
-        metavar="FILE",
-        help="route files, or folders of them such as RUN_DIR/routes",
-    )
+    add_route_files(show)
     show.add_argument("--json", action="store_true", help="print JSON")
     show.set_defaults(run=run_show)
     replay = add_command(
@@ -35,6 +30,7 @@ def add(parsers: Parsers) -> None:
     replay.add_argument("--json", action="store_true", help="print JSON")
     add_loading(replay)
     replay.set_defaults(run=run_replay)
+    trace_place.add(kinds)
 
 
 def run_show(arguments: argparse.Namespace) -> None:

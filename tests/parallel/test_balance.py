@@ -165,6 +165,17 @@ def test_with_less_memory_copies_follow_the_load_and_new_nodes_come_first():
     assert copied.holders_E == ((0, 1, 2, 3), (0, 2), (3,), (3,))
 
 
+def test_a_copy_goes_to_another_node_before_an_idler_rank_of_its_own():
+    """Each expert gets one copy. Rank 1 is idle, yet rank 0's expert goes to node 1 first.
+
+    Experts 1 and 2 then take both ranks of node 0, so expert 3 stays on its node.
+    """
+    owners = Placement.owned(4, [0, 2, 2, 3])
+    load_E = torch.tensor([40, 40, 40, 40])
+    copied = materialize(owners, load_E, Topology(4, 2), CopyBudget(experts=4, per_rank=1))
+    assert copied.holders_E == ((0, 3), (1, 2), (0, 2), (2, 3))
+
+
 def test_copies_that_would_bring_rows_to_a_full_rank_are_not_made():
     """Rank 1 computes 9 rows already; a copy of rank 0's expert would make that 12 1/3."""
     owners = Placement.owned(3, [0, 1])

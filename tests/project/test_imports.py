@@ -70,6 +70,7 @@ ROOMS = {
     ],
     "commands": [
         ["model_folder", "options"],
+        ["trace_place"],
         [
             *("chat", "convert", "doctor", "evaluate", "export", "generate", "report", "serve"),
             *("routers", "tokenize", "trace", "train", "upcycle"),
