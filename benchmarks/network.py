@@ -38,6 +38,7 @@ CLUSTERS: list[tuple[dict[str, Any], list[int]]] = [
 and only copies of an expert talk to the other node."""
 DENSE_PARAMETERS = 267_904
 """Of configs/train/tiny.yaml, outside experts. Nodes send at least their gradients in each step."""
+SMALL_CORES = 0.4
 LOSS_TOLERANCE = 1e-5
 """Relative. Ranks add the same numbers in another order; in three steps that changes 1e-7."""
 
@@ -57,12 +58,14 @@ def main() -> int:
                 measure(arguments, cluster, degrees, alone, Path(folder))
                 for cluster, degrees in CLUSTERS
             ]
+        small_shares = measure_small_shares()
     except MoeyardError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    print("written to", write_results("network", {"clusters": clusters}).name)
+    figures = {"clusters": clusters, "small_shares": small_shares}
+    print("written to", write_results("network", figures).name)
     return 0
 
 
@@ -126,7 +129,7 @@ def fit(times: list[tuple[int, float]]) -> tuple[float, float]:
 
 def measure_compute(network: Network) -> dict[str, Any]:
     """Say how many cores a rank uses alone and while all are busy, and what it computes."""
-    finished = network.run([str(HERE / "network_case.py"), "compute"])
+    finished = network.run([str(HERE / "network_case.py"), "compute"], timeout_s=400)
     found = json.loads(finished.outputs[0])
     alone, busy = found["alone"], found["all_busy"]
     rates = "  ".join(f"{rank['products_per_s']:.0f} ({rank['cores']:.3f} cores)" for rank in busy)
@@ -135,6 +138,13 @@ def measure_compute(network: Network) -> dict[str, Any]:
         f"{alone['products_per_s']:.0f} ({alone['cores']:.3f} cores); all busy {rates}"
     )
     return found
+
+
+def measure_small_shares() -> dict[str, Any]:
+    """Measure shares that a busy machine grants as well: there only the quota binds."""
+    with Network(cores=SMALL_CORES) as network:
+        print(f"\n2 nodes, 2 ranks each, isolated, {network.cores_per_rank:g} cores a rank")
+        return {"cores_per_rank": network.cores_per_rank, "compute": measure_compute(network)}
 
 
 def train_arguments(steps: int, run_dir: Path, ep: int) -> list[str]:
@@ -173,12 +183,11 @@ def train_on(network: Network, ep: int, alone: list[float], folder: Path) -> dic
     )
     facts = next(line for line in finished.outputs[0].splitlines() if "event=started" in line)
     memory = next(fact for fact in facts.split() if fact.startswith("shared_memory="))
-    sent = finished.traffic.sent["node0"]
+    megabytes = finished.traffic.sent["node0"] / steps / 1e6
+    print(f"  training, EP={ep}, {memory}: losses", *(f"{loss:.7f}" for loss in losses))
     print(
-        f"  training, EP={ep}, {memory}: losses",
-        *(f"{loss:.7f}" for loss in losses),
-        f"differ by {difference:.0e} at most; last step {records[-1]['tokens_per_s']:.0f} tokens/s; "
-        f"node 0 sent {sent / steps / 1e6:.1f} MB a step",
+        f"    differ by {difference:.0e} at most; node 0 sent {megabytes:.1f} MB a step; "
+        f"{records[-1]['tokens_per_s']:.0f} tokens/s in the last step"
     )
     return {
         "ep": ep,

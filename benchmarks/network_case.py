@@ -44,10 +44,15 @@ def ping_pong(message: torch.Tensor, first: int, second: int) -> None:
 
 
 def swap(message: torch.Tensor, received: torch.Tensor, peer: int) -> None:
-    """Send a message to a rank while one of equal size comes from it."""
+    """Send a message to a rank while one of equal size comes from it.
+
+    All post their receives before any sends, because otherwise gloo's directions often take turns.
+    """
+    receiving = dist.irecv(received, peer)
+    dist.barrier()
     sending = dist.isend(message, peer)
-    dist.recv(received, peer)
-    assert sending is not None
+    assert receiving is not None and sending is not None
+    receiving.wait()
     sending.wait()
 
 
