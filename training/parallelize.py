@@ -1,5 +1,6 @@
 """Turn a whole model into this rank's part of it, step by step."""
 
+import os
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -9,9 +10,12 @@ from ..moe.models.decoder import Decoder
 from ..moe.models.lora import add_lora
 from ..parallel.dense.engine import DenseEngine
 from ..parallel.dense.table import open_engine
-from ..parallel.experts.all_to_all import AllToAllPath
-from ..parallel.experts.exchange import open_exchange
+from ..parallel.experts.materialized import MaterializedExperts
+from ..parallel.experts.open_copies import CopyOptions, open_copies
+from ..parallel.experts.open_path import open_path
+from ..parallel.experts.pipelined import Degrees
 from ..parallel.mesh import Mesh
+from ..parallel.planning.placement import Topology
 from .config import RunConfig
 from .device import device, seed_rank
 from .precision import apply_precision
@@ -26,6 +30,8 @@ class Parallel:
     """What a step calls: the loss of this rank's rows."""
     masters: dict[str, Tensor]
     """fp32 copies of the parameters that the run's precision narrowed."""
+    copies: MaterializedExperts | None
+    """Copies of busy experts, if the run makes any."""
 
 
 def parallelize(config: RunConfig, decoder: Decoder, loss: nn.Module, mesh: Mesh) -> Parallel:
@@ -39,10 +45,11 @@ def parallelize(config: RunConfig, decoder: Decoder, loss: nn.Module, mesh: Mesh
     freeze(config, decoder)
     engine.place(decoder, here)
     masters = apply_precision(decoder, precision, engine.own_masters(decoder))
-    place_experts(decoder, mesh)
+    place_experts(config, decoder, mesh)
     wrapped = engine.wrap(loss, decoder, torch_dtype(precision), here)
+    copies = copy_experts(config, decoder, mesh)
     seed_rank(config.seed, mesh.rank)
-    return Parallel(engine, wrapped, masters)
+    return Parallel(engine, wrapped, masters, copies)
 
 
 def freeze(config: RunConfig, decoder: Decoder) -> None:
@@ -56,11 +63,38 @@ def freeze(config: RunConfig, decoder: Decoder) -> None:
         add_lora(decoder, lora.rank, lora.alpha, lora.targets, config.seed)
 
 
-def place_experts(decoder: Decoder, mesh: Mesh) -> None:
+def place_experts(config: RunConfig, decoder: Decoder, mesh: Mesh) -> None:
     """Let MoE layers send tokens to experts on other ranks, if there are any."""
-    moe = decoder.config.moe
+    moe, parallel = decoder.config.moe, config.parallel
     if mesh.ep_group is None or mesh.ep_size == 1 or moe is None:
         return
-    exchange = open_exchange(mesh.ep_group, mesh.ep_host)
+    path = open_path(
+        parallel.path,
+        Degrees(parallel.chunks, parallel.backward_chunks or parallel.chunks),
+        moe.num_experts,
+        mesh,
+        _ranks_per_node(config),
+        parallel.timeout_s,
+        has_copies=parallel.copies is not None,
+    )
     for _, layer in decoder.moe_layers():
-        layer.path = AllToAllPath(moe.num_experts, mesh, exchange)
+        layer.path = path
+
+
+def copy_experts(config: RunConfig, decoder: Decoder, mesh: Mesh) -> MaterializedExperts | None:
+    """Let busy experts have copies on more ranks, if the run says so."""
+    parallel = config.parallel
+    if parallel.copies is None or mesh.ep_group is None:
+        return None
+    return open_copies(
+        [layer for _, layer in decoder.moe_layers()],
+        mesh,
+        Topology(mesh.ep_size, min(_ranks_per_node(config), mesh.ep_size)),
+        CopyOptions(**parallel.copies.model_dump()),
+        parallel.timeout_s,
+    )
+
+
+def _ranks_per_node(config: RunConfig) -> int:
+    given = config.parallel.ranks_per_node
+    return given or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

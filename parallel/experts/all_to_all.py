@@ -104,7 +104,7 @@ class AllToAllPath:
         ranks_P = torch.arange(self._num_ranks, device=x_TD.device)
         wanted_PT = (owner_TK.unsqueeze(0) == ranks_P.view(-1, 1, 1)).any(dim=-1)
         tokens = torch.nonzero(wanted_PT)[:, 1]
-        splits = self._exchange.splits(wanted_PT.sum(dim=1).tolist())
+        splits = self._exchange.splits([wanted_PT.sum(dim=1).tolist()])[0]
         handle = _Handle(tokens, splits, x_TD.shape[0], self._exchange, self._rank)
         x_ND, weights_NK, experts_NK = _Send.apply(x_TD, routing.weights_TK, experts_TK, handle)
         here_NK = torch.div(experts_NK, self._share, rounding_mode="floor") == self._rank
