@@ -83,7 +83,12 @@ def test_ranks_of_a_node_have_its_address_only_where_they_are_together(bed):
 
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
-    [({"nodes": 1}, "nodes is 1"), ({"inter": "1Gb"}, "'1Gb'"), ({"ranks": "apart"}, "'apart'")],
+    [
+        ({"nodes": 1}, "nodes is 1"),
+        ({"inter": "1Gb"}, "'1Gb'"),
+        ({"intra": "0gbit"}, "'0gbit'"),
+        ({"ranks": "apart"}, "'apart'"),
+    ],
 )
 def test_wrong_networks_are_refused(bed, wrong, sentence):
     with pytest.raises(ConfigError, match=sentence):
