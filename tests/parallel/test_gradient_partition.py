@@ -113,6 +113,13 @@ def test_a_gradient_that_fits_is_free():
     assert found.seconds == pytest.approx(2.0)
 
 
+def test_free_time_that_slices_leave_is_filled_to_the_byte():
+    room = Stage((Option(1, 1.0, 0.25),))
+    found = partition([dense_stage(0.0, 1000), room], Linear(1 / 8, 1 / 1024), num_slices=2)
+    assert found.bytes_by_stage == (0, 640) and found.rest_bytes == 360
+    assert found.seconds == pytest.approx(1.0 + 1 / 8 + 360 / 1024)
+
+
 def test_a_layer_with_little_room_sends_what_would_cost_more_at_the_end():
     tight = Stage((Option(1, 1.0, 0.95),))
     found = partition([dense_stage(1.0, 1000), tight], Linear(0.1, 1e-6))

@@ -12,6 +12,7 @@ from moeyard.parallel.planning.cost_model import FREE, CostModel, Linear
 from moeyard.parallel.planning.pipeline import (
     ChunkTimes,
     LayerWork,
+    _priced,
     best_degrees,
     layer_tasks,
     plan_layer,
@@ -166,6 +167,15 @@ def test_the_best_degrees_are_the_best_of_all_pairs():
         assert best.forward_s + best.backward_s == pytest.approx(min(sums), rel=1e-12)
         chosen.add((best.forward, best.backward))
     assert (1, 1) in chosen and len(chosen) >= 3, "small layers are not cut, large ones are"
+
+
+def test_two_and_three_chunks_are_computed_in_six_pieces():
+    link, experts = Linear(0, 1e-9), Linear(1e-3, 1e-6)
+    model = CostModel(link, FREE, experts, experts, FREE, link, FREE)
+    best = best_degrees(model, LayerWork(sent_bytes=0, rows=6000), [2])
+    assert best.forward_s == pytest.approx(2 * 1e-3 + 6e-3)
+    priced = _priced(model, LayerWork(sent_bytes=0, rows=6000), 2, 3)
+    assert priced.forward_s == priced.backward_s == pytest.approx(6 * 1e-3 + 6e-3)
 
 
 def test_cutting_pays_only_if_latency_is_small():
