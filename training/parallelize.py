@@ -40,6 +40,8 @@ def parallelize(config: RunConfig, decoder: Decoder, loss: nn.Module, mesh: Mesh
     engine.place(decoder, here)
     masters = apply_precision(decoder, precision, engine.own_masters(decoder))
     place_experts(decoder, mesh)
+    for router in decoder.routers():
+        router.experts_changed()
     wrapped = engine.wrap(loss, decoder, torch_dtype(precision), here)
     seed_rank(config.seed, mesh.rank)
     return Parallel(engine, wrapped, masters)

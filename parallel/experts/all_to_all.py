@@ -73,6 +73,24 @@ class _Return(torch.autograd.Function):
         return torch.cat(handle.exchange.rows([grad_TD], handle.splits, handle.tokens)[0]), None
 
 
+class _Gather(torch.autograd.Function):
+    """Every rank's values out to all ranks; their gradients back, summed in rank order."""
+
+    @staticmethod
+    def forward(ctx, own_SW, exchange, splits):  # type: ignore[no-untyped-def]
+        ctx.exchange, ctx.splits = exchange, splits
+        ranks = len(splits.rows_PP)
+        return torch.cat(exchange.rows([own_SW.repeat(ranks, 1)], splits)[0])
+
+    @staticmethod
+    def backward(ctx, grad_EW):  # type: ignore[no-untyped-def]
+        parts = ctx.exchange.rows([grad_EW.contiguous()], ctx.splits)[0]
+        total_SW = parts[0].clone()
+        for part in parts[1:]:
+            total_SW += part
+        return total_SW, None, None
+
+
 class AllToAllPath:
     """Rows travel over the expert-parallel group; expert e lives on rank ``e // (E / P)``.
 
@@ -84,6 +102,12 @@ class AllToAllPath:
         self._rank = mesh.ep_rank
         self._num_ranks = mesh.ep_size
         self._share = num_experts // self._num_ranks
+
+    def gather(self, values: Tensor) -> Tensor:
+        """See :class:`moeyard.moe.experts.path.ExpertPath`."""
+        everyone = Splits([[self._share] * self._num_ranks for _ in range(self._num_ranks)])
+        rows_EW: Tensor = _Gather.apply(values.flatten(1), self._exchange, everyone)
+        return rows_EW.view(-1, *values.shape[1:])
 
     def run(
         self, x_TD: Tensor, routing: Routing, experts: LayerExperts, beside: Beside | None = None
