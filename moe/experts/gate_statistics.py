@@ -53,12 +53,14 @@ class _MeanAndVariance(torch.autograd.Function):
             total_SHD, returned = main.fc1_SHD, None
         else:
             total_SHD = returned = torch.zeros_like(rows_SHD)
+        grad_mean_SD, grad_variance_SD = (grad_S2D / width).unbind(dim=1)
+        factor_S1D = (2 * grad_variance_SD).unsqueeze(1)
+        shift_S1D = (grad_mean_SD - 2 * grad_variance_SD * mean_SD).unsqueeze(1)
         first = 0
         for gate_SFD in _gates(rows_SHD):
             here = slice(first, first + len(gate_SFD))
-            grad_mean_S1D, grad_variance_S1D = (grad_S2D[here] / width).split(1, dim=1)
-            grad_SFD = 2 * grad_variance_S1D * (gate_SFD - mean_SD[here].unsqueeze(1))
-            total_SHD[here, :width].add_(grad_SFD.add_(grad_mean_S1D))
+            grad_SFD = torch.addcmul(shift_S1D[here], factor_S1D[here], gate_SFD)
+            total_SHD[here, :width].add_(grad_SFD)
             first = here.stop
         return returned, None
 
