@@ -96,8 +96,8 @@ def build_mesh(
     timeout = timedelta(seconds=timeout_s)
     dp_group = dist.group.WORLD
     assert dp_group is not None
-    ep_group = _group_of(rank, ranks_edp_ep.tolist(), timeout)
-    edp_group = _group_of(rank, ranks_edp_ep.T.tolist(), timeout)
+    ep_group = group_of(rank, ranks_edp_ep.tolist(), timeout)
+    edp_group = group_of(rank, ranks_edp_ep.T.tolist(), timeout)
     return Mesh(
         rank=rank,
         world_size=world,
@@ -106,20 +106,20 @@ def build_mesh(
         dp_group=dp_group,
         ep_group=ep_group,
         edp_group=edp_group,
-        dp_host=_host_of(dp_group, timeout_s),
-        ep_host=_host_of(ep_group, timeout_s),
-        edp_host=_host_of(edp_group, timeout_s),
+        dp_host=host_of(dp_group, timeout_s),
+        ep_host=host_of(ep_group, timeout_s),
+        edp_host=host_of(edp_group, timeout_s),
         watch=watch,
     )
 
 
-def _group_of(rank: int, partition: list[list[int]], timeout: timedelta) -> dist.ProcessGroup:
+def group_of(rank: int, partition: list[list[int]], timeout: timedelta) -> dist.ProcessGroup:
     """Make all groups of a partition (every rank must) and return this rank's."""
     groups = [(ranks, dist.new_group(ranks, timeout=timeout)) for ranks in partition]
     return next(group for ranks, group in groups if rank in ranks)
 
 
-def _host_of(group: dist.ProcessGroup, timeout_s: float) -> HostGroup | None:
+def host_of(group: dist.ProcessGroup, timeout_s: float) -> HostGroup | None:
     if dist.get_world_size(group) == 1 or torch.cuda.is_available():
         return None
     return HostGroup.join(group, timeout_s)

@@ -5,10 +5,10 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from ..dtypes import short_name
-from ..kernels.experts import Backend
 from ..moe.config.model import ModelConfig
 from ..moe.models.lora import LoraTarget
 from .optimizer_config import OptimizerConfig
+from .parallel_config import ParallelConfig
 from .section import Section
 
 
@@ -119,23 +119,6 @@ class CheckpointConfig(Section):
     """Newest checkpoints kept."""
 
 
-class ParallelConfig(Section):
-    """How ranks share the work."""
-
-    ep: int = Field(default=1, ge=1)
-    """Expert-parallel degree: ranks that split the experts among them."""
-    dense: Literal["ddp", "fsdp"] = "ddp"
-    """How ranks hold dense parameters and their optimizer state: whole on every rank (ddp), or
-    split over all ranks and gathered layer by layer (fsdp). Numbers and checkpoints are the same.
-    One process has nothing to split."""
-    backend: Backend = "auto"
-    """Expert kernels. ``auto`` is ``triton`` on a GPU and ``cpp`` on a CPU if these run and pass
-    their self-check, otherwise ``torch``. ``reference`` is slow and takes fp64. Frozen experts
-    always use torch's matrix products."""
-    timeout_s: float = Field(default=300, gt=0)
-    """A collective that waits longer ends the run."""
-
-
 class RoutesConfig(Section):
     """Route files in ``RUN_DIR/routes``, one for each rank: which experts every token visited."""
 
@@ -197,6 +180,9 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        problem = self.parallel.problem_with_path()
+        if problem is not None:
+            raise ValueError(problem)
         if self.train.batch_sequences % self.train.accumulation:
             raise ValueError(
                 f"train.batch_sequences is {self.train.batch_sequences}, which train.accumulation "

@@ -1,5 +1,6 @@
 """Turn a whole model into this rank's part of it, step by step."""
 
+import os
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -9,8 +10,8 @@ from ..moe.models.decoder import Decoder
 from ..moe.models.lora import add_lora
 from ..parallel.dense.engine import DenseEngine
 from ..parallel.dense.table import open_engine
-from ..parallel.experts.all_to_all import AllToAllPath
-from ..parallel.experts.exchange import open_exchange
+from ..parallel.experts.open_path import open_path
+from ..parallel.experts.pipelined import Degrees
 from ..parallel.mesh import Mesh
 from .config import RunConfig
 from .device import device, seed_rank
@@ -39,7 +40,7 @@ def parallelize(config: RunConfig, decoder: Decoder, loss: nn.Module, mesh: Mesh
     freeze(config, decoder)
     engine.place(decoder, here)
     masters = apply_precision(decoder, precision, engine.own_masters(decoder))
-    place_experts(decoder, mesh)
+    place_experts(config, decoder, mesh)
     for router in decoder.routers():
         router.experts_changed()
     wrapped = engine.wrap(loss, decoder, torch_dtype(precision), here)
@@ -58,11 +59,18 @@ def freeze(config: RunConfig, decoder: Decoder) -> None:
         add_lora(decoder, lora.rank, lora.alpha, lora.targets, config.seed)
 
 
-def place_experts(decoder: Decoder, mesh: Mesh) -> None:
+def place_experts(config: RunConfig, decoder: Decoder, mesh: Mesh) -> None:
     """Let MoE layers send tokens to experts on other ranks, if there are any."""
-    moe = decoder.config.moe
+    moe, parallel = decoder.config.moe, config.parallel
     if mesh.ep_group is None or mesh.ep_size == 1 or moe is None:
         return
-    exchange = open_exchange(mesh.ep_group, mesh.ep_host)
+    path = open_path(
+        parallel.path,
+        Degrees(parallel.chunks, parallel.backward_chunks or parallel.chunks),
+        moe.num_experts,
+        mesh,
+        parallel.ranks_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        parallel.timeout_s,
+    )
     for _, layer in decoder.moe_layers():
-        layer.path = AllToAllPath(moe.num_experts, mesh, exchange)
+        layer.path = path

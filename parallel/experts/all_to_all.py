@@ -17,6 +17,7 @@ from ...moe.experts.path import Beside
 from ...moe.routers.routing import Routing
 from ..mesh import Mesh
 from .exchange import Exchange, Splits
+from .gather import gather
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,24 +74,6 @@ class _Return(torch.autograd.Function):
         return torch.cat(handle.exchange.rows([grad_TD], handle.splits, handle.tokens)[0]), None
 
 
-class _Gather(torch.autograd.Function):
-    """Every rank's values out to all ranks; their gradients back, summed in rank order."""
-
-    @staticmethod
-    def forward(ctx, own_SW, exchange, splits):  # type: ignore[no-untyped-def]
-        ctx.exchange, ctx.splits = exchange, splits
-        ranks = len(splits.rows_PP)
-        return torch.cat(exchange.rows([own_SW.repeat(ranks, 1)], splits)[0])
-
-    @staticmethod
-    def backward(ctx, grad_EW):  # type: ignore[no-untyped-def]
-        parts = ctx.exchange.rows([grad_EW.contiguous()], ctx.splits)[0]
-        total_SW = parts[0].clone()
-        for part in parts[1:]:
-            total_SW += part
-        return total_SW, None, None
-
-
 class AllToAllPath:
     """Rows travel over the expert-parallel group; expert e lives on rank ``e // (E / P)``.
 
@@ -105,9 +88,7 @@ class AllToAllPath:
 
     def gather(self, values: Tensor) -> Tensor:
         """See :class:`moeyard.moe.experts.path.ExpertPath`."""
-        everyone = Splits([[self._share] * self._num_ranks for _ in range(self._num_ranks)])
-        rows_EW: Tensor = _Gather.apply(values.flatten(1), self._exchange, everyone)
-        return rows_EW.view(-1, *values.shape[1:])
+        return gather(values, self._exchange, self._num_ranks, lambda call: call())
 
     def run(
         self, x_TD: Tensor, routing: Routing, experts: LayerExperts, beside: Beside | None = None
@@ -128,7 +109,7 @@ class AllToAllPath:
         ranks_P = torch.arange(self._num_ranks, device=x_TD.device)
         wanted_PT = (owner_TK.unsqueeze(0) == ranks_P.view(-1, 1, 1)).any(dim=-1)
         tokens = torch.nonzero(wanted_PT)[:, 1]
-        splits = self._exchange.splits(wanted_PT.sum(dim=1).tolist())
+        splits = self._exchange.splits([wanted_PT.sum(dim=1).tolist()])[0]
         handle = _Handle(tokens, splits, x_TD.shape[0], self._exchange, self._rank)
         x_ND, weights_NK, experts_NK = _Send.apply(x_TD, routing.weights_TK, experts_TK, handle)
         here_NK = torch.div(experts_NK, self._share, rounding_mode="floor") == self._rank

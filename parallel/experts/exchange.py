@@ -1,6 +1,6 @@
 """All-to-all of rows between the ranks of a group: through shared memory on one host, else gloo.
 
-P ranks of the group. Every rank takes part in every exchange, even with zero rows.
+P ranks of the group, C chunks. Every rank takes part in every exchange, even with zero rows.
 """
 
 from dataclasses import dataclass
@@ -41,8 +41,8 @@ class Splits:
 class Exchange(Protocol):
     """Moves rows between the ranks of a group."""
 
-    def splits(self, send_P: list[int]) -> Splits:
-        """Tell all ranks how many rows this one sends to each."""
+    def splits(self, send_CP: list[list[int]]) -> list[Splits]:
+        """Tell all ranks how many rows of each chunk this one sends to each rank."""
         ...
 
     def rows(
@@ -69,11 +69,12 @@ class GroupExchange:
         self._rank = dist.get_rank(group)
         self._size = dist.get_world_size(group)
 
-    def splits(self, send_P: list[int]) -> Splits:
+    def splits(self, send_CP: list[list[int]]) -> list[Splits]:
         """See :class:`Exchange`."""
-        rows = [torch.empty(self._size, dtype=torch.int64) for _ in range(self._size)]
-        dist.all_gather(rows, torch.tensor(send_P), group=self._group)
-        return Splits([row.tolist() for row in rows])
+        mine = torch.tensor(send_CP, dtype=torch.int64)
+        everyone = [torch.empty_like(mine) for _ in range(self._size)]
+        dist.all_gather(everyone, mine, group=self._group)
+        return [Splits(rows_PP) for rows_PP in torch.stack(everyone, dim=1).tolist()]
 
     def rows(
         self, columns: list[Tensor], splits: Splits, order: Tensor | None = None
@@ -111,12 +112,14 @@ class SharedExchange:
         self._parts: list[Tensor] = []
         self._otherwise: GroupExchange | None = None
 
-    def splits(self, send_P: list[int]) -> Splits:
+    def splits(self, send_CP: list[list[int]]) -> list[Splits]:
         """See :class:`Exchange`."""
-        mine = torch.tensor(send_P, dtype=torch.int64).unsqueeze(0)
-        everyone = Splits([[1] * self._host.size for _ in send_P])
-        counts = self.rows([mine.expand(len(send_P), -1)], everyone)[0]
-        return Splits([count.flatten().tolist() for count in counts])
+        size = self._host.size
+        mine = torch.tensor(send_CP, dtype=torch.int64)
+        everyone = Splits([[1] * size for _ in range(size)])
+        received = self.rows([mine.view(1, -1).expand(size, -1)], everyone)[0]
+        counts_PCP = torch.cat(received).view(size, *mine.shape)
+        return [Splits(rows_PP) for rows_PP in counts_PCP.transpose(0, 1).tolist()]
 
     def rows(
         self, columns: list[Tensor], splits: Splits, order: Tensor | None = None

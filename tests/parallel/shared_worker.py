@@ -82,9 +82,13 @@ def check_exchanges(exchange, host: HostGroup, turns: int) -> None:
     generator = torch.Generator().manual_seed(host.rank)
     for turn in range(turns):
         most = (0, 5, 40, 2000)[turn % 4]  # grows twice, and now and then no rank sends
-        send = [random.randint(0, most) * random.randint(0, 1) for _ in range(host.size)]
-        splits = exchange.splits(send)
-        assert splits == expected_of.splits(send)
+        chunks = [
+            [random.randint(0, most) * random.randint(0, 1) for _ in range(host.size)]
+            for _ in range(1 + turn % 3)
+        ]
+        found = exchange.splits(chunks)
+        assert found == expected_of.splits(chunks)
+        splits, send = found[-1], chunks[-1]
         columns = columns_of(50, generator)
         order = torch.randint(0, 50, (sum(send),), generator=generator)
         time.sleep(random.random() * 0.005)

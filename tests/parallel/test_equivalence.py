@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from equivalence import EXACT, WORKER, differences, gathered_from
 from launch import run, torchrun
 
-WORKER = str(Path(__file__).parent / "equivalence_worker.py")
-EXACT = ["train.precision=fp64", "parallel.backend=reference"]
 TORCH = "parallel.backend=torch"  # in place of the reference
 DOCUMENTS = "OUT/documents.jsonl"
 VARIANTS = {
@@ -193,37 +192,9 @@ def as_json(cases: dict[str, dict], out: Path) -> str:
 
 
 def gathered(results: Results, name: str, ranks: int) -> list[dict]:
-    """Join the ranks' shares; what several ranks hold must be the same on all of them."""
+    """Run a case if needed and join the ranks' shares."""
     results.need(name, ranks)
-    steps = [torch.load(results.out / f"{name}-{rank}.pt") for rank in range(ranks)]
-    joined = []
-    for shares in zip(*steps, strict=True):
-        whole = {k: shares[0][k] for k in ("loss", "balance", "grad_norm", "counts")}
-        for share in shares:
-            assert share["loss"] == whole["loss"] and share["grad_norm"] == whole["grad_norm"]
-            assert torch.equal(share["counts"], whole["counts"])
-            for kind in ("gradients", "weights"):
-                held = whole.setdefault(kind, {})
-                for key, tensor in share[kind].items():
-                    assert key not in held or torch.equal(held[key], tensor), f"{key} differs"
-                    held[key] = tensor
-        joined.append(whole)
-    return joined
-
-
-def differences(actual: dict, expected: dict) -> dict[str, float]:
-    """Return the largest difference of each kind, relative to the largest expected value."""
-    found = {
-        name: abs(actual[name] - expected[name]) / max(abs(expected[name]), 1e-30)
-        for name in ("loss", "balance", "grad_norm")
-    }
-    for kind in ("gradients", "weights"):
-        assert actual[kind].keys() == expected[kind].keys()
-        found[kind] = max(
-            float((actual[kind][k] - e).abs().max() / e.abs().max().clamp(min=1e-30))
-            for k, e in expected[kind].items()
-        )
-    return found
+    return gathered_from(results.out, name, ranks)
 
 
 @pytest.mark.dist

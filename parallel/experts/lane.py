@@ -1,0 +1,39 @@
+"""A thread that runs calls one after the other, like a stream of CUDA."""
+
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
+
+
+class Lane:
+    """Runs calls in the order in which they are submitted, next to the thread that submits them.
+
+    The thread is a daemon: a collective that waits for a lost rank does not keep the process alive.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = queue.SimpleQueue()
+        threading.Thread(target=self._run, name=f"moeyard-{name}", daemon=True).start()
+
+    def submit(self, call: Callable[[], Result]) -> "Future[Result]":
+        """Run ``call`` after all earlier ones; its result or error is in the future."""
+        future: Future[Result] = Future()
+        self._calls.put((future, call))
+        return future
+
+    def run(self, call: Callable[[], Result]) -> Result:
+        """Return the result of ``call``, which runs after all earlier ones."""
+        return self.submit(call).result()
+
+    def _run(self) -> None:
+        while True:
+            future, call = self._calls.get()
+            try:
+                future.set_result(call())
+            except BaseException as error:
+                future.set_exception(error)
+            del future, call  # keep no tensors while waiting

@@ -1,0 +1,81 @@
+"""From a run's choice to the path that all its MoE layers share.
+
+E experts, P ranks of the expert-parallel group.
+"""
+
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ...errors import ConfigError
+from ...moe.experts.path import ExpertPath
+from ..mesh import Mesh, group_of, host_of
+from .all_to_all import AllToAllPath
+from .exchange import Exchange, open_exchange
+from .hop import Level
+from .pipelined import Degrees, PipelinedPath
+
+PathKind = Literal["all_to_all", "all_gather", "hierarchical"]
+"""How rows travel. ``all_to_all``: a copy to each rank that has an expert of the row.
+``all_gather``: a copy to every rank. ``hierarchical``: a copy to each node that has one, between
+ranks of equal number, and from there to the ranks of the node."""
+
+
+def open_path(
+    kind: PathKind,
+    degrees: Degrees,
+    num_experts: int,
+    mesh: Mesh,
+    ranks_per_node: int,
+    timeout_s: float,
+) -> ExpertPath:
+    """Return the path of a mesh with more than one expert-parallel rank; all ranks call it."""
+    assert mesh.ep_group is not None, "one process has all experts"
+    share = num_experts // mesh.ep_size
+    if kind == "hierarchical":
+        return PipelinedPath(_two_levels(share, mesh, ranks_per_node, timeout_s), degrees)
+    exchange = open_exchange(mesh.ep_group, mesh.ep_host)
+    if kind == "all_to_all" and degrees.chunks == 1:
+        return AllToAllPath(num_experts, mesh, exchange)
+    level = Level(
+        exchange,
+        mesh.ep_rank,
+        mesh.ep_size,
+        lambda experts: torch.div(experts, share, rounding_mode="floor"),
+        to_all=kind == "all_gather",
+    )
+    return PipelinedPath([level], degrees)
+
+
+def _two_levels(share: int, mesh: Mesh, ranks_per_node: int, timeout_s: float) -> list[Level]:
+    """Return the level between nodes and the one inside a node; ``share`` experts are on a rank."""
+    size, local = mesh.ep_size, min(ranks_per_node, mesh.ep_size)
+    if size % local:
+        raise ConfigError(
+            f"parallel.path is hierarchical and a node has {ranks_per_node} ranks, which do not "
+            f"divide parallel.ep = {size}; use a multiple of {ranks_per_node}, or all_to_all."
+        )
+    node, index = divmod(mesh.ep_rank, local)
+    groups = torch.arange(mesh.world_size).view(-1, size // local, local)
+    between = _exchange(groups.transpose(1, 2).flatten(0, 1), mesh.rank, timeout_s)
+    inside = _exchange(groups.flatten(0, 1), mesh.rank, timeout_s)
+
+    def node_of(experts: Tensor) -> Tensor:
+        return torch.div(experts, share * local, rounding_mode="floor")
+
+    def index_of(experts: Tensor) -> Tensor:
+        return torch.div(experts, share, rounding_mode="floor") - node * local
+
+    return [
+        Level(between, node, size // local, node_of),
+        Level(inside, index, local, index_of),
+    ]
+
+
+def _exchange(partition: Tensor, rank: int, timeout_s: float) -> Exchange:
+    """Make all groups of a partition of the ranks, and return the exchange of this rank's."""
+    group: dist.ProcessGroup = group_of(rank, partition.tolist(), timedelta(seconds=timeout_s))
+    return open_exchange(group, host_of(group, timeout_s))

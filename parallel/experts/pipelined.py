@@ -1,0 +1,197 @@
+"""Rows travel to their experts in chunks, so that links and compute work at the same time.
+
+FSMoE (Pan et al. 2025): while the experts compute one chunk of a layer's rows, the next chunk is on
+its way to them and the last one on its way back. Each level of ranks has a lane, and the calling
+thread computes. With two levels, between nodes and inside a node, three resources work at once.
+
+T tokens here, K choices, D model width, C chunks.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ...moe.experts.base import LayerExperts
+from ...moe.experts.path import Beside
+from ...moe.routers.routing import Routing
+from .gather import gather
+from .hop import Columns, Hop, Level, send, send_back
+from .lane import Lane
+
+Arriving = Future[list[Columns]]
+"""What a message will bring, by chunk."""
+
+
+@dataclass(frozen=True, slots=True)
+class Degrees:
+    """Into how many messages a layer's rows are cut, in each direction."""
+
+    forward: int = 1
+    backward: int = 1
+
+    @property
+    def chunks(self) -> int:
+        """The pieces that experts compute, fine enough for both directions."""
+        return math.lcm(self.forward, self.backward)
+
+
+class PipelinedPath:
+    """Rows travel over one or more levels of ranks, in chunks; see the top of the file.
+
+    Layers share one path: their turns follow each other on every rank. ``degrees`` may change
+    between steps, to the same values on every rank. Each row's result is the same for any degrees;
+    gradients of experts are sums over chunks and differ in the order of summation.
+    """
+
+    def __init__(self, levels: Sequence[Level], degrees: Degrees | None = None) -> None:
+        self.levels = tuple(levels)
+        self.lanes = [Lane(f"level-{number}") for number in range(len(self.levels))]
+        self.degrees = degrees or Degrees()
+
+    def gather(self, values: Tensor) -> Tensor:
+        """See :class:`moeyard.moe.experts.path.ExpertPath`."""
+        for level, lane in reversed(tuple(zip(self.levels, self.lanes, strict=True))):
+            values = gather(values, level.exchange, level.size, lane.run)
+        return values
+
+    def run(
+        self, x_TD: Tensor, routing: Routing, experts: LayerExperts, beside: Beside | None = None
+    ) -> Tensor:
+        """See :class:`moeyard.moe.experts.path.ExpertPath`; parts are added in rank order."""
+        turn = _Turn(self, experts, beside)
+        # The anchor makes the result need a gradient where only experts do.
+        anchor = torch.empty(0, device=x_TD.device, requires_grad=turn.has_grad)
+        y_TD: Tensor = _Run.apply(x_TD, routing.weights_TK, routing.experts_TK, anchor, turn)
+        return y_TD if turn.shared_TD is None else y_TD + turn.shared_TD
+
+
+class _Run(torch.autograd.Function):
+    """A turn, to autograd."""
+
+    @staticmethod
+    def forward(ctx, x_TD, weights_TK, experts_TK, anchor, turn):  # type: ignore[no-untyped-def]
+        ctx.turn = turn
+        return turn.forward(x_TD, weights_TK, experts_TK)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_TD):  # type: ignore[no-untyped-def]
+        grad_x_TD, grad_weights_TK = ctx.turn.backward(grad_TD)
+        return grad_x_TD, grad_weights_TK, None, None, None
+
+
+class _Turn:
+    """One forward of one layer, and its backward."""
+
+    def __init__(self, path: PipelinedPath, experts: LayerExperts, beside: Beside | None) -> None:
+        self.has_grad = torch.is_grad_enabled()
+        self.shared_TD: Tensor | None = None
+        """What ``beside`` returned."""
+        self._path, self._degrees = path, path.degrees
+        self._experts, self._beside = experts, beside
+        self._hops: list[list[Hop]] = []
+        """By level and chunk."""
+        self._graphs: list[_Graph] = []
+        """By chunk, until backward has used it."""
+
+    def forward(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Tensor:
+        """Return the sums of the experts, ``[T, D]``."""
+        chunks = self._degrees.chunks
+        experts = experts_TK.tensor_split(chunks)
+        rows = zip(x_TD.tensor_split(chunks), weights_TK.tensor_split(chunks), strict=True)
+        columns = [list(pair) for pair in rows]
+        # A group is used by its lane only, so that all ranks use it in the same order.
+        planned = self._path.lanes[0].submit(lambda: self._path.levels[0].plan(experts))
+        self._hops = [planned.result(), *([] for _ in self._path.levels[1:])]
+        messages = list(self._messages(self._degrees.forward))
+        arriving = [self._there(part, columns[part], is_first=True) for part in messages]
+        if self._beside is not None:
+            with torch.set_grad_enabled(self.has_grad):
+                self.shared_TD = self._beside()
+        returning = []
+        for part, future in zip(messages, arriving, strict=True):
+            results = [[self._compute(*arrived)] for arrived in future.result()]
+            returning.append(self._back(part, results))
+        return torch.cat([y_TD for future in returning for (y_TD,) in future.result()])
+
+    def backward(self, grad_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gradients of the rows and of the routing weights."""
+        grads = [[grad] for grad in grad_TD.tensor_split(self._degrees.chunks)]
+        messages = list(self._messages(self._degrees.backward))
+        arriving = [self._there(part, grads[part], is_first=False) for part in messages]
+        returning = []
+        for part, future in zip(messages, arriving, strict=True):
+            graphs = zip(self._graphs[part], future.result(), strict=True)
+            returning.append(self._back(part, [graph.backward(*grad) for graph, grad in graphs]))
+        self._graphs.clear()
+        parts = [columns for future in returning for columns in future.result()]
+        grad_x_TD, grad_weights_TK = (torch.cat(column) for column in zip(*parts, strict=True))
+        return grad_x_TD, grad_weights_TK
+
+    def _messages(self, degree: int) -> Iterator[slice]:
+        """Yield the chunks of each message."""
+        width = self._degrees.chunks // degree
+        for first in range(0, self._degrees.chunks, width):
+            yield slice(first, first + width)
+
+    def _there(self, part: slice, columns: list[Columns], is_first: bool) -> Arriving:
+        """Send a message over all levels; the ``is_first`` one is planned on its way."""
+        lanes = self._path.lanes
+        future = lanes[0].submit(partial(send, self._hops[0][part], columns, is_first))
+        for level in range(1, len(lanes)):
+            future = lanes[level].submit(partial(self._onward, level, part, future, is_first))
+        return future
+
+    def _onward(self, level: int, part: slice, arriving: Arriving, is_first: bool) -> list[Columns]:
+        """Send what a message brought over the next level."""
+        columns = arriving.result()
+        if is_first:
+            experts = [chunk.pop() for chunk in columns]
+            self._hops[level] += self._path.levels[level].plan(experts)
+        return send(self._hops[level][part], columns, is_first)
+
+    def _back(self, part: slice, columns: list[Columns]) -> Arriving:
+        """Send results back over all levels; rows are summed at each."""
+        future: Arriving = Future()
+        future.set_result(columns)
+        for level in reversed(range(len(self._path.lanes))):
+            future = self._path.lanes[level].submit(partial(self._home, level, part, future))
+        return future
+
+    def _home(self, level: int, part: slice, arriving: Arriving) -> list[Columns]:
+        return send_back(self._hops[level][part], arriving.result())
+
+    def _compute(self, x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor) -> Tensor:
+        """Run the experts here on a chunk, and keep its graph."""
+        if not self.has_grad:
+            y_ND: Tensor = self._experts(x_ND, experts_NK, weights_NK)
+            return y_ND
+        with torch.enable_grad():
+            x_ND, weights_NK = x_ND.requires_grad_(), weights_NK.requires_grad_()
+            y_ND = self._experts(x_ND, experts_NK, weights_NK)
+        self._graphs.append(_Graph(x_ND, weights_NK, y_ND))
+        return y_ND.detach()
+
+
+@dataclass(frozen=True, slots=True)
+class _Graph:
+    """The experts' work on one chunk, as autograd keeps it."""
+
+    x_ND: Tensor
+    weights_NK: Tensor
+    y_ND: Tensor
+
+    def backward(self, grad_ND: Tensor) -> Columns:
+        """Return the gradients of rows and weights; those of experts are added to theirs."""
+        torch.autograd.backward(self.y_ND, grad_ND)
+        found = []
+        for leaf in (self.x_ND, self.weights_NK):
+            found.append(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
+            leaf.grad = None
+        return found

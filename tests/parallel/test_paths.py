@@ -1,0 +1,104 @@
+"""Every way of rows to their experts gives the numbers of one process, in any number of chunks."""
+
+import json
+import sys
+import time
+from typing import cast
+
+import pytest
+from torch.distributed import ProcessGroup
+
+from moeyard.errors import ConfigError
+from moeyard.parallel.experts.lane import Lane
+from moeyard.parallel.experts.open_path import open_path
+from moeyard.parallel.experts.pipelined import Degrees
+from moeyard.parallel.mesh import Mesh
+from moeyard.training.read_config import read_run_config
+
+from equivalence import EXACT, WORKER, differences, gathered_from
+from launch import run, torchrun
+
+TORCH = [*EXACT, "parallel.backend=torch"]
+BOTH = ["train.accumulation=2", "train.recompute=true"]
+LIKE = {
+    "plain": {"overrides": TORCH},
+    "both": {"overrides": [*EXACT, *BOTH, "model.moe.d_shared=8"]},
+    "starved": {"overrides": TORCH, "starved": True},
+    "varying": {"overrides": [*TORCH, "model.moe.router={kind: top_p, p: 0.3}"]},
+    "sparsity": {
+        "overrides": [
+            *EXACT,
+            "model.moe.activation=reglu",
+            "model.moe.router={kind: sparsity, z_loss: 0.1}",
+            *BOTH,
+        ],
+        "biased": True,
+    },
+    "lora": {"overrides": [*EXACT, "train.parameters=lora", "train.accumulation=2"]},
+}
+"""What one process computes."""
+PATHS = {
+    "chunked": ["parallel.chunks=4", "parallel.backward_chunks=2"],
+    "gathered": ["parallel.path=all_gather", "parallel.chunks=2", "parallel.backward_chunks=3"],
+    "hierarchical": ["parallel.path=hierarchical", "parallel.ranks_per_node=2"],
+    "pipelined": [
+        "parallel.path=hierarchical",
+        "parallel.ranks_per_node=2",
+        "parallel.chunks=2",
+        "parallel.backward_chunks=8",
+    ],
+}
+CASES = [
+    ("chunked", "plain"),
+    ("chunked", "both"),
+    ("gathered", "varying"),
+    ("gathered", "starved"),
+    ("hierarchical", "both"),
+    *(("pipelined", like) for like in LIKE),
+]
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory, config_file):
+    """Return the folder with the results of one process and of four ranks."""
+    out = tmp_path_factory.mktemp("paths")
+    run([sys.executable, WORKER, str(config_file), str(out), json.dumps(LIKE)], 300)
+    cases = {}
+    for number, (path, like) in enumerate(CASES):
+        ranks = ["parallel.ep=4", f"parallel.dense={('ddp', 'fsdp')[number % 2]}"]
+        overrides = [*LIKE[like]["overrides"], *PATHS[path], *ranks]
+        apart = number % 3 == 0  # as on several hosts
+        cases[f"{like}-{path}"] = LIKE[like] | {"overrides": overrides, "apart": apart}
+    torchrun(4, WORKER, str(config_file), str(out), json.dumps(cases))
+    return out
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("path", "like"), CASES, ids=str)
+def test_equals_one_process_to_the_last_digits_in_fp64(out, path, like):
+    expected = gathered_from(out, like, 1)
+    actual = gathered_from(out, f"{like}-{path}", 4)
+    for a, e in zip(actual, expected, strict=True):
+        assert a["counts"].equal(e["counts"])
+        found = differences(a, e)
+        assert max(found.values()) <= 1e-12, found
+
+
+def test_a_node_that_does_not_fold_is_refused():
+    mesh = Mesh(world_size=4, ep_size=4, ep_group=cast(ProcessGroup, "a group"))
+    with pytest.raises(ConfigError, match=r"3 ranks.*parallel.ep = 4"):
+        open_path("hierarchical", Degrees(), 4, mesh, ranks_per_node=3, timeout_s=1)
+
+
+def test_an_option_without_effect_is_refused(config_file):
+    with pytest.raises(ConfigError, match=r"parallel.chunks is 2, but parallel.ep is 1"):
+        read_run_config(config_file, ["parallel.chunks=2"])
+
+
+def test_a_lane_runs_calls_in_order_and_hands_on_errors():
+    lane, seen = Lane("test"), []
+    first = lane.submit(lambda: time.sleep(0.01) or seen.append(1))
+    wrong = lane.submit(lambda: 1 // 0)
+    assert lane.submit(lambda: list(seen)).result() == [1] and first.done()
+    with pytest.raises(ZeroDivisionError):
+        wrong.result()

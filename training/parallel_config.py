@@ -1,0 +1,51 @@
+"""The ``parallel`` section of a run: how ranks share the work."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from ..kernels.experts import Backend
+from ..parallel.experts.open_path import PathKind
+from .section import Section
+
+
+class ParallelConfig(Section):
+    """How ranks share the work."""
+
+    ep: int = Field(default=1, ge=1)
+    """Expert-parallel degree: ranks that split the experts among them."""
+    path: PathKind = "all_to_all"
+    """How rows travel to their experts. ``all_to_all``: a copy to each rank that has an expert of
+    the row. ``all_gather``: a copy to every rank. ``hierarchical``: a copy to each node that has
+    one, between ranks of equal number, and from there to the ranks of the node."""
+    chunks: int = Field(default=1, ge=1)
+    """Messages into which a layer's rows are cut on their way to the experts (FSMoE). The experts
+    compute one while the next arrives. 1 = none overlap."""
+    backward_chunks: int | None = Field(default=None, ge=1)
+    """The same for gradients in backward; null = ``chunks``."""
+    ranks_per_node: int | None = Field(default=None, ge=1)
+    """Neighbouring ranks with a fast link between them, for ``hierarchical``; null = those that
+    torchrun started on a host."""
+    dense: Literal["ddp", "fsdp"] = "ddp"
+    """How ranks hold dense parameters and their optimizer state: whole on every rank (ddp), or
+    split over all ranks and gathered layer by layer (fsdp). Numbers and checkpoints are the same.
+    One process has nothing to split."""
+    backend: Backend = "auto"
+    """Expert kernels. ``auto`` is ``triton`` on a GPU and ``cpp`` on a CPU if these run and pass
+    their self-check, otherwise ``torch``. ``reference`` is slow and takes fp64. Frozen experts
+    always use torch's matrix products."""
+    timeout_s: float = Field(default=300, gt=0)
+    """A collective that waits longer ends the run."""
+
+    def problem_with_path(self) -> str | None:
+        """Return which option of paths has no effect, or None."""
+        if self.ep > 1:
+            return None
+        for name in ("path", "chunks", "backward_chunks"):
+            value = getattr(self, name)
+            if value != type(self).model_fields[name].default:
+                return (
+                    f"parallel.{name} is {value}, but parallel.ep is 1, so no row travels to its "
+                    f"experts; raise parallel.ep or leave parallel.{name} out."
+                )
+        return None
