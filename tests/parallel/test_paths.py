@@ -69,6 +69,7 @@ CASES = [
     ("hierarchical", "both"),
     *(("pipelined", like) for like in LIKE),
     *((path, like) for path in ("copies", "few_copies") for like in ("both", "starved", "varying")),
+    ("copies", "sparsity"),
 ]
 
 
