@@ -102,6 +102,7 @@ OVERHEAD = {
     "cosine": {"kind": "cosine", "k": 2},
     "kmeans": {"kind": "kmeans", "k": 2},
     "null_experts": {"kind": "null_experts", "k": 2, "num_null": 8},
+    "sparsity": {"kind": "sparsity", "k": 2},
     "hash": {"kind": "hash", "k": 2, "table": "random"},
     "hash, bigram": {"kind": "hash", "k": 2, "table": "bigram"},
 }

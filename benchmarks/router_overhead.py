@@ -3,9 +3,9 @@
     python benchmarks/router_overhead.py [--threads 2] [--repeats 9]
 
 For each router, interleaved: the whole layer (width 1024, experts of 512), its scores alone (their
-products with the rows, two for learned noise and cosines), and from rows to grouped rows. Overhead
-is the last minus the scores, over the layer: what the rule itself adds. Medians, forward in
-evaluation and in training with its losses.
+products with the rows, two for learned noise, cosines and sparsity), and from rows to grouped rows.
+Overhead is the last minus the scores, over the layer: what the rule itself adds. Medians, forward
+in evaluation and in training with its losses.
 
 T tokens, D model width, E experts.
 """
@@ -29,6 +29,7 @@ from moeyard.moe.routers.linear import LinearRouter, project
 from moeyard.moe.routers.noisy import NoisyRouter
 from moeyard.moe.routers.router import Router
 from moeyard.moe.routers.routing import RouterInput
+from moeyard.moe.routers.sparsity import SparsityRouter
 from moeyard.moe.routers.split_rows import split_rows
 
 from report import write_results
@@ -56,7 +57,9 @@ def main() -> None:
     )
     print("|---|---|---|---|---|---|---|")
     for name, section in OVERHEAD.items():
-        layer = moeyard.MoELayer(D, F, E, moeyard.router(**section), vocab_size=VOCABULARY)
+        config = moeyard.router(**section)
+        activation = "reglu" if config.reads_gates else "swiglu"
+        layer = moeyard.MoELayer(D, F, E, config, activation, vocab_size=VOCABULARY)
         row = measured(layer, given, arguments.repeats)
         rows[name] = row
         print(
@@ -111,6 +114,9 @@ def score(gate: Router, x_TD: Tensor) -> None:
         gate.squared_distances(x_TD)
     elif isinstance(gate, LinearRouter | CosineRouter):
         gate.logits(x_TD)
+    elif isinstance(gate, SparsityRouter):
+        project(x_TD, gate.mean_ED)
+        project(x_TD, gate.variance_ED)
     if isinstance(gate, NoisyRouter) and gate.training and gate.noise_weight is not None:
         project(x_TD, gate.noise_weight)
 

@@ -18,6 +18,7 @@ from .experts.path import Beside, ExpertPath, LocalPath
 from .experts.resident import Experts
 from .gated_mlp import GatedMLP
 from .linear import Linear
+from .routers.build import build_router
 from .routers.loss_terms import GlobalCounts
 from .routers.losses import add_counts, global_counts, total_loss
 from .routers.router import Router, RouterConfig, RouterSizes
@@ -83,8 +84,10 @@ class MoELayer(nn.Module):
         if activation not in ACTIVATIONS:
             raise ConfigError(f"activation is {activation!r}; use one of {', '.join(ACTIVATIONS)}.")
         self.d_model, self.d_expert, self.num_experts = d_model, d_expert, num_experts
-        sizes = RouterSizes(d_model, num_experts, vocab_size, token_counts, layer, token_embeddings)
-        self.gate: Router = _build(TopK() if router is None else router, sizes)
+        facts = (vocab_size, token_counts, layer, token_embeddings, expert_bias)
+        sizes = RouterSizes(d_model, num_experts, *facts)
+        self.gate: Router = build_router(TopK() if router is None else router, sizes, activation)
+        self.gate.watch(self.gate_statistics)
         self.experts: LayerExperts = Experts(
             d_model, d_expert, num_experts, expert_ids, backend, activation, recompute, expert_bias
         )
@@ -97,6 +100,18 @@ class MoELayer(nn.Module):
     def lookahead(self) -> Lookahead:
         """Where the router must be called."""
         return self.gate.lookahead
+
+    def gate_statistics(self) -> Tensor | None:
+        """Return mean and variance of all experts' gate rows, ``[E, 2, D]``, with gradient.
+
+        With biases ``[E, 2, D + 1]``. None if the experts are not parameters in memory, or the path
+        does not reach all of them. Every rank must call it.
+        """
+        here = self.experts.gate_statistics()
+        if here is None:
+            return None
+        found = self.path.gather(here)
+        return found if len(found) == self.num_experts else None
 
     def forward(
         self,
@@ -180,20 +195,6 @@ class MoELayer(nn.Module):
     def auxiliary_loss(self, routing: Routing, reduce: Reduce | None = None) -> Tensor:
         """Return :func:`auxiliary_loss` of this layer alone."""
         return auxiliary_loss([self], [routing], reduce)
-
-
-def _build(config: RouterConfig, sizes: RouterSizes) -> Router:
-    if not isinstance(config, RouterConfig):
-        raise ConfigError(
-            f"router is {config!r}; give the configuration of a router, such as moeyard.TopK(k=4)."
-        )
-    router = config.build(sizes)
-    if not isinstance(router, Router):
-        raise ConfigError(
-            f"router is {type(config).__name__}, whose build returned a {type(router).__name__}; "
-            "return a moeyard.Router."
-        )
-    return router
 
 
 def _run_shared(expert: nn.Module, gate: nn.Module | None, x_TD: Tensor) -> Tensor:

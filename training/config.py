@@ -221,6 +221,12 @@ class RunConfig(Section):
                 f"lora is given, but train.parameters is {chosen}; set train.parameters to lora "
                 "or leave lora out."
             )
-        if self.lora is not None and moe is None and "experts" in self.lora.targets:
-            return "lora.targets has experts, but the model has none; use [attention]."
+        if self.lora is not None and "experts" in self.lora.targets:
+            if moe is None:
+                return "lora.targets has experts, but the model has none; use [attention]."
+            if moe.router.reads_gates:
+                return (
+                    f"lora.targets has experts, but {moe.router.kind} routers read the experts' "
+                    "weights without low-rank updates; use [attention]."
+                )
         return None

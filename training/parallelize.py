@@ -49,6 +49,8 @@ def parallelize(config: RunConfig, decoder: Decoder, loss: nn.Module, mesh: Mesh
     engine.place(decoder, here)
     masters = apply_precision(decoder, precision, engine.own_masters(decoder))
     path = place_experts(config, decoder, mesh)
+    for router in decoder.routers():
+        router.experts_changed()
     wrapped = engine.wrap(loss, decoder, torch_dtype(precision), here)
     copies = copy_experts(config, decoder, mesh)
     seed_rank(config.seed, mesh.rank)

@@ -44,6 +44,7 @@ class MoEConfig(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> Self:
         problem = self.router.problem_with(self.num_experts)
+        problem = problem or self.router.problem_with_activation(self.activation)
         if problem is not None:
             raise ValueError(problem)
         if self.shared_gate and not self.d_shared:

@@ -19,6 +19,11 @@ class LayerExperts(nn.Module):
         """Protect the experts of the next forward, which follows immediately, from eviction."""
         raise NotImplementedError
 
+    def gate_statistics(self) -> Tensor | None:
+        """Return mean and variance of each expert's gate rows here, with gradient; see
+        gate_statistics.py. None, by default, where weights are no parameters in memory."""
+        return None
+
     def forward(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """Return the weighted sum of each row's experts, ``[N, D]``."""
         raise NotImplementedError

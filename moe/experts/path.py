@@ -21,6 +21,14 @@ class ExpertPath(Protocol):
     A layer does not know which path it has. Layers may share a path.
     """
 
+    def gather(self, values: Tensor) -> Tensor:
+        """Return the values of all experts, ``[E, ...]``, from those of this process, ``[S, ...]``.
+
+        Backward returns the gradient of ``values`` summed over the processes that got them. All of
+        them must call it, as they call ``run``.
+        """
+        ...
+
     def run(
         self, x_TD: Tensor, routing: Routing, experts: LayerExperts, beside: Beside | None = None
     ) -> Tensor:
@@ -34,6 +42,10 @@ class ExpertPath(Protocol):
 
 class LocalPath:
     """All experts are in this process: nothing moves."""
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Return ``values``."""
+        return values
 
     def run(
         self, x_TD: Tensor, routing: Routing, experts: LayerExperts, beside: Beside | None = None

@@ -16,6 +16,7 @@ from ...kernels.values.expert_weights import ExpertWeights
 from ...kernels.values.main_grads import MainGrads
 from ..routers.routing import Routing
 from .base import LayerExperts
+from .gate_statistics import gate_statistics
 
 LOW_RANK = ("fc1_lora_a", "fc1_lora_b", "fc2_lora_a", "fc2_lora_b")
 """Parameters of low-rank updates, if any."""
@@ -114,6 +115,13 @@ class Experts(LayerExperts):
 
     def keep(self, routing: Routing) -> None:
         """Do nothing: experts in memory stay there."""
+
+    def gate_statistics(self) -> Tensor | None:
+        """Return mean and variance of each slot's gate rows, ``[S, 2, D]``, with gradient.
+
+        With biases ``[S, 2, D + 1]``. Low-rank updates are not in them.
+        """
+        return gate_statistics(self.fc1, self.fc1_bias, self.main_grads)
 
     def extra_repr(self) -> str:
         """Say how many experts there are and of which size, for ``repr``."""

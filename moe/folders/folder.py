@@ -33,15 +33,15 @@ class ModelFolder:
     def check(
         self,
         config: ModelConfig | None = None,
-        without: str | None = None,
+        without: tuple[str, ...] = (),
         ignore_unused_weights: bool = False,
     ) -> str | None:
         """Raise :class:`ModelFileError` unless all tensors exist and fit the configuration: the
         folder's, or another one that will use its weights.
 
         Reads only headers and stops at the first missing tensor, so that an absurd configuration
-        costs nothing. Tensors whose name ends in ``without`` may be missing. Tensors that neither
-        configuration uses are refused, except known extras (unused_weights.py) or with
+        costs nothing. Tensors whose name ends in one of ``without`` may be missing. Tensors that
+        neither configuration uses are refused, except known extras (unused_weights.py) or with
         ``ignore_unused_weights``. Returns a line that names what is left out, or None.
         """
         if not ignore_unused_weights:
@@ -56,12 +56,12 @@ class ModelFolder:
         unused = [name for name in self.files if name not in used]
         return check_unused(str(self.path), unused, self._layers_behind(), ignore_unused_weights)
 
-    def _check_all_there(self, config: ModelConfig, without: str | None) -> set[str]:
+    def _check_all_there(self, config: ModelConfig, without: tuple[str, ...]) -> set[str]:
         """Return the names of the tensors that a configuration uses."""
         used: set[str] = set()
         for parameter, tensor in dense_tensors(config):
             name = self._name(parameter)
-            if without is None or not parameter.endswith(without) or parameter in self:
+            if not parameter.endswith(without) or parameter in self:
                 self.files.check_matrix(name, tuple(tensor.shape))
             used |= self.files.stored_names(name)
         for name, shape in self._expert_tensors(config):

@@ -121,4 +121,4 @@ def _check_router(name: str, tensor: Tensor, config: ModelConfig) -> None:
     own_name = name.partition(ROUTER)[2]
     problem = config.moe.router.problem_with_tensor(own_name, tensor, config.moe.num_experts)
     if problem is not None:
-        raise ModelFileError(f"{name} {problem}; the weights belong to another configuration.")
+        raise ModelFileError(f"{name} {problem}.")

@@ -39,6 +39,8 @@ def initialize(model: Decoder, seed: int) -> None:
         else:
             scale = residual if "o_proj" in name or "down_proj" in name else 1.0
             _fill(parameter.data, scale / math.sqrt(parameter.shape[-1]), f"{seed}/{name}")
+    for router in model.routers():
+        router.experts_changed()
 
 
 def _of_router(model: Decoder, name: str, seed: int) -> Tensor | None:

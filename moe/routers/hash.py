@@ -107,7 +107,10 @@ class Hash(RouterConfig):
             return None
         lowest, highest = (int(bound) for bound in tensor.aminmax())
         if lowest < 0 or highest >= num_experts:
-            return f"names experts from {lowest} to {highest}, but there are {num_experts}"
+            return (
+                f"names experts from {lowest} to {highest}, but there are {num_experts}; the "
+                "weights belong to another configuration"
+            )
         return None
 
 

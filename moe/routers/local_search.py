@@ -63,6 +63,11 @@ class LocalSearch(RouterConfig):
 
     @model_validator(mode="after")
     def _take_k(self) -> Self:
+        if self.router.reads_gates:
+            raise ValueError(
+                f"router.kind is {self.router.kind}, whose scores belong to the experts that they "
+                "are made from, so there is no order to search; use another router."
+            )
         if "k" in self.model_fields_set and self.k != self.router.k:
             raise ValueError(
                 f"k is {self.k}, but that of the inner router is {self.router.k}; remove k, or set "
@@ -83,6 +88,10 @@ class LocalSearch(RouterConfig):
     def problem_with(self, num_experts: int) -> str | None:
         """Return what the inner router says."""
         return self.router.problem_with(num_experts)
+
+    def problem_with_activation(self, activation: str) -> str | None:
+        """Return what the inner router says."""
+        return self.router.problem_with_activation(activation)
 
     def architecture(self) -> dict[str, Any]:
         """Return that of the inner router, and that its experts have another order."""
@@ -117,7 +126,10 @@ class LocalSearch(RouterConfig):
         if name.startswith("router."):
             return self.router.problem_with_tensor(name[len("router.") :], tensor, num_experts)
         if name == "order_E" and sorted(tensor.tolist()) != list(range(num_experts)):
-            return f"is {tensor.tolist()}, which is not an order of {num_experts} experts"
+            return (
+                f"is {tensor.tolist()}, which is not an order of {num_experts} experts; the "
+                "weights belong to another configuration"
+            )
         return None
 
 

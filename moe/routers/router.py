@@ -4,7 +4,7 @@ T tokens, E experts.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -32,6 +32,8 @@ class RouterSizes:
     token_embeddings: Tensor | None = None
     """``[V, width]``: another model's token embeddings, for routers with
     :meth:`RouterConfig.embeddings_folder`. None outside training."""
+    expert_bias: bool = False
+    """Whether the experts' projections have biases."""
 
 
 class RouterConfig(BaseModel):
@@ -53,6 +55,9 @@ class RouterConfig(BaseModel):
     """Whether training must count the token ids of its data before the router is built."""
     varies: ClassVar[bool] = False
     """Whether tokens may visit more or fewer than k experts. ``k`` is then about their mean."""
+
+    reads_gates: ClassVar[bool] = False
+    """Whether scores follow from the experts' own gate weights (:meth:`Router.watch`)."""
 
     kind: str = ""
     """The router's name in configurations; by default ``module:Class``."""
@@ -93,6 +98,10 @@ class RouterConfig(BaseModel):
             )
         return None
 
+    def problem_with_activation(self, activation: str) -> str | None:
+        """Return in one sentence why experts with ``activation`` do not fit the router, or None."""
+        return None
+
     def architecture(self) -> dict[str, Any]:
         """Return the fields that the meaning of weights depends on; by default all.
 
@@ -130,7 +139,8 @@ class RouterConfig(BaseModel):
     def problem_with_tensor(self, name: str, tensor: Tensor, num_experts: int) -> str | None:
         """Return what is wrong with a router's tensor that was read from a folder, or None.
 
-        ``name`` is its name in the module. The sentence continues after the name.
+        ``name`` is its name in the module. The sentence continues after the name, and ends with a
+        remedy.
         """
         return None
 
@@ -164,6 +174,18 @@ class Router(nn.Module):
         self.k = config.k
         self.num_experts = num_experts
         self.lookahead = config.reads_at()
+
+    def watch(self, gate_statistics: Callable[[], Tensor | None]) -> None:
+        """Take the layer's :meth:`MoELayer.gate_statistics`; by default ignore it.
+
+        Keep the bound method itself: copies of a layer then have routers that watch the copy.
+        """
+
+    def experts_changed(self) -> None:
+        """React to expert weights that were initialised, cast or placed; by default do nothing.
+
+        Called on every rank, outside training steps.
+        """
 
     def route(self, router_input: RouterInput) -> Routing:
         """Choose experts for every row."""

@@ -21,6 +21,7 @@ from .own_code import check_class, find_class
 from .relu import ReLU
 from .router import RouterConfig
 from .sinkhorn import Sinkhorn
+from .sparsity import Sparsity
 from .stochastic import Stochastic
 from .task import Task
 from .timestep import Timestep
@@ -45,6 +46,7 @@ ROUTERS: tuple[type[RouterConfig], ...] = (
     ExpertChoice,
     Base,
     Sinkhorn,
+    Sparsity,
     LocalSearch,
 )
 """The configurations of all routers; ``kind`` tells them apart."""

@@ -17,6 +17,7 @@ from ...moe.experts.path import Beside
 from ...moe.routers.routing import Routing
 from ..mesh import Mesh
 from .exchange import Exchange, Splits
+from .gather import gather
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,10 @@ class AllToAllPath:
         self._rank = mesh.ep_rank
         self._num_ranks = mesh.ep_size
         self._share = num_experts // self._num_ranks
+
+    def gather(self, values: Tensor) -> Tensor:
+        """See :class:`moeyard.moe.experts.path.ExpertPath`."""
+        return gather(values, self._exchange, self._num_ranks, lambda call: call())
 
     def run(
         self, x_TD: Tensor, routing: Routing, experts: LayerExperts, beside: Beside | None = None

@@ -25,6 +25,10 @@ class Lane:
         self._calls.put((future, call))
         return future
 
+    def run(self, call: Callable[[], Result]) -> Result:
+        """Return the result of ``call``, which runs after all earlier ones."""
+        return self.submit(call).result()
+
     def _run(self) -> None:
         while True:
             future, call = self._calls.get()

@@ -191,6 +191,10 @@ class MaterializedPath:
     def __init__(self, pipeline: PipelinedPath, copies: MaterializedExperts, layer: int) -> None:
         self._pipeline, self._copies, self._layer = pipeline, copies, layer
 
+    def gather(self, values: Tensor) -> Tensor:
+        """See :class:`moeyard.moe.experts.path.ExpertPath`; the owners give theirs."""
+        return self._pipeline.gather(values)
+
     def run(
         self, x_TD: Tensor, routing: Routing, experts: LayerExperts, beside: Beside | None = None
     ) -> Tensor:

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from ...moe.experts.base import LayerExperts
 from ...moe.experts.path import Beside
 from ...moe.routers.routing import Routing
+from .gather import gather
 from .hop import Columns, Hop, Level, send, send_back
 from .lane import Lane
 
@@ -59,6 +60,12 @@ class PipelinedPath:
         self.observe: Callable[[str, float], None] | None = None
         """Called after each "forward" and "backward" of training with its seconds, as the host
         sees them."""
+
+    def gather(self, values: Tensor) -> Tensor:
+        """See :class:`moeyard.moe.experts.path.ExpertPath`."""
+        for level, lane in reversed(tuple(zip(self.levels, self.lanes, strict=True))):
+            values = gather(values, level.exchange, level.size, lane.run)
+        return values
 
     def run(
         self, x_TD: Tensor, routing: Routing, experts: LayerExperts, beside: Beside | None = None

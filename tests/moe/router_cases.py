@@ -90,6 +90,8 @@ CASES: dict[str, dict] = {
     "base": {"kind": "base"},
     "sinkhorn": {"kind": "sinkhorn"},
     "sinkhorn_k2": {"kind": "sinkhorn", "k": 2},
+    "sparsity": {"kind": "sparsity", "z_loss": 0.001},
+    "sparsity_pregated": {"kind": "sparsity", "k": 1, "lookahead": "previous_block"},
     "local_search": {"kind": "local_search", "router": {"kind": "comet"}, "search_steps": 50},
     "local_search_done": {"kind": "local_search", "router": {"kind": "topk"}, "search_steps": 1},
     "local_search_of_hash": {"kind": "local_search", "router": {"kind": "hash"}, "search_steps": 2},
@@ -100,6 +102,9 @@ CASES: dict[str, dict] = {
     },
 }
 """By name: a ``router:`` section for four experts."""
+
+ACTIVATIONS: dict[str, str] = {"sparsity": "reglu", "sparsity_pregated": "reglu"}
+"""The experts' activation where a case needs another one than swiglu."""
 
 NOT_FOR_TEXT: set[str] = {"task", "task_vector", "timestep"}
 """Those that read what a text model does not have, such as a task."""

@@ -15,23 +15,30 @@ from moeyard.moe.config.model import MoEConfig
 from moeyard.moe.models.decoder import Decoder
 from moeyard.moe.models.initialize import initialize
 from moeyard.moe.routers.draws import sequence_keys
-from moeyard.moe.routers.router import RouterSizes
 from moeyard.moe.routers.routing import RouterInput, count_choices
 from moeyard.moe.routers.table import ROUTERS, router
 
-from router_cases import CASES, NOT_FOR_TEXT, NOT_TENSORS_ALONE
+from router_cases import ACTIVATIONS, CASES, NOT_FOR_TEXT, NOT_TENSORS_ALONE
 from small_model import CONFIG, write_decoder
 
 D, E, VOCABULARY = 24, 4, 257
-SIZES = RouterSizes(D, E, VOCABULARY, layer=3)
 OF_TEXT = [name for name in CASES if name not in NOT_FOR_TEXT]
 every_router = pytest.mark.parametrize("name", CASES)
 every_router_of_text = pytest.mark.parametrize("name", OF_TEXT)
 
 
-def module(name: str, seed: int = 0, **sizes) -> moeyard.Router:
-    torch.manual_seed(seed)
-    return router(**CASES[name]).build(dataclasses.replace(SIZES, **sizes))
+def module(name: str) -> moeyard.Router:
+    """Return a layer's router, which knows its experts."""
+    torch.manual_seed(0)
+    config = router(**CASES[name])
+    options = {"activation": activation(name), "vocab_size": VOCABULARY, "layer": 3}
+    layer = moeyard.MoELayer(D, 20, E, config, **options)
+    layer.gate.experts_changed()
+    return layer.gate
+
+
+def activation(name: str) -> str:
+    return ACTIVATIONS.get(name, "swiglu")
 
 
 def rows(lengths=(7, 5, 9), seed=1, dtype=torch.float32) -> RouterInput:
@@ -51,7 +58,9 @@ def rows(lengths=(7, 5, 9), seed=1, dtype=torch.float32) -> RouterInput:
 
 
 def decoder_of(name: str, seed: int = 5) -> Decoder:
-    moe = MoEConfig(num_experts=E, d_expert=20, router=router(**CASES[name]))
+    moe = MoEConfig(
+        num_experts=E, d_expert=20, activation=activation(name), router=router(**CASES[name])
+    )
     decoder = Decoder(CONFIG.model_copy(update={"moe": moe}))
     initialize(decoder, seed)
     return decoder

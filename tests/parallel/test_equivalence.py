@@ -54,6 +54,17 @@ VARIANTS = {
             "train.accumulation=2",
         ],
     },
+    "sparsity": {
+        "overrides": [
+            TORCH,
+            "model.moe.activation=reglu",
+            "model.moe.router={kind: sparsity, z_loss: 0.1}",
+            "train.accumulation=2",
+            "train.recompute=true",
+        ],
+        "biased": True,
+        "apart": True,
+    },
     "fewer_rows_than_ranks": {"overrides": [TORCH, "model.head_dim=2"]},  # norms of 2 on 4 ranks
     "packed": {
         "overrides": [

@@ -32,6 +32,15 @@ LIKE = {
     "both": {"overrides": [*EXACT, *BOTH, "model.moe.d_shared=8"]},
     "starved": {"overrides": TORCH, "starved": True},
     "varying": {"overrides": [*TORCH, "model.moe.router={kind: top_p, p: 0.3}"]},
+    "sparsity": {
+        "overrides": [
+            *EXACT,
+            "model.moe.activation=reglu",
+            "model.moe.router={kind: sparsity, z_loss: 0.1}",
+            *BOTH,
+        ],
+        "biased": True,
+    },
     "lora": {"overrides": [*EXACT, "train.parameters=lora", "train.accumulation=2"]},
 }
 """What one process computes."""
@@ -75,6 +84,7 @@ CASES = [
     ("few_copies", "varying"),
     ("moved", "both"),
     ("moved", "starved"),
+    ("copies", "sparsity"),
 ]
 
 

@@ -8,7 +8,7 @@ import torch
 
 from equivalence_worker import run_case
 from launch import torchrun
-from router_cases import CASES, NOT_FOR_TEXT
+from router_cases import ACTIVATIONS, CASES, NOT_FOR_TEXT
 
 NAMES = [name for name in CASES if name not in NOT_FOR_TEXT]
 OPTIONS = ["train.precision=fp64", "parallel.backend=reference", "train.accumulation=2"]
@@ -21,6 +21,7 @@ def cases(ep: int) -> dict[str, dict]:
             "overrides": [
                 *OPTIONS,
                 f"parallel.ep={ep}",
+                f"model.moe.activation={ACTIVATIONS.get(name, 'swiglu')}",
                 f"model.moe.router={json.dumps(CASES[name])}",
             ],
             "data": "shared",

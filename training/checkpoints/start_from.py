@@ -18,8 +18,9 @@ from ...moe.models.decoder import Decoder
 
 log = logging.getLogger(__name__)
 
-NEW_IN_TRAINING = "gate.e_score_correction_bias"
-"""The one tensor that a folder may lack: a balancing bias, which begins at 0."""
+NEW_IN_TRAINING = ("gate.e_score_correction_bias", "gate.mean_ED", "gate.variance_ED")
+"""Tensors that a folder may lack: a balancing bias, which begins at 0, and statistics of experts,
+which follow from their weights."""
 
 
 def complete_values(values: dict[str, Any]) -> dict[str, Any]:
