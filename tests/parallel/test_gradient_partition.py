@@ -115,9 +115,10 @@ def test_a_gradient_that_fits_is_free():
 
 def test_free_time_that_slices_leave_is_filled_to_the_byte():
     room = Stage((Option(1, 1.0, 0.25),))
-    found = partition([dense_stage(0.0, 1000), room], Linear(1 / 8, 1 / 1024), num_slices=2)
-    assert found.bytes_by_stage == (0, 640) and found.rest_bytes == 360
-    assert found.seconds == pytest.approx(1.0 + 1 / 8 + 360 / 1024)
+    stages = [dense_stage(0.0, 1000), room, dense_stage(0.0, 100)]
+    found = partition(stages, Linear(1 / 8, 1 / 1024), num_slices=2)  # a slice has 550 bytes
+    assert found.bytes_by_stage == (0, 640, 0) and found.rest_bytes == 460
+    assert found.seconds == pytest.approx(1.0 + 1 / 8 + 460 / 1024)
 
 
 def test_a_layer_with_little_room_sends_what_would_cost_more_at_the_end():
