@@ -9,6 +9,18 @@ from ..parallel.experts.open_path import PathKind
 from .section import Section
 
 
+class CopiesConfig(Section):
+    """Copies of busy experts on more ranks, for a step (Hecate). Numbers do not change."""
+
+    max_bytes: int = Field(default=1 << 30, ge=1)
+    """Memory of a rank for copies and their gradients, over all layers."""
+    rematerialize: bool = False
+    """Keep the copies of two layers only, and send their weights again in backward: more copies of
+    a layer fit."""
+    window: int = Field(default=5, ge=1)
+    """Steps whose mean load says which experts will be busy."""
+
+
 class ParallelConfig(Section):
     """How ranks share the work."""
 
@@ -26,6 +38,8 @@ class ParallelConfig(Section):
     ranks_per_node: int | None = Field(default=None, ge=1)
     """Neighbouring ranks with a fast link between them, for ``hierarchical``; null = those that
     torchrun started on a host."""
+    copies: CopiesConfig | None = None
+    """Copies of busy experts; null = experts are on their ranks only."""
     dense: Literal["ddp", "fsdp"] = "ddp"
     """How ranks hold dense parameters and their optimizer state: whole on every rank (ddp), or
     split over all ranks and gathered layer by layer (fsdp). Numbers and checkpoints are the same.
@@ -41,7 +55,7 @@ class ParallelConfig(Section):
         """Return which option of paths has no effect, or None."""
         if self.ep > 1:
             return None
-        for name in ("path", "chunks", "backward_chunks"):
+        for name in ("path", "chunks", "backward_chunks", "copies"):
             value = getattr(self, name)
             if value != type(self).model_fields[name].default:
                 return (

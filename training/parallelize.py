@@ -10,9 +10,12 @@ from ..moe.models.decoder import Decoder
 from ..moe.models.lora import add_lora
 from ..parallel.dense.engine import DenseEngine
 from ..parallel.dense.table import open_engine
+from ..parallel.experts.materialized import MaterializedExperts
+from ..parallel.experts.open_copies import CopyOptions, open_copies
 from ..parallel.experts.open_path import open_path
 from ..parallel.experts.pipelined import Degrees
 from ..parallel.mesh import Mesh
+from ..parallel.planning.placement import Topology
 from .config import RunConfig
 from .device import device, seed_rank
 from .precision import apply_precision
@@ -27,6 +30,8 @@ class Parallel:
     """What a step calls: the loss of this rank's rows."""
     masters: dict[str, Tensor]
     """fp32 copies of the parameters that the run's precision narrowed."""
+    copies: MaterializedExperts | None
+    """Copies of busy experts, if the run makes any."""
 
 
 def parallelize(config: RunConfig, decoder: Decoder, loss: nn.Module, mesh: Mesh) -> Parallel:
@@ -42,8 +47,9 @@ def parallelize(config: RunConfig, decoder: Decoder, loss: nn.Module, mesh: Mesh
     masters = apply_precision(decoder, precision, engine.own_masters(decoder))
     place_experts(config, decoder, mesh)
     wrapped = engine.wrap(loss, decoder, torch_dtype(precision), here)
+    copies = copy_experts(config, decoder, mesh)
     seed_rank(config.seed, mesh.rank)
-    return Parallel(engine, wrapped, masters)
+    return Parallel(engine, wrapped, masters, copies)
 
 
 def freeze(config: RunConfig, decoder: Decoder) -> None:
@@ -67,8 +73,28 @@ def place_experts(config: RunConfig, decoder: Decoder, mesh: Mesh) -> None:
         Degrees(parallel.chunks, parallel.backward_chunks or parallel.chunks),
         moe.num_experts,
         mesh,
-        parallel.ranks_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        _ranks_per_node(config),
         parallel.timeout_s,
+        has_copies=parallel.copies is not None,
     )
     for _, layer in decoder.moe_layers():
         layer.path = path
+
+
+def copy_experts(config: RunConfig, decoder: Decoder, mesh: Mesh) -> MaterializedExperts | None:
+    """Let busy experts have copies on more ranks, if the run says so."""
+    parallel = config.parallel
+    if parallel.copies is None or mesh.ep_group is None:
+        return None
+    return open_copies(
+        [layer for _, layer in decoder.moe_layers()],
+        mesh,
+        Topology(mesh.ep_size, min(_ranks_per_node(config), mesh.ep_size)),
+        CopyOptions(**parallel.copies.model_dump()),
+        parallel.timeout_s,
+    )
+
+
+def _ranks_per_node(config: RunConfig) -> int:
+    given = config.parallel.ranks_per_node
+    return given or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

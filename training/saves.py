@@ -8,6 +8,7 @@ import torch
 
 from ..errors import CheckpointError
 from ..moe.config.model import ModelConfig
+from ..parallel.experts.materialized import MaterializedExperts
 from ..parallel.mesh import Mesh
 from ..parallel.watch.pulse import pulse
 from .checkpoints.checkpoint import Checkpoints
@@ -20,6 +21,8 @@ from .optimizer import MasterAdamW
 
 log = logging.getLogger(__name__)
 
+LOADS = "expert_loads"
+"""The load of the last steps, from which the copies of the next follow (MaterializedExperts)."""
 MOST_FAILED_SAVES = 3
 """Failed saves in a row that end the run: a crash would lose all work since the last save."""
 
@@ -35,12 +38,14 @@ class Saves:
         mesh: Mesh,
         data: Data,
         optimizer: MasterAdamW,
+        copies: MaterializedExperts | None = None,
     ) -> None:
         self._config = config
         self._model_config = model
         self._mesh = mesh
         self._data = data
         self._optimizer = optimizer
+        self._copies = copies
         self.checkpoints = Checkpoints(run_dir, mesh, config.checkpoint.keep)
         self._failed_saves = 0
         """Number of failed saves in a row."""
@@ -87,6 +92,9 @@ class Saves:
             seed_rank(self._config.seed + state["step"], self._mesh.rank)
         self._optimizer.restore_parameters()
         self._optimizer.set_steps(state["step"])
+        if self._copies is not None and LOADS in state:  # or copies are new in this run
+            loads = torch.tensor(state[LOADS], dtype=torch.int64)
+            self._copies.window = self._copies.window.with_state({"counts_WLE": loads})
         return int(state["step"])
 
     def _restore_generator(self, path: Path, state: torch.Tensor) -> None:
@@ -129,7 +137,10 @@ class Saves:
         return f"rng/{self._mesh.rank}-of-{self._mesh.world_size}"
 
     def _state(self) -> dict[str, Any]:
-        return {
+        loads = {}
+        if self._copies is not None:
+            loads = {LOADS: self._copies.window.counts_WLE.tolist()}
+        return loads | {
             "world_size": self._mesh.world_size,
             "seed": self._config.seed,
             "model": self._model_config.model_dump(mode="json"),

@@ -59,6 +59,7 @@ class TrainStep:
         self._objective = objective
         self._wrapped = parallel.wrapped
         self._engine = parallel.engine
+        self._copies = parallel.copies
         self._routers = decoder.routers()
         self._layers = [index for index, _ in decoder.moe_layers()]
         self._router_weights: list[list[Tensor]] = []
@@ -76,6 +77,8 @@ class TrainStep:
 
         Raises :class:`TrainingError` if loss or gradient is not finite; weights are then unchanged.
         """
+        if self._copies is not None:
+            self._copies.begin_step(self._config.train.accumulation)
         sums, counts = self._forward_backward(step)
         sums = self._mesh.sum(torch.cat([sums, sums.new_tensor([float(stop_requested)])]))
         loss_sum, balance, z, stop = sums.tolist()
@@ -96,6 +99,8 @@ class TrainStep:
         if train.parameters != "lora":  # lora freezes routers
             for router, layer in zip(self._routers, counts, strict=True):
                 router.after_step(layer, counts)
+        if self._copies is not None:
+            self._copies.end_step(stacked(counts))
         self.phases.lap("optimizer")
         pairs = zip(self._routers, counts, strict=True)
         return StepResult(
@@ -153,5 +158,7 @@ class TrainStep:
                 self._engine.backward(loss)
             sums[: len(parts)] += torch.stack([part.double() for part in parts]).cpu()
             self.phases.lap("backward")
+        if self._copies is not None:
+            self._copies.end_backward()
         self.gradients.reduce()
         return sums, [layer.cpu() for layer in counts]

@@ -55,7 +55,13 @@ class Trainer:
         parallel = parallelize(config, self.decoder, self._loss, mesh)
         self._step = TrainStep(config, self.decoder, self.objective, parallel, mesh)
         self.saves = Saves(
-            config, self._model_config, run_dir, mesh, self._data, self._step.optimizer
+            config,
+            self._model_config,
+            run_dir,
+            mesh,
+            self._data,
+            self._step.optimizer,
+            parallel.copies,
         )
         self._run_dir = run_dir
 

@@ -45,6 +45,7 @@ class Experts(LayerExperts):
         self.expert_ids = tuple(range(num_experts) if expert_ids is None else expert_ids)
         """Logical expert of each slot."""
         self.backend: Backend = backend
+        self.num_experts = num_experts
         num_slots = len(self.expert_ids)
         self.fc1 = nn.Parameter(torch.empty(num_slots, 2 * d_expert, d_model))
         self.fc2 = nn.Parameter(torch.empty(num_slots, d_model, d_expert))
@@ -59,11 +60,33 @@ class Experts(LayerExperts):
         """Where backward leaves the parameters' gradients; None = in ``grad``, by autograd."""
         self._low_rank_scale: float | None = None
         self._slot_of_E: tuple[int, ...] | None = None
-        if self.expert_ids != tuple(range(num_experts)):
-            slots = [-1] * num_experts
+        self.hold(self.expert_ids)
+
+    def hold(self, expert_ids: Sequence[int]) -> None:
+        """Say which experts the slots hold, in order; slots without an expert are not used."""
+        self.expert_ids = tuple(expert_ids)
+        self._slot_of_E = None
+        if self.expert_ids != tuple(range(self.num_experts)):
+            slots = [-1] * self.num_experts
             for slot, expert in enumerate(self.expert_ids):
                 slots[expert] = slot
             self._slot_of_E = tuple(slots)
+
+    def like(self, num_slots: int) -> "Experts":
+        """Return experts of the same kind, type and device with ``num_slots`` slots, unfilled."""
+        _, d_model, d_expert = self.fc2.shape
+        with torch.device("meta"):
+            found = Experts(
+                d_model,
+                d_expert,
+                self.num_experts,
+                range(num_slots),
+                self.backend,
+                self.activation,
+                self.recompute,
+                self.fc1_bias is not None,
+            )
+        return found.to(self.fc1.dtype).to_empty(device=self.fc1.device)
 
     def slot_views(self) -> list[dict[str, Tensor]]:
         """Return the writable parts of every slot; see :meth:`ExpertWeights.slot_views`."""

@@ -15,7 +15,11 @@ from torch import Tensor
 from .exchange import Exchange, Splits
 
 RankOf = Callable[[Tensor], Tensor]
-"""From expert ids to the rank, within a group, where each is computed; another number = nowhere."""
+"""From expert ids to the expert-parallel rank that computes each, -1 for -1."""
+
+
+def _same(ranks: Tensor) -> Tensor:
+    return ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +30,8 @@ class Level:
     rank: int
     size: int
     rank_of: RankOf
+    member_of: Callable[[Tensor], Tensor] = _same
+    """From expert-parallel ranks to numbers in this group; others than 0 to P - 1 = none."""
     to_all: bool = False
     """Whether every rank gets every row (all-gather), or only those that its experts need."""
 
@@ -36,7 +42,7 @@ class Level:
         """
         found, counts_CP = [], []
         for experts_TK in experts:
-            rank_TK = self.rank_of(experts_TK)
+            rank_TK = self.member_of(self.rank_of(experts_TK))
             ranks_P = torch.arange(self.size, device=experts_TK.device)
             wanted_PT = (rank_TK == ranks_P.view(-1, 1, 1)).any(dim=-1)
             if self.to_all:

@@ -4,6 +4,7 @@ E experts, P ranks of the expert-parallel group.
 """
 
 from datetime import timedelta
+from functools import partial
 from typing import Literal
 
 import torch
@@ -15,7 +16,7 @@ from ...moe.experts.path import ExpertPath
 from ..mesh import Mesh, group_of, host_of
 from .all_to_all import AllToAllPath
 from .exchange import Exchange, open_exchange
-from .hop import Level
+from .hop import Level, RankOf
 from .pipelined import Degrees, PipelinedPath
 
 PathKind = Literal["all_to_all", "all_gather", "hierarchical"]
@@ -31,27 +32,28 @@ def open_path(
     mesh: Mesh,
     ranks_per_node: int,
     timeout_s: float,
+    *,
+    has_copies: bool = False,
 ) -> ExpertPath:
-    """Return the path of a mesh with more than one expert-parallel rank; all ranks call it."""
+    """Return the path of a mesh with more than one expert-parallel rank; all ranks call it.
+
+    ``has_copies`` asks for one whose rows may go to any holder of their experts.
+    """
     assert mesh.ep_group is not None, "one process has all experts"
     share = num_experts // mesh.ep_size
+    owner_of = partial(_divided, divisor=share)
     if kind == "hierarchical":
-        return PipelinedPath(_two_levels(share, mesh, ranks_per_node, timeout_s), degrees)
+        return PipelinedPath(_two_levels(owner_of, mesh, ranks_per_node, timeout_s), degrees)
     exchange = open_exchange(mesh.ep_group, mesh.ep_host)
-    if kind == "all_to_all" and degrees.chunks == 1:
+    if kind == "all_to_all" and degrees.chunks == 1 and not has_copies:
         return AllToAllPath(num_experts, mesh, exchange)
-    level = Level(
-        exchange,
-        mesh.ep_rank,
-        mesh.ep_size,
-        lambda experts: torch.div(experts, share, rounding_mode="floor"),
-        to_all=kind == "all_gather",
-    )
+    to_all = kind == "all_gather"
+    level = Level(exchange, mesh.ep_rank, mesh.ep_size, owner_of, to_all=to_all)
     return PipelinedPath([level], degrees)
 
 
-def _two_levels(share: int, mesh: Mesh, ranks_per_node: int, timeout_s: float) -> list[Level]:
-    """Return the level between nodes and the one inside a node; ``share`` experts are on a rank."""
+def _two_levels(owner_of: RankOf, mesh: Mesh, ranks_per_node: int, timeout_s: float) -> list[Level]:
+    """Return the level between nodes and the one inside a node."""
     size, local = mesh.ep_size, min(ranks_per_node, mesh.ep_size)
     if size % local:
         raise ConfigError(
@@ -63,16 +65,14 @@ def _two_levels(share: int, mesh: Mesh, ranks_per_node: int, timeout_s: float) -
     between = _exchange(groups.transpose(1, 2).flatten(0, 1), mesh.rank, timeout_s)
     inside = _exchange(groups.flatten(0, 1), mesh.rank, timeout_s)
 
-    def node_of(experts: Tensor) -> Tensor:
-        return torch.div(experts, share * local, rounding_mode="floor")
-
-    def index_of(experts: Tensor) -> Tensor:
-        return torch.div(experts, share, rounding_mode="floor") - node * local
-
     return [
-        Level(between, node, size // local, node_of),
-        Level(inside, index, local, index_of),
+        Level(between, node, size // local, owner_of, lambda ranks: _divided(ranks, local)),
+        Level(inside, index, local, owner_of, lambda ranks: ranks - node * local),
     ]
+
+
+def _divided(numbers: Tensor, divisor: int) -> Tensor:
+    return torch.div(numbers, divisor, rounding_mode="floor")
 
 
 def _exchange(partition: Tensor, rank: int, timeout_s: float) -> Exchange:

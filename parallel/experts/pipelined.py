@@ -8,8 +8,9 @@ T tokens here, K choices, D model width, C chunks.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,6 +26,8 @@ from .lane import Lane
 
 Arriving = Future[list[Columns]]
 """What a message will bring, by chunk."""
+AroundBackward = Callable[[], AbstractContextManager[object]]
+"""Makes the context in which a layer's backward runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +60,20 @@ class PipelinedPath:
         self, x_TD: Tensor, routing: Routing, experts: LayerExperts, beside: Beside | None = None
     ) -> Tensor:
         """See :class:`moeyard.moe.experts.path.ExpertPath`; parts are added in rank order."""
-        turn = _Turn(self, experts, beside)
+        return self.run_over(self.levels, x_TD, routing, experts, beside)
+
+    def run_over(
+        self,
+        levels: Sequence[Level],
+        x_TD: Tensor,
+        routing: Routing,
+        experts: LayerExperts,
+        beside: Beside | None = None,
+        around_backward: AroundBackward = nullcontext,
+    ) -> Tensor:
+        """Run over other ``levels`` of the same ranks; backward runs inside ``around_backward``."""
+        assert len(levels) == len(self.lanes), "each level has a lane"
+        turn = _Turn(self, levels, experts, beside, around_backward)
         # The anchor makes the result need a gradient where only experts do.
         anchor = torch.empty(0, device=x_TD.device, requires_grad=turn.has_grad)
         y_TD: Tensor = _Run.apply(x_TD, routing.weights_TK, routing.experts_TK, anchor, turn)
@@ -75,18 +91,27 @@ class _Run(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_TD):  # type: ignore[no-untyped-def]
-        grad_x_TD, grad_weights_TK = ctx.turn.backward(grad_TD)
+        with ctx.turn.around_backward():
+            grad_x_TD, grad_weights_TK = ctx.turn.backward(grad_TD)
         return grad_x_TD, grad_weights_TK, None, None, None
 
 
 class _Turn:
     """One forward of one layer, and its backward."""
 
-    def __init__(self, path: PipelinedPath, experts: LayerExperts, beside: Beside | None) -> None:
+    def __init__(
+        self,
+        path: PipelinedPath,
+        levels: Sequence[Level],
+        experts: LayerExperts,
+        beside: Beside | None,
+        around_backward: AroundBackward,
+    ) -> None:
         self.has_grad = torch.is_grad_enabled()
+        self.around_backward = around_backward
         self.shared_TD: Tensor | None = None
         """What ``beside`` returned."""
-        self._path, self._degrees = path, path.degrees
+        self._levels, self._lanes, self._degrees = levels, path.lanes, path.degrees
         self._experts, self._beside = experts, beside
         self._hops: list[list[Hop]] = []
         """By level and chunk."""
@@ -100,8 +125,8 @@ class _Turn:
         rows = zip(x_TD.tensor_split(chunks), weights_TK.tensor_split(chunks), strict=True)
         columns = [list(pair) for pair in rows]
         # A group is used by its lane only, so that all ranks use it in the same order.
-        planned = self._path.lanes[0].submit(lambda: self._path.levels[0].plan(experts))
-        self._hops = [planned.result(), *([] for _ in self._path.levels[1:])]
+        planned = self._lanes[0].submit(lambda: self._levels[0].plan(experts))
+        self._hops = [planned.result(), *([] for _ in self._levels[1:])]
         messages = list(self._messages(self._degrees.forward))
         arriving = [self._there(part, columns[part], is_first=True) for part in messages]
         if self._beside is not None:
@@ -135,7 +160,7 @@ class _Turn:
 
     def _there(self, part: slice, columns: list[Columns], is_first: bool) -> Arriving:
         """Send a message over all levels; the ``is_first`` one is planned on its way."""
-        lanes = self._path.lanes
+        lanes = self._lanes
         future = lanes[0].submit(partial(send, self._hops[0][part], columns, is_first))
         for level in range(1, len(lanes)):
             future = lanes[level].submit(partial(self._onward, level, part, future, is_first))
@@ -146,15 +171,15 @@ class _Turn:
         columns = arriving.result()
         if is_first:
             experts = [chunk.pop() for chunk in columns]
-            self._hops[level] += self._path.levels[level].plan(experts)
+            self._hops[level] += self._levels[level].plan(experts)
         return send(self._hops[level][part], columns, is_first)
 
     def _back(self, part: slice, columns: list[Columns]) -> Arriving:
         """Send results back over all levels; rows are summed at each."""
         future: Arriving = Future()
         future.set_result(columns)
-        for level in reversed(range(len(self._path.lanes))):
-            future = self._path.lanes[level].submit(partial(self._home, level, part, future))
+        for level in reversed(range(len(self._lanes))):
+            future = self._lanes[level].submit(partial(self._home, level, part, future))
         return future
 
     def _home(self, level: int, part: slice, arriving: Arriving) -> list[Columns]:

@@ -1,11 +1,13 @@
 """Every way of rows to their experts gives the numbers of one process, in any number of chunks."""
 
 import json
+import shutil
 import sys
 import time
 from typing import cast
 
 import pytest
+import torch
 from torch.distributed import ProcessGroup
 
 from moeyard.errors import ConfigError
@@ -13,13 +15,18 @@ from moeyard.parallel.experts.lane import Lane
 from moeyard.parallel.experts.open_path import open_path
 from moeyard.parallel.experts.pipelined import Degrees
 from moeyard.parallel.mesh import Mesh
+from moeyard.training.checkpoints.checkpoint import StoredTensors
 from moeyard.training.read_config import read_run_config
 
-from equivalence import EXACT, WORKER, differences, gathered_from
+from equivalence import EXACT as IN_FP64
+from equivalence import WORKER, differences, gathered_from
 from launch import run, torchrun
 
+EXACT = [*IN_FP64, "model.num_layers=3"]
 TORCH = [*EXACT, "parallel.backend=torch"]
 BOTH = ["train.accumulation=2", "train.recompute=true"]
+COPY_BYTES = 3 * 16 * 32 * (8 + 8)
+"""Weights and gradients of one expert of the test configuration."""
 LIKE = {
     "plain": {"overrides": TORCH},
     "both": {"overrides": [*EXACT, *BOTH, "model.moe.d_shared=8"]},
@@ -38,6 +45,12 @@ PATHS = {
         "parallel.chunks=2",
         "parallel.backward_chunks=8",
     ],
+    "copies": ["parallel.copies={}", "parallel.chunks=2"],
+    "few_copies": [
+        "parallel.path=hierarchical",
+        "parallel.ranks_per_node=2",
+        f"parallel.copies={{max_bytes: {2 * COPY_BYTES}, rematerialize: true}}",
+    ],
 }
 CASES = [
     ("chunked", "plain"),
@@ -46,6 +59,7 @@ CASES = [
     ("gathered", "starved"),
     ("hierarchical", "both"),
     *(("pipelined", like) for like in LIKE),
+    *((path, like) for path in ("copies", "few_copies") for like in ("both", "starved", "varying")),
 ]
 
 
@@ -93,3 +107,18 @@ def test_a_lane_runs_calls_in_order_and_hands_on_errors():
     assert lane.submit(lambda: list(seen)).result() == [1] and first.done()
     with pytest.raises(ZeroDivisionError):
         wrong.result()
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_a_resumed_run_makes_the_same_copies_and_bits(tmp_path, config_file):
+    """Which rank computes a row decides how gradients round, so the load window must be saved."""
+    options = [str(config_file), f"run_dir={tmp_path}/run", "parallel.ep=2", "parallel.copies={}"]
+    torchrun(2, "-m", "moeyard.training", *options)
+    steps = tmp_path / "run" / "checkpoints"
+    expected = dict(StoredTensors(steps / "step-00000006"))
+    shutil.rmtree(steps / "step-00000006")
+    torchrun(2, "-m", "moeyard.training", *options)
+    found = StoredTensors(steps / "step-00000006")
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name

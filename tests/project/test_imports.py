@@ -38,13 +38,13 @@ ROOMS = {
         ["folders", "routes"],
     ],
     "parallel": [
-        ["host", "local_ranks", "parent", "watch"],
+        ["host", "local_ranks", "parent", "planning", "watch"],
         ["mesh", "process"],
         ["dense", "experts"],
     ],
     "training": [
         ["section"],
-        ["optimizer_config"],
+        ["optimizer_config", "parallel_config"],
         ["config", "device", "key_check", "phases", "precision", "schedule", "stop"],
         ["optimizer", "parallelize", "work"],
         ["data"],

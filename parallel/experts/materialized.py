@@ -1,0 +1,193 @@
+"""Busy experts are copied to more ranks for a step: Hecate's fully sharded sparse data parallelism.
+
+An expert has one owner, who keeps its weights and its optimizer's state. At the start of a step the
+load of the last steps says which experts will be busy. Their weights travel to other ranks while
+earlier layers compute, and the copies' gradients travel back while earlier layers run backward.
+Rows stay on their rank where it has a copy. Which rank computes a row does not change the numbers.
+
+L MoE layers, E experts.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ...moe.experts.base import LayerExperts
+from ...moe.experts.path import Beside
+from ...moe.experts.resident import Experts
+from ...moe.routers.routing import Routing
+from ..planning.dispatch import HolderTable
+from ..planning.load_window import LoadWindow
+from ..planning.placement import Placement, Topology
+from .copies import Copies, WithCopies, begin_with_zeros, sums_of, weights_of
+from .lane import Lane
+from .pipelined import PipelinedPath
+from .sparse_collectives import SparseCollectives
+
+Choose = Callable[[Placement, Tensor], Placement]
+"""From the owners of a layer's experts and their expected rows ``[E]`` to the holders of a step."""
+
+
+class MaterializedExperts:
+    """The copies of all layers of a model, step by step. All ranks make the same calls.
+
+    ``num_slots`` copies of a layer fit on a rank. With ``rematerialize`` only two layers have
+    copies at a time: weights travel again in backward, and memory does not grow with L.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Experts],
+        owners: Sequence[Placement],
+        topology: Topology,
+        collectives: SparseCollectives,
+        choose: Choose,
+        window: LoadWindow,
+        num_slots: int,
+        rematerialize: bool,
+    ) -> None:
+        self._layers, self._owners, self._topology = layers, owners, topology
+        self._rank = collectives.rank
+        self._collectives, self._choose = collectives, choose
+        self._rematerialize = rematerialize
+        self._buffers = [Copies(own, num_slots) for own in layers[: 2 if rematerialize else None]]
+        self._in_buffer: list[int | None] = [None for _ in self._buffers]
+        """The layer whose experts a buffer has."""
+        self._lane = Lane("copies")
+        self._arriving: dict[int, Future[None]] = {}
+        """By layer: the weights that a buffer has or will have."""
+        self._returning: list[tuple[int, Future[dict[int, list[Tensor]]]]] = []
+        """Layers whose copies' gradients are on their way to this rank, the first one first."""
+        self._backwards_left: list[int] = []
+        self._goes_forward = True
+        self.window = window
+        self.placements = list(owners)
+        """Of this step, by layer."""
+        self.tables: list[HolderTable] = []
+        """Where rows go in this step, by layer; none between steps."""
+
+    def begin_step(self, micro_batches: int) -> None:
+        """Choose the step's copies; their weights start to travel."""
+        load_LE = self.window.mean_LE()
+        self.placements = [
+            self._choose(owners, load_E)
+            for owners, load_E in zip(self._owners, load_LE, strict=True)
+        ]
+        self.tables = [
+            HolderTable.of(placement, self._topology, self._rank).to(own.fc1.device)
+            for placement, own in zip(self.placements, self._layers, strict=True)
+        ]
+        self._backwards_left = [micro_batches for _ in self._layers]
+        self._in_buffer = [None for _ in self._buffers]
+        for layer in range(len(self._buffers)):
+            self._fetch(layer)
+
+    def experts_of(self, layer: int) -> WithCopies:
+        """Return the layer's own experts and its copies, whose weights are here."""
+        self._need(layer)
+        self._goes_forward |= layer == 0
+        if self._goes_forward:  # and is not computed again in backward
+            self._fetch(layer + 1)
+        return WithCopies(self._layers[layer], self._buffer(layer))
+
+    @contextmanager
+    def backward_of(self, layer: int) -> Iterator[None]:
+        """Hold the layer's copies during its backward; then their gradients travel to the owners.
+
+        Without ``rematerialize`` they travel once, after the last micro-batch.
+        """
+        self._goes_forward = False
+        self._add_arrived()
+        self._need(layer)
+        self._fetch(layer - 1)
+        yield
+        self._buffer(layer).collect_gradients()
+        self._backwards_left[layer] -= 1
+        if self._rematerialize or self._backwards_left[layer] == 0:
+            self._returning.append((layer, self._lane.submit(partial(self._reduce, layer))))
+            # Whoever uses the buffer next fills it anew, after its gradients have left.
+            self._in_buffer[layer % len(self._buffers)] = None
+
+    def end_backward(self) -> None:
+        """Wait until all gradients are with the owners."""
+        self._add_arrived(waits=True)
+        self.tables = []
+
+    def end_step(self, counts_LE: Tensor) -> None:
+        """Remember a step's routed rows of the global batch."""
+        self.window = self.window.after(counts_LE)
+
+    def _buffer(self, layer: int) -> Copies:
+        return self._buffers[layer % len(self._buffers)]
+
+    def _need(self, layer: int) -> None:
+        self._fetch(layer)
+        self._arriving[layer].result()
+
+    def _fetch(self, layer: int) -> None:
+        """Let a layer's copies travel to its buffer, unless it has them or there is no such layer.
+
+        The buffer's last layer has computed, and the lane sends its gradients first.
+        """
+        if not 0 <= layer < len(self._layers):
+            return
+        number = layer % len(self._buffers)
+        if self._in_buffer[number] != layer:
+            self._in_buffer[number] = layer
+            self._arriving[layer] = self._lane.submit(partial(self._gather, layer))
+
+    def _gather(self, layer: int) -> None:
+        own, copies, placement = self._layers[layer], self._buffer(layer), self.placements[layer]
+        mine = own.expert_ids
+        copies.hold([expert for expert in placement.held_by(self._rank) if expert not in mine])
+        self._collectives.gather(
+            placement, lambda expert: weights_of(own, mine.index(expert)), copies.weights_of
+        )
+
+    def _reduce(self, layer: int) -> dict[int, list[Tensor]]:
+        own = self._layers[layer]
+        return self._collectives.reduce(
+            self.placements[layer],
+            self._buffer(layer).gradients_of,
+            lambda expert: sums_of(own, own.expert_ids.index(expert)),
+        )
+
+    def _add_arrived(self, waits: bool = False) -> None:
+        """Add what came back to the owners' gradients: in this thread, which also adds others."""
+        while self._returning and (waits or self._returning[0][1].done()):
+            layer, future = self._returning.pop(0)
+            own = self._layers[layer]
+            for expert, values in future.result().items():
+                begin_with_zeros(own)
+                sums = sums_of(own, own.expert_ids.index(expert))
+                for total, value in zip(sums, values, strict=True):
+                    total.add_(value)
+
+
+class MaterializedPath:
+    """The path of one layer of :class:`MaterializedExperts`. Evaluation uses the owners only."""
+
+    def __init__(self, pipeline: PipelinedPath, copies: MaterializedExperts, layer: int) -> None:
+        self._pipeline, self._copies, self._layer = pipeline, copies, layer
+
+    def run(
+        self, x_TD: Tensor, routing: Routing, experts: LayerExperts, beside: Beside | None = None
+    ) -> Tensor:
+        """See :class:`moeyard.moe.experts.path.ExpertPath`."""
+        if not self._copies.tables or not torch.is_grad_enabled():
+            return self._pipeline.run(x_TD, routing, experts, beside)
+        table = self._copies.tables[self._layer]
+        levels = [replace(level, rank_of=table.destinations) for level in self._pipeline.levels]
+        return self._pipeline.run_over(
+            levels,
+            x_TD,
+            routing,
+            self._copies.experts_of(self._layer),
+            beside,
+            partial(self._copies.backward_of, self._layer),
+        )
