@@ -9,11 +9,13 @@ import torch
 from pydantic import Field
 from torch import Generator, Tensor, nn
 
+from ...kernels.values.choice import where_valid
 from .assignment import balanced_assignment
 from .groups import valid_rows
 from .linear import LearnedConfig, LinearRouter
 from .router import RouterSizes
 from .routing import RouterInput, Routing, count_choices, count_tokens
+from .split_rows import weights_of
 
 GAIN = 0.1
 """Experts' centroids begin orthogonal with this length (fairseq)."""
@@ -44,6 +46,8 @@ class Base(LearnedConfig):
 class BaseRouter(LinearRouter):
     """See :class:`Base`."""
 
+    replays: ClassVar[bool] = True
+
     def __init__(self, config: Base, d_model: int, num_experts: int) -> None:
         super().__init__(config, d_model, num_experts)
         nn.init.orthogonal_(self.weight, gain=GAIN)
@@ -58,18 +62,22 @@ class BaseRouter(LinearRouter):
         x_TD, valid_T = router_input.x_TD, router_input.valid_T
         assert x_TD is not None, "the caller must pass hidden rows"
         affinity_TE = self.logits(x_TD)
-        if self.training:
-            expert_T = torch.full((len(x_TD),), -1, device=x_TD.device)
-            for rows in valid_rows(router_input, len(x_TD), x_TD.device):
-                expert_T[rows] = balanced_assignment(affinity_TE[rows])
-        else:
-            expert_T = affinity_TE.argmax(dim=1)
-            if valid_T is not None:
-                expert_T = torch.where(valid_T, expert_T, -1)
-        experts_TK = expert_T.unsqueeze(1).int()
+        experts_TK = router_input.given_TK
+        if experts_TK is None:
+            experts_TK = self._assign(affinity_TE, router_input).unsqueeze(1).int()
+        experts_TK = where_valid(valid_T, experts_TK)
         return Routing(
             experts_TK=experts_TK,
-            weights_TK=affinity_TE.gather(1, expert_T.clamp(min=0).unsqueeze(1)).sigmoid(),
+            weights_TK=weights_of(experts_TK, affinity_TE.sigmoid()),
             counts_E=count_choices(experts_TK, self.num_experts),
             num_tokens=count_tokens(valid_T, experts_TK),
         )
+
+    def _assign(self, affinity_TE: Tensor, router_input: RouterInput) -> Tensor:
+        """Return each row's expert, int64 ``[T]``."""
+        if not self.training:
+            return affinity_TE.argmax(dim=1)
+        expert_T = torch.full((len(affinity_TE),), -1, device=affinity_TE.device)
+        for rows in valid_rows(router_input, len(affinity_TE), affinity_TE.device):
+            expert_T[rows] = balanced_assignment(affinity_TE[rows])
+        return expert_T

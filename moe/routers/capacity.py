@@ -53,8 +53,12 @@ def apply_capacity(
 ) -> None:
     """Drop the choices beyond capacity from ``routing``; see :func:`drop`.
 
-    ``scores_TE`` decide who keeps a place. Does not wait for the device.
+    ``scores_TE`` decide who keeps a place. A replay drops what was dropped when it was recorded.
+    Does not wait for the device.
     """
+    if router_input.given_TK is not None:
+        drop(routing, router_input.given_TK >= 0)
+        return
     experts_TK, num_experts = routing.experts_TK, len(routing.counts_E)
     scores_TK = scores_TE.detach().gather(1, experts_TK.clamp(min=0).long())
     drop(routing, _with_a_place(experts_TK, scores_TK, num_experts, capacity, router_input))

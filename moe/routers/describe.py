@@ -28,13 +28,19 @@ def _row(config: RouterConfig) -> tuple[str, ...]:
     with torch.device("meta"):
         module = config.build(sizes)
     buffers = [name for name, _ in module.named_buffers()]
-    reads = "any hidden rows" if "lookahead" in type(config).model_fields else config.reads_at()
     return (
         config.kind,
-        str(reads),
+        _reads(config),
         "varies" if config.varies else "fixed",
         "yes" if config.learns else "no",
         ", ".join(buffers) or "-",
         "no" if config.why_not_causal() else "yes",
         config.paper,
     )
+
+
+def _reads(config: RouterConfig) -> str:
+    fields = type(config).model_fields
+    if "router" in fields:
+        return "as the inner router"
+    return "any hidden rows" if "lookahead" in fields else str(config.reads_at())

@@ -72,8 +72,12 @@ class ExpertChoice(LearnedConfig):
 
 
 class ExpertChoiceRouter(Stepped, LinearRouter):
-    """See :class:`ExpertChoice`."""
+    """See :class:`ExpertChoice`.
 
+    In a replay the thresholds follow the router's own choice.
+    """
+
+    replays: ClassVar[bool] = True
     threshold: Tensor
     """``[E]``, or ``[1]`` with mutual choice; fp32."""
 
@@ -97,7 +101,10 @@ class ExpertChoiceRouter(Stepped, LinearRouter):
             chosen_NE, smallest, num_groups = self._choose(logs_NE.detach(), router_input)
         else:
             chosen_NE = scores_NE > self.threshold.to(scores_NE.dtype)
-        routing = routing_of_weights(torch.where(chosen_NE, scores_NE, 0), valid_N)
+        given_NK = router_input.given_TK
+        if given_NK is None:
+            scores_NE = torch.where(chosen_NE, scores_NE, 0)
+        routing = routing_of_weights(scores_NE, valid_N, given_NK)
         if self.training:
             routing.extra_counts["smallest"] = smallest
             routing.extra_counts["num_groups"] = num_groups

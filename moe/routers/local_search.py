@@ -4,6 +4,7 @@ T tokens, E experts.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
@@ -136,6 +137,7 @@ class LocalSearch(RouterConfig):
 class LocalSearchRouter(Stepped, Router):
     """See :class:`LocalSearch`."""
 
+    replays: ClassVar[bool] = True
     order_E: Tensor
     """int64: the expert that each choice of the inner router means once P is a permutation."""
 
@@ -176,10 +178,12 @@ class LocalSearchRouter(Stepped, Router):
 
     def route(self, router_input: RouterInput) -> Routing:
         """Let the inner router choose; mix or exchange its experts."""
+        if router_input.given_TK is not None:
+            inner_TK = _renamed(router_input.given_TK, self.order_E.argsort())
+            router_input = replace(router_input, given_TK=inner_TK)
         inner = self.router.route(router_input)
-        step = int(self.step) if self.training else self.config.search_steps
-        if step < self.config.search_steps:
-            soft_EE = self._soften(self.permutation_weight, step)
+        if self._searches():
+            soft_EE = self._soften(self.permutation_weight, int(self.step))
             routing = self._mixed(inner, soft_EE)
             rows = entropy(soft_EE) + entropy(soft_EE / soft_EE.sum(dim=1, keepdim=True))
             routing.extras["permutation_entropy"] = rows.mean()
@@ -188,6 +192,18 @@ class LocalSearchRouter(Stepped, Router):
         if self.training:
             keep_inner(routing, inner)
         return routing
+
+    def why_no_replay(self) -> str | None:
+        """Return that the search is not over, or what the inner router says."""
+        if not self._searches():
+            return self.router.why_no_replay()
+        return (
+            f"router.search_steps is {self.config.search_steps} and {int(self.step)} are done, but "
+            "during the search routers cannot replay recorded routes; replay later steps."
+        )
+
+    def _searches(self) -> bool:
+        return self.training and int(self.step) < self.config.search_steps
 
     def _mixed(self, inner: Routing, soft_EE: Tensor) -> Routing:
         """Return the routing with weights ``G P``."""
@@ -206,8 +222,7 @@ class LocalSearchRouter(Stepped, Router):
 
     def _exchanged(self, inner: Routing) -> Routing:
         """Return the routing with each expert replaced by that of ``order_E``."""
-        experts_TK = self.order_E[inner.experts_TK.clamp(min=0).long()].int()
-        experts_TK = torch.where(inner.experts_TK >= 0, experts_TK, -1)
+        experts_TK = _renamed(inner.experts_TK, self.order_E)
         order_E = self.order_E.to(inner.counts_E.device)
         counts_E = torch.zeros_like(inner.counts_E).index_copy(0, order_E, inner.counts_E)
         return Routing(experts_TK, inner.weights_TK, counts_E, inner.num_tokens)
@@ -240,3 +255,8 @@ class LocalSearchRouter(Stepped, Router):
             soft_EE = self._soften(self.permutation_weight, int(self.step))
             self.order_E.copy_(best_assignment(soft_EE))
         super().after_step(counts, layers)
+
+
+def _renamed(experts_TK: Tensor, names_E: Tensor) -> Tensor:
+    """Return each expert's name, -1 for none."""
+    return torch.where(experts_TK >= 0, names_E[experts_TK.clamp(min=0).long()].int(), -1)

@@ -4,7 +4,7 @@ T tokens, D model width, E experts, K choices.
 """
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +15,19 @@ from ...kernels.router import choose
 from ...kernels.values.choice import ChoiceRule
 from .capacity import Capacity, apply_capacity, drop
 from .draws import draw_rows
+from .given import fill_places
 from .linear import LearnedConfig, LinearRouter, Stepped, project, route_in_one_call
 from .loss_terms import GlobalCounts, LayerLosses, balance_and_z
 from .router import RouterSizes
 from .routing import RouterInput, Routing, count_choices, routing_of
-from .variation import add_sums, chance_above_kth, chance_above_rivals, variation_loss
+from .variation import (
+    Scores,
+    add_sums,
+    chance_above_kth,
+    chance_above_rivals,
+    variation_loss,
+    weights_by_expert,
+)
 
 PURPOSES = NOISE, JITTER, SECOND = range(3)
 """What random numbers are for."""
@@ -105,7 +113,9 @@ class Noisy(LearnedConfig):
 
 
 class NoisyRouter(Stepped, LinearRouter):
-    """See :class:`Noisy`."""
+    """See :class:`Noisy`. A replay weighs and counts by scores with the noise of its step."""
+
+    replays: ClassVar[bool] = True
 
     def __init__(self, config: Noisy, sizes: RouterSizes) -> None:
         super().__init__(config, sizes.d_model, sizes.num_experts)
@@ -122,23 +132,38 @@ class NoisyRouter(Stepped, LinearRouter):
 
     def route(self, router_input: RouterInput) -> Routing:
         """Choose the k best experts of each row of ``x_TD``."""
-        x_TD, valid_T = router_input.x_TD, router_input.valid_T
+        x_TD, valid_T, given_TK = router_input.x_TD, router_input.valid_T, router_input.given_TK
         assert x_TD is not None, "the caller must pass hidden rows"
         if not self.training:
-            found = route_in_one_call(x_TD, self.weight, None, None, valid_T, self.rule)
+            arguments = (x_TD, self.weight, None, None, valid_T, self.rule)
+            found = route_in_one_call(*arguments)
+            if found is not None and given_TK is not None:
+                given_TK = self._before_drops(given_TK, found.experts_TK)
+                found = route_in_one_call(*arguments, given_TK)
             if found is not None:
                 self._drop_seconds(found, router_input)
                 return found
         scores = self._scores(x_TD, router_input)
-        choices = choose(scores.noisy_TE, None, valid_T, self.rule, wants_sums=self.training)
+        rows = (scores.noisy_TE, None, valid_T, self.rule, self.training)
+        choices = choose(*rows)
+        own_TK = choices.experts_TK
+        if given_TK is not None:
+            choices = choose(*rows, given_TK=self._before_drops(given_TK, own_TK))
         routing = routing_of(choices, valid_T)
         if self.training:
-            self._add_sums(routing, scores, valid_T)
+            self._add_sums(routing, own_TK, scores, valid_T)
         self._drop_seconds(routing, router_input)
         if self.training and self.config.capacity is not None:
-            probabilities_TE = scores.noisy_TE.softmax(dim=-1)
-            apply_capacity(routing, probabilities_TE, self.config.capacity, router_input)
+            apply_capacity(routing, scores.noisy_TE.softmax(-1), self.config.capacity, router_input)
         return routing
+
+    def _before_drops(self, given_TK: Tensor, own_TK: Tensor) -> Tensor:
+        """Return recorded choices before some of them were dropped."""
+        config = self.config
+        drops = config.second_expert in ("none", "threshold")
+        if self.training:
+            drops = config.second_expert != "all" or config.capacity is not None
+        return fill_places(given_TK, own_TK, self.k) if drops else given_TK
 
     def losses(self, routing: Routing, counts: GlobalCounts) -> LayerLosses:
         """Return balance, z, and the variation of importance and load over the global batch."""
@@ -156,7 +181,7 @@ class NoisyRouter(Stepped, LinearRouter):
             terms.append(config.load_loss * variation_loss(routing, counts, "load_E"))
         return found._replace(terms=tuple(terms))
 
-    def _scores(self, x_TD: Tensor, router_input: RouterInput) -> "Scores":
+    def _scores(self, x_TD: Tensor, router_input: RouterInput) -> Scores:
         """Return the logits, with noise if in training."""
         config = self.config
         if self.training and config.jitter:
@@ -173,28 +198,22 @@ class NoisyRouter(Stepped, LinearRouter):
         return Scores(clean_TE, clean_TE + drawn_TE * std_TE, std_TE)
 
     def _draw(
-        self,
-        router_input: RouterInput,
-        purpose: int,
-        function: Callable[..., Tensor],
-        like: Tensor,
+        self, given: RouterInput, purpose: int, function: Callable[..., Tensor], like: Tensor
     ) -> Tensor:
         """Return numbers in the shape of ``like``, whose rows are tokens."""
         stream = (self.config.seed * MOST_LAYERS + self.layer) * len(PURPOSES) + purpose
-        rest = like.shape[1:]
-        drawn = draw_rows(
-            router_input,
-            len(like),
-            int(self.step),
-            stream,
-            lambda rows, generator: function(rows, *rest, generator=generator),
-        )
+
+        def draw(rows: int, generator: Generator | None) -> Tensor:
+            return function(rows, *like.shape[1:], generator=generator)
+
+        drawn = draw_rows(given, len(like), int(self.step), stream, draw)
         return drawn.to(like.device, torch.promote_types(like.dtype, torch.float32))
 
-    def _add_sums(self, routing: Routing, scores: "Scores", valid_T: Tensor | None) -> None:
-        """Store what the losses need of this rank."""
+    def _add_sums(
+        self, routing: Routing, own_TK: Tensor, scores: Scores, valid_T: Tensor | None
+    ) -> None:
+        """Store what the losses need of this rank. ``own_TK`` is what the router itself chose."""
         config = self.config
-        chosen_TK = routing.experts_TK.clamp(min=0).long()
         if config.balance_counts == "first":
             first_T1 = routing.experts_TK[:, :1]
             routing.extra_counts["first_E"] = count_choices(first_T1, self.num_experts)
@@ -202,15 +221,14 @@ class NoisyRouter(Stepped, LinearRouter):
             if config.noise == "constant":
                 weights_TE = scores.clean_TE.softmax(dim=-1)
             else:
-                weights_TE = torch.zeros_like(scores.clean_TE)
-                weights_TE = weights_TE.scatter(1, chosen_TK, routing.weights_TK)
+                weights_TE = weights_by_expert(routing, self.num_experts)
             add_sums(routing, "importance_E", weights_TE, valid_T)
         if config.load_loss:
             values = (scores.clean_TE, scores.noisy_TE, scores.std_TE)
             if config.noise == "constant":
                 load_TE = chance_above_kth(*values, self.k)
             else:
-                load_TE = chance_above_rivals(*values, chosen_TK)
+                load_TE = chance_above_rivals(*values, own_TK.clamp(min=0).long())
             add_sums(routing, "load_E", load_TE, valid_T)
 
     def _drop_seconds(self, routing: Routing, router_input: RouterInput) -> None:
@@ -220,7 +238,9 @@ class NoisyRouter(Stepped, LinearRouter):
             return
         kept_TK = torch.ones_like(routing.experts_TK, dtype=torch.bool)
         second_T = routing.weights_TK[:, 1].detach()
-        if rule == "none":
+        if router_input.given_TK is not None:
+            kept_TK = router_input.given_TK >= 0
+        elif rule == "none":
             kept_TK[:, 1] = False
         elif rule == "threshold":
             kept_TK[:, 1] = second_T > threshold
@@ -228,11 +248,3 @@ class NoisyRouter(Stepped, LinearRouter):
             drawn_T = self._draw(router_input, SECOND, torch.rand, second_T)
             kept_TK[:, 1] = drawn_T * threshold < second_T
         drop(routing, kept_TK)
-
-
-class Scores(NamedTuple):
-    """Logits before and after noise, and its standard deviation."""
-
-    clean_TE: Tensor
-    noisy_TE: Tensor
-    std_TE: Tensor

@@ -6,11 +6,13 @@ T tokens, D model width, E experts, X = E and the null experts behind them, K ch
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from ...kernels.router import choose
-from ...kernels.values.choice import EPSILON, ChoiceRule
+from ...kernels.values.choice import EPSILON, ChoiceRule, scores
+from .given import fill_places
 from .linear import LearnedConfig, LinearRouter
 from .loss_terms import GlobalCounts, LayerLosses, training_sum
 from .router import RouterSizes
@@ -56,7 +58,13 @@ class NullExperts(LearnedConfig):
 
 
 class NullExpertsRouter(LinearRouter):
-    """See :class:`NullExperts`. The weight is ``[X, D]``; its last rows are the null experts'."""
+    """See :class:`NullExperts`. The weight is ``[X, D]``; its last rows are the null experts'.
+
+    A recording has -1 for a null expert. A replay takes a token's best null experts for them, as
+    the choice does.
+    """
+
+    replays: ClassVar[bool] = True
 
     def __init__(self, config: NullExperts, d_model: int, num_experts: int) -> None:
         super().__init__(config, d_model, num_experts, num_scores=num_experts + config.num_null)
@@ -68,7 +76,10 @@ class NullExpertsRouter(LinearRouter):
         x_TD, valid_T = router_input.x_TD, router_input.valid_T
         assert x_TD is not None, "the caller must pass hidden rows"
         logits_TX = self.logits(x_TD)
-        choices = choose(logits_TX, None, valid_T, self.rule, wants_sums=self.training)
+        given_TK = router_input.given_TK
+        if given_TK is not None:
+            given_TK = self._with_null(given_TK, scores(logits_TX.detach(), self.rule))
+        choices = choose(logits_TX, None, valid_T, self.rule, self.training, given_TK=given_TK)
         is_expert_TK = choices.experts_TK < self.num_experts
         weights_TK = torch.where(is_expert_TK, choices.weights_TK, 0)
         if self.config.renormalize_over == "experts":
@@ -84,6 +95,13 @@ class NullExpertsRouter(LinearRouter):
         if choices.sums is not None:
             routing.extras["probability_sums_X"] = choices.sums.probability_sums_E
         return routing
+
+    def _with_null(self, given_TK: Tensor, scores_TX: Tensor) -> Tensor:
+        """Return recorded choices with a token's best null experts in place of -1."""
+        null_TN = scores_TX[:, self.num_experts :]
+        best_TC = null_TN.topk(min(self.k, self.config.num_null), dim=1).indices
+        places_TK = F.pad(given_TK, (0, max(0, self.k - given_TK.shape[1])), value=-1)
+        return fill_places(places_TK, best_TC + self.num_experts, self.k)
 
     def losses(self, routing: Routing, counts: GlobalCounts) -> LayerLosses:
         """Return this rank's share of ``X / (K T^2) * sum_x n_x P_x``; see :class:`NullExperts`."""

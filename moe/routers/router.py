@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Generator, Tensor, nn
 
 from ...errors import ConfigError
+from ...kernels.values.choice import check_ids
 from .loss_terms import GlobalCounts, LayerLosses
 from .routing import Lookahead, RouterInput, Routing
 
@@ -195,14 +196,25 @@ class Router(nn.Module):
         """Visit the given experts instead of choosing: a recorded choice is replayed.
 
         ``experts_TK`` are logical ids, -1 = none, of any width. Raises :class:`ConfigError` unless
-        the router ``replays``.
+        the router ``replays``, and for ids that do not exist.
         """
-        if not self.replays:
-            raise ConfigError(
-                f"router.kind is {self.config.kind}, which cannot replay recorded routes; use "
-                "another router."
-            )
+        reason = self.why_no_replay()
+        if reason is not None:
+            raise ConfigError(reason)
+        try:
+            check_ids(experts_TK, self.num_experts)
+        except ValueError as error:
+            raise ConfigError(f"the routes do not fit: {error}") from None
         return self.route(replace(router_input, given_TK=experts_TK))
+
+    def why_no_replay(self) -> str | None:
+        """Return in one sentence why recorded routes cannot be replayed, or None."""
+        if self.replays:
+            return None
+        return (
+            f"router.kind is {self.config.kind}, which cannot replay recorded routes; use "
+            "another router."
+        )
 
     def extra_repr(self) -> str:
         """Show the number of experts and what differs from the configuration's defaults."""

@@ -54,6 +54,8 @@ class Sinkhorn(LearnedConfig):
 class SinkhornRouter(LinearRouter):
     """See :class:`Sinkhorn`."""
 
+    replays: ClassVar[bool] = True
+
     def __init__(self, config: Sinkhorn, d_model: int, num_experts: int) -> None:
         super().__init__(config, d_model, num_experts)
         self.config: Sinkhorn = config
@@ -65,8 +67,9 @@ class SinkhornRouter(LinearRouter):
         x_TD, valid_T = router_input.x_TD, router_input.valid_T
         assert x_TD is not None, "the caller must pass hidden rows"
         logits_TE = self.logits(x_TD)
-        if not self.training:
-            choices = choose(logits_TE, None, valid_T, self.rule, wants_sums=False)
+        given_TK = router_input.given_TK
+        if not self.training or given_TK is not None:
+            choices = choose(logits_TE, None, valid_T, self.rule, False, given_TK=given_TK)
             experts_TK, weights_TK = choices.experts_TK, choices.weights_TK
         else:
             experts_TK, weights_TK = self._balanced(logits_TE, router_input)

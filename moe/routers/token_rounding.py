@@ -35,8 +35,29 @@ def round_tokens(
     with torch.no_grad():
         weights_TE, chosen_TE = _by_expert(experts_TK, weights_TK, scores_TE.shape[1])
         added_TX, dropped_TE = _plan(weights_TE, chosen_TE, scores_TE, tile_rows)
+    kept_TK = ~dropped_TE.gather(1, experts_TK.clamp(min=0).long())
+    return _exchange(experts_TK, weights_TK, scores_TE, kept_TK, added_TX)
+
+
+def replay_rounding(
+    experts_TK: Tensor, weights_TK: Tensor, scores_TE: Tensor, given_TX: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return experts and weights of a recorded rounding, ``given_TX``, instead of a new one.
+
+    ``experts_TK`` are the choices before it. They are dropped where ``given_TX`` has -1. The
+    columns behind them are added.
+    """
+    k = experts_TK.shape[1]
+    kept_TK, added_TX = given_TX[:, :k] >= 0, given_TX[:, k:].long()
+    return _exchange(experts_TK, weights_TK, scores_TE, kept_TK, added_TX)
+
+
+def _exchange(
+    experts_TK: Tensor, weights_TK: Tensor, scores_TE: Tensor, kept_TK: Tensor, added_TX: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the choices that are kept and behind them those added, and the weights of both."""
     present_TK, ids_TK = experts_TK >= 0, experts_TK.clamp(min=0).long()
-    kept_TK = present_TK & ~dropped_TE.gather(1, ids_TK)
+    kept_TK = present_TK & kept_TK
     total_T1 = torch.where(present_TK, weights_TK, 0).sum(dim=1, keepdim=True)
     chosen_score_TK = torch.where(present_TK, scores_TE.gather(1, ids_TK), 0)
     factor_T1 = total_T1 / (chosen_score_TK.sum(dim=1, keepdim=True) + EPSILON)

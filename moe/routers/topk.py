@@ -15,12 +15,13 @@ from ...kernels.values.choice import ChoiceRule, scores
 from .balancing_bias import add_margins, even_bias, problem_with_quantiles, toward_even_load
 from .capacity import Capacity, apply_capacity
 from .entropy import add_entropy, mean_entropy
+from .given import fill_places
 from .linear import LearnedConfig, LinearRouter, project, route_in_one_call
 from .loss_terms import GlobalCounts, LayerLosses, balance_and_z
 from .router import RouterSizes
 from .routing import RouterInput, Routing, routing_of
 from .sequence_balance import add_sequence_balance, mean_sequence_balance
-from .token_rounding import round_tokens
+from .token_rounding import replay_rounding, round_tokens
 
 TRAINING_ONLY = (
     *("bias_update_rate", "bias_update", "balance_loss", "balance_over", "sequence_balance_loss"),
@@ -174,6 +175,8 @@ class TopKRouter(LinearRouter):
             if found is not None:
                 return found
         logits_TE = self.logits(x_TD)
+        if given_TK is not None and self.training:
+            given_TK = self._before_drops(given_TK, logits_TE, valid_T)
         choices = choose(logits_TE, bias_E, valid_T, self.rule, self.training, given_TK=given_TK)
         routing = routing_of(choices, valid_T)
         if not self.training:
@@ -184,19 +187,30 @@ class TopKRouter(LinearRouter):
             add_entropy(routing, logits_TE, valid_T, self.rule)
         if bias_E is not None and self.config.bias_update == "quantile":
             add_margins(routing, scores(logits_TE, self.rule), bias_E, self.k, valid_T)
-        if given_TK is not None:
-            return routing  # recorded choices have been dropped and rounded
         if self.config.capacity is not None:
             scores_TE = scores(logits_TE, self.rule)
             apply_capacity(routing, scores_TE, self.config.capacity, router_input)
         if self.config.round_rows_to:
-            routing.experts_TK, routing.weights_TK = round_tokens(
-                routing.experts_TK,
-                routing.weights_TK,
-                scores(logits_TE, self.rule),
-                self.config.round_rows_to,
-            )
+            self._round(routing, scores(logits_TE, self.rule), router_input.given_TK)
         return routing
+
+    def _before_drops(self, given_TK: Tensor, logits_TE: Tensor, valid_T: Tensor | None) -> Tensor:
+        """Return recorded choices before capacity or rounding took some of them away."""
+        if self.config.capacity is None and not self.config.round_rows_to:
+            return given_TK
+        if self.config.round_rows_to:
+            given_TK = given_TK[:, : self.k]  # the columns behind them were added
+        own = choose(logits_TE, self.e_score_correction_bias, valid_T, self.rule, wants_sums=False)
+        return fill_places(given_TK, own.experts_TK, self.k)
+
+    def _round(self, routing: Routing, scores_TE: Tensor, given_TX: Tensor | None) -> None:
+        """Round the rows of each expert, or replay how they were rounded."""
+        choices = (routing.experts_TK, routing.weights_TK, scores_TE)
+        if given_TX is None:
+            found = round_tokens(*choices, self.config.round_rows_to)
+        else:
+            found = replay_rounding(*choices, given_TX)
+        routing.experts_TK, routing.weights_TK = found
 
     def losses(self, routing: Routing, counts: GlobalCounts) -> LayerLosses:
         """Return balance, z, sequence balance and entropy; see :class:`TopK`.

@@ -3,6 +3,8 @@
 T tokens, E experts, K choices.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,14 @@ from .whole_batch import from_fixed_point, share_of, to_fixed_point
 
 EPSILON = 1e-10
 """Keeps the loss finite where all sums are zero (tensor2tensor)."""
+
+
+class Scores(NamedTuple):
+    """Logits before and after noise, and its standard deviation."""
+
+    clean_TE: Tensor
+    noisy_TE: Tensor
+    std_TE: Tensor
 
 
 def squared_variation(sums_E: Tensor) -> Tensor:
@@ -36,6 +46,16 @@ def variation_loss(routing: Routing, counts: GlobalCounts, name: str) -> Tensor:
     whole_E = from_fixed_point(counts.extra[name], here_E.dtype)
     part = routing.num_tokens.to(here_E) / counts.num_tokens.clamp(min=1)
     return share_of(squared_variation, here_E, whole_E, part)
+
+
+def weights_by_expert(routing: Routing, num_experts: int) -> Tensor:
+    """Return each token's weight of every expert, ``[T, E]``, 0 for those that it did not choose.
+
+    Rows that are not valid have numbers without meaning.
+    """
+    chosen_TK = routing.experts_TK.clamp(min=0).long()
+    weights_TE = routing.weights_TK.new_zeros(len(chosen_TK), num_experts)
+    return weights_TE.scatter_add(1, chosen_TK, routing.weights_TK)
 
 
 def chance_above_rivals(

@@ -129,19 +129,11 @@ def test_a_rank_without_rows_routes_nothing(name, training):
 def test_its_own_choice_replays_with_the_same_bits_or_is_refused(name, training):
     gate, given = module(name).train(training), rows()
     chosen = gate.route(given)
-    if not gate.replays:
-        with pytest.raises(ConfigError, match="cannot replay recorded routes"):
+    if training and name.startswith("local_search"):
+        with pytest.raises(ConfigError, match="routers cannot replay recorded routes"):
             gate.route_to(given, chosen.experts_TK)
         return
     replayed = gate.route_to(given, chosen.experts_TK)
-    if (
-        "dropped" in chosen.extra_counts
-    ):  # weights are normalised over what is left (docs/routes.md)
-        assert int(chosen.extra_counts["dropped"]) > 0
-        assert "dropped" not in replayed.extra_counts
-        for name in ("experts_TK", "counts_E", "num_tokens"):
-            assert torch.equal(getattr(replayed, name), getattr(chosen, name)), name
-        return
     for field in dataclasses.fields(chosen):
         wanted, found = getattr(chosen, field.name), getattr(replayed, field.name)
         if isinstance(wanted, dict):

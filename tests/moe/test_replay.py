@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import pad
 
 import moeyard
 from moeyard.cli import main
@@ -16,9 +17,11 @@ from moeyard.moe.batch import batch_of
 from moeyard.moe.models.decoder import Decoder
 from moeyard.moe.models.documents import batch_of_documents
 from moeyard.moe.models.initialize import initialize
+from moeyard.moe.routers.capacity import Capacity
 from moeyard.moe.routers.hash import Hash
-from moeyard.moe.routers.losses import auxiliary_losses
+from moeyard.moe.routers.losses import auxiliary_losses, global_counts
 from moeyard.moe.routers.routing import RouterInput
+from moeyard.moe.routers.table import router
 from moeyard.moe.routers.topk import TopK
 from moeyard.moe.routes.identity import identity_of
 from moeyard.moe.routes.reader import RouteFile
@@ -42,12 +45,41 @@ ROUTERS = {
     "preattention": TopK(k=2, lookahead="attention_input"),
     "hash": Hash(k=2),
 }
+TIGHT = {"factor": 0.75}
+SECONDS = {"noise": "none", "load_loss": 0, "balance_counts": "first", "balance_loss": 0.1}
+OTHERS = {
+    "capacity": TopK(k=2, capacity=TIGHT, bias_update_rate=0.1, entropy_loss=0.1),
+    "capacity_groups": DEEPSEEK.model_copy(update={"capacity": Capacity(drop="probability")}),
+    "rounded": TopK(k=2, round_rows_to=8, scale=1.5, z_loss=0.1),
+    "rounded_unnormalized": TopK(k=3, round_rows_to=16, renormalize=False),
+    "noisy": router("noisy", k=2),
+    "vmoe": router("noisy", k=2, noise="constant", capacity=TIGHT | {"drop": "batch_priority"}),
+    "gshard": router("noisy", **SECONDS, second_expert="random", capacity=TIGHT),
+    "threshold": router("noisy", **SECONDS, second_expert="threshold", second_threshold=0.45),
+    "switch": router("noisy", k=1, noise="none", load_loss=0, jitter=0.1, capacity=TIGHT),
+    "expert_choice": router("expert_choice", k=2),
+    "mutual_choice": router("expert_choice", choice="mutual", score="sigmoid"),
+    "base": router("base"),
+    "sinkhorn": router("sinkhorn"),
+    "sinkhorn_k2": router("sinkhorn", k=2),
+    "null_experts": router("null_experts", k=3, num_null=3),
+    "null_experts_all": router("null_experts", k=3, num_null=2, renormalize_over="all"),
+    "local_search": router("local_search", search_steps=3, router={"kind": "noisy"}),
+    "local_search_capacity": router(
+        "local_search", search_steps=3, router={"kind": "topk", "capacity": TIGHT}
+    ),
+}
+DROPS = {"capacity", "capacity_groups", "vmoe", "gshard", "threshold", "switch"}
+DROPS |= {"local_search_capacity"}
 
 
 def decoder_with(router, recompute=False, dtype=torch.float32):
     decoder = Decoder(with_router(router), recompute=recompute)
     initialize(decoder, 5)
     for gate in decoder.routers():
+        if router.kind == "local_search":
+            gate.step.fill_(3)
+            gate.order_E.copy_(torch.tensor([2, 4, 0, 5, 1, 3]))
         if getattr(gate, "e_score_correction_bias", None) is not None:
             gate.e_score_correction_bias.copy_(torch.linspace(-0.4, 0.4, 6))
     return decoder.to(dtype)
@@ -58,7 +90,10 @@ def ids_of(batch=2, length=11):
 
 
 def experts_of(routings):
-    return torch.stack([routing.experts_TK for routing in routings], dim=1)
+    width = max(routing.experts_TK.shape[1] for routing in routings)
+    pads = [(0, width - routing.experts_TK.shape[1]) for routing in routings]
+    both = zip(routings, pads, strict=True)
+    return torch.stack([pad(routing.experts_TK, by, value=-1) for routing, by in both], dim=1)
 
 
 def loss_and_gradients(decoder, batch):
@@ -75,10 +110,13 @@ def loss_and_gradients(decoder, batch):
 
 @pytest.mark.parametrize(
     ("name", "recompute"),
-    [*((name, False) for name in ROUTERS), ("topk", True), ("pregated", True)],
+    [
+        *((name, False) for name in (*ROUTERS, *OTHERS)),
+        *((name, True) for name in ("topk", "pregated", "gshard", "rounded", "null_experts_all")),
+    ],
 )
 def test_replaying_its_own_choice_changes_no_bit_of_loss_and_gradients(name, recompute):
-    decoder = decoder_with(ROUTERS[name], recompute)
+    decoder = decoder_with((ROUTERS | OTHERS)[name], recompute)
     batch = batch_of_documents(ids_of(), 7)
     loss, gradients, routings = loss_and_gradients(decoder, batch)
     replayed = with_routes(batch, decoder.config, experts_of(routings))
@@ -87,7 +125,17 @@ def test_replaying_its_own_choice_changes_no_bit_of_loss_and_gradients(name, rec
     assert gradients.keys() == same.keys()
     assert all(torch.equal(gradients[n], same[n]) for n in gradients)
     for a, b in zip(routings, replays, strict=True):
-        assert torch.equal(a.counts_E, b.counts_E) and torch.equal(a.weights_TK, b.weights_TK)
+        assert torch.equal(a.counts_E, b.counts_E)
+        width = a.weights_TK.shape[1]
+        present_TK = a.experts_TK >= 0
+        assert torch.equal(a.weights_TK[present_TK], b.weights_TK[:, :width][present_TK])
+        assert a.extra_counts.keys() == b.extra_counts.keys()
+        assert all(torch.equal(a.extra_counts[n], b.extra_counts[n]) for n in a.extra_counts)
+        if "rounded" in name:
+            assert (a.experts_TK[:, :-2] < 0).any() and (a.experts_TK[:, -2:] >= 0).any()
+    counts = global_counts(routings, lambda counts: counts)
+    dropped = [gate.dropped(of) for gate, of in zip(decoder.routers(), counts, strict=True)]
+    assert all(number > 0 for number in dropped) == (name in DROPS)
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -74,6 +74,8 @@ def test_the_list_names_every_router_and_shows_the_options_of_one(capsys):
     listed = capsys.readouterr().out
     kinds = [config.model_fields["kind"].default for config in ROUTERS]
     assert [line.split()[0] for line in listed.splitlines()[1 : 1 + len(kinds)]] == kinds
+    (line,) = [line for line in listed.splitlines() if line.startswith("local_search ")]
+    assert line.removeprefix("local_search").strip().startswith("as the inner router  ")
     page = (Path(__file__).parent.parent.parent / "docs" / "routers.md").read_text()
     assert [kind for kind in kinds if f"\n| `{kind}` |" not in page] == []
     assert main(["routers", "hash"]) == 0

@@ -71,6 +71,21 @@ def test_a_replayed_run_is_the_recorded_one_bit_for_bit(config_file, tmp_path):
     assert records(tmp_path / "c")[-1]["loss"] != records(tmp_path / "a")[-1]["loss"]
 
 
+def test_a_run_with_noise_and_capacity_replays_bit_for_bit(config_file, tmp_path):
+    router = "{kind: noisy, k: 2, second_expert: random, jitter: 0.1, capacity: {factor: 0.75}}"
+    options = [f"model.moe.router={router}", "train.packing=documents"]
+    recorder = trainer_of(config_file, tmp_path / "a", "monitor.routes={}", *options)
+    gradients = replay_run(recorder, None)
+    again = trainer_of(config_file, tmp_path / "b", *options)
+    same = replay_run(again, read_routes(tmp_path / "a/routes"))
+    for a, b in zip(records(tmp_path / "a"), records(tmp_path / "b"), strict=True):
+        assert a["loss"] == b["loss"] and a["load"] == b["load"]
+        assert all(layer["dropped"] > 0 for layer in a["load"])
+    assert all(torch.equal(a, b) for a, b in zip(gradients, same, strict=True))
+    for a, b in zip(recorder.decoder.parameters(), again.decoder.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory, config_file):
     """The folder of a run on two ranks that split the experts."""
