@@ -193,7 +193,12 @@ class MaterializedPath:
 
     def gather(self, values: Tensor) -> Tensor:
         """See :class:`moeyard.moe.experts.path.ExpertPath`; the owners give theirs."""
-        return self._pipeline.gather(values)
+        owned_R = self._copies.owners[self._layer].owned_by_rank()
+        most = max(map(len, owned_R))
+        missing = values.new_zeros(most - len(values), *values.shape[1:])
+        rows = self._pipeline.gather(torch.cat([values, missing]))  # equally many on each rank
+        place_of = {e: r * most + i for r, owned in enumerate(owned_R) for i, e in enumerate(owned)}
+        return rows[[place_of[expert] for expert in range(len(place_of))]]
 
     def run(
         self, x_TD: Tensor, routing: Routing, experts: LayerExperts, beside: Beside | None = None

@@ -143,6 +143,10 @@ class Placement:
         """Return the experts that a rank owns."""
         return [expert for expert, owner in enumerate(self.owner_E) if owner == rank]
 
+    def owned_by_rank(self) -> list[list[int]]:
+        """Return the experts that each rank owns."""
+        return [self.owned_by(rank) for rank in range(self.num_ranks)]
+
     def held_by(self, rank: int) -> list[int]:
         """Return the experts that a rank computes in a step."""
         return [expert for expert, ranks in enumerate(self.holders_E) if rank in ranks]
