@@ -45,6 +45,14 @@ ARMS = {
     "top-p": arm("kind: top_p, k: 2, p: 0.3"),
     "relu": arm("kind: relu, k: 2"),
     "cosine": arm("kind: cosine, k: 2, renormalize: true"),
+    "topk, ReGLU experts": [
+        *arm("kind: topk, k: 2, balance_loss: 0.01, z_loss: 0.001"),
+        "model.moe.activation=reglu",
+    ],
+    "sparsity, ReGLU experts": [
+        *arm("kind: sparsity, k: 2"),
+        "model.moe.activation=reglu",
+    ],
     "hash, balanced": arm("kind: hash, k: 2"),
     "hash, random": arm("kind: hash, k: 2, table: random"),
     "hash, bigram": arm("kind: hash, k: 2, table: bigram"),

@@ -211,6 +211,11 @@ class RunConfig(Section):
     def _problem_with_parameters(self) -> str | None:
         """Return why the chosen parameters cannot be trained, or None."""
         chosen, moe = self.train.parameters, self.model.moe
+        if chosen != "all" and self.parallel.copies is not None:
+            return (
+                f"parallel.copies is given, but train.parameters is {chosen}, and only trained "
+                "experts have copies; leave parallel.copies out or train all."
+            )
         if chosen == "router" and (moe is None or not moe.router.learns):
             found = "has no experts"
             if moe is not None:

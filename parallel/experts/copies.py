@@ -32,6 +32,12 @@ class Copies:
         self.experts.main_grads = MainGrads.of(self._sums)
         self.held: tuple[int, ...] = ()
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all slots: weights and gradients."""
+        whole = [t for t in (*self._weights, *self._sums) if t is not None]
+        return sum(tensor.numel() * tensor.element_size() for tensor in whole)
+
     def hold(self, expert_ids: Sequence[int]) -> None:
         """Give the first slots to these experts, without weights yet, and forget the gradients.
 

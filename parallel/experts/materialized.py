@@ -72,6 +72,11 @@ class MaterializedExperts:
         self.tables: list[HolderTable] = []
         """Where rows go in this step, by layer; none between steps."""
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the copies and their gradients on this rank."""
+        return sum(buffer.num_bytes for buffer in self._buffers)
+
     def set_owners(self, owners: Sequence[Placement]) -> None:
         """Remember who owns the experts of each layer; their slots have moved already."""
         self.owners = list(owners)

@@ -177,6 +177,7 @@ def test_measured_chunks_are_the_same_on_all_ranks_and_their_times_are_recorded(
     [
         ("parallel.profile_every=5", "profile_every is 5, but parallel.chunks is 1"),
         ("parallel.backward_chunks=2 parallel.chunks=auto", "backward_chunks is 2.*chooses both"),
+        ("parallel.copies={} parallel.ep=2 train.parameters=router", "only trained experts"),
         ("parallel.chunks=auto parallel.ep=1", "parallel.chunks is auto, but parallel.ep is 1"),
     ],
 )
