@@ -3,8 +3,9 @@
     python benchmarks/fsmoe.py [--repeats 5] [--only N ...]
 
 Two nodes of two ranks (network_bed.py), one MoE layer, forward and backward. For each of 20 layers
-the ranks measure their links and experts and choose the chunks of both directions. Then all pairs
-of 1, 2 and 4 chunks and the plain all-to-all without chunks are timed, interleaved. The rate
+the ranks measure their links and experts and choose a path (one level of ranks or two) and the
+chunks of both directions. Then both paths with all pairs of 1, 2 and 4 chunks, and the plain
+all-to-all without chunks, are timed, interleaved. The rate
 between nodes and the sizes vary, so that links or experts take most of the time. Needs root.
 """
 
@@ -85,16 +86,16 @@ def summary(row: dict) -> dict:
 def table(rows: list[dict]) -> Iterator[str]:
     """Yield the table in Markdown."""
     yield (
-        "| between nodes | tokens | width | inner | load | plain ms | 1/1 ms | chosen | ms "
+        "| between nodes | tokens | width | inner | load | plain ms | chosen | ms "
         "| predicted | best | chosen/best | plain/chosen (pairs) |"
     )
-    yield "|---|---|---|---|---|---|---|---|---|---|---|---|---|"
+    yield "|---|---|---|---|---|---|---|---|---|---|---|---|"
     for row in rows:
         ms = {name: 1000 * seconds for name, seconds in row["medians"].items()}
         low, high = row["gain_interval"]
         yield (
             f"| {row['inter']} | {row['tokens']} | {row['width']} | {row['inner']} | {row['skew']} "
-            f"| {ms['plain']:.0f} | {ms['1/1']:.0f} | {row['chosen']} | {ms[row['chosen']]:.0f} "
+            f"| {ms['plain']:.0f} | {row['chosen']} | {ms[row['chosen']]:.0f} "
             f"| {1000 * row['predicted_s']:.0f} | {row['best']} | {row['chosen_over_best']:.2f} "
             f"| {row['gain']:.2f} ({low:.2f}-{high:.2f}) |"
         )

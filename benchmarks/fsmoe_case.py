@@ -18,7 +18,7 @@ import moeyard
 from moeyard.moe.experts.path import ExpertPath
 from moeyard.moe.layer import MoELayer
 from moeyard.moe.routers.routing import Routing, count_choices
-from moeyard.parallel.experts.open_path import open_path
+from moeyard.parallel.experts.open_path import PathKind, open_path
 from moeyard.parallel.experts.pipelined import Degrees, PipelinedPath
 from moeyard.parallel.mesh import Mesh, build_mesh
 from moeyard.parallel.planning.even_work import even_work
@@ -30,15 +30,18 @@ from skew import experts_of
 
 CANDIDATES = (1, 2, 4)
 PAIRS = [(forward, backward) for forward in CANDIDATES for backward in CANDIDATES]
+KINDS: tuple[PathKind, ...] = ("all_to_all", "hierarchical")
 FITTED = ("dispatch", "gather", "experts")
 CPU = torch.device("cpu")
+PLAIN = "plain"
+LIMIT_S = 120
 
 
 def main() -> None:
     configurations, repeats = json.loads(sys.argv[1]), int(sys.argv[2])
-    with process_group(120) as watch:
+    with process_group(LIMIT_S) as watch:
         for number, configuration in enumerate(configurations):
-            mesh = build_mesh(dist.get_world_size(), configuration["experts"], watch, 120)
+            mesh = build_mesh(dist.get_world_size(), configuration["experts"], watch, LIMIT_S)
             found = measure(configuration, mesh, repeats, number)
             if mesh.rank == 0:
                 print(json.dumps(configuration | found), flush=True)
@@ -57,29 +60,41 @@ def measure(configuration: dict, mesh: Mesh, repeats: int, number: int) -> dict:
         expert_ids=mesh.local_experts(experts),
     )
     per_node = int(os.environ["LOCAL_WORLD_SIZE"])
-    plain = open_path("all_to_all", Degrees(), experts, mesh, per_node, 120)
-    path = open_path("hierarchical", Degrees(), experts, mesh, per_node, 120)
-    assert isinstance(path, PipelinedPath)
     shape = LayerShape(tokens, experts, k, width, torch.float32)
-    model = measure_layer(shape, path.levels, layer.experts, mesh, CPU)
-    work = even_work(tokens, experts, k, 4 * width, ranks=mesh.ep_size, ranks_per_node=per_node)
-    chosen = best_degrees(model, work, CANDIDATES)
+    arms: dict[str, tuple[ExpertPath, Degrees]] = {}
+    predicted, fitted = {}, {}
+    for kind in KINDS:
+        path = open_path(kind, Degrees(), experts, mesh, per_node, LIMIT_S, has_copies=True)
+        assert isinstance(path, PipelinedPath)
+        model = measure_layer(shape, path.levels, layer.experts, mesh, CPU, limit_s=5)
+        inside = per_node if kind == "hierarchical" else 1
+        work = even_work(tokens, experts, k, 4 * width, ranks=mesh.ep_size, ranks_per_node=inside)
+        best = best_degrees(model, work, CANDIDATES)
+        predicted[f"{kind} {best.forward}/{best.backward}"] = best.forward_s + best.backward_s
+        fitted[kind] = {name: round(getattr(model, name).r2, 3) for name in FITTED}
+        for pair in PAIRS:
+            arms[f"{kind} {pair[0]}/{pair[1]}"] = (path, Degrees(*pair))
+    arms[PLAIN] = (
+        open_path("all_to_all", Degrees(), experts, mesh, per_node, LIMIT_S),
+        Degrees(),
+    )
     rows_TD = torch.randn(tokens, width, requires_grad=True)
     routing = routing_of(configuration, mesh, number)
-    arms: dict[str, tuple[ExpertPath, Degrees]] = {"plain": (plain, Degrees())}
-    arms |= {f"{pair[0]}/{pair[1]}": (path, Degrees(*pair)) for pair in PAIRS}
     times: dict[str, list[float]] = {name: [] for name in arms}
     for repeat in range(repeats + 1):  # the first is not counted
-        for name, (layer.path, path.degrees) in arms.items():
+        for name, (path, degrees) in arms.items():
+            layer.path = path
+            if isinstance(path, PipelinedPath):
+                path.degrees = degrees
             seconds = step(layer, rows_TD, routing, mesh)
             if repeat:
                 times[name].append(seconds)
+    chosen = min(predicted, key=lambda name: predicted[name])
     return {
-        "chosen": f"{chosen.forward}/{chosen.backward}",
-        "predicted_s": chosen.forward_s + chosen.backward_s,
-        "r2": {
-            name: round(getattr(model, name).r2, 3) for name in ("dispatch", "gather", "experts")
-        },
+        "chosen": chosen,
+        "predicted_s": predicted[chosen],
+        "predicted": predicted,
+        "r2": fitted,
         "seconds": times,
     }
 

@@ -37,10 +37,11 @@ SETTINGS = {
     "first": 6,
     "unmeasured": 3,
     "last": 21,
-    "copy_bytes": LAYERS * 4 * 2 * EXPERT_BYTES,
+    "copied_experts": 2,
+    "copy_bytes": LAYERS * 2 * 2 * EXPERT_BYTES,
     "remat_bytes": max(int(0.12 * OWN_BYTES), 2 * 2 * EXPERT_BYTES),
 }
-"""Without rematerialization, four copies of each layer fit. A copy has weights and gradients."""
+"""Without rematerialization, two copies of each layer fit. A copy has weights and gradients."""
 
 
 def main() -> int:

@@ -102,7 +102,7 @@ class Stack:
         if arm != "plain":
             remat = arm == "rematerialized"
             budget = settings["remat_bytes" if remat else "copy_bytes"]
-            options = CopyOptions(budget, remat, 5)
+            options = CopyOptions(budget, settings["copied_experts"], remat, 5)
             self._copies = open_copies(self._layers, mesh, topology, options, LIMIT_S)
         self._x_TD = torch.randn(settings["tokens"], width, requires_grad=True)
 

@@ -14,6 +14,9 @@ class CopiesConfig(Section):
 
     max_bytes: int = Field(default=1 << 30, ge=1)
     """Memory of a rank for copies and their gradients, over all layers."""
+    experts: int | None = Field(default=None, ge=1)
+    """Different experts of a layer that may be copied in a step (Hecate's t): those that travel
+    while other work runs. Null = as many as memory holds."""
     rematerialize: bool = False
     """Keep the copies of two layers only, and send their weights again in backward: more copies of
     a layer fit."""

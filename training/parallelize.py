@@ -101,7 +101,10 @@ def copy_experts(config: RunConfig, decoder: Decoder, mesh: Mesh) -> Materialize
         mesh,
         Topology(mesh.ep_size, min(_ranks_per_node(config), mesh.ep_size)),
         CopyOptions(
-            parallel.copies.max_bytes, parallel.copies.rematerialize, parallel.copies.window
+            parallel.copies.max_bytes,
+            parallel.copies.experts,
+            parallel.copies.rematerialize,
+            parallel.copies.window,
         ),
         parallel.timeout_s,
     )

@@ -23,6 +23,7 @@ class CopyOptions:
     """The ``parallel.copies`` section of a run."""
 
     max_bytes: int
+    experts: int | None
     rematerialize: bool
     window: int
 
@@ -49,7 +50,7 @@ def open_copies(
         [owners for _ in experts],
         topology,
         SparseCollectives(group),
-        CopyBudget(experts=num_experts, per_rank=num_slots),
+        CopyBudget(experts=options.experts or num_experts, per_rank=num_slots),
         LoadWindow.empty(len(experts), num_experts, options.window),
         options.rematerialize,
     )

@@ -54,7 +54,7 @@ PATHS = {
         "parallel.chunks=2",
         "parallel.backward_chunks=8",
     ],
-    "copies": ["parallel.copies={}", "parallel.chunks=2"],
+    "copies": ["parallel.copies={experts: 3}", "parallel.chunks=2"],
     "moved": [
         "parallel.ep=2",
         "parallel.ranks_per_node=1",
