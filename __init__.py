@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .moe.routers.routing import Lookahead, RouterInput, Routing
     from .moe.routers.table import router
     from .moe.routers.topk import TopK
+    from .moe.soft_moe import SoftMoE
     from .serving.loading import load
 
 __version__ = "0.1.0"
@@ -40,6 +41,7 @@ __all__ = [
     "RouterInput",
     "RouterSizes",
     "Routing",
+    "SoftMoE",
     "TopK",
     "__version__",
     "after_step",
@@ -62,6 +64,7 @@ _HOME = {
     "RouterInput": ".moe.routers.routing",
     "RouterSizes": ".moe.routers.router",
     "Routing": ".moe.routers.routing",
+    "SoftMoE": ".moe.soft_moe",
     "TopK": ".moe.routers.topk",
     "after_step": ".moe.layer",
     "auxiliary_loss": ".moe.layer",

@@ -203,6 +203,10 @@ class RunConfig(Section):
                 "monitor.routes is given, but the model has no experts; leave it out or give "
                 "model.moe."
             )
+        moe = self.model.moe
+        reason = None if moe is None else moe.router.why_not_text()
+        if reason is not None:
+            raise ValueError(f"model.moe.{reason}")
         problem = self._problem_with_parameters()
         if problem is not None:
             raise ValueError(problem)

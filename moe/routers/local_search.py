@@ -18,7 +18,7 @@ from .nested import inner_counts, inner_routing, keep_inner
 from .router import Router, RouterConfig, RouterSizes
 from .routing import Lookahead, RouterInput, Routing, count_choices
 from .smooth_step import entropy, uniform
-from .split_rows import choices_of
+from .split_rows import choices_of, renamed
 from .topk import TopK
 
 if TYPE_CHECKING:
@@ -114,6 +114,11 @@ class LocalSearch(RouterConfig):
         """Return whether the inner router does."""
         return self.router.draws()
 
+    def why_not_text(self) -> str | None:
+        """Return what the inner router says."""
+        reason = self.router.why_not_text()
+        return None if reason is None else f"router.{reason}"
+
     def why_not_causal(self) -> str | None:
         """Return what the inner router says."""
         return self.router.why_not_causal()
@@ -179,7 +184,7 @@ class LocalSearchRouter(Stepped, Router):
     def route(self, router_input: RouterInput) -> Routing:
         """Let the inner router choose; mix or exchange its experts."""
         if router_input.given_TK is not None:
-            inner_TK = _renamed(router_input.given_TK, self.order_E.argsort())
+            inner_TK = renamed(router_input.given_TK, self.order_E.argsort())
             router_input = replace(router_input, given_TK=inner_TK)
         inner = self.router.route(router_input)
         if self._searches():
@@ -222,7 +227,7 @@ class LocalSearchRouter(Stepped, Router):
 
     def _exchanged(self, inner: Routing) -> Routing:
         """Return the routing with each expert replaced by that of ``order_E``."""
-        experts_TK = _renamed(inner.experts_TK, self.order_E)
+        experts_TK = renamed(inner.experts_TK, self.order_E)
         order_E = self.order_E.to(inner.counts_E.device)
         counts_E = torch.zeros_like(inner.counts_E).index_copy(0, order_E, inner.counts_E)
         return Routing(experts_TK, inner.weights_TK, counts_E, inner.num_tokens)
@@ -255,8 +260,3 @@ class LocalSearchRouter(Stepped, Router):
             soft_EE = self._soften(self.permutation_weight, int(self.step))
             self.order_E.copy_(best_assignment(soft_EE))
         super().after_step(counts, layers)
-
-
-def _renamed(experts_TK: Tensor, names_E: Tensor) -> Tensor:
-    """Return each expert's name, -1 for none."""
-    return torch.where(experts_TK >= 0, names_E[experts_TK.clamp(min=0).long()].int(), -1)

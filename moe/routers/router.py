@@ -126,6 +126,10 @@ class RouterConfig(BaseModel):
         """Return the model folder whose token embeddings training reads for ``build``, or None."""
         return None
 
+    def why_not_text(self) -> str | None:
+        """Return in one sentence why a language model cannot have the router, or None."""
+        return None
+
     def why_not_causal(self) -> str | None:
         """Return in one sentence why a token's choice depends on later tokens, or None.
 
@@ -147,8 +151,8 @@ class RouterConfig(BaseModel):
 
 
 def check_causal(router: RouterConfig) -> None:
-    """Refuse to continue a text with a router whose choices depend on later tokens."""
-    reason = router.why_not_causal()
+    """Refuse to continue a text with a router whose choices depend on what a text does not have."""
+    reason = router.why_not_text() or router.why_not_causal()
     if reason is not None:
         raise ConfigError(f"the model cannot continue a text: {reason}")
 

@@ -44,6 +44,11 @@ def weights_of(given_TK: Tensor, weights_TE: Tensor) -> Tensor:
     return torch.where(given_TK >= 0, weights_TK, 0)
 
 
+def renamed(experts_TK: Tensor, names_E: Tensor) -> Tensor:
+    """Return the name of each expert, int32; -1 stays -1."""
+    return torch.where(experts_TK >= 0, names_E[experts_TK.clamp(min=0).long()].int(), -1)
+
+
 def choices_of(chosen_TE: Tensor, weights_TE: Tensor) -> tuple[Tensor, Tensor]:
     """Return experts ``[T, K]`` (int32, -1 = none, in order of their ids) and weights of a mask.
 

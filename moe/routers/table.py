@@ -52,12 +52,22 @@ ROUTERS: tuple[type[RouterConfig], ...] = (
 """The configurations of all routers; ``kind`` tells them apart."""
 
 
+SOFT_MOE = ("soft_moe", "softmoe", "soft")
+"""Names that people may write in search of a router for Soft MoE, which is a layer."""
+
+
 def _or_own(value: Any, ours: ValidatorFunctionWrapHandler) -> Any:
     """Read a user's router if ``value`` is or names one, else one of ``ROUTERS``."""
     if isinstance(value, RouterConfig) and not isinstance(value, ROUTERS):
         check_class(type(value))
         return value
     kind = value.get("kind") if isinstance(value, dict) else None
+    if kind in SOFT_MOE:
+        raise ValueError(
+            f"kind is {kind!r}, but Soft MoE is a layer for encoders, whose outputs depend on "
+            "later tokens, so a decoder cannot have it; use moeyard.SoftMoE in a model of your "
+            "own, or choose another router."
+        )
     if isinstance(kind, str) and ":" in kind:
         return find_class(kind).model_validate(value)
     return ours(value)

@@ -58,6 +58,13 @@ class Task(LearnedConfig):
             values["d_task"] = None
         return values
 
+    def why_not_text(self) -> str | None:
+        """Return that a text has no tasks."""
+        return (
+            "router.kind is task, which reads the task of each token, and a text has none; choose "
+            "another router, or pass tasks to an MoELayer in a model of your own."
+        )
+
 
 class TaskRouter(Router):
     """See :class:`Task`."""

@@ -37,6 +37,13 @@ class Timestep(RouterConfig):
         """Return that the choice is known before the forward."""
         return Lookahead.TOKEN
 
+    def why_not_text(self) -> str | None:
+        """Return that a text has no timesteps."""
+        return (
+            "router.kind is timestep, which reads the time of a diffusion process, and a text has "
+            "none; choose another router, or pass timesteps to an MoELayer in a model of your own."
+        )
+
 
 class TimestepRouter(Router):
     """See :class:`Timestep`."""

@@ -9,6 +9,7 @@ import moeyard
 from moeyard.cli import main
 from moeyard.errors import ConfigError
 from moeyard.moe.routers.draws import draw_rows, sequence_keys
+from moeyard.moe.routers.router import check_causal
 from moeyard.moe.routers.routing import RouterInput
 from moeyard.moe.routers.split_rows import choices_of, split_rows
 from moeyard.moe.routers.table import ROUTERS
@@ -82,11 +83,19 @@ def test_the_list_names_every_router_and_shows_the_options_of_one(capsys):
     assert "table: random: experts drawn per token id" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("kind", ["task", "timestep"])
+def test_routers_that_read_what_a_text_does_not_have_cannot_continue_one(kind):
+    for config in (moeyard.router(kind), moeyard.router("local_search", router={"kind": kind})):
+        with pytest.raises(ConfigError, match=f"cannot continue a text: .*kind is {kind}, which"):
+            check_causal(config)
+
+
 @pytest.mark.parametrize(
     ("kind", "fields", "sentence"),
     [
         ("hush", {}, "router.kind is 'hush'; did you mean 'hash'?"),
         ("hash", {"z_loss": 1}, "router.z_loss is not a known key"),
+        ("soft_moe", {}, "router: kind is 'soft_moe', but Soft MoE is a layer for encoders, whose"),
         ("topk", {"k": 0}, "router.k: it is 0, but should be greater than or equal to 1."),
     ],
 )

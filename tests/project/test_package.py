@@ -50,6 +50,7 @@ def test_exported_names_are_pinned():
         "after_step",
         "auxiliary_loss",
         "Routing",
+        "SoftMoE",
         "TopK",
         "__version__",
         "load",

@@ -417,3 +417,18 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(tmp_path, conf
     assert digest(run) == whole
     assert run_here(config_file, run) == 0  # with room again, the run goes on
     assert metrics(run)[-1]["step"] == 6
+
+
+@pytest.mark.parametrize("kind", ["task", "timestep"])
+def test_a_router_that_reads_what_text_does_not_have_is_refused_before_a_run_starts(
+    config_file, tmp_path, kind
+):
+    for path, router in (
+        ("model.moe.router", f"{{kind: {kind}}}"),
+        ("model.moe.router.router", f"{{kind: local_search, router: {{kind: {kind}}}}}"),
+    ):
+        options = [f"run_dir={tmp_path}/run", f"model.moe.router={router}"]
+        with pytest.raises(ConfigError) as caught:
+            read_run_config(config_file, options)
+        assert str(caught.value).startswith(f"{path}.kind is {kind}, which reads the t")
+        assert "choose another router, or pass t" in str(caught.value)
