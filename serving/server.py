@@ -14,8 +14,8 @@ from ..dtypes import short_name
 from ..moe.folders.folder import ModelFolder
 from ..moe.folders.generation_config import read_generation_config
 from ..moe.folders.hub import hub_name, local_folder, pinned
+from ..moe.routers.causal import check_causal
 from ..moe.routers.own_code import allow
-from ..moe.routers.router import check_causal
 from .api.http_app import HttpApi
 from .engine.admission import Admission
 from .engine.engine import Engine, check_length

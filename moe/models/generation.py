@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ..batch import batch_of
-from ..routers.router import check_causal
+from ..routers.causal import check_causal
 from .decoder import Decoder
 from .sampling import SamplingParams, sample
 from .text_stream import CONTEXT_IDS, Decode, TextStream

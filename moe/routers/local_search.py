@@ -11,12 +11,13 @@ import torch
 from pydantic import Field, model_validator
 from torch import Generator, Tensor, nn
 
+from .around import AroundRouter
 from .assignment import best_assignment, sinkhorn
 from .linear import Stepped
 from .loss_terms import GlobalCounts, LayerLosses
 from .nested import inner_counts, inner_routing, keep_inner
 from .router import Router, RouterConfig, RouterSizes
-from .routing import Lookahead, RouterInput, Routing, count_choices
+from .routing import RouterInput, Routing, count_choices
 from .smooth_step import entropy, uniform
 from .split_rows import choices_of, renamed
 from .topk import TopK
@@ -29,7 +30,7 @@ BOUND = 0.05
 """The matrix begins in U(-0.05, 0.05), as in the released code."""
 
 
-class LocalSearch(RouterConfig):
+class LocalSearch(AroundRouter):
     """Another router, together with a search for the best order of its experts (COMET+).
 
     A gate with structure, such as a tree or a hash table, treats some experts as neighbours. Which
@@ -77,55 +78,13 @@ class LocalSearch(RouterConfig):
         self.__dict__["k"] = self.router.k  # frozen for users; here it is still being made
         return self
 
-    @property
-    def needs_token_counts(self) -> bool:  # type: ignore[override]
-        """Return what the inner router needs."""
-        return self.router.needs_token_counts
-
     def build(self, sizes: RouterSizes) -> "LocalSearchRouter":
         """Return the module."""
         return LocalSearchRouter(self, sizes)
 
-    def problem_with(self, num_experts: int) -> str | None:
-        """Return what the inner router says."""
-        return self.router.problem_with(num_experts)
-
-    def problem_with_activation(self, activation: str) -> str | None:
-        """Return what the inner router says."""
-        return self.router.problem_with_activation(activation)
-
     def architecture(self) -> dict[str, Any]:
         """Return that of the inner router, and that its experts have another order."""
         return {"kind": self.kind, "router": self.router.architecture()}
-
-    def reads_at(self) -> Lookahead:
-        """Return what the inner router reads."""
-        return self.router.reads_at()
-
-    def reads_previous_ids(self) -> bool:
-        """Return whether the inner router does."""
-        return self.router.reads_previous_ids()
-
-    def embeddings_folder(self) -> str | None:
-        """Return that of the inner router."""
-        return self.router.embeddings_folder()
-
-    def draws(self) -> bool:
-        """Return whether the inner router does."""
-        return self.router.draws()
-
-    def why_not_text(self) -> str | None:
-        """Return what the inner router says."""
-        reason = self.router.why_not_text()
-        return None if reason is None else f"router.{reason}"
-
-    def why_not_causal(self) -> str | None:
-        """Return what the inner router says."""
-        return self.router.why_not_causal()
-
-    def for_first_layer(self) -> Self:
-        """Return this around the inner router of a first layer."""
-        return self.model_copy(update={"router": self.router.for_first_layer()})
 
     def problem_with_tensor(self, name: str, tensor: Tensor, num_experts: int) -> str | None:
         """Return what is wrong with the order, or what the inner router says."""

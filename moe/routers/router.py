@@ -5,7 +5,7 @@ T tokens, E experts.
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -15,26 +15,7 @@ from ...errors import ConfigError
 from ...kernels.values.choice import check_ids
 from .loss_terms import GlobalCounts, LayerLosses
 from .routing import Lookahead, RouterInput, Routing
-
-
-@dataclass(frozen=True, slots=True)
-class RouterSizes:
-    """What a router must know about the model around it."""
-
-    d_model: int
-    num_experts: int
-    vocab_size: int | None = None
-    """Vocabulary size; None if a layer is built alone."""
-    token_counts: Sequence[int] | None = None
-    """How often each token id occurs in the training data. None outside training, and for routers
-    without :attr:`RouterConfig.needs_token_counts`."""
-    layer: int = 0
-    """Number of the layer in its model."""
-    token_embeddings: Tensor | None = None
-    """``[V, width]``: another model's token embeddings, for routers with
-    :meth:`RouterConfig.embeddings_folder`. None outside training."""
-    expert_bias: bool = False
-    """Whether the experts' projections have biases."""
+from .sizes import RouterSizes as RouterSizes
 
 
 class RouterConfig(BaseModel):
@@ -148,13 +129,6 @@ class RouterConfig(BaseModel):
         remedy.
         """
         return None
-
-
-def check_causal(router: RouterConfig) -> None:
-    """Refuse to continue a text with a router whose choices depend on what a text does not have."""
-    reason = router.why_not_text() or router.why_not_causal()
-    if reason is not None:
-        raise ConfigError(f"the model cannot continue a text: {reason}")
 
 
 class Router(nn.Module):

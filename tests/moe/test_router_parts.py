@@ -8,8 +8,8 @@ import torch
 import moeyard
 from moeyard.cli import main
 from moeyard.errors import ConfigError
+from moeyard.moe.routers.causal import check_causal
 from moeyard.moe.routers.draws import draw_rows, sequence_keys
-from moeyard.moe.routers.router import check_causal
 from moeyard.moe.routers.routing import RouterInput
 from moeyard.moe.routers.split_rows import choices_of, split_rows
 from moeyard.moe.routers.table import ROUTERS
