@@ -7,10 +7,10 @@ from ..moe.layer import MoELayer
 from ..moe.models.decoder import Decoder
 from ..parallel.experts.pipelined import Degrees, PipelinedPath
 from ..parallel.mesh import Mesh
+from ..parallel.planning.comparison import Comparison, record_of
 from ..parallel.planning.cost_model import CostModel
 from ..parallel.planning.even_work import even_work
 from ..parallel.planning.pipeline import DEGREES, best_degrees
-from ..parallel.planning.refresh import Comparison, record_of
 from ..parallel.profiling.layer import LayerShape, measure_beside, measure_layer
 from .config import RunConfig
 from .device import device

@@ -33,8 +33,8 @@ class Sparsity(LearnedConfig):
     The paper's experts are MLPs of two matrices with ReLU. These are gated, ``relu(gate x) * up x``
     (``activation: reglu``), so a unit is active where its gate is positive. Logits are within -1
     and 1. Experts that are copies of each other, as upcycling makes them, have equal scores, so
-    that nothing decides between them. In training all gate weights are read in each forward, and
-    once more after the step. Evaluation reads statistics that are saved with the router.
+    that nothing decides between them. Training reads all gate weights in each forward, and again at
+    the end of each step. Evaluation reads none: the statistics are saved with the router.
     """
 
     paper: ClassVar[str] = "Yang et al. 2025 (MoE-X)"

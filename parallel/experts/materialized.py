@@ -131,7 +131,7 @@ class MaterializedExperts:
         self._backwards_left[layer] -= 1
         if self._rematerialize or self._backwards_left[layer] == 0:
             self._returning.append((layer, self._lane.submit(partial(self._reduce, layer))))
-            # Whoever uses the buffer next fills it anew, after its gradients have left.
+            # The next layer to use the buffer fills it again. These gradients leave it first.
             self._in_buffer[layer % len(self._buffers)] = None
 
     def end_backward(self) -> None:

@@ -1,4 +1,4 @@
-"""What is timed on links: hops of rows as a layer's path does them, and plain collectives.
+"""What is timed on links: hops of rows as a layer's path does them, and sums.
 
 T rows here, D model width, K choices, P ranks of the group.
 """
@@ -11,10 +11,6 @@ import torch.distributed as dist
 from ..experts.hop import Level, send, send_back
 from ..planning.cost_model import Operation
 from .measure import Probe, Trial
-
-# torch 2.13 renamed them.
-ALL_GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 def hop_probes(
@@ -54,46 +50,13 @@ def hop_probes(
     ]
 
 
-def all_gather_probe(
-    operation: Operation, group: dist.ProcessGroup, amounts: Sequence[int], device: torch.device
-) -> Probe:
-    """Return a probe of all-gather; amounts and sizes are bytes of the result."""
-    ranks = dist.get_world_size(group)
-
-    def prepare(amount: int) -> Trial:
-        part = torch.zeros(_elements(amount, ranks), device=device)
-        whole = part.new_zeros(ranks * part.numel())
-        return Trial(whole.nbytes, lambda: ALL_GATHER(whole, part, group=group))
-
-    return Probe(operation, amounts, prepare)
-
-
-def reduce_scatter_probe(
-    operation: Operation, group: dist.ProcessGroup, amounts: Sequence[int], device: torch.device
-) -> Probe:
-    """Return a probe of reduce-scatter; amounts and sizes are bytes of the input."""
-    ranks = dist.get_world_size(group)
-
-    def prepare(amount: int) -> Trial:
-        part = torch.zeros(_elements(amount, ranks), device=device)
-        whole = part.new_zeros(ranks * part.numel())
-        return Trial(whole.nbytes, lambda: REDUCE_SCATTER(part, whole, group=group))
-
-    return Probe(operation, amounts, prepare)
-
-
 def all_reduce_probe(
     operation: Operation, group: dist.ProcessGroup, amounts: Sequence[int], device: torch.device
 ) -> Probe:
     """Return a probe of a sum over all ranks; amounts and sizes are bytes."""
 
     def prepare(amount: int) -> Trial:
-        buffer = torch.zeros(_elements(amount, 1), device=device)
+        buffer = torch.zeros(max(1, amount // 4), device=device)  # fp32
         return Trial(buffer.nbytes, lambda: dist.all_reduce(buffer, group=group))
 
     return Probe(operation, amounts, prepare)
-
-
-def _elements(num_bytes: int, parts: int) -> int:
-    """Return the fp32 elements of each of ``parts`` equal parts of a buffer, at least one."""
-    return max(1, num_bytes // (4 * parts))

@@ -23,7 +23,7 @@ from moeyard.parallel.experts.pipelined import Degrees
 from moeyard.parallel.mesh import Mesh, build_mesh
 from moeyard.parallel.planning.cost_model import CostModel
 from moeyard.parallel.profiling.layer import LayerShape, measure_layer
-from moeyard.parallel.profiling.links import all_gather_probe, reduce_scatter_probe
+from moeyard.parallel.profiling.links import all_reduce_probe
 from moeyard.parallel.profiling.measure import Probe, Trial, halvings, measure
 
 LIMIT_S = 20
@@ -41,17 +41,12 @@ def layer(mesh: Mesh, kind: str, ranks_per_node: int) -> CostModel:
 
 
 def measured(mesh: Mesh) -> dict[str, object]:
-    """A layer on one level of ranks and on two, and the collectives that no path here uses."""
-    sizes = halvings(1 << 20, 3)
-    group = mesh.dp_group
-    probes = [
-        all_gather_probe("gather", group, sizes, CPU),
-        reduce_scatter_probe("scatter", group, sizes, CPU),
-    ]
+    """A layer on one level of ranks and on two, and sums of gradients."""
+    sums = all_reduce_probe("gradients", dist.group.WORLD, halvings(1 << 20, 3), CPU)
     return {
         "one_level": asdict(layer(mesh, "all_to_all", 1)),
         "two_levels": asdict(layer(mesh, "hierarchical", 2)),
-        "collectives": measure(probes, mesh, CPU),
+        "collectives": measure([sums], mesh, CPU),
     }
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from moeyard.errors import ConfigError
+from moeyard.parallel.planning.comparison import Comparison, record_of
 from moeyard.parallel.planning.cost_model import FREE, OPERATIONS, CostModel, Linear, fit
-from moeyard.parallel.planning.refresh import Comparison, Refresh, record_of
 
 SIZES = [2.0**power for power in range(14, 22)]
 ALPHA, BETA = 2e-4, 3e-9
@@ -96,32 +96,6 @@ def test_text_that_is_no_model_is_refused_with_a_sentence(text):
 def test_operations_without_samples_are_free():
     model = CostModel.fitted({"dispatch": samples()})
     assert model.dispatch == fit(samples()) and model.gather == model.experts == FREE
-
-
-def test_a_slower_link_is_noticed_while_sizes_stay_alike():
-    refresh = Refresh(model_of(dispatch=Linear(ALPHA, BETA)), window=16)
-    for turn in range(40):
-        size = 1e6 * (1 + 0.01 * (turn % 3))
-        slower = 3 if turn >= 20 else 1
-        refresh.add("dispatch", size, slower * (ALPHA + BETA * size))
-    line = refresh.model().dispatch
-    assert (line.alpha, line.beta) == pytest.approx((3 * ALPHA, 3 * BETA))
-
-
-def test_sizes_that_differ_give_a_new_line():
-    refresh = Refresh(model_of(dispatch=Linear(ALPHA, BETA)))
-    for size in SIZES:
-        refresh.add("dispatch", size, 5 * ALPHA + BETA * size)
-    line = refresh.model().dispatch
-    assert (line.alpha, line.beta) == pytest.approx((5 * ALPHA, BETA))
-
-
-def test_a_few_samples_change_nothing():
-    start = model_of(dispatch=Linear(ALPHA, BETA), experts=Linear(1, 2))
-    refresh = Refresh(start)
-    for _ in range(7):
-        refresh.add("dispatch", 1e6, 1.0)
-    assert refresh.model() == start
 
 
 def test_a_record_has_r2_and_the_error_of_each_phase():
