@@ -57,6 +57,12 @@ class ParallelConfig(Section):
     """How ranks hold dense parameters and their optimizer state: whole on every rank (ddp), or
     split over all ranks and gathered layer by layer (fsdp). Numbers and checkpoints are the same.
     One process has nothing to split."""
+    gradient_slices: Literal["auto"] | None = None
+    """When dense gradients are summed over hosts. Null: as soon as DDP has a bucket of them, next
+    to the rows of MoE layers. ``auto``: in slices, in the parts of backward where the link between
+    nodes waits (FSMoE), and the rest at its end. It measures for five steps and then plans. It
+    needs ``dense: ddp``. Where all ranks are on one host, they sum in its memory, and this has no
+    effect. Sums over slices are rounded by their sizes, so two runs may differ in rounding."""
     backend: Backend = "auto"
     """Expert kernels. ``auto`` is ``triton`` on a GPU and ``cpp`` on a CPU if these run and pass
     their self-check, otherwise ``torch``. ``reference`` is slow and takes fp64. Frozen experts
@@ -81,9 +87,15 @@ class ParallelConfig(Section):
                 f"parallel.backward_chunks is {self.backward_chunks}, but parallel.chunks is auto, "
                 "which chooses both; leave backward_chunks out or give chunks a number."
             )
+        if self.gradient_slices is not None and self.dense != "ddp":
+            return (
+                f"parallel.gradient_slices is {self.gradient_slices}, but parallel.dense is "
+                f"{self.dense}, which sums gradients layer by layer itself; set parallel.dense to "
+                "ddp or leave gradient_slices out."
+            )
         if self.ep > 1:
             return None
-        for name in ("path", "chunks", "backward_chunks", "copies"):
+        for name in ("path", "chunks", "backward_chunks", "copies", "gradient_slices"):
             value = getattr(self, name)
             if value != type(self).model_fields[name].default:
                 return (

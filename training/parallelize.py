@@ -18,6 +18,7 @@ from ..parallel.experts.open_path import PathKind, open_path
 from ..parallel.experts.pipelined import Degrees, PipelinedPath
 from ..parallel.mesh import Mesh
 from ..parallel.planning.placement import Topology
+from ..parallel.profiling.gradient_slices import GradientSlices
 from .config import RunConfig
 from .device import device, seed_rank
 from .precision import apply_precision
@@ -37,6 +38,8 @@ class Parallel:
     pipelines: Mapping[PathKind, PipelinedPath]
     """What can carry rows to experts in chunks: several to choose from where the path is auto, none
     where rows are never cut."""
+    slices: GradientSlices | None
+    """Who plans when dense gradients travel, if the run does not leave that to DDP."""
 
 
 def parallelize(config: RunConfig, decoder: Decoder, loss: nn.Module, mesh: Mesh) -> Parallel:
@@ -45,7 +48,8 @@ def parallelize(config: RunConfig, decoder: Decoder, loss: nn.Module, mesh: Mesh
     ``loss`` is the module whose forward runs the decoder. The global generator is seeded last:
     from here on only router noise draws from it.
     """
-    engine = open_engine(config.parallel.dense, mesh)
+    has_slices = config.parallel.gradient_slices is not None
+    engine = open_engine(config.parallel.dense, mesh, has_queue=has_slices)
     here, precision = device(), config.train.precision
     freeze(config, decoder)
     engine.place(decoder, here)
@@ -57,7 +61,10 @@ def parallelize(config: RunConfig, decoder: Decoder, loss: nn.Module, mesh: Mesh
     copies = copy_experts(config, decoder, mesh)
     seed_rank(config.seed, mesh.rank)
     pipelines = {kind: path for kind, path in paths.items() if isinstance(path, PipelinedPath)}
-    return Parallel(engine, wrapped, masters, copies, pipelines)
+    slices = None
+    if engine.queue is not None:
+        slices = GradientSlices(engine.queue, list(pipelines.values()), mesh, here)
+    return Parallel(engine, wrapped, masters, copies, pipelines, slices)
 
 
 def freeze(config: RunConfig, decoder: Decoder) -> None:
@@ -91,6 +98,7 @@ def place_experts(config: RunConfig, decoder: Decoder, mesh: Mesh) -> dict[PathK
             _ranks_per_node(config),
             parallel.timeout_s,
             has_copies=parallel.copies is not None,
+            has_lanes=parallel.gradient_slices is not None,
         )
         for kind in _kinds(config)
     }

@@ -61,6 +61,7 @@ class TrainStep:
         self._wrapped = parallel.wrapped
         self._engine = parallel.engine
         self._copies = parallel.copies
+        self.slices = parallel.slices
         self._routers = decoder.routers()
         self._layers = [index for index, _ in decoder.moe_layers()]
         self._router_weights: list[list[Tensor]] = []
@@ -110,6 +111,8 @@ class TrainStep:
                 router.after_step(layer, counts)
         if self._copies is not None:
             self._copies.end_step(stacked(counts))
+        if self.slices is not None:
+            self.slices.after_step()
         self.phases.lap("optimizer")
         pairs = zip(self._routers, counts, strict=True)
         return StepResult(

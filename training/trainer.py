@@ -102,6 +102,8 @@ class Trainer:
                     record |= held_out | {"phases_s": average.take()}
                     if self._schedule is not None:
                         record["schedule"] = self._schedule.record()
+                    if self._step.slices is not None:
+                        record["gradient_slices"] = self._step.slices.record()
                     observers.record(record)
                 if self._schedule is not None:
                     self._schedule.after_step(done)

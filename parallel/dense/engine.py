@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from .gradient_queue import GradientQueue
 from .gradients import MainGradients
 
 
@@ -29,6 +30,9 @@ class DenseEngine(Protocol):
     gradients: MainGradients
     """Sums of this rank's part of every trained parameter, set by ``wrap``. Their norm counts each
     distinct parameter of the whole model once and is the same on all ranks."""
+
+    queue: GradientQueue | None
+    """Where dense gradients wait until they are sent, set by ``wrap``; None if they do not."""
 
     def place(self, model: nn.Module, device: torch.device) -> None:
         """Move the parameters that each rank holds whole to ``device``; ``wrap`` moves the rest."""

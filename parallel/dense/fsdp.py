@@ -30,6 +30,7 @@ from ...moe.models.decoder import Decoder
 from ...moe.routers.router import Router
 from ..mesh import Mesh
 from .engine import Optimizer
+from .gradient_queue import GradientQueue
 from .gradients import MainGradients, attach, square_sum
 
 
@@ -40,6 +41,7 @@ class Sharded:
 
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh
+        self.queue: GradientQueue | None = None
 
     def place(self, model: nn.Module, device: torch.device) -> None:
         """Move experts and routers; the rest moves as shards."""

@@ -11,8 +11,12 @@ ENGINES: dict[str, type[Replicated] | type[Sharded]] = {
 }
 
 
-def open_engine(kind: str, mesh: Mesh) -> DenseEngine:
-    """Return a new engine of ``kind``; one process has nothing to split, whatever the kind."""
-    if mesh.dp_group is None:
-        return Replicated(mesh)
+def open_engine(kind: str, mesh: Mesh, *, has_queue: bool = False) -> DenseEngine:
+    """Return a new engine of ``kind``; one process has nothing to split, whatever the kind.
+
+    ``has_queue`` asks for one whose gradients wait in a queue, if links carry them and ``kind`` is
+    ddp.
+    """
+    if mesh.dp_group is None or kind == "ddp":
+        return Replicated(mesh, has_queue=has_queue)
     return ENGINES[kind](mesh)

@@ -2,6 +2,7 @@
 
 import queue
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -17,6 +18,8 @@ class Lane:
 
     def __init__(self, name: str) -> None:
         self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = queue.SimpleQueue()
+        self.idle_s = 0.0
+        """How long the thread has waited for calls, and in :meth:`wait`; for calls to read."""
         threading.Thread(target=self._run, name=f"moeyard-{name}", daemon=True).start()
 
     def submit(self, call: Callable[[], Result]) -> "Future[Result]":
@@ -29,9 +32,19 @@ class Lane:
         """Return the result of ``call``, which runs after all earlier ones."""
         return self.submit(call).result()
 
+    def wait(self, future: "Future[Result]") -> Result:
+        """Return the result of another lane's future, to a call in this one."""
+        began = time.perf_counter()
+        try:
+            return future.result()
+        finally:
+            self.idle_s += time.perf_counter() - began
+
     def _run(self) -> None:
         while True:
+            began = time.perf_counter()
             future, call = self._calls.get()
+            self.idle_s += time.perf_counter() - began
             try:
                 future.set_result(call())
             except BaseException as error:

@@ -34,11 +34,13 @@ def open_path(
     timeout_s: float,
     *,
     has_copies: bool = False,
+    has_lanes: bool = False,
 ) -> ExpertPath:
     """Return the path of a mesh with more than one expert-parallel rank; all ranks call it.
 
     ``degrees`` None asks for one that can cut rows into chunks, whose degrees are set later.
-    ``has_copies`` asks for one whose rows may go to any holder of their experts.
+    ``has_copies`` asks for one whose rows may go to any holder of their experts, ``has_lanes`` for
+    one that shares its links with other traffic.
     """
     assert mesh.ep_group is not None, "one process has all experts"
     share = num_experts // mesh.ep_size
@@ -47,7 +49,7 @@ def open_path(
         return PipelinedPath(_two_levels(owner_of, mesh, ranks_per_node, timeout_s), degrees)
     exchange = open_exchange(mesh.ep_group, mesh.ep_host)
     is_whole = degrees is not None and degrees.chunks == 1
-    if kind == "all_to_all" and is_whole and not has_copies:
+    if kind == "all_to_all" and is_whole and not (has_copies or has_lanes):
         return AllToAllPath(num_experts, mesh, exchange)
     to_all = kind == "all_gather"
     level = Level(exchange, mesh.ep_rank, mesh.ep_size, owner_of, to_all=to_all)

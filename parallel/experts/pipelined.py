@@ -30,6 +30,8 @@ Arriving = Future[list[Columns]]
 """What a message will bring, by chunk."""
 AroundBackward = Callable[[], AbstractContextManager[object]]
 """Makes the context in which a layer's backward runs."""
+Fill = Callable[[Lane], None]
+"""May submit other traffic to the first lane, the same on every rank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,8 @@ class PipelinedPath:
         self.levels = tuple(levels)
         self.lanes = [Lane(f"level-{number}") for number in range(len(self.levels))]
         self.degrees = degrees or Degrees()
+        self.fill: Fill | None = None
+        """Called twice in each backward: after the last dispatch, and after the last combine."""
         self.observe: Callable[[str, float], None] | None = None
         """Called after each "forward" and "backward" of training with its seconds, as the host
         sees them."""
@@ -129,7 +133,7 @@ class _Turn:
         """What ``beside`` returned."""
         self._levels, self._lanes, self._degrees = levels, path.lanes, path.degrees
         self._experts, self._beside = experts, beside
-        self._observe = path.observe
+        self._fill, self._observe = path.fill, path.observe
         self._hops: list[list[Hop]] = []
         """By level and chunk."""
         self._graphs: list[_Graph] = []
@@ -160,10 +164,12 @@ class _Turn:
         grads = [[grad] for grad in grad_TD.tensor_split(self._degrees.chunks)]
         messages = list(self._messages(self._degrees.backward))
         arriving = [self._there(part, grads[part], is_first=False) for part in messages]
+        self._fill_first_lane()
         returning = []
         for part, future in zip(messages, arriving, strict=True):
             graphs = zip(self._graphs[part], future.result(), strict=True)
             returning.append(self._back(part, [graph.backward(*grad) for graph, grad in graphs]))
+        self._fill_first_lane()
         self._graphs.clear()
         parts = [columns for future in returning for columns in future.result()]
         grad_x_TD, grad_weights_TK = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -173,6 +179,10 @@ class _Turn:
         """Tell the path's observer how long a phase took, if it was part of training."""
         if self.has_grad and self._observe is not None:
             self._observe(phase, time.perf_counter() - began)
+
+    def _fill_first_lane(self) -> None:
+        if self._fill is not None:
+            self._fill(self._lanes[0])
 
     def _messages(self, degree: int) -> Iterator[slice]:
         """Yield the chunks of each message."""
@@ -190,7 +200,7 @@ class _Turn:
 
     def _onward(self, level: int, part: slice, arriving: Arriving, is_first: bool) -> list[Columns]:
         """Send what a message brought over the next level."""
-        columns = arriving.result()
+        columns = self._lanes[level].wait(arriving)
         if is_first:
             experts = [chunk.pop() for chunk in columns]
             self._hops[level] += self._levels[level].plan(experts)
@@ -205,7 +215,7 @@ class _Turn:
         return future
 
     def _home(self, level: int, part: slice, arriving: Arriving) -> list[Columns]:
-        return send_back(self._hops[level][part], arriving.result())
+        return send_back(self._hops[level][part], self._lanes[level].wait(arriving))
 
     def _compute(self, x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor) -> Tensor:
         """Run the experts here on a chunk, and keep its graph."""

@@ -20,9 +20,11 @@ from moeyard.moe.models import decoder as decoder_module
 from moeyard.moe.routers.own_code import allow
 from moeyard.moe.routers.routing import count_choices
 from moeyard.moe.routers.topk import TopKRouter
+from moeyard.parallel.dense import replicated
 from moeyard.parallel.dense.local_part import as_part_of, local_part
 from moeyard.parallel.mesh import build_mesh
 from moeyard.parallel.process import process_group
+from moeyard.parallel.profiling.gradient_slices import GradientSlices
 from moeyard.training.layer_schedule import LayerSchedule
 from moeyard.training.objectives.next_token import NextTokenObjective
 from moeyard.training.parallelize import parallelize
@@ -31,6 +33,7 @@ from moeyard.training.setup import build_model, fill_vocabulary
 from moeyard.training.step import TrainStep
 
 STEPS = 3
+replicated.QUEUED_BUCKET_MB = 1 / 256  # so that the small model has several
 sys.path.append(str(Path(__file__).parent.parent / "moe"))  # where cosine_router.py is
 
 
@@ -89,6 +92,23 @@ def main_grad_of(parameter) -> torch.Tensor | None:
     return parameter.main_grad if parameter.requires_grad else None
 
 
+def slice_early(step, parallel, mesh) -> None:
+    """Plan after the second step, for the third."""
+    pipelines = list(parallel.pipelines.values())
+    here = torch.device("cpu")
+    step.slices = GradientSlices(parallel.engine.queue, pipelines, mesh, here, 1, 1)
+
+
+def plan_odd_slices(step, queue) -> None:
+    """Send a third of what waits at each chance, in numbers of bytes that fit no tensor."""
+    waiting, plan = 0, []
+    for stage in step.slices.stages:
+        plan.append(waiting // 24 * 8)
+        waiting += stage.new_bytes - plan[-1]
+    assert plan[0] == 0 and sum(number > 0 for number in plan) > 2
+    queue.plan = plan[1:]
+
+
 def state_of_routers(decoder) -> dict[str, torch.Tensor]:
     return {n: b.double().clone() for n, b in decoder.named_buffers() if ".gate." in n}
 
@@ -110,6 +130,8 @@ def run_case(config_path: Path, out: Path, name: str, case: dict, watch) -> None
     objective = NextTokenObjective(config, data)
     parallel = parallelize(config, decoder, objective.module(decoder), mesh)
     step = TrainStep(config, decoder, objective, parallel, mesh)
+    if case.get("sliced"):
+        slice_early(step, parallel, mesh)
     schedule = None
     if config.parallel.chunks == "auto":
         schedule = LayerSchedule(config, decoder, mesh, parallel.pipelines)
@@ -130,6 +152,8 @@ def run_case(config_path: Path, out: Path, name: str, case: dict, watch) -> None
             "counts": result.counts_LE,
             "weights": keyed(decoder, lambda p: p) | state_of_routers(decoder),
         }
+        if case.get("sliced") and index == 1:
+            plan_odd_slices(step, parallel.engine.queue)
         if schedule is not None:
             recorded[-1]["schedule"] = schedule.record()
             schedule.after_step(index + 1)

@@ -1,0 +1,112 @@
+"""Dense gradients wait in a queue, and travel in the slices that a plan asks for.
+
+FSMoE (Pan et al. 2025): the link between nodes has free time while MoE layers run backward. A plan
+(planning/gradient_partition.py) says how many bytes to send at each of these times.
+
+All ranks must sum the same slices in the same order, also relative to the rows that share a lane
+with them. So what is sent depends on the plan only, never on how fast a rank is:
+
+- Backward makes gradients in the order of the graph, which is the same on all ranks, and DDP hands
+  over its buckets in one order, which rank 0 has told the others.
+- A time to send is a place in that order: the same gradients wait there in every step. A plan asks
+  for no more of them. If fewer are there, it is a bug, and the step ends instead of waiting.
+- The group of the sums is used by the slices alone from the first one to the end of backward.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor
+
+Submit = Callable[[Callable[[], None]], Future[None]]
+"""Runs a call next to this thread, after all those submitted before."""
+
+
+class GradientQueue:
+    """Gradients in the order in which backward makes them, not yet summed over ranks.
+
+    ``all_reduce`` sums a flat tensor over all ranks, in place, and returns when that is done.
+    """
+
+    def __init__(self, all_reduce: Callable[[Tensor], object]) -> None:
+        self.plan: Sequence[int] = ()
+        """Bytes to send at each call of :meth:`send_planned` in a backward; none = all at its end.
+        The same on all ranks."""
+        self.is_open = False
+        """Whether a backward runs whose gradients are summed."""
+        self.queued_bytes = 0
+        """What has been added in this backward, or in the last one."""
+        self.complete_at_s = 0.0
+        """When backward had made all gradients, by ``time.perf_counter``."""
+        self._all_reduce = all_reduce
+        self._waiting: deque[Tensor] = deque()
+        self._travelling: list[Future[None]] = []
+        self._number = 0
+        """Calls of :meth:`send_planned` in this backward."""
+
+    @contextmanager
+    def sends_all(self) -> Iterator[None]:
+        """Queue the gradients of a backward that runs inside; at the end all of them are summed.
+
+        An error of a slice is raised here.
+        """
+        self._waiting.clear()
+        self._travelling.clear()
+        self.is_open, self._number, self.queued_bytes = True, 0, 0
+        try:
+            yield
+        finally:
+            self.is_open = False
+        self.complete_at_s = time.perf_counter()
+        for future in self._travelling:
+            future.result()
+        if self._waiting:
+            self._sum(list(self._waiting))
+            self._waiting.clear()
+
+    def add(self, gradients: Sequence[Tensor]) -> None:
+        """Queue gradients, contiguous and of one type. They stay as they are until they are summed.
+
+        The caller adds nothing to them after this.
+        """
+        parts = [gradient.view(-1) for gradient in gradients]
+        self._waiting += parts
+        self.queued_bytes += sum(part.nbytes for part in parts)
+
+    def send_planned(self, submit: Submit) -> None:
+        """Submit the sum of the next slice of the plan, if a backward runs that sums gradients."""
+        if not self.is_open or not self.plan:
+            return
+        number, self._number = self._number, self._number + 1
+        assert number < len(self.plan), "the plan is for another number of layers"
+        parts = self._taken(self.plan[number])
+        if parts:
+            self._travelling.append(submit(partial(self._sum, parts)))
+
+    def _taken(self, num_bytes: int) -> list[Tensor]:
+        """Take ``num_bytes``, rounded down to whole numbers, from the front of the queue."""
+        parts: list[Tensor] = []
+        left = num_bytes // self._waiting[0].element_size() if self._waiting else num_bytes
+        while left:
+            assert self._waiting, "the plan asks for gradients that do not exist yet"
+            first = self._waiting.popleft()
+            parts.append(first[:left])
+            if left < first.numel():
+                self._waiting.appendleft(first[left:])
+            left -= parts[-1].numel()
+        return parts
+
+    def _sum(self, parts: list[Tensor]) -> None:
+        """Sum a slice over all ranks, in one message."""
+        if len(parts) == 1:
+            self._all_reduce(parts[0])
+            return
+        flat = torch.cat(parts)
+        self._all_reduce(flat)
+        for part, total in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
+            part.copy_(total)
