@@ -102,8 +102,6 @@ class Trainer:
                     record |= held_out | {"phases_s": average.take()}
                     if self._schedule is not None:
                         record["schedule"] = self._schedule.record()
-                    if self._step.slices is not None:
-                        record["gradient_slices"] = self._step.slices.record()
                     observers.record(record)
                 if self._schedule is not None:
                     self._schedule.after_step(done)
@@ -171,7 +169,9 @@ class Trainer:
     def _record(self, done: int, result: StepResult, seconds: float) -> dict[str, Any]:
         tokens = self.objective.num_tokens(range(done - 1, done))
         loads = map(load_statistics, result.counts_LE, result.dropped_L)
-        return {
+        slices = self._step.slices
+        sliced = {} if slices is None else {"gradient_slices": slices.record()}
+        return sliced | {
             "step": done,
             "loss": result.loss,
             "balance": result.balance,

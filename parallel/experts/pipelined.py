@@ -215,7 +215,8 @@ class _Turn:
         return future
 
     def _home(self, level: int, part: slice, arriving: Arriving) -> list[Columns]:
-        return send_back(self._hops[level][part], self._lanes[level].wait(arriving))
+        columns = self._lanes[level].wait(arriving)
+        return send_back(self._hops[level][part], columns)
 
     def _compute(self, x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor) -> Tensor:
         """Run the experts here on a chunk, and keep its graph."""
