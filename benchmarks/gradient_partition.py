@@ -1,6 +1,6 @@
 """Dense gradients on a slow network: what it gains to send them where the link has room (FSMoE).
 
-    python benchmarks/gradient_partition.py [--inter 200mbit] [--intra 1gbit] [--steps 12]
+    python benchmarks/gradient_partition.py [--inter 200mbit] [--intra 1gbit] [--steps 7]
 
 Two nodes of two ranks (network_bed.py) run a stack of four blocks, each a dense MLP and an MoE
 layer, forward and backward. Dense gradients are summed over all ranks at the end of backward; by
@@ -25,7 +25,7 @@ SETTINGS = {
     "tokens": 512,
     "width": 512,
     "dense": 1024,
-    "inner": 512,
+    "inner": 768,
     "experts": 16,
     "blocks": 4,
     "k": 2,
@@ -38,7 +38,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--inter", default="200mbit", help="rate of a node's link")
     parser.add_argument("--intra", default="1gbit", help="rate of a rank's link")
-    parser.add_argument("--steps", type=int, default=12, help="of each arm")
+    parser.add_argument("--steps", type=int, default=7, help="of each arm")
     parser.add_argument("--chunks", type=int, nargs="+", default=[1, 2])
     arguments = parser.parse_args()
     settings = SETTINGS | {"steps": arguments.steps, "chunks": arguments.chunks}

@@ -3,14 +3,18 @@
 FSMoE (Pan et al. 2025): the link between nodes has free time while MoE layers run backward. A plan
 (planning/gradient_partition.py) says how many bytes to send at each of these times.
 
-All ranks must sum the same slices in the same order, also relative to the rows that share a lane
-with them. So what is sent depends on the plan only, never on how fast a rank is:
+A slice starts when the rows before it have arrived. Rows after it do not wait for it: if it is
+still on its way, they share the link. So a rank that is late delays only what needs it.
+
+All ranks must sum the same slices in the same order. So what is sent depends on the plan only,
+never on how fast a rank is:
 
 - Backward makes gradients in the order of the graph, which is the same on all ranks, and DDP hands
   over its buckets in one order, which rank 0 has told the others.
 - A time to send is a place in that order: the same gradients wait there in every step. A plan asks
   for no more of them. If fewer are there, it is a bug, and the step ends instead of waiting.
-- The group of the sums is used by the slices alone from the first one to the end of backward.
+- One thread starts all slices of a backward, the lane of the link. Nothing else uses the group of
+  the sums until backward has ended.
 """
 
 import time
@@ -18,22 +22,49 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-Submit = Callable[[Callable[[], None]], Future[None]]
+
+class Work(Protocol):
+    """A sum over ranks that has started."""
+
+    def wait(self) -> object:
+        """Return when it has ended; raise its error."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Gradients that travel together."""
+
+    parts: list[Tensor]
+    flat: Tensor
+    work: Work
+
+    def finish(self) -> None:
+        """Wait for the sums and write them to where the gradients were."""
+        self.work.wait()
+        if len(self.parts) > 1:
+            sizes = [part.numel() for part in self.parts]
+            for part, total in zip(self.parts, self.flat.split(sizes), strict=True):
+                part.copy_(total)
+
+
+Submit = Callable[[Callable[[], Slice]], Future[Slice]]
 """Runs a call next to this thread, after all those submitted before."""
 
 
 class GradientQueue:
     """Gradients in the order in which backward makes them, not yet summed over ranks.
 
-    ``all_reduce`` sums a flat tensor over all ranks, in place, and returns when that is done.
+    ``all_reduce`` starts to sum a flat tensor over all ranks, in place.
     """
 
-    def __init__(self, all_reduce: Callable[[Tensor], object]) -> None:
+    def __init__(self, all_reduce: Callable[[Tensor], Work]) -> None:
         self.plan: Sequence[int] = ()
         """Bytes to send at each call of :meth:`send_planned` in a backward; none = all at its end.
         The same on all ranks."""
@@ -45,7 +76,7 @@ class GradientQueue:
         """When backward had made all gradients, by ``time.perf_counter``."""
         self._all_reduce = all_reduce
         self._waiting: deque[Tensor] = deque()
-        self._travelling: list[Future[None]] = []
+        self._travelling: list[Future[Slice]] = []
         self._number = 0
         """Calls of :meth:`send_planned` in this backward."""
 
@@ -63,11 +94,11 @@ class GradientQueue:
         finally:
             self.is_open = False
         self.complete_at_s = time.perf_counter()
-        for future in self._travelling:
-            future.result()
+        slices = [future.result() for future in self._travelling]
         if self._waiting:
-            self._sum(list(self._waiting))
-            self._waiting.clear()
+            slices.append(self._start(list(self._waiting)))
+        for one in slices:
+            one.finish()
 
     def add(self, gradients: Sequence[Tensor]) -> None:
         """Queue gradients, contiguous and of one type. They stay as they are until they are summed.
@@ -79,14 +110,14 @@ class GradientQueue:
         self.queued_bytes += sum(part.nbytes for part in parts)
 
     def send_planned(self, submit: Submit) -> None:
-        """Submit the sum of the next slice of the plan, if a backward runs that sums gradients."""
+        """Submit the next slice of the plan, if a backward runs that sums gradients."""
         if not self.is_open or not self.plan:
             return
         number, self._number = self._number, self._number + 1
         assert number < len(self.plan), "the plan is for another number of layers"
         parts = self._taken(self.plan[number])
         if parts:
-            self._travelling.append(submit(partial(self._sum, parts)))
+            self._travelling.append(submit(partial(self._start, parts)))
 
     def _taken(self, num_bytes: int) -> list[Tensor]:
         """Take ``num_bytes``, rounded down to whole numbers, from the front of the queue."""
@@ -101,12 +132,6 @@ class GradientQueue:
             left -= parts[-1].numel()
         return parts
 
-    def _sum(self, parts: list[Tensor]) -> None:
-        """Sum a slice over all ranks, in one message."""
-        if len(parts) == 1:
-            self._all_reduce(parts[0])
-            return
-        flat = torch.cat(parts)
-        self._all_reduce(flat)
-        for part, total in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
-            part.copy_(total)
+    def _start(self, parts: list[Tensor]) -> Slice:
+        flat = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return Slice(parts, flat, self._all_reduce(flat))

@@ -51,7 +51,7 @@ class Replicated:
             return objective
         group = self._mesh.dp_group
         if self._has_queue:
-            self.queue = GradientQueue(partial(dist.all_reduce, group=group))
+            self.queue = GradientQueue(partial(dist.all_reduce, group=group, async_op=True))
         self._ddp = _wrap_in_ddp(objective, group, self.queue)
         return self._ddp
 

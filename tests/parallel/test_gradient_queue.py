@@ -18,16 +18,39 @@ def gradients():
 
 
 class Sums:
-    """An all-reduce of two ranks that have the same gradients; it remembers what it has seen."""
+    """The sums of two ranks that have the same gradients; it remembers what it has seen."""
 
     def __init__(self) -> None:
         self.seen: list[list[float]] = []
         self.threads: set[int] = set()
 
-    def __call__(self, flat: torch.Tensor) -> None:
+    def __call__(self, flat: torch.Tensor) -> "Doubling":
         self.seen.append(flat.tolist())
         self.threads.add(threading.get_ident())
-        flat *= 2
+        return Doubling(flat)
+
+
+class Doubling:
+    """A sum that ends when someone waits for it."""
+
+    def __init__(self, flat: torch.Tensor) -> None:
+        self._flat = flat
+
+    def wait(self) -> None:
+        self._flat *= 2
+
+
+class Broken:
+    """A sum that starts and then fails."""
+
+    def __init__(self, _: torch.Tensor) -> None: ...
+
+    def wait(self) -> None:
+        raise RuntimeError("a rank is gone")
+
+
+def broken_at_start(_: torch.Tensor) -> Broken:
+    raise RuntimeError("a rank is gone")
 
 
 @pytest.mark.parametrize("plan", [(), (0, 0, 0, 0), (20, 4, 60, 8), (17, 3, 61, 9), (0, 24, 92, 0)])
@@ -87,12 +110,10 @@ def test_a_plan_that_asks_for_gradients_that_are_not_there_ends_the_step():
         queue.send_planned(lane.submit)
 
 
+@pytest.mark.parametrize("all_reduce", [Broken, broken_at_start])
 @pytest.mark.parametrize("plan", [(20,), ()])
-def test_an_error_of_a_slice_ends_the_step(plan):
-    def broken(_: torch.Tensor) -> None:
-        raise RuntimeError("a rank is gone")
-
-    queue, lane = GradientQueue(broken), Lane("test")
+def test_an_error_of_a_slice_ends_the_step(plan, all_reduce):
+    queue, lane = GradientQueue(all_reduce), Lane("test")
     queue.plan = plan
     with pytest.raises(RuntimeError, match="a rank is gone"), queue.sends_all():
         queue.add(gradients())

@@ -44,7 +44,8 @@ LIKE = {
     "lora": {"overrides": [*EXACT, "train.parameters=lora", "train.accumulation=2"]},
 }
 """What one process computes."""
-PATHS = {
+PATHS: dict[str, list[str]] = {
+    "whole": [],
     "chunked": ["parallel.chunks=4", "parallel.backward_chunks=2"],
     "gathered": ["parallel.path=all_gather", "parallel.chunks=2", "parallel.backward_chunks=3"],
     "hierarchical": ["parallel.path=hierarchical", "parallel.ranks_per_node=2"],
@@ -94,6 +95,7 @@ MORE_CASES = [
     ("copies", "sparsity"),
     ("few_copies", "varying"),
     ("moved", "both"),
+    ("whole", "plain"),
 ]
 """Slow tests."""
 
@@ -115,10 +117,15 @@ def compute(chosen, out, config_file):
     run([sys.executable, WORKER, str(config_file), str(out), json.dumps(used)], 300)
     cases = {}
     for number, (path, like) in enumerate(chosen):
-        ranks = ["parallel.ep=4", f"parallel.dense={('ddp', 'fsdp')[number % 2]}"]
-        overrides = [*LIKE[like]["overrides"], *ranks, *PATHS[path]]
+        dense = ("ddp", "fsdp")[number % 2]
+        ranks = ["parallel.ep=4", f"parallel.dense={dense}"]
         apart = number % 3 == 0  # as on several hosts
-        cases[f"{like}-{path}"] = LIKE[like] | {"overrides": overrides, "apart": apart}
+        sliced = apart and dense == "ddp"  # else no gradient waits in a queue
+        if sliced:
+            ranks.append("parallel.gradient_slices=auto")
+        overrides = [*LIKE[like]["overrides"], *ranks, *PATHS[path]]
+        case = {"overrides": overrides, "apart": apart, "sliced": sliced}
+        cases[f"{like}-{path}"] = LIKE[like] | case
     torchrun(4, WORKER, str(config_file), str(out), json.dumps(cases), timeout=600)
     return out
 
@@ -179,6 +186,8 @@ def test_measured_chunks_are_the_same_on_all_ranks_and_their_times_are_recorded(
         ("parallel.backward_chunks=2 parallel.chunks=auto", "backward_chunks is 2.*chooses both"),
         ("parallel.copies={} parallel.ep=2 train.parameters=router", "only trained experts"),
         ("parallel.path=auto parallel.ep=2", "path is auto, but parallel.chunks is 1"),
+        ("parallel.gradient_slices=auto parallel.ep=2 parallel.dense=fsdp", "dense is fsdp"),
+        ("parallel.gradient_slices=auto", "gradient_slices is auto, but parallel.ep is 1"),
         ("parallel.chunks=auto parallel.ep=1", "parallel.chunks is auto, but parallel.ep is 1"),
     ],
 )
