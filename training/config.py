@@ -8,6 +8,7 @@ from ..dtypes import short_name
 from ..moe.config.model import ModelConfig
 from ..moe.models.lora import LoraTarget
 from .optimizer_config import OptimizerConfig
+from .parallel_check import problem_with_padding
 from .parallel_config import ParallelConfig
 from .section import Section
 
@@ -208,6 +209,9 @@ class RunConfig(Section):
         if reason is not None:
             raise ValueError(f"model.moe.{reason}")
         problem = self._problem_with_parameters()
+        if problem is None and moe is not None and self.parallel.path == "padded":
+            has_windows = self.data.format == "text" and self.train.packing == "none"
+            problem = problem_with_padding(moe, self.train.sequence_length, has_windows)
         if problem is not None:
             raise ValueError(problem)
         return self

@@ -35,7 +35,9 @@ class ParallelConfig(Section):
     path: PathKind = "all_to_all"
     """How rows travel to their experts. ``all_to_all``: a copy to each rank that has an expert of
     the row. ``all_gather``: a copy to every rank. ``hierarchical``: a copy to each node that has
-    one, between ranks of equal number, and from there to the ranks of the node."""
+    one, between ranks of equal number, and from there to the ranks of the node. ``padded``: a copy
+    to each expert, for routers whose capacity limits an expert's rows. As many rows as it allows
+    travel, so ranks exchange no counts and a GPU's host waits for none; no choice is lost."""
     chunks: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
     """Messages into which a layer's rows are cut on their way to the experts (FSMoE). The experts
     compute one while the next arrives. 1 = none overlap. ``auto`` measures links and experts at the
@@ -74,6 +76,15 @@ class ParallelConfig(Section):
                 f"parallel.backward_chunks is {self.backward_chunks}, but parallel.chunks is auto, "
                 "which chooses both; leave backward_chunks out or give chunks a number."
             )
+        if self.path == "padded":
+            for name in ("chunks", "backward_chunks", "copies"):
+                value = getattr(self, name)
+                if value != type(self).model_fields[name].default:
+                    return (
+                        f"parallel.{name} is {value}, but parallel.path is padded, which sends a "
+                        f"layer's rows at once and to owners; leave parallel.{name} out or use "
+                        "all_to_all."
+                    )
         if self.ep > 1:
             return None
         for name in ("path", "chunks", "backward_chunks", "copies"):

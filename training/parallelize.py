@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..dtypes import torch_dtype
+from ..moe.config.model import MoEConfig
 from ..moe.experts.path import ExpertPath
 from ..moe.models.decoder import Decoder
 from ..moe.models.lora import add_lora
@@ -85,10 +86,19 @@ def place_experts(config: RunConfig, decoder: Decoder, mesh: Mesh) -> ExpertPath
         _ranks_per_node(config),
         parallel.timeout_s,
         has_copies=parallel.copies is not None,
+        capacity=_capacity(config, moe, mesh) if parallel.path == "padded" else None,
     )
     for _, layer in decoder.moe_layers():
         layer.path = path
     return path
+
+
+def _capacity(config: RunConfig, moe: MoEConfig, mesh: Mesh) -> int | None:
+    """Return the most rows of a micro-batch that a rank sends to an expert, if there is a limit."""
+    train = config.train
+    rows = moe.router.most_rows(train.sequence_length, moe.num_experts)
+    sequences = train.batch_sequences // (train.accumulation * mesh.world_size)
+    return None if rows is None else sequences * rows
 
 
 def copy_experts(config: RunConfig, decoder: Decoder, mesh: Mesh) -> MaterializedExperts | None:

@@ -17,12 +17,14 @@ from ..mesh import Mesh, group_of, host_of
 from .all_to_all import AllToAllPath
 from .exchange import Exchange, open_exchange
 from .hop import Level, RankOf
+from .padded import PaddedPath
 from .pipelined import Degrees, PipelinedPath
 
-PathKind = Literal["all_to_all", "all_gather", "hierarchical"]
+PathKind = Literal["all_to_all", "all_gather", "hierarchical", "padded"]
 """How rows travel. ``all_to_all``: a copy to each rank that has an expert of the row.
 ``all_gather``: a copy to every rank. ``hierarchical``: a copy to each node that has one, between
-ranks of equal number, and from there to the ranks of the node."""
+ranks of equal number, and from there to the ranks of the node. ``padded``: a copy to each expert,
+and as many rows for each expert as a router with a capacity may choose."""
 
 
 def open_path(
@@ -34,11 +36,13 @@ def open_path(
     timeout_s: float,
     *,
     has_copies: bool = False,
+    capacity: int | None = None,
 ) -> ExpertPath:
     """Return the path of a mesh with more than one expert-parallel rank; all ranks call it.
 
     ``degrees`` None asks for one that can cut rows into chunks, whose degrees are set later.
-    ``has_copies`` asks for one whose rows may go to any holder of their experts.
+    ``has_copies`` asks for one whose rows may go to any holder of their experts. ``capacity`` is
+    the most rows of a rank that an expert gets in training; ``padded`` needs it.
     """
     assert mesh.ep_group is not None, "one process has all experts"
     share = num_experts // mesh.ep_size
@@ -46,6 +50,9 @@ def open_path(
     if kind == "hierarchical":
         return PipelinedPath(_two_levels(owner_of, mesh, ranks_per_node, timeout_s), degrees)
     exchange = open_exchange(mesh.ep_group, mesh.ep_host)
+    if kind == "padded":
+        assert capacity is not None, "the configuration was not validated"
+        return PaddedPath(num_experts, mesh, exchange, capacity)
     is_whole = degrees is not None and degrees.chunks == 1
     if kind == "all_to_all" and is_whole and not has_copies:
         return AllToAllPath(num_experts, mesh, exchange)

@@ -41,6 +41,14 @@ LIKE = {
         ],
         "biased": True,
     },
+    "limited": {
+        "overrides": [
+            *TORCH,
+            "model.moe.router={kind: topk, k: 2, capacity: {factor: 0.75, drop: probability}}",
+            *BOTH,
+        ],
+    },
+    "chosen": {"overrides": [*EXACT, "model.moe.router={kind: expert_choice, k: 2}"]},
     "lora": {"overrides": [*EXACT, "train.parameters=lora", "train.accumulation=2"]},
 }
 """What one process computes."""
@@ -54,6 +62,7 @@ PATHS = {
         "parallel.chunks=2",
         "parallel.backward_chunks=8",
     ],
+    "padded": ["parallel.path=padded"],
     "copies": ["parallel.copies={experts: 3}", "parallel.chunks=2"],
     "moved": [
         "parallel.ep=2",
@@ -79,6 +88,7 @@ CASES = [
     ("few_copies", "both"),
     ("moved", "starved"),
     ("moved", "sparsity"),
+    ("padded", "limited"),
 ]
 MORE_CASES = [
     ("chunked", "both"),
@@ -93,6 +103,7 @@ MORE_CASES = [
     ("copies", "sparsity"),
     ("few_copies", "varying"),
     ("moved", "both"),
+    ("padded", "chosen"),
 ]
 """Slow tests."""
 
