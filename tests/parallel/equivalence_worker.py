@@ -112,7 +112,7 @@ def run_case(config_path: Path, out: Path, name: str, case: dict, watch) -> None
     step = TrainStep(config, decoder, objective, parallel, mesh)
     schedule = None
     if config.parallel.chunks == "auto":
-        schedule = LayerSchedule(config, decoder, mesh, parallel.pipeline)
+        schedule = LayerSchedule(config, decoder, mesh, parallel.pipelines)
     recorded = []
     scale = step.gradients.scale_
 
