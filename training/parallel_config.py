@@ -32,6 +32,11 @@ class ParallelConfig(Section):
 
     ep: int = Field(default=1, ge=1)
     """Expert-parallel degree: ranks that split the experts among them."""
+    expert_tp: int = Field(default=1, ge=1)
+    """Neighbouring ranks that split the inner width of every expert among them (expert tensor
+    parallelism), for experts too large for a rank. Each gets the rows of all, and their partial
+    results are summed. Ranks are a multiple of ``ep * expert_tp``; dense parameters are on all
+    ranks as before. Checkpoints do not depend on it."""
     path: PathKind | Literal["auto"] = "all_to_all"
     """How rows travel to their experts. ``all_to_all``: a copy to each rank that has an expert of
     the row. ``all_gather``: a copy to every rank. ``hierarchical``: a copy to each node that has
@@ -92,13 +97,32 @@ class ParallelConfig(Section):
                         f"layer's rows at once and to owners; leave parallel.{name} out or use "
                         "all_to_all."
                     )
+        if self.expert_tp > 1:
+            problem = self._problem_with_slices()
+            if problem is not None:
+                return problem
         if self.ep > 1:
             return None
-        for name in ("path", "chunks", "backward_chunks", "copies"):
+        ways = ("chunks", "backward_chunks") if self.expert_tp == 1 else ()
+        for name in ("path", *ways, "copies"):
             value = getattr(self, name)
             if value != type(self).model_fields[name].default:
                 return (
                     f"parallel.{name} is {value}, but parallel.ep is 1, so no row travels to its "
                     f"experts; raise parallel.ep or leave parallel.{name} out."
                 )
+        return None
+
+    def _problem_with_slices(self) -> str | None:
+        """Return which option does not go with ``expert_tp``, or None."""
+        wrong = {
+            "path": self.path == "padded",
+            "chunks": self.chunks == "auto",
+            "copies": self.copies is not None,
+        }
+        for name in (name for name, is_wrong in wrong.items() if is_wrong):
+            return (
+                f"parallel.{name} is {getattr(self, name)}, which does not know slices of experts, "
+                f"but parallel.expert_tp is {self.expert_tp}; leave one of them out."
+            )
         return None

@@ -78,7 +78,7 @@ def place_experts(config: RunConfig, decoder: Decoder, mesh: Mesh) -> dict[PathK
     Returns the paths to choose from; the layers have the first one.
     """
     moe, parallel = decoder.config.moe, config.parallel
-    if mesh.ep_group is None or mesh.ep_size == 1 or moe is None:
+    if mesh.ep_size * mesh.expert_tp_size == 1 or moe is None:
         return {}
     degrees = None
     if parallel.chunks != "auto":  # else layer_schedule.py sets them

@@ -148,6 +148,7 @@ class Trainer:
             step=done,
             ranks=self._mesh.world_size,
             ep=self._mesh.ep_size,
+            expert_tp=self._mesh.expert_tp_size,
             shared_memory=self._mesh.groups_sharing_memory,
             parameters_here=sum(numel for numel, _ in held),
             trained_here=sum(numel for numel, trains in held if trains),

@@ -108,8 +108,8 @@ class MainGradients:
         """Return the global 2-norm, each distinct parameter counted once, as an fp64 scalar."""
         dense = square_sum(self.dense, self._dense_flat)
         experts = square_sum(self.experts, self._expert_flat)
-        if self._mesh.ep_group is not None:
-            dist.all_reduce(experts, group=self._mesh.ep_group)
+        if self._mesh.experts_group is not None:
+            dist.all_reduce(experts, group=self._mesh.experts_group)
         return (dense + experts).sqrt()
 
     def scale_(self, factor: Tensor) -> None:

@@ -59,9 +59,17 @@ class BiasedLayer(MoELayer):
 def fill_biases(decoder) -> None:
     """Give every expert different biases, the same on any rank."""
     for _, layer in decoder.moe_layers():
-        for expert, views in zip(layer.experts.expert_ids, layer.experts.slot_views(), strict=True):
-            for number, part in enumerate(("gate_bias", "up_bias", "down_bias")):
-                views[part].copy_(torch.linspace(-1, 1, len(views[part])) * (expert + number + 1))
+        experts: Experts = layer.experts
+        factors_S1 = torch.tensor(experts.expert_ids).unsqueeze(1) + 1
+        line_F = torch.linspace(-1, 1, layer.d_expert)
+        line_D = torch.linspace(-1, 1, layer.d_model)
+        biases = {
+            "fc1_bias": torch.cat([line_F * factors_S1, line_F * (factors_S1 + 1)], dim=1),
+            "fc2_bias": line_D * (factors_S1 + 2),
+        }
+        for name, bias in biases.items():
+            cut = experts.inner_slice
+            experts.get_parameter(name).data.copy_(bias if cut is None else cut.cut(name, bias))
 
 
 def keyed(decoder, tensor_of) -> dict[str, torch.Tensor]:
@@ -77,8 +85,12 @@ def keyed(decoder, tensor_of) -> dict[str, torch.Tensor]:
             tensor = tensor.full_tensor()
         tensor = tensor.double().clone()
         if isinstance(owner, Experts):
+            cut = owner.inner_slice
+            if cut is not None and not cut.holds(leaf):
+                continue
+            part = "" if cut is None or leaf == "fc2_bias" else f"|{cut.index} of {cut.count}"
             for slot, expert in enumerate(owner.expert_ids):
-                values[f"{owner_name}.{expert}.{leaf}"] = tensor[slot]
+                values[f"{owner_name}.{expert}.{leaf}{part}"] = tensor[slot]
         else:
             values[name] = tensor
     return values
@@ -96,9 +108,11 @@ def state_of_routers(decoder) -> dict[str, torch.Tensor]:
 def run_case(config_path: Path, out: Path, name: str, case: dict, watch) -> None:
     overrides = [*case["overrides"], f"run_dir={out}/{name}"]
     config = read_run_config(config_path, overrides)
-    mesh = build_mesh(config.parallel.ep, config.model.moe.num_experts, watch, 60)
+    ep, expert_tp = config.parallel.ep, config.parallel.expert_tp
+    mesh = build_mesh(ep, config.model.moe.num_experts, watch, 60, expert_tp=expert_tp)
     if case.get("apart"):  # as on several hosts
-        mesh = replace(mesh, dp_host=None, ep_host=None, edp_host=None)
+        hosts = ("dp_host", "ep_host", "edp_host", "expert_tp_host")
+        mesh = replace(mesh, **dict.fromkeys(hosts))
     data = NextTokenObjective.open_data(config, out / case.get("data", name) / "data", mesh)
     model = fill_vocabulary(config, data.tokenizer)
     decoder_module.MoELayer = BiasedLayer if case.get("biased") else MoELayer

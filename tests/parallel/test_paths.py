@@ -48,6 +48,8 @@ LIKE = {
             *BOTH,
         ],
     },
+    "biased": {"overrides": [*TORCH, "model.moe.activation=geglu", *BOTH], "biased": True},
+    "router": {"overrides": [*TORCH, "train.parameters=router"], "biased": True},
     "chosen": {"overrides": [*EXACT, "model.moe.router={kind: expert_choice, k: 2}"]},
     "lora": {"overrides": [*EXACT, "train.parameters=lora", "train.accumulation=2"]},
 }
@@ -63,6 +65,18 @@ PATHS = {
         "parallel.backward_chunks=8",
     ],
     "padded": ["parallel.path=padded"],
+    "sliced": ["parallel.ep=2", "parallel.expert_tp=2", "parallel.chunks=2"],
+    "sliced_only": ["parallel.ep=1", "parallel.expert_tp=2"],
+    "sliced_in_four": ["parallel.ep=1", "parallel.expert_tp=4", "parallel.chunks=4"],
+    "sliced_on_nodes": [
+        "parallel.ep=2",
+        "parallel.expert_tp=2",
+        "parallel.path=hierarchical",
+        "parallel.ranks_per_node=2",
+        "parallel.chunks=2",
+        "parallel.backward_chunks=3",
+    ],
+    "sliced_to_all": ["parallel.ep=2", "parallel.expert_tp=2", "parallel.path=all_gather"],
     "copies": ["parallel.copies={experts: 3}", "parallel.chunks=2"],
     "moved": [
         "parallel.ep=2",
@@ -89,6 +103,8 @@ CASES = [
     ("moved", "starved"),
     ("moved", "sparsity"),
     ("padded", "limited"),
+    ("sliced_only", "starved"),
+    ("sliced", "both"),
 ]
 MORE_CASES = [
     ("chunked", "both"),
@@ -104,6 +120,14 @@ MORE_CASES = [
     ("few_copies", "varying"),
     ("moved", "both"),
     ("padded", "chosen"),
+    ("sliced", "biased"),
+    ("sliced", "varying"),
+    ("sliced", "router"),
+    ("sliced_only", "biased"),
+    ("sliced_in_four", "biased"),
+    ("sliced_on_nodes", "both"),
+    ("sliced_on_nodes", "biased"),
+    ("sliced_to_all", "limited"),
 ]
 """Slow tests."""
 

@@ -45,7 +45,8 @@ ROOMS = {
     ],
     "training": [
         ["section"],
-        ["optimizer_config", "parallel_check", "parallel_config"],
+        ["optimizer_config", "parallel_config"],
+        ["parallel_check"],
         ["config", "device", "key_check", "phases", "precision", "schedule", "stop"],
         ["layer_schedule", "optimizer", "parallelize", "work"],
         ["ownership"],
