@@ -48,6 +48,7 @@ ROOMS = {
         ["optimizer_config", "parallel_config"],
         ["parallel_check"],
         ["config", "device", "key_check", "phases", "precision", "schedule", "stop"],
+        ["layer_shape"],
         ["layer_schedule", "optimizer", "parallelize", "work"],
         ["ownership"],
         ["data"],
