@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from ..errors import ConfigError
 from .host.group import HostGroup
+from .watch.pulse import pulse
 from .watch.watch import Answer, Watch
 
 
@@ -44,6 +45,7 @@ class Mesh:
         hosts = {"dp": self.dp_host, "ep": self.ep_host, "edp": self.edp_host}
         return ",".join(name for name, host in hosts.items() if host is not None) or "none"
 
+    @pulse.in_collective("the sum of losses and counts")
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum ``tensor`` over all ranks, in place; the identity on one process."""
         if self.dp_group is not None:
