@@ -3,9 +3,9 @@
     python benchmarks/fsmoe.py [--repeats 5] [--only N ...]
 
 Two nodes of two ranks (network_bed.py), one MoE layer, forward and backward. For each of 20 layers
-the ranks measure their links and experts and choose a path (one level of ranks or two) and the
-chunks of both directions. Then both paths with all pairs of 1, 2 and 4 chunks, and the plain
-all-to-all without chunks, are timed, interleaved. The rate
+the ranks measure their links and experts, try what should be fastest, and choose a path (one level
+of ranks or two) and the chunks of both directions. Then both paths with all pairs of 1, 2 and 4
+chunks, the chosen ones, and the plain all-to-all without chunks, are timed, interleaved. The rate
 between nodes and the sizes vary, so that links or experts take most of the time. Needs root.
 """
 

@@ -21,10 +21,10 @@ from moeyard.moe.routers.routing import Routing, count_choices
 from moeyard.parallel.experts.open_path import PathKind, open_path
 from moeyard.parallel.experts.pipelined import Degrees, PipelinedPath
 from moeyard.parallel.mesh import Mesh, build_mesh
-from moeyard.parallel.planning.even_work import even_work
-from moeyard.parallel.planning.pipeline import best_degrees
+from moeyard.parallel.planning.trials import Trials
 from moeyard.parallel.process import process_group
-from moeyard.parallel.profiling.layer import LayerShape, measure_layer
+from moeyard.parallel.profiling.candidates import Candidate, find_candidates
+from moeyard.parallel.profiling.layer import LayerShape
 
 from skew import experts_of
 
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def measure(configuration: dict, mesh: Mesh, repeats: int, number: int) -> dict:
-    """Return the chosen chunks and the median seconds of every pair and of the plain path."""
+    """Return the chosen chunks and the seconds of every pair and of the plain path."""
     tokens, experts, k = (configuration[name] for name in ("tokens", "experts", "k"))
     width = configuration["width"]
     layer = MoELayer(
@@ -61,42 +61,58 @@ def measure(configuration: dict, mesh: Mesh, repeats: int, number: int) -> dict:
     )
     per_node = int(os.environ["LOCAL_WORLD_SIZE"])
     shape = LayerShape(tokens, experts, k, width, torch.float32)
-    arms: dict[str, tuple[ExpertPath, Degrees]] = {}
-    predicted, fitted = {}, {}
+    paths: dict[PathKind, PipelinedPath] = {}
     for kind in KINDS:
         path = open_path(kind, Degrees(), experts, mesh, per_node, LIMIT_S, has_copies=True)
         assert isinstance(path, PipelinedPath)
-        model = measure_layer(shape, path.levels, layer.experts, mesh, CPU, limit_s=5)
-        inside = per_node if kind == "hierarchical" else 1
-        work = even_work(tokens, experts, k, 4 * width, ranks=mesh.ep_size, ranks_per_node=inside)
-        best = best_degrees(model, work, CANDIDATES)
-        predicted[f"{kind} {best.forward}/{best.backward}"] = best.forward_s + best.backward_s
-        fitted[kind] = {name: round(getattr(model, name).r2, 3) for name in FITTED}
-        for pair in PAIRS:
-            arms[f"{kind} {pair[0]}/{pair[1]}"] = (path, Degrees(*pair))
-    arms[PLAIN] = (
-        open_path("all_to_all", Degrees(), experts, mesh, per_node, LIMIT_S),
-        Degrees(),
-    )
+        paths[kind] = path
     rows_TD = torch.randn(tokens, width, requires_grad=True)
     routing = routing_of(configuration, mesh, number)
+
+    def run(path: ExpertPath, degrees: Degrees) -> float:
+        layer.path = path
+        if isinstance(path, PipelinedPath):
+            path.degrees = degrees
+        return step(layer, rows_TD, routing, mesh)
+
+    candidates = find_candidates(paths, shape, layer.experts, mesh, CPU)
+    trials = Trials(candidates, lambda seconds: seconds)  # a step's are those of the slowest rank
+    while trials.best is None:
+        trials.note(run(trials.current.path, degrees_of(trials.current)))
+    chosen = trials.best
+    arms: dict[str, tuple[ExpertPath, Degrees]] = {
+        f"{kind} {pair[0]}/{pair[1]}": (path, Degrees(*pair))
+        for kind, path in paths.items()
+        for pair in PAIRS
+    }
+    arms[name_of(chosen)] = (chosen.path, degrees_of(chosen))
+    plain = open_path("all_to_all", Degrees(), experts, mesh, per_node, LIMIT_S)
+    arms[PLAIN] = (plain, Degrees())
     times: dict[str, list[float]] = {name: [] for name in arms}
     for repeat in range(repeats + 1):  # the first is not counted
         for name, (path, degrees) in arms.items():
-            layer.path = path
-            if isinstance(path, PipelinedPath):
-                path.degrees = degrees
-            seconds = step(layer, rows_TD, routing, mesh)
+            seconds = run(path, degrees)
             if repeat:
                 times[name].append(seconds)
-    chosen = min(predicted, key=lambda name: predicted[name])
     return {
-        "chosen": chosen,
-        "predicted_s": predicted[chosen],
-        "predicted": predicted,
-        "r2": fitted,
+        "chosen": name_of(chosen),
+        "predicted_s": chosen.degrees.seconds,
+        "predicted": {name_of(one): one.degrees.seconds for one in candidates},
+        "contention": {one.kind: one.model.contention for one in candidates},
+        "r2": {
+            one.kind: {name: round(getattr(one.model, name).r2, 3) for name in FITTED}
+            for one in candidates
+        },
         "seconds": times,
     }
+
+
+def degrees_of(candidate: Candidate) -> Degrees:
+    return Degrees(candidate.degrees.forward, candidate.degrees.backward)
+
+
+def name_of(candidate: Candidate) -> str:
+    return f"{candidate.kind} {candidate.degrees.forward}/{candidate.degrees.backward}"
 
 
 def routing_of(configuration: dict, mesh: Mesh, step_number: int) -> Routing:

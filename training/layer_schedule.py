@@ -1,17 +1,26 @@
-"""``parallel.chunks: auto``: cut layers into as many chunks as links and experts ask for."""
+"""``parallel.chunks: auto``: rows travel in as many chunks as links and experts ask for.
 
+The cost model names the ways that should be fastest. They take turns in the first steps, and the
+one that is fastest stays.
+"""
+
+from collections.abc import Mapping
 from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
 
 from ..dtypes import torch_dtype
 from ..moe.layer import MoELayer
 from ..moe.models.decoder import Decoder
+from ..parallel.experts.materialized import MaterializedPath
+from ..parallel.experts.open_path import PathKind
 from ..parallel.experts.pipelined import Degrees, PipelinedPath
 from ..parallel.mesh import Mesh
 from ..parallel.planning.comparison import Comparison, record_of
-from ..parallel.planning.cost_model import CostModel
-from ..parallel.planning.even_work import even_work
-from ..parallel.planning.pipeline import DEGREES, best_degrees
-from ..parallel.profiling.layer import LayerShape, measure_beside, measure_layer
+from ..parallel.planning.trials import Trials
+from ..parallel.profiling.candidates import Candidate, find_candidates
+from ..parallel.profiling.layer import LayerShape, measure_beside
 from .config import RunConfig
 from .device import device
 
@@ -19,19 +28,21 @@ from .device import device
 class LayerSchedule:
     """Measures at the start, and every ``parallel.profile_every`` steps; all ranks together.
 
-    All MoE layers of a model have one shape and share a path, so the first one stands for all. Its
-    tokens are expected to choose their experts evenly.
+    ``paths`` are those to choose from. All MoE layers of a model have one shape and share a path,
+    so the first one stands for all.
     """
 
     def __init__(
-        self, config: RunConfig, decoder: Decoder, mesh: Mesh, pipeline: PipelinedPath
+        self,
+        config: RunConfig,
+        decoder: Decoder,
+        mesh: Mesh,
+        paths: Mapping[PathKind, PipelinedPath],
     ) -> None:
         moe = decoder.config.moe
-        _, layer = decoder.moe_layers()[0]
-        assert moe is not None, "a path to experts is the path of an MoE model"
-        self._path = pipeline
-        self._layer: MoELayer = layer
-        self._mesh = mesh
+        assert moe is not None and paths, "a path to experts is the path of an MoE model"
+        self._paths, self._mesh = paths, mesh
+        self._layers: list[MoELayer] = [layer for _, layer in decoder.moe_layers()]
         self._every = config.parallel.profile_every
         self._is_sharded = config.parallel.dense == "fsdp"
         """Whether FSDP gathers a shared expert for its layer's forward only: it cannot be timed."""
@@ -40,49 +51,67 @@ class LayerSchedule:
         self._shape = LayerShape(
             tokens=rows * train.sequence_length,
             num_experts=moe.num_experts,
-            num_choices=layer.gate.k,
-            d_model=layer.d_model,
+            num_choices=self._layers[0].gate.k,
+            d_model=self._layers[0].d_model,
             dtype=torch_dtype(train.precision),
         )
         self._comparison = Comparison()
-        self._model: CostModel
-        self._path.observe = self._compare
-        self._choose()
+        self._step_s = 0.0
+        """Seconds of the step's MoE layers so far."""
+        for path in paths.values():
+            path.observe = self._observe
+        self._begin()
 
     def after_step(self, done: int) -> None:
-        """Measure again if it is time."""
+        """Go on with the next way, or measure again if it is time."""
+        self._trials.note(self._step_s)
+        self._step_s = 0.0
         if self._every is not None and done % self._every == 0:
-            self._choose()
+            self._begin()
+        else:
+            self._use(self._trials.current)
 
     def record(self) -> dict[str, Any]:
-        """Return the chosen chunks, how well lines fit, and predicted against measured seconds.
+        """Return the way of this step, how well lines fit, and predicted against measured seconds.
 
-        The seconds are of a layer, and means since the last call. Those of shared experts count,
-        and those of routers do not.
+        ``is_chosen`` is false while others are tried as well. The seconds are of a layer, and means
+        since the last call. Those of shared experts count, and those of routers do not.
         """
-        degrees = self._path.degrees
-        chosen = {"chunks": degrees.forward, "backward_chunks": degrees.backward}
-        return chosen | record_of(self._model, self._comparison)
+        now = self._now
+        way = {
+            "path": now.kind,
+            "chunks": now.degrees.forward,
+            "backward_chunks": now.degrees.backward,
+            "is_chosen": self._trials.best is not None,
+        }
+        return way | record_of(now.model, self._comparison)
 
-    def _choose(self) -> None:
-        shape, levels = self._shape, self._path.levels
-        here = device()
-        shared = None if self._is_sharded else self._layer.shared_expert
-        self._model = measure_layer(shape, levels, self._layer.experts, self._mesh, here)
-        work = even_work(
-            shape.tokens,
-            shape.num_experts,
-            shape.num_choices,
-            shape.d_model * shape.dtype.itemsize,
-            ranks=self._mesh.ep_size,
-            ranks_per_node=levels[1].size if len(levels) > 1 else 1,
-            to_all=levels[0].to_all,
-            beside_s=measure_beside(shape, shared, self._mesh, here),
-        )
-        candidates = [degree for degree in DEGREES if degree <= shape.tokens]
-        best = best_degrees(self._model, work, candidates)
-        self._expected_s = {"forward": best.forward_s, "backward": best.backward_s}
-        self._path.degrees = Degrees(best.forward, best.backward)
+    def _begin(self) -> None:
+        """Measure, and begin to try the best candidates."""
+        layer = self._layers[0]
+        shared = None if self._is_sharded else layer.shared_expert
+        beside_s = measure_beside(self._shape, shared, self._mesh, device())
+        model = (self._shape, layer.experts, self._mesh, device())
+        self._trials = Trials(find_candidates(self._paths, *model, beside_s), self._largest)
+        self._use(self._trials.current)
 
-    def _compare(self, phase: str, seconds: float) -> None:
-        self._comparison.add(phase, self._expected_s[phase], seconds)
+    def _use(self, candidate: Candidate) -> None:
+        self._now, path = candidate, candidate.path
+        path.degrees = Degrees(candidate.degrees.forward, candidate.degrees.backward)
+        for layer in self._layers:
+            if isinstance(layer.path, MaterializedPath):
+                layer.path.pipeline = path
+            else:
+                layer.path = path
+
+    def _largest(self, seconds: Tensor) -> Tensor:
+        seconds = seconds.clone()
+        if self._mesh.dp_group is not None:
+            dist.all_reduce(seconds, op=dist.ReduceOp.MAX, group=self._mesh.dp_group)
+        return seconds
+
+    def _observe(self, phase: str, seconds: float) -> None:
+        self._step_s += seconds
+        degrees = self._now.degrees
+        expected_s = degrees.forward_s if phase == "forward" else degrees.backward_s
+        self._comparison.add(phase, expected_s, seconds)

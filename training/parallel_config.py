@@ -32,15 +32,17 @@ class ParallelConfig(Section):
 
     ep: int = Field(default=1, ge=1)
     """Expert-parallel degree: ranks that split the experts among them."""
-    path: PathKind = "all_to_all"
+    path: PathKind | Literal["auto"] = "all_to_all"
     """How rows travel to their experts. ``all_to_all``: a copy to each rank that has an expert of
     the row. ``all_gather``: a copy to every rank. ``hierarchical``: a copy to each node that has
-    one, between ranks of equal number, and from there to the ranks of the node."""
+    one, between ranks of equal number, and from there to the ranks of the node. ``auto`` takes the
+    faster of all_to_all and hierarchical, with ``chunks: auto``."""
     chunks: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
     """Messages into which a layer's rows are cut on their way to the experts (FSMoE). The experts
     compute one while the next arrives. 1 = none overlap. ``auto`` measures links and experts at the
-    start, and takes what should be fastest of 1, 2, 4 and 8, also for backward. Sums over chunks
-    are rounded by the number of chunks, so two runs with ``auto`` may differ in rounding."""
+    start, lets what should be fastest of 1, 2, 4 and 8, also for backward, take turns in about the
+    first 30 steps, and keeps what is. Sums over chunks are rounded by the number of chunks, so two
+    runs with ``auto`` may differ in rounding."""
     profile_every: int | None = Field(default=None, ge=1)
     """Steps after which ``auto`` measures again, about a second each time; null = at the start
     only."""
@@ -68,6 +70,11 @@ class ParallelConfig(Section):
             return (
                 f"parallel.profile_every is {self.profile_every}, but parallel.chunks is "
                 f"{self.chunks}, so nothing is measured; use auto or leave profile_every out."
+            )
+        if self.path == "auto" and self.chunks != "auto":
+            return (
+                f"parallel.path is auto, but parallel.chunks is {self.chunks}, so nothing is "
+                "measured; set parallel.chunks to auto or name a path."
             )
         if self.backward_chunks is not None and self.chunks == "auto":
             return (

@@ -1,6 +1,7 @@
 """Turn a whole model into this rank's part of it, step by step."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from ..parallel.dense.engine import DenseEngine
 from ..parallel.dense.table import open_engine
 from ..parallel.experts.materialized import MaterializedExperts
 from ..parallel.experts.open_copies import CopyOptions, open_copies
-from ..parallel.experts.open_path import open_path
+from ..parallel.experts.open_path import PathKind, open_path
 from ..parallel.experts.pipelined import Degrees, PipelinedPath
 from ..parallel.mesh import Mesh
 from ..parallel.planning.placement import Topology
@@ -33,8 +34,9 @@ class Parallel:
     """fp32 copies of the parameters that the run's precision narrowed."""
     copies: MaterializedExperts | None
     """Copies of busy experts, if the run makes any."""
-    pipeline: PipelinedPath | None
-    """What carries rows to experts in chunks, if the run has such a path."""
+    pipelines: Mapping[PathKind, PipelinedPath]
+    """What can carry rows to experts in chunks: several to choose from where the path is auto, none
+    where rows are never cut."""
 
 
 def parallelize(config: RunConfig, decoder: Decoder, loss: nn.Module, mesh: Mesh) -> Parallel:
@@ -48,14 +50,14 @@ def parallelize(config: RunConfig, decoder: Decoder, loss: nn.Module, mesh: Mesh
     freeze(config, decoder)
     engine.place(decoder, here)
     masters = apply_precision(decoder, precision, engine.own_masters(decoder))
-    path = place_experts(config, decoder, mesh)
+    paths = place_experts(config, decoder, mesh)
     for router in decoder.routers():
         router.experts_changed()
     wrapped = engine.wrap(loss, decoder, torch_dtype(precision), here)
     copies = copy_experts(config, decoder, mesh)
     seed_rank(config.seed, mesh.rank)
-    pipeline = path if isinstance(path, PipelinedPath) else None
-    return Parallel(engine, wrapped, masters, copies, pipeline)
+    pipelines = {kind: path for kind, path in paths.items() if isinstance(path, PipelinedPath)}
+    return Parallel(engine, wrapped, masters, copies, pipelines)
 
 
 def freeze(config: RunConfig, decoder: Decoder) -> None:
@@ -69,26 +71,40 @@ def freeze(config: RunConfig, decoder: Decoder) -> None:
         add_lora(decoder, lora.rank, lora.alpha, lora.targets, config.seed)
 
 
-def place_experts(config: RunConfig, decoder: Decoder, mesh: Mesh) -> ExpertPath | None:
-    """Let MoE layers send tokens to experts on other ranks, if there are any, and return how."""
+def place_experts(config: RunConfig, decoder: Decoder, mesh: Mesh) -> dict[PathKind, ExpertPath]:
+    """Let MoE layers send tokens to experts on other ranks, if there are any.
+
+    Returns the paths to choose from; the layers have the first one.
+    """
     moe, parallel = decoder.config.moe, config.parallel
     if mesh.ep_group is None or mesh.ep_size == 1 or moe is None:
-        return None
+        return {}
     degrees = None
     if parallel.chunks != "auto":  # else layer_schedule.py sets them
         degrees = Degrees(parallel.chunks, parallel.backward_chunks or parallel.chunks)
-    path = open_path(
-        parallel.path,
-        degrees,
-        moe.num_experts,
-        mesh,
-        _ranks_per_node(config),
-        parallel.timeout_s,
-        has_copies=parallel.copies is not None,
-    )
+    paths = {
+        kind: open_path(
+            kind,
+            degrees,
+            moe.num_experts,
+            mesh,
+            _ranks_per_node(config),
+            parallel.timeout_s,
+            has_copies=parallel.copies is not None,
+        )
+        for kind in _kinds(config)
+    }
     for _, layer in decoder.moe_layers():
-        layer.path = path
-    return path
+        layer.path = next(iter(paths.values()))
+    return paths
+
+
+def _kinds(config: RunConfig) -> tuple[PathKind, ...]:
+    """Return the paths that a run chooses from."""
+    if config.parallel.path != "auto":
+        return (config.parallel.path,)
+    has_nodes = 1 < _ranks_per_node(config) < config.parallel.ep
+    return ("all_to_all", "hierarchical") if has_nodes else ("all_to_all",)
 
 
 def copy_experts(config: RunConfig, decoder: Decoder, mesh: Mesh) -> MaterializedExperts | None:

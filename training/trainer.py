@@ -65,8 +65,8 @@ class Trainer:
             self._step.ownership,
         )
         self._schedule: LayerSchedule | None = None
-        if config.parallel.chunks == "auto" and parallel.pipeline is not None:
-            self._schedule = LayerSchedule(config, self.decoder, mesh, parallel.pipeline)
+        if config.parallel.chunks == "auto" and parallel.pipelines:
+            self._schedule = LayerSchedule(config, self.decoder, mesh, parallel.pipelines)
         self._run_dir = run_dir
 
     def run(self) -> None:

@@ -33,8 +33,8 @@ class Comparison:
 def record_of(model: CostModel, comparison: Comparison) -> dict[str, object]:
     """Return what a record of ``metrics.jsonl`` holds about the cost model, for observers.
 
-    ``r2`` by operation that happens, and :meth:`Comparison.take`.
+    ``r2`` by operation that happens, ``contention``, and :meth:`Comparison.take`.
     """
     lines: dict[str, Linear] = {name: getattr(model, name) for name in OPERATIONS}
     r2 = {name: line.r2 for name, line in lines.items() if line != FREE}
-    return {"r2": r2, "phases": comparison.take()}
+    return {"r2": r2, "contention": model.contention, "phases": comparison.take()}

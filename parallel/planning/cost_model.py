@@ -7,7 +7,7 @@ few measured sizes of each operation.
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Literal, get_args
 
@@ -144,11 +144,15 @@ class CostModel:
     """Results over the link between nodes: all-to-all."""
     gradients: Linear
     """The all-reduce of dense gradients."""
+    contention: float = 0.0
+    """How much longer experts and links take while both work; see
+    :func:`~moeyard.parallel.planning.schedule.simulate`. On a CPU, messages take cores."""
 
     @classmethod
     def fitted(cls, samples: Mapping[Operation, Iterable[Sample]]) -> "CostModel":
         """Return the model of measured samples; operations without any are free."""
-        return cls(**{name: fit(samples[name]) if name in samples else FREE for name in OPERATIONS})
+        lines = {name: fit(samples[name]) if name in samples else FREE for name in OPERATIONS}
+        return cls(**lines, contention=0.0)
 
     def to_json(self) -> str:
         """Return the model as text that :meth:`from_json` reads."""
@@ -159,7 +163,8 @@ class CostModel:
         """Return the model in ``text``; raise :class:`ConfigError` if it is not one."""
         try:
             values = json.loads(text)
-            return cls(**{field.name: Linear(**values[field.name]) for field in fields(cls)})
+            lines = {name: Linear(**values[name]) for name in OPERATIONS}
+            return cls(**lines, contention=float(values["contention"]))
         except (ValueError, TypeError, KeyError) as error:
             raise ConfigError(
                 f"the cost model is {text[:40]!r}..., which cannot be read "

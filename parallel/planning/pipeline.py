@@ -50,12 +50,22 @@ class LayerWork:
 
 @dataclass(frozen=True, slots=True)
 class Degrees:
-    """The chosen degrees, and the seconds that they are expected to take."""
+    """Degrees, and the seconds that they are expected to take."""
 
     forward: int
     backward: int
     forward_s: float
     backward_s: float
+
+    @property
+    def seconds(self) -> float:
+        """Both directions."""
+        return self.forward_s + self.backward_s
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether rows are not cut."""
+        return self.forward == self.backward == 1
 
 
 def layer_tasks(
@@ -107,18 +117,20 @@ def plan_layer(
         combine=model.combine.seconds(work.sent_bytes / degree),
     )
     beside_s = work.beside_s * (2 if backward else 1)
-    return simulate(layer_tasks([chunk] * degree, gradients_s, beside_s))
+    return simulate(layer_tasks([chunk] * degree, gradients_s, beside_s), model.contention)
 
 
-def best_degrees(model: CostModel, work: LayerWork, candidates: Sequence[int] = DEGREES) -> Degrees:
-    """Return the degrees of forward and backward with the smallest sum of seconds.
+def ranked_degrees(
+    model: CostModel, work: LayerWork, candidates: Sequence[int] = DEGREES
+) -> list[Degrees]:
+    """Return the degrees of forward and backward, those with the smallest sum of seconds first.
 
     Both directions share the pieces that experts compute: the least common multiple of the two
-    degrees. So pairs are tried. Between equals, smaller degrees win.
+    degrees. So pairs are tried. Between equals, smaller degrees come first.
     """
     pairs = [(forward, backward) for forward in candidates for backward in candidates]
     found = [_priced(model, work, *pair) for pair in pairs]
-    return min(found, key=lambda d: (d.forward_s + d.backward_s, d.forward + d.backward))
+    return sorted(found, key=lambda d: (d.seconds, d.forward + d.backward))
 
 
 def _priced(model: CostModel, work: LayerWork, forward: int, backward: int) -> Degrees:

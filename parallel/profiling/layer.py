@@ -1,7 +1,7 @@
 """Measure everything that the schedule of an MoE layer needs, on the ranks of a run."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 import torch
@@ -11,9 +11,10 @@ from ...moe.experts.base import LayerExperts
 from ..experts.hop import Level
 from ..mesh import Mesh
 from ..planning.cost_model import CostModel, Operation
+from .contention import measure_contention
 from .experts import expert_probes
 from .links import all_reduce_probe, hop_probes
-from .measure import Probe, Trial, halvings, measure
+from .measure import Probe, Trial, halvings, measure, slowest
 
 GRADIENT_BYTES = 16 << 20
 """The largest all-reduce that is measured."""
@@ -61,12 +62,18 @@ def measure_layer(
         )
     here = mesh.local_experts(shape.num_experts)
     routed = halvings(shape.tokens * shape.num_choices)
-    probes += expert_probes(experts, here, shape.d_model, shape.dtype, device, routed)
+    computing = expert_probes(experts, here, shape.d_model, shape.dtype, device, routed)
+    sending, probes = probes[0], probes + computing
     if mesh.dp_group is not None:
         probes.append(
             all_reduce_probe("gradients", mesh.dp_group, halvings(GRADIENT_BYTES), device)
         )
-    return CostModel.fitted(measure(probes, mesh, device, limit_s))
+    model = CostModel.fitted(measure(probes, mesh, device, limit_s))
+    link, compute = sending.prepare(rows[-1]), computing[0].prepare(routed[-1])
+    link_s = model.dispatch.seconds(*slowest([link.size], mesh))
+    compute_s = model.experts.seconds(compute.size)
+    contention = measure_contention(link.run, link_s, compute.run, compute_s, mesh, device)
+    return replace(model, contention=contention)
 
 
 def measure_beside(

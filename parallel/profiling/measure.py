@@ -71,7 +71,7 @@ def measure(
             found, used_s = samples.setdefault(probe.operation, []), 0.0
             for done, amount in enumerate(probe.amounts):
                 if done < MIN_SIZES or used_s < limit_s / len(probes):
-                    size, elapsed_s, *times_s = _slowest(_repeat(probe, amount, mesh, device), mesh)
+                    size, elapsed_s, *times_s = slowest(_repeat(probe, amount, mesh, device), mesh)
                     used_s += elapsed_s
                     found += [(size, seconds) for seconds in times_s]
                 if progress is not None:
@@ -88,11 +88,12 @@ def _repeat(probe: Probe, amount: int, mesh: Mesh, device: torch.device) -> list
         if trial.before is not None:
             trial.before()
         mesh.barrier()
-        times_s.append(_timed(trial.run, device))
+        times_s.append(timed(trial.run, device))
     return [trial.size, time.perf_counter() - began, *times_s[1:]]  # the first run warms up
 
 
-def _timed(run: Run, device: torch.device) -> float:
+def timed(run: Run, device: torch.device) -> float:
+    """Return the seconds of a call, on a GPU those of the work that it started."""
     if device.type != "cuda":
         began = time.perf_counter()
         run()
@@ -106,7 +107,8 @@ def _timed(run: Run, device: torch.device) -> float:
     return start.elapsed_time(end) / 1000
 
 
-def _slowest(numbers: list[float], mesh: Mesh) -> list[float]:
+def slowest(numbers: list[float], mesh: Mesh) -> list[float]:
+    """Return the largest of all ranks for each number; every rank must call it."""
     largest = torch.tensor(numbers, dtype=torch.float64)
     if mesh.dp_group is not None:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=mesh.dp_group)

@@ -113,7 +113,7 @@ def run_case(config_path: Path, out: Path, name: str, case: dict, watch) -> None
     step = TrainStep(config, decoder, objective, parallel, mesh)
     schedule = None
     if config.parallel.chunks == "auto":
-        schedule = LayerSchedule(config, decoder, mesh, parallel.pipeline)
+        schedule = LayerSchedule(config, decoder, mesh, parallel.pipelines)
     saves = Saves(config, model, run_dir, mesh, data, step.optimizer, step.ownership)
     first = saves.resume() if "resumes" in case else 0
     last = case.get("until", STEPS)

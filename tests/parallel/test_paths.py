@@ -67,7 +67,7 @@ PATHS = {
     ],
 }
 AUTO = ["parallel.chunks=auto", "parallel.profile_every=1"]
-PATHS["measured"] = [*AUTO, "parallel.path=hierarchical", "parallel.ranks_per_node=2"]
+PATHS["measured"] = ["parallel.chunks=auto", "parallel.path=auto", "parallel.ranks_per_node=2"]
 PATHS["measured_copies"] = [*AUTO, "parallel.copies={}"]
 CASES = [
     ("chunked", "plain"),
@@ -164,9 +164,8 @@ def test_measured_chunks_are_the_same_on_all_ranks_and_their_times_are_recorded(
         chosen = step["schedule"]
         assert {chosen["chunks"], chosen["backward_chunks"]} <= {1, 2, 4, 8}
         for other in (step["schedule"] for step in others):
-            same = {key: other[key] for key in ("chunks", "backward_chunks", "r2")}
+            same = {key: other[key] for key in ("path", "chunks", "backward_chunks", "r2")}
             assert same == {key: chosen[key] for key in same}
-        assert {"gather", "scatter"} <= chosen["r2"].keys()
         for phase in ("forward", "backward"):
             compared = chosen["phases"][phase]
             assert compared["predicted_s"] > 0 and compared["measured_s"] > 0
@@ -178,6 +177,7 @@ def test_measured_chunks_are_the_same_on_all_ranks_and_their_times_are_recorded(
         ("parallel.profile_every=5", "profile_every is 5, but parallel.chunks is 1"),
         ("parallel.backward_chunks=2 parallel.chunks=auto", "backward_chunks is 2.*chooses both"),
         ("parallel.copies={} parallel.ep=2 train.parameters=router", "only trained experts"),
+        ("parallel.path=auto parallel.ep=2", "path is auto, but parallel.chunks is 1"),
         ("parallel.chunks=auto parallel.ep=1", "parallel.chunks is auto, but parallel.ep is 1"),
     ],
 )

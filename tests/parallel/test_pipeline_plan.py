@@ -13,9 +13,9 @@ from moeyard.parallel.planning.pipeline import (
     ChunkTimes,
     LayerWork,
     _priced,
-    best_degrees,
     layer_tasks,
     plan_layer,
+    ranked_degrees,
 )
 from moeyard.parallel.planning.schedule import RESOURCES, Task, drawing, simulate
 
@@ -158,7 +158,7 @@ def test_the_best_degrees_are_the_best_of_all_pairs():
     ]
     chosen = set()
     for work in works:
-        best = best_degrees(MODEL, work)
+        best = ranked_degrees(MODEL, work)[0]
         sums = []
         for f, b in itertools.product((1, 2, 4, 8), repeat=2):
             calls = math.lcm(f, b)
@@ -172,7 +172,7 @@ def test_the_best_degrees_are_the_best_of_all_pairs():
 def test_two_and_three_chunks_are_computed_in_six_pieces():
     link, experts = Linear(0, 1e-9), Linear(1e-3, 1e-6)
     model = CostModel(link, FREE, experts, experts, FREE, link, FREE)
-    best = best_degrees(model, LayerWork(sent_bytes=0, rows=6000), [2])
+    best = ranked_degrees(model, LayerWork(sent_bytes=0, rows=6000), [2])[0]
     assert best.forward_s == pytest.approx(2 * 1e-3 + 6e-3)
     priced = _priced(model, LayerWork(sent_bytes=0, rows=6000), 2, 3)
     assert priced.forward_s == priced.backward_s == pytest.approx(6 * 1e-3 + 6e-3)
@@ -183,8 +183,25 @@ def test_cutting_pays_only_if_latency_is_small():
     link, experts = Linear(0, 1e-9), Linear(0, 4e-6)
     quick = CostModel(link, FREE, experts, experts.scaled(2), FREE, link, FREE)
     slow = replace(quick, dispatch=Linear(1e-2, 1e-9))
-    assert best_degrees(quick, work).forward == best_degrees(quick, work).backward == 8
-    assert best_degrees(slow, work).forward == best_degrees(slow, work).backward == 1
+    chosen = [ranked_degrees(model, work)[0] for model in (quick, slow)]
+    assert [(best.forward, best.backward) for best in chosen] == [(8, 8), (1, 1)]
+
+
+def test_cutting_gains_nothing_where_links_take_the_time_of_experts():
+    work = LayerWork(sent_bytes=1e6, rows=1000)
+    link, experts = Linear(1e-5, 1e-9), Linear(1e-5, 1e-6)
+    free = CostModel(link, FREE, experts, experts, FREE, link, FREE)
+    turns = replace(free, contention=1.0)
+    assert plan_layer(turns, work, 1).seconds == plan_layer(free, work, 1).seconds
+    assert plan_layer(turns, work, 4).seconds > plan_layer(turns, work, 1).seconds
+    assert ranked_degrees(free, work)[0].forward > ranked_degrees(turns, work)[0].forward == 1
+
+
+def test_contention_stretches_what_runs_at_the_same_time():
+    """Two chunks: the second dispatch (3 s) and the first chunk's experts (1 s) meet."""
+    chunk = ChunkTimes(dispatch=3, gather=0, experts=1, scatter=0, combine=0)
+    timeline = simulate(layer_tasks([chunk] * 2), contention=0.5)
+    assert timeline.seconds == pytest.approx(3 + 1 * 1.5 + 2 + 1)
 
 
 def test_a_schedule_can_be_drawn():

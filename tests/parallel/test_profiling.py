@@ -14,7 +14,7 @@ from moeyard.moe.experts.resident import Experts
 from moeyard.parallel.mesh import Mesh
 from moeyard.parallel.planning.cost_model import FREE, OPERATIONS, CostModel, fit
 from moeyard.parallel.planning.even_work import even_work
-from moeyard.parallel.planning.pipeline import best_degrees
+from moeyard.parallel.planning.pipeline import ranked_degrees
 from moeyard.parallel.profiling.experts import expert_probes
 from moeyard.parallel.profiling.measure import REPEATS, Probe, Trial, halvings, measure
 
@@ -55,15 +55,17 @@ def test_all_ranks_end_with_the_same_cost_model(said):
     assert found["one_level"] == said[1][0]["one_level"]
     assert found["two_levels"] == said[1][0]["two_levels"]
     one, two = found["one_level"], found["two_levels"]
-    assert set(one) == set(OPERATIONS)
-    for name, line in two.items():
+    assert set(one) == {*OPERATIONS, "contention"}
+    assert one["contention"] >= 0 and two["contention"] >= 0
+    for name in OPERATIONS:
+        line = two[name]
         assert line["alpha"] >= 0 and line["beta"] >= 0
         assert line["alpha"] + line["beta"] > 0, name
         is_inside_a_node = name in ("gather", "scatter")
         assert (one[name]["alpha"] + one[name]["beta"] == 0) == is_inside_a_node
     model = CostModel.from_json(json.dumps(one))
     work = even_work(256, 8, 2, row_bytes=256, ranks=2)
-    assert best_degrees(model, work).forward_s > 0
+    assert ranked_degrees(model, work)[0].forward_s > 0
 
 
 @pytest.mark.dist

@@ -28,12 +28,13 @@ def test_observers_show_chunks_fit_and_errors():
     schedule = {
         "chunks": 4,
         "backward_chunks": 2,
+        "contention": 0.5,
         "r2": {"dispatch": 0.99},
         "phases": {"forward": compared},
     }
     tags = scalars(RECORD | {"schedule": schedule})
     assert tags["schedule/chunks"] == 4 and tags["schedule/backward_chunks"] == 2
-    assert tags["schedule_r2/dispatch"] == 0.99
+    assert tags["schedule_r2/dispatch"] == 0.99 and tags["schedule/contention"] == 0.5
     assert tags["schedule_relative_error/forward"] == -0.2
     assert not any("schedule" in tag for tag in scalars(RECORD))
 

@@ -84,7 +84,8 @@ def scalars(record: dict[str, Any]) -> dict[str, float]:
 
 
 def _of_schedule(schedule: dict[str, Any]) -> dict[str, float]:
-    tags = {f"schedule/{name}": schedule[name] for name in ("chunks", "backward_chunks")}
+    shown = ("chunks", "backward_chunks", "contention")
+    tags = {f"schedule/{name}": schedule[name] for name in shown}
     tags |= {f"schedule_r2/{name}": r2 for name, r2 in schedule["r2"].items()}
     for phase, compared in schedule["phases"].items():
         tags[f"schedule_relative_error/{phase}"] = compared["relative_error"]
