@@ -107,6 +107,7 @@ ARMS = {
     "chunks 4, backward 8": Arm([*EP2, *chunks(4, 8)]),
     "chunks 8, backward 8": Arm([*EP4, *chunks(8, 8)]),
     "chunks auto": Arm([*EP4, "parallel.chunks=auto"]),
+    "path and chunks auto": Arm([*EP4, "parallel.path=auto", "parallel.chunks=auto", NODES[1]]),
     "hierarchical": Arm([*EP4, *NODES]),
     "hierarchical, chunks 4, backward 2": Arm([*EP4, *NODES, *chunks(4, 2)], apart=True),
     "all_gather": Arm([*EP4, *GATHER]),
