@@ -2,10 +2,10 @@
 
     CHAOS="RANK KIND TRANSPORT" path_victim.py CONFIG [a.b=c ...]
 
-KIND of choices, on all ranks: starved (only the lower half of the experts are chosen), hot (only
-expert 0), empty (RANK brings no rows to its layers). KIND of grief, in step 2 of RANK: kill or
-stop, with -forward, -backward or -copies, as the second exchange of that phase begins. TRANSPORT:
-shared (memory) or gloo.
+KIND odd is one of choices, by step: 1 starved (only the lower half of the experts are chosen),
+2 hot (only expert 0), 3 empty (RANK brings no rows to its layers), 4 both. Other kinds are of
+grief, in step 2 of RANK: kill or stop, with -forward, -backward or -copies, as the second exchange
+of that phase begins. TRANSPORT: shared (memory) or gloo.
 """
 
 import os
@@ -17,6 +17,7 @@ from typing import Any
 
 RANK, KIND, TRANSPORT = os.environ["CHAOS"].split()
 is_victim = os.environ.get("RANK") == RANK
+STEP = {"number": 0}
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 
 
@@ -25,7 +26,21 @@ def around(owner: Any, name: str, make: Callable[[Callable[..., Any]], Any]) -> 
     setattr(owner, name, make(getattr(owner, name)))
 
 
-def choose(kind: str) -> None:
+def count_steps() -> None:
+    """Keep the number of the step."""
+    from moeyard.training.step import TrainStep
+
+    def counted(run: Callable[..., Any]) -> Any:
+        def run_and_count(*arguments: Any, **options: Any) -> Any:
+            STEP["number"] += 1
+            return run(*arguments, **options)
+
+        return run_and_count
+
+    around(TrainStep, "run", counted)
+
+
+def choose_few() -> None:
     """Let every router send its rows to few experts."""
     import torch
 
@@ -36,7 +51,7 @@ def choose(kind: str) -> None:
         def odd_route(router: Any, router_input: Any) -> Any:
             routing = route(router, router_input)
             experts_TK = routing.experts_TK % (router.num_experts // 2)
-            if kind == "hot":
+            if STEP["number"] in (2, 4):
                 experts_TK = torch.full_like(experts_TK, -1)
                 experts_TK[:, 0] = 0
             counts_E = count_choices(experts_TK, router.num_experts)
@@ -54,6 +69,8 @@ def bring_no_rows() -> None:
 
     def without_rows(run: Callable[..., Any]) -> Any:
         def run_empty(path: Any, *arguments: Any) -> Any:
+            if STEP["number"] not in (3, 4):
+                return run(path, *arguments)
             place = 1 if isinstance(arguments[0], list | tuple) else 0  # behind the levels
             x_TD, routing = arguments[place : place + 2]
             none = replace(
@@ -130,10 +147,11 @@ def main() -> int:
     from moeyard.training import program
 
     harm, _, phase = KIND.partition("-")
-    if KIND in ("starved", "hot"):
-        choose(KIND)
-    elif KIND == "empty" and is_victim:
-        bring_no_rows()
+    if KIND == "odd":
+        count_steps()
+        choose_few()
+        if is_victim:
+            bring_no_rows()
     elif is_victim and harm in SIGNALS:
         come_to_grief(harm, phase)
     if TRANSPORT == "gloo":
