@@ -21,11 +21,13 @@ from moeyard.moe.layer import MoELayer
 from moeyard.moe.routers.routing import Routing, count_choices
 from moeyard.parallel.experts.open_copies import CopyOptions, open_copies
 from moeyard.parallel.experts.open_path import open_path
-from moeyard.parallel.experts.pipelined import Degrees
+from moeyard.parallel.experts.pipelined import Degrees, PipelinedPath
 from moeyard.parallel.mesh import Mesh, build_mesh
 from moeyard.parallel.planning.bounds import Traffic
 from moeyard.parallel.planning.placement import Placement, Topology
 from moeyard.parallel.process import process_group
+from moeyard.parallel.profiling.copies import measure_copies
+from moeyard.parallel.profiling.layer import LayerShape
 
 from skew import experts_of
 
@@ -104,6 +106,10 @@ class Stack:
             budget = settings["remat_bytes" if remat else "copy_bytes"]
             options = CopyOptions(budget, settings["copied_experts"], remat, 5)
             self._copies = open_copies(self._layers, mesh, topology, options, LIMIT_S)
+            shape = LayerShape(settings["tokens"], experts, settings["k"], width, torch.float32)
+            assert isinstance(path, PipelinedPath)
+            model = (self._copies, shape, path.levels, mesh, torch.device("cpu"))
+            self._copies.costs = measure_copies(*model, micro_batches=1)
         self._x_TD = torch.randn(settings["tokens"], width, requires_grad=True)
 
     def step(self, whole: list[Tensor]) -> float:

@@ -112,21 +112,23 @@ ARMS = {
     "hierarchical, chunks 4, backward 2": Arm([*EP4, *NODES, *chunks(4, 2)], apart=True),
     "all_gather": Arm([*EP4, *GATHER]),
     "all_gather, chunks 2, backward 3": Arm([*EP2, *GATHER, *chunks(2, 3)]),
-    "copies of every expert on every rank": Arm([*EP4, "parallel.copies={}"]),
-    "copies of 3 experts, ep 2": Arm([*EP2, "parallel.copies={experts: 3}"]),
-    "copies, all_gather, chunks 2": Arm([*EP4, *GATHER, *chunks(2, 2), "parallel.copies={}"]),
+    "copies of every expert on every rank": Arm([*EP4, "parallel.copies={when: always}"]),
+    "copies of 3 experts, ep 2": Arm([*EP2, "parallel.copies={when: always, experts: 3}"]),
+    "copies, all_gather, chunks 2": Arm(
+        [*EP4, *GATHER, *chunks(2, 2), "parallel.copies={when: always}"]
+    ),
     "few copies, rematerialized": Arm(
-        [*EP4, f"parallel.copies={{{FEW}, rematerialize: true}}"], apart=True
+        [*EP4, f"parallel.copies={{when: always, {FEW}, rematerialize: true}}"], apart=True
     ),
     "few copies, rematerialized, hierarchical": Arm(
-        [*EP4, *NODES, f"parallel.copies={{{FEW}, rematerialize: true}}"]
+        [*EP4, *NODES, f"parallel.copies={{when: always, {FEW}, rematerialize: true}}"]
     ),
-    "owners move every 10 steps": Arm([*EP4, "parallel.copies={reshard_every: 10}"]),
+    "owners move every 10 steps": Arm([*EP4, "parallel.copies={when: always, reshard_every: 10}"]),
     "owners move every 7 steps, ep 2, few copies": Arm(
-        [*EP2, f"parallel.copies={{{FEW}, rematerialize: true, reshard_every: 7}}"]
+        [*EP2, f"parallel.copies={{when: always, {FEW}, rematerialize: true, reshard_every: 7}}"]
     ),
     "two micro-batches, recomputed, hierarchical, few copies": Arm(
-        [*EP4, *NODES, f"parallel.copies={{{FEW}, rematerialize: true}}"],
+        [*EP4, *NODES, f"parallel.copies={{when: always, {FEW}, rematerialize: true}}"],
         like=["train.accumulation=2", "train.recompute=true"],
     ),
     "resumed at 50, ep 4": Arm(EP4, first_half=EP4),
@@ -134,11 +136,11 @@ ARMS = {
     "resumed at 50, ep 2 then 4 hierarchical": Arm([*EP4, *NODES], first_half=EP2),
     "resumed at 50, one process then ep 4": Arm(EP4, first_half=[], first_ranks=1),
     "resumed at 50, moved owners": Arm(
-        [*EP4, "parallel.copies={reshard_every: 10}"],
-        first_half=[*EP4, "parallel.copies={reshard_every: 10}"],
+        [*EP4, "parallel.copies={when: always, reshard_every: 10}"],
+        first_half=[*EP4, "parallel.copies={when: always, reshard_every: 10}"],
     ),
     "resumed at 50, moved owners then ep 2": Arm(
-        EP2, first_half=[*EP4, "parallel.copies={reshard_every: 10}"]
+        EP2, first_half=[*EP4, "parallel.copies={when: always, reshard_every: 10}"]
     ),
 }
 """By name, one line each."""

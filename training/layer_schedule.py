@@ -10,19 +10,19 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from ..dtypes import torch_dtype
 from ..moe.layer import MoELayer
 from ..moe.models.decoder import Decoder
-from ..parallel.experts.materialized import MaterializedPath
+from ..parallel.experts.materialized_path import MaterializedPath
 from ..parallel.experts.open_path import PathKind
 from ..parallel.experts.pipelined import Degrees, PipelinedPath
 from ..parallel.mesh import Mesh
 from ..parallel.planning.comparison import Comparison, record_of
 from ..parallel.planning.trials import Trials
 from ..parallel.profiling.candidates import Candidate, find_candidates
-from ..parallel.profiling.layer import LayerShape, measure_beside
+from ..parallel.profiling.layer import measure_beside
 from .config import RunConfig
 from .device import device
+from .layer_shape import layer_shape
 
 
 class LayerSchedule:
@@ -39,22 +39,13 @@ class LayerSchedule:
         mesh: Mesh,
         paths: Mapping[PathKind, PipelinedPath],
     ) -> None:
-        moe = decoder.config.moe
-        assert moe is not None and paths, "a path to experts is the path of an MoE model"
+        assert paths, "there is nothing to choose from"
         self._paths, self._mesh = paths, mesh
         self._layers: list[MoELayer] = [layer for _, layer in decoder.moe_layers()]
         self._every = config.parallel.profile_every
         self._is_sharded = config.parallel.dense == "fsdp"
         """Whether FSDP gathers a shared expert for its layer's forward only: it cannot be timed."""
-        train = config.train
-        rows = train.batch_sequences // (train.accumulation * mesh.world_size)
-        self._shape = LayerShape(
-            tokens=rows * train.sequence_length,
-            num_experts=moe.num_experts,
-            num_choices=self._layers[0].gate.k,
-            d_model=self._layers[0].d_model,
-            dtype=torch_dtype(train.precision),
-        )
+        self._shape = layer_shape(config, decoder, mesh)
         self._comparison = Comparison()
         self._step_s = 0.0
         """Seconds of the step's MoE layers so far."""

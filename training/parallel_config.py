@@ -20,6 +20,10 @@ class CopiesConfig(Section):
     rematerialize: bool = False
     """Keep the copies of two layers only, and send their weights again in backward: more copies of
     a layer fit."""
+    when: Literal["faster", "always"] = "faster"
+    """``faster`` measures links, experts and copies at the start, and copies an expert where a step
+    is expected to get faster (Hecate's calibration). ``always`` copies where rows get more even.
+    Copies change the order of sums, so two runs with ``faster`` may differ in rounding."""
     window: int = Field(default=5, ge=1)
     """Steps whose mean load says which experts will be busy."""
     reshard_every: int = Field(default=0, ge=0)

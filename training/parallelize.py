@@ -18,8 +18,10 @@ from ..parallel.experts.open_path import PathKind, open_path
 from ..parallel.experts.pipelined import Degrees, PipelinedPath
 from ..parallel.mesh import Mesh
 from ..parallel.planning.placement import Topology
+from ..parallel.profiling.copies import measure_copies
 from .config import RunConfig
 from .device import device, seed_rank
+from .layer_shape import layer_shape
 from .precision import apply_precision
 
 
@@ -112,7 +114,10 @@ def copy_experts(config: RunConfig, decoder: Decoder, mesh: Mesh) -> Materialize
     parallel = config.parallel
     if parallel.copies is None or mesh.ep_group is None:
         return None
-    return open_copies(
+    _, first = decoder.moe_layers()[0]
+    assert isinstance(first.path, PipelinedPath), "copies need levels"
+    levels = first.path.levels
+    copies = open_copies(
         [layer for _, layer in decoder.moe_layers()],
         mesh,
         Topology(mesh.ep_size, min(_ranks_per_node(config), mesh.ep_size)),
@@ -124,6 +129,10 @@ def copy_experts(config: RunConfig, decoder: Decoder, mesh: Mesh) -> Materialize
         ),
         parallel.timeout_s,
     )
+    if parallel.copies.when == "faster":
+        shape, steps = layer_shape(config, decoder, mesh), config.train.accumulation
+        copies.costs = measure_copies(copies, shape, levels, mesh, device(), steps)
+    return copies
 
 
 def _ranks_per_node(config: RunConfig) -> int:

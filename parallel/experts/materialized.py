@@ -8,20 +8,18 @@ Rows stay on their rank where it has a copy. Which rank computes a row does not 
 L MoE layers, E experts.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...moe.experts.base import LayerExperts
-from ...moe.experts.path import Beside
 from ...moe.experts.resident import Experts
-from ...moe.routers.routing import Routing
+from ..planning.calibrate import CopyCosts, calibrate
 from ..planning.copies_record import record_of
 from ..planning.dispatch import HolderTable
 from ..planning.load_window import LoadWindow
@@ -29,9 +27,7 @@ from ..planning.materialize import CopyBudget, materialize
 from ..planning.placement import Placement, Topology
 from ..planning.reshard import reshard
 from .copies import Copies, WithCopies, begin_with_zeros, sums_of, weights_of
-from .hop import Level, RankOf
 from .lane import Lane
-from .pipelined import PipelinedPath
 from .sparse_collectives import SparseCollectives
 
 
@@ -52,11 +48,11 @@ class MaterializedExperts:
         window: LoadWindow,
         rematerialize: bool,
     ) -> None:
-        self.layers, self._topology = layers, topology
+        self.layers, self.topology = layers, topology
         self.set_owners(owners)
         self._rank = collectives.rank
         self._collectives, self._budget = collectives, budget
-        self._rematerialize = rematerialize
+        self.rematerialize = rematerialize
         with_copies = layers[: 2 if rematerialize else None]
         self._buffers = [Copies(own, budget.per_rank) for own in with_copies]
         self._in_buffer: list[int | None] = [None for _ in self._buffers]
@@ -69,10 +65,17 @@ class MaterializedExperts:
         self._backwards_left: list[int] = []
         self._goes_forward = True
         self.window = window
+        self.costs: CopyCosts | None = None
+        """If known, an expert is copied only where that saves time."""
         self.placements = list(owners)
         """Of this step, by layer."""
         self.tables: list[HolderTable] = []
         """Where rows go in this step, by layer; none between steps."""
+
+    @property
+    def most_copied(self) -> int:
+        """Different experts of a layer that all ranks can have at once."""
+        return min(self._budget.experts, self._budget.per_rank)
 
     @property
     def num_bytes(self) -> int:
@@ -88,21 +91,41 @@ class MaterializedExperts:
     def better_owners(self) -> list[Placement]:
         """Return owners that suit the load of the last steps; the same ones if none are better."""
         load_LE = self.window.mean_LE()
-        return reshard(self.owners, load_LE, self._topology, self._budget)
+        return reshard(self.owners, load_LE, self.topology, self._budget)
 
     def owner_of(self, layer: int, experts: Tensor) -> Tensor:
         """Return the ranks that own the experts of a layer, -1 for -1."""
         return self._owner_tables[layer][experts]
 
+    def trial(self, number: int) -> tuple[Callable[[], None], Callable[[], None]]:
+        """Return two calls to be timed between steps: ``number`` experts go to all ranks, and
+        their gradients come back. Owners take turns."""
+        own, buffer, owners = self.layers[0], self._buffers[0], self.owners[0]
+        rounds = zip_longest(*owners.owned_by_rank())
+        copied = [e for experts in rounds for e in experts if e is not None][:number]
+        everyone = range(owners.num_ranks)
+        placement = owners.with_holders(
+            [everyone if expert in copied else () for expert in range(owners.num_experts)]
+        )
+        buffer.hold([expert for expert in copied if expert not in own.expert_ids])
+
+        def gather() -> None:
+            self._collectives.gather(placement, partial(_weights, own), buffer.weights_of)
+
+        def reduce() -> None:
+            self._collectives.reduce(placement, buffer.gradients_of, partial(_sums, own))
+
+        return gather, reduce
+
     def begin_step(self, micro_batches: int) -> None:
         """Choose the step's copies; their weights start to travel."""
-        load_LE = self.window.mean_LE()
+        choose = materialize if self.costs is None else partial(calibrate, costs=self.costs)
         self.placements = [
-            materialize(owners, load_E, self._topology, self._budget)
-            for owners, load_E in zip(self.owners, load_LE, strict=True)
+            choose(owners, load_E, self.topology, self._budget)
+            for owners, load_E in zip(self.owners, self.window.mean_LE(), strict=True)
         ]
         self.tables = [
-            HolderTable.of(placement, self._topology, self._rank).to(own.fc1.device)
+            HolderTable.of(placement, self.topology, self._rank).to(own.fc1.device)
             for placement, own in zip(self.placements, self.layers, strict=True)
         ]
         self._backwards_left = [micro_batches for _ in self.layers]
@@ -131,7 +154,7 @@ class MaterializedExperts:
         yield
         self._buffer(layer).collect_gradients()
         self._backwards_left[layer] -= 1
-        if self._rematerialize or self._backwards_left[layer] == 0:
+        if self.rematerialize or self._backwards_left[layer] == 0:
             self._returning.append((layer, self._lane.submit(partial(self._reduce, layer))))
             # The next layer to use the buffer fills it again. These gradients leave it first.
             self._in_buffer[layer % len(self._buffers)] = None
@@ -147,7 +170,7 @@ class MaterializedExperts:
 
     def record(self, counts_LE: Tensor) -> dict[str, Any]:
         """Return what this step's copies did for its routed rows; see planning/copies_record.py."""
-        return record_of(self.placements, counts_LE, self._topology)
+        return record_of(self.placements, counts_LE, self.topology)
 
     def _buffer(self, layer: int) -> Copies:
         return self._buffers[layer % len(self._buffers)]
@@ -170,19 +193,13 @@ class MaterializedExperts:
 
     def _gather(self, layer: int) -> None:
         own, copies, placement = self.layers[layer], self._buffer(layer), self.placements[layer]
-        mine = own.expert_ids
-        copies.hold([expert for expert in placement.held_by(self._rank) if expert not in mine])
-        self._collectives.gather(
-            placement, lambda expert: weights_of(own, mine.index(expert)), copies.weights_of
-        )
+        held = placement.held_by(self._rank)
+        copies.hold([expert for expert in held if expert not in own.expert_ids])
+        self._collectives.gather(placement, partial(_weights, own), copies.weights_of)
 
     def _reduce(self, layer: int) -> dict[int, list[Tensor]]:
-        own = self.layers[layer]
-        return self._collectives.reduce(
-            self.placements[layer],
-            self._buffer(layer).gradients_of,
-            lambda expert: sums_of(own, own.expert_ids.index(expert)),
-        )
+        gradients_of, like = self._buffer(layer).gradients_of, partial(_sums, self.layers[layer])
+        return self._collectives.reduce(self.placements[layer], gradients_of, like)
 
     def _add_arrived(self, waits: bool = False) -> None:
         """Add what came back to the owners' gradients: in this thread, which also adds others."""
@@ -191,37 +208,13 @@ class MaterializedExperts:
             own = self.layers[layer]
             for expert, values in future.result().items():
                 begin_with_zeros(own)
-                sums = sums_of(own, own.expert_ids.index(expert))
-                for total, value in zip(sums, values, strict=True):
+                for total, value in zip(_sums(own, expert), values, strict=True):
                     total.add_(value)
 
 
-class MaterializedPath:
-    """The path of one layer of :class:`MaterializedExperts`. Evaluation uses the owners only."""
+def _weights(own: Experts, expert: int) -> list[Tensor]:
+    return weights_of(own, own.expert_ids.index(expert))
 
-    def __init__(self, pipeline: PipelinedPath, copies: MaterializedExperts, layer: int) -> None:
-        self.pipeline, self._copies, self._layer = pipeline, copies, layer
 
-    def gather(self, values: Tensor) -> Tensor:
-        """See :class:`moeyard.moe.experts.path.ExpertPath`; the owners give theirs."""
-        owned_R = self._copies.owners[self._layer].owned_by_rank()
-        most = max(map(len, owned_R))
-        missing = values.new_zeros(most - len(values), *values.shape[1:])
-        rows = self.pipeline.gather(torch.cat([values, missing]))  # equally many on each rank
-        place_of = {e: r * most + i for r, owned in enumerate(owned_R) for i, e in enumerate(owned)}
-        return rows[[place_of[expert] for expert in range(len(place_of))]]
-
-    def run(
-        self, x_TD: Tensor, routing: Routing, experts: LayerExperts, beside: Beside | None = None
-    ) -> Tensor:
-        """See :class:`moeyard.moe.experts.path.ExpertPath`."""
-        copies, layer = self._copies, self._layer
-        if not copies.tables or not torch.is_grad_enabled():
-            levels = self._levels(partial(copies.owner_of, layer))
-            return self.pipeline.run_over(levels, x_TD, routing, experts, beside)
-        levels = self._levels(copies.tables[layer].destinations)
-        both, around = copies.experts_of(layer), partial(copies.backward_of, layer)
-        return self.pipeline.run_over(levels, x_TD, routing, both, beside, around)
-
-    def _levels(self, rank_of: RankOf) -> list[Level]:
-        return [replace(level, rank_of=rank_of) for level in self.pipeline.levels]
+def _sums(own: Experts, expert: int) -> list[Tensor]:
+    return sums_of(own, own.expert_ids.index(expert))

@@ -13,7 +13,8 @@ from ..mesh import Mesh, group_of
 from ..planning.load_window import LoadWindow
 from ..planning.materialize import CopyBudget
 from ..planning.placement import Placement, Topology
-from .materialized import MaterializedExperts, MaterializedPath
+from .materialized import MaterializedExperts
+from .materialized_path import MaterializedPath
 from .pipelined import PipelinedPath
 from .sparse_collectives import SparseCollectives
 

@@ -40,9 +40,9 @@ PATHS = {
     "all_gather": ["parallel.path=all_gather"],
     "hierarchical": NODES,
     "chunked 4/2": ["parallel.chunks=4", "parallel.backward_chunks=2"],
-    "copies": ["parallel.copies={}"],
+    "copies": ["parallel.copies={when: always}"],
     "copies rematerialized": [
-        f"parallel.copies={{max_bytes: {4 * COPY_BYTES}, rematerialize: true}}"
+        f"parallel.copies={{when: always, max_bytes: {4 * COPY_BYTES}, rematerialize: true}}"
     ],
 }
 """By name, one line each."""

@@ -61,17 +61,18 @@ PATHS = {
         "parallel.chunks=2",
         "parallel.backward_chunks=8",
     ],
-    "copies": ["parallel.copies={experts: 3}", "parallel.chunks=2"],
+    "copies": ["parallel.copies={experts: 3, when: always}", "parallel.chunks=2"],
     "moved": [
         "parallel.ep=2",
         "parallel.ranks_per_node=1",
-        f"parallel.copies={{max_bytes: {2 * COPY_BYTES}, rematerialize: true, reshard_every: 1, "
-        "plan: PLAN}",
+        f"parallel.copies={{max_bytes: {2 * COPY_BYTES}, rematerialize: true, reshard_every: 1}}",
+        "parallel.copies.when=always",
+        "parallel.copies.plan=PLAN",
     ],
     "few_copies": [
         "parallel.path=hierarchical",
         "parallel.ranks_per_node=2",
-        f"parallel.copies={{max_bytes: {2 * COPY_BYTES}, rematerialize: true}}",
+        f"parallel.copies={{max_bytes: {2 * COPY_BYTES}, rematerialize: true, when: always}}",
     ],
 }
 AUTO = ["parallel.chunks=auto", "parallel.profile_every=1"]
@@ -268,7 +269,8 @@ def test_a_lane_runs_calls_in_order_and_hands_on_errors():
 @pytest.mark.slow
 def test_a_resumed_run_makes_the_same_copies_and_bits(tmp_path, config_file):
     """Which rank computes a row decides how gradients round, so the load window must be saved."""
-    options = [str(config_file), f"run_dir={tmp_path}/run", "parallel.ep=2", "parallel.copies={}"]
+    options = [str(config_file), f"run_dir={tmp_path}/run", "parallel.ep=2"]
+    options.append("parallel.copies={when: always}")
     torchrun(2, "-m", "moeyard.training", *options)
     steps = tmp_path / "run" / "checkpoints"
     expected = dict(StoredTensors(steps / "step-00000006"))

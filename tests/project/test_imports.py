@@ -47,6 +47,7 @@ ROOMS = {
         ["section"],
         ["optimizer_config", "parallel_config"],
         ["config", "device", "key_check", "phases", "precision", "schedule", "stop"],
+        ["layer_shape"],
         ["layer_schedule", "optimizer", "parallelize", "work"],
         ["ownership"],
         ["data"],

@@ -1,0 +1,22 @@
+"""What the ranks of a run measure: an MoE layer of its model, and the rows of a micro-batch."""
+
+from ..dtypes import torch_dtype
+from ..moe.models.decoder import Decoder
+from ..parallel.mesh import Mesh
+from ..parallel.profiling.layer import LayerShape
+from .config import RunConfig
+
+
+def layer_shape(config: RunConfig, decoder: Decoder, mesh: Mesh) -> LayerShape:
+    """Return the shape of the first MoE layer, which stands for all: they have one shape."""
+    moe, train = decoder.config.moe, config.train
+    assert moe is not None, "a model without experts"
+    _, layer = decoder.moe_layers()[0]
+    rows = train.batch_sequences // (train.accumulation * mesh.world_size)
+    return LayerShape(
+        tokens=rows * train.sequence_length,
+        num_experts=moe.num_experts,
+        num_choices=layer.gate.k,
+        d_model=layer.d_model,
+        dtype=torch_dtype(train.precision),
+    )
