@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...moe.experts.base import LayerExperts
 from ...moe.experts.resident import Experts
 from ..planning.calibrate import CopyCosts, calibrate
 from ..planning.copies_record import record_of
@@ -133,13 +134,14 @@ class MaterializedExperts:
         for layer in range(len(self._buffers)):
             self._fetch(layer)
 
-    def experts_of(self, layer: int) -> WithCopies:
-        """Return the layer's own experts and its copies, whose weights are here."""
+    def experts_of(self, layer: int) -> LayerExperts:
+        """Return the layer's own experts and its copies, if any, whose weights are here."""
         self._need(layer)
         self._goes_forward |= layer == 0
         if self._goes_forward:  # and is not computed again in backward
             self._fetch(layer + 1)
-        return WithCopies(self.layers[layer], self._buffer(layer))
+        own, copies = self.layers[layer], self._buffer(layer)
+        return WithCopies(own, copies) if copies.held else own
 
     @contextmanager
     def backward_of(self, layer: int) -> Iterator[None]:
