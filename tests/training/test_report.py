@@ -119,7 +119,7 @@ def test_experts_on_ranks_are_shown_where_records_have_them(run):
     chunks = Chart(page, "Chunks of a layer's rows".replace("'", "&#x27;"))
     assert chunks.values("forward") == pytest.approx([4] * 8, abs=0.01)
     assert chunks.values("backward") == pytest.approx([2] * 8, abs=0.01)
-    seconds = Chart(page, "Seconds of a layer")
+    seconds = Chart(page, "Time of a layer")
     assert seconds.values("backward, measured") == pytest.approx([2 * n for n in numbers], abs=0.01)
     assert seconds.values("forward, predicted") == pytest.approx(numbers, abs=0.01)
     assert Chart(page, "Fit of the cost model").values("gather") == pytest.approx([0.9] * 8)

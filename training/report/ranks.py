@@ -21,20 +21,19 @@ def _schedule(run: Run, marks: list[int]) -> str:
         Line("forward", series["schedule/chunks"], 0),
         Line("backward", series["schedule/backward_chunks"], 1),
     ]
-    seconds = []
-    for place, phase in enumerate(PHASES):
-        for kind in ("predicted", "measured"):
+    times = []
+    for phase in PHASES:
+        for kind in ("measured", "predicted"):
             points = series.get(f"schedule/phases/{phase}/{kind}_s", [])
             in_ms = [(step, 1000 * value) for step, value in points]
-            faint = kind == "predicted"
-            seconds.append(Line(f"{phase}, {kind}", in_ms, place, is_faint=faint))
+            times.append(Line(f"{phase}, {kind}", in_ms, len(times)))
     operations = [name for name in series if name.startswith("schedule/r2/")]
     fits = [
         Line(name.rpartition("/")[2], series[name], place) for place, name in enumerate(operations)
     ]
     return (
         line_chart("Chunks of a layer's rows", "messages", ways, floor=1.0, marks=marks)
-        + line_chart("Seconds of a layer", "ms, rank 0", seconds, floor=0.0, marks=marks)
+        + line_chart("Time of a layer", "ms, rank 0", times, floor=0.0, marks=marks)
         + line_chart("Fit of the cost model", "r2 by operation", fits, floor=1.0, marks=marks)
     )
 
