@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from ..errors import ConfigError
 from .host.group import HostGroup
+from .watch.pulse import pulse
 from .watch.watch import Answer, Watch
 
 
@@ -53,6 +54,7 @@ class Mesh:
         hosts["expert_tp"] = self.expert_tp_host
         return ",".join(name for name, host in hosts.items() if host is not None) or "none"
 
+    @pulse.in_collective("the sum of losses and counts")
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum ``tensor`` over all ranks, in place; the identity on one process."""
         if self.dp_group is not None:

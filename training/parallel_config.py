@@ -29,6 +29,11 @@ class CopiesConfig(Section):
     reshard_every: int = Field(default=0, ge=0)
     """Steps after which experts move to ranks that suit the load, with their optimizer state; a
     rank keeps its number of experts over all layers. 0 = never."""
+    plan: str | None = None
+    """A file of ``moeyard trace place --out``, whose owners the experts have at the start. Its
+    number of ranks must be ``parallel.ep``, and each rank must own equally many experts over all
+    layers, as ``--kind hecate`` gives them. Copies follow the load of the run. Only rank 0 reads
+    it. A resumed run has the owners of its checkpoint. Null = neighbouring experts share a rank."""
 
 
 class ParallelConfig(Section):

@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
 from itertools import zip_longest
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from torch import Tensor
 from ...moe.experts.base import LayerExperts
 from ...moe.experts.resident import Experts
 from ..planning.calibrate import CopyCosts, calibrate
+from ..planning.copies_record import record_of
 from ..planning.dispatch import HolderTable
 from ..planning.load_window import LoadWindow
 from ..planning.materialize import CopyBudget, materialize
@@ -167,6 +169,10 @@ class MaterializedExperts:
     def end_step(self, counts_LE: Tensor) -> None:
         """Remember a step's routed rows of the global batch."""
         self.window = self.window.after(counts_LE)
+
+    def record(self, counts_LE: Tensor) -> dict[str, Any]:
+        """Return what this step's copies did for its routed rows; see planning/copies_record.py."""
+        return record_of(self.placements, counts_LE, self.topology)
 
     def _buffer(self, layer: int) -> Copies:
         return self._buffers[layer % len(self._buffers)]

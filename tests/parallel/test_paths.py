@@ -10,13 +10,18 @@ import pytest
 import torch
 from torch.distributed import ProcessGroup
 
-from moeyard.errors import ConfigError
+from moeyard.errors import ConfigError, DataError
+from moeyard.moe.routes.identity import identity_of
 from moeyard.parallel.experts.lane import Lane
 from moeyard.parallel.experts.open_path import open_path
 from moeyard.parallel.experts.pipelined import Degrees
 from moeyard.parallel.mesh import Mesh
+from moeyard.parallel.planning.plan_file import LayerPlan, PlanFile, write_plan
 from moeyard.training.checkpoints.checkpoint import StoredTensors
+from moeyard.training.data.tokenizer import open_tokenizer
+from moeyard.training.ownership import planned_owners
 from moeyard.training.read_config import read_run_config
+from moeyard.training.setup import fill_vocabulary
 
 from equivalence import EXACT as IN_FP64
 from equivalence import WORKER, differences, gathered_from
@@ -25,6 +30,8 @@ from launch import run, torchrun
 EXACT = [*IN_FP64, "model.num_layers=3"]
 TORCH = [*EXACT, "parallel.backend=torch"]
 BOTH = ["train.accumulation=2", "train.recompute=true"]
+PLANNED = ((1, 0, 0, 0), (0, 1, 1, 1), (1, 1, 0, 0))
+"""The owner of each expert at the start, by layer, where a case has a plan."""
 COPY_BYTES = (3 * 16 * 32 + 2 * 16 + 32) * (8 + 8)
 """Weights, biases and gradients of one expert of the test configuration."""
 LIKE = {
@@ -83,6 +90,7 @@ PATHS = {
         "parallel.ranks_per_node=1",
         f"parallel.copies={{max_bytes: {2 * COPY_BYTES}, rematerialize: true, reshard_every: 1}}",
         "parallel.copies.when=always",
+        "parallel.copies.plan=PLAN",
     ],
     "few_copies": [
         "parallel.path=hierarchical",
@@ -152,10 +160,51 @@ def compute(chosen, out, config_file):
     for number, (path, like) in enumerate(chosen):
         ranks = ["parallel.ep=4", f"parallel.dense={('ddp', 'fsdp')[number % 2]}"]
         overrides = [*LIKE[like]["overrides"], *ranks, *PATHS[path]]
+        plan = out / f"{like}-plan.json"
+        write_plan(plan, plan_of(PLANNED, model_of(like, config_file)))
+        overrides = [override.replace("PLAN", str(plan)) for override in overrides]
         apart = number % 3 == 0  # as on several hosts
         cases[f"{like}-{path}"] = LIKE[like] | {"overrides": overrides, "apart": apart}
     torchrun(4, WORKER, str(config_file), str(out), json.dumps(cases), timeout=600)
     return out
+
+
+def model_of(like, config_file):
+    config = read_run_config(config_file, LIKE[like]["overrides"])
+    return fill_vocabulary(config, open_tokenizer(config.data.tokenizer))
+
+
+def plan_of(owners_LE, model):
+    """Return a plan for two ranks."""
+    return PlanFile(
+        architecture=identity_of(model).architecture,
+        num_experts=4,
+        ranks=2,
+        ranks_per_node=2,
+        kind="by hand",
+        layers=tuple(
+            LayerPlan(layer=layer, owner=owners_E, holders=tuple((owner,) for owner in owners_E))
+            for layer, owners_E in enumerate(owners_LE)
+        ),
+    )
+
+
+def test_a_plan_that_does_not_fit_the_run_is_refused(tmp_path, config_file):
+    model, other = (model_of(like, config_file) for like in ("starved", "sparsity"))
+    ranks = Mesh(world_size=2, ep_size=2)
+    path = tmp_path / "plan.json"
+    with pytest.raises(DataError, match=r"plan.json cannot be read: No such file"):
+        planned_owners(path, model, ranks)
+    write_plan(path, plan_of(PLANNED, model))
+    owners = [placement.owner_E for placement in planned_owners(path, model, ranks)]
+    assert tuple(owners) == PLANNED
+    with pytest.raises(ConfigError, match=r"a plan for 2 ranks, but there are 4"):
+        planned_owners(path, model, Mesh(world_size=4, ep_size=4))
+    with pytest.raises(ConfigError, match=r"a plan for another model"):
+        planned_owners(path, other, ranks)
+    write_plan(path, plan_of((*PLANNED[:2], (1, 1, 1, 0)), model))
+    with pytest.raises(ConfigError, match=r"gives rank 0 5 experts .* each rank of a run owns 6"):
+        planned_owners(path, model, ranks)
 
 
 @pytest.mark.dist
@@ -181,13 +230,22 @@ def check_equal(out, path, like):
 
 
 @pytest.mark.dist
-def test_experts_really_changed_their_owners(out):
+def test_experts_really_began_as_planned_and_changed_their_owners(out):
     """Otherwise the cases above show nothing."""
     held = [torch.load(out / f"starved-moved-{rank}.pt") for rank in range(4)]
     first, last = (
         [sorted(k for k in steps[number]["weights"] if "experts" in k) for steps in held]
         for number in (0, -1)
     )
+    for rank, keys in enumerate(first):
+        found = {(int(layer), int(e)) for _, layer, _, _, e, _ in (key.split(".") for key in keys)}
+        planned = {
+            (layer, expert)
+            for layer, owners in enumerate(PLANNED)
+            for expert, owner in enumerate(owners)
+            if owner == rank % 2
+        }
+        assert found == planned
     assert first != last and sum(map(len, first)) == sum(map(len, last))
     assert {len(keys) for keys in last} == {len(first[0])}
 
