@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,7 @@ from moeyard.parallel.experts.open_path import open_path
 from moeyard.parallel.experts.pipelined import Degrees, PipelinedPath
 from moeyard.parallel.mesh import Mesh, build_mesh
 from moeyard.parallel.planning.bounds import Traffic
+from moeyard.parallel.planning.calibrate import CopyCosts, link_rows
 from moeyard.parallel.planning.placement import Placement, Topology
 from moeyard.parallel.process import process_group
 from moeyard.parallel.profiling.copies import measure_copies
@@ -40,18 +42,23 @@ def main() -> None:
     with process_group(LIMIT_S) as watch:
         mesh = build_mesh(dist.get_world_size(), settings["experts"], watch, LIMIT_S)
         topology = Topology(mesh.ep_size, int(os.environ["LOCAL_WORLD_SIZE"]))
+        costs = {arm: Stack(settings, mesh, topology, arm).costs() for arm in ARMS[1:]}
+        if mesh.rank == 0:
+            print(json.dumps({"costs": {arm: asdict(cost) for arm, cost in costs.items()}}))
         for kind in settings["kinds"]:
-            found = measure(settings, kind, mesh, topology)
+            found = measure(settings, kind, mesh, topology, costs)
             if mesh.rank == 0:
                 print(json.dumps({"kind": kind} | found), flush=True)
             mesh.barrier()
 
 
-def measure(settings: dict, kind: str, mesh: Mesh, topology: Topology) -> dict:
+def measure(
+    settings: dict, kind: str, mesh: Mesh, topology: Topology, costs: dict[str, CopyCosts]
+) -> dict:
     """Return the seconds of every step of every arm, interleaved, and what loads allow."""
-    stacks = {arm: Stack(settings, mesh, topology, arm) for arm in ARMS}
+    stacks = {arm: Stack(settings, mesh, topology, arm, costs.get(arm)) for arm in ARMS}
     seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
-    largest: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    shares: dict[str, list[Shares]] = {arm: [] for arm in ARMS}
     for step in range(settings["first"], settings["last"]):
         layers = range(settings["layers"])
         whole = [choices(settings, kind, step, layer, mesh.world_size) for layer in layers]
@@ -59,9 +66,24 @@ def measure(settings: dict, kind: str, mesh: Mesh, topology: Topology) -> dict:
             elapsed = stack.step(whole)
             if step >= settings["first"] + settings["unmeasured"]:
                 seconds[arm].append(elapsed)
-                largest[arm].append(stack.largest_share(whole))
-    memory = {arm: stack.copy_share() for arm, stack in stacks.items()}
-    return {"seconds": seconds, "max_over_mean": largest, "copy_memory": memory}
+                shares[arm].append(stack.shares(whole))
+    return {
+        "seconds": seconds,
+        "shares": {arm: [asdict(step) for step in found] for arm, found in shares.items()},
+        "copy_memory": {arm: stack.copy_share() for arm, stack in stacks.items()},
+    }
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What limits a step, over all layers."""
+
+    computed: float
+    """Rows of the fullest rank over the mean."""
+    linked: float
+    """Rows on the busiest link between nodes over those of even loads without copies."""
+    copies: int
+    """Experts that other ranks get."""
 
 
 def choices(settings: dict, kind: str, step: int, layer: int, ranks: int) -> Tensor:
@@ -73,7 +95,14 @@ def choices(settings: dict, kind: str, step: int, layer: int, ranks: int) -> Ten
 class Stack:
     """MoE layers with a dense layer before each, and their copies if any."""
 
-    def __init__(self, settings: dict, mesh: Mesh, topology: Topology, arm: str) -> None:
+    def __init__(
+        self,
+        settings: dict,
+        mesh: Mesh,
+        topology: Topology,
+        arm: str,
+        costs: CopyCosts | None = None,
+    ) -> None:
         self._settings, self._mesh, self._topology = settings, mesh, topology
         width, experts = settings["width"], settings["experts"]
         self._dense = [nn.Linear(width, width) for _ in range(settings["layers"])]
@@ -106,11 +135,17 @@ class Stack:
             budget = settings["remat_bytes" if remat else "copy_bytes"]
             options = CopyOptions(budget, settings["copied_experts"], remat, 5)
             self._copies = open_copies(self._layers, mesh, topology, options, LIMIT_S)
-            shape = LayerShape(settings["tokens"], experts, settings["k"], width, torch.float32)
-            assert isinstance(path, PipelinedPath)
-            model = (self._copies, shape, path.levels, mesh, torch.device("cpu"))
-            self._copies.costs = measure_copies(*model, micro_batches=1)
+            self._copies.costs = costs
+        self._path = path
         self._x_TD = torch.randn(settings["tokens"], width, requires_grad=True)
+
+    def costs(self) -> CopyCosts:
+        """Measure what copies cost and save."""
+        own = self._settings
+        shape = LayerShape(own["tokens"], own["experts"], own["k"], own["width"], torch.float32)
+        assert self._copies is not None and isinstance(self._path, PipelinedPath)
+        model = (self._copies, shape, self._path.levels, self._mesh, torch.device("cpu"))
+        return measure_copies(*model, micro_batches=1)
 
     def step(self, whole: list[Tensor]) -> float:
         """Run forward and backward; return the seconds of the slowest rank."""
@@ -142,18 +177,24 @@ class Stack:
         dist.all_reduce(elapsed, op=dist.ReduceOp.MAX)
         return float(elapsed)
 
-    def largest_share(self, whole: list[Tensor]) -> float:
-        """Return the rows of the fullest rank over the mean, summed over layers."""
+    def shares(self, whole: list[Tensor]) -> Shares:
+        """Return what limits a step with these choices of all ranks' tokens."""
         ranks, experts = self._mesh.world_size, self._settings["experts"]
-        placements = [Placement.contiguous(experts, ranks)] * len(whole)
+        contiguous = Placement.contiguous(experts, ranks)
+        placements = [contiguous] * len(whole)
         if self._copies is not None:
             placements = self._copies.placements
         fullest = total = 0
+        linked = even = 0.0
         for placement, experts_TK in zip(placements, whole, strict=True):
             counts = [count_choices(part, experts) for part in experts_TK.chunk(ranks)]
             rows_R = Traffic.of(placement, torch.stack(counts), self._topology).computed_R
             fullest, total = fullest + max(rows_R), total + sum(rows_R)
-        return fullest * ranks / total
+            load_E = torch.stack(counts).sum(dim=0)
+            linked += link_rows(placement, load_E, self._topology)
+            even += link_rows(contiguous, load_E.double().mean().expand(experts), self._topology)
+        copies = sum(len(ranks_of) > 1 for p in placements for ranks_of in p.holders_E)
+        return Shares(fullest * ranks / total, linked / even, copies)
 
     def copy_share(self) -> float:
         """Return the memory of copies over that of this rank's weights, moments and gradients."""

@@ -57,7 +57,7 @@ MUTATIONS = [
     (
         "the clip norm counts replicated experts twice",
         "parallel/dense/gradients.py",
-        "dist.all_reduce(experts, group=self._mesh.ep_group)",
+        "dist.all_reduce(experts, group=self._mesh.experts_group)",
         "dist.all_reduce(experts, group=self._mesh.dp_group)",
         EQUAL,
     ),

@@ -1,7 +1,8 @@
 """The process mesh: dense and expert dimensions folded independently over the same ranks.
 
-Dense parameters are replicated over ``dp`` = all ranks. Experts are split over ``ep`` neighbouring
-ranks and replicated over ``edp`` = world / ep (Megatron's parallel folding).
+Dense parameters are replicated over ``dp`` = all ranks. The inner width of experts is split over
+``expert_tp`` neighbouring ranks, experts are split over ``ep`` such groups, and replicated over
+``edp`` = world / (ep * expert_tp) (Megatron's parallel folding and expert tensor parallelism).
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import torch.distributed as dist
 
 from ..errors import ConfigError
 from .host.group import HostGroup
+from .watch.pulse import pulse
 from .watch.watch import Answer, Watch
 
 
@@ -24,13 +26,20 @@ class Mesh:
     world_size: int = 1
     ep_rank: int = 0
     ep_size: int = 1
+    expert_tp_rank: int = 0
+    expert_tp_size: int = 1
     dp_group: dist.ProcessGroup | None = None
     ep_group: dist.ProcessGroup | None = None
     edp_group: dist.ProcessGroup | None = None
+    expert_tp_group: dist.ProcessGroup | None = None
+    """None also where expert_tp is 1."""
+    experts_group: dist.ProcessGroup | None = None
+    """The ranks that together have each expert once: ep * expert_tp neighbours."""
     dp_host: HostGroup | None = None
     """The ranks of ``dp_group`` where they share memory: all on this host, on the CPU."""
     ep_host: HostGroup | None = None
     edp_host: HostGroup | None = None
+    expert_tp_host: HostGroup | None = None
     watch: Watch | None = None
 
     def local_experts(self, num_experts: int) -> range:
@@ -42,8 +51,10 @@ class Mesh:
     def groups_sharing_memory(self) -> str:
         """Names of the groups that use shared memory; the others use gloo or NCCL."""
         hosts = {"dp": self.dp_host, "ep": self.ep_host, "edp": self.edp_host}
+        hosts["expert_tp"] = self.expert_tp_host
         return ",".join(name for name, host in hosts.items() if host is not None) or "none"
 
+    @pulse.in_collective("the sum of losses and counts")
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum ``tensor`` over all ranks, in place; the identity on one process."""
         if self.dp_group is not None:
@@ -66,8 +77,17 @@ class Mesh:
         return self.watch.on_rank_0(action)
 
 
-def check_expert_parallel(ep_size: int, world_size: int, num_experts: int) -> None:
+def check_expert_parallel(
+    ep_size: int, world_size: int, num_experts: int, expert_tp: int = 1
+) -> None:
     """Refuse expert-parallel degrees that do not divide the ranks or the experts."""
+    together = ep_size * expert_tp
+    if world_size % together and expert_tp > 1:
+        raise ConfigError(
+            f"parallel.ep = {ep_size} times parallel.expert_tp = {expert_tp} is {together}, which "
+            f"does not divide the {world_size} rank(s); start a multiple of {together} processes "
+            "or lower one of them."
+        )
     if world_size % ep_size:
         raise ConfigError(
             f"parallel.ep is {ep_size}, which does not divide the {world_size} rank(s); "
@@ -81,34 +101,48 @@ def check_expert_parallel(ep_size: int, world_size: int, num_experts: int) -> No
 
 
 def build_mesh(
-    ep_size: int, num_experts: int, watch: Watch | None = None, timeout_s: float = 300
+    ep_size: int,
+    num_experts: int,
+    watch: Watch | None = None,
+    timeout_s: float = 300,
+    *,
+    expert_tp: int = 1,
 ) -> Mesh:
     """Fold the ranks of the running process group, if any; refuse degrees that do not divide.
 
     ``watch`` is the group's; ``timeout_s`` bounds the collectives of all groups made here.
     """
     if not dist.is_initialized():
-        check_expert_parallel(ep_size, 1, num_experts)
+        check_expert_parallel(ep_size, 1, num_experts, expert_tp)
         return Mesh()
     world, rank = dist.get_world_size(), dist.get_rank()
-    check_expert_parallel(ep_size, world, num_experts)
-    ranks_edp_ep = torch.arange(world).view(world // ep_size, ep_size)
+    check_expert_parallel(ep_size, world, num_experts, expert_tp)
+    ranks = torch.arange(world).view(-1, ep_size, expert_tp)
     timeout = timedelta(seconds=timeout_s)
     dp_group = dist.group.WORLD
     assert dp_group is not None
-    ep_group = group_of(rank, ranks_edp_ep.tolist(), timeout)
-    edp_group = group_of(rank, ranks_edp_ep.T.tolist(), timeout)
+    ep_group = group_of(rank, ranks.transpose(1, 2).flatten(0, 1).tolist(), timeout)
+    edp_group = group_of(rank, ranks.flatten(1).T.tolist(), timeout)
+    expert_tp_group, experts_group = None, ep_group
+    if expert_tp > 1:
+        expert_tp_group = group_of(rank, ranks.flatten(0, 1).tolist(), timeout)
+        experts_group = group_of(rank, ranks.flatten(1).tolist(), timeout)
     return Mesh(
         rank=rank,
         world_size=world,
-        ep_rank=rank % ep_size,
+        ep_rank=rank // expert_tp % ep_size,
         ep_size=ep_size,
+        expert_tp_rank=rank % expert_tp,
+        expert_tp_size=expert_tp,
         dp_group=dp_group,
         ep_group=ep_group,
         edp_group=edp_group,
+        expert_tp_group=expert_tp_group,
+        experts_group=experts_group,
         dp_host=host_of(dp_group, timeout_s),
         ep_host=host_of(ep_group, timeout_s),
         edp_host=host_of(edp_group, timeout_s),
+        expert_tp_host=None if expert_tp_group is None else host_of(expert_tp_group, timeout_s),
         watch=watch,
     )
 

@@ -8,6 +8,7 @@ from ..dtypes import short_name
 from ..moe.config.model import ModelConfig
 from ..moe.models.lora import LoraTarget
 from .optimizer_config import OptimizerConfig
+from .parallel_check import problem_with_parallel
 from .parallel_config import ParallelConfig
 from .section import Section
 
@@ -208,6 +209,11 @@ class RunConfig(Section):
         if reason is not None:
             raise ValueError(f"model.moe.{reason}")
         problem = self._problem_with_parameters()
+        if problem is None:
+            has_windows = self.data.format == "text" and self.train.packing == "none"
+            length = self.train.sequence_length if has_windows else None
+            has_lora = self.lora is not None and "experts" in self.lora.targets
+            problem = problem_with_parallel(self.parallel, moe, length, has_lora)
         if problem is not None:
             raise ValueError(problem)
         return self

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..moe.experts.resident import Experts
 from ..parallel.dense.local_part import as_part_of, local_part
+from ..parallel.experts.sliced_tensor import SlicedTensor
 from .optimizer_config import OptimizerConfig
 
 
@@ -108,9 +109,20 @@ class MasterAdamW:
         owner = self._model.get_submodule(owner_name)
         if isinstance(owner, Experts):
             for slot, expert in enumerate(owner.expert_ids):
-                yield f"{kind}/{owner_name}.{expert}.{leaf}", tensor[slot]
+                for part in _stored(owner, leaf, tensor[slot]):
+                    yield f"{kind}/{owner_name}.{expert}.{leaf}", part
         else:
             yield f"{kind}/{name}", as_part_of(parameter, tensor)
+
+
+def _stored(owner: Experts, leaf: str, tensor: Tensor) -> Iterator[Tensor]:
+    """Yield an expert's tensor for a checkpoint, a slice as a part of the whole one."""
+    inner_slice = owner.inner_slice
+    if inner_slice is None:
+        yield tensor
+    elif inner_slice.holds(leaf):
+        shape = inner_slice.whole_shape(leaf, tensor)
+        yield SlicedTensor(shape, inner_slice.pieces(leaf, tensor))
 
 
 def _write(parameter: nn.Parameter, master: Tensor) -> None:

@@ -1,16 +1,21 @@
 """Experts get other owners between steps: weights, moments and gradients' room move with them."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from ..errors import ConfigError
+from ..moe.config.model import ModelConfig
 from ..moe.experts.resident import Experts
 from ..parallel.dense.gradients import MainGradients
 from ..parallel.experts.materialized import MaterializedExperts
 from ..parallel.experts.moves import move_slots
+from ..parallel.mesh import Mesh
 from ..parallel.planning.placement import Placement
+from ..parallel.planning.plan_file import read_plan
 from .optimizer import MasterAdamW
 
 
@@ -64,3 +69,27 @@ class Ownership:
         for parameter in parameters:
             self._optimizer.replace_state(parameter, (next(moved), next(moved), next(moved)))
         own.hold(after.owned_by(dist.get_rank(self._group)))
+
+
+def planned_owners(path: Path, model: ModelConfig, mesh: Mesh) -> list[Placement]:
+    """Return the owners of each layer's experts in a plan's file, which rank 0 reads for all.
+
+    Raises, on all ranks, :class:`ConfigError` for a plan of another model or other ranks, or one
+    whose ranks do not own equally many experts over all layers, and :class:`DataError` for a file
+    that is no plan.
+    """
+
+    def read() -> list[tuple[int, ...]]:
+        plan = read_plan(path, model, mesh.ep_size)
+        owners = [layer.owner for layer in plan.layers]
+        share = plan.num_experts * len(owners) // plan.ranks
+        for rank in range(plan.ranks):
+            owned = sum(layer.count(rank) for layer in owners)
+            if owned != share:
+                raise ConfigError(
+                    f"{path} gives rank {rank} {owned} experts over all layers, but each rank of a "
+                    f"run owns {share}; make a plan with --kind hecate."
+                )
+        return owners
+
+    return [Placement.owned(mesh.ep_size, owner_E) for owner_E in mesh.on_rank_0(read)]

@@ -29,6 +29,11 @@ class CopiesConfig(Section):
     reshard_every: int = Field(default=0, ge=0)
     """Steps after which experts move to ranks that suit the load, with their optimizer state; a
     rank keeps its number of experts over all layers. 0 = never."""
+    plan: str | None = None
+    """A file of ``moeyard trace place --out``, whose owners the experts have at the start. Its
+    number of ranks must be ``parallel.ep``, and each rank must own equally many experts over all
+    layers, as ``--kind hecate`` gives them. Copies follow the load of the run. Only rank 0 reads
+    it. A resumed run has the owners of its checkpoint. Null = neighbouring experts share a rank."""
 
 
 class ParallelConfig(Section):
@@ -36,11 +41,18 @@ class ParallelConfig(Section):
 
     ep: int = Field(default=1, ge=1)
     """Expert-parallel degree: ranks that split the experts among them."""
+    expert_tp: int = Field(default=1, ge=1)
+    """Neighbouring ranks that split the inner width of every expert among them (expert tensor
+    parallelism), for experts too large for a rank. Each gets the rows of all, and their partial
+    results are summed. Ranks are a multiple of ``ep * expert_tp``; dense parameters are on all
+    ranks as before. Checkpoints do not depend on it."""
     path: PathKind | Literal["auto"] = "all_to_all"
     """How rows travel to their experts. ``all_to_all``: a copy to each rank that has an expert of
     the row. ``all_gather``: a copy to every rank. ``hierarchical``: a copy to each node that has
-    one, between ranks of equal number, and from there to the ranks of the node. ``auto`` takes the
-    faster of all_to_all and hierarchical, with ``chunks: auto``."""
+    one, between ranks of equal number, and from there to the ranks of the node. ``padded``: a copy
+    to each expert, for routers whose capacity limits an expert's rows. As many rows as it allows
+    travel, so ranks exchange no counts and a GPU's host waits for none; no choice is lost.
+    ``auto`` takes the faster of all_to_all and hierarchical, with ``chunks: auto``."""
     chunks: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
     """Messages into which a layer's rows are cut on their way to the experts (FSMoE). The experts
     compute one while the next arrives. 1 = none overlap. ``auto`` measures links and experts at the
@@ -91,19 +103,61 @@ class ParallelConfig(Section):
                 f"parallel.backward_chunks is {self.backward_chunks}, but parallel.chunks is auto, "
                 "which chooses both; leave backward_chunks out or give chunks a number."
             )
-        if self.gradient_slices is not None and self.dense != "ddp":
-            return (
-                f"parallel.gradient_slices is {self.gradient_slices}, but parallel.dense is "
-                f"{self.dense}, which sums gradients layer by layer itself; set parallel.dense to "
-                "ddp or leave gradient_slices out."
-            )
+        problem = self._problem_with_gradients()
+        if problem is not None:
+            return problem
+        if self.path == "padded":
+            for name in ("chunks", "backward_chunks", "copies"):
+                value = getattr(self, name)
+                if value != type(self).model_fields[name].default:
+                    return (
+                        f"parallel.{name} is {value}, but parallel.path is padded, which sends a "
+                        f"layer's rows at once and to owners; leave parallel.{name} out or use "
+                        "all_to_all."
+                    )
+        if self.expert_tp > 1:
+            problem = self._problem_with_slices()
+            if problem is not None:
+                return problem
         if self.ep > 1:
             return None
-        for name in ("path", "chunks", "backward_chunks", "copies", "gradient_slices"):
+        ways = ("chunks", "backward_chunks", "gradient_slices") if self.expert_tp == 1 else ()
+        for name in ("path", *ways, "copies"):
             value = getattr(self, name)
             if value != type(self).model_fields[name].default:
                 return (
                     f"parallel.{name} is {value}, but parallel.ep is 1, so no row travels to its "
                     f"experts; raise parallel.ep or leave parallel.{name} out."
                 )
+        return None
+
+    def _problem_with_gradients(self) -> str | None:
+        """Return which option does not go with ``gradient_slices``, or None."""
+        if self.gradient_slices is None:
+            return None
+        given = f"parallel.gradient_slices is {self.gradient_slices}"
+        if self.dense != "ddp":
+            return (
+                f"{given}, but parallel.dense is {self.dense}, which sums them layer by layer; set "
+                "parallel.dense to ddp or leave gradient_slices out."
+            )
+        if self.path == "padded":
+            return (
+                f"{given}, but parallel.path is padded, which has no place for them; use "
+                "all_to_all or leave gradient_slices out."
+            )
+        return None
+
+    def _problem_with_slices(self) -> str | None:
+        """Return which option does not go with ``expert_tp``, or None."""
+        wrong = {
+            "path": self.path == "padded",
+            "chunks": self.chunks == "auto",
+            "copies": self.copies is not None,
+        }
+        for name in (name for name, is_wrong in wrong.items() if is_wrong):
+            return (
+                f"parallel.{name} is {getattr(self, name)}, which does not know slices of experts, "
+                f"but parallel.expert_tp is {self.expert_tp}; leave one of them out."
+            )
         return None

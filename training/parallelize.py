@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..dtypes import torch_dtype
+from ..moe.config.model import MoEConfig
 from ..moe.experts.path import ExpertPath
 from ..moe.models.decoder import Decoder
 from ..moe.models.lora import add_lora
@@ -86,7 +87,7 @@ def place_experts(config: RunConfig, decoder: Decoder, mesh: Mesh) -> dict[PathK
     Returns the paths to choose from; the layers have the first one.
     """
     moe, parallel = decoder.config.moe, config.parallel
-    if mesh.ep_group is None or mesh.ep_size == 1 or moe is None:
+    if mesh.ep_size * mesh.expert_tp_size == 1 or moe is None:
         return {}
     degrees = None
     if parallel.chunks != "auto":  # else layer_schedule.py sets them
@@ -101,6 +102,7 @@ def place_experts(config: RunConfig, decoder: Decoder, mesh: Mesh) -> dict[PathK
             parallel.timeout_s,
             has_copies=parallel.copies is not None,
             has_lanes=parallel.gradient_slices is not None,
+            capacity=_capacity(config, moe, mesh) if kind == "padded" else None,
         )
         for kind in _kinds(config)
     }
@@ -115,6 +117,14 @@ def _kinds(config: RunConfig) -> tuple[PathKind, ...]:
         return (config.parallel.path,)
     has_nodes = 1 < _ranks_per_node(config) < config.parallel.ep
     return ("all_to_all", "hierarchical") if has_nodes else ("all_to_all",)
+
+
+def _capacity(config: RunConfig, moe: MoEConfig, mesh: Mesh) -> int | None:
+    """Return the most rows of a micro-batch that a rank sends to an expert, if there is a limit."""
+    train = config.train
+    rows = moe.router.most_rows(train.sequence_length, moe.num_experts)
+    sequences = train.batch_sequences // (train.accumulation * mesh.world_size)
+    return None if rows is None else sequences * rows
 
 
 def copy_experts(config: RunConfig, decoder: Decoder, mesh: Mesh) -> MaterializedExperts | None:

@@ -5,6 +5,8 @@ from torch import Tensor
 
 from ..errors import ConfigError, ModelFileError
 from ..moe.config.model import ModelConfig
+from ..moe.experts.inner_slice import InnerSlice
+from ..moe.experts.resident import Experts
 from ..moe.folders.folder import ModelFolder
 from ..moe.folders.hub import local_folder
 from ..moe.models.decoder import Decoder
@@ -54,6 +56,10 @@ def build_model(config: RunConfig, model: ModelConfig, data: Data, mesh: Mesh) -
         initialize(decoder, config.seed)
     else:
         read_start(config.start_from, decoder, config.ignore_unused_weights)
+    if mesh.expert_tp_size > 1:
+        for _, layer in decoder.moe_layers():
+            assert isinstance(layer.experts, Experts), "training has its experts in memory"
+            layer.experts.keep_slice(InnerSlice(mesh.expert_tp_rank, mesh.expert_tp_size))
     return decoder
 
 

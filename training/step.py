@@ -6,6 +6,7 @@ L MoE layers, E experts.
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from .config import RunConfig
 from .device import device
 from .objectives.objective import Objective
 from .optimizer import MasterAdamW
-from .ownership import Ownership
+from .ownership import Ownership, planned_owners
 from .parallelize import Parallel
 from .phases import PhaseClock
 from .schedule import learning_rate
@@ -73,9 +74,12 @@ class TrainStep:
         """Who moves experts between ranks, if the run has copies."""
         if self._copies is not None:
             assert mesh.ep_group is not None and config.parallel.copies is not None
-            every = config.parallel.copies.reshard_every
+            options = config.parallel.copies
             model = (self._copies, self.optimizer, self.gradients)
-            self.ownership = Ownership(*model, mesh.ep_group, every)
+            self.ownership = Ownership(*model, mesh.ep_group, options.reshard_every)
+            if options.plan is not None:
+                owners = planned_owners(Path(options.plan), decoder.config, mesh)
+                self.ownership.move_to(owners)
         self.phases = PhaseClock()
         self.before_forward: list[Callable[[int, range], None]] = []
         """Called before each forward of a step with the step (from 0) and the rows of the global

@@ -64,6 +64,7 @@ class Trainer:
             self._step.optimizer,
             self._step.ownership,
         )
+        self._copies = parallel.copies
         self._schedule: LayerSchedule | None = None
         if config.parallel.chunks == "auto" and parallel.pipelines:
             self._schedule = LayerSchedule(config, self.decoder, mesh, parallel.pipelines)
@@ -100,8 +101,7 @@ class Trainer:
                 if held_out or done % self._config.train.log_every == 0:
                     record = self._record(done, result, seconds)
                     record |= held_out | {"phases_s": average.take()}
-                    if self._schedule is not None:
-                        record["schedule"] = self._schedule.record()
+                    record |= self._record_of_experts(result)
                     observers.record(record)
                 if self._schedule is not None:
                     self._schedule.after_step(done)
@@ -148,6 +148,7 @@ class Trainer:
             step=done,
             ranks=self._mesh.world_size,
             ep=self._mesh.ep_size,
+            expert_tp=self._mesh.expert_tp_size,
             shared_memory=self._mesh.groups_sharing_memory,
             parameters_here=sum(numel for numel, _ in held),
             trained_here=sum(numel for numel, trains in held if trains),
@@ -165,6 +166,13 @@ class Trainer:
         shown = {name: f"{value:.4f}" for name, value in held_out.metrics.items()}
         console.line(event="evaluated", step=done, **shown, tokens=held_out.num_tokens)
         return dict(held_out.metrics)
+
+    def _record_of_experts(self, result: StepResult) -> dict[str, Any]:
+        """Return the chosen way of rows to their experts and what copies did, if there are any."""
+        found = {} if self._schedule is None else {"schedule": self._schedule.record()}
+        if self._copies is not None:
+            found["copies"] = self._copies.record(result.counts_LE)
+        return found
 
     def _record(self, done: int, result: StepResult, seconds: float) -> dict[str, Any]:
         tokens = self.objective.num_tokens(range(done - 1, done))

@@ -167,10 +167,13 @@ class ExpertWeights(SlotTable):
             )
         if self.main_grads is not None:
             found, wanted = _shapes(self.main_grads.totals), _shapes(self.parameters)
-            if found != wanted:
+            # Frozen parameters may go without: slices of experts have such a bias.
+            trains = (part is not None and part.requires_grad for part in self.parameters)
+            pairs = zip(found, wanted, trains, strict=True)
+            if any(f != w and (f is not None or t) for f, w, t in pairs):
                 raise ValueError(
                     f"main_grads are {found}; they must have the shapes of fc1, fc2 and their "
-                    f"biases, {wanted}."
+                    f"biases, {wanted}, or be None for frozen ones."
                 )
 
     @property

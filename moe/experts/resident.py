@@ -17,6 +17,7 @@ from ...kernels.values.main_grads import MainGrads
 from ..routers.routing import Routing
 from .base import LayerExperts
 from .gate_statistics import gate_statistics
+from .inner_slice import InnerSlice
 
 LOW_RANK = ("fc1_lora_a", "fc1_lora_b", "fc2_lora_a", "fc2_lora_b")
 """Parameters of low-rank updates, if any."""
@@ -59,6 +60,8 @@ class Experts(LayerExperts):
             self.fc2_bias = nn.Parameter(torch.zeros(num_slots, d_model))
         self.main_grads: MainGrads | None = None
         """Where backward leaves the parameters' gradients; None = in ``grad``, by autograd."""
+        self.inner_slice: InnerSlice | None = None
+        """Which slice of the experts' inner width is here; None = all of it."""
         self._low_rank_scale: float | None = None
         self._slot_of_E: tuple[int, ...] | None = None
         self.hold(self.expert_ids)
@@ -72,6 +75,14 @@ class Experts(LayerExperts):
             for slot, expert in enumerate(self.expert_ids):
                 slots[expert] = slot
             self._slot_of_E = tuple(slots)
+
+    def keep_slice(self, inner_slice: InnerSlice) -> None:
+        """Keep a slice of the inner width of all experts; before anything refers to the weights."""
+        self.inner_slice = inner_slice
+        for name, parameter in self.named_parameters():
+            parameter.data = inner_slice.cut(name, parameter.data)
+            if not inner_slice.holds(name):
+                parameter.requires_grad_(False)
 
     def like(self, num_slots: int) -> "Experts":
         """Return experts of the same kind, type and device with ``num_slots`` slots, unfilled."""
@@ -119,8 +130,10 @@ class Experts(LayerExperts):
     def gate_statistics(self) -> Tensor | None:
         """Return mean and variance of each slot's gate rows, ``[S, 2, D]``, with gradient.
 
-        With biases ``[S, 2, D + 1]``. Low-rank updates are not in them.
+        With biases ``[S, 2, D + 1]``. Low-rank updates are not in them. None for slices.
         """
+        if self.inner_slice is not None:
+            return None
         return gate_statistics(self.fc1, self.fc1_bias, self.main_grads)
 
     def extra_repr(self) -> str:
@@ -130,6 +143,9 @@ class Experts(LayerExperts):
         if self._low_rank_scale is not None:
             rank = f", lora rank {self.get_parameter('fc2_lora_a').shape[1]}"
         bias = "" if self.fc1_bias is None else ", bias"
+        if self.inner_slice is not None:
+            d_expert *= self.inner_slice.count
+            bias += f", slice {self.inner_slice.index + 1} of {self.inner_slice.count}"
         return (
             f"{num_slots} experts, d_model={d_model}, d_expert={d_expert}, {self.activation}{bias}"
             f"{rank}, {self.fc1.dtype} on {self.fc1.device}"

@@ -38,6 +38,10 @@ class Base(LearnedConfig):
     k: int = Field(default=1, ge=1, le=1)
     """Experts each token visits: one."""
 
+    def most_rows(self, num_tokens: int, num_experts: int) -> int | None:
+        """Return an even share, rounded up."""
+        return -(-num_tokens // num_experts)
+
     def build(self, sizes: RouterSizes) -> "BaseRouter":
         """Return the module."""
         return BaseRouter(self, sizes.d_model, sizes.num_experts)

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from .groups import group_lengths, groups_of_rows
+from .linear import LearnedConfig
 from .routing import RouterInput, Routing, count_choices
 
 
@@ -46,6 +47,24 @@ class Capacity(BaseModel):
         rows = rows.floor() if self.rounding == "down" else rows.ceil()
         rows = (rows / self.multiple_of).ceil() * self.multiple_of
         return rows.long().clamp(min=self.at_least)
+
+    def most_rows(self, num_tokens: int, k: int, num_experts: int) -> int:
+        """Return how many rows of ``num_tokens`` tokens an expert takes at most."""
+        return min(num_tokens, int(self.rows(torch.tensor(num_tokens), k, num_experts)))
+
+
+class LimitedConfig(LearnedConfig):
+    """Base of configurations whose router may have a capacity."""
+
+    capacity: Capacity | None = None
+    """Limit the rows of each expert in training; null = no limit. Losses and balancing biases count
+    choices before drops."""
+
+    def most_rows(self, num_tokens: int, num_experts: int) -> int | None:
+        """Return what ``capacity`` lets an expert take, if there is one."""
+        if self.capacity is None:
+            return None
+        return self.capacity.most_rows(num_tokens, self.k, num_experts)
 
 
 def apply_capacity(

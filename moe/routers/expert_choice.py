@@ -64,6 +64,10 @@ class ExpertChoice(LearnedConfig):
             "router.evaluation=threshold."
         )
 
+    def most_rows(self, num_tokens: int, num_experts: int) -> int | None:
+        """Return what each expert takes; with mutual choice there is no limit."""
+        return None if self.choice == "mutual" else rows_each(num_tokens, self.k, num_experts)
+
     def architecture(self) -> dict[str, Any]:
         """Return all but ``threshold_rate``."""
         values = super().architecture()
@@ -120,7 +124,7 @@ class ExpertChoiceRouter(Stepped, LinearRouter):
             if self.config.choice == "mutual":
                 chosen_TE, last = best_of_all(logs_TE, self.k * len(rows_T))
             else:
-                capacity = -(-self.k * len(rows_T) // self.num_experts)
+                capacity = rows_each(len(rows_T), self.k, self.num_experts)
                 chosen_TE, last = best_of_columns(logs_TE, capacity)
             chosen_NE[rows_T] = chosen_TE
             # Each alone in fixed point, so that sums are the same on any ranks.
@@ -136,6 +140,11 @@ class ExpertChoiceRouter(Stepped, LinearRouter):
         rate = torch.where(self.step == 0, 1.0, self.config.threshold_rate)
         self.threshold.lerp_(means, rate.to(means.dtype))
         super().after_step(counts, layers)
+
+
+def rows_each(num_tokens: int, k: int, num_experts: int) -> int:
+    """Return how many tokens of a sequence each expert takes."""
+    return -(-k * num_tokens // num_experts)
 
 
 def best_of_columns(logs_TE: Tensor, capacity: int) -> tuple[Tensor, Tensor]:

@@ -13,10 +13,10 @@ from torch import Generator, Tensor, nn
 
 from ...kernels.router import choose
 from ...kernels.values.choice import ChoiceRule
-from .capacity import Capacity, apply_capacity, drop
+from .capacity import LimitedConfig, apply_capacity, drop
 from .draws import draw_rows
 from .given import fill_places
-from .linear import LearnedConfig, LinearRouter, Stepped, project, route_in_one_call
+from .linear import LinearRouter, Stepped, project, route_in_one_call
 from .loss_terms import GlobalCounts, LayerLosses, balance_and_z
 from .router import RouterSizes
 from .routing import RouterInput, Routing, count_choices, routing_of
@@ -37,7 +37,7 @@ NOISE_FLOOR = 0.01
 """Smallest standard deviation of learned noise (tensor2tensor)."""
 
 
-class Noisy(LearnedConfig):
+class Noisy(LimitedConfig):
     """Top-k with noise in training: the routers of Shazeer et al. 2017, V-MoE, GShard and Switch.
 
     The defaults are Shazeer's. docs/routers.md has the settings of the others. Evaluation draws
@@ -62,8 +62,6 @@ class Noisy(LearnedConfig):
     all. A first expert's weight is the same without a second. Those left out count as dropped."""
     second_threshold: float = Field(default=0.2, gt=0, le=1)
     """See ``second_expert``."""
-    capacity: Capacity | None = None
-    """Limit the rows of each expert in training; null = no limit."""
     importance_loss: float = Field(default=0.1, ge=0)
     """Coefficient of the squared variation (variance / mean^2) of the experts' summed weights
     (Shazeer), or summed probabilities without noise if noise is constant (V-MoE)."""

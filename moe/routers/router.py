@@ -95,6 +95,13 @@ class RouterConfig(BaseModel):
         """Return what the router reads, and so when it can run."""
         return Lookahead.FFN_INPUT
 
+    def most_rows(self, num_tokens: int, num_experts: int) -> int | None:
+        """Return how many rows of a sequence an expert takes at most in training, or None.
+
+        ``num_tokens`` is the sequence's length. None = the router has no limit of its own.
+        """
+        return None
+
     def draws(self) -> bool:
         """Return whether training draws random numbers (draws.py)."""
         return False

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from ...kernels.router import choose
 from ...kernels.values.choice import ChoiceRule, scores
 from .balancing_bias import add_margins, even_bias, problem_with_quantiles, toward_even_load
-from .capacity import Capacity, apply_capacity
+from .capacity import LimitedConfig, apply_capacity
 from .entropy import add_entropy, mean_entropy
 from .given import fill_places
-from .linear import LearnedConfig, LinearRouter, project, route_in_one_call
+from .linear import LinearRouter, project, route_in_one_call
 from .loss_terms import GlobalCounts, LayerLosses, balance_and_z
 from .router import RouterSizes
 from .routing import RouterInput, Routing, routing_of
@@ -30,7 +30,7 @@ TRAINING_ONLY = (
 """Fields of :class:`TopK` that a run may change: they do not change the meaning of weights."""
 
 
-class TopK(LearnedConfig):
+class TopK(LimitedConfig):
     """Scores from a linear layer, the k largest win (Shazeer et al. 2017; Switch).
 
     With ``lookahead`` it is the router of Pre-gated MoE or SmallThinker. With ``score: sigmoid``,
@@ -79,9 +79,6 @@ class TopK(LearnedConfig):
     jitter: float = Field(default=0.0, ge=0, lt=1)
     """Training multiplies the router's input by U(1 - jitter, 1 + jitter) (Switch). Each rank
     draws separately, so results depend on the number of ranks."""
-    capacity: Capacity | None = None
-    """Limit the rows of each expert in training; null = no limit. Losses and the balancing bias
-    count choices before drops."""
     round_rows_to: int = Field(default=0, ge=0)
     """Training gives each expert a multiple of this many rows of a rank's tokens (SonicMoE's token
     rounding; 0 = off): 128 fills the tiles of GPU kernels where experts have a few hundred rows.

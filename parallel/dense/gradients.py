@@ -15,6 +15,7 @@ from ...kernels.values.main_grads import MainGrads
 from ...moe.experts.resident import Experts
 from ..host.group import HostGroup, SharedSum
 from ..mesh import Mesh
+from ..watch.pulse import pulse
 from .local_part import local_part
 
 
@@ -92,6 +93,7 @@ class MainGradients:
                 parameter.main_grad.add_(parameter.grad)  # type: ignore[attr-defined]
                 parameter.grad = None
 
+    @pulse.in_collective("the sum of gradients")
     def reduce(self) -> None:
         """Sum the gradients of experts over the ranks that hold the same ones.
 
@@ -104,12 +106,13 @@ class MainGradients:
         elif self._mesh.edp_group is not None and self._expert_flat.numel():
             dist.all_reduce(self._expert_flat, group=self._mesh.edp_group)
 
+    @pulse.in_collective("the norm of gradients")
     def norm(self) -> Tensor:
         """Return the global 2-norm, each distinct parameter counted once, as an fp64 scalar."""
         dense = square_sum(self.dense, self._dense_flat)
         experts = square_sum(self.experts, self._expert_flat)
-        if self._mesh.ep_group is not None:
-            dist.all_reduce(experts, group=self._mesh.ep_group)
+        if self._mesh.experts_group is not None:
+            dist.all_reduce(experts, group=self._mesh.experts_group)
         return (dense + experts).sqrt()
 
     def scale_(self, factor: Tensor) -> None:

@@ -6,12 +6,14 @@ N rows, D model width, K choices, E experts.
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...kernels.values.main_grads import MainGrads
 from ...moe.experts.base import LayerExperts
 from ...moe.experts.resident import Experts
 from ...moe.routers.routing import Routing
+
+NAMES = ("fc1", "fc2", "fc1_bias", "fc2_bias")
 
 
 class Copies:
@@ -30,6 +32,9 @@ class Copies:
             for whole in self._weights
         ]
         self.experts.main_grads = MainGrads.of(self._sums)
+        self._by_number: dict[int, list[nn.Parameter | None]] = {}
+        """By number of slots: parameters with the first ones. A graph keeps the shape that a
+        parameter had when it was made, so one parameter cannot take turns with several."""
         self.held: tuple[int, ...] = ()
 
     @property
@@ -48,11 +53,13 @@ class Copies:
         self.experts.hold(self.held)
         main = self.experts.main_grads
         assert main is not None
-        for parameter, whole in zip(_parameters(self.experts), self._weights, strict=True):
-            if parameter is not None:
-                assert whole is not None
-                parameter.data = whole[: len(self.held)]
-        sums = [None if whole is None else whole[: len(self.held)] for whole in self._sums]
+        number = len(self.held)
+        if number not in self._by_number:
+            first = [None if whole is None else whole[:number] for whole in self._weights]
+            self._by_number[number] = [None if w is None else nn.Parameter(w) for w in first]
+        for name, parameter in zip(NAMES, self._by_number[number], strict=True):
+            setattr(self.experts, name, parameter)
+        sums = [None if whole is None else whole[:number] for whole in self._sums]
         main.fc1_SHD, main.fc2_SDF, main.fc1_bias_SH, main.fc2_bias_SD = sums
         main.is_empty = True
 

@@ -12,7 +12,10 @@ from torch import Tensor
 
 from ..host.group import HostGroup
 from ..host.shared_memory import share
+from ..watch.pulse import pulse
 
+COUNTS, ROWS = "the exchange of how many rows travel", "the exchange of rows with experts"
+"""Names of collectives, for sentences about ranks that are missed."""
 ALIGNMENT = 64
 """Bytes of a cache line, where every column begins."""
 SLACK = 1.5
@@ -69,6 +72,7 @@ class GroupExchange:
         self._rank = dist.get_rank(group)
         self._size = dist.get_world_size(group)
 
+    @pulse.in_collective(COUNTS)
     def splits(self, send_CP: list[list[int]]) -> list[Splits]:
         """See :class:`Exchange`."""
         mine = torch.tensor(send_CP, dtype=torch.int64)
@@ -76,6 +80,7 @@ class GroupExchange:
         dist.all_gather(everyone, mine, group=self._group)
         return [Splits(rows_PP) for rows_PP in torch.stack(everyone, dim=1).tolist()]
 
+    @pulse.in_collective(ROWS)
     def rows(
         self, columns: list[Tensor], splits: Splits, order: Tensor | None = None
     ) -> list[list[Tensor]]:
@@ -112,6 +117,7 @@ class SharedExchange:
         self._parts: list[Tensor] = []
         self._otherwise: GroupExchange | None = None
 
+    @pulse.in_collective(COUNTS)
     def splits(self, send_CP: list[list[int]]) -> list[Splits]:
         """See :class:`Exchange`."""
         size = self._host.size
@@ -121,6 +127,7 @@ class SharedExchange:
         counts_PCP = torch.cat(received).view(size, *mine.shape)
         return [Splits(rows_PP) for rows_PP in counts_PCP.transpose(0, 1).tolist()]
 
+    @pulse.in_collective(ROWS)
     def rows(
         self, columns: list[Tensor], splits: Splits, order: Tensor | None = None
     ) -> list[list[Tensor]]:

@@ -34,6 +34,9 @@ class Level:
     """From expert-parallel ranks to numbers in this group; others than 0 to P - 1 = none."""
     to_all: bool = False
     """Whether every rank gets every row (all-gather), or only those that its experts need."""
+    has_slices: bool = False
+    """Whether every rank has a slice of each expert (expert tensor parallelism), and so computes a
+    part of each row's sum. Goes with ``to_all``."""
 
     def plan(self, experts: Sequence[Tensor]) -> list["Hop"]:
         """Agree with the other ranks how rows with these experts travel.
@@ -48,8 +51,11 @@ class Level:
             if self.to_all:
                 wanted_PT = torch.ones_like(wanted_PT)
             ranks_M, rows_M = torch.nonzero(wanted_PT).unbind(dim=1)
-            is_there_MK = rank_TK[rows_M] == ranks_M.unsqueeze(1)
-            found.append((rows_M, torch.where(is_there_MK, experts_TK[rows_M], -1)))
+            experts_MK = experts_TK[rows_M]
+            if not self.has_slices:
+                is_there_MK = rank_TK[rows_M] == ranks_M.unsqueeze(1)
+                experts_MK = torch.where(is_there_MK, experts_MK, -1)
+            found.append((rows_M, experts_MK))
             counts_CP.append(wanted_PT.sum(dim=1).tolist())
         splits_C = self.exchange.splits(counts_CP)
         return [

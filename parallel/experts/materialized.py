@@ -13,12 +13,15 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
 from itertools import zip_longest
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...moe.experts.base import LayerExperts
 from ...moe.experts.resident import Experts
 from ..planning.calibrate import CopyCosts, calibrate
+from ..planning.copies_record import record_of
 from ..planning.dispatch import HolderTable
 from ..planning.load_window import LoadWindow
 from ..planning.materialize import CopyBudget, materialize
@@ -131,13 +134,14 @@ class MaterializedExperts:
         for layer in range(len(self._buffers)):
             self._fetch(layer)
 
-    def experts_of(self, layer: int) -> WithCopies:
-        """Return the layer's own experts and its copies, whose weights are here."""
+    def experts_of(self, layer: int) -> LayerExperts:
+        """Return the layer's own experts and its copies, if any, whose weights are here."""
         self._need(layer)
         self._goes_forward |= layer == 0
         if self._goes_forward:  # and is not computed again in backward
             self._fetch(layer + 1)
-        return WithCopies(self.layers[layer], self._buffer(layer))
+        own, copies = self.layers[layer], self._buffer(layer)
+        return WithCopies(own, copies) if copies.held else own
 
     @contextmanager
     def backward_of(self, layer: int) -> Iterator[None]:
@@ -165,6 +169,10 @@ class MaterializedExperts:
     def end_step(self, counts_LE: Tensor) -> None:
         """Remember a step's routed rows of the global batch."""
         self.window = self.window.after(counts_LE)
+
+    def record(self, counts_LE: Tensor) -> dict[str, Any]:
+        """Return what this step's copies did for its routed rows; see planning/copies_record.py."""
+        return record_of(self.placements, counts_LE, self.topology)
 
     def _buffer(self, layer: int) -> Copies:
         return self._buffers[layer % len(self._buffers)]

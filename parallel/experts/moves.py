@@ -10,8 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..planning.placement import Placement
+from ..watch.pulse import pulse
 
 
+@pulse.in_collective("the move of experts to other ranks")
 def move_slots(
     tensors: Sequence[Tensor], before: Placement, after: Placement, group: dist.ProcessGroup
 ) -> list[Tensor]:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..planning.placement import Placement
+from ..watch.pulse import pulse
 
 PartsOf = Callable[[int], Sequence[Tensor]]
 """From an expert to its contiguous tensors on this rank."""
@@ -25,6 +26,7 @@ class SparseCollectives:
         self.rank = dist.get_rank(group)
         self._size = dist.get_world_size(group)
 
+    @pulse.in_collective("the copying of experts")
     def gather(self, placement: Placement, owned: PartsOf, copied: PartsOf) -> None:
         """Copy experts from their owners to the other holders: ``owned`` are read there, and
         ``copied`` written here."""
@@ -44,6 +46,7 @@ class SparseCollectives:
                 for part, values in zip(parts, _split(message, parts), strict=True):
                     part.copy_(values)
 
+    @pulse.in_collective("the sum of gradients of copied experts")
     def reduce(
         self, placement: Placement, copied: PartsOf, like: PartsOf
     ) -> dict[int, list[Tensor]]:

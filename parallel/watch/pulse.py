@@ -7,6 +7,8 @@ tokenising use processor time and need no notes. Code that waits by nature notes
 
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 MOVE_S = 0.05
 """Processor time of the main thread that counts as a move. A thread that waits on a condition or
@@ -20,11 +22,25 @@ class Pulse:
         self._doing = "at the start"
         self._notes = self._moves = 0
         self._seen_notes, self._seen_cpu_s = 0, 0.0
+        self._collectives: list[str] = []
 
     @property
     def doing(self) -> str:
         """Words such as "in step 3"."""
         return self._doing
+
+    @property
+    def collective(self) -> str | None:
+        """The collective that this process is in, such as "the all-to-all of rows"; the oldest of
+        several, which run in different threads."""
+        return next(iter(self._collectives), None)
+
+    @contextmanager
+    def in_collective(self, name: str) -> Iterator[None]:
+        """Note that this thread takes part in a collective, and may wait there for other ranks."""
+        self._collectives.append(name)
+        yield
+        self._collectives.remove(name)  # not after an error: that names it
 
     def begin(self, doing: str) -> None:
         """Note what the main thread does now."""

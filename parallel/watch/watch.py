@@ -179,7 +179,7 @@ class Watch:
             while not is_there():
                 self._raise_verdict()
                 if time.monotonic() - max(peer.moved, started) > self.timeout_s:
-                    self._decide(verdicts.held_up(peer, self.timeout_s))
+                    self._decide(verdicts.held_up(peer, self.timeout_s, self.rank))
                 if self.rank == 0:
                     pulse.note()  # rank 0 has a separate limit for each rank
                 self._changed.wait(LOOK_EVERY_S)
@@ -213,7 +213,7 @@ class Watch:
 
     def ended(self, peer: Peer) -> None:
         """See that a peer's process has ended without saying goodbye."""
-        self._decide(verdicts.ended(peer))
+        self._decide(verdicts.ended(peer, self.rank))
 
     def beat(self) -> None:
         """Report this rank's progress to the peers, and judge them."""
@@ -223,7 +223,7 @@ class Watch:
             if not peer.link.has_unsent:
                 peer.link.send(message)
             if now - peer.heard > self.timeout_s and peer.link.is_open and not peer.has_left:
-                self._decide(verdicts.held_up(peer, self.timeout_s))
+                self._decide(verdicts.held_up(peer, self.timeout_s, self.rank))
         if self.rank == 0 and self._waited and now - min(self._waited.values()) > WINDOW_S:
             self._decide(self._late())
 
@@ -237,9 +237,9 @@ class Watch:
         ranks = [rank for rank in range(self.world_size) if rank not in self._waited]
         peers = [self._peers.by_rank[rank] for rank in ranks if rank != 0]
         if len(ranks) == len(peers) == 1:
-            return verdicts.held_up(peers[0], self.timeout_s)
+            return verdicts.held_up(peers[0], self.timeout_s, self.rank)
         doing = peers[0].doing if peers else pulse.doing
-        return verdicts.late(list(map(self.where, ranks)), doing, self.timeout_s)
+        return verdicts.late(list(map(self.where, ranks)), doing, self.timeout_s, self.rank)
 
 
 def _answer_in(outcome: Message) -> Any:

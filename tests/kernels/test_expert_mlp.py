@@ -242,9 +242,11 @@ def test_experts_whose_parts_do_not_belong_together_are_refused():
     assert "main_grads are ((3, 8, 8), (3, 8, 5), None, None)" in refused(*good, main_grads=sums)
     biases = {"fc1_bias_SH": torch.zeros(3, 8), "fc2_bias_SD": torch.zeros(3, 8)}
     sums = MainGrads(torch.zeros(good[0]), torch.zeros(good[1]))
+    trained = {name: bias.clone().requires_grad_() for name, bias in biases.items()}
     assert "biases, ((3, 8, 8), (3, 8, 4), (3, 8), (3, 8))" in refused(
-        *good, main_grads=sums, **biases
+        *good, main_grads=sums, **trained
     )
+    ExpertWeights(torch.zeros(good[0]), torch.zeros(good[1]), main_grads=sums, **biases)  # frozen
     one = {"fc1_bias_SH": torch.zeros(3, 8)}
     assert "fc1_bias is (3, 8) and fc2_bias None; give both, (3, 8) and" in refused(*good, **one)
     short = biases | {"fc2_bias_SD": torch.zeros(3, 7)}

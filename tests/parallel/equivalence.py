@@ -22,8 +22,30 @@ def gathered_from(out: Path, name: str, ranks: int) -> list[dict]:
                 for key, tensor in share[kind].items():
                     assert key not in held or torch.equal(held[key], tensor), f"{key} differs"
                     held[key] = tensor
+        for kind in ("gradients", "weights"):
+            whole[kind] = with_whole_experts(whole[kind])
         joined.append(whole)
     return joined
+
+
+def with_whole_experts(held: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Put the slices of experts, ``NAME|INDEX of COUNT``, together."""
+    slices: dict[str, dict[int, torch.Tensor]] = {}
+    whole = {}
+    for key, tensor in held.items():
+        name, _, part = key.partition("|")
+        if part:
+            slices.setdefault(name, {})[int(part.split()[0])] = tensor
+        else:
+            whole[name] = tensor
+    for name, parts in slices.items():
+        ordered = [parts[index] for index in range(len(parts))]
+        if name.endswith("fc2"):
+            whole[name] = torch.cat(ordered, dim=1)
+        else:  # gate rows, then up rows
+            halves = zip(*(part.chunk(2) for part in ordered), strict=True)
+            whole[name] = torch.cat([torch.cat(half) for half in halves])
+    return whole
 
 
 def differences(actual: dict, expected: dict) -> dict[str, float]:

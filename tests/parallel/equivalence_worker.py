@@ -4,6 +4,9 @@
 
 For each case (name -> overrides) every rank writes OUT/NAME-RANK.pt with loss, gradient norm,
 main gradients before clipping, and weights, each under topology-free keys, for every step.
+
+A case may also have ``until`` (its last step), ``saves`` (a checkpoint after it), ``resumes`` (the
+case whose checkpoint it goes on from) and ``replays`` (the case whose recorded routes it takes).
 """
 
 import json
@@ -20,7 +23,9 @@ from moeyard.moe.models import decoder as decoder_module
 from moeyard.moe.routers.own_code import allow
 from moeyard.moe.routers.routing import count_choices
 from moeyard.moe.routers.topk import TopKRouter
+from moeyard.moe.routes.reader import read_routes
 from moeyard.parallel.dense import replicated
+from moeyard.parallel.dense.gradient_queue import GradientQueue
 from moeyard.parallel.dense.local_part import as_part_of, local_part
 from moeyard.parallel.mesh import build_mesh
 from moeyard.parallel.process import process_group
@@ -29,6 +34,8 @@ from moeyard.training.layer_schedule import LayerSchedule
 from moeyard.training.objectives.next_token import NextTokenObjective
 from moeyard.training.parallelize import parallelize
 from moeyard.training.read_config import read_run_config
+from moeyard.training.routes import RouteRecording, replaying_steps
+from moeyard.training.saves import Saves
 from moeyard.training.setup import build_model, fill_vocabulary
 from moeyard.training.step import TrainStep
 
@@ -62,9 +69,17 @@ class BiasedLayer(MoELayer):
 def fill_biases(decoder) -> None:
     """Give every expert different biases, the same on any rank."""
     for _, layer in decoder.moe_layers():
-        for expert, views in zip(layer.experts.expert_ids, layer.experts.slot_views(), strict=True):
-            for number, part in enumerate(("gate_bias", "up_bias", "down_bias")):
-                views[part].copy_(torch.linspace(-1, 1, len(views[part])) * (expert + number + 1))
+        experts: Experts = layer.experts
+        factors_S1 = torch.tensor(experts.expert_ids).unsqueeze(1) + 1
+        line_F = torch.linspace(-1, 1, layer.d_expert)
+        line_D = torch.linspace(-1, 1, layer.d_model)
+        biases = {
+            "fc1_bias": torch.cat([line_F * factors_S1, line_F * (factors_S1 + 1)], dim=1),
+            "fc2_bias": line_D * (factors_S1 + 2),
+        }
+        for name, bias in biases.items():
+            cut = experts.inner_slice
+            experts.get_parameter(name).data.copy_(bias if cut is None else cut.cut(name, bias))
 
 
 def keyed(decoder, tensor_of) -> dict[str, torch.Tensor]:
@@ -80,8 +95,12 @@ def keyed(decoder, tensor_of) -> dict[str, torch.Tensor]:
             tensor = tensor.full_tensor()
         tensor = tensor.double().clone()
         if isinstance(owner, Experts):
+            cut = owner.inner_slice
+            if cut is not None and not cut.holds(leaf):
+                continue
+            part = "" if cut is None or leaf == "fc2_bias" else f"|{cut.index} of {cut.count}"
             for slot, expert in enumerate(owner.expert_ids):
-                values[f"{owner_name}.{expert}.{leaf}"] = tensor[slot]
+                values[f"{owner_name}.{expert}.{leaf}{part}"] = tensor[slot]
         else:
             values[name] = tensor
     return values
@@ -114,51 +133,90 @@ def state_of_routers(decoder) -> dict[str, torch.Tensor]:
 
 
 def run_case(config_path: Path, out: Path, name: str, case: dict, watch) -> None:
-    overrides = [*case["overrides"], f"run_dir={out}/{name}"]
-    config = read_run_config(config_path, overrides)
-    mesh = build_mesh(config.parallel.ep, config.model.moe.num_experts, watch, 60)
+    run_dir = out / case.get("resumes", name)
+    config = read_run_config(config_path, [*case["overrides"], f"run_dir={run_dir}"])
+    ep, expert_tp = config.parallel.ep, config.parallel.expert_tp
+    mesh = build_mesh(ep, config.model.moe.num_experts, watch, 60, expert_tp=expert_tp)
     if case.get("apart"):  # as on several hosts
-        mesh = replace(mesh, dp_host=None, ep_host=None, edp_host=None)
+        hosts = ("dp_host", "ep_host", "edp_host", "expert_tp_host")
+        mesh = replace(mesh, **dict.fromkeys(hosts))
     data = NextTokenObjective.open_data(config, out / case.get("data", name) / "data", mesh)
     model = fill_vocabulary(config, data.tokenizer)
+    decoder = build_decoder(config, model, data, mesh, case)
+    objective = NextTokenObjective(config, data)
+    parallel = parallelize(config, decoder, objective.module(decoder), mesh)
+    step = TrainStep(config, decoder, objective, parallel, mesh)
+    if case.get("early"):
+        slice_early(step, parallel, mesh)
+    schedule = None
+    if config.parallel.chunks == "auto":
+        schedule = LayerSchedule(config, decoder, mesh, parallel.pipelines)
+    saves = Saves(config, model, run_dir, mesh, data, step.optimizer, step.ownership)
+    first = saves.resume() if "resumes" in case else 0
+    last = case.get("until", STEPS)
+    watched = WatchedSteps(step, decoder, schedule)
+    watched.queue = parallel.engine.queue
+    if config.monitor.routes is not None:
+        run_dir.mkdir(exist_ok=True)
+        watched.recording = RouteRecording(objective, decoder, step, run_dir, mesh, first)
+    if "replays" in case:
+        routes = read_routes(out / case["replays"] / "routes")
+        with replaying_steps(step, decoder, objective, routes):
+            watched.run(first, last)
+    else:
+        watched.run(first, last)
+    if case.get("saves"):
+        saves.save(last, must=True)
+    torch.save(watched.recorded, out / f"{name}-{mesh.rank}.pt")
+    mesh.barrier()
+
+
+def build_decoder(config, model, data, mesh, case: dict):
     decoder_module.MoELayer = BiasedLayer if case.get("biased") else MoELayer
     decoder = build_model(config, model, data, mesh)
     if case.get("biased"):
         fill_biases(decoder)
     if case.get("starved"):
         starve_upper_half(decoder)
-    objective = NextTokenObjective(config, data)
-    parallel = parallelize(config, decoder, objective.module(decoder), mesh)
-    step = TrainStep(config, decoder, objective, parallel, mesh)
-    if case.get("sliced"):
-        slice_early(step, parallel, mesh)
-    schedule = None
-    if config.parallel.chunks == "auto":
-        schedule = LayerSchedule(config, decoder, mesh, parallel.pipelines)
-    recorded = []
-    scale = step.gradients.scale_
+    return decoder
 
-    def record_then_scale(factor):
-        recorded.append({"gradients": keyed(decoder, main_grad_of)})
-        scale(factor)
 
-    step.gradients.scale_ = record_then_scale
-    for index in range(STEPS):
-        result = step.run(index, stop_requested=False)
-        recorded[-1] |= {
-            "loss": result.loss,
-            "balance": result.balance,
-            "grad_norm": result.grad_norm,
-            "counts": result.counts_LE,
-            "weights": keyed(decoder, lambda p: p) | state_of_routers(decoder),
-        }
-        if case.get("sliced") and index == 1:
-            plan_odd_slices(step, parallel.engine.queue)
-        if schedule is not None:
-            recorded[-1]["schedule"] = schedule.record()
-            schedule.after_step(index + 1)
-    torch.save(recorded, out / f"{name}-{mesh.rank}.pt")
-    mesh.barrier()
+class WatchedSteps:
+    """Steps whose gradients and weights are kept."""
+
+    def __init__(self, step: TrainStep, decoder, schedule: LayerSchedule | None) -> None:
+        self.recorded: list[dict] = []
+        self.recording: RouteRecording | None = None
+        self.queue: GradientQueue | None = None
+        """Of gradients that travel early in the third step."""
+        self._step, self._decoder, self._schedule = step, decoder, schedule
+        scale = step.gradients.scale_
+
+        def record_then_scale(factor):
+            self.recorded.append({"gradients": keyed(decoder, main_grad_of)})
+            scale(factor)
+
+        step.gradients.scale_ = record_then_scale
+
+    def run(self, first: int, last: int) -> None:
+        for index in range(first, last):
+            result = self._step.run(index, stop_requested=False)
+            self.recorded[-1] |= {
+                "loss": result.loss,
+                "balance": result.balance,
+                "grad_norm": result.grad_norm,
+                "counts": result.counts_LE,
+                "weights": keyed(self._decoder, lambda p: p) | state_of_routers(self._decoder),
+            }
+            if self.queue is not None and index == 1:
+                plan_odd_slices(self._step, self.queue)
+            if self._schedule is not None:
+                self.recorded[-1]["schedule"] = self._schedule.record()
+                self._schedule.after_step(index + 1)
+            if self.recording is not None:
+                self.recording.step(index + 1, result, {})
+        if self.recording is not None:
+            self.recording.close()
 
 
 def main() -> None:

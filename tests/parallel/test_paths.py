@@ -10,13 +10,18 @@ import pytest
 import torch
 from torch.distributed import ProcessGroup
 
-from moeyard.errors import ConfigError
+from moeyard.errors import ConfigError, DataError
+from moeyard.moe.routes.identity import identity_of
 from moeyard.parallel.experts.lane import Lane
 from moeyard.parallel.experts.open_path import open_path
 from moeyard.parallel.experts.pipelined import Degrees
 from moeyard.parallel.mesh import Mesh
+from moeyard.parallel.planning.plan_file import LayerPlan, PlanFile, write_plan
 from moeyard.training.checkpoints.checkpoint import StoredTensors
+from moeyard.training.data.tokenizer import open_tokenizer
+from moeyard.training.ownership import planned_owners
 from moeyard.training.read_config import read_run_config
+from moeyard.training.setup import fill_vocabulary
 
 from equivalence import EXACT as IN_FP64
 from equivalence import WORKER, differences, gathered_from
@@ -25,6 +30,8 @@ from launch import run, torchrun
 EXACT = [*IN_FP64, "model.num_layers=3"]
 TORCH = [*EXACT, "parallel.backend=torch"]
 BOTH = ["train.accumulation=2", "train.recompute=true"]
+PLANNED = ((1, 0, 0, 0), (0, 1, 1, 1), (1, 1, 0, 0))
+"""The owner of each expert at the start, by layer, where a case has a plan."""
 COPY_BYTES = (3 * 16 * 32 + 2 * 16 + 32) * (8 + 8)
 """Weights, biases and gradients of one expert of the test configuration."""
 LIKE = {
@@ -41,6 +48,16 @@ LIKE = {
         ],
         "biased": True,
     },
+    "limited": {
+        "overrides": [
+            *TORCH,
+            "model.moe.router={kind: topk, k: 2, capacity: {factor: 0.75, drop: probability}}",
+            *BOTH,
+        ],
+    },
+    "biased": {"overrides": [*TORCH, "model.moe.activation=geglu", *BOTH], "biased": True},
+    "router": {"overrides": [*TORCH, "train.parameters=router"], "biased": True},
+    "chosen": {"overrides": [*EXACT, "model.moe.router={kind: expert_choice, k: 2}"]},
     "lora": {"overrides": [*EXACT, "train.parameters=lora", "train.accumulation=2"]},
 }
 """What one process computes."""
@@ -55,12 +72,26 @@ PATHS: dict[str, list[str]] = {
         "parallel.chunks=2",
         "parallel.backward_chunks=8",
     ],
+    "padded": ["parallel.path=padded"],
+    "sliced": ["parallel.ep=2", "parallel.expert_tp=2", "parallel.chunks=2"],
+    "sliced_only": ["parallel.ep=1", "parallel.expert_tp=2"],
+    "sliced_in_four": ["parallel.ep=1", "parallel.expert_tp=4", "parallel.chunks=4"],
+    "sliced_on_nodes": [
+        "parallel.ep=2",
+        "parallel.expert_tp=2",
+        "parallel.path=hierarchical",
+        "parallel.ranks_per_node=2",
+        "parallel.chunks=2",
+        "parallel.backward_chunks=3",
+    ],
+    "sliced_to_all": ["parallel.ep=2", "parallel.expert_tp=2", "parallel.path=all_gather"],
     "copies": ["parallel.copies={experts: 3, when: always}", "parallel.chunks=2"],
     "moved": [
         "parallel.ep=2",
         "parallel.ranks_per_node=1",
         f"parallel.copies={{max_bytes: {2 * COPY_BYTES}, rematerialize: true, reshard_every: 1}}",
         "parallel.copies.when=always",
+        "parallel.copies.plan=PLAN",
     ],
     "few_copies": [
         "parallel.path=hierarchical",
@@ -81,9 +112,12 @@ CASES = [
     ("few_copies", "both"),
     ("moved", "starved"),
     ("moved", "sparsity"),
+    ("padded", "limited"),
+    ("sliced_only", "starved"),
+    ("sliced", "both"),
 ]
 MORE_CASES = [
-    ("chunked", "both"),
+    ("whole", "both"),
     ("gathered", "starved"),
     ("hierarchical", "both"),
     ("pipelined", "plain"),
@@ -95,7 +129,15 @@ MORE_CASES = [
     ("copies", "sparsity"),
     ("few_copies", "varying"),
     ("moved", "both"),
-    ("whole", "plain"),
+    ("padded", "chosen"),
+    ("sliced", "biased"),
+    ("sliced", "varying"),
+    ("sliced", "router"),
+    ("sliced_only", "biased"),
+    ("sliced_in_four", "biased"),
+    ("sliced_on_nodes", "both"),
+    ("sliced_on_nodes", "biased"),
+    ("sliced_to_all", "limited"),
 ]
 """Slow tests."""
 
@@ -120,14 +162,55 @@ def compute(chosen, out, config_file):
         dense = ("ddp", "fsdp")[number % 2]
         ranks = ["parallel.ep=4", f"parallel.dense={dense}"]
         apart = number % 3 == 0  # as on several hosts
-        sliced = apart and dense == "ddp"  # else no gradient waits in a queue
-        if sliced:
+        early = apart and dense == "ddp" and path != "padded"
+        if early:
             ranks.append("parallel.gradient_slices=auto")
         overrides = [*LIKE[like]["overrides"], *ranks, *PATHS[path]]
-        case = {"overrides": overrides, "apart": apart, "sliced": sliced}
+        plan = out / f"{like}-plan.json"
+        write_plan(plan, plan_of(PLANNED, model_of(like, config_file)))
+        overrides = [override.replace("PLAN", str(plan)) for override in overrides]
+        case = {"overrides": overrides, "apart": apart, "early": early}
         cases[f"{like}-{path}"] = LIKE[like] | case
     torchrun(4, WORKER, str(config_file), str(out), json.dumps(cases), timeout=600)
     return out
+
+
+def model_of(like, config_file):
+    config = read_run_config(config_file, LIKE[like]["overrides"])
+    return fill_vocabulary(config, open_tokenizer(config.data.tokenizer))
+
+
+def plan_of(owners_LE, model):
+    """Return a plan for two ranks."""
+    return PlanFile(
+        architecture=identity_of(model).architecture,
+        num_experts=4,
+        ranks=2,
+        ranks_per_node=2,
+        kind="by hand",
+        layers=tuple(
+            LayerPlan(layer=layer, owner=owners_E, holders=tuple((owner,) for owner in owners_E))
+            for layer, owners_E in enumerate(owners_LE)
+        ),
+    )
+
+
+def test_a_plan_that_does_not_fit_the_run_is_refused(tmp_path, config_file):
+    model, other = (model_of(like, config_file) for like in ("starved", "sparsity"))
+    ranks = Mesh(world_size=2, ep_size=2)
+    path = tmp_path / "plan.json"
+    with pytest.raises(DataError, match=r"plan.json cannot be read: No such file"):
+        planned_owners(path, model, ranks)
+    write_plan(path, plan_of(PLANNED, model))
+    owners = [placement.owner_E for placement in planned_owners(path, model, ranks)]
+    assert tuple(owners) == PLANNED
+    with pytest.raises(ConfigError, match=r"a plan for 2 ranks, but there are 4"):
+        planned_owners(path, model, Mesh(world_size=4, ep_size=4))
+    with pytest.raises(ConfigError, match=r"a plan for another model"):
+        planned_owners(path, other, ranks)
+    write_plan(path, plan_of((*PLANNED[:2], (1, 1, 1, 0)), model))
+    with pytest.raises(ConfigError, match=r"gives rank 0 5 experts .* each rank of a run owns 6"):
+        planned_owners(path, model, ranks)
 
 
 @pytest.mark.dist
@@ -153,13 +236,22 @@ def check_equal(out, path, like):
 
 
 @pytest.mark.dist
-def test_experts_really_changed_their_owners(out):
+def test_experts_really_began_as_planned_and_changed_their_owners(out):
     """Otherwise the cases above show nothing."""
     held = [torch.load(out / f"starved-moved-{rank}.pt") for rank in range(4)]
     first, last = (
         [sorted(k for k in steps[number]["weights"] if "experts" in k) for steps in held]
         for number in (0, -1)
     )
+    for rank, keys in enumerate(first):
+        found = {(int(layer), int(e)) for _, layer, _, _, e, _ in (key.split(".") for key in keys)}
+        planned = {
+            (layer, expert)
+            for layer, owners in enumerate(PLANNED)
+            for expert, owner in enumerate(owners)
+            if owner == rank % 2
+        }
+        assert found == planned
     assert first != last and sum(map(len, first)) == sum(map(len, last))
     assert {len(keys) for keys in last} == {len(first[0])}
 

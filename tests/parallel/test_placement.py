@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moeyard.errors import ConfigError
+from moeyard.parallel.planning.copies_record import record_of
 from moeyard.parallel.planning.dispatch import (
     HolderTable,
     expected_loads,
@@ -22,6 +23,15 @@ def random_placement(num_experts, num_ranks, seed):
     return owners.with_holders(
         [draw.sample(ranks, draw.randrange(num_ranks)) for _ in range(num_experts)]
     )
+
+
+def test_a_record_of_copies_counts_them_and_says_how_full_the_fullest_rank_is():
+    moved = Placement.owned(2, [0, 1, 1, 0])
+    copied = moved.with_holders([[1], [], [], []])
+    counts_LE = torch.tensor([[60, 20, 20, 0], [0, 0, 0, 0]])
+    found = record_of([copied, moved], counts_LE, Topology.one_node(2))
+    # Each source keeps its half of expert 0: 30 rows and 70 instead of 60 and 40.
+    assert found == {"number": 1, "moved": 4, "share_without": 1.2, "share": 1.4}
 
 
 @pytest.mark.parametrize(("experts", "ranks"), [(8, 4), (6, 3), (5, 5), (4, 1)])

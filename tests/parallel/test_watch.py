@@ -13,6 +13,7 @@ from moeyard.errors import ConfigError, LostRankError
 from moeyard.parallel.watch import peers as peers_module
 from moeyard.parallel.watch import verdicts, watch
 from moeyard.parallel.watch.link import Link
+from moeyard.parallel.watch.pulse import pulse
 from moeyard.parallel.watch.watch import Watch
 
 TOKEN = "token"
@@ -136,9 +137,11 @@ def test_a_stopped_rank_is_named_after_the_limit_and_not_those_that_live():
     hub.wait_for_all()
     member.wait_for_all()
     try:
-        errors = on_all([hub, member], lambda w: (w.gather(w.rank), wait(w)))
+        with pulse.in_collective("the sum of gradients"):
+            errors = on_all([hub, member], lambda w: (w.gather(w.rank), wait(w)))
         assert len({str(error) for error in errors}) == 1
         assert "rank 2 on far (process 7) fell silent" in str(errors[0])
+        assert "while rank 0 waited in the sum of gradients: it is stopped" in str(errors[0])
     finally:
         link.close()
         member.close()

@@ -46,6 +46,7 @@ ROOMS = {
     "training": [
         ["section"],
         ["optimizer_config", "parallel_config"],
+        ["parallel_check"],
         ["config", "device", "key_check", "phases", "precision", "schedule", "stop"],
         ["layer_shape"],
         ["layer_schedule", "optimizer", "parallelize", "work"],

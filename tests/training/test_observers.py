@@ -46,9 +46,8 @@ def scrape(port) -> dict[str, dict[tuple, float]]:
     samples: dict[str, dict[tuple, float]] = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
-            place = tuple(
-                sample.labels[n] for n in ("layer", "expert", "phase") if n in sample.labels
-            )
+            labels = ("layer", "expert", "phase", "operation", "copies")
+            place = tuple(sample.labels[name] for name in labels if name in sample.labels)
             samples.setdefault(sample.name, {})[place] = sample.value
     return samples
 
@@ -191,6 +190,33 @@ def test_layers_have_their_own_number_and_drops_add_up(config_file):
     assert seen["moeyard_train_expert_load_max_over_mean"] == {("1",): pytest.approx(1.6)}
     assert seen["moeyard_train_experts_idle"] == {("1",): 1}
     assert seen["moeyard_train_phase_seconds_total"] == {("data",): 2.5}
+
+
+def test_the_way_of_rows_and_copies_have_gauges(config_file):
+    observer, port = port_of(config_file)
+    times = {"predicted_s": 0.1, "measured_s": 0.2, "relative_error": -0.5}
+    schedule = {
+        "chunks": 4,
+        "backward_chunks": 2,
+        "r2": {"gather": 0.9},
+        "phases": {"forward": times},
+    }
+    copies = {"number": 7, "moved": 2, "share_without": 1.5, "share": 1.1}
+    try:
+        observer.record({"tokens_per_s": 1.0})
+        assert "moeyard_train_layer_chunks" not in scrape(port)
+        observer.record({"tokens_per_s": 1.0, "schedule": schedule, "copies": copies})
+        seen = scrape(port)
+    finally:
+        observer.close()
+    assert seen["moeyard_train_layer_chunks"] == {("forward",): 4, ("backward",): 2}
+    assert seen["moeyard_train_layer_seconds_predicted"] == {("forward",): 0.1}
+    assert seen["moeyard_train_layer_seconds_measured"] == {("forward",): 0.2}
+    assert seen["moeyard_train_cost_model_r2"] == {("gather",): 0.9}
+    assert seen["moeyard_train_expert_copies"] == {(): 7}
+    assert seen["moeyard_train_experts_moved"] == {(): 2}
+    shares = {("without",): 1.5, ("with",): 1.1}
+    assert seen["moeyard_train_rank_load_max_over_mean"] == shares
 
 
 def test_a_model_with_very_many_experts_exports_layers_only(config_file):

@@ -101,6 +101,34 @@ def test_each_area_lies_between_its_line_and_the_one_below():
     assert areas[0].split() == [*edges[0], "388.0,204.0", "48.0,204.0"]
 
 
+def test_experts_on_ranks_are_shown_where_records_have_them(run):
+    assert "Experts on ranks" not in page_of(run)
+    written = records(run)
+    for number, record in enumerate(written, start=1):
+        times = {"predicted_s": 0.001 * number, "measured_s": 0.002 * number}
+        record["schedule"] = {
+            "path": "hierarchical",
+            "chunks": 4,
+            "backward_chunks": 2,
+            "r2": {"gather": 0.9},
+            "phases": {"forward": times, "backward": times},
+        }
+        record["copies"] = {"number": number, "moved": 0, "share_without": 1.5, "share": 1.1}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in written))
+    page, numbers = page_of(run), list(range(1, 9))
+    chunks = Chart(page, "Chunks of a layer's rows".replace("'", "&#x27;"))
+    assert chunks.values("forward") == pytest.approx([4] * 8, abs=0.01)
+    assert chunks.values("backward") == pytest.approx([2] * 8, abs=0.01)
+    seconds = Chart(page, "Time of a layer")
+    assert seconds.values("backward, measured") == pytest.approx([2 * n for n in numbers], abs=0.01)
+    assert seconds.values("forward, predicted") == pytest.approx(numbers, abs=0.01)
+    assert Chart(page, "Fit of the cost model").values("gather") == pytest.approx([0.9] * 8)
+    shares = Chart(page, "Largest rank's share of rows".replace("'", "&#x27;"))
+    assert shares.values("without copies") == pytest.approx([1.5] * 8, abs=0.01)
+    assert shares.values("with copies") == pytest.approx([1.1] * 8, abs=0.01)
+    assert Chart(page, "Copies of experts").values("copies") == pytest.approx(numbers, abs=0.02)
+
+
 def test_the_heat_map_holds_every_expert_at_every_step(run):
     (text,) = re.findall(r'<script type="application/json">(.*?)</script>', page_of(run))
     facts, written = json.loads(text), records(run)

@@ -77,6 +77,8 @@ def scalars(record: dict[str, Any]) -> dict[str, float]:
         tags[f"phase_seconds/{phase}"] = seconds
     if "schedule" in record:
         tags |= _of_schedule(record["schedule"])
+    for name, value in record.get("copies", {}).items():
+        tags[f"expert_copies/{name}"] = value
     for layer, load in zip(record["moe_layers"], record["load"], strict=True):
         for name, value in load.items():
             tags[f"expert_load_{name}/layer_{layer}"] = value

@@ -36,8 +36,18 @@ LAST_VALUES = {
     "grad_norm": "Global gradient norm before clipping",
     "eval_loss": "Nats per held-out token",
     "tokens_per_second": "Of the last logged step",
+    "expert_copies": "Copies of experts on all ranks and in all layers, last logged step",
+    "experts_moved": "Experts with another owner than the first one, all layers",
 }
 """Gauges and their help."""
+LABELLED_VALUES = {
+    "layer_chunks": ("phase", "Messages into which a layer's rows are cut"),
+    "layer_seconds_predicted": ("phase", "Seconds of a layer by the cost model"),
+    "layer_seconds_measured": ("phase", "Seconds of a layer since the last logged step"),
+    "cost_model_r2": ("operation", "Fit of the cost model; 1 is exact"),
+    "rank_load_max_over_mean": ("copies", "Rows of the fullest rank over the mean, last step"),
+}
+"""Gauges with a label: its name, and their help."""
 
 disable_created_metrics()  # a second series per counter that nothing here reads
 
@@ -84,6 +94,24 @@ class PrometheusPort(Observer):
         self._last.set("tokens_per_second", record["tokens_per_s"])
         if "eval_loss" in record:
             self._last.set("eval_loss", record["eval_loss"])
+        if "schedule" in record:
+            self._schedule(record["schedule"])
+        if "copies" in record:
+            copies = record["copies"]
+            self._last.set("expert_copies", copies["number"])
+            self._last.set("experts_moved", copies["moved"])
+            self._last.set_labelled("rank_load_max_over_mean", "without", copies["share_without"])
+            self._last.set_labelled("rank_load_max_over_mean", "with", copies["share"])
+
+    def _schedule(self, schedule: dict[str, Any]) -> None:
+        last = self._last
+        last.set_labelled("layer_chunks", "forward", schedule["chunks"])
+        last.set_labelled("layer_chunks", "backward", schedule["backward_chunks"])
+        for phase, compared in schedule["phases"].items():
+            last.set_labelled("layer_seconds_predicted", phase, compared["predicted_s"])
+            last.set_labelled("layer_seconds_measured", phase, compared["measured_s"])
+        for operation, r2 in schedule["r2"].items():
+            last.set_labelled("cost_model_r2", operation, r2)
 
     def close(self) -> None:
         """Stop listening."""
@@ -97,16 +125,28 @@ class LastValues(Collector):
 
     def __init__(self) -> None:
         self._values: dict[str, float] = {}
+        self._labelled: dict[str, dict[str, float]] = {}
 
     def set(self, name: str, value: float) -> None:
         """Show ``value`` as ``moeyard_train_NAME`` from now on."""
         assert name in LAST_VALUES, name
         self._values[name] = value
 
+    def set_labelled(self, name: str, label: str, value: float) -> None:
+        """Show ``value`` as ``moeyard_train_NAME{...="label"}`` from now on."""
+        assert name in LABELLED_VALUES, name
+        self._labelled[name] = {**self._labelled.get(name, {}), label: value}  # read by a thread
+
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """Yield what has a value."""
         for name, value in list(self._values.items()):
             yield GaugeMetricFamily(f"moeyard_train_{name}", LAST_VALUES[name], value=value)
+        for name, values in list(self._labelled.items()):
+            label, text = LABELLED_VALUES[name]
+            family = GaugeMetricFamily(f"moeyard_train_{name}", text, labels=[label])
+            for place, value in values.items():
+                family.add_metric([place], value)
+            yield family
 
 
 class ProgressCollector(Collector):

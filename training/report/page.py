@@ -24,6 +24,7 @@ from .charts import (
 )
 from .heat import heat_map
 from .look import SCRIPT, STYLE
+from .ranks import rank_charts
 from .read import Run, read_run
 
 MAX_LAYER_LINES = 8
@@ -59,7 +60,7 @@ style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:">
 <style>{STYLE}</style></head><body><main>
 <h1>{escape(run.name)}</h1>{_notes(run)}{facts(run)}
 <h2>Curves</h2><div class="charts">{_learning(run)}{_imbalance(run)}{_time(run)}</div>
-{_load(run)}
+{_ranks(run)}{_load(run)}
 <details><summary>config.yaml</summary><pre>{escape(run.config_text)}</pre></details>
 </main><script>{SCRIPT.replace("BOX", box)}</script></body></html>
 """
@@ -137,6 +138,11 @@ def _time(run: Run) -> str:
             stacked_chart("Where a step's time goes", "ms per step, rank 0", steps, layers, marks)
         )
     return "".join(charts)
+
+
+def _ranks(run: Run) -> str:
+    charts = rank_charts(run, _marks(run))
+    return f'<h2>Experts on ranks</h2><div class="charts">{charts}</div>' if charts else ""
 
 
 def _load(run: Run) -> str:

@@ -18,6 +18,8 @@ from ..run.starts import STARTS
 FRAME_BYTES = 600_000
 """Budget of the heat map: one byte for each layer, expert and moment that is kept."""
 MAX_FRAMES = 120
+NESTED = ("schedule", "copies")
+"""Parts of a record whose numbers the page shows as curves."""
 
 Point = tuple[float, float]
 
@@ -32,7 +34,8 @@ class Run:
     starts: list[dict[str, Any]]
     last_checkpoint: str | None
     series: dict[str, list[Point]] = field(default_factory=dict)
-    """(step, value) of every finite number at the top level of a record."""
+    """(step, value) of every finite number at the top level of a record, and below ``schedule``
+    and ``copies``: ``schedule/phases/forward/measured_s``."""
     phases: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     imbalance: list[tuple[int, list[float]]] = field(default_factory=list)
     """Step, and max/mean of each MoE layer."""
@@ -102,9 +105,8 @@ def _read_records(run: Run, path: Path) -> None:
 def _add(run: Run, step: int, record: dict[str, Any], number: int, num_lines: int) -> None:
     run.num_records += 1
     run.last = record
-    for key, value in record.items():
-        if isinstance(value, int | float) and math.isfinite(value):
-            run.series.setdefault(key, []).append((step, value))
+    for key, value in _numbers(record):
+        run.series.setdefault(key, []).append((step, value))
     if "phases_s" in record:
         run.phases.append((step, record["phases_s"]))
     if record.get("load"):
@@ -113,6 +115,14 @@ def _add(run: Run, step: int, record: dict[str, Any], number: int, num_lines: in
         stride = _stride(num_lines, sum(map(len, counts_LE)))
         if (number - 1) % stride == 0 or number == num_lines:
             run.frames.append((step, counts_LE))
+
+
+def _numbers(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for key, value in values.items():
+        if isinstance(value, int | float) and math.isfinite(value):
+            yield prefix + key, value
+        elif isinstance(value, dict) and (prefix or key in NESTED):
+            yield from _numbers(value, f"{prefix}{key}/")
 
 
 def _stride(num_lines: int, cells: int) -> int:

@@ -26,6 +26,7 @@ def note_start(run_dir: Path, step: int, config: RunConfig, decoder: Decoder, me
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "ranks": mesh.world_size,
         "ep": mesh.ep_size,
+        "expert_tp": mesh.expert_tp_size,
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "precision": config.train.precision,
@@ -43,7 +44,9 @@ def count_parameters(decoder: Decoder, mesh: Mesh) -> dict[str, int]:
     dense, experts = 0, 0
     for name, parameter in decoder.named_parameters():
         if name in expert_names:
-            experts += parameter.numel() * mesh.ep_size
+            # Each slice of the inner width comes with the whole of this bias, but only one trains.
+            slices = 1 if name.endswith("fc2_bias") else mesh.expert_tp_size
+            experts += parameter.numel() * mesh.ep_size * slices
         else:
             dense += parameter.numel()
     moe = decoder.config.moe
