@@ -52,8 +52,9 @@ def measure(settings: dict, chunks: int, mesh: Mesh) -> dict:
         runs["slices"].step()
     seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
     for number in range(settings["unmeasured"] + settings["steps"]):
-        for arm, run in runs.items():
-            elapsed = run.step()
+        first = number % len(ARMS)  # so that no arm always follows the same one
+        for arm in (*ARMS[first:], *ARMS[:first]):
+            elapsed = runs[arm].step()
             if number >= settings["unmeasured"]:
                 seconds[arm].append(elapsed)
     return {
