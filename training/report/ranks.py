@@ -21,7 +21,7 @@ def _schedule(run: Run, marks: list[int]) -> str:
         Line("forward", series["schedule/chunks"], 0),
         Line("backward", series["schedule/backward_chunks"], 1),
     ]
-    times = []
+    times: list[Line] = []
     for phase in PHASES:
         for kind in ("measured", "predicted"):
             points = series.get(f"schedule/phases/{phase}/{kind}_s", [])
