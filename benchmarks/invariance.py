@@ -15,6 +15,7 @@ that replay the routes of one process.
 
 import argparse
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -223,7 +224,8 @@ def run_arms(together: list[tuple[str, str]], work: Path) -> Iterator[tuple[str,
 
 def one_of(mode: str, arm: Arm) -> str:
     """Return the name of the run on one process that an arm is compared with."""
-    return f"one-{mode.split()[0]}-{'-'.join(arm.like) or 'plain'}"
+    like = re.sub(r"\W+", "-", " ".join(arm.like))
+    return f"one-{mode.split()[0]}-{like or 'plain'}"
 
 
 def compare(mode: str, name: str, work: Path) -> dict:
