@@ -10,7 +10,7 @@ same weights and rows in fp32; the answer is one process's in fp64.
 - Check: loss, norm, the update of one SGD step without clipping (the gradient), and with clipping.
 - Timing: a step of forward, backward, clipping and SGD at a larger size, the same FLOPs for all.
   All systems of a cell are started, and then take turns for a few steps each. The ratio is the
-  median of the rounds' ratios of their seconds to ours.
+  median of the rounds' ratios of their seconds to ours in the same type.
 
 A system runs in the Python that ``--python NAME=PATH`` names; one without is left out.
 ``--install FOLDER`` makes those Pythons in FOLDER from the package index.
@@ -54,10 +54,11 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--timeout", type=float, default=120, metavar="S")
     arguments = parser.parse_args()
-    pythons = {"ours": sys.executable, **dict(part.split("=", 1) for part in arguments.python)}
+    given = dict(part.split("=", 1) for part in arguments.python)
+    pythons = {"ours": sys.executable} | {n: str(Path(p).absolute()) for n, p in given.items()}
     if arguments.install is not None:
         pythons |= install(arguments.install)
-    peers = [peer for peer in PEERS if peer.file in pythons]
+    peers = [peer for peer in PEERS if peer.python_name in pythons]
     if arguments.only:
         peers = [peer for peer in peers if {peer.title, peer.file} & {*arguments.only}]
     figures: dict = {"systems": [peer.title for peer in peers], "large": LARGE}
@@ -164,11 +165,11 @@ def time_all(
             for ep, load in cells:
                 case = {"problem": str(path), "load": load, "ep": ep}
                 here = {p: system for p, system in running.items() if p.can(ranks, ep)}
-                seconds = time_cell(here, case, arguments)
-                cell = {"ranks": ranks, "ep": ep, "load": load, "seconds": seconds}
+                turns = time_cell(here, case, arguments)
+                cell = {"ranks": ranks, "ep": ep, "load": load, "turns": turns}
                 print("\n".join(timing_lines(cell)), flush=True)
                 yield cell
-                running = {p: s for p, s in running.items() if p not in here or p.title in seconds}
+                running = {p: s for p, s in running.items() if p not in here or p.title in turns}
         finally:
             for system in running.values():
                 system.close()
@@ -176,9 +177,9 @@ def time_all(
 
 def time_cell(
     running: dict[Peer, Ranks], case: dict[str, Any], arguments: argparse.Namespace
-) -> dict[str, list[float]]:
-    """Return each system's seconds of a step in every round; one that fails has no more turns."""
-    seconds: dict[str, list[float]] = {}
+) -> dict[str, list[dict]]:
+    """Return what each system took in every round; one that fails has no more turns."""
+    turns: dict[str, list[dict]] = {}
     for number in range(-1, arguments.rounds):
         peers = list(running)
         first = number % len(peers)
@@ -186,33 +187,36 @@ def time_cell(
             try:
                 if number < 0:
                     running[peer].ask(arguments.timeout, do="build", **case)
-                    seconds[peer.title] = []
+                    turns[peer.title] = []
                 else:
                     found = running[peer].ask(arguments.timeout, do="steps", count=arguments.steps)
-                    seconds[peer.title].append(found["seconds"])
+                    turns[peer.title].append(found)
             except MoeyardError as error:
                 print(f"left out: {error}", flush=True)
                 running.pop(peer).close()
-                seconds.pop(peer.title, None)
-    return {peer.title: seconds[peer.title] for peer in running}
+                turns.pop(peer.title, None)
+    return {peer.title: turns[peer.title] for peer in running}
 
 
 def timing_lines(cell: dict) -> Iterator[str]:
     """Yield a line for each system, and add figures to the cell."""
     yield f"{cell['ranks']} processes, EP {cell['ep']}, {cell['load']}"
-    ours = cell["seconds"]["moeyard"]
-    cell["figures"] = {}
-    for name, seconds in cell["seconds"].items():
-        median = statistics.median(seconds)
-        ratios = [theirs / our for theirs, our in zip(seconds, ours, strict=True)]
+    figures = cell["figures"] = {}
+    rivals = {peer.title: peer.rival for peer in PEERS}
+    for name, turns in cell["turns"].items():
+        ours = cell["turns"].get(rivals[name], cell["turns"]["moeyard"])
+        median = statistics.median(turn["seconds"] for turn in turns)
+        pairs = list(zip(turns, ours, strict=True))
+        ratios = [theirs["seconds"] / our["seconds"] for theirs, our in pairs]
+        cpu = statistics.median(t["cpu_seconds"] / our["cpu_seconds"] for t, our in pairs)
         ratio = statistics.median(ratios)
-        cell["figures"][name] = {"median_s": median, "ratio": ratio, "ratios": ratios}
-        rates = LARGE["tokens"] / median, flops(LARGE) / median / 1e9
+        figures[name] = {"median_s": median, "ratio": ratio, "ratios": ratios, "cpu_ratio": cpu}
         yield (
-            f"  {name:20} {median * 1e3:8.1f} ms  {rates[0]:8.0f} tokens/s  "
-            f"{rates[1]:6.1f} GFLOP/s  moeyard x{ratio:5.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+            f"  {name:18} {median * 1e3:7.1f} ms  {LARGE['tokens'] / median:7.0f} tokens/s  "
+            f"{flops(LARGE) / median / 1e9:6.1f} GFLOP/s  ours x{ratio:5.2f} "
+            f"({min(ratios):.2f}-{max(ratios):.2f}), in CPU time x{cpu:.2f}"
         )
-    theirs = {n: f["ratio"] for n, f in cell["figures"].items() if not n.startswith("moeyard")}
+    theirs = {n: f["ratio"] for n, f in figures.items() if not n.startswith("moeyard")}
     if theirs:
         best = min(theirs, key=lambda name: theirs[name])
         cell["best"], cell["over_best"] = best, theirs[best]

@@ -116,7 +116,7 @@ def serve(build: Build) -> None:
                 system.step()
         else:
             assert system is not None
-            answer = {"seconds": _time(system, command["count"])}
+            answer = _time(system, command["count"])
         if dist.get_rank() == 0:
             print(MARK + json.dumps(answer), flush=True)
 
@@ -135,14 +135,17 @@ def _load(command: dict[str, Any], clip: float | None) -> Problem:
     )
 
 
-def _time(system: System, count: int) -> float:
-    """Return the seconds of a step, until the slowest rank is done."""
+def _time(system: System, count: int) -> dict[str, float]:
+    """Return the seconds of a step, until the slowest rank is done, and the CPU time of all."""
     dist.barrier()
-    began = time.perf_counter()
+    began, began_cpu = time.perf_counter(), time.process_time()
     for _ in range(count):
         system.step()
+    cpu = torch.tensor([time.process_time() - began_cpu], dtype=torch.float64)
     dist.barrier()
-    return (time.perf_counter() - began) / count
+    seconds = (time.perf_counter() - began) / count
+    dist.all_reduce(cpu)
+    return {"seconds": seconds, "cpu_seconds": float(cpu) / count}
 
 
 def _check(build: Build, command: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""A rank of benchmarks/peers_parity.py: moeyard. ``python peers_parity_ours.py [sockets]``."""
+"""A rank of benchmarks/peers_parity.py: moeyard. ``python peers_parity_ours.py [sockets | bf16]``.
+
+``sockets``: no memory shared by ranks. ``bf16``: the layer under autocast, as torchtitan has it.
+"""
 
 import dataclasses
 import os
@@ -25,22 +28,24 @@ LIMIT_S = 300
 class _Output(nn.Module):
     """The layer without its routing."""
 
-    def __init__(self, layer: MoELayer) -> None:
+    def __init__(self, layer: MoELayer, in_bf16: bool) -> None:
         super().__init__()
         self.layer = layer
+        self._in_bf16 = in_bf16
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        y_TD: Tensor = self.layer(x_TD)[0]
-        return y_TD
+        with torch.autocast("cpu", torch.bfloat16, enabled=self._in_bf16):
+            y_TD: Tensor = self.layer(x_TD)[0]
+        return y_TD.to(x_TD.dtype)
 
 
 class Ours:
     """MoELayer, its expert path and main gradients, as a run puts them together."""
 
-    def __init__(self, problem: Problem, ep: int, over_sockets: bool) -> None:
+    def __init__(self, problem: Problem, ep: int, option: str) -> None:
         sizes = problem.sizes
         mesh = build_mesh(ep, sizes["experts"], None, LIMIT_S)
-        if over_sockets:
+        if option == "sockets":
             mesh = dataclasses.replace(mesh, dp_host=None, ep_host=None, edp_host=None)
         self._ids = mesh.local_experts(sizes["experts"])
         self._layer = MoELayer(
@@ -58,7 +63,7 @@ class Ours:
             self._layer.path = open_path(
                 "all_to_all", Degrees(), sizes["experts"], mesh, ep, LIMIT_S
             )
-        self._model = Block(problem, _Output(self._layer))
+        self._model = Block(problem, _Output(self._layer, option == "bf16"))
         self._problem = problem
         self._engine = open_engine("ddp", mesh)
         self._engine.place(self._model, torch.device("cpu"))
@@ -101,4 +106,4 @@ if __name__ == "__main__":
     os.environ.setdefault("TORCHELASTIC_RUN_ID", "peers")
     keep_freed_memory()
     with process_group(LIMIT_S):
-        serve(lambda problem, ep: Ours(problem, ep, over_sockets="sockets" in sys.argv))
+        serve(lambda problem, ep: Ours(problem, ep, sys.argv[1]))

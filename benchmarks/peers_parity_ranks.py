@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from peers_parity_case import MARK
+
 from moeyard.errors import MoeyardError
 
 HERE = Path(__file__).parent
-MARK = "@@ "
 ENDS_S = 20.0
 
 
@@ -35,7 +36,7 @@ class Ranks:
             self._processes.append(
                 subprocess.Popen(
                     list(command),
-                    env=_environment(rank, num_ranks, port),
+                    env=_environment(command[0], rank, num_ranks, port),
                     cwd=HERE,
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
@@ -108,7 +109,7 @@ class Ranks:
             errors.close()
 
 
-def _environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
+def _environment(python: str, rank: int, num_ranks: int, port: int) -> dict[str, str]:
     python_path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
     return {
         **os.environ,
@@ -123,5 +124,6 @@ def _environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
-        "TOKENIZERS_PARALLELISM": "false",
+        # What a system compiles at its first start: systems must not wait for each other's.
+        "TORCH_EXTENSIONS_DIR": str(Path(python).parent.parent / "torch_extensions"),
     }
