@@ -49,8 +49,9 @@ def _commit() -> str:
 
 
 def _without_folders(argument: str) -> str:
-    """Keep a machine's own paths out of the results."""
-    return Path(argument).name if Path(argument).is_absolute() else argument
+    """Keep a machine's own paths out of the results, also behind a name: ``NAME=PATH``."""
+    name, sign, value = argument.rpartition("=")
+    return f"{name}{sign}{Path(value).name}" if Path(value).is_absolute() else argument
 
 
 def write_results(name: str, figures: dict[str, Any]) -> Path:
