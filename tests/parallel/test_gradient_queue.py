@@ -57,7 +57,7 @@ def broken_at_start(_: torch.Tensor) -> Broken:
 def test_slices_are_summed_in_order_and_every_number_once(plan):
     sums, lane = Sums(), Lane("test")
     queue = GradientQueue(sums)
-    queue.way, queue.plan = "planned", plan
+    queue.way, queue.plan = ("planned" if plan else "at the end"), plan
     made = gradients()
     with queue.sends_all():
         for number in range(2):
@@ -129,7 +129,7 @@ def test_a_plan_that_asks_for_gradients_that_are_not_there_ends_the_step():
 @pytest.mark.parametrize("plan", [(20,), ()])
 def test_an_error_of_a_slice_ends_the_step(plan, all_reduce):
     queue, lane = GradientQueue(all_reduce), Lane("test")
-    queue.way, queue.plan = "planned", plan
+    queue.way, queue.plan = ("planned" if plan else "at the end"), plan
     with pytest.raises(RuntimeError, match="a rank is gone"), queue.sends_all():
         queue.add(gradients())
         queue.send_planned(lane.submit)
