@@ -9,13 +9,10 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import distributed
 
 import moeyard
 from moeyard.moe.layer import MoELayer
@@ -31,7 +28,9 @@ from skew import experts_of
 
 LIMIT_S = 120
 CPU = torch.device("cpu")
-ARMS = ("at the end", "ddp", "ddp, 1 MB buckets", "slices")
+ARMS = ("at the end", "ddp", "at once", "slices", "auto")
+QUEUED = {"at the end": "at the end", "at once": "at once", "slices": "planned"}
+"""What the queue is told; ``auto`` chooses after it has tried."""
 
 
 def main() -> None:
@@ -48,8 +47,10 @@ def main() -> None:
 def measure(settings: dict, chunks: int, mesh: Mesh) -> dict:
     """Return the seconds of every step of every arm, interleaved."""
     runs = {arm: Run(settings, chunks, mesh, arm) for arm in ARMS}
-    while runs["slices"].is_measuring():
-        runs["slices"].step()
+    for arm in ("slices", "auto"):
+        while runs[arm].is_measuring():
+            runs[arm].step()
+    runs["slices"].keep()
     seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
     for number in range(settings["unmeasured"] + settings["steps"]):
         first = number % len(ARMS)  # so that no arm always follows the same one
@@ -61,6 +62,7 @@ def measure(settings: dict, chunks: int, mesh: Mesh) -> dict:
         "seconds": seconds,
         "gradient_bytes": runs["slices"].gradient_bytes,
         "slices": runs["slices"].plan(),
+        "auto": runs["auto"].plan()["way"],
     }
 
 
@@ -102,7 +104,7 @@ class Run:
     def __init__(self, settings: dict, chunks: int, mesh: Mesh, arm: str) -> None:
         torch.manual_seed(0)
         self._mesh = mesh
-        is_queued = arm in ("at the end", "slices")
+        is_queued = arm != "ddp"
         blocks = [Block(settings, mesh, number) for number in range(settings["blocks"])]
         model = nn.Sequential(*blocks)
         path = open_path(
@@ -117,12 +119,14 @@ class Run:
         for block in blocks:
             block.moe.path = path
         self._engine = Replicated(mesh, has_queue=is_queued)
-        with bucket_size(arm):
-            self._wrapped = self._engine.wrap(model, model, torch.float32, CPU)
-        self._slices = None
-        if arm == "slices":
+        self._wrapped = self._engine.wrap(model, model, torch.float32, CPU)
+        self._slices, self._is_kept = None, False
+        if arm in ("slices", "auto"):
             assert self._engine.queue is not None and isinstance(path, PipelinedPath)
             self._slices = GradientSlices(self._engine.queue, [path], mesh, CPU)
+        elif is_queued:
+            assert self._engine.queue is not None
+            self._engine.queue.way = QUEUED[arm]
         self._x_TD = torch.randn(settings["tokens"], settings["width"], requires_grad=True)
 
     @property
@@ -130,14 +134,22 @@ class Run:
         return sum(parameter.nbytes for parameter in self._engine.gradients.dense)
 
     def is_measuring(self) -> bool:
-        """Whether there is a plan to make, and none yet."""
-        return self._slices is not None and self._slices.partition is None
+        """Whether the way to send gradients is not chosen yet."""
+        assert self._slices is not None
+        return self._slices.trials is None or self._slices.trials.best is None
+
+    def keep(self) -> None:
+        """Send as planned from now on, whatever was faster."""
+        assert self._engine.queue is not None
+        self._engine.queue.way, self._is_kept = "planned", True
 
     def plan(self) -> dict:
         """Return where slices travel, and what the plan expects of backward."""
         assert self._slices is not None and self._slices.partition is not None
+        assert self._engine.queue is not None
         stages = self._slices.stages
         return self._slices.record() | {
+            "way": self._engine.queue.way,
             "predicted_s": self._slices.partition.seconds,
             "moe_s": [stage.options[0].seconds for stage in stages[1::2]],
             "link_s": [stage.options[0].busy_s for stage in stages[1::2]],
@@ -153,21 +165,9 @@ class Run:
         self._engine.backward(self._wrapped(self._x_TD).mean())
         elapsed = torch.tensor([time.perf_counter() - began], dtype=torch.float64)
         dist.all_reduce(elapsed, op=dist.ReduceOp.MAX)
-        if self._slices is not None:
+        if self._slices is not None and not self._is_kept:
             self._slices.after_step()
         return float(elapsed)
-
-
-@contextmanager
-def bucket_size(arm: str) -> Iterator[None]:
-    """Let DDP make buckets of 1 MB where the arm says so, as the queue asks it to; else of 25."""
-    given = distributed._DEFAULT_BUCKET_CAP_MB
-    if arm.endswith("1 MB buckets"):
-        distributed._DEFAULT_BUCKET_CAP_MB = 1
-    try:
-        yield
-    finally:
-        distributed._DEFAULT_BUCKET_CAP_MB = given
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Dense gradients wait in a queue, and travel in the slices that a plan asks for.
 
 FSMoE (Pan et al. 2025): the link between nodes has free time while MoE layers run backward. A plan
-(planning/gradient_partition.py) says how many bytes to send at each of these times.
+(planning/gradient_partition.py) says how many bytes to send at each of these times. The queue can
+also send each of DDP's buckets at once, as DDP does, or everything at the end.
 
 A slice starts when the rows before it have arrived. Rows after it do not wait for it: if it is
 still on its way, they share the link. So a rank that is late delays only what needs it.
@@ -13,8 +14,8 @@ never on how fast a rank is:
   over its buckets in one order, which rank 0 has told the others.
 - A time to send is a place in that order: the same gradients wait there in every step. A plan asks
   for no more of them. If fewer are there, it is a bug, and the step ends instead of waiting.
-- One thread starts all slices of a backward, the lane of the link. Nothing else uses the group of
-  the sums until backward has ended.
+- One thread starts all slices of a backward: the lane of the link, or backward's own where they
+  are sent at once. Nothing else uses the group of the sums until backward has ended.
 """
 
 import time
@@ -24,10 +25,13 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
+
+Way = Literal["at the end", "at once", "planned"]
+"""When gradients are sent."""
 
 
 class Work(Protocol):
@@ -65,17 +69,22 @@ class GradientQueue:
     """
 
     def __init__(self, all_reduce: Callable[[Tensor], Work]) -> None:
+        self.way: Way = "at the end"
+        """May change between steps, to the same on all ranks."""
         self.plan: Sequence[int] = ()
-        """Bytes to send at each call of :meth:`send_planned` in a backward; none = all at its end.
-        The same on all ranks."""
+        """Bytes to send at each call of :meth:`send_planned` in a planned backward, and the rest at
+        its end. The same on all ranks."""
         self.is_open = False
         """Whether a backward runs whose gradients are summed."""
         self.queued_bytes = 0
         """What has been added in this backward, or in the last one."""
         self.complete_at_s = 0.0
         """When backward had made all gradients, by ``time.perf_counter``."""
+        self.backward_s = 0.0
+        """Seconds of the last backward, until all sums were there."""
         self._all_reduce = all_reduce
         self._waiting: deque[Tensor] = deque()
+        self._started: list[Slice] = []
         self._travelling: list[Future[Slice]] = []
         self._number = 0
         """Calls of :meth:`send_planned` in this backward."""
@@ -86,19 +95,21 @@ class GradientQueue:
 
         An error of a slice is raised here.
         """
-        self._waiting.clear()
-        self._travelling.clear()
+        for found in (self._waiting, self._started, self._travelling):
+            found.clear()
+        began_s = time.perf_counter()
         self.is_open, self._number, self.queued_bytes = True, 0, 0
         try:
             yield
         finally:
             self.is_open = False
         self.complete_at_s = time.perf_counter()
-        slices = [future.result() for future in self._travelling]
+        slices = [*self._started, *(future.result() for future in self._travelling)]
         if self._waiting:
             slices.append(self._start(list(self._waiting)))
         for one in slices:
             one.finish()
+        self.backward_s = time.perf_counter() - began_s
 
     def add(self, gradients: Sequence[Tensor]) -> None:
         """Queue gradients, contiguous and of one type. They stay as they are until they are summed.
@@ -106,12 +117,15 @@ class GradientQueue:
         The caller adds nothing to them after this.
         """
         parts = [gradient.view(-1) for gradient in gradients]
-        self._waiting += parts
         self.queued_bytes += sum(part.nbytes for part in parts)
+        if self.way == "at once":
+            self._started.append(self._start(parts))
+        else:
+            self._waiting += parts
 
     def send_planned(self, submit: Submit) -> None:
         """Submit the next slice of the plan, if a backward runs that sums gradients."""
-        if not self.is_open or not self.plan:
+        if not self.is_open or self.way != "planned":
             return
         number, self._number = self._number, self._number + 1
         assert number < len(self.plan), "the plan is for another number of layers"

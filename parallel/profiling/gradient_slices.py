@@ -2,7 +2,8 @@
 
 In the first steps all gradients are sent at the end. The clock then tells how long each MoE layer
 and the dense layers below it take, how long the link between nodes has nothing to do meanwhile, and
-which gradients exist. Then the plan is made (planning/gradient_partition.py).
+which gradients exist. Then the plan is made (planning/gradient_partition.py). It takes turns with
+sending every bucket at once, and the faster way stays.
 
 L MoE layers, S steps.
 """
@@ -17,16 +18,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..dense.gradient_queue import GradientQueue
+from ..dense.gradient_queue import GradientQueue, Way
 from ..experts.lane import Lane
 from ..experts.pipelined import Degrees, PipelinedPath
 from ..mesh import Mesh
 from ..planning.cost_model import Linear, fit
 from ..planning.gradient_partition import Option, Partition, Stage, dense_stage, partition
+from ..planning.trials import Trials
 from .layer import GRADIENT_BYTES
 from .links import all_reduce_probe
 from .measure import halvings, measure
 
+WAYS: tuple[Way, ...] = ("at once", "planned")
 UNMEASURED = 2
 """DDP orders its buckets anew after the first step, and the second one warms up."""
 MEASURED = 3
@@ -59,7 +62,8 @@ class _Turn:
 class GradientSlices:
     """Measures and plans for the queue of a run's dense engine; all ranks make the same calls.
 
-    ``paths`` are those that MoE layers may use; they share nothing with other models.
+    The plan must beat sending at once by more than noise. ``paths`` are those that MoE layers may
+    use; they share nothing with other models.
     """
 
     def __init__(
@@ -73,6 +77,8 @@ class GradientSlices:
     ) -> None:
         self.partition: Partition | None = None
         """Of :attr:`stages`; None while steps are measured."""
+        self.trials: Trials[Way] | None = None
+        """Of the plan and of sending at once; None while steps are measured."""
         self.stages: list[Stage] = []
         """The dense layers above the last MoE layer, then that layer, the dense layers below it,
         and so on."""
@@ -93,10 +99,13 @@ class GradientSlices:
         """Count a step; measure again if its MoE layers ran in another way than before."""
         if self._now != self._before:
             self._before, self._seen, self.partition = self._now, 0, None
-            self._queue.plan = ()
+            self.trials, self._queue.way = None, "at the end"
             self._steps.clear()
         elif self.partition is None:
             self._seen += 1
+        if self.trials is not None:
+            self.trials.note(self._queue.backward_s)
+            self._queue.way = self.trials.current
         turns, self._turns = self._turns, []
         if self.partition is None and self._seen >= self._unmeasured and turns:
             self._steps.append(self._times(turns))
@@ -104,11 +113,19 @@ class GradientSlices:
                 self._plan()
 
     def record(self) -> dict[str, int]:
-        """Return the bytes of a step that travel in MoE layers, between them and at the end."""
-        if self.partition is None:
-            return {"moe": 0, "dense": 0, "end": self._queue.queued_bytes}
+        """Return the bytes of the next step that travel at once, in MoE layers, between them and at
+        the end."""
+        way, total = self._queue.way, self._queue.queued_bytes
+        if way != "planned" or self.partition is None:
+            return {
+                "at_once": total if way == "at once" else 0,
+                "moe": 0,
+                "dense": 0,
+                "end": total if way == "at the end" else 0,
+            }
         sent = self.partition.bytes_by_stage
         return {
+            "at_once": 0,
             "moe": sum(sent[1::2]),
             "dense": sum(sent[2::2]),
             "end": self.partition.rest_bytes,
@@ -150,8 +167,7 @@ class GradientSlices:
         """Give the queue the best plan for what was measured."""
         times_S4L = torch.stack(self._steps)
         times_S4L[:, 3] *= -1  # the least that any rank had
-        if self._mesh.dp_group is not None:
-            dist.all_reduce(times_S4L, op=dist.ReduceOp.MAX, group=self._mesh.dp_group)
+        times_S4L = self._largest(times_S4L)
         moe_L, idle_L, dense_L, _ = times_S4L.median(dim=0).values.tolist()
         ready_L = (-times_S4L[:, 3].amax(dim=0)).long().tolist()
         total = self._queue.queued_bytes
@@ -164,6 +180,14 @@ class GradientSlices:
             self.stages.append(dense_stage(dense_s, then - ready))
         self.partition = partition(self.stages, self._all_reduce_line(total))
         self._queue.plan = self.partition.bytes_by_stage[1:]
+        self.trials = Trials(WAYS, self._largest)
+        self._queue.way = self.trials.current
+
+    def _largest(self, seconds: Tensor) -> Tensor:
+        seconds = seconds.clone()
+        if self._mesh.dp_group is not None:
+            dist.all_reduce(seconds, op=dist.ReduceOp.MAX, group=self._mesh.dp_group)
+        return seconds
 
     def _all_reduce_line(self, total: int) -> Linear:
         if self._line is None:

@@ -112,7 +112,8 @@ def main_grad_of(parameter) -> torch.Tensor | None:
 
 
 def slice_early(step, parallel, mesh) -> None:
-    """Plan after the second step, for the third."""
+    """Send at once in the first step, at the end of the second, and as planned in the third."""
+    parallel.engine.queue.way = "at once"
     pipelines = list(parallel.pipelines.values())
     here = torch.device("cpu")
     step.slices = GradientSlices(parallel.engine.queue, pipelines, mesh, here, 1, 1)
@@ -125,7 +126,7 @@ def plan_odd_slices(step, queue) -> None:
         plan.append(waiting // 24 * 8)
         waiting += stage.new_bytes - plan[-1]
     assert plan[0] == 0 and sum(number > 0 for number in plan) > 2
-    queue.plan = plan[1:]
+    queue.way, queue.plan = "planned", plan[1:]
 
 
 def state_of_routers(decoder) -> dict[str, torch.Tensor]:

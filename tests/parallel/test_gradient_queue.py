@@ -57,7 +57,7 @@ def broken_at_start(_: torch.Tensor) -> Broken:
 def test_slices_are_summed_in_order_and_every_number_once(plan):
     sums, lane = Sums(), Lane("test")
     queue = GradientQueue(sums)
-    queue.plan = plan
+    queue.way, queue.plan = ("planned" if plan else "at the end"), plan
     made = gradients()
     with queue.sends_all():
         for number in range(2):
@@ -72,9 +72,24 @@ def test_slices_are_summed_in_order_and_every_number_once(plan):
     assert queue.queued_bytes == 4 * sum(SIZES)
 
 
+def test_every_bucket_can_be_sent_at_once():
+    sums, lane = Sums(), Lane("test")
+    queue = GradientQueue(sums)
+    queue.way = "at once"
+    made = gradients()
+    with queue.sends_all():
+        for number in range(2):
+            queue.add(made[2 * number : 2 * number + 2])
+            assert len(sums.seen) == number + 1
+            queue.send_planned(lane.submit)
+    assert [len(flat) for flat in sums.seen] == [6, 23]
+    assert torch.cat(made).tolist() == [2.0 * x for x in range(1, sum(SIZES) + 1)]
+    assert queue.queued_bytes == 4 * sum(SIZES) and queue.backward_s > 0
+
+
 def test_gradients_of_any_shape_come_back_as_their_sums():
     queue, lane = GradientQueue(Sums()), Lane("test")
-    queue.plan = (16,)
+    queue.way, queue.plan = "planned", (16,)
     matrix, vector = torch.ones(2, 3), torch.ones(2)
     with queue.sends_all():
         queue.add([matrix, vector])
@@ -85,7 +100,7 @@ def test_gradients_of_any_shape_come_back_as_their_sums():
 def test_planned_slices_travel_in_the_lane_while_backward_goes_on():
     sums, lane = Sums(), Lane("test")
     queue = GradientQueue(sums)
-    queue.plan = (20,)
+    queue.way, queue.plan = "planned", (20,)
     with queue.sends_all():
         queue.add(gradients())
         queue.send_planned(lane.submit)
@@ -96,7 +111,7 @@ def test_planned_slices_travel_in_the_lane_while_backward_goes_on():
 def test_a_backward_that_sums_nothing_sends_nothing():
     sums, lane = Sums(), Lane("test")
     queue = GradientQueue(sums)
-    queue.plan = (4,)
+    queue.way, queue.plan = "planned", (4,)
     queue.send_planned(lane.submit)
     lane.run(lambda: None)
     assert not sums.seen
@@ -104,7 +119,7 @@ def test_a_backward_that_sums_nothing_sends_nothing():
 
 def test_a_plan_that_asks_for_gradients_that_are_not_there_ends_the_step():
     queue, lane = GradientQueue(Sums()), Lane("test")
-    queue.plan = (400,)
+    queue.way, queue.plan = "planned", (400,)
     with pytest.raises(AssertionError, match="do not exist yet"), queue.sends_all():
         queue.add(gradients())
         queue.send_planned(lane.submit)
@@ -114,7 +129,7 @@ def test_a_plan_that_asks_for_gradients_that_are_not_there_ends_the_step():
 @pytest.mark.parametrize("plan", [(20,), ()])
 def test_an_error_of_a_slice_ends_the_step(plan, all_reduce):
     queue, lane = GradientQueue(all_reduce), Lane("test")
-    queue.plan = plan
+    queue.way, queue.plan = ("planned" if plan else "at the end"), plan
     with pytest.raises(RuntimeError, match="a rank is gone"), queue.sends_all():
         queue.add(gradients())
         queue.send_planned(lane.submit)
