@@ -86,6 +86,10 @@ class LocalSearch(AroundRouter):
         """Return that of the inner router, and that its experts have another order."""
         return {"kind": self.kind, "router": self.router.architecture()}
 
+    def most_rows(self, num_tokens: int, num_experts: int) -> int | None:
+        """Return None: during the search every row visits every expert."""
+        return None
+
     def problem_with_tensor(self, name: str, tensor: Tensor, num_experts: int) -> str | None:
         """Return what is wrong with the order, or what the inner router says."""
         if name.startswith("router."):
