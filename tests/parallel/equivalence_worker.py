@@ -156,7 +156,7 @@ def run_case(config_path: Path, out: Path, name: str, case: dict, watch) -> None
     first = saves.resume() if "resumes" in case else 0
     last = case.get("until", STEPS)
     watched = WatchedSteps(step, decoder, schedule)
-    watched.queue = parallel.engine.queue
+    watched.queue = parallel.engine.queue if case.get("early") else None
     if config.monitor.routes is not None:
         run_dir.mkdir(exist_ok=True)
         watched.recording = RouteRecording(objective, decoder, step, run_dir, mesh, first)
