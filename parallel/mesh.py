@@ -61,6 +61,12 @@ class Mesh:
             dist.all_reduce(tensor, group=self.dp_group)
         return tensor
 
+    def largest(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the element-wise maximum of ``tensor`` over all ranks, in place."""
+        if self.dp_group is not None:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.dp_group)
+        return tensor
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.dp_group is not None:

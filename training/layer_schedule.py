@@ -7,9 +7,6 @@ one that is fastest stays.
 from collections.abc import Mapping
 from typing import Any
 
-import torch.distributed as dist
-from torch import Tensor
-
 from ..moe.layer import MoELayer
 from ..moe.models.decoder import Decoder
 from ..parallel.experts.materialized_path import MaterializedPath
@@ -83,7 +80,7 @@ class LayerSchedule:
         shared = None if self._is_sharded else layer.shared_expert
         beside_s = measure_beside(self._shape, shared, self._mesh, device())
         model = (self._shape, layer.experts, self._mesh, device())
-        self._trials = Trials(find_candidates(self._paths, *model, beside_s), self._largest)
+        self._trials = Trials(find_candidates(self._paths, *model, beside_s), self._mesh.largest)
         self._use(self._trials.current)
 
     def _use(self, candidate: Candidate) -> None:
@@ -94,12 +91,6 @@ class LayerSchedule:
                 layer.path.pipeline = path
             else:
                 layer.path = path
-
-    def _largest(self, seconds: Tensor) -> Tensor:
-        seconds = seconds.clone()
-        if self._mesh.dp_group is not None:
-            dist.all_reduce(seconds, op=dist.ReduceOp.MAX, group=self._mesh.dp_group)
-        return seconds
 
     def _observe(self, phase: str, seconds: float) -> None:
         self._step_s += seconds

@@ -1,7 +1,7 @@
 """Slices of a tensor that several ranks have, as torch.distributed.checkpoint sees them.
 
-The checkpoint has the whole tensor, whoever wrote which part. DCP asks objects with the three
-methods below (``torch.distributed._checkpointable``) for their parts.
+The checkpoint has the whole tensor. It does not say which rank wrote a part. DCP asks objects with
+the three methods below (``torch.distributed._checkpointable``) for their parts.
 """
 
 from collections.abc import Sequence

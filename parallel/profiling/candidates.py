@@ -10,9 +10,8 @@ from ..experts.open_path import PathKind
 from ..experts.pipelined import PipelinedPath
 from ..mesh import Mesh
 from ..planning.cost_model import CostModel
-from ..planning.even_work import even_work
 from ..planning.pipeline import DEGREES, Degrees, ranked_degrees
-from .layer import LayerShape, measure_layer
+from .layer import LayerShape, even_work_of, measure_layer
 
 NEAR = 1.5
 """What is expected to take longer than this times the best is not tried."""
@@ -48,16 +47,7 @@ def find_candidates(
     for kind, path in paths.items():
         levels = path.levels
         model = measure_layer(shape, levels, experts, mesh, device)
-        work = even_work(
-            shape.tokens,
-            shape.num_experts,
-            shape.num_choices,
-            shape.d_model * shape.dtype.itemsize,
-            ranks=mesh.ep_size,
-            ranks_per_node=levels[1].size if len(levels) > 1 else 1,
-            to_all=levels[0].to_all,
-            beside_s=beside_s,
-        )
+        work = even_work_of(shape, levels, mesh, beside_s)
         degrees = [degree for degree in DEGREES if degree <= max(1, shape.tokens)]
         found += [Candidate(kind, path, d, model) for d in ranked_degrees(model, work, degrees)]
     first = next(iter(paths))

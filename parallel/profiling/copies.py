@@ -10,9 +10,8 @@ from ..experts.materialized import MaterializedExperts
 from ..mesh import Mesh
 from ..planning.calibrate import CopyCosts, link_rows
 from ..planning.cost_model import CostModel, Linear, Sample, fit
-from ..planning.even_work import even_work
 from ..planning.placement import Placement, Topology
-from .layer import LayerShape, measure_layer
+from .layer import LayerShape, even_work_of, measure_layer
 from .measure import Probe, Trial, halvings, measure
 
 
@@ -51,15 +50,7 @@ def measure_copies(
 
 def _links_s(model: CostModel, shape: LayerShape, levels: Sequence[Level], mesh: Mesh) -> float:
     """Return the seconds in which even loads travel, out and back, in forward and in backward."""
-    work = even_work(
-        shape.tokens,
-        shape.num_experts,
-        shape.num_choices,
-        shape.d_model * shape.dtype.itemsize,
-        ranks=mesh.ep_size,
-        ranks_per_node=levels[1].size if len(levels) > 1 else 1,
-        to_all=levels[0].to_all,
-    )
+    work = even_work_of(shape, levels, mesh)
     between = model.dispatch.seconds(work.sent_bytes) + model.combine.seconds(work.sent_bytes)
     inside = model.gather.seconds(work.node_bytes) + model.scatter.seconds(work.node_bytes)
     return 2 * (between + inside)

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ..dense.gradient_queue import GradientQueue, Way
@@ -167,7 +166,7 @@ class GradientSlices:
         """Give the queue the best plan for what was measured."""
         times_S4L = torch.stack(self._steps)
         times_S4L[:, 3] *= -1  # the least that any rank had
-        times_S4L = self._largest(times_S4L)
+        times_S4L = self._mesh.largest(times_S4L)
         moe_L, idle_L, dense_L, _ = times_S4L.median(dim=0).values.tolist()
         ready_L = (-times_S4L[:, 3].amax(dim=0)).long().tolist()
         total = self._queue.queued_bytes
@@ -180,14 +179,8 @@ class GradientSlices:
             self.stages.append(dense_stage(dense_s, then - ready))
         self.partition = partition(self.stages, self._all_reduce_line(total))
         self._queue.plan = self.partition.bytes_by_stage[1:]
-        self.trials = Trials(WAYS, self._largest)
+        self.trials = Trials(WAYS, self._mesh.largest)
         self._queue.way = self.trials.current
-
-    def _largest(self, seconds: Tensor) -> Tensor:
-        seconds = seconds.clone()
-        if self._mesh.dp_group is not None:
-            dist.all_reduce(seconds, op=dist.ReduceOp.MAX, group=self._mesh.dp_group)
-        return seconds
 
     def _all_reduce_line(self, total: int) -> Linear:
         if self._line is None:

@@ -11,6 +11,8 @@ from ...moe.experts.base import LayerExperts
 from ..experts.hop import Level
 from ..mesh import Mesh
 from ..planning.cost_model import CostModel, Operation
+from ..planning.even_work import even_work
+from ..planning.pipeline import LayerWork
 from .contention import measure_contention
 from .experts import expert_probes
 from .links import all_reduce_probe, hop_probes
@@ -30,6 +32,22 @@ class LayerShape:
     num_choices: int
     d_model: int
     dtype: torch.dtype
+
+
+def even_work_of(
+    shape: LayerShape, levels: Sequence[Level], mesh: Mesh, beside_s: float = 0.0
+) -> LayerWork:
+    """Return the work of a rank in a layer whose tokens choose their experts evenly."""
+    return even_work(
+        shape.tokens,
+        shape.num_experts,
+        shape.num_choices,
+        shape.d_model * shape.dtype.itemsize,
+        ranks=mesh.ep_size,
+        ranks_per_node=levels[1].size if len(levels) > 1 else 1,
+        to_all=levels[0].to_all,
+        beside_s=beside_s,
+    )
 
 
 def measure_layer(

@@ -10,7 +10,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
 from ...progress import Progress
 from ..mesh import Mesh
@@ -109,8 +108,5 @@ def timed(run: Run, device: torch.device) -> float:
 
 def slowest(numbers: list[float], mesh: Mesh) -> list[float]:
     """Return the largest of all ranks for each number; every rank must call it."""
-    largest = torch.tensor(numbers, dtype=torch.float64)
-    if mesh.dp_group is not None:
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=mesh.dp_group)
-    found: list[float] = largest.tolist()
+    found: list[float] = mesh.largest(torch.tensor(numbers, dtype=torch.float64)).tolist()
     return found

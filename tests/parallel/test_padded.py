@@ -71,7 +71,7 @@ def test_all_choices_are_computed_and_all_gradients_come_back():
 
 
 def test_no_size_and_no_branch_depends_on_a_choice():
-    """Tensors of the meta device have no values: whoever asks for one gets an error."""
+    """Tensors of the meta device have no values. Code that asks for one gets an error."""
     shapes = [tuple(part.shape) for part in run("meta")]
     assert shapes == [(T, D), (T, D), (T, K), (E,)]
 
