@@ -4,11 +4,11 @@
 
 Two nodes of two ranks (network_bed.py) run a stack of four MoE layers, each after a dense layer,
 forward and backward, with experts over all ranks: without copies, with copies kept for the step,
-and with copies that travel again in backward (12 % of the memory of weights, gradients and
+and with copies that travel again in backward (at most 12 % of the memory of weights, gradients and
 moments). An expert is copied where a step should get faster, by the times of links and experts that
-are measured at the start. Steps are interleaved. The bounds are what even loads would gain if only experts took time,
-the fullest rank's rows over the mean, or only links between nodes: the rows of the busiest one over
-those of even loads. Needs root.
+are measured at the start. Steps are interleaved. The compute bound is what even loads would gain if
+only experts took time: the fullest rank's rows over the mean. The link bound is the same for links
+between nodes: the rows of the busiest one over those of even loads. Needs root.
 """
 
 import argparse
