@@ -3,6 +3,7 @@
 FSMoE (Pan et al. 2025): while the experts compute one chunk of a layer's rows, the next chunk is on
 its way to them and the last one on its way back. Each level of ranks has a lane, and the calling
 thread computes. With two levels, between nodes and inside a node, three resources work at once.
+Where nothing can overlap, the calling thread also sends.
 
 T tokens here, K choices, D model width, C chunks.
 """
@@ -24,7 +25,7 @@ from ...moe.experts.path import Beside
 from ...moe.routers.routing import Routing
 from .gather import gather
 from .hop import Columns, Hop, Level, send, send_back
-from .lane import Lane
+from .lane import DirectLane, Lane
 
 Arriving = Future[list[Columns]]
 """What a message will bring, by chunk."""
@@ -131,9 +132,13 @@ class _Turn:
         self.around_backward = around_backward
         self.shared_TD: Tensor | None = None
         """What ``beside`` returned."""
-        self._levels, self._lanes, self._degrees = levels, path.lanes, path.degrees
+        self._levels, self._degrees, self._observe = levels, path.degrees, path.observe
         self._experts, self._beside = experts, beside
-        self._fill, self._observe = path.fill, path.observe
+        self._fill = None if path.fill is None else partial(path.fill, path.lanes[0])
+        overlaps = self._degrees.chunks > 1 or beside is not None or path.fill is not None
+        self._lanes: Sequence[Lane | DirectLane] = (
+            path.lanes if overlaps else [DirectLane() for _ in levels]
+        )
         self._hops: list[list[Hop]] = []
         """By level and chunk."""
         self._graphs: list[_Graph] = []
@@ -164,12 +169,14 @@ class _Turn:
         grads = [[grad] for grad in grad_TD.tensor_split(self._degrees.chunks)]
         messages = list(self._messages(self._degrees.backward))
         arriving = [self._there(part, grads[part], is_first=False) for part in messages]
-        self._fill_first_lane()
+        if self._fill is not None:
+            self._fill()
         returning = []
         for part, future in zip(messages, arriving, strict=True):
             graphs = zip(self._graphs[part], future.result(), strict=True)
             returning.append(self._back(part, [graph.backward(*grad) for graph, grad in graphs]))
-        self._fill_first_lane()
+        if self._fill is not None:
+            self._fill()
         self._graphs.clear()
         parts = [columns for future in returning for columns in future.result()]
         grad_x_TD, grad_weights_TK = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -180,10 +187,6 @@ class _Turn:
         if self.has_grad and self._observe is not None:
             self._observe(phase, time.perf_counter() - began)
 
-    def _fill_first_lane(self) -> None:
-        if self._fill is not None:
-            self._fill(self._lanes[0])
-
     def _messages(self, degree: int) -> Iterator[slice]:
         """Yield the chunks of each message."""
         width = self._degrees.chunks // degree
@@ -192,10 +195,9 @@ class _Turn:
 
     def _there(self, part: slice, columns: list[Columns], is_first: bool) -> Arriving:
         """Send a message over all levels; the ``is_first`` one is planned on its way."""
-        lanes = self._lanes
-        future = lanes[0].submit(partial(send, self._hops[0][part], columns, is_first))
-        for level in range(1, len(lanes)):
-            future = lanes[level].submit(partial(self._onward, level, part, future, is_first))
+        future = self._lanes[0].submit(partial(send, self._hops[0][part], columns, is_first))
+        for level, lane in enumerate(self._lanes[1:], start=1):
+            future = lane.submit(partial(self._onward, level, part, future, is_first))
         return future
 
     def _onward(self, level: int, part: slice, arriving: Arriving, is_first: bool) -> list[Columns]:
