@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..moe.experts.resident import Experts
-from ..parallel.dense.local_part import as_part_of, local_part
+from ..parallel.dense.local_part import as_part_of, flat_part, local_part, whole_shape
 from ..parallel.experts.sliced_tensor import SlicedTensor
 from .optimizer_config import OptimizerConfig
 
@@ -30,7 +30,7 @@ class MasterAdamW:
                 continue
             master = masters.get(name, local_part(parameter))
             self._pairs.append((name, parameter, master))
-            is_matrix = parameter.ndim > 1 and "embed_tokens" not in name
+            is_matrix = len(whole_shape(parameter)) > 1 and "embed_tokens" not in name
             is_matrix = is_matrix and not name.endswith("bias")  # experts' have two dimensions
             (decayed if is_matrix else others).append(master)
         self._adam = torch.optim.AdamW(
@@ -81,9 +81,13 @@ class MasterAdamW:
             state["step"].fill_(steps)
 
     def restore_parameters(self) -> None:
-        """Copy freshly loaded masters into the parameters."""
+        """Copy freshly loaded masters into the parameters; all ranks call this."""
         for _, parameter, master in self._pairs:
-            _write(parameter, master)
+            part = flat_part(parameter)
+            if part is None:
+                _write(parameter, master)
+            else:
+                part.refresh()
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every master weight, moment and buffer under topology-free keys.
@@ -111,8 +115,10 @@ class MasterAdamW:
             for slot, expert in enumerate(owner.expert_ids):
                 for part in _stored(owner, leaf, tensor[slot]):
                     yield f"{kind}/{owner_name}.{expert}.{leaf}", part
-        else:
-            yield f"{kind}/{name}", as_part_of(parameter, tensor)
+            return
+        here = as_part_of(parameter, tensor)
+        if here is not None:
+            yield f"{kind}/{name}", here
 
 
 def _stored(owner: Experts, leaf: str, tensor: Tensor) -> Iterator[Tensor]:

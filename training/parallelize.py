@@ -22,6 +22,7 @@ from ..parallel.planning.placement import Topology
 from ..parallel.profiling.copies import measure_copies
 from ..parallel.profiling.gradient_slices import GradientSlices
 from .config import RunConfig
+from .deepspeed_settings import deepspeed_settings
 from .device import device, seed_rank
 from .layer_shape import layer_shape
 from .precision import apply_precision
@@ -52,7 +53,8 @@ def parallelize(config: RunConfig, decoder: Decoder, loss: nn.Module, mesh: Mesh
     from here on only router noise draws from it.
     """
     has_slices = config.parallel.gradient_slices is not None
-    engine = open_engine(config.parallel.dense, mesh, has_queue=has_slices)
+    zero = deepspeed_settings(config, mesh.world_size)
+    engine = open_engine(config.parallel.dense, mesh, has_queue=has_slices, deepspeed=zero)
     here, precision = device(), config.train.precision
     freeze(config, decoder)
     engine.place(decoder, here)

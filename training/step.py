@@ -6,6 +6,7 @@ L MoE layers, E experts.
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -67,6 +68,8 @@ class TrainStep:
         self._layers = [index for index, _ in decoder.moe_layers()]
         self._router_weights: list[list[Tensor]] = []
         """Of each micro-batch and MoE layer of the step, to name a layer that broke."""
+        self._grad_norm = 0.0
+        """Of the last step, before clipping."""
         self._device = device()
         self.gradients = parallel.engine.gradients
         self.optimizer = MasterAdamW(decoder, parallel.masters, config.optimizer)
@@ -98,18 +101,8 @@ class TrainStep:
         loss_sum, balance, z, stop = sums.tolist()
         train = self._config.train
         loss = loss_sum / self._objective.divisor(step)
-        grad_norm = self.gradients.norm()
-        if not (torch.isfinite(grad_norm) and torch.isfinite(sums).all()):
-            raise TrainingError(
-                f"step {step + 1} has loss {loss} and gradient norm {float(grad_norm)}"
-                f"{self._broken_router()}, and nothing was updated; lower optimizer.lr or look at "
-                "the data, then start again from the last checkpoint."
-            )
-        self.phases.lap("reduce")
-        clip = self._config.optimizer.clip_norm
-        self.gradients.scale_((clip / (grad_norm + 1e-6)).clamp(max=1.0))
         lr = learning_rate(self._config.optimizer, step, train.steps)
-        self._engine.step(self.optimizer, lr)
+        self._engine.step(self.optimizer, lr, partial(self._clip, step, loss, sums))
         if train.parameters != "lora":  # lora freezes routers
             for router, layer in zip(self._routers, counts, strict=True):
                 router.after_step(layer, counts)
@@ -123,12 +116,24 @@ class TrainStep:
             loss=loss,
             balance=balance,
             z=z,
-            grad_norm=float(grad_norm),
+            grad_norm=self._grad_norm,
             lr=lr,
             counts_LE=stacked(counts),
             dropped_L=tuple(router.dropped(layer) for router, layer in pairs),
             stop_requested=stop > 0,
         )
+
+    def _clip(self, step: int, loss: float, sums: Tensor, grad_norm: Tensor) -> Tensor:
+        """Return by what to multiply gradients of this norm; raise if a number is not finite."""
+        self._grad_norm = float(grad_norm)
+        if not (torch.isfinite(grad_norm) and torch.isfinite(sums).all()):
+            raise TrainingError(
+                f"step {step + 1} has loss {loss} and gradient norm {self._grad_norm}"
+                f"{self._broken_router()}, and nothing was updated; lower optimizer.lr or look at "
+                "the data, then start again from the last checkpoint."
+            )
+        self.phases.lap("reduce")
+        return (self._config.optimizer.clip_norm / (grad_norm + 1e-6)).clamp(max=1.0)
 
     def _broken_router(self) -> str:
         """Say which layer's router was the first to weigh by NaN or infinity, on any rank."""

@@ -7,10 +7,11 @@ from typing import Any
 from ..errors import DataError, Stopped
 from ..files import replace_text
 from ..moe.routers.load import load_statistics
-from ..parallel.dense.local_part import local_part
+from ..parallel.dense.local_part import held_numel
 from ..parallel.mesh import Mesh
 from ..parallel.watch.pulse import pulse
 from .config import RunConfig
+from .deepspeed_settings import deepspeed_settings
 from .layer_schedule import LayerSchedule
 from .objectives.objective import Objective
 from .objectives.table import OBJECTIVES
@@ -41,6 +42,7 @@ class Trainer:
         objective: type[Objective] | None = None,
     ) -> None:
         check_batch(config, mesh)
+        deepspeed_settings(config, mesh.world_size)  # refuses what cannot work
         objective = objective or OBJECTIVES[config.data.format]
         pulse.begin("preparing data")
         self._config = config
@@ -142,7 +144,7 @@ class Trainer:
         note_start(self._run_dir, done, self._config, self.decoder, self._mesh)
 
     def _announce(self, console: TrainingConsole, done: int) -> None:
-        held = [(local_part(p).numel(), p.requires_grad) for p in self.decoder.parameters()]
+        held = [(held_numel(p), p.requires_grad) for p in self.decoder.parameters()]
         console.line(
             event="resumed" if done else "started",
             step=done,

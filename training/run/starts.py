@@ -11,6 +11,7 @@ import torch
 from ... import __version__
 from ...moe.models.decoder import Decoder
 from ...parallel.dense.gradients import expert_parameter_names
+from ...parallel.dense.local_part import whole_shape
 from ...parallel.mesh import Mesh
 from ..config import RunConfig
 
@@ -48,7 +49,7 @@ def count_parameters(decoder: Decoder, mesh: Mesh) -> dict[str, int]:
             slices = 1 if name.endswith("fc2_bias") else mesh.expert_tp_size
             experts += parameter.numel() * mesh.ep_size * slices
         else:
-            dense += parameter.numel()
+            dense += whole_shape(parameter).numel()
     moe = decoder.config.moe
     active = experts * moe.router.k // moe.num_experts if moe is not None else 0
     return {"parameters": dense + experts, "active_parameters": dense + active}
