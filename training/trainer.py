@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError, Stopped
+from ..errors import DataError, LostRankError, Stopped, TrainingError
 from ..files import replace_text
 from ..moe.routers.load import load_statistics
 from ..parallel.dense.local_part import local_part
@@ -73,7 +73,7 @@ class Trainer:
     def run(self) -> None:
         """Train to the last step, or finish the current one when asked to stop; then save."""
         pulse.begin("looking for checkpoints")
-        done = saved = self.saves.resume()
+        done = self.saves.resume()
         observers = self._open_observers(done)
         steps = self._config.train.steps
         console = TrainingConsole(done, steps, is_shown=self._mesh.rank == 0)
@@ -109,7 +109,7 @@ class Trainer:
                 phases.lap("log")
                 is_last = done == steps or result.stop_requested
                 if is_last or done % self._config.checkpoint.every == 0:
-                    saved = done if self.saves.save(done, must=is_last) else saved
+                    self.saves.save(done, must=is_last)
                     phases.lap("checkpoint")
                 if result.stop_requested:
                     console.line(
@@ -120,8 +120,13 @@ class Trainer:
                     )
                     break
         except (Stopped, DataError):  # raised between steps, on all ranks
-            if done != saved:
+            if done != self.saves.saved:
                 self.saves.save(done, must=True)
+            raise
+        except LostRankError:
+            raise  # it cannot take part in the save under way
+        except TrainingError:  # raised on all ranks
+            self.saves.finish()
             raise
         finally:
             pulse.begin("ending")
