@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 
-from ..errors import CheckpointError
+from ..errors import (
+    CheckpointError,
+    DataError,
+    LostRankError,
+    MoeyardError,
+    Stopped,
+    TrainingError,
+)
 from ..moe.config.model import ModelConfig
 from ..parallel.mesh import Mesh
 from ..parallel.watch.pulse import pulse
@@ -87,10 +94,15 @@ class Saves:
         else:
             self._count_success(done)
 
-    def finish(self) -> None:
-        """Wait for the save under way, if any, because the run ends with an error."""
-        with suppress(CheckpointError):  # the warning has been given
-            self.checkpoints.wait()
+    def end(self, done: int, error: MoeyardError) -> None:
+        """Save what can be saved of a run that ends with an error after step ``done``."""
+        if isinstance(error, Stopped | DataError):  # raised between steps, on all ranks
+            if done != self.saved:
+                self.save(done, must=True)
+        elif isinstance(error, TrainingError) and not isinstance(error, LostRankError):
+            # Raised on all ranks, inside a step. They finish the save under way.
+            with suppress(CheckpointError):  # the warning has been given
+                self.checkpoints.wait()
 
     def _end_last(self, due: int, must: bool) -> int | None:
         """Wait for the save under way, if any; return its step if it is written."""

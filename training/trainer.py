@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError, LostRankError, Stopped, TrainingError
+from ..errors import MoeyardError
 from ..files import replace_text
 from ..moe.routers.load import load_statistics
 from ..parallel.dense.local_part import local_part
@@ -119,14 +119,8 @@ class Trainer:
                         advice=f"go on with: moeyard train {self._run_dir}",
                     )
                     break
-        except (Stopped, DataError):  # raised between steps, on all ranks
-            if done != self.saves.saved:
-                self.saves.save(done, must=True)
-            raise
-        except LostRankError:
-            raise  # it cannot take part in the save under way
-        except TrainingError:  # raised on all ranks
-            self.saves.finish()
+        except MoeyardError as error:
+            self.saves.end(done, error)
             raise
         finally:
             pulse.begin("ending")

@@ -45,7 +45,7 @@ ROOMS = {
     ],
     "training": [
         ["section"],
-        ["optimizer_config", "parallel_config"],
+        ["checkpoint_config", "optimizer_config", "parallel_config"],
         ["parallel_check"],
         ["config", "device", "key_check", "phases", "precision", "schedule", "stop"],
         ["layer_shape"],

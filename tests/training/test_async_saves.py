@@ -169,18 +169,18 @@ def test_sigterm_during_a_save_ends_with_that_save_and_one_of_the_last_step(
 
 def test_a_run_that_ends_with_an_error_finishes_the_save_under_way(run, config_file, monkeypatch):
     ending = threading.Event()
-    finish, step = Saves.finish, TrainStep.run
+    end, step = Saves.end, TrainStep.run
 
-    def ends(self):
+    def ends(self, done, error):
         ending.set()
-        finish(self)
+        end(self, done, error)
 
     def breaks(self, number, stop):
         if number == 2:
             raise TrainingError("made up")
         return step(self, number, stop)
 
-    monkeypatch.setattr(Saves, "finish", ends)
+    monkeypatch.setattr(Saves, "end", ends)
     monkeypatch.setattr(TrainStep, "run", breaks)
     before_writes(monkeypatch, lambda number: number == 2 and ending.wait(60))
     assert train(config_file, run) == 1
