@@ -76,9 +76,10 @@ def _run(arguments: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     status = main()
-    if status and is_torchrun_worker():
+    if status:
         # Everything is reported and closed. torch's exit handlers may take seconds on a busy host,
-        # or wait for a stopped rank, while torchrun waits for this process.
+        # or wait for a stopped rank, while torchrun waits for this process. A thread that still
+        # writes a checkpoint would be in their way, too.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from ..dtypes import short_name
 from ..moe.config.model import ModelConfig
 from ..moe.models.lora import LoraTarget
+from .checkpoint_config import CheckpointConfig
 from .optimizers.adamw import AdamWConfig
 from .parallel_check import problem_with_parallel
 from .parallel_config import ParallelConfig
@@ -109,15 +110,6 @@ class LoraConfig(Section):
     """Updates are multiplied by ``alpha / rank``."""
     targets: tuple[LoraTarget, ...] = Field(default=("attention", "experts"), min_length=1)
     """``attention``: all its projections. ``experts``: gate, up and down of the routed experts."""
-
-
-class CheckpointConfig(Section):
-    """Restartable checkpoints."""
-
-    every: int = Field(default=200, ge=1)
-    """Steps between checkpoints; the last step always writes one."""
-    keep: int = Field(default=2, ge=1)
-    """Newest checkpoints kept."""
 
 
 class RoutesConfig(Section):

@@ -45,7 +45,7 @@ ROOMS = {
     ],
     "training": [
         ["section"],
-        ["optimizers", "parallel_config"],
+        ["checkpoint_config", "optimizers", "parallel_config"],
         ["parallel_check"],
         ["config", "device", "key_check", "phases", "precision", "schedule", "stop"],
         ["layer_shape"],

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,11 +50,12 @@ class Launch:
     config: Path
     run_dir: Path
     program: list[str] = field(default_factory=lambda: ["-m", "moeyard.training"])
+    overrides: list[str] = field(default_factory=list)
 
     def start(self) -> None:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc-per-node", "2", "--max-restarts", "50", *self.program]
-        command += [str(self.config), *OVERRIDES, f"run_dir={self.run_dir}"]
+        command += [str(self.config), *OVERRIDES, *self.overrides, f"run_dir={self.run_dir}"]
         self.run_dir.mkdir(parents=True, exist_ok=True)
         with (self.run_dir / "log.txt").open("a") as log:
             self.agent = subprocess.Popen(
@@ -103,10 +105,13 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def kill_at_random(launch: Launch, count: int, seed: int) -> dict[str, int]:
+def kill_at_random(
+    launch: Launch, count: int, seed: int, all_dead: Callable[[], None] = lambda: None
+) -> dict[str, int]:
     """Kill ``count`` times: workers and the agent, at random moments and inside saves.
 
-    Returns how many kills hit what. Every kill waits until training runs again.
+    Returns how many kills hit what. Every kill waits until training runs again. ``all_dead`` is
+    called after each kill that ended all processes.
     """
     chance = random.Random(seed)
     hit = {"rank 0": 0, "rank 1": 0, "agent": 0, "inside a save": 0}
@@ -129,6 +134,7 @@ def kill_at_random(launch: Launch, count: int, seed: int) -> dict[str, int]:
             os.kill(launch.agent.pid, signal.SIGKILL)
             launch.wait()
             wait_until(lambda w=workers: not any(map(is_alive, w.values())), "orphans to die", 5)
+            all_dead()
             launch.start()
         else:
             os.kill(workers[int(victim[-1])], signal.SIGKILL)
