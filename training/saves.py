@@ -187,7 +187,8 @@ class Saves:
                     f"checkpoint {path} has model.{key} = {stored_model[key]}, but the "
                     f"configuration says {actual}; use the same model or a new run_dir."
                 )
-        state = {"parameters": "all", "lora": None} | state  # defaults for older checkpoints
+        older = {"parameters": "all", "lora": None, "optimizer": {"kind": "adamw"}}
+        state = older | state
         for key, actual in (
             ("seed", self._config.seed),
             ("train_shard_sha256", self._data.identity),
@@ -227,9 +228,10 @@ class Saves:
         }
 
     def _trained(self) -> dict[str, Any]:
-        """Return the settings that decide which parameters exist and which of them have moments."""
+        """Return the settings that decide which parameters exist and which state they have."""
         lora = self._config.lora
         return {
             "parameters": self._config.train.parameters,
             "lora": None if lora is None else lora.model_dump(mode="json"),
+            "optimizer": self._config.optimizer.identity(),
         }

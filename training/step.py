@@ -15,6 +15,7 @@ from ..errors import TrainingError
 from ..moe.models.decoder import Decoder
 from ..moe.routers.loss_terms import GlobalCounts
 from ..moe.routers.losses import add_counts, auxiliary_losses, stacked
+from ..parallel.dense.expert_shards import ExpertShards
 from ..parallel.mesh import Mesh
 from .config import RunConfig
 from .device import device
@@ -69,7 +70,16 @@ class TrainStep:
         """Of each micro-batch and MoE layer of the step, to name a layer that broke."""
         self._device = device()
         self.gradients = parallel.engine.gradients
-        self.optimizer = open_optimizer(config.optimizer, decoder, parallel.masters)
+        if config.optimizer.shard_experts:
+            self.gradients.shards = ExpertShards.of(decoder, mesh)
+        self.optimizer = open_optimizer(
+            config.optimizer,
+            decoder,
+            parallel.masters,
+            mesh,
+            config.seed,
+            self.gradients.shards,
+        )
         self.ownership: Ownership | None = None
         """Who moves experts between ranks, if the run has copies."""
         if self._copies is not None:

@@ -45,8 +45,8 @@ ROOMS = {
     ],
     "training": [
         ["section"],
-        ["checkpoint_config", "optimizers", "parallel_config"],
-        ["parallel_check"],
+        ["checkpoint_config", "monitor_config", "parallel_config"],
+        ["optimizers", "parallel_check"],
         ["config", "device", "key_check", "phases", "precision", "schedule", "stop"],
         ["layer_shape"],
         ["layer_schedule", "parallelize", "work"],
