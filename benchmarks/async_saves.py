@@ -28,7 +28,7 @@ ARMS = {
     "training waits": [],
     "asynchronous": ["checkpoint.asynchronous=true"],
 }
-EVERY, STEPS, FIRST = 16, 50, 4
+EVERY, STEPS, FIRST = 12, 40, 4
 """Steps before ``FIRST`` are left out of times: memory is new there."""
 CONFIG: dict[str, Any] = {
     "seed": 1,
@@ -41,10 +41,10 @@ CONFIG: dict[str, Any] = {
     },
     "train": {
         "steps": STEPS,
-        "sequence_length": 128,
-        "batch_sequences": 8,
+        "sequence_length": 32,
+        "batch_sequences": 4,
         "log_every": 1,
-        "eval_sequences": 2,
+        "eval_sequences": 4,
     },
     "checkpoint": {"every": EVERY, "keep": 1},
     "parallel": {"ep": 2},
