@@ -36,7 +36,7 @@ MUTATIONS = [
     (
         "expert gradients are not reduced between hosts",
         "parallel/dense/gradients.py",
-        "dist.all_reduce(self._expert_flat, group=self._mesh.edp_group)",
+        "_all_reduce(self._expert_flat, self._mesh.edp_group)",
         "pass",
         EQUAL,
     ),
@@ -99,8 +99,8 @@ MUTATIONS = [
     (
         "the balance loss sees one rank's counts",
         "moe/routers/losses.py",
-        "summed = reduce(torch.cat",
-        "summed = (lambda x: x)(torch.cat",
+        "return _together(here, parts, reduce)",
+        "return _together(here, parts, lambda x: x)",
         EQUAL,
     ),
     (

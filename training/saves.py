@@ -19,7 +19,7 @@ from ..errors import (
 from ..moe.config.model import ModelConfig
 from ..parallel.mesh import Mesh
 from ..parallel.watch.pulse import pulse
-from .checkpoints.checkpoint import Checkpoints
+from .checkpoints.checkpoint import Checkpoints, StoredTensors
 from .checkpoints.files import read_state
 from .checkpoints.start_from import read_origin
 from .config import RunConfig
@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 EXPERTS = "experts"
 """Who owns which expert, and the load from which the next copies follow (ownership.py)."""
+GENERATOR_BYTES = (16, 5056)
+"""The state of a GPU's random generator, and of a CPU's."""
 MOST_FAILED_SAVES = 3
 """Failed saves in a row that end the run: a crash would lose all work since the last save."""
 LONG_WAIT_S = 0.1
@@ -158,8 +160,8 @@ class Saves:
         if self._ownership is not None and EXPERTS in state:  # or copies are new in this run
             self._ownership.restore(state[EXPERTS])
         tensors = self._tensors()
-        if state["world_size"] != self._mesh.world_size:
-            tensors.pop(self._rng_key())  # the number of ranks changed; start new streams
+        if self._has_other_streams(path, state, tensors[self._rng_key()]):
+            tensors.pop(self._rng_key())  # start new ones
         self.checkpoints.load(path, tensors)
         if self._rng_key() in tensors:
             self._restore_generator(path, tensors[self._rng_key()])
@@ -169,6 +171,18 @@ class Saves:
         self._optimizer.set_steps(state["step"])
         self.saved = int(state["step"])
         return int(state["step"])
+
+    def _has_other_streams(
+        self, path: Path, state: dict[str, Any], generator: torch.Tensor
+    ) -> bool:
+        """Say whether a checkpoint has random streams of other ranks, or of another device."""
+        if state["world_size"] != self._mesh.world_size:
+            return True
+        stored, key = StoredTensors(path), self._rng_key()
+        if key not in stored:
+            return False  # which loading refuses
+        num_bytes = stored.type_and_shape(key)[1][0]
+        return num_bytes != len(generator) and num_bytes in GENERATOR_BYTES
 
     def _restore_generator(self, path: Path, state: torch.Tensor) -> None:
         try:

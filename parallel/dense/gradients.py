@@ -112,7 +112,7 @@ class MainGradients:
         elif self.shards is not None:
             self.shards.sum_gradients(self.experts)
         elif self._mesh.edp_group is not None and self._expert_flat.numel():
-            dist.all_reduce(self._expert_flat, group=self._mesh.edp_group)
+            _all_reduce(self._expert_flat, self._mesh.edp_group)
 
     @pulse.in_collective("the norm of gradients")
     def norm(self) -> Tensor:
@@ -125,13 +125,19 @@ class MainGradients:
             experts = square_sum(self.experts, self._expert_flat)
             group = self._mesh.experts_group
         if group is not None:
-            dist.all_reduce(experts, group=group)
+            _all_reduce(experts, group)
         return (dense + experts).sqrt()
 
     def scale_(self, factor: Tensor) -> None:
         """Multiply all main gradients by ``factor``."""
         self._dense_flat.mul_(factor)
         self._expert_flat.mul_(factor)
+
+
+def _all_reduce(tensor: Tensor, group: dist.ProcessGroup) -> None:
+    """Sum over the ranks of a group, in place. NCCL opens nothing for a group of one rank."""
+    if dist.get_world_size(group) > 1:
+        dist.all_reduce(tensor, group=group)
 
 
 def _shared_sum(

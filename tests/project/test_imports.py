@@ -39,6 +39,7 @@ ROOMS = {
     ],
     "parallel": [
         ["host", "local_ranks", "parent", "planning", "watch"],
+        ["gpus"],
         ["mesh", "process"],
         ["dense", "experts"],
         ["profiling"],
