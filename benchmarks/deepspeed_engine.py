@@ -25,7 +25,7 @@ sys.path.append(str(ROOT / "tests" / "parallel"))
 
 from equivalence import WORKER, differences, gathered_from  # noqa: E402
 
-STEPS = 50
+STEPS, FEW = 50, 10
 STAGES = (0, 1, 2, 3)
 RUNS_WORKER = str(ROOT / "tests" / "training" / "fsdp_worker.py")
 CLIP_WORKER = str(ROOT / "tests" / "training" / "deepspeed_clip_worker.py")
@@ -49,7 +49,7 @@ CONFIG = {
     "data": {"tokenizer": "bytes"},
     "train": {"steps": STEPS, "sequence_length": 64, "batch_sequences": 16, "accumulation": 2},
     "optimizer": {"lr": 0.003, "warmup_steps": 5, "clip_norm": 0.3},
-    "checkpoint": {"every": 10, "keep": 9},
+    "checkpoint": {"every": 5, "keep": 9},
     "parallel": {"backend": "torch"},
 }
 SHOWN = ("loss", "grad_norm", "gradients", "weights")
@@ -97,9 +97,9 @@ def same_numbers(work: Path) -> None:
     for stage in STAGES[1:]:
         arms[f"ZeRO {stage} in bf16, EP 2"] = ["parallel.ep=2", BF16, *zero(stage)]
     for names in (list(arms)[first : first + 5] for first in range(0, len(arms), 5)):
-        cases = {name: {"overrides": arms[name], "until": STEPS} for name in names}
+        cases = {name: {"overrides": arms[name], "until": steps_of(name)} for name in names}
         launch(WORKER, str(work / "run.yaml"), str(work), json.dumps(cases))
-    print(f"largest relative difference from ddp over {STEPS} steps (bf16: in the first step)")
+    print(f"largest relative difference from ddp over {STEPS} steps (offloaded: {FEW}, bf16: 1)")
     print(f"{'':26}" + "".join(f"{kind:>12}" for kind in SHOWN) + f"{'clipped':>10}")
     for name in arms:
         if name.startswith("ddp"):
@@ -108,17 +108,25 @@ def same_numbers(work: Path) -> None:
         is_bf16 = "bf16" in name
         expected = gathered_from(work, f"ddp in bf16, {ep}" if is_bf16 else f"ddp, {ep}", 2)
         found = gathered_from(work, name, 2)
-        pairs = list(zip(found, expected, strict=True))[: 1 if is_bf16 else STEPS]
+        pairs = list(zip(found, expected, strict=False))[: 1 if is_bf16 else STEPS]
+        assert len(pairs) == steps_of(name)
         rows = [differences(actual, wanted) for actual, wanted in pairs]
         clipped = sum(wanted["grad_norm"] > 0.3 for _, wanted in pairs)
         worst = "".join(f"{max(row[kind] for row in rows):12.1e}" for kind in SHOWN)
         print(f"{name:26}{worst}{clipped:>7}/{len(pairs)}", flush=True)
 
 
+def steps_of(name: str) -> int:
+    """Return the steps of an arm that are compared."""
+    if "bf16" in name:
+        return 1
+    return FEW if "offloaded" in name else STEPS
+
+
 def moved_runs(work: Path) -> None:
     """Let ddp, ZeRO and fsdp go on with each other's runs."""
     config = str(work / "run.yaml")
-    common = ["train.steps=30", "optimizer.warmup_steps=99"]
+    common = ["train.steps=15", "optimizer.warmup_steps=99"]
 
     def job(name: str, *options: str) -> list[str]:
         return [*options, *common, f"run_dir={work}/{name}"]
@@ -131,18 +139,18 @@ def moved_runs(work: Path) -> None:
     whole = [job("whole"), *(job(f"all{stage}", *zero(stage)) for stage in STAGES)]
     launch(RUNS_WORKER, config, json.dumps([*whole, *map(job, names)]))
     for name in names:
-        forget(name, 20, 30)
+        forget(name, 10, 15)
         shutil.copytree(work / name, work / f"re{name}")
     resaves = [job(f"removed{stage}", "resave", *zero(stage)) for stage in STAGES]
     second = [job(f"moved{stage}", *zero(stage), "parallel.ep=2") for stage in STAGES]
     launch(RUNS_WORKER, config, json.dumps([*resaves, *second]))
     for name in names:
-        forget(name, 30)
+        forget(name, 15)
     launch(RUNS_WORKER, config, json.dumps([job(name, "parallel.dense=fsdp") for name in names]))
-    print("\n30 steps: 10 by ddp, 10 by ZeRO with EP 2, 10 by fsdp; or all by ZeRO")
-    expected = saved(work / "whole", 30)
+    print("\n15 steps: 5 by ddp, 5 by ZeRO with EP 2, 5 by fsdp; or all by ZeRO")
+    expected = saved(work / "whole", 15)
     for name in (*names, *(f"all{stage}" for stage in STAGES)):
-        found = saved(work / name, 30)
+        found = saved(work / name, 15)
         assert found.keys() == expected.keys()
         worst = max(
             float((found[k] - t).abs().max() / t.abs().max().clamp(min=1e-30))
@@ -154,12 +162,12 @@ def moved_runs(work: Path) -> None:
         print(f"{kind} ZeRO {name[-1]}: {worst:.1e} from ddp; its export has {same} ddp's")
     for stage in STAGES:
         name = f"removed{stage}"
-        first, again = saved(work / name, 10), saved(work / name, 11)
+        first, again = saved(work / name, 5), saved(work / name, 6)
         equal = first.keys() == again.keys() and all(
             torch.equal(again[key], tensor) for key, tensor in first.items()
         )
         found = files(work, name)
-        forget(name, 11)
+        forget(name, 6)
         same = found == files(work, name)
         print(f"a ddp checkpoint saved again by ZeRO {stage}: equal {equal}, exports equal {same}")
 

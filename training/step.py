@@ -3,6 +3,7 @@
 L MoE layers, E experts.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,12 +16,13 @@ from torch import Tensor
 from ..errors import TrainingError
 from ..moe.models.decoder import Decoder
 from ..moe.routers.loss_terms import GlobalCounts
-from ..moe.routers.losses import add_counts, auxiliary_losses, stacked
+from ..moe.routers.losses import add_counts, auxiliary_losses, on_host, stacked
+from ..parallel.dense.expert_shards import ExpertShards
 from ..parallel.mesh import Mesh
 from .config import RunConfig
 from .device import device
 from .objectives.objective import Objective
-from .optimizer import MasterAdamW
+from .optimizers.table import open_optimizer
 from .ownership import Ownership, planned_owners
 from .parallelize import Parallel
 from .phases import PhaseClock
@@ -72,7 +74,16 @@ class TrainStep:
         """Of the last step, before clipping."""
         self._device = device()
         self.gradients = parallel.engine.gradients
-        self.optimizer = MasterAdamW(decoder, parallel.masters, config.optimizer)
+        if config.optimizer.shard_experts:
+            self.gradients.shards = ExpertShards.of(decoder, mesh)
+        self.optimizer = open_optimizer(
+            config.optimizer,
+            decoder,
+            parallel.masters,
+            mesh,
+            config.seed,
+            self.gradients.shards,
+        )
         self.ownership: Ownership | None = None
         """Who moves experts between ranks, if the run has copies."""
         if self._copies is not None:
@@ -125,8 +136,8 @@ class TrainStep:
 
     def _clip(self, step: int, loss: float, sums: Tensor, grad_norm: Tensor) -> Tensor:
         """Return by what to multiply gradients of this norm; raise if a number is not finite."""
-        self._grad_norm = float(grad_norm)
-        if not (torch.isfinite(grad_norm) and torch.isfinite(sums).all()):
+        self._grad_norm = float(grad_norm)  # the host waits for a GPU here, once in a step
+        if not (math.isfinite(self._grad_norm) and torch.isfinite(sums).all()):
             raise TrainingError(
                 f"step {step + 1} has loss {loss} and gradient norm {self._grad_norm}"
                 f"{self._broken_router()}, and nothing was updated; lower optimizer.lr or look at "
@@ -150,7 +161,7 @@ class TrainStep:
         micro_rows = train.batch_sequences // train.accumulation
         rank_rows = micro_rows // mesh.world_size
         divisor = self._objective.divisor(step)
-        sums = torch.zeros(3, dtype=torch.float64)
+        sums = torch.zeros(3, dtype=torch.float64, device=self._device)
         counts: list[GlobalCounts] = []
         self._router_weights = []
         self.gradients.zero()
@@ -177,9 +188,9 @@ class TrainStep:
                     counts = add_counts(counts, auxiliary.counts)
                 self.phases.lap("forward")
                 self._engine.backward(loss)
-            sums[: len(parts)] += torch.stack([part.double() for part in parts]).cpu()
+            sums[: len(parts)] += torch.stack([part.double() for part in parts])
             self.phases.lap("backward")
         if self._copies is not None:
             self._copies.end_backward()
         self.gradients.reduce()
-        return sums, [layer.cpu() for layer in counts]
+        return sums.cpu(), on_host(counts)

@@ -48,19 +48,21 @@ def held_numel(parameter: Tensor) -> int:
 def as_part_of(parameter: Tensor, local: Tensor) -> Tensor | None:
     """For a checkpoint, wrap ``local`` as a part of the whole tensor if ``parameter`` is sharded.
 
-    The result shares the memory of ``local``, so loading into it fills ``local``. None if this
-    rank has nothing to write or read.
+    ``local`` has the rows of ``parameter`` that this rank holds, perhaps with fewer columns. The
+    result shares its memory, so loading into it fills ``local``. None if this rank has nothing to
+    write or read.
     """
     part = flat_part(parameter)
     if part is not None:
         return part.stored(local)
     if not isinstance(parameter, DTensor):
         return local
+    shape = torch.Size((parameter.shape[0], *local.shape[1:]))
     return DTensor.from_local(
         local,
         parameter.device_mesh,
         parameter.placements,
         run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
+        shape=shape,
+        stride=torch.empty(shape, device="meta").stride(),
     )

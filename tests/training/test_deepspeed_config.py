@@ -141,6 +141,7 @@ def test_a_file_that_contradicts_the_run_is_named_with_key_value_and_remedy(sett
     [
         (["parallel.dense=ddp", "parallel.deepspeed={}"], "but parallel.dense is ddp;"),
         (["parallel.gradient_slices=auto", "parallel.ep=2"], "parallel.dense is deepspeed, which"),
+        (["optimizer.kind=muon"], "optimizer.kind is muon, which needs rows of matrices"),
         (["train.precision=fp64"], "which has fp32 masters;"),
         (["train.parameters=router"], "routers are whole on every rank"),
         (["train.parameters=lora", "lora.targets=[experts]"], "no dense parameters to split"),
