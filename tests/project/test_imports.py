@@ -39,7 +39,7 @@ ROOMS = {
     ],
     "parallel": [
         ["host", "local_ranks", "parent", "planning", "watch"],
-        ["mesh", "process"],
+        ["mesh", "process", "simulation"],
         ["dense", "experts"],
         ["profiling"],
     ],
@@ -54,7 +54,7 @@ ROOMS = {
         ["data"],
         ["checkpoints", "objectives", "run"],
         ["read_config", "report", "saves", "setup", "step"],
-        ["observers"],
+        ["observers", "on_paper"],
         ["routes"],
         ["trainer"],
         ["program"],
@@ -75,7 +75,7 @@ ROOMS = {
         ["trace_place"],
         [
             *("chat", "convert", "doctor", "evaluate", "export", "generate", "report", "serve"),
-            *("routers", "tokenize", "trace", "train", "upcycle"),
+            *("routers", "simulate", "tokenize", "trace", "train", "upcycle"),
         ],
     ],
 }
