@@ -40,7 +40,7 @@ FAST, MIDDLE, SLOW = ("1gbit", "4gbit"), ("500mbit", "2gbit"), ("200mbit", "1gbi
 MODEL = {"d_model": 256, "num_layers": 4, "num_heads": 4, "head_dim": 64, "max_positions": 2048}
 MOE = {"num_experts": 8, "d_expert": 512}
 K2 = {"kind": "topk", "k": 2, "balance_loss": 0.01}
-TRAIN = {"sequence_length": 256, "batch_sequences": 8, "log_every": 1, "eval_sequences": 4}
+TRAIN = {"sequence_length": 128, "batch_sequences": 8, "log_every": 1, "eval_sequences": 4}
 
 
 def row(
@@ -94,9 +94,7 @@ PREDICTED = {
     ),
     "k=1 ep4": row(FAST, 4, router={**K2, "k": 1}),
     "twice the tokens ep4": row(FAST, 4, train={"batch_sequences": 16}),
-    "a quarter of the tokens ep4": row(
-        FAST, 4, train={"sequence_length": 128, "batch_sequences": 4}
-    ),
+    "half of the tokens ep4": row(FAST, 4, train={"sequence_length": 64}),
     "fsdp width 384 ep2": row(FAST, 2, model={"d_model": 384, "num_heads": 6}, dense="fsdp"),
     "skewed (hash) ep4": row(FAST, 4, router={"kind": "hash", "k": 2, "table": "random"}),
     "recompute ep4": row(FAST, 4, train={"recompute": True}),
@@ -115,7 +113,7 @@ ROWS = FITTED | PREDICTED
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="where runs are kept")
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=9)
     parser.add_argument("--only", nargs="+", default=list(ROWS), metavar="NAME", help="rows")
     parser.add_argument("--no-memory", action="store_true", help="leave memory out")
     arguments = parser.parse_args()

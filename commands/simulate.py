@@ -216,9 +216,12 @@ def _notes(
 
     pairs = list(zip(found, again, strict=True))
     notes = [what_fits(prediction, other) for prediction, other in pairs if not prediction.fits]
+    times: dict[str, list[str]] = {}
     for prediction, other in pairs:
-        notes += what_is_faster(prediction, other, choices_L)
-    return notes
+        for name, time in what_is_faster(prediction, other, choices_L):
+            times.setdefault(name, []).append(time)
+    found_times = [f"with {name} a step would take {', '.join(t)}." for name, t in times.items()]
+    return [*notes, *found_times]
 
 
 def _table(

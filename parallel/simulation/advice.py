@@ -46,18 +46,19 @@ def what_fits(found: Prediction, again: Again) -> str:
     return f"{text}; use GPUs with more memory, more GPUs or a smaller model."
 
 
-def what_is_faster(found: Prediction, again: Again, choices_L: Sequence[Choices]) -> Iterator[str]:
-    """Yield settings with which the step would be clearly shorter, each with its time."""
+def what_is_faster(
+    found: Prediction, again: Again, choices_L: Sequence[Choices]
+) -> Iterator[tuple[str, str]]:
+    """Yield settings with which the step would be clearly shorter, and how long it would be."""
     tried = list(_tried(_faster(found.work), again))
     if choices_L and found.work.ep > 1:
         owners_L = better_owners(found.work, found.fold, choices_L)
         tried.append((OWNERS, again(found.work, owners_L)))
     for name, other in tried:
         if other.step_s * GAIN <= found.step_s and other.fits >= found.fits:
-            yield (
-                f"{found.fold.world.size} GPUs: with {name} a step would take "
-                f"{1000 * other.step_s:.4g} ms instead of {1000 * found.step_s:.4g}."
-            )
+            before_ms, after_ms = 1000 * found.step_s, 1000 * other.step_s
+            size = found.fold.world.size
+            yield name, f"{after_ms:.4g} ms instead of {before_ms:.4g} on {size} GPUs"
 
 
 def gigabytes(num_bytes: float) -> str:

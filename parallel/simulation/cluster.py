@@ -30,6 +30,9 @@ class Gpu(_Part):
     memory_bandwidth: Annotated[Rate, Field(gt=0)]
     memory_achieved: Fraction = 0.8
     """Share of the bandwidth that work which only reads and writes reaches."""
+    memory_achieved_update: Fraction | None = None
+    """The same of the update of weights, which reads and writes long arrays; null =
+    ``memory_achieved``."""
     flops: dict[Precision, Annotated[Flops, Field(gt=0)]] = Field(min_length=1)
     """Peak of dense matrix products, without sparsity."""
     achieved: Share = 0.5

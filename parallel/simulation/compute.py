@@ -46,6 +46,12 @@ class Compute:
         gpu = self.cluster.gpu
         return num_bytes / (gpu.memory_bandwidth * gpu.memory_achieved)
 
+    def streamed_s(self, num_bytes: float) -> float:
+        """Return the seconds of reading and writing long arrays: gradients, weights, moments."""
+        gpu = self.cluster.gpu
+        share = gpu.memory_achieved_update or gpu.memory_achieved
+        return num_bytes / (gpu.memory_bandwidth * share)
+
     def attention_s(self, layer: int) -> tuple[float, float]:
         """Return forward and backward of a layer's attention, with its norm and residual."""
         model, tokens, gpu = self.work.model, self.fold.tokens, self.cluster.gpu
@@ -119,7 +125,7 @@ class Compute:
 
     def accumulate_s(self, dense_here: float) -> float:
         """Return the time of adding a micro-batch's dense gradients to the main gradients."""
-        return self.moved_s(dense_here * (self.work.item_bytes + 2 * self.work.wide_bytes))
+        return self.streamed_s(dense_here * (self.work.item_bytes + 2 * self.work.wide_bytes))
 
     def update_s(self, dense_here: float, experts_here: float) -> tuple[float, float]:
         """Return the time of norm and clipping, and that of forgetting gradients and of AdamW."""
@@ -127,7 +133,8 @@ class Compute:
         all_here = dense_here + experts_here
         narrow = all_here * (4 + size) if size < 4 else 0.0
         update = UPDATE * wide * all_here + 4 * wide * dense_here + narrow
-        return self.moved_s(4 * wide * all_here), self.moved_s(8 * wide * all_here + update)
+        clip = 8 * wide * all_here
+        return self.streamed_s(4 * wide * all_here), self.streamed_s(clip + update)
 
 
 def _or(share: float | Curve | None, otherwise: float | Curve) -> float | Curve:

@@ -23,9 +23,17 @@ STAY = 0.05
 """A factor of e costs as much as an error of 5 % in one run."""
 PHASE_WEIGHT = 0.5
 """Of the errors of phases, which are shares of the step."""
+ENOUGH = 1e-4
+"""Steps that change no more than this end the search."""
 WIDEST = 5.0
 """No factor is above e to this power, or below one over that."""
-SHARES = ("achieved", "achieved_experts", "achieved_attention", "memory_achieved")
+OWN = {
+    "achieved_experts": "achieved",
+    "achieved_attention": "achieved",
+    "memory_achieved_update": "memory_achieved",
+}
+"""Shares that are others where the description leaves them out."""
+SHARES = ("achieved", "memory_achieved", *OWN)
 LINK_SHARES = ("achieved", "achieved_all_to_all")
 LATENCIES = ("layer_latency", "step_latency")
 
@@ -65,7 +73,8 @@ def fitted(cluster: Cluster, runs: Sequence[Measured]) -> Cluster:
         found = [value for run in runs for value in _errors(tried, run)]
         return np.array([*found, *(STAY * logs)])
 
-    best = least_squares(errors, np.zeros(len(names)), bounds=(-WIDEST, WIDEST))
+    start_at, near = np.zeros(len(names)), {"ftol": ENOUGH, "xtol": ENOUGH}
+    best = least_squares(errors, start_at, bounds=(-WIDEST, WIDEST), **near)
     return with_factors(start, dict(zip(names, np.exp(best.x).tolist(), strict=True)))
 
 
@@ -79,14 +88,11 @@ def _errors(cluster: Cluster, run: Measured) -> list[float]:
 
 
 def _with_own_shares(cluster: Cluster) -> Cluster:
-    """Give experts, attention and all-to-alls shares of their own, which may then differ."""
+    """Give every kind of work a share of its own, which may then differ."""
     gpu = cluster.gpu
     updates: dict[str, Any] = {
         "gpu": gpu.model_copy(
-            update={
-                name: getattr(gpu, name) or gpu.achieved
-                for name in ("achieved_experts", "achieved_attention")
-            }
+            update={name: getattr(gpu, name) or getattr(gpu, other) for name, other in OWN.items()}
         )
     }
     for section in ("inside_node", "between_nodes"):

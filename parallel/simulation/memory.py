@@ -108,7 +108,7 @@ def _layer(
     # A norm keeps its input in fp32, the result without its weight, and the result.
     norm = work.wide_bytes + 2 * size
     has_norm = model.attention.qk_norm is not None and model.attention.latent is None
-    kept = tokens * (2 * norm * model.d_model + (v + out) * size)
+    kept = float(tokens) * (2 * norm * model.d_model + (v + out) * size)
     kept += tokens * (q + k) * (norm if has_norm else size)
     if on_cpu and work.sequence_length in LENGTHS:
         blocks = (work.sequence_length + BLOCK) / 2

@@ -1,11 +1,14 @@
 """The picture of a simulation as SVG: where a step's time goes, and what a rank's memory holds."""
 
+import math
 from collections.abc import Sequence
 from html import escape
 
 from .step import Prediction
 
 WIDTH, PANEL, TOP, BOTTOM, LEFT = 900, 300, 64, 44, 64
+STEPS = 5
+"""Of an axis."""
 COLORS = ("#4477aa", "#66ccee", "#bbbbbb", "#997700", "#cc3311", "#228833", "#ee6677", "#aa3377")
 """Paul Tol's bright and high-contrast colours, which also the colour-blind tell apart."""
 PARTS = {
@@ -58,14 +61,15 @@ def _bars(
 ) -> str:
     """Return stacked bars in one half of the picture."""
     highest = max([sum(column.values()) for column in columns] + ([line] if line else []))
-    highest = highest * 1.08 or 1.0
+    step = _round_step(highest * 1.08 or 1.0)
+    highest = STEPS * step
     width = (WIDTH // 2 - LEFT - 16) / len(columns)
     floor = TOP + PANEL
     parts = [f'<text x="{start + 12}" y="{TOP - 6}">{escape(unit)}</text>']
-    for step in range(5):
-        value, y = highest * step / 4, floor - PANEL * step / 4
+    for number in range(STEPS + 1):
+        value, y = step * number, floor - PANEL * number / STEPS
         parts.append(f'<path d="M{start + LEFT} {y:.1f}h{WIDTH // 2 - LEFT - 16}" stroke="#ddd"/>')
-        text = f'<text x="{start + LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>'
+        text = f'<text x="{start + LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:,g}</text>'
         parts.append(text)
     for number, column in enumerate(columns):
         x, y = start + LEFT + width * (number + 0.15), float(floor)
@@ -90,6 +94,12 @@ def _bars(
         )
     parts.append(f'<text x="{start + LEFT}" y="{floor + 34}" fill="#555">GPUs</text>')
     return "\n".join(parts)
+
+
+def _round_step(highest: float) -> float:
+    """Return a round number of which :data:`STEPS` reach ``highest``."""
+    power = 10.0 ** math.floor(math.log10(highest / STEPS))
+    return next(power * m for m in (1, 2, 2.5, 5, 10) if power * m * STEPS >= highest)
 
 
 def _legend(start: int, names: Sequence[str]) -> str:

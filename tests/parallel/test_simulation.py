@@ -274,12 +274,10 @@ def test_a_description_is_found_again_from_runs():
         between_nodes={"achieved": 0.4, "achieved_all_to_all": 0.3, "latency": "30us"},
     )
     works = [
-        (work_of(), 64),
         (work_of(ep=1, batch_sequences=64), 8),
         (work_of(ep=16, batch_sequences=2048), 64),
         (work_of(ep=2, sequence_length=128), 16),
-        (work_of(dense="fsdp", ep=16), 128),
-        (work_of(model_of(d_model=512), ep=8), 64),
+        (work_of(model_of(d_model=512), dense="fsdp"), 64),
     ]
     runs = []
     for number, (work, num_gpus) in enumerate(works):

@@ -133,3 +133,44 @@ def test_a_model_that_does_not_fit_says_what_it_needs_and_what_would_help(capsys
     said = capsys.readouterr()
     assert "!" in said.out
     assert "a rank needs" in said.err and "of 80 GB" in said.err and "help" in said.err
+
+
+def write_run(folder: Path, step_s: float) -> None:
+    """Write what a run of tiny.yaml on 8 GPUs leaves, with steps of about ``step_s``."""
+    folder.mkdir()
+    (folder / "config.yaml").write_text(Path(TINY).read_text())
+    (folder / "starts.jsonl").write_text(json.dumps({"ranks": 8}) + "\n")
+    records = []
+    for number in range(4):
+        factor = 9.0 if number == 0 else 1 + 0.01 * number  # the first one warms up
+        shares = {"data": 0.01, "forward": 0.3, "backward": 0.55, "reduce": 0.1, "optimizer": 0.04}
+        phases_s = {name: factor * step_s * share for name, share in shares.items()}
+        phases_s |= {"evaluate": 1.0, "log": 1.0, "checkpoint": 1.0}
+        loads = [[8, 1, 1, 1, 1, 1, 1, 2]] * 4
+        records.append({"step": number, "phases_s": phases_s, "expert_tokens": loads})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+
+
+def test_a_description_is_fitted_to_runs_and_written(tmp_path, capsys):
+    write_run(tmp_path / "run", 0.02)
+    fitted = tmp_path / "fitted.yaml"
+    given = [TINY, "--gpus", "8", "--fit", str(tmp_path / "run"), "--write-cluster", str(fitted)]
+    assert simulate(*given) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].split()[:2] == ["fitted", "to"]
+    name, gpus, measured, predicted, _ = said[1].split()
+    assert (name, gpus) == ("run", "8")
+    assert float(measured) == pytest.approx(20.4, rel=0.001)
+    assert float(predicted) == pytest.approx(20.4, rel=0.05)
+    again = [TINY, "--gpus", "8", "--json", "--cluster", str(fitted)]
+    assert main(["simulate", *again]) == 0
+    step_s = json.loads(capsys.readouterr().out)["predictions"][0]["step_s"]
+    assert 0.01 < step_s < 0.025  # with even loads, and so no slower
+
+
+def test_a_run_without_steps_is_refused_in_a_sentence(tmp_path, capsys):
+    write_run(tmp_path / "run", 0.02)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    (tmp_path / "run" / "metrics.jsonl").write_text(lines[0] + "\n")
+    assert simulate(TINY, "--gpus", "8", "--fit", str(tmp_path / "run")) == 2
+    assert "has 1 record(s) of steps, and the first does not count" in capsys.readouterr().err
