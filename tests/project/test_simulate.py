@@ -1,6 +1,8 @@
 """``moeyard simulate``: what it prints and writes, and what it refuses."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -174,3 +176,28 @@ def test_a_run_without_steps_is_refused_in_a_sentence(tmp_path, capsys):
     (tmp_path / "run" / "metrics.jsonl").write_text(lines[0] + "\n")
     assert simulate(TINY, "--gpus", "8", "--fit", str(tmp_path / "run")) == 2
     assert "has 1 record(s) of steps, and the first does not count" in capsys.readouterr().err
+
+
+WITHOUT_TORCH = """
+import sys
+from moeyard.cli import main
+try:
+    status = main(sys.argv[1:])
+except SystemExit as exit:
+    status = exit.code
+assert "torch" not in sys.modules
+sys.exit(status)
+"""
+
+
+def test_help_and_a_wrong_cluster_are_answered_without_torch(tmp_path):
+    wrong = tmp_path / "cluster.yaml"
+    wrong.write_text(Path(H100).read_text().replace("memory: 80GB", "memory: 80 gigabytes"))
+    for given, status, wanted in (
+        (["--help"], 0, "--sequences-per-gpu"),
+        ([TINY, "--cluster", str(wrong)], 2, "gpu.memory: it is '80 gigabytes'; write bytes"),
+    ):
+        command = [sys.executable, "-c", WITHOUT_TORCH, "simulate", *given]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        assert done.returncode == status
+        assert wanted in done.stdout + done.stderr
