@@ -103,9 +103,18 @@ def _smaller(work: Workload) -> Iterator[tuple[str, Workload]]:
 
 
 def _faster(work: Workload) -> Iterator[tuple[str, Workload]]:
-    """Yield changes that may be faster and leave numbers as they are."""
+    """Yield changes that may be faster and leave the results as they are."""
     if work.ep > 1 and work.expert_tp == 1 and work.path in ("all_to_all", "hierarchical"):
         auto = replace(work, path="auto", chunks="auto", backward_chunks=None)
         yield "parallel.path=auto parallel.chunks=auto", auto
     if work.ep > 1 and work.expert_tp == 1 and work.path != "padded" and work.copy_bytes is None:
         yield "parallel.copies={}", replace(work, copy_bytes=COPY_BYTES)
+    for factor in (2, 4):
+        if work.ep % factor == 0:
+            yield f"parallel.ep={work.ep // factor}", replace(work, ep=work.ep // factor)
+    if work.recompute is not False:
+        yield "train.recompute=false", replace(work, recompute=False)
+    if work.recompute is True:
+        yield "train.recompute=experts", replace(work, recompute="experts")
+    if work.dense == "fsdp":
+        yield "parallel.dense=ddp", replace(work, dense="ddp")

@@ -30,6 +30,7 @@ def test_a_cluster_of_4096_gpus_on_paper(tmp_path, capsys):
     given = ["--gpus", "32", "4096", "--sequences-per-gpu", "1", "--price", "2"]
     assert simulate(LARGE, *given, "--json", str(out), "--plot", str(picture)) == 0
     said = capsys.readouterr().out
+    assert "with parallel.path=auto parallel.chunks=auto a step would take" in said
     assert "nothing was measured" in said and "parameters=30,532,122,624" in said
     found = json.loads(out.read_text())
     assert found["measured"] is False
