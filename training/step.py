@@ -19,7 +19,7 @@ from ..parallel.mesh import Mesh
 from .config import RunConfig
 from .device import device
 from .objectives.objective import Objective
-from .optimizer import MasterAdamW
+from .optimizers.table import open_optimizer
 from .ownership import Ownership, planned_owners
 from .parallelize import Parallel
 from .phases import PhaseClock
@@ -69,7 +69,7 @@ class TrainStep:
         """Of each micro-batch and MoE layer of the step, to name a layer that broke."""
         self._device = device()
         self.gradients = parallel.engine.gradients
-        self.optimizer = MasterAdamW(decoder, parallel.masters, config.optimizer)
+        self.optimizer = open_optimizer(config.optimizer, decoder, parallel.masters)
         self.ownership: Ownership | None = None
         """Who moves experts between ranks, if the run has copies."""
         if self._copies is not None:
