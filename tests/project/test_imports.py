@@ -40,7 +40,7 @@ ROOMS = {
     "parallel": [
         ["host", "local_ranks", "parent", "planning", "watch"],
         ["gpus"],
-        ["mesh", "process"],
+        ["mesh", "process", "simulation"],
         ["dense", "experts"],
         ["profiling"],
     ],
@@ -55,7 +55,7 @@ ROOMS = {
         ["data"],
         ["checkpoints", "objectives", "run"],
         ["read_config", "report", "saves", "setup", "step"],
-        ["observers"],
+        ["observers", "on_paper"],
         ["routes"],
         ["trainer"],
         ["program"],
@@ -76,7 +76,7 @@ ROOMS = {
         ["trace_place"],
         [
             *("chat", "convert", "doctor", "evaluate", "export", "generate", "report", "serve"),
-            *("routers", "tokenize", "trace", "train", "upcycle"),
+            *("routers", "simulate", "tokenize", "trace", "train", "upcycle"),
         ],
     ],
 }
