@@ -19,19 +19,21 @@ from ..errors import (
 from ..moe.config.model import ModelConfig
 from ..parallel.mesh import Mesh
 from ..parallel.watch.pulse import pulse
-from .checkpoints.checkpoint import Checkpoints
+from .checkpoints.checkpoint import Checkpoints, StoredTensors
 from .checkpoints.files import read_state
 from .checkpoints.start_from import read_origin
 from .config import RunConfig
 from .data.data import Data
 from .device import seed_rank
-from .optimizer import MasterAdamW
+from .optimizers.optimizer import MasterOptimizer
 from .ownership import Ownership
 
 log = logging.getLogger(__name__)
 
 EXPERTS = "experts"
 """Who owns which expert, and the load from which the next copies follow (ownership.py)."""
+GENERATOR_BYTES = (16, 5056)
+"""The state of a GPU's random generator, and of a CPU's."""
 MOST_FAILED_SAVES = 3
 """Failed saves in a row that end the run: a crash would lose all work since the last save."""
 LONG_WAIT_S = 0.1
@@ -48,7 +50,7 @@ class Saves:
         run_dir: Path,
         mesh: Mesh,
         data: Data,
-        optimizer: MasterAdamW,
+        optimizer: MasterOptimizer,
         ownership: Ownership | None = None,
     ) -> None:
         self._config = config
@@ -158,8 +160,8 @@ class Saves:
         if self._ownership is not None and EXPERTS in state:  # or copies are new in this run
             self._ownership.restore(state[EXPERTS])
         tensors = self._tensors()
-        if state["world_size"] != self._mesh.world_size:
-            tensors.pop(self._rng_key())  # the number of ranks changed; start new streams
+        if self._has_other_streams(path, state, tensors[self._rng_key()]):
+            tensors.pop(self._rng_key())  # start new ones
         self.checkpoints.load(path, tensors)
         if self._rng_key() in tensors:
             self._restore_generator(path, tensors[self._rng_key()])
@@ -169,6 +171,18 @@ class Saves:
         self._optimizer.set_steps(state["step"])
         self.saved = int(state["step"])
         return int(state["step"])
+
+    def _has_other_streams(
+        self, path: Path, state: dict[str, Any], generator: torch.Tensor
+    ) -> bool:
+        """Say whether a checkpoint has random streams of other ranks, or of another device."""
+        if state["world_size"] != self._mesh.world_size:
+            return True
+        stored, key = StoredTensors(path), self._rng_key()
+        if key not in stored:
+            return False  # which loading refuses
+        num_bytes = stored.type_and_shape(key)[1][0]
+        return num_bytes != len(generator) and num_bytes in GENERATOR_BYTES
 
     def _restore_generator(self, path: Path, state: torch.Tensor) -> None:
         try:
@@ -187,7 +201,8 @@ class Saves:
                     f"checkpoint {path} has model.{key} = {stored_model[key]}, but the "
                     f"configuration says {actual}; use the same model or a new run_dir."
                 )
-        state = {"parameters": "all", "lora": None} | state  # defaults for older checkpoints
+        older = {"parameters": "all", "lora": None, "optimizer": {"kind": "adamw"}}
+        state = older | state
         for key, actual in (
             ("seed", self._config.seed),
             ("train_shard_sha256", self._data.identity),
@@ -227,9 +242,10 @@ class Saves:
         }
 
     def _trained(self) -> dict[str, Any]:
-        """Return the settings that decide which parameters exist and which of them have moments."""
+        """Return the settings that decide which parameters exist and which state they have."""
         lora = self._config.lora
         return {
             "parameters": self._config.train.parameters,
             "lora": None if lora is None else lora.model_dump(mode="json"),
+            "optimizer": self._config.optimizer.identity(),
         }

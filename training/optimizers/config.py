@@ -1,10 +1,10 @@
-"""The ``optimizer`` section of a training configuration."""
+"""What the ``optimizer`` section of a training configuration has for every kind."""
 
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from .section import Section
+from ..section import Section
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -13,7 +13,7 @@ DECAY_SHARE = 0.1
 
 
 class OptimizerConfig(Section):
-    """AdamW, and the learning rate over the run."""
+    """The learning rate over the run, and AdamW's options: every kind updates some with AdamW."""
 
     lr: float = Field(default=1e-3, gt=0)
     """Learning rate after the warm-up."""
@@ -37,6 +37,11 @@ class OptimizerConfig(Section):
     """Applied to matrices; never to norms or embeddings."""
     clip_norm: float = Field(default=1.0, gt=0)
     """Largest global gradient norm."""
+    shard_experts: bool = False
+    """Let ranks that hold the same experts share out their master weights and state, and send each
+    other the new weights after a step (ZeRO-1). Numbers and checkpoints are the same. There are
+    ranks / (``ep`` * ``expert_tp``) such ranks; if that is 1, there is nothing to share out.
+    ``parallel.dense: fsdp`` shares out dense parameters."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
