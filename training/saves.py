@@ -121,13 +121,8 @@ class Saves:
         self._count_success(step)
         waited_s = time.monotonic() - began
         if waited_s > LONG_WAIT_S and not must and self._mesh.rank == 0:
-            log.warning(
-                "the save of step %d waited %.1f s for that of step %d; raise checkpoint.every if "
-                "this happens often.",
-                due,
-                waited_s,
-                step,
-            )
+            facts = f"the save of step {due} waited {waited_s:.1f} s for that of step {step}"
+            log.warning("%s; raise checkpoint.every if this happens often.", facts)
         return step
 
     def _count_success(self, step: int) -> None:
