@@ -80,9 +80,11 @@ def _problem_with(config: RunConfig) -> str | None:
             f"parallel.dense is {parallel.dense}, which simulate does not know; use one of "
             f"{', '.join(KNOWN_DENSE)}."
         )
-    kind = getattr(config.optimizer, "kind", "adamw")
+    kind = config.optimizer.kind
     if kind != "adamw":
         return f"optimizer.kind is {kind}, which simulate does not know; use adamw."
+    if config.optimizer.shard_experts:
+        return "optimizer.shard_experts is true, which simulate does not know; leave it out."
     if parallel.path == "hierarchical" and parallel.expert_tp > 1:
         return (
             "parallel.path is hierarchical with expert_tp, whose three levels simulate does not "

@@ -196,8 +196,7 @@ class Saves:
                     f"checkpoint {path} has model.{key} = {stored_model[key]}, but the "
                     f"configuration says {actual}; use the same model or a new run_dir."
                 )
-        older = {"parameters": "all", "lora": None, "optimizer": {"kind": "adamw"}}
-        state = older | state
+        state = {"parameters": "all", "lora": None, "optimizer": {"kind": "adamw"}} | state
         for key, actual in (
             ("seed", self._config.seed),
             ("train_shard_sha256", self._data.identity),
