@@ -155,7 +155,7 @@ class Saves:
         if self._ownership is not None and EXPERTS in state:  # or copies are new in this run
             self._ownership.restore(state[EXPERTS])
         tensors = self._tensors()
-        if self._has_other_streams(path, state, tensors[self._rng_key()]):
+        if self._has_other_streams(path, state):
             tensors.pop(self._rng_key())  # start new ones
         self.checkpoints.load(path, tensors)
         if self._rng_key() in tensors:
@@ -167,9 +167,7 @@ class Saves:
         self.saved = int(state["step"])
         return int(state["step"])
 
-    def _has_other_streams(
-        self, path: Path, state: dict[str, Any], generator: torch.Tensor
-    ) -> bool:
+    def _has_other_streams(self, path: Path, state: dict[str, Any]) -> bool:
         """Say whether a checkpoint has random streams of other ranks, or of another device."""
         if state["world_size"] != self._mesh.world_size:
             return True
@@ -177,7 +175,8 @@ class Saves:
         if key not in stored:
             return False  # which loading refuses
         num_bytes = stored.type_and_shape(key)[1][0]
-        return num_bytes != len(generator) and num_bytes in GENERATOR_BYTES
+        is_own = num_bytes == len(self._generator.get_state())
+        return not is_own and num_bytes in GENERATOR_BYTES
 
     def _restore_generator(self, path: Path, state: torch.Tensor) -> None:
         try:
