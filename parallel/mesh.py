@@ -8,6 +8,7 @@ Dense parameters are replicated over ``dp`` = all ranks. The inner width of expe
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -71,6 +72,10 @@ class Mesh:
         """Wait for all ranks."""
         if self.dp_group is not None:
             dist.barrier(group=self.dp_group)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return every rank's JSON value on rank 0, in rank order; elsewhere nothing."""
+        return [value] if self.watch is None else self.watch.gather(value)
 
     def on_rank_0(self, action: Callable[[], Answer]) -> Answer:
         """Run ``action`` on rank 0; the others wait for as long as rank 0 makes progress.

@@ -3,6 +3,7 @@
 L MoE layers, E experts.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from torch import Tensor
 from ..errors import TrainingError
 from ..moe.models.decoder import Decoder
 from ..moe.routers.loss_terms import GlobalCounts
-from ..moe.routers.losses import add_counts, auxiliary_losses, stacked
+from ..moe.routers.losses import add_counts, auxiliary_losses, on_host, stacked
+from ..parallel.dense.expert_shards import ExpertShards
 from ..parallel.mesh import Mesh
 from .config import RunConfig
 from .device import device
@@ -69,7 +71,16 @@ class TrainStep:
         """Of each micro-batch and MoE layer of the step, to name a layer that broke."""
         self._device = device()
         self.gradients = parallel.engine.gradients
-        self.optimizer = open_optimizer(config.optimizer, decoder, parallel.masters)
+        if config.optimizer.shard_experts:
+            self.gradients.shards = ExpertShards.of(decoder, mesh)
+        self.optimizer = open_optimizer(
+            config.optimizer,
+            decoder,
+            parallel.masters,
+            mesh,
+            config.seed,
+            self.gradients.shards,
+        )
         self.ownership: Ownership | None = None
         """Who moves experts between ranks, if the run has copies."""
         if self._copies is not None:
@@ -98,16 +109,17 @@ class TrainStep:
         loss_sum, balance, z, stop = sums.tolist()
         train = self._config.train
         loss = loss_sum / self._objective.divisor(step)
-        grad_norm = self.gradients.norm()
-        if not (torch.isfinite(grad_norm) and torch.isfinite(sums).all()):
+        norm = self.gradients.norm()
+        grad_norm = float(norm)  # the host waits for a GPU here, and not again in this step
+        if not (math.isfinite(grad_norm) and torch.isfinite(sums).all()):
             raise TrainingError(
-                f"step {step + 1} has loss {loss} and gradient norm {float(grad_norm)}"
+                f"step {step + 1} has loss {loss} and gradient norm {grad_norm}"
                 f"{self._broken_router()}, and nothing was updated; lower optimizer.lr or look at "
                 "the data, then start again from the last checkpoint."
             )
         self.phases.lap("reduce")
         clip = self._config.optimizer.clip_norm
-        self.gradients.scale_((clip / (grad_norm + 1e-6)).clamp(max=1.0))
+        self.gradients.scale_((clip / (norm + 1e-6)).clamp(max=1.0))
         lr = learning_rate(self._config.optimizer, step, train.steps)
         self._engine.step(self.optimizer, lr)
         if train.parameters != "lora":  # lora freezes routers
@@ -123,7 +135,7 @@ class TrainStep:
             loss=loss,
             balance=balance,
             z=z,
-            grad_norm=float(grad_norm),
+            grad_norm=grad_norm,
             lr=lr,
             counts_LE=stacked(counts),
             dropped_L=tuple(router.dropped(layer) for router, layer in pairs),
@@ -145,7 +157,7 @@ class TrainStep:
         micro_rows = train.batch_sequences // train.accumulation
         rank_rows = micro_rows // mesh.world_size
         divisor = self._objective.divisor(step)
-        sums = torch.zeros(3, dtype=torch.float64)
+        sums = torch.zeros(3, dtype=torch.float64, device=self._device)
         counts: list[GlobalCounts] = []
         self._router_weights = []
         self.gradients.zero()
@@ -172,9 +184,9 @@ class TrainStep:
                     counts = add_counts(counts, auxiliary.counts)
                 self.phases.lap("forward")
                 self._engine.backward(loss)
-            sums[: len(parts)] += torch.stack([part.double() for part in parts]).cpu()
+            sums[: len(parts)] += torch.stack([part.double() for part in parts])
             self.phases.lap("backward")
         if self._copies is not None:
             self._copies.end_backward()
         self.gradients.reduce()
-        return sums, [layer.cpu() for layer in counts]
+        return sums.cpu(), on_host(counts)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...kernels.router import choose
 from ...kernels.values.choice import ChoiceRule, scores
+from ...kernels.values.memory import to_device
 from .balancing_bias import add_margins, even_bias, problem_with_quantiles, toward_even_load
 from .capacity import LimitedConfig, apply_capacity
 from .entropy import add_entropy, mean_entropy
@@ -232,9 +233,11 @@ class TopKRouter(LinearRouter):
         if bias_E is None or not rate:
             return
         if self.config.bias_update == "sign":
-            bias_E += rate * toward_even_load(counts).to(bias_E)
+            even_E = toward_even_load(counts).to(bias_E.dtype)
+            bias_E += rate * to_device(even_E, bias_E.device)
         elif counts.num_tokens:
-            bias_E.lerp_(even_bias(counts, self.k).to(bias_E), rate)
+            even_E = even_bias(counts, self.k).to(bias_E.dtype)
+            bias_E.lerp_(to_device(even_E, bias_E.device), rate)
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """Return each row's score for every expert before softmax or sigmoid, ``[T, E]``."""

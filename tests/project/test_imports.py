@@ -39,14 +39,15 @@ ROOMS = {
     ],
     "parallel": [
         ["host", "local_ranks", "parent", "planning", "watch"],
+        ["gpus"],
         ["mesh", "process", "simulation"],
         ["dense", "experts"],
         ["profiling"],
     ],
     "training": [
         ["section"],
-        ["optimizers", "parallel_config"],
-        ["parallel_check"],
+        ["checkpoint_config", "monitor_config", "parallel_config"],
+        ["optimizers", "parallel_check"],
         ["config", "device", "key_check", "phases", "precision", "schedule", "stop"],
         ["layer_shape"],
         ["layer_schedule", "parallelize", "work"],
