@@ -64,6 +64,7 @@ def workload_of(config: RunConfig) -> Workload:
         copy_bytes=None if copies is None else copies.max_bytes,
         copy_experts=None if copies is None else copies.experts,
         rematerializes=copies is not None and copies.rematerialize,
+        shards_experts=config.optimizer.shard_experts,
     )
 
 
@@ -80,7 +81,7 @@ def _problem_with(config: RunConfig) -> str | None:
             f"parallel.dense is {parallel.dense}, which simulate does not know; use one of "
             f"{', '.join(KNOWN_DENSE)}."
         )
-    kind = getattr(config.optimizer, "kind", "adamw")
+    kind = config.optimizer.kind
     if kind != "adamw":
         return f"optimizer.kind is {kind}, which simulate does not know; use adamw."
     if parallel.path == "hierarchical" and parallel.expert_tp > 1:
