@@ -64,6 +64,7 @@ def workload_of(config: RunConfig) -> Workload:
         copy_bytes=None if copies is None else copies.max_bytes,
         copy_experts=None if copies is None else copies.experts,
         rematerializes=copies is not None and copies.rematerialize,
+        shards_experts=config.optimizer.shard_experts,
     )
 
 

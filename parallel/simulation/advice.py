@@ -94,6 +94,8 @@ def _smaller(work: Workload) -> Iterator[tuple[str, Workload]]:
     for factor in (2, 4):
         times = work.accumulation * factor
         yield f"train.accumulation={times}", replace(work, accumulation=times)
+    if work.model.moe is not None and work.copy_bytes is None and not work.shards_experts:
+        yield "optimizer.shard_experts=true", replace(work, shards_experts=True)
     if work.model.moe is not None:
         for factor in (2, 4, 8):
             yield f"parallel.ep={work.ep * factor}", replace(work, ep=work.ep * factor)
@@ -107,7 +109,7 @@ def _faster(work: Workload) -> Iterator[tuple[str, Workload]]:
     if work.ep > 1 and work.expert_tp == 1 and work.path in ("all_to_all", "hierarchical"):
         auto = replace(work, path="auto", chunks="auto", backward_chunks=None)
         yield "parallel.path=auto parallel.chunks=auto", auto
-    if work.ep > 1 and work.expert_tp == 1 and work.path != "padded" and work.copy_bytes is None:
+    if work.ep > 1 and work.expert_tp == 1 and work.path != "padded" and not _forbids_copies(work):
         yield "parallel.copies={}", replace(work, copy_bytes=COPY_BYTES)
     for factor in (2, 4):
         if work.ep % factor == 0:
@@ -118,3 +120,8 @@ def _faster(work: Workload) -> Iterator[tuple[str, Workload]]:
         yield "train.recompute=experts", replace(work, recompute="experts")
     if work.dense == "fsdp":
         yield "parallel.dense=ddp", replace(work, dense="ddp")
+
+
+def _forbids_copies(work: Workload) -> bool:
+    """Whether copies are there already, or cannot be (training/optimizers/check.py)."""
+    return work.copy_bytes is not None or work.shards_experts

@@ -42,8 +42,8 @@ class Gpu(_Part):
     achieved_attention: Share | None = None
     """The same of queries with keys and of weights with values; null = ``achieved``."""
     layer_latency: Seconds = 0.0
-    """What a layer's forward takes in addition to all that depends on its size: launches, Python.
-    Backward takes twice that."""
+    """What a layer takes in each direction in addition to all that depends on its size: launches,
+    Python."""
     step_latency: Seconds = 0.0
     """What a step takes in addition: data, logging."""
 
@@ -106,8 +106,9 @@ class Cluster(_Part):
     between_nodes: Network | None = None
     """Links between nodes."""
     collectives: Literal["nccl", "gloo"] = "nccl"
-    """Who carries messages. With gloo, FSDP's gathers and sums wait for each other and for the
-    computation, and a reduce-scatter moves as many bytes as an all-reduce."""
+    """Who carries messages. With gloo, links inside a node and between nodes take turns, FSDP's
+    gathers and sums wait for each other and for the computation, and a reduce-scatter moves as many
+    bytes as an all-reduce."""
     contention: float = Field(default=0.0, ge=0, le=1)
     """How much longer links and computation take while both work: 0 = they do not disturb each
     other, 1 = overlap gains nothing."""

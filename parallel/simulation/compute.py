@@ -90,8 +90,8 @@ class Compute:
     def expert_lines(self, rows: float) -> tuple[Linear, Linear]:
         """Return forward and backward of the experts here, by routed rows.
 
-        The slope is that of ``rows`` in all. Each call reads the weights of all experts here;
-        backward reads them twice and adds to the main gradients.
+        A call takes the longer of its products and of reading the weights of all experts here;
+        backward reads them twice and adds to the main gradients. The line is exact for ``rows``.
         """
         work, moe = self.work, self.work.model.moe
         assert moe is not None, "a layer without experts"
@@ -103,14 +103,13 @@ class Compute:
         of_model, of_inner = EXPERT_ROW
         moved_s = self.moved_s((of_model * work.model.d_model + of_inner * inner) * work.item_bytes)
         weights = here * Sizes.of(work.model).expert / work.expert_tp
-        read_s = self.moved_s(weights * work.item_bytes)
+        read_s = self.streamed_s(weights * work.item_bytes)
+        write_s = self.streamed_s(weights * 2 * work.wide_bytes)
         again = 2 / 3 if work.recompute == "experts" else 0.0
+        forward_s, backward_s = product_s, (flops.BACKWARD + again) * product_s
         return (
-            Linear(read_s, product_s + moved_s),
-            Linear(
-                2 * read_s + self.moved_s(weights * 2 * work.wide_bytes),
-                (flops.BACKWARD + again) * product_s + 2 * moved_s,
-            ),
+            Linear(max(0.0, read_s - rows * forward_s), forward_s + moved_s),
+            Linear(max(0.0, 2 * read_s + write_s - rows * backward_s), backward_s + 2 * moved_s),
         )
 
     def head_s(self) -> tuple[float, float]:

@@ -82,7 +82,7 @@ def add_layers(compute: Compute, schedule_L: Sequence[Schedule]) -> MicroBatch:
         before = (batch.forward_s, batch.backward_s)
         link_s = exposed_s = (0.0, 0.0)
         batch.add("attention", *compute.attention_s(layer))
-        batch.add("other", compute.block_s() + latency_s, 2 * (compute.block_s() + latency_s))
+        batch.add("other", compute.block_s() + latency_s, 2 * compute.block_s() + latency_s)
         if model.is_moe(layer):
             schedule = next(schedules)
             _add_experts(batch, compute, schedule)

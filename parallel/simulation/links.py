@@ -28,7 +28,7 @@ class Links:
     between_message_s: float
     leaf_nodes: int | None
     oversubscription: float
-    has_reduce_scatter: bool
+    is_gloo: bool
 
     @classmethod
     def of(cls, cluster: Cluster, per_node: int) -> "Links":
@@ -55,7 +55,7 @@ class Links:
             between_message_s=between.message if between else 0.0,
             leaf_nodes=between.leaf_nodes if between else None,
             oversubscription=between.oversubscription if between else 1.0,
-            has_reduce_scatter=cluster.collectives == "nccl",
+            is_gloo=cluster.collectives == "gloo",
         )
 
     def latency(self, group: Group) -> float:
@@ -79,8 +79,8 @@ class Links:
     def all_to_all(self, group: Group) -> Linear:
         """Return the line of an all-to-all, by the bytes that a rank sends, to itself included.
 
-        The links inside a node and between nodes work at the same time. Messages are issued one
-        after the other.
+        The links inside a node and between nodes work at the same time, with gloo in turns.
+        Messages are issued one after the other.
         """
         size, near = group.size, group.per_node
         if size == 1:
@@ -88,7 +88,7 @@ class Links:
         inside = (near - 1) / size * self.inside_s * self.inside_factor
         between = (size - near) / size * self.far_s(group)
         messages = (near - 1) * self.inside_message_s + (size - near) * self.between_message_s
-        return Linear(self.latency(group) + messages, max(inside, between))
+        return Linear(self.latency(group) + messages, self._together(inside, between))
 
     def all_reduce(self, group: Group) -> Linear:
         """Return the line of a sum, by the bytes of the buffer: a ring sends 2 (P-1)/P of them.
@@ -104,7 +104,11 @@ class Links:
 
     def reduce_scatter(self, group: Group) -> Linear:
         """Return the line of a sum whose parts stay on their ranks, by the bytes of the whole."""
-        return self._ring(group, 1.0 if self.has_reduce_scatter else 2.0)
+        return self._ring(group, 2.0 if self.is_gloo else 1.0)
+
+    def _together(self, inside: float, between: float) -> float:
+        """Return the seconds of a byte over two levels, which with gloo take turns."""
+        return inside + between if self.is_gloo else max(inside, between)
 
     def _ring(self, group: Group, rounds: float) -> Linear:
         if group.size == 1:
@@ -114,4 +118,4 @@ class Links:
         between = self.between_s / group.per_node if group.nodes > 1 else 0.0
         steps = math.ceil(math.log2(group.nodes)) * self.between_latency_s
         steps += math.ceil(math.log2(group.per_node)) * self.inside_latency_s
-        return Linear(rounds * steps, share * max(inside, between))
+        return Linear(rounds * steps, share * self._together(inside, between))

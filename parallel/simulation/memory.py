@@ -64,13 +64,15 @@ def memory_of(
     # FSDP keeps its shards wide, and they are masters themselves; routers are fp32 (precision.py).
     dense_width = work.wide_bytes if shards > 1 else work.item_bytes
     weights = split * dense_width + experts * work.item_bytes + sizes.routers * work.wide_bytes
-    masters = work.wide_bytes * (experts + (0.0 if shards > 1 else split)) if is_narrow else 0.0
+    owned = experts / (fold.edp.size if work.shards_experts else 1)
+    masters = work.wide_bytes * (owned + (0.0 if shards > 1 else split)) if is_narrow else 0.0
     trained = split + experts + sizes.routers
+    updated = split + owned + sizes.routers
     return Memory(
         weights=weights,
         masters=masters,
         gradients=trained * work.wide_bytes,
-        moments=trained * work.wide_bytes * MOMENTS,
+        moments=updated * work.wide_bytes * MOMENTS,
         activations=activations(work, fold, rows, copies, on_cpu=on_cpu),
         buffers=_buffers(work, fold, sizes, copies, shards),
         copies=float(work.copy_bytes or 0),

@@ -119,12 +119,14 @@ def _add_up(
     is_sharded = work.dense == "fsdp" and fold.world.size > 1
     dense_here = sizes.dense / (fold.world.size if is_sharded else 1) + sizes.routers
     experts_here = sizes.experts / (work.ep * work.expert_tp)
-    clip_s, update_s = compute.update_s(dense_here, experts_here)
+    owned = experts_here / (fold.edp.size if work.shards_experts else 1)
+    clip_s, update_s = compute.update_s(dense_here, owned)
     added_s = times * compute.accumulate_s(dense_here)
     world = links.all_reduce(fold.world)
     counts_s = times * world.seconds(sizes.num_moe_layers * sizes.num_experts * COUNT_BYTES)
     # Gradients of experts, then the sum of losses and the norm. FSDP leaves routers to the end.
-    reduce_s = links.all_reduce(fold.edp).seconds(experts_here * work.wide_bytes) + 2 * world.alpha
+    reduce_s, sent_s = _expert_gradients(work, fold, links, experts_here)
+    reduce_s += 2 * world.alpha
     if is_sharded:
         reduce_s += world.seconds(sizes.routers * work.wide_bytes)
     head_s, head_back_s = (times * seconds for seconds in compute.head_s())
@@ -134,7 +136,7 @@ def _add_up(
     parts["rows"] += counts_s + copies_s
     parts |= {
         "head": head_s + head_back_s,
-        "gradients": forward_wait_s + backward_wait_s + reduce_s,
+        "gradients": forward_wait_s + backward_wait_s + reduce_s + sent_s,
         "update": clip_s + update_s + added_s,
         "latency": latency_s,
     }
@@ -142,7 +144,19 @@ def _add_up(
         "forward": times * batch.forward_s + head_s + counts_s + forward_wait_s,
         "backward": times * batch.backward_s + head_back_s + added_s + backward_wait_s + copies_s,
         "reduce": reduce_s + clip_s,
-        "optimizer": update_s,
+        "optimizer": update_s + sent_s,
         "rest": latency_s,
     }
     return parts, phases
+
+
+def _expert_gradients(
+    work: Workload, fold: Fold, links: Links, experts_here: float
+) -> tuple[float, float]:
+    """Return the seconds of summing gradients of experts, and of sending weights from owners."""
+    num_bytes = experts_here * work.wide_bytes
+    if not work.shards_experts:
+        return links.all_reduce(fold.edp).seconds(num_bytes), 0.0
+    # Each gradient goes to its owner alone, and each new weight comes back once.
+    sent_s = links.all_gather(fold.edp).seconds(experts_here * work.item_bytes)
+    return 0.5 * links.all_reduce(fold.edp).seconds(num_bytes), sent_s

@@ -23,6 +23,7 @@ EXAMPLES: dict[Kind, str] = {
     "seconds": "a time, such as 15us or 2ms",
     "flops": "floating-point operations a second, such as 989TFLOP/s",
 }
+SMALLER = {"": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
 WRITTEN: dict[Kind, str] = {"bytes": "B", "rate": "B/s", "seconds": "s", "flops": "FLOP/s"}
 
 
@@ -43,8 +44,13 @@ def parse(value: Any, kind: Kind) -> float:
 
 
 def written(amount: float, kind: Kind) -> str:
-    """Return a quantity as :func:`parse` reads it."""
-    return f"{amount:.6g}{WRITTEN[kind]}"
+    """Return a quantity as :func:`parse` reads it, with the prefix that suits it."""
+    prefixes = (
+        SMALLER if kind == "seconds" else {p: PREFIXES[p] for p in ("P", "T", "G", "M", "k", "")}
+    )
+    least = list(prefixes)[-1]
+    prefix = next((p for p, factor in prefixes.items() if amount >= factor), least)
+    return f"{amount / prefixes[prefix]:.6g}{prefix}{WRITTEN[kind]}"
 
 
 def _parser(kind: Kind) -> BeforeValidator:

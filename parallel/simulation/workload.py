@@ -41,6 +41,8 @@ class Workload:
     copy_experts: int | None = None
     """Different experts of a layer that may be copied; None = all."""
     rematerializes: bool = False
+    shards_experts: bool = False
+    """Whether ranks with the same experts share out their masters and moments (ZeRO-1)."""
 
     @property
     def item_bytes(self) -> int:

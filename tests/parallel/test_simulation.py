@@ -196,6 +196,7 @@ def test_one_gpu_waits_for_nothing():
         {"expert_tp": 2},
         {"has_gradient_slices": True, "chunks": 2},
         {"copy_bytes": 1 << 30},
+        {"shards_experts": True},
     ],
 )
 def test_parts_and_phases_are_the_same_step_and_faster_links_are_never_slower(changes):
@@ -249,6 +250,9 @@ def test_memory_that_stays_is_counted_by_hand():
     split = memory_of(replace(work, dense="fsdp"), fold, 1.0, 1.0)
     wanted = 16 * dense / 64 + 18 * experts + 16 * sizes.routers
     assert split.kept == pytest.approx(wanted)
+    # Eight ranks hold the same experts, and each has an eighth of their masters and moments.
+    shared = memory_of(replace(work, shards_experts=True), fold, 1.0, 1.0)
+    assert memory.kept - shared.kept == pytest.approx(12 * experts * 7 / 8)
     whole = memory_of(replace(work, precision="fp32", ep=1), fold, 1.0, 1.0)
     assert whole.kept == pytest.approx(16 * sizes.total)
 
