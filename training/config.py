@@ -11,6 +11,7 @@ from .optimizer_config import OptimizerConfig
 from .parallel_check import problem_with_parallel
 from .parallel_config import ParallelConfig
 from .section import Section
+from .stages_check import problem_with_stages
 
 
 class DataConfig(Section):
@@ -214,6 +215,7 @@ class RunConfig(Section):
             length = self.train.sequence_length if has_windows else None
             has_lora = self.lora is not None and "experts" in self.lora.targets
             problem = problem_with_parallel(self.parallel, moe, length, has_lora)
+        problem = problem or problem_with_stages(self)
         if problem is not None:
             raise ValueError(problem)
         return self

@@ -123,6 +123,10 @@ class TopK(LimitedConfig):
             return problem_with_quantiles(rate, self.k, self.num_groups, num_experts)
         return None
 
+    def pools_layers(self) -> bool:
+        """Return whether the balance loss is taken over the model."""
+        return self.balance_over == "model" and self.balance_loss > 0
+
     def architecture(self) -> dict[str, Any]:
         """Return all but :data:`TRAINING_ONLY`, and whether there is a balancing bias."""
         values = super().architecture()

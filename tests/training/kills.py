@@ -49,11 +49,13 @@ class Launch:
     config: Path
     run_dir: Path
     program: list[str] = field(default_factory=lambda: ["-m", "moeyard.training"])
+    more: list[str] = field(default_factory=list)
+    """Overrides that come last."""
 
     def start(self) -> None:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc-per-node", "2", "--max-restarts", "50", *self.program]
-        command += [str(self.config), *OVERRIDES, f"run_dir={self.run_dir}"]
+        command += [str(self.config), *OVERRIDES, f"run_dir={self.run_dir}", *self.more]
         self.run_dir.mkdir(parents=True, exist_ok=True)
         with (self.run_dir / "log.txt").open("a") as log:
             self.agent = subprocess.Popen(

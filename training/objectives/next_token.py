@@ -9,18 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...moe.batch import batch_of_rows
-from ...moe.models.decoder import Decoder
+from ...moe.batch import Batch, batch_of_rows
+from ...moe.models.decoder import Decoder, DecoderOutput
 from ...moe.models.documents import batch_of_documents
 from ...parallel.mesh import Mesh
 from ..config import RunConfig
 from ..data.text import TextData, build_data
 from ..device import device
 from ..stop import StopRequest
-from .objective import HeldOut, MicroBatchLoss, Objective
+from .objective import HeldOut, MicroBatchLoss, Objective, SplitLoss
 
 
-class NextToken(nn.Module):
+class NextToken(SplitLoss):
     """Next-token cross-entropy of a decoder, in one forward because DDP wants a single entry.
 
     ``eos_id`` separates documents that must not see each other; with None attention spans whole
@@ -28,18 +28,18 @@ class NextToken(nn.Module):
     """
 
     def __init__(self, decoder: Decoder, eos_id: int | None = None) -> None:
-        super().__init__()
-        self.decoder = decoder
+        super().__init__(decoder)
         self._eos_id = eos_id
 
-    def forward(self, windows_BL1: Tensor) -> MicroBatchLoss:
-        """Score int64 ``[B, L + 1]`` windows: the first L tokens predict the last L."""
+    def rows(self, windows_BL1: Tensor) -> Batch:
+        """Return the inputs of int64 ``[B, L + 1]`` windows: their first L tokens."""
         inputs_BL = windows_BL1[:, :-1]
         if self._eos_id is None:
-            batch = batch_of_rows(inputs_BL)
-        else:
-            batch = batch_of_documents(inputs_BL, self._eos_id)
-        output = self.decoder(batch)
+            return batch_of_rows(inputs_BL)
+        return batch_of_documents(inputs_BL, self._eos_id)
+
+    def score(self, windows_BL1: Tensor, output: DecoderOutput) -> MicroBatchLoss:
+        """Score the last L tokens of each window."""
         logits_TV = self.decoder.logits(output.hidden_TD)
         wide = torch.promote_types(logits_TV.dtype, torch.float32)
         targets_T = windows_BL1[:, 1:].reshape(-1)
