@@ -1,6 +1,6 @@
 """FSMoE's schedule on a slow network: are the chosen chunks the best, and how much do they gain?
 
-    python benchmarks/fsmoe.py [--repeats 5] [--only N ...]
+    python benchmarks/fsmoe.py [--between RATE ...] [--repeats 5] [--only N ...]
 
 Two nodes of two ranks (network_bed.py), one MoE layer, forward and backward. For each of 20 layers
 the ranks measure their links and experts, try what should be fastest, and choose a path (one level
@@ -22,8 +22,8 @@ from network_bed import Network
 from report import write_results
 
 HERE = Path(__file__).parent
-RATES = (("1gbit", "4gbit"), ("200mbit", "1gbit"))
-"""Between nodes and inside a node."""
+RATES = {"1gbit": "4gbit", "200mbit": "1gbit"}
+"""Between nodes and, for each, inside a node."""
 LAYERS = [
     {"tokens": tokens, "width": width, "inner": inner, "experts": 16, "k": 2, "skew": skew}
     for tokens, width, inner, skew in (
@@ -43,14 +43,16 @@ LAYERS = [
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--between", nargs="+", default=list(RATES), help="rates between nodes")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", type=int, nargs="+", help="numbers of layers, from 0")
     arguments = parser.parse_args()
     layers = [LAYERS[n] for n in arguments.only] if arguments.only else LAYERS
     rows = []
     try:
-        for inter, intra in RATES:
-            with Network(nodes=2, ranks_per_node=2, inter=inter, intra=intra) as network:
+        for inter in arguments.between:
+            rates = {"inter": inter, "intra": RATES[inter]}
+            with Network(nodes=2, ranks_per_node=2, **rates) as network:
                 case = [str(HERE / "fsmoe_case.py"), json.dumps(layers), str(arguments.repeats)]
                 done = network.run(case, timeout_s=1500)
                 found = [line for line in done.outputs[0].splitlines() if line.startswith("{")]
@@ -63,7 +65,8 @@ def main() -> int:
     for line in table(rows):
         print(line)
     question = "seconds of an MoE layer in chunks on two nodes of two ranks, and the chosen chunks"
-    print("written to", write_results("fsmoe", {"question": question, "rows": rows}).name)
+    name = "_".join(["fsmoe", *(arguments.between if len(arguments.between) < len(RATES) else [])])
+    print("written to", write_results(name, {"question": question, "rows": rows}).name)
     return 0
 
 

@@ -29,11 +29,12 @@ from moeyard.moe.config.model import ModelConfig, MoEConfig
 from moeyard.moe.routers.topk import TopK
 from moeyard.parallel.mesh import Mesh, build_mesh
 from moeyard.parallel.process import process_group
-from moeyard.training.config import OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
+from moeyard.training.config import ParallelConfig, RunConfig, TrainConfig
 from moeyard.training.data.batches import GlobalBatches
 from moeyard.training.data.shards import ShardFacts, TokenShard
 from moeyard.training.data.text import TextData
 from moeyard.training.objectives.next_token import NextTokenObjective
+from moeyard.training.optimizers.adamw import AdamWConfig
 from moeyard.training.parallelize import parallelize
 from moeyard.training.run.allocator import keep_freed_memory
 from moeyard.training.setup import build_model
@@ -90,7 +91,7 @@ def our_step(mesh: Mesh, ep: int, precision: str, shard: TokenShard) -> OurStep:
             batch_sequences=mesh.world_size,
             precision=precision,
         ),
-        optimizer=OptimizerConfig(lr=1e-4),
+        optimizer=AdamWConfig(lr=1e-4),
         parallel=ParallelConfig(ep=ep),
     )
     batches = GlobalBatches(shard, TOKENS, mesh.world_size, seed=0)

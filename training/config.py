@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from ..dtypes import short_name
 from ..moe.config.model import ModelConfig
 from ..moe.models.lora import LoraTarget
-from .optimizer_config import OptimizerConfig
+from .optimizers.adamw import AdamWConfig
 from .parallel_check import problem_with_parallel
 from .parallel_config import ParallelConfig
 from .section import Section
@@ -165,7 +165,7 @@ class RunConfig(Section):
     train: TrainConfig
     lora: LoraConfig | None = None
     """Only with ``train.parameters: lora``, which fills in the defaults."""
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: AdamWConfig = AdamWConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     parallel: ParallelConfig = ParallelConfig()
     monitor: MonitorConfig = MonitorConfig()

@@ -16,7 +16,7 @@ from ..parallel.experts.moves import move_slots
 from ..parallel.mesh import Mesh
 from ..parallel.planning.placement import Placement
 from ..parallel.planning.plan_file import read_plan
-from .optimizer import MasterAdamW
+from .optimizers.optimizer import MasterOptimizer
 
 
 class Ownership:
@@ -25,7 +25,7 @@ class Ownership:
     def __init__(
         self,
         copies: MaterializedExperts,
-        optimizer: MasterAdamW,
+        optimizer: MasterOptimizer,
         gradients: MainGradients,
         group: dist.ProcessGroup,
         every: int,
@@ -66,8 +66,8 @@ class Ownership:
         states = [self._optimizer.state_of(parameter) for parameter in parameters]
         flat = [tensor for state in states for tensor in state]
         moved = iter(move_slots(flat, before, after, self._group))
-        for parameter in parameters:
-            self._optimizer.replace_state(parameter, (next(moved), next(moved), next(moved)))
+        for parameter, state in zip(parameters, states, strict=True):
+            self._optimizer.replace_state(parameter, tuple(next(moved) for _ in state))
         own.hold(after.owned_by(dist.get_rank(self._group)))
 
 

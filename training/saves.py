@@ -16,7 +16,7 @@ from .checkpoints.start_from import read_origin
 from .config import RunConfig
 from .data.data import Data
 from .device import seed_rank
-from .optimizer import MasterAdamW
+from .optimizers.optimizer import MasterOptimizer
 from .ownership import Ownership
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class Saves:
         run_dir: Path,
         mesh: Mesh,
         data: Data,
-        optimizer: MasterAdamW,
+        optimizer: MasterOptimizer,
         ownership: Ownership | None = None,
     ) -> None:
         self._config = config

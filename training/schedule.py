@@ -5,7 +5,7 @@ Nothing is kept between steps, so a resumed run takes the same rates as an unbro
 
 import math
 
-from .optimizer_config import DECAY_SHARE, OptimizerConfig
+from .optimizers.config import DECAY_SHARE, OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:

@@ -17,7 +17,7 @@ from ..parallel.mesh import Mesh
 from .config import RunConfig
 from .micro_batches import MicroBatches, OneByOne, Passes
 from .objectives.objective import Objective
-from .optimizer import MasterAdamW
+from .optimizers.table import open_optimizer
 from .ownership import Ownership, planned_owners
 from .parallelize import Parallel
 from .phases import PhaseClock
@@ -64,7 +64,7 @@ class TrainStep:
         self._layers = [index for index, _ in decoder.moe_layers()]
         self._num_layers = decoder.config.num_layers
         self.gradients = parallel.engine.gradients
-        self.optimizer = MasterAdamW(decoder, parallel.masters, config.optimizer)
+        self.optimizer = open_optimizer(config.optimizer, decoder, parallel.masters)
         self.ownership: Ownership | None = None
         """Who moves experts between ranks, if the run has copies."""
         if self._copies is not None:

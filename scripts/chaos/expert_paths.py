@@ -40,6 +40,8 @@ PATHS = {
     "all_gather": ["parallel.path=all_gather"],
     "hierarchical": NODES,
     "chunked 4/2": ["parallel.chunks=4", "parallel.backward_chunks=2"],
+    "padded": ["parallel.path=padded", "model.moe.router.capacity={factor: 4}"],
+    "slices": ["parallel.ep=2", "parallel.expert_tp=2", "parallel.chunks=2"],
     "copies": ["parallel.copies={when: always}"],
     "copies rematerialized": [
         f"parallel.copies={{when: always, max_bytes: {4 * COPY_BYTES}, rematerialize: true}}"

@@ -51,6 +51,7 @@ def choose_few() -> None:
         def odd_route(router: Any, router_input: Any) -> Any:
             routing = route(router, router_input)
             experts_TK = routing.experts_TK % (router.num_experts // 2)
+            experts_TK[experts_TK[:, 0] == experts_TK[:, 1], 1] = -1  # none has a row twice
             if STEP["number"] in (2, 4):
                 experts_TK = torch.full_like(experts_TK, -1)
                 experts_TK[:, 0] = 0
@@ -65,6 +66,7 @@ def choose_few() -> None:
 def bring_no_rows() -> None:
     """Let this rank's layers run with T = 0."""
     from moeyard.parallel.experts.all_to_all import AllToAllPath
+    from moeyard.parallel.experts.padded import PaddedPath
     from moeyard.parallel.experts.pipelined import PipelinedPath
 
     def without_rows(run: Callable[..., Any]) -> Any:
@@ -89,6 +91,7 @@ def bring_no_rows() -> None:
         return run_empty
 
     around(AllToAllPath, "run", without_rows)
+    around(PaddedPath, "run", without_rows)
     around(PipelinedPath, "run_over", without_rows)
 
 
@@ -135,7 +138,8 @@ def without_shared_memory(build: Callable[..., Any]) -> Any:
     """Return a mesh as on several hosts."""
 
     def build_apart(*arguments: Any, **options: Any) -> Any:
-        return replace(build(*arguments, **options), dp_host=None, ep_host=None, edp_host=None)
+        hosts = dict.fromkeys(("dp_host", "ep_host", "edp_host", "expert_tp_host"))
+        return replace(build(*arguments, **options), **hosts)
 
     return build_apart
 

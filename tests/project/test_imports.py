@@ -45,11 +45,11 @@ ROOMS = {
     ],
     "training": [
         ["section"],
-        ["optimizer_config", "parallel_config"],
+        ["optimizers", "parallel_config"],
         ["parallel_check", "stages_check"],
         ["config", "device", "key_check", "phases", "precision", "schedule", "stop"],
         ["layer_shape"],
-        ["layer_schedule", "optimizer", "parallelize", "work"],
+        ["layer_schedule", "parallelize", "work"],
         ["ownership"],
         ["data"],
         ["checkpoints", "objectives", "run"],

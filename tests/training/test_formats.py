@@ -13,7 +13,7 @@ from moeyard.errors import CheckpointError
 from moeyard.moe.config.model import ModelConfig
 from moeyard.moe.folders.hf_config import from_hf
 from moeyard.training.checkpoints.files import read_state
-from moeyard.training.optimizer_config import OptimizerConfig
+from moeyard.training.optimizers.adamw import AdamWConfig
 from moeyard.training.read_config import read_run_config
 
 OLD = Path(__file__).parent / "format_1"
@@ -22,7 +22,7 @@ OLD = Path(__file__).parent / "format_1"
 def test_the_configuration_of_a_run_means_what_it_meant():
     config = read_run_config(OLD / "config.yaml", [])
     assert config.train.steps == 2 and config.model.moe.num_experts == 2
-    assert config.optimizer == OptimizerConfig(schedule="cosine", decay_share=None)
+    assert config.optimizer == AdamWConfig(schedule="cosine", decay_share=None)
 
 
 def test_the_state_of_a_checkpoint_is_read():

@@ -10,7 +10,7 @@ import pytest
 from moeyard.configuration import validate_config
 from moeyard.errors import ConfigError
 from moeyard.parallel.mesh import Mesh
-from moeyard.training.config import OptimizerConfig
+from moeyard.training.optimizers.config import OptimizerConfig
 from moeyard.training.read_config import read_run_config
 from moeyard.training.schedule import learning_rate
 from moeyard.training.trainer import Trainer

@@ -1,10 +1,10 @@
-"""The ``optimizer`` section of a training configuration."""
+"""What the ``optimizer`` section of a training configuration has for every kind."""
 
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from .section import Section
+from ..section import Section
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -13,7 +13,7 @@ DECAY_SHARE = 0.1
 
 
 class OptimizerConfig(Section):
-    """AdamW, and the learning rate over the run."""
+    """The learning rate over the run, and AdamW's options: every kind updates some with AdamW."""
 
     lr: float = Field(default=1e-3, gt=0)
     """Learning rate after the warm-up."""

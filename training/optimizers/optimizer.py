@@ -1,0 +1,84 @@
+"""The optimizer of a run: fp32 master weights, and a rule for each parameter."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ...parallel.dense.local_part import local_part
+from .held import Held, experts_of, hold_trained, keyed
+from .rule import UpdateRule
+
+
+class MasterOptimizer:
+    """Reads ``parameter.main_grad`` and writes parameters of any precision.
+
+    ``masters`` holds the fp32 copies of narrower parameters; others are their own masters. Matrices
+    inside layers follow the rule ``hidden``, all others ``rest``. Frozen parameters do not change.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        masters: dict[str, Tensor],
+        hidden: UpdateRule,
+        rest: UpdateRule,
+    ) -> None:
+        self._model = model
+        self._held = hold_trained(model, masters)
+        matrices = [held for held in self._held if held.is_hidden]
+        others = [held for held in self._held if not held.is_hidden]
+        self._parts: list[tuple[UpdateRule, list[Held]]] = [(hidden, matrices), (rest, others)]
+        for rule, parameters in self._parts:
+            for held in parameters:
+                held.state = rule.new_state(held)
+                held.steps = torch.zeros((), dtype=torch.float32, device=held.master.device)
+        self._done = 0
+        """Steps of the run."""
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """Update all parameters from their main gradients."""
+        for rule, parameters in self._parts:
+            rule.update(parameters, lr, self._done)
+        self._done += 1
+        for held in self._held:
+            held.write()
+
+    def state_of(self, parameter: nn.Parameter) -> tuple[Tensor, ...]:
+        """Return a parameter's master weight and its state."""
+        held = self._find(parameter)
+        return held.master, *held.state.values()
+
+    def replace_state(self, parameter: nn.Parameter, state: tuple[Tensor, ...]) -> None:
+        """Give a parameter what :meth:`state_of` returns, of another number of slots."""
+        self._find(parameter).replace(state)
+
+    def set_steps(self, done: int) -> None:
+        """Say how many steps the run has done."""
+        self._done = done
+        for rule, parameters in self._parts:
+            for held in parameters:
+                held.steps.fill_(rule.steps_seen(held, done))
+
+    def restore_parameters(self) -> None:
+        """Copy freshly loaded masters into the parameters."""
+        for held in self._held:
+            held.write()
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield every master weight, state and buffer under topology-free keys.
+
+        Frozen weights are included, so that a checkpoint is complete.
+        """
+        for held in self._held:
+            yield from held.keyed()
+        for name, parameter in self._model.named_parameters():
+            if not parameter.requires_grad:
+                owner = experts_of(self._model, name)
+                yield from keyed("weight", name, parameter, local_part(parameter), owner)
+        for name, buffer in self._model.named_buffers():
+            yield f"buffer/{name}", buffer
+
+    def _find(self, parameter: nn.Parameter) -> Held:
+        return next(held for held in self._held if held.parameter is parameter)
