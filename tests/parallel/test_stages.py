@@ -138,7 +138,10 @@ CROSSING = {
         "model.moe.router={kind: topk, k: 2, score: sigmoid, bias_update_rate: 0.01, "
         "sequence_balance_loss: 0.1}",
     ],
-    "noisy": ["model.moe.router={kind: noisy, k: 2}", "train.recompute=true"],
+    "noisy": [  # its other losses are rounded to fixed point on each rank
+        "model.moe.router={kind: noisy, k: 2, importance_loss: 0, load_loss: 0, balance_loss: 0.1}",
+        "train.recompute=true",
+    ],
     "tied": ["model.tie_embeddings=true"],
     "relu": ["model.moe.router={kind: relu}"],
 }
@@ -150,6 +153,10 @@ SPLITS = {
     "pp4": ["parallel.pp=4"],
 }
 BASE = [*EXACT, "model.num_layers=4", "train.batch_sequences=16", "train.accumulation=4"]
+STARVED = ("past_dense", "tied")
+"""Models that also run with ranks whose experts get no row, and without shared memory."""
+PAIRS = [(name, split) for name in CROSSING for split in SPLITS]
+PAIRS += [(name, split) for name in STARVED for split in ("starved", "apart")]
 
 
 @pytest.fixture(scope="module")
@@ -163,23 +170,20 @@ def grid(tmp_path_factory, config_file) -> Path:
         for name, case in cases.items()
         for split, options in SPLITS.items()
     }
-    for name in ("past_dense", "tied"):
+    for name in STARVED:
         case = {"overrides": [*cases[name]["overrides"], *SPLITS["pp2-ep2"]]}
         split[f"{name}-starved"] = {**case, "starved": True}
         split[f"{name}-apart"] = {**case, "apart": True}
     torchrun(4, WORKER, str(config_file), str(out), json.dumps(split), timeout=600)
-    starved = {f"{n}-one": {**cases[n], "starved": True} for n in ("past_dense", "tied")}
+    starved = {f"{n}-one": {**cases[n], "starved": True} for n in STARVED}
     run([sys.executable, WORKER, str(config_file), str(out), json.dumps(starved)], 300)
     return out
 
 
 @pytest.mark.dist
 @pytest.mark.slow
-@pytest.mark.parametrize("split", [*SPLITS, "starved", "apart"])
-@pytest.mark.parametrize("name", CROSSING)
+@pytest.mark.parametrize(("name", "split"), PAIRS)
 def test_four_ranks_in_stages_compute_what_one_process_does(grid, name, split):
-    if not (grid / f"{name}-{split}-0.pt").exists():
-        pytest.skip("not one of the cases")
     expected = gathered_from(grid, f"{name}-one" if split == "starved" else name, 1)
     actual = gathered_from(grid, f"{name}-{split}", 4)
     worst = {}
