@@ -11,8 +11,11 @@
 # it, pip takes the build for GPUs, which is several GB larger.
 FROM python:3.11-slim
 
-# The C++ kernels are compiled when they are first used.
-RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
+# g++: the C++ kernels are compiled when they are first used. wget: KubeRay looks with it whether Ray is
+# well.
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends g++ wget \
+    && rm -rf /var/lib/apt/lists/*
 
 ARG TORCH_INDEX_URL=""
 RUN pip install --no-cache-dir ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} torch==2.13.0

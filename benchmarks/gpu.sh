@@ -1,11 +1,15 @@
 #!/usr/bin/env bash
 # Check this machine's GPU and measure it, unattended.
 #
-#     benchmarks/gpu.sh FOLDER check measure     # under 10 minutes; FOLDER gets what was found
+#     benchmarks/gpu.sh FOLDER check measure     # about 10 minutes on one GPU; FOLDER gets all
+#     benchmarks/gpu.sh FOLDER ranks             # training on all GPUs, in every way
 #     benchmarks/gpu.sh FOLDER tiles             # 3 minutes: other tiles than those shipped
+#     benchmarks/gpu.sh FOLDER dry               # without a GPU: ranks on 2 CPU processes
 #
-# check runs the tests of kernels, models and training that need a GPU. measure times the router and
-# the expert MLP against their peers.
+# check runs the tests of kernels, models and training that need a GPU, and then ranks. ranks trains
+# on 1, 2, 4 and 8 GPUs, as far as there are so many, and compares with one CPU process
+# (benchmarks/gpu_ranks.py). measure times the router and the expert MLP against their peers. dry
+# shows that this script and the arms of ranks work before they are taken to a machine with GPUs.
 #
 # MEGABLOCKS_SOURCES names a folder with archives or wheels of megablocks, grouped_gemm and
 # stanford-stk (docs/backends.md): they are built next to the tests, into FOLDER/megablocks, and left
@@ -27,7 +31,7 @@ export PYTHONPATH="$link${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 processes="$(nproc)"
 failed=0
 
-if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+if [ "$*" != dry ] && ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo "error: $python sees no CUDA device; run this where there is one" >&2
     exit 2
 fi
@@ -58,7 +62,7 @@ check() {
     if "$python" -c 'import xdist' 2> /dev/null; then workers=(-n "$processes"); fi
     tests 300 kernels --noconftest "${workers[@]}" -k "not wrap" "${kernels[@]}"
     tests 60 large --noconftest -k wrap "${kernels[@]}"
-    MOEYARD_CPU_KERNELS=off tests 120 models "${workers[@]}" tests/moe/test_families_gpu.py \
+    MOEYARD_CPU_KERNELS=off tests 240 models "${workers[@]}" tests/moe/test_families_gpu.py \
         tests/training/test_training_gpu.py
     if [ -n "$build" ] && wait "$build"; then
         export PYTHONPATH="$PYTHONPATH:$link/megablocks_build"
@@ -66,6 +70,18 @@ check() {
     elif [ -n "$build" ]; then
         echo "MegaBlocks could not be built here; going on without (see megablocks_build.txt)"
     fi
+    ranks
+}
+
+ranks() {
+    timeout "${RANKS_S:-3000}" "$python" benchmarks/gpu_ranks.py --out "$found/ranks" || failed=1
+}
+
+dry() {
+    "$python" -m pytest -q -p no:cacheprovider -m gpu --collect-only \
+        tests/moe/test_families_gpu.py tests/training/test_training_gpu.py > "$found/collected.txt" ||
+        failed=1
+    "$python" benchmarks/gpu_ranks.py --out "$found/ranks" --cpu "${DRY_RANKS:-2}" || failed=1
 }
 
 # kept SECONDS NAME COMMAND...: run a benchmark and keep its figures.
@@ -87,9 +103,9 @@ tiles() {
 
 for part in "$@"; do
     case "$part" in
-        check | measure | tiles) "$part" ;;
-        *) echo "error: $part is no part; use check, measure or tiles" >&2; failed=2 ;;
+        check | ranks | measure | tiles | dry) "$part" ;;
+        *) echo "error: $part is no part; use check, ranks, measure, tiles or dry" >&2; failed=2 ;;
     esac
 done
-[ "$failed" = 0 ] || echo "error: tests failed on this GPU; see $found/tests_*.txt" >&2
+[ "$failed" = 0 ] || echo "error: something failed; see tests_*.txt and ranks/ in $found" >&2
 exit "$failed"

@@ -36,7 +36,7 @@ MUTATIONS = [
     (
         "expert gradients are not reduced between hosts",
         "parallel/dense/gradients.py",
-        "dist.all_reduce(self._expert_flat, group=self._mesh.edp_group)",
+        "_all_reduce(self._expert_flat, self._mesh.edp_group)",
         "pass",
         EQUAL,
     ),
@@ -57,9 +57,30 @@ MUTATIONS = [
     (
         "the clip norm counts replicated experts twice",
         "parallel/dense/gradients.py",
-        "dist.all_reduce(experts, group=self._mesh.experts_group)",
-        "dist.all_reduce(experts, group=self._mesh.dp_group)",
+        "group = self._mesh.experts_group",
+        "group = self._mesh.dp_group",
         EQUAL,
+    ),
+    (
+        "the owners of experts do not send the new weights",
+        "training/optimizers/optimizer.py",
+        "self._shards.share(h.parameter for h in self._held if h.owned is not None)",
+        "pass",
+        EQUAL,
+    ),
+    (
+        "Muon mixes the experts of a stack",
+        "training/optimizers/newton_schulz.py",
+        "torch.linalg.matrix_norm(y, keepdim=True)",
+        "y.norm()",
+        "tests/training/test_optimizers.py",
+    ),
+    (
+        "FRUGAL keeps the moments of other columns",
+        "training/optimizers/frugal.py",
+        "moment.zero_()",
+        "pass",
+        "tests/training/test_optimizers.py",
     ),
     (
         "routing weights get no gradient from other ranks",
@@ -78,8 +99,8 @@ MUTATIONS = [
     (
         "the balance loss sees one rank's counts",
         "moe/routers/losses.py",
-        "summed = reduce(torch.cat",
-        "summed = (lambda x: x)(torch.cat",
+        "return _together(here, parts, reduce)",
+        "return _together(here, parts, lambda x: x)",
         EQUAL,
     ),
     (

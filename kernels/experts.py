@@ -72,6 +72,7 @@ def expert_mlp(
     backend: Backend = "auto",
     *,
     recompute: bool = False,
+    most_choices: int | None = None,
 ) -> Tensor:
     """Return ``y_t = sum_k weights[t, k] * MLP_{experts[t, k]}(x_t)``, ``[T, D]`` in x's dtype.
 
@@ -80,12 +81,14 @@ def expert_mlp(
     fc2 and their biases, unless the experts are quantized. ``recompute`` keeps x only and computes
     fc1 again in backward. That costs two thirds of the forward's work and saves R * 2F elements;
     the gradients have the same bits. It has no effect on the reference, where autograd decides,
-    and in a graph compiled for a CPU, which keeps everything.
+    and in a graph compiled for a CPU, which keeps everything. ``most_choices`` promises that at
+    most so many of ``experts_TK`` are experts: rows that come from other ranks have experts there,
+    too. Triton then keeps room for so many; the other backends do not need to know.
 
     Raises ``ValueError`` for shapes that do not fit, ids out of range, gradients of quantized
     experts, and a backend that cannot run here.
     """
-    call = ExpertCall(x_TD, experts_TK, weights_TK, experts, recompute)
+    call = ExpertCall(x_TD, experts_TK, weights_TK, experts, recompute, most_choices)
     call.check()
     if backend != "reference":
         _check_gradients(call)

@@ -7,6 +7,9 @@ for the C++ kernels as a whole, and for Triton's by kind of call. Its result is 
 import functools
 import threading
 import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 
@@ -21,6 +24,7 @@ from .gpu import experts as triton_experts
 from .values.calls import ExpertCall
 from .values.quantized_weights import Bits, QuantizedExpertWeights
 
+Result = TypeVar("Result")
 Kind = tuple[torch.dtype, torch.device, Bits | None, bool]
 """Type of the rows, device, bits of the weights (None = not quantized), and whether with biases."""
 
@@ -102,7 +106,7 @@ def trusts_triton(call: ExpertCall) -> bool:
         bits_here = {experts.fc1.bits, experts.fc2.bits}
     has_bias = bool(experts.bias_parts)
     kinds = [(call.x_TD.dtype, device, bits, has_bias) for bits in bits_here]
-    if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+    if _cannot_check(call.x_TD):
         return all(_triton_verdicts.get(kind, False) for kind in kinds)
     return triton.why_not(device) is None and all(triton_computes(*kind) for kind in kinds)
 
@@ -131,8 +135,7 @@ def _passes(dtype: torch.dtype, device: torch.device, bits: Bits | None, has_bia
     else:
         checks = [functools.partial(check, bits, has_bias)]
     for run in checks:
-        with torch.inference_mode(False), torch.enable_grad():
-            outcome = run()
+        outcome = _apart(run)
         if not outcome.passed:
             worst = max(outcome.errors.values(), default=float("nan"))
             limit = outcome.limit
@@ -147,12 +150,31 @@ def _passes(dtype: torch.dtype, device: torch.device, bits: Bits | None, has_bia
     return True
 
 
+def _cannot_check(x: torch.Tensor) -> bool:
+    """Say whether kernels for x's device cannot be checked now."""
+    if torch.compiler.is_compiling():
+        return True
+    with triton.on_device_of(x):  # asked elsewhere, CUDA would open a context on its first device
+        return torch.cuda.is_current_stream_capturing()
+
+
+def _apart(check: Callable[[], Result]) -> Result:
+    """Return the result of a check, which runs in another thread.
+
+    The first call of a kind may come in the middle of anything: inside a checkpointed layer, whose
+    hooks would take the check's own tensors for those of the layer, and compute the layer again
+    in the check's backward; under autocast; in inference mode. A new thread has none of these.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="moeyard-check") as pool:
+        return pool.submit(check).result()
+
+
 def trusts_triton_router(logits_TE: torch.Tensor) -> bool:
     """Say whether ``auto`` may choose Triton's router; see :func:`trusts_triton`."""
     if not logits_TE.is_cuda or triton_choice.misfit(logits_TE) is not None:
         return False
     device = logits_TE.device
-    if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+    if _cannot_check(logits_TE):
         return _router_verdicts.get(device, False)
     return triton.why_not(device) is None and triton_router_computes(device)
 
@@ -160,8 +182,7 @@ def trusts_triton_router(logits_TE: torch.Tensor) -> bool:
 def triton_router_computes(device: torch.device) -> bool:
     """Check Triton's router against torch's once per device; warn if it fails."""
     if device not in _router_verdicts:
-        with torch.inference_mode(False), torch.enable_grad():
-            problem = router_check.problem_with(triton_choice.choose_triton, device)
+        problem = _apart(lambda: router_check.problem_with(triton_choice.choose_triton, device))
         _router_verdicts[device] = problem is None
         if problem is not None:
             warnings.warn(

@@ -7,6 +7,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from ..kernels.values.memory import to_device
 from .kv_cache import KVCache
 from .routers.groups import previous_rows
 
@@ -54,6 +55,16 @@ class Batch:
         """True when all sequences have the same number of rows."""
         return len(set(self.lengths)) == 1
 
+    def to(self, device: torch.device) -> "Batch":
+        """Return a batch without caches, made on the host, on another device."""
+        assert self.caches is None, "caches stay on their device"
+        packing = self.packing
+        if packing is not None:
+            rows_P, places_T = (to_device(t, device) for t in (packing.rows_P, packing.places_T))
+            packing = replace(packing, rows_P=rows_P, places_T=places_T)
+        ids_T, positions_T = (to_device(t, device) for t in (self.ids_T, self.positions_T))
+        return replace(self, ids_T=ids_T, positions_T=positions_T, packing=packing)
+
     def subset(self, sequences: Sequence[int], rows_N: Tensor) -> "Batch":
         """Return the batch of some sequences, whose rows are ``rows_N``."""
         caches = self.caches
@@ -94,10 +105,10 @@ def batch_of(sequences: Sequence[Tensor], caches: Sequence[KVCache] | None = Non
     lengths = tuple(len(ids) for ids in sequences)
     starts = [0] * len(sequences) if caches is None else [cache.length for cache in caches]
     spans = (range(start, start + n) for start, n in zip(starts, lengths, strict=True))
-    device = sequences[0].device
+    positions_T = torch.tensor(list(chain.from_iterable(spans)))
     return Batch(
         ids_T=torch.cat(list(sequences)),
-        positions_T=torch.tensor(list(chain.from_iterable(spans)), device=device),
+        positions_T=to_device(positions_T, sequences[0].device),
         lengths=lengths,
         caches=None if caches is None else tuple(caches),
     )

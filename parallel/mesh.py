@@ -121,6 +121,10 @@ class Mesh:
         if self.all_group is not None:
             dist.barrier(group=self.all_group)
 
+    def gather(self, value: Any) -> list[Any]:
+        """Return every rank's JSON value on rank 0, in rank order; elsewhere nothing."""
+        return [value] if self.watch is None else self.watch.gather(value)
+
     def on_rank_0(self, action: Callable[[], Answer]) -> Answer:
         """Run ``action`` on rank 0; the others wait for as long as rank 0 makes progress.
 

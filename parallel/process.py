@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import LostRankError, Stopped
+from .gpus import take_gpu
 from .parent import is_torchrun_worker
 from .watch.last_word import say_last
 from .watch.lost_rank import last_line
@@ -36,19 +37,26 @@ def process_group(timeout_s: float, stop: Stop | None = None) -> Iterator[Watch 
         return
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store, watch = _join(rank, world, timeout_s, stop)
+    ends_together = not torch.cuda.is_available()
     try:
         watch.wait_for_all(stop)
+        take_gpu(watch)
         _init(rank, world, store, timeout_s)
         yield watch
+        if torch.cuda.is_available():
+            dist.destroy_process_group()  # while rank 0 is there: NCCL's threads ask its store
         watch.leave()
     except BaseException as error:
+        ends_together |= isinstance(error, Stopped)
         lost = watch.explain(error)
         watch.fail(lost or error)
         if lost is None:
             raise
         raise lost from error
     finally:
-        if dist.is_initialized():
+        # NCCL's groups end together. After an error the others are in a collective and would let
+        # this rank wait, with its error unsaid; the process ends without that (__main__.py).
+        if dist.is_initialized() and ends_together:
             dist.destroy_process_group()
         watch.close()
 
@@ -56,7 +64,6 @@ def process_group(timeout_s: float, stop: Stop | None = None) -> Iterator[Watch 
 def _init(rank: int, world: int, store: dist.Store, timeout_s: float) -> None:
     backend = "gloo"
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl"  # counts and flags stay on the CPU
     timeout = timedelta(seconds=timeout_s)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)

@@ -81,8 +81,10 @@ class MoeyardServer:
 def build(args: dict[str, Any]) -> Application:
     """Build the application from the arguments of Ray's command line or YAML.
 
-    What cannot be served is refused here, before a replica starts.
+    Without ``api_key`` the key is ``$MOEYARD_API_KEY``, which ``serve config`` does not show. What
+    cannot be served is refused here, before a replica starts.
     """
+    args = {"api_key": os.environ.get("MOEYARD_API_KEY")} | args
     try:
         return application(validate_config(ServeArgs, args))
     except MoeyardError as error:

@@ -54,7 +54,8 @@ class ServeArgs(BaseModel):
     drain_timeout: float = Field(default=30.0, ge=0, allow_inf_nan=False)
     """Seconds that running requests get to finish when the server or a replica stops."""
     api_key: str | None = None
-    """Key clients must send; None asks for none."""
+    """Key clients must send; None asks for none. With Ray's own commands the default is the value
+    of ``MOEYARD_API_KEY`` where the application is built."""
     cors_origin: list[str] = []
     """Origins of web pages that may call the server from a browser, such as
     ``http://localhost:3000``; ``*`` permits all. A string may join some by ``,``."""

@@ -11,8 +11,8 @@ ROOT = Path(__file__).parent.parent
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """Return an environment for a child with one compute thread."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", **extra}
+    """Return an environment for a child with one compute thread and no GPU."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **extra}
 
 
 def free_port() -> int:

@@ -13,6 +13,7 @@ import argparse
 import logging
 import os
 import sys
+import traceback
 from pathlib import Path
 
 from ..configuration import read_values, with_others
@@ -74,11 +75,23 @@ def _run(arguments: argparse.Namespace) -> None:
     train(config)
 
 
+def _status() -> int:
+    """Return the exit status; print the traceback of an error that is our bug."""
+    try:
+        return main()
+    except Exception:
+        if not is_torchrun_worker():
+            raise
+        traceback.print_exc()
+        return 1
+
+
 if __name__ == "__main__":
-    status = main()
-    if status and is_torchrun_worker():
+    status = _status()
+    if status:
         # Everything is reported and closed. torch's exit handlers may take seconds on a busy host,
-        # or wait for a stopped rank, while torchrun waits for this process.
+        # or wait for a stopped rank, while torchrun waits for this process. A thread that still
+        # writes a checkpoint would be in their way, too.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -7,7 +7,11 @@ from pydantic import BeforeValidator, Field, model_validator
 from ..dtypes import short_name
 from ..moe.config.model import ModelConfig
 from ..moe.models.lora import LoraTarget
+from .checkpoint_config import CheckpointConfig
+from .monitor_config import MonitorConfig
 from .optimizers.adamw import AdamWConfig
+from .optimizers.check import problem_with_optimizer
+from .optimizers.table import OptimizerSection
 from .parallel_check import problem_with_parallel
 from .parallel_config import ParallelConfig
 from .section import Section
@@ -112,42 +116,6 @@ class LoraConfig(Section):
     """``attention``: all its projections. ``experts``: gate, up and down of the routed experts."""
 
 
-class CheckpointConfig(Section):
-    """Restartable checkpoints."""
-
-    every: int = Field(default=200, ge=1)
-    """Steps between checkpoints; the last step always writes one."""
-    keep: int = Field(default=2, ge=1)
-    """Newest checkpoints kept."""
-
-
-class RoutesConfig(Section):
-    """Route files in ``RUN_DIR/routes``, one for each rank: which experts every token visited."""
-
-    every: int = Field(default=1, ge=1)
-    """Steps between recorded steps."""
-    max_bytes: int = Field(default=1 << 30, ge=1)
-    """Largest size of a rank's file; later steps are not recorded."""
-    weights: bool = True
-    """Record the weights of the choices too, in fp32. Ids alone take a third to a fifth of the
-    room and are all that a replay needs."""
-
-
-class MonitorConfig(Section):
-    """Who watches the run, in addition to the console and ``metrics.jsonl``."""
-
-    prometheus_port: int | None = Field(default=None, ge=1, le=65535)
-    """Port of ``/metrics`` on rank 0's host; None = no port is opened."""
-    prometheus_host: str = "127.0.0.1"
-    """Address to listen on. There is no key, so open more than the loopback with care."""
-    tensorboard: bool = False
-    """Write event files into ``RUN_DIR/tensorboard``."""
-    wandb: str | None = Field(default=None, min_length=1)
-    """Project of Weights & Biases to log to; ``WANDB_MODE=offline`` keeps everything local."""
-    routes: RoutesConfig | None = None
-    """Record which experts every token visits; ``{}`` records all steps."""
-
-
 class RunConfig(Section):
     """A training run."""
 
@@ -165,7 +133,8 @@ class RunConfig(Section):
     train: TrainConfig
     lora: LoraConfig | None = None
     """Only with ``train.parameters: lora``, which fills in the defaults."""
-    optimizer: AdamWConfig = AdamWConfig()
+    optimizer: OptimizerSection = AdamWConfig()
+    """What updates the weights, and the learning rate. Without ``kind`` it is AdamW."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     parallel: ParallelConfig = ParallelConfig()
     monitor: MonitorConfig = MonitorConfig()
@@ -209,12 +178,17 @@ class RunConfig(Section):
         reason = None if moe is None else moe.router.why_not_text()
         if reason is not None:
             raise ValueError(f"model.moe.{reason}")
+        has_lora = self.lora is not None and "experts" in self.lora.targets
         problem = self._problem_with_parameters()
         if problem is None:
             has_windows = self.data.format == "text" and self.train.packing == "none"
             length = self.train.sequence_length if has_windows else None
-            has_lora = self.lora is not None and "experts" in self.lora.targets
             problem = problem_with_parallel(self.parallel, moe, length, has_lora)
+        if problem is None:
+            trains_experts = moe is not None and (self.train.parameters == "all" or has_lora)
+            problem = problem_with_optimizer(
+                self.optimizer, self.parallel, self.train.parameters, trains_experts
+            )
         problem = problem or problem_with_stages(self)
         if problem is not None:
             raise ValueError(problem)

@@ -12,6 +12,7 @@ from ..moe.models.decoder import Decoder
 from ..parallel.experts.materialized_path import MaterializedPath
 from ..parallel.experts.open_path import PathKind
 from ..parallel.experts.pipelined import Degrees, PipelinedPath
+from ..parallel.experts.stopwatch import Elapsed
 from ..parallel.mesh import Mesh
 from ..parallel.planning.comparison import Comparison, record_of
 from ..parallel.planning.trials import Trials
@@ -44,14 +45,17 @@ class LayerSchedule:
         """Whether FSDP gathers a shared expert for its layer's forward only: it cannot be timed."""
         self._shape = layer_shape(config, decoder, mesh)
         self._comparison = Comparison()
+        self._observed: list[tuple[str, Elapsed]] = []
+        """Phases of the step's MoE layers that are not yet compared, with their seconds."""
         self._step_s = 0.0
-        """Seconds of the step's MoE layers so far."""
+        """Seconds of the step's MoE layers that are."""
         for path in paths.values():
             path.observe = self._observe
         self._begin()
 
     def after_step(self, done: int) -> None:
         """Go on with the next way, or measure again if it is time."""
+        self._compare()
         self._trials.note(self._step_s)
         self._step_s = 0.0
         if self._every is not None and done % self._every == 0:
@@ -65,6 +69,7 @@ class LayerSchedule:
         ``is_chosen`` is false while others are tried as well. The seconds are of a layer, and means
         since the last call. Those of shared experts count, and those of routers do not.
         """
+        self._compare()
         now = self._now
         way = {
             "path": now.kind,
@@ -92,8 +97,15 @@ class LayerSchedule:
             else:
                 layer.path = path
 
-    def _observe(self, phase: str, seconds: float) -> None:
-        self._step_s += seconds
+    def _observe(self, phase: str, elapsed: Elapsed) -> None:
+        self._observed.append((phase, elapsed))
+
+    def _compare(self) -> None:
+        """Compare the phases of the step with what the cost model predicted."""
         degrees = self._now.degrees
-        expected_s = degrees.forward_s if phase == "forward" else degrees.backward_s
-        self._comparison.add(phase, expected_s, seconds)
+        for phase, elapsed in self._observed:
+            seconds = elapsed()
+            self._step_s += seconds
+            expected_s = degrees.forward_s if phase == "forward" else degrees.backward_s
+            self._comparison.add(phase, expected_s, seconds)
+        self._observed.clear()

@@ -42,8 +42,8 @@ class MicroBatches:
         self._step, self._divisor = 0, 1
         self._losses: list[Tensor] = []
         """Of micro-batches that :meth:`collect` has not read."""
-        self.sums = torch.zeros(3, dtype=torch.float64)
-        """``[loss sum, balance, z]`` of this rank, on the host."""
+        self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        """``[loss sum, balance, z]`` of this rank."""
         self.counts: list[GlobalCounts] = []
         """Those of the MoE layers of this rank, over the micro-batches so far."""
         self.router_weights: list[list[Tensor]] = []
@@ -54,7 +54,7 @@ class MicroBatches:
         self._step = step
         self._divisor = self.objective.divisor(step)
         self._losses, self.counts, self.router_weights = [], [], []
-        self.sums = torch.zeros(3, dtype=torch.float64)
+        self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)
 
     def fetch(self, number: int) -> Any:
         """Return this rank's rows of a micro-batch."""
@@ -86,8 +86,8 @@ class MicroBatches:
         return loss
 
     def collect(self) -> None:
-        """Add what micro-batches had in losses to ``sums``; waits for their forward passes."""
-        for parts in torch.stack(self._losses).cpu():
+        """Add what micro-batches had in losses to ``sums``."""
+        for parts in self._losses:
             self.sums += parts
         self._losses = []
 

@@ -87,8 +87,9 @@ class ParallelConfig(Section):
     to the rows of MoE layers. ``auto``: in slices, in the parts of backward where the link between
     nodes waits (FSMoE), and the rest at its end. It measures for five steps, plans, tries the plan
     next to sending small buckets at once for ten more, and keeps what is faster. It needs
-    ``dense: ddp``. Where all ranks are on one host, they sum in its memory, and this has no effect.
-    Sums over slices are rounded by their sizes, so two runs may differ in rounding."""
+    ``dense: ddp`` and ranks on CPUs. Where all ranks are on one host, they sum in its memory, and
+    this has no effect. Sums over slices are rounded by their sizes, so two runs may differ in
+    rounding."""
     backend: Backend = "auto"
     """Expert kernels. ``auto`` is ``triton`` on a GPU and ``cpp`` on a CPU if these run and pass
     their self-check, otherwise ``torch``. ``reference`` is slow and takes fp64. Frozen experts

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..dtypes import torch_dtype
+from ..errors import ConfigError
 from ..moe.config.model import MoEConfig
 from ..moe.experts.path import ExpertPath
 from ..moe.models.decoder import Decoder
@@ -46,14 +47,19 @@ class Parallel:
 
 
 def parallelize(config: RunConfig, decoder: Decoder, loss: nn.Module, mesh: Mesh) -> Parallel:
-    """Make ``decoder``, which holds fp32 weights on the CPU, ready to train, in place.
+    """Make ``decoder``, which holds fp32 weights, ready to train, in place.
 
     ``loss`` is the module whose forward runs the decoder. The global generator is seeded last:
     from here on only router noise draws from it.
     """
     has_slices = config.parallel.gradient_slices is not None
-    engine = open_engine(config.parallel.dense, mesh, has_queue=has_slices)
     here, precision = device(), config.train.precision
+    if has_slices and here.type == "cuda":
+        raise ConfigError(
+            f"parallel.gradient_slices is {config.parallel.gradient_slices}, which plans by the "
+            "host's clock, but ranks compute on GPUs; leave it out."
+        )
+    engine = open_engine(config.parallel.dense, mesh, has_queue=has_slices)
     freeze(config, decoder)
     engine.place(decoder, here)
     masters = apply_precision(decoder, precision, engine.own_masters(decoder))

@@ -1,8 +1,13 @@
 """One training process from its configuration to its end."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
+from ..errors import TrainingError
 from ..parallel.mesh import build_mesh
 from ..parallel.process import process_group
 from .config import RunConfig
@@ -22,7 +27,7 @@ def train(config: RunConfig) -> None:
     timeout_s = config.parallel.timeout_s
     claims: list[int] = []
     try:
-        with process_group(timeout_s, stop) as watch:
+        with process_group(timeout_s, stop) as watch, _memory_of_a_gpu():
             check_same_start(config, watch)
             num_experts = config.model.moe.num_experts if config.model.moe is not None else 1
             degrees = {"expert_tp": config.parallel.expert_tp, "pp": config.parallel.pp}
@@ -34,3 +39,18 @@ def train(config: RunConfig) -> None:
     finally:
         for claim in claims:
             os.close(claim)
+
+
+@contextmanager
+def _memory_of_a_gpu() -> Iterator[None]:
+    """Raise :class:`TrainingError` where a GPU's memory does not suffice."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        sentences = " ".join(str(error).split()).split(". ")
+        tried = next((s for s in sentences if s.startswith("Tried")), sentences[0])
+        raise TrainingError(
+            f"the GPU's memory does not suffice ({tried.rstrip('.')}); raise train.accumulation, "
+            "set train.recompute to true or parallel.dense to fsdp, or use more GPUs with a larger "
+            "parallel.ep."
+        ) from error

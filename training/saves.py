@@ -1,16 +1,25 @@
 """Save a run and resume it: weights, moments, random generator, and settings that must match."""
 
 import logging
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..errors import CheckpointError
+from ..errors import (
+    CheckpointError,
+    DataError,
+    LostRankError,
+    MoeyardError,
+    Stopped,
+    TrainingError,
+)
 from ..moe.config.model import ModelConfig
 from ..parallel.mesh import Mesh
 from ..parallel.watch.pulse import pulse
-from .checkpoints.checkpoint import Checkpoints
+from .checkpoints.checkpoint import Checkpoints, StoredTensors
 from .checkpoints.files import read_state
 from .checkpoints.start_from import read_origin
 from .config import RunConfig
@@ -23,8 +32,12 @@ log = logging.getLogger(__name__)
 
 EXPERTS = "experts"
 """Who owns which expert, and the load from which the next copies follow (ownership.py)."""
+GENERATOR_BYTES = (16, 5056)
+"""The state of a GPU's random generator, and of a CPU's."""
 MOST_FAILED_SAVES = 3
 """Failed saves in a row that end the run: a crash would lose all work since the last save."""
+LONG_WAIT_S = 0.1
+"""A save that waits longer for the one before says so."""
 
 
 class Saves:
@@ -49,31 +62,93 @@ class Saves:
         self.checkpoints = Checkpoints(run_dir, mesh, config.checkpoint.keep)
         self._failed_saves = 0
         """Number of failed saves in a row."""
+        self.saved = 0
+        """The step of the last checkpoint of this run that is known to be whole."""
+        self._under_way: int | None = None
+        """The step that is being written while training goes on."""
         self._origin = None if config.start_from is None else read_origin(config.start_from)
         self._generator = torch.default_generator
         if torch.cuda.is_available():
             self._generator = torch.cuda.default_generators[torch.cuda.current_device()]
 
-    def save(self, done: int, must: bool) -> bool:
-        """Save, and say whether that succeeded.
+    def save(self, done: int, must: bool) -> None:
+        """Save, after waiting for the save before.
+
+        With ``checkpoint.asynchronous`` this returns when the tensors are copied, unless ``must``.
+        The next call then learns how it ended.
 
         A failed save is only a warning. It raises :class:`CheckpointError` if ``must``, or if it is
         the :data:`MOST_FAILED_SAVES`-th in a row.
         """
         pulse.begin(f"saving step {done}")
+        if self._end_last(done, must) == done:
+            return
+        content = done, self._tensors(), self._state()
+        if self._config.checkpoint.asynchronous and not must:
+            self.checkpoints.start(*content, self._warn_early)
+            self._under_way = done
+            return
         try:
-            self.checkpoints.save(done, self._tensors(), self._state())
+            self.checkpoints.save(*content)
         except CheckpointError as error:
-            self._failed_saves += 1
-            if must or self._failed_saves == MOST_FAILED_SAVES:
-                raise
-            if self._mesh.rank == 0:
-                count = f"{self._failed_saves} of {MOST_FAILED_SAVES} failures in a row"
-                log.warning("%s Training goes on to the next checkpoint (%s).", error, count)
-            return False
+            self._count_failure(error, must)
+            self._warn(error, self._failed_saves)
+        else:
+            self._count_success(done)
+
+    def end(self, done: int, error: MoeyardError) -> None:
+        """Save what can be saved of a run that ends with an error after step ``done``."""
+        if isinstance(error, Stopped | DataError):  # raised between steps, on all ranks
+            if done != self.saved:
+                self.save(done, must=True)
+        elif isinstance(error, TrainingError) and not isinstance(error, LostRankError):
+            # Raised on all ranks, inside a step. They finish the save under way.
+            with suppress(CheckpointError):  # the warning has been given
+                self.checkpoints.wait()
+
+    def _end_last(self, due: int, must: bool) -> int | None:
+        """Wait for the save under way, if any; return its step if it is written."""
+        if self._under_way is None:
+            return None
+        step, self._under_way = self._under_way, None
+        began = time.monotonic()
+        try:
+            self.checkpoints.wait()
+        except CheckpointError as error:
+            if not must:  # otherwise the last save may still succeed
+                self._count_failure(error)
+            return None
+        self._count_success(step)
+        waited_s = time.monotonic() - began
+        if waited_s > LONG_WAIT_S and not must and self._mesh.rank == 0:
+            log.warning(
+                "the save of step %d waited %.1f s for that of step %d; raise checkpoint.every if "
+                "this happens often.",
+                due,
+                waited_s,
+                step,
+            )
+        return step
+
+    def _count_success(self, step: int) -> None:
         self._failed_saves = 0
+        self.saved = step
         self._data.train.forget_before(self.checkpoints.oldest_step())
-        return True
+
+    def _count_failure(self, error: CheckpointError, must: bool = False) -> None:
+        self._failed_saves += 1
+        if must or self._failed_saves == MOST_FAILED_SAVES:
+            raise error
+
+    def _warn(self, error: CheckpointError, failures: int) -> None:
+        if self._mesh.rank == 0:
+            count = f"{failures} of {MOST_FAILED_SAVES} failures in a row"
+            log.warning("%s Training goes on to the next checkpoint (%s).", error, count)
+
+    def _warn_early(self, error: BaseException) -> None:
+        """Warn in the thread that writes, before the main thread learns of the failure."""
+        if isinstance(error, CheckpointError):
+            self._warn(error, self._failed_saves + 1)
 
     def resume(self) -> int:
         """Load the newest whole checkpoint, if any, and return the steps it has seen."""
@@ -85,8 +160,8 @@ class Saves:
         if self._ownership is not None and EXPERTS in state:  # or copies are new in this run
             self._ownership.restore(state[EXPERTS])
         tensors = self._tensors()
-        if state["world_size"] != self._mesh.world_size:
-            tensors.pop(self._rng_key())  # the number of ranks changed; start new streams
+        if self._has_other_streams(path, state, tensors[self._rng_key()]):
+            tensors.pop(self._rng_key())  # start new ones
         self.checkpoints.load(path, tensors)
         if self._rng_key() in tensors:
             self._restore_generator(path, tensors[self._rng_key()])
@@ -94,7 +169,20 @@ class Saves:
             seed_rank(self._config.seed + state["step"], self._mesh.rank)
         self._optimizer.restore_parameters()
         self._optimizer.set_steps(state["step"])
+        self.saved = int(state["step"])
         return int(state["step"])
+
+    def _has_other_streams(
+        self, path: Path, state: dict[str, Any], generator: torch.Tensor
+    ) -> bool:
+        """Say whether a checkpoint has random streams of other ranks, or of another device."""
+        if state["world_size"] != self._mesh.world_size:
+            return True
+        stored, key = StoredTensors(path), self._rng_key()
+        if key not in stored:
+            return False  # which loading refuses
+        num_bytes = stored.type_and_shape(key)[1][0]
+        return num_bytes != len(generator) and num_bytes in GENERATOR_BYTES
 
     def _restore_generator(self, path: Path, state: torch.Tensor) -> None:
         try:
@@ -113,7 +201,8 @@ class Saves:
                     f"checkpoint {path} has model.{key} = {stored_model[key]}, but the "
                     f"configuration says {actual}; use the same model or a new run_dir."
                 )
-        state = {"parameters": "all", "lora": None} | state  # defaults for older checkpoints
+        older = {"parameters": "all", "lora": None, "optimizer": {"kind": "adamw"}}
+        state = older | state
         for key, actual in (
             ("seed", self._config.seed),
             ("train_shard_sha256", self._data.identity),
@@ -153,9 +242,10 @@ class Saves:
         }
 
     def _trained(self) -> dict[str, Any]:
-        """Return the settings that decide which parameters exist and which of them have moments."""
+        """Return the settings that decide which parameters exist and which state they have."""
         lora = self._config.lora
         return {
             "parameters": self._config.train.parameters,
             "lora": None if lora is None else lora.model_dump(mode="json"),
+            "optimizer": self._config.optimizer.identity(),
         }

@@ -16,6 +16,7 @@ from .checkpoints.start_from import read_start
 from .config import RunConfig
 from .data.data import Data
 from .data.tokenizer import Tokenizer
+from .device import device
 
 EMBEDDINGS = "embed_tokens.weight"
 """The decoder's name of the token embeddings."""
@@ -33,9 +34,11 @@ def fill_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> ModelConfig:
 
 
 def build_model(config: RunConfig, model: ModelConfig, data: Data, mesh: Mesh) -> Decoder:
-    """Build this rank's part of the decoder with initial weights: fp32, unsharded, on the CPU.
+    """Build this rank's part of the decoder with initial weights: fp32 and unsharded.
 
-    parallelize.py then makes it ready to train.
+    Dense weights are on the CPU. So are experts, unless this rank has a GPU and keeps them whole:
+    then they are filled there, because the ranks of a host may have more of them than it has
+    memory. parallelize.py then makes the model ready to train.
     """
     expert_ids, token_counts, token_embeddings = None, None, None
     if model.moe is not None:
@@ -44,15 +47,22 @@ def build_model(config: RunConfig, model: ModelConfig, data: Data, mesh: Mesh) -
             token_counts = data.train.token_counts()
             token_counts += [0] * (model.vocabulary - len(token_counts))
         token_embeddings = _read_embeddings(model.moe.router.embeddings_folder())
+    here = device()
+    is_apart = here.type != "cpu" and mesh.expert_tp_size == 1
     decoder = Decoder(
         model,
-        expert_ids=expert_ids,
+        expert_ids=() if is_apart else expert_ids,
         backend=config.parallel.backend,
         token_counts=token_counts,
         recompute=config.train.recompute,
         token_embeddings=token_embeddings,
         stage=mesh.local_layers(model.num_layers),
     )
+    if is_apart and expert_ids is not None:
+        for _, layer in decoder.moe_layers():
+            assert isinstance(layer.experts, Experts), "training has its experts in memory"
+            layer.experts = layer.experts.like(len(expert_ids), here)
+            layer.experts.hold(expert_ids)
     if config.start_from is None:
         initialize(decoder, config.seed)
     else:

@@ -26,6 +26,10 @@ class Run(Protocol):
         """Where tokens come from."""
 
     @property
+    def optimizer(self) -> Any:
+        """How parameters are updated."""
+
+    @property
     def monitor(self) -> Any:
         """Who watches the run."""
 
@@ -70,6 +74,12 @@ def _problem_with_others(run: Run) -> str | None:
         "parallel.gradient_slices": (
             parallel.gradient_slices,
             parallel.gradient_slices is None,
+            "leave it out",
+        ),
+        "optimizer.kind": (run.optimizer.kind, run.optimizer.kind == "adamw", "use adamw"),
+        "optimizer.shard_experts": (
+            run.optimizer.shard_experts,
+            not run.optimizer.shard_experts,
             "leave it out",
         ),
         "train.parameters": (train.parameters, train.parameters == "all", "train all"),

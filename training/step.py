@@ -3,6 +3,7 @@
 L MoE layers, E experts.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from torch import Tensor
 from ..errors import TrainingError
 from ..moe.models.decoder import Decoder
 from ..moe.routers.loss_terms import GlobalCounts
-from ..moe.routers.losses import stacked
+from ..moe.routers.losses import on_host, stacked
+from ..parallel.dense.expert_shards import ExpertShards
 from ..parallel.mesh import Mesh
 from .config import RunConfig
 from .micro_batches import MicroBatches, OneByOne, Passes
@@ -64,7 +66,16 @@ class TrainStep:
         self._layers = [index for index, _ in decoder.moe_layers()]
         self._num_layers = decoder.config.num_layers
         self.gradients = parallel.engine.gradients
-        self.optimizer = open_optimizer(config.optimizer, decoder, parallel.masters)
+        if config.optimizer.shard_experts:
+            self.gradients.shards = ExpertShards.of(decoder, mesh)
+        self.optimizer = open_optimizer(
+            config.optimizer,
+            decoder,
+            parallel.masters,
+            mesh,
+            config.seed,
+            self.gradients.shards,
+        )
         self.ownership: Ownership | None = None
         """Who moves experts between ranks, if the run has copies."""
         if self._copies is not None:
@@ -94,19 +105,20 @@ class TrainStep:
         loss_sum, balance, z, stop = sums.tolist()
         train = self._config.train
         loss = loss_sum / self._objective.divisor(step)
-        grad_norm = self.gradients.norm()
-        if not (torch.isfinite(grad_norm) and torch.isfinite(sums).all()):
+        norm = self.gradients.norm()
+        grad_norm = float(norm)  # the host waits for a GPU here, and not again in this step
+        if not (math.isfinite(grad_norm) and torch.isfinite(sums).all()):
             raise TrainingError(
-                f"step {step + 1} has loss {loss} and gradient norm {float(grad_norm)}"
+                f"step {step + 1} has loss {loss} and gradient norm {grad_norm}"
                 f"{self._broken_router()}, and nothing was updated; lower optimizer.lr or look at "
                 "the data, then start again from the last checkpoint."
             )
         self.phases.lap("reduce")
         clip = self._config.optimizer.clip_norm
-        self.gradients.scale_((clip / (grad_norm + 1e-6)).clamp(max=1.0))
+        self.gradients.scale_((clip / (norm + 1e-6)).clamp(max=1.0))
         lr = learning_rate(self._config.optimizer, step, train.steps)
         self._engine.step(self.optimizer, lr)
-        here = [layer.cpu() for layer in self._micro_batches.counts]
+        here = on_host(self._micro_batches.counts)
         counts, dropped = self._of_all_layers(here)
         if train.parameters != "lora":  # lora freezes routers
             for router, layer in zip(self._routers, here, strict=True):
@@ -120,7 +132,7 @@ class TrainStep:
             loss=loss,
             balance=balance,
             z=z,
-            grad_norm=float(grad_norm),
+            grad_norm=grad_norm,
             lr=lr,
             counts_LE=stacked(counts),
             dropped_L=dropped,
@@ -162,4 +174,4 @@ class TrainStep:
         if self._copies is not None:
             self._copies.end_backward()
         self.gradients.reduce()
-        return self._micro_batches.sums
+        return self._micro_batches.sums.cpu()

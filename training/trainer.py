@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import DataError, Stopped
+from ..errors import MoeyardError
 from ..files import replace_text
 from ..moe.routers.load import load_statistics
 from ..parallel.dense.local_part import local_part
@@ -77,7 +77,7 @@ class Trainer:
     def run(self) -> None:
         """Train to the last step, or finish the current one when asked to stop; then save."""
         pulse.begin("looking for checkpoints")
-        done = saved = self.saves.resume()
+        done = self.saves.resume()
         observers = self._open_observers(done)
         steps = self._config.train.steps
         console = TrainingConsole(done, steps, is_shown=self._mesh.rank == 0)
@@ -114,7 +114,7 @@ class Trainer:
                 phases.lap("log")
                 is_last = done == steps or result.stop_requested
                 if is_last or done % self._config.checkpoint.every == 0:
-                    saved = done if self.saves.save(done, must=is_last) else saved
+                    self.saves.save(done, must=is_last)
                     phases.lap("checkpoint")
                 if result.stop_requested:
                     console.line(
@@ -124,9 +124,8 @@ class Trainer:
                         advice=f"go on with: moeyard train {self._run_dir}",
                     )
                     break
-        except (Stopped, DataError):  # raised between steps, on all ranks
-            if done != saved:
-                self.saves.save(done, must=True)
+        except MoeyardError as error:
+            self.saves.end(done, error)
             raise
         finally:
             pulse.begin("ending")

@@ -1,6 +1,7 @@
 """Add up the rows of each token in the order of its choices: no atomics, the same bits every time.
 
 T tokens, K choices, R = T*K routed rows in slot order, S slots, D model width; C columns at a time.
+Tensors of values per row may end after the last row that has a slot.
 """
 
 import triton
@@ -16,7 +17,7 @@ def combine(y_RD: Tensor, groups: SlotGroups, weights_TK: Tensor | None, num_tok
     Rows without a slot add nothing, even if their lines or weights are NaN. ``weights_TK = None``
     sums the rows unweighted.
     """
-    num_rows, d_model = y_RD.shape
+    d_model = y_RD.shape[1]
     out_TD = y_RD.new_empty(num_tokens, d_model)
     columns = min(1024, triton.next_power_of_2(d_model))
     combine_kernel[(num_tokens, triton.cdiv(d_model, columns))](
@@ -25,7 +26,7 @@ def combine(y_RD: Tensor, groups: SlotGroups, weights_TK: Tensor | None, num_tok
         groups.offsets_S1,
         weights_TK,
         out_TD,
-        num_rows // num_tokens,
+        groups.inverse_R.shape[0] // num_tokens,
         groups.offsets_S1.shape[0] - 1,
         d_model,
         COLUMNS=columns,

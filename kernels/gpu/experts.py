@@ -76,6 +76,11 @@ def run(call: ExpertCall) -> Tensor:
         if has_backward:
             experts.main_grads.begin_with_zeros()  # the operator's backward only adds
         sums = experts.main_grads.totals
+    most_rows = experts_TK.numel()
+    if call.most_choices is not None and call.most_choices < most_rows:
+        most_rows = call.most_choices
+        # More rows would be written beyond the room for them. The device stops, the host goes on.
+        torch._assert_async((experts_TK >= 0).sum() <= most_rows, "most_choices is too low")
     return expert_mlp_op(
         *rows,
         *experts.parameters,
@@ -83,6 +88,7 @@ def run(call: ExpertCall) -> Tensor:
         *sums,
         experts.activation,
         has_backward and not call.recompute,
+        most_rows,
     )[0]
 
 

@@ -6,7 +6,8 @@ the outputs need not be kept; grad A = s G; and fc2's weight gradient needs s A.
 the bias come from one tile of G (the identities are SonicMoE's).
 
 T tokens, K choices, R routed rows in slot order, S slots, L tiles, D model width, F expert width,
-H = 2F, B column tiles. In a tile: M rows, N of F, P of D at a time.
+H = 2F, B column tiles. In a tile: M rows, N of F, P of D at a time. Tensors of values per row may
+end after the last row that has a slot.
 """
 
 import torch
@@ -58,7 +59,7 @@ def grad_hidden(
         part_BR,
         num_tiles,
         num_rows,
-        num_rows // grad_TD.shape[0],
+        weights_TK.shape[1],
         d_model,
         d_expert,
         fc2_SDF.stride(0),
@@ -74,7 +75,8 @@ def grad_hidden(
         num_stages=tiles.num_stages,
     )
     is_present_R = groups.inverse_R < groups.offsets_S1[-1]
-    grad_weights_R = torch.where(is_present_R, part_BR.sum(0)[groups.inverse_R.long()], 0)
+    line_R = groups.inverse_R.long().clamp(max=num_rows - 1)
+    grad_weights_R = torch.where(is_present_R, part_BR.sum(0)[line_R], 0)
     grad_weights_TK = grad_weights_R.view_as(weights_TK)
     if bias_SD is not None:
         is_present_TK = is_present_R.view_as(weights_TK)

@@ -46,16 +46,20 @@ def max_tiles(num_rows: int, num_slots: int, tile_rows: int) -> int:
 
 
 def group_rows(
-    experts_TK: Tensor, slot_of_E: Tensor | None, num_slots: int, tile_rows: int
+    experts_TK: Tensor,
+    slot_of_E: Tensor | None,
+    num_slots: int,
+    tile_rows: int,
+    most_rows: int | None = None,
 ) -> SlotGroups:
     """Group the rows of ``experts_TK`` (int32 or int64) by the slot of their expert.
 
     ``slot_of_E`` (int32) gives each expert's slot, -1 where it is not here; None means slot e holds
     expert e. Ids outside ``[0, E)`` and experts without a slot are rows without an expert. Tiles
-    never span two slots.
+    never span two slots. At most ``most_rows`` rows have a slot (None = all).
     """
     num_rows = experts_TK.numel()
-    num_tiles = max_tiles(num_rows, num_slots, tile_rows)
+    num_tiles = max_tiles(num_rows if most_rows is None else most_rows, num_slots, tile_rows)
     empty = functools.partial(torch.empty, dtype=torch.int32, device=experts_TK.device)
     zeros = functools.partial(torch.zeros, dtype=torch.int32, device=experts_TK.device)
     groups = SlotGroups(

@@ -5,7 +5,8 @@ Saved for backward: x, fc1's outputs (pre-activations), the routing weights and 
 the indices are saved (2 T D bytes), and backward computes fc1's outputs again.
 
 T tokens, K choices, R = T*K routed rows in slot order, E experts, S slots, L tiles, D model width,
-F expert width, H = 2F.
+F expert width, H = 2F. Rows without a slot come last, and the caller may know that they are many:
+tensors of values per row then end after ``most_rows``.
 """
 
 import functools
@@ -44,21 +45,23 @@ def expert_mlp_op(
     main_bias2_SD: Tensor | None,
     activation: str,
     keep_h: bool,
+    most_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return y ``[T, D]``, then what backward needs: h ``[R, 2F]`` and the ``SlotGroups``.
 
     Without ``keep_h`` h is empty, and backward computes it again. Arguments that begin with
-    ``main`` are not read; backward adds parameter gradients to them.
+    ``main`` are not read; backward adds parameter gradients to them. At most ``most_rows`` of the
+    R rows have a slot.
     """
-    (num_tokens, d_model), num_rows = x_TD.shape, experts_TK.numel()
+    num_tokens, d_model = x_TD.shape
     d_expert = fc2_SDF.shape[2]
-    plan = _Plan(x_TD, num_rows, _num_experts(fc1_SHD, slot_of_E))
-    h_RH = x_TD.new_empty(num_rows if keep_h else 0, 2 * d_expert)
+    plan = _Plan(x_TD, most_rows, _num_experts(fc1_SHD, slot_of_E))
+    h_RH = x_TD.new_empty(most_rows if keep_h else 0, 2 * d_expert)
     with on_device_of(x_TD):
-        groups = group_rows(experts_TK, slot_of_E, fc1_SHD.shape[0], plan.rows)
-        if num_rows == 0:
+        groups = group_rows(experts_TK, slot_of_E, fc1_SHD.shape[0], plan.rows, most_rows)
+        if most_rows == 0:
             return x_TD.new_zeros(num_tokens, d_model), h_RH, *groups
-        a_RF = x_TD.new_empty(num_rows, d_expert)
+        a_RF = x_TD.new_empty(most_rows, d_expert)
         precision, h_out = plan.precision, h_RH if keep_h else None
         first = (fc1_SHD, bias1_SH, activation, precision, plan.tiles("up"))
         up_projection(x_TD, groups, *first, a_RF, h_out)
@@ -69,14 +72,14 @@ def expert_mlp_op(
 
 @expert_mlp_op.register_fake
 def _(x_TD: Tensor, experts_TK: Tensor, _: Tensor, fc1_SHD: Tensor, *others: Any) -> Any:
-    slot_of_E, keep_h = others[3], others[-1]
+    slot_of_E, keep_h, most_rows = others[3], *others[-2:]
     num_rows, num_slots = experts_TK.numel(), fc1_SHD.shape[0]
-    rows = tile_rows(num_rows, _num_experts(fc1_SHD, slot_of_E))
-    num_tiles = max_tiles(num_rows, num_slots, rows)
+    rows = tile_rows(most_rows, _num_experts(fc1_SHD, slot_of_E))
+    num_tiles = max_tiles(most_rows, num_slots, rows)
     indices = functools.partial(x_TD.new_empty, dtype=torch.int32)
     return (
         torch.empty_like(x_TD),
-        x_TD.new_empty(num_rows if keep_h else 0, fc1_SHD.shape[1]),
+        x_TD.new_empty(most_rows if keep_h else 0, fc1_SHD.shape[1]),
         indices(num_rows),
         indices(num_rows),
         indices(num_slots + 1),
@@ -102,6 +105,7 @@ def expert_mlp_backward_op(
     bias1_SH: Tensor | None,
     bias2_SD: Tensor | None,
     num_experts: int,
+    most_rows: int,
     activation: str,
     wants_x: bool,
     add: bool,
@@ -115,14 +119,14 @@ def expert_mlp_backward_op(
     Parameter gradients are written to the arguments that begin with ``out``, or added to them with
     ``add``. An empty h is computed again.
     """
-    num_choices, num_rows = weights_TK.shape[1], order_R.shape[0]
-    if num_rows == 0:
+    num_choices = weights_TK.shape[1]
+    if most_rows == 0:
         for out in (out1_SHD, out2_SDF, out_bias1_SH, out_bias2_SD):
             if out is not None and not add:
                 out.zero_()
         return torch.zeros_like(x_TD if wants_x else x_TD[:0]), torch.zeros_like(weights_TK)
     groups = SlotGroups(order_R, inverse_R, offsets_S1, tiles_L2)
-    plan = _Plan(x_TD, num_rows, num_experts)
+    plan = _Plan(x_TD, most_rows, num_experts)
     precision = plan.precision
     write_grad = functools.partial(
         weight_grad,
@@ -133,7 +137,7 @@ def expert_mlp_backward_op(
     )
     with on_device_of(x_TD):
         if h_RH.shape[0] == 0:
-            h_RH = x_TD.new_empty(num_rows, fc1_SHD.shape[1])
+            h_RH = x_TD.new_empty(most_rows, fc1_SHD.shape[1])
             first = (fc1_SHD, bias1_SH, activation, precision, plan.tiles("up"))
             up_projection(x_TD, groups, *first, None, h_RH)
         tiles = plan.tiles("grad_hidden")
@@ -158,13 +162,13 @@ def expert_mlp_backward_op(
 
 @expert_mlp_backward_op.register_fake
 def _(_: Tensor, x_TD: Tensor, weights_TK: Tensor, *others: Any) -> Any:
-    wants_x = others[11]
+    wants_x = others[12]
     return torch.empty_like(x_TD if wants_x else x_TD[:0]), torch.empty_like(weights_TK)
 
 
 def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
     x_TD, _, weights_TK, *parameters = inputs[:7]
-    slot_of_E, *main, activation, _ = inputs[7:]
+    slot_of_E, *main, activation, _, most_rows = inputs[7:]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(x_TD, weights_TK, *output[1:], *parameters)
@@ -172,11 +176,12 @@ def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.main = main
     ctx.num_experts = _num_experts(parameters[0], slot_of_E)
     ctx.activation = activation
+    ctx.most_rows = most_rows
 
 
 def _backward(ctx: Any, grad_TD: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad_TD is None:
-        return (None,) * 14
+        return (None,) * 15
     wants = ctx.needs_input_grad
     saved = ctx.saved_tensors  # read once: checkpointing allows a single access
     parameters = saved[-4:]
@@ -186,13 +191,13 @@ def _backward(ctx: Any, grad_TD: Tensor | None, *_: None) -> tuple[Tensor | None
         pairs = zip(parameters, wants[3:7], strict=True)
         outs = [torch.empty_like(part) if wanted else None for part, wanted in pairs]
     grad_x_TD, grad_weights_TK = expert_mlp_backward_op(
-        *(grad_TD.contiguous(), *saved, ctx.num_experts, ctx.activation),
+        *(grad_TD.contiguous(), *saved, ctx.num_experts, ctx.most_rows, ctx.activation),
         *(wants[0], add, *outs),
     )
     grads = (None,) * 4 if add else outs
     grad_x = grad_x_TD if wants[0] else None
     grad_weights = grad_weights_TK if wants[2] else None
-    return (grad_x, None, grad_weights, *grads, *(None,) * 7)
+    return (grad_x, None, grad_weights, *grads, *(None,) * 8)
 
 
 expert_mlp_op.register_autograd(_backward, setup_context=_keep)

@@ -24,6 +24,8 @@ class ExpertCall(NamedTuple):
     experts: SlotWeights
     recompute: bool = False
     """Whether backward computes fc1 again instead of keeping its output."""
+    most_choices: int | None = None
+    """At most so many of ``experts_TK`` are experts, where the caller knows; None = T * K."""
 
     @property
     def rows(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Memory: huge pages for tensors that are read often, and out-of-memory errors."""
+"""Memory: huge pages for tensors that are read often, copies to GPUs, out-of-memory errors."""
 
 import ctypes
 import sys
@@ -18,6 +18,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(s in str(error) for s in ALLOCATOR_SIGNS)
+
+
+def to_device(host: Tensor, device: torch.device) -> Tensor:
+    """Return a small tensor of the host on ``device``; the host does not wait for a GPU.
+
+    A copy from pageable memory waits until the GPU has done everything before it.
+    """
+    if device.type == "cuda" and host.is_cpu and not torch.compiler.is_compiling():
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True)
 
 
 def prefer_huge_pages(tensor: Tensor) -> None:

@@ -62,6 +62,9 @@ def attend_heads(
     if rule.sinks_Q is not None:
         assert mask is not None
         k_BGSH, v_BGSV, mask = _with_sinks(k_BGSH, v_BGSV, mask, rule.sinks_Q.to(q_BQLH.dtype))
+    heads = q_BQLH.shape[1] // k_BGSH.shape[1]
+    if heads > 1 and _needs_equal_heads(q_BQLH, mask):
+        k_BGSH, v_BGSV = (t.repeat_interleave(heads, dim=1) for t in (k_BGSH, v_BGSV))
     return F.scaled_dot_product_attention(
         q_BQLH,
         k_BGSH,
@@ -71,6 +74,16 @@ def attend_heads(
         scale=rule.scale,
         enable_gqa=q_BQLH.shape[1] > k_BGSH.shape[1],
     )
+
+
+def _needs_equal_heads(q_BQLH: Tensor, mask: Tensor | None) -> bool:
+    """Say whether only copies of keys and values reach a fast kernel of a GPU.
+
+    Flash attention takes groups of heads, but no mask and no fp32. The memory-efficient kernel
+    takes both, but no groups. Where neither runs, torch writes all scores, ``[B, Q, L, S]`` in
+    fp32, to memory.
+    """
+    return q_BQLH.is_cuda and (mask is not None or q_BQLH.dtype == torch.float32)
 
 
 def _visible(

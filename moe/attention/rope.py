@@ -24,6 +24,8 @@ class Rope:
     def __init__(self, width: int, theta: float, scaling: RopeScaling | None = None) -> None:
         self.frequencies_h, self._factor = frequencies(width, theta, scaling)
         self._known: dict[torch.dtype, Tables] = {}
+        self._on_gpus: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        """The frequencies there: copying them waits for the device."""
 
     @classmethod
     def of(cls, config: ModelConfig) -> "Rope":
@@ -54,11 +56,20 @@ class Rope:
 
     def _compute(self, positions_T: Tensor, dtype: torch.dtype) -> Tables:
         wide = torch.promote_types(dtype, torch.float32)
-        frequencies_h = self.frequencies_h.to(positions_T.device, wide)
+        frequencies_h = self._frequencies(positions_T.device, wide)
         angles_Th = positions_T.to(wide).unsqueeze(-1) * frequencies_h
         angles_T1H = torch.cat([angles_Th, angles_Th], dim=-1).unsqueeze(1)
         cos_T1H, sin_T1H = angles_T1H.cos() * self._factor, angles_T1H.sin() * self._factor
         return cos_T1H.to(dtype), sin_T1H.to(dtype)
+
+    @torch.inference_mode(False)  # because training may use the kept tensors later
+    def _frequencies(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Return the frequencies on a device, and keep them if that is a GPU."""
+        if device.type in ("cpu", "meta") or torch.compiler.is_compiling():
+            return self.frequencies_h.to(device, dtype)
+        if (device, dtype) not in self._on_gpus:
+            self._on_gpus[device, dtype] = self.frequencies_h.to(device, dtype)
+        return self._on_gpus[device, dtype]
 
 
 def rotate(x_TQH: Tensor, tables: Tables, interleaved: bool = False) -> Tensor:

@@ -24,6 +24,16 @@ class LayerExperts(nn.Module):
         gate_statistics.py. None, by default, where weights are no parameters in memory."""
         return None
 
-    def forward(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
-        """Return the weighted sum of each row's experts, ``[N, D]``."""
+    def forward(
+        self,
+        x_ND: Tensor,
+        experts_NK: Tensor,
+        weights_NK: Tensor,
+        most_choices: int | None = None,
+    ) -> Tensor:
+        """Return the weighted sum of each row's experts, ``[N, D]``.
+
+        At most ``most_choices`` of ``experts_NK`` are experts, where the caller knows; the others
+        are -1. Kernels may then keep room for so many.
+        """
         raise NotImplementedError

@@ -35,6 +35,12 @@ class QuantizedExperts(LayerExperts):
         d_expert, bits = self.weights.fc2.width, self.weights.fc1.bits
         return f"{num_slots} experts, d_model={d_model}, d_expert={d_expert}, int{bits}"
 
-    def forward(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
+    def forward(
+        self,
+        x_ND: Tensor,
+        experts_NK: Tensor,
+        weights_NK: Tensor,
+        most_choices: int | None = None,
+    ) -> Tensor:
         """Return the weighted sum of each row's experts, ``[N, D]``."""
         return expert_mlp(x_ND, experts_NK, weights_NK, self.weights)

@@ -84,8 +84,11 @@ class Experts(LayerExperts):
             if not inner_slice.holds(name):
                 parameter.requires_grad_(False)
 
-    def like(self, num_slots: int) -> "Experts":
-        """Return experts of the same kind, type and device with ``num_slots`` slots, unfilled."""
+    def like(self, num_slots: int, device: torch.device | None = None) -> "Experts":
+        """Return experts of the same kind and type with ``num_slots`` slots, unfilled.
+
+        ``device`` None = that of these experts.
+        """
         _, d_model, d_expert = self.fc2.shape
         with torch.device("meta"):
             found = Experts(
@@ -98,7 +101,7 @@ class Experts(LayerExperts):
                 self.recompute,
                 self.fc1_bias is not None,
             )
-        return found.to(self.fc1.dtype).to_empty(device=self.fc1.device)
+        return found.to(self.fc1.dtype).to_empty(device=device or self.fc1.device)
 
     def slot_views(self) -> list[dict[str, Tensor]]:
         """Return the writable parts of every slot; see :meth:`ExpertWeights.slot_views`."""
@@ -151,23 +154,36 @@ class Experts(LayerExperts):
             f"{rank}, {self.fc1.dtype} on {self.fc1.device}"
         )
 
-    def forward(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
+    def forward(
+        self,
+        x_ND: Tensor,
+        experts_NK: Tensor,
+        weights_NK: Tensor,
+        most_choices: int | None = None,
+    ) -> Tensor:
         """Return the weighted sum of each row's experts, ``[N, D]``."""
         device = x_ND.device.type
         if not torch.is_autocast_enabled(device):
-            return self._run(x_ND, experts_NK, weights_NK, self.fc1.dtype)
+            return self._run(x_ND, experts_NK, weights_NK, self.fc1.dtype, most_choices)
         # Like nn.Linear, cast rows and weights to autocast's type. The kernels ignore autocast.
         dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
-            return self._run(x_ND.to(dtype), experts_NK, weights_NK, dtype)
+            return self._run(x_ND.to(dtype), experts_NK, weights_NK, dtype, most_choices)
 
     def _run(
-        self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor, dtype: torch.dtype
+        self,
+        x_ND: Tensor,
+        experts_NK: Tensor,
+        weights_NK: Tensor,
+        dtype: torch.dtype,
+        most_choices: int | None,
     ) -> Tensor:
         weights = self._weights(dtype)
         if self._low_rank_scale is None:
             return expert_mlp(
-                x_ND, experts_NK, weights_NK, weights, self.backend, recompute=self.recompute
+                *(x_ND, experts_NK, weights_NK, weights, self.backend),
+                recompute=self.recompute,
+                most_choices=most_choices,
             )
         a1, b1, a2, b2 = (getattr(self, name).to(dtype) for name in LOW_RANK)
         low_rank = LowRank(a1, b1, a2, b2, self._low_rank_scale)

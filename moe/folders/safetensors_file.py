@@ -64,7 +64,7 @@ class SafetensorsFile:
         os.close(self._descriptor)
 
     def read_into(self, name: str, out: Tensor) -> None:
-        """Fill the contiguous CPU tensor ``out`` with tensor ``name``; types are converted.
+        """Fill the contiguous tensor ``out`` with tensor ``name``; types are converted.
 
         Raises :class:`ModelFileError` when shapes differ and ``OSError`` when bytes are missing.
         """
@@ -94,7 +94,7 @@ class SafetensorsFile:
             )
 
     def _read(self, entry: TensorEntry, out: Tensor) -> None:
-        if entry.dtype == out.dtype and out.is_contiguous():
+        if entry.dtype == out.dtype and out.is_contiguous() and out.is_cpu:
             self._fill(entry, out)
         else:
             raw = torch.empty(entry.shape, dtype=entry.dtype)

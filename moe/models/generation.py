@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError
+from ...kernels.values.memory import to_device
 from ..batch import batch_of
 from ..routers.causal import check_causal
 from .decoder import Decoder
@@ -74,7 +75,8 @@ def continue_rows(
     for _ in range(limits.max_new_tokens):
         batch = batch_of(inputs, caches)
         ends = torch.tensor(batch.lengths).cumsum(0) - 1
-        logits_BV = decoder.logits(decoder(batch).hidden_TD[ends]).cpu()
+        hidden_TD = decoder(batch).hidden_TD
+        logits_BV = decoder.logits(hidden_TD[to_device(ends, hidden_TD.device)]).cpu()
         new = []
         for row, generator in enumerate(generators):
             token = ended[row]
@@ -85,7 +87,7 @@ def continue_rows(
         yield new
         if all(token is not None for token in ended):
             return
-        inputs = list(torch.tensor(new, device=rows[0].device).unsqueeze(1))
+        inputs = list(to_device(torch.tensor(new), rows[0].device).unsqueeze(1))
 
 
 class Answer:

@@ -3,6 +3,7 @@
 E experts, K choices, T tokens of the global batch.
 """
 
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 from torch import Tensor
@@ -33,10 +34,13 @@ class GlobalCounts(NamedTuple):
             self.counts_E + other.counts_E, self.num_tokens + other.num_tokens, extra
         )
 
-    def cpu(self) -> "GlobalCounts":
-        """Return a copy on the host."""
-        extra = {name: value.cpu() for name, value in self.extra.items()}
-        return GlobalCounts(self.counts_E.cpu(), self.num_tokens.cpu(), extra)
+    def parts(self) -> list[Tensor]:
+        """Return all counts, in the order of :meth:`like`."""
+        return [self.counts_E, self.num_tokens, *self.extra.values()]
+
+    def like(self, parts: Iterator[Tensor]) -> "GlobalCounts":
+        """Return the same with other values, which are the next ones of ``parts``."""
+        return GlobalCounts(next(parts), next(parts), {name: next(parts) for name in self.extra})
 
 
 class BalanceSums(NamedTuple):

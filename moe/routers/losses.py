@@ -7,13 +7,14 @@ value and in gradient. Ranks exchange only counts, which have no gradient: once 
 are known, the balance loss is linear in the probabilities.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ...errors import ConfigError
+from ...kernels.values.memory import to_device
 from .loss_terms import BalanceSums, GlobalCounts, LayerLosses
 from .router import Router
 from .routing import Reduce, Routing
@@ -128,19 +129,32 @@ def add_counts(before: list[GlobalCounts], more: list[GlobalCounts]) -> list[Glo
 
 def global_counts(routings: Sequence[Routing], reduce: Reduce) -> list[GlobalCounts]:
     """Return each layer's counts over the global batch: one reduction for all of them."""
-    device = routings[0].counts_E.device  # a router may have counted tokens on the host
-    parts = [
-        part.to(device)
-        for routing in routings
-        for part in (routing.counts_E, routing.num_tokens, *routing.extra_counts.values())
-    ]
-    summed = reduce(torch.cat([part.reshape(-1) for part in parts]))
-    pieces = summed.split([part.numel() for part in parts])
+    here = [GlobalCounts(r.counts_E, r.num_tokens, r.extra_counts) for r in routings]
+    parts = [part for counts in here for part in counts.parts()]
+    device = routings[0].counts_E.device
+    on_host = [part.reshape(-1) for part in parts if part.device != device]
+    if on_host:  # a router may have counted tokens there: one copy for all of them
+        moved = iter(to_device(torch.cat(on_host), device).split([len(part) for part in on_host]))
+        parts = [p if p.device == device else next(moved).view(p.shape) for p in parts]
+    return _together(here, parts, reduce)
+
+
+def on_host(counts: Sequence[GlobalCounts]) -> list[GlobalCounts]:
+    """Return counts on the host, in one copy from a GPU."""
+    if all(part.is_cpu for layer in counts for part in layer.parts()):
+        return list(counts)
+    parts = [part for layer in counts for part in layer.parts()]
+    return _together(counts, parts, lambda flat: flat.cpu())
+
+
+def _together(
+    counts: Sequence[GlobalCounts], parts: Sequence[Tensor], call: Callable[[Tensor], Tensor]
+) -> list[GlobalCounts]:
+    """Return ``counts`` with the values that ``call`` makes of all ``parts`` in one tensor."""
+    flat = call(torch.cat([part.reshape(-1) for part in parts]))
+    pieces = flat.split([part.numel() for part in parts])
     whole = iter([piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True)])
-    return [
-        GlobalCounts(next(whole), next(whole), {name: next(whole) for name in routing.extra_counts})
-        for routing in routings
-    ]
+    return [layer.like(whole) for layer in counts]
 
 
 def _total(by_layer: Sequence[LayerLosses], zero: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.values.choice import ChoiceRule, probabilities, scores, where_valid
+from ...kernels.values.memory import to_device
 from .loss_terms import GlobalCounts, training_sum
 from .routing import RouterInput, Routing
 
@@ -47,9 +48,10 @@ def sequence_balance(
     """
     num_experts, k = probabilities_TE.shape[1], best_TK.shape[1]
     device = best_TK.device
-    sequence_T = torch.arange(len(lengths), device=device).repeat_interleave(
-        torch.tensor(lengths, device=device), output_size=len(best_TK)
+    sequence_T = torch.arange(len(lengths), device="cpu").repeat_interleave(
+        torch.tensor(lengths, device="cpu"), output_size=len(best_TK)
     )
+    sequence_T = to_device(sequence_T, device)
     present_TK = best_TK >= 0
     cells_TK = sequence_T.unsqueeze(-1) * num_experts + best_TK.clamp(min=0)
     counts_BE = torch.zeros(len(lengths) * num_experts, dtype=torch.int64, device=device)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...kernels.router import choose
 from ...kernels.values.choice import ChoiceRule, scores
+from ...kernels.values.memory import to_device
 from .balancing_bias import add_margins, even_bias, problem_with_quantiles, toward_even_load
 from .capacity import LimitedConfig, apply_capacity
 from .entropy import add_entropy, mean_entropy
@@ -61,8 +62,7 @@ class TopK(LimitedConfig):
     bias_update: Literal["sign", "quantile"] = "sign"
     """How the bias moves. ``sign``: by ``bias_update_rate`` (DeepSeek-V3: 0.001). ``quantile``: by
     this part of its way to the bias with which each expert would have got its even share
-    (Megatron's quantile balancing: 1). It adds 512 counts for each expert to what ranks
-    exchange."""
+    (Megatron's quantile balancing: 1). It adds 512 counts for each expert."""
     balance_loss: float = Field(default=0.01, ge=0)
     """Coefficient of the Switch/GShard balance loss; at perfect balance the loss itself is 1."""
     balance_over: Literal["layer", "model"] = "layer"
@@ -236,9 +236,10 @@ class TopKRouter(LinearRouter):
         if bias_E is None or not rate:
             return
         if self.config.bias_update == "sign":
-            bias_E += rate * toward_even_load(counts).to(bias_E)
+            bias_E += rate * to_device(toward_even_load(counts).to(bias_E.dtype), bias_E.device)
         elif counts.num_tokens:
-            bias_E.lerp_(even_bias(counts, self.k).to(bias_E), rate)
+            even_E = even_bias(counts, self.k).to(bias_E.dtype)
+            bias_E.lerp_(to_device(even_E, bias_E.device), rate)
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """Return each row's score for every expert before softmax or sigmoid, ``[T, E]``."""

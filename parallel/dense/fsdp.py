@@ -4,7 +4,8 @@ Each decoder layer is one FSDP unit, gathered for its forward and again for its 
 embeddings, the last norm and the head belong to the root unit. A rank keeps its rows of every
 dense parameter in fp32 (fp64 for fp64 runs). These rows are the master weights; gradients and
 Adam's moments have the same shape. Under bf16 a unit is cast when it is gathered. At the start
-every rank builds the whole weights on the host once. Tested with gloo on CPUs, not yet with NCCL.
+every rank builds the whole dense weights on the host once. Tested with gloo on CPUs, not yet with
+NCCL.
 
 Two kinds of parameter stay outside. Experts are already split over ``ep`` and are reduced over
 ``edp``. Routers stay whole on every rank, for three reasons:

@@ -21,7 +21,6 @@ never on how fast a rank is:
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -58,7 +57,14 @@ class Slice:
                 part.copy_(total)
 
 
-Submit = Callable[[Callable[[], Slice]], Future[Slice]]
+class Starting(Protocol):
+    """A slice that a lane starts."""
+
+    def result(self) -> Slice:
+        """Return the slice, which has started then."""
+
+
+Submit = Callable[[Callable[[], Slice]], Starting]
 """Runs a call next to this thread, after all those submitted before."""
 
 
@@ -85,7 +91,7 @@ class GradientQueue:
         self._all_reduce = all_reduce
         self._waiting: deque[Tensor] = deque()
         self._started: list[Slice] = []
-        self._travelling: list[Future[Slice]] = []
+        self._travelling: list[Starting] = []
         self._number = 0
         """Calls of :meth:`send_planned` in this backward."""
 

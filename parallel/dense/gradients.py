@@ -6,6 +6,8 @@ summed there after backward. Otherwise the dense engine reduces dense parameters
 still runs. Experts are always summed here, over the ranks that hold the same ones.
 """
 
+from collections.abc import Iterable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from ...moe.experts.resident import Experts
 from ..host.group import HostGroup, SharedSum
 from ..mesh import Mesh
 from ..watch.pulse import pulse
+from .expert_shards import ExpertShards
 from .local_part import local_part
 from .tied import TiedEmbedding
 
@@ -45,6 +48,8 @@ class MainGradients:
         like = trainable[0][1]
         self._dense_sum = _shared_sum(self.dense, like, mesh.dp_host)
         self._expert_sum = _shared_sum(self.experts, like, mesh.edp_host)
+        self.shards: ExpertShards | None = None
+        """Who updates which expert. Set before the first step, if ranks share out their state."""
         self._dense_flat = attach(self.dense, like, self._dense_sum)
         self._expert_flat = attach(self.experts, like, self._expert_sum)
         self._trained = [
@@ -103,16 +108,20 @@ class MainGradients:
     def reduce(self) -> None:
         """Sum the gradients of experts over the ranks that hold the same ones.
 
-        Dense gradients are summed here as well if :attr:`sums_dense`.
+        With ``shards`` only the owner of an expert has its sum, if links carry it. Dense gradients
+        are summed here as well if :attr:`sums_dense`.
         """
         if self._dense_sum is not None:
             self._dense_sum.all_reduce()
         elif self.sums_dense and self._dense_flat.numel():
-            dist.all_reduce(self._dense_flat, group=self._mesh.dp_group)
+            assert self._mesh.dp_group is not None
+            _all_reduce(self._dense_flat, self._mesh.dp_group)
         if self._expert_sum is not None:
             self._expert_sum.all_reduce()
+        elif self.shards is not None:
+            self.shards.sum_gradients(self.experts)
         elif self._mesh.edp_group is not None and self._expert_flat.numel():
-            dist.all_reduce(self._expert_flat, group=self._mesh.edp_group)
+            _all_reduce(self._expert_flat, self._mesh.edp_group)
         if self._tied is not None:
             self._tied.sum()
 
@@ -123,18 +132,29 @@ class MainGradients:
         if self._tied is not None and not self._tied.counts:
             counted = [p for p in counted if p is not self._tied.parameter]
         dense = square_sum(counted, self._dense_flat)
-        experts = square_sum(self.experts, self._expert_flat)
-        if self._mesh.experts_group is not None:
-            dist.all_reduce(experts, group=self._mesh.experts_group)
+        if self.shards is not None and self._expert_sum is None:
+            owned = self.shards.owned_gradients(self.experts)
+            experts, group = squares_of(owned, self._expert_flat), self._mesh.dp_group
+        else:
+            experts = square_sum(self.experts, self._expert_flat)
+            group = self._mesh.experts_group
+        if group is not None:
+            _all_reduce(experts, group)
         total = dense + experts
         if self._mesh.pp_group is not None:
-            dist.all_reduce(total, group=self._mesh.pp_group)
+            _all_reduce(total, self._mesh.pp_group)
         return total.sqrt()
 
     def scale_(self, factor: Tensor) -> None:
         """Multiply all main gradients by ``factor``."""
         self._dense_flat.mul_(factor)
         self._expert_flat.mul_(factor)
+
+
+def _all_reduce(tensor: Tensor, group: dist.ProcessGroup) -> None:
+    """Sum over the ranks of a group, in place. NCCL opens nothing for a group of one rank."""
+    if dist.get_world_size(group) > 1:
+        dist.all_reduce(tensor, group=group)
 
 
 def _shared_sum(
@@ -172,8 +192,13 @@ def _wide(like: Tensor) -> torch.dtype:
 
 
 def square_sum(parameters: list[nn.Parameter], like: Tensor) -> Tensor:
+    """Return the sum of squares of main gradients; see :func:`squares_of`."""
+    return squares_of([p.main_grad for p in parameters], like)  # type: ignore[attr-defined]
+
+
+def squares_of(tensors: Iterable[Tensor], like: Tensor) -> Tensor:
     """Return the sum of squares: within a tensor in its type, over tensors in fp64."""
     total = torch.zeros((), dtype=torch.float64, device=like.device)
-    for parameter in parameters:
-        total += torch.linalg.vector_norm(parameter.main_grad).double().square()  # type: ignore[attr-defined]
+    for tensor in tensors:
+        total += torch.linalg.vector_norm(tensor).double().square()
     return total

@@ -4,6 +4,7 @@ FSDP2 turns the parameters it shards into DTensors. Main gradients, masters and 
 tensors of this rank's part; only checkpoints use the whole parameter again.
 """
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -20,15 +21,17 @@ def local_part(parameter: Tensor) -> Tensor:
 def as_part_of(parameter: Tensor, local: Tensor) -> Tensor:
     """For a checkpoint, wrap ``local`` as a DTensor if ``parameter`` is sharded.
 
-    The result shares the memory of ``local``, so loading into it fills ``local``.
+    ``local`` has the rows of ``parameter`` that this rank holds, perhaps with fewer columns. The
+    result shares its memory, so loading into it fills ``local``.
     """
     if not isinstance(parameter, DTensor):
         return local
+    shape = torch.Size((parameter.shape[0], *local.shape[1:]))
     return DTensor.from_local(
         local,
         parameter.device_mesh,
         parameter.placements,
         run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
+        shape=shape,
+        stride=torch.empty(shape, device="meta").stride(),
     )

@@ -16,7 +16,7 @@ from ...moe.experts.base import LayerExperts
 from ...moe.experts.path import Beside
 from ...moe.routers.routing import Routing
 from ..mesh import Mesh
-from .exchange import Exchange, Splits
+from .exchange import Exchange, Splits, places, to_host
 from .gather import gather
 
 
@@ -25,6 +25,8 @@ class _Handle:
     tokens: Tensor
     """int64: the token of each row sent, by destination rank, then by token."""
     splits: Splits
+    num_choices: int
+    """Choices of the rows received that are experts here."""
     num_tokens: int
     exchange: Exchange
     rank: int
@@ -95,7 +97,7 @@ class AllToAllPath:
     ) -> Tensor:
         """See :class:`moeyard.moe.experts.path.ExpertPath`; parts are added in rank order."""
         x_ND, experts_NK, weights_NK, handle = self._dispatch(x_TD, routing)
-        y_ND = experts(x_ND, experts_NK, weights_NK)
+        y_ND = experts(x_ND, experts_NK, weights_NK, handle.num_choices)
         y_TD: Tensor = _Return.apply(y_ND, handle)
         return y_TD if beside is None else y_TD + beside()
 
@@ -107,10 +109,13 @@ class AllToAllPath:
         experts_TK = routing.experts_TK
         owner_TK = torch.div(experts_TK, self._share, rounding_mode="floor")
         ranks_P = torch.arange(self._num_ranks, device=x_TD.device)
-        wanted_PT = (owner_TK.unsqueeze(0) == ranks_P.view(-1, 1, 1)).any(dim=-1)
-        tokens = torch.nonzero(wanted_PT)[:, 1]
-        splits = self._exchange.splits([wanted_PT.sum(dim=1).tolist()])[0]
-        handle = _Handle(tokens, splits, x_TD.shape[0], self._exchange, self._rank)
+        is_there_PTK = owner_TK.unsqueeze(0) == ranks_P.view(-1, 1, 1)
+        wanted_PT = is_there_PTK.any(dim=-1)
+        rows_P, choices_P = to_host(wanted_PT.sum(dim=1), is_there_PTK.sum(dim=(1, 2)))
+        tokens = places(wanted_PT, sum(rows_P))[:, 1]
+        splits, choices = self._exchange.splits([rows_P, choices_P])
+        num_choices = sum(choices.received_by(self._rank))
+        handle = _Handle(tokens, splits, num_choices, x_TD.shape[0], self._exchange, self._rank)
         x_ND, weights_NK, experts_NK = _Send.apply(x_TD, routing.weights_TK, experts_TK, handle)
         here_NK = torch.div(experts_NK, self._share, rounding_mode="floor") == self._rank
         return x_ND, torch.where(here_NK, experts_NK, -1), weights_NK, handle

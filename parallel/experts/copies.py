@@ -121,9 +121,17 @@ class WithCopies(LayerExperts):
     def keep(self, routing: Routing) -> None:
         """Do nothing: experts in memory stay there."""
 
-    def forward(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
+    def forward(
+        self,
+        x_ND: Tensor,
+        experts_NK: Tensor,
+        weights_NK: Tensor,
+        most_choices: int | None = None,
+    ) -> Tensor:
         """Return the weighted sum of each row's experts, ``[N, D]``: own ones, then copies."""
         own, copies = self._parts
         is_copy_NK = self._is_copy_E[experts_NK.clamp(min=0)] & (experts_NK >= 0)
-        y_ND: Tensor = own(x_ND, torch.where(is_copy_NK, -1, experts_NK), weights_NK)
-        return y_ND + copies(x_ND, torch.where(is_copy_NK, experts_NK, -1), weights_NK)
+        own_NK = torch.where(is_copy_NK, -1, experts_NK)
+        copies_NK = torch.where(is_copy_NK, experts_NK, -1)
+        y_ND: Tensor = own(x_ND, own_NK, weights_NK, most_choices)
+        return y_ND + copies(x_ND, copies_NK, weights_NK, most_choices)

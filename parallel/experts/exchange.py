@@ -41,6 +41,20 @@ class Splits:
         return Splits([list(column) for column in zip(*self.rows_PP, strict=True)])
 
 
+def to_host(*numbers: Tensor) -> list[list[int]]:
+    """Return int64 tensors of one shape as numbers: the host waits once for a GPU."""
+    found: list[list[int]] = torch.stack(numbers).tolist()
+    return found
+
+
+def places(is_true: Tensor, count: int) -> Tensor:
+    """Return the indices of ``count`` true elements, ``[count, dimensions]``, in their order.
+
+    The host does not wait for a GPU to count them, as ``nonzero`` does.
+    """
+    return torch.nonzero_static(is_true, size=count)
+
+
 class Exchange(Protocol):
     """Moves rows between the ranks of a group."""
 

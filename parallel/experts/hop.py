@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .exchange import Exchange, Splits
+from .exchange import Exchange, Splits, places, to_host
 
 RankOf = Callable[[Tensor], Tensor]
 """From expert ids to the expert-parallel rank that computes each, -1 for -1."""
@@ -43,25 +43,27 @@ class Level:
 
         ``experts`` are ``[T, K]`` for each chunk, as many chunks on every rank.
         """
-        found, counts_CP = [], []
+        found, rows_CP, choices_CP = [], [], []
         for experts_TK in experts:
             rank_TK = self.member_of(self.rank_of(experts_TK))
             ranks_P = torch.arange(self.size, device=experts_TK.device)
-            wanted_PT = (rank_TK == ranks_P.view(-1, 1, 1)).any(dim=-1)
+            is_there_PTK = rank_TK == ranks_P.view(-1, 1, 1)
+            if self.has_slices:
+                is_there_PTK = (experts_TK >= 0).expand_as(is_there_PTK)
+            wanted_PT = is_there_PTK.any(dim=-1)
             if self.to_all:
                 wanted_PT = torch.ones_like(wanted_PT)
-            ranks_M, rows_M = torch.nonzero(wanted_PT).unbind(dim=1)
-            experts_MK = experts_TK[rows_M]
-            if not self.has_slices:
-                is_there_MK = rank_TK[rows_M] == ranks_M.unsqueeze(1)
-                experts_MK = torch.where(is_there_MK, experts_MK, -1)
+            rows_P, choices_P = to_host(wanted_PT.sum(dim=1), is_there_PTK.sum(dim=(1, 2)))
+            ranks_M, rows_M = places(wanted_PT, sum(rows_P)).unbind(dim=1)
+            experts_MK = torch.where(is_there_PTK[ranks_M, rows_M], experts_TK[rows_M], -1)
             found.append((rows_M, experts_MK))
-            counts_CP.append(wanted_PT.sum(dim=1).tolist())
-        splits_C = self.exchange.splits(counts_CP)
+            rows_CP.append(rows_P)
+            choices_CP.append(choices_P)
+        splits = self.exchange.splits([*rows_CP, *choices_CP])
         return [
-            Hop(self, rows_M, experts_MK, splits, len(experts_TK))
-            for (rows_M, experts_MK), splits, experts_TK in zip(
-                found, splits_C, experts, strict=True
+            Hop(self, *sent, rows, sum(choices.received_by(self.rank)), len(experts_TK))
+            for sent, rows, choices, experts_TK in zip(
+                found, splits[: len(experts)], splits[len(experts) :], experts, strict=True
             )
         ]
 
@@ -76,7 +78,10 @@ class Hop:
     experts_MK: Tensor
     """The experts of each copy at its destination, -1 = none."""
     splits: Splits
+    num_choices: int
+    """Choices of the copies received that name an expert."""
     num_rows: int
+    """Rows that the copies sent are of."""
 
     @property
     def sent_P(self) -> list[int]:

@@ -5,9 +5,21 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 Result = TypeVar("Result")
+Found = TypeVar("Found", covariant=True)
+
+
+class Pending(Protocol[Found]):
+    """What a lane returns: the result of a call, perhaps not yet there."""
+
+    def result(self) -> Found:
+        """Return the result when it is there."""
+
+    def done(self) -> bool:
+        """Say whether it is there."""
 
 
 class Lane:
@@ -22,17 +34,17 @@ class Lane:
         """How long the thread has waited for calls, and in :meth:`wait`; for calls to read."""
         threading.Thread(target=self._run, name=f"moeyard-{name}", daemon=True).start()
 
-    def submit(self, call: Callable[[], Result]) -> "Future[Result]":
-        """Run ``call`` after all earlier ones; its result or error is in the future."""
+    def submit(self, call: Callable[..., Result], *arguments: Any) -> "Future[Result]":
+        """Run a call after all earlier ones; its result or error is in the future."""
         future: Future[Result] = Future()
-        self._calls.put((future, call))
+        self._calls.put((future, partial(call, *arguments)))
         return future
 
     def run(self, call: Callable[[], Result]) -> Result:
         """Return the result of ``call``, which runs after all earlier ones."""
         return self.submit(call).result()
 
-    def wait(self, future: "Future[Result]") -> Result:
+    def wait(self, future: Pending[Result]) -> Result:
         """Return the result of another lane's future, to a call in this one."""
         began = time.perf_counter()
         try:
@@ -58,12 +70,12 @@ class DirectLane:
     They need no hand-over to a thread and back, which costs most where ranks share cores.
     """
 
-    def submit(self, call: Callable[[], Result]) -> "Future[Result]":
-        """Return the result of ``call``, which has run."""
+    def submit(self, call: Callable[..., Result], *arguments: Any) -> "Future[Result]":
+        """Return the result of a call, which has run."""
         future: Future[Result] = Future()
-        future.set_result(call())
+        future.set_result(call(*arguments))
         return future
 
-    def wait(self, future: "Future[Result]") -> Result:
+    def wait(self, future: Pending[Result]) -> Result:
         """Return the result of a future that is done."""
         return future.result()

@@ -9,7 +9,6 @@ L MoE layers, E experts.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
 from itertools import zip_longest
@@ -28,8 +27,9 @@ from ..planning.materialize import CopyBudget, materialize
 from ..planning.placement import Placement, Topology
 from ..planning.reshard import reshard
 from .copies import Copies, WithCopies, begin_with_zeros, sums_of, weights_of
-from .lane import Lane
+from .lane import Pending
 from .sparse_collectives import SparseCollectives
+from .stream_lane import open_lane
 
 
 class MaterializedExperts:
@@ -58,10 +58,10 @@ class MaterializedExperts:
         self._buffers = [Copies(own, budget.per_rank) for own in with_copies]
         self._in_buffer: list[int | None] = [None for _ in self._buffers]
         """The layer whose experts a buffer has."""
-        self._lane = Lane("copies")
-        self._arriving: dict[int, Future[None]] = {}
+        self._lane = open_lane("copies")
+        self._arriving: dict[int, Pending[None]] = {}
         """By layer: the weights that a buffer has or will have."""
-        self._returning: list[tuple[int, Future[dict[int, list[Tensor]]]]] = []
+        self._returning: list[tuple[int, Pending[dict[int, list[Tensor]]]]] = []
         """Layers whose copies' gradients are on their way to this rank, the first one first."""
         self._backwards_left: list[int] = []
         self._goes_forward = True

@@ -3,13 +3,13 @@
 FSMoE (Pan et al. 2025): while the experts compute one chunk of a layer's rows, the next chunk is on
 its way to them and the last one on its way back. Each level of ranks has a lane, and the calling
 thread computes. With two levels, between nodes and inside a node, three resources work at once.
-Where nothing can overlap, the calling thread also sends.
+Where nothing can overlap, the calling thread also sends. On a GPU a lane is a stream
+(stream_lane.py).
 
 T tokens here, K choices, D model width, C chunks.
 """
 
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
@@ -23,15 +23,18 @@ from torch.autograd.function import once_differentiable
 from ...moe.experts.base import LayerExperts
 from ...moe.experts.path import Beside
 from ...moe.routers.routing import Routing
+from .chunk_graph import ChunkGraph
 from .gather import gather
 from .hop import Columns, Hop, Level, send, send_back
-from .lane import DirectLane, Lane
+from .lane import DirectLane, Pending
+from .stopwatch import Observe, timed
+from .stream_lane import AnyLane, open_lane
 
-Arriving = Future[list[Columns]]
+Arriving = Pending[list[Columns]]
 """What a message will bring, by chunk."""
 AroundBackward = Callable[[], AbstractContextManager[object]]
 """Makes the context in which a layer's backward runs."""
-Fill = Callable[[Lane], None]
+Fill = Callable[[AnyLane], None]
 """May submit other traffic to the first lane, the same on every rank."""
 
 
@@ -58,13 +61,13 @@ class PipelinedPath:
 
     def __init__(self, levels: Sequence[Level], degrees: Degrees | None = None) -> None:
         self.levels = tuple(levels)
-        self.lanes = [Lane(f"level-{number}") for number in range(len(self.levels))]
+        self.lanes = [open_lane(f"level-{number}") for number in range(len(self.levels))]
         self.degrees = degrees or Degrees()
         self.fill: Fill | None = None
         """Called twice in each backward: after the last dispatch, and after the last combine."""
-        self.observe: Callable[[str, float], None] | None = None
-        """Called after each "forward" and "backward" of training with its seconds, as the host
-        sees them."""
+        self.observe: Observe | None = None
+        """Called after each "forward" and "backward" of training with its seconds, which are to be
+        read after the step."""
 
     def gather(self, values: Tensor) -> Tensor:
         """See :class:`moeyard.moe.experts.path.ExpertPath`."""
@@ -102,18 +105,15 @@ class _Run(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD, weights_TK, experts_TK, anchor, turn):  # type: ignore[no-untyped-def]
         ctx.turn = turn
-        began = time.perf_counter()
-        y_TD = turn.forward(x_TD, weights_TK, experts_TK)
-        turn.note("forward", began)
-        return y_TD
+        with timed(turn.observe, "forward", x_TD.device):
+            return turn.forward(x_TD, weights_TK, experts_TK)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_TD):  # type: ignore[no-untyped-def]
-        with ctx.turn.around_backward():
-            began = time.perf_counter()
-            grad_x_TD, grad_weights_TK = ctx.turn.backward(grad_TD)
-            ctx.turn.note("backward", began)
+        turn = ctx.turn
+        with turn.around_backward(), timed(turn.observe, "backward", grad_TD.device):
+            grad_x_TD, grad_weights_TK = turn.backward(grad_TD)
         return grad_x_TD, grad_weights_TK, None, None, None
 
 
@@ -132,16 +132,17 @@ class _Turn:
         self.around_backward = around_backward
         self.shared_TD: Tensor | None = None
         """What ``beside`` returned."""
-        self._levels, self._degrees, self._observe = levels, path.degrees, path.observe
+        self.observe = path.observe if self.has_grad else None
+        self._levels, self._degrees = levels, path.degrees
         self._experts, self._beside = experts, beside
         self._fill = None if path.fill is None else partial(path.fill, path.lanes[0])
         overlaps = self._degrees.chunks > 1 or beside is not None or path.fill is not None
-        self._lanes: Sequence[Lane | DirectLane] = (
+        self._lanes: Sequence[AnyLane | DirectLane] = (
             path.lanes if overlaps else [DirectLane() for _ in levels]
         )
         self._hops: list[list[Hop]] = []
         """By level and chunk."""
-        self._graphs: list[_Graph] = []
+        self._graphs: list[ChunkGraph] = []
         """By chunk, until backward has used it."""
 
     def forward(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Tensor:
@@ -151,16 +152,21 @@ class _Turn:
         rows = zip(x_TD.tensor_split(chunks), weights_TK.tensor_split(chunks), strict=True)
         columns = [list(pair) for pair in rows]
         # A group is used by its lane only, so that all ranks use it in the same order.
-        planned = self._lanes[0].submit(lambda: self._levels[0].plan(experts))
+        planned = self._lanes[0].submit(self._levels[0].plan, experts)
         self._hops = [planned.result(), *([] for _ in self._levels[1:])]
         messages = list(self._messages(self._degrees.forward))
-        arriving = [self._there(part, columns[part], is_first=True) for part in messages]
+        arriving = self._there(messages, columns, is_first=True)
         if self._beside is not None:
             with torch.set_grad_enabled(self.has_grad):
                 self.shared_TD = self._beside()
         returning = []
         for part, future in zip(messages, arriving, strict=True):
-            results = [[self._compute(*arrived)] for arrived in future.result()]
+            arrived = future.result()
+            hops = self._hops[-1][part]  # planned by then
+            results = [
+                [self._compute(columns, hop.num_choices)]
+                for hop, columns in zip(hops, arrived, strict=True)
+            ]
             returning.append(self._back(part, results))
         return torch.cat([y_TD for future in returning for (y_TD,) in future.result()])
 
@@ -168,7 +174,7 @@ class _Turn:
         """Return the gradients of the rows and of the routing weights."""
         grads = [[grad] for grad in grad_TD.tensor_split(self._degrees.chunks)]
         messages = list(self._messages(self._degrees.backward))
-        arriving = [self._there(part, grads[part], is_first=False) for part in messages]
+        arriving = self._there(messages, grads, is_first=False)
         if self._fill is not None:
             self._fill()
         returning = []
@@ -182,23 +188,27 @@ class _Turn:
         grad_x_TD, grad_weights_TK = (torch.cat(column) for column in zip(*parts, strict=True))
         return grad_x_TD, grad_weights_TK
 
-    def note(self, phase: str, began: float) -> None:
-        """Tell the path's observer how long a phase took, if it was part of training."""
-        if self.has_grad and self._observe is not None:
-            self._observe(phase, time.perf_counter() - began)
-
     def _messages(self, degree: int) -> Iterator[slice]:
         """Yield the chunks of each message."""
         width = self._degrees.chunks // degree
         for first in range(0, self._degrees.chunks, width):
             yield slice(first, first + width)
 
-    def _there(self, part: slice, columns: list[Columns], is_first: bool) -> Arriving:
-        """Send a message over all levels; the ``is_first`` one is planned on its way."""
-        future = self._lanes[0].submit(partial(send, self._hops[0][part], columns, is_first))
+    def _there(
+        self, messages: list[slice], chunks: list[Columns], is_first: bool
+    ) -> list[Arriving]:
+        """Send messages over all levels, one level after the other; the ``is_first`` ones are
+        planned on their way."""
+        first = self._lanes[0]
+        arriving: list[Arriving] = [
+            first.submit(send, self._hops[0][part], chunks[part], is_first) for part in messages
+        ]
         for level, lane in enumerate(self._lanes[1:], start=1):
-            future = lane.submit(partial(self._onward, level, part, future, is_first))
-        return future
+            arriving = [
+                lane.submit(self._onward, level, part, future, is_first)
+                for part, future in zip(messages, arriving, strict=True)
+            ]
+        return arriving
 
     def _onward(self, level: int, part: slice, arriving: Arriving, is_first: bool) -> list[Columns]:
         """Send what a message brought over the next level."""
@@ -210,41 +220,25 @@ class _Turn:
 
     def _back(self, part: slice, columns: list[Columns]) -> Arriving:
         """Send results back over all levels; rows are summed at each."""
-        future: Arriving = Future()
-        future.set_result(columns)
+        begun: Future[list[Columns]] = Future()
+        begun.set_result(columns)
+        future: Arriving = begun
         for level in reversed(range(len(self._lanes))):
-            future = self._lanes[level].submit(partial(self._home, level, part, future))
+            future = self._lanes[level].submit(self._home, level, part, future)
         return future
 
     def _home(self, level: int, part: slice, arriving: Arriving) -> list[Columns]:
         columns = self._lanes[level].wait(arriving)
         return send_back(self._hops[level][part], columns)
 
-    def _compute(self, x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor) -> Tensor:
+    def _compute(self, columns: Columns, num_choices: int) -> Tensor:
         """Run the experts here on a chunk, and keep its graph."""
+        x_ND, weights_NK, experts_NK = columns
         if not self.has_grad:
-            y_ND: Tensor = self._experts(x_ND, experts_NK, weights_NK)
+            y_ND: Tensor = self._experts(x_ND, experts_NK, weights_NK, num_choices)
             return y_ND
         with torch.enable_grad():
             x_ND, weights_NK = x_ND.requires_grad_(), weights_NK.requires_grad_()
-            y_ND = self._experts(x_ND, experts_NK, weights_NK)
-        self._graphs.append(_Graph(x_ND, weights_NK, y_ND))
+            y_ND = self._experts(x_ND, experts_NK, weights_NK, num_choices)
+        self._graphs.append(ChunkGraph(x_ND, weights_NK, y_ND))
         return y_ND.detach()
-
-
-@dataclass(frozen=True, slots=True)
-class _Graph:
-    """The experts' work on one chunk, as autograd keeps it."""
-
-    x_ND: Tensor
-    weights_NK: Tensor
-    y_ND: Tensor
-
-    def backward(self, grad_ND: Tensor) -> Columns:
-        """Return the gradients of rows and weights; those of experts are added to theirs."""
-        torch.autograd.backward(self.y_ND, grad_ND)
-        found = []
-        for leaf in (self.x_ND, self.weights_NK):
-            found.append(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
-            leaf.grad = None
-        return found

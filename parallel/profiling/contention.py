@@ -8,7 +8,7 @@ from statistics import median
 
 import torch
 
-from ..experts.lane import Lane
+from ..experts.stream_lane import open_lane
 from ..mesh import Mesh
 from .measure import REPEATS, Run, slowest, timed
 
@@ -28,7 +28,7 @@ def measure_contention(
     ratio = link_s / experts_s
     link = _repeated(link, _times(1 / ratio))
     experts = _repeated(experts, _times(ratio))
-    lane = Lane("contention")
+    lane = open_lane("contention")
 
     def both() -> None:
         sent = lane.submit(link)

@@ -10,7 +10,6 @@ L MoE layers, S steps.
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,8 +17,9 @@ import torch
 from torch import Tensor
 
 from ..dense.gradient_queue import GradientQueue, Way
-from ..experts.lane import Lane
+from ..experts.lane import Pending
 from ..experts.pipelined import Degrees, PipelinedPath
+from ..experts.stream_lane import AnyLane
 from ..mesh import Mesh
 from ..planning.cost_model import Linear, fit
 from ..planning.gradient_partition import Option, Partition, Stage, dense_stage, partition
@@ -54,8 +54,8 @@ class _Turn:
     began_s: float
     ready_bytes: int
     """Gradients that existed when it began."""
-    dispatched: Future[_Moment]
-    combined: Future[_Moment]
+    dispatched: Pending[_Moment]
+    combined: Pending[_Moment]
 
 
 class GradientSlices:
@@ -88,7 +88,7 @@ class GradientSlices:
         self._before: tuple[PipelinedPath, Degrees] | None = None
         self._seen = 0
         self._turns: list[_Turn] = []
-        self._begun: tuple[float, Future[_Moment]] | None = None
+        self._begun: tuple[float, Pending[_Moment]] | None = None
         self._steps: list[Tensor] = []
         self._line: Linear | None = None
         for path in paths:
@@ -130,14 +130,14 @@ class GradientSlices:
             "end": self.partition.rest_bytes,
         }
 
-    def _fill(self, path: PipelinedPath, lane: Lane) -> None:
+    def _fill(self, path: PipelinedPath, lane: AnyLane) -> None:
         if self._queue.is_open:
             self._now = (path, path.degrees)
             if self.partition is None:
                 self._note(lane)
         self._queue.send_planned(lane.submit)
 
-    def _note(self, lane: Lane) -> None:
+    def _note(self, lane: AnyLane) -> None:
         moment = lane.submit(lambda: _Moment(time.perf_counter(), lane.idle_s))
         if self._begun is None:
             self._begun = (time.perf_counter(), moment)

@@ -61,10 +61,15 @@ class Pulse:
 
 
 def _main_thread_cpu_s() -> float:
-    if not hasattr(time, "pthread_getcpuclockid"):  # not on macOS
-        return time.process_time()
     identity = threading.main_thread().ident
     assert identity is not None
+    return thread_cpu_s(identity)
+
+
+def thread_cpu_s(identity: int) -> float:
+    """Return the processor time of a living thread, or that of the process on macOS."""
+    if not hasattr(time, "pthread_getcpuclockid"):
+        return time.process_time()
     return time.clock_gettime(time.pthread_getcpuclockid(identity))
 
 

@@ -79,7 +79,7 @@ class Watch:
         deadline = time.monotonic() + self.timeout_s
         with self._changed:
             while not self._peers.are_complete:
-                self._raise_verdict()
+                self.check()
                 if stop is not None and stop.signal_name is not None:
                     raise Stopped(f"stopped by {stop.signal_name} while ranks start.")
                 if self.rank == 0 and time.monotonic() > deadline:
@@ -177,14 +177,15 @@ class Watch:
         started = time.monotonic()
         with self._changed:
             while not is_there():
-                self._raise_verdict()
+                self.check()
                 if time.monotonic() - max(peer.moved, started) > self.timeout_s:
                     self._decide(verdicts.held_up(peer, self.timeout_s, self.rank))
                 if self.rank == 0:
                     pulse.note()  # rank 0 has a separate limit for each rank
                 self._changed.wait(LOOK_EVERY_S)
 
-    def _raise_verdict(self) -> None:
+    def check(self) -> None:
+        """Raise :class:`LostRankError` if there is a verdict on the run."""
         if self._verdict is not None:
             raise LostRankError(self._verdict)
 

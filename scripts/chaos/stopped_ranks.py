@@ -35,7 +35,12 @@ LIMIT_S = 240
 TRIES = 3
 AT_ONCE = 6
 """They wait for their limits and torchrun's 30 s."""
-ENGINES = {"ddp": [], "ep": ["parallel.ep=2"], "fsdp": ["parallel.dense=fsdp"]}
+ENGINES = {
+    "ddp": [],
+    "ep": ["parallel.ep=2"],
+    "fsdp": ["parallel.dense=fsdp"],
+    "async": ["checkpoint.asynchronous=true"],
+}
 PLACES = ("start", "joined", "data", "step", "write", "commit", "evaluate", "leave")
 HARMS = ("stop", "kill", "sleep", "lock", "error")
 

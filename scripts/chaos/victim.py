@@ -69,7 +69,7 @@ def main() -> int:
     from moeyard.parallel.watch.watch import Watch
     from moeyard.training import __main__ as program
     from moeyard.training import setup, trainer
-    from moeyard.training.checkpoints.checkpoint import Checkpoints
+    from moeyard.training.checkpoints.folder import StepsFolder
     from moeyard.training.step import TrainStep
 
     places = {
@@ -78,7 +78,7 @@ def main() -> int:
         "data": (setup, "prepare_shards" if RANK == "0" else "open_shards", 1),
         "step": (TrainStep, "run", 3),
         "write": (filesystem.FileSystemWriter, "write_data", 1),
-        "commit": (Checkpoints, "_commit", 1),
+        "commit": (StepsFolder, "commit", 1),
         "evaluate": (trainer, "evaluate", 1),
         "leave": (Watch, "leave", 1),
     }

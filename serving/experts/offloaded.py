@@ -44,7 +44,13 @@ class OffloadedExperts(LayerExperts):
         """Protect the chosen experts that are in memory from what is read ahead."""
         self._store.keep(self._layer, _chosen(routing))
 
-    def forward(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
+    def forward(
+        self,
+        x_ND: Tensor,
+        experts_NK: Tensor,
+        weights_NK: Tensor,
+        most_choices: int | None = None,
+    ) -> Tensor:
         """Return the weighted sum of each row's experts, ``[N, D]``."""
         counts_E = count_choices(experts_NK, self._num_experts)
         needed = torch.nonzero(counts_E).flatten().tolist()

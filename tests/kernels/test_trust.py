@@ -2,16 +2,21 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from moeyard.kernels import trust
 from moeyard.kernels.cpu import library, structures
 from moeyard.kernels.cpu.library import Library
 from moeyard.kernels.experts import expert_mlp
+from moeyard.kernels.gpu import choice as triton_choice
+from moeyard.kernels.gpu import experts as triton_experts
 from moeyard.kernels.grouped_linear import grouped_linear
 from moeyard.kernels.linear import linear
 from moeyard.kernels.norm import rms_norm
 from moeyard.kernels.router import project_and_choose
+from moeyard.kernels.torch_ops import experts as torch_experts
 from moeyard.kernels.torch_ops.loop import Span
+from moeyard.kernels.torch_ops.router import choose_torch
 from moeyard.kernels.values.choice import ChoiceRule
 from moeyard.kernels.values.expert_weights import ExpertWeights
 from moeyard.kernels.waves import start_waves
@@ -106,3 +111,24 @@ def test_compiling_without_gradients_asks_the_verdict_without_a_break():
     with torch.no_grad():
         compiled = torch.compile(lambda x: trust.may_use_cpp(x), backend="eager", fullgraph=True)
         assert compiled(X) is True
+
+
+def test_a_self_check_inside_a_checkpointed_layer_leaves_the_layer_alone(monkeypatch):
+    """The first call of a kind may come there, as with train.recompute: true."""
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(triton_experts, "run", torch_experts.run)
+    monkeypatch.setattr(triton_choice, "choose_triton", choose_torch)
+    monkeypatch.setattr(trust, "_triton_verdicts", {})
+    monkeypatch.setattr(trust, "_router_verdicts", {})
+    calls = []
+
+    def layer(x):
+        calls.append(x)
+        assert trust.triton_computes(torch.float32, cpu, None, False)
+        assert trust.triton_router_computes(cpu)
+        return x.sin().cos()
+
+    x = torch.randn(5, requires_grad=True)
+    checkpoint(layer, x, use_reentrant=False).sum().backward()
+    torch.testing.assert_close(x.grad, -x.sin().sin() * x.cos())
+    assert len(calls) == 2, "once forward, once again in backward"

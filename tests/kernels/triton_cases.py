@@ -57,13 +57,23 @@ def problem(shape, dtype, seed=0, has_bias=False):
     return [leaf.to(DEVICE).requires_grad_() for leaf in leaves]
 
 
-def outcome(ids, leaves, backend="triton", table=None, activation="swiglu", main_grads=None):
+def outcome(
+    ids,
+    leaves,
+    backend="triton",
+    table=None,
+    activation="swiglu",
+    main_grads=None,
+    recompute=False,
+    most_choices=None,
+):
     """Return y and all gradients of a fixed weighted sum of it."""
     x, weights, fc1, fc2, *biases = leaves
     experts = ExpertWeights.of(
         (fc1, fc2, *biases), slot_of_E=table, activation=activation, main_grads=main_grads
     )
-    y = expert_mlp(x, ids.to(x.device), weights, experts, backend)
+    how = {"recompute": recompute, "most_choices": most_choices}
+    y = expert_mlp(x, ids.to(x.device), weights, experts, backend, **how)
     upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(9)).to(y)
     wanted = leaves[:2] if main_grads else leaves
     return [y.detach(), *torch.autograd.grad(y, wanted, upstream)]
@@ -289,14 +299,41 @@ def test_fake_versions_and_schemas_say_the_truth(has_bias):
     biases = biases or [None, None]
     table = torch.arange(5, dtype=torch.int32, device=DEVICE)
     checks = ("test_schema", "test_faketensor")
-    forward = (x, ids, weights, fc1, fc2, *biases, table, *(None,) * 4, "swiglu", True)
+    main, most_rows = (None,) * 4, int((ids >= 0).sum())
+    forward = (x, ids, weights, fc1, fc2, *biases, table, *main, "swiglu", True, most_rows)
     torch.library.opcheck(ops.expert_mlp_op, forward, test_utils=checks)
     saved = ops.expert_mlp_op(*forward)[1:]
     sums = [None if part is None else torch.zeros_like(part) for part in (fc1, fc2, *biases)]
     for wants_x, add, outs in ((True, True, sums), (False, False, (None, *sums[1:3], None))):
         rows = (x, x, weights, *saved, fc1, fc2, *biases)
-        backward = (*rows, 5, "swiglu", wants_x, add, *outs)
+        backward = (*rows, 5, most_rows, "swiglu", wants_x, add, *outs)
         torch.library.opcheck(ops.expert_mlp_backward_op, backward, test_utils=checks)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("name", ["tiles_of_16", "tiles_of_64"])
+def test_rows_that_come_from_other_ranks_need_room_for_their_experts_here_only(name, recompute):
+    shape = SHAPES[name]
+    ids, leaves = routing("random", *shape[:3]), problem(shape, torch.float32, has_bias=True)
+    ids[torch.rand(ids.shape, generator=torch.Generator().manual_seed(4)) < 0.8] = -1
+    here, kept = int((ids >= 0).sum()), {}
+    assert 0 < here < ids.numel() // 2
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.__setitem__(t.data_ptr(), tuple(t.shape)) or t, lambda t: t
+    ):
+        found = outcome(ids, leaves, recompute=recompute, most_choices=here)
+    assert_near(found, expected_outcome(ids, leaves), torch.float32)
+    assert ((here, 2 * shape[4]) in kept.values()) == (not recompute)
+    with pytest.raises(RuntimeError, match="most_choices is too low"):
+        outcome(ids, leaves, most_choices=here - 1)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_no_row_needs_no_room(recompute):
+    shape = SHAPES["tiles_of_16"]
+    ids, leaves = routing("nobody", *shape[:3]), problem(shape, torch.float32, has_bias=True)
+    found = outcome(ids, leaves, recompute=recompute, most_choices=0)
+    assert_near(found, expected_outcome(ids, leaves), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

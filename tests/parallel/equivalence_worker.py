@@ -82,7 +82,8 @@ def fill_biases(decoder) -> None:
             experts.get_parameter(name).data.copy_(bias if cut is None else cut.cut(name, bias))
 
 
-def keyed(decoder, tensor_of) -> dict[str, torch.Tensor]:
+def keyed(decoder, tensor_of, shards=None) -> dict[str, torch.Tensor]:
+    """Return tensors under topology-free keys; with ``shards`` of experts only the owned ones."""
     values = {}
     for name, parameter in decoder.named_parameters():
         owner_name, _, leaf = name.rpartition(".")
@@ -99,7 +100,9 @@ def keyed(decoder, tensor_of) -> dict[str, torch.Tensor]:
             if cut is not None and not cut.holds(leaf):
                 continue
             part = "" if cut is None or leaf == "fc2_bias" else f"|{cut.index} of {cut.count}"
-            for slot, expert in enumerate(owner.expert_ids):
+            slots = range(len(owner.expert_ids))
+            for slot in slots if shards is None else slots[shards.owned(parameter)]:
+                expert = owner.expert_ids[slot]
                 values[f"{owner_name}.{expert}.{leaf}{part}"] = tensor[slot]
         else:
             values[name] = tensor
@@ -194,7 +197,8 @@ class WatchedSteps:
         scale = step.gradients.scale_
 
         def record_then_scale(factor):
-            self.recorded.append({"gradients": keyed(decoder, main_grad_of)})
+            gradients = keyed(decoder, main_grad_of, step.gradients.shards)
+            self.recorded.append({"gradients": gradients})
             scale(factor)
 
         step.gradients.scale_ = record_then_scale

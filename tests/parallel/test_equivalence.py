@@ -15,6 +15,8 @@ from launch import run, torchrun
 
 TORCH = "parallel.backend=torch"  # in place of the reference
 DOCUMENTS = "OUT/documents.jsonl"
+SHARDED = ["optimizer.shard_experts=true"]
+"""Where ranks hold the same experts, in the other worlds it changes nothing."""
 VARIANTS = {
     "plain": {"overrides": []},
     "accumulated": {"overrides": ["train.accumulation=2"]},
@@ -95,6 +97,20 @@ VARIANTS = {
         "overrides": ["train.accumulation=2", "train.recompute=true"],
         "apart": True,
     },
+    "muon": {
+        "overrides": [
+            *(TORCH, *SHARDED, "optimizer.kind=muon"),
+            *("model.dense_layers=[0]", "model.d_ff=40"),
+        ],
+    },
+    "frugal": {
+        "overrides": [
+            *(TORCH, *SHARDED, "optimizer.kind=frugal"),
+            *("optimizer.density=0.3", "optimizer.refresh_steps=2"),
+        ],
+    },
+    "sharded": {"overrides": SHARDED},
+    "sharded_apart": {"overrides": SHARDED, "apart": True},
     "starved": {"overrides": [], "starved": True},
     "starved_both": {
         "overrides": ["train.accumulation=2", "train.recompute=true"],
@@ -113,6 +129,7 @@ ALWAYS = (("ddp", 2, 2), ("fsdp", 2, 2))
 """Every variant runs here by default, and in the other worlds in the slow tests."""
 SOMETIMES = (("ddp", 2, 1), ("fsdp", 4, 2))
 SOME = ("plain", "both", "deepseek", "fewer_rows_than_ranks", "starved_both", "lora", "bf16")
+SOME += ("muon", "frugal", "sharded", "sharded_apart", "bf16_sharded")
 """Variants that run in those worlds, too, by default."""
 IN_STAGES = ("plain", "shared_tied", "pregated_both")
 """Variants that run in stages by default."""
@@ -124,6 +141,7 @@ BF16_VARIANTS = {
     "bf16": [],
     "bf16_both": ["train.accumulation=2", "train.recompute=true"],
     "bf16_lora": ["train.parameters=lora"],
+    "bf16_sharded": SHARDED,
 }
 BF16_TOLERANCE = {"loss": 2e-3, "grad_norm": 3e-2, "gradients": 6e-2, "weights": 2e-2}
 """First step only: later on a rounding difference may change a choice of expert."""
@@ -245,6 +263,16 @@ def test_recompute_changes_no_bit(results, variant, plain):
     expected = gathered(results, f"{plain}{ONE}", 1)
     for a, e in zip(actual, expected, strict=True):
         assert torch.equal(a["counts"], e["counts"])
+        assert max(differences(a, e).values()) == 0
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("variant", "plain"), [("sharded", "plain"), ("bf16_sharded", "bf16")])
+def test_sharing_out_the_state_of_experts_changes_no_bit(results, variant, plain):
+    actual = gathered(results, f"{variant}-ddp-w2-ep1", 2)
+    expected = gathered(results, f"{plain}-ddp-w2-ep1", 2)
+    for a, e in zip(actual, expected, strict=True):
+        assert a["grad_norm"] == e["grad_norm"]
         assert max(differences(a, e).values()) == 0
 
 

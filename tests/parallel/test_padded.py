@@ -35,7 +35,7 @@ class Scale(LayerExperts):
         super().__init__()
         self.factors = torch.nn.Parameter(torch.arange(1.0, E + 1, device=device).double())
 
-    def forward(self, x_ND, experts_NK, weights_NK):
+    def forward(self, x_ND, experts_NK, weights_NK, most_choices=None):
         factors_NK = torch.where(experts_NK < 0, 0, self.factors[experts_NK.clamp(min=0)])
         return x_ND * (weights_NK * factors_NK).sum(1, keepdim=True)
 

@@ -59,6 +59,8 @@ LIKE = {
     "router": {"overrides": [*TORCH, "train.parameters=router"], "biased": True},
     "chosen": {"overrides": [*EXACT, "model.moe.router={kind: expert_choice, k: 2}"]},
     "lora": {"overrides": [*EXACT, "train.parameters=lora", "train.accumulation=2"]},
+    "muon": {"overrides": [*TORCH, "optimizer.kind=muon"], "starved": True},
+    "frugal": {"overrides": [*TORCH, "optimizer.kind=frugal", "optimizer.refresh_steps=2"]},
 }
 """What one process computes."""
 PATHS: dict[str, list[str]] = {
@@ -75,6 +77,7 @@ PATHS: dict[str, list[str]] = {
     "padded": ["parallel.path=padded"],
     "sliced": ["parallel.ep=2", "parallel.expert_tp=2", "parallel.chunks=2"],
     "sliced_only": ["parallel.ep=1", "parallel.expert_tp=2"],
+    "sliced_sharded": ["parallel.ep=1", "parallel.expert_tp=2", "optimizer.shard_experts=true"],
     "sliced_in_four": ["parallel.ep=1", "parallel.expert_tp=4", "parallel.chunks=4"],
     "sliced_on_nodes": [
         "parallel.ep=2",
@@ -115,6 +118,8 @@ CASES = [
     ("padded", "limited"),
     ("sliced_only", "starved"),
     ("sliced", "both"),
+    ("sliced_sharded", "frugal"),
+    ("moved", "muon"),
 ]
 MORE_CASES = [
     ("whole", "both"),
@@ -129,6 +134,7 @@ MORE_CASES = [
     ("copies", "sparsity"),
     ("few_copies", "varying"),
     ("moved", "both"),
+    ("moved", "frugal"),
     ("padded", "chosen"),
     ("sliced", "biased"),
     ("sliced", "varying"),

@@ -268,8 +268,8 @@ def test_a_checkpoint_has_the_same_bits_whatever_opens_and_saves_it(tmp_path, co
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_of_a_stage_ends_the_run_with_a_sentence(tmp_path, config_file, victim):
     program = ["--max-restarts", "0", "-m", "moeyard.training"]
-    more = ["parallel.ep=1", "parallel.pp=2", "train.accumulation=4", "train.steps=100000"]
-    launch = Launch(config_file, tmp_path / "run", program, more)
+    overrides = ["parallel.ep=1", "parallel.pp=2", "train.accumulation=4", "train.steps=100000"]
+    launch = Launch(config_file, tmp_path / "run", program, overrides)
     launch.start()
     wait_until(lambda: "event=started" in launch.log(), "training", 60)
     wait_until((tmp_path / "run/latest").exists, "a checkpoint", 60)

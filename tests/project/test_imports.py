@@ -39,14 +39,15 @@ ROOMS = {
     ],
     "parallel": [
         ["host", "local_ranks", "parent", "planning", "watch"],
-        ["mesh", "process"],
+        ["gpus"],
+        ["mesh", "process", "simulation"],
         ["dense", "experts", "stages"],
         ["profiling"],
     ],
     "training": [
         ["section"],
-        ["optimizers", "parallel_config"],
-        ["parallel_check", "stages_check"],
+        ["checkpoint_config", "monitor_config", "parallel_config"],
+        ["optimizers", "parallel_check", "stages_check"],
         ["config", "device", "key_check", "phases", "precision", "schedule", "stop"],
         ["layer_shape"],
         ["layer_schedule", "parallelize", "work"],
@@ -56,7 +57,7 @@ ROOMS = {
         ["micro_batches"],
         ["stages"],
         ["read_config", "report", "saves", "setup", "step"],
-        ["observers"],
+        ["observers", "on_paper"],
         ["routes"],
         ["trainer"],
         ["program"],
@@ -77,7 +78,7 @@ ROOMS = {
         ["trace_place"],
         [
             *("chat", "convert", "doctor", "evaluate", "export", "generate", "report", "serve"),
-            *("routers", "tokenize", "trace", "train", "upcycle"),
+            *("routers", "simulate", "tokenize", "trace", "train", "upcycle"),
         ],
     ],
 }

@@ -54,6 +54,15 @@ def test_ray_gets_what_the_arguments_say(model_folder):
     assert config.max_ongoing_requests > 8 + 64
 
 
+def test_the_key_comes_from_the_environment_where_the_file_has_none(model_folder, monkeypatch):
+    monkeypatch.setenv("MOEYARD_API_KEY", "of-the-environment")
+    values = {"model": str(model_folder)}
+    (args,) = build(values)._bound_deployment.init_args
+    assert args.api_key == "of-the-environment"
+    (args,) = build(values | {"api_key": "of-the-file"})._bound_deployment.init_args
+    assert args.api_key == "of-the-file"
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

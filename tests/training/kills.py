@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,13 +50,12 @@ class Launch:
     config: Path
     run_dir: Path
     program: list[str] = field(default_factory=lambda: ["-m", "moeyard.training"])
-    more: list[str] = field(default_factory=list)
-    """Overrides that come last."""
+    overrides: list[str] = field(default_factory=list)
 
     def start(self) -> None:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc-per-node", "2", "--max-restarts", "50", *self.program]
-        command += [str(self.config), *OVERRIDES, f"run_dir={self.run_dir}", *self.more]
+        command += [str(self.config), *OVERRIDES, *self.overrides, f"run_dir={self.run_dir}"]
         self.run_dir.mkdir(parents=True, exist_ok=True)
         with (self.run_dir / "log.txt").open("a") as log:
             self.agent = subprocess.Popen(
@@ -105,38 +105,62 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def kill_at_random(launch: Launch, count: int, seed: int) -> dict[str, int]:
+def kill_at_random(
+    launch: Launch, count: int, seed: int, all_dead: Callable[[], None] = lambda: None
+) -> dict[str, int]:
     """Kill ``count`` times: workers and the agent, at random moments and inside saves.
 
-    Returns how many kills hit what. Every kill waits until training runs again.
+    Returns how many kills hit what. Every kill waits until training runs again. ``all_dead`` is
+    called after each kill that ended all processes.
     """
     chance = random.Random(seed)
     hit = {"rank 0": 0, "rank 1": 0, "agent": 0, "inside a save": 0}
     checkpoints = launch.run_dir / "checkpoints"
-    starts = 0
+    starts, saved, killed = 0, "", 0.0
     for number in range(count):
         wait_until(lambda seen=starts: launch.starts() > seen or finished(launch), "training")
         assert not finished(launch), f"the run ended after {number} of {count} kills"
         starts = launch.starts()
         if number % 2 == 0:
-            wait_until(lambda: any(checkpoints.glob(".tmp-*")), "a save")
+            wait_until(lambda since=killed: is_saving(checkpoints, since), "a save")
             time.sleep(chance.uniform(0, 0.03))
-        else:
+        else:  # so that even a slow run comes further
+            wait_until(lambda seen=saved: latest(launch.run_dir) != seen, "a checkpoint")
             time.sleep(chance.uniform(0, 1.0))
-        inside = any(checkpoints.glob(".tmp-*")) if checkpoints.exists() else False
+        saved = latest(launch.run_dir)
+        inside = is_saving(checkpoints, killed)
         victim = ("rank 0", "rank 1", "agent")[number % 3]
         workers = launch.workers()
         if victim == "agent" or len(workers) < 2:
             victim = "agent"
             os.kill(launch.agent.pid, signal.SIGKILL)
             launch.wait()
+            killed = time.time()
             wait_until(lambda w=workers: not any(map(is_alive, w.values())), "orphans to die", 5)
+            all_dead()
             launch.start()
         else:
             os.kill(workers[int(victim[-1])], signal.SIGKILL)
+            killed = time.time()
         hit[victim] += 1
         hit["inside a save"] += inside
     return hit
+
+
+def is_saving(checkpoints: Path, since: float) -> bool:
+    """Say whether a checkpoint is being written, and not left over from before a kill."""
+    for path in checkpoints.glob(".tmp-*"):
+        try:
+            return path.stat().st_mtime > since
+        except FileNotFoundError:  # it is whole now
+            continue
+    return False
+
+
+def latest(run_dir: Path) -> str:
+    """Return the name of the newest checkpoint, or nothing."""
+    path = run_dir / "latest"
+    return path.read_text().strip() if path.exists() else ""
 
 
 def finished(launch: Launch) -> bool:

@@ -32,6 +32,11 @@ KINDS = {
         "model.d_ff=40",
         "model.head_dim=2",  # norms of two entries: half of four ranks hold none of them
     ],
+    "muon": ["optimizer.kind=muon", "model.d_ff=40", "model.dense_layers=[0]"],
+    "frugal_bf16_sharded": [
+        *("optimizer.kind=frugal", "optimizer.density=0.3", "optimizer.refresh_steps=2"),
+        *("optimizer.shard_experts=true", "train.precision=bf16"),
+    ],
 }
 MOVED = [*EXACT, KEEP, "train.steps=9"]
 UNBROKEN = [FSDP, EP2, "train.precision=bf16", "train.accumulation=2", "train.recompute=true"]
@@ -101,7 +106,10 @@ def assert_equal_in_fp64(actual: dict, expected: dict) -> None:
 def test_checkpoints_move_between_ddp_and_fsdp_without_losing_a_bit(runs, kind):
     """Trained by ddp on 2 ranks, saved again by fsdp on 4, then by one process."""
     first = saved(runs / kind, 3)
-    assert any(float(first[key].abs().max()) > 0 for key in first if key.startswith("exp_avg_sq/"))
+    names = {"muon": ("momentum/", "exp_avg_sq/")}.get(kind, ("exp_avg_sq/",))
+    for start in names:
+        stored = [tensor for key, tensor in first.items() if key.startswith(start)]
+        assert any(float(tensor.abs().max()) > 0 for tensor in stored), start
     for step in (4, 5):
         again = saved(runs / kind, step)
         assert again.keys() == first.keys()

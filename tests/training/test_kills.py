@@ -34,8 +34,11 @@ def broken(launch: Launch, kills: int, seed: int) -> str:
 
 
 @pytest.mark.dist
-def test_a_run_killed_inside_a_save_ends_as_the_unbroken_one(tmp_path, config_file, unbroken):
-    assert broken(Launch(config_file, tmp_path / "run"), 1, seed=0) == unbroken
+def test_a_run_killed_inside_an_asynchronous_save_ends_as_the_unbroken_one(
+    tmp_path, config_file, unbroken
+):
+    launch = Launch(config_file, tmp_path / "run", overrides=["checkpoint.asynchronous=true"])
+    assert broken(launch, 1, seed=0) == unbroken
 
 
 @pytest.mark.dist

@@ -26,10 +26,16 @@ OPTIONS = (
     "model.d_ff=40",
     "train.precision=bf16",
 )
+KINDS = {
+    "adamw": (),
+    "muon": ("optimizer.kind=muon",),
+    "frugal": ("optimizer.kind=frugal", "optimizer.refresh_steps=2"),
+    "sharded": ("optimizer.shard_experts=true",),
+}
 
 
-def cases(eps: tuple[int, ...]) -> list[str]:
-    shared = ",".join(OPTIONS)
+def cases(eps: tuple[int, ...], options: tuple[str, ...]) -> list[str]:
+    shared = ",".join(options)
     return [f"ep{ep}-{d}={shared},parallel.ep={ep},parallel.dense={d}" for ep in eps for d in DENSE]
 
 
@@ -39,15 +45,18 @@ def newest(run_dir: Path) -> StoredTensors:
 
 @pytest.mark.dist
 @pytest.mark.slow
-def test_no_mesh_changes_a_bit_of_weights_moments_and_buffers(tmp_path, config_file, capsys):
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_mesh_changes_a_bit_of_weights_state_and_buffers(tmp_path, config_file, capsys, kind):
+    options = (*OPTIONS, *KINDS[kind])
     one = f"run_dir={tmp_path}/one"
-    training(str(config_file), one, *OPTIONS)
+    training(str(config_file), one, *options)
     original = newest(tmp_path / "one")
     keys = sorted(key for key in original if not key.startswith("rng/"))
-    assert {key.partition("/")[0] for key in keys} == {"weight", "exp_avg", "exp_avg_sq", "buffer"}
+    kinds = {"weight", "exp_avg", "exp_avg_sq", "buffer", *(["momentum"] if kind == "muon" else [])}
+    assert {key.partition("/")[0] for key in keys} == kinds
     source, checked = tmp_path / "one", []
     for ranks, eps in ((2, (1, 2)), (4, (1, 2, 4)), (1, (1,))):
-        out, names = tmp_path / f"on{ranks}", cases(eps)
+        out, names = tmp_path / f"on{ranks}", cases(eps, options)
         arguments = [WORKER, str(config_file), str(source), str(out), *names]
         if ranks > 1:
             torchrun(ranks, *arguments)

@@ -1,6 +1,5 @@
 """Saves that fail, checkpoints that lack something, metadata that lies, and requests to stop."""
 
-import errno
 import json
 import os
 import pickle
@@ -15,10 +14,12 @@ from moeyard.parallel.mesh import Mesh
 from moeyard.training.__main__ import main
 from moeyard.training.checkpoints import checkpoint
 from moeyard.training.checkpoints.checkpoint import Checkpoints, StoredTensors
-from moeyard.training.checkpoints.dcp_reader import FileSystemWriter, SafeFileSystemReader
+from moeyard.training.checkpoints.dcp_reader import SafeFileSystemReader
 from moeyard.training.checkpoints.files import read_state, verify
 from moeyard.training.observers.metrics_log import MetricsLog
 from moeyard.training.stop import StopRequest
+
+from broken_saves import fail_writes, steps
 
 EVERY_STEP = ("checkpoint.every=1", "train.steps=5")
 
@@ -30,26 +31,6 @@ def run(tmp_path):
 
 def train(config_file, run, *overrides) -> int:
     return main([str(config_file), f"run_dir={run}", *overrides])
-
-
-def steps(run) -> list[str]:
-    return sorted(path.name for path in (run / "checkpoints").iterdir())
-
-
-def fail_writes(monkeypatch, which) -> None:
-    """Let the disk be full at the saves that ``which`` names, counted from 1."""
-    write, calls = FileSystemWriter.write_data, []
-
-    def full(self, *arguments, **options):
-        calls.append(1)
-        if len(calls) in which:
-            try:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            except OSError:  # as torch's archive writer hides it
-                raise RuntimeError("[enforce fail at inline_container.cc:672]")  # noqa: B904
-        return write(self, *arguments, **options)
-
-    monkeypatch.setattr(FileSystemWriter, "write_data", full)
 
 
 def test_training_goes_on_after_saves_that_fail(run, config_file, monkeypatch, caplog):
@@ -81,13 +62,13 @@ def test_the_run_ends_with_a_sentence_where_saves_keep_failing(
 
 
 def test_a_checkpoint_without_another_hosts_shard_is_not_committed(run, monkeypatch):
-    save = checkpoint.dcp.save
+    write_state = checkpoint.write_state
 
-    def elsewhere(tensors, storage_writer, no_dist):
-        save(tensors, storage_writer=storage_writer, no_dist=no_dist)
-        next(run.glob("checkpoints/.tmp-*/*.distcp")).unlink()
+    def elsewhere(folder, step, state):
+        write_state(folder, step, state)
+        next(folder.glob("*.distcp")).unlink()
 
-    monkeypatch.setattr(checkpoint.dcp, "save", elsewhere)
+    monkeypatch.setattr(checkpoint, "write_state", elsewhere)
     with pytest.raises(CheckpointError, match=r"lacks __0_0\.distcp, which a rank wrote elsewhere"):
         Checkpoints(run, Mesh(), 2).save(1, {"weight/a": torch.ones(3)}, {})
     assert steps(run) == []

@@ -1,10 +1,12 @@
 """Training on a GPU: the losses of the same run on the CPU, also after it is resumed."""
 
 import json
+import os
 import shutil
 import sys
 
 import pytest
+import torch
 
 from launch import run
 
@@ -14,15 +16,21 @@ pytestmark = pytest.mark.gpu
 def train(config_file, run_dir, *overrides, devices=None):
     """Run the training program, on the CPU where ``devices`` is empty, and return its records."""
     command = [sys.executable, "-m", "moeyard.training", str(config_file), f"run_dir={run_dir}"]
-    more = {} if devices is None else {"CUDA_VISIBLE_DEVICES": devices}
-    run([*command, *overrides], 150, **more)
+    if devices is None:
+        everyone = ",".join(str(number) for number in range(torch.cuda.device_count()))
+        devices = os.environ.get("CUDA_VISIBLE_DEVICES", everyone)
+    run([*command, *overrides], 150, CUDA_VISIBLE_DEVICES=devices)
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
 
+@pytest.mark.parametrize("recompute", ["false", "true", "experts"])
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 2e-2)])
-def test_a_run_on_a_gpu_has_the_losses_of_the_cpu(tmp_path, config_file, precision, tolerance):
-    overrides = ("train.steps=12", f"train.precision={precision}")
+def test_a_run_on_a_gpu_has_the_losses_of_the_cpu(
+    tmp_path, config_file, precision, tolerance, recompute
+):
+    recomputes = f"train.recompute={recompute}"
+    overrides = ("train.steps=12", f"train.precision={precision}", recomputes)
     expected = train(config_file, tmp_path / "cpu", *overrides, devices="")
     found = train(config_file, tmp_path / "gpu", *overrides)
     assert len(found) == len(expected) == 12

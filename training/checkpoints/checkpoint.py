@@ -1,45 +1,45 @@
 """Checkpoints that are whole or absent, and independent of the number of ranks.
 
-A save writes a step into a hidden folder (DCP shards, ``state.json``), hashes the files into
-``manifest.json``, flushes them to disk and renames the folder. Only then does ``latest`` name it,
-and older checkpoints are deleted. Loading checks every hash and falls back to the newest whole
-checkpoint.
+A save writes a step into a hidden folder (DCP shards, ``state.json``). Each rank hashes and flushes
+what it wrote. Rank 0 gathers the hashes in ``manifest.json`` and renames the folder. Only then does
+``latest`` name it, and older checkpoints are deleted. Loading checks every hash and falls back to
+the newest whole checkpoint.
 """
 
 import logging
-import re
 import shutil
-import time
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner
+from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ...errors import CheckpointError
-from ...files import sync
 from ...parallel.mesh import Mesh
-from ...parallel.watch.lost_rank import last_line
 from .dcp_reader import HonestWriter, SafeFileSystemReader
-from .files import verify, write_manifest, write_state
+from .files import Written, hashes_of, verify, write_manifest, write_state
+from .folder import StepsFolder, step_of
+from .parts import HostCopies, Part, Parts, open_ranks
+from .problems import as_checkpoint_error, quiet_about_one_process, reason
+from .writer import Writer
 
 log = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """The ``checkpoints`` folder of a run."""
+    """The checkpoints of a run, which all ranks write and read together."""
 
     def __init__(self, run_dir: Path, mesh: Mesh, keep: int) -> None:
-        self._run_dir = run_dir
-        self._folder = run_dir / "checkpoints"
+        self._folder = StepsFolder(run_dir, keep)
         self._mesh = mesh
-        self._keep = keep
+        self._ranks = open_ranks(mesh)
+        self._parts = Parts(self._ranks)
+        self._copies = HostCopies()
+        self._writer = Writer(mesh.watch)
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Write a checkpoint of ``step``; all ranks call this with the tensors they own.
@@ -47,45 +47,29 @@ class Checkpoints:
         If it cannot be written, raises :class:`CheckpointError` on all ranks and leaves no files
         of it behind.
         """
-        final = self._folder / f"step-{step:08d}"
-        temporary = self._folder / f".tmp-{final.name}"
-        try:
-            self._mesh.on_rank_0(lambda: self._prepare(final, temporary))
-            with _as_checkpoint_error(final), _quiet_about_one_process():
-                writer = HonestWriter(temporary)
-                dcp.save(tensors, storage_writer=writer, no_dist=self._mesh.dp_group is None)
-            self._mesh.on_rank_0(lambda: self._commit(final, temporary, state))
-        except CheckpointError:  # free its space, which the next save may need
-            self._mesh.on_rank_0(lambda: shutil.rmtree(temporary, ignore_errors=True))
-            raise
+        part, planner = self._part(step, tensors)
+        self._writer.start(lambda: self._write(step, part, planner, state))
+        self._writer.wait()
 
-    def _prepare(self, final: Path, temporary: Path) -> None:
-        with _as_checkpoint_error(final):
-            self._folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self._folder.glob(".tmp-*"):
-                shutil.rmtree(leftover)
-            temporary.mkdir()
+    def start(
+        self,
+        step: int,
+        tensors: dict[str, Tensor],
+        state: dict[str, Any],
+        failed: Callable[[BaseException], None],
+    ) -> None:
+        """Copy the tensors, and write the copies while the caller goes on.
 
-    def _commit(self, final: Path, temporary: Path, state: dict[str, Any]) -> None:
-        """Hash, flush and rename; set damaged checkpoints aside and keep the ``keep`` newest.
-
-        Everything that needs disk space comes before the rename, so that ``latest`` stays correct.
+        An error is passed to ``failed`` in another thread, and raised by the :meth:`wait` that all
+        ranks must call before the next save.
         """
-        with _as_checkpoint_error(final):
-            write_state(temporary, _step_of(final), state)
-            write_manifest(temporary)
-            latest = self._run_dir / ".latest.tmp"
-            latest.write_text(final.name + "\n", encoding="utf-8")
-            sync(latest)
-            for damaged in self._steps():
-                if damaged >= final:  # newer, so it failed verification when this run resumed
-                    damaged.rename(damaged.with_name(f"damaged-{damaged.name}-{time.time_ns()}"))
-            temporary.rename(final)
-            sync(self._folder)
-            latest.replace(self._run_dir / "latest")
-            sync(self._run_dir)
-            for old in self._steps()[self._keep :]:
-                shutil.rmtree(old)
+        part, planner = self._part(step, tensors)
+        self._copies.take(part.plan, planner)
+        self._writer.start(lambda: self._write(step, part, self._copies, state), failed)
+
+    def wait(self) -> None:
+        """Wait for what :meth:`start` began, if anything; raises its error as :meth:`save` does."""
+        self._writer.wait()
 
     def newest_whole(self) -> Path | None:
         """Return the newest checkpoint that passes verification, the same on every rank.
@@ -93,27 +77,23 @@ class Checkpoints:
         Warns of each checkpoint that it skips, naming the file. Raises :class:`CheckpointError` if
         there are checkpoints but none is whole.
         """
-
-        def choose() -> str | None:
-            steps = self._steps()
-            for step in steps:
-                problem = verify(step)
-                if problem is None:
-                    return step.name
-                log.warning("skipping checkpoint %s: %s", step.name, problem)
-            if not steps:
-                return None
-            raise CheckpointError(
-                f"none of the {len(steps)} checkpoints in {self._folder} is whole; "
-                "restore one from a backup or remove the folder to start anew."
-            )
-
-        name = self._mesh.on_rank_0(choose)
-        return None if name is None else self._folder / name
+        names = self._mesh.on_rank_0(lambda: [step.name for step in self._folder.steps()])
+        for name in names:
+            problem = self._problem_with(self._folder.path / name)
+            if problem is None:
+                return self._folder.path / name
+            if self._mesh.rank == 0:
+                log.warning("skipping checkpoint %s: %s", name, problem)
+        if not names:
+            return None
+        raise CheckpointError(
+            f"none of the {len(names)} checkpoints in {self._folder.path} is whole; "
+            "restore one from a backup or remove the folder to start anew."
+        )
 
     def oldest_step(self) -> int:
         """Return the oldest step that a restart may continue from."""
-        return min(map(_step_of, self._steps()), default=0)
+        return min(map(step_of, self._folder.steps()), default=0)
 
     def load(self, path: Path, tensors: dict[str, Tensor]) -> None:
         """Fill ``tensors`` in place from a verified checkpoint, written by any number of ranks."""
@@ -126,25 +106,68 @@ class Checkpoints:
                 "use the run's own configuration or a new run_dir."
             )
         try:
-            with _quiet_about_one_process():
+            with quiet_about_one_process():
                 dcp.load(tensors, storage_reader=reader, no_dist=self._mesh.dp_group is None)
         except dcp.api.CheckpointException as error:  # the hashes match, but the contents are bad
             raise CheckpointError(
-                f"checkpoint {path} cannot be read ({_reason(error)}); restore it from a backup."
+                f"checkpoint {path} cannot be read ({reason(error)}); restore it from a backup."
             ) from error
 
-    def _steps(self) -> list[Path]:
-        if not self._folder.is_dir():
-            return []
-        return sorted(filter(_is_step, self._folder.iterdir()), reverse=True)
+    def _part(self, step: int, tensors: dict[str, Tensor]) -> tuple[Part, DefaultSavePlanner]:
+        assert self._writer.is_free, "its copies and its group are in use; call wait() first"
+        with as_checkpoint_error(self._folder.of(step)):
+            return self._parts.of(tensors)
 
+    def _write(
+        self,
+        step: int,
+        part: Part,
+        values: DefaultSavePlanner | HostCopies,
+        state: dict[str, Any],
+    ) -> None:
+        """Write a checkpoint with the other ranks, in the writing thread."""
+        final = self._folder.of(step)
+        temporary = final.with_name(f".tmp-{final.name}")
+        writer = HonestWriter(temporary)
 
-def _is_step(path: Path) -> bool:
-    return re.fullmatch(r"step-\d{8}", path.name) is not None
+        def commit(written: list[Written]) -> None:
+            with self._writer.in_files():
+                assert part.metadata is not None
+                writer.finish(part.metadata, [rank.results for rank in written])
+                write_state(temporary, step, state)
+                write_manifest(temporary, [rank.hashes for rank in written])
+                self._folder.commit(temporary, final)
 
+        try:
+            with as_checkpoint_error(final):
+                self._ranks.broadcast("prepare", lambda: self._prepare(temporary))
+                self._ranks.all_reduce(
+                    "write", lambda: self._write_part(writer, part, values), commit
+                )
+        except CheckpointError:  # free its space, which the next save may need
+            if self._ranks.is_coordinator:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
-def _step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
+    def _prepare(self, temporary: Path) -> None:
+        with self._writer.in_files():
+            self._folder.prepare(temporary)
+
+    def _write_part(
+        self, writer: HonestWriter, part: Part, values: DefaultSavePlanner | HostCopies
+    ) -> Written:
+        """Write, hash and flush this rank's files."""
+        with self._writer.in_files():
+            if isinstance(values, HostCopies):
+                values.wait()
+            results = writer.write_data(part.plan, values).value()
+            files = Path(writer.path).glob(f"{part.plan.storage_data.prefix}*")
+            return Written(results, hashes_of(files))
+
+    def _problem_with(self, path: Path) -> str | None:
+        """Return what is wrong with a checkpoint; each rank hashes its share of the files."""
+        found = self._mesh.gather(verify(path, self._mesh.rank, self._mesh.world_size))
+        return self._mesh.on_rank_0(lambda: next((p for p in found if p is not None), None))
 
 
 class StoredTensors(Mapping[str, Tensor]):
@@ -182,47 +205,11 @@ class StoredTensors(Mapping[str, Tensor]):
         # Flattening would scan all keys of the checkpoint each time, and ours are flat already.
         planner = DefaultLoadPlanner(flatten_state_dict=False)
         try:
-            with _quiet_about_one_process():
+            with quiet_about_one_process():
                 dcp.load({key: tensor}, storage_reader=self._reader, planner=planner, no_dist=True)
         except (OSError, dcp.api.CheckpointException) as error:
             raise CheckpointError(
-                f"{key} of checkpoint {self._path} could not be read ({_reason(error)}); "
+                f"{key} of checkpoint {self._path} could not be read ({reason(error)}); "
                 "repair the disk or restore the checkpoint from a backup."
             ) from error
         return tensor
-
-
-@contextmanager
-def _as_checkpoint_error(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, dcp.api.CheckpointException) as error:
-        raise CheckpointError(
-            f"checkpoint {path} could not be written ({_reason(error)}), but the previous one is "
-            "untouched; free space or repair the disk."
-        ) from error
-
-
-def _reason(error: OSError | dcp.api.CheckpointException) -> str:
-    """Return the disk's error message, or the last line of another error.
-
-    Raises what is not an error, such as Ctrl-C.
-    """
-    causes: list[BaseException] = [error]
-    if isinstance(error, dcp.api.CheckpointException):
-        causes = [failure[0] for failure in error.failures.values()]
-    for cause in causes:
-        if not isinstance(cause, Exception):
-            raise cause from None
-    for cause in causes:
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror.lower()
-    return last_line(causes[0])
-
-
-@contextmanager
-def _quiet_about_one_process() -> Iterator[None]:
-    """DCP warns when it runs without a process group, which is what we want there."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield

@@ -1,10 +1,13 @@
 """The files of one checkpoint folder: write and verify them, and read ``state.json``."""
 
 import json
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch.distributed.checkpoint.storage import WriteResult
 
 from ...errors import CheckpointError, ConfigError
 from ...files import replace_text, sha256_of, sync
@@ -14,6 +17,18 @@ from .dcp_reader import METADATA, SafeFileSystemReader
 MANIFEST = "manifest.json"
 STATE = "state.json"
 VERSION = 1
+
+Hashes = dict[str, dict[str, Any]]
+"""Size and SHA-256 of files by name, as in the manifest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a rank has written of a checkpoint."""
+
+    results: list[WriteResult]
+    """Where each tensor is."""
+    hashes: Hashes
 
 
 class _State(BaseModel):
@@ -72,40 +87,60 @@ def read_state(path: Path) -> dict[str, Any]:
     return found
 
 
-def write_manifest(folder: Path) -> None:
-    """Hash and flush every file; raise :class:`CheckpointError` if one is missing.
-
-    A rank with another run folder writes its shard there, which no hash would show.
-    """
-    files = {}
-    for file in sorted(folder.iterdir()):
-        files[file.name] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+def hashes_of(files: Iterable[Path]) -> Hashes:
+    """Hash files and flush them to disk."""
+    found = {}
+    for file in sorted(files):
+        found[file.name] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
         sync(file)
-    missing = sorted(SafeFileSystemReader(folder).file_names() - files.keys())
+    return found
+
+
+def write_manifest(folder: Path, hashes: Iterable[Hashes]) -> None:
+    """Write the hashes of every rank's files, and of the others; flush the folder.
+
+    Raises :class:`CheckpointError` if a file is missing. A rank with another run folder writes its
+    shard there, which no hash would show.
+    """
+    files: Hashes = {}
+    for rank in hashes:
+        files |= rank
+    present = {file.name: file for file in folder.iterdir()}
+    missing = sorted((SafeFileSystemReader(folder).file_names() | files.keys()) - present.keys())
     if missing:
         raise CheckpointError(
             f"checkpoint {folder} lacks {missing[0]}, which a rank wrote elsewhere; put run_dir on "
             "a file system that all hosts share."
         )
+    files |= hashes_of(present[name] for name in present.keys() - files.keys())
+    files = dict(sorted(files.items()))
     replace_text(folder / MANIFEST, json.dumps({"version": VERSION, "files": files}, indent=1))
     sync(folder)
 
 
-def verify(path: Path) -> str | None:
-    """Return what is wrong with a checkpoint folder, or None."""
+def verify(path: Path, rank: int = 0, world_size: int = 1) -> str | None:
+    """Return what is wrong with a checkpoint folder, or None.
+
+    Rank ``rank`` of ``world_size`` hashes its share of the files.
+    """
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         files = {n: (f["bytes"], f["sha256"]) for n, f in manifest["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{MANIFEST} is missing or unreadable"
-    for name, (num_bytes, digest) in files.items():
+    for number, (name, (num_bytes, digest)) in enumerate(files.items()):
         file = path / name
         if not file.is_file():
             return f"{name} is missing"
         if file.stat().st_size != num_bytes:
             return f"{name} has {file.stat().st_size} bytes, the manifest says {num_bytes}"
-        if sha256_of(file) != digest:
-            return f"{name} does not match its hash"
+        if number % world_size != rank:
+            continue
+        try:
+            if sha256_of(file) != digest:
+                return f"{name} does not match its hash"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
     missing = {STATE, METADATA} - files.keys()
     if missing:
         return f"{MANIFEST} does not list {missing.pop()}"

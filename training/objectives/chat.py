@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ...kernels.values.memory import to_device
 from ...moe.batch import Batch, batch_of_rows
 from ...moe.models.decoder import Decoder
 from ...moe.models.documents import batch_of_lengths
@@ -17,7 +18,6 @@ from ...parallel.mesh import Mesh
 from ..config import RunConfig
 from ..data.chat import ChatData, build_chat_data
 from ..data.chat_windows import ChatRows
-from ..device import device
 from ..stop import StopRequest
 from .objective import HeldOut, MicroBatchLoss, Objective
 
@@ -31,11 +31,12 @@ class ChatLoss(nn.Module):
 
     def forward(self, rows: ChatRows) -> MicroBatchLoss:
         """Score the targets of ``rows``; the vocabulary's product is computed for them alone."""
-        output = self.decoder(_batch(rows))
-        has_target_N = rows.targets_N >= 0
-        logits_MV = self.decoder.logits(output.hidden_TD[has_target_N])
+        here = self.decoder.embed_tokens.weight.device
+        output = self.decoder(_batch(rows).to(here))
+        places_M = (rows.targets_N >= 0).nonzero().squeeze(1)
+        logits_MV = self.decoder.logits(output.hidden_TD[to_device(places_M, here)])
         wide = torch.promote_types(logits_MV.dtype, torch.float32)
-        targets_M = rows.targets_N[has_target_N]
+        targets_M = to_device(rows.targets_N[places_M], here)
         loss = F.cross_entropy(logits_MV.to(wide), targets_M, reduction="sum")
         return MicroBatchLoss(loss, len(targets_M), output.routings)
 
@@ -57,8 +58,9 @@ class ChatObjective(Objective):
         return ChatLoss(decoder)
 
     def batch(self, step: int, rows: range, device: torch.device) -> ChatRows:
-        """Return the conversations of some windows of the global batch."""
-        return _on(device, self.data.train.rows(self.data.train.at(step, rows)))
+        """Return the conversations of some windows of the global batch, on the host: the module
+        counts and moves them."""
+        return self.data.train.rows(self.data.train.at(step, rows))
 
     def window_rows(self, step: int, rows: range) -> list[int]:
         """Return the rows of the conversations of each window."""
@@ -76,16 +78,12 @@ class ChatObjective(Objective):
         """Score ``eval_sequences`` held-out windows, split over the ranks."""
         held_out = self.data.held_out
         loss, num_targets = self.score(
-            lambda windows: module(_on(device(), held_out.rows(list(windows)))),
+            lambda windows: module(held_out.rows(list(windows))),
             module,
             len(held_out),
             mesh,
         )
         return HeldOut({"eval_loss": loss}, num_targets)
-
-
-def _on(target: torch.device, rows: ChatRows) -> ChatRows:
-    return ChatRows(rows.ids_N.to(target), rows.targets_N.to(target), rows.lengths)
 
 
 def _batch(rows: ChatRows) -> Batch:

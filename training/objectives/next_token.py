@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...kernels.values.memory import to_device
 from ...moe.batch import Batch, batch_of_rows
 from ...moe.models.decoder import Decoder, DecoderOutput
 from ...moe.models.documents import batch_of_documents
 from ...parallel.mesh import Mesh
 from ..config import RunConfig
 from ..data.text import TextData, build_data
-from ..device import device
 from ..stop import StopRequest
 from .objective import HeldOut, MicroBatchLoss, Objective, SplitLoss
 
@@ -32,17 +32,22 @@ class NextToken(SplitLoss):
         self._eos_id = eos_id
 
     def rows(self, windows_BL1: Tensor) -> Batch:
-        """Return the inputs of int64 ``[B, L + 1]`` windows: their first L tokens."""
+        """Return the inputs of int64 ``[B, L + 1]`` windows: their first L tokens.
+
+        Windows may be on the host, where documents are counted.
+        """
+        here = next(self.decoder.parameters()).device
         inputs_BL = windows_BL1[:, :-1]
         if self._eos_id is None:
-            return batch_of_rows(inputs_BL)
-        return batch_of_documents(inputs_BL, self._eos_id)
+            return batch_of_rows(inputs_BL).to(here)
+        return batch_of_documents(inputs_BL, self._eos_id).to(here)
 
     def score(self, windows_BL1: Tensor, output: DecoderOutput) -> MicroBatchLoss:
         """Score the last L tokens of each window."""
+        here = output.hidden_TD.device
         logits_TV = self.decoder.logits(output.hidden_TD)
         wide = torch.promote_types(logits_TV.dtype, torch.float32)
-        targets_T = windows_BL1[:, 1:].reshape(-1)
+        targets_T = to_device(windows_BL1[:, 1:].reshape(-1), here)
         loss = F.cross_entropy(logits_TV.to(wide), targets_T, reduction="sum")
         return MicroBatchLoss(loss, len(targets_T), output.routings)
 
@@ -65,8 +70,8 @@ class NextTokenObjective(Objective):
         return NextToken(decoder, self.data.train.eos_id if separates else None)
 
     def batch(self, step: int, rows: range, device: torch.device) -> Tensor:
-        """Return int64 windows ``[len(rows), L + 1]``."""
-        return self.data.train.sequences(step, rows).to(device)
+        """Return int64 windows ``[len(rows), L + 1]``, on the host: the module moves them."""
+        return self.data.train.sequences(step, rows)
 
     def divisor(self, step: int) -> int:
         """Return ``B * L``: windows have no padding."""
@@ -76,7 +81,7 @@ class NextTokenObjective(Objective):
         """Score ``eval_sequences`` held-out windows, split over the ranks."""
         held_out = self.data.held_out
         loss, num_targets = self.score(
-            lambda windows: module(held_out.in_order(windows).to(device())),
+            lambda windows: module(held_out.in_order(windows)),
             module,
             held_out.num_windows,
             mesh,

@@ -93,9 +93,10 @@ class Objective(ABC):
 
     @abstractmethod
     def batch(self, step: int, rows: range, device: torch.device) -> Any:
-        """Return some rows of the global batch of ``step`` on ``device``, as the module takes it.
+        """Return some rows of the global batch of ``step``, as the module takes it.
 
-        A pure function of seed, step and rows; it does not depend on the number of ranks.
+        The module computes on ``device``. Rows may be on the host, if the module moves them. A pure
+        function of seed, step and rows; it does not depend on the number of ranks.
         """
 
     def window_rows(self, step: int, rows: range) -> list[int]:

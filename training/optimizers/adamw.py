@@ -1,7 +1,7 @@
 """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101)."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,10 @@ class AdamWConfig(OptimizerConfig):
     """AdamW for all parameters: two numbers of state for each."""
 
     kind: Literal["adamw"] = "adamw"
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides which state is kept; a resumed run must have the same."""
+        return {"kind": self.kind}
 
 
 class AdamW:

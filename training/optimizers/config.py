@@ -37,6 +37,11 @@ class OptimizerConfig(Section):
     """Applied to matrices; never to norms or embeddings."""
     clip_norm: float = Field(default=1.0, gt=0)
     """Largest global gradient norm."""
+    shard_experts: bool = False
+    """Let ranks that hold the same experts share out their master weights and state, and send each
+    other the new weights after a step (ZeRO-1). Numbers and checkpoints are the same. There are
+    ranks / (``ep`` * ``expert_tp``) such ranks; if that is 1, there is nothing to share out.
+    ``parallel.dense: fsdp`` shares out dense parameters."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ...moe.experts.resident import Experts
 from ...moe.routers.router import Router
+from ...parallel.dense.expert_shards import ExpertShards
 from ...parallel.dense.local_part import as_part_of, local_part
 from ...parallel.experts.sliced_tensor import SlicedTensor
 
@@ -25,6 +26,8 @@ class Held:
     """Whether it is a matrix inside a layer, or one for each expert (:func:`hidden_matrices`)."""
     experts: Experts | None
     """The experts that it belongs to, if any."""
+    owned: slice | None = None
+    """Which slots of experts have their master and state here; None = all."""
     state: dict[str, Tensor] = field(default_factory=dict)
     """By kind, such as ``exp_avg``."""
     steps: Tensor = field(default_factory=lambda: torch.zeros(()))
@@ -39,16 +42,18 @@ class Held:
     def gradient(self) -> Tensor:
         """The sum over micro-batches and ranks for the master."""
         gradient: Tensor = self.parameter.main_grad  # type: ignore[attr-defined]
-        return gradient
+        return gradient if self.owned is None else gradient[self.owned]
 
     def write(self) -> None:
         """Copy the master into the parameter, unless they share memory."""
         part = local_part(self.parameter)
+        part = part if self.owned is None else part[self.owned]
         if self.master.data_ptr() != part.data_ptr():
             part.copy_(self.master)
 
     def replace(self, tensors: tuple[Tensor, ...]) -> None:
         """Take another master and another state, of another number of slots."""
+        assert self.owned is None, "these experts have changed places"
         parameter, master = self.parameter, self.master
         is_its_own = master.data_ptr() == parameter.data_ptr() and master.dtype == parameter.dtype
         master.data, *state = tensors
@@ -58,11 +63,16 @@ class Held:
     def keyed(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the master as ``weight/NAME`` and the state under topology-free keys."""
         for kind, tensor in {"weight": self.master, **self.state}.items():
-            yield from keyed(kind, self.name, self.parameter, tensor, self.experts)
+            yield from keyed(kind, self.name, self.parameter, tensor, self.experts, self.owned)
 
 
 def keyed(
-    kind: str, name: str, parameter: Tensor, tensor: Tensor, experts: Experts | None
+    kind: str,
+    name: str,
+    parameter: Tensor,
+    tensor: Tensor,
+    experts: Experts | None,
+    owned: slice | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield ``tensor``, which belongs to a parameter, as a checkpoint names it.
 
@@ -73,7 +83,8 @@ def keyed(
         yield f"{kind}/{name}", as_part_of(parameter, tensor)
         return
     owner, _, leaf = name.rpartition(".")
-    for expert, part in zip(experts.expert_ids, tensor, strict=True):
+    expert_ids = experts.expert_ids if owned is None else experts.expert_ids[owned]
+    for expert, part in zip(expert_ids, tensor, strict=True):
         for stored in _stored(experts, leaf, part):
             yield f"{kind}/{owner}.{expert}.{leaf}", stored
 
@@ -94,22 +105,34 @@ def experts_of(model: nn.Module, name: str) -> Experts | None:
     return owner if isinstance(owner, Experts) else None
 
 
-def hold_trained(model: nn.Module, masters: dict[str, Tensor]) -> list[Held]:
-    """Return what trains, without state; ``masters`` has fp32 copies of narrower parameters."""
+def hold_trained(
+    model: nn.Module, masters: dict[str, Tensor], shards: ExpertShards | None
+) -> list[Held]:
+    """Return what trains, without state; ``masters`` has fp32 copies of narrower parameters.
+
+    Of experts, only what ``shards`` gives to this rank.
+    """
     hidden = set(hidden_matrices(model))
     found = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         is_matrix = parameter.ndim > 1 and "embed_tokens" not in name
+        experts, master, owned = experts_of(model, name), masters.get(name), None
+        if shards is not None and experts is not None:
+            owned = shards.owned(parameter)
+            master = None if master is None else master[owned].clone()  # the rest is freed
+        if master is None:
+            master = local_part(parameter) if owned is None else parameter.data[owned]
         found.append(
             Held(
                 name,
                 parameter,
-                masters.get(name, local_part(parameter)),
+                master,
                 decays=is_matrix and not name.endswith("bias"),  # experts' have two dimensions
                 is_hidden=name in hidden,
-                experts=experts_of(model, name),
+                experts=experts,
+                owned=owned,
             )
         )
     return found

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from ...parallel.dense.expert_shards import ExpertShards
 from ...parallel.dense.local_part import local_part
 from .held import Held, experts_of, hold_trained, keyed
 from .rule import UpdateRule
@@ -15,6 +16,7 @@ class MasterOptimizer:
 
     ``masters`` holds the fp32 copies of narrower parameters; others are their own masters. Matrices
     inside layers follow the rule ``hidden``, all others ``rest``. Frozen parameters do not change.
+    With ``shards`` a rank updates the experts that it owns, and ranks exchange the new weights.
     """
 
     def __init__(
@@ -23,9 +25,10 @@ class MasterOptimizer:
         masters: dict[str, Tensor],
         hidden: UpdateRule,
         rest: UpdateRule,
+        shards: ExpertShards | None = None,
     ) -> None:
-        self._model = model
-        self._held = hold_trained(model, masters)
+        self._model, self._shards = model, shards
+        self._held = hold_trained(model, masters, shards)
         matrices = [held for held in self._held if held.is_hidden]
         others = [held for held in self._held if not held.is_hidden]
         self._parts: list[tuple[UpdateRule, list[Held]]] = [(hidden, matrices), (rest, others)]
@@ -42,8 +45,7 @@ class MasterOptimizer:
         for rule, parameters in self._parts:
             rule.update(parameters, lr, self._done)
         self._done += 1
-        for held in self._held:
-            held.write()
+        self.restore_parameters()
 
     def state_of(self, parameter: nn.Parameter) -> tuple[Tensor, ...]:
         """Return a parameter's master weight and its state."""
@@ -62,9 +64,11 @@ class MasterOptimizer:
                 held.steps.fill_(rule.steps_seen(held, done))
 
     def restore_parameters(self) -> None:
-        """Copy freshly loaded masters into the parameters."""
+        """Copy new masters into the parameters, those of other ranks too; all ranks call it."""
         for held in self._held:
             held.write()
+        if self._shards is not None:
+            self._shards.share(h.parameter for h in self._held if h.owned is not None)
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every master weight, state and buffer under topology-free keys.

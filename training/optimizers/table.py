@@ -1,14 +1,51 @@
 """The kinds of optimizer that ``optimizer.kind`` names."""
 
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 
+from ...parallel.dense.expert_shards import ExpertShards
+from ...parallel.mesh import Mesh
 from .adamw import AdamW, AdamWConfig
+from .frugal import Frugal, FrugalConfig
+from .muon import Muon, MuonConfig
 from .optimizer import MasterOptimizer
+from .rule import UpdateRule
+
+
+def _with_kind(values: Any) -> Any:
+    """Fill in the kind of a section that names none, as sections of older releases do."""
+    if isinstance(values, dict) and "kind" not in values:
+        return {"kind": "adamw", **values}
+    return values
+
+
+AnyOptimizer = AdamWConfig | MuonConfig | FrugalConfig
+OptimizerSection = Annotated[AnyOptimizer, Field(discriminator="kind"), BeforeValidator(_with_kind)]
 
 
 def open_optimizer(
-    config: AdamWConfig, model: nn.Module, masters: dict[str, Tensor]
+    config: AnyOptimizer,
+    model: nn.Module,
+    masters: dict[str, Tensor],
+    mesh: Mesh,
+    seed: int,
+    shards: ExpertShards | None = None,
 ) -> MasterOptimizer:
-    """Return the optimizer of a run; ``masters`` are fp32 copies of narrower parameters."""
-    rule = AdamW(config)
-    return MasterOptimizer(model, masters, rule, rule)
+    """Return the optimizer of a run; ``masters`` are fp32 copies of narrower parameters.
+
+    All ranks call it alike. ``shards`` says which experts' state is here; None = that of all.
+    """
+    return MasterOptimizer(model, masters, _for_hidden(config, mesh, seed), AdamW(config), shards)
+
+
+def _for_hidden(config: AnyOptimizer, mesh: Mesh, seed: int) -> UpdateRule:
+    """Return the rule for matrices inside layers, a line for each kind."""
+    match config:
+        case AdamWConfig():
+            return AdamW(config)
+        case MuonConfig():
+            return Muon(config, mesh)
+        case FrugalConfig():
+            return Frugal(config, seed)
