@@ -129,7 +129,7 @@ def _capacity(config: RunConfig, moe: MoEConfig, mesh: Mesh) -> int | None:
     """Return the most rows of a micro-batch that a rank sends to an expert, if there is a limit."""
     train = config.train
     rows = moe.router.most_rows(train.sequence_length, moe.num_experts)
-    sequences = train.batch_sequences // (train.accumulation * mesh.world_size)
+    sequences = train.batch_sequences // (train.accumulation * mesh.dp_size)
     return None if rows is None else sequences * rows
 
 
