@@ -12,7 +12,7 @@ class RMSNorm(nn.Module):
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
+        self.width, self.eps = width, eps
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``weight * x / rms(x)``."""

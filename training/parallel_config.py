@@ -36,6 +36,22 @@ class CopiesConfig(Section):
     it. A resumed run has the owners of its checkpoint. Null = neighbouring experts share a rank."""
 
 
+class DeepSpeedConfig(Section):
+    """DeepSpeed's ZeRO for dense parameters. Experts, gradient clipping and the optimizer are those
+    of every other run."""
+
+    zero_stage: Literal[0, 1, 2, 3] | None = None
+    """What ranks split among them: nothing (0), the optimizer's state (1), gradients too (2),
+    weights too (3). Null = the file's stage, or 2."""
+    offload_optimizer: bool | None = None
+    """Keep master weights and moments of dense parameters in host memory, and update them there.
+    From stage 1. Null = as the file says, or false."""
+    config: str | None = None
+    """A DeepSpeed JSON file, such as for ``deepspeed --deepspeed_config``. Its buckets, thresholds,
+    offloading and printing are used. What the run configures itself, such as batch sizes, clipping,
+    optimizer and precision, must be equal there, ``auto`` or left out."""
+
+
 class ParallelConfig(Section):
     """How ranks share the work."""
 
@@ -78,10 +94,13 @@ class ParallelConfig(Section):
     torchrun started on a host."""
     copies: CopiesConfig | None = None
     """Copies of busy experts; null = experts are on their ranks only."""
-    dense: Literal["ddp", "fsdp"] = "ddp"
-    """How ranks hold dense parameters and their optimizer state: whole on every rank (ddp), or
-    split over all ranks and gathered layer by layer (fsdp). Numbers and checkpoints are the same.
-    One process has nothing to split."""
+    dense: Literal["ddp", "fsdp", "deepspeed"] = "ddp"
+    """How ranks hold dense parameters and their optimizer state: whole on every rank (ddp), split
+    over all ranks and gathered layer by layer (fsdp), or as DeepSpeed's ZeRO does (deepspeed, which
+    the extra ``moeyard[deepspeed]`` installs). Numbers and checkpoints are the same. One process
+    has nothing to split, so it takes ddp for fsdp and refuses deepspeed."""
+    deepspeed: DeepSpeedConfig | None = None
+    """Options of ``dense: deepspeed``; null = all defaults."""
     gradient_slices: Literal["auto"] | None = None
     """When dense gradients are summed over hosts. Null: as soon as DDP has a bucket of them, next
     to the rows of MoE layers. ``auto``: in slices, in the parts of backward where the link between
@@ -149,8 +168,8 @@ class ParallelConfig(Section):
         given = f"parallel.gradient_slices is {self.gradient_slices}"
         if self.dense != "ddp":
             return (
-                f"{given}, but parallel.dense is {self.dense}, which sums them layer by layer; set "
-                "parallel.dense to ddp or leave gradient_slices out."
+                f"{given}, but parallel.dense is {self.dense}, which sums them at times of its "
+                "own; set parallel.dense to ddp or leave gradient_slices out."
             )
         if self.path == "padded":
             return (

@@ -23,6 +23,7 @@ from ..parallel.planning.placement import Topology
 from ..parallel.profiling.copies import measure_copies
 from ..parallel.profiling.gradient_slices import GradientSlices
 from .config import RunConfig
+from .deepspeed_settings import deepspeed_settings
 from .device import device, seed_rank
 from .layer_shape import layer_shape
 from .precision import apply_precision
@@ -53,13 +54,14 @@ def parallelize(config: RunConfig, decoder: Decoder, loss: nn.Module, mesh: Mesh
     from here on only router noise draws from it.
     """
     has_slices = config.parallel.gradient_slices is not None
+    zero = deepspeed_settings(config, mesh.world_size)
     here, precision = device(), config.train.precision
     if has_slices and here.type == "cuda":
         raise ConfigError(
             f"parallel.gradient_slices is {config.parallel.gradient_slices}, which plans by the "
             "host's clock, but ranks compute on GPUs; leave it out."
         )
-    engine = open_engine(config.parallel.dense, mesh, has_queue=has_slices)
+    engine = open_engine(config.parallel.dense, mesh, has_queue=has_slices, deepspeed=zero)
     freeze(config, decoder)
     engine.place(decoder, here)
     masters = apply_precision(decoder, precision, engine.own_masters(decoder))

@@ -16,8 +16,8 @@ def apply_precision(
     """Cast an fp32 model in place and return fp32 masters of the parameters this narrowed.
 
     Under bf16 the routers stay in fp32. So do the trained ``sharded`` parameters: they are masters
-    themselves, and FSDP casts them when it gathers them. Frozen parameters need no master. Main
-    gradients are always fp32 (parallel/dense/gradients.py).
+    themselves, and FSDP casts them when it gathers them, DeepSpeed when it gets them. Frozen
+    parameters need no master. Main gradients are always fp32 (parallel/dense/gradients.py).
     """
     dtype = torch_dtype(precision)
     routers = {p for m in model.modules() if isinstance(m, Router) for p in m.parameters()}

@@ -7,6 +7,7 @@ from typing import Any
 from ..configuration import read_values, validate_config
 from .checkpoints.start_from import complete_values
 from .config import RunConfig
+from .deepspeed_settings import check_deepspeed
 
 
 def read_run_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -16,4 +17,6 @@ def read_run_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
 
 def complete_run_config(values: dict[str, Any]) -> RunConfig:
     """Validate ``values`` together with what ``start_from`` says."""
-    return validate_config(RunConfig, complete_values(values))
+    config = validate_config(RunConfig, complete_values(values))
+    check_deepspeed(config)
+    return config

@@ -5,6 +5,7 @@ L MoE layers, E experts.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -65,6 +66,8 @@ class TrainStep:
         self._routers = decoder.routers()
         self._layers = [index for index, _ in decoder.moe_layers()]
         self._num_layers = decoder.config.num_layers
+        self._grad_norm = 0.0
+        """Of the last step, before clipping."""
         self.gradients = parallel.engine.gradients
         if config.optimizer.shard_experts:
             self.gradients.shards = ExpertShards.of(decoder, mesh)
@@ -105,19 +108,8 @@ class TrainStep:
         loss_sum, balance, z, stop = sums.tolist()
         train = self._config.train
         loss = loss_sum / self._objective.divisor(step)
-        norm = self.gradients.norm()
-        grad_norm = float(norm)  # the host waits for a GPU here, and not again in this step
-        if not (math.isfinite(grad_norm) and torch.isfinite(sums).all()):
-            raise TrainingError(
-                f"step {step + 1} has loss {loss} and gradient norm {grad_norm}"
-                f"{self._broken_router()}, and nothing was updated; lower optimizer.lr or look at "
-                "the data, then start again from the last checkpoint."
-            )
-        self.phases.lap("reduce")
-        clip = self._config.optimizer.clip_norm
-        self.gradients.scale_((clip / (norm + 1e-6)).clamp(max=1.0))
         lr = learning_rate(self._config.optimizer, step, train.steps)
-        self._engine.step(self.optimizer, lr)
+        self._engine.step(self.optimizer, lr, partial(self._clip, step, loss, sums))
         here = on_host(self._micro_batches.counts)
         counts, dropped = self._of_all_layers(here)
         if train.parameters != "lora":  # lora freezes routers
@@ -132,12 +124,24 @@ class TrainStep:
             loss=loss,
             balance=balance,
             z=z,
-            grad_norm=grad_norm,
+            grad_norm=self._grad_norm,
             lr=lr,
             counts_LE=stacked(counts),
             dropped_L=dropped,
             stop_requested=stop > 0,
         )
+
+    def _clip(self, step: int, loss: float, sums: Tensor, grad_norm: Tensor) -> Tensor:
+        """Return by what to multiply gradients of this norm; raise if a number is not finite."""
+        self._grad_norm = float(grad_norm)  # the host waits for a GPU, and not again in this step
+        if not (math.isfinite(self._grad_norm) and torch.isfinite(sums).all()):
+            raise TrainingError(
+                f"step {step + 1} has loss {loss} and gradient norm {self._grad_norm}"
+                f"{self._broken_router()}, and nothing was updated; lower optimizer.lr or look at "
+                "the data, then start again from the last checkpoint."
+            )
+        self.phases.lap("reduce")
+        return (self._config.optimizer.clip_norm / (grad_norm + 1e-6)).clamp(max=1.0)
 
     def _open_passes(self, decoder: Decoder, parallel: Parallel) -> Passes:
         if self._mesh.pp_size == 1:

@@ -9,10 +9,11 @@ from torch import nn
 from ..errors import MoeyardError
 from ..files import replace_text
 from ..moe.routers.load import load_statistics
-from ..parallel.dense.local_part import local_part
+from ..parallel.dense.local_part import held_numel
 from ..parallel.mesh import Mesh
 from ..parallel.watch.pulse import pulse
 from .config import RunConfig
+from .deepspeed_settings import deepspeed_settings
 from .layer_schedule import LayerSchedule
 from .objectives.objective import Objective
 from .objectives.table import OBJECTIVES
@@ -43,6 +44,7 @@ class Trainer:
         objective: type[Objective] | None = None,
     ) -> None:
         check_batch(config, mesh)
+        deepspeed_settings(config, mesh.world_size)  # refuses what cannot work
         objective = objective or OBJECTIVES[config.data.format]
         pulse.begin("preparing data")
         self._config = config
@@ -146,7 +148,7 @@ class Trainer:
         note_start(self._run_dir, done, self._config, parameters, self._mesh)
 
     def _announce(self, console: TrainingConsole, done: int) -> None:
-        held = [(local_part(p).numel(), p.requires_grad) for p in self.decoder.parameters()]
+        held = [(held_numel(p), p.requires_grad) for p in self.decoder.parameters()]
         console.line(
             event="resumed" if done else "started",
             step=done,

@@ -63,7 +63,7 @@ class Attention(nn.Module):
 
     def _heads(self, x_TP: Tensor, norm: RMSNorm | None, num_heads: int) -> Tensor:
         """Split a projection into heads, ``[T, heads, H]``, normed and clipped."""
-        if norm is not None and len(norm.weight) == x_TP.shape[-1]:
+        if norm is not None and norm.width == x_TP.shape[-1]:
             x_TP, norm = norm(x_TP), None  # over all heads together
         x_TNH = x_TP.unflatten(-1, (num_heads, self.head_dim))
         if norm is not None:

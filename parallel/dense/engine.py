@@ -2,11 +2,11 @@
 
 Dense means everything except the routed experts. Experts have the same paths and gradients under
 every engine. A run calls ``place``, sets the precision, then calls ``wrap``. Each step then calls
-``gradients.zero``, ``backward`` for every micro-batch, ``gradients.reduce``, ``gradients.norm``,
-``gradients.scale_`` and ``step``. Callers never ask which kind they have; table.py lists the kinds.
+``gradients.zero``, ``backward`` for every micro-batch, ``gradients.reduce`` and ``step``. Callers
+never ask which kind they have; table.py lists the kinds.
 """
 
-from collections.abc import Set
+from collections.abc import Callable, Set
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -15,6 +15,10 @@ from torch import Tensor, nn
 
 from .gradient_queue import GradientQueue
 from .gradients import MainGradients
+
+Clip = Callable[[Tensor], Tensor]
+"""Gets the norm of all gradients and returns by what to multiply them, the same on all ranks. May
+raise, also the same on all ranks; then nothing is updated."""
 
 
 class Optimizer(Protocol):
@@ -28,8 +32,9 @@ class DenseEngine(Protocol):
     """One kind of engine, made for one model of one run."""
 
     gradients: MainGradients
-    """Sums of this rank's part of every trained parameter, set by ``wrap``. Their norm counts each
-    distinct parameter of the whole model once and is the same on all ranks."""
+    """Sums of this rank's part of every trained parameter, set by ``wrap``, complete in ``step``.
+    Their norm counts each distinct parameter of the whole model once and is the same on all ranks.
+    """
 
     queue: GradientQueue | None
     """Where dense gradients wait until they are sent, set by ``wrap``; None if they do not."""
@@ -59,5 +64,8 @@ class DenseEngine(Protocol):
         Outside ``accumulating`` this may start the reduction, which ``gradients.reduce`` completes.
         """
 
-    def step(self, optimizer: Optimizer, lr: float) -> None:
-        """Update all parameters once, dense ones and experts, at the learning rate ``lr``."""
+    def step(self, optimizer: Optimizer, lr: float, clip: Clip) -> None:
+        """Clip all gradients, then update all parameters once, dense ones and experts.
+
+        ``lr`` is the learning rate.
+        """

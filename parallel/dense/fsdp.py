@@ -20,7 +20,6 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -30,9 +29,10 @@ from ...moe.experts.resident import Experts
 from ...moe.models.decoder import Decoder
 from ...moe.routers.router import Router
 from ..mesh import Mesh
-from .engine import Optimizer
+from .engine import Clip, Optimizer
 from .gradient_queue import GradientQueue
-from .gradients import MainGradients, attach, square_sum
+from .gradients import MainGradients, attach
+from .part_gradients import PartMainGradients
 
 
 class Sharded:
@@ -72,8 +72,9 @@ class Sharded:
         loss.backward()
         self.gradients.accumulate()
 
-    def step(self, optimizer: Optimizer, lr: float) -> None:
+    def step(self, optimizer: Optimizer, lr: float, clip: Clip) -> None:
         """Update this rank's shards, and identically on all ranks the parameters held whole."""
+        self.gradients.scale_(clip(self.gradients.norm()))
         optimizer.step(lr)
 
 
@@ -131,38 +132,21 @@ def _without_reduction(objective: FSDPModule) -> Iterator[None]:
         objective.set_requires_gradient_sync(True)
 
 
-class ShardedMainGradients(MainGradients):
-    """Main gradients of this rank's shards, and those of routers and experts.
-
-    ``dense`` lists the parameters held whole: routers. Create it after :func:`shard_dense`.
-    """
+class ShardedMainGradients(PartMainGradients):
+    """Main gradients of this rank's shards. Create it after :func:`shard_dense`."""
 
     def __init__(self, model: nn.Module, mesh: Mesh) -> None:
-        super().__init__(model, mesh)
-        self.sharded: list[nn.Parameter] = []
-        for parameter in model.parameters():
-            if isinstance(parameter, DTensor) and parameter.requires_grad:
-                self.sharded.append(parameter)
-                parameter.register_post_accumulate_grad_hook(_add_to_main_grad)
-        like = next(p for p in model.parameters() if p.requires_grad)
-        self._sharded_flat = attach(self.sharded, like, None)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        sharded: list[nn.Parameter] = [p for p in trained if isinstance(p, DTensor)]
+        super().__init__(model, mesh, sharded)
+        for parameter in sharded:
+            parameter.register_post_accumulate_grad_hook(_add_to_main_grad)
+        self._sharded_flat = attach(sharded, trained[0], None)
 
     def zero(self) -> None:
         """Forget the last step."""
         super().zero()
         self._sharded_flat.zero_()
-
-    def reduce(self) -> None:
-        """Sum routers over all ranks and experts over the ranks that hold the same ones."""
-        super().reduce()
-        if not self.sums_dense and self._dense_flat.numel():
-            dist.all_reduce(self._dense_flat, group=self._mesh.dp_group)
-
-    def norm(self) -> Tensor:
-        """Return the global 2-norm, each distinct parameter counted once, as an fp64 scalar."""
-        sharded = square_sum(self.sharded, self._sharded_flat)
-        dist.all_reduce(sharded, group=self._mesh.dp_group)
-        return torch.hypot(super().norm(), sharded.sqrt())
 
     def scale_(self, factor: Tensor) -> None:
         """Multiply all main gradients by ``factor``."""

@@ -6,12 +6,11 @@ summed there after backward. Otherwise the dense engine reduces dense parameters
 still runs. Experts are always summed here, over the ranks that hold the same ones.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ...kernels.values.main_grads import MainGrads
 from ...moe.experts.resident import Experts
@@ -34,16 +33,20 @@ def expert_parameter_names(model: nn.Module) -> set[str]:
 
 
 class MainGradients:
-    """One flat buffer of main gradients with a view for every trainable parameter."""
+    """One flat buffer of main gradients with a view for every trainable parameter.
 
-    def __init__(self, model: nn.Module, mesh: Mesh) -> None:
+    Those of the parameters ``elsewhere`` are in other code's hands.
+    """
+
+    def __init__(
+        self, model: nn.Module, mesh: Mesh, elsewhere: Collection[nn.Parameter] = ()
+    ) -> None:
         self._mesh = mesh
         self._tied = TiedEmbedding.of(model, mesh)
+        others = set(elsewhere)
         expert_names = expert_parameter_names(model)
         trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        self.dense = [
-            p for n, p in trainable if n not in expert_names and not isinstance(p, DTensor)
-        ]  # fsdp.py handles what FSDP shards
+        self.dense = [p for n, p in trainable if n not in expert_names and p not in others]
         self.experts = [p for n, p in trainable if n in expert_names]
         like = trainable[0][1]
         self._dense_sum = _shared_sum(self.dense, like, mesh.dp_host)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..mesh import Mesh
-from .engine import Optimizer
+from .engine import Clip, Optimizer
 from .gradient_queue import GradientQueue
 from .gradients import MainGradients, expert_parameter_names
 
@@ -69,8 +69,9 @@ class Replicated:
             loss.backward()
         self.gradients.accumulate()
 
-    def step(self, optimizer: Optimizer, lr: float) -> None:
+    def step(self, optimizer: Optimizer, lr: float, clip: Clip) -> None:
         """Update what this rank holds; dense parameters stay the same on all ranks."""
+        self.gradients.scale_(clip(self.gradients.norm()))
         optimizer.step(lr)
 
 

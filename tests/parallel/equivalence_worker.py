@@ -26,7 +26,7 @@ from moeyard.moe.routers.topk import TopKRouter
 from moeyard.moe.routes.reader import read_routes
 from moeyard.parallel.dense import replicated
 from moeyard.parallel.dense.gradient_queue import GradientQueue
-from moeyard.parallel.dense.local_part import as_part_of, local_part
+from moeyard.parallel.dense.local_part import as_part_of, flat_part, local_part
 from moeyard.parallel.mesh import build_mesh
 from moeyard.parallel.process import process_group
 from moeyard.parallel.profiling.gradient_slices import GradientSlices
@@ -91,7 +91,9 @@ def keyed(decoder, tensor_of, shards=None) -> dict[str, torch.Tensor]:
         tensor = tensor_of(parameter)
         if tensor is None:
             continue
-        tensor = as_part_of(parameter, local_part(tensor))
+        part = flat_part(parameter)
+        tensor = local_part(tensor)
+        tensor = as_part_of(parameter, tensor) if part is None else part.whole(tensor)
         if isinstance(tensor, DTensor):
             tensor = tensor.full_tensor()
         tensor = tensor.double().clone()

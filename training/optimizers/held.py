@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ...moe.experts.resident import Experts
 from ...moe.routers.router import Router
 from ...parallel.dense.expert_shards import ExpertShards
-from ...parallel.dense.local_part import as_part_of, local_part
+from ...parallel.dense.local_part import as_part_of, local_part, whole_shape
 from ...parallel.experts.sliced_tensor import SlicedTensor
 
 
@@ -80,7 +80,9 @@ def keyed(
     holds it.
     """
     if experts is None:
-        yield f"{kind}/{name}", as_part_of(parameter, tensor)
+        here = as_part_of(parameter, tensor)
+        if here is not None:
+            yield f"{kind}/{name}", here
         return
     owner, _, leaf = name.rpartition(".")
     expert_ids = experts.expert_ids if owned is None else experts.expert_ids[owned]
@@ -117,7 +119,7 @@ def hold_trained(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        is_matrix = parameter.ndim > 1 and "embed_tokens" not in name
+        is_matrix = len(whole_shape(parameter)) > 1 and "embed_tokens" not in name
         experts, master, owned = experts_of(model, name), masters.get(name), None
         if shards is not None and experts is not None:
             owned = shards.owned(parameter)

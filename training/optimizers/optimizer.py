@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ...parallel.dense.expert_shards import ExpertShards
-from ...parallel.dense.local_part import local_part
+from ...parallel.dense.local_part import flat_part, local_part
 from .held import Held, experts_of, hold_trained, keyed
 from .rule import UpdateRule
 
@@ -45,7 +45,7 @@ class MasterOptimizer:
         for rule, parameters in self._parts:
             rule.update(parameters, lr, self._done)
         self._done += 1
-        self.restore_parameters()
+        self._write()
 
     def state_of(self, parameter: nn.Parameter) -> tuple[Tensor, ...]:
         """Return a parameter's master weight and its state."""
@@ -64,7 +64,16 @@ class MasterOptimizer:
                 held.steps.fill_(rule.steps_seen(held, done))
 
     def restore_parameters(self) -> None:
-        """Copy new masters into the parameters, those of other ranks too; all ranks call it."""
+        """Copy freshly loaded masters into the parameters, those of other ranks too; all ranks
+        call it."""
+        for held in self._held:
+            part = flat_part(held.parameter)
+            if part is not None:  # in a step, DeepSpeed does it
+                part.refresh()
+        self._write()
+
+    def _write(self) -> None:
+        """Copy masters into the parameters, those of experts on all ranks that hold them."""
         for held in self._held:
             held.write()
         if self._shards is not None:

@@ -11,6 +11,7 @@ import torch
 from ... import __version__
 from ...moe.models.decoder import Decoder
 from ...parallel.dense.gradients import expert_parameter_names
+from ...parallel.dense.local_part import whole_shape
 from ...parallel.mesh import Mesh
 from ..config import RunConfig
 from ..device import device
@@ -58,7 +59,7 @@ def count_parameters(decoder: Decoder, mesh: Mesh) -> dict[str, int]:
             slices = 1 if name.endswith("fc2_bias") else mesh.expert_tp_size
             experts += parameter.numel() * mesh.ep_size * slices
         elif decoder.stage.start == 0 or name != "embed_tokens.weight":  # tied: in two stages
-            dense += parameter.numel()
+            dense += whole_shape(parameter).numel()
     stages = mesh.of_all_stages([(dense, experts)])
     dense, experts = (sum(parts) for parts in zip(*stages, strict=True))
     moe = decoder.config.moe
