@@ -67,6 +67,9 @@ class Link(_Part):
     """Share of the bandwidth that sums, gathers and scatters reach."""
     achieved_all_to_all: Fraction | None = None
     """The same of all-to-alls; null = ``achieved``."""
+    host: Annotated[Rate, Field(gt=0)] | None = None
+    """Bytes a second at which a processor packs, copies and adds up messages, however fast the link
+    is; null = that takes no time. For collectives of CPUs."""
     latency: Seconds
     """What a message of no size takes, with the library's part."""
     message: Seconds = 0.0
@@ -150,6 +153,7 @@ QUANTITIES: dict[str, Kind] = {
     "reserved": "bytes",
     "memory_bandwidth": "rate",
     "bandwidth": "rate",
+    "host": "rate",
     "latency": "seconds",
     "message": "seconds",
     "layer_latency": "seconds",

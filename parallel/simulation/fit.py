@@ -113,6 +113,8 @@ def _names(cluster: Cluster, runs: Sequence[Measured]) -> list[str]:
     }
     for section in (section for section, is_used in has_links.items() if is_used):
         names += [f"{section}.{name}" for name in (*LINK_SHARES, "latency")]
+        if getattr(cluster, section).host is not None:
+            names.append(f"{section}.host")
     return [*names, "contention"] if cluster.contention and most > 1 else names
 
 

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 from ..planning.cost_model import FREE, Linear
-from .cluster import Cluster
+from .cluster import Cluster, Link
 from .workload import Group
 
 
@@ -19,9 +19,9 @@ class Links:
     """Seconds for a byte that a GPU sends to another one of its node."""
     between_s: float
     """Seconds for a byte that a GPU sends to another node, with its share of a network card."""
-    inside_factor: float
-    """Times as long that a byte takes in an all-to-all."""
-    between_factor: float
+    inside_all_to_all_s: float
+    """The same in an all-to-all."""
+    between_all_to_all_s: float
     inside_latency_s: float
     between_latency_s: float
     inside_message_s: float
@@ -34,21 +34,14 @@ class Links:
     def of(cls, cluster: Cluster, per_node: int) -> "Links":
         """Return the links of a cluster with ``per_node`` GPUs in use on each node."""
         inside, between = cluster.inside_node, cluster.between_nodes
-        inside_s = between_s = 0.0
-        factors = [
-            link.achieved / (link.achieved_all_to_all or link.achieved) if link else 1.0
-            for link in (inside, between)
-        ]
-        if inside is not None:
-            inside_s = 1 / (inside.bandwidth * inside.achieved)
-        if between is not None:
-            sharing = min(between.gpus_per_nic, per_node)
-            between_s = sharing / (between.bandwidth * between.achieved)
+        inside_s, inside_all_to_all_s = _byte_s(inside, 1)
+        sharing = 1 if between is None else min(between.gpus_per_nic, per_node)
+        between_s, between_all_to_all_s = _byte_s(between, sharing)
         return cls(
             inside_s=inside_s,
             between_s=between_s,
-            inside_factor=factors[0],
-            between_factor=factors[1],
+            inside_all_to_all_s=inside_all_to_all_s,
+            between_all_to_all_s=between_all_to_all_s,
             inside_latency_s=inside.latency if inside else 0.0,
             between_latency_s=between.latency if between else 0.0,
             inside_message_s=inside.message if inside else 0.0,
@@ -70,7 +63,7 @@ class Links:
         Bytes that leave a leaf share its links upwards.
         """
         nodes, leaf = group.nodes, self.leaf_nodes
-        byte_s = self.between_s * self.between_factor
+        byte_s = self.between_all_to_all_s
         if leaf is None or nodes <= leaf:
             return byte_s
         leaving = (nodes - leaf) / (nodes - 1)
@@ -85,7 +78,7 @@ class Links:
         size, near = group.size, group.per_node
         if size == 1:
             return FREE
-        inside = (near - 1) / size * self.inside_s * self.inside_factor
+        inside = (near - 1) / size * self.inside_all_to_all_s
         between = (size - near) / size * self.far_s(group)
         messages = (near - 1) * self.inside_message_s + (size - near) * self.between_message_s
         return Linear(self.latency(group) + messages, self._together(inside, between))
@@ -119,3 +112,14 @@ class Links:
         steps = math.ceil(math.log2(group.nodes)) * self.between_latency_s
         steps += math.ceil(math.log2(group.per_node)) * self.inside_latency_s
         return Linear(rounds * steps, share * self._together(inside, between))
+
+
+def _byte_s(link: Link | None, sharing: int) -> tuple[float, float]:
+    """Return the seconds of a byte over a link that ``sharing`` ranks share, in sums and in
+    all-to-alls."""
+    if link is None:
+        return 0.0, 0.0
+    host_s = 0.0 if link.host is None else 1 / link.host
+    achieved = link.achieved_all_to_all or link.achieved
+    link_s = sharing / link.bandwidth
+    return link_s / link.achieved + host_s, link_s / achieved + host_s

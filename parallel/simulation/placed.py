@@ -102,7 +102,7 @@ def copy_costs(compute: Compute, links: Links, rows: float) -> CopyCosts:
     forward, backward = compute.expert_lines(rows)
     assert work.model.moe is not None
     row_bytes = work.model.d_model * work.item_bytes + WEIGHT_AND_ID * work.model.moe.router.k
-    far_s = links.far_s(fold.ep) if fold.ep.nodes > 1 else links.inside_s * links.inside_factor
+    far_s = links.far_s(fold.ep) if fold.ep.nodes > 1 else links.inside_all_to_all_s
     gather = links.all_gather(fold.ep)
     return CopyCosts(
         row_s=forward.beta + backward.beta,

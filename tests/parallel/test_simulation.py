@@ -110,6 +110,15 @@ def test_collectives_send_what_rings_and_all_to_alls_send():
     assert links.all_reduce(one).seconds(8) == links.all_to_all(one).seconds(8) == 0
 
 
+def test_a_processor_packs_at_its_own_rate_whatever_the_link_has():
+    for bandwidth in ("10B/s", "40B/s"):
+        link = {"bandwidth": bandwidth, "achieved": 0.5, "achieved_all_to_all": 0.25}
+        plain = Links.of(cluster_of(inside_node=link), 8).all_to_all(Group(8, 8))
+        busy = Links.of(cluster_of(inside_node={**link, "host": "20B/s"}), 8)
+        assert busy.all_to_all(Group(8, 8)).beta == pytest.approx(plain.beta + 7 / 8 / 20)
+        assert busy.inside_s == pytest.approx(2 / float(bandwidth[:2]) + 1 / 20)
+
+
 def test_an_oversubscribed_leaf_slows_what_leaves_it_and_shared_cards_all_that_leaves_a_node():
     plain = Links.of(cluster_of(), 8).all_to_all(Group(64, 8))
     shared = Links.of(cluster_of(between_nodes={"gpus_per_nic": 2}), 8).all_to_all(Group(64, 8))
