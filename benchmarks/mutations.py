@@ -105,9 +105,9 @@ MUTATIONS = [
     ),
     (
         "the loss has a constant factor",
-        "training/step.py",
-        "loss = part.loss_sum / divisor",
-        "loss = part.loss_sum / (2 * divisor)",
+        "training/micro_batches.py",
+        "else loss_sum / self._divisor",
+        "else loss_sum / (2 * self._divisor)",
         "tests/training/test_gradients.py",
     ),
     (
@@ -217,14 +217,14 @@ MUTATIONS = [
     ),
     (
         "a pre-gate reads its own layer's input",
-        "moe/models/decoder.py",
-        "next_routing = _choose(*following, mlp_input_TD, batch)",
+        "moe/models/decoder_layer.py",
+        "next_routing = choose(*following, mlp_input_TD, batch)",
         "next_routing = None",
         "tests/moe",
     ),
     (
         "a replay chooses anew",
-        "moe/models/decoder.py",
+        "moe/models/decoder_layer.py",
         "if batch.routes is None:",
         "if True:",
         "tests/moe",

@@ -15,6 +15,7 @@ from .optimizers.table import OptimizerSection
 from .parallel_check import problem_with_parallel
 from .parallel_config import ParallelConfig
 from .section import Section
+from .stages_check import problem_with_stages
 
 
 class DataConfig(Section):
@@ -188,6 +189,7 @@ class RunConfig(Section):
             problem = problem_with_optimizer(
                 self.optimizer, self.parallel, self.train.parameters, trains_experts
             )
+        problem = problem or problem_with_stages(self)
         if problem is not None:
             raise ValueError(problem)
         return self

@@ -106,12 +106,6 @@ def _problem(config: RunConfig, stage: Any, flat: dict[str, Any]) -> str | None:
             "train.parameters is router, but parallel.dense is deepspeed, and routers are whole on "
             "every rank, so ZeRO has nothing to split; set parallel.dense to ddp."
         )
-    kind = config.optimizer.kind
-    if stage > 0 and kind != "adamw":
-        return (
-            f"{given}, but optimizer.kind is {kind}, which needs rows of matrices, and ZeRO gives "
-            "a rank a range of numbers; use adamw, or set parallel.dense to ddp or fsdp."
-        )
     targets = () if config.lora is None else config.lora.targets
     if train.parameters == "lora" and "attention" not in targets:
         return (

@@ -12,7 +12,7 @@ def layer_shape(config: RunConfig, decoder: Decoder, mesh: Mesh) -> LayerShape:
     moe, train = decoder.config.moe, config.train
     assert moe is not None, "a model without experts"
     _, layer = decoder.moe_layers()[0]
-    rows = train.batch_sequences // (train.accumulation * mesh.world_size)
+    rows = train.batch_sequences // (train.accumulation * mesh.dp_size)
     return LayerShape(
         tokens=rows * train.sequence_length,
         num_experts=moe.num_experts,

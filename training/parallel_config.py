@@ -62,6 +62,15 @@ class ParallelConfig(Section):
     parallelism), for experts too large for a rank. Each gets the rows of all, and their partial
     results are summed. Ranks are a multiple of ``ep * expert_tp``; dense parameters are on all
     ranks as before. Checkpoints do not depend on it."""
+    pp: int = Field(default=1, ge=1)
+    """Stages into which the layers are split (pipeline parallelism), as many in each. Micro-batches
+    pass through them one after the other, so ``train.accumulation`` should be several times as
+    large. Ranks are a multiple of ``pp``; those of a stage are neighbours, share its batch, and
+    split its experts by ``ep``. Numbers and checkpoints do not depend on it."""
+    pp_schedule: Literal["gpipe", "1f1b"] = "1f1b"
+    """In which order stages run forward and backward. ``gpipe``: all forward passes, then all
+    backward passes. ``1f1b``: in turns, as soon as they can; a stage keeps the activations of at
+    most ``pp`` micro-batches. It needs at least ``pp`` of them."""
     path: PathKind | Literal["auto"] = "all_to_all"
     """How rows travel to their experts. ``all_to_all``: a copy to each rank that has an expert of
     the row. ``all_gather``: a copy to every rank. ``hierarchical``: a copy to each node that has

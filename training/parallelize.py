@@ -54,13 +54,13 @@ def parallelize(config: RunConfig, decoder: Decoder, loss: nn.Module, mesh: Mesh
     from here on only router noise draws from it.
     """
     has_slices = config.parallel.gradient_slices is not None
+    zero = deepspeed_settings(config, mesh.world_size)
     here, precision = device(), config.train.precision
     if has_slices and here.type == "cuda":
         raise ConfigError(
             f"parallel.gradient_slices is {config.parallel.gradient_slices}, which plans by the "
             "host's clock, but ranks compute on GPUs; leave it out."
         )
-    zero = deepspeed_settings(config, mesh.world_size)
     engine = open_engine(config.parallel.dense, mesh, has_queue=has_slices, deepspeed=zero)
     freeze(config, decoder)
     engine.place(decoder, here)
@@ -131,7 +131,7 @@ def _capacity(config: RunConfig, moe: MoEConfig, mesh: Mesh) -> int | None:
     """Return the most rows of a micro-batch that a rank sends to an expert, if there is a limit."""
     train = config.train
     rows = moe.router.most_rows(train.sequence_length, moe.num_experts)
-    sequences = train.batch_sequences // (train.accumulation * mesh.world_size)
+    sequences = train.batch_sequences // (train.accumulation * mesh.dp_size)
     return None if rows is None else sequences * rows
 
 

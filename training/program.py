@@ -30,8 +30,8 @@ def train(config: RunConfig) -> None:
         with process_group(timeout_s, stop) as watch, _memory_of_a_gpu():
             check_same_start(config, watch)
             num_experts = config.model.moe.num_experts if config.model.moe is not None else 1
-            ep, expert_tp = config.parallel.ep, config.parallel.expert_tp
-            mesh = build_mesh(ep, num_experts, watch, timeout_s, expert_tp=expert_tp)
+            degrees = {"expert_tp": config.parallel.expert_tp, "pp": config.parallel.pp}
+            mesh = build_mesh(config.parallel.ep, num_experts, watch, timeout_s, **degrees)
             run_dir = Path(config.run_dir)
             mesh.on_rank_0(lambda: claims.append(claim_run_folder(run_dir)))
             check_shared_folder(run_dir, watch)

@@ -121,13 +121,8 @@ class Saves:
         self._count_success(step)
         waited_s = time.monotonic() - began
         if waited_s > LONG_WAIT_S and not must and self._mesh.rank == 0:
-            log.warning(
-                "the save of step %d waited %.1f s for that of step %d; raise checkpoint.every if "
-                "this happens often.",
-                due,
-                waited_s,
-                step,
-            )
+            facts = f"the save of step {due} waited {waited_s:.1f} s for that of step {step}"
+            log.warning("%s; raise checkpoint.every if this happens often.", facts)
         return step
 
     def _count_success(self, step: int) -> None:
@@ -160,7 +155,7 @@ class Saves:
         if self._ownership is not None and EXPERTS in state:  # or copies are new in this run
             self._ownership.restore(state[EXPERTS])
         tensors = self._tensors()
-        if self._has_other_streams(path, state, tensors[self._rng_key()]):
+        if self._has_other_streams(path, state):
             tensors.pop(self._rng_key())  # start new ones
         self.checkpoints.load(path, tensors)
         if self._rng_key() in tensors:
@@ -172,9 +167,7 @@ class Saves:
         self.saved = int(state["step"])
         return int(state["step"])
 
-    def _has_other_streams(
-        self, path: Path, state: dict[str, Any], generator: torch.Tensor
-    ) -> bool:
+    def _has_other_streams(self, path: Path, state: dict[str, Any]) -> bool:
         """Say whether a checkpoint has random streams of other ranks, or of another device."""
         if state["world_size"] != self._mesh.world_size:
             return True
@@ -182,7 +175,8 @@ class Saves:
         if key not in stored:
             return False  # which loading refuses
         num_bytes = stored.type_and_shape(key)[1][0]
-        return num_bytes != len(generator) and num_bytes in GENERATOR_BYTES
+        is_own = num_bytes == len(self._generator.get_state())
+        return not is_own and num_bytes in GENERATOR_BYTES
 
     def _restore_generator(self, path: Path, state: torch.Tensor) -> None:
         try:
@@ -201,8 +195,7 @@ class Saves:
                     f"checkpoint {path} has model.{key} = {stored_model[key]}, but the "
                     f"configuration says {actual}; use the same model or a new run_dir."
                 )
-        older = {"parameters": "all", "lora": None, "optimizer": {"kind": "adamw"}}
-        state = older | state
+        state = {"parameters": "all", "lora": None, "optimizer": {"kind": "adamw"}} | state
         for key, actual in (
             ("seed", self._config.seed),
             ("train_shard_sha256", self._data.identity),

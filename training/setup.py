@@ -56,6 +56,7 @@ def build_model(config: RunConfig, model: ModelConfig, data: Data, mesh: Mesh) -
         token_counts=token_counts,
         recompute=config.train.recompute,
         token_embeddings=token_embeddings,
+        stage=mesh.local_layers(model.num_layers),
     )
     if is_apart and expert_ids is not None:
         for _, layer in decoder.moe_layers():
@@ -92,10 +93,12 @@ def _read_embeddings(name: str | None) -> Tensor | None:
 
 def check_batch(config: RunConfig, mesh: Mesh) -> None:
     """Refuse a global batch that does not split evenly."""
-    pieces = mesh.world_size * config.train.accumulation
+    pieces = mesh.dp_size * config.train.accumulation
+    of_stage = " of each stage" if mesh.pp_size > 1 else ""
     if config.train.batch_sequences % pieces:
         raise ConfigError(
             f"train.batch_sequences is {config.train.batch_sequences}, which does not split over "
-            f"{mesh.world_size} ranks times train.accumulation = {config.train.accumulation}; "
+            f"{mesh.dp_size} ranks{of_stage} times train.accumulation = "
+            f"{config.train.accumulation}; "
             f"use a multiple of {pieces}."
         )

@@ -4,8 +4,6 @@ L MoE layers, E experts.
 """
 
 import math
-from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,11 +14,11 @@ from torch import Tensor
 from ..errors import TrainingError
 from ..moe.models.decoder import Decoder
 from ..moe.routers.loss_terms import GlobalCounts
-from ..moe.routers.losses import add_counts, auxiliary_losses, on_host, stacked
+from ..moe.routers.losses import on_host, stacked
 from ..parallel.dense.expert_shards import ExpertShards
 from ..parallel.mesh import Mesh
 from .config import RunConfig
-from .device import device
+from .micro_batches import MicroBatches, OneByOne, Passes
 from .objectives.objective import Objective
 from .optimizers.table import open_optimizer
 from .ownership import Ownership, planned_owners
@@ -62,17 +60,14 @@ class TrainStep:
         self._config = config
         self._mesh = mesh
         self._objective = objective
-        self._wrapped = parallel.wrapped
         self._engine = parallel.engine
         self._copies = parallel.copies
         self.slices = parallel.slices
         self._routers = decoder.routers()
         self._layers = [index for index, _ in decoder.moe_layers()]
-        self._router_weights: list[list[Tensor]] = []
-        """Of each micro-batch and MoE layer of the step, to name a layer that broke."""
+        self._num_layers = decoder.config.num_layers
         self._grad_norm = 0.0
         """Of the last step, before clipping."""
-        self._device = device()
         self.gradients = parallel.engine.gradients
         if config.optimizer.shard_experts:
             self.gradients.shards = ExpertShards.of(decoder, mesh)
@@ -95,9 +90,10 @@ class TrainStep:
                 owners = planned_owners(Path(options.plan), decoder.config, mesh)
                 self.ownership.move_to(owners)
         self.phases = PhaseClock()
-        self.before_forward: list[Callable[[int, range], None]] = []
-        """Called before each forward of a step with the step (from 0) and the rows of the global
-        batch that it computes here."""
+        self._micro_batches = MicroBatches(config, decoder, objective, mesh)
+        self.before_forward = self._micro_batches.before_forward
+        """See :class:`MicroBatches`."""
+        self._passes = self._open_passes(decoder, parallel)
 
     def run(self, step: int, stop_requested: bool) -> StepResult:
         """Run step ``step`` (from 0).
@@ -107,22 +103,23 @@ class TrainStep:
         if self._copies is not None and self.ownership is not None:
             self.ownership.before_step(step)
             self._copies.begin_step(self._config.train.accumulation)
-        sums, counts = self._forward_backward(step)
+        sums = self._forward_backward(step)
         sums = self._mesh.sum(torch.cat([sums, sums.new_tensor([float(stop_requested)])]))
         loss_sum, balance, z, stop = sums.tolist()
         train = self._config.train
         loss = loss_sum / self._objective.divisor(step)
         lr = learning_rate(self._config.optimizer, step, train.steps)
         self._engine.step(self.optimizer, lr, partial(self._clip, step, loss, sums))
+        here = on_host(self._micro_batches.counts)
+        counts, dropped = self._of_all_layers(here)
         if train.parameters != "lora":  # lora freezes routers
-            for router, layer in zip(self._routers, counts, strict=True):
+            for router, layer in zip(self._routers, here, strict=True):
                 router.after_step(layer, counts)
         if self._copies is not None:
             self._copies.end_step(stacked(counts))
         if self.slices is not None:
             self.slices.after_step()
         self.phases.lap("optimizer")
-        pairs = zip(self._routers, counts, strict=True)
         return StepResult(
             loss=loss,
             balance=balance,
@@ -130,13 +127,13 @@ class TrainStep:
             grad_norm=self._grad_norm,
             lr=lr,
             counts_LE=stacked(counts),
-            dropped_L=tuple(router.dropped(layer) for router, layer in pairs),
+            dropped_L=dropped,
             stop_requested=stop > 0,
         )
 
     def _clip(self, step: int, loss: float, sums: Tensor, grad_norm: Tensor) -> Tensor:
         """Return by what to multiply gradients of this norm; raise if a number is not finite."""
-        self._grad_norm = float(grad_norm)  # the host waits for a GPU here, once in a step
+        self._grad_norm = float(grad_norm)  # the host waits for a GPU, and not again in this step
         if not (math.isfinite(self._grad_norm) and torch.isfinite(sums).all()):
             raise TrainingError(
                 f"step {step + 1} has loss {loss} and gradient norm {self._grad_norm}"
@@ -146,51 +143,39 @@ class TrainStep:
         self.phases.lap("reduce")
         return (self._config.optimizer.clip_norm / (grad_norm + 1e-6)).clamp(max=1.0)
 
+    def _open_passes(self, decoder: Decoder, parallel: Parallel) -> Passes:
+        if self._mesh.pp_size == 1:
+            return OneByOne(self._micro_batches, parallel)
+        from .stages import InStages  # torch's pipelining takes a second to import
+
+        return InStages(self._config, decoder, self._micro_batches, parallel, self._mesh)
+
+    def _of_all_layers(
+        self, here: list[GlobalCounts]
+    ) -> tuple[list[GlobalCounts], tuple[int, ...]]:
+        """Return the counts of all MoE layers of the model, and the choices that they dropped."""
+        pairs = zip(self._routers, here, strict=True)
+        found = self._mesh.of_all_stages(
+            [(layer, router.dropped(layer)) for router, layer in pairs]
+        )
+        return [layer for layer, _ in found], tuple(dropped for _, dropped in found)
+
     def _broken_router(self) -> str:
         """Say which layer's router was the first to weigh by NaN or infinity, on any rank."""
-        broken_L = torch.zeros(len(self._layers), dtype=torch.int64)
-        for weights in self._router_weights:
-            flags = [not bool(torch.isfinite(w).all()) for w in weights]
-            broken_L += torch.tensor(flags, dtype=torch.int64)
+        broken_L = torch.zeros(self._num_layers, dtype=torch.int64)
+        for weights in self._micro_batches.router_weights:
+            for layer, weights_TK in zip(self._layers, weights, strict=True):
+                broken_L[layer] += not bool(torch.isfinite(weights_TK).all())
         found = self._mesh.sum(broken_L).nonzero().flatten().tolist()
-        return f", with NaN in the router of layer {self._layers[found[0]]}" if found else ""
+        return f", with NaN in the router of layer {found[0]}" if found else ""
 
-    def _forward_backward(self, step: int) -> tuple[Tensor, list[GlobalCounts]]:
-        """Return fp64 ``[loss sum, balance, z]`` of this rank, and each layer's global counts."""
-        train, mesh = self._config.train, self._mesh
-        micro_rows = train.batch_sequences // train.accumulation
-        rank_rows = micro_rows // mesh.world_size
-        divisor = self._objective.divisor(step)
-        sums = torch.zeros(3, dtype=torch.float64, device=self._device)
-        counts: list[GlobalCounts] = []
-        self._router_weights = []
+    def _forward_backward(self, step: int) -> Tensor:
+        """Run the micro-batches; return fp64 ``[loss sum, balance, z]`` of this rank."""
+        self._micro_batches.begin(step)
         self.gradients.zero()
         self.phases.lap("optimizer")
-        for micro in range(train.accumulation):
-            first = micro * micro_rows + mesh.rank * rank_rows
-            rows = range(first, first + rank_rows)
-            batch = self._objective.batch(step, rows, self._device)
-            for tell in self.before_forward:
-                tell(step, rows)
-            self.phases.lap("data")
-            is_last = micro == train.accumulation - 1
-            with nullcontext() if is_last else self._engine.accumulating():
-                part = self._wrapped(batch)
-                loss = part.loss_sum / divisor
-                parts = [part.loss_sum.detach()]
-                if part.routings:
-                    weights = [routing.weights_TK.detach() for routing in part.routings]
-                    self._router_weights.append(weights)
-                    auxiliary = auxiliary_losses(part.routings, self._routers, mesh.sum)
-                    loss = loss + auxiliary.total / train.accumulation
-                    parts += [auxiliary.balance / train.accumulation]
-                    parts += [auxiliary.z / train.accumulation]
-                    counts = add_counts(counts, auxiliary.counts)
-                self.phases.lap("forward")
-                self._engine.backward(loss)
-            sums[: len(parts)] += torch.stack([part.double() for part in parts])
-            self.phases.lap("backward")
+        self._passes.run(self.phases)
         if self._copies is not None:
             self._copies.end_backward()
         self.gradients.reduce()
-        return sums.cpu(), on_host(counts)
+        return self._micro_batches.sums.cpu()

@@ -4,6 +4,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from ..errors import MoeyardError
 from ..files import replace_text
 from ..moe.routers.load import load_statistics
@@ -23,7 +25,7 @@ from .phases import PhaseAverage
 from .routes import RouteRecording
 from .run.agreement import check_same_beginning
 from .run.folder import dump_config
-from .run.starts import note_start
+from .run.starts import count_parameters, note_start
 from .saves import Saves
 from .setup import build_model, check_batch, fill_vocabulary
 from .step import StepResult, TrainStep
@@ -54,8 +56,10 @@ class Trainer:
         self.decoder = build_model(config, self._model_config, self._data, mesh)
         check_same_beginning(self._data, self.decoder, mesh.watch)
         self.objective = objective(config, self._data)
-        self._loss = self.objective.module(self.decoder)
-        parallel = parallelize(config, self.decoder, self._loss, mesh)
+        loss = self.objective.module(self.decoder)
+        parallel = parallelize(config, self.decoder, loss, mesh)
+        self._loss = _scored(loss, config, mesh)
+        """What evaluations call."""
         self._step = TrainStep(config, self.decoder, self.objective, parallel, mesh)
         self.saves = Saves(
             config,
@@ -80,7 +84,8 @@ class Trainer:
         steps = self._config.train.steps
         console = TrainingConsole(done, steps, is_shown=self._mesh.rank == 0)
         try:
-            self._mesh.on_rank_0(lambda: self._note_start(done))
+            parameters = count_parameters(self.decoder, self._mesh)
+            self._mesh.on_rank_0(lambda: self._note_start(done, parameters))
             self._announce(console, done)
             if done >= steps:
                 console.line(event="finished", step=done, advice="raise train.steps to go on")
@@ -138,9 +143,9 @@ class Trainer:
             of_this_rank.append(RouteRecording(*model, *run))
         return open_observers(self._config, self._model_config, *run, of_this_rank)
 
-    def _note_start(self, done: int) -> None:
+    def _note_start(self, done: int, parameters: dict[str, int]) -> None:
         replace_text(self._run_dir / "config.yaml", dump_config(self._config))
-        note_start(self._run_dir, done, self._config, self.decoder, self._mesh)
+        note_start(self._run_dir, done, self._config, parameters, self._mesh)
 
     def _announce(self, console: TrainingConsole, done: int) -> None:
         held = [(held_numel(p), p.requires_grad) for p in self.decoder.parameters()]
@@ -148,6 +153,7 @@ class Trainer:
             event="resumed" if done else "started",
             step=done,
             ranks=self._mesh.world_size,
+            pp=self._mesh.pp_size,
             ep=self._mesh.ep_size,
             expert_tp=self._mesh.expert_tp_size,
             shared_memory=self._mesh.groups_sharing_memory,
@@ -195,3 +201,12 @@ class Trainer:
             "load": [load.as_dict() for load in loads],
             "expert_tokens": result.counts_LE.tolist(),
         }
+
+
+def _scored(loss: nn.Module, config: RunConfig, mesh: Mesh) -> nn.Module:
+    """Return the module that evaluations call, with stages or without."""
+    if mesh.pp_size == 1:
+        return loss
+    from .stages import RelayedLoss  # torch's pipelining takes a second to import
+
+    return RelayedLoss(loss, config, mesh)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..config.model import ModelConfig
-from ..models.decoder import DecoderLayer
+from ..models.decoder_layer import DecoderLayer
 
 ROUTER = ".mlp.gate."
 """The path from the layer to a router's tensor."""

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ..experts.resident import Experts
 from ..layer import MoELayer
 from ..linear import Linear
-from .decoder import Decoder, DecoderLayer
+from .decoder import Decoder
+from .decoder_layer import DecoderLayer
 from .initialize import generator_of
 
 LoraTarget = Literal["attention", "experts"]

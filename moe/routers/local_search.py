@@ -82,6 +82,10 @@ class LocalSearch(AroundRouter):
         """Return the module."""
         return LocalSearchRouter(self, sizes)
 
+    def pools_layers(self) -> bool:
+        """Return what the inner router says."""
+        return self.router.pools_layers()
+
     def architecture(self) -> dict[str, Any]:
         """Return that of the inner router, and that its experts have another order."""
         return {"kind": self.kind, "router": self.router.architecture()}

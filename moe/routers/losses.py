@@ -53,9 +53,15 @@ def stacked(counts: Sequence[GlobalCounts]) -> Tensor:
 
 
 def auxiliary_losses(
-    routings: Sequence[Routing], routers: Sequence[Router], reduce: Reduce
+    routings: Sequence[Routing],
+    routers: Sequence[Router],
+    reduce: Reduce,
+    num_layers: int | None = None,
 ) -> AuxiliaryLosses:
     """Compute the losses of all MoE layers, with equal numbers of experts, in one reduction.
+
+    ``num_layers`` are the MoE layers over which means are taken, if these are a part of them: a
+    stage's. Means of all stages add up to that of the model; pooled losses do not.
 
     Each router says what it adds (:meth:`Router.losses`). Pooled balance losses first
     sum n_e, P_e and T over their layers (like transformers' ``load_balancing_loss_func``, which
@@ -63,13 +69,14 @@ def auxiliary_losses(
     """
     counts = global_counts(routings, reduce)
     by_layer = _losses(routings, routers, counts)
+    divisor = num_layers or len(routings)
     zero = routings[0].weights_TK.new_zeros(())
     balance, z = zero, zero
     for layer in by_layer:
         if layer.balance is not None:
-            balance = balance + layer.balance.detach() / len(routings)
+            balance = balance + layer.balance.detach() / divisor
         if layer.z is not None:
-            z = z + layer.z.detach() / len(routings)
+            z = z + layer.z.detach() / divisor
     return AuxiliaryLosses(_total(by_layer, zero), balance, z, counts)
 
 

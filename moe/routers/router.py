@@ -106,6 +106,10 @@ class RouterConfig(BaseModel):
         """Return whether training draws random numbers (draws.py)."""
         return False
 
+    def pools_layers(self) -> bool:
+        """Return whether a loss is taken over all MoE layers of the model together."""
+        return False
+
     def reads_previous_ids(self) -> bool:
         """Return whether the router reads :attr:`RouterInput.previous_ids_T`."""
         return False

@@ -62,8 +62,7 @@ class TopK(LimitedConfig):
     bias_update: Literal["sign", "quantile"] = "sign"
     """How the bias moves. ``sign``: by ``bias_update_rate`` (DeepSeek-V3: 0.001). ``quantile``: by
     this part of its way to the bias with which each expert would have got its even share
-    (Megatron's quantile balancing: 1). It adds 512 counts for each expert to what ranks
-    exchange."""
+    (Megatron's quantile balancing: 1). It adds 512 counts for each expert."""
     balance_loss: float = Field(default=0.01, ge=0)
     """Coefficient of the Switch/GShard balance loss; at perfect balance the loss itself is 1."""
     balance_over: Literal["layer", "model"] = "layer"
@@ -123,6 +122,10 @@ class TopK(LimitedConfig):
             rate = self.bias_update_rate
             return problem_with_quantiles(rate, self.k, self.num_groups, num_experts)
         return None
+
+    def pools_layers(self) -> bool:
+        """Return whether the balance loss is taken over the model."""
+        return self.balance_over == "model" and self.balance_loss > 0
 
     def architecture(self) -> dict[str, Any]:
         """Return all but :data:`TRAINING_ONLY`, and whether there is a balancing bias."""
@@ -233,8 +236,7 @@ class TopKRouter(LinearRouter):
         if bias_E is None or not rate:
             return
         if self.config.bias_update == "sign":
-            even_E = toward_even_load(counts).to(bias_E.dtype)
-            bias_E += rate * to_device(even_E, bias_E.device)
+            bias_E += rate * to_device(toward_even_load(counts).to(bias_E.dtype), bias_E.device)
         elif counts.num_tokens:
             even_E = even_bias(counts, self.k).to(bias_E.dtype)
             bias_E.lerp_(to_device(even_E, bias_E.device), rate)

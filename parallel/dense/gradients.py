@@ -19,6 +19,7 @@ from ..mesh import Mesh
 from ..watch.pulse import pulse
 from .expert_shards import ExpertShards
 from .local_part import local_part
+from .tied import TiedEmbedding
 
 
 def expert_parameter_names(model: nn.Module) -> set[str]:
@@ -41,6 +42,7 @@ class MainGradients:
         self, model: nn.Module, mesh: Mesh, elsewhere: Collection[nn.Parameter] = ()
     ) -> None:
         self._mesh = mesh
+        self._tied = TiedEmbedding.of(model, mesh)
         others = set(elsewhere)
         expert_names = expert_parameter_names(model)
         trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -81,8 +83,12 @@ class MainGradients:
 
     @property
     def sums_dense(self) -> bool:
-        """Whether :meth:`reduce` also sums the dense gradients; then no other code needs to."""
-        return self._dense_sum is not None
+        """Whether :meth:`reduce` also sums the dense gradients; then no other code needs to.
+
+        With stages it always does: their backward passes take turns with forward passes, which DDP
+        does not expect.
+        """
+        return self._dense_sum is not None or self._mesh.pp_size > 1
 
     def zero(self) -> None:
         """Forget the last step."""
@@ -105,22 +111,30 @@ class MainGradients:
     def reduce(self) -> None:
         """Sum the gradients of experts over the ranks that hold the same ones.
 
-        With ``shards`` only the owner of an expert has its sum, if links carry it. If ranks share
-        memory, dense gradients are summed here as well.
+        With ``shards`` only the owner of an expert has its sum, if links carry it. Dense gradients
+        are summed here as well if :attr:`sums_dense`.
         """
         if self._dense_sum is not None:
             self._dense_sum.all_reduce()
+        elif self.sums_dense and self._dense_flat.numel():
+            assert self._mesh.dp_group is not None
+            _all_reduce(self._dense_flat, self._mesh.dp_group)
         if self._expert_sum is not None:
             self._expert_sum.all_reduce()
         elif self.shards is not None:
             self.shards.sum_gradients(self.experts)
         elif self._mesh.edp_group is not None and self._expert_flat.numel():
             _all_reduce(self._expert_flat, self._mesh.edp_group)
+        if self._tied is not None:
+            self._tied.sum()
 
     @pulse.in_collective("the norm of gradients")
     def norm(self) -> Tensor:
         """Return the global 2-norm, each distinct parameter counted once, as an fp64 scalar."""
-        dense = square_sum(self.dense, self._dense_flat)
+        counted = self.dense
+        if self._tied is not None and not self._tied.counts:
+            counted = [p for p in counted if p is not self._tied.parameter]
+        dense = square_sum(counted, self._dense_flat)
         if self.shards is not None and self._expert_sum is None:
             owned = self.shards.owned_gradients(self.experts)
             experts, group = squares_of(owned, self._expert_flat), self._mesh.dp_group
@@ -129,7 +143,10 @@ class MainGradients:
             group = self._mesh.experts_group
         if group is not None:
             _all_reduce(experts, group)
-        return (dense + experts).sqrt()
+        total = dense + experts
+        if self._mesh.pp_group is not None:
+            _all_reduce(total, self._mesh.pp_group)
+        return total.sqrt()
 
     def scale_(self, factor: Tensor) -> None:
         """Multiply all main gradients by ``factor``."""

@@ -48,7 +48,7 @@ def held_numel(parameter: Tensor) -> int:
 def as_part_of(parameter: Tensor, local: Tensor) -> Tensor | None:
     """For a checkpoint, wrap ``local`` as a part of the whole tensor if ``parameter`` is sharded.
 
-    ``local`` has the rows of ``parameter`` that this rank holds, perhaps with fewer columns. The
+    ``local`` has what this rank holds of ``parameter``; of rows, perhaps with fewer columns. The
     result shares its memory, so loading into it fills ``local``. None if this rank has nothing to
     write or read.
     """

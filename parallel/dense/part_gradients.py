@@ -25,7 +25,7 @@ class PartMainGradients(MainGradients):
     def reduce(self) -> None:
         """Sum routers over all ranks and experts over the ranks that hold the same ones."""
         super().reduce()
-        if self._dense_sum is None and self._dense_flat.numel():
+        if not self.sums_dense and self._dense_flat.numel():
             dist.all_reduce(self._dense_flat, group=self._mesh.dp_group)
 
     def norm(self) -> Tensor:

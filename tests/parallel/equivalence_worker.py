@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from moeyard.moe.experts.resident import Experts
 from moeyard.moe.layer import MoELayer
-from moeyard.moe.models import decoder as decoder_module
+from moeyard.moe.models import decoder_layer
 from moeyard.moe.routers.own_code import allow
 from moeyard.moe.routers.routing import count_choices
 from moeyard.moe.routers.topk import TopKRouter
@@ -141,8 +141,8 @@ def state_of_routers(decoder) -> dict[str, torch.Tensor]:
 def run_case(config_path: Path, out: Path, name: str, case: dict, watch) -> None:
     run_dir = out / case.get("resumes", name)
     config = read_run_config(config_path, [*case["overrides"], f"run_dir={run_dir}"])
-    ep, expert_tp = config.parallel.ep, config.parallel.expert_tp
-    mesh = build_mesh(ep, config.model.moe.num_experts, watch, 60, expert_tp=expert_tp)
+    degrees = {"expert_tp": config.parallel.expert_tp, "pp": config.parallel.pp}
+    mesh = build_mesh(config.parallel.ep, config.model.moe.num_experts, watch, 60, **degrees)
     if case.get("apart"):  # as on several hosts
         hosts = ("dp_host", "ep_host", "edp_host", "expert_tp_host")
         mesh = replace(mesh, **dict.fromkeys(hosts))
@@ -178,7 +178,7 @@ def run_case(config_path: Path, out: Path, name: str, case: dict, watch) -> None
 
 
 def build_decoder(config, model, data, mesh, case: dict):
-    decoder_module.MoELayer = BiasedLayer if case.get("biased") else MoELayer
+    decoder_layer.MoELayer = BiasedLayer if case.get("biased") else MoELayer
     decoder = build_model(config, model, data, mesh)
     if case.get("biased"):
         fill_biases(decoder)

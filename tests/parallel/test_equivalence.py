@@ -1,6 +1,6 @@
 """The same numbers anywhere: loss, gradients, clip norm and weights on 1, 2 and 4 ranks.
 
-Dense parameters are replicated (ddp) or sharded (fsdp).
+Dense parameters are replicated (ddp) or sharded (fsdp); or layers are split into stages (stages).
 """
 
 import json
@@ -117,14 +117,23 @@ VARIANTS = {
         "starved": True,
     },
 }
-WORLDS = [(dense, *w) for dense in ("ddp", "fsdp") for w in ((2, 1), (2, 2), (4, 2))]
+STAGES = ("stages", 4, 2)
+WORLDS = [(dense, *w) for dense in ("ddp", "fsdp") for w in ((2, 1), (2, 2), (4, 2))] + [STAGES]
 """(how dense parameters are held, ranks, expert-parallel degree)."""
+HELD = {
+    "ddp": ["parallel.dense=ddp"],
+    "fsdp": ["parallel.dense=fsdp"],
+    "stages": ["parallel.pp=2"],
+}
 ALWAYS = (("ddp", 2, 2), ("fsdp", 2, 2))
 """Every variant runs here by default, and in the other worlds in the slow tests."""
 SOMETIMES = (("ddp", 2, 1), ("fsdp", 4, 2))
 SOME = ("plain", "both", "deepseek", "fewer_rows_than_ranks", "starved_both", "lora", "bf16")
 SOME += ("muon", "frugal", "sharded", "sharded_apart", "bf16_sharded")
 """Variants that run in those worlds, too, by default."""
+IN_STAGES = ("plain", "shared_tied", "pregated_both")
+"""Variants that run in stages by default."""
+NOT_IN_STAGES = ("router", "lora", "lora_of_experts_apart", "lora_of_experts_starved", "bf16_lora")
 FP64_TOLERANCE = 1e-12
 ONE = "-ddp-w1-ep1"
 """Suffix of what one process computed."""
@@ -139,7 +148,13 @@ BF16_TOLERANCE = {"loss": 2e-3, "grad_norm": 3e-2, "gradients": 6e-2, "weights":
 
 
 def is_default(variant: str, world: tuple[str, int, int]) -> bool:
+    if world == STAGES:
+        return variant in IN_STAGES
     return world in ALWAYS or (world in SOMETIMES and variant in SOME)
+
+
+def exists(variant: str, world: tuple[str, int, int]) -> bool:
+    return world != STAGES or variant not in NOT_IN_STAGES
 
 
 def in_worlds(variants) -> list:
@@ -148,6 +163,7 @@ def in_worlds(variants) -> list:
         pytest.param(variant, *world, marks=() if is_default(variant, world) else pytest.mark.slow)
         for variant in variants
         for world in WORLDS
+        if exists(variant, world)
     ]
 
 
@@ -185,9 +201,12 @@ class Results:
         worlds = [w for w in WORLDS if w[1] == ranks] if ranks > 1 else [("ddp", 1, 1)]
         for world in worlds:
             dense, _, ep = world
-            options = [f"parallel.dense={dense}", f"parallel.ep={ep}"] if ranks > 1 else []
+            options = [*HELD[dense], f"parallel.ep={ep}"] if ranks > 1 else []
             for variant, case in all_cases(options).items():
-                if ranks == 1 or is_default(variant, world) == launch[1]:
+                if world == STAGES and "train.accumulation=2" not in case["overrides"]:
+                    case["overrides"].append("parallel.pp_schedule=gpipe")
+                is_here = ranks == 1 or is_default(variant, world) == launch[1]
+                if is_here and exists(variant, world):
                     cases[f"{variant}{suffix(dense, ranks, ep)}"] = case
         arguments = (WORKER, self._config, str(self.out), as_json(cases, self.out))
         if ranks == 1:

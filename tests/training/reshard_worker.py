@@ -23,7 +23,9 @@ def main() -> None:
             name, _, overrides = case.partition("=")
             options = [f"run_dir={source}", *filter(None, overrides.split(","))]
             config = read_run_config(config_path, options)
-            mesh = build_mesh(config.parallel.ep, config.model.moe.num_experts, watch, 60)
+            parallel = config.parallel
+            experts = config.model.moe.num_experts
+            mesh = build_mesh(parallel.ep, experts, watch, 60, pp=parallel.pp)
             trainer = Trainer(config, source, mesh)
             done = trainer.saves.resume()
             trainer.saves.checkpoints = Checkpoints(out / name, mesh, keep=1)

@@ -141,9 +141,10 @@ def test_a_file_that_contradicts_the_run_is_named_with_key_value_and_remedy(sett
     [
         (["parallel.dense=ddp", "parallel.deepspeed={}"], "but parallel.dense is ddp;"),
         (["parallel.gradient_slices=auto", "parallel.ep=2"], "parallel.dense is deepspeed, which"),
-        (["optimizer.kind=muon"], "optimizer.kind is muon, which needs rows of matrices"),
         (["train.precision=fp64"], "which has fp32 masters;"),
         (["train.parameters=router"], "routers are whole on every rank"),
+        (["optimizer.kind=muon"], "kind is muon, which needs whole rows"),
+        (["optimizer.kind=frugal"], "kind is frugal, which needs whole rows"),
         (["train.parameters=lora", "lora.targets=[experts]"], "no dense parameters to split"),
         (["train.parameters=lora", "parallel.deepspeed.zero_stage=3"], "train.parameters is lora"),
         (["train.precision=bf16", "parallel.deepspeed.zero_stage=0"], "train.precision is bf16"),

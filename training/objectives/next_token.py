@@ -10,17 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.values.memory import to_device
-from ...moe.batch import batch_of_rows
-from ...moe.models.decoder import Decoder
+from ...moe.batch import Batch, batch_of_rows
+from ...moe.models.decoder import Decoder, DecoderOutput
 from ...moe.models.documents import batch_of_documents
 from ...parallel.mesh import Mesh
 from ..config import RunConfig
 from ..data.text import TextData, build_data
 from ..stop import StopRequest
-from .objective import HeldOut, MicroBatchLoss, Objective
+from .objective import HeldOut, MicroBatchLoss, Objective, SplitLoss
 
 
-class NextToken(nn.Module):
+class NextToken(SplitLoss):
     """Next-token cross-entropy of a decoder, in one forward because DDP wants a single entry.
 
     ``eos_id`` separates documents that must not see each other; with None attention spans whole
@@ -28,22 +28,23 @@ class NextToken(nn.Module):
     """
 
     def __init__(self, decoder: Decoder, eos_id: int | None = None) -> None:
-        super().__init__()
-        self.decoder = decoder
+        super().__init__(decoder)
         self._eos_id = eos_id
 
-    def forward(self, windows_BL1: Tensor) -> MicroBatchLoss:
-        """Score int64 ``[B, L + 1]`` windows: the first L tokens predict the last L.
+    def rows(self, windows_BL1: Tensor) -> Batch:
+        """Return the inputs of int64 ``[B, L + 1]`` windows: their first L tokens.
 
         Windows may be on the host, where documents are counted.
         """
-        here = self.decoder.embed_tokens.weight.device
+        here = next(self.decoder.parameters()).device
         inputs_BL = windows_BL1[:, :-1]
         if self._eos_id is None:
-            batch = batch_of_rows(inputs_BL).to(here)
-        else:
-            batch = batch_of_documents(inputs_BL, self._eos_id).to(here)
-        output = self.decoder(batch)
+            return batch_of_rows(inputs_BL).to(here)
+        return batch_of_documents(inputs_BL, self._eos_id).to(here)
+
+    def score(self, windows_BL1: Tensor, output: DecoderOutput) -> MicroBatchLoss:
+        """Score the last L tokens of each window."""
+        here = output.hidden_TD.device
         logits_TV = self.decoder.logits(output.hidden_TD)
         wide = torch.promote_types(logits_TV.dtype, torch.float32)
         targets_T = to_device(windows_BL1[:, 1:].reshape(-1), here)

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...moe.models.decoder import Decoder
+from ...moe.batch import Batch
+from ...moe.models.decoder import Decoder, DecoderOutput
 from ...moe.routers.routing import Routing
 from ...parallel.mesh import Mesh
 from ..config import RunConfig
@@ -30,6 +31,29 @@ class MicroBatchLoss:
     """Summed over this rank's targets, at least in fp32; for cross-entropy in nats."""
     num_targets: int
     routings: list[Routing]
+
+
+class SplitLoss(nn.Module):
+    """A loss of a decoder that may be split into stages.
+
+    Runs with stages need it, because the loss is where the last layer is.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def rows(self, batch: Any) -> Batch:
+        """Return what the decoder computes for a batch, the same on all stages."""
+        raise NotImplementedError
+
+    def score(self, batch: Any, output: DecoderOutput) -> MicroBatchLoss:
+        """Return the loss of a batch from the rows after the last layer."""
+        raise NotImplementedError
+
+    def forward(self, batch: Any) -> MicroBatchLoss:
+        """Run the whole decoder and score its rows."""
+        return self.score(batch, self.decoder(self.rows(batch)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +88,7 @@ class Objective(ABC):
         """Return the module whose forward takes a batch and returns :class:`MicroBatchLoss`.
 
         One forward runs the whole decoder, because DDP and FSDP want a single entry. The module
-        trains only the decoder's parameters.
+        trains only the decoder's parameters. A :class:`SplitLoss` can also train in stages.
         """
 
     @abstractmethod
@@ -114,12 +138,12 @@ class Objective(ABC):
         train = self.config.train
         count = min(train.eval_sequences, num_windows)
         chosen = [place * num_windows // count for place in range(count)]
-        per_rank = max(1, train.batch_sequences // (train.accumulation * mesh.world_size))
+        per_rank = max(1, train.batch_sequences // (train.accumulation * mesh.dp_size))
         sums = torch.zeros(2, dtype=torch.float64)  # loss, targets
         module.eval()
         with torch.no_grad():
-            for start in range(0, count, per_rank * mesh.world_size):
-                first = start + mesh.rank * per_rank
+            for start in range(0, count, per_rank * mesh.dp_size):
+                first = start + mesh.dp_rank * per_rank
                 part = part_of(chosen[first : first + per_rank])
                 sums += torch.tensor([float(part.loss_sum), part.num_targets], dtype=torch.float64)
         module.train()

@@ -18,6 +18,12 @@ def problem_with_optimizer(
             f"optimizer.kind is {config.kind}, but train.parameters is {parameters}, and none of "
             f"those is a matrix that {config.kind} updates; use adamw or train all."
         )
+    if config.kind != "adamw" and parallel.dense == "deepspeed":
+        return (
+            f"optimizer.kind is {config.kind}, which needs whole rows of a matrix, but "
+            "parallel.dense is deepspeed, which splits parameters at any number; use fsdp, or "
+            "adamw."
+        )
     if isinstance(config, MuonConfig) and parallel.expert_tp > 1:
         return (
             f"optimizer.kind is muon, which needs whole matrices, but parallel.expert_tp is "

@@ -45,7 +45,7 @@ class MasterOptimizer:
         for rule, parameters in self._parts:
             rule.update(parameters, lr, self._done)
         self._done += 1
-        self._write_parameters()
+        self._write()
 
     def state_of(self, parameter: nn.Parameter) -> tuple[Tensor, ...]:
         """Return a parameter's master weight and its state."""
@@ -64,15 +64,16 @@ class MasterOptimizer:
                 held.steps.fill_(rule.steps_seen(held, done))
 
     def restore_parameters(self) -> None:
-        """Copy loaded masters into the parameters, those of other ranks too; all ranks call it."""
-        self._write_parameters()
+        """Copy freshly loaded masters into the parameters, those of other ranks too; all ranks
+        call it."""
         for held in self._held:
             part = flat_part(held.parameter)
-            if part is not None:  # after a step, DeepSpeed does that
+            if part is not None:  # in a step, DeepSpeed does it
                 part.refresh()
+        self._write()
 
-    def _write_parameters(self) -> None:
-        """Copy new masters into the parameters; all ranks call it."""
+    def _write(self) -> None:
+        """Copy masters into the parameters, those of experts on all ranks that hold them."""
         for held in self._held:
             held.write()
         if self._shards is not None:

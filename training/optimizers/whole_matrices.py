@@ -21,7 +21,7 @@ class WholeMatrices:
     """The ranks that hold a run's dense parameters, whole or by rows."""
 
     def __init__(self, mesh: Mesh) -> None:
-        self._group, self._rank, self._size = mesh.dp_group, mesh.rank, mesh.world_size
+        self._group, self._rank, self._size = mesh.dp_group, mesh.dp_rank, mesh.dp_size
 
     def apply(
         self,

@@ -45,25 +45,33 @@ def check_same_start(config: RunConfig, watch: Watch | None) -> None:
     check_same(code, "install the same versions on all hosts", watch)
 
 
-def check_same(facts: Facts, remedy: str, watch: Watch | None) -> None:
+def check_same(
+    facts: Facts, remedy: str, watch: Watch | None, *, are_partial: bool = False
+) -> None:
     """Raise :class:`ConfigError` on all ranks, naming the first fact that differs between them.
 
-    Facts are JSON values.
+    Facts are JSON values. With ``are_partial`` a rank may lack facts, and each is compared with
+    that of the first rank that has it.
     """
     if watch is None:
         return
     everyone = watch.gather(facts)
 
+    def first_with(key: str) -> int:
+        return next(rank for rank, theirs in enumerate(everyone) if key in theirs)
+
     def judge() -> None:
         for rank, theirs in enumerate(everyone):
-            differing = [key for key in _keys(facts, theirs) if facts.get(key) != theirs.get(key)]
-            if not differing:
+            keys = theirs if are_partial else _keys(facts, theirs)
+            pairs = [(key, first_with(key) if are_partial else 0) for key in keys]
+            pairs = [(k, first) for k, first in pairs if everyone[first].get(k) != theirs.get(k)]
+            if not pairs:
                 continue
-            key = differing[0]
-            more = f" ({len(differing) - 1} more differ)" if len(differing) > 1 else ""
+            key, first = pairs[0]
+            more = f" ({len(pairs) - 1} more differ)" if len(pairs) > 1 else ""
             raise ConfigError(
                 f"{key} is {_shown(theirs, key)} on {watch.where(rank)}, but "
-                f"{_shown(facts, key)} on {watch.where(0)}{more}; {remedy}."
+                f"{_shown(everyone[first], key)} on {watch.where(first)}{more}; {remedy}."
             )
 
     watch.on_rank_0(judge)
@@ -86,7 +94,8 @@ def check_same_beginning(data: Data, decoder: Decoder, watch: Watch | None) -> N
     for name, parameter in decoder.named_parameters():
         if name not in experts:
             facts[f"the hash of the weight {name}"] = _digest(parameter.detach())
-    check_same(facts, "give all hosts the same files", watch)
+    remedy = "give all hosts the same files"
+    check_same(facts, remedy, watch, are_partial=True)  # stages have different weights
 
 
 def _digest(tensor: Tensor) -> str:

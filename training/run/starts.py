@@ -14,24 +14,31 @@ from ...parallel.dense.gradients import expert_parameter_names
 from ...parallel.dense.local_part import whole_shape
 from ...parallel.mesh import Mesh
 from ..config import RunConfig
+from ..device import device
 
 STARTS = "starts.jsonl"
 GIT_LIMIT_S = 10
 
 
-def note_start(run_dir: Path, step: int, config: RunConfig, decoder: Decoder, mesh: Mesh) -> None:
-    """Append this start of the program, from ``step``, to ``starts.jsonl``."""
-    device = decoder.embed_tokens.weight.device
+def note_start(
+    run_dir: Path, step: int, config: RunConfig, parameters: dict[str, int], mesh: Mesh
+) -> None:
+    """Append this start of the program, from ``step``, to ``starts.jsonl``.
+
+    ``parameters`` are those of :func:`count_parameters`.
+    """
+    here = device()
     facts = {
         "step": step,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "ranks": mesh.world_size,
+        "pp": mesh.pp_size,
         "ep": mesh.ep_size,
         "expert_tp": mesh.expert_tp_size,
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "device": torch.cuda.get_device_name(here) if here.type == "cuda" else "CPU",
         "precision": config.train.precision,
-        **count_parameters(decoder, mesh),
+        **parameters,
         "moeyard": version_and_commit(),
         "torch": torch.__version__,
     }
@@ -40,7 +47,10 @@ def note_start(run_dir: Path, step: int, config: RunConfig, decoder: Decoder, me
 
 
 def count_parameters(decoder: Decoder, mesh: Mesh) -> dict[str, int]:
-    """Return the parameters of the whole model, and those that one token uses."""
+    """Return the parameters of the whole model, and those that one token uses.
+
+    All ranks call it.
+    """
     expert_names = expert_parameter_names(decoder)
     dense, experts = 0, 0
     for name, parameter in decoder.named_parameters():
@@ -48,8 +58,10 @@ def count_parameters(decoder: Decoder, mesh: Mesh) -> dict[str, int]:
             # Each slice of the inner width comes with the whole of this bias, but only one trains.
             slices = 1 if name.endswith("fc2_bias") else mesh.expert_tp_size
             experts += parameter.numel() * mesh.ep_size * slices
-        else:
+        elif decoder.stage.start == 0 or name != "embed_tokens.weight":  # tied: in two stages
             dense += whole_shape(parameter).numel()
+    stages = mesh.of_all_stages([(dense, experts)])
+    dense, experts = (sum(parts) for parts in zip(*stages, strict=True))
     moe = decoder.config.moe
     active = experts * moe.router.k // moe.num_experts if moe is not None else 0
     return {"parameters": dense + experts, "active_parameters": dense + active}

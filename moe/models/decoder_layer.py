@@ -1,0 +1,132 @@
+"""A layer of a decoder: attention, then an MLP or experts.
+
+T tokens, D model width.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from ...kernels.experts import Backend
+from ..attention.backend import backends, run_attention
+from ..attention.grouped_query import Attention
+from ..attention.latent import LatentAttention
+from ..attention.parts import Part
+from ..batch import Batch
+from ..config.model import ModelConfig
+from ..gated_mlp import GatedMLP
+from ..layer import MoELayer
+from ..norm import RMSNorm
+from ..routers.routing import Lookahead, RouterInput, Routing
+
+
+class LayerOutput(NamedTuple):
+    """The result of a layer's forward."""
+
+    x_TD: Tensor
+    """The residual stream after the layer."""
+    routing: Routing | None = None
+    """The layer's choice; None if it is dense."""
+    next_routing: Routing | None = None
+    """The choice of the next MoE layer, if its router reads what this one's experts read."""
+    mlp_input_TD: Tensor | None = None
+    """What the experts read, if the caller asks for it."""
+
+
+class DecoderLayer(nn.Module):
+    """Attention and an MLP or MoE layer, each behind a norm and inside a residual.
+
+    Routers run where their look-ahead says, and choices are announced to the experts immediately.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: int,
+        expert_ids: Sequence[int] | None = None,
+        backend: Backend = "auto",
+        token_counts: Sequence[int] | None = None,
+        recompute_experts: bool = False,
+        token_embeddings: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.layer = layer
+        self.input_layernorm = RMSNorm(config.d_model, config.rms_eps)
+        self.self_attn: Attention | LatentAttention
+        if config.attention.latent is None:
+            self.self_attn = Attention(config, layer)
+        else:
+            self.self_attn = LatentAttention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.d_model, config.rms_eps)
+        self.mlp: MoELayer | GatedMLP
+        if config.moe is not None and config.is_moe(layer):
+            self.mlp = MoELayer(
+                config.d_model,
+                config.moe.d_expert,
+                config.moe.num_experts,
+                config.router(layer),
+                config.moe.activation,
+                config.moe.d_shared,
+                shared_gate=config.moe.shared_gate,
+                expert_bias=config.moe.expert_bias,
+                vocab_size=config.vocabulary,
+                layer=layer,
+                token_counts=token_counts,
+                expert_ids=expert_ids,
+                backend=backend,
+                recompute=recompute_experts,
+                token_embeddings=token_embeddings,
+            )
+        else:
+            assert config.d_ff is not None, "the configuration was not validated"
+            self.mlp = GatedMLP(config.d_model, config.d_ff)
+        self._attention_backends = backends(layer, config.rms_eps)
+
+    def forward(
+        self,
+        x_TD: Tensor,
+        batch: Batch,
+        parts: Sequence[Part],
+        routing: Routing | None,
+        following: tuple[int, MoELayer] | None,
+        keeps_mlp_input: bool = False,
+    ) -> LayerOutput:
+        """Run the layer.
+
+        ``routing`` is this layer's choice if it was made earlier. ``following`` is the next MoE
+        layer and its index, if its router reads what this layer's experts read (pre-gating).
+        """
+        if isinstance(self.mlp, MoELayer) and self.mlp.lookahead is Lookahead.ATTENTION_INPUT:
+            routing = choose(self.layer, self.mlp, x_TD, batch)
+            self.mlp.experts.announce(routing)
+        x_TD, mlp_input_TD = run_attention(self._attention_backends, self._modules, x_TD, parts)
+        if isinstance(self.mlp, GatedMLP):
+            return LayerOutput(x_TD + self.mlp(mlp_input_TD))
+        if routing is None:
+            routing = choose(self.layer, self.mlp, mlp_input_TD, batch)
+        next_routing = None
+        if following is not None:
+            next_routing = choose(*following, mlp_input_TD, batch)
+            self.mlp.experts.keep(routing)  # prefetching the next layer's must not evict them
+            following[1].experts.announce(next_routing)
+        y_TD, routing = self.mlp(mlp_input_TD, routing=routing)
+        kept_TD = mlp_input_TD if keeps_mlp_input else None
+        return LayerOutput(x_TD + y_TD, routing, next_routing, kept_TD)
+
+
+def choose(index: int, layer: MoELayer, x_TD: Tensor | None, batch: Batch) -> Routing:
+    """Return the choice of decoder layer ``index``, or replay the one that the batch has for it."""
+    router_input = RouterInput(
+        x_TD,
+        batch.ids_T,
+        batch.positions_T,
+        lengths=batch.lengths,
+        tasks_T=batch.tasks_T,
+        timesteps_T=batch.timesteps_T,
+        draw_keys=batch.draw_keys,
+        previous_ids_T=batch.previous_ids_T,
+    )
+    if batch.routes is None:
+        return layer.gate.route(router_input)
+    return layer.gate.route_to(router_input, batch.routes[index])

@@ -1,0 +1,1 @@
+"""Layers split over ranks: how rows pass from stage to stage."""

@@ -1,0 +1,3 @@
+"""What the watch calls the work of stages."""
+
+WAITING = "the passing of rows between stages"
