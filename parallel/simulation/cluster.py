@@ -109,9 +109,9 @@ class Cluster(_Part):
     between_nodes: Network | None = None
     """Links between nodes."""
     collectives: Literal["nccl", "gloo"] = "nccl"
-    """Who carries messages. With gloo, links inside a node and between nodes take turns, FSDP's
-    gathers and sums wait for each other and for the computation, and a reduce-scatter moves as many
-    bytes as an all-reduce."""
+    """Who carries messages. With gloo, links inside a node and between nodes take turns in an
+    all-to-all, FSDP's gathers and sums wait for each other and for the computation, and a
+    reduce-scatter moves as many bytes as an all-reduce."""
     contention: float = Field(default=0.0, ge=0, le=1)
     """How much longer links and computation take while both work: 0 = they do not disturb each
     other, 1 = overlap gains nothing."""

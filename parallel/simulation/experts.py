@@ -31,21 +31,30 @@ class Travel:
     """Copies of rows that arrive at it, those from itself included."""
     node_copies: float
     """Copies that arrive from the ranks of equal number on each node, for the hierarchical path."""
+    card_copies: float
+    """Copies for each rank of those that share the busiest network card."""
 
     @classmethod
-    def of(cls, choices: Choices, shares_RE: Array, tokens: int, per_node: int) -> "Travel":
+    def of(
+        cls, choices: Choices, shares_RE: Array, tokens: int, per_node: int, per_card: int = 1
+    ) -> "Travel":
         """Return the travel of ranks with ``tokens`` each.
 
-        ``shares_RE`` says which rank computes which share of an expert's rows.
+        ``shares_RE`` says which rank computes which share of an expert's rows. Of the ``per_node``
+        ranks of a node, ``per_card`` share a network card.
         """
         num_ranks = len(shares_RE)
         loads_R = shares_RE @ choices.visits_E()
         shares_NE = shares_RE.reshape(num_ranks // per_node, per_node, -1).sum(axis=1)
         visits_R, visits_N = choices.visits_R(shares_RE), choices.visits_R(shares_NE)
+        # Cards whose ranks do not fill them evenly count as those of one rank each.
+        per_card = per_card if num_ranks % per_card == 0 else 1
+        visits_C = visits_R.reshape(-1, per_card).mean(axis=1)
         return cls(
             rows=float(num_ranks * tokens * loads_R.max()),
             copies=float(num_ranks * tokens * visits_R.max()),
             node_copies=float(len(shares_NE) * tokens * visits_N.max()),
+            card_copies=float(num_ranks * tokens * visits_C.max()),
         )
 
 
@@ -120,7 +129,8 @@ class Layer:
         """Return the cost model of a path, as a run would measure it."""
         fold, links = self.compute.fold, self.links
         ep = fold.ep
-        first, second = links.all_to_all(ep), FREE
+        shared = self.travel.card_copies / self.travel.copies if self.travel.copies else 1.0
+        first, second = links.all_to_all(ep, shared if kind == "all_to_all" else 1.0), FREE
         back = second
         if kind == "hierarchical":
             first = links.all_to_all(Group(ep.nodes, 1))

@@ -24,6 +24,7 @@ class Links:
     between_all_to_all_s: float
     inside_latency_s: float
     between_latency_s: float
+    ranks_per_card: int
     inside_message_s: float
     between_message_s: float
     leaf_nodes: int | None
@@ -44,6 +45,7 @@ class Links:
             between_all_to_all_s=between_all_to_all_s,
             inside_latency_s=inside.latency if inside else 0.0,
             between_latency_s=between.latency if between else 0.0,
+            ranks_per_card=sharing,
             inside_message_s=inside.message if inside else 0.0,
             between_message_s=between.message if between else 0.0,
             leaf_nodes=between.leaf_nodes if between else None,
@@ -69,8 +71,9 @@ class Links:
         leaving = (nodes - leaf) / (nodes - 1)
         return byte_s * max(1.0, leaving * self.oversubscription)
 
-    def all_to_all(self, group: Group) -> Linear:
-        """Return the line of an all-to-all, by the bytes that a rank sends, to itself included.
+    def all_to_all(self, group: Group, on_cards: float = 1.0) -> Linear:
+        """Return the line of an all-to-all, by the bytes that the busiest rank sends, to itself
+        included. Ranks that share the busiest card send ``on_cards`` times as much on average.
 
         The links inside a node and between nodes work at the same time, with gloo in turns.
         Messages are issued one after the other.
@@ -79,9 +82,10 @@ class Links:
         if size == 1:
             return FREE
         inside = (near - 1) / size * self.inside_all_to_all_s
-        between = (size - near) / size * self.far_s(group)
+        between = (size - near) / size * self.far_s(group) * on_cards
         messages = (near - 1) * self.inside_message_s + (size - near) * self.between_message_s
-        return Linear(self.latency(group) + messages, self._together(inside, between))
+        byte_s = inside + between if self.is_gloo else max(inside, between)
+        return Linear(self.latency(group) + messages, byte_s)
 
     def all_reduce(self, group: Group) -> Linear:
         """Return the line of a sum, by the bytes of the buffer: a ring sends 2 (P-1)/P of them.
@@ -99,10 +103,6 @@ class Links:
         """Return the line of a sum whose parts stay on their ranks, by the bytes of the whole."""
         return self._ring(group, 2.0 if self.is_gloo else 1.0)
 
-    def _together(self, inside: float, between: float) -> float:
-        """Return the seconds of a byte over two levels, which with gloo take turns."""
-        return inside + between if self.is_gloo else max(inside, between)
-
     def _ring(self, group: Group, rounds: float) -> Linear:
         if group.size == 1:
             return FREE
@@ -111,7 +111,8 @@ class Links:
         between = self.between_s / group.per_node if group.nodes > 1 else 0.0
         steps = math.ceil(math.log2(group.nodes)) * self.between_latency_s
         steps += math.ceil(math.log2(group.per_node)) * self.inside_latency_s
-        return Linear(rounds * steps, share * self._together(inside, between))
+        # The hops of a ring work at the same time, and the slowest one sets the pace.
+        return Linear(rounds * steps, share * max(inside, between))
 
 
 def _byte_s(link: Link | None, sharing: int) -> tuple[float, float]:

@@ -58,13 +58,14 @@ def place(
         waiting_s = _waiting(placement, costs, load_E, topology)
         before = link_rows(owners, load_E, topology)
         scale = link_rows(placement, load_E, topology) / before if before else 1.0
-    owned = Travel.of(choices, _shares(owners, topology), fold.tokens, fold.ep.per_node)
+    ranks = (fold.tokens, fold.ep.per_node, min(links.ranks_per_card, fold.ep.per_node))
+    owned = Travel.of(choices, _shares(owners, topology), *ranks)
     travel = owned
     if placement is not owners:
         # Rows of copied experts stay nearer: links carry fewer by the same share as rows.
-        copied = Travel.of(choices, _shares(placement, topology), fold.tokens, fold.ep.per_node)
-        node_copies = owned.node_copies * scale
-        travel = Travel(copied.rows, owned.copies * scale, node_copies)
+        copied = Travel.of(choices, _shares(placement, topology), *ranks)
+        fewer = (owned.copies * scale, owned.node_copies * scale, owned.card_copies * scale)
+        travel = Travel(copied.rows, *fewer)
     mean = fold.tokens * choices.k
     return Placed(placement, travel, waiting_s, travel.rows / mean, owned.rows / mean)
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from simulation_cases import cluster_of, model_of, work_of
@@ -108,6 +109,30 @@ def test_collectives_send_what_rings_and_all_to_alls_send():
     assert links.all_to_all(inside).seconds(800) == pytest.approx(700 / 100)
     one = Group(1, 1)
     assert links.all_reduce(one).seconds(8) == links.all_to_all(one).seconds(8) == 0
+
+
+def test_ranks_that_share_a_card_fill_it_by_their_mean():
+    odds_E = np.array([4.0, 1, 1, 1])
+    visits_R = Choices(odds_E, 1).visits_E()  # an expert on each of four ranks
+    travel = Travel.of(Choices(odds_E, 1), np.eye(4), 10, per_node=2, per_card=2)
+    assert travel.copies == pytest.approx(40 * visits_R[0])
+    assert travel.card_copies == pytest.approx(40 * (visits_R[0] + visits_R[1]) / 2)
+    assert Travel.of(Choices(odds_E, 1), np.eye(4), 10, 2).card_copies == travel.copies
+    links, everyone = Links.of(cluster_of(), 8), Group(16, 8)
+    whole, half = links.all_to_all(everyone).beta, links.all_to_all(everyone, 0.5).beta
+    assert half == pytest.approx(whole / 2)
+
+
+def test_a_ring_has_the_pace_of_its_slowest_hop():
+    slow = {"bandwidth": "10B/s", "achieved": 1.0, "latency": "0s"}
+    cluster = cluster_of(
+        collectives="gloo",
+        inside_node={**slow, "bandwidth": "5B/s"},
+        between_nodes={**slow, "gpus_per_nic": 8},
+    )
+    # The ring between nodes has the whole card, 10 B/s, and a hop inside a node 5 B/s.
+    ring = Links.of(cluster, 8).all_reduce(Group(16, 8))
+    assert ring.seconds(80) == pytest.approx(2 * 15 / 16 * 80 / 5)
 
 
 def test_a_processor_packs_at_its_own_rate_whatever_the_link_has():
