@@ -244,7 +244,7 @@ BAD = {
     "heads": ("model.num_kv_heads=3", "num_heads is 4, which num_kv_heads = 3 does not divide"),
     "accumulation": ("train.accumulation=3", "train.batch_sequences is 8, which train.accum"),
     "too_long": ("train.sequence_length=300", "but model.max_positions is 256"),
-    "dense": ("parallel.dense=zero", "parallel.dense: it is 'zero', but should be 'ddp', 'fsdp' or 'deepspeed'"),
+    "dense": ("parallel.dense=zero", "it is 'zero', but should be 'ddp', 'fsdp' or 'deepspeed'"),
     "ep_experts": ("parallel.ep=3", "parallel.ep is 3, which does not divide the 1 rank"),
     "ep_dense": ("model.moe=null|model.d_ff=8|parallel.ep=2", "but the model has no experts"),
     "no_width": ("model.moe=null", "d_ff is missing"),
