@@ -14,5 +14,5 @@ class CheckpointConfig(Section):
     """Newest checkpoints kept."""
     asynchronous: bool = False
     """Write checkpoints while training goes on. Training stops only until the tensors are copied,
-    so each rank holds its part of a checkpoint once more, in host memory. A save that is due while
-    the last one is being written waits for it. The last save of a run is written at once."""
+    so each rank keeps a second copy of its part in host memory. A save that is due while the last
+    one is being written waits for it. The last save of a run is written at once."""

@@ -23,7 +23,7 @@ class FlatPart:
     """The numbers of one parameter from ``start`` on that this rank holds, perhaps none."""
 
     shape: tuple[int, ...]
-    """Of the whole parameter, which may be empty while nobody needs it."""
+    """Of the whole parameter, which may be empty while no one needs it."""
     start: int
     local: Tensor
     """The master weights, ``[numbers]``."""

@@ -108,6 +108,29 @@ def test_loads_come_from_a_route_file_of_this_model_alone(tmp_path, capsys):
     assert "belongs to another model" in said and said.count("\n") == 1
 
 
+def test_owners_of_a_plan_are_in_the_json(tmp_path, capsys):
+    from moeyard.moe.routes.identity import identity_of
+    from moeyard.parallel.planning.plan_file import LayerPlan, PlanFile, write_plan
+    from moeyard.training.on_paper import read_paper_config, workload_of
+
+    model = workload_of(read_paper_config(Path(TINY))).model
+    owner = tuple(expert % 2 for expert in range(model.moe.num_experts))
+    layers = tuple(
+        LayerPlan(layer=layer, owner=owner, holders=tuple((rank,) for rank in owner))
+        for layer in model.moe_layers
+    )
+    numbers = {"num_experts": model.moe.num_experts, "ranks": 2, "ranks_per_node": 2}
+    path = tmp_path / "plan.json"
+    architecture = identity_of(model).architecture
+    write_plan(path, PlanFile(architecture=architecture, kind="hand", layers=layers, **numbers))
+    copies = f"parallel.copies={{plan: {path}, max_bytes: 1}}"
+    given = (TINY, "parallel.ep=2", copies, "--gpus", "8", "--json")
+    assert simulate(*given) == 0
+    found = json.loads(capsys.readouterr().out)["predictions"][0]["layers"]
+    assert [layer["placement"]["kind"] for layer in found] == ["owners"] * len(layers)
+    assert found[0]["placement"]["owner"] == list(owner)
+
+
 @pytest.mark.parametrize(
     "given, wanted",
     [

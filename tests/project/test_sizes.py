@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
-FOLDERS = ("kernels", "moe", "parallel", "training", "serving")
+FOLDERS = ("kernels", "moe", "parallel", "training", "serving", "commands")
 LONGEST_FILE, LONGEST_FUNCTION = 250, 60
 TABLES = {"kernels/cpu/structures.py"}
 """Files of data, a line each."""

@@ -35,7 +35,7 @@ class MuonConfig(OptimizerConfig):
     momentum: Beta = 0.95
     """How much of its running mean of the gradient Muon keeps each step."""
     nesterov: bool = True
-    """Mix the gradient into the running mean once more before it is made orthogonal."""
+    """Nesterov's momentum: the running mean looks a step ahead before it is made orthogonal."""
     newton_schulz_steps: int = Field(default=5, ge=1, le=20)
     """Steps that make a matrix orthogonal; each is three matrix products."""
 
