@@ -11,7 +11,6 @@ from ..configuration import read_values, with_others
 from ..errors import ConfigError
 from ..training.key_check import check_keys
 from .options import Parsers, add_allow_code, add_command
-from .simulate_output import as_json, as_table
 
 if TYPE_CHECKING:
     from ..parallel.planning.placement import Placement
@@ -84,6 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
     cluster = _cluster(arguments)
 
     from ..moe.routers.own_code import allow
+    from ..parallel.simulation.output import as_json, as_table
     from ..parallel.simulation.step import simulate
     from ..training.on_paper import owners_of, read_paper_config, workload_of
 

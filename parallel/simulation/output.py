@@ -4,12 +4,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from ..parallel.planning.placement import Placement
-    from ..parallel.simulation.cluster import Cluster
-    from ..parallel.simulation.step import Prediction
+from ..planning.placement import Placement
+from .cluster import Cluster
+from .placed import mean_share
+from .sizes import Sizes
+from .step import Prediction
 
 BILLION = 1e9
 LEGEND = """\
@@ -21,10 +22,8 @@ busiest: rows of the fullest rank over the mean; copies: of experts, on all rank
 """
 
 
-def as_table(config: Path, found: "Sequence[Prediction]", notes: Sequence[str]) -> str:
+def as_table(config: Path, found: Sequence[Prediction], notes: Sequence[str]) -> str:
     """Return a table of predictions for the run of ``config``, its legend and the notes."""
-    from ..parallel.simulation.sizes import Sizes
-
     first = found[0]
     sizes = Sizes.of(first.work.model)
     lines = [
@@ -43,9 +42,7 @@ def as_table(config: Path, found: "Sequence[Prediction]", notes: Sequence[str]) 
     return "\n".join([*lines, legend, *notes]).rstrip() + "\n"
 
 
-def _line(found: "Prediction") -> str:
-    from ..parallel.simulation.placed import mean_share
-
+def _line(found: Prediction) -> str:
     share, _ = mean_share(found.placed)
     cost = found.cost_of(BILLION)
     mark = " " if found.fits else "!"
@@ -59,7 +56,7 @@ def _line(found: "Prediction") -> str:
     )
 
 
-def _schedule(found: "Prediction") -> str:
+def _schedule(found: Prediction) -> str:
     """Return the way of rows that most MoE layers have."""
     if not found.schedules or found.work.ep * found.work.expert_tp == 1:
         return "-"
@@ -67,7 +64,7 @@ def _schedule(found: "Prediction") -> str:
     return max(dict.fromkeys(ways), key=ways.count)
 
 
-def as_json(cluster: "Cluster", found: "Sequence[Prediction]", notes: Sequence[str]) -> str:
+def as_json(cluster: Cluster, found: Sequence[Prediction], notes: Sequence[str]) -> str:
     """Return everything about predictions on ``cluster``."""
     values = {
         "measured": False,
@@ -78,7 +75,7 @@ def as_json(cluster: "Cluster", found: "Sequence[Prediction]", notes: Sequence[s
     return json.dumps(values, indent=1) + "\n"
 
 
-def _values(found: "Prediction") -> dict[str, Any]:
+def _values(found: Prediction) -> dict[str, Any]:
     """Return a prediction for JSON."""
     return {
         "gpus": found.fold.world.size,
@@ -106,9 +103,9 @@ def _values(found: "Prediction") -> dict[str, Any]:
     }
 
 
-def _holders(placement: "Placement") -> dict[str, Any]:
+def _holders(placement: Placement) -> dict[str, Any]:
     """Return where experts are: neighbours on a rank in one word, anything else in full."""
-    if placement == type(placement).contiguous(placement.num_experts, placement.num_ranks):
+    if placement == Placement.contiguous(placement.num_experts, placement.num_ranks):
         return {"kind": "contiguous"}
     kind = "copies" if any(placement.copies_R()) else "owners"
     return {"kind": kind, **placement.as_dict()}
