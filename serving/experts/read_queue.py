@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Condition
+from typing import Protocol
 
 from .policies.policy import Key
 
@@ -39,6 +40,34 @@ class _Waiting:
     def pop(self) -> Read | None:
         queue = self.urgent or self.early
         return queue.popleft() if queue else None
+
+
+class Reads(Protocol):
+    """What runs reads: threads, or a replay's clock."""
+
+    def submit(self, read: Read) -> None:
+        """Start a read as soon as possible."""
+        ...
+
+    def make_urgent(self, read: Read) -> None:
+        """Move an early read to the urgent ones."""
+        ...
+
+    def cancel(self, read: Read) -> bool:
+        """Take back a read that has not begun; say whether that was so."""
+        ...
+
+    def wait_for_any(self, reads: Collection[Read]) -> list[Read]:
+        """Return those of ``reads`` that are done, once there is one."""
+        ...
+
+    def wait_for_all(self, reads: Collection[Read]) -> None:
+        """Return when all of ``reads`` are done."""
+        ...
+
+    def close(self) -> None:
+        """Stop. Reads that have not begun fail."""
+        ...
 
 
 class ReadQueue:
