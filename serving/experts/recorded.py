@@ -10,7 +10,7 @@ import numpy as np
 
 from ...errors import DataError
 from ...moe.routes.reader import RouteFile
-from ...moe.routes.rows import Phase, Routes, joined
+from ...moe.routes.rows import Array, Phase, Routes, joined
 from .forwards import Forward
 from .policies.policy import Key
 
@@ -22,6 +22,8 @@ class RecordedForward:
     forward: Forward
     rows_of_L: tuple[dict[int, int], ...]
     """For each MoE layer: expert -> rows of the forward that chose it, in rising order."""
+    experts_NLK: Array
+    """As recorded; -1 = none."""
 
     @property
     def num_rows(self) -> int:
@@ -89,4 +91,4 @@ def _forward(rows: Routes, num_experts: int, first_sequence: int) -> RecordedFor
         counts_E = np.bincount(chosen[chosen >= 0], minlength=num_experts)
         needed = np.flatnonzero(counts_E)
         rows_of_L.append(dict(zip(needed.tolist(), counts_E[needed].tolist(), strict=True)))
-    return RecordedForward(forward, tuple(rows_of_L))
+    return RecordedForward(forward, tuple(rows_of_L), rows.experts_NLK)

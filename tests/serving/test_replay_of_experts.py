@@ -3,6 +3,7 @@
 import itertools
 import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -87,11 +88,14 @@ def test_a_run_counts_what_the_replay_of_its_routes_counts(
 def random_forwards(chance: random.Random, turns: int, layers: int, experts: int, most: int):
     found = []
     for _ in range(turns):
+        experts_NLK = np.full((1, layers, most), -1)
         rows_of_L = []
-        for _ in range(layers):
+        for place in range(layers):
             chosen = sorted(chance.sample(range(experts), chance.randint(1, most)))
+            experts_NLK[0, place, : len(chosen)] = chosen
             rows_of_L.append(dict.fromkeys(chosen, 1))
-        found.append(RecordedForward(Forward((0,), (Phase.DECODE,), (1,)), tuple(rows_of_L)))
+        forward = Forward((0,), (Phase.DECODE,), (1,))
+        found.append(RecordedForward(forward, tuple(rows_of_L), experts_NLK))
     return found
 
 
