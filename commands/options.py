@@ -82,6 +82,12 @@ def add_expert_store(parser: argparse.ArgumentParser) -> None:
         default="lru",
         help="which expert leaves memory when another one is needed",
     )
+    parser.add_argument(
+        "--expert-reader",
+        choices=("auto", "buffered", "direct"),
+        default="auto",
+        help="through the page cache, around it, or what a probe at the start finds better",
+    )
 
 
 def add_dtype(parser: argparse.ArgumentParser) -> None:

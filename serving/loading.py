@@ -50,6 +50,7 @@ def load(
     ignore_unused_weights: bool = False,
     allow_code: str | Sequence[str] = (),
     expert_policy: str | Policy = "lru",
+    expert_reader: str = "auto",
 ) -> LanguageModel:
     """Open a Hugging Face MoE model or a run's export as a model ready to call.
 
@@ -69,7 +70,7 @@ def load(
     Raises :class:`ModelFileError` for a folder that is damaged or of an unknown kind and for a
     model that cannot be downloaded, and :class:`ConfigError` for arguments that do not fit.
     """
-    options = StoreOptions(policy=expert_policy)
+    options = StoreOptions(policy=expert_policy, reader=expert_reader)
     model, _ = open_model(
         folder, dtype, device, expert_memory, ignore_unused_weights, allow_code, options
     )

@@ -41,6 +41,8 @@ class ServeArgs(BaseModel):
     """Bound on the experts kept in memory (2GiB, 25%); None keeps all."""
     expert_policy: str = "lru"
     """Which expert leaves memory when another one is needed."""
+    expert_reader: Literal["auto", "buffered", "direct"] = "auto"
+    """Read experts through the page cache, around it, or as a probe at the start finds better."""
     dtype: Annotated[Literal["fp32", "bf16"], BeforeValidator(short_name)] | None = None
     """``bf16`` (or ``bfloat16``), ``fp32`` (or ``float32``); None = as stored."""
     max_num_seqs: int = Field(default=8, ge=1)
@@ -103,7 +105,7 @@ class ServeArgs(BaseModel):
     @property
     def store_options(self) -> StoreOptions:
         """How the expert store works."""
-        return StoreOptions(policy=self.expert_policy)
+        return StoreOptions(policy=self.expert_policy, reader=self.expert_reader)
 
     def open_tokenizer(self) -> ServingTokenizer:
         """Open the model's tokenizer."""

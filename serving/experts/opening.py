@@ -4,12 +4,16 @@ import torch
 
 from ...moe.folders.expert_slots import empty_experts, expert_bytes
 from ...moe.folders.folder import ModelFolder
+from ...moe.folders.tensor_names import dense_tensors
 from ...moe.routes.identity import identity_of
+from ..memory import available_bytes
 from .budget import count_slots
 from .options import StoreOptions
 from .policies.policy import CacheFacts
 from .policies.table import open_policy
 from .read_queue import ReadQueue
+from .reading.choose import plan_reads
+from .reading.sidecar import LearnedHashes
 from .store import ExpertStore
 from .tiers.disk import DiskTier
 
@@ -18,10 +22,13 @@ def open_store(
     folder: ModelFolder,
     dtype: torch.dtype,
     budget_bytes: int,
-    num_threads: int = 4,
+    num_threads: int | None = None,
     options: StoreOptions | None = None,
 ) -> ExpertStore:
-    """Return a store of the experts of a model folder, with as many slots as a budget holds."""
+    """Return a store of the experts of a model folder, with as many slots as a budget holds.
+
+    ``num_threads`` read; None = as many as a probe of the device finds best.
+    """
     options = options or StoreOptions()
     num_slots = count_slots(folder, dtype, budget_bytes)
     config, moe = folder.config, folder.config.moe
@@ -29,11 +36,23 @@ def open_store(
     facts = CacheFacts(
         tuple(config.moe_layers), moe.num_experts, num_slots, identity_of(config).architecture
     )
+    slot_bytes = expert_bytes(config, dtype, folder.packed)
+    plan = plan_reads(folder, options.reader, _free_next_to(folder, dtype, num_slots * slot_bytes))
+    learned = None
+    if folder.hashes is None:
+        learned = folder.hashes = LearnedHashes(folder)
     return ExpertStore(
         facts,
-        slot_bytes=expert_bytes(config, dtype, folder.packed),
+        slot_bytes=slot_bytes,
         memory=empty_experts(config, num_slots, dtype, folder.packed),
         tier=DiskTier(folder),
-        reads=ReadQueue(num_threads),
+        reads=ReadQueue(num_threads or plan.threads, at_end=learned and learned.save),
         policy=open_policy(options.policy, facts),
+        read_plan=plan,
     )
+
+
+def _free_next_to(folder: ModelFolder, dtype: torch.dtype, slots_bytes: int) -> int:
+    """Return the memory that will be free for the page cache when the model is loaded."""
+    others = sum(tensor.numel() for _, tensor in dense_tensors(folder.config)) * dtype.itemsize
+    return max(0, available_bytes() - slots_bytes - others)

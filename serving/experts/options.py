@@ -11,3 +11,5 @@ class StoreOptions:
 
     policy: str | Policy = "lru"
     """Which expert leaves memory: a name of ``policies/table.py``, or an object."""
+    reader: str = "auto"
+    """``buffered`` reads through the page cache, ``direct`` around it; ``auto`` measures."""

@@ -1,7 +1,8 @@
 """Reads of experts by a few threads: what compute waits for goes first.
 
-A read consists of parts (chunks of an expert's bytes), done in order. Between the parts of an early read a thread checks
-for urgent reads; if there are any, it puts the early read back and serves them first.
+A read consists of parts (chunks of an expert's bytes), done in order. Between the parts of an early
+read a thread checks for urgent reads; if there are any, it puts the early read back and serves them
+first.
 """
 
 from collections import deque

@@ -21,6 +21,7 @@ from .forwards import Forward
 from .policies.errors import no_victim
 from .policies.policy import CacheFacts, Key, Policy
 from .read_queue import Read, Reads
+from .reading.plan import ReadPlan
 from .slots import Slots, StoreCounts
 from .tiers.tier import Tier
 from .traffic import StoreStatistics
@@ -42,9 +43,11 @@ class ExpertStore:
         reads: Reads,
         policy: Policy,
         clock: Callable[[], float] = time.perf_counter,
+        read_plan: ReadPlan | None = None,
     ) -> None:
         self.num_slots = facts.num_slots
         self.slot_bytes = slot_bytes
+        self.read_plan = read_plan
         self._memory = memory
         self._slots = Slots(facts.num_slots, facts.moe_layers, facts.num_experts)
         self._policy = policy

@@ -2,8 +2,9 @@
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from ....errors import ConfigError
+from ....errors import ConfigError, ModelFileError
 from ....moe.folders.extents import Chunk
 from ....moe.folders.folder import ModelFolder
 from .plan import MODE_TEXT, READERS, Mode, ReadPlan, rate
@@ -12,6 +13,31 @@ from .probe import MAX_BYTES, Way, compare, measure
 SMALL_BYTES = 4 << 20
 """Folders with fewer bytes of experts are not probed."""
 DEFAULT_THREADS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """What the choice depends on, next to measurements."""
+
+    reader: str
+    """What the user asks for."""
+    has_direct: bool
+    share: float
+    """Of the experts on disk that the page cache can hold, from 0 to 1."""
+
+    @property
+    def modes(self) -> Sequence[Mode]:
+        """What is worth comparing."""
+        if self.reader == "direct":
+            return ("direct",)
+        if self.reader == "buffered" or self.share == 1 or not self.has_direct:
+            return ("buffered",)
+        return ("buffered", "direct")
+
+    @property
+    def is_cold(self) -> bool:
+        """Whether most reads will find nothing in the page cache."""
+        return self.share < 1
 
 
 def check_reader(reader: str) -> None:
@@ -25,38 +51,36 @@ def plan_reads(folder: ModelFolder, reader: str, free_bytes: int) -> ReadPlan:
 
     ``free_bytes`` is the memory that is left for the page cache when the model has all it needs.
     Reads up to 256 MiB of experts, for about half a second, to compare threads and the page cache
-    with direct I/O. ``OSError`` where they cannot be read.
+    with direct I/O. Raises :class:`ModelFileError` where they cannot be read.
     """
     check_reader(reader)
-    chunks, total = _chunks(folder), _stored_bytes(folder)
     has_direct = reader != "buffered" and folder.files.open_direct()
     if reader == "direct" and not has_direct:
         raise ConfigError(
             f"expert-reader is 'direct', but the file system of {folder.path} offers no direct "
             "I/O; use auto or buffered."
         )
-    fits = total <= free_bytes
-    modes = _modes(reader, has_direct, fits)
-    is_cold = not fits
-    if total < SMALL_BYTES:
-        plan = ReadPlan(modes[0], DEFAULT_THREADS, _one_by_one(chunks), "there are few of them")
-    else:
-        share = min(1.0, free_bytes / total)
-        ways = compare(chunks, modes, is_cold)
-        best = max(ways, key=lambda way: _with_cache(way, share))
-        bytes_per_s = measure(chunks, best, is_cold)
-        reason = _reason(reader, has_direct, ways, best, share)
-        plan = ReadPlan(best.mode, best.threads, bytes_per_s, reason)
+    total = _stored_bytes(folder)
+    case = _Case(reader, has_direct, min(1.0, free_bytes / total))
+    try:
+        plan = _probe(_chunks(folder), total, case)
+    except OSError as error:
+        raise ModelFileError(
+            f"experts of {folder.path} could not be read: {error}; copy the folder again."
+        ) from None
     folder.is_direct = plan.mode == "direct"
     return plan
 
 
-def _modes(reader: str, has_direct: bool, fits: bool) -> Sequence[Mode]:
-    if reader == "direct":
-        return ("direct",)
-    if reader == "buffered" or fits or not has_direct:
-        return ("buffered",)
-    return ("buffered", "direct")
+def _probe(chunks: Sequence[Chunk], total: int, case: _Case) -> ReadPlan:
+    if total < SMALL_BYTES:
+        way = Way(case.modes[0], 1, 0.0)
+        bytes_per_s = measure(chunks, way, case.is_cold, max_bytes=total)
+        return ReadPlan(way.mode, DEFAULT_THREADS, bytes_per_s, "there are few of them")
+    ways = compare(chunks, case.modes, case.is_cold)
+    best = max(ways, key=lambda way: _with_cache(way, case.share))
+    bytes_per_s = measure(chunks, best, case.is_cold)
+    return ReadPlan(best.mode, best.threads, bytes_per_s, _reason(case, ways, best))
 
 
 def _with_cache(way: Way, share: float) -> float:
@@ -66,21 +90,18 @@ def _with_cache(way: Way, share: float) -> float:
     return way.bytes_per_s / max(1 - share, 0.01)
 
 
-def _reason(
-    reader: str, has_direct: bool, ways: Sequence[Way], best: Way, share: float
-) -> str:
-    if reader != "auto":
+def _reason(case: _Case, ways: Sequence[Way], best: Way) -> str:
+    if case.reader != "auto":
         return "expert-reader says so"
-    if share == 1:
+    if case.share == 1:
         return "all of them fit into the memory that is free next to the slots"
-    if not has_direct:
+    if not case.has_direct:
         return "the file system offers no direct I/O"
     (other,) = (way for way in ways if way.mode != best.mode)
-    compared = (
-        f"reads take that way {rate(best.bytes_per_s)} when nothing stops them, and "
-        f"{rate(other.bytes_per_s)} {MODE_TEXT[other.mode]}"
+    return (
+        f"a burst of reads gets {rate(best.bytes_per_s)} that way and {rate(other.bytes_per_s)} "
+        f"{MODE_TEXT[other.mode]}, and the cache can hold {case.share:.0%} of the experts"
     )
-    return f"{compared}, which can hold {share:.0%} of the experts"
 
 
 def _chunks(folder: ModelFolder) -> list[Chunk]:
@@ -106,7 +127,3 @@ def _stored_bytes(folder: ModelFolder) -> int:
     first = folder.expert_chunks(config.moe_layers[0], 0)
     of_one = sum(chunk.end - chunk.start for chunk in first)
     return of_one * config.moe.num_experts * len(config.moe_layers)
-
-
-def _one_by_one(chunks: Sequence[Chunk]) -> float:
-    return measure(chunks, Way("buffered", 1, 0.0), is_cold=False)

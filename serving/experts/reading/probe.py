@@ -69,9 +69,11 @@ def compare(chunks: Sequence[Chunk], modes: Sequence[Mode], is_cold: bool) -> li
     return [_fewest_threads(ways) for ways in found.values()]
 
 
-def measure(chunks: Sequence[Chunk], way: Way, is_cold: bool) -> float:
+def measure(
+    chunks: Sequence[Chunk], way: Way, is_cold: bool, max_bytes: int = MAX_BYTES // 2
+) -> float:
     """Return the bytes per second of one way, stops included."""
-    done = _read(_units(chunks, is_cold), way.mode, way.threads, RATE_S, MAX_BYTES // 2)
+    done = _read(_units(chunks, is_cold), way.mode, way.threads, RATE_S, max_bytes)
     at_s = np.array([read.at_s for read in done])
     so_far = np.cumsum([read.num_bytes for read in done])
     if len(done) < 8:
