@@ -47,4 +47,5 @@ def open_model(arguments: argparse.Namespace) -> "LanguageModel":
         device=arguments.device,
         expert_memory=arguments.expert_memory,
         ignore_unused_weights=arguments.ignore_unused_weights,
+        expert_policy=arguments.expert_policy,
     )

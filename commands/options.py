@@ -68,9 +68,20 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
     """Add how a model is opened in this process."""
     add_dtype(parser)
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
-    parser.add_argument("--expert-memory", help="memory for experts: 2GiB or 25%%; default: all")
+    add_expert_store(parser)
     add_ignore_unused_weights(parser)
     add_allow_code(parser)
+
+
+def add_expert_store(parser: argparse.ArgumentParser) -> None:
+    """Add how much memory experts get, and how the others are read from disk."""
+    parser.add_argument("--expert-memory", help="memory for experts: 2GiB or 25%%; default: all")
+    parser.add_argument(
+        "--expert-policy",
+        metavar="NAME",
+        default="lru",
+        help="which expert leaves memory when another one is needed",
+    )
 
 
 def add_dtype(parser: argparse.ArgumentParser) -> None:

@@ -9,6 +9,7 @@ from .options import (
     add_allow_code,
     add_command,
     add_dtype,
+    add_expert_store,
     add_ignore_unused_weights,
     add_model,
     report_errors,
@@ -21,7 +22,7 @@ def add(parsers: Parsers) -> None:
     add_model(serve)
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on")
     serve.add_argument("--port", type=int, default=8000, help="port to listen on")
-    serve.add_argument("--expert-memory", help="memory for experts: 2GiB or 25%%; default: all")
+    add_expert_store(serve)
     serve.add_argument("--served-model-name", help="name clients use; default: the folder's name")
     add_dtype(serve)
     serve.add_argument("--max-num-seqs", type=int, default=8, help="requests in the batch")

@@ -25,9 +25,11 @@ from ..moe.models.decoder import Decoder
 from ..moe.models.language_model import LanguageModel
 from ..moe.routers.own_code import allow
 from .experts.budget import budget_bytes
+from .experts.forwards import announce_forwards
 from .experts.offloaded import OffloadedExperts
+from .experts.options import StoreOptions
 from .experts.policies.policy import Policy
-from .experts.policies.table import open_policy
+from .experts.policies.table import check_policy
 from .experts.store import ExpertStore
 from .memory import check_memory
 
@@ -66,8 +68,9 @@ def load(
     Raises :class:`ModelFileError` for a folder that is damaged or of an unknown kind and for a
     model that cannot be downloaded, and :class:`ConfigError` for arguments that do not fit.
     """
+    options = StoreOptions(policy=expert_policy)
     model, _ = open_model(
-        folder, dtype, device, expert_memory, ignore_unused_weights, allow_code, expert_policy
+        folder, dtype, device, expert_memory, ignore_unused_weights, allow_code, options
     )
     return model
 
@@ -79,23 +82,19 @@ def open_model(
     expert_memory: str | None = None,
     ignore_unused_weights: bool = False,
     allow_code: str | Sequence[str] = (),
-    expert_policy: str | Policy = "lru",
+    options: StoreOptions | None = None,
 ) -> tuple[LanguageModel, ExpertStore | None]:
     """Do what :func:`load` does and return the store too, if there is one."""
     target = _check_device(device, expert_memory)
     allow(allow_code)
-    policy = open_policy(expert_policy)
-    if expert_memory is None and not isinstance(expert_policy, str):
-        raise ConfigError(
-            f"expert_policy is a {type(policy).__name__}, but all experts are in memory; set "
-            "expert_memory, or leave expert_policy out."
-        )
+    options = options or StoreOptions()
+    _check_options(options, expert_memory)
     files = ModelFolder(local_folder(folder))
     try:
         left_out = files.check(ignore_unused_weights=ignore_unused_weights)
         if left_out is not None:
             log.warning("%s", left_out)
-        model, store = _open(files, dtype, expert_memory, policy)
+        model, store = _open(files, dtype, expert_memory, options)
         if target.type != "cpu":
             model.decoder.to(target)
         return model, store
@@ -124,8 +123,20 @@ def _check_device(name: str, expert_memory: str | None) -> torch.device:
     return torch.device(name)
 
 
+def _check_options(options: StoreOptions, expert_memory: str | None) -> None:
+    check_policy(options.policy)
+    if expert_memory is None and not isinstance(options.policy, str):
+        raise ConfigError(
+            f"expert_policy is a {type(options.policy).__name__}, but all experts are in memory; "
+            "set expert_memory, or leave expert_policy out."
+        )
+
+
 def _open(
-    files: ModelFolder, dtype: str | torch.dtype | None, expert_memory: str | None, policy: Policy
+    files: ModelFolder,
+    dtype: str | torch.dtype | None,
+    expert_memory: str | None,
+    options: StoreOptions,
 ) -> tuple[LanguageModel, ExpertStore | None]:
     chosen = pick_dtype(files, dtype)
     check_memory(files, chosen, expert_memory)
@@ -134,7 +145,8 @@ def _open(
     store = None
     if expert_memory is not None:
         num_bytes = budget_bytes(files, chosen, expert_memory)
-        store = ExpertStore(files, chosen, num_bytes, policy=policy)
+        store = ExpertStore(files, chosen, num_bytes, options=options)
+        announce_forwards(decoder, store.begin)
     reads: list[WeightRead] = []
     moe_layers = decoder.moe_layers()
     for index, layer in moe_layers:

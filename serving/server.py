@@ -22,6 +22,8 @@ from .engine.engine import Engine, check_length
 from .engine.thread import EngineThread
 from .engine.tokenizer import ServingTokenizer
 from .experts.budget import bytes_of_experts
+from .experts.options import StoreOptions
+from .experts.policies.table import check_policy
 from .loading import open_model, pick_dtype
 from .memory import check_memory
 
@@ -37,6 +39,8 @@ class ServeArgs(BaseModel):
     """Name clients use; None = the folder's name, or the one on the hub."""
     expert_memory: str | None = None
     """Bound on the experts kept in memory (2GiB, 25%); None keeps all."""
+    expert_policy: str = "lru"
+    """Which expert leaves memory when another one is needed."""
     dtype: Annotated[Literal["fp32", "bf16"], BeforeValidator(short_name)] | None = None
     """``bf16`` (or ``bfloat16``), ``fp32`` (or ``float32``); None = as stored."""
     max_num_seqs: int = Field(default=8, ge=1)
@@ -96,6 +100,11 @@ class ServeArgs(BaseModel):
         own = Path(self.model).resolve().name if on_hub is None else on_hub[0]
         return self.served_model_name or own
 
+    @property
+    def store_options(self) -> StoreOptions:
+        """How the expert store works."""
+        return StoreOptions(policy=self.expert_policy)
+
     def open_tokenizer(self) -> ServingTokenizer:
         """Open the model's tokenizer."""
         return ServingTokenizer(local_folder(self.model), self.chat_template)
@@ -122,6 +131,7 @@ def check_model(args: ServeArgs, runs_here: bool = False) -> None:
     dtype = pick_dtype(folder, args.dtype)
     read_generation_config(folder)
     args.open_tokenizer().close()
+    check_policy(args.expert_policy)
     bytes_of_experts(folder, dtype, args.expert_memory)
     if runs_here:
         check_memory(folder, dtype, args.expert_memory)
@@ -139,6 +149,7 @@ class Server:
             args.model,
             args.dtype,
             expert_memory=args.expert_memory,
+            options=args.store_options,
             ignore_unused_weights=args.ignore_unused_weights,
             allow_code=args.allow_code,
         )

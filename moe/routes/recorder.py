@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from ..routers.routing import Routing
 from .format import RouteHeader, make_header
 from .identity import identity_of
 from .rows import Array, Phase, Routes
+from .sequence_numbers import SequenceNumbers
 from .writer import RouteWriter
 
 
@@ -98,24 +98,17 @@ def see_forwards(
 def recording(decoder: Decoder, path: Path, written_by: str = "python") -> Iterator[RouteWriter]:
     """Record all forwards inside the ``with`` block into ``path``, which is replaced.
 
-    A sequence with a cache keeps its number from forward to forward: its first rows are its prompt,
-    the others were generated. A sequence without a cache is a text of its own. Raises
+    A sequence with a cache keeps its number from forward to forward: single rows that follow others
+    were generated, the others are its prompt. A sequence without a cache is a separate text. Raises
     :class:`DataError` if the file cannot be written.
     """
     header = header_of(decoder.config, decoder, written_by={"program": written_by})
-    numbers: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
-    taken = forwards = 0
+    numbers = SequenceNumbers()
+    forwards = 0
 
     def see(batch: Batch, routings: list[Routing]) -> None:
-        nonlocal taken, forwards
-        sequences, phases = [], []
-        for cache in batch.caches or [None] * len(batch.lengths):
-            known = None if cache is None else numbers.get(cache)
-            phases.append(Phase.PREFILL if known is None else Phase.DECODE)
-            sequences.append(taken if known is None else known)
-            taken += known is None
-            if cache is not None:
-                numbers[cache] = sequences[-1]
+        nonlocal forwards
+        sequences, phases = numbers.of(batch)
         writer.add(rows_of(look_at(batch, routings), sequences, phases, forwards))
         forwards += 1
 

@@ -52,12 +52,12 @@ class OffloadedExperts(LayerExperts):
         most_choices: int | None = None,
     ) -> Tensor:
         """Return the weighted sum of each row's experts, ``[N, D]``."""
-        counts_E = count_choices(experts_NK, self._num_experts)
-        needed = torch.nonzero(counts_E).flatten().tolist()
+        counts = count_choices(experts_NK, self._num_experts).tolist()
+        rows_of = {expert: rows for expert, rows in enumerate(counts) if rows}
         waves = start_waves(x_ND, experts_NK, weights_NK, self._num_experts)
         try:
             # Closed also when computing fails: the next forward needs a consistent store.
-            with closing(self._store.stream(self._layer, needed)) as stream:
+            with closing(self._store.stream(self._layer, rows_of)) as stream:
                 for ready, experts in stream:
                     waves.add(experts, only=ready)
         except ExpertReadError as error:

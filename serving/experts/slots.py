@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from .expectations import Expectations
 from .policies.policy import Key
 from .read_queue import Read
 
@@ -60,6 +61,10 @@ class Slots:
         """Return the read that brings an expert, if there is one."""
         return self._filling.get(key)
 
+    def is_filling(self, key: object) -> bool:
+        """Say whether a read brings an expert."""
+        return key in self._filling
+
     def all_filling(self) -> list[Read]:
         """Return the reads that fill slots, in the order they began."""
         return list(self._filling.values())
@@ -102,3 +107,14 @@ class Slots:
         self._slot_of_E[layer][expert] = -1
         self._num_resident -= 1
         return slot
+
+
+class Protected:
+    """The experts that may not leave: compute will need them, or their reads are under way."""
+
+    def __init__(self, expected: Expectations, slots: Slots) -> None:
+        self._expected = expected
+        self._slots = slots
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._expected or self._slots.is_filling(key)

@@ -1,7 +1,8 @@
 """The expert store: experts on disk, some of them in slots in memory. E experts per layer.
 
 One pool of slots serves all layers. A policy (policies/) says which expert leaves its slot, a tier
-(tiers.py) fills a slot, a queue (read_queue.py) runs the reads, and this file talks to compute.
+(tiers/) fills a slot, a queue (read_queue.py) runs the reads, filler.py brings these together, and
+this file talks to compute.
 Reads go straight into slots that nothing else uses, while the caller computes with experts that are
 ready. Routers that choose early let the store read ahead. Reading ahead never puts out an expert
 that is known to be needed, and waits behind every read that compute waits for.
@@ -9,7 +10,7 @@ that is known to be needed, and waits behind every read that compute waits for.
 
 import time
 from collections import deque
-from collections.abc import Container, Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -18,14 +19,18 @@ from ...errors import ExpertReadError
 from ...kernels.values.quantized_weights import SlotWeights
 from ...moe.folders.expert_slots import empty_experts, expert_bytes
 from ...moe.folders.folder import ModelFolder
+from ...moe.routes.identity import identity_of
 from .budget import count_slots
 from .expectations import Expectations
-from .policies.errors import no_victim, wrong_victim
-from .policies.lru import LeastRecentlyUsed
-from .policies.policy import Key, Policy
+from .filler import SlotFiller
+from .forwards import Forward
+from .options import StoreOptions
+from .policies.errors import no_victim
+from .policies.policy import CacheFacts, Key, Policy
+from .policies.table import open_policy
 from .read_queue import Read, ReadQueue
 from .slots import Slots, StoreCounts
-from .tiers import DiskTier, Tier
+from .tiers.disk import DiskTier
 from .traffic import StoreStatistics
 
 
@@ -38,7 +43,7 @@ class ExpertStore:
         dtype: torch.dtype,
         budget_bytes: int,
         num_threads: int = 4,
-        policy: Policy | None = None,
+        options: StoreOptions | None = None,
     ) -> None:
         self.num_slots = count_slots(folder, dtype, budget_bytes)
         config, moe = folder.config, folder.config.moe
@@ -46,11 +51,22 @@ class ExpertStore:
         self.slot_bytes = expert_bytes(config, dtype, folder.packed)
         self._memory = empty_experts(config, self.num_slots, dtype, folder.packed)
         self._slots = Slots(self.num_slots, config.moe_layers, moe.num_experts)
-        self._policy: Policy = LeastRecentlyUsed() if policy is None else policy
-        self._tier: Tier = DiskTier(folder)
+        facts = CacheFacts(
+            config.moe_layers, moe.num_experts, self.num_slots, identity_of(config).architecture
+        )
+        self._policy: Policy = open_policy((options or StoreOptions()).policy, facts)
         self._reads = ReadQueue(num_threads)
         self._expected = Expectations()
         self.statistics = StoreStatistics(config.moe_layers, self.slot_bytes)
+        self._filler = SlotFiller(
+            self._memory,
+            self._slots,
+            self._expected,
+            self._policy,
+            DiskTier(folder),
+            self._reads,
+            self.statistics,
+        )
 
     def counts(self) -> StoreCounts:
         """Return what the slots are used for; any thread may ask."""
@@ -71,6 +87,10 @@ class ExpertStore:
     def close(self) -> None:
         """Stop the reading threads."""
         self._reads.close()
+
+    def begin(self, forward: Forward) -> None:
+        """Hear of a forward before it runs."""
+        self._policy.begin(forward)
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
         """Begin to read what ``layer`` will need, and keep what is there already.
@@ -93,18 +113,19 @@ class ExpertStore:
             self._policy.expect(key)
 
     def stream(
-        self, layer: int, experts: Sequence[int]
+        self, layer: int, rows_of: Mapping[int, int]
     ) -> Generator[tuple[list[int], SlotWeights]]:
-        """Yield all of ``experts`` in waves, each with weights that stay valid until the next.
+        """Yield all experts of a layer that a forward needs, in waves.
 
-        Resident experts come first, while the others are being read. Raises
+        ``rows_of`` maps them to the number of rows that chose them. The weights of a wave stay
+        valid until the next. Resident experts come first, while the others are being read. Raises
         :class:`ExpertReadError` when reads fail for good; slots then stay consistent.
         """
         reading: dict[Key, Read] = {}
         try:
-            ready, waiting = self._begin(layer, experts, reading)
+            ready, waiting = self._begin(layer, rows_of, reading)
             while ready or waiting or reading:
-                self._book_finished(wanted=reading)
+                self._filler.book_finished(wanted=reading)
                 self._read_now(layer, waiting, reading, can_wait=bool(ready))
                 self._read_ahead()
                 if ready:
@@ -112,7 +133,7 @@ class ExpertStore:
                     self._expected.drop((layer, expert) for expert in ready)
                     ready = []
                 else:
-                    ready = self._next_ready(layer, reading)
+                    ready = self._next_ready(layer, reading, in_order=bool(waiting))
         except BaseException:
             self._expected.clear()  # this forward ends here
             raise
@@ -120,20 +141,20 @@ class ExpertStore:
             # Whatever ended the wave, no thread may write into a slot that is given away.
             self._reads.wait_for_all(reading.values())
             for read in reading.values():
-                self._book(read)
+                self._filler.book(read)
         self._read_ahead()
 
     def _begin(
-        self, layer: int, experts: Sequence[int], reading: dict[Key, Read]
+        self, layer: int, rows_of: Mapping[int, int], reading: dict[Key, Read]
     ) -> tuple[list[int], deque[int]]:
         """Return which experts are here and which must be read; make those under way urgent."""
-        self._book_finished(wanted=reading)
+        self._filler.book_finished(wanted=reading)
         self._expected.drop_layer(layer)
         ready, waiting = [], deque[int]()
-        for expert in experts:
+        for expert, rows in rows_of.items():
             key = (layer, expert)
             self._expected.expect(key)
-            self._policy.touch(key)
+            self._policy.touch(key, rows)
             read = self._slots.filling(key)
             if key in self._slots:
                 ready.append(expert)
@@ -152,75 +173,40 @@ class ExpertStore:
     ) -> None:
         """Begin reads that compute waits for; ``can_wait`` says that it has other work to do."""
         while waiting:
-            slot = self._idle_slot()
+            slot = self._filler.idle_slot()
             if slot is None and not (can_wait or reading):
-                slot = self._slot_of_prefetch()
+                slot = self._filler.slot_of_prefetch()
             if slot is None:
                 return
             key = (layer, waiting.popleft())
-            reading[key] = self._submit(key, slot, is_urgent=True)
+            reading[key] = self._filler.submit(key, slot, is_urgent=True)
 
     def _read_ahead(self) -> None:
         """Begin announced reads while there are slots that nothing known needs."""
         while self._expected.num_announced:
-            slot = self._idle_slot()
+            slot = self._filler.idle_slot()
             if slot is None:
                 return
             key = self._expected.next_announced()
             self.statistics.prefetch(key)
-            self._submit(key, slot, is_urgent=False)
+            self._filler.submit(key, slot, is_urgent=False)
 
-    def _idle_slot(self) -> int | None:
-        """Return a free slot, or that of the expert that the policy puts out."""
-        slot = self._slots.take_free()
-        if slot is not None:
-            return slot
-        key = self._policy.victim(self._expected)
-        if key is None:
-            return None
-        if key in self._expected or key not in self._slots:
-            # Its slot may be in use by compute, so going on could give wrong numbers.
-            raise wrong_victim(self._policy, key)
-        return self._put_out(key)
-
-    def _slot_of_prefetch(self) -> int | None:
-        """Return the slot of the expert that is needed last, and announce that expert again."""
-        for read in reversed(self._slots.all_filling()):
-            if self._reads.cancel(read):
-                self.statistics.lose(read.key)
-                self._expected.announce_again(read.key)
-                return self._slots.give_up(read)
-        for key in self._expected.last_first():
-            if key in self._slots:
-                self._expected.announce_again(key)
-                return self._put_out(key)
-        return None
-
-    def _put_out(self, key: Key) -> int:
-        self.statistics.put_out(key)
-        self._policy.forget(key)
-        return self._slots.put_out(key)
-
-    def _submit(self, key: Key, slot: int, is_urgent: bool) -> Read:
-        parts = deque(self._tier.reads(key, self._memory.slot_views(slot)))
-        read = Read(key, slot, is_urgent, parts, is_prefetch=not is_urgent)
-        self._slots.fill(read)
-        self._reads.submit(read)
-        return read
-
-    def _next_ready(self, layer: int, reading: dict[Key, Read]) -> list[int]:
+    def _next_ready(self, layer: int, reading: dict[Key, Read], in_order: bool) -> list[int]:
         """Wait for reads and return the experts that came.
 
-        If none of ``reading`` is under way, wait until any prefetch is done and its slot usable.
+        ``in_order`` returns the one whose read began first: while others wait for slots, the order
+        decides which slots come free. If none of ``reading`` is under way, wait until any prefetch
+        is done and its slot usable.
         """
         if not (reading or self._slots.all_filling()):
             raise no_victim(self._policy)
         started = time.perf_counter()
-        finished = self._reads.wait_for_any(reading.values() or self._slots.all_filling())
+        wanted = list(reading.values())[: 1 if in_order else None] or self._slots.all_filling()
+        finished = self._reads.wait_for_any(wanted)
         self.statistics.layers[layer].stall_s += time.perf_counter() - started
         ready, failed = list[Read](), list[Read]()
         for read in finished:
-            self._book(read)
+            self._filler.book(read)
             if reading.pop(read.key, None) is not None:
                 (ready if read.error is None else failed).append(read)
         if failed:
@@ -233,18 +219,3 @@ class ExpertStore:
                 experts=(read.key[1] for read in failed),
             ) from cause
         return sorted(read.key[1] for read in ready)
-
-    def _book_finished(self, wanted: Container[Key]) -> None:
-        """Book the reads that are done, except those the caller waits for."""
-        for read in [read for read in self._slots.finished() if read.key not in wanted]:
-            self._book(read)
-
-    def _book(self, read: Read) -> None:
-        """Book a read that is done: its expert is resident now, or its slot is free again."""
-        if read.error is not None:
-            self._slots.fail(read)
-            self.statistics.lose(read.key)
-            return
-        self._slots.arrive(read)
-        self._policy.add(read.key)
-        self.statistics.read(read.key, read.is_prefetch)

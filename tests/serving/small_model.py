@@ -85,4 +85,4 @@ def small_store(folder: Path, count: int, **options: int) -> ExpertStore:
 
 def visit(store: ExpertStore, layer: int, *experts: int) -> list[int]:
     """Stream experts and return them in the order they came."""
-    return [expert for ready, _ in store.stream(layer, experts) for expert in ready]
+    return [e for ready, _ in store.stream(layer, dict.fromkeys(experts, 1)) for e in ready]

@@ -12,7 +12,7 @@ from moeyard.moe.folders.folder import ModelFolder
 from moeyard.moe.kv_cache import SequenceCache
 from moeyard.serving.engine.engine import Engine
 from moeyard.serving.engine.sequence import GenerationRequest
-from moeyard.serving.experts import tiers
+from moeyard.serving.experts.tiers import disk
 from moeyard.serving.loading import open_model
 
 PROMPTS = prompts(5)
@@ -66,7 +66,7 @@ def test_torchs_and_pythons_allocator_errors_are_known_and_no_others():
 def test_an_unreadable_expert_ends_the_requests_that_chose_it_and_no_others(
     model_folder, monkeypatch, dtype, stagger
 ):
-    monkeypatch.setattr(tiers, "RETRY_PAUSE_S", 0)
+    monkeypatch.setattr(disk, "RETRY_PAUSE_S", 0)
     resident, _ = open_model(model_folder, dtype)
     expected, chosen = {}, choices_of(resident)
     for one in short_ones():

@@ -9,7 +9,7 @@ from moeyard.errors import RequestError
 from moeyard.moe.models.sampling import SamplingParams, sample
 from moeyard.serving.engine.engine import Engine
 from moeyard.serving.engine.sequence import GenerationRequest
-from moeyard.serving.experts import tiers
+from moeyard.serving.experts.tiers import disk
 from moeyard.serving.loading import open_model
 
 GREEDY = SamplingParams(temperature=0)
@@ -153,7 +153,7 @@ def test_a_request_queued_and_cancelled_is_counted(model_folder):
 
 
 def test_a_read_error_ends_the_requests_of_the_step_and_no_others(model_folder, monkeypatch):
-    monkeypatch.setattr(tiers, "RETRY_PAUSE_S", 0)
+    monkeypatch.setattr(disk, "RETRY_PAUSE_S", 0)
     model, store = open_model(model_folder, expert_memory="25%")
     engine = Engine(model, latin, store)
     engine.add(request("a", [1, 2, 3]))

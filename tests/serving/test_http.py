@@ -9,7 +9,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from moeyard.serving.experts import tiers
+from moeyard.serving.experts.tiers import disk
 from moeyard.serving.server import ServeArgs, Server
 
 from http_calls import KEY, call, check_error, client_of, events
@@ -258,7 +258,7 @@ def test_health_tells_of_an_engine_stuck_in_one_step_until_it_goes_on(model_fold
 def test_an_unreadable_expert_gives_503_or_an_error_event_and_the_server_goes_on(
     model_folder, monkeypatch
 ):
-    monkeypatch.setattr(tiers, "RETRY_PAUSE_S", 0)
+    monkeypatch.setattr(disk, "RETRY_PAUSE_S", 0)
     server = Server(ServeArgs(model=str(model_folder), expert_memory="25%"))
     with monkeypatch.context() as patch:
         patch.setattr(os, "preadv", lambda *_: 0)

@@ -7,12 +7,15 @@ import torch
 
 import moeyard
 from moeyard.errors import ConfigError
+from moeyard.serving.experts.options import StoreOptions
 from moeyard.serving.experts.policies.lru import LeastRecentlyUsed
+from moeyard.serving.experts.policies.policy import CacheFacts
 from moeyard.serving.experts.policies.table import POLICIES, open_policy
 from moeyard.serving.loading import open_model
 
 from small_model import slots, small_store, visit
 
+FACTS = CacheFacts(moe_layers=(0, 2), num_experts=6, num_slots=3, architecture="")
 ROUTE = [(0, 0), (0, 1), (0, 0), (2, 4), (0, 1), (0, 0), (2, 5), (2, 4), (0, 0), (2, 5)]
 
 
@@ -22,10 +25,13 @@ class LeastFrequentlyUsed:
     def __init__(self):
         self._uses, self._here = Counter(), {}
 
+    def begin(self, forward):
+        pass
+
     def add(self, key):
         self._here[key] = None
 
-    def touch(self, key):
+    def touch(self, key, rows):
         self._uses[key] += 1
 
     def expect(self, key):
@@ -50,7 +56,7 @@ def replay(policy, keys, num_slots) -> list[tuple[int, int]]:
     """Need ``keys`` one after the other, without a model or a disk; return those not there."""
     here, missed = set(), []
     for key in keys:
-        policy.touch(key)
+        policy.touch(key, 1)
         if key in here:
             continue
         missed.append(key)
@@ -80,13 +86,13 @@ def test_the_store_reads_what_the_replay_says(model_folder, name, num_slots):
         visit(store, layer, expert)
         if store.statistics.layers[layer].misses > before:
             came.append((layer, expert))
-    assert came == replay(open_policy(name), ROUTE, num_slots)
+    assert came == replay(open_policy(name, FACTS), ROUTE, num_slots)
     store.close()
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_policy_gives_away_nothing_that_is_protected(name):
-    policy = open_policy(name)
+    policy = open_policy(name, FACTS)
     keys = [(0, 0), (0, 1), (1, 0)]
     assert policy.victim(()) is None
     for key in keys:
@@ -119,7 +125,9 @@ def test_a_policy_of_ones_own_decides_and_changes_no_number(model_folder):
 
 
 def test_a_policy_that_gives_away_what_is_needed_is_found_out(model_folder):
-    model, store = open_model(model_folder, expert_memory=slots(3), expert_policy=Stubborn())
+    model, store = open_model(
+        model_folder, expert_memory=slots(3), options=StoreOptions(Stubborn())
+    )
     with pytest.raises(ConfigError, match=r"expert_policy Stubborn chose \(0, \d\), which is"):
         model(torch.arange(40).unsqueeze(0))
     assert store.counts().resident + store.counts().free == 3
@@ -131,7 +139,7 @@ def test_a_policy_that_keeps_every_slot_is_found_out_and_nothing_waits(model_fol
         def victim(self, protected):
             return None
 
-    model, store = open_model(model_folder, expert_memory=slots(3), expert_policy=Hoarder())
+    model, store = open_model(model_folder, expert_memory=slots(3), options=StoreOptions(Hoarder()))
     with pytest.raises(ConfigError, match="expert_policy Hoarder chose no expert to evict"):
         for start in (0, 40):
             model(torch.arange(start, start + 40).unsqueeze(0))

@@ -13,8 +13,8 @@ from moeyard.errors import ExpertReadError
 from moeyard.moe.folders.folder import ModelFolder
 from moeyard.moe.routers.hash import Hash
 from moeyard.moe.routers.topk import TopK
-from moeyard.serving.experts import tiers
 from moeyard.serving.experts.read_queue import Read, ReadQueue
+from moeyard.serving.experts.tiers import disk
 from moeyard.serving.loading import open_model
 
 from small_model import (
@@ -155,7 +155,7 @@ def test_prefetches_that_finish_while_experts_stream_are_booked_at_once(folder, 
 
     monkeypatch.setattr(ModelFolder, "expert_reads", held)
     store.prefetch(2, [3, 4])
-    waves = store.stream(0, range(6))
+    waves = store.stream(0, dict.fromkeys(range(6), 1))
     next(waves)
     assert store.statistics.layers[2].bytes_read == 0
     hold.set()
@@ -167,7 +167,7 @@ def test_prefetches_that_finish_while_experts_stream_are_booked_at_once(folder, 
 
 
 def test_a_forward_that_fails_leaves_nothing_expected(folder, monkeypatch):
-    monkeypatch.setattr(tiers, "RETRY_PAUSE_S", 0)
+    monkeypatch.setattr(disk, "RETRY_PAUSE_S", 0)
     store = small_store(folder, 2)
 
     def broken(*_):
@@ -224,7 +224,7 @@ def test_closing_the_store_leaves_nobody_waiting(folder, monkeypatch):
 
 
 def test_a_failed_prefetch_is_read_again_when_it_is_needed(folder, monkeypatch):
-    monkeypatch.setattr(tiers, "RETRY_PAUSE_S", 0)
+    monkeypatch.setattr(disk, "RETRY_PAUSE_S", 0)
     real, failures = os.preadv, [3]
 
     def broken(*arguments):

@@ -1,6 +1,7 @@
 """The expert store and offloaded experts: exact, bounded, consistent after failures."""
 
 import os
+import random
 import threading
 import time
 
@@ -8,8 +9,8 @@ import pytest
 import torch
 
 from moeyard.errors import ConfigError, ExpertReadError
-from moeyard.serving.experts import tiers
 from moeyard.serving.experts.budget import parse_budget
+from moeyard.serving.experts.tiers import disk
 from moeyard.serving.loading import open_model
 
 from small_model import NUM_EXPERTS, slots, small_store, visit
@@ -82,15 +83,40 @@ def test_never_holds_more_than_its_slots_and_every_wave_is_disjoint(folder):
     store = small_store(folder, 2)
     for _ in range(3):
         seen = []
-        for ready, weights in store.stream(2, range(6)):
+        for ready, weights in store.stream(2, dict.fromkeys(range(6), 1)):
             assert 1 <= len(ready) <= 2 and store.counts().resident <= 2
             assert len({weights.slot(e) for e in ready}) == len(ready)
             seen += ready
         assert sorted(seen) == list(range(6))
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_what_leaves_does_not_depend_on_which_read_ends_first(folder, monkeypatch, count):
+    real, left = os.preadv, []
+    for seed in (None, 1, 2):
+        chance = random.Random(seed)
+
+        def slow(*arguments, seed=seed, chance=chance):
+            if seed is not None:
+                time.sleep(chance.choice((0, 0, 0.001)))
+            return real(*arguments)
+
+        monkeypatch.setattr(os, "preadv", slow)
+        model, store = open_model(folder, expert_memory=slots(count))
+        gone, put_out = [], store.statistics.put_out
+        store.statistics.put_out = lambda key, gone=gone, put_out=put_out: (
+            gone.append(key),
+            put_out(key),
+        )
+        model(torch.arange(30).unsqueeze(0))
+        model.generate(torch.arange(6).unsqueeze(0), 20, temperature=0)
+        store.close()
+        left.append(gone)
+    assert left[0] == left[1] == left[2] and len(left[0]) > 20
+
+
 def test_a_passing_read_error_is_retried(folder, monkeypatch):
-    monkeypatch.setattr(tiers, "RETRY_PAUSE_S", 0)
+    monkeypatch.setattr(disk, "RETRY_PAUSE_S", 0)
     real, failures = os.preadv, [2]
 
     def flaky(*arguments):
@@ -108,7 +134,7 @@ def test_a_passing_read_error_is_retried(folder, monkeypatch):
 
 @pytest.mark.parametrize("fault", ["error", "short"])
 def test_a_lasting_read_error_is_reported_and_leaves_the_store_usable(folder, monkeypatch, fault):
-    monkeypatch.setattr(tiers, "RETRY_PAUSE_S", 0)
+    monkeypatch.setattr(disk, "RETRY_PAUSE_S", 0)
     resident, _ = open_model(folder)
     offloaded, store = open_model(folder, expert_memory=slots(4))
     ids = torch.arange(30).unsqueeze(0)
@@ -134,17 +160,19 @@ def test_a_lasting_read_error_is_reported_and_leaves_the_store_usable(folder, mo
 
 def test_a_wave_given_up_half_way_leaves_the_store_usable(folder):
     store = small_store(folder, 2)
-    waves = store.stream(0, range(6))
+    waves = store.stream(0, dict.fromkeys(range(6), 1))
     next(waves)
     waves.close()
     counts = store.counts()
     assert counts.resident + counts.free == store.num_slots
-    assert sorted(e for ready, _ in store.stream(0, range(6)) for e in ready) == list(range(6))
+    assert sorted(
+        e for ready, _ in store.stream(0, dict.fromkeys(range(6), 1)) for e in ready
+    ) == list(range(6))
 
 
 def test_computes_with_what_is_there_while_threads_read_the_rest(folder, monkeypatch):
     store = small_store(folder, 6, num_threads=2)
-    for _ in store.stream(0, [0, 1]):
+    for _ in store.stream(0, {0: 1, 1: 1}):
         pass
     real, gate, in_flight, most = os.preadv, threading.Event(), [0], [0]
     lock = threading.Lock()
@@ -159,7 +187,7 @@ def test_computes_with_what_is_there_while_threads_read_the_rest(folder, monkeyp
         return real(*arguments)
 
     monkeypatch.setattr(os, "preadv", slow)
-    waves = store.stream(0, range(6))
+    waves = store.stream(0, dict.fromkeys(range(6), 1))
     ready, _ = next(waves)
     assert ready == [0, 1]
     while most[0] < 2:

@@ -3,21 +3,25 @@
 from collections import OrderedDict
 from collections.abc import Container
 
-from .policy import Key
+from ..forwards import Forward
+from .policy import CacheFacts, Key
 
 
 class LeastRecentlyUsed:
     """Evicts the least recently needed expert. Being chosen counts as a need."""
 
-    def __init__(self) -> None:
+    def __init__(self, facts: CacheFacts | None = None) -> None:
         self._by_age: OrderedDict[Key, None] = OrderedDict()
         """The experts in slots, the least recently used first."""
+
+    def begin(self, forward: Forward) -> None:
+        """Nothing: only the order of needs counts."""
 
     def add(self, key: Key) -> None:
         """Make ``key`` the youngest."""
         self._by_age[key] = None
 
-    def touch(self, key: Key) -> None:
+    def touch(self, key: Key, rows: int = 1) -> None:
         """Make ``key`` the youngest, if it is in a slot."""
         if key in self._by_age:
             self._by_age.move_to_end(key)

@@ -4,20 +4,23 @@ from collections.abc import Callable
 
 from ....errors import ConfigError
 from .lru import LeastRecentlyUsed
-from .policy import Policy
+from .policy import CacheFacts, Policy
 
-POLICIES: dict[str, Callable[[], Policy]] = {
+POLICIES: dict[str, Callable[[CacheFacts], Policy]] = {
     "lru": LeastRecentlyUsed,
 }
 
 
-def open_policy(policy: str | Policy) -> Policy:
-    """Return a policy given by its name, or as an object; raises :class:`ConfigError`."""
-    if not isinstance(policy, str):
-        return policy
-    if policy not in POLICIES:
+def check_policy(policy: str | Policy) -> None:
+    """Raise :class:`ConfigError` for a name that is none."""
+    if isinstance(policy, str) and policy not in POLICIES:
         raise ConfigError(
             f"expert_policy is {policy!r}; use one of {', '.join(POLICIES)}, or an object with the "
             "methods of moeyard.serving.experts.policies.policy.Policy."
         )
-    return POLICIES[policy]()
+
+
+def open_policy(policy: str | Policy, facts: CacheFacts) -> Policy:
+    """Return a policy given by its name, or as an object; raises :class:`ConfigError`."""
+    check_policy(policy)
+    return POLICIES[policy](facts) if isinstance(policy, str) else policy

@@ -1,28 +1,15 @@
-"""Where a slot is filled from. Today that is the model folder on disk."""
+"""The model folder as a tier."""
 
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
 
-from ...moe.folders.expert_layouts import ExpertViews
-from ...moe.folders.folder import ModelFolder
-from .policies.policy import Key
+from ....moe.folders.expert_layouts import ExpertViews
+from ....moe.folders.folder import ModelFolder
+from ..policies.policy import Key
 
 READ_ATTEMPTS = 3
 RETRY_PAUSE_S = 0.05
-
-
-class Tier(Protocol):
-    """A place that has every expert."""
-
-    def reads(self, key: Key, views: ExpertViews) -> list[Callable[[], None]]:
-        """Return calls that fill the parts of a slot with an expert.
-
-        Each call fills one part and runs in some thread of the read queue; it raises ``OSError``
-        if the part cannot be read.
-        """
-        ...
 
 
 class DiskTier:

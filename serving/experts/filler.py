@@ -1,0 +1,91 @@
+"""Slots for experts: which slot is taken, who leaves it, when its read begins and ends."""
+
+from collections import deque
+from collections.abc import Container
+
+from ...kernels.values.quantized_weights import SlotWeights
+from .expectations import Expectations
+from .policies.errors import wrong_victim
+from .policies.policy import Key, Policy
+from .read_queue import Read, ReadQueue
+from .slots import Protected, Slots
+from .tiers.tier import Tier
+from .traffic import StoreStatistics
+
+
+class SlotFiller:
+    """Takes slots, fills them from a tier, and keeps the policy and the counters informed."""
+
+    def __init__(
+        self,
+        memory: SlotWeights,
+        slots: Slots,
+        expected: Expectations,
+        policy: Policy,
+        tier: Tier,
+        reads: ReadQueue,
+        statistics: StoreStatistics,
+    ) -> None:
+        self._memory = memory
+        self._slots = slots
+        self._expected = expected
+        self._protected = Protected(expected, slots)
+        self._policy = policy
+        self._tier = tier
+        self._reads = reads
+        self._statistics = statistics
+
+    def idle_slot(self) -> int | None:
+        """Return a free slot, or that of the expert that the policy puts out."""
+        slot = self._slots.take_free()
+        if slot is not None:
+            return slot
+        key = self._policy.victim(self._protected)
+        if key is None:
+            return None
+        if key in self._protected or key not in self._slots:
+            # Its slot may be in use by compute, so going on could give wrong numbers.
+            raise wrong_victim(self._policy, key)
+        return self._put_out(key)
+
+    def slot_of_prefetch(self) -> int | None:
+        """Return the slot of the expert that is needed last, and announce that expert again."""
+        for read in reversed(self._slots.all_filling()):
+            if self._reads.cancel(read):
+                self._statistics.lose(read.key)
+                self._expected.announce_again(read.key)
+                self._policy.forget(read.key)
+                return self._slots.give_up(read)
+        for key in self._expected.last_first():
+            if key in self._slots:
+                self._expected.announce_again(key)
+                return self._put_out(key)
+        return None
+
+    def _put_out(self, key: Key) -> int:
+        self._statistics.put_out(key)
+        self._policy.forget(key)
+        return self._slots.put_out(key)
+
+    def submit(self, key: Key, slot: int, is_urgent: bool) -> Read:
+        parts = deque(self._tier.reads(key, self._memory.slot_views(slot)))
+        read = Read(key, slot, is_urgent, parts, is_prefetch=not is_urgent)
+        self._slots.fill(read)
+        self._policy.add(key)  # now and not when it arrives: the order does not depend on the disk
+        self._reads.submit(read)
+        return read
+
+    def book_finished(self, wanted: Container[Key]) -> None:
+        """Book the reads that are done, except those the caller waits for."""
+        for read in [read for read in self._slots.finished() if read.key not in wanted]:
+            self.book(read)
+
+    def book(self, read: Read) -> None:
+        """Book a read that is done: its expert is resident now, or its slot is free again."""
+        if read.error is not None:
+            self._slots.fail(read)
+            self._policy.forget(read.key)
+            self._statistics.lose(read.key)
+            return
+        self._slots.arrive(read)
+        self._statistics.read(read.key, read.is_prefetch)

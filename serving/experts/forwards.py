@@ -1,0 +1,37 @@
+"""What the store is told of each forward before it runs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ...moe.batch import Batch
+from ...moe.models.decoder import Decoder
+from ...moe.routes.rows import Phase
+from ...moe.routes.sequence_numbers import SequenceNumbers
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """A forward that begins. Its sequences have the same order in all fields."""
+
+    sequences: tuple[int, ...]
+    """Numbers that stay with the sequences from forward to forward."""
+    phases: tuple[Phase, ...]
+    """What each sequence's rows are: of a prompt, or generated."""
+    lengths: tuple[int, ...]
+    """Rows of each sequence."""
+
+
+def announce_forwards(
+    decoder: Decoder, begin: Callable[[Forward], None]
+) -> "torch.utils.hooks.RemovableHandle":
+    """Call ``begin`` before every forward of ``decoder``."""
+    numbers = SequenceNumbers()
+
+    def hook(module: torch.nn.Module, arguments: tuple[Batch]) -> None:
+        batch = arguments[0]
+        sequences, phases = numbers.of(batch)
+        begin(Forward(tuple(sequences), tuple(phases), batch.lengths))
+
+    return decoder.register_forward_pre_hook(hook)

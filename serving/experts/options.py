@@ -1,0 +1,13 @@
+"""How an expert store works, as one value that goes from the command line to the store."""
+
+from dataclasses import dataclass
+
+from .policies.policy import Policy
+
+
+@dataclass(frozen=True, slots=True)
+class StoreOptions:
+    """Settings of an expert store, apart from its size."""
+
+    policy: str | Policy = "lru"
+    """Which expert leaves memory: a name of ``policies/table.py``, or an object."""

@@ -1,0 +1,1 @@
+"""Where slots are filled from: one file per tier."""
