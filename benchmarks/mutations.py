@@ -183,8 +183,8 @@ MUTATIONS = [
     (
         "finished reads are booked late",
         "serving/experts/store.py",
-        "                self._book_finished(wanted=reading)\n                self._read_now",
-        "                self._read_now",
+        "    self._filler.book_finished(wanted=reading)\n                self._read_now",
+        "    self._read_now",
         AHEAD,
     ),
     (

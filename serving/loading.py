@@ -27,6 +27,7 @@ from ..moe.routers.own_code import allow
 from .experts.budget import budget_bytes
 from .experts.forwards import announce_forwards
 from .experts.offloaded import OffloadedExperts
+from .experts.opening import open_store
 from .experts.options import StoreOptions
 from .experts.policies.policy import Policy
 from .experts.policies.table import check_policy
@@ -152,7 +153,7 @@ def _open(
     store = None
     if expert_memory is not None:
         num_bytes = budget_bytes(files, chosen, expert_memory)
-        store = ExpertStore(files, chosen, num_bytes, options=options)
+        store = open_store(files, chosen, num_bytes, options=options)
         announce_forwards(decoder, store.begin)
     reads: list[WeightRead] = []
     moe_layers = decoder.moe_layers()

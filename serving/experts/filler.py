@@ -7,7 +7,7 @@ from ...kernels.values.quantized_weights import SlotWeights
 from .expectations import Expectations
 from .policies.errors import wrong_victim
 from .policies.policy import Key, Policy
-from .read_queue import Read, ReadQueue
+from .read_queue import Read, Reads
 from .slots import Either, Protected, Slots
 from .tiers.tier import Tier
 from .traffic import StoreStatistics
@@ -23,7 +23,7 @@ class SlotFiller:
         expected: Expectations,
         policy: Policy,
         tier: Tier,
-        reads: ReadQueue,
+        reads: Reads,
         statistics: StoreStatistics,
     ) -> None:
         self._memory = memory

@@ -58,7 +58,7 @@ class OffloadedExperts(LayerExperts):
         waves = start_waves(x_ND, experts_NK, weights_NK, self._num_experts)
         try:
             # Closed also when computing fails: the next forward needs a consistent store.
-            choice = Choice(x_ND, experts_NK)
+            choice = Choice(x_ND, experts_NK.numpy())
             with closing(self._store.stream(self._layer, rows_of, choice)) as stream:
                 for ready, experts in stream:
                     waves.add(experts, only=ready)

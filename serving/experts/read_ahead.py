@@ -5,20 +5,20 @@ is kept from leaving; the rest is read behind everything that compute waits for,
 worth it (predictors/admission.py). When a layer's true choice arrives, its other hints are dropped.
 """
 
-import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
 
+from ...moe.routes.rows import Array
 from .filler import SlotFiller
 from .forwards import Forward
 from .policies.policy import Key
 from .predictors.admission import SMALLEST_GAIN, Calibration, Regret, Windows, gain_of
 from .predictors.predictor import Hint, Predictor, PredictorFacts
 from .predictors.switch import MeasuringSwitch, Switch
-from .read_queue import Read, ReadQueue
+from .read_queue import Read, Reads
 from .slots import Slots
 from .traffic import StoreStatistics
 
@@ -30,8 +30,10 @@ learning and costs nearly nothing."""
 class Choice(NamedTuple):
     """What a layer's experts are called with."""
 
-    x_ND: Tensor
-    experts_NK: Tensor
+    x_ND: Tensor | None
+    """None in a replay of recorded routes."""
+    experts_NK: Array
+    """-1 = none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +64,9 @@ class ReadAhead:
         facts: PredictorFacts,
         slots: Slots,
         filler: SlotFiller,
-        reads: ReadQueue,
+        reads: Reads,
         statistics: StoreStatistics,
+        clock: Callable[[], float],
         switch: Switch | None = None,
     ) -> None:
         self._predictor = predictor
@@ -71,6 +74,7 @@ class ReadAhead:
         self._place_of = {layer: place for place, layer in enumerate(facts.moe_layers)}
         self._slots, self._filler, self._reads = slots, filler, reads
         self._statistics = statistics
+        self._clock = clock
         self._switch = switch or MeasuringSwitch()
         self._calibration, self._regret = Calibration(), Regret()
         self._windows = Windows(len(facts.moe_layers))
@@ -102,7 +106,7 @@ class ReadAhead:
         if self._sees:
             hints = self._predictor.begin(forward)
             if self._is_on:
-                self._windows.progressed(*self._reads.progress.so_far())
+                self._windows.progressed(*self._reads.progress())
                 self._take(hints, place=-1)
                 self.read()
 
@@ -116,7 +120,7 @@ class ReadAhead:
         """Let the predictor see a choice, and take its hints."""
         if not self._sees:
             return
-        self._predictor.see(layer, choice.experts_NK.numpy())
+        self._predictor.see(layer, choice.experts_NK)
         if self._is_on:
             self._take(self._predictor.after_choice(layer, choice.x_ND), self._place_of[layer])
 
@@ -126,7 +130,7 @@ class ReadAhead:
             return
         self._reading = {k: read for k, read in self._reading.items() if not read.is_done}
         backlog = sum(len(read.parts) / read.num_parts for read in self._reading.values())
-        elapsed_s = time.perf_counter() - self._moment.at
+        elapsed_s = self._clock() - self._moment.at
         elapsed_s -= self._statistics.stall_s - self._moment.stall_s
         for key, (_, chance) in sorted(self._pending.items(), key=lambda item: -item[1][1]):
             if key in self._slots or self._slots.filling(key) is not None:
@@ -151,11 +155,11 @@ class ReadAhead:
         """``layer`` has all it needs; after the last one, the forward's time is known."""
         if layer == self._facts.moe_layers[-1]:
             num_read = self._statistics.num_read() - self._num_read
-            self._switch.end(time.perf_counter() - self._began, num_read)
+            self._switch.end(self._clock() - self._began, num_read)
 
     def _pass_moment(self, number: int) -> None:
         """Learn how long compute took since the last moment."""
-        now, stall_s, last = time.perf_counter(), self._statistics.stall_s, self._moment
+        now, stall_s, last = self._clock(), self._statistics.stall_s, self._moment
         if number == 0:
             self._began = now
         if number == (last.number + 1) % (len(self._place_of) + 1):

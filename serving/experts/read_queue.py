@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Condition
+from typing import Protocol
 
 from .policies.policy import Key
 
@@ -84,6 +85,42 @@ class _Waiting:
         return queue.popleft() if queue else None
 
 
+class Reads(Protocol):
+    """What runs reads: threads, or a replay's clock."""
+
+    def submit(self, read: Read) -> None:
+        """Start a read as soon as possible."""
+        ...
+
+    def make_urgent(self, read: Read) -> bool:
+        """Move an early read to the urgent ones; False if it was dropped and has ended."""
+        ...
+
+    def drop(self, read: Read) -> None:
+        """Let a read that has begun end early, if it can; it may finish all the same."""
+        ...
+
+    def progress(self) -> tuple[float, float]:
+        """Return how many reads were done so far, and in how many seconds of reading."""
+        ...
+
+    def cancel(self, read: Read) -> bool:
+        """Take back a read that has not begun; say whether that was so."""
+        ...
+
+    def wait_for_any(self, reads: Collection[Read]) -> list[Read]:
+        """Return those of ``reads`` that are done, once there is one."""
+        ...
+
+    def wait_for_all(self, reads: Collection[Read]) -> None:
+        """Return when all of ``reads`` are done."""
+        ...
+
+    def close(self) -> None:
+        """Stop. Reads that have not begun fail."""
+        ...
+
+
 class ReadQueue:
     """Runs reads in a bounded pool of threads. One thread calls its methods; any may close it."""
 
@@ -92,7 +129,7 @@ class ReadQueue:
         self._waiting = _Waiting()
         self._changed = Condition()
         self._is_closed = False
-        self.progress = Progress()
+        self._progress = Progress()
 
     def submit(self, read: Read) -> None:
         """Start a read as soon as a thread is free."""
@@ -124,6 +161,11 @@ class ReadQueue:
         """Let a read that runs end before its next part; :meth:`cancel` takes back others."""
         with self._changed:
             read.is_dropped = True
+
+    def progress(self) -> tuple[float, float]:
+        """Return how many reads were done so far, and in how many seconds of reading."""
+        with self._changed:
+            return self._progress.so_far()
 
     def cancel(self, read: Read) -> bool:
         """Take back a read that no thread is working on; say whether that was so."""
@@ -161,7 +203,7 @@ class ReadQueue:
             read = self._waiting.pop()
             if read is None:
                 return  # it was cancelled
-            self.progress.start()
+            self._progress.start()
         before = len(read.parts)
         try:
             while read.parts:
@@ -172,7 +214,7 @@ class ReadQueue:
         except BaseException as error:
             read.error = error
         with self._changed:
-            self.progress.stop((before - len(read.parts)) / read.num_parts)
+            self._progress.stop((before - len(read.parts)) / read.num_parts)
             read.is_done = True
             self._changed.notify_all()
 
@@ -188,7 +230,7 @@ class ReadQueue:
             if read.is_urgent or not read.parts or not self._waiting.urgent or self._is_closed:
                 return False
             self._waiting.early.appendleft(read)
-            self.progress.stop((before - len(read.parts)) / read.num_parts)
+            self._progress.stop((before - len(read.parts)) / read.num_parts)
             self._pool.submit(self._run_next)
             return True
 

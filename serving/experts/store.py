@@ -11,66 +11,54 @@ every read that compute waits for.
 
 import time
 from collections import deque
-from collections.abc import Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import replace
-
-import torch
 
 from ...errors import ExpertReadError
 from ...kernels.values.quantized_weights import SlotWeights
-from ...moe.folders.expert_slots import empty_experts, expert_bytes
-from ...moe.folders.folder import ModelFolder
-from ...moe.routes.identity import identity_of
-from .budget import count_slots
 from .expectations import Expectations
 from .filler import SlotFiller
 from .forwards import Forward
-from .options import StoreOptions
 from .policies.errors import no_victim
 from .policies.policy import CacheFacts, Key, Policy
-from .policies.table import open_policy
 from .predictors.predictor import Predictor, PredictorFacts
 from .predictors.switch import Switch
 from .read_ahead import Choice, ReadAhead
-from .read_queue import Read, ReadQueue
+from .read_queue import Read, Reads
 from .slots import Slots, StoreCounts
-from .tiers.disk import DiskTier
+from .tiers.tier import Tier
 from .traffic import StoreStatistics
 
 
 class ExpertStore:
-    """Experts of a model folder behind ``num_slots`` slots. Used by one compute thread."""
+    """Experts behind ``num_slots`` slots. Used by one compute thread.
+
+    Knows no folder and no clock but those it is given, so a replay runs this very code with reads
+    that only take time (replay/).
+    """
 
     def __init__(
         self,
-        folder: ModelFolder,
-        dtype: torch.dtype,
-        budget_bytes: int,
-        num_threads: int = 4,
-        options: StoreOptions | None = None,
+        facts: CacheFacts,
+        slot_bytes: int,
+        memory: SlotWeights,
+        tier: Tier,
+        reads: Reads,
+        policy: Policy,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.num_slots = count_slots(folder, dtype, budget_bytes)
-        config, moe = folder.config, folder.config.moe
-        assert moe is not None, "slots were counted"
-        self.slot_bytes = expert_bytes(config, dtype, folder.packed)
-        self._memory = empty_experts(config, self.num_slots, dtype, folder.packed)
-        self._slots = Slots(self.num_slots, config.moe_layers, moe.num_experts)
-        facts = CacheFacts(
-            config.moe_layers, moe.num_experts, self.num_slots, identity_of(config).architecture
-        )
-        self._policy: Policy = open_policy((options or StoreOptions()).policy, facts)
-        self._reads = ReadQueue(num_threads)
+        self.num_slots = facts.num_slots
+        self.slot_bytes = slot_bytes
+        self._memory = memory
+        self._slots = Slots(facts.num_slots, facts.moe_layers, facts.num_experts)
+        self._policy = policy
+        self._reads = reads
+        self._clock = clock
         self._expected = Expectations()
         self._ahead: ReadAhead | None = None
-        self.statistics = StoreStatistics(config.moe_layers, self.slot_bytes)
+        self.statistics = StoreStatistics(facts.moe_layers, slot_bytes)
         self._filler = SlotFiller(
-            self._memory,
-            self._slots,
-            self._expected,
-            self._policy,
-            DiskTier(folder),
-            self._reads,
-            self.statistics,
+            memory, self._slots, self._expected, policy, tier, reads, self.statistics
         )
 
     def counts(self) -> StoreCounts:
@@ -105,7 +93,7 @@ class ExpertStore:
     ) -> None:
         """Read ahead what a predictor says, from now on; None = as long as measurements say so."""
         parts = (self._slots, self._filler, self._reads, self.statistics)
-        self._ahead = ReadAhead(predictor, facts, *parts, switch)
+        self._ahead = ReadAhead(predictor, facts, *parts, self._clock, switch)
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
         """Begin to read what ``layer`` will need, and keep what is there already.
@@ -229,10 +217,10 @@ class ExpertStore:
         """
         if not (reading or self._slots.all_filling()):
             raise no_victim(self._policy)
-        started = time.perf_counter()
+        started = self._clock()
         wanted = list(reading.values())[: 1 if in_order else None] or self._slots.all_filling()
         finished = self._reads.wait_for_any(wanted)
-        self.statistics.stall(layer, time.perf_counter() - started)
+        self.statistics.stall(layer, self._clock() - started)
         ready, failed = list[Read](), list[Read]()
         for read in finished:
             self._filler.book(read)

@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from moeyard.moe.folders.folder import ModelFolder
 from moeyard.serving.engine.metrics import EngineMetrics
-from moeyard.serving.experts.store import ExpertStore
+from moeyard.serving.experts.opening import open_store
 from moeyard.training.observers.prometheus import PrometheusPort
 from moeyard.training.phases import PHASES
 from moeyard.training.read_config import read_run_config
@@ -72,7 +72,7 @@ def exported(config_file, model_folder) -> set[str]:
     found = names_of(generate_latest(port.registry).decode())
     port.close()
     folder = ModelFolder(model_folder)
-    store = ExpertStore(folder, torch.float32, 1 << 20)
+    store = open_store(folder, torch.float32, 1 << 20)
     return found | names_of(EngineMetrics(folder.config, store).render().decode())
 
 

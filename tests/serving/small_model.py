@@ -14,6 +14,7 @@ from moeyard.moe.models.decoder import Decoder
 from moeyard.moe.models.initialize import initialize
 from moeyard.moe.routers.hash import Hash
 from moeyard.moe.routers.topk import TopK
+from moeyard.serving.experts.opening import open_store
 from moeyard.serving.experts.store import ExpertStore
 from moeyard.training.data.tokenizer import ByteTokenizer
 
@@ -80,7 +81,7 @@ def slots(count: int, dtype: str = "float32") -> str:
 
 def small_store(folder: Path, count: int, **options: int) -> ExpertStore:
     """Open a store of ``count`` slots."""
-    return ExpertStore(ModelFolder(folder), torch.float32, count * SLOT_ELEMENTS * 4, **options)
+    return open_store(ModelFolder(folder), torch.float32, count * SLOT_ELEMENTS * 4, **options)
 
 
 def visit(store: ExpertStore, layer: int, *experts: int) -> list[int]:

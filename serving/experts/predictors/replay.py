@@ -1,15 +1,13 @@
-"""Predictors on recorded routes: what they learn from them, and what they would have said.
+"""Predictors on recorded routes: what they learn from them, and what they would have said."""
 
-N rows, L MoE layers, K choices.
-"""
-
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from ....moe.routes.rows import Array, Phase, Routes
+from ....moe.routes.rows import Phase, Routes
 from ..forwards import Forward
+from ..recorded import RecordedForward
 from .predictor import Hint, Predictor, PredictorFacts
 
 LEARNED_ROWS = 64
@@ -17,16 +15,13 @@ LEARNED_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
-class RecordedForward:
-    """A forward that was recorded, with what a predictor said during it."""
+class Said:
+    """What a predictor says during a recorded forward."""
 
-    forward: Forward
-    experts_NLK: Array
-    """In the order of the forward's sequences."""
     begin: list[Hint]
-    """Said before the first layer."""
+    """Before the first layer."""
     after: list[list[Hint]]
-    """Said after the choice of each MoE layer."""
+    """After the choice of each MoE layer."""
 
 
 def learn(predictor: Predictor, routes: Routes, facts: PredictorFacts) -> None:
@@ -47,31 +42,16 @@ def learn(predictor: Predictor, routes: Routes, facts: PredictorFacts) -> None:
 
 
 def hints_of(
-    predictor: Predictor, routes: Routes, facts: PredictorFacts
-) -> Iterator[RecordedForward]:
-    """Yield the recorded forwards in their order, with the hints of a predictor.
+    predictor: Predictor, forwards: Iterable[RecordedForward], facts: PredictorFacts
+) -> Iterator[Said]:
+    """Yield what a predictor says in each recorded forward.
 
     The predictor learns what was chosen after it has spoken, as in a server.
     """
-    for forward, experts_NLK in recorded_forwards(routes):
-        begin = predictor.begin(forward)
+    for recorded in forwards:
+        begin = predictor.begin(recorded.forward)
         after = []
         for place, layer in enumerate(facts.moe_layers):
-            predictor.see(layer, experts_NLK[:, place])
+            predictor.see(layer, recorded.experts_NLK[:, place])
             after.append(predictor.after_choice(layer, None))
-        yield RecordedForward(forward, experts_NLK, begin, after)
-
-
-def recorded_forwards(routes: Routes) -> Iterator[tuple[Forward, Array]]:
-    """Yield forwards and their rows' experts ``[N, L, K]``, in the order they ran."""
-    order_N = np.lexsort((routes.positions_N, routes.sequences_N, routes.steps_N))
-    steps_N, sequences_N = routes.steps_N[order_N], routes.sequences_N[order_N]
-    experts_NLK, phases_N = routes.experts_NLK[order_N], routes.phases_N[order_N]
-    starts = np.flatnonzero(np.diff(steps_N, prepend=steps_N[0] - 1))
-    for start, end in zip(starts, [*starts[1:], len(steps_N)], strict=True):
-        own = sequences_N[start:end]
-        firsts = np.flatnonzero(np.diff(own, prepend=own[0] - 1))
-        lengths = np.diff([*firsts, len(own)])
-        phases = tuple(Phase(int(phase)) for phase in phases_N[start:end][firsts])
-        forward = Forward(tuple(own[firsts].tolist()), phases, tuple(lengths.tolist()))
-        yield forward, experts_NLK[start:end]
+        yield Said(begin, after)

@@ -1,0 +1,39 @@
+"""From a model folder and a budget to a store."""
+
+import torch
+
+from ...moe.folders.expert_slots import empty_experts, expert_bytes
+from ...moe.folders.folder import ModelFolder
+from ...moe.routes.identity import identity_of
+from .budget import count_slots
+from .options import StoreOptions
+from .policies.policy import CacheFacts
+from .policies.table import open_policy
+from .read_queue import ReadQueue
+from .store import ExpertStore
+from .tiers.disk import DiskTier
+
+
+def open_store(
+    folder: ModelFolder,
+    dtype: torch.dtype,
+    budget_bytes: int,
+    num_threads: int = 4,
+    options: StoreOptions | None = None,
+) -> ExpertStore:
+    """Return a store of the experts of a model folder, with as many slots as a budget holds."""
+    options = options or StoreOptions()
+    num_slots = count_slots(folder, dtype, budget_bytes)
+    config, moe = folder.config, folder.config.moe
+    assert moe is not None, "slots were counted"
+    facts = CacheFacts(
+        tuple(config.moe_layers), moe.num_experts, num_slots, identity_of(config).architecture
+    )
+    return ExpertStore(
+        facts,
+        slot_bytes=expert_bytes(config, dtype, folder.packed),
+        memory=empty_experts(config, num_slots, dtype, folder.packed),
+        tier=DiskTier(folder),
+        reads=ReadQueue(num_threads),
+        policy=open_policy(options.policy, facts),
+    )
