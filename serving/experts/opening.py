@@ -6,7 +6,6 @@ from ...moe.folders.expert_slots import empty_experts, expert_bytes
 from ...moe.folders.folder import ModelFolder
 from ...moe.folders.tensor_names import dense_tensors
 from ...moe.routes.identity import identity_of
-from ..memory import available_bytes
 from .budget import count_slots
 from .options import StoreOptions
 from .policies.policy import CacheFacts
@@ -24,10 +23,12 @@ def open_store(
     budget_bytes: int,
     num_threads: int | None = None,
     options: StoreOptions | None = None,
+    free_bytes: int = 0,
 ) -> ExpertStore:
     """Return a store of the experts of a model folder, with as many slots as a budget holds.
 
-    ``num_threads`` read; None = as many as a probe of the device finds best.
+    ``num_threads`` read; None = as many as a probe of the device finds best. ``free_bytes`` is the
+    memory that is free before the model is loaded.
     """
     options = options or StoreOptions()
     num_slots = count_slots(folder, dtype, budget_bytes)
@@ -37,7 +38,8 @@ def open_store(
         tuple(config.moe_layers), moe.num_experts, num_slots, identity_of(config).architecture
     )
     slot_bytes = expert_bytes(config, dtype, folder.packed)
-    plan = plan_reads(folder, options.reader, _free_next_to(folder, dtype, num_slots * slot_bytes))
+    dense = sum(tensor.numel() for _, tensor in dense_tensors(config)) * dtype.itemsize
+    plan = plan_reads(folder, options.reader, max(0, free_bytes - num_slots * slot_bytes - dense))
     learned = None
     if folder.hashes is None:
         learned = folder.hashes = LearnedHashes(folder)
@@ -50,9 +52,3 @@ def open_store(
         policy=open_policy(options.policy, facts),
         read_plan=plan,
     )
-
-
-def _free_next_to(folder: ModelFolder, dtype: torch.dtype, slots_bytes: int) -> int:
-    """Return the memory that will be free for the page cache when the model is loaded."""
-    others = sum(tensor.numel() for _, tensor in dense_tensors(folder.config)) * dtype.itemsize
-    return max(0, available_bytes() - slots_bytes - others)
