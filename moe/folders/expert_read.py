@@ -102,8 +102,8 @@ class ExpertRead:
         if self._hash() != expected:
             files = " and ".join(dict.fromkeys(chunk.file.path.name for chunk in self._chunks))
             raise DamagedExpertError(
-                f"expert {expert} of layer {layer} in {files} has other bytes than "
-                f"{self._hashes.source} says; {self._hashes.remedy}"
+                f"expert {expert} of layer {layer} has other bytes in {files} than "
+                f"{self._hashes.source}; {self._hashes.remedy}"
             )
 
     def _hash(self) -> int:

@@ -70,10 +70,12 @@ def compare(chunks: Sequence[Chunk], modes: Sequence[Mode], is_cold: bool) -> li
 
 
 def measure(
-    chunks: Sequence[Chunk], way: Way, is_cold: bool, max_bytes: int = MAX_BYTES // 2
+    chunks: Sequence[Chunk], way: Way, is_cold: bool, max_bytes: int | None = None
 ) -> float:
     """Return the bytes per second of one way, stops included."""
-    done = _read(_units(chunks, is_cold), way.mode, way.threads, RATE_S, max_bytes)
+    done = _read(
+        _units(chunks, is_cold), way.mode, way.threads, RATE_S, max_bytes or MAX_BYTES // 2
+    )
     at_s = np.array([read.at_s for read in done])
     so_far = np.cumsum([read.num_bytes for read in done])
     if len(done) < 8:
@@ -110,10 +112,10 @@ def _read(
         memory = _page_aligned(UNIT_BYTES)
         left = max(1, max_bytes // threads)
         while left > 0 and not errors:
+            began = time.perf_counter()
             with lock:
                 unit = next(units)
             num_bytes = unit.end - unit.start
-            began = time.perf_counter()
             try:
                 unit.file.reader.read([memory.part(0, num_bytes)], unit.start, mode == "direct")
             except OSError as error:

@@ -21,6 +21,8 @@ from ....moe.folders.folder import ModelFolder
 
 log = logging.getLogger(__name__)
 
+FOLDER = "moeyard/expert-hashes"
+"""In the user's cache folder, $XDG_CACHE_HOME or ~/.cache."""
 PAUSE_S = 5.0
 """Seconds between two writes; :meth:`LearnedHashes.save` writes the rest."""
 
@@ -36,15 +38,17 @@ class LearnedHashes:
         self._num_saved = len(self._hashes)
         self._saved_at = time.monotonic()
 
-    @property
-    def source(self) -> str:
-        """The file that says so."""
-        return "its first read" if self._path is None else str(self._path)
+    source = "at its first read"
 
     @property
     def remedy(self) -> str:
         """What to do about an expert that has another hash."""
-        return "copy the folder again, or delete that file if you trust the weights as they are"
+        if self._path is None:
+            return "copy the folder again"
+        return (
+            f"copy the folder again, or delete {self._path.name} in the cache folder "
+            f"{FOLDER} if you trust the weights as they are"
+        )
 
     def get(self, key: Key) -> int | None:
         """Return the hash of an expert, None if it is not known."""
@@ -91,7 +95,7 @@ def _path_of(folder: Path) -> Path | None:
     except RuntimeError:
         return None  # no home folder
     name = xxhash.xxh3_64_hexdigest(str(folder.resolve()).encode(errors="surrogateescape"))
-    return root / "moeyard" / "expert-hashes" / f"{name}.json"
+    return root / FOLDER / f"{name}.json"
 
 
 def _state_of(folder: ModelFolder) -> dict[str, Any]:
