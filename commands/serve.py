@@ -70,6 +70,11 @@ def add(parsers: Parsers) -> None:
         help="web pages that may call the server, such as http://localhost:3000, or *; repeat for "
         "several; default: none",
     )
+    serve.add_argument(
+        "--record-routes",
+        metavar="DIR",
+        help="write which experts each token visited into DIR, a file for each replica",
+    )
     add_ignore_unused_weights(serve)
     add_allow_code(serve)
     serve.set_defaults(run=run)

@@ -11,6 +11,7 @@ from ..errors import ConfigError
 from .options import Parsers, add_command, add_route_files
 
 if TYPE_CHECKING:
+    from ..moe.routes.format import RouteHeader
     from ..serving.experts.recorded import RecordedForward
     from ..serving.experts.replay.comparison import Comparison, Outcome
     from ..serving.experts.replay.run import Pace
@@ -67,15 +68,24 @@ def add(kinds: Parsers) -> None:
         help="of the forwards, the last ones, to judge by; what learns from a file learns from the "
         "others; 1 = replay all",
     )
+    command.add_argument(
+        "--log",
+        type=Path,
+        metavar="LOG",
+        help="follow what --expert-log wrote in the run of these routes, and count again",
+    )
     command.add_argument("--json", action="store_true", help="print JSON")
     command.add_argument("--plot", type=Path, metavar="OUT.svg", help="draw each policy's gap")
     command.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print a line for each number of slots, policy and predictor."""
+    """Print a line for each number of slots, policy and predictor; or what a log comes to."""
     from ..serving.experts.replay.comparison import Setting
 
+    if arguments.log is not None:
+        _follow(arguments)
+        return
     comparison = _open(arguments)
     slot_bytes, pace = _pace(arguments)
     outcomes = [
@@ -103,9 +113,43 @@ def run(arguments: argparse.Namespace) -> None:
         _plot(arguments.plot, outcomes, f"{facts['forwards']} forwards, {facts['experts']} experts")
 
 
-def _open(arguments: argparse.Namespace) -> "Comparison":
+def _follow(arguments: argparse.Namespace) -> None:
+    """Print what the store of a run counted, by its log and its routes."""
+    from ..serving.experts.replay.follow import LogFile, follow
+
+    log = LogFile(arguments.log)
+    header, forwards, is_whole = _read(arguments.files)
+    if log.header.architecture != header.model.architecture:
+        raise ConfigError(
+            f"{log.path} is of a model with architecture {log.header.architecture}, and the routes "
+            f"of one with {header.model.architecture}; give the log and the routes of one run."
+        )
+    counters = follow(log, forwards, is_whole).as_dict()
+    if log.damage is not None:
+        sys.stderr.write(f"warning: {log.damage}\n")
+    found = {"policy": log.header.policy, "slots": log.header.num_slots}
+    found |= {name: value for name, value in counters.items() if isinstance(value, int)}
+    if arguments.json:
+        sys.stdout.write(json.dumps(found, indent=1) + "\n")
+        return
+    facts = " ".join(f"{name}={value}" for name, value in found.items())
+    sys.stdout.write(f"followed {facts}\n")
+
+
+def _read(paths: list[Path]) -> "tuple[RouteHeader, list[RecordedForward], bool]":
+    """Return the header, the forwards and whether all files are whole."""
     from ..moe.routes.reader import route_files
     from ..serving.experts.recorded import read_forwards
+
+    files = route_files(paths)
+    forwards = read_forwards(files)
+    damages = [file.damage for file in files if file.damage is not None]
+    for damage in damages:
+        sys.stderr.write(f"warning: {damage}\n")
+    return files[0].header, forwards, not damages
+
+
+def _open(arguments: argparse.Namespace) -> "Comparison":
     from ..serving.experts.replay.comparison import PREDICTORS, Comparison
 
     for path in arguments.files:
@@ -124,12 +168,8 @@ def _open(arguments: argparse.Namespace) -> "Comparison":
         )
     if arguments.plot is not None and arguments.plot.suffix != ".svg":
         raise ConfigError(f"--plot is {arguments.plot}; give a file that ends in .svg.")
-    files = route_files(arguments.files)
-    forwards: list[RecordedForward] = read_forwards(files)
-    for file in files:
-        if file.damage is not None:
-            sys.stderr.write(f"warning: {file.damage}\n")
-    return Comparison(files[0].header, forwards, arguments.held_out)
+    header, forwards, _ = _read(arguments.files)
+    return Comparison(header, forwards, arguments.held_out)
 
 
 def _pace(arguments: argparse.Namespace) -> tuple[int | None, "Pace | None"]:

@@ -50,6 +50,7 @@ def load(
     ignore_unused_weights: bool = False,
     allow_code: str | Sequence[str] = (),
     expert_policy: str | Policy = "lru",
+    expert_log: str | Path | None = None,
 ) -> LanguageModel:
     """Open a Hugging Face MoE model or a run's export as a model ready to call.
 
@@ -65,11 +66,14 @@ def load(
     modules of your own whose routers the folder may use; they are imported. ``expert_policy``
     chooses which expert leaves memory when another one is needed: a name, or an object with the
     methods of :class:`moeyard.serving.experts.policies.policy.Policy`, for this model alone.
+    ``expert_log`` is a file for every event of the store, which is replaced.
 
     Raises :class:`ModelFileError` for a folder that is damaged or of an unknown kind and for a
     model that cannot be downloaded, and :class:`ConfigError` for arguments that do not fit.
     """
-    options = StoreOptions(policy=expert_policy)
+    options = StoreOptions(
+        policy=expert_policy, log=None if expert_log is None else Path(expert_log)
+    )
     model, _ = open_model(
         folder, dtype, device, expert_memory, ignore_unused_weights, allow_code, options
     )
@@ -130,6 +134,11 @@ def _check_options(options: StoreOptions, expert_memory: str | None) -> None:
         raise ConfigError(
             f"expert_policy is a {type(options.policy).__name__}, but all experts are in memory; "
             "set expert_memory, or leave expert_policy out."
+        )
+    if expert_memory is None and options.log is not None:
+        raise ConfigError(
+            f"expert_log is {str(options.log)!r}, but all experts are in memory; set "
+            "expert_memory, or leave expert_log out."
         )
 
 

@@ -73,11 +73,13 @@ class ExpertStore:
         return (layer, expert) in self._slots
 
     def close(self) -> None:
-        """Stop the reading threads."""
+        """Stop the reading threads, and end the log."""
         self._reads.close()
+        self.statistics.close()
 
     def begin(self, forward: Forward) -> None:
         """Hear of a forward before it runs."""
+        self.statistics.begin()
         self._policy.begin(forward)
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
@@ -124,6 +126,7 @@ class ExpertStore:
                     ready = self._next_ready(layer, reading, in_order=bool(waiting))
         except BaseException:
             self._expected.clear()  # this forward ends here
+            self.statistics.fail()
             raise
         finally:
             # Whatever ended the wave, no thread may write into a slot that is given away.
@@ -154,6 +157,7 @@ class ExpertStore:
             else:
                 waiting.append(expert)
                 self.statistics.miss(key)
+        self.statistics.need(layer, rows_of)
         return ready, waiting
 
     def _read_now(

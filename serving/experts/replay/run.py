@@ -73,19 +73,8 @@ class Counters:
 
 def counters_of(statistics: StoreStatistics, **others: Any) -> Counters:
     """Return the sums over layers of a store's counters, with ``others``."""
-    layers = statistics.layers.values()
-    return Counters(
-        hits=sum(layer.hits for layer in layers),
-        misses=sum(layer.misses for layer in layers),
-        late=sum(layer.prefetch_late for layer in layers),
-        issued=sum(layer.prefetch_issued for layer in layers),
-        useful=sum(layer.prefetch_useful for layer in layers),
-        wasted=sum(layer.prefetch_wasted for layer in layers),
-        evictions=statistics.evictions,
-        bytes_read=sum(layer.bytes_read for layer in layers),
-        stall_s=sum(layer.stall_s for layer in layers),
-        **others,
-    )
+    stall_s = sum(layer.stall_s for layer in statistics.layers.values())
+    return Counters(**statistics.totals(), stall_s=stall_s, **others)
 
 
 def replay(
