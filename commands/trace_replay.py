@@ -50,8 +50,8 @@ def add(kinds: Parsers) -> None:
         type=_names,
         default=["none"],
         metavar="NAME,...",
-        help="what is read ahead: none, or next_layer, which knows the next layer's choice; "
-        "default: none",
+        help="what is read ahead: none; next_layer, which knows the next layer's choice; "
+        "previous_token, previous_layers, activations or trained:FILE; default: none",
     )
     command.add_argument(
         "--bandwidth", metavar="SIZE/s", help="of the disk, such as 400MB/s, to replay time, too"
@@ -150,7 +150,7 @@ def _read(paths: list[Path]) -> "tuple[RouteHeader, list[RecordedForward], bool]
 
 
 def _open(arguments: argparse.Namespace) -> "Comparison":
-    from ..serving.experts.replay.comparison import PREDICTORS, Comparison
+    from ..serving.experts.replay.comparison import Comparison
 
     for path in arguments.files:
         if (path / "config.json").exists():
@@ -158,9 +158,6 @@ def _open(arguments: argparse.Namespace) -> "Comparison":
                 f"{path} is a model; give route files, or let the model read recorded texts again "
                 "with moeyard trace compare MODEL FILE."
             )
-    for name in arguments.predictors:
-        if name not in PREDICTORS:
-            raise ConfigError(f"--predictors has {name!r}; use some of {', '.join(PREDICTORS)}.")
     if arguments.predictors != ["none"] and arguments.bandwidth is None:
         raise ConfigError(
             "--predictors needs to know the time that reads have; give --bandwidth, --layer-time "
@@ -169,7 +166,10 @@ def _open(arguments: argparse.Namespace) -> "Comparison":
     if arguments.plot is not None and arguments.plot.suffix != ".svg":
         raise ConfigError(f"--plot is {arguments.plot}; give a file that ends in .svg.")
     header, forwards, _ = _read(arguments.files)
-    return Comparison(header, forwards, arguments.held_out)
+    comparison = Comparison(header, forwards, arguments.held_out)
+    for name in arguments.predictors:
+        comparison.check_predictor(name)
+    return comparison
 
 
 def _pace(arguments: argparse.Namespace) -> tuple[int | None, "Pace | None"]:

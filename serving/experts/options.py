@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .policies.policy import Policy
+from .predictors.predictor import Predictor
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,3 +15,5 @@ class StoreOptions:
     """Which expert leaves memory: a name of ``policies/table.py``, or an object."""
     log: Path | None = None
     """Where every event of the store is written (event_log.py)."""
+    predictor: str | Predictor = "none"
+    """Which experts the next layers may need: a name of ``predictors/table.py``, or an object."""
