@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from .policies.policy import Policy
+from .predictors.predictor import Predictor
 
 
 @dataclass(frozen=True, slots=True)
@@ -11,3 +12,5 @@ class StoreOptions:
 
     policy: str | Policy = "lru"
     """Which expert leaves memory: a name of ``policies/table.py``, or an object."""
+    predictor: str | Predictor = "none"
+    """Which experts the next layers may need: a name of ``predictors/table.py``, or an object."""
