@@ -49,4 +49,5 @@ def open_model(arguments: argparse.Namespace) -> "LanguageModel":
         ignore_unused_weights=arguments.ignore_unused_weights,
         expert_policy=arguments.expert_policy,
         expert_reader=arguments.expert_reader,
+        expert_log=arguments.expert_log,
     )

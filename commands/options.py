@@ -88,6 +88,12 @@ def add_expert_store(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="through the page cache, around it, or what a probe at the start finds better",
     )
+    parser.add_argument(
+        "--expert-log",
+        metavar="FILE",
+        help="write what happens to experts into FILE, for moeyard trace replay; serve takes a "
+        "folder, with a file for each replica",
+    )
 
 
 def add_dtype(parser: argparse.ArgumentParser) -> None:

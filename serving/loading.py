@@ -24,6 +24,7 @@ from ..moe.folders.text_codec import TextCodec
 from ..moe.models.decoder import Decoder
 from ..moe.models.language_model import LanguageModel
 from ..moe.routers.own_code import allow
+from ..moe.without_memory import without_memory
 from .experts.budget import budget_bytes
 from .experts.forwards import announce_forwards
 from .experts.offloaded import OffloadedExperts
@@ -54,6 +55,7 @@ def load(
     expert_policy: str | Policy = "lru",
     expert_predictor: str | Predictor = "none",
     expert_reader: str = "auto",
+    expert_log: str | Path | None = None,
 ) -> LanguageModel:
     """Open a Hugging Face MoE model or a run's export as a model ready to call.
 
@@ -72,11 +74,17 @@ def load(
     ``expert_predictor`` says which experts the next layers may need, so that they are read ahead: a
     name or ``NAME:FILE`` (docs/offloading.md), or an object with the methods of
     :class:`moeyard.serving.experts.predictors.predictor.Predictor`.
+    ``expert_log`` is a file for every event of the store, which is replaced.
 
     Raises :class:`ModelFileError` for a folder that is damaged or of an unknown kind and for a
     model that cannot be downloaded, and :class:`ConfigError` for arguments that do not fit.
     """
-    options = StoreOptions(policy=expert_policy, predictor=expert_predictor, reader=expert_reader)
+    options = StoreOptions(
+        policy=expert_policy,
+        predictor=expert_predictor,
+        reader=expert_reader,
+        log=None if expert_log is None else Path(expert_log),
+    )
     model, _ = open_model(
         folder, dtype, device, expert_memory, ignore_unused_weights, allow_code, options
     )
@@ -139,6 +147,11 @@ def _check_options(options: StoreOptions, expert_memory: str | None) -> None:
             f"expert_policy is a {type(options.policy).__name__}, but all experts are in memory; "
             "set expert_memory, or leave expert_policy out."
         )
+    if expert_memory is None and options.log is not None:
+        raise ConfigError(
+            f"expert_log is {str(options.log)!r}, but all experts are in memory; set "
+            "expert_memory, or leave expert_log out."
+        )
 
 
 def _open(
@@ -149,7 +162,7 @@ def _open(
 ) -> tuple[LanguageModel, ExpertStore | None]:
     chosen = pick_dtype(files, dtype)
     check_memory(files, chosen, expert_memory)
-    with torch.device("meta"):
+    with without_memory():
         decoder = Decoder(files.config, expert_ids=())
     store = None
     if expert_memory is not None:
@@ -208,7 +221,7 @@ def _as_module(weights: ExpertWeights | QuantizedExpertWeights) -> LayerExperts:
     if isinstance(weights, QuantizedExpertWeights):
         return QuantizedExperts(weights)
     num_experts, d_model, d_expert = weights.fc2_SDF.shape
-    with torch.device("meta"):
+    with without_memory():
         experts = Experts(d_model, d_expert, num_experts, activation=weights.activation)
     for name, part in zip(PARAMETERS, weights.parameters, strict=True):
         if part is not None:
