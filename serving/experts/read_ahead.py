@@ -97,24 +97,27 @@ class ReadAhead:
             self._end_hints(layer, needed=None)  # the forward before has failed
         rows = sum(forward.lengths)
         self._size = rows.bit_length()
-        self._pass_moment(0)
-        self._regret.begin()
         self._is_on = self._switch.begin(rows)
         self._sees = self._is_on or self._num_forwards % UNSEEN == 0
         self._num_forwards += 1
         self._num_read = self._statistics.num_read()
-        if self._sees:
-            hints = self._predictor.begin(forward)
-            if self._is_on:
-                self._windows.progressed(*self._reads.progress())
-                self._take(hints, place=-1)
-                self.read()
+        self._pass_moment(0)
+        if not self._sees:
+            return
+        self._regret.begin()
+        hints = self._predictor.begin(forward)
+        if self._is_on:
+            self._windows.progressed(*self._reads.progress())
+            self._take(hints, place=-1)
+            self.read()
 
     def chosen(self, layer: int, needed: Collection[int], missing: Collection[int]) -> None:
         """``layer`` needs some experts, and ``missing`` of them are neither here nor coming."""
-        self._pass_moment(self._place_of[layer] + 1)
-        self._regret.missed(layer, missing)
-        self._end_hints(layer, needed)
+        if self._sees:
+            self._pass_moment(self._place_of[layer] + 1)
+            self._regret.missed(layer, missing)
+        if self._given:
+            self._end_hints(layer, needed)
 
     def look(self, layer: int, choice: Choice) -> None:
         """Let the predictor see a choice, and take its hints."""
