@@ -123,7 +123,7 @@ def judge_gates(model: LanguageModel, routes: Routes, facts: PredictorFacts) -> 
             for number, scores_NE in enumerate(gates.scores(layer, x_ND).swapaxes(0, 1)):
                 true_NK = inputs[facts.moe_layers[place + 1 + number]][1].numpy()
                 best_NE = np.argsort(-scores_NE, axis=1)
-                for width in widths_of(facts.k, facts.num_experts):
+                for width in widths_of(facts.k, facts.num_experts, number + 1):
                     is_right = (best_NE[:, :width, None] == true_NK[:, None]).any(axis=1)
                     found = counts.setdefault((number + 1, width), [0, 0, 0])
                     found[0] += true_NK.size

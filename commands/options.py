@@ -82,6 +82,13 @@ def add_expert_store(parser: argparse.ArgumentParser) -> None:
         default="lru",
         help="which expert leaves memory when another one is needed",
     )
+    parser.add_argument(
+        "--expert-predictor",
+        metavar="NAME[:FILE]",
+        default="none",
+        help="what is read ahead for routers that choose late: auto, none, next_gates, "
+        "previous_layers, activations, previous_token or trained:FILE",
+    )
 
 
 def add_dtype(parser: argparse.ArgumentParser) -> None:

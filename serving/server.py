@@ -24,6 +24,7 @@ from .engine.tokenizer import ServingTokenizer
 from .experts.budget import bytes_of_experts
 from .experts.options import StoreOptions
 from .experts.policies.table import check_policy
+from .experts.predictors.table import check_fit
 from .loading import open_model, pick_dtype
 from .memory import check_memory
 
@@ -41,6 +42,8 @@ class ServeArgs(BaseModel):
     """Bound on the experts kept in memory (2GiB, 25%); None keeps all."""
     expert_policy: str = "lru"
     """Which expert leaves memory when another one is needed."""
+    expert_predictor: str = "none"
+    """What is read ahead for routers that choose late: a predictor's name, or ``NAME:FILE``."""
     dtype: Annotated[Literal["fp32", "bf16"], BeforeValidator(short_name)] | None = None
     """``bf16`` (or ``bfloat16``), ``fp32`` (or ``float32``); None = as stored."""
     max_num_seqs: int = Field(default=8, ge=1)
@@ -103,7 +106,7 @@ class ServeArgs(BaseModel):
     @property
     def store_options(self) -> StoreOptions:
         """How the expert store works."""
-        return StoreOptions(policy=self.expert_policy)
+        return StoreOptions(policy=self.expert_policy, predictor=self.expert_predictor)
 
     def open_tokenizer(self) -> ServingTokenizer:
         """Open the model's tokenizer."""
@@ -132,6 +135,8 @@ def check_model(args: ServeArgs, runs_here: bool = False) -> None:
     read_generation_config(folder)
     args.open_tokenizer().close()
     check_policy(args.expert_policy)
+    if args.expert_memory is not None:
+        check_fit(args.expert_predictor, folder.config)
     bytes_of_experts(folder, dtype, args.expert_memory)
     if runs_here:
         check_memory(folder, dtype, args.expert_memory)
