@@ -24,6 +24,7 @@ from ..moe.folders.text_codec import TextCodec
 from ..moe.models.decoder import Decoder
 from ..moe.models.language_model import LanguageModel
 from ..moe.routers.own_code import allow
+from ..moe.without_memory import without_memory
 from .experts.budget import budget_bytes
 from .experts.forwards import announce_forwards
 from .experts.offloaded import OffloadedExperts
@@ -156,7 +157,7 @@ def _open(
 ) -> tuple[LanguageModel, ExpertStore | None]:
     chosen = pick_dtype(files, dtype)
     check_memory(files, chosen, expert_memory)
-    with torch.device("meta"):
+    with without_memory():
         decoder = Decoder(files.config, expert_ids=())
     store = None
     if expert_memory is not None:
@@ -215,7 +216,7 @@ def _as_module(weights: ExpertWeights | QuantizedExpertWeights) -> LayerExperts:
     if isinstance(weights, QuantizedExpertWeights):
         return QuantizedExperts(weights)
     num_experts, d_model, d_expert = weights.fc2_SDF.shape
-    with torch.device("meta"):
+    with without_memory():
         experts = Experts(d_model, d_expert, num_experts, activation=weights.activation)
     for name, part in zip(PARAMETERS, weights.parameters, strict=True):
         if part is not None:

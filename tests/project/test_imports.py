@@ -30,6 +30,7 @@ ROOMS = {
         ["experts", "frozen_experts"],
     ],
     "moe": [
+        ["without_memory"],
         ["kv_cache", "linear", "norm", "routers"],
         ["gated_mlp"],
         ["batch", "config", "experts"],
