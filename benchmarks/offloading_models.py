@@ -4,8 +4,8 @@
 
 Weights are random, so routers choose about evenly and no expert is more popular than another: with
 slots for a share s of the experts, a cache misses about 1 - s of the choices. Trained models are
-kinder. The large model has 2.5 G parameters and not more because it exists twice, as a folder and
-as a GGUF file of the same bits, and both must fit into 12 GB of disk.
+kinder. The large model has 2 G parameters and not more because it exists twice, as a folder and
+as a GGUF file of the same bits, and both must fit into 8 GB of disk.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def _config(lookahead: str = "ffn_input", **sizes: int) -> ModelConfig:
 
 _TINY = {"d_model": 64, "num_layers": 3, "num_heads": 2, "num_kv_heads": 1, "d_expert": 32}
 _1B = {"d_model": 1024, "num_layers": 20, "num_heads": 16, "num_kv_heads": 4, "d_expert": 512}
-_2B5 = {"d_model": 2048, "num_layers": 16, "num_heads": 32, "num_kv_heads": 4, "d_expert": 768}
+_2B = {"d_model": 2048, "num_layers": 12, "num_heads": 32, "num_kv_heads": 4, "d_expert": 768}
 MODELS = {
     "tiny": _config(**_TINY, num_experts=8, k=2),
     "tiny-pregated": _config("previous_block", **_TINY, num_experts=8, k=2),
@@ -43,10 +43,10 @@ MODELS = {
     "1b": _config(**_1B),
     "1b-pregated": _config("previous_block", **_1B),
     "1b-preattention": _config("attention_input", **_1B),
-    "2b5": _config(**_2B5),
+    "2b": _config(**_2B),
 }
 """The first of a size is a Qwen3-MoE; the others have routers that choose early. An expert of
-``2b5`` has the size of one of Qwen3-30B-A3B."""
+``2b`` has the size of one of Qwen3-30B-A3B."""
 
 
 class RandomWeights:
