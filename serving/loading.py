@@ -54,6 +54,7 @@ def load(
     allow_code: str | Sequence[str] = (),
     expert_policy: str | Policy = "lru",
     expert_predictor: str | Predictor = "none",
+    expert_log: str | Path | None = None,
 ) -> LanguageModel:
     """Open a Hugging Face MoE model or a run's export as a model ready to call.
 
@@ -72,11 +73,13 @@ def load(
     ``expert_predictor`` says which experts the next layers may need, so that they are read ahead: a
     name or ``NAME:FILE`` (docs/offloading.md), or an object with the methods of
     :class:`moeyard.serving.experts.predictors.predictor.Predictor`.
+    ``expert_log`` is a file for every event of the store, which is replaced.
 
     Raises :class:`ModelFileError` for a folder that is damaged or of an unknown kind and for a
     model that cannot be downloaded, and :class:`ConfigError` for arguments that do not fit.
     """
-    options = StoreOptions(policy=expert_policy, predictor=expert_predictor)
+    events = None if expert_log is None else Path(expert_log)
+    options = StoreOptions(policy=expert_policy, predictor=expert_predictor, log=events)
     model, _ = open_model(
         folder, dtype, device, expert_memory, ignore_unused_weights, allow_code, options
     )
@@ -138,6 +141,11 @@ def _check_options(options: StoreOptions, expert_memory: str | None) -> None:
         raise ConfigError(
             f"expert_policy is a {type(options.policy).__name__}, but all experts are in memory; "
             "set expert_memory, or leave expert_policy out."
+        )
+    if expert_memory is None and options.log is not None:
+        raise ConfigError(
+            f"expert_log is {str(options.log)!r}, but all experts are in memory; set "
+            "expert_memory, or leave expert_log out."
         )
 
 

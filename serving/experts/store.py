@@ -78,11 +78,13 @@ class ExpertStore:
         return (layer, expert) in self._slots
 
     def close(self) -> None:
-        """Stop the reading threads."""
+        """Stop the reading threads, and end the log."""
         self._reads.close()
+        self.statistics.close()
 
     def begin(self, forward: Forward) -> None:
         """Hear of a forward before it runs."""
+        self.statistics.begin()
         self._policy.begin(forward)
         if self._ahead is not None:
             self._filler.book_finished(wanted=())
@@ -143,6 +145,7 @@ class ExpertStore:
                     ready = self._next_ready(layer, reading, in_order=bool(waiting))
         except BaseException:
             self._expected.clear()  # this forward ends here
+            self.statistics.fail()
             raise
         finally:
             # Whatever ended the wave, no thread may write into a slot that is given away.
@@ -176,6 +179,7 @@ class ExpertStore:
                     self._filler.book(read)
                 waiting.append(expert)
                 self.statistics.miss(key)
+        self.statistics.need(layer, rows_of)
         if self._ahead is not None:
             self._ahead.chosen(layer, rows_of, waiting)
         return ready, waiting

@@ -68,7 +68,7 @@ ROOMS = {
     ],
     "serving": [
         ["experts", "packages"],
-        ["engine", "memory"],
+        ["engine", "memory", "replica_files"],
         ["api", "loading"],
         ["evaluation"],
         ["proxy_guard", "server"],
