@@ -50,13 +50,19 @@ MODELS = {
 
 
 class RandomWeights:
-    """Normal numbers over the root of the row length; norms are 1. The same for the same names."""
+    """Normal numbers over the root of the row length; norms are 1. The same for the same names.
+
+    Embeddings are large and what layers add is small, as GPT-2 begins. Otherwise all tokens look
+    the same to the routers after a few layers.
+    """
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         assert config.moe is not None
         self._shapes = part_shapes(config.moe, config.d_model)
         self._dense = dict(dense_tensors(config))
         self._dtype = dtype
+        self._added = (2 * config.num_layers) ** -0.5
+        """Scale of what is added to the residual stream."""
 
     def dense(self, parameter: str) -> torch.Tensor:
         """Return a tensor of the decoder outside the experts."""
@@ -65,17 +71,23 @@ class RandomWeights:
             return torch.ones(like.shape, dtype=like.dtype)
         if like.ndim < 2:
             return torch.zeros(like.shape, dtype=like.dtype)
-        return self._normal(parameter, tuple(like.shape))
+        scale = 1.0
+        if parameter == "embed_tokens.weight":
+            scale = like.shape[-1] ** 0.5
+        elif "o_proj" in parameter:
+            scale = self._added
+        return self._normal(parameter, tuple(like.shape), scale)
 
     def expert_part(self, layer: int, expert: int, part: str) -> torch.Tensor:
         """Return a part of an expert."""
-        return self._normal(f"{layer} {expert} {part}", self._shapes[part])
+        scale = self._added if part == "down" else 1.0
+        return self._normal(f"{layer} {expert} {part}", self._shapes[part], scale)
 
-    def _normal(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    def _normal(self, name: str, shape: tuple[int, ...], scale: float) -> torch.Tensor:
         seed = zlib.crc32(name.encode())  # Python's hash differs from process to process
         generator = torch.Generator().manual_seed(seed)
         tensor = torch.empty(shape, dtype=self._dtype)
-        return tensor.normal_(std=shape[-1] ** -0.5, generator=generator)
+        return tensor.normal_(std=scale * shape[-1] ** -0.5, generator=generator)
 
 
 def write_random(folder: Path, name: str) -> None:
