@@ -50,7 +50,7 @@ def plan_reads(folder: ModelFolder, reader: str, free_bytes: int) -> ReadPlan:
     """Return how to read a folder's experts, and prepare the folder for it.
 
     ``free_bytes`` is the memory that is left for the page cache when the model has all it needs.
-    Reads up to 256 MiB of experts, for about half a second, to compare threads and the page cache
+    Reads up to 512 MiB of experts, for about half a second, to compare threads and the page cache
     with direct I/O. Raises :class:`ModelFileError` where they cannot be read.
     """
     check_reader(reader)

@@ -20,7 +20,7 @@ from .plan import Mode
 
 COMPARE_S, RATE_S = 0.2, 0.3
 """Seconds to compare ways of reading, and to measure the best one."""
-MAX_BYTES = 256 << 20
+MAX_BYTES = 512 << 20
 """Read at most by a probe, about."""
 UNIT_BYTES = 1 << 20
 """The most that one read of the probe takes: large enough for full speed, and quick."""
@@ -67,7 +67,7 @@ class Probe:
                 continue
             way = Way(mode, threads, 0.0)
             started, seconds = time.perf_counter(), COMPARE_S / len(tries)
-            arrived = self._read(way, seconds, MAX_BYTES // 2 // len(tries))
+            arrived = self._read(way, seconds, MAX_BYTES // 4 // len(tries))
             times = [started, *(arrival.at_s for arrival in arrived)]
             moving_s = times[-1] - started - sum(end - start for start, end in _stops(times))
             num_bytes = sum(arrival.num_bytes for arrival in arrived)
@@ -76,14 +76,15 @@ class Probe:
 
     def rate(self, way: Way, max_bytes: int | None = None) -> float:
         """Return the bytes per second of one way, stops included."""
-        started = time.perf_counter()
-        arrived = self._read(way, RATE_S, max_bytes or MAX_BYTES // 2)
+        first, started = len(self._arrivals), time.perf_counter()
+        self._read(way, RATE_S, max_bytes or MAX_BYTES * 3 // 4)
+        # A limit holds for every way, so all that was read counts where there are stops.
         ends = [end for _, end in _stops([arrival.at_s for arrival in self._arrivals])]
-        if len(ends) < 2:
-            return sum(a.num_bytes for a in arrived) / (arrived[-1].at_s - started)
-        # A limit holds for every way, so all that was read counts.
-        whole = sum(a.num_bytes for a in self._arrivals if ends[0] <= a.at_s < ends[-1])
-        return whole / (ends[-1] - ends[0])
+        last = self._arrivals[-1].at_s
+        if len(ends) >= 2 and ends[-1] - ends[0] >= 0.5 * (last - self._arrivals[0].at_s):
+            whole = [a for a in self._arrivals if ends[0] <= a.at_s < ends[-1]]
+            return sum(arrival.num_bytes for arrival in whole) / (ends[-1] - ends[0])
+        return sum(a.num_bytes for a in self._arrivals[first:]) / (last - started)
 
     def _read(self, way: Way, seconds: float, max_bytes: int) -> list[Arrival]:
         """Read for some time, at least once per thread, and return what arrived."""
@@ -140,11 +141,10 @@ def _stops(times: Sequence[float]) -> list[tuple[float, float]]:
 def _units(chunks: Sequence[Chunk], is_cold: bool) -> Iterator[Chunk]:
     """Yield what a read of the probe takes, again and again. Called under a lock."""
     for chunk in itertools.cycle(chunks):
+        if is_cold:  # all of it: the system reads ahead of the first unit, and that is of use
+            chunk.file.reader.forget(chunk.start, chunk.end - chunk.start)
         for start in range(chunk.start, chunk.end, UNIT_BYTES):
-            end = min(start + UNIT_BYTES, chunk.end)
-            if is_cold:
-                chunk.file.reader.forget(start, end - start)
-            yield Chunk(chunk.file, start, end)
+            yield Chunk(chunk.file, start, min(start + UNIT_BYTES, chunk.end))
 
 
 def _page_aligned(num_bytes: int) -> Buffer:
