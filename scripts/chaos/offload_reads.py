@@ -4,8 +4,8 @@
 
 Each row sends 8 requests together, half of them as streams, under one fault, and again when it is
 over. An answer is whole and equal to that of a good disk, or an error: 503 with Retry-After, or an
-error event. Afterwards all are equal, /health says 200 and no place is held. Every row has 60 s. Exits
-with 1 on a fault.
+error event. Afterwards all are equal, /health says 200 and no place is held. Every row has 60 s.
+Exits with 1 on a fault.
 """
 
 import asyncio
