@@ -5,7 +5,6 @@ to a tenth of a second. So stops do not count when ways of reading are compared.
 them, over whole periods from the end of a stop to the end of another.
 """
 
-import itertools
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -53,7 +52,7 @@ class Probe:
     """Reads chunks again and again, and keeps when their bytes arrived."""
 
     def __init__(self, chunks: Sequence[Chunk], is_cold: bool) -> None:
-        """``is_cold`` drops what is about to be read from the page cache first."""
+        """``is_cold`` drops the chunks from the page cache first."""
         self._units = _units(chunks, is_cold)
         self._arrivals: list[Arrival] = []
 
@@ -140,11 +139,13 @@ def _stops(times: Sequence[float]) -> list[tuple[float, float]]:
 
 def _units(chunks: Sequence[Chunk], is_cold: bool) -> Iterator[Chunk]:
     """Yield what a read of the probe takes, again and again. Called under a lock."""
-    for chunk in itertools.cycle(chunks):
-        if is_cold:  # all of it: the system reads ahead of the first unit, and that is of use
+    while True:
+        # All at once: what the system then reads ahead of a unit is of use to the next.
+        for chunk in chunks if is_cold else ():
             chunk.file.reader.forget(chunk.start, chunk.end - chunk.start)
-        for start in range(chunk.start, chunk.end, UNIT_BYTES):
-            yield Chunk(chunk.file, start, min(start + UNIT_BYTES, chunk.end))
+        for chunk in chunks:
+            for start in range(chunk.start, chunk.end, UNIT_BYTES):
+                yield Chunk(chunk.file, start, min(start + UNIT_BYTES, chunk.end))
 
 
 def _page_aligned(num_bytes: int) -> Buffer:
