@@ -1,6 +1,6 @@
 """How much do predictors of experts say, what do they cost, and what is it worth?
 
-    python benchmarks/expert_predictors.py MODEL_DIR TEXT... [--budget 25%] [--pairs 5]
+    python benchmarks/expert_predictors.py MODEL_DIR TEXT... [--timed MODEL_DIR] [--budget 25%]
 
 1. Recall: the model generates from held-out texts, and its routes are recorded. Predictors learn
    from the first half of the texts and are judged on the other half, token by token, by distance in
@@ -47,7 +47,7 @@ from moeyard.serving.loading import open_model
 
 from report import write_results
 
-PROMPT, ANSWER, TEXTS = 150, 200, 24
+PROMPT, ANSWER, TEXTS = 150, 200, 40
 """Tokens of a prompt, tokens of an answer, and texts whose routes are recorded."""
 JUDGED_ROWS = 1500
 TIMED_PROMPTS, TIMED_TOKENS = 2, 100
@@ -333,6 +333,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("texts", type=Path, nargs="+")
+    parser.add_argument("--timed", type=Path, help="another model for the second and third part")
     parser.add_argument("--budget", default="25%")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--ratio", type=float, default=1.0, help="computing over reading")
@@ -345,7 +346,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         routes = record(model, texts, Path(name) / "held_out.routes")
     table, arrays = recalls(model, routes, facts)
-    found = end_to_end(arguments.model, arrays, texts, arguments)
+    timed = arguments.timed or arguments.model
+    if arguments.timed is not None:
+        other, _ = open_model(timed)
+        with tempfile.TemporaryDirectory() as name:
+            routes = record(other, texts, Path(name) / "timed.routes")
+        arrays = fit(facts_of(other.config), routes)
+        del other
+    found = end_to_end(timed, arrays, texts, arguments)
     path = write_results("expert_predictors", {"recalls": table, "end_to_end": found})
     sys.stdout.write(f"written to {path}; all answers were the resident model's\n")
 
