@@ -70,9 +70,18 @@ def add(parsers: Parsers) -> None:
         help="web pages that may call the server, such as http://localhost:3000, or *; repeat for "
         "several; default: none",
     )
+    _add_recording(serve)
     add_ignore_unused_weights(serve)
     add_allow_code(serve)
     serve.set_defaults(run=run)
+
+
+def _add_recording(serve: argparse.ArgumentParser) -> None:
+    serve.add_argument(
+        "--record-routes",
+        metavar="DIR",
+        help="write which experts each token visited into DIR, a file for each replica",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -56,9 +56,9 @@ class MoeyardServer:
                 CALLBACK,
             )
         close_replica_port()
-        self._server = Server(args)
         context = serve.get_replica_context()
         replica = context.replica_id.unique_id
+        self._server = Server(args, replica)
         self._link = HubLink(context.app_name, replica, self._server)
         self._app = self._server.app(self._link.render)
 

@@ -24,6 +24,7 @@ from ..moe.folders.text_codec import TextCodec
 from ..moe.models.decoder import Decoder
 from ..moe.models.language_model import LanguageModel
 from ..moe.routers.own_code import allow
+from ..moe.without_memory import without_memory
 from .experts.budget import budget_bytes
 from .experts.forwards import announce_forwards
 from .experts.offloaded import OffloadedExperts
@@ -34,7 +35,7 @@ from .experts.policies.table import check_policy
 from .experts.predictors.predictor import Predictor
 from .experts.predictors.table import check_predictor, facts_of, open_predictor
 from .experts.store import ExpertStore
-from .memory import check_memory
+from .memory import available_bytes, check_memory
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,8 @@ def load(
     allow_code: str | Sequence[str] = (),
     expert_policy: str | Policy = "lru",
     expert_predictor: str | Predictor = "none",
+    expert_reader: str = "auto",
+    expert_log: str | Path | None = None,
 ) -> LanguageModel:
     """Open a Hugging Face MoE model or a run's export as a model ready to call.
 
@@ -71,11 +74,17 @@ def load(
     ``expert_predictor`` says which experts the next layers may need, so that they are read ahead: a
     name or ``NAME:FILE`` (docs/offloading.md), or an object with the methods of
     :class:`moeyard.serving.experts.predictors.predictor.Predictor`.
+    ``expert_log`` is a file for every event of the store, which is replaced.
 
     Raises :class:`ModelFileError` for a folder that is damaged or of an unknown kind and for a
     model that cannot be downloaded, and :class:`ConfigError` for arguments that do not fit.
     """
-    options = StoreOptions(policy=expert_policy, predictor=expert_predictor)
+    options = StoreOptions(
+        policy=expert_policy,
+        predictor=expert_predictor,
+        reader=expert_reader,
+        log=None if expert_log is None else Path(expert_log),
+    )
     model, _ = open_model(
         folder, dtype, device, expert_memory, ignore_unused_weights, allow_code, options
     )
@@ -138,6 +147,11 @@ def _check_options(options: StoreOptions, expert_memory: str | None) -> None:
             f"expert_policy is a {type(options.policy).__name__}, but all experts are in memory; "
             "set expert_memory, or leave expert_policy out."
         )
+    if expert_memory is None and options.log is not None:
+        raise ConfigError(
+            f"expert_log is {str(options.log)!r}, but all experts are in memory; set "
+            "expert_memory, or leave expert_log out."
+        )
 
 
 def _open(
@@ -148,12 +162,12 @@ def _open(
 ) -> tuple[LanguageModel, ExpertStore | None]:
     chosen = pick_dtype(files, dtype)
     check_memory(files, chosen, expert_memory)
-    with torch.device("meta"):
+    with without_memory():
         decoder = Decoder(files.config, expert_ids=())
     store = None
     if expert_memory is not None:
         num_bytes = budget_bytes(files, chosen, expert_memory)
-        store = open_store(files, chosen, num_bytes, options=options)
+        store = open_store(files, chosen, num_bytes, options=options, free_bytes=available_bytes())
         announce_forwards(decoder, store.begin)
     reads: list[WeightRead] = []
     moe_layers = decoder.moe_layers()
@@ -207,7 +221,7 @@ def _as_module(weights: ExpertWeights | QuantizedExpertWeights) -> LayerExperts:
     if isinstance(weights, QuantizedExpertWeights):
         return QuantizedExperts(weights)
     num_experts, d_model, d_expert = weights.fc2_SDF.shape
-    with torch.device("meta"):
+    with without_memory():
         experts = Experts(d_model, d_expert, num_experts, activation=weights.activation)
     for name, part in zip(PARAMETERS, weights.parameters, strict=True):
         if part is not None:

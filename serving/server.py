@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,17 +17,21 @@ from ..moe.folders.generation_config import read_generation_config
 from ..moe.folders.hub import hub_name, local_folder, pinned
 from ..moe.routers.causal import check_causal
 from ..moe.routers.own_code import allow
+from ..moe.routes.reader import SUFFIX
 from .api.http_app import HttpApi
 from .engine.admission import Admission
 from .engine.engine import Engine, check_length
+from .engine.route_recorder import RouteRecorder
 from .engine.thread import EngineThread
 from .engine.tokenizer import ServingTokenizer
 from .experts.budget import bytes_of_experts
+from .experts.event_log import SUFFIX as LOG_SUFFIX
 from .experts.options import StoreOptions
 from .experts.policies.table import check_policy
 from .experts.predictors.table import check_fit
 from .loading import open_model, pick_dtype
 from .memory import check_memory
+from .replica_files import check_replica_files, replica_file
 
 
 class ServeArgs(BaseModel):
@@ -42,6 +47,12 @@ class ServeArgs(BaseModel):
     """Bound on the experts kept in memory (2GiB, 25%); None keeps all."""
     expert_policy: str = "lru"
     """Which expert leaves memory when another one is needed."""
+    expert_reader: Literal["auto", "buffered", "direct"] = "auto"
+    """Read experts through the page cache, around it, or as a probe at the start finds better."""
+    expert_log: str | None = None
+    """Folder for the events of expert stores, a file for each replica."""
+    record_routes: str | None = None
+    """Folder for routes, a file for each replica: which experts each token visited."""
     expert_predictor: str = "none"
     """What is read ahead for routers that choose late: a predictor's name, or ``NAME:FILE``."""
     dtype: Annotated[Literal["fp32", "bf16"], BeforeValidator(short_name)] | None = None
@@ -105,8 +116,12 @@ class ServeArgs(BaseModel):
 
     @property
     def store_options(self) -> StoreOptions:
-        """How the expert store works."""
-        return StoreOptions(policy=self.expert_policy, predictor=self.expert_predictor)
+        """How the expert store works, apart from its log, which each replica names."""
+        return StoreOptions(
+            policy=self.expert_policy,
+            predictor=self.expert_predictor,
+            reader=self.expert_reader,
+        )
 
     def open_tokenizer(self) -> ServingTokenizer:
         """Open the model's tokenizer."""
@@ -135,6 +150,7 @@ def check_model(args: ServeArgs, runs_here: bool = False) -> None:
     read_generation_config(folder)
     args.open_tokenizer().close()
     check_policy(args.expert_policy)
+    check_replica_files(folder.config, args.record_routes, args.expert_log, args.expert_memory)
     if args.expert_memory is not None:
         check_fit(args.expert_predictor, folder.config)
     bytes_of_experts(folder, dtype, args.expert_memory)
@@ -147,17 +163,25 @@ def check_model(args: ServeArgs, runs_here: bool = False) -> None:
 class Server:
     """A running model: engine thread, admission and HTTP application."""
 
-    def __init__(self, args: ServeArgs) -> None:
+    def __init__(self, args: ServeArgs, replica: str = "server") -> None:
         share = max(1, len(os.sched_getaffinity(0)) // args.num_replicas)
         torch.set_num_threads(args.num_threads or share)
+        options = args.store_options
+        if args.expert_log is not None:
+            path = replica_file(args.expert_log, replica, "expert-log", LOG_SUFFIX)
+            options = replace(options, log=path)
         model, self._store = open_model(
             args.model,
             args.dtype,
             expert_memory=args.expert_memory,
-            options=args.store_options,
+            options=options,
             ignore_unused_weights=args.ignore_unused_weights,
             allow_code=args.allow_code,
         )
+        self._recorder = None
+        if args.record_routes is not None:
+            path = replica_file(args.record_routes, replica, "record-routes", SUFFIX)
+            self._recorder = RouteRecorder(model.decoder, path)
         tokenizer = self._tokenizer = args.open_tokenizer()
         engine = Engine(
             model,
@@ -196,5 +220,7 @@ class Server:
         """Stop the threads."""
         self.thread.stop()
         self._tokenizer.close()
+        if self._recorder is not None:
+            self._recorder.close()
         if self._store is not None:
             self._store.close()

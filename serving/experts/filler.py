@@ -8,7 +8,7 @@ from ...moe.folders.expert_layouts import ExpertViews
 from .expectations import Expectations
 from .policies.errors import wrong_victim
 from .policies.policy import Key, Policy
-from .read_queue import Read, Reads
+from .reads import Read, Reads
 from .slots import Either, Protected, Slots
 from .tiers.tier import Tier
 from .traffic import StoreStatistics

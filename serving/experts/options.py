@@ -1,6 +1,7 @@
 """How an expert store works, as one value that goes from the command line to the store."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from .policies.policy import Policy
 from .predictors.predictor import Predictor
@@ -12,5 +13,9 @@ class StoreOptions:
 
     policy: str | Policy = "lru"
     """Which expert leaves memory: a name of ``policies/table.py``, or an object."""
+    log: Path | None = None
+    """Where every event of the store is written (event_log.py)."""
     predictor: str | Predictor = "none"
     """Which experts the next layers may need: a name of ``predictors/table.py``, or an object."""
+    reader: str = "auto"
+    """``buffered`` reads through the page cache, ``direct`` around it; ``auto`` measures."""

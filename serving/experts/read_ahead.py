@@ -28,7 +28,7 @@ from .predictors.admission import (
 )
 from .predictors.predictor import Hint, Predictor, PredictorFacts
 from .predictors.switch import MeasuringSwitch, Switch
-from .read_queue import Read, Reads
+from .reads import Read, Reads
 from .slots import Slots
 from .traffic import StoreStatistics
 

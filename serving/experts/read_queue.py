@@ -1,8 +1,8 @@
 """Reads of experts by a few threads: what compute waits for goes first.
 
-A read consists of parts (an expert's matrices). Between the parts of an early read a thread checks
-for urgent reads; if there are any, it puts the early read back and serves them first. An early read
-that is no longer wanted ends at the next part.
+A read consists of parts (chunks of an expert's bytes), done in order. Between the parts of an early
+read a thread checks for urgent reads; if there are any, it puts the early read back and serves them
+first. An early read that is no longer wanted ends at the next part.
 """
 
 import time
@@ -10,35 +10,8 @@ from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from threading import Condition, Lock, Thread
-from typing import Protocol
 
-from .policies.policy import Key
-
-
-@dataclass(slots=True, eq=False)
-class Read:
-    """One expert on its way into a slot."""
-
-    key: Key
-    slot: int
-    is_urgent: bool
-    parts: deque[Callable[[], None]]
-    """What is still to be done; each part fills one matrix."""
-    is_prefetch: bool = False
-    """True when it began early, urgent as it may have become."""
-    is_dropped: bool = False
-    """True when it is no longer wanted and ends, with an error, before its next part."""
-    is_done: bool = False
-    error: BaseException | None = None
-    num_parts: int = 0
-    """Parts at the start."""
-
-    def __post_init__(self) -> None:
-        self.num_parts = max(1, len(self.parts))
-
-
-class DroppedError(Exception):
-    """Ends a read that is no longer wanted."""
+from .reads import DroppedError, Read
 
 
 class Progress:
@@ -84,49 +57,15 @@ class _Waiting:
         return queue.popleft() if queue else None
 
 
-class Reads(Protocol):
-    """What runs reads: threads, or a replay's clock."""
-
-    def submit(self, read: Read) -> None:
-        """Start a read as soon as possible."""
-        ...
-
-    def make_urgent(self, read: Read) -> bool:
-        """Move an early read to the urgent ones; False if it was dropped and has ended."""
-        ...
-
-    def drop(self, read: Read) -> None:
-        """Let a read that has begun end early, if it can; it may finish all the same."""
-        ...
-
-    def progress(self) -> tuple[float, float]:
-        """Return how many reads were done so far, and in how many seconds of reading."""
-        ...
-
-    def cancel(self, read: Read) -> bool:
-        """Take back a read that has not begun; say whether that was so."""
-        ...
-
-    def wait_for_any(self, reads: Collection[Read]) -> list[Read]:
-        """Return those of ``reads`` that are done, once there is one."""
-        ...
-
-    def wait_for_all(self, reads: Collection[Read]) -> None:
-        """Return when all of ``reads`` are done."""
-        ...
-
-    def close(self) -> None:
-        """Stop. Reads that have not begun fail."""
-        ...
-
-
 class ReadQueue:
     """Runs reads in a few threads. One thread calls its methods; any may close it.
 
     At most half of the threads do early reads, so an urgent one finds another that is free.
     """
 
-    def __init__(self, num_threads: int) -> None:
+    def __init__(self, num_threads: int, at_end: Callable[[], None] | None = None) -> None:
+        """``at_end`` is called when the threads have stopped."""
+        self._at_end = at_end
         self._num_threads = num_threads
         self._most_early = max(1, num_threads // 2)
         self._threads: list[Thread] = []
@@ -208,6 +147,8 @@ class ReadQueue:
             self._has_work.notify_all()
         for thread in self._threads:
             thread.join()
+        if self._at_end is not None:
+            self._at_end()
 
     def _wake(self) -> None:
         if self._num_idle:

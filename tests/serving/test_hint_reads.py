@@ -21,7 +21,8 @@ from moeyard.serving.experts.predictors.admission import (
 from moeyard.serving.experts.predictors.predictor import Hint, PredictorFacts
 from moeyard.serving.experts.predictors.switch import AlwaysOn
 from moeyard.serving.experts.read_ahead import Choice
-from moeyard.serving.experts.read_queue import DroppedError, Read, ReadQueue
+from moeyard.serving.experts.read_queue import ReadQueue
+from moeyard.serving.experts.reads import DroppedError, Read
 
 from small_model import small_store
 
