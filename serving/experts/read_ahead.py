@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ...moe.routes.recorder import OwnColumns
 from ...moe.routes.rows import Array
 from .filler import SlotFiller
 from .forwards import Forward
@@ -26,6 +27,8 @@ from .predictors.admission import (
     bucket_of,
     gain_of,
 )
+from .predictors.hint_column import HintColumn
+from .predictors.next_gates import NextGates
 from .predictors.predictor import Hint, Predictor, PredictorFacts
 from .predictors.switch import MeasuringSwitch, Switch
 from .reads import Read, Reads
@@ -92,6 +95,12 @@ class ReadAhead:
         self._size = 0
         self._num_read = 0
         self._moment = _Moment(0, 0.0, 0.0)
+
+    def column(self) -> OwnColumns | None:
+        """Return the column for a route file that has what was named ahead, if it can be had."""
+        if not isinstance(self._predictor, NextGates):
+            return None
+        return HintColumn(self._facts, self._predictor)
 
     def begin(self, forward: Forward) -> None:
         """A forward begins: take hints for its first layer."""

@@ -21,13 +21,14 @@ from moeyard.serving.experts.predictors.next_gates import NextGates
 from moeyard.serving.experts.predictors.predictor import PredictorFacts
 from moeyard.serving.experts.predictors.previous_layers import PreviousLayers
 from moeyard.serving.experts.predictors.previous_token import PreviousToken
-from moeyard.serving.experts.predictors.recall import judge, split
+from moeyard.serving.experts.predictors.recall import judge, judge_column, split
 from moeyard.serving.experts.predictors.replay import hints_of, learn
 from moeyard.serving.experts.predictors.switch import (
     FIRST_RETEST,
     PLAN,
     SOONEST_RETEST,
     WARM_UP,
+    AlwaysOn,
     MeasuringSwitch,
 )
 from moeyard.serving.experts.predictors.table import facts_of, open_predictor
@@ -160,6 +161,19 @@ def test_next_gates_are_the_routers_of_the_next_layers(model_folder):
     assert hints[1].score == pytest.approx(0.5), "the K-th expert is as likely as not"
 
 
+def test_a_run_that_asks_the_gates_writes_a_column_with_what_they_named(model_folder, tmp_path):
+    model, store = open_model(model_folder, expert_memory=slots(4))
+    facts = facts_of(model.config)
+    store.predict(NextGates(facts, model.decoder), facts, AlwaysOn())
+    with recording(model.decoder, tmp_path / "a.routes", own=store.hint_column()):
+        model.generate(torch.arange(1).unsqueeze(0), 12, temperature=0)
+    routes = RouteFile(tmp_path / "a.routes").read()
+    widest = {recall.distance: recall for recall in judge_column(routes, facts)}[1]
+    counted = store.statistics.hint_traffic[1]
+    assert (widest.hinted, widest.right) == (counted.hinted, counted.right)
+    assert widest.needed == counted.needed == 2 * len(routes) and widest.right > 0
+
+
 def test_hints_of_recorded_routes_are_those_of_the_run(model_folder, tmp_path):
     model, store = open_model(model_folder, expert_memory=slots(4))
     facts, said = facts_of(model.config), []
@@ -171,8 +185,7 @@ def test_hints_of_recorded_routes_are_those_of_the_run(model_folder, tmp_path):
 
     predictor = Noted(facts)
     model.decoder.register_forward_pre_hook(lambda *_: said.append("forward"))
-    store.predict(predictor, facts, type("On", (), {"begin": lambda *_: True, "end": print})())
-    store._ahead._switch.end = lambda *_: None
+    store.predict(predictor, facts, AlwaysOn())
     with recording(model.decoder, tmp_path / "a.routes"):
         model.generate(torch.arange(5).unsqueeze(0), 6, temperature=0)
     forwards = read_forwards([RouteFile(tmp_path / "a.routes")])
