@@ -1,6 +1,7 @@
 """Predictors: what they say, what they learn, and one sentence where they do not fit."""
 
 import json
+import random
 
 import numpy as np
 import pytest
@@ -268,6 +269,15 @@ def test_the_switch_keeps_what_pays_and_drops_what_does_not():
     assert all(pays[test_end:])
     same = drive(MeasuringSwitch(), test_end + 20, lambda ahead: 0.99 if ahead else 1.0)
     assert not any(same[test_end:]), "less than the margin is not worth it"
+
+
+def test_the_switch_does_not_believe_noise():
+    chance, kept = random.Random(0), 0
+    for _ in range(200):
+        switch = MeasuringSwitch()
+        drive(switch, WARM_UP + len(PLAN), lambda _: chance.uniform(0.5, 1.5))
+        kept += switch.begin(1)
+    assert kept <= 10, "one of twenty at most, although nothing differs"
 
 
 def test_the_switch_costs_less_than_two_percent_where_reading_ahead_is_half_as_fast():

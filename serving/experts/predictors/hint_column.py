@@ -16,8 +16,8 @@ class HintColumn:
     def __init__(self, facts: PredictorFacts, gates: NextGates) -> None:
         self._facts, self._gates = facts, gates
         self._width = min(facts.num_experts, width_of(facts.k, 1, 1))
-        shape = ("L", DISTANCE, self._width)
-        self.columns = (Column(name=HINTS_COLUMN, dtype="int16", shape=shape),)
+        column = Column(name=HINTS_COLUMN, dtype="int16", shape=("L", DISTANCE, self._width))
+        self.columns: tuple[Column, ...] = (column,)
 
     def values(self, num_rows: int) -> dict[str, Array]:
         """Return the column of the forward that has just ended."""
