@@ -181,7 +181,8 @@ class Server:
         self._recorder = None
         if args.record_routes is not None:
             path = replica_file(args.record_routes, replica, "record-routes", SUFFIX)
-            self._recorder = RouteRecorder(model.decoder, path)
+            own = None if self._store is None else self._store.hint_column()
+            self._recorder = RouteRecorder(model.decoder, path, own=own)
         tokenizer = self._tokenizer = args.open_tokenizer()
         engine = Engine(
             model,
