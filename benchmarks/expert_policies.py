@@ -13,6 +13,7 @@ beyond that what future_use predicts.
 import argparse
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import moeyard
