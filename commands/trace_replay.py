@@ -22,6 +22,8 @@ useful, wasted: read ahead and in memory when needed; put out or cancelled befor
 no_miss: share of the tokens whose forward waited for no expert
 gap: misses and late ones over the misses of belady, which knows the future and reads on demand
 """
+COUNTED = ("hits", "misses", "late", "issued", "useful", "wasted", "evictions", "bytes_read")
+"""What a log and its routes say."""
 TIMES = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 
@@ -128,7 +130,7 @@ def _follow(arguments: argparse.Namespace) -> None:
     if log.damage is not None:
         sys.stderr.write(f"warning: {log.damage}\n")
     found = {"policy": log.header.policy, "slots": log.header.num_slots}
-    found |= {name: value for name, value in counters.items() if isinstance(value, int)}
+    found |= {name: counters[name] for name in COUNTED}
     if arguments.json:
         sys.stdout.write(json.dumps(found, indent=1) + "\n")
         return
