@@ -220,8 +220,14 @@ class Server:
     def close(self) -> None:
         """Stop the threads."""
         self.thread.stop()
+        self.end_files()
         self._tokenizer.close()
+        if self._store is not None:
+            self._store.close()
+
+    def end_files(self) -> None:
+        """Write the ends of recorded routes and of the log, when no forward follows."""
         if self._recorder is not None:
             self._recorder.close()
         if self._store is not None:
-            self._store.close()
+            self._store.statistics.close()
