@@ -35,7 +35,7 @@ from .experts.policies.table import check_policy
 from .experts.predictors.predictor import Predictor
 from .experts.predictors.table import check_predictor, facts_of, open_predictor
 from .experts.store import ExpertStore
-from .memory import check_memory
+from .memory import available_bytes, check_memory
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +54,7 @@ def load(
     allow_code: str | Sequence[str] = (),
     expert_policy: str | Policy = "lru",
     expert_predictor: str | Predictor = "none",
+    expert_reader: str = "auto",
     expert_log: str | Path | None = None,
 ) -> LanguageModel:
     """Open a Hugging Face MoE model or a run's export as a model ready to call.
@@ -78,8 +79,12 @@ def load(
     Raises :class:`ModelFileError` for a folder that is damaged or of an unknown kind and for a
     model that cannot be downloaded, and :class:`ConfigError` for arguments that do not fit.
     """
-    events = None if expert_log is None else Path(expert_log)
-    options = StoreOptions(policy=expert_policy, predictor=expert_predictor, log=events)
+    options = StoreOptions(
+        policy=expert_policy,
+        predictor=expert_predictor,
+        reader=expert_reader,
+        log=None if expert_log is None else Path(expert_log),
+    )
     model, _ = open_model(
         folder, dtype, device, expert_memory, ignore_unused_weights, allow_code, options
     )
@@ -162,7 +167,7 @@ def _open(
     store = None
     if expert_memory is not None:
         num_bytes = budget_bytes(files, chosen, expert_memory)
-        store = open_store(files, chosen, num_bytes, options=options)
+        store = open_store(files, chosen, num_bytes, options=options, free_bytes=available_bytes())
         announce_forwards(decoder, store.begin)
     reads: list[WeightRead] = []
     moe_layers = decoder.moe_layers()

@@ -28,6 +28,7 @@ from .experts.budget import bytes_of_experts
 from .experts.event_log import SUFFIX as LOG_SUFFIX
 from .experts.options import StoreOptions
 from .experts.policies.table import check_policy
+from .experts.predictors.table import check_fit
 from .loading import open_model, pick_dtype
 from .memory import check_memory
 from .replica_files import check_replica_files, replica_file
@@ -46,10 +47,14 @@ class ServeArgs(BaseModel):
     """Bound on the experts kept in memory (2GiB, 25%); None keeps all."""
     expert_policy: str = "lru"
     """Which expert leaves memory when another one is needed."""
+    expert_reader: Literal["auto", "buffered", "direct"] = "auto"
+    """Read experts through the page cache, around it, or as a probe at the start finds better."""
     expert_log: str | None = None
     """Folder for the events of expert stores, a file for each replica."""
     record_routes: str | None = None
     """Folder for routes, a file for each replica: which experts each token visited."""
+    expert_predictor: str = "none"
+    """What is read ahead for routers that choose late: a predictor's name, or ``NAME:FILE``."""
     dtype: Annotated[Literal["fp32", "bf16"], BeforeValidator(short_name)] | None = None
     """``bf16`` (or ``bfloat16``), ``fp32`` (or ``float32``); None = as stored."""
     max_num_seqs: int = Field(default=8, ge=1)
@@ -112,7 +117,11 @@ class ServeArgs(BaseModel):
     @property
     def store_options(self) -> StoreOptions:
         """How the expert store works, apart from its log, which each replica names."""
-        return StoreOptions(policy=self.expert_policy)
+        return StoreOptions(
+            policy=self.expert_policy,
+            predictor=self.expert_predictor,
+            reader=self.expert_reader,
+        )
 
     def open_tokenizer(self) -> ServingTokenizer:
         """Open the model's tokenizer."""
@@ -142,6 +151,8 @@ def check_model(args: ServeArgs, runs_here: bool = False) -> None:
     args.open_tokenizer().close()
     check_policy(args.expert_policy)
     check_replica_files(folder.config, args.record_routes, args.expert_log, args.expert_memory)
+    if args.expert_memory is not None:
+        check_fit(args.expert_predictor, folder.config)
     bytes_of_experts(folder, dtype, args.expert_memory)
     if runs_here:
         check_memory(folder, dtype, args.expert_memory)

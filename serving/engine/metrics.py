@@ -63,6 +63,12 @@ TRAFFIC = {
     "stall_s": ("stall_seconds", "Seconds compute waited"),
 }
 """Field of :class:`LayerTraffic`: metric and help."""
+HINTS = {
+    "hinted": ("", "Experts that a predictor named so many MoE layers ahead"),
+    "right": ("_right", "Those of them that were needed"),
+    "needed": ("_needed", "Experts that layers with such hints needed"),
+}
+"""Field of :class:`HintTraffic`: end of the metric's name and help."""
 
 
 class EngineMetrics:
@@ -177,6 +183,7 @@ class ExpertCollector(Collector):
         yield from self._load()
         if self._store is not None:
             yield from self._traffic(self._store)
+            yield from self._hints(self._store)
             yield CounterMetricFamily(
                 "moeyard_tokens_without_miss",
                 "Tokens of forwards that waited for no expert",
@@ -211,6 +218,17 @@ class ExpertCollector(Collector):
                 for expert, count in enumerate(counts_E.tolist()):
                     per_expert.add_metric([str(layer), str(expert)], count)
         yield from (per_expert, imbalance, idle)
+
+    @staticmethod
+    def _hints(store: ExpertStore) -> Iterator[CounterMetricFamily]:
+        families = {
+            name: CounterMetricFamily(f"moeyard_expert_hints{suffix}", text, labels=["distance"])
+            for name, (suffix, text) in HINTS.items()
+        }
+        for distance, traffic in sorted(store.statistics.hint_traffic.copy().items()):
+            for name, family in families.items():
+                family.add_metric([str(distance)], getattr(traffic, name))
+        yield from families.values()
 
     @staticmethod
     def _traffic(store: ExpertStore) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
