@@ -32,11 +32,11 @@ from report import write_results
 PARTS = ("trained", "early", "peers", "papers")
 
 
-def measure(case: Case, pairs: int) -> list[dict]:
+def measure(case: Case) -> list[dict]:
     """Let the arms take turns and return a row for each."""
     speeds: dict[str, list[float]] = {arm.name: [] for arm in case.arms}
     outcomes: dict[str, list[Outcome]] = {arm.name: [] for arm in case.arms}
-    for _ in range(pairs):
+    for _ in range(case.turns):
         for arm in case.arms:
             outcome = run(arm.command, arm.limits, case.folder, arm.environment)
             outcomes[arm.name].append(outcome)
@@ -86,6 +86,7 @@ def _row(
         "problem": last.problem,
         "peak_mb": last.peak_bytes / 1e6,
         "peak_anonymous_mb": last.peak_anonymous_bytes / 1e6,
+        "disk_mb_in_all": last.disk_bytes / 1e6,
     }
     if speeds and len(speeds) == len(base):
         pairs = zip(speeds, base, strict=True)
@@ -112,7 +113,8 @@ def show(row: dict) -> None:
         f"({text('lowest', '.2f')}-{text('highest', '.2f')}) "
         f"{text('times_first_arm', '.2f'):>6}x  hits {text('hits_percent', '.0f'):>3} %  "
         f"{text('mb_a_token', '.1f'):>6} MB/token  stall {text('stall_ms_a_token', '.1f'):>6} ms  "
-        f"peak {text('peak_mb', '.0f'):>5} MB (anonymous {text('peak_anonymous_mb', '.0f')})"
+        f"peak {text('peak_mb', '.0f'):>5} MB (anonymous {text('peak_anonymous_mb', '.0f')})  "
+        f"disk {text('disk_mb_in_all', '.0f')} MB in all"
         f"{'  ' + row['problem'] if row['problem'] else ''}",
         flush=True,
     )
@@ -133,7 +135,6 @@ def main() -> None:
     parser.add_argument("--everything", nargs="*", default=["policy=lru", "predictor=auto"])
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--tokens", type=int, help="of every answer, in place of a part's number")
-    parser.add_argument("--quick", action="store_true", help="leave out what a limit cannot change")
     parser.add_argument("--dry", action="store_true", help="run every arm once on tiny models")
     arguments = parser.parse_args()
     if arguments.dry:
@@ -142,7 +143,7 @@ def main() -> None:
     for case in Cases(arguments):
         print(case.name, flush=True)
         bound = find_bound(case)
-        rows = measure(case, arguments.pairs)
+        rows = measure(case)
         for row in rows:
             show(row)
         texts = {row["text"] for row in rows if row["text"] is not None}

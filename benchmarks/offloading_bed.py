@@ -39,6 +39,8 @@ class Outcome:
     """Of its processes and of the page cache that they filled."""
     peak_anonymous_bytes: int
     """Without the page cache, seen every 0.1 s."""
+    disk_bytes: int
+    """Read from the disk, from start to end."""
     problem: str = ""
     """Why there is no result."""
 
@@ -51,9 +53,9 @@ def run(
     command: list[str], limits: Limits, folder: Path, environment: dict[str, str] | None = None
 ) -> Outcome:
     """Run ``command`` in groups of its own, which are removed whatever happens."""
-    with _groups(limits, folder) as (groups, memory), tempfile.TemporaryFile() as output:
+    with _groups(limits, folder) as (memory, disk), tempfile.TemporaryFile() as output:
         _drop_caches()
-        join = "".join(f"echo $$ > {group}/cgroup.procs && " for group in groups)
+        join = "".join(f"echo $$ > {group}/cgroup.procs && " for group in (memory, disk))
         started = time.monotonic()
         child = subprocess.Popen(
             ["sh", "-c", join + 'exec "$@"', "sh", *command],
@@ -67,16 +69,17 @@ def run(
             child.kill()
             errors = child.communicate()[1].decode(errors="replace")
         seconds = time.monotonic() - started
+        read = _bytes_read(disk)
         peak = int((memory / "memory.max_usage_in_bytes").read_text())
         output.seek(0)
         result = _last_object(output.read().decode(errors="replace"))
     problem = "" if child.returncode == 0 else _problem(child.returncode, errors)
-    return Outcome(None if problem else result, seconds, peak, anonymous, problem)
+    return Outcome(None if problem else result, seconds, peak, anonymous, read, problem)
 
 
 @contextlib.contextmanager
-def _groups(limits: Limits, folder: Path) -> Iterator[tuple[list[Path], Path]]:
-    """Yield all groups, and the one that counts memory."""
+def _groups(limits: Limits, folder: Path) -> Iterator[tuple[Path, Path]]:
+    """Yield the group that counts memory and the one that counts reads."""
     name = f"moeyard-offloading-{os.getpid()}"
     memory, disk = CGROUPS / "memory" / name, CGROUPS / "blkio" / name
     groups = [memory, disk]
@@ -91,7 +94,7 @@ def _groups(limits: Limits, folder: Path) -> Iterator[tuple[list[Path], Path]]:
         if limits.read_mb_s is not None:
             rate = f"{_disk_of(folder)} {int(limits.read_mb_s * 1e6)}"
             (disk / "blkio.throttle.read_bps_device").write_text(rate)
-        yield groups, memory
+        yield memory, disk
     finally:
         for group in groups:
             _remove(group)
@@ -115,6 +118,12 @@ def _watch(child: subprocess.Popen, memory: Path) -> int:
         most = max(most, int(lines["total_rss"]))
         time.sleep(POLL_S)
     return most
+
+
+def _bytes_read(group: Path) -> int:
+    """Return the bytes of all disks."""
+    lines = (group / "blkio.throttle.io_service_bytes").read_text().splitlines()
+    return sum(int(line.split()[2]) for line in lines if line.split()[1] == "Read")
 
 
 def _remove(group: Path) -> None:

@@ -10,6 +10,8 @@ from offloading_arms import Arm, Sizes, accelerate, llama, ours
 from offloading_bed import Limits, run
 
 ON_DEMAND = ["policy=lru", "predictor=none", "reader=direct"]
+FEW = 3
+"""Turns of a case whose arms are far apart."""
 RUNTIME = 320 << 20
 """What a process of ours gets next to its weights."""
 
@@ -24,6 +26,7 @@ class Case:
     tokens: int
     rate: float
     """Of the disk, in MB/s."""
+    turns: int
 
 
 class Cases:
@@ -44,19 +47,20 @@ class Cases:
             print("trained: left out, --trained names no model")
             return
         tokens = self._tokens(96)
-        for budget in self._a.budgets:
+        for number, budget in enumerate(self._a.budgets):
             limits = Limits(self._a.trained_rate)
             arms = [ours("on demand", folder, tokens, limits, budget, ON_DEMAND)]
             for predictor in self._a.predictors:
                 options = ["policy=lru", f"predictor={predictor}", "reader=direct"]
                 arms.append(ours(predictor, folder, tokens, limits, budget, options))
-            for recall in self._a.recalls:
+            for recall in self._a.recalls if number == 0 else ():
                 name, more = f"oracle {recall}", ("--recall", str(recall))
                 arms.append(ours(name, folder, tokens, limits, budget, ON_DEMAND, *more))
             options = [*self._a.everything, "reader=direct"]
             arms.append(ours("everything on", folder, tokens, limits, budget, options))
             arms.append(ours("resident", folder, tokens, limits, None, []))
-            yield Case(f"trained, {budget}", folder, arms, tokens, self._a.trained_rate)
+            name = f"trained, {budget}"
+            yield Case(name, folder, arms, tokens, self._a.trained_rate, self._a.pairs)
 
     def early(self) -> Iterator[Case]:
         """Yield a case for each model whose routers choose early."""
@@ -69,7 +73,7 @@ class Cases:
                 ours(names[1], folder, tokens, limits, budget, ON_DEMAND),
                 ours(names[2], folder, tokens, limits, None, []),
             ]
-            yield Case(f"1 B {kind}, {budget}", folder, arms, tokens, self._a.rate)
+            yield Case(f"1 B {kind}, {budget}", folder, arms, tokens, self._a.rate, self._a.pairs)
 
     def peers(self) -> Iterator[Case]:
         """Yield llama.cpp's case."""
@@ -103,14 +107,13 @@ class Cases:
             ours("everything on, equal limit", folder, tokens, there, f"{fewer}B", everything),
             ours("ours, resident", folder, tokens, Limits(), None, []),
         ]
-        if not self._a.quick:
-            arms.insert(4, llama("llama.cpp resident", bench, file, tokens, Limits(), "mmap"))
-        yield Case("2 B, half the experts", folder, arms, tokens, rate)
-        if not self._a.quick:
-            modes = [
-                llama(f"llama.cpp {m}", bench, file, tokens, there, m) for m in ("none", "dio")
-            ]
-            yield Case("2 B, llama.cpp's other ways to load", folder, modes, tokens, rate)
+        yield Case("2 B, half the experts", folder, arms, tokens, rate, min(FEW, self._a.pairs))
+        others = [
+            llama("llama.cpp resident", bench, file, tokens, Limits(), "mmap"),
+            llama("llama.cpp --load-mode none", bench, file, tokens, there, "none"),
+            llama("llama.cpp --load-mode dio", bench, file, tokens, there, "dio"),
+        ]
+        yield Case("2 B, llama.cpp's other ways to load", folder, others, tokens, rate, 1)
 
     def papers(self) -> Iterator[Case]:
         """Yield accelerate's case."""
@@ -123,7 +126,7 @@ class Cases:
             accelerate("accelerate", folder, tokens, limits, layers),
             ours("on demand", folder, self._tokens(16), limits, "50%", ON_DEMAND),
         ]
-        yield Case("1 B, half in memory", folder, arms, tokens, self._a.rate)
+        yield Case("1 B, half in memory", folder, arms, tokens, self._a.rate, 1)
 
     def _model(self, name: str) -> Path:
         kind = name.partition("-")[2]
