@@ -41,6 +41,9 @@ class ServeArgs(BaseModel):
     """Bound on the experts kept in memory (2GiB, 25%); None keeps all."""
     expert_policy: str = "lru"
     """Which expert leaves memory when another one is needed."""
+    host_memory: str | None = None
+    """Memory of each node for further experts (8GiB, 50% of all), in Ray's object store and shared
+    by the node's replicas; None or 0 = none."""
     dtype: Annotated[Literal["fp32", "bf16"], BeforeValidator(short_name)] | None = None
     """``bf16`` (or ``bfloat16``), ``fp32`` (or ``float32``); None = as stored."""
     max_num_seqs: int = Field(default=8, ge=1)
@@ -103,7 +106,7 @@ class ServeArgs(BaseModel):
     @property
     def store_options(self) -> StoreOptions:
         """How the expert store works."""
-        return StoreOptions(policy=self.expert_policy)
+        return StoreOptions(policy=self.expert_policy, host_memory=self.host_memory)
 
     def open_tokenizer(self) -> ServingTokenizer:
         """Open the model's tokenizer."""

@@ -53,6 +53,19 @@ def bytes_of_experts(folder: ModelFolder, dtype: torch.dtype, expert_memory: str
     return num_slots * expert_bytes(folder.config, dtype, folder.packed)
 
 
+def host_bytes(folder: ModelFolder, dtype: torch.dtype, host_memory: str | None) -> int:
+    """Return the bytes of host memory as people write it: ``8GiB``, or a share of all experts."""
+    if host_memory is None or host_memory.strip() == "0":
+        return 0
+    num_bytes = parse_budget(host_memory, _bytes_of_all(folder, dtype), "host-memory")
+    slot_bytes = expert_bytes(folder.config, dtype, folder.packed)
+    if num_bytes < slot_bytes:
+        raise ConfigError(
+            f"host-memory is {num_bytes} bytes, but one expert takes {slot_bytes}; give more, or 0."
+        )
+    return num_bytes
+
+
 def _bytes_of_all(folder: ModelFolder, dtype: torch.dtype) -> int:
     config = folder.config
     if config.moe is None:

@@ -12,6 +12,7 @@ from .policies.table import open_policy
 from .read_queue import ReadQueue
 from .store import ExpertStore
 from .tiers.disk import DiskTier
+from .tiers.open import open_tiers
 
 
 def open_store(
@@ -29,11 +30,15 @@ def open_store(
     facts = CacheFacts(
         tuple(config.moe_layers), moe.num_experts, num_slots, identity_of(config).architecture
     )
+    slot_bytes = expert_bytes(config, dtype, folder.packed)
+    tiers = open_tiers(DiskTier(folder), folder, dtype, slot_bytes, options.host_memory)
     return ExpertStore(
         facts,
-        slot_bytes=expert_bytes(config, dtype, folder.packed),
+        slot_bytes=slot_bytes,
         memory=empty_experts(config, num_slots, dtype, folder.packed),
-        tier=DiskTier(folder),
+        tier=tiers.first,
         reads=ReadQueue(num_threads),
         policy=open_policy(options.policy, facts),
+        rates=tiers.rates,
+        on_close=tiers.close,
     )

@@ -22,6 +22,7 @@ from .policies.errors import no_victim
 from .policies.policy import CacheFacts, Key, Policy
 from .read_queue import Read, Reads
 from .slots import Slots, StoreCounts
+from .tiers.rates import Rates
 from .tiers.tier import Tier
 from .traffic import StoreStatistics
 
@@ -42,6 +43,8 @@ class ExpertStore:
         reads: Reads,
         policy: Policy,
         clock: Callable[[], float] = time.perf_counter,
+        rates: Rates | None = None,
+        on_close: Callable[[], None] = lambda: None,
     ) -> None:
         self.num_slots = facts.num_slots
         self.slot_bytes = slot_bytes
@@ -50,6 +53,9 @@ class ExpertStore:
         self._policy = policy
         self._reads = reads
         self._clock = clock
+        self.rates = rates or Rates()
+        """What the tiers have read, and how long it took them."""
+        self._on_close = on_close
         self._expected = Expectations()
         self.statistics = StoreStatistics(facts.moe_layers, slot_bytes)
         self._filler = SlotFiller(
@@ -73,8 +79,9 @@ class ExpertStore:
         return (layer, expert) in self._slots
 
     def close(self) -> None:
-        """Stop the reading threads."""
+        """Stop the reading threads, and let go of the tiers."""
         self._reads.close()
+        self._on_close()
 
     def begin(self, forward: Forward) -> None:
         """Hear of a forward before it runs."""
