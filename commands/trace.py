@@ -5,32 +5,33 @@ import json
 import sys
 from pathlib import Path
 
-from . import trace_place
+from . import trace_place, trace_replay
 from .options import Parsers, add_command, add_loading, add_model, add_route_files
 
 
 def add(parsers: Parsers) -> None:
     """Add the command and its sub-commands."""
-    trace = add_command(parsers, "trace", "look at recorded routes, or replay them")
+    trace = add_command(parsers, "trace", "look at recorded routes, or replay them in caches")
     kinds = trace.add_subparsers(required=True, metavar="WHAT", help="what to do with them")
     show = add_command(kinds, "show", "print the load of each layer, and how choices repeat")
     add_route_files(show)
     show.add_argument("--json", action="store_true", help="print JSON")
     show.set_defaults(run=run_show)
-    replay = add_command(
+    compare = add_command(
         kinds,
-        "replay",
+        "compare",
         "let a model read recorded texts again, with its own and the recorded routes",
     )
-    add_model(replay)
-    replay.add_argument("file", type=Path, metavar="FILE", help="a route file of generation")
-    replay.add_argument(
+    add_model(compare)
+    compare.add_argument("file", type=Path, metavar="FILE", help="a route file of generation")
+    compare.add_argument(
         "--limit", type=int, metavar="N", help="texts to read, the first ones; default: all"
     )
-    replay.add_argument("--json", action="store_true", help="print JSON")
-    add_loading(replay)
-    replay.set_defaults(run=run_replay)
+    compare.add_argument("--json", action="store_true", help="print JSON")
+    add_loading(compare)
+    compare.set_defaults(run=run_compare)
     trace_place.add(kinds)
+    trace_replay.add(kinds)
 
 
 def run_show(arguments: argparse.Namespace) -> None:
@@ -74,7 +75,7 @@ def run_show(arguments: argparse.Namespace) -> None:
     sys.stdout.write("\n".join(lines) + "\n")
 
 
-def run_replay(arguments: argparse.Namespace) -> None:
+def run_compare(arguments: argparse.Namespace) -> None:
     """Print how far the model's own choices and scores are from the recorded ones."""
     from ..moe.routes.compare import compare
     from ..moe.routes.reader import RouteFile
@@ -91,4 +92,4 @@ def run_replay(arguments: argparse.Namespace) -> None:
         sys.stdout.write(json.dumps(found.as_dict(), indent=1) + "\n")
         return
     facts = " ".join(f"{name}={value}" for name, value in found.as_dict().items())
-    sys.stdout.write(f"replayed {facts}\n")
+    sys.stdout.write(f"compared {facts}\n")

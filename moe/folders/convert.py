@@ -15,11 +15,12 @@ from .generation_config import generation_to_keep
 from .hf_config import to_hf
 from .hub import local_folder
 from .quantized_config import quantization_config
+from .shards import TensorPlan
 from .tensor_names import dense_tensors, is_router
 from .tokenizer_folder import copy_tokenizer
 from .write_few_bits import choose_format
 from .write_weights import FolderWeights, plan_weights
-from .writer import TensorPlan, write_model_folder
+from .writer import write_model_folder
 
 log = logging.getLogger(__name__)
 

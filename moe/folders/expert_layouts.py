@@ -13,8 +13,8 @@ from torch import Tensor
 from ...kernels.values.quantized_weights import SlotView
 from ..config.model import MoEConfig
 from .compressed_tensors import read_matrix
+from .shards import TensorPlan
 from .tensor_files import TensorFiles
-from .writer import TensorPlan
 
 ExpertViews = Mapping[str, Tensor | SlotView]
 """An expert's writable ``gate``, ``up`` ``[F, D]`` and ``down`` ``[D, F]`` matrices, and with
@@ -125,7 +125,8 @@ class SeparateExperts:
         for expert in range(moe.num_experts):
             for part, shape in shapes.items():
                 name = self.name(layer, expert, part)
-                yield TensorPlan(name, dtype, shape, partial(_one, get, expert, part, dtype))
+                parts = partial(_one, get, expert, part, dtype)
+                yield TensorPlan(name, dtype, shape, parts, layer, expert)
 
     def name(self, layer: int, expert: int, part: str) -> str:
         """Return the name of one part of one expert."""

@@ -28,6 +28,8 @@ STORED_DTYPES = {
     "BOOL": torch.bool,
 }
 MAX_HEADER_BYTES = 100 << 20
+PAGE_BYTES = 4096
+"""What direct I/O wants offsets to be a multiple of, on every file system that offers it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,14 +6,15 @@ Q outputs and P inputs of a matrix.
 from collections.abc import Iterator
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from ...errors import ConfigError
 from ...kernels.values.quantize import INT4_GROUP_SIZE, quantize
 from ...kernels.values.quantized_weights import WIDTH_UNIT, Bits
 from ..config.model import ModelConfig
-from .compressed_tensors import PackedFormat, slot_view, to_stored
-from .writer import TensorPlan
+from .compressed_tensors import PackedFormat, names_of, slot_view, to_stored
+from .shards import TensorPlan
 
 
 def choose_format(config: ModelConfig, bits: Bits) -> PackedFormat:
@@ -34,10 +35,15 @@ def choose_format(config: ModelConfig, bits: Bits) -> PackedFormat:
 
 
 def pack(plan: TensorPlan, packed: PackedFormat) -> Iterator[TensorPlan]:
-    """Yield the stored tensors of matrix ``plan``, in the order of writing."""
+    """Yield the stored tensors of matrix ``plan``."""
     matrix = _PackedMatrix(plan, packed)
     for name, (dtype, shape) in packed.stored(plan.name, *plan.shape).items():
-        yield TensorPlan(name, dtype, shape, partial(matrix.take, name))
+        if dtype == torch.int64:
+            # weight_shape: no read of an expert needs it, so it does not lie between the matrices.
+            yield TensorPlan(name, dtype, shape, lambda: [torch.tensor(plan.shape)])
+            continue
+        take = partial(matrix.take, name)
+        yield TensorPlan(name, dtype, shape, take, plan.layer, plan.expert)
 
 
 class _PackedMatrix:
@@ -53,4 +59,5 @@ class _PackedMatrix:
             group_size = self._packed.width_of_group(self._plan.name, weight_QP.shape[1])
             matrices = quantize(weight_QP.unsqueeze(0), self._packed.bits, group_size)
             self._left = to_stored(self._plan.name, slot_view(matrices, 0))
+            del self._left[names_of(self._plan.name)[2]]
         return [self._left.pop(name)]

@@ -12,9 +12,9 @@ from .compressed_tensors import PackedFormat
 from .expert_layouts import part_shapes
 from .families.family import Family
 from .folder import ModelFolder
+from .shards import TensorPlan
 from .tensor_names import dense_tensors, is_router
 from .write_few_bits import pack
-from .writer import TensorPlan
 
 TOGETHER = (("gate", "up"), ("down",), ("gate_bias", "up_bias"), ("down_bias",))
 """Parts of an expert that are next to each other in folders, and so are read together."""

@@ -72,11 +72,16 @@ class RouteFile:
 
     def check_model(self, config: ModelConfig) -> None:
         """Raise :class:`DataError` unless the routes are those of this architecture."""
-        theirs, moe = self.header, config.moe
+        num_experts = config.moe.num_experts if config.moe else 0
+        self.check_sizes(config.moe_layers, num_experts, identity_of(config).architecture)
+
+    def check_sizes(self, moe_layers: Sequence[int], num_experts: int, architecture: str) -> None:
+        """Raise :class:`DataError` unless the routes are those of a model with these values."""
+        theirs = self.header
         for what, recorded, own in (
-            ("MoE layers", len(theirs.moe_layers), len(config.moe_layers)),
-            ("experts per layer", theirs.num_experts, moe.num_experts if moe else 0),
-            ("the architecture", theirs.model.architecture, identity_of(config).architecture),
+            ("MoE layers", len(theirs.moe_layers), len(moe_layers)),
+            ("experts per layer", theirs.num_experts, num_experts),
+            ("the architecture", theirs.model.architecture, architecture),
         ):
             if recorded != own:
                 raise DataError(

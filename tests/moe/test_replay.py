@@ -330,7 +330,7 @@ def test_commands_record_show_and_replay(model_folder, tmp_path, capsys):
     assert main(["trace", "show", file]) == 0
     shown = capsys.readouterr().out
     assert "program=generate" in shown and "prefill=6 decode=7" in shown
-    assert main(["trace", "replay", str(model_folder), file]) == 0
+    assert main(["trace", "compare", str(model_folder), file]) == 0
     told = capsys.readouterr().out
     assert "texts=1 rows=13 same_weights=True same_choices=1.0 same_rows=1.0" in told
     assert "largest_logit_difference=0.0 same_next_token=1.0" in told

@@ -77,7 +77,7 @@ ROOMS = {
     ],
     "commands": [
         ["model_folder", "options"],
-        ["trace_place"],
+        ["trace_place", "trace_replay"],
         [
             *("chat", "convert", "doctor", "evaluate", "export", "generate", "report", "serve"),
             *("routers", "simulate", "tokenize", "trace", "train", "upcycle"),

@@ -1,5 +1,6 @@
 """What a policy puts out, replayed on lists of keys, and what the store makes of it."""
 
+import random
 from collections import Counter
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 
 import moeyard
 from moeyard.errors import ConfigError
+from moeyard.moe.routes.rows import Phase
+from moeyard.serving.experts.forwards import Forward
 from moeyard.serving.experts.options import StoreOptions
 from moeyard.serving.experts.policies.lru import LeastRecentlyUsed
 from moeyard.serving.experts.policies.policy import CacheFacts
@@ -79,7 +82,7 @@ def test_replaying_keys_shows_what_each_policy_reads_again():
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("num_slots", [1, 2, 3])
 def test_the_store_reads_what_the_replay_says(model_folder, name, num_slots):
-    store = small_store(model_folder, num_slots)
+    store = small_store(model_folder, num_slots, options=StoreOptions(name))
     came = []
     for layer, expert in ROUTE:
         before = store.statistics.layers[layer].misses
@@ -93,7 +96,7 @@ def test_the_store_reads_what_the_replay_says(model_folder, name, num_slots):
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_policy_gives_away_nothing_that_is_protected(name):
     policy = open_policy(name, FACTS)
-    keys = [(0, 0), (0, 1), (1, 0)]
+    keys = [(0, 0), (0, 1), (2, 0)]
     assert policy.victim(()) is None
     for key in keys:
         policy.add(key)
@@ -101,6 +104,43 @@ def test_a_policy_gives_away_nothing_that_is_protected(name):
     assert policy.victim({keys[0], keys[2]}) == keys[1]
     policy.forget(keys[1])
     assert policy.victim({keys[0]}) == keys[2]
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_policy_keeps_its_promises_whatever_happens(name):
+    chance = random.Random(name)
+    policy, here = open_policy(name, FACTS), set()
+    keys = [(layer, expert) for layer in (0, 2) for expert in range(6)]
+    victims = 0
+    for _ in range(3000):
+        event = chance.choice(("begin", "touch", "touch", "expect", "add", "forget", "victim"))
+        key = chance.choice(keys)
+        if event == "begin":
+            sequences = tuple(sorted(chance.sample(range(9), chance.randint(1, 3))))
+            phases = tuple(chance.choice((Phase.PREFILL, Phase.DECODE)) for _ in sequences)
+            lengths = tuple(chance.randint(1, 9) for _ in sequences)
+            policy.begin(Forward(sequences, phases, lengths))
+        elif event == "touch":
+            policy.touch(key, chance.randint(1, 5))
+        elif event == "expect":
+            policy.expect(key)
+        elif event == "add" and key not in here:
+            here.add(key)
+            policy.add(key)
+        elif event == "forget" and key in here:
+            here.remove(key)
+            policy.forget(key)
+        elif event == "victim":
+            protected = set(chance.sample(keys, chance.randint(0, 12)))
+            found = policy.victim(protected)
+            assert (found is None) == (not here - protected)
+            if found is not None:
+                assert found in here - protected
+                victims += 1
+                if chance.random() < 0.5:
+                    here.remove(found)
+                    policy.forget(found)
+    assert victims > 100
 
 
 def test_being_chosen_keeps_an_expert_from_going_first():

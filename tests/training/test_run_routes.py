@@ -155,7 +155,7 @@ def test_a_resumed_run_repeats_no_row_and_its_export_has_its_identity(
     assert RouteFile(tmp_path / "g.routes").header.model.architecture == (
         RouteFile(file).header.model.architecture
     )
-    assert moeyard(["trace", "replay", str(run), str(file)]) == 2
+    assert moeyard(["trace", "compare", str(run), str(file)]) == 2
     assert "are those of training, whose weights change" in capsys.readouterr().err
 
 

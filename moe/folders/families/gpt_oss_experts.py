@@ -17,8 +17,8 @@ from ....errors import ModelFileError
 from ...config.model import MoEConfig
 from ..expert_layouts import ExpertViews, GetPart, Shapes, plain
 from ..mxfp4 import GROUP_BYTES, GROUP_SIZE, decode
+from ..shards import TensorPlan
 from ..tensor_files import TensorFiles
-from ..writer import TensorPlan
 
 
 class GptOssExperts:
@@ -79,16 +79,15 @@ class GptOssExperts:
                 [get(e, f"gate{suffix}"), get(e, f"up{suffix}")], dim=1
             ).flatten(0, 1)
 
-        name = _name(layer, "gate_up")
+        def plan(name: str, shape: tuple[int, ...], make: Callable[[int], Tensor]) -> TensorPlan:
+            return TensorPlan(name, dtype, (num_experts, *shape), each(make), layer)
+
+        name, down = _name(layer, "gate_up"), _name(layer, "down")
         matrix, bias = gate_up(""), gate_up("_bias")
-        yield TensorPlan(name, dtype, (num_experts, d_model, width), each(lambda e: matrix(e).T))
-        yield TensorPlan(f"{name}_bias", dtype, (num_experts, width), each(bias))
-        name = _name(layer, "down")
-        shape = (num_experts, moe.d_expert, d_model)
-        yield TensorPlan(name, dtype, shape, each(lambda e: get(e, "down").T))
-        yield TensorPlan(
-            f"{name}_bias", dtype, (num_experts, d_model), each(lambda e: get(e, "down_bias"))
-        )
+        yield plan(name, (d_model, width), lambda e: matrix(e).T)
+        yield plan(f"{name}_bias", (width,), bias)
+        yield plan(down, (moe.d_expert, d_model), lambda e: get(e, "down").T)
+        yield plan(f"{down}_bias", (d_model,), lambda e: get(e, "down_bias"))
 
 
 def _name(layer: int, part: str) -> str:
