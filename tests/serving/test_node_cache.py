@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ pytestmark = [pytest.mark.server, pytest.mark.slow]
 EXPERT = 1 << 20
 BUDGET = 8 * EXPERT
 STORE = BUDGET + SPARE_BYTES
-NODE = {"num_cpus": 8, "object_store_memory": STORE, "node_ip_address": "127.0.0.1"}
+NODE = {"num_cpus": 8, "object_store_memory": STORE}
 
 
 def expert(number):
@@ -69,11 +70,16 @@ class Replica:
 @pytest.fixture(scope="module")
 def cluster():
     """One node, to which tests may add others."""
-    started = Cluster(initialize_head=True, head_node_args=NODE)
-    ray.init(address=started.address, log_to_driver=False, logging_level="ERROR")
-    yield started
-    ray.shutdown()
-    started.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        # All of Ray's ports on the loopback, see serving/cluster/own_ray.py; Ray is imported.
+        patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        patch.setattr("ray._private.ray_constants.ENABLE_RAY_CLUSTER", False)
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # workers import this file
+        started = Cluster(initialize_head=True, head_node_args=NODE)
+        ray.init(address=started.address, log_to_driver=False, logging_level="ERROR")
+        yield started
+        ray.shutdown()
+        started.shutdown()
 
 
 def start_replica(model, **options):
