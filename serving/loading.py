@@ -31,6 +31,8 @@ from .experts.opening import open_store
 from .experts.options import StoreOptions
 from .experts.policies.policy import Policy
 from .experts.policies.table import check_policy
+from .experts.predictors.predictor import Predictor
+from .experts.predictors.table import check_predictor, facts_of, open_predictor
 from .experts.store import ExpertStore
 from .memory import check_memory
 
@@ -50,6 +52,7 @@ def load(
     ignore_unused_weights: bool = False,
     allow_code: str | Sequence[str] = (),
     expert_policy: str | Policy = "lru",
+    expert_predictor: str | Predictor = "none",
 ) -> LanguageModel:
     """Open a Hugging Face MoE model or a run's export as a model ready to call.
 
@@ -65,11 +68,14 @@ def load(
     modules of your own whose routers the folder may use; they are imported. ``expert_policy``
     chooses which expert leaves memory when another one is needed: a name, or an object with the
     methods of :class:`moeyard.serving.experts.policies.policy.Policy`, for this model alone.
+    ``expert_predictor`` says which experts the next layers may need, so that they are read ahead: a
+    name or ``NAME:FILE`` (docs/offloading.md), or an object with the methods of
+    :class:`moeyard.serving.experts.predictors.predictor.Predictor`.
 
     Raises :class:`ModelFileError` for a folder that is damaged or of an unknown kind and for a
     model that cannot be downloaded, and :class:`ConfigError` for arguments that do not fit.
     """
-    options = StoreOptions(policy=expert_policy)
+    options = StoreOptions(policy=expert_policy, predictor=expert_predictor)
     model, _ = open_model(
         folder, dtype, device, expert_memory, ignore_unused_weights, allow_code, options
     )
@@ -126,6 +132,7 @@ def _check_device(name: str, expert_memory: str | None) -> torch.device:
 
 def _check_options(options: StoreOptions, expert_memory: str | None) -> None:
     check_policy(options.policy)
+    check_predictor(options.predictor)
     if expert_memory is None and not isinstance(options.policy, str):
         raise ConfigError(
             f"expert_policy is a {type(options.policy).__name__}, but all experts are in memory; "
@@ -159,6 +166,10 @@ def _open(
             reads += expert_reads(files, index, views)
             layer.experts = _as_module(weights)
     run_reads(files, [*dense_reads(files, decoder, chosen), *reads])
+    if store is not None:
+        predictor = open_predictor(options.predictor, decoder)
+        if predictor is not None:
+            store.predict(predictor, facts_of(files.config))
     generation = read_generation_config(files)
     if generation.unknown_eos_ids:
         log.warning(

@@ -1,14 +1,14 @@
 """Slots for experts: which slot is taken, who leaves it, when its read begins and ends."""
 
 from collections import deque
-from collections.abc import Container
+from collections.abc import Callable, Container
 
 from ...kernels.values.quantized_weights import SlotWeights
 from .expectations import Expectations
 from .policies.errors import wrong_victim
 from .policies.policy import Key, Policy
 from .read_queue import Read, Reads
-from .slots import Protected, Slots
+from .slots import Either, Protected, Slots
 from .tiers.tier import Tier
 from .traffic import StoreStatistics
 
@@ -34,35 +34,69 @@ class SlotFiller:
         self._tier = tier
         self._reads = reads
         self._statistics = statistics
+        self.likely: set[Key] = set()
+        """Experts in memory that will perhaps be needed soon: they leave after the others."""
 
     def idle_slot(self) -> int | None:
         """Return a free slot, or that of the expert that the policy puts out."""
         slot = self._slots.take_free()
         if slot is not None:
             return slot
-        key = self._policy.victim(self._protected)
+        key = self._policy.victim(Either(self.likely, self._protected)) if self.likely else None
+        if key is None:
+            key = self._policy.victim(self._protected)
         if key is None:
             return None
+        self._check(key)
+        return self._put_out(key)
+
+    def slot_for_hint(self, leaves: Callable[[Key], None]) -> int | None:
+        """Return a slot for an expert that will perhaps be needed, if another one may leave.
+
+        ``leaves`` hears which one does.
+        """
+        slot = self._slots.take_free()
+        if slot is not None:
+            return slot
+        key = self._policy.victim(Either(self.likely, self._protected))
+        if key is None:
+            return None
+        self._check(key)
+        leaves(key)
+        return self._put_out(key)
+
+    def _check(self, key: Key) -> None:
         if key in self._protected or key not in self._slots:
             # Its slot may be in use by compute, so going on could give wrong numbers.
             raise wrong_victim(self._policy, key)
-        return self._put_out(key)
 
     def slot_of_prefetch(self) -> int | None:
         """Return the slot of the expert that is needed last, and announce that expert again."""
         for read in reversed(self._slots.all_filling()):
             if self._reads.cancel(read):
-                self._statistics.lose(read.key)
-                self._expected.announce_again(read.key)
-                self._policy.forget(read.key)
-                return self._slots.give_up(read)
+                if read.key in self._expected:
+                    self._expected.announce_again(read.key)
+                return self._give_up(read)
         for key in self._expected.last_first():
             if key in self._slots:
                 self._expected.announce_again(key)
                 return self._put_out(key)
         return None
 
+    def drop(self, read: Read) -> None:
+        """End an early read that is no longer wanted: now, or before its next part."""
+        if self._reads.cancel(read):
+            self._slots.free(self._give_up(read))
+        else:
+            self._reads.drop(read)
+
+    def _give_up(self, read: Read) -> int:
+        self._statistics.lose(read.key)
+        self._policy.forget(read.key)
+        return self._slots.give_up(read)
+
     def _put_out(self, key: Key) -> int:
+        self.likely.discard(key)
         self._statistics.put_out(key)
         self._policy.forget(key)
         return self._slots.put_out(key)

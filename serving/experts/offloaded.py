@@ -10,6 +10,7 @@ from ...errors import ExpertReadError
 from ...kernels.waves import start_waves
 from ...moe.experts.base import LayerExperts
 from ...moe.routers.routing import Routing, count_choices
+from .read_ahead import Choice
 from .store import ExpertStore
 
 
@@ -57,7 +58,8 @@ class OffloadedExperts(LayerExperts):
         waves = start_waves(x_ND, experts_NK, weights_NK, self._num_experts)
         try:
             # Closed also when computing fails: the next forward needs a consistent store.
-            with closing(self._store.stream(self._layer, rows_of)) as stream:
+            choice = Choice(x_ND, experts_NK.numpy())
+            with closing(self._store.stream(self._layer, rows_of, choice)) as stream:
                 for ready, experts in stream:
                     waves.add(experts, only=ready)
         except ExpertReadError as error:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from .policies.policy import Policy
+from .predictors.predictor import Predictor
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,3 +14,5 @@ class StoreOptions:
     """Which expert leaves memory: a name of ``policies/table.py``, or an object."""
     host_memory: str | None = None
     """Bound on the experts that a node keeps in Ray's object store for all its replicas."""
+    predictor: str | Predictor = "none"
+    """Which experts the next layers may need: a name of ``predictors/table.py``, or an object."""

@@ -1,9 +1,11 @@
 """Reads of experts by a few threads: what compute waits for goes first.
 
 A read consists of parts (an expert's matrices). Between the parts of an early read a thread checks
-for urgent reads; if there are any, it puts the early read back and serves them first.
+for urgent reads; if there are any, it puts the early read back and serves them first. An early read
+that is no longer wanted ends at the next part.
 """
 
+import time
 from collections import deque
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
@@ -25,8 +27,49 @@ class Read:
     """What is still to be done; each part fills one matrix."""
     is_prefetch: bool = False
     """True when it began early, urgent as it may have become."""
+    is_dropped: bool = False
+    """True when it is no longer wanted and ends, with an error, before its next part."""
     is_done: bool = False
     error: BaseException | None = None
+    num_parts: int = 0
+    """Parts at the start."""
+
+    def __post_init__(self) -> None:
+        self.num_parts = max(1, len(self.parts))
+
+
+class DroppedError(Exception):
+    """Ends a read that is no longer wanted."""
+
+
+class Progress:
+    """How fast reads go. The queue's threads change it under the queue's lock."""
+
+    def __init__(self) -> None:
+        self.reads = 0.0
+        """Reads that were done so far; a part counts as its share."""
+        self.busy_s = 0.0
+        """Seconds in which at least one thread read."""
+        self._active = 0
+        self._since = 0.0
+
+    def start(self) -> None:
+        """Count a thread that begins to read."""
+        if self._active == 0:
+            self._since = time.perf_counter()
+        self._active += 1
+
+    def so_far(self) -> tuple[float, float]:
+        """Return reads done and busy seconds until now."""
+        running_s = time.perf_counter() - self._since if self._active else 0.0
+        return self.reads, self.busy_s + running_s
+
+    def stop(self, reads: float) -> None:
+        """Count a thread that ends, and what it has read."""
+        self.reads += reads
+        self._active -= 1
+        if self._active == 0:
+            self.busy_s += time.perf_counter() - self._since
 
 
 @dataclass(slots=True)
@@ -49,8 +92,16 @@ class Reads(Protocol):
         """Start a read as soon as possible."""
         ...
 
-    def make_urgent(self, read: Read) -> None:
-        """Move an early read to the urgent ones."""
+    def make_urgent(self, read: Read) -> bool:
+        """Move an early read to the urgent ones; False if it was dropped and has ended."""
+        ...
+
+    def drop(self, read: Read) -> None:
+        """Let a read that has begun end early, if it can; it may finish all the same."""
+        ...
+
+    def progress(self) -> tuple[float, float]:
+        """Return how many reads were done so far, and in how many seconds of reading."""
         ...
 
     def cancel(self, read: Read) -> bool:
@@ -78,6 +129,7 @@ class ReadQueue:
         self._waiting = _Waiting()
         self._changed = Condition()
         self._is_closed = False
+        self._progress = Progress()
 
     def submit(self, read: Read) -> None:
         """Start a read as soon as a thread is free."""
@@ -88,15 +140,32 @@ class ReadQueue:
             self._waiting.queue_of(read).append(read)
             self._pool.submit(self._run_next)
 
-    def make_urgent(self, read: Read) -> None:
-        """Move an early read to the urgent ones; one that runs is no longer interrupted."""
+    def make_urgent(self, read: Read) -> bool:
+        """Move an early read to the urgent ones; one that runs is no longer interrupted.
+
+        One that was dropped goes on, unless it has ended already: then the answer is False.
+        """
         with self._changed:
+            if read.is_done and isinstance(read.error, DroppedError):
+                return False
+            read.is_dropped = False
             was_waiting = read in self._waiting.early
             if was_waiting:
                 self._waiting.early.remove(read)
             read.is_urgent = True
             if was_waiting:
                 self._waiting.urgent.append(read)
+            return True
+
+    def drop(self, read: Read) -> None:
+        """Let a read that runs end before its next part; :meth:`cancel` takes back others."""
+        with self._changed:
+            read.is_dropped = True
+
+    def progress(self) -> tuple[float, float]:
+        """Return how many reads were done so far, and in how many seconds of reading."""
+        with self._changed:
+            return self._progress.so_far()
 
     def cancel(self, read: Read) -> bool:
         """Take back a read that no thread is working on; say whether that was so."""
@@ -132,26 +201,36 @@ class ReadQueue:
         """Do one waiting read, or as much of it as may be done; every submit calls this once."""
         with self._changed:
             read = self._waiting.pop()
-        if read is None:
-            return  # it was cancelled
+            if read is None:
+                return  # it was cancelled
+            self._progress.start()
+        before = len(read.parts)
         try:
             while read.parts:
                 read.parts[0]()
                 read.parts.popleft()
-                if self._is_laid_aside(read):
+                if self._is_laid_aside(read, before):
                     return
         except BaseException as error:
             read.error = error
         with self._changed:
+            self._progress.stop((before - len(read.parts)) / read.num_parts)
             read.is_done = True
             self._changed.notify_all()
 
-    def _is_laid_aside(self, read: Read) -> bool:
-        """Put an early read back to the front when something urgent waits."""
+    def _is_laid_aside(self, read: Read, before: int) -> bool:
+        """Put an early read back to the front when something urgent waits.
+
+        ``before`` are the parts that were left when this thread began. Raises
+        :class:`DroppedError` if the read is no longer wanted.
+        """
         with self._changed:
+            if read.is_dropped and read.parts:
+                raise DroppedError
             if read.is_urgent or not read.parts or not self._waiting.urgent or self._is_closed:
                 return False
             self._waiting.early.appendleft(read)
+            self._progress.stop((before - len(read.parts)) / read.num_parts)
             self._pool.submit(self._run_next)
             return True
 

@@ -1,7 +1,7 @@
 """Which expert is in which slot. E experts of a layer."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 
 from .expectations import Expectations
@@ -79,6 +79,10 @@ class Slots:
         """Take a free slot, if there is one. The caller fills it or gives it back."""
         return self._free.popleft() if self._free else None
 
+    def free(self, slot: int) -> None:
+        """Give back a slot that was taken."""
+        self._free.append(slot)
+
     def fill(self, read: Read) -> None:
         """Book a read's slot as being filled."""
         self._filling[read.key] = read
@@ -92,7 +96,7 @@ class Slots:
 
     def fail(self, read: Read) -> None:
         """Book a read's slot as free."""
-        self._free.append(self.give_up(read))
+        self.free(self.give_up(read))
 
     def give_up(self, read: Read) -> int:
         """Take the slot of a read that will not happen."""
@@ -118,3 +122,14 @@ class Protected:
 
     def __contains__(self, key: object) -> bool:
         return key in self._expected or self._slots.is_filling(key)
+
+
+class Either:
+    """What one of two containers has."""
+
+    def __init__(self, first: Container[Key], second: Container[Key]) -> None:
+        self._first = first
+        self._second = second
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._first or key in self._second

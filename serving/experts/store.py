@@ -4,13 +4,14 @@ One pool of slots serves all layers. A policy (policies/) says which expert leav
 (tiers/) fills a slot, a queue (read_queue.py) runs the reads, filler.py brings these together, and
 this file talks to compute.
 Reads go straight into slots that nothing else uses, while the caller computes with experts that are
-ready. Routers that choose early let the store read ahead. Reading ahead never puts out an expert
-that is known to be needed, and waits behind every read that compute waits for.
+ready. Routers that choose early let the store read ahead; for others it follows a predictor's hints
+(read_ahead.py). Reading ahead never puts out an expert that is known to be needed, and waits behind
+every read that compute waits for.
 """
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import replace
 
 from ...errors import ExpertReadError
@@ -20,6 +21,9 @@ from .filler import SlotFiller
 from .forwards import Forward
 from .policies.errors import no_victim
 from .policies.policy import CacheFacts, Key, Policy
+from .predictors.predictor import Predictor, PredictorFacts
+from .predictors.switch import Switch
+from .read_ahead import Choice, ReadAhead
 from .read_queue import Read, Reads
 from .slots import Slots, StoreCounts
 from .tiers.rates import Rates
@@ -57,6 +61,7 @@ class ExpertStore:
         """What the tiers have read, and how long it took them."""
         self._on_close = on_close
         self._expected = Expectations()
+        self._ahead: ReadAhead | None = None
         self.statistics = StoreStatistics(facts.moe_layers, slot_bytes)
         self._filler = SlotFiller(
             memory, self._slots, self._expected, policy, tier, reads, self.statistics
@@ -86,6 +91,16 @@ class ExpertStore:
     def begin(self, forward: Forward) -> None:
         """Hear of a forward before it runs."""
         self._policy.begin(forward)
+        if self._ahead is not None:
+            self._filler.book_finished(wanted=())
+            self._ahead.begin(forward)
+
+    def predict(
+        self, predictor: Predictor, facts: PredictorFacts, switch: Switch | None = None
+    ) -> None:
+        """Read ahead what a predictor says, from now on; None = as long as measurements say so."""
+        parts = (self._slots, self._filler, self._reads, self.statistics)
+        self._ahead = ReadAhead(predictor, facts, *parts, self._clock, switch)
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
         """Begin to read what ``layer`` will need, and keep what is there already.
@@ -108,13 +123,14 @@ class ExpertStore:
             self._policy.expect(key)
 
     def stream(
-        self, layer: int, rows_of: Mapping[int, int]
+        self, layer: int, rows_of: Mapping[int, int], choice: Choice | None = None
     ) -> Generator[tuple[list[int], SlotWeights]]:
         """Yield all experts of a layer that a forward needs, in waves.
 
-        ``rows_of`` maps them to the number of rows that chose them. The weights of a wave stay
-        valid until the next. Resident experts come first, while the others are being read. Raises
-        :class:`ExpertReadError` when reads fail for good; slots then stay consistent.
+        ``rows_of`` maps them to the number of rows that chose them; ``choice`` is for the
+        predictor. The weights of a wave stay valid until the next. Resident experts come first,
+        while the others are being read. Raises :class:`ExpertReadError` when reads fail for good;
+        slots then stay consistent.
         """
         reading: dict[Key, Read] = {}
         try:
@@ -122,7 +138,10 @@ class ExpertStore:
             while ready or waiting or reading:
                 self._filler.book_finished(wanted=reading)
                 self._read_now(layer, waiting, reading, can_wait=bool(ready))
-                self._read_ahead()
+                if choice is not None and self._ahead is not None:  # while the reads run
+                    self._ahead.look(layer, choice)
+                    choice = None
+                self._read_ahead(waiting)
                 if ready:
                     yield ready, replace(self._memory, slot_of_E=self._slots.table(layer))
                     self._expected.drop((layer, expert) for expert in ready)
@@ -138,6 +157,8 @@ class ExpertStore:
             for read in reading.values():
                 self._filler.book(read)
         self._read_ahead()
+        if self._ahead is not None:
+            self._ahead.end_layer(layer)
 
     def _begin(
         self, layer: int, rows_of: Mapping[int, int], reading: dict[Key, Read]
@@ -154,13 +175,16 @@ class ExpertStore:
             if key in self._slots:
                 ready.append(expert)
                 self.statistics.hit(key)
-            elif read is not None:
+            elif read is not None and self._reads.make_urgent(read):
                 reading[key] = read
-                self._reads.make_urgent(read)
                 self.statistics.late(key)
             else:
+                if read is not None:  # it was dropped
+                    self._filler.book(read)
                 waiting.append(expert)
                 self.statistics.miss(key)
+        if self._ahead is not None:
+            self._ahead.chosen(layer, rows_of, waiting)
         return ready, waiting
 
     def _read_now(
@@ -176,8 +200,11 @@ class ExpertStore:
             key = (layer, waiting.popleft())
             reading[key] = self._filler.submit(key, slot, is_urgent=True)
 
-    def _read_ahead(self) -> None:
-        """Begin announced reads while there are slots that nothing known needs."""
+    def _read_ahead(self, waiting: Collection[int] = ()) -> None:
+        """Begin announced reads while there are slots that nothing known needs, then hints'.
+
+        ``waiting`` are needed experts without a slot: hints take none then.
+        """
         while self._expected.num_announced:
             slot = self._filler.idle_slot()
             if slot is None:
@@ -185,6 +212,8 @@ class ExpertStore:
             key = self._expected.next_announced()
             self.statistics.prefetch(key)
             self._filler.submit(key, slot, is_urgent=False)
+        if self._ahead is not None and not waiting:
+            self._ahead.read()
 
     def _next_ready(self, layer: int, reading: dict[Key, Read], in_order: bool) -> list[int]:
         """Wait for reads and return the experts that came.
@@ -198,7 +227,7 @@ class ExpertStore:
         started = self._clock()
         wanted = list(reading.values())[: 1 if in_order else None] or self._slots.all_filling()
         finished = self._reads.wait_for_any(wanted)
-        self.statistics.layers[layer].stall_s += self._clock() - started
+        self.statistics.stall(layer, self._clock() - started)
         ready, failed = list[Read](), list[Read]()
         for read in finished:
             self._filler.book(read)

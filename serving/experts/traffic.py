@@ -34,19 +34,52 @@ class LayerTraffic:
     """Seconds the compute thread waited for reads."""
 
 
+@dataclass(slots=True)
+class HintTraffic:
+    """What hints of one distance came to; an expert counts once for each forward and layer."""
+
+    hinted: int = 0
+    """Experts that a predictor named."""
+    right: int = 0
+    """Those of them that were needed."""
+    needed: int = 0
+    """Experts that layers with such hints needed: ``right / needed`` is the recall."""
+
+
 class StoreStatistics:
     """Counters since start. Each method books one event of one expert."""
 
     def __init__(self, layers: Iterable[int], slot_bytes: int) -> None:
         self.layers = {layer: LayerTraffic() for layer in layers}
         self.evictions = 0
+        self.stall_s = 0.0
+        """Of all layers."""
+        self.hint_traffic: dict[int, HintTraffic] = {}
+        """By distance in MoE layers; 0 = of the first layer, by the tokens before."""
         self._slot_bytes = slot_bytes
         self._unused: set[Key] = set()
         """Prefetched, read or being read, and not needed so far."""
 
+    def num_read(self) -> int:
+        """Return how many needed experts came from the tier, ahead of need or not."""
+        waits = self.num_waits()
+        return waits + sum(traffic.prefetch_useful for traffic in self.layers.values())
+
     def num_waits(self) -> int:
         """Return how many experts compute has waited for: misses and late prefetches."""
         return sum(traffic.misses + traffic.prefetch_late for traffic in self.layers.values())
+
+    def stall(self, layer: int, seconds: float) -> None:
+        """Compute has waited for reads."""
+        self.layers[layer].stall_s += seconds
+        self.stall_s += seconds
+
+    def hints(self, distance: int, hinted: int, right: int, needed: int) -> None:
+        """A layer's choice has come, and so the outcome of its hints."""
+        traffic = self.hint_traffic.setdefault(distance, HintTraffic())
+        traffic.hinted += hinted
+        traffic.right += right
+        traffic.needed += needed
 
     def hit(self, key: Key) -> None:
         """Needed, and in memory."""

@@ -17,7 +17,8 @@ from ray.cluster_utils import Cluster
 from moeyard.errors import ConfigError
 from moeyard.serving.experts.tiers import node_link
 from moeyard.serving.experts.tiers.node_cache import NAMESPACE, name_of
-from moeyard.serving.experts.tiers.node_link import SPARE_BYTES, NodeLink, check_object_store
+from moeyard.serving.experts.tiers.node_link import NodeLink, check_object_store
+from moeyard.serving.experts.tiers.shared_memory import SPARE_BYTES
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 EXPERT = 1 << 20

@@ -93,9 +93,9 @@ def test_every_need_is_a_hit_a_miss_or_late(folder):
     model, store = open_model(folder, expert_memory=slots(5))
     needed, stream = [], store.stream
 
-    def counted(layer, experts):
+    def counted(layer, experts, *choice):
         needed.extend(experts)
-        return stream(layer, experts)
+        return stream(layer, experts, *choice)
 
     store.stream = counted
     model.generate(torch.arange(6).unsqueeze(0), 20, temperature=0)

@@ -41,6 +41,7 @@ class DiskOnPaper:
         self._urgent: deque[Read] = deque()
         self._early: deque[Read] = deque()
         self._current: Read | None = None
+        self._num_done = 0
         self._ends = 0.0
         """When the current read ends, or the last one ended."""
 
@@ -61,12 +62,20 @@ class DiskOnPaper:
         if self._current is None:
             self._start(self._now)
 
-    def make_urgent(self, read: Read) -> None:
+    def make_urgent(self, read: Read) -> bool:
         """Move an early read to the end of the urgent ones."""
         read.is_urgent = True
         if read in self._early:
             self._early.remove(read)
             self._urgent.append(read)
+        return True
+
+    def drop(self, read: Read) -> None:
+        """Let a read that has begun be finished."""
+
+    def progress(self) -> tuple[float, float]:
+        """Return the reads that were done, and their seconds."""
+        return self._num_done, self._num_done * self._read_s
 
     def cancel(self, read: Read) -> bool:
         """Take back a read that has not begun; say whether that was so."""
@@ -103,4 +112,5 @@ class DiskOnPaper:
     def _finish(self) -> None:
         assert self._current is not None
         self._current.is_done = True
+        self._num_done += 1
         self._start(self._ends)

@@ -15,6 +15,7 @@ from ray.exceptions import RayError
 from ....errors import ConfigError
 from ..policies.policy import Key
 from .node_cache import open_node_cache, other_node_caches
+from .shared_memory import object_store_bytes
 
 log = logging.getLogger(__name__)
 
@@ -26,8 +27,6 @@ ANSWER_TIMEOUT_S = 2.0
 """For an actor that only looks something up; a busy machine answers within milliseconds."""
 COPY_TIMEOUT_S = 10.0
 """For the bytes, which may come over the network."""
-SPARE_BYTES = 512 << 20
-"""Of Ray's object store, for copies on their way and for Ray Serve."""
 
 
 class NodeLink:
@@ -141,7 +140,7 @@ class NodeLink:
 
 def check_object_store(budget_bytes: int, node: str | None = None) -> None:
     """Raise :class:`ConfigError` if Ray's object store is too small, on any node or on one."""
-    needed = budget_bytes + SPARE_BYTES
+    needed = object_store_bytes(budget_bytes)
     for found in ray.nodes():
         has = int(found["Resources"].get("object_store_memory", 0))
         if found["Alive"] and node in (None, found["NodeID"]) and has < needed:

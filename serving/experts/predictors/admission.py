@@ -1,0 +1,144 @@
+"""Which hints are worth a read now: chances, measured time and measured speed."""
+
+from collections.abc import Iterable
+
+from ..policies.policy import Key
+
+BUCKETS = 10
+"""Of scores, from 0 to 1."""
+TRUST = 8.0
+"""Hints that a predictor's own score counts for, next to those whose outcome is known."""
+MOST_HINTS = 4096.0
+"""Outcomes of a bucket after which they are halved, so that what is learned can change."""
+SMALLEST_GAIN = 0.1
+"""Expected share of a read that compute need not wait for. A wrong read costs bandwidth and a slot,
+and a late one little more than it saves."""
+LONGEST_S = 0.1
+"""A longer pause between two forwards is one without requests."""
+WEIGHT = 0.1
+"""Of the newest value in an average."""
+
+
+class Calibration:
+    """Measures how often hints come true, by distance, score, and whether the expert was there.
+
+    An expert that memory holds was needed lately, so a hint of it is right more often.
+    """
+
+    def __init__(self) -> None:
+        self._outcomes: dict[tuple[int, bool, int], list[float]] = {}
+
+    def chance(self, distance: int, is_resident: bool, score: float) -> float:
+        """Return the chance that a hint comes true."""
+        given, right = self._of(distance, is_resident, score)
+        return (right + TRUST * score) / (given + TRUST)
+
+    def add(self, distance: int, is_resident: bool, score: float, is_right: bool) -> None:
+        """Count the outcome of a hint."""
+        found = self._of(distance, is_resident, score)
+        if found[0] >= MOST_HINTS:
+            found[:] = [found[0] / 2, found[1] / 2]
+        found[0] += 1
+        found[1] += is_right
+
+    def _of(self, distance: int, is_resident: bool, score: float) -> list[float]:
+        bucket = min(BUCKETS - 1, int(score * BUCKETS))
+        return self._outcomes.setdefault((distance, is_resident, bucket), [0.0, 0.0])
+
+
+class Regret:
+    """Measures how often an expert that left for a hint is needed within one forward."""
+
+    def __init__(self) -> None:
+        self._left: dict[Key, int] = {}
+        """By expert: the forward in which it left."""
+        self._forward = 0
+        self._outcomes = [4.0, 0.4]
+        """Experts that left, and those of them that were needed. It starts with a guess."""
+
+    @property
+    def chance(self) -> float:
+        """The chance that the next one will be needed."""
+        return self._outcomes[1] / self._outcomes[0]
+
+    def begin(self) -> None:
+        """Hear of a forward: what left two forwards ago was not needed."""
+        self._forward += 1
+        if len(self._left) > 0:
+            self._left = {k: at for k, at in self._left.items() if at >= self._forward - 1}
+
+    def left(self, key: Key) -> None:
+        """Count an expert that leaves for a hint."""
+        if self._outcomes[0] >= MOST_HINTS:
+            self._outcomes = [value / 2 for value in self._outcomes]
+        self._outcomes[0] += 1
+        self._left[key] = self._forward
+
+    def missed(self, layer: int, experts: Iterable[int]) -> None:
+        """Count needed experts that are not in memory."""
+        if not self._left:
+            return
+        for expert in experts:
+            if self._left.pop((layer, expert), None) is not None:
+                self._outcomes[1] += 1
+
+
+class Windows:
+    """Measures the compute time between the moments of a forward, and the speed of reading.
+
+    Moment 0 is the beginning of a forward, moment n the choice of its n-th MoE layer. After the
+    last one comes the beginning of the next forward.
+    """
+
+    def __init__(self, num_layers: int) -> None:
+        self._num_moments = num_layers + 1
+        self._seconds: dict[tuple[int, int], float] = {}
+        """By size of the forward and moment: until the next moment."""
+        self._rate: float | None = None
+        self._last_progress = (0.0, 0.0)
+
+    @property
+    def rate(self) -> float | None:
+        """Experts a second that the disk brings; None until it was measured."""
+        return self._rate
+
+    def passed(self, size: int, moment: int, seconds: float) -> None:
+        """Learn the seconds between a moment and the next one, stalls left out."""
+        seconds = min(seconds, LONGEST_S)
+        old = self._seconds.get((size, moment))
+        new = seconds if old is None else old + WEIGHT * (seconds - old)
+        self._seconds[size, moment] = new
+
+    def progressed(self, reads: float, busy_s: float) -> None:
+        """Learn the speed of reading from totals of reads and busy seconds."""
+        new_reads, new_s = reads - self._last_progress[0], busy_s - self._last_progress[1]
+        if new_reads < 1 or new_s <= 0:
+            return
+        self._last_progress = (reads, busy_s)
+        rate = new_reads / new_s
+        self._rate = rate if self._rate is None else self._rate + WEIGHT * (rate - self._rate)
+
+    def seconds_to(self, size: int, moment: int, target: int) -> float:
+        """Return the expected compute seconds from one moment to a later one."""
+        ahead = (target - moment) % self._num_moments
+        moments = ((moment + step) % self._num_moments for step in range(ahead))
+        return sum(self._seconds.get((size, m), 0.0) for m in moments)
+
+    def share_in_time(self, seconds: float, backlog: float) -> float:
+        """Return the share of one more read that is done within compute seconds.
+
+        ``backlog`` are the early reads in front of it, in experts. Reads that compute waits for are
+        done while it stands still, so they take nothing from these seconds.
+        """
+        if self._rate is None:
+            return 1.0 if backlog < 1 else 0.0
+        return min(1.0, max(0.0, seconds * self._rate - backlog))
+
+
+def gain_of(chance: float, share_in_time: float, victim_chance: float) -> float:
+    """Return the expected share of a read that is saved.
+
+    If the hint is right, the read would put out the same expert later; if it is wrong, that expert
+    may have to be read again.
+    """
+    return chance * share_in_time - (1 - chance) * victim_chance

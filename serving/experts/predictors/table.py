@@ -1,0 +1,142 @@
+"""The predictors by name: a new one is a file next to this one and a line here."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ....errors import ConfigError
+from ....moe.config.model import ModelConfig
+from ....moe.models.decoder import Decoder
+from ....moe.routers.routing import Lookahead
+from ....moe.routes.identity import identity_of
+from ....moe.routes.reader import RouteFile
+from ..policies.policy import CacheFacts
+from .activations import Activations
+from .next_gates import NextGates, has_scores
+from .predictor import Predictor, PredictorFacts
+from .previous_layers import PreviousLayers
+from .previous_token import PreviousToken
+from .replay import learn
+from .trained import Trained, read
+
+LEARNING: dict[str, Callable[[PredictorFacts], Predictor]] = {
+    "previous_layers": PreviousLayers,
+    "activations": Activations,
+}
+"""Learn while they run; ``NAME:FILE`` lets them learn a route file first."""
+REPLAYABLE = ("previous_token", *LEARNING, "trained")
+"""Those that routes alone suffice for."""
+PREDICTORS = ("auto", "none", "next_gates", *REPLAYABLE)
+
+
+def split_spec(spec: str) -> tuple[str, Path | None]:
+    """Return name and file of ``NAME`` or ``NAME:FILE``; raises :class:`ConfigError`."""
+    name, _, file = spec.partition(":")
+    if name not in PREDICTORS:
+        raise ConfigError(
+            f"expert_predictor is {spec!r}; use one of {', '.join(PREDICTORS[:-1])}, "
+            "trained:FILE, or an object with the methods of "
+            "moeyard.serving.experts.predictors.predictor.Predictor."
+        )
+    if name == "trained" and not file:
+        raise ConfigError(
+            "expert_predictor is 'trained', which needs a file: trained:FILE, written by moeyard "
+            "trace predict --save FILE."
+        )
+    if file and name not in (*LEARNING, "trained"):
+        raise ConfigError(f"expert_predictor is {spec!r}, but {name} takes no file; leave it out.")
+    return name, Path(file) if file else None
+
+
+def check_predictor(predictor: str | Predictor) -> None:
+    """Raise :class:`ConfigError` for a name that is none."""
+    if isinstance(predictor, str):
+        split_spec(predictor)
+
+
+def why_not(config: ModelConfig) -> str | None:
+    """Return in one sentence why a model's experts cannot be predicted, or None."""
+    assert config.moe is not None, "a store has experts"
+    router = config.moe.router
+    if router.reads_at() is not Lookahead.FFN_INPUT:
+        return (
+            f"the router chooses early (router.lookahead is {router.reads_at().value}), so the "
+            "store knows what to read without a predictor"
+        )
+    if router.varies:
+        return f"router.kind is {router.kind}, where a token visits any number of experts"
+    return None
+
+
+def facts_of(config: ModelConfig) -> PredictorFacts:
+    """Return what predictors of a model are built from."""
+    assert config.moe is not None, "a store has experts"
+    architecture = identity_of(config).architecture
+    return PredictorFacts(
+        config.moe_layers, config.moe.num_experts, config.moe.router.k, architecture
+    )
+
+
+def open_predictor(predictor: str | Predictor, decoder: Decoder) -> Predictor | None:
+    """Return a model's predictor, None if there is none to use; raises :class:`ConfigError`.
+
+    ``decoder`` has its weights. ``auto`` is ``next_gates`` where routers have scores.
+    """
+    if not isinstance(predictor, str):
+        return predictor
+    name, file = split_spec(predictor)
+    problem = why_not(decoder.config)
+    can_ask_gates = problem is None and all(has_scores(router) for router in decoder.routers())
+    if name == "auto":
+        name = "next_gates" if can_ask_gates else "none"
+    if name == "none":
+        return None
+    if problem is not None:
+        raise ConfigError(f"expert_predictor is {predictor!r}, but {problem}; use auto or none.")
+    if name != "next_gates":
+        return open_replayable(name, file, facts_of(decoder.config))
+    if not can_ask_gates:
+        kind = decoder.routers()[0].config.kind
+        raise ConfigError(
+            f"expert_predictor is 'next_gates', but router.kind is {kind}, which has no scores "
+            f"from one product; use one of {', '.join(REPLAYABLE)}."
+        )
+    return NextGates(facts_of(decoder.config), decoder)
+
+
+def predictor_of_routes(spec: str, facts: CacheFacts, k: int) -> Predictor:
+    """Return a predictor to replay on recorded routes; raises :class:`ConfigError`.
+
+    ``k`` are the experts that a row visits, as in the header of a route file.
+    """
+    name, file = split_spec(spec)
+    if name not in REPLAYABLE:
+        raise ConfigError(
+            f"the predictor is {spec!r}, but routes alone do not say what it would predict; use "
+            f"one of {', '.join(REPLAYABLE)}."
+        )
+    own = PredictorFacts(facts.moe_layers, facts.num_experts, k, facts.architecture)
+    return open_replayable(name, file, own)
+
+
+def open_replayable(name: str, file: Path | None, facts: PredictorFacts) -> Predictor:
+    """Return a predictor that routes suffice for; raises :class:`ConfigError`."""
+    if name == "trained":
+        assert file is not None, "split_spec asked for it"
+        return Trained(facts, read(file, facts))
+    if name == "previous_token":
+        return PreviousToken(facts)
+    made = LEARNING[name](facts)
+    if file is not None:
+        _learn_file(made, name, file, facts)
+    return made
+
+
+def _learn_file(predictor: Predictor, name: str, file: Path, facts: PredictorFacts) -> None:
+    found = RouteFile(file)
+    if found.header.model.architecture != facts.architecture:
+        raise ConfigError(
+            f"expert_predictor {name}:{file} belongs to another model: architecture is "
+            f"{found.header.model.architecture}, this one has {facts.architecture}; record routes "
+            "of this model."
+        )
+    learn(predictor, found.read(), facts)

@@ -1,0 +1,204 @@
+"""Reading ahead for routers that choose late: hints, and what becomes of them. N rows, K choices.
+
+After a layer's choice the predictor says what the next layers may need. What is in memory of that
+is kept from leaving; the rest is read behind everything that compute waits for, as far as it is
+worth it (predictors/admission.py). When a layer's true choice arrives, its other hints are dropped.
+"""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ...moe.routes.rows import Array
+from .filler import SlotFiller
+from .forwards import Forward
+from .policies.policy import Key
+from .predictors.admission import SMALLEST_GAIN, Calibration, Regret, Windows, gain_of
+from .predictors.predictor import Hint, Predictor, PredictorFacts
+from .predictors.switch import MeasuringSwitch, Switch
+from .read_queue import Read, Reads
+from .slots import Slots
+from .traffic import StoreStatistics
+
+UNSEEN = 8
+"""While reading ahead is switched off, a predictor sees one forward in this many: it goes on
+learning and costs nearly nothing."""
+
+
+class Choice(NamedTuple):
+    """What a layer's experts are called with."""
+
+    x_ND: Tensor | None
+    """None in a replay of recorded routes."""
+    experts_NK: Array
+    """-1 = none."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """A hint as it was given."""
+
+    score: float
+    is_resident: bool
+
+
+@dataclass(slots=True)
+class _Moment:
+    """The latest beginning of a forward, or choice of a layer."""
+
+    number: int
+    """0 at the beginning, then the number of the layer from 1 on; see :class:`Windows`."""
+    at: float
+    stall_s: float
+    """Of the store until then."""
+
+
+class ReadAhead:
+    """Turns a predictor's hints into reads. Used by the store, in its compute thread."""
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        facts: PredictorFacts,
+        slots: Slots,
+        filler: SlotFiller,
+        reads: Reads,
+        statistics: StoreStatistics,
+        clock: Callable[[], float],
+        switch: Switch | None = None,
+    ) -> None:
+        self._predictor = predictor
+        self._facts = facts
+        self._place_of = {layer: place for place, layer in enumerate(facts.moe_layers)}
+        self._slots, self._filler, self._reads = slots, filler, reads
+        self._statistics = statistics
+        self._clock = clock
+        self._switch = switch or MeasuringSwitch()
+        self._calibration, self._regret = Calibration(), Regret()
+        self._windows = Windows(len(facts.moe_layers))
+        self._given: dict[int, dict[int, dict[int, _Given]]] = {}
+        """By target layer, distance and expert."""
+        self._pending: dict[Key, tuple[int, float]] = {}
+        """Distance and chance of hints that are neither in memory nor on their way."""
+        self._reading: dict[Key, Read] = {}
+        """Reads of hints that were not needed yet."""
+        self._is_on = self._sees = False
+        self._began = 0.0
+        self._num_forwards = 0
+        self._size = 0
+        self._num_read = 0
+        self._moment = _Moment(0, 0.0, 0.0)
+
+    def begin(self, forward: Forward) -> None:
+        """A forward begins: take hints for its first layer."""
+        for layer in [layer for layer in self._given if layer != self._facts.moe_layers[0]]:
+            self._end_hints(layer, needed=None)  # the forward before has failed
+        rows = sum(forward.lengths)
+        self._size = rows.bit_length()
+        self._pass_moment(0)
+        self._regret.begin()
+        self._is_on = self._switch.begin(rows)
+        self._sees = self._is_on or self._num_forwards % UNSEEN == 0
+        self._num_forwards += 1
+        self._num_read = self._statistics.num_read()
+        if self._sees:
+            hints = self._predictor.begin(forward)
+            if self._is_on:
+                self._windows.progressed(*self._reads.progress())
+                self._take(hints, place=-1)
+                self.read()
+
+    def chosen(self, layer: int, needed: Collection[int], missing: Collection[int]) -> None:
+        """``layer`` needs some experts, and ``missing`` of them are neither here nor coming."""
+        self._pass_moment(self._place_of[layer] + 1)
+        self._regret.missed(layer, missing)
+        self._end_hints(layer, needed)
+
+    def look(self, layer: int, choice: Choice) -> None:
+        """Let the predictor see a choice, and take its hints."""
+        if not self._sees:
+            return
+        self._predictor.see(layer, choice.experts_NK)
+        if self._is_on:
+            self._take(self._predictor.after_choice(layer, choice.x_ND), self._place_of[layer])
+
+    def read(self) -> None:
+        """Begin the reads that are worth it, the likeliest first."""
+        if not self._pending:
+            return
+        self._reading = {k: read for k, read in self._reading.items() if not read.is_done}
+        backlog = sum(len(read.parts) / read.num_parts for read in self._reading.values())
+        elapsed_s = self._clock() - self._moment.at
+        elapsed_s -= self._statistics.stall_s - self._moment.stall_s
+        for key, (_, chance) in sorted(self._pending.items(), key=lambda item: -item[1][1]):
+            if key in self._slots or self._slots.filling(key) is not None:
+                del self._pending[key]  # compute has asked for it since
+                continue
+            target = self._place_of[key[0]] + 1
+            left_s = self._windows.seconds_to(self._size, self._moment.number, target) - elapsed_s
+            share = self._windows.share_in_time(left_s, backlog)
+            victim_chance = 0.0 if self._slots.num_free else self._regret.chance
+            if gain_of(chance, share, victim_chance) < SMALLEST_GAIN:
+                continue
+            slot = self._filler.slot_for_hint(self._regret.left)
+            if slot is None:
+                return
+            del self._pending[key]
+            self._statistics.prefetch(key)
+            self._reading[key] = self._filler.submit(key, slot, is_urgent=False)
+            self._filler.likely.add(key)
+            backlog += 1
+
+    def end_layer(self, layer: int) -> None:
+        """``layer`` has all it needs; after the last one, the forward's time is known."""
+        if layer == self._facts.moe_layers[-1]:
+            num_read = self._statistics.num_read() - self._num_read
+            self._switch.end(self._clock() - self._began, num_read)
+
+    def _pass_moment(self, number: int) -> None:
+        """Learn how long compute took since the last moment."""
+        now, stall_s, last = self._clock(), self._statistics.stall_s, self._moment
+        if number == 0:
+            self._began = now
+        if number == (last.number + 1) % (len(self._place_of) + 1):
+            self._windows.passed(self._size, last.number, now - last.at - stall_s + last.stall_s)
+        self._moment = _Moment(number, now, stall_s)
+
+    def _take(self, hints: list[Hint], place: int) -> None:
+        """Keep what is in memory of ``hints``, and let the rest wait for :meth:`read`.
+
+        ``place`` is the number of the layer that has just chosen, -1 before the first one.
+        """
+        for key, score in hints:
+            distance = self._place_of[key[0]] - place
+            if place < 0 or distance <= 0:
+                distance = 0
+            is_resident = key in self._slots
+            given = self._given.setdefault(key[0], {}).setdefault(distance, {})
+            given[key[1]] = _Given(score, is_resident)
+            chance = self._calibration.chance(distance, is_resident, score)
+            if is_resident:
+                if chance > self._regret.chance:
+                    self._filler.likely.add(key)
+            elif self._slots.filling(key) is None:
+                self._pending[key] = (distance, chance)
+
+    def _end_hints(self, layer: int, needed: Collection[int] | None) -> None:
+        """Count a layer's hints and drop those that were wrong; all if ``needed`` is None."""
+        for distance, given in self._given.pop(layer, {}).items():
+            right = 0
+            for expert, hint in given.items():
+                key = (layer, expert)
+                is_right = needed is not None and expert in needed
+                right += is_right
+                if needed is not None:
+                    self._calibration.add(distance, hint.is_resident, hint.score, is_right)
+                self._filler.likely.discard(key)
+                self._pending.pop(key, None)
+                read = self._reading.pop(key, None)
+                if read is not None and not is_right and not read.is_done:
+                    self._filler.drop(read)
+            if needed is not None:
+                self._statistics.hints(distance, len(given), right, len(needed))
