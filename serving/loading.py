@@ -35,6 +35,8 @@ from .experts.predictors.predictor import Predictor
 from .experts.predictors.table import check_predictor, facts_of, open_predictor
 from .experts.store import ExpertStore
 from .memory import check_memory
+from .planning.budget import Demand
+from .planning.decide import decide
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +65,8 @@ def load(
     stay in fp32 under bf16, and experts that the folder has in 8 or 4 bits stay in those.
     ``device`` is ``cpu``, ``cuda`` or ``cuda:N``; ids go there too. ``expert_memory``
     (``2GiB``, ``25%``) bounds the experts kept in memory; the others are read from the folder when
-    they are needed, and outputs are the same bit for bit. Weights that ``config.json`` does not ask
+    they are needed, and outputs are the same bit for bit. ``auto`` is what the machine can spare,
+    all experts if they fit. Weights that ``config.json`` does not ask
     for are refused, unless ``ignore_unused_weights`` says to do without them. ``allow_code`` names
     modules of your own whose routers the folder may use; they are imported. ``expert_policy``
     chooses which expert leaves memory when another one is needed: a name, or an object with the
@@ -147,6 +150,7 @@ def _open(
     options: StoreOptions,
 ) -> tuple[LanguageModel, ExpertStore | None]:
     chosen = pick_dtype(files, dtype)
+    expert_memory, _ = decide(files, chosen, expert_memory, Demand())
     check_memory(files, chosen, expert_memory)
     with torch.device("meta"):
         decoder = Decoder(files.config, expert_ids=())

@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 from starlette.types import ASGIApp
 
 from ..dtypes import short_name
+from ..errors import ConfigError
 from ..moe.folders.folder import ModelFolder
 from ..moe.folders.generation_config import read_generation_config
 from ..moe.folders.hub import hub_name, local_folder, pinned
@@ -21,11 +22,14 @@ from .engine.admission import Admission
 from .engine.engine import Engine, check_length
 from .engine.thread import EngineThread
 from .engine.tokenizer import ServingTokenizer
-from .experts.budget import bytes_of_experts
+from .experts.budget import AUTO, bytes_of_experts, host_bytes
 from .experts.options import StoreOptions
 from .experts.policies.table import check_policy
+from .experts.tiers.shared_memory import check_shared_memory
 from .loading import open_model, pick_dtype
 from .memory import check_memory
+from .planning.budget import PROCESS_BYTES, RAY_BYTES, Demand
+from .planning.decide import decide
 
 
 class ServeArgs(BaseModel):
@@ -38,7 +42,8 @@ class ServeArgs(BaseModel):
     served_model_name: str | None = None
     """Name clients use; None = the folder's name, or the one on the hub."""
     expert_memory: str | None = None
-    """Bound on the experts kept in memory (2GiB, 25%); None keeps all."""
+    """Bound on the experts kept in memory (2GiB, 25%); auto is what the machine can spare, None
+    keeps all."""
     expert_policy: str = "lru"
     """Which expert leaves memory when another one is needed."""
     host_memory: str | None = None
@@ -121,6 +126,37 @@ def with_commit(args: ServeArgs) -> ServeArgs:
     return args.model_copy(update={"model": pinned(args.model)})
 
 
+def with_budgets(args: ServeArgs) -> ServeArgs:
+    """Return the arguments with budgets in bytes: ``auto`` is what this machine can spare.
+
+    Decided once, where the application is built, so that all replicas have as much. Where ``auto``
+    keeps all experts in memory, there are none left for host memory.
+    """
+    if args.expert_memory != AUTO and args.host_memory is None:
+        return args
+    folder = ModelFolder(local_folder(args.model))
+    dtype = pick_dtype(folder, args.dtype)
+    host = host_bytes(folder, dtype, args.host_memory)
+    demand = Demand(
+        max_num_seqs=args.max_num_seqs,
+        max_model_len=args.max_model_len,
+        num_replicas=args.num_replicas,
+        host_bytes=host,
+        other_bytes=RAY_BYTES + args.num_replicas * PROCESS_BYTES,
+    )
+    budget, _ = decide(folder, dtype, args.expert_memory, demand)
+    folder.close()
+    if host and budget is None:
+        if args.expert_memory != AUTO:
+            raise ConfigError(
+                f"host-memory is {args.host_memory}, but without expert-memory all experts are in "
+                "each replica's memory; set expert-memory, or leave host-memory out."
+            )
+        host = 0
+    own = {"expert_memory": budget, "host_memory": f"{host}B" if host else None}
+    return args.model_copy(update=own)
+
+
 def check_model(args: ServeArgs, runs_here: bool = False) -> None:
     """Refuse a folder, a tokenizer or a budget that cannot work; reads headers only.
 
@@ -136,8 +172,10 @@ def check_model(args: ServeArgs, runs_here: bool = False) -> None:
     args.open_tokenizer().close()
     check_policy(args.expert_policy)
     bytes_of_experts(folder, dtype, args.expert_memory)
+    host = host_bytes(folder, dtype, args.host_memory)
     if runs_here:
-        check_memory(folder, dtype, args.expert_memory)
+        check_memory(folder, dtype, args.expert_memory, args.num_replicas, host)
+        check_shared_memory(host)
     folder.close()
     check_length(args.max_model_len, folder.config.max_positions)
 

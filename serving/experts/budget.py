@@ -8,6 +8,8 @@ from ...errors import ConfigError
 from ...moe.folders.expert_slots import expert_bytes
 from ...moe.folders.folder import ModelFolder
 
+AUTO = "auto"
+"""The budget that leaves the choice to planning/."""
 UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20}
 UNITS |= {"gib": 1 << 30, "tib": 1 << 40, "tb": 10**12}
 
@@ -17,7 +19,8 @@ def parse_budget(text: str, whole_bytes: int, name: str = "expert-memory") -> in
     match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,9})?)\s*(%|[a-zA-Z]+)\s*", text)
     unit = match.group(2).lower() if match else ""
     if match is None or (unit != "%" and unit not in UNITS):
-        raise ConfigError(f"{name} is {text!r}; write a size like 2GiB or a share like 25%.")
+        auto = ", or auto" if name == "expert-memory" else ""
+        raise ConfigError(f"{name} is {text!r}; write a size like 2GiB or a share like 25%{auto}.")
     amount = float(match.group(1))
     if unit == "%":
         if not 0 < amount <= 100:

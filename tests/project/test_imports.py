@@ -68,6 +68,7 @@ ROOMS = {
     "serving": [
         ["experts", "packages"],
         ["engine", "memory"],
+        ["planning"],
         ["api", "loading"],
         ["evaluation"],
         ["proxy_guard", "server"],
