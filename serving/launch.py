@@ -83,9 +83,9 @@ def serve_forever(args: ServeArgs, host: str, port: int, attempt: int) -> int:
 def _start(args: ServeArgs, host: str, port: int, folder: Path, report: StartReport) -> str:
     """Start everything and return the address once it answers."""
     # A replica asks Ray for one CPU; more of them than there are must not wait for ever.
-    host = parse_budget(args.host_memory, 0) if args.host_memory else 0
+    copies = parse_budget(args.host_memory, 0) if args.host_memory else 0
     cpus = max(args.num_replicas, len(os.sched_getaffinity(0)))
-    start(folder, cpus, object_store_bytes(host) if host else None)
+    start(folder, cpus, object_store_bytes(copies) if copies else None)
     _on_signals(_stop)  # ray.init has replaced them
     from ray import serve
     from ray.exceptions import RayError

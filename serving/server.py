@@ -28,7 +28,7 @@ from .experts.policies.table import check_policy
 from .experts.tiers.shared_memory import check_shared_memory
 from .loading import open_model, pick_dtype
 from .memory import check_memory
-from .planning.budget import PROCESS_BYTES, RAY_BYTES, Demand
+from .planning.budget import demand_of_server
 from .planning.decide import decide
 
 
@@ -137,13 +137,7 @@ def with_budgets(args: ServeArgs) -> ServeArgs:
     folder = ModelFolder(local_folder(args.model))
     dtype = pick_dtype(folder, args.dtype)
     host = host_bytes(folder, dtype, args.host_memory)
-    demand = Demand(
-        max_num_seqs=args.max_num_seqs,
-        max_model_len=args.max_model_len,
-        num_replicas=args.num_replicas,
-        host_bytes=host,
-        other_bytes=RAY_BYTES + args.num_replicas * PROCESS_BYTES,
-    )
+    demand = demand_of_server(args.max_num_seqs, args.max_model_len, args.num_replicas, host)
     budget, _ = decide(folder, dtype, args.expert_memory, demand)
     folder.close()
     if host and budget is None:

@@ -4,13 +4,13 @@ import time
 
 import torch
 
-BUFFER_BYTES = 256 << 20
-"""Larger than caches are."""
-TIMES = 3
+BUFFER_BYTES = 64 << 20
+"""Larger than the caches that one process gets, and still little next to a model."""
+TIMES = 4
 
 
 def memory_bandwidth() -> float:
-    """Measure bytes per second that torch's threads read; takes about a tenth of a second."""
+    """Measure bytes per second that torch's threads read; takes a few hundredths of a second."""
     buffer = torch.ones(BUFFER_BYTES // 8, dtype=torch.int64)
     best_s = float("inf")
     for _ in range(TIMES):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from ...errors import ConfigError
 from .sizes import ModelSizes
 
-PROCESS_BYTES = 512 << 20
+PROCESS_BYTES = 640 << 20
 """Python, torch and Ray in one process of a server, without weights."""
 RAY_BYTES = 1 << 30
 """Ray's other processes: its controller, its proxy, its agents."""
@@ -28,6 +28,19 @@ class Demand:
     host_bytes: int = 0
     other_bytes: int = PROCESS_BYTES
     """What all processes take apart from weights, keys and values."""
+
+
+def demand_of_server(
+    max_num_seqs: int, max_model_len: int | None, num_replicas: int, host_bytes: int
+) -> Demand:
+    """Return the demand of ``moeyard serve``."""
+    return Demand(
+        max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len,
+        num_replicas=num_replicas,
+        host_bytes=host_bytes,
+        other_bytes=RAY_BYTES + num_replicas * PROCESS_BYTES,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,9 +2,10 @@
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
-from ..policies.policy import Key
+if TYPE_CHECKING:  # it imports torch
+    from ..policies.policy import Key
 
 Copy = TypeVar("Copy")
 
@@ -58,7 +59,7 @@ class Directory(Generic[Copy]):
         self._budget_bytes = budget_bytes
         self._make_room(0)
 
-    def find(self, key: Key) -> Copy | None:
+    def find(self, key: "Key") -> Copy | None:
         """Return the copy of an expert, if there is one."""
         found = self._copies.get(key)
         if found is None:
@@ -68,7 +69,7 @@ class Directory(Generic[Copy]):
         self._copies.move_to_end(key)
         return found[0]
 
-    def claim(self, key: Key, num_bytes: int, now_s: float) -> bool:
+    def claim(self, key: "Key", num_bytes: int, now_s: float) -> bool:
         """Make room for a copy and say whether the caller may bring it."""
         expired = [key for key, (_, end_s) in self._claims.items() if end_s <= now_s]
         for late in expired:
@@ -83,7 +84,7 @@ class Directory(Generic[Copy]):
         self._make_room(claimed + num_bytes)
         return True
 
-    def add(self, key: Key, copy: Copy) -> bool:
+    def add(self, key: "Key", copy: Copy) -> bool:
         """Store the copy that was claimed; False where it comes too late, and is not wanted."""
         claim = self._claims.pop(key, None)
         if claim is None or key in self._copies:
@@ -92,11 +93,11 @@ class Directory(Generic[Copy]):
         self._num_bytes += claim[0]
         return True
 
-    def give_up(self, key: Key) -> None:
+    def give_up(self, key: "Key") -> None:
         """Forget a claim: the copy will not come."""
         self._claims.pop(key, None)
 
-    def drop(self, key: Key) -> None:
+    def drop(self, key: "Key") -> None:
         """Forget a copy, which turned out to be lost or damaged."""
         found = self._copies.pop(key, None)
         if found is not None:

@@ -14,15 +14,17 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ..policies.policy import Key
 from .directory import Directory
 from .leases import LOOK_EVERY_S, Leases
+
+if TYPE_CHECKING:  # it imports torch
+    from ..policies.policy import Key
 
 NAMESPACE = "moeyard"
 
@@ -46,7 +48,7 @@ class NodeCache:
         """End a replica's lease."""
         self._leases.end(replica, time.monotonic())
 
-    async def find(self, key: Key) -> list["ray.ObjectRef"]:
+    async def find(self, key: "Key") -> list["ray.ObjectRef"]:
         """Return the reference to an expert's copy in a list, which is empty without one.
 
         In a list, because Ray would fetch a bare reference before it answers.
@@ -54,11 +56,11 @@ class NodeCache:
         copy = self._directory.find(key)
         return [] if copy is None else [copy]
 
-    async def claim(self, key: Key, num_bytes: int) -> bool:
+    async def claim(self, key: "Key", num_bytes: int) -> bool:
         """See :meth:`Directory.claim`."""
         return self._directory.claim(key, num_bytes, time.monotonic())
 
-    async def bring(self, key: Key, stored: np.ndarray) -> bool:
+    async def bring(self, key: "Key", stored: np.ndarray) -> bool:
         """Keep a copy of the bytes, which the caller has claimed."""
         loop = asyncio.get_running_loop()
         try:
@@ -69,7 +71,7 @@ class NodeCache:
             raise
         return self._directory.add(key, copy)
 
-    async def drop(self, key: Key) -> None:
+    async def drop(self, key: "Key") -> None:
         """See :meth:`Directory.drop`."""
         self._directory.drop(key)
 

@@ -20,7 +20,8 @@ from ....moe.folders.folder import ModelFolder
 from ....moe.routes.identity import identity_of
 
 CHECKSUM_BYTES = 8
-"""Of xxh3, at the end: 12 GB/s on one core, a small part of the time of the copy."""
+"""Of xxh3, at the end. On one core it checks bytes twice as fast as they can be copied: 64 against
+32 GB/s from the cache of an AMD EPYC."""
 FORM = 1
 """Number of this form. It is a part of :func:`name_of_bytes`, so forms never mix."""
 
