@@ -1,20 +1,13 @@
 """Progress of long work: a bar on a terminal, a key=value line every few seconds otherwise."""
 
+import os
 import sys
 import time
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    ProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.progress import Progress as Bar
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
 
 FIRST_LINE_S = 2
 """Work that ends sooner prints no line."""
@@ -36,13 +29,8 @@ class Progress:
         self._started = self._shown = time.monotonic()
         self._has_lines = False
         self._bar: Bar | None = None
-        console = Console(stderr=True)
-        if console.is_terminal:
-            columns: tuple[ProgressColumn, ...] = (TextColumn(event), BarColumn())
-            if in_bytes:
-                columns += (DownloadColumn(binary_units=True), TimeRemainingColumn())
-            columns += (TextColumn("{task.fields[status]}"), TimeElapsedColumn())
-            self._bar = Bar(*columns, console=console)
+        if sys.stderr.isatty() or os.environ.get("FORCE_COLOR"):
+            self._bar = _new_bar(event, in_bytes)
             self._task = self._bar.add_task("", total=total, status="")
 
     def __enter__(self) -> Self:
@@ -79,7 +67,7 @@ class Progress:
             self._line("running")
             self._shown, self._has_lines = now, True
 
-    def _refresh(self, bar: Bar) -> None:
+    def _refresh(self, bar: "Bar") -> None:
         status = "  ".join(f"{value:,} {name}" for name, value in self._facts.items())
         bar.update(self._task, completed=self._done, status=status)
 
@@ -94,3 +82,23 @@ class Progress:
         text = " ".join(f"{key}={value}" for key, value in facts.items())
         sys.stderr.write(text + "\n")
         sys.stderr.flush()
+
+
+def _new_bar(event: str, in_bytes: bool) -> "Bar":
+    """Return a bar on standard error. Only terminals need rich, which takes 5 MB."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        ProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns: tuple[ProgressColumn, ...] = (TextColumn(event), BarColumn())
+    if in_bytes:
+        columns += (DownloadColumn(binary_units=True), TimeRemainingColumn())
+    columns += (TextColumn("{task.fields[status]}"), TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True))

@@ -48,4 +48,5 @@ def open_model(arguments: argparse.Namespace) -> "LanguageModel":
         expert_memory=arguments.expert_memory,
         ignore_unused_weights=arguments.ignore_unused_weights,
         expert_policy=arguments.expert_policy,
+        expert_log=arguments.expert_log,
     )

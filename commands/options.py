@@ -85,6 +85,12 @@ def add_expert_store(parser: argparse.ArgumentParser) -> None:
         default="lru",
         help="which expert leaves memory when another one is needed",
     )
+    parser.add_argument(
+        "--expert-log",
+        metavar="FILE",
+        help="write what happens to experts into FILE, for moeyard trace replay; serve takes a "
+        "folder, with a file for each replica",
+    )
 
 
 def add_dtype(parser: argparse.ArgumentParser) -> None:

@@ -71,6 +71,7 @@ def add(parsers: Parsers) -> None:
         help="web pages that may call the server, such as http://localhost:3000, or *; repeat for "
         "several; default: none",
     )
+    _add_recording(serve)
     add_ignore_unused_weights(serve)
     add_allow_code(serve)
     serve.set_defaults(run=run)
@@ -82,6 +83,14 @@ def _add_host_memory(serve: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="memory of this machine for further experts, shared by the replicas: 8GiB or 50%% of "
         "all; default: 0",
+    )
+
+
+def _add_recording(serve: argparse.ArgumentParser) -> None:
+    serve.add_argument(
+        "--record-routes",
+        metavar="DIR",
+        help="write which experts each token visited into DIR, a file for each replica",
     )
 
 

@@ -11,6 +11,7 @@ from ..errors import ConfigError
 from .options import Parsers, add_command, add_route_files
 
 if TYPE_CHECKING:
+    from ..moe.routes.format import RouteHeader
     from ..serving.experts.recorded import RecordedForward
     from ..serving.experts.replay.comparison import Comparison, Outcome
     from ..serving.experts.replay.run import Pace
@@ -49,8 +50,8 @@ def add(kinds: Parsers) -> None:
         type=_names,
         default=["none"],
         metavar="NAME,...",
-        help="what is read ahead: none, or next_layer, which knows the next layer's choice; "
-        "default: none",
+        help="what is read ahead: none; next_layer, which knows the next layer's choice; "
+        "previous_token, previous_layers, activations or trained:FILE; default: none",
     )
     command.add_argument(
         "--bandwidth", metavar="SIZE/s", help="of the disk, such as 400MB/s, to replay time, too"
@@ -67,15 +68,24 @@ def add(kinds: Parsers) -> None:
         help="of the forwards, the last ones, to judge by; what learns from a file learns from the "
         "others; 1 = replay all",
     )
+    command.add_argument(
+        "--log",
+        type=Path,
+        metavar="LOG",
+        help="follow what --expert-log wrote in the run of these routes, and count again",
+    )
     command.add_argument("--json", action="store_true", help="print JSON")
     command.add_argument("--plot", type=Path, metavar="OUT.svg", help="draw each policy's gap")
     command.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print a line for each number of slots, policy and predictor."""
+    """Print a line for each number of slots, policy and predictor; or what a log comes to."""
     from ..serving.experts.replay.comparison import Setting
 
+    if arguments.log is not None:
+        _follow(arguments)
+        return
     comparison = _open(arguments)
     slot_bytes, pace = _pace(arguments)
     outcomes = [
@@ -103,10 +113,44 @@ def run(arguments: argparse.Namespace) -> None:
         _plot(arguments.plot, outcomes, f"{facts['forwards']} forwards, {facts['experts']} experts")
 
 
-def _open(arguments: argparse.Namespace) -> "Comparison":
+def _follow(arguments: argparse.Namespace) -> None:
+    """Print what the store of a run counted, by its log and its routes."""
+    from ..serving.experts.replay.follow import LogFile, follow
+
+    log = LogFile(arguments.log)
+    header, forwards, is_whole = _read(arguments.files)
+    if log.header.architecture != header.model.architecture:
+        raise ConfigError(
+            f"{log.path} is of a model with architecture {log.header.architecture}, and the routes "
+            f"of one with {header.model.architecture}; give the log and the routes of one run."
+        )
+    counters = follow(log, forwards, is_whole).as_dict()
+    if log.damage is not None:
+        sys.stderr.write(f"warning: {log.damage}\n")
+    found = {"policy": log.header.policy, "slots": log.header.num_slots}
+    found |= {name: value for name, value in counters.items() if isinstance(value, int)}
+    if arguments.json:
+        sys.stdout.write(json.dumps(found, indent=1) + "\n")
+        return
+    facts = " ".join(f"{name}={value}" for name, value in found.items())
+    sys.stdout.write(f"followed {facts}\n")
+
+
+def _read(paths: list[Path]) -> "tuple[RouteHeader, list[RecordedForward], bool]":
+    """Return the header, the forwards and whether all files are whole."""
     from ..moe.routes.reader import route_files
     from ..serving.experts.recorded import read_forwards
-    from ..serving.experts.replay.comparison import PREDICTORS, Comparison
+
+    files = route_files(paths)
+    forwards = read_forwards(files)
+    damages = [file.damage for file in files if file.damage is not None]
+    for damage in damages:
+        sys.stderr.write(f"warning: {damage}\n")
+    return files[0].header, forwards, not damages
+
+
+def _open(arguments: argparse.Namespace) -> "Comparison":
+    from ..serving.experts.replay.comparison import Comparison
 
     for path in arguments.files:
         if (path / "config.json").exists():
@@ -114,9 +158,6 @@ def _open(arguments: argparse.Namespace) -> "Comparison":
                 f"{path} is a model; give route files, or let the model read recorded texts again "
                 "with moeyard trace compare MODEL FILE."
             )
-    for name in arguments.predictors:
-        if name not in PREDICTORS:
-            raise ConfigError(f"--predictors has {name!r}; use some of {', '.join(PREDICTORS)}.")
     if arguments.predictors != ["none"] and arguments.bandwidth is None:
         raise ConfigError(
             "--predictors needs to know the time that reads have; give --bandwidth, --layer-time "
@@ -124,12 +165,11 @@ def _open(arguments: argparse.Namespace) -> "Comparison":
         )
     if arguments.plot is not None and arguments.plot.suffix != ".svg":
         raise ConfigError(f"--plot is {arguments.plot}; give a file that ends in .svg.")
-    files = route_files(arguments.files)
-    forwards: list[RecordedForward] = read_forwards(files)
-    for file in files:
-        if file.damage is not None:
-            sys.stderr.write(f"warning: {file.damage}\n")
-    return Comparison(files[0].header, forwards, arguments.held_out)
+    header, forwards, _ = _read(arguments.files)
+    comparison = Comparison(header, forwards, arguments.held_out)
+    for name in arguments.predictors:
+        comparison.check_predictor(name)
+    return comparison
 
 
 def _pace(arguments: argparse.Namespace) -> tuple[int | None, "Pace | None"]:

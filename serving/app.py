@@ -15,7 +15,8 @@ from ..errors import MoeyardError
 from .cluster.replica_port import close_replica_port
 from .proxy_guard import CALLBACK, CALLBACK_VARIABLE, ask_for_guard
 from .replicas.hub_link import HubLink
-from .server import ServeArgs, Server, check_model, with_budgets, with_commit
+from .server import ServeArgs, Server, check_model, with_commit
+from .server_budgets import with_budgets
 
 log = logging.getLogger(__name__)
 
@@ -56,9 +57,9 @@ class MoeyardServer:
                 CALLBACK,
             )
         close_replica_port()
-        self._server = Server(args)
         context = serve.get_replica_context()
         replica = context.replica_id.unique_id
+        self._server = Server(args, replica)
         self._link = HubLink(context.app_name, replica, self._server)
         self._app = self._server.app(self._link.render)
 

@@ -20,7 +20,8 @@ from .cluster.own_ray import RayStartError, StartReport, Watch, prepare, start
 from .experts.budget import parse_budget
 from .experts.tiers.shared_memory import object_store_bytes
 from .proxy_guard import UNFINISHED
-from .server import ServeArgs, check_model, with_budgets, with_commit
+from .server import ServeArgs, check_model, with_commit
+from .server_budgets import with_budgets
 
 START_TIMEOUT_S = 300.0
 ENDING_TIMEOUT_S = 10.0

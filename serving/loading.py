@@ -24,6 +24,7 @@ from ..moe.folders.text_codec import TextCodec
 from ..moe.models.decoder import Decoder
 from ..moe.models.language_model import LanguageModel
 from ..moe.routers.own_code import allow
+from ..moe.without_memory import without_memory
 from .experts.budget import budget_bytes
 from .experts.forwards import announce_forwards
 from .experts.offloaded import OffloadedExperts
@@ -55,6 +56,7 @@ def load(
     allow_code: str | Sequence[str] = (),
     expert_policy: str | Policy = "lru",
     expert_predictor: str | Predictor = "none",
+    expert_log: str | Path | None = None,
 ) -> LanguageModel:
     """Open a Hugging Face MoE model or a run's export as a model ready to call.
 
@@ -74,11 +76,13 @@ def load(
     ``expert_predictor`` says which experts the next layers may need, so that they are read ahead: a
     name or ``NAME:FILE`` (docs/offloading.md), or an object with the methods of
     :class:`moeyard.serving.experts.predictors.predictor.Predictor`.
+    ``expert_log`` is a file for every event of the store, which is replaced.
 
     Raises :class:`ModelFileError` for a folder that is damaged or of an unknown kind and for a
     model that cannot be downloaded, and :class:`ConfigError` for arguments that do not fit.
     """
-    options = StoreOptions(policy=expert_policy, predictor=expert_predictor)
+    events = None if expert_log is None else Path(expert_log)
+    options = StoreOptions(policy=expert_policy, predictor=expert_predictor, log=events)
     model, _ = open_model(
         folder, dtype, device, expert_memory, ignore_unused_weights, allow_code, options
     )
@@ -141,6 +145,11 @@ def _check_options(options: StoreOptions, expert_memory: str | None) -> None:
             f"expert_policy is a {type(options.policy).__name__}, but all experts are in memory; "
             "set expert_memory, or leave expert_policy out."
         )
+    if expert_memory is None and options.log is not None:
+        raise ConfigError(
+            f"expert_log is {str(options.log)!r}, but all experts are in memory; set "
+            "expert_memory, or leave expert_log out."
+        )
 
 
 def _open(
@@ -152,7 +161,7 @@ def _open(
     chosen = pick_dtype(files, dtype)
     expert_memory, _ = decide(files, chosen, expert_memory, Demand())
     check_memory(files, chosen, expert_memory)
-    with torch.device("meta"):
+    with without_memory():
         decoder = Decoder(files.config, expert_ids=())
     store = None
     if expert_memory is not None:
@@ -211,7 +220,7 @@ def _as_module(weights: ExpertWeights | QuantizedExpertWeights) -> LayerExperts:
     if isinstance(weights, QuantizedExpertWeights):
         return QuantizedExperts(weights)
     num_experts, d_model, d_expert = weights.fc2_SDF.shape
-    with torch.device("meta"):
+    with without_memory():
         experts = Experts(d_model, d_expert, num_experts, activation=weights.activation)
     for name, part in zip(PARAMETERS, weights.parameters, strict=True):
         if part is not None:

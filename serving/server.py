@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,25 +12,26 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 from starlette.types import ASGIApp
 
 from ..dtypes import short_name
-from ..errors import ConfigError
 from ..moe.folders.folder import ModelFolder
 from ..moe.folders.generation_config import read_generation_config
 from ..moe.folders.hub import hub_name, local_folder, pinned
 from ..moe.routers.causal import check_causal
 from ..moe.routers.own_code import allow
+from ..moe.routes.reader import SUFFIX
 from .api.http_app import HttpApi
 from .engine.admission import Admission
 from .engine.engine import Engine, check_length
+from .engine.route_recorder import RouteRecorder
 from .engine.thread import EngineThread
 from .engine.tokenizer import ServingTokenizer
-from .experts.budget import AUTO, bytes_of_experts, host_bytes
+from .experts.budget import bytes_of_experts, host_bytes
+from .experts.event_log import SUFFIX as LOG_SUFFIX
 from .experts.options import StoreOptions
 from .experts.policies.table import check_policy
 from .experts.tiers.shared_memory import check_shared_memory
 from .loading import open_model, pick_dtype
 from .memory import check_memory
-from .planning.budget import demand_of_server
-from .planning.decide import decide
+from .replica_files import check_replica_files, replica_file
 
 
 class ServeArgs(BaseModel):
@@ -49,6 +51,10 @@ class ServeArgs(BaseModel):
     host_memory: str | None = None
     """Memory of each node for further experts (8GiB, 50% of all), in Ray's object store and shared
     by the node's replicas; None or 0 = none."""
+    expert_log: str | None = None
+    """Folder for the events of expert stores, a file for each replica."""
+    record_routes: str | None = None
+    """Folder for routes, a file for each replica: which experts each token visited."""
     dtype: Annotated[Literal["fp32", "bf16"], BeforeValidator(short_name)] | None = None
     """``bf16`` (or ``bfloat16``), ``fp32`` (or ``float32``); None = as stored."""
     max_num_seqs: int = Field(default=8, ge=1)
@@ -110,7 +116,7 @@ class ServeArgs(BaseModel):
 
     @property
     def store_options(self) -> StoreOptions:
-        """How the expert store works."""
+        """How the expert store works, apart from its log, which each replica names."""
         return StoreOptions(policy=self.expert_policy, host_memory=self.host_memory)
 
     def open_tokenizer(self) -> ServingTokenizer:
@@ -124,31 +130,6 @@ def with_commit(args: ServeArgs) -> ServeArgs:
     A replica on another machine downloads it there.
     """
     return args.model_copy(update={"model": pinned(args.model)})
-
-
-def with_budgets(args: ServeArgs) -> ServeArgs:
-    """Return the arguments with budgets in bytes: ``auto`` is what this machine can spare.
-
-    Decided once, where the application is built, so that all replicas have as much. Where ``auto``
-    keeps all experts in memory, there are none left for host memory.
-    """
-    if args.expert_memory != AUTO and args.host_memory is None:
-        return args
-    folder = ModelFolder(local_folder(args.model))
-    dtype = pick_dtype(folder, args.dtype)
-    host = host_bytes(folder, dtype, args.host_memory)
-    demand = demand_of_server(args.max_num_seqs, args.max_model_len, args.num_replicas, host)
-    budget, _ = decide(folder, dtype, args.expert_memory, demand)
-    folder.close()
-    if host and budget is None:
-        if args.expert_memory != AUTO:
-            raise ConfigError(
-                f"host-memory is {args.host_memory}, but without expert-memory all experts are in "
-                "each replica's memory; set expert-memory, or leave host-memory out."
-            )
-        host = 0
-    own = {"expert_memory": budget, "host_memory": f"{host}B" if host else None}
-    return args.model_copy(update=own)
 
 
 def check_model(args: ServeArgs, runs_here: bool = False) -> None:
@@ -165,6 +146,7 @@ def check_model(args: ServeArgs, runs_here: bool = False) -> None:
     read_generation_config(folder)
     args.open_tokenizer().close()
     check_policy(args.expert_policy)
+    check_replica_files(folder.config, args.record_routes, args.expert_log, args.expert_memory)
     bytes_of_experts(folder, dtype, args.expert_memory)
     host = host_bytes(folder, dtype, args.host_memory)
     if runs_here:
@@ -177,17 +159,25 @@ def check_model(args: ServeArgs, runs_here: bool = False) -> None:
 class Server:
     """A running model: engine thread, admission and HTTP application."""
 
-    def __init__(self, args: ServeArgs) -> None:
+    def __init__(self, args: ServeArgs, replica: str = "server") -> None:
         share = max(1, len(os.sched_getaffinity(0)) // args.num_replicas)
         torch.set_num_threads(args.num_threads or share)
+        options = args.store_options
+        if args.expert_log is not None:
+            path = replica_file(args.expert_log, replica, "expert-log", LOG_SUFFIX)
+            options = replace(options, log=path)
         model, self._store = open_model(
             args.model,
             args.dtype,
             expert_memory=args.expert_memory,
-            options=args.store_options,
+            options=options,
             ignore_unused_weights=args.ignore_unused_weights,
             allow_code=args.allow_code,
         )
+        self._recorder = None
+        if args.record_routes is not None:
+            path = replica_file(args.record_routes, replica, "record-routes", SUFFIX)
+            self._recorder = RouteRecorder(model.decoder, path)
         tokenizer = self._tokenizer = args.open_tokenizer()
         engine = Engine(
             model,
@@ -226,5 +216,7 @@ class Server:
         """Stop the threads."""
         self.thread.stop()
         self._tokenizer.close()
+        if self._recorder is not None:
+            self._recorder.close()
         if self._store is not None:
             self._store.close()

@@ -7,6 +7,7 @@ from torch import nn
 
 from ..config.model import ModelConfig
 from ..models.decoder_layer import DecoderLayer
+from ..without_memory import without_memory
 
 ROUTER = ".mlp.gate."
 """The path from the layer to a router's tensor."""
@@ -25,7 +26,7 @@ def dense_tensors(config: ModelConfig) -> Named:
     if not config.tie_embeddings:
         yield "lm_head.weight", embedding
     for index in range(config.num_layers):
-        with torch.device("meta"):
+        with without_memory():
             layer = DecoderLayer(config, index, expert_ids=())
         for name, tensor in _outside_experts(layer):
             yield f"layers.{index}.{name}", tensor

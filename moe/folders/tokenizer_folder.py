@@ -68,13 +68,11 @@ def open_folder_tokenizer(folder: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
-    if not has_tokenizer(folder):
-        raise ModelFileError(f"{folder} has no tokenizer; add tokenizer.json.")
-    _check_sizes(folder)
+    check_tokenizer_files(folder)
     is_guessed = not (folder / TOKENIZER_JSON).is_file()
     if is_guessed:
         _check_openable(folder)
-    with library_errors(lambda reason: _unusable(folder, reason)):
+    with library_errors(lambda reason: unusable(folder, reason)):
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
@@ -83,21 +81,24 @@ def open_folder_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def _unusable(folder: Path, reason: str) -> ModelFileError:
+def unusable(folder: Path, reason: str) -> ModelFileError:
+    """Return the error of a tokenizer that the library cannot use."""
     return ModelFileError(
         f"{folder} has no usable tokenizer ({reason.rstrip('.: ')}); copy its files again, or add "
         "tokenizer.json."
     )
 
 
-def _check_sizes(folder: Path) -> None:
-    """Refuse pipes, devices and giants before the library opens them."""
+def check_tokenizer_files(folder: Path) -> None:
+    """Refuse a folder without a tokenizer, and pipes, devices and giants before one is opened."""
+    if not has_tokenizer(folder):
+        raise ModelFileError(f"{folder} has no tokenizer; add tokenizer.json.")
     for path in (*folder.iterdir(), *(folder / TEMPLATES).glob("*")):
         if path.suffix in READ_SUFFIXES and not path.is_dir():
             try:
                 check_small_file(path, MAX_BYTES)
             except OSError as error:
-                raise _unusable(folder, f"{path.name}: {error.strerror}") from None
+                raise unusable(folder, f"{path.name}: {error.strerror}") from None
     if (folder / CONFIG).exists():
         read_json(folder / CONFIG)
 

@@ -1,7 +1,6 @@
 """Routers in words, for ``moeyard routers`` and docs/routers.md."""
 
-import torch
-
+from ..without_memory import without_memory
 from .router import RouterConfig, RouterSizes
 from .table import ROUTERS, router
 
@@ -25,7 +24,7 @@ def describe(name: str) -> str:
 
 def _row(config: RouterConfig) -> tuple[str, ...]:
     sizes = RouterSizes(d_model=8, num_experts=8, vocab_size=8)
-    with torch.device("meta"):
+    with without_memory():
         module = config.build(sizes)
     buffers = [name for name, _ in module.named_buffers()]
     return (

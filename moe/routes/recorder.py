@@ -94,27 +94,37 @@ def see_forwards(
     return decoder.register_forward_hook(hook)
 
 
+class ForwardRows:
+    """Makes the rows of one forward after another.
+
+    A sequence with a cache keeps its number from forward to forward: single rows that follow others
+    were generated, the others are its prompt. A sequence without a cache is a separate text.
+    """
+
+    def __init__(self) -> None:
+        self._numbers = SequenceNumbers()
+        self._forwards = 0
+
+    def __call__(self, batch: Batch, routings: list[Routing]) -> Routes:
+        """Return the rows of the next forward."""
+        sequences, phases = self._numbers.of(batch)
+        rows = rows_of(look_at(batch, routings), sequences, phases, self._forwards)
+        self._forwards += 1
+        return rows
+
+
 @contextmanager
 def recording(decoder: Decoder, path: Path, written_by: str = "python") -> Iterator[RouteWriter]:
     """Record all forwards inside the ``with`` block into ``path``, which is replaced.
 
-    A sequence with a cache keeps its number from forward to forward: single rows that follow others
-    were generated, the others are its prompt. A sequence without a cache is a separate text. Raises
-    :class:`DataError` if the file cannot be written.
+    Sequences are numbered as :class:`ForwardRows` says. Raises :class:`DataError` if the file
+    cannot be written.
     """
     header = header_of(decoder.config, decoder, written_by={"program": written_by})
-    numbers = SequenceNumbers()
-    forwards = 0
-
-    def see(batch: Batch, routings: list[Routing]) -> None:
-        nonlocal forwards
-        sequences, phases = numbers.of(batch)
-        writer.add(rows_of(look_at(batch, routings), sequences, phases, forwards))
-        forwards += 1
-
+    rows = ForwardRows()
     try:
         writer = RouteWriter(path, header)
-        handle = see_forwards(decoder, see)
+        handle = see_forwards(decoder, lambda batch, routings: writer.add(rows(batch, routings)))
         try:
             yield writer
         finally:

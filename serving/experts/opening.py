@@ -1,11 +1,14 @@
 """From a model folder and a budget to a store."""
 
+import weakref
+
 import torch
 
 from ...moe.folders.expert_slots import empty_experts, expert_bytes
 from ...moe.folders.folder import ModelFolder
 from ...moe.routes.identity import identity_of
 from .budget import count_slots
+from .event_log import EventLog
 from .options import StoreOptions
 from .policies.policy import CacheFacts
 from .policies.table import open_policy
@@ -31,14 +34,20 @@ def open_store(
         tuple(config.moe_layers), moe.num_experts, num_slots, identity_of(config).architecture
     )
     slot_bytes = expert_bytes(config, dtype, folder.packed)
+    policy = open_policy(options.policy, facts)
     tiers = open_tiers(DiskTier(folder), folder, dtype, slot_bytes, options.host_memory)
-    return ExpertStore(
+    store = ExpertStore(
         facts,
-        slot_bytes=slot_bytes,
+        slot_bytes,
         memory=empty_experts(config, num_slots, dtype, folder.packed),
         tier=tiers.first,
         reads=ReadQueue(num_threads),
-        policy=open_policy(options.policy, facts),
+        policy=policy,
         rates=tiers.rates,
         on_close=tiers.close,
     )
+    if options.log is not None:
+        name = options.policy if isinstance(options.policy, str) else type(policy).__name__
+        store.statistics.log = EventLog(options.log, facts, slot_bytes, name)
+        weakref.finalize(store, store.statistics.close)  # also when the program ends
+    return store

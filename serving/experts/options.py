@@ -1,6 +1,7 @@
 """How an expert store works, as one value that goes from the command line to the store."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from .policies.policy import Policy
 from .predictors.predictor import Predictor
@@ -14,5 +15,7 @@ class StoreOptions:
     """Which expert leaves memory: a name of ``policies/table.py``, or an object."""
     host_memory: str | None = None
     """Bound on the experts that a node keeps in Ray's object store for all its replicas."""
+    log: Path | None = None
+    """Where every event of the store is written (event_log.py)."""
     predictor: str | Predictor = "none"
     """Which experts the next layers may need: a name of ``predictors/table.py``, or an object."""

@@ -84,12 +84,14 @@ class ExpertStore:
         return (layer, expert) in self._slots
 
     def close(self) -> None:
-        """Stop the reading threads, and let go of the tiers."""
+        """Stop the reading threads, end the log, and let go of the tiers."""
         self._reads.close()
+        self.statistics.close()
         self._on_close()
 
     def begin(self, forward: Forward) -> None:
         """Hear of a forward before it runs."""
+        self.statistics.begin()
         self._policy.begin(forward)
         if self._ahead is not None:
             self._filler.book_finished(wanted=())
@@ -150,6 +152,7 @@ class ExpertStore:
                     ready = self._next_ready(layer, reading, in_order=bool(waiting))
         except BaseException:
             self._expected.clear()  # this forward ends here
+            self.statistics.fail()
             raise
         finally:
             # Whatever ended the wave, no thread may write into a slot that is given away.
@@ -183,6 +186,7 @@ class ExpertStore:
                     self._filler.book(read)
                 waiting.append(expert)
                 self.statistics.miss(key)
+        self.statistics.need(layer, rows_of)
         if self._ahead is not None:
             self._ahead.chosen(layer, rows_of, waiting)
         return ready, waiting

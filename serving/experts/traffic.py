@@ -1,8 +1,9 @@
 """What an expert store counts."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
+from .event_log import ADMIT, ARRIVE, DROP, EVICT, FAILED, EventLog
 from .policies.policy import Key
 
 
@@ -47,11 +48,13 @@ class HintTraffic:
 
 
 class StoreStatistics:
-    """Counters since start. Each method books one event of one expert."""
+    """Counters since start. Each method books one event, most of them of one expert."""
 
     def __init__(self, layers: Iterable[int], slot_bytes: int) -> None:
         self.layers = {layer: LayerTraffic() for layer in layers}
         self.evictions = 0
+        self.log: EventLog | None = None
+        """Where events are written, too."""
         self.stall_s = 0.0
         """Of all layers."""
         self.hint_traffic: dict[int, HintTraffic] = {}
@@ -68,6 +71,39 @@ class StoreStatistics:
     def num_waits(self) -> int:
         """Return how many experts compute has waited for: misses and late prefetches."""
         return sum(traffic.misses + traffic.prefetch_late for traffic in self.layers.values())
+
+    def totals(self) -> dict[str, int]:
+        """Return the counters that a replay knows, summed over layers."""
+        layers = self.layers.values()
+        return {
+            "hits": sum(layer.hits for layer in layers),
+            "misses": sum(layer.misses for layer in layers),
+            "late": sum(layer.prefetch_late for layer in layers),
+            "issued": sum(layer.prefetch_issued for layer in layers),
+            "useful": sum(layer.prefetch_useful for layer in layers),
+            "wasted": sum(layer.prefetch_wasted for layer in layers),
+            "evictions": self.evictions,
+            "bytes_read": sum(layer.bytes_read for layer in layers),
+        }
+
+    def close(self) -> None:
+        """End the log."""
+        if self.log is not None:
+            self.log.close(self.totals())
+
+    def begin(self) -> None:
+        """A forward begins."""
+        if self.log is not None:
+            self.log.begin()
+
+    def fail(self) -> None:
+        """A forward has ended before its time."""
+        self._note(FAILED)
+
+    def need(self, layer: int, experts: Collection[int]) -> None:
+        """A layer needs experts; each is a hit, late or a miss."""
+        if self.log is not None:
+            self.log.need(layer, experts)
 
     def stall(self, layer: int, seconds: float) -> None:
         """Compute has waited for reads."""
@@ -102,6 +138,7 @@ class StoreStatistics:
         """A read begins ahead of need."""
         self._unused.add(key)
         self.layers[key[0]].prefetch_issued += 1
+        self._note(ADMIT, *key)
 
     def read(self, key: Key, is_prefetch: bool) -> None:
         """A read has brought its expert."""
@@ -109,14 +146,24 @@ class StoreStatistics:
         traffic.bytes_read += self._slot_bytes
         if is_prefetch:
             traffic.prefetch_bytes += self._slot_bytes
+        self._note(ARRIVE, *key)
 
     def lose(self, key: Key) -> None:
         """A read is cancelled or has failed."""
-        if key in self._unused:
-            self._unused.discard(key)
-            self.layers[key[0]].prefetch_wasted += 1
+        self._waste(key)
+        self._note(DROP, *key)
 
     def put_out(self, key: Key) -> None:
         """An expert leaves its slot."""
         self.evictions += 1
-        self.lose(key)
+        self._waste(key)
+        self._note(EVICT, *key)
+
+    def _waste(self, key: Key) -> None:
+        if key in self._unused:
+            self._unused.discard(key)
+            self.layers[key[0]].prefetch_wasted += 1
+
+    def _note(self, kind: str, *values: int) -> None:
+        if self.log is not None:
+            self.log.add(kind, *values)

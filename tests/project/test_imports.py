@@ -30,6 +30,7 @@ ROOMS = {
         ["experts", "frozen_experts"],
     ],
     "moe": [
+        ["without_memory"],
         ["kv_cache", "linear", "norm", "routers"],
         ["gated_mlp"],
         ["batch", "config", "experts"],
@@ -67,11 +68,12 @@ ROOMS = {
     ],
     "serving": [
         ["experts", "packages"],
-        ["engine", "memory"],
+        ["engine", "memory", "replica_files"],
         ["planning"],
         ["api", "loading"],
         ["evaluation"],
         ["proxy_guard", "server"],
+        ["server_budgets"],
         ["cluster", "replicas"],
         ["app"],
         ["launch"],

@@ -10,13 +10,14 @@ from ....moe.routes.format import RouteHeader
 from ..policies.belady import Belady
 from ..policies.policy import CacheFacts, Policy
 from ..policies.table import BOUND, LEARNING, POLICIES, open_policy
+from ..predictors.predictor import Predictor, PredictorFacts
+from ..predictors.table import predictor_of_routes
 from ..recorded import RecordedForward
 from .run import Counters, Hints, Pace, all_keys, replay
 
 ON_DEMAND = "none"
 EXACT = "next_layer"
 """Knows what the next layer will need, as if its router chose a layer earlier."""
-PREDICTORS = (ON_DEMAND, EXACT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +99,27 @@ class Comparison:
         hints: Hints | None = None
         if setting.predictor == EXACT:
             hints = partial(_next_layer, self.judged, self.header.moe_layers)
+        predictor = None
+        if setting.predictor not in (ON_DEMAND, EXACT):
+            predictor = self._predictor(setting.predictor, facts)
         policy = self._open(setting.policy, facts)
-        counters = replay(self.judged, facts, policy, slot_bytes, pace, hints)
+        counters = replay(self.judged, facts, policy, slot_bytes, pace, hints, predictor)
         return Outcome(setting, counters, bound.misses)
+
+    def check_predictor(self, name: str) -> None:
+        """Raise :class:`ConfigError` for a predictor that recorded routes do not suffice for."""
+        if name not in (ON_DEMAND, EXACT):
+            predictor_of_routes(name, self._facts(1), self.header.k)
+
+    def _predictor(self, name: str, facts: CacheFacts) -> tuple[Predictor, PredictorFacts]:
+        """Return a predictor that has seen the first part."""
+        own = PredictorFacts(facts.moe_layers, facts.num_experts, self.header.k, facts.architecture)
+        predictor = predictor_of_routes(name, facts, self.header.k)
+        for recorded in self.learned:
+            predictor.begin(recorded.forward)
+            for place, layer in enumerate(facts.moe_layers):
+                predictor.see(layer, recorded.experts_NLK[:, place])
+        return predictor, own
 
     def _facts(self, num_slots: int) -> CacheFacts:
         header = self.header

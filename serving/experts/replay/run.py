@@ -10,6 +10,9 @@ from typing import Any, cast
 from ....errors import ConfigError
 from ....kernels.values.quantized_weights import SlotWeights
 from ..policies.policy import CacheFacts, Key, Policy
+from ..predictors.predictor import Predictor, PredictorFacts
+from ..predictors.switch import AlwaysOn
+from ..read_ahead import Choice
 from ..recorded import RecordedForward
 from ..store import ExpertStore
 from ..traffic import StoreStatistics
@@ -73,19 +76,8 @@ class Counters:
 
 def counters_of(statistics: StoreStatistics, **others: Any) -> Counters:
     """Return the sums over layers of a store's counters, with ``others``."""
-    layers = statistics.layers.values()
-    return Counters(
-        hits=sum(layer.hits for layer in layers),
-        misses=sum(layer.misses for layer in layers),
-        late=sum(layer.prefetch_late for layer in layers),
-        issued=sum(layer.prefetch_issued for layer in layers),
-        useful=sum(layer.prefetch_useful for layer in layers),
-        wasted=sum(layer.prefetch_wasted for layer in layers),
-        evictions=statistics.evictions,
-        bytes_read=sum(layer.bytes_read for layer in layers),
-        stall_s=sum(layer.stall_s for layer in layers),
-        **others,
-    )
+    stall_s = sum(layer.stall_s for layer in statistics.layers.values())
+    return Counters(**statistics.totals(), stall_s=stall_s, **others)
 
 
 def replay(
@@ -95,17 +87,23 @@ def replay(
     slot_bytes: int = 1,
     pace: Pace | None = None,
     hints: Hints | None = None,
+    predictor: tuple[Predictor, PredictorFacts] | None = None,
 ) -> Counters:
     """Run forwards through a store that begins empty.
 
     Without ``pace`` reads take no time. The counters of a run that reads on demand do not depend on
     time, so they are those of the run that was recorded with the same policy and slots.
+
+    ``hints`` are followed in any case, and ``predictor`` is listened to in every forward: a server
+    would switch it off while it does not pay.
     """
     pace = pace or Pace()
     disk = DiskOnPaper(pace.read_s)
     # The store hands the memory on to compute and to the tier, and neither is here.
     memory = cast(SlotWeights, NoWeights())
     store = ExpertStore(facts, slot_bytes, memory, NoTier(), disk, policy, disk.clock)
+    if predictor is not None:
+        store.predict(*predictor, AlwaysOn())
     tokens = without_miss = 0
     for number, recorded in enumerate(forwards):
         waits = store.statistics.num_waits()
@@ -114,7 +112,8 @@ def replay(
             disk.compute(pace.layer_s * (1 - EXPERTS_SHARE))
             for layer, experts in hints(number, place) if hints is not None else ():
                 store.prefetch(layer, experts)
-            for ready, _ in store.stream(facts.moe_layers[place], rows_of):
+            choice = Choice(None, recorded.experts_NLK[:, place])
+            for ready, _ in store.stream(facts.moe_layers[place], rows_of, choice):
                 disk.compute(pace.layer_s * EXPERTS_SHARE * len(ready) / len(rows_of))
         tokens += recorded.num_rows
         if store.statistics.num_waits() == waits:

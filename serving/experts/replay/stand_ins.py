@@ -44,6 +44,7 @@ class DiskOnPaper:
         self._num_done = 0
         self._ends = 0.0
         """When the current read ends, or the last one ended."""
+        self._num_done = 0
 
     def clock(self) -> float:
         """Return the seconds that have passed."""
@@ -112,5 +113,6 @@ class DiskOnPaper:
     def _finish(self) -> None:
         assert self._current is not None
         self._current.is_done = True
+        self._num_done += 1
         self._num_done += 1
         self._start(self._ends)
