@@ -86,6 +86,12 @@ def add_expert_store(parser: argparse.ArgumentParser) -> None:
         help="which expert leaves memory when another one is needed",
     )
     parser.add_argument(
+        "--expert-reader",
+        choices=("auto", "buffered", "direct"),
+        default="auto",
+        help="through the page cache, around it, or what a probe at the start finds better",
+    )
+    parser.add_argument(
         "--expert-log",
         metavar="FILE",
         help="write what happens to experts into FILE, for moeyard trace replay; serve takes a "

@@ -94,7 +94,7 @@ def build(args: dict[str, Any]) -> Application:
 
 def application(args: ServeArgs) -> Application:
     """Return the application of checked arguments; raises :class:`MoeyardError`."""
-    args = with_budgets(with_commit(args))
+    args, _ = with_budgets(with_commit(args))
     check_model(args)
     return MoeyardServer.options(  # type: ignore[attr-defined]
         num_replicas=args.num_replicas,

@@ -19,9 +19,10 @@ from .cluster.guardian import ATTEMPTS, TRY_AGAIN, stopping_signals
 from .cluster.own_ray import RayStartError, StartReport, Watch, prepare, start
 from .experts.budget import parse_budget
 from .experts.tiers.shared_memory import object_store_bytes
+from .planning.start import show_start
 from .proxy_guard import UNFINISHED
 from .server import ServeArgs, check_model, with_commit
-from .server_budgets import with_budgets
+from .server_budgets import log_budgets, with_budgets
 
 START_TIMEOUT_S = 300.0
 ENDING_TIMEOUT_S = 10.0
@@ -42,8 +43,11 @@ def serve_forever(args: ServeArgs, host: str, port: int, attempt: int) -> int:
     process that is still there afterwards.
     """
     check_address(host, port)
-    args = with_budgets(with_commit(args))
+    args, room = with_budgets(with_commit(args))
     check_model(args, runs_here=True)
+    if attempt == 1:
+        show_start()
+        log_budgets(args, room)
     report = StartReport(args.model_name, attempt)
     folder = prepare()
     is_ready = False

@@ -35,9 +35,10 @@ from .experts.policies.table import check_policy
 from .experts.predictors.predictor import Predictor
 from .experts.predictors.table import check_predictor, facts_of, open_predictor
 from .experts.store import ExpertStore
-from .memory import check_memory
+from .memory import available_bytes, check_memory
 from .planning.budget import Demand
 from .planning.decide import decide
+from .planning.start import log_start
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ def load(
     allow_code: str | Sequence[str] = (),
     expert_policy: str | Policy = "lru",
     expert_predictor: str | Predictor = "none",
+    expert_reader: str = "auto",
     expert_log: str | Path | None = None,
 ) -> LanguageModel:
     """Open a Hugging Face MoE model or a run's export as a model ready to call.
@@ -81,8 +83,12 @@ def load(
     Raises :class:`ModelFileError` for a folder that is damaged or of an unknown kind and for a
     model that cannot be downloaded, and :class:`ConfigError` for arguments that do not fit.
     """
-    events = None if expert_log is None else Path(expert_log)
-    options = StoreOptions(policy=expert_policy, predictor=expert_predictor, log=events)
+    options = StoreOptions(
+        policy=expert_policy,
+        predictor=expert_predictor,
+        reader=expert_reader,
+        log=None if expert_log is None else Path(expert_log),
+    )
     model, _ = open_model(
         folder, dtype, device, expert_memory, ignore_unused_weights, allow_code, options
     )
@@ -159,14 +165,15 @@ def _open(
     options: StoreOptions,
 ) -> tuple[LanguageModel, ExpertStore | None]:
     chosen = pick_dtype(files, dtype)
-    expert_memory, _ = decide(files, chosen, expert_memory, Demand())
+    asked = expert_memory
+    expert_memory, room = decide(files, chosen, asked, Demand(), options.reader)
     check_memory(files, chosen, expert_memory)
     with without_memory():
         decoder = Decoder(files.config, expert_ids=())
     store = None
     if expert_memory is not None:
         num_bytes = budget_bytes(files, chosen, expert_memory)
-        store = open_store(files, chosen, num_bytes, options=options)
+        store = open_store(files, chosen, num_bytes, options=options, free_bytes=available_bytes())
         announce_forwards(decoder, store.begin)
     reads: list[WeightRead] = []
     moe_layers = decoder.moe_layers()
@@ -183,6 +190,10 @@ def _open(
         predictor = open_predictor(options.predictor, decoder)
         if predictor is not None:
             store.predict(predictor, facts_of(files.config))
+    if asked is not None:
+        slots = None if store is None else store.num_slots
+        plan = None if store is None else store.read_plan
+        log_start(files, chosen, slots, plan, options, room)
     generation = read_generation_config(files)
     if generation.unknown_eos_ids:
         log.warning(

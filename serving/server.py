@@ -51,6 +51,8 @@ class ServeArgs(BaseModel):
     host_memory: str | None = None
     """Memory of each node for further experts (8GiB, 50% of all), in Ray's object store and shared
     by the node's replicas; None or 0 = none."""
+    expert_reader: Literal["auto", "buffered", "direct"] = "auto"
+    """Read experts through the page cache, around it, or as a probe at the start finds better."""
     expert_log: str | None = None
     """Folder for the events of expert stores, a file for each replica."""
     record_routes: str | None = None
@@ -117,7 +119,9 @@ class ServeArgs(BaseModel):
     @property
     def store_options(self) -> StoreOptions:
         """How the expert store works, apart from its log, which each replica names."""
-        return StoreOptions(policy=self.expert_policy, host_memory=self.host_memory)
+        return StoreOptions(
+            policy=self.expert_policy, reader=self.expert_reader, host_memory=self.host_memory
+        )
 
     def open_tokenizer(self) -> ServingTokenizer:
         """Open the model's tokenizer."""

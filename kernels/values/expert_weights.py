@@ -16,6 +16,8 @@ from .memory import prefer_huge_pages
 ALIGNMENT_BYTES = 64
 """Every slot starts on a cache line: with less alignment BLAS picks other code, which rounds
 differently."""
+FIRST_ALIGNMENT_BYTES = 4096
+"""The first slot starts on a page, and then so do those of most models: direct I/O wants that."""
 
 
 Parameters = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
@@ -211,7 +213,7 @@ def empty_slots(num_slots: int, rows: int, columns: int, dtype: torch.dtype) -> 
     itemsize = torch.empty((), dtype=dtype).element_size()
     unit = ALIGNMENT_BYTES // itemsize
     stride = -(-rows * columns // unit) * unit
-    flat = torch.empty(num_slots * stride + unit, dtype=dtype)
+    flat = torch.empty(num_slots * stride + FIRST_ALIGNMENT_BYTES // itemsize, dtype=dtype)
     prefer_huge_pages(flat)
-    skip = -flat.data_ptr() % ALIGNMENT_BYTES // itemsize
+    skip = -flat.data_ptr() % FIRST_ALIGNMENT_BYTES // itemsize
     return flat[skip:].as_strided((num_slots, rows, columns), (stride, columns, 1))

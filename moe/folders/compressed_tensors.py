@@ -10,6 +10,7 @@ Q outputs and P inputs of a matrix, G groups of inputs that share a scale.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,8 +23,9 @@ from ...kernels.values.quantized_weights import (
     SlotView,
     empty_matrices,
 )
+from .extents import Piece, Place
 
-Reader = Callable[[str, Tensor], None]
+Reader = Callable[[str, Tensor], object]
 """Fills a tensor with the stored tensor of a name, like ``ModelFolder.read_into``."""
 
 INT8_SIGN = 0x80
@@ -88,7 +90,7 @@ def read_matrix(read: Reader, name: str, view: SlotView) -> None:
     packed, scale, _ = names_of(name)
     read(packed, view.values.view(torch.int32))
     if view.values.dtype == torch.int8:
-        view.values.view(torch.uint8).bitwise_xor_(INT8_SIGN)
+        _flip_sign(view)
     read(scale, view.scales_QG)
 
 
@@ -99,6 +101,40 @@ def read_plain(read: Reader, name: str, packed: PackedFormat, out_QP: Tensor) ->
     found = empty_matrices(1, rows, width, packed.bits, group_size, torch.device("cpu"))
     read_matrix(read, name, slot_view(found, 0))
     out_QP.copy_(found.dequantize(0, out_QP.dtype))
+
+
+def packed_pieces(
+    place: Callable[[str, tuple[int, ...]], Place],
+    packed: PackedFormat,
+    name: str,
+    view: SlotView | Tensor,
+) -> list[Piece]:
+    """Return what matrix ``name`` consists of, to fill quantized memory or a dequantized matrix.
+
+    ``place`` finds a stored tensor of a name and a shape.
+    """
+    words, scale, _ = names_of(name)
+    if isinstance(view, SlotView):
+        packed_words = view.values.view(torch.int32)
+        after = partial(_flip_sign, view) if view.values.dtype == torch.int8 else None
+        return [
+            Piece((place(words, tuple(packed_words.shape)),), packed_words, after),
+            Piece((place(scale, tuple(view.scales_QG.shape)),), view.scales_QG),
+        ]
+    stored = packed.stored(name, *view.shape)
+    places = tuple(place(part, stored[part][1]) for part in (words, scale))
+    return [Piece(places, partial(_put_dequantized, packed, name, view))]
+
+
+def _put_dequantized(
+    packed: PackedFormat, name: str, out_QP: Tensor, words: Tensor, scales: Tensor
+) -> None:
+    stored = dict(zip(names_of(name), (words, scales), strict=False))
+    read_plain(lambda part, out: out.copy_(stored[part]), name, packed, out_QP)
+
+
+def _flip_sign(view: SlotView) -> None:
+    view.values.view(torch.uint8).bitwise_xor_(INT8_SIGN)
 
 
 def slot_view(matrices: QuantizedMatrices, slot: int) -> SlotView:

@@ -34,7 +34,7 @@ class ExpertHashes(Protocol):
 
     @property
     def source(self) -> str:
-        """The file that says so."""
+        """Where that is known from, to follow "has other bytes than"."""
         ...
 
     @property
@@ -54,7 +54,7 @@ class ExpertHashes(Protocol):
 class FolderHashes:
     """The hashes that the writer of a folder put there."""
 
-    source = FILE
+    source = f"{FILE} says"
     remedy = f"copy the folder again, or delete {FILE} if you changed the weights on purpose"
 
     def __init__(self, hashes: dict[Key, int]) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ...kernels.values.quantized_weights import SlotView
 from ..config.model import MoEConfig
-from .compressed_tensors import read_matrix
+from .compressed_tensors import packed_name, packed_pieces
+from .extents import Piece
 from .shards import TensorPlan
 from .tensor_files import TensorFiles
 
@@ -49,10 +50,10 @@ class ExpertLayout(Protocol):
         """Yield name and shape of every tensor that the experts of ``layer`` need."""
         ...
 
-    def reads(
+    def pieces(
         self, files: TensorFiles, layer: int, expert: int, views: ExpertViews
-    ) -> list[Callable[[], None]]:
-        """Return calls that fill ``views``, each a part of the work; any thread may run them.
+    ) -> list[Piece]:
+        """Return what an expert consists of and where each part goes.
 
         ``views`` may have only some parts, but gate and up always together.
         """
@@ -99,22 +100,16 @@ class SeparateExperts:
                 for stored, (_, stored_shape) in files.packed.stored(name, *shape).items():
                     yield stored, stored_shape
 
-    def reads(
+    def pieces(
         self, files: TensorFiles, layer: int, expert: int, views: ExpertViews
-    ) -> list[Callable[[], None]]:
-        """Return calls that fill ``views``, each a part of the work."""
+    ) -> list[Piece]:
+        """Return what an expert consists of and where each part goes."""
         if self._is_fused(files, layer):
-            calls: list[Callable[[], None]] = []
-            if "gate" in views:
-                name = _fused_name(layer, "gate_up")
-                calls.append(partial(_read_gate_up, files, name, expert, views))
-            if "down" in views:
-                name = _fused_name(layer, "down")
-                calls.append(partial(files.read_part, name, expert, plain(views, "down")))
-            return calls
+            return list(_fused_pieces(files, layer, expert, views))
         return [
-            partial(_read, files, self.name(layer, expert, part), view)
+            piece
             for part, view in views.items()
+            for piece in _pieces_of(files, self.name(layer, expert, part), view)
         ]
 
     def plans(
@@ -138,23 +133,30 @@ class SeparateExperts:
         return files.packed is None and _fused_name(layer, "gate_up") in files
 
 
-def _read(files: TensorFiles, name: str, view: Tensor | SlotView) -> None:
-    if isinstance(view, SlotView):
-        read_matrix(files.read_into, name, view)
-    else:
-        files.read_matrix(name, view)
+def _pieces_of(files: TensorFiles, name: str, view: Tensor | SlotView) -> list[Piece]:
+    if files.packed is not None and packed_name(name) in files:
+        return packed_pieces(files.place, files.packed, name, view)
+    assert isinstance(view, Tensor), f"{name} is not quantized"
+    return [Piece((files.place(name, tuple(view.shape)),), view)]
 
 
 def _fused_name(layer: int, part: str) -> str:
     return f"model.layers.{layer}.mlp.experts.{part}_proj"
 
 
-def _read_gate_up(files: TensorFiles, name: str, expert: int, views: ExpertViews) -> None:
-    gate, up = plain(views, "gate"), plain(views, "up")
-    both = torch.empty(2 * gate.shape[0], gate.shape[1], dtype=gate.dtype)
-    files.read_part(name, expert, both)
-    gate.copy_(both[: len(gate)])
-    up.copy_(both[len(gate) :])
+def _fused_pieces(
+    files: TensorFiles, layer: int, expert: int, views: ExpertViews
+) -> Iterator[Piece]:
+    if "gate" in views:
+        gate, up = plain(views, "gate"), plain(views, "up")
+        shape = (2 * gate.shape[0], gate.shape[1])
+        both = files.place_of_part(_fused_name(layer, "gate_up"), expert, shape)
+        for place, view in zip(both.halves(), (gate, up), strict=True):
+            yield Piece((place,), view)
+    if "down" in views:
+        down = plain(views, "down")
+        name = _fused_name(layer, "down")
+        yield Piece((files.place_of_part(name, expert, tuple(down.shape)),), down)
 
 
 def _one(get: GetPart, expert: int, part: str, dtype: torch.dtype) -> Iterator[Tensor]:

@@ -1,6 +1,7 @@
 """Open a Hugging Face model folder: its configuration, its family and its tensors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ from torch import Tensor
 from ...errors import ModelFileError
 from ..config.model import ModelConfig
 from .compressed_tensors import PackedFormat, packed_name
-from .expert_layouts import ExpertViews, Shapes
+from .expert_hashes import DamagedExpertError, ExpertHashes, read_folder_hashes
+from .expert_layouts import ExpertViews, Shapes, part_shapes
+from .expert_read import ExpertRead
+from .extents import Chunk, chunks_of, on_disk
 from .families.family import Family, full_name
 from .hf_config import find_family, from_hf
 from .json_file import read_json
@@ -28,6 +32,12 @@ class ModelFolder:
         self.values = read_json(path / "config.json")
         self.config: ModelConfig = from_hf(self.values)
         self.family: Family = find_family(self.values)
+        self.hashes: ExpertHashes | None = read_folder_hashes(path)
+        """What experts are checked against when they are read; None = not at all."""
+        self.is_direct = False
+        """Whether experts are read around the page cache (``files.open_direct`` first)."""
+        moe = self.config.moe
+        self._num_parts = 0 if moe is None else len(part_shapes(moe, self.config.d_model))
         self.files = TensorFiles(path, self._packed_format())
 
     def check(
@@ -145,15 +155,48 @@ class ModelFolder:
             raise ModelFileError(f"{self._name(parameter)} could not be read: {error}.") from None
 
     def expert_reads(self, layer: int, expert: int, views: ExpertViews) -> list[Callable[[], None]]:
-        """Return calls that fill an expert's ``views``; they raise ``OSError`` if reading
-        fails."""
-        return self.family.experts.reads(self.files, layer, expert, views)
+        """Return calls that fill an expert's ``views``, to be made one after the other.
+
+        They raise ``OSError`` if reading fails, and :class:`DamagedExpertError` if ``hashes`` knows
+        other bytes. Without all parts in ``views`` there is no such check.
+        """
+        return self._expert_read(layer, expert, views).steps()
 
     def read_expert(self, layer: int, expert: int, views: ExpertViews) -> None:
         """Fill an expert's ``views``."""
-        try:
+        with self._reading(layer, expert):
             for read in self.expert_reads(layer, expert, views):
                 read()
+
+    def check_expert(self, layer: int, expert: int) -> None:
+        """Raise :class:`ModelFileError` for an expert whose bytes are not those of its hash."""
+        if self.hashes is not None:
+            with self._reading(layer, expert):
+                self._expert_read(layer, expert, self._no_views()).check()
+
+    def expert_chunks(self, layer: int, expert: int) -> list[Chunk]:
+        """Return where an expert's bytes are."""
+        pieces = self.family.experts.pieces(self.files, layer, expert, self._no_views())
+        return chunks_of(on_disk(pieces))
+
+    def _no_views(self) -> ExpertViews:
+        """Return views without memory, of all parts."""
+        moe = self.config.moe
+        assert moe is not None, "only MoE models have experts"
+        shapes, dtype = part_shapes(moe, self.config.d_model), self.dtype
+        return {part: torch.empty(s, dtype=dtype, device="meta") for part, s in shapes.items()}
+
+    def _expert_read(self, layer: int, expert: int, views: ExpertViews) -> ExpertRead:
+        pieces = self.family.experts.pieces(self.files, layer, expert, views)
+        hashes = self.hashes if len(views) == self._num_parts else None
+        return ExpertRead((layer, expert), pieces, hashes, self.is_direct)
+
+    @contextmanager
+    def _reading(self, layer: int, expert: int) -> Iterator[None]:
+        try:
+            yield
+        except DamagedExpertError as error:
+            raise ModelFileError(f"{error}.") from None
         except OSError as error:
             raise ModelFileError(
                 f"expert {expert} of layer {layer} could not be read: {error}."

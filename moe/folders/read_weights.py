@@ -14,6 +14,7 @@ from ...kernels.values.quantized_weights import SlotView
 from ...progress import Progress
 from ..config.model import ModelConfig
 from ..models.decoder import Decoder
+from .expert_hashes import DamagedExpertError
 from .expert_layouts import ExpertViews
 from .folder import ModelFolder
 from .tensor_names import ROUTER, is_router
@@ -22,7 +23,7 @@ WeightRead = tuple[int, Callable[[], None]]
 """Bytes of memory that a call fills, and the call."""
 
 MOST_THREADS = 3
-"""Threads. Each may hold a matrix in the folder's type, and an expert has three."""
+"""Threads. Each may hold an expert in the folder's type."""
 RUN_BYTES = 8 << 20
 """Bytes that a thread fills in one go; with less, threads wait for each other's huge pages."""
 
@@ -47,6 +48,8 @@ def run_reads(folder: ModelFolder, reads: Iterable[WeightRead]) -> None:
                 for future in done:
                     future.result()
                     progress.advance(waiting.pop(future))
+        except DamagedExpertError as error:
+            raise ModelFileError(f"{folder.path}: {error}.") from None
         except OSError as error:
             raise ModelFileError(f"{folder.path} could not be read: {error}.") from None
         finally:
@@ -107,9 +110,13 @@ def expert_reads(
 ) -> Iterator[WeightRead]:
     """Yield the calls that fill experts of a layer, given as logical expert and views."""
     for expert, views in views_of:
-        calls = folder.expert_reads(layer, expert, views)
-        num_bytes = sum(_bytes_of(view) for view in views.values()) // len(calls)
-        yield from ((num_bytes, call) for call in calls)
+        num_bytes = sum(_bytes_of(view) for view in views.values())
+        yield num_bytes, partial(_read_expert, folder, layer, expert, views)
+
+
+def _read_expert(folder: ModelFolder, layer: int, expert: int, views: ExpertViews) -> None:
+    for read in folder.expert_reads(layer, expert, views):
+        read()
 
 
 def _bytes_of(view: Tensor | SlotView) -> int:

@@ -1,7 +1,4 @@
-"""Read safetensors files with pread into buffers we own.
-
-A memory map would be simpler, but if a mapped file is cut short, the process is killed (SIGBUS).
-"""
+"""Safetensors files: where each tensor is, and reads into memory we own."""
 
 import json
 import os
@@ -15,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ModelFileError
+from .file_reader import FileReader, buffer_of
 
 STORED_DTYPES = {
     "F64": torch.float64,
@@ -28,8 +26,6 @@ STORED_DTYPES = {
     "BOOL": torch.bool,
 }
 MAX_HEADER_BYTES = 100 << 20
-PAGE_BYTES = 4096
-"""What direct I/O wants offsets to be a multiple of, on every file system that offers it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +37,15 @@ class TensorEntry:
     start: int
     """Offset in the file."""
     num_bytes: int
+
+    @property
+    def end(self) -> int:
+        """Offset behind it."""
+        return self.start + self.num_bytes
+
+    def is_stored_as(self, memory: Tensor) -> bool:
+        """Say whether the stored bytes can be read straight into a tensor of the same shape."""
+        return self.dtype == memory.dtype and memory.is_contiguous() and memory.is_cpu
 
 
 class SafetensorsFile:
@@ -55,6 +60,7 @@ class SafetensorsFile:
             raise ModelFileError(
                 f"{path} cannot be opened ({error.strerror}); restore the file."
             ) from None
+        self.reader = FileReader(path, self._descriptor)
         try:
             self.entries = self._read_header()
         except ModelFileError:
@@ -63,6 +69,7 @@ class SafetensorsFile:
 
     def close(self) -> None:
         """Close the file."""
+        self.reader.close()
         os.close(self._descriptor)
 
     def read_into(self, name: str, out: Tensor) -> None:
@@ -78,13 +85,19 @@ class SafetensorsFile:
 
         For experts that share one tensor ``[E, ...]``. Raises the errors of :meth:`read_into`.
         """
+        self._read(self.part_entry(name, index, tuple(out.shape)), out)
+
+    def part_entry(self, name: str, index: int, shape: tuple[int, ...]) -> TensorEntry:
+        """Return where element ``index`` of the first dimension of ``name`` is, of ``shape``.
+
+        Raises :class:`ModelFileError` when it has another shape.
+        """
         entry = self.entries[name]
         length = entry.shape[0] if entry.shape else 0
-        self.check_shape(name, (length, *out.shape))
+        self.check_shape(name, (length, *shape))
         assert 0 <= index < length, f"{name} has no part {index}"
         num_bytes = entry.num_bytes // length
-        start = entry.start + index * num_bytes
-        self._read(TensorEntry(entry.dtype, entry.shape[1:], start, num_bytes), out)
+        return TensorEntry(entry.dtype, shape, entry.start + index * num_bytes, num_bytes)
 
     def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
         """Raise :class:`ModelFileError` when tensor ``name`` has another shape."""
@@ -96,21 +109,12 @@ class SafetensorsFile:
             )
 
     def _read(self, entry: TensorEntry, out: Tensor) -> None:
-        if entry.dtype == out.dtype and out.is_contiguous() and out.is_cpu:
-            self._fill(entry, out)
+        if entry.is_stored_as(out):
+            self.reader.read([buffer_of(out)], entry.start)
         else:
             raw = torch.empty(entry.shape, dtype=entry.dtype)
-            self._fill(entry, raw)
+            self.reader.read([buffer_of(raw)], entry.start)
             out.copy_(raw)
-
-    def _fill(self, entry: TensorEntry, out: Tensor) -> None:
-        view = memoryview(out.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-        done = 0
-        while done < entry.num_bytes:
-            count = os.preadv(self._descriptor, [view[done:]], entry.start + done)
-            if count == 0:
-                raise OSError(f"{self.path.name} ends {entry.num_bytes - done} bytes too early")
-            done += count
 
     def _read_header(self) -> dict[str, TensorEntry]:
         status = os.fstat(self._descriptor)

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .safetensors_file import PAGE_BYTES, STORED_DTYPES
+from .file_reader import PAGE_BYTES
+from .safetensors_file import STORED_DTYPES
 
 DTYPE_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 

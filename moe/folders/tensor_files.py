@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ...errors import ModelFileError
 from .compressed_tensors import PackedFormat, names_of, packed_name, read_plain
+from .extents import Place
 from .json_file import read_json
 from .safetensors_file import SafetensorsFile, TensorEntry
 
@@ -80,6 +81,29 @@ class TensorFiles:
     def read_part(self, name: str, index: int, out: Tensor) -> None:
         """Fill ``out`` with element ``index`` of the first dimension of tensor ``name``."""
         self._locate(name).read_part(name, index, out)
+
+    def place(self, name: str, shape: tuple[int, ...]) -> Place:
+        """Return where tensor ``name`` is.
+
+        Raises :class:`ModelFileError` when it is missing or has another shape.
+        """
+        file = self._locate(name)
+        file.check_shape(name, shape)
+        return Place(file, file.entries[name])
+
+    def place_of_part(self, name: str, index: int, shape: tuple[int, ...]) -> Place:
+        """Return where element ``index`` of the first dimension of tensor ``name`` is."""
+        file = self._locate(name)
+        return Place(file, file.part_entry(name, index, shape))
+
+    def open_direct(self) -> bool:
+        """Prepare reads around the page cache; False where a file system offers none."""
+        return all(file.reader.open_direct() for file in self._files.values())
+
+    @property
+    def paths(self) -> list[Path]:
+        """All files."""
+        return [file.path for file in self._files.values()]
 
     def close(self) -> None:
         """Close all files."""

@@ -41,6 +41,7 @@ class FolderWeights:
         moe = folder.config.moe
         self._shapes = {} if moe is None else part_shapes(moe, folder.config.d_model)
         self._expert = (-1, -1)
+        self._checked: set[tuple[int, int]] = set()
         self._parts: dict[str, Tensor] = {}
 
     def dense(self, parameter: str) -> Tensor:
@@ -51,7 +52,13 @@ class FolderWeights:
         return tensor
 
     def expert_part(self, layer: int, expert: int, part: str) -> Tensor:
-        """Return a part of an expert; parts read with it are kept until the next expert."""
+        """Return a part of an expert; parts read with it are kept until the next expert.
+
+        The first time, all of the expert is compared with its hash, if the folder has one.
+        """
+        if (layer, expert) not in self._checked:
+            self._folder.check_expert(layer, expert)
+            self._checked.add((layer, expert))
         if self._expert != (layer, expert) or part not in self._parts:
             names = next(group for group in TOGETHER if part in group)
             views = {name: torch.empty(self._shapes[name], dtype=self._dtype) for name in names}

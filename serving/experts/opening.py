@@ -1,11 +1,13 @@
 """From a model folder and a budget to a store."""
 
 import weakref
+from collections.abc import Callable
 
 import torch
 
 from ...moe.folders.expert_slots import empty_experts, expert_bytes
 from ...moe.folders.folder import ModelFolder
+from ...moe.folders.tensor_names import dense_tensors
 from ...moe.routes.identity import identity_of
 from .budget import count_slots
 from .event_log import EventLog
@@ -13,6 +15,8 @@ from .options import StoreOptions
 from .policies.policy import CacheFacts
 from .policies.table import open_policy
 from .read_queue import ReadQueue
+from .reading.choose import plan_reads
+from .reading.sidecar import LearnedHashes
 from .store import ExpertStore
 from .tiers.disk import DiskTier
 from .tiers.open import open_tiers
@@ -22,10 +26,15 @@ def open_store(
     folder: ModelFolder,
     dtype: torch.dtype,
     budget_bytes: int,
-    num_threads: int = 4,
+    num_threads: int | None = None,
     options: StoreOptions | None = None,
+    free_bytes: int = 0,
 ) -> ExpertStore:
-    """Return a store of the experts of a model folder, with as many slots as a budget holds."""
+    """Return a store of the experts of a model folder, with as many slots as a budget holds.
+
+    ``num_threads`` read; None = as many as a probe of the device finds best. ``free_bytes`` is the
+    memory that is free before the model is loaded.
+    """
     options = options or StoreOptions()
     num_slots = count_slots(folder, dtype, budget_bytes)
     config, moe = folder.config, folder.config.moe
@@ -33,16 +42,20 @@ def open_store(
     facts = CacheFacts(
         tuple(config.moe_layers), moe.num_experts, num_slots, identity_of(config).architecture
     )
-    slot_bytes = expert_bytes(config, dtype, folder.packed)
     policy = open_policy(options.policy, facts)
+    slot_bytes = expert_bytes(config, dtype, folder.packed)
+    dense = sum(tensor.numel() for _, tensor in dense_tensors(config)) * dtype.itemsize
+    plan = plan_reads(folder, options.reader, max(0, free_bytes - num_slots * slot_bytes - dense))
+    save = _learn_hashes(folder)
     tiers = open_tiers(DiskTier(folder), folder, dtype, slot_bytes, options.host_memory)
     store = ExpertStore(
         facts,
         slot_bytes,
         memory=empty_experts(config, num_slots, dtype, folder.packed),
         tier=tiers.first,
-        reads=ReadQueue(num_threads),
+        reads=ReadQueue(num_threads or plan.threads, at_end=save),
         policy=policy,
+        read_plan=plan,
         rates=tiers.rates,
         on_close=tiers.close,
     )
@@ -50,4 +63,14 @@ def open_store(
         name = options.policy if isinstance(options.policy, str) else type(policy).__name__
         store.statistics.log = EventLog(options.log, facts, slot_bytes, name)
         weakref.finalize(store, store.statistics.close)  # also when the program ends
+    if save is not None:
+        weakref.finalize(store, save)  # when the program ends without closing the store
     return store
+
+
+def _learn_hashes(folder: ModelFolder) -> Callable[[], None] | None:
+    """Let a folder without hashes learn them from its reads; return what saves them."""
+    if folder.hashes is not None:
+        return None
+    learned = folder.hashes = LearnedHashes(folder)
+    return learned.save

@@ -19,3 +19,5 @@ class StoreOptions:
     """Where every event of the store is written (event_log.py)."""
     predictor: str | Predictor = "none"
     """Which experts the next layers may need: a name of ``predictors/table.py``, or an object."""
+    reader: str = "auto"
+    """``buffered`` reads through the page cache, ``direct`` around it; ``auto`` measures."""

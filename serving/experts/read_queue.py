@@ -1,8 +1,8 @@
 """Reads of experts by a few threads: what compute waits for goes first.
 
-A read consists of parts (an expert's matrices). Between the parts of an early read a thread checks
-for urgent reads; if there are any, it puts the early read back and serves them first. An early read
-that is no longer wanted ends at the next part.
+A read consists of parts (chunks of an expert's bytes), done in order. Between the parts of an early
+read a thread checks for urgent reads; if there are any, it puts the early read back and serves them
+first. An early read that is no longer wanted ends at the next part.
 """
 
 import time
@@ -24,7 +24,7 @@ class Read:
     slot: int
     is_urgent: bool
     parts: deque[Callable[[], None]]
-    """What is still to be done; each part fills one matrix."""
+    """What is still to be done, in this order."""
     is_prefetch: bool = False
     """True when it began early, urgent as it may have become."""
     is_dropped: bool = False
@@ -124,7 +124,9 @@ class Reads(Protocol):
 class ReadQueue:
     """Runs reads in a bounded pool of threads. One thread calls its methods; any may close it."""
 
-    def __init__(self, num_threads: int) -> None:
+    def __init__(self, num_threads: int, at_end: Callable[[], None] | None = None) -> None:
+        """``at_end`` is called when the threads have stopped."""
+        self._at_end = at_end
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="expert-read")
         self._waiting = _Waiting()
         self._changed = Condition()
@@ -196,6 +198,8 @@ class ReadQueue:
             self._waiting = _Waiting()
             self._changed.notify_all()
         self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._at_end is not None:
+            self._at_end()
 
     def _run_next(self) -> None:
         """Do one waiting read, or as much of it as may be done; every submit calls this once."""

@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import replace
 
-from ...errors import ExpertReadError
 from ...kernels.values.quantized_weights import SlotWeights
 from .expectations import Expectations
 from .filler import SlotFiller
@@ -25,6 +24,8 @@ from .predictors.predictor import Predictor, PredictorFacts
 from .predictors.switch import Switch
 from .read_ahead import Choice, ReadAhead
 from .read_queue import Read, Reads
+from .reading.errors import read_error
+from .reading.plan import ReadPlan
 from .slots import Slots, StoreCounts
 from .tiers.rates import Rates
 from .tiers.tier import Tier
@@ -49,16 +50,17 @@ class ExpertStore:
         clock: Callable[[], float] = time.perf_counter,
         rates: Rates | None = None,
         on_close: Callable[[], None] = lambda: None,
+        read_plan: ReadPlan | None = None,
     ) -> None:
         self.num_slots = facts.num_slots
         self.slot_bytes = slot_bytes
+        self.read_plan = read_plan
         self._memory = memory
         self._slots = Slots(facts.num_slots, facts.moe_layers, facts.num_experts)
         self._policy = policy
         self._reads = reads
         self._clock = clock
         self.rates = rates or Rates()
-        """What the tiers have read, and how long it took them."""
         self._on_close = on_close
         self._expected = Expectations()
         self._ahead: ReadAhead | None = None
@@ -241,9 +243,5 @@ class ExpertStore:
             # The others under way are waited for in any case, so one error names all that failed.
             self._reads.wait_for_all(reading.values())
             failed += [read for read in reading.values() if read.error is not None]
-            cause = failed[0].error
-            raise ExpertReadError(
-                f"an expert of layer {layer} could not be read ({cause}); try again later.",
-                experts=(read.key[1] for read in failed),
-            ) from cause
+            raise read_error(failed)
         return sorted(read.key[1] for read in ready)

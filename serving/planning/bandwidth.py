@@ -6,7 +6,7 @@ import torch
 
 BUFFER_BYTES = 64 << 20
 """Larger than the caches that one process gets, and still little next to a model."""
-TIMES = 4
+TIMES = 8
 
 
 def memory_bandwidth() -> float:

@@ -1,7 +1,5 @@
 """From what the user asks for to bytes: budgets that depend on the machine."""
 
-from typing import Literal
-
 import torch
 
 from ...moe.folders.folder import ModelFolder
@@ -16,7 +14,7 @@ def decide(
     dtype: torch.dtype,
     expert_memory: str | None,
     demand: Demand,
-    reader: Literal["auto", "buffered", "direct"] = "auto",
+    reader: str = "auto",
 ) -> tuple[str | None, Room | None]:
     """Return a budget without ``auto``, and how memory was divided if it was auto.
 

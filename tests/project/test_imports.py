@@ -82,8 +82,18 @@ ROOMS = {
         ["model_folder", "options"],
         ["trace_place", "trace_replay"],
         [
-            *("chat", "convert", "doctor", "evaluate", "export", "generate", "report", "serve"),
-            *("routers", "simulate", "tokenize", "trace", "train", "upcycle"),
+            *(
+                "chat",
+                "convert",
+                "doctor",
+                "evaluate",
+                "export",
+                "generate",
+                "plan",
+                "report",
+                "serve",
+            ),
+            *("serve", "routers", "simulate", "tokenize", "trace", "train", "upcycle"),
         ],
     ],
 }

@@ -188,5 +188,12 @@ def test_stored_bytes_have_a_name_that_changes_with_the_files_and_the_type(tmp_p
     name = name_of_bytes(folder, torch.float32)
     assert name == name_of_bytes(ModelFolder(tmp_path / "m"), torch.float32)
     assert name != name_of_bytes(folder, torch.bfloat16)
+    hashes = tmp_path / "m" / "expert_hashes.json"
     os.utime(tmp_path / "m" / "model.safetensors", (1, 1))
+    assert name == name_of_bytes(folder, torch.float32), "the hashes of all experts are the same"
+    hashes.write_text(hashes.read_text().replace("a", "b"))
+    assert name != name_of_bytes(folder, torch.float32)
+    hashes.unlink()
+    name = name_of_bytes(folder, torch.float32)
+    os.utime(tmp_path / "m" / "model.safetensors", (2, 2))
     assert name != name_of_bytes(folder, torch.float32)

@@ -126,11 +126,11 @@ def test_load_takes_auto(folder, monkeypatch):
 
 def test_every_replica_gets_the_budget_that_was_decided_once(folder, monkeypatch):
     free_for(monkeypatch, 3)
-    args = with_budgets(ServeArgs(model=str(folder), expert_memory="auto", host_memory="50%"))
+    args, _ = with_budgets(ServeArgs(model=str(folder), expert_memory="auto", host_memory="50%"))
     assert args.expert_memory == slots(3) and args.host_memory == slots(6)
     free_for(monkeypatch, NUM_EXPERTS)
-    assert with_budgets(args) == args
-    args = with_budgets(ServeArgs(model=str(folder), expert_memory="auto", host_memory="50%"))
+    assert with_budgets(args)[0] == args
+    args, _ = with_budgets(ServeArgs(model=str(folder), expert_memory="auto", host_memory="50%"))
     assert args.expert_memory is None and args.host_memory is None
 
 

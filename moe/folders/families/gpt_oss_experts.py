@@ -16,6 +16,7 @@ from torch import Tensor
 from ....errors import ModelFileError
 from ...config.model import MoEConfig
 from ..expert_layouts import ExpertViews, GetPart, Shapes, plain
+from ..extents import Piece
 from ..mxfp4 import GROUP_BYTES, GROUP_SIZE, decode
 from ..shards import TensorPlan
 from ..tensor_files import TensorFiles
@@ -47,23 +48,26 @@ class GptOssExperts:
             yield f"{name}_blocks", (num_experts, rows, groups, GROUP_BYTES)
             yield f"{name}_scales", (num_experts, rows, groups)
 
-    def reads(
+    def pieces(
         self, files: TensorFiles, layer: int, expert: int, views: ExpertViews
-    ) -> list[Callable[[], None]]:
-        """Return calls that fill ``views``, each a part of the work."""
+    ) -> list[Piece]:
+        """Return what an expert consists of and where each part goes."""
         gate_up, down = _name(layer, "gate_up"), _name(layer, "down")
-        calls: list[Callable[[], None]] = []
+        pieces: list[Piece] = []
         if "gate" in views:
-            calls.append(partial(_read_gate_up, files, gate_up, expert, views))
-        if "down" in views:
-            calls.append(partial(_read_matrix, files, down, expert, plain(views, "down")))
+            both = plain(views, "gate"), plain(views, "up")
+            pieces.append(_matrix(files, gate_up, expert, both))
         if "gate_bias" in views:
-            calls.append(partial(_read_gate_up_bias, files, gate_up, expert, views))
+            gate_bias, up_bias = plain(views, "gate_bias"), plain(views, "up_bias")
+            place = files.place_of_part(f"{gate_up}_bias", expert, (2 * len(gate_bias),))
+            pieces.append(Piece((place,), partial(_put_rows, (gate_bias, up_bias))))
+        if "down" in views:
+            pieces.append(_matrix(files, down, expert, (plain(views, "down"),)))
         if "down_bias" in views:
-            calls.append(
-                partial(files.read_part, f"{down}_bias", expert, plain(views, "down_bias"))
-            )
-        return calls
+            bias = plain(views, "down_bias")
+            place = files.place_of_part(f"{down}_bias", expert, tuple(bias.shape))
+            pieces.append(Piece((place,), bias))
+        return pieces
 
     def plans(
         self, moe: MoEConfig, d_model: int, layer: int, dtype: torch.dtype, get: GetPart
@@ -94,33 +98,33 @@ def _name(layer: int, part: str) -> str:
     return f"model.layers.{layer}.mlp.experts.{part}_proj"
 
 
-def _read_gate_up(files: TensorFiles, name: str, expert: int, views: ExpertViews) -> None:
-    gate, up = plain(views, "gate"), plain(views, "up")
-    both = torch.empty(2 * len(gate), gate.shape[1], dtype=gate.dtype)
-    _read_matrix(files, name, expert, both)
-    gate.copy_(both[::2])
-    up.copy_(both[1::2])
-
-
-def _read_gate_up_bias(files: TensorFiles, name: str, expert: int, views: ExpertViews) -> None:
-    gate, up = plain(views, "gate_bias"), plain(views, "up_bias")
-    both = torch.empty(2 * len(gate), dtype=gate.dtype)
-    files.read_part(f"{name}_bias", expert, both)
-    gate.copy_(both[::2])
-    up.copy_(both[1::2])
-
-
-def _read_matrix(files: TensorFiles, name: str, expert: int, out_QP: Tensor) -> None:
-    """Fill a matrix of Q outputs and P inputs."""
-    rows, width = out_QP.shape
+def _matrix(files: TensorFiles, name: str, expert: int, outs: tuple[Tensor, ...]) -> Piece:
+    """Return the piece of a matrix whose rows go to ``outs`` ``[Q, P]`` in turn."""
+    rows, width = len(outs) * outs[0].shape[0], outs[0].shape[1]
     if f"{name}_blocks" not in files:
-        transposed_PQ = torch.empty(width, rows, dtype=files.entry(name).dtype)
-        files.read_part(name, expert, transposed_PQ)
-        out_QP.copy_(transposed_PQ.T)
-        return
+        place = files.place_of_part(name, expert, (width, rows))
+        return Piece((place,), partial(_put_transposed, outs))
     groups = width // GROUP_SIZE
-    blocks = torch.empty(rows, groups, GROUP_BYTES, dtype=torch.uint8)
-    scales = torch.empty(rows, groups, dtype=torch.uint8)
-    files.read_part(f"{name}_blocks", expert, blocks)
-    files.read_part(f"{name}_scales", expert, scales)
-    decode(blocks, scales, out_QP)
+    blocks = files.place_of_part(f"{name}_blocks", expert, (rows, groups, GROUP_BYTES))
+    scales = files.place_of_part(f"{name}_scales", expert, (rows, groups))
+    return Piece((blocks, scales), partial(_put_decoded, outs))
+
+
+def _put_decoded(outs: tuple[Tensor, ...], blocks_QGB: Tensor, scales_QG: Tensor) -> None:
+    first = outs[0]
+    if len(outs) == 1:
+        decode(blocks_QGB, scales_QG, first)
+        return
+    both = torch.empty(len(blocks_QGB), first.shape[1], dtype=first.dtype)
+    decode(blocks_QGB, scales_QG, both)
+    _put_rows(outs, both)
+
+
+def _put_transposed(outs: tuple[Tensor, ...], stored_PQ: Tensor) -> None:
+    _put_rows(outs, stored_PQ.T)
+
+
+def _put_rows(outs: tuple[Tensor, ...], stored: Tensor) -> None:
+    """Put the first row into the first tensor, the second into the second, and so on in turn."""
+    for index, out in enumerate(outs):
+        out.copy_(stored[index :: len(outs)])

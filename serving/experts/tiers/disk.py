@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 
+from ....moe.folders.expert_hashes import DamagedExpertError
 from ....moe.folders.expert_layouts import ExpertViews
 from ....moe.folders.folder import ModelFolder
 from ..policies.policy import Key
@@ -19,7 +20,7 @@ class DiskTier:
         self._folder = folder
 
     def reads(self, key: Key, views: ExpertViews) -> list[Callable[[], None]]:
-        """Return one call per matrix or bias."""
+        """Return one call per chunk, to be made one after the other."""
         layer, expert = key
         calls = self._folder.expert_reads(layer, expert, views)
         return [partial(_read_patiently, call) for call in calls]
@@ -31,6 +32,8 @@ def _read_patiently(read: Callable[[], None]) -> None:
         try:
             read()
             return
+        except DamagedExpertError:
+            raise  # it was read twice
         except OSError:
             if attempt == READ_ATTEMPTS:
                 raise

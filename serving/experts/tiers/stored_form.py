@@ -15,6 +15,7 @@ import xxhash
 from torch import Tensor
 
 from ....kernels.values.quantized_weights import SlotView
+from ....moe.folders.expert_hashes import FILE as HASHES
 from ....moe.folders.expert_layouts import ExpertViews
 from ....moe.folders.folder import ModelFolder
 from ....moe.routes.identity import identity_of
@@ -63,12 +64,19 @@ def copy_in(views: ExpertViews, stored: np.ndarray) -> bool:
 def name_of_bytes(folder: ModelFolder, dtype: torch.dtype) -> str:
     """Return a short name for a folder's experts in the form of slots of ``dtype``.
 
-    Folders have the same name only if their files have the same names, sizes and times of change.
+    Folders with the hashes of their experts have the same name if those are equal. Other folders
+    have it only if their files have the same names, sizes and times of change.
     """
-    files = sorted(folder.path.resolve().glob("*.safetensors"))
-    stats = [(file.name, (found := file.stat()).st_size, found.st_mtime_ns) for file in files]
-    values = [FORM, identity_of(folder.config).architecture, str(dtype), str(folder.packed), stats]
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+    values = [FORM, identity_of(folder.config).architecture, str(dtype), str(folder.packed)]
+    digest = hashlib.sha256(json.dumps(values).encode())
+    hashes = folder.path / HASHES
+    if hashes.exists():
+        digest.update(hashes.read_bytes())
+    else:
+        for file in sorted(folder.path.resolve().glob("*.safetensors")):
+            found = file.stat()
+            digest.update(f"{file.name} {found.st_size} {found.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def _parts(views: ExpertViews) -> Iterator[Tensor]:
@@ -87,4 +95,4 @@ def _bytes_of(part: Tensor) -> np.ndarray:
 
 
 def _checksum(stored: np.ndarray) -> np.ndarray:
-    return np.frombuffer(xxhash.xxh3_64_digest(stored), np.uint8)
+    return np.frombuffer(xxhash.xxh3_64_digest(stored.data), np.uint8)

@@ -1,0 +1,281 @@
+"""How much of the device's rate do experts get on their way into slots, hash included?
+
+    python benchmarks/expert_reads.py [--folder FOLDER]
+
+Two random models in bf16, one with experts of 9.4 MB and one with experts of 393 KB, each in the
+layout of ``moeyard convert`` (an expert is one extent) and with all matrices of a kind together,
+so that an expert is three. The device is read plainly first, by preadv of the same extents
+without anything else, with 1, 2, 4 and 8 threads, through the page cache and around it; the best
+is the device's rate. Then every expert goes through the store in the same order, at random in a
+layer, into slots for half of a layer, with its hash computed and compared. Pages of the files are
+dropped from the cache before each pass. Rates are medians of three passes. Limits are those of
+the control group blkio (version 1, root); without it only the unlimited device is measured.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from moeyard.moe.config.model import ModelConfig, MoEConfig
+from moeyard.moe.folders.extents import Chunk
+from moeyard.moe.folders.families.table import FAMILIES
+from moeyard.moe.folders.file_reader import Buffer, buffer_of
+from moeyard.moe.folders.folder import ModelFolder
+from moeyard.moe.folders.hf_config import to_hf
+from moeyard.moe.folders.write_weights import plan_weights
+from moeyard.moe.folders.writer import write_model_folder
+from moeyard.moe.routers.topk import TopK
+from moeyard.serving.experts.opening import open_store
+from moeyard.serving.experts.options import StoreOptions
+
+RESULTS = Path(__file__).parent / "results"
+GROUP = Path("/sys/fs/cgroup/blkio/expert-reads")
+LIMITS_MB = (200, 400, 800, 0)
+SIZES = {"9.4 MB": (1024, 1536, 2, 16), "393 KB": (256, 256, 4, 128)}
+"""By size of an expert: widths of model and expert, layers, experts of a layer."""
+PASSES = 3
+
+
+def config_of(d_model: int, d_expert: int, num_layers: int, num_experts: int) -> ModelConfig:
+    """Return a model that is little more than its experts."""
+    return ModelConfig(
+        vocab_size=257,
+        d_model=d_model,
+        num_layers=num_layers,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=32,
+        max_positions=64,
+        moe=MoEConfig(num_experts=num_experts, d_expert=d_expert, router=TopK(k=2)),
+    )
+
+
+class RandomWeights:
+    """Weights that no compression makes small."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        moe = config.moe
+        assert moe is not None
+        self._shapes = {"down": (config.d_model, moe.d_expert)}
+        self._wide = (moe.d_expert, config.d_model)
+        self._config = config
+
+    def dense(self, parameter: str) -> torch.Tensor:
+        from moeyard.moe.folders.tensor_names import dense_tensors
+
+        return torch.randn(dict(dense_tensors(self._config))[parameter].shape)
+
+    def expert_part(self, layer: int, expert: int, part: str) -> torch.Tensor:
+        return torch.randn(self._shapes.get(part, self._wide))
+
+
+def write(folder: Path, config: ModelConfig, is_one_extent: bool) -> None:
+    """Write a folder, or one whose matrices of a kind are together."""
+    values = to_hf(config, "bfloat16", {"eos_token_id": 256})
+    family = FAMILIES[values["model_type"]]
+    plans = plan_weights(config, family, RandomWeights(config), torch.bfloat16, torch.float32)
+    if not is_one_extent:
+        kinds = ("gate_proj", "up_proj", "down_proj")
+        plans = sorted(
+            (replace(plan, layer=None, expert=None) for plan in plans),
+            key=lambda plan: next((i for i, kind in enumerate(kinds) if kind in plan.name), -1),
+        )
+    write_model_folder(folder, values, plans, lambda _: None, {})
+
+
+def drop(folder: ModelFolder) -> None:
+    for path in folder.files.paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def in_order(folder: ModelFolder) -> list[tuple[int, int]]:
+    """Return all experts in the order of reading: by layer, and at random in a layer."""
+    moe, draw = folder.config.moe, random.Random(0)
+    assert moe is not None
+    rows = (draw.sample(range(moe.num_experts), moe.num_experts) for _ in folder.config.moe_layers)
+    return [
+        (layer, expert)
+        for layer, row in zip(folder.config.moe_layers, rows, strict=True)
+        for expert in row
+    ]
+
+
+def plain_rate(folder: ModelFolder, threads: int, direct: bool) -> float:
+    """Return the bytes per second of nothing but preadv."""
+    chunks = [chunk for key in in_order(folder) for chunk in folder.expert_chunks(*key)]
+    left, lock = iter(chunks), threading.Lock()
+    drop(folder)
+
+    def work(memory: Buffer) -> None:
+        while True:
+            with lock:
+                chunk: Chunk | None = next(left, None)
+            if chunk is None:
+                return
+            part = memory.part(0, chunk.end - chunk.start)
+            chunk.file.reader.read([part], chunk.start, direct)
+
+    memories = [page_aligned(max(c.end - c.start for c in chunks)) for _ in range(threads)]
+    workers = [threading.Thread(target=work, args=(memory,)) for memory in memories]
+    started = time.perf_counter()
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return sum(c.end - c.start for c in chunks) / (time.perf_counter() - started)
+
+
+def page_aligned(num_bytes: int) -> Buffer:
+    memory = torch.zeros(num_bytes + 4096, dtype=torch.uint8)
+    skip = -memory.data_ptr() % 4096
+    return buffer_of(memory[skip : skip + num_bytes])
+
+
+def store_rates(path: Path, reader: str, passes: int) -> tuple[list[float], str, float]:
+    """Return the rates of passes, what was decided, and the rate that the probe found."""
+    folder = ModelFolder(path)
+    experts = in_order(folder)
+    per_layer = len(experts) // len(folder.config.moe_layers)
+    moe = folder.config.moe
+    assert moe is not None
+    expert_bytes = 3 * folder.config.d_model * moe.d_expert * 2
+    drop(folder)
+    store = open_store(
+        folder,
+        torch.bfloat16,
+        per_layer // 2 * expert_bytes,
+        options=StoreOptions(reader=reader),
+        free_bytes=0,
+    )
+    rates = []
+    for _ in range(passes + 1):
+        drop(folder)
+        started = time.perf_counter()
+        for layer in folder.config.moe_layers:
+            needed = [expert for of, expert in experts if of == layer]
+            for _ready, _weights in store.stream(layer, dict.fromkeys(needed, 1)):
+                pass
+        rates.append(len(experts) * expert_bytes / (time.perf_counter() - started))
+        # The next pass begins with the first layer, which has no expert in memory any more.
+    misses = sum(traffic.misses for traffic in store.statistics.layers.values())
+    assert misses == (passes + 1) * len(experts), "something was in memory"
+    plan = store.read_plan
+    assert plan is not None
+    store.close()
+    folder.close()
+    return rates[1:], plan.text, plan.bytes_per_s
+
+
+def measure(folders: Path, limit_mb: int) -> list[dict[str, Any]]:
+    """Return a row per model."""
+    if limit_mb:
+        device = folders.stat().st_dev
+        number = f"{os.major(device)}:{os.minor(device)}"
+        (GROUP / "blkio.throttle.read_bps_device").write_text(f"{number} {limit_mb * 10**6}")
+        (GROUP / "cgroup.procs").write_text(str(os.getpid()))
+    return [row(folders, size, limit_mb) for size in SIZES]
+
+
+def row(folders: Path, size: str, limit_mb: int) -> dict[str, Any]:
+    one, three = (folders / f"{size.split()[0]}-{n}" for n in ("one", "three"))
+    files = ModelFolder(one)
+    files.files.open_direct()
+    ways = [(threads, direct) for threads in (1, 2, 4, 8) for direct in (False, True)]
+    plain = {way: median(plain_rate(files, *way) for _ in range(PASSES)) for way in ways}
+    (threads, direct), device = max(plain.items(), key=lambda item: item[1])
+    files.close()
+    found: dict[str, Any] = {
+        "expert": size,
+        "limit": limit_mb * 10**6 or None,
+        "device": device,
+        "device_way": f"{threads} threads, {'direct' if direct else 'buffered'}",
+    }
+    for name, path, reader in (
+        ("auto", one, "auto"),
+        ("buffered", one, "buffered"),
+        ("direct", one, "direct"),
+        ("three_auto", three, "auto"),
+        ("three_buffered", three, "buffered"),
+        ("three_direct", three, "direct"),
+    ):
+        rates, text, probe = store_rates(path, reader, PASSES)
+        found[name] = median(rates)
+        if name == "auto":
+            found |= {"decision": text, "probe": probe}
+    return found
+
+
+def print_row(row: dict[str, Any]) -> None:
+    def part(name: str) -> str:
+        return f"{row[name] / 1e6:5.0f} ({row[name] / row['device']:.2f})"
+
+    limit = "none" if row["limit"] is None else f"{row['limit'] / 1e6:.0f}"
+    names = ("auto", "buffered", "direct", "three_auto", "three_buffered", "three_direct")
+    print(
+        f"{row['expert']:>7} {limit:>5} {row['device'] / 1e6:6.0f} {row['probe'] / 1e6:6.0f}  "
+        + "  ".join(part(name) for name in names)
+    )
+    print(f"{'':13} device: {row['device_way']}. {row['decision']}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, help="a folder on the disk that is to be measured")
+    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child is not None:
+        json.dump(measure(arguments.folder, arguments.child), sys.stdout)
+        return
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as space:
+        for size, sizes in SIZES.items():
+            for name in ("one", "three"):
+                folder = Path(space) / f"{size.split()[0]}-{name}"
+                write(folder, config_of(*sizes), name == "one")
+        rows = run_all(Path(space))
+    (RESULTS / "expert_reads.json").write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def run_all(space: Path) -> list[dict[str, Any]]:
+    print("MB/s (share of the device's rate)          one extent" + " " * 26 + "three tensors")
+    print(
+        " expert limit device  probe  auto          buffered      direct        auto          "
+        "buffered      direct"
+    )
+    limits = LIMITS_MB if can_limit() else (0,)
+    rows = []
+    for limit in limits:
+        command = [sys.executable, __file__, "--folder", str(space), "--child", str(limit)]
+        cache = {**os.environ, "XDG_CACHE_HOME": str(space / "cache")}
+        done = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=cache)
+        for found in json.loads(done.stdout):
+            print_row(found)
+            rows.append(found)
+    if can_limit():
+        GROUP.rmdir()
+    return rows
+
+
+def can_limit() -> bool:
+    try:
+        GROUP.mkdir(exist_ok=True)
+    except OSError:
+        return False
+    return (GROUP / "blkio.throttle.read_bps_device").exists()
+
+
+if __name__ == "__main__":
+    main()
