@@ -52,4 +52,5 @@ def open_model(arguments: argparse.Namespace) -> "LanguageModel":
         expert_policy=arguments.expert_policy,
         expert_reader=arguments.expert_reader,
         expert_log=arguments.expert_log,
+        expert_predictor=arguments.expert_predictor,
     )

@@ -97,6 +97,13 @@ def add_expert_store(parser: argparse.ArgumentParser) -> None:
         help="write what happens to experts into FILE, for moeyard trace replay; serve takes a "
         "folder, with a file for each replica",
     )
+    parser.add_argument(
+        "--expert-predictor",
+        metavar="NAME[:FILE]",
+        default="none",
+        help="what is read ahead for routers that choose late: auto, none, next_gates, "
+        "previous_layers, activations, previous_token or trained:FILE",
+    )
 
 
 def add_dtype(parser: argparse.ArgumentParser) -> None:

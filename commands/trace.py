@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from . import trace_place, trace_replay
+from . import trace_place, trace_predict, trace_replay
 from .options import Parsers, add_command, add_loading, add_model, add_route_files
 
 
@@ -32,6 +32,7 @@ def add(parsers: Parsers) -> None:
     compare.set_defaults(run=run_compare)
     trace_place.add(kinds)
     trace_replay.add(kinds)
+    trace_predict.add(kinds)
 
 
 def run_show(arguments: argparse.Namespace) -> None:

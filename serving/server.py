@@ -28,6 +28,7 @@ from .experts.budget import bytes_of_experts, host_bytes
 from .experts.event_log import SUFFIX as LOG_SUFFIX
 from .experts.options import StoreOptions
 from .experts.policies.table import check_policy
+from .experts.predictors.table import check_fit
 from .experts.tiers.shared_memory import check_shared_memory
 from .loading import open_model, pick_dtype
 from .memory import check_memory
@@ -57,6 +58,8 @@ class ServeArgs(BaseModel):
     """Folder for the events of expert stores, a file for each replica."""
     record_routes: str | None = None
     """Folder for routes, a file for each replica: which experts each token visited."""
+    expert_predictor: str = "none"
+    """What is read ahead for routers that choose late: a predictor's name, or ``NAME:FILE``."""
     dtype: Annotated[Literal["fp32", "bf16"], BeforeValidator(short_name)] | None = None
     """``bf16`` (or ``bfloat16``), ``fp32`` (or ``float32``); None = as stored."""
     max_num_seqs: int = Field(default=8, ge=1)
@@ -120,7 +123,10 @@ class ServeArgs(BaseModel):
     def store_options(self) -> StoreOptions:
         """How the expert store works, apart from its log, which each replica names."""
         return StoreOptions(
-            policy=self.expert_policy, reader=self.expert_reader, host_memory=self.host_memory
+            policy=self.expert_policy,
+            predictor=self.expert_predictor,
+            reader=self.expert_reader,
+            host_memory=self.host_memory,
         )
 
     def open_tokenizer(self) -> ServingTokenizer:
@@ -151,6 +157,8 @@ def check_model(args: ServeArgs, runs_here: bool = False) -> None:
     args.open_tokenizer().close()
     check_policy(args.expert_policy)
     check_replica_files(folder.config, args.record_routes, args.expert_log, args.expert_memory)
+    if args.expert_memory is not None:
+        check_fit(args.expert_predictor, folder.config)
     bytes_of_experts(folder, dtype, args.expert_memory)
     host = host_bytes(folder, dtype, args.host_memory)
     if runs_here:

@@ -4,10 +4,11 @@ from collections import deque
 from collections.abc import Callable, Container
 
 from ...kernels.values.quantized_weights import SlotWeights
+from ...moe.folders.expert_layouts import ExpertViews
 from .expectations import Expectations
 from .policies.errors import wrong_victim
 from .policies.policy import Key, Policy
-from .read_queue import Read, Reads
+from .reads import Read, Reads
 from .slots import Either, Protected, Slots
 from .tiers.tier import Tier
 from .traffic import StoreStatistics
@@ -34,6 +35,8 @@ class SlotFiller:
         self._tier = tier
         self._reads = reads
         self._statistics = statistics
+        self._views: dict[int, ExpertViews] = {}
+        """Of each slot, once it was filled: making them takes as long as some reads."""
         self.likely: set[Key] = set()
         """Experts in memory that will perhaps be needed soon: they leave after the others."""
 
@@ -102,7 +105,9 @@ class SlotFiller:
         return self._slots.put_out(key)
 
     def submit(self, key: Key, slot: int, is_urgent: bool) -> Read:
-        parts = deque(self._tier.reads(key, self._memory.slot_views(slot)))
+        if slot not in self._views:
+            self._views[slot] = self._memory.slot_views(slot)
+        parts = deque(self._tier.reads(key, self._views[slot]))
         read = Read(key, slot, is_urgent, parts, is_prefetch=not is_urgent)
         self._slots.fill(read)
         self._policy.add(key)  # now and not when it arrives: the order does not depend on the disk

@@ -7,6 +7,7 @@ worth it (predictors/admission.py). When a layer's true choice arrives, its othe
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import NamedTuple
 
 from torch import Tensor
@@ -15,10 +16,18 @@ from ...moe.routes.rows import Array
 from .filler import SlotFiller
 from .forwards import Forward
 from .policies.policy import Key
-from .predictors.admission import SMALLEST_GAIN, Calibration, Regret, Windows, gain_of
+from .predictors.admission import (
+    SMALLEST_GAIN,
+    Calibration,
+    Outcomes,
+    Regret,
+    Windows,
+    bucket_of,
+    gain_of,
+)
 from .predictors.predictor import Hint, Predictor, PredictorFacts
 from .predictors.switch import MeasuringSwitch, Switch
-from .read_queue import Read, Reads
+from .reads import Read, Reads
 from .slots import Slots
 from .traffic import StoreStatistics
 
@@ -34,14 +43,6 @@ class Choice(NamedTuple):
     """None in a replay of recorded routes."""
     experts_NK: Array
     """-1 = none."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Given:
-    """A hint as it was given."""
-
-    score: float
-    is_resident: bool
 
 
 @dataclass(slots=True)
@@ -78,10 +79,10 @@ class ReadAhead:
         self._switch = switch or MeasuringSwitch()
         self._calibration, self._regret = Calibration(), Regret()
         self._windows = Windows(len(facts.moe_layers))
-        self._given: dict[int, dict[int, dict[int, _Given]]] = {}
-        """By target layer, distance and expert."""
-        self._pending: dict[Key, tuple[int, float]] = {}
-        """Distance and chance of hints that are neither in memory nor on their way."""
+        self._given: dict[int, dict[int, dict[int, Outcomes]]] = {}
+        """Hints whose outcome is not known, by target layer, distance and expert."""
+        self._pending: dict[Key, float] = {}
+        """The chances of hints that are neither in memory nor on their way."""
         self._reading: dict[Key, Read] = {}
         """Reads of hints that were not needed yet."""
         self._is_on = self._sees = False
@@ -97,24 +98,27 @@ class ReadAhead:
             self._end_hints(layer, needed=None)  # the forward before has failed
         rows = sum(forward.lengths)
         self._size = rows.bit_length()
-        self._pass_moment(0)
-        self._regret.begin()
         self._is_on = self._switch.begin(rows)
         self._sees = self._is_on or self._num_forwards % UNSEEN == 0
         self._num_forwards += 1
         self._num_read = self._statistics.num_read()
-        if self._sees:
-            hints = self._predictor.begin(forward)
-            if self._is_on:
-                self._windows.progressed(*self._reads.progress())
-                self._take(hints, place=-1)
-                self.read()
+        self._pass_moment(0)
+        if not self._sees:
+            return
+        self._regret.begin()
+        hints = self._predictor.begin(forward)
+        if self._is_on:
+            self._windows.progressed(*self._reads.progress())
+            self._take(hints, place=-1)
+            self.read()
 
     def chosen(self, layer: int, needed: Collection[int], missing: Collection[int]) -> None:
         """``layer`` needs some experts, and ``missing`` of them are neither here nor coming."""
-        self._pass_moment(self._place_of[layer] + 1)
-        self._regret.missed(layer, missing)
-        self._end_hints(layer, needed)
+        if self._sees:
+            self._pass_moment(self._place_of[layer] + 1)
+            self._regret.missed(layer, missing)
+        if self._given:
+            self._end_hints(layer, needed)
 
     def look(self, layer: int, choice: Choice) -> None:
         """Let the predictor see a choice, and take its hints."""
@@ -132,13 +136,15 @@ class ReadAhead:
         backlog = sum(len(read.parts) / read.num_parts for read in self._reading.values())
         elapsed_s = self._clock() - self._moment.at
         elapsed_s -= self._statistics.stall_s - self._moment.stall_s
-        for key, (_, chance) in sorted(self._pending.items(), key=lambda item: -item[1][1]):
+        left_s: dict[int, float] = {}
+        for key, chance in sorted(self._pending.items(), key=itemgetter(1), reverse=True):
             if key in self._slots or self._slots.filling(key) is not None:
                 del self._pending[key]  # compute has asked for it since
                 continue
-            target = self._place_of[key[0]] + 1
-            left_s = self._windows.seconds_to(self._size, self._moment.number, target) - elapsed_s
-            share = self._windows.share_in_time(left_s, backlog)
+            if key[0] not in left_s:
+                moments = self._moment.number, self._place_of[key[0]] + 1
+                left_s[key[0]] = self._windows.seconds_to(self._size, *moments) - elapsed_s
+            share = self._windows.share_in_time(left_s[key[0]], backlog)
             victim_chance = 0.0 if self._slots.num_free else self._regret.chance
             if gain_of(chance, share, victim_chance) < SMALLEST_GAIN:
                 continue
@@ -171,30 +177,37 @@ class ReadAhead:
 
         ``place`` is the number of the layer that has just chosen, -1 before the first one.
         """
-        for key, score in hints:
-            distance = self._place_of[key[0]] - place
-            if place < 0 or distance <= 0:
-                distance = 0
+        here = there = {}
+        regret, last = self._regret.chance, None
+        for hint in hints:
+            key, score = hint
+            layer, expert = key
+            if layer != last:
+                last, distance = layer, self._place_of[layer] - place
+                if place < 0 or distance <= 0:
+                    distance = 0
+                given = self._given.setdefault(layer, {}).setdefault(distance, {})
+                here = self._calibration.kinds(distance, is_resident=True)
+                there = self._calibration.kinds(distance, is_resident=False)
             is_resident = key in self._slots
-            given = self._given.setdefault(key[0], {}).setdefault(distance, {})
-            given[key[1]] = _Given(score, is_resident)
-            chance = self._calibration.chance(distance, is_resident, score)
+            outcomes = given[expert] = (here if is_resident else there)[bucket_of(score)]
+            chance = outcomes.chance(score)
             if is_resident:
-                if chance > self._regret.chance:
+                if chance > regret:
                     self._filler.likely.add(key)
             elif self._slots.filling(key) is None:
-                self._pending[key] = (distance, chance)
+                self._pending[key] = chance
 
     def _end_hints(self, layer: int, needed: Collection[int] | None) -> None:
         """Count a layer's hints and drop those that were wrong; all if ``needed`` is None."""
         for distance, given in self._given.pop(layer, {}).items():
             right = 0
-            for expert, hint in given.items():
+            for expert, outcomes in given.items():
                 key = (layer, expert)
                 is_right = needed is not None and expert in needed
                 right += is_right
                 if needed is not None:
-                    self._calibration.add(distance, hint.is_resident, hint.score, is_right)
+                    outcomes.add(is_right)
                 self._filler.likely.discard(key)
                 self._pending.pop(key, None)
                 read = self._reading.pop(key, None)

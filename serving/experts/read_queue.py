@@ -8,38 +8,10 @@ first. An early read that is no longer wanted ends at the next part.
 import time
 from collections import deque
 from collections.abc import Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from threading import Condition
-from typing import Protocol
+from threading import Condition, Lock, Thread
 
-from .policies.policy import Key
-
-
-@dataclass(slots=True, eq=False)
-class Read:
-    """One expert on its way into a slot."""
-
-    key: Key
-    slot: int
-    is_urgent: bool
-    parts: deque[Callable[[], None]]
-    """What is still to be done, in this order."""
-    is_prefetch: bool = False
-    """True when it began early, urgent as it may have become."""
-    is_dropped: bool = False
-    """True when it is no longer wanted and ends, with an error, before its next part."""
-    is_done: bool = False
-    error: BaseException | None = None
-    num_parts: int = 0
-    """Parts at the start."""
-
-    def __post_init__(self) -> None:
-        self.num_parts = max(1, len(self.parts))
-
-
-class DroppedError(Exception):
-    """Ends a read that is no longer wanted."""
+from .reads import DroppedError, Read
 
 
 class Progress:
@@ -80,56 +52,29 @@ class _Waiting:
     def queue_of(self, read: Read) -> deque[Read]:
         return self.urgent if read.is_urgent else self.early
 
-    def pop(self) -> Read | None:
-        queue = self.urgent or self.early
+    def pop(self, takes_early: bool) -> Read | None:
+        queue = self.urgent or (self.early if takes_early else None)
         return queue.popleft() if queue else None
 
 
-class Reads(Protocol):
-    """What runs reads: threads, or a replay's clock."""
-
-    def submit(self, read: Read) -> None:
-        """Start a read as soon as possible."""
-        ...
-
-    def make_urgent(self, read: Read) -> bool:
-        """Move an early read to the urgent ones; False if it was dropped and has ended."""
-        ...
-
-    def drop(self, read: Read) -> None:
-        """Let a read that has begun end early, if it can; it may finish all the same."""
-        ...
-
-    def progress(self) -> tuple[float, float]:
-        """Return how many reads were done so far, and in how many seconds of reading."""
-        ...
-
-    def cancel(self, read: Read) -> bool:
-        """Take back a read that has not begun; say whether that was so."""
-        ...
-
-    def wait_for_any(self, reads: Collection[Read]) -> list[Read]:
-        """Return those of ``reads`` that are done, once there is one."""
-        ...
-
-    def wait_for_all(self, reads: Collection[Read]) -> None:
-        """Return when all of ``reads`` are done."""
-        ...
-
-    def close(self) -> None:
-        """Stop. Reads that have not begun fail."""
-        ...
-
-
 class ReadQueue:
-    """Runs reads in a bounded pool of threads. One thread calls its methods; any may close it."""
+    """Runs reads in a few threads. One thread calls its methods; any may close it.
+
+    At most half of the threads do early reads, so an urgent one finds another that is free.
+    """
 
     def __init__(self, num_threads: int, at_end: Callable[[], None] | None = None) -> None:
         """``at_end`` is called when the threads have stopped."""
         self._at_end = at_end
-        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="expert-read")
+        self._num_threads = num_threads
+        self._most_early = max(1, num_threads // 2)
+        self._threads: list[Thread] = []
+        """Started as they are needed. A thread that is done takes the next read by itself: waking
+        another one costs compute more than handing the read on."""
+        lock = Lock()
+        self._has_work, self._changed = Condition(lock), Condition(lock)
         self._waiting = _Waiting()
-        self._changed = Condition()
+        self._num_idle = self._num_early = 0
         self._is_closed = False
         self._progress = Progress()
 
@@ -140,7 +85,8 @@ class ReadQueue:
                 self._drop(read)
                 return
             self._waiting.queue_of(read).append(read)
-            self._pool.submit(self._run_next)
+            if read.is_urgent or self._num_early < self._most_early:
+                self._wake()
 
     def make_urgent(self, read: Read) -> bool:
         """Move an early read to the urgent ones; one that runs is no longer interrupted.
@@ -157,6 +103,7 @@ class ReadQueue:
             read.is_urgent = True
             if was_waiting:
                 self._waiting.urgent.append(read)
+                self._wake()
             return True
 
     def drop(self, read: Read) -> None:
@@ -197,46 +144,69 @@ class ReadQueue:
                 self._drop(read)
             self._waiting = _Waiting()
             self._changed.notify_all()
-        self._pool.shutdown(wait=True, cancel_futures=True)
+            self._has_work.notify_all()
+        for thread in self._threads:
+            thread.join()
         if self._at_end is not None:
             self._at_end()
 
-    def _run_next(self) -> None:
-        """Do one waiting read, or as much of it as may be done; every submit calls this once."""
-        with self._changed:
-            read = self._waiting.pop()
-            if read is None:
-                return  # it was cancelled
-            self._progress.start()
-        before = len(read.parts)
+    def _wake(self) -> None:
+        if self._num_idle:
+            self._has_work.notify()
+        elif len(self._threads) < self._num_threads:
+            name = f"expert-read-{len(self._threads)}"
+            self._threads.append(Thread(target=self._run, name=name, daemon=True))
+            self._threads[-1].start()
+
+    def _run(self) -> None:
+        """Do reads, one after the other, until the queue is closed."""
+        while True:
+            with self._has_work:
+                while (read := self._waiting.pop(self._num_early < self._most_early)) is None:
+                    if self._is_closed:
+                        return
+                    self._num_idle += 1
+                    self._has_work.wait()
+                    self._num_idle -= 1
+                counts_as_early = not read.is_urgent
+                self._num_early += counts_as_early
+                self._progress.start()
+            before, is_done = len(read.parts), self._do(read)
+            with self._changed:
+                self._num_early -= counts_as_early
+                self._progress.stop((before - len(read.parts)) / read.num_parts)
+                read.is_done = is_done
+                if is_done:
+                    self._changed.notify_all()
+                elif self._is_closed:
+                    self._drop(read)
+                    self._changed.notify_all()
+                else:
+                    self._waiting.early.appendleft(read)
+
+    def _do(self, read: Read) -> bool:
+        """Do a read and say whether it is done; False = what is left must wait."""
         try:
             while read.parts:
                 read.parts[0]()
                 read.parts.popleft()
-                if self._is_laid_aside(read, before):
-                    return
+                if self._must_wait(read):
+                    return False
         except BaseException as error:
             read.error = error
-        with self._changed:
-            self._progress.stop((before - len(read.parts)) / read.num_parts)
-            read.is_done = True
-            self._changed.notify_all()
+        return True
 
-    def _is_laid_aside(self, read: Read, before: int) -> bool:
-        """Put an early read back to the front when something urgent waits.
+    def _must_wait(self, read: Read) -> bool:
+        """Say whether an early read must let urgent ones go first.
 
-        ``before`` are the parts that were left when this thread began. Raises
-        :class:`DroppedError` if the read is no longer wanted.
+        Raises :class:`DroppedError` if it is no longer wanted.
         """
+        if read.is_urgent or not read.parts:
+            return False
         with self._changed:
-            if read.is_dropped and read.parts:
+            if read.is_dropped:
                 raise DroppedError
-            if read.is_urgent or not read.parts or not self._waiting.urgent or self._is_closed:
-                return False
-            self._waiting.early.appendleft(read)
-            self._progress.stop((before - len(read.parts)) / read.num_parts)
-            self._pool.submit(self._run_next)
-            return True
+            return not read.is_urgent and bool(self._waiting.urgent) and not self._is_closed
 
     @staticmethod
     def _drop(read: Read) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from .expectations import Expectations
 from .policies.policy import Key
-from .read_queue import Read
+from .reads import Read
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,9 +23,9 @@ from .policies.policy import CacheFacts, Key, Policy
 from .predictors.predictor import Predictor, PredictorFacts
 from .predictors.switch import Switch
 from .read_ahead import Choice, ReadAhead
-from .read_queue import Read, Reads
 from .reading.errors import read_error
 from .reading.plan import ReadPlan
+from .reads import Read, Reads
 from .slots import Slots, StoreCounts
 from .tiers.rates import Rates
 from .tiers.tier import Tier

@@ -1,4 +1,4 @@
-"""A tokenizer.json that says everything is read without transformers, with the same ids and text."""
+"""A tokenizer.json that says all is read without transformers, with the same ids and text."""
 
 import json
 

@@ -80,7 +80,7 @@ ROOMS = {
     ],
     "commands": [
         ["model_folder", "options"],
-        ["trace_place", "trace_replay"],
+        ["trace_place", "trace_predict", "trace_replay"],
         [
             *(
                 "chat",

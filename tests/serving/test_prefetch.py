@@ -13,7 +13,8 @@ from moeyard.errors import ExpertReadError
 from moeyard.moe.folders.folder import ModelFolder
 from moeyard.moe.routers.hash import Hash
 from moeyard.moe.routers.topk import TopK
-from moeyard.serving.experts.read_queue import Read, ReadQueue
+from moeyard.serving.experts.read_queue import ReadQueue
+from moeyard.serving.experts.reads import Read
 from moeyard.serving.experts.tiers import disk
 from moeyard.serving.loading import open_model
 

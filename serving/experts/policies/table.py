@@ -9,6 +9,7 @@ from ..recorded import RecordedForward, read_forwards
 from .activations import ActivationTracing
 from .decayed_lfu import DecayedFrequency
 from .edgemoe import FrequencyOverDistance
+from .future_use import FutureUse
 from .hot_set import HotSet
 from .lfu import LeastFrequentlyUsed
 from .lru import LeastRecentlyUsed
@@ -25,6 +26,7 @@ POLICIES: dict[str, Callable[[CacheFacts], Policy]] = {
 }
 LEARNING: dict[str, Callable[[CacheFacts, Iterable[RecordedForward]], Policy]] = {
     "hot_set": HotSet,
+    "future_use": FutureUse,
 }
 """Those that learn from recorded routes; asked for as ``NAME:FILE``."""
 BOUND = "belady"

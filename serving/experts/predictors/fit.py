@@ -27,11 +27,11 @@ def fit(
     facts: PredictorFacts,
     routes: Routes,
     seed: int = 0,
-    report: Callable[[int], None] | None = None,
+    report: Callable[[], None] | None = None,
 ) -> dict[str, Array]:
     """Return a network's arrays; the same arguments give the same ones on one machine.
 
-    ``report`` hears of every step that is done.
+    ``report`` is called after every step.
     """
     order_R = np.lexsort((routes.positions_N, routes.sequences_N))
     experts_RLK = routes.experts_NLK[order_R]
@@ -40,7 +40,7 @@ def fit(
     parameters = _start(facts, generator)
     optimizer = torch.optim.Adam(parameters.values(), LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, STEPS)
-    for step in range(STEPS):
+    for _ in range(STEPS):
         chosen = torch.randint(len(experts_RLK), (ROWS,), generator=generator).numpy()
         kept_R = torch.rand(ROWS, 1, 1, generator=generator) >= FORGOTTEN
         recent_RLE = torch.from_numpy(recent.of(chosen)) * kept_R
@@ -50,7 +50,7 @@ def fit(
         optimizer.step()
         schedule.step()
         if report is not None:
-            report(step + 1)
+            report()
     return {name: value.detach().numpy() for name, value in parameters.items()}
 
 

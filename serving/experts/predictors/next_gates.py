@@ -23,8 +23,8 @@ from .recency import Recency
 
 SMALLEST_NORM = 1e-3
 """Norm weights below this hide their dimension: dividing by them would blow up rounding."""
-SHARPNESS = 3.0
-"""Chances fall from the K-th score by this factor per standard deviation of a row's scores."""
+SHARPNESS = 13.0
+"""How fast chances fall from the K-th score on: in the exponent, per range of a row's scores."""
 
 
 def has_scores(router: Router) -> bool:
@@ -107,15 +107,12 @@ class NextGates:
         Chances fall from the K-th best score on; the store calibrates them.
         """
         k = self._facts.k
-        width = min(self._facts.num_experts, width_of(k, 1, 1))
-        best_NSW = np.argpartition(scores_NSE, -width, axis=2)[:, :, -width:]
-        values_NSW = np.take_along_axis(scores_NSE, best_NSW, axis=2)
-        order_NSW = np.argsort(-values_NSW, axis=2)
-        best_NSW = np.take_along_axis(best_NSW, order_NSW, axis=2)
-        values_NSW = np.take_along_axis(values_NSW, order_NSW, axis=2)
-        spread_NS1 = scores_NSE.std(axis=2, keepdims=True) + 1e-6
-        margin_NSW = (values_NSW - values_NSW[:, :, k - 1 : k]) / spread_NS1
-        return best_NSW, 1 / (1 + np.exp(-SHARPNESS * margin_NSW))
+        order_NSE = np.argsort(-scores_NSE, axis=2)
+        values_NSE = np.take_along_axis(scores_NSE, order_NSE, axis=2)
+        width = width_of(k, 1, 1)
+        spread_NS1 = values_NSE[:, :, :1] - values_NSE[:, :, -1:] + 1e-6
+        margin_NSW = (values_NSE[:, :, :width] - values_NSE[:, :, k - 1 : k]) / spread_NS1
+        return order_NSE[:, :, :width], 1 / (1 + np.exp(-SHARPNESS * margin_NSW))
 
     def _first_hints(self, rows: int) -> list[Hint]:
         first = self._facts.moe_layers[0]

@@ -11,6 +11,7 @@ import numpy as np
 
 from ....moe.routes.rows import Array, Phase, Routes
 from ..forwards import Forward
+from .chances import width_of
 from .predictor import DISTANCE, Hint, Predictor, PredictorFacts
 
 HINTS_COLUMN = "hints"
@@ -46,9 +47,10 @@ class Recall:
         return values | {"recall": round(self.recall, 4), "precision": round(self.precision, 4)}
 
 
-def widths_of(k: int, num_experts: int) -> tuple[int, ...]:
-    """Return the widths that a table shows: K, and two more."""
-    return tuple(dict.fromkeys(min(num_experts, width) for width in (k, k + 2)))
+def widths_of(k: int, num_experts: int, distance: int) -> tuple[int, ...]:
+    """Return the widths that a table shows: K, and what predictors name at a distance."""
+    most = min(num_experts, width_of(k, 1, distance))
+    return (k, most) if most > k else (most,)
 
 
 def split(routes: Routes, held_out: float) -> tuple[Routes, Routes]:
@@ -84,7 +86,7 @@ def judge_column(routes: Routes, facts: PredictorFacts) -> list[Recall]:
         hints_NLW = hints_NLSW[:, number + 1 :, number]
         experts_NLK = routes.experts_NLK[:, number + 1 :]
         has_hint_NL1 = (hints_NLW >= 0).any(axis=2, keepdims=True)
-        for width in widths_of(facts.k, facts.num_experts):
+        for width in widths_of(facts.k, facts.num_experts, number + 1):
             named_NLW = hints_NLW[:, :, :width]
             is_there_NLWK = named_NLW[..., None] == experts_NLK[:, :, None, :]
             right = int((is_there_NLWK & (named_NLW >= 0)[..., None]).sum())
@@ -97,9 +99,12 @@ def judge_column(routes: Routes, facts: PredictorFacts) -> list[Recall]:
 class _Counts:
     def __init__(self, facts: PredictorFacts) -> None:
         self._place_of = {layer: place for place, layer in enumerate(facts.moe_layers)}
-        self._widths = widths_of(facts.k, facts.num_experts)
         self._last = len(facts.moe_layers) - 1
-        keys = [(distance, w) for distance in range(1, DISTANCE + 1) for w in self._widths]
+        self._widths = {
+            distance: widths_of(facts.k, facts.num_experts, distance)
+            for distance in range(1, DISTANCE + 1)
+        }
+        keys = [(distance, w) for distance, widths in self._widths.items() for w in widths]
         self._found = {key: [0, 0, 0] for key in keys}
 
     def add(self, place: int, hints: list[Hint], experts_LK: Array) -> None:
@@ -113,7 +118,7 @@ class _Counts:
                 named[self._place_of[layer]].append(expert)
         for target, experts in named.items():
             needed = {expert for expert in experts_LK[target].tolist() if expert >= 0}
-            for width in self._widths:
+            for width in self._widths[target - place]:
                 counts = self._found[target - place, width]
                 counts[0] += len(needed)
                 counts[1] += len(experts[:width])

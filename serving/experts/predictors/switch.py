@@ -12,12 +12,12 @@ WARM_UP = 8
 PLAN = (False,) * 6 + (True,) * 12 + (False,) * 6
 """A test: reading ahead stands between two blocks without, so that a steady change of speed
 cancels out."""
-SETTLING = 2
+SETTLING = 1
 """Forwards of a block that do not count: they use what the block before has read."""
 MARGIN = 0.02
 """Reading ahead must be faster by this much."""
-HOPELESS = 1.15
-"""A test ends early when half of its forwards that read ahead took this much longer."""
+HOPELESS, SOONEST_VERDICT = 1.1, 3
+"""A test ends early when this many forwards that read ahead took this much longer."""
 FIRST_RETEST, LAST_RETEST = 256, 8192
 """Forwards until the next test; twice as many after each test that changes nothing. A test of 12
 forwards that are 20 % slower than the others costs 1 % of 256."""
@@ -114,8 +114,7 @@ class MeasuringSwitch:
             state.seconds[is_ahead].append(seconds)
         state.step += 1
         without, ahead = state.seconds[False], state.seconds[True]
-        half = PLAN.count(True) // 2
-        is_hopeless = len(ahead) == half and median(ahead) > HOPELESS * median(without)
+        is_hopeless = len(ahead) >= SOONEST_VERDICT and median(ahead) > HOPELESS * median(without)
         if state.step == len(PLAN) or is_hopeless:
             self._decide(state, median(ahead), median(without))
 

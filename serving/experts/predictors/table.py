@@ -3,9 +3,12 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from ....errors import ConfigError
 from ....moe.config.model import ModelConfig
 from ....moe.models.decoder import Decoder
+from ....moe.routers.router import RouterSizes
 from ....moe.routers.routing import Lookahead
 from ....moe.routes.identity import identity_of
 from ....moe.routes.reader import RouteFile
@@ -53,6 +56,30 @@ def check_predictor(predictor: str | Predictor) -> None:
         split_spec(predictor)
 
 
+def check_fit(spec: str, config: ModelConfig) -> str:
+    """Return the name of the predictor that a model gets; ``auto`` becomes one of the others.
+
+    ``auto`` is ``next_gates`` where routers have scores. Raises :class:`ConfigError` for a
+    predictor that does not fit the model. Reads no file.
+    """
+    name, _ = split_spec(spec)
+    problem = why_not(config)
+    assert config.moe is not None, "a store has experts"
+    sizes = RouterSizes(config.d_model, config.moe.num_experts, config.vocabulary)
+    with torch.device("meta"):
+        can_ask_gates = problem is None and has_scores(config.moe.router.build(sizes))
+    if name == "auto":
+        return "next_gates" if can_ask_gates else "none"
+    if name != "none" and problem is not None:
+        raise ConfigError(f"expert_predictor is {spec!r}, but {problem}; use auto or none.")
+    if name == "next_gates" and not can_ask_gates:
+        raise ConfigError(
+            f"expert_predictor is 'next_gates', but router.kind is {config.moe.router.kind}, which "
+            f"has no scores from one product; use one of {', '.join(REPLAYABLE)}."
+        )
+    return name
+
+
 def why_not(config: ModelConfig) -> str | None:
     """Return in one sentence why a model's experts cannot be predicted, or None."""
     assert config.moe is not None, "a store has experts"
@@ -79,28 +106,16 @@ def facts_of(config: ModelConfig) -> PredictorFacts:
 def open_predictor(predictor: str | Predictor, decoder: Decoder) -> Predictor | None:
     """Return a model's predictor, None if there is none to use; raises :class:`ConfigError`.
 
-    ``decoder`` has its weights. ``auto`` is ``next_gates`` where routers have scores.
+    ``decoder`` has its weights.
     """
     if not isinstance(predictor, str):
         return predictor
-    name, file = split_spec(predictor)
-    problem = why_not(decoder.config)
-    can_ask_gates = problem is None and all(has_scores(router) for router in decoder.routers())
-    if name == "auto":
-        name = "next_gates" if can_ask_gates else "none"
+    name, facts = check_fit(predictor, decoder.config), facts_of(decoder.config)
     if name == "none":
         return None
-    if problem is not None:
-        raise ConfigError(f"expert_predictor is {predictor!r}, but {problem}; use auto or none.")
-    if name != "next_gates":
-        return open_replayable(name, file, facts_of(decoder.config))
-    if not can_ask_gates:
-        kind = decoder.routers()[0].config.kind
-        raise ConfigError(
-            f"expert_predictor is 'next_gates', but router.kind is {kind}, which has no scores "
-            f"from one product; use one of {', '.join(REPLAYABLE)}."
-        )
-    return NextGates(facts_of(decoder.config), decoder)
+    if name == "next_gates":
+        return NextGates(facts, decoder)
+    return open_replayable(name, split_spec(predictor)[1], facts)
 
 
 def predictor_of_routes(spec: str, facts: CacheFacts, k: int) -> Predictor:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from ....errors import ExpertReadError
 from ....moe.folders.expert_hashes import DamagedExpertError
-from ..read_queue import Read
+from ..reads import Read
 
 
 def read_error(failed: Sequence[Read]) -> ExpertReadError:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ....moe.folders.expert_layouts import ExpertViews
 from ..policies.policy import Key
-from ..read_queue import Read
+from ..reads import Read
 
 
 @dataclass(frozen=True, slots=True)
