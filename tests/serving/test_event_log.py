@@ -30,9 +30,9 @@ def early_folder(tmp_path_factory):
     return folder
 
 
-def run(folder, path, count, work, policy="lru"):
+def run(folder, path, count, work, **options):
     """Let ``work`` use a model whose store logs; return the store's counters and both files."""
-    options = StoreOptions(policy=policy, log=path / "log.events")
+    options = StoreOptions(**options, log=path / "log.events")
     model, store = open_model(folder, expert_memory=slots(count), options=options)
     with recording(model.decoder, path / "own.routes"):
         work(model)
@@ -58,11 +58,23 @@ def test_following_the_log_counts_what_the_store_counted(
             return real(*arguments)
 
         monkeypatch.setattr(os, "preadv", slow)
-    counted, log, routes = run(early_folder, tmp_path, count, generate, "decayed_lfu")
+    counted, log, routes = run(early_folder, tmp_path, count, generate, policy="decayed_lfu")
     found = follow(log, read_forwards([routes])).as_dict()
     assert {name: found[name] for name in counted} == counted
     assert log.damage is None and log.header.policy == "decayed_lfu"
     assert counted["issued"] > 20 and counted["evictions"] > 20
+
+
+@pytest.mark.parametrize("predictor", ["previous_layers", "next_gates"])
+def test_hints_of_predictors_are_followed_too(model_folder, tmp_path, predictor):
+    def work(model):
+        for start in (3, 60, 120):
+            model.generate(torch.arange(start, start + 5).unsqueeze(0), 60, temperature=0)
+
+    counted, log, routes = run(model_folder, tmp_path, 5, work, predictor=predictor)
+    found = follow(log, read_forwards([routes])).as_dict()
+    assert {name: found[name] for name in counted} == counted
+    assert counted["issued"] > 0
 
 
 def test_forwards_that_failed_are_in_the_log_only(early_folder, tmp_path, monkeypatch):
