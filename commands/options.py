@@ -83,7 +83,8 @@ def add_expert_store(parser: argparse.ArgumentParser) -> None:
         "--expert-policy",
         metavar="NAME",
         default="lru",
-        help="which expert leaves memory when another one is needed",
+        help="which expert leaves memory when another one is needed: lru, lfu, decayed_lfu, "
+        "edgemoe, activations, working_set, hot_set:FILE or future_use:FILE",
     )
     parser.add_argument(
         "--expert-reader",
