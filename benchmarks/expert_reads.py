@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from moeyard.kernels.values.expert_weights import empty_slots
 from moeyard.moe.config.model import ModelConfig, MoEConfig
 from moeyard.moe.folders.extents import Chunk
 from moeyard.moe.folders.families.table import FAMILIES
@@ -129,20 +130,16 @@ def plain_rate(folder: ModelFolder, threads: int, direct: bool) -> float:
             part = memory.part(0, chunk.end - chunk.start)
             chunk.file.reader.read([part], chunk.start, direct)
 
-    memories = [page_aligned(max(c.end - c.start for c in chunks)) for _ in range(threads)]
-    workers = [threading.Thread(target=work, args=(memory,)) for memory in memories]
+    # Like slots: with huge pages direct reads were half as fast again.
+    largest = max(chunk.end - chunk.start for chunk in chunks)
+    memories = empty_slots(threads, 1, largest, torch.uint8).zero_()
+    workers = [threading.Thread(target=work, args=(buffer_of(memory),)) for memory in memories]
     started = time.perf_counter()
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
     return sum(c.end - c.start for c in chunks) / (time.perf_counter() - started)
-
-
-def page_aligned(num_bytes: int) -> Buffer:
-    memory = torch.zeros(num_bytes + 4096, dtype=torch.uint8)
-    skip = -memory.data_ptr() % 4096
-    return buffer_of(memory[skip : skip + num_bytes])
 
 
 class StorePass:
