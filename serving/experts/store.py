@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import replace
 
 from ...kernels.values.quantized_weights import SlotWeights
+from ...moe.routes.recorder import OwnColumns
 from .expectations import Expectations
 from .filler import SlotFiller
 from .forwards import Forward
@@ -99,6 +100,10 @@ class ExpertStore:
         """Read ahead what a predictor says, from now on; None = as long as measurements say so."""
         parts = (self._slots, self._filler, self._reads, self.statistics)
         self._ahead = ReadAhead(predictor, facts, *parts, self._clock, switch)
+
+    def hint_column(self) -> OwnColumns | None:
+        """Return the column of hints for a route file; None if no gates are asked ahead."""
+        return None if self._ahead is None else self._ahead.column()
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
         """Begin to read what ``layer`` will need, and keep what is there already.
