@@ -1,6 +1,6 @@
 """How much of the device's rate do experts get on their way into slots, hash included?
 
-    python benchmarks/expert_reads.py [--folder FOLDER]
+    python benchmarks/expert_reads.py [--folder FOLDER] [--limits 200 400 800 0]
 
 Two random models in bf16, one with experts of 9.4 MB and one with experts of 393 KB, each in the
 layout of ``moeyard convert`` (an expert is one extent) and with all matrices of a kind together, so
@@ -8,8 +8,9 @@ that an expert is three. The device's rate is that of preadv of the same extents
 else, in the best of 1, 2, 4 and 8 threads, through the page cache or around it. The store reads
 every expert in the same order, at random in a layer, into slots for half of a layer, computes its
 hash and compares it. Pages of the files are dropped from the cache before each pass. Passes of the
-device and the stores take turns; rates are medians of five. Limits are those of the control group
-blkio (version 1, root); without it only the unlimited device is measured.
+device and the stores take turns and last a second or more; rates are medians of three. Limits are
+those of the control group blkio (version 1, root); without it only the unlimited device is
+measured.
 """
 
 import argparse
@@ -21,13 +22,16 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
+from moeyard.kernels.values.expert_weights import empty_slots
 from moeyard.moe.config.model import ModelConfig, MoEConfig
 from moeyard.moe.folders.extents import Chunk
 from moeyard.moe.folders.families.table import FAMILIES
@@ -45,7 +49,9 @@ GROUP = Path("/sys/fs/cgroup/blkio/expert-reads")
 LIMITS_MB = (200, 400, 800, 0)
 SIZES = {"9.4 MB": (1024, 1536, 2, 16), "393 KB": (256, 256, 4, 128)}
 """By size of an expert: widths of model and expert, layers, experts of a layer."""
-PASSES = 5
+PASSES = 3
+PASS_S = 1.0
+"""A pass reads all again until it took this long: limits let bursts pass."""
 
 
 def config_of(d_model: int, d_expert: int, num_layers: int, num_experts: int) -> ModelConfig:
@@ -114,8 +120,17 @@ def in_order(folder: ModelFolder) -> list[tuple[int, int]]:
     ]
 
 
-def plain_rate(folder: ModelFolder, threads: int, direct: bool) -> float:
-    """Return the bytes per second of nothing but preadv."""
+def long_rate(one: Callable[[], tuple[int, float]]) -> float:
+    """Return the bytes per second of reading all until it took long enough."""
+    total, seconds = 0, 0.0
+    while seconds < PASS_S:
+        num_bytes, more = one()
+        total, seconds = total + num_bytes, seconds + more
+    return total / seconds
+
+
+def read_plainly(folder: ModelFolder, threads: int, direct: bool) -> tuple[int, float]:
+    """Return the bytes and seconds of nothing but preadv."""
     chunks = [chunk for key in in_order(folder) for chunk in folder.expert_chunks(*key)]
     left, lock = iter(chunks), threading.Lock()
     drop(folder)
@@ -129,20 +144,17 @@ def plain_rate(folder: ModelFolder, threads: int, direct: bool) -> float:
             part = memory.part(0, chunk.end - chunk.start)
             chunk.file.reader.read([part], chunk.start, direct)
 
-    memories = [page_aligned(max(c.end - c.start for c in chunks)) for _ in range(threads)]
-    workers = [threading.Thread(target=work, args=(memory,)) for memory in memories]
+    # Like slots: with huge pages direct reads were half as fast again.
+    largest = max(chunk.end - chunk.start for chunk in chunks)
+    memories = empty_slots(threads, 1, largest, torch.uint8).zero_()
+    workers = [threading.Thread(target=work, args=(buffer_of(memory),)) for memory in memories]
     started = time.perf_counter()
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    return sum(c.end - c.start for c in chunks) / (time.perf_counter() - started)
-
-
-def page_aligned(num_bytes: int) -> Buffer:
-    memory = torch.zeros(num_bytes + 4096, dtype=torch.uint8)
-    skip = -memory.data_ptr() % 4096
-    return buffer_of(memory[skip : skip + num_bytes])
+    seconds = time.perf_counter() - started
+    return sum(chunk.end - chunk.start for chunk in chunks), seconds
 
 
 class StorePass:
@@ -163,10 +175,10 @@ class StorePass:
         )
         assert self._store.read_plan is not None
         self.plan = self._store.read_plan
-        self.rate()  # touches the slots for the first time, and learns hashes
+        self.run()  # touches the slots for the first time, and learns hashes
 
-    def rate(self) -> float:
-        """Return the bytes per second of a pass."""
+    def run(self) -> tuple[int, float]:
+        """Return the bytes and seconds of a pass."""
         drop(self._folder)
         before = self._num_misses()
         started = time.perf_counter()
@@ -176,7 +188,7 @@ class StorePass:
                 pass
         seconds = time.perf_counter() - started
         assert self._num_misses() - before == len(self._experts), "something was in memory"
-        return len(self._experts) * self._expert_bytes / seconds
+        return len(self._experts) * self._expert_bytes, seconds
 
     def close(self) -> None:
         self._store.close()
@@ -201,7 +213,7 @@ def row(folders: Path, size: str, limit_mb: int) -> dict[str, Any]:
     files = ModelFolder(one)
     files.files.open_direct()
     ways = [(threads, direct) for threads in (1, 2, 4, 8) for direct in (False, True)]
-    first = {way: plain_rate(files, *way) for way in ways}
+    first = {way: long_rate(partial(read_plainly, files, *way)) for way in ways}
     best = max(first, key=lambda way: first[way])
     layouts = {"": one, "three_": three}
     passes = {
@@ -214,8 +226,8 @@ def row(folders: Path, size: str, limit_mb: int) -> dict[str, Any]:
     for _ in range(PASSES):  # in turn, so that whatever else the machine does hits all of them
         for name, one_pass in passes.items():
             if name in ("auto", "three_auto"):
-                device.append(plain_rate(files, *best))
-            rates[name].append(one_pass.rate())
+                device.append(long_rate(partial(read_plainly, files, *best)))
+            rates[name].append(long_rate(one_pass.run))
     plan = passes["auto"].plan
     for one_pass in passes.values():
         one_pass.close()
@@ -247,6 +259,9 @@ def print_row(row: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, help="a folder on the disk that is to be measured")
+    parser.add_argument(
+        "--limits", type=int, nargs="+", default=LIMITS_MB, help="MB/s; 0 = without a limit"
+    )
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child is not None:
@@ -257,17 +272,17 @@ def main() -> None:
             for name in ("one", "three"):
                 folder = Path(space) / f"{size.split()[0]}-{name}"
                 write(folder, config_of(*sizes), name == "one")
-        rows = run_all(Path(space))
+        rows = run_all(Path(space), arguments.limits)
     (RESULTS / "expert_reads.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 
-def run_all(space: Path) -> list[dict[str, Any]]:
+def run_all(space: Path, wanted: Sequence[int]) -> list[dict[str, Any]]:
     print("MB/s (share of the device's rate)          one extent" + " " * 26 + "three tensors")
     print(
         " expert limit device  probe  auto          buffered      direct        auto          "
         "buffered      direct"
     )
-    limits = LIMITS_MB if can_limit() else (0,)
+    limits = wanted if can_limit() else (0,)
     rows = []
     for limit in limits:
         command = [sys.executable, __file__, "--folder", str(space), "--child", str(limit)]
