@@ -126,6 +126,16 @@ class ExpertCollector(Collector):
             for name, family in families.items():
                 family.add_metric([str(layer)], getattr(traffic, name))
         yield from families.values()
+        by_tier = CounterMetricFamily(
+            "moeyard_expert_tier_reads", "Experts read, by where they came from", labels=["tier"]
+        )
+        bytes_by_tier = CounterMetricFamily(
+            "moeyard_expert_tier_bytes", "Bytes of these experts", labels=["tier"]
+        )
+        for source, count in store.rates.reads.items():
+            by_tier.add_metric([source], count)
+            bytes_by_tier.add_metric([source], count * store.slot_bytes)
+        yield from (by_tier, bytes_by_tier)
         yield CounterMetricFamily(
             "moeyard_expert_evictions", "Experts put out", value=store.statistics.evictions
         )

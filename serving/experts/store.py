@@ -2,11 +2,9 @@
 
 One pool of slots serves all layers. A policy (policies/) says which expert leaves its slot, a tier
 (tiers/) fills a slot, a queue (read_queue.py) runs the reads, filler.py brings these together, and
-this file talks to compute.
-Reads go straight into slots that nothing else uses, while the caller computes with experts that are
-ready. Routers that choose early let the store read ahead; for others it follows a predictor's hints
-(read_ahead.py). Reading ahead never puts out an expert that is known to be needed, and waits behind
-every read that compute waits for.
+this file talks to compute. Reads go straight into slots that nothing else uses, while the caller
+computes with experts that are ready. What a router chooses early, or a predictor names
+(read_ahead.py), is read ahead, behind every read that compute waits for.
 """
 
 import time
@@ -28,6 +26,7 @@ from .reading.errors import read_error
 from .reading.plan import ReadPlan
 from .reads import Read, Reads
 from .slots import Slots, StoreCounts
+from .tiers.rates import Rates
 from .tiers.tier import Tier
 from .traffic import StoreStatistics
 
@@ -48,6 +47,8 @@ class ExpertStore:
         reads: Reads,
         policy: Policy,
         clock: Callable[[], float] = time.perf_counter,
+        rates: Rates | None = None,
+        on_close: Callable[[], None] = lambda: None,
         read_plan: ReadPlan | None = None,
     ) -> None:
         self.num_slots = facts.num_slots
@@ -58,6 +59,8 @@ class ExpertStore:
         self._policy = policy
         self._reads = reads
         self._clock = clock
+        self.rates = rates or Rates()
+        self._on_close = on_close
         self._expected = Expectations()
         self._ahead: ReadAhead | None = None
         self.statistics = StoreStatistics(facts.moe_layers, slot_bytes)
@@ -82,9 +85,10 @@ class ExpertStore:
         return (layer, expert) in self._slots
 
     def close(self) -> None:
-        """Stop the reading threads, and end the log."""
+        """Stop the reading threads, end the log, and let go of the tiers."""
         self._reads.close()
         self.statistics.close()
+        self._on_close()
 
     def begin(self, forward: Forward) -> None:
         """Hear of a forward before it runs."""
