@@ -37,7 +37,7 @@ from .traffic import StoreStatistics
 
 UNSEEN = 8
 """While reading ahead is switched off, a predictor sees one forward in this many: it goes on
-learning and costs nearly nothing."""
+learning, at an eighth of the cost."""
 
 
 class Choice(NamedTuple):

@@ -18,7 +18,7 @@ MARGIN = 0.02
 """Reading ahead must be faster by this much."""
 CERTAINTY = 0.75
 """Share of all pairs of a forward with it and one without, in which the one with it must be faster.
-On a busy machine, where medians say little, chance alone reaches this in one test of forty."""
+On a busy machine, where medians say little, chance alone reaches this in one test of 35."""
 HOPELESS, SOONEST_VERDICT = 1.1, 3
 """A test ends early when this many forwards that read ahead took this much longer."""
 FIRST_RETEST, LAST_RETEST = 256, 8192
