@@ -46,7 +46,7 @@ def measure(case: Case) -> list[dict]:
             else:
                 speeds[arm.name].append(speed)
     base = speeds[case.arms[0].name]
-    return [_row(case, name, speeds[name], base, outcomes[name]) for name in speeds]
+    return [_row(name, speeds[name], base, outcomes[name]) for name in speeds]
 
 
 def find_bound(case: Case) -> dict | None:
@@ -73,9 +73,7 @@ def find_bound(case: Case) -> dict | None:
     return {"compute_s": c, "reading_s": m, "bound": bound}
 
 
-def _row(
-    case: Case, name: str, speeds: list[float], base: list[float], outcomes: list[Outcome]
-) -> dict:
+def _row(name: str, speeds: list[float], base: list[float], outcomes: list[Outcome]) -> dict:
     last = outcomes[-1]
     row = {
         "arm": name,
@@ -95,8 +93,8 @@ def _row(
     if "hits" in result:
         needed = result["hits"] + result["misses"] + result["prefetch_late"]
         row |= {"hits_percent": 100 * result["hits"] / needed}
-        row |= {"mb_a_token": result["bytes_read"] / case.tokens / 1e6}
-        row |= {"stall_ms_a_token": 1e3 * result["stall_s"] / case.tokens}
+        row |= {"mb_a_token": result["bytes_read"] / result["tokens"] / 1e6}
+        row |= {"stall_ms_a_token": 1e3 * result["stall_s"] / result["tokens"]}
     row["text"] = result.get("text_sha256")
     return row
 
