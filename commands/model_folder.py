@@ -39,7 +39,9 @@ def open_model(arguments: argparse.Namespace) -> "LanguageModel":
     """Open the model of a command that has the options of ``add_loading``."""
     from ..moe.routers.own_code import allow
     from ..serving.loading import load
+    from ..serving.planning.start import show_start
 
+    show_start()
     allow(arguments.allow_code)
     return load(
         model_folder(arguments.model),

@@ -75,7 +75,10 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
 
 def add_expert_store(parser: argparse.ArgumentParser) -> None:
     """Add how much memory experts get, and how the others are read from disk."""
-    parser.add_argument("--expert-memory", help="memory for experts: 2GiB or 25%%; default: all")
+    parser.add_argument(
+        "--expert-memory",
+        help="memory for experts: 2GiB, 25%% or auto, what the machine can spare; default: all",
+    )
     parser.add_argument(
         "--expert-policy",
         metavar="NAME",

@@ -16,6 +16,7 @@ from .cluster.replica_port import close_replica_port
 from .proxy_guard import CALLBACK, CALLBACK_VARIABLE, ask_for_guard
 from .replicas.hub_link import HubLink
 from .server import ServeArgs, Server, check_model, with_commit
+from .server_budgets import with_budgets
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ def build(args: dict[str, Any]) -> Application:
 
 def application(args: ServeArgs) -> Application:
     """Return the application of checked arguments; raises :class:`MoeyardError`."""
-    args = with_commit(args)
+    args, _ = with_budgets(with_commit(args))
     check_model(args)
     return MoeyardServer.options(  # type: ignore[attr-defined]
         num_replicas=args.num_replicas,

@@ -17,8 +17,12 @@ from types import FrameType
 from ..errors import ConfigError, MoeyardError
 from .cluster.guardian import ATTEMPTS, TRY_AGAIN, stopping_signals
 from .cluster.own_ray import RayStartError, StartReport, Watch, prepare, start
+from .experts.budget import parse_budget
+from .experts.tiers.shared_memory import object_store_bytes
+from .planning.start import show_start
 from .proxy_guard import UNFINISHED
 from .server import ServeArgs, check_model, with_commit
+from .server_budgets import log_budgets, with_budgets
 
 START_TIMEOUT_S = 300.0
 ENDING_TIMEOUT_S = 10.0
@@ -39,8 +43,11 @@ def serve_forever(args: ServeArgs, host: str, port: int, attempt: int) -> int:
     process that is still there afterwards.
     """
     check_address(host, port)
-    args = with_commit(args)
+    args, room = with_budgets(with_commit(args))
     check_model(args, runs_here=True)
+    if attempt == 1:
+        show_start()
+        log_budgets(args, room)
     report = StartReport(args.model_name, attempt)
     folder = prepare()
     is_ready = False
@@ -81,7 +88,9 @@ def serve_forever(args: ServeArgs, host: str, port: int, attempt: int) -> int:
 def _start(args: ServeArgs, host: str, port: int, folder: Path, report: StartReport) -> str:
     """Start everything and return the address once it answers."""
     # A replica asks Ray for one CPU; more of them than there are must not wait for ever.
-    start(folder, max(args.num_replicas, len(os.sched_getaffinity(0))))
+    copies = parse_budget(args.host_memory, 0) if args.host_memory else 0
+    cpus = max(args.num_replicas, len(os.sched_getaffinity(0)))
+    start(folder, cpus, object_store_bytes(copies) if copies else None)
     _on_signals(_stop)  # ray.init has replaced them
     from ray import serve
     from ray.exceptions import RayError

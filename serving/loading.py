@@ -36,6 +36,9 @@ from .experts.predictors.predictor import Predictor
 from .experts.predictors.table import check_predictor, facts_of, open_predictor
 from .experts.store import ExpertStore
 from .memory import available_bytes, check_memory
+from .planning.budget import Demand
+from .planning.decide import decide
+from .planning.start import log_start
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +69,8 @@ def load(
     stay in fp32 under bf16, and experts that the folder has in 8 or 4 bits stay in those.
     ``device`` is ``cpu``, ``cuda`` or ``cuda:N``; ids go there too. ``expert_memory``
     (``2GiB``, ``25%``) bounds the experts kept in memory; the others are read from the folder when
-    they are needed, and outputs are the same bit for bit. Weights that ``config.json`` does not ask
+    they are needed, and outputs are the same bit for bit. ``auto`` is what the machine can spare,
+    all experts if they fit. Weights that ``config.json`` does not ask
     for are refused, unless ``ignore_unused_weights`` says to do without them. ``allow_code`` names
     modules of your own whose routers the folder may use; they are imported. ``expert_policy``
     chooses which expert leaves memory when another one is needed: a name, or an object with the
@@ -75,6 +79,8 @@ def load(
     name or ``NAME:FILE`` (docs/offloading.md), or an object with the methods of
     :class:`moeyard.serving.experts.predictors.predictor.Predictor`.
     ``expert_log`` is a file for every event of the store, which is replaced.
+    ``expert_reader`` reads experts through the page cache (``buffered``) or around it (``direct``);
+    ``auto`` measures which is better.
 
     Raises :class:`ModelFileError` for a folder that is damaged or of an unknown kind and for a
     model that cannot be downloaded, and :class:`ConfigError` for arguments that do not fit.
@@ -161,6 +167,8 @@ def _open(
     options: StoreOptions,
 ) -> tuple[LanguageModel, ExpertStore | None]:
     chosen = pick_dtype(files, dtype)
+    asked = expert_memory
+    expert_memory, room = decide(files, chosen, asked, Demand(), options.reader)
     check_memory(files, chosen, expert_memory)
     with without_memory():
         decoder = Decoder(files.config, expert_ids=())
@@ -184,6 +192,10 @@ def _open(
         predictor = open_predictor(options.predictor, decoder)
         if predictor is not None:
             store.predict(predictor, facts_of(files.config))
+    if asked is not None:
+        slots = None if store is None else store.num_slots
+        plan = None if store is None else store.read_plan
+        log_start(files, chosen, slots, plan, options, room)
     generation = read_generation_config(files)
     if generation.unknown_eos_ids:
         log.warning(

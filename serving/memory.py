@@ -15,19 +15,29 @@ from .experts.budget import bytes_of_experts
 GROUPS = Path("/sys/fs/cgroup")
 
 
-def check_memory(files: ModelFolder, dtype: torch.dtype, expert_memory: str | None) -> None:
+def check_memory(
+    files: ModelFolder,
+    dtype: torch.dtype,
+    expert_memory: str | None,
+    num_replicas: int = 1,
+    host_bytes: int = 0,
+) -> None:
     """Raise :class:`ConfigError` for a model that needs more memory than this process can get.
 
-    Without this check, the system would kill some process, or this one would fail half-way.
+    ``num_replicas`` share the machine, and ``host_bytes`` of it hold further experts. Without
+    this check, the system would kill some process, or this one would fail half-way.
     """
     experts = bytes_of_experts(files, dtype, expert_memory)
     others = sum(tensor.numel() for _, tensor in dense_tensors(files.config)) * dtype.itemsize
     free = available_bytes()
-    if experts + others > free:
+    needed = num_replicas * (experts + others) + host_bytes
+    if needed > free:
+        each = f" for each of {num_replicas} replicas" if num_replicas > 1 else ""
+        host = f", and {_gib(host_bytes)} of host memory" if host_bytes else ""
         raise ConfigError(
-            f"{files.path} needs {_gib(experts + others)} of memory, {_gib(experts)} of it for "
-            f"experts, but only {_gib(free)} is free; set a smaller expert-memory, or use a "
-            "machine with more."
+            f"{files.path} needs {_gib(experts + others)} of memory{each}, {_gib(experts)} of it "
+            f"for experts{host}, but only {_gib(free)} is free; set a smaller expert-memory, or "
+            "use a machine with more."
         )
 
 

@@ -24,11 +24,12 @@ from .engine.engine import Engine, check_length
 from .engine.route_recorder import RouteRecorder
 from .engine.thread import EngineThread
 from .engine.tokenizer import ServingTokenizer
-from .experts.budget import bytes_of_experts
+from .experts.budget import bytes_of_experts, host_bytes
 from .experts.event_log import SUFFIX as LOG_SUFFIX
 from .experts.options import StoreOptions
 from .experts.policies.table import check_policy
 from .experts.predictors.table import check_fit
+from .experts.tiers.shared_memory import check_shared_memory
 from .loading import open_model, pick_dtype
 from .memory import check_memory
 from .replica_files import check_replica_files, replica_file
@@ -44,9 +45,13 @@ class ServeArgs(BaseModel):
     served_model_name: str | None = None
     """Name clients use; None = the folder's name, or the one on the hub."""
     expert_memory: str | None = None
-    """Bound on the experts kept in memory (2GiB, 25%); None keeps all."""
+    """Bound on the experts kept in memory (2GiB, 25%); auto is what the machine can spare, None
+    keeps all."""
     expert_policy: str = "lru"
     """Which expert leaves memory when another one is needed."""
+    host_memory: str | None = None
+    """Memory of each node for further experts (8GiB, 50% of all), in Ray's object store and shared
+    by the node's replicas; None or 0 = none."""
     expert_reader: Literal["auto", "buffered", "direct"] = "auto"
     """Read experts through the page cache, around it, or as a probe at the start finds better."""
     expert_log: str | None = None
@@ -121,6 +126,7 @@ class ServeArgs(BaseModel):
             policy=self.expert_policy,
             predictor=self.expert_predictor,
             reader=self.expert_reader,
+            host_memory=self.host_memory,
         )
 
     def open_tokenizer(self) -> ServingTokenizer:
@@ -154,8 +160,10 @@ def check_model(args: ServeArgs, runs_here: bool = False) -> None:
     if args.expert_memory is not None:
         check_fit(args.expert_predictor, folder.config)
     bytes_of_experts(folder, dtype, args.expert_memory)
+    host = host_bytes(folder, dtype, args.host_memory)
     if runs_here:
-        check_memory(folder, dtype, args.expert_memory)
+        check_memory(folder, dtype, args.expert_memory, args.num_replicas, host)
+        check_shared_memory(host)
     folder.close()
     check_length(args.max_model_len, folder.config.max_positions)
 
@@ -181,7 +189,8 @@ class Server:
         self._recorder = None
         if args.record_routes is not None:
             path = replica_file(args.record_routes, replica, "record-routes", SUFFIX)
-            self._recorder = RouteRecorder(model.decoder, path)
+            own = None if self._store is None else self._store.hint_column()
+            self._recorder = RouteRecorder(model.decoder, path, own=own)
         tokenizer = self._tokenizer = args.open_tokenizer()
         engine = Engine(
             model,
@@ -219,8 +228,14 @@ class Server:
     def close(self) -> None:
         """Stop the threads."""
         self.thread.stop()
+        self.end_files()
         self._tokenizer.close()
+        if self._store is not None:
+            self._store.close()
+
+    def end_files(self) -> None:
+        """Write the ends of recorded routes and of the log, when no forward follows."""
         if self._recorder is not None:
             self._recorder.close()
         if self._store is not None:
-            self._store.close()
+            self._store.statistics.close()

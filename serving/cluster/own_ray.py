@@ -59,8 +59,11 @@ def prepare() -> Path:
     return Path(folder) / "ray"
 
 
-def start(folder: Path, num_cpus: int) -> None:
-    """Start Ray with its files in ``folder``; raises :class:`RayStartError`."""
+def start(folder: Path, num_cpus: int, object_store_bytes: int | None = None) -> None:
+    """Start Ray with its files in ``folder``; raises :class:`RayStartError`.
+
+    ``object_store_bytes`` bounds its shared memory; None: as much as Ray takes by itself.
+    """
     import ray
 
     try:
@@ -68,6 +71,7 @@ def start(folder: Path, num_cpus: int) -> None:
         ray.init(
             address="local",
             num_cpus=num_cpus,
+            object_store_memory=object_store_bytes,
             include_dashboard=False,
             logging_level=logging.WARNING,
             log_to_driver=False,

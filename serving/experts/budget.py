@@ -8,6 +8,8 @@ from ...errors import ConfigError
 from ...moe.folders.expert_slots import expert_bytes
 from ...moe.folders.folder import ModelFolder
 
+AUTO = "auto"
+"""The budget that leaves the choice to planning/."""
 UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20}
 UNITS |= {"gib": 1 << 30, "tib": 1 << 40, "tb": 10**12}
 
@@ -17,7 +19,8 @@ def parse_budget(text: str, whole_bytes: int, name: str = "expert-memory") -> in
     match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,9})?)\s*(%|[a-zA-Z]+)\s*", text)
     unit = match.group(2).lower() if match else ""
     if match is None or (unit != "%" and unit not in UNITS):
-        raise ConfigError(f"{name} is {text!r}; write a size like 2GiB or a share like 25%.")
+        auto = ", or auto" if name == "expert-memory" else ""
+        raise ConfigError(f"{name} is {text!r}; write a size like 2GiB or a share like 25%{auto}.")
     amount = float(match.group(1))
     if unit == "%":
         if not 0 < amount <= 100:
@@ -51,6 +54,19 @@ def bytes_of_experts(folder: ModelFolder, dtype: torch.dtype, expert_memory: str
         return _bytes_of_all(folder, dtype)
     num_slots = count_slots(folder, dtype, budget_bytes(folder, dtype, expert_memory))
     return num_slots * expert_bytes(folder.config, dtype, folder.packed)
+
+
+def host_bytes(folder: ModelFolder, dtype: torch.dtype, host_memory: str | None) -> int:
+    """Return the bytes of host memory as people write it: ``8GiB``, or a share of all experts."""
+    if host_memory is None or host_memory.strip() == "0":
+        return 0
+    num_bytes = parse_budget(host_memory, _bytes_of_all(folder, dtype), "host-memory")
+    slot_bytes = expert_bytes(folder.config, dtype, folder.packed)
+    if num_bytes < slot_bytes:
+        raise ConfigError(
+            f"host-memory is {num_bytes} bytes, but one expert takes {slot_bytes}; give more, or 0."
+        )
+    return num_bytes
 
 
 def _bytes_of_all(folder: ModelFolder, dtype: torch.dtype) -> int:

@@ -19,6 +19,7 @@ from .reading.choose import plan_reads
 from .reading.sidecar import LearnedHashes
 from .store import ExpertStore
 from .tiers.disk import DiskTier
+from .tiers.open import open_tiers
 
 
 def open_store(
@@ -46,14 +47,17 @@ def open_store(
     dense = sum(tensor.numel() for _, tensor in dense_tensors(config)) * dtype.itemsize
     plan = plan_reads(folder, options.reader, max(0, free_bytes - num_slots * slot_bytes - dense))
     save = _learn_hashes(folder)
+    tiers = open_tiers(DiskTier(folder), folder, dtype, slot_bytes, options.host_memory)
     store = ExpertStore(
         facts,
         slot_bytes,
         memory=empty_experts(config, num_slots, dtype, folder.packed),
-        tier=DiskTier(folder),
+        tier=tiers.first,
         reads=ReadQueue(num_threads or plan.threads, at_end=save),
         policy=policy,
         read_plan=plan,
+        rates=tiers.rates,
+        on_close=tiers.close,
     )
     if options.log is not None:
         name = options.policy if isinstance(options.policy, str) else type(policy).__name__

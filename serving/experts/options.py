@@ -13,6 +13,8 @@ class StoreOptions:
 
     policy: str | Policy = "lru"
     """Which expert leaves memory: a name of ``policies/table.py``, or an object."""
+    host_memory: str | None = None
+    """Bound on the experts that a node keeps in Ray's object store for all its replicas."""
     log: Path | None = None
     """Where every event of the store is written (event_log.py)."""
     predictor: str | Predictor = "none"

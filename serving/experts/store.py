@@ -2,11 +2,9 @@
 
 One pool of slots serves all layers. A policy (policies/) says which expert leaves its slot, a tier
 (tiers/) fills a slot, a queue (read_queue.py) runs the reads, filler.py brings these together, and
-this file talks to compute.
-Reads go straight into slots that nothing else uses, while the caller computes with experts that are
-ready. Routers that choose early let the store read ahead; for others it follows a predictor's hints
-(read_ahead.py). Reading ahead never puts out an expert that is known to be needed, and waits behind
-every read that compute waits for.
+this file talks to compute. Reads go straight into slots that nothing else uses, while the caller
+computes with experts that are ready. What a router chooses early, or a predictor names
+(read_ahead.py), is read ahead, behind every read that compute waits for.
 """
 
 import time
@@ -15,6 +13,7 @@ from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import replace
 
 from ...kernels.values.quantized_weights import SlotWeights
+from ...moe.routes.recorder import OwnColumns
 from .expectations import Expectations
 from .filler import SlotFiller
 from .forwards import Forward
@@ -27,6 +26,7 @@ from .reading.errors import read_error
 from .reading.plan import ReadPlan
 from .reads import Read, Reads
 from .slots import Slots, StoreCounts
+from .tiers.rates import Rates
 from .tiers.tier import Tier
 from .traffic import StoreStatistics
 
@@ -47,6 +47,8 @@ class ExpertStore:
         reads: Reads,
         policy: Policy,
         clock: Callable[[], float] = time.perf_counter,
+        rates: Rates | None = None,
+        on_close: Callable[[], None] = lambda: None,
         read_plan: ReadPlan | None = None,
     ) -> None:
         self.num_slots = facts.num_slots
@@ -57,6 +59,8 @@ class ExpertStore:
         self._policy = policy
         self._reads = reads
         self._clock = clock
+        self.rates = rates or Rates()
+        self._on_close = on_close
         self._expected = Expectations()
         self._ahead: ReadAhead | None = None
         self.statistics = StoreStatistics(facts.moe_layers, slot_bytes)
@@ -81,9 +85,10 @@ class ExpertStore:
         return (layer, expert) in self._slots
 
     def close(self) -> None:
-        """Stop the reading threads, and end the log."""
+        """Stop the reading threads, end the log, and let go of the tiers."""
         self._reads.close()
         self.statistics.close()
+        self._on_close()
 
     def begin(self, forward: Forward) -> None:
         """Hear of a forward before it runs."""
@@ -99,6 +104,10 @@ class ExpertStore:
         """Read ahead what a predictor says, from now on; None = as long as measurements say so."""
         parts = (self._slots, self._filler, self._reads, self.statistics)
         self._ahead = ReadAhead(predictor, facts, *parts, self._clock, switch)
+
+    def hint_column(self) -> OwnColumns | None:
+        """Return the column of hints for a route file; None if no gates are asked ahead."""
+        return None if self._ahead is None else self._ahead.column()
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
         """Begin to read what ``layer`` will need, and keep what is there already.

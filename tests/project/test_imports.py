@@ -69,9 +69,11 @@ ROOMS = {
     "serving": [
         ["experts", "packages"],
         ["engine", "memory", "replica_files"],
+        ["planning"],
         ["api", "loading"],
         ["evaluation"],
         ["proxy_guard", "server"],
+        ["server_budgets"],
         ["cluster", "replicas"],
         ["app"],
         ["launch"],
@@ -80,8 +82,18 @@ ROOMS = {
         ["model_folder", "options"],
         ["trace_place", "trace_predict", "trace_replay"],
         [
-            *("chat", "convert", "doctor", "evaluate", "export", "generate", "report", "serve"),
-            *("routers", "simulate", "tokenize", "trace", "train", "upcycle"),
+            *(
+                "chat",
+                "convert",
+                "doctor",
+                "evaluate",
+                "export",
+                "generate",
+                "plan",
+                "report",
+                "serve",
+            ),
+            *("serve", "routers", "simulate", "tokenize", "trace", "train", "upcycle"),
         ],
     ],
 }

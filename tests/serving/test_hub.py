@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from moeyard.serving.engine import metrics as metrics_module
+from moeyard.serving.engine import expert_metrics
 from moeyard.serving.engine.metrics import EngineMetrics
 from moeyard.serving.replicas.metrics_hub import (
     FOLDED_AFTER_S,
@@ -157,7 +157,7 @@ def test_load_follows_from_the_rows_of_all_replicas():
 
 
 def test_a_ratio_that_cannot_be_added_keeps_its_replica(monkeypatch):
-    monkeypatch.setattr(metrics_module, "MAX_EXPERT_SERIES", 1)  # no rows per expert are exported
+    monkeypatch.setattr(expert_metrics, "MAX_EXPERT_SERIES", 1)  # no rows per expert are exported
     hub, expected = MetricsHub(), {}
     for number, rows_LE in enumerate(ROWS):
         metrics = engine_metrics(rows_LE)

@@ -98,7 +98,7 @@ def facts_of(config: ModelConfig) -> PredictorFacts:
     assert config.moe is not None, "a store has experts"
     architecture = identity_of(config).architecture
     return PredictorFacts(
-        config.moe_layers, config.moe.num_experts, config.moe.router.k, architecture
+        tuple(config.moe_layers), config.moe.num_experts, config.moe.router.k, architecture
     )
 
 

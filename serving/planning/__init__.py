@@ -1,0 +1,1 @@
+"""What a model needs and how fast it can be, before it is opened."""

@@ -1,0 +1,67 @@
+"""The paragraph with which a server or a command starts."""
+
+import logging
+import sys
+
+import torch
+
+from ...moe.folders.folder import ModelFolder
+from ..experts.options import StoreOptions
+from ..experts.reading.plan import ReadPlan
+from .bandwidth import memory_bandwidth
+from .bounds import Copies, Speeds, bound_of
+from .budget import Room
+from .describe import Decision, describe
+from .sizes import sizes_of
+
+log = logging.getLogger(__name__)
+
+
+def show_start() -> None:
+    """Let this process print the paragraphs of the models that it opens, on standard error."""
+    if not log.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.terminator = ""
+        log.addHandler(handler)
+    log.propagate = False
+    log.setLevel(logging.INFO)
+
+
+def log_start(
+    folder: ModelFolder,
+    dtype: torch.dtype,
+    num_slots: int | None,
+    reads: ReadPlan | None,
+    options: StoreOptions,
+    room: Room | None = None,
+    host_bytes: int = 0,
+    num_replicas: int = 1,
+) -> None:
+    """Log what was decided about experts, if anyone listens; it takes a moment to measure.
+
+    ``num_slots`` and ``reads`` are those of a store, None where all experts are in memory.
+    """
+    if not log.isEnabledFor(logging.INFO):
+        return
+    sizes = sizes_of(folder, dtype)
+    memory = memory_bandwidth()
+    speeds = Speeds(memory, memory if reads is None else reads.bytes_per_s)
+    slots = sizes.num_experts if num_slots is None else num_slots
+    copies = Copies(num_slots=slots, num_in_host=host_bytes // sizes.expert_bytes)
+    decision = Decision(
+        sizes=sizes,
+        num_slots=slots,
+        room=room,
+        host_bytes=host_bytes,
+        num_replicas=num_replicas,
+        reader=None if reads is None else reads.text,
+        policy=_name(options.policy),
+        predictor=None if options.predictor == "none" else _name(options.predictor),
+        speeds=speeds,
+        bound=bound_of(sizes, copies, speeds),
+    )
+    log.info("%s", describe(decision))
+
+
+def _name(part: object) -> str:
+    return part if isinstance(part, str) else type(part).__name__
