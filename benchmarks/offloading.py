@@ -130,7 +130,10 @@ def main() -> None:
     parser.add_argument("--early-budget", default="75%")
     parser.add_argument("--predictors", nargs="*", default=["next_gates", "previous_layers"])
     parser.add_argument("--recalls", nargs="*", type=float, default=[0.5, 0.7, 0.9])
-    parser.add_argument("--everything", nargs="*", default=["policy=lru", "predictor=auto"])
+    parser.add_argument("--policy", default="lru", help="of the arm with everything on")
+    parser.add_argument(
+        "--routes", type=Path, help="route file of the trained model: the policy is future_use"
+    )
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--tokens", type=int, help="of every answer, in place of a part's number")
     parser.add_argument("--dry", action="store_true", help="run every arm once on tiny models")
