@@ -46,7 +46,7 @@ def measure(case: Case) -> list[dict]:
             else:
                 speeds[arm.name].append(speed)
     base = speeds[case.arms[0].name]
-    return [_row(case, name, speeds[name], base, outcomes[name]) for name in speeds]
+    return [_row(name, speeds[name], base, outcomes[name]) for name in speeds]
 
 
 def find_bound(case: Case) -> dict | None:
@@ -73,9 +73,7 @@ def find_bound(case: Case) -> dict | None:
     return {"compute_s": c, "reading_s": m, "bound": bound}
 
 
-def _row(
-    case: Case, name: str, speeds: list[float], base: list[float], outcomes: list[Outcome]
-) -> dict:
+def _row(name: str, speeds: list[float], base: list[float], outcomes: list[Outcome]) -> dict:
     last = outcomes[-1]
     row = {
         "arm": name,
@@ -95,8 +93,8 @@ def _row(
     if "hits" in result:
         needed = result["hits"] + result["misses"] + result["prefetch_late"]
         row |= {"hits_percent": 100 * result["hits"] / needed}
-        row |= {"mb_a_token": result["bytes_read"] / case.tokens / 1e6}
-        row |= {"stall_ms_a_token": 1e3 * result["stall_s"] / case.tokens}
+        row |= {"mb_a_token": result["bytes_read"] / result["tokens"] / 1e6}
+        row |= {"stall_ms_a_token": 1e3 * result["stall_s"] / result["tokens"]}
     row["text"] = result.get("text_sha256")
     return row
 
@@ -132,7 +130,10 @@ def main() -> None:
     parser.add_argument("--early-budget", default="75%")
     parser.add_argument("--predictors", nargs="*", default=["next_gates", "previous_layers"])
     parser.add_argument("--recalls", nargs="*", type=float, default=[0.5, 0.7, 0.9])
-    parser.add_argument("--everything", nargs="*", default=["policy=lru", "predictor=auto"])
+    parser.add_argument("--policy", default="lru", help="of the arm with everything on")
+    parser.add_argument(
+        "--routes", type=Path, help="route file of the trained model: the policy is future_use"
+    )
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--tokens", type=int, help="of every answer, in place of a part's number")
     parser.add_argument("--dry", action="store_true", help="run every arm once on tiny models")

@@ -56,7 +56,10 @@ class Cases:
             for recall in self._a.recalls if number == 0 else ():
                 name, more = f"oracle {recall}", ("--recall", str(recall))
                 arms.append(ours(name, folder, tokens, limits, budget, ON_DEMAND, *more))
-            options = [*self._a.everything, "reader=direct"]
+            policy = self._a.policy
+            if self._a.routes is not None:
+                policy = f"future_use:{self._a.routes}"
+            options = [f"policy={policy}", "predictor=auto", "reader=direct"]
             arms.append(ours("everything on", folder, tokens, limits, budget, options))
             arms.append(ours("resident", folder, tokens, limits, None, []))
             name = f"trained, {budget}"
@@ -97,7 +100,7 @@ class Cases:
             flush=True,
         )
         there, same = Limits(rate, limit), Limits(rate, slots + sizes.dense + RUNTIME)
-        on_demand, everything = ON_DEMAND, [*self._a.everything]
+        on_demand, everything = ON_DEMAND, ["predictor=auto"]
         if self._a.dry:
             there = same = Limits(rate)
         arms = [

@@ -101,6 +101,7 @@ def main() -> None:
     seconds, text = generate(model, arguments, MEASURED)
     moved = {name: value - before[name] for name, value in totals(store).items()}
     result = {
+        "tokens": arguments.tokens,
         "tokens_per_s": arguments.tokens / seconds,
         "slots": None if store is None else store.num_slots,
         "slot_bytes": None if store is None else store.slot_bytes,

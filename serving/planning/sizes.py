@@ -9,6 +9,7 @@ from ...moe.folders.expert_slots import expert_bytes
 from ...moe.folders.folder import ModelFolder
 from ...moe.folders.tensor_names import dense_tensors
 from ...moe.models.decoder import Decoder
+from ...moe.without_memory import without_memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,7 @@ def sizes_of(folder: ModelFolder, dtype: torch.dtype) -> ModelSizes:
 
 def _kv_elements(folder: ModelFolder) -> int:
     """Return the numbers that one position keeps."""
-    with torch.device("meta"):
+    with without_memory():
         cache = Decoder(folder.config, expert_ids=()).new_cache(1)
     specs = [cache.spec(layer) for layer in range(folder.config.num_layers)]
     return sum(spec.num_kv_heads * (spec.head_dim + spec.v_dim) for spec in specs)
