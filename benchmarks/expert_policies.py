@@ -5,12 +5,15 @@
 MODEL is a model folder with byte tokens, and TEXT are held-out files. Windows of the texts, by
 turns, are read as a server would: 64 bytes of prompt, then 192 single bytes, one sequence at a time
 and four at a time. Routes are recorded once. Policies are judged on the second half of the forwards
-with an empty store; those that learn from a file learn on the first half.
+with an empty store; those that learn from a file learn on the first half. ``sees N`` is no policy
+but a measure of what can be known: it knows exactly what each layer's next N forwards need, and
+beyond that what future_use predicts.
 """
 
 import argparse
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import moeyard
@@ -18,8 +21,12 @@ from moeyard.moe.batch import batch_of
 from moeyard.moe.models.language_model import LanguageModel
 from moeyard.moe.routes.reader import RouteFile
 from moeyard.moe.routes.recorder import recording
+from moeyard.serving.experts.forwards import Forward
+from moeyard.serving.experts.policies.future_use import FutureUse
+from moeyard.serving.experts.policies.policy import CacheFacts, Key
 from moeyard.serving.experts.recorded import read_forwards
 from moeyard.serving.experts.replay.comparison import Comparison, Setting
+from moeyard.serving.experts.replay.run import replay
 
 from report import write_results
 
@@ -53,11 +60,42 @@ def record(model: LanguageModel, texts: list[torch.Tensor], batch: int, path: Pa
                 model.decoder(batch_of([text[start:end] for text in group], caches))
 
 
-def compare(path: Path) -> list[dict]:
+class Seer(FutureUse):
+    """Knows the next needs of each layer; an earlier one counts more than all later ones."""
+
+    def __init__(self, facts: CacheFacts, comparison: Comparison, sight: int) -> None:
+        super().__init__(facts, comparison.learned)
+        self._needs_NLE = np.zeros((len(comparison.judged) + sight + 1, *self._shape))
+        for number, recorded in enumerate(comparison.judged):
+            for place, rows_of in enumerate(recorded.rows_of_L):
+                self._needs_NLE[number, place, list(rows_of)] = 1
+        self._sight, self._number = sight, -1
+        self._known_LE = np.zeros(self._shape)
+        for place in range(self._shape[0]):
+            self._look(place)
+
+    def begin(self, forward: Forward) -> None:
+        super().begin(forward)
+        self._number += 1
+
+    def touch(self, key: Key, rows: int) -> None:
+        super().touch(key, rows)
+        self._look(self._now)
+
+    def scores(self) -> np.ndarray:
+        return super().scores() + 10 * self._known_LE
+
+    def _look(self, place: int) -> None:
+        following = self._needs_NLE[self._number + 1 : self._number + 1 + self._sight, place]
+        weights = 0.5 ** np.arange(self._sight)
+        self._known_LE[place] = np.tensordot(weights, following, axes=1)
+
+
+def compare(path: Path) -> dict[str, list[dict]]:
     """Replay every policy at every budget; print and return the outcomes."""
     file = RouteFile(path)
     comparison = Comparison(file.header, read_forwards([file]), held_out=0.5)
-    found = []
+    found, seen = [], []
     names = comparison.policies(["all"])
     print(f"{'':13}" + "".join(f"{share:>24.0%}" for share in SHARES))
     print(f"{'policy':13}" + f"{'hits':>8} {'misses':>8} {'gap':>6}" * len(SHARES))
@@ -71,6 +109,17 @@ def compare(path: Path) -> list[dict]:
             line += f"{rate:8.1%} {outcome.counters.misses:8} {outcome.gap:6.3f}"
             found.append({**outcome.as_dict(), "share": share, "hit_rate": rate})
         print(line, flush=True)
+    for sight in (1, 2, 3):
+        line = f"sees {sight:<8}"
+        for share in SHARES:
+            facts = comparison.facts(int(share * comparison.num_experts))
+            counters = replay(comparison.judged, facts, Seer(facts, comparison, sight))
+            bound = next(o for o in found if o["share"] == share and o["policy"] == "belady")
+            gap = counters.misses / bound["misses"]
+            rate = counters.hits / (counters.hits + counters.misses)
+            line += f"{rate:8.1%} {counters.misses:8} {gap:6.3f}"
+            seen.append({"sees": sight, "share": share, "misses": counters.misses, "gap": gap})
+        print(line, flush=True)
     for share in SHARES:
         best = min(
             (o for o in found if o["share"] == share and o["policy"] != "belady"),
@@ -78,7 +127,7 @@ def compare(path: Path) -> list[dict]:
         )
         says = "reaches" if best["gap"] <= TARGET else "misses"
         print(f"{share:.0%}: best is {best['policy']}, {best['gap']:.3f}: {says} {TARGET}")
-    return found
+    return {"policies": found, "seers": seen}
 
 
 def main() -> None:

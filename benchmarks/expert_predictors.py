@@ -1,6 +1,6 @@
 """How much do predictors of experts say, what do they cost, and what is it worth?
 
-    python benchmarks/expert_predictors.py MODEL_DIR TEXT... [--budget 25%] [--pairs 5]
+    python benchmarks/expert_predictors.py MODEL_DIR TEXT... [--timed MODEL_DIR] [--budget 25%]
 
 1. Recall: the model generates from held-out texts, and its routes are recorded. Predictors learn
    from the first half of the texts and are judged on the other half, token by token, by distance in
@@ -9,7 +9,7 @@
    turns. The disk is limited by a cgroup (needs root), and pages are dropped after each read, so
    that every read is one of the disk. The limit makes reading as long as computing. The bound is
    what perfect overlap would give: (C + M) / max(C, M).
-3. The switch where reading ahead cannot pay: a disk that is ten times slower, and one that is not
+3. The switch where reading ahead cannot pay: a disk that is five times slower, and one that is not
    limited, where all reads are quick.
 
 Tokens must be the same in all of them.
@@ -47,7 +47,7 @@ from moeyard.serving.loading import open_model
 
 from report import write_results
 
-PROMPT, ANSWER, TEXTS = 150, 200, 24
+PROMPT, ANSWER, TEXTS = 150, 200, 40
 """Tokens of a prompt, tokens of an answer, and texts whose routes are recorded."""
 JUDGED_ROWS = 1500
 TIMED_PROMPTS, TIMED_TOKENS = 2, 100
@@ -83,16 +83,19 @@ class Disk:
         GROUP.rmdir()
 
 
-def record(model: LanguageModel, texts: list[str], file: Path) -> Routes:
-    with recording(model.decoder, file):
-        for number in range(TEXTS):
-            text = texts[number % len(texts)]
-            start = number // len(texts) * 3000 % (len(text) - PROMPT)
-            prompt = text[start : start + PROMPT]
-            arguments = {"temperature": 0.8, "seed": number, "ignore_eos": True}
-            for _ in model.stream(prompt, max_new_tokens=ANSWER, **arguments):
-                pass
-    return RouteFile(file).read()
+def record(model: LanguageModel, texts: list[str]) -> Routes:
+    """Return the routes of answers to held-out texts."""
+    with tempfile.TemporaryDirectory() as name:
+        file = Path(name) / "texts.routes"
+        with recording(model.decoder, file):
+            for number in range(TEXTS):
+                text = texts[number % len(texts)]
+                start = number // len(texts) * 3000 % (len(text) - PROMPT)
+                prompt = text[start : start + PROMPT]
+                arguments = {"temperature": 0.8, "seed": number, "ignore_eos": True}
+                for _ in model.stream(prompt, max_new_tokens=ANSWER, **arguments):
+                    pass
+        return RouteFile(file).read()
 
 
 def us_per_layer(predictor: Predictor, routes: Routes, facts: PredictorFacts) -> float:
@@ -317,11 +320,11 @@ def end_to_end(folder: Path, arrays: dict, texts: list[str], arguments: argparse
         found["arms"] = compare(arms, prompts, arguments.pairs, expected)
         for arm in arms:
             arm.store.close()
-        for name, limit in {"the same disk": rate, "a tenth": rate / 10, "no limit": None}.items():
+        for name, limit in {"the same disk": rate, "a fifth": rate / 5, "no limit": None}.items():
             print(f"\nwith the switch, disk: {name}\n{HEAD}")
             arms = open_arms(folder, arguments.budget, arrays, prompts, switched=True)
             disk.limit(limit)
-            pairs = max(2, arguments.pairs // 2) if name == "a tenth" else arguments.pairs
+            pairs = max(2, arguments.pairs // 2) if name == "a fifth" else arguments.pairs
             found[name] = compare(arms, prompts, pairs, expected)
     finally:
         disk.limit(None)
@@ -333,6 +336,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("texts", type=Path, nargs="+")
+    parser.add_argument("--timed", type=Path, help="another model for the second and third part")
+    parser.add_argument("--part", choices=("recall", "time"), help="default: both")
     parser.add_argument("--budget", default="25%")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--ratio", type=float, default=1.0, help="computing over reading")
@@ -340,13 +345,19 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     texts = [path.read_text(encoding="utf-8") for path in arguments.texts]
-    model, _ = open_model(arguments.model)
-    facts = facts_of(model.config)
-    with tempfile.TemporaryDirectory() as name:
-        routes = record(model, texts, Path(name) / "held_out.routes")
-    table, arrays = recalls(model, routes, facts)
-    found = end_to_end(arguments.model, arrays, texts, arguments)
-    path = write_results("expert_predictors", {"recalls": table, "end_to_end": found})
+    found: dict = {}
+    if arguments.part != "time":
+        model, _ = open_model(arguments.model)
+        facts = facts_of(model.config)
+        routes = record(model, texts)
+        found["recalls"], arrays = recalls(model, routes, facts)
+    if arguments.part != "recall":
+        timed = arguments.timed or arguments.model
+        if arguments.timed is not None or arguments.part == "time":
+            model, _ = open_model(timed)
+            arrays = fit(facts_of(model.config), record(model, texts))
+        found["end_to_end"] = end_to_end(timed, arrays, texts, arguments)
+    path = write_results("expert_predictors", found)
     sys.stdout.write(f"written to {path}; all answers were the resident model's\n")
 
 

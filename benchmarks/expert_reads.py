@@ -3,13 +3,13 @@
     python benchmarks/expert_reads.py [--folder FOLDER]
 
 Two random models in bf16, one with experts of 9.4 MB and one with experts of 393 KB, each in the
-layout of ``moeyard convert`` (an expert is one extent) and with all matrices of a kind together,
-so that an expert is three. The device is read plainly first, by preadv of the same extents
-without anything else, with 1, 2, 4 and 8 threads, through the page cache and around it; the best
-is the device's rate. Then every expert goes through the store in the same order, at random in a
-layer, into slots for half of a layer, with its hash computed and compared. Pages of the files are
-dropped from the cache before each pass. Rates are medians of three passes. Limits are those of
-the control group blkio (version 1, root); without it only the unlimited device is measured.
+layout of ``moeyard convert`` (an expert is one extent) and with all matrices of a kind together, so
+that an expert is three. The device's rate is that of preadv of the same extents without anything
+else, in the best of 1, 2, 4 and 8 threads, through the page cache or around it. The store reads
+every expert in the same order, at random in a layer, into slots for half of a layer, computes its
+hash and compares it. Pages of the files are dropped from the cache before each pass. Passes of the
+device and the stores take turns; rates are medians of five. Limits are those of the control group
+blkio (version 1, root); without it only the unlimited device is measured.
 """
 
 import argparse
@@ -45,7 +45,7 @@ GROUP = Path("/sys/fs/cgroup/blkio/expert-reads")
 LIMITS_MB = (200, 400, 800, 0)
 SIZES = {"9.4 MB": (1024, 1536, 2, 16), "393 KB": (256, 256, 4, 128)}
 """By size of an expert: widths of model and expert, layers, experts of a layer."""
-PASSES = 3
+PASSES = 5
 
 
 def config_of(d_model: int, d_expert: int, num_layers: int, num_experts: int) -> ModelConfig:
@@ -145,39 +145,45 @@ def page_aligned(num_bytes: int) -> Buffer:
     return buffer_of(memory[skip : skip + num_bytes])
 
 
-def store_rates(path: Path, reader: str, passes: int) -> tuple[list[float], str, float]:
-    """Return the rates of passes, what was decided, and the rate that the probe found."""
-    folder = ModelFolder(path)
-    experts = in_order(folder)
-    per_layer = len(experts) // len(folder.config.moe_layers)
-    moe = folder.config.moe
-    assert moe is not None
-    expert_bytes = 3 * folder.config.d_model * moe.d_expert * 2
-    drop(folder)
-    store = open_store(
-        folder,
-        torch.bfloat16,
-        per_layer // 2 * expert_bytes,
-        options=StoreOptions(reader=reader),
-        free_bytes=0,
-    )
-    rates = []
-    for _ in range(passes + 1):
-        drop(folder)
+class StorePass:
+    """A store whose every pass reads all experts."""
+
+    def __init__(self, path: Path, reader: str) -> None:
+        self._folder = ModelFolder(path)
+        self._experts = in_order(self._folder)
+        layers, moe = self._folder.config.moe_layers, self._folder.config.moe
+        assert moe is not None
+        self._expert_bytes = 3 * self._folder.config.d_model * moe.d_expert * 2
+        drop(self._folder)
+        self._store = open_store(
+            self._folder,
+            torch.bfloat16,
+            len(self._experts) // len(layers) // 2 * self._expert_bytes,
+            options=StoreOptions(reader=reader),
+        )
+        assert self._store.read_plan is not None
+        self.plan = self._store.read_plan
+        self.rate()  # touches the slots for the first time, and learns hashes
+
+    def rate(self) -> float:
+        """Return the bytes per second of a pass."""
+        drop(self._folder)
+        before = self._num_misses()
         started = time.perf_counter()
-        for layer in folder.config.moe_layers:
-            needed = [expert for of, expert in experts if of == layer]
-            for _ready, _weights in store.stream(layer, dict.fromkeys(needed, 1)):
+        for layer in self._folder.config.moe_layers:
+            needed = [expert for of, expert in self._experts if of == layer]
+            for _ready, _weights in self._store.stream(layer, dict.fromkeys(needed, 1)):
                 pass
-        rates.append(len(experts) * expert_bytes / (time.perf_counter() - started))
-        # The next pass begins with the first layer, which has no expert in memory any more.
-    misses = sum(traffic.misses for traffic in store.statistics.layers.values())
-    assert misses == (passes + 1) * len(experts), "something was in memory"
-    plan = store.read_plan
-    assert plan is not None
-    store.close()
-    folder.close()
-    return rates[1:], plan.text, plan.bytes_per_s
+        seconds = time.perf_counter() - started
+        assert self._num_misses() - before == len(self._experts), "something was in memory"
+        return len(self._experts) * self._expert_bytes / seconds
+
+    def close(self) -> None:
+        self._store.close()
+        self._folder.close()
+
+    def _num_misses(self) -> int:
+        return sum(traffic.misses for traffic in self._store.statistics.layers.values())
 
 
 def measure(folders: Path, limit_mb: int) -> list[dict[str, Any]]:
@@ -195,28 +201,34 @@ def row(folders: Path, size: str, limit_mb: int) -> dict[str, Any]:
     files = ModelFolder(one)
     files.files.open_direct()
     ways = [(threads, direct) for threads in (1, 2, 4, 8) for direct in (False, True)]
-    plain = {way: median(plain_rate(files, *way) for _ in range(PASSES)) for way in ways}
-    (threads, direct), device = max(plain.items(), key=lambda item: item[1])
+    first = {way: plain_rate(files, *way) for way in ways}
+    best = max(first, key=lambda way: first[way])
+    layouts = {"": one, "three_": three}
+    passes = {
+        f"{layout}{reader}": StorePass(path, reader)
+        for layout, path in layouts.items()
+        for reader in ("auto", "buffered", "direct")
+    }
+    device: list[float] = []
+    rates: dict[str, list[float]] = {name: [] for name in passes}
+    for _ in range(PASSES):  # in turn, so that whatever else the machine does hits all of them
+        for name, one_pass in passes.items():
+            if name in ("auto", "three_auto"):
+                device.append(plain_rate(files, *best))
+            rates[name].append(one_pass.rate())
+    plan = passes["auto"].plan
+    for one_pass in passes.values():
+        one_pass.close()
     files.close()
-    found: dict[str, Any] = {
+    return {
         "expert": size,
         "limit": limit_mb * 10**6 or None,
-        "device": device,
-        "device_way": f"{threads} threads, {'direct' if direct else 'buffered'}",
+        "device": median(device),
+        "device_way": f"{best[0]} threads, {'direct' if best[1] else 'buffered'}",
+        "decision": plan.text,
+        "probe": plan.bytes_per_s,
+        **{name: median(found) for name, found in rates.items()},
     }
-    for name, path, reader in (
-        ("auto", one, "auto"),
-        ("buffered", one, "buffered"),
-        ("direct", one, "direct"),
-        ("three_auto", three, "auto"),
-        ("three_buffered", three, "buffered"),
-        ("three_direct", three, "direct"),
-    ):
-        rates, text, probe = store_rates(path, reader, PASSES)
-        found[name] = median(rates)
-        if name == "auto":
-            found |= {"decision": text, "probe": probe}
-    return found
 
 
 def print_row(row: dict[str, Any]) -> None:

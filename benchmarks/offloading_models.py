@@ -4,8 +4,8 @@
 
 Weights are random, so routers choose about evenly and no expert is more popular than another: with
 slots for a share s of the experts, a cache misses about 1 - s of the choices. Trained models are
-kinder. The large model has 2.5 G parameters and not more because it exists twice, as a folder and
-as a GGUF file of the same bits, and both must fit into 12 GB of disk.
+kinder. The large model has 2 G parameters and not more because it exists twice, as a folder and
+as a GGUF file of the same bits, and both must fit into 8 GB of disk.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def _config(lookahead: str = "ffn_input", **sizes: int) -> ModelConfig:
 
 _TINY = {"d_model": 64, "num_layers": 3, "num_heads": 2, "num_kv_heads": 1, "d_expert": 32}
 _1B = {"d_model": 1024, "num_layers": 20, "num_heads": 16, "num_kv_heads": 4, "d_expert": 512}
-_2B5 = {"d_model": 2048, "num_layers": 16, "num_heads": 32, "num_kv_heads": 4, "d_expert": 768}
+_2B = {"d_model": 2048, "num_layers": 12, "num_heads": 32, "num_kv_heads": 4, "d_expert": 768}
 MODELS = {
     "tiny": _config(**_TINY, num_experts=8, k=2),
     "tiny-pregated": _config("previous_block", **_TINY, num_experts=8, k=2),
@@ -43,20 +43,26 @@ MODELS = {
     "1b": _config(**_1B),
     "1b-pregated": _config("previous_block", **_1B),
     "1b-preattention": _config("attention_input", **_1B),
-    "2b5": _config(**_2B5),
+    "2b": _config(**_2B),
 }
 """The first of a size is a Qwen3-MoE; the others have routers that choose early. An expert of
-``2b5`` has the size of one of Qwen3-30B-A3B."""
+``2b`` has the size of one of Qwen3-30B-A3B."""
 
 
 class RandomWeights:
-    """Normal numbers over the root of the row length; norms are 1. The same for the same names."""
+    """Normal numbers over the root of the row length; norms are 1. The same for the same names.
+
+    Embeddings are large and what layers add is small, as GPT-2 begins. Otherwise all tokens look
+    the same to the routers after a few layers.
+    """
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         assert config.moe is not None
         self._shapes = part_shapes(config.moe, config.d_model)
         self._dense = dict(dense_tensors(config))
         self._dtype = dtype
+        self._added = (2 * config.num_layers) ** -0.5
+        """Scale of what is added to the residual stream."""
 
     def dense(self, parameter: str) -> torch.Tensor:
         """Return a tensor of the decoder outside the experts."""
@@ -65,17 +71,23 @@ class RandomWeights:
             return torch.ones(like.shape, dtype=like.dtype)
         if like.ndim < 2:
             return torch.zeros(like.shape, dtype=like.dtype)
-        return self._normal(parameter, tuple(like.shape))
+        scale = 1.0
+        if parameter == "embed_tokens.weight":
+            scale = like.shape[-1] ** 0.5
+        elif "o_proj" in parameter:
+            scale = self._added
+        return self._normal(parameter, tuple(like.shape), scale)
 
     def expert_part(self, layer: int, expert: int, part: str) -> torch.Tensor:
         """Return a part of an expert."""
-        return self._normal(f"{layer} {expert} {part}", self._shapes[part])
+        scale = self._added if part == "down" else 1.0
+        return self._normal(f"{layer} {expert} {part}", self._shapes[part], scale)
 
-    def _normal(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    def _normal(self, name: str, shape: tuple[int, ...], scale: float) -> torch.Tensor:
         seed = zlib.crc32(name.encode())  # Python's hash differs from process to process
         generator = torch.Generator().manual_seed(seed)
         tensor = torch.empty(shape, dtype=self._dtype)
-        return tensor.normal_(std=shape[-1] ** -0.5, generator=generator)
+        return tensor.normal_(std=scale * shape[-1] ** -0.5, generator=generator)
 
 
 def write_random(folder: Path, name: str) -> None:

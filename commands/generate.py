@@ -67,5 +67,12 @@ def _recording(model: "LanguageModel", path: Path | None) -> AbstractContextMana
     if path is None:
         return nullcontext()
     from ..moe.routes.recorder import recording
+    from ..serving.experts.offloaded import OffloadedExperts
 
-    return recording(model.decoder, path, written_by="generate")
+    stores = [
+        layer.experts.store
+        for _, layer in model.decoder.moe_layers()
+        if isinstance(layer.experts, OffloadedExperts)
+    ]
+    own = stores[0].hint_column() if stores else None
+    return recording(model.decoder, path, written_by="generate", own=own)

@@ -22,6 +22,8 @@ useful, wasted: read ahead and in memory when needed; put out or cancelled befor
 no_miss: share of the tokens whose forward waited for no expert
 gap: misses and late ones over the misses of belady, which knows the future and reads on demand
 """
+COUNTED = ("hits", "misses", "late", "issued", "useful", "wasted", "evictions", "bytes_read")
+"""What a log and its routes say."""
 TIMES = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 
@@ -128,7 +130,7 @@ def _follow(arguments: argparse.Namespace) -> None:
     if log.damage is not None:
         sys.stderr.write(f"warning: {log.damage}\n")
     found = {"policy": log.header.policy, "slots": log.header.num_slots}
-    found |= {name: value for name, value in counters.items() if isinstance(value, int)}
+    found |= {name: counters[name] for name in COUNTED}
     if arguments.json:
         sys.stdout.write(json.dumps(found, indent=1) + "\n")
         return
@@ -216,14 +218,15 @@ def _names(text: str) -> list[str]:
 def _table(outcomes: "list[Outcome]", slot_bytes: int | None, pace: "Pace | None") -> str:
     width = max(6, *(len(outcome.setting.policy) for outcome in outcomes))
     ahead = any(outcome.setting.predictor != "none" for outcome in outcomes)
-    head = f"{'slots':>6}  {'policy':<{width}}" + (f"  {'predictor':<10}" if ahead else "")
+    second = max(9, *(len(outcome.setting.predictor) for outcome in outcomes))
+    head = f"{'slots':>6}  {'policy':<{width}}" + (f"  {'predictor':<{second}}" if ahead else "")
     head += f"  {'hits':>8} {'misses':>8}" + (f" {'late':>7} {'useful':>7} {'wasted':>7}" * ahead)
     head += f" {'MB':>9}" * (slot_bytes is not None) + f" {'stall_s':>8}" * (pace is not None)
     lines = [f"{head} {'no_miss':>7} {'gap':>6}"]
     for outcome in outcomes:
         setting, found = outcome.setting, outcome.counters
         line = f"{setting.num_slots:6}  {setting.policy:<{width}}"
-        line += f"  {setting.predictor:<10}" * ahead + f"  {found.hits:8} {found.misses:8}"
+        line += f"  {setting.predictor:<{second}}" * ahead + f"  {found.hits:8} {found.misses:8}"
         line += f" {found.late:7} {found.useful:7} {found.wasted:7}" * ahead
         line += f" {found.bytes_read / 1e6:9.1f}" * (slot_bytes is not None)
         line += f" {found.stall_s:8.2f}" * (pace is not None)

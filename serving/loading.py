@@ -79,6 +79,8 @@ def load(
     name or ``NAME:FILE`` (docs/offloading.md), or an object with the methods of
     :class:`moeyard.serving.experts.predictors.predictor.Predictor`.
     ``expert_log`` is a file for every event of the store, which is replaced.
+    ``expert_reader`` reads experts through the page cache (``buffered``) or around it (``direct``);
+    ``auto`` measures which is better.
 
     Raises :class:`ModelFileError` for a folder that is damaged or of an unknown kind and for a
     model that cannot be downloaded, and :class:`ConfigError` for arguments that do not fit.

@@ -189,7 +189,8 @@ class Server:
         self._recorder = None
         if args.record_routes is not None:
             path = replica_file(args.record_routes, replica, "record-routes", SUFFIX)
-            self._recorder = RouteRecorder(model.decoder, path)
+            own = None if self._store is None else self._store.hint_column()
+            self._recorder = RouteRecorder(model.decoder, path, own=own)
         tokenizer = self._tokenizer = args.open_tokenizer()
         engine = Engine(
             model,
@@ -227,8 +228,14 @@ class Server:
     def close(self) -> None:
         """Stop the threads."""
         self.thread.stop()
+        self.end_files()
         self._tokenizer.close()
+        if self._store is not None:
+            self._store.close()
+
+    def end_files(self) -> None:
+        """Write the ends of recorded routes and of the log, when no forward follows."""
         if self._recorder is not None:
             self._recorder.close()
         if self._store is not None:
-            self._store.close()
+            self._store.statistics.close()

@@ -15,6 +15,7 @@ from ...kernels.values.activation import Activation
 from ...kernels.values.expert_weights import ExpertWeights
 from ...kernels.values.main_grads import MainGrads
 from ..routers.routing import Routing
+from ..without_memory import without_memory
 from .base import LayerExperts
 from .gate_statistics import gate_statistics
 from .inner_slice import InnerSlice
@@ -90,7 +91,7 @@ class Experts(LayerExperts):
         ``device`` None = that of these experts.
         """
         _, d_model, d_expert = self.fc2.shape
-        with torch.device("meta"):
+        with without_memory():
             found = Experts(
                 d_model,
                 d_expert,

@@ -78,7 +78,7 @@ def read_folder_hashes(folder: Path) -> FolderHashes | None:
         return None
     try:
         return FolderHashes(parse(json.loads(read_small_file(path, MAX_BYTES))))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelFileError(
             f"{path} cannot be used ({error}); copy it again, or delete it to do without the check."
         ) from None

@@ -5,8 +5,9 @@ T rows, L MoE layers, K choices, B sequences.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -17,11 +18,21 @@ from ..batch import Batch
 from ..config.model import ModelConfig
 from ..models.decoder import Decoder, DecoderOutput
 from ..routers.routing import Routing
-from .format import RouteHeader, make_header
+from .format import Column, RouteHeader, make_header
 from .identity import identity_of
 from .rows import Array, Phase, Routes
 from .sequence_numbers import SequenceNumbers
 from .writer import RouteWriter
+
+
+class OwnColumns(Protocol):
+    """Columns of a caller's own, filled forward by forward."""
+
+    columns: tuple[Column, ...]
+
+    def values(self, num_rows: int) -> dict[str, Array]:
+        """Return each column's values for the rows of the forward that has just ended."""
+        ...
 
 
 class Seen(NamedTuple):
@@ -69,6 +80,7 @@ def header_of(
     *,
     weights: bool = True,
     written_by: dict[str, Any],
+    own: OwnColumns | None = None,
 ) -> RouteHeader:
     """Return the header of a model's route files; ``decoder`` if its weights stay as they are."""
     if config.moe is None:
@@ -79,6 +91,7 @@ def header_of(
         config.moe.num_experts,
         config.moe.router.k,
         weights=weights,
+        columns=() if own is None else own.columns,
         written_by=written_by,
     )
 
@@ -101,7 +114,8 @@ class ForwardRows:
     were generated, the others are its prompt. A sequence without a cache is a separate text.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, own: OwnColumns | None = None) -> None:
+        self._own = own
         self._numbers = SequenceNumbers()
         self._forwards = 0
 
@@ -110,18 +124,20 @@ class ForwardRows:
         sequences, phases = self._numbers.of(batch)
         rows = rows_of(look_at(batch, routings), sequences, phases, self._forwards)
         self._forwards += 1
-        return rows
+        return rows if self._own is None else replace(rows, columns=self._own.values(len(rows)))
 
 
 @contextmanager
-def recording(decoder: Decoder, path: Path, written_by: str = "python") -> Iterator[RouteWriter]:
+def recording(
+    decoder: Decoder, path: Path, written_by: str = "python", own: OwnColumns | None = None
+) -> Iterator[RouteWriter]:
     """Record all forwards inside the ``with`` block into ``path``, which is replaced.
 
-    Sequences are numbered as :class:`ForwardRows` says. Raises :class:`DataError` if the file
-    cannot be written.
+    Sequences are numbered as :class:`ForwardRows` says. ``own`` adds columns. Raises
+    :class:`DataError` if the file cannot be written.
     """
-    header = header_of(decoder.config, decoder, written_by={"program": written_by})
-    rows = ForwardRows()
+    header = header_of(decoder.config, decoder, written_by={"program": written_by}, own=own)
+    rows = ForwardRows(own)
     try:
         writer = RouteWriter(path, header)
         handle = see_forwards(decoder, lambda batch, routings: writer.add(rows(batch, routings)))

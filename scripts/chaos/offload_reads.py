@@ -4,8 +4,8 @@
 
 Each row sends 8 requests together, half of them as streams, under one fault, and again when it is
 over. An answer is whole and equal to that of a good disk, or an error: 503 with Retry-After, or an
-error event. Afterwards all are equal, /health says 200 and no place is held. Bits that flip on the
-disk are left out: nothing here would notice them. Every row has 60 s. Exits with 1 on a fault.
+error event. Afterwards all are equal, /health says 200 and no place is held. Every row has 60 s.
+Exits with 1 on a fault.
 """
 
 import asyncio
@@ -142,6 +142,10 @@ def changed(weights: Path, how: str) -> Iterator[None]:
         weights.with_suffix(".new").replace(weights)
     elif how == "deleted":
         weights.unlink()
+    elif how == "bit":
+        data = bytearray(weights.read_bytes())
+        data[int.from_bytes(data[:8], "little") + 8 + 100] ^= 1  # experts come first
+        overwrite(weights, bytes(data))
     elif how == "NaN":
         data = bytearray(weights.read_bytes())
         data[len(data) // 3 :] = b"\xff" * (len(data) - len(data) // 3)
@@ -188,6 +192,7 @@ def main() -> None:
             "file replaced": (changed(weights, "replaced"), 8),
             "file deleted": (changed(weights, "deleted"), 8),
             "experts are NaN": (changed(weights, "NaN"), None),
+            "a bit flipped": (changed(weights, "bit"), None),
         }
         for name, (fault, expected) in rows.items():
             if not row(name, server, good, fault, expected, folder):

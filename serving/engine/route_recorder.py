@@ -8,7 +8,7 @@ from ...errors import ConfigError
 from ...moe.batch import Batch
 from ...moe.models.decoder import Decoder
 from ...moe.routers.routing import Routing
-from ...moe.routes.recorder import ForwardRows, header_of, see_forwards
+from ...moe.routes.recorder import ForwardRows, OwnColumns, header_of, see_forwards
 from ...moe.routes.writer import RouteWriter
 
 log = logging.getLogger(__name__)
@@ -24,15 +24,21 @@ class RouteRecorder:
     every few seconds. A file that cannot be written any more ends the recording, with a warning.
     """
 
-    def __init__(self, decoder: Decoder, path: Path, flush_every_s: float = FLUSH_EVERY_S) -> None:
-        header = header_of(decoder.config, decoder, written_by={"program": "serve"})
+    def __init__(
+        self,
+        decoder: Decoder,
+        path: Path,
+        flush_every_s: float = FLUSH_EVERY_S,
+        own: OwnColumns | None = None,
+    ) -> None:
+        header = header_of(decoder.config, decoder, written_by={"program": "serve"}, own=own)
         try:
             self._writer = RouteWriter(path, header)
         except OSError as error:
             raise ConfigError(
                 f"record-routes {path} cannot be written ({error.strerror}); give another folder."
             ) from None
-        self._rows = ForwardRows()
+        self._rows = ForwardRows(own)
         self._flush_every_s = flush_every_s
         self._lock = threading.Lock()
         """The writer is used by two threads."""

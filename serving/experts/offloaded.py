@@ -37,6 +37,11 @@ class OffloadedExperts(LayerExperts):
             f"{self._num_in_model} experts of all layers"
         )
 
+    @property
+    def store(self) -> ExpertStore:
+        """The store that all layers share."""
+        return self._store
+
     def announce(self, routing: Routing) -> None:
         """Begin to read the chosen experts while the model computes something else."""
         self._store.prefetch(self._layer, _chosen(routing))

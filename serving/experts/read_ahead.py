@@ -7,11 +7,13 @@ worth it (predictors/admission.py). When a layer's true choice arrives, its othe
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from itertools import groupby
 from operator import itemgetter
 from typing import NamedTuple
 
 from torch import Tensor
 
+from ...moe.routes.recorder import OwnColumns
 from ...moe.routes.rows import Array
 from .filler import SlotFiller
 from .forwards import Forward
@@ -25,6 +27,8 @@ from .predictors.admission import (
     bucket_of,
     gain_of,
 )
+from .predictors.hint_column import HintColumn
+from .predictors.next_gates import NextGates
 from .predictors.predictor import Hint, Predictor, PredictorFacts
 from .predictors.switch import MeasuringSwitch, Switch
 from .reads import Read, Reads
@@ -91,6 +95,12 @@ class ReadAhead:
         self._size = 0
         self._num_read = 0
         self._moment = _Moment(0, 0.0, 0.0)
+
+    def column(self) -> OwnColumns | None:
+        """Return the column for a route file that has what was named ahead, if it can be had."""
+        if not isinstance(self._predictor, NextGates):
+            return None
+        return HintColumn(self._facts, self._predictor)
 
     def begin(self, forward: Forward) -> None:
         """A forward begins: take hints for its first layer."""
@@ -177,26 +187,26 @@ class ReadAhead:
 
         ``place`` is the number of the layer that has just chosen, -1 before the first one.
         """
-        here = there = {}
-        regret, last = self._regret.chance, None
-        for hint in hints:
-            key, score = hint
-            layer, expert = key
-            if layer != last:
-                last, distance = layer, self._place_of[layer] - place
-                if place < 0 or distance <= 0:
-                    distance = 0
-                given = self._given.setdefault(layer, {}).setdefault(distance, {})
-                here = self._calibration.kinds(distance, is_resident=True)
-                there = self._calibration.kinds(distance, is_resident=False)
-            is_resident = key in self._slots
-            outcomes = given[expert] = (here if is_resident else there)[bucket_of(score)]
-            chance = outcomes.chance(score)
-            if is_resident:
-                if chance > regret:
-                    self._filler.likely.add(key)
-            elif self._slots.filling(key) is None:
-                self._pending[key] = chance
+        regret = self._regret.chance
+        for layer, own in groupby(hints, key=_layer_of):
+            distance = self._place_of[layer] - place
+            if place < 0 or distance <= 0:
+                distance = 0
+            given = self._given.setdefault(layer, {}).setdefault(distance, {})
+            for key in [key for key in self._pending if key[0] == layer]:
+                del self._pending[key]  # from further away, so less sure
+            here = self._calibration.kinds(distance, is_resident=True)
+            there = self._calibration.kinds(distance, is_resident=False)
+            for key, score in own:
+                is_resident = key in self._slots
+                outcomes = (here if is_resident else there)[bucket_of(score)]
+                given[key[1]] = outcomes
+                chance = outcomes.chance(score)
+                if is_resident:
+                    if chance > regret:
+                        self._filler.likely.add(key)
+                elif self._slots.filling(key) is None:
+                    self._pending[key] = chance
 
     def _end_hints(self, layer: int, needed: Collection[int] | None) -> None:
         """Count a layer's hints and drop those that were wrong; all if ``needed`` is None."""
@@ -215,3 +225,7 @@ class ReadAhead:
                     self._filler.drop(read)
             if needed is not None:
                 self._statistics.hints(distance, len(given), right, len(needed))
+
+
+def _layer_of(hint: Hint) -> int:
+    return hint.key[0]

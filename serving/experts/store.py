@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import replace
 
 from ...kernels.values.quantized_weights import SlotWeights
+from ...moe.routes.recorder import OwnColumns
 from .expectations import Expectations
 from .filler import SlotFiller
 from .forwards import Forward
@@ -49,7 +50,6 @@ class ExpertStore:
         policy: Policy,
         clock: Callable[[], float] = time.perf_counter,
         rates: Rates | None = None,
-        on_close: Callable[[], None] = lambda: None,
         read_plan: ReadPlan | None = None,
     ) -> None:
         self.num_slots = facts.num_slots
@@ -61,7 +61,6 @@ class ExpertStore:
         self._reads = reads
         self._clock = clock
         self.rates = rates or Rates()
-        self._on_close = on_close
         self._expected = Expectations()
         self._ahead: ReadAhead | None = None
         self.statistics = StoreStatistics(facts.moe_layers, slot_bytes)
@@ -86,10 +85,9 @@ class ExpertStore:
         return (layer, expert) in self._slots
 
     def close(self) -> None:
-        """Stop the reading threads, end the log, and let go of the tiers."""
+        """Stop the reading threads, and end the log."""
         self._reads.close()
         self.statistics.close()
-        self._on_close()
 
     def begin(self, forward: Forward) -> None:
         """Hear of a forward before it runs."""
@@ -105,6 +103,10 @@ class ExpertStore:
         """Read ahead what a predictor says, from now on; None = as long as measurements say so."""
         parts = (self._slots, self._filler, self._reads, self.statistics)
         self._ahead = ReadAhead(predictor, facts, *parts, self._clock, switch)
+
+    def hint_column(self) -> OwnColumns | None:
+        """Return the column of hints for a route file; None if no gates are asked ahead."""
+        return None if self._ahead is None else self._ahead.column()
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
         """Begin to read what ``layer`` will need, and keep what is there already.

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from .event_log import ADMIT, ARRIVE, DROP, EVICT, FAILED, EventLog
+from .event_log import ADMIT, ARRIVE, DROP, EVICT, FAILED, FORWARD, NEED, EventLog
 from .policies.policy import Key
 
 
@@ -93,8 +93,7 @@ class StoreStatistics:
 
     def begin(self) -> None:
         """A forward begins."""
-        if self.log is not None:
-            self.log.begin()
+        self._note(FORWARD)
 
     def fail(self) -> None:
         """A forward has ended before its time."""
@@ -102,8 +101,7 @@ class StoreStatistics:
 
     def need(self, layer: int, experts: Collection[int]) -> None:
         """A layer needs experts; each is a hit, late or a miss."""
-        if self.log is not None:
-            self.log.need(layer, experts)
+        self._note(NEED, layer, *experts)
 
     def stall(self, layer: int, seconds: float) -> None:
         """Compute has waited for reads."""

@@ -67,6 +67,7 @@ class HubLink:
             try:
                 change = self._hub.next_stage.remote(stage)
                 while not self._is_closed.is_set():
+                    self._end_files()
                     self._hub.push.remote(self._incarnation, *self._report())
                     if ray.wait([change], timeout=PUSH_EVERY_S)[0]:
                         stage = ray.get(change)
@@ -75,6 +76,12 @@ class HubLink:
             except RayError as error:
                 log.warning("the metrics hub does not answer: %s", type(error).__name__)
                 self._is_closed.wait(PUSH_EVERY_S)
+
+    def _end_files(self) -> None:
+        """End the replica's files once it is drained: the server is killed when it hears so."""
+        admission = self._server.admission
+        if admission.is_draining and admission.num_open == 0:
+            self._server.end_files()
 
     def _enter(self, stage: Stage) -> None:
         if stage != "serving":

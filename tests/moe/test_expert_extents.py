@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from moeyard.errors import ModelFileError
 from moeyard.moe.config.model import ModelConfig, MoEConfig
+from moeyard.moe.folders import extents
 from moeyard.moe.folders.convert import convert
 from moeyard.moe.folders.expert_hashes import FILE
 from moeyard.moe.folders.extents import CHUNK_BYTES, Place, chunks_of
@@ -180,6 +181,29 @@ def test_reads_that_stop_anywhere_go_on(wide, ragged, monkeypatch, direct):
         folder.close()
 
 
+def test_an_expert_is_read_in_chunks_that_may_fail_and_be_read_again(ragged, monkeypatch):
+    folder, real, calls = ModelFolder(ragged), os.preadv, []
+    expected, found = views_of(CONFIG), views_of(CONFIG)
+    folder.read_expert(0, 1, expected)
+
+    def fails_every_second_time(descriptor, buffers, offset):
+        calls.append(offset)
+        if len(calls) % 2:
+            raise OSError(5, "Input/output error")
+        return real(descriptor, buffers, offset)
+
+    monkeypatch.setattr(extents, "CHUNK_BYTES", 4096)
+    monkeypatch.setattr(os, "preadv", fails_every_second_time)
+    steps = folder.expert_reads(0, 1, found)
+    assert len(steps) == 2  # 5760 bytes that begin in the middle of a page
+    for step in steps:
+        with pytest.raises(OSError, match="Input/output"):
+            step()
+        step()
+    assert all(torch.equal(found[part], expected[part]) for part in expected)
+    folder.close()
+
+
 def test_hashes_are_those_of_the_stored_bytes(ragged):
     tensors = load_file(ragged / "model.safetensors")
     values = json.loads((ragged / FILE).read_text())
@@ -249,6 +273,7 @@ def test_bytes_that_were_wrong_for_a_moment_are_read_again(ragged, monkeypatch):
     [
         ("{", "Expecting"),
         ("[]", "no object of layers"),
+        ("[" * 100_000, "recursion"),
         ('{"format": "moeyard-expert-hashes", "version": 2, "layers": {}}', "version is 2"),
         (
             '{"format": "moeyard-expert-hashes", "version": 1, "algorithm": "xxh3_64", '

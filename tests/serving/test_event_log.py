@@ -138,10 +138,9 @@ def test_a_full_disk_ends_the_log_and_not_the_run(tmp_path, caplog):
     log = EventLog(tmp_path / "a", CacheFacts((0,), 4, 2, ""), 1, "lru")
     log._file.close()
     log._file = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
-    log.need(0, [1])
     for _ in range(3):
+        log.add("need", 0, 1)
         log._flush()
-        log.begin()
     log.close({})
     assert caplog.text.count("cannot be written any more (No space left on device)") == 1
 

@@ -1,5 +1,6 @@
 """How a store reads: chosen by measuring, checked at every read, ordinary folders included."""
 
+import itertools
 import json
 import os
 import shutil
@@ -13,12 +14,13 @@ from test_engine import run
 
 from moeyard.errors import ConfigError, ExpertReadError, ModelFileError
 from moeyard.moe.folders.expert_hashes import FILE
+from moeyard.moe.folders.extents import Chunk
 from moeyard.moe.folders.folder import ModelFolder
 from moeyard.serving.experts.options import StoreOptions
 from moeyard.serving.experts.reading import choose, probe
 from moeyard.serving.experts.reading.choose import plan_reads
 from moeyard.serving.experts.reading.plan import ReadPlan
-from moeyard.serving.experts.reading.probe import Way
+from moeyard.serving.experts.reading.probe import Probe, Way
 from moeyard.serving.loading import load, open_model
 
 from small_model import NUM_EXPERTS, SLOT_ELEMENTS, slots, small_store, visit
@@ -209,12 +211,18 @@ def test_the_page_cache_wins_as_far_as_it_can_hold_experts(
     monkeypatch.setattr(choose, "SMALL_BYTES", 0)
     rates = {"buffered": buffered, "direct": direct}
 
-    def compare(chunks, modes, is_cold):
-        assert is_cold == (share < 1) and (share < 1 or tuple(modes) == ("buffered",))
-        return [Way(mode, 2, rates[mode]) for mode in modes]
+    class Measured:
+        def __init__(self, chunks, is_cold):
+            assert is_cold == (share < 1)
 
-    monkeypatch.setattr(choose, "compare", compare)
-    monkeypatch.setattr(choose, "measure", lambda chunks, way, is_cold: way.bytes_per_s / 2)
+        def compare(self, modes):
+            assert share < 1 or tuple(modes) == ("buffered",)
+            return [Way(mode, 2, rates[mode]) for mode in modes]
+
+        def rate(self, way):
+            return way.bytes_per_s / 2
+
+    monkeypatch.setattr(choose, "Probe", Measured)
     folder = ModelFolder(model_folder)
     if not folder.files.open_direct():
         pytest.skip("this file system has no direct I/O")
@@ -222,6 +230,35 @@ def test_the_page_cache_wins_as_far_as_it_can_hold_experts(
     assert (plan.mode, plan.threads, plan.bytes_per_s) == (mode, 2, rates[mode] / 2)
     assert folder.is_direct == (mode == "direct")
     assert plan.text.startswith("Experts are read ") and plan.text.count(".") <= 5
+    folder.close()
+
+
+@pytest.mark.parametrize("limit", [200e6, 800e6])
+def test_the_rate_of_a_device_that_a_control_group_stops_is_that_of_whole_periods(
+    model_folder, monkeypatch, limit
+):
+    """A clock that is made up: bursts of 1.2 GB/s, then a stop, ten times a second."""
+    now, step = [0.0], 1 << 20
+    monkeypatch.setattr(probe.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(probe, "THREADS", (1,))
+    folder = ModelFolder(model_folder)
+    chunk = folder.expert_chunks(0, 0)[0]
+    units = itertools.repeat(Chunk(chunk.file, 0, step))
+    monkeypatch.setattr(probe, "_units", lambda chunks, is_cold: units)
+    used = [limit * 0.04]  # of the first tenth of a second
+
+    def read(buffers, start, direct):
+        now[0] += step / 1.2e9
+        used[0] += step
+        if used[0] >= limit / 10:
+            now[0] = (now[0] // 0.1 + 1) * 0.1
+            used[0] -= limit / 10
+
+    monkeypatch.setattr(chunk.file.reader, "read", read)
+    measured = Probe([chunk], is_cold=True)
+    (way,) = measured.compare(["direct"])
+    assert way.bytes_per_s == pytest.approx(1.2e9, rel=0.1)
+    assert measured.rate(way) == pytest.approx(limit, rel=0.06)
     folder.close()
 
 

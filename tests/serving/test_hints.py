@@ -58,6 +58,15 @@ GUESSES = {
     "sure and wrong": sure_and_wrong,
 }
 KINDS = ("next_gates", "previous_layers", "activations", "previous_token")
+SHORT = [
+    *(("random 0", 1), ("random 1", 6), ("everything", 3)),
+    *(("sure and wrong", 3), ("next_gates", 6)),
+]
+CASES = [
+    pytest.param(guess, count, marks=() if (guess, count) in SHORT else pytest.mark.slow)
+    for guess in (*GUESSES, *KINDS)
+    for count in (12, 6, 3, 1)
+]
 
 
 def open_hinted(folder, count, predictor):
@@ -79,8 +88,7 @@ def slow_disk(monkeypatch):
     monkeypatch.setattr(os, "preadv", slow)
 
 
-@pytest.mark.parametrize("guess", [*GUESSES, *KINDS])
-@pytest.mark.parametrize("count", [12, 6, 3, 1])
+@pytest.mark.parametrize(("guess", "count"), CASES)
 def test_logits_are_the_resident_ones_whatever_is_hinted(model_folder, slow_disk, guess, count):
     resident, _ = open_model(model_folder)
     predictor = Guesses(GUESSES[guess]) if guess in GUESSES else guess

@@ -136,7 +136,7 @@ def test_a_model_larger_than_memory_is_refused_before_it_is_allocated(
 
 
 def test_the_check_of_a_budget_allocates_nothing(model_folder, monkeypatch):
-    monkeypatch.setattr("moeyard.serving.experts.store.empty_experts", None)
+    monkeypatch.setattr("moeyard.serving.experts.opening.empty_experts", None)
     check_model(ServeArgs(model=str(model_folder), expert_memory="25%"))
 
 

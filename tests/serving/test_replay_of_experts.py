@@ -26,6 +26,7 @@ from moeyard.serving.loading import open_model
 from small_model import NUM_EXPERTS, slots
 
 ALL = (*POLICIES, *LEARNING)
+IDS = torch.arange(40).reshape(2, 20)
 
 
 def facts_of(config: ModelConfig, num_slots: int, architecture: str) -> CacheFacts:
@@ -35,9 +36,9 @@ def facts_of(config: ModelConfig, num_slots: int, architecture: str) -> CacheFac
 def generate_some(model, path) -> RouteFile:
     """Record texts of one request, a forward of two texts, and answers of a batch."""
     with recording(model.decoder, path):
-        model.generate(torch.arange(9).unsqueeze(0), 12, temperature=0)
-        model(torch.arange(40).reshape(2, 20))
-        model.generate(torch.arange(60, 90).unsqueeze(0), 12, temperature=0)
+        model.generate(torch.arange(9).unsqueeze(0), 8, temperature=0)
+        model(IDS)
+        model.generate(torch.arange(60, 90).unsqueeze(0), 8, temperature=0)
         engine = Engine(model, lambda ids: bytes(i % 256 for i in ids).decode("latin-1"), None)
         for name, start in (("a", 3), ("b", 90), ("c", 200)):
             prompt = tuple(range(start, start + 7))
@@ -52,9 +53,14 @@ def spec_of(name: str, file) -> str:
 
 
 @pytest.fixture(scope="module")
-def recorded(model_folder, tmp_path_factory) -> RouteFile:
+def resident(model_folder):
     model, _ = open_model(model_folder)
-    return generate_some(model, tmp_path_factory.mktemp("routes") / "some.routes")
+    return model
+
+
+@pytest.fixture(scope="module")
+def recorded(resident, tmp_path_factory) -> RouteFile:
+    return generate_some(resident, tmp_path_factory.mktemp("routes") / "some.routes")
 
 
 GRID = [
@@ -67,7 +73,7 @@ GRID = [
 
 @pytest.mark.parametrize(("name", "count"), GRID)
 def test_a_run_counts_what_the_replay_of_its_routes_counts(
-    model_folder, tmp_path, recorded, name, count
+    model_folder, tmp_path, resident, recorded, name, count
 ):
     spec = spec_of(name, recorded.path)
     model, store = open_model(model_folder, expert_memory=slots(count), options=StoreOptions(spec))
@@ -78,7 +84,8 @@ def test_a_run_counts_what_the_replay_of_its_routes_counts(
     for field in ("hits", "misses", "late", "issued", "evictions", "bytes_read"):
         assert getattr(again, field) == getattr(ran, field), field
     assert ran.misses >= (NUM_EXPERTS if count < NUM_EXPERTS else 1)
-    # The routes are those of the resident model, whatever leaves memory.
+    # Scores, answers of batches and routes are those of the resident model, whatever leaves.
+    assert torch.equal(model(IDS), resident(IDS))
     ours, theirs = own.read(), recorded.read()
     assert (ours.experts_NLK == theirs.experts_NLK).all()
     assert (ours.tokens_N == theirs.tokens_N).all()

@@ -40,6 +40,9 @@ class NextGates:
         self._facts = facts
         self._place_of = {layer: place for place, layer in enumerate(facts.moe_layers)}
         self._recency = Recency(facts)
+        self.named: dict[int, Array] = {}
+        """By the number of the layer that had chosen: each row's best experts of the next layers,
+        ``[N, S, W]``, in the forward under way."""
         gates, biases, corrections, inverse = [], [], [], []
         for index, layer in decoder.moe_layers():
             block = decoder.layers[index]
@@ -60,6 +63,7 @@ class NextGates:
 
     def begin(self, forward: Forward) -> list[Hint]:
         """Return hints for the first layer, by the tokens before: no gate was asked for it."""
+        self.named.clear()
         self._recency.begin(forward)
         return self._first_hints(len(forward.sequences))
 
@@ -76,6 +80,7 @@ class NextGates:
             return self._first_hints(len(x_ND))
         rows = len(x_ND)
         best_NSW, chances_NSW = self._best(self.scores(layer, x_ND))
+        self.named[self._place_of[layer]] = best_NSW
         hints = []
         for number, target in enumerate(following):
             width = width_of(self._facts.k, rows, number + 1)

@@ -61,7 +61,8 @@ class PreviousLayers:
             for number in range(min(DISTANCE, place)):
                 self._count_after(number, place, self._seen_LNK[place - number - 1], visits_NE)
             if place > 1:
-                self._count_pairs(place, *self._seen_LNK[place - 2 : place], visits_NE)
+                first_NK, second_NK = self._seen_LNK[place - 2 : place]
+                self._count_pairs(place, first_NK, second_NK, visits_NE)
         self._seen_LNK.append(experts_NK)
 
     def after_choice(self, layer: int, x_ND: Tensor | None) -> list[Hint]:

@@ -3,8 +3,6 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from ....errors import ConfigError
 from ....moe.config.model import ModelConfig
 from ....moe.models.decoder import Decoder
@@ -12,6 +10,7 @@ from ....moe.routers.router import RouterSizes
 from ....moe.routers.routing import Lookahead
 from ....moe.routes.identity import identity_of
 from ....moe.routes.reader import RouteFile
+from ....moe.without_memory import without_memory
 from ..policies.policy import CacheFacts
 from .activations import Activations
 from .next_gates import NextGates, has_scores
@@ -66,7 +65,7 @@ def check_fit(spec: str, config: ModelConfig) -> str:
     problem = why_not(config)
     assert config.moe is not None, "a store has experts"
     sizes = RouterSizes(config.d_model, config.moe.num_experts, config.vocabulary)
-    with torch.device("meta"):
+    with without_memory():
         can_ask_gates = problem is None and has_scores(config.moe.router.build(sizes))
     if name == "auto":
         return "next_gates" if can_ask_gates else "none"
@@ -99,7 +98,7 @@ def facts_of(config: ModelConfig) -> PredictorFacts:
     assert config.moe is not None, "a store has experts"
     architecture = identity_of(config).architecture
     return PredictorFacts(
-        config.moe_layers, config.moe.num_experts, config.moe.router.k, architecture
+        tuple(config.moe_layers), config.moe.num_experts, config.moe.router.k, architecture
     )
 
 

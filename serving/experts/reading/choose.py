@@ -8,7 +8,7 @@ from ....errors import ConfigError, ModelFileError
 from ....moe.folders.extents import Chunk
 from ....moe.folders.folder import ModelFolder
 from .plan import MODE_TEXT, READERS, Mode, ReadPlan, rate
-from .probe import MAX_BYTES, Way, compare, measure
+from .probe import MAX_BYTES, Probe, Way
 
 SMALL_BYTES = 4 << 20
 """Folders with fewer bytes of experts are not probed."""
@@ -50,7 +50,7 @@ def plan_reads(folder: ModelFolder, reader: str, free_bytes: int) -> ReadPlan:
     """Return how to read a folder's experts, and prepare the folder for it.
 
     ``free_bytes`` is the memory that is left for the page cache when the model has all it needs.
-    Reads up to 256 MiB of experts, for about half a second, to compare threads and the page cache
+    Reads up to 512 MiB of experts, for about half a second, to compare threads and the page cache
     with direct I/O. Raises :class:`ModelFileError` where they cannot be read.
     """
     check_reader(reader)
@@ -63,7 +63,7 @@ def plan_reads(folder: ModelFolder, reader: str, free_bytes: int) -> ReadPlan:
     total = _stored_bytes(folder)
     case = _Case(reader, has_direct, min(1.0, free_bytes / total))
     try:
-        plan = _probe(_chunks(folder), total, case)
+        plan = _decide(_chunks(folder), total, case)
     except OSError as error:
         raise ModelFileError(
             f"experts of {folder.path} could not be read: {error}; copy the folder again."
@@ -72,15 +72,15 @@ def plan_reads(folder: ModelFolder, reader: str, free_bytes: int) -> ReadPlan:
     return plan
 
 
-def _probe(chunks: Sequence[Chunk], total: int, case: _Case) -> ReadPlan:
+def _decide(chunks: Sequence[Chunk], total: int, case: _Case) -> ReadPlan:
+    probe = Probe(chunks, case.is_cold)
     if total < SMALL_BYTES:
         way = Way(case.modes[0], 1, 0.0)
-        bytes_per_s = measure(chunks, way, case.is_cold, max_bytes=total)
+        bytes_per_s = probe.rate(way, max_bytes=total)
         return ReadPlan(way.mode, DEFAULT_THREADS, bytes_per_s, "there are few of them")
-    ways = compare(chunks, case.modes, case.is_cold)
+    ways = probe.compare(case.modes)
     best = max(ways, key=lambda way: _with_cache(way, case.share))
-    bytes_per_s = measure(chunks, best, case.is_cold)
-    return ReadPlan(best.mode, best.threads, bytes_per_s, _reason(case, ways, best))
+    return ReadPlan(best.mode, best.threads, probe.rate(best), _reason(case, ways, best))
 
 
 def _with_cache(way: Way, share: float) -> float:

@@ -82,7 +82,7 @@ class LearnedHashes:
         try:
             values = json.loads(read_small_file(self._path, MAX_BYTES))
             hashes = parse(values)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             log.warning("%s is damaged (%s) and is written anew.", self._path, error)
             return {}
         return hashes if values.get("weights") == self._weights else {}

@@ -94,7 +94,7 @@ class Comparison:
 
     def run(self, setting: Setting, slot_bytes: int, pace: Pace | None) -> Outcome:
         """Replay the second part."""
-        facts = self._facts(setting.num_slots)
+        facts = self.facts(setting.num_slots)
         bound = self._bound(facts)
         hints: Hints | None = None
         if setting.predictor == EXACT:
@@ -109,7 +109,7 @@ class Comparison:
     def check_predictor(self, name: str) -> None:
         """Raise :class:`ConfigError` for a predictor that recorded routes do not suffice for."""
         if name not in (ON_DEMAND, EXACT):
-            predictor_of_routes(name, self._facts(1), self.header.k)
+            predictor_of_routes(name, self.facts(1), self.header.k)
 
     def _predictor(self, name: str, facts: CacheFacts) -> tuple[Predictor, PredictorFacts]:
         """Return a predictor that has seen the first part."""
@@ -121,7 +121,8 @@ class Comparison:
                 predictor.see(layer, recorded.experts_NLK[:, place])
         return predictor, own
 
-    def _facts(self, num_slots: int) -> CacheFacts:
+    def facts(self, num_slots: int) -> CacheFacts:
+        """Return what policies for so many slots are built from."""
         header = self.header
         architecture = header.model.architecture
         return CacheFacts(header.moe_layers, header.num_experts, num_slots, architecture)
@@ -139,7 +140,7 @@ class Comparison:
                 "1; use a smaller share, or leave it out."
             )
         if name != BOUND and name not in LEARNING:
-            open_policy(name, self._facts(1))
+            open_policy(name, self.facts(1))
 
     def _open(self, name: str, facts: CacheFacts) -> Policy:
         if name == BOUND:

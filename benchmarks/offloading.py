@@ -1,0 +1,157 @@
+"""Answers from a model whose experts do not fit into memory: what is gained, against whom?
+
+    python benchmarks/offloading_models.py MODELS
+    python benchmarks/offloading_gguf.py MODELS/2b MODELS/2b.gguf
+    sudo python benchmarks/offloading.py MODELS --trained MODEL_DIR --llama LLAMA_BENCH
+
+Every run is a process in cgroups that limit its reads of the disk, and its memory with the page
+cache. One answer at a time. Parts:
+
+trained  A really trained model, a quarter and a half of its experts in memory: on demand, each
+         predictor, an oracle of set recall, everything on.
+early    Models whose routers choose early (pre-gated, pre-attention): on demand, and with reads
+         that begin when the router has chosen.
+peers    llama.cpp on the same bits, at equal cache bytes and at an equal limit of the process.
+papers   accelerate with layers on disk, the baseline of papers.
+
+Each part first prints its bound: C seconds of computing for each token, M seconds of reading what
+misses; perfect overlap gives (C + M) / max(C, M). Then arms take turns; figures are medians, and
+ratios are medians of the turns' ratios. --dry runs every arm once on tiny models.
+"""
+
+import argparse
+import statistics
+from pathlib import Path
+
+from offloading_arms import tokens_per_s
+from offloading_bed import Limits, Outcome, run
+from offloading_cases import Case, Cases
+
+from report import write_results
+
+PARTS = ("trained", "early", "peers", "papers")
+
+
+def measure(case: Case) -> list[dict]:
+    """Let the arms take turns and return a row for each."""
+    speeds: dict[str, list[float]] = {arm.name: [] for arm in case.arms}
+    outcomes: dict[str, list[Outcome]] = {arm.name: [] for arm in case.arms}
+    for _ in range(case.turns):
+        for arm in case.arms:
+            outcome = run(arm.command, arm.limits, case.folder, arm.environment)
+            outcomes[arm.name].append(outcome)
+            speed = tokens_per_s(outcome)
+            if speed is None:
+                print(f"  {arm.name}: {outcome.problem}", flush=True)
+            else:
+                speeds[arm.name].append(speed)
+    base = speeds[case.arms[0].name]
+    return [_row(case, name, speeds[name], base, outcomes[name]) for name in speeds]
+
+
+def find_bound(case: Case) -> dict | None:
+    """Measure C and M and print the bound; None for arms that are not ours."""
+    mine = [arm for arm in case.arms if "offloading_child.py" in arm.command[1]]
+    resident = next((arm for arm in mine if "resident" in arm.name), None)
+    if resident is None:
+        return None
+    on_demand = next(arm for arm in mine if arm is not resident)
+    compute = run(resident.command, Limits(), case.folder, resident.environment)
+    reading = run(on_demand.command, Limits(), case.folder, on_demand.environment)
+    if compute.result is None or reading.result is None:
+        print(f"  no bound: {compute.problem or reading.problem}")
+        return None
+    c = 1 / compute.result["tokens_per_s"]
+    m = reading.result["bytes_read"] / case.tokens / (case.rate * 1e6)
+    bound = (c + m) / max(c, m)
+    print(
+        f"  C = {1e3 * c:.1f} ms, M = {1e3 * m:.1f} ms "
+        f"({reading.result['bytes_read'] / case.tokens / 1e6:.1f} MB a token at "
+        f"{case.rate:g} MB/s): perfect overlap gives {bound:.2f}x of on demand",
+        flush=True,
+    )
+    return {"compute_s": c, "reading_s": m, "bound": bound}
+
+
+def _row(
+    case: Case, name: str, speeds: list[float], base: list[float], outcomes: list[Outcome]
+) -> dict:
+    last = outcomes[-1]
+    row = {
+        "arm": name,
+        "tokens_per_s": statistics.median(speeds) if speeds else None,
+        "lowest": min(speeds, default=None),
+        "highest": max(speeds, default=None),
+        "times_first_arm": None,
+        "problem": last.problem,
+        "peak_mb": last.peak_bytes / 1e6,
+        "peak_anonymous_mb": last.peak_anonymous_bytes / 1e6,
+        "disk_mb_in_all": last.disk_bytes / 1e6,
+    }
+    if speeds and len(speeds) == len(base):
+        pairs = zip(speeds, base, strict=True)
+        row["times_first_arm"] = statistics.median(mine / first for mine, first in pairs)
+    result = last.result or {}
+    if "hits" in result:
+        needed = result["hits"] + result["misses"] + result["prefetch_late"]
+        row |= {"hits_percent": 100 * result["hits"] / needed}
+        row |= {"mb_a_token": result["bytes_read"] / case.tokens / 1e6}
+        row |= {"stall_ms_a_token": 1e3 * result["stall_s"] / case.tokens}
+    row["text"] = result.get("text_sha256")
+    return row
+
+
+def show(row: dict) -> None:
+    """Print a row."""
+
+    def text(name: str, form: str) -> str:
+        value = row.get(name)
+        return "-" if value is None else format(value, form)
+
+    print(
+        f"  {row['arm']:28} {text('tokens_per_s', '.2f'):>8} "
+        f"({text('lowest', '.2f')}-{text('highest', '.2f')}) "
+        f"{text('times_first_arm', '.2f'):>6}x  hits {text('hits_percent', '.0f'):>3} %  "
+        f"{text('mb_a_token', '.1f'):>6} MB/token  stall {text('stall_ms_a_token', '.1f'):>6} ms  "
+        f"peak {text('peak_mb', '.0f'):>5} MB (anonymous {text('peak_anonymous_mb', '.0f')})  "
+        f"disk {text('disk_mb_in_all', '.0f')} MB in all"
+        f"{'  ' + row['problem'] if row['problem'] else ''}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", type=Path, help="folder of benchmarks/offloading_models.py")
+    parser.add_argument("--trained", type=Path, help="folder of a trained model")
+    parser.add_argument("--llama", type=Path, help="the program llama-bench")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--rate", type=float, default=800, help="MB/s")
+    parser.add_argument("--trained-rate", type=float, default=400, help="MB/s")
+    parser.add_argument("--budgets", nargs="+", default=["25%", "50%"])
+    parser.add_argument("--early-budget", default="75%")
+    parser.add_argument("--predictors", nargs="*", default=["next_gates", "previous_layers"])
+    parser.add_argument("--recalls", nargs="*", type=float, default=[0.5, 0.7, 0.9])
+    parser.add_argument("--everything", nargs="*", default=["policy=lru", "predictor=auto"])
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--tokens", type=int, help="of every answer, in place of a part's number")
+    parser.add_argument("--dry", action="store_true", help="run every arm once on tiny models")
+    arguments = parser.parse_args()
+    if arguments.dry:
+        arguments.pairs = 1
+    tables = {}
+    for case in Cases(arguments):
+        print(case.name, flush=True)
+        bound = find_bound(case)
+        rows = measure(case)
+        for row in rows:
+            show(row)
+        texts = {row["text"] for row in rows if row["text"] is not None}
+        assert len(texts) <= 1, f"arms of {case.name} gave different texts"
+        tables[case.name] = {"rate_mb_s": case.rate, "bound": bound, "rows": rows}
+    if not arguments.dry:
+        write_results("offloading", {"pairs": arguments.pairs, "cases": tables})
+
+
+if __name__ == "__main__":
+    main()

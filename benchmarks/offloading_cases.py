@@ -1,0 +1,138 @@
+"""The cases of benchmarks/offloading.py: which arms take turns, and under which limits."""
+
+import argparse
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from offloading_arms import Arm, Sizes, accelerate, llama, ours
+from offloading_bed import Limits, run
+
+ON_DEMAND = ["policy=lru", "predictor=none", "reader=direct"]
+FEW = 3
+"""Turns of a case whose arms are far apart."""
+RUNTIME = 320 << 20
+"""What a process of ours gets next to its weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Arms that take turns."""
+
+    name: str
+    folder: Path
+    arms: list[Arm]
+    tokens: int
+    rate: float
+    """Of the disk, in MB/s."""
+    turns: int
+
+
+class Cases:
+    """Builds cases from the command line."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self._a = arguments
+
+    def __iter__(self) -> Iterator[Case]:
+        """Yield the cases of the parts that were asked for."""
+        for part in self._a.parts:
+            yield from getattr(self, part)()
+
+    def trained(self) -> Iterator[Case]:
+        """Yield a case for each budget of the trained model."""
+        folder = self._model("tiny") if self._a.dry else self._a.trained
+        if folder is None:
+            print("trained: left out, --trained names no model")
+            return
+        tokens = self._tokens(96)
+        for number, budget in enumerate(self._a.budgets):
+            limits = Limits(self._a.trained_rate)
+            arms = [ours("on demand", folder, tokens, limits, budget, ON_DEMAND)]
+            for predictor in self._a.predictors:
+                options = ["policy=lru", f"predictor={predictor}", "reader=direct"]
+                arms.append(ours(predictor, folder, tokens, limits, budget, options))
+            for recall in self._a.recalls if number == 0 else ():
+                name, more = f"oracle {recall}", ("--recall", str(recall))
+                arms.append(ours(name, folder, tokens, limits, budget, ON_DEMAND, *more))
+            options = [*self._a.everything, "reader=direct"]
+            arms.append(ours("everything on", folder, tokens, limits, budget, options))
+            arms.append(ours("resident", folder, tokens, limits, None, []))
+            name = f"trained, {budget}"
+            yield Case(name, folder, arms, tokens, self._a.trained_rate, self._a.pairs)
+
+    def early(self) -> Iterator[Case]:
+        """Yield a case for each model whose routers choose early."""
+        for kind in ("pregated", "preattention"):
+            folder, tokens = self._model(f"1b-{kind}"), self._tokens(16)
+            limits, budget = Limits(self._a.rate), self._a.early_budget
+            names = ("on demand", "reads begin early", "resident")
+            arms = [
+                ours(names[0], folder, tokens, limits, budget, ON_DEMAND, "--not-ahead"),
+                ours(names[1], folder, tokens, limits, budget, ON_DEMAND),
+                ours(names[2], folder, tokens, limits, None, []),
+            ]
+            yield Case(f"1 B {kind}, {budget}", folder, arms, tokens, self._a.rate, self._a.pairs)
+
+    def peers(self) -> Iterator[Case]:
+        """Yield llama.cpp's case."""
+        folder, tokens = self._model("2b"), self._tokens(16)
+        file = folder.with_name(f"{folder.name}.gguf")
+        bench, rate = self._a.llama, self._a.rate
+        if bench is None or not file.exists():
+            print(f"peers: left out, --llama or {file.name} is missing")
+            return
+        free = run(llama("", bench, file, tokens, Limits(), "mmap").command, Limits(), folder)
+        sizes = Sizes.of(folder)
+        slots = sizes.experts // 2
+        limit = slots + sizes.dense + free.peak_anonymous_bytes
+        least = sizes.experts // 8
+        fewer = max(least, limit - sizes.dense - RUNTIME)
+        print(
+            f"peers: {sizes.dense / 1e6:.0f} MB dense, {sizes.experts / 1e6:.0f} MB of experts; "
+            f"llama.cpp takes {free.peak_anonymous_bytes / 1e6:.0f} MB next to its weights; cache "
+            f"{slots / 1e6:.0f} MB, limit {limit / 1e6:.0f} MB, in which ours has "
+            f"{fewer / 1e6:.0f} MB of slots",
+            flush=True,
+        )
+        there, same = Limits(rate, limit), Limits(rate, slots + sizes.dense + RUNTIME)
+        on_demand, everything = ON_DEMAND, [*self._a.everything]
+        if self._a.dry:
+            there = same = Limits(rate)
+        arms = [
+            llama("llama.cpp mmap", bench, file, tokens, there, "mmap"),
+            ours("ours, equal cache", folder, tokens, same, f"{slots}B", on_demand),
+            ours("ours, equal limit", folder, tokens, there, f"{fewer}B", on_demand),
+            ours("everything on, equal limit", folder, tokens, there, f"{fewer}B", everything),
+            ours("ours, resident", folder, tokens, Limits(), None, []),
+        ]
+        yield Case("2 B, half the experts", folder, arms, tokens, rate, min(FEW, self._a.pairs))
+        others = [
+            llama("llama.cpp resident", bench, file, tokens, Limits(), "mmap"),
+            llama("llama.cpp --load-mode none", bench, file, tokens, there, "none"),
+            llama("llama.cpp --load-mode dio", bench, file, tokens, there, "dio"),
+        ]
+        yield Case("2 B, llama.cpp's other ways to load", folder, others, tokens, rate, 1)
+
+    def papers(self) -> Iterator[Case]:
+        """Yield accelerate's case."""
+        if importlib.util.find_spec("accelerate") is None:
+            print("papers: left out, accelerate is not installed")
+            return
+        folder, tokens = self._model("1b"), self._tokens(4)
+        limits, layers = Limits(self._a.rate), 1 if self._a.dry else 10
+        arms = [
+            accelerate("accelerate", folder, tokens, limits, layers),
+            ours("on demand", folder, self._tokens(16), limits, "50%", ON_DEMAND),
+        ]
+        yield Case("1 B, half in memory", folder, arms, tokens, self._a.rate, 1)
+
+    def _model(self, name: str) -> Path:
+        kind = name.partition("-")[2]
+        if self._a.dry:
+            name = f"tiny-{kind}" if kind else "tiny"
+        return self._a.models / name
+
+    def _tokens(self, number: int) -> int:
+        return 4 if self._a.dry else self._a.tokens or number
