@@ -2,11 +2,9 @@
 
 One pool of slots serves all layers. A policy (policies/) says which expert leaves its slot, a tier
 (tiers/) fills a slot, a queue (read_queue.py) runs the reads, filler.py brings these together, and
-this file talks to compute.
-Reads go straight into slots that nothing else uses, while the caller computes with experts that are
-ready. Routers that choose early let the store read ahead; for others it follows a predictor's hints
-(read_ahead.py). Reading ahead never puts out an expert that is known to be needed, and waits behind
-every read that compute waits for.
+this file talks to compute. Reads go straight into slots that nothing else uses, while the caller
+computes with experts that are ready. What a router chooses early, or a predictor names
+(read_ahead.py), is read ahead, behind every read that compute waits for.
 """
 
 import time
