@@ -4,8 +4,8 @@
 
 Weights are random, so routers choose about evenly and no expert is more popular than another: with
 slots for a share s of the experts, a cache misses about 1 - s of the choices. Trained models are
-kinder. The large model has 2 G parameters and not more because it exists twice, as a folder and
-as a GGUF file of the same bits, and both must fit into 8 GB of disk.
+kinder. The large models exist twice, as a folder and as a GGUF file of the same bits: that of 4 G
+parameters takes 16 GB of disk.
 """
 
 import argparse
@@ -36,6 +36,7 @@ def _config(lookahead: str = "ffn_input", **sizes: int) -> ModelConfig:
 _TINY = {"d_model": 64, "num_layers": 3, "num_heads": 2, "num_kv_heads": 1, "d_expert": 32}
 _1B = {"d_model": 1024, "num_layers": 20, "num_heads": 16, "num_kv_heads": 4, "d_expert": 512}
 _2B = {"d_model": 2048, "num_layers": 12, "num_heads": 32, "num_kv_heads": 4, "d_expert": 768}
+_4B = _2B | {"num_layers": 24}
 MODELS = {
     "tiny": _config(**_TINY, num_experts=8, k=2),
     "tiny-pregated": _config("previous_block", **_TINY, num_experts=8, k=2),
@@ -44,9 +45,10 @@ MODELS = {
     "1b-pregated": _config("previous_block", **_1B),
     "1b-preattention": _config("attention_input", **_1B),
     "2b": _config(**_2B),
+    "4b": _config(**_4B),
 }
 """The first of a size is a Qwen3-MoE; the others have routers that choose early. An expert of
-``2b`` has the size of one of Qwen3-30B-A3B."""
+``2b`` and ``4b`` has the size of one of Qwen3-30B-A3B."""
 
 
 class RandomWeights:

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -19,7 +20,7 @@ from .reading.choose import plan_reads
 from .reading.sidecar import LearnedHashes
 from .store import ExpertStore
 from .tiers.disk import DiskTier
-from .tiers.open import open_tiers
+from .tiers.open import Tiers, open_tiers
 
 
 def open_store(
@@ -53,11 +54,10 @@ def open_store(
         slot_bytes,
         memory=empty_experts(config, num_slots, dtype, folder.packed),
         tier=tiers.first,
-        reads=ReadQueue(num_threads or plan.threads, at_end=save),
+        reads=ReadQueue(num_threads or plan.threads, at_end=partial(_end, save, tiers)),
         policy=policy,
         read_plan=plan,
         rates=tiers.rates,
-        on_close=tiers.close,
     )
     if options.log is not None:
         name = options.policy if isinstance(options.policy, str) else type(policy).__name__
@@ -66,6 +66,13 @@ def open_store(
     if save is not None:
         weakref.finalize(store, save)  # when the program ends without closing the store
     return store
+
+
+def _end(save: Callable[[], None] | None, tiers: Tiers) -> None:
+    """Do what comes after the last read."""
+    if save is not None:
+        save()
+    tiers.close()
 
 
 def _learn_hashes(folder: ModelFolder) -> Callable[[], None] | None:

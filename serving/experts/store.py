@@ -48,7 +48,6 @@ class ExpertStore:
         policy: Policy,
         clock: Callable[[], float] = time.perf_counter,
         rates: Rates | None = None,
-        on_close: Callable[[], None] = lambda: None,
         read_plan: ReadPlan | None = None,
     ) -> None:
         self.num_slots = facts.num_slots
@@ -60,7 +59,6 @@ class ExpertStore:
         self._reads = reads
         self._clock = clock
         self.rates = rates or Rates()
-        self._on_close = on_close
         self._expected = Expectations()
         self._ahead: ReadAhead | None = None
         self.statistics = StoreStatistics(facts.moe_layers, slot_bytes)
@@ -85,10 +83,9 @@ class ExpertStore:
         return (layer, expert) in self._slots
 
     def close(self) -> None:
-        """Stop the reading threads, end the log, and let go of the tiers."""
+        """Stop the reading threads, and end the log."""
         self._reads.close()
         self.statistics.close()
-        self._on_close()
 
     def begin(self, forward: Forward) -> None:
         """Hear of a forward before it runs."""
