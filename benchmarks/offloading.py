@@ -1,7 +1,7 @@
 """Answers from a model whose experts do not fit into memory: what is gained, against whom?
 
     python benchmarks/offloading_models.py MODELS
-    python benchmarks/offloading_gguf.py MODELS/2b MODELS/2b.gguf
+    python benchmarks/offloading_gguf.py MODELS/4b MODELS/4b.gguf
     sudo python benchmarks/offloading.py MODELS --trained MODEL_DIR --llama LLAMA_BENCH
 
 Every run is a process in cgroups that limit its reads of the disk, and its memory with the page
@@ -124,6 +124,8 @@ def main() -> None:
     parser.add_argument("--trained", type=Path, help="folder of a trained model")
     parser.add_argument("--llama", type=Path, help="the program llama-bench")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--peer-model", default="4b", help="with a GGUF twin")
+    parser.add_argument("--peer-shares", nargs="+", type=float, default=[0.5, 0.25])
     parser.add_argument("--rate", type=float, default=800, help="MB/s")
     parser.add_argument("--trained-rate", type=float, default=400, help="MB/s")
     parser.add_argument("--budgets", nargs="+", default=["25%", "50%"])

@@ -79,44 +79,44 @@ class Cases:
             yield Case(f"1 B {kind}, {budget}", folder, arms, tokens, self._a.rate, self._a.pairs)
 
     def peers(self) -> Iterator[Case]:
-        """Yield llama.cpp's case."""
-        folder, tokens = self._model("2b"), self._tokens(16)
+        """Yield a case for each share of the experts, then llama.cpp's other ways to load."""
+        folder, tokens = self._model(self._a.peer_model), self._tokens(8)
         file = folder.with_name(f"{folder.name}.gguf")
         bench, rate = self._a.llama, self._a.rate
         if bench is None or not file.exists():
             print(f"peers: left out, --llama or {file.name} is missing")
             return
         free = run(llama("", bench, file, tokens, Limits(), "mmap").command, Limits(), folder)
-        sizes = Sizes.of(folder)
-        slots = sizes.experts // 2
-        limit = slots + sizes.dense + free.peak_anonymous_bytes
-        least = sizes.experts // 8
-        fewer = max(least, limit - sizes.dense - RUNTIME)
-        print(
-            f"peers: {sizes.dense / 1e6:.0f} MB dense, {sizes.experts / 1e6:.0f} MB of experts; "
-            f"llama.cpp takes {free.peak_anonymous_bytes / 1e6:.0f} MB next to its weights; cache "
-            f"{slots / 1e6:.0f} MB, limit {limit / 1e6:.0f} MB, in which ours has "
-            f"{fewer / 1e6:.0f} MB of slots",
-            flush=True,
-        )
-        there, same = Limits(rate, limit), Limits(rate, slots + sizes.dense + RUNTIME)
-        on_demand, everything = ON_DEMAND, ["predictor=auto"]
-        if self._a.dry:
-            there = same = Limits(rate)
-        arms = [
-            llama("llama.cpp mmap", bench, file, tokens, there, "mmap"),
-            ours("ours, equal cache", folder, tokens, same, f"{slots}B", on_demand),
-            ours("ours, equal limit", folder, tokens, there, f"{fewer}B", on_demand),
-            ours("everything on, equal limit", folder, tokens, there, f"{fewer}B", everything),
-            ours("ours, resident", folder, tokens, Limits(), None, []),
-        ]
-        yield Case("2 B, half the experts", folder, arms, tokens, rate, min(FEW, self._a.pairs))
+        sizes, there = Sizes.of(folder), Limits(rate)
+        for share in self._a.peer_shares:
+            slots = int(sizes.experts * share)
+            limit = slots + sizes.dense + free.peak_anonymous_bytes
+            fewer = max(sizes.experts // 8, limit - sizes.dense - RUNTIME)
+            print(
+                f"peers: {sizes.dense / 1e6:.0f} MB dense, {sizes.experts / 1e6:.0f} MB of experts;"
+                f" llama.cpp takes {free.peak_anonymous_bytes / 1e6:.0f} MB next to its weights; "
+                f"cache {slots / 1e6:.0f} MB, limit {limit / 1e6:.0f} MB, in which ours has "
+                f"{fewer / 1e6:.0f} MB of slots",
+                flush=True,
+            )
+            there, same = Limits(rate, limit), Limits(rate, slots + sizes.dense + RUNTIME)
+            if self._a.dry:
+                there = same = Limits(rate)
+            arms = [
+                llama("llama.cpp mmap", bench, file, tokens, there, "mmap"),
+                ours("ours, equal cache", folder, tokens, same, f"{slots}B", ON_DEMAND),
+                ours("ours, equal limit", folder, tokens, there, f"{fewer}B", ON_DEMAND),
+                ours("ours, resident", folder, tokens, Limits(), None, []),
+            ]
+            name = f"{folder.name}, {share:.0%} of the experts"
+            yield Case(name, folder, arms, tokens, rate, min(FEW, self._a.pairs))
         others = [
             llama("llama.cpp resident", bench, file, tokens, Limits(), "mmap"),
             llama("llama.cpp --load-mode none", bench, file, tokens, there, "none"),
             llama("llama.cpp --load-mode dio", bench, file, tokens, there, "dio"),
         ]
-        yield Case("2 B, llama.cpp's other ways to load", folder, others, tokens, rate, 1)
+        name = f"{folder.name}, llama.cpp's other ways to load"
+        yield Case(name, folder, others, tokens, rate, 1)
 
     def papers(self) -> Iterator[Case]:
         """Yield accelerate's case."""
