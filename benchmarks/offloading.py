@@ -9,6 +9,7 @@ cache. One answer at a time. Parts:
 
 trained  A really trained model, a quarter and a half of its experts in memory: on demand, each
          predictor, an oracle of set recall, everything on.
+sweep    A random model of 1 G parameters: on demand, and oracles of set recall.
 early    Models whose routers choose early (pre-gated, pre-attention): on demand, and with reads
          that begin when the router has chosen.
 peers    llama.cpp on the same bits, at equal cache bytes and at an equal limit of the process.
@@ -29,7 +30,7 @@ from offloading_cases import Case, Cases
 
 from report import write_results
 
-PARTS = ("trained", "early", "peers", "papers")
+PARTS = ("trained", "sweep", "early", "peers", "papers")
 
 
 def measure(case: Case) -> list[dict]:
@@ -128,6 +129,7 @@ def main() -> None:
     parser.add_argument("--peer-shares", nargs="+", type=float, default=[0.5, 0.25])
     parser.add_argument("--rate", type=float, default=800, help="MB/s")
     parser.add_argument("--trained-rate", type=float, default=400, help="MB/s")
+    parser.add_argument("--sweep-rate", type=float, default=1600, help="MB/s")
     parser.add_argument("--budgets", nargs="+", default=["25%", "50%"])
     parser.add_argument("--early-budget", default="75%")
     parser.add_argument("--predictors", nargs="*", default=["next_gates", "previous_layers"])

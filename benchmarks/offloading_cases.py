@@ -65,6 +65,19 @@ class Cases:
             name = f"trained, {budget}"
             yield Case(name, folder, arms, tokens, self._a.trained_rate, self._a.pairs)
 
+    def sweep(self) -> Iterator[Case]:
+        """Yield a case for each budget of a random model whose predictor has a set recall."""
+        folder, tokens = self._model("1b"), self._tokens(16)
+        limits = Limits(self._a.sweep_rate)
+        for budget in reversed(self._a.budgets):
+            arms = [ours("on demand", folder, tokens, limits, budget, ON_DEMAND)]
+            for recall in self._a.recalls:
+                name, more = f"oracle {recall}", ("--recall", str(recall))
+                arms.append(ours(name, folder, tokens, limits, budget, ON_DEMAND, *more))
+            arms.append(ours("resident", folder, tokens, limits, None, []))
+            name = f"1 B, set recall, {budget}"
+            yield Case(name, folder, arms, tokens, self._a.sweep_rate, self._a.pairs)
+
     def early(self) -> Iterator[Case]:
         """Yield a case for each model whose routers choose early."""
         for kind in ("pregated", "preattention"):
