@@ -18,6 +18,9 @@ papers   accelerate with layers on disk, the baseline of papers.
 Each part first prints its bound: C seconds of computing for each token, M seconds of reading what
 misses; perfect overlap gives (C + M) / max(C, M). Then arms take turns; figures are medians, and
 ratios are medians of the turns' ratios. --dry runs every arm once on tiny models.
+
+Under the limit of a control group a disk that was idle is faster for a while, so reading ahead can
+gain nothing there. Hence sweep and early have a disk that gathers no credit (paced_disk.py).
 """
 
 import argparse
@@ -130,6 +133,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=800, help="MB/s")
     parser.add_argument("--trained-rate", type=float, default=400, help="MB/s")
     parser.add_argument("--sweep-rate", type=float, default=1600, help="MB/s")
+    parser.add_argument("--sweep-budgets", nargs="+", default=["50%", "80%"])
     parser.add_argument("--budgets", nargs="+", default=["25%", "50%"])
     parser.add_argument("--early-budget", default="75%")
     parser.add_argument("--predictors", nargs="*", default=["next_gates", "previous_layers"])

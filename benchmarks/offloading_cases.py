@@ -67,26 +67,27 @@ class Cases:
 
     def sweep(self) -> Iterator[Case]:
         """Yield a case for each budget of a random model whose predictor has a set recall."""
-        folder, tokens = self._model("1b"), self._tokens(16)
-        limits = Limits(self._a.sweep_rate)
-        for budget in reversed(self._a.budgets):
-            arms = [ours("on demand", folder, tokens, limits, budget, ON_DEMAND)]
+        folder, tokens, rate = self._model("1b"), self._tokens(16), self._a.sweep_rate
+        paced = ("--paced", str(rate))
+        for budget in self._a.sweep_budgets:
+            arms = [ours("on demand", folder, tokens, Limits(), budget, ON_DEMAND, *paced)]
             for recall in self._a.recalls:
-                name, more = f"oracle {recall}", ("--recall", str(recall))
-                arms.append(ours(name, folder, tokens, limits, budget, ON_DEMAND, *more))
-            arms.append(ours("resident", folder, tokens, limits, None, []))
+                name, more = f"oracle {recall}", ("--recall", str(recall), *paced)
+                arms.append(ours(name, folder, tokens, Limits(), budget, ON_DEMAND, *more))
+            arms.append(ours("resident", folder, tokens, Limits(), None, []))
             name = f"1 B, set recall, {budget}"
-            yield Case(name, folder, arms, tokens, self._a.sweep_rate, self._a.pairs)
+            yield Case(name, folder, arms, tokens, rate, self._a.pairs)
 
     def early(self) -> Iterator[Case]:
         """Yield a case for each model whose routers choose early."""
         for kind in ("pregated", "preattention"):
             folder, tokens = self._model(f"1b-{kind}"), self._tokens(16)
-            limits, budget = Limits(self._a.rate), self._a.early_budget
+            limits, budget = Limits(), self._a.early_budget
+            paced = ("--paced", str(self._a.rate))
             names = ("on demand", "reads begin early", "resident")
             arms = [
-                ours(names[0], folder, tokens, limits, budget, ON_DEMAND, "--not-ahead"),
-                ours(names[1], folder, tokens, limits, budget, ON_DEMAND),
+                ours(names[0], folder, tokens, limits, budget, ON_DEMAND, "--not-ahead", *paced),
+                ours(names[1], folder, tokens, limits, budget, ON_DEMAND, *paced),
                 ours(names[2], folder, tokens, limits, None, []),
             ]
             yield Case(f"1 B {kind}, {budget}", folder, arms, tokens, self._a.rate, self._a.pairs)

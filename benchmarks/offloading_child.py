@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from oracle_predictor import Oracle
+from paced_disk import PacedDisk
 
 from moeyard.moe.models.language_model import LanguageModel
 from moeyard.moe.routes.reader import RouteFile
@@ -84,7 +85,10 @@ def main() -> None:
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--recall", type=float, help="read ahead what an oracle names")
     parser.add_argument("--not-ahead", action="store_true", help="early routers announce nothing")
+    parser.add_argument("--paced", type=float, metavar="MB_S", help="see paced_disk.py")
     arguments = parser.parse_args()
+    if arguments.paced is not None:
+        PacedDisk(arguments.paced * 1e6)
     torch.set_num_threads(arguments.threads)
     options = None if arguments.expert_memory is None else options_of(arguments)
     model, store = open_model(
