@@ -53,6 +53,11 @@ def per_second(bytes_per_s: float) -> str:
     return f"{bytes_per_s / 1e9:.3g} GB/s"
 
 
+def tokens(per_s: float) -> str:
+    """Return tokens per second as people write them."""
+    return f"{per_s:,.0f}" if per_s >= 100 else f"{per_s:.3g}"
+
+
 def _slots(decision: Decision) -> str:
     sizes, slots = decision.sizes, decision.num_slots
     each = " in each replica" if decision.num_replicas > 1 else ""
@@ -109,15 +114,15 @@ def _speed(decision: Decision) -> str:
     memory = f"a token reads {size(sizes.bytes_per_token)} of weights at "
     memory += per_second(speeds.memory)
     if decision.num_slots >= sizes.num_experts:
-        return f"Upper bound for one request: {bound.on_demand:.3g} tokens/s; {memory}."
+        return f"Upper bound for one request: {tokens(bound.on_demand)} tokens/s; {memory}."
     source = (
         "recorded routes say so"
         if decision.is_recorded
         else "as if all were needed equally often; real texts do better"
     )
     return (
-        f"Upper bound for one request: {bound.on_demand:.3g} tokens/s on demand, "
-        f"{bound.read_ahead:.3g} if all reads were ahead of need. Of the "
+        f"Upper bound for one request: {tokens(bound.on_demand)} tokens/s on demand, "
+        f"{tokens(bound.read_ahead)} if all reads were ahead of need. Of the "
         f"{sizes.experts_per_token} experts of a token {bound.hit_rate:.0%} are in memory "
         f"({source}), and {memory}."
     )
