@@ -14,17 +14,21 @@ from collections.abc import Sequence
 class PacedDisk:
     """Makes ``os.preadv`` no faster than ``bytes_per_s`` over all threads, read after read."""
 
-    def __init__(self, bytes_per_s: float) -> None:
-        self._bytes_per_s = bytes_per_s
+    def __init__(self, bytes_per_s: float | None = None) -> None:
+        self.bytes_per_s = bytes_per_s
+        """May change; None = as fast as the disk is."""
         self._read = os.preadv
         self._lock = threading.Lock()
         self._free_at = 0.0
         os.preadv = self._paced  # type: ignore[assignment]
 
     def _paced(self, descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
+        rate = self.bytes_per_s
+        if rate is None:
+            return self._read(descriptor, buffers, offset)
         num_bytes = sum(len(buffer) for buffer in buffers)
         with self._lock:
-            self._free_at = max(time.perf_counter(), self._free_at) + num_bytes / self._bytes_per_s
+            self._free_at = max(time.perf_counter(), self._free_at) + num_bytes / rate
             ends_at = self._free_at
         count = self._read(descriptor, buffers, offset)
         wait_s = ends_at - time.perf_counter()

@@ -10,15 +10,14 @@ be the same in all of them.
 """
 
 import argparse
-import os
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import torch
+from paced_disk import PacedDisk
 
 from moeyard.moe.models.language_model import LanguageModel
 from moeyard.serving.experts.store import ExpertStore
@@ -30,28 +29,6 @@ ARMS = ("topk", "hash", "pregated", "preattention")
 PROMPTS = ("def read(path, ", "class Config:\n    ", "import os\n\nfor name in ")
 NEW_TOKENS = 64
 ROUNDS = 5
-
-
-class SlowDisk:
-    """Makes ``os.preadv`` no faster than ``rate`` bytes per second over all threads."""
-
-    def __init__(self) -> None:
-        self.rate: float | None = None
-        self._read = os.preadv
-        self._lock = threading.Lock()
-        self._free_at = 0.0
-        os.preadv = self._slow  # type: ignore[assignment]
-
-    def _slow(self, descriptor: int, buffers: list, offset: int) -> int:
-        count = self._read(descriptor, buffers, offset)
-        if self.rate is not None:
-            with self._lock:
-                begin = max(time.perf_counter(), self._free_at)
-                self._free_at = begin + count / self.rate
-                wait = self._free_at - time.perf_counter()
-            if wait > 0:
-                time.sleep(wait)
-        return count
 
 
 def decode(model: LanguageModel) -> tuple[float, list[list[int]]]:
@@ -69,7 +46,7 @@ def totals(store: ExpertStore) -> dict[str, float]:
     return {name: sum(getattr(layer, name) for layer in layers) for name in names}
 
 
-def compare(folder: Path, budget: str, rates: list[float], disk: SlowDisk) -> list[dict]:
+def compare(folder: Path, budget: str, rates: list[float], disk: PacedDisk) -> list[dict]:
     """Measure one model at all rates."""
     resident, _ = open_model(folder)
     modes = {"on demand": open_model(folder, expert_memory=budget)}
@@ -82,7 +59,7 @@ def compare(folder: Path, budget: str, rates: list[float], disk: SlowDisk) -> li
         seconds: dict[str, list[float]] = {"resident": [], "on demand": [], "read ahead": []}
         traffic: dict[str, list[dict[str, float]]] = {name: [] for name in modes}
         for turn in range(ROUNDS + 1):
-            disk.rate = rate * 1e6
+            disk.bytes_per_s = rate * 1e6
             for name, (model, store) in modes.items():
                 before = totals(store)
                 elapsed, answers = decode(model)
@@ -91,7 +68,7 @@ def compare(folder: Path, budget: str, rates: list[float], disk: SlowDisk) -> li
                     seconds[name].append(elapsed)
                     after = totals(store)
                     traffic[name].append({key: after[key] - before[key] for key in after})
-            disk.rate = None
+            disk.bytes_per_s = None
             elapsed, _ = decode(resident)
             if turn:
                 seconds["resident"].append(elapsed)
@@ -124,7 +101,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    disk, table = SlowDisk(), {}
+    disk, table = PacedDisk(), {}
     print(f"{'router':13} {'MB/s':>5} {'mode':11} tokens/s  of resident   MB moved  stall s   "
           "hits  misses  ahead: useful   late  wasted")  # fmt: skip
     for arm in ARMS:

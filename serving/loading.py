@@ -70,10 +70,10 @@ def load(
     ``device`` is ``cpu``, ``cuda`` or ``cuda:N``; ids go there too. ``expert_memory``
     (``2GiB``, ``25%``) bounds the experts kept in memory; the others are read from the folder when
     they are needed, and outputs are the same bit for bit. ``auto`` is what the machine can spare,
-    all experts if they fit. Weights that ``config.json`` does not ask
-    for are refused, unless ``ignore_unused_weights`` says to do without them. ``allow_code`` names
-    modules of your own whose routers the folder may use; they are imported. ``expert_policy``
-    chooses which expert leaves memory when another one is needed: a name, or an object with the
+    all experts if they fit. Weights that ``config.json`` does not ask for are refused, unless
+    ``ignore_unused_weights`` says to do without them. ``allow_code`` names modules of your own
+    whose routers the folder may use; they are imported. ``expert_policy`` chooses which expert
+    leaves memory when another one is needed: a name (docs/offloading.md), or an object with the
     methods of :class:`moeyard.serving.experts.policies.policy.Policy`, for this model alone.
     ``expert_predictor`` says which experts the next layers may need, so that they are read ahead: a
     name or ``NAME:FILE`` (docs/offloading.md), or an object with the methods of

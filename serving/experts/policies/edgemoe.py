@@ -5,14 +5,14 @@ L MoE layers, E experts of a layer.
 
 import numpy as np
 
-from .policy import CacheFacts, Key
-from .scored import Array, ScoredPolicy
+from .lfu import LeastFrequentlyUsed
+from .scored import Array
 
 
-class FrequencyOverDistance(ScoredPolicy):
+class FrequencyOverDistance(LeastFrequentlyUsed):
     """Evicts the expert with the smallest f / d.
 
-    f is the share of the forwards that needed the expert, and d = (its layer - the layer that
+    f is the number of forwards that needed the expert, and d = (its layer - the layer that
     computes) mod L, in MoE layers: those just passed have the largest d and leave first. The layer
     that computes has d = 0 and stays while there is anything else.
 
@@ -20,16 +20,6 @@ class FrequencyOverDistance(ScoredPolicy):
     denominator, which contradicts the text, and d = 0 divides by zero. This is the rule of the
     text.
     """
-
-    def __init__(self, facts: CacheFacts) -> None:
-        super().__init__(facts)
-        self._counts_LE = np.zeros(self._shape)
-        """Forwards that needed an expert. All have the same divisor, so shares order as counts."""
-
-    def touch(self, key: Key, rows: int) -> None:
-        """Count a need."""
-        super().touch(key, rows)
-        self._counts_LE[self._now, key[1]] += 1
 
     def scores(self) -> Array:
         """Return f / d; the layer that computes comes after all others."""

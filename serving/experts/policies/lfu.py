@@ -16,6 +16,7 @@ class LeastFrequentlyUsed(ScoredPolicy):
     def __init__(self, facts: CacheFacts) -> None:
         super().__init__(facts)
         self._counts_LE = np.zeros(self._shape)
+        """Forwards that needed an expert."""
 
     def touch(self, key: Key, rows: int) -> None:
         """Count a need."""
