@@ -130,8 +130,8 @@ def _text(arguments: argparse.Namespace, outlook: "Outlook", options: list["Opti
         rows.append(
             f"{option.expert_memory:<10} {option.num_slots:>8} "
             f"{option.num_slots / sizes.num_experts:>6.0%} {size(option.needed_bytes):>10} "
-            f"{'yes' if option.fits else 'no':>4} {bound.hit_rate:>8.1%} {tokens(bound.on_demand):>9} "
-            f"{tokens(bound.read_ahead):>10}"
+            f"{'yes' if option.fits else 'no':>4} {bound.hit_rate:>8.1%} "
+            f"{tokens(bound.on_demand):>9} {tokens(bound.read_ahead):>10}"
         )
     return "\n".join(rows) + "\n" + NOTE.format(source=_source(arguments))
 
