@@ -25,6 +25,8 @@ class Decision:
     bound: Bound
     is_recorded: bool = False
     """Whether the bound's hit rate is that of recorded routes."""
+    lossy: tuple[str, ...] = ()
+    """A sentence for each lossy way in which the model runs."""
 
 
 def describe(decision: Decision) -> str:
@@ -35,6 +37,7 @@ def describe(decision: Decision) -> str:
     if decision.num_slots < decision.sizes.num_experts:
         lines += [_tiers(decision), _order(decision)]
     lines.append(_speed(decision))
+    lines += decision.lossy
     return "".join(f"{line}\n" for line in lines)
 
 

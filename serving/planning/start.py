@@ -12,6 +12,7 @@ from .bandwidth import memory_bandwidth
 from .bounds import Copies, Speeds, bound_of
 from .budget import Room
 from .describe import Decision, describe
+from .lossy import lossy_modes, lossy_sentences
 from .sizes import sizes_of
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ def log_start(
         predictor=None if options.predictor == "none" else _name(options.predictor),
         speeds=speeds,
         bound=bound_of(sizes, copies, speeds),
+        lossy=lossy_sentences(folder.path, lossy_modes(folder, options)),
     )
     log.info("%s", describe(decision))
 

@@ -1,0 +1,25 @@
+"""The lossy ways in which a model runs, each with its price.
+
+A way that was not measured says so. moe/folders/prices.py keeps the prices.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from ...moe.folders.folder import ModelFolder
+from ...moe.folders.prices import read_prices
+from ..experts.options import StoreOptions
+
+
+def lossy_modes(folder: ModelFolder, options: StoreOptions) -> list[str]:
+    """Return the names of the lossy ways in which a folder runs with these options."""
+    return [] if folder.packed is None else [f"int{folder.packed.bits}"]
+
+
+def lossy_sentences(folder: Path, modes: Iterable[str]) -> tuple[str, ...]:
+    """Return a sentence for each mode: its price, or that there is none."""
+    prices = read_prices(folder)
+    return tuple(
+        prices[mode].sentence() if mode in prices else f"{mode} is lossy; its price is not known."
+        for mode in modes
+    )
