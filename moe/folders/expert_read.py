@@ -9,8 +9,11 @@ import xxhash
 from torch import Tensor
 
 from .expert_hashes import DamagedExpertError, ExpertHashes, Key
-from .extents import Chunk, Piece, chunks_of, on_disk
+from .extents import DiskOrder, Piece
 from .file_reader import Buffer, buffer_of
+
+GetBuffer = Callable[[Tensor], Buffer]
+"""Finds the memory of a tensor."""
 
 log = logging.getLogger(__name__)
 
@@ -23,14 +26,20 @@ class ExpertRead:
     """
 
     def __init__(
-        self, key: Key, pieces: Sequence[Piece], hashes: ExpertHashes | None, direct: bool
+        self,
+        key: Key,
+        pieces: Sequence[Piece],
+        order: DiskOrder,
+        hashes: ExpertHashes | None,
+        direct: bool,
+        buffer_of_slot: GetBuffer = buffer_of,
     ) -> None:
         self._key = key
         self._pieces = pieces
         self._hashes = hashes
         self._direct = direct
-        self._places = on_disk(pieces)
-        self._chunks = chunks_of(self._places)
+        self._order = order
+        self._buffer_of_slot = buffer_of_slot
         self._stored: list[list[Tensor]] = []
         self._buffers: list[Buffer] = []
 
@@ -40,19 +49,17 @@ class ExpertRead:
         They raise ``OSError`` if bytes cannot be read, and :class:`DamagedExpertError` if they are
         not those they should be.
         """
-        *others, last = self._chunks
-        return [*(partial(self._read, chunk) for chunk in others), partial(self._finish, last)]
+        last = len(self._order.chunks) - 1
+        return [*(partial(self._read, number) for number in range(last)), self._finish]
 
     def check(self) -> None:
         """Read and check, and put nothing anywhere."""
-        self._stored = [_empty(piece) for piece in self._pieces]
-        self._buffers = self._on_disk(self._stored)
-        for chunk in self._chunks:
-            self._read(chunk)
+        self._take([_empty(piece) for piece in self._pieces])
+        self._read_all()
         self._check_hash()
 
-    def _finish(self, last: Chunk) -> None:
-        self._read(last)
+    def _finish(self) -> None:
+        self._read(len(self._order.chunks) - 1)
         if self._hashes is not None:
             self._check_hash()
         for piece, tensors in zip(self._pieces, self._stored, strict=True):
@@ -64,26 +71,29 @@ class ExpertRead:
                 piece.after()
         self._stored, self._buffers = [], []
 
-    def _read(self, chunk: Chunk) -> None:
-        if not self._buffers:
-            self._stored = [_memory_of(piece) for piece in self._pieces]
-            self._buffers = self._on_disk(self._stored)
-        parts = []
-        for place, buffer in zip(self._places, self._buffers, strict=True):
-            first = place.entry.start
-            start, end = max(chunk.start, first), min(chunk.end, place.entry.end)
-            if place.file is chunk.file and start < end:
-                parts.append(buffer.part(start - first, end - first))
-        chunk.file.reader.read(parts, chunk.start, self._direct)
+    def _read_all(self) -> None:
+        for number in range(len(self._order.chunks)):
+            self._read(number)
 
-    def _on_disk(self, stored: list[list[Tensor]]) -> list[Buffer]:
-        """Return the memory of every place, in the order of the places."""
-        buffers = {
-            id(place): buffer_of(tensor)
+    def _read(self, number: int) -> None:
+        """Read one of the chunks."""
+        if not self._buffers:
+            self._take([_memory_of(piece) for piece in self._pieces])
+        chunk, buffers = self._order.chunks[number], []
+        for part in self._order.parts[number]:
+            buffer = self._buffers[part.index]
+            is_whole = part.end - part.start == len(buffer.view)
+            buffers.append(buffer if is_whole else buffer.part(part.start, part.end))
+        chunk.file.reader.read(buffers, chunk.start, self._direct)
+
+    def _take(self, stored: list[list[Tensor]]) -> None:
+        """Use this memory for what is read, a tensor for every place."""
+        self._stored = stored
+        self._buffers = [
+            self._buffer_of_slot(tensor) if tensor is piece.put else buffer_of(tensor)
             for piece, tensors in zip(self._pieces, stored, strict=True)
-            for place, tensor in zip(piece.places, tensors, strict=True)
-        }
-        return [buffers[id(place)] for place in self._places]
+            for tensor in tensors
+        ]
 
     def _check_hash(self) -> None:
         """Compare the hash of what was read, and read it again once if it is another."""
@@ -96,20 +106,20 @@ class ExpertRead:
             return
         layer, expert = self._key
         log.warning("Expert %d of layer %d is read again: its hash was wrong.", expert, layer)
-        for chunk in self._chunks:
+        for chunk in self._order.chunks:
             chunk.file.reader.forget(chunk.start, chunk.end - chunk.start)
-            self._read(chunk)
+        self._read_all()
         if self._hash() != expected:
-            files = " and ".join(dict.fromkeys(chunk.file.path.name for chunk in self._chunks))
+            names = dict.fromkeys(chunk.file.path.name for chunk in self._order.chunks)
             raise DamagedExpertError(
-                f"expert {expert} of layer {layer} has other bytes in {files} than "
+                f"expert {expert} of layer {layer} has other bytes in {' and '.join(names)} than "
                 f"{self._hashes.source}; {self._hashes.remedy}"
             )
 
     def _hash(self) -> int:
         state = xxhash.xxh3_64()
-        for buffer in self._buffers:
-            state.update(buffer.view)
+        for index in self._order.order:
+            state.update(self._buffers[index].view)
         return state.intdigest()
 
 

@@ -51,15 +51,56 @@ class Chunk:
     end: int
 
 
-def on_disk(pieces: Sequence[Piece]) -> list[Place]:
-    """Return all places in the order in which they are on disk."""
-    places = [place for piece in pieces for place in piece.places]
-    return sorted(places, key=lambda place: (place.file.path.name, place.entry.start))
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The bytes of a place that a chunk has."""
+
+    index: int
+    """Of the place, in the order of the pieces."""
+    start: int
+    """From the place's first byte on."""
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class DiskOrder:
+    """How the places of some pieces are read; the same for whatever memory they go to."""
+
+    order: tuple[int, ...]
+    """Indices of the places, as they are on disk."""
+    chunks: tuple[Chunk, ...]
+    parts: tuple[tuple[Part, ...], ...]
+    """What each chunk consists of."""
+
+
+def disk_order(pieces: Sequence[Piece]) -> DiskOrder:
+    """Return how all places of ``pieces`` are read."""
+    places = places_of(pieces)
+    order = sorted(
+        range(len(places)), key=lambda i: (places[i].file.path.name, places[i].entry.start)
+    )
+    chunks = chunks_of([places[i] for i in order])
+    parts = (tuple(_parts(chunk, places, order)) for chunk in chunks)
+    return DiskOrder(tuple(order), tuple(chunks), tuple(parts))
+
+
+def places_of(pieces: Sequence[Piece]) -> list[Place]:
+    """Return all places in the order of the pieces."""
+    return [place for piece in pieces for place in piece.places]
 
 
 def chunks_of(places: Sequence[Place]) -> list[Chunk]:
     """Return what is read to fill places that are in the order of the disk."""
     return [chunk for extent in _extents(places) for chunk in _cut(extent)]
+
+
+def _parts(chunk: Chunk, places: Sequence[Place], order: Sequence[int]) -> Iterator[Part]:
+    for index in order:
+        place = places[index]
+        first = place.entry.start
+        start, end = max(chunk.start, first), min(chunk.end, place.entry.end)
+        if place.file is chunk.file and start < end:
+            yield Part(index, start - first, end - first)
 
 
 def _extents(places: Sequence[Place]) -> list[Chunk]:

@@ -11,11 +11,12 @@ from torch import Tensor
 from ...errors import ModelFileError
 from ..config.model import ModelConfig
 from .compressed_tensors import PackedFormat, packed_name
-from .expert_hashes import DamagedExpertError, ExpertHashes, read_folder_hashes
+from .expert_hashes import DamagedExpertError, ExpertHashes, Key, read_folder_hashes
 from .expert_layouts import ExpertViews, Shapes, part_shapes
-from .expert_read import ExpertRead
-from .extents import Chunk, chunks_of, on_disk
+from .expert_read import ExpertRead, GetBuffer
+from .extents import Chunk, DiskOrder, Piece, disk_order
 from .families.family import Family, full_name
+from .file_reader import buffer_of
 from .hf_config import find_family, from_hf
 from .json_file import read_json
 from .quantized_config import read_quantization_config
@@ -39,6 +40,8 @@ class ModelFolder:
         moe = self.config.moe
         self._num_parts = 0 if moe is None else len(part_shapes(moe, self.config.d_model))
         self.files = TensorFiles(path, self._packed_format())
+        self._orders: dict[Key, DiskOrder] = {}
+        """How whole experts are read, once they were."""
 
     def check(
         self,
@@ -154,13 +157,16 @@ class ModelFolder:
         except OSError as error:
             raise ModelFileError(f"{self._name(parameter)} could not be read: {error}.") from None
 
-    def expert_reads(self, layer: int, expert: int, views: ExpertViews) -> list[Callable[[], None]]:
+    def expert_reads(
+        self, layer: int, expert: int, views: ExpertViews, buffer_of_slot: GetBuffer = buffer_of
+    ) -> list[Callable[[], None]]:
         """Return calls that fill an expert's ``views``, to be made one after the other.
 
         They raise ``OSError`` if reading fails, and :class:`DamagedExpertError` if ``hashes`` knows
-        other bytes. Without all parts in ``views`` there is no such check.
+        other bytes. Without all parts in ``views`` there is no such check. ``buffer_of_slot``
+        returns the memory of a part of ``views``.
         """
-        return self._expert_read(layer, expert, views).steps()
+        return self._expert_read(layer, expert, views, buffer_of_slot).steps()
 
     def read_expert(self, layer: int, expert: int, views: ExpertViews) -> None:
         """Fill an expert's ``views``."""
@@ -177,7 +183,7 @@ class ModelFolder:
     def expert_chunks(self, layer: int, expert: int) -> list[Chunk]:
         """Return where an expert's bytes are."""
         pieces = self.family.experts.pieces(self.files, layer, expert, self._no_views())
-        return chunks_of(on_disk(pieces))
+        return list(self._disk_order((layer, expert), pieces).chunks)
 
     def _no_views(self) -> ExpertViews:
         """Return views without memory, of all parts."""
@@ -186,10 +192,22 @@ class ModelFolder:
         shapes, dtype = part_shapes(moe, self.config.d_model), self.dtype
         return {part: torch.empty(s, dtype=dtype, device="meta") for part, s in shapes.items()}
 
-    def _expert_read(self, layer: int, expert: int, views: ExpertViews) -> ExpertRead:
+    def _expert_read(
+        self, layer: int, expert: int, views: ExpertViews, buffer_of_slot: GetBuffer = buffer_of
+    ) -> ExpertRead:
         pieces = self.family.experts.pieces(self.files, layer, expert, views)
-        hashes = self.hashes if len(views) == self._num_parts else None
-        return ExpertRead((layer, expert), pieces, hashes, self.is_direct)
+        if len(views) == self._num_parts:
+            hashes, order = self.hashes, self._disk_order((layer, expert), pieces)
+        else:
+            hashes, order = None, disk_order(pieces)
+        key = (layer, expert)
+        return ExpertRead(key, pieces, order, hashes, self.is_direct, buffer_of_slot)
+
+    def _disk_order(self, key: Key, pieces: list[Piece]) -> DiskOrder:
+        order = self._orders.get(key)
+        if order is None:
+            order = self._orders[key] = disk_order(pieces)
+        return order
 
     @contextmanager
     def _reading(self, layer: int, expert: int) -> Iterator[None]:

@@ -182,6 +182,7 @@ def test_reads_that_stop_anywhere_go_on(wide, ragged, monkeypatch, direct):
 
 
 def test_an_expert_is_read_in_chunks_that_may_fail_and_be_read_again(ragged, monkeypatch):
+    monkeypatch.setattr(extents, "CHUNK_BYTES", 4096)
     folder, real, calls = ModelFolder(ragged), os.preadv, []
     expected, found = views_of(CONFIG), views_of(CONFIG)
     folder.read_expert(0, 1, expected)
@@ -192,7 +193,6 @@ def test_an_expert_is_read_in_chunks_that_may_fail_and_be_read_again(ragged, mon
             raise OSError(5, "Input/output error")
         return real(descriptor, buffers, offset)
 
-    monkeypatch.setattr(extents, "CHUNK_BYTES", 4096)
     monkeypatch.setattr(os, "preadv", fails_every_second_time)
     steps = folder.expert_reads(0, 1, found)
     assert len(steps) == 2  # 5760 bytes that begin in the middle of a page

@@ -4,8 +4,11 @@ import time
 from collections.abc import Callable
 from functools import partial
 
+from torch import Tensor
+
 from ....moe.folders.expert_hashes import DamagedExpertError
 from ....moe.folders.expert_layouts import ExpertViews
+from ....moe.folders.file_reader import Buffer, buffer_of
 from ....moe.folders.folder import ModelFolder
 from ..policies.policy import Key
 
@@ -18,12 +21,22 @@ class DiskTier:
 
     def __init__(self, folder: ModelFolder) -> None:
         self._folder = folder
+        self._buffers: dict[tuple[int, int], Buffer] = {}
+        """Of each part of each slot: making one takes longer than its hash."""
 
     def reads(self, key: Key, views: ExpertViews) -> list[Callable[[], None]]:
         """Return one call per chunk, to be made one after the other."""
         layer, expert = key
-        calls = self._folder.expert_reads(layer, expert, views)
+        calls = self._folder.expert_reads(layer, expert, views, self._buffer_of)
         return [partial(_read_patiently, call) for call in calls]
+
+    def _buffer_of(self, tensor: Tensor) -> Buffer:
+        """Return the memory of a slot's part, which stays where it is."""
+        key = tensor.data_ptr(), tensor.nbytes
+        buffer = self._buffers.get(key)
+        if buffer is None:
+            buffer = self._buffers[key] = buffer_of(tensor)
+        return buffer
 
 
 def _read_patiently(read: Callable[[], None]) -> None:
