@@ -78,11 +78,11 @@ def test_an_unreadable_expert_ends_the_requests_that_chose_it_and_no_others(
     model, store = open_model(model_folder, dtype, expert_memory="25%")
     reads = ModelFolder.expert_reads
 
-    def read(folder, layer, expert, views):
+    def read(folder, layer, expert, views, *more):
         def fail():
             raise OSError(5, "Input/output error")
 
-        return [fail] if (layer, expert) == key else reads(folder, layer, expert, views)
+        return [fail] if (layer, expert) == key else reads(folder, layer, expert, views, *more)
 
     monkeypatch.setattr(ModelFolder, "expert_reads", read)
     texts, reasons, errors = run(engine_of(model, store), short_ones(), stagger=stagger)

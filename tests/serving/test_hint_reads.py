@@ -80,8 +80,8 @@ def test_a_wrong_hint_is_dropped_when_the_true_choice_arrives(model_folder, monk
     store = hinted_store(model_folder, 6, {0: [Hint((2, 4), 1.0)]})
     reads, begun, hold = ModelFolder.expert_reads, threading.Event(), threading.Event()
 
-    def held(folder, layer, expert, views):
-        calls = reads(folder, layer, expert, views)
+    def held(folder, layer, expert, views, *more):
+        calls = reads(folder, layer, expert, views, *more)
         if (layer, expert) != (2, 4):
             return calls
         return [lambda: (begun.set(), hold.wait(10)), *calls]

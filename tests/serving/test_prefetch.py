@@ -150,8 +150,8 @@ def test_prefetches_that_finish_while_experts_stream_are_booked_at_once(folder, 
     store = small_store(folder, 3)
     hold, reads = threading.Event(), ModelFolder.expert_reads
 
-    def held(folder, layer, expert, views):
-        calls = reads(folder, layer, expert, views)
+    def held(folder, layer, expert, views, *more):
+        calls = reads(folder, layer, expert, views, *more)
         return [lambda: hold.wait(10), *calls] if layer == 2 else calls
 
     monkeypatch.setattr(ModelFolder, "expert_reads", held)
