@@ -20,7 +20,7 @@ misses; perfect overlap gives (C + M) / max(C, M). Then arms take turns; figures
 ratios are medians of the turns' ratios. --dry runs every arm once on tiny models.
 
 Under the limit of a control group a disk that was idle is faster for a while, so reading ahead can
-gain nothing there. Hence sweep and early have a disk that gathers no credit (paced_disk.py).
+gain nothing there. Hence trained, sweep and early have a disk without credit (paced_disk.py).
 """
 
 import argparse

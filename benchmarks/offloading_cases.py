@@ -46,24 +46,26 @@ class Cases:
         if folder is None:
             print("trained: left out, --trained names no model")
             return
-        tokens = self._tokens(96)
+        tokens, rate = self._tokens(96), self._a.trained_rate
+        paced = ("--paced", str(rate))
         for number, budget in enumerate(self._a.budgets):
-            limits = Limits(self._a.trained_rate)
-            arms = [ours("on demand", folder, tokens, limits, budget, ON_DEMAND)]
+            arms = [ours("on demand", folder, tokens, Limits(), budget, ON_DEMAND, *paced)]
             for predictor in self._a.predictors:
                 options = ["policy=lru", f"predictor={predictor}", "reader=direct"]
-                arms.append(ours(predictor, folder, tokens, limits, budget, options))
+                arms.append(ours(predictor, folder, tokens, Limits(), budget, options, *paced))
+                name, more = f"{predictor}, no switch", ("--always-ahead", *paced)
+                arms.append(ours(name, folder, tokens, Limits(), budget, options, *more))
             for recall in self._a.recalls if number == 0 else ():
-                name, more = f"oracle {recall}", ("--recall", str(recall))
-                arms.append(ours(name, folder, tokens, limits, budget, ON_DEMAND, *more))
+                name, more = f"oracle {recall}", ("--recall", str(recall), *paced)
+                arms.append(ours(name, folder, tokens, Limits(), budget, ON_DEMAND, *more))
             policy = self._a.policy
             if self._a.routes is not None:
                 policy = f"future_use:{self._a.routes}"
             options = [f"policy={policy}", "predictor=auto", "reader=direct"]
-            arms.append(ours("everything on", folder, tokens, limits, budget, options))
-            arms.append(ours("resident", folder, tokens, limits, None, []))
-            name = f"trained, {budget}"
-            yield Case(name, folder, arms, tokens, self._a.trained_rate, self._a.pairs)
+            arms.append(ours("everything on", folder, tokens, Limits(), budget, options, *paced))
+            arms.append(ours("resident", folder, tokens, Limits(), None, []))
+            name = f"trained, {budget}, {rate:g} MB/s"
+            yield Case(name, folder, arms, tokens, rate, self._a.pairs)
 
     def sweep(self) -> Iterator[Case]:
         """Yield a case for each budget of a random model whose predictor has a set recall."""

@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--expert-memory")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--recall", type=float, help="read ahead what an oracle names")
+    parser.add_argument("--always-ahead", action="store_true", help="no switch")
     parser.add_argument("--not-ahead", action="store_true", help="early routers announce nothing")
     parser.add_argument("--paced", type=float, metavar="MB_S", help="see paced_disk.py")
     arguments = parser.parse_args()
@@ -97,6 +98,9 @@ def main() -> None:
     if arguments.recall is not None:
         assert store is not None, "an oracle needs a store"
         foretell(store, arguments)
+    if arguments.always_ahead:
+        assert store is not None and store._ahead is not None, "nothing reads ahead"
+        store._ahead._switch = AlwaysOn()
     if arguments.not_ahead:
         for _, layer in model.decoder.moe_layers():
             layer.experts.announce = lambda *_: None
