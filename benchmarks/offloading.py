@@ -99,7 +99,8 @@ def _row(name: str, speeds: list[float], base: list[float], outcomes: list[Outco
         row |= {"hits_percent": 100 * result["hits"] / needed}
         row |= {"mb_a_token": result["bytes_read"] / result["tokens"] / 1e6}
         row |= {"stall_ms_a_token": 1e3 * result["stall_s"] / result["tokens"]}
-    row["text"] = result.get("text_sha256")
+    answers = [outcome.result or {} for outcome in outcomes]
+    row["texts"] = sorted({a["text_sha256"] for a in answers if "text_sha256" in a})
     return row
 
 
@@ -155,8 +156,9 @@ def main() -> None:
         rows = measure(case)
         for row in rows:
             show(row)
-        texts = {row["text"] for row in rows if row["text"] is not None}
-        assert len(texts) <= 1, f"arms of {case.name} gave different texts"
+        texts = {text for row in rows for text in row["texts"]}
+        found = {row["arm"]: row["texts"] for row in rows}
+        assert len(texts) <= 1, f"arms of {case.name} gave different texts: {found}"
         tables[case.name] = {"rate_mb_s": case.rate, "bound": bound, "rows": rows}
     if not arguments.dry:
         write_results("offloading", {"pairs": arguments.pairs, "cases": tables})

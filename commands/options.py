@@ -82,7 +82,7 @@ def add_expert_store(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--expert-policy",
         metavar="NAME",
-        default="lru",
+        default="decayed_lfu",
         help="which expert leaves memory when another one is needed: lru, lfu, decayed_lfu, "
         "edgemoe, activations, working_set, hot_set:FILE or future_use:FILE",
     )

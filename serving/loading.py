@@ -55,7 +55,7 @@ def load(
     expert_memory: str | None = None,
     ignore_unused_weights: bool = False,
     allow_code: str | Sequence[str] = (),
-    expert_policy: str | Policy = "lru",
+    expert_policy: str | Policy = "decayed_lfu",
     expert_predictor: str | Predictor = "none",
     expert_reader: str = "auto",
     expert_log: str | Path | None = None,

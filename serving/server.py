@@ -47,7 +47,7 @@ class ServeArgs(BaseModel):
     expert_memory: str | None = None
     """Bound on the experts kept in memory (2GiB, 25%); auto is what the machine can spare, None
     keeps all."""
-    expert_policy: str = "lru"
+    expert_policy: str = "decayed_lfu"
     """Which expert leaves memory when another one is needed."""
     host_memory: str | None = None
     """Memory of each node for further experts (8GiB, 50% of all), in Ray's object store and shared

@@ -11,7 +11,7 @@ from .predictors.predictor import Predictor
 class StoreOptions:
     """Settings of an expert store, apart from its size."""
 
-    policy: str | Policy = "lru"
+    policy: str | Policy = "decayed_lfu"
     """Which expert leaves memory: a name of ``policies/table.py``, or an object."""
     host_memory: str | None = None
     """Bound on the experts that a node keeps in Ray's object store for all its replicas."""

@@ -19,7 +19,7 @@ class Decision:
     num_replicas: int = 1
     reader: str | None = None
     """How the disk is read, as a sentence; None if it is not."""
-    policy: str = "lru"
+    policy: str = "decayed_lfu"
     predictor: str | None = None
     speeds: Speeds
     bound: Bound

@@ -122,4 +122,4 @@ def test_a_command_with_a_budget_says_what_was_decided(folder, capsys, monkeypat
     assert main(["generate", str(folder), "ab", *arguments]) == 0
     text = capsys.readouterr().err
     assert "Memory holds 3 of 12 experts" in text and "Experts are read through" in text
-    assert "The policy lru" in text and "Upper bound for one request" in text
+    assert "The policy decayed_lfu" in text and "Upper bound for one request" in text

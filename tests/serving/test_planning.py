@@ -193,11 +193,11 @@ def test_recorded_routes_give_the_hit_rate_of_a_real_run(folder, tmp_path):
     (_, layer), *_ = model.decoder.moe_layers()
     layers = layer.experts._store.statistics.layers.values()
     hits, misses = sum(t.hits for t in layers), sum(t.misses for t in layers)
-    recorded = RecordedHits([tmp_path / "r.routes"], CONFIG, "lru")
+    recorded = RecordedHits([tmp_path / "r.routes"], CONFIG, "decayed_lfu")
     assert recorded.hit_rate(5) == hits / (hits + misses)
     other = CONFIG.model_copy(update={"num_layers": 5})
     with pytest.raises(ConfigError, match="has routes of another model"):
-        RecordedHits([tmp_path / "r.routes"], other, "lru")
+        RecordedHits([tmp_path / "r.routes"], other, "decayed_lfu")
 
 
 def test_the_paragraph_says_what_was_decided():
@@ -209,7 +209,7 @@ def test_the_paragraph_says_what_was_decided():
     )
     text = describe(decision)
     assert f"Memory holds {number} of 1000 experts" in text and "4 GiB of experts" in text
-    assert "The policy lru" in text and "8 GiB of memory are free" in text
+    assert "The policy decayed_lfu" in text and "8 GiB of memory are free" in text
     assert "Upper bound for one request" in text and 4 <= text.count("\n") <= 6
     whole = Decision(
         sizes=SIZES,

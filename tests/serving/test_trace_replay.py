@@ -77,8 +77,8 @@ def test_the_log_of_generate_is_followed(routes, capsys):
     out = table(capsys, routes, "--log", routes.with_suffix(".events"))
     header = RouteFile(routes).header
     facts = CacheFacts(header.moe_layers, header.num_experts, 6, header.model.architecture)
-    found = replay(read_forwards([RouteFile(routes)]), facts, open_policy("lru", facts))
-    assert out.startswith("followed policy=lru slots=6 ")
+    found = replay(read_forwards([RouteFile(routes)]), facts, open_policy("decayed_lfu", facts))
+    assert out.startswith("followed policy=decayed_lfu slots=6 ")
     assert f"hits={found.hits} misses={found.misses} late=0 " in out
 
 
