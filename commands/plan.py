@@ -52,7 +52,9 @@ def add(parsers: Parsers) -> None:
         metavar="FILE",
         help="route files of the model, written with --record-routes, to replay for hit rates",
     )
-    plan.add_argument("--expert-policy", default="decayed_lfu", metavar="NAME", help="for the replay")
+    plan.add_argument(
+        "--expert-policy", default="decayed_lfu", metavar="NAME", help="for the replay"
+    )
     add_dtype(plan)
     add_allow_code(plan)
     plan.add_argument("--json", action="store_true", help="print JSON")

@@ -181,8 +181,8 @@ class ReadQueue:
                 elif self._is_closed:
                     self._drop(read)
                     self._changed.notify_all()
-                else:
-                    self._waiting.early.appendleft(read)
+                else:  # it may have become urgent since its last part
+                    self._waiting.queue_of(read).appendleft(read)
 
     def _do(self, read: Read) -> bool:
         """Do a read and say whether it is done; False = what is left must wait."""

@@ -292,6 +292,32 @@ def test_a_read_that_became_urgent_while_it_ran_is_not_laid_aside():
     queue.close()
 
 
+def test_a_read_that_becomes_urgent_while_it_is_laid_aside_goes_on_first(monkeypatch):
+    queue, done, hold, begun = ReadQueue(1), [], threading.Event(), threading.Event()
+    real = queue._do
+
+    def laid_aside(read):
+        is_done = real(read)
+        if not is_done:
+            queue.make_urgent(read)  # compute asks for it before the thread has put it back
+        return is_done
+
+    def first_part():
+        begun.set()
+        hold.wait(10)
+        done.append("early")
+
+    monkeypatch.setattr(queue, "_do", laid_aside)
+    early = Read((0, 0), 0, False, deque([first_part, lambda: done.append("early")]))
+    queue.submit(early)
+    begun.wait(10)
+    queue.submit(now := Read((0, 1), 1, True, deque([lambda: done.append("now")])))
+    hold.set()
+    queue.wait_for_all([early, now])
+    assert done == ["early", "early", "now"]
+    queue.close()
+
+
 def test_a_read_taken_back_does_not_happen_and_one_under_way_cannot_be():
     queue, hold, begun = ReadQueue(num_threads=1), threading.Event(), threading.Event()
 
