@@ -76,6 +76,12 @@ class Cases:
             for recall in self._a.recalls:
                 name, more = f"oracle {recall}", ("--recall", str(recall), *paced)
                 arms.append(ours(name, folder, tokens, Limits(), budget, ON_DEMAND, *more))
+            options, more = (
+                ["policy=lru", "predictor=next_gates", "reader=direct"],
+                "--always-ahead",
+            )
+            name = "next_gates, no switch"
+            arms.append(ours(name, folder, tokens, Limits(), budget, options, more, *paced))
             arms.append(ours("resident", folder, tokens, Limits(), None, []))
             name = f"1 B, set recall, {budget}"
             yield Case(name, folder, arms, tokens, rate, self._a.pairs)
