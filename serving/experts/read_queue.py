@@ -91,10 +91,11 @@ class ReadQueue:
     def make_urgent(self, read: Read) -> bool:
         """Move an early read to the urgent ones; one that runs is no longer interrupted.
 
-        One that was dropped goes on, unless it has ended already: then the answer is False.
+        One that was dropped goes on, unless it has ended already: then the answer is False, and no
+        thread uses its slot any more.
         """
         with self._changed:
-            if read.is_done and isinstance(read.error, DroppedError):
+            if isinstance(read.error, DroppedError):
                 return False
             read.is_dropped = False
             was_waiting = read in self._waiting.early
@@ -205,7 +206,8 @@ class ReadQueue:
             return False
         with self._changed:
             if read.is_dropped:
-                raise DroppedError
+                read.error = DroppedError()  # under the lock: make_urgent looks at it
+                raise read.error
             return not read.is_urgent and bool(self._waiting.urgent) and not self._is_closed
 
     @staticmethod

@@ -318,6 +318,27 @@ def test_a_read_that_becomes_urgent_while_it_is_laid_aside_goes_on_first(monkeyp
     queue.close()
 
 
+def test_a_read_that_ends_because_it_was_dropped_cannot_be_made_urgent(monkeypatch):
+    """Compute must read the expert again, and not wait for a read that brings nothing."""
+    queue, hold, begun, answers = ReadQueue(1), threading.Event(), threading.Event(), []
+    real = queue._do
+
+    def asked_too_late(read):
+        is_done = real(read)
+        answers.append(queue.make_urgent(read))  # before the thread has said that it ended
+        return is_done
+
+    monkeypatch.setattr(queue, "_do", asked_too_late)
+    parts = deque([lambda: (begun.set(), hold.wait(10)), lambda: None])
+    queue.submit(early := Read((0, 0), 0, False, parts))
+    begun.wait(10)
+    queue.drop(early)
+    hold.set()
+    queue.wait_for_all([early])
+    assert answers == [False] and early.error is not None
+    queue.close()
+
+
 def test_a_read_taken_back_does_not_happen_and_one_under_way_cannot_be():
     queue, hold, begun = ReadQueue(num_threads=1), threading.Event(), threading.Event()
 
