@@ -11,6 +11,7 @@ from torch import Tensor
 from ...errors import ModelFileError
 from ..config.model import ModelConfig
 from .compressed_tensors import PackedFormat, packed_name
+from .expert_formats import ExpertFormats, formats_of
 from .expert_hashes import DamagedExpertError, ExpertHashes, read_folder_hashes
 from .expert_layouts import ExpertViews, Shapes, part_shapes
 from .expert_read import ExpertRead
@@ -18,6 +19,7 @@ from .extents import Chunk, chunks_of, on_disk
 from .families.family import Family, full_name
 from .hf_config import find_family, from_hf
 from .json_file import read_json
+from .packed_schemes import PackedSchemes
 from .quantized_config import read_quantization_config
 from .tensor_files import TensorFiles
 from .tensor_names import dense_tensors
@@ -38,7 +40,10 @@ class ModelFolder:
         """Whether experts are read around the page cache (``files.open_direct`` first)."""
         moe = self.config.moe
         self._num_parts = 0 if moe is None else len(part_shapes(moe, self.config.d_model))
-        self.files = TensorFiles(path, self._packed_format())
+        packed = self._packed_format()
+        self.formats: ExpertFormats = formats_of(packed, self.config, self.family.experts)
+        """How each expert is rounded."""
+        self.files = TensorFiles(path, packed)
 
     def check(
         self,
@@ -135,12 +140,20 @@ class ModelFolder:
             entry = self.files.entry(name)
             return entry.dtype, entry.shape
         rows, words = self.files.entry(packed_name(name)).shape
-        return self.dtype, (rows, words * 32 // self.files.packed.bits)
+        return self.dtype, (rows, words * 32 // self.files.packed.of(name).bits)
 
     @property
     def packed(self) -> PackedFormat | None:
-        """How quantized matrices are rounded; None if there are none."""
-        return self.files.packed
+        """How all experts are rounded; None = not at all.
+
+        Raises :class:`ModelFileError` where some have fewer bits than others: see ``formats``.
+        """
+        if len(self.formats.kinds) > 1:
+            raise ModelFileError(
+                f"{self.path} has experts of several widths, which this does not take; use a "
+                "folder whose experts are all alike."
+            )
+        return self.formats.kinds[0]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -211,7 +224,7 @@ class ModelFolder:
         path = self.path / name
         return read_json(path) if path.exists() else {}
 
-    def _packed_format(self) -> PackedFormat | None:
+    def _packed_format(self) -> PackedFormat | PackedSchemes | None:
         values = self.values.get("quantization_config")
         if values is not None and not isinstance(values, dict):
             raise ModelFileError(
