@@ -2,12 +2,12 @@
 
     python benchmarks/expert_widths.py MODEL CALIBRATION TEXT... [--bytes 8192]
 
-MODEL is a model folder that was really trained, CALIBRATION is a text that the widths are chosen
-on, and TEXT are held-out files: the first ``--bytes`` of each
-file count. Bytes are those of all experts
-in memory. For each tolerance, ``moeyard convert --dtype mixed`` would write the folder whose
-figures stand in its line. The other lines narrow a given number of experts: the least important
-first, the most important first, and drawn at random, which says what importance is worth.
+MODEL is a model folder that was really trained, in bf16; CALIBRATION is a text that the widths are
+chosen on, and TEXT are held-out files: the first ``--bytes`` of each file count. Bytes are those of
+all experts in memory. Sums are in fp32, so that only the rounding of experts makes a difference.
+For each tolerance, ``moeyard convert --dtype mixed`` would write the experts whose figures stand in
+its line. The other lines narrow a given number of experts: the least important, the most important,
+and some drawn at random, which says what importance is worth.
 """
 
 import argparse
@@ -34,7 +34,7 @@ class HeldOut:
 
     def __init__(self, search: WidthSearch, model, text: str) -> None:
         self._search, self._model, self._text = search, model, text
-        config, dtype = model.config, model.decoder.embed_tokens.weight.dtype
+        config, dtype = model.config, torch.bfloat16
         formats = (choose_format(config, bits) for bits in (8, 4))
         self._sizes = [expert_bytes(config, dtype, packed) for packed in formats]
         self.plain_bytes = len(search.order) * expert_bytes(config, dtype, None)
@@ -59,13 +59,13 @@ def measure(arguments: argparse.Namespace) -> dict:
     """Return a line for each way to round the experts."""
     calibration = _text([arguments.calibration], arguments.bytes)
     held_out = _text(arguments.texts, arguments.bytes)
-    model = load(arguments.model)
+    model = load(arguments.model, "fp32")
     exact = score_text(model, held_out).perplexity
     ids = model.tokenizer(calibration, add_special_tokens=False)["input_ids"]
     search = WidthSearch(model, calibration, torch.tensor(ids))
     bench, order = HeldOut(search, model, held_out), search.order
     lines = [
-        {"name": "plain", "tolerance": None, "int8": 0, "int4": 0, "bytes": bench.plain_bytes,
+        {"name": "bf16", "tolerance": None, "int8": 0, "int4": 0, "bytes": bench.plain_bytes,
          "calibration": 0.0, "held_out": exact},
         bench.line("int8", []),
         bench.line("int4", order),
@@ -87,7 +87,7 @@ def _text(files: list[Path], num_bytes: int) -> str:
 
 def _table(figures: dict) -> str:
     rows = [
-        f"{'widths':<16} {'tolerance':>9} {'int8':>5} {'int4':>5} {'MB':>7} {'of all':>7} "
+        f"{'widths':<16} {'tolerance':>9} {'int8':>5} {'int4':>5} {'MB':>7} {'of bf16':>7} "
         f"{'calibration':>11} {'held out':>9} {'perplexity':>10}"
     ]
     whole = figures["lines"][0]["bytes"]

@@ -70,6 +70,7 @@ def convert(
             str(plain).removeprefix("torch."),
             source=folder.values,
             has_separate_experts=packed is not None,
+            has_mixed_widths=bits_of is not None,
         )
         weights, family = FolderWeights(folder, plain), FAMILIES[values["model_type"]]
         plans = plan_weights(config, family, weights, plain, _router_dtype(folder, plain), packed)

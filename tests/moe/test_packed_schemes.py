@@ -78,6 +78,10 @@ def test_a_mixed_folder_can_be_widened_and_says_what_it_is(folders, tmp_path):
     wide, mixed = ModelFolder(tmp_path / "wide"), ModelFolder(path / "mixed")
     assert mixed.check() is None and wide.formats.kinds == (None,)
     assert mixed.formats.kinds == (WIDE, NARROW)
+    # transformers has one scheme for the experts of a layer, and would not say that it is wrong.
+    assert mixed.values["model_type"] == "moeyard"
+    assert "differ in width" in mixed.values["why_moeyard"]
+    assert wide.values["model_type"] != "moeyard"
     for (layer, expert), bits in bits_of.items():
         assert mixed.formats.kinds[mixed.formats.kind((layer, expert))].bits == bits
     with pytest.raises(ModelFileError, match="has experts of several widths"):

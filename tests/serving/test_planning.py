@@ -221,6 +221,7 @@ def test_the_paragraph_says_what_was_decided():
     whole = Decision(
         sizes=SIZES,
         num_slots=1000,
+        slots_bytes=SIZES.all_experts_bytes,
         speeds=SPEEDS,
         bound=bound_of(SIZES, Copies(num_slots=1000), SPEEDS),
     )
