@@ -26,6 +26,7 @@ from moeyard.serving.experts.event_log import EventLog
 from moeyard.serving.experts.forwards import Forward
 from moeyard.serving.experts.policies.policy import CacheFacts
 from moeyard.serving.experts.policies.table import LEARNING, POLICIES, open_policy
+from moeyard.serving.experts.pools import Pools
 from moeyard.serving.experts.recorded import RecordedForward, read_forwards
 from moeyard.serving.experts.replay.run import Pace, replay
 from moeyard.serving.loading import open_model
@@ -86,7 +87,7 @@ def random_forwards(number: int) -> list[RecordedForward]:
 def log_cost(events: int = 200_000) -> float:
     """Return microseconds per event, with writing."""
     with tempfile.TemporaryDirectory() as folder:
-        log = EventLog(Path(folder) / "a", CacheFacts((0,), 4, 2, ""), 1, "lru")
+        log = EventLog(Path(folder) / "a", CacheFacts((0,), 4, 2, ""), Pools((2,), (1,)), "lru")
         started = time.perf_counter()
         for number in range(events):
             log.add("evict", 17, number % 128)

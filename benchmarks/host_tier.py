@@ -21,6 +21,7 @@ from moeyard.moe.folders.expert_slots import empty_experts, expert_bytes
 from moeyard.moe.folders.folder import ModelFolder
 from moeyard.moe.routers.topk import TopK
 from moeyard.serving.cluster.own_ray import prepare, start
+from moeyard.serving.experts.pools import Pools
 from moeyard.serving.experts.tiers.disk import DiskTier
 from moeyard.serving.experts.tiers.shared_memory import object_store_bytes
 
@@ -58,7 +59,7 @@ class Replica:
         self._disk = DiskTier(self._folder)
         self.rates = Rates()
         self.link = NodeLink(model, budget_bytes)
-        self._host = HostTier(self._disk, self.link, self.rates, slot_bytes)
+        self._host = HostTier(self._disk, self.link, self.rates, Pools((2,), (slot_bytes,)))
 
     def read(self, tier: str, keys: list[tuple[int, int]]) -> list[float]:
         """Fill a slot with each expert; return the seconds of each."""

@@ -116,7 +116,8 @@ def _text(arguments: argparse.Namespace, outlook: "Outlook", options: list["Opti
     sizes, room, speeds = outlook.sizes, outlook.room, outlook.speeds
     length = arguments.max_model_len or sizes.max_positions
     rows = [
-        f"model     {arguments.model}: {sizes.num_experts} experts of {size(sizes.expert_bytes)}, "
+        f"model     {arguments.model}: {sizes.num_experts} experts of {size(sizes.expert_bytes)}"
+        f"{' on average' if sizes.widths else ''}, "
         f"{size(sizes.all_experts_bytes)} together; a token visits {sizes.experts_per_token}",
         f"memory    {size(room.available_bytes)} free; other weights take "
         f"{size(sizes.dense_bytes)}, processes {size(room.other_bytes)}",

@@ -5,17 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from ..dtypes import short_name, spellings, torch_dtype
 from ..errors import ConfigError
-from ..kernels.values.expert_weights import ExpertWeights
 from ..kernels.values.memory import is_out_of_memory
-from ..kernels.values.quantized_weights import QuantizedExpertWeights
-from ..moe.experts.base import LayerExperts
-from ..moe.experts.quantized import QuantizedExperts
-from ..moe.experts.resident import Experts
-from ..moe.folders.expert_slots import empty_experts
 from ..moe.folders.folder import ModelFolder
 from ..moe.folders.generation_config import read_generation_config
 from ..moe.folders.hub import local_folder
@@ -39,11 +32,10 @@ from .memory import available_bytes, check_memory
 from .planning.budget import Demand
 from .planning.decide import decide
 from .planning.start import log_start
+from .resident import resident_experts
 
 log = logging.getLogger(__name__)
 
-PARAMETERS = ("fc1", "fc2", "fc1_bias", "fc2_bias")
-"""Of a module of experts, in the order of ``ExpertWeights.parameters``."""
 DTYPES = ("fp32", "bf16")
 """What a model may be loaded as."""
 
@@ -183,17 +175,15 @@ def _open(
         if store is not None:
             layer.experts = OffloadedExperts(store, index, layer.num_experts, len(moe_layers))
         else:
-            weights = empty_experts(files.config, layer.gate.num_experts, chosen, files.packed)
-            views = ((slot, weights.slot_views(slot)) for slot in range(weights.num_slots))
+            layer.experts, views = resident_experts(files, index, chosen)
             reads += expert_reads(files, index, views)
-            layer.experts = _as_module(weights)
     run_reads(files, [*dense_reads(files, decoder, chosen), *reads])
     if store is not None:
         predictor = open_predictor(options.predictor, decoder)
         if predictor is not None:
             store.predict(predictor, facts_of(files.config))
     if asked is not None:
-        slots = None if store is None else store.num_slots
+        slots = None if store is None else store.pools.num_slots
         plan = None if store is None else store.read_plan
         log_start(files, chosen, slots, plan, options, room)
     generation = read_generation_config(files)
@@ -226,16 +216,3 @@ def pick_dtype(files: ModelFolder, name: str | torch.dtype | None) -> torch.dtyp
     if short not in DTYPES:
         raise ConfigError(f"dtype is {name!r}; use one of {spellings(DTYPES)}.")
     return torch_dtype(short)
-
-
-def _as_module(weights: ExpertWeights | QuantizedExpertWeights) -> LayerExperts:
-    """Return a layer's experts as a module that holds ``weights``."""
-    if isinstance(weights, QuantizedExpertWeights):
-        return QuantizedExperts(weights)
-    num_experts, d_model, d_expert = weights.fc2_SDF.shape
-    with without_memory():
-        experts = Experts(d_model, d_expert, num_experts, activation=weights.activation)
-    for name, part in zip(PARAMETERS, weights.parameters, strict=True):
-        if part is not None:
-            setattr(experts, name, nn.Parameter(part, requires_grad=False))
-    return experts

@@ -3,7 +3,7 @@
 from ..errors import ConfigError
 from ..moe.folders.folder import ModelFolder
 from ..moe.folders.hub import local_folder
-from .experts.budget import AUTO, budget_bytes, count_slots, host_bytes
+from .experts.budget import AUTO, budget_bytes, count_in_pools, host_bytes
 from .experts.reading.choose import plan_reads
 from .loading import pick_dtype
 from .memory import available_bytes
@@ -52,8 +52,8 @@ def log_budgets(args: ServeArgs, room: Room | None) -> None:
         slots = reads = None
         if args.expert_memory is not None:
             num_bytes = budget_bytes(folder, dtype, args.expert_memory)
-            slots = count_slots(folder, dtype, num_bytes)
-            each = slots * sizes_of(folder, dtype).expert_bytes
+            slots = count_in_pools(folder, dtype, num_bytes)
+            each = sizes_of(folder, dtype).bytes_of(slots)
             free = max(0, available_bytes() - args.num_replicas * each)
             reads = plan_reads(folder, args.expert_reader, free)
         host = host_bytes(folder, dtype, args.host_memory)

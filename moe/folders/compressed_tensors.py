@@ -40,6 +40,10 @@ class PackedFormat:
     group_size: int | None
     """Inputs that share a scale; None = a whole row."""
 
+    def of(self, name: str) -> "PackedFormat":
+        """Return this format: every quantized matrix has it."""
+        return self
+
     def width_of_group(self, name: str, width: int) -> int:
         """Return the inputs that share a scale in a matrix of ``width`` inputs.
 

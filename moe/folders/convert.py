@@ -1,20 +1,22 @@
 """Convert a model folder: other types, quantized experts, rewritten files."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ...dtypes import short_name, spellings, torch_dtype
 from ...errors import ConfigError
 from ...kernels.values.quantized_weights import Bits
+from .compressed_tensors import PackedFormat, packed_name
 from .families.table import FAMILIES
 from .folder import ModelFolder
 from .generation_config import generation_to_keep
 from .hf_config import to_hf
 from .hub import local_folder
-from .quantized_config import quantization_config
+from .quantized_config import mixed_quantization_config, quantization_config
 from .shards import TensorPlan
 from .tensor_names import dense_tensors, is_router
 from .tokenizer_folder import copy_tokenizer
@@ -34,6 +36,7 @@ def convert(
     target: Path,
     dtype: str | None = None,
     ignore_unused_weights: bool = False,
+    bits_of: Mapping[tuple[int, int], Bits] | None = None,
 ) -> str:
     """Write a model to folder ``target`` and return its ``model_type`` there.
 
@@ -41,7 +44,8 @@ def convert(
     ``bf16`` (or torch's names for these), ``int8`` or ``int4``; None widens quantized weights and
     keeps the others. ``int8`` and ``int4`` apply to the routed experts only. Tokenizer, chat
     template and generation config are copied. Weights that ``config.json`` does not ask for are
-    left out, and refused without ``ignore_unused_weights``. One tensor, or one expert, is in memory
+    left out, and refused without ``ignore_unused_weights``. ``bits_of`` gives each expert a width,
+    by layer and expert, in place of ``dtype``. One tensor, or one expert, is in memory
     at a time.
     """
     dtype = short_name(dtype)
@@ -53,8 +57,12 @@ def convert(
         left_out = folder.check(ignore_unused_weights=ignore_unused_weights)
         if left_out is not None:
             log.warning("%s", left_out)
-        config, packed = folder.config, None
-        if dtype in BITS:
+        config = folder.config
+        packed: PackedFormat | dict[tuple[int, int], PackedFormat] | None = None
+        if bits_of is not None:
+            formats = {bits: choose_format(config, bits) for bits in set(bits_of.values())}
+            packed = {key: formats[bits] for key, bits in bits_of.items()}
+        elif dtype in BITS:
             packed = choose_format(config, BITS[dtype])
         plain = folder.dtype if dtype is None or packed is not None else torch_dtype(dtype)
         values = to_hf(
@@ -62,11 +70,12 @@ def convert(
             str(plain).removeprefix("torch."),
             source=folder.values,
             has_separate_experts=packed is not None,
+            has_mixed_widths=bits_of is not None,
         )
         weights, family = FolderWeights(folder, plain), FAMILIES[values["model_type"]]
         plans = plan_weights(config, family, weights, plain, _router_dtype(folder, plain), packed)
         if packed is not None:
-            values["quantization_config"] = quantization_config(packed, _plain_matrices(plans))
+            values["quantization_config"] = _quantization(packed, plans)
         generation = generation_to_keep(folder)
         write_model_folder(
             target, values, plans, lambda unfinished: copy_tokenizer(source, unfinished), generation
@@ -83,6 +92,21 @@ def _router_dtype(folder: ModelFolder, plain: torch.dtype) -> torch.dtype:
             stored, _ = folder.stored(name)
             return torch.promote_types(stored, plain)
     return plain
+
+
+def _quantization(
+    packed: PackedFormat | Mapping[tuple[int, int], PackedFormat], plans: Iterable[TensorPlan]
+) -> dict[str, Any]:
+    """Return what config.json says about the experts' formats."""
+    if isinstance(packed, PackedFormat):
+        return quantization_config(packed, _plain_matrices(plans))
+    matrices: dict[PackedFormat, list[str]] = {}
+    suffix = packed_name("weight")
+    for plan in plans:
+        if plan.name.endswith(suffix) and plan.layer is not None and plan.expert is not None:
+            name = plan.name.removesuffix(suffix) + "weight"
+            matrices.setdefault(packed[plan.layer, plan.expert], []).append(name)
+    return mixed_quantization_config(matrices, _plain_matrices(plans))
 
 
 def _plain_matrices(plans: Iterable[TensorPlan]) -> list[str]:

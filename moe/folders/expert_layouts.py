@@ -97,7 +97,7 @@ class SeparateExperts:
                 if files.packed is None or len(shape) == 1:
                     yield name, shape
                     continue
-                for stored, (_, stored_shape) in files.packed.stored(name, *shape).items():
+                for stored, (_, stored_shape) in files.packed.of(name).stored(name, *shape).items():
                     yield stored, stored_shape
 
     def pieces(
@@ -135,7 +135,7 @@ class SeparateExperts:
 
 def _pieces_of(files: TensorFiles, name: str, view: Tensor | SlotView) -> list[Piece]:
     if files.packed is not None and packed_name(name) in files:
-        return packed_pieces(files.place, files.packed, name, view)
+        return packed_pieces(files.place, files.packed.of(name), name, view)
     assert isinstance(view, Tensor), f"{name} is not quantized"
     return [Piece((files.place(name, tuple(view.shape)),), view)]
 

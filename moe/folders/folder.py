@@ -11,6 +11,7 @@ from torch import Tensor
 from ...errors import ModelFileError
 from ..config.model import ModelConfig
 from .compressed_tensors import PackedFormat, packed_name
+from .expert_formats import ExpertFormats, formats_of
 from .expert_hashes import DamagedExpertError, ExpertHashes, Key, read_folder_hashes
 from .expert_layouts import ExpertViews, Shapes, part_shapes
 from .expert_read import ExpertRead, GetBuffer
@@ -19,9 +20,11 @@ from .families.family import Family, full_name
 from .file_reader import buffer_of
 from .hf_config import find_family, from_hf
 from .json_file import read_json
+from .packed_schemes import PackedSchemes
 from .quantized_config import read_quantization_config
 from .tensor_files import TensorFiles
 from .tensor_names import dense_tensors
+from .tied_head import check_tied_head
 from .unused_weights import check_unused, extra_layer
 
 
@@ -39,7 +42,10 @@ class ModelFolder:
         """Whether experts are read around the page cache (``files.open_direct`` first)."""
         moe = self.config.moe
         self._num_parts = 0 if moe is None else len(part_shapes(moe, self.config.d_model))
-        self.files = TensorFiles(path, self._packed_format())
+        packed = self._packed_format()
+        self.formats: ExpertFormats = formats_of(packed, self.config, self.family.experts)
+        """How each expert is rounded."""
+        self.files = TensorFiles(path, packed)
         self._orders: dict[Key, DiskOrder] = {}
         """How whole experts are read, once they were."""
 
@@ -60,7 +66,7 @@ class ModelFolder:
         if not ignore_unused_weights:
             self._check_number_of_layers()
         if self.config.tie_embeddings and "lm_head.weight" in self.files:
-            self._check_tied_head()
+            check_tied_head(self.files, self._name("embed_tokens.weight"))
         used = self._check_all_there(config or self.config, without)
         if config is not None:
             used |= self._names_of(self.config)
@@ -110,21 +116,6 @@ class ModelFolder:
                     f"weights have {name}; copy the folder again, or correct the number."
                 )
 
-    def _check_tied_head(self) -> None:
-        """Compare a few rows: a folder may hold one matrix under both names."""
-        embedding, head = self._name("embed_tokens.weight"), "lm_head.weight"
-        shape = self.files.entry(embedding).shape
-        self.files.check_shape(head, shape)
-        for row in {0, shape[0] // 2, shape[0] - 1}:
-            rows = torch.empty(2, *shape[1:])
-            for name, out in zip((embedding, head), rows, strict=True):
-                self.files.read_part(name, row, out)
-            if not torch.equal(*rows):
-                raise ModelFileError(
-                    f"config.json has tie_word_embeddings = true, but {head} differs from "
-                    f"{embedding}; set it to false."
-                )
-
     def __contains__(self, parameter: str) -> bool:
         return self._name(parameter) in self.files
 
@@ -138,12 +129,20 @@ class ModelFolder:
             entry = self.files.entry(name)
             return entry.dtype, entry.shape
         rows, words = self.files.entry(packed_name(name)).shape
-        return self.dtype, (rows, words * 32 // self.files.packed.bits)
+        return self.dtype, (rows, words * 32 // self.files.packed.of(name).bits)
 
     @property
     def packed(self) -> PackedFormat | None:
-        """How quantized matrices are rounded; None if there are none."""
-        return self.files.packed
+        """How all experts are rounded; None = not at all.
+
+        Raises :class:`ModelFileError` where some have fewer bits than others: see ``formats``.
+        """
+        if len(self.formats.kinds) > 1:
+            raise ModelFileError(
+                f"{self.path} has experts of several widths, which this does not take; use a "
+                "folder whose experts are all alike."
+            )
+        return self.formats.kinds[0]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -229,7 +228,7 @@ class ModelFolder:
         path = self.path / name
         return read_json(path) if path.exists() else {}
 
-    def _packed_format(self) -> PackedFormat | None:
+    def _packed_format(self) -> PackedFormat | PackedSchemes | None:
         values = self.values.get("quantization_config")
         if values is not None and not isinstance(values, dict):
             raise ModelFileError(

@@ -12,12 +12,13 @@ from the name's first character. Readers of the file differ:
 """
 
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ...errors import ModelFileError
 from ...kernels.values.quantized_weights import WIDTH_UNIT
 from .compressed_tensors import PackedFormat
+from .packed_schemes import PackedSchemes, check_targets, expert_targets
 
 METHOD = "compressed-tensors"
 LAYOUT = "pack-quantized"
@@ -36,6 +37,25 @@ def quantization_config(packed: PackedFormat, plain_matrices: Iterable[str]) -> 
 
     ``plain_matrices`` are the names of the tensors of all other matrices, ``X.weight``.
     """
+    return _config([_scheme(packed, [EXPERTS])], plain_matrices)
+
+
+def mixed_quantization_config(
+    matrices: Mapping[PackedFormat, Sequence[str]], plain_matrices: Iterable[str]
+) -> dict[str, Any]:
+    """Return the value for config.json of a model whose routed experts differ in format.
+
+    ``matrices`` are the names of the experts' matrices of each format. Each format is a group, and
+    its targets name the experts by layer.
+    """
+    schemes = [
+        _scheme(packed, expert_targets([name.removesuffix(".weight") for name in names]))
+        for packed, names in matrices.items()
+    ]
+    return _config(schemes, plain_matrices)
+
+
+def _scheme(packed: PackedFormat, targets: list[str]) -> dict[str, Any]:
     weights = {
         "num_bits": packed.bits,
         "type": "int",
@@ -44,28 +64,31 @@ def quantization_config(packed: PackedFormat, plain_matrices: Iterable[str]) -> 
         "group_size": packed.group_size,
         "dynamic": False,
     }
-    scheme = {
-        "targets": [EXPERTS],
+    return {
+        "targets": targets,
         "weights": weights,
         "input_activations": None,
         "output_activations": None,
         "format": LAYOUT,
     }
+
+
+def _config(schemes: Iterable[dict[str, Any]], plain_matrices: Iterable[str]) -> dict[str, Any]:
     return {
         "quant_method": METHOD,
         "format": LAYOUT,
         "quantization_status": "compressed",
-        "config_groups": {"group_0": scheme},
+        "config_groups": {f"group_{n}": scheme for n, scheme in enumerate(schemes)},
         "ignore": [name.removesuffix(".weight") for name in plain_matrices],
         "kv_cache_scheme": None,
     }
 
 
-def read_quantization_config(values: Any) -> PackedFormat:
+def read_quantization_config(values: Any) -> PackedFormat | PackedSchemes:
     """Read the value of ``quantization_config``.
 
     Raises :class:`ModelFileError` for every other method, layout or kind of rounding. The names of
-    the tensors say which matrices are quantized.
+    the tensors say which matrices are quantized, and the targets only where groups differ.
     """
     path = "quantization_config"
     config = {"quant_method": None, "format": None, **_object(path, values)}
@@ -75,13 +98,16 @@ def read_quantization_config(values: Any) -> PackedFormat:
         if config.get(key) not in (None, {}, {"config_groups": {}}, {"format": "dense"}):
             raise _refusal(f"{path}.{key}", config[key])
     groups = _object(f"{path}.config_groups", config.get("config_groups"))
-    found = {_read_scheme(f"{path}.config_groups.{name}", groups[name]) for name in groups}
-    if len(found) != 1:
-        raise ModelFileError(
-            f"config.json has {len(found)} kinds of weights in {path}.config_groups; "
-            "only models with one are read."
+    places = {f"{path}.config_groups.{name}": group for name, group in groups.items()}
+    found = [(_read_scheme(place, group), place, group) for place, group in places.items()]
+    if len({packed for packed, _, _ in found}) == 1:
+        return found[0][0]
+    return PackedSchemes(
+        tuple(
+            (packed, check_targets(f"{place}.targets", group.get("targets")))
+            for packed, place, group in found
         )
-    return found.pop()
+    )
 
 
 def _read_scheme(path: str, values: Any) -> PackedFormat:

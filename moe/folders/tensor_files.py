@@ -10,6 +10,7 @@ from ...errors import ModelFileError
 from .compressed_tensors import PackedFormat, names_of, packed_name, read_plain
 from .extents import Place
 from .json_file import read_json
+from .packed_schemes import PackedSchemes
 from .safetensors_file import SafetensorsFile, TensorEntry
 
 WEIGHTS = "model.safetensors"
@@ -19,7 +20,7 @@ INDEX = "model.safetensors.index.json"
 class TensorFiles:
     """All safetensors files of a folder, open; reading is thread-safe."""
 
-    def __init__(self, folder: Path, packed: PackedFormat | None = None) -> None:
+    def __init__(self, folder: Path, packed: PackedFormat | PackedSchemes | None = None) -> None:
         self.folder = folder
         self.packed = packed
         """How quantized matrices are rounded; None if there are none."""
@@ -62,7 +63,7 @@ class TensorFiles:
         if self.packed is None or packed_name(name) not in self:
             self.check_shape(name, shape)
             return
-        for stored, (_, stored_shape) in self.packed.stored(name, *shape).items():
+        for stored, (_, stored_shape) in self.packed.of(name).stored(name, *shape).items():
             self.check_shape(stored, stored_shape)
 
     def stored_names(self, name: str) -> set[str]:
@@ -76,7 +77,7 @@ class TensorFiles:
         if self.packed is None or packed_name(name) not in self:
             self.read_into(name, out)
         else:
-            read_plain(self.read_into, name, self.packed, out)
+            read_plain(self.read_into, name, self.packed.of(name), out)
 
     def read_part(self, name: str, index: int, out: Tensor) -> None:
         """Fill ``out`` with element ``index`` of the first dimension of tensor ``name``."""

@@ -1,6 +1,6 @@
 """The tensors of a new folder, each with its source."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Protocol
 
@@ -73,12 +73,12 @@ def plan_weights(
     source: WeightSource,
     dtype: torch.dtype,
     router_dtype: torch.dtype,
-    packed: PackedFormat | None = None,
+    packed: PackedFormat | Mapping[tuple[int, int], PackedFormat] | None = None,
 ) -> list[TensorPlan]:
     """Return every tensor of a folder of ``family``, floating ones in ``dtype``.
 
     Routers have a separate type, and integers keep theirs. ``packed`` is how the experts' matrices
-    are quantized; None = not at all.
+    are quantized, by layer and expert where they differ; None = not at all.
     """
     plans = []
     for parameter, like in dense_tensors(config):
@@ -94,8 +94,17 @@ def plan_weights(
             if packed is None or len(plan.shape) != 2:
                 plans.append(plan)
             else:
-                plans += pack(plan, packed)
+                plans += pack(plan, _format_of(plan, packed))
     return plans
+
+
+def _format_of(
+    plan: TensorPlan, packed: PackedFormat | Mapping[tuple[int, int], PackedFormat]
+) -> PackedFormat:
+    if isinstance(packed, PackedFormat):
+        return packed
+    assert plan.layer is not None and plan.expert is not None, "experts are in one tensor"
+    return packed[plan.layer, plan.expert]
 
 
 def _one(source: WeightSource, parameter: str, dtype: torch.dtype) -> Iterator[Tensor]:

@@ -134,7 +134,7 @@ class ExpertCollector(Collector):
         )
         for source, count in store.rates.reads.items():
             by_tier.add_metric([source], count)
-            bytes_by_tier.add_metric([source], count * store.slot_bytes)
+            bytes_by_tier.add_metric([source], store.rates.bytes[source])
         yield from (by_tier, bytes_by_tier)
         yield CounterMetricFamily(
             "moeyard_expert_evictions", "Experts put out", value=store.statistics.evictions
@@ -143,7 +143,9 @@ class ExpertCollector(Collector):
             "moeyard_expert_slots", "Experts that fit the budget", value=store.num_slots
         )
         yield GaugeMetricFamily(
-            "moeyard_expert_slot_bytes", "Bytes of one expert", value=store.slot_bytes
+            "moeyard_expert_slot_bytes",
+            "Bytes of one expert, the largest where widths differ",
+            value=store.slot_bytes,
         )
         yield GaugeMetricFamily(
             "moeyard_experts_resident", "Experts in memory", value=store.counts().resident

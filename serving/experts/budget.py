@@ -5,8 +5,8 @@ import re
 import torch
 
 from ...errors import ConfigError
-from ...moe.folders.expert_slots import expert_bytes
 from ...moe.folders.folder import ModelFolder
+from .pools import bytes_of_slots, divide_slots, pool_sizes
 
 AUTO = "auto"
 """The budget that leaves the choice to planning/."""
@@ -36,24 +36,33 @@ def budget_bytes(folder: ModelFolder, dtype: torch.dtype, expert_memory: str) ->
 
 def count_slots(folder: ModelFolder, dtype: torch.dtype, budget_bytes: int) -> int:
     """Return how many experts a budget holds; :class:`ConfigError` where it holds none."""
-    config = folder.config
-    if config.moe is None:
+    return sum(count_in_pools(folder, dtype, budget_bytes))
+
+
+def count_in_pools(folder: ModelFolder, dtype: torch.dtype, budget_bytes: int) -> tuple[int, ...]:
+    """Return how many experts of each width a budget holds, the widest first.
+
+    Raises :class:`ConfigError` where it does not hold one of each.
+    """
+    sizes = pool_sizes(folder, dtype)
+    if not sizes:
         raise ConfigError("expert-memory is set, but the model has no experts; leave it out.")
-    slot_bytes = expert_bytes(config, dtype, folder.packed)
-    if budget_bytes < slot_bytes:
+    num_slots = divide_slots(sizes, budget_bytes)
+    if not any(num_slots):
+        each = " of each width" if len(sizes) > 1 else ""
         raise ConfigError(
-            f"expert-memory is {budget_bytes} bytes, but one expert takes {slot_bytes}; "
-            "give at least that."
+            f"expert-memory is {budget_bytes} bytes, but one expert{each} takes "
+            f"{sum(size.slot_bytes for size in sizes)}; give at least that."
         )
-    return min(len(config.moe_layers) * config.moe.num_experts, budget_bytes // slot_bytes)
+    return num_slots
 
 
 def bytes_of_experts(folder: ModelFolder, dtype: torch.dtype, expert_memory: str | None) -> int:
     """Return the bytes that experts will take: all of them, or the slots that a budget holds."""
     if expert_memory is None:
         return _bytes_of_all(folder, dtype)
-    num_slots = count_slots(folder, dtype, budget_bytes(folder, dtype, expert_memory))
-    return num_slots * expert_bytes(folder.config, dtype, folder.packed)
+    num_slots = count_in_pools(folder, dtype, budget_bytes(folder, dtype, expert_memory))
+    return bytes_of_slots(num_slots, [size.slot_bytes for size in pool_sizes(folder, dtype)])
 
 
 def host_bytes(folder: ModelFolder, dtype: torch.dtype, host_memory: str | None) -> int:
@@ -61,7 +70,7 @@ def host_bytes(folder: ModelFolder, dtype: torch.dtype, host_memory: str | None)
     if host_memory is None or host_memory.strip() == "0":
         return 0
     num_bytes = parse_budget(host_memory, _bytes_of_all(folder, dtype), "host-memory")
-    slot_bytes = expert_bytes(folder.config, dtype, folder.packed)
+    slot_bytes = max((size.slot_bytes for size in pool_sizes(folder, dtype)), default=0)
     if num_bytes < slot_bytes:
         raise ConfigError(
             f"host-memory is {num_bytes} bytes, but one expert takes {slot_bytes}; give more, or 0."
@@ -70,8 +79,4 @@ def host_bytes(folder: ModelFolder, dtype: torch.dtype, host_memory: str | None)
 
 
 def _bytes_of_all(folder: ModelFolder, dtype: torch.dtype) -> int:
-    config = folder.config
-    if config.moe is None:
-        return 0
-    number = len(config.moe_layers) * config.moe.num_experts
-    return number * expert_bytes(config, dtype, folder.packed)
+    return sum(size.num_experts * size.slot_bytes for size in pool_sizes(folder, dtype))

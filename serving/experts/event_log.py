@@ -10,6 +10,7 @@ from typing import Any
 
 from ...errors import ConfigError
 from .policies.policy import CacheFacts
+from .pools import Pools
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ class EventLog:
     any more, as on a full disk, ends the log and not the run.
     """
 
-    def __init__(self, path: Path, facts: CacheFacts, slot_bytes: int, policy: str) -> None:
+    def __init__(self, path: Path, facts: CacheFacts, pools: Pools, policy: str) -> None:
         self._path = path
         self._events: deque[tuple[Any, ...]] = deque()
         self._ended = threading.Event()
@@ -44,9 +45,15 @@ class EventLog:
             "moe_layers": facts.moe_layers,
             "num_experts": facts.num_experts,
             "num_slots": facts.num_slots,
-            "slot_bytes": slot_bytes,
+            "slot_bytes": max(pools.slot_bytes),
             "policy": policy,
         }
+        if len(pools) > 1:
+            header["pools"] = {
+                "num_slots": pools.num_slots,
+                "slot_bytes": pools.slot_bytes,
+                "pool_of": [[*key, pool] for key, pool in pools.pool_of.items()],
+            }
         try:
             self._file = path.open("wb", buffering=0)
             self._file.write(json.dumps(header).encode() + b"\n")

@@ -44,9 +44,13 @@ class Expectations:
         """Let an expert that lost its slot wait for another, before all others."""
         self._announced.appendleft(key)
 
-    def next_announced(self) -> Key:
-        """Take the expert that waits for a slot and is needed first."""
-        return self._announced.popleft()
+    def announced(self) -> list[Key]:
+        """Return the experts that wait for a slot, the one that is needed first first."""
+        return list(self._announced)
+
+    def take_announced(self, key: Key) -> None:
+        """Let an expert wait no longer: it has a slot."""
+        self._announced.remove(key)
 
     def last_first(self) -> Iterator[Key]:
         """Yield the protected experts, the one that is needed last first."""

@@ -1,15 +1,16 @@
 """Slots for experts: which slot is taken, who leaves it, when its read begins and ends."""
 
 from collections import deque
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 
 from ...kernels.values.quantized_weights import SlotWeights
 from ...moe.folders.expert_layouts import ExpertViews
 from .expectations import Expectations
 from .policies.errors import wrong_victim
 from .policies.policy import Key, Policy
+from .pools import Pools
 from .reads import Read, Reads
-from .slots import Either, Protected, Slots
+from .slots import Either, Elsewhere, Protected, Slots
 from .tiers.tier import Tier
 from .traffic import StoreStatistics
 
@@ -19,7 +20,7 @@ class SlotFiller:
 
     def __init__(
         self,
-        memory: SlotWeights,
+        memory: Sequence[SlotWeights],
         slots: Slots,
         expected: Expectations,
         policy: Policy,
@@ -30,58 +31,60 @@ class SlotFiller:
         self._memory = memory
         self._slots = slots
         self._expected = expected
-        self._protected = Protected(expected, slots)
+        self._protected = _protected_of(slots.pools, Protected(expected, slots))
         self._policy = policy
         self._tier = tier
         self._reads = reads
         self._statistics = statistics
-        self._views: dict[int, ExpertViews] = {}
-        """Of each slot, once it was filled: making them takes as long as some reads."""
+        self._views: dict[tuple[int, int], ExpertViews] = {}
+        """Of each pool and slot, once it was filled: making them takes as long as some reads."""
         self.likely: set[Key] = set()
         """Experts in memory that will perhaps be needed soon: they leave after the others."""
 
-    def idle_slot(self) -> int | None:
-        """Return a free slot, or that of the expert that the policy puts out."""
-        slot = self._slots.take_free()
+    def idle_slot(self, pool: int) -> int | None:
+        """Return a free slot of a pool, or that of the expert that the policy puts out."""
+        slot = self._slots.take_free(pool)
         if slot is not None:
             return slot
-        key = self._policy.victim(Either(self.likely, self._protected)) if self.likely else None
+        protected = self._protected[pool]
+        key = self._policy.victim(Either(self.likely, protected)) if self.likely else None
         if key is None:
-            key = self._policy.victim(self._protected)
+            key = self._policy.victim(protected)
         if key is None:
             return None
-        self._check(key)
+        self._check(key, pool)
         return self._put_out(key)
 
-    def slot_for_hint(self, leaves: Callable[[Key], None]) -> int | None:
+    def slot_for_hint(self, pool: int, leaves: Callable[[Key], None]) -> int | None:
         """Return a slot for an expert that will perhaps be needed, if another one may leave.
 
         ``leaves`` hears which one does.
         """
-        slot = self._slots.take_free()
+        slot = self._slots.take_free(pool)
         if slot is not None:
             return slot
-        key = self._policy.victim(Either(self.likely, self._protected))
+        key = self._policy.victim(Either(self.likely, self._protected[pool]))
         if key is None:
             return None
-        self._check(key)
+        self._check(key, pool)
         leaves(key)
         return self._put_out(key)
 
-    def _check(self, key: Key) -> None:
-        if key in self._protected or key not in self._slots:
+    def _check(self, key: Key, pool: int) -> None:
+        if key in self._protected[pool] or key not in self._slots:
             # Its slot may be in use by compute, so going on could give wrong numbers.
             raise wrong_victim(self._policy, key)
 
-    def slot_of_prefetch(self) -> int | None:
+    def slot_of_prefetch(self, pool: int) -> int | None:
         """Return the slot of the expert that is needed last, and announce that expert again."""
         for read in reversed(self._slots.all_filling()):
-            if self._reads.cancel(read):
+            if self._slots.pools.of(read.key) == pool and self._reads.cancel(read):
                 if read.key in self._expected:
                     self._expected.announce_again(read.key)
-                return self._give_up(read)
+                self._lose(read)
+                return self._slots.give_up(read)
         for key in self._expected.last_first():
-            if key in self._slots:
+            if key in self._slots and self._slots.pools.of(key) == pool:
                 self._expected.announce_again(key)
                 return self._put_out(key)
         return None
@@ -89,14 +92,14 @@ class SlotFiller:
     def drop(self, read: Read) -> None:
         """End an early read that is no longer wanted: now, or before its next part."""
         if self._reads.cancel(read):
-            self._slots.free(self._give_up(read))
+            self._lose(read)
+            self._slots.fail(read)
         else:
             self._reads.drop(read)
 
-    def _give_up(self, read: Read) -> int:
+    def _lose(self, read: Read) -> None:
         self._statistics.lose(read.key)
         self._policy.forget(read.key)
-        return self._slots.give_up(read)
 
     def _put_out(self, key: Key) -> int:
         self.likely.discard(key)
@@ -105,9 +108,11 @@ class SlotFiller:
         return self._slots.put_out(key)
 
     def submit(self, key: Key, slot: int, is_urgent: bool) -> Read:
-        if slot not in self._views:
-            self._views[slot] = self._memory.slot_views(slot)
-        parts = deque(self._tier.reads(key, self._views[slot]))
+        pool = self._slots.pools.of(key)
+        views = self._views.get((pool, slot))
+        if views is None:
+            views = self._views[pool, slot] = self._memory[pool].slot_views(slot)
+        parts = deque(self._tier.reads(key, views))
         read = Read(key, slot, is_urgent, parts, is_prefetch=not is_urgent)
         self._slots.fill(read)
         self._policy.add(key)  # now and not when it arrives: the order does not depend on the disk
@@ -128,3 +133,10 @@ class SlotFiller:
             return
         self._slots.arrive(read)
         self._statistics.read(read.key, read.is_prefetch)
+
+
+def _protected_of(pools: Pools, protected: Protected) -> list[Container[Key]]:
+    """Return what may not leave its slot when a pool needs one: other pools' slots are no use."""
+    if len(pools) == 1:
+        return [protected]
+    return [Either(protected, Elsewhere(pools, pool)) for pool in range(len(pools))]

@@ -6,15 +6,16 @@ from functools import partial
 
 import torch
 
-from ...moe.folders.expert_slots import empty_experts, expert_bytes
+from ...moe.folders.expert_slots import empty_experts
 from ...moe.folders.folder import ModelFolder
 from ...moe.folders.tensor_names import dense_tensors
 from ...moe.routes.identity import identity_of
-from .budget import count_slots
+from .budget import count_in_pools
 from .event_log import EventLog
 from .options import StoreOptions
 from .policies.policy import CacheFacts
 from .policies.table import open_policy
+from .pools import Pools, pool_sizes
 from .read_queue import ReadQueue
 from .reading.choose import plan_reads
 from .reading.sidecar import LearnedHashes
@@ -37,22 +38,26 @@ def open_store(
     memory that is free before the model is loaded.
     """
     options = options or StoreOptions()
-    num_slots = count_slots(folder, dtype, budget_bytes)
+    num_slots = count_in_pools(folder, dtype, budget_bytes)
     config, moe = folder.config, folder.config.moe
     assert moe is not None, "slots were counted"
     facts = CacheFacts(
-        tuple(config.moe_layers), moe.num_experts, num_slots, identity_of(config).architecture
+        tuple(config.moe_layers), moe.num_experts, sum(num_slots), identity_of(config).architecture
     )
     policy = open_policy(options.policy, facts)
-    slot_bytes = expert_bytes(config, dtype, folder.packed)
+    sizes = tuple(size.slot_bytes for size in pool_sizes(folder, dtype))
+    pools = Pools(num_slots, sizes, folder.formats.kind_of)
     dense = sum(tensor.numel() for _, tensor in dense_tensors(config)) * dtype.itemsize
-    plan = plan_reads(folder, options.reader, max(0, free_bytes - num_slots * slot_bytes - dense))
+    plan = plan_reads(folder, options.reader, max(0, free_bytes - pools.num_bytes - dense))
     save = _learn_hashes(folder)
-    tiers = open_tiers(DiskTier(folder), folder, dtype, slot_bytes, options.host_memory)
+    tiers = open_tiers(DiskTier(folder), folder, dtype, pools, options.host_memory)
     store = ExpertStore(
         facts,
-        slot_bytes,
-        memory=empty_experts(config, num_slots, dtype, folder.packed),
+        pools,
+        memory=[
+            empty_experts(config, count, dtype, packed)
+            for count, packed in zip(num_slots, folder.formats.kinds, strict=True)
+        ],
         tier=tiers.first,
         reads=ReadQueue(num_threads or plan.threads, at_end=partial(_end, save, tiers)),
         policy=policy,
@@ -61,7 +66,7 @@ def open_store(
     )
     if options.log is not None:
         name = options.policy if isinstance(options.policy, str) else type(policy).__name__
-        store.statistics.log = EventLog(options.log, facts, slot_bytes, name)
+        store.statistics.log = EventLog(options.log, facts, pools, name)
         weakref.finalize(store, store.statistics.close)  # also when the program ends
     if save is not None:
         weakref.finalize(store, save)  # when the program ends without closing the store

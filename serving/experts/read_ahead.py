@@ -147,6 +147,7 @@ class ReadAhead:
         elapsed_s = self._clock() - self._moment.at
         elapsed_s -= self._statistics.stall_s - self._moment.stall_s
         left_s: dict[int, float] = {}
+        full = set[int]()
         for key, chance in sorted(self._pending.items(), key=itemgetter(1), reverse=True):
             if key in self._slots or self._slots.filling(key) is not None:
                 del self._pending[key]  # compute has asked for it since
@@ -155,12 +156,14 @@ class ReadAhead:
                 moments = self._moment.number, self._place_of[key[0]] + 1
                 left_s[key[0]] = self._windows.seconds_to(self._size, *moments) - elapsed_s
             share = self._windows.share_in_time(left_s[key[0]], backlog)
-            victim_chance = 0.0 if self._slots.num_free else self._regret.chance
-            if gain_of(chance, share, victim_chance) < SMALLEST_GAIN:
+            pool = self._slots.pools.of(key)
+            victim_chance = 0.0 if self._slots.num_free(pool) else self._regret.chance
+            if pool in full or gain_of(chance, share, victim_chance) < SMALLEST_GAIN:
                 continue
-            slot = self._filler.slot_for_hint(self._regret.left)
+            slot = self._filler.slot_for_hint(pool, self._regret.left)
             if slot is None:
-                return
+                full.add(pool)
+                continue
             del self._pending[key]
             self._statistics.prefetch(key)
             self._reading[key] = self._filler.submit(key, slot, is_urgent=False)

@@ -3,9 +3,11 @@
 from collections import deque
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 from .expectations import Expectations
 from .policies.policy import Key
+from .pools import Pools
 from .reads import Read
 
 
@@ -28,20 +30,23 @@ class StoreCounts:
 class Slots:
     """Slots for experts of all layers. Each slot is free, being filled, or holds an expert.
 
-    Keeps the books only: it neither reads nor decides. A layer's table is kept ready, because every
-    forward asks for it.
+    Slots are numbered from 0 in each pool, and an expert has slots in one pool only. Keeps the
+    books: it neither reads nor decides. A layer's table is kept ready, because every forward asks
+    for it.
     """
 
-    def __init__(self, num_slots: int, layers: Iterable[int], num_experts: int) -> None:
-        self._free = deque(range(num_slots))
+    def __init__(self, pools: Pools, layers: Iterable[int], num_experts: int) -> None:
+        self.pools = pools
+        self._free = [deque(range(num_slots)) for num_slots in pools.num_slots]
         self._filling: dict[Key, Read] = {}
-        self._slot_of_E = {layer: [-1] * num_experts for layer in layers}
+        self._slot_of_E = {
+            (pool, layer): [-1] * num_experts for layer in layers for pool in range(len(pools))
+        }
         self._num_resident = 0
 
-    @property
-    def num_free(self) -> int:
-        """Slots that nothing uses."""
-        return len(self._free)
+    def num_free(self, pool: int) -> int:
+        """Return how many slots of a pool nothing uses."""
+        return len(self._free[pool])
 
     @property
     def num_resident(self) -> int:
@@ -51,11 +56,11 @@ class Slots:
     def __contains__(self, key: Key) -> bool:
         """Say whether an expert is in a slot, whole."""
         layer, expert = key
-        return self._slot_of_E[layer][expert] >= 0
+        return self._slot_of_E[self.pools.of(key), layer][expert] >= 0
 
-    def table(self, layer: int) -> tuple[int, ...]:
-        """Return the slot of each expert of a layer, -1 for those that are not here."""
-        return tuple(self._slot_of_E[layer])
+    def table(self, layer: int, pool: int) -> tuple[int, ...]:
+        """Return the slot of each expert of a layer, -1 for those that are not in this pool."""
+        return tuple(self._slot_of_E[pool, layer])
 
     def filling(self, key: Key) -> Read | None:
         """Return the read that brings an expert, if there is one."""
@@ -75,13 +80,9 @@ class Slots:
             if read.is_done:
                 yield read
 
-    def take_free(self) -> int | None:
-        """Take a free slot, if there is one. The caller fills it or gives it back."""
-        return self._free.popleft() if self._free else None
-
-    def free(self, slot: int) -> None:
-        """Give back a slot that was taken."""
-        self._free.append(slot)
+    def take_free(self, pool: int) -> int | None:
+        """Take a free slot, if there is one. The caller fills it."""
+        return self._free[pool].popleft() if self._free[pool] else None
 
     def fill(self, read: Read) -> None:
         """Book a read's slot as being filled."""
@@ -91,12 +92,12 @@ class Slots:
         """Book a read's slot as holding its expert."""
         layer, expert = read.key
         del self._filling[read.key]
-        self._slot_of_E[layer][expert] = read.slot
+        self._slot_of_E[self.pools.of(read.key), layer][expert] = read.slot
         self._num_resident += 1
 
     def fail(self, read: Read) -> None:
         """Book a read's slot as free."""
-        self.free(self.give_up(read))
+        self._free[self.pools.of(read.key)].append(self.give_up(read))
 
     def give_up(self, read: Read) -> int:
         """Take the slot of a read that will not happen."""
@@ -106,9 +107,10 @@ class Slots:
     def put_out(self, key: Key) -> int:
         """Take the slot of an expert."""
         layer, expert = key
-        slot = self._slot_of_E[layer][expert]
+        slot_of_E = self._slot_of_E[self.pools.of(key), layer]
+        slot = slot_of_E[expert]
         assert slot >= 0, f"{key} is in no slot"
-        self._slot_of_E[layer][expert] = -1
+        slot_of_E[expert] = -1
         self._num_resident -= 1
         return slot
 
@@ -122,6 +124,17 @@ class Protected:
 
     def __contains__(self, key: object) -> bool:
         return key in self._expected or self._slots.is_filling(key)
+
+
+class Elsewhere:
+    """The experts whose slots are not in a pool."""
+
+    def __init__(self, pools: Pools, pool: int) -> None:
+        self._pools = pools
+        self._pool = pool
+
+    def __contains__(self, key: object) -> bool:
+        return self._pools.pool_of.get(cast(Key, key), 0) != self._pool
 
 
 class Either:

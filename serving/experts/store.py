@@ -1,14 +1,14 @@
 """The expert store: experts on disk, some of them in slots in memory. E experts per layer.
 
-One pool of slots serves all layers. A policy (policies/) says which expert leaves its slot, a tier
-(tiers/) fills a slot, a queue (read_queue.py) runs the reads, filler.py brings these together, and
-this file talks to compute. Reads go straight into slots that nothing else uses, while the caller
+One pool of slots serves all layers, or one for each width of experts (pools.py). A policy
+(policies/) says which expert leaves its slot, a tier (tiers/) fills a slot, a queue (read_queue.py)
+runs the reads, filler.py brings these together, layer_reads.py follows what a layer needs, and this
+file talks to compute. Reads go straight into slots that nothing else uses, while the caller
 computes with experts that are ready. What a router chooses early, or a predictor names
 (read_ahead.py), is read ahead, behind every read that compute waits for.
 """
 
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import replace
 
@@ -17,14 +17,14 @@ from ...moe.routes.recorder import OwnColumns
 from .expectations import Expectations
 from .filler import SlotFiller
 from .forwards import Forward
-from .policies.errors import no_victim
-from .policies.policy import CacheFacts, Key, Policy
+from .layer_reads import LayerReads
+from .policies.policy import CacheFacts, Policy
+from .pools import Pools
 from .predictors.predictor import Predictor, PredictorFacts
 from .predictors.switch import Switch
 from .read_ahead import Choice, ReadAhead
-from .reading.errors import read_error
 from .reading.plan import ReadPlan
-from .reads import Read, Reads
+from .reads import Reads
 from .slots import Slots, StoreCounts
 from .tiers.rates import Rates
 from .tiers.tier import Tier
@@ -41,8 +41,8 @@ class ExpertStore:
     def __init__(
         self,
         facts: CacheFacts,
-        slot_bytes: int,
-        memory: SlotWeights,
+        pools: Pools,
+        memory: Sequence[SlotWeights],
         tier: Tier,
         reads: Reads,
         policy: Policy,
@@ -51,17 +51,17 @@ class ExpertStore:
         read_plan: ReadPlan | None = None,
     ) -> None:
         self.num_slots = facts.num_slots
-        self.slot_bytes = slot_bytes
+        self.pools = pools
         self.read_plan = read_plan
         self._memory = memory
-        self._slots = Slots(facts.num_slots, facts.moe_layers, facts.num_experts)
+        self._slots = Slots(pools, facts.moe_layers, facts.num_experts)
         self._policy = policy
         self._reads = reads
         self._clock = clock
         self.rates = rates or Rates()
         self._expected = Expectations()
         self._ahead: ReadAhead | None = None
-        self.statistics = StoreStatistics(facts.moe_layers, slot_bytes)
+        self.statistics = StoreStatistics(facts.moe_layers, pools.bytes_of)
         self._filler = SlotFiller(
             memory, self._slots, self._expected, policy, tier, reads, self.statistics
         )
@@ -70,13 +70,18 @@ class ExpertStore:
         """Return what the slots are used for; any thread may ask."""
         filling = self._slots.all_filling()
         return StoreCounts(
-            free=self._slots.num_free,
+            free=sum(map(self._slots.num_free, range(len(self.pools)))),
             filling=len(filling),
             resident=self._slots.num_resident,
             reading=sum(not read.is_done for read in filling),
             announced=self._expected.num_announced,
             expected=self._expected.num_expected,
         )
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one expert, the largest where widths differ."""
+        return max(self.pools.slot_bytes)
 
     def has(self, layer: int, expert: int) -> bool:
         """Say whether an expert is in memory."""
@@ -132,116 +137,63 @@ class ExpertStore:
         """Yield all experts of a layer that a forward needs, in waves.
 
         ``rows_of`` maps them to the number of rows that chose them; ``choice`` is for the
-        predictor. The weights of a wave stay valid until the next. Resident experts come first,
-        while the others are being read. Raises :class:`ExpertReadError` when reads fail for good;
-        slots then stay consistent.
+        predictor. The experts of a wave have one width, and its weights stay valid until the next.
+        Resident experts come first, while the others are being read. Raises
+        :class:`ExpertReadError` when reads fail for good; slots then stay consistent.
         """
-        reading: dict[Key, Read] = {}
+        needs = LayerReads(
+            *(layer, self._slots, self._filler, self._expected, self._reads, self._policy),
+            *(self.statistics, self._clock),
+        )
         try:
-            ready, waiting = self._begin(layer, rows_of, reading)
-            while ready or waiting or reading:
-                self._filler.book_finished(wanted=reading)
-                self._read_now(layer, waiting, reading, can_wait=bool(ready))
+            ready = needs.begin(rows_of)
+            if self._ahead is not None:
+                self._ahead.chosen(layer, rows_of, needs.waiting)
+            while ready or not needs.is_done:
+                needs.read_now(can_wait=bool(ready))
                 if choice is not None and self._ahead is not None:  # while the reads run
                     self._ahead.look(layer, choice)
                     choice = None
-                self._read_ahead(waiting)
+                self._read_ahead(needs.waiting)
                 if ready:
-                    yield ready, replace(self._memory, slot_of_E=self._slots.table(layer))
+                    yield from self._waves(layer, ready)
                     self._expected.drop((layer, expert) for expert in ready)
                     ready = []
                 else:
-                    ready = self._next_ready(layer, reading, in_order=bool(waiting))
+                    ready = needs.next_ready()
         except BaseException:
             self._expected.clear()  # this forward ends here
             self.statistics.fail()
             raise
         finally:
-            # Whatever ended the wave, no thread may write into a slot that is given away.
-            self._reads.wait_for_all(reading.values())
-            for read in reading.values():
-                self._filler.book(read)
+            needs.end()
         self._read_ahead()
         if self._ahead is not None:
             self._ahead.end_layer(layer)
 
-    def _begin(
-        self, layer: int, rows_of: Mapping[int, int], reading: dict[Key, Read]
-    ) -> tuple[list[int], deque[int]]:
-        """Return which experts are here and which must be read; make those under way urgent."""
-        self._filler.book_finished(wanted=reading)
-        self._expected.drop_layer(layer)
-        ready, waiting = [], deque[int]()
-        for expert, rows in rows_of.items():
-            key = (layer, expert)
-            self._expected.expect(key)
-            self._policy.touch(key, rows)
-            read = self._slots.filling(key)
-            if key in self._slots:
-                ready.append(expert)
-                self.statistics.hit(key)
-            elif read is not None and self._reads.make_urgent(read):
-                reading[key] = read
-                self.statistics.late(key)
-            else:
-                if read is not None:  # it was dropped
-                    self._filler.book(read)
-                waiting.append(expert)
-                self.statistics.miss(key)
-        self.statistics.need(layer, rows_of)
-        if self._ahead is not None:
-            self._ahead.chosen(layer, rows_of, waiting)
-        return ready, waiting
-
-    def _read_now(
-        self, layer: int, waiting: deque[int], reading: dict[Key, Read], can_wait: bool
-    ) -> None:
-        """Begin reads that compute waits for; ``can_wait`` says that it has other work to do."""
-        while waiting:
-            slot = self._filler.idle_slot()
-            if slot is None and not (can_wait or reading):
-                slot = self._filler.slot_of_prefetch()
-            if slot is None:
-                return
-            key = (layer, waiting.popleft())
-            reading[key] = self._filler.submit(key, slot, is_urgent=True)
+    def _waves(self, layer: int, ready: list[int]) -> Generator[tuple[list[int], SlotWeights]]:
+        """Yield experts that are here, a wave for each width."""
+        for pool, memory in enumerate(self._memory):
+            experts = [expert for expert in ready if self.pools.of((layer, expert)) == pool]
+            if experts:
+                yield experts, replace(memory, slot_of_E=self._slots.table(layer, pool))
 
     def _read_ahead(self, waiting: Collection[int] = ()) -> None:
         """Begin announced reads while there are slots that nothing known needs, then hints'.
 
         ``waiting`` are needed experts without a slot: hints take none then.
         """
-        while self._expected.num_announced:
-            slot = self._filler.idle_slot()
+        full = set[int]()
+        for key in self._expected.announced():
+            pool = self.pools.of(key)
+            slot = None if pool in full else self._filler.idle_slot(pool)
             if slot is None:
-                return
-            key = self._expected.next_announced()
+                full.add(pool)
+                if len(full) == len(self.pools):
+                    return
+                continue
+            self._expected.take_announced(key)
             self.statistics.prefetch(key)
             self._filler.submit(key, slot, is_urgent=False)
         if self._ahead is not None and not waiting:
             self._ahead.read()
-
-    def _next_ready(self, layer: int, reading: dict[Key, Read], in_order: bool) -> list[int]:
-        """Wait for reads and return the experts that came.
-
-        ``in_order`` returns the one whose read began first: while others wait for slots, the order
-        decides which slots come free. If none of ``reading`` is under way, wait until any prefetch
-        is done and its slot usable.
-        """
-        if not (reading or self._slots.all_filling()):
-            raise no_victim(self._policy)
-        started = self._clock()
-        wanted = list(reading.values())[: 1 if in_order else None] or self._slots.all_filling()
-        finished = self._reads.wait_for_any(wanted)
-        self.statistics.stall(layer, self._clock() - started)
-        ready, failed = list[Read](), list[Read]()
-        for read in finished:
-            self._filler.book(read)
-            if reading.pop(read.key, None) is not None:
-                (ready if read.error is None else failed).append(read)
-        if failed:
-            # The others under way are waited for in any case, so one error names all that failed.
-            self._reads.wait_for_all(reading.values())
-            failed += [read for read in reading.values() if read.error is not None]
-            raise read_error(failed)
-        return sorted(read.key[1] for read in ready)

@@ -1,6 +1,6 @@
 """What an expert store counts."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from .event_log import ADMIT, ARRIVE, DROP, EVICT, FAILED, FORWARD, NEED, EventLog
@@ -50,7 +50,7 @@ class HintTraffic:
 class StoreStatistics:
     """Counters since start. Each method books one event, most of them of one expert."""
 
-    def __init__(self, layers: Iterable[int], slot_bytes: int) -> None:
+    def __init__(self, layers: Iterable[int], bytes_of: Callable[[Key], int]) -> None:
         self.layers = {layer: LayerTraffic() for layer in layers}
         self.evictions = 0
         self.log: EventLog | None = None
@@ -59,7 +59,7 @@ class StoreStatistics:
         """Of all layers."""
         self.hint_traffic: dict[int, HintTraffic] = {}
         """By distance in MoE layers; 0 = of the first layer, by the tokens before."""
-        self._slot_bytes = slot_bytes
+        self._bytes_of = bytes_of
         self._unused: set[Key] = set()
         """Prefetched, read or being read, and not needed so far."""
 
@@ -141,9 +141,10 @@ class StoreStatistics:
     def read(self, key: Key, is_prefetch: bool) -> None:
         """A read has brought its expert."""
         traffic = self.layers[key[0]]
-        traffic.bytes_read += self._slot_bytes
+        num_bytes = self._bytes_of(key)
+        traffic.bytes_read += num_bytes
         if is_prefetch:
-            traffic.prefetch_bytes += self._slot_bytes
+            traffic.prefetch_bytes += num_bytes
         self._note(ARRIVE, *key)
 
     def lose(self, key: Key) -> None:

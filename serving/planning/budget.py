@@ -103,7 +103,7 @@ def auto_budget(sizes: ModelSizes, room: Room) -> str | None:
     """
     if room.fits_all:
         return None
-    if room.experts_bytes < sizes.expert_bytes:
+    if room.experts_bytes < sizes.smallest_budget:
         gib = 1 << 30
         raise ConfigError(
             f"expert-memory is auto, but {room.available_bytes / gib:.3g} GiB of free memory "
@@ -111,4 +111,4 @@ def auto_budget(sizes: ModelSizes, room: Room) -> str | None:
             f"GiB of other weights and {room.other_bytes / gib:.3g} GiB of processes come first; "
             "use a machine with more, or fewer replicas."
         )
-    return f"{room.experts_bytes // sizes.expert_bytes * sizes.expert_bytes}B"
+    return f"{sizes.bytes_of(sizes.slots_within(room.experts_bytes))}B"

@@ -13,6 +13,8 @@ class Decision:
 
     sizes: ModelSizes
     num_slots: int
+    slots_bytes: int
+    """Of all slots together."""
     room: Room | None = None
     """How memory was divided, if the budget was auto."""
     host_bytes: int = 0
@@ -70,7 +72,8 @@ def _slots(decision: Decision) -> str:
         )
     return (
         f"Memory holds {slots} of {sizes.num_experts} experts{each}: "
-        f"{size(slots * sizes.expert_bytes)}, {size(sizes.expert_bytes)} each."
+        f"{size(decision.slots_bytes)}, {size(sizes.expert_bytes)} each"
+        f"{' on average' if sizes.widths else ''}."
     )
 
 

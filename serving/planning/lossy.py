@@ -13,7 +13,10 @@ from ..experts.options import StoreOptions
 
 def lossy_modes(folder: ModelFolder, options: StoreOptions) -> list[str]:
     """Return the names of the lossy ways in which a folder runs with these options."""
-    return [] if folder.packed is None else [f"int{folder.packed.bits}"]
+    kinds = folder.formats.kinds
+    if len(kinds) > 1:
+        return ["mixed"]
+    return [f"int{packed.bits}" for packed in kinds if packed is not None]
 
 
 def lossy_sentences(folder: Path, modes: Iterable[str]) -> tuple[str, ...]:

@@ -6,7 +6,8 @@ import torch
 
 from ...errors import ConfigError
 from ...moe.folders.folder import ModelFolder
-from ..experts.budget import AUTO, budget_bytes, count_slots, parse_budget
+from ..experts.budget import AUTO, budget_bytes, count_in_pools, parse_budget
+from ..experts.pools import Pools
 from ..experts.reading.choose import plan_reads
 from ..experts.reading.plan import ReadPlan
 from .bandwidth import memory_bandwidth
@@ -55,7 +56,7 @@ class Outlook:
 
     def holds_one(self, share: str) -> bool:
         """Say whether a share of all experts, such as ``10%``, is at least one."""
-        return parse_budget(share, self.sizes.all_experts_bytes) >= self.sizes.expert_bytes
+        return parse_budget(share, self.sizes.all_experts_bytes) >= self.sizes.smallest_budget
 
     def option(self, expert_memory: str, recorded: RecordedHits | None = None) -> Option | None:
         """Return what a budget means; None for ``auto`` where not one expert fits into memory.
@@ -65,15 +66,15 @@ class Outlook:
         sizes, room, demand = self.sizes, self.room, self.demand
         if expert_memory != AUTO:
             num_bytes = budget_bytes(self._folder, self._dtype, expert_memory)
-            num_slots = count_slots(self._folder, self._dtype, num_bytes)
+            in_pools = count_in_pools(self._folder, self._dtype, num_bytes)
         elif self.runs_here is None:
-            num_slots = min(sizes.num_experts, room.experts_bytes // sizes.expert_bytes)
+            in_pools = sizes.slots_within(room.experts_bytes)
         else:
             return None
-        experts = num_slots * sizes.expert_bytes
+        num_slots, experts = sum(in_pools), sizes.bytes_of(in_pools)
         each = sizes.dense_bytes + room.kv_bytes + experts
         needed = demand.num_replicas * each + demand.other_bytes + demand.host_bytes
-        rate = None if recorded is None else recorded.hit_rate(num_slots)
+        rate = None if recorded is None else recorded.hit_rate(self._pools(in_pools))
         in_host = demand.host_bytes // sizes.expert_bytes
         copies = Copies(num_slots=num_slots, num_in_host=in_host, hit_rate=rate)
         return Option(
@@ -84,3 +85,7 @@ class Outlook:
             fits=needed <= room.available_bytes,
             bound=bound_of(sizes, copies, self.speeds),
         )
+
+    def _pools(self, in_pools: tuple[int, ...]) -> Pools:
+        slot_bytes = tuple(pool.slot_bytes for pool in self.sizes.pools)
+        return Pools(in_pools, slot_bytes, self._folder.formats.kind_of)

@@ -9,6 +9,7 @@ from ...moe.routes.identity import identity_of
 from ...moe.routes.reader import route_files
 from ..experts.policies.policy import CacheFacts
 from ..experts.policies.table import open_policy
+from ..experts.pools import Pools
 from ..experts.recorded import RecordedForward, read_forwards
 from ..experts.replay.run import replay
 
@@ -30,10 +31,11 @@ class RecordedHits:
                 )
         self._forwards: list[RecordedForward] = read_forwards(files)
 
-    def hit_rate(self, num_slots: int) -> float:
+    def hit_rate(self, pools: Pools) -> float:
         """Return the share of needed experts that were in a slot, reading on demand."""
         facts = CacheFacts(
-            tuple(self._config.moe_layers), self._num_experts, num_slots, self._architecture
+            *(tuple(self._config.moe_layers), self._num_experts, sum(pools.num_slots)),
+            self._architecture,
         )
-        counters = replay(self._forwards, facts, open_policy(self._policy, facts))
+        counters = replay(self._forwards, facts, open_policy(self._policy, facts), pools=pools)
         return counters.hits / max(1, counters.hits + counters.waits)

@@ -1,15 +1,16 @@
 """What a model's parts take, from the headers of its folder."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ...errors import ConfigError
-from ...moe.folders.expert_slots import expert_bytes
 from ...moe.folders.folder import ModelFolder
 from ...moe.folders.tensor_names import dense_tensors
 from ...moe.models.decoder import Decoder
 from ...moe.without_memory import without_memory
+from ..experts.pools import PoolSize, bytes_of_slots, divide_slots, pool_sizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,9 +22,9 @@ class ModelSizes:
     num_experts: int
     """Of all layers together."""
     expert_bytes: int
-    """One expert in memory."""
+    """One expert in memory; the mean where widths differ."""
     stored_expert_bytes: int
-    """One expert in the folder."""
+    """One expert in the folder; the mean where widths differ."""
     experts_per_token: int
     """Of all layers together."""
     dense_bytes_per_token: int
@@ -31,11 +32,31 @@ class ModelSizes:
     kv_bytes_per_token: int
     """Keys and values of one position, of all layers."""
     max_positions: int
+    widths: tuple[PoolSize, ...] = ()
+    """The experts of each width, the widest first, where widths differ."""
+
+    @property
+    def pools(self) -> tuple[PoolSize, ...]:
+        """The experts of each width."""
+        return self.widths or (PoolSize(self.num_experts, self.expert_bytes),)
 
     @property
     def all_experts_bytes(self) -> int:
         """All experts in memory."""
-        return self.num_experts * self.expert_bytes
+        return sum(pool.num_experts * pool.slot_bytes for pool in self.pools)
+
+    @property
+    def smallest_budget(self) -> int:
+        """The bytes below which no store can work: one expert of each width."""
+        return sum(pool.slot_bytes for pool in self.pools)
+
+    def slots_within(self, budget_bytes: int) -> tuple[int, ...]:
+        """Return how many experts of each width a budget holds."""
+        return divide_slots(self.pools, budget_bytes)
+
+    def bytes_of(self, num_slots: Sequence[int]) -> int:
+        """Return the bytes of experts, given as a number for each width."""
+        return bytes_of_slots(num_slots, [pool.slot_bytes for pool in self.pools])
 
     @property
     def bytes_per_token(self) -> int:
@@ -52,16 +73,23 @@ def sizes_of(folder: ModelFolder, dtype: torch.dtype) -> ModelSizes:
     total = sum(dense.values())
     embedding = 0 if config.tie_embeddings else dense["embed_tokens.weight"]
     num_layers = len(config.moe_layers)
+    pools = pool_sizes(folder, dtype)
     return ModelSizes(
         dense_bytes=total,
         num_experts=num_layers * config.moe.num_experts,
-        expert_bytes=expert_bytes(config, dtype, folder.packed),
-        stored_expert_bytes=expert_bytes(config, folder.dtype, folder.packed),
+        expert_bytes=_mean_bytes(pools),
+        stored_expert_bytes=_mean_bytes(pool_sizes(folder, folder.dtype)),
         experts_per_token=num_layers * config.moe.router.k,
         dense_bytes_per_token=total - embedding,
         kv_bytes_per_token=_kv_elements(folder) * dtype.itemsize,
         max_positions=config.max_positions,
+        widths=pools if len(pools) > 1 else (),
     )
+
+
+def _mean_bytes(pools: Sequence[PoolSize]) -> int:
+    total = sum(pool.num_experts * pool.slot_bytes for pool in pools)
+    return round(total / sum(pool.num_experts for pool in pools))
 
 
 def _kv_elements(folder: ModelFolder) -> int:

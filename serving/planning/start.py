@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from collections.abc import Sequence
 
 import torch
 
@@ -31,7 +32,7 @@ def show_start() -> None:
 def log_start(
     folder: ModelFolder,
     dtype: torch.dtype,
-    num_slots: int | None,
+    num_slots: Sequence[int] | None,
     reads: ReadPlan | None,
     options: StoreOptions,
     room: Room | None = None,
@@ -40,18 +41,22 @@ def log_start(
 ) -> None:
     """Log what was decided about experts, if anyone listens; it takes a moment to measure.
 
-    ``num_slots`` and ``reads`` are those of a store, None where all experts are in memory.
+    ``num_slots`` and ``reads`` are those of a store, the slots as a number for each width of
+    experts; None where all experts are in memory.
     """
     if not log.isEnabledFor(logging.INFO):
         return
     sizes = sizes_of(folder, dtype)
     memory = memory_bandwidth()
     speeds = Speeds(memory, memory if reads is None else reads.bytes_per_s)
-    slots = sizes.num_experts if num_slots is None else num_slots
+    if num_slots is None:
+        num_slots = [pool.num_experts for pool in sizes.pools]
+    slots = sum(num_slots)
     copies = Copies(num_slots=slots, num_in_host=host_bytes // sizes.expert_bytes)
     decision = Decision(
         sizes=sizes,
         num_slots=slots,
+        slots_bytes=sizes.bytes_of(num_slots),
         room=room,
         host_bytes=host_bytes,
         num_replicas=num_replicas,

@@ -179,8 +179,8 @@ ASYMMETRIC = {**CONFIG["config_groups"]["group_0"]["weights"], "symmetric": Fals
         (changed("kv_cache_scheme", {"num_bits": 8}), "kv_cache_scheme"),
         (changed("transform_config", {"config_groups": {"a": 1}}), "transform_config"),
         (
-            changed("config_groups/other", {"targets": ["Linear"], "weights": {"group_size": -1}}),
-            "has 2 kinds of weights",
+            changed("config_groups/other", {"targets": "Linear", "weights": {"group_size": -1}}),
+            "other.targets = 'Linear'; use a list of names",
         ),
     ],
 )

@@ -68,10 +68,11 @@ ROOMS = {
     ],
     "serving": [
         ["experts", "packages"],
-        ["engine", "memory", "replica_files"],
+        ["engine", "memory", "replica_files", "resident"],
         ["planning"],
         ["api", "loading"],
         ["evaluation"],
+        ["widths"],
         ["proxy_guard", "server"],
         ["server_budgets"],
         ["cluster", "replicas"],

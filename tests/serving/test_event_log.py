@@ -14,6 +14,7 @@ from moeyard.moe.routes.recorder import recording
 from moeyard.serving.experts.event_log import EventLog
 from moeyard.serving.experts.options import StoreOptions
 from moeyard.serving.experts.policies.policy import CacheFacts
+from moeyard.serving.experts.pools import Pools
 from moeyard.serving.experts.recorded import read_forwards
 from moeyard.serving.experts.replay.follow import LogFile, follow
 from moeyard.serving.experts.tiers import disk
@@ -147,7 +148,7 @@ def test_a_file_that_is_no_log_is_refused(tmp_path, text):
 
 
 def test_a_full_disk_ends_the_log_and_not_the_run(tmp_path, caplog):
-    log = EventLog(tmp_path / "a", CacheFacts((0,), 4, 2, ""), 1, "lru")
+    log = EventLog(tmp_path / "a", CacheFacts((0,), 4, 2, ""), Pools((2,), (1,)), "lru")
     log._file.close()
     log._file = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
     for _ in range(3):

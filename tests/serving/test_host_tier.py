@@ -10,6 +10,7 @@ import torch
 from moeyard.moe.folders.convert import convert
 from moeyard.moe.folders.expert_slots import empty_experts, expert_bytes
 from moeyard.moe.folders.folder import ModelFolder
+from moeyard.serving.experts.pools import Pools
 from moeyard.serving.experts.tiers.disk import DiskTier
 from moeyard.serving.experts.tiers.host import NUM_BUFFERS, HostTier
 from moeyard.serving.experts.tiers.rates import Rates
@@ -82,7 +83,7 @@ class Bench:
         self.memory, self.disk, self.rates = memory or Memory(), CountedDisk(self.folder), Rates()
         self.slots = empty_experts(self.folder.config, 2, self.dtype, self.folder.packed)
         num_bytes = expert_bytes(self.folder.config, self.dtype, self.folder.packed)
-        self.tier = HostTier(self.disk, self.memory, self.rates, num_bytes)
+        self.tier = HostTier(self.disk, self.memory, self.rates, Pools((2,), (num_bytes,)))
 
     def fill(self, key, slot=0):
         """Fill a slot and return its bytes."""

@@ -17,7 +17,7 @@ from moeyard.chat_templates.renderer import Chat, Rendered, TemplateFault, Templ
 from moeyard.errors import MoeyardError, RequestError
 from moeyard.kernels.values import memory as kernels_memory
 from moeyard.moe.folders.tokenizer_errors import library_errors
-from moeyard.serving import loading, memory
+from moeyard.serving import loading, memory, resident
 from moeyard.serving.engine.tokenizer import ServingTokenizer
 from moeyard.serving.server import ServeArgs, Server, check_model
 
@@ -126,7 +126,7 @@ def test_a_model_larger_than_memory_is_refused_before_it_is_allocated(
         raise AssertionError("it was allocated")
 
     monkeypatch.setattr(memory, "available_bytes", lambda: 30_000)
-    monkeypatch.setattr(loading, "empty_experts", allocate)
+    monkeypatch.setattr(resident, "empty_experts", allocate)
     args = ServeArgs(model=str(model_folder), expert_memory=budget)
     with pytest.raises(MoeyardError, match=r"needs .* GiB of memory, .* for experts, but only"):
         check_model(args, runs_here=True)
@@ -144,7 +144,7 @@ def test_an_allocator_that_gives_up_while_loading_is_a_sentence(model_folder, mo
     def fail(*_, **__):
         raise MemoryError
 
-    monkeypatch.setattr(loading, "empty_experts", fail)
+    monkeypatch.setattr(resident, "empty_experts", fail)
     with pytest.raises(MoeyardError, match="not enough memory to load"):
         loading.open_model(model_folder)
     assert kernels_memory.is_out_of_memory(MemoryError())

@@ -98,12 +98,12 @@ def test_copies_end_soon_after_the_last_replica_left_but_wait_for_the_first():
 def test_a_tier_that_is_slower_than_the_disk_is_asked_now_and_then_only():
     rates = Rates()
     assert rates.is_worth_asking("host"), "nothing is known yet"
-    rates.observe("disk", 0.010)
-    rates.observe("host", 0.002)
+    rates.observe("disk", 0.010, 1)
+    rates.observe("host", 0.002, 1)
     assert all(rates.is_worth_asking("host") for _ in range(2 * ASK_AGAIN))
-    rates.observe("other_node", 0.050)
+    rates.observe("other_node", 0.050, 1)
     asked = [rates.is_worth_asking("other_node") for _ in range(2 * ASK_AGAIN)]
     assert sum(asked) == 2 and rates.reads == {"host": 1, "other_node": 1, "disk": 1}
     for _ in range(60):
-        rates.observe("other_node", 0.001)
+        rates.observe("other_node", 0.001, 1)
     assert rates.is_worth_asking("other_node"), "it has become faster"

@@ -10,6 +10,7 @@ from moeyard.moe.routes.recorder import recording
 from moeyard.serving import memory
 from moeyard.serving.experts.budget import count_slots, parse_budget
 from moeyard.serving.experts.offloaded import OffloadedExperts
+from moeyard.serving.experts.pools import Pools
 from moeyard.serving.planning import decide as deciding
 from moeyard.serving.planning.bounds import COPY_PASSES, Copies, Speeds, bound_of
 from moeyard.serving.planning.budget import (
@@ -194,7 +195,7 @@ def test_recorded_routes_give_the_hit_rate_of_a_real_run(folder, tmp_path):
     layers = layer.experts._store.statistics.layers.values()
     hits, misses = sum(t.hits for t in layers), sum(t.misses for t in layers)
     recorded = RecordedHits([tmp_path / "r.routes"], CONFIG, "decayed_lfu")
-    assert recorded.hit_rate(5) == hits / (hits + misses)
+    assert recorded.hit_rate(Pools((5,), (1,))) == hits / (hits + misses)
     other = CONFIG.model_copy(update={"num_layers": 5})
     with pytest.raises(ConfigError, match="has routes of another model"):
         RecordedHits([tmp_path / "r.routes"], other, "decayed_lfu")
@@ -205,7 +206,13 @@ def test_the_paragraph_says_what_was_decided():
     number = room.experts_bytes // SIZES.expert_bytes
     bound = bound_of(SIZES, Copies(num_slots=number), SPEEDS)
     decision = Decision(
-        sizes=SIZES, num_slots=number, room=room, host_bytes=4 << 30, speeds=SPEEDS, bound=bound
+        sizes=SIZES,
+        num_slots=number,
+        slots_bytes=number * SIZES.expert_bytes,
+        room=room,
+        host_bytes=4 << 30,
+        speeds=SPEEDS,
+        bound=bound,
     )
     text = describe(decision)
     assert f"Memory holds {number} of 1000 experts" in text and "4 GiB of experts" in text
@@ -214,6 +221,7 @@ def test_the_paragraph_says_what_was_decided():
     whole = Decision(
         sizes=SIZES,
         num_slots=1000,
+        slots_bytes=SIZES.all_experts_bytes,
         speeds=SPEEDS,
         bound=bound_of(SIZES, Copies(num_slots=1000), SPEEDS),
     )

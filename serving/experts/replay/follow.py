@@ -20,6 +20,7 @@ from ..event_log import (
     VERSION,
 )
 from ..policies.policy import Key
+from ..pools import Pools
 from ..recorded import RecordedForward
 from ..traffic import StoreStatistics
 from .run import Counters, counters_of
@@ -35,6 +36,8 @@ class LogHeader:
     num_slots: int
     slot_bytes: int
     policy: str
+    pools: Pools
+    """One of ``num_slots``, unless the experts have several widths."""
 
 
 class LogFile:
@@ -48,6 +51,7 @@ class LogFile:
             if (values.pop("format"), values.pop("version")) != (FORMAT, VERSION):
                 raise ValueError
             values["moe_layers"] = tuple(values["moe_layers"])
+            values["pools"] = _pools(values)
             self.header = LogHeader(**values)
         except OSError as error:
             raise DataError(f"{path} cannot be read ({error.strerror}); give a log.") from None
@@ -73,6 +77,14 @@ class LogFile:
                 if kind == END:
                     self.damage = None
                 yield number, event
+
+
+def _pools(values: dict[str, Any]) -> Pools:
+    several = values.pop("pools", None)
+    if several is None:
+        return Pools((values["num_slots"],), (values["slot_bytes"],))
+    pool_of = {(layer, expert): pool for layer, expert, pool in several["pool_of"]}
+    return Pools(tuple(several["num_slots"]), tuple(several["slot_bytes"]), pool_of)
 
 
 def follow(
@@ -109,7 +121,7 @@ class _State:
         self._file = file
         self._here: set[Key] = set()
         self._coming: set[Key] = set()
-        self.statistics = StoreStatistics(file.header.moe_layers, file.header.slot_bytes)
+        self.statistics = StoreStatistics(file.header.moe_layers, file.header.pools.bytes_of)
         self._admitted: set[Key] = set()
         """Those of ``coming`` whose read began ahead of need."""
 
@@ -129,9 +141,16 @@ class _State:
     def move(self, number: int, kind: str, key: Key) -> None:
         """Follow one expert; every event must be possible where the expert is."""
         is_here, is_coming = key in self._here, key in self._coming
+        pools = self._file.header.pools
+        pool = pools.of(key)
+        num_here = (
+            sum(pools.of(other) == pool for other in self._here)
+            if len(pools) > 1
+            else (len(self._here))
+        )
         possible = {
             ADMIT: not (is_here or is_coming),
-            ARRIVE: is_coming and len(self._here) < self._file.header.num_slots,
+            ARRIVE: is_coming and num_here < pools.num_slots[pool],
             EVICT: is_here,
             DROP: is_coming,
         }
@@ -139,8 +158,8 @@ class _State:
             where = "in memory" if is_here else "on its way" if is_coming else "on disk"
             raise DataError(
                 f"{self._file.path} contradicts itself in line {number}: {kind} of expert {key[1]} "
-                f"in layer {key[0]}, which is {where}, with {len(self._here)} of "
-                f"{self._file.header.num_slots} slots taken; log the run again."
+                f"in layer {key[0]}, which is {where}, with {num_here} of "
+                f"{pools.num_slots[pool]} slots taken; log the run again."
             )
         if kind == ADMIT:
             self._coming.add(key)

@@ -10,6 +10,7 @@ from typing import Any, cast
 from ....errors import ConfigError
 from ....kernels.values.quantized_weights import SlotWeights
 from ..policies.policy import CacheFacts, Key, Policy
+from ..pools import Pools
 from ..predictors.predictor import Predictor, PredictorFacts
 from ..predictors.switch import AlwaysOn
 from ..read_ahead import Choice
@@ -88,6 +89,7 @@ def replay(
     pace: Pace | None = None,
     hints: Hints | None = None,
     predictor: tuple[Predictor, PredictorFacts] | None = None,
+    pools: Pools | None = None,
 ) -> Counters:
     """Run forwards through a store that begins empty.
 
@@ -95,13 +97,16 @@ def replay(
     time, so they are those of the run that was recorded with the same policy and slots.
 
     ``hints`` are followed in any case, and ``predictor`` is listened to in every forward: a server
-    would switch it off while it does not pay.
+    would switch it off while it does not pay. ``pools`` are those of a model whose experts have
+    several widths; None = one pool of ``facts.num_slots`` slots of ``slot_bytes``.
     """
     pace = pace or Pace()
     disk = DiskOnPaper(pace.read_s)
     # The store hands the memory on to compute and to the tier, and neither is here.
     memory = cast(SlotWeights, NoWeights())
-    store = ExpertStore(facts, slot_bytes, memory, NoTier(), disk, policy, disk.clock)
+    pools = pools or Pools((facts.num_slots,), (slot_bytes,))
+    memories = [memory] * len(pools)
+    store = ExpertStore(facts, pools, memories, NoTier(), disk, policy, disk.clock)
     if predictor is not None:
         store.predict(*predictor, AlwaysOn())
     tokens = without_miss = 0

@@ -12,8 +12,9 @@ import numpy as np
 
 from ....moe.folders.expert_layouts import ExpertViews
 from ..policies.policy import Key
+from ..pools import Pools
 from .rates import Rates, Source
-from .stored_form import CHECKSUM_BYTES, copy_in, copy_out
+from .stored_form import CHECKSUM_BYTES, copy_in, copy_out, num_bytes_of
 from .tier import Tier
 
 log = logging.getLogger(__name__)
@@ -54,15 +55,17 @@ class Copies(Protocol):
 class HostTier:
     """A :class:`Tier` that takes an expert from memory where that is faster than the disk."""
 
-    def __init__(self, disk: Tier, copies: Copies, rates: Rates, slot_bytes: int) -> None:
+    def __init__(self, disk: Tier, copies: Copies, rates: Rates, pools: Pools) -> None:
         self._disk = disk
         self._copies = copies
         self._rates = rates
-        self._bringer = _Bringer(copies, slot_bytes)
+        self._pools = pools
+        self._bringer = _Bringer(copies, max(pools.slot_bytes))
 
     def reads(self, key: Key, views: ExpertViews) -> list[Callable[[], None]]:
         """Return a call that looks into memory, then those of the disk, which may have no work."""
-        fill = _Fill(key, views, self._copies, self._rates, self._bringer)
+        num_bytes = self._pools.bytes_of(key)
+        fill = _Fill(key, views, num_bytes, self._copies, self._rates, self._bringer)
         calls = self._disk.reads(key, views)
         return [fill.from_memory, *(partial(fill.from_disk, call) for call in calls), fill.finish]
 
@@ -76,9 +79,16 @@ class _Fill:
     """One expert on its way into a slot. Its calls run one after the other."""
 
     def __init__(
-        self, key: Key, views: ExpertViews, copies: Copies, rates: Rates, bringer: "_Bringer"
+        self,
+        key: Key,
+        views: ExpertViews,
+        num_bytes: int,
+        copies: Copies,
+        rates: Rates,
+        bringer: "_Bringer",
     ) -> None:
         self._key = key
+        self._num_bytes = num_bytes
         self._views = views
         self._copies = copies
         self._rates = rates
@@ -106,7 +116,7 @@ class _Fill:
 
     def finish(self) -> None:
         """Offer the expert to the node, if it had none."""
-        self._rates.observe(self._source, self._seconds)
+        self._rates.observe(self._source, self._seconds, self._num_bytes)
         if self._source != "host":
             self._bringer.offer(self._key, self._views)
 
@@ -128,13 +138,13 @@ class _Bringer:
     A slot's bytes are copied first: the slot may get another expert at any time.
     """
 
-    def __init__(self, copies: Copies, slot_bytes: int) -> None:
+    def __init__(self, copies: Copies, most_bytes: int) -> None:
         self._copies = copies
-        num_bytes = slot_bytes + CHECKSUM_BYTES
+        num_bytes = most_bytes + CHECKSUM_BYTES
         self._free: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
         for _ in range(NUM_BUFFERS):
             self._free.put(np.empty(num_bytes, np.uint8))
-        self._full: queue.SimpleQueue[tuple[Key, np.ndarray] | None] = queue.SimpleQueue()
+        self._full: queue.SimpleQueue[tuple[Key, np.ndarray, int] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="bring-experts", daemon=True)
         self._thread.start()
 
@@ -144,8 +154,8 @@ class _Bringer:
             buffer = self._free.get_nowait()
         except queue.Empty:
             return
-        copy_out(views, buffer)
-        self._full.put((key, buffer))
+        copy_out(views, buffer[: num_bytes_of(views)])
+        self._full.put((key, buffer, num_bytes_of(views)))
 
     def close(self) -> None:
         """Bring what is waiting, and stop."""
@@ -154,6 +164,6 @@ class _Bringer:
 
     def _run(self) -> None:
         while (task := self._full.get()) is not None:
-            key, buffer = task
-            self._copies.bring(key, buffer)
+            key, buffer, num_bytes = task
+            self._copies.bring(key, buffer[:num_bytes])
             self._free.put(buffer)

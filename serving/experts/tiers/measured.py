@@ -6,6 +6,7 @@ from functools import partial
 
 from ....moe.folders.expert_layouts import ExpertViews
 from ..policies.policy import Key
+from ..pools import Pools
 from .rates import Rates
 from .tier import Tier
 
@@ -13,19 +14,23 @@ from .tier import Tier
 class MeasuredTier:
     """A :class:`Tier` that books each expert of ``disk``."""
 
-    def __init__(self, disk: Tier, rates: Rates) -> None:
+    def __init__(self, disk: Tier, rates: Rates, pools: Pools) -> None:
         self._disk = disk
         self._rates = rates
+        self._pools = pools
 
     def reads(self, key: Key, views: ExpertViews) -> list[Callable[[], None]]:
         """Return the disk's calls; the last one books the expert."""
         calls = self._disk.reads(key, views)
         times_s: list[float] = []
-        return [partial(self._run, call, times_s, len(calls)) for call in calls]
+        num_bytes = self._pools.bytes_of(key)
+        return [partial(self._run, call, times_s, len(calls), num_bytes) for call in calls]
 
-    def _run(self, call: Callable[[], None], times_s: list[float], num_calls: int) -> None:
+    def _run(
+        self, call: Callable[[], None], times_s: list[float], num_calls: int, num_bytes: int
+    ) -> None:
         started = time.perf_counter()
         call()
         times_s.append(time.perf_counter() - started)
         if len(times_s) == num_calls:
-            self._rates.observe("disk", sum(times_s))
+            self._rates.observe("disk", sum(times_s), num_bytes)

@@ -7,6 +7,7 @@ import torch
 
 from ....moe.folders.folder import ModelFolder
 from ..budget import host_bytes
+from ..pools import Pools
 from .host import HostTier
 from .measured import MeasuredTier
 from .rates import Rates
@@ -25,17 +26,17 @@ class Tiers:
 
 
 def open_tiers(
-    disk: Tier, folder: ModelFolder, dtype: torch.dtype, slot_bytes: int, host_memory: str | None
+    disk: Tier, folder: ModelFolder, dtype: torch.dtype, pools: Pools, host_memory: str | None
 ) -> Tiers:
     """Return the tiers of ``folder``; raises :class:`ConfigError` where Ray cannot hold copies."""
     rates = Rates()
     num_bytes = host_bytes(folder, dtype, host_memory)
     if num_bytes == 0:
-        return Tiers(MeasuredTier(disk, rates), rates, _nothing)
+        return Tiers(MeasuredTier(disk, rates, pools), rates, _nothing)
     from .node_link import NodeLink  # needs Ray
 
     copies = NodeLink(name_of_bytes(folder, dtype), num_bytes)
-    tier = HostTier(disk, copies, rates, slot_bytes)
+    tier = HostTier(disk, copies, rates, pools)
     return Tiers(tier, rates, tier.close)
 
 

@@ -22,17 +22,20 @@ class Rates:
         self._refused: dict[Source, int] = {}
         self.reads: dict[Source, int] = dict.fromkeys(SOURCES, 0)
         """Experts that came from each source."""
+        self.bytes: dict[Source, int] = dict.fromkeys(SOURCES, 0)
+        """Bytes of these experts."""
 
     def seconds(self, source: Source) -> float | None:
         """Return the mean, or None before the first read."""
         return self._mean_s.get(source)
 
-    def observe(self, source: Source, seconds: float) -> None:
-        """Book an expert that came from ``source``."""
+    def observe(self, source: Source, seconds: float, num_bytes: int) -> None:
+        """Book an expert of ``num_bytes`` that came from ``source``."""
         with self._lock:
             mean_s = self._mean_s.get(source, seconds)
             self._mean_s[source] = mean_s + NEWEST * (seconds - mean_s)
             self.reads[source] += 1
+            self.bytes[source] += num_bytes
 
     def is_worth_asking(self, source: Source) -> bool:
         """Say whether ``source`` should be asked before the disk."""

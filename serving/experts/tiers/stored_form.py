@@ -67,7 +67,7 @@ def name_of_bytes(folder: ModelFolder, dtype: torch.dtype) -> str:
     Folders with the hashes of their experts have the same name if those are equal. Other folders
     have it only if their files have the same names, sizes and times of change.
     """
-    values = [FORM, identity_of(folder.config).architecture, str(dtype), str(folder.packed)]
+    values = [FORM, identity_of(folder.config).architecture, str(dtype), str(_formats(folder))]
     digest = hashlib.sha256(json.dumps(values).encode())
     hashes = folder.path / HASHES
     if hashes.exists():
@@ -77,6 +77,12 @@ def name_of_bytes(folder: ModelFolder, dtype: torch.dtype) -> str:
             found = file.stat()
             digest.update(f"{file.name} {found.st_size} {found.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def _formats(folder: ModelFolder) -> object:
+    """Return what tells the experts' formats apart."""
+    kinds, kind_of = folder.formats.kinds, folder.formats.kind_of
+    return kinds[0] if len(kinds) == 1 else (kinds, sorted(kind_of.items()))
 
 
 def _parts(views: ExpertViews) -> Iterator[Tensor]:
