@@ -3,15 +3,15 @@
 N rows, D model width, F expert width, E experts, K choices.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ...kernels.frozen_experts import frozen_expert_mlp
+from ...kernels.values.activation import Activation
 from ...kernels.values.frozen import FrozenExperts, Waves
-from ..config.model import MoEConfig
 from .base import LayerExperts
 from .resident import Experts
 
@@ -35,6 +35,10 @@ class ExpertSource(Protocol):
         ...
 
 
+OpenSource = Callable[[str, torch.dtype, str], ExpertSource]
+"""Opens the experts of a model folder in a type, with a budget such as ``8GiB`` or ``25%``."""
+
+
 class StreamedExperts(Experts):
     """Replaces :class:`Experts` where their matrices are frozen and do not fit into memory.
 
@@ -47,20 +51,22 @@ class StreamedExperts(Experts):
         self,
         source: ExpertSource,
         layer: int,
-        moe: MoEConfig,
+        num_experts: int,
         d_model: int,
+        d_expert: int,
+        activation: Activation,
         recompute: bool = False,
     ) -> None:
         LayerExperts.__init__(self)
         self.recompute = recompute
-        self.num_experts = moe.num_experts
-        self.expert_ids = tuple(range(moe.num_experts))
+        self.num_experts = num_experts
+        self.expert_ids = tuple(range(num_experts))
         self.main_grads = None
         self.inner_slice = None
         self._low_rank_scale = None
         self._source, self._layer = source, layer
-        self._d_model, self._d_expert = d_model, moe.d_expert
-        self._frozen = FrozenExperts(self._stream, moe.num_experts, moe.d_expert, moe.activation)
+        self._d_model, self._d_expert = d_model, d_expert
+        self._frozen = FrozenExperts(self._stream, num_experts, d_expert, activation)
 
     def _stream(self, rows_of: Mapping[int, int]) -> Waves:
         return self._source.stream(self._layer, rows_of)

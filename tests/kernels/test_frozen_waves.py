@@ -16,7 +16,7 @@ from moeyard.kernels.values.quantized_weights import QuantizedExpertWeights
 
 T, K, E, D, F, P = 150, 3, 6, 64, 32, 4
 TYPES = (torch.float32, torch.bfloat16)
-SPLITS = ([[5], [0, 2], [4, 1], [3]], [[3, 2, 1, 0, 5], [4]], [[e] for e in range(E)])
+SPLITS = ([[5], [0, 2], [4, 1], [3]], [[3, 2, 1, 0, 5], [4]])
 
 
 def draw(generator, *shape, dtype=torch.float32, scale=1.0):
