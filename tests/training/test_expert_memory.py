@@ -1,5 +1,6 @@
 """Frozen experts read from their folder in training: the same numbers at any share of memory."""
 
+import json
 from functools import partial
 
 import pytest
@@ -21,6 +22,7 @@ from moeyard.training.read_config import read_run_config
 from moeyard.training.trainer import Trainer
 
 from kills import digest
+from launch import torchrun
 from small_model import write_random_model
 
 CONFIG = ModelConfig(
@@ -151,6 +153,23 @@ def test_an_export_is_that_of_resident_training(folders, config_file, tmp_path, 
     )
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dense", ["ddp", "fsdp"])
+def test_two_ranks_have_the_losses_of_one_and_of_resident_ranks(
+    folders, config_file, tmp_path, dense
+):
+    def losses(ranks, name, percent):
+        more = [*LORA, f"parallel.dense={dense}", "train.log_every=1", *share(percent)]
+        given = options(folders / "fp32", tmp_path / name, *more)
+        torchrun(ranks, "-m", "moeyard.training", str(config_file), *given)
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        return torch.tensor([json.loads(line)["loss"] for line in lines], dtype=torch.float64)
+
+    found = losses(2, "streamed", 25)
+    assert torch.equal(found, losses(2, "resident", None))
+    torch.testing.assert_close(found, losses(1, "one", 25), rtol=1e-5, atol=0)
 
 
 @torch.no_grad()
