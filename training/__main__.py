@@ -75,7 +75,9 @@ def _run(arguments: argparse.Namespace) -> None:
     open_source = None
     if config.train.expert_memory is not None:
         # The only import of serving in training: a program may know both (docs/architecture.md).
-        from ..serving.frozen_experts import open_frozen as open_source
+        from ..serving.frozen_experts import open_frozen
+
+        open_source = open_frozen
     train(config, open_source)
 
 
