@@ -72,7 +72,13 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.print_config:
         sys.stdout.write(dump_config(config))
         return
-    train(config)
+    open_source = None
+    if config.train.expert_memory is not None:
+        # The only import of serving in training: a program may know both (docs/architecture.md).
+        from ..serving.frozen_experts import open_frozen
+
+        open_source = open_frozen
+    train(config, open_source)
 
 
 def _status() -> int:

@@ -8,6 +8,7 @@ from ..dtypes import short_name
 from ..moe.config.model import ModelConfig
 from ..moe.models.lora import LoraTarget
 from .checkpoint_config import CheckpointConfig
+from .expert_memory_check import problem_with_expert_memory
 from .monitor_config import MonitorConfig
 from .optimizers.adamw import AdamWConfig
 from .optimizers.check import problem_with_optimizer
@@ -85,6 +86,10 @@ class TrainConfig(Section):
     parameters: Literal["all", "router", "lora"] = "all"
     """What trains: everything, the routers alone, or low-rank updates (``lora``) of frozen weights.
     Frozen weights have no gradients, no optimizer state and, under bf16, no fp32 masters."""
+    expert_memory: str | None = None
+    """Memory for frozen experts, ``8GiB`` or ``25%`` of them: each rank reads the others from the
+    ``start_from`` folder when forward and backward need them. Numbers do not change. None keeps all
+    in memory as parameters."""
     batch_sequences: int = Field(default=16, ge=1)
     """Sequences of the global batch, over all ranks and micro-batches."""
     packing: Literal["none", "documents"] = "none"
@@ -197,6 +202,14 @@ class RunConfig(Section):
     def _problem_with_parameters(self) -> str | None:
         """Return why the chosen parameters cannot be trained, or None."""
         chosen, moe = self.train.parameters, self.model.moe
+        if self.train.expert_memory is not None:
+            problem = problem_with_expert_memory(
+                *(self.train.expert_memory, chosen, self.train.precision, moe),
+                has_start=self.start_from is not None,
+                parallel=self.parallel,
+            )
+            if problem is not None:
+                return problem
         if chosen != "all" and self.parallel.copies is not None:
             return (
                 f"parallel.copies is given, but train.parameters is {chosen}, and only trained "

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from ..errors import TrainingError
+from ..moe.experts.streamed import OpenSource
 from ..parallel.mesh import build_mesh
 from ..parallel.process import process_group
 from .config import RunConfig
@@ -19,8 +20,11 @@ from .stop import StopRequest
 from .trainer import Trainer
 
 
-def train(config: RunConfig) -> None:
-    """Run one training process to its end."""
+def train(config: RunConfig, open_source: OpenSource | None) -> None:
+    """Run one training process to its end.
+
+    ``open_source`` opens the experts of a run with ``train.expert_memory``.
+    """
     stop = StopRequest()
     stop.listen()
     keep_freed_memory()
@@ -35,7 +39,7 @@ def train(config: RunConfig) -> None:
             run_dir = Path(config.run_dir)
             mesh.on_rank_0(lambda: claims.append(claim_run_folder(run_dir)))
             check_shared_folder(run_dir, watch)
-            Trainer(config, run_dir, mesh, stop).run()
+            Trainer(config, run_dir, mesh, stop, open_source=open_source).run()
     finally:
         for claim in claims:
             os.close(claim)

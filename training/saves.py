@@ -40,6 +40,10 @@ LONG_WAIT_S = 0.1
 """A save that waits longer for the one before says so."""
 
 
+BEFORE = {"parameters": "all", "lora": None, "frozen": None, "optimizer": {"kind": "adamw"}}
+"""What checkpoints of releases without these settings were made with."""
+
+
 class Saves:
     """The checkpoints of one run."""
 
@@ -60,8 +64,7 @@ class Saves:
         self._optimizer = optimizer
         self._ownership = ownership
         self.checkpoints = Checkpoints(run_dir, mesh, config.checkpoint.keep)
-        self._failed_saves = 0
-        """Number of failed saves in a row."""
+        self._failed_saves = 0  # in a row
         self.saved = 0
         """The step of the last checkpoint of this run that is known to be whole."""
         self._under_way: int | None = None
@@ -195,7 +198,7 @@ class Saves:
                     f"checkpoint {path} has model.{key} = {stored_model[key]}, but the "
                     f"configuration says {actual}; use the same model or a new run_dir."
                 )
-        state = {"parameters": "all", "lora": None, "optimizer": {"kind": "adamw"}} | state
+        state = BEFORE | state
         for key, actual in (
             ("seed", self._config.seed),
             ("train_shard_sha256", self._data.identity),
@@ -210,7 +213,7 @@ class Saves:
                 )
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        tensors = dict(self._optimizer.named_tensors())
+        tensors = dict(self._optimizer.named_tensors(self._config.train.expert_memory is None))
         tensors[self._rng_key()] = self._generator.get_state()
         return tensors
 
@@ -236,9 +239,12 @@ class Saves:
 
     def _trained(self) -> dict[str, Any]:
         """Return the settings that decide which parameters exist and which state they have."""
-        lora = self._config.lora
+        lora, frozen = self._config.lora, None
+        if self._config.train.expert_memory is not None and self._origin is not None:
+            frozen = self._origin["weights"]  # they stay in their folder
         return {
             "parameters": self._config.train.parameters,
             "lora": None if lora is None else lora.model_dump(mode="json"),
+            "frozen": frozen,
             "optimizer": self._config.optimizer.identity(),
         }

@@ -7,6 +7,7 @@ from ..errors import ConfigError, ModelFileError
 from ..moe.config.model import ModelConfig
 from ..moe.experts.inner_slice import InnerSlice
 from ..moe.experts.resident import Experts
+from ..moe.experts.streamed import ExpertSource, StreamedExperts
 from ..moe.folders.folder import ModelFolder
 from ..moe.folders.hub import local_folder
 from ..moe.models.decoder import Decoder
@@ -33,8 +34,16 @@ def fill_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> ModelConfig:
     return config.model.model_copy(update={"vocab_size": given or tokenizer.vocab_size})
 
 
-def build_model(config: RunConfig, model: ModelConfig, data: Data, mesh: Mesh) -> Decoder:
+def build_model(
+    config: RunConfig,
+    model: ModelConfig,
+    data: Data,
+    mesh: Mesh,
+    source: ExpertSource | None = None,
+) -> Decoder:
     """Build this rank's part of the decoder with initial weights: fp32 and unsharded.
+
+    With a ``source`` the experts stay there, frozen.
 
     Dense weights are on the CPU. So are experts, unless this rank has a GPU and keeps them whole:
     then they are filled there, because the ranks of a host may have more of them than it has
@@ -48,7 +57,7 @@ def build_model(config: RunConfig, model: ModelConfig, data: Data, mesh: Mesh) -
             token_counts += [0] * (model.vocabulary - len(token_counts))
         token_embeddings = _read_embeddings(model.moe.router.embeddings_folder())
     here = device()
-    is_apart = here.type != "cpu" and mesh.expert_tp_size == 1
+    is_apart = source is not None or (here.type != "cpu" and mesh.expert_tp_size == 1)
     decoder = Decoder(
         model,
         expert_ids=() if is_apart else expert_ids,
@@ -58,7 +67,14 @@ def build_model(config: RunConfig, model: ModelConfig, data: Data, mesh: Mesh) -
         token_embeddings=token_embeddings,
         stage=mesh.local_layers(model.num_layers),
     )
-    if is_apart and expert_ids is not None:
+    if source is not None:
+        moe = model.moe
+        assert moe is not None, "config.py checks it"
+        shape = (moe.num_experts, model.d_model, moe.d_expert, moe.activation)
+        keeps_x_only = config.train.recompute == "experts"
+        for index, layer in decoder.moe_layers():
+            layer.experts = StreamedExperts(source, index, *shape, keeps_x_only)
+    elif is_apart and expert_ids is not None:
         for _, layer in decoder.moe_layers():
             assert isinstance(layer.experts, Experts), "training has its experts in memory"
             layer.experts = layer.experts.like(len(expert_ids), here)

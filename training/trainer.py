@@ -6,14 +6,17 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import MoeyardError
+from ..dtypes import torch_dtype
+from ..errors import ConfigError, MoeyardError
 from ..files import replace_text
+from ..moe.experts.streamed import ExpertSource, OpenSource
 from ..moe.routers.load import load_statistics
 from ..parallel.dense.local_part import held_numel
 from ..parallel.mesh import Mesh
 from ..parallel.watch.pulse import pulse
 from .config import RunConfig
 from .deepspeed_settings import deepspeed_settings
+from .device import device
 from .layer_schedule import LayerSchedule
 from .objectives.objective import Objective
 from .objectives.table import OBJECTIVES
@@ -42,7 +45,9 @@ class Trainer:
         mesh: Mesh,
         stop: StopRequest | None = None,
         objective: type[Objective] | None = None,
+        open_source: OpenSource | None = None,
     ) -> None:
+        """``open_source`` opens the frozen experts of a run with ``train.expert_memory``."""
         check_batch(config, mesh)
         deepspeed_settings(config, mesh.world_size)  # refuses what cannot work
         objective = objective or OBJECTIVES[config.data.format]
@@ -53,7 +58,8 @@ class Trainer:
         self._data = objective.open_data(config, run_dir / "data", mesh, self._stop)
         pulse.begin("building the model")
         self._model_config = fill_vocabulary(config, self._data.tokenizer)
-        self.decoder = build_model(config, self._model_config, self._data, mesh)
+        self._source = _open(config, open_source)
+        self.decoder = build_model(config, self._model_config, self._data, mesh, self._source)
         check_same_beginning(self._data, self.decoder, mesh.watch)
         self.objective = objective(config, self._data)
         loss = self.objective.module(self.decoder)
@@ -132,6 +138,8 @@ class Trainer:
         finally:
             pulse.begin("ending")
             self._data.train.close()
+            if self._source is not None:
+                self._source.close()
             console.close()
             observers.close()
 
@@ -148,6 +156,7 @@ class Trainer:
         note_start(self._run_dir, done, self._config, parameters, self._mesh)
 
     def _announce(self, console: TrainingConsole, done: int) -> None:
+        streamed = {} if self._source is None else {"expert_slots": self._source.num_slots}
         held = [(held_numel(p), p.requires_grad) for p in self.decoder.parameters()]
         console.line(
             event="resumed" if done else "started",
@@ -161,6 +170,7 @@ class Trainer:
             trained_here=sum(numel for numel, trains in held if trains),
             train_tokens=self._data.num_train_tokens or "streamed",
             precision=self._config.train.precision,
+            **streamed,
         )
 
     def _evaluate_if_due(self, done: int, console: TrainingConsole) -> dict[str, Any]:
@@ -201,6 +211,20 @@ class Trainer:
             "load": [load.as_dict() for load in loads],
             "expert_tokens": result.counts_LE.tolist(),
         }
+
+
+def _open(config: RunConfig, open_source: OpenSource | None) -> ExpertSource | None:
+    """Open the frozen experts, if they are not to be parameters."""
+    budget = config.train.expert_memory
+    if budget is None:
+        return None
+    assert config.start_from is not None and open_source is not None, "who opens the experts?"
+    if device().type != "cpu":
+        raise ConfigError(
+            f"train.expert_memory is {budget!r}, but ranks compute on GPUs, and experts are read "
+            "for the CPU only; leave it out, or hide the GPUs with CUDA_VISIBLE_DEVICES=."
+        )
+    return open_source(config.start_from, torch_dtype(config.train.precision), budget)
 
 
 def _scored(loss: nn.Module, config: RunConfig, mesh: Mesh) -> nn.Module:

@@ -24,18 +24,18 @@ def can_multiply(x_NP: Tensor, weight_SQP: Tensor) -> bool:
     return functions_for(x_NP[:0], weight_SQP[:0], is_backward_ours=True) is not None
 
 
-def multiply(x_NP: Tensor, weight_SQP: Tensor, spans: Iterable[tuple[int, int, int]]) -> Tensor:
-    """Return ``x_n W_slot(n)^T``, ``[N, Q]``. Spans are slot, first row and end."""
-    y_NQ = x_NP.new_empty(x_NP.shape[0], weight_SQP.shape[1])
-    _run("product", x_NP, y_NQ, weight_SQP, spans)
-    return y_NQ
+def multiply(
+    x_NP: Tensor, weight_SQP: Tensor, spans: Iterable[tuple[int, int, int]], out_NQ: Tensor
+) -> None:
+    """Write ``x_n W_slot(n)^T`` to the rows of the spans, which are slot, first row and end."""
+    _run("product", x_NP, out_NQ, weight_SQP, spans)
 
 
-def grad_rows(grad_NQ: Tensor, weight_SQP: Tensor, spans: Iterable[tuple[int, int, int]]) -> Tensor:
-    """Return ``grad_n W_slot(n)``, ``[N, P]``."""
-    grad_NP = grad_NQ.new_empty(grad_NQ.shape[0], weight_SQP.shape[2])
-    _run("product_grad", grad_NP, grad_NQ, weight_SQP, spans)
-    return grad_NP
+def grad_rows(
+    grad_NQ: Tensor, weight_SQP: Tensor, spans: Iterable[tuple[int, int, int]], out_NP: Tensor
+) -> None:
+    """Write ``grad_n W_slot(n)`` to the rows of the spans."""
+    _run("product_grad", out_NP, grad_NQ, weight_SQP, spans)
 
 
 def grad_weights(

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ...kernels.experts import Backend, expert_mlp
-from ...kernels.frozen_experts import LowRank, frozen_expert_mlp
+from ...kernels.frozen_experts import frozen_expert_mlp
 from ...kernels.values.activation import Activation
 from ...kernels.values.expert_weights import ExpertWeights
+from ...kernels.values.frozen import FrozenExperts
+from ...kernels.values.low_rank import LowRank
 from ...kernels.values.main_grads import MainGrads
 from ..routers.routing import Routing
 from ..without_memory import without_memory
@@ -119,11 +120,27 @@ class Experts(LayerExperts):
         ``fc2_lora_a [S, rank, F]``, ``fc2_lora_b [S, D, rank]``.
         """
         num_slots, d_model, d_expert = self.fc2.shape
+        self._register_low_rank(num_slots, d_model, d_expert, rank, scale, like=self.fc2)
+
+    def _register_low_rank(
+        self, num_slots: int, d_model: int, d_expert: int, rank: int, scale: float, like: Tensor
+    ) -> None:
         shapes = ((2 * rank, d_model), (2 * d_expert, rank), (rank, d_expert), (d_model, rank))
         for name, shape in zip(LOW_RANK, shapes, strict=True):
-            zeros = self.fc2.new_zeros(num_slots, *shape)
+            zeros = like.new_zeros(num_slots, *shape)
             self.register_parameter(name, nn.Parameter(zeros))
         self._low_rank_scale = scale
+
+    def _low_rank(self, dtype: torch.dtype) -> LowRank | None:
+        if self._low_rank_scale is None:
+            return None
+        a1, b1, a2, b2 = (getattr(self, name).to(dtype) for name in LOW_RANK)
+        return LowRank(a1, b1, a2, b2, self._low_rank_scale)
+
+    @property
+    def matrices_train(self) -> bool:
+        """Whether fc1 and fc2 train; low-rank updates do not matter."""
+        return self.fc1.requires_grad
 
     def announce(self, routing: Routing) -> None:
         """Do nothing: experts in memory are always ready."""
@@ -180,21 +197,17 @@ class Experts(LayerExperts):
         most_choices: int | None,
     ) -> Tensor:
         weights = self._weights(dtype)
-        if self._low_rank_scale is None:
+        low_rank = self._low_rank(dtype)
+        if low_rank is None:
             return expert_mlp(
                 *(x_ND, experts_NK, weights_NK, weights, self.backend),
                 recompute=self.recompute,
                 most_choices=most_choices,
             )
-        a1, b1, a2, b2 = (getattr(self, name).to(dtype) for name in LOW_RANK)
-        low_rank = LowRank(a1, b1, a2, b2, self._low_rank_scale)
-        rows = (x_ND, experts_NK, weights_NK)
-        if self.recompute and torch.is_grad_enabled():
-            again: Tensor = checkpoint(
-                frozen_expert_mlp, *rows, weights, low_rank, use_reentrant=False
-            )
-            return again
-        return frozen_expert_mlp(*rows, weights, low_rank)
+        return frozen_expert_mlp(
+            *(x_ND, experts_NK, weights_NK, FrozenExperts.in_memory(weights), low_rank),
+            recompute=self.recompute,
+        )
 
     def _weights(self, dtype: torch.dtype) -> ExpertWeights:
         fc1, fc2 = self.fc1.to(dtype), self.fc2.to(dtype)

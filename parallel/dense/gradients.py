@@ -55,9 +55,7 @@ class MainGradients:
         """Who updates which expert. Set before the first step, if ranks share out their state."""
         self._dense_flat = attach(self.dense, like, self._dense_sum)
         self._expert_flat = attach(self.experts, like, self._expert_sum)
-        self._trained = [
-            m for m in model.modules() if isinstance(m, Experts) and m.fc1.requires_grad
-        ]
+        self._trained = [m for m in model.modules() if isinstance(m, Experts) and m.matrices_train]
         self._main_grads: list[MainGrads] = []
         self._give_to_experts()
         written = {id(sums) for main in self._main_grads for sums in (main.fc1_SHD, main.fc2_SDF)}

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from moeyard.kernels.experts import expert_mlp
-from moeyard.kernels.frozen_experts import LowRank, frozen_expert_mlp
+from moeyard.kernels.frozen_experts import frozen_expert_mlp
 from moeyard.kernels.values.expert_weights import ExpertWeights
+from moeyard.kernels.values.frozen import FrozenExperts
+from moeyard.kernels.values.low_rank import LowRank
 
 T, K, E, D, F, P, SCALE = 37, 3, 6, 10, 8, 2, 1.7
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-2}
@@ -27,9 +29,9 @@ def case(dtype, slot_of_E, empty=()):
     generator = torch.Generator().manual_seed(5)
     num_slots = E if slot_of_E is None else 3
     kw = {"dtype": dtype, "generator": generator}
-    here = [e for e in range(E) if slot_of_E is None or slot_of_E[e] >= 0]
+    present = [e for e in range(E) if slot_of_E is None or slot_of_E[e] >= 0]
     ids = torch.rand(T, E, generator=generator).argsort(dim=1)[:, :K].to(torch.int32)
-    ids[~torch.isin(ids, torch.tensor([e for e in here if e not in empty]))] = -1
+    ids[~torch.isin(ids, torch.tensor([e for e in present if e not in empty]))] = -1
     ids[3] = -1
     weights = torch.rand(T, K, generator=generator, dtype=torch.float64)
     wide = torch.promote_types(dtype, torch.float32)
@@ -46,6 +48,9 @@ def case(dtype, slot_of_E, empty=()):
     fc1 = draw(num_slots, 2 * F, D, **kw, scale=D**-0.5)
     fc2 = draw(num_slots, D, F, **kw, scale=F**-0.5)
     return leaves, ids, ExpertWeights(fc1, fc2, slot_of_E=slot_of_E)
+
+
+here = FrozenExperts.in_memory
 
 
 def low_rank(leaves):
@@ -81,7 +86,7 @@ def assert_close(actual, expected, dtype, name):
 @pytest.mark.parametrize("slot_of_E", SLOTS.values(), ids=SLOTS)
 def test_values_and_gradients_are_those_of_the_merged_weights(dtype, slot_of_E):
     leaves, ids, experts = case(dtype, slot_of_E, empty=(3,))
-    y = frozen_expert_mlp(leaves["x"], ids, leaves["weights"], experts, low_rank(leaves))
+    y = frozen_expert_mlp(leaves["x"], ids, leaves["weights"], here(experts), low_rank(leaves))
     expected = expected_of(leaves, ids, experts)
     assert y.dtype == dtype
     assert_close(y, expected.detach(), dtype, "y")
@@ -101,7 +106,7 @@ def test_biases_are_added_to_both_products(slot_of_E):
     biased = replace(experts, fc1_bias_SH=fc1_bias, fc2_bias_SD=fc2_bias)
     right = expected_of(leaves, ids, biased)
     assert (right - expected_of(leaves, ids, experts)).abs().max() > 0.1
-    actual = frozen_expert_mlp(leaves["x"], ids, leaves["weights"], biased, low_rank(leaves))
+    actual = frozen_expert_mlp(leaves["x"], ids, leaves["weights"], here(biased), low_rank(leaves))
     torch.testing.assert_close(actual, right, rtol=1e-12, atol=1e-12)
 
 
@@ -109,9 +114,9 @@ def test_a_rank_without_rows_still_has_a_graph():
     leaves, ids, experts = case(torch.float32, None)
     update, empty = low_rank(leaves), torch.full_like(ids, -1)
     x, weights = leaves["x"].detach(), leaves["weights"].detach()
-    y = frozen_expert_mlp(x, empty, weights, experts, update)
+    y = frozen_expert_mlp(x, empty, weights, here(experts), update)
     assert float(y.detach().abs().max()) == 0
     y.sum().backward()
     assert float(leaves["fc2_b"].grad.abs().max()) == 0
-    none = frozen_expert_mlp(x[:0], empty[:0], weights[:0], experts, update)
+    none = frozen_expert_mlp(x[:0], empty[:0], weights[:0], here(experts), update)
     assert none.shape == (0, D) and none.requires_grad

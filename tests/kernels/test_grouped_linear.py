@@ -8,7 +8,7 @@ import torch
 
 from moeyard.kernels import grouped_linear as module
 from moeyard.kernels.cpu.library import load
-from moeyard.kernels.grouped_linear import grouped_linear
+from moeyard.kernels.grouped_linear import grouped_linear, grouped_sums, grouped_transposed
 from moeyard.kernels.torch_ops.loop import Span
 
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 6e-3}
@@ -32,15 +32,15 @@ def test_values_and_gradients_are_those_of_each_product(
         monkeypatch.setattr(module, "can_multiply", lambda *_: False)
     g = torch.Generator().manual_seed(0)
     # Every second half of a wider matrix, as rows of A come, and every slot of a longer one.
-    x = torch.randn(N, 2 * inputs, generator=g).to(dtype)[:, inputs:].requires_grad_()
+    x = torch.randn(N, 2 * inputs, generator=g).to(dtype)[:, inputs:]
     weight = torch.randn(S, 2 * outputs, inputs, generator=g).to(dtype)[:, outputs:]
-    weight.requires_grad_()
     upstream = torch.randn(N, outputs, generator=g).to(dtype)
     if backend == "cpp":
         assert module.can_multiply(x, weight)
     y = grouped_linear(x, weight, SPANS)
-    found = (y, *torch.autograd.grad(y, (x, weight), upstream))
-    wide_x, wide_weight = (leaf.detach().double().requires_grad_() for leaf in (x, weight))
+    grad_x = grouped_transposed(upstream, weight, SPANS)
+    found = (y, grad_x, grouped_sums(upstream, x, S, SPANS))
+    wide_x, wide_weight = (leaf.double().requires_grad_() for leaf in (x, weight))
     parts = [wide_x[start:end] @ wide_weight[slot].t() for slot, start, end in SPANS]
     right = torch.cat(parts)
     expected = (right, *torch.autograd.grad(right, (wide_x, wide_weight), upstream.double()))
@@ -52,24 +52,31 @@ def test_values_and_gradients_are_those_of_each_product(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_no_rows_have_a_graph_and_no_gradient(backend, monkeypatch):
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_a_group_has_the_same_bits_alone_and_leaves_other_rows_alone(backend, dtype, monkeypatch):
     if backend == "torch":
         monkeypatch.setattr(module, "can_multiply", lambda *_: False)
-    weight = torch.randn(S, 4, 6, requires_grad=True)
-    y = grouped_linear(torch.empty(0, 6), weight, [])
-    y.sum().backward()
-    assert y.shape == (0, 4) and not weight.grad.any()
+    g = torch.Generator().manual_seed(1)
+    x, upstream = (torch.randn(N, width, generator=g).to(dtype) for width in (66, 34))
+    weight = torch.randn(S, 34, 66, generator=g).to(dtype)
+    whole = (grouped_linear(x, weight, SPANS), grouped_transposed(upstream, weight, SPANS))
+    parts = [torch.full_like(rows, 7) for rows in whole]
+    for slot, start, end in reversed(SPANS):
+        alone = weight[slot].clone().unsqueeze(0)
+        before = [part[:start].clone() for part in parts]
+        grouped_linear(x, alone, [Span(0, start, end)], parts[0])
+        grouped_transposed(upstream, alone, [Span(0, start, end)], parts[1])
+        assert all(torch.equal(p[:start], b) for p, b in zip(parts, before, strict=True))
+    assert all(torch.equal(p, w) for p, w in zip(parts, whole, strict=True))
 
 
-def test_rows_are_kept_only_for_matrices_that_want_gradients():
-    def is_kept(weight):
-        kept = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-            grouped_linear(x, weight, [Span(0, 0, 8)])
-        return any(t.data_ptr() == x.data_ptr() for t in kept)
-
-    x, weight = torch.randn(8, 6, requires_grad=True), torch.randn(1, 4, 6)
-    assert not is_kept(weight) and is_kept(weight.clone().requires_grad_())
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_rows_have_no_gradient(backend, monkeypatch):
+    if backend == "torch":
+        monkeypatch.setattr(module, "can_multiply", lambda *_: False)
+    empty = torch.empty(0, 6)
+    assert grouped_linear(empty, torch.randn(S, 4, 6), []).shape == (0, 4)
+    assert not grouped_sums(torch.empty(0, 4), empty, S, []).any()
 
 
 @pytest.mark.parametrize("inputs", [5, 6])

@@ -116,6 +116,8 @@ def test_transformers_imports_beside_us_from_the_root(tmp_path, hub_package):
 def test_imports_point_down_and_nothing_dangerous_is_called(path):
     relative = path.relative_to(ROOT)
     floor = FLOORS.get(relative.parts[0])
+    if relative == Path("training/__main__.py"):  # a program puts the parts together
+        floor = max(FLOORS.values())
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and floor is not None and node.level >= 2:

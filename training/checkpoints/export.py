@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ...errors import CheckpointError
 from ...moe.config.model import ModelConfig
@@ -12,11 +11,11 @@ from ...moe.folders.families.table import FAMILIES
 from ...moe.folders.hf_config import to_hf
 from ...moe.folders.write_weights import plan_weights
 from ...moe.folders.writer import write_model_folder
-from ...moe.models.lora import merged
 from ...parallel.mesh import Mesh
 from ..data.tokenizer import Tokenizer, open_tokenizer
 from .checkpoint import Checkpoints, StoredTensors
 from .files import read_state
+from .weights import CheckpointWeights, open_frozen_weights
 
 
 def export(run_dir: Path, target: Path) -> int:
@@ -66,7 +65,8 @@ def _export(checkpoint: Path, run_dir: Path, target: Path) -> int:
     )
     lora = state.get("lora")
     scale = None if lora is None else lora["alpha"] / lora["rank"]
-    weights = CheckpointWeights(StoredTensors(checkpoint), scale)
+    frozen = open_frozen_weights(state, dtype)
+    weights = CheckpointWeights(StoredTensors(checkpoint), scale, frozen)
     plans = plan_weights(model, FAMILIES[values["model_type"]], weights, dtype, torch.float32)
     generation = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
     if origin:  # None if that folder has no such file; then its config.json has the ids
@@ -79,51 +79,6 @@ def _export(checkpoint: Path, run_dir: Path, target: Path) -> int:
 
     write_model_folder(target, values, plans, save_tokenizer, generation)
     return int(state["step"])
-
-
-class CheckpointWeights:
-    """The weights of a training checkpoint, tensor by tensor.
-
-    ``scale`` is the factor on low-rank updates, None where the run has none.
-    """
-
-    def __init__(self, stored: StoredTensors, scale: float | None = None) -> None:
-        self._stored = stored
-        self._scale = scale
-        self._last: tuple[str, list[Tensor]] | None = None
-
-    def dense(self, parameter: str) -> Tensor:
-        """Return a tensor of the decoder outside the experts."""
-        kind = "weight" if f"weight/{parameter}" in self._stored else "buffer"
-        owner, _, leaf = parameter.rpartition(".")
-        prefix = f"{owner}.lora" if leaf == "weight" else None
-        return self._merged(self._read(f"{kind}/{parameter}", prefix))
-
-    def expert_part(self, layer: int, expert: int, part: str) -> Tensor:
-        """Return a part of an expert; fc1 is read once for both gate and up."""
-        matrix, _, bias = part.partition("_")
-        leaf = "fc2" if matrix == "down" else "fc1"
-        name = f"layers.{layer}.mlp.experts.{expert}.{leaf}{'_bias' if bias else ''}"
-        if self._last is None or self._last[0] != name:
-            prefix = None if bias else f"{name}_lora"
-            self._last = (name, self._read(f"weight/{name}", prefix))
-        tensors = self._last[1]
-        if leaf == "fc1":  # A and B are halves too
-            tensors = [tensor.chunk(2)[matrix == "up"] for tensor in tensors]
-        return self._merged(tensors)
-
-    def _read(self, key: str, prefix: str | None) -> list[Tensor]:
-        """Return a tensor, followed by A and B of its low-rank update if it has one."""
-        tensors = [self._stored[key]]
-        if prefix is not None and f"weight/{prefix}_a" in self._stored:
-            tensors += [self._stored[f"weight/{prefix}_{matrix}"] for matrix in "ab"]
-        return tensors
-
-    def _merged(self, tensors: list[Tensor]) -> Tensor:
-        if self._scale is None or len(tensors) == 1:
-            return tensors[0]
-        weight, a, b = tensors
-        return merged(weight, a, b, self._scale)
 
 
 def _token_ids(tokenizer: Tokenizer, origin: dict[str, Any]) -> dict[str, Any]:

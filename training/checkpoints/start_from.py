@@ -1,15 +1,18 @@
 """Start a run from a Hugging Face folder: its model, its tokenizer, its weights."""
 
+import hashlib
 import logging
 import os
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ...errors import ConfigError, ModelFileError
 from ...moe.experts.resident import Experts
+from ...moe.experts.streamed import StreamedExperts
 from ...moe.folders.folder import ModelFolder
 from ...moe.folders.generation_config import generation_to_keep
 from ...moe.folders.hub import local_folder, pinned
@@ -21,6 +24,9 @@ log = logging.getLogger(__name__)
 NEW_IN_TRAINING = ("gate.e_score_correction_bias", "gate.mean_ED", "gate.variance_ED")
 """Tensors that a folder may lack: a balancing bias, which begins at 0, and statistics of experts,
 which follow from their weights."""
+
+IDENTITY_BYTES = 1 << 20
+"""Bytes of each weight file that tell it from another one."""
 
 
 def complete_values(values: dict[str, Any]) -> dict[str, Any]:
@@ -63,10 +69,29 @@ def _with_pinned_tokenizer(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_origin(start_from: str) -> dict[str, Any]:
-    """Return what an export needs from the folder: its two configurations."""
+    """Return what tells the folder from others and what an export needs of it."""
     folder = ModelFolder(local_folder(start_from))
     folder.close()
-    return {"config": folder.values, "generation": generation_to_keep(folder)}
+    return {
+        "folder": str(folder.path.resolve()),
+        "weights": weights_identity(folder.path),
+        "config": folder.values,
+        "generation": generation_to_keep(folder),
+    }
+
+
+def weights_identity(folder: Path) -> str:
+    """Return a hash of the names, the sizes and the first bytes of a folder's weight files.
+
+    The first bytes name all tensors and have some weights. Hashing everything would read as much as
+    training avoids to.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+            digest.update(file.read(IDENTITY_BYTES))
+    return digest.hexdigest()[:16]
 
 
 def read_start(start_from: str, decoder: Decoder, ignore_unused_weights: bool = False) -> None:
@@ -89,6 +114,8 @@ def read_start(start_from: str, decoder: Decoder, ignore_unused_weights: bool = 
 
 def _reads(folder: ModelFolder, decoder: Decoder) -> Iterator[WeightRead]:
     for index, layer in decoder.moe_layers():
+        if isinstance(layer.experts, StreamedExperts):
+            continue  # they stay in the folder
         assert isinstance(layer.experts, Experts)
         experts = zip(layer.experts.expert_ids, layer.experts.slot_views(), strict=True)
         yield from expert_reads(folder, index, experts)

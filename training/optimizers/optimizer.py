@@ -79,15 +79,15 @@ class MasterOptimizer:
         if self._shards is not None:
             self._shards.share(h.parameter for h in self._held if h.owned is not None)
 
-    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def named_tensors(self, has_frozen: bool = True) -> Iterator[tuple[str, Tensor]]:
         """Yield every master weight, state and buffer under topology-free keys.
 
-        Frozen weights are included, so that a checkpoint is complete.
+        ``has_frozen`` includes frozen weights, so that a checkpoint is complete.
         """
         for held in self._held:
             yield from held.keyed()
         for name, parameter in self._model.named_parameters():
-            if not parameter.requires_grad:
+            if has_frozen and not parameter.requires_grad:
                 owner = experts_of(self._model, name)
                 yield from keyed("weight", name, parameter, local_part(parameter), owner)
         for name, buffer in self._model.named_buffers():
