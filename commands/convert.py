@@ -1,11 +1,21 @@
 """``moeyard convert``: a Hugging Face folder in another dtype."""
 
 import argparse
+import logging
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..dtypes import short_name
+from ..errors import ConfigError, ModelFileError
 from .options import Parsers, add_allow_code, add_command, add_ignore_unused_weights
+
+if TYPE_CHECKING:
+    from ..moe.folders.calibration import Calibration
+
+log = logging.getLogger(__name__)
+
+INT4_SPARSE = "int4_sparse"
 
 
 def add(parsers: Parsers) -> None:
@@ -16,9 +26,21 @@ def add(parsers: Parsers) -> None:
     convert.add_argument(
         "--dtype",
         type=short_name,
-        choices=("fp32", "bf16", "int8", "int4"),
-        help="of the weights; torch's float32 and bfloat16 work, too; int8 and int4 apply to "
-        "routed experts; default: as stored",
+        choices=("fp32", "bf16", "int8", "int4", INT4_SPARSE),
+        help="of the weights; torch's float32 and bfloat16 work, too; int8, int4 and int4_sparse "
+        "apply to routed experts; default: as stored",
+    )
+    convert.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="TEXT",
+        help="text like what the model will see; int4_sparse needs it to choose what to prune",
+    )
+    convert.add_argument(
+        "--sparsity",
+        type=float,
+        metavar="SHARE",
+        help="share of the experts' weights that int4_sparse prunes; default: 0.5",
     )
     add_ignore_unused_weights(convert)
     add_allow_code(convert)
@@ -31,7 +53,56 @@ def run(arguments: argparse.Namespace) -> None:
     from ..moe.routers.own_code import allow
 
     allow(arguments.allow_code)
-    no_argument = ("run", "allow_code")
-    given = {name: value for name, value in vars(arguments).items() if name not in no_argument}
-    model_type = convert(**given)
+    has_text = arguments.calibration is not None
+    if has_text != (arguments.dtype == INT4_SPARSE):
+        raise ConfigError(
+            f"--dtype is {arguments.dtype} and --calibration {arguments.calibration}; "
+            f"{INT4_SPARSE} needs a text, and the others take none."
+        )
+    calibration = _calibrate(arguments) if has_text else None
+    model_type = convert(
+        arguments.source,
+        arguments.target,
+        arguments.dtype,
+        arguments.ignore_unused_weights,
+        arguments.sparsity,
+        calibration,
+    )
     sys.stdout.write(f"converted folder={arguments.target} model_type={model_type}\n")
+
+
+def _calibrate(arguments: argparse.Namespace) -> "Calibration":
+    """Run the model on the text; with experts on disk if they do not fit into memory."""
+    from ..moe.folders.calibration import calibrate
+    from ..moe.folders.folder import ModelFolder
+    from ..moe.folders.group_sparse_format import choose_sparsity
+    from ..moe.folders.hub import local_folder
+    from ..serving.loading import open_model
+
+    source = local_folder(arguments.source)
+    folder = ModelFolder(source)
+    store = None
+    try:
+        # What would fail after a long calibration fails before it.
+        choose_sparsity(folder.config, 0.5 if arguments.sparsity is None else arguments.sparsity)
+        if arguments.target.exists():
+            raise ModelFileError(f"{arguments.target} exists already; choose another folder.")
+        model, store = open_model(
+            source,
+            expert_memory="auto",
+            ignore_unused_weights=arguments.ignore_unused_weights,
+            allow_code=arguments.allow_code,
+        )
+        found = calibrate(model, folder, arguments.calibration)
+    finally:
+        if store is not None:
+            store.close()
+        folder.close()
+    few = found.few_rows()
+    if few:
+        log.warning(
+            "%d experts saw few rows of the calibration text; they are judged by all rows of "
+            "their layer.",
+            few,
+        )
+    return found

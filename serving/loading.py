@@ -11,7 +11,7 @@ from ..dtypes import short_name, spellings, torch_dtype
 from ..errors import ConfigError
 from ..kernels.values.expert_weights import ExpertWeights
 from ..kernels.values.memory import is_out_of_memory
-from ..kernels.values.quantized_weights import QuantizedExpertWeights
+from ..kernels.values.quantized_weights import SlotWeights
 from ..moe.experts.base import LayerExperts
 from ..moe.experts.quantized import QuantizedExperts
 from ..moe.experts.resident import Experts
@@ -228,9 +228,9 @@ def pick_dtype(files: ModelFolder, name: str | torch.dtype | None) -> torch.dtyp
     return torch_dtype(short)
 
 
-def _as_module(weights: ExpertWeights | QuantizedExpertWeights) -> LayerExperts:
+def _as_module(weights: SlotWeights) -> LayerExperts:
     """Return a layer's experts as a module that holds ``weights``."""
-    if isinstance(weights, QuantizedExpertWeights):
+    if not isinstance(weights, ExpertWeights):
         return QuantizedExperts(weights)
     num_experts, d_model, d_expert = weights.fc2_SDF.shape
     with without_memory():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..values.calls import ExpertCall
+from ..values.group_sparse import GroupSparseExpertWeights
 from ..values.quantized_weights import QuantizedExpertWeights, SlotWeights
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -23,6 +24,8 @@ def misfit(call: ExpertCall) -> str | None:
     experts = call.experts
     if x_TD.dtype not in DTYPES:
         return f"Triton's expert kernels take bf16, fp16 and fp32, not {x_TD.dtype}."
+    if isinstance(experts, GroupSparseExpertWeights):
+        return "Triton's kernels do not take group-sparse experts."
     if isinstance(experts, QuantizedExpertWeights):
         sums: list[Tensor] = []
     else:

@@ -16,6 +16,8 @@ from .expert_layouts import ExpertViews, Shapes, part_shapes
 from .expert_read import ExpertRead
 from .extents import Chunk, chunks_of, on_disk
 from .families.family import Family, full_name
+from .group_sparse_format import METHOD as GROUP_SPARSE
+from .group_sparse_format import StoredFormat, read_group_sparse_config
 from .hf_config import find_family, from_hf
 from .json_file import read_json
 from .quantized_config import read_quantization_config
@@ -131,15 +133,16 @@ class ModelFolder:
         A quantized matrix has the type that it should be dequantized to.
         """
         name = self._name(parameter)
-        if self.files.packed is None or packed_name(name) not in self.files:
+        packed = self.files.packed
+        if not isinstance(packed, PackedFormat) or packed_name(name) not in self.files:
             entry = self.files.entry(name)
             return entry.dtype, entry.shape
         rows, words = self.files.entry(packed_name(name)).shape
-        return self.dtype, (rows, words * 32 // self.files.packed.bits)
+        return self.dtype, (rows, words * 32 // packed.bits)
 
     @property
-    def packed(self) -> PackedFormat | None:
-        """How quantized matrices are rounded; None if there are none."""
+    def packed(self) -> StoredFormat | None:
+        """How matrices in few bits are stored; None if there are none."""
         return self.files.packed
 
     @property
@@ -211,7 +214,7 @@ class ModelFolder:
         path = self.path / name
         return read_json(path) if path.exists() else {}
 
-    def _packed_format(self) -> PackedFormat | None:
+    def _packed_format(self) -> StoredFormat | None:
         values = self.values.get("quantization_config")
         if values is not None and not isinstance(values, dict):
             raise ModelFileError(
@@ -220,6 +223,8 @@ class ModelFolder:
         method = values.get("quant_method") if isinstance(values, dict) else None
         if values is None or method == self.family.own_quantization:
             return None
+        if method == GROUP_SPARSE:
+            return read_group_sparse_config(values)
         return read_quantization_config(values)
 
     def _name(self, parameter: str) -> str:

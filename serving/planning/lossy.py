@@ -7,13 +7,18 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ...moe.folders.folder import ModelFolder
+from ...moe.folders.group_sparse_format import NAME as INT4_SPARSE
+from ...moe.folders.group_sparse_format import GroupSparseFormat
 from ...moe.folders.prices import read_prices
 from ..experts.options import StoreOptions
 
 
 def lossy_modes(folder: ModelFolder, options: StoreOptions) -> list[str]:
     """Return the names of the lossy ways in which a folder runs with these options."""
-    return [] if folder.packed is None else [f"int{folder.packed.bits}"]
+    packed = folder.packed
+    if isinstance(packed, GroupSparseFormat):
+        return [INT4_SPARSE]
+    return [] if packed is None else [f"int{packed.bits}"]
 
 
 def lossy_sentences(folder: Path, modes: Iterable[str]) -> tuple[str, ...]:
