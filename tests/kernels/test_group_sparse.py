@@ -1,5 +1,7 @@
 """Group-sparse experts in 4 bits: what is pruned, what is kept, and the same values everywhere."""
 
+import functools
+
 import pytest
 import torch
 
@@ -109,33 +111,41 @@ def test_parts_that_do_not_belong_together_are_refused():
         GroupSparseMatrices(values, columns, scales, 32)
 
 
-def problem(tokens, d_model=192, d_expert=96, bias=False, sparsity=0.5):
+@functools.cache
+def sparse_experts(d_model=192, d_expert=96, bias=False, sparsity=0.5, experts=5):
+    fc1 = random(experts, 2 * d_expert, d_model, seed=2) * d_model**-0.5
+    fc2 = random(experts, d_model, d_expert, seed=3) * d_expert**-0.5
+    shapes = ((experts, 2 * d_expert), (experts, d_model))
+    biases = [random(*shape, seed=4) if bias else None for shape in shapes]
+    return sparsify_experts(ExpertWeights.of((fc1, fc2, *biases)), sparsity)
+
+
+def rows_for(found, tokens):
     g = torch.Generator().manual_seed(1)
-    ids = torch.randint(-1, 5, (tokens, 2), generator=g)
-    weights = torch.rand(tokens, 2, generator=g)
-    fc1 = random(5, 2 * d_expert, d_model, seed=2) * d_model**-0.5
-    fc2 = random(5, d_model, d_expert, seed=3) * d_expert**-0.5
-    biases = (random(5, 2 * d_expert, seed=4), random(5, d_model, seed=5)) if bias else (None, None)
-    experts = ExpertWeights.of((fc1, fc2, *biases))
-    return random(tokens, d_model), ids, weights, sparsify_experts(experts, sparsity)
+    ids = torch.randint(-1, found.num_experts, (tokens, 2), generator=g)
+    return random(tokens, found.d_model), ids, torch.rand(tokens, 2, generator=g)
 
 
 @BACKENDS
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 7, 8, 19, 130])
-def test_experts_compute_with_the_weights_they_stand_for(tokens, dtype, backend):
-    x, ids, weights, found = problem(tokens, bias=tokens == 19, sparsity=0.4)
+def test_experts_compute_with_the_weights_they_stand_for(dtype, bias, backend):
+    found = sparse_experts(bias=bias, sparsity=0.4)
     plain = ExpertWeights.of(
         (dequantized(found.fc1), dequantized(found.fc2), *(b.double() for b in found.bias_parts))
     )
-    expected = expert_mlp(x.to(dtype).double(), ids, weights.double(), plain, "reference")
-    y = expert_mlp(x.to(dtype), ids, weights, found, backend)
     limit = 1e-4 if dtype == torch.float32 else 2e-2
-    assert (y.double() - expected).abs().max() <= limit * expected.abs().max()
+    for tokens in (1, 2, 3, 4, 5, 7, 8, 19, 130):
+        x, ids, weights = rows_for(found, tokens)
+        x = x.to(dtype)
+        expected = expert_mlp(x.double(), ids, weights.double(), plain, "reference")
+        y = expert_mlp(x, ids, weights, found, backend)
+        assert (y.double() - expected).abs().max() <= limit * expected.abs().max(), tokens
 
 
 def test_wide_columns_compute_the_same():
-    x, ids, weights, found = problem(5, d_model=8224, d_expert=32, sparsity=0.9)
+    found = sparse_experts(d_model=8224, d_expert=32, sparsity=0.9, experts=2)
+    x, ids, weights = rows_for(found, 5)
     assert found.fc1.columns_SQN.dtype == torch.int16
     y = expert_mlp(x, ids, weights, found, "auto")
     expected = expert_mlp(x, ids, weights, found, "reference")
@@ -144,7 +154,8 @@ def test_wide_columns_compute_the_same():
 
 @BACKENDS
 def test_a_row_has_the_same_bits_whatever_else_is_in_the_batch(backend):
-    x, ids, weights, found = problem(130)
+    found = sparse_experts()
+    x, ids, weights = rows_for(found, 130)
     x = x.bfloat16()
     ids[:] = torch.tensor([2, 4])
     together = expert_mlp(x, ids, weights, found, backend)
@@ -155,7 +166,8 @@ def test_a_row_has_the_same_bits_whatever_else_is_in_the_batch(backend):
 
 @BACKENDS
 def test_slots_do_not_change_the_bits(backend):
-    x, ids, weights, found = problem(9)
+    found = sparse_experts()
+    x, ids, weights = rows_for(found, 9)
     x = x.bfloat16()
     ids = ids.clamp(min=2)
     expected = expert_mlp(x, ids, weights, found, backend)
@@ -174,7 +186,8 @@ def test_slots_do_not_change_the_bits(backend):
 
 
 def test_rows_that_are_not_finite_stay_so():
-    x, ids, weights, found = problem(3)
+    found = sparse_experts()
+    x, ids, weights = rows_for(found, 3)
     ids[:] = 1
     x[1, 7] = torch.inf
     y = expert_mlp(x, ids, weights, found)
@@ -182,8 +195,9 @@ def test_rows_that_are_not_finite_stay_so():
 
 
 def test_gradients_and_backends_without_a_kernel_are_refused():
-    x, ids, weights, found = problem(3)
+    found = sparse_experts()
+    x, ids, weights = rows_for(found, 3)
     with pytest.raises(ValueError, match="no backward"):
         expert_mlp(x.requires_grad_(), ids, weights, found)
-    with pytest.raises(ValueError, match="triton|Triton"):
+    with pytest.raises(ValueError, match="backend is 'triton'"):
         expert_mlp(x.detach(), ids, weights, found, "triton")
