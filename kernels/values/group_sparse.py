@@ -106,12 +106,13 @@ class GroupSparseMatrices:
 
     def view(self, slot: int, start: int, end: int) -> GroupSparseView:
         """Return rows ``[start, end)`` of a slot, to write into."""
-        parts = (part[slot, start:end] for part in self.tensors)
-        return GroupSparseView(*parts, self.width)
+        values, columns, scales = (part[slot, start:end] for part in self.tensors)
+        return GroupSparseView(values, columns, scales, self.width)
 
     def to(self, device: torch.device | str) -> "GroupSparseMatrices":
         """Return the matrices on a device."""
-        return GroupSparseMatrices(*(part.to(device) for part in self.tensors), self.width)
+        values, columns, scales = (part.to(device) for part in self.tensors)
+        return GroupSparseMatrices(values, columns, scales, self.width)
 
 
 class GroupSparseExpertWeights(FewBitsExpertWeights[GroupSparseMatrices]):
@@ -155,4 +156,5 @@ def empty_group_sparse(
     else:
         shape = (num_slots, rows)
         parts = [torch.empty(*shape, n, dtype=dtype, device=device) for n, dtype in kinds]
-    return GroupSparseMatrices(*parts, width)
+    values, columns, scales = parts
+    return GroupSparseMatrices(values, columns, scales, width)

@@ -48,8 +48,8 @@ def sparsify_all(weight_SQP: Tensor, sparsity: float) -> GroupSparseMatrices:
     """Prune and round the matrices of all slots by their magnitudes alone."""
     width = weight_SQP.shape[2]
     views = [sparsify(weight_QP, None, kept_groups(width, sparsity)) for weight_QP in weight_SQP]
-    parts = (torch.stack(part) for part in zip(*views, strict=True))
-    return GroupSparseMatrices(*parts, width)
+    values, columns, scales = (torch.stack(part) for part in zip(*views, strict=True))
+    return GroupSparseMatrices(values, columns, scales, width)
 
 
 def sparsify(weight_QP: Tensor, importance_P: Tensor | None, kept: int) -> GroupSparseView:

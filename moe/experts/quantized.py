@@ -1,12 +1,12 @@
 """Experts in few bits, for inference. N rows, D model width, K choices."""
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor
 
 from ...kernels.experts import expert_mlp
-from ...kernels.values.few_bits import FewBitsExpertWeights
+from ...kernels.values.group_sparse import GroupSparseExpertWeights
+from ...kernels.values.quantized_weights import QuantizedExpertWeights
 from ..routers.routing import Routing
 from .base import LayerExperts
 
@@ -14,7 +14,7 @@ from .base import LayerExperts
 class QuantizedExperts(LayerExperts):
     """Replaces :class:`Experts`; all experts are in memory."""
 
-    def __init__(self, weights: FewBitsExpertWeights[Any]) -> None:
+    def __init__(self, weights: QuantizedExpertWeights | GroupSparseExpertWeights) -> None:
         super().__init__()
         self.weights = weights
 

@@ -14,7 +14,7 @@ from ...kernels.values.few_bits import MatrixView
 from ...kernels.values.group_sparse import GroupSparseView
 from ...kernels.values.quantized_weights import SlotView
 from ..config.model import MoEConfig
-from .compressed_tensors import packed_name, packed_pieces
+from .compressed_tensors import PackedFormat, packed_name, packed_pieces
 from .extents import Piece
 from .group_sparse_format import GroupSparseFormat
 from .shards import TensorPlan
@@ -141,7 +141,7 @@ def _pieces_of(files: TensorFiles, name: str, view: Tensor | MatrixView) -> list
     if isinstance(files.packed, GroupSparseFormat) and packed_name(name) in files:
         assert isinstance(view, GroupSparseView | Tensor), f"{name} is group-sparse"
         return files.packed.pieces(files.place, name, view)
-    if files.packed is not None and packed_name(name) in files:
+    if isinstance(files.packed, PackedFormat) and packed_name(name) in files:
         assert isinstance(view, SlotView | Tensor), f"{name} is not group-sparse"
         return packed_pieces(files.place, files.packed, name, view)
     assert isinstance(view, Tensor), f"{name} is not quantized"

@@ -81,8 +81,8 @@ class TensorFiles:
 
     def _packing(self, name: str) -> PackedFormat | None:
         """Return how matrix ``name``, of no routed expert, is rounded; None if it is not."""
-        is_packed = isinstance(self.packed, PackedFormat) and packed_name(name) in self
-        return self.packed if is_packed else None
+        packed = self.packed
+        return packed if isinstance(packed, PackedFormat) and packed_name(name) in self else None
 
     def read_part(self, name: str, index: int, out: Tensor) -> None:
         """Fill ``out`` with element ``index`` of the first dimension of tensor ``name``."""
