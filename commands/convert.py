@@ -1,12 +1,27 @@
 """``moeyard convert``: a Hugging Face folder in another dtype."""
 
 import argparse
+import logging
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..dtypes import short_name
-from ..errors import ConfigError
+from ..errors import ConfigError, ModelFileError
 from .options import Parsers, add_allow_code, add_command, add_ignore_unused_weights
+
+if TYPE_CHECKING:
+    from ..moe.folders.calibration import Calibration
+
+log = logging.getLogger(__name__)
+
+MIXED, INT4_SPARSE = "mixed", "int4_sparse"
+ONLY_FOR = {
+    "calibration": (MIXED, INT4_SPARSE),
+    "tolerance": (MIXED,),
+    "sparsity": (INT4_SPARSE,),
+}
+"""Options that only some dtypes take."""
 
 
 def add(parsers: Parsers) -> None:
@@ -17,15 +32,16 @@ def add(parsers: Parsers) -> None:
     convert.add_argument(
         "--dtype",
         type=short_name,
-        choices=("fp32", "bf16", "int8", "int4", "mixed"),
-        help="of the weights; torch's float32 and bfloat16 work, too; int8 and int4 apply to "
-        "routed experts; mixed gives each of them one of these two; default: as stored",
+        choices=("fp32", "bf16", "int8", "int4", MIXED, INT4_SPARSE),
+        help="of the weights; torch's float32 and bfloat16 work, too; int8, int4 and int4_sparse "
+        "apply to routed experts; mixed gives each of them int8 or int4; default: as stored",
     )
     convert.add_argument(
         "--calibration",
         type=Path,
         metavar="TEXT",
-        help="for mixed: UTF-8 text that says how much each expert matters",
+        help="UTF-8 text like what the model will see: mixed and int4_sparse need it to judge what "
+        "matters",
     )
     convert.add_argument(
         "--tolerance",
@@ -33,6 +49,12 @@ def add(parsers: Parsers) -> None:
         metavar="SHARE",
         help="for mixed: how much higher perplexity on that text may be than the exact model's; "
         "default: 0.01",
+    )
+    convert.add_argument(
+        "--sparsity",
+        type=float,
+        metavar="SHARE",
+        help="for int4_sparse: share of the experts' weights to prune; default: 0.5",
     )
     add_ignore_unused_weights(convert)
     add_allow_code(convert)
@@ -45,23 +67,30 @@ def run(arguments: argparse.Namespace) -> None:
     from ..moe.routers.own_code import allow
 
     allow(arguments.allow_code)
-    if arguments.dtype == "mixed":
+    for name, dtypes in ONLY_FOR.items():
+        if getattr(arguments, name) is not None and arguments.dtype not in dtypes:
+            raise ConfigError(
+                f"--{name} is for --dtype {' and '.join(dtypes)}; leave it out, or use that."
+            )
+    if arguments.dtype in ONLY_FOR["calibration"] and arguments.calibration is None:
+        raise ConfigError(f"--dtype {arguments.dtype} needs a text; give --calibration FILE.")
+    if arguments.dtype == MIXED:
         _run_mixed(arguments)
         return
-    for name in ("calibration", "tolerance"):
-        if getattr(arguments, name) is not None:
-            raise ConfigError(f"--{name} is for --dtype mixed; leave it out, or use that.")
-    no_argument = ("run", "allow_code", "calibration", "tolerance")
-    given = {name: value for name, value in vars(arguments).items() if name not in no_argument}
-    model_type = convert(**given)
+    model_type = convert(
+        arguments.source,
+        arguments.target,
+        arguments.dtype,
+        arguments.ignore_unused_weights,
+        sparsity=arguments.sparsity,
+        calibration=_calibrate(arguments) if arguments.dtype == INT4_SPARSE else None,
+    )
     sys.stdout.write(f"converted folder={arguments.target} model_type={model_type}\n")
 
 
 def _run_mixed(arguments: argparse.Namespace) -> None:
     from ..serving.widths.convert import convert_mixed
 
-    if arguments.calibration is None:
-        raise ConfigError("--dtype mixed needs a text; give --calibration FILE.")
     tolerance = 0.01 if arguments.tolerance is None else arguments.tolerance
     found = convert_mixed(
         arguments.source,
@@ -71,3 +100,40 @@ def _run_mixed(arguments: argparse.Namespace) -> None:
         arguments.ignore_unused_weights,
     )
     sys.stdout.write(f"converted folder={arguments.target}\n{found.sentence()}\n")
+
+
+def _calibrate(arguments: argparse.Namespace) -> "Calibration":
+    """Run the model on the text; with experts on disk if they do not fit into memory."""
+    from ..moe.folders.calibration import calibrate
+    from ..moe.folders.folder import ModelFolder
+    from ..moe.folders.group_sparse_format import choose_sparsity
+    from ..moe.folders.hub import local_folder
+    from ..serving.loading import open_model
+
+    source = local_folder(arguments.source)
+    folder = ModelFolder(source)
+    store = None
+    try:
+        # What would fail after a long calibration fails before it.
+        choose_sparsity(folder.config, 0.5 if arguments.sparsity is None else arguments.sparsity)
+        if arguments.target.exists():
+            raise ModelFileError(f"{arguments.target} exists already; choose another folder.")
+        model, store = open_model(
+            source,
+            expert_memory="auto",
+            ignore_unused_weights=arguments.ignore_unused_weights,
+            allow_code=arguments.allow_code,
+        )
+        found = calibrate(model, folder, arguments.calibration)
+    finally:
+        if store is not None:
+            store.close()
+        folder.close()
+    few = found.few_rows()
+    if few:
+        log.warning(
+            "%d experts saw few rows of the calibration text; they are judged by all rows of "
+            "their layer.",
+            few,
+        )
+    return found

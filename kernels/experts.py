@@ -18,7 +18,8 @@ from .torch_ops import megablocks, reference
 from .trust import cpp as cpp_library
 from .trust import trusts_cpp, trusts_triton, why_not_cpp
 from .values.calls import ExpertBackend, ExpertCall
-from .values.quantized_weights import QuantizedExpertWeights, SlotWeights
+from .values.expert_weights import ExpertWeights
+from .values.quantized_weights import SlotWeights
 
 Backend = Literal["auto", "torch", "reference", "cpp", "triton", "megablocks"]
 """``auto`` is Triton on a GPU if its kernels pass their self-check, C++ on a CPU if those kernels
@@ -111,7 +112,7 @@ def _chosen(call: ExpertCall, name: Backend) -> ExpertBackend:
 
 def _check_gradients(call: ExpertCall) -> None:
     wants_grad = call.x_TD.requires_grad or call.weights_TK.requires_grad
-    is_quantized = isinstance(call.experts, QuantizedExpertWeights)
+    is_quantized = not isinstance(call.experts, ExpertWeights)
     if is_quantized and wants_grad and torch.is_grad_enabled():
         raise ValueError(
             "x or the routing weights require gradients, but quantized experts have no backward; "

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ..kernels.values.expert_weights import ExpertWeights
-from ..kernels.values.quantized_weights import QuantizedExpertWeights
+from ..kernels.values.quantized_weights import QuantizedExpertWeights, SlotWeights
 from ..moe.experts.base import LayerExperts
 from ..moe.experts.mixed import MixedExperts
 from ..moe.experts.quantized import QuantizedExperts
@@ -54,9 +54,9 @@ def _mixed(
     return MixedExperts(parts, kind_of_E), views
 
 
-def _as_module(weights: ExpertWeights | QuantizedExpertWeights) -> LayerExperts:
+def _as_module(weights: SlotWeights) -> LayerExperts:
     """Return a layer's experts as a module that holds ``weights``."""
-    if isinstance(weights, QuantizedExpertWeights):
+    if not isinstance(weights, ExpertWeights):
         return QuantizedExperts(weights)
     num_experts, d_model, d_expert = weights.fc2_SDF.shape
     with without_memory():

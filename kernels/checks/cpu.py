@@ -19,6 +19,7 @@ from ..values.calls import ExpertCall
 from ..values.choice import ChoiceRule
 from ..values.expert_weights import ExpertWeights
 from ..values.quantize import quantize_experts
+from ..values.sparsify import sparsify_experts
 
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 """Largest error that passes, over the largest value. Measured with every instruction set of an
@@ -30,6 +31,8 @@ T, K, E, D, WIDTH = 13, 2, 3, 50, 37
 """Sizes that are not multiples of any vector or block, so that tails are tested."""
 QUANTIZED_D, QUANTIZED_WIDTH = 160, 96
 """The same for quantized experts, whose widths are multiples of 32."""
+SPARSITY = 0.4
+"""Rows of fc1 keep 3 of 5 groups, those of fc2 2 of 3."""
 
 
 @torch.inference_mode(False)
@@ -90,10 +93,15 @@ def _results(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
     x_TD = random(T, QUANTIZED_D).to(dtype)
     fc1_EHD = random(E, 2 * QUANTIZED_WIDTH, QUANTIZED_D) * QUANTIZED_D**-0.5
     fc2_EDF = random(E, QUANTIZED_D, QUANTIZED_WIDTH) * QUANTIZED_WIDTH**-0.5
+    rows = (x_TD.double(), experts_TK, weights_TK.double())
     for bits in (8, 4):
         quantized = quantize_experts(ExpertWeights(fc1_EHD, fc2_EDF), bits, 32)
         waves = CppWaves(x_TD, experts_TK, weights_TK)
         waves.add(quantized)
-        rows = (x_TD.double(), experts_TK, weights_TK.double())
         expected_TD = reference.run(ExpertCall(*rows, quantized))
         yield f"experts of {bits} bits", waves.result(), expected_TD
+    sparse = sparsify_experts(ExpertWeights(fc1_EHD, fc2_EDF), SPARSITY)
+    waves = CppWaves(x_TD, experts_TK, weights_TK)
+    waves.add(sparse)
+    expected_TD = reference.run(ExpertCall(*rows, sparse))
+    yield "group-sparse experts of 4 bits", waves.result(), expected_TD

@@ -6,12 +6,15 @@ T tokens, K choices, R = T*K routed rows, E experts, D model width, F expert wid
 import ctypes
 from array import array
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..values.activation import ACTIVATIONS
 from ..values.expert_weights import ExpertWeights, SlotTable
+from ..values.few_bits import FewBitsExpertWeights
+from ..values.group_sparse import GroupSparseExpertWeights, GroupSparseMatrices
 from ..values.grouping import outside
 from ..values.quantized_weights import QuantizedExpertWeights, QuantizedMatrices, SlotWeights
 from .library import TYPES, address, empty_fp32, functions_for
@@ -19,6 +22,8 @@ from .structures import (
     Biases,
     CombineArguments,
     ExpertArguments,
+    GroupSparseExpertArguments,
+    GroupSparseMatrix,
     QuantizedExpertArguments,
     QuantizedMatrix,
 )
@@ -36,11 +41,11 @@ def can_run(x_TD: Tensor, weights_TK: Tensor, experts: SlotWeights | None = None
 
 def is_plain(experts: SlotWeights) -> bool:
     """Say whether every slot, and its biases, is one dense block, as the kernels need."""
+    parts: tuple[Tensor, ...]
     if isinstance(experts, ExpertWeights):
-        parts = [experts.fc1_SHD, experts.fc2_SDF]
+        parts = (experts.fc1_SHD, experts.fc2_SDF)
     else:
-        fc1, fc2 = experts.fc1, experts.fc2
-        parts = [fc1.values, fc1.scales_SQG, fc2.values, fc2.scales_SQG]
+        parts = experts.parts
     for part in parts:
         if part.stride()[1:] != (part.shape[2], 1):
             return False
@@ -83,8 +88,15 @@ class CppWaves:
         assert experts.d_model == self._x_TD.shape[1], "experts take another width"
         rows = (self._x_TD, self._experts_TK)
         if isinstance(experts, QuantizedExpertWeights):
-            quantized, _slots = _quantized_arguments(*rows, experts, only, self._lines_RD)
+            rest, _slots = _few_bits_arguments(*rows, experts, only, self._lines_RD)
+            fc1, fc2 = _matrix(experts.fc1), _matrix(experts.fc2)
+            quantized = QuantizedExpertArguments(rest=rest, fc1=fc1, fc2=fc2)
             wrong = self._functions.moeyard_quantized_experts(ctypes.byref(quantized))
+        elif isinstance(experts, GroupSparseExpertWeights):
+            rest, _slots = _few_bits_arguments(*rows, experts, only, self._lines_RD)
+            up, down = _sparse_matrix(experts.fc1), _sparse_matrix(experts.fc2)
+            sparse = GroupSparseExpertArguments(rest=rest, fc1=up, fc2=down)
+            wrong = self._functions.moeyard_group_sparse_experts(ctypes.byref(sparse))
         else:
             assert experts.fc1_SHD.dtype == self._x_TD.dtype, "experts and rows differ in type"
             arguments, _slots = expert_arguments(*rows, experts, only, self._lines_RD)
@@ -165,13 +177,14 @@ def expert_arguments(
     return arguments, slots
 
 
-def _quantized_arguments(
+def _few_bits_arguments(
     x_TD: Tensor,
     experts_TK: Tensor,
-    experts: QuantizedExpertWeights,
+    experts: FewBitsExpertWeights[Any],
     only: Collection[int] | None,
     lines_RD: Tensor,
-) -> "tuple[QuantizedExpertArguments, array[int] | None]":
+) -> "tuple[ExpertArguments, array[int] | None]":
+    """Return the arguments but for the matrices, and the slot table; keep it alive."""
     slots = _slots(experts, only)
     rest = ExpertArguments(
         type=TYPES[x_TD.dtype],
@@ -190,8 +203,7 @@ def _quantized_arguments(
         fc1_bias=_biases(experts.fc1_bias_SH),
         fc2_bias=_biases(experts.fc2_bias_SD),
     )
-    fc1, fc2 = _matrix(experts.fc1), _matrix(experts.fc2)
-    return QuantizedExpertArguments(rest=rest, fc1=fc1, fc2=fc2), slots
+    return rest, slots
 
 
 def _biases(bias_SQ: Tensor | None) -> Biases:
@@ -208,6 +220,20 @@ def _matrix(matrices: QuantizedMatrices) -> QuantizedMatrix:
         bits=matrices.bits,
         group=matrices.group_size,
         stride=values.stride(0),
+        scale_stride=scales.stride(0),
+    )
+
+
+def _sparse_matrix(matrices: GroupSparseMatrices) -> GroupSparseMatrix:
+    values, columns, scales = matrices.tensors
+    return GroupSparseMatrix(
+        values=values.data_ptr(),
+        columns=columns.data_ptr(),
+        scales=scales.data_ptr(),
+        kept=matrices.kept,
+        column_bytes=columns.element_size(),
+        value_stride=values.stride(0),
+        column_stride=columns.stride(0),
         scale_stride=scales.stride(0),
     )
 

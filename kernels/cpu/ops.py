@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..values.activation import ACTIVATIONS, Activation
 from ..values.expert_weights import ExpertWeights, Parameters
+from ..values.group_sparse import GroupSparseExpertWeights
 from ..values.main_grads import MainGrads
 from ..values.quantized_weights import QuantizedExpertWeights, QuantizedMatrices, SlotWeights
 from .experts import CppWaves, as_int32, is_plain
@@ -24,7 +25,9 @@ def can_compile(x_TD: Tensor, weights_TK: Tensor, experts: SlotWeights) -> bool:
     """Say whether the operators support these tensors in a compiled graph."""
     if not x_TD.is_cpu or x_TD.dtype not in TYPES or weights_TK.dtype not in TYPES:
         return False
-    if isinstance(experts, ExpertWeights) and torch.is_grad_enabled():
+    if isinstance(experts, GroupSparseExpertWeights):
+        fits = False  # they have no operator
+    elif isinstance(experts, ExpertWeights) and torch.is_grad_enabled():
         fits = have_backward(experts)
     else:
         fits = is_plain(experts)
@@ -39,18 +42,14 @@ def expert_mlp_compiled(
     rows = (x_TD.contiguous(), as_int32(experts_TK), weights_TK.float().contiguous())
     if isinstance(experts, QuantizedExpertWeights):
         biases = (experts.fc1_bias_SH, experts.fc2_bias_SD)
-        parts = (*_parts(experts.fc1), *_parts(experts.fc2), *biases)
-        return quantized_expert_mlp_op(*rows, *parts, slots, experts.activation)
+        return quantized_expert_mlp_op(*rows, *experts.parts, *biases, slots, experts.activation)
+    assert isinstance(experts, ExpertWeights), "others are a misfit"
     main, keep = experts.main_grads, torch.is_grad_enabled()
     sums: tuple[Tensor | None, ...] = (None,) * 4
     if main is not None and keep:
         main.begin_with_zeros()  # the operator's backward only adds
         sums = main.totals
     return expert_mlp_op(*rows, *experts.parameters, slots, *sums, experts.activation, keep)[0]
-
-
-def _parts(matrices: QuantizedMatrices) -> tuple[Tensor, Tensor]:
-    return matrices.values, matrices.scales_SQG
 
 
 def _experts(parameters: Parameters, slots: Sequence[int] | None, activation: str) -> ExpertWeights:

@@ -95,6 +95,31 @@ class QuantizedExpertArguments(ctypes.Structure):
     ]
 
 
+class GroupSparseMatrix(ctypes.Structure):
+    """A group-sparse matrix of all slots."""
+
+    _fields_ = [
+        ("values", Pointer),
+        ("columns", Pointer),
+        ("scales", Pointer),
+        ("kept", Int),
+        ("column_bytes", Int),
+        ("value_stride", Int),
+        ("column_stride", Int),
+        ("scale_stride", Int),
+    ]
+
+
+class GroupSparseExpertArguments(ctypes.Structure):
+    """The expert MLP of group-sparse experts."""
+
+    _fields_ = [
+        ("rest", ExpertArguments),
+        ("fc1", GroupSparseMatrix),
+        ("fc2", GroupSparseMatrix),
+    ]
+
+
 class ExpertGradArguments(ctypes.Structure):
     """The gradients of the expert MLP."""
 
@@ -232,6 +257,8 @@ STRUCTURES: tuple[type[ctypes.Structure], ...] = (
     ExpertArguments,
     QuantizedMatrix,
     QuantizedExpertArguments,
+    GroupSparseMatrix,
+    GroupSparseExpertArguments,
     ExpertGradArguments,
     GroupedArguments,
     CombineArguments,

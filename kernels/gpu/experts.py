@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from ..values.calls import ExpertCall
+from ..values.expert_weights import ExpertWeights
+from ..values.group_sparse import GroupSparseExpertWeights
 from ..values.quantized_weights import QuantizedExpertWeights, SlotWeights
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -23,6 +25,8 @@ def misfit(call: ExpertCall) -> str | None:
     experts = call.experts
     if x_TD.dtype not in DTYPES:
         return f"Triton's expert kernels take bf16, fp16 and fp32, not {x_TD.dtype}."
+    if isinstance(experts, GroupSparseExpertWeights):
+        return "Triton's kernels do not take group-sparse experts."
     if isinstance(experts, QuantizedExpertWeights):
         sums: list[Tensor] = []
     else:
@@ -67,6 +71,7 @@ def run(call: ExpertCall) -> Tensor:
     rows = (x_TD.contiguous(), experts_TK.contiguous(), weights_TK.contiguous())
     if isinstance(experts, QuantizedExpertWeights):
         return _run_quantized(*rows, experts, slot_of_E)
+    assert isinstance(experts, ExpertWeights), "others are a misfit"
     from .ops import expert_mlp_op
 
     leaves = [leaf for leaf in (x_TD, weights_TK, *experts.parameters) if leaf is not None]
@@ -118,6 +123,7 @@ def _parts(experts: SlotWeights) -> dict[str, Tensor]:
             "fc2.values": experts.fc2.values,
             "fc2.scales": experts.fc2.scales_SQG,
         }
+    assert isinstance(experts, ExpertWeights), "others are a misfit"
     return {"fc1": experts.fc1_SHD, "fc2": experts.fc2_SDF}
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ..values.quantized_weights import INT4_ZERO, QuantizedMatrices
+from ..values.few_bits import INT4_ZERO
+from ..values.quantized_weights import QuantizedMatrices
 from .tile_math import add_product
 from .tiles import GROUP_TILES, Tiles
 

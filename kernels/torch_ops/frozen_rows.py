@@ -12,9 +12,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ..values.expert_weights import ExpertWeights
 from ..values.frozen import FrozenExperts
 from ..values.grouping import Grouping, group_tokens
-from ..values.quantized_weights import QuantizedExpertWeights, SlotWeights
+from ..values.quantized_weights import SlotWeights
 from .loop import Span
 
 Bias = Tensor | None
@@ -78,7 +79,7 @@ class FrozenRows:
     ) -> Iterator[Wave]:
         spans = [Span(weights.slot(expert), *self._bounds[expert]) for expert in ready]
         biases = [weights.biases(span.slot, dtype) for span in spans]
-        if not isinstance(weights, QuantizedExpertWeights):
+        if isinstance(weights, ExpertWeights):
             assert weights.fc1_SHD.dtype == dtype, "the experts have another type"
             yield Wave(weights.fc1_SHD, weights.fc2_SDF, spans, biases)
             return

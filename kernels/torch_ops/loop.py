@@ -25,7 +25,7 @@ from ..values.activation import gated, gated_backward
 from ..values.expert_weights import ExpertWeights, SlotTable
 from ..values.grouping import Grouping
 from ..values.main_grads import MainGrads
-from ..values.quantized_weights import QuantizedExpertWeights, SlotWeights
+from ..values.quantized_weights import SlotWeights
 from .quantized import quantized_linear
 from .row_stable import bf16_row_stable_linear
 
@@ -85,13 +85,13 @@ def infer(
     for slot, start, end in spans:
         x_nD = x_TD.index_select(0, tokens_R[start:end])
         bias1_H, bias2_D = experts.biases(slot, x_TD.dtype)
-        if isinstance(experts, QuantizedExpertWeights):
-            h_nH = _with_bias(quantized_linear(x_nD, experts.fc1, slot), bias1_H)
-            y_nD = quantized_linear(gated(h_nH, experts.activation), experts.fc2, slot)
-        else:
+        if isinstance(experts, ExpertWeights):
             h_nH = _with_bias(bf16_row_stable_linear(x_nD, experts.fc1_SHD[slot]), bias1_H)
             act_nF = gated(h_nH, experts.activation)
             y_nD = bf16_row_stable_linear(act_nF, experts.fc2_SDF[slot])
+        else:
+            h_nH = _with_bias(quantized_linear(x_nD, experts.fc1, slot), bias1_H)
+            y_nD = quantized_linear(gated(h_nH, experts.activation), experts.fc2, slot)
         out_RD[start:end] = _with_bias(y_nD, bias2_D)
 
 

@@ -21,7 +21,6 @@ from torch import Tensor
 from ..values.calls import ExpertCall
 from ..values.expert_weights import ExpertWeights
 from ..values.grouping import Grouping
-from ..values.quantized_weights import QuantizedExpertWeights
 from .experts import ExpertMLP
 
 HOW_TO_BUILD = "docs/backends.md says how to build it"
@@ -98,7 +97,7 @@ def run(call: ExpertCall) -> Tensor:
 def misfit(call: ExpertCall) -> str | None:
     """Return one sentence on what MegaBlocks does not support in a call, or None."""
     x_TD, experts = call.x_TD, call.experts
-    if isinstance(experts, QuantizedExpertWeights):
+    if not isinstance(experts, ExpertWeights):
         return "MegaBlocks does not take quantized experts."
     if x_TD.dtype != torch.bfloat16:
         return f"MegaBlocks' grouped products take bf16, not {x_TD.dtype}."

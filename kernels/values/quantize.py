@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from .expert_weights import ExpertWeights
+from .few_bits import INT4_ZERO
 from .quantized_weights import (
-    INT4_ZERO,
     WIDTH_UNIT,
     Bits,
     QuantizedExpertWeights,
@@ -70,20 +70,29 @@ def _quantize_one(weight_QP: Tensor, bits: Bits, group_size: int) -> tuple[Tenso
     largest_QG1 = grouped_QGP.abs().amax(dim=-1, keepdim=True)
     if bits == 8:
         scales_QG1 = _as_scales(largest_QG1 / 127)
-        values_QP = _rounded(grouped_QGP, scales_QG1, 127).flatten(-2)
+        values_QP = rounded(grouped_QGP, scales_QG1, 127).flatten(-2)
         return values_QP.to(torch.int8), scales_QG1.squeeze(-1).bfloat16()
-    scales_QG1 = _best_int4_scales(grouped_QGP, largest_QG1 / 7)
-    values_QP = (_rounded(grouped_QGP, scales_QG1, 7).flatten(-2) + INT4_ZERO).to(torch.uint8)
+    scales_QG1 = best_int4_scales(grouped_QGP, largest_QG1 / 7)
+    values_QP = (rounded(grouped_QGP, scales_QG1, 7).flatten(-2) + INT4_ZERO).to(torch.uint8)
     packed = values_QP[:, ::2] | values_QP[:, 1::2] << 4
     return packed, scales_QG1.squeeze(-1).bfloat16()
 
 
-def _best_int4_scales(grouped_QGP: Tensor, widest_QG1: Tensor) -> Tensor:
+def best_int4_scales(
+    grouped_QGP: Tensor, widest_QG1: Tensor, importance: Tensor | None = None
+) -> Tensor:
+    """Return the stored scale of each group: the fraction of ``widest`` with the least error.
+
+    ``importance`` weighs the squared error of each value; None = all the same.
+    """
     best_QG1, least_QG1 = widest_QG1, torch.full_like(widest_QG1, torch.inf)
     for clip in INT4_CLIPS:
         scales_QG1 = _as_scales(widest_QG1 * clip)
-        off_QGP = _rounded(grouped_QGP, scales_QG1, 7) * scales_QG1 - grouped_QGP
-        error_QG1 = off_QGP.square().sum(dim=-1, keepdim=True)
+        off_QGP = rounded(grouped_QGP, scales_QG1, 7) * scales_QG1 - grouped_QGP
+        squares_QGP = off_QGP.square()
+        if importance is not None:
+            squares_QGP *= importance
+        error_QG1 = squares_QGP.sum(dim=-1, keepdim=True)
         is_better_QG1 = error_QG1 < least_QG1
         best_QG1 = torch.where(is_better_QG1, scales_QG1, best_QG1)
         least_QG1 = torch.where(is_better_QG1, error_QG1, least_QG1)
@@ -95,7 +104,8 @@ def _as_scales(scales: Tensor) -> Tensor:
     return scales.bfloat16().float()
 
 
-def _rounded(grouped_QGP: Tensor, scales_QG1: Tensor, limit: int) -> Tensor:
+def rounded(grouped_QGP: Tensor, scales_QG1: Tensor, limit: int) -> Tensor:
+    """Return the nearest multiples of the scales, as integers up to ``limit``."""
     # A group of zeros, or one below bf16's range, has scale 0: its values are 0 too.
     inverse_QG1 = torch.where(scales_QG1 > 0, 1 / scales_QG1, 0)
     return (grouped_QGP * inverse_QG1).round().clamp(-limit, limit)

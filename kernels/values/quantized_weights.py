@@ -6,23 +6,21 @@ those of the compressed-tensors format (which shows 4 of them as one int32), on 
 S slots, Q outputs and P inputs of a matrix, G = P / group size, D model width, F expert width.
 """
 
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .activation import Activation
-from .expert_weights import ExpertWeights, SlotTable, check_biases, check_slots, empty_slots
+from .expert_weights import ExpertWeights, empty_slots
+from .few_bits import INT4_ZERO, FewBitsExpertWeights
+from .group_sparse import GroupSparseExpertWeights
 
 Bits = Literal[8, 4]
 
 WIDTH_UNIT = 32
 """The inputs of a matrix, and of a group, are a multiple of this, so that vectors and tiles hold
 whole groups on every processor."""
-
-INT4_ZERO = 8
-"""4 bits hold ``q + 8``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +64,16 @@ class QuantizedMatrices:
         return self.values.shape[2] * (8 // self.bits)
 
     @property
+    def kind(self) -> str:
+        """A short name for people."""
+        return f"int{self.bits}"
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Values and scales."""
+        return self.values, self.scales_SQG
+
+    @property
     def group_size(self) -> int:
         """Inputs that share a scale."""
         return self.width // self.scales_SQG.shape[2]
@@ -81,6 +89,10 @@ class QuantizedMatrices:
         grouped_QGP = values_QP.to(wide).unflatten(-1, (-1, self.group_size))
         return (grouped_QGP * scales_QG.unsqueeze(-1)).flatten(-2).to(dtype)
 
+    def view(self, slot: int, start: int, end: int) -> "SlotView":
+        """Return rows ``[start, end)`` of a slot, to write into."""
+        return SlotView(self.values[slot, start:end], self.scales_SQG[slot, start:end])
+
     def to(self, device: torch.device | str) -> "QuantizedMatrices":
         """Return the matrices on a device."""
         return QuantizedMatrices(self.values.to(device), self.scales_SQG.to(device))
@@ -95,79 +107,13 @@ class SlotView(NamedTuple):
     """bf16."""
 
 
-@dataclass(frozen=True, slots=True)
-class QuantizedExpertWeights(SlotTable):
-    """Gated expert weights in 8 or 4 bits, addressed as :class:`ExpertWeights` are."""
+class QuantizedExpertWeights(FewBitsExpertWeights[QuantizedMatrices]):
+    """Gated expert weights in 8 or 4 bits."""
 
-    fc1: QuantizedMatrices
-    """F gate rows, then F up rows, of D inputs."""
-    fc2: QuantizedMatrices
-    """D rows of F inputs."""
-    _: KW_ONLY
-    slot_of_E: tuple[int, ...] | None = None
-    """Slot of each expert, -1 if it is not here; None if slot e holds expert e."""
-    activation: Activation = "swiglu"
-    fc1_bias_SH: Tensor | None = None
-    """``[S, 2F]``, not quantized: bf16, fp16 or fp32 for any type of x; None without biases."""
-    fc2_bias_SD: Tensor | None = None
-    """``[S, D]``."""
-
-    def __post_init__(self) -> None:
-        """Raise ``ValueError`` if fc1, fc2 and their biases do not belong together."""
-        fc1, fc2 = self.fc1, self.fc2
-        shapes = (*fc1.values.shape[:2], fc1.width), (*fc2.values.shape[:2], fc2.width)
-        num_slots, d_model, d_expert = shapes[1]
-        if shapes[0] != (num_slots, 2 * d_expert, d_model):
-            raise ValueError(
-                f"fc1 {shapes[0]} and fc2 {shapes[1]} do not fit; they must be [S, 2F, D] and "
-                "[S, D, F]."
-            )
-        check_slots(self)
-        check_biases(self.fc1_bias_SH, self.fc2_bias_SD, shapes[0][:2], shapes[1][:2])
-
-    @property
-    def num_slots(self) -> int:
-        """S."""
-        return self.fc1.values.shape[0]
-
-    @property
-    def d_model(self) -> int:
-        """D."""
-        return self.fc1.width
-
-    def matrices(self, slot: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return fc1 ``[2F, D]`` and fc2 ``[D, F]`` of a slot in ``dtype``."""
-        return self.fc1.dequantize(slot, dtype), self.fc2.dequantize(slot, dtype)
-
-    def slot_views(self, slot: int) -> dict[str, SlotView | Tensor]:
-        """Return the writable parts of a slot: gate and up, F rows each, and down, D rows.
-
-        With biases also gate_bias ``[F]``, up_bias ``[F]`` and down_bias ``[D]``.
-        """
-        values, scales = self.fc1.values[slot], self.fc1.scales_SQG[slot]
-        gate, up = map(SlotView, values.chunk(2), scales.chunk(2))
-        down = SlotView(self.fc2.values[slot], self.fc2.scales_SQG[slot])
-        return {"gate": gate, "up": up, "down": down, **self.bias_views(slot)}
-
-    def to(self, device: torch.device | str) -> "QuantizedExpertWeights":
-        """Return the weights on a device."""
-        bias1_SH, bias2_SD = self.fc1_bias_SH, self.fc2_bias_SD
-        return replace(
-            self,
-            fc1=self.fc1.to(device),
-            fc2=self.fc2.to(device),
-            fc1_bias_SH=None if bias1_SH is None else bias1_SH.to(device),
-            fc2_bias_SD=None if bias2_SD is None else bias2_SD.to(device),
-        )
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all slots."""
-        parts = (*_tensors(self.fc1), *_tensors(self.fc2), *self.bias_parts)
-        return sum(part.nbytes for part in parts)
+    __slots__ = ()
 
 
-SlotWeights = ExpertWeights | QuantizedExpertWeights
+SlotWeights = ExpertWeights | QuantizedExpertWeights | GroupSparseExpertWeights
 """The weights of the experts in some slots, in any layout."""
 
 
@@ -184,7 +130,3 @@ def empty_matrices(
         values = torch.empty(num_slots, rows, row_bytes, dtype=dtype, device=device)
         scales = torch.empty(num_slots, rows, num_groups, dtype=torch.bfloat16, device=device)
     return QuantizedMatrices(values, scales)
-
-
-def _tensors(matrices: QuantizedMatrices) -> tuple[Tensor, Tensor]:
-    return matrices.values, matrices.scales_SQG

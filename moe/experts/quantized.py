@@ -1,10 +1,11 @@
-"""Experts in 8 or 4 bits, for inference. N rows, D model width, K choices."""
+"""Experts in few bits, for inference. N rows, D model width, K choices."""
 
 from collections.abc import Callable
 
 from torch import Tensor
 
 from ...kernels.experts import expert_mlp
+from ...kernels.values.group_sparse import GroupSparseExpertWeights
 from ...kernels.values.quantized_weights import QuantizedExpertWeights
 from ..routers.routing import Routing
 from .base import LayerExperts
@@ -13,7 +14,7 @@ from .base import LayerExperts
 class QuantizedExperts(LayerExperts):
     """Replaces :class:`Experts`; all experts are in memory."""
 
-    def __init__(self, weights: QuantizedExpertWeights) -> None:
+    def __init__(self, weights: QuantizedExpertWeights | GroupSparseExpertWeights) -> None:
         super().__init__()
         self.weights = weights
 
@@ -32,8 +33,8 @@ class QuantizedExperts(LayerExperts):
     def extra_repr(self) -> str:
         """Say how many experts there are and of which size, for ``repr``."""
         num_slots, d_model, _ = self.weights.fc2.values.shape
-        d_expert, bits = self.weights.fc2.width, self.weights.fc1.bits
-        return f"{num_slots} experts, d_model={d_model}, d_expert={d_expert}, int{bits}"
+        d_expert, kind = self.weights.fc2.width, self.weights.fc1.kind
+        return f"{num_slots} experts, d_model={d_model}, d_expert={d_expert}, {kind}"
 
     def forward(
         self,

@@ -10,10 +10,13 @@ import torch
 from ...dtypes import short_name, spellings, torch_dtype
 from ...errors import ConfigError
 from ...kernels.values.quantized_weights import Bits
+from .calibration import Calibration
 from .compressed_tensors import PackedFormat, packed_name
 from .families.table import FAMILIES
 from .folder import ModelFolder
 from .generation_config import generation_to_keep
+from .group_sparse_format import NAME as INT4_SPARSE
+from .group_sparse_format import GroupSparseFormat, choose_sparsity, group_sparse_config
 from .hf_config import to_hf
 from .hub import local_folder
 from .quantized_config import mixed_quantization_config, quantization_config
@@ -21,12 +24,13 @@ from .shards import TensorPlan
 from .tensor_names import dense_tensors, is_router
 from .tokenizer_folder import copy_tokenizer
 from .write_few_bits import choose_format
+from .write_group_sparse import prune
 from .write_weights import FolderWeights, plan_weights
 from .writer import write_model_folder
 
 log = logging.getLogger(__name__)
 
-DTYPES = ("fp32", "bf16", "int8", "int4")
+DTYPES = ("fp32", "bf16", "int8", "int4", INT4_SPARSE)
 """What weights may be written as."""
 BITS: dict[str | None, Bits] = {"int8": 8, "int4": 4}
 
@@ -37,12 +41,16 @@ def convert(
     dtype: str | None = None,
     ignore_unused_weights: bool = False,
     bits_of: Mapping[tuple[int, int], Bits] | None = None,
+    sparsity: float | None = None,
+    calibration: Calibration | None = None,
 ) -> str:
     """Write a model to folder ``target`` and return its ``model_type`` there.
 
     ``source`` is a folder or a name on the hub. ``dtype`` is the type of the weights: ``fp32``,
-    ``bf16`` (or torch's names for these), ``int8`` or ``int4``; None widens quantized weights and
-    keeps the others. ``int8`` and ``int4`` apply to the routed experts only. Tokenizer, chat
+    ``bf16`` (or torch's names for these), ``int8``, ``int4`` or ``int4_sparse``; None widens
+    quantized weights and keeps the others. Those of few bits apply to the routed experts only.
+    ``int4_sparse`` needs a ``calibration``, and prunes a share of ``sparsity`` of the experts'
+    weights, by default half. Tokenizer, chat
     template and generation config are copied. Weights that ``config.json`` does not ask for are
     left out, and refused without ``ignore_unused_weights``. ``bits_of`` gives each expert a width,
     by layer and expert, in place of ``dtype``. One tensor, or one expert, is in memory
@@ -58,24 +66,31 @@ def convert(
         if left_out is not None:
             log.warning("%s", left_out)
         config = folder.config
+        sparse = _sparse_format(folder, dtype, sparsity)
         packed: PackedFormat | dict[tuple[int, int], PackedFormat] | None = None
         if bits_of is not None:
             formats = {bits: choose_format(config, bits) for bits in set(bits_of.values())}
             packed = {key: formats[bits] for key, bits in bits_of.items()}
         elif dtype in BITS:
             packed = choose_format(config, BITS[dtype])
-        plain = folder.dtype if dtype is None or packed is not None else torch_dtype(dtype)
+        has_few_bits = packed is not None or sparse is not None
+        plain = folder.dtype if dtype is None or has_few_bits else torch_dtype(dtype)
         values = to_hf(
             config,
             str(plain).removeprefix("torch."),
             source=folder.values,
-            has_separate_experts=packed is not None,
+            has_separate_experts=has_few_bits,
             has_mixed_widths=bits_of is not None,
         )
         weights, family = FolderWeights(folder, plain), FAMILIES[values["model_type"]]
         plans = plan_weights(config, family, weights, plain, _router_dtype(folder, plain), packed)
         if packed is not None:
             values["quantization_config"] = _quantization(packed, plans)
+        if sparse is not None:
+            if calibration is None:
+                raise ConfigError(f"dtype is {INT4_SPARSE}, which needs a calibration; give one.")
+            plans = prune(plans, sparse, config, family, calibration)
+            values["quantization_config"] = group_sparse_config(sparse)
         generation = generation_to_keep(folder)
         write_model_folder(
             target, values, plans, lambda unfinished: copy_tokenizer(source, unfinished), generation
@@ -83,6 +98,16 @@ def convert(
     finally:
         folder.close()
     return family.model_type
+
+
+def _sparse_format(
+    folder: ModelFolder, dtype: str | None, sparsity: float | None
+) -> GroupSparseFormat | None:
+    if dtype == INT4_SPARSE:
+        return choose_sparsity(folder.config, 0.5 if sparsity is None else sparsity)
+    if sparsity is not None:
+        raise ConfigError(f"sparsity is {sparsity}, but dtype {dtype}; use dtype {INT4_SPARSE}.")
+    return None
 
 
 def _router_dtype(folder: ModelFolder, plain: torch.dtype) -> torch.dtype:

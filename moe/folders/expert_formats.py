@@ -7,6 +7,7 @@ from ...errors import ModelFileError
 from ..config.model import ModelConfig
 from .compressed_tensors import PackedFormat
 from .expert_layouts import ExpertLayout, SeparateExperts, part_shapes
+from .group_sparse_format import StoredFormat
 from .packed_schemes import PackedSchemes
 
 Key = tuple[int, int]
@@ -17,7 +18,7 @@ Key = tuple[int, int]
 class ExpertFormats:
     """The formats of a model's experts, and which expert has which."""
 
-    kinds: tuple[PackedFormat | None, ...]
+    kinds: tuple[StoredFormat | None, ...]
     """Those that occur, the widest first; None = not rounded."""
     kind_of: Mapping[Key, int] = field(default_factory=dict)
     """Index into ``kinds`` of each expert; empty if there is one kind."""
@@ -40,7 +41,7 @@ class ExpertFormats:
 
 
 def formats_of(
-    packed: PackedFormat | PackedSchemes | None, config: ModelConfig, layout: ExpertLayout
+    packed: StoredFormat | PackedSchemes | None, config: ModelConfig, layout: ExpertLayout
 ) -> ExpertFormats:
     """Return the formats of a folder's experts.
 
@@ -49,7 +50,7 @@ def formats_of(
     """
     moe = config.moe
     if not isinstance(packed, PackedSchemes) or moe is None:
-        return ExpertFormats((packed if isinstance(packed, PackedFormat) else None,))
+        return ExpertFormats((None if isinstance(packed, PackedSchemes) else packed,))
     if not isinstance(layout, SeparateExperts):
         raise ModelFileError(
             "config.json has several kinds of weights in quantization_config.config_groups, but "

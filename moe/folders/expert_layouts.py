@@ -10,17 +10,21 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ...kernels.values.few_bits import MatrixView
+from ...kernels.values.group_sparse import GroupSparseView
 from ...kernels.values.quantized_weights import SlotView
 from ..config.model import MoEConfig
 from .compressed_tensors import packed_name, packed_pieces
 from .extents import Piece
+from .group_sparse_format import GroupSparseFormat
 from .shards import TensorPlan
 from .tensor_files import TensorFiles
 
-ExpertViews = Mapping[str, Tensor | SlotView]
+ExpertViews = Mapping[str, Tensor | MatrixView]
 """An expert's writable ``gate``, ``up`` ``[F, D]`` and ``down`` ``[D, F]`` matrices, and with
-biases ``gate_bias``, ``up_bias`` ``[F]`` and ``down_bias`` ``[D]``. A quantized matrix is a
-:class:`SlotView`, which only a folder with the same number of bits can fill."""
+biases ``gate_bias``, ``up_bias`` ``[F]`` and ``down_bias`` ``[D]``. A matrix in few
+bits is a :class:`SlotView` or a :class:`GroupSparseView`; only a folder of the same format can fill
+it."""
 
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
 GetPart = Callable[[int, str], Tensor]
@@ -133,9 +137,14 @@ class SeparateExperts:
         return files.packed is None and _fused_name(layer, "gate_up") in files
 
 
-def _pieces_of(files: TensorFiles, name: str, view: Tensor | SlotView) -> list[Piece]:
+def _pieces_of(files: TensorFiles, name: str, view: Tensor | MatrixView) -> list[Piece]:
     if files.packed is not None and packed_name(name) in files:
-        return packed_pieces(files.place, files.packed.of(name), name, view)
+        packed = files.packed.of(name)
+        if isinstance(packed, GroupSparseFormat):
+            assert isinstance(view, GroupSparseView | Tensor), f"{name} is group-sparse"
+            return packed.pieces(files.place, name, view)
+        assert isinstance(view, SlotView | Tensor), f"{name} is not group-sparse"
+        return packed_pieces(files.place, packed, name, view)
     assert isinstance(view, Tensor), f"{name} is not quantized"
     return [Piece((files.place(name, tuple(view.shape)),), view)]
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ...kernels.values.expert_weights import ExpertWeights, empty_slots
+from ...kernels.values.group_sparse import GroupSparseExpertWeights
 from ...kernels.values.quantized_weights import (
     QuantizedExpertWeights,
     QuantizedMatrices,
@@ -18,12 +19,13 @@ from ...kernels.values.quantized_weights import (
 from ..config.model import ModelConfig
 from .compressed_tensors import PackedFormat
 from .expert_layouts import part_shapes
+from .group_sparse_format import GroupSparseFormat, StoredFormat
 
 
 def empty_experts(
-    config: ModelConfig, num_slots: int, dtype: torch.dtype, packed: PackedFormat | None
+    config: ModelConfig, num_slots: int, dtype: torch.dtype, packed: StoredFormat | None
 ) -> SlotWeights:
-    """Allocate ``num_slots`` experts of a model on the CPU, quantized with ``packed``.
+    """Allocate ``num_slots`` experts of a model on the CPU, in few bits as ``packed`` says.
 
     Biases are always in ``dtype``.
     """
@@ -37,11 +39,14 @@ def empty_experts(
     if packed is None:
         fc1, fc2 = (empty_slots(num_slots, *shape, dtype) for shape in shapes)
         return ExpertWeights(fc1, fc2, **how)
+    if isinstance(packed, GroupSparseFormat):
+        sparse1, sparse2 = (packed.empty(num_slots, *shape) for shape in shapes)
+        return GroupSparseExpertWeights(sparse1, sparse2, **how)
     packed1, packed2 = (_empty_packed(num_slots, *shape, packed) for shape in shapes)
     return QuantizedExpertWeights(packed1, packed2, **how)
 
 
-def expert_bytes(config: ModelConfig, dtype: torch.dtype, packed: PackedFormat | None) -> int:
+def expert_bytes(config: ModelConfig, dtype: torch.dtype, packed: StoredFormat | None) -> int:
     """Return the bytes of one expert."""
     moe = config.moe
     assert moe is not None, "only MoE models have experts"

@@ -18,10 +18,10 @@ from .expert_read import ExpertRead, GetBuffer
 from .extents import Chunk, DiskOrder, Piece, disk_order
 from .families.family import Family, full_name
 from .file_reader import buffer_of
+from .group_sparse_format import StoredFormat
 from .hf_config import find_family, from_hf
 from .json_file import read_json
-from .packed_schemes import PackedSchemes
-from .quantized_config import read_quantization_config
+from .stored_format import stored_format
 from .tensor_files import TensorFiles
 from .tensor_names import dense_tensors
 from .tied_head import check_tied_head
@@ -42,7 +42,7 @@ class ModelFolder:
         """Whether experts are read around the page cache (``files.open_direct`` first)."""
         moe = self.config.moe
         self._num_parts = 0 if moe is None else len(part_shapes(moe, self.config.d_model))
-        packed = self._packed_format()
+        packed = stored_format(self.values.get("quantization_config"), self.family)
         self.formats: ExpertFormats = formats_of(packed, self.config, self.family.experts)
         """How each expert is rounded."""
         self.files = TensorFiles(path, packed)
@@ -128,11 +128,13 @@ class ModelFolder:
         if self.files.packed is None or packed_name(name) not in self.files:
             entry = self.files.entry(name)
             return entry.dtype, entry.shape
+        packed = self.files.packed.of(name)
+        assert isinstance(packed, PackedFormat), f"{name} is no routed expert's"
         rows, words = self.files.entry(packed_name(name)).shape
-        return self.dtype, (rows, words * 32 // self.files.packed.of(name).bits)
+        return self.dtype, (rows, words * 32 // packed.bits)
 
     @property
-    def packed(self) -> PackedFormat | None:
+    def packed(self) -> StoredFormat | None:
         """How all experts are rounded; None = not at all.
 
         Raises :class:`ModelFileError` where some have fewer bits than others: see ``formats``.
@@ -227,17 +229,6 @@ class ModelFolder:
         """Read another JSON file of the folder; empty if it does not exist."""
         path = self.path / name
         return read_json(path) if path.exists() else {}
-
-    def _packed_format(self) -> PackedFormat | PackedSchemes | None:
-        values = self.values.get("quantization_config")
-        if values is not None and not isinstance(values, dict):
-            raise ModelFileError(
-                f"config.json has quantization_config = {values!r}; use an object or leave it out."
-            )
-        method = values.get("quant_method") if isinstance(values, dict) else None
-        if values is None or method == self.family.own_quantization:
-            return None
-        return read_quantization_config(values)
 
     def _name(self, parameter: str) -> str:
         """Return a tensor's name in this folder: the family's, or else ours, which transformers 5

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ModelFileError
+from ...kernels.values.few_bits import MatrixView
 from ...kernels.values.memory import prefer_huge_pages
-from ...kernels.values.quantized_weights import SlotView
 from ...progress import Progress
 from ..config.model import ModelConfig
 from ..models.decoder import Decoder
@@ -119,7 +119,7 @@ def _read_expert(folder: ModelFolder, layer: int, expert: int, views: ExpertView
         read()
 
 
-def _bytes_of(view: Tensor | SlotView) -> int:
+def _bytes_of(view: Tensor | MatrixView) -> int:
     return view.nbytes if isinstance(view, Tensor) else sum(part.nbytes for part in view)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from ...errors import ModelFileError
 from .compressed_tensors import PackedFormat, names_of, packed_name, read_plain
 from .extents import Place
+from .group_sparse_format import StoredFormat
 from .json_file import read_json
 from .packed_schemes import PackedSchemes
 from .safetensors_file import SafetensorsFile, TensorEntry
@@ -20,10 +21,10 @@ INDEX = "model.safetensors.index.json"
 class TensorFiles:
     """All safetensors files of a folder, open; reading is thread-safe."""
 
-    def __init__(self, folder: Path, packed: PackedFormat | PackedSchemes | None = None) -> None:
+    def __init__(self, folder: Path, packed: StoredFormat | PackedSchemes | None = None) -> None:
         self.folder = folder
         self.packed = packed
-        """How quantized matrices are rounded; None if there are none."""
+        """How matrices in few bits are stored; None if there are none."""
         self._files: dict[str, SafetensorsFile] = {}
         self._file_of: dict[str, SafetensorsFile] = {}
         try:
@@ -60,24 +61,31 @@ class TensorFiles:
 
     def check_matrix(self, name: str, shape: tuple[int, ...]) -> None:
         """Do what :meth:`check_shape` does, for a tensor that may be a quantized matrix."""
-        if self.packed is None or packed_name(name) not in self:
+        packed = self._packing(name)
+        if packed is None:
             self.check_shape(name, shape)
             return
-        for stored, (_, stored_shape) in self.packed.of(name).stored(name, *shape).items():
+        for stored, (_, stored_shape) in packed.stored(name, *shape).items():
             self.check_shape(stored, stored_shape)
 
     def stored_names(self, name: str) -> set[str]:
         """Return the names of the stored tensors of ``name``, which may be a quantized matrix."""
-        if self.packed is None or packed_name(name) not in self:
-            return {name}
-        return set(names_of(name))
+        return {name} if self._packing(name) is None else set(names_of(name))
 
     def read_matrix(self, name: str, out: Tensor) -> None:
         """Do what :meth:`read_into` does, and dequantize a quantized matrix."""
-        if self.packed is None or packed_name(name) not in self:
+        packed = self._packing(name)
+        if packed is None:
             self.read_into(name, out)
         else:
-            read_plain(self.read_into, name, self.packed.of(name), out)
+            read_plain(self.read_into, name, packed, out)
+
+    def _packing(self, name: str) -> PackedFormat | None:
+        """Return how matrix ``name``, of no routed expert, is rounded; None if it is not."""
+        if self.packed is None or packed_name(name) not in self:
+            return None
+        packed = self.packed.of(name)
+        return packed if isinstance(packed, PackedFormat) else None
 
     def read_part(self, name: str, index: int, out: Tensor) -> None:
         """Fill ``out`` with element ``index`` of the first dimension of tensor ``name``."""

@@ -22,6 +22,7 @@ TESTS = (
     "tests/kernels/test_grouped_linear.py",
     "tests/kernels/test_unwanted_gradients.py",
     "tests/kernels/test_frozen_experts.py",
+    "tests/kernels/test_group_sparse.py",
 )
 BEYOND = """
 import ctypes, torch

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ...moe.folders.folder import ModelFolder
+from ...moe.folders.group_sparse_format import NAME as INT4_SPARSE
+from ...moe.folders.group_sparse_format import GroupSparseFormat, StoredFormat
 from ...moe.folders.prices import read_prices
 from ..experts.options import StoreOptions
 
@@ -16,7 +18,11 @@ def lossy_modes(folder: ModelFolder, options: StoreOptions) -> list[str]:
     kinds = folder.formats.kinds
     if len(kinds) > 1:
         return ["mixed"]
-    return [f"int{packed.bits}" for packed in kinds if packed is not None]
+    return [_name(packed) for packed in kinds if packed is not None]
+
+
+def _name(packed: StoredFormat) -> str:
+    return INT4_SPARSE if isinstance(packed, GroupSparseFormat) else f"int{packed.bits}"
 
 
 def lossy_sentences(folder: Path, modes: Iterable[str]) -> tuple[str, ...]:

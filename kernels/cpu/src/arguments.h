@@ -54,6 +54,20 @@ struct QuantizedExpertArguments {
     QuantizedMatrix fc1, fc2;
 };
 
+// Weights of 4 bits in the groups that each row keeps: bytes [S, outputs, kept * 16], columns and
+// bf16 scales [S, outputs, kept]. Columns are uint8 or int16.
+struct GroupSparseMatrix {
+    const void *values, *columns, *scales;
+    int64_t kept, column_bytes;
+    int64_t value_stride, column_stride, scale_stride;  // elements from one slot to the next
+};
+
+// The expert MLP of group-sparse experts; fc1 and fc2 of `rest` are not used.
+struct GroupSparseExpertArguments {
+    ExpertArguments rest;
+    GroupSparseMatrix fc1, fc2;
+};
+
 // Gradients of the expert MLP's sum y[t] = sum_k weights[t][k] * MLP_{experts[t][k]}(x[t]).
 struct ExpertGradArguments {
     ExpertArguments forward;  // as in forward; `lines` is scratch
@@ -137,6 +151,7 @@ struct Kernels {
     void (*norm)(const NormArguments*);
     int64_t (*experts)(const ExpertArguments*);
     int64_t (*quantized_experts)(const QuantizedExpertArguments*);
+    int64_t (*group_sparse_experts)(const GroupSparseExpertArguments*);
     int64_t (*expert_forward)(const ExpertArguments*);
     void (*expert_grads)(const ExpertGradArguments*);
     void (*grouped_product)(const GroupedArguments*);

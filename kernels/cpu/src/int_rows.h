@@ -48,6 +48,30 @@ struct IntMatrix {
     std::unique_ptr<ScaleStep[]> steps;
 };
 
+// Rounds to integers of LARGEST at most and returns the scale. If a value is not finite, the scale
+// is not either, and 0 times it is NaN.
+template <class Element>
+inline float round_values(const Element* x, int64_t size, int16_t* values) {
+    uint32_t bits, largest_bits = 0;  // as integers, magnitudes have the same order
+    for (int64_t i = 0; i < size; i++) {
+        float magnitude = std::fabs(widen(x[i]));
+        std::memcpy(&bits, &magnitude, sizeof bits);
+        largest_bits = bits > largest_bits ? bits : largest_bits;
+    }
+    float largest;
+    std::memcpy(&largest, &largest_bits, sizeof largest);
+    float inverse = LARGEST / largest;
+    bool is_usual = largest <= std::numeric_limits<float>::max() &&
+                    inverse <= std::numeric_limits<float>::max();  // no zero or subnormal
+    for (int64_t i = 0; i < size; i++)
+        values[i] = is_usual ? int16_t(std::lrintf(widen(x[i]) * inverse)) : 0;
+    return largest / LARGEST;
+}
+
+struct DeleteAligned {
+    void operator()(char* p) const { ::operator delete[](p, std::align_val_t(64)); }
+};
+
 // Rows rounded to integers for one matrix. Each row is: values, every step in whole chunks; scales;
 // and the starting sums of each step, which correct for weights stored without a sign.
 class IntRows {
@@ -78,30 +102,11 @@ private:
         int64_t room = matrix_.chunks_per_step * CHUNK<Bits>;
         for (int64_t i = 0; i < matrix_.num_steps; i++, values += room, sums += SUM_LANES) {
             auto [start, size, group] = matrix_.steps[i];
-            scales[i] = round_step(x + start, size, values);
+            scales[i] = round_values(x + start, size, values);
             std::memset(values + size, 0, (room - size) * sizeof(int16_t));
             begin_sums<Bits>(values, room, sums);
             for (int64_t at = 0; at < room; at += CHUNK<Bits>) arrange<Bits>(values + at);
         }
-    }
-
-    // Returns the scale. If a value is not finite, the scale is not either, and 0 times it is NaN.
-    template <class Element>
-    static float round_step(const Element* x, int64_t size, int16_t* values) {
-        uint32_t bits, largest_bits = 0;  // as integers, magnitudes have the same order
-        for (int64_t i = 0; i < size; i++) {
-            float magnitude = std::fabs(widen(x[i]));
-            std::memcpy(&bits, &magnitude, sizeof bits);
-            largest_bits = bits > largest_bits ? bits : largest_bits;
-        }
-        float largest;
-        std::memcpy(&largest, &largest_bits, sizeof largest);
-        float inverse = LARGEST / largest;
-        bool is_usual = largest <= std::numeric_limits<float>::max() &&
-                        inverse <= std::numeric_limits<float>::max();  // no zero or subnormal
-        for (int64_t i = 0; i < size; i++)
-            values[i] = is_usual ? int16_t(std::lrintf(widen(x[i]) * inverse)) : 0;
-        return largest / LARGEST;
     }
 
     // Every lane starts with -zero times the inputs that it will be multiplied with.
@@ -116,13 +121,9 @@ private:
                     sums[lane] -= WEIGHT_ZERO<Bits> * values[at + lane * IN_LANE + i];
     }
 
-    struct Delete {
-        void operator()(char* p) const { ::operator delete[](p, std::align_val_t(64)); }
-    };
-
     const IntMatrix& matrix_;
     int64_t scales_at_, sums_at_, row_bytes_;
-    std::unique_ptr<char[], Delete> bytes_;
+    std::unique_ptr<char[], DeleteAligned> bytes_;
 };
 
 }  // namespace ISA

@@ -27,6 +27,9 @@ static int64_t run_experts(const ExpertArguments* a) { return BY_TYPE(experts, a
 static int64_t run_quantized_experts(const QuantizedExpertArguments* a) {
     return BY_TYPE(quantized_experts, a->rest.type, *a);
 }
+static int64_t run_group_sparse_experts(const GroupSparseExpertArguments* a) {
+    return BY_TYPE(group_sparse_experts, a->rest.type, *a);
+}
 static int64_t run_expert_forward(const ExpertArguments* a) {
     return BY_TYPE(expert_forward, a->type, *a);
 }
@@ -57,6 +60,7 @@ const Kernels JOIN(kernels_, ISA) = {
     ISA::run_norm,
     ISA::run_experts,
     ISA::run_quantized_experts,
+    ISA::run_group_sparse_experts,
     ISA::run_expert_forward,
     ISA::run_expert_grads,
     ISA::run_grouped_product,

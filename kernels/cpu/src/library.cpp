@@ -58,6 +58,8 @@ PUBLIC const int64_t* moeyard_sizes() {
         sizeof(ExpertArguments),
         sizeof(QuantizedMatrix),
         sizeof(QuantizedExpertArguments),
+        sizeof(GroupSparseMatrix),
+        sizeof(GroupSparseExpertArguments),
         sizeof(ExpertGradArguments),
         sizeof(GroupedArguments),
         sizeof(CombineArguments),
@@ -74,6 +76,9 @@ PUBLIC void moeyard_norm(const NormArguments* a) { chosen->norm(a); }
 PUBLIC int64_t moeyard_experts(const ExpertArguments* a) { return chosen->experts(a); }
 PUBLIC int64_t moeyard_quantized_experts(const QuantizedExpertArguments* a) {
     return chosen->quantized_experts(a);
+}
+PUBLIC int64_t moeyard_group_sparse_experts(const GroupSparseExpertArguments* a) {
+    return chosen->group_sparse_experts(a);
 }
 PUBLIC int64_t moeyard_expert_forward(const ExpertArguments* a) {
     return chosen->expert_forward(a);

@@ -1,7 +1,8 @@
-// The gated expert MLP with weights of 8 or 4 bits, without gradients.
+// The gated expert MLP with weights of 8 or 4 bits, dense or group-sparse, without gradients.
 #pragma once
 
 #include "experts.h"
+#include "group_sparse.h"
 #include "quantized.h"
 
 namespace ISA {
@@ -35,21 +36,36 @@ private:
     }
 };
 
-// Returns the first wrong row, and runs nothing if there is one; else -1.
-template <class Element> int64_t quantized_experts(const QuantizedExpertArguments& q) {
-    const ExpertArguments& a = q.rest;
+// A group-sparse matrix of all slots, and the rounded rows that it is multiplied with.
+struct SparseRowsMatrix {
+    const GroupSparse& matrix;
+    const GroupRows& all;
+
+    template <class Store>
+    void multiply(const char* const* rows, int64_t num_rows, int64_t slot, int64_t from,
+                  int64_t to, Store store) const {
+        if (matrix.column_bytes == 1)
+            sparse_products<uint8_t>(matrix, slot, all, rows, num_rows, from, to, store);
+        else
+            sparse_products<int16_t>(matrix, slot, all, rows, num_rows, from, to, store);
+    }
+};
+
+// Runs the experts on rounded rows; `RowsMatrix` is a matrix with rows of type `Rows`. Returns the
+// first wrong row, and runs nothing if there is one; else -1.
+template <class Element, class RowsMatrix, class Rows, class Matrix>
+int64_t rounded_experts(const ExpertArguments& a, const Matrix& fc1, const Matrix& fc2) {
     int64_t wrong = first_wrong_row(a);
     if (wrong >= 0) return wrong;
     Order order(a, BLOCK_ROWS);
     int threads = expert_threads(a, order);
     int64_t num_rows = order.num_blocks ? order.row_blocks[order.num_blocks - 1].to : 0;
-    IntMatrix fc1(q.fc1, a.d_model), fc2(q.fc2, a.d_expert);
-    IntRows x(a.tokens, fc1), rounded_act(num_rows, fc2);
+    Rows x(a.tokens, fc1), rounded_act(num_rows, fc2);
     std::unique_ptr<float[]> act(new float[num_rows * a.d_expert]);
     for_each_task(a.tokens, threads, [&](int64_t t) {
         x.round(t, static_cast<const Element*>(a.x) + t * a.d_model);
     });
-    QuantizedRowsMatrix first{fc1, x}, second{fc2, rounded_act};
+    RowsMatrix first{fc1, x}, second{fc2, rounded_act};
     for_each_block(order, a.d_expert, threads, [&](auto& block, int64_t from, int64_t to) {
         const char* rows[BLOCK_ROWS];
         for (int64_t r = block.from; r < block.to; r++)
@@ -65,6 +81,18 @@ template <class Element> int64_t quantized_experts(const QuantizedExpertArgument
         second_half(a, second, order, block, rows, from, to);
     });
     return -1;
+}
+
+template <class Element> int64_t quantized_experts(const QuantizedExpertArguments& q) {
+    const ExpertArguments& a = q.rest;
+    IntMatrix fc1(q.fc1, a.d_model), fc2(q.fc2, a.d_expert);
+    return rounded_experts<Element, QuantizedRowsMatrix, IntRows>(a, fc1, fc2);
+}
+
+template <class Element> int64_t group_sparse_experts(const GroupSparseExpertArguments& q) {
+    const ExpertArguments& a = q.rest;
+    GroupSparse fc1(q.fc1, a.d_model), fc2(q.fc2, a.d_expert);
+    return rounded_experts<Element, SparseRowsMatrix, GroupRows>(a, fc1, fc2);
 }
 
 }  // namespace ISA

@@ -29,8 +29,8 @@ class GptOssExperts:
         """Yield name and shape of every tensor that the experts of ``layer`` need."""
         if files.packed is not None:
             raise ModelFileError(
-                "config.json says that gpt_oss's experts are in the compressed-tensors format; "
-                "only MXFP4 and plain types are read in this family."
+                "config.json says that gpt_oss's experts are in the compressed-tensors format, or "
+                "group-sparse; only MXFP4 and plain types are read in this family."
             )
         num_experts, d_expert = moe.num_experts, moe.d_expert
         for part, rows, width in (("gate_up", 2 * d_expert, d_model), ("down", d_model, d_expert)):

@@ -14,7 +14,6 @@ import torch
 import xxhash
 from torch import Tensor
 
-from ....kernels.values.quantized_weights import SlotView
 from ....moe.folders.expert_hashes import FILE as HASHES
 from ....moe.folders.expert_layouts import ExpertViews
 from ....moe.folders.folder import ModelFolder
@@ -87,10 +86,10 @@ def _formats(folder: ModelFolder) -> object:
 
 def _parts(views: ExpertViews) -> Iterator[Tensor]:
     for view in views.values():
-        if isinstance(view, SlotView):
-            yield from view
-        else:
+        if isinstance(view, Tensor):
             yield view
+        else:
+            yield from view
 
 
 def _bytes_of(part: Tensor) -> np.ndarray:

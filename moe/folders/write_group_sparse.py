@@ -1,0 +1,65 @@
+"""Write routed experts with pruned groups, one matrix at a time."""
+
+from collections.abc import Iterable, Iterator
+from functools import partial
+
+from torch import Tensor
+
+from ...kernels.values.sparsify import sparsify
+from ..config.model import ModelConfig
+from .calibration import Calibration
+from .expert_layouts import SeparateExperts
+from .families.family import Family
+from .group_sparse_format import GroupSparseFormat, names_of
+from .shards import TensorPlan
+
+MATRICES = ("gate", "up", "down")
+
+
+def prune(
+    plans: Iterable[TensorPlan],
+    packed: GroupSparseFormat,
+    config: ModelConfig,
+    family: Family,
+    calibration: Calibration,
+) -> list[TensorPlan]:
+    """Return the plans of a folder in which the experts' matrices are pruned."""
+    moe, layout = config.moe, family.experts
+    assert moe is not None and isinstance(layout, SeparateExperts), "checked by choose_sparsity"
+    importance_of = {
+        layout.name(layer, expert, part): partial(calibration.importance, layer, expert, part)
+        for layer in config.moe_layers
+        for expert in range(moe.num_experts)
+        for part in MATRICES
+    }
+    found: list[TensorPlan] = []
+    for plan in plans:
+        if plan.name in importance_of:
+            found += _pruned(_PrunedMatrix(plan, packed, importance_of[plan.name]), packed)
+        else:
+            found.append(plan)
+    return found
+
+
+class _PrunedMatrix:
+    """Prunes a matrix when its first tensor is read, and frees each tensor after that."""
+
+    def __init__(
+        self, plan: TensorPlan, packed: GroupSparseFormat, importance: "partial[Tensor]"
+    ) -> None:
+        self.plan, self._packed, self._importance = plan, packed, importance
+        self._left: dict[str, Tensor] = {}
+
+    def take(self, name: str) -> list[Tensor]:
+        if not self._left:
+            (weight_QP,) = self.plan.parts()
+            kept = self._packed.kept(self.plan.name, weight_QP.shape[1])
+            view = sparsify(weight_QP, self._importance(), kept)
+            self._left = dict(zip(names_of(self.plan.name), view, strict=True))
+        return [self._left.pop(name)]
+
+
+def _pruned(matrix: _PrunedMatrix, packed: GroupSparseFormat) -> Iterator[TensorPlan]:
+    plan = matrix.plan
+    for name, (dtype, shape) in packed.stored(plan.name, *plan.shape).items():
+        yield TensorPlan(name, dtype, shape, partial(matrix.take, name), plan.layer, plan.expert)
