@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..adapters.rows import AdapterRows
 from ..experts.resident import Experts
 from ..layer import MoELayer
 from ..linear import Linear
@@ -35,10 +36,10 @@ class LoraLinear(Linear):
         self.lora_b = nn.Parameter(base.weight.new_zeros(base.out_features, rank))
         self.scale = scale
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, adapters: AdapterRows | None = None) -> Tensor:
         """Return ``x @ weight.T + bias + scale * x @ A.T @ B.T``, ``[T, out_features]``."""
         low_TP = F.linear(x, self.lora_a)
-        return super().forward(x) + self.scale * F.linear(low_TP, self.lora_b)
+        return super().forward(x, adapters) + self.scale * F.linear(low_TP, self.lora_b)
 
 
 def add_lora(
