@@ -13,7 +13,7 @@ ReadAdapter = Callable[[str, Path], Adapter]
 class AdapterTable:
     """Adapters that requests may name. Who holds an adapter keeps it, whatever happens here."""
 
-    def __init__(self, read: ReadAdapter) -> None:
+    def __init__(self, read: ReadAdapter | None = None) -> None:
         self._read = read
         self._adapters: dict[str, Adapter] = {}
 

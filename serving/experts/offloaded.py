@@ -76,7 +76,8 @@ class OffloadedExperts(LayerExperts):
             rows.append((free_n, None))
         waves: list[Waves] = []
         for rows_n, update in rows:
-            parts = tuple(t.index_select(0, rows_n) for t in (x_ND, experts_NK, weights_NK))
+            x_nD, experts_nK = x_ND.index_select(0, rows_n), experts_NK.index_select(0, rows_n)
+            parts = (x_nD, experts_nK, weights_NK.index_select(0, rows_n))
             if update is None:
                 waves.append(start_waves(*parts, self._num_experts))
             else:

@@ -4,7 +4,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from ....errors import ModelFileError
 from ..json_file import read_json
@@ -130,5 +130,5 @@ def _find(patterns: dict[str, Any] | None, module: str, default: float) -> float
     return default
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

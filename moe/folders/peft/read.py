@@ -5,6 +5,7 @@ from pathlib import Path
 from torch import nn
 
 from ....errors import ModelFileError
+from ....kernels.values.expert_update import ExpertUpdate
 from ...adapters.adapter import Adapter, LowRankLinear
 from ...adapters.table import AdapterTable
 from ...attention.grouped_query import Attention
@@ -63,7 +64,7 @@ class AdapterReader:
             else:
                 parts.setdefault(target.layer, {})[target.part, target.expert] = scaled
         layers = dict(self._decoder.moe_layers())
-        experts = {
+        experts: dict[nn.Module, ExpertUpdate] = {
             layers[index].experts: update_of(of_layer, self._sizes, self._like)
             for index, of_layer in parts.items()
         }
