@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from test_engine import latin, prompts, request, run
 
 import moeyard
 from moeyard.moe.batch import batch_of
@@ -11,7 +12,6 @@ from moeyard.serving.loading import open_model
 
 from adapter_folders import PREFIX, everything, fused_experts, write_adapter
 from small_model import CONFIG, slots
-from test_engine import latin, prompts, request, run
 
 SCALE = 8 / 4
 
@@ -77,7 +77,7 @@ def test_two_adapters_and_the_model_in_one_batch_have_the_bits_they_have_alone(
 
     def asked(of, only=None):
         return [
-            request(str(i), prompt, adapter=of[i % 3], num_logprobs=1)
+            request(str(i), prompt, adapter=of[i % 3], num_logprobs=1, max_tokens=6)
             for i, prompt in enumerate(prompts(6))
             if only is None or i == only
         ]
@@ -97,7 +97,7 @@ def test_two_adapters_and_the_model_in_one_batch_have_the_bits_they_have_alone(
     for index in range(6):
         built, of = engine()
         assert scores(built, asked(of, index))[str(index)] == together[str(index)]
-    plain = scores(engine()[0], [request("0", prompts(6)[0], num_logprobs=1)])
+    plain = scores(engine()[0], [request("0", prompts(6)[0], num_logprobs=1, max_tokens=6)])
     assert plain["0"] == together["0"]
     assert together["1"] != scores(engine()[0], asked([None] * 3, 1))["1"]
 
