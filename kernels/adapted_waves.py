@@ -1,26 +1,31 @@
 """The expert MLP of rows that go through a served adapter, some experts at a time.
 
-T tokens, K choices, R = T*K routed rows, D model width, P inputs, n rows of one expert.
+T tokens, K choices, R = T*K routed rows, N rows of a wave in expert order, n rows of one expert,
+E experts, D model width, F expert width, H = 2F, P inputs, Q outputs.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
+import torch
 from torch import Tensor
 
+from .cpu.grouped import can_multiply, multiply
 from .linear import linear
 from .torch_ops.experts import combine_rows
+from .torch_ops.loop import Span
+from .trust import may_use_cpp
 from .values.activation import gated
 from .values.expert_update import ExpertUpdate
 from .values.grouping import group_tokens
-from .values.quantized_weights import SlotWeights
+from .values.quantized_weights import QuantizedExpertWeights, SlotWeights
 
 
 class AdaptedWaves:
     """An unfinished sum over rows of one adapter, like :class:`.waves.Waves`.
 
     The activation stands between the two updates, so kernels that compute an expert in one go
-    cannot run it. Each (adapter, expert) pair multiplies its rows together, with the experts'
-    matrices and with A and B. On the CPU a row's bits do not depend on the other rows.
+    cannot run it. Each expert multiplies its rows together; one grouped product is for the A of
+    all experts, and one for their B. On the CPU a row's bits do not depend on the other rows.
     """
 
     def __init__(
@@ -39,38 +44,61 @@ class AdaptedWaves:
 
     def add(self, experts: SlotWeights, only: Collection[int] | None = None) -> None:
         """Run all experts in slots, or ``only`` some of them."""
-        for expert in range(len(self._bounds) - 1) if only is None else only:
-            start, end = self._bounds[expert], self._bounds[expert + 1]
-            if start == end:
-                continue
-            slot = experts.slot(expert)
-            assert slot >= 0, f"expert {expert} has rows but no slot"
-            x_nD = self._x_TD.index_select(0, self._tokens_R[start:end])
-            self._y_RD[start:end] = self._expert(x_nD, experts, expert, slot)
+        groups = self._groups(range(len(self._bounds) - 1) if only is None else only)
+        if not groups:
+            return
+        starts = [self._bounds[group.slot] for group in groups]
+        counts = [group.end - group.start for group in groups]
+        lines = [torch.arange(s, s + n) for s, n in zip(starts, counts, strict=True)]
+        lines_N = torch.cat(lines).to(self._x_TD.device)
+        x_ND = self._x_TD.index_select(0, self._tokens_R.index_select(0, lines_N))
+        h_NH = self._product(x_ND, experts, groups, 0)
+        act_NF = gated(h_NH, experts.activation)
+        self._y_RD[lines_N] = self._product(act_NF, experts, groups, 1)
 
     def result(self) -> Tensor:
         """Return ``y``, ``[T, D]``, once every chosen expert has run."""
         return combine_rows(self._y_RD, self._grouping, self._weights_TK)
 
-    def _expert(self, x_nD: Tensor, experts: SlotWeights, expert: int, slot: int) -> Tensor:
-        fc1_HD, fc2_DF = experts.matrices(slot, x_nD.dtype)
-        bias1_H, bias2_D = experts.biases(slot, x_nD.dtype)
-        h_nH = _product(x_nD, fc1_HD, bias1_H, self._update.fc1_EPD, expert)
-        act_nF = gated(h_nH, experts.activation)
-        return _product(act_nF, fc2_DF, bias2_D, self._update.fc2_EPF, expert)
+    def _groups(self, experts: Iterable[int]) -> list[Span]:
+        """Return the experts that have rows, and where those are among the rows of this wave."""
+        groups, end = [], 0
+        for expert in experts:
+            count = self._bounds[expert + 1] - self._bounds[expert]
+            if count:
+                groups.append(Span(expert, end, end + count))
+                end += count
+        return groups
+
+    def _product(
+        self, x_NP: Tensor, experts: SlotWeights, groups: list[Span], index: int
+    ) -> Tensor:
+        """Return each row's product with its expert's matrix, fc1 or fc2, and update."""
+        parts = []
+        for expert, start, end in groups:
+            slot = experts.slot(expert)
+            assert slot >= 0, f"expert {expert} has rows but no slot"
+            y_nQ = linear(x_NP[start:end], _matrix(experts, slot, index, x_NP.dtype))
+            bias_Q = experts.biases(slot, x_NP.dtype)[index]
+            parts.append(y_nQ if bias_Q is None else y_nQ + bias_Q)
+        y_NQ = torch.cat(parts)
+        factors = (self._update.fc1_EPD, self._update.fc2_EPF)[index]
+        if factors is None:
+            return y_NQ
+        a_EPI, b_EQP = factors
+        return y_NQ + _grouped(_grouped(x_NP, a_EPI, groups), b_EQP, groups)
 
 
-def _product(
-    x_nP: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    factors: tuple[Tensor, Tensor] | None,
-    expert: int,
-) -> Tensor:
-    y_nQ = linear(x_nP, weight)
-    if bias is not None:
-        y_nQ = y_nQ + bias
-    if factors is None:
-        return y_nQ
-    a, b = factors
-    return y_nQ + linear(linear(x_nP, a[expert]), b[expert])
+def _matrix(experts: SlotWeights, slot: int, index: int, dtype: torch.dtype) -> Tensor:
+    """Return fc1 or fc2 of a slot; of quantized experts, one matrix at a time is widened."""
+    if isinstance(experts, QuantizedExpertWeights):
+        return (experts.fc1, experts.fc2)[index].dequantize(slot, dtype)
+    return experts.matrices(slot, dtype)[index]
+
+
+def _grouped(x_NP: Tensor, weight_EQP: Tensor, groups: list[Span]) -> Tensor:
+    """Return each row's product with the matrix of its expert."""
+    if may_use_cpp(x_NP) and can_multiply(x_NP, weight_EQP):
+        return multiply(x_NP, weight_EQP, groups)
+    parts = [linear(x_NP[start:end], weight_EQP[expert]) for expert, start, end in groups]
+    return torch.cat(parts)

@@ -53,9 +53,13 @@ class AdapterRows:
         """Return ``y`` with the updates of a linear layer, whose input is ``x``."""
         for adapter, rows_n in self._rows:
             update = adapter.linears.get(layer)
-            if update is not None:
-                rows_n = rows_n.to(x_NI.device)
-                y_NO = y_NO.index_add(0, rows_n, update.run(x_NI.index_select(0, rows_n)))
+            if update is None:
+                continue
+            if len(rows_n) == len(x_NI):  # all rows: nothing to gather
+                y_NO = y_NO + update.run(x_NI)
+                continue
+            rows_n = rows_n.to(x_NI.device)
+            y_NO = y_NO.index_add(0, rows_n, update.run(x_NI.index_select(0, rows_n)))
         return y_NO
 
     def expert_updates(self, experts: nn.Module) -> RowUpdates:

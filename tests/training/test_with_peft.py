@@ -75,7 +75,7 @@ def test_pefts_adapter_has_its_logits_here(tmp_path, case, kind):
     )
     assert offloaded(ids, adapter="a").equal(model(ids, adapter="a"))
     # With a cache, single rows take other products; DeepSeek's latent ones most of all.
-    greedy = model.generate(ids, 8, temperature=0, adapter="a")
+    greedy = model.generate(ids, 8, temperature=0, ignore_eos=True, adapter="a")
     first = ids.shape[1]
     assert logits(tuned, greedy)[:, first - 1 : -1].argmax(-1).equal(greedy[:, first:])
 

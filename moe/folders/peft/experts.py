@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ....kernels.values.expert_update import ExpertUpdate
@@ -108,5 +109,7 @@ def _of_each(parts: Parts, part: str, sizes: ExpertSizes) -> Stacked:
 def _cast(factors: Stacked | None, like: Tensor) -> Stacked | None:
     if factors is None:
         return None
-    a_EPI, b_EOP = (part.to(like).contiguous() for part in factors)
-    return a_EPI, b_EOP
+    a_EPI, b_EOP = factors
+    odd = a_EPI.shape[1] % 2  # kernels multiply in pairs; a rank of zeros changes nothing
+    a_EPI, b_EOP = F.pad(a_EPI, (0, 0, 0, odd)), F.pad(b_EOP, (0, odd))
+    return a_EPI.to(like).contiguous(), b_EOP.to(like).contiguous()
