@@ -1,7 +1,8 @@
 """Low-rank updates (LoRA, Hu et al. 2021): ``W x + s B A x`` with W frozen, A and B trained.
 
 A decoder with them is for training and evaluation. Caches and decode kernels read W alone, so a
-model is served after its export, which adds ``s B A`` to W.
+model is served after its export, which adds ``s B A`` to W, or with A and B as an adapter
+(moe/adapters).
 
 P rank, S slots, D model width, F expert width.
 """

@@ -28,7 +28,7 @@ def export(run_dir: Path, target: Path) -> int:
     return _export(newest(run_dir), run_dir, target)
 
 
-def exportnewest(run_dir: Path) -> Path:
+def export_newest(run_dir: Path) -> Path:
     """Return ``RUN_DIR/exports/STEP`` of the newest whole checkpoint; write it if it is new."""
     checkpoint = newest(run_dir)
     target = run_dir / "exports" / checkpoint.name
