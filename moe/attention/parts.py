@@ -33,18 +33,18 @@ class Part:
 
 def parts_of(batch: Batch, rope: Tables) -> list[Part]:
     """Split a batch into the sequences of one row that have a cache, and the others."""
-    is_single = [_is_single(batch, index) for index in range(len(batch.lengths))]
-    if batch.caches is None or not any(is_single) or not can_attend_rows(rope):
+    singles = [_is_single(batch, index) for index in range(len(batch.lengths))]
+    if batch.caches is None or not any(singles) or not can_attend_rows(rope):
         return [Part(batch, rope)]
-    if all(is_single):
+    if all(singles):
         return [Part(batch, rope, step=prepare_rows(batch.caches))]
     starts = list(accumulate(batch.lengths, initial=0))
     parts = []
-    for wanted in (True, False):
-        chosen = [i for i, found in enumerate(is_single) if found == wanted]
+    for is_single in (True, False):
+        chosen = [i for i, found in enumerate(singles) if found == is_single]
         rows_N = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in chosen])
         some, tables = batch.subset(chosen, rows_N), (rope[0][rows_N], rope[1][rows_N])
-        step = prepare_rows(some.caches or ()) if wanted else None
+        step = prepare_rows(some.caches or ()) if is_single else None
         parts.append(Part(some, tables, rows_N, step))
     return parts
 
