@@ -29,6 +29,9 @@ def add(parsers: Parsers) -> None:
         metavar="FILE",
         help="write which experts each token visited into FILE, which is replaced",
     )
+    generate.add_argument(
+        "--lora", type=Path, metavar="FOLDER", help="a LoRA folder of peft to go through"
+    )
     add_loading(generate)
     generate.set_defaults(run=run)
 
@@ -39,6 +42,10 @@ def run(arguments: argparse.Namespace) -> None:
 
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     model = open_model(arguments)
+    adapter = None
+    if arguments.lora is not None:
+        adapter = str(arguments.lora)
+        model.adapters.load(adapter, arguments.lora)
     answer = model.stream(
         prompt,
         max_new_tokens=arguments.max_new_tokens,
@@ -48,6 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         stop=arguments.stop,
         ignore_eos=arguments.ignore_eos,
+        adapter=adapter,
     )
     started = time.monotonic()
     with _recording(model, arguments.record_routes):

@@ -107,6 +107,22 @@ def add_expert_store(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_adapters(parser: argparse.ArgumentParser) -> None:
+    """Add which adapters a server has, and who may change them."""
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="a LoRA folder of peft that requests name as their model; repeat for several",
+    )
+    parser.add_argument(
+        "--allow-lora-updates",
+        action="store_true",
+        help="let clients with the key load and unload adapters from folders of this machine",
+    )
+
+
 def add_dtype(parser: argparse.ArgumentParser) -> None:
     """Add the type that weights are loaded in."""
     parser.add_argument(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from .options import (
     Parsers,
+    add_adapters,
     add_allow_code,
     add_command,
     add_dtype,
@@ -71,6 +72,7 @@ def add(parsers: Parsers) -> None:
         help="web pages that may call the server, such as http://localhost:3000, or *; repeat for "
         "several; default: none",
     )
+    add_adapters(serve)
     _add_recording(serve)
     add_ignore_unused_weights(serve)
     add_allow_code(serve)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from ..kernels.values.memory import to_device
+from .adapters.adapter import Adapter
+from .adapters.rows import AdapterRows, adapter_rows
 from .kv_cache import KVCache
 from .routers.groups import previous_rows
 
@@ -49,6 +51,8 @@ class Batch:
     routers' choice; -1 = none (routes/replay.py)."""
     previous_ids_T: Tensor | None = None
     """The token id before each row, -1 for none, for routers that read it."""
+    adapters: AdapterRows | None = None
+    """Which rows go through which adapter; None = all go through the weights alone."""
 
     @property
     def is_uniform(self) -> bool:
@@ -76,6 +80,7 @@ class Batch:
             tasks_T=None if self.tasks_T is None else self.tasks_T[rows_N],
             timesteps_T=None if self.timesteps_T is None else self.timesteps_T[rows_N],
             routes=None if self.routes is None else {i: r[rows_N] for i, r in self.routes.items()},
+            adapters=None if self.adapters is None else self.adapters.subset(sequences),
         )
 
     def with_previous_ids(self) -> "Batch":
@@ -100,8 +105,15 @@ class Batch:
             cache.length += length
 
 
-def batch_of(sequences: Sequence[Tensor], caches: Sequence[KVCache] | None = None) -> Batch:
-    """Concatenate 1-D id tensors, each continuing its cache if there are caches."""
+def batch_of(
+    sequences: Sequence[Tensor],
+    caches: Sequence[KVCache] | None = None,
+    adapters: Sequence[Adapter | None] | None = None,
+) -> Batch:
+    """Concatenate 1-D id tensors, each continuing its cache if there are caches.
+
+    ``adapters`` has one for each sequence, None for the model alone.
+    """
     lengths = tuple(len(ids) for ids in sequences)
     starts = [0] * len(sequences) if caches is None else [cache.length for cache in caches]
     spans = (range(start, start + n) for start, n in zip(starts, lengths, strict=True))
@@ -111,6 +123,7 @@ def batch_of(sequences: Sequence[Tensor], caches: Sequence[KVCache] | None = Non
         positions_T=to_device(positions_T, sequences[0].device),
         lengths=lengths,
         caches=None if caches is None else tuple(caches),
+        adapters=adapter_rows(adapters, lengths),
     )
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.values.activation import Activation, gated
+from .adapters.rows import AdapterRows
 from .linear import Linear
 
 
@@ -17,8 +18,8 @@ class GatedMLP(nn.Module):
         self.up_proj = Linear(d_model, d_ff)
         self.down_proj = Linear(d_ff, d_model)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
+    def forward(self, x_TD: Tensor, adapters: AdapterRows | None = None) -> Tensor:
         """Return ``down(act(gate x) * up x)``."""
-        h = torch.cat([self.gate_proj(x_TD), self.up_proj(x_TD)], dim=-1)
-        out: Tensor = self.down_proj(gated(h, self.activation))
+        h = torch.cat([self.gate_proj(x_TD, adapters), self.up_proj(x_TD, adapters)], dim=-1)
+        out: Tensor = self.down_proj(gated(h, self.activation), adapters)
         return out

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..kernels.experts import Backend
 from ..kernels.values.activation import ACTIVATIONS, Activation
+from .adapters.rows import AdapterRows
+from .experts.adapted import adapted_path, of_lines
 from .experts.base import LayerExperts
 from .experts.path import Beside, ExpertPath, LocalPath
 from .experts.resident import Experts
@@ -122,6 +124,7 @@ class MoELayer(nn.Module):
         tasks: Tensor | None = None,
         timesteps: Tensor | None = None,
         routing: Routing | None = None,
+        adapters: AdapterRows | None = None,
     ) -> tuple[Tensor, Routing]:
         """Return the layer's output, shaped like ``x`` ``[..., D]``, and the routing.
 
@@ -129,6 +132,7 @@ class MoELayer(nn.Module):
         padding, which is neither computed nor counted) have x's leading shape; its last dimension
         is the tokens of a sequence. So have ``tasks`` and ``timesteps``, for routers that read
         them. ``routing`` is a choice made earlier; layers whose router does not read x need it.
+        ``adapters`` says which rows go through which adapter (serving).
         """
         given = {"token_ids": token_ids, "valid": valid, "tasks": tasks, "timesteps": timesteps}
         self._check(x, given)
@@ -152,20 +156,24 @@ class MoELayer(nn.Module):
             )
         shared = None
         if self.shared_expert is not None:
-            shared = partial(_run_shared, self.shared_expert, self.shared_expert_gate, x_TD)
+            modules = (self.shared_expert, self.shared_expert_gate)
+            shared = partial(_run_shared, *modules, adapters, x_TD)
+        path = self.path if adapters is None else adapted_path(self.path, adapters, self.experts)
         if self.gate.config.varies:
-            y_TD = self._run_lines(x_TD, routing, shared)
+            y_TD = self._run_lines(x_TD, routing, path, shared)
         else:
-            y_TD = self.path.run(x_TD, routing, self.experts, shared)
+            y_TD = path.run(x_TD, routing, self.experts, shared)
         return y_TD.view_as(x), routing
 
-    def _run_lines(self, x_TD: Tensor, routing: Routing, beside: Beside | None) -> Tensor:
+    def _run_lines(
+        self, x_TD: Tensor, routing: Routing, path: ExpertPath, beside: Beside | None
+    ) -> Tensor:
         """Run the experts on lines of k choices; see split_rows.py."""
         tokens_N, experts_NW, weights_NW = split_rows(
             routing.experts_TK, routing.weights_TK, self.gate.k
         )
         lines = Routing(experts_NW, weights_NW, routing.counts_E, routing.num_tokens)
-        y_ND = self.path.run(x_TD[tokens_N], lines, self.experts)
+        y_ND = of_lines(path, tokens_N).run(x_TD[tokens_N], lines, self.experts)
         y_TD = torch.zeros_like(x_TD).index_add(0, tokens_N, y_ND)
         return y_TD if beside is None else y_TD + beside()
 
@@ -197,10 +205,12 @@ class MoELayer(nn.Module):
         return auxiliary_loss([self], [routing], reduce)
 
 
-def _run_shared(expert: nn.Module, gate: nn.Module | None, x_TD: Tensor) -> Tensor:
+def _run_shared(
+    expert: nn.Module, gate: nn.Module | None, adapters: AdapterRows | None, x_TD: Tensor
+) -> Tensor:
     """Return what the shared expert adds to every token."""
-    y_TD: Tensor = expert(x_TD)
-    return y_TD if gate is None else gate(x_TD).sigmoid() * y_TD
+    y_TD: Tensor = expert(x_TD, adapters)
+    return y_TD if gate is None else gate(x_TD, adapters).sigmoid() * y_TD
 
 
 def auxiliary_loss(

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from ..kernels.linear import linear
+from .adapters.rows import AdapterRows
 
 
 class Linear(nn.Linear):
@@ -11,7 +12,9 @@ class Linear(nn.Linear):
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__(in_features, out_features, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``x @ weight.T + bias``, ``[T, out_features]``."""
+    def forward(self, x: Tensor, adapters: AdapterRows | None = None) -> Tensor:
+        """Return ``x @ weight.T + bias``, ``[T, out_features]``, with the adapters' updates."""
         y = linear(x, self.weight)
-        return y if self.bias is None else y + self.bias
+        if self.bias is not None:
+            y = y + self.bias
+        return y if adapters is None else adapters.add(self, x, y)

@@ -1,7 +1,7 @@
 """Open a model folder for inference, with all experts in memory or behind a store."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from ..kernels.values.memory import is_out_of_memory
 from ..moe.folders.folder import ModelFolder
 from ..moe.folders.generation_config import read_generation_config
 from ..moe.folders.hub import local_folder
+from ..moe.folders.peft.read import adapter_table
 from ..moe.folders.read_weights import WeightRead, dense_reads, expert_reads, run_reads
 from ..moe.folders.text_codec import TextCodec
 from ..moe.models.decoder import Decoder
@@ -51,6 +52,7 @@ def load(
     expert_predictor: str | Predictor = "none",
     expert_reader: str = "auto",
     expert_log: str | Path | None = None,
+    adapters: Mapping[str, str | Path] | None = None,
 ) -> LanguageModel:
     """Open a Hugging Face MoE model or a run's export as a model ready to call.
 
@@ -72,7 +74,8 @@ def load(
     :class:`moeyard.serving.experts.predictors.predictor.Predictor`.
     ``expert_log`` is a file for every event of the store, which is replaced.
     ``expert_reader`` reads experts through the page cache (``buffered``) or around it (``direct``);
-    ``auto`` measures which is better.
+    ``auto`` measures which is better. ``adapters`` are LoRA folders of peft by name: a call of the
+    model names one of them, or none (docs/adapters.md).
 
     Raises :class:`ModelFileError` for a folder that is damaged or of an unknown kind and for a
     model that cannot be downloaded, and :class:`ConfigError` for arguments that do not fit.
@@ -86,6 +89,8 @@ def load(
     model, _ = open_model(
         folder, dtype, device, expert_memory, ignore_unused_weights, allow_code, options
     )
+    for name, path in (adapters or {}).items():
+        model.adapters.load(name, Path(path))
     return model
 
 
@@ -198,7 +203,8 @@ def _open(
             "generation_config.json asks for %s, which is not offered; answers do without.",
             " and ".join(generation.not_followed),
         )
-    model = LanguageModel(decoder, generation, TextCodec(files.path))
+    table = adapter_table(decoder, files.family)
+    model = LanguageModel(decoder, generation, TextCodec(files.path), table)
     if store is None:
         files.close()
     return model, store

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BeforeValidator, ConfigDict, Field, field_validator
 from starlette.types import ASGIApp
 
 from ..dtypes import short_name
@@ -18,6 +18,7 @@ from ..moe.folders.hub import hub_name, local_folder, pinned
 from ..moe.routers.causal import check_causal
 from ..moe.routers.own_code import allow
 from ..moe.routes.reader import SUFFIX
+from .api.adapters import ServedModels
 from .api.http_app import HttpApi
 from .engine.admission import Admission
 from .engine.engine import Engine, check_length
@@ -31,11 +32,12 @@ from .experts.policies.table import check_policy
 from .experts.predictors.table import check_fit
 from .experts.tiers.shared_memory import check_shared_memory
 from .loading import open_model, pick_dtype
+from .lora_args import LoraArgs, check_adapters
 from .memory import check_memory
 from .replica_files import check_replica_files, replica_file
 
 
-class ServeArgs(BaseModel):
+class ServeArgs(LoraArgs):
     """Arguments of ``moeyard serve``, of ``serve run`` and of a deployment's YAML."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -164,6 +166,7 @@ def check_model(args: ServeArgs, runs_here: bool = False) -> None:
     if runs_here:
         check_memory(folder, dtype, args.expert_memory, args.num_replicas, host)
         check_shared_memory(host)
+    check_adapters(args, folder, args.model_name, args.api_key, args.num_replicas)
     folder.close()
     check_length(args.max_model_len, folder.config.max_positions)
 
@@ -186,6 +189,8 @@ class Server:
             ignore_unused_weights=args.ignore_unused_weights,
             allow_code=args.allow_code,
         )
+        self._models = ServedModels(args.model_name, model.adapters)
+        args.load_adapters(model.adapters)
         self._recorder = None
         if args.record_routes is not None:
             path = replica_file(args.record_routes, replica, "record-routes", SUFFIX)
@@ -217,10 +222,11 @@ class Server:
             self.thread,
             self._tokenizer,
             self.admission,
-            self._args.model_name,
+            self._models,
             render_metrics or self._own_metrics,
         )
-        return api.app(self._args.api_key, self._args.cors_origin)
+        args = self._args
+        return api.app(args.api_key, args.cors_origin, args.allow_lora_updates)
 
     async def _own_metrics(self) -> bytes:
         return self.metrics.render()

@@ -50,15 +50,15 @@ class Attention(nn.Module):
 
     def forward(self, x_TD: Tensor, batch: Batch, rope: Tables) -> Tensor:
         """Return the attention output, ``[T, D]``."""
-        q_TQH = self._heads(self.q_proj(x_TD), self.q_norm, self.num_heads)
-        k_TGH = self._heads(self.k_proj(x_TD), self.k_norm, self.num_kv_heads)
-        v_TGH = self._heads(self.v_proj(x_TD), None, self.num_kv_heads)
+        q_TQH = self._heads(self.q_proj(x_TD, batch.adapters), self.q_norm, self.num_heads)
+        k_TGH = self._heads(self.k_proj(x_TD, batch.adapters), self.k_norm, self.num_kv_heads)
+        v_TGH = self._heads(self.v_proj(x_TD, batch.adapters), None, self.num_kv_heads)
         if self.uses_rope:
             q_TQH = rotate(q_TQH, rope, self.interleaved)
             k_TGH = rotate(k_TGH, rope, self.interleaved)
         rule = AttentionRule(self.scale, self.window, self.sinks)
         out_TQH = attend(q_TQH, k_TGH, v_TGH, batch, rule, self.layer)
-        out_TD: Tensor = self.o_proj(out_TQH.flatten(-2))
+        out_TD: Tensor = self.o_proj(out_TQH.flatten(-2), batch.adapters)
         return out_TD
 
     def _heads(self, x_TP: Tensor, norm: RMSNorm | None, num_heads: int) -> Tensor:

@@ -7,6 +7,7 @@ without position, V value width, L rows of one sequence, S positions.
 import torch
 from torch import Tensor, nn
 
+from ..adapters.rows import AdapterRows
 from ..batch import Batch
 from ..config.model import ModelConfig
 from ..kv_cache import KVCache, KVCacheSpec
@@ -56,8 +57,8 @@ class LatentAttention(nn.Module):
 
     def forward(self, x_TD: Tensor, batch: Batch, rope: Tables) -> Tensor:
         """Return the attention output, ``[T, D]``."""
-        q_TQN, q_TQR = self._queries(x_TD, rope)
-        c_TC, k_TR = self.kv_a_proj_with_mqa(x_TD).split(
+        q_TQN, q_TQR = self._queries(x_TD, batch.adapters, rope)
+        c_TC, k_TR = self.kv_a_proj_with_mqa(x_TD, batch.adapters).split(
             [self.latent.kv_rank, self.latent.rope_dim], dim=-1
         )
         c_TC = self.kv_a_layernorm(c_TC)
@@ -66,17 +67,20 @@ class LatentAttention(nn.Module):
             out_TQV = self._expanded(q_TQN, q_TQR, c_TC, k_T1R, batch)
         else:
             parts = (t.split(batch.lengths) for t in (q_TQN, q_TQR, c_TC, k_T1R))
-            sequences = zip(*parts, batch.caches, strict=True)
+            sequences = zip(*parts, batch.caches, self._expansions(batch), strict=True)
             out_TQV = torch.cat([self._one_cached(*sequence) for sequence in sequences])
-        out_TD: Tensor = self.o_proj(out_TQV.flatten(-2))
+        out_TD: Tensor = self.o_proj(out_TQV.flatten(-2), batch.adapters)
         return out_TD
 
-    def _queries(self, x_TD: Tensor, rope: Tables) -> tuple[Tensor, Tensor]:
+    def _queries(
+        self, x_TD: Tensor, adapters: AdapterRows | None, rope: Tables
+    ) -> tuple[Tensor, Tensor]:
         latent = self.latent
         if latent.q_rank is None:
-            q_TP = self.q_proj(x_TD)
+            q_TP = self.q_proj(x_TD, adapters)
         else:
-            q_TP = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_TD)))
+            q_a_TP = self.q_a_layernorm(self.q_a_proj(x_TD, adapters))
+            q_TP = self.q_b_proj(q_a_TP, adapters)
         q_TQH = q_TP.unflatten(-1, (self.num_heads, latent.nope_dim + latent.rope_dim))
         q_TQN, q_TQR = q_TQH.split([latent.nope_dim, latent.rope_dim], dim=-1)
         return q_TQN, rotate(q_TQR, rope, self.interleaved)
@@ -85,21 +89,37 @@ class LatentAttention(nn.Module):
         self, q_TQN: Tensor, q_TQR: Tensor, c_TC: Tensor, k_T1R: Tensor, batch: Batch
     ) -> Tensor:
         latent = self.latent
-        kv_TQP = self.kv_b_proj(c_TC).unflatten(-1, (self.num_heads, -1))
+        kv_TQP = self.kv_b_proj(c_TC, batch.adapters).unflatten(-1, (self.num_heads, -1))
         k_TQN, v_TQV = kv_TQP.split([latent.nope_dim, latent.v_dim], dim=-1)
         k_TQH = torch.cat([k_TQN, k_T1R.expand(-1, self.num_heads, -1)], dim=-1)
         q_TQH = torch.cat([q_TQN, q_TQR], dim=-1)
         return attend(q_TQH, k_TQH, v_TQV, batch, self.rule, self.layer)
 
+    def _expansions(self, batch: Batch) -> list[Tensor]:
+        """Return each sequence's weight of ``kv_b_proj``, with its adapter's update added."""
+        weights = []
+        for sequence in range(len(batch.lengths)):
+            weight = self.kv_b_proj.weight
+            adapters = batch.adapters
+            update = None if adapters is None else adapters.update(sequence, self.kv_b_proj)
+            weights.append(weight if update is None else weight + update.b_OP @ update.a_PI)
+        return weights
+
     def _one_cached(
-        self, q_LQN: Tensor, q_LQR: Tensor, c_LC: Tensor, k_L1R: Tensor, cache: KVCache
+        self,
+        q_LQN: Tensor,
+        q_LQR: Tensor,
+        c_LC: Tensor,
+        k_L1R: Tensor,
+        cache: KVCache,
+        expansion_PC: Tensor,
     ) -> Tensor:
         """Attend to latents as they are in the cache: one key head for all query heads."""
         latent, past = self.latent, cache.length
         rows_1LP = torch.cat([c_LC, k_L1R.squeeze(1)], dim=-1).unsqueeze(0)
         cache.append(self.layer, rows_1LP, rows_1LP[..., :0])
         rows_1SP, _ = cache.view(self.layer, past + rows_1LP.shape[1])
-        expand_QPC = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1))
+        expand_QPC = expansion_PC.unflatten(0, (self.num_heads, -1))
         keys_QNC, values_QVC = expand_QPC.split([latent.nope_dim, latent.v_dim], dim=1)
         q_QLC = torch.bmm(q_LQN.transpose(0, 1), keys_QNC)
         q_QLP = torch.cat([q_QLC, q_LQR.transpose(0, 1)], dim=-1)

@@ -1,7 +1,8 @@
 """Which rows of a batch attend together.
 
-Sequences that add one row run on other kernels, which round differently. Only the length of a
-sequence decides which kernels run it, so that its bits never depend on the other sequences.
+Sequences that add one row run on other kernels, which round differently and know no adapters. Only
+the length of a sequence and its adapter decide which kernels run it, so that its bits never depend
+on the other sequences.
 
 T rows of a batch, N rows of a part, H head width.
 """
@@ -32,16 +33,24 @@ class Part:
 
 def parts_of(batch: Batch, rope: Tables) -> list[Part]:
     """Split a batch into the sequences of one row that have a cache, and the others."""
-    if batch.caches is None or 1 not in batch.lengths or not can_attend_rows(rope):
+    singles = [_is_single(batch, index) for index in range(len(batch.lengths))]
+    if batch.caches is None or not any(singles) or not can_attend_rows(rope):
         return [Part(batch, rope)]
-    if set(batch.lengths) == {1}:
+    if all(singles):
         return [Part(batch, rope, step=prepare_rows(batch.caches))]
     starts = list(accumulate(batch.lengths, initial=0))
     parts = []
     for is_single in (True, False):
-        chosen = [i for i, length in enumerate(batch.lengths) if (length == 1) == is_single]
+        chosen = [i for i, found in enumerate(singles) if found == is_single]
         rows_N = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in chosen])
         some, tables = batch.subset(chosen, rows_N), (rope[0][rows_N], rope[1][rows_N])
         step = prepare_rows(some.caches or ()) if is_single else None
         parts.append(Part(some, tables, rows_N, step))
     return parts
+
+
+def _is_single(batch: Batch, sequence: int) -> bool:
+    """Say whether the kernels for single rows may run a sequence."""
+    if batch.lengths[sequence] != 1:
+        return False
+    return batch.adapters is None or not batch.adapters.update_attention(sequence)

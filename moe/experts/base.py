@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from ..adapters.rows import RowUpdates
 from ..routers.routing import Routing
 
 
@@ -23,6 +24,15 @@ class LayerExperts(nn.Module):
         """Return mean and variance of each expert's gate rows here, with gradient; see
         gate_statistics.py. None, by default, where weights are no parameters in memory."""
         return None
+
+    def adapted(
+        self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor, updates: RowUpdates
+    ) -> Tensor:
+        """Return what :meth:`forward` does, for inference, where some rows have an update.
+
+        The other rows have the bits of :meth:`forward`.
+        """
+        raise NotImplementedError
 
     def forward(
         self,

@@ -7,7 +7,9 @@ from torch import Tensor
 from ...kernels.experts import expert_mlp
 from ...kernels.values.group_sparse import GroupSparseExpertWeights
 from ...kernels.values.quantized_weights import QuantizedExpertWeights
+from ..adapters.rows import RowUpdates
 from ..routers.routing import Routing
+from .adapted import run_in_memory
 from .base import LayerExperts
 
 
@@ -35,6 +37,12 @@ class QuantizedExperts(LayerExperts):
         num_slots, d_model, _ = self.weights.fc2.values.shape
         d_expert, kind = self.weights.fc2.width, self.weights.fc1.kind
         return f"{num_slots} experts, d_model={d_model}, d_expert={d_expert}, {kind}"
+
+    def adapted(
+        self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor, updates: RowUpdates
+    ) -> Tensor:
+        """See :class:`LayerExperts`."""
+        return run_in_memory(self, self.weights, (x_ND, experts_NK, weights_NK), updates)
 
     def forward(
         self,

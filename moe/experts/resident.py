@@ -15,8 +15,10 @@ from ...kernels.values.expert_weights import ExpertWeights
 from ...kernels.values.frozen import FrozenExperts
 from ...kernels.values.low_rank import LowRank
 from ...kernels.values.main_grads import MainGrads
+from ..adapters.rows import RowUpdates
 from ..routers.routing import Routing
 from ..without_memory import without_memory
+from .adapted import run_in_memory
 from .base import LayerExperts
 from .gate_statistics import gate_statistics
 from .inner_slice import InnerSlice
@@ -171,6 +173,13 @@ class Experts(LayerExperts):
             f"{num_slots} experts, d_model={d_model}, d_expert={d_expert}, {self.activation}{bias}"
             f"{rank}, {self.fc1.dtype} on {self.fc1.device}"
         )
+
+    def adapted(
+        self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor, updates: RowUpdates
+    ) -> Tensor:
+        """See :class:`LayerExperts`."""
+        weights = self._weights(self.fc1.dtype)
+        return run_in_memory(self, weights, (x_ND, experts_NK, weights_NK), updates)
 
     def forward(
         self,

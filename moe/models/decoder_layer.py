@@ -102,7 +102,7 @@ class DecoderLayer(nn.Module):
             self.mlp.experts.announce(routing)
         x_TD, mlp_input_TD = run_attention(self._attention_backends, self._modules, x_TD, parts)
         if isinstance(self.mlp, GatedMLP):
-            return LayerOutput(x_TD + self.mlp(mlp_input_TD))
+            return LayerOutput(x_TD + self.mlp(mlp_input_TD, batch.adapters))
         if routing is None:
             routing = choose(self.layer, self.mlp, mlp_input_TD, batch)
         next_routing = None
@@ -110,7 +110,7 @@ class DecoderLayer(nn.Module):
             next_routing = choose(*following, mlp_input_TD, batch)
             self.mlp.experts.keep(routing)  # prefetching the next layer's must not evict them
             following[1].experts.announce(next_routing)
-        y_TD, routing = self.mlp(mlp_input_TD, routing=routing)
+        y_TD, routing = self.mlp(mlp_input_TD, routing=routing, adapters=batch.adapters)
         kept_TD = mlp_input_TD if keeps_mlp_input else None
         return LayerOutput(x_TD + y_TD, routing, next_routing, kept_TD)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ...kernels.values.memory import to_device
+from ..adapters.adapter import Adapter
 from ..batch import batch_of
 from ..routers.causal import check_causal
 from .decoder import Decoder
@@ -58,11 +59,15 @@ def with_given(
 
 @torch.inference_mode()
 def continue_rows(
-    decoder: Decoder, rows: Sequence[Tensor], limits: GenerationLimits
+    decoder: Decoder,
+    rows: Sequence[Tensor],
+    limits: GenerationLimits,
+    adapter: Adapter | None = None,
 ) -> Iterator[list[int]]:
     """Yield the next token of every row, as long as one of them has not ended.
 
-    ``rows`` are 1-D ids, of any lengths. A row that reached an end-of-text id repeats it.
+    ``rows`` are 1-D ids, of any lengths. A row that reached an end-of-text id repeats it. All rows
+    go through ``adapter``, if there is one.
     """
     for router in decoder.routers():
         check_causal(router.config)
@@ -73,7 +78,7 @@ def continue_rows(
     ended: list[int | None] = [None] * len(rows)
     inputs = list(rows)
     for _ in range(limits.max_new_tokens):
-        batch = batch_of(inputs, caches)
+        batch = batch_of(inputs, caches, [adapter] * len(rows))
         ends = torch.tensor(batch.lengths).cumsum(0) - 1
         hidden_TD = decoder(batch).hidden_TD
         logits_BV = decoder.logits(hidden_TD[to_device(ends, hidden_TD.device)]).cpu()

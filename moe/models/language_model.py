@@ -4,13 +4,17 @@ B rows, T tokens per row, V vocabulary.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from ...errors import ConfigError, ModelFileError
-from ..batch import batch_of, batch_of_rows
+from ..adapters.adapter import Adapter
+from ..adapters.rows import adapter_rows
+from ..adapters.table import AdapterTable
+from ..batch import Batch, batch_of, batch_of_rows
 from .decoder import Decoder
 from .describe import describe
 from .generation import Answer, AnswerStream, GenerationLimits, continue_rows, with_given
@@ -45,7 +49,11 @@ class LanguageModel:
     """
 
     def __init__(
-        self, decoder: Decoder, generation: GenerationConfig, codec: TextCodec | None = None
+        self,
+        decoder: Decoder,
+        generation: GenerationConfig,
+        codec: TextCodec | None = None,
+        adapters: AdapterTable | None = None,
     ) -> None:
         self.decoder = decoder.eval()
         self.config = decoder.config
@@ -54,6 +62,8 @@ class LanguageModel:
         self.eos_ids = generation.eos_ids
         """Ids that end a text."""
         self._codec = codec
+        self.adapters = AdapterTable() if adapters is None else adapters
+        """The adapters that calls may name; ``load`` and ``unload`` change them."""
 
     def __repr__(self) -> str:
         """Show layers, widths, experts, parameters, type, device and the share on disk."""
@@ -68,19 +78,27 @@ class LanguageModel:
         return self._text.tokenizer
 
     @torch.inference_mode()
-    def __call__(self, ids_BT: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def __call__(
+        self,
+        ids_BT: Tensor,
+        attention_mask: Tensor | None = None,
+        adapter: str | None = None,
+    ) -> Tensor:
         """Return scores for every position: ``[B, T]`` ids to ``[B, T, V]``.
 
         ``attention_mask`` ``[B, T]`` is 0 for padding, on either side. Padding is not computed,
-        and its scores are 0. Raises :class:`ConfigError` for ids outside the vocabulary and for
+        and its scores are 0. ``adapter`` names one of :attr:`adapters`.
+
+        Raises :class:`ConfigError` for ids outside the vocabulary and for
         more than ``config.max_positions`` of them.
         """
         check_ids(ids_BT, self.config)
         if attention_mask is None:
-            hidden_TD = self.decoder(batch_of_rows(ids_BT)).hidden_TD
+            hidden_TD = self.decoder(self._through(batch_of_rows(ids_BT), adapter)).hidden_TD
             return self.decoder.logits(hidden_TD).unflatten(0, ids_BT.shape)
         rows = rows_without_padding(ids_BT, attention_mask)
-        scores_NV = self.decoder.logits(self.decoder(batch_of(rows)).hidden_TD)
+        batch = self._through(batch_of(rows), adapter)
+        scores_NV = self.decoder.logits(self.decoder(batch).hidden_TD)
         scores_BTV = scores_NV.new_zeros(*ids_BT.shape, scores_NV.shape[-1])
         scores_BTV[attention_mask.bool()] = scores_NV
         return scores_BTV
@@ -97,6 +115,7 @@ class LanguageModel:
         *,
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
+        adapter: str | None = None,
     ) -> Prompt:
         """Continue a text, a list of texts, or rows of ids.
 
@@ -108,23 +127,24 @@ class LanguageModel:
         ``generation_config.json``. Row b draws from its own generator, seeded with ``seed + b``
         (None = at random), so its text does not depend on the other rows. An answer ends with an
         end-of-text id of the model unless ``ignore_eos``, before the first of the ``stop`` texts,
-        or after ``max_new_tokens``.
+        or after ``max_new_tokens``. ``adapter`` names one of :attr:`adapters`; None = the model
+        alone.
 
         Raises :class:`ConfigError` for prompts that are empty, too long or of another type.
         """
         params = with_given(self.sampling, temperature, top_p, top_k)
         limits = self._limits(max_new_tokens, params, seed, stop, ignore_eos)
         if isinstance(prompt, Tensor):
-            return self._continue_ids(prompt, attention_mask, limits)
+            return self._continue_ids(prompt, attention_mask, limits, adapter)
         if attention_mask is not None:
             raise ConfigError("attention_mask is given, but the prompt is text; leave it out.")
         if isinstance(prompt, str):
-            return self._continue_texts([prompt], limits)[0]
+            return self._continue_texts([prompt], limits, adapter)[0]
         if not isinstance(prompt, list) or not all(isinstance(text, str) for text in prompt):
             raise ConfigError(
                 f"prompt is {brief(prompt)}; give text, a list of texts, or a tensor of ids [B, T]."
             )
-        return self._continue_texts(prompt, limits)
+        return self._continue_texts(prompt, limits, adapter)
 
     def stream(
         self,
@@ -137,6 +157,7 @@ class LanguageModel:
         *,
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
+        adapter: str | None = None,
     ) -> AnswerStream:
         """Return an iterator over the text that follows ``prompt``: text, or the ids of one row.
 
@@ -146,11 +167,17 @@ class LanguageModel:
         params = with_given(self.sampling, temperature, top_p, top_k)
         limits = self._limits(max_new_tokens, params, seed, stop, ignore_eos)
         ids = self._text.encode(prompt) if isinstance(prompt, str) else ids_of_row(prompt)
-        steps = continue_rows(self.decoder, [self._row(ids, limits)], limits)
+        steps = continue_rows(
+            self.decoder, [self._row(ids, limits)], limits, self._adapter(adapter)
+        )
         return AnswerStream(steps, Answer(self._text.decode, ids, limits))
 
     def _continue_ids(
-        self, ids_BT: Tensor, attention_mask: Tensor | None, limits: GenerationLimits
+        self,
+        ids_BT: Tensor,
+        attention_mask: Tensor | None,
+        limits: GenerationLimits,
+        adapter: str | None,
     ) -> Tensor:
         if limits.stop:
             raise ConfigError("stop is given, but the prompt is ids; give text, or leave it out.")
@@ -159,16 +186,19 @@ class LanguageModel:
         if attention_mask is not None:
             rows = rows_without_padding(ids_BT, attention_mask)
         columns = [ids_BT]
-        for tokens in continue_rows(self.decoder, rows, limits):
+        for tokens in continue_rows(self.decoder, rows, limits, self._adapter(adapter)):
             columns.append(torch.tensor(tokens, device=ids_BT.device).unsqueeze(1))
         return torch.cat(columns, dim=1)
 
-    def _continue_texts(self, prompts: list[str], limits: GenerationLimits) -> list[str]:
+    def _continue_texts(
+        self, prompts: list[str], limits: GenerationLimits, adapter: str | None
+    ) -> list[str]:
         prompt_ids = [self._text.encode(prompt) for prompt in prompts]
         rows = [self._row(ids, limits) for ids in prompt_ids]
         answers = [Answer(self._text.decode, ids, limits) for ids in prompt_ids]
         texts = [""] * len(prompts)
-        for tokens in continue_rows(self.decoder, rows, limits) if rows else ():
+        steps = continue_rows(self.decoder, rows, limits, self._adapter(adapter))
+        for tokens in steps if rows else ():
             for row, token in enumerate(tokens):
                 texts[row] += answers[row].push(token)
             if all(answer.finish_reason is not None for answer in answers):
@@ -182,6 +212,14 @@ class LanguageModel:
         ids_T = torch.tensor(ids, dtype=torch.int64, device=self.decoder.embed_tokens.weight.device)
         check_ids(ids_T.unsqueeze(0), self.config, limits.max_new_tokens)
         return ids_T
+
+    def _adapter(self, name: str | None) -> Adapter | None:
+        return None if name is None else self.adapters.get(name)
+
+    def _through(self, batch: Batch, name: str | None) -> Batch:
+        """Return the batch with all its rows in the adapter of a name, if there is a name."""
+        of = [self._adapter(name)] * len(batch.lengths)
+        return replace(batch, adapters=adapter_rows(of, batch.lengths))
 
     @property
     def _text(self) -> TextCodec:

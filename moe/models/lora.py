@@ -1,7 +1,8 @@
 """Low-rank updates (LoRA, Hu et al. 2021): ``W x + s B A x`` with W frozen, A and B trained.
 
 A decoder with them is for training and evaluation. Caches and decode kernels read W alone, so a
-model is served after its export, which adds ``s B A`` to W.
+model is served after its export, which adds ``s B A`` to W, or with A and B as an adapter
+(moe/adapters).
 
 P rank, S slots, D model width, F expert width.
 """
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..adapters.rows import AdapterRows
 from ..experts.resident import Experts
 from ..layer import MoELayer
 from ..linear import Linear
@@ -35,10 +37,10 @@ class LoraLinear(Linear):
         self.lora_b = nn.Parameter(base.weight.new_zeros(base.out_features, rank))
         self.scale = scale
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, adapters: AdapterRows | None = None) -> Tensor:
         """Return ``x @ weight.T + bias + scale * x @ A.T @ B.T``, ``[T, out_features]``."""
         low_TP = F.linear(x, self.lora_a)
-        return super().forward(x) + self.scale * F.linear(low_TP, self.lora_b)
+        return super().forward(x, adapters) + self.scale * F.linear(low_TP, self.lora_b)
 
 
 def add_lora(

@@ -6,18 +6,20 @@ import time
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import ExitStack, aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from ...errors import RequestError
+from ...moe.adapters.adapter import Adapter
 from ..engine.admission import Admission
 from ..engine.engine import Engine
 from ..engine.logprobs import TokenLogprob
 from ..engine.sequence import GenerationEvent, GenerationRequest
 from ..engine.thread import EngineThread
+from .adapters import ServedModels
 from .protocol import GenerationOptions
 from .responses import DONE, error_object, sse
 
@@ -66,21 +68,11 @@ class Wording(Protocol):
 class Answers:
     """The answers of one engine."""
 
-    def __init__(self, thread: EngineThread, admission: Admission, model_name: str) -> None:
+    def __init__(self, thread: EngineThread, admission: Admission, models: ServedModels) -> None:
         self.engine: Engine = thread.engine
         self._thread = thread
         self._admission = admission
-        self._model_name = model_name
-
-    def check_model(self, name: str) -> None:
-        """Raise :class:`RequestError` (404) for a model that this server does not have."""
-        if name != self._model_name:
-            raise RequestError(
-                f"model {name!r} does not exist; this server has {self._model_name!r}.",
-                param="model",
-                code="model_not_found",
-                status=404,
-            )
+        self.models = models
 
     def places(self, count: int) -> ExitStack:
         """Take places for ``count`` answers; raise :class:`RequestError` if there are none.
@@ -98,17 +90,22 @@ class Answers:
         wording: Wording,
         requests: list[GenerationRequest],
         places: ExitStack,
+        adapter: Adapter | None,
     ) -> Response:
-        """Run the requests; answer with one object, or with a stream if ``body`` asks for it."""
+        """Run the requests with the adapter of ``body.model``; answer with one object, or with a
+        stream if ``body`` asks for it."""
+        requests = [replace(request, adapter=adapter) for request in requests]
         if not body.stream:
-            return JSONResponse(await self._whole(wording, requests))
+            return JSONResponse(await self._whole(wording, requests, body))
         events = self._stream(wording, requests, body)
         response = StreamingResponse(
             events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
         )
         return HeldResponse(response, places.pop_all())
 
-    async def _whole(self, wording: Wording, requests: list[GenerationRequest]) -> dict[str, Any]:
+    async def _whole(
+        self, wording: Wording, requests: list[GenerationRequest], body: GenerationOptions
+    ) -> dict[str, Any]:
         """Run all requests to their end and return one object."""
         answers = [Answer() for _ in requests]
         async with aclosing(self._run(requests)) as events:
@@ -116,7 +113,8 @@ class Answers:
                 answers[index].add(event)
         choices = [wording.whole(index, answer) for index, answer in enumerate(answers)]
         usage = _usage(requests, [answer.num_tokens for answer in answers])
-        return {**self._head(wording.id_prefix, wording.whole_object, choices), "usage": usage}
+        head = _head(wording.id_prefix, wording.whole_object, body.model, choices)
+        return {**head, "usage": usage}
 
     async def _stream(
         self, wording: Wording, requests: list[GenerationRequest], body: GenerationOptions
@@ -125,7 +123,7 @@ class Answers:
 
         A failure ends the stream with an error event, never silently.
         """
-        head = self._head(wording.id_prefix, wording.chunk_object, [])
+        head = _head(wording.id_prefix, wording.chunk_object, body.model, [])
         generated = [0] * len(requests)
 
         def piece(index: int, choice: dict[str, Any]) -> bytes:
@@ -187,14 +185,15 @@ class Answers:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _head(self, prefix: str, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            "id": f"{prefix}-{uuid.uuid4().hex}",
-            "object": kind,
-            "created": int(time.time()),
-            "model": self._model_name,
-            "choices": choices,
-        }
+
+def _head(prefix: str, kind: str, model: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "id": f"{prefix}-{uuid.uuid4().hex}",
+        "object": kind,
+        "created": int(time.time()),
+        "model": model,
+        "choices": choices,
+    }
 
 
 def ending(part: Answer | GenerationEvent) -> dict[str, Any]:

@@ -72,11 +72,11 @@ class ChatEndpoint:
     async def create(self, request: Request) -> Response:
         """Answer a conversation."""
         body = parse_chat(await read_body(request.receive))
-        self._answers.check_model(body.model)
+        adapter = self._answers.models.find(body.model)
         with self._answers.places(body.num_answers) as places:
             requests = await prepare_chat(body, self._tokenizer, self._answers.engine)
             wording = ChatWording(body, self._tokenizer)
-            return await self._answers.respond(body, wording, requests, places)
+            return await self._answers.respond(body, wording, requests, places, adapter)
 
 
 def parse_chat(body: bytes) -> ChatRequest:

@@ -65,11 +65,11 @@ class CompletionEndpoint:
     async def create(self, request: Request) -> Response:
         """Continue text."""
         body = parse_completion(await read_body(request.receive))
-        self._answers.check_model(body.model)
+        adapter = self._answers.models.find(body.model)
         with self._answers.places(body.num_answers) as places:
             requests = await prepare_completion(body, self._tokenizer, self._answers.engine)
             wording = CompletionWording(body, self._tokenizer)
-            return await self._answers.respond(body, wording, requests, places)
+            return await self._answers.respond(body, wording, requests, places, adapter)
 
 
 def parse_completion(body: bytes) -> CompletionRequest:

@@ -16,6 +16,7 @@ from ...errors import RequestError
 from ..engine.admission import RETRY_WHEN_DRAINING_S, Admission
 from ..engine.thread import EngineThread
 from ..engine.tokenizer import ServingTokenizer
+from .adapters import AdapterUpdates, ServedModels
 from .answers import Answers
 from .chat import ChatEndpoint
 from .completions import CompletionEndpoint
@@ -34,19 +35,24 @@ class HttpApi:
         thread: EngineThread,
         tokenizer: ServingTokenizer,
         admission: Admission,
-        model_name: str,
+        models: ServedModels,
         render_metrics: Callable[[], Awaitable[bytes]],
     ) -> None:
         self._thread = thread
         self._admission = admission
-        self._model_name = model_name
+        self._models = models
         self._render_metrics = render_metrics
-        self._answers = Answers(thread, admission, model_name)
+        self._answers = Answers(thread, admission, models)
         self._completions = CompletionEndpoint(self._answers, tokenizer)
         self._chat = ChatEndpoint(self._answers, tokenizer)
 
-    def app(self, api_key: str | None, cors_origins: Sequence[str] = ()) -> ASGIApp:
-        """Return the ASGI application; pages of ``cors_origins`` may call it from a browser."""
+    def app(
+        self, api_key: str | None, cors_origins: Sequence[str] = (), updates_adapters: bool = False
+    ) -> ASGIApp:
+        """Return the ASGI application; pages of ``cors_origins`` may call it from a browser.
+
+        ``updates_adapters`` adds the routes that load and unload adapters.
+        """
         routes = [
             Route("/health", self.health),
             Route("/metrics", self.metrics),
@@ -55,6 +61,8 @@ class HttpApi:
             Route("/v1/completions", self._completions.create, methods=["POST"]),
             Route("/v1/chat/completions", self._chat.create, methods=["POST"]),
         ]
+        if updates_adapters:
+            routes += AdapterUpdates(self._models).routes()
         handlers: Any = {
             RequestError: _answer_request_error,
             HTTPException: _answer_http_exception,
@@ -89,22 +97,18 @@ class HttpApi:
         return Response(await self._render_metrics(), media_type=media_type)
 
     async def models(self, _: Request) -> Response:
-        """List the one model."""
-        return JSONResponse({"object": "list", "data": [self._model_object()]})
+        """List the model and its adapters."""
+        found = [self._model_object(name) for name in self._models.names]
+        return JSONResponse({"object": "list", "data": found})
 
     async def one_model(self, request: Request) -> Response:
-        """Describe the model."""
-        self._answers.check_model(request.path_params["name"])
-        return JSONResponse(self._model_object())
+        """Describe the model or an adapter."""
+        name = request.path_params["name"]
+        self._models.find(name)
+        return JSONResponse(self._model_object(name))
 
-    def _model_object(self) -> dict[str, object]:
-        return {
-            "id": self._model_name,
-            "object": "model",
-            "created": 0,
-            "owned_by": "moeyard",
-            "max_model_len": self._thread.engine.max_model_len,
-        }
+    def _model_object(self, name: str) -> dict[str, object]:
+        return self._models.describe(name, self._thread.engine.max_model_len)
 
 
 def _not_healthy(status: str, reason: str, retry_after_s: int) -> Response:

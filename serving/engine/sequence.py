@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from ...errors import RequestError
+from ...moe.adapters.adapter import Adapter
 from ...moe.kv_cache import SequenceCache
 from ...moe.models.sampling import SamplingParams
 from ...moe.models.text_stream import CONTEXT_IDS, Decode, TextStream
@@ -38,6 +39,8 @@ class GenerationRequest:
     """Tokens before which nothing but a failure ends the answer."""
     scores_prompt: bool = False
     """Report log-probabilities of the prompt's tokens too, before the first generated one."""
+    adapter: Adapter | None = None
+    """The adapter that the request's rows go through to its end; None = the model alone."""
 
 
 @dataclass(frozen=True, slots=True)

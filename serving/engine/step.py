@@ -105,7 +105,9 @@ def _make_room(
 def _forward(
     decoder: Decoder, sequences: list[Sequence], ids: list[Ids]
 ) -> tuple[list[StepResult], list[Routing]]:
-    output = decoder(batch_of(list(map(torch.tensor, ids)), [s.cache for s in sequences]))
+    caches = [s.cache for s in sequences]
+    adapters = [s.request.adapter for s in sequences]
+    output = decoder(batch_of(list(map(torch.tensor, ids)), caches, adapters))
     chunks = output.hidden_TD.split([len(i) for i in ids])
     is_ready = [not s.is_prefilling for s in sequences]
     last_rows = [chunk[-1] for chunk, ready in zip(chunks, is_ready, strict=True) if ready]

@@ -7,7 +7,11 @@ import torch
 from torch import Tensor
 
 from ...errors import ExpertReadError
-from ...kernels.waves import start_waves
+from ...kernels.adapted_waves import AdaptedWaves
+from ...kernels.values.expert_update import ExpertUpdate
+from ...kernels.waves import Waves, start_waves
+from ...moe.adapters.rows import RowUpdates
+from ...moe.experts.adapted import rows_without
 from ...moe.experts.base import LayerExperts
 from ...moe.routers.routing import Routing, count_choices
 from .read_ahead import Choice
@@ -58,19 +62,46 @@ class OffloadedExperts(LayerExperts):
         most_choices: int | None = None,
     ) -> Tensor:
         """Return the weighted sum of each row's experts, ``[N, D]``."""
+        waves = start_waves(x_ND, experts_NK, weights_NK, self._num_experts)
+        self._stream([waves], x_ND, experts_NK)
+        return waves.result()
+
+    def adapted(
+        self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor, updates: RowUpdates
+    ) -> Tensor:
+        """See :class:`LayerExperts`. An expert is read once for all rows that chose it."""
+        rows: list[tuple[Tensor, ExpertUpdate | None]] = list(updates)
+        free_n = rows_without(updates, len(x_ND))
+        if len(free_n):
+            rows.append((free_n, None))
+        waves: list[Waves] = []
+        for rows_n, update in rows:
+            x_nD, experts_nK = x_ND.index_select(0, rows_n), experts_NK.index_select(0, rows_n)
+            parts = (x_nD, experts_nK, weights_NK.index_select(0, rows_n))
+            if update is None:
+                waves.append(start_waves(*parts, self._num_experts))
+            else:
+                waves.append(AdaptedWaves(*parts, self._num_experts, update))
+        self._stream(waves, x_ND, experts_NK)
+        y_ND = torch.empty_like(x_ND)
+        for (rows_n, _), wave in zip(rows, waves, strict=True):
+            y_ND[rows_n] = wave.result()
+        return y_ND
+
+    def _stream(self, waves: Sequence[Waves], x_ND: Tensor, experts_NK: Tensor) -> None:
+        """Run all experts that the rows chose on the waves, as they come into memory."""
         counts = count_choices(experts_NK, self._num_experts).tolist()
         rows_of = {expert: rows for expert, rows in enumerate(counts) if rows}
-        waves = start_waves(x_ND, experts_NK, weights_NK, self._num_experts)
         try:
             # Closed also when computing fails: the next forward needs a consistent store.
             choice = Choice(x_ND, experts_NK.numpy())
             with closing(self._store.stream(self._layer, rows_of, choice)) as stream:
                 for ready, experts in stream:
-                    waves.add(experts, only=ready)
+                    for wave in waves:
+                        wave.add(experts, only=ready)
         except ExpertReadError as error:
             error.rows = _rows_that_chose(error.experts, experts_NK)
             raise
-        return waves.result()
 
 
 def _rows_that_chose(experts: Sequence[int], experts_NK: Tensor) -> tuple[int, ...]:

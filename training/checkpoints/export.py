@@ -24,19 +24,20 @@ def export(run_dir: Path, target: Path) -> int:
     A run that started from a folder is written in that folder's family, if the family can express
     the model. Low-rank updates are merged into their weights.
     """
-    return _export(_newest(run_dir), run_dir, target)
+    return _export(newest(run_dir), run_dir, target)
 
 
 def export_newest(run_dir: Path) -> Path:
     """Return ``RUN_DIR/exports/STEP`` of the newest whole checkpoint; write it if it is new."""
-    checkpoint = _newest(run_dir)
+    checkpoint = newest(run_dir)
     target = run_dir / "exports" / checkpoint.name
     if not target.exists():
         _export(checkpoint, run_dir, target)
     return target
 
 
-def _newest(run_dir: Path) -> Path:
+def newest(run_dir: Path) -> Path:
+    """Return the newest whole checkpoint of a run."""
     if not run_dir.is_dir():
         raise CheckpointError(f"{run_dir} is not a folder; give the run_dir of a training run.")
     checkpoint = Checkpoints(run_dir, Mesh(), keep=1).newest_whole()

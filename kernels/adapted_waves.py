@@ -1,0 +1,107 @@
+"""The expert MLP of rows that go through a served adapter, some experts at a time.
+
+T tokens, K choices, R = T*K routed rows, N rows of a wave in expert order, n rows of one expert,
+E experts, D model width, F expert width, H = 2F, P inputs, Q outputs.
+"""
+
+from collections.abc import Collection, Iterable
+
+import torch
+from torch import Tensor
+
+from .cpu.grouped import can_multiply, multiply
+from .linear import linear
+from .torch_ops.experts import combine_rows
+from .torch_ops.loop import Span
+from .trust import may_use_cpp
+from .values.activation import gated
+from .values.expert_update import ExpertUpdate
+from .values.expert_weights import ExpertWeights
+from .values.grouping import group_tokens
+from .values.quantized_weights import SlotWeights
+
+
+class AdaptedWaves:
+    """An unfinished sum over rows of one adapter, like :class:`.waves.Waves`.
+
+    The activation stands between the two updates, so kernels that compute an expert in one go
+    cannot run it. Each expert multiplies its rows together; one grouped product is for the A of
+    all experts, and one for their B. On the CPU a row's bits do not depend on the other rows.
+    """
+
+    def __init__(
+        self,
+        x_TD: Tensor,
+        experts_TK: Tensor,
+        weights_TK: Tensor,
+        num_experts: int,
+        update: ExpertUpdate,
+    ) -> None:
+        self._x_TD, self._weights_TK, self._update = x_TD, weights_TK, update
+        self._grouping = group_tokens(experts_TK, num_experts)
+        self._bounds = self._grouping.offsets_E1.tolist()
+        self._tokens_R = self._grouping.tokens_R
+        self._y_RD = x_TD.new_empty(len(self._tokens_R), x_TD.shape[1])
+
+    def add(self, experts: SlotWeights, only: Collection[int] | None = None) -> None:
+        """Run all experts in slots, or ``only`` some of them."""
+        groups = self._groups(range(len(self._bounds) - 1) if only is None else only)
+        if not groups:
+            return
+        starts = [self._bounds[group.slot] for group in groups]
+        counts = [group.end - group.start for group in groups]
+        lines = [torch.arange(s, s + n) for s, n in zip(starts, counts, strict=True)]
+        lines_N = torch.cat(lines).to(self._x_TD.device)
+        x_ND = self._x_TD.index_select(0, self._tokens_R.index_select(0, lines_N))
+        h_NH = self._product(x_ND, experts, groups, 0)
+        act_NF = gated(h_NH, experts.activation)
+        self._y_RD[lines_N] = self._product(act_NF, experts, groups, 1)
+
+    def result(self) -> Tensor:
+        """Return ``y``, ``[T, D]``, once every chosen expert has run."""
+        return combine_rows(self._y_RD, self._grouping, self._weights_TK)
+
+    def _groups(self, experts: Iterable[int]) -> list[Span]:
+        """Return the experts that have rows, and where those are among the rows of this wave."""
+        groups, end = [], 0
+        for expert in experts:
+            count = self._bounds[expert + 1] - self._bounds[expert]
+            if count:
+                groups.append(Span(expert, end, end + count))
+                end += count
+        return groups
+
+    def _product(
+        self, x_NP: Tensor, experts: SlotWeights, groups: list[Span], index: int
+    ) -> Tensor:
+        """Return each row's product with its expert's matrix, fc1 or fc2, and update."""
+        parts = []
+        for expert, start, end in groups:
+            slot = experts.slot(expert)
+            assert slot >= 0, f"expert {expert} has rows but no slot"
+            y_nQ = linear(x_NP[start:end], _matrix(experts, slot, index, x_NP.dtype))
+            bias_Q = experts.biases(slot, x_NP.dtype)[index]
+            parts.append(y_nQ if bias_Q is None else y_nQ + bias_Q)
+        y_NQ = torch.cat(parts)
+        factors = (self._update.fc1_EPD, self._update.fc2_EPF)[index]
+        if factors is None:
+            return y_NQ
+        a_EPI, b_EQP = factors
+        return y_NQ + _grouped(_grouped(x_NP, a_EPI, groups), b_EQP, groups)
+
+
+def _matrix(experts: SlotWeights, slot: int, index: int, dtype: torch.dtype) -> Tensor:
+    """Return fc1 or fc2 of a slot; of experts in few bits, one matrix at a time is widened."""
+    if isinstance(experts, ExpertWeights):
+        return experts.matrices(slot, dtype)[index]
+    return (experts.fc1, experts.fc2)[index].dequantize(slot, dtype)
+
+
+def _grouped(x_NP: Tensor, weight_EQP: Tensor, groups: list[Span]) -> Tensor:
+    """Return each row's product with the matrix of its expert."""
+    if may_use_cpp(x_NP) and can_multiply(x_NP, weight_EQP):
+        y_NQ = x_NP.new_empty(len(x_NP), weight_EQP.shape[1])
+        multiply(x_NP, weight_EQP, groups, y_NQ)
+        return y_NQ
+    parts = [linear(x_NP[start:end], weight_EQP[expert]) for expert, start, end in groups]
+    return torch.cat(parts)

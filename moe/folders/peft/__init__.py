@@ -1,0 +1,1 @@
+"""Adapter folders of the peft library: adapter_config.json and adapter_model.safetensors."""

@@ -1,0 +1,84 @@
+"""Turn the low-rank updates of a run's newest checkpoint into an adapter folder of peft.
+
+E experts, P rank, D model width, F expert width.
+"""
+
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...errors import CheckpointError, ConfigError
+from ...moe.config.model import ModelConfig
+from ...moe.folders.families.family import full_name
+from ...moe.folders.hf_config import to_hf
+from ...moe.folders.peft.experts import joined, to_peft
+from ...moe.folders.peft.tensors import Factors
+from ...moe.folders.peft.write import adapter_config, write_adapter_folder
+from .checkpoint import StoredTensors
+from .export import newest
+from .files import read_state
+
+_LINEAR = re.compile(r"weight/(layers\.\d+\.(?:self_attn|mlp)\.\w+)\.lora_a")
+_EXPERTS = re.compile(r"weight/layers\.(\d+)\.mlp\.experts\.0\.fc1_lora_a")
+
+
+def export_adapter(run_dir: Path, target: Path) -> int:
+    """Write ``target`` from the newest whole checkpoint of a LoRA run and return its step.
+
+    Only A and B are written; the model that the run started from is the base. Raises
+    :class:`ConfigError` for a run without low-rank updates.
+    """
+    checkpoint = newest(run_dir)
+    state = read_state(checkpoint)
+    lora = state.get("lora")
+    if lora is None:
+        raise ConfigError(
+            f"{run_dir} has train.parameters {state.get('parameters', 'all')}, so it has no "
+            "adapter; export it without --adapter."
+        )
+    model, stored = ModelConfig.model_validate(state["model"]), StoredTensors(checkpoint)
+    origin = state.get("origin") or {}
+    family = to_hf(model, "float32", source=origin.get("config"))["model_type"]
+    factors: dict[str, Factors] = {}
+    for key in stored:
+        linear, experts = _LINEAR.fullmatch(key), _EXPERTS.fullmatch(key)
+        if linear is not None:
+            b_key = key.removesuffix("a") + "b"
+            factors[full_name(linear[1])] = Factors(_narrow(stored[key]), _narrow(stored[b_key]))
+        elif experts is not None:
+            factors |= _experts(stored, model, int(experts[1]), family == "gpt_oss")
+    has_experts = any(name.endswith(".experts") for name in factors)
+    names = {name.rpartition(".")[2] for name in factors if ".self_attn." in name}
+    config = adapter_config(lora["rank"], lora["alpha"], sorted(names), has_experts)
+    if not factors:
+        raise CheckpointError(f"checkpoint {checkpoint} has no A and B; restore it from a backup.")
+    write_adapter_folder(target, config, factors)
+    return int(state["step"])
+
+
+def _experts(
+    stored: StoredTensors, model: ModelConfig, layer: int, is_interleaved: bool
+) -> dict[str, Factors]:
+    """Return the factors of a layer's two fused parameters; the first is the inner one in peft."""
+    assert model.moe is not None, "experts without a MoE layer"
+
+    def all_experts(name: str) -> Tensor:
+        prefix = f"weight/layers.{layer}.mlp.experts"
+        numbers = range(model.moe.num_experts)  # type: ignore[union-attr]
+        return torch.stack([_narrow(stored[f"{prefix}.{expert}.{name}"]) for expert in numbers])
+
+    gate_a_EPD, up_a_EPD = all_experts("fc1_lora_a").chunk(2, dim=1)
+    gate_b_EFP, up_b_EFP = all_experts("fc1_lora_b").chunk(2, dim=1)
+    a_EPD, b_EHP = joined((gate_a_EPD, gate_b_EFP), (up_a_EPD, up_b_EFP))
+    if is_interleaved:  # gpt-oss has gate and up rows in turn
+        b_EHP = torch.stack(b_EHP.chunk(2, dim=1), dim=2).flatten(1, 2)
+    path = full_name(f"layers.{layer}.mlp.experts")
+    down = to_peft(all_experts("fc2_lora_a"), all_experts("fc2_lora_b"))
+    return {f"{path}.base_layer": to_peft(a_EPD, b_EHP), path: down}
+
+
+def _narrow(tensor: Tensor) -> Tensor:
+    """Return a factor in fp32; runs in fp64 are made for tests of exactness."""
+    return tensor.to(torch.float32)
