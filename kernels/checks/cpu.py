@@ -16,6 +16,7 @@ from ..cpu.norm import rms_norm
 from ..cpu.router import route
 from ..torch_ops import reference
 from ..values.calls import ExpertCall
+from ..values.channel_weights import ChannelExpertWeights
 from ..values.choice import ChoiceRule
 from ..values.expert_weights import ExpertWeights
 from ..values.quantize import quantize_experts
@@ -86,6 +87,16 @@ def _results(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
     )
     expected_TD = reference.run(ExpertCall(wide_TD, experts_TK, weights_TK.double(), wide))
     yield "experts", waves.result(), expected_TD
+
+    # The same, stored by channel: other kernels for few rows and for many.
+    for by_input in (False, True):
+        matrices = (fc1_EHD.mT.contiguous() if by_input else fc1_EHD, fc2_EDF.mT.contiguous())
+        stored = ChannelExpertWeights(
+            *matrices, by_input=by_input, fc1_bias_SH=biases[0], fc2_bias_SD=biases[1]
+        )
+        waves = CppWaves(x_TD, experts_TK, weights_TK)
+        waves.add(stored)
+        yield "experts by channel", waves.result(), expected_TD
 
     x_TD = random(T, QUANTIZED_D).to(dtype)
     fc1_EHD = random(E, 2 * QUANTIZED_WIDTH, QUANTIZED_D) * QUANTIZED_D**-0.5

@@ -4,24 +4,18 @@ T tokens, K choices, R = T*K routed rows, E experts, D model width, F expert wid
 """
 
 import ctypes
-from array import array
 from collections.abc import Collection
 
 import torch
 from torch import Tensor
 
-from ..values.activation import ACTIVATIONS
+from ..values.channel_weights import ChannelExpertWeights
 from ..values.expert_weights import ExpertWeights, SlotTable
 from ..values.grouping import outside
-from ..values.quantized_weights import QuantizedExpertWeights, QuantizedMatrices, SlotWeights
+from ..values.quantized_weights import QuantizedExpertWeights, SlotWeights
+from .expert_arguments import channel_arguments, expert_arguments, quantized_arguments
 from .library import TYPES, address, empty_fp32, functions_for
-from .structures import (
-    Biases,
-    CombineArguments,
-    ExpertArguments,
-    QuantizedExpertArguments,
-    QuantizedMatrix,
-)
+from .structures import CombineArguments
 
 
 def can_run(x_TD: Tensor, weights_TK: Tensor, experts: SlotWeights | None = None) -> bool:
@@ -38,6 +32,8 @@ def is_plain(experts: SlotWeights) -> bool:
     """Say whether every slot, and its biases, is one dense block, as the kernels need."""
     if isinstance(experts, ExpertWeights):
         parts = [experts.fc1_SHD, experts.fc2_SDF]
+    elif isinstance(experts, ChannelExpertWeights):
+        parts = [*experts.parts]
     else:
         fc1, fc2 = experts.fc1, experts.fc2
         parts = [fc1.values, fc1.scales_SQG, fc2.values, fc2.scales_SQG]
@@ -83,8 +79,12 @@ class CppWaves:
         assert experts.d_model == self._x_TD.shape[1], "experts take another width"
         rows = (self._x_TD, self._experts_TK)
         if isinstance(experts, QuantizedExpertWeights):
-            quantized, _slots = _quantized_arguments(*rows, experts, only, self._lines_RD)
+            quantized, _slots = quantized_arguments(*rows, experts, only, self._lines_RD)
             wrong = self._functions.moeyard_quantized_experts(ctypes.byref(quantized))
+        elif isinstance(experts, ChannelExpertWeights):
+            assert experts.fc1.dtype == self._x_TD.dtype, "experts and rows differ in type"
+            by_channel, _slots = channel_arguments(*rows, experts, only, self._lines_RD)
+            wrong = self._functions.moeyard_channel_experts(ctypes.byref(by_channel))
         else:
             assert experts.fc1_SHD.dtype == self._x_TD.dtype, "experts and rows differ in type"
             arguments, _slots = expert_arguments(*rows, experts, only, self._lines_RD)
@@ -127,97 +127,3 @@ def check_rows(wrong: int, experts_TK: Tensor, experts: SlotTable) -> None:
         expert = int(experts_TK.flatten()[wrong])
         assert not 0 <= expert < experts.num_experts, f"expert {expert} has rows but no slot"
         raise ValueError(outside(expert, experts.num_experts))
-
-
-def expert_arguments(
-    x_TD: Tensor,
-    experts_TK: Tensor,
-    experts: ExpertWeights,
-    only: Collection[int] | None,
-    lines_RD: Tensor | None,
-    hidden_RH: Tensor | None = None,
-) -> "tuple[ExpertArguments, array[int] | None]":
-    """Return the arguments, and the slot table; keep it alive as long as they are used."""
-    fc1, fc2 = experts.fc1_SHD, experts.fc2_SDF
-    slots = _slots(experts, only)
-    arguments = ExpertArguments(
-        type=TYPES[x_TD.dtype],
-        activation=ACTIVATIONS.index(experts.activation),
-        tokens=experts_TK.shape[0],
-        choices=experts_TK.shape[1],
-        d_model=x_TD.shape[1],
-        d_expert=fc2.shape[2],
-        num_experts=experts.num_experts,
-        threads=torch.get_num_threads(),
-        fc1_stride=fc1.stride(0),
-        fc2_stride=fc2.stride(0),
-        is_wave=only is not None,
-        x=x_TD.data_ptr(),
-        fc1=fc1.data_ptr(),
-        fc2=fc2.data_ptr(),
-        experts=experts_TK.data_ptr(),
-        slot_of=None if slots is None else slots.buffer_info()[0],
-        lines=address(lines_RD),
-        hidden=address(hidden_RH),
-        fc1_bias=_biases(experts.fc1_bias_SH),
-        fc2_bias=_biases(experts.fc2_bias_SD),
-    )
-    return arguments, slots
-
-
-def _quantized_arguments(
-    x_TD: Tensor,
-    experts_TK: Tensor,
-    experts: QuantizedExpertWeights,
-    only: Collection[int] | None,
-    lines_RD: Tensor,
-) -> "tuple[QuantizedExpertArguments, array[int] | None]":
-    slots = _slots(experts, only)
-    rest = ExpertArguments(
-        type=TYPES[x_TD.dtype],
-        activation=ACTIVATIONS.index(experts.activation),
-        tokens=experts_TK.shape[0],
-        choices=experts_TK.shape[1],
-        d_model=experts.d_model,
-        d_expert=experts.fc2.width,
-        num_experts=experts.num_experts,
-        threads=torch.get_num_threads(),
-        is_wave=only is not None,
-        x=x_TD.data_ptr(),
-        experts=experts_TK.data_ptr(),
-        slot_of=None if slots is None else slots.buffer_info()[0],
-        lines=lines_RD.data_ptr(),
-        fc1_bias=_biases(experts.fc1_bias_SH),
-        fc2_bias=_biases(experts.fc2_bias_SD),
-    )
-    fc1, fc2 = _matrix(experts.fc1), _matrix(experts.fc2)
-    return QuantizedExpertArguments(rest=rest, fc1=fc1, fc2=fc2), slots
-
-
-def _biases(bias_SQ: Tensor | None) -> Biases:
-    if bias_SQ is None:
-        return Biases()
-    return Biases(type=TYPES[bias_SQ.dtype], stride=bias_SQ.stride(0), values=bias_SQ.data_ptr())
-
-
-def _matrix(matrices: QuantizedMatrices) -> QuantizedMatrix:
-    values, scales = matrices.values, matrices.scales_SQG
-    return QuantizedMatrix(
-        values=values.data_ptr(),
-        scales=scales.data_ptr(),
-        bits=matrices.bits,
-        group=matrices.group_size,
-        stride=values.stride(0),
-        scale_stride=scales.stride(0),
-    )
-
-
-def _slots(experts: SlotTable, only: Collection[int] | None) -> "array[int] | None":
-    """Return int32 ``[E]``: the slot of each expert to run, else -1; None = slot e is expert e."""
-    if only is None:
-        return None if experts.slot_of_E is None else array("i", experts.slot_of_E)
-    slots = array("i", [-1]) * experts.num_experts
-    for expert in only:
-        slots[expert] = experts.slot(expert)
-        assert slots[expert] >= 0, f"expert {expert} of the wave has no slot"
-    return slots

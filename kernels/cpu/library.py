@@ -67,6 +67,7 @@ def _open() -> Library:
     choose.argtypes, choose.restype = [ctypes.c_char_p], ctypes.c_char_p
     functions.moeyard_experts.restype = ctypes.c_int64
     functions.moeyard_quantized_experts.restype = ctypes.c_int64
+    functions.moeyard_channel_experts.restype = ctypes.c_int64
     functions.moeyard_expert_forward.restype = ctypes.c_int64
     name = choose(None if limit is None else limit.encode()).decode()
     return Library(functions, name)

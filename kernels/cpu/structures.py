@@ -95,6 +95,18 @@ class QuantizedExpertArguments(ctypes.Structure):
     ]
 
 
+class ChannelExpertArguments(ctypes.Structure):
+    """The expert MLP of experts with channels that may be skipped."""
+
+    _fields_ = [
+        ("rest", ExpertArguments),
+        ("by_input", Int),
+        ("x_limits", Pointer),
+        ("gate_limits", Pointer),
+        ("act_limits", Pointer),
+    ]
+
+
 class ExpertGradArguments(ctypes.Structure):
     """The gradients of the expert MLP."""
 
@@ -232,6 +244,7 @@ STRUCTURES: tuple[type[ctypes.Structure], ...] = (
     ExpertArguments,
     QuantizedMatrix,
     QuantizedExpertArguments,
+    ChannelExpertArguments,
     ExpertGradArguments,
     GroupedArguments,
     CombineArguments,

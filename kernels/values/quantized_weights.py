@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .activation import Activation
+from .channel_weights import ChannelExpertWeights
 from .expert_weights import ExpertWeights, SlotTable, check_biases, check_slots, empty_slots
 
 Bits = Literal[8, 4]
@@ -167,7 +168,7 @@ class QuantizedExpertWeights(SlotTable):
         return sum(part.nbytes for part in parts)
 
 
-SlotWeights = ExpertWeights | QuantizedExpertWeights
+SlotWeights = ExpertWeights | QuantizedExpertWeights | ChannelExpertWeights
 """The weights of the experts in some slots, in any layout."""
 
 

@@ -58,6 +58,7 @@ PUBLIC const int64_t* moeyard_sizes() {
         sizeof(ExpertArguments),
         sizeof(QuantizedMatrix),
         sizeof(QuantizedExpertArguments),
+        sizeof(ChannelExpertArguments),
         sizeof(ExpertGradArguments),
         sizeof(GroupedArguments),
         sizeof(CombineArguments),
@@ -74,6 +75,9 @@ PUBLIC void moeyard_norm(const NormArguments* a) { chosen->norm(a); }
 PUBLIC int64_t moeyard_experts(const ExpertArguments* a) { return chosen->experts(a); }
 PUBLIC int64_t moeyard_quantized_experts(const QuantizedExpertArguments* a) {
     return chosen->quantized_experts(a);
+}
+PUBLIC int64_t moeyard_channel_experts(const ChannelExpertArguments* a) {
+    return chosen->channel_experts(a);
 }
 PUBLIC int64_t moeyard_expert_forward(const ExpertArguments* a) {
     return chosen->expert_forward(a);

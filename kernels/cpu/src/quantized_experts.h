@@ -8,6 +8,7 @@ namespace ISA {
 
 // A quantized matrix of all slots, and the rounded rows that it is multiplied with.
 struct QuantizedRowsMatrix {
+    static constexpr bool READS_SOME = false;
     const IntMatrix& matrix;
     const IntRows& all;
 
@@ -54,7 +55,7 @@ template <class Element> int64_t quantized_experts(const QuantizedExpertArgument
         const char* rows[BLOCK_ROWS];
         for (int64_t r = block.from; r < block.to; r++)
             rows[r - block.from] = x.row(order.rows[r] / a.choices);
-        first_half(a, first, block, rows, from, to, act.get());
+        first_half(a, first, Limits{}, block, rows, from, to, act.get());
     });
     for_each_task(num_rows, threads,
                   [&](int64_t r) { rounded_act.round(r, act.get() + r * a.d_expert); });
