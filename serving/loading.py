@@ -5,17 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from ..dtypes import short_name, spellings, torch_dtype
 from ..errors import ConfigError
-from ..kernels.values.expert_weights import ExpertWeights
 from ..kernels.values.memory import is_out_of_memory
-from ..kernels.values.quantized_weights import QuantizedExpertWeights
-from ..moe.experts.base import LayerExperts
-from ..moe.experts.quantized import QuantizedExperts
-from ..moe.experts.resident import Experts
-from ..moe.folders.expert_slots import empty_experts
 from ..moe.folders.folder import ModelFolder
 from ..moe.folders.generation_config import read_generation_config
 from ..moe.folders.hub import local_folder
@@ -27,6 +20,7 @@ from ..moe.routers.own_code import allow
 from ..moe.without_memory import without_memory
 from .experts.budget import budget_bytes
 from .experts.forwards import announce_forwards
+from .experts.in_memory import as_module, empty_weights
 from .experts.offloaded import OffloadedExperts
 from .experts.opening import open_store
 from .experts.options import StoreOptions
@@ -34,6 +28,7 @@ from .experts.policies.policy import Policy
 from .experts.policies.table import check_policy
 from .experts.predictors.predictor import Predictor
 from .experts.predictors.table import check_predictor, facts_of, open_predictor
+from .experts.sparsity import open_sparsity, owner_of
 from .experts.store import ExpertStore
 from .memory import available_bytes, check_memory
 from .planning.budget import Demand
@@ -42,8 +37,6 @@ from .planning.start import log_start
 
 log = logging.getLogger(__name__)
 
-PARAMETERS = ("fc1", "fc2", "fc1_bias", "fc2_bias")
-"""Of a module of experts, in the order of ``ExpertWeights.parameters``."""
 DTYPES = ("fp32", "bf16")
 """What a model may be loaded as."""
 
@@ -59,6 +52,7 @@ def load(
     expert_predictor: str | Predictor = "none",
     expert_reader: str = "auto",
     expert_log: str | Path | None = None,
+    expert_sparsity: str | Path | None = None,
 ) -> LanguageModel:
     """Open a Hugging Face MoE model or a run's export as a model ready to call.
 
@@ -78,6 +72,8 @@ def load(
     ``expert_predictor`` says which experts the next layers may need, so that they are read ahead: a
     name or ``NAME:FILE`` (docs/offloading.md), or an object with the methods of
     :class:`moeyard.serving.experts.predictors.predictor.Predictor`.
+    ``expert_sparsity`` is a file of ``moeyard sparsity``: channels of experts that it takes for 0
+    are not read, which is lossy; ``exact`` leaves out what gates make 0.
     ``expert_log`` is a file for every event of the store, which is replaced.
     ``expert_reader`` reads experts through the page cache (``buffered``) or around it (``direct``);
     ``auto`` measures which is better.
@@ -90,6 +86,7 @@ def load(
         predictor=expert_predictor,
         reader=expert_reader,
         log=None if expert_log is None else Path(expert_log),
+        sparsity=None if expert_sparsity is None else str(expert_sparsity),
     )
     model, _ = open_model(
         folder, dtype, device, expert_memory, ignore_unused_weights, allow_code, options
@@ -111,6 +108,11 @@ def open_model(
     allow(allow_code)
     options = options or StoreOptions()
     _check_options(options, expert_memory)
+    if options.sparsity is not None and target.type != "cpu":
+        raise ConfigError(
+            f"device is {device!r} and expert-sparsity {options.sparsity!r}, but channels are "
+            "skipped on the CPU only; leave one out."
+        )
     files = ModelFolder(local_folder(folder))
     try:
         left_out = files.check(ignore_unused_weights=ignore_unused_weights)
@@ -172,7 +174,7 @@ def _open(
     check_memory(files, chosen, expert_memory)
     with without_memory():
         decoder = Decoder(files.config, expert_ids=())
-    store = None
+    store, sparsity = None, open_sparsity(files, options.sparsity)
     if expert_memory is not None:
         num_bytes = budget_bytes(files, chosen, expert_memory)
         store = open_store(files, chosen, num_bytes, options=options, free_bytes=available_bytes())
@@ -180,14 +182,20 @@ def _open(
     reads: list[WeightRead] = []
     moe_layers = decoder.moe_layers()
     for index, layer in moe_layers:
+        limits = None
+        if sparsity is not None:
+            limits = sparsity.limits(index, layer.d_model, layer.d_expert)
         if store is not None:
-            layer.experts = OffloadedExperts(store, index, layer.num_experts, len(moe_layers))
+            numbers = (index, layer.num_experts, len(moe_layers))
+            layer.experts = OffloadedExperts(store, *numbers, limits)
         else:
-            weights = empty_experts(files.config, layer.gate.num_experts, chosen, files.packed)
+            weights = empty_weights(files, layer.num_experts, chosen, sparsity, limits)
             views = ((slot, weights.slot_views(slot)) for slot in range(weights.num_slots))
             reads += expert_reads(files, index, views)
-            layer.experts = _as_module(weights)
+            layer.experts = as_module(weights)
     run_reads(files, [*dense_reads(files, decoder, chosen), *reads])
+    if sparsity is not None and sparsity.score is not None:
+        sparsity.check_owner(owner_of(decoder))
     if store is not None:
         predictor = open_predictor(options.predictor, decoder)
         if predictor is not None:
@@ -226,16 +234,3 @@ def pick_dtype(files: ModelFolder, name: str | torch.dtype | None) -> torch.dtyp
     if short not in DTYPES:
         raise ConfigError(f"dtype is {name!r}; use one of {spellings(DTYPES)}.")
     return torch_dtype(short)
-
-
-def _as_module(weights: ExpertWeights | QuantizedExpertWeights) -> LayerExperts:
-    """Return a layer's experts as a module that holds ``weights``."""
-    if isinstance(weights, QuantizedExpertWeights):
-        return QuantizedExperts(weights)
-    num_experts, d_model, d_expert = weights.fc2_SDF.shape
-    with without_memory():
-        experts = Experts(d_model, d_expert, num_experts, activation=weights.activation)
-    for name, part in zip(PARAMETERS, weights.parameters, strict=True):
-        if part is not None:
-            setattr(experts, name, nn.Parameter(part, requires_grad=False))
-    return experts

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from ..values.calls import ExpertCall
-from ..values.quantized_weights import QuantizedExpertWeights, SlotWeights
+from ..values.channel_weights import ChannelExpertWeights
+from ..values.expert_weights import ExpertWeights
+from ..values.quantized_weights import QuantizedExpertWeights
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -25,6 +27,8 @@ def misfit(call: ExpertCall) -> str | None:
         return f"Triton's expert kernels take bf16, fp16 and fp32, not {x_TD.dtype}."
     if isinstance(experts, QuantizedExpertWeights):
         sums: list[Tensor] = []
+    elif isinstance(experts, ChannelExpertWeights):
+        return "Triton does not take experts stored by channel."
     else:
         main = experts.main_grads
         sums = [] if main is None else [total for total in main.totals if total is not None]
@@ -67,6 +71,7 @@ def run(call: ExpertCall) -> Tensor:
     rows = (x_TD.contiguous(), experts_TK.contiguous(), weights_TK.contiguous())
     if isinstance(experts, QuantizedExpertWeights):
         return _run_quantized(*rows, experts, slot_of_E)
+    assert isinstance(experts, ExpertWeights), "others are a misfit"
     from .ops import expert_mlp_op
 
     leaves = [leaf for leaf in (x_TD, weights_TK, *experts.parameters) if leaf is not None]
@@ -109,7 +114,7 @@ def _run_quantized(
     )
 
 
-def _parts(experts: SlotWeights) -> dict[str, Tensor]:
+def _parts(experts: ExpertWeights | QuantizedExpertWeights) -> dict[str, Tensor]:
     """Return the tensors that hold the matrices of all slots."""
     if isinstance(experts, QuantizedExpertWeights):
         return {

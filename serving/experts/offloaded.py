@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ...errors import ExpertReadError
+from ...kernels.values.channel_weights import ChannelExpertWeights, ChannelLimits
 from ...kernels.waves import start_waves
 from ...moe.experts.base import LayerExperts
 from ...moe.routers.routing import Routing, count_choices
@@ -21,8 +23,16 @@ class OffloadedExperts(LayerExperts):
     lines are combined in k order at the end, as in the resident case.
     """
 
-    def __init__(self, store: ExpertStore, layer: int, num_experts: int, num_layers: int) -> None:
+    def __init__(
+        self,
+        store: ExpertStore,
+        layer: int,
+        num_experts: int,
+        num_layers: int,
+        limits: ChannelLimits | None = None,
+    ) -> None:
         super().__init__()
+        self._limits = limits
         self._store = store
         self._layer = layer
         self._num_experts = num_experts
@@ -66,6 +76,9 @@ class OffloadedExperts(LayerExperts):
             choice = Choice(x_ND, experts_NK.numpy())
             with closing(self._store.stream(self._layer, rows_of, choice)) as stream:
                 for ready, experts in stream:
+                    if self._limits is not None:
+                        assert isinstance(experts, ChannelExpertWeights), "limits need channels"
+                        experts = replace(experts, limits=self._limits)
                     waves.add(experts, only=ready)
         except ExpertReadError as error:
             error.rows = _rows_that_chose(error.experts, experts_NK)

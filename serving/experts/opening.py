@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from ...moe.folders.expert_slots import empty_experts, expert_bytes
+from ...moe.folders.expert_slots import empty_by_channel, empty_experts, expert_bytes
 from ...moe.folders.folder import ModelFolder
 from ...moe.folders.tensor_names import dense_tensors
 from ...moe.routes.identity import identity_of
@@ -18,6 +18,7 @@ from .policies.table import open_policy
 from .read_queue import ReadQueue
 from .reading.choose import plan_reads
 from .reading.sidecar import LearnedHashes
+from .sparsity import read_sparsity
 from .store import ExpertStore
 from .tiers.disk import DiskTier
 from .tiers.open import Tiers, open_tiers
@@ -37,6 +38,7 @@ def open_store(
     memory that is free before the model is loaded.
     """
     options = options or StoreOptions()
+    by_channel = None if options.sparsity is None else read_sparsity(options.sparsity)
     num_slots = count_slots(folder, dtype, budget_bytes)
     config, moe = folder.config, folder.config.moe
     assert moe is not None, "slots were counted"
@@ -52,7 +54,9 @@ def open_store(
     store = ExpertStore(
         facts,
         slot_bytes,
-        memory=empty_experts(config, num_slots, dtype, folder.packed),
+        memory=empty_experts(config, num_slots, dtype, folder.packed)
+        if by_channel is None
+        else empty_by_channel(config, num_slots, dtype, by_channel.by_input),
         tier=tiers.first,
         reads=ReadQueue(num_threads or plan.threads, at_end=partial(_end, save, tiers)),
         policy=policy,

@@ -9,11 +9,15 @@ from pathlib import Path
 from ...moe.folders.folder import ModelFolder
 from ...moe.folders.prices import read_prices
 from ..experts.options import StoreOptions
+from ..experts.sparsity import EXACT, read_sparsity
 
 
 def lossy_modes(folder: ModelFolder, options: StoreOptions) -> list[str]:
     """Return the names of the lossy ways in which a folder runs with these options."""
-    return [] if folder.packed is None else [f"int{folder.packed.bits}"]
+    modes = [] if folder.packed is None else [f"int{folder.packed.bits}"]
+    if options.sparsity not in (None, EXACT):
+        modes.append(read_sparsity(options.sparsity).name)
+    return modes
 
 
 def lossy_sentences(folder: Path, modes: Iterable[str]) -> tuple[str, ...]:
