@@ -1,13 +1,13 @@
 """Channels of experts that count as 0: sparsity, perplexity, bytes read and speed.
 
     python benchmarks/expert_sparsity.py MODEL --text TRAIN.txt --held-out HELD.txt
-        [--relu MODEL] [--threads 2]
+        [--threads 2]
 
 MODEL is a folder with plain experts. Thresholds are measured on TRAIN.txt, everything else on
 HELD.txt: shares of channels that count as 0 on the dense model's rows, perplexity of the model
 that skips, bytes of expert weights that a row reads. Speeds are medians of interleaved runs. The
-kernel is also measured alone, on random experts that do not fit a cache. ``--relu`` is a model
-with relu gates: the exact mode must give its bits.
+kernel is also measured alone, on random experts that do not fit a cache. The exact mode must give
+the bits of a random model with relu gates.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import torch
+from offloading_models import RandomWeights
 
 import moeyard
 from moeyard.kernels.values.activation import gated
@@ -27,16 +28,24 @@ from moeyard.kernels.values.channel_weights import (
 )
 from moeyard.kernels.values.expert_weights import ExpertWeights
 from moeyard.kernels.waves import start_waves
+from moeyard.moe.config.model import ModelConfig, MoEConfig
+from moeyard.moe.folders.families.table import FAMILIES
+from moeyard.moe.folders.hf_config import to_hf
+from moeyard.moe.folders.write_weights import plan_weights
+from moeyard.moe.folders.writer import write_model_folder
+from moeyard.moe.routers.topk import TopK
 from moeyard.serving.evaluation.held_out_text import score_text
-from moeyard.serving.evaluation.measure_sparsity import measure_sparsity, observing
+from moeyard.serving.evaluation.measure_sparsity import ScoreSizes, observing
 from moeyard.serving.experts.sparsity import KINDS, SCORES, save_sparsity
+from moeyard.training.data.tokenizer import ByteTokenizer
 
 from report import write_results
 
 TARGETS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
-CALIBRATION_CHARACTERS, HELD_OUT_CHARACTERS = 60_000, 20_000
+CALIBRATION_CHARACTERS, HELD_OUT_CHARACTERS = 16_000, 8_192
 WINDOW = 256
 PAGE_BYTES = 4096
+TOKENS = 32
 D_MODEL, D_EXPERT, EXPERTS, CHOICES = 2048, 1024, 64, 8
 
 
@@ -87,7 +96,7 @@ def share_read(shares):
 
 
 def interleaved(runs, rounds):
-    """Return the median seconds of each run, and check nothing else."""
+    """Return the median seconds of each run."""
     times = {name: [] for name in runs}
     for run in runs.values():
         run()
@@ -99,7 +108,7 @@ def interleaved(runs, rounds):
     return {name: statistics.median(found) for name, found in times.items()}
 
 
-def generate(model, tokens=48):
+def generate(model, tokens=TOKENS):
     prompt = torch.tensor([list(b"The history of the town begins")])
     return model.generate(prompt, tokens, temperature=0, ignore_eos=True)
 
@@ -107,11 +116,8 @@ def generate(model, tokens=48):
 def curve(folder, text, held_out, out):
     """Measure every score and target on a trained model."""
     dense = moeyard.load(folder)
-    files = {
-        (score, target): measure_sparsity(dense, text, score, target, WINDOW)
-        for score in SCORES
-        for target in TARGETS
-    }
+    sizes = {score: ScoreSizes(dense, text, score, WINDOW) for score in SCORES}
+    files = {(score, t): sizes[score].at(t) for score in SCORES for t in TARGETS}
     shares = Shares(files)
     with observing(dense, shares):
         base = score_text(dense, held_out, WINDOW).perplexity
@@ -135,7 +141,7 @@ def curve(folder, text, held_out, out):
     return {
         "perplexity": base,
         "rows": rows,
-        "tokens_per_s": {name: 48 / s for name, s in seconds.items()},
+        "tokens_per_s": {name: TOKENS / s for name, s in seconds.items()},
     }
 
 
@@ -197,21 +203,36 @@ def kernel_alone(num_rows):
     return {name: 1000 * s for name, s in seconds.items()}
 
 
-def relu(folder, held_out):
-    """Return zeros, bits and speed of a model with relu gates."""
-    plain, exact = moeyard.load(folder), moeyard.load(folder, expert_sparsity="exact")
+def write_model(folder, activation):
+    """Write a random model; the weights do not depend on the activation."""
+    moe = MoEConfig(num_experts=16, d_expert=512, router=TopK(k=4), activation=activation)
+    sizes = {"d_model": 1024, "num_layers": 4, "num_heads": 8, "max_positions": 1024}
+    config = ModelConfig(vocab_size=257, moe=moe, **sizes)
+    ids = {"eos_token_id": ByteTokenizer.eos_id}
+    values = to_hf(config, "bfloat16", ids)
+    family, weights = FAMILIES[values["model_type"]], RandomWeights(config, torch.bfloat16)
+    plans = plan_weights(config, family, weights, torch.bfloat16, torch.float32)
+    write_model_folder(folder, values, plans, ByteTokenizer().save, ids)
+
+
+def relu(out, held_out):
+    """Return zeros, bits and speed of a model with relu gates, next to one that skips nothing."""
+    for activation in ("swiglu", "reglu"):
+        write_model(out / activation, activation)
+    dense, plain = moeyard.load(out / "swiglu"), moeyard.load(out / "reglu")
+    exact = moeyard.load(out / "reglu", expert_sparsity="exact")
     counter = _Zeros()
     with observing(plain, counter):
         score_text(plain, held_out, WINDOW)
     ids_BT = torch.tensor([list(held_out.encode()[:WINDOW])])
     same = torch.equal(plain(ids_BT), exact(ids_BT))
     same = same and torch.equal(generate(plain), generate(exact))
-    runs = {"rows of up (always)": lambda: generate(plain), "exact": lambda: generate(exact)}
-    seconds = interleaved(runs, 9)
+    models = {"silu, nothing to skip": dense, "relu, rows of up": plain, "relu, exact": exact}
+    seconds = interleaved({name: lambda m=model: generate(m) for name, model in models.items()}, 7)
     return {
         "zeros": counter.zeros / counter.all,
         "same_bits": same,
-        "tokens_per_s": {name: 48 / s for name, s in seconds.items()},
+        "tokens_per_s": {name: TOKENS / s for name, s in seconds.items()},
     }
 
 
@@ -230,7 +251,6 @@ def main():
     parser.add_argument("model", type=Path)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--held-out", type=Path, required=True)
-    parser.add_argument("--relu", type=Path)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -250,9 +270,9 @@ def main():
         )
     for name, speed in found["tokens_per_s"].items():
         print(f"{name:12}{speed:8.1f} tokens/s")
-    if arguments.relu is not None:
-        results["relu"] = relu(arguments.relu, held_out)
-        print(f"relu model: {results['relu']}")
+    with tempfile.TemporaryDirectory() as out:
+        results["relu"] = relu(Path(out), held_out[: 4 * WINDOW])
+    print(f"relu model: {results['relu']}")
     results["kernel_ms"] = {str(rows): kernel_alone(rows) for rows in (1, 4)}
     for rows, times in results["kernel_ms"].items():
         print(f"one layer, d_model {D_MODEL}, d_expert {D_EXPERT}, k {CHOICES}, rows {rows}")

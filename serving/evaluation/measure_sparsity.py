@@ -66,6 +66,33 @@ def observing(model: LanguageModel, observer: Observer) -> Iterator[None]:
             handle.remove()
 
 
+class ScoreSizes:
+    """How large a score is on a text: thresholds for any target."""
+
+    def __init__(self, model: LanguageModel, text: str, score: Score, length: int | None) -> None:
+        self._model, self._score = model, score
+        self._norms = _norms_of_weights(model) if score == "wina" else {}
+        if score == "chess":
+            means = _Means(model)
+            with observing(model, means):
+                score_text(model, text, length)
+            self._norms = {key: means.norm(key[0]) for key in means.sums}
+        self._histograms = _Histograms(score, self._norms)
+        with observing(model, self._histograms):
+            score_text(model, text, length)
+
+    def at(self, target: float) -> Sparsity:
+        """Return the thresholds that make ``target`` of the channels count as 0."""
+        layers = self._model.decoder.moe_layers()
+        thresholds = {
+            (layer, kind): self._histograms.thresholds((layer, kind), target, module.num_experts)
+            for layer, module in layers
+            for kind in KINDS[self._score]
+        }
+        owner = owner_of(self._model.decoder)
+        return Sparsity(self._score, target, owner, thresholds, self._norms)
+
+
 def measure_sparsity(
     model: LanguageModel, text: str, score: Score, target: float, length: int | None = None
 ) -> Sparsity:
@@ -83,22 +110,7 @@ def measure_sparsity(
             f"the text has {tokens} tokens, which say too little of rare experts; give one of "
             f"{FEWEST_TOKENS} or more."
         )
-    norms = _norms_of_weights(model) if score == "wina" else {}
-    if score == "chess":
-        means = _Means(model)
-        with observing(model, means):
-            score_text(model, text, length)
-        norms = {key: means.norm(key[0]) for key in means.sums}
-    histograms = _Histograms(score, norms)
-    with observing(model, histograms):
-        score_text(model, text, length)
-    num_experts = model.decoder.moe_layers()[0][1].num_experts
-    thresholds = {
-        (layer, kind): histograms.thresholds((layer, kind), target, num_experts)
-        for layer, _ in model.decoder.moe_layers()
-        for kind in KINDS[score]
-    }
-    return Sparsity(score, target, owner_of(model.decoder), thresholds, norms)
+    return ScoreSizes(model, text, score, length).at(target)
 
 
 class _Means:
@@ -109,7 +121,9 @@ class _Means:
         self._rows: dict[int, Tensor] = {}
         self._weights: dict[int, Tensor] = {}
         for layer, module in model.decoder.moe_layers():
-            fc1_EHD = module.experts.get_parameter("fc1")
+            if not isinstance(module.experts, Experts):
+                continue  # observing() refuses them
+            fc1_EHD = module.experts.fc1
             num_experts, height = fc1_EHD.shape[:2]
             self.sums[layer, "gate"] = torch.zeros(num_experts, height // 2)
             self._rows[layer] = torch.zeros(num_experts, 1)
