@@ -1,13 +1,15 @@
 """Channels of experts that count as 0: sparsity, perplexity, bytes read and speed.
 
-    python benchmarks/expert_sparsity.py MODEL --text TRAIN.txt --held-out HELD.txt
-        [--threads 2]
+    python benchmarks/expert_sparsity.py curve --model MODEL --text TRAIN.txt --held-out HELD.txt
+    python benchmarks/expert_sparsity.py relu
+    python benchmarks/expert_sparsity.py kernel
 
-MODEL is a folder with plain experts. Thresholds are measured on TRAIN.txt, everything else on
-HELD.txt: shares of channels that count as 0 on the dense model's rows, perplexity of the model
-that skips, bytes of expert weights that a row reads. Speeds are medians of interleaved runs. The
-kernel is also measured alone, on random experts that do not fit a cache. The exact mode must give
-the bits of a random model with relu gates.
+``curve`` measures thresholds on TRAIN.txt and everything else on HELD.txt: shares of channels that
+count as 0 on the dense model's rows, perplexity of the model that skips, bytes of expert weights
+that a row reads, and the same in whole pages of 4 KiB of a file with each channel's row of up and
+column of down side by side. ``relu`` checks that the exact mode gives the bits of a random model
+with relu gates. ``kernel`` runs a layer of random experts. Speeds are medians of interleaved
+runs.
 """
 
 import argparse
@@ -42,11 +44,10 @@ from moeyard.training.data.tokenizer import ByteTokenizer
 from report import write_results
 
 TARGETS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
-CALIBRATION_CHARACTERS, HELD_OUT_CHARACTERS = 16_000, 8_192
 WINDOW = 256
 PAGE_BYTES = 4096
 TOKENS = 32
-D_MODEL, D_EXPERT, EXPERTS, CHOICES = 2048, 1024, 64, 8
+D_MODEL, D_EXPERT, EXPERTS, CHOICES = 2048, 1024, 24, 8
 
 
 class Shares:
@@ -113,11 +114,12 @@ def generate(model, tokens=TOKENS):
     return model.generate(prompt, tokens, temperature=0, ignore_eos=True)
 
 
-def curve(folder, text, held_out, out):
+def curve(arguments, text, held_out, out):
     """Measure every score and target on a trained model."""
+    folder, targets = arguments.model, arguments.targets
     dense = moeyard.load(folder)
     sizes = {score: ScoreSizes(dense, text, score, WINDOW) for score in SCORES}
-    files = {(score, t): sizes[score].at(t) for score in SCORES for t in TARGETS}
+    files = {(score, t): sizes[score].at(t) for score in SCORES for t in targets}
     shares = Shares(files)
     with observing(dense, shares):
         base = score_text(dense, held_out, WINDOW).perplexity
@@ -135,9 +137,11 @@ def curve(folder, text, held_out, out):
             live, pages = shares.pages[score, target]
             row["pages_read"] = 1 / 3 + 2 / 3 * live / pages
         rows.append(row)
-        if target in (0.4, 0.7) and score in ("teal", "cats"):
+        if target in (0.4, 0.6) and score in ("teal", "cats"):
             models[f"{score} {target:g}"] = model
-    seconds = interleaved({name: lambda m=model: generate(m) for name, model in models.items()}, 7)
+    seconds = interleaved(
+        {name: lambda m=model: generate(m) for name, model in models.items()}, arguments.rounds
+    )
     return {
         "perplexity": base,
         "rows": rows,
@@ -154,7 +158,7 @@ def random_experts():
     return random(EXPERTS, 2 * D_EXPERT, D_MODEL), random(EXPERTS, D_MODEL, D_EXPERT)
 
 
-def kernel_alone(num_rows):
+def kernel_alone(num_rows, rounds):
     """Return milliseconds of one layer for ``num_rows`` rows, by layout and share left out."""
     fc1, fc2 = random_experts()
     stored = {
@@ -199,7 +203,7 @@ def kernel_alone(num_rows):
         waves.add(experts)
         return waves.result()
 
-    seconds = interleaved({name: lambda e=e: run(e) for name, e in kinds.items()}, 9)
+    seconds = interleaved({name: lambda e=e: run(e) for name, e in kinds.items()}, rounds)
     return {name: 1000 * s for name, s in seconds.items()}
 
 
@@ -215,7 +219,7 @@ def write_model(folder, activation):
     write_model_folder(folder, values, plans, ByteTokenizer().save, ids)
 
 
-def relu(out, held_out):
+def relu(out, held_out, rounds):
     """Return zeros, bits and speed of a model with relu gates, next to one that skips nothing."""
     for activation in ("swiglu", "reglu"):
         write_model(out / activation, activation)
@@ -228,7 +232,9 @@ def relu(out, held_out):
     same = torch.equal(plain(ids_BT), exact(ids_BT))
     same = same and torch.equal(generate(plain), generate(exact))
     models = {"silu, nothing to skip": dense, "relu, rows of up": plain, "relu, exact": exact}
-    seconds = interleaved({name: lambda m=model: generate(m) for name, model in models.items()}, 7)
+    seconds = interleaved(
+        {name: lambda m=model: generate(m) for name, model in models.items()}, rounds
+    )
     return {
         "zeros": counter.zeros / counter.all,
         "same_bits": same,
@@ -248,17 +254,27 @@ class _Zeros:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--held-out", type=Path, required=True)
+    parser.add_argument("part", choices=("curve", "relu", "kernel"))
+    parser.add_argument("--model", type=Path, help="for curve")
+    parser.add_argument("--text", type=Path, help="for curve")
+    parser.add_argument("--held-out", type=Path, help="for curve")
+    parser.add_argument("--characters", type=int, nargs=2, default=(60_000, 20_000))
+    parser.add_argument("--targets", type=float, nargs="+", default=TARGETS)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    text = arguments.text.read_text(encoding="utf-8")[:CALIBRATION_CHARACTERS]
-    held_out = arguments.held_out.read_text(encoding="utf-8")[:HELD_OUT_CHARACTERS]
-    results = {}
     with tempfile.TemporaryDirectory() as out:
-        found = results["curve"] = curve(arguments.model, text, held_out, Path(out))
+        found = PARTS[arguments.part](arguments, Path(out))
+    write_results(f"expert_sparsity_{arguments.part}", found)
+
+
+def run_curve(arguments, out):
+    sizes = arguments.characters
+    text = arguments.text.read_text(encoding="utf-8")[: sizes[0]]
+    held_out = arguments.held_out.read_text(encoding="utf-8")[: sizes[1]]
+    found = curve(arguments, text, held_out, out)
+    print(f"thresholds from {sizes[0]} characters, perplexity on {sizes[1]}")
     print(f"dense perplexity {found['perplexity']:.4f}")
     print(f"{'score':8}{'target':>7}{'measured':>18}{'perplexity':>12}{'more':>9}{'bytes':>8}")
     for row in found["rows"]:
@@ -270,16 +286,28 @@ def main():
         )
     for name, speed in found["tokens_per_s"].items():
         print(f"{name:12}{speed:8.1f} tokens/s")
-    with tempfile.TemporaryDirectory() as out:
-        results["relu"] = relu(Path(out), held_out[: 4 * WINDOW])
-    print(f"relu model: {results['relu']}")
-    results["kernel_ms"] = {str(rows): kernel_alone(rows) for rows in (1, 4)}
-    for rows, times in results["kernel_ms"].items():
+    return found
+
+
+def run_relu(arguments, out):
+    found = relu(out, "The exact mode changes nothing. " * 16, arguments.rounds)
+    print(f"gates at 0: {found['zeros']:.1%}; same bits: {found['same_bits']}")
+    for name, speed in found["tokens_per_s"].items():
+        print(f"{name:24}{speed:8.1f} tokens/s")
+    return found
+
+
+def run_kernel(arguments, _):
+    found = {}
+    for rows in (1, 4):
+        found[f"{rows} rows"] = times = kernel_alone(rows, arguments.rounds)
         print(f"one layer, d_model {D_MODEL}, d_expert {D_EXPERT}, k {CHOICES}, rows {rows}")
         for name, ms in times.items():
             print(f"  {name:32}{ms:8.2f} ms {ms / times['dense']:6.2f}")
-    write_results("expert_sparsity", results)
+    return found
 
+
+PARTS = {"curve": run_curve, "relu": run_relu, "kernel": run_kernel}
 
 if __name__ == "__main__":
     main()
