@@ -88,12 +88,7 @@ def _results(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
     expected_TD = reference.run(ExpertCall(wide_TD, experts_TK, weights_TK.double(), wide))
     yield "experts", waves.result(), expected_TD
 
-    # The same, stored by channel: other kernels for few rows and for many.
-    for by_input in (False, True):
-        matrices = (fc1_EHD.mT.contiguous() if by_input else fc1_EHD, fc2_EDF.mT.contiguous())
-        stored = ChannelExpertWeights(
-            *matrices, by_input=by_input, fc1_bias_SH=biases[0], fc2_bias_SD=biases[1]
-        )
+    for stored in _by_channel(fc1_EHD, fc2_EDF, biases):
         waves = CppWaves(x_TD, experts_TK, weights_TK)
         waves.add(stored)
         yield "experts by channel", waves.result(), expected_TD
@@ -108,3 +103,14 @@ def _results(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
         rows = (x_TD.double(), experts_TK, weights_TK.double())
         expected_TD = reference.run(ExpertCall(*rows, quantized))
         yield f"experts of {bits} bits", waves.result(), expected_TD
+
+
+def _by_channel(
+    fc1_EHD: Tensor, fc2_EDF: Tensor, biases: list[Tensor]
+) -> Iterator[ChannelExpertWeights]:
+    """Yield the same experts by channel, in both layouts."""
+    for by_input in (False, True):
+        matrices = (fc1_EHD.mT.contiguous() if by_input else fc1_EHD, fc2_EDF.mT.contiguous())
+        yield ChannelExpertWeights(
+            *matrices, by_input=by_input, fc1_bias_SH=biases[0], fc2_bias_SD=biases[1]
+        )
