@@ -266,7 +266,7 @@ MUTATIONS = [
     ),
     (
         "expert ids out of range are computed with",
-        "kernels/cpu/src/experts.h",
+        "kernels/cpu/src/expert_order.h",
         "if (expert < -1 || expert >= a.num_experts) return r;",
         "if (expert < -1 || expert >= a.num_experts) continue;",
         CPP,

@@ -53,4 +53,5 @@ def open_model(arguments: argparse.Namespace) -> "LanguageModel":
         expert_reader=arguments.expert_reader,
         expert_log=arguments.expert_log,
         expert_predictor=arguments.expert_predictor,
+        expert_sparsity=arguments.expert_sparsity,
     )

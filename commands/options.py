@@ -93,6 +93,12 @@ def add_expert_store(parser: argparse.ArgumentParser) -> None:
         help="through the page cache, around it, or what a probe at the start finds better",
     )
     parser.add_argument(
+        "--expert-sparsity",
+        metavar="FILE",
+        help="do not read channels of experts that a file of moeyard sparsity takes for 0 (lossy), "
+        "or that gates make 0 (exact)",
+    )
+    parser.add_argument(
         "--expert-log",
         metavar="FILE",
         help="write what happens to experts into FILE, for moeyard trace replay; serve takes a "

@@ -16,7 +16,7 @@ from .torch_ops.loop import Span
 from .trust import may_use_cpp
 from .values.activation import gated
 from .values.expert_update import ExpertUpdate
-from .values.expert_weights import ExpertWeights
+from .values.few_bits import FewBitsExpertWeights
 from .values.grouping import group_tokens
 from .values.quantized_weights import SlotWeights
 
@@ -92,9 +92,10 @@ class AdaptedWaves:
 
 def _matrix(experts: SlotWeights, slot: int, index: int, dtype: torch.dtype) -> Tensor:
     """Return fc1 or fc2 of a slot; of experts in few bits, one matrix at a time is widened."""
-    if isinstance(experts, ExpertWeights):
-        return experts.matrices(slot, dtype)[index]
-    return (experts.fc1, experts.fc2)[index].dequantize(slot, dtype)
+    if isinstance(experts, FewBitsExpertWeights):
+        widened: Tensor = (experts.fc1, experts.fc2)[index].dequantize(slot, dtype)
+        return widened
+    return experts.matrices(slot, dtype)[index]
 
 
 def _grouped(x_NP: Tensor, weight_EQP: Tensor, groups: list[Span]) -> Tensor:

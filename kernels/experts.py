@@ -19,6 +19,7 @@ from .trust import cpp as cpp_library
 from .trust import trusts_cpp, trusts_triton, why_not_cpp
 from .values.calls import ExpertBackend, ExpertCall
 from .values.expert_weights import ExpertWeights
+from .values.few_bits import FewBitsExpertWeights
 from .values.quantized_weights import SlotWeights
 
 Backend = Literal["auto", "torch", "reference", "cpp", "triton", "megablocks"]
@@ -112,12 +113,14 @@ def _chosen(call: ExpertCall, name: Backend) -> ExpertBackend:
 
 def _check_gradients(call: ExpertCall) -> None:
     wants_grad = call.x_TD.requires_grad or call.weights_TK.requires_grad
-    is_quantized = not isinstance(call.experts, ExpertWeights)
-    if is_quantized and wants_grad and torch.is_grad_enabled():
-        raise ValueError(
-            "x or the routing weights require gradients, but quantized experts have no backward; "
-            "run under torch.no_grad() or with plain weights."
-        )
+    if isinstance(call.experts, ExpertWeights) or not wants_grad or not torch.is_grad_enabled():
+        return
+    is_quantized = isinstance(call.experts, FewBitsExpertWeights)
+    raise ValueError(
+        "x or the routing weights require gradients, but "
+        f"{'quantized experts' if is_quantized else 'experts stored by channel'} have no backward; "
+        "run under torch.no_grad() or with plain weights."
+    )
 
 
 def check_backends() -> Iterator[BackendCheck]:

@@ -28,6 +28,7 @@ from .experts.policies.policy import Policy
 from .experts.policies.table import check_policy
 from .experts.predictors.predictor import Predictor
 from .experts.predictors.table import check_predictor, facts_of, open_predictor
+from .experts.sparsity import open_sparsity, owner_of
 from .experts.store import ExpertStore
 from .memory import available_bytes, check_memory
 from .planning.budget import Demand
@@ -53,6 +54,7 @@ def load(
     expert_reader: str = "auto",
     expert_log: str | Path | None = None,
     adapters: Mapping[str, str | Path] | None = None,
+    expert_sparsity: str | Path | None = None,
 ) -> LanguageModel:
     """Open a Hugging Face MoE model or a run's export as a model ready to call.
 
@@ -72,6 +74,8 @@ def load(
     ``expert_predictor`` says which experts the next layers may need, so that they are read ahead: a
     name or ``NAME:FILE`` (docs/offloading.md), or an object with the methods of
     :class:`moeyard.serving.experts.predictors.predictor.Predictor`.
+    ``expert_sparsity`` is a file of ``moeyard sparsity``: channels of experts that it takes for 0
+    are not read, which is lossy; ``exact`` leaves out what gates make 0.
     ``expert_log`` is a file for every event of the store, which is replaced.
     ``expert_reader`` reads experts through the page cache (``buffered``) or around it (``direct``);
     ``auto`` measures which is better. ``adapters`` are LoRA folders of peft by name: a call of the
@@ -85,6 +89,7 @@ def load(
         predictor=expert_predictor,
         reader=expert_reader,
         log=None if expert_log is None else Path(expert_log),
+        sparsity=None if expert_sparsity is None else str(expert_sparsity),
     )
     model, _ = open_model(
         folder, dtype, device, expert_memory, ignore_unused_weights, allow_code, options
@@ -108,6 +113,11 @@ def open_model(
     allow(allow_code)
     options = options or StoreOptions()
     _check_options(options, expert_memory)
+    if options.sparsity is not None and target.type != "cpu":
+        raise ConfigError(
+            f"device is {device!r} and expert-sparsity {options.sparsity!r}, but channels are "
+            "skipped on the CPU only; leave one out."
+        )
     files = ModelFolder(local_folder(folder))
     try:
         left_out = files.check(ignore_unused_weights=ignore_unused_weights)
@@ -169,7 +179,7 @@ def _open(
     check_memory(files, chosen, expert_memory)
     with without_memory():
         decoder = Decoder(files.config, expert_ids=())
-    store = None
+    store, sparsity = None, open_sparsity(files, options.sparsity)
     if expert_memory is not None:
         num_bytes = budget_bytes(files, chosen, expert_memory)
         store = open_store(files, chosen, num_bytes, options=options, free_bytes=available_bytes())
@@ -177,12 +187,18 @@ def _open(
     reads: list[WeightRead] = []
     moe_layers = decoder.moe_layers()
     for index, layer in moe_layers:
+        limits = None
+        if sparsity is not None:
+            limits = sparsity.limits(index, layer.d_model, layer.d_expert)
         if store is not None:
-            layer.experts = OffloadedExperts(store, index, layer.num_experts, len(moe_layers))
+            numbers = (index, layer.num_experts, len(moe_layers))
+            layer.experts = OffloadedExperts(store, *numbers, limits)
         else:
-            layer.experts, views = resident_experts(files, index, chosen)
+            layer.experts, views = resident_experts(files, index, chosen, sparsity, limits)
             reads += expert_reads(files, index, views)
     run_reads(files, [*dense_reads(files, decoder, chosen), *reads])
+    if sparsity is not None and sparsity.score is not None:
+        sparsity.check_owner(owner_of(decoder))
     if store is not None:
         predictor = open_predictor(options.predictor, decoder)
         if predictor is not None:

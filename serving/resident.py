@@ -6,30 +6,44 @@ from typing import cast
 import torch
 from torch import nn
 
+from ..kernels.values.channel_weights import ChannelExpertWeights, ChannelLimits
 from ..kernels.values.expert_weights import ExpertWeights
 from ..kernels.values.quantized_weights import QuantizedExpertWeights, SlotWeights
 from ..moe.experts.base import LayerExperts
+from ..moe.experts.by_channel import ChannelExperts
 from ..moe.experts.mixed import MixedExperts
 from ..moe.experts.quantized import QuantizedExperts
 from ..moe.experts.resident import Experts
 from ..moe.folders.expert_layouts import ExpertViews
-from ..moe.folders.expert_slots import empty_experts
+from ..moe.folders.expert_slots import empty_by_channel, empty_experts
 from ..moe.folders.folder import ModelFolder
 from ..moe.without_memory import without_memory
+from .experts.sparsity import Sparsity
 
 PARAMETERS = ("fc1", "fc2", "fc1_bias", "fc2_bias")
 """Of a module of experts, in the order of ``ExpertWeights.parameters``."""
 
 
 def resident_experts(
-    files: ModelFolder, layer: int, dtype: torch.dtype
+    files: ModelFolder,
+    layer: int,
+    dtype: torch.dtype,
+    sparsity: Sparsity | None = None,
+    limits: ChannelLimits | None = None,
 ) -> tuple[LayerExperts, list[tuple[int, ExpertViews]]]:
-    """Return the experts of a layer, unfilled, and each expert's memory."""
+    """Return the experts of a layer, unfilled, and each expert's memory.
+
+    ``limits`` are those of a ``sparsity`` for this layer, if it has any.
+    """
     moe = files.config.moe
     assert moe is not None, "only MoE layers have experts"
     if len(files.formats.kinds) > 1:
         return _mixed(files, layer, moe.num_experts, dtype)
-    weights = empty_experts(files.config, moe.num_experts, dtype, files.packed)
+    if sparsity is None:
+        weights = empty_experts(files.config, moe.num_experts, dtype, files.packed)
+    else:
+        sizes = (moe.num_experts, dtype, sparsity.by_input)
+        weights = empty_by_channel(files.config, *sizes, limits)
     return _as_module(weights), [(e, weights.slot_views(e)) for e in range(moe.num_experts)]
 
 
@@ -56,6 +70,8 @@ def _mixed(
 
 def _as_module(weights: SlotWeights) -> LayerExperts:
     """Return a layer's experts as a module that holds ``weights``."""
+    if isinstance(weights, ChannelExpertWeights):
+        return ChannelExperts(weights)
     if not isinstance(weights, ExpertWeights):
         return QuantizedExperts(weights)
     num_experts, d_model, d_expert = weights.fc2_SDF.shape

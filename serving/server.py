@@ -54,6 +54,9 @@ class ServeArgs(LoraArgs):
     host_memory: str | None = None
     """Memory of each node for further experts (8GiB, 50% of all), in Ray's object store and shared
     by the node's replicas; None or 0 = none."""
+    expert_sparsity: str | None = None
+    """A file of ``moeyard sparsity``: channels of experts that count as 0 are not read; or
+    ``exact``, for what gates make 0."""
     expert_reader: Literal["auto", "buffered", "direct"] = "auto"
     """Read experts through the page cache, around it, or as a probe at the start finds better."""
     expert_log: str | None = None
@@ -128,6 +131,7 @@ class ServeArgs(LoraArgs):
             policy=self.expert_policy,
             predictor=self.expert_predictor,
             reader=self.expert_reader,
+            sparsity=self.expert_sparsity,
             host_memory=self.host_memory,
         )
 

@@ -16,6 +16,7 @@ from ..cpu.norm import rms_norm
 from ..cpu.router import route
 from ..torch_ops import reference
 from ..values.calls import ExpertCall
+from ..values.channel_weights import ChannelExpertWeights
 from ..values.choice import ChoiceRule
 from ..values.expert_weights import ExpertWeights
 from ..values.quantize import quantize_experts
@@ -90,6 +91,11 @@ def _results(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
     expected_TD = reference.run(ExpertCall(wide_TD, experts_TK, weights_TK.double(), wide))
     yield "experts", waves.result(), expected_TD
 
+    for stored in _by_channel(fc1_EHD, fc2_EDF, biases):
+        waves = CppWaves(x_TD, experts_TK, weights_TK)
+        waves.add(stored)
+        yield "experts by channel", waves.result(), expected_TD
+
     x_TD = random(T, QUANTIZED_D).to(dtype)
     fc1_EHD = random(E, 2 * QUANTIZED_WIDTH, QUANTIZED_D) * QUANTIZED_D**-0.5
     fc2_EDF = random(E, QUANTIZED_D, QUANTIZED_WIDTH) * QUANTIZED_WIDTH**-0.5
@@ -105,3 +111,14 @@ def _results(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
     waves.add(sparse)
     expected_TD = reference.run(ExpertCall(*rows, sparse))
     yield "group-sparse experts of 4 bits", waves.result(), expected_TD
+
+
+def _by_channel(
+    fc1_EHD: Tensor, fc2_EDF: Tensor, biases: list[Tensor]
+) -> Iterator[ChannelExpertWeights]:
+    """Yield the same experts by channel, in both layouts."""
+    for by_input in (False, True):
+        matrices = (fc1_EHD.mT.contiguous() if by_input else fc1_EHD, fc2_EDF.mT.contiguous())
+        yield ChannelExpertWeights(
+            *matrices, by_input=by_input, fc1_bias_SH=biases[0], fc2_bias_SD=biases[1]
+        )

@@ -4,29 +4,24 @@ T tokens, K choices, R = T*K routed rows, E experts, D model width, F expert wid
 """
 
 import ctypes
-from array import array
 from collections.abc import Collection
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..values.activation import ACTIVATIONS
+from ..values.channel_weights import ChannelExpertWeights
 from ..values.expert_weights import ExpertWeights, SlotTable
-from ..values.few_bits import FewBitsExpertWeights
-from ..values.group_sparse import GroupSparseExpertWeights, GroupSparseMatrices
+from ..values.group_sparse import GroupSparseExpertWeights
 from ..values.grouping import outside
-from ..values.quantized_weights import QuantizedExpertWeights, QuantizedMatrices, SlotWeights
-from .library import TYPES, address, empty_fp32, functions_for
-from .structures import (
-    Biases,
-    CombineArguments,
-    ExpertArguments,
-    GroupSparseExpertArguments,
-    GroupSparseMatrix,
-    QuantizedExpertArguments,
-    QuantizedMatrix,
+from ..values.quantized_weights import QuantizedExpertWeights, SlotWeights
+from .expert_arguments import (
+    channel_arguments,
+    expert_arguments,
+    group_sparse_arguments,
+    quantized_arguments,
 )
+from .library import TYPES, address, empty_fp32, functions_for
+from .structures import CombineArguments
 
 
 def can_run(x_TD: Tensor, weights_TK: Tensor, experts: SlotWeights | None = None) -> bool:
@@ -44,6 +39,8 @@ def is_plain(experts: SlotWeights) -> bool:
     parts: tuple[Tensor, ...]
     if isinstance(experts, ExpertWeights):
         parts = (experts.fc1_SHD, experts.fc2_SDF)
+    elif isinstance(experts, ChannelExpertWeights):
+        parts = experts.parts
     else:
         parts = experts.parts
     for part in parts:
@@ -88,15 +85,15 @@ class CppWaves:
         assert experts.d_model == self._x_TD.shape[1], "experts take another width"
         rows = (self._x_TD, self._experts_TK)
         if isinstance(experts, QuantizedExpertWeights):
-            rest, _slots = _few_bits_arguments(*rows, experts, only, self._lines_RD)
-            fc1, fc2 = _matrix(experts.fc1), _matrix(experts.fc2)
-            quantized = QuantizedExpertArguments(rest=rest, fc1=fc1, fc2=fc2)
+            quantized, _slots = quantized_arguments(*rows, experts, only, self._lines_RD)
             wrong = self._functions.moeyard_quantized_experts(ctypes.byref(quantized))
         elif isinstance(experts, GroupSparseExpertWeights):
-            rest, _slots = _few_bits_arguments(*rows, experts, only, self._lines_RD)
-            up, down = _sparse_matrix(experts.fc1), _sparse_matrix(experts.fc2)
-            sparse = GroupSparseExpertArguments(rest=rest, fc1=up, fc2=down)
+            sparse, _slots = group_sparse_arguments(*rows, experts, only, self._lines_RD)
             wrong = self._functions.moeyard_group_sparse_experts(ctypes.byref(sparse))
+        elif isinstance(experts, ChannelExpertWeights):
+            assert experts.fc1.dtype == self._x_TD.dtype, "experts and rows differ in type"
+            by_channel, _slots = channel_arguments(*rows, experts, only, self._lines_RD)
+            wrong = self._functions.moeyard_channel_experts(ctypes.byref(by_channel))
         else:
             assert experts.fc1_SHD.dtype == self._x_TD.dtype, "experts and rows differ in type"
             arguments, _slots = expert_arguments(*rows, experts, only, self._lines_RD)
@@ -139,111 +136,3 @@ def check_rows(wrong: int, experts_TK: Tensor, experts: SlotTable) -> None:
         expert = int(experts_TK.flatten()[wrong])
         assert not 0 <= expert < experts.num_experts, f"expert {expert} has rows but no slot"
         raise ValueError(outside(expert, experts.num_experts))
-
-
-def expert_arguments(
-    x_TD: Tensor,
-    experts_TK: Tensor,
-    experts: ExpertWeights,
-    only: Collection[int] | None,
-    lines_RD: Tensor | None,
-    hidden_RH: Tensor | None = None,
-) -> "tuple[ExpertArguments, array[int] | None]":
-    """Return the arguments, and the slot table; keep it alive as long as they are used."""
-    fc1, fc2 = experts.fc1_SHD, experts.fc2_SDF
-    slots = _slots(experts, only)
-    arguments = ExpertArguments(
-        type=TYPES[x_TD.dtype],
-        activation=ACTIVATIONS.index(experts.activation),
-        tokens=experts_TK.shape[0],
-        choices=experts_TK.shape[1],
-        d_model=x_TD.shape[1],
-        d_expert=fc2.shape[2],
-        num_experts=experts.num_experts,
-        threads=torch.get_num_threads(),
-        fc1_stride=fc1.stride(0),
-        fc2_stride=fc2.stride(0),
-        is_wave=only is not None,
-        x=x_TD.data_ptr(),
-        fc1=fc1.data_ptr(),
-        fc2=fc2.data_ptr(),
-        experts=experts_TK.data_ptr(),
-        slot_of=None if slots is None else slots.buffer_info()[0],
-        lines=address(lines_RD),
-        hidden=address(hidden_RH),
-        fc1_bias=_biases(experts.fc1_bias_SH),
-        fc2_bias=_biases(experts.fc2_bias_SD),
-    )
-    return arguments, slots
-
-
-def _few_bits_arguments(
-    x_TD: Tensor,
-    experts_TK: Tensor,
-    experts: FewBitsExpertWeights[Any],
-    only: Collection[int] | None,
-    lines_RD: Tensor,
-) -> "tuple[ExpertArguments, array[int] | None]":
-    """Return the arguments but for the matrices, and the slot table; keep it alive."""
-    slots = _slots(experts, only)
-    rest = ExpertArguments(
-        type=TYPES[x_TD.dtype],
-        activation=ACTIVATIONS.index(experts.activation),
-        tokens=experts_TK.shape[0],
-        choices=experts_TK.shape[1],
-        d_model=experts.d_model,
-        d_expert=experts.fc2.width,
-        num_experts=experts.num_experts,
-        threads=torch.get_num_threads(),
-        is_wave=only is not None,
-        x=x_TD.data_ptr(),
-        experts=experts_TK.data_ptr(),
-        slot_of=None if slots is None else slots.buffer_info()[0],
-        lines=lines_RD.data_ptr(),
-        fc1_bias=_biases(experts.fc1_bias_SH),
-        fc2_bias=_biases(experts.fc2_bias_SD),
-    )
-    return rest, slots
-
-
-def _biases(bias_SQ: Tensor | None) -> Biases:
-    if bias_SQ is None:
-        return Biases()
-    return Biases(type=TYPES[bias_SQ.dtype], stride=bias_SQ.stride(0), values=bias_SQ.data_ptr())
-
-
-def _matrix(matrices: QuantizedMatrices) -> QuantizedMatrix:
-    values, scales = matrices.values, matrices.scales_SQG
-    return QuantizedMatrix(
-        values=values.data_ptr(),
-        scales=scales.data_ptr(),
-        bits=matrices.bits,
-        group=matrices.group_size,
-        stride=values.stride(0),
-        scale_stride=scales.stride(0),
-    )
-
-
-def _sparse_matrix(matrices: GroupSparseMatrices) -> GroupSparseMatrix:
-    values, columns, scales = matrices.tensors
-    return GroupSparseMatrix(
-        values=values.data_ptr(),
-        columns=columns.data_ptr(),
-        scales=scales.data_ptr(),
-        kept=matrices.kept,
-        column_bytes=columns.element_size(),
-        value_stride=values.stride(0),
-        column_stride=columns.stride(0),
-        scale_stride=scales.stride(0),
-    )
-
-
-def _slots(experts: SlotTable, only: Collection[int] | None) -> "array[int] | None":
-    """Return int32 ``[E]``: the slot of each expert to run, else -1; None = slot e is expert e."""
-    if only is None:
-        return None if experts.slot_of_E is None else array("i", experts.slot_of_E)
-    slots = array("i", [-1]) * experts.num_experts
-    for expert in only:
-        slots[expert] = experts.slot(expert)
-        assert slots[expert] >= 0, f"expert {expert} of the wave has no slot"
-    return slots

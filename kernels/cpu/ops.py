@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..values.activation import ACTIVATIONS, Activation
+from ..values.channel_weights import ChannelExpertWeights
 from ..values.expert_weights import ExpertWeights, Parameters
 from ..values.group_sparse import GroupSparseExpertWeights
 from ..values.main_grads import MainGrads
@@ -25,9 +26,9 @@ def can_compile(x_TD: Tensor, weights_TK: Tensor, experts: SlotWeights) -> bool:
     """Say whether the operators support these tensors in a compiled graph."""
     if not x_TD.is_cpu or x_TD.dtype not in TYPES or weights_TK.dtype not in TYPES:
         return False
-    if isinstance(experts, GroupSparseExpertWeights):
-        fits = False  # they have no operator
-    elif isinstance(experts, ExpertWeights) and torch.is_grad_enabled():
+    if isinstance(experts, ChannelExpertWeights | GroupSparseExpertWeights):
+        return False  # they have no operator
+    if isinstance(experts, ExpertWeights) and torch.is_grad_enabled():
         fits = have_backward(experts)
     else:
         fits = is_plain(experts)
@@ -38,6 +39,7 @@ def expert_mlp_compiled(
     x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, experts: SlotWeights
 ) -> Tensor:
     """Return ``y_t = sum_k weights[t, k] * MLP_{experts[t, k]}(x_t)``, ``[T, D]``."""
+    assert not isinstance(experts, ChannelExpertWeights), "can_compile was not asked"
     slots = None if experts.slot_of_E is None else list(experts.slot_of_E)
     rows = (x_TD.contiguous(), as_int32(experts_TK), weights_TK.float().contiguous())
     if isinstance(experts, QuantizedExpertWeights):

@@ -120,6 +120,18 @@ class GroupSparseExpertArguments(ctypes.Structure):
     ]
 
 
+class ChannelExpertArguments(ctypes.Structure):
+    """The expert MLP of experts with channels that may be skipped."""
+
+    _fields_ = [
+        ("rest", ExpertArguments),
+        ("by_input", Int),
+        ("x_limits", Pointer),
+        ("gate_limits", Pointer),
+        ("act_limits", Pointer),
+    ]
+
+
 class ExpertGradArguments(ctypes.Structure):
     """The gradients of the expert MLP."""
 
@@ -259,6 +271,7 @@ STRUCTURES: tuple[type[ctypes.Structure], ...] = (
     QuantizedExpertArguments,
     GroupSparseMatrix,
     GroupSparseExpertArguments,
+    ChannelExpertArguments,
     ExpertGradArguments,
     GroupedArguments,
     CombineArguments,

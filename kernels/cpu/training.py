@@ -11,7 +11,8 @@ from torch.autograd.function import once_differentiable
 
 from ..values.expert_weights import ExpertWeights
 from ..values.main_grads import MainGrads
-from .experts import as_int32, check_rows, combine_lines, expert_arguments, is_plain
+from .expert_arguments import expert_arguments
+from .experts import as_int32, check_rows, combine_lines, is_plain
 from .library import TYPES, address, empty_fp32, functions_for
 from .structures import ExpertGradArguments
 

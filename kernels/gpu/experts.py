@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ..values.calls import ExpertCall
+from ..values.channel_weights import ChannelExpertWeights
 from ..values.expert_weights import ExpertWeights
 from ..values.group_sparse import GroupSparseExpertWeights
-from ..values.quantized_weights import QuantizedExpertWeights, SlotWeights
+from ..values.quantized_weights import QuantizedExpertWeights
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -29,6 +30,8 @@ def misfit(call: ExpertCall) -> str | None:
         return "Triton's kernels do not take group-sparse experts."
     if isinstance(experts, QuantizedExpertWeights):
         sums: list[Tensor] = []
+    elif isinstance(experts, ChannelExpertWeights):
+        return "Triton does not take experts stored by channel."
     else:
         main = experts.main_grads
         sums = [] if main is None else [total for total in main.totals if total is not None]
@@ -114,7 +117,7 @@ def _run_quantized(
     )
 
 
-def _parts(experts: SlotWeights) -> dict[str, Tensor]:
+def _parts(experts: ExpertWeights | QuantizedExpertWeights) -> dict[str, Tensor]:
     """Return the tensors that hold the matrices of all slots."""
     if isinstance(experts, QuantizedExpertWeights):
         return {

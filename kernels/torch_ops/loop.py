@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..values.activation import gated, gated_backward
+from ..values.channel_weights import ChannelExpertWeights
 from ..values.expert_weights import ExpertWeights, SlotTable
 from ..values.grouping import Grouping
 from ..values.main_grads import MainGrads
@@ -85,7 +86,13 @@ def infer(
     for slot, start, end in spans:
         x_nD = x_TD.index_select(0, tokens_R[start:end])
         bias1_H, bias2_D = experts.biases(slot, x_TD.dtype)
-        if isinstance(experts, ExpertWeights):
+        if isinstance(experts, ChannelExpertWeights):
+            expert = experts.expert_in(slot)
+            fc1_HD, fc2_DF = experts.matrices(slot, x_TD.dtype)
+            h_nH = bf16_row_stable_linear(experts.keep_x(x_nD, expert), fc1_HD)
+            act_nF = experts.activate(_with_bias(h_nH, bias1_H), expert)
+            y_nD = bf16_row_stable_linear(act_nF, fc2_DF)
+        elif isinstance(experts, ExpertWeights):
             h_nH = _with_bias(bf16_row_stable_linear(x_nD, experts.fc1_SHD[slot]), bias1_H)
             act_nF = gated(h_nH, experts.activation)
             y_nD = bf16_row_stable_linear(act_nF, experts.fc2_SDF[slot])

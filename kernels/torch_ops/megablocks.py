@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..values.calls import ExpertCall
+from ..values.channel_weights import ChannelExpertWeights
 from ..values.expert_weights import ExpertWeights
 from ..values.grouping import Grouping
 from .experts import ExpertMLP
@@ -99,6 +100,8 @@ def misfit(call: ExpertCall) -> str | None:
     x_TD, experts = call.x_TD, call.experts
     if not isinstance(experts, ExpertWeights):
         return "MegaBlocks does not take quantized experts."
+    if isinstance(experts, ChannelExpertWeights):
+        return "MegaBlocks does not take experts stored by channel."
     if x_TD.dtype != torch.bfloat16:
         return f"MegaBlocks' grouped products take bf16, not {x_TD.dtype}."
     if experts.consecutive is None:

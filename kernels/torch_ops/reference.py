@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..values.activation import gated
 from ..values.calls import ExpertCall
+from ..values.channel_weights import ChannelExpertWeights
 
 
 def run(call: ExpertCall) -> Tensor:
@@ -25,7 +26,12 @@ def run(call: ExpertCall) -> Tensor:
             continue
         fc1_HD, fc2_DF = experts.matrices(slot, x_TD.dtype)
         bias1_H, bias2_D = experts.biases(slot, x_TD.dtype)
-        hidden_NF = gated(F.linear(x_TD[tokens_N], fc1_HD, bias1_H), experts.activation)
+        x_ND = x_TD[tokens_N]
+        if isinstance(experts, ChannelExpertWeights):
+            x_ND = experts.keep_x(x_ND, expert)
+            hidden_NF = experts.activate(F.linear(x_ND, fc1_HD, bias1_H), expert)
+        else:
+            hidden_NF = gated(F.linear(x_ND, fc1_HD, bias1_H), experts.activation)
         y_ND = F.linear(hidden_NF, fc2_DF, bias2_D)
         y_TKD = y_TKD.index_put((tokens_N, choices_N), y_ND)
     present_TK = experts_TK >= 0

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .channel_weights import ChannelExpertWeights
 from .expert_weights import ExpertWeights
 from .quantized_weights import Bits, SlotWeights
 
@@ -53,6 +54,8 @@ class ExpertCall(NamedTuple):
         experts, x_TD = self.experts, self.x_TD
         if isinstance(experts, ExpertWeights):
             one, dtype = experts.fc1_SHD, experts.fc1_SHD.dtype
+        elif isinstance(experts, ChannelExpertWeights):
+            one, dtype = experts.fc1, experts.fc1.dtype
         else:
             one, dtype = experts.fc1.values, x_TD.dtype
         if x_TD.shape[1] != experts.d_model or x_TD.dtype != dtype:

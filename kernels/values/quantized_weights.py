@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from .channel_weights import ChannelExpertWeights
 from .expert_weights import ExpertWeights, empty_slots
 from .few_bits import INT4_ZERO, FewBitsExpertWeights
 from .group_sparse import GroupSparseExpertWeights
@@ -113,7 +114,9 @@ class QuantizedExpertWeights(FewBitsExpertWeights[QuantizedMatrices]):
     __slots__ = ()
 
 
-SlotWeights = ExpertWeights | QuantizedExpertWeights | GroupSparseExpertWeights
+SlotWeights = (
+    ExpertWeights | QuantizedExpertWeights | GroupSparseExpertWeights | ChannelExpertWeights
+)
 """The weights of the experts in some slots, in any layout."""
 
 

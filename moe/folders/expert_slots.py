@@ -8,6 +8,11 @@ from typing import Any
 
 import torch
 
+from ...kernels.values.channel_weights import (
+    ChannelExpertWeights,
+    ChannelLimits,
+    empty_channel_slots,
+)
 from ...kernels.values.expert_weights import ExpertWeights, empty_slots
 from ...kernels.values.group_sparse import GroupSparseExpertWeights
 from ...kernels.values.quantized_weights import (
@@ -44,6 +49,24 @@ def empty_experts(
         return GroupSparseExpertWeights(sparse1, sparse2, **how)
     packed1, packed2 = (_empty_packed(num_slots, *shape, packed) for shape in shapes)
     return QuantizedExpertWeights(packed1, packed2, **how)
+
+
+def empty_by_channel(
+    config: ModelConfig,
+    num_slots: int,
+    dtype: torch.dtype,
+    by_input: bool,
+    limits: ChannelLimits | None = None,
+) -> ChannelExpertWeights:
+    """Allocate ``num_slots`` experts stored by channel on the CPU."""
+    moe, d_model = config.moe, config.d_model
+    assert moe is not None, "only MoE models have experts"
+    how: dict[str, Any] = {"by_input": by_input, "activation": moe.activation, "limits": limits}
+    if moe.expert_bias:
+        how["fc1_bias_SH"] = torch.empty(num_slots, 2 * moe.d_expert, dtype=dtype)
+        how["fc2_bias_SD"] = torch.empty(num_slots, d_model, dtype=dtype)
+    parts = empty_channel_slots(num_slots, d_model, moe.d_expert, by_input, dtype)
+    return ChannelExpertWeights(*parts, **how)
 
 
 def expert_bytes(config: ModelConfig, dtype: torch.dtype, packed: StoredFormat | None) -> int:

@@ -5,6 +5,7 @@ B windows, L tokens each, N = B*L rows, V vocabulary.
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,15 @@ class TextScore:
     def bits_per_byte(self) -> float:
         """``loss_per_byte`` in bits."""
         return self.loss_per_byte / math.log(2)
+
+
+def read_text(path: Path) -> str:
+    """Return the text of ``--text``; raises :class:`DataError` for what is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise DataError(f"--text is {str(path)!r}, which cannot be read ({reason}).") from None
 
 
 def score_text(model: LanguageModel, text: str, length: int | None = None) -> TextScore:

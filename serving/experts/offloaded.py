@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ...errors import ExpertReadError
 from ...kernels.adapted_waves import AdaptedWaves
+from ...kernels.values.channel_weights import ChannelExpertWeights, ChannelLimits
 from ...kernels.values.expert_update import ExpertUpdate
 from ...kernels.waves import Waves, start_waves
 from ...moe.adapters.rows import RowUpdates
@@ -25,8 +27,16 @@ class OffloadedExperts(LayerExperts):
     lines are combined in k order at the end, as in the resident case.
     """
 
-    def __init__(self, store: ExpertStore, layer: int, num_experts: int, num_layers: int) -> None:
+    def __init__(
+        self,
+        store: ExpertStore,
+        layer: int,
+        num_experts: int,
+        num_layers: int,
+        limits: ChannelLimits | None = None,
+    ) -> None:
         super().__init__()
+        self._limits = limits
         self._store = store
         self._layer = layer
         self._num_experts = num_experts
@@ -97,6 +107,9 @@ class OffloadedExperts(LayerExperts):
             choice = Choice(x_ND, experts_NK.numpy())
             with closing(self._store.stream(self._layer, rows_of, choice)) as stream:
                 for ready, experts in stream:
+                    if self._limits is not None:
+                        assert isinstance(experts, ChannelExpertWeights), "limits need channels"
+                        experts = replace(experts, limits=self._limits)
                     for wave in waves:
                         wave.add(experts, only=ready)
         except ExpertReadError as error:

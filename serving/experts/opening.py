@@ -1,12 +1,13 @@
 """From a model folder and a budget to a store."""
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 
-from ...moe.folders.expert_slots import empty_experts
+from ...kernels.values.quantized_weights import SlotWeights
+from ...moe.folders.expert_slots import empty_by_channel, empty_experts
 from ...moe.folders.folder import ModelFolder
 from ...moe.folders.tensor_names import dense_tensors
 from ...moe.routes.identity import identity_of
@@ -19,6 +20,7 @@ from .pools import Pools, pool_sizes
 from .read_queue import ReadQueue
 from .reading.choose import plan_reads
 from .reading.sidecar import LearnedHashes
+from .sparsity import Sparsity, read_sparsity
 from .store import ExpertStore
 from .tiers.disk import DiskTier
 from .tiers.open import Tiers, open_tiers
@@ -38,6 +40,7 @@ def open_store(
     memory that is free before the model is loaded.
     """
     options = options or StoreOptions()
+    by_channel = None if options.sparsity is None else read_sparsity(options.sparsity)
     num_slots = count_in_pools(folder, dtype, budget_bytes)
     config, moe = folder.config, folder.config.moe
     assert moe is not None, "slots were counted"
@@ -54,10 +57,7 @@ def open_store(
     store = ExpertStore(
         facts,
         pools,
-        memory=[
-            empty_experts(config, count, dtype, packed)
-            for count, packed in zip(num_slots, folder.formats.kinds, strict=True)
-        ],
+        memory=_empty_pools(folder, num_slots, dtype, by_channel),
         tier=tiers.first,
         reads=ReadQueue(num_threads or plan.threads, at_end=partial(_end, save, tiers)),
         policy=policy,
@@ -71,6 +71,20 @@ def open_store(
     if save is not None:
         weakref.finalize(store, save)  # when the program ends without closing the store
     return store
+
+
+def _empty_pools(
+    folder: ModelFolder,
+    num_slots: Sequence[int],
+    dtype: torch.dtype,
+    by_channel: Sparsity | None,
+) -> list[SlotWeights]:
+    """Allocate the slots of every pool."""
+    if by_channel is not None:
+        (count,) = num_slots  # experts in few bits are not stored by channel
+        return [empty_by_channel(folder.config, count, dtype, by_channel.by_input)]
+    pools = zip(num_slots, folder.formats.kinds, strict=True)
+    return [empty_experts(folder.config, count, dtype, packed) for count, packed in pools]
 
 
 def _end(save: Callable[[], None] | None, tiers: Tiers) -> None:

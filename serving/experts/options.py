@@ -19,5 +19,7 @@ class StoreOptions:
     """Where every event of the store is written (event_log.py)."""
     predictor: str | Predictor = "none"
     """Which experts the next layers may need: a name of ``predictors/table.py``, or an object."""
+    sparsity: str | None = None
+    """Which channels of experts are not read: ``exact`` or a file (sparsity.py); None = all."""
     reader: str = "auto"
     """``buffered`` reads through the page cache, ``direct`` around it; ``auto`` measures."""

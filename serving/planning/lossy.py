@@ -11,14 +11,16 @@ from ...moe.folders.group_sparse_format import NAME as INT4_SPARSE
 from ...moe.folders.group_sparse_format import GroupSparseFormat, StoredFormat
 from ...moe.folders.prices import read_prices
 from ..experts.options import StoreOptions
+from ..experts.sparsity import EXACT, read_sparsity
 
 
 def lossy_modes(folder: ModelFolder, options: StoreOptions) -> list[str]:
     """Return the names of the lossy ways in which a folder runs with these options."""
     kinds = folder.formats.kinds
-    if len(kinds) > 1:
-        return ["mixed"]
-    return [_name(packed) for packed in kinds if packed is not None]
+    modes = ["mixed"] if len(kinds) > 1 else [_name(packed) for packed in kinds if packed]
+    if options.sparsity not in (None, EXACT):
+        modes.append(read_sparsity(options.sparsity).name)
+    return modes
 
 
 def _name(packed: StoredFormat) -> str:

@@ -98,7 +98,7 @@ ROOMS = {
                 "report",
                 "serve",
             ),
-            *("serve", "routers", "simulate", "tokenize", "trace", "train", "upcycle"),
+            *("serve", "routers", "simulate", "sparsity", "tokenize", "trace", "train", "upcycle"),
         ],
     ],
 }

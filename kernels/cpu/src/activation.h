@@ -47,4 +47,9 @@ template <Activation Kind> inline Activated activate(float gate, float up) {
     return {act * up, sigmoid * (1 + gate * (1 - sigmoid)) * up, act};
 }
 
+// act(gate): what up, or up + 1, is multiplied by.
+template <Activation Kind> inline float gate_factor(float gate) {
+    return activate<Kind>(gate, Kind == CLAMPED_SWIGLU ? 0.0f : 1.0f).value;
+}
+
 }  // namespace ISA

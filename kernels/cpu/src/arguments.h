@@ -68,6 +68,14 @@ struct GroupSparseExpertArguments {
     GroupSparseMatrix fc1, fc2;
 };
 
+// The expert MLP of experts with channels that are not read where they count as 0.
+struct ChannelExpertArguments {
+    ExpertArguments rest;  // fc1 [S, 2F, D], or [S, D, 2F] if `by_input`; fc2 [S, F, D]
+    int64_t by_input;
+    // [E, D] of x, [E, F] of act(gate) and of act(gate) * up: below or at it counts as 0. Null = none.
+    const float *x_limits, *gate_limits, *act_limits;
+};
+
 // Gradients of the expert MLP's sum y[t] = sum_k weights[t][k] * MLP_{experts[t][k]}(x[t]).
 struct ExpertGradArguments {
     ExpertArguments forward;  // as in forward; `lines` is scratch
@@ -152,6 +160,7 @@ struct Kernels {
     int64_t (*experts)(const ExpertArguments*);
     int64_t (*quantized_experts)(const QuantizedExpertArguments*);
     int64_t (*group_sparse_experts)(const GroupSparseExpertArguments*);
+    int64_t (*channel_experts)(const ChannelExpertArguments*);
     int64_t (*expert_forward)(const ExpertArguments*);
     void (*expert_grads)(const ExpertGradArguments*);
     void (*grouped_product)(const GroupedArguments*);

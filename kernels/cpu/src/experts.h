@@ -6,70 +6,15 @@
 
 #include "activation.h"
 #include "arguments.h"
+#include "expert_order.h"
 #include "linear.h"
 #include "products.h"
 
 namespace ISA {
 
-// Consecutive routed rows of one expert.
-struct RowBlock {
-    int64_t slot, from, to;
-};
-
-inline int64_t slot_of(const ExpertArguments& a, int64_t expert) {
-    return a.slot_of ? a.slot_of[expert] : expert;
-}
-
-// The first routed row whose expert does not exist or, outside a wave, is not here; -1 = none.
-inline int64_t first_wrong_row(const ExpertArguments& a) {
-    for (int64_t r = 0; r < a.tokens * a.choices; r++) {
-        int64_t expert = a.experts[r];
-        if (expert < -1 || expert >= a.num_experts) return r;
-        if (expert >= 0 && !a.is_wave && slot_of(a, expert) < 0) return r;
-    }
-    return -1;
-}
-
-// Routed rows in expert order, stably, and their blocks of at most `block_rows`. Experts without a
-// slot are skipped.
-struct Order {
-    std::unique_ptr<int64_t[]> rows;
-    std::unique_ptr<RowBlock[]> row_blocks;
-    int64_t num_blocks = 0;
-
-    Order(const ExpertArguments& a, int64_t block_rows) {
-        int64_t num_rows = a.tokens * a.choices;
-        std::unique_ptr<int64_t[]> next(new int64_t[a.num_experts + 1]());
-        auto is_here = [&](int64_t expert) { return expert >= 0 && slot_of(a, expert) >= 0; };
-        for (int64_t r = 0; r < num_rows; r++)
-            if (is_here(a.experts[r])) next[a.experts[r] + 1]++;
-        rows.reset(new int64_t[num_rows + 1]);
-        row_blocks.reset(new RowBlock[blocks(num_rows, block_rows) + a.num_experts]);
-        for (int64_t e = 0; e < a.num_experts; e++) {
-            int64_t end = next[e] + next[e + 1];
-            for (int64_t from = next[e]; from < end; from += block_rows)
-                row_blocks[num_blocks++] = {slot_of(a, e), from, least(from + block_rows, end)};
-            next[e + 1] = end;
-        }
-        for (int64_t r = 0; r < num_rows; r++)
-            if (is_here(a.experts[r])) rows[next[a.experts[r]]++] = r;
-    }
-};
-
-// The rows of each slot, all of them together; slots without rows come last, empty.
-inline std::unique_ptr<RowBlock[]> spans_of(const Order& order, int64_t num_slots) {
-    std::unique_ptr<RowBlock[]> spans(new RowBlock[num_slots]);
-    for (int64_t s = 0; s < num_slots; s++) spans[s] = {s, 0, 0};
-    for (int64_t b = 0; b < order.num_blocks; b++) {
-        RowBlock& span = spans[order.row_blocks[b].slot];
-        if (span.from == span.to) span.from = order.row_blocks[b].from;
-        span.to = order.row_blocks[b].to;
-    }
-    return spans;
-}
-
 // A plain matrix of all slots, and rows for it by address.
 template <class Element> struct PlainMatrix {
+    static constexpr bool READS_SOME = true;  // it can leave out outputs
     const Element* values;
     int64_t stride, width;
 
@@ -78,7 +23,33 @@ template <class Element> struct PlainMatrix {
                   int64_t to, Store store) const {
         products(rows, num_rows, values + slot * stride, from, to, width, store);
     }
+
+    // The products with weight rows first + outputs[0 .. count - 1], at most STREAM_ROWS rows:
+    // store(m, output, value).
+    template <class Store>
+    void multiply_some(const Element* const* rows, int64_t num_rows, int64_t slot, int64_t first,
+                       const int64_t* outputs, int64_t count, Store store) const {
+        for (int64_t i = 0; i < count; i += 4) {
+            int64_t some = least(4, count - i);
+            const Element* w[4];
+            for (int64_t n = 0; n < 4; n++)
+                w[n] = values + slot * stride + (first + outputs[i + least(n, some - 1)]) * width;
+            float out[TILE_ROWS][4];
+            tile<true>(num_rows, rows, w, width, out);
+            for (int64_t m = 0; m < num_rows; m++)
+                for (int64_t n = 0; n < some; n++) store(m, outputs[i + n], out[m][n]);
+        }
+    }
 };
+
+// What one expert's channels are compared with, [F] each: below or at the limit they count as 0.
+// Null = none.
+struct Limits {
+    const float *gate, *act;  // of act(gate), of act(gate) * up
+};
+
+// Whether a value counts as 0. NaN never does.
+inline bool is_below(float value, float limit) { return std::fabs(value) <= limit; }
 
 // Adds entries [from, from + count) of a slot's bias to rows of sums that are `distance` apart.
 inline void add_bias(const Biases& bias, int64_t slot, int64_t from, int64_t count, float* sums,
@@ -93,10 +64,30 @@ inline void add_bias(const Biases& bias, int64_t slot, int64_t from, int64_t cou
                           : add(static_cast<const float*>(bias.values) + first);
 }
 
+// The channels [from, from + count) of F whose up rows some row needs: act(gate) is not 0, or above
+// its limit. A gate that is not finite needs it too, so that what is broken stays visible.
+inline int64_t find_live(const ExpertArguments& a, const Limits& limits, const float* gates,
+                         int64_t num_rows, int64_t from, int64_t count, int64_t* live) {
+    int64_t num_live = 0;
+    by_activation(a.activation, [&](auto kind) {
+        for (int64_t i = 0; i < count; i++) {
+            float limit = limits.gate ? limits.gate[from + i] : 0;
+            bool is_live = false;
+            for (int64_t m = 0; m < num_rows; m++) {
+                float gate = gates[m * count + i];
+                is_live |= !is_below(gate_factor<kind>(gate), limit) || !std::isfinite(gate);
+            }
+            live[num_live] = from + i;
+            num_live += is_live;
+        }
+    });
+    return num_live;
+}
+
 // One block's act(gate) * up for outputs [from, to) of F. `rows` are the block's rows of x.
 template <class Row, class Matrix, class Element>
-void first_half(const ExpertArguments& a, const Matrix& fc1, const RowBlock& block,
-                const Row* rows, int64_t from, int64_t to, Element* act) {
+void first_half(const ExpertArguments& a, const Matrix& fc1, const Limits& limits,
+                const RowBlock& block, const Row* rows, int64_t from, int64_t to, Element* act) {
     float gates[BLOCK_ROWS * BLOCK_OUTPUTS], ups[BLOCK_ROWS * BLOCK_OUTPUTS];
     int64_t num_rows = block.to - block.from, num_outputs = to - from;
     auto keep_in = [&](float* kept, int64_t first) {
@@ -106,8 +97,22 @@ void first_half(const ExpertArguments& a, const Matrix& fc1, const RowBlock& blo
     };
     int64_t up_from = a.d_expert + from, up_to = a.d_expert + to;
     fc1.multiply(rows, num_rows, block.slot, from, to, keep_in(gates, from));
-    fc1.multiply(rows, num_rows, block.slot, up_from, up_to, keep_in(ups, up_from));
     add_bias(a.fc1_bias, block.slot, from, num_outputs, gates, num_rows, num_outputs);
+    bool is_done = false;
+    if constexpr (Matrix::READS_SOME) {
+        // With many rows few channels are 0 for all of them.
+        is_done = num_rows <= STREAM_ROWS && (a.activation == REGLU || limits.gate);
+        if (is_done) {
+            int64_t live[STREAM_OUTPUTS];
+            int64_t count = find_live(a, limits, gates, num_rows, from, num_outputs, live);
+            std::memset(ups, 0, num_rows * num_outputs * sizeof(float));
+            fc1.multiply_some(rows, num_rows, block.slot, a.d_expert, live, count,
+                              [&](int64_t m, int64_t channel, float value) {
+                                  ups[m * num_outputs + channel - from] = value;
+                              });
+        }
+    }
+    if (!is_done) fc1.multiply(rows, num_rows, block.slot, up_from, up_to, keep_in(ups, up_from));
     add_bias(a.fc1_bias, block.slot, up_from, num_outputs, ups, num_rows, num_outputs);
     by_activation(a.activation, [&](auto kind) {
         for (int64_t m = 0; m < num_rows; m++) {
@@ -115,6 +120,12 @@ void first_half(const ExpertArguments& a, const Matrix& fc1, const RowBlock& blo
             const float *gate = gates + m * num_outputs, *up = ups + m * num_outputs;
             for (int64_t i = 0; i < num_outputs; i++)
                 line[i] = narrow<Element>(activate<kind>(gate[i], up[i]).value);
+            if (limits.gate)
+                for (int64_t i = 0; i < num_outputs; i++)
+                    if (is_below(gate_factor<kind>(gate[i]), limits.gate[from + i])) line[i] = {};
+            if (limits.act)
+                for (int64_t i = 0; i < num_outputs; i++)
+                    if (is_below(widen(line[i]), limits.act[from + i])) line[i] = {};
         }
     });
 }
@@ -159,21 +170,17 @@ inline int expert_threads(const ExpertArguments& a, const Order& order) {
     return threads_for(matrices * order.num_blocks, a.tokens * a.choices, a.threads);
 }
 
-// Returns the first wrong row, and runs nothing if there is one; else -1.
-template <class Element> int64_t experts(const ExpertArguments& a) {
-    int64_t wrong = first_wrong_row(a);
-    if (wrong >= 0) return wrong;
-    Order order(a, BLOCK_ROWS);
+// Fills the lines. row_of(r) is what fc1 multiplies for routed row r of the order, and
+// limits_of(block) says what else counts as 0.
+template <class Element, class First, class Second, class RowOf, class LimitsOf>
+void run_halves(const ExpertArguments& a, const Order& order, const First& fc1, const Second& fc2,
+                RowOf row_of, LimitsOf limits_of) {
     int threads = expert_threads(a, order);
-    const Element* x = static_cast<const Element*>(a.x);
     std::unique_ptr<Element[]> act(new Element[a.tokens * a.choices * a.d_expert]);
-    PlainMatrix<Element> fc1{static_cast<const Element*>(a.fc1), a.fc1_stride, a.d_model};
-    PlainMatrix<Element> fc2{static_cast<const Element*>(a.fc2), a.fc2_stride, a.d_expert};
     for_each_block(order, a.d_expert, threads, [&](auto& block, int64_t from, int64_t to) {
         const Element* rows[BLOCK_ROWS];
-        for (int64_t r = block.from; r < block.to; r++)
-            rows[r - block.from] = x + order.rows[r] / a.choices * a.d_model;
-        first_half(a, fc1, block, rows, from, to, act.get());
+        for (int64_t r = block.from; r < block.to; r++) rows[r - block.from] = row_of(r);
+        first_half(a, fc1, limits_of(block), block, rows, from, to, act.get());
     });
     for_each_block(order, a.d_model, threads, [&](auto& block, int64_t from, int64_t to) {
         const Element* rows[BLOCK_ROWS];
@@ -181,6 +188,18 @@ template <class Element> int64_t experts(const ExpertArguments& a) {
             rows[r - block.from] = act.get() + r * a.d_expert;
         second_half(a, fc2, order, block, rows, from, to);
     });
+}
+
+// Returns the first wrong row, and runs nothing if there is one; else -1.
+template <class Element> int64_t experts(const ExpertArguments& a) {
+    int64_t wrong = first_wrong_row(a);
+    if (wrong >= 0) return wrong;
+    Order order(a, BLOCK_ROWS);
+    const Element* x = static_cast<const Element*>(a.x);
+    PlainMatrix<Element> fc1{static_cast<const Element*>(a.fc1), a.fc1_stride, a.d_model};
+    PlainMatrix<Element> fc2{static_cast<const Element*>(a.fc2), a.fc2_stride, a.d_expert};
+    auto row_of = [&](int64_t r) { return x + order.rows[r] / a.choices * a.d_model; };
+    run_halves<Element>(a, order, fc1, fc2, row_of, [](auto&) { return Limits{}; });
     return -1;
 }
 

@@ -1,6 +1,7 @@
 // All kernels for one instruction set, in a table.
 #include "arguments.h"
 #include "attention.h"
+#include "channel_experts.h"
 #include "expert_backward.h"
 #include "expert_forward.h"
 #include "experts.h"
@@ -29,6 +30,9 @@ static int64_t run_quantized_experts(const QuantizedExpertArguments* a) {
 }
 static int64_t run_group_sparse_experts(const GroupSparseExpertArguments* a) {
     return BY_TYPE(group_sparse_experts, a->rest.type, *a);
+}
+static int64_t run_channel_experts(const ChannelExpertArguments* a) {
+    return BY_TYPE(channel_experts, a->rest.type, *a);
 }
 static int64_t run_expert_forward(const ExpertArguments* a) {
     return BY_TYPE(expert_forward, a->type, *a);
@@ -61,6 +65,7 @@ const Kernels JOIN(kernels_, ISA) = {
     ISA::run_experts,
     ISA::run_quantized_experts,
     ISA::run_group_sparse_experts,
+    ISA::run_channel_experts,
     ISA::run_expert_forward,
     ISA::run_expert_grads,
     ISA::run_grouped_product,

@@ -60,6 +60,7 @@ PUBLIC const int64_t* moeyard_sizes() {
         sizeof(QuantizedExpertArguments),
         sizeof(GroupSparseMatrix),
         sizeof(GroupSparseExpertArguments),
+        sizeof(ChannelExpertArguments),
         sizeof(ExpertGradArguments),
         sizeof(GroupedArguments),
         sizeof(CombineArguments),
@@ -79,6 +80,9 @@ PUBLIC int64_t moeyard_quantized_experts(const QuantizedExpertArguments* a) {
 }
 PUBLIC int64_t moeyard_group_sparse_experts(const GroupSparseExpertArguments* a) {
     return chosen->group_sparse_experts(a);
+}
+PUBLIC int64_t moeyard_channel_experts(const ChannelExpertArguments* a) {
+    return chosen->channel_experts(a);
 }
 PUBLIC int64_t moeyard_expert_forward(const ExpertArguments* a) {
     return chosen->expert_forward(a);

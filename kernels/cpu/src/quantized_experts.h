@@ -9,6 +9,7 @@ namespace ISA {
 
 // A quantized matrix of all slots, and the rounded rows that it is multiplied with.
 struct QuantizedRowsMatrix {
+    static constexpr bool READS_SOME = false;
     const IntMatrix& matrix;
     const IntRows& all;
 
@@ -70,7 +71,7 @@ int64_t rounded_experts(const ExpertArguments& a, const Matrix& fc1, const Matri
         const char* rows[BLOCK_ROWS];
         for (int64_t r = block.from; r < block.to; r++)
             rows[r - block.from] = x.row(order.rows[r] / a.choices);
-        first_half(a, first, block, rows, from, to, act.get());
+        first_half(a, first, Limits{}, block, rows, from, to, act.get());
     });
     for_each_task(num_rows, threads,
                   [&](int64_t r) { rounded_act.round(r, act.get() + r * a.d_expert); });

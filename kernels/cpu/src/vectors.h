@@ -156,6 +156,25 @@ inline void total4(const Sum sums[4], float* out) {
 
 #endif
 
+// The total of LANES partial sums that are `distance` apart, added in the order of total4.
+inline float total_of(const float* sums, int64_t distance) {
+    auto quad = [=](int64_t number) {
+        const float* s = sums + number * 4 * distance;
+#if defined(__AVX512F__)
+        return (s[0] + s[2 * distance]) + (s[distance] + s[3 * distance]);
+#else
+        return (s[0] + s[distance]) + (s[2 * distance] + s[3 * distance]);
+#endif
+    };
+#if defined(__AVX512F__)
+    return (quad(0) + quad(2)) + (quad(1) + quad(3));
+#elif defined(__AVX2__)
+    return quad(0) + quad(1);
+#else
+    return quad(0);
+#endif
+}
+
 // e^x to about 2 ulp, without branches, so that loops over it are vectorized: 2^n * e^r with
 // |r| <= ln(2) / 2, and e^r by its Taylor polynomial.
 inline float exponential(float x) {

@@ -53,10 +53,10 @@ def copy_in(views: ExpertViews, stored: np.ndarray) -> bool:
     for part in _parts(views):
         piece = stored[start : start + part.nbytes]
         start += part.nbytes
-        if part.is_cpu:
+        if part.is_cpu and part.is_contiguous():
             np.copyto(_bytes_of(part), piece)
         else:  # through memory of this process: torch takes no read-only array
-            part.view(torch.uint8).reshape(-1).copy_(torch.from_numpy(piece.copy()))
+            part.copy_(torch.from_numpy(piece.copy()).view(part.dtype).view(part.shape))
     return True
 
 
@@ -95,7 +95,7 @@ def _parts(views: ExpertViews) -> Iterator[Tensor]:
 def _bytes_of(part: Tensor) -> np.ndarray:
     """Return a part's memory as uint8."""
     source = part if part.is_cpu else part.cpu()
-    flat: np.ndarray = source.detach().view(torch.uint8).reshape(-1).numpy()
+    flat: np.ndarray = source.detach().contiguous().view(torch.uint8).reshape(-1).numpy()
     return flat
 
 

@@ -1,0 +1,38 @@
+"""Experts stored by channel, for inference. N rows, D model width, K choices."""
+
+from torch import Tensor
+
+from ...kernels.experts import expert_mlp
+from ...kernels.values.channel_weights import ChannelExpertWeights
+from ..routers.routing import Routing
+from .base import LayerExperts
+
+
+class ChannelExperts(LayerExperts):
+    """Replaces :class:`Experts` on a CPU; all experts are in memory."""
+
+    def __init__(self, weights: ChannelExpertWeights) -> None:
+        super().__init__()
+        self.weights = weights
+
+    def announce(self, routing: Routing) -> None:
+        """Do nothing: experts in memory are always ready."""
+
+    def keep(self, routing: Routing) -> None:
+        """Do nothing: experts in memory stay there."""
+
+    def extra_repr(self) -> str:
+        """Say how many experts there are and of which size, for ``repr``."""
+        num_slots, d_expert, d_model = self.weights.fc2_SFD.shape
+        skips = "zeros" if self.weights.limits is None else "values below limits"
+        return f"{num_slots} experts, d_model={d_model}, d_expert={d_expert}, {skips} are skipped"
+
+    def forward(
+        self,
+        x_ND: Tensor,
+        experts_NK: Tensor,
+        weights_NK: Tensor,
+        most_choices: int | None = None,
+    ) -> Tensor:
+        """Return the weighted sum of each row's experts, ``[N, D]``."""
+        return expert_mlp(x_ND, experts_NK, weights_NK, self.weights)

@@ -1,0 +1,207 @@
+"""Measure on a text which values of experts are small: thresholds for expert-sparsity.
+
+n rows of one expert, E experts, D model width, F expert width, H = 2F, C channels: D or F.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import ConfigError, DataError
+from ...kernels.values.activation import gated
+from ...kernels.values.channel_weights import gate_values
+from ...moe.experts.resident import Experts
+from ...moe.models.language_model import LanguageModel
+from ..experts.sparsity import KINDS, Key, Score, Sparsity, owner_of
+from .held_out_text import score_text
+
+FEWEST_TOKENS = 2000
+OWN_ROWS = 2000
+"""An expert with fewer rows takes the threshold of its layer."""
+MEAN_ROWS = 32
+"""An expert with fewer rows has no mean of up: the norm of its rows of up stands in."""
+LOWEST, HIGHEST, PER_OCTAVE = -40, 24, 64
+"""Histograms are of log2 of the score: 1 % wide."""
+
+
+class Observer(Protocol):
+    """Sees the rows of each expert."""
+
+    def see(self, layer: int, expert: int, experts: Experts, x_nD: Tensor, h_nH: Tensor) -> None:
+        """``x`` went into ``expert``, whose first product is ``h``."""
+        ...
+
+
+@contextmanager
+def observing(model: LanguageModel, observer: Observer) -> Iterator[None]:
+    """Show the rows of all experts, which must be in memory as parameters."""
+    handles = []
+    for layer, module in model.decoder.moe_layers():
+        if not isinstance(module.experts, Experts):
+            raise ConfigError(
+                "the experts are quantized or on disk, but thresholds are measured on plain ones "
+                "in memory; open a folder in fp32 or bf16 without expert-memory."
+            )
+
+        def hook(
+            experts: nn.Module, arguments: tuple[Tensor, Tensor, Tensor], layer: int = layer
+        ) -> None:
+            assert isinstance(experts, Experts), "it was checked"
+            x_ND, experts_NK = arguments[:2]
+            for expert in experts_NK.unique().tolist():
+                if expert >= 0:
+                    x_nD = x_ND[(experts_NK == expert).any(dim=1)]
+                    bias_H = None if experts.fc1_bias is None else experts.fc1_bias[expert]
+                    h_nH = nn.functional.linear(x_nD, experts.fc1[expert], bias_H)
+                    observer.see(layer, expert, experts, x_nD, h_nH)
+
+        handles.append(module.experts.register_forward_pre_hook(hook))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class ScoreSizes:
+    """How large a score is on a text: thresholds for any target."""
+
+    def __init__(self, model: LanguageModel, text: str, score: Score, length: int | None) -> None:
+        self._model, self._score = model, score
+        self._norms = _norms_of_weights(model) if score == "wina" else {}
+        if score == "chess":
+            means = _Means(model)
+            with observing(model, means):
+                score_text(model, text, length)
+            self._norms = {key: means.norm(key[0]) for key in means.sums}
+        self._histograms = _Histograms(score, self._norms)
+        with observing(model, self._histograms):
+            score_text(model, text, length)
+
+    def at(self, target: float) -> Sparsity:
+        """Return the thresholds that make ``target`` of the channels count as 0."""
+        layers = self._model.decoder.moe_layers()
+        thresholds = {
+            (layer, kind): self._histograms.thresholds((layer, kind), target, module.num_experts)
+            for layer, module in layers
+            for kind in KINDS[self._score]
+        }
+        owner = owner_of(self._model.decoder)
+        return Sparsity(self._score, target, owner, thresholds, self._norms)
+
+
+def measure_sparsity(
+    model: LanguageModel, text: str, score: Score, target: float, length: int | None = None
+) -> Sparsity:
+    """Return thresholds that make ``target`` of the channels count as 0 on ``text``.
+
+    An expert with fewer than :data:`OWN_ROWS` rows takes the threshold of its layer's rows. Raises
+    :class:`ConfigError` for a target that is no share, and :class:`DataError` for a text of fewer
+    than :data:`FEWEST_TOKENS` tokens.
+    """
+    if not 0 < target < 1:
+        raise ConfigError(f"target is {target:g}; give a share above 0 and below 1, such as 0.4.")
+    tokens = len(model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    if tokens < FEWEST_TOKENS:
+        raise DataError(
+            f"the text has {tokens} tokens, which say too little of rare experts; give one of "
+            f"{FEWEST_TOKENS} or more."
+        )
+    return ScoreSizes(model, text, score, length).at(target)
+
+
+class _Means:
+    """Sums of |up| of each expert's channels."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.sums: dict[Key, Tensor] = {}
+        self._rows: dict[int, Tensor] = {}
+        self._weights: dict[int, Tensor] = {}
+        for layer, module in model.decoder.moe_layers():
+            if not isinstance(module.experts, Experts):
+                continue  # observing() refuses them
+            fc1_EHD = module.experts.fc1
+            num_experts, height = fc1_EHD.shape[:2]
+            self.sums[layer, "gate"] = torch.zeros(num_experts, height // 2)
+            self._rows[layer] = torch.zeros(num_experts, 1)
+            self._weights[layer] = fc1_EHD[:, height // 2 :].float().norm(dim=2)
+
+    def see(self, layer: int, expert: int, experts: Experts, x_nD: Tensor, h_nH: Tensor) -> None:
+        """Add the rows of an expert."""
+        up_nF = h_nH.chunk(2, dim=-1)[1].float()
+        if experts.activation == "clamped_swiglu":
+            up_nF = up_nF + 1
+        self.sums[layer, "gate"][expert] += up_nF.abs().sum(dim=0)
+        self._rows[layer][expert] += len(x_nD)
+
+    def norm(self, layer: int) -> Tensor:
+        """Return the mean |up|, ``[E, F]``."""
+        sums_EF, rows_E1 = self.sums[layer, "gate"], self._rows[layer]
+        mean_EF, weights_EF = sums_EF / rows_E1.clamp(min=1), self._weights[layer]
+        seen_E = (rows_E1 >= MEAN_ROWS).squeeze(1)
+        if not seen_E.any():
+            return weights_EF
+        scale = mean_EF[seen_E].mean() / weights_EF[seen_E].mean()
+        return torch.where(seen_E.unsqueeze(1), mean_EF, weights_EF * scale)
+
+
+class _Histograms:
+    """How often each size of a score occurs, by layer, kind and expert."""
+
+    def __init__(self, score: Score, norms: dict[Key, Tensor]) -> None:
+        self._score: Score = score
+        self._norms = norms
+        self._counts: dict[tuple[Key, int], Tensor] = {}
+        self._rows: dict[tuple[Key, int], int] = {}
+
+    def see(self, layer: int, expert: int, experts: Experts, x_nD: Tensor, h_nH: Tensor) -> None:
+        """Count the scores of an expert's rows."""
+        for kind in KINDS[self._score]:
+            if kind == "x":
+                values_nC = x_nD
+            elif kind == "gate":
+                values_nC = gate_values(h_nH, experts.activation)
+            else:
+                values_nC = gated(h_nH, experts.activation)
+            scores_nC = values_nC.float().abs()
+            if (layer, kind) in self._norms:
+                scores_nC = scores_nC * self._norms[layer, kind][expert]
+            octaves = scores_nC.log2().clamp(LOWEST, HIGHEST - 1 / PER_OCTAVE)
+            bins = ((octaves - LOWEST) * PER_OCTAVE).long().flatten()
+            counts = bins.bincount(minlength=(HIGHEST - LOWEST) * PER_OCTAVE)
+            key = ((layer, kind), expert)
+            self._counts[key] = self._counts.get(key, 0) + counts
+            self._rows[key] = self._rows.get(key, 0) + len(x_nD)
+
+    def thresholds(self, key: Key, target: float, num_experts: int) -> Tensor:
+        """Return the threshold of each expert, fp32 ``[E]``."""
+        own = {expert: counts for (k, expert), counts in self._counts.items() if k == key}
+        pooled = _quantile(torch.stack(list(own.values())).sum(dim=0), target)
+        found = torch.full((num_experts,), pooled, dtype=torch.float32)
+        for expert, counts in own.items():
+            if self._rows[key, expert] >= OWN_ROWS:
+                found[expert] = _quantile(counts, target)
+        return found
+
+
+def _quantile(counts: Tensor, share: float) -> float:
+    """Return the score below which ``share`` of the counted ones are."""
+    below = counts.cumsum(dim=0).double() / counts.sum()
+    place = int(torch.searchsorted(below, share))
+    before = float(below[place - 1]) if place else 0.0
+    part = (share - before) / max(1e-12, float(below[place]) - before)
+    return float(2 ** (LOWEST + (place + part) / PER_OCTAVE))
+
+
+def _norms_of_weights(model: LanguageModel) -> dict[Key, Tensor]:
+    """Return the norms of the columns of gate and up together, and of down."""
+    norms = {}
+    for layer, module in model.decoder.moe_layers():
+        if not isinstance(module.experts, Experts):
+            continue  # observing() refuses them
+        norms[layer, "x"] = torch.stack([w.float().norm(dim=0) for w in module.experts.fc1])
+        norms[layer, "act"] = torch.stack([w.float().norm(dim=0) for w in module.experts.fc2])
+    return {key: norm.detach() for key, norm in norms.items()}
