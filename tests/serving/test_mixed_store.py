@@ -12,6 +12,7 @@ from moeyard.moe.folders.folder import ModelFolder
 from moeyard.moe.routers.topk import TopK
 from moeyard.moe.routes.reader import RouteFile
 from moeyard.moe.routes.recorder import recording
+from moeyard.serving.experts.budget import budget_bytes
 from moeyard.serving.experts.options import StoreOptions
 from moeyard.serving.experts.policies.table import POLICIES
 from moeyard.serving.experts.pools import Pools, PoolSize, divide_slots, pool_sizes
@@ -54,15 +55,17 @@ def same_logits(folder, budget, dtype="float32", options=None):
     """Compare a model behind a store with the resident one, and return the store."""
     resident, _ = open_model(folder, dtype)
     offloaded, store = open_model(folder, dtype, expert_memory=budget, options=options)
-    assert store.pools.num_bytes <= max(SMALLEST, ALL)
-    for rows in (1, 3, 40):
+    assert store.pools.num_bytes <= budget_bytes(ModelFolder(folder), torch.float32, budget)
+    for rows in (1, 30):
         for _ in range(2):  # a cold and a warm cache
             assert torch.equal(resident(some_ids(rows)), offloaded(some_ids(rows)))
     return store
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("budget", [f"{SMALLEST}B", "40%", "70%", "100%"])
+@pytest.mark.parametrize(
+    ("budget", "dtype"),
+    [(f"{SMALLEST}B", "float32"), ("40%", "bfloat16"), ("70%", "float32"), ("100%", "float32")],
+)
 def test_logits_are_the_resident_ones_bit_for_bit(folder, early_folder, budget, dtype):
     for path in (folder, early_folder):
         store = same_logits(path, budget, dtype)
@@ -116,7 +119,7 @@ def test_a_log_is_followed_to_the_same_counters(early_folder, tmp_path):
 SIZES = (PoolSize(20, 80), PoolSize(40, 44))
 
 
-@pytest.mark.parametrize("budget", range(100, 4000, 67))
+@pytest.mark.parametrize("budget", range(100, 4000, 290))
 def test_slots_divide_a_budget_as_the_experts_bytes_are_divided(budget):
     wide, narrow = divide_slots(SIZES, budget)
     taken = wide * 80 + narrow * 44
