@@ -160,6 +160,7 @@ def test_the_folder_meets_the_tolerance_and_says_its_price(source, calibration, 
     assert price.lossy.perplexity == pytest.approx(found) and price.text == calibration.name
 
 
+@pytest.mark.slow
 def test_a_large_tolerance_gives_the_folder_of_one_width(source, calibration, tmp_path):
     found = convert_mixed(source, tmp_path / "mixed", calibration, tolerance=100)
     convert(source, tmp_path / "int4", "int4")

@@ -73,7 +73,14 @@ def test_logits_are_the_resident_ones_bit_for_bit(folder, early_folder, budget, 
         assert counts.free + counts.filling + counts.resident == sum(store.pools.num_slots)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+OFTEN = ("lfu", "working_set")
+"""Run in the short suite too; LRU is the default, which all other tests have."""
+EACH_POLICY = [
+    pytest.param(policy, marks=() if policy in OFTEN else pytest.mark.slow) for policy in POLICIES
+]
+
+
+@pytest.mark.parametrize("policy", EACH_POLICY)
 def test_every_policy_gives_slots_of_the_size_that_is_needed(early_folder, policy):
     store = same_logits(early_folder, "45%", options=StoreOptions(policy=policy))
     assert store.statistics.evictions > 0
