@@ -188,7 +188,8 @@ def test_host_memory_holds_copies_of_both_sizes(folder):
     assert {key: copy.nbytes - 8 for key, copy in memory.copies.items()} == {
         key: BYTES[BITS_OF[key]] for key in KEYS[:2]
     }
-    again = HostTier(DiskTier(files), memory, rates, pools)
+    from_memory = Rates()  # without a disk that could be faster
+    again = HostTier(DiskTier(files), memory, from_memory, pools)
     for key in KEYS[:2]:
         memory_of = slots[pools.of(key)]
         before = memory_of.fc1.values.clone()
@@ -197,7 +198,8 @@ def test_host_memory_holds_copies_of_both_sizes(folder):
             call()
         assert torch.equal(memory_of.fc1.values, before)
     again.close()
-    assert rates.bytes == {"disk": SMALLEST, "host": SMALLEST, "other_node": 0}
+    assert rates.bytes == {"disk": SMALLEST, "host": 0, "other_node": 0}
+    assert from_memory.bytes == {"disk": 0, "host": SMALLEST, "other_node": 0}
 
 
 def test_copies_of_other_widths_have_another_name(folder, tmp_path):
