@@ -182,9 +182,9 @@ MUTATIONS = [
     ),
     (
         "finished reads are booked late",
-        "serving/experts/store.py",
-        "    self._filler.book_finished(wanted=reading)\n                self._read_now",
-        "    self._read_now",
+        "serving/experts/layer_reads.py",
+        "        self._filler.book_finished(wanted=self.reading)\n        full = set[int]()",
+        "        full = set[int]()",
         AHEAD,
     ),
     (
