@@ -117,6 +117,7 @@ def test_quantized_experts_train_as_the_folder_they_stand_for(folders, config_fi
     assert not torch.equal(original, widened["losses"]), "rounding must make a difference"
 
 
+@pytest.mark.slow
 def test_recomputing_pre_activations_changes_nothing(folders, config_file, tmp_path):
     def run(*more):
         return trained(config_file, folders / "fp32", tmp_path / "run", *LORA, *share(25), *more)
