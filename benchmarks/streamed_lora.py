@@ -25,7 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from report import environment, write_results
+from report import write_results
 
 RANK, ALPHA, LR = 8, 16, 1e-3
 ARMS = ("resident", "100%", "50%", "25%", "int4:100%", "int4:25%", "peft")
@@ -175,7 +175,7 @@ def main() -> None:
             first = next(iter(figures.values()))
             lines.append(show(arm, figures[arm], first["peak_gib"]))
         print(lines[-1] if len(lines) > 2 else "\n".join(lines), flush=True)
-    path = write_results(given.output, {"environment": environment(), "arms": figures})
+    path = write_results(given.output, {"arms": figures})
     path.with_suffix(".txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 import moeyard
 from moeyard.errors import CheckpointError, ConfigError
 from moeyard.moe.batch import batch_of_rows
-from moeyard.moe.config.model import ModelConfig, MoEConfig
+from moeyard.moe.config.model import MoEConfig
 from moeyard.moe.folders.convert import convert
 from moeyard.moe.routers.topk import TopK
 from moeyard.parallel.mesh import Mesh
@@ -21,23 +21,14 @@ from moeyard.training.checkpoints.export import export
 from moeyard.training.read_config import read_run_config
 from moeyard.training.trainer import Trainer
 
+import small_model
 from kills import digest
 from launch import torchrun
-from small_model import write_random_model
 
-CONFIG = ModelConfig(
-    vocab_size=257,
-    d_model=64,
-    num_layers=3,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=16,
-    max_positions=256,
-    d_ff=20,
-    dense_layers=(1,),
-    moe=MoEConfig(num_experts=8, d_expert=32, router=TopK(k=2)),
+CONFIG = small_model.CONFIG.model_copy(
+    update={"d_model": 64, "moe": MoEConfig(num_experts=8, d_expert=32, router=TopK(k=2))}
 )
-"""16 experts."""
+"""16 experts, of widths that 4 bits can have."""
 LORA = ["train.parameters=lora", "lora={rank: 2, alpha: 3}"]
 ROUTER = ["train.parameters=router"]
 KINDS = {"lora": LORA, "router": ROUTER}
@@ -46,7 +37,7 @@ KINDS = {"lora": LORA, "router": ROUTER}
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("frozen")
-    write_random_model(folder / "fp32", CONFIG)
+    small_model.write_random_model(folder / "fp32", CONFIG)
     convert(folder / "fp32", folder / "int4", "int4")
     convert(folder / "int4", folder / "widened")
     return folder
@@ -117,6 +108,7 @@ def test_quantized_experts_train_as_the_folder_they_stand_for(folders, config_fi
     assert not torch.equal(original, widened["losses"]), "rounding must make a difference"
 
 
+@pytest.mark.slow
 def test_recomputing_pre_activations_changes_nothing(folders, config_file, tmp_path):
     def run(*more):
         return trained(config_file, folders / "fp32", tmp_path / "run", *LORA, *share(25), *more)
