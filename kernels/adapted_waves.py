@@ -104,8 +104,9 @@ def _act(h_NH: Tensor, activation: Activation) -> Tensor:
     d_expert = h_NH.shape[1] // 2
     h_NH = F.pad(h_NH.unflatten(1, (2, -1)), (0, -d_expert % VECTOR)).flatten(1)
     num_rows = max(1, 2 * FOR_ONE_THREAD // h_NH.shape[1])
-    parts = [gated(part_nH, activation)[:, :d_expert] for part_nH in h_NH.split(num_rows)]
-    return torch.cat(parts)
+    # A single row is contiguous, which some operators compute otherwise: one row of zeros more.
+    parts = [F.pad(part_nH, (0, 0, 0, 1)) for part_nH in h_NH.split(num_rows)]
+    return torch.cat([gated(part_nH, activation)[:-1, :d_expert] for part_nH in parts])
 
 
 def _matrix(experts: SlotWeights, slot: int, index: int, dtype: torch.dtype) -> Tensor:
