@@ -7,6 +7,7 @@ E experts, D model width, F expert width, H = 2F, P inputs, Q outputs.
 from collections.abc import Collection, Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .cpu.grouped import can_multiply, multiply
@@ -14,11 +15,16 @@ from .linear import linear
 from .torch_ops.experts import combine_rows
 from .torch_ops.loop import Span
 from .trust import may_use_cpp
-from .values.activation import gated
+from .values.activation import Activation, gated
 from .values.expert_update import ExpertUpdate
 from .values.few_bits import FewBitsExpertWeights
 from .values.grouping import group_tokens
 from .values.quantized_weights import SlotWeights
+
+VECTOR = 64
+"""A multiple of the numbers that torch computes at once, in every type."""
+FOR_ONE_THREAD = 1 << 14
+"""Numbers of an activation that torch does not share between threads."""
 
 
 class AdaptedWaves:
@@ -54,7 +60,7 @@ class AdaptedWaves:
         lines_N = torch.cat(lines).to(self._x_TD.device)
         x_ND = self._x_TD.index_select(0, self._tokens_R.index_select(0, lines_N))
         h_NH = self._product(x_ND, experts, groups, 0)
-        act_NF = gated(h_NH, experts.activation)
+        act_NF = _act(h_NH, experts.activation)
         self._y_RD[lines_N] = self._product(act_NF, experts, groups, 1)
 
     def result(self) -> Tensor:
@@ -88,6 +94,20 @@ class AdaptedWaves:
             return y_NQ
         a_EPI, b_EQP = factors
         return y_NQ + _grouped(_grouped(x_NP, a_EPI, groups), b_EQP, groups)
+
+
+def _act(h_NH: Tensor, activation: Activation) -> Tensor:
+    """Return the activation of each row; its bits do not depend on the other rows.
+
+    Torch computes the last numbers of a piece of memory with other instructions, and threads cut
+    pieces anywhere. So rows are filled up to whole vectors, and pieces are too small for threads.
+    """
+    d_expert = h_NH.shape[1] // 2
+    h_NH = F.pad(h_NH.unflatten(1, (2, -1)), (0, -d_expert % VECTOR)).flatten(1)
+    num_rows = max(1, 2 * FOR_ONE_THREAD // h_NH.shape[1])
+    # A single row is contiguous, which some operators compute otherwise: one row of zeros more.
+    parts = [F.pad(part_nH, (0, 0, 0, 1)) for part_nH in h_NH.split(num_rows)]
+    return torch.cat([gated(part_nH, activation)[:-1, :d_expert] for part_nH in parts])
 
 
 def _matrix(experts: SlotWeights, slot: int, index: int, dtype: torch.dtype) -> Tensor:
