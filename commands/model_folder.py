@@ -53,4 +53,8 @@ def open_model(arguments: argparse.Namespace) -> "LanguageModel":
         expert_reader=arguments.expert_reader,
         expert_log=arguments.expert_log,
         expert_predictor=arguments.expert_predictor,
+        expert_fallback=arguments.expert_fallback,
+        expert_fallback_above=arguments.expert_fallback_above,
+        expert_correction=getattr(arguments, "expert_correction", None),
+        expert_correction_threshold=getattr(arguments, "expert_correction_threshold", None),
     )

@@ -105,6 +105,41 @@ def add_expert_store(parser: argparse.ArgumentParser) -> None:
         help="what is read ahead for routers that choose late: auto, none, next_gates, "
         "previous_layers, activations, previous_token or trained:FILE",
     )
+    _add_fallback(parser)
+
+
+def _add_fallback(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--expert-fallback",
+        metavar="FOLDER",
+        help="lossy: compute experts that are not in memory from FOLDER, the same model in int8 or "
+        "int4, which is kept in memory, instead of waiting for them",
+    )
+    parser.add_argument(
+        "--expert-fallback-above",
+        type=float,
+        metavar="W",
+        help="wait all the same for experts that have more than this share of the rows' weights; "
+        "0 waits for all; default: for none",
+    )
+
+
+def add_correction(parser: argparse.ArgumentParser) -> None:
+    """Add how the answers of a lossy model are corrected."""
+    parser.add_argument(
+        "--expert-correction",
+        type=int,
+        metavar="N",
+        help="let the exact model check windows of N tokens that --expert-fallback proposes, so "
+        "that the answer is its own; default: no check",
+    )
+    parser.add_argument(
+        "--expert-correction-threshold",
+        type=float,
+        metavar="P",
+        help="lossy: accept tokens from this probability on (0.1), in greedy answers; default: "
+        "only the exact model's own",
+    )
 
 
 def add_dtype(parser: argparse.ArgumentParser) -> None:

@@ -21,20 +21,22 @@ from ..moe.folders.generation_config import read_generation_config
 from ..moe.folders.hub import local_folder
 from ..moe.folders.read_weights import WeightRead, dense_reads, expert_reads, run_reads
 from ..moe.folders.text_codec import TextCodec
+from ..moe.models.correction import Correction
 from ..moe.models.decoder import Decoder
 from ..moe.models.language_model import LanguageModel
 from ..moe.routers.own_code import allow
 from ..moe.without_memory import without_memory
 from .experts.budget import budget_bytes
+from .experts.copies import copies_bytes, open_fallback
 from .experts.forwards import announce_forwards
 from .experts.offloaded import OffloadedExperts
 from .experts.opening import open_store
 from .experts.options import StoreOptions
 from .experts.policies.policy import Policy
-from .experts.policies.table import check_policy
 from .experts.predictors.predictor import Predictor
-from .experts.predictors.table import check_predictor, facts_of, open_predictor
+from .experts.predictors.table import facts_of, open_predictor
 from .experts.store import ExpertStore
+from .load_checks import check_device, check_options
 from .memory import available_bytes, check_memory
 from .planning.budget import Demand
 from .planning.decide import decide
@@ -59,6 +61,10 @@ def load(
     expert_predictor: str | Predictor = "none",
     expert_reader: str = "auto",
     expert_log: str | Path | None = None,
+    expert_fallback: str | Path | None = None,
+    expert_fallback_above: float | None = None,
+    expert_correction: int | None = None,
+    expert_correction_threshold: float | None = None,
 ) -> LanguageModel:
     """Open a Hugging Face MoE model or a run's export as a model ready to call.
 
@@ -82,6 +88,13 @@ def load(
     ``expert_reader`` reads experts through the page cache (``buffered``) or around it (``direct``);
     ``auto`` measures which is better.
 
+    These are lossy, and off by default (docs/offloading.md): ``expert_fallback`` is a folder of the
+    same model in fewer bits, and experts that are missing are computed from it, but for those
+    whose share of the rows' weights is above ``expert_fallback_above``. ``expert_correction``
+    lets the exact model check windows of so many tokens in ``generate`` and ``stream``, so that
+    the answer is its own, unless ``expert_correction_threshold`` accepts other tokens of at least
+    this probability.
+
     Raises :class:`ModelFileError` for a folder that is damaged or of an unknown kind and for a
     model that cannot be downloaded, and :class:`ConfigError` for arguments that do not fit.
     """
@@ -90,6 +103,10 @@ def load(
         predictor=expert_predictor,
         reader=expert_reader,
         log=None if expert_log is None else Path(expert_log),
+        fallback=None if expert_fallback is None else Path(expert_fallback),
+        fallback_above=expert_fallback_above,
+        correction=expert_correction,
+        correction_threshold=expert_correction_threshold,
     )
     model, _ = open_model(
         folder, dtype, device, expert_memory, ignore_unused_weights, allow_code, options
@@ -107,10 +124,10 @@ def open_model(
     options: StoreOptions | None = None,
 ) -> tuple[LanguageModel, ExpertStore | None]:
     """Do what :func:`load` does and return the store too, if there is one."""
-    target = _check_device(device, expert_memory)
+    target = check_device(device, expert_memory)
     allow(allow_code)
     options = options or StoreOptions()
-    _check_options(options, expert_memory)
+    check_options(options, expert_memory)
     files = ModelFolder(local_folder(folder))
     try:
         left_out = files.check(ignore_unused_weights=ignore_unused_weights)
@@ -130,36 +147,6 @@ def open_model(
         raise
 
 
-def _check_device(name: str, expert_memory: str | None) -> torch.device:
-    kind, _, number = name.partition(":")
-    if kind not in ("cpu", "cuda") or not (number.isdigit() or number == ""):
-        raise ConfigError(f"device is {name!r}; use cpu, cuda or cuda:N.")
-    count = torch.cuda.device_count() if kind == "cuda" else 1
-    if int(number or 0) >= count:
-        raise ConfigError(f"device is {name!r}, but torch sees {count} of that kind; use cpu.")
-    if kind == "cuda" and expert_memory is not None:
-        raise ConfigError(
-            f"device is {name!r} and expert_memory {expert_memory!r}, but experts are offloaded "
-            "for the CPU only; leave one out."
-        )
-    return torch.device(name)
-
-
-def _check_options(options: StoreOptions, expert_memory: str | None) -> None:
-    check_policy(options.policy)
-    check_predictor(options.predictor)
-    if expert_memory is None and not isinstance(options.policy, str):
-        raise ConfigError(
-            f"expert_policy is a {type(options.policy).__name__}, but all experts are in memory; "
-            "set expert_memory, or leave expert_policy out."
-        )
-    if expert_memory is None and options.log is not None:
-        raise ConfigError(
-            f"expert_log is {str(options.log)!r}, but all experts are in memory; set "
-            "expert_memory, or leave expert_log out."
-        )
-
-
 def _open(
     files: ModelFolder,
     dtype: str | torch.dtype | None,
@@ -168,20 +155,26 @@ def _open(
 ) -> tuple[LanguageModel, ExpertStore | None]:
     chosen = pick_dtype(files, dtype)
     asked = expert_memory
-    expert_memory, room = decide(files, chosen, asked, Demand(), options.reader)
-    check_memory(files, chosen, expert_memory)
+    copies = copies_bytes(options, chosen)
+    demand = Demand(copies_bytes=copies)
+    expert_memory, room = decide(files, chosen, asked, demand, options.reader)
+    if expert_memory is None:  # nothing is ever missing
+        options, copies = options.exact(), 0
+    check_memory(files, chosen, expert_memory, copies_bytes=copies)
     with without_memory():
         decoder = Decoder(files.config, expert_ids=())
-    store = None
+    store = fallback = None
     if expert_memory is not None:
         num_bytes = budget_bytes(files, chosen, expert_memory)
         store = open_store(files, chosen, num_bytes, options=options, free_bytes=available_bytes())
         announce_forwards(decoder, store.begin)
+        fallback = open_fallback(store, files, chosen, options)
     reads: list[WeightRead] = []
     moe_layers = decoder.moe_layers()
     for index, layer in moe_layers:
         if store is not None:
-            layer.experts = OffloadedExperts(store, index, layer.num_experts, len(moe_layers))
+            where = (index, layer.num_experts, len(moe_layers))
+            layer.experts = OffloadedExperts(store, *where, fallback)
         else:
             weights = empty_experts(files.config, layer.gate.num_experts, chosen, files.packed)
             views = ((slot, weights.slot_views(slot)) for slot in range(weights.num_slots))
@@ -209,6 +202,8 @@ def _open(
             " and ".join(generation.not_followed),
         )
     model = LanguageModel(decoder, generation, TextCodec(files.path))
+    if fallback is not None and options.correction is not None:
+        model.correction = Correction(options.correction, fallback.on, options.correction_threshold)
     if store is None:
         files.close()
     return model, store

@@ -3,7 +3,7 @@
 B rows, T tokens per row, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...errors import ConfigError, ModelFileError
 from ..batch import batch_of, batch_of_rows
+from .correction import Correction, corrected_row
 from .decoder import Decoder
 from .describe import describe
 from .generation import Answer, AnswerStream, GenerationLimits, continue_rows, with_given
@@ -53,6 +54,8 @@ class LanguageModel:
         """The sampling defaults of the model's folder."""
         self.eos_ids = generation.eos_ids
         """Ids that end a text."""
+        self.correction: Correction | None = None
+        """How answers of a lossy model are corrected; None = they are the model's own."""
         self._codec = codec
 
     def __repr__(self) -> str:
@@ -146,7 +149,7 @@ class LanguageModel:
         params = with_given(self.sampling, temperature, top_p, top_k)
         limits = self._limits(max_new_tokens, params, seed, stop, ignore_eos)
         ids = self._text.encode(prompt) if isinstance(prompt, str) else ids_of_row(prompt)
-        steps = continue_rows(self.decoder, [self._row(ids, limits)], limits)
+        steps = self._steps([self._row(ids, limits)], limits)
         return AnswerStream(steps, Answer(self._text.decode, ids, limits))
 
     def _continue_ids(
@@ -159,7 +162,7 @@ class LanguageModel:
         if attention_mask is not None:
             rows = rows_without_padding(ids_BT, attention_mask)
         columns = [ids_BT]
-        for tokens in continue_rows(self.decoder, rows, limits):
+        for tokens in self._steps(rows, limits):
             columns.append(torch.tensor(tokens, device=ids_BT.device).unsqueeze(1))
         return torch.cat(columns, dim=1)
 
@@ -168,12 +171,22 @@ class LanguageModel:
         rows = [self._row(ids, limits) for ids in prompt_ids]
         answers = [Answer(self._text.decode, ids, limits) for ids in prompt_ids]
         texts = [""] * len(prompts)
-        for tokens in continue_rows(self.decoder, rows, limits) if rows else ():
+        for tokens in self._steps(rows, limits) if rows else ():
             for row, token in enumerate(tokens):
                 texts[row] += answers[row].push(token)
             if all(answer.finish_reason is not None for answer in answers):
                 break
         return texts
+
+    def _steps(self, rows: Sequence[Tensor], limits: GenerationLimits) -> Iterator[list[int]]:
+        if self.correction is None:
+            return continue_rows(self.decoder, rows, limits)
+        if len(rows) > 1:
+            raise ConfigError(
+                f"there are {len(rows)} prompts, but expert-correction is for one text at a time; "
+                "give one, or leave it out."
+            )
+        return corrected_row(self.decoder, rows[0], limits, self.correction)
 
     def _row(self, ids: list[int], limits: GenerationLimits) -> Tensor:
         """Return a prompt as ids where the model is."""

@@ -10,6 +10,7 @@ from ...errors import ExpertReadError
 from ...kernels.waves import start_waves
 from ...moe.experts.base import LayerExperts
 from ...moe.routers.routing import Routing, count_choices
+from .fallback import Fallback
 from .read_ahead import Choice
 from .store import ExpertStore
 
@@ -18,11 +19,20 @@ class OffloadedExperts(LayerExperts):
     """Replaces :class:`moeyard.moe.experts.resident.Experts` for inference, bit for bit.
 
     Experts come in waves; each routed row has its own line of the output, filled once, and the
-    lines are combined in k order at the end, as in the resident case.
+    lines are combined in k order at the end, as in the resident case. Only with a ``fallback`` are
+    some rows those of low-bit copies.
     """
 
-    def __init__(self, store: ExpertStore, layer: int, num_experts: int, num_layers: int) -> None:
+    def __init__(
+        self,
+        store: ExpertStore,
+        layer: int,
+        num_experts: int,
+        num_layers: int,
+        fallback: Fallback | None = None,
+    ) -> None:
         super().__init__()
+        self._fallback = fallback
         self._store = store
         self._layer = layer
         self._num_experts = num_experts
@@ -61,10 +71,14 @@ class OffloadedExperts(LayerExperts):
         counts = count_choices(experts_NK, self._num_experts).tolist()
         rows_of = {expert: rows for expert, rows in enumerate(counts) if rows}
         waves = start_waves(x_ND, experts_NK, weights_NK, self._num_experts)
+        copied: list[int] = []
+        if self._fallback is not None:
+            copied = self._fallback.choose(self._layer, rows_of, experts_NK, weights_NK)
+            self._fallback.add(self._layer, waves, copied)
         try:
             # Closed also when computing fails: the next forward needs a consistent store.
             choice = Choice(x_ND, experts_NK.numpy())
-            with closing(self._store.stream(self._layer, rows_of, choice)) as stream:
+            with closing(self._store.stream(self._layer, rows_of, choice, copied)) as stream:
                 for ready, experts in stream:
                     waves.add(experts, only=ready)
         except ExpertReadError as error:

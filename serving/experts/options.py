@@ -1,6 +1,6 @@
 """How an expert store works, as one value that goes from the command line to the store."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .policies.policy import Policy
@@ -21,3 +21,17 @@ class StoreOptions:
     """Which experts the next layers may need: a name of ``predictors/table.py``, or an object."""
     reader: str = "auto"
     """``buffered`` reads through the page cache, ``direct`` around it; ``auto`` measures."""
+    fallback: Path | None = None
+    """Folder of the same model in fewer bits: experts that are missing are computed from it."""
+    fallback_above: float | None = None
+    """Experts whose share of the rows' weights is above this are waited for; None = none are."""
+    correction: int | None = None
+    """Tokens of a window that the exact model checks; None = it checks nothing."""
+    correction_threshold: float | None = None
+    """Probability from which a proposed token is accepted; None = only the exact model's choice."""
+
+    def exact(self) -> "StoreOptions":
+        """Return the options without those that change answers."""
+        return replace(
+            self, fallback=None, fallback_above=None, correction=None, correction_threshold=None
+        )

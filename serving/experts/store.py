@@ -30,6 +30,9 @@ from .tiers.rates import Rates
 from .tiers.tier import Tier
 from .traffic import StoreStatistics
 
+Ids = Collection[int]
+"""Experts of a layer."""
+
 
 class ExpertStore:
     """Experts behind ``num_slots`` slots. Used by one compute thread.
@@ -68,19 +71,16 @@ class ExpertStore:
 
     def counts(self) -> StoreCounts:
         """Return what the slots are used for; any thread may ask."""
-        filling = self._slots.all_filling()
-        return StoreCounts(
-            free=self._slots.num_free,
-            filling=len(filling),
-            resident=self._slots.num_resident,
-            reading=sum(not read.is_done for read in filling),
-            announced=self._expected.num_announced,
-            expected=self._expected.num_expected,
-        )
+        return self._slots.counts(self._expected)
 
     def has(self, layer: int, expert: int) -> bool:
         """Say whether an expert is in memory."""
         return (layer, expert) in self._slots
+
+    def missing(self, layer: int, experts: Ids) -> list[int]:
+        """Return those of ``experts`` that compute would have to wait for now."""
+        self._filler.book_finished(wanted=())
+        return [expert for expert in experts if (layer, expert) not in self._slots]
 
     def close(self) -> None:
         """Stop the reading threads, and end the log."""
@@ -113,10 +113,7 @@ class ExpertStore:
         follow as slots come free.
         """
         self.keep(layer, experts)
-        for expert in experts:
-            key = (layer, expert)
-            if key not in self._slots and self._slots.filling(key) is None:
-                self._expected.announce(key)
+        self._filler.announce(layer, experts)
         self._read_ahead()
 
     def keep(self, layer: int, experts: Sequence[int]) -> None:
@@ -127,18 +124,20 @@ class ExpertStore:
             self._policy.expect(key)
 
     def stream(
-        self, layer: int, rows_of: Mapping[int, int], choice: Choice | None = None
+        self, layer: int, rows_of: Mapping[int, int], choice: Choice | None = None, copied: Ids = ()
     ) -> Generator[tuple[list[int], SlotWeights]]:
         """Yield all experts of a layer that a forward needs, in waves.
 
         ``rows_of`` maps them to the number of rows that chose them; ``choice`` is for the
-        predictor. The weights of a wave stay valid until the next. Resident experts come first,
-        while the others are being read. Raises :class:`ExpertReadError` when reads fail for good;
-        slots then stay consistent.
+        predictor. Those of ``copied`` are read later and not yielded: the caller has copies. The
+        weights of a wave stay valid until the next. Resident experts come first, while the others
+        are being read. Raises :class:`ExpertReadError` when reads fail for good; slots then stay
+        consistent.
         """
         reading: dict[Key, Read] = {}
         try:
-            ready, waiting = self._begin(layer, rows_of, reading)
+            ready, waiting = self._begin(layer, rows_of, reading, copied)
+            self._filler.announce(layer, copied)
             while ready or waiting or reading:
                 self._filler.book_finished(wanted=reading)
                 self._read_now(layer, waiting, reading, can_wait=bool(ready))
@@ -166,7 +165,7 @@ class ExpertStore:
             self._ahead.end_layer(layer)
 
     def _begin(
-        self, layer: int, rows_of: Mapping[int, int], reading: dict[Key, Read]
+        self, layer: int, rows_of: Mapping[int, int], reading: dict[Key, Read], copied: Ids
     ) -> tuple[list[int], deque[int]]:
         """Return which experts are here and which must be read; make those under way urgent."""
         self._filler.book_finished(wanted=reading)
@@ -174,8 +173,11 @@ class ExpertStore:
         ready, waiting = [], deque[int]()
         for expert, rows in rows_of.items():
             key = (layer, expert)
-            self._expected.expect(key)
             self._policy.touch(key, rows)
+            if expert in copied:
+                self.statistics.copy(key, rows)
+                continue
+            self._expected.expect(key)
             read = self._slots.filling(key)
             if key in self._slots:
                 ready.append(expert)

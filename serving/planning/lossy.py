@@ -7,13 +7,31 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ...moe.folders.folder import ModelFolder
+from ...moe.folders.hub import local_folder
 from ...moe.folders.prices import read_prices
 from ..experts.options import StoreOptions
 
 
 def lossy_modes(folder: ModelFolder, options: StoreOptions) -> list[str]:
     """Return the names of the lossy ways in which a folder runs with these options."""
-    return [] if folder.packed is None else [f"int{folder.packed.bits}"]
+    modes = [] if folder.packed is None else [f"int{folder.packed.bits}"]
+    mode = _fallback_mode(options)
+    return modes if mode is None else [*modes, mode]
+
+
+def _fallback_mode(options: StoreOptions) -> str | None:
+    """Return the name of copies in place of missing experts; None if nothing comes of them."""
+    is_corrected = options.correction is not None and options.correction_threshold is None
+    if options.fallback is None or is_corrected:  # the answer is the exact model's then
+        return None
+    copy = ModelFolder(local_folder(options.fallback))
+    mode = f"expert-fallback int{copy.packed.bits}" if copy.packed else "expert-fallback"
+    copy.close()
+    if options.fallback_above is not None:
+        mode += f" above {options.fallback_above:g}"
+    if options.correction is not None:
+        mode += f" correction {options.correction} threshold {options.correction_threshold:g}"
+    return mode
 
 
 def lossy_sentences(folder: Path, modes: Iterable[str]) -> tuple[str, ...]:
