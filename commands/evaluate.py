@@ -5,8 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from ..errors import DataError
-from .options import Parsers, add_command, add_loading, add_model
+from .options import Parsers, add_command, add_loading, add_model, read_text
 
 
 def add(parsers: Parsers) -> None:
@@ -36,7 +35,7 @@ def add(parsers: Parsers) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the figures."""
-    text = None if arguments.text is None else _read(arguments.text)
+    text = None if arguments.text is None else read_text(arguments.text)
     if text is None:
         from ..serving.evaluation.lm_eval_bridge import check_lm_eval
 
@@ -68,14 +67,6 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         facts = " ".join(f"{name}={_short(value)}" for name, value in values.items())
         sys.stdout.write(f"evaluated {facts}\n")
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise DataError(f"--text is {str(path)!r}, which cannot be read ({reason}).") from None
 
 
 def _short(value: float) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from ..dtypes import short_name
-from ..errors import MoeyardError, Stopped
+from ..errors import DataError, MoeyardError, Stopped
 
 Parsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 INTERRUPTED = 130
@@ -182,3 +182,12 @@ def add_allow_code(parser: argparse.ArgumentParser) -> None:
         metavar="MODULE",
         help="permit and import your own module with routers; repeat for several modules",
     )
+
+
+def read_text(path: Path) -> str:
+    """Return the text of ``--text``; raises :class:`DataError` if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise DataError(f"--text is {str(path)!r}, which cannot be read ({reason}).") from None

@@ -149,8 +149,19 @@ class LanguageModel:
         params = with_given(self.sampling, temperature, top_p, top_k)
         limits = self._limits(max_new_tokens, params, seed, stop, ignore_eos)
         ids = self._text.encode(prompt) if isinstance(prompt, str) else ids_of_row(prompt)
-        steps = self._steps([self._row(ids, limits)], limits)
+        steps = self.steps([self._row(ids, limits)], limits)
         return AnswerStream(steps, Answer(self._text.decode, ids, limits))
+
+    def steps(self, rows: Sequence[Tensor], limits: GenerationLimits) -> Iterator[list[int]]:
+        """Yield the next token of every row of ids, as long as one of them has not ended."""
+        if self.correction is None:
+            return continue_rows(self.decoder, rows, limits)
+        if len(rows) > 1:
+            raise ConfigError(
+                f"there are {len(rows)} prompts, but expert-correction is for one text at a time; "
+                "give one, or leave it out."
+            )
+        return corrected_row(self.decoder, rows[0], limits, self.correction)
 
     def _continue_ids(
         self, ids_BT: Tensor, attention_mask: Tensor | None, limits: GenerationLimits
@@ -162,7 +173,7 @@ class LanguageModel:
         if attention_mask is not None:
             rows = rows_without_padding(ids_BT, attention_mask)
         columns = [ids_BT]
-        for tokens in self._steps(rows, limits):
+        for tokens in self.steps(rows, limits):
             columns.append(torch.tensor(tokens, device=ids_BT.device).unsqueeze(1))
         return torch.cat(columns, dim=1)
 
@@ -171,22 +182,12 @@ class LanguageModel:
         rows = [self._row(ids, limits) for ids in prompt_ids]
         answers = [Answer(self._text.decode, ids, limits) for ids in prompt_ids]
         texts = [""] * len(prompts)
-        for tokens in self._steps(rows, limits) if rows else ():
+        for tokens in self.steps(rows, limits) if rows else ():
             for row, token in enumerate(tokens):
                 texts[row] += answers[row].push(token)
             if all(answer.finish_reason is not None for answer in answers):
                 break
         return texts
-
-    def _steps(self, rows: Sequence[Tensor], limits: GenerationLimits) -> Iterator[list[int]]:
-        if self.correction is None:
-            return continue_rows(self.decoder, rows, limits)
-        if len(rows) > 1:
-            raise ConfigError(
-                f"there are {len(rows)} prompts, but expert-correction is for one text at a time; "
-                "give one, or leave it out."
-            )
-        return corrected_row(self.decoder, rows[0], limits, self.correction)
 
     def _row(self, ids: list[int], limits: GenerationLimits) -> Tensor:
         """Return a prompt as ids where the model is."""

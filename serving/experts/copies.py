@@ -50,12 +50,14 @@ def open_fallback(
 ) -> Fallback | None:
     """Return the fallback that the options ask for, with its copies in memory.
 
-    It is off where a correction switches it on for proposals.
+    Where a correction checks windows, it is on for proposals only, and what they lack is not read:
+    the check reads it once for all rows.
     """
     if options.fallback is None:
         return None
     copies = read_copies(folder, options.fallback, dtype)
-    return Fallback(store, copies, options.fallback_above, is_on=options.correction is None)
+    alone = options.correction is None
+    return Fallback(store, copies, options.fallback_above, is_on=alone, reads_later=alone)
 
 
 def read_copies(folder: ModelFolder, path: Path, dtype: torch.dtype) -> dict[int, SlotWeights]:

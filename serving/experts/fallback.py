@@ -17,11 +17,12 @@ from .store import ExpertStore
 class Fallback:
     """Copies of all experts in memory, and the rule that says when they are used.
 
-    An expert in a slot is always used as it is. One that is missing is computed from its copy, and
-    read in the background. With ``above`` it is waited for if it has more than this share of the
-    rows' weights: each row's weights are divided by their sum, and the shares of all rows of the
-    forward are added up. So 0 waits for every expert, and forwards with many rows, which need an
-    expert for many of them, wait for most.
+    An expert in a slot is always used as it is. One that is missing is computed from its copy. With
+    ``reads_later`` it is then read in the background, and stays until the layer's next turn, so
+    that the slots follow the text. With ``above`` it is waited for if it has more than this share
+    of the rows' weights: each row's weights are divided by their sum, and the shares of all rows of
+    the forward are added up. So 0 waits for every expert, and forwards with many rows, which need
+    an expert for many of them, wait for most.
     """
 
     def __init__(
@@ -30,11 +31,13 @@ class Fallback:
         copies: Mapping[int, SlotWeights],
         above: float | None = None,
         is_on: bool = True,
+        reads_later: bool = True,
     ) -> None:
         self._store = store
         self._copies = copies
         self._above = above
         self._is_on = is_on
+        self.reads_later = reads_later
         self._first_layer = min(copies)
         self._used_N = torch.zeros(0, dtype=torch.bool)
         """Rows of this forward that some copy was used for."""

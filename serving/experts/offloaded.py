@@ -84,6 +84,8 @@ class OffloadedExperts(LayerExperts):
         except ExpertReadError as error:
             error.rows = _rows_that_chose(error.experts, experts_NK)
             raise
+        if self._fallback is not None and self._fallback.reads_later:
+            self._store.prefetch(self._layer, copied)
         return waves.result()
 
 

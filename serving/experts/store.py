@@ -129,7 +129,7 @@ class ExpertStore:
         """Yield all experts of a layer that a forward needs, in waves.
 
         ``rows_of`` maps them to the number of rows that chose them; ``choice`` is for the
-        predictor. Those of ``copied`` are read later and not yielded: the caller has copies. The
+        predictor. Those of ``copied`` are counted and not yielded: the caller has copies. The
         weights of a wave stay valid until the next. Resident experts come first, while the others
         are being read. Raises :class:`ExpertReadError` when reads fail for good; slots then stay
         consistent.
@@ -137,7 +137,6 @@ class ExpertStore:
         reading: dict[Key, Read] = {}
         try:
             ready, waiting = self._begin(layer, rows_of, reading, copied)
-            self._filler.announce(layer, copied)
             while ready or waiting or reading:
                 self._filler.book_finished(wanted=reading)
                 self._read_now(layer, waiting, reading, can_wait=bool(ready))
