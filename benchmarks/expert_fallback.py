@@ -59,11 +59,12 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--copies", type=Path, nargs="+", required=True)
     parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--only", default="", metavar="TEXT", help="ways whose name has TEXT")
     parser.add_argument("--memory", default="25%")
     parser.add_argument("--disk", type=float, default=60.0, help="MB/s")
-    parser.add_argument("--steps", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=256)
     parser.add_argument("--answers", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=40)
+    parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--periods", type=int, nargs="+", default=PERIODS)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
@@ -78,6 +79,8 @@ def main() -> None:
     size = expert_bytes(experts.config, torch.bfloat16, None)
     exact = arm(arguments.model, arguments.memory, StoreOptions())
     for name, options in ways(arguments.copies, list(arguments.periods)).items():
+        if arguments.only not in name:
+            continue
         lossy = arm(arguments.model, arguments.memory, options)
         copies = copies_bytes(options, torch.bfloat16)
         memories[name] = lossy.store.num_slots * size + copies

@@ -74,13 +74,13 @@ def load(
     ``dtype`` is ``fp32`` or ``bf16``, or torch's name or type for them (None = as stored). Routers
     stay in fp32 under bf16, and experts that the folder has in 8 or 4 bits stay in those.
     ``device`` is ``cpu``, ``cuda`` or ``cuda:N``; ids go there too. ``expert_memory``
-    (``2GiB``, ``25%``) bounds the experts kept in memory; the others are read from the folder when
-    they are needed, and outputs are the same bit for bit. ``auto`` is what the machine can spare,
-    all experts if they fit. Weights that ``config.json`` does not ask for are refused, unless
-    ``ignore_unused_weights`` says to do without them. ``allow_code`` names modules of your own
-    whose routers the folder may use; they are imported. ``expert_policy`` chooses which expert
-    leaves memory when another one is needed: a name (docs/offloading.md), or an object with the
-    methods of :class:`moeyard.serving.experts.policies.policy.Policy`, for this model alone.
+    (``2GiB``, ``25%``) bounds the experts kept in memory; the others are read when they are needed,
+    and outputs are the same bit for bit. ``auto`` is what the machine can spare. Weights that
+    ``config.json`` does not ask for are refused, unless ``ignore_unused_weights``. ``allow_code``
+    names modules of your own whose routers the folder may use; they are imported.
+    ``expert_policy`` chooses which expert leaves memory when another one is needed: a name
+    (docs/offloading.md), or an object with the methods of
+    :class:`moeyard.serving.experts.policies.policy.Policy`, for this model alone.
     ``expert_predictor`` says which experts the next layers may need, so that they are read ahead: a
     name or ``NAME:FILE`` (docs/offloading.md), or an object with the methods of
     :class:`moeyard.serving.experts.predictors.predictor.Predictor`.
@@ -88,12 +88,11 @@ def load(
     ``expert_reader`` reads experts through the page cache (``buffered``) or around it (``direct``);
     ``auto`` measures which is better.
 
-    These are lossy, and off by default (docs/offloading.md): ``expert_fallback`` is a folder of the
-    same model in fewer bits, and experts that are missing are computed from it, but for those
-    whose share of the rows' weights is above ``expert_fallback_above``. ``expert_correction``
-    lets the exact model check windows of so many tokens in ``generate`` and ``stream``, so that
-    the answer is its own, unless ``expert_correction_threshold`` accepts other tokens of at least
-    this probability.
+    These are off by default and change answers (docs/offloading.md): experts that are missing are
+    computed from ``expert_fallback``, the same model in fewer bits, unless their share of the rows'
+    weights is above ``expert_fallback_above``. With ``expert_correction`` the exact model checks
+    windows of so many tokens in ``generate`` and ``stream``, and the answer is its own, unless
+    ``expert_correction_threshold`` accepts other tokens from this probability on.
 
     Raises :class:`ModelFileError` for a folder that is damaged or of an unknown kind and for a
     model that cannot be downloaded, and :class:`ConfigError` for arguments that do not fit.

@@ -1,21 +1,25 @@
 """Low-bit copies of missing experts, and their correction by the exact model."""
 
+import json
 import time
 from dataclasses import replace
 
 import pytest
 import torch
 
+from moeyard.cli import main
 from moeyard.errors import ConfigError
 from moeyard.kernels import waves
 from moeyard.moe.config.model import ModelConfig, MoEConfig
 from moeyard.moe.folders.convert import convert
 from moeyard.moe.folders.folder import ModelFolder
-from moeyard.moe.folders.prices import Measured, Price, save_price
+from moeyard.moe.folders.prices import Measured, Price, read_prices, save_price
 from moeyard.moe.models.correction import Correction
 from moeyard.moe.models.decoder import Decoder
 from moeyard.moe.models.initialize import initialize
 from moeyard.moe.routers.topk import TopK
+from moeyard.serving.engine.expert_metrics import ExpertCollector
+from moeyard.serving.evaluation.held_out_text import score_text
 from moeyard.serving.experts.options import StoreOptions
 from moeyard.serving.loading import open_model
 from moeyard.serving.planning.lossy import lossy_modes, lossy_sentences
@@ -168,7 +172,7 @@ def test_small_caches_stay_consistent(folders, count, above):
     settle(store)
     counts = store.counts()
     assert counts.resident + counts.free + counts.filling == count
-    assert counts.expected <= 12 and store.has
+    assert counts.expected <= 12
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -326,3 +330,68 @@ def test_each_way_has_a_name_and_exact_ways_have_none(folders):
     save_price(plain.path, Price(mode=mode, text="t", tokens=9, exact=exact, lossy=lossy))
     (sentence,) = lossy_sentences(plain.path, [mode])
     assert "perplexity 4.1 instead of 4 (+2.5%)" in sentence
+
+
+def price(capsys, *arguments):
+    status = main(["price", *map(str, arguments), "--answers", "1", "--tokens", "9"])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_price_measures_saves_and_says(folders, tmp_path, capsys):
+    text = tmp_path / "held_out.txt"
+    text.write_text("".join(chr(97 + n * n % 26) for n in range(400)))
+    plain, int4 = folders / "plain", folders / "plain-int4"
+    memory = ("--expert-memory", f"{4 * EXPERT_BYTES}B", "--text", text, "--steps", "40")
+    status, out, err = price(capsys, plain, *memory, "--expert-fallback", int4, "--json")
+    assert status == 0, err
+    found = read_prices(plain)["expert-fallback int4"]
+    assert json.loads(out) == found.model_dump()
+    assert (found.tokens, found.text) == (40, "held_out.txt")
+    resident, _ = open_model(plain)
+    assert found.exact.perplexity == score_text(resident, text.read_text(), limit=40).perplexity
+    assert found.lossy.perplexity != found.exact.perplexity
+    assert found.exact.expert_bytes > 0 and found.lossy.tokens_per_s > 0
+    assert lossy_sentences(plain, ["expert-fallback int4"]) == (found.sentence(),)
+
+    status, out, err = price(capsys, int4, "--text", text, "--exact", plain)
+    assert status == 0 and "400 tokens" not in err
+    stored = read_prices(int4)["int4"]
+    assert stored.exact.expert_bytes == EXPERT_BYTES > 2 * stored.lossy.expert_bytes
+    assert stored.tokens == 399 and "399 tokens of held_out.txt" in out
+
+    corrected = ("--expert-fallback", int4, "--expert-correction", "4")
+    status, out, err = price(capsys, plain, *memory, *corrected, "--json")
+    assert status == 0 and "no price is saved" in err
+    figures = json.loads(out)
+    assert figures["exact"]["perplexity"] == figures["lossy"]["perplexity"]
+    assert read_prices(plain).keys() == {"expert-fallback int4"}
+
+
+def test_what_has_no_price_is_refused(folders, tmp_path, capsys):
+    text = tmp_path / "held_out.txt"
+    text.write_text("some words " * 40)
+    plain, int4 = folders / "plain", folders / "plain-int4"
+    cases = [
+        ((plain,), "runs exactly with these options"),
+        ((int4,), "name the model it was made from with --exact"),
+        ((int4, "--exact", folders / "plain-int8"), "is not what"),
+        ((plain, "--exact", plain, "--expert-fallback", int4), "leave exact out"),
+        ((int4, "--exact", plain, "--tokens", "1"), "tokens is 1; use a number from 2 upwards"),
+    ]
+    for given, message in cases:
+        status = main(["price", *map(str, given), "--text", str(text)])
+        assert status == 2 and message in capsys.readouterr().err
+    text.write_text("short")
+    assert main(["price", str(int4), "--exact", str(plain), "--text", str(text)]) == 2
+    assert "the text has 5 tokens" in capsys.readouterr().err
+    assert not (int4 / "prices.json").exists() or "int4" in read_prices(int4)
+
+
+def test_metrics_count_what_copies_did(folders):
+    model, store = opened(folders / "plain", folders / "plain-int4")
+    model(prompt(1, 5))
+    families = {family.name: family for family in ExpertCollector(CONFIG, store).collect()}
+    per_layer = families["moeyard_expert_copied_rows"].samples
+    assert sum(sample.value for sample in per_layer) == 5 * 2 * 2
+    assert families["moeyard_tokens_with_copies"].samples[0].value == 5
