@@ -86,11 +86,8 @@ def measure(
         perplexities = [float(torch.tensor(run.loss / num_tokens).exp()) for run in runs]
     else:
         limit = plan.steps if depends_on_memory else None
-        how = {"length": plan.length, "limit": limit}
-        scores = [
-            score_text(exact.model, text, **how),
-            score_text(lossy.model, text, **how, by_steps=depends_on_memory),
-        ]
+        by_steps = depends_on_memory
+        scores = [score_text(arm.model, text, plan.length, limit, by_steps) for arm in arms]
         num_tokens = scores[0].tokens
         perplexities = [score.perplexity for score in scores]
     first, second = (

@@ -68,7 +68,7 @@ ROOMS = {
     ],
     "serving": [
         ["experts", "packages"],
-        ["engine", "memory", "replica_files"],
+        ["engine", "load_checks", "memory", "replica_files"],
         ["planning"],
         ["api", "loading"],
         ["evaluation"],
@@ -90,6 +90,7 @@ ROOMS = {
                 "export",
                 "generate",
                 "plan",
+                "price",
                 "report",
                 "serve",
             ),

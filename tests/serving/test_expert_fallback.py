@@ -349,7 +349,8 @@ def test_price_measures_saves_and_says(folders, tmp_path, capsys):
     assert json.loads(out) == found.model_dump()
     assert (found.tokens, found.text) == (40, "held_out.txt")
     resident, _ = open_model(plain)
-    assert found.exact.perplexity == score_text(resident, text.read_text(), limit=40).perplexity
+    score = score_text(resident, text.read_text(), limit=40, by_steps=True)
+    assert found.exact.perplexity == score.perplexity
     assert found.lossy.perplexity != found.exact.perplexity
     assert found.exact.expert_bytes > 0 and found.lossy.tokens_per_s > 0
     assert lossy_sentences(plain, ["expert-fallback int4"]) == (found.sentence(),)
