@@ -84,8 +84,8 @@ def load(
     ``expert_predictor`` says which experts the next layers may need, so that they are read ahead: a
     name or ``NAME:FILE`` (docs/offloading.md), or an object with the methods of
     :class:`moeyard.serving.experts.predictors.predictor.Predictor`.
-    ``expert_log`` is a file for every event of the store, which is replaced. ``expert_reader`` reads
-    through the page cache (``buffered``) or around it (``direct``); ``auto`` measures which is better.
+    ``expert_log`` is a file for every event of the store, which is replaced. ``expert_reader``
+    reads through the page cache (``buffered``), around it (``direct``), or measures (``auto``).
 
     These are off by default and change answers (docs/offloading.md): experts that are missing are
     computed from ``expert_fallback``, the same model in fewer bits, unless their share of the rows'
