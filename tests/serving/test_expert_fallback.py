@@ -164,7 +164,7 @@ def test_a_threshold_waits_for_experts_with_more_weight(folders):
 
 
 @pytest.mark.parametrize("above", [None, 0.45])
-@pytest.mark.parametrize("count", [1, 3, 7])
+@pytest.mark.parametrize("count", [1, 7])
 def test_small_caches_stay_consistent(folders, count, above):
     model, store = opened(folders / "plain", folders / "plain-int8", count, fallback_above=above)
     for seed in range(12):
@@ -272,7 +272,6 @@ def test_a_threshold_accepts_what_the_exact_model_finds_likely(folders):
     model, _ = open_model(folders / "plain")
     ids = prompt(4)
     expected = model.generate(ids, 20, temperature=0)
-    probability = (model(ids)[0, -1].float() / 0.6).softmax(-1)
     first = int(expected[0, 9])
     following = (model(expected[:, :10])[0, -1].float() / 0.6).softmax(-1)
     said = int(following.argsort(descending=True)[1])  # the second choice after the first token
@@ -284,7 +283,6 @@ def test_a_threshold_accepts_what_the_exact_model_finds_likely(folders):
             int(expected[0, 10]),
         ]
         assert model.generate(ids, 3, temperature=0)[0, 9:11].tolist() == [first, token]
-    assert float(probability.sum()) == pytest.approx(1)
 
 
 def test_what_cannot_work_is_refused(folders, tmp_path):
