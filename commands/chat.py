@@ -5,7 +5,14 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, MoeyardError
-from .options import Parsers, add_command, add_loading, add_model, add_sampling
+from .options import (
+    Parsers,
+    add_command,
+    add_correction,
+    add_loading,
+    add_model,
+    add_sampling,
+)
 
 if TYPE_CHECKING:
     from ..moe.models.language_model import LanguageModel
@@ -26,6 +33,7 @@ def add(parsers: Parsers) -> None:
     )
     add_sampling(chat, max_new_tokens=512)
     add_loading(chat)
+    add_correction(chat)
     chat.set_defaults(run=run)
 
 

@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from .options import Parsers, add_command, add_loading, add_model
+from .options import Parsers, add_command, add_loading, add_model, read_text
 
 
 def add(parsers: Parsers) -> None:
@@ -35,11 +35,7 @@ def add(parsers: Parsers) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the figures."""
-    text = None
-    if arguments.text is not None:
-        from ..serving.evaluation.held_out_text import read_text
-
-        text = read_text(arguments.text)
+    text = None if arguments.text is None else read_text(arguments.text)
     if text is None:
         from ..serving.evaluation.lm_eval_bridge import check_lm_eval
 

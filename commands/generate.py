@@ -7,10 +7,19 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .options import Parsers, add_command, add_loading, add_model, add_sampling
+from ..errors import ConfigError
+from .options import (
+    Parsers,
+    add_command,
+    add_correction,
+    add_loading,
+    add_model,
+    add_sampling,
+)
 
 if TYPE_CHECKING:
     from ..moe.models.language_model import LanguageModel
+    from ..serving.experts.store import ExpertStore
 
 
 def add(parsers: Parsers) -> None:
@@ -33,6 +42,7 @@ def add(parsers: Parsers) -> None:
         "--lora", type=Path, metavar="FOLDER", help="a LoRA folder of peft to go through"
     )
     add_loading(generate)
+    add_correction(generate)
     generate.set_defaults(run=run)
 
 
@@ -67,20 +77,43 @@ def run(arguments: argparse.Namespace) -> None:
     seconds = time.monotonic() - started
     sys.stderr.write(
         f"generated tokens={answer.num_tokens} seconds={seconds:.2f} "
-        f"tokens_per_s={answer.num_tokens / seconds:.1f} finish_reason={answer.finish_reason}\n"
+        f"tokens_per_s={answer.num_tokens / seconds:.1f} finish_reason={answer.finish_reason}"
+        f"{_lossy_facts(model)}\n"
     )
+
+
+def _lossy_facts(model: "LanguageModel") -> str:
+    """Return what was computed from copies of experts, and how often the exact model checked."""
+    store, text = _store(model), ""
+    copied = store.statistics.layers.values() if store is not None else ()
+    pairs = sum(traffic.copied_rows for traffic in copied)
+    if store is not None and pairs:
+        text = f" tokens_with_copies={store.statistics.copied_tokens} copied_pairs={pairs}"
+    if model.correction is not None:
+        advance = model.correction.mean_advance
+        text += f" checks={model.correction.num_periods} tokens_per_check={advance:.2f}"
+    return text
+
+
+def _store(model: "LanguageModel") -> "ExpertStore | None":
+    from ..serving.experts.offloaded import OffloadedExperts
+
+    for _, layer in model.decoder.moe_layers():
+        if isinstance(layer.experts, OffloadedExperts):
+            return layer.experts.store
+    return None
 
 
 def _recording(model: "LanguageModel", path: Path | None) -> AbstractContextManager[object]:
     if path is None:
         return nullcontext()
     from ..moe.routes.recorder import recording
-    from ..serving.experts.offloaded import OffloadedExperts
 
-    stores = [
-        layer.experts.store
-        for _, layer in model.decoder.moe_layers()
-        if isinstance(layer.experts, OffloadedExperts)
-    ]
-    own = stores[0].hint_column() if stores else None
+    if model.correction is not None:
+        raise ConfigError(
+            f"record-routes is {str(path)!r}, but expert-correction computes tokens twice; leave "
+            "one out."
+        )
+    store = _store(model)
+    own = None if store is None else store.hint_column()
     return recording(model.decoder, path, written_by="generate", own=own)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ..moe.models.language_model import LanguageModel
+    from ..serving.experts.options import StoreOptions
+    from ..serving.experts.store import ExpertStore
 
 
 def model_folder(name: str) -> str:
@@ -38,20 +40,42 @@ def trained_length(name: str) -> int | None:
 def open_model(arguments: argparse.Namespace) -> "LanguageModel":
     """Open the model of a command that has the options of ``add_loading``."""
     from ..moe.routers.own_code import allow
-    from ..serving.loading import load
+
+    allow(arguments.allow_code)
+    model, _ = open_with(arguments, model_folder(arguments.model), store_options(arguments))
+    return model
+
+
+def store_options(arguments: argparse.Namespace) -> "StoreOptions":
+    """Return how experts are kept and read, of ``add_loading`` and perhaps ``add_correction``."""
+    from ..serving.experts.options import StoreOptions
+
+    log, fallback = arguments.expert_log, arguments.expert_fallback
+    return StoreOptions(
+        policy=arguments.expert_policy,
+        predictor=arguments.expert_predictor,
+        reader=arguments.expert_reader,
+        log=None if log is None else Path(log),
+        fallback=None if fallback is None else Path(fallback),
+        fallback_above=arguments.expert_fallback_above,
+        correction=getattr(arguments, "expert_correction", None),
+        correction_threshold=getattr(arguments, "expert_correction_threshold", None),
+    )
+
+
+def open_with(
+    arguments: argparse.Namespace, name: str, options: "StoreOptions"
+) -> "tuple[LanguageModel, ExpertStore | None]":
+    """Open a model with a command's other options, and its store."""
+    from ..serving import loading
     from ..serving.planning.start import show_start
 
     show_start()
-    allow(arguments.allow_code)
-    return load(
-        model_folder(arguments.model),
+    return loading.open_model(
+        name,
         dtype=arguments.dtype,
         device=arguments.device,
         expert_memory=arguments.expert_memory,
         ignore_unused_weights=arguments.ignore_unused_weights,
-        expert_policy=arguments.expert_policy,
-        expert_reader=arguments.expert_reader,
-        expert_log=arguments.expert_log,
-        expert_predictor=arguments.expert_predictor,
-        expert_sparsity=arguments.expert_sparsity,
+        options=options,
     )

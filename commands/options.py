@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from ..dtypes import short_name
-from ..errors import MoeyardError, Stopped
+from ..errors import DataError, MoeyardError, Stopped
 
 Parsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 INTERRUPTED = 130
@@ -111,6 +111,41 @@ def add_expert_store(parser: argparse.ArgumentParser) -> None:
         help="what is read ahead for routers that choose late: auto, none, next_gates, "
         "previous_layers, activations, previous_token or trained:FILE",
     )
+    _add_fallback(parser)
+
+
+def _add_fallback(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--expert-fallback",
+        metavar="FOLDER",
+        help="lossy: compute experts that are not in memory from FOLDER, the same model in int8 or "
+        "int4, which is kept in memory, instead of waiting for them",
+    )
+    parser.add_argument(
+        "--expert-fallback-above",
+        type=float,
+        metavar="W",
+        help="wait all the same for experts that have more than this share of the rows' weights; "
+        "0 waits for all; default: for none",
+    )
+
+
+def add_correction(parser: argparse.ArgumentParser) -> None:
+    """Add how the answers of a lossy model are corrected."""
+    parser.add_argument(
+        "--expert-correction",
+        type=int,
+        metavar="N",
+        help="let the exact model check windows of N tokens that --expert-fallback proposes, so "
+        "that the answer is its own; default: no check",
+    )
+    parser.add_argument(
+        "--expert-correction-threshold",
+        type=float,
+        metavar="P",
+        help="lossy: accept tokens from this probability on (0.1), in greedy answers; default: "
+        "only the exact model's own",
+    )
 
 
 def add_adapters(parser: argparse.ArgumentParser) -> None:
@@ -169,3 +204,12 @@ def add_allow_code(parser: argparse.ArgumentParser) -> None:
         metavar="MODULE",
         help="permit and import your own module with routers; repeat for several modules",
     )
+
+
+def read_text(path: Path) -> str:
+    """Return the text of ``--text``; raises :class:`DataError` if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise DataError(f"--text is {str(path)!r}, which cannot be read ({reason}).") from None

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from .options import Parsers, add_allow_code, add_command, add_dtype, add_model
+from .options import Parsers, add_allow_code, add_command, add_dtype, add_model, read_text
 from .options import add_ignore_unused_weights as add_ignore
 
 SCORES = ("teal", "wina", "cats", "chess")
@@ -44,7 +44,6 @@ def add(parsers: Parsers) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Measure, and write the file."""
     from ..errors import ConfigError
-    from ..serving.evaluation.held_out_text import read_text
     from ..serving.evaluation.measure_sparsity import measure_sparsity
     from ..serving.experts.sparsity import save_sparsity
     from ..serving.loading import load

@@ -97,7 +97,11 @@ class SequenceCache:
 
     def last_id(self) -> Tensor:
         """Return the token id of the last position, int64 scalar; only if ids were kept."""
-        return self._ids_L[self.length - 1]
+        return self.id_at(self.length - 1)
+
+    def id_at(self, position: int) -> Tensor:
+        """Return the token id of a position, int64 scalar; only if ids were kept."""
+        return self._ids_L[position]
 
     def view(self, layer: int, end: int) -> tuple[Tensor, Tensor]:
         """Return the first ``end`` keys of ``layer``, ``[G, end, H]``, and their values."""
@@ -132,3 +136,48 @@ class SequenceCache:
                 new[:, : self.length] = old[layer][:, : self.length]
             grown.append(new)
         return grown
+
+
+class CachePosition:
+    """A :class:`KVCache` that ends before one of the next positions of another one.
+
+    Several new positions of a text then run as sequences of one row that share a cache: each has
+    the bits of a single step, and layers store them in order before they attend. Room for all of
+    them, and their ids, must be in the cache already.
+    """
+
+    def __init__(self, whole: SequenceCache, length: int) -> None:
+        self.length = length
+        """Positions before this one."""
+        self._whole = whole
+        self.capacity = whole.capacity
+        """Positions there is memory for."""
+        self.addresses = whole.addresses
+        """Addresses of that memory: keys, then values, of each layer."""
+
+    def spec(self, layer: int) -> KVCacheSpec:
+        """Say what ``layer`` keeps per position."""
+        return self._whole.spec(layer)
+
+    def reserve(self, count: int) -> None:
+        """Raise if there is no room for ``count`` more positions."""
+        if self.length + count > self.capacity:
+            raise IndexError(f"{self.length + count} positions in a cache for {self.capacity}")
+
+    def append(self, layer: int, keys_GLH: Tensor, values_GLV: Tensor) -> None:
+        """Store this position of ``layer``."""
+        self.reserve(keys_GLH.shape[1])
+        keys_GSH, values_GSV = self._whole.view(layer, self.capacity)
+        keys_GSH[:, self.length : self.length + 1] = keys_GLH
+        values_GSV[:, self.length : self.length + 1] = values_GLV
+
+    def keep_ids(self, ids_L: Tensor) -> None:
+        """Nothing: the cache has them."""
+
+    def last_id(self) -> Tensor:
+        """Return the token id of the position before, int64 scalar; only if ids were kept."""
+        return self._whole.id_at(self.length - 1)
+
+    def view(self, layer: int, end: int) -> tuple[Tensor, Tensor]:
+        """Return the first ``end`` keys of ``layer``, ``[G, end, H]``, and their values."""
+        return self._whole.view(layer, end)

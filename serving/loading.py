@@ -15,21 +15,23 @@ from ..moe.folders.hub import local_folder
 from ..moe.folders.peft.read import adapter_table
 from ..moe.folders.read_weights import WeightRead, dense_reads, expert_reads, run_reads
 from ..moe.folders.text_codec import TextCodec
+from ..moe.models.correction import Correction
 from ..moe.models.decoder import Decoder
 from ..moe.models.language_model import LanguageModel
 from ..moe.routers.own_code import allow
 from ..moe.without_memory import without_memory
 from .experts.budget import budget_bytes
+from .experts.copies import copies_bytes, open_fallback
 from .experts.forwards import announce_forwards
 from .experts.offloaded import OffloadedExperts
 from .experts.opening import open_store
 from .experts.options import StoreOptions
 from .experts.policies.policy import Policy
-from .experts.policies.table import check_policy
 from .experts.predictors.predictor import Predictor
-from .experts.predictors.table import check_predictor, facts_of, open_predictor
+from .experts.predictors.table import facts_of, open_predictor
 from .experts.sparsity import open_sparsity, owner_of
 from .experts.store import ExpertStore
+from .load_checks import check_device, check_options
 from .memory import available_bytes, check_memory
 from .planning.budget import Demand
 from .planning.decide import decide
@@ -55,6 +57,10 @@ def load(
     expert_log: str | Path | None = None,
     adapters: Mapping[str, str | Path] | None = None,
     expert_sparsity: str | Path | None = None,
+    expert_fallback: str | Path | None = None,
+    expert_fallback_above: float | None = None,
+    expert_correction: int | None = None,
+    expert_correction_threshold: float | None = None,
 ) -> LanguageModel:
     """Open a Hugging Face MoE model or a run's export as a model ready to call.
 
@@ -64,22 +70,28 @@ def load(
     ``dtype`` is ``fp32`` or ``bf16``, or torch's name or type for them (None = as stored). Routers
     stay in fp32 under bf16, and experts that the folder has in 8 or 4 bits stay in those.
     ``device`` is ``cpu``, ``cuda`` or ``cuda:N``; ids go there too. ``expert_memory``
-    (``2GiB``, ``25%``) bounds the experts kept in memory; the others are read from the folder when
-    they are needed, and outputs are the same bit for bit. ``auto`` is what the machine can spare,
-    all experts if they fit. Weights that ``config.json`` does not ask for are refused, unless
-    ``ignore_unused_weights`` says to do without them. ``allow_code`` names modules of your own
-    whose routers the folder may use; they are imported. ``expert_policy`` chooses which expert
-    leaves memory when another one is needed: a name (docs/offloading.md), or an object with the
-    methods of :class:`moeyard.serving.experts.policies.policy.Policy`, for this model alone.
+    (``2GiB``, ``25%``) bounds the experts kept in memory; the others are read when they are needed,
+    and outputs are the same bit for bit. ``auto`` is what the machine can spare. Weights that
+    ``config.json`` does not ask for are refused, unless ``ignore_unused_weights``. ``allow_code``
+    names modules of your own whose routers the folder may use; they are imported.
+    ``expert_policy`` chooses which expert leaves memory when another one is needed: a name
+    (docs/offloading.md), or an object with the methods of
+    :class:`moeyard.serving.experts.policies.policy.Policy`, for this model alone.
     ``expert_predictor`` says which experts the next layers may need, so that they are read ahead: a
     name or ``NAME:FILE`` (docs/offloading.md), or an object with the methods of
     :class:`moeyard.serving.experts.predictors.predictor.Predictor`.
     ``expert_sparsity`` is a file of ``moeyard sparsity``: channels of experts that it takes for 0
     are not read, which is lossy; ``exact`` leaves out what gates make 0.
-    ``expert_log`` is a file for every event of the store, which is replaced.
-    ``expert_reader`` reads experts through the page cache (``buffered``) or around it (``direct``);
-    ``auto`` measures which is better. ``adapters`` are LoRA folders of peft by name: a call of the
-    model names one of them, or none (docs/adapters.md).
+    ``expert_log`` is a file for every event of the store, which is replaced. ``expert_reader``
+    reads through the page cache (``buffered``), around it (``direct``), or measures (``auto``).
+    ``adapters`` are LoRA folders of peft by name: a call of the model names one of them, or none
+    (docs/adapters.md).
+
+    These are off by default and change answers (docs/offloading.md): experts that are missing are
+    computed from ``expert_fallback``, the same model in fewer bits, unless their share of the rows'
+    weights is above ``expert_fallback_above``. With ``expert_correction`` the exact model checks
+    windows of so many tokens in ``generate`` and ``stream``, and the answer is its own, unless
+    ``expert_correction_threshold`` accepts other tokens from this probability on.
 
     Raises :class:`ModelFileError` for a folder that is damaged or of an unknown kind and for a
     model that cannot be downloaded, and :class:`ConfigError` for arguments that do not fit.
@@ -90,6 +102,10 @@ def load(
         reader=expert_reader,
         log=None if expert_log is None else Path(expert_log),
         sparsity=None if expert_sparsity is None else str(expert_sparsity),
+        fallback=None if expert_fallback is None else Path(expert_fallback),
+        fallback_above=expert_fallback_above,
+        correction=expert_correction,
+        correction_threshold=expert_correction_threshold,
     )
     model, _ = open_model(
         folder, dtype, device, expert_memory, ignore_unused_weights, allow_code, options
@@ -109,15 +125,10 @@ def open_model(
     options: StoreOptions | None = None,
 ) -> tuple[LanguageModel, ExpertStore | None]:
     """Do what :func:`load` does and return the store too, if there is one."""
-    target = _check_device(device, expert_memory)
+    target = check_device(device, expert_memory)
     allow(allow_code)
     options = options or StoreOptions()
-    _check_options(options, expert_memory)
-    if options.sparsity is not None and target.type != "cpu":
-        raise ConfigError(
-            f"device is {device!r} and expert-sparsity {options.sparsity!r}, but channels are "
-            "skipped on the CPU only; leave one out."
-        )
+    check_options(options, expert_memory, target)
     files = ModelFolder(local_folder(folder))
     try:
         left_out = files.check(ignore_unused_weights=ignore_unused_weights)
@@ -137,36 +148,6 @@ def open_model(
         raise
 
 
-def _check_device(name: str, expert_memory: str | None) -> torch.device:
-    kind, _, number = name.partition(":")
-    if kind not in ("cpu", "cuda") or not (number.isdigit() or number == ""):
-        raise ConfigError(f"device is {name!r}; use cpu, cuda or cuda:N.")
-    count = torch.cuda.device_count() if kind == "cuda" else 1
-    if int(number or 0) >= count:
-        raise ConfigError(f"device is {name!r}, but torch sees {count} of that kind; use cpu.")
-    if kind == "cuda" and expert_memory is not None:
-        raise ConfigError(
-            f"device is {name!r} and expert_memory {expert_memory!r}, but experts are offloaded "
-            "for the CPU only; leave one out."
-        )
-    return torch.device(name)
-
-
-def _check_options(options: StoreOptions, expert_memory: str | None) -> None:
-    check_policy(options.policy)
-    check_predictor(options.predictor)
-    if expert_memory is None and not isinstance(options.policy, str):
-        raise ConfigError(
-            f"expert_policy is a {type(options.policy).__name__}, but all experts are in memory; "
-            "set expert_memory, or leave expert_policy out."
-        )
-    if expert_memory is None and options.log is not None:
-        raise ConfigError(
-            f"expert_log is {str(options.log)!r}, but all experts are in memory; set "
-            "expert_memory, or leave expert_log out."
-        )
-
-
 def _open(
     files: ModelFolder,
     dtype: str | torch.dtype | None,
@@ -175,15 +156,20 @@ def _open(
 ) -> tuple[LanguageModel, ExpertStore | None]:
     chosen = pick_dtype(files, dtype)
     asked = expert_memory
-    expert_memory, room = decide(files, chosen, asked, Demand(), options.reader)
-    check_memory(files, chosen, expert_memory)
+    copies = copies_bytes(options, chosen)
+    demand = Demand(copies_bytes=copies)
+    expert_memory, room = decide(files, chosen, asked, demand, options.reader)
+    if expert_memory is None:  # nothing is ever missing
+        options, copies = options.without_copies(), 0
+    check_memory(files, chosen, expert_memory, copies_bytes=copies)
     with without_memory():
         decoder = Decoder(files.config, expert_ids=())
-    store, sparsity = None, open_sparsity(files, options.sparsity)
+    store, fallback, sparsity = None, None, open_sparsity(files, options.sparsity)
     if expert_memory is not None:
         num_bytes = budget_bytes(files, chosen, expert_memory)
         store = open_store(files, chosen, num_bytes, options=options, free_bytes=available_bytes())
         announce_forwards(decoder, store.begin)
+        fallback = open_fallback(store, files, chosen, options)
     reads: list[WeightRead] = []
     moe_layers = decoder.moe_layers()
     for index, layer in moe_layers:
@@ -191,8 +177,8 @@ def _open(
         if sparsity is not None:
             limits = sparsity.limits(index, layer.d_model, layer.d_expert)
         if store is not None:
-            numbers = (index, layer.num_experts, len(moe_layers))
-            layer.experts = OffloadedExperts(store, *numbers, limits)
+            where = (index, layer.num_experts, len(moe_layers))
+            layer.experts = OffloadedExperts(store, *where, limits, fallback)
         else:
             layer.experts, views = resident_experts(files, index, chosen, sparsity, limits)
             reads += expert_reads(files, index, views)
@@ -221,6 +207,8 @@ def _open(
         )
     table = adapter_table(decoder, files.family)
     model = LanguageModel(decoder, generation, TextCodec(files.path), table)
+    if fallback is not None and options.correction is not None:
+        model.correction = Correction(options.correction, fallback.on, options.correction_threshold)
     if store is None:
         files.close()
     return model, store

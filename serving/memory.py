@@ -21,13 +21,15 @@ def check_memory(
     expert_memory: str | None,
     num_replicas: int = 1,
     host_bytes: int = 0,
+    copies_bytes: int = 0,
 ) -> None:
     """Raise :class:`ConfigError` for a model that needs more memory than this process can get.
 
-    ``num_replicas`` share the machine, and ``host_bytes`` of it hold further experts. Without
-    this check, the system would kill some process, or this one would fail half-way.
+    ``num_replicas`` share the machine, each with ``copies_bytes`` of low-bit copies, and
+    ``host_bytes`` of it hold further experts. Without this check, the system would kill some
+    process, or this one would fail half-way.
     """
-    experts = bytes_of_experts(files, dtype, expert_memory)
+    experts = bytes_of_experts(files, dtype, expert_memory) + copies_bytes
     others = sum(tensor.numel() for _, tensor in dense_tensors(files.config)) * dtype.itemsize
     free = available_bytes()
     needed = num_replicas * (experts + others) + host_bytes

@@ -26,11 +26,12 @@ from .engine.route_recorder import RouteRecorder
 from .engine.thread import EngineThread
 from .engine.tokenizer import ServingTokenizer
 from .experts.budget import bytes_of_experts, host_bytes
+from .experts.copies import check_fallback
 from .experts.event_log import SUFFIX as LOG_SUFFIX
 from .experts.options import StoreOptions
-from .experts.policies.table import check_policy
 from .experts.predictors.table import check_fit
 from .experts.tiers.shared_memory import check_shared_memory
+from .load_checks import check_options
 from .loading import open_model, pick_dtype
 from .lora_args import LoraArgs, check_adapters
 from .memory import check_memory
@@ -59,6 +60,10 @@ class ServeArgs(LoraArgs):
     ``exact``, for what gates make 0."""
     expert_reader: Literal["auto", "buffered", "direct"] = "auto"
     """Read experts through the page cache, around it, or as a probe at the start finds better."""
+    expert_fallback: str | None = None
+    """Folder of the same model in fewer bits: experts that are missing are computed from it."""
+    expert_fallback_above: float | None = None
+    """Experts with more than this share of the rows' weights are waited for; None = none are."""
     expert_log: str | None = None
     """Folder for the events of expert stores, a file for each replica."""
     record_routes: str | None = None
@@ -133,6 +138,8 @@ class ServeArgs(LoraArgs):
             reader=self.expert_reader,
             sparsity=self.expert_sparsity,
             host_memory=self.host_memory,
+            fallback=None if self.expert_fallback is None else Path(self.expert_fallback),
+            fallback_above=self.expert_fallback_above,
         )
 
     def open_tokenizer(self) -> ServingTokenizer:
@@ -161,14 +168,16 @@ def check_model(args: ServeArgs, runs_here: bool = False) -> None:
     dtype = pick_dtype(folder, args.dtype)
     read_generation_config(folder)
     args.open_tokenizer().close()
-    check_policy(args.expert_policy)
     check_replica_files(folder.config, args.record_routes, args.expert_log, args.expert_memory)
+    log = None if args.expert_log is None else Path(args.expert_log)
+    check_options(replace(args.store_options, log=log), args.expert_memory)
+    copies = check_fallback(folder, args.store_options, dtype)
     if args.expert_memory is not None:
         check_fit(args.expert_predictor, folder.config)
     bytes_of_experts(folder, dtype, args.expert_memory)
     host = host_bytes(folder, dtype, args.host_memory)
     if runs_here:
-        check_memory(folder, dtype, args.expert_memory, args.num_replicas, host)
+        check_memory(folder, dtype, args.expert_memory, args.num_replicas, host, copies)
         check_shared_memory(host)
     check_adapters(args, folder, args.model_name, args.api_key, args.num_replicas)
     folder.close()

@@ -4,6 +4,7 @@ from ..errors import ConfigError
 from ..moe.folders.folder import ModelFolder
 from ..moe.folders.hub import local_folder
 from .experts.budget import AUTO, budget_bytes, count_in_pools, host_bytes
+from .experts.copies import copies_bytes
 from .experts.reading.choose import plan_reads
 from .loading import pick_dtype
 from .memory import available_bytes
@@ -27,7 +28,10 @@ def with_budgets(args: ServeArgs) -> tuple[ServeArgs, Room | None]:
     try:
         dtype = pick_dtype(folder, args.dtype)
         host = host_bytes(folder, dtype, args.host_memory)
-        demand = demand_of_server(args.max_num_seqs, args.max_model_len, args.num_replicas, host)
+        copies = copies_bytes(args.store_options, dtype)
+        demand = demand_of_server(
+            args.max_num_seqs, args.max_model_len, args.num_replicas, host, copies
+        )
         budget, room = decide(folder, dtype, args.expert_memory, demand, args.expert_reader)
     finally:
         folder.close()
@@ -38,7 +42,9 @@ def with_budgets(args: ServeArgs) -> tuple[ServeArgs, Room | None]:
                 "each replica's memory; set expert-memory, or leave host-memory out."
             )
         host = 0
-    own = {"expert_memory": budget, "host_memory": f"{host}B" if host else None}
+    own: dict[str, object] = {"expert_memory": budget, "host_memory": f"{host}B" if host else None}
+    if budget is None:  # no expert is ever missing
+        own |= {"expert_fallback": None, "expert_fallback_above": None}
     return args.model_copy(update=own), room
 
 
@@ -54,6 +60,7 @@ def log_budgets(args: ServeArgs, room: Room | None) -> None:
             num_bytes = budget_bytes(folder, dtype, args.expert_memory)
             slots = count_in_pools(folder, dtype, num_bytes)
             each = sizes_of(folder, dtype).bytes_of(slots)
+            each += copies_bytes(args.store_options, dtype)
             free = max(0, available_bytes() - args.num_replicas * each)
             reads = plan_reads(folder, args.expert_reader, free)
         host = host_bytes(folder, dtype, args.host_memory)

@@ -3,7 +3,7 @@
 B rows, T tokens per row, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
@@ -15,6 +15,7 @@ from ..adapters.adapter import Adapter
 from ..adapters.rows import adapter_rows
 from ..adapters.table import AdapterTable
 from ..batch import Batch, batch_of, batch_of_rows
+from .correction import Correction, corrected_row
 from .decoder import Decoder
 from .describe import describe
 from .generation import Answer, AnswerStream, GenerationLimits, continue_rows, with_given
@@ -61,6 +62,8 @@ class LanguageModel:
         """The sampling defaults of the model's folder."""
         self.eos_ids = generation.eos_ids
         """Ids that end a text."""
+        self.correction: Correction | None = None
+        """How answers of a lossy model are corrected; None = they are the model's own."""
         self._codec = codec
         self.adapters = AdapterTable() if adapters is None else adapters
         """The adapters that calls may name; ``load`` and ``unload`` change them."""
@@ -167,10 +170,26 @@ class LanguageModel:
         params = with_given(self.sampling, temperature, top_p, top_k)
         limits = self._limits(max_new_tokens, params, seed, stop, ignore_eos)
         ids = self._text.encode(prompt) if isinstance(prompt, str) else ids_of_row(prompt)
-        steps = continue_rows(
-            self.decoder, [self._row(ids, limits)], limits, self._adapter(adapter)
-        )
+        steps = self.steps([self._row(ids, limits)], limits, self._adapter(adapter))
         return AnswerStream(steps, Answer(self._text.decode, ids, limits))
+
+    def steps(
+        self, rows: Sequence[Tensor], limits: GenerationLimits, adapter: Adapter | None = None
+    ) -> Iterator[list[int]]:
+        """Yield the next token of every row of ids, as long as one of them has not ended."""
+        if self.correction is None:
+            return continue_rows(self.decoder, rows, limits, adapter)
+        if adapter is not None:
+            raise ConfigError(
+                f"adapter is {adapter.name!r}, but expert-correction is for the model alone; leave "
+                "one out."
+            )
+        if len(rows) > 1:
+            raise ConfigError(
+                f"there are {len(rows)} prompts, but expert-correction is for one text at a time; "
+                "give one, or leave it out."
+            )
+        return corrected_row(self.decoder, rows[0], limits, self.correction)
 
     def _continue_ids(
         self,
@@ -186,7 +205,7 @@ class LanguageModel:
         if attention_mask is not None:
             rows = rows_without_padding(ids_BT, attention_mask)
         columns = [ids_BT]
-        for tokens in continue_rows(self.decoder, rows, limits, self._adapter(adapter)):
+        for tokens in self.steps(rows, limits, self._adapter(adapter)):
             columns.append(torch.tensor(tokens, device=ids_BT.device).unsqueeze(1))
         return torch.cat(columns, dim=1)
 
@@ -197,7 +216,7 @@ class LanguageModel:
         rows = [self._row(ids, limits) for ids in prompt_ids]
         answers = [Answer(self._text.decode, ids, limits) for ids in prompt_ids]
         texts = [""] * len(prompts)
-        steps = continue_rows(self.decoder, rows, limits, self._adapter(adapter))
+        steps = self.steps(rows, limits, self._adapter(adapter))
         for tokens in steps if rows else ():
             for row, token in enumerate(tokens):
                 texts[row] += answers[row].push(token)

@@ -18,6 +18,8 @@ from ..experts.store import ExpertStore
 TRAFFIC = {
     "hits": ("cache_hits", "Experts in memory when they were needed"),
     "misses": ("cache_misses", "Experts whose read began when they were needed"),
+    "copied": ("copied", "Experts that were missing and computed from a low-bit copy"),
+    "copied_rows": ("copied_rows", "Rows of these experts"),
     "prefetch_issued": ("prefetch_issued", "Reads begun ahead of need"),
     "prefetch_useful": ("prefetch_useful", "Prefetched and in memory when needed"),
     "prefetch_late": ("prefetch_late", "Prefetched, still on their way when needed"),
@@ -74,6 +76,11 @@ class ExpertCollector(Collector):
                 "moeyard_tokens_without_miss",
                 "Tokens of forwards that waited for no expert",
                 value=self._tokens_without_wait,
+            )
+            yield CounterMetricFamily(
+                "moeyard_tokens_with_copies",
+                "Tokens that were computed with a low-bit copy of some expert",
+                value=self._store.statistics.copied_tokens,
             )
 
     def _load(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:

@@ -5,12 +5,12 @@ B windows, L tokens each, N = B*L rows, V vocabulary.
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from ...errors import ConfigError, DataError
+from ...moe.batch import batch_of
 from ...moe.models.language_model import LanguageModel
 from ...progress import Progress
 
@@ -44,27 +44,29 @@ class TextScore:
         return self.loss_per_byte / math.log(2)
 
 
-def read_text(path: Path) -> str:
-    """Return the text of ``--text``; raises :class:`DataError` for what is not UTF-8."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise DataError(f"--text is {str(path)!r}, which cannot be read ({reason}).") from None
-
-
-def score_text(model: LanguageModel, text: str, length: int | None = None) -> TextScore:
+def score_text(
+    model: LanguageModel,
+    text: str,
+    length: int | None = None,
+    limit: int | None = None,
+    by_steps: bool = False,
+) -> TextScore:
     """Predict every token of ``text`` but the first, in windows of ``length`` tokens.
 
     Window n reads tokens ``n*L`` to ``(n+1)*L - 1`` and predicts each one's successor, as the
     held-out evaluation of training does. ``length`` defaults to the model's longest sequence, at
-    most 2048. Raises :class:`DataError` for a text of less than two tokens.
+    most 2048. ``limit`` is the most tokens that are predicted. ``by_steps`` gives the model one
+    token after the other, as an answer does. Raises :class:`DataError` for a text of less than two
+    tokens.
     """
     longest = model.config.max_positions
     length = min(longest, ROWS) if length is None else length
     if not 1 <= length <= longest:
         raise ConfigError(f"length is {length}, but the model takes 1 to {longest} tokens.")
     ids = model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if limit is not None and len(ids) > limit + 1:
+        ids = ids[: limit + 1]
+        text = model.tokenizer.decode(ids)
     num_targets = len(ids) - 1
     if num_targets < 1:
         raise DataError(f"the text has {len(ids)} tokens; give one of two tokens or more.")
@@ -81,10 +83,23 @@ def score_text(model: LanguageModel, text: str, length: int | None = None) -> Te
             reach = min(length, num_targets - windows[0])
             inputs_BL = torch.stack([ids_T[start : start + reach] for start in windows])
             targets_BL = torch.stack([ids_T[start + 1 : start + 1 + reach] for start in windows])
-            logits_NV = model(inputs_BL).flatten(0, 1).float()
+            scored = _by_steps(model, inputs_BL) if by_steps else model(inputs_BL).flatten(0, 1)
+            logits_NV = scored.float()
             part = F.cross_entropy(logits_NV, targets_BL.flatten(), reduction="sum")
             loss_sum += float(part)
             progress.advance(targets_BL.numel())
     num_bytes = len(text.encode())
     loss = loss_sum / num_targets
     return TextScore(loss, length, num_targets, num_bytes, loss * len(ids) / num_bytes)
+
+
+@torch.inference_mode()
+def _by_steps(model: LanguageModel, inputs_BL: torch.Tensor) -> torch.Tensor:
+    """Return the scores of each window's tokens, ``[N, V]``, of forwards over one row each."""
+    scores = []
+    for ids_L in inputs_BL:
+        cache = model.decoder.new_cache(len(ids_L))
+        for ids_1 in ids_L.split(1):
+            hidden_1D = model.decoder(batch_of([ids_1], [cache])).hidden_TD
+            scores.append(model.decoder.logits(hidden_1D))
+    return torch.cat(scores)

@@ -1,7 +1,7 @@
 """Slots for experts: which slot is taken, who leaves it, when its read begins and ends."""
 
 from collections import deque
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 
 from ...kernels.values.quantized_weights import SlotWeights
 from ...moe.folders.expert_layouts import ExpertViews
@@ -40,6 +40,12 @@ class SlotFiller:
         """Of each pool and slot, once it was filled: making them takes as long as some reads."""
         self.likely: set[Key] = set()
         """Experts in memory that will perhaps be needed soon: they leave after the others."""
+
+    def announce(self, layer: int, experts: Iterable[int]) -> None:
+        """Let those that are neither in memory nor on their way wait for a slot."""
+        for key in ((layer, expert) for expert in experts):
+            if key not in self._slots and self._slots.filling(key) is None:
+                self._expected.announce(key)
 
     def idle_slot(self, pool: int) -> int | None:
         """Return a free slot of a pool, or that of the expert that the policy puts out."""

@@ -1,7 +1,7 @@
 """What one layer of a forward needs: what is here, what is read, what waits for a slot."""
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from .expectations import Expectations
 from .filler import SlotFiller
@@ -41,15 +41,21 @@ class LayerReads:
         """Say whether there is nothing to come."""
         return not (self.waiting or self.reading)
 
-    def begin(self, rows_of: Mapping[int, int]) -> list[int]:
-        """Return which experts are here; make urgent what is on its way."""
+    def begin(self, rows_of: Mapping[int, int], copied: Collection[int] = ()) -> list[int]:
+        """Return which experts are here; make urgent what is on its way.
+
+        Those of ``copied`` are only counted: compute has copies of them.
+        """
         self._filler.book_finished(wanted=self.reading)
         self._expected.drop_layer(self._layer)
         ready = []
         for expert, rows in rows_of.items():
             key = (self._layer, expert)
-            self._expected.expect(key)
             self._policy.touch(key, rows)
+            if expert in copied:
+                self._statistics.copy(key, rows)
+                continue
+            self._expected.expect(key)
             read = self._slots.filling(key)
             if key in self._slots:
                 ready.append(expert)

@@ -16,6 +16,7 @@ from ...moe.adapters.rows import RowUpdates
 from ...moe.experts.adapted import rows_without
 from ...moe.experts.base import LayerExperts
 from ...moe.routers.routing import Routing, count_choices
+from .fallback import Fallback
 from .read_ahead import Choice
 from .store import ExpertStore
 
@@ -24,7 +25,8 @@ class OffloadedExperts(LayerExperts):
     """Replaces :class:`moeyard.moe.experts.resident.Experts` for inference, bit for bit.
 
     Experts come in waves; each routed row has its own line of the output, filled once, and the
-    lines are combined in k order at the end, as in the resident case.
+    lines are combined in k order at the end, as in the resident case. Only with a ``fallback`` are
+    some rows those of low-bit copies.
     """
 
     def __init__(
@@ -34,9 +36,10 @@ class OffloadedExperts(LayerExperts):
         num_experts: int,
         num_layers: int,
         limits: ChannelLimits | None = None,
+        fallback: Fallback | None = None,
     ) -> None:
         super().__init__()
-        self._limits = limits
+        self._limits, self._fallback = limits, fallback
         self._store = store
         self._layer = layer
         self._num_experts = num_experts
@@ -73,7 +76,7 @@ class OffloadedExperts(LayerExperts):
     ) -> Tensor:
         """Return the weighted sum of each row's experts, ``[N, D]``."""
         waves = start_waves(x_ND, experts_NK, weights_NK, self._num_experts)
-        self._stream([waves], x_ND, experts_NK)
+        self._stream([waves], x_ND, experts_NK, weights_NK)
         return waves.result()
 
     def adapted(
@@ -92,20 +95,27 @@ class OffloadedExperts(LayerExperts):
                 waves.append(start_waves(*parts, self._num_experts))
             else:
                 waves.append(AdaptedWaves(*parts, self._num_experts, update))
-        self._stream(waves, x_ND, experts_NK)
+        self._stream(waves, x_ND, experts_NK, weights_NK)
         y_ND = torch.empty_like(x_ND)
         for (rows_n, _), wave in zip(rows, waves, strict=True):
             y_ND[rows_n] = wave.result()
         return y_ND
 
-    def _stream(self, waves: Sequence[Waves], x_ND: Tensor, experts_NK: Tensor) -> None:
+    def _stream(
+        self, waves: Sequence[Waves], x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor
+    ) -> None:
         """Run all experts that the rows chose on the waves, as they come into memory."""
         counts = count_choices(experts_NK, self._num_experts).tolist()
         rows_of = {expert: rows for expert, rows in enumerate(counts) if rows}
+        copied: list[int] = []
+        if self._fallback is not None:
+            copied = self._fallback.choose(self._layer, rows_of, experts_NK, weights_NK)
+            for wave in waves:
+                self._fallback.add(self._layer, wave, copied)
         try:
             # Closed also when computing fails: the next forward needs a consistent store.
             choice = Choice(x_ND, experts_NK.numpy())
-            with closing(self._store.stream(self._layer, rows_of, choice)) as stream:
+            with closing(self._store.stream(self._layer, rows_of, choice, copied)) as stream:
                 for ready, experts in stream:
                     if self._limits is not None:
                         assert isinstance(experts, ChannelExpertWeights), "limits need channels"
@@ -115,6 +125,8 @@ class OffloadedExperts(LayerExperts):
         except ExpertReadError as error:
             error.rows = _rows_that_chose(error.experts, experts_NK)
             raise
+        if self._fallback is not None and self._fallback.reads_later:
+            self._store.prefetch(self._layer, copied)
 
 
 def _rows_that_chose(experts: Sequence[int], experts_NK: Tensor) -> tuple[int, ...]:

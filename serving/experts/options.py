@@ -1,6 +1,6 @@
 """How an expert store works, as one value that goes from the command line to the store."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .policies.policy import Policy
@@ -23,3 +23,21 @@ class StoreOptions:
     """Which channels of experts are not read: ``exact`` or a file (sparsity.py); None = all."""
     reader: str = "auto"
     """``buffered`` reads through the page cache, ``direct`` around it; ``auto`` measures."""
+    fallback: Path | None = None
+    """Folder of the same model in fewer bits: experts that are missing are computed from it."""
+    fallback_above: float | None = None
+    """Experts whose share of the rows' weights is above this are waited for; None = none are."""
+    correction: int | None = None
+    """Tokens of a window that the exact model checks; None = it checks nothing."""
+    correction_threshold: float | None = None
+    """Probability from which a proposed token is accepted; None = only the exact model's choice."""
+
+    def without_copies(self) -> "StoreOptions":
+        """Return the options without copies of missing experts and what corrects them."""
+        return replace(
+            self, fallback=None, fallback_above=None, correction=None, correction_threshold=None
+        )
+
+    def exact(self) -> "StoreOptions":
+        """Return the options without those that change answers."""
+        return replace(self.without_copies(), sparsity=None)

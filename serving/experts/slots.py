@@ -53,6 +53,18 @@ class Slots:
         """Slots that hold an expert."""
         return self._num_resident
 
+    def counts(self, expected: Expectations) -> StoreCounts:
+        """Return what the slots are used for; any thread may ask."""
+        filling = self.all_filling()
+        return StoreCounts(
+            free=sum(map(len, self._free)),
+            filling=len(filling),
+            resident=self.num_resident,
+            reading=sum(not read.is_done for read in filling),
+            announced=expected.num_announced,
+            expected=expected.num_expected,
+        )
+
     def __contains__(self, key: Key) -> bool:
         """Say whether an expert is in a slot, whole."""
         layer, expert = key

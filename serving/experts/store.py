@@ -30,6 +30,9 @@ from .tiers.rates import Rates
 from .tiers.tier import Tier
 from .traffic import StoreStatistics
 
+Ids = Collection[int]
+"""Experts of a layer."""
+
 
 class ExpertStore:
     """Experts behind ``num_slots`` slots. Used by one compute thread.
@@ -68,15 +71,7 @@ class ExpertStore:
 
     def counts(self) -> StoreCounts:
         """Return what the slots are used for; any thread may ask."""
-        filling = self._slots.all_filling()
-        return StoreCounts(
-            free=sum(map(self._slots.num_free, range(len(self.pools)))),
-            filling=len(filling),
-            resident=self._slots.num_resident,
-            reading=sum(not read.is_done for read in filling),
-            announced=self._expected.num_announced,
-            expected=self._expected.num_expected,
-        )
+        return self._slots.counts(self._expected)
 
     @property
     def slot_bytes(self) -> int:
@@ -86,6 +81,11 @@ class ExpertStore:
     def has(self, layer: int, expert: int) -> bool:
         """Say whether an expert is in memory."""
         return (layer, expert) in self._slots
+
+    def missing(self, layer: int, experts: Ids) -> list[int]:
+        """Return those of ``experts`` that compute would have to wait for now."""
+        self._filler.book_finished(wanted=())
+        return [expert for expert in experts if (layer, expert) not in self._slots]
 
     def close(self) -> None:
         """Stop the reading threads, and end the log."""
@@ -118,10 +118,7 @@ class ExpertStore:
         follow as slots come free.
         """
         self.keep(layer, experts)
-        for expert in experts:
-            key = (layer, expert)
-            if key not in self._slots and self._slots.filling(key) is None:
-                self._expected.announce(key)
+        self._filler.announce(layer, experts)
         self._read_ahead()
 
     def keep(self, layer: int, experts: Sequence[int]) -> None:
@@ -132,21 +129,22 @@ class ExpertStore:
             self._policy.expect(key)
 
     def stream(
-        self, layer: int, rows_of: Mapping[int, int], choice: Choice | None = None
+        self, layer: int, rows_of: Mapping[int, int], choice: Choice | None = None, copied: Ids = ()
     ) -> Generator[tuple[list[int], SlotWeights]]:
         """Yield all experts of a layer that a forward needs, in waves.
 
         ``rows_of`` maps them to the number of rows that chose them; ``choice`` is for the
-        predictor. The experts of a wave have one width, and its weights stay valid until the next.
-        Resident experts come first, while the others are being read. Raises
-        :class:`ExpertReadError` when reads fail for good; slots then stay consistent.
+        predictor. Those of ``copied`` are counted and not yielded: the caller has copies. The
+        experts of a wave have one width, and its weights stay valid until the next. Resident
+        experts come first, while the others are being read. Raises :class:`ExpertReadError` when
+        reads fail for good; slots then stay consistent.
         """
         needs = LayerReads(
             *(layer, self._slots, self._filler, self._expected, self._reads, self._policy),
             *(self.statistics, self._clock),
         )
         try:
-            ready = needs.begin(rows_of)
+            ready = needs.begin(rows_of, copied)
             if self._ahead is not None:
                 self._ahead.chosen(layer, rows_of, needs.waiting)
             while ready or not needs.is_done:

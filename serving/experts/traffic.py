@@ -11,16 +11,21 @@ from .policies.policy import Key
 class LayerTraffic:
     """What one layer asked of the store so far.
 
-    Every expert that was needed is a hit, a miss or a late prefetch. Every prefetch that was
-    issued ends as useful, late or wasted.
+    Every expert that was needed is a hit, a miss, a late prefetch or computed from a copy. Every
+    prefetch that was issued ends as useful, late or wasted.
     """
 
     hits: int = 0
     """Experts that were in memory when they were needed."""
     misses: int = 0
     """Experts whose read began when they were needed."""
+    copied: int = 0
+    """Experts that were not in memory and were computed from a low-bit copy (fallback.py)."""
+    copied_rows: int = 0
+    """Rows of these experts: pairs of a row and an expert."""
     prefetch_issued: int = 0
-    """Reads begun ahead, because a router had already chosen the expert."""
+    """Reads begun ahead, because a router had already chosen the expert, or after a copy of it was
+    used."""
     prefetch_useful: int = 0
     """Prefetched and in memory when needed; these are hits too."""
     prefetch_late: int = 0
@@ -57,6 +62,8 @@ class StoreStatistics:
         """Where events are written, too."""
         self.stall_s = 0.0
         """Of all layers."""
+        self.copied_tokens = 0
+        """Rows of forwards that were computed with at least one copy of an expert."""
         self.hint_traffic: dict[int, HintTraffic] = {}
         """By distance in MoE layers; 0 = of the first layer, by the tokens before."""
         self._bytes_of = bytes_of
@@ -131,6 +138,11 @@ class StoreStatistics:
     def miss(self, key: Key) -> None:
         """Needed, and neither in memory nor on its way."""
         self.layers[key[0]].misses += 1
+
+    def copy(self, key: Key, rows: int) -> None:
+        """Needed, not in memory, and computed from a copy."""
+        self.layers[key[0]].copied += 1
+        self.layers[key[0]].copied_rows += rows
 
     def prefetch(self, key: Key) -> None:
         """A read begins ahead of need."""

@@ -26,12 +26,18 @@ class Demand:
     max_model_len: int | None = None
     num_replicas: int = 1
     host_bytes: int = 0
+    copies_bytes: int = 0
+    """Low-bit copies of all experts, in each replica."""
     other_bytes: int = PROCESS_BYTES
     """What all processes take apart from weights, keys and values."""
 
 
 def demand_of_server(
-    max_num_seqs: int, max_model_len: int | None, num_replicas: int, host_bytes: int
+    max_num_seqs: int,
+    max_model_len: int | None,
+    num_replicas: int,
+    host_bytes: int,
+    copies_bytes: int = 0,
 ) -> Demand:
     """Return the demand of ``moeyard serve``."""
     return Demand(
@@ -39,6 +45,7 @@ def demand_of_server(
         max_model_len=max_model_len,
         num_replicas=num_replicas,
         host_bytes=host_bytes,
+        copies_bytes=copies_bytes,
         other_bytes=RAY_BYTES + num_replicas * PROCESS_BYTES,
     )
 
@@ -66,6 +73,8 @@ class Room:
     """Left for experts; may be below 0."""
     fits_all: bool
     """Whether all experts fit."""
+    copies_bytes: int = 0
+    """Low-bit copies of all experts; none are needed where all fit."""
 
 
 def divide(
@@ -74,12 +83,12 @@ def divide(
     """Divide ``available_bytes``; ``is_buffered`` says that reads go through the page cache."""
     reserve = int(available_bytes * RESERVE)
     whole = available_bytes - reserve - demand.other_bytes - demand.host_bytes
-    each = whole // demand.num_replicas - sizes.dense_bytes
+    each = whole // demand.num_replicas - sizes.dense_bytes - demand.copies_bytes
     length = demand.max_model_len or sizes.max_positions
     wanted = demand.max_num_seqs * length * sizes.kv_bytes_per_token
     kv = min(wanted, int(max(0, each) * KV_SHARE))
     left = each - kv
-    fits_all = left >= sizes.all_experts_bytes
+    fits_all = left + demand.copies_bytes >= sizes.all_experts_bytes
     page_cache = 0 if fits_all or not is_buffered else PAGE_CACHE_BYTES // demand.num_replicas
     return Room(
         available_bytes=available_bytes,
@@ -93,6 +102,7 @@ def divide(
         page_cache_bytes=page_cache,
         experts_bytes=left - page_cache,
         fits_all=fits_all,
+        copies_bytes=0 if fits_all else demand.copies_bytes,
     )
 
 

@@ -85,6 +85,8 @@ def _room(room: Room) -> str:
     ]
     if room.host_bytes:
         parts.append(f"{size(room.host_bytes)} for host memory")
+    if room.copies_bytes:
+        parts.append(f"{size(room.num_replicas * room.copies_bytes)} for copies of experts")
     spare = room.reserve_bytes + room.num_replicas * room.page_cache_bytes
     text = f"{size(room.available_bytes)} of memory are free: {', '.join(parts)}, {size(spare)} "
     text += "stay free."

@@ -9,6 +9,7 @@ from pathlib import Path
 from ...moe.folders.folder import ModelFolder
 from ...moe.folders.group_sparse_format import NAME as INT4_SPARSE
 from ...moe.folders.group_sparse_format import GroupSparseFormat, StoredFormat
+from ...moe.folders.hub import local_folder
 from ...moe.folders.prices import read_prices
 from ..experts.options import StoreOptions
 from ..experts.sparsity import EXACT, read_sparsity
@@ -20,11 +21,27 @@ def lossy_modes(folder: ModelFolder, options: StoreOptions) -> list[str]:
     modes = ["mixed"] if len(kinds) > 1 else [_name(packed) for packed in kinds if packed]
     if options.sparsity not in (None, EXACT):
         modes.append(read_sparsity(options.sparsity).name)
-    return modes
+    mode = _fallback_mode(options)
+    return modes if mode is None else [*modes, mode]
 
 
 def _name(packed: StoredFormat) -> str:
     return INT4_SPARSE if isinstance(packed, GroupSparseFormat) else f"int{packed.bits}"
+
+
+def _fallback_mode(options: StoreOptions) -> str | None:
+    """Return the name of copies in place of missing experts; None if nothing comes of them."""
+    is_corrected = options.correction is not None and options.correction_threshold is None
+    if options.fallback is None or is_corrected:  # the answer is the exact model's then
+        return None
+    copy = ModelFolder(local_folder(options.fallback))
+    mode = f"expert-fallback {_name(copy.packed)}" if copy.packed else "expert-fallback"
+    copy.close()
+    if options.fallback_above is not None:
+        mode += f" above {options.fallback_above:g}"
+    if options.correction is not None:
+        mode += f" correction {options.correction} threshold {options.correction_threshold:g}"
+    return mode
 
 
 def lossy_sentences(folder: Path, modes: Iterable[str]) -> tuple[str, ...]:

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import torch
 
 from ...moe.folders.folder import ModelFolder
+from ..experts.copies import copies_bytes
 from ..experts.options import StoreOptions
 from ..experts.reading.plan import ReadPlan
 from .bandwidth import memory_bandwidth
 from .bounds import Copies, Speeds, bound_of
 from .budget import Room
-from .describe import Decision, describe
+from .describe import Decision, describe, size
 from .lossy import lossy_modes, lossy_sentences
 from .sizes import sizes_of
 
@@ -65,9 +66,18 @@ def log_start(
         predictor=None if options.predictor == "none" else _name(options.predictor),
         speeds=speeds,
         bound=bound_of(sizes, copies, speeds),
-        lossy=lossy_sentences(folder.path, lossy_modes(folder, options)),
+        lossy=_lossy(folder, dtype, options),
     )
     log.info("%s", describe(decision))
+
+
+def _lossy(folder: ModelFolder, dtype: torch.dtype, options: StoreOptions) -> tuple[str, ...]:
+    """Return what copies of experts take and the price of each lossy way."""
+    sentences = lossy_sentences(folder.path, lossy_modes(folder, options))
+    if options.fallback is None:
+        return sentences
+    taken = size(copies_bytes(options, dtype))
+    return (f"Copies of all experts, for those that are missing, take {taken}.", *sentences)
 
 
 def _name(part: object) -> str:

@@ -72,7 +72,7 @@ ROOMS = {
     ],
     "serving": [
         ["experts", "packages"],
-        ["engine", "memory", "replica_files", "resident"],
+        ["engine", "load_checks", "memory", "replica_files", "resident"],
         ["planning"],
         ["api", "frozen_experts", "loading", "lora_args"],
         ["evaluation"],
@@ -95,6 +95,7 @@ ROOMS = {
                 "export",
                 "generate",
                 "plan",
+                "price",
                 "report",
                 "serve",
             ),

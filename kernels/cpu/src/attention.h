@@ -72,23 +72,40 @@ inline void mix(float* scores, const Element* v, int64_t length, int64_t width, 
     for (int64_t i = 0; i < width; i++) out[i] = narrow<Element>(total[i] / sum);
 }
 
+// A sequence's keys or values (which = 1) of one head.
+template <class Element>
+Element* stored(const AttentionWeights& w, const AttentionArguments& a, int64_t b, int64_t g,
+                int which) {
+    return static_cast<Element*>(a.caches[b][2 * a.layer + which]) +
+           g * a.capacities[b] * w.head_dim;
+}
+
+// Append one sequence's new key and value of one head to its cache.
+template <class Element>
+void store_position(const AttentionWeights& w, const AttentionArguments& a, int64_t b, int64_t g,
+                    Element* qkv) {
+    int64_t width = w.head_dim, at = a.lengths[b] * width;
+    const Element* cosine = static_cast<const Element*>(a.cosine) + b * width;
+    const Element* sine = static_cast<const Element*>(a.sine) + b * width;
+    Element* new_k = qkv + (w.num_heads + g) * width;
+    Element* new_v = qkv + (w.num_heads + w.num_kv_heads + g) * width;
+    prepare<Element>(w, new_k, w.k_norm, cosine, sine, stored<Element>(w, a, b, g, 0) + at);
+    Element* last_v = stored<Element>(w, a, b, g, 1) + at;
+    std::memcpy(last_v, new_v, width * sizeof(Element));
+    if (w.clip > 0) limit(last_v, w.clip, width);
+}
+
 // The query heads of one sequence that share a key and value head.
 template <class Element>
 void attend_group(const AttentionWeights& w, const AttentionArguments& a, int64_t b, int64_t g,
                   Element* qkv, Element* out) {
     int64_t width = w.head_dim, heads = w.num_heads / w.num_kv_heads;
-    int64_t length = a.lengths[b] + 1, capacity = a.capacities[b];
+    int64_t length = a.lengths[b] + 1;
     const Element* cosine = static_cast<const Element*>(a.cosine) + b * width;
     const Element* sine = static_cast<const Element*>(a.sine) + b * width;
     Element* q = qkv + g * heads * width;
-    Element* new_k = qkv + (w.num_heads + g) * width;
-    Element* new_v = qkv + (w.num_heads + w.num_kv_heads + g) * width;
-    Element* k = static_cast<Element*>(a.caches[b][2 * a.layer]) + g * capacity * width;
-    Element* v = static_cast<Element*>(a.caches[b][2 * a.layer + 1]) + g * capacity * width;
-    prepare<Element>(w, new_k, w.k_norm, cosine, sine, k + (length - 1) * width);
-    Element* last_v = v + (length - 1) * width;
-    std::memcpy(last_v, new_v, width * sizeof(Element));
-    if (w.clip > 0) limit(last_v, w.clip, width);
+    const Element* k = stored<Element>(w, a, b, g, 0);
+    const Element* v = stored<Element>(w, a, b, g, 1);
     int64_t unseen = w.window && length > w.window ? length - w.window : 0;
     k += unseen * width, v += unseen * width, length -= unseen;
     const Element* sinks = static_cast<const Element*>(w.sinks);
@@ -101,7 +118,7 @@ void attend_group(const AttentionWeights& w, const AttentionArguments& a, int64_
             prepare<Element>(w, head, w.q_norm, cosine, sine, head);
             pointers[h] = head;
         }
-        products(pointers, count, static_cast<const Element*>(k), 0, length, width,
+        products(pointers, count, k, 0, length, width,
                  [&](int64_t h, int64_t l, const float* values, int64_t some) {
                      for (int64_t i = 0; i < some; i++) scratch[h * length + l + i] = values[i];
                  });
@@ -162,6 +179,11 @@ void attend(const AttentionWeights& w, const AttentionArguments& a) {
                  });
     });
     if (w.q_norm && !w.norms_heads) norm_projections(w, batch, threads, qkv.get());
+    // All rows before any attends: they may be positions of one text that share a cache.
+    for_each_task(batch, batch < FEW ? 1 : threads, [&](int64_t b) {
+        for (int64_t g = 0; g < w.num_kv_heads; g++)
+            store_position(w, a, b, g, qkv.get() + b * qkv_size);
+    });
     for_each_task(batch * w.num_kv_heads, threads, [&](int64_t task) {
         int64_t b = task / w.num_kv_heads;
         attend_group(w, a, b, task % w.num_kv_heads, qkv.get() + b * qkv_size,
