@@ -35,7 +35,7 @@ from ray import serve
 
 from moeyard.serving.app import application
 from moeyard.serving.proxy_guard import ask_for_guard
-from moeyard.serving.server import ServeArgs
+from moeyard.serving.serve_args import ServeArgs
 
 from report import write_results
 

@@ -106,7 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
     def start(attempt: int) -> int:
         from ..configuration import validate_config
         from ..serving.launch import serve_forever
-        from ..serving.server import ServeArgs
+        from ..serving.serve_args import ServeArgs
         from .model_folder import model_folder
 
         folder = model_folder(arguments.model)

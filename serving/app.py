@@ -15,7 +15,8 @@ from ..errors import MoeyardError
 from .cluster.replica_port import close_replica_port
 from .proxy_guard import CALLBACK, CALLBACK_VARIABLE, ask_for_guard
 from .replicas.hub_link import HubLink
-from .server import ServeArgs, Server, check_model, with_commit
+from .serve_args import ServeArgs
+from .server import Server, check_model, with_commit
 from .server_budgets import with_budgets
 
 log = logging.getLogger(__name__)

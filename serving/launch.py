@@ -21,7 +21,8 @@ from .experts.budget import parse_budget
 from .experts.tiers.shared_memory import object_store_bytes
 from .planning.start import show_start
 from .proxy_guard import UNFINISHED
-from .server import ServeArgs, check_model, with_commit
+from .serve_args import ServeArgs
+from .server import check_model, with_commit
 from .server_budgets import log_budgets, with_budgets
 
 START_TIMEOUT_S = 300.0

@@ -10,6 +10,8 @@ from .experts.options import StoreOptions
 from .experts.policies.table import check_policy
 from .experts.predictors.table import check_predictor
 
+CPU = torch.device("cpu")
+
 
 def check_device(name: str, expert_memory: str | None) -> torch.device:
     """Return the device that experts and their options can be on.
@@ -30,7 +32,9 @@ def check_device(name: str, expert_memory: str | None) -> torch.device:
     return torch.device(name)
 
 
-def check_options(options: StoreOptions, expert_memory: str | None, device: torch.device) -> None:
+def check_options(
+    options: StoreOptions, expert_memory: str | None, device: torch.device = CPU
+) -> None:
     """Raise :class:`ConfigError` for options that do not fit each other or the device."""
     check_policy(options.policy)
     check_predictor(options.predictor)

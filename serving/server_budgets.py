@@ -12,7 +12,7 @@ from .planning.budget import Room, demand_of_server
 from .planning.decide import decide
 from .planning.sizes import sizes_of
 from .planning.start import log_start
-from .server import ServeArgs
+from .serve_args import ServeArgs
 
 
 def with_budgets(args: ServeArgs) -> tuple[ServeArgs, Room | None]:

@@ -60,6 +60,19 @@ def check_correction(period: int, threshold: float | None) -> None:
         )
 
 
+def check_corrected(num_prompts: int, adapter: str | None) -> None:
+    """Raise :class:`ConfigError` for what is not corrected: several prompts, or an adapter."""
+    if adapter is not None:
+        raise ConfigError(
+            f"adapter is {adapter!r}, but expert-correction is for the model alone; leave one out."
+        )
+    if num_prompts > 1:
+        raise ConfigError(
+            f"there are {num_prompts} prompts, but expert-correction is for one text at a time; "
+            "give one, or leave it out."
+        )
+
+
 @torch.inference_mode()
 def corrected_row(
     decoder: Decoder, ids_T: Tensor, limits: GenerationLimits, correction: Correction

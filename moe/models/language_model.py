@@ -15,7 +15,7 @@ from ..adapters.adapter import Adapter
 from ..adapters.rows import adapter_rows
 from ..adapters.table import AdapterTable
 from ..batch import Batch, batch_of, batch_of_rows
-from .correction import Correction, corrected_row
+from .correction import Correction, check_corrected, corrected_row
 from .decoder import Decoder
 from .describe import describe
 from .generation import Answer, AnswerStream, GenerationLimits, continue_rows, with_given
@@ -179,16 +179,7 @@ class LanguageModel:
         """Yield the next token of every row of ids, as long as one of them has not ended."""
         if self.correction is None:
             return continue_rows(self.decoder, rows, limits, adapter)
-        if adapter is not None:
-            raise ConfigError(
-                f"adapter is {adapter.name!r}, but expert-correction is for the model alone; leave "
-                "one out."
-            )
-        if len(rows) > 1:
-            raise ConfigError(
-                f"there are {len(rows)} prompts, but expert-correction is for one text at a time; "
-                "give one, or leave it out."
-            )
+        check_corrected(len(rows), None if adapter is None else adapter.name)
         return corrected_row(self.decoder, rows[0], limits, self.correction)
 
     def _continue_ids(

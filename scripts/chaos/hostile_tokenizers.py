@@ -15,7 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moeyard.serving.server import ServeArgs, Server, check_model
+from moeyard.serving.serve_args import ServeArgs
+from moeyard.serving.server import Server, check_model
 
 from bounded import bounded, finish, report, scratch
 from http_calls import call

@@ -17,7 +17,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from moeyard.serving.server import ServeArgs, Server
+from moeyard.serving.serve_args import ServeArgs
+from moeyard.serving.server import Server
 from moeyard.training.data.tokenizer import write_tokenizer_files
 
 from bounded import finish, scratch

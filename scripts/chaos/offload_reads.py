@@ -26,7 +26,8 @@ from moeyard.moe.config.model import MoEConfig
 from moeyard.moe.folders.folder import ModelFolder
 from moeyard.moe.routers.topk import TopK
 from moeyard.serving.engine import thread as engine_thread
-from moeyard.serving.server import ServeArgs, Server
+from moeyard.serving.serve_args import ServeArgs
+from moeyard.serving.server import Server
 
 from bounded import finish, scratch
 from http_calls import client_of

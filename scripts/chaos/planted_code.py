@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from moeyard.errors import MoeyardError
-from moeyard.serving.server import ServeArgs, Server, check_model
+from moeyard.serving.serve_args import ServeArgs
+from moeyard.serving.server import Server, check_model
 from moeyard.training.data.tokenizer import open_tokenizer
 
 from bounded import ROOT, Outcome, bounded, finish, report, scratch

@@ -29,7 +29,8 @@ NEW_CONNECTIONS = httpx.Limits(max_keepalive_connections=0)
 KEY = "chaos-0a1b2c3d4e5f"
 WITHOUT_RAY = """
 import os, sys, uvicorn
-from moeyard.serving.server import ServeArgs, Server
+from moeyard.serving.serve_args import ServeArgs
+from moeyard.serving.server import Server
 folder, key = sys.argv[1], os.environ["MOEYARD_API_KEY"]
 options = {"model": f"{folder}/small", "chat_template": f"{folder}/chat.jinja", "num_threads": 1}
 server = Server(ServeArgs(api_key=key, **options))

@@ -12,7 +12,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from moeyard.serving.server import ServeArgs, Server, check_model
+from moeyard.serving.serve_args import ServeArgs
+from moeyard.serving.server import Server, check_model
 
 from bounded import bounded, finish, report, scratch
 from http_calls import call

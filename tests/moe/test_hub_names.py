@@ -212,7 +212,8 @@ def test_a_run_keeps_the_commits_of_its_model_and_its_tokenizer(hub, config_file
 
 def test_convert_and_a_server_take_names(hub, tmp_path, model_folder):
     from moeyard.cli import main
-    from moeyard.serving.server import ServeArgs, check_model, with_commit
+    from moeyard.serving.serve_args import ServeArgs
+    from moeyard.serving.server import check_model, with_commit
 
     assert main(["convert", NAME, str(tmp_path / "out")]) == 0
     ids = torch.tensor([[1, 2, 3]])

@@ -13,7 +13,8 @@ from moeyard.errors import ModelFileError, MoeyardError
 from moeyard.moe.folders.convert import convert
 from moeyard.moe.folders.upcycle import upcycle
 from moeyard.moe.models.decoder import Decoder
-from moeyard.serving.server import ServeArgs, check_model
+from moeyard.serving.serve_args import ServeArgs
+from moeyard.serving.server import check_model
 from moeyard.training.checkpoints.start_from import read_start
 from moeyard.training.data.tokenizer import ByteTokenizer
 

@@ -16,7 +16,7 @@ from torch.distributed.run import get_args_parser
 
 from moeyard.configuration import read_values
 from moeyard.serving.proxy_guard import CALLBACK, CALLBACK_VARIABLE
-from moeyard.serving.server import ServeArgs
+from moeyard.serving.serve_args import ServeArgs
 from moeyard.training.key_check import check_keys
 
 from launch import ROOT, environment, free_port

@@ -51,7 +51,7 @@ def test_a_run_takes_both_and_its_folder_has_the_short_one(config_file, short, l
 
 
 def test_a_server_takes_both(model_folder):
-    from moeyard.serving.server import ServeArgs
+    from moeyard.serving.serve_args import ServeArgs
 
     for name in ("bf16", "bfloat16"):
         assert ServeArgs(model=str(model_folder), dtype=name).dtype == "bf16"

@@ -77,6 +77,7 @@ ROOMS = {
         ["api", "frozen_experts", "loading", "lora_args"],
         ["evaluation"],
         ["widths"],
+        ["serve_args"],
         ["proxy_guard", "server"],
         ["server_budgets"],
         ["cluster", "replicas"],

@@ -4,7 +4,8 @@ import asyncio
 
 import pytest
 
-from moeyard.serving.server import ServeArgs, Server, check_model
+from moeyard.serving.serve_args import ServeArgs
+from moeyard.serving.server import Server, check_model
 
 from adapter_folders import everything, fused_experts, write_adapter
 from http_calls import KEY, call, check_error, chunks, client_of

@@ -6,7 +6,8 @@ import shutil
 import pytest
 
 from moeyard.errors import ConfigError
-from moeyard.serving.server import ServeArgs, Server, check_model
+from moeyard.serving.serve_args import ServeArgs
+from moeyard.serving.server import Server, check_model
 
 from http_calls import call, check_error, chunks
 

@@ -12,7 +12,7 @@ from moeyard.cli import build_parser
 from moeyard.serving import app as app_module
 from moeyard.serving.app import Refused, build
 from moeyard.serving.proxy_guard import CALLBACK, CALLBACK_VARIABLE
-from moeyard.serving.server import ServeArgs
+from moeyard.serving.serve_args import ServeArgs
 
 LOCAL = Path(__file__).parent.parent.parent / "configs" / "serve" / "local.yaml"
 

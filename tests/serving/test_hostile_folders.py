@@ -19,7 +19,8 @@ from moeyard.kernels.values import memory as kernels_memory
 from moeyard.moe.folders.tokenizer_errors import library_errors
 from moeyard.serving import loading, memory, resident
 from moeyard.serving.engine.tokenizer import ServingTokenizer
-from moeyard.serving.server import ServeArgs, Server, check_model
+from moeyard.serving.serve_args import ServeArgs
+from moeyard.serving.server import Server, check_model
 
 from http_calls import call, check_error
 

@@ -10,7 +10,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from moeyard.serving.experts.tiers import disk
-from moeyard.serving.server import ServeArgs, Server
+from moeyard.serving.serve_args import ServeArgs
+from moeyard.serving.server import Server
 
 from http_calls import KEY, call, check_error, client_of, events
 

@@ -12,7 +12,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from moeyard.errors import RequestError
 from moeyard.serving.api import request_body
 from moeyard.serving.engine.admission import Admission, Rejection
-from moeyard.serving.server import ServeArgs, Server
+from moeyard.serving.serve_args import ServeArgs
+from moeyard.serving.server import Server
 
 from http_calls import call, check_error, client_of
 

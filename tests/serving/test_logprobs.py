@@ -14,7 +14,8 @@ from moeyard.serving.engine.engine import Engine
 from moeyard.serving.engine.logprobs import LOWEST, TokenLogprob, score_tokens
 from moeyard.serving.engine.tokenizer import ServingTokenizer
 from moeyard.serving.loading import open_model
-from moeyard.serving.server import ServeArgs, Server
+from moeyard.serving.serve_args import ServeArgs
+from moeyard.serving.server import Server
 
 from http_calls import call, chunks
 

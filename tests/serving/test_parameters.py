@@ -2,7 +2,8 @@
 
 import pytest
 
-from moeyard.serving.server import ServeArgs, Server
+from moeyard.serving.serve_args import ServeArgs
+from moeyard.serving.server import Server
 
 from http_calls import call, check_error, chunks
 

@@ -25,7 +25,7 @@ from moeyard.serving.planning.decide import decide
 from moeyard.serving.planning.describe import Decision, describe
 from moeyard.serving.planning.recorded_hits import RecordedHits
 from moeyard.serving.planning.sizes import ModelSizes, sizes_of
-from moeyard.serving.server import ServeArgs
+from moeyard.serving.serve_args import ServeArgs
 from moeyard.serving.server_budgets import with_budgets
 
 from small_model import CONFIG, NUM_EXPERTS, SLOT_ELEMENTS, slots, write_random_model

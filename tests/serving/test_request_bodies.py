@@ -12,7 +12,8 @@ from moeyard.errors import RequestError
 from moeyard.serving.api.chat import ChatRequest, parse_chat
 from moeyard.serving.api.completions import CompletionRequest, parse_completion
 from moeyard.serving.api.protocol import StreamOptions
-from moeyard.serving.server import ServeArgs, Server
+from moeyard.serving.serve_args import ServeArgs
+from moeyard.serving.server import Server
 
 from http_calls import call, check_error
 

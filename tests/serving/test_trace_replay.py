@@ -19,7 +19,8 @@ from moeyard.serving.experts.recorded import read_forwards
 from moeyard.serving.experts.replay.run import Pace, replay
 from moeyard.serving.loading import open_model
 from moeyard.serving.replica_files import check_replica_files
-from moeyard.serving.server import ServeArgs, Server
+from moeyard.serving.serve_args import ServeArgs
+from moeyard.serving.server import Server
 
 from http_calls import call
 from small_model import CONFIG

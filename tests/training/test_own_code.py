@@ -19,7 +19,8 @@ from moeyard.moe.folders.convert import convert
 from moeyard.moe.routers import own_code
 from moeyard.moe.routers.own_code import allow
 from moeyard.serving.app import build
-from moeyard.serving.server import ServeArgs, Server, check_model
+from moeyard.serving.serve_args import ServeArgs
+from moeyard.serving.server import Server, check_model
 from moeyard.training.read_config import read_run_config
 
 from http_calls import call
