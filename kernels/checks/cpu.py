@@ -100,17 +100,16 @@ def _results(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
     fc1_EHD = random(E, 2 * QUANTIZED_WIDTH, QUANTIZED_D) * QUANTIZED_D**-0.5
     fc2_EDF = random(E, QUANTIZED_D, QUANTIZED_WIDTH) * QUANTIZED_WIDTH**-0.5
     rows = (x_TD.double(), experts_TK, weights_TK.double())
-    for bits in (8, 4):
-        quantized = quantize_experts(ExpertWeights(fc1_EHD, fc2_EDF), bits, 32)
+    plain = ExpertWeights(fc1_EHD, fc2_EDF)
+    few_bits = {
+        "experts of 8 bits": quantize_experts(plain, 8, 32),
+        "experts of 4 bits": quantize_experts(plain, 4, 32),
+        "group-sparse experts of 4 bits": sparsify_experts(plain, SPARSITY),
+    }
+    for name, narrow in few_bits.items():
         waves = CppWaves(x_TD, experts_TK, weights_TK)
-        waves.add(quantized)
-        expected_TD = reference.run(ExpertCall(*rows, quantized))
-        yield f"experts of {bits} bits", waves.result(), expected_TD
-    sparse = sparsify_experts(ExpertWeights(fc1_EHD, fc2_EDF), SPARSITY)
-    waves = CppWaves(x_TD, experts_TK, weights_TK)
-    waves.add(sparse)
-    expected_TD = reference.run(ExpertCall(*rows, sparse))
-    yield "group-sparse experts of 4 bits", waves.result(), expected_TD
+        waves.add(narrow)
+        yield name, waves.result(), reference.run(ExpertCall(*rows, narrow))
 
 
 def _by_channel(
