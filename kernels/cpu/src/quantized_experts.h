@@ -39,6 +39,8 @@ private:
 
 // A group-sparse matrix of all slots, and the rounded rows that it is multiplied with.
 struct SparseRowsMatrix {
+    static constexpr bool READS_SOME = false;
+
     const GroupSparse& matrix;
     const GroupRows& all;
 
