@@ -20,6 +20,7 @@ from ..values.channel_weights import ChannelExpertWeights
 from ..values.choice import ChoiceRule
 from ..values.expert_weights import ExpertWeights
 from ..values.quantize import quantize_experts
+from ..values.quantized_weights import SlotWeights
 from ..values.sparsify import sparsify_experts
 
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
@@ -101,7 +102,7 @@ def _results(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
     fc2_EDF = random(E, QUANTIZED_D, QUANTIZED_WIDTH) * QUANTIZED_WIDTH**-0.5
     rows = (x_TD.double(), experts_TK, weights_TK.double())
     plain = ExpertWeights(fc1_EHD, fc2_EDF)
-    few_bits = {
+    few_bits: dict[str, SlotWeights] = {
         "experts of 8 bits": quantize_experts(plain, 8, 32),
         "experts of 4 bits": quantize_experts(plain, 4, 32),
         "group-sparse experts of 4 bits": sparsify_experts(plain, SPARSITY),

@@ -10,6 +10,7 @@ import torch
 from ...dtypes import short_name, spellings, torch_dtype
 from ...errors import ConfigError
 from ...kernels.values.quantized_weights import Bits
+from ..config.model import ModelConfig
 from .calibration import Calibration
 from .compressed_tensors import PackedFormat, packed_name
 from .families.table import FAMILIES
@@ -28,6 +29,9 @@ from .write_group_sparse import prune
 from .write_weights import FolderWeights, plan_weights
 from .writer import write_model_folder
 
+Key = tuple[int, int]
+"""Layer and expert."""
+
 log = logging.getLogger(__name__)
 
 DTYPES = ("fp32", "bf16", "int8", "int4", INT4_SPARSE)
@@ -40,7 +44,7 @@ def convert(
     target: Path,
     dtype: str | None = None,
     ignore_unused_weights: bool = False,
-    bits_of: Mapping[tuple[int, int], Bits] | None = None,
+    bits_of: Mapping[Key, Bits] | None = None,
     sparsity: float | None = None,
     calibration: Calibration | None = None,
 ) -> str:
@@ -50,11 +54,10 @@ def convert(
     ``bf16`` (or torch's names for these), ``int8``, ``int4`` or ``int4_sparse``; None widens
     quantized weights and keeps the others. Those of few bits apply to the routed experts only.
     ``int4_sparse`` needs a ``calibration``, and prunes a share of ``sparsity`` of the experts'
-    weights, by default half. Tokenizer, chat
-    template and generation config are copied. Weights that ``config.json`` does not ask for are
-    left out, and refused without ``ignore_unused_weights``. ``bits_of`` gives each expert a width,
-    by layer and expert, in place of ``dtype``. One tensor, or one expert, is in memory
-    at a time.
+    weights, by default half. ``bits_of`` gives each expert a width, by layer and expert, in place
+    of ``dtype``. Tokenizer, chat template and generation config are copied. Weights that
+    ``config.json`` does not ask for are left out, and refused without ``ignore_unused_weights``.
+    One tensor, or one expert, is in memory at a time.
     """
     dtype = short_name(dtype)
     if dtype is not None and dtype not in DTYPES:
@@ -67,12 +70,7 @@ def convert(
             log.warning("%s", left_out)
         config = folder.config
         sparse = _sparse_format(folder, dtype, sparsity)
-        packed: PackedFormat | dict[tuple[int, int], PackedFormat] | None = None
-        if bits_of is not None:
-            formats = {bits: choose_format(config, bits) for bits in set(bits_of.values())}
-            packed = {key: formats[bits] for key, bits in bits_of.items()}
-        elif dtype in BITS:
-            packed = choose_format(config, BITS[dtype])
+        packed = _packed_formats(config, dtype, bits_of)
         has_few_bits = packed is not None or sparse is not None
         plain = folder.dtype if dtype is None or has_few_bits else torch_dtype(dtype)
         values = to_hf(
@@ -98,6 +96,16 @@ def convert(
     finally:
         folder.close()
     return family.model_type
+
+
+def _packed_formats(
+    config: ModelConfig, dtype: str | None, bits_of: Mapping[Key, Bits] | None
+) -> PackedFormat | dict[Key, PackedFormat] | None:
+    """Return how experts are rounded: all alike, each in its way, or not at all."""
+    if bits_of is not None:
+        formats = {bits: choose_format(config, bits) for bits in set(bits_of.values())}
+        return {key: formats[bits] for key, bits in bits_of.items()}
+    return choose_format(config, BITS[dtype]) if dtype in BITS else None
 
 
 def _sparse_format(

@@ -229,11 +229,15 @@ def test_requests_that_cannot_work_are_refused_in_one_sentence(home, tmp_path, c
 
     sparse = ("--dtype", "int4_sparse")
     assert "needs a text" in refused(*sparse)
-    assert "the others take none" in refused("--dtype", "int4", "--calibration", text)
+    assert "--calibration is for --dtype mixed and int4_sparse" in refused(
+        "--dtype", "int4", "--calibration", text
+    )
     assert "has 9 tokens; give a text of" in refused(*sparse, "--calibration", str(short))
     assert "cannot be read" in refused(*sparse, "--calibration", str(tmp_path / "none"))
     assert "sparsity is 0.95" in refused(*sparse, "--calibration", text, "--sparsity", "0.95")
-    assert "use dtype int4_sparse" in refused("--dtype", "int4", "--sparsity", "0.5")
+    assert "--sparsity is for --dtype int4_sparse" in refused(
+        "--dtype", "int4", "--sparsity", "0.5"
+    )
 
 
 def test_widths_that_groups_do_not_divide_are_refused(home, tmp_path):

@@ -51,7 +51,7 @@ def test_a_layer_computes_lines_as_it_computes_choices():
     x = torch.randn(7, 16, dtype=torch.float64)
     plain, routing = layer(x)
     layer.gate.k = 2  # as if the router's tokens had visited more experts than its k
-    lines = layer._run_lines(x, routing, None)
+    lines = layer._run_lines(x, routing, layer.path, None)
     torch.testing.assert_close(lines, plain)
 
 

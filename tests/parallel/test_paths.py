@@ -238,7 +238,10 @@ def check_equal(out, path, like):
     for a, e in zip(actual, expected, strict=True):
         assert a["counts"].equal(e["counts"])
         found = differences(a, e)
-        assert max(found.values()) <= 1e-12, found
+        # B begins at 0, so the first gradients of A are tiny, and AdamW divides them by themselves:
+        # the last digits of gradients are digits of weights there.
+        limit = 1e-11 if like == "lora" else 1e-12
+        assert max(found.values()) <= limit, found
 
 
 @pytest.mark.dist
