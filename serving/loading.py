@@ -18,10 +18,12 @@ from ..moe.folders.text_codec import TextCodec
 from ..moe.models.correction import Correction
 from ..moe.models.decoder import Decoder
 from ..moe.models.language_model import LanguageModel
+from ..moe.models.sampling import GenerationConfig
 from ..moe.routers.own_code import allow
 from ..moe.without_memory import without_memory
 from .experts.budget import budget_bytes
 from .experts.copies import copies_bytes, open_fallback
+from .experts.fallback import Fallback
 from .experts.forwards import announce_forwards
 from .experts.offloaded import OffloadedExperts
 from .experts.opening import open_store
@@ -29,7 +31,7 @@ from .experts.options import StoreOptions
 from .experts.policies.policy import Policy
 from .experts.predictors.predictor import Predictor
 from .experts.predictors.table import facts_of, open_predictor
-from .experts.sparsity import open_sparsity, owner_of
+from .experts.sparsity import Sparsity, open_sparsity, owner_of
 from .experts.store import ExpertStore
 from .load_checks import check_device, check_options
 from .memory import available_bytes, check_memory
@@ -64,8 +66,8 @@ def load(
 ) -> LanguageModel:
     """Open a Hugging Face MoE model or a run's export as a model ready to call.
 
-    ``folder`` is a folder with ``config.json`` and safetensors, or a name on the hub,
-    ``OWNER/MODEL`` or ``OWNER/MODEL@REVISION``, which is downloaded once.
+    ``folder`` is a folder with ``config.json`` and safetensors, or a name on the hub
+    (``OWNER/MODEL[@REVISION]``), which is downloaded once.
 
     ``dtype`` is ``fp32`` or ``bf16``, or torch's name or type for them (None = as stored). Routers
     stay in fp32 under bf16, and experts that the folder has in 8 or 4 bits stay in those.
@@ -73,25 +75,17 @@ def load(
     (``2GiB``, ``25%``) bounds the experts kept in memory; the others are read when they are needed,
     and outputs are the same bit for bit. ``auto`` is what the machine can spare. Weights that
     ``config.json`` does not ask for are refused, unless ``ignore_unused_weights``. ``allow_code``
-    names modules of your own whose routers the folder may use; they are imported.
-    ``expert_policy`` chooses which expert leaves memory when another one is needed: a name
-    (docs/offloading.md), or an object with the methods of
-    :class:`moeyard.serving.experts.policies.policy.Policy`, for this model alone.
-    ``expert_predictor`` says which experts the next layers may need, so that they are read ahead: a
-    name or ``NAME:FILE`` (docs/offloading.md), or an object with the methods of
-    :class:`moeyard.serving.experts.predictors.predictor.Predictor`.
-    ``expert_sparsity`` is a file of ``moeyard sparsity``: channels of experts that it takes for 0
-    are not read, which is lossy; ``exact`` leaves out what gates make 0.
-    ``expert_log`` is a file for every event of the store, which is replaced. ``expert_reader``
-    reads through the page cache (``buffered``), around it (``direct``), or measures (``auto``).
-    ``adapters`` are LoRA folders of peft by name: a call of the model names one of them, or none
-    (docs/adapters.md).
-
-    These are off by default and change answers (docs/offloading.md): experts that are missing are
-    computed from ``expert_fallback``, the same model in fewer bits, unless their share of the rows'
-    weights is above ``expert_fallback_above``. With ``expert_correction`` the exact model checks
-    windows of so many tokens in ``generate`` and ``stream``, and the answer is its own, unless
-    ``expert_correction_threshold`` accepts other tokens from this probability on.
+    names modules of your own whose routers the folder may use.
+    ``expert_policy`` (which expert leaves memory) and ``expert_predictor`` (which are read ahead)
+    are names (docs/offloading.md), or objects with the methods of :class:`.Policy` and
+    :class:`.Predictor`, a policy for this model alone. ``expert_log`` is a file for every event of
+    the store, which is replaced. ``expert_reader`` reads through the page cache (``buffered``),
+    around it (``direct``), or measures (``auto``). ``adapters`` are LoRA folders of peft by name
+    (docs/adapters.md): a call of the model names one of them, or none.
+    The others are off by default and change answers (docs/offloading.md): ``expert_sparsity``, a
+    file of ``moeyard sparsity`` (``exact`` changes nothing); ``expert_fallback``, the same model in
+    fewer bits, for missing experts up to ``expert_fallback_above``. ``expert_correction`` undoes
+    that, all but for ``expert_correction_threshold``.
 
     Raises :class:`ModelFileError` for a folder that is damaged or of an unknown kind and for a
     model that cannot be downloaded, and :class:`ConfigError` for arguments that do not fit.
@@ -107,9 +101,8 @@ def load(
         correction=expert_correction,
         correction_threshold=expert_correction_threshold,
     )
-    model, _ = open_model(
-        folder, dtype, device, expert_memory, ignore_unused_weights, allow_code, options
-    )
+    how = (dtype, device, expert_memory, ignore_unused_weights, allow_code, options)
+    model, _ = open_model(folder, *how)
     for name, path in (adapters or {}).items():
         model.adapters.load(name, Path(path))
     return model
@@ -170,18 +163,7 @@ def _open(
         store = open_store(files, chosen, num_bytes, options=options, free_bytes=available_bytes())
         announce_forwards(decoder, store.begin)
         fallback = open_fallback(store, files, chosen, options)
-    reads: list[WeightRead] = []
-    moe_layers = decoder.moe_layers()
-    for index, layer in moe_layers:
-        limits = None
-        if sparsity is not None:
-            limits = sparsity.limits(index, layer.d_model, layer.d_expert)
-        if store is not None:
-            where = (index, layer.num_experts, len(moe_layers))
-            layer.experts = OffloadedExperts(store, *where, limits, fallback)
-        else:
-            layer.experts, views = resident_experts(files, index, chosen, sparsity, limits)
-            reads += expert_reads(files, index, views)
+    reads = _attach_experts(files, decoder, chosen, store, sparsity, fallback)
     run_reads(files, [*dense_reads(files, decoder, chosen), *reads])
     if sparsity is not None and sparsity.score is not None:
         sparsity.check_owner(owner_of(decoder))
@@ -193,6 +175,42 @@ def _open(
         slots = None if store is None else store.pools.num_slots
         plan = None if store is None else store.read_plan
         log_start(files, chosen, slots, plan, options, room)
+    generation = _generation(files)
+    table = adapter_table(decoder, files.family)
+    model = LanguageModel(decoder, generation, TextCodec(files.path), table)
+    if fallback is not None and options.correction is not None:
+        model.correction = Correction(options.correction, fallback.on, options.correction_threshold)
+    if store is None:
+        files.close()
+    return model, store
+
+
+def _attach_experts(
+    files: ModelFolder,
+    decoder: Decoder,
+    dtype: torch.dtype,
+    store: ExpertStore | None,
+    sparsity: Sparsity | None,
+    fallback: Fallback | None,
+) -> list[WeightRead]:
+    """Give every MoE layer its experts, and return the reads that fill those in memory."""
+    reads: list[WeightRead] = []
+    moe_layers = decoder.moe_layers()
+    for index, layer in moe_layers:
+        limits = None
+        if sparsity is not None:
+            limits = sparsity.limits(index, layer.d_model, layer.d_expert)
+        if store is not None:
+            where = (index, layer.num_experts, len(moe_layers))
+            layer.experts = OffloadedExperts(store, *where, limits, fallback)
+        else:
+            layer.experts, views = resident_experts(files, index, dtype, sparsity, limits)
+            reads += expert_reads(files, index, views)
+    return reads
+
+
+def _generation(files: ModelFolder) -> GenerationConfig:
+    """Read how the model generates, and warn of what cannot be followed."""
     generation = read_generation_config(files)
     if generation.unknown_eos_ids:
         log.warning(
@@ -205,13 +223,7 @@ def _open(
             "generation_config.json asks for %s, which is not offered; answers do without.",
             " and ".join(generation.not_followed),
         )
-    table = adapter_table(decoder, files.family)
-    model = LanguageModel(decoder, generation, TextCodec(files.path), table)
-    if fallback is not None and options.correction is not None:
-        model.correction = Correction(options.correction, fallback.on, options.correction_threshold)
-    if store is None:
-        files.close()
-    return model, store
+    return generation
 
 
 def pick_dtype(files: ModelFolder, name: str | torch.dtype | None) -> torch.dtype:
