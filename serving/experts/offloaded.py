@@ -112,6 +112,7 @@ class OffloadedExperts(LayerExperts):
             copied = self._fallback.choose(self._layer, rows_of, experts_NK, weights_NK)
             for wave in waves:
                 self._fallback.add(self._layer, wave, copied)
+        left = rows_of.keys() - set(copied)
         try:
             # Closed also when computing fails: the next forward needs a consistent store.
             choice = Choice(x_ND, experts_NK.numpy())
@@ -122,9 +123,11 @@ class OffloadedExperts(LayerExperts):
                         experts = replace(experts, limits=self._limits)
                     for wave in waves:
                         wave.add(experts, only=ready)
+                    left -= set(ready)
         except ExpertReadError as error:
             error.rows = _rows_that_chose(error.experts, experts_NK)
             raise
+        assert not left, f"experts {left} of layer {self._layer} have rows and never came"
         if self._fallback is not None and self._fallback.reads_later:
             self._store.prefetch(self._layer, copied)
 
