@@ -75,9 +75,7 @@ def quantized_arguments(
     lines_RD: Tensor,
 ) -> "tuple[QuantizedExpertArguments, array[int] | None]":
     """Return the arguments of experts in 8 or 4 bits."""
-    slots = _slots(experts, only)
-    rest = _rest(x_TD, experts_TK, experts, experts.fc2.width, slots, lines_RD)
-    rest.is_wave = only is not None
+    rest, slots = _rest(x_TD, experts_TK, experts, experts.fc2.width, only, lines_RD)
     fc1, fc2 = _matrix(experts.fc1), _matrix(experts.fc2)
     return QuantizedExpertArguments(rest=rest, fc1=fc1, fc2=fc2), slots
 
@@ -90,9 +88,7 @@ def group_sparse_arguments(
     lines_RD: Tensor,
 ) -> "tuple[GroupSparseExpertArguments, array[int] | None]":
     """Return the arguments of experts that keep some groups of inputs."""
-    slots = _slots(experts, only)
-    rest = _rest(x_TD, experts_TK, experts, experts.fc2.width, slots, lines_RD)
-    rest.is_wave = only is not None
+    rest, slots = _rest(x_TD, experts_TK, experts, experts.fc2.width, only, lines_RD)
     fc1, fc2 = _sparse_matrix(experts.fc1), _sparse_matrix(experts.fc2)
     return GroupSparseExpertArguments(rest=rest, fc1=fc1, fc2=fc2), slots
 
@@ -105,10 +101,8 @@ def channel_arguments(
     lines_RD: Tensor,
 ) -> "tuple[ChannelExpertArguments, array[int] | None]":
     """Return the arguments of experts that are stored by channel."""
-    slots = _slots(experts, only)
     fc1, fc2_SFD = experts.parts
-    rest = _rest(x_TD, experts_TK, experts, fc2_SFD.shape[1], slots, lines_RD)
-    rest.is_wave = only is not None
+    rest, slots = _rest(x_TD, experts_TK, experts, fc2_SFD.shape[1], only, lines_RD)
     rest.fc1, rest.fc1_stride = fc1.data_ptr(), fc1.stride(0)
     rest.fc2, rest.fc2_stride = fc2_SFD.data_ptr(), fc2_SFD.stride(0)
     limits = experts.limits or ChannelLimits()
@@ -127,11 +121,12 @@ def _rest(
     experts_TK: Tensor,
     experts: FewBitsExpertWeights[Any] | ChannelExpertWeights,
     d_expert: int,
-    slots: "array[int] | None",
+    only: Collection[int] | None,
     lines_RD: Tensor,
-) -> ExpertArguments:
-    """Return the arguments that do not depend on the layout of the matrices."""
-    return ExpertArguments(
+) -> "tuple[ExpertArguments, array[int] | None]":
+    """Return the arguments that do not depend on the layout of the matrices, and the slot table."""
+    slots = _slots(experts, only)
+    rest = ExpertArguments(
         type=TYPES[x_TD.dtype],
         activation=ACTIVATIONS.index(experts.activation),
         tokens=experts_TK.shape[0],
@@ -140,6 +135,7 @@ def _rest(
         d_expert=d_expert,
         num_experts=experts.num_experts,
         threads=torch.get_num_threads(),
+        is_wave=only is not None,
         x=x_TD.data_ptr(),
         experts=experts_TK.data_ptr(),
         slot_of=None if slots is None else slots.buffer_info()[0],
@@ -147,6 +143,7 @@ def _rest(
         fc1_bias=_biases(experts.fc1_bias_SH),
         fc2_bias=_biases(experts.fc2_bias_SD),
     )
+    return rest, slots
 
 
 def _biases(bias_SQ: Tensor | None) -> Biases:

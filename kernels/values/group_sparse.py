@@ -55,8 +55,8 @@ class GroupSparseMatrices:
     """uint8 ``[S, Q, B]``: the kept groups one after the other, 16 bytes each. Input 2i of a group
     is in the low half of byte i and 2i + 1 in the high half, each as ``q + 8``."""
     columns_SQN: Tensor
-    """Which groups of the row these are, ascending. Kernels do not check them: whoever fills them
-    from outside calls :func:`check_columns`."""
+    """Which groups of the row these are, ascending. Kernels do not check them. Check columns
+    that come from a file with :func:`check_columns`."""
     scales_SQN: Tensor
     """bf16."""
     width: int

@@ -13,12 +13,16 @@ class LayerExperts(nn.Module):
     """Share of the model's experts that memory has room for."""
 
     def announce(self, routing: Routing) -> None:
-        """Start preparing the experts of the next forward, while other work runs first."""
-        raise NotImplementedError
+        """Start preparing the experts of the next forward, while other work runs first.
+
+        By default nothing: experts in memory are always ready.
+        """
 
     def keep(self, routing: Routing) -> None:
-        """Protect the experts of the next forward, which follows immediately, from eviction."""
-        raise NotImplementedError
+        """Protect the experts of the next forward, which follows immediately, from eviction.
+
+        By default nothing: experts in memory stay there.
+        """
 
     def gate_statistics(self) -> Tensor | None:
         """Return mean and variance of each expert's gate rows here, with gradient; see

@@ -4,7 +4,6 @@ from torch import Tensor
 
 from ...kernels.experts import expert_mlp
 from ...kernels.values.channel_weights import ChannelExpertWeights
-from ..routers.routing import Routing
 from .base import LayerExperts
 
 
@@ -14,12 +13,6 @@ class ChannelExperts(LayerExperts):
     def __init__(self, weights: ChannelExpertWeights) -> None:
         super().__init__()
         self.weights = weights
-
-    def announce(self, routing: Routing) -> None:
-        """Do nothing: experts in memory are always ready."""
-
-    def keep(self, routing: Routing) -> None:
-        """Do nothing: experts in memory stay there."""
 
     def extra_repr(self) -> str:
         """Say how many experts there are and of which size, for ``repr``."""

@@ -6,7 +6,6 @@ from torch import Tensor
 
 from ...kernels.values.quantized_weights import QuantizedExpertWeights
 from ...kernels.waves import start_waves
-from ..routers.routing import Routing
 from .base import LayerExperts
 
 
@@ -39,12 +38,6 @@ class MixedExperts(LayerExperts):
         self.weights = [w.to(fn(w.fc1.values[:0]).device) for w in self.weights]
         super()._apply(fn, recurse)
         return self
-
-    def announce(self, routing: Routing) -> None:
-        """Do nothing: experts in memory are always ready."""
-
-    def keep(self, routing: Routing) -> None:
-        """Do nothing: experts in memory stay there."""
 
     def extra_repr(self) -> str:
         """Say how many experts there are of which width, for ``repr``."""

@@ -8,7 +8,6 @@ from ...kernels.experts import expert_mlp
 from ...kernels.values.group_sparse import GroupSparseExpertWeights
 from ...kernels.values.quantized_weights import QuantizedExpertWeights
 from ..adapters.rows import RowUpdates
-from ..routers.routing import Routing
 from .adapted import run_in_memory
 from .base import LayerExperts
 
@@ -25,12 +24,6 @@ class QuantizedExperts(LayerExperts):
         self.weights = self.weights.to(fn(self.weights.fc1.values[:0]).device)
         super()._apply(fn, recurse)
         return self
-
-    def announce(self, routing: Routing) -> None:
-        """Do nothing: experts in memory are always ready."""
-
-    def keep(self, routing: Routing) -> None:
-        """Do nothing: experts in memory stay there."""
 
     def extra_repr(self) -> str:
         """Say how many experts there are and of which size, for ``repr``."""

@@ -16,7 +16,6 @@ from ...kernels.values.frozen import FrozenExperts
 from ...kernels.values.low_rank import LowRank
 from ...kernels.values.main_grads import MainGrads
 from ..adapters.rows import RowUpdates
-from ..routers.routing import Routing
 from ..without_memory import without_memory
 from .adapted import run_in_memory
 from .base import LayerExperts
@@ -143,12 +142,6 @@ class Experts(LayerExperts):
     def matrices_train(self) -> bool:
         """Whether fc1 and fc2 train; low-rank updates do not matter."""
         return self.fc1.requires_grad
-
-    def announce(self, routing: Routing) -> None:
-        """Do nothing: experts in memory are always ready."""
-
-    def keep(self, routing: Routing) -> None:
-        """Do nothing: experts in memory stay there."""
 
     def gate_statistics(self) -> Tensor | None:
         """Return mean and variance of each slot's gate rows, ``[S, 2, D]``, with gradient.

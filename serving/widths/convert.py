@@ -58,8 +58,8 @@ def convert_mixed(
 
     As many experts as possible get 4 bits, the least important first, while the perplexity on the
     text ``calibration`` stays within ``1 + tolerance`` of the exact model's. If that is all or none
-    of them, the folder is that of ``int4`` or ``int8``. The model must fit into memory, with three
-    quarters of its experts once more.
+    of them, the folder is that of ``int4`` or ``int8``. The model must fit into memory, together
+    with its experts in 8 and in 4 bits.
 
     Raises :class:`ConfigError` for a model without experts, a tolerance below 0 or one that not
     even int8 meets, :class:`DataError` for a calibration text that is too short or cannot be read,
