@@ -1,19 +1,55 @@
-"""Write files whole or not at all, and read files that others may have made."""
+"""Write files and folders whole or not at all, and read files that others may have made."""
 
 import errno
 import hashlib
 import os
+import shutil
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
 def replace_text(path: Path, text: str) -> None:
     """Write ``text`` to ``path``; a crash leaves either the old contents or the new."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    sync(temporary)
-    temporary.replace(path)
-    sync(path.parent)
+    with replaced(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Give the path of a hidden file to write, which then takes the place of ``path``.
+
+    A crash or an error leaves either the old contents or the new.
+    """
+    unfinished = path.with_name(f".{path.name}.tmp")
+    try:
+        yield unfinished
+        sync(unfinished)
+        unfinished.replace(path)
+        sync(path.parent)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Give an empty hidden folder to fill, which is then flushed to disk and becomes ``target``.
+
+    An error leaves nothing behind; what a killed attempt has left is removed.
+    """
+    unfinished = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        for path in (*unfinished.rglob("*"), unfinished):
+            sync(path)
+        unfinished.rename(target)
+        sync(target.parent)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

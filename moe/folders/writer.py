@@ -6,15 +6,15 @@ at a time.
 """
 
 import json
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
 from ...errors import ModelFileError
-from ...files import sync
+from ...files import new_folder, sync
 from ...progress import Progress
 from .expert_hashes import FILE, HashWriter
 from .shards import TensorPlan, fill_shards, header
@@ -40,29 +40,30 @@ def write_model_folder(
     error, nothing is left behind.
     """
     assert len({plan.name for plan in plans}) == len(plans), "two tensors have the same name"
+    with whole_folder(target) as unfinished:
+        _write_json(unfinished / "config.json", config_values)
+        if generation_values:
+            _write_json(unfinished / "generation_config.json", generation_values)
+        save_tokenizer(unfinished)
+        _write_shards(unfinished, plans, max_shard_bytes)
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """Give a folder to fill; it becomes ``target`` when it is complete, and an error removes it.
+
+    Raises :class:`ModelFileError` if ``target`` exists already or cannot be written.
+    """
     if target.exists():
         raise ModelFileError(f"{target} exists already; remove it or choose another folder.")
-    temporary = target.with_name(f".{target.name}.tmp")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)  # left by a killed attempt
-        temporary.mkdir(parents=True)
-        _write_json(temporary / "config.json", config_values)
-        if generation_values:
-            _write_json(temporary / "generation_config.json", generation_values)
-        save_tokenizer(temporary)
-        _write_shards(temporary, plans, max_shard_bytes)
-        _sync_tree(temporary)
-        temporary.rename(target)
-        sync(target.parent)
+        with new_folder(target) as unfinished:
+            yield unfinished
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise ModelFileError(
             f"{target} could not be written ({error.strerror or error}); "
             "free space or choose another folder."
         ) from error
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def _write_shards(folder: Path, plans: Sequence[TensorPlan], limit: int) -> None:
@@ -102,12 +103,6 @@ def _write_tensor(out: BinaryIO, plan: TensorPlan, progress: Progress, hashes: H
         progress.advance(part.nbytes)
         del part, flat, data  # free them before the next piece is made
     assert left == 0, f"the parts of {plan.name} are {left} bytes short"
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        sync(path)
-    sync(folder)
 
 
 def _write_json(path: Path, values: dict[str, Any], sort_keys: bool = False) -> None:

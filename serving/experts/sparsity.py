@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ...dtypes import short_name
 from ...errors import ConfigError
-from ...files import sync
+from ...files import replaced
 from ...kernels.values.channel_weights import ChannelLimits
 from ...moe.folders.folder import ModelFolder
 from ...moe.models.decoder import Decoder
@@ -121,13 +121,8 @@ def save_sparsity(path: Path, sparsity: Sparsity) -> None:
     }
     tensors = {f"{layer}.{kind}.threshold": t for (layer, kind), t in sparsity.thresholds.items()}
     tensors |= {f"{layer}.{kind}.norm": norm for (layer, kind), norm in sparsity.norms.items()}
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
+    with replaced(path) as unfinished:
         save_file({name: t.contiguous() for name, t in tensors.items()}, unfinished, metadata)
-        sync(unfinished)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def read_sparsity(name: str) -> Sparsity:

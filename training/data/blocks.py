@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import DataError
-from ...files import replace_text, sha256_of, sync
+from ...files import replace_text, replaced, sha256_of
 from .hub import Position
 from .token_stream import StreamPosition
 
@@ -41,10 +41,8 @@ class Blocks:
         assert len(tokens) == self.num_tokens + 1, f"{len(tokens)} tokens in a block"
         raw = tokens.astype(self._dtype).tobytes()
         path = self._path(index)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_bytes(raw)
-        sync(temporary)
-        temporary.replace(path)
+        with replaced(path) as unfinished:
+            unfinished.write_bytes(raw)
         facts = BlockFacts(hashlib.sha256(raw).hexdigest(), end)
         replace_text(path.with_suffix(".json"), json.dumps(asdict(facts)))
 

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from ...errors import DataError
-from ...files import sync
+from ...files import replaced
 from .batches import ShuffledOrder
 from .chat_mask import Encoded
 
@@ -77,11 +77,8 @@ class ChatWriter:
             "targets_N": np.concatenate(self._targets),
             "lengths_C": np.array([len(ids) for ids in self._ids], dtype=np.int32),
         }
-        temporary = path.with_name(f".{path.name}.tmp")
-        save_file(tensors, temporary, metadata={"made_from": made_from})
-        sync(temporary)
-        temporary.replace(path)
-        sync(path.parent)
+        with replaced(path) as unfinished:
+            save_file(tensors, unfinished, metadata={"made_from": made_from})
 
 
 def made_from(path: Path) -> str | None:

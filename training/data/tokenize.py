@@ -1,6 +1,5 @@
 """``moeyard tokenize``: a source becomes a folder with a tokenizer and two token shards."""
 
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ from jinja2 import TemplateSyntaxError
 from jinja2.sandbox import SandboxedEnvironment
 
 from ...errors import DataError
-from ...files import sync
+from ...files import new_folder
 from ..config import DataConfig
 from ..stop import StopRequest
 from ..work import LongWork
@@ -58,21 +57,16 @@ def tokenize(
             "ids; give more."
         )
     template = None if chat_template is None else _read_template(chat_template)
-    temporary = out_dir.parent / f".{out_dir.name}.tmp"
     try:
-        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
-        (temporary / TOKENIZER).mkdir(parents=True)
-        found = _fill(temporary, config, vocab_size, stop)
-        if template is not None:
-            (temporary / TOKENIZER / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
-        temporary.rename(out_dir)
-        sync(out_dir.parent)
+        with new_folder(out_dir) as unfinished:
+            (unfinished / TOKENIZER).mkdir()
+            found = _fill(unfinished, config, vocab_size, stop)
+            if template is not None:
+                (unfinished / TOKENIZER / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
     except OSError as error:
         raise DataError(
             f"{out_dir} cannot be written ({error.strerror}); choose another folder or make room."
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return found
 
 

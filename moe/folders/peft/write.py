@@ -4,15 +4,13 @@ S experts in order, P rank, D model width, F expert width.
 """
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 
-from ....errors import ModelFileError
-from ....files import sync
+from ..writer import whole_folder
 from .config import FILE as CONFIG_FILE
 from .tensors import FILE as TENSOR_FILE
 from .tensors import PREFIX, Factors
@@ -51,31 +49,16 @@ def adapter_config(
 def write_adapter_folder(
     target: Path, config: Mapping[str, Any], factors: Mapping[str, Factors]
 ) -> None:
-    """Write the folder under a hidden name and rename it when it is complete.
+    """Write the folder whole or not at all.
 
     ``factors`` are by the module's name, as in :func:`read_factors`. Raises
     :class:`ModelFileError` if ``target`` exists already or cannot be written.
     """
-    if target.exists():
-        raise ModelFileError(f"{target} exists already; remove it or choose another folder.")
     tensors = {}
     for name, pair in factors.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = pair.a.contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = pair.b.contiguous()
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed attempt
-    try:
-        temporary.mkdir(parents=True)
+    with whole_folder(target) as unfinished:
         text = json.dumps(dict(config), indent=2, sort_keys=True)
-        (temporary / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-        save_file(tensors, temporary / TENSOR_FILE, metadata={"format": "pt"})
-        for path in (temporary / CONFIG_FILE, temporary / TENSOR_FILE, temporary):
-            sync(path)
-        temporary.rename(target)
-        sync(target.parent)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise ModelFileError(
-            f"{target} could not be written ({error.strerror or error}); "
-            "free space or choose another folder."
-        ) from None
+        (unfinished / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+        save_file(tensors, unfinished / TENSOR_FILE, metadata={"format": "pt"})

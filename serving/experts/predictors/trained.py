@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from ....errors import ConfigError
-from ....files import sync
+from ....files import replaced
 from ....moe.routes.rows import Array
 from ..forwards import Forward
 from .chances import any_of, best_hints, visits, width_of
@@ -50,13 +50,8 @@ def save(path: Path, facts: PredictorFacts, arrays: dict[str, Array]) -> None:
         "moe_layers": ",".join(map(str, facts.moe_layers)),
         "num_experts": str(facts.num_experts),
     }
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
+    with replaced(path) as unfinished:
         save_file(arrays, unfinished, metadata=metadata)
-        sync(unfinished)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def read(path: Path, facts: PredictorFacts) -> dict[str, Array]:
