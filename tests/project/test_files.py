@@ -7,16 +7,16 @@ import pytest
 from moeyard.files import new_folder, replaced
 
 
-class Failure(Exception):
+class FailureError(Exception):
     """What goes wrong in these tests."""
 
 
 def test_an_error_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with pytest.raises(Failure), replaced(path) as unfinished:
+    with pytest.raises(FailureError), replaced(path) as unfinished:
         unfinished.write_text("ne")
-        raise Failure
+        raise FailureError
     assert path.read_text() == "old"
     with replaced(path) as unfinished:
         unfinished.write_text("new")
@@ -27,9 +27,9 @@ def test_an_error_leaves_the_old_file(tmp_path: Path) -> None:
 
 def test_a_folder_appears_when_it_is_complete(tmp_path: Path) -> None:
     target = tmp_path / "folder"
-    with pytest.raises(Failure), new_folder(target) as unfinished:
+    with pytest.raises(FailureError), new_folder(target) as unfinished:
         (unfinished / "part").write_text("1")
-        raise Failure
+        raise FailureError
     assert list(tmp_path.iterdir()) == []
     (tmp_path / ".folder.tmp").mkdir()
     (tmp_path / ".folder.tmp" / "left by a killed attempt").touch()
