@@ -10,6 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .kept_ids import KeptIds
+
 
 @dataclass(frozen=True, slots=True)
 class KVCacheSpec:
@@ -73,8 +75,7 @@ class SequenceCache:
         """Addresses of that memory: keys, then values, of each layer."""
         self._keys_GLH: list[Tensor] = []
         self._values_GLV: list[Tensor] = []
-        # All ids, and not the last alone: after a failed step, a caller sets length back.
-        self._ids_L = torch.empty(0, dtype=torch.int64, device=device)
+        self._ids = KeptIds(device)
 
     def spec(self, layer: int) -> KVCacheSpec:
         """Say what ``layer`` keeps per position."""
@@ -89,11 +90,7 @@ class SequenceCache:
 
     def keep_ids(self, ids_L: Tensor) -> None:
         """Store the token ids of the positions that follow ``length``, for :meth:`last_id`."""
-        if len(self._ids_L) < self.capacity:
-            before_L = self._ids_L[: self.length]
-            self._ids_L = ids_L.new_empty(self.capacity)
-            self._ids_L[: len(before_L)] = before_L
-        self._ids_L[self.length : self.length + len(ids_L)] = ids_L
+        self._ids.keep(self.length, ids_L)
 
     def last_id(self) -> Tensor:
         """Return the token id of the last position, int64 scalar; only if ids were kept."""
@@ -101,7 +98,7 @@ class SequenceCache:
 
     def id_at(self, position: int) -> Tensor:
         """Return the token id of a position, int64 scalar; only if ids were kept."""
-        return self._ids_L[position]
+        return self._ids.at(position)
 
     def view(self, layer: int, end: int) -> tuple[Tensor, Tensor]:
         """Return the first ``end`` keys of ``layer``, ``[G, end, H]``, and their values."""

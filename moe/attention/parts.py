@@ -15,6 +15,8 @@ from torch import Tensor
 
 from ...kernels.attention import RowStep, can_attend_rows, prepare_rows
 from ..batch import Batch
+from ..kv_blocks import BlockCache
+from ..kv_cache import KVCache
 from .rope import Tables
 
 
@@ -33,8 +35,10 @@ class Part:
 
 def parts_of(batch: Batch, rope: Tables) -> list[Part]:
     """Split a batch into the sequences of one row that have a cache, and the others."""
-    singles = [_is_single(batch, index) for index in range(len(batch.lengths))]
-    if batch.caches is None or not any(singles) or not can_attend_rows(rope):
+    if batch.caches is None:
+        return [Part(batch, rope)]
+    singles = [_is_single(batch, cache, i) for i, cache in enumerate(batch.caches)]
+    if not any(singles) or not can_attend_rows(rope):
         return [Part(batch, rope)]
     if all(singles):
         return [Part(batch, rope, step=prepare_rows(batch.caches))]
@@ -49,8 +53,8 @@ def parts_of(batch: Batch, rope: Tables) -> list[Part]:
     return parts
 
 
-def _is_single(batch: Batch, sequence: int) -> bool:
+def _is_single(batch: Batch, cache: KVCache, sequence: int) -> bool:
     """Say whether the kernels for single rows may run a sequence."""
-    if batch.lengths[sequence] != 1:
+    if batch.lengths[sequence] != 1 or isinstance(cache, BlockCache):
         return False
     return batch.adapters is None or not batch.adapters.update_attention(sequence)
