@@ -32,9 +32,7 @@ class KVBlocks:
     Blocks are not cleared. The allocator's error is raised if there is not enough memory.
     """
 
-    def __init__(
-        self, specs: Sequence[KVCacheSpec], num_blocks: int, device: torch.device
-    ) -> None:
+    def __init__(self, specs: Sequence[KVCacheSpec], num_blocks: int, device: torch.device) -> None:
         self.specs = tuple(specs)
         self.num_blocks = num_blocks
         self.device = device

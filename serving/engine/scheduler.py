@@ -19,7 +19,9 @@ class Plan:
     turns: list[tuple[Job, int]] = field(default_factory=list)
     """Requests and how many of their tokens are read now."""
     started: list[Job] = field(default_factory=list)
-    """Requests that have got blocks, with ``num_read`` tokens in them already."""
+    """Requests that have got their first blocks, with ``num_read`` tokens in them already."""
+    returned: list[Job] = field(default_factory=list)
+    """Requests that have got blocks again."""
     preempted: list[Job] = field(default_factory=list)
     """Requests that have lost their blocks and wait; they will read all their tokens again."""
 
@@ -151,7 +153,11 @@ class Scheduler:
                 return
             self._waiting.remove(job)
             insort(self._running, job, key=_rank)
-            plan.started.append(job)
+            if job.num_reused is None:
+                job.num_reused = job.num_read
+                plan.started.append(job)
+            else:
+                plan.returned.append(job)
 
     def _has_room(self, job: Job) -> bool:
         """Give a request blocks for all its tokens, if there are enough.
@@ -167,8 +173,6 @@ class Scheduler:
         job.blocks = known + self.pool.take(more)
         job.num_read = len(known) * self._block
         job.num_published = job.num_read // self._unit(job)
-        if job.num_reused is None:
-            job.num_reused = job.num_read
         return True
 
     def _known(self, job: Job) -> list[int]:

@@ -121,8 +121,9 @@ def test_a_cache_without_enough_blocks_refuses_and_stays_as_it_is():
     cache.add_blocks([0])
     assert cache.capacity == BLOCK
     cache.reserve(BLOCK)
-    with pytest.raises(IndexError, match="20 positions in a cache with 1 blocks"), (
-        torch.inference_mode()
+    with (
+        pytest.raises(IndexError, match="20 positions in a cache with 1 blocks"),
+        torch.inference_mode(),
     ):
         model(batch_of([ids], [cache]))
     assert cache.length == 0

@@ -46,7 +46,7 @@ class Run:
         going = {one for one in running if one.goes_by_rows}
         plan = self.scheduler.plan()
         self.num_preempted += len(plan.preempted)
-        self.num_reused += sum(one.num_read for one in plan.started)
+        self.num_reused += sum(one.num_read for one in [*plan.started, *plan.returned])
         turns = dict(plan.turns)
         assert len(turns) == len(plan.turns)
         assert going - set(plan.preempted) <= set(turns), "one that generates was left out"
