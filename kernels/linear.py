@@ -15,7 +15,8 @@ from .trust import may_use_cpp
 def linear(x_NP: Tensor, weight_QP: Tensor) -> Tensor:
     """Return ``x @ weight.T``; in bf16 without gradients, rows do not depend on the batch size."""
     if not torch.is_grad_enabled() and may_use_cpp(x_NP):
-        y_NQ = cpp_linear(x_NP, weight_QP)
+        # A part of wider rows is contiguous if it is one row alone, which must not matter.
+        y_NQ = cpp_linear(x_NP.contiguous(), weight_QP)
         if y_NQ is not None:
             return y_NQ
     return bf16_row_stable_linear(x_NP, weight_QP)

@@ -11,7 +11,8 @@ from .trust import may_use_cpp
 def rms_norm(x: Tensor, weight_H: Tensor, epsilon: float) -> Tensor:
     """Return ``weight * x / rms(x)`` over the last dimension, computed at least in fp32."""
     if not torch.is_grad_enabled() and may_use_cpp(x):
-        normed = cpp_rms_norm(x, weight_H, epsilon)
+        # A part of wider rows is contiguous if it is one row alone, which must not matter.
+        normed = cpp_rms_norm(x.contiguous(), weight_H, epsilon)
         if normed is not None:
             return normed
     wide = x.to(torch.promote_types(x.dtype, torch.float32))

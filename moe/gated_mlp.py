@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from ..kernels.values.activation import Activation, gated
+from ..kernels.gated import gated
+from ..kernels.values.activation import Activation
 from .adapters.rows import AdapterRows
 from .linear import Linear
 

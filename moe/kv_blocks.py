@@ -7,52 +7,112 @@ N blocks, G key/value heads, H head width, V value width, L new positions, S pos
 
 from array import array
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ..kernels.attention import BLOCK as BLOCK
 from .kept_ids import KeptIds
 from .kv_cache import KVCacheSpec
 
-BLOCK = 16
-"""Positions in a block."""
+KVDtype = Literal["int8"]
+"""Type of stored keys and values, if it is not the model's."""
+SCALE_BYTES = 4
 
 
-def bytes_per_block(specs: Sequence[KVCacheSpec]) -> int:
+def bytes_per_block(specs: Sequence[KVCacheSpec], dtype: KVDtype | None = None) -> int:
     """Return the bytes of one block in all layers."""
-    return sum(
-        BLOCK * spec.num_kv_heads * (spec.head_dim + spec.v_dim) * spec.dtype.itemsize
-        for spec in specs
-    )
+    total = 0
+    for spec in specs:
+        for width in filter(None, (spec.head_dim, spec.v_dim)):
+            row = width * spec.dtype.itemsize if dtype is None else width + SCALE_BYTES
+            total += BLOCK * spec.num_kv_heads * row
+    return total
 
 
 class KVBlocks:
     """The memory of ``num_blocks`` blocks; a block's id is valid in every layer.
 
-    Blocks are not cleared. The allocator's error is raised if there is not enough memory.
+    With ``int8``, each position and head has integers and an fp32 scale, computed from its own
+    numbers alone. Blocks are not cleared. The allocator's error is raised if there is not enough
+    memory.
     """
 
-    def __init__(self, specs: Sequence[KVCacheSpec], num_blocks: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        specs: Sequence[KVCacheSpec],
+        num_blocks: int,
+        device: torch.device,
+        dtype: KVDtype | None = None,
+    ) -> None:
         self.specs = tuple(specs)
         self.num_blocks = num_blocks
         self.device = device
+        self.is_int8 = dtype == "int8"
         # Heads first: memory of one head is then like that of a long sequence without blocks.
-        self.keys_GNLH = [self._empty(spec, spec.head_dim) for spec in specs]
-        """By layer: ``[G, N, BLOCK, H]``."""
-        self.values_GNLV = [self._empty(spec, spec.v_dim) for spec in specs]
-        """By layer: ``[G, N, BLOCK, V]``."""
-        pairs = zip(self.keys_GNLH, self.values_GNLV, strict=True)
-        self.addresses = array("q", (part.data_ptr() for pair in pairs for part in pair))
-        """Addresses of that memory, for kernels: keys, then values, of each layer."""
+        self.layers = [
+            (
+                self._rows(spec, spec.head_dim),
+                self._rows(spec, spec.v_dim),
+                *([self._scales(spec, spec.head_dim)] if self.is_int8 else []),
+                *([self._scales(spec, spec.v_dim)] if self.is_int8 else []),
+            )
+            for spec in specs
+        ]
+        """By layer: keys ``[G, N, BLOCK, H]`` and values ``[G, N, BLOCK, V]``; then, in int8, the
+        scales of both, ``[G, N, BLOCK]``."""
+        self.addresses = array("q", (part.data_ptr() for part in self.tensors))
+        """Addresses of these tensors, for kernels."""
 
-    def _empty(self, spec: KVCacheSpec, width: int) -> Tensor:
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors of all layers."""
+        return [part for layer in self.layers for part in layer]
+
+    def _rows(self, spec: KVCacheSpec, width: int) -> Tensor:
         shape = (spec.num_kv_heads, self.num_blocks, BLOCK, width)
-        return torch.empty(shape, dtype=spec.dtype, device=self.device)
+        dtype = torch.int8 if self.is_int8 else spec.dtype
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def _scales(self, spec: KVCacheSpec, width: int) -> Tensor:
+        num_blocks = self.num_blocks if width else 0
+        shape = (spec.num_kv_heads, num_blocks, BLOCK)
+        return torch.empty(shape, dtype=torch.float32, device=self.device)
 
     def copy(self, source: int, target: int) -> None:
         """Copy a block's keys and values of every layer to another block."""
-        for memory in (*self.keys_GNLH, *self.values_GNLV):
-            memory[:, target] = memory[:, source]
+        for part in self.tensors:
+            if part.shape[1]:
+                part[:, target] = part[:, source]
+
+    def write(self, layer: int, blocks_L: Tensor, places_L: Tensor, new: Sequence[Tensor]) -> None:
+        """Store keys and values, ``[G, L, width]``, at places of blocks."""
+        for kind, (part, rows_GLH) in enumerate(zip(self.layers[layer][:2], new, strict=True)):
+            if self.is_int8 and rows_GLH.shape[-1]:
+                rows_GLH, scales_GL = rounded(rows_GLH)
+                self.layers[layer][2 + kind][:, blocks_L, places_L] = scales_GL
+            part[:, blocks_L, places_L] = rows_GLH.to(part.dtype)
+
+    def read(self, layer: int, blocks_n: Tensor) -> tuple[Tensor, Tensor]:
+        """Return copies of the keys and values of blocks, ``[G, n * BLOCK, width]``."""
+        keys, values = (part[:, blocks_n].flatten(1, 2) for part in self.layers[layer][:2])
+        if self.is_int8:
+            dtype = self.specs[layer].dtype
+            scales = [
+                part[:, blocks_n].flatten(1) for part in self.layers[layer][2:] if len(part[0])
+            ]
+            keys = (keys * scales[0].unsqueeze(-1)).to(dtype)
+            values = (values * scales[-1].unsqueeze(-1)).to(dtype)
+        return keys, values
+
+
+def rounded(rows_GLH: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each row as integers up to 127, ``[G, L, H]``, and its fp32 scale, ``[G, L]``."""
+    wide_GLH = rows_GLH.float()
+    scales_GL = wide_GLH.abs().amax(dim=-1) / 127
+    units_GLH = (wide_GLH / scales_GL.clamp(min=1e-30).unsqueeze(-1)).nan_to_num()
+    return units_GLH.round().clamp(-127, 127).to(torch.int8), scales_GL
 
 
 class BlockCache:
@@ -81,6 +141,21 @@ class BlockCache:
     def addresses(self) -> "array[int]":
         """Addresses of the memory of all sequences: keys, then values, of each layer."""
         return self.memory.addresses
+
+    @property
+    def table(self) -> "array[int]":
+        """The sequence's blocks."""
+        return self.blocks
+
+    @property
+    def head_positions(self) -> int:
+        """Positions in a head's memory."""
+        return self.memory.num_blocks * BLOCK
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether keys and values are integers with scales; else they have the model's type."""
+        return self.memory.is_int8
 
     def add_blocks(self, ids: Iterable[int]) -> None:
         """Append blocks, which hold the positions from ``capacity`` on.
@@ -112,8 +187,7 @@ class BlockCache:
         positions_L = torch.arange(self.length, self.length + num_new)
         blocks_L = self._table()[positions_L // BLOCK].to(self.memory.device)
         places_L = (positions_L % BLOCK).to(self.memory.device)
-        self.memory.keys_GNLH[layer][:, blocks_L, places_L] = keys_GLH
-        self.memory.values_GNLV[layer][:, blocks_L, places_L] = values_GLV
+        self.memory.write(layer, blocks_L, places_L, (keys_GLH, values_GLV))
 
     def keep_ids(self, ids_L: Tensor) -> None:
         """Store the token ids of the positions that follow ``length``, for :meth:`last_id`."""
@@ -130,9 +204,8 @@ class BlockCache:
     def view(self, layer: int, end: int) -> tuple[Tensor, Tensor]:
         """Return copies of the first ``end`` keys of ``layer``, ``[G, end, H]``, and values."""
         blocks_n = self._table()[: -(-end // BLOCK)].to(self.memory.device)
-        memory = self.memory.keys_GNLH[layer], self.memory.values_GNLV[layer]
-        keys, values = (part[:, blocks_n].flatten(1, 2)[:, :end] for part in memory)
-        return keys, values
+        keys_GSH, values_GSV = self.memory.read(layer, blocks_n)
+        return keys_GSH[:, :end], values_GSV[:, :end]
 
     def _table(self) -> Tensor:
         return torch.tensor(self.blocks, dtype=torch.int64, device="cpu")

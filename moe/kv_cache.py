@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..kernels.attention import BLOCK, Cache
 from .kept_ids import KeptIds
 
 
@@ -25,22 +26,20 @@ class KVCacheSpec:
     dtype: torch.dtype
 
 
-class KVCache(Protocol):
-    """The interface of the cache of one sequence, over all layers."""
+class KVCache(Cache, Protocol):
+    """The interface of the cache of one sequence, over all layers.
 
-    length: int
-    """Positions stored; advanced once per forward, after the last layer."""
-    capacity: int
-    """Positions there is memory for."""
-    addresses: "array[int]"
-    """Addresses of that memory, for kernels: keys, then values, of each layer."""
+    ``length`` is advanced once per forward, after the last layer. ``reserve`` raises and changes
+    nothing where there is no room.
+    """
+
+    @property
+    def capacity(self) -> int:
+        """Positions there is memory for."""
+        ...
 
     def spec(self, layer: int) -> KVCacheSpec:
         """Say what ``layer`` keeps per position."""
-        ...
-
-    def reserve(self, count: int) -> None:
-        """Make room for ``count`` more positions, or raise and change nothing."""
         ...
 
     def append(self, layer: int, keys_GLH: Tensor, values_GLV: Tensor) -> None:
@@ -73,6 +72,10 @@ class SequenceCache:
         """Positions there is memory for."""
         self.addresses = array("q")
         """Addresses of that memory: keys, then values, of each layer."""
+        self.table = array("q")
+        """Blocks of that memory, one after the other."""
+        self.is_int8 = False
+        """Keys and values have the model's type."""
         self._keys_GLH: list[Tensor] = []
         self._values_GLV: list[Tensor] = []
         self._ids = KeptIds(device)
@@ -80,6 +83,11 @@ class SequenceCache:
     def spec(self, layer: int) -> KVCacheSpec:
         """Say what ``layer`` keeps per position."""
         return self._specs[layer]
+
+    @property
+    def head_positions(self) -> int:
+        """Positions in a head's memory."""
+        return self.capacity
 
     def append(self, layer: int, keys_GLH: Tensor, values_GLV: Tensor) -> None:
         """Store the positions of ``layer`` that follow ``length``."""
@@ -122,6 +130,7 @@ class SequenceCache:
         self.capacity, self._keys_GLH, self._values_GLV = capacity, keys_GLH, values_GLV
         pairs = zip(keys_GLH, values_GLV, strict=True)
         self.addresses = array("q", (buffer.data_ptr() for pair in pairs for buffer in pair))
+        self.table = array("q", range(-(-capacity // BLOCK)))
 
     def _grown(self, old: list[Tensor], widths: list[int], capacity: int) -> list[Tensor]:
         """Return larger buffers, one per layer, with the stored positions."""
@@ -149,8 +158,10 @@ class CachePosition:
         self._whole = whole
         self.capacity = whole.capacity
         """Positions there is memory for."""
-        self.addresses = whole.addresses
-        """Addresses of that memory: keys, then values, of each layer."""
+        self.addresses, self.table = whole.addresses, whole.table
+        """Where that memory is."""
+        self.head_positions, self.is_int8 = whole.head_positions, whole.is_int8
+        """How it is laid out."""
 
     def spec(self, layer: int) -> KVCacheSpec:
         """Say what ``layer`` keeps per position."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..kernels.experts import Backend
+from ..kernels.gated import row_sigmoid
 from ..kernels.values.activation import ACTIVATIONS, Activation
 from .adapters.rows import AdapterRows
 from .experts.adapted import adapted_path, of_lines
@@ -210,7 +211,7 @@ def _run_shared(
 ) -> Tensor:
     """Return what the shared expert adds to every token."""
     y_TD: Tensor = expert(x_TD, adapters)
-    return y_TD if gate is None else gate(x_TD, adapters).sigmoid() * y_TD
+    return y_TD if gate is None else row_sigmoid(gate(x_TD, adapters)) * y_TD
 
 
 def auxiliary_loss(

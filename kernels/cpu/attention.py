@@ -1,33 +1,19 @@
-"""Attention of single new positions on the C++ kernels.
+"""A layer's attention with its norms and projections, on the C++ kernels.
 
-B sequences with one row each, D model width, H head width.
+T rows of all sequences, D model width, H head width.
 """
 
 import ctypes
-from array import array
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from .cached_rows import NewRows, fits_kernels
 from .library import TYPES, address, functions_for
 from .structures import AttentionArguments, AttentionWeights
-
-
-class Cache(Protocol):
-    """The keys and values of one sequence over all layers."""
-
-    length: int
-    capacity: int
-    addresses: "array[int]"
-    """Of keys, then values, of each layer; ``[G, capacity, H]`` each."""
-
-    def reserve(self, count: int) -> None:
-        """Make room for ``count`` more positions."""
-        ...
 
 
 class AttentionModules(NamedTuple):
@@ -93,7 +79,7 @@ NOTHING: dict[str, Parameter | None] = {}
 
 
 class RowAttention:
-    """A decoder layer's attention and the norms before and after it, one cache per row.
+    """A decoder layer's attention and the norms before and after it, for sequences with caches.
 
     Holds the addresses of the parameters; :meth:`is_of` says whether they are still valid.
     """
@@ -108,7 +94,12 @@ class RowAttention:
         present = [tensor for tensor in tensors if tensor is not None]
         is_whole = None not in self._pointers[:NUM_NEEDED]
         has_both_norms = (modules.q_norm is None) == (modules.k_norm is None)
-        self._can_run = is_whole and has_both_norms and functions_for(*present) is not None
+        self._can_run = (
+            is_whole
+            and has_both_norms
+            and fits_kernels(options.head_dim, present[0].dtype)
+            and functions_for(*present) is not None
+        )
         self._type = TYPES.get(present[0].dtype)
         q_norm = by_name["q_norm"].get("weight")
         self._weights = AttentionWeights(
@@ -137,44 +128,29 @@ class RowAttention:
         return self._pointers_now() == self._pointers
 
     def run(
-        self, x_BD: Tensor, rope: tuple[Tensor, Tensor], layer: int, step: "RowStep"
+        self, x_TD: Tensor, rope: tuple[Tensor, Tensor], layer: int, new: NewRows
     ) -> tuple[Tensor, Tensor] | None:
         """Return the residual stream after attention and its norm, or None if it cannot be run.
 
-        Stores the new position in the caches; they count it once the forward is over.
+        Stores the new positions in the caches; they count them once the forward is over.
         """
-        functions = functions_for(x_BD, *rope) if self._can_run else None
-        if functions is None or TYPES[x_BD.dtype] != self._type:
+        functions = functions_for(x_TD, *rope) if self._can_run else None
+        if functions is None or TYPES[x_TD.dtype] != self._type:
             return None
-        x_out_BD, normed_BD = torch.empty_like(x_BD), torch.empty_like(x_BD)
+        x_out_TD, normed_TD = torch.empty_like(x_TD), torch.empty_like(x_TD)
         arguments = AttentionArguments(
+            to=new.address,
             layer=layer,
-            sequences=x_BD.shape[0],
             threads=torch.get_num_threads(),
-            x=x_BD.data_ptr(),
+            x=x_TD.data_ptr(),
             cosine=rope[0].data_ptr(),
             sine=rope[1].data_ptr(),
-            caches=step.caches.buffer_info()[0],
-            lengths=step.lengths.buffer_info()[0],
-            capacities=step.capacities.buffer_info()[0],
-            x_out=x_out_BD.data_ptr(),
-            normed=normed_BD.data_ptr(),
+            x_out=x_out_TD.data_ptr(),
+            normed=normed_TD.data_ptr(),
         )
-        functions.moeyard_attend(ctypes.byref(self._weights), ctypes.byref(arguments))
-        return x_out_BD, normed_BD
+        functions.moeyard_attention(ctypes.byref(self._weights), ctypes.byref(arguments))
+        return x_out_TD, normed_TD
 
 
 def _parameters(module: nn.Module | None) -> dict[str, Parameter | None]:
     return NOTHING if module is None else module._parameters
-
-
-class RowStep:
-    """The caches of a step's sequences, with room for one more position in each."""
-
-    def __init__(self, caches: Sequence[Cache]) -> None:
-        for cache in caches:
-            cache.reserve(1)
-        self._addresses = [cache.addresses for cache in caches]  # keeps them alive
-        self.caches = array("q", (addresses.buffer_info()[0] for addresses in self._addresses))
-        self.lengths = array("q", (cache.length for cache in caches))
-        self.capacities = array("q", (cache.capacity for cache in caches))

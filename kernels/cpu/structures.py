@@ -35,6 +35,20 @@ class NormArguments(ctypes.Structure):
     ]
 
 
+class GatedArguments(ctypes.Structure):
+    """``y = act(gate) * factor(up)``."""
+
+    _fields_ = [
+        ("type", Int),
+        ("activation", Int),
+        ("rows", Int),
+        ("width", Int),
+        ("threads", Int),
+        ("x", Pointer),
+        ("y", Pointer),
+    ]
+
+
 class Biases(ctypes.Structure):
     """A bias for every slot, or none."""
 
@@ -244,27 +258,63 @@ class AttentionWeights(ctypes.Structure):
     ]
 
 
-class AttentionArguments(ctypes.Structure):
-    """One new position of each sequence."""
+class CachedRows(ctypes.Structure):
+    """The memory of keys and values of some sequences, of which each adds rows."""
 
     _fields_ = [
-        ("layer", Int),
         ("sequences", Int),
+        ("rows", Int),
+        ("caches", Pointer),
+        ("tables", Pointer),
+        ("lengths", Pointer),
+        ("counts", Pointer),
+        ("capacities", Pointer),
+        ("are_int8", Pointer),
+    ]
+
+
+class AttentionArguments(ctypes.Structure):
+    """A layer's attention with what is around it, for all rows of some sequences."""
+
+    _fields_ = [
+        ("to", Pointer),
+        ("layer", Int),
         ("threads", Int),
         ("x", Pointer),
         ("cosine", Pointer),
         ("sine", Pointer),
-        ("caches", Pointer),
-        ("lengths", Pointer),
-        ("capacities", Pointer),
         ("x_out", Pointer),
         ("normed", Pointer),
+    ]
+
+
+class AttendArguments(ctypes.Structure):
+    """Attention alone, of finished queries, keys and values."""
+
+    _fields_ = [
+        ("to", Pointer),
+        ("layer", Int),
+        ("threads", Int),
+        ("type", Int),
+        ("num_heads", Int),
+        ("num_kv_heads", Int),
+        ("key_width", Int),
+        ("value_width", Int),
+        ("values_in_keys", Int),
+        ("window", Int),
+        ("scale", Float),
+        ("q", Pointer),
+        ("k", Pointer),
+        ("v", Pointer),
+        ("sinks", Pointer),
+        ("out", Pointer),
     ]
 
 
 STRUCTURES: tuple[type[ctypes.Structure], ...] = (
     LinearArguments,
     NormArguments,
+    GatedArguments,
     Biases,
     ExpertArguments,
     QuantizedMatrix,
@@ -277,7 +327,9 @@ STRUCTURES: tuple[type[ctypes.Structure], ...] = (
     CombineArguments,
     RouterArguments,
     AttentionWeights,
+    CachedRows,
     AttentionArguments,
+    AttendArguments,
 )
 """In the order of ``moeyard_sizes`` (library.cpp)."""
 

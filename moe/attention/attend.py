@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...kernels.attention import attend_causally
+from ...kernels.attention import NewRows, attend_cached, attend_causally
 from ..batch import Batch, Packing
 from ..kv_cache import KVCache
 
@@ -28,12 +28,24 @@ class AttentionRule:
 
 
 def attend(
-    q_TQH: Tensor, k_TGH: Tensor, v_TGV: Tensor, batch: Batch, rule: AttentionRule, layer: int
+    q_TQH: Tensor,
+    k_TGH: Tensor,
+    v_TGV: Tensor,
+    batch: Batch,
+    rule: AttentionRule,
+    layer: int,
+    new: NewRows | None = None,
 ) -> Tensor:
     """Return each row's attention over its own sequence, ``[T, Q, V]``.
 
-    Caches, if the batch has any, receive the new keys and values of ``layer``.
+    Caches, if the batch has any, receive the new keys and values of ``layer``. ``new`` are those
+    caches for the C++ kernels, where a row's bits do not depend on the rows that are new with it.
     """
+    if new is not None:
+        facts = {"scale": rule.scale, "window": rule.window, "sinks_Q": rule.sinks_Q}
+        found = attend_cached(q_TQH, k_TGH, v_TGV, new, layer, **facts)
+        if found is not None:
+            return found
     if batch.caches is None and batch.is_uniform:
         return _uniform(q_TQH, k_TGH, v_TGV, batch.lengths[0], rule)
     if batch.packing is not None:

@@ -36,7 +36,7 @@ class ModuleBackend:
     def run(self, modules: Modules, x_ND: Tensor, part: Part) -> tuple[Tensor, Tensor]:
         """Return the residual stream after attention and its norm."""
         normed_ND = modules["input_layernorm"](x_ND)
-        x_ND = x_ND + modules["self_attn"](normed_ND, part.batch, part.rope)
+        x_ND = x_ND + modules["self_attn"](normed_ND, part.batch, part.rope, part.new)
         return x_ND, modules["post_attention_layernorm"](x_ND)
 
 

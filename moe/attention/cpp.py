@@ -1,4 +1,4 @@
-"""Single new positions on the C++ kernels: which attention layers they support.
+"""Attention with its norms and projections on the C++ kernels: which layers they support.
 
 N rows of a part, D model width.
 """
@@ -14,7 +14,7 @@ from .parts import Part
 
 
 class RowBackend:
-    """Grouped-query attention of sequences that add one row each."""
+    """Grouped-query attention of sequences that have a cache."""
 
     def __init__(self, layer: int, epsilon: float) -> None:
         self._layer = layer
@@ -30,7 +30,7 @@ class RowBackend:
     ) -> tuple[Tensor, Tensor] | None:
         """Return the residual stream after attention and its norm, or None; see backend.py."""
         attention = modules["self_attn"]
-        if part.step is None or not isinstance(attention, Attention):
+        if part.new is None or part.is_adapted or not isinstance(attention, Attention):
             return None
         if attention.uses_rope and attention.interleaved:
             return None
@@ -48,7 +48,7 @@ class RowBackend:
         )
         if self._known is None or not self._known.is_of(used):
             self._known = RowAttention(used, self._options(attention))
-        return self._known.run(x_ND, part.rope, self._layer, part.step)
+        return self._known.run(x_ND, part.rope, self._layer, part.new)
 
     def _options(self, attention: Attention) -> AttentionOptions:
         return AttentionOptions(

@@ -6,6 +6,7 @@ T tokens, D model width, Q query heads, G key/value heads, H head width.
 import torch
 from torch import Tensor, nn
 
+from ...kernels.attention import NewRows
 from ..batch import Batch
 from ..config.model import ModelConfig
 from ..kv_cache import KVCacheSpec
@@ -30,6 +31,8 @@ class Attention(nn.Module):
         self.interleaved = attention.rope_interleaved
         self.clip = attention.clip_qkv
         self.scale = softmax_scale(config)
+        self.fits_kernels = self.head_dim % 2 == 0
+        """Whether the C++ kernels run with a cache: they multiply in pairs."""
         d_model, has_bias = config.d_model, attention.qkv_bias
         q_width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         self.q_proj = Linear(d_model, q_width, has_bias)
@@ -48,8 +51,10 @@ class Attention(nn.Module):
         width = self.head_dim
         return KVCacheSpec(self.num_kv_heads, width, width, self.k_proj.weight.dtype)
 
-    def forward(self, x_TD: Tensor, batch: Batch, rope: Tables) -> Tensor:
-        """Return the attention output, ``[T, D]``."""
+    def forward(
+        self, x_TD: Tensor, batch: Batch, rope: Tables, new: NewRows | None = None
+    ) -> Tensor:
+        """Return the attention output, ``[T, D]``; ``new`` as in :class:`.parts.Part`."""
         q_TQH = self._heads(self.q_proj(x_TD, batch.adapters), self.q_norm, self.num_heads)
         k_TGH = self._heads(self.k_proj(x_TD, batch.adapters), self.k_norm, self.num_kv_heads)
         v_TGH = self._heads(self.v_proj(x_TD, batch.adapters), None, self.num_kv_heads)
@@ -57,7 +62,7 @@ class Attention(nn.Module):
             q_TQH = rotate(q_TQH, rope, self.interleaved)
             k_TGH = rotate(k_TGH, rope, self.interleaved)
         rule = AttentionRule(self.scale, self.window, self.sinks)
-        out_TQH = attend(q_TQH, k_TGH, v_TGH, batch, rule, self.layer)
+        out_TQH = attend(q_TQH, k_TGH, v_TGH, batch, rule, self.layer, new)
         out_TD: Tensor = self.o_proj(out_TQH.flatten(-2), batch.adapters)
         return out_TD
 

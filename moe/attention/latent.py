@@ -4,9 +4,14 @@ T tokens, D model width, Q heads, C latent width (``kv_rank``), R rotated part o
 without position, V value width, L rows of one sequence, S positions.
 """
 
+from collections.abc import Callable
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
+from ...kernels.attention import NewRows, attend_cached
+from ...kernels.grouped_linear import grouped_linear, grouped_transposed
 from ..adapters.rows import AdapterRows
 from ..batch import Batch
 from ..config.model import ModelConfig
@@ -15,6 +20,8 @@ from ..linear import Linear
 from ..norm import RMSNorm
 from .attend import AttentionRule, attend, attend_heads
 from .rope import Tables, rotate, softmax_scale
+
+Product = Callable[[Tensor, Tensor, list[tuple[int, int, int]]], Tensor]
 
 LATENT_EPS = 1e-6
 """Epsilon of the norms of latents, for every epsilon of the model's norms (as in Hugging Face)."""
@@ -36,6 +43,9 @@ class LatentAttention(nn.Module):
         self.latent = latent
         self.interleaved = config.attention.rope_interleaved
         self.rule = AttentionRule(softmax_scale(config))
+        widths = (latent.kv_rank, latent.nope_dim, latent.rope_dim, latent.v_dim)
+        self.fits_kernels = all(width % 2 == 0 for width in widths)
+        """Whether the C++ kernels run with a cache: they multiply in pairs."""
         d_model, has_bias = config.d_model, config.attention.qkv_bias
         q_width = self.num_heads * (latent.nope_dim + latent.rope_dim)
         if latent.q_rank is None:
@@ -55,8 +65,10 @@ class LatentAttention(nn.Module):
         width = self.latent.kv_rank + self.latent.rope_dim
         return KVCacheSpec(1, width, 0, self.kv_b_proj.weight.dtype)
 
-    def forward(self, x_TD: Tensor, batch: Batch, rope: Tables) -> Tensor:
-        """Return the attention output, ``[T, D]``."""
+    def forward(
+        self, x_TD: Tensor, batch: Batch, rope: Tables, new: NewRows | None = None
+    ) -> Tensor:
+        """Return the attention output, ``[T, D]``; ``new`` as in :class:`.parts.Part`."""
         q_TQN, q_TQR = self._queries(x_TD, batch.adapters, rope)
         c_TC, k_TR = self.kv_a_proj_with_mqa(x_TD, batch.adapters).split(
             [self.latent.kv_rank, self.latent.rope_dim], dim=-1
@@ -65,6 +77,9 @@ class LatentAttention(nn.Module):
         k_T1R = rotate(k_TR.unsqueeze(1), rope, self.interleaved)
         if batch.caches is None:
             out_TQV = self._expanded(q_TQN, q_TQR, c_TC, k_T1R, batch)
+        elif new is not None and self.fits_kernels:
+            rows_T1P = torch.cat([c_TC.unsqueeze(1), k_T1R], dim=-1)
+            out_TQV = self._rows_cached(q_TQN, q_TQR, rows_T1P, batch, new)
         else:
             parts = (t.split(batch.lengths) for t in (q_TQN, q_TQR, c_TC, k_T1R))
             sequences = zip(*parts, batch.caches, self._expansions(batch), strict=True)
@@ -104,6 +119,42 @@ class LatentAttention(nn.Module):
             update = None if adapters is None else adapters.update(sequence, self.kv_b_proj)
             weights.append(weight if update is None else weight + update.b_OP @ update.a_PI)
         return weights
+
+    def _rows_cached(
+        self, q_TQN: Tensor, q_TQR: Tensor, rows_T1P: Tensor, batch: Batch, new: NewRows
+    ) -> Tensor:
+        """Do the same as below for all sequences, with bits that depend on no other new row."""
+        q_TQC = self._by_head(grouped_transposed, q_TQN, batch, "keys")
+        q_TQP = torch.cat([q_TQC, q_TQR], dim=-1)
+        mixed_TQC = attend_cached(
+            q_TQP,
+            rows_T1P,
+            None,
+            new,
+            self.layer,
+            scale=self.rule.scale,
+            value_width=self.latent.kv_rank,
+        )
+        assert mixed_TQC is not None, "parts.py asked whether the kernels take these rows"
+        return self._by_head(grouped_linear, mixed_TQC, batch, "values")
+
+    def _by_head(
+        self, product: Product, x_TQI: Tensor, batch: Batch, part: Literal["keys", "values"]
+    ) -> Tensor:
+        """Multiply each head's rows with the head's matrix of keys or values, ``[T, Q, O]``."""
+        lengths, expansions = list(batch.lengths), self._expansions(batch)
+        if all(expansion is self.kv_b_proj.weight for expansion in expansions):
+            lengths, expansions = [len(x_TQI)], expansions[:1]
+        out = []
+        for x_LQI, expansion_PC in zip(x_TQI.split(lengths), expansions, strict=True):
+            expand_QPC = expansion_PC.unflatten(0, (self.num_heads, -1))
+            keys_QNC, values_QVC = expand_QPC.split([self.latent.nope_dim, self.latent.v_dim], 1)
+            length = len(x_LQI)
+            spans = [(head, head * length, (head + 1) * length) for head in range(self.num_heads)]
+            rows_NI = x_LQI.transpose(0, 1).flatten(0, 1)
+            y_NO = product(rows_NI, keys_QNC if part == "keys" else values_QVC, spans)
+            out.append(y_NO.unflatten(0, (self.num_heads, length)).transpose(0, 1))
+        return torch.cat(out)
 
     def _one_cached(
         self,

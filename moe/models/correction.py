@@ -169,8 +169,8 @@ class _Row:
     def _scores(self, ids: list[int]) -> Tensor:
         """Return the scores after each of some tokens that follow the cache, ``[N, V]``.
 
-        Each is a sequence of one row: so its bits are those of a single step, which a forward over
-        several positions of one sequence would round differently.
+        Each is a sequence of one row, so its bits are those of a single step. Torch's attention
+        rounds several positions of one sequence differently.
         """
         ids_N = to_device(torch.tensor(ids), self._prompt_T.device)
         start, cache = self._cache.length, self._cache

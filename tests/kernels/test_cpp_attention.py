@@ -10,8 +10,8 @@ from moeyard.kernels.cpu.attention import (
     AttentionModules,
     AttentionOptions,
     RowAttention,
-    RowStep,
 )
+from moeyard.kernels.cpu.cached_rows import NewRows
 
 pytestmark = [
     pytest.mark.skipif(library.load().functions is None, reason=library.load().state),
@@ -28,7 +28,7 @@ def steps(modules, options, dtype, past, count=2) -> list[tuple[Tensor, Tensor]]
     found = []
     for step in range(count):
         x_BD, *rope = inputs(dtype, past, step)
-        made = attention.run(x_BD, tuple(rope), LAYER, RowStep(caches))
+        made = attention.run(x_BD, tuple(rope), LAYER, NewRows(caches, [1] * len(caches)))
         assert made is not None
         found.append(made)
         for cache in caches:
@@ -134,4 +134,6 @@ def test_leaves_rows_that_need_gradients_to_others():
 def attempt(modules: AttentionModules, options: AttentionOptions) -> tuple[Tensor, Tensor] | None:
     caches, _ = caches_of(torch.float32, PAST)
     x_BD, *rope = inputs(torch.float32, PAST, 0)
-    return RowAttention(modules, options).run(x_BD, tuple(rope), LAYER, RowStep(caches))
+    return RowAttention(modules, options).run(
+        x_BD, tuple(rope), LAYER, NewRows(caches, [1] * len(caches))
+    )

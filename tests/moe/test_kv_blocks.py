@@ -39,11 +39,13 @@ def decoder(kind: str, dtype: torch.dtype, router=None) -> Decoder:
     return Decoder(config).to(dtype).eval()
 
 
-def memory_of(model: Decoder, num_blocks: int) -> KVBlocks:
+def memory_of(model: Decoder, num_blocks: int, dtype=None) -> KVBlocks:
     specs = [layer.self_attn.cache_spec() for layer in model.layers]
-    memory = KVBlocks(specs, num_blocks, torch.device("cpu"))
-    for part in (*memory.keys_GNLH, *memory.values_GNLV):
-        part.fill_(torch.nan)  # so that a position nobody wrote shows
+    memory = KVBlocks(specs, num_blocks, torch.device("cpu"), dtype)
+    for part in memory.tensors:
+        part.fill_(
+            torch.nan if part.is_floating_point() else 99
+        )  # so that a position that was not written shows
     return memory
 
 
@@ -134,7 +136,24 @@ def test_a_cache_without_enough_blocks_refuses_and_stays_as_it_is():
 
 
 @KIND
-def test_the_bytes_of_a_block_are_those_of_its_memory(kind):
-    memory = memory_of(decoder(kind, torch.bfloat16), 5)
-    parts = (*memory.keys_GNLH, *memory.values_GNLV)
-    assert 5 * bytes_per_block(memory.specs) == sum(part.nbytes for part in parts)
+@pytest.mark.parametrize("stored", [None, "int8"])
+def test_the_bytes_of_a_block_are_those_of_its_memory(kind, stored):
+    memory = memory_of(decoder(kind, torch.bfloat16), 5, stored)
+    assert 5 * bytes_per_block(memory.specs, stored) == sum(part.nbytes for part in memory.tensors)
+
+
+@KIND
+@pytest.mark.parametrize("kernels", [library.load(), NONE], ids=["cpp", "torch"])
+def test_int8_is_close_to_the_models_type(kind, kernels, monkeypatch):
+    monkeypatch.setattr(library, "_loaded", kernels)
+    model, (ids,) = decoder(kind, torch.float32), prompts(60)
+    expected = read(model, [ids], [model.new_cache()], CHUNKS)[0]
+    memory = memory_of(model, 5, "int8")
+    first, second = BlockCache(memory, 64), BlockCache(memory, 64)
+    first.add_blocks([3, 1, 4, 0])
+    found = read(model, [ids], [first], CHUNKS)[0]
+    assert 0 < (found - expected).norm() < 0.05 * expected.norm()
+    memory.copy(4, 2)
+    second.add_blocks([3, 1, 2, 0])
+    second.length = 39
+    assert torch.equal(read(model, [ids], [second], CHUNKS[-1:])[0], found[39:])

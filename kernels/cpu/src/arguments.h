@@ -22,6 +22,13 @@ struct NormArguments {
     void* y;
 };
 
+// y = act(gate) * factor(up) of rows [gate, up]. x [rows, 2 * width], y [rows, width].
+struct GatedArguments {
+    int64_t type, activation, rows, width, threads;
+    const void* x;
+    void* y;
+};
+
 // A bias for every slot, each one dense; null values = none.
 struct Biases {
     int64_t type, stride;
@@ -142,21 +149,46 @@ struct AttentionWeights {
     const void* sinks;  // [num_heads]: logits that take probability but have no value
 };
 
-// One new position of each sequence.
-struct AttentionArguments {
-    int64_t layer, sequences, threads;
-    const void* x;              // [B, D]: the residual stream
-    const void *cosine, *sine;  // [B, head_dim]
-    // By sequence: its caches' addresses, keys then values of each layer, [G, capacity, H] each.
+// Positions in a block of keys and values.
+constexpr int64_t KV_BLOCK = 16;
+
+// The memory of keys and values of some sequences, of which each adds rows.
+struct CachedRows {
+    int64_t sequences, rows;
+    // By sequence: addresses for each layer of keys and of values, [G, capacity, width]; then, where
+    // they are int8, of the fp32 scales of both, [G, capacity].
     void* const* const* caches;
-    const int64_t *lengths, *capacities;  // [B]: positions stored, positions allocated
-    void *x_out, *normed;                 // [B, D]: the residual stream after, and its norm
+    const int64_t* const* tables;  // by sequence: the block of each KV_BLOCK positions
+    // [B]: positions stored before, rows to add, positions in a head's memory, and whether int8.
+    const int64_t *lengths, *counts, *capacities, *are_int8;
+};
+
+// A layer's attention with what is around it, for all rows of some sequences.
+struct AttentionArguments {
+    const CachedRows* to;
+    int64_t layer, threads;
+    const void* x;              // [T, D]: the residual stream
+    const void *cosine, *sine;  // [T, head_dim]
+    void *x_out, *normed;       // [T, D]: the residual stream after, and its norm
+};
+
+// Attention alone, of finished queries, keys and values.
+struct AttendArguments {
+    const CachedRows* to;
+    int64_t layer, threads, type, num_heads, num_kv_heads, key_width, value_width;
+    int64_t values_in_keys;  // a value is the first part of the key, and v is not read
+    int64_t window;          // as in AttentionWeights
+    float scale;
+    const void *q, *k, *v;  // [T, Q, key_width], [T, G, key_width], [T, G, value_width]
+    const void* sinks;
+    void* out;  // [T, Q, value_width]
 };
 
 struct Kernels {
     const char* name;
     void (*linear)(const LinearArguments*);
     void (*norm)(const NormArguments*);
+    void (*gated)(const GatedArguments*);
     int64_t (*experts)(const ExpertArguments*);
     int64_t (*quantized_experts)(const QuantizedExpertArguments*);
     int64_t (*group_sparse_experts)(const GroupSparseExpertArguments*);
@@ -168,5 +200,6 @@ struct Kernels {
     void (*grouped_weight_grad)(const GroupedArguments*);
     void (*combine)(const CombineArguments*);
     void (*route)(const RouterArguments*);
-    void (*attend)(const AttentionWeights*, const AttentionArguments*);
+    void (*attention)(const AttentionWeights*, const AttentionArguments*);
+    void (*attend)(const AttendArguments*);
 };

@@ -5,6 +5,7 @@
 #include "expert_backward.h"
 #include "expert_forward.h"
 #include "experts.h"
+#include "gated.h"
 #include "grouped.h"
 #include "linear.h"
 #include "norm.h"
@@ -24,6 +25,7 @@ namespace ISA {
 
 static void run_linear(const LinearArguments* a) { BY_TYPE(linear, a->type, *a); }
 static void run_norm(const NormArguments* a) { BY_TYPE(norm, a->type, *a); }
+static void run_gated(const GatedArguments* a) { BY_TYPE(gated, a->type, *a); }
 static int64_t run_experts(const ExpertArguments* a) { return BY_TYPE(experts, a->type, *a); }
 static int64_t run_quantized_experts(const QuantizedExpertArguments* a) {
     return BY_TYPE(quantized_experts, a->rest.type, *a);
@@ -51,9 +53,10 @@ static void run_grouped_weight_grad(const GroupedArguments* a) {
 }
 static void run_combine(const CombineArguments* a) { BY_TYPE(combine, a->type, *a); }
 static void run_route(const RouterArguments* a) { BY_TYPE(route, a->type, *a); }
-static void run_attend(const AttentionWeights* w, const AttentionArguments* a) {
-    BY_TYPE(attend, w->type, *w, *a);
+static void run_attention(const AttentionWeights* w, const AttentionArguments* a) {
+    BY_TYPE(attention, w->type, *w, *a);
 }
+static void run_attend(const AttendArguments* a) { BY_TYPE(attend, a->type, *a); }
 
 }  // namespace ISA
 
@@ -62,6 +65,7 @@ const Kernels JOIN(kernels_, ISA) = {
     TEXT(ISA),
     ISA::run_linear,
     ISA::run_norm,
+    ISA::run_gated,
     ISA::run_experts,
     ISA::run_quantized_experts,
     ISA::run_group_sparse_experts,
@@ -73,5 +77,6 @@ const Kernels JOIN(kernels_, ISA) = {
     ISA::run_grouped_weight_grad,
     ISA::run_combine,
     ISA::run_route,
+    ISA::run_attention,
     ISA::run_attend,
 };

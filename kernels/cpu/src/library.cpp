@@ -54,6 +54,7 @@ PUBLIC const int64_t* moeyard_sizes() {
     static const int64_t sizes[] = {
         sizeof(LinearArguments),
         sizeof(NormArguments),
+        sizeof(GatedArguments),
         sizeof(Biases),
         sizeof(ExpertArguments),
         sizeof(QuantizedMatrix),
@@ -66,7 +67,9 @@ PUBLIC const int64_t* moeyard_sizes() {
         sizeof(CombineArguments),
         sizeof(RouterArguments),
         sizeof(AttentionWeights),
+        sizeof(CachedRows),
         sizeof(AttentionArguments),
+        sizeof(AttendArguments),
         0,
     };
     return sizes;
@@ -74,6 +77,7 @@ PUBLIC const int64_t* moeyard_sizes() {
 
 PUBLIC void moeyard_linear(const LinearArguments* a) { chosen->linear(a); }
 PUBLIC void moeyard_norm(const NormArguments* a) { chosen->norm(a); }
+PUBLIC void moeyard_gated(const GatedArguments* a) { chosen->gated(a); }
 PUBLIC int64_t moeyard_experts(const ExpertArguments* a) { return chosen->experts(a); }
 PUBLIC int64_t moeyard_quantized_experts(const QuantizedExpertArguments* a) {
     return chosen->quantized_experts(a);
@@ -97,7 +101,8 @@ PUBLIC void moeyard_grouped_weight_grad(const GroupedArguments* a) {
 }
 PUBLIC void moeyard_combine(const CombineArguments* a) { chosen->combine(a); }
 PUBLIC void moeyard_route(const RouterArguments* a) { chosen->route(a); }
-PUBLIC void moeyard_attend(const AttentionWeights* w, const AttentionArguments* a) {
-    chosen->attend(w, a);
+PUBLIC void moeyard_attention(const AttentionWeights* w, const AttentionArguments* a) {
+    chosen->attention(w, a);
 }
+PUBLIC void moeyard_attend(const AttendArguments* a) { chosen->attend(a); }
 }

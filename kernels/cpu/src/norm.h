@@ -9,6 +9,11 @@ namespace ISA {
 // Norms of fewer rows than this are not worth a second thread.
 constexpr int64_t FEW = 16;
 
+// Calls body(0 .. rows - 1), on several threads if there are many.
+template <class Body> void for_each_row(int64_t rows, int threads, Body body) {
+    for_each_task(rows, rows < FEW ? 1 : threads, body);
+}
+
 // out = weight * x / rms(x), in fp32 and rounded before the weight like Hugging Face's norm.
 template <class In, class Element>
 inline void rms_norm(const In* x, const Element* weight, int64_t width, float epsilon,

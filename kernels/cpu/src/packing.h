@@ -134,9 +134,9 @@ inline Lanes load_steps(const bf16* p) {
 }
 
 // Packs `depth` columns of rows [0, count) into panel[step][row], zero-padded: B is the transpose
-// of those rows, which are `stride` apart.
-template <class Element>
-inline void pack_transposed(const Element* rows, int64_t stride, int64_t depth, int64_t count,
+// of those rows. `row(n)` is the address of row n.
+template <class Element, class Row>
+inline void pack_transposed(Row row, int64_t depth, int64_t count,
                             typename Step<Element>::Value* panel) {
     constexpr int64_t Width = LANES * Step<Element>::SIZE;
     int64_t steps = blocks(depth, Step<Element>::SIZE);
@@ -145,7 +145,7 @@ inline void pack_transposed(const Element* rows, int64_t stride, int64_t depth, 
             Lanes block[LANES] = {};
             int64_t width = least(Width, depth - k);
             for (int64_t i = 0; i < least(LANES, count - n); i++) {
-                const Element* from = rows + (n + i) * stride + k;
+                const Element* from = row(n + i) + k;
                 if (width == Width) {
                     block[i] = load_steps(from);
                 } else {

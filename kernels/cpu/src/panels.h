@@ -178,7 +178,8 @@ template <class Element>
 inline void rows_times_transposed(const Element* const* x, int64_t rows, const Element* weights,
                                   int64_t depth, int64_t from, int64_t count, float (*c)[PANEL]) {
     auto pack = [&](int64_t k, int64_t some, auto* panel) {
-        pack_transposed<Element>(weights + from * depth + k, depth, some, count, panel);
+        auto row = [&](int64_t n) { return weights + (from + n) * depth + k; };
+        pack_transposed<Element>(row, some, count, panel);
     };
     rows_times_panel(x, rows, depth, pack, c);
 }
