@@ -40,14 +40,7 @@ def add(parsers: Parsers) -> None:
     serve.add_argument(
         "--num-threads", type=int, help="compute threads per replica; default: its share of cores"
     )
-    serve.add_argument(
-        "--replicas",
-        dest="num_replicas",
-        metavar="N",
-        type=int,
-        default=1,
-        help="processes that serve the model",
-    )
+    _add_replicas(serve)
     serve.add_argument(
         "--drain-timeout",
         metavar="SECONDS",
@@ -86,6 +79,17 @@ def _add_host_memory(serve: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="memory of this machine for further experts, shared by the replicas: 8GiB or 50%% of "
         "all; default: 0",
+    )
+
+
+def _add_replicas(serve: argparse.ArgumentParser) -> None:
+    serve.add_argument(
+        "--replicas",
+        dest="num_replicas",
+        metavar="N",
+        type=int,
+        default=1,
+        help="processes that serve the model",
     )
 
 

@@ -17,7 +17,8 @@ from ..moe.routes.reader import SUFFIX
 from .api.adapters import ServedModels
 from .api.http_app import HttpApi
 from .engine.admission import Admission
-from .engine.engine import Engine, check_length
+from .engine.engine import Engine
+from .engine.request_checks import check_length
 from .engine.route_recorder import RouteRecorder
 from .engine.thread import EngineThread
 from .experts.budget import bytes_of_experts, host_bytes

@@ -7,8 +7,9 @@ from time import perf_counter
 
 import torch
 
-from ...errors import ConfigError, RequestError
+from ...errors import RequestError
 from ...moe.kv_blocks import BLOCK
+from ...moe.models.exact_rows import rows_are_exact
 from ...moe.models.language_model import LanguageModel
 from ...moe.models.sampling import SamplingParams, sample
 from ...moe.models.text_stream import Decode
@@ -18,6 +19,7 @@ from .jobs import Job
 from .kv_memory import KVMemory, blocks_within, kv_bytes_of, most_blocks, specs_of
 from .logprobs import TokenLogprob, score_tokens
 from .metrics import EngineMetrics
+from .request_checks import check_length, check_request
 from .salts import salt_of
 from .scheduler import Plan, Scheduler
 from .sequence import GenerationEvent, GenerationRequest, Sequence
@@ -47,6 +49,7 @@ class Engine:
         self._decode = decode
         self._prefill_chunk = prefill_chunk
         self._reuses_prefixes = reuses_prefixes
+        self._has_exact_rows = rows_are_exact(model.decoder)
         check_length(max_model_len, model.config.max_positions)
         longest = max_model_len or model.config.max_positions
         num_blocks = most_blocks(max_num_seqs, longest)
@@ -84,42 +87,13 @@ class Engine:
 
     def check(self, request: GenerationRequest) -> None:
         """Raise :class:`RequestError` for prompts that are empty, too long or hold unknown ids."""
-        length, vocabulary = len(request.prompt_ids), self._model.config.vocabulary
-        if length == 0:
-            raise RequestError("prompt is empty; give at least one token.", param="prompt")
-        if length + request.max_tokens > self.max_model_len:
-            raise RequestError(
-                # litellm and others look for these words, to try a model with a longer context.
-                f"This model's maximum context length is {self.max_model_len} tokens"
-                f"{', which is what kv-memory holds' if self._is_short_of_memory else ''}, but the "
-                f"prompt has {length} and max_tokens is {request.max_tokens}; shorten one of them.",
-                param="prompt" if length >= self.max_model_len else "max_tokens",
-                code="context_length_exceeded",
-            )
-        for token in request.prompt_ids:
-            if not 0 <= token < vocabulary:
-                raise RequestError(
-                    f"prompt holds token id {token}; ids of this model are in [0, {vocabulary}).",
-                    param="prompt",
-                )
-
-        for token in request.stop_token_ids:
-            if not 0 <= token < vocabulary:
-                raise RequestError(
-                    f"stop_token_ids holds {token}; ids of this model are in [0, {vocabulary}).",
-                    param="stop_token_ids",
-                )
-        if request.min_tokens > request.max_tokens:
-            raise RequestError(
-                f"min_tokens is {request.min_tokens}, but the answer ends after "
-                f"{request.max_tokens} tokens; lower it.",
-                param="min_tokens",
-            )
-        if request.min_tokens and len(request.stop_token_ids | self._model.eos_ids) >= vocabulary:
-            raise RequestError(
-                "min_tokens with every token in stop_token_ids leaves none to choose; list fewer.",
-                param="stop_token_ids",
-            )
+        check_request(
+            request,
+            self.max_model_len,
+            self._model.config.vocabulary,
+            self._model.eos_ids,
+            is_short_of_memory=self._is_short_of_memory,
+        )
 
     def cancel(self, request_id: str) -> None:
         """Drop a request; its blocks are free at once. Unknown ids are ignored."""
@@ -155,7 +129,7 @@ class Engine:
             request.request_id,
             list(request.prompt_ids),
             len(request.prompt_ids),
-            chunk=self._prefill_chunk,
+            chunk=None if self._has_exact_rows else self._prefill_chunk,
             priority=request.priority,
             salt=salt_of(request) if self._reuses_prefixes else None,
             scores_prompt=request.scores_prompt,
@@ -262,11 +236,3 @@ class Engine:
 def _not_finite() -> RequestError:
     message = "the model gave scores that are not finite; check its weights."
     return RequestError(message, code="unavailable", status=503)
-
-
-def check_length(max_model_len: int | None, longest: int) -> None:
-    """Refuse a limit beyond what the model takes."""
-    if max_model_len is not None and max_model_len > longest:
-        raise ConfigError(
-            f"max-model-len is {max_model_len}, but the model takes {longest}; lower it."
-        )
