@@ -25,6 +25,7 @@ def add(parsers: Parsers) -> None:
     serve.add_argument("--port", type=int, default=8000, help="port to listen on")
     add_expert_store(serve)
     _add_host_memory(serve)
+    _add_kv(serve)
     serve.add_argument("--served-model-name", help="name clients use; default: the folder's name")
     add_dtype(serve)
     serve.add_argument("--max-num-seqs", type=int, default=8, help="requests in the batch")
@@ -39,14 +40,7 @@ def add(parsers: Parsers) -> None:
     serve.add_argument(
         "--num-threads", type=int, help="compute threads per replica; default: its share of cores"
     )
-    serve.add_argument(
-        "--replicas",
-        dest="num_replicas",
-        metavar="N",
-        type=int,
-        default=1,
-        help="processes that serve the model",
-    )
+    _add_replicas(serve)
     serve.add_argument(
         "--drain-timeout",
         metavar="SECONDS",
@@ -85,6 +79,31 @@ def _add_host_memory(serve: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="memory of this machine for further experts, shared by the replicas: 8GiB or 50%% of "
         "all; default: 0",
+    )
+
+
+def _add_replicas(serve: argparse.ArgumentParser) -> None:
+    serve.add_argument(
+        "--replicas",
+        dest="num_replicas",
+        metavar="N",
+        type=int,
+        default=1,
+        help="processes that serve the model",
+    )
+
+
+def _add_kv(serve: argparse.ArgumentParser) -> None:
+    serve.add_argument(
+        "--kv-memory",
+        metavar="SIZE",
+        help="memory for keys and values: 2GiB, or 50%% of what a full batch of the longest texts "
+        "takes; default: as much as that, if it is free",
+    )
+    serve.add_argument(
+        "--no-prefix-reuse",
+        action="store_true",
+        help="read every prompt whole, even where another request has read how it begins",
     )
 
 

@@ -22,24 +22,27 @@ def check_memory(
     num_replicas: int = 1,
     host_bytes: int = 0,
     copies_bytes: int = 0,
+    kv_bytes: int = 0,
 ) -> None:
     """Raise :class:`ConfigError` for a model that needs more memory than this process can get.
 
-    ``num_replicas`` share the machine, each with ``copies_bytes`` of low-bit copies, and
-    ``host_bytes`` of it hold further experts. Without this check, the system would kill some
-    process, or this one would fail half-way.
+    ``num_replicas`` share the machine, each with ``copies_bytes`` of low-bit copies and
+    ``kv_bytes`` for keys and values, and ``host_bytes`` of it hold further experts. Without this
+    check, the system would kill some process, or this one would fail half-way.
     """
     experts = bytes_of_experts(files, dtype, expert_memory) + copies_bytes
     others = sum(tensor.numel() for _, tensor in dense_tensors(files.config)) * dtype.itemsize
     free = available_bytes()
-    needed = num_replicas * (experts + others) + host_bytes
+    needed = num_replicas * (experts + others + kv_bytes) + host_bytes
     if needed > free:
         each = f" for each of {num_replicas} replicas" if num_replicas > 1 else ""
         host = f", and {_gib(host_bytes)} of host memory" if host_bytes else ""
+        kv = f" and {_gib(kv_bytes)} for keys and values" if kv_bytes else ""
+        remedy = "expert-memory or kv-memory" if kv_bytes else "expert-memory"
         raise ConfigError(
-            f"{files.path} needs {_gib(experts + others)} of memory{each}, {_gib(experts)} of it "
-            f"for experts{host}, but only {_gib(free)} is free; set a smaller expert-memory, or "
-            "use a machine with more."
+            f"{files.path} needs {_gib(experts + others + kv_bytes)} of memory{each}, "
+            f"{_gib(experts)} of it for experts{kv}{host}, but only {_gib(free)} is free; set a "
+            f"smaller {remedy}, or use a machine with more."
         )
 
 

@@ -47,6 +47,11 @@ class ServeArgs(LoraArgs):
     """What is read ahead for routers that choose late: a predictor's name, or ``NAME:FILE``."""
     dtype: Annotated[Literal["fp32", "bf16"], BeforeValidator(short_name)] | None = None
     """``bf16`` (or ``bfloat16``), ``fp32`` (or ``float32``); None = as stored."""
+    kv_memory: str | None = None
+    """Memory for keys and values in each replica: 2GiB, or a share of what a full batch of the
+    longest texts takes; None = that much, or what is free next to the weights."""
+    no_prefix_reuse: bool = False
+    """Read every prompt whole, even where another request has read how it begins."""
     max_num_seqs: int = Field(default=8, ge=1)
     """Requests in the batch; more wait."""
     max_queued_requests: int = Field(default=64, ge=0)
@@ -54,7 +59,7 @@ class ServeArgs(LoraArgs):
     max_model_len: int | None = Field(default=None, ge=1)
     """Longest prompt and answer together; None = what the model takes."""
     prefill_chunk: int = Field(default=256, ge=1)
-    """Prompt tokens read per step."""
+    """Prompt tokens read per step, of all requests together."""
     num_threads: int | None = Field(default=None, ge=1)
     """Compute threads; None = the cores this process may use, shared between the replicas."""
     num_replicas: int = Field(default=1, ge=1)

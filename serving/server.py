@@ -17,7 +17,8 @@ from ..moe.routes.reader import SUFFIX
 from .api.adapters import ServedModels
 from .api.http_app import HttpApi
 from .engine.admission import Admission
-from .engine.engine import Engine, check_length
+from .engine.engine import Engine
+from .engine.request_checks import check_length
 from .engine.route_recorder import RouteRecorder
 from .engine.thread import EngineThread
 from .experts.budget import bytes_of_experts, host_bytes
@@ -29,6 +30,8 @@ from .load_checks import check_options
 from .loading import open_model, pick_dtype
 from .lora_args import check_adapters
 from .memory import check_memory
+from .planning.budget import Demand
+from .planning.kv import asked_kv_bytes
 from .replica_files import check_replica_files, replica_file
 from .serve_args import ServeArgs
 
@@ -62,8 +65,10 @@ def check_model(args: ServeArgs, runs_here: bool = False) -> None:
         check_fit(args.expert_predictor, folder.config)
     bytes_of_experts(folder, dtype, args.expert_memory)
     host = host_bytes(folder, dtype, args.host_memory)
+    demand = Demand(max_num_seqs=args.max_num_seqs, max_model_len=args.max_model_len)
+    kv = asked_kv_bytes(folder, dtype, args.kv_memory, demand) or 0
     if runs_here:
-        check_memory(folder, dtype, args.expert_memory, args.num_replicas, host, copies)
+        check_memory(folder, dtype, args.expert_memory, args.num_replicas, host, copies, kv)
         check_shared_memory(host)
     check_adapters(args, folder, args.model_name, args.api_key, args.num_replicas)
     folder.close()
@@ -103,6 +108,8 @@ class Server:
             max_num_seqs=args.max_num_seqs,
             max_model_len=args.max_model_len,
             prefill_chunk=args.prefill_chunk,
+            kv_memory=args.kv_memory,
+            reuses_prefixes=not args.no_prefix_reuse,
         )
         self.metrics = engine.metrics
         self.thread = EngineThread(engine)

@@ -1,8 +1,11 @@
 """Budgets of a server in bytes, and what they come to."""
 
+from dataclasses import replace
+
 from ..errors import ConfigError
 from ..moe.folders.folder import ModelFolder
 from ..moe.folders.hub import local_folder
+from ..moe.routers.own_code import allow
 from .experts.budget import AUTO, budget_bytes, count_in_pools, host_bytes
 from .experts.copies import copies_bytes
 from .experts.reading.choose import plan_reads
@@ -10,20 +13,20 @@ from .loading import pick_dtype
 from .memory import available_bytes
 from .planning.budget import Room, demand_of_server
 from .planning.decide import decide
+from .planning.kv import asked_kv_bytes, describe_kv, free_kv_bytes
 from .planning.sizes import sizes_of
-from .planning.start import log_start
+from .planning.start import log_kv, log_start
 from .serve_args import ServeArgs
 
 
 def with_budgets(args: ServeArgs) -> tuple[ServeArgs, Room | None]:
     """Return the arguments with budgets in bytes, and how memory was divided for ``auto``.
 
-    ``auto`` is what this machine can spare. It is decided once, where the application is built, so
-    that all replicas have as much. Where it keeps all experts in memory, there are none left for
-    host memory.
+    ``auto``, and what is left for keys and values, are what this machine can spare. They are
+    decided once, where the application is built, so that all replicas have as much. Where all
+    experts are in memory, there are none left for host memory.
     """
-    if args.expert_memory != AUTO and args.host_memory is None:
-        return args, None
+    allow(args.allow_code)
     folder = ModelFolder(local_folder(args.model))
     try:
         dtype = pick_dtype(folder, args.dtype)
@@ -32,7 +35,13 @@ def with_budgets(args: ServeArgs) -> tuple[ServeArgs, Room | None]:
         demand = demand_of_server(
             args.max_num_seqs, args.max_model_len, args.num_replicas, host, copies
         )
+        demand = replace(demand, kv_bytes=asked_kv_bytes(folder, dtype, args.kv_memory, demand))
         budget, room = decide(folder, dtype, args.expert_memory, demand, args.expert_reader)
+        if budget is None:
+            demand = replace(demand, copies_bytes=0)
+        kv = demand.kv_bytes
+        if kv is None:
+            kv = free_kv_bytes(folder, dtype, budget, demand, available_bytes())
     finally:
         folder.close()
     if host and budget is None:
@@ -43,24 +52,29 @@ def with_budgets(args: ServeArgs) -> tuple[ServeArgs, Room | None]:
             )
         host = 0
     own: dict[str, object] = {"expert_memory": budget, "host_memory": f"{host}B" if host else None}
+    own["kv_memory"] = f"{kv}B"
     if budget is None:  # no expert is ever missing
         own |= {"expert_fallback": None, "expert_fallback_above": None}
     return args.model_copy(update=own), room
 
 
 def log_budgets(args: ServeArgs, room: Room | None) -> None:
-    """Log what a server on this machine starts with, if it has a budget."""
-    if args.expert_memory is None and room is None:
-        return
+    """Log what a server on this machine starts with, about experts only if they have a budget."""
     folder = ModelFolder(local_folder(args.model))
     try:
         dtype = pick_dtype(folder, args.dtype)
+        demand = demand_of_server(args.max_num_seqs, args.max_model_len, args.num_replicas, 0)
+        kv = asked_kv_bytes(folder, dtype, args.kv_memory, demand)
+        if kv is not None:
+            log_kv(describe_kv(folder, dtype, kv, demand))
+        if args.expert_memory is None and room is None:
+            return
         slots = reads = None
         if args.expert_memory is not None:
             num_bytes = budget_bytes(folder, dtype, args.expert_memory)
             slots = count_in_pools(folder, dtype, num_bytes)
             each = sizes_of(folder, dtype).bytes_of(slots)
-            each += copies_bytes(args.store_options, dtype)
+            each += copies_bytes(args.store_options, dtype) + (kv or 0)
             free = max(0, available_bytes() - args.num_replicas * each)
             reads = plan_reads(folder, args.expert_reader, free)
         host = host_bytes(folder, dtype, args.host_memory)

@@ -14,6 +14,7 @@ library.load()  # built once, and before tests look at what programs print
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), *(str(HERE / folder) for folder in ("moe", "serving", "training"))]
+sys.path.append(str(HERE.parent / "benchmarks"))
 
 TEXT = "".join(
     f"def function_{n}(a, b={n % 7}):\n    return [a * {n}, b ** {n % 5}, '{'xyz' * (n % 4)}']\n"

@@ -4,7 +4,8 @@ O outputs, I inputs, P rank.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import count
 
 from torch import Tensor, nn
 
@@ -38,3 +39,5 @@ class Adapter:
     """Updates of the routed experts of layers, by the module that holds or reads the experts."""
     in_attention: bool
     """Whether any of ``linears`` is in attention, whose fast kernels read weights alone."""
+    number: int = field(default_factory=count().__next__)
+    """Tells adapters of this process apart, also one that was loaded again under its old name."""

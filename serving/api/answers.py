@@ -35,6 +35,7 @@ class Answer:
     stop_token: int | None = None
     logprobs: list[TokenLogprob] = field(default_factory=list)
     num_tokens: int = 0
+    cached_tokens: int = 0
 
     def add(self, event: GenerationEvent) -> None:
         """Add an event."""
@@ -43,6 +44,7 @@ class Answer:
         self.finish_reason = event.finish_reason
         self.stop_token = event.stop_token
         self.num_tokens = event.num_tokens
+        self.cached_tokens = event.cached_tokens
 
 
 class Wording(Protocol):
@@ -112,7 +114,9 @@ class Answers:
             async for index, event in events:
                 answers[index].add(event)
         choices = [wording.whole(index, answer) for index, answer in enumerate(answers)]
-        usage = _usage(requests, [answer.num_tokens for answer in answers])
+        usage = _usage(
+            requests, [a.num_tokens for a in answers], [a.cached_tokens for a in answers]
+        )
         head = _head(wording.id_prefix, wording.whole_object, body.model, choices)
         return {**head, "usage": usage}
 
@@ -124,12 +128,12 @@ class Answers:
         A failure ends the stream with an error event, never silently.
         """
         head = _head(wording.id_prefix, wording.chunk_object, body.model, [])
-        generated = [0] * len(requests)
+        generated, cached = [0] * len(requests), [0] * len(requests)
 
         def piece(index: int, choice: dict[str, Any]) -> bytes:
             usage = {}
             if body.has_continuous_usage:
-                usage = {"usage": _usage([requests[index]], [generated[index]])}
+                usage = {"usage": _usage([requests[index]], [generated[index]], [cached[index]])}
             return sse({**head, "choices": [choice], **usage})
 
         try:
@@ -139,11 +143,11 @@ class Answers:
                     yield piece(index, opening)
             async with aclosing(self._run(requests)) as events:
                 async for index, event in events:
-                    generated[index] = event.num_tokens
+                    generated[index], cached[index] = event.num_tokens, event.cached_tokens
                     if event.text or event.logprobs or event.finish_reason is not None:
                         yield piece(index, wording.chunk(index, event))
             if body.includes_usage:
-                yield sse({**head, "usage": _usage(requests, generated)})
+                yield sse({**head, "usage": _usage(requests, generated, cached)})
         except RequestError as error:
             yield sse(error_object(error))
         except Exception as error:  # the status is sent already, so the event must tell
@@ -217,12 +221,19 @@ class HeldResponse(Response):
             await self._response(scope, receive, send)
 
 
-def _usage(requests: list[GenerationRequest], generated: list[int]) -> dict[str, int]:
-    # Answers to the same prompt share its tokens, as OpenAI counts them.
+def _usage(
+    requests: list[GenerationRequest], generated: list[int], cached: list[int]
+) -> dict[str, Any]:
+    # Answers to the same prompt share its tokens, as OpenAI counts them. One of them read it first.
     prompts = {id(request.prompt_ids): len(request.prompt_ids) for request in requests}
     prompt_tokens = sum(prompts.values())
+    reused: dict[int, int] = {}
+    for request, count in zip(requests, cached, strict=True):
+        prompt = id(request.prompt_ids)
+        reused[prompt] = min(count, reused.get(prompt, count))
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": sum(generated),
         "total_tokens": prompt_tokens + sum(generated),
+        "prompt_tokens_details": {"cached_tokens": sum(reused.values())},
     }

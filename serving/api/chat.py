@@ -19,6 +19,7 @@ from .messages import read_messages
 from .protocol import (
     MAX_LOGPROBS,
     GenerationOptions,
+    group_of,
     read_values,
     sampling_of,
     seed_of,
@@ -108,6 +109,7 @@ async def prepare_chat(
     text = await loop.run_in_executor(tokenizer.rendering, tokenizer.render_chat, body.messages)
     prompt_ids = tuple(await asyncio.to_thread(tokenizer.encode_rendered, text))
     requests = []
+    group = group_of(body)
     for choice in range(body.n):
         request = GenerationRequest(
             request_id=uuid.uuid4().hex,
@@ -120,6 +122,9 @@ async def prepare_chat(
             ignore_eos=body.ignore_eos,
             min_tokens=body.min_tokens,
             num_logprobs=body.num_logprobs,
+            priority=body.priority,
+            cache_salt=body.cache_salt,
+            group=group,
         )
         try:
             engine.check(request)

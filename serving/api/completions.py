@@ -21,6 +21,7 @@ from .protocol import (
     MAX_LOGPROBS,
     GenerationOptions,
     check_unicode,
+    group_of,
     read_values,
     sampling_of,
     seed_of,
@@ -121,7 +122,7 @@ async def prepare_completion(
             prompt_ids = tuple(await asyncio.to_thread(tokenizer.encode, prompt))
         else:
             prompt_ids = tuple(prompt)
-        first = len(requests)
+        first, group = len(requests), group_of(body)
         for choice in range(body.n):
             request = GenerationRequest(
                 request_id=uuid.uuid4().hex,
@@ -135,6 +136,9 @@ async def prepare_completion(
                 min_tokens=body.min_tokens,
                 num_logprobs=body.logprobs,
                 scores_prompt=body.echo,
+                priority=body.priority,
+                cache_salt=body.cache_salt,
+                group=group,
             )
             engine.check(request)
             requests.append(request)

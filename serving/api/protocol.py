@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import uuid
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -25,6 +26,7 @@ IGNORED = {
 """OpenAI's parameters that do not change the answer."""
 MAX_STOP_IDS = 256
 MAX_STOP_LENGTH = 256
+MAX_SALT_LENGTH = 256
 MAX_LOGPROBS = 20
 """OpenAI's own limit on the alternatives per token."""
 
@@ -64,6 +66,10 @@ class GenerationOptions(BaseModel):
     min_tokens: StrictInt = Field(default=0, ge=0)
     """Tokens before which no end-of-text token, ``stop`` or ``stop_token_ids`` ends the answer."""
     seed: StrictInt | None = Field(default=None, ge=-(1 << 63), lt=1 << 63)
+    priority: StrictInt = Field(default=0, ge=-(1 << 31), lt=1 << 31)
+    """Requests with lower ones come first, as in vLLM."""
+    cache_salt: str = Field(strict=True, default="", min_length=1, max_length=MAX_SALT_LENGTH)
+    """Only requests with equal salts take over what another one has read, as in vLLM."""
     presence_penalty: float = Field(strict=True, default=0.0, ge=0, le=0)
     frequency_penalty: float = Field(strict=True, default=0.0, ge=0, le=0)
 
@@ -116,6 +122,7 @@ def validate(kind: type[Options], values: dict[str, Any]) -> Options:
             f"stop takes up to 4 strings of 1 to {MAX_STOP_LENGTH} characters.", param="stop"
         )
     check_unicode("stop", stops)
+    check_unicode("cache_salt", [request.cache_salt])
     if request.stream_options is not None and not request.stream:
         raise RequestError("stream_options needs stream = true.", param="stream_options")
     return request
@@ -130,6 +137,11 @@ def sampling_of(body: GenerationOptions, usual: SamplingParams) -> SamplingParam
 def seed_of(body: GenerationOptions, choice: int) -> int | None:
     """Return the seed of one of a request's answers; they differ."""
     return None if body.seed is None else (body.seed + choice) % (1 << 63)
+
+
+def group_of(body: GenerationOptions) -> str:
+    """Return a new name for the answers to one prompt, which is then read only once."""
+    return uuid.uuid4().hex if body.n > 1 else ""
 
 
 def check_unicode(param: str, texts: Iterable[str]) -> None:

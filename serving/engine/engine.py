@@ -3,21 +3,27 @@
 L MoE layers, E experts, V vocabulary.
 """
 
-from collections import deque
 from time import perf_counter
 
 import torch
 
-from ...errors import ConfigError, RequestError
-from ...kernels.values.memory import is_out_of_memory
+from ...errors import RequestError
+from ...moe.kv_blocks import BLOCK
+from ...moe.models.exact_rows import rows_are_exact
 from ...moe.models.language_model import LanguageModel
 from ...moe.models.sampling import SamplingParams, sample
 from ...moe.models.text_stream import Decode
 from ..experts.store import ExpertStore
+from .blocks import BlockPool
+from .jobs import Job
+from .kv_memory import KVMemory, blocks_within, kv_bytes_of, most_blocks, specs_of
 from .logprobs import TokenLogprob, score_tokens
 from .metrics import EngineMetrics
+from .request_checks import check_length, check_request
+from .salts import salt_of
+from .scheduler import Plan, Scheduler
 from .sequence import GenerationEvent, GenerationRequest, Sequence
-from .step import StepResult, out_of_memory, run_step
+from .step import StepResult, Turn, request_error, run_step
 
 
 class Engine:
@@ -31,21 +37,39 @@ class Engine:
         max_num_seqs: int = 8,
         max_model_len: int | None = None,
         prefill_chunk: int = 256,
+        kv_memory: str | None = None,
+        reuses_prefixes: bool = True,
     ) -> None:
+        """Make an engine.
+
+        ``prefill_chunk`` rows of prompts are read per step, of all requests together. ``kv_memory``
+        (2GiB, 25%) bounds keys and values; None = what a full batch of the longest texts takes.
+        """
         self._model = model
         self._decode = decode
-        self._max_num_seqs = max_num_seqs
         self._prefill_chunk = prefill_chunk
+        self._reuses_prefixes = reuses_prefixes
+        self._has_exact_rows = rows_are_exact(model.decoder)
         check_length(max_model_len, model.config.max_positions)
-        self.max_model_len = max_model_len or model.config.max_positions
-        self._waiting: deque[Sequence] = deque()
-        self._running: list[Sequence] = []
+        longest = max_model_len or model.config.max_positions
+        num_blocks = most_blocks(max_num_seqs, longest)
+        if kv_memory is not None:
+            specs = specs_of(model.decoder)
+            num_bytes = kv_bytes_of(kv_memory, specs, max_num_seqs, longest)
+            num_blocks = min(num_blocks, blocks_within(num_bytes, specs))
+        self.max_model_len = min(longest, num_blocks * BLOCK)
+        self._is_short_of_memory = self.max_model_len < longest
+        self._memory = KVMemory(model.decoder, num_blocks)
+        self._pool = BlockPool(num_blocks)
+        self._scheduler = Scheduler(self._pool, BLOCK, max_num_seqs, prefill_chunk)
+        self._sequences: dict[str, Sequence] = {}
         self.metrics = EngineMetrics(model.config, store)
+        self._count_requests()
 
     @property
     def has_work(self) -> bool:
         """True while some request is unfinished."""
-        return bool(self._waiting or self._running)
+        return bool(self._sequences)
 
     @property
     def sampling(self) -> SamplingParams:
@@ -55,56 +79,28 @@ class Engine:
     def add(self, request: GenerationRequest) -> None:
         """Queue a request; raises :class:`RequestError` for one that cannot be served."""
         self.check(request)
-        length = len(request.prompt_ids) + request.max_tokens
-        cache = self._model.decoder.new_cache(length)
-        self._waiting.append(Sequence(request, cache, self._decode, self._model.eos_ids))
+        job = self._job(request)
+        sequence = Sequence(request, job, self._decode, self._model.eos_ids)
+        self._sequences[request.request_id] = sequence
+        self._scheduler.add(job)
         self._count_requests()
 
     def check(self, request: GenerationRequest) -> None:
         """Raise :class:`RequestError` for prompts that are empty, too long or hold unknown ids."""
-        length, vocabulary = len(request.prompt_ids), self._model.config.vocabulary
-        if length == 0:
-            raise RequestError("prompt is empty; give at least one token.", param="prompt")
-        if length + request.max_tokens > self.max_model_len:
-            raise RequestError(
-                # litellm and others look for these words, to try a model with a longer context.
-                f"This model's maximum context length is {self.max_model_len} tokens, but the "
-                f"prompt has {length} and max_tokens is {request.max_tokens}; shorten one of them.",
-                param="prompt" if length >= self.max_model_len else "max_tokens",
-                code="context_length_exceeded",
-            )
-        for token in request.prompt_ids:
-            if not 0 <= token < vocabulary:
-                raise RequestError(
-                    f"prompt holds token id {token}; ids of this model are in [0, {vocabulary}).",
-                    param="prompt",
-                )
-
-        for token in request.stop_token_ids:
-            if not 0 <= token < vocabulary:
-                raise RequestError(
-                    f"stop_token_ids holds {token}; ids of this model are in [0, {vocabulary}).",
-                    param="stop_token_ids",
-                )
-        if request.min_tokens > request.max_tokens:
-            raise RequestError(
-                f"min_tokens is {request.min_tokens}, but the answer ends after "
-                f"{request.max_tokens} tokens; lower it.",
-                param="min_tokens",
-            )
-        if request.min_tokens and len(request.stop_token_ids | self._model.eos_ids) >= vocabulary:
-            raise RequestError(
-                "min_tokens with every token in stop_token_ids leaves none to choose; list fewer.",
-                param="stop_token_ids",
-            )
+        check_request(
+            request,
+            self.max_model_len,
+            self._model.config.vocabulary,
+            self._model.eos_ids,
+            is_short_of_memory=self._is_short_of_memory,
+        )
 
     def cancel(self, request_id: str) -> None:
-        """Drop a request and its cache; unknown ids are ignored."""
-        before = len(self._waiting) + len(self._running)
-        self._waiting = deque(s for s in self._waiting if s.request.request_id != request_id)
-        self._running = [s for s in self._running if s.request.request_id != request_id]
-        self.metrics.cancelled.inc(before - len(self._waiting) - len(self._running))
-        self._count_requests()
+        """Drop a request; its blocks are free at once. Unknown ids are ignored."""
+        if request_id in self._sequences:
+            self._drop(request_id)
+            self.metrics.cancelled.inc()
+            self._count_requests()
 
     @torch.inference_mode()
     def step(self) -> list[GenerationEvent]:
@@ -113,46 +109,92 @@ class Engine:
         If memory is short or an expert cannot be read, the affected requests end with an error and
         the others continue.
         """
-        while self._waiting and len(self._running) < self._max_num_seqs:
-            self._running.append(self._waiting.popleft())
-        batch = self._choose()
-        if not batch:
+        turns = self._begin(self._scheduler.plan())
+        if not turns:
             return []
-        step = run_step(self._model.decoder, batch, self._prefill_chunk)
+        step = run_step(self._model.decoder, turns)
         for routings in step.routings:
             self.metrics.count_routing(routings)
         events = [self._fail(sequence, error) for sequence, error in step.failures]
-        events += [event for result in step.results if (event := self._take(result)) is not None]
-        ended = {event.request_id for event in events if event.finish_reason is not None}
-        self._running = [s for s in self._running if s.request.request_id not in ended]
+        for result in step.results:
+            events += self._take(result)
+        for event in events:
+            if event.finish_reason is not None:
+                self._drop(event.request_id)
         self._count_requests()
         return events
 
-    def _choose(self) -> list[Sequence]:
-        """Choose all requests that decode, and the oldest one that still reads its prompt."""
-        decoding = [s for s in self._running if not s.is_prefilling]
-        prefilling = [s for s in self._running if s.is_prefilling]
-        return decoding + prefilling[:1]
+    def _job(self, request: GenerationRequest) -> Job:
+        return Job(
+            request.request_id,
+            list(request.prompt_ids),
+            len(request.prompt_ids),
+            chunk=None if self._has_exact_rows else self._prefill_chunk,
+            priority=request.priority,
+            salt=salt_of(request) if self._reuses_prefixes else None,
+            scores_prompt=request.scores_prompt,
+            group=request.group,
+        )
 
-    def _take(self, result: StepResult) -> GenerationEvent | None:
-        """Choose a sequence's next token if it is ready; a failure ends only this sequence."""
+    def _begin(self, plan: Plan) -> list[Turn]:
+        """Give caches the blocks of a plan, and return what each sequence reads."""
+        self.metrics.kv.preemptions.inc(len(plan.preempted))
+        for job in plan.started:
+            self.metrics.kv.count_first_start(job)
+        for job in (*plan.started, *plan.returned):
+            self._sequences[job.request_id].begin(self._memory.open(job))
+        turns = []
+        for job, count in plan.turns:
+            sequence = self._sequences[job.request_id]
+            sequence.cache.add_blocks(job.blocks[len(sequence.cache.blocks) :])
+            turns.append((sequence, sequence.next_ids(count)))
+        return turns
+
+    def _drop(self, request_id: str) -> None:
+        self._scheduler.remove(self._sequences.pop(request_id).job)
+
+    def _take(self, result: StepResult) -> list[GenerationEvent]:
+        """Take note of what a sequence has read, and choose its next token if it is ready.
+
+        So do the answers that waited for its prompt. A failure ends only one sequence.
+        """
         sequence = result.sequence
+        self._scheduler.has_read(sequence.job, len(result.hidden_TD))
         try:
             self._score_prompt(sequence, result.hidden_TD)
-            if result.logits_V is None:
-                return None
+        except Exception as error:
+            return [self._fail(sequence, request_error(error))]
+        if result.logits_V is None:
+            return []
+        followers = [] if sequence.job.has_begun else self._fork(sequence)
+        return [self._choose(one, result.logits_V) for one in (sequence, *followers)]
+
+    def _fork(self, leader: Sequence) -> list[Sequence]:
+        """Start the answers that want the prompt which ``leader`` has just read."""
+        forked = []
+        for job in self._scheduler.followers(leader.job):
+            blocks = self._scheduler.fork(leader.job, job)
+            if blocks is None:
+                break
+            if blocks[0] != blocks[1]:
+                self._memory.copy(*blocks)
+            sequence = self._sequences[job.request_id]
+            sequence.begin(self._memory.open(job))
+            sequence.prompt_logprobs = list(leader.prompt_logprobs)
+            forked.append(sequence)
+        return forked
+
+    def _choose(self, sequence: Sequence, logits_V: torch.Tensor) -> GenerationEvent:
+        """Choose a sequence's next token."""
+        try:
             if sequence.request.max_tokens == 0:
                 self.metrics.count_prompt(sequence)
                 return sequence.finish_prompt()
-            if not result.logits_V.isfinite().all():
+            if not logits_V.isfinite().all():
                 return self._fail(sequence, _not_finite())
-            event = self._accept(sequence, result.logits_V)
-        except RequestError as error:
-            return self._fail(sequence, error)
+            event = self._accept(sequence, logits_V)
         except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            return self._fail(sequence, out_of_memory())
+            return self._fail(sequence, request_error(error))
         self.metrics.count_token(sequence, event, perf_counter())
         return event
 
@@ -174,7 +216,7 @@ class Engine:
     def _score_prompt(self, sequence: Sequence, hidden_TD: torch.Tensor) -> None:
         """Add the log-probabilities of the prompt tokens just read, if asked for."""
         request = sequence.request
-        if not request.scores_prompt or request.num_logprobs is None:
+        if not request.scores_prompt or request.num_logprobs is None or sequence.job.has_begun:
             return
         end = sequence.cache.length
         start = end - len(hidden_TD)
@@ -186,18 +228,11 @@ class Engine:
             sequence.prompt_logprobs += score_tokens(logits_NV, targets, request.num_logprobs)
 
     def _count_requests(self) -> None:
-        self.metrics.running.set(len(self._running))
-        self.metrics.waiting.set(len(self._waiting))
+        self.metrics.running.set(self._scheduler.num_running)
+        self.metrics.waiting.set(self._scheduler.num_waiting)
+        self.metrics.kv.show(self._pool)
 
 
 def _not_finite() -> RequestError:
     message = "the model gave scores that are not finite; check its weights."
     return RequestError(message, code="unavailable", status=503)
-
-
-def check_length(max_model_len: int | None, longest: int) -> None:
-    """Refuse a limit beyond what the model takes."""
-    if max_model_len is not None and max_model_len > longest:
-        raise ConfigError(
-            f"max-model-len is {max_model_len}, but the model takes {longest}; lower it."
-        )

@@ -19,6 +19,7 @@ from ...moe.routers.routing import Routing
 from ..experts.store import ExpertStore
 from .admission import Rejection
 from .expert_metrics import ExpertCollector
+from .kv_metrics import KVMetrics
 from .sequence import FinishReason, GenerationEvent, Sequence
 
 disable_created_metrics()  # a second series per counter that nothing here reads
@@ -87,6 +88,7 @@ class EngineMetrics:
             buckets=REQUEST_BUCKETS,
             registry=r,
         )
+        self.kv = KVMetrics(r)
         self.experts = ExpertCollector(config, store)
         r.register(self.experts)
 

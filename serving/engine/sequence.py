@@ -9,9 +9,10 @@ import torch
 
 from ...errors import RequestError
 from ...moe.adapters.adapter import Adapter
-from ...moe.kv_cache import SequenceCache
+from ...moe.kv_blocks import BlockCache
 from ...moe.models.sampling import SamplingParams
 from ...moe.models.text_stream import CONTEXT_IDS, Decode, TextStream
+from .jobs import Job
 from .logprobs import TokenLogprob
 
 FinishReason = Literal["stop", "length", "error"]
@@ -41,6 +42,12 @@ class GenerationRequest:
     """Report log-probabilities of the prompt's tokens too, before the first generated one."""
     adapter: Adapter | None = None
     """The adapter that the request's rows go through to its end; None = the model alone."""
+    priority: int = 0
+    """Requests with lower ones come first."""
+    cache_salt: str = ""
+    """Only requests with equal salts take over what another one has read."""
+    group: str = ""
+    """Answers to one prompt of one HTTP request have the same; empty for a single answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +65,8 @@ class GenerationEvent:
     """The one of the request's ``stop_token_ids`` that ended the answer."""
     logprobs: tuple[TokenLogprob, ...] = ()
     """Of the new token, if asked for; the first event begins with those of the prompt."""
+    cached_tokens: int = 0
+    """Tokens of the prompt that were taken over from other requests."""
 
 
 @dataclass(slots=True)
@@ -74,17 +83,19 @@ class Sequence:
     def __init__(
         self,
         request: GenerationRequest,
-        cache: SequenceCache,
+        job: Job,
         decode: Decode,
         eos_ids: Items[int] | frozenset[int],
     ) -> None:
         self.request = request
-        self.cache = cache
+        self.job = job
+        """What the scheduler knows of it; has its tokens."""
+        self.cache: BlockCache
+        """Set by :meth:`begin`."""
         self.times = SequenceTimes()
         eos_ids = frozenset() if request.ignore_eos else frozenset(eos_ids)
         self._end_ids = eos_ids | request.stop_token_ids
         self._stream = TextStream(decode, request.stop, request.prompt_ids[-CONTEXT_IDS:])
-        self._generated: list[int] = []
         self.prompt_logprobs: list[TokenLogprob] = []
         self.generator = torch.Generator()
         if request.seed is None:
@@ -93,35 +104,39 @@ class Sequence:
             self.generator.manual_seed(request.seed)
 
     @property
-    def is_prefilling(self) -> bool:
-        """True until the last prompt token has been read."""
-        return self.cache.length < len(self.request.prompt_ids)
-
-    @property
     def num_generated(self) -> int:
         """Tokens generated so far."""
-        return len(self._generated)
+        return len(self.job.ids) - self.job.num_prompt
+
+    @property
+    def has_read_all(self) -> bool:
+        """True when the cache has all known tokens, so that the next one can be chosen."""
+        return self.cache.length == len(self.job.ids)
 
     @property
     def forbidden_ids(self) -> list[int]:
         """Ids that may not come next: those that end an answer, while it is too short."""
         return sorted(self._end_ids) if self.num_generated < self.request.min_tokens else []
 
-    def next_ids(self, chunk: int) -> tuple[int, ...]:
-        """Return the ids the next forward must read: a chunk of the prompt, or the last token.
+    def begin(self, cache: BlockCache) -> None:
+        """Read from ``cache`` on: at the start, and again whenever its blocks were lost.
 
-        Chunks end at multiples of ``chunk``, whatever other requests do, so that a request's
-        arithmetic never depends on its neighbours.
+        The text and the generator stay as they are. Scores of the prompt that no event has carried
+        yet are computed again.
         """
-        if not self.is_prefilling:
-            return (self._generated[-1],)
+        self.cache = cache
+        if not self.job.has_begun:
+            self.prompt_logprobs = []
+
+    def next_ids(self, count: int) -> tuple[int, ...]:
+        """Return the next ``count`` ids that a forward must read."""
         start = self.cache.length
-        return self.request.prompt_ids[start : start + chunk]
+        return tuple(self.job.ids[start : start + count])
 
     def accept(self, token: int, logprobs: Items[TokenLogprob] = ()) -> GenerationEvent:
         """Add a sampled token and return the event."""
-        is_first = not self._generated
-        self._generated.append(token)
+        is_first = not self.job.has_begun
+        self.job.ids.append(token)
         reason: FinishReason | None = None
         text = ""
         stop_token = token if token in self.request.stop_token_ids else None
@@ -146,6 +161,7 @@ class Sequence:
             reason,
             stop_token=stop_token,
             logprobs=tuple(logprobs),
+            cached_tokens=self.job.num_reused or 0,
         )
 
     def finish_prompt(self) -> GenerationEvent:
@@ -156,6 +172,7 @@ class Sequence:
             0,
             "length",
             logprobs=tuple(self.prompt_logprobs),
+            cached_tokens=self.job.num_reused or 0,
         )
 
     def fail(self, error: RequestError) -> GenerationEvent:

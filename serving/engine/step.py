@@ -30,10 +30,12 @@ class StepResult:
     hidden_TD: Tensor
     """Of the rows it has just read."""
     logits_V: Tensor | None
-    """Scores of its next token; None while it still reads its prompt."""
+    """Scores of its next token; None while it has not read all that is known of its text."""
 
 
 Ids = tuple[int, ...]
+Turn = tuple[Sequence, Ids]
+"""A sequence and the ids that it reads in this step; its cache has room for them."""
 Failure = tuple[Sequence, RequestError]
 
 
@@ -47,69 +49,58 @@ class Step:
     failures: list[Failure]
 
 
-def run_step(decoder: Decoder, sequences: Items[Sequence], prefill_chunk: int) -> Step:
+def run_step(decoder: Decoder, turns: Items[Turn]) -> Step:
     """Take sequences one step further.
 
-    A sequence fails when its cache cannot grow, when one of its rows chose an expert that cannot
-    be read, or when there is no memory for it even alone. The others run again from unchanged
-    caches, and a sequence's bits do not depend on which others run with it.
+    A sequence fails when one of its rows chose an expert that cannot be read, or when there is no
+    memory for it even alone. The others run again from unchanged caches, and a sequence's bits do
+    not depend on which others run with it.
     """
     step = Step([], [], [])
-    groups = [_make_room(sequences, prefill_chunk, step.failures)]
+    groups = [list(turns)]
     while groups:
         group = groups.pop(0)
         if not group:
             continue
-        lengths = [sequence.cache.length for sequence in group]
-        ids = [sequence.next_ids(prefill_chunk) for sequence in group]
+        lengths = [sequence.cache.length for sequence, _ in group]
         try:
-            results, routings = _forward(decoder, group, ids)
+            results, routings = _forward(decoder, group)
         except Exception as error:
-            again, failures = _divide(group, ids, error)
+            again, failures = _divide(group, error)
         else:
             step.results += results
             step.routings.append(routings)
             continue
         # After the except clause: the error keeps the forward's tensors alive until then.
-        for sequence, length in zip(group, lengths, strict=True):
+        for (sequence, _), length in zip(group, lengths, strict=True):
             sequence.cache.length = length
         groups[:0] = again
         step.failures += failures
     return step
 
 
-def out_of_memory() -> RequestError:
-    """Return the error of a request that there is no memory for."""
+def request_error(error: Exception) -> RequestError:
+    """Return what ends a request for which ``error`` was raised, or raise it: it is our bug."""
+    if isinstance(error, RequestError):
+        return error
+    if not is_out_of_memory(error):
+        raise error
+    return _out_of_memory()
+
+
+def _out_of_memory() -> RequestError:
     return _unavailable(
         "the server has no memory left for this request; try again later or shorten it."
     )
 
 
-def _make_room(
-    sequences: Items[Sequence], prefill_chunk: int, failures: list[Failure]
-) -> list[Sequence]:
-    """Grow the caches; return the sequences that have room."""
-    able = []
-    for sequence in sequences:
-        try:
-            sequence.cache.reserve(len(sequence.next_ids(prefill_chunk)))
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            failures.append((sequence, out_of_memory()))
-        else:
-            able.append(sequence)
-    return able
-
-
-def _forward(
-    decoder: Decoder, sequences: list[Sequence], ids: list[Ids]
-) -> tuple[list[StepResult], list[Routing]]:
+def _forward(decoder: Decoder, turns: list[Turn]) -> tuple[list[StepResult], list[Routing]]:
+    sequences, ids = zip(*turns, strict=True)
     caches = [s.cache for s in sequences]
     adapters = [s.request.adapter for s in sequences]
     output = decoder(batch_of(list(map(torch.tensor, ids)), caches, adapters))
     chunks = output.hidden_TD.split([len(i) for i in ids])
-    is_ready = [not s.is_prefilling for s in sequences]
+    is_ready = [s.has_read_all for s in sequences]
     last_rows = [chunk[-1] for chunk, ready in zip(chunks, is_ready, strict=True) if ready]
     logits_RV = iter(decoder.logits(torch.stack(last_rows)) if last_rows else ())
     results = [
@@ -119,24 +110,22 @@ def _forward(
     return results, output.routings
 
 
-def _divide(
-    sequences: list[Sequence], ids: list[Ids], error: Exception
-) -> tuple[list[list[Sequence]], list[Failure]]:
+def _divide(turns: list[Turn], error: Exception) -> tuple[list[list[Turn]], list[Failure]]:
     """Return which sequences to run again, in groups, and which end because of ``error``."""
     if isinstance(error, ExpertReadError):
         reason = _unavailable(str(error))
-        ends = list(accumulate(len(i) for i in ids))
+        ends = list(accumulate(len(ids) for _, ids in turns))
         hit = {bisect_right(ends, row) for row in error.rows}
         assert hit, "a read failed for an expert that no row chose"
-        again = [s for index, s in enumerate(sequences) if index not in hit]
-        return [again], [(sequences[index], reason) for index in sorted(hit)]
+        again = [turn for index, turn in enumerate(turns) if index not in hit]
+        return [again], [(turns[index][0], reason) for index in sorted(hit)]
     if not is_out_of_memory(error):
         raise error
-    if len(sequences) == 1:
-        return [], [(sequences[0], out_of_memory())]
+    if len(turns) == 1:
+        return [], [(turns[0][0], _out_of_memory())]
     # It is unknown whose rows exceeded the memory, so each half is tried.
-    middle = len(sequences) // 2
-    return [sequences[:middle], sequences[middle:]], []
+    middle = len(turns) // 2
+    return [turns[:middle], turns[middle:]], []
 
 
 def _unavailable(message: str) -> RequestError:

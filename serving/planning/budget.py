@@ -28,6 +28,8 @@ class Demand:
     host_bytes: int = 0
     copies_bytes: int = 0
     """Low-bit copies of all experts, in each replica."""
+    kv_bytes: int | None = None
+    """Budget for keys and values in each replica; None = what is wanted, up to a share."""
     other_bytes: int = PROCESS_BYTES
     """What all processes take apart from weights, keys and values."""
 
@@ -38,6 +40,7 @@ def demand_of_server(
     num_replicas: int,
     host_bytes: int,
     copies_bytes: int = 0,
+    kv_bytes: int | None = None,
 ) -> Demand:
     """Return the demand of ``moeyard serve``."""
     return Demand(
@@ -46,6 +49,7 @@ def demand_of_server(
         num_replicas=num_replicas,
         host_bytes=host_bytes,
         copies_bytes=copies_bytes,
+        kv_bytes=kv_bytes,
         other_bytes=RAY_BYTES + num_replicas * PROCESS_BYTES,
     )
 
@@ -86,7 +90,9 @@ def divide(
     each = whole // demand.num_replicas - sizes.dense_bytes - demand.copies_bytes
     length = demand.max_model_len or sizes.max_positions
     wanted = demand.max_num_seqs * length * sizes.kv_bytes_per_token
-    kv = min(wanted, int(max(0, each) * KV_SHARE))
+    kv = demand.kv_bytes
+    if kv is None:
+        kv = min(wanted, int(max(0, each) * KV_SHARE))
     left = each - kv
     fits_all = left + demand.copies_bytes >= sizes.all_experts_bytes
     page_cache = 0 if fits_all or not is_buffered else PAGE_CACHE_BYTES // demand.num_replicas

@@ -1,15 +1,18 @@
 """What a model's parts take, from the headers of its folder."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from ...errors import ConfigError
 from ...moe.folders.folder import ModelFolder
 from ...moe.folders.tensor_names import dense_tensors
+from ...moe.kv_blocks import BLOCK, bytes_per_block
+from ...moe.kv_cache import KVCacheSpec
 from ...moe.models.decoder import Decoder
 from ...moe.without_memory import without_memory
+from ..engine.kv_memory import specs_of
 from ..experts.pools import PoolSize, bytes_of_slots, divide_slots, pool_sizes
 
 
@@ -81,7 +84,7 @@ def sizes_of(folder: ModelFolder, dtype: torch.dtype) -> ModelSizes:
         stored_expert_bytes=_mean_bytes(pool_sizes(folder, folder.dtype)),
         experts_per_token=num_layers * config.moe.router.k,
         dense_bytes_per_token=total - embedding,
-        kv_bytes_per_token=_kv_elements(folder) * dtype.itemsize,
+        kv_bytes_per_token=bytes_per_block(kv_specs(folder, dtype)) // BLOCK,
         max_positions=config.max_positions,
         widths=pools if len(pools) > 1 else (),
     )
@@ -92,9 +95,8 @@ def _mean_bytes(pools: Sequence[PoolSize]) -> int:
     return round(total / sum(pool.num_experts for pool in pools))
 
 
-def _kv_elements(folder: ModelFolder) -> int:
-    """Return the numbers that one position keeps."""
+def kv_specs(folder: ModelFolder, dtype: torch.dtype) -> list[KVCacheSpec]:
+    """Return what each layer keeps per position."""
     with without_memory():
-        cache = Decoder(folder.config, expert_ids=()).new_cache(1)
-    specs = [cache.spec(layer) for layer in range(folder.config.num_layers)]
-    return sum(spec.num_kv_heads * (spec.head_dim + spec.v_dim) for spec in specs)
+        specs = specs_of(Decoder(folder.config, expert_ids=()))
+    return [replace(spec, dtype=dtype) for spec in specs]

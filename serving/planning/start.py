@@ -30,6 +30,11 @@ def show_start() -> None:
     log.setLevel(logging.INFO)
 
 
+def log_kv(text: str) -> None:
+    """Log what keys and values get."""
+    log.info("%s\n", text)
+
+
 def log_start(
     folder: ModelFolder,
     dtype: torch.dtype,

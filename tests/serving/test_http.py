@@ -34,7 +34,12 @@ def test_answers_with_openais_object(server):
     assert answer["object"] == "text_completion" and answer["model"] == "small"
     (choice,) = answer["choices"]
     assert choice["index"] == 0 and choice["finish_reason"] == "length" and choice["text"]
-    assert answer["usage"] == {"prompt_tokens": 2, "completion_tokens": 8, "total_tokens": 10}
+    assert answer["usage"] == {
+        "prompt_tokens": 2,
+        "completion_tokens": 8,
+        "total_tokens": 10,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
 
 
 def test_a_stream_joins_to_the_plain_answer_and_ends_with_done(server):
@@ -55,7 +60,12 @@ def test_several_prompts_and_answers_come_back_in_order(server):
     texts = [choice["text"] for choice in answer["choices"]]
     assert [choice["index"] for choice in answer["choices"]] == list(range(6))
     assert len(set(texts[:4])) == 1 and texts[4] == texts[5] != texts[0]
-    assert answer["usage"] == {"prompt_tokens": 6, "completion_tokens": 24, "total_tokens": 30}
+    assert answer["usage"] == {
+        "prompt_tokens": 6,
+        "completion_tokens": 24,
+        "total_tokens": 30,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
 
 
 def test_seeds_differ_between_answers_and_repeat_between_requests(server):
