@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import uuid
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -10,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, Valida
 
 from ...errors import RequestError
 from ...moe.models.sampling import SamplingParams
+from ..engine.sequence import GenerationRequest
 
 IGNORED = {
     "metadata",
@@ -127,9 +129,10 @@ def sampling_of(body: GenerationOptions, usual: SamplingParams) -> SamplingParam
     return replace(usual, **given)
 
 
-def seed_of(body: GenerationOptions, choice: int) -> int | None:
-    """Return the seed of one of a request's answers; they differ."""
-    return None if body.seed is None else (body.seed + choice) % (1 << 63)
+def choices_of(request: GenerationRequest, body: GenerationOptions) -> list[GenerationRequest]:
+    """Return ``body.n`` requests like ``request``, which differ in id and seed."""
+    seeds = [None if body.seed is None else (body.seed + i) % (1 << 63) for i in range(body.n)]
+    return [replace(request, request_id=uuid.uuid4().hex, seed=seed) for seed in seeds]
 
 
 def check_unicode(param: str, texts: Iterable[str]) -> None:
