@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from token_path_client import cpu_ns
 
 from moeyard.moe.config.model import ModelConfig, MoEConfig
 from moeyard.moe.models.decoder import Decoder
@@ -37,7 +38,6 @@ from moeyard.serving.serve_args import ServeArgs
 from moeyard.serving.server import Server
 
 from report import write_results
-from token_path_client import cpu_ns
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "serving"))
 from server_process import BIN, Running, free_port, name_of

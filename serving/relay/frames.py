@@ -31,6 +31,16 @@ def end_frame(stream: int, ending: int) -> bytes:
     return _HEAD.pack(stream, ending)
 
 
+def unix_socket() -> socket.socket:
+    """Return a socket for names in the abstract namespace, which no file stands for.
+
+    Event loops get it bound or connected: uvloop takes such names for paths.
+    """
+    found = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    found.setblocking(False)
+    return found
+
+
 class FrameReader:
     """Cuts what a socket gives into frames."""
 

@@ -6,7 +6,7 @@ import sys
 
 from starlette.types import Send
 
-from .frames import WHOLE, FrameReader, is_same_user
+from .frames import WHOLE, FrameReader, is_same_user, unix_socket
 
 
 class IncomingStream:
@@ -110,9 +110,9 @@ class Relay:
         loop = asyncio.get_running_loop()
         if self._name is None:
             self._name = f"moeyard-{secrets.token_hex(16)}"
-            self._server = await loop.create_unix_server(
-                lambda: _Link(self._streams), "\0" + self._name
-            )
+            end = unix_socket()
+            end.bind("\0" + self._name)
+            self._server = await loop.create_unix_server(lambda: _Link(self._streams), sock=end)
         number = secrets.randbits(64)
         stream = IncomingStream(f"{self._name}.{number:016x}".encode(), loop)
         self._streams[number] = stream

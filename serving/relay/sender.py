@@ -10,7 +10,7 @@ from typing import Any
 
 from starlette.types import Scope
 
-from .frames import CUT, HEADER, WHOLE, end_frame, frame, is_same_user
+from .frames import CUT, HEADER, WHOLE, end_frame, frame, is_same_user, unix_socket
 
 _ADDRESS = re.compile(rb"(moeyard-[0-9a-f]{32})\.([0-9a-f]{16})")
 """Socket and stream. Nothing else is connected to, whoever sent the header."""
@@ -101,10 +101,11 @@ def _is_usable(link: asyncio.Task[_Link | None] | None) -> bool:
 
 
 async def _connect(name: bytes) -> _Link | None:
-    loop = asyncio.get_running_loop()
+    end = unix_socket()
     try:
-        # A name in the abstract namespace, which no file stands for.
-        _, link = await loop.create_unix_connection(_Link, "\0" + name.decode())
+        end.connect(b"\0" + name)
     except OSError:
+        end.close()
         return None
+    _, link = await asyncio.get_running_loop().create_unix_connection(_Link, sock=end)
     return link if link.is_open else None

@@ -119,6 +119,14 @@ def test_a_relayed_stream_has_the_events_of_a_plain_one(server, path, body):
     assert sorted(alike(relayed), key=key) == sorted(alike(plain), key=key)
 
 
+def test_the_short_way_works_on_the_event_loop_that_ray_uses(server):
+    uvloop = pytest.importorskip("uvloop")
+    app = Counted(server.app())
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        (relayed,) = runner.run(post(ProxyGuard(app), BODY))
+    assert app.pieces == [b""] and len(alike(relayed)) > 1
+
+
 def test_streams_that_share_a_socket_stay_apart_and_leave_together(server, monkeypatch):
     bodies = [{**BODY, "prompt": "a" * (i + 1), "max_tokens": 30} for i in range(8)]
     plain = [alike(response) for response in asyncio.run(post(server.app(), *bodies))]
