@@ -39,7 +39,7 @@ PARTS = {
 def part_of(stack: str) -> str:
     """Return the part that a stack of py-spy belongs to."""
     frames = stack.split(";")
-    if any("engine/thread.py" in frame and frame.startswith("_run ") for frame in frames):
+    if any("engine/engine.py" in frame for frame in frames):
         return "engine"
     for frame in reversed(frames):
         for part, pieces in PARTS.items():
