@@ -54,7 +54,7 @@ def profile(pid: int, seconds: float) -> Counter[str]:
         path = Path(folder) / "stacks"
         command = [str(Path(sys.executable).parent / "py-spy"), "record", "--pid", str(pid)]
         command += ["--duration", str(int(seconds)), "--rate", str(RATE), "--format", "raw"]
-        command += ["--full-filenames", "--nonblocking", "-o", str(path)]
+        command += ["--full-filenames", "-o", str(path)]
         subprocess.run(command, check=True, capture_output=True)
         found: Counter[str] = Counter()
         for line in path.read_text().splitlines():
