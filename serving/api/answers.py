@@ -1,6 +1,5 @@
 """Run the generation requests of one HTTP request and format the answers, for every endpoint."""
 
-import asyncio
 import logging
 import time
 import uuid
@@ -9,8 +8,7 @@ from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.responses import JSONResponse, Response
 
 from ...errors import RequestError
 from ...moe.adapters.adapter import Adapter
@@ -20,6 +18,8 @@ from ..engine.logprobs import TokenLogprob
 from ..engine.sequence import GenerationEvent, GenerationRequest
 from ..engine.thread import EngineThread
 from .adapters import ServedModels
+from .answer_stream import AnswerStream
+from .chunks import Chunks, ChunkWording
 from .protocol import GenerationOptions
 from .responses import DONE, error_object, sse
 
@@ -47,7 +47,7 @@ class Answer:
         self.cached_tokens = event.cached_tokens
 
 
-class Wording(Protocol):
+class Wording(ChunkWording, Protocol):
     """How an endpoint formats answers; one per HTTP request, so it may keep state."""
 
     id_prefix: str
@@ -60,10 +60,6 @@ class Wording(Protocol):
 
     def first(self, index: int) -> dict[str, Any] | None:
         """Return the choice that opens an answer's stream, if there is one."""
-        ...
-
-    def chunk(self, index: int, event: GenerationEvent) -> dict[str, Any]:
-        """Return the choice that carries one event."""
         ...
 
 
@@ -99,20 +95,19 @@ class Answers:
         requests = [replace(request, adapter=adapter) for request in requests]
         if not body.stream:
             return JSONResponse(await self._whole(wording, requests, body))
-        events = self._stream(wording, requests, body)
-        response = StreamingResponse(
-            events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
-        )
-        return HeldResponse(response, places.pop_all())
+        return AnswerStream(self._stream(wording, requests, body), places.pop_all())
 
     async def _whole(
         self, wording: Wording, requests: list[GenerationRequest], body: GenerationOptions
     ) -> dict[str, Any]:
         """Run all requests to their end and return one object."""
         answers = [Answer() for _ in requests]
-        async with aclosing(self._run(requests)) as events:
-            async for index, event in events:
-                answers[index].add(event)
+        async with aclosing(self._thread.generate(requests)) as batches:
+            async for events in batches:
+                for index, event in events:
+                    if event.error is not None:
+                        raise event.error
+                    answers[index].add(event)
         choices = [wording.whole(index, answer) for index, answer in enumerate(answers)]
         usage = _usage(
             requests, [a.num_tokens for a in answers], [a.cached_tokens for a in answers]
@@ -125,27 +120,38 @@ class Answers:
     ) -> AsyncGenerator[bytes]:
         """Yield server-sent events: one per piece, then usage if asked, then [DONE].
 
-        A failure ends the stream with an error event, never silently.
+        Events that wait when the last ones have been sent leave together. A failure ends the
+        stream with an error event, never silently.
         """
         head = _head(wording.id_prefix, wording.chunk_object, body.model, [])
+        chunks = Chunks(head, wording)
         generated, cached = [0] * len(requests), [0] * len(requests)
 
-        def piece(index: int, choice: dict[str, Any]) -> bytes:
-            usage = {}
-            if body.has_continuous_usage:
-                usage = {"usage": _usage([requests[index]], [generated[index]], [cached[index]])}
-            return sse({**head, "choices": [choice], **usage})
+        def usage_of(index: int) -> dict[str, Any] | None:
+            if not body.has_continuous_usage:
+                return None
+            return _usage([requests[index]], [generated[index]], [cached[index]])
 
         try:
-            for index in range(len(requests)):
-                opening = wording.first(index)
-                if opening is not None:
-                    yield piece(index, opening)
-            async with aclosing(self._run(requests)) as events:
-                async for index, event in events:
-                    generated[index], cached[index] = event.num_tokens, event.cached_tokens
-                    if event.text or event.logprobs or event.finish_reason is not None:
-                        yield piece(index, wording.chunk(index, event))
+            openings = [(i, wording.first(i)) for i in range(len(requests))]
+            opening = [chunks.choice(c, usage_of(i)) for i, c in openings if c is not None]
+            if opening:
+                yield b"".join(opening)
+            async with aclosing(self._thread.generate(requests)) as batches:
+                async for events in batches:
+                    pieces = []
+                    error = None
+                    for index, event in events:
+                        error = event.error
+                        if error is not None:
+                            break
+                        generated[index], cached[index] = event.num_tokens, event.cached_tokens
+                        if event.text or event.logprobs or event.finish_reason is not None:
+                            pieces.append(chunks.event(index, event, usage_of(index)))
+                    if pieces:
+                        yield b"".join(pieces)
+                    if error is not None:
+                        raise error
             if body.includes_usage:
                 yield sse({**head, "usage": _usage(requests, generated, cached)})
         except RequestError as error:
@@ -155,39 +161,6 @@ class Answers:
             failure = RequestError("the server failed; its log has the details.", status=500)
             yield sse(error_object(failure))
         yield DONE
-
-    async def _run(
-        self, requests: list[GenerationRequest]
-    ) -> AsyncGenerator[tuple[int, GenerationEvent]]:
-        """Run requests concurrently and yield (index, event) as they come.
-
-        Raises :class:`RequestError` when one of them fails; leaving early cancels all of them.
-        """
-        merged: asyncio.Queue[tuple[int, GenerationEvent] | Exception] = asyncio.Queue()
-
-        async def pump(index: int, request: GenerationRequest) -> None:
-            try:
-                async with aclosing(self._thread.generate(request)) as events:
-                    async for event in events:
-                        merged.put_nowait((index, event))
-            except Exception as error:
-                merged.put_nowait(error)
-
-        tasks = [asyncio.create_task(pump(i, request)) for i, request in enumerate(requests)]
-        try:
-            unfinished = len(requests)
-            while unfinished:
-                item = await merged.get()
-                if isinstance(item, Exception):
-                    raise item
-                if item[1].error is not None:
-                    raise item[1].error
-                unfinished -= item[1].finish_reason is not None
-                yield item
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _head(prefix: str, kind: str, model: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
@@ -206,19 +179,6 @@ def ending(part: Answer | GenerationEvent) -> dict[str, Any]:
     if part.stop_token is not None:
         reason["stop_reason"] = part.stop_token
     return reason
-
-
-class HeldResponse(Response):
-    """A response that releases resources when it has been sent or has failed."""
-
-    def __init__(self, response: Response, held: ExitStack) -> None:
-        self._response = response
-        self._held = held
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the response, then release the resources."""
-        with self._held:
-            await self._response(scope, receive, send)
 
 
 def _usage(

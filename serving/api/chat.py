@@ -1,7 +1,6 @@
 """``POST /v1/chat/completions``: parse the body, make requests, format OpenAI's objects."""
 
 import asyncio
-import uuid
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,10 +18,9 @@ from .messages import read_messages
 from .protocol import (
     MAX_LOGPROBS,
     GenerationOptions,
-    group_of,
+    choices_of,
     read_values,
     sampling_of,
-    seed_of,
     validate,
 )
 from .request_body import read_body
@@ -107,32 +105,33 @@ async def prepare_chat(
     check_written(body.messages, tokenizer.tools)
     loop = asyncio.get_running_loop()
     text = await loop.run_in_executor(tokenizer.rendering, tokenizer.render_chat, body.messages)
-    prompt_ids = tuple(await asyncio.to_thread(tokenizer.encode_rendered, text))
-    requests = []
-    group = group_of(body)
-    for choice in range(body.n):
-        request = GenerationRequest(
-            request_id=uuid.uuid4().hex,
-            prompt_ids=prompt_ids,
-            max_tokens=body.limit or max(1, engine.max_model_len - len(prompt_ids)),
-            sampling=sampling_of(body, engine.sampling),
-            seed=seed_of(body, choice),
-            stop=body.stop_strings(),
-            stop_token_ids=frozenset(body.stop_token_ids),
-            ignore_eos=body.ignore_eos,
-            min_tokens=body.min_tokens,
-            num_logprobs=body.num_logprobs,
-            priority=body.priority,
-            cache_salt=body.cache_salt,
-            group=group,
-        )
-        try:
-            engine.check(request)
-        except RequestError as error:
-            error.param = "messages" if error.param == "prompt" else error.param
-            raise
-        requests.append(request)
-    return requests
+    return await asyncio.to_thread(_chat_requests, body, text, tokenizer, engine)
+
+
+def _chat_requests(
+    body: ChatRequest, text: str, tokenizer: ServingTokenizer, engine: Engine
+) -> list[GenerationRequest]:
+    """Tokenise and check; for a thread, since a long prompt takes as long as many tokens."""
+    prompt_ids = tuple(tokenizer.encode_rendered(text))
+    request = GenerationRequest(
+        request_id="",
+        prompt_ids=prompt_ids,
+        max_tokens=body.limit or max(1, engine.max_model_len - len(prompt_ids)),
+        sampling=sampling_of(body, engine.sampling),
+        stop=body.stop_strings(),
+        stop_token_ids=frozenset(body.stop_token_ids),
+        ignore_eos=body.ignore_eos,
+        min_tokens=body.min_tokens,
+        num_logprobs=body.num_logprobs,
+        priority=body.priority,
+        cache_salt=body.cache_salt,
+    )
+    try:
+        engine.check(request)
+    except RequestError as error:
+        error.param = "messages" if error.param == "prompt" else error.param
+        raise
+    return choices_of(request, body)
 
 
 class ChatWording:
@@ -145,6 +144,11 @@ class ChatWording:
     def __init__(self, body: ChatRequest, tokenizer: ServingTokenizer) -> None:
         self._with_logprobs = body.logprobs
         self._tokenizer = tokenizer
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether chunks differ in nothing but their text while an answer goes on."""
+        return not self._with_logprobs
 
     def first(self, index: int) -> dict[str, Any] | None:
         """Return the choice that names the role."""

@@ -2,7 +2,6 @@
 
 import asyncio
 import codecs
-import uuid
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -21,10 +20,9 @@ from .protocol import (
     MAX_LOGPROBS,
     GenerationOptions,
     check_unicode,
-    group_of,
+    choices_of,
     read_values,
     sampling_of,
-    seed_of,
     validate,
 )
 from .request_body import read_body
@@ -118,34 +116,33 @@ async def prepare_completion(
     """Return one generation request per answer; all are checked before any runs."""
     requests: list[GenerationRequest] = []
     for prompt in body.prompts():
-        if isinstance(prompt, str):
-            prompt_ids = tuple(await asyncio.to_thread(tokenizer.encode, prompt))
-        else:
-            prompt_ids = tuple(prompt)
-        first, group = len(requests), group_of(body)
-        for choice in range(body.n):
-            request = GenerationRequest(
-                request_id=uuid.uuid4().hex,
-                prompt_ids=prompt_ids,
-                max_tokens=body.max_tokens,
-                sampling=sampling_of(body, engine.sampling),
-                seed=seed_of(body, choice),
-                stop=body.stop_strings(),
-                stop_token_ids=frozenset(body.stop_token_ids),
-                ignore_eos=body.ignore_eos,
-                min_tokens=body.min_tokens,
-                num_logprobs=body.logprobs,
-                scores_prompt=body.echo,
-                priority=body.priority,
-                cache_salt=body.cache_salt,
-                group=group,
-            )
-            engine.check(request)
-            requests.append(request)
-        if body.echo:  # ids can be decoded now that they are checked
-            echo = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
-            requests[first:] = [replace(request, echo=echo) for request in requests[first:]]
+        requests += await asyncio.to_thread(_requests_for, body, prompt, tokenizer, engine)
     return requests
+
+
+def _requests_for(
+    body: CompletionRequest, prompt: str | list[int], tokenizer: ServingTokenizer, engine: Engine
+) -> list[GenerationRequest]:
+    """Tokenise and check; for a thread, since a long prompt takes as long as many tokens."""
+    request = GenerationRequest(
+        request_id="",
+        prompt_ids=tuple(tokenizer.encode(prompt) if isinstance(prompt, str) else prompt),
+        max_tokens=body.max_tokens,
+        sampling=sampling_of(body, engine.sampling),
+        stop=body.stop_strings(),
+        stop_token_ids=frozenset(body.stop_token_ids),
+        ignore_eos=body.ignore_eos,
+        min_tokens=body.min_tokens,
+        num_logprobs=body.logprobs,
+        scores_prompt=body.echo,
+        priority=body.priority,
+        cache_salt=body.cache_salt,
+    )
+    engine.check(request)
+    if body.echo:  # ids can be decoded now that they are checked
+        echo = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
+        request = replace(request, echo=echo)
+    return choices_of(request, body)
 
 
 class CompletionWording:
@@ -158,6 +155,11 @@ class CompletionWording:
         self._with_logprobs = body.logprobs is not None
         self._tokenizer = tokenizer
         self._offsets: dict[int, TextOffsets] = {}
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether chunks differ in nothing but their text while an answer goes on."""
+        return not self._with_logprobs
 
     def first(self, index: int) -> dict[str, Any] | None:
         """Nothing opens a completion."""

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, Valida
 
 from ...errors import RequestError
 from ...moe.models.sampling import SamplingParams
+from ..engine.sequence import GenerationRequest
 
 IGNORED = {
     "metadata",
@@ -134,14 +135,14 @@ def sampling_of(body: GenerationOptions, usual: SamplingParams) -> SamplingParam
     return replace(usual, **given)
 
 
-def seed_of(body: GenerationOptions, choice: int) -> int | None:
-    """Return the seed of one of a request's answers; they differ."""
-    return None if body.seed is None else (body.seed + choice) % (1 << 63)
+def choices_of(request: GenerationRequest, body: GenerationOptions) -> list[GenerationRequest]:
+    """Return ``body.n`` requests like ``request``, which differ in id and seed.
 
-
-def group_of(body: GenerationOptions) -> str:
-    """Return a new name for the answers to one prompt, which is then read only once."""
-    return uuid.uuid4().hex if body.n > 1 else ""
+    They are a group, so that their prompt is read once.
+    """
+    seeds = [None if body.seed is None else (body.seed + i) % (1 << 63) for i in range(body.n)]
+    request = replace(request, group=uuid.uuid4().hex if body.n > 1 else "")
+    return [replace(request, request_id=uuid.uuid4().hex, seed=seed) for seed in seeds]
 
 
 def check_unicode(param: str, texts: Iterable[str]) -> None:

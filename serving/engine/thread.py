@@ -1,11 +1,15 @@
-"""Run an engine in its own thread and hand its events to asyncio."""
+"""Run an engine in its own thread and hand its events to asyncio.
+
+All events of a step cross to the event loop in one call. A reader that comes late takes everything
+that waits for it at once.
+"""
 
 import asyncio
 import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass
 
 from ...errors import RequestError
@@ -20,32 +24,52 @@ RETRY_AFTER_S = 10
 """``Retry-After`` of an engine that does not work: its replica is being replaced."""
 
 
+Indexed = tuple[int, GenerationEvent]
+"""An event, and which of the requests it belongs to that were put together."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Add:
-    request: GenerationRequest
-    listener: "_Listener"
+    requests: Sequence[GenerationRequest]
+    reader: "_Reader"
 
 
 @dataclass(frozen=True, slots=True)
 class _Cancel:
-    request_id: str
+    request_ids: list[str]
 
 
-class _Listener:
-    """Where one request's events go: a queue of the event loop that waits for them."""
+class _Reader:
+    """Where the events of requests that were put together go: to one task of an event loop."""
+
+    __slots__ = ("_events", "_waiting", "loop")
 
     def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[GenerationEvent] = asyncio.Queue()
+        self.loop = asyncio.get_running_loop()
+        self._events: list[Indexed] = []
+        self._waiting: asyncio.Future[None] | None = None
 
-    def put(self, event: GenerationEvent) -> None:
-        """Hand an event over from the engine's thread."""
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
+    def put(self, index: int, event: GenerationEvent) -> None:
+        """Add an event and wake the task."""
+        self._events.append((index, event))
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
 
-    async def get(self) -> GenerationEvent:
-        """Wait for the next event."""
-        return await self._queue.get()
+    async def take(self) -> list[Indexed]:
+        """Return all events that are there, in order; wait for the first."""
+        if not self._events:
+            self._waiting = self.loop.create_future()
+            await self._waiting
+        events, self._events = self._events, []
+        return events
+
+
+_Delivery = tuple[_Reader, int, GenerationEvent]
+
+
+def _hand_over(deliveries: list[_Delivery]) -> None:
+    for reader, index, event in deliveries:
+        reader.put(index, event)
 
 
 class EngineThread:
@@ -54,8 +78,9 @@ class EngineThread:
     def __init__(self, engine: Engine, stuck_after_s: float = STUCK_AFTER_S) -> None:
         self.engine = engine
         self._stuck_after_s = stuck_after_s
-        self._commands: queue.Queue[_Add | _Cancel | None] = queue.Queue()
-        self._listeners: dict[str, _Listener] = {}
+        self._commands: queue.SimpleQueue[_Add | _Cancel | None] = queue.SimpleQueue()
+        self._readers: dict[str, tuple[_Reader, int]] = {}
+        """By request, with its index among those that were put together."""
         self._step_started: float | None = None
         self._failure: str | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -73,24 +98,31 @@ class EngineThread:
             return f"the engine has been in one step for {duration_s:.0f} s"
         return None
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent]:
-        """Yield the request's events; leaving the iteration early cancels the request."""
-        self.engine.check(request)
-        listener = _Listener()
-        self._commands.put(_Add(request, listener))
-        is_finished = False
+    async def generate(
+        self, requests: Sequence[GenerationRequest]
+    ) -> AsyncGenerator[list[Indexed]]:
+        """Run requests together; yield their events as they come, all that wait in one list.
+
+        Leaving the iteration early cancels what has not ended. A request that the engine does not
+        take ends with an error event.
+        """
+        reader = _Reader()
+        self._commands.put(_Add(requests, reader))
+        unfinished = {request.request_id for request in requests}
         try:
             # Checked after queueing: an engine that ended before would never answer.
             problem = self.problem()
             if problem is not None:
                 raise _unavailable(f"{problem}; try again later.")
-            while not is_finished:
-                event = await listener.get()
-                is_finished = event.finish_reason is not None
-                yield event
+            while unfinished:
+                events = await reader.take()
+                for _, event in events:
+                    if event.finish_reason is not None:
+                        unfinished.discard(event.request_id)
+                yield events
         finally:
-            if not is_finished:
-                self._commands.put(_Cancel(request.request_id))
+            if unfinished:
+                self._commands.put(_Cancel(list(unfinished)))
 
     def stop(self) -> None:
         """End the thread after the step it is in."""
@@ -103,8 +135,7 @@ class EngineThread:
                 self._step_started = time.monotonic()
                 events = self.engine.step()
                 self._step_started = None
-                for event in events:
-                    self._deliver(event)
+                self._deliver(events)
             self._failure = "the server is shutting down"
         except BaseException as error:  # a native library's panic is not an Exception
             log.exception("the engine failed")
@@ -123,31 +154,51 @@ class EngineThread:
             if command is None:
                 return False
             if isinstance(command, _Cancel):
-                self._listeners.pop(command.request_id, None)
-                self.engine.cancel(command.request_id)
-                continue
-            self._listeners[command.request.request_id] = command.listener
-            try:
-                self.engine.add(command.request)
-            except RequestError as error:
-                request_id = command.request.request_id
-                self._deliver(GenerationEvent(request_id, "", 0, "error", error))
+                for request_id in command.request_ids:
+                    self._readers.pop(request_id, None)
+                    self.engine.cancel(request_id)
+            else:
+                self._add(command)
 
-    def _deliver(self, event: GenerationEvent) -> None:
-        listener = self._listeners.get(event.request_id)
-        if event.finish_reason is not None:
-            self._listeners.pop(event.request_id, None)
-        if listener is not None:
-            listener.put(event)
+    def _add(self, command: _Add) -> None:
+        refused = []
+        self._listen(command)
+        for request in command.requests:
+            try:
+                self.engine.add(request)
+            except RequestError as error:
+                refused.append(GenerationEvent(request.request_id, "", 0, "error", error))
+        self._deliver(refused)
+
+    def _listen(self, command: _Add) -> None:
+        for index, request in enumerate(command.requests):
+            self._readers[request.request_id] = (command.reader, index)
+
+    def _deliver(self, events: Iterable[GenerationEvent]) -> None:
+        """Hand events over in one call per event loop, which is one call in a server."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[_Delivery]] = {}
+        for event in events:
+            found = self._readers.get(event.request_id)
+            if event.finish_reason is not None:
+                self._readers.pop(event.request_id, None)
+            if found is not None:
+                by_loop.setdefault(found[0].loop, []).append((*found, event))
+        for loop, deliveries in by_loop.items():
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(_hand_over, deliveries)
 
     def _fail_all(self, message: str) -> None:
         """End every request, also those that the engine has not taken yet."""
         while not self._commands.empty():
             command = self._commands.get()
             if isinstance(command, _Add):
-                self._listeners[command.request.request_id] = command.listener
-        for request_id in list(self._listeners):
-            self._deliver(GenerationEvent(request_id, "", 0, "error", _unavailable(message)))
+                self._listen(command)
+        self._deliver(
+            [
+                GenerationEvent(request_id, "", 0, "error", _unavailable(message))
+                for request_id in self._readers
+            ]
+        )
 
 
 def _unavailable(message: str) -> RequestError:

@@ -10,7 +10,7 @@ from ...chat_templates.chat_template import content_format_of, pick_template
 from ...chat_templates.renderer import TemplateFault, TemplateProcess
 from ...chat_templates.tool_form import ToolForm, ToolSupport, tool_support
 from ...errors import ConfigError, RequestError
-from ...moe.folders.text_codec import prompt_ids
+from ...moe.folders.text_codec import prompt_ids, without_end
 from ...moe.folders.tokenizer_errors import library_errors
 from ...moe.folders.tokenizer_folder import open_folder_tokenizer
 
@@ -26,6 +26,7 @@ class ServingTokenizer:
         from transformers.convert_slow_tokenizer import bytes_to_unicode
 
         self._inner = open_folder_tokenizer(folder)
+        self._rust = _behind(self._inner)
         self._folder = folder
         self._template = pick_template(self._inner.chat_template, folder, chat_template)
         self._format = content_format_of(self._template)
@@ -50,14 +51,17 @@ class ServingTokenizer:
         return self._template is not None
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a prompt."""
+        """Return the ids of a prompt. For threads: others go on meanwhile."""
         with _failures_on("prompt"):
-            return prompt_ids(self._inner, text)
+            if self._rust is None:
+                return prompt_ids(self._inner, text)
+            return without_end(self._inner, _ids(self._rust, text, True), text)
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of ids, without special tokens."""
         with library_errors(_cannot_spell):
-            return str(self._inner.decode(ids, skip_special_tokens=True))
+            tokenizer = self._inner if self._rust is None else self._rust
+            return str(tokenizer.decode(ids, skip_special_tokens=True))
 
     def render_chat(self, messages: list[dict[str, Any]]) -> str:
         """Return the text of a conversation in the form the model knows, ready for its answer.
@@ -83,8 +87,10 @@ class ServingTokenizer:
             ) from None
 
     def encode_rendered(self, text: str) -> list[int]:
-        """Return the ids of a rendered conversation."""
+        """Return the ids of a rendered conversation. For threads, as :meth:`encode`."""
         with _failures_on("messages"):
+            if self._rust is not None:
+                return _ids(self._rust, text, False)
             return list(self._inner(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def close(self) -> None:
@@ -139,6 +145,30 @@ class ServingTokenizer:
                 f"the chat template of {source} fails on a plain message ({fault}); correct it, or "
                 "give another with --chat-template."
             ) from None
+
+
+def _behind(tokenizer: Any) -> Any:
+    """Return the library's tokenizer that transformers' one only wraps, or None.
+
+    The wrapper takes ten times as long to decode a token, and the lists that it makes of a prompt
+    hold up all threads. Its subclasses, and those that clean up blanks, do more than wrap.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    if type(tokenizer) is not PreTrainedTokenizerFast or tokenizer.clean_up_tokenization_spaces:
+        return None
+    rust = tokenizer.backend_tokenizer
+    # As the wrapper does for each text.
+    rust.no_truncation()
+    rust.no_padding()
+    rust.encode_special_tokens = tokenizer.split_special_tokens
+    return rust
+
+
+def _ids(rust: Any, text: str, add_special_tokens: bool) -> list[int]:
+    # A batch of one: ``encode`` would keep all other threads waiting until it is done.
+    (encoding,) = rust.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+    return list(encoding.ids)
 
 
 def _failures_on(param: str) -> AbstractContextManager[None]:

@@ -9,6 +9,7 @@ from starlette.responses import JSONResponse
 
 from moeyard.serving.api import request_body
 from moeyard.serving.proxy_guard import UNFINISHED, ProxyGuard, middlewares
+from moeyard.serving.relay.frames import HEADER
 
 from http_calls import check_error, events
 
@@ -153,10 +154,12 @@ def test_ray_takes_no_orders_from_clients():
         (b"X-Request-Timeout-Seconds", b"0.001"),
         (b"serve_multiplexed_model_id", b"m"),
         (b"x-session-id", b"s"),
+        (b"X_Moeyard_Relay", b"moeyard-0.0"),
         (b"x-request-id", b"\xff"),
     ]
     run(app, [part(b"", more=False)], headers=[*kept, *orders])
-    assert seen == kept
+    (offer,) = [value for name, value in seen if name == HEADER]
+    assert seen == [*kept, (HEADER, offer)], "an order came through"
 
 
 def test_how_much_is_unfinished_is_told_to_those_with_rays_token(monkeypatch):

@@ -1,0 +1,158 @@
+"""What a token costs on its way from the engine to the client's socket.
+
+    python benchmarks/token_path.py [--model DIR] [--arms engine app serve] [--write NAME]
+
+Three arms: the bare engine, the engine behind the HTTP application (uvicorn, one process), and
+``moeyard serve``. The same greedy streams in each, ``--streams`` at once. Printed: tokens per
+second, ms between tokens of a stream, and CPU microseconds per chunk, from the kernel's
+nanosecond account of every thread. "engine" is the busiest thread of the process with the model
+(run it with one compute thread), "path" is the rest of that process, "proxy" is Ray's HTTP proxy.
+Without ``--model``: random weights in the demo's shape, whose head never chooses half a character,
+so that every token is a chunk.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from token_path_arms import PROMPT, app, bare_engine, serve, write_demo_model
+from token_path_client import cpu_ns
+from token_path_profile import profile
+
+from report import write_results
+
+HERE = Path(__file__).parent
+ARMS = ("engine", "app", "serve")
+IDLE_S = 2.0
+PROFILE_S = 4.0
+PROFILE_TOKENS = 4000
+
+
+def client_command(
+    port: int, name: str, num_streams: int, num_tokens: int, pids: dict[str, int]
+) -> list[str]:
+    """Return the command that runs the client."""
+    body = {
+        "model": name,
+        "prompt": PROMPT,
+        "max_tokens": num_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+    }
+    command = [sys.executable, str(HERE / "token_path_client.py"), str(port), json.dumps(body)]
+    return [*command, str(num_streams), *map(str, pids.values())]
+
+
+def ask(
+    port: int, name: str, num_streams: int, num_tokens: int, pids: dict[str, int]
+) -> dict[str, Any]:
+    """Have the client measure; return figures per chunk, in microseconds."""
+    command = client_command(port, name, num_streams, num_tokens, pids)
+    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert found["texts"] == 1, "streams of one prompt differ"
+    chunks = found["chunks"]
+    result = {key: found[key] for key in ("seconds", "chunks", "reads")}
+    for part, pid in pids.items():
+        spent = sorted(found["cpu_ns"][str(pid)].values())
+        if part == "path":
+            result["engine"] = spent.pop() / chunks / 1000
+        result[part] = sum(spent) / chunks / 1000
+    return result
+
+
+def idle(pids: dict[str, int]) -> str:
+    """Say what the processes spend on nothing: Ray's own threads count for chunks too."""
+    before = cpu_ns(list(pids.values()))
+    time.sleep(IDLE_S)
+    after = cpu_ns(list(pids.values()))
+    spent = {
+        pid: sum(v - before.get(k, 0) for k, v in after.items() if k[0] == pid)
+        for pid in pids.values()
+    }
+    return "  ".join(f"{part} {spent[pid] / IDLE_S / 1e6:.1f}" for part, pid in pids.items())
+
+
+def show_profile(port: int, name: str, num_streams: int, pids: dict[str, int]) -> None:
+    """Print what the path's time goes into, while long streams run."""
+    command = client_command(port, name, num_streams, PROFILE_TOKENS, {})
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as client:
+        for part, pid in pids.items():
+            found = profile(pid, PROFILE_S)
+            total = sum(count for kind, count in found.items() if kind != "engine")
+            shares = (
+                f"{kind} {n / total:.0%}" for kind, n in found.most_common() if kind != "engine"
+            )
+            print(f"  {part} at {num_streams} streams, {total} samples: {', '.join(shares)}")
+        client.kill()
+
+
+def line(arm: str, num_streams: int, result: dict[str, Any]) -> str:
+    """Word a result."""
+    rate = result["chunks"] / result["seconds"]
+    cpu = "  ".join(
+        f"{part} {result[part]:7.1f}" for part in ("engine", "path", "proxy") if part in result
+    )
+    return (
+        f"{arm:12} {num_streams:3} streams {rate:8.0f} tokens/s "
+        f"{num_streams / rate * 1000:7.3f} ms a token   CPU us per chunk: {cpu}"
+    )
+
+
+def main() -> None:
+    """Measure the arms one after the other, as often as asked."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model")
+    parser.add_argument("--arms", nargs="+", default=ARMS, choices=ARMS)
+    parser.add_argument("--streams", nargs="+", type=int, default=[1, 8, 32])
+    parser.add_argument("--tokens", type=int, default=400)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--profile", nargs="*", type=int, default=[], metavar="STREAMS")
+    parser.add_argument("--env", nargs="*", default=[], help="NAME=VALUE for moeyard serve")
+    parser.add_argument("--label", default="", help="what is special about this run")
+    parser.add_argument("--write", metavar="NAME", help="write results/NAME.json")
+    args = parser.parse_args()
+    results = []
+
+    def note(arm: str, num_streams: int, result: dict[str, Any]) -> None:
+        results.append({"arm": arm, "streams": num_streams, **result})
+        print(line(arm, num_streams, result), flush=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        model = args.model or str(Path(folder) / "demo-shape")
+        if args.model is None:
+            write_demo_model(Path(model))
+        if "engine" in args.arms:
+            for num_streams in [n for _ in range(args.rounds) for n in args.streams]:
+                note(
+                    "engine",
+                    num_streams,
+                    bare_engine(model, num_streams, args.tokens, args.threads),
+                )
+        for arm, start, options in (("app", app, {}), ("serve", serve, _pairs(args.env))):
+            if arm not in args.arms:
+                continue
+            with start(model, max(args.streams), args.threads, **options) as (port, pids):
+                name = Path(model).name
+                print(f"{arm}: ms of CPU in a second without requests: {idle(pids)}", flush=True)
+                ask(port, name, 1, args.tokens, pids)  # warm
+                for num_streams in [n for _ in range(args.rounds) for n in args.streams]:
+                    note(arm, num_streams, ask(port, name, num_streams, args.tokens, pids))
+                for num_streams in args.profile:
+                    show_profile(port, name, num_streams, pids)
+    if args.write:
+        write_results(args.write, {"label": args.label, "results": results})
+
+
+def _pairs(words: list[str]) -> dict[str, str]:
+    return dict(word.split("=", 1) for word in words)
+
+
+if __name__ == "__main__":
+    main()

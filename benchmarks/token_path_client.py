@@ -1,0 +1,120 @@
+"""Streams from a server, and the CPU time its processes spend on them: token_path.py's client.
+
+A process of its own, so that its work counts for nobody, and as little of it as possible: it keeps
+what arrives and parses it when all is over.
+"""
+
+import argparse
+import json
+import selectors
+import socket
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+WARM_CHUNKS = 20
+"""Chunks of every stream before the measured window, and left of the first one after it."""
+EVENT = b"data: "
+
+
+def cpu_ns(pids: list[int]) -> dict[tuple[int, int], int]:
+    """Return the CPU time of every thread of these processes, in nanoseconds."""
+    found = {}
+    for pid in pids:
+        for task in Path(f"/proc/{pid}/task").glob("*"):
+            try:
+                words = (task / "schedstat").read_text().split()
+            except OSError:
+                continue  # a thread or process that has ended
+            found[pid, int(task.name)] = int(words[0])
+    return found
+
+
+class Stream:
+    """One connection with one streamed answer."""
+
+    def __init__(self, port: int, body: dict[str, Any]) -> None:
+        data = json.dumps(body).encode()
+        head = (
+            "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+        )
+        self.socket = socket.create_connection(("127.0.0.1", port))
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.socket.sendall(head.encode() + data)
+        self.parts: list[bytes] = []
+        self.num_reads = 0
+        self.num_chunks = 0
+
+    def read(self) -> bool:
+        """Take what is there; return whether the answer is whole."""
+        data = self.socket.recv(1 << 16)
+        assert data, b"".join(self.parts)[-500:]
+        self.parts.append(data)
+        self.num_reads += 1
+        self.num_chunks += data.count(EVENT)
+        return data.endswith(b"0\r\n\r\n")
+
+    def events(self) -> list[dict[str, Any]]:
+        """Return the answer's events, and check that the last one says [DONE]."""
+        head, _, rest = b"".join(self.parts).partition(b"\r\n\r\n")
+        assert b" 200 " in head.splitlines()[0], head
+        body = b""
+        while rest:
+            size, _, rest = rest.partition(b"\r\n")
+            length = int(size, 16)
+            body, rest = body + rest[:length], rest[length + 2 :]
+        *events, done = [e.removeprefix(EVENT) for e in body.split(b"\n\n") if e]
+        assert done == b"[DONE]", body[-200:]
+        return [json.loads(event) for event in events]
+
+
+def measure(port: int, body: dict[str, Any], num_streams: int, pids: list[int]) -> dict[str, Any]:
+    """Run the streams at once; return the window's seconds, chunks and CPU time by thread."""
+    started = time.monotonic()
+    streams = [Stream(port, body) for _ in range(num_streams)]
+    selector = selectors.DefaultSelector()
+    for stream in streams:
+        selector.register(stream.socket, selectors.EVENT_READ, stream)
+    last = body["max_tokens"] - WARM_CHUNKS
+    before = after = None
+    left = num_streams
+    while left:
+        for key, _ in selector.select():
+            if key.data.read():
+                selector.unregister(key.data.socket)
+                left -= 1
+        counts = [stream.num_chunks for stream in streams]
+        if before is None and min(counts) >= WARM_CHUNKS:
+            before = time.monotonic(), sum(counts), cpu_ns(pids), _reads(streams)
+        elif before is not None and after is None and max(counts) >= last:
+            after = time.monotonic(), sum(counts), cpu_ns(pids), _reads(streams)
+    assert before is not None and after is not None, "the window is empty; ask for more tokens"
+    by_pid: dict[int, dict[int, int]] = defaultdict(dict)
+    for (pid, thread), value in after[2].items():
+        by_pid[pid][thread] = value - before[2].get((pid, thread), 0)
+    texts = {"".join(e["choices"][0]["text"] for e in s.events()) for s in streams}
+    return {
+        "seconds": after[0] - before[0],
+        "chunks": after[1] - before[1],
+        "reads": after[3] - before[3],
+        "whole_s": time.monotonic() - started,
+        "cpu_ns": by_pid,
+        "events": [len(stream.events()) for stream in streams],
+        "texts": len(texts),
+    }
+
+
+def _reads(streams: list[Stream]) -> int:
+    return sum(stream.num_reads for stream in streams)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("port", type=int)
+    parser.add_argument("body")
+    parser.add_argument("streams", type=int)
+    parser.add_argument("pids", type=int, nargs="*")
+    args = parser.parse_args()
+    print(json.dumps(measure(args.port, json.loads(args.body), args.streams, args.pids)))
