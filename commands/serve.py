@@ -72,6 +72,7 @@ def add(parsers: Parsers) -> None:
         help="web pages that may call the server, such as http://localhost:3000, or *; repeat for "
         "several; default: none",
     )
+    _add_speculation(serve)
     add_adapters(serve)
     _add_recording(serve)
     add_ignore_unused_weights(serve)
@@ -85,6 +86,23 @@ def _add_host_memory(serve: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="memory of this machine for further experts, shared by the replicas: 8GiB or 50%% of "
         "all; default: 0",
+    )
+
+
+def _add_speculation(serve: argparse.ArgumentParser) -> None:
+    serve.add_argument(
+        "--speculative",
+        metavar="NAME",
+        default="none",
+        help="guess next tokens from the text so far and check several in one step: ngram or "
+        "suffix; no answer changes; default: none",
+    )
+    serve.add_argument(
+        "--speculative-rows",
+        metavar="N",
+        type=int,
+        default=16,
+        help="guessed tokens that one step checks at most, of all requests together",
     )
 
 

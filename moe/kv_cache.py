@@ -181,3 +181,8 @@ class CachePosition:
     def view(self, layer: int, end: int) -> tuple[Tensor, Tensor]:
         """Return the first ``end`` keys of ``layer``, ``[G, end, H]``, and their values."""
         return self._whole.view(layer, end)
+
+    @property
+    def text(self) -> SequenceCache:
+        """The cache of the whole text."""
+        return self._whole

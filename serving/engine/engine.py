@@ -14,6 +14,10 @@ from ...moe.models.language_model import LanguageModel
 from ...moe.models.sampling import SamplingParams, sample
 from ...moe.models.text_stream import Decode
 from ..experts.store import ExpertStore
+from .drafts.checks import check_rows_alone
+from .drafts.events import joined
+from .drafts.speculation import Speculation
+from .drafts.table import drafter_named
 from .logprobs import TokenLogprob, score_tokens
 from .metrics import EngineMetrics
 from .sequence import GenerationEvent, GenerationRequest, Sequence
@@ -31,6 +35,8 @@ class Engine:
         max_num_seqs: int = 8,
         max_model_len: int | None = None,
         prefill_chunk: int = 256,
+        speculative: str = "none",
+        speculative_rows: int = 16,
     ) -> None:
         self._model = model
         self._decode = decode
@@ -41,6 +47,12 @@ class Engine:
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self.metrics = EngineMetrics(model.config, store)
+        self._speculation = None
+        make_drafter = drafter_named(speculative)
+        if make_drafter is not None:
+            check_rows_alone(model.decoder)
+            registry = self.metrics.registry
+            self._speculation = Speculation(make_drafter, speculative_rows, registry)
 
     @property
     def has_work(self) -> bool:
@@ -108,7 +120,7 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[GenerationEvent]:
-        """Run one forward and return an event for every request that got a token or ended.
+        """Run one forward and return an event for every request that got tokens or ended.
 
         If memory is short or an expert cannot be read, the affected requests end with an error and
         the others continue.
@@ -118,11 +130,15 @@ class Engine:
         batch = self._choose()
         if not batch:
             return []
+        if self._speculation is not None:
+            self._speculation.begin(batch)
         step = run_step(self._model.decoder, batch, self._prefill_chunk)
         for routings in step.routings:
             self.metrics.count_routing(routings)
         events = [self._fail(sequence, error) for sequence, error in step.failures]
-        events += [event for result in step.results if (event := self._take(result)) is not None]
+        events += [event for result in step.results for event in self._take(result)]
+        if self._speculation is not None:
+            self._speculation.end(sum(len(result.hidden_TD) for result in step.results))
         ended = {event.request_id for event in events if event.finish_reason is not None}
         self._running = [s for s in self._running if s.request.request_id not in ended]
         self._count_requests()
@@ -134,27 +150,47 @@ class Engine:
         prefilling = [s for s in self._running if s.is_prefilling]
         return decoding + prefilling[:1]
 
-    def _take(self, result: StepResult) -> GenerationEvent | None:
-        """Choose a sequence's next token if it is ready; a failure ends only this sequence."""
+    def _take(self, result: StepResult) -> list[GenerationEvent]:
+        """Choose a sequence's next tokens if it is ready; a failure ends only this sequence."""
         sequence = result.sequence
+        accepted: list[GenerationEvent] = []
+        failed: list[GenerationEvent] = []
         try:
             self._score_prompt(sequence, result.hidden_TD)
-            if result.logits_V is None:
-                return None
-            if sequence.request.max_tokens == 0:
+            if len(result.logits_NV) and sequence.request.max_tokens == 0:
                 self.metrics.count_prompt(sequence)
-                return sequence.finish_prompt()
-            if not result.logits_V.isfinite().all():
-                return self._fail(sequence, _not_finite())
-            event = self._accept(sequence, result.logits_V)
+                return [sequence.finish_prompt()]
+            self._accept_rows(sequence, result.logits_NV, accepted)
         except RequestError as error:
-            return self._fail(sequence, error)
+            failed = [self._fail(sequence, error)]
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            return self._fail(sequence, out_of_memory())
-        self.metrics.count_token(sequence, event, perf_counter())
-        return event
+            failed = [self._fail(sequence, out_of_memory())]
+        if not accepted:
+            return failed
+        if self._speculation is not None:
+            self._speculation.taken(len(sequence.drafted), len(accepted) - 1)
+        self.metrics.count_tokens(sequence, accepted, perf_counter())
+        return [joined(accepted), *failed]
+
+    def _accept_rows(
+        self, sequence: Sequence, logits_NV: torch.Tensor, accepted: list[GenerationEvent]
+    ) -> None:
+        """Choose a token from each row as if it were alone, up to the first that was not drafted.
+
+        The events come into ``accepted``, also those before a failure.
+        """
+        drafted = sequence.drafted
+        for row, logits_V in enumerate(logits_NV):
+            if not logits_V.isfinite().all():
+                raise _not_finite()
+            accepted.append(self._accept(sequence, logits_V))
+            is_last = accepted[-1].finish_reason is not None
+            if is_last or drafted[row : row + 1] != (sequence.last_id,):
+                break
+        if drafted:
+            sequence.keep_accepted(len(accepted))
 
     def _accept(self, sequence: Sequence, logits_V: torch.Tensor) -> GenerationEvent:
         request = sequence.request

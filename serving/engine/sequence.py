@@ -12,6 +12,7 @@ from ...moe.adapters.adapter import Adapter
 from ...moe.kv_cache import SequenceCache
 from ...moe.models.sampling import SamplingParams
 from ...moe.models.text_stream import CONTEXT_IDS, Decode, TextStream
+from .drafts.text import TextDrafts
 from .logprobs import TokenLogprob
 
 FinishReason = Literal["stop", "length", "error"]
@@ -86,6 +87,8 @@ class Sequence:
         self._stream = TextStream(decode, request.stop, request.prompt_ids[-CONTEXT_IDS:])
         self._generated: list[int] = []
         self.prompt_logprobs: list[TokenLogprob] = []
+        self.drafts: TextDrafts | None = None
+        """Guesses of the next tokens, if the engine speculates."""
         self.generator = torch.Generator()
         if request.seed is None:
             self.generator.seed()
@@ -103,18 +106,46 @@ class Sequence:
         return len(self._generated)
 
     @property
+    def num_left(self) -> int:
+        """Tokens that the answer may still get."""
+        return self.request.max_tokens - self.num_generated
+
+    @property
+    def last_id(self) -> int:
+        """The id of the last generated token."""
+        return self._generated[-1]
+
+    @property
+    def drafted(self) -> tuple[int, ...]:
+        """Guessed ids that the next forward reads after the last token."""
+        return () if self.drafts is None else self.drafts.ids
+
+    def drop_drafts(self) -> None:
+        """Read no guessed ids in the next forward."""
+        if self.drafts is not None:
+            self.drafts.drop()
+
+    def ids_from(self, start: int) -> tuple[int, ...]:
+        """Return the text's ids from a place on, as far as they are read or generated."""
+        prompt = self.request.prompt_ids
+        if self.is_prefilling:
+            return prompt[start : self.cache.length]
+        return (*prompt[start:], *self._generated[max(0, start - len(prompt)) :])
+
+    @property
     def forbidden_ids(self) -> list[int]:
         """Ids that may not come next: those that end an answer, while it is too short."""
         return sorted(self._end_ids) if self.num_generated < self.request.min_tokens else []
 
     def next_ids(self, chunk: int) -> tuple[int, ...]:
-        """Return the ids the next forward must read: a chunk of the prompt, or the last token.
+        """Return the ids the next forward reads: a chunk of the prompt, or the last token and what
+        is drafted after it.
 
         Chunks end at multiples of ``chunk``, whatever other requests do, so that a request's
         arithmetic never depends on its neighbours.
         """
         if not self.is_prefilling:
-            return (self._generated[-1],)
+            return (self._generated[-1], *self.drafted)
         start = self.cache.length
         return self.request.prompt_ids[start : start + chunk]
 
@@ -147,6 +178,10 @@ class Sequence:
             stop_token=stop_token,
             logprobs=tuple(logprobs),
         )
+
+    def keep_accepted(self, num_tokens: int) -> None:
+        """Forget the drafted ids of the last forward that were wrong; it brought so many tokens."""
+        self.cache.length -= 1 + len(self.drafted) - num_tokens
 
     def finish_prompt(self) -> GenerationEvent:
         """End a request that asks for no tokens, only for its prompt and that prompt's scores."""

@@ -1,6 +1,7 @@
 """One forward of several requests. A failure ends as few of them as possible.
 
-T rows of a sequence, D model width, R sequences that are ready for a token, V vocabulary.
+T rows of a sequence, N of them whose scores are wanted, R those of all sequences, D model width,
+V vocabulary.
 """
 
 from bisect import bisect_right
@@ -13,9 +14,9 @@ from torch import Tensor
 
 from ...errors import ExpertReadError, RequestError
 from ...kernels.values.memory import is_out_of_memory
-from ...moe.batch import batch_of
 from ...moe.models.decoder import Decoder
 from ...moe.routers.routing import Routing
+from .drafts.rows import TextRows, run_rows
 from .sequence import Sequence
 
 RETRY_AFTER_S = 5
@@ -29,8 +30,9 @@ class StepResult:
     sequence: Sequence
     hidden_TD: Tensor
     """Of the rows it has just read."""
-    logits_V: Tensor | None
-    """Scores of its next token; None while it still reads its prompt."""
+    logits_NV: Tensor
+    """Scores of its next token, and of those after each drafted one; none while it still reads its
+    prompt."""
 
 
 Ids = tuple[int, ...]
@@ -52,7 +54,8 @@ def run_step(decoder: Decoder, sequences: Items[Sequence], prefill_chunk: int) -
 
     A sequence fails when its cache cannot grow, when one of its rows chose an expert that cannot
     be read, or when there is no memory for it even alone. The others run again from unchanged
-    caches, and a sequence's bits do not depend on which others run with it.
+    caches, and a sequence's bits do not depend on which others run with it. Drafted rows never make
+    a sequence fail: they are left out first.
     """
     step = Step([], [], [])
     groups = [_make_room(sequences, prefill_chunk, step.failures)]
@@ -65,7 +68,7 @@ def run_step(decoder: Decoder, sequences: Items[Sequence], prefill_chunk: int) -
         try:
             results, routings = _forward(decoder, group, ids)
         except Exception as error:
-            again, failures = _divide(group, ids, error)
+            again, failures = _without_drafts(group, error) or _divide(group, ids, error)
         else:
             step.results += results
             step.routings.append(routings)
@@ -91,32 +94,56 @@ def _make_room(
     """Grow the caches; return the sequences that have room."""
     able = []
     for sequence in sequences:
-        try:
-            sequence.cache.reserve(len(sequence.next_ids(prefill_chunk)))
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            failures.append((sequence, out_of_memory()))
-        else:
-            able.append(sequence)
+        if not _has_room(sequence, prefill_chunk):
+            sequence.drop_drafts()
+            if not _has_room(sequence, prefill_chunk):
+                failures.append((sequence, out_of_memory()))
+                continue
+        able.append(sequence)
     return able
+
+
+def _has_room(sequence: Sequence, prefill_chunk: int) -> bool:
+    """Grow the cache; say whether there was memory for it."""
+    try:
+        sequence.cache.reserve(len(sequence.next_ids(prefill_chunk)))
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    return True
 
 
 def _forward(
     decoder: Decoder, sequences: list[Sequence], ids: list[Ids]
 ) -> tuple[list[StepResult], list[Routing]]:
-    caches = [s.cache for s in sequences]
-    adapters = [s.request.adapter for s in sequences]
-    output = decoder(batch_of(list(map(torch.tensor, ids)), caches, adapters))
+    texts = [
+        TextRows(s.cache, own, s.request.adapter, len(s.drafted))
+        for s, own in zip(sequences, ids, strict=True)
+    ]
+    output = run_rows(decoder, texts)
     chunks = output.hidden_TD.split([len(i) for i in ids])
-    is_ready = [not s.is_prefilling for s in sequences]
-    last_rows = [chunk[-1] for chunk, ready in zip(chunks, is_ready, strict=True) if ready]
-    logits_RV = iter(decoder.logits(torch.stack(last_rows)) if last_rows else ())
+    counts = [0 if s.is_prefilling else 1 + len(s.drafted) for s in sequences]
+    wanted = [chunk[len(chunk) - n :] for chunk, n in zip(chunks, counts, strict=True) if n]
+    logits_RV = decoder.logits(torch.cat(wanted)) if wanted else output.hidden_TD[:0]
     results = [
-        StepResult(sequence, hidden_TD, next(logits_RV) if ready else None)
-        for sequence, hidden_TD, ready in zip(sequences, chunks, is_ready, strict=True)
+        StepResult(*result)
+        for result in zip(sequences, chunks, logits_RV.split(counts), strict=True)
     ]
     return results, output.routings
+
+
+def _without_drafts(
+    sequences: list[Sequence], error: Exception
+) -> tuple[list[list[Sequence]], list[Failure]] | None:
+    """Return the same group again without its drafted rows, or None if it had none."""
+    if not isinstance(error, ExpertReadError) and not is_out_of_memory(error):
+        raise error
+    if not any(s.drafted for s in sequences):
+        return None
+    for sequence in sequences:
+        sequence.drop_drafts()
+    return [sequences], []
 
 
 def _divide(
