@@ -66,6 +66,7 @@ def add(parsers: Parsers) -> None:
         help="web pages that may call the server, such as http://localhost:3000, or *; repeat for "
         "several; default: none",
     )
+    _add_speculation(serve)
     add_adapters(serve)
     _add_recording(serve)
     add_ignore_unused_weights(serve)
@@ -104,6 +105,23 @@ def _add_kv(serve: argparse.ArgumentParser) -> None:
         "--no-prefix-reuse",
         action="store_true",
         help="read every prompt whole, even where another request has read how it begins",
+    )
+
+
+def _add_speculation(serve: argparse.ArgumentParser) -> None:
+    serve.add_argument(
+        "--speculative",
+        metavar="NAME",
+        default="none",
+        help="guess next tokens from the text so far and check several in one step: ngram or "
+        "suffix; no answer changes; default: none",
+    )
+    serve.add_argument(
+        "--speculative-rows",
+        metavar="N",
+        type=int,
+        default=16,
+        help="guessed tokens that one step checks at most, of all requests together",
     )
 
 

@@ -182,9 +182,12 @@ class BlockCache:
 
     def append(self, layer: int, keys_GLH: Tensor, values_GLV: Tensor) -> None:
         """Store the positions of ``layer`` that follow ``length``."""
-        num_new = keys_GLH.shape[1]
-        self.reserve(num_new)
-        positions_L = torch.arange(self.length, self.length + num_new)
+        self.reserve(keys_GLH.shape[1])
+        self.write(layer, self.length, keys_GLH, values_GLV)
+
+    def write(self, layer: int, start: int, keys_GLH: Tensor, values_GLV: Tensor) -> None:
+        """Store the positions of ``layer`` from ``start`` on, for which there are blocks."""
+        positions_L = torch.arange(start, start + keys_GLH.shape[1])
         blocks_L = self._table()[positions_L // BLOCK].to(self.memory.device)
         places_L = (positions_L % BLOCK).to(self.memory.device)
         self.memory.write(layer, blocks_L, places_L, (keys_GLH, values_GLV))

@@ -46,12 +46,20 @@ class KVCache(Cache, Protocol):
         """Store the positions of ``layer`` that follow ``length``."""
         ...
 
+    def write(self, layer: int, start: int, keys_GLH: Tensor, values_GLV: Tensor) -> None:
+        """Store the positions of ``layer`` from ``start`` on, for which there is room."""
+        ...
+
     def keep_ids(self, ids_L: Tensor) -> None:
         """Store the token ids of the positions that follow ``length``, for :meth:`last_id`."""
         ...
 
     def last_id(self) -> Tensor:
         """Return the token id of the last position, int64 scalar; only if ids were kept."""
+        ...
+
+    def id_at(self, position: int) -> Tensor:
+        """Return the token id of a position, int64 scalar; only if ids were kept."""
         ...
 
     def view(self, layer: int, end: int) -> tuple[Tensor, Tensor]:
@@ -91,10 +99,14 @@ class SequenceCache:
 
     def append(self, layer: int, keys_GLH: Tensor, values_GLV: Tensor) -> None:
         """Store the positions of ``layer`` that follow ``length``."""
-        end = self.length + keys_GLH.shape[1]
         self.reserve(keys_GLH.shape[1])
-        self._keys_GLH[layer][:, self.length : end] = keys_GLH
-        self._values_GLV[layer][:, self.length : end] = values_GLV
+        self.write(layer, self.length, keys_GLH, values_GLV)
+
+    def write(self, layer: int, start: int, keys_GLH: Tensor, values_GLV: Tensor) -> None:
+        """Store the positions of ``layer`` from ``start`` on, for which there is room."""
+        end = start + keys_GLH.shape[1]
+        self._keys_GLH[layer][:, start:end] = keys_GLH
+        self._values_GLV[layer][:, start:end] = values_GLV
 
     def keep_ids(self, ids_L: Tensor) -> None:
         """Store the token ids of the positions that follow ``length``, for :meth:`last_id`."""
@@ -152,7 +164,7 @@ class CachePosition:
     them, and their ids, must be in the cache already.
     """
 
-    def __init__(self, whole: SequenceCache, length: int) -> None:
+    def __init__(self, whole: KVCache, length: int) -> None:
         self.length = length
         """Positions before this one."""
         self._whole = whole
@@ -175,17 +187,28 @@ class CachePosition:
     def append(self, layer: int, keys_GLH: Tensor, values_GLV: Tensor) -> None:
         """Store this position of ``layer``."""
         self.reserve(keys_GLH.shape[1])
-        keys_GSH, values_GSV = self._whole.view(layer, self.capacity)
-        keys_GSH[:, self.length : self.length + 1] = keys_GLH
-        values_GSV[:, self.length : self.length + 1] = values_GLV
+        self.write(layer, self.length, keys_GLH, values_GLV)
+
+    def write(self, layer: int, start: int, keys_GLH: Tensor, values_GLV: Tensor) -> None:
+        """Store positions of ``layer`` from ``start`` on."""
+        self._whole.write(layer, start, keys_GLH, values_GLV)
 
     def keep_ids(self, ids_L: Tensor) -> None:
         """Nothing: the cache has them."""
 
     def last_id(self) -> Tensor:
         """Return the token id of the position before, int64 scalar; only if ids were kept."""
-        return self._whole.id_at(self.length - 1)
+        return self.id_at(self.length - 1)
+
+    def id_at(self, position: int) -> Tensor:
+        """Return the token id of a position, int64 scalar; only if ids were kept."""
+        return self._whole.id_at(position)
 
     def view(self, layer: int, end: int) -> tuple[Tensor, Tensor]:
         """Return the first ``end`` keys of ``layer``, ``[G, end, H]``, and their values."""
         return self._whole.view(layer, end)
+
+    @property
+    def text(self) -> KVCache:
+        """The cache of the whole text."""
+        return self._whole

@@ -60,6 +60,11 @@ class ServeArgs(LoraArgs):
     """Longest prompt and answer together; None = what the model takes."""
     prefill_chunk: int = Field(default=256, ge=1)
     """Prompt tokens read per step, of all requests together."""
+    speculative: str = "none"
+    """Guess next tokens and check several in one step, which changes no answer: ``ngram`` or
+    ``suffix``."""
+    speculative_rows: int = Field(default=16, ge=1)
+    """Guessed tokens that one step checks at most, of all requests together."""
     num_threads: int | None = Field(default=None, ge=1)
     """Compute threads; None = the cores this process may use, shared between the replicas."""
     num_replicas: int = Field(default=1, ge=1)

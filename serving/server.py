@@ -17,6 +17,7 @@ from ..moe.routes.reader import SUFFIX
 from .api.adapters import ServedModels
 from .api.http_app import HttpApi
 from .engine.admission import Admission
+from .engine.drafts.checks import check_speculative
 from .engine.engine import Engine
 from .engine.request_checks import check_length
 from .engine.route_recorder import RouteRecorder
@@ -60,6 +61,7 @@ def check_model(args: ServeArgs, runs_here: bool = False) -> None:
     check_replica_files(folder.config, args.record_routes, args.expert_log, args.expert_memory)
     log = None if args.expert_log is None else Path(args.expert_log)
     check_options(replace(args.store_options, log=log), args.expert_memory)
+    check_speculative(args.speculative, args.record_routes, args.store_options.fallback)
     copies = check_fallback(folder, args.store_options, dtype)
     if args.expert_memory is not None:
         check_fit(args.expert_predictor, folder.config)
@@ -110,6 +112,8 @@ class Server:
             prefill_chunk=args.prefill_chunk,
             kv_memory=args.kv_memory,
             reuses_prefixes=not args.no_prefix_reuse,
+            speculative=args.speculative,
+            speculative_rows=args.speculative_rows,
         )
         self.metrics = engine.metrics
         self.thread = EngineThread(engine)

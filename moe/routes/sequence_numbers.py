@@ -4,6 +4,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from ..batch import Batch
+from ..kv_cache import CachePosition
 from .rows import Phase
 
 
@@ -18,10 +19,13 @@ class SequenceNumbers:
         """Return the number and the phase of each sequence of a forward.
 
         One row that follows others is a generated token. Prompts may come in several pieces.
+        Positions of one text have its number.
         """
         numbers, phases = [], []
         caches = batch.caches or [None] * len(batch.lengths)
         for cache, rows in zip(caches, batch.lengths, strict=True):
+            if isinstance(cache, CachePosition):
+                cache = cache.text
             known = None if cache is None else self._known.get(cache)
             is_generated = known is not None and rows == 1
             phases.append(Phase.DECODE if is_generated else Phase.PREFILL)

@@ -11,13 +11,17 @@ from ...errors import RequestError
 from ...moe.kv_blocks import BLOCK
 from ...moe.models.exact_rows import rows_are_exact
 from ...moe.models.language_model import LanguageModel
-from ...moe.models.sampling import SamplingParams, sample
+from ...moe.models.sampling import SamplingParams
 from ...moe.models.text_stream import Decode
 from ..experts.store import ExpertStore
 from .blocks import BlockPool
+from .choosing import choose_tokens, score_prompt
+from .drafts.checks import check_rows_alone
+from .drafts.events import joined
+from .drafts.speculation import Speculation
+from .drafts.table import drafter_named
 from .jobs import Job
 from .kv_memory import KVMemory, blocks_within, kv_bytes_of, most_blocks, specs_of
-from .logprobs import TokenLogprob, score_tokens
 from .metrics import EngineMetrics
 from .request_checks import check_length, check_request
 from .salts import salt_of
@@ -39,11 +43,14 @@ class Engine:
         prefill_chunk: int = 256,
         kv_memory: str | None = None,
         reuses_prefixes: bool = True,
+        speculative: str = "none",
+        speculative_rows: int = 16,
     ) -> None:
         """Make an engine.
 
         ``prefill_chunk`` rows of prompts are read per step, of all requests together. ``kv_memory``
         (2GiB, 25%) bounds keys and values; None = what a full batch of the longest texts takes.
+        ``speculative`` names a drafter, whose guesses are up to ``speculative_rows`` more rows.
         """
         self._model = model
         self._decode = decode
@@ -64,6 +71,12 @@ class Engine:
         self._scheduler = Scheduler(self._pool, BLOCK, max_num_seqs, prefill_chunk)
         self._sequences: dict[str, Sequence] = {}
         self.metrics = EngineMetrics(model.config, store)
+        self._speculation = None
+        make_drafter = drafter_named(speculative)
+        if make_drafter is not None:
+            check_rows_alone(model.decoder)
+            registry = self.metrics.registry
+            self._speculation = Speculation(make_drafter, speculative_rows, registry)
         self._count_requests()
 
     @property
@@ -104,7 +117,7 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[GenerationEvent]:
-        """Run one forward and return an event for every request that got a token or ended.
+        """Run one forward and return an event for every request that got tokens or ended.
 
         If memory is short or an expert cannot be read, the affected requests end with an error and
         the others continue.
@@ -118,6 +131,8 @@ class Engine:
         events = [self._fail(sequence, error) for sequence, error in step.failures]
         for result in step.results:
             events += self._take(result)
+        if self._speculation is not None:
+            self._speculation.end(sum(len(result.hidden_TD) for result in step.results))
         for event in events:
             if event.finish_reason is not None:
                 self._drop(event.request_id)
@@ -143,31 +158,39 @@ class Engine:
             self.metrics.kv.count_first_start(job)
         for job in (*plan.started, *plan.returned):
             self._sequences[job.request_id].begin(self._memory.open(job))
-        turns = []
-        for job, count in plan.turns:
-            sequence = self._sequences[job.request_id]
-            sequence.cache.add_blocks(job.blocks[len(sequence.cache.blocks) :])
-            turns.append((sequence, sequence.next_ids(count)))
-        return turns
+        counts = [(self._sequences[job.request_id], count) for job, count in plan.turns]
+        if self._speculation is not None:
+            self._draft([sequence for sequence, _ in counts], self._speculation)
+        for sequence, _ in counts:
+            sequence.cache.add_blocks(sequence.job.blocks[len(sequence.cache.blocks) :])
+        return [(sequence, sequence.next_ids(count)) for sequence, count in counts]
+
+    def _draft(self, sequences: list[Sequence], speculation: Speculation) -> None:
+        """Choose the drafted rows of a step, as far as there are blocks for them."""
+        speculation.begin(sequences)
+        for sequence in sequences:
+            if sequence.drafted:
+                sequence.keep_drafts(self._scheduler.extend(sequence.job, len(sequence.drafted)))
 
     def _drop(self, request_id: str) -> None:
         self._scheduler.remove(self._sequences.pop(request_id).job)
 
     def _take(self, result: StepResult) -> list[GenerationEvent]:
-        """Take note of what a sequence has read, and choose its next token if it is ready.
+        """Take note of what a sequence has read, and choose its next tokens if it is ready.
 
         So do the answers that waited for its prompt. A failure ends only one sequence.
         """
         sequence = result.sequence
-        self._scheduler.has_read(sequence.job, len(result.hidden_TD))
+        self._scheduler.has_read(sequence.job, len(result.hidden_TD) - len(sequence.drafted))
         try:
-            self._score_prompt(sequence, result.hidden_TD)
+            score_prompt(self._model.decoder, sequence, result.hidden_TD)
         except Exception as error:
             return [self._fail(sequence, request_error(error))]
-        if result.logits_V is None:
+        if not len(result.logits_NV):
             return []
         followers = [] if sequence.job.has_begun else self._fork(sequence)
-        return [self._choose(one, result.logits_V) for one in (sequence, *followers)]
+        chosen = [self._choose(one, result.logits_NV) for one in (sequence, *followers)]
+        return [event for events in chosen for event in events]
 
     def _fork(self, leader: Sequence) -> list[Sequence]:
         """Start the answers that want the prompt which ``leader`` has just read."""
@@ -184,55 +207,33 @@ class Engine:
             forked.append(sequence)
         return forked
 
-    def _choose(self, sequence: Sequence, logits_V: torch.Tensor) -> GenerationEvent:
-        """Choose a sequence's next token."""
+    def _choose(self, sequence: Sequence, logits_NV: torch.Tensor) -> list[GenerationEvent]:
+        """Choose a sequence's next tokens; those before a failure count."""
+        if sequence.request.max_tokens == 0:
+            self.metrics.count_prompt(sequence)
+            return [sequence.finish_prompt()]
+        accepted: list[GenerationEvent] = []
+        failed: list[GenerationEvent] = []
         try:
-            if sequence.request.max_tokens == 0:
-                self.metrics.count_prompt(sequence)
-                return sequence.finish_prompt()
-            if not logits_V.isfinite().all():
-                return self._fail(sequence, _not_finite())
-            event = self._accept(sequence, logits_V)
+            for event in choose_tokens(sequence, logits_NV):
+                accepted.append(event)
         except Exception as error:
-            return self._fail(sequence, request_error(error))
-        self.metrics.count_token(sequence, event, perf_counter())
-        return event
-
-    def _accept(self, sequence: Sequence, logits_V: torch.Tensor) -> GenerationEvent:
-        request = sequence.request
-        allowed_V = logits_V
-        if forbidden := sequence.forbidden_ids:
-            allowed_V = logits_V.index_fill(0, torch.tensor(forbidden), -torch.inf)
-        token = sample(allowed_V, request.sampling, sequence.generator)
-        scores: list[TokenLogprob] = []
-        if request.num_logprobs is not None:
-            scores = score_tokens(logits_V.unsqueeze(0), [token], request.num_logprobs)
-        return sequence.accept(token, scores)
+            failed = [self._fail(sequence, request_error(error))]
+        if not accepted:
+            return failed
+        if sequence.drafted:
+            sequence.keep_accepted(len(accepted))
+            self._scheduler.has_read(sequence.job, len(accepted) - 1)
+        if self._speculation is not None:
+            self._speculation.taken(len(sequence.drafted), len(accepted) - 1)
+        self.metrics.count_tokens(sequence, accepted, perf_counter())
+        return [joined(accepted), *failed]
 
     def _fail(self, sequence: Sequence, error: RequestError) -> GenerationEvent:
         self.metrics.count_failure()
         return sequence.fail(error)
 
-    def _score_prompt(self, sequence: Sequence, hidden_TD: torch.Tensor) -> None:
-        """Add the log-probabilities of the prompt tokens just read, if asked for."""
-        request = sequence.request
-        if not request.scores_prompt or request.num_logprobs is None or sequence.job.has_begun:
-            return
-        end = sequence.cache.length
-        start = end - len(hidden_TD)
-        if start == 0:
-            sequence.prompt_logprobs.append(TokenLogprob(request.prompt_ids[0], None))
-        targets = list(request.prompt_ids[start + 1 : end + 1])
-        if targets:
-            logits_NV = self._model.decoder.logits(hidden_TD[: len(targets)])
-            sequence.prompt_logprobs += score_tokens(logits_NV, targets, request.num_logprobs)
-
     def _count_requests(self) -> None:
         self.metrics.running.set(self._scheduler.num_running)
         self.metrics.waiting.set(self._scheduler.num_waiting)
         self.metrics.kv.show(self._pool)
-
-
-def _not_finite() -> RequestError:
-    message = "the model gave scores that are not finite; check its weights."
-    return RequestError(message, code="unavailable", status=503)

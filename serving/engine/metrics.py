@@ -96,18 +96,24 @@ class EngineMetrics:
         """Add one forward's routed rows."""
         self.experts.add(list(routings))
 
-    def count_token(self, sequence: Sequence, event: GenerationEvent, now: float) -> None:
-        """Count one generated token and, if it was the last, the request."""
-        self.generated.inc()
-        if sequence.times.last_token is None:
+    def count_tokens(self, sequence: Sequence, events: list[GenerationEvent], now: float) -> None:
+        """Count the tokens that a step brought, an event each, and with the last one the request.
+
+        Tokens of one step share the time since the one before.
+        """
+        times = sequence.times
+        self.generated.inc(len(events))
+        if times.last_token is None:
             self.prompt_tokens.inc(len(sequence.request.prompt_ids))
-            self.time_to_first.observe(now - sequence.times.arrived)
+            self.time_to_first.observe(now - times.arrived)
         else:
-            self.inter_token.observe(now - sequence.times.last_token)
-        sequence.times.last_token = now
-        if event.finish_reason is not None:
-            self.finished.labels(event.finish_reason).inc()
-            self.request_time.observe(now - sequence.times.arrived)
+            for _ in events:
+                self.inter_token.observe((now - times.last_token) / len(events))
+        times.last_token = now
+        finish_reason = events[-1].finish_reason
+        if finish_reason is not None:
+            self.finished.labels(finish_reason).inc()
+            self.request_time.observe(now - times.arrived)
 
     def count_prompt(self, sequence: Sequence) -> None:
         """Count a request that asked for no tokens and has read its prompt."""

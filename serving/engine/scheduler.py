@@ -125,6 +125,16 @@ class Scheduler:
         last = (job.num_prompt - 1) // self._block
         return leader.blocks[last], job.blocks[last]
 
+    def extend(self, job: Job, num_rows: int) -> int:
+        """Give a request that generates blocks for rows after its next one, if they are free.
+
+        Returns for how many of ``num_rows`` it has room. No other request loses a block.
+        """
+        needed = self._count(job.num_read + 1 + num_rows) - len(job.blocks)
+        more = min(max(0, needed), max(0, self.pool.num_available - len(self._running)))
+        job.blocks += self.pool.take(more)
+        return min(num_rows, len(job.blocks) * self._block - job.num_read - 1)
+
     def _grow(self, plan: Plan) -> None:
         """Give a block to each request that generates and has filled its last one.
 

@@ -12,6 +12,7 @@ from ...moe.adapters.adapter import Adapter
 from ...moe.kv_blocks import BlockCache
 from ...moe.models.sampling import SamplingParams
 from ...moe.models.text_stream import CONTEXT_IDS, Decode, TextStream
+from .drafts.text import TextDrafts
 from .jobs import Job
 from .logprobs import TokenLogprob
 
@@ -97,6 +98,8 @@ class Sequence:
         self._end_ids = eos_ids | request.stop_token_ids
         self._stream = TextStream(decode, request.stop, request.prompt_ids[-CONTEXT_IDS:])
         self.prompt_logprobs: list[TokenLogprob] = []
+        self.drafts: TextDrafts | None = None
+        """Guesses of the next tokens, if the engine speculates."""
         self.generator = torch.Generator()
         if request.seed is None:
             self.generator.seed()
@@ -110,8 +113,44 @@ class Sequence:
 
     @property
     def has_read_all(self) -> bool:
-        """True when the cache has all known tokens, so that the next one can be chosen."""
-        return self.cache.length == len(self.job.ids)
+        """True when the cache has all known tokens, and the drafted ones, so that the next one can
+        be chosen."""
+        return self.cache.length == len(self.job.ids) + len(self.drafted)
+
+    @property
+    def generates(self) -> bool:
+        """True when the next forward reads the last generated token and nothing before it."""
+        return self.job.has_begun and self.job.num_left == 1
+
+    @property
+    def num_left(self) -> int:
+        """Tokens that the answer may still get."""
+        return self.request.max_tokens - self.num_generated
+
+    @property
+    def last_id(self) -> int:
+        """The id of the last generated token."""
+        return self.job.ids[-1]
+
+    @property
+    def drafted(self) -> tuple[int, ...]:
+        """Guessed ids that the next forward reads after the last token."""
+        return () if self.drafts is None else self.drafts.ids
+
+    def keep_drafts(self, count: int) -> None:
+        """Read only the first ``count`` guessed ids in the next forward."""
+        assert self.drafts is not None, "nothing was guessed"
+        self.drafts.use(count)
+
+    def drop_drafts(self) -> None:
+        """Read no guessed ids in the next forward."""
+        if self.drafts is not None:
+            self.drafts.drop()
+
+    def ids_from(self, start: int) -> tuple[int, ...]:
+        """Return the text's ids from a place on, as far as they are read or generated."""
+        end = len(self.job.ids) if self.generates else self.cache.length
+        return tuple(self.job.ids[start:end])
 
     @property
     def forbidden_ids(self) -> list[int]:
@@ -129,9 +168,9 @@ class Sequence:
             self.prompt_logprobs = []
 
     def next_ids(self, count: int) -> tuple[int, ...]:
-        """Return the next ``count`` ids that a forward must read."""
+        """Return the next ``count`` ids that a forward must read, and those drafted after them."""
         start = self.cache.length
-        return tuple(self.job.ids[start : start + count])
+        return (*self.job.ids[start : start + count], *self.drafted)
 
     def accept(self, token: int, logprobs: Items[TokenLogprob] = ()) -> GenerationEvent:
         """Add a sampled token and return the event."""
@@ -163,6 +202,10 @@ class Sequence:
             logprobs=tuple(logprobs),
             cached_tokens=self.job.num_reused or 0,
         )
+
+    def keep_accepted(self, num_tokens: int) -> None:
+        """Forget the drafted ids of the last forward that were wrong; it brought so many tokens."""
+        self.cache.length -= 1 + len(self.drafted) - num_tokens
 
     def finish_prompt(self) -> GenerationEvent:
         """End a request that asks for no tokens, only for its prompt and that prompt's scores."""

@@ -1,6 +1,7 @@
 """One forward of several requests. A failure ends as few of them as possible.
 
-T rows of a sequence, D model width, R sequences that are ready for a token, V vocabulary.
+T rows of a sequence, N those of them that a token follows, R such rows of all sequences, D model
+width, V vocabulary.
 """
 
 from bisect import bisect_right
@@ -13,9 +14,9 @@ from torch import Tensor
 
 from ...errors import ExpertReadError, RequestError
 from ...kernels.values.memory import is_out_of_memory
-from ...moe.batch import batch_of
 from ...moe.models.decoder import Decoder
 from ...moe.routers.routing import Routing
+from .drafts.rows import TextRows, run_rows
 from .sequence import Sequence
 
 RETRY_AFTER_S = 5
@@ -29,8 +30,9 @@ class StepResult:
     sequence: Sequence
     hidden_TD: Tensor
     """Of the rows it has just read."""
-    logits_V: Tensor | None
-    """Scores of its next token; None while it has not read all that is known of its text."""
+    logits_NV: Tensor
+    """Scores of its next token, and of those after each drafted one; none while it has not read all
+    that is known of its text."""
 
 
 Ids = tuple[int, ...]
@@ -54,7 +56,8 @@ def run_step(decoder: Decoder, turns: Items[Turn]) -> Step:
 
     A sequence fails when one of its rows chose an expert that cannot be read, or when there is no
     memory for it even alone. The others run again from unchanged caches, and a sequence's bits do
-    not depend on which others run with it.
+    not depend on which others run with it. Drafted rows never make a sequence fail: they are left
+    out first.
     """
     step = Step([], [], [])
     groups = [list(turns)]
@@ -66,7 +69,7 @@ def run_step(decoder: Decoder, turns: Items[Turn]) -> Step:
         try:
             results, routings = _forward(decoder, group)
         except Exception as error:
-            again, failures = _divide(group, error)
+            again, failures = _without_drafts(group, error) or _divide(group, error)
         else:
             step.results += results
             step.routings.append(routings)
@@ -95,19 +98,34 @@ def _out_of_memory() -> RequestError:
 
 
 def _forward(decoder: Decoder, turns: list[Turn]) -> tuple[list[StepResult], list[Routing]]:
-    sequences, ids = zip(*turns, strict=True)
-    caches = [s.cache for s in sequences]
-    adapters = [s.request.adapter for s in sequences]
-    output = decoder(batch_of(list(map(torch.tensor, ids)), caches, adapters))
-    chunks = output.hidden_TD.split([len(i) for i in ids])
-    is_ready = [s.has_read_all for s in sequences]
-    last_rows = [chunk[-1] for chunk, ready in zip(chunks, is_ready, strict=True) if ready]
-    logits_RV = iter(decoder.logits(torch.stack(last_rows)) if last_rows else ())
+    texts = [TextRows(s.cache, ids, s.request.adapter, len(s.drafted)) for s, ids in turns]
+    output = run_rows(decoder, texts)
+    chunks = output.hidden_TD.split([len(ids) for _, ids in turns])
+    counts = [1 + len(s.drafted) if s.has_read_all else 0 for s, _ in turns]
+    wanted = [chunk[len(chunk) - n :] for chunk, n in zip(chunks, counts, strict=True) if n]
+    logits_RV = decoder.logits(torch.cat(wanted)) if wanted else output.hidden_TD[:0]
     results = [
-        StepResult(sequence, hidden_TD, next(logits_RV) if ready else None)
-        for sequence, hidden_TD, ready in zip(sequences, chunks, is_ready, strict=True)
+        StepResult(sequence, hidden_TD, logits_NV)
+        for (sequence, _), hidden_TD, logits_NV in zip(
+            turns, chunks, logits_RV.split(counts), strict=True
+        )
     ]
     return results, output.routings
+
+
+def _without_drafts(
+    turns: list[Turn], error: Exception
+) -> tuple[list[list[Turn]], list[Failure]] | None:
+    """Return the same group again without its drafted rows, or None if it had none."""
+    if not isinstance(error, ExpertReadError) and not is_out_of_memory(error):
+        raise error
+    if not any(sequence.drafted for sequence, _ in turns):
+        return None
+    again = []
+    for sequence, ids in turns:
+        again.append((sequence, ids[: len(ids) - len(sequence.drafted)]))
+        sequence.drop_drafts()
+    return [again], []
 
 
 def _divide(turns: list[Turn], error: Exception) -> tuple[list[list[Turn]], list[Failure]]:

@@ -20,7 +20,7 @@ class Forward:
     phases: tuple[Phase, ...]
     """What each sequence's rows are: of a prompt, or generated."""
     lengths: tuple[int, ...]
-    """Rows of each sequence."""
+    """Rows of each sequence: with drafts, a text that generates may have several."""
 
 
 def announce_forwards(
@@ -32,6 +32,17 @@ def announce_forwards(
     def hook(module: torch.nn.Module, arguments: tuple[Batch]) -> None:
         batch = arguments[0]
         sequences, phases = numbers.of(batch)
-        begin(Forward(tuple(sequences), tuple(phases), batch.lengths))
+        begin(_forward(sequences, phases, batch.lengths))
 
     return decoder.register_forward_pre_hook(hook)
+
+
+def _forward(sequences: list[int], phases: list[Phase], lengths: tuple[int, ...]) -> Forward:
+    """Join the positions of a text, which follow each other, to one sequence."""
+    if len(set(sequences)) == len(sequences):
+        return Forward(tuple(sequences), tuple(phases), lengths)
+    rows_of: dict[int, int] = {}
+    for sequence, rows in zip(sequences, lengths, strict=True):
+        rows_of[sequence] = rows_of.get(sequence, 0) + rows
+    phase_of = dict(zip(sequences, phases, strict=True))
+    return Forward(tuple(rows_of), tuple(phase_of[s] for s in rows_of), tuple(rows_of.values()))
