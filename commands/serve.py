@@ -25,6 +25,7 @@ def add(parsers: Parsers) -> None:
     serve.add_argument("--port", type=int, default=8000, help="port to listen on")
     add_expert_store(serve)
     _add_host_memory(serve)
+    _add_expert_parallel(serve)
     serve.add_argument("--served-model-name", help="name clients use; default: the folder's name")
     add_dtype(serve)
     serve.add_argument("--max-num-seqs", type=int, default=8, help="requests in the batch")
@@ -85,6 +86,22 @@ def _add_host_memory(serve: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="memory of this machine for further experts, shared by the replicas: 8GiB or 50%% of "
         "all; default: 0",
+    )
+
+
+def _add_expert_parallel(serve: argparse.ArgumentParser) -> None:
+    serve.add_argument(
+        "--expert-parallel",
+        metavar="N",
+        type=int,
+        default=1,
+        help="processes that share the experts of each replica, with --expert-memory for each; "
+        "default: 1, the replica itself",
+    )
+    serve.add_argument(
+        "--expert-placement",
+        metavar="FILE",
+        help="a plan of moeyard trace place, or recorded routes: which of them has which expert",
     )
 
 
