@@ -8,11 +8,15 @@ for experts, as a share of all experts of the model. So two owners of 25 % hold 
 Arms take turns. In a turn all of them draw the same text with the same seed, and a text that
 differs ends the benchmark. Owners are plain processes: Ray only starts and watches them.
 
-    python benchmarks/expert_parallel_serving.py MODEL_DIR [--mb-s 500] [--write]
+    python benchmarks/expert_parallel_serving.py MODEL_DIR --mb-s 500 --write NAME
+    python benchmarks/expert_parallel_serving.py MODEL_DIR --resident --tokens 32
+    python benchmarks/expert_parallel_serving.py MODEL_DIR --frames 3000
 """
 
 import argparse
+import json
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -23,6 +27,8 @@ import torch
 from paced_disk import PacedDisk
 
 from moeyard.moe.models.language_model import LanguageModel
+from moeyard.serving.expert_parallel.connecting import Address, connect, host_identity
+from moeyard.serving.expert_parallel.frames import Head, Kind
 from moeyard.serving.expert_parallel.local_owners import LocalOwners
 from moeyard.serving.expert_parallel.sharding import ShardedModel
 from moeyard.serving.experts.options import StoreOptions
@@ -31,6 +37,7 @@ from moeyard.serving.loading import open_model
 
 from report import write_results
 
+SECRET = b"of one benchmark"
 OWNER = Path(__file__).parent / "expert_parallel_owner.py"
 ARMS = {
     "one 25%": (1, "25%", True),
@@ -40,6 +47,7 @@ ARMS = {
 }
 RESIDENT = {
     "one, all in memory": (1, None, True),
+    "one, all in slots": (1, "100%", True),
     "two, all in memory": (2, None, True),
     "two, all in memory, TCP": (2, None, False),
 }
@@ -73,6 +81,7 @@ def open_arm(name: str, arguments: argparse.Namespace, shared: Path) -> Arm:
     if owners > 1:
         command = [sys.executable, str(OWNER), str(arguments.mb_s), str(shared)]
         where = {} if is_local else {"leaders_host": "another host"}
+        where["num_threads"] = arguments.owner_threads
         sharding = ShardedModel(owners, LocalOwners(command), reader="buffered", **where)
     options = StoreOptions(reader="buffered", sharding=sharding)
     model, store = open_model(arguments.model, "bf16", expert_memory=memory, options=options)
@@ -89,18 +98,32 @@ def turn(arm: Arm, arguments: argparse.Namespace, seed: int) -> str:
     return text
 
 
-def round_trip(arm: Arm) -> dict[str, float]:
-    """Return the mean microseconds of a layer's question, with and without the owner's compute."""
-    owner = arm.sharding.team.metrics.owners[1]
-    samples = {s.name: s.value for s in owner._round_trip._samples()}
-    count, whole = samples["_count"], samples["_sum"]
-    return {
-        "questions": count,
-        "round_trip_us": 1e6 * whole / count,
-        "without_compute_us": 1e6 * (whole - owner._compute._value.get()) / count,
-        "sent_bytes": owner.sent._value.get() / count,
-        "received_bytes": owner.received._value.get() / count,
-    }
+def round_trips(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Return the microseconds of a frame there and back, between two processes of this host.
+
+    Rows of width 1024 in bf16 go there, two fp32 lines for each come back.
+    """
+    found = {}
+    for carrier, host in (("shared", host_identity()), ("TCP", "another host")):
+        command = [sys.executable, str(OWNER), "echo", host, SECRET.hex()]
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        channel, _ = connect(Address(*json.loads(child.stdout.readline())), SECRET)
+        for rows in (1, 8, 256):
+            x_nD, seconds = torch.zeros(rows, 1024, dtype=torch.bfloat16), []
+            for _ in range(arguments.frames):
+                started = time.perf_counter()
+                channel.send(Head(Kind.COMPUTE, rows=2 * rows), [x_nD])
+                channel.receive()
+                seconds.append(time.perf_counter() - started)
+            ranked = sorted(1e6 * s for s in seconds)
+            found[f"{carrier}, {rows} rows"] = {
+                "p50_us": round(ranked[len(ranked) // 2], 1),
+                "p90_us": round(ranked[len(ranked) * 9 // 10], 1),
+                "p99_us": round(ranked[len(ranked) * 99 // 100], 1),
+            }
+        channel.close()
+        child.wait(10)
+    return found
 
 
 def measure(names: list[str], arguments: argparse.Namespace, turns: int) -> dict:
@@ -124,8 +147,11 @@ def measure(names: list[str], arguments: argparse.Namespace, turns: int) -> dict
                 ),
             }
             if arm.sharding is not None:
-                if arguments.mb_s == 0:
-                    found[name] |= {k: round(v, 1) for k, v in round_trip(arm).items()}
+                owner = arm.sharding.team.metrics.owners[1]
+                questions = sum(bucket.get() for bucket in owner._round_trip._buckets)
+                for way in ("sent", "received"):
+                    num_bytes = getattr(owner, way)._value.get()
+                    found[name][f"{way}_per_layer"] = round(num_bytes / questions)
                 arm.sharding.close()
         disk.bytes_per_s = None
         return found
@@ -148,11 +174,17 @@ def main() -> None:
     parser.add_argument("--mb-s", type=float, default=500, help="of the disk; 0 = unlimited")
     parser.add_argument("--tokens", type=int, default=8)
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2, help="of each process")
+    parser.add_argument("--threads", type=int, default=2, help="of a leader")
+    parser.add_argument("--owner-threads", type=int, help="default: as many as a leader")
     parser.add_argument("--resident", action="store_true", help="all experts in memory")
+    parser.add_argument("--frames", type=int, help="measure only so many round trips of each kind")
     parser.add_argument("--write", metavar="NAME", help="write the JSON under this name")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.frames is not None:
+        for name, values in round_trips(arguments).items():
+            print(f"{name:20} {values}")
+        return
     names = list(RESIDENT if arguments.resident else ARMS)
     if arguments.resident:
         arguments.mb_s = 0

@@ -5,6 +5,7 @@ n rows, K choices, r routed rows, D model width.
 
 import json
 import logging
+import math
 import threading
 import time
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from torch import Tensor
 from ...errors import ConfigError, ExpertReadError
 from ..experts.forwards import Forward
 from .channel import Channel, LostPeerError
-from .connecting import HANDSHAKE_S, connect
+from .connecting import HANDSHAKE_S, Address, connect
 from .facts import Facts
 from .frames import Head, Kind
 from .hiring import Hiring
@@ -29,7 +30,9 @@ ANSWER_S = 60.0
 """An owner that takes longer for one layer counts as lost."""
 PATIENCE_S = 30.0
 """How long requests wait for another owner in the place of a lost one."""
-PAUSE_S = 0.5
+FIRST_PAUSE_S = 0.2
+LONGEST_PAUSE_S = 10.0
+"""Between two looks for a lost owner; each is twice as long as the one before."""
 
 
 class OwnerLink:
@@ -50,7 +53,7 @@ class OwnerLink:
     def open(self, own: Facts) -> None:
         """Wait until the owner is ready; raises :class:`ConfigError` if it does not fit."""
         try:
-            self._connect(own)
+            self._connect(self._hiring.address(self.index, START_S), own)
         except LostPeerError as error:
             raise ConfigError(
                 f"owner {self.index} of the experts did not start ({error}); its log has more."
@@ -127,8 +130,8 @@ class OwnerLink:
         except LostPeerError as error:
             self.lose(error)
 
-    def _connect(self, own: Facts) -> None:
-        channel, told = connect(self._hiring.address(self.index, START_S), self._secret)
+    def _connect(self, address: Address, own: Facts) -> None:
+        channel, told = connect(address, self._secret)
         try:
             facts = Facts.from_json(told)
             own.check_same(facts, self.index)
@@ -148,13 +151,17 @@ class OwnerLink:
 
     def _look(self) -> None:
         """Connect again: to the same process, or to the one that has taken its place."""
+        pause_s = FIRST_PAUSE_S
         while not self._is_closed:
-            started = time.monotonic()
+            started = math.inf
             try:
-                self._connect(self._own)
+                address = self._hiring.address(self.index, START_S)
+                started = time.monotonic()
+                self._connect(address, self._own)
                 return
             except (LostPeerError, ConfigError) as error:
                 log.warning("owner %d of the experts is not back: %s", self.index, error)
-            if time.monotonic() - started >= HANDSHAKE_S:  # it lives and does not answer
+            if time.monotonic() - started >= HANDSHAKE_S:  # it listens and does not answer
                 self._hiring.replace(self.index)
-            time.sleep(PAUSE_S)
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)

@@ -35,14 +35,14 @@ class Question:
         self._experts_NK, self._is_owners_NK = experts_NK, is_owners_NK
         rows_n = np.flatnonzero(is_owners_NK.any(axis=1))
         ids_nK = np.where(is_owners_NK, experts_NK, np.int32(-1))[rows_n]
-        self.routed_r = torch.from_numpy(np.flatnonzero(is_owners_NK))
-        """Numbers of the routed rows, as :class:`.LineWaves` counts them."""
-        link.metrics.rows.inc(len(self.routed_r))
         is_all = len(rows_n) == len(x_ND)
         self._x_nD = x_ND if is_all else x_ND.index_select(0, torch.from_numpy(rows_n))
         self._experts_nK = torch.from_numpy(ids_nK)
         self._number: int | None = None
         self._send()
+        self.routed_r = torch.from_numpy(np.flatnonzero(is_owners_NK))
+        """Numbers of the routed rows, as :class:`.LineWaves` counts them."""
+        link.metrics.rows.inc(len(self.routed_r))
 
     def lines(self) -> Tensor:
         """Return the lines of the routed rows, ``[r, D]``, valid until the next question.

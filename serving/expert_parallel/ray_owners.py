@@ -31,13 +31,9 @@ class OwnerActor:
         self._listener = Listener(bytes.fromhex(spec.secret), spec.leaders_host, here)
         threading.Thread(target=self._serve, name="owner", daemon=True).start()
 
-    def address(self) -> tuple[str, int, str]:
-        """Return the parts of the :class:`Address` where leaders connect."""
-        return tuple(self._listener.address)
-
-    def pid(self) -> int:
-        """Return the number of this process."""
-        return os.getpid()
+    def address(self) -> Address:
+        """Return where leaders connect."""
+        return self._listener.address
 
     def _serve(self) -> None:
         try:
@@ -66,17 +62,12 @@ class RayOwners:
     def address(self, index: int, timeout_s: float) -> Address:
         """See :class:`.Hiring`."""
         try:
-            told = ray.get(self._actors[index].address.remote(), timeout=timeout_s)
+            found: Address = ray.get(self._actors[index].address.remote(), timeout=timeout_s)
         except GetTimeoutError:
             raise LostPeerError("it is not ready in time") from None
         except RayError as error:
             reason = str(error).strip().splitlines() or [""]
             raise LostPeerError(f"{type(error).__name__}: {reason[-1]}") from None
-        return Address(*told)
-
-    def pid(self, index: int) -> int:
-        """Return the number of an owner's process."""
-        found: int = ray.get(self._actors[index].pid.remote())
         return found
 
     def replace(self, index: int) -> None:

@@ -32,7 +32,7 @@ class Rebalancer:
         self._every = every
         self._layers = moe_layers
         self._counts = {layer: np.zeros(num_experts + 1, np.int64) for layer in moe_layers}
-        """With an element for choice -1."""
+        """The first element is for choice -1."""
         self._forwards = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rebalance")
         self._plan: Future[Mapping[int, Placement] | None] | None = None
@@ -41,7 +41,8 @@ class Rebalancer:
 
     def count(self, layer: int, experts_NK: npt.NDArray[np.int32]) -> None:
         """Count a forward's rows."""
-        np.add.at(self._counts[layer], experts_NK.reshape(-1), 1)
+        counts = self._counts[layer]
+        counts += np.bincount(experts_NK.reshape(-1) + 1, minlength=len(counts))
 
     def step(self, ownership: Ownership) -> bool:
         """Between two forwards: take a finished plan, or begin one; say whether owners changed."""
@@ -55,7 +56,7 @@ class Rebalancer:
             ownership.replace(found)
             return True
         if self._plan is None and self._forwards % self._every == 0:
-            load_LE = torch.from_numpy(np.stack([self._counts[i][:-1] for i in self._layers]))
+            load_LE = torch.from_numpy(np.stack([self._counts[i][1:] for i in self._layers]))
             for counts_E in self._counts.values():
                 counts_E //= 2  # older rows count less
             current, num_owners = dict(ownership.placements), ownership.num_owners

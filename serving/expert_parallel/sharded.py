@@ -52,17 +52,18 @@ class ShardedExperts(LayerExperts):
         most_choices: int | None = None,
     ) -> Tensor:
         """Return the weighted sum of each row's experts, ``[N, D]``."""
-        waves = start_waves(x_ND, experts_NK, weights_NK, self._num_experts)
         ids_NK = experts_NK.to(torch.int32)
         is_own_NK, questions = self._team.ask(self._layer, x_ND, ids_NK.numpy())
-        own_NK = ids_NK.masked_fill(~torch.from_numpy(is_own_NK), -1)
+        own_NK = ids_NK.masked_fill(torch.from_numpy(~is_own_NK), -1)
         try:
+            waves = start_waves(x_ND, experts_NK, weights_NK, self._num_experts)
             try:
                 run_experts(self._store, self._layer, self._num_experts, waves, own_NK)
             except ExpertReadError as error:
                 has_one_N = torch.isin(own_NK, torch.tensor(error.experts)).any(dim=1)
                 error.rows = tuple(has_one_N.nonzero().flatten().tolist())
                 raise
+            self._team.count(self._layer, ids_NK.numpy(), is_own_NK)  # while owners compute
             for question in questions:
                 waves.fill(question.routed_r, question.lines())
         except BaseException:

@@ -54,8 +54,9 @@ class TcpChannel:
 
     def receive(self, most_bytes: int = LARGEST_PAYLOAD) -> tuple[Head, Tensor]:
         """See :class:`.Channel`."""
-        self._fill(memoryview(self._head))
-        head = unpack(self._head)
+        packed = memoryview(self._head)
+        self._fill(packed)
+        head = unpack(packed)
         if head.payload > most_bytes:
             raise LostPeerError("it sent a frame that is too large")
         if head.payload > len(self._buffer):

@@ -66,16 +66,20 @@ class Team:
         self, layer: int, x_ND: Tensor, experts_NK: npt.NDArray[np.int32]
     ) -> tuple[npt.NDArray[np.bool_], list[Question]]:
         """Send rows to the owners of their experts; return which choices are the leader's."""
-        self._rebalancer.count(layer, experts_NK)
         owner_NK = self.ownership.owner_NK(layer, experts_NK)
         questions = []
         for link in self._links:
             is_theirs_NK = owner_NK == link.index
             if is_theirs_NK.any():
                 questions.append(Question(link, layer, x_ND, experts_NK, is_theirs_NK))
-        is_own_NK = owner_NK == LEADER
-        self.metrics.owners[LEADER].rows.inc(int(is_own_NK.sum()))
-        return is_own_NK, questions
+        return owner_NK == LEADER, questions
+
+    def count(
+        self, layer: int, experts_NK: npt.NDArray[np.int32], is_own_NK: npt.NDArray[np.bool_]
+    ) -> None:
+        """Count the rows of a layer, and those of the leader."""
+        self._rebalancer.count(layer, experts_NK)
+        self.metrics.owners[LEADER].rows.inc(int(np.count_nonzero(is_own_NK)))
 
     def close(self) -> None:
         """End the connections and the owners."""

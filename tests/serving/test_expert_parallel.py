@@ -20,7 +20,7 @@ from moeyard.moe.routes.recorder import recording
 from moeyard.parallel.planning.placement import Placement
 from moeyard.serving.engine.engine import Engine
 from moeyard.serving.engine.sequence import GenerationRequest
-from moeyard.serving.expert_parallel import link, question
+from moeyard.serving.expert_parallel import connecting, link, question
 from moeyard.serving.expert_parallel.local_owners import LocalOwners
 from moeyard.serving.experts.tiers import disk
 from moeyard.serving.loading import open_model
@@ -180,7 +180,7 @@ def test_requests_fail_with_a_sentence_while_an_owner_is_away_and_others_go_on(
     sharded, store, _ = owners(model_folder, 2, None, slots(3), hiring=hiring)
     monkeypatch.setattr(link, "PATIENCE_S", 0.0)
     monkeypatch.setattr(question, "PATIENCE_S", 0.0)
-    monkeypatch.setattr(link, "PAUSE_S", 0.05)
+    monkeypatch.setattr(link, "LONGEST_PAUSE_S", 0.05)
     is_away = True
     address = hiring.address
 
@@ -219,8 +219,16 @@ def test_a_killed_process_is_replaced_and_answers_are_right_again(
     first = hiring.pid(1)
     os.kill(first, signal.SIGKILL)
     same_bits(resident, sharded, rows=(3,))
-    assert hiring.pid(1) != first
+    second = hiring.pid(1)
+    assert second != first
     assert sharding.team.metrics.owners[1].losses._value.get() == 1
+    # One that stands still is noticed by its silence, and ended.
+    monkeypatch.setattr(link, "HANDSHAKE_S", 0.5)
+    monkeypatch.setattr(connecting, "HANDSHAKE_S", 0.5)
+    sharding.team._links[0]._channel.limit(0.5)
+    os.kill(second, signal.SIGSTOP)
+    same_bits(resident, sharded, rows=(3,))
+    assert hiring.pid(1) not in (first, second)
 
 
 def test_an_expert_that_an_owner_cannot_read_ends_only_the_rows_that_chose_it(
