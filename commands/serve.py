@@ -24,8 +24,7 @@ def add(parsers: Parsers) -> None:
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on")
     serve.add_argument("--port", type=int, default=8000, help="port to listen on")
     add_expert_store(serve)
-    _add_host_memory(serve)
-    _add_expert_parallel(serve)
+    _add_memory_elsewhere(serve)
     serve.add_argument("--served-model-name", help="name clients use; default: the folder's name")
     add_dtype(serve)
     serve.add_argument("--max-num-seqs", type=int, default=8, help="requests in the batch")
@@ -80,16 +79,14 @@ def add(parsers: Parsers) -> None:
     serve.set_defaults(run=run)
 
 
-def _add_host_memory(serve: argparse.ArgumentParser) -> None:
+def _add_memory_elsewhere(serve: argparse.ArgumentParser) -> None:
+    """Add what holds experts outside the replica's own process."""
     serve.add_argument(
         "--host-memory",
         metavar="SIZE",
         help="memory of this machine for further experts, shared by the replicas: 8GiB or 50%% of "
         "all; default: 0",
     )
-
-
-def _add_expert_parallel(serve: argparse.ArgumentParser) -> None:
     serve.add_argument(
         "--expert-parallel",
         metavar="N",

@@ -1,7 +1,7 @@
 """Owners as Ray actors: Ray places them on nodes, watches them and starts them again.
 
-Rows do not go through Ray, whose calls take milliseconds: the leader connects to the actor's
-listener. An actor ends with the replica that started it.
+Rows do not go through Ray: the leader connects to the actor's listener. An actor ends with the
+replica that started it.
 """
 
 import logging
