@@ -12,7 +12,7 @@ import torch
 
 from moeyard.serving.loading import open_model
 
-from server_process import BIN, Running, free_port
+from server_process import BIN, Running, free_port, listeners
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 PROMPT = list(range(40, 60))
@@ -65,6 +65,8 @@ def test_answers_are_those_of_one_process_also_after_an_owner_was_killed(server,
     print(f"answered {time.monotonic() - started:.1f} s after kill -9 of an owner")
     (second,) = owners_of(server)
     assert second != first
+    addresses = {address for _, address, _ in listeners([second])}
+    assert addresses == {"127.0.0.1"}, "an owner listens elsewhere"
     totals = server.totals()
     assert totals["moeyard_expert_owner_losses_total"] == 1
     assert totals["moeyard_expert_owner_rows_total"] > 0
