@@ -24,7 +24,7 @@ def add(parsers: Parsers) -> None:
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on")
     serve.add_argument("--port", type=int, default=8000, help="port to listen on")
     add_expert_store(serve)
-    _add_host_memory(serve)
+    _add_memory_elsewhere(serve)
     _add_kv(serve)
     serve.add_argument("--served-model-name", help="name clients use; default: the folder's name")
     add_dtype(serve)
@@ -74,12 +74,26 @@ def add(parsers: Parsers) -> None:
     serve.set_defaults(run=run)
 
 
-def _add_host_memory(serve: argparse.ArgumentParser) -> None:
+def _add_memory_elsewhere(serve: argparse.ArgumentParser) -> None:
+    """Add what holds experts outside the replica's own process."""
     serve.add_argument(
         "--host-memory",
         metavar="SIZE",
         help="memory of this machine for further experts, shared by the replicas: 8GiB or 50%% of "
         "all; default: 0",
+    )
+    serve.add_argument(
+        "--expert-parallel",
+        metavar="N",
+        type=int,
+        default=1,
+        help="processes that share the experts of each replica, with --expert-memory for each; "
+        "default: 1, the replica itself",
+    )
+    serve.add_argument(
+        "--expert-placement",
+        metavar="FILE",
+        help="a plan of moeyard trace place, or recorded routes: which of them has which expert",
     )
 
 

@@ -1,6 +1,6 @@
 """The expert MLP without gradients, some experts at a time.
 
-T tokens, K choices, D model width.
+T tokens, K choices, D model width, r some of the T*K routed rows.
 """
 
 from collections.abc import Collection
@@ -30,7 +30,25 @@ class Waves(Protocol):
         ...
 
 
-def start_waves(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, num_experts: int) -> Waves:
+class LineWaves(Waves, Protocol):
+    """A sum that takes lines which another process computed with the same kernels."""
+
+    def lines(self, routed_r: Tensor) -> Tensor:
+        """Return the lines of routed rows whose experts have run, ``[r, D]``.
+
+        ``routed_r`` are their numbers: row ``t * K + k`` is choice k of token t. The type is fp32,
+        or that of the rows where torch computes.
+        """
+        ...
+
+    def fill(self, routed_r: Tensor, lines_rD: Tensor) -> None:
+        """Take lines that :meth:`lines` returned elsewhere, as if their experts had run here."""
+        ...
+
+
+def start_waves(
+    x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, num_experts: int
+) -> LineWaves:
     """Begin a sum on the fastest backend that supports these rows."""
     if may_use_cpp(x_TD) and can_run(x_TD, weights_TK):
         return CppWaves(x_TD, experts_TK, weights_TK)

@@ -133,6 +133,8 @@ def open_model(
         return model, store
     except BaseException as error:
         files.close()
+        if options.sharding is not None:
+            options.sharding.close()
         if is_out_of_memory(error):
             raise ConfigError(
                 f"there is not enough memory to load {files.path} ({error}); set a smaller "
@@ -152,6 +154,9 @@ def _open(
     copies = copies_bytes(options, chosen)
     demand = Demand(copies_bytes=copies)
     expert_memory, room = decide(files, chosen, asked, demand, options.reader)
+    sharding = options.sharding
+    if sharding is not None:
+        expert_memory = sharding.start(files, chosen, expert_memory)
     if expert_memory is None:  # nothing is ever missing
         options, copies = options.without_copies(), 0
     check_memory(files, chosen, expert_memory, copies_bytes=copies)
@@ -165,6 +170,8 @@ def _open(
         fallback = open_fallback(store, files, chosen, options)
     reads = _attach_experts(files, decoder, chosen, store, sparsity, fallback)
     run_reads(files, [*dense_reads(files, decoder, chosen), *reads])
+    if sharding is not None and store is not None:
+        sharding.attach(decoder, store, files, chosen)
     if sparsity is not None and sparsity.score is not None:
         sparsity.check_owner(owner_of(decoder))
     if store is not None:

@@ -2,18 +2,19 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from ..dtypes import short_name
 from ..moe.folders.hub import hub_name, local_folder
 from .engine.tokenizer import ServingTokenizer
+from .expert_parallel_args import ExpertParallelArgs, check_combination
 from .experts.options import StoreOptions
 from .lora_args import LoraArgs
 
 
-class ServeArgs(LoraArgs):
+class ServeArgs(LoraArgs, ExpertParallelArgs):
     """Arguments of ``moeyard serve``, of ``serve run`` and of a deployment's YAML."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -84,6 +85,11 @@ class ServeArgs(LoraArgs):
     Every replica imports them."""
     chat_template: str | None = None
     """A Jinja file, or the name of one of the model folder's templates where it has several."""
+
+    @model_validator(mode="after")
+    def _check_owners(self) -> Self:
+        check_combination(self)
+        return self
 
     @field_validator("allow_code", "cors_origin", mode="before")
     @classmethod

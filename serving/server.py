@@ -22,6 +22,8 @@ from .engine.engine import Engine
 from .engine.request_checks import check_length
 from .engine.route_recorder import RouteRecorder
 from .engine.thread import EngineThread
+from .expert_parallel.sharding import ShardedModel
+from .expert_parallel_args import bytes_elsewhere, check_owners_fit
 from .experts.budget import bytes_of_experts, host_bytes
 from .experts.copies import check_fallback
 from .experts.event_log import SUFFIX as LOG_SUFFIX
@@ -69,6 +71,8 @@ def check_model(args: ServeArgs, runs_here: bool = False) -> None:
     host = host_bytes(folder, dtype, args.host_memory)
     demand = Demand(max_num_seqs=args.max_num_seqs, max_model_len=args.max_model_len)
     kv = asked_kv_bytes(folder, dtype, args.kv_memory, demand) or 0
+    check_owners_fit(args, folder)
+    copies += bytes_elsewhere(folder, dtype, args.expert_memory, args.expert_parallel)
     if runs_here:
         check_memory(folder, dtype, args.expert_memory, args.num_replicas, host, copies, kv)
         check_shared_memory(host)
@@ -87,6 +91,8 @@ class Server:
         if args.expert_log is not None:
             path = replica_file(args.expert_log, replica, "expert-log", LOG_SUFFIX)
             options = replace(options, log=path)
+        self._sharding = None if args.expert_parallel == 1 else _sharding(args)
+        options = replace(options, sharding=self._sharding)
         model, self._store = open_model(
             args.model,
             args.dtype,
@@ -116,6 +122,8 @@ class Server:
             speculative_rows=args.speculative_rows,
         )
         self.metrics = engine.metrics
+        if self._sharding is not None and self._sharding.team is not None:
+            self.metrics.registry.register(self._sharding.team.metrics)
         self.thread = EngineThread(engine)
         self.admission = Admission(
             args.max_num_seqs, args.max_queued_requests, engine.metrics.rejected
@@ -148,6 +156,8 @@ class Server:
         self._tokenizer.close()
         if self._store is not None:
             self._store.close()
+        if self._sharding is not None:
+            self._sharding.close()
 
     def end_files(self) -> None:
         """Write the ends of recorded routes and of the log, when no forward follows."""
@@ -155,3 +165,17 @@ class Server:
             self._recorder.close()
         if self._store is not None:
             self._store.statistics.close()
+
+
+def _sharding(args: ServeArgs) -> ShardedModel:
+    """Return how the experts of a replica are divided between it and Ray actors."""
+    from .expert_parallel.ray_owners import RayOwners
+
+    return ShardedModel(
+        args.expert_parallel,
+        RayOwners(),
+        None if args.expert_placement is None else Path(args.expert_placement),
+        policy=args.expert_policy,
+        reader=args.expert_reader,
+        allow_code=args.allow_code,
+    )

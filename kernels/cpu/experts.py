@@ -1,6 +1,7 @@
 """The expert MLP without gradients on the C++ kernels.
 
-T tokens, K choices, R = T*K routed rows, E experts, D model width, F expert width.
+T tokens, K choices, R = T*K routed rows, E experts, D model width, F expert width,
+r some routed rows.
 """
 
 import ctypes
@@ -99,6 +100,14 @@ class CppWaves:
             arguments, _slots = expert_arguments(*rows, experts, only, self._lines_RD)
             wrong = self._functions.moeyard_experts(ctypes.byref(arguments))
         check_rows(wrong, self._experts_TK, experts)
+
+    def lines(self, routed_r: Tensor) -> Tensor:
+        """Return the lines of some routed rows, fp32 ``[r, D]``; see waves.py."""
+        return self._lines_RD.index_select(0, routed_r)
+
+    def fill(self, routed_r: Tensor, lines_rD: Tensor) -> None:
+        """Take lines that were computed elsewhere."""
+        self._lines_RD.index_copy_(0, routed_r, lines_rD)
 
     def result(self) -> Tensor:
         """Return ``y``, ``[T, D]``."""

@@ -1,9 +1,9 @@
 """The expert MLP on torch's matrix products, with its backward written out.
 
 T tokens, K choices, R = T*K routed rows, N <= R rows whose expert is here, in expert order,
-D model width, F expert width, H = 2F. Only x, the pre-activations, the routing weights and the
-grouping are saved for backward. The expert outputs are not: the routing gradient follows from the
-recomputed activation (SonicMoE's identities).
+D model width, F expert width, H = 2F, r some routed rows. Only x, the pre-activations, the routing
+weights and the grouping are saved for backward. The expert outputs are not: the routing gradient
+follows from the recomputed activation (SonicMoE's identities).
 """
 
 from collections.abc import Collection, Iterable
@@ -113,12 +113,23 @@ class TorchWaves:
         """Run all experts in slots, or ``only`` some of them."""
         self._y_RD = expert_rows(self._x_TD, self._grouping, experts, only=only, out_RD=self._y_RD)
 
+    def lines(self, routed_r: Tensor) -> Tensor:
+        """Return the lines of some routed rows, ``[r, D]`` in x's type; see waves.py."""
+        return self._all_lines().index_select(0, self._grouping.inverse_R.index_select(0, routed_r))
+
+    def fill(self, routed_r: Tensor, lines_rD: Tensor) -> None:
+        """Take lines that were computed elsewhere."""
+        self._y_RD = self._all_lines()
+        self._y_RD.index_copy_(0, self._grouping.inverse_R.index_select(0, routed_r), lines_rD)
+
     def result(self) -> Tensor:
         """Return ``y``, ``[T, D]``."""
-        y_RD = self._y_RD
-        if y_RD is None:  # no token chose any expert
-            y_RD = self._x_TD.new_empty(self._grouping.order_R.numel(), self._x_TD.shape[1])
-        return combine_rows(y_RD, self._grouping, self._weights_TK)
+        return combine_rows(self._all_lines(), self._grouping, self._weights_TK)
+
+    def _all_lines(self) -> Tensor:
+        if self._y_RD is None:  # no expert has run here
+            return self._x_TD.new_empty(self._grouping.order_R.numel(), self._x_TD.shape[1])
+        return self._y_RD
 
 
 def run(call: ExpertCall) -> Tensor:

@@ -2,9 +2,33 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
+import torch
+
+from ...moe.folders.folder import ModelFolder
+from ...moe.models.decoder import Decoder
 from .policies.policy import Policy
 from .predictors.predictor import Predictor
+from .store import ExpertStore
+
+
+class Sharding(Protocol):
+    """Divides the experts of a model between this process and others (expert_parallel/)."""
+
+    def start(self, files: ModelFolder, dtype: torch.dtype, expert_memory: str | None) -> str:
+        """Begin to start the other processes; return the budget of this one."""
+        ...
+
+    def attach(
+        self, decoder: Decoder, store: ExpertStore, files: ModelFolder, dtype: torch.dtype
+    ) -> None:
+        """Give every MoE layer its experts, those of ``store`` and those of other processes."""
+        ...
+
+    def close(self) -> None:
+        """End the other processes."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +55,9 @@ class StoreOptions:
     """Tokens of a window that the exact model checks; None = it checks nothing."""
     correction_threshold: float | None = None
     """Probability from which a proposed token is accepted; None = only the exact model's choice."""
+
+    sharding: Sharding | None = None
+    """Who else has experts; None = this process has them all."""
 
     def without_copies(self) -> "StoreOptions":
         """Return the options without copies of missing experts and what corrects them."""

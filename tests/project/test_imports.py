@@ -73,8 +73,8 @@ ROOMS = {
     "serving": [
         ["experts", "packages", "relay"],
         ["engine", "load_checks", "memory", "replica_files", "resident"],
-        ["planning"],
-        ["api", "frozen_experts", "loading", "lora_args"],
+        ["expert_parallel", "planning"],
+        ["api", "expert_parallel_args", "frozen_experts", "loading", "lora_args"],
         ["evaluation"],
         ["widths"],
         ["serve_args"],
