@@ -14,7 +14,8 @@ from moeyard.serving.engine.engine import Engine
 from moeyard.serving.engine.kv_memory import specs_of
 from moeyard.serving.loading import open_model
 
-from small_model import with_router, write_random_model
+from adapter_folders import everything, write_adapter
+from small_model import CONFIG, with_router, write_random_model
 
 
 def blocks(model, count):
@@ -87,7 +88,7 @@ def test_a_prefix_is_taken_over_with_its_bits_and_counted(model_folder):
     assert counted(whole.engine, "prefix_cache_queries") == 0
 
 
-def test_salts_scores_of_prompts_and_adapters_take_nothing_over(model_folder):
+def test_other_salts_and_scores_of_prompts_take_nothing_over(model_folder):
     model, store = open_model(model_folder)
     found = Answers(Engine(model, latin, store, prefill_chunk=16))
     prompt = list(range(60))
@@ -99,6 +100,29 @@ def test_salts_scores_of_prompts_and_adapters_take_nothing_over(model_folder):
     assert len(found.scores["3"]) == 60 + 2
     found.add(request("again", prompt, cache_salt="y"))
     assert found.finish().cached["again"] == 48
+
+
+def test_an_adapter_takes_over_what_it_has_read_itself(model_folder, tmp_path):
+    model, store = open_model(model_folder)
+    folder = write_adapter(tmp_path / "a", everything(CONFIG))
+    model.adapters.load("a", folder)
+    adapter, prompt = model.adapters.get("a"), list(range(60))
+    found = Answers(Engine(model, latin, store, prefill_chunk=16))
+    options = {"num_logprobs": 1, "max_tokens": 4}
+    asked = [
+        request("plain", prompt, **options),
+        request("first", prompt, adapter=adapter, **options),
+        request("second", [*prompt, 7], adapter=adapter, **options),
+    ]
+    for one in asked:
+        found.add(one)
+        found.finish()
+        expected = alone(lambda: Engine(model, latin, store, prefill_chunk=16), one)
+        assert found.of(one.request_id) == expected
+    assert found.cached == {"plain": 0, "first": 0, "second": 48}
+    model.adapters.load("again", folder)
+    found.add(request("again", prompt, adapter=model.adapters.get("again"), **options))
+    assert found.finish().cached["again"] == 0
 
 
 def test_several_answers_read_their_prompt_once(model_folder):
