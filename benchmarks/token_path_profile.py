@@ -1,8 +1,9 @@
-"""Which parts of a process spend the CPU time of its path: samples of py-spy, sorted by file.
+"""Which parts of the path hold the interpreter: samples of py-spy, sorted by file.
 
     python benchmarks/token_path_profile.py PID [PID ...] [--seconds 8]
 
-A sample belongs to the first part, from the innermost frame outwards, that one of its files names.
+Threads without the interpreter are not sampled, so a system call that gives it up is not seen. A
+sample belongs to the first part, from the innermost frame outwards, that one of its files names.
 Samples of the engine's thread are counted apart.
 """
 
@@ -54,7 +55,7 @@ def profile(pid: int, seconds: float) -> Counter[str]:
         path = Path(folder) / "stacks"
         command = [str(Path(sys.executable).parent / "py-spy"), "record", "--pid", str(pid)]
         command += ["--duration", str(int(seconds)), "--rate", str(RATE), "--format", "raw"]
-        command += ["--full-filenames", "-o", str(path)]
+        command += ["--full-filenames", "--gil", "-o", str(path)]
         subprocess.run(command, check=True, capture_output=True)
         found: Counter[str] = Counter()
         for line in path.read_text().splitlines():

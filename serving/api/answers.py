@@ -140,26 +140,26 @@ class Answers:
             async with aclosing(self._thread.generate(requests)) as batches:
                 async for events in batches:
                     pieces = []
-                    error = None
+                    failure = None
                     for index, event in events:
-                        error = event.error
-                        if error is not None:
+                        failure = event.error
+                        if failure is not None:
                             break
                         generated[index], cached[index] = event.num_tokens, event.cached_tokens
                         if event.text or event.logprobs or event.finish_reason is not None:
                             pieces.append(chunks.event(index, event, usage_of(index)))
                     if pieces:
                         yield b"".join(pieces)
-                    if error is not None:
-                        raise error
+                    if failure is not None:
+                        raise failure
             if body.includes_usage:
                 yield sse({**head, "usage": _usage(requests, generated, cached)})
         except RequestError as error:
             yield sse(error_object(error))
         except Exception as error:  # the status is sent already, so the event must tell
             log.error("a stream failed", exc_info=error)
-            failure = RequestError("the server failed; its log has the details.", status=500)
-            yield sse(error_object(failure))
+            told = RequestError("the server failed; its log has the details.", status=500)
+            yield sse(error_object(told))
         yield DONE
 
 
