@@ -47,6 +47,7 @@ def add(parsers: Parsers) -> None:
         default=1,
         help="processes that serve the model",
     )
+    _add_scaling(serve)
     serve.add_argument(
         "--drain-timeout",
         metavar="SECONDS",
@@ -85,6 +86,28 @@ def _add_host_memory(serve: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="memory of this machine for further experts, shared by the replicas: 8GiB or 50%% of "
         "all; default: 0",
+    )
+
+
+def _add_scaling(serve: argparse.ArgumentParser) -> None:
+    serve.add_argument(
+        "--max-replicas",
+        metavar="N",
+        type=int,
+        help="replicas at busy times, one for each full batch of answers that run or wait; "
+        "default: always as many as --replicas",
+    )
+    serve.add_argument(
+        "--downscale-delay",
+        metavar="SECONDS",
+        type=float,
+        default=120.0,
+        help="time that fewer replicas must have been enough before one is taken away",
+    )
+    serve.add_argument(
+        "--prefix-routing",
+        action="store_true",
+        help="send requests that begin alike to one replica, unless it is busier than others",
     )
 
 

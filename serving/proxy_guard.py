@@ -3,7 +3,9 @@
 The guard passes a request on to a replica only when it is complete. Ray counts it there from its
 first byte, and a replica takes a limited number. So incomplete requests would shut out all others.
 Deadlines and limits: ``request_body.py`` for bodies, ``connections.py`` for everything that happens
-outside an application.
+outside an application. Of a request that is complete, the guard refuses what replicas have just had
+no place for (``proxy/backpressure.py``), and names its beginnings where a router wants them
+(``proxy/beginnings.py``).
 
 When a replica dies, Ray's proxy drops the connection in the middle of a stream, and answers a
 request that had no response yet with a bare 500. Only the proxy outlives the replica, so the
@@ -25,6 +27,8 @@ from ..errors import RequestError
 from .api.connections import STATE_KEY, Connection, connections
 from .api.request_body import read_body
 from .api.responses import DONE, error_object, error_response, sse
+from .proxy.backpressure import REFUSED, Backpressure
+from .proxy.beginnings import HEADER, Wish, name_beginnings
 
 CALLBACK_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 CALLBACK = "moeyard.serving.proxy_guard:middlewares"
@@ -35,11 +39,12 @@ RAYS_OWN_HEADERS = frozenset(
         b"serve-multiplexed-model-id",
         b"x-request-disconnect-disabled",
         b"x-request-timeout-seconds",
-        b"x-session-id",
+        HEADER,
+        REFUSED,
     }
 )
 """Ray obeys these from any client: they keep a request going after its client has left, set a
-time limit, or name a replica."""
+time limit, or name a replica. The last one is the guard's word to a replica."""
 
 
 def middlewares() -> list[Middleware]:
@@ -60,6 +65,7 @@ class ProxyGuard:
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
         self._num_open = 0
+        self._backpressure = Backpressure()
         token = os.environ.get("RAY_AUTH_TOKEN")
         self._expected = None if token is None else f"Bearer {token}".encode()
 
@@ -88,13 +94,34 @@ class ProxyGuard:
                 number = self._num_open + connections.num_unsent
                 await JSONResponse({"unfinished": number})(scope, receive, send)
             else:
-                await self._pass_on(_without_orders(scope), _again(body, receive), send)
+                await self._admit(scope, body, receive, send)
         finally:
             if connection is not None:
                 connection.enter("idle")
 
-    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
-        response = _Watched(scope["path"], send)
+    async def _admit(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
+        """Pass a whole request on, unless replicas are full."""
+        path = scope["path"]
+        try:
+            self._backpressure.check(path)
+        except RequestError as error:
+            await error_response(error)(scope, receive, send)
+            return
+        own = [(REFUSED, b"%d" % count)] if (count := self._backpressure.take_refused(path)) else []
+        if Wish.is_there and (names := name_beginnings(body)):
+            own.append((HEADER, names.encode()))
+        scope = _without_orders(scope)
+        scope["headers"] += own
+        response = _Watched(path, send)
+        try:
+            await self._pass_on(scope, _again(body, receive), response)
+        finally:
+            # Where several answers were too many, one may still find a place.
+            if response.status != 429 or b'"n"' not in body:
+                self._backpressure.hear(path, response.status)
+
+    async def _pass_on(self, scope: Scope, receive: Receive, response: "_Watched") -> None:
+        send = response.unwatched
         self._num_open += 1
         try:
             await self._app(scope, receive, response.send)
@@ -118,8 +145,10 @@ class _Watched:
     """A response on its way, and what it lacks."""
 
     def __init__(self, path: str, send: Send) -> None:
-        self._path, self._send = path, send
+        self._path, self.unwatched = path, send
         self.is_started = False
+        self.status: int | None = None
+        """What the application has answered with, if it has."""
         self._is_finished = self._is_stream = False
         self._rays_status: int | None = None
         self._rays_words = b""
@@ -135,12 +164,13 @@ class _Watched:
                 self._rays_status = message["status"]
                 return
             self.is_started = True
+            self.status = message["status"]
         elif message["type"] == "http.response.body":
             if self._rays_status is not None:
                 self._rays_words += message.get("body", b"")
                 return
             self._is_finished = not message.get("more_body", False)
-        await self._send(message)
+        await self.unwatched(message)
 
     def what_is_missing(self) -> RequestError | None:
         """Return the error that an unfinished response should end with."""

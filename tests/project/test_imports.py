@@ -71,7 +71,7 @@ ROOMS = {
         ["__main__"],
     ],
     "serving": [
-        ["experts", "packages"],
+        ["experts", "packages", "proxy"],
         ["engine", "load_checks", "memory", "replica_files", "resident"],
         ["planning"],
         ["api", "frozen_experts", "loading", "lora_args"],

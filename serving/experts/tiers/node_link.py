@@ -9,6 +9,7 @@ import uuid
 from typing import Any
 
 import numpy as np
+
 import ray
 from ray.exceptions import RayError
 
