@@ -64,7 +64,8 @@ async def closed_loop(client: Client, clients: int, seconds: float) -> float:
     async def ask(number: int) -> None:
         nonlocal count
         while time.monotonic() < ends:
-            count += await client.whole(number, TOKENS) == "200"
+            outcome = await client.whole(number, TOKENS)
+            count += outcome == "200"
 
     started = time.monotonic()
     await asyncio.gather(*map(ask, range(clients)))
