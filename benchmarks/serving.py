@@ -14,6 +14,7 @@ import asyncio
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -36,6 +37,8 @@ from report import write_results
 SEED = 11
 TOKENS, STREAM_TOKENS = 32, 200
 RETRY_FOR_S = 120.0
+USER_PERIOD_S = 8.0
+"""Seconds between the requests of a user of locust, as in serving_locust.py."""
 SHORT = {"overload": 60.0, "kills": 100.0, "cancels": 1500}
 FULL = {"overload": 300.0, "kills": 300.0, "cancels": 10_000}
 
@@ -49,6 +52,21 @@ def memory_mb(running: Running) -> dict[str, float]:
         if "ProxyActor" in Path(f"/proc/{pid}/cmdline").read_text(errors="replace"):
             pages["proxy"] = _resident(pid)
     return pages
+
+
+def cpu_seconds(running: Running) -> dict[str, float]:
+    """Return the processor time that replicas and proxy have taken so far."""
+    found: dict[str, float] = {}
+    for pid in map(int, running.members()):
+        title = Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
+        name = next(
+            (n for n in ("ServeReplica", "ProxyActor") if title.startswith(f"ray::{n}")), ""
+        )
+        if name:
+            words = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+            ticks = int(words[11]) + int(words[12])
+            found[name] = found.get(name, 0.0) + ticks / os.sysconf("SC_CLK_TCK")
+    return found
 
 
 def _resident(pid: int) -> float:
@@ -108,7 +126,9 @@ async def overload(running: Running, model: str, seconds: float) -> dict[str, ob
             await asyncio.sleep(2)
 
     watching = asyncio.create_task(watch())
+    before = cpu_seconds(running)
     tail_s = await open_loop(client, 2 * capacity, seconds, tally)
+    after = cpu_seconds(running)
     stop.set()
     await watching
     await client.session.close()
@@ -117,8 +137,11 @@ async def overload(running: Running, model: str, seconds: float) -> dict[str, ob
     drift = {
         name: 100 * (memory[-1][name] / memory[len(memory) // 5][name] - 1) for name in memory[-1]
     }
+    used = {name: after[name] - before[name] for name in after}
+    cpu = ", ".join(f"{name} {s / (seconds + tail_s):.2f}" for name, s in used.items())
     lost = sum(n for what, n in tally.counts.items() if what not in ("200", "429"))
     print("\n".join(tally.lines()))
+    print(f"cores used: {cpu}")
     print(f"capacity {capacity:.1f} answers/s, offered {2 * capacity:.1f}, answered {answered:.1f}")
     print(f"answered / capacity {answered / capacity:.2f}; all ended {tail_s:.1f} s after the last")
     print(
@@ -132,8 +155,30 @@ async def overload(running: Running, model: str, seconds: float) -> dict[str, ob
         "refused_p99_ms": 1000 * percentile(refused, 0.99),
         "outcomes": dict(tally.counts),
         "lost": lost,
+        "cpu_seconds": used,
         "memory_drift_percent": drift,
     }
+
+
+def with_locust(running: Running, model: str, seconds: float, folder: Path) -> None:
+    """Offer twice of what the server can answer by a program of others."""
+
+    async def find_capacity() -> float:
+        client = Client(running.base, model)
+        await closed_loop(client, 3 * BATCH, 5.0)
+        found = await closed_loop(client, 3 * BATCH, 15.0)
+        await client.session.close()
+        return found
+
+    capacity = asyncio.run(find_capacity())
+    users = int(2 * capacity * USER_PERIOD_S)
+    file = Path(__file__).parent / "serving_locust.py"
+    command = [sys.executable, "-m", "locust", "-f", str(file), "--headless", "--only-summary"]
+    command += ["-u", str(users), "-r", str(users / USER_PERIOD_S)]
+    command += ["-t", f"{seconds + USER_PERIOD_S:.0f}s", "--host", running.base]
+    env = {**os.environ, "PYTHONPATH": str(folder), "MODEL": model}
+    print(f"capacity {capacity:.1f} answers/s; locust with {users} users", flush=True)
+    subprocess.run(command, env=env, check=False)
 
 
 async def until_answered(client: Client, number: int) -> str:
@@ -258,11 +303,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, help="of overload or kills")
     parser.add_argument("--cancels", type=int, help="how many requests to leave")
     parser.add_argument("--every", type=float, default=60.0, help="seconds between kills")
+    parser.add_argument("--locust", type=Path, metavar="FOLDER", help="send with locust from there")
     parser.add_argument("--write", action="store_true", help="keep the figures in results/")
     options = parser.parse_args()
     length = (FULL if options.full else SHORT)[options.kind]
     length = options.seconds or options.cancels or length
     with served(options.model, 2) as running:
+        if options.locust is not None:
+            with_locust(running, options.model.name, length, options.locust)
+            return
         work = {
             "overload": lambda: overload(running, options.model.name, length),
             "kills": lambda: kills(running, options.model.name, length, options.every),
