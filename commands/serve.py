@@ -41,6 +41,7 @@ def add(parsers: Parsers) -> None:
         "--num-threads", type=int, help="compute threads per replica; default: its share of cores"
     )
     _add_replicas(serve)
+    _add_scaling(serve)
     serve.add_argument(
         "--drain-timeout",
         metavar="SECONDS",
@@ -136,6 +137,28 @@ def _add_speculation(serve: argparse.ArgumentParser) -> None:
         type=int,
         default=16,
         help="guessed tokens that one step checks at most, of all requests together",
+    )
+
+
+def _add_scaling(serve: argparse.ArgumentParser) -> None:
+    serve.add_argument(
+        "--max-replicas",
+        metavar="N",
+        type=int,
+        help="replicas at busy times, one for each full batch of answers that run or wait; "
+        "default: always as many as --replicas",
+    )
+    serve.add_argument(
+        "--downscale-delay",
+        metavar="SECONDS",
+        type=float,
+        default=120.0,
+        help="time that fewer replicas must have been enough before one is taken away",
+    )
+    serve.add_argument(
+        "--prefix-routing",
+        action="store_true",
+        help="send requests that begin alike to one replica, unless it is busier than others",
     )
 
 

@@ -15,6 +15,8 @@ from ..errors import MoeyardError
 from .cluster.replica_port import close_replica_port
 from .proxy_guard import CALLBACK, CALLBACK_VARIABLE, ask_for_guard
 from .replicas.hub_link import HubLink
+from .replicas.prefix_router import prefix_routing
+from .replicas.scaling import ANSWERS, scaling
 from .serve_args import ServeArgs
 from .server import Server, check_model, with_commit
 from .server_budgets import with_budgets
@@ -41,7 +43,7 @@ class Refused(RayServeException, ClickException):
 @serve.deployment(
     name="moeyard",
     ray_actor_options={"num_cpus": 1},
-    health_check_period_s=5,
+    health_check_period_s=1,  # what a death costs before anything is done about it
     health_check_timeout_s=30,
     graceful_shutdown_wait_loop_s=0.5,
 )
@@ -73,6 +75,10 @@ class MoeyardServer:
         if problem is not None and not self._server.admission.is_draining:
             raise RuntimeError(problem)
 
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Tell Ray's controller what ``replicas/scaling.py`` decides by."""
+        return {ANSWERS: self._server.admission.num_held}
+
     def __del__(self) -> None:
         if hasattr(self, "_link"):
             self._link.close()
@@ -97,8 +103,13 @@ def application(args: ServeArgs) -> Application:
     """Return the application of checked arguments; raises :class:`MoeyardError`."""
     args, _ = with_budgets(with_commit(args))
     check_model(args)
+    options: dict[str, Any] = {"num_replicas": args.num_replicas}
+    if args.max_replicas is not None:
+        options = {"autoscaling_config": scaling(args)}
+    if args.prefix_routing:
+        options["request_router_config"] = prefix_routing(args.max_num_seqs)
     return MoeyardServer.options(  # type: ignore[attr-defined]
-        num_replicas=args.num_replicas,
+        **options,
         # Waiting happens in the engine's queue, which knows what it can batch.
         max_ongoing_requests=args.max_num_seqs + args.max_queued_requests + SPARE_REQUESTS,
         max_queued_requests=MAX_QUEUED_IN_PROXY,

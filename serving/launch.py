@@ -70,6 +70,7 @@ def serve_forever(args: ServeArgs, host: str, port: int, attempt: int) -> int:
         sys.stdout.write(f"ready model={args.model_name} url={base}/v1\n")
         sys.stdout.flush()
         is_ready = True
+        _keep_spare()
         while True:
             signal.pause()
     except RayStartError as error:
@@ -90,7 +91,7 @@ def _start(args: ServeArgs, host: str, port: int, folder: Path, report: StartRep
     """Start everything and return the address once it answers."""
     # A replica asks Ray for one CPU; more of them than there are must not wait for ever.
     copies = parse_budget(args.host_memory, 0) if args.host_memory else 0
-    cpus = max(args.num_replicas, len(os.sched_getaffinity(0)))
+    cpus = max(args.most_replicas, len(os.sched_getaffinity(0)))
     start(folder, cpus, object_store_bytes(copies) if copies else None)
     _on_signals(_stop)  # ray.init has replaced them
     from ray import serve
@@ -197,6 +198,13 @@ def _deploy(args: ServeArgs, folder: Path) -> None:
         raise MoeyardError(
             f"the server could not start ({reason}); the logs are in {_serve_logs(folder)}."
         ) from error
+
+
+def _keep_spare() -> None:
+    """Keep a worker ready for the next replica."""
+    from .cluster.spare_worker import SpareWorker
+
+    SpareWorker()
 
 
 def _shut_down() -> None:

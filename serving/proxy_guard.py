@@ -3,7 +3,9 @@
 The guard passes a request on to a replica only when it is complete. Ray counts it there from its
 first byte, and a replica takes a limited number. So incomplete requests would shut out all others.
 Deadlines and limits: ``request_body.py`` for bodies, ``connections.py`` for everything that happens
-outside an application.
+outside an application. Of a request that is complete, the guard refuses what replicas have just had
+no place for (``proxy/backpressure.py``), and names its beginnings where a router wants them
+(``proxy/beginnings.py``).
 
 When a replica dies, Ray's proxy drops the connection in the middle of a stream, and answers a
 request that had no response yet with a bare 500. Only the proxy outlives the replica, so the
@@ -17,7 +19,6 @@ Ray loads this file if :data:`CALLBACK_VARIABLE` names it in the environment of 
 starts Ray.
 """
 
-import asyncio
 import hmac
 import os
 
@@ -31,8 +32,12 @@ from ..errors import RequestError
 from .api.connections import STATE_KEY, Connection, connections
 from .api.request_body import read_body
 from .api.responses import DONE, error_object, error_response, sse
-from .relay.frames import HEADER
-from .relay.receiver import IncomingStream, Relay
+from .proxy.backpressure import REFUSED, Backpressure
+from .proxy.beginnings import HEADER as BEGINNINGS
+from .proxy.beginnings import Wish, name_beginnings
+from .proxy.watched import Watched
+from .relay.frames import HEADER as RELAY
+from .relay.receiver import Relay
 
 CALLBACK_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 CALLBACK = "moeyard.serving.proxy_guard:middlewares"
@@ -43,13 +48,13 @@ RAYS_OWN_HEADERS = frozenset(
         b"serve-multiplexed-model-id",
         b"x-request-disconnect-disabled",
         b"x-request-timeout-seconds",
-        b"x-session-id",
+        BEGINNINGS,
+        REFUSED,
+        RELAY,
     }
 )
 """Ray obeys these from any client: they keep a request going after its client has left, set a
-time limit, or name a replica."""
-RELAY_LAG_S = 10.0
-"""Time for the last pieces of a stream to arrive after Ray has said that it is over."""
+time limit, or name a replica. The last three are the guard's words to a replica."""
 
 
 def middlewares() -> list[Middleware]:
@@ -70,6 +75,7 @@ class ProxyGuard:
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
         self._num_open = 0
+        self._backpressure = Backpressure()
         self._relay = Relay()
         token = os.environ.get("RAY_AUTH_TOKEN")
         self._expected = None if token is None else f"Bearer {token}".encode()
@@ -99,16 +105,40 @@ class ProxyGuard:
                 number = self._num_open + connections.num_unsent
                 await JSONResponse({"unfinished": number})(scope, receive, send)
             else:
-                await self._pass_on(_without_orders(scope), _again(body, receive), send)
+                await self._admit(scope, body, receive, send)
         finally:
             if connection is not None:
                 connection.enter("idle")
 
-    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _admit(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
+        """Pass a whole request on, unless replicas are full."""
+        path = scope["path"]
+        try:
+            self._backpressure.check(path)
+        except RequestError as error:
+            await error_response(error)(scope, receive, send)
+            return
+        own = [(REFUSED, b"%d" % count)] if (count := self._backpressure.take_refused(path)) else []
+        if Wish.is_there and (names := name_beginnings(body)):
+            own.append((BEGINNINGS, names.encode()))
         incoming = await self._relay.open()
         if incoming is not None:
-            scope["headers"].append((HEADER, incoming.address))
-        response = _Watched(scope["path"], send, incoming)
+            own.append((RELAY, incoming.address))
+        scope = _without_orders(scope)
+        scope["headers"] += own
+        response = Watched(path, send, incoming)
+        try:
+            await self._pass_on(scope, _again(body, receive), response)
+        finally:
+            # Where several answers were too many, one may still find a place.
+            if response.status != 429 or b'"n"' not in body:
+                self._backpressure.hear(path, response.status)
+            response.stop()
+            if incoming is not None:
+                self._relay.close(incoming)
+
+    async def _pass_on(self, scope: Scope, receive: Receive, response: Watched) -> None:
+        send = response.unwatched
         self._num_open += 1
         try:
             await self._app(scope, receive, response.send)
@@ -122,84 +152,10 @@ class ProxyGuard:
                 await error_response(error)(scope, receive, send)
         finally:
             self._num_open -= 1
-            response.stop()
-            if incoming is not None:
-                self._relay.close(incoming)
 
     def _has_token(self, scope: Scope) -> bool:
         given = dict(scope["headers"]).get(b"authorization", b"")
         return self._expected is not None and hmac.compare_digest(given, self._expected)
-
-
-class _Watched:
-    """A response on its way, and what it lacks."""
-
-    def __init__(self, path: str, send: Send, incoming: IncomingStream | None) -> None:
-        self._path, self._send, self._incoming = path, send, incoming
-        self._copying: asyncio.Task[None] | None = None
-        """Sends what comes by the short way, if the response does."""
-        self.is_started = False
-        self._is_finished = self._is_stream = False
-        self._rays_status: int | None = None
-        self._rays_words = b""
-
-    async def send(self, message: Message) -> None:
-        """Pass a message on, unless it is an error in Ray's own words."""
-        if message["type"] == "http.response.start":
-            types = [value for name, value in message["headers"] if name == b"content-type"]
-            self._is_stream = any(value.startswith(b"text/event-stream") for value in types)
-            # Ours are JSON. Those under /-/ are for Ray's users, who know them.
-            is_plain = any(value.startswith(b"text/plain") for value in types)
-            if message["status"] >= 400 and is_plain and not self._path.startswith("/-/"):
-                self._rays_status = message["status"]
-                return
-            self.is_started = True
-            await self._start(message)
-            return
-        if message["type"] == "http.response.body":
-            if self._rays_status is not None:
-                self._rays_words += message.get("body", b"")
-                return
-            if not await self._has_copied():
-                return
-            self._is_finished = not message.get("more_body", False)
-        await self._send(message)
-
-    async def _start(self, message: Message) -> None:
-        """Send the head; then, if the replica took the short way, what comes by it."""
-        headers = [(name, value) for name, value in message["headers"] if name != HEADER]
-        is_relayed = len(headers) < len(message["headers"])
-        await self._send({**message, "headers": headers} if is_relayed else message)
-        if is_relayed and self._incoming is not None:
-            self._copying = asyncio.create_task(self._incoming.copy_to(self._send))
-
-    async def _has_copied(self) -> bool:
-        """Wait until all that comes by the short way is sent; say whether it came whole."""
-        if self._copying is None or self._incoming is None:
-            return True
-        await self._incoming.end_within(RELAY_LAG_S)
-        await self._copying
-        return self._incoming.is_whole
-
-    async def what_is_missing(self) -> RequestError | None:
-        """Return the error that an unfinished response should end with."""
-        if self._rays_status is not None:
-            words = " ".join(self._rays_words.decode(errors="replace").split())
-            return RequestError(words or "the server cannot answer.", status=self._rays_status)
-        if not self.is_started or (self._is_stream and not self._is_finished):
-            await self._has_copied()
-            return RequestError(
-                "the server lost the process that worked on this request; send it again.",
-                code="unavailable",
-                status=503,
-                retry_after_s=1,
-            )
-        return None
-
-    def stop(self) -> None:
-        """Send nothing more."""
-        if self._copying is not None:
-            self._copying.cancel()
 
 
 def _without_orders(scope: Scope) -> Scope:
@@ -207,7 +163,7 @@ def _without_orders(scope: Scope) -> Scope:
     headers = [
         (name, value)
         for name, value in scope["headers"]
-        if name.lower().replace(b"_", b"-") not in {*RAYS_OWN_HEADERS, HEADER}
+        if name.lower().replace(b"_", b"-") not in RAYS_OWN_HEADERS
         and not (name.lower() == b"x-request-id" and not value.isascii())
     ]
     return {**scope, "headers": headers}

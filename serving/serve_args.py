@@ -70,6 +70,13 @@ class ServeArgs(LoraArgs, ExpertParallelArgs):
     """Compute threads; None = the cores this process may use, shared between the replicas."""
     num_replicas: int = Field(default=1, ge=1)
     """Processes that serve the model, each with its own engine and experts."""
+    max_replicas: int | None = Field(default=None, ge=1)
+    """Replicas at busy times: there are ``num_replicas`` to this many, one for each full batch of
+    answers that run or wait. None = always ``num_replicas``."""
+    downscale_delay: float = Field(default=120.0, ge=0, allow_inf_nan=False)
+    """Seconds that fewer replicas must have been enough before one is taken away."""
+    prefix_routing: bool = False
+    """Send requests that begin alike to one replica, unless it is busier than others."""
     drain_timeout: float = Field(default=30.0, ge=0, allow_inf_nan=False)
     """Seconds that running requests get to finish when the server or a replica stops."""
     api_key: str | None = None
@@ -112,6 +119,20 @@ class ServeArgs(LoraArgs, ExpertParallelArgs):
         if key is not None and not re.fullmatch("[!-~]+", key):
             raise ValueError("the key is empty or holds blanks; use printable ASCII.")
         return key
+
+    @model_validator(mode="after")
+    def _check_replicas(self) -> "ServeArgs":
+        if self.most_replicas < self.num_replicas:
+            raise ValueError(
+                f"max_replicas is {self.max_replicas}, but there are at least {self.num_replicas} "
+                "replicas (num_replicas); use as many or more."
+            )
+        return self
+
+    @property
+    def most_replicas(self) -> int:
+        """How many replicas there may be at a time."""
+        return self.num_replicas if self.max_replicas is None else self.max_replicas
 
     @property
     def model_name(self) -> str:

@@ -74,9 +74,9 @@ def check_model(args: ServeArgs, runs_here: bool = False) -> None:
     check_owners_fit(args, folder)
     copies += bytes_elsewhere(folder, dtype, args.expert_memory, args.expert_parallel)
     if runs_here:
-        check_memory(folder, dtype, args.expert_memory, args.num_replicas, host, copies, kv)
+        check_memory(folder, dtype, args.expert_memory, args.most_replicas, host, copies, kv)
         check_shared_memory(host)
-    check_adapters(args, folder, args.model_name, args.api_key, args.num_replicas)
+    check_adapters(args, folder, args.model_name, args.api_key, args.most_replicas)
     folder.close()
     check_length(args.max_model_len, folder.config.max_positions)
 
@@ -85,7 +85,7 @@ class Server:
     """A running model: engine thread, admission and HTTP application."""
 
     def __init__(self, args: ServeArgs, replica: str = "server") -> None:
-        share = max(1, len(os.sched_getaffinity(0)) // args.num_replicas)
+        share = max(1, len(os.sched_getaffinity(0)) // args.most_replicas)
         torch.set_num_threads(args.num_threads or share)
         options = args.store_options
         if args.expert_log is not None:

@@ -33,7 +33,7 @@ def with_budgets(args: ServeArgs) -> tuple[ServeArgs, Room | None]:
         host = host_bytes(folder, dtype, args.host_memory)
         copies = copies_bytes(args.store_options, dtype)
         demand = demand_of_server(
-            args.max_num_seqs, args.max_model_len, args.num_replicas, host, copies
+            args.max_num_seqs, args.max_model_len, args.most_replicas, host, copies
         )
         demand = replace(demand, kv_bytes=asked_kv_bytes(folder, dtype, args.kv_memory, demand))
         budget, room = decide(folder, dtype, args.expert_memory, demand, args.expert_reader)
@@ -75,10 +75,10 @@ def log_budgets(args: ServeArgs, room: Room | None) -> None:
             slots = count_in_pools(folder, dtype, num_bytes)
             each = sizes_of(folder, dtype).bytes_of(slots)
             each += copies_bytes(args.store_options, dtype) + (kv or 0)
-            free = max(0, available_bytes() - args.num_replicas * each)
+            free = max(0, available_bytes() - args.most_replicas * each)
             reads = plan_reads(folder, args.expert_reader, free)
         host = host_bytes(folder, dtype, args.host_memory)
         options = args.store_options
-        log_start(folder, dtype, slots, reads, options, room, host, args.num_replicas)
+        log_start(folder, dtype, slots, reads, options, room, host, args.most_replicas)
     finally:
         folder.close()

@@ -39,7 +39,9 @@ class Gate:
                 f"the headers have {num_bytes} bytes and may have {MAX_HEADER_BYTES}; send fewer.",
                 status=431,
             )
-        if self._expected is None or (scope["type"] == "http" and scope["path"] in OPEN_PATHS):
+        # Behind a route prefix the path begins with it.
+        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
+        if self._expected is None or (scope["type"] == "http" and path in OPEN_PATHS):
             return None
         given = dict(headers).get(b"authorization", b"")
         if hmac.compare_digest(given, self._expected):

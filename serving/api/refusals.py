@@ -4,6 +4,7 @@ from prometheus_client import Counter
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..engine.admission import Rejection
+from ..proxy.backpressure import REFUSED
 
 REASONS: dict[int, Rejection] = {
     400: "bad_request",
@@ -15,7 +16,8 @@ REASONS: dict[int, Rejection] = {
     431: "too_large",
     500: "failed",
 }
-"""By HTTP status. What admission refuses (429, 503), it counts itself."""
+"""By HTTP status. What admission refuses (429, 503), it counts itself. What the proxy has refused
+for a full server, it tells the next replica that it calls."""
 
 
 class CountRefusals:
@@ -27,6 +29,10 @@ class CountRefusals:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass everything on, and look at the status of the answer."""
+        if scope["type"] == "http":
+            in_proxy = dict(scope["headers"]).get(REFUSED, b"")
+            if in_proxy.isdigit():
+                self._rejected.labels("queue_full").inc(int(in_proxy))
 
         async def watched(message: Message) -> None:
             if message["type"] == "http.response.start" and message["status"] in REASONS:

@@ -28,6 +28,11 @@ PARENT_DIED = signal.SIGUSR1
 """What the kernel sends to the guardian when the user's process has gone."""
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Signals that ask the work to stop; they are passed on to it."""
+IDLE_WORKER = "ray::IDLE"
+"""How Ray names a worker process that it has not given anything to do."""
+SPARE_ORDER = "MOEYARD_SPARE_ORDER"
+"""Environment variable of Ray's processes: the path of a file that is there while a spare worker is
+ordered (``spare_worker.py``)."""
 
 
 def run_guarded(work: Callable[[int], int]) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ...errors import MoeyardError
 from ..proxy_guard import ask_for_guard
-from .guardian import children
+from .guardian import SPARE_ORDER, children
 
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -27,6 +27,7 @@ SETTINGS = {
     "RAY_raylet_client_num_connect_attempts": "180",
     # A proxy counts as dead after three checks; every 10 s means half a minute without answers.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+    "RAY_preload_python_modules": f"{__package__}.warm_up",
 }
 """Defaults for the environment; values that are set already win."""
 VITAL = frozenset({"gcs_server", "raylet"})
@@ -56,6 +57,7 @@ def prepare() -> Path:
             f"{SHORT_FOLDER}/ray; set RAY_TMPDIR to another short folder if you like.\n"
         )
         folder = SHORT_FOLDER
+    os.environ[SPARE_ORDER] = str(Path(folder) / "ray" / f"spare-{os.getpid()}")
     return Path(folder) / "ray"
 
 

@@ -49,6 +49,11 @@ class Admission:
         """HTTP requests let in whose responses have not ended."""
         return self._num_open
 
+    @property
+    def num_held(self) -> int:
+        """Answers that run or wait."""
+        return self._num_held
+
     def drain(self) -> None:
         """Refuse every request from now on."""
         self.is_draining = True

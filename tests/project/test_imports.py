@@ -72,6 +72,7 @@ ROOMS = {
     ],
     "serving": [
         ["experts", "packages", "relay"],
+        ["proxy"],
         ["engine", "load_checks", "memory", "replica_files", "resident"],
         ["expert_parallel", "planning"],
         ["api", "expert_parallel_args", "frozen_experts", "loading", "lora_args"],

@@ -1,5 +1,6 @@
 """Arguments mean the same on our command line, on Ray's, and in YAML."""
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,13 @@ from ray.serve.schema import ServeDeploySchema
 
 from moeyard.cli import build_parser
 from moeyard.serving import app as app_module
+from moeyard.serving.api.gate import Gate
 from moeyard.serving.app import Refused, build
 from moeyard.serving.proxy_guard import CALLBACK, CALLBACK_VARIABLE
 from moeyard.serving.serve_args import ServeArgs
 
 LOCAL = Path(__file__).parent.parent.parent / "configs" / "serve" / "local.yaml"
+TWO_MODELS = LOCAL.parent / "two_models.yaml"
 
 
 def test_the_shipped_deployment_is_valid_for_ray_and_for_us(model_folder):
@@ -83,3 +86,28 @@ def test_what_cannot_be_served_is_one_sentence_wherever_ray_shows_it(model_folde
     assert isinstance(caught.value, RayServeException) and isinstance(caught.value, ClickException)
     assert message in str(caught.value) == caught.value.format_message()
     assert "\n" not in str(caught.value)
+
+
+def test_two_models_in_one_file_have_separate_prefixes_and_known_arguments(model_folder):
+    schema = ServeDeploySchema.model_validate(yaml.safe_load(TWO_MODELS.read_text()))
+    one, two = schema.applications
+    assert (one.route_prefix, two.route_prefix) == ("/one", "/two") and one.name != two.name
+    for application in (one, two):
+        values = {**application.args, "model": str(model_folder)}
+        assert build(values)._bound_deployment.name == application.deployments[0].name
+
+
+@pytest.mark.parametrize("path", ["/health", "/two/health", "/two/v1/models", "/health/two"])
+def test_behind_a_prefix_health_needs_no_key_and_the_rest_does(path):
+    sent = []
+
+    async def app(scope, receive, send):
+        sent.append({"status": 200})
+
+    async def send(message):
+        sent.append(message)
+
+    root = "/two" if path.startswith("/two") else ""
+    scope = {"type": "http", "method": "GET", "path": path, "root_path": root, "headers": []}
+    asyncio.run(Gate(app, "secret")(scope, None, send))
+    assert sent[0]["status"] == (200 if path.endswith("/health") else 401)

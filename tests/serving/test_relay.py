@@ -8,7 +8,7 @@ import threading
 import httpx
 import pytest
 
-from moeyard.serving import proxy_guard
+from moeyard.serving.proxy import watched
 from moeyard.serving.proxy_guard import ProxyGuard
 from moeyard.serving.relay import receiver, sender
 from moeyard.serving.relay.frames import CUT, HEADER, WHOLE, FrameReader, end_frame, frame
@@ -207,7 +207,7 @@ def test_the_end_waits_for_pieces_that_are_late():
 
 
 def test_an_end_that_never_comes_is_waited_for_only_so_long(monkeypatch):
-    monkeypatch.setattr(proxy_guard, "RELAY_LAG_S", 0.05)
+    monkeypatch.setattr(watched, "RELAY_LAG_S", 0.05)
 
     async def forget(relayed, send):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -241,7 +241,7 @@ def test_no_stream_goes_to_a_process_of_another_user(server, monkeypatch):
 
 def test_nothing_is_taken_from_a_process_of_another_user(monkeypatch):
     monkeypatch.setattr(receiver, "is_same_user", lambda transport: False)
-    monkeypatch.setattr(proxy_guard, "RELAY_LAG_S", 0.05)
+    monkeypatch.setattr(watched, "RELAY_LAG_S", 0.05)
     (response,) = asyncio.run(post(ProxyGuard(Begun(finish)), BODY))
     error, done = events(response)
     assert "lost the process" in error and done == "[DONE]"

@@ -6,12 +6,15 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import openai
 import pytest
 
-from server_process import BIN, Running, free_port
+from moeyard.serving.cluster.guardian import IDLE_WORKER
+
+from server_process import BIN, Running, free_port, name_of
 from small_model import CONFIG, write_random_model
 
 pytestmark = pytest.mark.server
@@ -173,6 +176,26 @@ def test_a_killed_replica_ends_its_streams_with_an_error_and_its_counts_stay(ser
     counts = [name for name in before if name.endswith(("_total", "_count", "_bucket"))]
     assert len(counts) > 10
     assert [name for name in counts if after[name] < before[name]] == []
+
+
+def spares(server):
+    """Return the idle processes that have imported what a replica needs."""
+    maps = {int(pid): Path(f"/proc/{pid}/maps") for pid in server.members()}
+    idle = [pid for pid in maps if name_of(pid) == IDLE_WORKER]
+    return [pid for pid in idle if "libtorch_cpu" in maps[pid].read_text()]
+
+
+def test_a_killed_replica_is_replaced_in_the_spare_process(server):
+    deadline = time.monotonic() + 60
+    while len(server.replicas()) < 2 or not (spare := spares(server)):
+        assert time.monotonic() < deadline, "there is no spare"
+        time.sleep(0.2)
+    before = server.replicas()
+    os.kill(before[0], signal.SIGKILL)
+    while spare[0] not in server.replicas():
+        assert time.monotonic() < deadline, (spare, server.replicas())
+        time.sleep(0.1)
+    assert set(server.replicas()) - set(before) == {spare[0]}
 
 
 def test_sigterm_lets_streams_finish_and_nobody_in(server):

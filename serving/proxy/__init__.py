@@ -1,0 +1,1 @@
+"""What runs in Ray's HTTP proxy besides the guard. Imports neither torch nor Ray."""

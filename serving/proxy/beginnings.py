@@ -1,0 +1,55 @@
+"""Name the beginnings of a request's prompt, so that equal ones can go to one replica.
+
+A replica may keep what it has computed for a prompt. It helps a later request as far as both begin
+alike. The proxy hashes the first 128 characters, the first 256, and so on by doubling: the longest
+hash that two requests share says how far they agree, within a factor of two. The model's name and
+the salt are part of every hash, because replicas keep nothing across those.
+"""
+
+import hashlib
+import json
+from typing import Any
+
+SHORTEST = 128
+"""Characters of the shortest beginning that is worth a choice of replica."""
+MOST = 12
+"""Beginnings of one request: the longest has 256 Ki characters."""
+HASH_BYTES = 8
+HEADER = b"x-session-id"
+"""Ray's proxy gives its router the value of this header, and nothing else of a request that could
+carry the hashes. The guard takes it away from clients."""
+FIELDS = ("messages", "prompt")
+
+
+class Wish:
+    """Whether a router in this process wants beginnings; naming them costs time."""
+
+    is_there = False
+
+
+def name_beginnings(body: bytes) -> str:
+    """Return the hashes of a request's beginnings, shortest first, joined by ``,``.
+
+    Empty for a prompt of less than :data:`SHORTEST` characters, and for what is no request: the
+    replica will say so.
+    """
+    try:
+        values = json.loads(body)
+    except (ValueError, RecursionError):
+        return ""
+    if not isinstance(values, dict):
+        return ""
+    text = next((_text_of(values[name]) for name in FIELDS if values.get(name)), "")
+    whose = json.dumps([values.get("model"), values.get("cache_salt")])
+    running = hashlib.blake2b(whose.encode(), digest_size=HASH_BYTES)
+    names, done, end = [], 0, SHORTEST
+    while end <= len(text) and len(names) < MOST:
+        running.update(text[done:end].encode(errors="surrogatepass"))
+        names.append(running.hexdigest())
+        done, end = end, 2 * end
+    return ",".join(names)
+
+
+def _text_of(prompt: Any) -> str:
+    """Return a prompt, which may be text, ids or messages, as text that begins as it does."""
+    return prompt if isinstance(prompt, str) else json.dumps(prompt)

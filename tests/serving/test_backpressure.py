@@ -1,0 +1,149 @@
+"""The proxy refuses what replicas have just had no place for, and nothing else."""
+
+import asyncio
+
+import httpx
+import pytest
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+from moeyard.errors import RequestError
+from moeyard.serving.api.responses import error_response
+from moeyard.serving.proxy.backpressure import FULL_FOR_S, REFUSED, Backpressure
+from moeyard.serving.proxy_guard import ProxyGuard
+from moeyard.serving.serve_args import ServeArgs
+from moeyard.serving.server import Server
+
+from http_calls import call, check_error
+
+PATH = "/v1/completions"
+
+
+class Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def full(clock):
+    backpressure = Backpressure(clock)
+    backpressure.hear(PATH, 200)  # ended before, so its place is not free now
+    backpressure.hear(PATH, 429)
+    return backpressure
+
+
+def goes_through(backpressure, path=PATH) -> bool:
+    try:
+        backpressure.check(path)
+    except RequestError as error:
+        assert error.status == 429 and error.retry_after_s >= 1
+        return False
+    return True
+
+
+def test_nothing_is_refused_before_a_replica_has_refused(clock):
+    backpressure = Backpressure(clock)
+    for status in (200, None, 400, 503):
+        backpressure.hear(PATH, status)
+        assert goes_through(backpressure)
+
+
+def test_each_end_of_an_answer_lets_one_request_through(full):
+    assert not goes_through(full)
+    for status in (200, None):  # None: its client left before it began
+        full.hear(PATH, status)
+    assert [goes_through(full) for _ in range(4)] == [True, True, False, False]
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 503])
+def test_what_had_no_place_frees_none(full, status):
+    full.hear(PATH, status)
+    assert not goes_through(full)
+
+
+def test_after_a_moment_a_request_goes_through_and_may_be_refused_again(full, clock):
+    clock.now += FULL_FOR_S
+    assert goes_through(full)
+    full.hear(PATH, 429)
+    assert not goes_through(full)
+
+
+def test_only_requests_that_take_places_are_refused_and_only_those_of_the_full_application(full):
+    for path in ("/health", "/metrics", "/v1/models", "/two/v1/completions", "/-/healthz"):
+        assert goes_through(full, path), path
+    assert not goes_through(full, "/v1/chat/completions")
+
+
+def test_what_is_refused_is_told_once_and_for_its_application(full):
+    assert [goes_through(full) for _ in range(3)] == [False] * 3
+    assert full.take_refused("/two/metrics") == 0
+    assert full.take_refused("/metrics") == 3
+    assert full.take_refused(PATH) == 0
+
+
+class Replicas:
+    """An application with one place, which tells what it was asked."""
+
+    def __init__(self):
+        self.asked = []
+        self.is_full = True
+
+    def app(self):
+        async def complete(request):
+            self.asked.append(dict(request.scope["headers"]).get(REFUSED))
+            await request.body()
+            if self.is_full:
+                return error_response(RequestError("full", status=429, retry_after_s=1))
+            return JSONResponse({"usage": {}})
+
+        return ProxyGuard(Starlette(routes=[Route(PATH, complete, methods=["POST"])]))
+
+
+def send(app, *bodies, headers=None):
+    async def go():
+        transport = httpx.ASGITransport(app=app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return [await client.post(PATH, json=body, headers=headers) for body in bodies]
+
+    return asyncio.run(go())
+
+
+def test_the_guard_repeats_a_refusal_without_a_call_and_tells_how_often():
+    replicas = Replicas()
+    app = replicas.app()
+    answers = send(app, {}, {}, {}, headers={REFUSED.decode(): "999"})
+    assert len(replicas.asked) == 1, "one refusal is enough to know"
+    for answer in answers[1:]:
+        check_error(answer, 429, "busy with as many answers as it takes")
+        assert answer.headers["retry-after"] == "1"
+    replicas.is_full = False
+    asyncio.run(asyncio.sleep(FULL_FOR_S))
+    assert send(app, {})[0].status_code == 200
+    assert replicas.asked == [None, b"2"], "a client's own header must not arrive"
+
+
+def test_a_refusal_of_several_answers_does_not_refuse_a_single_one():
+    replicas = Replicas()
+    app = replicas.app()
+    send(app, {"n": 60})
+    replicas.is_full = False
+    assert send(app, {})[0].status_code == 200
+
+
+def test_the_proxys_refusals_are_in_the_metrics(model_folder):
+    server = Server(ServeArgs(model=str(model_folder)))
+    try:
+        headers = {REFUSED.decode(): "5"}
+        text = call(server, "GET", "/metrics", headers=headers).text
+        assert 'moeyard_requests_rejected_total{reason="queue_full"} 5.0' in text
+    finally:
+        server.close()

@@ -1,0 +1,102 @@
+"""How many replicas there should be, by the answers that run or wait."""
+
+import pickle
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from moeyard.configuration import validate_config
+from moeyard.errors import ConfigError, MoeyardError
+from moeyard.serving.app import build
+from moeyard.serving.replicas.scaling import ANSWERS, replicas_for_answers, scaling
+from moeyard.serving.serve_args import ServeArgs
+from moeyard.serving.server import Server
+
+
+def wanted(answers: list[float], batch=8, target=1) -> int:
+    context = SimpleNamespace(
+        aggregated_metrics={ANSWERS: dict(enumerate(answers))} if answers else {},
+        target_num_replicas=target,
+        config=SimpleNamespace(target_ongoing_requests=batch),
+    )
+    return replicas_for_answers(context)[0]
+
+
+@pytest.mark.parametrize(
+    ("answers", "replicas"),
+    [([0], 1), ([8], 1), ([8.5], 2), ([72], 9), ([4, 4], 1), ([8, 8, 1], 3), ([0, 0], 1)],
+)
+def test_there_is_one_replica_for_each_full_batch(answers, replicas):
+    assert wanted(answers) == replicas
+
+
+def test_without_reports_nothing_changes():
+    assert wanted([], target=3) == 3
+
+
+def test_the_policy_travels_to_a_process_that_imports_nothing_of_this_package():
+    config = scaling(ServeArgs(model="folder", max_replicas=3))
+    policy = config.policy.get_serialized_policy_def()
+    code = (
+        "import sys, pickle, types\n"
+        f"policy = pickle.loads({policy!r})\n"
+        "config = types.SimpleNamespace(target_ongoing_requests=8)\n"
+        "context = types.SimpleNamespace(aggregated_metrics={'answers': {1: 20}}, config=config)\n"
+        "assert policy(context) == (3, {})\n"
+        "assert not any(name.startswith('moeyard') for name in sys.modules), 'imports our package'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert pickle.loads(policy).__name__ == "replicas_for_answers"
+
+
+def test_ray_gets_the_bounds_and_the_batch(model_folder):
+    values = {"model": str(model_folder), "num_replicas": 2, "max_replicas": 5, "max_num_seqs": 3}
+    config = build(values | {"downscale_delay": 7})._bound_deployment._deployment_config
+    found = config.autoscaling_config
+    assert (found.min_replicas, found.max_replicas, found.target_ongoing_requests) == (2, 5, 3)
+    assert found.downscale_delay_s == 7
+
+
+def test_without_a_greatest_number_nothing_scales_and_rays_router_stays(model_folder):
+    config = build({"model": str(model_folder)})._bound_deployment._deployment_config
+    assert config.autoscaling_config is None
+    assert "PrefixRouter" not in config.request_router_config.request_router_class
+    values = {"model": str(model_folder), "prefix_routing": True}
+    config = build(values)._bound_deployment._deployment_config
+    assert config.request_router_config.request_router_class.endswith("PrefixRouter")
+
+
+def test_fewer_replicas_than_the_least_are_refused():
+    with pytest.raises(MoeyardError, match="max_replicas is 2, but there are at least 3"):
+        validate_config(ServeArgs, {"model": "folder", "num_replicas": 3, "max_replicas": 2})
+
+
+def test_memory_and_threads_are_those_of_the_most_replicas(model_folder, monkeypatch):
+    from moeyard.serving import server as module
+
+    asked = {}
+    monkeypatch.setattr(module, "check_memory", lambda *args: asked.update(replicas=args[3]))
+    args = ServeArgs(model=str(model_folder), max_replicas=3)
+    module.check_model(args, runs_here=True)
+    assert asked["replicas"] == 3
+
+
+def test_replicas_report_answers_and_not_requests(model_folder):
+    server = Server(ServeArgs(model=str(model_folder)))
+    try:
+        assert server.admission.num_held == 0
+        with server.admission.places(3), server.admission.places(1):
+            assert (server.admission.num_held, server.admission.num_open) == (4, 2)
+        assert server.admission.num_held == 0
+    finally:
+        server.close()
+
+
+def test_updates_of_adapters_need_one_replica_at_most(model_folder):
+    values = {"model": str(model_folder), "max_replicas": 2, "allow_lora_updates": True}
+    with pytest.raises(ConfigError, match="there are 2 replicas"):
+        from moeyard.serving.server import check_model
+
+        check_model(ServeArgs(**values, api_key="x"))
