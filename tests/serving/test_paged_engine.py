@@ -10,6 +10,7 @@ from test_engine import latin, request
 from moeyard.errors import ConfigError, RequestError
 from moeyard.moe.kv_blocks import bytes_per_block
 from moeyard.moe.routers.hash import Hash
+from moeyard.serving.engine import engine as engine_module
 from moeyard.serving.engine.engine import Engine
 from moeyard.serving.engine.kv_memory import specs_of
 from moeyard.serving.loading import open_model
@@ -62,6 +63,11 @@ def check_pressure(model, store):
 )
 def test_an_answer_has_the_bits_that_it_has_alone(model_folder, dtype, memory):
     check_pressure(*open_model(model_folder, dtype, expert_memory=memory))
+
+
+def test_so_it_has_where_only_whole_chunks_of_prompts_are_exact(model_folder, monkeypatch):
+    monkeypatch.setattr(engine_module, "rows_are_exact", lambda decoder: False)
+    check_pressure(*open_model(model_folder, "bfloat16"))
 
 
 def test_a_prefix_is_taken_over_with_its_bits_and_counted(model_folder):
