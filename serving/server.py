@@ -109,7 +109,9 @@ class Server:
             max_model_len=args.max_model_len,
             prefill_chunk=args.prefill_chunk,
             kv_memory=args.kv_memory,
-            reuses_prefixes=not args.no_prefix_reuse,
+            # A recording has all rows of each request.
+            reuses_prefixes=not args.no_prefix_reuse and args.record_routes is None,
+            shares_prompts=args.record_routes is None,
         )
         self.metrics = engine.metrics
         self.thread = EngineThread(engine)

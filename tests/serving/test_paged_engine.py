@@ -108,6 +108,18 @@ def test_other_salts_and_scores_of_prompts_take_nothing_over(model_folder):
     assert found.finish().cached["again"] == 48
 
 
+def test_without_shared_prompts_each_answer_reads_its_own(model_folder):
+    """As while routes are recorded."""
+    model, store = open_model(model_folder)
+    engine = Engine(model, latin, store, reuses_prefixes=False, shares_prompts=False)
+    rows = []
+    engine.metrics.count_routing = lambda routings: rows.append(len(routings[0].experts_TK))
+    found = Answers(engine)
+    found.add(*(request(str(n), range(37), group="g", max_tokens=2) for n in range(3)))
+    found.finish()
+    assert sum(rows) == 3 * 38
+
+
 def test_an_adapter_takes_over_what_it_has_read_itself(model_folder, tmp_path):
     model, store = open_model(model_folder)
     folder = write_adapter(tmp_path / "a", everything(CONFIG))
