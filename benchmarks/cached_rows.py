@@ -54,10 +54,10 @@ def timed(
 
 
 @torch.inference_mode()
-def speed(decoder: Decoder, rounds: int) -> None:
+def speed(decoder: Decoder, lengths: list[int], rounds: int) -> None:
     """Print the times of both paths, medians of rounds that take turns."""
     generator = torch.Generator().manual_seed(0)
-    for length in (64, 512, 2048):
+    for length in lengths:
         ids_L = torch.randint(0, decoder.config.vocabulary, (length,), generator=generator)
         found: dict[str, list[tuple[float, float]]] = {"kernels": [], "torch": [], "int8": []}
         for _ in range(rounds + 1):
@@ -100,12 +100,13 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("text", type=Path, nargs="?")
     parser.add_argument("--tokens", type=int, default=20_000)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[64, 512, 2048])
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     model = moeyard.load(arguments.model)
     decoder = model.decoder
     if arguments.what == "speed":
-        speed(decoder, arguments.rounds)
+        speed(decoder, arguments.lengths, arguments.rounds)
         return
     text = arguments.text.read_text(encoding="utf-8")[: 4 * arguments.tokens]
     ids = model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

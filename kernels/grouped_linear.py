@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .cpu import grouped as cpp
 from .cpu.grouped import can_multiply
-from .torch_ops.loop import Span, rounded
+from .torch_ops.loop import Span as Span
+from .torch_ops.loop import rounded
 from .trust import may_use_cpp
 
 

@@ -42,8 +42,16 @@ def attend(
     caches for the C++ kernels, where a row's bits do not depend on the rows that are new with it.
     """
     if new is not None:
-        facts = {"scale": rule.scale, "window": rule.window, "sinks_Q": rule.sinks_Q}
-        found = attend_cached(q_TQH, k_TGH, v_TGV, new, layer, **facts)
+        found = attend_cached(
+            q_TQH,
+            k_TGH,
+            v_TGV,
+            new,
+            layer,
+            scale=rule.scale,
+            window=rule.window,
+            sinks_Q=rule.sinks_Q,
+        )
         if found is not None:
             return found
     if batch.caches is None and batch.is_uniform:

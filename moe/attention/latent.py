@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.attention import NewRows, attend_cached
-from ...kernels.grouped_linear import grouped_linear, grouped_transposed
+from ...kernels.grouped_linear import Span, grouped_linear, grouped_transposed
 from ..adapters.rows import AdapterRows
 from ..batch import Batch
 from ..config.model import ModelConfig
@@ -21,7 +21,7 @@ from ..norm import RMSNorm
 from .attend import AttentionRule, attend, attend_heads
 from .rope import Tables, rotate, softmax_scale
 
-Product = Callable[[Tensor, Tensor, list[tuple[int, int, int]]], Tensor]
+Product = Callable[[Tensor, Tensor, list[Span]], Tensor]
 
 LATENT_EPS = 1e-6
 """Epsilon of the norms of latents, for every epsilon of the model's norms (as in Hugging Face)."""
@@ -150,7 +150,9 @@ class LatentAttention(nn.Module):
             expand_QPC = expansion_PC.unflatten(0, (self.num_heads, -1))
             keys_QNC, values_QVC = expand_QPC.split([self.latent.nope_dim, self.latent.v_dim], 1)
             length = len(x_LQI)
-            spans = [(head, head * length, (head + 1) * length) for head in range(self.num_heads)]
+            spans = [
+                Span(head, head * length, (head + 1) * length) for head in range(self.num_heads)
+            ]
             rows_NI = x_LQI.transpose(0, 1).flatten(0, 1)
             y_NO = product(rows_NI, keys_QNC if part == "keys" else values_QVC, spans)
             out.append(y_NO.unflatten(0, (self.num_heads, length)).transpose(0, 1))

@@ -104,7 +104,7 @@ def read(model: Decoder, texts, caches, draw, adapters=None) -> list[torch.Tenso
 
 def assert_exact(model: Decoder, new_cache, adapters=(None,) * 4) -> None:
     """Compare single rows, whole texts, and several texts in random chunks."""
-    texts, chance = prompts(139, 90, 61, 139), random.Random(1)
+    texts, chance = prompts(139, 40, 61, 139), random.Random(1)
     alone = []
     for ids, adapter in list(zip(texts, adapters, strict=True))[:2]:
         alone += read(model, [ids], [new_cache(len(ids))], lambda: 1, [adapter])
@@ -115,7 +115,7 @@ def assert_exact(model: Decoder, new_cache, adapters=(None,) * 4) -> None:
     mixed = read(model, texts, caches, lambda: chance.choice((0, 1, 1, 2, 7, 16, 50)), adapters)
     for found, expected in zip(mixed, alone, strict=False):
         assert torch.equal(found, expected)
-    assert not torch.equal(mixed[0][:90], mixed[3][:90])
+    assert not torch.equal(mixed[0], mixed[3])
 
 
 @FAMILY
@@ -147,15 +147,18 @@ def adapter_of(model: Decoder, dtype: torch.dtype) -> Adapter:
     return Adapter("some", linears, {}, in_attention=True)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gpt_oss", "deepseek"])
-@DTYPE
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [("qwen3", torch.bfloat16), ("gpt_oss", torch.bfloat16), ("deepseek", torch.float32)],
+    ids=str,
+)
 def test_adapters_of_attention_change_no_bits_of_other_rows(family, dtype):
     model = decoder(family, dtype)
     adapters = [adapter_of(model, dtype), None, None, None]
     assert_exact(model, Blocks(model, 80).cache, adapters)
 
 
-@FAMILY
+@pytest.mark.parametrize("family", ["qwen3", "gpt_oss", "deepseek"])
 def test_int8_keys_and_values_are_exact_too_and_close_to_those_of_the_model(family):
     model = decoder(family, torch.bfloat16)
     assert_exact(model, Blocks(model, 80, "int8").cache)
