@@ -117,9 +117,11 @@ class Server:
             max_model_len=args.max_model_len,
             prefill_chunk=args.prefill_chunk,
             kv_memory=args.kv_memory,
-            reuses_prefixes=not args.no_prefix_reuse,
             speculative=args.speculative,
             speculative_rows=args.speculative_rows,
+            # A recording has all rows of each request.
+            reuses_prefixes=not args.no_prefix_reuse and args.record_routes is None,
+            shares_prompts=args.record_routes is None,
         )
         self.metrics = engine.metrics
         if self._sharding is not None and self._sharding.team is not None:

@@ -43,6 +43,7 @@ class Engine:
         prefill_chunk: int = 256,
         kv_memory: str | None = None,
         reuses_prefixes: bool = True,
+        shares_prompts: bool = True,
         speculative: str = "none",
         speculative_rows: int = 16,
     ) -> None:
@@ -50,12 +51,14 @@ class Engine:
 
         ``prefill_chunk`` rows of prompts are read per step, of all requests together. ``kv_memory``
         (2GiB, 25%) bounds keys and values; None = what a full batch of the longest texts takes.
-        ``speculative`` names a drafter, whose guesses are up to ``speculative_rows`` more rows.
+        ``shares_prompts`` lets one answer of a group read the prompt for all. ``speculative`` names
+        a drafter, whose guesses are up to ``speculative_rows`` more rows.
         """
         self._model = model
         self._decode = decode
         self._prefill_chunk = prefill_chunk
         self._reuses_prefixes = reuses_prefixes
+        self._shares_prompts = shares_prompts
         self._has_exact_rows = rows_are_exact(model.decoder)
         check_length(max_model_len, model.config.max_positions)
         longest = max_model_len or model.config.max_positions
@@ -148,7 +151,7 @@ class Engine:
             priority=request.priority,
             salt=salt_of(request) if self._reuses_prefixes else None,
             scores_prompt=request.scores_prompt,
-            group=request.group,
+            group=request.group if self._shares_prompts else "",
         )
 
     def _begin(self, plan: Plan) -> list[Turn]:

@@ -10,6 +10,7 @@ from test_engine import latin, request
 from moeyard.errors import ConfigError, RequestError
 from moeyard.moe.kv_blocks import bytes_per_block
 from moeyard.moe.routers.hash import Hash
+from moeyard.serving.engine import engine as engine_module
 from moeyard.serving.engine.engine import Engine
 from moeyard.serving.engine.kv_memory import specs_of
 from moeyard.serving.loading import open_model
@@ -64,6 +65,11 @@ def test_an_answer_has_the_bits_that_it_has_alone(model_folder, dtype, memory):
     check_pressure(*open_model(model_folder, dtype, expert_memory=memory))
 
 
+def test_so_it_has_where_only_whole_chunks_of_prompts_are_exact(model_folder, monkeypatch):
+    monkeypatch.setattr(engine_module, "rows_are_exact", lambda decoder: False)
+    check_pressure(*open_model(model_folder, "bfloat16"))
+
+
 def test_a_prefix_is_taken_over_with_its_bits_and_counted(model_folder):
     model, store = open_model(model_folder)
     prompt = list(range(60))
@@ -100,6 +106,18 @@ def test_other_salts_and_scores_of_prompts_take_nothing_over(model_folder):
     assert len(found.scores["3"]) == 60 + 2
     found.add(request("again", prompt, cache_salt="y"))
     assert found.finish().cached["again"] == 48
+
+
+def test_without_shared_prompts_each_answer_reads_its_own(model_folder):
+    """As while routes are recorded."""
+    model, store = open_model(model_folder)
+    engine = Engine(model, latin, store, reuses_prefixes=False, shares_prompts=False)
+    rows = []
+    engine.metrics.count_routing = lambda routings: rows.append(len(routings[0].experts_TK))
+    found = Answers(engine)
+    found.add(*(request(str(n), range(37), group="g", max_tokens=2) for n in range(3)))
+    found.finish()
+    assert sum(rows) == 3 * 38
 
 
 def test_an_adapter_takes_over_what_it_has_read_itself(model_folder, tmp_path):
