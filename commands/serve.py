@@ -54,19 +54,7 @@ def add(parsers: Parsers) -> None:
         metavar="FILE|NAME",
         help="Jinja file, or name of one of the folder's templates; default: the folder's own",
     )
-    serve.add_argument(
-        "--api-key",
-        default=os.environ.get("MOEYARD_API_KEY"),
-        help="key clients must send; default: $MOEYARD_API_KEY (not visible in ps), else none",
-    )
-    serve.add_argument(
-        "--cors-origin",
-        action="append",
-        default=[],
-        metavar="ORIGIN",
-        help="web pages that may call the server, such as http://localhost:3000, or *; repeat for "
-        "several; default: none",
-    )
+    _add_access(serve)
     _add_speculation(serve)
     add_adapters(serve)
     _add_recording(serve)
@@ -120,6 +108,22 @@ def _add_kv(serve: argparse.ArgumentParser) -> None:
         "--no-prefix-reuse",
         action="store_true",
         help="read every prompt whole, even where another request has read how it begins",
+    )
+
+
+def _add_access(serve: argparse.ArgumentParser) -> None:
+    serve.add_argument(
+        "--api-key",
+        default=os.environ.get("MOEYARD_API_KEY"),
+        help="key clients must send; default: $MOEYARD_API_KEY (not visible in ps), else none",
+    )
+    serve.add_argument(
+        "--cors-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="web pages that may call the server, such as http://localhost:3000, or *; repeat for "
+        "several; default: none",
     )
 
 
