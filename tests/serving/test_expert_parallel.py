@@ -47,7 +47,7 @@ def some_ids(rows, batch=2):
     return torch.randint(0, 257, (batch, rows), generator=torch.Generator().manual_seed(rows))
 
 
-def same_bits(expected, found, rows=(1, 3, 70)):
+def same_bits(expected, found, rows=(1, 40)):
     for count in rows:
         logits = expected(some_ids(count))
         for _ in range(2):  # a cold and a warm cache
@@ -84,14 +84,14 @@ def test_torch_computes_the_same_bits_on_owners(model_folder, owners, monkeypatc
     for dtype in ("float32", "bfloat16"):
         alone, _ = open_model(model_folder, dtype, expert_memory="50%")
         sharded, _, _ = owners(model_folder, 3, dtype, slots(2, dtype))
-        same_bits(alone, sharded, rows=(3, 20))
+        same_bits(alone, sharded, rows=(7,))
 
 
 def test_experts_in_few_bits_and_of_several_widths(tmp_path, owners):
     folder = write_mixed_model(tmp_path)
     resident, _ = open_model(folder)
     sharded, _, _ = owners(folder, 2, None, "60%")
-    same_bits(resident, sharded, rows=(1, 30))
+    same_bits(resident, sharded, rows=(3,))
 
 
 def test_large_payloads_go_through_memory_that_grows(model_folder, owners):
