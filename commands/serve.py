@@ -39,14 +39,6 @@ def add(parsers: Parsers) -> None:
     serve.add_argument(
         "--num-threads", type=int, help="compute threads per replica; default: its share of cores"
     )
-    serve.add_argument(
-        "--replicas",
-        dest="num_replicas",
-        metavar="N",
-        type=int,
-        default=1,
-        help="processes that serve the model",
-    )
     _add_scaling(serve)
     serve.add_argument(
         "--drain-timeout",
@@ -90,6 +82,14 @@ def _add_host_memory(serve: argparse.ArgumentParser) -> None:
 
 
 def _add_scaling(serve: argparse.ArgumentParser) -> None:
+    serve.add_argument(
+        "--replicas",
+        dest="num_replicas",
+        metavar="N",
+        type=int,
+        default=1,
+        help="processes that serve the model",
+    )
     serve.add_argument(
         "--max-replicas",
         metavar="N",

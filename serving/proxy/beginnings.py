@@ -42,7 +42,8 @@ def name_beginnings(body: bytes) -> str:
     text = next((_text_of(values[name]) for name in FIELDS if values.get(name)), "")
     whose = json.dumps([values.get("model"), values.get("cache_salt")])
     running = hashlib.blake2b(whose.encode(), digest_size=HASH_BYTES)
-    names, done, end = [], 0, SHORTEST
+    names: list[str] = []
+    done, end = 0, SHORTEST
     while end <= len(text) and len(names) < MOST:
         running.update(text[done:end].encode(errors="surrogatepass"))
         names.append(running.hexdigest())
