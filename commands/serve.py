@@ -40,7 +40,6 @@ def add(parsers: Parsers) -> None:
     serve.add_argument(
         "--num-threads", type=int, help="compute threads per replica; default: its share of cores"
     )
-    _add_replicas(serve)
     _add_scaling(serve)
     serve.add_argument(
         "--drain-timeout",
@@ -83,17 +82,6 @@ def _add_memory_elsewhere(serve: argparse.ArgumentParser) -> None:
         "--expert-placement",
         metavar="FILE",
         help="a plan of moeyard trace place, or recorded routes: which of them has which expert",
-    )
-
-
-def _add_replicas(serve: argparse.ArgumentParser) -> None:
-    serve.add_argument(
-        "--replicas",
-        dest="num_replicas",
-        metavar="N",
-        type=int,
-        default=1,
-        help="processes that serve the model",
     )
 
 
@@ -145,6 +133,14 @@ def _add_speculation(serve: argparse.ArgumentParser) -> None:
 
 
 def _add_scaling(serve: argparse.ArgumentParser) -> None:
+    serve.add_argument(
+        "--replicas",
+        dest="num_replicas",
+        metavar="N",
+        type=int,
+        default=1,
+        help="processes that serve the model",
+    )
     serve.add_argument(
         "--max-replicas",
         metavar="N",

@@ -6,13 +6,14 @@ import json
 import socket
 import threading
 import time
+from unittest.mock import Mock
 
 import httpx
 import pytest
 import uvicorn
 
 from moeyard.serving.api import connections, request_body
-from moeyard.serving.api.connections import Connection
+from moeyard.serving.api.connections import MAX_WAITING_PER_CLIENT, Connection, Connections
 from moeyard.serving.proxy_guard import ProxyGuard
 
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\n"
@@ -185,3 +186,23 @@ def test_one_that_reads_slowly_but_steadily_gets_everything(server, monkeypatch)
         time.sleep(0.01)
     assert content.count(b"a" * 1000) > 0 and len(content) > LARGE
     client.close()
+
+
+@pytest.mark.parametrize(("late_s", "refused"), [(0.0, 6), (2.0, 0)])
+def test_a_loop_that_is_late_itself_blames_no_client(late_s, refused):
+    """What it has not read for three seconds may well have come."""
+    closed = []
+
+    async def sweep():
+        watched = Connections()
+        now = asyncio.get_running_loop().time()
+        for _ in range(MAX_WAITING_PER_CLIENT + 6):
+            connection = Mock(waits_since=now - 3, client_key="one", phase="head")
+            connection.transport.is_closing.return_value = False
+            connection.refuse = closed.append
+            watched._open.add(connection)
+        watched._due = now - late_s
+        watched._sweep()
+
+    asyncio.run(sweep())
+    assert len(closed) == refused
