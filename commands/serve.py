@@ -93,6 +93,11 @@ def _add_kv(serve: argparse.ArgumentParser) -> None:
         "takes; default: as much as that, if it is free",
     )
     serve.add_argument(
+        "--kv-dtype",
+        choices=("int8",),
+        help="lossy: round keys and values to int8; default: the model's type",
+    )
+    serve.add_argument(
         "--no-prefix-reuse",
         action="store_true",
         help="read every prompt whole, even where another request has read how it begins",

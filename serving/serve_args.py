@@ -51,6 +51,8 @@ class ServeArgs(LoraArgs, ExpertParallelArgs):
     kv_memory: str | None = None
     """Memory for keys and values in each replica: 2GiB, or a share of what a full batch of the
     longest texts takes; None = that much, or what is free next to the weights."""
+    kv_dtype: Literal["int8"] | None = None
+    """Round keys and values to ``int8``, which is lossy; None = the model's type."""
     no_prefix_reuse: bool = False
     """Read every prompt whole, even where another request has read how it begins."""
     max_num_seqs: int = Field(default=8, ge=1)

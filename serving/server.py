@@ -69,7 +69,9 @@ def check_model(args: ServeArgs, runs_here: bool = False) -> None:
         check_fit(args.expert_predictor, folder.config)
     bytes_of_experts(folder, dtype, args.expert_memory)
     host = host_bytes(folder, dtype, args.host_memory)
-    demand = Demand(max_num_seqs=args.max_num_seqs, max_model_len=args.max_model_len)
+    demand = Demand(
+        max_num_seqs=args.max_num_seqs, max_model_len=args.max_model_len, kv_dtype=args.kv_dtype
+    )
     kv = asked_kv_bytes(folder, dtype, args.kv_memory, demand) or 0
     check_owners_fit(args, folder)
     copies += bytes_elsewhere(folder, dtype, args.expert_memory, args.expert_parallel)
@@ -117,6 +119,7 @@ class Server:
             max_model_len=args.max_model_len,
             prefill_chunk=args.prefill_chunk,
             kv_memory=args.kv_memory,
+            kv_dtype=args.kv_dtype,
             speculative=args.speculative,
             speculative_rows=args.speculative_rows,
             # A recording has all rows of each request.

@@ -33,7 +33,8 @@ def with_budgets(args: ServeArgs) -> tuple[ServeArgs, Room | None]:
         host = host_bytes(folder, dtype, args.host_memory)
         copies = copies_bytes(args.store_options, dtype)
         demand = demand_of_server(
-            args.max_num_seqs, args.max_model_len, args.most_replicas, host, copies
+            *(args.max_num_seqs, args.max_model_len, args.most_replicas),
+            *(host, copies, args.kv_dtype),
         )
         demand = replace(demand, kv_bytes=asked_kv_bytes(folder, dtype, args.kv_memory, demand))
         budget, room = decide(folder, dtype, args.expert_memory, demand, args.expert_reader)
@@ -63,7 +64,10 @@ def log_budgets(args: ServeArgs, room: Room | None) -> None:
     folder = ModelFolder(local_folder(args.model))
     try:
         dtype = pick_dtype(folder, args.dtype)
-        demand = demand_of_server(args.max_num_seqs, args.max_model_len, args.num_replicas, 0)
+        demand = demand_of_server(
+            *(args.max_num_seqs, args.max_model_len, args.most_replicas),
+            *(0, 0, args.kv_dtype),
+        )
         kv = asked_kv_bytes(folder, dtype, args.kv_memory, demand)
         if kv is not None:
             log_kv(describe_kv(folder, dtype, kv, demand))

@@ -8,7 +8,7 @@ from time import perf_counter
 import torch
 
 from ...errors import RequestError
-from ...moe.kv_blocks import BLOCK
+from ...moe.kv_blocks import BLOCK, KVDtype, bytes_per_block
 from ...moe.models.exact_rows import rows_are_exact
 from ...moe.models.language_model import LanguageModel
 from ...moe.models.sampling import SamplingParams
@@ -42,6 +42,7 @@ class Engine:
         max_model_len: int | None = None,
         prefill_chunk: int = 256,
         kv_memory: str | None = None,
+        kv_dtype: KVDtype | None = None,
         reuses_prefixes: bool = True,
         shares_prompts: bool = True,
         speculative: str = "none",
@@ -51,6 +52,7 @@ class Engine:
 
         ``prefill_chunk`` rows of prompts are read per step, of all requests together. ``kv_memory``
         (2GiB, 25%) bounds keys and values; None = what a full batch of the longest texts takes.
+        With ``kv_dtype`` int8 they are rounded.
         ``shares_prompts`` lets one answer of a group read the prompt for all. ``speculative`` names
         a drafter, whose guesses are up to ``speculative_rows`` more rows.
         """
@@ -64,12 +66,12 @@ class Engine:
         longest = max_model_len or model.config.max_positions
         num_blocks = most_blocks(max_num_seqs, longest)
         if kv_memory is not None:
-            specs = specs_of(model.decoder)
-            num_bytes = kv_bytes_of(kv_memory, specs, max_num_seqs, longest)
-            num_blocks = min(num_blocks, blocks_within(num_bytes, specs))
+            block_bytes = bytes_per_block(specs_of(model.decoder), kv_dtype)
+            num_bytes = kv_bytes_of(kv_memory, block_bytes, max_num_seqs, longest)
+            num_blocks = min(num_blocks, blocks_within(num_bytes, block_bytes))
         self.max_model_len = min(longest, num_blocks * BLOCK)
         self._is_short_of_memory = self.max_model_len < longest
-        self._memory = KVMemory(model.decoder, num_blocks)
+        self._memory = KVMemory(model.decoder, num_blocks, kv_dtype)
         self._pool = BlockPool(num_blocks)
         self._scheduler = Scheduler(self._pool, BLOCK, max_num_seqs, prefill_chunk)
         self._sequences: dict[str, Sequence] = {}

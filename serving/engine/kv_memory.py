@@ -4,7 +4,7 @@ import torch
 
 from ...errors import ConfigError
 from ...kernels.values.memory import is_out_of_memory
-from ...moe.kv_blocks import BLOCK, BlockCache, KVBlocks, bytes_per_block
+from ...moe.kv_blocks import BLOCK, BlockCache, KVBlocks, KVDtype
 from ...moe.kv_cache import KVCacheSpec
 from ...moe.models.decoder import Decoder
 from ..experts.budget import parse_budget
@@ -14,10 +14,10 @@ from .jobs import Job
 class KVMemory:
     """Blocks for the sequences of one decoder; the scheduler says which sequence has which."""
 
-    def __init__(self, decoder: Decoder, num_blocks: int) -> None:
+    def __init__(self, decoder: Decoder, num_blocks: int, dtype: KVDtype | None = None) -> None:
         device = decoder.embed_tokens.weight.device
         try:
-            self._blocks = KVBlocks(specs_of(decoder), num_blocks, device)
+            self._blocks = KVBlocks(specs_of(decoder), num_blocks, device, dtype)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -54,23 +54,22 @@ def most_blocks(max_num_seqs: int, max_length: int) -> int:
     return max_num_seqs * (-(-max_length // BLOCK) + 1)
 
 
-def kv_bytes_of(text: str, specs: list[KVCacheSpec], max_num_seqs: int, max_length: int) -> int:
+def kv_bytes_of(text: str, block_bytes: int, max_num_seqs: int, max_length: int) -> int:
     """Return the bytes of a budget as people write it; :class:`ConfigError` for less than a block.
 
     A share is one of what a full batch of the longest texts takes.
     """
-    most = most_blocks(max_num_seqs, max_length) * bytes_per_block(specs)
+    most = most_blocks(max_num_seqs, max_length) * block_bytes
     num_bytes = parse_budget(text, most, "kv-memory")
-    blocks_within(num_bytes, specs)
+    blocks_within(num_bytes, block_bytes)
     return num_bytes
 
 
-def blocks_within(num_bytes: int, specs: list[KVCacheSpec]) -> int:
+def blocks_within(num_bytes: int, block_bytes: int) -> int:
     """Return how many blocks a budget holds; :class:`ConfigError` where it holds none."""
-    each = bytes_per_block(specs)
-    if num_bytes < each:
+    if num_bytes < block_bytes:
         raise ConfigError(
-            f"kv-memory is {num_bytes} bytes, but one block of {BLOCK} tokens takes {each}; give "
-            "at least that."
+            f"kv-memory is {num_bytes} bytes, but one block of {BLOCK} tokens takes {block_bytes}; "
+            "give at least that."
         )
-    return num_bytes // each
+    return num_bytes // block_bytes

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from ...errors import ConfigError
+from ...moe.kv_blocks import KVDtype
 from .sizes import ModelSizes
 
 PROCESS_BYTES = 640 << 20
@@ -30,6 +31,8 @@ class Demand:
     """Low-bit copies of all experts, in each replica."""
     kv_bytes: int | None = None
     """Budget for keys and values in each replica; None = what is wanted, up to a share."""
+    kv_dtype: KVDtype | None = None
+    """What they are rounded to; None = the model's type."""
     other_bytes: int = PROCESS_BYTES
     """What all processes take apart from weights, keys and values."""
 
@@ -40,7 +43,7 @@ def demand_of_server(
     num_replicas: int,
     host_bytes: int,
     copies_bytes: int = 0,
-    kv_bytes: int | None = None,
+    kv_dtype: KVDtype | None = None,
 ) -> Demand:
     """Return the demand of ``moeyard serve``."""
     return Demand(
@@ -49,7 +52,7 @@ def demand_of_server(
         num_replicas=num_replicas,
         host_bytes=host_bytes,
         copies_bytes=copies_bytes,
-        kv_bytes=kv_bytes,
+        kv_dtype=kv_dtype,
         other_bytes=RAY_BYTES + num_replicas * PROCESS_BYTES,
     )
 

@@ -24,8 +24,8 @@ def asked_kv_bytes(
     """
     if text is None:
         return None
-    specs = kv_specs(folder, dtype)
-    return kv_bytes_of(text, specs, demand.max_num_seqs, _longest(folder, demand))
+    each = _block_bytes(folder, dtype, demand)
+    return kv_bytes_of(text, each, demand.max_num_seqs, _longest(folder, demand))
 
 
 def free_kv_bytes(
@@ -41,7 +41,7 @@ def free_kv_bytes(
         whole -= PAGE_CACHE_BYTES
     dense = sum(tensor.numel() for _, tensor in dense_tensors(folder.config)) * dtype.itemsize
     weights = dense + bytes_of_experts(folder, dtype, expert_memory) + demand.copies_bytes
-    block_bytes = bytes_per_block(kv_specs(folder, dtype))
+    block_bytes = _block_bytes(folder, dtype, demand)
     most = most_blocks(demand.max_num_seqs, _longest(folder, demand))
     least = min(most, LEAST_TOKENS // BLOCK)
     free = (whole // demand.num_replicas - weights) // block_bytes
@@ -50,20 +50,24 @@ def free_kv_bytes(
 
 def describe_kv(folder: ModelFolder, dtype: torch.dtype, kv_bytes: int, demand: Demand) -> str:
     """Return the sentence about keys and values with which a server starts."""
-    specs, longest = kv_specs(folder, dtype), _longest(folder, demand)
+    block_bytes, longest = _block_bytes(folder, dtype, demand), _longest(folder, demand)
     most = most_blocks(demand.max_num_seqs, longest)
-    blocks = min(most, blocks_within(kv_bytes, specs))
+    blocks = min(most, blocks_within(kv_bytes, block_bytes))
     each = " in each replica" if demand.num_replicas > 1 else ""
-    text = f"Keys and values get {size(blocks * bytes_per_block(specs))}{each}: "
+    text = f"Keys and values get {size(blocks * block_bytes)}{each}: "
     text += f"{blocks * BLOCK:,} tokens of all requests together."
     if blocks < most:
-        text += (
-            f" A full batch of the longest texts would take {size(most * bytes_per_block(specs))}"
-        )
+        text += f" A full batch of the longest texts would take {size(most * block_bytes)}"
         text += "; requests wait for each other where it does not fit."
     if blocks * BLOCK < longest:
         text += f" So a request may have {blocks * BLOCK:,} tokens and not {longest:,}."
+    if demand.kv_dtype is not None:
+        text += f" They are rounded to {demand.kv_dtype}, which is lossy (docs/offloading.md)."
     return text
+
+
+def _block_bytes(folder: ModelFolder, dtype: torch.dtype, demand: Demand) -> int:
+    return bytes_per_block(kv_specs(folder, dtype), demand.kv_dtype)
 
 
 def _longest(folder: ModelFolder, demand: Demand) -> int:
