@@ -3,10 +3,10 @@
     python benchmarks/cached_rows.py speed MODEL_DIR
     python benchmarks/cached_rows.py loss MODEL_DIR TEXT.txt [--tokens 20000]
 
-``speed``: processor time of a prompt's forward and of a step after it, on one thread. "torch" is the
-path that prompts took before: the modules one by one, with torch's attention, and the same C++
-products. The kinds take turns. ``loss``: perplexity of windows of 1,024 tokens, read with a cache in
-chunks of 256.
+``speed``: processor time of a prompt's forward and of a step after it, on one thread. "torch" is
+the path that prompts took before: the modules one by one, with torch's attention, and the same C++
+products. The kinds take turns. ``loss``: perplexity of windows of 1,024 tokens, read with a cache
+in chunks of 256.
 
 L tokens of a window, V vocabulary.
 """
