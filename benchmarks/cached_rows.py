@@ -3,9 +3,10 @@
     python benchmarks/cached_rows.py speed MODEL_DIR
     python benchmarks/cached_rows.py loss MODEL_DIR TEXT.txt [--tokens 20000]
 
-``speed``: time of a prompt's forward and of a step after it. "torch" is the path that prompts took
-before: the modules one by one, with torch's attention, and the same C++ products. The two take
-turns. ``loss``: perplexity of windows of 1,024 tokens, read with a cache in chunks of 256.
+``speed``: processor time of a prompt's forward and of a step after it, on one thread. "torch" is
+the path that prompts took before: the modules one by one, with torch's attention, and the same C++
+products. The kinds take turns. ``loss``: perplexity of windows of 1,024 tokens, read with a cache
+in chunks of 256.
 
 L tokens of a window, V vocabulary.
 """
@@ -43,14 +44,14 @@ def cache_of(decoder: Decoder, num_positions: int, dtype: KVDtype | None = None)
 def timed(
     decoder: Decoder, ids_L: torch.Tensor, dtype: KVDtype | None = None
 ) -> tuple[float, float]:
-    """Return seconds of a prompt in one chunk, and of a step after it."""
+    """Return processor seconds of a prompt in one chunk, and of a step after it."""
     cache = cache_of(decoder, len(ids_L) + STEPS, dtype)
-    start = time.perf_counter()
+    start = time.process_time()
     decoder(batch_of([ids_L], [cache]))
-    middle = time.perf_counter()
+    middle = time.process_time()
     for _ in range(STEPS):
         decoder(batch_of([ids_L[:1]], [cache]))
-    return middle - start, (time.perf_counter() - middle) / STEPS
+    return middle - start, (time.process_time() - middle) / STEPS
 
 
 @torch.inference_mode()
@@ -101,11 +102,14 @@ def main() -> None:
     parser.add_argument("text", type=Path, nargs="?")
     parser.add_argument("--tokens", type=int, default=20_000)
     parser.add_argument("--lengths", type=int, nargs="+", default=[64, 512, 2048])
+    parser.add_argument("--layers", type=int, help="use the first layers only")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     model = moeyard.load(arguments.model)
     decoder = model.decoder
     if arguments.what == "speed":
+        torch.set_num_threads(1)
+        decoder.layers = decoder.layers[: arguments.layers]
         speed(decoder, arguments.lengths, arguments.rounds)
         return
     text = arguments.text.read_text(encoding="utf-8")[: 4 * arguments.tokens]
