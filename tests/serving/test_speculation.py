@@ -80,8 +80,15 @@ def check(monkeypatch, kind, engine_with, requests):
     assert (accepted == 0) == (kind == "wrong") and (kind != "right" or accepted > drafted * 0.8)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "kind"),
+    [
+        *(("bfloat16", kind) for kind in KINDS),
+        ("float32", "mixed"),
+        pytest.param("float32", "right", marks=pytest.mark.slow),
+        pytest.param("float32", "wrong", marks=pytest.mark.slow),
+    ],
+)
 def test_greedy_and_sampled_answers_in_a_batch_are_those_without(
     model_folder, monkeypatch, dtype, kind
 ):
@@ -123,6 +130,7 @@ def test_answers_of_a_router_that_reads_the_token_before_are_those_without(tmp_p
     store.close()
 
 
+@pytest.mark.slow
 def test_answers_without_the_cpp_kernels_are_those_without_in_bf16(model_folder, monkeypatch):
     monkeypatch.setattr(library, "_loaded", NONE)
     model, _ = open_model(model_folder, "bfloat16")
