@@ -5,11 +5,10 @@ import os
 from typing import Any
 
 from click import ClickException
-from starlette.types import ASGIApp
-
 from ray import serve
 from ray.serve import Application
 from ray.serve.exceptions import RayServeException
+from starlette.types import ASGIApp
 
 from ..configuration import validate_config
 from ..errors import MoeyardError

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import grpc
-
 import ray
 from ray._private.grpc_utils import init_grpc_channel
 from ray.core.generated.common_pb2 import Language

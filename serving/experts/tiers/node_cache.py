@@ -17,7 +17,6 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 

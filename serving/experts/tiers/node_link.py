@@ -9,7 +9,6 @@ import uuid
 from typing import Any
 
 import numpy as np
-
 import ray
 from ray.exceptions import RayError
 
