@@ -71,13 +71,13 @@ def test_they_are_log_softmax_of_the_models_scores_before_temperature(model_fold
 
 
 def test_only_requests_that_ask_pay_for_them(model_folder, monkeypatch):
-    from moeyard.serving.engine import engine as engine_module
+    from moeyard.serving.engine import choosing
 
     model, store = open_model(model_folder)
     calls = []
-    real = engine_module.score_tokens
+    real = choosing.score_tokens
     monkeypatch.setattr(
-        engine_module, "score_tokens", lambda *given: calls.append(given) or real(*given)
+        choosing, "score_tokens", lambda *given: calls.append(given) or real(*given)
     )
     engine = Engine(model, latin, store)
     found = scores_of(engine, request("a", [1, 2]), request("b", [3], num_logprobs=0, max_tokens=5))

@@ -176,6 +176,6 @@ def test_sigterm_ends_the_server_and_everything_it_started_without_a_word(server
     left = [pid for pid in members if Path(f"/proc/{pid}").exists()]
     assert not left, server.log()
     lines = [line for line in server.log().splitlines() if not line.startswith("starting ")]
-    decided = ["Memory", "Experts", "The", "Upper"]  # the paragraph about experts
+    decided = ["Keys", "Memory", "Experts", "The", "Upper"]  # about keys and values, and experts
     words = [line.partition(" ")[0] for line in lines]
     assert words == [*decided, "ready", "draining"], server.log()
