@@ -1,7 +1,7 @@
 """Streams from a server, and the CPU time its processes spend on them: token_path.py's client.
 
-A process of its own, so that its work counts for nobody, and as little of it as possible: it keeps
-what arrives and parses it when all is over.
+It is a separate process, so that its work is not counted as the server's. It does little while the
+streams run: it keeps what arrives, and parses it at the end.
 """
 
 import argparse

@@ -9,7 +9,7 @@ from ...errors import ConfigError
 from ...parallel.planning.placement import Placement
 
 Owners = npt.NDArray[np.int16]
-NOBODY = -1
+NO_OWNER = -1
 """The owner of a choice that is no expert."""
 
 
@@ -29,7 +29,7 @@ class Ownership:
         """Take other owners from the next forward on."""
         # The last element answers for choice -1.
         self._owners = {
-            layer: np.array([*placement.owner_E, NOBODY], dtype=np.int16)
+            layer: np.array([*placement.owner_E, NO_OWNER], dtype=np.int16)
             for layer, placement in placements.items()
         }
         self.placements = dict(placements)

@@ -16,7 +16,7 @@ from .channel import LostPeerError
 from .link import PATIENCE_S, OwnerLink
 
 ATTEMPTS = 2
-"""How often rows are sent: once more after a loss. A second loss may be the fault of the rows."""
+"""Rows are sent again after one loss. After a second one the rows may be the reason."""
 
 
 class Question:

@@ -7,6 +7,7 @@ from ...errors import ExpertReadError
 from ...kernels.waves import start_waves
 from ...moe.experts.base import LayerExperts
 from ...moe.routers.routing import Routing
+from ..experts.chosen import chosen_experts, rows_that_chose
 from ..experts.store import ExpertStore
 from .run_experts import run_experts
 from .team import Team
@@ -37,12 +38,12 @@ class ShardedExperts(LayerExperts):
 
     def announce(self, routing: Routing) -> None:
         """Let owners begin to read the chosen experts while the model computes something else."""
-        own = self._team.prefetch(self._layer, _chosen(routing))
+        own = self._team.prefetch(self._layer, chosen_experts(routing))
         self._store.prefetch(self._layer, own)
 
     def keep(self, routing: Routing) -> None:
         """Protect the chosen experts of this process from what is read ahead."""
-        self._store.keep(self._layer, _chosen(routing))
+        self._store.keep(self._layer, chosen_experts(routing))
 
     def forward(
         self,
@@ -60,8 +61,7 @@ class ShardedExperts(LayerExperts):
             try:
                 run_experts(self._store, self._layer, self._num_experts, waves, own_NK)
             except ExpertReadError as error:
-                has_one_N = torch.isin(own_NK, torch.tensor(error.experts)).any(dim=1)
-                error.rows = tuple(has_one_N.nonzero().flatten().tolist())
+                error.rows = rows_that_chose(error.experts, own_NK)
                 raise
             self._team.count(self._layer, ids_NK.numpy(), is_own_NK)  # while owners compute
             for question in questions:
@@ -71,7 +71,3 @@ class ShardedExperts(LayerExperts):
                 question.drop()
             raise
         return waves.result()
-
-
-def _chosen(routing: Routing) -> list[int]:
-    return torch.nonzero(routing.counts_E).flatten().tolist()

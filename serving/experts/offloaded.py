@@ -16,6 +16,7 @@ from ...moe.adapters.rows import RowUpdates
 from ...moe.experts.adapted import rows_without
 from ...moe.experts.base import LayerExperts
 from ...moe.routers.routing import Routing, count_choices
+from .chosen import chosen_experts, rows_that_chose
 from .fallback import Fallback
 from .read_ahead import Choice
 from .store import ExpertStore
@@ -61,11 +62,11 @@ class OffloadedExperts(LayerExperts):
 
     def announce(self, routing: Routing) -> None:
         """Begin to read the chosen experts while the model computes something else."""
-        self._store.prefetch(self._layer, _chosen(routing))
+        self._store.prefetch(self._layer, chosen_experts(routing))
 
     def keep(self, routing: Routing) -> None:
         """Protect the chosen experts that are in memory from what is read ahead."""
-        self._store.keep(self._layer, _chosen(routing))
+        self._store.keep(self._layer, chosen_experts(routing))
 
     def forward(
         self,
@@ -125,17 +126,8 @@ class OffloadedExperts(LayerExperts):
                         wave.add(experts, only=ready)
                     left -= set(ready)
         except ExpertReadError as error:
-            error.rows = _rows_that_chose(error.experts, experts_NK)
+            error.rows = rows_that_chose(error.experts, experts_NK)
             raise
         assert not left, f"experts {left} of layer {self._layer} have rows and never came"
         if self._fallback is not None and self._fallback.reads_later:
             self._store.prefetch(self._layer, copied)
-
-
-def _rows_that_chose(experts: Sequence[int], experts_NK: Tensor) -> tuple[int, ...]:
-    has_one_N = torch.isin(experts_NK, torch.tensor(experts)).any(dim=1)
-    return tuple(torch.nonzero(has_one_N).flatten().tolist())
-
-
-def _chosen(routing: Routing) -> list[int]:
-    return torch.nonzero(routing.counts_E).flatten().tolist()

@@ -13,7 +13,7 @@ from starlette.types import Scope
 from .frames import CUT, HEADER, WHOLE, end_frame, frame, is_same_user, unix_socket
 
 _ADDRESS = re.compile(rb"(moeyard-[0-9a-f]{32})\.([0-9a-f]{16})")
-"""Socket and stream. Nothing else is connected to, whoever sent the header."""
+"""Socket and stream. A header with anything else is ignored, so a replica connects nowhere else."""
 
 
 class _Link(asyncio.Protocol):

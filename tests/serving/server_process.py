@@ -9,6 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -124,3 +125,16 @@ class Running:
     def end(self) -> None:
         """Kill whatever is left of the group."""
         subprocess.run(["pkill", "-9", "-s", str(self.process.pid)], check=False)
+
+
+@contextlib.contextmanager
+def serving(model: Path, folder: Path, *options: str) -> Iterator[Running]:
+    """Serve a model with one compute thread, until the block ends; ``folder`` gets the log."""
+    port = free_port()
+    command = [str(BIN / "moeyard"), "serve", str(model), "--port", str(port)]
+    running = Running([*command, "--num-threads", "1", *options], folder / "log.txt", port)
+    try:
+        running.wait_until_healthy()
+        yield running
+    finally:
+        running.stop()

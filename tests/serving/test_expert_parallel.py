@@ -1,4 +1,4 @@
-"""Experts divided between owners: the bits of one process, whoever computes what."""
+"""Experts divided between owners: the bits of one process, on any division."""
 
 import os
 import signal

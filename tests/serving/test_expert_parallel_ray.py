@@ -12,7 +12,7 @@ import torch
 
 from moeyard.serving.loading import open_model
 
-from server_process import BIN, Running, free_port, listeners
+from server_process import listeners, serving
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 PROMPT = list(range(40, 60))
@@ -21,15 +21,9 @@ ACTOR = b"ray::OwnerActor"
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, model_folder):
-    port = free_port()
-    command = [str(BIN / "moeyard"), "serve", str(model_folder), "--port", str(port)]
-    command += ["--expert-parallel", "2", "--expert-memory", "25%", "--num-threads", "1"]
-    running = Running(command, tmp_path_factory.mktemp("server") / "log.txt", port)
-    try:
-        running.wait_until_healthy()
+    options = ["--expert-parallel", "2", "--expert-memory", "25%"]
+    with serving(model_folder, tmp_path_factory.mktemp("server"), *options) as running:
         yield running
-    finally:
-        running.stop()
 
 
 def answer(server):

@@ -13,7 +13,7 @@ import pytest
 
 from moeyard.serving.api.connections import MAX_WAITING_PER_CLIENT
 
-from server_process import BIN, Running, free_port, listeners
+from server_process import BIN, Running, free_port, listeners, serving
 
 SECURITY = Path(__file__).parent.parent.parent / "SECURITY.md"
 KEY = b"Authorization: Bearer secret\r\n"
@@ -21,15 +21,9 @@ KEY = b"Authorization: Bearer secret\r\n"
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, model_folder):
-    port = free_port()
-    command = [str(BIN / "moeyard"), "serve", str(model_folder), "--port", str(port)]
-    command += ["--expert-memory", "25%", "--api-key", "secret", "--num-threads", "1"]
-    running = Running(command, tmp_path_factory.mktemp("server") / "log.txt", port)
-    try:
-        running.wait_until_healthy()
+    options = ["--expert-memory", "25%", "--api-key", "secret"]
+    with serving(model_folder, tmp_path_factory.mktemp("server"), *options) as running:
         yield running
-    finally:
-        running.stop()
 
 
 @pytest.fixture
