@@ -1,4 +1,4 @@
-"""A served adapter (LoRA, Hu et al. 2021): updates of one decoder's layers, beside its weights.
+"""A served adapter (LoRA, Hu et al. 2021): updates of one decoder's layers, next to its weights.
 
 O outputs, I inputs, P rank.
 """

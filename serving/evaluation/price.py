@@ -74,7 +74,7 @@ def measure(
 
     Perplexity is that of ``text``. Where it ``depends_on_memory`` which weights are used, tokens
     are scored one by one, as answers are computed, and an expert's bytes are those that were read,
-    per expert of a generated token. A corrected model has no scores of its own: its perplexity is
+    per expert of a generated token. A corrected model has no scores: its perplexity is
     the exact model's of its answers. Answers take turns, exact and lossy, after one of each that
     is not counted; their prompts are spread over ``text``. Raises :class:`DataError` for a text
     that is too short.

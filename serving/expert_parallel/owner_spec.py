@@ -23,7 +23,7 @@ class OwnerSpec:
     budget_bytes: int
     """Memory for experts."""
     reads_first: Mapping[int, list[int]]
-    """Experts that are read before the owner is ready, by layer: all of its own where it keeps
+    """Experts that are read before the owner is ready, by layer: all that it owns if it keeps
     them in memory."""
     policy: str
     reader: str

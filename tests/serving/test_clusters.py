@@ -119,7 +119,7 @@ def test_two_models_on_two_nodes_are_changed_and_lose_a_node_without_a_lost_answ
 
 
 def check_apart(first, second):
-    """Each model answers under its prefix, by its name, with metrics of its own."""
+    """Each model answers under its prefix, by its name, with separate metrics."""
     assert ask(first, "other")[0] == 404 == ask(second, "long")[0]
     for base, name in ((first, "long"), (second, "other")):
         listed = json.loads(read(f"{base}/v1/models")[1])["data"]
