@@ -24,7 +24,7 @@ class OwnerActor:
     """An :class:`Owner` that Ray runs."""
 
     def __init__(self, spec_json: str) -> None:
-        """Open the store and listen: by TCP if the leader is on another node, on this node's address."""
+        """Open the store and listen, for a leader on another node by TCP on this node's address."""
         spec = OwnerSpec.from_json(spec_json)
         self._owner = Owner(spec)
         here = ray.util.get_node_ip_address()
