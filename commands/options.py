@@ -174,6 +174,21 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_kv_memory(parser: argparse.ArgumentParser) -> None:
+    """Add what a server keeps for keys and values, and in which type."""
+    parser.add_argument(
+        "--kv-memory",
+        metavar="SIZE",
+        help="memory for keys and values: 2GiB, or 50%% of what a full batch of the longest texts "
+        "takes; default: as much as that, if it is free",
+    )
+    parser.add_argument(
+        "--kv-dtype",
+        choices=("int8",),
+        help="lossy: round keys and values to int8; default: the model's type",
+    )
+
+
 def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     """Add how an answer is drawn."""
     folders = "default: the model's generation_config.json"

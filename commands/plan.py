@@ -3,11 +3,18 @@
 import argparse
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .options import Parsers, add_allow_code, add_command, add_dtype, add_model
+from .options import (
+    Parsers,
+    add_allow_code,
+    add_command,
+    add_dtype,
+    add_kv_memory,
+    add_model,
+)
 
 if TYPE_CHECKING:
     from ..serving.planning.outlook import Option, Outlook
@@ -36,6 +43,7 @@ def add(parsers: Parsers) -> None:
     plan.add_argument(
         "--host-memory", metavar="SIZE", help="memory that replicas share, see moeyard serve"
     )
+    add_kv_memory(plan)
     plan.add_argument("--max-num-seqs", type=int, default=8, help="requests in the batch")
     plan.add_argument(
         "--max-model-len",
@@ -82,6 +90,7 @@ def _examine(arguments: argparse.Namespace) -> tuple["Outlook", list["Option"]]:
     from ..serving.loading import pick_dtype
     from ..serving.memory import available_bytes
     from ..serving.planning.budget import demand_of_server
+    from ..serving.planning.kv import asked_kv_bytes
     from ..serving.planning.outlook import Outlook
     from ..serving.planning.recorded_hits import RecordedHits
     from .model_folder import model_folder
@@ -97,7 +106,10 @@ def _examine(arguments: argparse.Namespace) -> tuple["Outlook", list["Option"]]:
             arguments.max_model_len,
             arguments.num_replicas,
             host_bytes(folder, dtype, arguments.host_memory),
+            kv_dtype=arguments.kv_dtype,
         )
+        kv = asked_kv_bytes(folder, dtype, arguments.kv_memory, demand)
+        demand = replace(demand, kv_bytes=kv)
         outlook = Outlook(folder, dtype, demand, free)
         recorded = None
         if arguments.routes:

@@ -12,6 +12,7 @@ from .options import (
     add_dtype,
     add_expert_store,
     add_ignore_unused_weights,
+    add_kv_memory,
     add_model,
     report_errors,
 )
@@ -86,17 +87,7 @@ def _add_memory_elsewhere(serve: argparse.ArgumentParser) -> None:
 
 
 def _add_kv(serve: argparse.ArgumentParser) -> None:
-    serve.add_argument(
-        "--kv-memory",
-        metavar="SIZE",
-        help="memory for keys and values: 2GiB, or 50%% of what a full batch of the longest texts "
-        "takes; default: as much as that, if it is free",
-    )
-    serve.add_argument(
-        "--kv-dtype",
-        choices=("int8",),
-        help="lossy: round keys and values to int8; default: the model's type",
-    )
+    add_kv_memory(serve)
     serve.add_argument(
         "--no-prefix-reuse",
         action="store_true",

@@ -23,6 +23,6 @@ def decide(
     """
     if expert_memory != AUTO:
         return expert_memory, None
-    sizes: ModelSizes = sizes_of(folder, dtype)
+    sizes: ModelSizes = sizes_of(folder, dtype, demand.kv_dtype)
     room = divide(sizes, available_bytes(), demand, is_buffered=reader != "direct")
     return auto_budget(sizes, room), room

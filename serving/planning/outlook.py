@@ -37,7 +37,7 @@ class Outlook:
         self, folder: ModelFolder, dtype: torch.dtype, demand: Demand, available_bytes: int
     ) -> None:
         self.demand = demand
-        self.sizes: ModelSizes = sizes_of(folder, dtype)
+        self.sizes: ModelSizes = sizes_of(folder, dtype, demand.kv_dtype)
         self.room: Room = divide(self.sizes, available_bytes, demand)
         self.speeds: Speeds
         self._folder, self._dtype = folder, dtype

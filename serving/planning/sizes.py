@@ -8,7 +8,7 @@ import torch
 from ...errors import ConfigError
 from ...moe.folders.folder import ModelFolder
 from ...moe.folders.tensor_names import dense_tensors
-from ...moe.kv_blocks import BLOCK, bytes_per_block
+from ...moe.kv_blocks import BLOCK, KVDtype, bytes_per_block
 from ...moe.kv_cache import KVCacheSpec
 from ...moe.models.decoder import Decoder
 from ...moe.without_memory import without_memory
@@ -67,8 +67,13 @@ class ModelSizes:
         return self.dense_bytes_per_token + self.experts_per_token * self.expert_bytes
 
 
-def sizes_of(folder: ModelFolder, dtype: torch.dtype) -> ModelSizes:
-    """Return the sizes of a model; raises :class:`ConfigError` for one without experts."""
+def sizes_of(
+    folder: ModelFolder, dtype: torch.dtype, kv_dtype: KVDtype | None = None
+) -> ModelSizes:
+    """Return the sizes of a model; raises :class:`ConfigError` for one without experts.
+
+    ``kv_dtype`` is what keys and values are rounded to; None = not at all.
+    """
     config = folder.config
     if config.moe is None:
         raise ConfigError(f"{folder.path} has no experts, so there is nothing to keep on disk.")
@@ -84,7 +89,7 @@ def sizes_of(folder: ModelFolder, dtype: torch.dtype) -> ModelSizes:
         stored_expert_bytes=_mean_bytes(pool_sizes(folder, folder.dtype)),
         experts_per_token=num_layers * config.moe.router.k,
         dense_bytes_per_token=total - embedding,
-        kv_bytes_per_token=bytes_per_block(kv_specs(folder, dtype)) // BLOCK,
+        kv_bytes_per_token=bytes_per_block(kv_specs(folder, dtype), kv_dtype) // BLOCK,
         max_positions=config.max_positions,
         widths=pools if len(pools) > 1 else (),
     )

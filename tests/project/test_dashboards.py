@@ -14,6 +14,7 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from moeyard.moe.folders.folder import ModelFolder
+from moeyard.serving.engine.drafts.metrics import DraftMetrics
 from moeyard.serving.engine.metrics import EngineMetrics
 from moeyard.serving.experts.opening import open_store
 from moeyard.training.observers.prometheus import PrometheusPort
@@ -73,7 +74,9 @@ def exported(config_file, model_folder) -> set[str]:
     port.close()
     folder = ModelFolder(model_folder)
     store = open_store(folder, torch.float32, 1 << 20)
-    return found | names_of(EngineMetrics(folder.config, store).render().decode())
+    serving = EngineMetrics(folder.config, store)
+    DraftMetrics(serving.registry)  # of servers with --speculative
+    return found | names_of(serving.render().decode())
 
 
 @pytest.mark.parametrize("path", [*DASHBOARDS, ALERTS], ids=lambda path: path.name)

@@ -39,6 +39,21 @@ def test_a_plan_says_what_each_budget_means(folder, capsys):
     assert speeds == sorted(speeds) and all(option["fits"] for option in by_budget.values())
 
 
+def test_a_plan_keeps_what_is_asked_for_keys_and_values(folder, capsys):
+    given = (folder, "--max-model-len", 64, "--max-num-seqs", 4, "--expert-memory", "50%")
+    _, whole, _ = plan(capsys, *given)
+    _, half, _ = plan(capsys, *given, "--kv-memory", "50%")
+    _, rounded, _ = plan(capsys, *given, "--kv-dtype", "int8")
+    wanted = [found["room"]["kv_wanted_bytes"] for found in (whole, half, rounded)]
+    assert wanted[0] == wanted[1] > wanted[2] > wanted[0] / 4
+    kept = [found["room"]["kv_bytes"] for found in (whole, half)]
+    assert 0 < kept[1] < kept[0]
+    needed = [found["budgets"][0]["needed_bytes"] for found in (whole, half)]
+    assert needed[0] - needed[1] == kept[0] - kept[1]
+    status, _, error = plan(capsys, *given, "--kv-memory", "1B")
+    assert status == 2 and "one block of 16" in error and error.count("\n") == 1
+
+
 def test_a_plan_as_text_says_that_speeds_are_bounds(folder, capsys):
     assert main(["plan", str(folder), "--expert-memory", "50%", "--host-memory", "25%"]) == 0
     text = capsys.readouterr().out
