@@ -21,6 +21,7 @@ starts Ray.
 
 import hmac
 import os
+from functools import partial
 
 import uvicorn.config
 from starlette.middleware import Middleware
@@ -114,7 +115,7 @@ class ProxyGuard:
         """Pass a whole request on, unless replicas are full."""
         path = scope["path"]
         try:
-            self._backpressure.check(path)
+            is_probe = self._backpressure.check(path)
         except RequestError as error:
             await error_response(error)(scope, receive, send)
             return
@@ -127,12 +128,14 @@ class ProxyGuard:
         scope = _without_orders(scope)
         scope["headers"] += own
         response = Watched(path, send, incoming)
+        if is_probe:
+            response.on_start = partial(self._backpressure.hear_start, path)
         try:
             await self._pass_on(scope, _again(body, receive), response)
         finally:
             # Where several answers were too many, one may still find a place.
             if response.status != 429 or b'"n"' not in body:
-                self._backpressure.hear(path, response.status)
+                self._backpressure.hear_end(path, response.status, is_probe)
             response.stop()
             if incoming is not None:
                 self._relay.close(incoming)
