@@ -17,13 +17,23 @@ def add(parsers: Parsers) -> None:
     upcycle.add_argument("--num-experts", type=int, required=True, help="experts per layer")
     upcycle.add_argument("--k", type=int, required=True, help="experts each token visits")
     upcycle.add_argument(
-        "--split", type=int, default=1, help="slices of the dense MLP, one expert each"
+        "--split",
+        type=int,
+        help="slices of the dense MLP, one expert each (default 1; with routed_ffn and stochastic "
+        "as many as experts)",
     )
     upcycle.add_argument(
         "--moe-layers",
         choices=("all", "every-2", "last-half"),
         default="all",
         help="layers that get experts",
+    )
+    upcycle.add_argument(
+        "--router",
+        choices=("topk", "routed_ffn", "stochastic"),
+        default="topk",
+        help="topk: copies of the MLP; routed_ffn: k slices of one MLP (SPT); stochastic: random "
+        "slices in training (Split & Merge)",
     )
     upcycle.add_argument("--seed", type=int, default=0, help="seed of the new routers")
     add_ignore_unused_weights(upcycle)

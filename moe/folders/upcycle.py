@@ -15,6 +15,8 @@ Why the first forward equals the dense one, whatever the router's rows are:
 3. Weights are equal within a copy and sum to 1 over all, so the weighted sum is 1/S of the dense
    output. Down projections are therefore multiplied by S, without rounding if S is a power of two.
 
+Two other routers take one copy, cut into E slices. upcycle_routers.py has them.
+
 E experts, K choices, S slices, D model width, F expert width.
 """
 
@@ -28,13 +30,13 @@ from torch import Tensor
 from ...errors import ConfigError
 from ..config.model import MOST_EXPERTS, ModelConfig, MoEConfig
 from ..models.initialize import generator_of
-from ..routers.topk import TopK
 from .families.table import FAMILIES
 from .folder import ModelFolder
 from .generation_config import generation_to_keep
 from .hf_config import to_hf
 from .hub import local_folder
 from .tokenizer_folder import copy_tokenizer
+from .upcycle_routers import UPCYCLE_ROUTERS, UpcycleRouter
 from .write_weights import FolderWeights, plan_weights
 from .writer import write_model_folder
 
@@ -52,27 +54,31 @@ def upcycle(
     target: Path,
     num_experts: int,
     k: int,
-    split: int = 1,
+    split: int | None = None,
     moe_layers: MoELayers = "all",
     seed: int = 0,
     ignore_unused_weights: bool = False,
+    router: UpcycleRouter = "topk",
 ) -> str:
     """Write ``source`` with experts to ``target`` and return its ``model_type`` there.
 
-    Raises :class:`ConfigError` for sizes that cannot give the dense model's function. One layer's
-    MLP is in memory at a time.
+    ``split`` None is 1 for ``topk``, and ``num_experts`` for the other routers. Raises
+    :class:`ConfigError` for sizes that cannot give the dense model's function. One layer's MLP is
+    in memory at a time.
     """
+    if split is None:
+        split = 1 if router == "topk" else num_experts
     source = local_folder(source)
     folder = ModelFolder(source)
     try:
         left_out = folder.check(ignore_unused_weights=ignore_unused_weights)
         if left_out is not None:
             log.warning("%s", left_out)
-        config = _config(folder, num_experts, k, split, moe_layers)
+        config = _config(folder, num_experts, k, split, moe_layers, router)
         dtype = folder.dtype
         values = to_hf(config, str(dtype).removeprefix("torch."), source=folder.values)
         family = FAMILIES[values["model_type"]]
-        weights = UpcycledWeights(folder, config, split, seed)
+        weights = UpcycledWeights(folder, config, split, seed, router)
         write_model_folder(
             target,
             values,
@@ -88,26 +94,37 @@ def upcycle(
 class UpcycledWeights:
     """The weights of a dense folder, its MLPs as experts."""
 
-    def __init__(self, folder: ModelFolder, config: ModelConfig, split: int, seed: int) -> None:
+    def __init__(
+        self,
+        folder: ModelFolder,
+        config: ModelConfig,
+        split: int,
+        seed: int,
+        router: UpcycleRouter,
+    ) -> None:
         self._dense = FolderWeights(folder, folder.dtype)
         self._config = config
         self._split = split
         self._seed = seed
+        self._router = UPCYCLE_ROUTERS[router]
         self._layer = -1
         self._matrices: dict[str, Tensor] = {}
 
     def dense(self, parameter: str) -> Tensor:
         """Return a tensor of the decoder outside the experts; routers are drawn by seed."""
+        if parameter.endswith(".mlp.gate.step"):
+            return torch.zeros((), dtype=torch.int64)
         if not parameter.endswith(".mlp.gate.weight"):
             return self._dense.dense(parameter)
         assert self._config.moe is not None, "only MoE layers have routers"
-        num_copies = self._config.moe.num_experts // self._split
+        rows_per_draw = self._split if self._router.shares_rows else 1
+        num_copies = self._config.moe.num_experts // rows_per_draw
         generator = generator_of(f"{self._seed}/{parameter}")
         rows_CD = torch.randn(num_copies, self._config.d_model, generator=generator) * ROUTER_STD
-        return rows_CD.repeat_interleave(self._split, dim=0)
+        return rows_CD.repeat_interleave(rows_per_draw, dim=0)
 
     def expert_part(self, layer: int, expert: int, part: str) -> Tensor:
-        """Return a slice of a dense matrix: rows of gate and up, columns of down times S."""
+        """Return a slice of a dense matrix: rows of gate and up, columns of down times a factor."""
         if self._layer != layer:
             self._layer, self._matrices = layer, {}
         if part not in self._matrices:
@@ -115,11 +132,16 @@ class UpcycledWeights:
             self._matrices[part] = self._dense.dense(name)
         dim = 1 if part == "down" else 0
         piece = self._matrices[part].chunk(self._split, dim)[expert % self._split]
-        return piece * self._split if part == "down" else piece
+        return piece * self._router.down_factor(self._split) if part == "down" else piece
 
 
 def _config(
-    folder: ModelFolder, num_experts: int, k: int, split: int, moe_layers: MoELayers
+    folder: ModelFolder,
+    num_experts: int,
+    k: int,
+    split: int,
+    moe_layers: MoELayers,
+    router: UpcycleRouter,
 ) -> ModelConfig:
     dense = folder.config
     if dense.moe is not None:
@@ -136,11 +158,7 @@ def _config(
             f"num_experts is {num_experts}, but a copy of the MLP takes split = {split} experts; "
             f"use a multiple of {split} from {split} to {MOST_EXPERTS}."
         )
-    if not split <= k <= num_experts or k % split:
-        raise ConfigError(
-            f"k is {k}, but tokens must choose whole copies of split = {split} experts to begin as "
-            f"the dense model; use a multiple of {split} from {split} to {num_experts}."
-        )
+    UPCYCLE_ROUTERS[router].check(num_experts, k, split)
     first, step = {"all": (0, 1), "every-2": (1, 2), "last-half": (dense.num_layers // 2, 1)}[
         moe_layers
     ]
@@ -150,6 +168,10 @@ def _config(
             f"moe_layers is {moe_layers}, which leaves a model of {dense.num_layers} layer(s) "
             "without experts; use all."
         )
-    moe = MoEConfig(num_experts=num_experts, d_expert=dense.d_ff // split, router=TopK(k=k))
+    moe = MoEConfig(
+        num_experts=num_experts,
+        d_expert=dense.d_ff // split,
+        router=UPCYCLE_ROUTERS[router].config(k),
+    )
     dense_layers = tuple(layer for layer in range(dense.num_layers) if layer not in sparse)
     return dense.model_copy(update={"moe": moe, "dense_layers": dense_layers})

@@ -96,6 +96,7 @@ ROOMS = {
                 "evaluate",
                 "export",
                 "generate",
+                "merge",
                 "plan",
                 "price",
                 "report",
