@@ -16,8 +16,9 @@ import torch
 
 from moeyard.errors import ConfigError
 from moeyard.moe.batch import batch_of_rows
-from moeyard.moe.models.decoder import Decoder, StageRows, carries_gate_rows
+from moeyard.moe.models.decoder import Decoder
 from moeyard.moe.models.initialize import initialize
+from moeyard.moe.models.stage_rows import StageRows, carries_gate_rows, types_between
 from moeyard.parallel.mesh import Mesh, check_expert_parallel
 from moeyard.training.checkpoints.checkpoint import StoredTensors
 from moeyard.training.checkpoints.export import export
@@ -75,6 +76,19 @@ MODELS = {
     ],
     "tied": ["model.tie_embeddings=true", "model.moe.router.lookahead=attention_input"],
     "hashed": ["model.moe.router={kind: hash, k: 2}", "model.moe.d_shared=8"],
+    "momentum": ["model.moe.block={kind: momentum, mu: 0.6}"],
+    "robust_past_dense": [
+        "model.moe.block={kind: robust}",
+        "model.moe.router.lookahead=previous_block",
+        "model.dense_layers=[1,2]",
+        "model.d_ff=24",
+    ],
+    "adam_after_dense": [
+        "model.moe.block={kind: adam, adam_layers: 2}",
+        "model.dense_layers=[0]",
+        "model.d_ff=24",
+    ],
+    "adam_everywhere": ["model.moe.block={kind: adam, adam_layers: null, decay: 0.1}"],
 }
 
 
@@ -100,8 +114,14 @@ def test_stages_one_after_the_other_are_the_whole_decoder(config_file, name, siz
     for stage in stages:
         output = stage(batch, before)
         routings += output.routings
-        before = StageRows(output.hidden_TD, output.gate_TD)
-        assert (output.gate_TD is not None) == carries_gate_rows(whole.config, stage.stage.stop)
+        stop = stage.stage.stop
+        if stop < whole.config.num_layers:
+            passed = output.for_next_stage().tensors()
+            assert [rows.dtype for rows in passed] == types_between(
+                whole.config, stop, torch.float64
+            )
+            before = StageRows.of(passed, whole.config, stop)
+        assert (output.gate_TD is not None) == carries_gate_rows(whole.config, stop)
     assert torch.equal(output.hidden_TD, expected.hidden_TD)
     for found, right in zip(routings, expected.routings, strict=True):
         assert torch.equal(found.experts_TK, right.experts_TK)
