@@ -30,8 +30,9 @@ class Adam(BlockConfig):
     kind: Literal["adam"] = "adam"
     adam_layers: int | None = Field(default=1, ge=1)
     """MoE layers, from the first, that make Adam's step; later ones use momentum. None = all."""
-    rate: float = Field(default=0.3, gt=0)
-    """Factor on Adam's steps. With the other defaults, the first one has a size of about 1."""
+    rate: float = Field(default=0.03, gt=0)
+    """Factor on Adam's steps. With the other defaults, the first one has a size of about 3 times
+    this in every element."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
     """Part of the first moment that the next MoE layer keeps."""
     beta2: float = Field(default=0.999, ge=0, lt=1)

@@ -71,10 +71,11 @@ class Robust(BlockConfig):
         return Rates(mu, gamma, alpha)
 
     def experts_read(self, x_TD: Tensor, state: State) -> Tensor:
-        """Return ``x + alpha m``."""
-        if not state:
+        """Return ``x + alpha m``; without alpha x itself, whose norm is known already."""
+        alpha = self.rates().alpha
+        if not state or alpha == 0:
             return x_TD
-        return (x_TD + self.rates().alpha * state[0]).to(x_TD.dtype)
+        return (x_TD + alpha * state[0]).to(x_TD.dtype)
 
     def join(self, x_TD: Tensor, y_TD: Tensor, state: State, place: Place) -> tuple[Tensor, State]:
         """Add the momentum, which is the state."""

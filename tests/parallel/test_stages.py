@@ -140,12 +140,9 @@ def test_stages_one_after_the_other_are_the_whole_decoder(config_file, name, siz
 # Slow: four processes
 
 
+DENSE_BETWEEN = ["model.dense_layers=[1,2]", "model.d_ff=40"]
 CROSSING = {
-    "past_dense": [
-        "model.moe.router.lookahead=previous_block",
-        "model.dense_layers=[1,2]",
-        "model.d_ff=40",
-    ],
+    "past_dense": ["model.moe.router.lookahead=previous_block", *DENSE_BETWEEN],
     "dense_first": ["model.dense_layers=[0]", "model.d_ff=40", "model.moe.d_shared=8"],
     "hash_recomputed": ["model.moe.router={kind: hash, k: 2}", "train.recompute=true"],
     "pregated_recomputed": [
@@ -164,6 +161,12 @@ CROSSING = {
     ],
     "tied": ["model.tie_embeddings=true"],
     "relu": ["model.moe.router={kind: relu}"],
+    "robust": [
+        "model.moe.block={kind: robust}",
+        "model.moe.router.lookahead=previous_block",
+        "train.recompute=true",
+    ],
+    "adam": ["model.moe.block={kind: adam, adam_layers: 2}", *DENSE_BETWEEN],
 }
 SPLITS = {
     "pp2-ep2": ["parallel.pp=2", "parallel.ep=2"],
@@ -234,9 +237,10 @@ def without(run_dir: Path, *steps: int) -> None:
 
 @pytest.mark.dist
 @pytest.mark.slow
-def test_a_run_goes_on_with_and_without_stages_and_exports_the_same(tmp_path, config_file):
+@pytest.mark.parametrize("kind", ["router.lookahead=previous_block", "block={kind: robust}"])
+def test_a_run_goes_on_with_and_without_stages_and_exports_the_same(tmp_path, config_file, kind):
     """Steps 1 to 3 in two stages, 4 to 6 in one process, 7 to 9 in two stages with EP."""
-    options = [str(config_file), *RUN, "model.moe.router.lookahead=previous_block"]
+    options = [str(config_file), *RUN, f"model.moe.{kind}"]
     one = tmp_path / "one"
     training(*options, f"run_dir={one}")
     moved = tmp_path / "moved"
