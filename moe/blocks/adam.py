@@ -3,6 +3,7 @@
 T tokens, D model width.
 """
 
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
@@ -49,7 +50,7 @@ class Adam(BlockConfig):
     def join(self, x_TD: Tensor, y_TD: Tensor, state: State, place: Place) -> tuple[Tensor, State]:
         """Make Adam's step or add the momentum. The state is m, p, v, without those not needed."""
         num_m = self._num_momentum()
-        kept = (pushed(state, y_TD, self.mu, self.gamma),) if num_m else ()
+        kept: State = (pushed(state, y_TD, self.mu, self.gamma),) if num_m else ()
         if not self._is_adam(place):
             return (x_TD + kept[0]).to(x_TD.dtype), kept
         y_TD = wide(y_TD)
@@ -58,7 +59,7 @@ class Adam(BlockConfig):
             p_TD, v_TD = self.beta1 * state[num_m] + p_TD, self.beta2 * state[num_m + 1] + v_TD
         step_TD = self.rate * (p_TD / torch.sqrt(v_TD + self.epsilon))
         joined_TD = ((1 - self.decay) * wide(x_TD) + step_TD).to(x_TD.dtype)
-        continues = self._is_adam(place._replace(index=place.index + 1))
+        continues = self._is_adam(replace(place, index=place.index + 1))
         return joined_TD, (*kept, p_TD, v_TD) if continues else kept
 
     def num_carried(self, place: Place) -> int:

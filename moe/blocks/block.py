@@ -7,7 +7,8 @@ a token's state follows from its own rows in earlier layers.
 T tokens, D model width.
 """
 
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -17,7 +18,8 @@ State = tuple[Tensor, ...]
 """Tensors ``[T, D]`` of :func:`state_type`; none before the first MoE layer."""
 
 
-class Place(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Place:
     """Where an MoE layer stands among those of its model."""
 
     index: int

@@ -43,8 +43,10 @@ class RowShape:
 
     def like(self, types: Sequence[torch.dtype]) -> tuple[Tensor, ...]:
         """Return tensors without memory, one for each type."""
-        size, options = (self.tokens, self.width), {"device": "meta", "requires_grad": True}
-        return tuple(torch.empty(size, dtype=dtype, **options) for dtype in types)
+        size = self.tokens, self.width
+        return tuple(
+            torch.empty(size, dtype=dtype, device="meta", requires_grad=True) for dtype in types
+        )
 
 
 class Pipeline:
