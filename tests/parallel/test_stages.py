@@ -166,7 +166,7 @@ CROSSING = {
         "model.moe.router.lookahead=previous_block",
         "train.recompute=true",
     ],
-    "adam": ["model.moe.block={kind: adam, adam_layers: 2}", *DENSE_BETWEEN],
+    "adam": ["model.moe.block={kind: adam, adam_layers: 2, epsilon: 1.0e-4}", *DENSE_BETWEEN],
 }
 SPLITS = {
     "pp2-ep2": ["parallel.pp=2", "parallel.ep=2"],
