@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ..dtypes import torch_dtype
 from ..errors import ConfigError
 from ..moe.batch import Batch
-from ..moe.models.decoder import Decoder, DecoderOutput, StageRows, carries_gate_rows
+from ..moe.models.decoder import Decoder
+from ..moe.models.stage_rows import StageRows, types_between
 from ..parallel.mesh import Mesh
 from ..parallel.stages.pipeline import Pipeline, RowShape, with_loss
 from ..parallel.stages.relay import receive, send
@@ -38,16 +39,15 @@ class InStages:
         self._stage = StageOfStep(splittable(parallel.wrapped), micro_batches)
         train = config.train
         sequences = train.batch_sequences // (train.accumulation * mesh.dp_size)
-        taken, given = _tensors_between(decoder)
+        model, stage, dtype = decoder.config, decoder.stage, torch_dtype(train.precision)
         self._pipeline = Pipeline(
             config.parallel.pp_schedule,
             self._stage,
             RowShape(
                 sequences * train.sequence_length,
-                decoder.config.d_model,
-                torch_dtype(train.precision),
-                taken,
-                given,
+                model.d_model,
+                types_between(model, stage.start, dtype),
+                types_between(model, stage.stop, dtype),
             ),
             micro_batches.count,
             mesh,
@@ -80,15 +80,17 @@ class StageOfStep(nn.Module):
         self.phases.lap("forward")  # the wait for the stage before
         given = self._micro_batches.fetch(int(number))
         self.phases.lap("data")
-        output = self._loss.decoder(self._loss.rows(given), StageRows(*rows) if rows else None)
-        if self._loss.decoder.has_last_layer:
+        decoder = self._loss.decoder
+        before = StageRows.of(rows, decoder.config, decoder.stage.start) if rows else None
+        output = decoder(self._loss.rows(given), before)
+        if decoder.has_last_layer:
             part = self._loss.score(given, output)
             found = self._micro_batches.loss(part.loss_sum, part.routings)
             assert found is not None
             self.phases.lap("forward")
             return found
         own = self._micro_batches.loss(None, output.routings)
-        x_TD, *others = _rows_of(output)
+        x_TD, *others = output.for_next_stage().tensors()
         self.phases.lap("forward")
         return with_loss(x_TD, own), *others
 
@@ -108,16 +110,16 @@ class RelayedLoss(nn.Module):
         output = decoder(batch, self._before(decoder, batch))
         if decoder.has_last_layer:
             return self._loss.score(given, output)
-        send(_rows_of(output), self._mesh)
+        send(output.for_next_stage().tensors(), self._mesh)
         return MicroBatchLoss(torch.zeros((), dtype=torch.float64), 0, output.routings)
 
     def _before(self, decoder: Decoder, batch: Batch) -> StageRows | None:
-        taken, _ = _tensors_between(decoder)
-        if not taken:
+        config, boundary = decoder.config, decoder.stage.start
+        types = types_between(config, boundary, self._dtype)
+        if not types:
             return None
-        shape = (len(batch.ids_T), decoder.config.d_model)
-        rows = receive(taken, shape, self._dtype, batch.ids_T.device, self._mesh)
-        return StageRows(*rows)
+        shape = (len(batch.ids_T), config.d_model)
+        return StageRows.of(receive(types, shape, batch.ids_T.device, self._mesh), config, boundary)
 
 
 def splittable(loss: nn.Module) -> SplitLoss:
@@ -128,15 +130,3 @@ def splittable(loss: nn.Module) -> SplitLoss:
         f"parallel.pp is given, but {type(loss).__name__} is no SplitLoss, so its decoder cannot "
         "be split into stages; set parallel.pp to 1."
     )
-
-
-def _tensors_between(decoder: Decoder) -> tuple[int, int]:
-    """Return how many tensors a stage takes from the one before, and gives to the next."""
-    config, stage = decoder.config, decoder.stage
-    taken = 0 if stage.start == 0 else 1 + carries_gate_rows(config, stage.start)
-    given = 0 if decoder.has_last_layer else 1 + carries_gate_rows(config, stage.stop)
-    return taken, given
-
-
-def _rows_of(output: DecoderOutput) -> list[Tensor]:
-    return [rows for rows in (output.hidden_TD, output.gate_TD) if rows is not None]

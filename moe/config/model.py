@@ -5,6 +5,9 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ...kernels.values.activation import Activation
+from ..blocks.block import Place
+from ..blocks.residual import Residual
+from ..blocks.table import AnyBlock
 from ..routers.router import RouterConfig
 from ..routers.routing import Lookahead
 from ..routers.table import AnyRouter
@@ -40,6 +43,8 @@ class MoEConfig(BaseModel):
     """Activation of routed and shared experts; dense layers are SwiGLU."""
     router: AnyRouter = TopK()
     """How tokens choose experts."""
+    block: AnyBlock = Residual()
+    """How the experts' output joins the residual stream."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -175,6 +180,7 @@ class ModelConfig(BaseModel):
             attention["qk_norm"] = None
         if self.moe is not None:
             values["moe"]["router"] = self.moe.router.architecture()
+            values["moe"]["block"] = self.moe.block.architecture()
         return values
 
     def router(self, layer: int) -> RouterConfig:
@@ -182,3 +188,8 @@ class ModelConfig(BaseModel):
         assert self.moe is not None and self.is_moe(layer), "only MoE layers have routers"
         is_first = not any(self.is_moe(earlier) for earlier in range(layer))
         return self.moe.router.for_first_layer() if is_first else self.moe.router
+
+    def place(self, layer: int) -> Place:
+        """Return where ``layer`` stands among the MoE layers: how many are before it, and all."""
+        layers = self.moe_layers
+        return Place(sum(earlier < layer for earlier in layers), len(layers))

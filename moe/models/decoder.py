@@ -6,7 +6,7 @@ T tokens, D model width, V vocabulary.
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -15,6 +15,7 @@ from ...kernels.experts import Backend
 from ..attention.parts import parts_of
 from ..attention.rope import Rope
 from ..batch import Batch
+from ..blocks.block import State
 from ..config.model import ModelConfig
 from ..kv_cache import SequenceCache
 from ..layer import MoELayer
@@ -24,16 +25,7 @@ from ..routers.draws import sequence_keys
 from ..routers.router import Router
 from ..routers.routing import Lookahead, Routing
 from .decoder_layer import DecoderLayer, LayerOutput, choose
-
-
-class StageRows(NamedTuple):
-    """What one stage of a decoder hands to the next."""
-
-    x_TD: Tensor
-    """The residual stream."""
-    gate_TD: Tensor | None = None
-    """What the experts of the last MoE layer read, if the router of the next one reads it too and
-    that is in a later stage (pre-gating)."""
+from .stage_rows import StageRows, carries_gate_rows, num_state_tensors
 
 
 @dataclass(slots=True)
@@ -46,6 +38,12 @@ class DecoderOutput:
     """One per MoE layer, in order."""
     gate_TD: Tensor | None = None
     """See :class:`StageRows`; None unless the next stage needs it."""
+    state: State = ()
+    """See :class:`StageRows`; empty unless the next stage needs it."""
+
+    def for_next_stage(self) -> StageRows:
+        """Return what the next stage goes on with."""
+        return StageRows(self.hidden_TD, self.gate_TD, self.state)
 
 
 class Decoder(nn.Module):
@@ -109,6 +107,7 @@ class Decoder(nn.Module):
         self._gives_rows = carries_gate_rows(config, self.stage.stop)
         self._read_later = moe_layers[-1][0] if self._gives_rows and moe_layers else None
         """The MoE layer whose experts' input the router of a later stage reads."""
+        self._gives_state = num_state_tensors(config, self.stage.stop) > 0
 
     @property
     def has_last_layer(self) -> bool:
@@ -139,19 +138,21 @@ class Decoder(nn.Module):
             batch = replace(batch, draw_keys=sequence_keys(batch.ids_T, batch.lengths))
         if self._reads_previous_ids:
             batch = batch.with_previous_ids()
-        x_TD, gate_TD = (self.embed_tokens(batch.ids_T), None) if before is None else before
+        rows = StageRows(self.embed_tokens(batch.ids_T)) if before is None else before
+        x_TD, gate_TD, state = rows
         parts = parts_of(batch, self._rope.tables(batch.positions_T, x_TD.dtype))
         early = self._route_from_tokens(batch) | self._route_from_before(gate_TD, batch)
         routings = []
         for layer in self._decoder_layers():
             index = layer.layer
             following = self._following.get(index)
-            arguments = (x_TD, batch, parts, early.get(index), following, index == self._read_later)
+            is_read = index == self._read_later
+            arguments = (x_TD, state, batch, parts, early.get(index), following, is_read)
             if self.recompute and self.training:
                 output: LayerOutput = checkpoint(layer, *arguments, use_reentrant=False)
             else:
                 output = layer(*arguments)
-            x_TD = output.x_TD
+            x_TD, state = output.x_TD, output.state
             if output.routing is not None:
                 routings.append(output.routing)
             if following is not None and output.next_routing is not None:
@@ -161,7 +162,8 @@ class Decoder(nn.Module):
         batch.advance_caches()
         if self.has_last_layer:
             x_TD = self.norm(x_TD)
-        return DecoderOutput(x_TD, routings, gate_TD if self._gives_rows else None)
+        given_TD = gate_TD if self._gives_rows else None
+        return DecoderOutput(x_TD, routings, given_TD, state if self._gives_state else ())
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """Return scores over the vocabulary, ``[T, V]``."""
@@ -188,14 +190,3 @@ class Decoder(nn.Module):
             return {}
         index, layer = self._reads_before
         return {index: choose(index, layer, gate_TD, batch)}
-
-
-def carries_gate_rows(config: ModelConfig, boundary: int) -> bool:
-    """Say whether rows for a router travel between the layers before ``boundary`` and the others.
-
-    They do if the first MoE layer at or after it reads what the experts before it read.
-    """
-    later = [layer for layer in config.moe_layers if layer >= boundary]
-    if not later or later[0] == config.moe_layers[0]:
-        return False
-    return config.router(later[0]).reads_at() is Lookahead.PREVIOUS_BLOCK

@@ -14,6 +14,8 @@ from ..attention.grouped_query import Attention
 from ..attention.latent import LatentAttention
 from ..attention.parts import Part
 from ..batch import Batch
+from ..blocks.block import State
+from ..blocks.residual import Residual
 from ..config.model import ModelConfig
 from ..gated_mlp import GatedMLP
 from ..layer import MoELayer
@@ -26,6 +28,8 @@ class LayerOutput(NamedTuple):
 
     x_TD: Tensor
     """The residual stream after the layer."""
+    state: State
+    """What the block carries to the next MoE layer."""
     routing: Routing | None = None
     """The layer's choice; None if it is dense."""
     next_routing: Routing | None = None
@@ -36,6 +40,9 @@ class LayerOutput(NamedTuple):
 
 class DecoderLayer(nn.Module):
     """Attention and an MLP or MoE layer, each behind a norm and inside a residual.
+
+    A block of ``moe.block`` takes the place of the MoE layer's residual, and carries its state past
+    dense layers. Attention and dense layers keep theirs.
 
     Routers run where their look-ahead says, and choices are announced to the experts immediately.
     """
@@ -59,6 +66,8 @@ class DecoderLayer(nn.Module):
         else:
             self.self_attn = LatentAttention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.d_model, config.rms_eps)
+        self.block = Residual() if config.moe is None else config.moe.block
+        self.place = config.place(layer)
         self.mlp: MoELayer | GatedMLP
         if config.moe is not None and config.is_moe(layer):
             self.mlp = MoELayer(
@@ -86,6 +95,7 @@ class DecoderLayer(nn.Module):
     def forward(
         self,
         x_TD: Tensor,
+        state: State,
         batch: Batch,
         parts: Sequence[Part],
         routing: Routing | None,
@@ -94,15 +104,19 @@ class DecoderLayer(nn.Module):
     ) -> LayerOutput:
         """Run the layer.
 
-        ``routing`` is this layer's choice if it was made earlier. ``following`` is the next MoE
-        layer and its index, if its router reads what this layer's experts read (pre-gating).
+        ``state`` is what the block carries from the MoE layer before. ``routing`` is this layer's
+        choice if it was made earlier. ``following`` is the next MoE layer and its index, if its
+        router reads what this layer's experts read (pre-gating).
         """
         if isinstance(self.mlp, MoELayer) and self.mlp.lookahead is Lookahead.ATTENTION_INPUT:
             routing = choose(self.layer, self.mlp, x_TD, batch)
             self.mlp.experts.announce(routing)
         x_TD, mlp_input_TD = run_attention(self._attention_backends, self._modules, x_TD, parts)
         if isinstance(self.mlp, GatedMLP):
-            return LayerOutput(x_TD + self.mlp(mlp_input_TD, batch.adapters))
+            return LayerOutput(x_TD + self.mlp(mlp_input_TD, batch.adapters), state)
+        read_TD = self.block.experts_read(x_TD, state)
+        if read_TD is not x_TD:
+            mlp_input_TD = self.post_attention_layernorm(read_TD)
         if routing is None:
             routing = choose(self.layer, self.mlp, mlp_input_TD, batch)
         next_routing = None
@@ -112,7 +126,8 @@ class DecoderLayer(nn.Module):
             following[1].experts.announce(next_routing)
         y_TD, routing = self.mlp(mlp_input_TD, routing=routing, adapters=batch.adapters)
         kept_TD = mlp_input_TD if keeps_mlp_input else None
-        return LayerOutput(x_TD + y_TD, routing, next_routing, kept_TD)
+        x_TD, state = self.block.join(x_TD, y_TD, state, self.place)
+        return LayerOutput(x_TD, state, routing, next_routing, kept_TD)
 
 
 def choose(index: int, layer: MoELayer, x_TD: Tensor | None, batch: Batch) -> Routing:

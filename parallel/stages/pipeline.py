@@ -11,7 +11,7 @@ last stage; :func:`with_loss` gives other stages theirs.
 T tokens of a micro-batch on this rank, D model width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -36,11 +36,17 @@ class RowShape:
 
     tokens: int
     width: int
-    dtype: torch.dtype
-    taken: int
-    """Tensors from the stage before; 0 in the first."""
-    given: int
-    """Tensors to the next stage; 0 in the last, which gives a loss."""
+    taken: Sequence[torch.dtype]
+    """Tensors from the stage before, by their type; none in the first."""
+    given: Sequence[torch.dtype]
+    """Tensors to the next stage; none in the last, which gives a loss."""
+
+    def like(self, types: Sequence[torch.dtype]) -> tuple[Tensor, ...]:
+        """Return tensors without memory, one for each type."""
+        size = self.tokens, self.width
+        return tuple(
+            torch.empty(size, dtype=dtype, device="meta", requires_grad=True) for dtype in types
+        )
 
 
 class Pipeline:
@@ -94,17 +100,14 @@ class Stage(PipelineStage):
         device: torch.device,
         after_backward: Callable[[], None],
     ) -> None:
-        rows = torch.empty(
-            (shape.tokens, shape.width), dtype=shape.dtype, device="meta", requires_grad=True
-        )
         loss = torch.empty((), dtype=torch.float32, device="meta", requires_grad=True)
         super().__init__(
             module,
             mesh.pp_rank,
             mesh.pp_size,
             device,
-            input_args=(rows,) * shape.taken,
-            output_args=(rows,) * shape.given or (loss,),
+            input_args=shape.like(shape.taken),
+            output_args=shape.like(shape.given) or (loss,),
             group=mesh.pp_group,
         )
         self._after_backward = after_backward

@@ -5,6 +5,8 @@ Each stage knows the batch, and so the shape of what comes. Shapes may differ fr
 T tokens, D model width.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -16,12 +18,12 @@ from .names import WAITING
 
 @pulse.in_collective(WAITING)
 def receive(
-    count: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, mesh: Mesh
+    types: Sequence[torch.dtype], shape: tuple[int, int], device: torch.device, mesh: Mesh
 ) -> list[Tensor]:
-    """Return the ``count`` tensors ``[T, D]`` that the stage before has sent for this rank."""
+    """Return the tensors ``[T, D]`` that the stage before has sent for this rank, by their type."""
     group = mesh.pp_group
     assert group is not None and mesh.pp_rank > 0, "there is no stage before"
-    received = [torch.empty(shape, dtype=dtype, device=device) for _ in range(count)]
+    received = [torch.empty(shape, dtype=dtype, device=device) for dtype in types]
     for rows_TD in received:
         if rows_TD.numel():  # else both know that there is nothing to send
             dist.recv(rows_TD, group_src=mesh.pp_rank - 1, group=group)

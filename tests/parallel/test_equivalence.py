@@ -67,6 +67,23 @@ VARIANTS = {
         "biased": True,
         "apart": True,
     },
+    "momentum": {"overrides": [TORCH, "model.moe.block={kind: momentum}"]},
+    "robust_both": {
+        "overrides": [
+            TORCH,
+            "model.moe.block={kind: robust}",
+            "model.moe.router.lookahead=previous_block",
+            "train.accumulation=2",
+            "train.recompute=true",
+        ],
+    },
+    "adam_both": {  # with its own epsilon, Adam's step is steep at 0: rounding grows 1000 times
+        "overrides": [
+            "model.moe.block={kind: adam, adam_layers: null, decay: 0.1, epsilon: 1.0e-4}",
+            "train.accumulation=2",
+            "train.recompute=true",
+        ],
+    },
     "fewer_rows_than_ranks": {"overrides": [TORCH, "model.head_dim=2"]},  # norms of 2 on 4 ranks
     "packed": {
         "overrides": [
@@ -131,7 +148,7 @@ SOMETIMES = (("ddp", 2, 1), ("fsdp", 4, 2))
 SOME = ("plain", "both", "deepseek", "fewer_rows_than_ranks", "starved_both", "lora", "bf16")
 SOME += ("muon", "frugal", "sharded", "sharded_apart", "bf16_sharded")
 """Variants that run in those worlds, too, by default."""
-IN_STAGES = ("plain", "shared_tied", "pregated_both")
+IN_STAGES = ("plain", "shared_tied", "pregated_both", "robust_both", "adam_both", "bf16_momentum")
 """Variants that run in stages by default."""
 NOT_IN_STAGES = ("router", "lora", "lora_of_experts_apart", "lora_of_experts_starved", "bf16_lora")
 FP64_TOLERANCE = 1e-12
@@ -142,6 +159,7 @@ BF16_VARIANTS = {
     "bf16_both": ["train.accumulation=2", "train.recompute=true"],
     "bf16_lora": ["train.parameters=lora"],
     "bf16_sharded": SHARDED,
+    "bf16_momentum": ["model.moe.block={kind: momentum}", "train.accumulation=2"],
 }
 BF16_TOLERANCE = {"loss": 2e-3, "grad_norm": 3e-2, "gradients": 6e-2, "weights": 2e-2}
 """First step only: later on a rounding difference may change a choice of expert."""

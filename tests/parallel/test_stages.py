@@ -16,8 +16,9 @@ import torch
 
 from moeyard.errors import ConfigError
 from moeyard.moe.batch import batch_of_rows
-from moeyard.moe.models.decoder import Decoder, StageRows, carries_gate_rows
+from moeyard.moe.models.decoder import Decoder
 from moeyard.moe.models.initialize import initialize
+from moeyard.moe.models.stage_rows import StageRows, carries_gate_rows, types_between
 from moeyard.parallel.mesh import Mesh, check_expert_parallel
 from moeyard.training.checkpoints.checkpoint import StoredTensors
 from moeyard.training.checkpoints.export import export
@@ -75,6 +76,19 @@ MODELS = {
     ],
     "tied": ["model.tie_embeddings=true", "model.moe.router.lookahead=attention_input"],
     "hashed": ["model.moe.router={kind: hash, k: 2}", "model.moe.d_shared=8"],
+    "momentum": ["model.moe.block={kind: momentum, mu: 0.6}"],
+    "robust_past_dense": [
+        "model.moe.block={kind: robust}",
+        "model.moe.router.lookahead=previous_block",
+        "model.dense_layers=[1,2]",
+        "model.d_ff=24",
+    ],
+    "adam_after_dense": [
+        "model.moe.block={kind: adam, adam_layers: 2}",
+        "model.dense_layers=[0]",
+        "model.d_ff=24",
+    ],
+    "adam_everywhere": ["model.moe.block={kind: adam, adam_layers: null, decay: 0.1}"],
 }
 
 
@@ -100,8 +114,14 @@ def test_stages_one_after_the_other_are_the_whole_decoder(config_file, name, siz
     for stage in stages:
         output = stage(batch, before)
         routings += output.routings
-        before = StageRows(output.hidden_TD, output.gate_TD)
-        assert (output.gate_TD is not None) == carries_gate_rows(whole.config, stage.stage.stop)
+        stop = stage.stage.stop
+        if stop < whole.config.num_layers:
+            passed = output.for_next_stage().tensors()
+            assert [rows.dtype for rows in passed] == types_between(
+                whole.config, stop, torch.float64
+            )
+            before = StageRows.of(passed, whole.config, stop)
+        assert (output.gate_TD is not None) == carries_gate_rows(whole.config, stop)
     assert torch.equal(output.hidden_TD, expected.hidden_TD)
     for found, right in zip(routings, expected.routings, strict=True):
         assert torch.equal(found.experts_TK, right.experts_TK)
@@ -120,12 +140,9 @@ def test_stages_one_after_the_other_are_the_whole_decoder(config_file, name, siz
 # Slow: four processes
 
 
+DENSE_BETWEEN = ["model.dense_layers=[1,2]", "model.d_ff=40"]
 CROSSING = {
-    "past_dense": [
-        "model.moe.router.lookahead=previous_block",
-        "model.dense_layers=[1,2]",
-        "model.d_ff=40",
-    ],
+    "past_dense": ["model.moe.router.lookahead=previous_block", *DENSE_BETWEEN],
     "dense_first": ["model.dense_layers=[0]", "model.d_ff=40", "model.moe.d_shared=8"],
     "hash_recomputed": ["model.moe.router={kind: hash, k: 2}", "train.recompute=true"],
     "pregated_recomputed": [
@@ -144,6 +161,12 @@ CROSSING = {
     ],
     "tied": ["model.tie_embeddings=true"],
     "relu": ["model.moe.router={kind: relu}"],
+    "robust": [
+        "model.moe.block={kind: robust}",
+        "model.moe.router.lookahead=previous_block",
+        "train.recompute=true",
+    ],
+    "adam": ["model.moe.block={kind: adam, adam_layers: 2, epsilon: 1.0e-4}", *DENSE_BETWEEN],
 }
 SPLITS = {
     "pp2-ep2": ["parallel.pp=2", "parallel.ep=2"],
@@ -214,9 +237,10 @@ def without(run_dir: Path, *steps: int) -> None:
 
 @pytest.mark.dist
 @pytest.mark.slow
-def test_a_run_goes_on_with_and_without_stages_and_exports_the_same(tmp_path, config_file):
+@pytest.mark.parametrize("kind", ["router.lookahead=previous_block", "block={kind: robust}"])
+def test_a_run_goes_on_with_and_without_stages_and_exports_the_same(tmp_path, config_file, kind):
     """Steps 1 to 3 in two stages, 4 to 6 in one process, 7 to 9 in two stages with EP."""
-    options = [str(config_file), *RUN, "model.moe.router.lookahead=previous_block"]
+    options = [str(config_file), *RUN, f"model.moe.{kind}"]
     one = tmp_path / "one"
     training(*options, f"run_dir={one}")
     moved = tmp_path / "moved"

@@ -34,7 +34,7 @@ ROOMS = {
         ["adapted_waves", "experts", "frozen_experts"],
     ],
     "moe": [
-        ["adapters", "kept_ids", "without_memory"],
+        ["adapters", "blocks", "kept_ids", "without_memory"],
         ["kv_cache", "linear", "norm", "routers"],
         ["gated_mlp", "kv_blocks"],
         ["batch", "config", "experts"],
