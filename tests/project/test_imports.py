@@ -41,6 +41,7 @@ ROOMS = {
         ["attention", "layer", "soft_moe"],
         ["models"],
         ["folders", "routes"],
+        ["updates"],
     ],
     "parallel": [
         ["host", "local_ranks", "parent", "planning", "watch"],
@@ -52,7 +53,7 @@ ROOMS = {
     ],
     "training": [
         ["section"],
-        ["checkpoint_config", "monitor_config", "parallel_config"],
+        ["checkpoint_config", "monitor_config", "parallel_config", "publish_config"],
         ["expert_memory_check", "optimizers", "parallel_check", "stages_check"],
         ["config", "device", "key_check", "phases", "precision", "schedule", "stop"],
         ["deepspeed_file", "layer_shape"],
@@ -65,7 +66,7 @@ ROOMS = {
         ["stages"],
         ["read_config", "report", "saves", "setup", "step"],
         ["observers", "on_paper"],
-        ["routes"],
+        ["publisher", "routes"],
         ["trainer"],
         ["program"],
         ["__main__"],
