@@ -4,6 +4,7 @@ import asyncio
 import random
 import re
 import shutil
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from live_updates import RandomRun, are_equal, copied, decoder_of, weights_of
 from test_engine import latin, request
 
 from moeyard.errors import ConfigError
+from moeyard.moe.batch import batch_of
+from moeyard.moe.folders.folder import ModelFolder
 from moeyard.serving.engine.engine import Engine
 from moeyard.serving.engine.thread import EngineThread
 from moeyard.serving.experts.options import StoreOptions
@@ -24,6 +27,7 @@ from moeyard.serving.serve_args import ServeArgs
 from moeyard.serving.server import Server, check_model
 
 from http_calls import client_of
+from small_model import CONFIG, write_decoder, write_random_model
 
 MEMORY = pytest.mark.parametrize("memory", [None, "25%"], ids=["resident", "offloaded"])
 
@@ -39,10 +43,6 @@ class Receiver:
         self.follower = self._follower(folder, updates, tier)
 
     def _follower(self, folder, updates, tier):
-        from concurrent.futures import Future
-
-        from moeyard.moe.folders.folder import ModelFolder
-
         def exchange(version, swap):
             self.engine.exchange_weights(version, swap)
             done = Future()
@@ -82,11 +82,12 @@ def rounded(units):
     }
 
 
-@MEMORY
-@pytest.mark.parametrize("dtype", [None, "bf16"])
+@pytest.mark.parametrize(
+    ("memory", "dtype"), [(None, None), ("25%", None), ("25%", "bf16")], ids=str
+)
 def test_any_number_of_updates_is_a_full_copy_bit_for_bit(model_folder, run, memory, dtype):
     receiver = Receiver(model_folder, run.updates, memory, dtype)
-    for _ in range(9):
+    for _ in range(5):
         for _ in range(run.draw.randint(1, 3)):  # a receiver may be slower than the publisher
             run.next()
         receiver.say([1, 2, 3], 3)  # some experts are in memory
@@ -99,8 +100,6 @@ def test_any_number_of_updates_is_a_full_copy_bit_for_bit(model_folder, run, mem
 @MEMORY
 def test_a_model_says_after_an_update_what_a_new_one_says(model_folder, run, memory, tmp_path):
     from live_updates import DecoderWeights  # noqa: F401
-
-    from small_model import write_decoder
 
     receiver = Receiver(model_folder, run.updates, memory)
     old = receiver.say([5, 6, 7])
@@ -123,7 +122,7 @@ def test_lost_repeated_and_reordered_updates_do_no_harm(model_folder, run, tmp_p
         replay.next()
         states[version] = copied(replay.units())
     there = {version: run.updates.of(version) for version in range(1, 14)}
-    for seed in range(4):
+    for seed in range(3):
         draw = random.Random(seed)
         lossy = tmp_path / f"lossy-{seed}"
         lossy.mkdir()
@@ -189,8 +188,6 @@ def test_a_version_whose_files_are_repaired_is_tried_again(model_folder, run):
 def test_updates_of_another_model_or_run_are_refused_in_one_sentence(
     model_folder, run, tmp_path, caplog
 ):
-    from small_model import CONFIG, write_random_model
-
     other = CONFIG.model_copy(update={"num_kv_heads": 2})
     write_random_model(tmp_path / "other", other)
     stranger = RandomRun(decoder_of(tmp_path / "other"), run.updates.path)
@@ -255,12 +252,10 @@ def test_every_step_is_wholly_old_or_wholly_new_and_kept_keys_stay_old(model_fol
 @torch.inference_mode()
 def greedy(old, new, prompt, swap_after, count):
     """Return greedy tokens of ``old``, from the step ``swap_after`` on of ``new``, in one cache."""
-    from moeyard.moe.batch import batch_of_chunks
-
     cache, ids, found = old.new_cache(), prompt, []
     for step in range(count):
         decoder = old if step < swap_after else new
-        output = decoder(batch_of_chunks([ids], [cache]))
+        output = decoder(batch_of([torch.tensor(ids)], [cache]))
         ids = [int(decoder.logits(output.hidden_TD[-1:]).argmax())]
         found += ids
     return found
@@ -277,7 +272,8 @@ def test_keys_and_values_of_old_weights_are_never_taken_over(model_folder, run, 
     assert hits._value.get() == 64, "whole blocks of the prompt, but the last token"
     # Two answers to one prompt: the second waits for the first, which reads across the change.
     engine._scheduler._prompt_rows = 32
-    twins = [request(f"twin-{i}", [*long, 9], group="g", max_tokens=3) for i in range(2)]
+    other = [200, *long]
+    twins = [request(f"twin-{i}", other, group="g", max_tokens=20) for i in range(2)]
     for twin in twins:
         engine.add(twin)
     engine.step()
@@ -289,9 +285,9 @@ def test_keys_and_values_of_old_weights_are_never_taken_over(model_folder, run, 
     before = hits._value.get()
     fresh = Receiver(model_folder, run.updates, memory)
     fresh.follower.look()
-    for prompt in ([*long, 9], long, [*long, 9, 9]):
+    for prompt in (other, long, [*other, 9], [*long, 9]):
         assert receiver.say(prompt) == fresh.say(prompt)
-    assert hits._value.get() - before <= 2 * 80, "only of prompts read since the change"
+    assert hits._value.get() - before == 2 * 80, "of prompts that were read since the change"
 
 
 def test_experts_that_were_in_memory_come_back_by_themselves(model_folder, run):
