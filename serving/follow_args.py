@@ -3,10 +3,13 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from pydantic import BaseModel
 
 from ..errors import ConfigError
 from ..moe.folders.folder import ModelFolder
+from ..moe.folders.tensor_names import dense_tensors
+from .experts.budget import bytes_of_experts
 from .live.weights import check_followable
 
 NOT_OFFERED: Mapping[str, object] = {
@@ -44,3 +47,16 @@ def check_follow(args: FollowArgs, folder: ModelFolder) -> None:
             f"follow is {args.follow!r}, which is not a folder; give the run's publish.folder."
         )
     check_followable(folder)
+
+
+def bytes_of_update(
+    args: FollowArgs, folder: ModelFolder, dtype: torch.dtype, expert_memory: str | None
+) -> int:
+    """Return the most memory that an update takes until it is in place.
+
+    Experts behind a store need none: they are read from the update when they are needed.
+    """
+    if args.follow is None:
+        return 0
+    dense = sum(tensor.numel() for _, tensor in dense_tensors(folder.config)) * dtype.itemsize
+    return dense + (bytes_of_experts(folder, dtype, None) if expert_memory is None else 0)

@@ -30,7 +30,7 @@ from .experts.event_log import SUFFIX as LOG_SUFFIX
 from .experts.predictors.table import check_fit
 from .experts.tiers.live import LiveTier
 from .experts.tiers.shared_memory import check_shared_memory
-from .follow_args import check_follow
+from .follow_args import bytes_of_update, check_follow
 from .live.open import follow
 from .load_checks import check_options
 from .loading import open_model, pick_dtype
@@ -78,10 +78,11 @@ def check_model(args: ServeArgs, runs_here: bool = False) -> None:
     kv = asked_kv_bytes(folder, dtype, args.kv_memory, demand) or 0
     check_owners_fit(args, folder)
     copies += bytes_elsewhere(folder, dtype, args.expert_memory, args.expert_parallel)
+    check_follow(args, folder)
+    copies += bytes_of_update(args, folder, dtype, args.expert_memory)
     if runs_here:
         check_memory(folder, dtype, args.expert_memory, args.most_replicas, host, copies, kv)
         check_shared_memory(host)
-    check_follow(args, folder)
     check_adapters(args, folder, args.model_name, args.api_key, args.most_replicas)
     folder.close()
     check_length(args.max_model_len, folder.config.max_positions)

@@ -175,7 +175,10 @@ class Follower:
             self._asked_after = newest
             asked = self._folder.ask_for_full()
             how = "the publisher was asked for one" if asked else "the folder takes no wish for one"
-            log.warning("versions %d to %d wait for a full snapshot; %s.", current + 1, newest, how)
+            log.warning(
+                "version %d cannot follow on version %d without a full snapshot; %s.",
+                *(newest, current, how),
+            )
 
     def _run(self) -> None:
         while not self._is_closed.wait(self._look_every_s):

@@ -5,13 +5,14 @@ import shutil
 
 import pytest
 import torch
-from live_updates import RandomRun, decoder_of
 
 from moeyard.moe.folders.families.table import FAMILIES
 from moeyard.moe.updates.chain import path_to_newest
 from moeyard.moe.updates.folder import UpdatesFolder
 from moeyard.moe.updates.manifest import UpdateError
 from moeyard.moe.updates.read import OpenUpdate
+
+from live_runs import RandomRun, decoder_of
 
 
 @pytest.mark.parametrize(

@@ -4,69 +4,25 @@ import asyncio
 import random
 import re
 import shutil
-from concurrent.futures import Future
 
 import pytest
 import torch
-from live_updates import RandomRun, are_equal, copied, decoder_of, weights_of
-from test_engine import latin, request
 
 from moeyard.errors import ConfigError
 from moeyard.moe.batch import batch_of
-from moeyard.moe.folders.folder import ModelFolder
 from moeyard.serving.engine.engine import Engine
 from moeyard.serving.engine.thread import EngineThread
-from moeyard.serving.experts.options import StoreOptions
-from moeyard.serving.experts.tiers.live import LiveTier
-from moeyard.serving.live.follow import Follower
-from moeyard.serving.live.metrics import LiveMetrics
 from moeyard.serving.live.open import follow
-from moeyard.serving.live.weights import LiveWeights
 from moeyard.serving.loading import open_model
 from moeyard.serving.serve_args import ServeArgs
 from moeyard.serving.server import Server, check_model
 
 from http_calls import client_of
+from live_runs import RandomRun, Receiver, are_equal, copied, decoder_of
 from small_model import CONFIG, write_decoder, write_random_model
+from test_engine import latin, request
 
 MEMORY = pytest.mark.parametrize("memory", [None, "25%"], ids=["resident", "offloaded"])
-
-
-class Receiver:
-    """A server without HTTP, whose follower looks when it is told to."""
-
-    def __init__(self, folder, updates, memory=None, dtype=None):
-        tier = LiveTier()
-        options = StoreOptions(live=tier)
-        self.model, self.store = open_model(folder, dtype, expert_memory=memory, options=options)
-        self.engine = Engine(self.model, latin, self.store, max_num_seqs=4)
-        self.follower = self._follower(folder, updates, tier)
-
-    def _follower(self, folder, updates, tier):
-        def exchange(version, swap):
-            self.engine.exchange_weights(version, swap)
-            done = Future()
-            done.set_result(None)
-            return done
-
-        weights = LiveWeights(ModelFolder(folder), self.model.decoder, self.store, tier)
-        metrics = LiveMetrics(self.engine.metrics.registry)
-        return Follower(updates, weights, exchange, metrics)
-
-    @property
-    def version(self):
-        current = self.follower.metrics.current
-        return 0 if current is None else current.version
-
-    def weights(self):
-        return weights_of(self.model.decoder)
-
-    def say(self, prompt, count=12):
-        self.engine.add(request("a", prompt, max_tokens=count))
-        events = []
-        while self.engine.has_work:
-            events += self.engine.step()
-        return "".join(event.text for event in events)
 
 
 @pytest.fixture
@@ -99,7 +55,7 @@ def test_any_number_of_updates_is_a_full_copy_bit_for_bit(model_folder, run, mem
 
 @MEMORY
 def test_a_model_says_after_an_update_what_a_new_one_says(model_folder, run, memory, tmp_path):
-    from live_updates import DecoderWeights  # noqa: F401
+    from live_runs import DecoderWeights  # noqa: F401
 
     receiver = Receiver(model_folder, run.updates, memory)
     old = receiver.say([5, 6, 7])

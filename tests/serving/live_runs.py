@@ -2,11 +2,13 @@
 
 import random
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import torch
 
 from moeyard.moe.folders.families.table import FAMILIES
+from moeyard.moe.folders.folder import ModelFolder
 from moeyard.moe.folders.hf_config import to_hf
 from moeyard.moe.folders.tensor_names import dense_tensors
 from moeyard.moe.folders.write_weights import plan_weights
@@ -15,10 +17,17 @@ from moeyard.moe.routes.identity import identity_of
 from moeyard.moe.updates.folder import UpdatesFolder
 from moeyard.moe.updates.manifest import Key
 from moeyard.moe.updates.write import Head, units_of, write_update
+from moeyard.serving.engine.engine import Engine
 from moeyard.serving.experts.offloaded import OffloadedExperts
+from moeyard.serving.experts.options import StoreOptions
+from moeyard.serving.experts.tiers.live import LiveTier
+from moeyard.serving.live.follow import Follower
+from moeyard.serving.live.metrics import LiveMetrics
+from moeyard.serving.live.weights import LiveWeights
 from moeyard.serving.loading import open_model
 
 from small_model import DecoderWeights
+from test_engine import latin, request
 
 PARTS = ("gate", "up", "down")
 
@@ -82,6 +91,43 @@ class RandomRun:
         keys = self.change()
         is_full = self.version % full_every == 0
         return self.publish(None if is_full else keys)
+
+
+class Receiver:
+    """A server without HTTP, whose follower looks when it is told to."""
+
+    def __init__(self, folder, updates, memory=None, dtype=None):
+        tier = LiveTier()
+        options = StoreOptions(live=tier)
+        self.model, self.store = open_model(folder, dtype, expert_memory=memory, options=options)
+        self.engine = Engine(self.model, latin, self.store, max_num_seqs=4)
+        self.follower = self._follower(folder, updates, tier)
+
+    def _follower(self, folder, updates, tier):
+        def exchange(version, swap):
+            self.engine.exchange_weights(version, swap)
+            done = Future()
+            done.set_result(None)
+            return done
+
+        weights = LiveWeights(ModelFolder(folder), self.model.decoder, self.store, tier)
+        metrics = LiveMetrics(self.engine.metrics.registry)
+        return Follower(updates, weights, exchange, metrics)
+
+    @property
+    def version(self):
+        current = self.follower.metrics.current
+        return 0 if current is None else current.version
+
+    def weights(self):
+        return weights_of(self.model.decoder)
+
+    def say(self, prompt, count=12):
+        self.engine.add(request("a", prompt, max_tokens=count))
+        events = []
+        while self.engine.has_work:
+            events += self.engine.step()
+        return "".join(event.text for event in events)
 
 
 def weights_of(decoder: Decoder) -> dict[Key, list[torch.Tensor]]:
