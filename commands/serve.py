@@ -58,6 +58,11 @@ def add(parsers: Parsers) -> None:
     _add_speculation(serve)
     add_adapters(serve)
     _add_recording(serve)
+    serve.add_argument(
+        "--follow",
+        metavar="DIR",
+        help="take over what a run publishes into DIR (publish.folder) while requests run",
+    )
     add_ignore_unused_weights(serve)
     add_allow_code(serve)
     serve.set_defaults(run=run)

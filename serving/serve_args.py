@@ -11,10 +11,11 @@ from ..moe.folders.hub import hub_name, local_folder
 from .engine.tokenizer import ServingTokenizer
 from .expert_parallel_args import ExpertParallelArgs, check_combination
 from .experts.options import StoreOptions
+from .follow_args import FollowArgs
 from .lora_args import LoraArgs
 
 
-class ServeArgs(LoraArgs, ExpertParallelArgs):
+class ServeArgs(LoraArgs, ExpertParallelArgs, FollowArgs):
     """Arguments of ``moeyard serve``, of ``serve run`` and of a deployment's YAML."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -28,7 +28,10 @@ from .experts.budget import bytes_of_experts, host_bytes
 from .experts.copies import check_fallback
 from .experts.event_log import SUFFIX as LOG_SUFFIX
 from .experts.predictors.table import check_fit
+from .experts.tiers.live import LiveTier
 from .experts.tiers.shared_memory import check_shared_memory
+from .follow_args import bytes_of_update, check_follow
+from .live.open import follow
 from .load_checks import check_options
 from .loading import open_model, pick_dtype
 from .lora_args import check_adapters
@@ -75,6 +78,8 @@ def check_model(args: ServeArgs, runs_here: bool = False) -> None:
     kv = asked_kv_bytes(folder, dtype, args.kv_memory, demand) or 0
     check_owners_fit(args, folder)
     copies += bytes_elsewhere(folder, dtype, args.expert_memory, args.expert_parallel)
+    check_follow(args, folder)
+    copies += bytes_of_update(args, folder, dtype, args.expert_memory)
     if runs_here:
         check_memory(folder, dtype, args.expert_memory, args.most_replicas, host, copies, kv)
         check_shared_memory(host)
@@ -95,6 +100,8 @@ class Server:
             options = replace(options, log=path)
         self._sharding = None if args.expert_parallel == 1 else _sharding(args)
         options = replace(options, sharding=self._sharding)
+        if args.follow is not None and args.expert_memory is not None:
+            options = replace(options, live=LiveTier())
         model, self._store = open_model(
             args.model,
             args.dtype,
@@ -130,6 +137,11 @@ class Server:
         if self._sharding is not None and self._sharding.team is not None:
             self.metrics.registry.register(self._sharding.team.metrics)
         self.thread = EngineThread(engine)
+        self._follower = None
+        if args.follow is not None:
+            where = (args.model, args.follow, model.decoder, self.thread)
+            self._follower = follow(*where, self._store, options.live)
+            self._models.live = self._follower.metrics.facts
         self.admission = Admission(
             args.max_num_seqs, args.max_queued_requests, engine.metrics.rejected
         )
@@ -156,6 +168,8 @@ class Server:
 
     def close(self) -> None:
         """Stop the threads."""
+        if self._follower is not None:
+            self._follower.close()
         self.thread.stop()
         self.end_files()
         self._tokenizer.close()

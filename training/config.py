@@ -15,6 +15,7 @@ from .optimizers.check import problem_with_optimizer
 from .optimizers.table import OptimizerSection
 from .parallel_check import problem_with_parallel
 from .parallel_config import ParallelConfig
+from .publish_config import PublishConfig
 from .section import Section
 from .stages_check import problem_with_stages
 
@@ -143,6 +144,8 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     parallel: ParallelConfig = ParallelConfig()
     monitor: MonitorConfig = MonitorConfig()
+    publish: PublishConfig | None = None
+    """Publish weights for servers that follow the run; None = do not."""
 
     @model_validator(mode="before")
     @classmethod

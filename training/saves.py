@@ -67,8 +67,7 @@ class Saves:
         self._failed_saves = 0  # in a row
         self.saved = 0
         """The step of the last checkpoint of this run that is known to be whole."""
-        self._under_way: int | None = None
-        """The step that is being written while training goes on."""
+        self._under_way: int | None = None  # the step that is being written
         self._origin = None if config.start_from is None else read_origin(config.start_from)
         self._generator = torch.default_generator
         if torch.cuda.is_available():
@@ -86,7 +85,7 @@ class Saves:
         pulse.begin(f"saving step {done}")
         if self._end_last(done, must) == done:
             return
-        content = done, self._tensors(), self._state()
+        content = done, self._tensors(), self.state()
         if self._config.checkpoint.asynchronous and not must:
             self.checkpoints.start(*content, self._warn_early)
             self._under_way = done
@@ -220,7 +219,8 @@ class Saves:
     def _rng_key(self) -> str:
         return f"rng/{self._mesh.rank}-of-{self._mesh.world_size}"
 
-    def _state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint of now says of the run, apart from the step."""
         experts = {} if self._ownership is None else {EXPERTS: self._ownership.state()}
         return experts | {
             "world_size": self._mesh.world_size,

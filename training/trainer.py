@@ -25,6 +25,7 @@ from .observers.observers import Observer, Observers
 from .observers.open import open_observers
 from .parallelize import parallelize
 from .phases import PhaseAverage
+from .publisher import Publisher
 from .routes import RouteRecording
 from .run.agreement import check_same_beginning
 from .run.folder import dump_config
@@ -149,6 +150,9 @@ class Trainer:
         if self._config.monitor.routes is not None:
             model = (self.objective, self.decoder, self._step)
             of_this_rank.append(RouteRecording(*model, *run))
+        if self._config.publish is not None:
+            facts = (self._config, self._model_config, self.saves.state, self._step.optimizer)
+            of_this_rank.append(Publisher(*facts, self._run_dir, self._mesh))
         return open_observers(self._config, self._model_config, *run, of_this_rank)
 
     def _note_start(self, done: int, parameters: dict[str, int]) -> None:

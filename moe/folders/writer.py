@@ -90,18 +90,26 @@ def _write_shards(folder: Path, plans: Sequence[TensorPlan], limit: int) -> None
 
 
 def _write_tensor(out: BinaryIO, plan: TensorPlan, progress: Progress, hashes: HashWriter) -> None:
+    done = 0
+    for data in bytes_of(plan):
+        out.write(data)
+        hashes.add(plan, done, data)
+        done += len(data)
+        progress.advance(len(data))
+        del data  # free it before the next piece is made
+
+
+def bytes_of(plan: TensorPlan) -> Iterator[memoryview]:
+    """Yield the bytes of a tensor, as they are stored, in pieces; one is in memory at a time."""
     left = plan.num_bytes
     for part in plan.parts():
         assert part.dtype == plan.dtype, f"{plan.name} has a part of type {part.dtype}"
         is_row = part.shape == plan.shape[1:]
         assert is_row or part.shape[1:] == plan.shape[1:], f"{plan.name} has part {part.shape}"
         flat = part.detach().contiguous().reshape(-1)
-        data = memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
-        out.write(data)
-        hashes.add(plan, plan.num_bytes - left, data)
         left -= part.nbytes
-        progress.advance(part.nbytes)
-        del part, flat, data  # free them before the next piece is made
+        yield memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
+        del part, flat
     assert left == 0, f"the parts of {plan.name} are {left} bytes short"
 
 

@@ -6,6 +6,7 @@ allow it, because they read folders that a client names.
 """
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 
 from starlette.requests import Request
@@ -25,6 +26,8 @@ class ServedModels:
     def __init__(self, model_name: str, adapters: AdapterTable) -> None:
         self.model_name = model_name
         self.adapters = adapters
+        self.live: Callable[[], dict[str, int] | None] | None = None
+        """Says which version the weights have, if they follow a run."""
 
     @property
     def names(self) -> list[str]:
@@ -58,6 +61,8 @@ class ServedModels:
             "owned_by": "moeyard",
             "max_model_len": max_model_len,
         }
+        if self.live is not None:
+            found["weights"] = self.live()
         return found if name == self.model_name else found | {"parent": self.model_name}
 
 

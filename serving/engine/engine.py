@@ -3,6 +3,7 @@
 L MoE layers, E experts, V vocabulary.
 """
 
+from collections.abc import Callable
 from time import perf_counter
 
 import torch
@@ -16,15 +17,13 @@ from ...moe.models.text_stream import Decode
 from ..experts.store import ExpertStore
 from .blocks import BlockPool
 from .choosing import choose_tokens, score_prompt
-from .drafts.checks import check_rows_alone
 from .drafts.events import joined
-from .drafts.speculation import Speculation
-from .drafts.table import drafter_named
+from .drafts.speculation import Speculation, open_speculation
 from .jobs import Job
 from .kv_memory import KVMemory, blocks_within, kv_bytes_of, most_blocks, specs_of
 from .metrics import EngineMetrics
 from .request_checks import check_length, check_request
-from .salts import salt_of
+from .salts import Salts
 from .scheduler import Plan, Scheduler
 from .sequence import GenerationEvent, GenerationRequest, Sequence
 from .step import StepResult, Turn, request_error, run_step
@@ -59,7 +58,7 @@ class Engine:
         self._model = model
         self._decode = decode
         self._prefill_chunk = prefill_chunk
-        self._reuses_prefixes = reuses_prefixes
+        self._salts = Salts(reuses_prefixes)
         self._shares_prompts = shares_prompts
         self._has_exact_rows = rows_are_exact(model.decoder)
         check_length(max_model_len, model.config.max_positions)
@@ -76,12 +75,8 @@ class Engine:
         self._scheduler = Scheduler(self._pool, BLOCK, max_num_seqs, prefill_chunk)
         self._sequences: dict[str, Sequence] = {}
         self.metrics = EngineMetrics(model.config, store)
-        self._speculation = None
-        make_drafter = drafter_named(speculative)
-        if make_drafter is not None:
-            check_rows_alone(model.decoder)
-            registry = self.metrics.registry
-            self._speculation = Speculation(make_drafter, speculative_rows, registry)
+        drafts = (speculative, speculative_rows, model.decoder, self.metrics.registry)
+        self._speculation = open_speculation(*drafts)
         self._count_requests()
 
     @property
@@ -144,6 +139,17 @@ class Engine:
         self._count_requests()
         return events
 
+    def exchange_weights(self, version: int, swap: Callable[[], None]) -> None:
+        """Let ``swap`` change the model's weights, between two steps, to those of ``version``.
+
+        Requests that run go on with the new weights and the keys and values that they have. Others
+        take over only what was computed with the new weights.
+        """
+        swap()
+        self._salts.weights_version = version
+        for sequence in self._sequences.values():
+            sequence.job.change_weights(self._salts.of(sequence.request))
+
     def _job(self, request: GenerationRequest) -> Job:
         return Job(
             request.request_id,
@@ -151,7 +157,7 @@ class Engine:
             len(request.prompt_ids),
             chunk=None if self._has_exact_rows else self._prefill_chunk,
             priority=request.priority,
-            salt=salt_of(request) if self._reuses_prefixes else None,
+            salt=self._salts.of(request),
             scores_prompt=request.scores_prompt,
             group=request.group if self._shares_prompts else "",
         )

@@ -71,6 +71,14 @@ class Job:
         end = (self.num_read // self.chunk + 1) * self.chunk
         return min(end, self.num_prompt) - self.num_read
 
+    def change_weights(self, salt: bytes | None) -> None:
+        """Hear that keys and values from now on are those of other weights.
+
+        A request that has read tokens goes on, and shares its mixed blocks with no other.
+        """
+        self.salt = None if self.blocks else salt
+        self._hashes.clear()
+
     def names(self, first: int, end: int, unit: int, block: int) -> list[bytes]:
         """Return the names of the blocks of units ``first`` to ``end``.
 

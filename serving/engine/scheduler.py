@@ -121,6 +121,7 @@ class Scheduler:
         job.blocks += self.pool.take(needed)
         job.num_read, job.num_published = job.num_prompt, leader.num_published
         job.num_reused = leader.num_reused
+        job.salt = None if leader.salt is None else job.salt  # mixed blocks stay their own
         insort(self._running, job, key=_rank)
         last = (job.num_prompt - 1) // self._block
         return leader.blocks[last], job.blocks[last]

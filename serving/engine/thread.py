@@ -9,7 +9,8 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 from ...errors import RequestError
@@ -37,6 +38,13 @@ class _Add:
 @dataclass(frozen=True, slots=True)
 class _Cancel:
     request_ids: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Exchange:
+    version: int
+    swap: Callable[[], None]
+    done: "Future[None]"
 
 
 class _Reader:
@@ -78,7 +86,7 @@ class EngineThread:
     def __init__(self, engine: Engine, stuck_after_s: float = STUCK_AFTER_S) -> None:
         self.engine = engine
         self._stuck_after_s = stuck_after_s
-        self._commands: queue.SimpleQueue[_Add | _Cancel | None] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[_Add | _Cancel | _Exchange | None] = queue.SimpleQueue()
         self._readers: dict[str, tuple[_Reader, int]] = {}
         """By request, with its index among those that were put together."""
         self._step_started: float | None = None
@@ -124,6 +132,17 @@ class EngineThread:
             if unfinished:
                 self._commands.put(_Cancel(list(unfinished)))
 
+    def exchange_weights(self, version: int, swap: Callable[[], None]) -> "Future[None]":
+        """Let the engine call ``swap`` between two steps; see :meth:`Engine.exchange_weights`.
+
+        The future is cancelled if the engine ends before.
+        """
+        done: Future[None] = Future()
+        self._commands.put(_Exchange(version, swap, done))
+        if self.problem() is not None and not self._thread.is_alive():
+            done.cancel()
+        return done
+
     def stop(self) -> None:
         """End the thread after the step it is in."""
         self._commands.put(None)
@@ -157,8 +176,18 @@ class EngineThread:
                 for request_id in command.request_ids:
                     self._readers.pop(request_id, None)
                     self.engine.cancel(request_id)
+            elif isinstance(command, _Exchange):
+                self._exchange(command)
             else:
                 self._add(command)
+
+    def _exchange(self, command: _Exchange) -> None:
+        try:
+            self.engine.exchange_weights(command.version, command.swap)
+        except BaseException as error:
+            command.done.set_exception(error)
+            raise  # half of the weights may be new
+        command.done.set_result(None)
 
     def _add(self, command: _Add) -> None:
         refused = []
@@ -193,6 +222,8 @@ class EngineThread:
             command = self._commands.get()
             if isinstance(command, _Add):
                 self._listen(command)
+            elif isinstance(command, _Exchange):
+                command.done.cancel()
         self._deliver(
             [
                 GenerationEvent(request_id, "", 0, "error", _unavailable(message))

@@ -1,7 +1,7 @@
 """Slots for experts: which slot is taken, who leaves it, when its read begins and ends."""
 
 from collections import deque
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Sequence
 
 from ...kernels.values.quantized_weights import SlotWeights
 from ...moe.folders.expert_layouts import ExpertViews
@@ -112,6 +112,25 @@ class SlotFiller:
         self._statistics.put_out(key)
         self._policy.forget(key)
         return self._slots.put_out(key)
+
+    def clear(self, keys: Collection[Key]) -> list[Key]:
+        """Free the slots of experts and end their reads; return those that were here or coming.
+
+        Waits for reads under way to end, at their next part.
+        """
+        reads = [read for read in self._slots.all_filling() if read.key in keys]
+        for read in reads:
+            self.drop(read)
+        running = [read for read in reads if self._slots.filling(read.key) is read]
+        self._reads.wait_for_all(running)
+        for read in running:
+            self.book(read)
+        here = [key for key in keys if key in self._slots]
+        for key in here:
+            self._slots.release(self._slots.pools.of(key), self._put_out(key))
+        found = dict.fromkeys([*here, *(read.key for read in reads)])
+        self.likely.difference_update(found)
+        return list(found)
 
     def submit(self, key: Key, slot: int, is_urgent: bool) -> Read:
         pool = self._slots.pools.of(key)

@@ -56,6 +56,11 @@ class OffloadedExperts(LayerExperts):
         )
 
     @property
+    def num_experts(self) -> int:
+        """The experts of this layer."""
+        return self._num_experts
+
+    @property
     def store(self) -> ExpertStore:
         """The store that all layers share."""
         return self._store

@@ -24,6 +24,7 @@ from .sparsity import Sparsity, read_sparsity
 from .store import ExpertStore
 from .tiers.disk import DiskTier
 from .tiers.open import Tiers, open_tiers
+from .tiers.tier import Tier
 
 
 def open_store(
@@ -53,7 +54,10 @@ def open_store(
     dense = sum(tensor.numel() for _, tensor in dense_tensors(config)) * dtype.itemsize
     plan = plan_reads(folder, options.reader, max(0, free_bytes - pools.num_bytes - dense))
     save = _learn_hashes(folder)
-    tiers = open_tiers(DiskTier(folder), folder, dtype, pools, options.host_memory)
+    disk: Tier = DiskTier(folder)
+    if options.live is not None:
+        disk = options.live.over(disk)
+    tiers = open_tiers(disk, folder, dtype, pools, options.host_memory)
     store = ExpertStore(
         facts,
         pools,

@@ -11,6 +11,7 @@ from ...moe.models.decoder import Decoder
 from .policies.policy import Policy
 from .predictors.predictor import Predictor
 from .store import ExpertStore
+from .tiers.live import LiveTier
 
 
 class Sharding(Protocol):
@@ -55,6 +56,9 @@ class StoreOptions:
     """Tokens of a window that the exact model checks; None = it checks nothing."""
     correction_threshold: float | None = None
     """Probability from which a proposed token is accepted; None = only the exact model's choice."""
+
+    live: LiveTier | None = None
+    """Where updates put experts; None = they never change."""
 
     sharding: Sharding | None = None
     """Who else has experts; None = this process has them all."""

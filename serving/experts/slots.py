@@ -126,6 +126,10 @@ class Slots:
         self._num_resident -= 1
         return slot
 
+    def release(self, pool: int, slot: int) -> None:
+        """Book a slot that was taken as free again."""
+        self._free[pool].append(slot)
+
 
 class Protected:
     """The experts that may not leave: compute will need them, or their reads are under way."""

@@ -18,7 +18,7 @@ from .expectations import Expectations
 from .filler import SlotFiller
 from .forwards import Forward
 from .layer_reads import LayerReads
-from .policies.policy import CacheFacts, Policy
+from .policies.policy import CacheFacts, Key, Policy
 from .pools import Pools
 from .predictors.predictor import Predictor, PredictorFacts
 from .predictors.switch import Switch
@@ -127,6 +127,18 @@ class ExpertStore:
             key = (layer, expert)
             self._expected.expect(key)
             self._policy.expect(key)
+
+    def exchange(self, keys: Collection[Key], swap: Callable[[], None]) -> None:
+        """Let ``swap`` change the bytes of experts behind the tier; between two forwards.
+
+        None of them is in memory or being read when it is called. Those that were are read again
+        behind everything that compute waits for.
+        """
+        were_here = self._filler.clear(keys)
+        swap()
+        for layer, expert in were_here:
+            self._filler.announce(layer, [expert])
+        self._read_ahead()
 
     def stream(
         self, layer: int, rows_of: Mapping[int, int], choice: Choice | None = None, copied: Ids = ()

@@ -29,6 +29,10 @@ COUNTING = frozenset({"counter", "histogram", "summary"})
 AGREED: dict[str, Callable[[Iterable[float]], float]] = {
     "moeyard_moe_top_k": max,
     "moeyard_expert_slot_bytes": max,
+    "moeyard_live_version": min,
+    "moeyard_live_step": min,
+    "moeyard_live_versions_behind": max,
+    "moeyard_live_staleness_seconds": max,
     "process_start_time_seconds": min,
     "process_max_fds": min,
 }

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from test_engine import latin, prompts, request, run
 
 import moeyard
 from moeyard.moe.batch import batch_of
@@ -12,6 +11,7 @@ from moeyard.serving.loading import open_model
 
 from adapter_folders import PREFIX, everything, fused_experts, write_adapter
 from small_model import CONFIG, slots
+from test_engine import latin, prompts, request, run
 
 SCALE = 8 / 4
 

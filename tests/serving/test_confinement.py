@@ -4,7 +4,6 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from test_engine import GREEDY, latin, prompts, request, run
 
 from moeyard.errors import RequestError
 from moeyard.kernels.values.memory import is_out_of_memory
@@ -13,6 +12,8 @@ from moeyard.serving.engine.engine import Engine
 from moeyard.serving.engine.sequence import GenerationRequest
 from moeyard.serving.experts.tiers import disk
 from moeyard.serving.loading import open_model
+
+from test_engine import GREEDY, latin, prompts, request, run
 
 PROMPTS = prompts(5)
 

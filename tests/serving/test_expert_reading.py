@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from test_confinement import choices_of, engine_of, short_ones
-from test_engine import run
 
 from moeyard.errors import ConfigError, ExpertReadError, ModelFileError
 from moeyard.moe.folders.expert_hashes import FILE
@@ -24,6 +23,7 @@ from moeyard.serving.experts.reading.probe import Probe, Way
 from moeyard.serving.loading import load, open_model
 
 from small_model import NUM_EXPERTS, SLOT_ELEMENTS, slots, small_store, visit
+from test_engine import run
 
 SECONDS = 0.005
 EXPERT_BYTES = SLOT_ELEMENTS * 4

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from test_engine import latin, prompts, request
 
 from moeyard.moe.models.sampling import SamplingParams
 from moeyard.serving.api.answers import Answer
@@ -18,6 +17,7 @@ from moeyard.serving.serve_args import ServeArgs
 from moeyard.serving.server import Server
 
 from http_calls import call, chunks
+from test_engine import latin, prompts, request
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ import random
 import pytest
 import torch
 from serving_mixes import HOT, Answers, alone, counted, gauges, random_requests
-from test_engine import latin, request
 
 from moeyard.errors import ConfigError, RequestError
 from moeyard.moe.kv_blocks import bytes_per_block
@@ -17,6 +16,7 @@ from moeyard.serving.loading import open_model
 
 from adapter_folders import everything, write_adapter
 from small_model import CONFIG, with_router, write_random_model
+from test_engine import latin, request
 
 
 def blocks(model, count):

@@ -5,12 +5,13 @@ import random
 import pytest
 from drafters import draft_counts, use_told
 from serving_mixes import Answers, alone, counted, gauges, mixed, random_requests
-from test_engine import latin
 
 from moeyard.moe.kv_blocks import bytes_per_block
 from moeyard.serving.engine.engine import Engine
 from moeyard.serving.engine.kv_memory import specs_of
 from moeyard.serving.loading import open_model
+
+from test_engine import latin
 
 
 def engine_of(model, kv_dtype, num_blocks=None, speculative="none"):

@@ -4,7 +4,6 @@ import pytest
 import torch
 from drafters import KINDS, draft_counts, use_told
 from test_confinement import short_of_memory
-from test_engine import GREEDY, latin, prompts, request
 
 from moeyard.errors import ConfigError
 from moeyard.kernels.cpu import library
@@ -18,6 +17,7 @@ from moeyard.serving.loading import open_model
 
 from adapter_folders import everything, write_adapter
 from small_model import CONFIG, with_router, write_random_model
+from test_engine import GREEDY, latin, prompts, request
 
 HOT = SamplingParams(temperature=1.0, top_p=0.95)
 NONE = library.Library(None, "left out")

@@ -1,14 +1,17 @@
 """Turn a run's newest checkpoint into a Hugging Face folder."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...errors import CheckpointError
 from ...moe.config.model import ModelConfig
 from ...moe.folders.families.table import FAMILIES
 from ...moe.folders.hf_config import to_hf
+from ...moe.folders.shards import TensorPlan
 from ...moe.folders.write_weights import plan_weights
 from ...moe.folders.writer import write_model_folder
 from ...parallel.mesh import Mesh
@@ -48,27 +51,15 @@ def newest(run_dir: Path) -> Path:
 
 def _export(checkpoint: Path, run_dir: Path, target: Path) -> int:
     state = read_state(checkpoint)
-    model = ModelConfig.model_validate(state["model"])
     tokenizer = open_tokenizer(state["tokenizer"])
     if tokenizer.sha256 != state["tokenizer_sha256"]:
         raise CheckpointError(
             f"tokenizer {state['tokenizer']!r} is not the one {run_dir} was trained with; "
             "put that one back."
         )
-    # fp64 runs, made for tests of exactness, export as fp32.
-    dtype = torch.bfloat16 if state["precision"] == "bf16" else torch.float32
     origin = state.get("origin") or {}
-    values = to_hf(
-        model,
-        str(dtype).removeprefix("torch."),
-        _token_ids(tokenizer, origin),
-        origin.get("config"),
-    )
-    lora = state.get("lora")
-    scale = None if lora is None else lora["alpha"] / lora["rank"]
-    frozen = open_frozen_weights(state, dtype)
-    weights = CheckpointWeights(StoredTensors(checkpoint), scale, frozen)
-    plans = plan_weights(model, FAMILIES[values["model_type"]], weights, dtype, torch.float32)
+    values = exported_values(state, _token_ids(tokenizer, origin))
+    plans = exported_weights(state, StoredTensors(checkpoint))
     generation = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
     if origin:  # None if that folder has no such file; then its config.json has the ids
         generation = origin["generation"]
@@ -80,6 +71,31 @@ def _export(checkpoint: Path, run_dir: Path, target: Path) -> int:
 
     write_model_folder(target, values, plans, save_tokenizer, generation)
     return int(state["step"])
+
+
+def exported_values(
+    state: Mapping[str, Any], token_ids: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return the ``config.json`` of the export of a run with this state."""
+    model = ModelConfig.model_validate(state["model"])
+    origin = state.get("origin") or {}
+    dtype = str(_exported_dtype(state)).removeprefix("torch.")
+    return to_hf(model, dtype, token_ids, origin.get("config"))
+
+
+def exported_weights(state: Mapping[str, Any], stored: Mapping[str, Tensor]) -> list[TensorPlan]:
+    """Return the tensors of the export of a run with this state, whose weights are ``stored``."""
+    dtype, lora = _exported_dtype(state), state.get("lora")
+    scale = None if lora is None else lora["alpha"] / lora["rank"]
+    weights = CheckpointWeights(stored, scale, open_frozen_weights(state, dtype))
+    family = FAMILIES[exported_values(state)["model_type"]]
+    model = ModelConfig.model_validate(state["model"])
+    return plan_weights(model, family, weights, dtype, torch.float32)
+
+
+def _exported_dtype(state: Mapping[str, Any]) -> torch.dtype:
+    """Return the type of exported weights; fp64 runs, made for tests, export as fp32."""
+    return torch.bfloat16 if state["precision"] == "bf16" else torch.float32
 
 
 def _token_ids(tokenizer: Tokenizer, origin: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The weights of a training checkpoint, as an export reads them: tensor by tensor."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ from ...moe.folders.folder import ModelFolder
 from ...moe.folders.tensor_names import is_router
 from ...moe.folders.write_weights import FolderWeights
 from ...moe.models.lora import merged
-from .checkpoint import StoredTensors
 from .start_from import weights_identity
 
 
@@ -24,7 +24,7 @@ class CheckpointWeights:
 
     def __init__(
         self,
-        stored: StoredTensors,
+        stored: Mapping[str, Tensor],
         scale: float | None = None,
         frozen: "FrozenWeights | None" = None,
     ) -> None:
@@ -91,7 +91,7 @@ class FrozenWeights:
         return self._weights.expert_part(layer, expert, part)
 
 
-def open_frozen_weights(state: dict[str, Any], dtype: torch.dtype) -> FrozenWeights | None:
+def open_frozen_weights(state: Mapping[str, Any], dtype: torch.dtype) -> FrozenWeights | None:
     """Open the folder that has a checkpoint's frozen weights; None if the checkpoint has them.
 
     Raises :class:`CheckpointError` if the folder is gone or has other weights.

@@ -7,9 +7,12 @@ from typing import Protocol
 
 from prometheus_client import CollectorRegistry
 
+from ....moe.models.decoder import Decoder
+from .checks import check_rows_alone
 from .costs import StepCosts, share_rows
 from .drafter import Drafter
 from .metrics import DraftMetrics
+from .table import drafter_named
 from .text import TextDrafts
 
 TRY_EVERY = 64
@@ -101,3 +104,17 @@ class Speculation:
         """
         if self._is_plain and num_rows == self._num_texts + self._num_drafted:
             self._costs.add(num_rows, self._clock() - self._started)
+
+
+def open_speculation(
+    name: str, num_rows: int, decoder: Decoder, registry: CollectorRegistry
+) -> Speculation | None:
+    """Return the speculation of a drafter with at most ``num_rows`` drafted rows; None for none.
+
+    Raises :class:`ConfigError` for unknown names, and where rows depend on each other.
+    """
+    make_drafter = drafter_named(name)
+    if make_drafter is None:
+        return None
+    check_rows_alone(decoder)
+    return Speculation(make_drafter, num_rows, registry)

@@ -28,7 +28,7 @@ class DiskTier:
         """Return one call per chunk, to be made one after the other."""
         layer, expert = key
         calls = self._folder.expert_reads(layer, expert, views, self._buffer_of)
-        return [partial(_read_patiently, call) for call in calls]
+        return [partial(read_patiently, call) for call in calls]
 
     def _buffer_of(self, tensor: Tensor) -> Buffer:
         """Return the memory of a slot's part, which stays where it is."""
@@ -39,7 +39,7 @@ class DiskTier:
         return buffer
 
 
-def _read_patiently(read: Callable[[], None]) -> None:
+def read_patiently(read: Callable[[], None]) -> None:
     """Try again: a disk or a network file system may fail for a moment."""
     for attempt in range(1, READ_ATTEMPTS + 1):
         try:

@@ -1,0 +1,1 @@
+"""Follow a run that publishes: its updates replace weights while requests run."""
