@@ -2,15 +2,13 @@
 
     python benchmarks/live_update_bytes.py TEXT
 
-Trains a small model in bf16 for 41 steps, and publishes every 1, 5 or 20 of them: one full
-snapshot, and then what has changed. Prints the share of bytes and of experts in an update, the
-share of single values that differ between two versions of an expert, and the time of publishing.
+Trains a small model in bf16 for 21 steps and publishes full snapshots. Their hashes say which
+units an update would have that comes every 1, 5 or 10 steps. Prints the share of a snapshot's bytes
+and of its experts, and the share of single values of experts that differ.
 """
 
 import argparse
 import tempfile
-import time
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -21,14 +19,12 @@ from torch import Tensor
 
 from moeyard.moe.folders.families.table import FAMILIES
 from moeyard.moe.updates.folder import UpdatesFolder
-from moeyard.moe.updates.manifest import Manifest
 from moeyard.moe.updates.read import OpenUpdate
 from moeyard.training.__main__ import main as train
-from moeyard.training.publisher import Publisher
 
 from report import write_results
 
-STEPS = 41
+STEPS = 21
 WIDTH, D_MODEL = 64, 64
 MODEL = {
     "d_model": D_MODEL,
@@ -51,32 +47,8 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class Published:
-    """The versions of a run."""
-
-    updates: UpdatesFolder
-    manifests: list[Manifest]
-
-    def values(self) -> float | None:
-        """Return the share of values that differ between versions of an expert; None without."""
-        shares = []
-        for before, after in zip(self.manifests[1:], self.manifests[2:], strict=False):
-            both = [key for key in after.units if not isinstance(key, str) and key in before.units]
-            old, new = (
-                OpenUpdate(self.updates.of(m.version), m, FAMILIES["qwen3_moe"])
-                for m in (before, after)
-            )
-            for key in both[::9]:
-                pairs = zip(_parts(old, key), _parts(new, key), strict=True)
-                shares += [float((a != b).float().mean()) for a, b in pairs]
-            old.close()
-            new.close()
-        return mean(shares) if shares else None
-
-
-def publish(way: str, every: int, text: Path, space: Path) -> Published:
-    """Train and publish."""
+def publish(way: str, text: Path, space: Path) -> UpdatesFolder:
+    """Train, and publish every step."""
     train_section = {
         "steps": STEPS,
         "sequence_length": 64,
@@ -91,47 +63,41 @@ def publish(way: str, every: int, text: Path, space: Path) -> Published:
         "model": MODEL,
         "data": {"source": str(text), "tokenizer": "bytes"},
         "checkpoint": {"every": STEPS},
-        "publish": {"folder": str(space / "updates"), "every": every, "full_every": 1000},
+        "publish": {"folder": str(space / "updates"), "every": 1, "full_every": 1, "keep": STEPS},
     }
     values |= more | {"train": train_section | more.get("train", {})}
     (space / "config.yaml").write_text(yaml.safe_dump(values))
     assert train([str(space / "config.yaml")]) == 0
-    updates = UpdatesFolder(space / "updates")
-    return Published(updates, [updates.manifest(version) for version in updates.versions()])
+    return UpdatesFolder(space / "updates")
 
 
-def measure(way: str, every: int, text: Path) -> dict[str, Any]:
-    """Return what a run published, and how long that took."""
-    seconds: list[float] = []
-    plain = Publisher._publish
-
-    def timed(self: Publisher, *arguments: Any) -> str | None:
-        started = time.process_time()
-        problem = plain(self, *arguments)
-        seconds.append(time.process_time() - started)
-        return problem
-
-    Publisher._publish = timed  # type: ignore[method-assign]
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            found = publish(way, every, text, Path(folder))
-            full, deltas = found.manifests[0], found.manifests[1:]
-            return {
-                "way": way,
-                "every": every,
-                "updates": len(deltas),
-                "full_bytes": full.num_bytes,
-                "share_of_bytes": mean(m.num_bytes / full.num_bytes for m in deltas),
-                "share_of_experts": mean(_experts(m) / _experts(full) for m in deltas),
-                "share_of_values": found.values(),
-                "cpu_s": mean(seconds[1:]),
-            }
-    finally:
-        Publisher._publish = plain  # type: ignore[method-assign]
+def compare(way: str, every: int, updates: UpdatesFolder) -> dict[str, Any]:
+    """Return what updates every so many steps would have, from the fifth step on."""
+    pairs = [(v, v + every) for v in range(5, STEPS + 1 - every, every)]
+    rows = [_changed(updates, *pair) for pair in pairs]
+    names = ("share_of_bytes", "share_of_experts", "share_of_values")
+    means = {name: mean(row[index] for row in rows) for index, name in enumerate(names)}
+    return {"way": way, "every": every, "pairs": len(pairs)} | means
 
 
-def _experts(manifest: Manifest) -> int:
-    return sum(not isinstance(key, str) for key in manifest.units)
+def _changed(updates: UpdatesFolder, first: int, second: int) -> tuple[float, float, float]:
+    """Return shares of bytes, experts and values of experts that differ between two versions."""
+    old, new = updates.manifest(first), updates.manifest(second)
+    keys = {key for key, unit in new.units.items() if unit.digest != old.units[key].digest}
+    num_bytes = sum(new.units[key].num_bytes for key in keys)
+    experts = [key for key in new.units if not isinstance(key, str)]
+    before, after = (
+        OpenUpdate(updates.of(m.version), m, FAMILIES["qwen3_moe"]) for m in (old, new)
+    )
+    shares = [
+        float((a != b).float().mean())
+        for key in experts[::9]
+        for a, b in zip(_parts(before, key), _parts(after, key), strict=True)
+    ]
+    before.close()
+    after.close()
+    changed = sum(key in keys for key in experts) / len(experts)
+    return num_bytes / new.num_bytes, changed, mean(shares)
 
 
 def _parts(update: OpenUpdate, key: Any) -> list[Tensor]:
@@ -147,14 +113,15 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [measure(way, every, given.text) for way in WAYS for every in (1, 5, 20)]
-    print(f"\n{'':28} {'every':>5} {'bytes':>7} {'experts':>8} {'values':>7} {'CPU':>7}")
+    rows = []
+    for way in WAYS:
+        with tempfile.TemporaryDirectory() as folder:
+            updates = publish(way, given.text, Path(folder))
+            rows += [compare(way, every, updates) for every in (1, 5, 10)]
+    print(f"\n{'':28} {'every':>5} {'bytes':>7} {'experts':>8} {'values':>7}")
     for row in rows:
-        values = "-" if row["share_of_values"] is None else f"{row['share_of_values']:.1%}"
-        print(
-            f"{row['way']:28} {row['every']:5} {row['share_of_bytes']:7.1%} "
-            f"{row['share_of_experts']:8.1%} {values:>7} {1e3 * row['cpu_s']:4.0f} ms"
-        )
+        shares = (row["share_of_bytes"], row["share_of_experts"], row["share_of_values"])
+        print(f"{row['way']:28} {row['every']:5} " + " ".join(f"{share:7.1%}" for share in shares))
     write_results("live_update_bytes", {"rows": rows})
 
 

@@ -60,7 +60,7 @@ class LiveMetrics(Collector):
         """Yield the gauges, as they are now."""
         current = self.current
         version = 0 if current is None else current.version
-        values = {
+        values: dict[str, tuple[str, float]] = {
             "version": ("Version of the weights; 0 = those of the model folder", version),
             "versions_behind": ("Newer versions in the folder", max(0, self.newest - version)),
         }

@@ -49,22 +49,24 @@ def assert_equal(found, expected):
 @pytest.mark.parametrize(
     "options",
     [
-        [],
         ["train.precision=bf16", "model.tie_embeddings=true", "model.moe.d_shared=8"],
-        ["model.dense_layers=[0]", "model.d_ff=40", "optimizer={kind: muon}"],
+        pytest.param(
+            ["model.dense_layers=[0]", "model.d_ff=40", "optimizer={kind: muon}"],
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["fp32", "bf16_shared_tied", "muon_dense_layer"],
+    ids=["bf16_shared_tied", "fp32_muon_dense_layer"],
 )
 def test_after_every_step_the_published_weights_are_an_export_bit_for_bit(
     tmp_path, config_file, options
 ):
     run, updates = tmp_path / "run", UpdatesFolder(tmp_path / "updates")
     args = [str(config_file), f"run_dir={run}", *EVERY, f"publish.folder={updates.path}"]
-    assert train_here([*args, "train.steps=3", *options]) == 0
-    assert updates.versions() == [1, 2, 3]
-    manifests = [updates.manifest(version) for version in (1, 2, 3)]
-    assert [(m.base, m.step) for m in manifests] == [(None, 1), (1, 2), (2, 3)]
-    for step in (1, 2, 3):
+    assert train_here([*args, "train.steps=2", *options]) == 0
+    assert updates.versions() == [1, 2]
+    manifests = [updates.manifest(version) for version in (1, 2)]
+    assert [(m.base, m.step) for m in manifests] == [(None, 1), (1, 2)]
+    for step in (1, 2):
         expected = exported(run, tmp_path / f"model-{step}", step)
         assert_equal(replayed(updates, step), expected)
 
@@ -108,6 +110,7 @@ def test_only_units_whose_bytes_changed_travel_and_frozen_ones_once(tmp_path, co
     assert delta.num_bytes == sum(full.units[key].num_bytes for key in delta.units)
 
 
+@pytest.mark.slow
 def test_experts_alone_travel_where_that_is_asked(tmp_path, config_file):
     run, updates = tmp_path / "run", UpdatesFolder(tmp_path / "updates")
     assert publish(config_file, run, updates.path, "train.steps=2", "publish.what=experts") == 0
