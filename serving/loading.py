@@ -9,10 +9,10 @@ import torch
 from ..dtypes import short_name, spellings, torch_dtype
 from ..errors import ConfigError
 from ..kernels.values.memory import is_out_of_memory
+from ..moe.folders.adapters import adapter_table
 from ..moe.folders.folder import ModelFolder
 from ..moe.folders.generation_config import read_generation_config
 from ..moe.folders.hub import local_folder
-from ..moe.folders.peft.read import adapter_table
 from ..moe.folders.read_weights import WeightRead, dense_reads, expert_reads, run_reads
 from ..moe.folders.text_codec import TextCodec
 from ..moe.models.correction import Correction

@@ -7,8 +7,8 @@ from pydantic import BaseModel, field_validator
 
 from ..errors import ConfigError
 from ..moe.adapters.table import AdapterTable
+from ..moe.folders.adapters import adapter_table
 from ..moe.folders.folder import ModelFolder
-from ..moe.folders.peft.read import adapter_table
 from ..moe.models.decoder import Decoder
 from ..moe.without_memory import without_memory
 

@@ -149,7 +149,7 @@ class Trainer:
         if self._config.monitor.routes is not None:
             model = (self.objective, self.decoder, self._step)
             of_this_rank.append(RouteRecording(*model, *run))
-        return open_observers(self._config, self._model_config, *run, of_this_rank)
+        return open_observers(self._config, *run, of_this_rank)
 
     def _note_start(self, done: int, parameters: dict[str, int]) -> None:
         replace_text(self._run_dir / "config.yaml", dump_config(self._config))
@@ -207,7 +207,7 @@ class Trainer:
             "tokens_per_s": tokens / seconds,
             "tokens": self.objective.num_tokens(range(done)),
             "step_tokens": tokens,
-            "moe_layers": self._model_config.moe_layers,
+            "moe_layers": self._config.routed_layers,
             "load": [load.as_dict() for load in loads],
             "expert_tokens": result.counts_LE.tolist(),
         }

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, ConfigError
 from ...moe.config.model import ModelConfig
 from ...moe.folders.families.table import FAMILIES
 from ...moe.folders.hf_config import to_hf
@@ -22,7 +22,8 @@ def export(run_dir: Path, target: Path) -> int:
     """Write ``target`` from the newest whole checkpoint of ``run_dir`` and return its step.
 
     A run that started from a folder is written in that folder's family, if the family can express
-    the model. Low-rank updates are merged into their weights.
+    the model. Low-rank updates are merged into their weights. Raises :class:`ConfigError` for LoRA
+    experts, which cannot be.
     """
     return _export(newest(run_dir), run_dir, target)
 
@@ -65,6 +66,11 @@ def _export(checkpoint: Path, run_dir: Path, target: Path) -> int:
         origin.get("config"),
     )
     lora = state.get("lora")
+    if lora is not None and lora["experts"]:
+        raise ConfigError(
+            f"{run_dir} has {lora['experts']} LoRA experts for each MLP, which cannot be merged "
+            "into one weight; export it with --adapter."
+        )
     scale = None if lora is None else lora["alpha"] / lora["rank"]
     frozen = open_frozen_weights(state, dtype)
     weights = CheckpointWeights(StoredTensors(checkpoint), scale, frozen)
