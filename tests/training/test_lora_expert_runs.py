@@ -61,6 +61,9 @@ def test_the_loss_falls_and_metrics_show_the_load_of_every_layer(run):
         assert 1 <= record["balance"] < 4
     for name, parameter in trainer.decoder.named_parameters():
         assert parameter.requires_grad == ("lora" in name or ".mlp.gate." in name)
+    start = json.loads((run_dir / "starts.jsonl").read_text().splitlines()[0])
+    one_expert = 3 * (40 + 56) * 3  # rank 3, three projections
+    assert start["parameters"] - start["active_parameters"] == 3 * 3 * one_expert
 
 
 @torch.no_grad()
