@@ -128,7 +128,7 @@ def summary(losses: dict[tuple[str, str, int], float]) -> dict[str, dict]:
         mixed = [losses[arm, "mix", seed] for seed in SEEDS]
         gaps = [losses[arm, "mix", seed] - losses["plain", "mix", seed] for seed in SEEDS]
         rows[arm] = {"mix": spread(mixed), "mix_minus_plain": spread(gaps)}
-        if arm in ALONE:
+        if (arm, "a", SEEDS[0]) in losses:
             apart = [(losses[arm, "a", seed] + losses[arm, "b", seed]) / 2 for seed in SEEDS]
             cost = [mix - alone for mix, alone in zip(mixed, apart, strict=True)]
             rows[arm] |= {"apart": spread(apart), "mix_minus_apart": spread(cost)}
@@ -160,6 +160,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/lora-experts"))
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--pretrain-steps", type=int, default=900)
+    parser.add_argument("--mix-only", action="store_true", help="leave the sets alone out")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
@@ -168,7 +169,8 @@ def main() -> None:
     tuning = {"run_dir": str(arguments.work / "unset"), **TUNING}
     (arguments.work / "tuning.yaml").write_text(yaml.safe_dump(tuning))
     grid = [(arm, "mix", seed) for seed in SEEDS for arm in ARMS]
-    grid += [(arm, data, seed) for seed in SEEDS for data in CIPHERS for arm in ALONE]
+    if not arguments.mix_only:
+        grid += [(arm, data, seed) for seed in SEEDS for data in CIPHERS for arm in ALONE]
     with ThreadPoolExecutor(arguments.jobs) as pool:
         found = dict(zip(grid, pool.map(lambda g: tune(*g, arguments), grid), strict=True))
     losses = {cell: records[-1]["eval_loss_per_byte"] for cell, records in found.items()}

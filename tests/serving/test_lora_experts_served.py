@@ -6,10 +6,13 @@ from lora_expert_folders import DENSE, random_tensors, write_random
 from test_engine import latin, prompts, request, run
 
 import moeyard
+from moeyard.errors import ModelFileError
 from moeyard.moe.batch import batch_of
+from moeyard.moe.folders.folder import ModelFolder
 from moeyard.moe.folders.lora_experts import LoraExpertsConfig
 from moeyard.serving.engine.engine import Engine
 from moeyard.serving.loading import open_model
+from moeyard.serving.lora_args import LoraArgs, check_adapters
 
 from adapter_folders import everything, write_adapter
 from small_model import write_random_model
@@ -145,3 +148,14 @@ def test_routers_stay_in_fp32_and_rows_without_adapters_are_untouched(dense_fold
         mixed = model.decoder(batch_of(rows, adapters=[None, adapter])).hidden_TD
         alone = model.decoder(batch_of(rows[:1])).hidden_TD
     assert mixed[: len(rows[0])].equal(alone)
+
+
+def test_a_server_looks_at_the_folders_before_it_reads_weights(dense_folder, adapters, tmp_path):
+    def check(folder):
+        args = LoraArgs(lora=[f"mole={folder}"])
+        check_adapters(args, ModelFolder(dense_folder), "small", None, num_replicas=1)
+
+    check(adapters["mole"])
+    wide = write_random(tmp_path / "wide", DENSE.model_copy(update={"d_ff": 28}))
+    with pytest.raises(ModelFileError, match=r"adapter 'mole': .* another model or rank"):
+        check(wide)
