@@ -17,7 +17,7 @@ def add(parsers: Parsers) -> None:
     export.add_argument(
         "--adapter",
         action="store_true",
-        help="write the low-rank updates of a lora run alone, as a folder of peft",
+        help="write the low-rank updates of a lora run alone, as an adapter folder",
     )
     add_allow_code(export)
     export.set_defaults(run=run)

@@ -39,7 +39,7 @@ def add(parsers: Parsers) -> None:
         help="write which experts each token visited into FILE, which is replaced",
     )
     generate.add_argument(
-        "--lora", type=Path, metavar="FOLDER", help="a LoRA folder of peft to go through"
+        "--lora", type=Path, metavar="FOLDER", help="an adapter folder to go through"
     )
     add_loading(generate)
     add_correction(generate)

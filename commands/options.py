@@ -155,7 +155,7 @@ def add_adapters(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=FOLDER",
-        help="a LoRA folder of peft that requests name as their model; repeat for several",
+        help="an adapter folder that requests name as their model; repeat for several",
     )
     parser.add_argument(
         "--allow-lora-updates",

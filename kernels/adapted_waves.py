@@ -10,11 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cpu.grouped import can_multiply, multiply
-from .linear import linear
+from .linear import linear, linear_by_group
 from .torch_ops.experts import combine_rows
 from .torch_ops.loop import Span
-from .trust import may_use_cpp
 from .values.activation import Activation, gated
 from .values.expert_update import ExpertUpdate
 from .values.few_bits import FewBitsExpertWeights
@@ -93,7 +91,8 @@ class AdaptedWaves:
         if factors is None:
             return y_NQ
         a_EPI, b_EQP = factors
-        return y_NQ + _grouped(_grouped(x_NP, a_EPI, groups), b_EQP, groups)
+        low_NP = linear_by_group(x_NP, a_EPI, groups)
+        return y_NQ + linear_by_group(low_NP, b_EQP, groups)
 
 
 def _act(h_NH: Tensor, activation: Activation) -> Tensor:
@@ -116,13 +115,3 @@ def _matrix(experts: SlotWeights, slot: int, index: int, dtype: torch.dtype) -> 
         widened: Tensor = (experts.fc1, experts.fc2)[index].dequantize(slot, dtype)
         return widened
     return experts.matrices(slot, dtype)[index]
-
-
-def _grouped(x_NP: Tensor, weight_EQP: Tensor, groups: list[Span]) -> Tensor:
-    """Return each row's product with the matrix of its expert."""
-    if may_use_cpp(x_NP) and can_multiply(x_NP, weight_EQP):
-        y_NQ = x_NP.new_empty(len(x_NP), weight_EQP.shape[1])
-        multiply(x_NP, weight_EQP, groups, y_NQ)
-        return y_NQ
-    parts = [linear(x_NP[start:end], weight_EQP[expert]) for expert, start, end in groups]
-    return torch.cat(parts)

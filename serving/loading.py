@@ -9,10 +9,10 @@ import torch
 from ..dtypes import short_name, spellings, torch_dtype
 from ..errors import ConfigError
 from ..kernels.values.memory import is_out_of_memory
+from ..moe.folders.adapters import adapter_table
 from ..moe.folders.folder import ModelFolder
 from ..moe.folders.generation_config import read_generation_config
 from ..moe.folders.hub import local_folder
-from ..moe.folders.peft.read import adapter_table
 from ..moe.folders.read_weights import WeightRead, dense_reads, expert_reads, run_reads
 from ..moe.folders.text_codec import TextCodec
 from ..moe.models.correction import Correction
@@ -80,7 +80,7 @@ def load(
     are names (docs/offloading.md), or objects with the methods of :class:`.Policy` and
     :class:`.Predictor`, a policy for this model alone. ``expert_log`` is a file for every event of
     the store, which is replaced. ``expert_reader`` reads through the page cache (``buffered``),
-    around it (``direct``), or measures (``auto``). ``adapters`` are LoRA folders of peft by name
+    around it (``direct``), or measures (``auto``). ``adapters`` are adapter folders by name
     (docs/adapters.md): a call of the model names one of them, or none.
     The others are off by default and change answers (docs/offloading.md): ``expert_sparsity``, a
     file of ``moeyard sparsity`` (``exact`` changes nothing); ``expert_fallback``, the same model in

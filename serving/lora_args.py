@@ -7,8 +7,8 @@ from pydantic import BaseModel, field_validator
 
 from ..errors import ConfigError
 from ..moe.adapters.table import AdapterTable
+from ..moe.folders.adapters import adapter_table
 from ..moe.folders.folder import ModelFolder
-from ..moe.folders.peft.read import adapter_table
 from ..moe.models.decoder import Decoder
 from ..moe.without_memory import without_memory
 
@@ -17,8 +17,8 @@ class LoraArgs(BaseModel):
     """Which adapters a server has, and whether clients may change them."""
 
     lora: list[str] = []
-    """Adapters as ``NAME=FOLDER``, LoRA folders of peft; a request's ``model`` names one. A string
-    may join some by ``,``."""
+    """Adapters as ``NAME=FOLDER``; a request's ``model`` names one. A string may join some by
+    ``,``."""
     allow_lora_updates: bool = False
     """Whether clients with the key may load and unload adapters while the server runs."""
 

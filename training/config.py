@@ -6,9 +6,9 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from ..dtypes import short_name
 from ..moe.config.model import ModelConfig
-from ..moe.models.lora import LoraTarget
 from .checkpoint_config import CheckpointConfig
 from .expert_memory_check import problem_with_expert_memory
+from .lora_config import LoraConfig, problem_with_lora
 from .monitor_config import MonitorConfig
 from .optimizers.adamw import AdamWConfig
 from .optimizers.check import problem_with_optimizer
@@ -111,17 +111,6 @@ class TrainConfig(Section):
     """Most held-out sequences per evaluation; they are spread evenly over the held-out data."""
 
 
-class LoraConfig(Section):
-    """Low-rank updates ``W + alpha / rank * B A`` of frozen weights (Hu et al. 2021)."""
-
-    rank: int = Field(default=8, ge=1)
-    """Rows of A and columns of B."""
-    alpha: float = Field(default=16.0, gt=0)
-    """Updates are multiplied by ``alpha / rank``."""
-    targets: tuple[LoraTarget, ...] = Field(default=("attention", "experts"), min_length=1)
-    """``attention``: all its projections. ``experts``: gate, up and down of the routed experts."""
-
-
 class RunConfig(Section):
     """A training run."""
 
@@ -146,6 +135,13 @@ class RunConfig(Section):
     monitor: MonitorConfig = MonitorConfig()
     publish: PublishConfig | None = None
     """Publish weights for servers that follow the run; None = do not."""
+
+    @property
+    def routed_layers(self) -> list[int]:
+        """The layers that choose experts, or LoRA experts, for tokens."""
+        if self.lora is not None and self.lora.mixture is not None:
+            return list(range(self.model.num_layers))
+        return self.model.moe_layers
 
     @model_validator(mode="before")
     @classmethod
@@ -228,12 +224,4 @@ class RunConfig(Section):
                 f"lora is given, but train.parameters is {chosen}; set train.parameters to lora "
                 "or leave lora out."
             )
-        if self.lora is not None and "experts" in self.lora.targets:
-            if moe is None:
-                return "lora.targets has experts, but the model has none; use [attention]."
-            if moe.router.reads_gates:
-                return (
-                    f"lora.targets has experts, but {moe.router.kind} routers read the experts' "
-                    "weights without low-rank updates; use [attention]."
-                )
-        return None
+        return None if self.lora is None else problem_with_lora(self.lora, self.model)

@@ -107,7 +107,12 @@ def _problem(config: RunConfig, stage: Any, flat: dict[str, Any]) -> str | None:
             "every rank, so ZeRO has nothing to split; set parallel.dense to ddp."
         )
     targets = () if config.lora is None else config.lora.targets
-    if train.parameters == "lora" and "attention" not in targets:
+    if config.lora is not None and config.lora.experts:
+        return (
+            f"lora.experts is {config.lora.experts}, but parallel.dense is deepspeed, which has "
+            "not been tried with LoRA experts; set parallel.dense to ddp or fsdp."
+        )
+    if train.parameters == "lora" and not {"attention", "mlp"} & set(targets):
         return (
             f"lora.targets is {list(targets)}, but parallel.dense is deepspeed, which has no dense "
             "parameters to split then; set parallel.dense to ddp."

@@ -86,7 +86,7 @@ def freeze(config: RunConfig, decoder: Decoder) -> None:
             router.requires_grad_(True)
     elif config.lora is not None:
         lora = config.lora
-        add_lora(decoder, lora.rank, lora.alpha, lora.targets, config.seed)
+        add_lora(decoder, lora.rank, lora.alpha, lora.targets, config.seed, lora.mixture)
 
 
 def place_experts(config: RunConfig, decoder: Decoder, mesh: Mesh) -> dict[PathKind, ExpertPath]:

@@ -64,7 +64,7 @@ class TrainStep:
         self._copies = parallel.copies
         self.slices = parallel.slices
         self._routers = decoder.routers()
-        self._layers = [index for index, _ in decoder.moe_layers()]
+        self._layers = [index for index, _ in decoder.routed_layers()]
         self._num_layers = decoder.config.num_layers
         self._grad_norm = 0.0
         """Of the last step, before clipping."""

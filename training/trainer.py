@@ -153,7 +153,7 @@ class Trainer:
         if self._config.publish is not None:
             facts = (self._config, self._model_config, self.saves.state, self._step.optimizer)
             of_this_rank.append(Publisher(*facts, self._run_dir, self._mesh))
-        return open_observers(self._config, self._model_config, *run, of_this_rank)
+        return open_observers(self._config, *run, of_this_rank)
 
     def _note_start(self, done: int, parameters: dict[str, int]) -> None:
         replace_text(self._run_dir / "config.yaml", dump_config(self._config))
@@ -211,7 +211,7 @@ class Trainer:
             "tokens_per_s": tokens / seconds,
             "tokens": self.objective.num_tokens(range(done)),
             "step_tokens": tokens,
-            "moe_layers": self._model_config.moe_layers,
+            "moe_layers": self._config.routed_layers,
             "load": [load.as_dict() for load in loads],
             "expert_tokens": result.counts_LE.tolist(),
         }

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...kernels.linear import linear
 from ...kernels.values.expert_update import ExpertUpdate
+from .routed import RoutedUpdate
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,5 +40,7 @@ class Adapter:
     """Updates of the routed experts of layers, by the module that holds or reads the experts."""
     in_attention: bool
     """Whether any of ``linears`` is in attention, whose fast kernels read weights alone."""
+    mlps: Mapping[nn.Module, RoutedUpdate] = field(default_factory=dict)
+    """LoRA experts of dense MLPs."""
     number: int = field(default_factory=count().__next__)
     """Tells adapters of this process apart, also one that was loaded again under its old name."""

@@ -11,9 +11,12 @@ from torch import Tensor, nn
 
 from ...kernels.values.expert_update import ExpertUpdate
 from .adapter import Adapter, LowRankLinear
+from .routed import ChosenUpdate
 
 RowUpdates = list[tuple[Tensor, ExpertUpdate]]
 """Rows, int64, and the update of the experts that they visit."""
+ChosenRows = list[tuple[Tensor, ChosenUpdate]]
+"""Rows, int64, and the LoRA experts of an MLP that they have chosen."""
 
 
 class AdapterRows:
@@ -61,6 +64,16 @@ class AdapterRows:
             rows_n = rows_n.to(x_NI.device)
             y_NO = y_NO.index_add(0, rows_n, update.run(x_NI.index_select(0, rows_n)))
         return y_NO
+
+    def choose(self, mlp: nn.Module, x_ND: Tensor) -> ChosenRows:
+        """Return which rows go through LoRA experts of a dense MLP, whose input is ``x``."""
+        found = []
+        for adapter, rows_n in self._rows:
+            update = adapter.mlps.get(mlp)
+            if update is not None:
+                rows_n = rows_n.to(x_ND.device)
+                found.append((rows_n, update.choose(x_ND.index_select(0, rows_n))))
+        return found
 
     def expert_updates(self, experts: nn.Module) -> RowUpdates:
         """Return which rows of the batch have which update of a layer's experts."""

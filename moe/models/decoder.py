@@ -35,7 +35,7 @@ class DecoderOutput:
     hidden_TD: Tensor
     """Rows after the final norm; the residual stream if the last layer is in another stage."""
     routings: list[Routing] = field(default_factory=list)
-    """One per MoE layer, in order."""
+    """One per layer of :meth:`Decoder.routed_layers`, in order."""
     gate_TD: Tensor | None = None
     """See :class:`StageRows`; None unless the next stage needs it."""
     state: State = ()
@@ -120,8 +120,16 @@ class Decoder(nn.Module):
         return [(layer.layer, layer.mlp) for layer in layers if isinstance(layer.mlp, MoELayer)]
 
     def routers(self) -> list[Router]:
-        """Return the routers, one per MoE layer."""
-        return [layer.gate for _, layer in self.moe_layers()]
+        """Return the routers, in the order of :meth:`routed_layers`."""
+        return [router for _, router in self.routed_layers()]
+
+    def routed_layers(self) -> list[tuple[int, Router]]:
+        """Return (layer index, router) of every layer here that routes its tokens.
+
+        These are MoE layers, and dense layers with LoRA experts.
+        """
+        pairs = [(layer.layer, layer.mlp.gate) for layer in self._decoder_layers()]
+        return [(index, gate) for index, gate in pairs if gate is not None]
 
     def new_cache(self, max_length: int | None = None) -> SequenceCache:
         """Return an empty cache for one sequence."""

@@ -31,7 +31,7 @@ class LayerOutput(NamedTuple):
     state: State
     """What the block carries to the next MoE layer."""
     routing: Routing | None = None
-    """The layer's choice; None if it is dense."""
+    """The layer's choice, of experts or of LoRA experts; None if it has none."""
     next_routing: Routing | None = None
     """The choice of the next MoE layer, if its router reads what this one's experts read."""
     mlp_input_TD: Tensor | None = None
@@ -113,7 +113,9 @@ class DecoderLayer(nn.Module):
             self.mlp.experts.announce(routing)
         x_TD, mlp_input_TD = run_attention(self._attention_backends, self._modules, x_TD, parts)
         if isinstance(self.mlp, GatedMLP):
-            return LayerOutput(x_TD + self.mlp(mlp_input_TD, batch.adapters), state)
+            routing = self.mlp.route(_router_input(mlp_input_TD, batch))
+            y_TD = self.mlp(mlp_input_TD, batch.adapters, routing)
+            return LayerOutput(x_TD + y_TD, state, routing)
         read_TD = self.block.experts_read(x_TD, state)
         if read_TD is not x_TD:
             mlp_input_TD = self.post_attention_layernorm(read_TD)
@@ -132,7 +134,14 @@ class DecoderLayer(nn.Module):
 
 def choose(index: int, layer: MoELayer, x_TD: Tensor | None, batch: Batch) -> Routing:
     """Return the choice of decoder layer ``index``, or replay the one that the batch has for it."""
-    router_input = RouterInput(
+    router_input = _router_input(x_TD, batch)
+    if batch.routes is None:
+        return layer.gate.route(router_input)
+    return layer.gate.route_to(router_input, batch.routes[index])
+
+
+def _router_input(x_TD: Tensor | None, batch: Batch) -> RouterInput:
+    return RouterInput(
         x_TD,
         batch.ids_T,
         batch.positions_T,
@@ -142,6 +151,3 @@ def choose(index: int, layer: MoELayer, x_TD: Tensor | None, batch: Batch) -> Ro
         draw_keys=batch.draw_keys,
         previous_ids_T=batch.previous_ids_T,
     )
-    if batch.routes is None:
-        return layer.gate.route(router_input)
-    return layer.gate.route_to(router_input, batch.routes[index])

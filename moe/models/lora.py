@@ -16,13 +16,15 @@ from torch import Tensor, nn
 
 from ..adapters.rows import AdapterRows
 from ..experts.resident import Experts
+from ..gated_mlp import GatedMLP
 from ..layer import MoELayer
 from ..linear import Linear
 from .decoder import Decoder
 from .decoder_layer import DecoderLayer
 from .initialize import generator_of
+from .lora_experts import LoraExperts, LoraExpertsMLP, LoraMixture
 
-LoraTarget = Literal["attention", "experts"]
+LoraTarget = Literal["attention", "mlp", "experts"]
 
 
 class LoraLinear(Linear):
@@ -44,29 +46,56 @@ class LoraLinear(Linear):
 
 
 def add_lora(
-    decoder: Decoder, rank: int, alpha: float, targets: Sequence[LoraTarget], seed: int
+    decoder: Decoder,
+    rank: int,
+    alpha: float,
+    targets: Sequence[LoraTarget],
+    seed: int,
+    mixture: LoraMixture | None = None,
 ) -> None:
     """Freeze ``decoder`` and give its ``targets`` updates that train, with ``s = alpha / rank``.
 
-    ``attention``: every projection of every attention. ``experts``: gate, up and down of every
-    routed expert in this process; gate and up have an A each. B starts as 0, so the model is the
-    same function. A is uniform in ``+- in_features**-0.5`` (peft's default), drawn in fp32 for each
-    (seed, name, expert), independent of the rank that holds it.
+    ``attention``: every projection of every attention. ``mlp``: gate, up and down of every dense
+    layer; with a ``mixture`` these are LoRA experts (lora_experts.py). ``experts``: gate, up and
+    down of every routed expert in this process; gate and up have an A each. B starts as 0, so the
+    model is the same function. A is uniform in ``+- in_features**-0.5`` (peft's default), drawn in
+    fp32 for each (seed, name, expert), independent of the rank that holds it.
     """
     decoder.requires_grad_(False)
+    scale = alpha / rank
     for layer in decoder.layers:
         assert isinstance(layer, DecoderLayer)
         if "attention" in targets:
-            for name, linear in list(layer.self_attn.named_children()):
-                if isinstance(linear, Linear):
-                    setattr(layer.self_attn, name, LoraLinear(linear, rank, alpha / rank))
+            _add_to_linears(layer.self_attn, rank, scale)
+        if "mlp" in targets and isinstance(layer.mlp, GatedMLP):
+            if mixture is None:
+                _add_to_linears(layer.mlp, rank, scale)
+            else:
+                layer.mlp = LoraExpertsMLP(layer.mlp, mixture, rank, scale)
         if "experts" in targets and isinstance(layer.mlp, MoELayer):
             assert isinstance(layer.mlp.experts, Experts)
-            layer.mlp.experts.add_low_rank(rank, alpha / rank)
+            layer.mlp.experts.add_low_rank(rank, scale)
     for key, a_PD in _every_a(decoder):
         bound = a_PD.shape[-1] ** -0.5
         drawn = torch.rand(a_PD.shape, generator=generator_of(f"{seed}/{key}"))
         a_PD.copy_((2 * drawn - 1) * bound)
+    if mixture is not None:
+        _draw_routers(decoder, seed)
+
+
+def _add_to_linears(module: nn.Module, rank: int, scale: float) -> None:
+    for name, linear in list(module.named_children()):
+        if isinstance(linear, Linear):
+            setattr(module, name, LoraLinear(linear, rank, scale))
+
+
+def _draw_routers(decoder: Decoder, seed: int) -> None:
+    """Draw the routers of LoRA experts, normal with std ``d_model**-0.5``; biases are 0."""
+    for layer, router in decoder.routed_layers():
+        weight_ED = router.get_parameter("weight").data
+        name = f"layers.{layer}.mlp.gate.weight"
+        drawn = torch.randn(weight_ED.shape, generator=generator_of(f"{seed}/{name}"))
+        weight_ED.copy_(drawn * weight_ED.shape[1] ** -0.5)
 
 
 def _every_a(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
@@ -77,6 +106,9 @@ def _every_a(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
         if isinstance(owner, Experts):
             for slot, expert in enumerate(owner.expert_ids):
                 yield f"{name}/{expert}", parameter.data[slot]
+        elif isinstance(owner, LoraExperts):
+            for expert, a_PD in enumerate(parameter.data):
+                yield f"{name}/{expert}", a_PD
         else:
             yield name, parameter.data
 

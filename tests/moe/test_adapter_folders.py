@@ -6,9 +6,9 @@ from safetensors.torch import load_file
 
 import moeyard
 from moeyard.errors import ConfigError, ModelFileError
+from moeyard.moe.folders.adapters import adapter_table
 from moeyard.moe.folders.peft.config import LoraConfig
 from moeyard.moe.folders.peft.experts import Factors, from_peft, joined, to_peft
-from moeyard.moe.folders.peft.read import adapter_table
 from moeyard.moe.folders.peft.write import adapter_config, write_adapter_folder
 
 from adapter_folders import PREFIX, attention, fused_experts, pair, write_adapter

@@ -8,7 +8,6 @@ import math
 import pytest
 import torch
 import yaml
-from test_engine import latin, request, run
 
 import moeyard
 from moeyard.configuration import validate_config
@@ -28,6 +27,7 @@ from moeyard.serving.engine.engine import Engine
 from moeyard.serving.loading import open_model
 
 from small_model import CONFIG, write_decoder
+from test_engine import latin, request, run
 
 BLOCKS = {
     "residual": Residual(),

@@ -142,7 +142,8 @@ def run_case(config_path: Path, out: Path, name: str, case: dict, watch) -> None
     run_dir = out / case.get("resumes", name)
     config = read_run_config(config_path, [*case["overrides"], f"run_dir={run_dir}"])
     degrees = {"expert_tp": config.parallel.expert_tp, "pp": config.parallel.pp}
-    mesh = build_mesh(config.parallel.ep, config.model.moe.num_experts, watch, 60, **degrees)
+    num_experts = 1 if config.model.moe is None else config.model.moe.num_experts
+    mesh = build_mesh(config.parallel.ep, num_experts, watch, 60, **degrees)
     if case.get("apart"):  # as on several hosts
         hosts = ("dp_host", "ep_host", "edp_host", "expert_tp_host")
         mesh = replace(mesh, **dict.fromkeys(hosts))

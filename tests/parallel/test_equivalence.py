@@ -109,6 +109,20 @@ VARIANTS = {
         "overrides": ["train.parameters=lora", "lora.targets=[experts]"],
         "starved": True,
     },
+    "lora_experts": {
+        "overrides": [
+            *("model.moe=null", "model.d_ff=40", "train.parameters=lora"),
+            "lora={rank: 3, targets: [attention, mlp], experts: 3, balance_loss: 0.1}",
+            "train.accumulation=2",
+        ],
+    },
+    "lora_experts_both": {
+        "overrides": [
+            *("model.moe=null", "model.d_ff=40", "train.parameters=lora"),
+            "lora={rank: 3, targets: [mlp], experts: 3, weighting: probability}",
+            "train.recompute=true",
+        ],
+    },
     "apart": {"overrides": [TORCH], "apart": True},
     "apart_both": {
         "overrides": ["train.accumulation=2", "train.recompute=true"],
@@ -150,6 +164,8 @@ SOME += ("muon", "frugal", "sharded", "sharded_apart", "bf16_sharded")
 """Variants that run in those worlds, too, by default."""
 IN_STAGES = ("plain", "shared_tied", "pregated_both", "robust_both", "adam_both", "bf16_momentum")
 """Variants that run in stages by default."""
+WITHOUT_MOE = ("lora_experts", "lora_experts_both")
+"""Dense models, which run everywhere by default where ep is 1, on two ranks."""
 NOT_IN_STAGES = ("router", "lora", "lora_of_experts_apart", "lora_of_experts_starved", "bf16_lora")
 FP64_TOLERANCE = 1e-12
 ONE = "-ddp-w1-ep1"
@@ -168,10 +184,14 @@ BF16_TOLERANCE = {"loss": 2e-3, "grad_norm": 3e-2, "gradients": 6e-2, "weights":
 def is_default(variant: str, world: tuple[str, int, int]) -> bool:
     if world == STAGES:
         return variant in IN_STAGES
+    if variant in WITHOUT_MOE:
+        return True
     return world in ALWAYS or (world in SOMETIMES and variant in SOME)
 
 
 def exists(variant: str, world: tuple[str, int, int]) -> bool:
+    if variant in WITHOUT_MOE:
+        return world[2] == 1
     return world != STAGES or variant not in NOT_IN_STAGES
 
 

@@ -62,7 +62,7 @@ def exported(config_file, model_folder) -> set[str]:
     """Names of a training run's port and of a server that offloads."""
     overrides = [f"monitor.prometheus_port={free_port()}"]
     config = read_run_config(config_file, overrides)
-    port = PrometheusPort(config, config.model)
+    port = PrometheusPort(config)
     counts_LE = torch.ones(2, 4, dtype=torch.int64)
     port.step(
         1,

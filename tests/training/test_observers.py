@@ -168,7 +168,7 @@ def port_of(config_file, *overrides) -> tuple[PrometheusPort, int]:
     port = free_port()
     overrides = (f"monitor.prometheus_port={port}", *overrides)
     config = read_run_config(config_file, overrides)
-    return PrometheusPort(config, config.model), port
+    return PrometheusPort(config), port
 
 
 def test_layers_have_their_own_number_and_drops_add_up(config_file):

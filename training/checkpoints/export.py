@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, ConfigError
 from ...moe.config.model import ModelConfig
 from ...moe.folders.families.table import FAMILIES
 from ...moe.folders.hf_config import to_hf
@@ -25,7 +25,8 @@ def export(run_dir: Path, target: Path) -> int:
     """Write ``target`` from the newest whole checkpoint of ``run_dir`` and return its step.
 
     A run that started from a folder is written in that folder's family, if the family can express
-    the model. Low-rank updates are merged into their weights.
+    the model. Low-rank updates are merged into their weights. Raises :class:`ConfigError` for LoRA
+    experts, which cannot be.
     """
     return _export(newest(run_dir), run_dir, target)
 
@@ -86,6 +87,11 @@ def exported_values(
 def exported_weights(state: Mapping[str, Any], stored: Mapping[str, Tensor]) -> list[TensorPlan]:
     """Return the tensors of the export of a run with this state, whose weights are ``stored``."""
     dtype, lora = _exported_dtype(state), state.get("lora")
+    if lora is not None and lora["experts"]:
+        raise ConfigError(
+            f"the run has {lora['experts']} LoRA experts for each MLP, which cannot be merged into "
+            "one weight; export it with --adapter."
+        )
     scale = None if lora is None else lora["alpha"] / lora["rank"]
     weights = CheckpointWeights(stored, scale, open_frozen_weights(state, dtype))
     family = FAMILIES[exported_values(state)["model_type"]]

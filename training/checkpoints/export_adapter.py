@@ -1,4 +1,5 @@
-"""Turn the low-rank updates of a run's newest checkpoint into an adapter folder of peft.
+"""Turn the low-rank updates of a run's newest checkpoint into an adapter folder: peft's, if it can
+say them.
 
 E experts, P rank, D model width, F expert width.
 """
@@ -13,11 +14,13 @@ from ...errors import CheckpointError, ConfigError
 from ...moe.config.model import ModelConfig
 from ...moe.folders.families.family import full_name
 from ...moe.folders.hf_config import to_hf
+from ...moe.folders.lora_experts import write_lora_experts
 from ...moe.folders.peft.experts import joined, to_peft
 from ...moe.folders.peft.tensors import Factors
 from ...moe.folders.peft.write import adapter_config, write_adapter_folder
 from .checkpoint import StoredTensors
 from .export import newest
+from .export_lora_experts import lora_experts_config, lora_experts_tensors
 from .files import read_state
 
 _LINEAR = re.compile(r"weight/(layers\.\d+\.(?:self_attn|mlp)\.\w+)\.lora_a")
@@ -27,7 +30,7 @@ _EXPERTS = re.compile(r"weight/layers\.(\d+)\.mlp\.experts\.0\.fc1_lora_a")
 def export_adapter(run_dir: Path, target: Path) -> int:
     """Write ``target`` from the newest whole checkpoint of a LoRA run and return its step.
 
-    Only A and B are written; the model that the run started from is the base. Raises
+    Only what trained is written; the model that the run started from is the base. Raises
     :class:`ConfigError` for a run without low-rank updates.
     """
     checkpoint = newest(run_dir)
@@ -39,6 +42,9 @@ def export_adapter(run_dir: Path, target: Path) -> int:
             "adapter; export it without --adapter."
         )
     model, stored = ModelConfig.model_validate(state["model"]), StoredTensors(checkpoint)
+    if lora["experts"]:
+        write_lora_experts(target, lora_experts_config(lora), lora_experts_tensors(stored))
+        return int(state["step"])
     origin = state.get("origin") or {}
     family = to_hf(model, "float32", source=origin.get("config"))["model_type"]
     factors: dict[str, Factors] = {}
@@ -50,7 +56,9 @@ def export_adapter(run_dir: Path, target: Path) -> int:
         elif experts is not None:
             factors |= _experts(stored, model, int(experts[1]), family == "gpt_oss")
     has_experts = any(name.endswith(".experts") for name in factors)
-    names = {name.rpartition(".")[2] for name in factors if ".self_attn." in name}
+    # Experts have a gate_proj too, so MLPs of dense layers are named with their layer.
+    names = {name.removeprefix("model.") for name in factors if ".mlp.experts" not in name}
+    names = {name.rpartition(".")[2] if ".self_attn." in name else name for name in names}
     config = adapter_config(lora["rank"], lora["alpha"], sorted(names), has_experts)
     if not factors:
         raise CheckpointError(f"checkpoint {checkpoint} has no A and B; restore it from a backup.")

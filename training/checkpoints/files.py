@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from ...errors import CheckpointError, ConfigError
 from ...files import replace_text, sha256_of, sync
 from ...moe.config.model import ModelConfig
+from ..lora_config import LoraConfig
 from .dcp_reader import METADATA, SafeFileSystemReader
 
 MANIFEST = "manifest.json"
@@ -47,7 +48,7 @@ class _State(BaseModel):
     tokenizer: str
     tokenizer_sha256: str
     origin: dict[str, Any] | None = None
-    lora: dict[str, Any] | None = None
+    lora: LoraConfig | None = None
 
 
 def write_state(folder: Path, step: int, state: dict[str, Any]) -> None:
@@ -71,7 +72,7 @@ def read_state(path: Path) -> dict[str, Any]:
             "release that wrote it."
         )
     try:
-        _State.model_validate(state)
+        checked = _State.model_validate(state)
         ModelConfig.model_validate(state["model"])
     except ValidationError as error:
         problem = error.errors()[0]
@@ -84,6 +85,8 @@ def read_state(path: Path) -> dict[str, Any]:
             "restore the checkpoint from a backup."
         ) from None
     found: dict[str, Any] = state
+    if checked.lora is not None:  # earlier releases had fewer keys
+        found["lora"] = checked.lora.model_dump(mode="json")
     return found
 
 

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from ...moe.config.model import ModelConfig
 from ...parallel.mesh import Mesh
 from ..config import RunConfig
 from .metrics_log import MetricsLog
@@ -13,7 +12,6 @@ from .observers import Observer, Observers
 
 def open_observers(
     config: RunConfig,
-    model: ModelConfig,
     run_dir: Path,
     mesh: Mesh,
     resume_step: int,
@@ -35,7 +33,7 @@ def open_observers(
             if monitor.prometheus_port is not None:
                 from .prometheus import PrometheusPort
 
-                optional.append(PrometheusPort(config, model))
+                optional.append(PrometheusPort(config))
                 opened.callback(optional[-1].close)
             if monitor.tensorboard:
                 from .tensorboard import TensorBoard

@@ -21,7 +21,6 @@ from prometheus_client.registry import Collector
 from torch import Tensor
 
 from ...errors import ConfigError
-from ...moe.config.model import ModelConfig
 from ...moe.routers.load import MAX_EXPERT_SERIES, load_statistics
 from ..config import RunConfig
 from ..step import StepResult
@@ -59,7 +58,7 @@ class PrometheusPort(Observer):
     step, logged or not.
     """
 
-    def __init__(self, config: RunConfig, model: ModelConfig) -> None:
+    def __init__(self, config: RunConfig) -> None:
         self.registry = r = CollectorRegistry()
         ProcessCollector(registry=r)
         self._tokens_per_step = config.train.batch_sequences * config.train.sequence_length
@@ -68,7 +67,7 @@ class PrometheusPort(Observer):
         self._tokens = Counter("moeyard_train_tokens", "Tokens trained on", registry=r)
         self._last = LastValues()
         r.register(self._last)
-        self._progress = ProgressCollector(model.moe_layers)
+        self._progress = ProgressCollector(config.routed_layers)
         r.register(self._progress)
         host, port = config.monitor.prometheus_host, config.monitor.prometheus_port
         assert port is not None, "no port was asked for"

@@ -52,19 +52,22 @@ def count_parameters(decoder: Decoder, mesh: Mesh) -> dict[str, int]:
     All ranks call it.
     """
     expert_names = expert_parameter_names(decoder)
-    dense, experts = 0, 0
+    dense, experts, idle = 0, 0, 0
     for name, parameter in decoder.named_parameters():
         if name in expert_names:
             # Each slice of the inner width comes with the whole of this bias, but only one trains.
             slices = 1 if name.endswith("fc2_bias") else mesh.expert_tp_size
             experts += parameter.numel() * mesh.ep_size * slices
         elif decoder.stage.start == 0 or name != "embed_tokens.weight":  # tied: in two stages
-            dense += whole_shape(parameter).numel()
+            shape = whole_shape(parameter)
+            dense += shape.numel()
+            if ".lora_experts." in name:  # a token goes through one of them
+                idle += shape.numel() - shape.numel() // shape[0]
     stages = mesh.of_all_stages([(dense, experts)])
     dense, experts = (sum(parts) for parts in zip(*stages, strict=True))
     moe = decoder.config.moe
     active = experts * moe.router.k // moe.num_experts if moe is not None else 0
-    return {"parameters": dense + experts, "active_parameters": dense + active}
+    return {"parameters": dense + experts, "active_parameters": dense - idle + active}
 
 
 def version_and_commit() -> str:

@@ -89,7 +89,7 @@ def update_of(parts: Parts, sizes: ExpertSizes, like: Tensor) -> ExpertUpdate:
     down = _of_all(parts, "down", sizes)
     if down is None and any(part == "down" for part, _ in parts):
         down = _of_each(parts, "down", sizes)
-    return ExpertUpdate(_cast(gate_up, like), _cast(down, like))
+    return ExpertUpdate(cast(gate_up, like), cast(down, like))
 
 
 def _of_all(parts: Parts, part: str, sizes: ExpertSizes) -> Stacked | None:
@@ -106,7 +106,8 @@ def _of_each(parts: Parts, part: str, sizes: ExpertSizes) -> Stacked:
     return stacked(of_expert, sizes.num_experts, *sizes.shape(part))
 
 
-def _cast(factors: Stacked | None, like: Tensor) -> Stacked | None:
+def cast(factors: Stacked | None, like: Tensor) -> Stacked | None:
+    """Return factors in the type and on the device of ``like``, with an even rank."""
     if factors is None:
         return None
     a_EPI, b_EOP = factors

@@ -7,7 +7,6 @@ from torch import nn
 from ....errors import ModelFileError
 from ....kernels.values.expert_update import ExpertUpdate
 from ...adapters.adapter import Adapter, LowRankLinear
-from ...adapters.table import AdapterTable
 from ...attention.grouped_query import Attention
 from ...attention.latent import LatentAttention
 from ...config.model import ModelConfig
@@ -18,15 +17,6 @@ from .config import read_config
 from .experts import ExpertSizes, update_of
 from .modules import ExpertPart, ModuleNames
 from .tensors import Factors, read_factors
-
-
-def adapter_table(decoder: Decoder, family: Family) -> AdapterTable:
-    """Return an empty table for a decoder that came from a folder of ``family``."""
-
-    def read(name: str, folder: Path) -> Adapter:
-        return AdapterReader(decoder, family).read(name, folder)
-
-    return AdapterTable(read)
 
 
 class AdapterReader:
@@ -44,14 +34,6 @@ class AdapterReader:
         Raises :class:`ModelFileError`, in one sentence, for a folder that is damaged, for what is
         not offered (config.py), and for modules, shapes and ranks that do not fit the decoder.
         """
-        try:
-            return self._read(name, folder)
-        except ModelFileError as error:
-            raise ModelFileError(f"adapter {name!r}: {error}") from None
-
-    def _read(self, name: str, folder: Path) -> Adapter:
-        if not folder.is_dir():
-            raise ModelFileError(f"{folder} is no folder; give one that peft has written.")
         config, factors = read_config(folder), read_factors(folder)
         linears: dict[nn.Module, LowRankLinear] = {}
         parts: dict[int, dict[tuple[str, int | None], Factors]] = {}
