@@ -124,6 +124,17 @@ def test_experts_that_do_not_run_add_nothing():
     torch.testing.assert_close(y_TD, dense.down_proj(kept_TF), rtol=1e-12, atol=1e-12)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_has_the_same_bits_alone_and_in_a_batch(dtype):
+    torch.manual_seed(0)
+    layer = cut(GatedMLP(D, F).to(dtype), Contribution(tau=0.6, width=9, k=2))
+    x_TD = rows(9, dtype)
+    together_TD, routing = layer(x_TD)
+    assert len((routing.experts_TK >= 0).sum(dim=1).unique()) > 2
+    assert torch.equal(torch.cat([layer(x_1D)[0] for x_1D in x_TD.split(1)]), together_TD)
+
+
 def test_first_matrices_are_the_same_everywhere_and_differ_by_layer():
     layers = [Contribution(width=3).build(RouterSizes(D, E, layer=n)) for n in (0, 0, 1)]
     assert torch.equal(layers[0].hidden_HD, layers[1].hidden_HD)
