@@ -221,10 +221,10 @@ def add_allow_code(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def read_text(path: Path) -> str:
-    """Return the text of ``--text``; raises :class:`DataError` if it cannot be read."""
+def read_text(path: Path, option: str = "--text") -> str:
+    """Return the text that ``option`` names; raises :class:`DataError` if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise DataError(f"--text is {str(path)!r}, which cannot be read ({reason}).") from None
+        raise DataError(f"{option} is {str(path)!r}, which cannot be read ({reason}).") from None

@@ -107,6 +107,11 @@ class Publisher(Observer):
                 log.warning("step %d is not published: %s Training goes on.", done, problem)
 
     def _check_model(self, model: ModelConfig) -> None:
+        if self._config.lora is not None and self._config.lora.experts:
+            raise ConfigError(
+                f"publish is given, but lora.experts is {self._config.lora.experts}, and LoRA "
+                "experts cannot be merged into weights; leave publish out."
+            )
         if model.moe is None and self._options.what == "experts":
             raise ConfigError("publish.what is experts, but the model has none; use all.")
         if model.moe is not None and not isinstance(self._family.experts, SeparateExperts):

@@ -8,6 +8,7 @@ from pydantic_core.core_schema import ValidatorFunctionWrapHandler
 from ...configuration import validate_config
 from .base import Base
 from .comet import Comet
+from .contribution import Contribution
 from .cosine import Cosine
 from .dense_to_sparse import DenseToSparse
 from .dselect import DSelect
@@ -47,6 +48,7 @@ ROUTERS: tuple[type[RouterConfig], ...] = (
     Base,
     Sinkhorn,
     Sparsity,
+    Contribution,
     LocalSearch,
 )
 """The configurations of all routers; ``kind`` tells them apart."""

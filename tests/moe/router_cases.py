@@ -90,6 +90,8 @@ CASES: dict[str, dict] = {
     "base": {"kind": "base"},
     "sinkhorn": {"kind": "sinkhorn"},
     "sinkhorn_k2": {"kind": "sinkhorn", "k": 2},
+    "contribution": {"kind": "contribution", "k": 1, "tau": 0.7, "width": 12},
+    "contribution_share": {"kind": "contribution", "rule": "share", "tau": 0.6, "width": 5},
     "sparsity": {"kind": "sparsity", "z_loss": 0.001},
     "sparsity_pregated": {"kind": "sparsity", "k": 1, "lookahead": "previous_block"},
     "local_search": {"kind": "local_search", "router": {"kind": "comet"}, "search_steps": 50},

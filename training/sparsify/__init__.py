@@ -1,0 +1,1 @@
+"""``moeyard sparsify``: a dense model becomes one whose tokens decide how many experts run."""
