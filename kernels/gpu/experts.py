@@ -8,6 +8,7 @@ import functools
 import torch
 from torch import Tensor
 
+from ..values.activation import UNGATED
 from ..values.calls import ExpertCall
 from ..values.channel_weights import ChannelExpertWeights
 from ..values.expert_weights import ExpertWeights
@@ -40,6 +41,8 @@ def misfit(call: ExpertCall) -> str | None:
                 f"fc1 has type {experts.fc1_SHD.dtype} and fc2 {experts.fc2_SDF.dtype}; they must "
                 "have one."
             )
+    if experts.activation in UNGATED:
+        return f"Triton's expert kernels have gated activations, not {experts.activation}."
     parts = _parts(experts)
     tensors = (x_TD, experts_TK, weights_TK, *parts.values(), *experts.bias_parts, *sums)
     devices = {str(tensor.device) for tensor in tensors}

@@ -59,7 +59,7 @@ VARIANTS = {
     "sparsity": {
         "overrides": [
             TORCH,
-            "model.moe.activation=reglu",
+            "model.moe.activation=relu",
             "model.moe.router={kind: sparsity, z_loss: 0.1}",
             "train.accumulation=2",
             "train.recompute=true",

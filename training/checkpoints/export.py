@@ -67,7 +67,8 @@ def _export(checkpoint: Path, run_dir: Path, target: Path) -> int:
     lora = state.get("lora")
     scale = None if lora is None else lora["alpha"] / lora["rank"]
     frozen = open_frozen_weights(state, dtype)
-    weights = CheckpointWeights(StoredTensors(checkpoint), scale, frozen)
+    parts = ("gate", "up") if model.moe is None else model.moe.fc1_parts
+    weights = CheckpointWeights(StoredTensors(checkpoint), scale, frozen, parts)
     plans = plan_weights(model, FAMILIES[values["model_type"]], weights, dtype, torch.float32)
     generation = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
     if origin:  # None if that folder has no such file; then its config.json has the ids
