@@ -85,7 +85,10 @@ VARIANTS = {
         ],
     },
     "lora_of_experts_apart": {
-        "overrides": ["train.parameters=lora", "lora.targets=[experts]"],
+        "overrides": [
+            *("train.parameters=lora", "lora.targets=[experts]"),
+            "model.moe.activation=gelu",
+        ],
         "apart": True,
     },
     "lora_of_experts_starved": {
