@@ -1,6 +1,7 @@
 """The expert MLP on Triton's kernels: which calls they support, and running one.
 
-T tokens, K choices, E experts, S slots, D model width, F expert width, H = 2F.
+T tokens, K choices, E experts, S slots, D model width, F expert width, H rows
+of fc1.
 """
 
 import functools
@@ -8,7 +9,6 @@ import functools
 import torch
 from torch import Tensor
 
-from ..values.activation import UNGATED
 from ..values.calls import ExpertCall
 from ..values.channel_weights import ChannelExpertWeights
 from ..values.expert_weights import ExpertWeights
@@ -41,8 +41,6 @@ def misfit(call: ExpertCall) -> str | None:
                 f"fc1 has type {experts.fc1_SHD.dtype} and fc2 {experts.fc2_SDF.dtype}; they must "
                 "have one."
             )
-    if experts.activation in UNGATED:
-        return f"Triton's expert kernels have gated activations, not {experts.activation}."
     parts = _parts(experts)
     tensors = (x_TD, experts_TK, weights_TK, *parts.values(), *experts.bias_parts, *sums)
     devices = {str(tensor.device) for tensor in tensors}
