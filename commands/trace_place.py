@@ -163,8 +163,8 @@ def _sizes_of(config: "ModelConfig", arguments: argparse.Namespace) -> _Sizes:
         flops, link = arguments.shadow
         if not (flops > 0 and link > 0):
             raise ConfigError(f"--shadow is {flops:g} {link:g}; both must be above 0.")
-        d_expert, size = config.moe.d_expert, dtype.itemsize
-        costs = ShadowCosts.of_sizes(config.d_model, d_expert, flops, link, bytes_per_value=size)
+        sizes = (config.d_model, config.moe.d_expert, flops, link)
+        costs = ShadowCosts.of_sizes(*sizes, config.moe.matrices, dtype.itemsize)
     expert = expert_bytes(config, dtype, None)
     return _Sizes(config.d_model * dtype.itemsize, expert, costs)
 

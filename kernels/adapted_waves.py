@@ -1,7 +1,7 @@
 """The expert MLP of rows that go through a served adapter, some experts at a time.
 
 T tokens, K choices, R = T*K routed rows, N rows of a wave in expert order, n rows of one expert,
-E experts, D model width, F expert width, H = 2F, P inputs, Q outputs.
+E experts, D model width, F expert width, H rows of fc1, P inputs, Q outputs.
 """
 
 from collections.abc import Collection, Iterable
@@ -13,7 +13,7 @@ from torch import Tensor
 from .linear import linear, linear_by_group
 from .torch_ops.experts import combine_rows
 from .torch_ops.loop import Span
-from .values.activation import Activation, gated
+from .values.activation import Activation, fc1_parts, gated
 from .values.expert_update import ExpertUpdate
 from .values.few_bits import FewBitsExpertWeights
 from .values.grouping import group_tokens
@@ -101,12 +101,13 @@ def _act(h_NH: Tensor, activation: Activation) -> Tensor:
     Torch computes the last numbers of a piece of memory with other instructions, and threads cut
     pieces anywhere. So rows are filled up to whole vectors, and pieces are too small for threads.
     """
-    d_expert = h_NH.shape[1] // 2
-    h_NH = F.pad(h_NH.unflatten(1, (2, -1)), (0, -d_expert % VECTOR)).flatten(1)
+    parts = len(fc1_parts(activation))
+    d_expert = h_NH.shape[1] // parts
+    h_NH = F.pad(h_NH.unflatten(1, (parts, -1)), (0, -d_expert % VECTOR)).flatten(1)
     num_rows = max(1, 2 * FOR_ONE_THREAD // h_NH.shape[1])
     # A single row is contiguous, which some operators compute otherwise: one row of zeros more.
-    parts = [F.pad(part_nH, (0, 0, 0, 1)) for part_nH in h_NH.split(num_rows)]
-    return torch.cat([gated(part_nH, activation)[:-1, :d_expert] for part_nH in parts])
+    pieces = [F.pad(part_nH, (0, 0, 0, 1)) for part_nH in h_NH.split(num_rows)]
+    return torch.cat([gated(part_nH, activation)[:-1, :d_expert] for part_nH in pieces])
 
 
 def _matrix(experts: SlotWeights, slot: int, index: int, dtype: torch.dtype) -> Tensor:

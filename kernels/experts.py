@@ -81,7 +81,7 @@ def expert_mlp(
     ``experts_TK`` holds logical expert ids, -1 for no expert; ``weights_TK`` may be wider than x
     (fp32 with bf16), and the sum over k runs in that type. Differentiable in x, the weights, fc1,
     fc2 and their biases, unless the experts are quantized. ``recompute`` keeps x only and computes
-    fc1 again in backward. That costs two thirds of the forward's work and saves R * 2F elements;
+    fc1 again in backward. That costs the work of fc1 and saves its R * H outputs (H rows of fc1);
     the gradients have the same bits. It has no effect on the reference, where autograd decides,
     and in a graph compiled for a CPU, which keeps everything. ``most_choices`` promises that at
     most so many of ``experts_TK`` are experts: rows that come from other ranks have experts there,

@@ -12,7 +12,8 @@ Three things make results independent of the waves:
 - Gradients of A and B are computed once, from all rows of an expert.
 
 T tokens, K choices, R = T*K routed rows, N <= R rows that have an expert, in expert order, n those
-of one expert, D model width, F expert width, H = 2F, P rank, Q outputs and I inputs of a matrix.
+of one expert, D model width, F expert width, H rows of fc1, P rank, Q outputs and I inputs of a
+matrix.
 """
 
 import torch
@@ -22,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from .grouped_linear import grouped_linear, grouped_sums, grouped_transposed
 from .torch_ops.frozen_rows import FrozenRows, Wave
 from .torch_ops.loop import Span
-from .values.activation import gated, gated_backward
+from .values.activation import fc1_rows, gated, gated_backward
 from .values.frozen import FrozenExperts
 from .values.low_rank import LowRank, Update, without_blocks
 
@@ -39,7 +40,7 @@ def frozen_expert_mlp(
     """Return ``y_t = sum_k weights[t, k] * MLP_{experts[t, k]}(x_t)``, ``[T, D]`` in x's dtype.
 
     Like :func:`.experts.expert_mlp`, but differentiable in x, the weights and ``low_rank`` only.
-    Forward keeps x and, without ``recompute``, the pre-activations: R * 2F elements. With it,
+    Forward keeps x and, without ``recompute``, the pre-activations: R * H elements. With it,
     backward computes them again from fc1, with the same bits. The result has a graph if any
     argument requires gradients, even without rows, so that all ranks run the same backward. Raises
     ``ValueError`` for expert ids out of range, and in both passes what ``experts.stream`` raises.
@@ -56,7 +57,8 @@ class _FrozenExpertMLP(torch.autograd.Function):
     def forward(ctx, x_TD, weights_TK, a1, b1, a2, b2, rows, scale, recompute):  # type: ignore[no-untyped-def]
         update = None if a1 is None else LowRank(a1, b1, a2, b2, scale)
         x_ND, d_expert = rows.of(x_TD), rows.experts.d_expert
-        h_NH, act_NF = x_ND.new_empty(len(x_ND), 2 * d_expert), x_ND.new_empty(len(x_ND), d_expert)
+        d_hidden = fc1_rows(d_expert, rows.experts.activation)
+        h_NH, act_NF = x_ND.new_empty(len(x_ND), d_hidden), x_ND.new_empty(len(x_ND), d_expert)
         y_ND = torch.empty_like(x_ND)
         add_NH = None if update is None else _up(update.first(), x_ND, rows.spans)
         for wave in rows.waves(x_TD.dtype):
@@ -92,7 +94,7 @@ class _FrozenExpertMLP(torch.autograd.Function):
             scaled_ND = (lines.grad_ND * lines.weights_N1).to(x_TD.dtype)
             grad_a2, grad_b2, _ = _gradients(update.second(), lines.act_NF, scaled_ND, spans)
             grad_a1, blocks_SH2P, low_N2P = _gradients(first, lines.x_ND, lines.grad_h_NH, spans)
-            grads = grad_a1, without_blocks(blocks_SH2P), grad_a2, grad_b2
+            grads = grad_a1, without_blocks(blocks_SH2P, b1.shape[2]), grad_a2, grad_b2
             if wants_x:
                 grad_x_ND += grouped_transposed(low_N2P, first.a_SPI, spans)
         grad_x_TD = rows.by_choice(grad_x_ND).sum(dim=1) if wants_x else None
@@ -118,7 +120,7 @@ class _Backward:
         self.grad_weights_N1 = torch.empty_like(self.weights_N1)
         num_rows, d_expert = rows.num_rows, rows.experts.d_expert
         self.act_NF = self.x_ND.new_empty(num_rows, d_expert)
-        self.grad_h_NH = self.x_ND.new_empty(num_rows, 2 * d_expert)
+        self.grad_h_NH = self.x_ND.new_empty(num_rows, fc1_rows(d_expert, self._activation))
         self._grad_act_NF = torch.empty_like(self.act_NF)
         self._is_kept = h_NH is not None
         self._h_NH = torch.empty_like(self.grad_h_NH) if h_NH is None else h_NH

@@ -1,9 +1,9 @@
-"""The elementwise parts of gated MLPs that are not experts: on the C++ kernels, or on torch.
+"""The elementwise parts of MLPs that are not experts: on the C++ kernels, or on torch.
 
 Torch computes the last numbers of a piece of memory with other instructions than the rest, and
 threads cut pieces anywhere. So there the last bits of a row may depend on the number of rows.
 
-N rows, F inner width.
+N rows, F inner width, H columns before the activation: 2F with a gate, F without.
 """
 
 import torch
@@ -22,7 +22,7 @@ FOR_ONE_THREAD = 1 << 14
 
 
 def gated(h_NH: Tensor, activation: Activation) -> Tensor:
-    """Return ``act(gate) * factor(up)`` of rows ``[gate, up]``, ``[N, F]``."""
+    """Return ``act(gate) * factor(up)`` of rows ``[gate, up]``, or ``act(up)``: ``[N, F]``."""
     if not torch.is_grad_enabled() and may_use_cpp(h_NH):
         found = cpp_gated(h_NH, activation)
         if found is not None:

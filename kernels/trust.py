@@ -21,12 +21,14 @@ from .cpu.library import Library
 from .gpu import choice as triton_choice
 from .gpu import device as triton
 from .gpu import experts as triton_experts
+from .values.activation import UNGATED, Activation
 from .values.calls import ExpertCall
 from .values.quantized_weights import Bits, QuantizedExpertWeights
 
 Result = TypeVar("Result")
-Kind = tuple[torch.dtype, torch.device, Bits | None, bool]
-"""Type of the rows, device, bits of the weights (None = not quantized), and whether with biases."""
+Kind = tuple[torch.dtype, torch.device, Bits | None, bool, bool]
+"""Type of the rows, device, bits of the weights (None = not quantized), whether with biases, and
+whether with a gate."""
 
 _checking = threading.Lock()
 _cpp_verdict: tuple[Library, Library] | None = None
@@ -105,23 +107,31 @@ def trusts_triton(call: ExpertCall) -> bool:
     if isinstance(experts, QuantizedExpertWeights):
         bits_here = {experts.fc1.bits, experts.fc2.bits}
     has_bias = bool(experts.bias_parts)
-    kinds = [(call.x_TD.dtype, device, bits, has_bias) for bits in bits_here]
+    has_gate = experts.activation not in UNGATED
+    kinds = [(call.x_TD.dtype, device, bits, has_bias, has_gate) for bits in bits_here]
     if _cannot_check(call.x_TD):
         return all(_triton_verdicts.get(kind, False) for kind in kinds)
     return triton.why_not(device) is None and all(triton_computes(*kind) for kind in kinds)
 
 
 def triton_computes(
-    dtype: torch.dtype, device: torch.device, bits: Bits | None, has_bias: bool
+    dtype: torch.dtype,
+    device: torch.device,
+    bits: Bits | None,
+    has_bias: bool,
+    has_gate: bool = True,
 ) -> bool:
     """Check Triton's expert kernels of a kind once; warn if they fail."""
-    kind = (dtype, device, bits, has_bias)
+    kind = (dtype, device, bits, has_bias, has_gate)
     if kind not in _triton_verdicts:
         _triton_verdicts[kind] = _passes(*kind)
     return _triton_verdicts[kind]
 
 
-def _passes(dtype: torch.dtype, device: torch.device, bits: Bits | None, has_bias: bool) -> bool:
+def _passes(
+    dtype: torch.dtype, device: torch.device, bits: Bits | None, has_bias: bool, has_gate: bool
+) -> bool:
+    activation: Activation = "swiglu" if has_gate else "gelu"
     check = functools.partial(
         experts_check.check_quantized if bits is not None else experts_check.check_backend,
         "triton",
@@ -131,9 +141,9 @@ def _passes(dtype: torch.dtype, device: torch.device, bits: Bits | None, has_bia
     )
     if bits is None:
         sizes = (experts_check.T, experts_check.MANY_TOKENS)
-        checks = [functools.partial(check, num_tokens, has_bias) for num_tokens in sizes]
+        checks = [functools.partial(check, n, has_bias, activation) for n in sizes]
     else:
-        checks = [functools.partial(check, bits, has_bias)]
+        checks = [functools.partial(check, bits, has_bias, activation)]
     for run in checks:
         outcome = _apart(run)
         if not outcome.passed:

@@ -1,10 +1,10 @@
-"""A dense MLP with a gate. T tokens, D model width, F inner width."""
+"""A dense MLP, mostly with a gate. T tokens, D model width."""
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels.gated import gated
-from ..kernels.values.activation import Activation
+from ..kernels.values.activation import UNGATED, Activation
 from .adapters.rows import AdapterRows
 from .linear import Linear
 from .routers.router import Router
@@ -12,7 +12,10 @@ from .routers.routing import RouterInput, Routing
 
 
 class GatedMLP(nn.Module):
-    """A dense gated MLP: the decoder's dense layers and the shared experts."""
+    """A dense MLP: the decoder's dense layers and the shared experts.
+
+    ``relu`` and ``gelu`` have no gate: it then has no ``gate_proj``.
+    """
 
     gate: Router | None
     """Chooses among LoRA experts (models/lora_experts.py); None without any."""
@@ -21,7 +24,7 @@ class GatedMLP(nn.Module):
         super().__init__()
         self.activation: Activation = activation
         self.gate = None
-        self.gate_proj = Linear(d_model, d_ff)
+        self.gate_proj = None if activation in UNGATED else Linear(d_model, d_ff)
         self.up_proj = Linear(d_model, d_ff)
         self.down_proj = Linear(d_ff, d_model)
 
@@ -32,8 +35,13 @@ class GatedMLP(nn.Module):
     def forward(
         self, x_TD: Tensor, adapters: AdapterRows | None = None, routing: Routing | None = None
     ) -> Tensor:
-        """Return ``down(act(gate x) * up x)``; ``routing`` is that of :meth:`route`."""
-        h_TH = torch.cat([self.gate_proj(x_TD, adapters), self.up_proj(x_TD, adapters)], dim=-1)
+        """Return ``down(act(gate x) * up x)``, or ``down(act(up x))`` without a gate.
+
+        ``routing`` is that of :meth:`route`.
+        """
+        h_TH: Tensor = self.up_proj(x_TD, adapters)
+        if self.gate_proj is not None:
+            h_TH = torch.cat([self.gate_proj(x_TD, adapters), h_TH], dim=-1)
         chosen = [] if adapters is None else adapters.choose(self, x_TD)
         for rows_n, update in chosen:
             h_TH = h_TH.index_add(0, rows_n, update.first(x_TD.index_select(0, rows_n)))

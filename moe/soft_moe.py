@@ -35,7 +35,7 @@ class SoftMoE(nn.Module):
 
     Args:
         d_model: Width of a token.
-        d_expert: Inner width of one expert, a gated MLP.
+        d_expert: Inner width of one expert.
         num_experts: Experts.
         slots: Slots of each expert. The paper uses about as many slots in all as tokens.
         activation: As for :class:`MoELayer`, like ``expert_ids``, ``backend`` and ``recompute``.

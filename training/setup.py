@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, ModelFileError
+from ..kernels.values.activation import fc1_parts
 from ..moe.config.model import ModelConfig
 from ..moe.experts.inner_slice import InnerSlice
 from ..moe.experts.resident import Experts
@@ -86,7 +87,8 @@ def build_model(
     if mesh.expert_tp_size > 1:
         for _, layer in decoder.moe_layers():
             assert isinstance(layer.experts, Experts), "training has its experts in memory"
-            layer.experts.keep_slice(InnerSlice(mesh.expert_tp_rank, mesh.expert_tp_size))
+            parts = len(fc1_parts(layer.experts.activation))
+            layer.experts.keep_slice(InnerSlice(mesh.expert_tp_rank, mesh.expert_tp_size, parts))
     return decoder
 
 

@@ -92,6 +92,13 @@ def _results(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
     expected_TD = reference.run(ExpertCall(wide_TD, experts_TK, weights_TK.double(), wide))
     yield "experts", waves.result(), expected_TD
 
+    without_gate = (fc1_EHD[:, :WIDTH].contiguous(), fc2_EDF)
+    waves = CppWaves(x_TD, experts_TK, weights_TK)
+    waves.add(ExpertWeights(*without_gate, activation="gelu"))
+    wide = ExpertWeights(*(part.double() for part in without_gate), activation="gelu")
+    expected = reference.run(ExpertCall(wide_TD, experts_TK, weights_TK.double(), wide))
+    yield "experts without a gate", waves.result(), expected
+
     for stored in _by_channel(fc1_EHD, fc2_EDF, biases):
         waves = CppWaves(x_TD, experts_TK, weights_TK)
         waves.add(stored)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..torch_ops import reference
+from ..values.activation import Activation, fc1_rows
 from ..values.calls import ExpertCall
 from ..values.expert_weights import ExpertWeights
 from ..values.quantize import quantize_experts
@@ -70,28 +71,38 @@ def check_backend(
     device: str,
     num_tokens: int = T,
     has_bias: bool = False,
+    activation: Activation = "swiglu",
 ) -> BackendCheck:
     """Run one backend forward and backward and compare; ``has_bias`` gives the experts biases."""
-    inputs, experts_TK = _inputs(dtype, num_tokens, D, F)
-    inputs += _biases(dtype, D, F) if has_bias else []
-    expected = _outcome(reference.run, [x.double() for x in inputs], experts_TK, "cpu")
+    d_hidden = fc1_rows(F, activation)
+    inputs, experts_TK = _inputs(dtype, num_tokens, D, d_hidden, F)
+    inputs += _biases(dtype, D, d_hidden) if has_bias else []
+    exact = [x.double() for x in inputs]
+    expected = _outcome(reference.run, exact, experts_TK, "cpu", activation)
     return _compared(
-        name, dtype, device, expected, lambda: _outcome(run, inputs, experts_TK, device)
+        name, dtype, device, expected, lambda: _outcome(run, inputs, experts_TK, device, activation)
     )
 
 
 def check_quantized(
-    name: str, run: Run, dtype: torch.dtype, device: str, bits: Bits, has_bias: bool = False
+    name: str,
+    run: Run,
+    dtype: torch.dtype,
+    device: str,
+    bits: Bits,
+    has_bias: bool = False,
+    activation: Activation = "swiglu",
 ) -> BackendCheck:
     """Run one backend on weights in 8 or 4 bits and compare the values."""
-    exact = _quantized_values(reference.run, dtype, torch.float64, "cpu", bits, has_bias)
+    how = (bits, has_bias, activation)
+    exact = _quantized_values(reference.run, dtype, torch.float64, "cpu", *how)
     expected = {"values": exact}
     return _compared(
         f"{name} int{bits}",
         dtype,
         device,
         expected,
-        lambda: {"values": _quantized_values(run, dtype, dtype, device, bits, has_bias)},
+        lambda: {"values": _quantized_values(run, dtype, dtype, device, *how)},
     )
 
 
@@ -102,15 +113,18 @@ def _quantized_values(
     device: str,
     bits: Bits,
     has_bias: bool,
+    activation: Activation,
 ) -> Tensor:
     """Return all results of rows that were ``rounded``, computed in ``dtype``."""
-    results = []
+    results, d_hidden = [], fc1_rows(QUANTIZED_F, activation)
     for num_tokens, group_size in itertools.product(QUANTIZED_TOKENS, GROUP_SIZES[bits]):
-        inputs, experts_TK = _inputs(rounded, num_tokens, QUANTIZED_D, QUANTIZED_F)
+        sizes = (QUANTIZED_D, d_hidden, QUANTIZED_F)
+        inputs, experts_TK = _inputs(rounded, num_tokens, *sizes)
         x_TD, weights_TK, *parameters = inputs
-        parameters += _biases(rounded, QUANTIZED_D, QUANTIZED_F) if has_bias else []
+        parameters += _biases(rounded, QUANTIZED_D, d_hidden) if has_bias else []
         # Quantized before it is sent: another device may round a value to the other side.
-        experts = quantize_experts(_experts(parameters), bits, group_size).to(device)
+        plain = _experts(parameters, activation)
+        experts = quantize_experts(plain, bits, group_size).to(device)
         rows = (x_TD.to(device, dtype), experts_TK.to(device), weights_TK.to(device))
         results.append(run(ExpertCall(*rows, experts)).flatten())
     return torch.cat(results)
@@ -139,13 +153,13 @@ def _compared(
 
 
 def _inputs(
-    dtype: torch.dtype, num_tokens: int, d_model: int, d_expert: int
+    dtype: torch.dtype, num_tokens: int, d_model: int, d_hidden: int, d_expert: int
 ) -> tuple[list[Tensor], Tensor]:
     """Return x, routing weights (fp32, as routers give them), fc1 and fc2; and experts_TK."""
     generator = torch.Generator().manual_seed(0)
     x_TD = torch.randn(num_tokens, d_model, generator=generator).to(dtype)
     weights_TK = torch.rand(num_tokens, K, generator=generator)
-    fc1_EHD = torch.randn(E, 2 * d_expert, d_model, generator=generator) * d_model**-0.5
+    fc1_EHD = torch.randn(E, d_hidden, d_model, generator=generator) * d_model**-0.5
     fc2_EDF = torch.randn(E, d_model, d_expert, generator=generator) * d_expert**-0.5
     # Expert 3 is idle, and some tokens have one expert only.
     experts_TK = torch.randint(0, E - 1, (num_tokens, K), generator=generator)
@@ -154,25 +168,30 @@ def _inputs(
     return [x_TD, weights_TK, fc1_EHD.to(dtype), fc2_EDF.to(dtype)], experts_TK
 
 
-def _biases(dtype: torch.dtype, d_model: int, d_expert: int) -> list[Tensor]:
+def _biases(dtype: torch.dtype, d_model: int, d_hidden: int) -> list[Tensor]:
     """Return biases of fc1 and fc2, about as large as the values they are added to."""
     generator = torch.Generator().manual_seed(1)
-    widths = (2 * d_expert, d_model)
+    widths = (d_hidden, d_model)
     return [torch.randn(E, width, generator=generator).to(dtype) for width in widths]
 
 
-def _experts(parameters: list[Tensor]) -> ExpertWeights:
+def _experts(parameters: list[Tensor], activation: Activation) -> ExpertWeights:
     fc1_EHD, fc2_EDF, *biases = parameters
     bias1_EH, bias2_ED = biases or (None, None)
-    return ExpertWeights(fc1_EHD, fc2_EDF, fc1_bias_SH=bias1_EH, fc2_bias_SD=bias2_ED)
+    return ExpertWeights(
+        fc1_EHD, fc2_EDF, activation=activation, fc1_bias_SH=bias1_EH, fc2_bias_SD=bias2_ED
+    )
 
 
-def _outcome(run: Run, inputs: list[Tensor], experts_TK: Tensor, device: str) -> dict[str, Tensor]:
+def _outcome(
+    run: Run, inputs: list[Tensor], experts_TK: Tensor, device: str, activation: Activation
+) -> dict[str, Tensor]:
     """Return the values and the gradients of a fixed weighted sum of them."""
     x_TD, weights_TK, *parameters = leaves = [
         tensor.to(device).requires_grad_() for tensor in (t.detach().clone() for t in inputs)
     ]
-    y_TD = run(ExpertCall(x_TD, experts_TK.to(device), weights_TK, _experts(parameters)))
+    experts = _experts(parameters, activation)
+    y_TD = run(ExpertCall(x_TD, experts_TK.to(device), weights_TK, experts))
     slope_TD = torch.linspace(-1, 1, y_TD.numel(), device=device).view_as(y_TD).to(y_TD.dtype)
     gradients = torch.autograd.grad((y_TD * slope_TD).sum(), leaves)
     names = ("grad x", "grad weights", "grad fc1", "grad fc2", "grad bias1", "grad bias2")

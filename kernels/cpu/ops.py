@@ -2,7 +2,8 @@
 
 torch.compile needs operators. Without it the kernels are called directly, which costs less.
 
-T tokens, K choices, R = T*K routed rows, S slots, E experts, D model width, F expert width, H = 2F.
+T tokens, K choices, R = T*K routed rows, S slots, E experts, D model width, F expert width, H rows
+of fc1.
 """
 
 from collections.abc import Sequence
@@ -92,7 +93,7 @@ def expert_mlp_op(
     activation: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return y ``[T, D]`` and, with ``keep``, what backward needs of each row, ``[R, 2F]``.
+    """Return y ``[T, D]`` and, with ``keep``, what backward needs of each row, ``[R, H]``.
 
     Arguments that begin with ``main`` are not read; backward adds parameter gradients to them.
     """

@@ -1,6 +1,7 @@
 """The expert MLP with gradients on the C++ kernels.
 
-T tokens, K choices, R = T*K routed rows, N <= R rows with an expert, D model width, F expert width.
+T tokens, K choices, R = T*K routed rows, N <= R rows with an expert, D model width, F expert width,
+H rows of fc1.
 """
 
 import ctypes
@@ -37,7 +38,7 @@ def have_backward(experts: ExpertWeights) -> bool:
 class CppExpertMLP(torch.autograd.Function):
     """``y_t = sum_k weights[t, k] * MLP_{experts[t, k]}(x_t)``, forward and backward.
 
-    Backward needs x, gate and up of each row, and the routing. With ``recompute`` gate and up are
+    Backward needs x, fc1's output for each row, and the routing. With ``recompute`` that output is
     not kept but computed again.
     """
 
@@ -82,7 +83,7 @@ class CppExpertMLP(torch.autograd.Function):
 
 
 def _hidden_again(x_TD: Tensor, experts_TK: Tensor, experts: ExpertWeights) -> Tensor:
-    """Compute gate and up of each row again, without the expert outputs."""
+    """Compute fc1's output of each row again, without the expert outputs."""
     functions = functions_for(x_TD)
     assert functions is not None, "forward ran on these kernels"
     hidden_RH = x_TD.new_empty(experts_TK.numel(), experts.fc1_SHD.shape[1])
@@ -94,7 +95,7 @@ def _hidden_again(x_TD: Tensor, experts_TK: Tensor, experts: ExpertWeights) -> T
 def forward_kept(
     x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, experts: ExpertWeights
 ) -> tuple[Tensor, Tensor]:
-    """Return y, and gate and up of each row, ``[R, 2F]`` in expert order, for backward.
+    """Return y, and what fc1 gave for each row, ``[R, H]`` in expert order, for backward.
 
     ``experts_TK`` is int32 and ``weights_TK`` fp32, both contiguous.
     """

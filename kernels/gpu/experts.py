@@ -1,6 +1,7 @@
 """The expert MLP on Triton's kernels: which calls they support, and running one.
 
-T tokens, K choices, E experts, S slots, D model width, F expert width, H = 2F.
+T tokens, K choices, E experts, S slots, D model width, F expert width, H rows
+of fc1.
 """
 
 import functools

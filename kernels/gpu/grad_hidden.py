@@ -6,8 +6,8 @@ the outputs need not be kept; grad A = s G; and fc2's weight gradient needs s A.
 the bias come from one tile of G (the identities are SonicMoE's).
 
 T tokens, K choices, R routed rows in slot order, S slots, L tiles, D model width, F expert width,
-H = 2F, B column tiles. In a tile: M rows, N of F, P of D at a time. Tensors of values per row may
-end after the last row that has a slot.
+H rows of fc1, B column tiles. In a tile: M rows, N of F, P of D at a time. Tensors of values per
+row may end after the last row that has a slot.
 """
 
 import torch
@@ -20,7 +20,9 @@ from .tile_math import (
     add_product,
     columns_of,
     gated_with_slopes,
+    has_gate,
     tile_and_column,
+    ungated_with_slope,
 )
 from .tiles import GROUP_TILES, Tiles
 
@@ -36,7 +38,7 @@ def grad_hidden(
     precision: str,
     tiles: Tiles,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return grad h ``[R, 2F]``, the weighted activations ``[R, F]`` and grad weights ``[T, K]``.
+    """Return grad h ``[R, H]``, the weighted activations ``[R, F]`` and grad weights ``[T, K]``.
 
     Rows without a slot are undefined in the first two and zero in the last.
     """
@@ -110,14 +112,21 @@ def _finish_columns(
 ):
     """Write grad h and the weighted activation of some columns; return their part of grad s."""
     is_stored_MN = is_row_M[:, None] & (feature_N < d_expert)[None, :]
-    at_MN = row_M[:, None] * (2 * d_expert) + feature_N[None, :]
-    gate_MN = tl.load(h_RH + at_MN, mask=is_stored_MN, other=0).to(tl.float32)
-    up_MN = tl.load(h_RH + at_MN + d_expert, mask=is_stored_MN, other=0).to(tl.float32)
-    a_MN, gate_slope_MN, up_slope_MN = gated_with_slopes(gate_MN, up_MN, ACTIVATION)
     grad_a_MN = g_MN * weight_M[:, None]
     type_h: tl.constexpr = grad_h_RH.dtype.element_ty
-    tl.store(grad_h_RH + at_MN, (grad_a_MN * gate_slope_MN).to(type_h), mask=is_stored_MN)
-    tl.store(grad_h_RH + at_MN + d_expert, (grad_a_MN * up_slope_MN).to(type_h), mask=is_stored_MN)
+    if has_gate(ACTIVATION):
+        at_MN = row_M[:, None] * (2 * d_expert) + feature_N[None, :]
+        gate_MN = tl.load(h_RH + at_MN, mask=is_stored_MN, other=0).to(tl.float32)
+        up_MN = tl.load(h_RH + at_MN + d_expert, mask=is_stored_MN, other=0).to(tl.float32)
+        a_MN, gate_slope_MN, up_slope_MN = gated_with_slopes(gate_MN, up_MN, ACTIVATION)
+        grad_up_MN = (grad_a_MN * up_slope_MN).to(type_h)
+        tl.store(grad_h_RH + at_MN, (grad_a_MN * gate_slope_MN).to(type_h), mask=is_stored_MN)
+        tl.store(grad_h_RH + at_MN + d_expert, grad_up_MN, mask=is_stored_MN)
+    else:
+        at_MN = row_M[:, None] * d_expert + feature_N[None, :]
+        h_MN = tl.load(h_RH + at_MN, mask=is_stored_MN, other=0).to(tl.float32)
+        a_MN, slope_MN = ungated_with_slope(h_MN, ACTIVATION)
+        tl.store(grad_h_RH + at_MN, (grad_a_MN * slope_MN).to(type_h), mask=is_stored_MN)
     scaled_at = scaled_RF + row_M[:, None] * d_expert + feature_N[None, :]
     tl.store(scaled_at, (a_MN * weight_M[:, None]).to(type_h), mask=is_stored_MN)
     return tl.sum(g_MN * a_MN, axis=1)

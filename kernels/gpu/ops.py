@@ -1,12 +1,12 @@
 """The Triton expert MLP as ``torch.library`` operators with fake versions and a gradient.
 
 Saved for backward: x, fc1's outputs (pre-activations), the routing weights and the indices;
-2 T D + 4 R F bytes in 16 bits, plus the indices. Without ``keep_h`` only x, the routing weights and
+2 T D + 2 R H bytes in 16 bits, plus the indices. Without ``keep_h`` only x, the routing weights and
 the indices are saved (2 T D bytes), and backward computes fc1's outputs again.
 
 T tokens, K choices, R = T*K routed rows in slot order, E experts, S slots, L tiles, D model width,
-F expert width, H = 2F. Rows without a slot come last, and the caller may know that they are many:
-tensors of values per row then end after ``most_rows``.
+F expert width, H rows of fc1. Rows without a slot come last, and the caller may know that they are
+many: tensors of values per row then end after ``most_rows``.
 """
 
 import functools
@@ -47,7 +47,7 @@ def expert_mlp_op(
     keep_h: bool,
     most_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return y ``[T, D]``, then what backward needs: h ``[R, 2F]`` and the ``SlotGroups``.
+    """Return y ``[T, D]``, then what backward needs: h ``[R, H]`` and the ``SlotGroups``.
 
     Without ``keep_h`` h is empty, and backward computes it again. Arguments that begin with
     ``main`` are not read; backward adds parameter gradients to them. At most ``most_rows`` of the
@@ -56,7 +56,7 @@ def expert_mlp_op(
     num_tokens, d_model = x_TD.shape
     d_expert = fc2_SDF.shape[2]
     plan = _Plan(x_TD, most_rows, _num_experts(fc1_SHD, slot_of_E))
-    h_RH = x_TD.new_empty(most_rows if keep_h else 0, 2 * d_expert)
+    h_RH = x_TD.new_empty(most_rows if keep_h else 0, fc1_SHD.shape[1])
     with on_device_of(x_TD):
         groups = group_rows(experts_TK, slot_of_E, fc1_SHD.shape[0], plan.rows, most_rows)
         if most_rows == 0:

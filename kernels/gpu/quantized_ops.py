@@ -1,7 +1,7 @@
 """The Triton expert MLP on weights in 8 or 4 bits as a ``torch.library`` operator, for inference.
 
 T tokens, K choices, R = T*K routed rows in slot order, E experts, S slots, D model width, F expert
-width, H = 2F, Q outputs of a matrix, B bytes of a row, G groups of a row.
+width, H rows of fc1, Q outputs of a matrix, B bytes of a row, G groups of a row.
 """
 
 from typing import Any, NamedTuple

@@ -1,17 +1,19 @@
 """fc1 and the activation on weights in 8 or 4 bits; see quantized.py.
 
-T tokens, R routed rows in slot order, S slots, L tiles, D model width, F expert width, H = 2F, G
-groups of a row. In a tile: M rows, N/2 features with gate and up, P inputs at a time in B bytes.
+T tokens, R routed rows in slot order, S slots, L tiles, D model width, F expert width, H rows of
+fc1, G groups of a row. In a tile: M rows, N/2 features with gate and up (N without a gate), P
+inputs at a time in B bytes.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..values.activation import UNGATED
 from ..values.quantized_weights import QuantizedMatrices
 from .grouping import SlotGroups
 from .quantized import constants, quantized_product
-from .tile_math import gated, tile_and_column
+from .tile_math import gated, has_gate, tile_and_column, ungated
 from .tiles import Tiles
 
 
@@ -25,9 +27,10 @@ def quantized_up_projection(
     tiles: Tiles,
     a_RF: Tensor,
 ) -> None:
-    """Write ``act(x W_gate) * (x W_up)`` of the rows that have a slot, with biases if any."""
+    """Write the activations of the rows that have a slot, with biases if any."""
     num_tiles, d_expert = groups.tiles_L2.shape[0], a_RF.shape[1]
-    quantized_up_kernel[(num_tiles * triton.cdiv(d_expert, tiles.N // 2),)](
+    features = tiles.N if activation in UNGATED else tiles.N // 2
+    quantized_up_kernel[(num_tiles * triton.cdiv(d_expert, features),)](
         x_TD,
         groups.order_R,
         groups.tiles_L2,
@@ -80,7 +83,9 @@ def quantized_up_kernel(
     P: tl.constexpr,
     GROUP_TILES: tl.constexpr,
 ):
-    num_columns = tl.cdiv(d_expert, N // 2)
+    GATED: tl.constexpr = has_gate(ACTIVATION)
+    FEATURES: tl.constexpr = N // 2 if GATED else N
+    num_columns = tl.cdiv(d_expert, FEATURES)
     tile, column = tile_and_column(tl.program_id(0), num_tiles, num_columns, GROUP_TILES, False)
     slot = tl.load(tiles_L2 + 2 * tile).to(tl.int64)
     if slot < 0:
@@ -91,8 +96,8 @@ def quantized_up_kernel(
     token_M = tl.load(order_R + row_M, mask=is_row_M, other=0) // num_choices
     # Gate and up rows alternate, so that one product computes both and a thread holds the pair.
     output_N = tl.arange(0, N)
-    feature_N = column * (N // 2) + output_N // 2
-    line_N = feature_N + output_N % 2 * d_expert
+    feature_N = column * FEATURES + (output_N // 2 if GATED else output_N)
+    line_N = feature_N + (output_N % 2 * d_expert if GATED else 0)
     byte_B = tl.arange(0, P * BITS // 8)
     h_MN = quantized_product(
         x_TD + token_M.to(tl.int64)[:, None] * d_model + tl.arange(0, P)[None, :],
@@ -108,15 +113,22 @@ def quantized_up_kernel(
         N,
         P,
     )
-    gate, up = tl.split(tl.reshape(h_MN, (M, N // 2, 2)))
-    feature = column * (N // 2) + tl.arange(0, N // 2)
-    if bias_SH is not None:
-        bias_at = bias_SH + slot * stride_bias + feature
-        gate += tl.load(bias_at, mask=feature < d_expert, other=0).to(tl.float32)[None, :]
-        bias_at += d_expert
-        up += tl.load(bias_at, mask=feature < d_expert, other=0).to(tl.float32)[None, :]
+    feature = column * FEATURES + tl.arange(0, FEATURES)
+    if GATED:
+        gate, up = tl.split(tl.reshape(h_MN, (M, N // 2, 2)))
+        if bias_SH is not None:
+            bias_at = bias_SH + slot * stride_bias + feature
+            gate += tl.load(bias_at, mask=feature < d_expert, other=0).to(tl.float32)[None, :]
+            bias_at += d_expert
+            up += tl.load(bias_at, mask=feature < d_expert, other=0).to(tl.float32)[None, :]
+        act = gated(gate, up, ACTIVATION)
+    else:
+        if bias_SH is not None:
+            bias_at = bias_SH + slot * stride_bias + feature
+            h_MN += tl.load(bias_at, mask=feature < d_expert, other=0).to(tl.float32)[None, :]
+        act = ungated(h_MN, ACTIVATION)
     tl.store(
         a_RF + row_M.to(tl.int64)[:, None] * d_expert + feature[None, :],
-        gated(gate, up, ACTIVATION).to(a_RF.dtype.element_ty),
+        act.to(a_RF.dtype.element_ty),
         mask=is_row_M[:, None] & (feature < d_expert)[None, :],
     )

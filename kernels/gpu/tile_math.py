@@ -1,4 +1,4 @@
-"""Shared by the kernels: products of tiles, gated activations, and which program computes a tile.
+"""Shared by the kernels: products of tiles, activations, and which program computes a tile.
 
 M rows of a tile, N columns of a tile, P the inner dimension of a product.
 """
@@ -43,6 +43,32 @@ def tile_and_column(
     if COLUMNS_FIRST:
         return first_tile + inside // num_columns, inside % num_columns
     return first_tile + inside % tiles_here, inside // tiles_here
+
+
+@triton.constexpr_function
+def has_gate(ACTIVATION):
+    """Say whether fc1 has gate rows in front of the up rows."""
+    return ACTIVATION not in activation.UNGATED
+
+
+@triton.jit
+def ungated(up, ACTIVATION: tl.constexpr):
+    """Return act(up) in fp32, where there is no gate."""
+    if ACTIVATION == "relu":
+        return tl.maximum(up, 0.0)
+    else:
+        return up * (0.5 + 0.5 * tl.erf(up * SQRT_HALF))
+
+
+@triton.jit
+def ungated_with_slope(up, ACTIVATION: tl.constexpr):
+    """Return :func:`ungated` and its derivative."""
+    if ACTIVATION == "relu":
+        return tl.maximum(up, 0.0), tl.where(up > 0, 1.0, 0.0)
+    else:
+        below = 0.5 + 0.5 * tl.erf(up * SQRT_HALF)
+        density = tl.exp(-0.5 * up * up) * INVERSE_SQRT_2PI
+        return up * below, below + up * density
 
 
 @triton.jit

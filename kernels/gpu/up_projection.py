@@ -1,15 +1,17 @@
-"""fc1 and the gated activation: ``a = act(x W_gate) * (x W_up)`` for every routed row, with biases.
+"""fc1 and the activation of every routed row, with biases: ``a = act(x W_gate) * (x W_up)``, or
+``act(x W_up)`` without a gate.
 
 T tokens, K choices, R routed rows in slot order, S slots, L tiles, D model width, F expert width,
-H = 2F. In a tile: M rows, N columns of which N/2 are gates, P of D at a time.
+H rows of fc1. In a tile: M rows, N columns of which N/2 are gates (if any), P of D at a time.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..values.activation import UNGATED, fc1_parts
 from .grouping import SlotGroups
-from .tile_math import add_product, gated, tile_and_column
+from .tile_math import add_product, gated, has_gate, tile_and_column, ungated
 from .tiles import GROUP_TILES, Tiles
 
 
@@ -25,9 +27,10 @@ def up_projection(
     h_RH: Tensor | None,
 ) -> None:
     """Write the activations of rows that have a slot, and their pre-activations if asked for."""
-    d_model, d_expert = x_TD.shape[1], fc1_SHD.shape[1] // 2
+    d_model, d_expert = x_TD.shape[1], fc1_SHD.shape[1] // len(fc1_parts(activation))
     num_tiles = groups.tiles_L2.shape[0]
-    up_projection_kernel[(num_tiles * triton.cdiv(d_expert, tiles.N // 2),)](
+    features = tiles.N if activation in UNGATED else tiles.N // 2
+    up_projection_kernel[(num_tiles * triton.cdiv(d_expert, features),)](
         x_TD,
         groups.order_R,
         groups.tiles_L2,
@@ -82,7 +85,9 @@ def up_projection_kernel(
     P: tl.constexpr,
     GROUP_TILES: tl.constexpr,
 ):
-    num_columns = tl.cdiv(d_expert, N // 2)
+    GATED: tl.constexpr = has_gate(ACTIVATION)
+    FEATURES: tl.constexpr = N // 2 if GATED else N
+    num_columns = tl.cdiv(d_expert, FEATURES)
     tile, column = tile_and_column(tl.program_id(0), num_tiles, num_columns, GROUP_TILES, False)
     slot = tl.load(tiles_L2 + 2 * tile)
     if slot < 0:
@@ -93,9 +98,9 @@ def up_projection_kernel(
     token_M = tl.load(order_R + row_M, mask=is_row_M, other=0) // num_choices
     # Gate and up columns alternate, so that one product computes both and a thread holds the pair.
     column_N = tl.arange(0, N)
-    feature_N = column * (N // 2) + column_N // 2
+    feature_N = column * FEATURES + (column_N // 2 if GATED else column_N)
     is_feature_N = feature_N < d_expert
-    line_N = feature_N + column_N % 2 * d_expert
+    line_N = feature_N + (column_N % 2 * d_expert if GATED else 0)
     inner_P = tl.arange(0, P)
     x_at = x_TD + token_M.to(tl.int64)[:, None] * stride_x + inner_P[None, :]
     w_at = fc1_SHD + slot.to(tl.int64) * stride_slot
@@ -116,17 +121,25 @@ def up_projection_kernel(
         h_MN = add_product(h_MN, x_MP, w_PN, PRECISION)
         x_at += P
         w_at += P
-    gate, up = tl.split(tl.reshape(h_MN, (M, N // 2, 2)))
-    feature = column * (N // 2) + tl.arange(0, N // 2)
+    feature = column * FEATURES + tl.arange(0, FEATURES)
     is_stored = is_row_M[:, None] & (feature < d_expert)[None, :]
     row_M = row_M.to(tl.int64)
-    if a_RF is not None:
-        tl.store(
-            a_RF + row_M[:, None] * d_expert + feature[None, :],
-            gated(gate, up, ACTIVATION).to(a_RF.dtype.element_ty),
-            mask=is_stored,
-        )
-    if h_RH is not None:
-        h_at = h_RH + row_M[:, None] * (2 * d_expert) + feature[None, :]
-        tl.store(h_at, gate.to(h_RH.dtype.element_ty), mask=is_stored)
-        tl.store(h_at + d_expert, up.to(h_RH.dtype.element_ty), mask=is_stored)
+    if GATED:
+        gate, up = tl.split(tl.reshape(h_MN, (M, N // 2, 2)))
+        if a_RF is not None:
+            tl.store(
+                a_RF + row_M[:, None] * d_expert + feature[None, :],
+                gated(gate, up, ACTIVATION).to(a_RF.dtype.element_ty),
+                mask=is_stored,
+            )
+        if h_RH is not None:
+            h_at = h_RH + row_M[:, None] * (2 * d_expert) + feature[None, :]
+            tl.store(h_at, gate.to(h_RH.dtype.element_ty), mask=is_stored)
+            tl.store(h_at + d_expert, up.to(h_RH.dtype.element_ty), mask=is_stored)
+    else:
+        at = row_M[:, None] * d_expert + feature[None, :]
+        if a_RF is not None:
+            act = ungated(h_MN, ACTIVATION)
+            tl.store(a_RF + at, act.to(a_RF.dtype.element_ty), mask=is_stored)
+        if h_RH is not None:
+            tl.store(h_RH + at, h_MN.to(h_RH.dtype.element_ty), mask=is_stored)

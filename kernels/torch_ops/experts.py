@@ -1,9 +1,9 @@
 """The expert MLP on torch's matrix products, with its backward written out.
 
 T tokens, K choices, R = T*K routed rows, N <= R rows whose expert is here, in expert order,
-D model width, F expert width, H = 2F, r some routed rows. Only x, the pre-activations, the routing
-weights and the grouping are saved for backward. The expert outputs are not: the routing gradient
-follows from the recomputed activation (SonicMoE's identities).
+D model width, F expert width, H rows of fc1, r some routed rows. Only x, the pre-activations, the
+routing weights and the grouping are saved for backward. The expert outputs are not: the routing
+gradient follows from the recomputed activation (SonicMoE's identities).
 """
 
 from collections.abc import Collection, Iterable

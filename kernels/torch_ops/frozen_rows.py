@@ -1,7 +1,7 @@
 """Rows of frozen experts in expert order, the waves in which their matrices come, and the way back.
 
 T tokens, K choices, R = T*K routed rows, N <= R rows that have an expert, S slots, D model width,
-F expert width, H = 2F.
+F expert width, H rows of fc1.
 """
 
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ class Wave:
     spans: list[Span]
     """Rows, by slot of the two."""
     biases: list[tuple[Bias, Bias]]
-    """Of each span: ``[2F]`` and ``[D]``, or None."""
+    """Of each span: ``[H]`` and ``[D]``, or None."""
 
 
 class FrozenRows:

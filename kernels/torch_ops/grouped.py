@@ -4,8 +4,8 @@ The products are ``F.grouped_mm``'s, without host synchronisation, or another li
 routed row must name an expert that is here, or none (-1); expert paths guarantee that.
 
 T tokens, K choices, R = T*K routed rows in expert order (those without an expert here come last,
-and their lines are undefined), D model width, F expert width, H = 2F, S slots; P and Q stand for
-the inputs and outputs of a product.
+and their lines are undefined), D model width, F expert width, H rows of fc1, S slots; P and Q stand
+for the inputs and outputs of a product.
 """
 
 from collections.abc import Callable

@@ -10,8 +10,8 @@ therefore pads each group to one of few sizes. The padding rows are the next gro
 weight 0 here and are computed again in their own group.
 
 T tokens, K choices, R = T*K routed rows, N <= R rows whose expert is here, in expert order, M >= N
-with the padding of the last group, D model width, F expert width, H = 2F, S slots, n rows of one
-group, m >= n padded.
+with the padding of the last group, D model width, F expert width, H rows of fc1, S slots, n rows of
+one group, m >= n padded.
 """
 
 from collections.abc import Iterable

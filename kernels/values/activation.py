@@ -1,6 +1,7 @@
-"""Gated activations of the expert MLP, forward and backward: ``act(gate) * factor(up)``.
+"""Activations of the expert MLP, forward and backward: ``act(gate) * factor(up)`` or ``act(up)``.
 
-N rows, F expert width. The first F columns of ``h`` are the gate, the others the up projection.
+N rows, F expert width, H columns of ``h``. With a gate H = 2F: the first F columns are the gate,
+the others the up projection. Without a gate H = F, and ``h`` is the up projection.
 """
 
 from typing import Literal
@@ -9,20 +10,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Activation = Literal["swiglu", "reglu", "geglu", "clamped_swiglu"]
+Activation = Literal["swiglu", "reglu", "geglu", "clamped_swiglu", "relu", "gelu"]
 """silu, relu or exact (erf) gelu of the gate, times up (Shazeer 2020, "GLU Variants"), or gpt-oss's
-``g * sigmoid(1.702 g) * (u + 1)`` with gate and up clamped: ``g <= 7`` and ``-7 <= u <= 7``."""
+``g * sigmoid(1.702 g) * (u + 1)`` with gate and up clamped: ``g <= 7`` and ``-7 <= u <= 7``. The
+last two, relu and exact gelu, have no gate."""
 
-ACTIVATIONS: tuple[Activation, ...] = ("swiglu", "reglu", "geglu", "clamped_swiglu")
+ACTIVATIONS: tuple[Activation, ...] = (
+    "swiglu",
+    "reglu",
+    "geglu",
+    "clamped_swiglu",
+    "relu",
+    "gelu",
+)
+UNGATED: tuple[Activation, ...] = ("relu", "gelu")
+"""Those without a gate: two matrices an expert instead of three."""
 
 CLAMP = 7.0
 """The limit of ``clamped_swiglu``, and below its slope: gpt-oss's constants."""
 CLAMPED_SLOPE = 1.702
 
 
-def gated(h_N2F: Tensor, activation: Activation) -> Tensor:
-    """Return ``act(gate) * factor(up)``, ``[N, F]``."""
-    gate_NF, up_NF = h_N2F.chunk(2, dim=-1)
+def fc1_parts(activation: Activation) -> tuple[str, ...]:
+    """Return what the rows of an expert's first matrix are, F rows each, in order."""
+    return ("up",) if activation in UNGATED else ("gate", "up")
+
+
+def fc1_rows(d_expert: int, activation: Activation) -> int:
+    """Return H, the rows of an expert's first matrix: 2F with a gate, F without one."""
+    return len(fc1_parts(activation)) * d_expert
+
+
+def gated(h_NH: Tensor, activation: Activation) -> Tensor:
+    """Return ``act(gate) * factor(up)``, or ``act(up)`` without a gate: ``[N, F]``."""
+    if activation in UNGATED:
+        return _act(h_NH, activation)
+    gate_NF, up_NF = h_NH.chunk(2, dim=-1)
     if activation == "clamped_swiglu":
         gate_NF = gate_NF.clamp(max=CLAMP)
         up_NF = up_NF.clamp(-CLAMP, CLAMP) + 1
@@ -30,23 +53,26 @@ def gated(h_N2F: Tensor, activation: Activation) -> Tensor:
     return _act(gate_NF, activation) * up_NF
 
 
-def gated_backward(h_N2F: Tensor, grad_NF: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
-    """Return :func:`gated` again and its gradient with respect to ``h``, ``[N, 2F]``."""
+def gated_backward(h_NH: Tensor, grad_NF: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
+    """Return :func:`gated` again and its gradient with respect to ``h``, ``[N, H]``."""
     if activation == "clamped_swiglu":
-        return _clamped_backward(h_N2F, grad_NF)
-    gate_NF, up_NF = h_N2F.chunk(2, dim=-1)
-    grad_N2F = torch.empty_like(h_N2F)
-    grad_gate_NF, grad_up_NF = grad_N2F.chunk(2, dim=-1)
+        return _clamped_backward(h_NH, grad_NF)
+    grad_NH = torch.empty_like(h_NH)
+    if activation in UNGATED:
+        _act_backward(grad_NF, h_NH, activation, grad_NH)
+        return _act(h_NH, activation), grad_NH
+    gate_NF, up_NF = h_NH.chunk(2, dim=-1)
+    grad_gate_NF, grad_up_NF = grad_NH.chunk(2, dim=-1)
     act_NF = _act(gate_NF, activation)
     torch.mul(grad_NF, act_NF, out=grad_up_NF)
     _act_backward(grad_NF * up_NF, gate_NF, activation, grad_gate_NF)
-    return act_NF.mul_(up_NF), grad_N2F
+    return act_NF.mul_(up_NF), grad_NH
 
 
 def _act(gate_NF: Tensor, activation: Activation) -> Tensor:
     if activation == "swiglu":
         return F.silu(gate_NF)
-    return F.relu(gate_NF) if activation == "reglu" else F.gelu(gate_NF)
+    return F.relu(gate_NF) if activation in ("reglu", "relu") else F.gelu(gate_NF)
 
 
 def _act_backward(grad_NF: Tensor, gate_NF: Tensor, activation: Activation, out_NF: Tensor) -> None:
@@ -54,7 +80,7 @@ def _act_backward(grad_NF: Tensor, gate_NF: Tensor, activation: Activation, out_
     aten = torch.ops.aten
     if activation == "swiglu":
         aten.silu_backward.grad_input(grad_NF, gate_NF, grad_input=out_NF)
-    elif activation == "reglu":
+    elif activation in ("reglu", "relu"):
         aten.threshold_backward.grad_input(grad_NF, gate_NF, 0, grad_input=out_NF)
     else:
         aten.gelu_backward.grad_input(grad_NF, gate_NF, grad_input=out_NF)

@@ -4,7 +4,7 @@ A channel is one of the F values between an expert's products, or one of the D i
 ``fc2`` has a channel's weights side by side. So has ``fc1`` for a channel's row of up, and, stored
 by input, for an input.
 
-S slots, E experts, F expert width, H = 2F, D model width.
+S slots, E experts, F expert width, D model width, H rows of fc1: 2F with a gate, F without.
 """
 
 from dataclasses import KW_ONLY, dataclass
@@ -12,7 +12,7 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import Tensor
 
-from .activation import Activation, gated
+from .activation import UNGATED, Activation, fc1_rows, gated
 from .expert_weights import SlotTable, check_biases, check_slots, empty_slots
 
 
@@ -26,21 +26,21 @@ class ChannelLimits:
     x_ED: Tensor | None = None
     """Of an expert's input."""
     gate_EF: Tensor | None = None
-    """Of ``act(gate)``."""
+    """Of ``act(gate)``; of ``act(up)`` without a gate."""
     act_EF: Tensor | None = None
-    """Of ``act(gate) * factor(up)``."""
+    """Of ``act(gate) * factor(up)``, or ``act(up)``."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChannelExpertWeights(SlotTable):
-    """Gated expert weights by channel, for inference on a CPU.
+    """Expert weights by channel, for inference on a CPU.
 
     Without ``limits`` the result is that of the same weights in :class:`ExpertWeights`, bit for
     bit, for finite weights.
     """
 
     fc1: Tensor
-    """``[S, 2F, D]``, F gate rows first, or ``[S, D, 2F]`` if ``by_input``."""
+    """``[S, H, D]``, gate rows first, or ``[S, D, H]`` if ``by_input``."""
     fc2_SFD: Tensor
     """``[S, F, D]``."""
     _: KW_ONLY
@@ -57,14 +57,15 @@ class ChannelExpertWeights(SlotTable):
     def __post_init__(self) -> None:
         """Raise ``ValueError`` for shapes that do not belong together."""
         fc1, (slots, width, d_model) = tuple(self.fc1.shape), self.fc2_SFD.shape
-        wanted = (d_model, 2 * width) if self.by_input else (2 * width, d_model)
+        rows = fc1_rows(width, self.activation)
+        wanted = (d_model, rows) if self.by_input else (rows, d_model)
         if fc1 != (slots, *wanted):
             raise ValueError(
                 f"fc1 {fc1} and fc2 {(slots, width, d_model)} do not fit; fc1 must be "
                 f"{(slots, *wanted)}."
             )
         check_slots(self)
-        check_biases(self.fc1_bias_SH, self.fc2_bias_SD, (slots, 2 * width), (slots, d_model))
+        check_biases(self.fc1_bias_SH, self.fc2_bias_SD, (slots, rows), (slots, d_model))
         self._check_limits(width, d_model)
 
     def _check_limits(self, width: int, d_model: int) -> None:
@@ -101,7 +102,7 @@ class ChannelExpertWeights(SlotTable):
         return self.fc1, self.fc2_SFD
 
     def matrices(self, slot: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return fc1 ``[2F, D]`` and fc2 ``[D, F]`` of a slot, dense; they are in ``dtype``."""
+        """Return fc1 ``[H, D]`` and fc2 ``[D, F]`` of a slot, dense; they are in ``dtype``."""
         assert self.fc2_SFD.dtype == dtype, "the experts have another type"
         fc1, fc2_DF = self.fc1[slot], self.fc2_SFD[slot].mT
         return (fc1.mT if self.by_input else fc1).contiguous(), fc2_DF.contiguous()
@@ -112,40 +113,47 @@ class ChannelExpertWeights(SlotTable):
         They are not all dense.
         """
         fc1 = self.fc1[slot]
-        gate_FD, up_FD = (fc1.mT if self.by_input else fc1).chunk(2)
-        views = {"gate": gate_FD, "up": up_FD, "down": self.fc2_SFD[slot].mT}
-        return views | self.bias_views(slot)
+        views = self.fc1_views(fc1.mT if self.by_input else fc1)
+        return views | {"down": self.fc2_SFD[slot].mT} | self.bias_views(slot)
 
     def keep_x(self, x_ND: Tensor, expert: int) -> Tensor:
         """Return an expert's input with 0 for what is at most the limit."""
         limits_ED = None if self.limits is None else self.limits.x_ED
         return x_ND if limits_ED is None else _above(x_ND, x_ND, limits_ED[expert])
 
-    def activate(self, h_N2F: Tensor, expert: int) -> Tensor:
+    def activate(self, h_NH: Tensor, expert: int) -> Tensor:
         """Return ``act(gate) * factor(up)``, ``[N, F]``, with 0 for what is at most a limit."""
-        act_NF = gated(h_N2F, self.activation)
+        act_NF = gated(h_NH, self.activation)
         if self.limits is None:
             return act_NF
         if self.limits.gate_EF is not None:
-            scored_NF = gate_values(h_N2F, self.activation)
+            scored_NF = gate_values(h_NH, self.activation)
             act_NF = _above(act_NF, scored_NF, self.limits.gate_EF[expert])
         if self.limits.act_EF is not None:
             act_NF = _above(act_NF, act_NF, self.limits.act_EF[expert])
         return act_NF
 
 
-def gate_values(h_N2F: Tensor, activation: Activation) -> Tensor:
-    """Return ``act(gate)``, ``[N, F]``."""
-    gate_NF = h_N2F.chunk(2, dim=-1)[0]
+def gate_values(h_NH: Tensor, activation: Activation) -> Tensor:
+    """Return ``act(gate)``, or ``act(up)`` without a gate: ``[N, F]``."""
+    if activation in UNGATED:
+        return gated(h_NH, activation)
+    gate_NF = h_NH.chunk(2, dim=-1)[0]
     ones_NF = torch.ones_like(gate_NF) if activation != "clamped_swiglu" else gate_NF * 0
     return gated(torch.cat((gate_NF, ones_NF), dim=-1), activation)
 
 
 def empty_channel_slots(
-    num_slots: int, d_model: int, d_expert: int, by_input: bool, dtype: torch.dtype
+    num_slots: int,
+    d_model: int,
+    d_expert: int,
+    by_input: bool,
+    dtype: torch.dtype,
+    activation: Activation = "swiglu",
 ) -> tuple[Tensor, Tensor]:
     """Allocate fc1 and fc2 of :class:`ChannelExpertWeights` on the CPU."""
-    shape1 = (d_model, 2 * d_expert) if by_input else (2 * d_expert, d_model)
+    rows = fc1_rows(d_expert, activation)
+    shape1 = (d_model, rows) if by_input else (rows, d_model)
     return (
         empty_slots(num_slots, *shape1, dtype),
         empty_slots(num_slots, d_expert, d_model, dtype),

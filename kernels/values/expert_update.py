@@ -1,6 +1,6 @@
 """A served adapter's low-rank updates of the experts of one layer.
 
-E experts, P rank, D model width, F expert width.
+E experts, P rank, D model width, F expert width, H rows of fc1: 2F with a gate, F without.
 """
 
 from dataclasses import dataclass
@@ -17,6 +17,6 @@ class ExpertUpdate:
     """
 
     fc1_EPD: tuple[Tensor, Tensor] | None = None
-    """A ``[E, P, D]`` and B ``[E, 2F, P]`` (gate rows first) of gate and up; None without any."""
+    """A ``[E, P, D]`` and B ``[E, H, P]`` (gate rows first) of gate and up; None without any."""
     fc2_EPF: tuple[Tensor, Tensor] | None = None
     """A ``[E, P, F]`` and B ``[E, D, P]`` of down."""

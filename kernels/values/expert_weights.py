@@ -1,6 +1,6 @@
 """The weights of the experts that are here, addressed through a slot table.
 
-S slots, E experts, F expert width, H = 2F, D model width.
+S slots, E experts, F expert width, D model width, H rows of fc1: 2F with a gate, F without.
 """
 
 from collections.abc import Iterable, Sequence
@@ -9,7 +9,7 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import Tensor
 
-from .activation import Activation
+from .activation import Activation, fc1_parts, fc1_rows
 from .main_grads import MainGrads
 from .memory import prefer_huge_pages
 
@@ -29,6 +29,7 @@ class SlotTable:
 
     __slots__ = ()
     slot_of_E: tuple[int, ...] | None
+    activation: Activation
     fc1_bias_SH: Tensor | None
     fc2_bias_SD: Tensor | None
 
@@ -64,7 +65,7 @@ class SlotTable:
         return tuple(b for b in (self.fc1_bias_SH, self.fc2_bias_SD) if b is not None)
 
     def biases(self, slot: int, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-        """Return the biases of a slot, ``[2F]`` and ``[D]``, in ``dtype``; None without any."""
+        """Return the biases of a slot, ``[H]`` and ``[D]``, in ``dtype``; None without any."""
         if self.fc1_bias_SH is None or self.fc2_bias_SD is None:
             return None, None
         return self.fc1_bias_SH[slot].to(dtype), self.fc2_bias_SD[slot].to(dtype)
@@ -73,8 +74,14 @@ class SlotTable:
         """Return the writable biases of a slot by part; empty without biases."""
         if self.fc1_bias_SH is None or self.fc2_bias_SD is None:
             return {}
-        gate_F, up_F = self.fc1_bias_SH[slot].chunk(2)
-        return {"gate_bias": gate_F, "up_bias": up_F, "down_bias": self.fc2_bias_SD[slot]}
+        views = self.fc1_views(self.fc1_bias_SH[slot])
+        biases = {f"{part}_bias": view for part, view in views.items()}
+        return biases | {"down_bias": self.fc2_bias_SD[slot]}
+
+    def fc1_views(self, rows: Tensor) -> dict[str, Tensor]:
+        """Return a slot's rows of fc1, or of its bias, by part: gate and up, or up alone."""
+        parts = fc1_parts(self.activation)
+        return dict(zip(parts, rows.chunk(len(parts)), strict=True))
 
 
 def check_slots(experts: SlotTable) -> None:
@@ -88,13 +95,19 @@ def check_slots(experts: SlotTable) -> None:
         )
 
 
+def wanted_shapes(experts: SlotTable) -> str:
+    """Say which shapes fc1 and fc2 must have."""
+    rows = "2F" if len(fc1_parts(experts.activation)) == 2 else "F"
+    return f"for {experts.activation} they must be [S, {rows}, D] and [S, D, F]"
+
+
 def check_biases(
     fc1_bias_SH: Tensor | None,
     fc2_bias_SD: Tensor | None,
     fc1_shape: tuple[int, ...],
     fc2_shape: tuple[int, ...],
 ) -> None:
-    """Raise ``ValueError`` unless both biases are None, or ``[S, 2F]`` and ``[S, D]``."""
+    """Raise ``ValueError`` unless both biases are None, or ``[S, H]`` and ``[S, D]``."""
     found = _shapes((fc1_bias_SH, fc2_bias_SD))
     if found not in ((None, None), (fc1_shape, fc2_shape)):
         raise ValueError(
@@ -109,14 +122,14 @@ def _shapes(tensors: Iterable[Tensor | None]) -> tuple[tuple[int, ...] | None, .
 
 @dataclass(frozen=True, slots=True)
 class ExpertWeights(SlotTable):
-    """Gated expert weights in the plain layout; quantized_weights.py has them in 8 and 4 bits.
+    """Expert weights in the plain layout; quantized_weights.py has them in 8 and 4 bits.
 
     Resident experts are the case S = E with ``slot_of_E = None``. An expert cache gives the same
     kernels fewer slots and a table.
     """
 
     fc1_SHD: Tensor
-    """``[S, 2F, D]``: F gate rows, then F up rows."""
+    """``[S, 2F, D]``: F gate rows, then F up rows. ``[S, F, D]`` for activations without a gate."""
     fc2_SDF: Tensor
     """``[S, D, F]``."""
     _: KW_ONLY
@@ -126,7 +139,7 @@ class ExpertWeights(SlotTable):
     main_grads: MainGrads | None = None
     """Where backward leaves the gradients of all parameters; None returns them."""
     fc1_bias_SH: Tensor | None = None
-    """``[S, 2F]`` in fc1's type, added before the activation; None without biases."""
+    """``[S, H]`` in fc1's type, added before the activation; None without biases."""
     fc2_bias_SD: Tensor | None = None
     """``[S, D]``, part of an expert's output and so multiplied by its routing weight."""
 
@@ -155,10 +168,8 @@ class ExpertWeights(SlotTable):
     def __post_init__(self) -> None:
         """Raise ``ValueError`` for shapes, types and slots that do not belong together."""
         fc1, fc2 = tuple(self.fc1_SHD.shape), tuple(self.fc2_SDF.shape)
-        if len(fc2) != 3 or fc1 != (fc2[0], 2 * fc2[2], fc2[1]):
-            raise ValueError(
-                f"fc1 {fc1} and fc2 {fc2} do not fit; they must be [S, 2F, D] and [S, D, F]."
-            )
+        if len(fc2) != 3 or fc1 != (fc2[0], fc1_rows(fc2[2], self.activation), fc2[1]):
+            raise ValueError(f"fc1 {fc1} and fc2 {fc2} do not fit; {wanted_shapes(self)}.")
         check_slots(self)
         check_biases(self.fc1_bias_SH, self.fc2_bias_SD, fc1[:2], fc2[:2])
         types = {str(part.dtype) for part in self.bias_parts}
@@ -194,18 +205,18 @@ class ExpertWeights(SlotTable):
         return self.fc1_SHD, self.fc2_SDF, self.fc1_bias_SH, self.fc2_bias_SD
 
     def matrices(self, slot: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return fc1 ``[2F, D]`` and fc2 ``[D, F]`` of a slot; they are in ``dtype`` already."""
+        """Return fc1 ``[H, D]`` and fc2 ``[D, F]`` of a slot; they are in ``dtype`` already."""
         assert self.fc1_SHD.dtype == dtype, "the experts have another type"
         return self.fc1_SHD[slot], self.fc2_SDF[slot]
 
     def slot_views(self, slot: int) -> dict[str, Tensor]:
         """Return the writable parts of a slot: gate ``[F, D]``, up ``[F, D]``, down ``[D, F]``.
 
-        With biases also gate_bias ``[F]``, up_bias ``[F]`` and down_bias ``[D]``.
+        With biases also gate_bias ``[F]``, up_bias ``[F]`` and down_bias ``[D]``. Without a gate
+        there are neither gate nor gate_bias.
         """
-        gate_FD, up_FD = self.fc1_SHD[slot].chunk(2)
-        views = {"gate": gate_FD, "up": up_FD, "down": self.fc2_SDF[slot]}
-        return views | self.bias_views(slot)
+        views = self.fc1_views(self.fc1_SHD[slot])
+        return views | {"down": self.fc2_SDF[slot]} | self.bias_views(slot)
 
 
 def empty_slots(num_slots: int, rows: int, columns: int, dtype: torch.dtype) -> Tensor:

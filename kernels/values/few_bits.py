@@ -1,6 +1,7 @@
-"""Gated expert weights in few bits: what all their kinds of matrices have in common.
+"""Expert weights in few bits: what all their kinds of matrices have in common.
 
-S slots, Q outputs and P inputs of a matrix, D model width, F expert width.
+S slots, Q outputs and P inputs of a matrix, D model width, F expert width, H rows of fc1: 2F with
+a gate, F without.
 """
 
 from collections.abc import Iterator
@@ -10,8 +11,8 @@ from typing import Generic, Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
-from .activation import Activation
-from .expert_weights import SlotTable, check_biases, check_slots
+from .activation import Activation, fc1_parts, fc1_rows
+from .expert_weights import SlotTable, check_biases, check_slots, wanted_shapes
 
 INT4_ZERO = 8
 """4 bits hold ``q + 8``."""
@@ -66,10 +67,10 @@ Matrices = TypeVar("Matrices", bound=FewBitsMatrices)
 
 @dataclass(frozen=True, slots=True)
 class FewBitsExpertWeights(SlotTable, Generic[Matrices]):
-    """Gated expert weights in few bits, addressed as :class:`ExpertWeights` are."""
+    """Expert weights in few bits, addressed as :class:`ExpertWeights` are."""
 
     fc1: Matrices
-    """F gate rows, then F up rows, of D inputs."""
+    """F gate rows, if the activation has a gate, then F up rows, of D inputs."""
     fc2: Matrices
     """D rows of F inputs."""
     _: KW_ONLY
@@ -77,7 +78,7 @@ class FewBitsExpertWeights(SlotTable, Generic[Matrices]):
     """Slot of each expert, -1 if it is not here; None if slot e holds expert e."""
     activation: Activation = "swiglu"
     fc1_bias_SH: Tensor | None = None
-    """``[S, 2F]``, not quantized: bf16, fp16 or fp32 for any type of x; None without biases."""
+    """``[S, H]``, not quantized: bf16, fp16 or fp32 for any type of x; None without biases."""
     fc2_bias_SD: Tensor | None = None
     """``[S, D]``."""
 
@@ -86,10 +87,9 @@ class FewBitsExpertWeights(SlotTable, Generic[Matrices]):
         fc1, fc2 = self.fc1, self.fc2
         shapes = (*fc1.values.shape[:2], fc1.width), (*fc2.values.shape[:2], fc2.width)
         num_slots, d_model, d_expert = shapes[1]
-        if shapes[0] != (num_slots, 2 * d_expert, d_model):
+        if shapes[0] != (num_slots, fc1_rows(d_expert, self.activation), d_model):
             raise ValueError(
-                f"fc1 {shapes[0]} and fc2 {shapes[1]} do not fit; they must be [S, 2F, D] and "
-                "[S, D, F]."
+                f"fc1 {shapes[0]} and fc2 {shapes[1]} do not fit; {wanted_shapes(self)}."
             )
         check_slots(self)
         check_biases(self.fc1_bias_SH, self.fc2_bias_SD, shapes[0][:2], shapes[1][:2])
@@ -105,21 +105,21 @@ class FewBitsExpertWeights(SlotTable, Generic[Matrices]):
         return self.fc1.width
 
     def matrices(self, slot: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return fc1 ``[2F, D]`` and fc2 ``[D, F]`` of a slot in ``dtype``."""
+        """Return fc1 ``[H, D]`` and fc2 ``[D, F]`` of a slot in ``dtype``."""
         return self.fc1.dequantize(slot, dtype), self.fc2.dequantize(slot, dtype)
 
     def slot_views(self, slot: int) -> dict[str, MatrixView | Tensor]:
         """Return the writable parts of a slot: gate and up, F rows each, and down, D rows.
 
-        With biases also gate_bias ``[F]``, up_bias ``[F]`` and down_bias ``[D]``.
+        With biases also gate_bias ``[F]``, up_bias ``[F]`` and down_bias ``[D]``. Without a gate
+        there are neither gate nor gate_bias.
         """
-        d_expert = self.fc2.width
-        return {
-            "gate": self.fc1.view(slot, 0, d_expert),
-            "up": self.fc1.view(slot, d_expert, 2 * d_expert),
-            "down": self.fc2.view(slot, 0, self.d_model),
-            **self.bias_views(slot),
+        width = self.fc2.width
+        views: dict[str, MatrixView | Tensor] = {
+            part: self.fc1.view(slot, index * width, (index + 1) * width)
+            for index, part in enumerate(fc1_parts(self.activation))
         }
+        return views | {"down": self.fc2.view(slot, 0, self.d_model), **self.bias_views(slot)}
 
     def to(self, device: torch.device | str) -> Self:
         """Return the weights on a device."""

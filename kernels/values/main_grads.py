@@ -1,6 +1,6 @@
 """Where backward leaves the gradients of expert weights.
 
-S slots, F expert width, H = 2F, D model width.
+S slots, F expert width, H rows of fc1, D model width.
 """
 
 from collections.abc import Sequence

@@ -4,7 +4,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ...kernels.values.activation import Activation
+from ...kernels.values.activation import Activation, fc1_parts
 from ..blocks.block import Place
 from ..blocks.residual import Residual
 from ..blocks.table import AnyBlock
@@ -40,7 +40,8 @@ class MoEConfig(BaseModel):
     expert_bias: bool = False
     """Biases on the routed experts' projections (gpt-oss)."""
     activation: Activation = "swiglu"
-    """Activation of routed and shared experts; dense layers are SwiGLU."""
+    """Activation of routed and shared experts; ``relu`` and ``gelu`` have no gate. Dense layers are
+    SwiGLU."""
     router: AnyRouter = TopK()
     """How tokens choose experts."""
     block: AnyBlock = Residual()
@@ -55,6 +56,21 @@ class MoEConfig(BaseModel):
         if self.shared_gate and not self.d_shared:
             raise ValueError("shared_gate is set, but d_shared is 0; give it a width.")
         return self
+
+    @property
+    def fc1_parts(self) -> tuple[str, ...]:
+        """What an expert's first matrix consists of: gate and up, or up alone."""
+        return fc1_parts(self.activation)
+
+    @property
+    def fc1_rows(self) -> int:
+        """Rows of an expert's first matrix."""
+        return len(self.fc1_parts) * self.d_expert
+
+    @property
+    def matrices(self) -> int:
+        """Matrices of ``d_expert x d_model`` in an expert: three, or two without a gate."""
+        return len(self.fc1_parts) + 1
 
 
 class ModelConfig(BaseModel):

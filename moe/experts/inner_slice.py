@@ -1,8 +1,8 @@
 """A slice of the inner width of experts, for expert tensor parallelism.
 
 An expert is a sum over its inner width: ``W2 (act(W_gate x) * W_up x) + b2``. A process that has
-some of the F rows of gate and up, and the same columns of W2, computes some of the terms. Slice 0
-also adds ``b2``; the others have zeros in its place, which do not train.
+some of the F rows of gate (if there is one) and up, and the same columns of W2, computes some of
+the terms. Slice 0 also adds ``b2``; the others have zeros in its place, which do not train.
 
 S slots, D model width, F expert width.
 """
@@ -21,6 +21,8 @@ class InnerSlice:
 
     index: int
     count: int
+    fc1_parts: int = 2
+    """Equal parts of fc1's rows: gate and up, or 1 for up alone."""
 
     def holds(self, name: str) -> bool:
         """Say whether parameter ``name`` of the experts is a part of the whole one here."""
@@ -32,7 +34,8 @@ class InnerSlice:
             return whole.clone() if self.index == 0 else torch.zeros_like(whole)
         if name == "fc2":
             return self._part(whole, dim=2).clone(memory_format=torch.contiguous_format)
-        return torch.cat([self._part(half, dim=1) for half in whole.chunk(2, dim=1)], dim=1)
+        parts = whole.chunk(self.fc1_parts, dim=1)
+        return torch.cat([self._part(part, dim=1) for part in parts], dim=1)
 
     def whole_shape(self, name: str, part: Tensor) -> Shape:
         """Return the shape of one expert's whole parameter, of which ``part`` is here."""
@@ -46,8 +49,8 @@ class InnerSlice:
         dim = self._dim(name)
         if dim is None:
             return [((0,) * part.ndim, part)]
-        # fc1 has two halves, the gate's rows and the up rows.
-        views = part.chunk(2, dim=0) if name.startswith("fc1") else (part,)
+        # fc1 has the gate's rows and the up rows.
+        views = part.chunk(self.fc1_parts, dim=0) if name.startswith("fc1") else (part,)
         width = views[0].shape[dim]
         starts = (number * width * self.count + self.index * width for number in range(len(views)))
         return [

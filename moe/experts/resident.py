@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...kernels.experts import Backend, expert_mlp
 from ...kernels.frozen_experts import frozen_expert_mlp
-from ...kernels.values.activation import Activation
+from ...kernels.values.activation import Activation, fc1_parts, fc1_rows
 from ...kernels.values.expert_weights import ExpertWeights
 from ...kernels.values.frozen import FrozenExperts
 from ...kernels.values.low_rank import LowRank
@@ -27,9 +27,10 @@ LOW_RANK = ("fc1_lora_a", "fc1_lora_b", "fc2_lora_a", "fc2_lora_b")
 
 
 class Experts(LayerExperts):
-    """Gated experts as parameters: ``fc1 [S, 2F, D]`` (gate rows first), ``fc2 [S, D, F]``.
+    """Experts as parameters: ``fc1 [S, H, D]``, ``fc2 [S, D, F]``.
 
-    With ``bias`` also ``fc1_bias [S, 2F]`` and ``fc2_bias [S, D]``, initially zeros; else None.
+    H is 2F (gate rows first), or F for activations without a gate.
+    With ``bias`` also ``fc1_bias [S, H]`` and ``fc2_bias [S, D]``, initially zeros; else None.
     """
 
     def __init__(
@@ -52,14 +53,15 @@ class Experts(LayerExperts):
         self.backend: Backend = backend
         self.num_experts = num_experts
         num_slots = len(self.expert_ids)
-        self.fc1 = nn.Parameter(torch.empty(num_slots, 2 * d_expert, d_model))
+        d_hidden = fc1_rows(d_expert, activation)
+        self.fc1 = nn.Parameter(torch.empty(num_slots, d_hidden, d_model))
         self.fc2 = nn.Parameter(torch.empty(num_slots, d_model, d_expert))
         nn.init.normal_(self.fc1, std=d_model**-0.5)
         nn.init.normal_(self.fc2, std=d_expert**-0.5)
         self.fc1_bias: nn.Parameter | None = None
         self.fc2_bias: nn.Parameter | None = None
         if bias:
-            self.fc1_bias = nn.Parameter(torch.zeros(num_slots, 2 * d_expert))
+            self.fc1_bias = nn.Parameter(torch.zeros(num_slots, d_hidden))
             self.fc2_bias = nn.Parameter(torch.zeros(num_slots, d_model))
         self.main_grads: MainGrads | None = None
         """Where backward leaves the parameters' gradients; None = in ``grad``, by autograd."""
@@ -118,7 +120,8 @@ class Experts(LayerExperts):
         """Add low-rank updates to frozen experts: B is 0, and the caller must fill A.
 
         ``fc1_lora_a [S, 2 rank, D]``, ``fc1_lora_b [S, 2F, rank]`` (the gate's rows first),
-        ``fc2_lora_a [S, rank, F]``, ``fc2_lora_b [S, D, rank]``.
+        ``fc2_lora_a [S, rank, F]``, ``fc2_lora_b [S, D, rank]``. Without a gate those of fc1 are
+        up's alone: ``[S, rank, D]`` and ``[S, F, rank]``.
         """
         num_slots, d_model, d_expert = self.fc2.shape
         self._register_low_rank(num_slots, d_model, d_expert, rank, scale, like=self.fc2)
@@ -126,7 +129,9 @@ class Experts(LayerExperts):
     def _register_low_rank(
         self, num_slots: int, d_model: int, d_expert: int, rank: int, scale: float, like: Tensor
     ) -> None:
-        shapes = ((2 * rank, d_model), (2 * d_expert, rank), (rank, d_expert), (d_model, rank))
+        parts = len(fc1_parts(self.activation))
+        first = ((parts * rank, d_model), (parts * d_expert, rank))
+        shapes = (*first, (rank, d_expert), (d_model, rank))
         for name, shape in zip(LOW_RANK, shapes, strict=True):
             zeros = like.new_zeros(num_slots, *shape)
             self.register_parameter(name, nn.Parameter(zeros))
@@ -146,11 +151,13 @@ class Experts(LayerExperts):
     def gate_statistics(self) -> Tensor | None:
         """Return mean and variance of each slot's gate rows, ``[S, 2, D]``, with gradient.
 
-        With biases ``[S, 2, D + 1]``. Low-rank updates are not in them. None for slices.
+        Without a gate those of its up rows: the rows that go through the activation. With biases
+        ``[S, 2, D + 1]``. Low-rank updates are not in them. None for slices.
         """
         if self.inner_slice is not None:
             return None
-        return gate_statistics(self.fc1, self.fc1_bias, self.main_grads)
+        width = self.fc2.shape[2]
+        return gate_statistics(self.fc1, self.fc1_bias, self.main_grads, width)
 
     def extra_repr(self) -> str:
         """Say how many experts there are and of which size, for ``repr``."""

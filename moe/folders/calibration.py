@@ -92,11 +92,12 @@ class Calibration:
 
     def _hidden_squares(self, layer: int, expert: int, x_nD: Tensor) -> Tensor:
         """Return the sums of squares of an expert's activations, ``[F]``."""
-        parts = [self._weights.expert_part(layer, expert, part) for part in ("gate", "up")]
+        names = self._moe.fc1_parts
+        parts = [self._weights.expert_part(layer, expert, part) for part in names]
         hidden_nH = F.linear(x_nD, torch.cat(parts))
         if self._moe.expert_bias:
-            biases = ("gate_bias", "up_bias")
-            hidden_nH += torch.cat([self._weights.expert_part(layer, expert, b) for b in biases])
+            biases = [self._weights.expert_part(layer, expert, f"{part}_bias") for part in names]
+            hidden_nH += torch.cat(biases)
         return gated(hidden_nH, self._moe.activation).square().sum(dim=0, dtype=torch.float64)
 
 

@@ -22,7 +22,8 @@ from .tensor_files import TensorFiles
 
 ExpertViews = Mapping[str, Tensor | MatrixView]
 """An expert's writable ``gate``, ``up`` ``[F, D]`` and ``down`` ``[D, F]`` matrices, and with
-biases ``gate_bias``, ``up_bias`` ``[F]`` and ``down_bias`` ``[D]``. A matrix in few
+biases ``gate_bias``, ``up_bias`` ``[F]`` and ``down_bias`` ``[D]``. Experts whose activation has no
+gate have neither ``gate`` nor ``gate_bias``. A matrix in few
 bits is a :class:`SlotView` or a :class:`GroupSparseView`; only a folder of the same format can fill
 it."""
 
@@ -41,9 +42,10 @@ def plain(views: ExpertViews, part: str) -> Tensor:
 def part_shapes(moe: MoEConfig, d_model: int) -> dict[str, tuple[int, ...]]:
     """Return the shapes of an expert's parts."""
     wide, narrow = (moe.d_expert, d_model), (d_model, moe.d_expert)
-    shapes: dict[str, tuple[int, ...]] = {"gate": wide, "up": wide, "down": narrow}
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(moe.fc1_parts, wide)
+    shapes["down"] = narrow
     if moe.expert_bias:
-        shapes |= {"gate_bias": wide[:1], "up_bias": wide[:1], "down_bias": narrow[:1]}
+        shapes |= {f"{part}_bias": shape[:1] for part, shape in shapes.items()}
     return shapes
 
 
@@ -89,7 +91,7 @@ class SeparateExperts:
 
     def tensors(self, files: TensorFiles, moe: MoEConfig, d_model: int, layer: int) -> Shapes:
         """Yield name and shape of every tensor that the experts of ``layer`` need."""
-        if self._is_fused(files, layer):
+        if self._is_fused(files, layer) and "gate" in moe.fc1_parts:
             num_experts, d_expert = moe.num_experts, moe.d_expert
             yield _fused_name(layer, "gate_up"), (num_experts, 2 * d_expert, d_model)
             yield _fused_name(layer, "down"), (num_experts, d_model, d_expert)
@@ -134,7 +136,8 @@ class SeparateExperts:
         return f"model.layers.{layer}.{self._prefix}.{expert}.{self._names[matrix]}.{leaf}"
 
     def _is_fused(self, files: TensorFiles, layer: int) -> bool:
-        return files.packed is None and _fused_name(layer, "gate_up") in files
+        is_separate = files.packed is not None or self.name(layer, 0, "up") in files
+        return not is_separate and _fused_name(layer, "gate_up") in files
 
 
 def _pieces_of(files: TensorFiles, name: str, view: Tensor | MatrixView) -> list[Piece]:

@@ -36,7 +36,7 @@ def empty_experts(
     """
     moe, d_model = config.moe, config.d_model
     assert moe is not None, "only MoE models have experts"
-    shapes = ((2 * moe.d_expert, d_model), (d_model, moe.d_expert))
+    shapes = ((moe.fc1_rows, d_model), (d_model, moe.d_expert))
     how: dict[str, Any] = {"activation": moe.activation}
     if moe.expert_bias:
         biases = (torch.empty(num_slots, rows, dtype=dtype) for rows, _ in shapes)
@@ -63,9 +63,10 @@ def empty_by_channel(
     assert moe is not None, "only MoE models have experts"
     how: dict[str, Any] = {"by_input": by_input, "activation": moe.activation, "limits": limits}
     if moe.expert_bias:
-        how["fc1_bias_SH"] = torch.empty(num_slots, 2 * moe.d_expert, dtype=dtype)
+        how["fc1_bias_SH"] = torch.empty(num_slots, moe.fc1_rows, dtype=dtype)
         how["fc2_bias_SD"] = torch.empty(num_slots, d_model, dtype=dtype)
-    parts = empty_channel_slots(num_slots, d_model, moe.d_expert, by_input, dtype)
+    sizes = (num_slots, d_model, moe.d_expert)
+    parts = empty_channel_slots(*sizes, by_input, dtype, moe.activation)
     return ChannelExpertWeights(*parts, **how)
 
 

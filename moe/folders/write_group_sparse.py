@@ -13,8 +13,6 @@ from .families.family import Family
 from .group_sparse_format import GroupSparseFormat, names_of
 from .shards import TensorPlan
 
-MATRICES = ("gate", "up", "down")
-
 
 def prune(
     plans: Iterable[TensorPlan],
@@ -30,7 +28,7 @@ def prune(
         layout.name(layer, expert, part): partial(calibration.importance, layer, expert, part)
         for layer in config.moe_layers
         for expert in range(moe.num_experts)
-        for part in MATRICES
+        for part in (*moe.fc1_parts, "down")
     }
     found: list[TensorPlan] = []
     for plan in plans:

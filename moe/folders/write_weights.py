@@ -60,7 +60,8 @@ class FolderWeights:
             self._folder.check_expert(layer, expert)
             self._checked.add((layer, expert))
         if self._expert != (layer, expert) or part not in self._parts:
-            names = next(group for group in TOGETHER if part in group)
+            group = next(group for group in TOGETHER if part in group)
+            names = [name for name in group if name in self._shapes]
             views = {name: torch.empty(self._shapes[name], dtype=self._dtype) for name in names}
             self._folder.read_expert(layer, expert, views)
             self._expert, self._parts = (layer, expert), views

@@ -40,7 +40,7 @@ def count_parameters(decoder: Decoder) -> tuple[int, int]:
 
 
 def _expert_size(config: ModelConfig, layer: MoELayer) -> int:
-    biases = 0
-    if config.moe is not None and config.moe.expert_bias:
-        biases = 2 * layer.d_expert + layer.d_model
-    return 3 * layer.d_model * layer.d_expert + biases
+    moe = config.moe
+    assert moe is not None, "a layer without experts"
+    biases = moe.fc1_rows + layer.d_model if moe.expert_bias else 0
+    return moe.matrices * layer.d_model * layer.d_expert + biases

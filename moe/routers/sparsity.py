@@ -1,4 +1,4 @@
-"""The sparsity-aware router of MoE-X (Yang et al. 2025), for experts with a ReLU gate.
+"""The sparsity-aware router of MoE-X (Yang et al. 2025), for experts with a ReLU.
 
 T tokens, D model width (one more where experts have biases), F expert width, E experts, K choices.
 """
@@ -23,18 +23,21 @@ from .routing import RouterInput, Routing, routing_of
 class Sparsity(LearnedConfig):
     """Tokens go to the experts that will have the fewest active units (MoE-X, Yang et al. 2025).
 
-    There is no router matrix: scores follow from the experts' gate weights. Over an expert's F gate
-    rows let ``mean`` and ``variance`` be those of each column. For a token x the gate's values are
-    about normal with mean ``m = x . mean`` and variance ``s^2 = x^2 . variance``, and biases add
-    theirs. The share of positive ones is about ``(1 + erf(m / (sqrt(2) s))) / 2``. The logit is
-    ``-erf(m / (sqrt(2) s))``, the k largest win, and their softmax is the weights. The losses'
-    gradient reaches the experts' gates through both statistics.
+    There is no router matrix: scores follow from the weights in front of the experts' ReLU. Over
+    an expert's F rows of them let ``mean`` and ``variance`` be those of each column. For a token x
+    the values before the ReLU are about normal with mean ``m = x . mean`` and variance
+    ``s^2 = x^2 . variance``, and biases add theirs. The share of positive ones is about
+    ``(1 + erf(m / (sqrt(2) s))) / 2``. The logit is ``-erf(m / (sqrt(2) s))``, the k largest win,
+    and their softmax is the weights. The losses' gradient reaches these weights through both
+    statistics.
 
-    The paper's experts are MLPs of two matrices with ReLU. These are gated, ``relu(gate x) * up x``
-    (``activation: reglu``), so a unit is active where its gate is positive. Logits are within -1
-    and 1. Experts that are copies of each other, as upcycling makes them, have equal scores, so
-    that nothing decides between them. Training reads all gate weights in each forward, and again at
-    the end of each step. Evaluation reads none: the statistics are saved with the router.
+    The paper's experts are MLPs of two matrices, ``down(relu(up x))`` (``activation: relu``), and
+    the layer is then one MLP of width E * F whose units outside the chosen experts are 0. Gated
+    experts work too (``activation: reglu``): a unit is active where its gate is positive. Logits
+    are within -1 and 1. Experts that are copies of each other, as upcycling makes them, have equal
+    scores, so that nothing decides between them. Training reads all these weights in each forward,
+    and again at the end of each step. Evaluation reads none: the statistics are saved with the
+    router.
     """
 
     paper: ClassVar[str] = "Yang et al. 2025 (MoE-X)"
@@ -53,11 +56,11 @@ class Sparsity(LearnedConfig):
 
     def problem_with_activation(self, activation: str) -> str | None:
         """Return why only units behind a ReLU can be counted, or None."""
-        if activation == "reglu":
+        if activation in ("relu", "reglu"):
             return None
         return (
             f"activation is {activation}, whose units are never exactly 0, but router.kind is "
-            "sparsity, which counts active units; set activation to reglu."
+            "sparsity, which counts active units; set activation to relu or reglu."
         )
 
     def architecture(self) -> dict[str, Any]:
@@ -79,7 +82,7 @@ class SparsityRouter(Router):
 
     replays: ClassVar[bool] = True
     mean_ED: Tensor
-    """fp32: means of the experts' gate rows, the bias last; NaN = not known yet."""
+    """fp32: means of the experts' rows before the ReLU, the bias last; NaN = not known yet."""
     variance_ED: Tensor
     """fp32: their variances."""
 

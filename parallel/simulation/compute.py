@@ -98,14 +98,16 @@ class Compute:
         here, gpu = moe.num_experts // work.ep, self.cluster.gpu
         share = _or(gpu.achieved_experts, gpu.achieved)
         inner = moe.d_expert / work.expert_tp
-        operations = flops.gated_mlp(work.model, moe.d_expert, 1) / work.expert_tp
+        operations = flops.gated_mlp(work.model, moe.d_expert, 1, moe.matrices)
+        operations /= work.expert_tp
         product_s = self.products_s(operations, max(1.0, rows / here), share)
         of_model, of_inner = EXPERT_ROW
         moved_s = self.moved_s((of_model * work.model.d_model + of_inner * inner) * work.item_bytes)
         weights = here * Sizes.of(work.model).expert / work.expert_tp
         read_s = self.streamed_s(weights * work.item_bytes)
         write_s = self.streamed_s(weights * 2 * work.wide_bytes)
-        again = 2 / 3 if work.recompute == "experts" else 0.0
+        of_fc1 = len(moe.fc1_parts) / moe.matrices
+        again = of_fc1 if work.recompute == "experts" else 0.0
         forward_s, backward_s = product_s, (flops.BACKWARD + again) * product_s
         return (
             Linear(max(0.0, read_s - rows * forward_s), forward_s + moved_s),

@@ -42,9 +42,9 @@ def projections(model: ModelConfig, tokens: int) -> float:
     return 2 * tokens * attention_weights(model)
 
 
-def gated_mlp(model: ModelConfig, inner: int, rows: float) -> float:
-    """Return those of a gated MLP: three products of D and F."""
-    return 6 * rows * model.d_model * inner
+def gated_mlp(model: ModelConfig, inner: int, rows: float, matrices: int = 3) -> float:
+    """Return those of an MLP: three products of D and F, or two without a gate."""
+    return 2 * matrices * rows * model.d_model * inner
 
 
 def router(model: ModelConfig, tokens: int) -> float:
@@ -70,8 +70,8 @@ def model_flops(model: ModelConfig, tokens: int, length: int) -> float:
         total += projections(model, tokens) + attention(model, layer, tokens, length)
         if moe is not None and model.is_moe(layer):
             total += router(model, tokens)
-            total += gated_mlp(model, moe.d_expert, tokens * moe.router.k)
-            total += gated_mlp(model, moe.d_shared, tokens)
+            total += gated_mlp(model, moe.d_expert, tokens * moe.router.k, moe.matrices)
+            total += gated_mlp(model, moe.d_shared, tokens, moe.matrices)
         else:
             total += gated_mlp(model, model.d_ff or 0, tokens)
     return 3 * total

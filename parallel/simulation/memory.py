@@ -118,7 +118,7 @@ def _layer(
     if not model.is_moe(layer):
         return kept + tokens * 4 * (model.d_ff or 0) * size
     assert moe is not None
-    kept += tokens * 4 * moe.d_shared * size
+    kept += tokens * (4 if len(moe.fc1_parts) == 2 else 2) * moe.d_shared * size
     if size < work.wide_bytes:
         kept += tokens * model.d_model * work.wide_bytes  # the router reads fp32
     kept += tokens * 3 * moe.num_experts * work.wide_bytes  # logits, probabilities, their log-sum
@@ -126,7 +126,7 @@ def _layer(
     if has_path:
         kept += copies * fold.expert_tp.size * model.d_model * size
     if work.recompute != "experts":
-        kept += rows * 2 * moe.d_expert / work.expert_tp * size
+        kept += rows * moe.fc1_rows / work.expert_tp * size
     return kept
 
 
@@ -146,5 +146,5 @@ def _buffers(work: Workload, fold: Fold, sizes: Sizes, copies: float, shards: in
         dense = max(root, largest) * size
     travelling = 3 * copies * model.d_model * size if fold.ep.size > 1 else 0.0
     moe = model.moe
-    backward = 0.0 if moe is None else 3 * copies * moe.d_expert * size
+    backward = 0.0 if moe is None else moe.matrices * copies * moe.d_expert * size
     return dense + travelling + backward

@@ -32,9 +32,9 @@ class Sizes:
         router = expert = num_experts = 0
         if moe is not None:
             num_experts = moe.num_experts
-            expert = 3 * width * moe.d_expert
+            expert = moe.matrices * width * moe.d_expert
             if moe.expert_bias:
-                expert += 2 * moe.d_expert + width
+                expert += moe.fc1_rows + width
             if moe.router.learns:
                 router = width * num_experts
         return cls(
@@ -82,7 +82,7 @@ def dense_parameters(model: ModelConfig, layer: int) -> int:
         assert model.d_ff is not None, "the configuration was not validated"
         return total + 3 * width * model.d_ff
     assert moe is not None
-    return total + 3 * width * moe.d_shared + (width if moe.shared_gate else 0)
+    return total + moe.matrices * width * moe.d_shared + (width if moe.shared_gate else 0)
 
 
 def attention_weights(model: ModelConfig) -> int:

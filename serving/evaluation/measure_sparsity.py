@@ -99,9 +99,15 @@ def measure_sparsity(
     """Return thresholds that make ``target`` of the channels count as 0 on ``text``.
 
     An expert with fewer than :data:`OWN_ROWS` rows takes the threshold of its layer's rows. Raises
-    :class:`ConfigError` for a target that is no share, and :class:`DataError` for a text of fewer
-    than :data:`FEWEST_TOKENS` tokens.
+    :class:`ConfigError` for a target that is no share and for a score of gates where there are
+    none, and :class:`DataError` for a text of fewer than :data:`FEWEST_TOKENS` tokens.
     """
+    moe = model.config.moe
+    if moe is not None and "gate" in KINDS[score] and "gate" not in moe.fc1_parts:
+        raise ConfigError(
+            f"score is {score}, which compares gates, but {moe.activation} experts have none; use "
+            "teal or wina."
+        )
     if not 0 < target < 1:
         raise ConfigError(f"target is {target:g}; give a share above 0 and below 1, such as 0.4.")
     tokens = len(model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moeyard.kernels.adapted_waves import AdaptedWaves
-from moeyard.kernels.values.activation import ACTIVATIONS, gated
+from moeyard.kernels.values.activation import ACTIVATIONS, fc1_rows, gated
 from moeyard.kernels.values.expert_update import ExpertUpdate
 from moeyard.kernels.values.expert_weights import ExpertWeights
 
@@ -16,8 +16,9 @@ def draw(*shape, seed=0):
 
 
 def case(activation, dtype):
-    fc1, fc2 = draw(EXPERTS, 2 * D_EXPERT, D_MODEL), draw(EXPERTS, D_MODEL, D_EXPERT, seed=1)
-    fc1_update = draw(EXPERTS, RANK, D_MODEL, seed=2), draw(EXPERTS, 2 * D_EXPERT, RANK, seed=3)
+    d_hidden = fc1_rows(D_EXPERT, activation)
+    fc1, fc2 = draw(EXPERTS, d_hidden, D_MODEL), draw(EXPERTS, D_MODEL, D_EXPERT, seed=1)
+    fc1_update = draw(EXPERTS, RANK, D_MODEL, seed=2), draw(EXPERTS, d_hidden, RANK, seed=3)
     fc2_update = draw(EXPERTS, RANK, D_EXPERT, seed=4), draw(EXPERTS, D_MODEL, RANK, seed=5)
     update = ExpertUpdate(*(tuple(t.to(dtype) for t in u) for u in (fc1_update, fc2_update)))
     weights = ExpertWeights(fc1.to(dtype), fc2.to(dtype), activation=activation)

@@ -6,7 +6,7 @@ import torch
 from moeyard.kernels.cpu.experts import CppWaves
 from moeyard.kernels.experts import expert_mlp
 from moeyard.kernels.trust import cpp
-from moeyard.kernels.values.activation import ACTIVATIONS
+from moeyard.kernels.values.activation import ACTIVATIONS, UNGATED, fc1_rows
 from moeyard.kernels.values.channel_weights import (
     ChannelExpertWeights,
     ChannelLimits,
@@ -27,15 +27,17 @@ def plain(dtype, activation, bias=False, d_model=D, width=WIDTH):
     def random(*shape, scale=1.0):
         return (torch.randn(shape, generator=generator) * scale).to(dtype)
 
-    biases = (random(E, 2 * width), random(E, d_model)) if bias else ()
-    fc1, fc2 = random(E, 2 * width, d_model, scale=0.2), random(E, d_model, width, scale=0.2)
+    d_hidden = fc1_rows(width, activation)
+    biases = (random(E, d_hidden), random(E, d_model)) if bias else ()
+    fc1, fc2 = random(E, d_hidden, d_model, scale=0.2), random(E, d_model, width, scale=0.2)
     return ExpertWeights.of((fc1, fc2, *biases), activation=activation)
 
 
 def by_channel(experts, by_input, limits=None):
     """Return the same experts, stored by channel and filled through their views."""
     d_model, width = experts.fc2_SDF.shape[1:]
-    parts = empty_channel_slots(E, d_model, width, by_input, experts.fc1_SHD.dtype)
+    sizes = (E, d_model, width, by_input)
+    parts = empty_channel_slots(*sizes, experts.fc1_SHD.dtype, experts.activation)
     found = ChannelExpertWeights(
         *parts,
         by_input=by_input,
@@ -131,7 +133,8 @@ def limits_for(experts, share, names):
             fc1_HD = experts.fc1_SHD[expert].float()
             h_NH = x_ND @ fc1_HD.mT
             gate_NF = gate_values(h_NH, experts.activation)
-            values = {"x_ED": x_ND, "gate_EF": gate_NF, "act_EF": gate_NF * h_NH[:, WIDTH:]}[name]
+            up_NF = 1 if experts.activation in UNGATED else h_NH[:, WIDTH:]
+            values = {"x_ED": x_ND, "gate_EF": gate_NF, "act_EF": gate_NF * up_NF}[name]
             kept.append(values.abs().quantile(share, dim=0))
         found[name] = torch.stack(kept).contiguous()
     return ChannelLimits(**found)

@@ -13,7 +13,7 @@ from moeyard.kernels.cpu.linear import linear
 from moeyard.kernels.cpu.norm import rms_norm
 from moeyard.kernels.experts import expert_mlp
 from moeyard.kernels.router import project_and_choose
-from moeyard.kernels.values.activation import ACTIVATIONS
+from moeyard.kernels.values.activation import ACTIVATIONS, fc1_rows
 from moeyard.kernels.values.expert_weights import ExpertWeights
 from moeyard.kernels.values.main_grads import MainGrads
 from moeyard.kernels.values.quantize import quantize_experts
@@ -71,9 +71,9 @@ def test_norms_agree_with_fp64(dtype):
 BIASES = pytest.mark.parametrize("has_bias", [False, True], ids=["plain", "biased"])
 
 
-def biases_for(experts, d_model, d_expert, dtype):
+def biases_for(experts, d_model, d_expert, dtype, activation="swiglu"):
     """Return biases about as large as the values they are added to."""
-    shapes = (experts, 2 * d_expert), (experts, d_model)
+    shapes = (experts, fc1_rows(d_expert, activation)), (experts, d_model)
     return [(2 * random(*shape, seed=5)).to(dtype) for shape in shapes]
 
 
@@ -86,9 +86,9 @@ def test_experts_agree_with_the_reference(dtype, has_bias, activation, tokens, c
     ids = torch.randint(-1, experts, (tokens, choices), generator=generator)
     weights = torch.rand(tokens, choices, generator=generator)
     x = random(tokens, 45, dtype=dtype)
-    fc1 = random(experts, 2 * 70, 45, seed=1, dtype=dtype)
+    fc1 = random(experts, fc1_rows(70, activation), 45, seed=1, dtype=dtype)
     fc2 = random(experts, 45, 70, seed=2, dtype=dtype)
-    biases = biases_for(experts, 45, 70, dtype) if has_bias else []
+    biases = biases_for(experts, 45, 70, dtype, activation) if has_bias else []
     y = expert_mlp(x, ids, weights, ExpertWeights.of((fc1, fc2, *biases), activation=activation))
     wide = [part.double() for part in (fc1, fc2, *biases)]
     wide = ExpertWeights.of(wide, activation=activation)
@@ -116,10 +116,11 @@ def test_training_has_the_values_and_gradients_of_the_reference(dtype, has_bias,
     ids = torch.randint(-1, experts + 1, (tokens, choices), generator=generator)
     ids[ids == experts] = 0  # so that expert 0 has many rows
     x = random(tokens, d_model, dtype=dtype)
-    fc1 = random(experts + 1, 2 * d_expert, d_model, seed=1, dtype=dtype)  # the last has no rows
+    d_hidden = fc1_rows(d_expert, activation)
+    fc1 = random(experts + 1, d_hidden, d_model, seed=1, dtype=dtype)  # the last has no rows
     fc2 = random(experts + 1, d_model, d_expert, seed=2, dtype=dtype)
     leaves = [x, torch.rand(tokens, choices, generator=generator), fc1, fc2]
-    leaves += biases_for(experts + 1, d_model, d_expert, dtype) if has_bias else []
+    leaves += biases_for(experts + 1, d_model, d_expert, dtype, activation) if has_bias else []
     upstream = random(tokens, d_model, seed=4, dtype=dtype)
     found = values_and_gradients(leaves, ids, activation, upstream)
     expected = values_and_gradients([t.double() for t in leaves], ids, activation, upstream)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from moeyard.kernels.cpu import library
 from moeyard.kernels.experts import expert_mlp
 from moeyard.kernels.torch_ops.experts import combine_rows
-from moeyard.kernels.values.activation import ACTIVATIONS, gated
+from moeyard.kernels.values.activation import ACTIVATIONS, UNGATED, fc1_rows, gated
 from moeyard.kernels.values.expert_weights import ExpertWeights, empty_slots
 from moeyard.kernels.values.grouping import group_tokens
 from moeyard.kernels.values.main_grads import MainGrads
@@ -34,12 +34,13 @@ SHAPES = [
 BIASES = pytest.mark.parametrize("has_bias", [False, True], ids=["plain", "biased"])
 
 
-def problem(shape, routing, dtype, seed=0, has_bias=False):
+def problem(shape, routing, dtype, seed=0, has_bias=False, activation="swiglu"):
     tokens, choices, experts, d_model, d_expert = shape
+    d_hidden = fc1_rows(d_expert, activation)
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, d_model, generator=g, dtype=torch.float64)
     weights = torch.rand(tokens, choices, generator=g, dtype=torch.float64)
-    fc1 = torch.randn(experts, 2 * d_expert, d_model, generator=g, dtype=torch.float64)
+    fc1 = torch.randn(experts, d_hidden, d_model, generator=g, dtype=torch.float64)
     fc2 = torch.randn(experts, d_model, d_expert, generator=g, dtype=torch.float64)
     ids = ROUTINGS[routing](g, tokens, choices, experts).int()
     # The routing weights stay wide, as routers make them.
@@ -47,7 +48,7 @@ def problem(shape, routing, dtype, seed=0, has_bias=False):
     leaves = [x.to(dtype), weights.to(wide), (fc1 * d_model**-0.5).to(dtype)]
     leaves.append((fc2 * d_expert**-0.5).to(dtype))
     if has_bias:
-        widths = (2 * d_expert, d_model)
+        widths = (d_hidden, d_model)
         leaves += (torch.randn(experts, width, generator=g).to(dtype) for width in widths)
     return ids, [leaf.requires_grad_() for leaf in leaves]
 
@@ -83,13 +84,16 @@ def test_agrees_with_the_reference_in_values_and_all_gradients(shape, routing, d
 def test_activations_agree_with_torch_and_with_the_reference_in_all_gradients(activation):
     h = 8 * torch.randn(70, 10, dtype=torch.float64)
     gate, up = h[:, :5], h[:, 5:]
-    if activation == "clamped_swiglu":
+    if activation in UNGATED:
+        expected = {"relu": F.relu, "gelu": F.gelu}[activation](h)
+    elif activation == "clamped_swiglu":
         gate, up = gate.clamp(max=7), up.clamp(-7, 7)
         expected = gate / (1 + torch.exp(-1.702 * gate)) * (up + 1)
     else:
         expected = {"swiglu": F.silu, "reglu": F.relu, "geglu": F.gelu}[activation](gate) * up
     torch.testing.assert_close(gated(h, activation), expected)
-    ids, leaves = problem((37, 2, 5, 24, 40), "with_none", torch.float64)
+    shape = (37, 2, 5, 24, 40)
+    ids, leaves = problem(shape, "with_none", torch.float64, has_bias=True, activation=activation)
     leaves[2] = (leaves[2].detach() * 10).requires_grad_()  # some gates are clamped
     y, grads = run(ids, leaves, "torch", activation)
     expected_y, expected = run(ids, leaves, "reference", activation)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from moeyard.kernels.experts import expert_mlp
+from moeyard.kernels.values.activation import fc1_rows
 from moeyard.kernels.values.expert_weights import ExpertWeights
 from moeyard.kernels.values.quantize import quantize, quantize_experts
 from moeyard.kernels.values.quantized_weights import QuantizedExpertWeights, QuantizedMatrices
@@ -60,22 +61,26 @@ def test_rows_of_zeros_and_values_near_the_end_of_the_range_survive():
         torch.testing.assert_close(found[0, 2], weight[0, 2], rtol=0.02, atol=0)
 
 
-def problem(tokens, choices, experts, d_model, d_expert):
+def problem(tokens, choices, experts, d_model, d_expert, activation="swiglu"):
     g = torch.Generator().manual_seed(1)
     ids = torch.randint(-1, experts, (tokens, choices), generator=g)
     weights = torch.rand(tokens, choices, generator=g)
-    fc1 = random(experts, 2 * d_expert, d_model, seed=2) * d_model**-0.5
+    rows = fc1_rows(d_expert, activation)
+    fc1 = random(experts, rows, d_model, seed=2) * d_model**-0.5
     fc2 = random(experts, d_model, d_expert, seed=3) * d_expert**-0.5
-    return random(tokens, d_model), ids, weights, ExpertWeights(fc1, fc2)
+    found = ExpertWeights(fc1, fc2, activation=activation)
+    return random(tokens, d_model), ids, weights, found
 
 
 @FORMATS
 @pytest.mark.parametrize("backend", ["torch", "auto"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_experts_compute_with_the_rounded_weights(bits, group_size, backend, dtype):
-    x, ids, weights, experts = problem(19, 2, 5, 192, 64)
+@pytest.mark.parametrize("activation", ["swiglu", "relu"])
+def test_experts_compute_with_the_rounded_weights(bits, group_size, backend, dtype, activation):
+    x, ids, weights, experts = problem(19, 2, 5, 192, 64, activation)
     found = quantize_experts(experts, bits, group_size)
-    plain = ExpertWeights(dequantized(found.fc1), dequantized(found.fc2))
+    matrices = (dequantized(found.fc1), dequantized(found.fc2))
+    plain = ExpertWeights(*matrices, activation=activation)
     expected = expert_mlp(x.to(dtype).double(), ids, weights.double(), plain, "reference")
     y = expert_mlp(x.to(dtype), ids, weights, found, backend)
     error = (y.double() - expected).abs().max() / expected.abs().max()

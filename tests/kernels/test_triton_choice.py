@@ -67,8 +67,8 @@ def test_wants_ampere_or_newer(monkeypatch, capability):
 def test_a_failing_self_check_warns_once_and_is_remembered(monkeypatch, broken, has_bias):
     sizes = []
 
-    def check(backend, run, dtype, device, num_tokens, checks_bias):
-        assert checks_bias == has_bias
+    def check(backend, run, dtype, device, num_tokens, checks_bias, activation):
+        assert (checks_bias, activation) == (has_bias, "gelu" if has_bias else "swiglu")
         assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         sizes.append(num_tokens)
         errors = {"values": 0.5 if broken == "wrong numbers" else 0.0}
@@ -79,7 +79,7 @@ def test_a_failing_self_check_warns_once_and_is_remembered(monkeypatch, broken, 
     monkeypatch.setattr(trust, "_triton_verdicts", {})
     with warnings.catch_warnings(record=True) as said, torch.inference_mode():
         warnings.simplefilter("always")
-        kind = (torch.bfloat16, torch.device("cuda"), None, has_bias)
+        kind = (torch.bfloat16, torch.device("cuda"), None, has_bias, not has_bias)
         found = {trust.triton_computes(*kind) for _ in "ab"}
     assert found == {broken is None}
     assert len(said) == (broken is not None)

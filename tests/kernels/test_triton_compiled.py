@@ -20,6 +20,7 @@ SAMPLE = {
     "grouped_matmul bf16 fc2, biased",
     "bias_grad      bf16 fc2, adds to fp32",
     "grad_hidden    bf16 swiglu",
+    "up_projection  bf16 gelu, keeps h",
     "weight_grad    bf16 fc2, adds to fp32",
     "quantized_up   bf16 swiglu, int8, a scale per row",
     "quantized_up   bf16 swiglu, int4, groups of 64",

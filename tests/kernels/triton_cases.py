@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moeyard.kernels.experts import expert_mlp
 from moeyard.kernels.gpu.grouping import group_rows
+from moeyard.kernels.values.activation import fc1_rows
 from moeyard.kernels.values.expert_weights import ExpertWeights
 from moeyard.kernels.values.grouping import group_tokens
 from moeyard.kernels.values.main_grads import MainGrads
@@ -43,16 +44,17 @@ def routing(kind, tokens, choices, experts, seed=0):
     return ids
 
 
-def problem(shape, dtype, seed=0, has_bias=False):
+def problem(shape, dtype, seed=0, has_bias=False, activation="swiglu"):
     tokens, choices, experts, d_model, d_expert = shape
+    d_hidden = fc1_rows(d_expert, activation)
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, d_model, generator=g)
-    fc1 = torch.randn(experts, 2 * d_expert, d_model, generator=g) * d_model**-0.5
+    fc1 = torch.randn(experts, d_hidden, d_model, generator=g) * d_model**-0.5
     fc2 = torch.randn(experts, d_model, d_expert, generator=g) * d_expert**-0.5
     weights = torch.rand(tokens, choices, generator=g)
     leaves = [x.to(dtype), weights, fc1.to(dtype), fc2.to(dtype)]
     if has_bias:
-        widths = (2 * d_expert, d_model)
+        widths = (d_hidden, d_model)
         leaves += (torch.randn(experts, width, generator=g).to(dtype) for width in widths)
     return [leaf.to(DEVICE).requires_grad_() for leaf in leaves]
 
@@ -139,6 +141,20 @@ def test_activations_agree_with_the_reference(activation, dtype):
         leaves[2] = (leaves[2].detach() * 8).requires_grad_()
     found = outcome(ids, leaves, activation=activation)
     assert_near(found, expected_outcome(ids, leaves, activation=activation), dtype)
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["keeps_h", "recomputes_h"])
+@pytest.mark.parametrize(
+    ("activation", "name"),
+    [("relu", "tiles_of_16"), ("gelu", "tiles_of_32"), ("relu", "tiles_of_128")],
+)
+def test_experts_without_a_gate_agree_with_the_reference(activation, name, recompute):
+    shape = SHAPES[name]
+    ids = routing("with_none", *shape[:3])
+    leaves = problem(shape, torch.float32, has_bias=name != "tiles_of_32", activation=activation)
+    found = outcome(ids, leaves, activation=activation, recompute=recompute)
+    expected = expected_outcome(ids, leaves, activation=activation)
+    assert_near(found, expected, torch.float32)
 
 
 @pytest.mark.parametrize("table", [(1, -1, 0, 2, -1, -1), (-1, -1, 0, 1, 2, -1)], ids=str)

@@ -10,6 +10,7 @@ from triton_cases import DEVICE, TOLERANCE, routing
 from moeyard.kernels.experts import expert_mlp
 from moeyard.kernels.gpu import dequantize, quantized_ops, tiles
 from moeyard.kernels.gpu.grouping import group_rows
+from moeyard.kernels.values.activation import fc1_rows
 from moeyard.kernels.values.expert_weights import ExpertWeights
 from moeyard.kernels.values.quantize import quantize, quantize_experts
 from moeyard.kernels.values.quantized_weights import QuantizedExpertWeights, QuantizedMatrices
@@ -20,11 +21,13 @@ SHAPES = {16: (9, 2, 5, 192, 64), 32: (25, 2, 5, 64, 192), 64: (70, 2, 3, 192, 6
 
 
 @functools.lru_cache(maxsize=64)
-def weights_of(experts, d_model, d_expert, bits, group_size):
+def weights_of(experts, d_model, d_expert, bits, group_size, activation="swiglu"):
     g = torch.Generator().manual_seed(1)
-    fc1 = torch.randn(experts, 2 * d_expert, d_model, generator=g) * d_model**-0.5
+    d_hidden = fc1_rows(d_expert, activation)
+    fc1 = torch.randn(experts, d_hidden, d_model, generator=g) * d_model**-0.5
     fc2 = torch.randn(experts, d_model, d_expert, generator=g) * d_expert**-0.5
-    return quantize_experts(ExpertWeights(fc1, fc2), bits, group_size)
+    experts = ExpertWeights(fc1, fc2, activation=activation)
+    return quantize_experts(experts, bits, group_size)
 
 
 def problem(shape, dtype, kind="with_none"):
@@ -70,6 +73,17 @@ def test_quantized_activations_agree_with_the_reference(activation):
     shape = SHAPES[16]
     whole = weights_of(*shape[2:], 4, 64)
     experts = QuantizedExpertWeights(whole.fc1, whole.fc2, activation=activation)
+    inputs = problem(shape, torch.float32)
+    assert_near(run(inputs, experts), expected_of(inputs, experts), torch.float32)
+
+
+@pytest.mark.parametrize("rows_per_expert", [tiles.DEQUANTIZE_ROWS_PER_EXPERT, 1])
+@pytest.mark.parametrize(("activation", "bits"), [("relu", 4), ("gelu", 8)])
+def test_quantized_experts_without_a_gate_agree(activation, bits, rows_per_expert, monkeypatch):
+    """With widened tiles, and with matrices that are written out in x's type."""
+    write_out_from(rows_per_expert, monkeypatch)
+    shape = SHAPES[16]
+    experts = biased(weights_of(*shape[2:], bits, 64, activation), torch.float32)
     inputs = problem(shape, torch.float32)
     assert_near(run(inputs, experts), expected_of(inputs, experts), torch.float32)
 

@@ -103,24 +103,24 @@ def test_there_is_no_matrix_to_learn():
 
 def test_statistics_have_the_gradients_of_finite_differences():
     fc1, bias = layer_of(bias=True).experts.fc1, layer_of(bias=True).experts.fc1_bias
-    torch.autograd.gradcheck(lambda *w: gate_statistics(*w, None), (fc1[:2], bias[:2]))
+    torch.autograd.gradcheck(lambda *w: gate_statistics(*w, None, WIDTH), (fc1[:2], bias[:2]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_main_gradients_get_what_autograd_would_return(dtype):
     fc1 = layer_of().experts.fc1.detach().to(dtype).requires_grad_()
     kept = torch.randn(E, 2, D)
-    found = gate_statistics(fc1, None, None)
+    found = gate_statistics(fc1, None, None, WIDTH)
     assert found.dtype == torch.float32
     (found * kept).sum().backward()
     main = MainGrads.of((torch.full((E, 2 * WIDTH, D), 9.0), torch.zeros(E, D, WIDTH)))
     again = fc1.detach().requires_grad_()
-    (gate_statistics(again, None, main) * kept).sum().backward()
+    (gate_statistics(again, None, main, WIDTH) * kept).sum().backward()
     assert again.grad is None and fc1.grad.dtype == dtype
     torch.testing.assert_close(main.fc1_SHD - 9, fc1.grad.float(), rtol=2e-2, atol=2e-3)
     assert (main.fc1_SHD[:, WIDTH:] == 9).all()
     main.is_empty = True
-    (gate_statistics(again, None, main) * kept).sum().backward()
+    (gate_statistics(again, None, main, WIDTH) * kept).sum().backward()
     assert (main.fc1_SHD[:, WIDTH:] == 0).all(), "uninitialized memory begins with zeros"
 
 
@@ -292,9 +292,9 @@ def test_shares_of_two_ranks_add_up_to_the_loss_of_one():
 
 
 def test_experts_without_a_relu_and_orders_to_search_are_refused():
-    with pytest.raises(ConfigError, match=r"activation is swiglu, .* set activation to reglu"):
+    with pytest.raises(ConfigError, match=r"activation is swiglu, .* to relu or reglu"):
         moeyard.MoELayer(D, WIDTH, E, Sparsity())
-    with pytest.raises(ValueError, match="set activation to reglu"):
+    with pytest.raises(ValueError, match="set activation to relu or reglu"):
         MoEConfig(num_experts=E, d_expert=WIDTH, router=Sparsity())
     with pytest.raises(ConfigError, match=r"router.kind is sparsity, .* no order to search"):
         moeyard.router("local_search", router={"kind": "sparsity"})

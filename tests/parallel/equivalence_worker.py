@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch.distributed.tensor import DTensor
 
+from moeyard.kernels.values.activation import fc1_parts
 from moeyard.moe.experts.resident import Experts
 from moeyard.moe.layer import MoELayer
 from moeyard.moe.models import decoder_layer
@@ -73,8 +74,10 @@ def fill_biases(decoder) -> None:
         factors_S1 = torch.tensor(experts.expert_ids).unsqueeze(1) + 1
         line_F = torch.linspace(-1, 1, layer.d_expert)
         line_D = torch.linspace(-1, 1, layer.d_model)
+        parts = len(fc1_parts(experts.activation))
+        of_parts = [line_F * (factors_S1 + part) for part in range(parts)]
         biases = {
-            "fc1_bias": torch.cat([line_F * factors_S1, line_F * (factors_S1 + 1)], dim=1),
+            "fc1_bias": torch.cat(of_parts, dim=1),
             "fc2_bias": line_D * (factors_S1 + 2),
         }
         for name, bias in biases.items():

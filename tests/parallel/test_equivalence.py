@@ -59,7 +59,7 @@ VARIANTS = {
     "sparsity": {
         "overrides": [
             TORCH,
-            "model.moe.activation=reglu",
+            "model.moe.activation=relu",
             "model.moe.router={kind: sparsity, z_loss: 0.1}",
             "train.accumulation=2",
             "train.recompute=true",
@@ -102,7 +102,10 @@ VARIANTS = {
         ],
     },
     "lora_of_experts_apart": {
-        "overrides": ["train.parameters=lora", "lora.targets=[experts]"],
+        "overrides": [
+            *("train.parameters=lora", "lora.targets=[experts]"),
+            "model.moe.activation=gelu",
+        ],
         "apart": True,
     },
     "lora_of_experts_starved": {

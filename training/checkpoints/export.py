@@ -93,9 +93,10 @@ def exported_weights(state: Mapping[str, Any], stored: Mapping[str, Tensor]) -> 
             "one weight; export it with --adapter."
         )
     scale = None if lora is None else lora["alpha"] / lora["rank"]
-    weights = CheckpointWeights(stored, scale, open_frozen_weights(state, dtype))
-    family = FAMILIES[exported_values(state)["model_type"]]
     model = ModelConfig.model_validate(state["model"])
+    parts = ("gate", "up") if model.moe is None else model.moe.fc1_parts
+    weights = CheckpointWeights(stored, scale, open_frozen_weights(state, dtype), parts)
+    family = FAMILIES[exported_values(state)["model_type"]]
     return plan_weights(model, family, weights, dtype, torch.float32)
 
 

@@ -57,8 +57,9 @@ def export_adapter(run_dir: Path, target: Path) -> int:
             factors |= _experts(stored, model, int(experts[1]), family == "gpt_oss")
     has_experts = any(name.endswith(".experts") for name in factors)
     # Experts have a gate_proj too, so MLPs of dense layers are named with their layer.
-    names = {name.removeprefix("model.") for name in factors if ".mlp.experts" not in name}
-    names = {name.rpartition(".")[2] if ".self_attn." in name else name for name in names}
+    of_all_experts = (".experts", ".base_layer")
+    names = {name.removeprefix("model.") for name in factors if not name.endswith(of_all_experts)}
+    names = {_peft_name(name) for name in names}
     config = adapter_config(lora["rank"], lora["alpha"], sorted(names), has_experts)
     if not factors:
         raise CheckpointError(f"checkpoint {checkpoint} has no A and B; restore it from a backup.")
@@ -66,10 +67,19 @@ def export_adapter(run_dir: Path, target: Path) -> int:
     return int(state["step"])
 
 
+def _peft_name(name: str) -> str:
+    """Return what ``target_modules`` calls a linear layer; those of dense MLPs by their path."""
+    is_short = ".self_attn." in name or ".mlp.experts." in name
+    return name.rpartition(".")[2] if is_short else name
+
+
 def _experts(
     stored: StoredTensors, model: ModelConfig, layer: int, is_interleaved: bool
 ) -> dict[str, Factors]:
-    """Return the factors of a layer's two fused parameters; the first is the inner one in peft."""
+    """Return the factors of a layer's two fused parameters; the first is the inner one in peft.
+
+    Of experts without a gate, which transformers does not have, each expert's matrices are named.
+    """
     assert model.moe is not None, "experts without a MoE layer"
 
     def all_experts(name: str) -> Tensor:
@@ -77,12 +87,20 @@ def _experts(
         numbers = range(model.moe.num_experts)  # type: ignore[union-attr]
         return torch.stack([_narrow(stored[f"{prefix}.{expert}.{name}"]) for expert in numbers])
 
+    path = full_name(f"layers.{layer}.mlp.experts")
+    if "gate" not in model.moe.fc1_parts:
+        return {
+            f"{path}.{expert}.{part}_proj": Factors(a_PI, b_OP)
+            for part, fc in (("up", "fc1"), ("down", "fc2"))
+            for expert, (a_PI, b_OP) in enumerate(
+                zip(all_experts(f"{fc}_lora_a"), all_experts(f"{fc}_lora_b"), strict=True)
+            )
+        }
     gate_a_EPD, up_a_EPD = all_experts("fc1_lora_a").chunk(2, dim=1)
     gate_b_EFP, up_b_EFP = all_experts("fc1_lora_b").chunk(2, dim=1)
     a_EPD, b_EHP = joined((gate_a_EPD, gate_b_EFP), (up_a_EPD, up_b_EFP))
     if is_interleaved:  # gpt-oss has gate and up rows in turn
         b_EHP = torch.stack(b_EHP.chunk(2, dim=1), dim=2).flatten(1, 2)
-    path = full_name(f"layers.{layer}.mlp.experts")
     down = to_peft(all_experts("fc2_lora_a"), all_experts("fc2_lora_b"))
     return {f"{path}.base_layer": to_peft(a_EPD, b_EHP), path: down}
 

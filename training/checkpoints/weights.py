@@ -1,6 +1,6 @@
 """The weights of a training checkpoint, as an export reads them: tensor by tensor."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ class CheckpointWeights:
     """The weights of a checkpoint, with low-rank updates merged into theirs.
 
     ``scale`` is the factor on low-rank updates, None where the run has none. Frozen weights that
-    the checkpoint lacks come from ``frozen``, one expert at a time.
+    the checkpoint lacks come from ``frozen``, one expert at a time. ``fc1_parts`` are what the rows
+    of an expert's fc1 are (:attr:`MoEConfig.fc1_parts`).
     """
 
     def __init__(
@@ -27,10 +28,12 @@ class CheckpointWeights:
         stored: Mapping[str, Tensor],
         scale: float | None = None,
         frozen: "FrozenWeights | None" = None,
+        fc1_parts: Sequence[str] = ("gate", "up"),
     ) -> None:
         self._stored = stored
         self._scale = scale
         self._frozen = frozen
+        self._fc1_parts = list(fc1_parts)
         self._last: tuple[str, list[Tensor]] | None = None
 
     def dense(self, parameter: str) -> Tensor:
@@ -55,8 +58,9 @@ class CheckpointWeights:
             weights = [self._stored[f"weight/{name}"]] if is_stored else []
             self._last = (name, weights + ([] if bias else self._updates(f"{name}_lora")))
         tensors = self._last[1]
-        if leaf == "fc1":  # A and B are halves too
-            tensors = [tensor.chunk(2)[matrix == "up"] for tensor in tensors]
+        if leaf == "fc1":  # A and B have as many parts
+            count, index = len(self._fc1_parts), self._fc1_parts.index(matrix)
+            tensors = [tensor.chunk(count)[index] for tensor in tensors]
         if self._frozen is not None and not is_stored:
             tensors = [self._frozen.expert_part(layer, expert, part), *tensors]
         return self._merged(tensors)

@@ -11,6 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ...kernels.values.activation import fc1_parts
 from ...parallel.mesh import Mesh
 from .config import Beta, OptimizerConfig
 from .held import Held
@@ -49,7 +50,7 @@ class Muon:
 
     ``M = lerp(M, G, 1 - momentum)``, ``U = lerp(G, M, momentum)`` (``M`` without ``nesterov``) and
     ``W = W (1 - lr decay) - lr 0.2 sqrt(max(R, C)) orthogonal(U)``. The gate's and the up half of
-    fc1 are two matrices.
+    fc1 are two matrices; without a gate it is one.
 
     An expert without rows in a step keeps its place, except for decay. Orthogonal updates are of
     full size however small the momentum is, so it would go on in its last direction for long.
@@ -84,7 +85,8 @@ class Muon:
     def _update_experts(self, held: Held, lr: float) -> None:
         if not held.master.numel():
             return  # no slot is owned here
-        halves = 2 if held.leaf == "fc1" else 1
+        assert held.experts is not None, "only experts have slots"
+        halves = len(fc1_parts(held.experts.activation)) if held.leaf == "fc1" else 1
         slots = max(1, MOST_NUMBERS // held.master[0].numel())
         tensors = (held.master, held.gradient, held.state["momentum"])
         for parts in zip(*(tensor.split(slots) for tensor in tensors), strict=True):

@@ -1,4 +1,4 @@
-// Gated activations, act(gate) * factor(up), and their slopes.
+// Activations, act(gate) * factor(up) or act(up), and their slopes.
 #pragma once
 
 #include <cmath>
@@ -18,6 +18,8 @@ template <class Body> inline void by_activation(int64_t activation, Body body) {
     if (activation == GEGLU) return body(std::integral_constant<Activation, GEGLU>{});
     if (activation == CLAMPED_SWIGLU)
         return body(std::integral_constant<Activation, CLAMPED_SWIGLU>{});
+    if (activation == RELU) return body(std::integral_constant<Activation, RELU>{});
+    if (activation == GELU) return body(std::integral_constant<Activation, GELU>{});
     body(std::integral_constant<Activation, SWIGLU>{});
 }
 
@@ -25,7 +27,13 @@ struct Activated {
     float value, gate_slope, up_slope;
 };
 
+// Without a gate `gate` is the only value there is, and `up` is not read.
 template <Activation Kind> inline Activated activate(float gate, float up) {
+    if constexpr (Kind == RELU) return {gate > 0 ? gate : 0.0f, gate > 0 ? 1.0f : 0.0f, 0.0f};
+    if constexpr (Kind == GELU) {
+        Activated gated = activate<GEGLU>(gate, 1.0f);
+        return {gated.value, gated.gate_slope, 0.0f};
+    }
     if constexpr (Kind == REGLU) {
         float act = gate > 0 ? gate : 0.0f;
         return {act * up, gate > 0 ? up : 0.0f, act};

@@ -4,7 +4,17 @@
 #include <cstdint>
 
 enum ElementType : int64_t { FLOAT32 = 0, BFLOAT16 = 1 };
-enum Activation : int64_t { SWIGLU = 0, REGLU = 1, GEGLU = 2, CLAMPED_SWIGLU = 3 };
+enum Activation : int64_t {
+    SWIGLU = 0,
+    REGLU = 1,
+    GEGLU = 2,
+    CLAMPED_SWIGLU = 3,
+    RELU = 4,
+    GELU = 5
+};
+
+// Whether fc1 has gate rows in front of the up rows: H = 2F rows instead of F.
+constexpr bool has_gate(int64_t activation) { return activation != RELU && activation != GELU; }
 enum Score : int64_t { SOFTMAX = 0, SIGMOID = 1 };
 
 // y = x w^T. x [rows, width] and w [outputs, width] in `type`; y [rows, outputs].
@@ -22,7 +32,7 @@ struct NormArguments {
     void* y;
 };
 
-// y = act(gate) * factor(up) of rows [gate, up]. x [rows, 2 * width], y [rows, width].
+// y = act(gate) * factor(up) of rows [gate, up], or act(up). x [rows, H], y [rows, width = F].
 struct GatedArguments {
     int64_t type, activation, rows, width, threads;
     const void* x;
@@ -44,8 +54,10 @@ struct ExpertArguments {
     const int32_t* experts;  // [T, K], -1 = none
     const int32_t* slot_of;  // [E], -1 = not here; null = slot e holds expert e
     float* lines;            // [T * K, D]; null = only `hidden` is wanted
-    void* hidden;            // [T * K, 2F] gate and up, rows in expert order; training only
-    Biases fc1_bias, fc2_bias;  // [S, 2F], [S, D]; in `type` for training
+    void* hidden;            // [T * K, H] of fc1, rows in expert order; training only
+    Biases fc1_bias, fc2_bias;  // [S, H], [S, D]; in `type` for training
+
+    int64_t fc1_rows() const { return has_gate(activation) ? 2 * d_expert : d_expert; }  // H
 };
 
 // Weights of 8 or 4 bits: bytes [S, outputs, width * bits / 8], bf16 scales [S, outputs, groups].
@@ -77,7 +89,7 @@ struct GroupSparseExpertArguments {
 
 // The expert MLP of experts with channels that are not read where they count as 0.
 struct ChannelExpertArguments {
-    ExpertArguments rest;  // fc1 [S, 2F, D], or [S, D, 2F] if `by_input`; fc2 [S, F, D]
+    ExpertArguments rest;  // fc1 [S, H, D], or [S, D, H] if `by_input`; fc2 [S, F, D]
     int64_t by_input;
     // [E, D] of x, [E, F] of act(gate) and of act(gate) * up: below or at it counts as 0. Null = none.
     const float *x_limits, *gate_limits, *act_limits;
@@ -91,8 +103,8 @@ struct ExpertGradArguments {
     int64_t is_empty;         // write the gradients of the parameters instead of adding to them
     int64_t num_slots;
     int64_t grad_type;  // of the parameters' gradients; bf16 only where they are written
-    void *grad_fc1, *grad_fc2;            // [S, 2F, D], [S, D, F], dense; null = not wanted
-    void *grad_fc1_bias, *grad_fc2_bias;  // [S, 2F], [S, D]; null = not wanted
+    void *grad_fc1, *grad_fc2;            // [S, H, D], [S, D, F], dense; null = not wanted
+    void *grad_fc1_bias, *grad_fc2_bias;  // [S, H], [S, D]; null = not wanted
     float* grad_weights;                  // [T, K]
 };
 

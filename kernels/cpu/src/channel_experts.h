@@ -1,4 +1,4 @@
-// The gated expert MLP of experts with channels that are not read where they count as 0, without
+// The expert MLP of experts with channels that are not read where they count as 0, without
 // gradients. With limits, values at or below them are set to 0 first; without, only gates that the
 // activation makes 0 are skipped, and the result is that of experts().
 #pragma once
@@ -44,7 +44,7 @@ template <class Element> int64_t channel_experts(const ChannelExpertArguments& c
         return c.x_limits ? kept_x.get() + r * a.d_model : row_of(r);
     };
     if (c.by_input) {
-        ByInputMatrix<Element> by_input{fc1, a.fc1_stride, a.d_model, 2 * a.d_expert};
+        ByInputMatrix<Element> by_input{fc1, a.fc1_stride, a.d_model, a.fc1_rows()};
         run_halves<Element>(a, order, by_input, fc2, kept_row_of, limits_of);
     } else {
         PlainMatrix<Element> plain{fc1, a.fc1_stride, a.d_model};

@@ -1,9 +1,9 @@
-// The backward pass of the gated expert MLP, on panels: for many rows an expert.
+// The backward pass of the expert MLP, on panels: for many rows an expert.
 //
-// Kept from forward: x, gate and up, routing weights. With g the gradient of a token's output, w the
-// weight of its row, a = act(gate) * up:
+// Kept from forward: x, what fc1 gave, routing weights. With g the gradient of a token's output, w
+// the weight of its row, a = act(gate) * up or act(up):
 //
-//   u = g W2               d w = <u, a> + <g, b2>    d a = w u, which gives d gate and d up
+//   u = g W2               d w = <u, a> + <g, b2>    d a = w u, which gives d h: d gate and d up
 //   d W2 += g^T (w a)      d b2 += w g               d x = d h W1
 //   d W1 += (d h)^T x      d b1 += d h
 #pragma once
@@ -19,15 +19,16 @@ template <class Element> struct Backward {
     const ExpertArguments& f;
     Order order;
     int64_t act_panels;
-    std::unique_ptr<Element[]> grad_hidden;  // [N, 2F]
+    int64_t fc1_rows;                        // H
+    std::unique_ptr<Element[]> grad_hidden;  // [N, H]
     std::unique_ptr<Element[]> scaled_act;   // [N, F]: w a
     std::unique_ptr<float[]> parts;          // [N, act_panels]: of <u, a> + <g, b2>
 
     explicit Backward(const ExpertGradArguments& arguments)
         : a(arguments), f(arguments.forward), order(arguments.forward, TRAINING_ROWS),
-          act_panels(blocks(f.d_expert, PANEL)) {
+          act_panels(blocks(f.d_expert, PANEL)), fc1_rows(f.fc1_rows()) {
         int64_t rows = f.tokens * f.choices;
-        grad_hidden.reset(new Element[rows * 2 * f.d_expert]);
+        grad_hidden.reset(new Element[rows * fc1_rows]);
         scaled_act.reset(new Element[rows * f.d_expert]);
         parts.reset(new float[rows * act_panels]);
     }
@@ -63,13 +64,14 @@ template <class Element> struct Backward {
                  });
     }
 
-    // d gate, d up and w a from one row of u. Returns the sum of u a over these columns.
+    // d gate, d up (if there is a gate) and w a from one row of u. Returns the sum of u a over these
+    // columns.
     template <Activation Kind>
     float through_activation(int64_t row, int64_t from, int64_t count, const float* u) {
         int64_t width = f.d_expert;
-        const Element* gate = static_cast<const Element*>(f.hidden) + row * 2 * width + from;
-        const Element* up = gate + width;
-        Element* grad_gate = grad_hidden.get() + row * 2 * width + from;
+        const Element* gate = static_cast<const Element*>(f.hidden) + row * fc1_rows + from;
+        const Element* up = has_gate(Kind) ? gate + width : gate;
+        Element* grad_gate = grad_hidden.get() + row * fc1_rows + from;
         Element* grad_up = grad_gate + width;
         Element* act = scaled_act.get() + row * width + from;
         float weight = a.weights[order.rows[row]], products[PANEL], sum = 0;
@@ -78,7 +80,8 @@ template <class Element> struct Backward {
             Activated activated = activate<Kind>(widen(gate[i]), widen(up[i]));
             float grad_act = weight * u[i];
             grad_gate[i] = narrow<Element>(grad_act * activated.gate_slope);
-            grad_up[i] = narrow<Element>(grad_act * activated.up_slope);
+            if constexpr (has_gate(Kind))
+                grad_up[i] = narrow<Element>(grad_act * activated.up_slope);
             act[i] = narrow<Element>(weight * activated.value);
             products[i] = u[i] * activated.value;
         }
@@ -94,8 +97,8 @@ template <class Element> struct Backward {
         const Element* pointers[TRAINING_ROWS];
         alignas(64) float grad_x[TRAINING_ROWS][PANEL];
         for (int64_t m = 0; m < rows; m++)
-            pointers[m] = grad_hidden.get() + (block.from + m) * 2 * f.d_expert;
-        rows_times(pointers, rows, fc1, 2 * f.d_expert, f.d_model, from, count, grad_x);
+            pointers[m] = grad_hidden.get() + (block.from + m) * fc1_rows;
+        rows_times(pointers, rows, fc1, fc1_rows, f.d_model, from, count, grad_x);
         for (int64_t m = 0; m < rows; m++)
             std::memcpy(f.lines + order.rows[block.from + m] * f.d_model + from, grad_x[m],
                         count * sizeof(float));
@@ -103,7 +106,7 @@ template <class Element> struct Backward {
 
     // Gradients of a slot's parameters in type Total, for outputs [from, from + PANEL).
     template <class Total> void add_fc1(const RowBlock& span, int64_t from) {
-        int64_t outputs = 2 * f.d_expert, depth = span.to - span.from;
+        int64_t outputs = fc1_rows, depth = span.to - span.from;
         auto hidden_row = [&](int64_t k) {
             return grad_hidden.get() + (span.from + k) * outputs;
         };
@@ -141,9 +144,9 @@ template <class Element> struct Backward {
             if (gradients == nullptr) return;
             std::memset(static_cast<Total*>(gradients) + slot * size, 0, size * sizeof(Total));
         };
-        zero(a.grad_fc1, 2 * f.d_expert * f.d_model);
+        zero(a.grad_fc1, fc1_rows * f.d_model);
         zero(a.grad_fc2, f.d_expert * f.d_model);
-        zero(a.grad_fc1_bias, 2 * f.d_expert);
+        zero(a.grad_fc1_bias, fc1_rows);
         zero(a.grad_fc2_bias, f.d_model);
     }
 
@@ -151,7 +154,7 @@ template <class Element> struct Backward {
     template <class Total> void parameter_gradients() {
         if (!a.grad_fc1 && !a.grad_fc2 && !a.grad_fc1_bias && !a.grad_fc2_bias) return;
         std::unique_ptr<RowBlock[]> spans = spans_of(order, a.num_slots);
-        int64_t fc1_panels = blocks(2 * f.d_expert, PANEL);
+        int64_t fc1_panels = blocks(fc1_rows, PANEL);
         int64_t panels = fc1_panels + blocks(f.d_model, PANEL);
         for_each_task(a.num_slots * panels, f.threads, [&](int64_t task) {
             const RowBlock& span = spans[task / panels];

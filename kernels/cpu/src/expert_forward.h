@@ -1,4 +1,4 @@
-// The forward pass of the gated expert MLP that keeps gate and up for backward, on panels.
+// The forward pass of the expert MLP that keeps what fc1 gives for backward, on panels.
 #pragma once
 
 #include "experts.h"
@@ -6,7 +6,8 @@
 
 namespace ISA {
 
-// gate and up of one block of rows for outputs [from, from + count) of F, and act(gate) * up.
+// gate and up of one block of rows for outputs [from, from + count) of F, and act(gate) * up. Without
+// a gate `gate` is the up rows' value, and there is nothing else.
 template <class Element>
 void keep_first_half(const ExpertArguments& a, const Order& order, const RowBlock& block,
                      int64_t from, int64_t count, Element* act) {
@@ -19,21 +20,22 @@ void keep_first_half(const ExpertArguments& a, const Order& order, const RowBloc
     for (int64_t m = 0; m < rows; m++)
         pointers[m] = x + order.rows[block.from + m] / a.choices * a.d_model;
     rows_times_transposed(pointers, rows, weights, a.d_model, from, count, gate);
-    rows_times_transposed(pointers, rows, weights, a.d_model, width + from, count, up);
     add_bias(a.fc1_bias, block.slot, from, count, gate[0], rows, PANEL);
-    add_bias(a.fc1_bias, block.slot, width + from, count, up[0], rows, PANEL);
+    if (has_gate(a.activation)) {
+        rows_times_transposed(pointers, rows, weights, a.d_model, width + from, count, up);
+        add_bias(a.fc1_bias, block.slot, width + from, count, up[0], rows, PANEL);
+    }
     by_activation(a.activation, [&](auto kind) {
         for (int64_t m = 0; m < rows; m++) {
-            Element* kept_gate = hidden + (block.from + m) * 2 * width + from;
+            Element* kept_gate = hidden + (block.from + m) * a.fc1_rows() + from;
             Element* kept_up = kept_gate + width;
             Element* line = act + (block.from + m) * width + from;
 #pragma GCC ivdep
             for (int64_t i = 0; i < count; i++) {  // backward reads rounded values
-                Element rounded_gate = narrow<Element>(gate[m][i]);
-                Element rounded_up = narrow<Element>(up[m][i]);
+                Element rounded_gate = narrow<Element>(gate[m][i]), rounded_up{};
+                if constexpr (has_gate(kind)) kept_up[i] = rounded_up = narrow<Element>(up[m][i]);
                 float value = activate<kind>(widen(rounded_gate), widen(rounded_up)).value;
                 kept_gate[i] = rounded_gate;
-                kept_up[i] = rounded_up;
                 line[i] = narrow<Element>(value);
             }
         }

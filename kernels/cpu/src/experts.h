@@ -1,4 +1,4 @@
-// The gated expert MLP without gradients: rows grouped by expert.
+// The expert MLP without gradients: rows grouped by expert.
 #pragma once
 
 #include <algorithm>
@@ -84,7 +84,8 @@ inline int64_t find_live(const ExpertArguments& a, const Limits& limits, const f
     return num_live;
 }
 
-// One block's act(gate) * up for outputs [from, to) of F. `rows` are the block's rows of x.
+// One block's act(gate) * up, or act(up), for outputs [from, to) of F. `rows` are the block's rows of
+// x. Without a gate `gates` are the up rows' values.
 template <class Row, class Matrix, class Element>
 void first_half(const ExpertArguments& a, const Matrix& fc1, const Limits& limits,
                 const RowBlock& block, const Row* rows, int64_t from, int64_t to, Element* act) {
@@ -98,11 +99,11 @@ void first_half(const ExpertArguments& a, const Matrix& fc1, const Limits& limit
     int64_t up_from = a.d_expert + from, up_to = a.d_expert + to;
     fc1.multiply(rows, num_rows, block.slot, from, to, keep_in(gates, from));
     add_bias(a.fc1_bias, block.slot, from, num_outputs, gates, num_rows, num_outputs);
-    bool is_done = false;
+    bool is_done = !has_gate(a.activation);
     if constexpr (Matrix::READS_SOME) {
         // With many rows few channels are 0 for all of them.
-        is_done = num_rows <= STREAM_ROWS && (a.activation == REGLU || limits.gate);
-        if (is_done) {
+        if (!is_done && num_rows <= STREAM_ROWS && (a.activation == REGLU || limits.gate)) {
+            is_done = true;
             int64_t live[STREAM_OUTPUTS];
             int64_t count = find_live(a, limits, gates, num_rows, from, num_outputs, live);
             std::memset(ups, 0, num_rows * num_outputs * sizeof(float));
@@ -113,11 +114,15 @@ void first_half(const ExpertArguments& a, const Matrix& fc1, const Limits& limit
         }
     }
     if (!is_done) fc1.multiply(rows, num_rows, block.slot, up_from, up_to, keep_in(ups, up_from));
-    add_bias(a.fc1_bias, block.slot, up_from, num_outputs, ups, num_rows, num_outputs);
+    const float* up_values = gates;
+    if (has_gate(a.activation)) {
+        add_bias(a.fc1_bias, block.slot, up_from, num_outputs, ups, num_rows, num_outputs);
+        up_values = ups;
+    }
     by_activation(a.activation, [&](auto kind) {
         for (int64_t m = 0; m < num_rows; m++) {
             Element* line = act + (block.from + m) * a.d_expert + from;
-            const float *gate = gates + m * num_outputs, *up = ups + m * num_outputs;
+            const float *gate = gates + m * num_outputs, *up = up_values + m * num_outputs;
             for (int64_t i = 0; i < num_outputs; i++)
                 line[i] = narrow<Element>(activate<kind>(gate[i], up[i]).value);
             if (limits.gate)
@@ -166,7 +171,7 @@ void for_each_block(const Order& order, int64_t outputs, int threads, Body body)
 }
 
 inline int expert_threads(const ExpertArguments& a, const Order& order) {
-    int64_t matrices = 3 * a.d_expert * a.d_model;
+    int64_t matrices = (a.fc1_rows() + a.d_expert) * a.d_model;
     return threads_for(matrices * order.num_blocks, a.tokens * a.choices, a.threads);
 }
 

@@ -1,4 +1,4 @@
-// The gated expert MLP with weights of 8 or 4 bits, dense or group-sparse, without gradients.
+// The expert MLP with weights of 8 or 4 bits, dense or group-sparse, without gradients.
 #pragma once
 
 #include "experts.h"

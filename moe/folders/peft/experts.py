@@ -70,6 +70,7 @@ class ExpertSizes:
     d_expert: int
     is_interleaved: bool = False
     """Whether gate and up rows alternate in ``gate_up`` (gpt-oss)."""
+    has_gate: bool = True
 
     def shape(self, part: str) -> tuple[int, int]:
         """Return inputs and outputs of a part."""
@@ -85,7 +86,8 @@ def update_of(parts: Parts, sizes: ExpertSizes, like: Tensor) -> ExpertUpdate:
         b_EHP = gate_up[1]
         gate_up = gate_up[0], torch.cat((b_EHP[:, 0::2], b_EHP[:, 1::2]), dim=1)
     if gate_up is None and any(part in ("gate", "up") for part, _ in parts):
-        gate_up = joined(_of_each(parts, "gate", sizes), _of_each(parts, "up", sizes))
+        up = _of_each(parts, "up", sizes)
+        gate_up = joined(_of_each(parts, "gate", sizes), up) if sizes.has_gate else up
     down = _of_all(parts, "down", sizes)
     if down is None and any(part == "down" for part, _ in parts):
         down = _of_each(parts, "down", sizes)

@@ -41,6 +41,8 @@ class ModuleNames:
     def __init__(self, decoder: Decoder, family: Family) -> None:
         self._linears = dict(_linears(decoder, family))
         self._experts = dict(_experts(decoder, family))
+        moe = decoder.config.moe
+        self._has_gate = moe is None or "gate" in moe.fc1_parts
         self._moe_layers = {layer for layer, _ in decoder.moe_layers()}
 
     def find(
@@ -57,6 +59,11 @@ class ModuleNames:
             return name, self._experts[name]
         match = _FUSED.fullmatch(name)
         if match is not None and int(match[1]) in self._moe_layers:
+            if not self._has_gate:
+                raise ModelFileError(
+                    f"the adapter changes all experts of {name[:120]!r} together, as transformers "
+                    "has them, but these have no gate; name up_proj and down_proj of each expert."
+                )
             path = name.removesuffix(match[2])
             wrapped = [n for n in names if re.fullmatch(re.escape(path) + r"(\.base_layer)*", n)]
             part = _fused_part(path, match[2].count("."), len(wrapped), config)
@@ -93,9 +100,12 @@ def _experts(decoder: Decoder, family: Family) -> Iterator[tuple[str, ExpertPart
     layouts = [SeparateExperts()]
     if isinstance(family.experts, SeparateExperts):
         layouts.append(family.experts)
+    if decoder.config.moe is None:
+        return
+    part_names = (*decoder.config.moe.fc1_parts, "down")
     for layer, moe in decoder.moe_layers():
         for expert in range(moe.num_experts):
-            for part in ("gate", "up", "down"):
+            for part in part_names:
                 for layout in layouts:
                     name = layout.name(layer, expert, part).removesuffix(".weight")
                     yield name, ExpertPart(layer, part, expert)

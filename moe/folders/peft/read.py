@@ -77,5 +77,6 @@ class AdapterReader:
 def _sizes(config: ModelConfig, family: Family) -> ExpertSizes:
     if config.moe is None:
         return ExpertSizes(0, config.d_model, 0)
-    is_interleaved = family.model_type == "gpt_oss"
-    return ExpertSizes(config.moe.num_experts, config.d_model, config.moe.d_expert, is_interleaved)
+    moe, is_interleaved = config.moe, family.model_type == "gpt_oss"
+    has_gate = "gate" in moe.fc1_parts
+    return ExpertSizes(moe.num_experts, config.d_model, moe.d_expert, is_interleaved, has_gate)
