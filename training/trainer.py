@@ -196,6 +196,8 @@ class Trainer:
         loads = map(load_statistics, result.counts_LE, result.dropped_L)
         slices = self._step.slices
         sliced = {} if slices is None else {"gradient_slices": slices.record()}
+        masks = self._step.optimizer.masks
+        sliced |= {} if masks is None else masks.record(self._mesh)
         return sliced | {
             "step": done,
             "loss": result.loss,

@@ -13,6 +13,7 @@ from ...moe.folders.write_weights import plan_weights
 from ...moe.folders.writer import write_model_folder
 from ...parallel.mesh import Mesh
 from ..data.tokenizer import Tokenizer, open_tokenizer
+from ..optimizers.sparse_experts import stored_pattern
 from .checkpoint import Checkpoints, StoredTensors
 from .files import read_state
 from .weights import CheckpointWeights, open_frozen_weights
@@ -67,7 +68,7 @@ def _export(checkpoint: Path, run_dir: Path, target: Path) -> int:
     lora = state.get("lora")
     scale = None if lora is None else lora["alpha"] / lora["rank"]
     frozen = open_frozen_weights(state, dtype)
-    weights = CheckpointWeights(StoredTensors(checkpoint), scale, frozen)
+    weights = CheckpointWeights(StoredTensors(checkpoint), scale, frozen, stored_pattern(state))
     plans = plan_weights(model, FAMILIES[values["model_type"]], weights, dtype, torch.float32)
     generation = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
     if origin:  # None if that folder has no such file; then its config.json has the ids
