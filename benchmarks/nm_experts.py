@@ -1,20 +1,38 @@
 """What do 2:4 experts cost in loss, trained by SR-STE or pruned at the end? What do they save?
 
     python benchmarks/nm_experts.py loss [--text FILE] [--work DIR] [--steps 300] [--jobs 2]
-    python benchmarks/nm_experts.py speed MODEL_DIR TEXT
+    python benchmarks/nm_experts.py speed --model MODEL_DIR --prompt TEXT
 
 Loss: dense experts, 2:4 experts by SR-STE, by the same without decay (STE), and the dense ones
 pruned by magnitude after training; equal steps, batches and first weights. The decay is chosen by
 a search on a seed that the comparison does not use. Interrupt and start again as you like.
 
-Speed: MODEL_DIR's experts are pruned to 2:4 and written in bf16 and packed; both run with a quarter
-of the experts in memory, in turn, one sequence at a time. Answers must be equal bit for bit.
+Speed: one layer's experts alone, plain bf16 and packed. Then MODEL_DIR's experts, pruned to 2:4 by
+magnitude and written in bf16 and packed, with a part of them in memory, in turn, one sequence at a
+time. Results must be equal bit for bit.
 """
 
 import argparse
+import shutil
 import statistics
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import median
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from moeyard.kernels.experts import expert_mlp
+from moeyard.kernels.values.expert_weights import ExpertWeights
+from moeyard.kernels.values.n_of_m import keep_mask, masked
+from moeyard.kernels.values.two_of_four import PATTERN, pack_experts
+from moeyard.moe.folders.convert import convert
+from moeyard.moe.folders.folder import ModelFolder
+from moeyard.parallel.mesh import Mesh
+from moeyard.serving.loading import open_model
+from moeyard.training.read_config import read_run_config
+from moeyard.training.trainer import Trainer
 
 from report import write_results
 from runs import train
@@ -26,7 +44,10 @@ SIZES = [
 ]
 SEARCH_SEED, SEEDS = 0, (1, 2, 3)
 DECAYS = (2e-4, 2e-3, 2e-2)
-AIM_NATS, AIM_BYTES = 0.02, 0.57
+AIM_NATS = 0.02
+KERNEL_SIZES = ((32, 4, 256, 128), (8, 2, 2048, 1024))
+"""Experts, choices, D and F."""
+KERNEL_TOKENS = (1, 4, 64)
 
 
 def run_one(name: str, seed: int, decay: float | None, arguments: argparse.Namespace) -> list[dict]:
@@ -44,19 +65,12 @@ def run_one(name: str, seed: int, decay: float | None, arguments: argparse.Names
 
 def pruned_loss(run_dir: Path) -> float:
     """Return the held-out loss of a finished run with its experts pruned to 2:4 by magnitude."""
-    import torch
-
-    from moeyard.kernels.values.n_of_m import NOfM, keep_mask, masked
-    from moeyard.parallel.mesh import Mesh
-    from moeyard.training.read_config import read_run_config
-    from moeyard.training.trainer import Trainer
-
     torch.set_num_threads(1)
     trainer = Trainer(read_run_config(run_dir / "config.yaml", []), run_dir, Mesh())
     trainer.saves.resume()
     for _, layer in trainer.decoder.moe_layers():
         for weight in (layer.experts.fc1.data, layer.experts.fc2.data):
-            weight.copy_(masked(weight, keep_mask(weight, NOfM(2, 4))))
+            weight.copy_(pruned(weight))
     return trainer.objective.evaluate(trainer._loss, Mesh()).metrics["eval_loss"]
 
 
@@ -72,7 +86,7 @@ def compare_losses(arguments: argparse.Namespace) -> None:
         )
         best = min(DECAYS, key=lambda d: search[d][-1]["eval_loss"])
         arms = {"dense": None, "sr-ste": best, "ste": 0.0}
-        grid = [(arm, seed) for seed in SEEDS for arm in arms]
+        grid = [(arm, seed) for arm in arms for seed in SEEDS]
         found = pool.map(lambda g: run_one(*g, arms[g[0]], arguments), grid)
         records = dict(zip(grid, found, strict=True))
     losses = {cell: runs[-1]["eval_loss"] for cell, runs in records.items()}
@@ -110,6 +124,107 @@ def shown_flips(flips: list[tuple[int, int]]) -> str:
     return ", ".join(f"step {step}: {count}" for step, count in shown)
 
 
+def compare_speeds(arguments: argparse.Namespace) -> None:
+    """Time experts alone, then whole answers with a part of the experts in memory."""
+    torch.set_num_threads(arguments.threads)
+    kernels = [row for sizes in KERNEL_SIZES for row in kernel_times(*sizes, arguments.rounds)]
+    answers = offloaded_answers(arguments) if arguments.model is not None else []
+    facts = {"threads": arguments.threads, "kernels": kernels, "answers": answers}
+    print(f"written to {write_results('nm_experts_speed', facts)}")
+
+
+@torch.no_grad()
+def kernel_times(experts: int, k: int, d_model: int, d_expert: int, rounds: int) -> list[dict]:
+    """Return seconds of one layer's experts in bf16, plain and packed, in turn."""
+    torch.manual_seed(0)
+    shapes = ((experts, 2 * d_expert, d_model), (experts, d_model, d_expert))
+    plain = ExpertWeights(*(pruned(torch.randn(s) * s[2] ** -0.5).bfloat16() for s in shapes))
+    forms = {"bf16": plain, "2:4": pack_experts(plain)}
+    found = []
+    for tokens in KERNEL_TOKENS:
+        x = torch.randn(tokens, d_model).bfloat16()
+        batches = [torch.rand(tokens, experts).topk(k).indices for _ in range(8)]
+        weights = torch.rand(tokens, k)
+        times: dict[str, list[float]] = {name: [] for name in forms}
+        for number in range(rounds):
+            ids = batches[number % len(batches)]
+            outputs = []
+            for name, form in forms.items():
+                began = time.perf_counter()
+                outputs.append(expert_mlp(x, ids, weights, form))
+                times[name].append(time.perf_counter() - began)
+            assert torch.equal(*outputs)
+        row = {"experts": experts, "k": k, "d_model": d_model, "d_expert": d_expert}
+        row |= {"tokens": tokens}
+        for name, own in times.items():
+            row |= {f"{name} median_us": median(own) * 1e6, f"{name} fastest_us": min(own) * 1e6}
+        found.append(row)
+        shown = (f"{key} {value:.0f}" for key, value in row.items())
+        print("  ".join(shown), flush=True)
+    return found
+
+
+def pruned(weight: torch.Tensor) -> torch.Tensor:
+    return masked(weight, keep_mask(weight, PATTERN))
+
+
+def offloaded_answers(arguments: argparse.Namespace) -> list[dict]:
+    """Generate with a quarter of the experts, and with the memory that these take in bf16."""
+    plain, packed = arguments.work / "pruned-bf16", arguments.work / "packed"
+    if not packed.exists():
+        write_pruned(arguments.model, plain)
+        convert(plain, packed, "2:4")
+    folder = ModelFolder(plain)
+    config = folder.config
+    folder.close()
+    num_experts = len(config.moe_layers) * config.moe.num_experts
+    quarter = num_experts // 4 * 3 * config.moe.d_expert * config.d_model * 2
+    cases = {
+        "bf16, 25 %": (plain, "25%"),
+        "2:4, 25 %": (packed, "25%"),
+        "2:4, memory of bf16's 25 %": (packed, f"{quarter}B"),
+    }
+    prompt = list(arguments.prompt.read_bytes()[:256])
+    rates: dict[str, list[float]] = {name: [] for name in cases}
+    rows, expected = {}, None
+    for _ in range(arguments.repeats):
+        for name, (path, memory) in cases.items():
+            model, store = open_model(path, expert_memory=memory)
+            began = time.perf_counter()
+            ids = model.generate(torch.tensor([prompt]), arguments.tokens, temperature=0)
+            seconds = time.perf_counter() - began
+            rates[name].append(arguments.tokens / seconds)
+            totals = store.statistics.totals()
+            rows[name] = {"slots": store.num_slots, "slot_bytes": store.slot_bytes, **totals}
+            store.close()
+            expected = ids if expected is None else expected
+            assert torch.equal(ids, expected), f"{name} answers otherwise"
+    found = []
+    for name, row in rows.items():
+        row = {"case": name, "tokens_per_s": rates[name], "median": median(rates[name]), **row}
+        found.append(row)
+        print(
+            f"{name:28} {row['median']:.1f} tokens/s (slowest {min(rates[name]):.1f}, fastest "
+            f"{max(rates[name]):.1f}), {row['slots']} slots of {row['slot_bytes']} bytes, "
+            f"{row['misses']} misses, {row['bytes_read'] / 1e6:.1f} MB read"
+        )
+    return found
+
+
+def write_pruned(source: Path, target: Path) -> None:
+    """Copy a model folder with its experts' matrices pruned to 2:4 by magnitude."""
+    target.mkdir(parents=True)
+    for path in source.iterdir():
+        if path.suffix == ".safetensors":
+            tensors = load_file(path)
+            for name, tensor in tensors.items():
+                if ".experts." in name and name.endswith(".weight"):
+                    tensors[name] = pruned(tensor.float()).to(tensor.dtype)
+            save_file(tensors, target / path.name, {"format": "pt"})
+        elif path.name != "expert_hashes.json":
+            shutil.copy(path, target)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parts = parser.add_subparsers(dest="part", required=True)
@@ -118,8 +233,16 @@ def main() -> None:
     loss.add_argument("--work", type=Path, default=Path("runs/nm-experts"))
     loss.add_argument("--steps", type=int, default=300)
     loss.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
+    speed = parts.add_parser("speed")
+    speed.add_argument("--model", type=Path, help="folder in bf16; None times experts alone")
+    speed.add_argument("--prompt", type=Path, help="text whose first 256 bytes are the prompt")
+    speed.add_argument("--work", type=Path, default=Path("runs/nm-experts"))
+    speed.add_argument("--threads", type=int, default=2)
+    speed.add_argument("--rounds", type=int, default=41)
+    speed.add_argument("--repeats", type=int, default=5, help="answers of each case")
+    speed.add_argument("--tokens", type=int, default=128)
     arguments = parser.parse_args()
-    compare_losses(arguments)
+    (compare_losses if arguments.part == "loss" else compare_speeds)(arguments)
 
 
 if __name__ == "__main__":

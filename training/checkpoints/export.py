@@ -9,6 +9,8 @@ from ...errors import CheckpointError
 from ...moe.config.model import ModelConfig
 from ...moe.folders.families.table import FAMILIES
 from ...moe.folders.hf_config import to_hf
+from ...moe.folders.two_of_four_format import METHOD as N_OF_M
+from ...moe.folders.two_of_four_format import NAME as TWO_OF_FOUR
 from ...moe.folders.write_weights import plan_weights
 from ...moe.folders.writer import write_model_folder
 from ...parallel.mesh import Mesh
@@ -59,6 +61,7 @@ def _export(checkpoint: Path, run_dir: Path, target: Path) -> int:
     # fp64 runs, made for tests of exactness, export as fp32.
     dtype = torch.bfloat16 if state["precision"] == "bf16" else torch.float32
     origin = state.get("origin") or {}
+    _check_can_merge(run_dir, origin, state.get("lora"))
     values = to_hf(
         model,
         str(dtype).removeprefix("torch."),
@@ -81,6 +84,16 @@ def _export(checkpoint: Path, run_dir: Path, target: Path) -> int:
 
     write_model_folder(target, values, plans, save_tokenizer, generation)
     return int(state["step"])
+
+
+def _check_can_merge(run_dir: Path, origin: dict[str, Any], lora: dict[str, Any] | None) -> None:
+    """Refuse updates of experts that would fill the zeros of 2:4 weights."""
+    stored = origin.get("config", {}).get("quantization_config") or {}
+    if stored.get("quant_method") == N_OF_M and lora is not None and "experts" in lora["targets"]:
+        raise CheckpointError(
+            f"{run_dir} has low-rank updates of {TWO_OF_FOUR} experts, and merged they would not "
+            f"be {TWO_OF_FOUR}; export with --adapter, and serve that on {origin['folder']}."
+        )
 
 
 def _token_ids(tokenizer: Tokenizer, origin: dict[str, Any]) -> dict[str, Any]:
