@@ -39,7 +39,7 @@ MOST_FAILED_SAVES = 3
 LONG_WAIT_S = 0.1
 """A save that waits longer for the one before says so."""
 
-BEFORE = {"parameters": "all", "optimizer": {"kind": "adamw"}}
+BEFORE: dict[str, Any] = {"parameters": "all", "optimizer": {"kind": "adamw"}}
 BEFORE |= dict.fromkeys(("lora", "frozen", "sparse_experts"))
 """What checkpoints of releases without these settings were made with."""
 
