@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MIXED, INT4_SPARSE = "mixed", "int4_sparse"
+MIXED, INT4_SPARSE, TWO_OF_FOUR = "mixed", "int4_sparse", "2:4"
 ONLY_FOR = {
     "calibration": (MIXED, INT4_SPARSE),
     "tolerance": (MIXED,),
@@ -32,9 +32,10 @@ def add(parsers: Parsers) -> None:
     convert.add_argument(
         "--dtype",
         type=short_name,
-        choices=("fp32", "bf16", "int8", "int4", MIXED, INT4_SPARSE),
+        choices=("fp32", "bf16", "int8", "int4", MIXED, INT4_SPARSE, TWO_OF_FOUR),
         help="of the weights; torch's float32 and bfloat16 work, too; int8, int4 and int4_sparse "
-        "apply to routed experts; mixed gives each of them int8 or int4; default: as stored",
+        "apply to routed experts; mixed gives each of them int8 or int4; 2:4 is bf16 without the "
+        "zeros of experts trained as 2 of 4; default: as stored",
     )
     convert.add_argument(
         "--calibration",

@@ -12,6 +12,7 @@ from .lora_config import LoraConfig, problem_with_lora
 from .monitor_config import MonitorConfig
 from .optimizers.adamw import AdamWConfig
 from .optimizers.check import problem_with_optimizer
+from .optimizers.sparse_experts import SparseExpertsConfig, problem_with_sparse_experts
 from .optimizers.table import OptimizerSection
 from .parallel_check import problem_with_parallel
 from .parallel_config import ParallelConfig
@@ -100,6 +101,8 @@ class TrainConfig(Section):
     """Micro-batches per step; balance losses are taken over each, across all ranks."""
     precision: Annotated[Literal["fp32", "bf16", "fp64"], BeforeValidator(short_name)] = "fp32"
     """bf16 (or bfloat16) keeps fp32 master weights and main gradients, and the router in fp32."""
+    sparse_experts: SparseExpertsConfig | None = None
+    """Train routed experts that are N:M sparse; None = dense ones."""
     recompute: Literal[True, False, "experts"] = False
     """Drop each layer's activations and compute them again in backward. ``experts`` drops only the
     experts' pre-activations, which costs two thirds of their forward again."""
@@ -193,7 +196,7 @@ class RunConfig(Section):
             problem = problem_with_optimizer(
                 self.optimizer, self.parallel, self.train.parameters, trains_experts
             )
-        problem = problem or problem_with_stages(self)
+        problem = problem or problem_with_stages(self) or problem_with_sparse_experts(self)
         if problem is not None:
             raise ValueError(problem)
         return self

@@ -39,8 +39,8 @@ MOST_FAILED_SAVES = 3
 LONG_WAIT_S = 0.1
 """A save that waits longer for the one before says so."""
 
-
-BEFORE = {"parameters": "all", "lora": None, "frozen": None, "optimizer": {"kind": "adamw"}}
+BEFORE: dict[str, Any] = {"parameters": "all", "optimizer": {"kind": "adamw"}}
+BEFORE |= dict.fromkeys(("lora", "frozen", "sparse_experts"))
 """What checkpoints of releases without these settings were made with."""
 
 
@@ -164,8 +164,8 @@ class Saves:
             self._restore_generator(path, tensors[self._rng_key()])
         else:
             seed_rank(self._config.seed + state["step"], self._mesh.rank)
-        self._optimizer.restore_parameters()
         self._optimizer.set_steps(state["step"])
+        self._optimizer.restore_parameters()
         self.saved = int(state["step"])
         return int(state["step"])
 
@@ -177,8 +177,7 @@ class Saves:
         if key not in stored:
             return False  # which loading refuses
         num_bytes = stored.type_and_shape(key)[1][0]
-        is_own = num_bytes == len(self._generator.get_state())
-        return not is_own and num_bytes in GENERATOR_BYTES
+        return num_bytes != len(self._generator.get_state()) and num_bytes in GENERATOR_BYTES
 
     def _restore_generator(self, path: Path, state: torch.Tensor) -> None:
         try:
@@ -238,8 +237,8 @@ class Saves:
         }
 
     def _trained(self) -> dict[str, Any]:
-        """Return the settings that decide which parameters exist and which state they have."""
-        lora, frozen = self._config.lora, None
+        """Return the settings that decide which parameters exist and what they have."""
+        lora, frozen, sparse = self._config.lora, None, self._config.train.sparse_experts
         if self._config.train.expert_memory is not None and self._origin is not None:
             frozen = self._origin["weights"]  # they stay in their folder
         return {
@@ -247,4 +246,5 @@ class Saves:
             "lora": None if lora is None else lora.model_dump(mode="json"),
             "frozen": frozen,
             "optimizer": self._config.optimizer.identity(),
+            "sparse_experts": None if sparse is None else sparse.identity(),
         }

@@ -78,6 +78,7 @@ class TrainStep:
             mesh,
             config.seed,
             self.gradients.shards,
+            config.train.sparse_experts,
         )
         self.ownership: Ownership | None = None
         """Who moves experts between ranks, if the run has copies."""

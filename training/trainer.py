@@ -199,7 +199,9 @@ class Trainer:
         tokens = self.objective.num_tokens(range(done - 1, done))
         loads = map(load_statistics, result.counts_LE, result.dropped_L)
         slices = self._step.slices
-        sliced = {} if slices is None else {"gradient_slices": slices.record()}
+        sliced: dict[str, Any] = {} if slices is None else {"gradient_slices": slices.record()}
+        masks = self._step.optimizer.masks
+        sliced |= {} if masks is None else masks.record(self._mesh)
         return sliced | {
             "step": done,
             "loss": result.loss,

@@ -19,9 +19,11 @@ from ..values.calls import ExpertCall
 from ..values.channel_weights import ChannelExpertWeights
 from ..values.choice import ChoiceRule
 from ..values.expert_weights import ExpertWeights
+from ..values.n_of_m import keep_mask, masked
 from ..values.quantize import quantize_experts
 from ..values.quantized_weights import SlotWeights
 from ..values.sparsify import sparsify_experts
+from ..values.two_of_four import PATTERN, pack_experts
 
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 """Largest error that passes, over the largest value. Measured with every instruction set of an
@@ -113,11 +115,16 @@ def _results(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
         "experts of 8 bits": quantize_experts(plain, 8, 32),
         "experts of 4 bits": quantize_experts(plain, 4, 32),
         "group-sparse experts of 4 bits": sparsify_experts(plain, SPARSITY),
+        "2:4 experts": pack_experts(ExpertWeights(*map(_two_of_four, (fc1_EHD, fc2_EDF)))),
     }
     for name, narrow in few_bits.items():
         waves = CppWaves(x_TD, experts_TK, weights_TK)
         waves.add(narrow)
         yield name, waves.result(), reference.run(ExpertCall(*rows, narrow))
+
+
+def _two_of_four(weight: Tensor) -> Tensor:
+    return masked(weight, keep_mask(weight, PATTERN))
 
 
 def _by_channel(

@@ -19,6 +19,7 @@ from ..values.expert_weights import ExpertWeights, SlotTable
 from ..values.few_bits import FewBitsExpertWeights
 from ..values.group_sparse import GroupSparseExpertWeights, GroupSparseMatrices
 from ..values.quantized_weights import QuantizedExpertWeights, QuantizedMatrices
+from ..values.two_of_four import TwoOfFourExpertWeights, TwoOfFourMatrices
 from .library import TYPES, address
 from .structures import (
     Biases,
@@ -28,6 +29,8 @@ from .structures import (
     GroupSparseMatrix,
     QuantizedExpertArguments,
     QuantizedMatrix,
+    TwoOfFourExpertArguments,
+    TwoOfFourMatrix,
 )
 
 
@@ -91,6 +94,19 @@ def group_sparse_arguments(
     rest, slots = _rest(x_TD, experts_TK, experts, experts.fc2.width, only, lines_RD)
     fc1, fc2 = _sparse_matrix(experts.fc1), _sparse_matrix(experts.fc2)
     return GroupSparseExpertArguments(rest=rest, fc1=fc1, fc2=fc2), slots
+
+
+def two_of_four_arguments(
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    experts: TwoOfFourExpertWeights,
+    only: Collection[int] | None,
+    lines_RD: Tensor,
+) -> "tuple[TwoOfFourExpertArguments, array[int] | None]":
+    """Return the arguments of experts of which two of four weights are stored."""
+    rest, slots = _rest(x_TD, experts_TK, experts, experts.fc2.width, only, lines_RD)
+    fc1, fc2 = _two_of_four(experts.fc1), _two_of_four(experts.fc2)
+    return TwoOfFourExpertArguments(rest=rest, fc1=fc1, fc2=fc2), slots
 
 
 def channel_arguments(
@@ -175,6 +191,16 @@ def _sparse_matrix(matrices: GroupSparseMatrices) -> GroupSparseMatrix:
         value_stride=values.stride(0),
         column_stride=columns.stride(0),
         scale_stride=scales.stride(0),
+    )
+
+
+def _two_of_four(matrices: TwoOfFourMatrices) -> TwoOfFourMatrix:
+    values, places = matrices.tensors
+    return TwoOfFourMatrix(
+        values=values.data_ptr(),
+        places=places.data_ptr(),
+        value_stride=values.stride(0),
+        place_stride=places.stride(0),
     )
 
 

@@ -15,11 +15,13 @@ from ..values.expert_weights import ExpertWeights, SlotTable
 from ..values.group_sparse import GroupSparseExpertWeights
 from ..values.grouping import outside
 from ..values.quantized_weights import QuantizedExpertWeights, SlotWeights
+from ..values.two_of_four import TwoOfFourExpertWeights
 from .expert_arguments import (
     channel_arguments,
     expert_arguments,
     group_sparse_arguments,
     quantized_arguments,
+    two_of_four_arguments,
 )
 from .library import TYPES, address, empty_fp32, functions_for
 from .structures import CombineArguments
@@ -91,6 +93,9 @@ class CppWaves:
         elif isinstance(experts, GroupSparseExpertWeights):
             sparse, _slots = group_sparse_arguments(*rows, experts, only, self._lines_RD)
             wrong = self._functions.moeyard_group_sparse_experts(ctypes.byref(sparse))
+        elif isinstance(experts, TwoOfFourExpertWeights):
+            packed, _slots = two_of_four_arguments(*rows, experts, only, self._lines_RD)
+            wrong = self._functions.moeyard_two_of_four_experts(ctypes.byref(packed))
         elif isinstance(experts, ChannelExpertWeights):
             assert experts.fc1.dtype == self._x_TD.dtype, "experts and rows differ in type"
             by_channel, _slots = channel_arguments(*rows, experts, only, self._lines_RD)

@@ -18,6 +18,7 @@ from ..values.expert_weights import ExpertWeights, Parameters
 from ..values.group_sparse import GroupSparseExpertWeights
 from ..values.main_grads import MainGrads
 from ..values.quantized_weights import QuantizedExpertWeights, QuantizedMatrices, SlotWeights
+from ..values.two_of_four import TwoOfFourExpertWeights
 from .experts import CppWaves, as_int32, is_plain
 from .library import TYPES
 from .training import forward_kept, gradients, have_backward
@@ -27,7 +28,9 @@ def can_compile(x_TD: Tensor, weights_TK: Tensor, experts: SlotWeights) -> bool:
     """Say whether the operators support these tensors in a compiled graph."""
     if not x_TD.is_cpu or x_TD.dtype not in TYPES or weights_TK.dtype not in TYPES:
         return False
-    if isinstance(experts, ChannelExpertWeights | GroupSparseExpertWeights):
+    if isinstance(
+        experts, ChannelExpertWeights | GroupSparseExpertWeights | TwoOfFourExpertWeights
+    ):
         return False  # they have no operator
     if isinstance(experts, ExpertWeights) and torch.is_grad_enabled():
         fits = have_backward(experts)

@@ -134,6 +134,27 @@ class GroupSparseExpertArguments(ctypes.Structure):
     ]
 
 
+class TwoOfFourMatrix(ctypes.Structure):
+    """A 2:4 matrix of all slots."""
+
+    _fields_ = [
+        ("values", Pointer),
+        ("places", Pointer),
+        ("value_stride", Int),
+        ("place_stride", Int),
+    ]
+
+
+class TwoOfFourExpertArguments(ctypes.Structure):
+    """The expert MLP of 2:4 experts."""
+
+    _fields_ = [
+        ("rest", ExpertArguments),
+        ("fc1", TwoOfFourMatrix),
+        ("fc2", TwoOfFourMatrix),
+    ]
+
+
 class ChannelExpertArguments(ctypes.Structure):
     """The expert MLP of experts with channels that may be skipped."""
 
@@ -321,6 +342,8 @@ STRUCTURES: tuple[type[ctypes.Structure], ...] = (
     QuantizedExpertArguments,
     GroupSparseMatrix,
     GroupSparseExpertArguments,
+    TwoOfFourMatrix,
+    TwoOfFourExpertArguments,
     ChannelExpertArguments,
     ExpertGradArguments,
     GroupedArguments,

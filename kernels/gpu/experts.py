@@ -14,6 +14,7 @@ from ..values.channel_weights import ChannelExpertWeights
 from ..values.expert_weights import ExpertWeights
 from ..values.group_sparse import GroupSparseExpertWeights
 from ..values.quantized_weights import QuantizedExpertWeights
+from ..values.two_of_four import TwoOfFourExpertWeights
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -29,6 +30,8 @@ def misfit(call: ExpertCall) -> str | None:
         return f"Triton's expert kernels take bf16, fp16 and fp32, not {x_TD.dtype}."
     if isinstance(experts, GroupSparseExpertWeights):
         return "Triton's kernels do not take group-sparse experts."
+    if isinstance(experts, TwoOfFourExpertWeights):
+        return "Triton's kernels do not take 2:4 experts."
     if isinstance(experts, QuantizedExpertWeights):
         sums: list[Tensor] = []
     elif isinstance(experts, ChannelExpertWeights):

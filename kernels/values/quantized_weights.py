@@ -16,6 +16,7 @@ from .channel_weights import ChannelExpertWeights
 from .expert_weights import ExpertWeights, empty_slots
 from .few_bits import INT4_ZERO, FewBitsExpertWeights
 from .group_sparse import GroupSparseExpertWeights
+from .two_of_four import TwoOfFourExpertWeights
 
 Bits = Literal[8, 4]
 
@@ -115,7 +116,11 @@ class QuantizedExpertWeights(FewBitsExpertWeights[QuantizedMatrices]):
 
 
 SlotWeights = (
-    ExpertWeights | QuantizedExpertWeights | GroupSparseExpertWeights | ChannelExpertWeights
+    ExpertWeights
+    | QuantizedExpertWeights
+    | GroupSparseExpertWeights
+    | TwoOfFourExpertWeights
+    | ChannelExpertWeights
 )
 """The weights of the experts in some slots, in any layout."""
 

@@ -1,4 +1,4 @@
-"""Experts in few bits, for inference. N rows, D model width, K choices."""
+"""Experts in fewer bytes, for inference. N rows, D model width, K choices."""
 
 from collections.abc import Callable
 
@@ -7,6 +7,7 @@ from torch import Tensor
 from ...kernels.experts import expert_mlp
 from ...kernels.values.group_sparse import GroupSparseExpertWeights
 from ...kernels.values.quantized_weights import QuantizedExpertWeights
+from ...kernels.values.two_of_four import TwoOfFourExpertWeights
 from ..adapters.rows import RowUpdates
 from .adapted import run_in_memory
 from .base import LayerExperts
@@ -15,7 +16,9 @@ from .base import LayerExperts
 class QuantizedExperts(LayerExperts):
     """Replaces :class:`Experts`; all experts are in memory."""
 
-    def __init__(self, weights: QuantizedExpertWeights | GroupSparseExpertWeights) -> None:
+    def __init__(
+        self, weights: QuantizedExpertWeights | GroupSparseExpertWeights | TwoOfFourExpertWeights
+    ) -> None:
         super().__init__()
         self.weights = weights
 

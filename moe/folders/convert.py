@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ...dtypes import short_name, spellings, torch_dtype
+from ...dtypes import LONG_NAMES, short_name, spellings, torch_dtype
 from ...errors import ConfigError
 from ...kernels.values.quantized_weights import Bits
 from ..config.model import ModelConfig
@@ -24,6 +24,8 @@ from .quantized_config import mixed_quantization_config, quantization_config
 from .shards import TensorPlan
 from .tensor_names import dense_tensors, is_router
 from .tokenizer_folder import copy_tokenizer
+from .two_of_four_format import NAME as TWO_OF_FOUR
+from .two_of_four_format import choose_two_of_four, pack_plans, two_of_four_config
 from .write_few_bits import choose_format
 from .write_group_sparse import prune
 from .write_weights import FolderWeights, plan_weights
@@ -34,7 +36,7 @@ Key = tuple[int, int]
 
 log = logging.getLogger(__name__)
 
-DTYPES = ("fp32", "bf16", "int8", "int4", INT4_SPARSE)
+DTYPES = ("fp32", "bf16", "int8", "int4", INT4_SPARSE, TWO_OF_FOUR)
 """What weights may be written as."""
 BITS: dict[str | None, Bits] = {"int8": 8, "int4": 4}
 
@@ -51,8 +53,9 @@ def convert(
     """Write a model to folder ``target`` and return its ``model_type`` there.
 
     ``source`` is a folder or a name on the hub. ``dtype`` is the type of the weights: ``fp32``,
-    ``bf16`` (or torch's names for these), ``int8``, ``int4`` or ``int4_sparse``; None widens
-    quantized weights and keeps the others. Those of few bits apply to the routed experts only.
+    ``bf16`` (or torch's names for these), ``int8``, ``int4``, ``int4_sparse`` or ``2:4``; None
+    widens quantized weights and keeps the others. Those of few bits apply to the routed experts
+    only. ``2:4`` is ``bf16`` with packed experts, of which two of each four weights must be zeros.
     ``int4_sparse`` needs a ``calibration``, and prunes a share of ``sparsity`` of the experts'
     weights, by default half. ``bits_of`` gives each expert a width, by layer and expert, in place
     of ``dtype``. Tokenizer, chat template and generation config are copied. Weights that
@@ -71,13 +74,13 @@ def convert(
         config = folder.config
         sparse = _sparse_format(folder, dtype, sparsity)
         packed = _packed_formats(config, dtype, bits_of)
-        has_few_bits = packed is not None or sparse is not None
-        plain = folder.dtype if dtype is None or has_few_bits else torch_dtype(dtype)
+        half = choose_two_of_four(config) if dtype == TWO_OF_FOUR else None
+        plain = _plain_dtype(folder, dtype)
         values = to_hf(
             config,
             str(plain).removeprefix("torch."),
             source=folder.values,
-            has_separate_experts=has_few_bits,
+            has_separate_experts=any(f is not None for f in (packed, sparse, half)),
             has_mixed_widths=bits_of is not None,
         )
         weights, family = FolderWeights(folder, plain), FAMILIES[values["model_type"]]
@@ -89,6 +92,9 @@ def convert(
                 raise ConfigError(f"dtype is {INT4_SPARSE}, which needs a calibration; give one.")
             plans = prune(plans, sparse, config, family, calibration)
             values["quantization_config"] = group_sparse_config(sparse)
+        if half is not None:
+            plans = pack_plans(plans, half)
+            values["quantization_config"] = two_of_four_config()
         generation = generation_to_keep(folder)
         write_model_folder(
             target, values, plans, lambda unfinished: copy_tokenizer(source, unfinished), generation
@@ -96,6 +102,13 @@ def convert(
     finally:
         folder.close()
     return family.model_type
+
+
+def _plain_dtype(folder: ModelFolder, dtype: str | None) -> torch.dtype:
+    """Return the type of what is not in few bits."""
+    if dtype == TWO_OF_FOUR:
+        return torch.bfloat16
+    return torch_dtype(dtype) if dtype in LONG_NAMES else folder.dtype
 
 
 def _packed_formats(

@@ -11,21 +11,17 @@ import torch
 from torch import Tensor
 
 from ...kernels.values.few_bits import MatrixView
-from ...kernels.values.group_sparse import GroupSparseView
 from ...kernels.values.quantized_weights import SlotView
 from ..config.model import MoEConfig
-from .compressed_tensors import packed_name, packed_pieces
+from .compressed_tensors import PackedFormat, packed_name, packed_pieces
 from .extents import Piece
-from .group_sparse_format import GroupSparseFormat
 from .shards import TensorPlan
 from .tensor_files import TensorFiles
 
 ExpertViews = Mapping[str, Tensor | MatrixView]
 """An expert's writable ``gate``, ``up`` ``[F, D]`` and ``down`` ``[D, F]`` matrices, and with
 biases ``gate_bias``, ``up_bias`` ``[F]`` and ``down_bias`` ``[D]``. Experts whose activation has no
-gate have neither ``gate`` nor ``gate_bias``. A matrix in few
-bits is a :class:`SlotView` or a :class:`GroupSparseView`; only a folder of the same format can fill
-it."""
+gate have neither ``gate`` nor ``gate_bias``. A matrix in few bits is a :class:`MatrixView` of its format; only a folder of the same format can fill it."""
 
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
 GetPart = Callable[[int, str], Tensor]
@@ -143,10 +139,9 @@ class SeparateExperts:
 def _pieces_of(files: TensorFiles, name: str, view: Tensor | MatrixView) -> list[Piece]:
     if files.packed is not None and packed_name(name) in files:
         packed = files.packed.of(name)
-        if isinstance(packed, GroupSparseFormat):
-            assert isinstance(view, GroupSparseView | Tensor), f"{name} is group-sparse"
+        if not isinstance(packed, PackedFormat):
             return packed.pieces(files.place, name, view)
-        assert isinstance(view, SlotView | Tensor), f"{name} is not group-sparse"
+        assert isinstance(view, SlotView | Tensor), f"{name} is not sparse"
         return packed_pieces(files.place, packed, name, view)
     assert isinstance(view, Tensor), f"{name} is not quantized"
     return [Piece((files.place(name, tuple(view.shape)),), view)]

@@ -21,10 +21,12 @@ from ...kernels.values.quantized_weights import (
     SlotWeights,
     empty_matrices,
 )
+from ...kernels.values.two_of_four import TwoOfFourExpertWeights
 from ..config.model import ModelConfig
 from .compressed_tensors import PackedFormat
 from .expert_layouts import part_shapes
 from .group_sparse_format import GroupSparseFormat, StoredFormat
+from .two_of_four_format import TwoOfFourFormat
 
 
 def empty_experts(
@@ -47,6 +49,9 @@ def empty_experts(
     if isinstance(packed, GroupSparseFormat):
         sparse1, sparse2 = (packed.empty(num_slots, *shape) for shape in shapes)
         return GroupSparseExpertWeights(sparse1, sparse2, **how)
+    if isinstance(packed, TwoOfFourFormat):
+        half1, half2 = (packed.empty(num_slots, *shape) for shape in shapes)
+        return TwoOfFourExpertWeights(half1, half2, **how)
     packed1, packed2 = (_empty_packed(num_slots, *shape, packed) for shape in shapes)
     return QuantizedExpertWeights(packed1, packed2, **how)
 

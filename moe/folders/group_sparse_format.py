@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError, ModelFileError
+from ...kernels.values.few_bits import MatrixView
 from ...kernels.values.group_sparse import (
     GROUP,
     GROUP_BYTES,
@@ -32,6 +33,7 @@ from ..config.model import ModelConfig
 from .compressed_tensors import PackedFormat
 from .expert_hashes import DamagedExpertError
 from .extents import Piece, Place
+from .two_of_four_format import TwoOfFourFormat
 
 METHOD = "moeyard-group-sparse"
 NAME = "int4_sparse"
@@ -81,13 +83,14 @@ class GroupSparseFormat:
         self,
         place: Callable[[str, tuple[int, ...]], Place],
         name: str,
-        view: GroupSparseView | Tensor,
+        view: MatrixView | Tensor,
     ) -> list[Piece]:
         """Return what matrix ``name`` consists of, to fill few bits or a plain matrix.
 
         ``place`` finds a stored tensor of a name and a shape. Columns are checked before anything
         computes with them, so that damage never becomes an access outside a row.
         """
+        assert isinstance(view, GroupSparseView | Tensor), f"{name} is group-sparse"
         rows, width = view.shape if isinstance(view, Tensor) else (len(view.scales_QN), view.width)
         stored = self.stored(name, rows, width)
         places = [place(part, shape) for part, (_, shape) in stored.items()]
@@ -100,8 +103,8 @@ class GroupSparseFormat:
         ]
 
 
-StoredFormat = PackedFormat | GroupSparseFormat
-"""How the matrices of a folder are stored in few bits."""
+StoredFormat = PackedFormat | GroupSparseFormat | TwoOfFourFormat
+"""How the matrices of a folder are stored in fewer bytes."""
 
 
 def choose_sparsity(config: ModelConfig, sparsity: float) -> GroupSparseFormat:

@@ -8,6 +8,8 @@ from .group_sparse_format import METHOD as GROUP_SPARSE
 from .group_sparse_format import StoredFormat, read_group_sparse_config
 from .packed_schemes import PackedSchemes
 from .quantized_config import read_quantization_config
+from .two_of_four_format import METHOD as N_OF_M
+from .two_of_four_format import read_two_of_four_config
 
 
 def stored_format(values: Any, family: Family) -> StoredFormat | PackedSchemes | None:
@@ -27,4 +29,6 @@ def stored_format(values: Any, family: Family) -> StoredFormat | PackedSchemes |
         return None
     if method == GROUP_SPARSE:
         return read_group_sparse_config(values)
+    if method == N_OF_M:
+        return read_two_of_four_config(values)
     return read_quantization_config(values)

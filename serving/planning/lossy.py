@@ -11,6 +11,8 @@ from ...moe.folders.group_sparse_format import NAME as INT4_SPARSE
 from ...moe.folders.group_sparse_format import GroupSparseFormat, StoredFormat
 from ...moe.folders.hub import local_folder
 from ...moe.folders.prices import read_prices
+from ...moe.folders.two_of_four_format import NAME as TWO_OF_FOUR
+from ...moe.folders.two_of_four_format import TwoOfFourFormat
 from ..experts.options import StoreOptions
 from ..experts.sparsity import EXACT, read_sparsity
 
@@ -19,6 +21,7 @@ def lossy_modes(folder: ModelFolder, options: StoreOptions) -> list[str]:
     """Return the names of the lossy ways in which a folder runs with these options."""
     kinds = folder.formats.kinds
     modes = ["mixed"] if len(kinds) > 1 else [_name(packed) for packed in kinds if packed]
+    modes = [mode for mode in modes if mode != TWO_OF_FOUR]  # which rounds nothing
     if options.sparsity not in (None, EXACT):
         modes.append(read_sparsity(options.sparsity).name)
     mode = _fallback_mode(options)
@@ -26,6 +29,8 @@ def lossy_modes(folder: ModelFolder, options: StoreOptions) -> list[str]:
 
 
 def _name(packed: StoredFormat) -> str:
+    if isinstance(packed, TwoOfFourFormat):
+        return TWO_OF_FOUR
     return INT4_SPARSE if isinstance(packed, GroupSparseFormat) else f"int{packed.bits}"
 
 

@@ -145,6 +145,12 @@ VARIANTS = {
     },
     "sharded": {"overrides": SHARDED},
     "sharded_apart": {"overrides": SHARDED, "apart": True},
+    "sparse_experts": {
+        "overrides": [
+            *(TORCH, *SHARDED, "train.accumulation=2"),
+            "train.sparse_experts={n: 2, m: 4, decay: 0.1, start: 1}",
+        ],
+    },
     "starved": {"overrides": [], "starved": True},
     "starved_both": {
         "overrides": ["train.accumulation=2", "train.recompute=true"],

@@ -12,10 +12,13 @@ from ...moe.config.model import ModelConfig
 from ...moe.folders.families.table import FAMILIES
 from ...moe.folders.hf_config import to_hf
 from ...moe.folders.shards import TensorPlan
+from ...moe.folders.two_of_four_format import METHOD as N_OF_M
+from ...moe.folders.two_of_four_format import NAME as TWO_OF_FOUR
 from ...moe.folders.write_weights import plan_weights
 from ...moe.folders.writer import write_model_folder
 from ...parallel.mesh import Mesh
 from ..data.tokenizer import Tokenizer, open_tokenizer
+from ..optimizers.sparse_experts import stored_pattern
 from .checkpoint import Checkpoints, StoredTensors
 from .files import read_state
 from .weights import CheckpointWeights, open_frozen_weights
@@ -59,6 +62,7 @@ def _export(checkpoint: Path, run_dir: Path, target: Path) -> int:
             "put that one back."
         )
     origin = state.get("origin") or {}
+    _check_can_merge(run_dir, origin, state.get("lora"))
     values = exported_values(state, _token_ids(tokenizer, origin))
     plans = exported_weights(state, StoredTensors(checkpoint))
     generation = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
@@ -95,7 +99,8 @@ def exported_weights(state: Mapping[str, Any], stored: Mapping[str, Tensor]) -> 
     scale = None if lora is None else lora["alpha"] / lora["rank"]
     model = ModelConfig.model_validate(state["model"])
     parts = ("gate", "up") if model.moe is None else model.moe.fc1_parts
-    weights = CheckpointWeights(stored, scale, open_frozen_weights(state, dtype), parts)
+    frozen, pattern = open_frozen_weights(state, dtype), stored_pattern(state)
+    weights = CheckpointWeights(stored, scale, frozen, parts, pattern)
     family = FAMILIES[exported_values(state)["model_type"]]
     return plan_weights(model, family, weights, dtype, torch.float32)
 
@@ -103,6 +108,16 @@ def exported_weights(state: Mapping[str, Any], stored: Mapping[str, Tensor]) -> 
 def _exported_dtype(state: Mapping[str, Any]) -> torch.dtype:
     """Return the type of exported weights; fp64 runs, made for tests, export as fp32."""
     return torch.bfloat16 if state["precision"] == "bf16" else torch.float32
+
+
+def _check_can_merge(run_dir: Path, origin: dict[str, Any], lora: dict[str, Any] | None) -> None:
+    """Refuse updates of experts that would fill the zeros of 2:4 weights."""
+    stored = origin.get("config", {}).get("quantization_config") or {}
+    if stored.get("quant_method") == N_OF_M and lora is not None and "experts" in lora["targets"]:
+        raise CheckpointError(
+            f"{run_dir} has low-rank updates of {TWO_OF_FOUR} experts, and merged they would not "
+            f"be {TWO_OF_FOUR}; export with --adapter, and serve that on {origin['folder']}."
+        )
 
 
 def _token_ids(tokenizer: Tokenizer, origin: dict[str, Any]) -> dict[str, Any]:

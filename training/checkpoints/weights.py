@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError, ModelFileError
+from ...kernels.values.n_of_m import NOfM, keep_mask, masked
 from ...moe.folders.folder import ModelFolder
 from ...moe.folders.tensor_names import is_router
 from ...moe.folders.write_weights import FolderWeights
@@ -20,7 +21,8 @@ class CheckpointWeights:
 
     ``scale`` is the factor on low-rank updates, None where the run has none. Frozen weights that
     the checkpoint lacks come from ``frozen``, one expert at a time. ``fc1_parts`` are what the rows
-    of an expert's fc1 are (:attr:`MoEConfig.fc1_parts`).
+    of an expert's fc1 are (:attr:`MoEConfig.fc1_parts`). With a ``pattern`` the matrices of routed
+    experts have zeros for the weights that were not in forward.
     """
 
     def __init__(
@@ -29,11 +31,13 @@ class CheckpointWeights:
         scale: float | None = None,
         frozen: "FrozenWeights | None" = None,
         fc1_parts: Sequence[str] = ("gate", "up"),
+        pattern: NOfM | None = None,
     ) -> None:
         self._stored = stored
         self._scale = scale
         self._frozen = frozen
         self._fc1_parts = list(fc1_parts)
+        self._pattern = pattern
         self._last: tuple[str, list[Tensor]] | None = None
 
     def dense(self, parameter: str) -> Tensor:
@@ -55,7 +59,7 @@ class CheckpointWeights:
         name = f"layers.{layer}.mlp.experts.{expert}.{leaf}{'_bias' if bias else ''}"
         is_stored = self._frozen is None or f"weight/{name}" in self._stored
         if self._last is None or self._last[0] != name:
-            weights = [self._stored[f"weight/{name}"]] if is_stored else []
+            weights = [self._in_forward(f"weight/{name}", bias)] if is_stored else []
             self._last = (name, weights + ([] if bias else self._updates(f"{name}_lora")))
         tensors = self._last[1]
         if leaf == "fc1":  # A and B have as many parts
@@ -64,6 +68,13 @@ class CheckpointWeights:
         if self._frozen is not None and not is_stored:
             tensors = [self._frozen.expert_part(layer, expert, part), *tensors]
         return self._merged(tensors)
+
+    def _in_forward(self, key: str, is_bias: str) -> Tensor:
+        """Return an expert's tensor as forward saw it."""
+        stored = self._stored[key]
+        if self._pattern is None or is_bias:
+            return stored
+        return masked(stored, keep_mask(stored, self._pattern))
 
     def _updates(self, prefix: str) -> list[Tensor]:
         """Return A and B of a low-rank update, if there is one."""

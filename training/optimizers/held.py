@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ...kernels.values.n_of_m import NOfM, keep_mask, masked
 from ...moe.experts.resident import Experts
 from ...moe.routers.router import Router
 from ...parallel.dense.expert_shards import ExpertShards
@@ -32,6 +33,22 @@ class Held:
     """By kind, such as ``exp_avg``."""
     steps: Tensor = field(default_factory=lambda: torch.zeros(()))
     """fp32 scalar: the updates that the state has seen."""
+    pattern: NOfM | None = None
+    """Which weights the parameter has, of the master's; None = all. Then the parameter never shares
+    memory with the master."""
+    mask: Tensor | None = None
+    """Those weights, bool like the master; None = all."""
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether the master is the parameter's own memory."""
+        return self.master.data_ptr() == self._part.data_ptr()
+
+    @property
+    def _part(self) -> Tensor:
+        """What of the parameter the master is for."""
+        part = local_part(self.parameter)
+        return part if self.owned is None else part[self.owned]
 
     @property
     def leaf(self) -> str:
@@ -46,10 +63,15 @@ class Held:
 
     def write(self) -> None:
         """Copy the master into the parameter, unless they share memory."""
-        part = local_part(self.parameter)
-        part = part if self.owned is None else part[self.owned]
-        if self.master.data_ptr() != part.data_ptr():
-            part.copy_(self.master)
+        if self.mask is not None:
+            self._part.copy_(masked(self.master, self.mask))
+        elif not self.shares_memory:
+            self._part.copy_(self.master)
+
+    def choose_mask(self) -> None:
+        """Choose the weights of the parameter anew, from the master as it is."""
+        if self.pattern is not None:
+            self.mask = keep_mask(self.master, self.pattern)
 
     def replace(self, tensors: tuple[Tensor, ...]) -> None:
         """Take another master and another state, of another number of slots."""
@@ -58,7 +80,10 @@ class Held:
         is_its_own = master.data_ptr() == parameter.data_ptr() and master.dtype == parameter.dtype
         master.data, *state = tensors
         self.state = dict(zip(self.state, state, strict=True))
-        parameter.data = master.data if is_its_own else master.to(parameter.dtype)
+        parameter.data = master.data if is_its_own else master.to(parameter.dtype, copy=True)
+        if self.mask is not None:
+            self.choose_mask()
+            self.write()
 
     def keyed(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the master as ``weight/NAME`` and the state under topology-free keys."""

@@ -9,6 +9,7 @@ from ...parallel.dense.expert_shards import ExpertShards
 from ...parallel.dense.local_part import flat_part, local_part
 from .held import Held, experts_of, hold_trained, keyed
 from .rule import UpdateRule
+from .sparse_experts import ExpertMasks, SparseExpertsConfig
 
 
 class MasterOptimizer:
@@ -17,6 +18,8 @@ class MasterOptimizer:
     ``masters`` holds the fp32 copies of narrower parameters; others are their own masters. Matrices
     inside layers follow the rule ``hidden``, all others ``rest``. Frozen parameters do not change.
     With ``shards`` a rank updates the experts that it owns, and ranks exchange the new weights.
+    With ``sparse_experts`` the parameters of experts have some weights of their masters, the others
+    are zeros.
     """
 
     def __init__(
@@ -26,9 +29,14 @@ class MasterOptimizer:
         hidden: UpdateRule,
         rest: UpdateRule,
         shards: ExpertShards | None = None,
+        sparse_experts: SparseExpertsConfig | None = None,
     ) -> None:
         self._model, self._shards = model, shards
         self._held = hold_trained(model, masters, shards)
+        self.masks: ExpertMasks | None = None
+        """Which weights of experts are in forward, if not all."""
+        if sparse_experts is not None:
+            self.masks = ExpertMasks(sparse_experts, self._held)
         matrices = [held for held in self._held if held.is_hidden]
         others = [held for held in self._held if not held.is_hidden]
         self._parts: list[tuple[UpdateRule, list[Held]]] = [(hidden, matrices), (rest, others)]
@@ -38,13 +46,20 @@ class MasterOptimizer:
                 held.steps = torch.zeros((), dtype=torch.float32, device=held.master.device)
         self._done = 0
         """Steps of the run."""
+        if self.masks is not None:
+            self.masks.choose(0)
+            self._write()
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """Update all parameters from their main gradients."""
+        if self.masks is not None:
+            self.masks.decay()
         for rule, parameters in self._parts:
             rule.update(parameters, lr, self._done)
         self._done += 1
+        if self.masks is not None:
+            self.masks.follow(self._done)
         self._write()
 
     def state_of(self, parameter: nn.Parameter) -> tuple[Tensor, ...]:
@@ -64,14 +79,17 @@ class MasterOptimizer:
                 held.steps.fill_(rule.steps_seen(held, done))
 
     def restore_parameters(self) -> None:
-        """Copy freshly loaded masters into the parameters, those of other ranks too; all ranks
-        call it."""
+        """Copy freshly loaded masters into the parameters, those of other ranks too, after
+        :meth:`set_steps`; all ranks call it."""
         for held in self._held:
             part = flat_part(held.parameter)
             if part is not None:  # in a step, DeepSpeed does it
                 part.refresh()
+        if self.masks is not None:
+            self.masks.choose(self._done)
         self._write()
 
+    @torch.no_grad()
     def _write(self) -> None:
         """Copy masters into the parameters, those of experts on all ranks that hold them."""
         for held in self._held:

@@ -12,6 +12,7 @@ from .frugal import Frugal, FrugalConfig
 from .muon import Muon, MuonConfig
 from .optimizer import MasterOptimizer
 from .rule import UpdateRule
+from .sparse_experts import SparseExpertsConfig
 
 
 def _with_kind(values: Any) -> Any:
@@ -32,12 +33,15 @@ def open_optimizer(
     mesh: Mesh,
     seed: int,
     shards: ExpertShards | None = None,
+    sparse_experts: SparseExpertsConfig | None = None,
 ) -> MasterOptimizer:
     """Return the optimizer of a run; ``masters`` are fp32 copies of narrower parameters.
 
     All ranks call it alike. ``shards`` says which experts' state is here; None = that of all.
+    ``sparse_experts`` says which weights of experts are in forward; None = all.
     """
-    return MasterOptimizer(model, masters, _for_hidden(config, mesh, seed), AdamW(config), shards)
+    hidden, rest = _for_hidden(config, mesh, seed), AdamW(config)
+    return MasterOptimizer(model, masters, hidden, rest, shards, sparse_experts)
 
 
 def _for_hidden(config: AnyOptimizer, mesh: Mesh, seed: int) -> UpdateRule:

@@ -87,6 +87,19 @@ struct GroupSparseExpertArguments {
     GroupSparseMatrix fc1, fc2;
 };
 
+// Weights of which two of four inputs are stored: bf16 [S, outputs, width / 2], and bytes of places
+// [S, outputs, width / 8].
+struct TwoOfFourMatrix {
+    const void *values, *places;
+    int64_t value_stride, place_stride;  // elements from one slot to the next
+};
+
+// The expert MLP of 2:4 experts; fc1 and fc2 of `rest` are not used.
+struct TwoOfFourExpertArguments {
+    ExpertArguments rest;
+    TwoOfFourMatrix fc1, fc2;
+};
+
 // The expert MLP of experts with channels that are not read where they count as 0.
 struct ChannelExpertArguments {
     ExpertArguments rest;  // fc1 [S, H, D], or [S, D, H] if `by_input`; fc2 [S, F, D]
@@ -204,6 +217,7 @@ struct Kernels {
     int64_t (*experts)(const ExpertArguments*);
     int64_t (*quantized_experts)(const QuantizedExpertArguments*);
     int64_t (*group_sparse_experts)(const GroupSparseExpertArguments*);
+    int64_t (*two_of_four_experts)(const TwoOfFourExpertArguments*);
     int64_t (*channel_experts)(const ChannelExpertArguments*);
     int64_t (*expert_forward)(const ExpertArguments*);
     void (*expert_grads)(const ExpertGradArguments*);

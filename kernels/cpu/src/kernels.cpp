@@ -11,6 +11,7 @@
 #include "norm.h"
 #include "quantized_experts.h"
 #include "router.h"
+#include "two_of_four.h"
 
 #define TEXT_OF(name) #name
 #define TEXT(name) TEXT_OF(name)
@@ -32,6 +33,9 @@ static int64_t run_quantized_experts(const QuantizedExpertArguments* a) {
 }
 static int64_t run_group_sparse_experts(const GroupSparseExpertArguments* a) {
     return BY_TYPE(group_sparse_experts, a->rest.type, *a);
+}
+static int64_t run_two_of_four_experts(const TwoOfFourExpertArguments* a) {
+    return BY_TYPE(two_of_four_experts, a->rest.type, *a);
 }
 static int64_t run_channel_experts(const ChannelExpertArguments* a) {
     return BY_TYPE(channel_experts, a->rest.type, *a);
@@ -69,6 +73,7 @@ const Kernels JOIN(kernels_, ISA) = {
     ISA::run_experts,
     ISA::run_quantized_experts,
     ISA::run_group_sparse_experts,
+    ISA::run_two_of_four_experts,
     ISA::run_channel_experts,
     ISA::run_expert_forward,
     ISA::run_expert_grads,

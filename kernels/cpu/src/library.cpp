@@ -61,6 +61,8 @@ PUBLIC const int64_t* moeyard_sizes() {
         sizeof(QuantizedExpertArguments),
         sizeof(GroupSparseMatrix),
         sizeof(GroupSparseExpertArguments),
+        sizeof(TwoOfFourMatrix),
+        sizeof(TwoOfFourExpertArguments),
         sizeof(ChannelExpertArguments),
         sizeof(ExpertGradArguments),
         sizeof(GroupedArguments),
@@ -84,6 +86,9 @@ PUBLIC int64_t moeyard_quantized_experts(const QuantizedExpertArguments* a) {
 }
 PUBLIC int64_t moeyard_group_sparse_experts(const GroupSparseExpertArguments* a) {
     return chosen->group_sparse_experts(a);
+}
+PUBLIC int64_t moeyard_two_of_four_experts(const TwoOfFourExpertArguments* a) {
+    return chosen->two_of_four_experts(a);
 }
 PUBLIC int64_t moeyard_channel_experts(const ChannelExpertArguments* a) {
     return chosen->channel_experts(a);
