@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .moe.folders.transformers_blocks import replace_moe_blocks
     from .moe.layer import MoELayer, after_step, auxiliary_loss
     from .moe.models.language_model import LanguageModel
+    from .moe.models.text_classifier import TextClassifier
     from .moe.routers.hash import Hash
     from .moe.routers.loss_terms import GlobalCounts, LayerLosses
     from .moe.routers.router import Router, RouterConfig, RouterSizes
@@ -42,6 +43,7 @@ __all__ = [
     "RouterSizes",
     "Routing",
     "SoftMoE",
+    "TextClassifier",
     "TopK",
     "__version__",
     "after_step",
@@ -65,6 +67,7 @@ _HOME = {
     "RouterSizes": ".moe.routers.router",
     "Routing": ".moe.routers.routing",
     "SoftMoE": ".moe.soft_moe",
+    "TextClassifier": ".moe.models.text_classifier",
     "TopK": ".moe.routers.topk",
     "after_step": ".moe.layer",
     "auxiliary_loss": ".moe.layer",

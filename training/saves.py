@@ -16,7 +16,8 @@ from ..errors import (
     Stopped,
     TrainingError,
 )
-from ..moe.config.model import ModelConfig
+from ..moe.config.kinds import read_model
+from ..moe.config.model import LayersConfig
 from ..parallel.mesh import Mesh
 from ..parallel.watch.pulse import pulse
 from .checkpoints.checkpoint import Checkpoints, StoredTensors
@@ -50,7 +51,7 @@ class Saves:
     def __init__(
         self,
         config: RunConfig,
-        model: ModelConfig,
+        model: LayersConfig,
         run_dir: Path,
         mesh: Mesh,
         data: Data,
@@ -191,7 +192,7 @@ class Saves:
             ) from None
 
     def _check_same_run(self, path: Path, state: dict[str, Any]) -> None:
-        stored_model = ModelConfig.model_validate(state["model"]).architecture()
+        stored_model = read_model(state["model"]).architecture()
         for key, actual in self._model_config.architecture().items():
             if stored_model[key] != actual:
                 raise CheckpointError(

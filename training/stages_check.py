@@ -2,7 +2,7 @@
 
 from typing import Any, Protocol
 
-from ..moe.config.model import ModelConfig
+from ..moe.config.model import LayersConfig
 from .parallel_config import ParallelConfig
 
 
@@ -10,7 +10,7 @@ class Run(Protocol):
     """A run's configuration, as far as stages are concerned."""
 
     @property
-    def model(self) -> ModelConfig:
+    def model(self) -> LayersConfig:
         """The model."""
 
     @property

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError
-from ..config.model import MOST_EXPERTS, ModelConfig, MoEConfig
+from ..config.model import MOST_EXPERTS, ModelConfig, MoEConfig, decoder_config
 from ..models.initialize import generator_of
 from ..routers.topk import TopK
 from .families.table import FAMILIES
@@ -121,7 +121,7 @@ class UpcycledWeights:
 def _config(
     folder: ModelFolder, num_experts: int, k: int, split: int, moe_layers: MoELayers
 ) -> ModelConfig:
-    dense = folder.config
+    dense = decoder_config(folder.config)
     if dense.moe is not None:
         raise ConfigError(
             f"{folder.path} has {dense.moe.num_experts} experts already; give a dense folder."

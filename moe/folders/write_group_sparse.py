@@ -6,7 +6,7 @@ from functools import partial
 from torch import Tensor
 
 from ...kernels.values.sparsify import sparsify
-from ..config.model import ModelConfig
+from ..config.model import LayersConfig
 from .calibration import Calibration
 from .expert_layouts import SeparateExperts
 from .families.family import Family
@@ -19,7 +19,7 @@ MATRICES = ("gate", "up", "down")
 def prune(
     plans: Iterable[TensorPlan],
     packed: GroupSparseFormat,
-    config: ModelConfig,
+    config: LayersConfig,
     family: Family,
     calibration: Calibration,
 ) -> list[TensorPlan]:

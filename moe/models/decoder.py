@@ -5,7 +5,7 @@ T tokens, D model width, V vocabulary.
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
@@ -17,13 +17,12 @@ from ..attention.rope import Rope
 from ..batch import Batch
 from ..config.model import ModelConfig
 from ..kv_cache import SequenceCache
-from ..layer import MoELayer
 from ..linear import Linear
 from ..norm import RMSNorm
 from ..routers.draws import sequence_keys
-from ..routers.router import Router
 from ..routers.routing import Lookahead, Routing
 from .decoder_layer import DecoderLayer, LayerOutput, choose
+from .model import Model, ModelOutput
 
 
 class StageRows(NamedTuple):
@@ -37,18 +36,17 @@ class StageRows(NamedTuple):
 
 
 @dataclass(slots=True)
-class DecoderOutput:
-    """The result of a forward."""
+class DecoderOutput(ModelOutput):
+    """The result of a forward.
 
-    hidden_TD: Tensor
-    """Rows after the final norm; the residual stream if the last layer is in another stage."""
-    routings: list[Routing] = field(default_factory=list)
-    """One per MoE layer, in order."""
+    Rows are those after the final norm; the residual stream if the last layer is in another stage.
+    """
+
     gate_TD: Tensor | None = None
     """See :class:`StageRows`; None unless the next stage needs it."""
 
 
-class Decoder(nn.Module):
+class Decoder(Model):
     """Token ids in, hidden rows and routings out; ``logits`` turns rows into scores.
 
     ``expert_ids`` are the experts this process holds (None = all). ``recompute`` drops each
@@ -61,7 +59,7 @@ class Decoder(nn.Module):
     and tied embeddings too. Names of parameters are those of the whole model.
     """
 
-    embed_tokens: nn.Embedding
+    config: ModelConfig
     norm: RMSNorm
     lm_head: Linear
 
@@ -92,8 +90,7 @@ class Decoder(nn.Module):
         if self.has_last_layer:
             self.norm = RMSNorm(config.d_model, config.rms_eps)
             self.lm_head = Linear(config.d_model, config.vocabulary)
-            if config.tie_embeddings:
-                self.lm_head.weight = self.embed_tokens.weight
+            self.tie()
         self._rope = Rope.of(config)
         self._reads_previous_ids = any(r.config.reads_previous_ids() for r in self.routers())
         self._following = {
@@ -115,14 +112,10 @@ class Decoder(nn.Module):
         """Whether the last layer is here, and so the norm and the head."""
         return self.stage.stop == self.config.num_layers
 
-    def moe_layers(self) -> list[tuple[int, MoELayer]]:
-        """Return (layer index, MoE layer) of every MoE layer that this process holds."""
-        layers = self._decoder_layers()
-        return [(layer.layer, layer.mlp) for layer in layers if isinstance(layer.mlp, MoELayer)]
-
-    def routers(self) -> list[Router]:
-        """Return the routers, one per MoE layer."""
-        return [layer.gate for _, layer in self.moe_layers()]
+    def tie(self) -> None:
+        """See :meth:`Model.tie`."""
+        if self.config.tie_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
 
     def new_cache(self, max_length: int | None = None) -> SequenceCache:
         """Return an empty cache for one sequence."""

@@ -75,6 +75,7 @@ ROOMS = {
         ["proxy"],
         ["engine", "load_checks", "memory", "replica_files", "resident"],
         ["expert_parallel", "planning"],
+        ["filling"],
         ["api", "expert_parallel_args", "frozen_experts", "loading", "lora_args"],
         ["evaluation"],
         ["widths"],
@@ -91,6 +92,7 @@ ROOMS = {
         [
             *(
                 "chat",
+                "classify",
                 "convert",
                 "doctor",
                 "evaluate",

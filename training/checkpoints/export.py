@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ...errors import CheckpointError
-from ...moe.config.model import ModelConfig
+from ...moe.config.kinds import read_model
 from ...moe.folders.families.table import FAMILIES
 from ...moe.folders.hf_config import to_hf
 from ...moe.folders.write_weights import plan_weights
@@ -48,7 +48,7 @@ def newest(run_dir: Path) -> Path:
 
 def _export(checkpoint: Path, run_dir: Path, target: Path) -> int:
     state = read_state(checkpoint)
-    model = ModelConfig.model_validate(state["model"])
+    model = read_model(state["model"])
     tokenizer = open_tokenizer(state["tokenizer"])
     if tokenizer.sha256 != state["tokenizer_sha256"]:
         raise CheckpointError(
@@ -61,7 +61,7 @@ def _export(checkpoint: Path, run_dir: Path, target: Path) -> int:
     values = to_hf(
         model,
         str(dtype).removeprefix("torch."),
-        _token_ids(tokenizer, origin),
+        _token_ids(tokenizer, origin) if model.generates else {},
         origin.get("config"),
     )
     lora = state.get("lora")
@@ -69,7 +69,9 @@ def _export(checkpoint: Path, run_dir: Path, target: Path) -> int:
     frozen = open_frozen_weights(state, dtype)
     weights = CheckpointWeights(StoredTensors(checkpoint), scale, frozen)
     plans = plan_weights(model, FAMILIES[values["model_type"]], weights, dtype, torch.float32)
-    generation = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
+    generation = {}
+    if model.generates:
+        generation = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
     if origin:  # None if that folder has no such file; then its config.json has the ids
         generation = origin["generation"]
 

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from ...errors import CheckpointError, ConfigError
 from ...files import replace_text, sha256_of, sync
-from ...moe.config.model import ModelConfig
+from ...moe.config.kinds import read_model
 from .dcp_reader import METADATA, SafeFileSystemReader
 
 MANIFEST = "manifest.json"
@@ -72,7 +72,7 @@ def read_state(path: Path) -> dict[str, Any]:
         )
     try:
         _State.model_validate(state)
-        ModelConfig.model_validate(state["model"])
+        read_model(state["model"])
     except ValidationError as error:
         problem = error.errors()[0]
         cause = problem.get("ctx", {}).get("error")

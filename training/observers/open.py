@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from ...moe.config.model import ModelConfig
+from ...moe.config.model import LayersConfig
 from ...parallel.mesh import Mesh
 from ..config import RunConfig
 from .metrics_log import MetricsLog
@@ -13,7 +13,7 @@ from .observers import Observer, Observers
 
 def open_observers(
     config: RunConfig,
-    model: ModelConfig,
+    model: LayersConfig,
     run_dir: Path,
     mesh: Mesh,
     resume_step: int,

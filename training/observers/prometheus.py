@@ -21,7 +21,7 @@ from prometheus_client.registry import Collector
 from torch import Tensor
 
 from ...errors import ConfigError
-from ...moe.config.model import ModelConfig
+from ...moe.config.model import LayersConfig
 from ...moe.routers.load import MAX_EXPERT_SERIES, load_statistics
 from ..config import RunConfig
 from ..step import StepResult
@@ -59,7 +59,7 @@ class PrometheusPort(Observer):
     step, logged or not.
     """
 
-    def __init__(self, config: RunConfig, model: ModelConfig) -> None:
+    def __init__(self, config: RunConfig, model: LayersConfig) -> None:
         self.registry = r = CollectorRegistry()
         ProcessCollector(registry=r)
         self._tokens_per_step = config.train.batch_sequences * config.train.sequence_length
