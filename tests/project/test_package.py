@@ -47,6 +47,7 @@ def test_exported_names_are_pinned():
         "RouterConfig",
         "RouterInput",
         "RouterSizes",
+        "TextClassifier",
         "after_step",
         "auxiliary_loss",
         "Routing",
