@@ -1,6 +1,6 @@
 """Is COMET a better gate than top-k, hash and DSelect-k in an encoder that classifies texts?
 
-    python benchmarks/encoder_gates.py [--work DIR] [--steps 400] [--jobs 2] [--seeds 3]
+    python benchmarks/encoder_gates.py [--work DIR] [--steps 200] [--jobs 2] [--seeds 3]
 
 COMET (Ibrahim et al. 2023) reports better accuracy than those gates, in BERT among others. Here a
 small encoder says which package of Python's standard library a passage comes from. Held-out
@@ -32,7 +32,6 @@ MOST = 400
 HELD_OUT = 4
 """One module of so many is held out, or this part of a file."""
 ARMS = {
-    "dense": None,
     "topk": "{kind: topk, k: 2}",
     "hash": "{kind: hash, k: 2}",
     "dselect": "{kind: dselect, k: 2}",
@@ -43,7 +42,6 @@ MODEL = {
     "d_model": 64,
     "num_layers": 2,
     "num_heads": 4,
-    "d_ff": 192,
     "max_positions": 96,
     "moe": {"num_experts": 8, "d_expert": 64},
 }
@@ -113,7 +111,7 @@ def learn_tokenizer(texts: Path, work: Path) -> Path:
 def run_one(arm: str, seed: int, steps: int, work: Path, config: Path) -> list[dict]:
     """Train one model, or continue an earlier run, and return its metrics."""
     run_dir = work / f"{arm}-seed{seed}"
-    router = "model.moe=null" if ARMS[arm] is None else f"model.moe.router={ARMS[arm]}"
+    router = f"model.moe.router={ARMS[arm]}"
     records = train(
         config, run_dir, [f"seed={seed}", router], steps, threads=1, measure="eval_accuracy"
     )
@@ -124,7 +122,7 @@ def run_one(arm: str, seed: int, steps: int, work: Path, config: Path) -> list[d
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("runs/encoder-gates"))
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
     parser.add_argument("--texts", type=Path, nargs="+", metavar="FILE", help="a source each")
