@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .moe.routers.table import router
     from .moe.routers.topk import TopK
     from .moe.soft_moe import SoftMoE
-    from .serving.loading import load
+    from .serving.loading import load, load_classifier
 
 __version__ = "0.1.0"
 
@@ -49,6 +49,7 @@ __all__ = [
     "after_step",
     "auxiliary_loss",
     "load",
+    "load_classifier",
     "replace_moe_blocks",
     "router",
 ]
@@ -72,6 +73,7 @@ _HOME = {
     "after_step": ".moe.layer",
     "auxiliary_loss": ".moe.layer",
     "load": ".serving.loading",
+    "load_classifier": ".serving.loading",
     "replace_moe_blocks": ".moe.folders.transformers_blocks",
     "router": ".moe.routers.table",
 }

@@ -45,13 +45,17 @@ def run(arguments: argparse.Namespace) -> None:
 
     if (arguments.text is None) == (arguments.file is None):
         raise ConfigError("FILE and --text: give exactly one of them.")
-    model = open_classifier(arguments)
-    length = arguments.length or trained_length(arguments.model)
+    if arguments.batch < 1:
+        raise ConfigError(f"--batch is {arguments.batch}; use a number from 1 upwards.")
     texts = [arguments.text]
     if arguments.file is not None:
+        if not arguments.file.is_file():
+            raise ConfigError(f"FILE is {str(arguments.file)!r}, which is not there; give another.")
         texts = list(read_texts(arguments.file, arguments.text_key))
         if not texts:
-            raise ConfigError(f"{arguments.file} has no text; give one with some.")
+            raise ConfigError(f"{arguments.file} has no text; give a file with some.")
+    model = open_classifier(arguments)
+    length = arguments.length or trained_length(arguments.model)
     num_cut = 0
     for start in range(0, len(texts), arguments.batch):
         for found in model(texts[start : start + arguments.batch], length, arguments.batch):

@@ -49,22 +49,18 @@ def open_model(arguments: argparse.Namespace) -> "LanguageModel":
 
 def open_classifier(arguments: argparse.Namespace) -> "TextClassifier":
     """Open the encoder of a command that has the options of ``add_loading``."""
-    from ..moe.models.text_classifier import TextClassifier
     from ..moe.routers.own_code import allow
-    from ..serving import loading
+    from ..serving.loading import load_classifier
 
     allow(arguments.allow_code)
-    model, _ = loading.open_any(
+    return load_classifier(
         model_folder(arguments.model),
         dtype=arguments.dtype,
         device=arguments.device,
         expert_memory=arguments.expert_memory,
         ignore_unused_weights=arguments.ignore_unused_weights,
         options=store_options(arguments),
-        kind="encoder",
     )
-    assert isinstance(model, TextClassifier), "its kind was asked for"
-    return model
 
 
 def store_options(arguments: argparse.Namespace) -> "StoreOptions":

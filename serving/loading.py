@@ -52,10 +52,8 @@ def load(
     expert_fallback_above: float | None = None,
     expert_correction: int | None = None,
     expert_correction_threshold: float | None = None,
-) -> LanguageModel | TextClassifier:
-    """Open a Hugging Face model or a run's export as a model ready to call.
-
-    An encoder is a :class:`.TextClassifier`, any other model a :class:`.LanguageModel`.
+) -> LanguageModel:
+    """Open a Hugging Face MoE model or a run's export as a model ready to call.
 
     ``folder`` is a folder with ``config.json`` and safetensors, or a name on the hub
     (``OWNER/MODEL[@REVISION]``), which is downloaded once.
@@ -93,11 +91,29 @@ def load(
         correction_threshold=expert_correction_threshold,
     )
     how = (dtype, device, expert_memory, ignore_unused_weights, allow_code, options)
-    model, _ = open_any(folder, *how)
+    model, _ = open_model(folder, *how)
     for name, path in (adapters or {}).items():
-        if not isinstance(model, LanguageModel):
-            raise ConfigError(f"adapters has {name!r}, but {folder} takes none; leave it out.")
         model.adapters.load(name, Path(path))
+    return model
+
+
+def load_classifier(
+    folder: str | Path,
+    dtype: str | torch.dtype | None = None,
+    device: str = "cpu",
+    expert_memory: str | None = None,
+    ignore_unused_weights: bool = False,
+    allow_code: str | Sequence[str] = (),
+    options: StoreOptions | None = None,
+) -> TextClassifier:
+    """Open a folder with an encoder, such as BERT's or a run's export, as a model ready to call.
+
+    The arguments are those of :func:`load`; ``options`` are those of the expert store. Raises
+    what :func:`load` raises, and :class:`ConfigError` for a model of another kind.
+    """
+    how = (dtype, device, expert_memory, ignore_unused_weights, allow_code, options)
+    model, _ = _open(folder, "encoder", *how)
+    assert isinstance(model, TextClassifier), "its kind was asked for"
     return model
 
 
@@ -115,30 +131,29 @@ def open_model(
     Raises :class:`ConfigError` for a model that does not continue texts.
     """
     how = (dtype, device, expert_memory, ignore_unused_weights, allow_code, options)
-    model, store = open_any(folder, *how, kind="decoder")
+    model, store = _open(folder, "decoder", *how)
     assert isinstance(model, LanguageModel), "its kind was asked for"
     return model, store
 
 
-def open_any(
+def _open(
     folder: str | Path,
-    dtype: str | torch.dtype | None = None,
-    device: str = "cpu",
-    expert_memory: str | None = None,
-    ignore_unused_weights: bool = False,
-    allow_code: str | Sequence[str] = (),
-    options: StoreOptions | None = None,
-    kind: str | None = None,
+    kind: str,
+    dtype: str | torch.dtype | None,
+    device: str,
+    expert_memory: str | None,
+    ignore_unused_weights: bool,
+    allow_code: str | Sequence[str],
+    options: StoreOptions | None,
 ) -> tuple[LanguageModel | TextClassifier, ExpertStore | None]:
-    """Open a model of any kind, or of ``kind``, and return its store, if there is one."""
+    """Open a model of ``kind``, and its store, if there is one."""
     target = check_device(device, expert_memory)
     allow(allow_code)
     options = options or StoreOptions()
     check_options(options, expert_memory, target)
     files = ModelFolder(local_folder(folder))
     try:
-        if kind is not None:
-            check_kind(files, kind)
+        _check_kind(files, kind)
         left_out = files.check(ignore_unused_weights=ignore_unused_weights)
         if left_out is not None:
             log.warning("%s", left_out)
@@ -160,10 +175,13 @@ def open_any(
         raise
 
 
-def check_kind(files: ModelFolder, kind: str) -> None:
+def _check_kind(files: ModelFolder, kind: str) -> None:
     """Raise :class:`ConfigError` for a folder of another kind of model."""
     if files.config.kind != kind:
-        remedy = {"decoder": "moeyard generate", "encoder": "moeyard classify"}
+        remedy = {
+            "decoder": "moeyard generate or moeyard.load",
+            "encoder": "moeyard classify or moeyard.load_classifier",
+        }
         raise ConfigError(
             f"{files.path} has a model of kind {files.config.kind}, but one of kind {kind} is "
             f"needed here; give one, or use {remedy[files.config.kind]} for this one."

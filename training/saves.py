@@ -16,12 +16,11 @@ from ..errors import (
     Stopped,
     TrainingError,
 )
-from ..moe.config.kinds import read_model
 from ..moe.config.model import LayersConfig
 from ..parallel.mesh import Mesh
 from ..parallel.watch.pulse import pulse
 from .checkpoints.checkpoint import Checkpoints, StoredTensors
-from .checkpoints.files import read_state
+from .checkpoints.files import check_same_model, read_state
 from .checkpoints.start_from import read_origin
 from .config import RunConfig
 from .data.data import Data
@@ -192,13 +191,7 @@ class Saves:
             ) from None
 
     def _check_same_run(self, path: Path, state: dict[str, Any]) -> None:
-        stored_model = read_model(state["model"]).architecture()
-        for key, actual in self._model_config.architecture().items():
-            if stored_model[key] != actual:
-                raise CheckpointError(
-                    f"checkpoint {path} has model.{key} = {stored_model[key]}, but the "
-                    f"configuration says {actual}; use the same model or a new run_dir."
-                )
+        check_same_model(path, state["model"], self._model_config)
         state = BEFORE | state
         for key, actual in (
             ("seed", self._config.seed),

@@ -42,7 +42,7 @@ class Classified(NamedTuple):
 
 
 class TextClassifier:
-    """An encoder that :func:`moeyard.load` opened. Call it with texts.
+    """An encoder that :func:`moeyard.load_classifier` opened. Call it with texts.
 
     ``config`` has its shape, ``encoder`` is the torch module.
     """

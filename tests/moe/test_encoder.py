@@ -21,7 +21,9 @@ from moeyard.moe.folders.marked_texts import MarkedTexts
 from moeyard.moe.folders.upcycle import upcycle
 from moeyard.moe.models.documents import batch_of_lengths
 from moeyard.moe.models.initialize import initialize
+from moeyard.moe.models.model import ModelOptions
 from moeyard.moe.models.table import build_model
+from moeyard.training.data.tokenizer import FolderTokenizer
 
 LENGTHS = (5, 1, 17, 9, 30, 17, 24)
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "sea", "is", "salt", "##y", "red"]
@@ -84,7 +86,7 @@ def test_logits_are_those_of_transformers_with_a_mask(folder):
     theirs = bert()
     ids, mask = padded(texts())
     wanted = theirs(ids, attention_mask=mask)
-    model = moeyard.load(folder)
+    model = moeyard.load_classifier(folder)
     batch = ragged(texts())
     hidden = model.encoder(batch).hidden_TD
     body = theirs.bert(ids, attention_mask=mask)
@@ -137,6 +139,16 @@ def test_batches_of_any_lengths_give_what_texts_give_alone(encoder, lengths):
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
 
 
+def test_recompute_changes_no_gradient(encoder):
+    again = build_model(encoder.config, ModelOptions(recompute=True))
+    again.load_state_dict(encoder.state_dict())
+    for model in (encoder, again):
+        batch = ragged(texts())
+        model.train().logits(model(batch).hidden_TD, batch.lengths).square().sum().backward()
+    for (name, one), two in zip(encoder.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(one.grad, two.grad), name
+
+
 def test_a_bert_folder_goes_through_and_opens_in_transformers(folder, tmp_path):
     assert convert(folder, tmp_path / "again") == "bert"
     again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "again")
@@ -156,7 +168,7 @@ def test_names_of_other_releases_are_read(folder, tmp_path, change, replacement)
     renamed = {name.replace(change, replacement): t for name, t in load_file(path).items()}
     save_file(renamed, path, metadata={"format": "pt"})
     ids = [row.tolist() for row in texts()]
-    old, new = (moeyard.load(p).probabilities(ids) for p in (tmp_path / "old", folder))
+    old, new = (moeyard.load_classifier(p).probabilities(ids) for p in (tmp_path / "old", folder))
     assert torch.equal(old, new)
 
 
@@ -165,7 +177,7 @@ def test_the_heads_of_pre_training_are_left_out(tmp_path):
     opened = ModelFolder(tmp_path / "m")
     assert opened.config.labels == () and "another task's head" in opened.check()
     with pytest.raises(ConfigError, match="no head for labels, so it cannot classify; train one"):
-        moeyard.load(tmp_path / "m")
+        moeyard.load_classifier(tmp_path / "m")
 
 
 def test_an_encoder_with_experts_is_ours_with_the_reason(encoder):
@@ -238,3 +250,6 @@ def test_texts_have_the_marks_that_transformers_puts_around_them(tmp_path):
         wanted = reference(some, truncation=True, max_length=length)["input_ids"]
         assert [ids for ids, _ in found] == wanted
         assert [cut for _, cut in found] == [length == 4, False, False]
+    of_training = FolderTokenizer(tmp_path / "t")
+    own = of_training.marks.around(of_training.encode(some[0]).tolist(), 16)
+    assert own == wanted[0] and of_training.eos_id == WORDS.index("[SEP]")

@@ -32,7 +32,8 @@ def cases(ep: int) -> dict[str, dict]:
 
 
 def encoder_cases(ep: int, source: Path) -> dict[str, dict]:
-    """An encoder that classifies, and one that goes on on one rank from the checkpoint of two."""
+    """An encoder that classifies, also with shards; and one that goes on from a checkpoint of two
+    ranks."""
     overrides = [
         *OPTIONS,
         f"parallel.ep={ep}",
@@ -43,7 +44,12 @@ def encoder_cases(ep: int, source: Path) -> dict[str, dict]:
     ]
     case = {"overrides": overrides, "data": "labelled"}
     again = {"until": 2, "saves": True} if ep == 2 else {"resumes": "encoder-again-2"}
-    return {f"encoder-{ep}": case, f"encoder-again-{ep}": case | again}
+    shards = ["parallel.dense=fsdp"] if ep == 2 else []
+    return {
+        f"encoder-{ep}": case,
+        f"encoder_fsdp-{ep}": case | {"overrides": [*overrides, *shards]},
+        f"encoder-again-{ep}": case | again,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +66,7 @@ def folder(tmp_path_factory, config_file) -> Path:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("name", [*NAMES, "encoder"])
+@pytest.mark.parametrize("name", [*NAMES, "encoder", "encoder_fsdp"])
 def test_two_ranks_equal_one_in_loss_gradients_weights_and_state(folder, name):
     ranks = [torch.load(folder / f"{name}-2-{rank}.pt") for rank in (0, 1)]
     for alone, first, second in zip(torch.load(folder / f"{name}-1-0.pt"), *ranks, strict=True):

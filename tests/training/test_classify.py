@@ -11,7 +11,7 @@ import yaml
 
 import moeyard
 from moeyard.cli import main as command
-from moeyard.errors import ConfigError, DataError
+from moeyard.errors import CheckpointError, ConfigError, DataError
 from moeyard.moe.folders.families.bert import BERT
 from moeyard.moe.routes.reader import read_routes
 from moeyard.parallel.mesh import Mesh
@@ -108,7 +108,7 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(config, whole, tmp_path)
 def test_export_reload_and_offload_are_the_same_bit_for_bit(whole, tmp_path):
     run, run_dir = whole
     export(run_dir, tmp_path / "model")
-    model = moeyard.load(tmp_path / "model")
+    model = moeyard.load_classifier(tmp_path / "model")
     assert model.labels == tuple(WORDS) and "labels: 3" in repr(model)
     some = [record["text"] for record in records(7)]
     found = model(some)
@@ -129,9 +129,9 @@ def test_export_reload_and_offload_are_the_same_bit_for_bit(whole, tmp_path):
         .tolist()
     )
     assert rows.max() <= 48
-    small = moeyard.load(tmp_path / "model", expert_memory="30%")
+    small = moeyard.load_classifier(tmp_path / "model", expert_memory="30%")
     assert small(some) == found
-    again = moeyard.load(tmp_path / "model", dtype="bf16")(some)
+    again = moeyard.load_classifier(tmp_path / "model", dtype="bf16")(some)
     assert again != found and again[0].probabilities.keys() == found[0].probabilities.keys()
 
 
@@ -162,6 +162,10 @@ def test_the_command_prints_a_line_for_each_text(whole, tmp_path, capsys):
     assert "text 0 is ' '; give text that is not empty" in capsys.readouterr().err
     assert command(["classify", run_dir]) == 2
     assert "give exactly one of them" in capsys.readouterr().err
+    assert command(["classify", run_dir, str(tmp_path / "none.csv")]) == 2
+    assert "which is not there; give another" in capsys.readouterr().err
+    assert command(["classify", run_dir, str(texts)]) == 2
+    assert "line 2 has no text under 'text'; correct it, or name" in capsys.readouterr().err
 
 
 def test_a_decoder_cannot_classify(model_folder, capsys):
@@ -248,6 +252,12 @@ def test_labels_of_the_configuration_keep_their_order(config, tmp_path):
 def test_runs_that_cannot_work_are_refused(config, tmp_path, overrides, message):
     with pytest.raises((ConfigError, DataError), match=message):
         trainer(config, tmp_path / "run", *overrides)
+
+
+def test_a_run_of_another_kind_of_model_is_not_resumed(config_file, whole, tmp_path):
+    shutil.copytree(whole[1], tmp_path / "run")
+    with pytest.raises(CheckpointError, match="kind = encoder, but the configuration says decoder"):
+        trainer(config_file, tmp_path / "run").saves.resume()
 
 
 def test_what_knows_decoders_alone_says_so(config, model_folder, tmp_path):

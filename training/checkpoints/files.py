@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from ...errors import CheckpointError, ConfigError
 from ...files import replace_text, sha256_of, sync
 from ...moe.config.kinds import read_model
+from ...moe.config.model import LayersConfig
 from .dcp_reader import METADATA, SafeFileSystemReader
 
 MANIFEST = "manifest.json"
@@ -85,6 +86,17 @@ def read_state(path: Path) -> dict[str, Any]:
         ) from None
     found: dict[str, Any] = state
     return found
+
+
+def check_same_model(path: Path, stored: dict[str, Any], own: LayersConfig) -> None:
+    """Raise :class:`CheckpointError` if a run's model is another than a checkpoint's."""
+    before, now = ({"kind": m.kind} | m.architecture() for m in (read_model(stored), own))
+    for key, actual in now.items():
+        if before[key] != actual:
+            raise CheckpointError(
+                f"checkpoint {path} has model.{key} = {before[key]}, but the configuration says "
+                f"{actual}; use the same model or a new run_dir."
+            )
 
 
 def hashes_of(files: Iterable[Path]) -> Hashes:
