@@ -66,16 +66,14 @@ class EncoderLayer(nn.Module):
         self, x_TD: Tensor, batch: Batch, rows: FullRows, routing: Routing | None
     ) -> LayerOutput:
         """Run the layer; ``routing`` is its choice if token ids decided it."""
-        is_early = isinstance(self.mlp, MoELayer) and (
-            self.mlp.lookahead is Lookahead.ATTENTION_INPUT
-        )
-        if is_early and isinstance(self.mlp, MoELayer):
-            routing = choose(self.layer, self.mlp, x_TD, batch)
-            self.mlp.experts.announce(routing)
+        mlp = self.mlp
+        if isinstance(mlp, MoELayer) and mlp.lookahead is Lookahead.ATTENTION_INPUT:
+            routing = choose(self.layer, mlp, x_TD, batch)
+            mlp.experts.announce(routing)
         x_TD = self.attention_norm(x_TD + self.self_attn(x_TD, rows))
-        if not isinstance(self.mlp, MoELayer):
-            return LayerOutput(self.output_norm(x_TD + self.mlp(x_TD)))
+        if not isinstance(mlp, MoELayer):
+            return LayerOutput(self.output_norm(x_TD + mlp(x_TD)))
         if routing is None:
-            routing = choose(self.layer, self.mlp, x_TD, batch)
-        y_TD, routing = self.mlp(x_TD, routing=routing)
+            routing = choose(self.layer, mlp, x_TD, batch)
+        y_TD, routing = mlp(x_TD, routing=routing)
         return LayerOutput(self.output_norm(x_TD + y_TD), routing)
