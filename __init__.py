@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .moe.folders.transformers_blocks import replace_moe_blocks
     from .moe.layer import MoELayer, after_step, auxiliary_loss
     from .moe.models.language_model import LanguageModel
+    from .moe.models.text_classifier import TextClassifier
     from .moe.routers.hash import Hash
     from .moe.routers.loss_terms import GlobalCounts, LayerLosses
     from .moe.routers.router import Router, RouterConfig, RouterSizes
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from .moe.routers.table import router
     from .moe.routers.topk import TopK
     from .moe.soft_moe import SoftMoE
-    from .serving.loading import load
+    from .serving.loading import load, load_classifier
 
 __version__ = "0.1.0"
 
@@ -42,11 +43,13 @@ __all__ = [
     "RouterSizes",
     "Routing",
     "SoftMoE",
+    "TextClassifier",
     "TopK",
     "__version__",
     "after_step",
     "auxiliary_loss",
     "load",
+    "load_classifier",
     "replace_moe_blocks",
     "router",
 ]
@@ -65,10 +68,12 @@ _HOME = {
     "RouterSizes": ".moe.routers.router",
     "Routing": ".moe.routers.routing",
     "SoftMoE": ".moe.soft_moe",
+    "TextClassifier": ".moe.models.text_classifier",
     "TopK": ".moe.routers.topk",
     "after_step": ".moe.layer",
     "auxiliary_loss": ".moe.layer",
     "load": ".serving.loading",
+    "load_classifier": ".serving.loading",
     "replace_moe_blocks": ".moe.folders.transformers_blocks",
     "router": ".moe.routers.table",
 }

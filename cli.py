@@ -6,6 +6,7 @@ import sys
 from . import __version__
 from .commands import (
     chat,
+    classify,
     convert,
     doctor,
     evaluate,
@@ -33,6 +34,7 @@ COMMANDS = (
     export,
     generate,
     chat,
+    classify,
     evaluate,
     price,
     plan,

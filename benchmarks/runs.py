@@ -8,9 +8,17 @@ from pathlib import Path
 
 
 def train(
-    config: Path, run_dir: Path, overrides: list[str], steps: int, threads: int
+    config: Path,
+    run_dir: Path,
+    overrides: list[str],
+    steps: int,
+    threads: int,
+    measure: str = "eval_loss_per_byte",
 ) -> list[dict]:
-    """Train to step ``steps``, or continue an earlier run, and return its records."""
+    """Train to step ``steps``, or continue an earlier run, and return its records.
+
+    The last one has ``measure``, of held-out data.
+    """
     records = read_metrics(run_dir)
     if not records or records[-1]["step"] < steps:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -24,7 +32,7 @@ def train(
                 check=True,
             )
         records = read_metrics(run_dir)
-    assert "eval_loss_per_byte" in records[-1], f"{run_dir} ended without a final evaluation"
+    assert measure in records[-1], f"{run_dir} ended without a final evaluation"
     return records
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ..moe.models.language_model import LanguageModel
+    from ..moe.models.text_classifier import TextClassifier
     from ..serving.experts.options import StoreOptions
     from ..serving.experts.store import ExpertStore
 
@@ -44,6 +45,22 @@ def open_model(arguments: argparse.Namespace) -> "LanguageModel":
     allow(arguments.allow_code)
     model, _ = open_with(arguments, model_folder(arguments.model), store_options(arguments))
     return model
+
+
+def open_classifier(arguments: argparse.Namespace) -> "TextClassifier":
+    """Open the encoder of a command that has the options of ``add_loading``."""
+    from ..moe.routers.own_code import allow
+    from ..serving.loading import load_classifier
+
+    allow(arguments.allow_code)
+    return load_classifier(
+        model_folder(arguments.model),
+        dtype=arguments.dtype,
+        device=arguments.device,
+        expert_memory=arguments.expert_memory,
+        ignore_unused_weights=arguments.ignore_unused_weights,
+        options=store_options(arguments),
+    )
 
 
 def store_options(arguments: argparse.Namespace) -> "StoreOptions":

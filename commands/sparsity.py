@@ -46,11 +46,11 @@ def run(arguments: argparse.Namespace) -> None:
     from ..errors import ConfigError
     from ..serving.evaluation.measure_sparsity import measure_sparsity
     from ..serving.experts.sparsity import save_sparsity
-    from ..serving.loading import load
+    from ..serving.loading import open_model
     from .model_folder import model_folder
 
     text = read_text(arguments.text)
-    model = load(
+    model, _ = open_model(
         model_folder(arguments.model),
         dtype=arguments.dtype,
         ignore_unused_weights=arguments.ignore_unused_weights,

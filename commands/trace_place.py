@@ -12,7 +12,7 @@ from ..errors import ConfigError
 from .options import Parsers, add_allow_code, add_command, add_route_files
 
 if TYPE_CHECKING:
-    from ..moe.config.model import ModelConfig
+    from ..moe.config.model import LayersConfig
     from ..parallel.planning.from_routes import Judgement, Plan
     from ..parallel.planning.shadow import ShadowCosts
 
@@ -138,7 +138,7 @@ def run(arguments: argparse.Namespace) -> None:
         _write(arguments, rows)
 
 
-def _model_config(arguments: argparse.Namespace) -> "ModelConfig":
+def _model_config(arguments: argparse.Namespace) -> "LayersConfig":
     """Read the configuration of --model, and no weights."""
     from ..moe.folders.hf_config import from_hf
     from ..moe.folders.hub import local_folder
@@ -151,7 +151,7 @@ def _model_config(arguments: argparse.Namespace) -> "ModelConfig":
     return from_hf(read_json(folder / "config.json"))
 
 
-def _sizes_of(config: "ModelConfig", arguments: argparse.Namespace) -> _Sizes:
+def _sizes_of(config: "LayersConfig", arguments: argparse.Namespace) -> _Sizes:
     from ..dtypes import torch_dtype
     from ..moe.folders.expert_slots import expert_bytes
     from ..parallel.planning.shadow import ShadowCosts

@@ -1,7 +1,7 @@
 """Open a model folder for inference, with all experts in memory or behind a store."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,32 +13,21 @@ from ..moe.folders.adapters import adapter_table
 from ..moe.folders.folder import ModelFolder
 from ..moe.folders.generation_config import read_generation_config
 from ..moe.folders.hub import local_folder
-from ..moe.folders.read_weights import WeightRead, dense_reads, expert_reads, run_reads
+from ..moe.folders.marked_texts import MarkedTexts
 from ..moe.folders.text_codec import TextCodec
 from ..moe.models.correction import Correction
 from ..moe.models.decoder import Decoder
+from ..moe.models.encoder import Encoder
 from ..moe.models.language_model import LanguageModel
 from ..moe.models.sampling import GenerationConfig
+from ..moe.models.text_classifier import TextClassifier
 from ..moe.routers.own_code import allow
-from ..moe.without_memory import without_memory
-from .experts.budget import budget_bytes
-from .experts.copies import copies_bytes, open_fallback
-from .experts.fallback import Fallback
-from .experts.forwards import announce_forwards
-from .experts.offloaded import OffloadedExperts
-from .experts.opening import open_store
 from .experts.options import StoreOptions
 from .experts.policies.policy import Policy
 from .experts.predictors.predictor import Predictor
-from .experts.predictors.table import facts_of, open_predictor
-from .experts.sparsity import Sparsity, open_sparsity, owner_of
 from .experts.store import ExpertStore
+from .filling import Filled, fill_model
 from .load_checks import check_device, check_options
-from .memory import available_bytes, check_memory
-from .planning.budget import Demand
-from .planning.decide import decide
-from .planning.start import log_start
-from .resident import resident_experts
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +97,26 @@ def load(
     return model
 
 
+def load_classifier(
+    folder: str | Path,
+    dtype: str | torch.dtype | None = None,
+    device: str = "cpu",
+    expert_memory: str | None = None,
+    ignore_unused_weights: bool = False,
+    allow_code: str | Sequence[str] = (),
+    options: StoreOptions | None = None,
+) -> TextClassifier:
+    """Open a folder with an encoder, such as BERT's or a run's export, as a model ready to call.
+
+    The arguments are those of :func:`load`; ``options`` are those of the expert store. Raises
+    what :func:`load` raises, and :class:`ConfigError` for a model of another kind.
+    """
+    how = (dtype, device, expert_memory, ignore_unused_weights, allow_code, options)
+    model, _ = _open(folder, "encoder", *how)
+    assert isinstance(model, TextClassifier), "its kind was asked for"
+    return model
+
+
 def open_model(
     folder: str | Path,
     dtype: str | torch.dtype | None = None,
@@ -117,20 +126,43 @@ def open_model(
     allow_code: str | Sequence[str] = (),
     options: StoreOptions | None = None,
 ) -> tuple[LanguageModel, ExpertStore | None]:
-    """Do what :func:`load` does and return the store too, if there is one."""
+    """Do what :func:`load` does and return the store too, if there is one.
+
+    Raises :class:`ConfigError` for a model that does not continue texts.
+    """
+    how = (dtype, device, expert_memory, ignore_unused_weights, allow_code, options)
+    model, store = _open(folder, "decoder", *how)
+    assert isinstance(model, LanguageModel), "its kind was asked for"
+    return model, store
+
+
+def _open(
+    folder: str | Path,
+    kind: str,
+    dtype: str | torch.dtype | None,
+    device: str,
+    expert_memory: str | None,
+    ignore_unused_weights: bool,
+    allow_code: str | Sequence[str],
+    options: StoreOptions | None,
+) -> tuple[LanguageModel | TextClassifier, ExpertStore | None]:
+    """Open a model of ``kind``, and its store, if there is one."""
     target = check_device(device, expert_memory)
     allow(allow_code)
     options = options or StoreOptions()
     check_options(options, expert_memory, target)
     files = ModelFolder(local_folder(folder))
     try:
+        _check_kind(files, kind)
         left_out = files.check(ignore_unused_weights=ignore_unused_weights)
         if left_out is not None:
             log.warning("%s", left_out)
-        model, store = _open(files, dtype, expert_memory, options)
-        if target.type != "cpu":
-            model.decoder.to(target)
-        return model, store
+        open_it = _OPENERS[files.config.kind]
+        filled = fill_model(files, pick_dtype(files, dtype), expert_memory, options, target)
+        model = open_it(files, filled, options)
+        if filled.store is None:
+            files.close()
+        return model, filled.store
     except BaseException as error:
         files.close()
         if options.sharding is not None:
@@ -143,77 +175,45 @@ def open_model(
         raise
 
 
-def _open(
-    files: ModelFolder,
-    dtype: str | torch.dtype | None,
-    expert_memory: str | None,
-    options: StoreOptions,
-) -> tuple[LanguageModel, ExpertStore | None]:
-    chosen = pick_dtype(files, dtype)
-    asked = expert_memory
-    copies = copies_bytes(options, chosen)
-    demand = Demand(copies_bytes=copies)
-    expert_memory, room = decide(files, chosen, asked, demand, options.reader)
-    sharding = options.sharding
-    if sharding is not None:
-        expert_memory = sharding.start(files, chosen, expert_memory)
-    if expert_memory is None:  # nothing is ever missing
-        options, copies = options.without_copies(), 0
-    check_memory(files, chosen, expert_memory, copies_bytes=copies)
-    with without_memory():
-        decoder = Decoder(files.config, expert_ids=())
-    store, fallback, sparsity = None, None, open_sparsity(files, options.sparsity)
-    if expert_memory is not None:
-        num_bytes = budget_bytes(files, chosen, expert_memory)
-        store = open_store(files, chosen, num_bytes, options=options, free_bytes=available_bytes())
-        announce_forwards(decoder, store.begin)
-        fallback = open_fallback(store, files, chosen, options)
-    reads = _attach_experts(files, decoder, chosen, store, sparsity, fallback)
-    run_reads(files, [*dense_reads(files, decoder, chosen), *reads])
-    if sharding is not None and store is not None:
-        sharding.attach(decoder, store, files, chosen)
-    if sparsity is not None and sparsity.score is not None:
-        sparsity.check_owner(owner_of(decoder))
-    if store is not None:
-        predictor = open_predictor(options.predictor, decoder)
-        if predictor is not None:
-            store.predict(predictor, facts_of(files.config))
-    if asked is not None:
-        slots = None if store is None else store.pools.num_slots
-        plan = None if store is None else store.read_plan
-        log_start(files, chosen, slots, plan, options, room)
-    generation = _generation(files)
+def _check_kind(files: ModelFolder, kind: str) -> None:
+    """Raise :class:`ConfigError` for a folder of another kind of model."""
+    if files.config.kind != kind:
+        remedy = {
+            "decoder": "moeyard generate or moeyard.load",
+            "encoder": "moeyard classify or moeyard.load_classifier",
+        }
+        raise ConfigError(
+            f"{files.path} has a model of kind {files.config.kind}, but one of kind {kind} is "
+            f"needed here; give one, or use {remedy[files.config.kind]} for this one."
+        )
+
+
+def _language_model(files: ModelFolder, filled: Filled, options: StoreOptions) -> LanguageModel:
+    decoder = filled.model
+    assert isinstance(decoder, Decoder), "its configuration is a decoder's"
     table = adapter_table(decoder, files.family)
-    model = LanguageModel(decoder, generation, TextCodec(files.path), table)
-    if fallback is not None and options.correction is not None:
-        model.correction = Correction(options.correction, fallback.on, options.correction_threshold)
-    if store is None:
-        files.close()
-    return model, store
+    model = LanguageModel(decoder, _generation(files), TextCodec(files.path), table)
+    if filled.fallback is not None and options.correction is not None:
+        on = filled.fallback.on
+        model.correction = Correction(options.correction, on, options.correction_threshold)
+    return model
 
 
-def _attach_experts(
-    files: ModelFolder,
-    decoder: Decoder,
-    dtype: torch.dtype,
-    store: ExpertStore | None,
-    sparsity: Sparsity | None,
-    fallback: Fallback | None,
-) -> list[WeightRead]:
-    """Give every MoE layer its experts, and return the reads that fill those in memory."""
-    reads: list[WeightRead] = []
-    moe_layers = decoder.moe_layers()
-    for index, layer in moe_layers:
-        limits = None
-        if sparsity is not None:
-            limits = sparsity.limits(index, layer.d_model, layer.d_expert)
-        if store is not None:
-            where = (index, layer.num_experts, len(moe_layers))
-            layer.experts = OffloadedExperts(store, *where, limits, fallback)
-        else:
-            layer.experts, views = resident_experts(files, index, dtype, sparsity, limits)
-            reads += expert_reads(files, index, views)
-    return reads
+def _text_classifier(files: ModelFolder, filled: Filled, options: StoreOptions) -> TextClassifier:
+    encoder = filled.model
+    assert isinstance(encoder, Encoder), "its configuration is an encoder's"
+    if options.correction is not None:
+        raise ConfigError(
+            f"expert-correction is {options.correction}, which checks generated tokens, but "
+            f"{files.path} is a model of kind encoder; leave it out."
+        )
+    return TextClassifier(encoder, MarkedTexts(files.path))
+
+
+_OPENERS: dict[
+    str, Callable[[ModelFolder, Filled, StoreOptions], LanguageModel | TextClassifier]
+] = {"decoder": _language_model, "encoder": _text_classifier}
+"""By the kind of model."""
 
 
 def _generation(files: ModelFolder) -> GenerationConfig:

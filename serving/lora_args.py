@@ -7,6 +7,7 @@ from pydantic import BaseModel, field_validator
 
 from ..errors import ConfigError
 from ..moe.adapters.table import AdapterTable
+from ..moe.config.model import decoder_config
 from ..moe.folders.adapters import adapter_table
 from ..moe.folders.folder import ModelFolder
 from ..moe.models.decoder import Decoder
@@ -60,5 +61,5 @@ def check_adapters(
         )
     if args.lora:
         with without_memory():
-            decoder = Decoder(folder.config, expert_ids=())
+            decoder = Decoder(decoder_config(folder.config), expert_ids=())
         args.load_adapters(adapter_table(decoder, folder.family))

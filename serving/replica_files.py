@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from ..errors import ConfigError
-from ..moe.config.model import ModelConfig
+from ..moe.config.model import LayersConfig
 
 
 def check_replica_files(
-    config: ModelConfig,
+    config: LayersConfig,
     record_routes: str | None,
     expert_log: str | None,
     expert_memory: str | None,

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from starlette.types import ASGIApp
 
+from ..moe.config.model import decoder_config
 from ..moe.folders.folder import ModelFolder
 from ..moe.folders.generation_config import read_generation_config
 from ..moe.folders.hub import local_folder, pinned
@@ -57,6 +58,7 @@ def check_model(args: ServeArgs, runs_here: bool = False) -> None:
     """
     allow(args.allow_code)
     folder = ModelFolder(local_folder(args.model))
+    decoder_config(folder.config)
     folder.check(ignore_unused_weights=args.ignore_unused_weights)
     if folder.config.moe is not None:
         check_causal(folder.config.moe.router)

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from ..dtypes import short_name
-from ..moe.config.model import ModelConfig
+from ..moe.config.kinds import ModelSection
 from .checkpoint_config import CheckpointConfig
 from .expert_memory_check import problem_with_expert_memory
 from .lora_config import LoraConfig, problem_with_lora
@@ -24,9 +24,10 @@ from .stages_check import problem_with_stages
 class DataConfig(Section):
     """Where tokens come from."""
 
-    format: Literal["text", "chat"] = "text"
+    format: Literal["text", "chat", "classify"] = "text"
     """``chat`` trains on the assistant's tokens of conversations: JSON objects with ``messages``,
-    with ``prompt`` and ``completion``, or with ShareGPT's ``conversations``."""
+    with ``prompt`` and ``completion``, or with ShareGPT's ``conversations``. ``classify`` trains an
+    encoder on texts with labels, in JSON objects or CSV files."""
     chat_template: str | None = None
     """A Jinja file, used and exported in place of the tokenizer's own chat template."""
     source: str = "stdlib"
@@ -55,14 +56,16 @@ class DataConfig(Section):
     """``bytes``, a folder with a Hugging Face tokenizer, or a name on the hub. With ``start_from``,
     leave it out or null to use that folder's."""
     text_key: str = "text"
-    """Key of the document's text in a JSON object, or its column in a data set."""
+    """Key of the document's text in a JSON object, or its column in a data set or a CSV file."""
+    label_key: str = "label"
+    """Key or column of a text's label, for ``classify``."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.format == "text" and self.chat_template is not None:
+        if self.format != "chat" and self.chat_template is not None:
             raise ValueError(
-                f"chat_template is {self.chat_template!r}, but format is text; set format to chat "
-                "or leave the template out."
+                f"chat_template is {self.chat_template!r}, but format is {self.format}; set format "
+                "to chat or leave the template out."
             )
         if self.eval_split is not None:
             held_out = self.source if self.eval_source is None else self.eval_source
@@ -126,7 +129,8 @@ class RunConfig(Section):
     from. ``model`` and ``data.tokenizer`` then default to the folder's."""
     ignore_unused_weights: bool = False
     """Skip the folder's weights that its config.json does not ask for, instead of refusing it."""
-    model: ModelConfig
+    model: ModelSection
+    """Without ``kind`` it is a decoder."""
     data: DataConfig = DataConfig()
     train: TrainConfig
     lora: LoraConfig | None = None
@@ -222,6 +226,11 @@ class RunConfig(Section):
             if moe is not None:
                 found = f"has {moe.router.kind} routers, which learn nothing"
             return f"train.parameters is router, but the model {found}; use all or lora."
+        if chosen == "lora" and not self.model.generates:
+            return (
+                f"train.parameters is lora, but model.kind is {self.model.kind}, whose weights "
+                "have no low-rank updates; use all or router."
+            )
         if chosen != "lora" and self.lora is not None:
             return (
                 f"lora is given, but train.parameters is {chosen}; set train.parameters to lora "

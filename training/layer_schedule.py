@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..moe.layer import MoELayer
-from ..moe.models.decoder import Decoder
+from ..moe.models.model import Model
 from ..parallel.experts.materialized_path import MaterializedPath
 from ..parallel.experts.open_path import PathKind
 from ..parallel.experts.pipelined import Degrees, PipelinedPath
@@ -33,7 +33,7 @@ class LayerSchedule:
     def __init__(
         self,
         config: RunConfig,
-        decoder: Decoder,
+        decoder: Model,
         mesh: Mesh,
         paths: Mapping[PathKind, PipelinedPath],
     ) -> None:

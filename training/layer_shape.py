@@ -1,13 +1,13 @@
 """What the ranks of a run measure: an MoE layer of its model, and the rows of a micro-batch."""
 
 from ..dtypes import torch_dtype
-from ..moe.models.decoder import Decoder
+from ..moe.models.model import Model
 from ..parallel.mesh import Mesh
 from ..parallel.profiling.layer import LayerShape
 from .config import RunConfig
 
 
-def layer_shape(config: RunConfig, decoder: Decoder, mesh: Mesh) -> LayerShape:
+def layer_shape(config: RunConfig, decoder: Model, mesh: Mesh) -> LayerShape:
     """Return the shape of the first MoE layer, which stands for all: they have one shape."""
     moe, train = decoder.config.moe, config.train
     assert moe is not None, "a model without experts"

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..moe.models.decoder import Decoder
+from ..moe.models.model import Model
 from ..moe.routers.loss_terms import GlobalCounts
 from ..moe.routers.losses import add_counts, auxiliary_losses
 from ..moe.routers.routing import Routing
@@ -26,7 +26,7 @@ class MicroBatches:
     """Fetches this rank's rows of each micro-batch of a step, and keeps its losses and counts."""
 
     def __init__(
-        self, config: RunConfig, decoder: Decoder, objective: Objective, mesh: Mesh
+        self, config: RunConfig, decoder: Model, objective: Objective[Any], mesh: Mesh
     ) -> None:
         self.count = config.train.accumulation
         self.objective = objective

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..configuration import read_values
 from ..errors import ConfigError
+from ..moe.config.model import ModelConfig
 from ..parallel.planning.placement import Placement
 from ..parallel.planning.plan_file import read_plan
 from ..parallel.simulation.choices import Choices
@@ -43,6 +44,7 @@ def workload_of(config: RunConfig) -> Workload:
     if problem is not None:
         raise ConfigError(problem)
     model = config.model
+    assert isinstance(model, ModelConfig), "which has no problem"
     if model.vocab_size is None:
         size = open_tokenizer(config.data.tokenizer).vocab_size
         model = model.model_copy(update={"vocab_size": size})
@@ -71,6 +73,8 @@ def workload_of(config: RunConfig) -> Workload:
 def _problem_with(config: RunConfig) -> str | None:
     """Return which setting has no formulas here, or None."""
     train, parallel = config.train, config.parallel
+    if not isinstance(config.model, ModelConfig):
+        return f"model.kind is {config.model.kind}, which simulate does not know; use a decoder."
     if train.parameters != "all":
         return (
             f"train.parameters is {train.parameters}, which simulate does not know: it needs the "

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import ConfigError
-from ..moe.config.model import ModelConfig
+from ..moe.config.model import LayersConfig
 from ..moe.experts.resident import Experts
 from ..parallel.dense.gradients import MainGradients
 from ..parallel.experts.materialized import MaterializedExperts
@@ -71,7 +71,7 @@ class Ownership:
         own.hold(after.owned_by(dist.get_rank(self._group)))
 
 
-def planned_owners(path: Path, model: ModelConfig, mesh: Mesh) -> list[Placement]:
+def planned_owners(path: Path, model: LayersConfig, mesh: Mesh) -> list[Placement]:
     """Return the owners of each layer's experts in a plan's file, which rank 0 reads for all.
 
     Raises, on all ranks, :class:`ConfigError` for a plan of another model or other ranks, or one

@@ -12,6 +12,7 @@ from ..moe.config.model import MoEConfig
 from ..moe.experts.path import ExpertPath
 from ..moe.models.decoder import Decoder
 from ..moe.models.lora import add_lora
+from ..moe.models.model import Model
 from ..parallel.dense.engine import DenseEngine
 from ..parallel.dense.table import open_engine
 from ..parallel.experts.materialized import MaterializedExperts
@@ -47,7 +48,7 @@ class Parallel:
     """Who plans when dense gradients travel, if the run does not leave that to DDP."""
 
 
-def parallelize(config: RunConfig, decoder: Decoder, loss: nn.Module, mesh: Mesh) -> Parallel:
+def parallelize(config: RunConfig, decoder: Model, loss: nn.Module, mesh: Mesh) -> Parallel:
     """Make ``decoder``, which holds fp32 weights, ready to train, in place.
 
     ``loss`` is the module whose forward runs the decoder. The global generator is seeded last:
@@ -78,7 +79,7 @@ def parallelize(config: RunConfig, decoder: Decoder, loss: nn.Module, mesh: Mesh
     return Parallel(engine, wrapped, masters, copies, pipelines, slices)
 
 
-def freeze(config: RunConfig, decoder: Decoder) -> None:
+def freeze(config: RunConfig, decoder: Model) -> None:
     """Freeze what ``train.parameters`` excludes; add low-rank updates for ``lora``."""
     if config.train.parameters == "router":
         decoder.requires_grad_(False)
@@ -86,10 +87,11 @@ def freeze(config: RunConfig, decoder: Decoder) -> None:
             router.requires_grad_(True)
     elif config.lora is not None:
         lora = config.lora
+        assert isinstance(decoder, Decoder), "config.py refuses others"
         add_lora(decoder, lora.rank, lora.alpha, lora.targets, config.seed, lora.mixture)
 
 
-def place_experts(config: RunConfig, decoder: Decoder, mesh: Mesh) -> dict[PathKind, ExpertPath]:
+def place_experts(config: RunConfig, decoder: Model, mesh: Mesh) -> dict[PathKind, ExpertPath]:
     """Let MoE layers send tokens to experts on other ranks, if there are any.
 
     Returns the paths to choose from; the layers have the first one.
@@ -135,7 +137,7 @@ def _capacity(config: RunConfig, moe: MoEConfig, mesh: Mesh) -> int | None:
     return None if rows is None else sequences * rows
 
 
-def copy_experts(config: RunConfig, decoder: Decoder, mesh: Mesh) -> MaterializedExperts | None:
+def copy_experts(config: RunConfig, decoder: Model, mesh: Mesh) -> MaterializedExperts | None:
     """Let busy experts have copies on more ranks, if the run says so."""
     parallel = config.parallel
     if parallel.copies is None or mesh.ep_group is None:

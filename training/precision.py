@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from ..dtypes import torch_dtype
-from ..moe.models.decoder import Decoder
+from ..moe.models.model import Model
 from ..moe.routers.router import Router
 
 
 def apply_precision(
-    model: Decoder, precision: str, sharded: Set[str] = frozenset()
+    model: Model, precision: str, sharded: Set[str] = frozenset()
 ) -> dict[str, Tensor]:
     """Cast an fp32 model in place and return fp32 masters of the parameters this narrowed.
 

@@ -9,12 +9,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from ..errors import ConfigError
 from ..moe.batch import Batch
-from ..moe.models.decoder import Decoder
+from ..moe.models.model import Model
 from ..moe.routers.routing import Routing
 from ..moe.routes.reader import SUFFIX, RouteFile
 from ..moe.routes.recorder import Seen, header_of, look_at, rows_of, see_forwards
@@ -40,8 +41,8 @@ class RouteRecording(Observer):
 
     def __init__(
         self,
-        objective: Objective,
-        decoder: Decoder,
+        objective: Objective[Any],
+        decoder: Model,
         train_step: TrainStep,
         run_dir: Path,
         mesh: Mesh,
@@ -127,7 +128,7 @@ class RouteRecording(Observer):
 
 @contextmanager
 def replaying_steps(
-    train_step: TrainStep, decoder: Decoder, objective: Objective, routes: Routes
+    train_step: TrainStep, decoder: Model, objective: Objective[Any], routes: Routes
 ) -> Iterator[None]:
     """Replay in the training steps inside the ``with`` block; ``routes`` have their steps.
 
@@ -169,7 +170,7 @@ class SequenceNumbers:
     ``w * train.sequence_length``, whether or not the windows before it are full.
     """
 
-    def __init__(self, objective: Objective) -> None:
+    def __init__(self, objective: Objective[Any]) -> None:
         self._objective = objective
         self._step, self._windows = 0, range(0)
 

@@ -16,11 +16,11 @@ from ..errors import (
     Stopped,
     TrainingError,
 )
-from ..moe.config.model import ModelConfig
+from ..moe.config.model import LayersConfig
 from ..parallel.mesh import Mesh
 from ..parallel.watch.pulse import pulse
 from .checkpoints.checkpoint import Checkpoints, StoredTensors
-from .checkpoints.files import read_state
+from .checkpoints.files import check_same_model, read_state
 from .checkpoints.start_from import read_origin
 from .config import RunConfig
 from .data.data import Data
@@ -50,7 +50,7 @@ class Saves:
     def __init__(
         self,
         config: RunConfig,
-        model: ModelConfig,
+        model: LayersConfig,
         run_dir: Path,
         mesh: Mesh,
         data: Data,
@@ -189,13 +189,7 @@ class Saves:
             ) from None
 
     def _check_same_run(self, path: Path, state: dict[str, Any]) -> None:
-        stored_model = ModelConfig.model_validate(state["model"]).architecture()
-        for key, actual in self._model_config.architecture().items():
-            if stored_model[key] != actual:
-                raise CheckpointError(
-                    f"checkpoint {path} has model.{key} = {stored_model[key]}, but the "
-                    f"configuration says {actual}; use the same model or a new run_dir."
-                )
+        check_same_model(path, state["model"], self._model_config)
         state = BEFORE | state
         for key, actual in (
             ("seed", self._config.seed),

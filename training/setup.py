@@ -5,14 +5,15 @@ from torch import Tensor
 
 from ..errors import ConfigError, ModelFileError
 from ..kernels.values.activation import fc1_parts
-from ..moe.config.model import ModelConfig
+from ..moe.config.model import LayersConfig
 from ..moe.experts.inner_slice import InnerSlice
 from ..moe.experts.resident import Experts
 from ..moe.experts.streamed import ExpertSource, StreamedExperts
 from ..moe.folders.folder import ModelFolder
 from ..moe.folders.hub import local_folder
-from ..moe.models.decoder import Decoder
 from ..moe.models.initialize import initialize
+from ..moe.models.model import Model, ModelOptions
+from ..moe.models.table import build_model as build
 from ..parallel.mesh import Mesh
 from .checkpoints.start_from import read_start
 from .config import RunConfig
@@ -24,7 +25,7 @@ EMBEDDINGS = "embed_tokens.weight"
 """The decoder's name of the token embeddings."""
 
 
-def fill_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> ModelConfig:
+def fill_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> LayersConfig:
     """Return the model's configuration with the tokenizer's vocabulary size."""
     given = config.model.vocab_size
     if given is not None and given < tokenizer.vocab_size:
@@ -37,12 +38,12 @@ def fill_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> ModelConfig:
 
 def build_model(
     config: RunConfig,
-    model: ModelConfig,
+    model: LayersConfig,
     data: Data,
     mesh: Mesh,
     source: ExpertSource | None = None,
-) -> Decoder:
-    """Build this rank's part of the decoder with initial weights: fp32 and unsharded.
+) -> Model:
+    """Build this rank's part of the model with initial weights: fp32 and unsharded.
 
     With a ``source`` the experts stay there, frozen.
 
@@ -59,8 +60,7 @@ def build_model(
         token_embeddings = _read_embeddings(model.moe.router.embeddings_folder())
     here = device()
     is_apart = source is not None or (here.type != "cpu" and mesh.expert_tp_size == 1)
-    decoder = Decoder(
-        model,
+    options = ModelOptions(
         expert_ids=() if is_apart else expert_ids,
         backend=config.parallel.backend,
         token_counts=token_counts,
@@ -68,6 +68,7 @@ def build_model(
         token_embeddings=token_embeddings,
         stage=mesh.local_layers(model.num_layers),
     )
+    decoder = build(model, options)
     if source is not None:
         moe = model.moe
         assert moe is not None, "config.py checks it"
@@ -83,7 +84,7 @@ def build_model(
     if config.start_from is None:
         initialize(decoder, config.seed)
     else:
-        read_start(config.start_from, decoder, config.ignore_unused_weights)
+        read_start(config.start_from, decoder, config.ignore_unused_weights, config.seed)
     if mesh.expert_tp_size > 1:
         for _, layer in decoder.moe_layers():
             assert isinstance(layer.experts, Experts), "training has its experts in memory"

@@ -2,7 +2,7 @@
 
 from typing import Any, Protocol
 
-from ..moe.config.model import ModelConfig
+from ..moe.config.model import LayersConfig, ModelConfig
 from .parallel_config import ParallelConfig
 
 
@@ -10,7 +10,7 @@ class Run(Protocol):
     """A run's configuration, as far as stages are concerned."""
 
     @property
-    def model(self) -> ModelConfig:
+    def model(self) -> LayersConfig:
         """The model."""
 
     @property
@@ -44,6 +44,11 @@ def problem_with_stages(run: Run) -> str | None:
         return (
             f"parallel.pp_schedule is {parallel.pp_schedule}, but parallel.pp is 1, so there are "
             "no stages; raise parallel.pp or leave pp_schedule out."
+        )
+    if not isinstance(model, ModelConfig):
+        return (
+            f"parallel.pp is {stages}, but model.kind is {model.kind}, which is not split into "
+            "stages; set parallel.pp to 1."
         )
     if model.num_layers % stages:
         return (

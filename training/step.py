@@ -7,12 +7,14 @@ import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import TrainingError
 from ..moe.models.decoder import Decoder
+from ..moe.models.model import Model
 from ..moe.routers.loss_terms import GlobalCounts
 from ..moe.routers.losses import on_host, stacked
 from ..parallel.dense.expert_shards import ExpertShards
@@ -52,8 +54,8 @@ class TrainStep:
     def __init__(
         self,
         config: RunConfig,
-        decoder: Decoder,
-        objective: Objective,
+        decoder: Model,
+        objective: Objective[Any],
         parallel: Parallel,
         mesh: Mesh,
     ) -> None:
@@ -144,11 +146,12 @@ class TrainStep:
         self.phases.lap("reduce")
         return (self._config.optimizer.clip_norm / (grad_norm + 1e-6)).clamp(max=1.0)
 
-    def _open_passes(self, decoder: Decoder, parallel: Parallel) -> Passes:
+    def _open_passes(self, decoder: Model, parallel: Parallel) -> Passes:
         if self._mesh.pp_size == 1:
             return OneByOne(self._micro_batches, parallel)
         from .stages import InStages  # torch's pipelining takes a second to import
 
+        assert isinstance(decoder, Decoder), "stages_check.py refuses others"
         return InStages(self._config, decoder, self._micro_batches, parallel, self._mesh)
 
     def _of_all_layers(

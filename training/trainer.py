@@ -45,24 +45,26 @@ class Trainer:
         run_dir: Path,
         mesh: Mesh,
         stop: StopRequest | None = None,
-        objective: type[Objective] | None = None,
+        objective: type[Objective[Any]] | None = None,
         open_source: OpenSource | None = None,
     ) -> None:
         """``open_source`` opens the frozen experts of a run with ``train.expert_memory``."""
         check_batch(config, mesh)
         deepspeed_settings(config, mesh.world_size)  # refuses what cannot work
         objective = objective or OBJECTIVES[config.data.format]
+        objective.check(config)
         pulse.begin("preparing data")
         self._config = config
         self._mesh = mesh
         self._stop = stop or StopRequest()
         self._data = objective.open_data(config, run_dir / "data", mesh, self._stop)
         pulse.begin("building the model")
-        self._model_config = fill_vocabulary(config, self._data.tokenizer)
+        self.objective = objective(config, self._data)
+        model = fill_vocabulary(config, self._data.tokenizer)
+        self._model_config = self.objective.complete_model(model)
         self._source = _open(config, open_source)
         self.decoder = build_model(config, self._model_config, self._data, mesh, self._source)
         check_same_beginning(self._data, self.decoder, mesh.watch)
-        self.objective = objective(config, self._data)
         loss = self.objective.module(self.decoder)
         parallel = parallelize(config, self.decoder, loss, mesh)
         self._loss = _scored(loss, config, mesh)

@@ -1,9 +1,10 @@
-"""The shape of a decoder: the ``model`` section of a configuration."""
+"""The shape of a decoder, and what all kinds of models share: the ``model`` section."""
 
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from ...errors import ConfigError
 from ...kernels.values.activation import Activation, fc1_parts
 from ..blocks.block import Place
 from ..blocks.residual import Residual
@@ -25,7 +26,7 @@ LONGEST = 1 << 30
 
 
 class MoEConfig(BaseModel):
-    """The MoE layers of a decoder."""
+    """The MoE layers of a model."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -40,8 +41,8 @@ class MoEConfig(BaseModel):
     expert_bias: bool = False
     """Biases on the routed experts' projections (gpt-oss)."""
     activation: Activation = "swiglu"
-    """Activation of routed and shared experts; ``relu`` and ``gelu`` have no gate. Dense layers are
-    SwiGLU."""
+    """Activation of routed and shared experts; ``relu`` and ``gelu`` have no gate. A decoder's
+    dense layers are SwiGLU."""
     router: AnyRouter = TopK()
     """How tokens choose experts."""
     block: AnyBlock = Residual()
@@ -73,11 +74,13 @@ class MoEConfig(BaseModel):
         return len(self.fc1_parts) + 1
 
 
-class ModelConfig(BaseModel):
-    """A decoder; all layers are dense without ``moe``. The defaults are Qwen3-MoE's."""
+class LayersConfig(BaseModel):
+    """What all kinds of models have: layers with attention, and with an MLP or experts."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    kind: str
+    """What the model is; a subclass has one value."""
     vocab_size: int | None = Field(default=None, ge=1, le=WIDEST)
     """Rows of the embedding; training fills it in from the tokenizer."""
     d_model: int = Field(ge=1, le=WIDEST)
@@ -86,10 +89,6 @@ class ModelConfig(BaseModel):
     """Layers, each with attention and an MLP or experts."""
     num_heads: int = Field(ge=1, le=1 << 14)
     """Query heads of attention."""
-    num_kv_heads: int | None = Field(default=None, ge=1)
-    """Key and value heads (grouped-query attention); None = num_heads."""
-    head_dim: int | None = Field(default=None, ge=2, le=1 << 14, multiple_of=2)
-    """Width of a head; None = d_model / num_heads."""
     d_ff: int | None = Field(default=None, ge=1, le=WIDEST)
     """Inner width of the dense layers' MLPs; required if there are dense layers."""
     moe: MoEConfig | None = None
@@ -98,6 +97,83 @@ class ModelConfig(BaseModel):
     """Layers with a dense MLP instead of experts."""
     max_positions: int = Field(default=2048, ge=1, le=LONGEST)
     """Longest sequence in tokens."""
+
+    @property
+    def generates(self) -> bool:
+        """Whether the model continues texts."""
+        return True
+
+    @property
+    def ties_embeddings(self) -> bool:
+        """Whether an output layer has the embedding's weights."""
+        return False
+
+    @property
+    def vocabulary(self) -> int:
+        """``vocab_size`` once it is known."""
+        assert self.vocab_size is not None, "vocab_size is not filled in yet"
+        return self.vocab_size
+
+    @property
+    def moe_layers(self) -> list[int]:
+        """Indices of the layers that have experts."""
+        return [layer for layer in range(self.num_layers) if self.is_moe(layer)]
+
+    def is_moe(self, layer: int) -> bool:
+        """Say whether ``layer`` has experts."""
+        return self.moe is not None and layer not in self.dense_layers
+
+    def router(self, layer: int) -> RouterConfig:
+        """Return the router configuration of an MoE layer; that of the first may differ."""
+        assert self.moe is not None and self.is_moe(layer), "only MoE layers have routers"
+        is_first = not any(self.is_moe(earlier) for earlier in range(layer))
+        return self.moe.router.for_first_layer() if is_first else self.moe.router
+
+    def place(self, layer: int) -> Place:
+        """Return where ``layer`` stands among the MoE layers: how many are before it, and all."""
+        layers = self.moe_layers
+        return Place(sum(earlier < layer for earlier in layers), len(layers))
+
+    def fresh_tensors(self, stored: "LayersConfig") -> tuple[str, ...]:
+        """Return the tensors that begin anew where the others come from a ``stored`` model."""
+        return ()
+
+    def architecture(self) -> dict[str, Any]:
+        """Return the fields that the meaning of weights depends on: all but training-only ones.
+
+        Equivalent configurations give equal results.
+        """
+        values = self.model_dump(mode="json")
+        values["dense_layers"] = sorted(set(self.dense_layers)) if self.moe is not None else []
+        if len(self.moe_layers) == self.num_layers:
+            values["d_ff"] = None
+        if self.moe is not None:
+            values["moe"]["router"] = self.moe.router.architecture()
+            values["moe"]["block"] = self.moe.block.architecture()
+        return values
+
+    def check_layers(self, named: dict[str, tuple[int, ...]]) -> None:
+        """Raise ``ValueError`` where a list names a layer that is not there, or ``d_ff`` lacks."""
+        for name, layers in named.items():
+            outside = [layer for layer in layers if not 0 <= layer < self.num_layers]
+            if outside:
+                raise ValueError(
+                    f"{name} names layer {outside[0]}, but there are {self.num_layers}; "
+                    f"use 0 to {self.num_layers - 1}."
+                )
+        if self.d_ff is None and (self.moe is None or self.dense_layers):
+            raise ValueError("d_ff is missing, but some layers are dense; give their width.")
+
+
+class ModelConfig(LayersConfig):
+    """A decoder; all layers are dense without ``moe``. The defaults are Qwen3-MoE's."""
+
+    kind: Literal["decoder"] = "decoder"
+    """The model continues texts. See ``encoder`` for the other kind."""
+    num_kv_heads: int | None = Field(default=None, ge=1)
+    """Key and value heads (grouped-query attention); None = num_heads."""
+    head_dim: int | None = Field(default=None, ge=2, le=1 << 14, multiple_of=2)
+    """Width of a head; None = d_model / num_heads."""
     rope_theta: float = Field(default=10_000.0, gt=0)
     """Base of the rotary positions' wavelengths."""
     rope_scaling: RopeScaling | None = None
@@ -121,19 +197,13 @@ class ModelConfig(BaseModel):
                 f"d_model is {self.d_model}, which does not split into {self.num_heads} heads of "
                 "even width; set head_dim or change num_heads."
             )
-        for name, layers in (
-            ("dense_layers", self.dense_layers),
-            ("attention.window_layers", self.attention.window_layers),
-            ("attention.nope_layers", self.attention.nope_layers),
-        ):
-            outside = [layer for layer in layers if not 0 <= layer < self.num_layers]
-            if outside:
-                raise ValueError(
-                    f"{name} names layer {outside[0]}, but there are {self.num_layers}; "
-                    f"use 0 to {self.num_layers - 1}."
-                )
-        if self.d_ff is None and (self.moe is None or self.dense_layers):
-            raise ValueError("d_ff is missing, but some layers are dense; give their width.")
+        self.check_layers(
+            {
+                "dense_layers": self.dense_layers,
+                "attention.window_layers": self.attention.window_layers,
+                "attention.nope_layers": self.attention.nope_layers,
+            }
+        )
         num_moe_layers = self.num_layers - len(set(self.dense_layers))
         is_pregated = (
             self.moe is not None and self.moe.router.reads_at() is Lookahead.PREVIOUS_BLOCK
@@ -162,31 +232,16 @@ class ModelConfig(BaseModel):
         return self.head_width if latent is None else latent.rope_dim
 
     @property
-    def vocabulary(self) -> int:
-        """``vocab_size`` once it is known."""
-        assert self.vocab_size is not None, "vocab_size is not filled in yet"
-        return self.vocab_size
-
-    @property
-    def moe_layers(self) -> list[int]:
-        """Indices of the layers that have experts."""
-        return [layer for layer in range(self.num_layers) if self.is_moe(layer)]
-
-    def is_moe(self, layer: int) -> bool:
-        """Say whether ``layer`` has experts."""
-        return self.moe is not None and layer not in self.dense_layers
+    def ties_embeddings(self) -> bool:
+        """Whether the head has the embedding's weights."""
+        return self.tie_embeddings
 
     def architecture(self) -> dict[str, Any]:
-        """Return the fields that the meaning of weights depends on: all but training-only ones.
-
-        Equivalent configurations give equal results.
-        """
-        values = self.model_dump(mode="json")
+        """See :meth:`LayersConfig.architecture`."""
+        values = super().architecture()
+        del values["kind"]  # models of older releases have none, and keep their identity
         values["num_kv_heads"] = self.kv_heads if self.attention.latent is None else None
         values["head_dim"] = self.head_width if self.attention.latent is None else None
-        values["dense_layers"] = sorted(set(self.dense_layers)) if self.moe is not None else []
-        if len(self.moe_layers) == self.num_layers:
-            values["d_ff"] = None
         attention = values["attention"]
         for name in ("window_layers", "nope_layers"):
             attention[name] = sorted(set(attention[name]))
@@ -194,18 +249,14 @@ class ModelConfig(BaseModel):
             attention["window"] = None
         if self.attention.latent is not None:
             attention["qk_norm"] = None
-        if self.moe is not None:
-            values["moe"]["router"] = self.moe.router.architecture()
-            values["moe"]["block"] = self.moe.block.architecture()
         return values
 
-    def router(self, layer: int) -> RouterConfig:
-        """Return the router configuration of an MoE layer; that of the first may differ."""
-        assert self.moe is not None and self.is_moe(layer), "only MoE layers have routers"
-        is_first = not any(self.is_moe(earlier) for earlier in range(layer))
-        return self.moe.router.for_first_layer() if is_first else self.moe.router
 
-    def place(self, layer: int) -> Place:
-        """Return where ``layer`` stands among the MoE layers: how many are before it, and all."""
-        layers = self.moe_layers
-        return Place(sum(earlier < layer for earlier in layers), len(layers))
+def decoder_config(config: LayersConfig) -> ModelConfig:
+    """Return the configuration of a decoder; raise :class:`ConfigError` for another model."""
+    if not isinstance(config, ModelConfig):
+        raise ConfigError(
+            f"the model is of kind {config.kind}, and this works with decoders only; give one, or "
+            "use moeyard classify for texts."
+        )
+    return config

@@ -10,7 +10,7 @@ import torch
 from ...dtypes import LONG_NAMES, short_name, spellings, torch_dtype
 from ...errors import ConfigError
 from ...kernels.values.quantized_weights import Bits
-from ..config.model import ModelConfig
+from ..config.model import LayersConfig
 from .calibration import Calibration
 from .compressed_tensors import PackedFormat, packed_name
 from .families.table import FAMILIES
@@ -112,7 +112,7 @@ def _plain_dtype(folder: ModelFolder, dtype: str | None) -> torch.dtype:
 
 
 def _packed_formats(
-    config: ModelConfig, dtype: str | None, bits_of: Mapping[Key, Bits] | None
+    config: LayersConfig, dtype: str | None, bits_of: Mapping[Key, Bits] | None
 ) -> PackedFormat | dict[Key, PackedFormat] | None:
     """Return how experts are rounded: all alike, each in its way, or not at all."""
     if bits_of is not None:

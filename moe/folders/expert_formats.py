@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ...errors import ModelFileError
-from ..config.model import ModelConfig
+from ..config.model import LayersConfig
 from .compressed_tensors import PackedFormat
 from .expert_layouts import ExpertLayout, SeparateExperts, part_shapes
 from .group_sparse_format import StoredFormat
@@ -31,7 +31,7 @@ class ExpertFormats:
         """Return the experts of a layer that have a kind."""
         return [expert for expert in range(num_experts) if self.kind((layer, expert)) == kind]
 
-    def counts(self, config: ModelConfig) -> tuple[int, ...]:
+    def counts(self, config: LayersConfig) -> tuple[int, ...]:
         """Return how many experts of a model have each kind."""
         if len(self.kinds) > 1:
             found = list(self.kind_of.values())
@@ -41,7 +41,7 @@ class ExpertFormats:
 
 
 def formats_of(
-    packed: StoredFormat | PackedSchemes | None, config: ModelConfig, layout: ExpertLayout
+    packed: StoredFormat | PackedSchemes | None, config: LayersConfig, layout: ExpertLayout
 ) -> ExpertFormats:
     """Return the formats of a folder's experts.
 

@@ -21,7 +21,8 @@ from .tensor_files import TensorFiles
 ExpertViews = Mapping[str, Tensor | MatrixView]
 """An expert's writable ``gate``, ``up`` ``[F, D]`` and ``down`` ``[D, F]`` matrices, and with
 biases ``gate_bias``, ``up_bias`` ``[F]`` and ``down_bias`` ``[D]``. Experts whose activation has no
-gate have neither ``gate`` nor ``gate_bias``. A matrix in few bits is a :class:`MatrixView` of its format; only a folder of the same format can fill it."""
+gate have neither ``gate`` nor ``gate_bias``. A matrix in few bits is a :class:`MatrixView` of its
+format; only a folder of the same format can fill it."""
 
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
 GetPart = Callable[[int, str], Tensor]

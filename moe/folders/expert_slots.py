@@ -22,7 +22,7 @@ from ...kernels.values.quantized_weights import (
     empty_matrices,
 )
 from ...kernels.values.two_of_four import TwoOfFourExpertWeights
-from ..config.model import ModelConfig
+from ..config.model import LayersConfig
 from .compressed_tensors import PackedFormat
 from .expert_layouts import part_shapes
 from .group_sparse_format import GroupSparseFormat, StoredFormat
@@ -30,7 +30,7 @@ from .two_of_four_format import TwoOfFourFormat
 
 
 def empty_experts(
-    config: ModelConfig, num_slots: int, dtype: torch.dtype, packed: StoredFormat | None
+    config: LayersConfig, num_slots: int, dtype: torch.dtype, packed: StoredFormat | None
 ) -> SlotWeights:
     """Allocate ``num_slots`` experts of a model on the CPU, in few bits as ``packed`` says.
 
@@ -57,7 +57,7 @@ def empty_experts(
 
 
 def empty_by_channel(
-    config: ModelConfig,
+    config: LayersConfig,
     num_slots: int,
     dtype: torch.dtype,
     by_input: bool,
@@ -75,7 +75,7 @@ def empty_by_channel(
     return ChannelExpertWeights(*parts, **how)
 
 
-def expert_bytes(config: ModelConfig, dtype: torch.dtype, packed: StoredFormat | None) -> int:
+def expert_bytes(config: LayersConfig, dtype: torch.dtype, packed: StoredFormat | None) -> int:
     """Return the bytes of one expert."""
     moe = config.moe
     assert moe is not None, "only MoE models have experts"

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from ...errors import ModelFileError
-from ..config.model import ModelConfig
+from ..config.model import LayersConfig
 from .compressed_tensors import PackedFormat, packed_name
 from .expert_formats import ExpertFormats, formats_of
 from .expert_hashes import DamagedExpertError, ExpertHashes, Key, read_folder_hashes
 from .expert_layouts import ExpertViews, Shapes, part_shapes
 from .expert_read import ExpertRead, GetBuffer
 from .extents import Chunk, DiskOrder, Piece, disk_order
-from .families.family import Family, full_name
+from .families.family import Family
 from .file_reader import buffer_of
 from .group_sparse_format import StoredFormat
 from .hf_config import find_family, from_hf
@@ -34,7 +34,7 @@ class ModelFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.values = read_json(path / "config.json")
-        self.config: ModelConfig = from_hf(self.values)
+        self.config: LayersConfig = from_hf(self.values)
         self.family: Family = find_family(self.values)
         self.hashes: ExpertHashes | None = read_folder_hashes(path)
         """What experts are checked against when they are read; None = not at all."""
@@ -51,36 +51,41 @@ class ModelFolder:
 
     def check(
         self,
-        config: ModelConfig | None = None,
+        config: LayersConfig | None = None,
         without: tuple[str, ...] = (),
         ignore_unused_weights: bool = False,
+        fresh: tuple[str, ...] = (),
     ) -> str | None:
         """Raise :class:`ModelFileError` unless all tensors exist and fit the configuration: the
         folder's, or another one that will use its weights.
 
         Reads only headers and stops at the first missing tensor, so that an absurd configuration
-        costs nothing. Tensors whose name ends in one of ``without`` may be missing. Tensors that
-        neither configuration uses are refused, except known extras (unused_weights.py) or with
-        ``ignore_unused_weights``. Returns a line that names what is left out, or None.
+        costs nothing. Tensors whose name ends in one of ``without`` may be missing, and those of
+        ``fresh`` are not read, whatever their shape. Tensors that neither configuration uses are
+        refused, except known extras (unused_weights.py) or with ``ignore_unused_weights``. Returns
+        a line that names what is left out, or None.
         """
         if not ignore_unused_weights:
             self._check_number_of_layers()
-        if self.config.tie_embeddings and "lm_head.weight" in self.files:
+        if self.config.ties_embeddings and "lm_head.weight" in self.files:
             check_tied_head(self.files, self._name("embed_tokens.weight"))
-        used = self._check_all_there(config or self.config, without)
+        used = self._check_all_there(config or self.config, without, fresh)
         if config is not None:
             used |= self._names_of(self.config)
-        if self.config.tie_embeddings:
+        if self.config.ties_embeddings:
             used.add("lm_head.weight")
         unused = [name for name in self.files if name not in used]
         return check_unused(str(self.path), unused, self._layers_behind(), ignore_unused_weights)
 
-    def _check_all_there(self, config: ModelConfig, without: tuple[str, ...]) -> set[str]:
+    def _check_all_there(
+        self, config: LayersConfig, without: tuple[str, ...], fresh: tuple[str, ...]
+    ) -> set[str]:
         """Return the names of the tensors that a configuration uses."""
         used: set[str] = set()
         for parameter, tensor in dense_tensors(config):
             name = self._name(parameter)
-            if not parameter.endswith(without) or parameter in self:
+            is_read = not parameter.endswith(without) or parameter in self
+            if is_read and parameter not in fresh:
                 self.files.check_matrix(name, tuple(tensor.shape))
             used |= self.files.stored_names(name)
         for name, shape in self._expert_tensors(config):
@@ -88,13 +93,13 @@ class ModelFolder:
             used.add(name)
         return used
 
-    def _names_of(self, config: ModelConfig) -> set[str]:
+    def _names_of(self, config: LayersConfig) -> set[str]:
         used = {name for name, _ in self._expert_tensors(config)}
         for parameter, _ in dense_tensors(config):
             used |= self.files.stored_names(self._name(parameter))
         return used
 
-    def _expert_tensors(self, config: ModelConfig) -> Shapes:
+    def _expert_tensors(self, config: LayersConfig) -> Shapes:
         for layer in config.moe_layers:
             assert config.moe is not None, "only MoE models have MoE layers"
             yield from self.family.experts.tensors(self.files, config.moe, config.d_model, layer)
@@ -231,7 +236,6 @@ class ModelFolder:
         return read_json(path) if path.exists() else {}
 
     def _name(self, parameter: str) -> str:
-        """Return a tensor's name in this folder: the family's, or else ours, which transformers 5
-        uses in memory."""
-        name, own = self.family.tensor_name(parameter), full_name(parameter)
-        return own if name not in self.files and own in self.files else name
+        """Return a tensor's name in this folder: the first of the family's names that is there."""
+        names = self.family.tensor_names(parameter)
+        return next((name for name in names if name in self.files), names[0])

@@ -29,7 +29,7 @@ from ...kernels.values.group_sparse import (
     widened,
 )
 from ...kernels.values.sparsify import kept_groups
-from ..config.model import ModelConfig
+from ..config.model import LayersConfig
 from .compressed_tensors import PackedFormat
 from .expert_hashes import DamagedExpertError
 from .extents import Piece, Place
@@ -107,7 +107,7 @@ StoredFormat = PackedFormat | GroupSparseFormat | TwoOfFourFormat
 """How the matrices of a folder are stored in fewer bytes."""
 
 
-def choose_sparsity(config: ModelConfig, sparsity: float) -> GroupSparseFormat:
+def choose_sparsity(config: LayersConfig, sparsity: float) -> GroupSparseFormat:
     """Return the format for a model; :class:`ConfigError` where that is impossible."""
     if not 0 <= sparsity <= MOST_SPARSITY:
         raise ConfigError(

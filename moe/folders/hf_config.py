@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from ...configuration import unknown_kind
 from ...errors import ModelFileError
-from ..config.model import ModelConfig
+from ..config.model import LayersConfig
 from .families.balance_keys import OWN_KEY
 from .families.family import Family
 from .families.native import NATIVE
@@ -28,7 +28,7 @@ another run."""
 
 
 def to_hf(
-    config: ModelConfig,
+    config: LayersConfig,
     dtype: str,
     token_ids: dict[str, Any] | None = None,
     source: dict[str, Any] | None = None,
@@ -67,7 +67,7 @@ def find_family(values: dict[str, Any]) -> Family:
     return FAMILIES[model_type]
 
 
-def from_hf(values: dict[str, Any]) -> ModelConfig:
+def from_hf(values: dict[str, Any]) -> LayersConfig:
     """Read a ``config.json``; unknown architectures and features raise :class:`ModelFileError`."""
     family = find_family(values)
     try:

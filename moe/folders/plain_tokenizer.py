@@ -3,6 +3,7 @@
 transformers takes 25 MB and a second to import, and for such a folder it gives the same ids.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,24 @@ MORE_SETTINGS = ("special_tokens_map.json", "added_tokens.json")
 class PlainTokenizer:
     """A tokenizer.json, with what a prompt and its answer need."""
 
-    def __init__(self, rust: Tokenizer, eos_token: str | None) -> None:
+    cls_token_id: int | None = None
+    sep_token_id: int | None = None
+
+    def __init__(
+        self, rust: Tokenizer, eos_token: str | None, bos_token: str | None = None
+    ) -> None:
         self._rust = rust
         self.eos_token = eos_token
         self.eos_token_id = None if eos_token is None else rust.token_to_id(eos_token)
+        self.bos_token_id = None if bos_token is None else rust.token_to_id(bos_token)
 
     def encode(self, text: str) -> list[int]:
         """Return ids, with those that the tokenizer puts around every text."""
         return list(self._rust.encode(text).ids)
+
+    def encode_bare(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of texts alone, with nothing around them."""
+        return [list(one.ids) for one in self._rust.encode_batch(texts, add_special_tokens=False)]
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of ids, without special tokens."""
@@ -54,7 +65,7 @@ def open_plain(folder: Path) -> PlainTokenizer | None:
     named = {settings[name] for name in SPECIAL if settings.get(name) is not None}
     if not named <= special or rust.truncation is not None or rust.padding is not None:
         return None
-    return PlainTokenizer(rust, settings.get("eos_token"))
+    return PlainTokenizer(rust, settings.get("eos_token"), settings.get("bos_token"))
 
 
 def _is_plain(settings: dict[str, Any]) -> bool:

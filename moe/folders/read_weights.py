@@ -12,8 +12,8 @@ from ...errors import ModelFileError
 from ...kernels.values.few_bits import MatrixView
 from ...kernels.values.memory import prefer_huge_pages
 from ...progress import Progress
-from ..config.model import ModelConfig
-from ..models.decoder import Decoder
+from ..config.model import LayersConfig
+from ..models.model import Model
 from .expert_hashes import DamagedExpertError
 from .expert_layouts import ExpertViews
 from .folder import ModelFolder
@@ -76,7 +76,7 @@ def _make_all(calls: list[Callable[[], None]]) -> None:
         call()
 
 
-def dense_reads(folder: ModelFolder, decoder: Decoder, dtype: torch.dtype) -> Iterator[WeightRead]:
+def dense_reads(folder: ModelFolder, decoder: Model, dtype: torch.dtype) -> Iterator[WeightRead]:
     """Allocate every tensor outside the experts in ``dtype``, and yield the calls that fill them.
 
     For inference. Routers keep their type in the decoder.
@@ -94,8 +94,7 @@ def dense_reads(folder: ModelFolder, decoder: Decoder, dtype: torch.dtype) -> It
         else:
             owner.register_buffer(leaf, target)
         yield target.nbytes, partial(read_tensor, folder, name, target)
-    if decoder.config.tie_embeddings:
-        decoder.lm_head.weight = decoder.embed_tokens.weight
+    decoder.tie()
 
 
 def read_tensor(folder: ModelFolder, name: str, target: Tensor) -> None:
@@ -123,7 +122,7 @@ def _bytes_of(view: Tensor | MatrixView) -> int:
     return view.nbytes if isinstance(view, Tensor) else sum(part.nbytes for part in view)
 
 
-def _check_router(name: str, tensor: Tensor, config: ModelConfig) -> None:
+def _check_router(name: str, tensor: Tensor, config: LayersConfig) -> None:
     assert config.moe is not None, "only MoE models have routers"
     own_name = name.partition(ROUTER)[2]
     problem = config.moe.router.problem_with_tensor(own_name, tensor, config.moe.num_experts)

@@ -1,13 +1,12 @@
-"""Which tensors outside the experts a configuration asks for, with the decoder's names."""
+"""Which tensors outside the experts a configuration asks for, with the model's names."""
 
 from collections.abc import Iterator
 
 import torch
 from torch import nn
 
-from ..config.model import ModelConfig
-from ..models.decoder_layer import DecoderLayer
-from ..without_memory import without_memory
+from ..config.model import LayersConfig
+from ..models.table import layer_of, outside_layers
 
 ROUTER = ".mlp.gate."
 """The path from the layer to a router's tensor."""
@@ -15,20 +14,14 @@ ROUTER = ".mlp.gate."
 Named = Iterator[tuple[str, torch.Tensor]]
 
 
-def dense_tensors(config: ModelConfig) -> Named:
+def dense_tensors(config: LayersConfig) -> Named:
     """Yield name and tensor, without memory, of every parameter and buffer but the experts'.
 
     Layer by layer, so that a caller that stops early has built only a few.
     """
-    embedding = torch.empty(config.vocabulary, config.d_model, device="meta")
-    yield "embed_tokens.weight", embedding
-    yield "norm.weight", embedding[0]
-    if not config.tie_embeddings:
-        yield "lm_head.weight", embedding
+    yield from outside_layers(config)
     for index in range(config.num_layers):
-        with without_memory():
-            layer = DecoderLayer(config, index, expert_ids=())
-        for name, tensor in _outside_experts(layer):
+        for name, tensor in _outside_experts(layer_of(config, index)):
             yield f"layers.{index}.{name}", tensor
 
 

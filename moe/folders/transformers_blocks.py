@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError, ModelFileError
-from ..config.model import ModelConfig
+from ..config.model import ModelConfig, decoder_config
 from ..layer import MoELayer
 from ..routers.routing import Routing
 from ..routers.topk import TopKRouter
@@ -135,7 +135,7 @@ def _config_of(hf_model: nn.Module) -> ModelConfig:
                 f"config.json has router_jitter_noise = {values['router_jitter_noise']}, which "
                 "changes what experts read; set it to 0"
             )
-        return from_hf(values)
+        return decoder_config(from_hf(values))
     except ModelFileError as error:
         raise ConfigError(f"the MoE blocks cannot be replaced: {error}") from None
 

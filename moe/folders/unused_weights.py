@@ -20,6 +20,7 @@ NOT_OURS = {
     r"(model\.)?(audio_tower|audio_encoder|talker|code2wav|token2wav)\b": "sound",
     r"(.*\.)?rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)$": "rotary tables",
     r"(.*\.)?position_ids$": "positions",
+    r"cls\.": "another task's head",  # BERT's pre-training
 }
 """Patterns from a name's first character, as in ``_keys_to_ignore_on_load_unexpected`` of
 transformers' models, and what such weights are for."""

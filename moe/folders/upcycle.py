@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError
-from ..config.model import MOST_EXPERTS, ModelConfig, MoEConfig
+from ..config.model import MOST_EXPERTS, ModelConfig, MoEConfig, decoder_config
 from ..models.initialize import generator_of
 from .families.table import FAMILIES
 from .folder import ModelFolder
@@ -143,7 +143,7 @@ def _config(
     moe_layers: MoELayers,
     router: UpcycleRouter,
 ) -> ModelConfig:
-    dense = folder.config
+    dense = decoder_config(folder.config)
     if dense.moe is not None:
         raise ConfigError(
             f"{folder.path} has {dense.moe.num_experts} experts already; give a dense folder."

@@ -12,12 +12,12 @@ from torch import Tensor
 from ...errors import ConfigError
 from ...kernels.values.quantize import INT4_GROUP_SIZE, quantize
 from ...kernels.values.quantized_weights import WIDTH_UNIT, Bits
-from ..config.model import ModelConfig
+from ..config.model import LayersConfig
 from .compressed_tensors import PackedFormat, names_of, slot_view, to_stored
 from .shards import TensorPlan
 
 
-def choose_format(config: ModelConfig, bits: Bits) -> PackedFormat:
+def choose_format(config: LayersConfig, bits: Bits) -> PackedFormat:
     """Return how to round a model's experts: 8 bits per row, 4 bits in the widest possible groups.
 
     Raises :class:`ConfigError` for a model without experts or with widths that no group divides.

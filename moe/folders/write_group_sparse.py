@@ -6,7 +6,7 @@ from functools import partial
 from torch import Tensor
 
 from ...kernels.values.sparsify import sparsify
-from ..config.model import ModelConfig
+from ..config.model import LayersConfig
 from .calibration import Calibration
 from .expert_layouts import SeparateExperts
 from .families.family import Family
@@ -17,7 +17,7 @@ from .shards import TensorPlan
 def prune(
     plans: Iterable[TensorPlan],
     packed: GroupSparseFormat,
-    config: ModelConfig,
+    config: LayersConfig,
     family: Family,
     calibration: Calibration,
 ) -> list[TensorPlan]:

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..config.model import ModelConfig
+from ..config.model import LayersConfig
 from .compressed_tensors import PackedFormat
 from .expert_layouts import part_shapes
 from .families.family import Family
@@ -69,7 +69,7 @@ class FolderWeights:
 
 
 def plan_weights(
-    config: ModelConfig,
+    config: LayersConfig,
     family: Family,
     source: WeightSource,
     dtype: torch.dtype,

@@ -5,7 +5,7 @@ T tokens, D model width, V vocabulary.
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor, nn
@@ -18,24 +18,23 @@ from ..batch import Batch
 from ..blocks.block import State
 from ..config.model import ModelConfig
 from ..kv_cache import SequenceCache
-from ..layer import MoELayer
 from ..linear import Linear
 from ..norm import RMSNorm
 from ..routers.draws import sequence_keys
 from ..routers.router import Router
 from ..routers.routing import Lookahead, Routing
 from .decoder_layer import DecoderLayer, LayerOutput, choose
+from .model import Model, ModelOutput
 from .stage_rows import StageRows, carries_gate_rows, num_state_tensors
 
 
 @dataclass(slots=True)
-class DecoderOutput:
-    """The result of a forward."""
+class DecoderOutput(ModelOutput):
+    """The result of a forward.
 
-    hidden_TD: Tensor
-    """Rows after the final norm; the residual stream if the last layer is in another stage."""
-    routings: list[Routing] = field(default_factory=list)
-    """One per layer of :meth:`Decoder.routed_layers`, in order."""
+    Rows are those after the final norm; the residual stream if the last layer is in another stage.
+    """
+
     gate_TD: Tensor | None = None
     """See :class:`StageRows`; None unless the next stage needs it."""
     state: State = ()
@@ -46,7 +45,7 @@ class DecoderOutput:
         return StageRows(self.hidden_TD, self.gate_TD, self.state)
 
 
-class Decoder(nn.Module):
+class Decoder(Model):
     """Token ids in, hidden rows and routings out; ``logits`` turns rows into scores.
 
     ``expert_ids`` are the experts this process holds (None = all). ``recompute`` drops each
@@ -59,7 +58,7 @@ class Decoder(nn.Module):
     and tied embeddings too. Names of parameters are those of the whole model.
     """
 
-    embed_tokens: nn.Embedding
+    config: ModelConfig
     norm: RMSNorm
     lm_head: Linear
 
@@ -90,8 +89,7 @@ class Decoder(nn.Module):
         if self.has_last_layer:
             self.norm = RMSNorm(config.d_model, config.rms_eps)
             self.lm_head = Linear(config.d_model, config.vocabulary)
-            if config.tie_embeddings:
-                self.lm_head.weight = self.embed_tokens.weight
+            self.tie()
         self._rope = Rope.of(config)
         self._reads_previous_ids = any(r.config.reads_previous_ids() for r in self.routers())
         self._following = {
@@ -114,20 +112,13 @@ class Decoder(nn.Module):
         """Whether the last layer is here, and so the norm and the head."""
         return self.stage.stop == self.config.num_layers
 
-    def moe_layers(self) -> list[tuple[int, MoELayer]]:
-        """Return (layer index, MoE layer) of every MoE layer that this process holds."""
-        layers = self._decoder_layers()
-        return [(layer.layer, layer.mlp) for layer in layers if isinstance(layer.mlp, MoELayer)]
-
-    def routers(self) -> list[Router]:
-        """Return the routers, in the order of :meth:`routed_layers`."""
-        return [router for _, router in self.routed_layers()]
+    def tie(self) -> None:
+        """See :meth:`Model.tie`."""
+        if self.config.tie_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
 
     def routed_layers(self) -> list[tuple[int, Router]]:
-        """Return (layer index, router) of every layer here that routes its tokens.
-
-        These are MoE layers, and dense layers with LoRA experts.
-        """
+        """See :meth:`Model.routed_layers`: MoE layers, and dense layers with LoRA experts."""
         pairs = [(layer.layer, layer.mlp.gate) for layer in self._decoder_layers()]
         return [(index, gate) for index, gate in pairs if gate is not None]
 

@@ -1,11 +1,11 @@
 """What a loaded model is, in a few lines for a person."""
 
-from ..config.model import ModelConfig
+from ..config.model import LayersConfig
 from ..layer import MoELayer
-from .decoder import Decoder
+from .model import Model
 
 
-def describe(decoder: Decoder) -> str:
+def describe(decoder: Model) -> str:
     """Return layers, widths, experts, parameters, type, device and what is offloaded."""
     config, layers = decoder.config, [layer for _, layer in decoder.moe_layers()]
     weight = decoder.embed_tokens.weight
@@ -27,7 +27,7 @@ def describe(decoder: Decoder) -> str:
     return "".join(f"\n  {line}" for line in lines)
 
 
-def count_parameters(decoder: Decoder) -> tuple[int, int]:
+def count_parameters(decoder: Model) -> tuple[int, int]:
     """Return the parameters of a decoder, wherever its experts are, and those a token uses."""
     experts = {p for _, layer in decoder.moe_layers() for p in layer.experts.parameters()}
     dense = sum(p.numel() for p in decoder.parameters() if p not in experts)
@@ -39,7 +39,7 @@ def count_parameters(decoder: Decoder) -> tuple[int, int]:
     return total, active
 
 
-def _expert_size(config: ModelConfig, layer: MoELayer) -> int:
+def _expert_size(config: LayersConfig, layer: MoELayer) -> int:
     moe = config.moe
     assert moe is not None, "a layer without experts"
     biases = moe.fc1_rows + layer.d_model if moe.expert_bias else 0

@@ -2,17 +2,18 @@
 
 import hashlib
 import math
+from collections.abc import Container
 
 import torch
 from torch import Tensor
 
 from ..experts.resident import Experts
 from ..routers.router import Router
-from .decoder import Decoder
+from .model import Model
 
 
-def initialize(model: Decoder, seed: int) -> None:
-    """Fill every parameter of ``model``.
+def initialize(model: Model, seed: int, only: Container[str] | None = None) -> None:
+    """Fill every parameter of ``model``, or those whose names are in ``only``.
 
     Matrices are normal with std ``fan_in**-0.5``, output projections scaled by
     ``(2 * num_layers)**-0.5`` (GPT-2), embeddings and the head with std 0.02, norms and
@@ -21,6 +22,8 @@ def initialize(model: Decoder, seed: int) -> None:
     """
     residual = (2 * model.config.num_layers) ** -0.5
     for name, parameter in model.named_parameters():
+        if only is not None and name not in only:
+            continue
         owner = model.get_submodule(name.rpartition(".")[0])
         first = _of_router(model, name, seed)
         if first is not None:
@@ -34,16 +37,17 @@ def initialize(model: Decoder, seed: int) -> None:
             for slot, expert in enumerate(owner.expert_ids):
                 std = scale * parameter.shape[-1] ** -0.5
                 _fill(parameter.data[slot], std, f"{seed}/{name}/{expert}")
-        elif name.startswith(("embed_tokens", "lm_head")):
+        elif name.startswith(("embed_", "lm_head", "classifier")):
             _fill(parameter.data, 0.02, f"{seed}/{name}")
         else:
             scale = residual if "o_proj" in name or "down_proj" in name else 1.0
             _fill(parameter.data, scale / math.sqrt(parameter.shape[-1]), f"{seed}/{name}")
-    for router in model.routers():
-        router.experts_changed()
+    if only is None:
+        for router in model.routers():
+            router.experts_changed()
 
 
-def _of_router(model: Decoder, name: str, seed: int) -> Tensor | None:
+def _of_router(model: Model, name: str, seed: int) -> Tensor | None:
     """Return what a router wants its parameter to begin with; None for other parameters."""
     owner, part, rest = name.partition(".gate.")
     router = model.get_submodule(f"{owner}.gate") if part else None

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from ..config.model import ModelConfig
-from ..models.decoder import Decoder
+from ..config.model import LayersConfig
+from ..models.model import Model
 
 SAMPLES = 4096
 """Values of each tensor in a fingerprint of weights."""
@@ -26,7 +26,7 @@ class ModelIdentity(BaseModel):
     they change with every step."""
 
 
-def identity_of(config: ModelConfig, decoder: Decoder | None = None) -> ModelIdentity:
+def identity_of(config: LayersConfig, decoder: Model | None = None) -> ModelIdentity:
     """Return the identity of a model; with ``decoder`` also that of its weights."""
     text = json.dumps(config.architecture(), sort_keys=True)
     weights = None if decoder is None else _fingerprint(decoder)
@@ -34,7 +34,7 @@ def identity_of(config: ModelConfig, decoder: Decoder | None = None) -> ModelIde
 
 
 @torch.no_grad()
-def _fingerprint(decoder: Decoder) -> str:
+def _fingerprint(decoder: Model) -> str:
     """Hash evenly spaced values of each tensor outside the experts, which may not be in memory."""
     digest = hashlib.sha256()
     for name, tensor in sorted(decoder.state_dict().items()):

@@ -7,7 +7,7 @@ from typing import BinaryIO
 import numpy as np
 
 from ...errors import DataError
-from ..config.model import ModelConfig
+from ..config.model import LayersConfig
 from .format import (
     END,
     HEAD,
@@ -70,7 +70,7 @@ class RouteFile:
         """Return all rows; raise :class:`DataError` if there is not one."""
         return _joined(list(self.chunks()), str(self.path))
 
-    def check_model(self, config: ModelConfig) -> None:
+    def check_model(self, config: LayersConfig) -> None:
         """Raise :class:`DataError` unless the routes are those of this architecture."""
         num_experts = config.moe.num_experts if config.moe else 0
         self.check_sizes(config.moe_layers, num_experts, identity_of(config).architecture)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ...errors import ConfigError, DataError
 from ..batch import Batch
-from ..config.model import ModelConfig
-from ..models.decoder import Decoder, DecoderOutput
+from ..config.model import LayersConfig
+from ..models.model import Model, ModelOutput
 from ..routers.routing import Routing
 from .format import Column, RouteHeader, make_header
 from .identity import identity_of
@@ -75,8 +75,8 @@ def rows_of(seen: Seen, sequences_B: Sequence[int], phases_B: Sequence[Phase], s
 
 
 def header_of(
-    config: ModelConfig,
-    decoder: Decoder | None = None,
+    config: LayersConfig,
+    decoder: Model | None = None,
     *,
     weights: bool = True,
     written_by: dict[str, Any],
@@ -97,11 +97,11 @@ def header_of(
 
 
 def see_forwards(
-    decoder: Decoder, see: Callable[[Batch, list[Routing]], None]
+    decoder: Model, see: Callable[[Batch, list[Routing]], None]
 ) -> "torch.utils.hooks.RemovableHandle":
     """Show every forward of ``decoder`` to ``see`` until the handle is removed."""
 
-    def hook(module: torch.nn.Module, arguments: tuple[Batch], output: DecoderOutput) -> None:
+    def hook(module: torch.nn.Module, arguments: tuple[Batch], output: ModelOutput) -> None:
         see(arguments[0], output.routings)
 
     return decoder.register_forward_hook(hook)
@@ -129,7 +129,7 @@ class ForwardRows:
 
 @contextmanager
 def recording(
-    decoder: Decoder, path: Path, written_by: str = "python", own: OwnColumns | None = None
+    decoder: Model, path: Path, written_by: str = "python", own: OwnColumns | None = None
 ) -> Iterator[RouteWriter]:
     """Record all forwards inside the ``with`` block into ``path``, which is replaced.
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ...errors import DataError
 from ..batch import Batch
-from ..config.model import ModelConfig
-from ..models.decoder import Decoder, DecoderOutput
+from ..config.model import LayersConfig
+from ..models.model import Model, ModelOutput
 from .rows import Array, Routes
 
 
@@ -65,7 +65,7 @@ class RouteIndex:
         return torch.from_numpy(self._routes.experts_NLK[rows_T])
 
 
-def with_routes(batch: Batch, config: ModelConfig, experts_TLK: Tensor) -> Batch:
+def with_routes(batch: Batch, config: LayersConfig, experts_TLK: Tensor) -> Batch:
     """Return the batch with recorded experts, int ``[T, L, K]`` with -1 for none.
 
     Raises :class:`DataError` if they do not fit the batch or the model.
@@ -89,20 +89,18 @@ def with_routes(batch: Batch, config: ModelConfig, experts_TLK: Tensor) -> Batch
     return replace(batch, routes={layer: ids.contiguous() for layer, ids in by_layer})
 
 
-def replay(
-    decoder: Decoder, batch: Batch, routes: Routes, sequences_B: Sequence[int]
-) -> DecoderOutput:
+def replay(decoder: Model, batch: Batch, routes: Routes, sequences_B: Sequence[int]) -> ModelOutput:
     """Run a forward with recorded routes; ``sequences_B`` are the numbers of its sequences.
 
     Raises :class:`DataError` unless the routes have every row, with the same token.
     """
     experts_TLK = RouteIndex(routes).experts_of(batch, sequences_B)
-    output: DecoderOutput = decoder(with_routes(batch, decoder.config, experts_TLK))
+    output: ModelOutput = decoder(with_routes(batch, decoder.config, experts_TLK))
     return output
 
 
 @contextmanager
-def replaying(decoder: Decoder, experts_of: Callable[[Batch], Tensor | None]) -> Iterator[None]:
+def replaying(decoder: Model, experts_of: Callable[[Batch], Tensor | None]) -> Iterator[None]:
     """Replay in every forward of ``decoder`` inside the ``with`` block.
 
     ``experts_of`` returns the experts of a batch, ``[T, L, K]``; None = the routers choose.

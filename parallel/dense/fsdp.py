@@ -26,7 +26,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from ...moe.experts.resident import Experts
-from ...moe.models.decoder import Decoder
+from ...moe.models.model import Model
 from ...moe.routers.router import Router
 from ..mesh import Mesh
 from .engine import Clip, Optimizer
@@ -58,7 +58,7 @@ class Sharded:
         self, objective: nn.Module, model: nn.Module, dtype: torch.dtype, device: torch.device
     ) -> nn.Module:
         """Shard ``objective`` in place and return it."""
-        assert isinstance(model, Decoder)
+        assert isinstance(model, Model)
         self._root = shard_dense(objective, model, self._mesh, dtype, device)
         self.gradients = ShardedMainGradients(model, self._mesh)
         return objective
@@ -84,7 +84,7 @@ def modules_kept_whole(model: nn.Module) -> list[nn.Module]:
 
 
 def shard_dense(
-    objective: nn.Module, decoder: Decoder, mesh: Mesh, dtype: torch.dtype, device: torch.device
+    objective: nn.Module, decoder: Model, mesh: Mesh, dtype: torch.dtype, device: torch.device
 ) -> FSDPModule:
     """Shard the dense parameters of ``decoder`` in place, layer by layer, and move the shards.
 

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ...errors import ConfigError, DataError
 from ...files import read_small_file, replace_text
-from ...moe.config.model import ModelConfig
+from ...moe.config.model import LayersConfig
 from ...moe.routes.identity import identity_of
 from .placement import Placement, Topology
 
@@ -77,7 +77,7 @@ def write_plan(path: Path, plan: PlanFile) -> None:
 
 
 def read_plan(
-    path: Path, config: ModelConfig | None = None, num_ranks: int | None = None
+    path: Path, config: LayersConfig | None = None, num_ranks: int | None = None
 ) -> PlanFile:
     """Return the plan in a file; check it against a model and a number of ranks if given.
 

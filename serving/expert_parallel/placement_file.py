@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ...moe.config.model import ModelConfig
+from ...moe.config.model import LayersConfig
 from ...moe.routes.reader import SUFFIX, route_files
 from ...parallel.planning.placement import Placement
 from ...parallel.planning.plan_file import read_plan
@@ -19,7 +19,7 @@ MOST_ROWS = 100_000
 """Rows of routes that are counted: more change little."""
 
 
-def read_ownership(path: Path | None, config: ModelConfig, num_owners: int) -> Ownership:
+def read_ownership(path: Path | None, config: LayersConfig, num_owners: int) -> Ownership:
     """Return the owners that a file asks for; without one, neighbouring experts share an owner.
 
     A plan is taken as it is, with its rank r as owner r. From routes, or a folder of them, experts
@@ -36,7 +36,7 @@ def read_ownership(path: Path | None, config: ModelConfig, num_owners: int) -> O
     return Ownership(read_plan(path, config, num_owners).placements(), num_owners)
 
 
-def _from_routes(path: Path, config: ModelConfig, num_experts: int, num_owners: int) -> Ownership:
+def _from_routes(path: Path, config: LayersConfig, num_experts: int, num_owners: int) -> Ownership:
     files = route_files([path])
     files[0].check_model(config)
     together_LEE = np.zeros((len(config.moe_layers), num_experts, num_experts))

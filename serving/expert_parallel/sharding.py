@@ -11,7 +11,7 @@ import torch
 
 from ...errors import ConfigError
 from ...moe.folders.folder import ModelFolder
-from ...moe.models.decoder import Decoder
+from ...moe.models.model import Model
 from ..experts.budget import budget_bytes
 from ..experts.forwards import announce_forwards
 from ..experts.pools import pool_sizes
@@ -82,7 +82,7 @@ class ShardedModel:
         return f"{own}B"
 
     def attach(
-        self, decoder: Decoder, store: ExpertStore, files: ModelFolder, dtype: torch.dtype
+        self, decoder: Model, store: ExpertStore, files: ModelFolder, dtype: torch.dtype
     ) -> None:
         """Give every MoE layer of ``decoder`` its experts: those of ``store`` and the owners'."""
         team = self.team

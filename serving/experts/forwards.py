@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from ...moe.batch import Batch
-from ...moe.models.decoder import Decoder
+from ...moe.models.model import Model
 from ...moe.routes.rows import Phase
 from ...moe.routes.sequence_numbers import SequenceNumbers
 
@@ -24,7 +24,7 @@ class Forward:
 
 
 def announce_forwards(
-    decoder: Decoder, begin: Callable[[Forward], None]
+    decoder: Model, begin: Callable[[Forward], None]
 ) -> "torch.utils.hooks.RemovableHandle":
     """Call ``begin`` before every forward of ``decoder``."""
     numbers = SequenceNumbers()

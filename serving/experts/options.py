@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 
 from ...moe.folders.folder import ModelFolder
-from ...moe.models.decoder import Decoder
+from ...moe.models.model import Model
 from .policies.policy import Policy
 from .predictors.predictor import Predictor
 from .store import ExpertStore
@@ -22,7 +22,7 @@ class Sharding(Protocol):
         ...
 
     def attach(
-        self, decoder: Decoder, store: ExpertStore, files: ModelFolder, dtype: torch.dtype
+        self, decoder: Model, store: ExpertStore, files: ModelFolder, dtype: torch.dtype
     ) -> None:
         """Give every MoE layer its experts, those of ``store`` and those of other processes."""
         ...

@@ -25,7 +25,7 @@ from ...errors import ConfigError
 from ...files import replaced
 from ...kernels.values.channel_weights import ChannelLimits
 from ...moe.folders.folder import ModelFolder
-from ...moe.models.decoder import Decoder
+from ...moe.models.model import Model
 from ...moe.routes.identity import identity_of
 
 Score = Literal["teal", "wina", "cats", "chess"]
@@ -156,7 +156,7 @@ def read_sparsity(name: str) -> Sparsity:
     return Sparsity(score, target, owner, parts["threshold"], parts["norm"], Path(name))
 
 
-def owner_of(decoder: Decoder) -> Owner:
+def owner_of(decoder: Model) -> Owner:
     """Return what thresholds of a model belong to."""
     identity = identity_of(decoder.config, decoder)
     assert identity.weights is not None, "the decoder was given"

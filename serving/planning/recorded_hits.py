@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...errors import ConfigError
-from ...moe.config.model import ModelConfig
+from ...moe.config.model import LayersConfig
 from ...moe.routes.identity import identity_of
 from ...moe.routes.reader import route_files
 from ..experts.policies.policy import CacheFacts
@@ -17,7 +17,7 @@ from ..experts.replay.run import replay
 class RecordedHits:
     """Route files of one model, replayed with any number of slots."""
 
-    def __init__(self, paths: Sequence[Path], config: ModelConfig, policy: str) -> None:
+    def __init__(self, paths: Sequence[Path], config: LayersConfig, policy: str) -> None:
         assert config.moe is not None, "only MoE models have routes"
         files = route_files(paths)
         self._config, self._num_experts, self._policy = config, config.moe.num_experts, policy

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ...errors import ConfigError
+from ...moe.config.model import decoder_config
 from ...moe.folders.folder import ModelFolder
 from ...moe.folders.tensor_names import dense_tensors
 from ...moe.kv_blocks import BLOCK, KVDtype, bytes_per_block
@@ -79,7 +80,7 @@ def sizes_of(
         raise ConfigError(f"{folder.path} has no experts, so there is nothing to keep on disk.")
     dense = {name: tensor.numel() * dtype.itemsize for name, tensor in dense_tensors(config)}
     total = sum(dense.values())
-    embedding = 0 if config.tie_embeddings else dense["embed_tokens.weight"]
+    embedding = 0 if config.ties_embeddings else dense["embed_tokens.weight"]
     num_layers = len(config.moe_layers)
     pools = pool_sizes(folder, dtype)
     return ModelSizes(
@@ -103,5 +104,5 @@ def _mean_bytes(pools: Sequence[PoolSize]) -> int:
 def kv_specs(folder: ModelFolder, dtype: torch.dtype) -> list[KVCacheSpec]:
     """Return what each layer keeps per position."""
     with without_memory():
-        specs = specs_of(Decoder(folder.config, expert_ids=()))
+        specs = specs_of(Decoder(decoder_config(folder.config), expert_ids=()))
     return [replace(spec, dtype=dtype) for spec in specs]

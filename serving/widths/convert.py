@@ -15,7 +15,7 @@ from ...moe.folders.prices import Measured, Price, save_price
 from ...moe.folders.write_few_bits import choose_format
 from ...moe.models.language_model import LanguageModel
 from ..experts.pools import pool_sizes
-from ..loading import load
+from ..loading import open_model
 from .tolerance import WidthSearch
 from .weights import NARROW, WIDE
 
@@ -73,7 +73,7 @@ def convert_mixed(
     text = _read(calibration)
     source = local_folder(source)
     dtype = _check_source(source)
-    model = load(source, dtype, ignore_unused_weights=ignore_unused_weights)
+    model, _ = open_model(source, dtype, ignore_unused_weights=ignore_unused_weights)
     ids_T = _ids(model, text, calibration)
     search = WidthSearch(model, text, ids_T)
     chosen, order, exact = search.within(tolerance), search.order, search.exact

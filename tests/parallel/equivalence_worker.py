@@ -32,7 +32,7 @@ from moeyard.parallel.mesh import build_mesh
 from moeyard.parallel.process import process_group
 from moeyard.parallel.profiling.gradient_slices import GradientSlices
 from moeyard.training.layer_schedule import LayerSchedule
-from moeyard.training.objectives.next_token import NextTokenObjective
+from moeyard.training.objectives.table import OBJECTIVES
 from moeyard.training.parallelize import parallelize
 from moeyard.training.read_config import read_run_config
 from moeyard.training.routes import RouteRecording, replaying_steps
@@ -150,10 +150,11 @@ def run_case(config_path: Path, out: Path, name: str, case: dict, watch) -> None
     if case.get("apart"):  # as on several hosts
         hosts = ("dp_host", "ep_host", "edp_host", "expert_tp_host")
         mesh = replace(mesh, **dict.fromkeys(hosts))
-    data = NextTokenObjective.open_data(config, out / case.get("data", name) / "data", mesh)
-    model = fill_vocabulary(config, data.tokenizer)
+    kind = OBJECTIVES[config.data.format]
+    data = kind.open_data(config, out / case.get("data", name) / "data", mesh)
+    objective = kind(config, data)
+    model = objective.complete_model(fill_vocabulary(config, data.tokenizer))
     decoder = build_decoder(config, model, data, mesh, case)
-    objective = NextTokenObjective(config, data)
     parallel = parallelize(config, decoder, objective.module(decoder), mesh)
     step = TrainStep(config, decoder, objective, parallel, mesh)
     if case.get("early"):

@@ -78,6 +78,7 @@ ROOMS = {
         ["proxy"],
         ["engine", "load_checks", "memory", "replica_files", "resident"],
         ["expert_parallel", "live", "planning"],
+        ["filling"],
         ["api", "expert_parallel_args", "follow_args", "frozen_experts", "loading", "lora_args"],
         ["evaluation"],
         ["widths"],
@@ -94,6 +95,7 @@ ROOMS = {
         [
             *(
                 "chat",
+                "classify",
                 "convert",
                 "doctor",
                 "evaluate",

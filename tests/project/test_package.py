@@ -47,6 +47,7 @@ def test_exported_names_are_pinned():
         "RouterConfig",
         "RouterInput",
         "RouterSizes",
+        "TextClassifier",
         "after_step",
         "auxiliary_loss",
         "Routing",
@@ -54,6 +55,7 @@ def test_exported_names_are_pinned():
         "TopK",
         "__version__",
         "load",
+        "load_classifier",
         "replace_moe_blocks",
         "router",
     }

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError, ConfigError
-from ...moe.config.model import ModelConfig
+from ...moe.config.kinds import read_model
 from ...moe.folders.families.table import FAMILIES
 from ...moe.folders.hf_config import to_hf
 from ...moe.folders.shards import TensorPlan
@@ -55,6 +55,7 @@ def newest(run_dir: Path) -> Path:
 
 def _export(checkpoint: Path, run_dir: Path, target: Path) -> int:
     state = read_state(checkpoint)
+    model = read_model(state["model"])
     tokenizer = open_tokenizer(state["tokenizer"])
     if tokenizer.sha256 != state["tokenizer_sha256"]:
         raise CheckpointError(
@@ -63,9 +64,11 @@ def _export(checkpoint: Path, run_dir: Path, target: Path) -> int:
         )
     origin = state.get("origin") or {}
     _check_can_merge(run_dir, origin, state.get("lora"))
-    values = exported_values(state, _token_ids(tokenizer, origin))
+    values = exported_values(state, _token_ids(tokenizer, origin) if model.generates else {})
     plans = exported_weights(state, StoredTensors(checkpoint))
-    generation = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
+    generation = {}
+    if model.generates:
+        generation = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
     if origin:  # None if that folder has no such file; then its config.json has the ids
         generation = origin["generation"]
 
@@ -82,7 +85,7 @@ def exported_values(
     state: Mapping[str, Any], token_ids: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """Return the ``config.json`` of the export of a run with this state."""
-    model = ModelConfig.model_validate(state["model"])
+    model = read_model(state["model"])
     origin = state.get("origin") or {}
     dtype = str(_exported_dtype(state)).removeprefix("torch.")
     return to_hf(model, dtype, token_ids, origin.get("config"))
@@ -97,7 +100,7 @@ def exported_weights(state: Mapping[str, Any], stored: Mapping[str, Tensor]) -> 
             "one weight; export it with --adapter."
         )
     scale = None if lora is None else lora["alpha"] / lora["rank"]
-    model = ModelConfig.model_validate(state["model"])
+    model = read_model(state["model"])
     parts = ("gate", "up") if model.moe is None else model.moe.fc1_parts
     frozen, pattern = open_frozen_weights(state, dtype), stored_pattern(state)
     weights = CheckpointWeights(stored, scale, frozen, parts, pattern)

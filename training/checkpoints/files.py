@@ -11,7 +11,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from ...errors import CheckpointError, ConfigError
 from ...files import replace_text, sha256_of, sync
-from ...moe.config.model import ModelConfig
+from ...moe.config.kinds import read_model
+from ...moe.config.model import LayersConfig
 from ..lora_config import LoraConfig
 from .dcp_reader import METADATA, SafeFileSystemReader
 
@@ -73,7 +74,7 @@ def read_state(path: Path) -> dict[str, Any]:
         )
     try:
         checked = _State.model_validate(state)
-        ModelConfig.model_validate(state["model"])
+        read_model(state["model"])
     except ValidationError as error:
         problem = error.errors()[0]
         cause = problem.get("ctx", {}).get("error")
@@ -88,6 +89,17 @@ def read_state(path: Path) -> dict[str, Any]:
     if checked.lora is not None:  # earlier releases had fewer keys
         found["lora"] = checked.lora.model_dump(mode="json")
     return found
+
+
+def check_same_model(path: Path, stored: dict[str, Any], own: LayersConfig) -> None:
+    """Raise :class:`CheckpointError` if a run's model is another than a checkpoint's."""
+    before, now = ({"kind": m.kind} | m.architecture() for m in (read_model(stored), own))
+    for key, actual in now.items():
+        if before[key] != actual:
+            raise CheckpointError(
+                f"checkpoint {path} has model.{key} = {before[key]}, but the configuration says "
+                f"{actual}; use the same model or a new run_dir."
+            )
 
 
 def hashes_of(files: Iterable[Path]) -> Hashes:

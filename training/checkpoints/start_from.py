@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,14 @@ from ...moe.folders.folder import ModelFolder
 from ...moe.folders.generation_config import generation_to_keep
 from ...moe.folders.hub import local_folder, pinned
 from ...moe.folders.read_weights import WeightRead, expert_reads, read_tensor, run_reads
-from ...moe.models.decoder import Decoder
+from ...moe.models.initialize import initialize
+from ...moe.models.model import Model
 
 log = logging.getLogger(__name__)
 
+MAY_BE_NEW = ("pooler.weight", "pooler.bias")
+"""Parameters that a folder may lack: those of tasks without them. Then they begin as in a new run.
+"""
 NEW_IN_TRAINING = ("gate.e_score_correction_bias", "gate.mean_ED", "gate.variance_ED")
 """Tensors that a folder may lack: a balancing bias, which begins at 0, and statistics of experts,
 which follow from their weights."""
@@ -52,6 +56,12 @@ def complete_values(values: dict[str, Any]) -> dict[str, Any]:
     data = values.get("data") or {}
     if isinstance(data, dict) and data.get("tokenizer") is None:
         data = data | {"tokenizer": start_from}
+    kind = given.get("kind", folder.config.kind)
+    if kind != folder.config.kind:
+        raise ConfigError(
+            f"model.kind is {kind!r}, but start_from {start_from!r} has weights of kind "
+            f"{folder.config.kind}; leave model.kind out, or start from another folder."
+        )
     model = _merged(folder.config.model_dump(mode="json"), given)
     return values | {"model": model, "data": data}
 
@@ -94,25 +104,34 @@ def weights_identity(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def read_start(start_from: str, decoder: Decoder, ignore_unused_weights: bool = False) -> None:
-    """Fill this rank's part of a decoder, its experts and the rest, reading each tensor once.
+def read_start(
+    start_from: str, decoder: Model, ignore_unused_weights: bool = False, seed: int = 0
+) -> None:
+    """Fill this rank's part of a model, its experts and the rest, reading each tensor once.
+
+    What the folder cannot give, such as a head for other labels, begins as a run of ``seed`` does.
 
     Raises :class:`ConfigError` if the folder's weights do not fit the run's model.
     """
     folder = ModelFolder(local_folder(start_from))
     try:
-        left_out = folder.check(decoder.config, NEW_IN_TRAINING, ignore_unused_weights)
+        of_other_task = decoder.config.fresh_tensors(folder.config)
+        left_out = folder.check(
+            decoder.config, (*NEW_IN_TRAINING, *MAY_BE_NEW), ignore_unused_weights, of_other_task
+        )
         if left_out is not None and os.environ.get("RANK", "0") == "0":
             log.warning("%s", left_out)
+        fresh = {*of_other_task, *(name for name in MAY_BE_NEW if name not in folder)}
+        initialize(decoder, seed, fresh)
         with torch.no_grad():
-            run_reads(folder, _reads(folder, decoder))
+            run_reads(folder, _reads(folder, decoder, fresh))
     except ModelFileError as error:
         raise ConfigError(f"start_from is {start_from!r}, which does not fit: {error}") from None
     finally:
         folder.close()
 
 
-def _reads(folder: ModelFolder, decoder: Decoder) -> Iterator[WeightRead]:
+def _reads(folder: ModelFolder, decoder: Model, fresh: Set[str]) -> Iterator[WeightRead]:
     for index, layer in decoder.moe_layers():
         if isinstance(layer.experts, StreamedExperts):
             continue  # they stay in the folder
@@ -121,7 +140,7 @@ def _reads(folder: ModelFolder, decoder: Decoder) -> Iterator[WeightRead]:
         yield from expert_reads(folder, index, experts)
     for name, tensor in (*decoder.named_parameters(), *decoder.named_buffers()):
         is_new = name.endswith(NEW_IN_TRAINING) and name not in folder
-        if ".mlp.experts." not in name and not is_new:
+        if ".mlp.experts." not in name and not is_new and name not in fresh:
             yield tensor.nbytes, partial(read_tensor, folder, name, tensor.data)
 
 

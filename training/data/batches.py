@@ -37,6 +37,18 @@ class ShuffledOrder:
         epoch, index = divmod(place, self._num_items)
         return int(self._order(epoch)[index])
 
+    def total(self, values: Sequence[int], places: range) -> int:
+        """Return the sum of the values of the items at ``places``; an item may be there often."""
+        count = self._num_items
+        epochs = places.stop // count - places.start // count
+        before = [self._total_of_epoch(values, place) for place in (places.start, places.stop)]
+        return epochs * sum(values) + before[1] - before[0]
+
+    def _total_of_epoch(self, values: Sequence[int], place: int) -> int:
+        """Return the sum of the values before ``place`` in its epoch."""
+        start = place - place % self._num_items
+        return sum(values[self.item(before)] for before in range(start, place))
+
     def _order_of_epoch(self, epoch: int) -> npt.NDArray[np.int64]:
         random = np.random.Generator(np.random.PCG64([self._seed, epoch]))
         return random.permutation(self._num_items)

@@ -139,15 +139,8 @@ class ChatWindows:
 
     def num_rows(self, steps: range) -> int:
         """Return the rows of the global batches of ``steps``."""
-        first, last = steps.start * self._batch, steps.stop * self._batch
-        epochs = last // len(self) - first // len(self)
-        whole = epochs * sum(self._rows_W)
-        return whole + self._rows_of_epoch_before(last) - self._rows_of_epoch_before(first)
-
-    def _rows_of_epoch_before(self, place: int) -> int:
-        """Return the rows of the windows before ``place`` in its epoch."""
-        start = place - place % len(self)
-        return sum(self._rows_W[self._order.item(p)] for p in range(start, place))
+        places = range(steps.start * self._batch, steps.stop * self._batch)
+        return self._order.total(self._rows_W, places)
 
     def wait_for(self, step: int) -> None:
         """Return immediately: everything is in memory."""

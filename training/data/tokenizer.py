@@ -12,6 +12,7 @@ from tokenizers import Tokenizer as RustTokenizer
 
 from ...errors import ConfigError, DataError, ModelFileError
 from ...moe.folders.hub import local_folder
+from ...moe.folders.text_marks import TextMarks, end_of_text, marks_of
 from ...moe.folders.tokenizer_errors import library_errors
 from ...moe.folders.tokenizer_folder import copy_tokenizer, has_tokenizer, open_folder_tokenizer
 
@@ -26,6 +27,8 @@ class Tokenizer(Protocol):
     eos_id: int
     sha256: str
     """Identifies the tokenizer; shards made with another one are refused."""
+    marks: TextMarks
+    """What an encoder reads around a text."""
 
     def encode(self, text: str) -> npt.NDArray[np.uint32]:
         """Return ids without special tokens."""
@@ -50,6 +53,7 @@ class ByteTokenizer:
     vocab_size = 257
     eos_id = 256
     sha256 = hashlib.sha256(b"moeyard-bytes-1").hexdigest()
+    marks = TextMarks((eos_id,), ())
 
     def encode(self, text: str) -> npt.NDArray[np.uint32]:
         """Return one id per UTF-8 byte."""
@@ -100,14 +104,16 @@ class FolderTokenizer:
             self._inner = open_folder_tokenizer(folder)
         except ModelFileError as error:
             raise DataError(f"data.tokenizer cannot be opened: {error}") from error
-        if self._inner.eos_token_id is None:
+        end = end_of_text(self._inner)
+        if end is None:
             raise DataError(
                 f"data.tokenizer {str(folder)!r} has no eos_token, which separates documents; "
                 "set eos_token in tokenizer_config.json."
             )
         vocabulary = self._inner.get_vocab()
         self.vocab_size = max(vocabulary.values()) + 1
-        self.eos_id: int = self._inner.eos_token_id
+        self.eos_id: int = end
+        self.marks = marks_of(self._inner)
         rust = getattr(self._inner, "backend_tokenizer", None)
         identity = json.dumps(vocabulary, sort_keys=True) if rust is None else rust.to_str()
         self.sha256 = hashlib.sha256(f"{self.eos_id} {identity}".encode()).hexdigest()

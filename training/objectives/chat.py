@@ -41,7 +41,7 @@ class ChatLoss(nn.Module):
         return MicroBatchLoss(loss, len(targets_M), output.routings)
 
 
-class ChatObjective(Objective):
+class ChatObjective(Objective[Decoder]):
     """The assistant's tokens are targets, in training and in the held-out conversations."""
 
     data: ChatData

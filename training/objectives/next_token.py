@@ -52,7 +52,7 @@ class NextToken(SplitLoss):
         return MicroBatchLoss(loss, len(targets_T), output.routings)
 
 
-class NextTokenObjective(Objective):
+class NextTokenObjective(Objective[Decoder]):
     """Every token of the text is a target; held-out text is also scored per byte."""
 
     data: TextData

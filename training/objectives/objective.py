@@ -9,18 +9,23 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from ...errors import ConfigError
 from ...moe.batch import Batch
+from ...moe.config.model import LayersConfig
 from ...moe.models.decoder import Decoder, DecoderOutput
+from ...moe.models.model import Model
 from ...moe.routers.routing import Routing
 from ...parallel.mesh import Mesh
 from ..config import RunConfig
 from ..data.data import Data
 from ..stop import StopRequest
+
+M = TypeVar("M", bound=Model)
 
 
 @dataclass(slots=True)
@@ -65,12 +70,28 @@ class HeldOut:
     num_tokens: int
 
 
-class Objective(ABC):
-    """One kind of objective, made for one run."""
+class Objective(ABC, Generic[M]):
+    """One kind of objective, made for one run; M is the kind of model that it trains."""
+
+    model_kind: ClassVar[str] = "decoder"
+    """The ``model.kind`` that it trains."""
 
     def __init__(self, config: RunConfig, data: Data) -> None:
         self.config = config
         self.data = data
+
+    @classmethod
+    def check(cls, config: RunConfig) -> None:
+        """Raise :class:`ConfigError` for a model of another kind."""
+        if config.model.kind != cls.model_kind:
+            raise ConfigError(
+                f"data.format is {config.data.format}, which trains models of kind "
+                f"{cls.model_kind}, but model.kind is {config.model.kind}; change one of them."
+            )
+
+    def complete_model(self, model: LayersConfig) -> LayersConfig:
+        """Return the model's configuration with what the data decide, such as its labels."""
+        return model
 
     @classmethod
     @abstractmethod
@@ -84,11 +105,11 @@ class Objective(ABC):
         """
 
     @abstractmethod
-    def module(self, decoder: Decoder) -> nn.Module:
+    def module(self, decoder: M) -> nn.Module:
         """Return the module whose forward takes a batch and returns :class:`MicroBatchLoss`.
 
-        One forward runs the whole decoder, because DDP and FSDP want a single entry. The module
-        trains only the decoder's parameters. A :class:`SplitLoss` can also train in stages.
+        One forward runs the whole model, because DDP and FSDP want a single entry. The module
+        trains only the model's parameters. A :class:`SplitLoss` can also train in stages.
         """
 
     @abstractmethod

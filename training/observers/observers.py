@@ -69,10 +69,8 @@ def scalars(record: dict[str, Any]) -> dict[str, float]:
         "train/tokens": record["tokens"],
         "speed/tokens_per_second": record["tokens_per_s"],
     }
-    if "eval_loss" in record:
-        tags["eval/loss"] = record["eval_loss"]
-    if "eval_loss_per_byte" in record:
-        tags["eval/loss_per_byte"] = record["eval_loss_per_byte"]
+    held_out = {name: value for name, value in record.items() if name.startswith("eval_")}
+    tags |= {name.replace("eval_", "eval/", 1): value for name, value in held_out.items()}
     for phase, seconds in record["phases_s"].items():
         tags[f"phase_seconds/{phase}"] = seconds
     if "schedule" in record:

@@ -33,7 +33,9 @@ LAST_VALUES = {
     "loss": "Nats per token of the last batch",
     "learning_rate": "Of the last step",
     "grad_norm": "Global gradient norm before clipping",
-    "eval_loss": "Nats per held-out token",
+    "eval_loss": "Nats per held-out token, or text with a label",
+    "eval_accuracy": "Share of held-out texts with the right label",
+    "eval_macro_f1": "Mean over labels of held-out texts",
     "tokens_per_second": "Of the last logged step",
     "expert_copies": "Copies of experts on all ranks and in all layers, last logged step",
     "experts_moved": "Experts with another owner than the first one, all layers",
@@ -91,8 +93,9 @@ class PrometheusPort(Observer):
     def record(self, record: dict[str, Any]) -> None:
         """Set the gauges that only records have."""
         self._last.set("tokens_per_second", record["tokens_per_s"])
-        if "eval_loss" in record:
-            self._last.set("eval_loss", record["eval_loss"])
+        for name in LAST_VALUES.keys() & record.keys():
+            if name.startswith("eval_"):
+                self._last.set(name, record[name])
         if "schedule" in record:
             self._schedule(record["schedule"])
         if "copies" in record:

@@ -13,6 +13,9 @@ from ...parallel.dense.expert_shards import ExpertShards
 from ...parallel.dense.local_part import as_part_of, local_part, whole_shape
 from ...parallel.experts.sliced_tensor import SlicedTensor
 
+HEADS = ("lm_head", "classifier")
+"""Names of the layers behind the last one."""
+
 
 @dataclass(slots=True)
 class Held:
@@ -144,7 +147,7 @@ def hold_trained(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        is_matrix = len(whole_shape(parameter)) > 1 and "embed_tokens" not in name
+        is_matrix = len(whole_shape(parameter)) > 1 and not name.startswith("embed_")
         experts, master, owned = experts_of(model, name), masters.get(name), None
         if shards is not None and experts is not None:
             owned = shards.owned(parameter)
@@ -175,7 +178,7 @@ def hidden_matrices(model: nn.Module) -> Iterator[str]:
     for prefix, module in model.named_modules():
         if isinstance(module, Experts):
             yield from (f"{prefix}.fc1", f"{prefix}.fc2")
-        if not isinstance(module, nn.Linear) or prefix.rpartition(".")[2] == "lm_head":
+        if not isinstance(module, nn.Linear) or prefix.rpartition(".")[2] in HEADS:
             continue
         if module.out_features > 1 and module.weight not in in_routers:
             yield f"{prefix}.weight"

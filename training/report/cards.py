@@ -15,6 +15,9 @@ def facts(run: Run) -> str:
     ]
     if held_out := run.series.get("eval_loss"):
         cards.append(("Held-out loss", short(held_out[-1][1]), f"step {held_out[-1][0]:,.0f}"))
+    if accuracies := run.series.get("eval_accuracy"):
+        step, share = accuracies[-1]
+        cards.append(("Held-out accuracy", f"{share:.1%}", f"step {step:,.0f}"))
     if "tokens" in run.last:
         cards.append(("Tokens", short(run.last["tokens"]), "trained on so far"))
     if speeds := run.series.get("tokens_per_s"):

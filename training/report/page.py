@@ -96,7 +96,14 @@ def _learning(run: Run) -> str:
             Line("training, smoothed", smooth(series["loss"]), 0),
         ]
     losses.append(Line("held out", series.get("eval_loss", []), 1))
-    charts = [line_chart("Loss", "nats per token", losses, marks=marks)]
+    is_of_texts = run.config.get("data", {}).get("format") == "classify"
+    unit = "nats per text" if is_of_texts else "nats per token"
+    charts = [line_chart("Loss", unit, losses, marks=marks)]
+    shares = {"accuracy": "eval_accuracy", "macro F1": "eval_macro_f1"}
+    lines = [Line(n, series[key], i) for i, (n, key) in enumerate(shares.items()) if key in series]
+    if lines:
+        title = "Labels of held-out texts"
+        charts.append(line_chart(title, "share", lines, floor=0.0, marks=marks))
     if norms := series.get("grad_norm"):
         lines = [Line("gradient norm", norms, 2)]
         clip = run.config.get("optimizer", {}).get("clip_norm", math.inf)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ... import __version__
 from ...errors import ConfigError
 from ...files import sha256_of
-from ...moe.models.decoder import Decoder
+from ...moe.models.model import Model
 from ...moe.routers.own_code import permitted
 from ...parallel.dense.gradients import expert_parameter_names
 from ...parallel.watch.watch import Watch
@@ -77,7 +77,7 @@ def check_same(
     watch.on_rank_0(judge)
 
 
-def check_same_beginning(data: Data, decoder: Decoder, watch: Watch | None) -> None:
+def check_same_beginning(data: Data, decoder: Model, watch: Watch | None) -> None:
     """Raise :class:`ConfigError` on all ranks if data, tokenizer or dense weights differ.
 
     Compares the initial weights while they are whole on every rank: a ``start_from`` folder may

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ... import __version__
-from ...moe.models.decoder import Decoder
+from ...moe.models.model import Model
 from ...parallel.dense.gradients import expert_parameter_names
 from ...parallel.dense.local_part import whole_shape
 from ...parallel.mesh import Mesh
@@ -46,7 +46,7 @@ def note_start(
         file.write(json.dumps(facts) + "\n")
 
 
-def count_parameters(decoder: Decoder, mesh: Mesh) -> dict[str, int]:
+def count_parameters(decoder: Model, mesh: Mesh) -> dict[str, int]:
     """Return the parameters of the whole model, and those that one token uses.
 
     All ranks call it.

@@ -1,17 +1,32 @@
-"""Our own family, for models that no other can express, with Qwen3-MoE's tensor names."""
+"""Our own family, for models that no other can express.
 
-from ...config.model import ModelConfig
+Decoders have Qwen3-MoE's tensor names. Encoders have ours.
+"""
+
+from typing import Any
+
+from ...config.encoder import EncoderConfig
+from ...config.kinds import read_model
+from ...config.model import LayersConfig
 from ..expert_layouts import SeparateExperts
+from .encoder_keys import write_encoder
 from .family import Family
-from .keys import Values
+from .keys import Values, write_common
 
 
-def _read(values: Values) -> ModelConfig:
-    return ModelConfig.model_validate(values["moeyard"])
+def _read(values: Values) -> LayersConfig:
+    return read_model(values["moeyard"])
 
 
-def _write(config: ModelConfig) -> Values:
-    return {"moeyard": config.model_dump(mode="json")}
+def _write(config: LayersConfig) -> Values:
+    own: Values = {"moeyard": config.model_dump(mode="json")}
+    if isinstance(config, EncoderConfig):
+        own["architectures"] = ["MoeyardForSequenceClassification"]
+    return own
+
+
+def _write_common(config: Any) -> Values:
+    return write_encoder(config) if isinstance(config, EncoderConfig) else write_common(config)
 
 
 NATIVE = Family(
@@ -23,4 +38,6 @@ NATIVE = Family(
     defaults={},
     activation=None,
     is_in_transformers=False,
+    kinds=("decoder", "encoder"),
+    write_common=_write_common,
 )

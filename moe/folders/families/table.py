@@ -1,7 +1,8 @@
 """All families, and which of them a model is exported as."""
 
-from ...config.model import ModelConfig
+from ...config.model import LayersConfig
 from ..expert_layouts import SeparateExperts
+from .bert import BERT
 from .deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from .dense import LLAMA, QWEN3
 from .family import Family
@@ -25,6 +26,7 @@ FAMILIES = {
         GPT_OSS,
         LLAMA,
         SMALLTHINKER,
+        BERT,
         NATIVE,
     )
 }
@@ -32,7 +34,7 @@ FAMILIES = {
 
 
 def family_for(
-    config: ModelConfig, preferred: str | None = None, has_separate_experts: bool = False
+    config: LayersConfig, preferred: str | None = None, has_separate_experts: bool = False
 ) -> Family:
     """Return the family to export ``config`` as: the first that can express all of it.
 
@@ -50,7 +52,7 @@ def family_for(
     return NATIVE
 
 
-def why_native(config: ModelConfig) -> str:
+def why_native(config: LayersConfig) -> str:
     """Return one sentence on why transformers has no class for ``config``.
 
     It is about the nearest family: the one that differs in the fewest fields.
@@ -60,5 +62,6 @@ def why_native(config: ModelConfig) -> str:
         return "Experts are stored one by one; families that can express the model have one tensor."
     other = {family.model_type: family.differences(config) for family in families}
     near = [name for name, differences in other.items() if differences]
-    nearest = min(near, key=lambda name: len(other[name]), default=QWEN3_MOE.model_type)
+    default = next(family.model_type for family in families if config.kind in family.kinds)
+    nearest = min(near, key=lambda name: len(other[name]), default=default)
     return f"{FAMILIES[nearest].why_not(config)}, and no other family of transformers expresses it."

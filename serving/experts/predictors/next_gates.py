@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ....moe.models.decoder import Decoder
 from ....moe.models.decoder_layer import DecoderLayer
+from ....moe.models.model import Model
 from ....moe.routers.linear import LinearRouter
 from ....moe.routers.router import Router
 from ....moe.routers.topk import TopKRouter
@@ -36,7 +36,7 @@ class NextGates:
     """Applies the gates of the next layers to the rows of this one."""
 
     @torch.no_grad()
-    def __init__(self, facts: PredictorFacts, decoder: Decoder) -> None:
+    def __init__(self, facts: PredictorFacts, decoder: Model) -> None:
         self._facts = facts
         self._place_of = {layer: place for place, layer in enumerate(facts.moe_layers)}
         self._recency = Recency(facts)

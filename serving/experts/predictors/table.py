@@ -4,8 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ....errors import ConfigError
-from ....moe.config.model import ModelConfig
-from ....moe.models.decoder import Decoder
+from ....moe.config.model import LayersConfig
+from ....moe.models.model import Model
 from ....moe.routers.router import RouterSizes
 from ....moe.routers.routing import Lookahead
 from ....moe.routes.identity import identity_of
@@ -55,7 +55,7 @@ def check_predictor(predictor: str | Predictor) -> None:
         split_spec(predictor)
 
 
-def check_fit(spec: str, config: ModelConfig) -> str:
+def check_fit(spec: str, config: LayersConfig) -> str:
     """Return the name of the predictor that a model gets; ``auto`` becomes one of the others.
 
     ``auto`` is ``next_gates`` where routers have scores. Raises :class:`ConfigError` for a
@@ -79,10 +79,12 @@ def check_fit(spec: str, config: ModelConfig) -> str:
     return name
 
 
-def why_not(config: ModelConfig) -> str | None:
+def why_not(config: LayersConfig) -> str | None:
     """Return in one sentence why a model's experts cannot be predicted, or None."""
     assert config.moe is not None, "a store has experts"
     router = config.moe.router
+    if not config.generates:
+        return f"the model is of kind {config.kind}, whose forwards read whole texts"
     if router.reads_at() is not Lookahead.FFN_INPUT:
         return (
             f"the router chooses early (router.lookahead is {router.reads_at().value}), so the "
@@ -93,7 +95,7 @@ def why_not(config: ModelConfig) -> str | None:
     return None
 
 
-def facts_of(config: ModelConfig) -> PredictorFacts:
+def facts_of(config: LayersConfig) -> PredictorFacts:
     """Return what predictors of a model are built from."""
     assert config.moe is not None, "a store has experts"
     architecture = identity_of(config).architecture
@@ -102,7 +104,7 @@ def facts_of(config: ModelConfig) -> PredictorFacts:
     )
 
 
-def open_predictor(predictor: str | Predictor, decoder: Decoder) -> Predictor | None:
+def open_predictor(predictor: str | Predictor, decoder: Model) -> Predictor | None:
     """Return a model's predictor, None if there is none to use; raises :class:`ConfigError`.
 
     ``decoder`` has its weights.

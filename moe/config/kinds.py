@@ -1,0 +1,25 @@
+"""The kinds of models that ``model.kind`` names."""
+
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, TypeAdapter
+
+from .encoder import EncoderConfig
+from .model import ModelConfig
+
+
+def _with_kind(values: Any) -> Any:
+    """Fill in the kind of a section that names none: that of older releases."""
+    if isinstance(values, dict) and "kind" not in values:
+        return {"kind": "decoder", **values}
+    return values
+
+
+AnyModel = ModelConfig | EncoderConfig
+ModelSection = Annotated[AnyModel, Field(discriminator="kind"), BeforeValidator(_with_kind)]
+_ADAPTER: TypeAdapter[AnyModel] = TypeAdapter(ModelSection)
+
+
+def read_model(values: Any) -> AnyModel:
+    """Return the configuration in stored values; raise pydantic's ``ValidationError``."""
+    return _ADAPTER.validate_python(values)

@@ -1,0 +1,79 @@
+"""A layer of an encoder: attention, then an MLP or experts, with norms after each (BERT's).
+
+T tokens, D model width.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..attention.full import FullAttention, FullRows
+from ..batch import Batch
+from ..config.encoder import EncoderConfig
+from ..layer import MoELayer
+from ..linear import Linear
+from ..routers.routing import Lookahead, Routing
+from .decoder_layer import LayerOutput, choose
+from .model import WHOLE, ModelOptions
+
+
+class BiasedMLP(nn.Module):
+    """A dense MLP ``down(gelu(up x))`` with biases."""
+
+    def __init__(self, d_model: int, d_ff: int) -> None:
+        super().__init__()
+        self.up_proj = Linear(d_model, d_ff, bias=True)
+        self.down_proj = Linear(d_ff, d_model, bias=True)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """Return the MLP's output."""
+        out_TD: Tensor = self.down_proj(F.gelu(self.up_proj(x_TD)))
+        return out_TD
+
+
+class EncoderLayer(nn.Module):
+    """Attention and an MLP or MoE layer; the norm follows each sum of input and output."""
+
+    def __init__(self, config: EncoderConfig, layer: int, options: ModelOptions = WHOLE) -> None:
+        super().__init__()
+        self.layer = layer
+        self.self_attn = FullAttention(config.d_model, config.num_heads)
+        self.attention_norm = nn.LayerNorm(config.d_model, config.norm_eps)
+        self.mlp: MoELayer | BiasedMLP
+        if config.moe is not None and config.is_moe(layer):
+            self.mlp = MoELayer(
+                config.d_model,
+                config.moe.d_expert,
+                config.moe.num_experts,
+                config.router(layer),
+                config.moe.activation,
+                config.moe.d_shared,
+                shared_gate=config.moe.shared_gate,
+                expert_bias=config.moe.expert_bias,
+                vocab_size=config.vocabulary,
+                layer=layer,
+                token_counts=options.token_counts,
+                expert_ids=options.expert_ids,
+                backend=options.backend,
+                recompute=options.recompute == "experts",
+                token_embeddings=options.token_embeddings,
+            )
+        else:
+            assert config.d_ff is not None, "the configuration was not validated"
+            self.mlp = BiasedMLP(config.d_model, config.d_ff)
+        self.output_norm = nn.LayerNorm(config.d_model, config.norm_eps)
+
+    def forward(
+        self, x_TD: Tensor, batch: Batch, rows: FullRows, routing: Routing | None
+    ) -> LayerOutput:
+        """Run the layer; ``routing`` is its choice if token ids decided it."""
+        mlp = self.mlp
+        if isinstance(mlp, MoELayer) and mlp.lookahead is Lookahead.ATTENTION_INPUT:
+            routing = choose(self.layer, mlp, x_TD, batch)
+            mlp.experts.announce(routing)
+        x_TD = self.attention_norm(x_TD + self.self_attn(x_TD, rows))
+        if not isinstance(mlp, MoELayer):
+            return LayerOutput(self.output_norm(x_TD + mlp(x_TD)))
+        if routing is None:
+            routing = choose(self.layer, mlp, x_TD, batch)
+        y_TD, routing = mlp(x_TD, routing=routing)
+        return LayerOutput(self.output_norm(x_TD + y_TD), routing)

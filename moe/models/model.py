@@ -1,0 +1,72 @@
+"""What every kind of model is: layers of which some have experts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from torch import Tensor, nn
+
+from ...kernels.experts import Backend
+from ..config.model import LayersConfig
+from ..layer import MoELayer
+from ..routers.router import Router
+from ..routers.routing import Routing
+
+
+class ModelOptions(NamedTuple):
+    """What a model is built with, in addition to its configuration."""
+
+    expert_ids: Sequence[int] | None = None
+    """The experts this process holds; None = all."""
+    backend: Backend = "auto"
+    token_counts: Sequence[int] | None = None
+    recompute: bool | Literal["experts"] = False
+    """Drop activations in training and compute them again in backward (decoder.py)."""
+    token_embeddings: Tensor | None = None
+    """Those of another model, for routers that read them."""
+    stage: range | None = None
+    """The layers this process holds; None = all."""
+
+
+WHOLE = ModelOptions()
+"""All of a model in one process."""
+
+
+@dataclass(slots=True)
+class ModelOutput:
+    """The result of a forward."""
+
+    hidden_TD: Tensor
+    """Rows after the last layer."""
+    routings: list[Routing] = field(default_factory=list)
+    """One per layer of :meth:`Model.routed_layers`, in order."""
+
+
+class Model(nn.Module):
+    """The base of models. Training, folders and the expert store ask for no more than this.
+
+    Its forward takes a :class:`.Batch` and returns a :class:`ModelOutput`. Each of ``layers`` may
+    have an :class:`MoELayer` as its ``mlp``.
+    """
+
+    config: LayersConfig
+    stage: range
+    """The neighbouring layers that this process holds."""
+    embed_tokens: nn.Embedding
+    layers: nn.ModuleList
+
+    def moe_layers(self) -> list[tuple[int, MoELayer]]:
+        """Return (layer index, MoE layer) of every MoE layer that this process holds."""
+        found = [(index, getattr(layer, "mlp", None)) for index, layer in enumerate(self.layers)]
+        return [(index, mlp) for index, mlp in found if isinstance(mlp, MoELayer)]
+
+    def routed_layers(self) -> list[tuple[int, Router]]:
+        """Return (layer index, router) of every layer here that routes its tokens."""
+        return [(index, layer.gate) for index, layer in self.moe_layers()]
+
+    def routers(self) -> list[Router]:
+        """Return the routers, in the order of :meth:`routed_layers`."""
+        return [router for _, router in self.routed_layers()]
+
+    def tie(self) -> None:
+        """Make an output layer one with the embedding again, if the configuration says so."""
