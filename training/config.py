@@ -6,6 +6,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from ..dtypes import short_name
 from ..moe.config.kinds import ModelSection
+from ..moe.config.model import decoder_config
 from .checkpoint_config import CheckpointConfig
 from .expert_memory_check import problem_with_expert_memory
 from .lora_config import LoraConfig, problem_with_lora
@@ -236,4 +237,6 @@ class RunConfig(Section):
                 f"lora is given, but train.parameters is {chosen}; set train.parameters to lora "
                 "or leave lora out."
             )
-        return None if self.lora is None else problem_with_lora(self.lora, self.model)
+        if self.lora is None:
+            return None
+        return problem_with_lora(self.lora, decoder_config(self.model))

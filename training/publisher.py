@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError, ModelFileError
-from ..moe.config.model import ModelConfig
+from ..moe.config.model import LayersConfig
 from ..moe.folders.expert_layouts import SeparateExperts
 from ..moe.folders.families.table import FAMILIES
 from ..moe.folders.tensor_names import dense_tensors
@@ -52,7 +52,7 @@ class Publisher(Observer):
     def __init__(
         self,
         config: RunConfig,
-        model: ModelConfig,
+        model: LayersConfig,
         state: Callable[[], dict[str, Any]],
         optimizer: MasterOptimizer,
         run_dir: Path,
@@ -106,7 +106,7 @@ class Publisher(Observer):
             if self._mesh.rank == 0:
                 log.warning("step %d is not published: %s Training goes on.", done, problem)
 
-    def _check_model(self, model: ModelConfig) -> None:
+    def _check_model(self, model: LayersConfig) -> None:
         if self._config.lora is not None and self._config.lora.experts:
             raise ConfigError(
                 f"publish is given, but lora.experts is {self._config.lora.experts}, and LoRA "

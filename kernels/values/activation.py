@@ -31,7 +31,7 @@ CLAMP = 7.0
 CLAMPED_SLOPE = 1.702
 
 
-def fc1_parts(activation: Activation) -> tuple[str, ...]:
+def fc1_parts(activation: str) -> tuple[str, ...]:
     """Return what the rows of an expert's first matrix are, F rows each, in order."""
     return ("up",) if activation in UNGATED else ("gate", "up")
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError
-from ..config.model import ModelConfig, MoEConfig
+from ..config.model import ModelConfig, MoEConfig, decoder_config
 from ..routers.router import RouterConfig
 from ..routers.stochastic import Stochastic
 from ..routers.topk import TopK
@@ -62,7 +62,7 @@ def merge(
             raise ConfigError(f"{folder.path} has no experts; give a folder that has.")
         if split is None:
             split = moe.num_experts
-        config = _config(folder.config, moe, split)
+        config = _config(decoder_config(folder.config), moe, split)
         dtype = folder.dtype
         values = to_hf(config, str(dtype).removeprefix("torch."), source=folder.values)
         family = FAMILIES[values["model_type"]]

@@ -27,7 +27,7 @@ from ...kernels.values.two_of_four import (
     pack,
     unpacked,
 )
-from ..config.model import ModelConfig
+from ..config.model import LayersConfig
 from .expert_hashes import DamagedExpertError
 from .extents import Piece, Place
 from .shards import TensorPlan
@@ -86,7 +86,7 @@ class TwoOfFourFormat:
         ]
 
 
-def choose_two_of_four(config: ModelConfig) -> TwoOfFourFormat:
+def choose_two_of_four(config: LayersConfig) -> TwoOfFourFormat:
     """Return the format for a model; :class:`ConfigError` where that is impossible."""
     if config.moe is None:
         raise ConfigError(f"dtype is {NAME}, but the model has no experts; use bf16 or fp32.")

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..attention.full import full_rows
 from ..batch import Batch
+from ..blocks.block import State
 from ..config.encoder import EncoderConfig
 from ..linear import Linear
 from ..routers.draws import sequence_keys
@@ -65,15 +66,16 @@ class Encoder(Model):
         if self._reads_previous_ids:
             batch = batch.with_previous_ids()
         rows = full_rows(batch)
+        state: State = ()
         early = self._route_from_tokens(batch)
         routings = []
         for index, layer in enumerate(self.layers):
-            arguments = (x_TD, batch, rows, early.get(index))
+            arguments = (x_TD, state, batch, rows, early.get(index))
             if self.recompute and self.training:
                 output: LayerOutput = checkpoint(layer, *arguments, use_reentrant=False)
             else:
                 output = layer(*arguments)
-            x_TD = output.x_TD
+            x_TD, state = output.x_TD, output.state
             if output.routing is not None:
                 routings.append(output.routing)
         return ModelOutput(x_TD, routings)

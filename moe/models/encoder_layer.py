@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from ..attention.full import FullAttention, FullRows
 from ..batch import Batch
+from ..blocks.block import State
+from ..blocks.residual import Residual
 from ..config.encoder import EncoderConfig
 from ..layer import MoELayer
 from ..linear import Linear
@@ -60,20 +62,27 @@ class EncoderLayer(nn.Module):
         else:
             assert config.d_ff is not None, "the configuration was not validated"
             self.mlp = BiasedMLP(config.d_model, config.d_ff)
+        self.block = Residual() if config.moe is None else config.moe.block
+        self.place = config.place(layer)
         self.output_norm = nn.LayerNorm(config.d_model, config.norm_eps)
 
     def forward(
-        self, x_TD: Tensor, batch: Batch, rows: FullRows, routing: Routing | None
+        self, x_TD: Tensor, state: State, batch: Batch, rows: FullRows, routing: Routing | None
     ) -> LayerOutput:
-        """Run the layer; ``routing`` is its choice if token ids decided it."""
+        """Run the layer; ``routing`` is its choice if token ids decided it.
+
+        ``state`` is what the block carries from the MoE layer before.
+        """
         mlp = self.mlp
         if isinstance(mlp, MoELayer) and mlp.lookahead is Lookahead.ATTENTION_INPUT:
             routing = choose(self.layer, mlp, x_TD, batch)
             mlp.experts.announce(routing)
         x_TD = self.attention_norm(x_TD + self.self_attn(x_TD, rows))
         if not isinstance(mlp, MoELayer):
-            return LayerOutput(self.output_norm(x_TD + mlp(x_TD)))
+            return LayerOutput(self.output_norm(x_TD + mlp(x_TD)), state)
+        read_TD = self.block.experts_read(x_TD, state)
         if routing is None:
-            routing = choose(self.layer, mlp, x_TD, batch)
-        y_TD, routing = mlp(x_TD, routing=routing)
-        return LayerOutput(self.output_norm(x_TD + y_TD), routing)
+            routing = choose(self.layer, mlp, read_TD, batch)
+        y_TD, routing = mlp(read_TD, routing=routing)
+        x_TD, state = self.block.join(x_TD, y_TD, state, self.place)
+        return LayerOutput(self.output_norm(x_TD), state, routing)

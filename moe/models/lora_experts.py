@@ -102,6 +102,7 @@ class LoraExpertsMLP(GatedMLP):
                 x_TI, update.a_SPI, update.b_SQP, groups, update.scale, weights_T
             )
 
+        assert self.gate_proj is not None, "dense layers have a gate"
         h_TH = torch.cat([self.gate_proj(x_TD), self.up_proj(x_TD)], dim=-1)
         act_TF = gated(h_TH + added(x_TD, low_rank.first()), self.activation)
         out_TD: Tensor = self.down_proj(act_TF) + added(act_TF, low_rank.second())

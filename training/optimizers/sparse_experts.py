@@ -8,7 +8,7 @@ come back. Those weights also decay: their gradient gets ``decay * W``, once in 
 The masks follow from the masters alone, so checkpoints need none.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, Self
 
 import torch
@@ -146,7 +146,7 @@ class ExpertMasks:
         return {"mask_flips": total if self._are_shared_out else total // replicas}
 
 
-def stored_pattern(state: dict[str, Any]) -> NOfM | None:
+def stored_pattern(state: Mapping[str, Any]) -> NOfM | None:
     """Return N and M of a checkpoint's experts, from what :meth:`SparseExpertsConfig.identity`
     left in it; None where all weights are in forward."""
     sparse = state.get("sparse_experts")

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.values.activation import Activation
+from ...moe.config.model import decoder_config
 from ...moe.folders.folder import ModelFolder
 from ...moe.folders.read_weights import dense_reads, run_reads
 from ...moe.gated_mlp import GatedMLP
+from ...moe.linear import Linear
 from ...moe.models.decoder import Decoder
 from ...moe.without_memory import without_memory
 
@@ -25,7 +27,7 @@ another ``h_TF`` to go there."""
 def open_dense(folder: ModelFolder) -> Decoder:
     """Read a dense folder's model in fp32."""
     with without_memory():
-        decoder = Decoder(folder.config)
+        decoder = Decoder(decoder_config(folder.config))
     run_reads(folder, dense_reads(folder, decoder, torch.float32))
     return decoder.eval()
 
@@ -38,6 +40,12 @@ def mlps(decoder: Decoder) -> dict[int, GatedMLP]:
         assert isinstance(mlp, GatedMLP), "the folder was checked to be dense"
         found[layer] = mlp
     return found
+
+
+def gate_of(mlp: GatedMLP) -> Linear:
+    """Return an MLP's gate projection, which every dense layer has."""
+    assert mlp.gate_proj is not None, "dense layers have a gate"
+    return mlp.gate_proj
 
 
 def set_activation(decoder: Decoder, activation: Activation) -> None:
@@ -58,7 +66,7 @@ def reorder(decoder: Decoder, orders: Mapping[int, Tensor]) -> None:
     """Put the neurons of each MLP into ``order_F``: the model stays the same function."""
     for layer, mlp in mlps(decoder).items():
         order_F = orders[layer]
-        for projection, dim in ((mlp.gate_proj, 0), (mlp.up_proj, 0), (mlp.down_proj, 1)):
+        for projection, dim in ((gate_of(mlp), 0), (mlp.up_proj, 0), (mlp.down_proj, 1)):
             projection.weight.copy_(projection.weight.index_select(dim, order_F))
 
 

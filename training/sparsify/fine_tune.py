@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...kernels.values.activation import Activation
 from ...moe.batch import batch_of_rows
 from ...moe.models.decoder import Decoder
-from .dense import mlps
+from .dense import gate_of, mlps
 from .settings import Settings
 from .steps import Phase, run_phase
 from .text import Text
@@ -56,7 +56,7 @@ def fine_tune(decoder: Decoder, text: Text, settings: Settings, phase: Phase) ->
             def see(_: nn.Module, __: Any, gate_TF: Tensor) -> None:
                 shares.append(active_share(gate_TF, settings.activation))
 
-            handle = mlp.gate_proj.register_forward_hook(see)
+            handle = gate_of(mlp).register_forward_hook(see)
             stack.callback(handle.remove)
         losses = run_phase(phase, named, loss_of)
     for parameter in named.values():

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ...moe.config.model import decoder_config
 from ...moe.folders.cut import CutWeights, check_cut, cluster_neurons, cut_config
 from ...moe.folders.families.table import FAMILIES
 from ...moe.folders.folder import ModelFolder
@@ -26,7 +27,7 @@ from ...moe.routers.contribution import Contribution
 from ..checkpoints.start_from import weights_identity
 from ..stop import StopRequest
 from ..work import LongWork
-from .dense import DecoderTensors, mlps, open_dense, reorder, round_weights, set_activation
+from .dense import DecoderTensors, gate_of, mlps, open_dense, reorder, round_weights, set_activation
 from .fine_tune import fine_tune
 from .measure import Row, choose, held_out_loss, lines_of, measure
 from .regress import Routers, train_routers
@@ -76,7 +77,7 @@ def sparsify(
     stop = stop or StopRequest()
     folder = ModelFolder(local_folder(source))
     try:
-        check_cut(str(folder.path), folder.config, settings.experts)
+        check_cut(str(folder.path), decoder_config(folder.config), settings.experts)
         settings.check(folder.config.max_positions)
         left_out = folder.check(ignore_unused_weights=ignore_unused_weights)
         if left_out is not None:
@@ -135,7 +136,7 @@ def _cut(
         for layer, mlp in layers.items():
             order_F = work.order(layer)
             if order_F is None:
-                order_F = cluster_neurons(mlp.gate_proj.weight, settings.experts, settings.seed)
+                order_F = cluster_neurons(gate_of(mlp).weight, settings.experts, settings.seed)
                 work.save_order(layer, order_F)
                 progress.advance()
             orders[layer] = order_F
@@ -157,7 +158,9 @@ def _write(
         width=settings.router_width,
         k=lines_of(found.row),
     )
-    config = cut_config(folder.config, settings.experts, settings.activation, router)
+    config = cut_config(
+        decoder_config(folder.config), settings.experts, settings.activation, router
+    )
     dtype = folder.dtype
     values = to_hf(config, str(dtype).removeprefix("torch."), source=folder.values)
     weights = CutWeights(DecoderTensors(decoder), settings.experts, routers)
