@@ -9,7 +9,6 @@ from decode_steps import prompts
 from moeyard.kernels.cpu import library
 from moeyard.moe.adapters.adapter import Adapter, LowRankLinear
 from moeyard.moe.batch import batch_of
-from moeyard.moe.blocks.adam import Adam
 from moeyard.moe.blocks.robust import Robust
 from moeyard.moe.config.attention import AttentionConfig, LatentConfig
 from moeyard.moe.config.model import ModelConfig, MoEConfig
@@ -43,8 +42,7 @@ FAMILIES = {
         {"d_shared": 26, "shared_gate": True},
         {"dense_layers": (0,), "d_ff": 40, "num_kv_heads": 4, "head_dim": None},
     ),
-    "adam": ({}, {"block": Adam(adam_layers=None)}, {}),
-    "robust": ({}, {"block": Robust()}, {"num_layers": 3}),
+    "robust": ({}, {"block": Robust()}, {}),
 }
 """Attention, experts and sizes; panels of keys have 8 to 64 positions and windows cut them."""
 FAMILY = pytest.mark.parametrize("family", FAMILIES)

@@ -67,7 +67,6 @@ VARIANTS = {
         "biased": True,
         "apart": True,
     },
-    "momentum": {"overrides": [TORCH, "model.moe.block={kind: momentum}"]},
     "robust_both": {
         "overrides": [
             TORCH,
@@ -171,7 +170,7 @@ SOMETIMES = (("ddp", 2, 1), ("fsdp", 4, 2))
 SOME = ("plain", "both", "deepseek", "fewer_rows_than_ranks", "starved_both", "lora", "bf16")
 SOME += ("muon", "frugal", "sharded", "sharded_apart", "bf16_sharded")
 """Variants that run in those worlds, too, by default."""
-IN_STAGES = ("plain", "shared_tied", "pregated_both", "robust_both", "adam_both", "bf16_momentum")
+IN_STAGES = ("plain", "shared_tied", "pregated_both", "robust_both", "bf16_momentum")
 """Variants that run in stages by default."""
 WITHOUT_MOE = ("lora_experts", "lora_experts_both")
 """Dense models, which run everywhere by default where ep is 1, on two ranks."""

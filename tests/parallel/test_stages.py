@@ -76,7 +76,6 @@ MODELS = {
     ],
     "tied": ["model.tie_embeddings=true", "model.moe.router.lookahead=attention_input"],
     "hashed": ["model.moe.router={kind: hash, k: 2}", "model.moe.d_shared=8"],
-    "momentum": ["model.moe.block={kind: momentum, mu: 0.6}"],
     "robust_past_dense": [
         "model.moe.block={kind: robust}",
         "model.moe.router.lookahead=previous_block",
@@ -88,7 +87,6 @@ MODELS = {
         "model.dense_layers=[0]",
         "model.d_ff=24",
     ],
-    "adam_everywhere": ["model.moe.block={kind: adam, adam_layers: null, decay: 0.1}"],
 }
 
 
