@@ -167,7 +167,8 @@ def test_the_wheel_holds_the_packages_and_nothing_else(tmp_path):
 
 
 def test_every_shipped_configuration_is_valid(model_folder):
-    """Those that start from a folder start from the one the README's first run exports."""
+    """Those that start from a folder start from the one the README's first run exports, or from a
+    dense one."""
     from moeyard.configuration import read_values
     from moeyard.training.key_check import check_keys
     from moeyard.training.read_config import read_run_config
@@ -178,6 +179,9 @@ def test_every_shipped_configuration_is_valid(model_folder):
         starts = "start_from: runs/tiny-model\n" in path.read_text()
         # The README's run takes 1024 tokens, the tests' folder fewer.
         changed = [f"start_from={model_folder}", "model={max_positions: 1024}"] if starts else []
+        if "start_from: runs/dense-model\n" in path.read_text():
+            dense = "{d_model: 32, num_layers: 2, num_heads: 4, d_ff: 40}"
+            changed = ["start_from=null", f"model={dense}"]
         check_keys(read_values(path, changed))
         read_run_config(path, changed)
 
