@@ -43,15 +43,16 @@ SIZES = [
     *("parallel.ep=1", "checkpoint.every=200", "train.eval_sequences=256"),
 ]
 SEARCH_SEED, SEEDS = 0, (1, 2, 3)
-DECAYS = (2e-4, 2e-3, 2e-2)
+DECAYS = (2e-4, 2e-3, 2e-2, 2e-1)
 AIM_NATS = 0.02
 KERNEL_SIZES = ((32, 4, 256, 128), (8, 2, 2048, 1024))
 """Experts, choices, D and F."""
 KERNEL_TOKENS = (1, 4, 64)
 
 
-def run_one(name: str, seed: int, decay: float | None, arguments: argparse.Namespace) -> list[dict]:
-    """Train one model, or continue an earlier run, and return its records."""
+def run_one(seed: int, decay: float | None, arguments: argparse.Namespace) -> list[dict]:
+    """Train one model, or continue an earlier run, and return its records; None = dense."""
+    name = "dense" if decay is None else f"decay{decay:g}"
     run_dir = arguments.work / f"{name}-seed{seed}"
     overrides = [*SIZES, f"seed={seed}"]
     if arguments.text is not None:
@@ -80,14 +81,14 @@ def compare_losses(arguments: argparse.Namespace) -> None:
         search = dict(
             zip(
                 DECAYS,
-                pool.map(lambda d: run_one(f"decay{d:g}", SEARCH_SEED, d, arguments), DECAYS),
+                pool.map(lambda d: run_one(SEARCH_SEED, d, arguments), DECAYS),
                 strict=True,
             )
         )
         best = min(DECAYS, key=lambda d: search[d][-1]["eval_loss"])
         arms = {"dense": None, "sr-ste": best, "ste": 0.0}
         grid = [(arm, seed) for arm in arms for seed in SEEDS]
-        found = pool.map(lambda g: run_one(*g, arms[g[0]], arguments), grid)
+        found = pool.map(lambda g: run_one(g[1], arms[g[0]], arguments), grid)
         records = dict(zip(grid, found, strict=True))
     losses = {cell: runs[-1]["eval_loss"] for cell, runs in records.items()}
     losses |= {("one-shot", s): pruned_loss(arguments.work / f"dense-seed{s}") for s in SEEDS}

@@ -111,20 +111,21 @@ def _results(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
     fc2_EDF = random(E, QUANTIZED_D, QUANTIZED_WIDTH) * QUANTIZED_WIDTH**-0.5
     rows = (x_TD.double(), experts_TK, weights_TK.double())
     plain = ExpertWeights(fc1_EHD, fc2_EDF)
-    few_bits: dict[str, SlotWeights] = {
-        "experts of 8 bits": quantize_experts(plain, 8, 32),
-        "experts of 4 bits": quantize_experts(plain, 4, 32),
-        "group-sparse experts of 4 bits": sparsify_experts(plain, SPARSITY),
-        "2:4 experts": pack_experts(ExpertWeights(*map(_two_of_four, (fc1_EHD, fc2_EDF)))),
-    }
-    for name, narrow in few_bits.items():
+    for name, narrow in _in_fewer_bytes(plain).items():
         waves = CppWaves(x_TD, experts_TK, weights_TK)
         waves.add(narrow)
         yield name, waves.result(), reference.run(ExpertCall(*rows, narrow))
 
 
-def _two_of_four(weight: Tensor) -> Tensor:
-    return masked(weight, keep_mask(weight, PATTERN))
+def _in_fewer_bytes(plain: ExpertWeights) -> dict[str, SlotWeights]:
+    """Return experts in every form that is smaller, by name."""
+    half = (masked(w, keep_mask(w, PATTERN)) for w in (plain.fc1_SHD, plain.fc2_SDF))
+    return {
+        "experts of 8 bits": quantize_experts(plain, 8, 32),
+        "experts of 4 bits": quantize_experts(plain, 4, 32),
+        "group-sparse experts of 4 bits": sparsify_experts(plain, SPARSITY),
+        "2:4 experts": pack_experts(ExpertWeights(*half)),
+    }
 
 
 def _by_channel(

@@ -93,8 +93,7 @@ def convert(
             plans = prune(plans, sparse, config, family, calibration)
             values["quantization_config"] = group_sparse_config(sparse)
         if half is not None:
-            plans = pack_plans(plans, half)
-            values["quantization_config"] = two_of_four_config()
+            plans, values["quantization_config"] = pack_plans(plans, half), two_of_four_config()
         generation = generation_to_keep(folder)
         write_model_folder(
             target, values, plans, lambda unfinished: copy_tokenizer(source, unfinished), generation
