@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import moeyard
+from moeyard.kernels.trust import why_not_cpp
 from moeyard.kernels.values.activation import gated
 from moeyard.moe.gated_mlp import GatedMLP
 from moeyard.moe.routers.contribution import Contribution, chosen, predicted_norms
@@ -107,6 +108,21 @@ def test_nothing_but_the_order_of_the_sum_differs_from_the_dense_mlp(all_on, k):
     wanted = dense(x_TD)
     assert wanted.abs().max() > 100
     assert torch.equal(cut(dense, Contribution(k=k, **all_on))(x_TD)[0], wanted)
+
+
+@pytest.mark.skipif(why_not_cpp(torch.device("cpu")) is not None, reason="needs the C++ kernels")
+@torch.no_grad()
+def test_the_bits_are_those_of_the_experts_outputs_added_in_the_order_of_their_ids():
+    torch.manual_seed(0)
+    layer = cut(GatedMLP(D, F), Contribution(k=E), backend="cpp")
+    x_TD = rows()
+    together_TD, routing = layer(x_TD)
+    assert torch.equal(routing.experts_TK, torch.arange(E).int().expand(20, E))
+    added_TD = torch.zeros_like(x_TD)
+    for expert in range(E):
+        alone = layer.gate.route_to(RouterInput(x_TD), torch.full((20, 1), expert).int())
+        added_TD += layer(x_TD, routing=alone)[0]
+    assert torch.equal(together_TD, added_TD)
 
 
 @torch.no_grad()

@@ -16,6 +16,10 @@ from .settings import Settings
 from .steps import Phase, run_phase
 from .text import Text
 
+PER_FORWARD = 4
+"""Steps that share a forward, each on its part of the rows: the model costs far more than the
+routers."""
+
 Routers = dict[int, tuple[Tensor, Tensor]]
 """The matrices ``hidden_HD`` and ``norm_EH`` of each layer."""
 
@@ -48,13 +52,17 @@ def train_routers(
     layers = mlps(decoder)
     norms = {n: OutputNorms(mlp.down_proj.weight, settings.experts) for n, mlp in layers.items()}
     seen: dict[int, tuple[Tensor, Tensor]] = {}
+    looked = -1
 
     def see(layer: int, x_TD: Tensor, h_TF: Tensor) -> None:
         seen[layer] = (x_TD, norms[layer].of(h_TF))
 
-    def look(step: int) -> None:
-        with torch.no_grad(), watching(decoder, see):
-            decoder(batch_of_rows(text.windows("routers", step)[:, :-1]))
+    def look(forward: int) -> None:
+        nonlocal looked
+        if forward != looked:
+            with torch.no_grad(), watching(decoder, see):
+                decoder(batch_of_rows(text.windows("routers", forward)[:, :-1]))
+        looked = forward
 
     look(0)
     scales = {layer: max(1e-12, float(norms_TE.mean())) for layer, (_, norms_TE) in seen.items()}
@@ -65,10 +73,11 @@ def train_routers(
     }
 
     def loss_of(step: int) -> Tensor:
-        look(step)
+        forward, part = divmod(step, PER_FORWARD)
+        look(forward)
         errors = []
-        for layer, (x_TD, norms_TE) in seen.items():
-            target_TE = norms_TE / scales[layer]
+        for layer, (all_TD, norms_TE) in seen.items():
+            x_TD, target_TE = all_TD[part::PER_FORWARD], norms_TE[part::PER_FORWARD] / scales[layer]
             error = (predicted_norms(x_TD, *routers[layer]) - target_TE).square().mean()
             errors.append(error / target_TE.square().mean())
         return torch.stack(errors).mean()
