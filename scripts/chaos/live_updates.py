@@ -108,6 +108,7 @@ class Rounds:
             "half": Receiver(space / "model", self.updates, "50%"),
         }
         self.seen = dict.fromkeys(self.receivers, 0)
+        self._damaged: set[int] = set()
 
     def one(self, number: int) -> list[str]:
         """Run one round; return what is wrong."""
@@ -162,12 +163,14 @@ class Rounds:
     def _damage(self) -> int | None:
         """Damage a version that no server has, in two of three rounds; return which."""
         newest = max(self.seen_now().values())
-        later = [version for version in self.updates.versions() if version > newest]
+        there = set(self.updates.versions()) - self._damaged
+        later = sorted(version for version in there if version > newest)
         if not later or self.draw.random() < 1 / 3:
             return None
         version, kind = self.draw.choice(later), self.draw.choice(DAMAGES)
         damage(self.updates.of(version), kind, self.draw)
         self.counts[kind] += 1
+        self._damaged.add(version)
         return version
 
     def seen_now(self) -> dict[str, int]:
