@@ -15,6 +15,7 @@ from moeyard.errors import CheckpointError, ConfigError, DataError
 from moeyard.moe.folders.families.bert import BERT
 from moeyard.moe.routes.reader import read_routes
 from moeyard.parallel.mesh import Mesh
+from moeyard.serving.frozen_experts import open_frozen
 from moeyard.training.checkpoints.export import export
 from moeyard.training.data.tokenizer import ByteTokenizer
 from moeyard.training.objectives.classify import macro_f1
@@ -139,6 +140,21 @@ def test_export_reload_and_offload_are_the_same_bit_for_bit(whole, tmp_path):
     assert small(some) == found
     again = moeyard.load_classifier(tmp_path / "model", dtype="bf16")(some)
     assert again != found and again[0].probabilities.keys() == found[0].probabilities.keys()
+
+
+def test_frozen_experts_may_stay_in_their_folder(config, whole, tmp_path):
+    export(whole[1], tmp_path / "model")
+    found = []
+    for name, memory in (("all", []), ("half", ["train.expert_memory=50%"])):
+        start = [f"start_from={tmp_path / 'model'}", "model={}", "train.parameters=router"]
+        run_dir = tmp_path / name
+        run_dir.mkdir()
+        own = read_run_config(
+            config, [f"run_dir={run_dir}", "data.tokenizer=null", *start, *memory]
+        )
+        run = Trainer(own, run_dir, Mesh(), open_source=open_frozen)
+        found.append([run._step.run(step, False).loss for step in range(2)])
+    assert found[0] == found[1]
 
 
 def test_routes_of_a_run_have_every_row(whole):
