@@ -31,12 +31,12 @@ CLAMP = 7.0
 CLAMPED_SLOPE = 1.702
 
 
-def fc1_parts(activation: Activation) -> tuple[str, ...]:
+def fc1_parts(activation: str) -> tuple[str, ...]:
     """Return what the rows of an expert's first matrix are, F rows each, in order."""
     return ("up",) if activation in UNGATED else ("gate", "up")
 
 
-def fc1_rows(d_expert: int, activation: Activation) -> int:
+def fc1_rows(d_expert: int, activation: str) -> int:
     """Return H, the rows of an expert's first matrix: 2F with a gate, F without one."""
     return len(fc1_parts(activation)) * d_expert
 

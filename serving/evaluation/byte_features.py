@@ -36,18 +36,18 @@ class _Place:
         self.byte = text[at]
         self._text, self._end = text, at + 1
         is_first = before is None or before.byte == NEWLINE
-        self.column = 0 if before is None or is_first else before.column + 1
+        self.column: int = 0 if before is None or is_first else before.column + 1
         """Bytes of the line before this one."""
-        self.letters = 0
+        self.letters: int = 0
         """Letters of the word so far, this one included; 0 outside words."""
         if self.byte in LETTERS:
             self.letters = 1 if before is None else before.letters + 1
         was_quoted, was_bracketed = (
             (False, False) if before is None else (before.in_quotes, before.in_brackets)
         )
-        self.in_quotes = was_quoted != (self.byte == QUOTE)
-        self.in_brackets = self.byte in b"([" or (was_bracketed and self.byte not in b")]")
-        self.is_new_paragraph = before is None or (
+        self.in_quotes: bool = was_quoted != (self.byte == QUOTE)
+        self.in_brackets: bool = self.byte in b"([" or (was_bracketed and self.byte not in b")]")
+        self.is_new_paragraph: bool = before is None or (
             before.column == 0 if is_first else before.is_new_paragraph
         )
         """Whether the line before is empty."""
