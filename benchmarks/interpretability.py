@@ -45,7 +45,7 @@ ARMS = {
 matrix."""
 HELD_OUT_SHARE = 0.1
 """Of the text's bytes, at its end; training reads the rest."""
-READ_BYTES = 32_768
+READ_BYTES = 16_384
 """Of the held-out text: the first half chooses units, the second half scores them."""
 SUBSET = 172
 """Units of a layer in every arm in the last column: as many as the arm with the fewest has active

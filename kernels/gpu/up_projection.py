@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..values.activation import UNGATED, fc1_parts
 from .grouping import SlotGroups
-from .tile_math import add_product, gated, has_gate, tile_and_column, ungated
+from .tile_math import add_product, columns_of, gated, has_gate, tile_and_column, ungated
 from .tiles import GROUP_TILES, Tiles
 
 
@@ -121,10 +121,10 @@ def up_projection_kernel(
         h_MN = add_product(h_MN, x_MP, w_PN, PRECISION)
         x_at += P
         w_at += P
-    feature = column * FEATURES + tl.arange(0, FEATURES)
-    is_stored = is_row_M[:, None] & (feature < d_expert)[None, :]
     row_M = row_M.to(tl.int64)
     if GATED:
+        feature = column * FEATURES + tl.arange(0, FEATURES)
+        is_stored = is_row_M[:, None] & (feature < d_expert)[None, :]
         gate, up = tl.split(tl.reshape(h_MN, (M, N // 2, 2)))
         if a_RF is not None:
             tl.store(
@@ -137,9 +137,15 @@ def up_projection_kernel(
             tl.store(h_at, gate.to(h_RH.dtype.element_ty), mask=is_stored)
             tl.store(h_at + d_expert, up.to(h_RH.dtype.element_ty), mask=is_stored)
     else:
-        at = row_M[:, None] * d_expert + feature[None, :]
-        if a_RF is not None:
-            act = ungated(h_MN, ACTIVATION)
-            tl.store(a_RF + at, act.to(a_RF.dtype.element_ty), mask=is_stored)
-        if h_RH is not None:
-            tl.store(h_RH + at, h_MN.to(h_RH.dtype.element_ty), mask=is_stored)
+        # 32 columns at a time: the activations of a whole tile would spill, those of 64 with gelu.
+        PARTS: tl.constexpr = N // 32
+        for part in tl.static_range(PARTS):
+            up = columns_of(h_MN, part, PARTS, M, N)
+            feature = column * N + part * (N // PARTS) + tl.arange(0, N // PARTS)
+            is_stored = is_row_M[:, None] & (feature < d_expert)[None, :]
+            at = row_M[:, None] * d_expert + feature[None, :]
+            if h_RH is not None:
+                tl.store(h_RH + at, up.to(h_RH.dtype.element_ty), mask=is_stored)
+            if a_RF is not None:
+                act = ungated(up, ACTIVATION)
+                tl.store(a_RF + at, act.to(a_RF.dtype.element_ty), mask=is_stored)

@@ -36,7 +36,7 @@ def fc1_parts(activation: str) -> tuple[str, ...]:
     return ("up",) if activation in UNGATED else ("gate", "up")
 
 
-def fc1_rows(d_expert: int, activation: Activation) -> int:
+def fc1_rows(d_expert: int, activation: str) -> int:
     """Return H, the rows of an expert's first matrix: 2F with a gate, F without one."""
     return len(fc1_parts(activation)) * d_expert
 
