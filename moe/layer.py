@@ -42,7 +42,7 @@ class MoELayer(nn.Module):
         num_experts: Routed experts.
         router: A router's configuration: ``TopK(k=4)`` (None = ``TopK()``, 2 experts a token),
             ``Hash()``, or your own :class:`RouterConfig` that builds your :class:`Router`.
-        activation: ``swiglu``, ``reglu``, ``geglu``, ``clamped_swiglu``; ungated: ``relu``, ``gelu``.
+        activation: ``swiglu``, ``reglu``, ``geglu``, ``clamped_swiglu``, ``relu`` or ``gelu``.
         d_shared: Inner width of a shared expert that every token visits; 0 = none.
         shared_gate: Multiply the shared expert by ``sigmoid(w x)`` (Qwen2-MoE).
         vocab_size: Number of token ids, for routers that read them (``Hash``).
