@@ -379,7 +379,7 @@ MUTATIONS = [
     (
         "the gradient of an idle expert's bias is left undefined",
         "kernels/cpu/src/expert_backward.h",
-        "zero(a.grad_fc1_bias, 2 * f.d_expert);",
+        "zero(a.grad_fc1_bias, fc1_rows);",
         "",
         CPP,
     ),

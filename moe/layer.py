@@ -42,8 +42,7 @@ class MoELayer(nn.Module):
         num_experts: Routed experts.
         router: A router's configuration: ``TopK(k=4)`` (None = ``TopK()``, 2 experts a token),
             ``Hash()``, or your own :class:`RouterConfig` that builds your :class:`Router`.
-        activation: ``swiglu``, ``reglu``, ``geglu``, or gpt-oss's ``clamped_swiglu``; ``relu`` and
-            ``gelu`` without a gate, ``down(act(up x))``.
+        activation: ``swiglu``, ``reglu``, ``geglu``, ``clamped_swiglu``, ``relu`` or ``gelu``.
         d_shared: Inner width of a shared expert that every token visits; 0 = none.
         shared_gate: Multiply the shared expert by ``sigmoid(w x)`` (Qwen2-MoE).
         vocab_size: Number of token ids, for routers that read them (``Hash``).
@@ -108,9 +107,8 @@ class MoELayer(nn.Module):
     def gate_statistics(self) -> Tensor | None:
         """Return mean and variance of all experts' gate rows, ``[E, 2, D]``, with gradient.
 
-        Without a gate those of their up rows. With biases ``[E, 2, D + 1]``. None if the experts
-        are not parameters in memory, or the path does not reach all of them. Every rank must call
-        it.
+        Without a gate: of up rows. With biases ``[E, 2, D + 1]``. None if the experts are not
+        parameters in memory, or the path does not reach all of them. Every rank must call it.
         """
         here = self.experts.gate_statistics()
         if here is None:

@@ -93,14 +93,7 @@ def _results(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
     )
     expected_TD = reference.run(ExpertCall(wide_TD, experts_TK, weights_TK.double(), wide))
     yield "experts", waves.result(), expected_TD
-
-    without_gate = (fc1_EHD[:, :WIDTH].contiguous(), fc2_EDF)
-    waves = CppWaves(x_TD, experts_TK, weights_TK)
-    waves.add(ExpertWeights(*without_gate, activation="gelu"))
-    wide = ExpertWeights(*(part.double() for part in without_gate), activation="gelu")
-    expected = reference.run(ExpertCall(wide_TD, experts_TK, weights_TK.double(), wide))
-    yield "experts without a gate", waves.result(), expected
-
+    yield _without_gate((x_TD, experts_TK, weights_TK), (fc1_EHD[:, :WIDTH].contiguous(), fc2_EDF))
     for stored in _by_channel(fc1_EHD, fc2_EDF, biases):
         waves = CppWaves(x_TD, experts_TK, weights_TK)
         waves.add(stored)
@@ -126,6 +119,18 @@ def _in_fewer_bytes(plain: ExpertWeights) -> dict[str, SlotWeights]:
         "group-sparse experts of 4 bits": sparsify_experts(plain, SPARSITY),
         "2:4 experts": pack_experts(ExpertWeights(*half)),
     }
+
+
+def _without_gate(
+    rows: tuple[Tensor, Tensor, Tensor], matrices: tuple[Tensor, Tensor]
+) -> tuple[str, Tensor, Tensor]:
+    """Return the part of :func:`_results` on experts whose activation has no gate."""
+    waves = CppWaves(*rows)
+    waves.add(ExpertWeights(*matrices, activation="gelu"))
+    wide = ExpertWeights(*(part.double() for part in matrices), activation="gelu")
+    x_TD, experts_TK, weights_TK = rows
+    call = ExpertCall(x_TD.double(), experts_TK, weights_TK.double(), wide)
+    return "experts without a gate", waves.result(), reference.run(call)
 
 
 def _by_channel(
