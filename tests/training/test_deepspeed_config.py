@@ -136,6 +136,9 @@ def test_a_file_that_contradicts_the_run_is_named_with_key_value_and_remedy(sett
     assert words in sentence and "; " in sentence and sentence.count("\n") == 0
 
 
+DENSE = ["model.moe=null", "model.d_ff=40", "train.parameters=lora"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -147,6 +150,7 @@ def test_a_file_that_contradicts_the_run_is_named_with_key_value_and_remedy(sett
         (["optimizer.kind=frugal"], "kind is frugal, which needs whole rows"),
         (["train.parameters=lora", "lora.targets=[experts]"], "no dense parameters to split"),
         (["train.parameters=lora", "parallel.deepspeed.zero_stage=3"], "train.parameters is lora"),
+        ([*DENSE, "lora={targets: [mlp], experts: 2}"], "not been tried with LoRA experts;"),
         (["train.precision=bf16", "parallel.deepspeed.zero_stage=0"], "train.precision is bf16"),
         (["parallel.deepspeed={zero_stage: 0, offload_optimizer: true}"], "does from stage 1;"),
         (["parallel.deepspeed.config=/not/there.json"], "no such file or directory"),

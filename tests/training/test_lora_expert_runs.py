@@ -12,8 +12,9 @@ from moeyard.errors import ConfigError
 from moeyard.moe.batch import batch_of_rows
 from moeyard.parallel.mesh import Mesh
 from moeyard.training.__main__ import main
-from moeyard.training.checkpoints.export import export
+from moeyard.training.checkpoints.export import export, newest
 from moeyard.training.checkpoints.export_adapter import export_adapter
+from moeyard.training.checkpoints.files import read_state, write_state
 from moeyard.training.read_config import read_run_config
 from moeyard.training.trainer import Trainer
 
@@ -100,6 +101,14 @@ def test_they_are_not_merged_into_weights(run, tmp_path):
     with pytest.raises(ConfigError, match=r"has 4 LoRA experts .* export it with --adapter"):
         export(run[0], tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+def test_checkpoints_from_before_lora_experts_are_read(run, tmp_path):
+    state = read_state(newest(run[0]))
+    step, before = state.pop("step"), {"rank": 3, "alpha": 5.0, "targets": ["attention"]}
+    write_state(tmp_path, step, state | {"lora": before})
+    added = {"experts": 0, "weighting": "none", "balance_loss": 0.01}
+    assert read_state(tmp_path)["lora"] == before | added
 
 
 @pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
