@@ -6,8 +6,8 @@ Byte level; the dense MLPs have four times the model's width. Each seed trains a
 first nine tenths of TEXT. `moeyard sparsify` then fine-tunes it for as many steps in two ways:
 `plain` is the same training, SiLU and no sparsity loss, and `sparse` has ReLU and the sparsity
 loss. Both cut the MLPs into 32 experts and measure all thresholds on the last tenth of TEXT. Losses
-are compared with the dense model of `plain`, the same training without a cut. Interrupt and start
-again as you like.
+are compared with the dense model of `plain`, the same training without a cut, and with those of the
+cut model itself with all experts on. Interrupt and start again as you like.
 """
 
 import argparse
@@ -129,23 +129,24 @@ def show_curves(found: list[dict[str, dict]]) -> dict[str, list[dict]]:
     return curves
 
 
-def show_cheapest(found: list[dict[str, dict]]) -> dict[str, dict]:
-    """Print and return the operations left at each tolerated loss, in percent."""
-    print("\noperations left within a rise of the loss over the plain dense model, mean +- stdev")
-    print("arm     rise   MLP              all")
-    rows: dict[str, dict] = {arm: {} for arm in ARMS}
+def show_cheapest(found: list[dict[str, dict]]) -> list[dict]:
+    """Print and return the operations left at each tolerated loss, over two dense models."""
+    print("\noperations left within a rise of the loss, mean +- stdev")
+    print("arm     rise over            MLP              all")
+    rows = []
     for arm in ARMS:
-        for rise in WITHIN:
-            row = {}
-            for kind in ("mlp_flops", "flops"):
-                values = [
-                    cheapest(t[arm]["rows"], (1 + rise) * t["plain"]["rows"][0]["loss"], kind)
-                    for t in found
-                ]
-                row[kind] = mean_and_spread(values)
-            rows[arm][f"{rise:g}"] = row
-            text = "   ".join(f"{m:.3f} +- {s:.3f}" for m, s in row.values())
-            print(f"{arm:7} {rise:4.0%}   {text}")
+        for over in ("plain dense", "own dense"):
+            for rise in WITHIN:
+                row = {"arm": arm, "over": over, "rise": rise}
+                for kind in ("mlp_flops", "flops"):
+                    values = []
+                    for tables in found:
+                        dense = tables["plain" if over == "plain dense" else arm]["rows"][0]["loss"]
+                        values.append(cheapest(tables[arm]["rows"], (1 + rise) * dense, kind))
+                    row[kind] = mean_and_spread(values)
+                rows.append(row)
+                left = (f"{m:.3f} +- {s:.3f}" for m, s in (row["mlp_flops"], row["flops"]))
+                print(f"{arm:7} {rise:4.0%} {over:12}   {'   '.join(left)}")
     return rows
 
 
@@ -206,7 +207,7 @@ def main() -> None:
             "router_errors": {arm: [t[arm]["router_error"] for t in found] for arm in ARMS},
         },
     )
-    print(f"written to {path}")
+    print(f"written to results/{path.name}")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from .write_weights import WeightSource
 
 MOST_ROUNDS = 4
 """Balanced assignments of a layer. The first begins from k-means, so later ones move few neurons;
-for 3,072 neurons and 64 experts one takes about 3 s on one core, and for 11,008 some minutes."""
+for 3,072 neurons and 64 experts one takes about 3 s on one core, and time grows with the cube."""
 
 
 def check_cut(name: str, dense: ModelConfig, num_experts: int) -> None:
