@@ -36,6 +36,7 @@ ARMS = {
     "hash": "{kind: hash, k: 2}",
     "dselect": "{kind: dselect, k: 2}",
     "comet": "{kind: comet, k: 2}",
+    "comet-even": "{kind: comet, k: 2, importance_loss: 0.1}",
 }
 MODEL = {
     "kind": "encoder",
