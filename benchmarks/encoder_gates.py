@@ -36,6 +36,7 @@ ARMS = {
     "hash": "{kind: hash, k: 2}",
     "dselect": "{kind: dselect, k: 2}",
     "comet": "{kind: comet, k: 2}",
+    "comet-even": "{kind: comet, k: 2, importance_loss: 0.1}",
 }
 MODEL = {
     "kind": "encoder",
@@ -184,6 +185,14 @@ def summary(arm: str, seeds: range, records: dict[tuple[str, int], dict]) -> dic
         "accuracy_mean": statistics.mean(record["eval_accuracy"] for record in own),
         "macro_f1_mean": statistics.mean(record["eval_macro_f1"] for record in own),
         "loss_mean": statistics.mean(record["eval_loss"] for record in own),
+        "experts_a_token": statistics.mean(
+            sum(map(sum, record["expert_tokens"]))
+            / (record["step_tokens"] * len(record["expert_tokens"]))
+            for record in own
+        ),
+        "busiest_over_mean": max(
+            load["max_over_mean"] for record in own for load in record["load"]
+        ),
         "comet_minus_this_mean": statistics.mean(gains),
         "comet_minus_this_stdev": statistics.stdev(gains) if len(gains) > 1 else None,
     }
@@ -192,14 +201,19 @@ def summary(arm: str, seeds: range, records: dict[tuple[str, int], dict]) -> dic
 def show(rows: dict[str, dict], steps: int, num_sources: int) -> None:
     """Print the table."""
     print(f"\nheld-out accuracy after {steps} steps, {num_sources} sources")
-    print("arm        each seed             mean    macro F1   loss    COMET minus this")
+    print(
+        "arm         each seed             mean    macro F1   loss   experts a token   "
+        "busiest/mean   COMET minus this"
+    )
     for arm, row in rows.items():
         each = " ".join(f"{value:.4f}" for value in row["accuracy"])
         stdev = row["comet_minus_this_stdev"]
         spread_of = "" if stdev is None else f" +- {stdev:.4f}"
         print(
-            f"{arm:9}  {each}  {row['accuracy_mean']:.4f}  {row['macro_f1_mean']:.4f}     "
-            f"{row['loss_mean']:.4f}  {row['comet_minus_this_mean']:+.4f}{spread_of}"
+            f"{arm:10}  {each}  {row['accuracy_mean']:.4f}  {row['macro_f1_mean']:.4f}     "
+            f"{row['loss_mean']:.4f}  {row['experts_a_token']:.2f}             "
+            f"{row['busiest_over_mean']:.2f}          "
+            f"{row['comet_minus_this_mean']:+.4f}{spread_of}"
         )
 
 
