@@ -143,15 +143,14 @@ def test_activations_agree_with_the_reference(activation, dtype):
     assert_near(found, expected_outcome(ids, leaves, activation=activation), dtype)
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["keeps_h", "recomputes_h"])
 @pytest.mark.parametrize(
-    ("activation", "name"),
-    [("relu", "tiles_of_16"), ("gelu", "tiles_of_32"), ("relu", "tiles_of_128")],
+    ("activation", "name", "recompute"),
+    [("relu", "tiles_of_16", False), ("gelu", "tiles_of_32", True)],
 )
 def test_experts_without_a_gate_agree_with_the_reference(activation, name, recompute):
     shape = SHAPES[name]
     ids = routing("with_none", *shape[:3])
-    leaves = problem(shape, torch.float32, has_bias=name != "tiles_of_32", activation=activation)
+    leaves = problem(shape, torch.float32, has_bias=recompute, activation=activation)
     found = outcome(ids, leaves, activation=activation, recompute=recompute)
     expected = expected_outcome(ids, leaves, activation=activation)
     assert_near(found, expected, torch.float32)

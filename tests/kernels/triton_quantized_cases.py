@@ -77,8 +77,10 @@ def test_quantized_activations_agree_with_the_reference(activation):
     assert_near(run(inputs, experts), expected_of(inputs, experts), torch.float32)
 
 
-@pytest.mark.parametrize("rows_per_expert", [tiles.DEQUANTIZE_ROWS_PER_EXPERT, 1])
-@pytest.mark.parametrize(("activation", "bits"), [("relu", 4), ("gelu", 8)])
+@pytest.mark.parametrize(
+    ("activation", "bits", "rows_per_expert"),
+    [("relu", 4, tiles.DEQUANTIZE_ROWS_PER_EXPERT), ("gelu", 8, 1)],
+)
 def test_quantized_experts_without_a_gate_agree(activation, bits, rows_per_expert, monkeypatch):
     """With widened tiles, and with matrices that are written out in x's type."""
     write_out_from(rows_per_expert, monkeypatch)
