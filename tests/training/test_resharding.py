@@ -31,7 +31,7 @@ KINDS = {
     "muon": ("optimizer.kind=muon",),
     "frugal": ("optimizer.kind=frugal", "optimizer.refresh_steps=2"),
     "sharded": ("optimizer.shard_experts=true",),
-    "sparse": ("train.sparse_experts={n: 1, m: 2}", "train.accumulation=2"),
+    "sparse": ("train.sparse_experts.n=1", "train.sparse_experts.m=2"),
 }
 
 

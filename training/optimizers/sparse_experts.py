@@ -17,7 +17,6 @@ from pydantic import Field, model_validator
 from ...kernels.values.n_of_m import NOfM, masked
 from ...moe.config.model import MoEConfig
 from ...parallel.mesh import Mesh
-from ..device import device
 from ..section import Section
 from .held import Held
 
@@ -101,6 +100,7 @@ class ExpertMasks:
     def __init__(self, config: SparseExpertsConfig, trained: Sequence[Held]) -> None:
         self._config = config
         self._held = [held for held in trained if held.experts is not None and held.is_hidden]
+        self._device = trained[0].master.device
         self._are_shared_out = any(held.owned is not None for held in trained)
         for held in self._held:
             if held.shares_memory:
@@ -138,7 +138,7 @@ class ExpertMasks:
 
         All ranks call it.
         """
-        flips = torch.zeros((), dtype=torch.int64, device=device())
+        flips = torch.zeros((), dtype=torch.int64, device=self._device)
         if self._flips is not None:
             flips += self._flips
         total = int(mesh.sum(flips))
