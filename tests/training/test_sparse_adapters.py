@@ -90,6 +90,7 @@ def test_an_adapter_is_served_unmerged_and_not_merged(folders, config_file, tmp_
         assert torch.equal(model(ids_BT, adapter="tuned"), expected)
 
 
+@pytest.mark.slow
 def test_updates_of_attention_alone_can_be_merged(folders, config_file, tmp_path):
     only = "lora={rank: 2, targets: [attention]}"
     trained(config_file, folders / "packed", tmp_path / "run", only)
