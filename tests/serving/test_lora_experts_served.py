@@ -1,4 +1,4 @@
-"""LoRA experts as a served adapter: what they compute, beside plain LoRA and the model alone."""
+"""LoRA experts as a served adapter: what they compute, next to plain LoRA and the model alone."""
 
 import pytest
 import torch
