@@ -32,7 +32,8 @@ from typing import Any
 import torch
 
 from moeyard.kernels.values.expert_weights import empty_slots
-from moeyard.moe.config.model import ModelConfig, MoEConfig
+from moeyard.moe.config.model import ModelConfig
+from moeyard.moe.config.moe import MoEConfig
 from moeyard.moe.folders.extents import Chunk
 from moeyard.moe.folders.families.table import FAMILIES
 from moeyard.moe.folders.file_reader import Buffer, buffer_of

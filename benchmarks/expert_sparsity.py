@@ -30,7 +30,8 @@ from moeyard.kernels.values.channel_weights import (
 )
 from moeyard.kernels.values.expert_weights import ExpertWeights
 from moeyard.kernels.waves import start_waves
-from moeyard.moe.config.model import ModelConfig, MoEConfig
+from moeyard.moe.config.model import ModelConfig
+from moeyard.moe.config.moe import MoEConfig
 from moeyard.moe.folders.families.table import FAMILIES
 from moeyard.moe.folders.hf_config import to_hf
 from moeyard.moe.folders.write_weights import plan_weights

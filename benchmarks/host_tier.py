@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from moeyard.moe.config.model import ModelConfig, MoEConfig
+from moeyard.moe.config.model import ModelConfig
+from moeyard.moe.config.moe import MoEConfig
 from moeyard.moe.folders.expert_slots import empty_experts, expert_bytes
 from moeyard.moe.folders.folder import ModelFolder
 from moeyard.moe.routers.topk import TopK

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from moeyard.moe.config.model import ModelConfig, MoEConfig
+from moeyard.moe.config.model import ModelConfig
+from moeyard.moe.config.moe import MoEConfig
 from moeyard.moe.folders.expert_layouts import part_shapes
 from moeyard.moe.folders.families.table import FAMILIES
 from moeyard.moe.folders.hf_config import to_hf

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from token_path_client import cpu_ns
 
-from moeyard.moe.config.model import ModelConfig, MoEConfig
+from moeyard.moe.config.model import ModelConfig
+from moeyard.moe.config.moe import MoEConfig
 from moeyard.moe.models.decoder import Decoder
 from moeyard.moe.models.initialize import initialize
 from moeyard.moe.models.sampling import SamplingParams

@@ -25,7 +25,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from moeyard.moe.config.model import ModelConfig, MoEConfig
+from moeyard.moe.config.model import ModelConfig
+from moeyard.moe.config.moe import MoEConfig
 from moeyard.moe.routers.topk import TopK
 from moeyard.parallel.mesh import Mesh, build_mesh
 from moeyard.parallel.process import process_group

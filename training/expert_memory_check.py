@@ -1,6 +1,6 @@
 """What ``train.expert_memory`` asks of the rest of a run."""
 
-from ..moe.config.model import MoEConfig
+from ..moe.config.moe import MoEConfig
 from .parallel_config import ParallelConfig
 
 

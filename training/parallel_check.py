@@ -1,6 +1,6 @@
 """What the ``parallel`` section of a run asks of its model and its data."""
 
-from ..moe.config.model import MoEConfig
+from ..moe.config.moe import MoEConfig
 from .parallel_config import ParallelConfig
 
 

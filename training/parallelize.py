@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..dtypes import torch_dtype
 from ..errors import ConfigError
-from ..moe.config.model import MoEConfig
+from ..moe.config.moe import MoEConfig
 from ..moe.experts.path import ExpertPath
 from ..moe.models.decoder import Decoder
 from ..moe.models.lora import add_lora

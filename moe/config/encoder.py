@@ -5,7 +5,8 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from ..routers.routing import Lookahead
-from .model import WIDEST, LayersConfig
+from .model import LayersConfig
+from .moe import WIDEST
 
 MOST_LABELS = 1 << 16
 HEAD = ("classifier.weight", "classifier.bias")

@@ -59,6 +59,7 @@ class StreamedExperts(Experts):
     ) -> None:
         LayerExperts.__init__(self)
         self.recompute = recompute
+        self.activation = activation
         self.num_experts = num_experts
         self.expert_ids = tuple(range(num_experts))
         self.main_grads = None

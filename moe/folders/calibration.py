@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...errors import DataError
 from ...kernels.values.activation import gated
 from ...progress import Progress
-from ..config.model import MoEConfig
+from ..config.moe import MoEConfig
 from ..models.language_model import LanguageModel
 from .folder import ModelFolder
 from .write_weights import FolderWeights

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ...kernels.values.activation import Activation
-from ..config.model import MOST_EXPERTS, ModelConfig, MoEConfig
+from ..config.model import ModelConfig
+from ..config.moe import MOST_EXPERTS, MoEConfig
 from ..routers.assignment import balanced_assignment
 from ..routers.contribution import Contribution
 from ..routers.kmeans_fit import fit_centroids, squared_distances

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...kernels.values.few_bits import MatrixView
 from ...kernels.values.quantized_weights import SlotView
-from ..config.model import MoEConfig
+from ..config.moe import MoEConfig
 from .compressed_tensors import PackedFormat, packed_name, packed_pieces
 from .extents import Piece
 from .shards import TensorPlan

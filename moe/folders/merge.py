@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError
-from ..config.model import ModelConfig, MoEConfig, decoder_config
+from ..config.model import ModelConfig, decoder_config
+from ..config.moe import MoEConfig
 from ..routers.router import RouterConfig
 from ..routers.stochastic import Stochastic
 from ..routers.topk import TopK

@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError
-from ..config.model import MOST_EXPERTS, ModelConfig, MoEConfig, decoder_config
+from ..config.model import ModelConfig, decoder_config
+from ..config.moe import MOST_EXPERTS, MoEConfig
 from ..models.initialize import generator_of
 from .families.table import FAMILIES
 from .folder import ModelFolder

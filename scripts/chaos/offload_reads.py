@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from moeyard.moe.config.model import MoEConfig
+from moeyard.moe.config.moe import MoEConfig
 from moeyard.moe.folders.folder import ModelFolder
 from moeyard.moe.routers.topk import TopK
 from moeyard.serving.engine import thread as engine_thread

@@ -42,7 +42,9 @@ class LocalOwners:
             if index not in self._addresses:
                 output = self._processes[index].stdout
                 assert output is not None, "it is a pipe"
-                ready, _, _ = select.select([output], [], [], timeout_s)
+                waiting = select.poll()  # select.select takes no numbers of files above 1023
+                waiting.register(output, select.POLLIN)
+                ready = waiting.poll(1000 * timeout_s)
                 line = output.readline() if ready else ""
                 if not line:
                     raise LostPeerError("it is not ready in time" if not ready else "it has ended")

@@ -102,7 +102,9 @@ def _mean_bytes(pools: Sequence[PoolSize]) -> int:
 
 
 def kv_specs(folder: ModelFolder, dtype: torch.dtype) -> list[KVCacheSpec]:
-    """Return what each layer keeps per position."""
+    """Return what each layer keeps per position; nothing for a model that continues no text."""
+    if not folder.config.generates:
+        return []
     with without_memory():
         specs = specs_of(Decoder(decoder_config(folder.config), expert_ids=()))
     return [replace(spec, dtype=dtype) for spec in specs]

@@ -8,7 +8,8 @@ from decode_steps import hidden_by_steps, prompts
 
 from moeyard.kernels.cpu import library
 from moeyard.moe.batch import batch_of
-from moeyard.moe.config.model import ModelConfig, MoEConfig
+from moeyard.moe.config.model import ModelConfig
+from moeyard.moe.config.moe import MoEConfig
 from moeyard.moe.models.decoder import Decoder
 from moeyard.moe.routers.topk import TopK
 

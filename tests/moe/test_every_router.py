@@ -11,7 +11,7 @@ import torch
 import moeyard
 from moeyard.errors import ConfigError
 from moeyard.moe.batch import batch_of, batch_of_rows
-from moeyard.moe.config.model import MoEConfig
+from moeyard.moe.config.moe import MoEConfig
 from moeyard.moe.models.decoder import Decoder
 from moeyard.moe.models.initialize import initialize
 from moeyard.moe.routers.draws import sequence_keys

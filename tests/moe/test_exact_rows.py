@@ -11,7 +11,8 @@ from moeyard.moe.adapters.adapter import Adapter, LowRankLinear
 from moeyard.moe.batch import batch_of
 from moeyard.moe.blocks.robust import Robust
 from moeyard.moe.config.attention import AttentionConfig, LatentConfig
-from moeyard.moe.config.model import ModelConfig, MoEConfig
+from moeyard.moe.config.model import ModelConfig
+from moeyard.moe.config.moe import MoEConfig
 from moeyard.moe.kv_blocks import BLOCK, BlockCache, KVBlocks
 from moeyard.moe.models.decoder import Decoder
 from moeyard.moe.models.exact_rows import rows_are_exact

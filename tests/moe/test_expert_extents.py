@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from moeyard.errors import ModelFileError
-from moeyard.moe.config.model import ModelConfig, MoEConfig
+from moeyard.moe.config.model import ModelConfig
+from moeyard.moe.config.moe import MoEConfig
 from moeyard.moe.folders import extents
 from moeyard.moe.folders.convert import convert
 from moeyard.moe.folders.expert_hashes import FILE

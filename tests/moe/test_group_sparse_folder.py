@@ -13,7 +13,7 @@ from moeyard.cli import main
 from moeyard.errors import ConfigError, DataError, ModelFileError, MoeyardError
 from moeyard.kernels.values.group_sparse import GroupSparseExpertWeights, widened
 from moeyard.kernels.values.sparsify import sparsify
-from moeyard.moe.config.model import MoEConfig
+from moeyard.moe.config.moe import MoEConfig
 from moeyard.moe.folders import calibration
 from moeyard.moe.folders.calibration import calibrate
 from moeyard.moe.folders.convert import convert

@@ -17,7 +17,8 @@ from transformers import (
 import moeyard
 from moeyard.errors import ConfigError, ModelFileError
 from moeyard.moe.batch import batch_of, batch_of_rows
-from moeyard.moe.config.model import ModelConfig, MoEConfig
+from moeyard.moe.config.model import ModelConfig
+from moeyard.moe.config.moe import MoEConfig
 from moeyard.moe.folders.hf_config import from_hf, to_hf
 from moeyard.moe.routers.hash import Hash
 from moeyard.moe.routers.topk import TopK

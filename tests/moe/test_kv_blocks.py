@@ -7,7 +7,8 @@ from decode_steps import prompts
 from moeyard.kernels.cpu import library
 from moeyard.moe.batch import batch_of
 from moeyard.moe.config.attention import AttentionConfig, LatentConfig
-from moeyard.moe.config.model import ModelConfig, MoEConfig
+from moeyard.moe.config.model import ModelConfig
+from moeyard.moe.config.moe import MoEConfig
 from moeyard.moe.kv_blocks import BLOCK, BlockCache, KVBlocks, bytes_per_block
 from moeyard.moe.models.decoder import Decoder
 from moeyard.moe.routers.hash import Hash

@@ -9,7 +9,8 @@ import torch
 from moeyard.kernels.cpu import library
 from moeyard.kernels.router import project_and_choose
 from moeyard.moe.config.attention import AttentionConfig
-from moeyard.moe.config.model import ModelConfig, MoEConfig
+from moeyard.moe.config.model import ModelConfig
+from moeyard.moe.config.moe import MoEConfig
 from moeyard.moe.folders.families.table import FAMILIES
 from moeyard.moe.models.decoder import Decoder
 from moeyard.moe.models.initialize import initialize

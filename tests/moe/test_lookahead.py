@@ -8,7 +8,8 @@ import torch
 import moeyard
 from moeyard.errors import ConfigError
 from moeyard.moe.batch import batch_of, batch_of_rows
-from moeyard.moe.config.model import ModelConfig, MoEConfig
+from moeyard.moe.config.model import ModelConfig
+from moeyard.moe.config.moe import MoEConfig
 from moeyard.moe.folders.hf_config import from_hf, to_hf
 from moeyard.moe.models.decoder import Decoder
 from moeyard.moe.models.initialize import initialize

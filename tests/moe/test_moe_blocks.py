@@ -18,7 +18,8 @@ from moeyard.moe.blocks.block import Place
 from moeyard.moe.blocks.momentum import Momentum
 from moeyard.moe.blocks.residual import Residual
 from moeyard.moe.blocks.robust import Robust
-from moeyard.moe.config.model import ModelConfig, MoEConfig
+from moeyard.moe.config.model import ModelConfig
+from moeyard.moe.config.moe import MoEConfig
 from moeyard.moe.folders.families.table import FAMILIES, family_for
 from moeyard.moe.folders.json_file import read_json
 from moeyard.moe.models.decoder import Decoder

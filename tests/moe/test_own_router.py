@@ -7,7 +7,8 @@ from torch.utils.checkpoint import checkpoint
 import moeyard
 from moeyard.errors import ConfigError
 from moeyard.moe.batch import batch_of_rows
-from moeyard.moe.config.model import ModelConfig, MoEConfig
+from moeyard.moe.config.model import ModelConfig
+from moeyard.moe.config.moe import MoEConfig
 from moeyard.moe.models.decoder import Decoder
 from moeyard.moe.models.initialize import initialize
 from moeyard.moe.models.lora import add_lora

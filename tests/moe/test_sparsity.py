@@ -15,7 +15,7 @@ import moeyard
 from moeyard.errors import ConfigError, ModelFileError
 from moeyard.kernels.values.main_grads import MainGrads
 from moeyard.moe.batch import batch_of_rows
-from moeyard.moe.config.model import MoEConfig
+from moeyard.moe.config.moe import MoEConfig
 from moeyard.moe.experts.gate_statistics import gate_statistics
 from moeyard.moe.experts.path import LocalPath
 from moeyard.moe.folders.convert import convert

@@ -6,7 +6,8 @@ from torch.utils.checkpoint import checkpoint
 
 import moeyard
 from moeyard.moe.batch import batch_of_rows
-from moeyard.moe.config.model import ModelConfig, MoEConfig
+from moeyard.moe.config.model import ModelConfig
+from moeyard.moe.config.moe import MoEConfig
 from moeyard.moe.models.decoder import Decoder
 from moeyard.moe.routers.loss_terms import GlobalCounts
 from moeyard.moe.routers.routing import Lookahead, RouterInput

@@ -8,7 +8,8 @@ import torch
 import moeyard
 from moeyard.errors import ConfigError
 from moeyard.moe.batch import Batch
-from moeyard.moe.config.model import ModelConfig, MoEConfig
+from moeyard.moe.config.model import ModelConfig
+from moeyard.moe.config.moe import MoEConfig
 from moeyard.moe.models.decoder import Decoder
 from moeyard.moe.routers.routing import RouterInput
 from moeyard.moe.routers.task import Task, TaskRouter, variation

@@ -12,7 +12,7 @@ from moeyard.cli import main
 from moeyard.errors import ConfigError, ModelFileError, MoeyardError
 from moeyard.kernels.values.n_of_m import keep_mask, masked
 from moeyard.kernels.values.two_of_four import PATTERN, TwoOfFourExpertWeights
-from moeyard.moe.config.model import MoEConfig
+from moeyard.moe.config.moe import MoEConfig
 from moeyard.moe.folders.convert import convert
 from moeyard.moe.folders.folder import ModelFolder
 from moeyard.moe.models.decoder import Decoder

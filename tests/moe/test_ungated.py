@@ -15,7 +15,7 @@ import moeyard
 from moeyard.errors import ConfigError, ModelFileError
 from moeyard.kernels.values.activation import UNGATED
 from moeyard.moe.batch import batch_of_rows
-from moeyard.moe.config.model import MoEConfig
+from moeyard.moe.config.moe import MoEConfig
 from moeyard.moe.experts.inner_slice import InnerSlice
 from moeyard.moe.experts.resident import Experts
 from moeyard.moe.folders.convert import convert

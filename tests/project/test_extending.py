@@ -13,7 +13,7 @@ PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 INSIDE = """
-from moeyard.moe.config.model import MoEConfig
+from moeyard.moe.config.moe import MoEConfig
 from moeyard.moe.layer import MoELayer
 import torch
 values = {"num_experts": 4, "d_expert": 16, "router": {"kind": "nearest", "k": 2}}

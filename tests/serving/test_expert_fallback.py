@@ -10,7 +10,8 @@ import torch
 from moeyard.cli import main
 from moeyard.errors import ConfigError
 from moeyard.kernels import waves
-from moeyard.moe.config.model import ModelConfig, MoEConfig
+from moeyard.moe.config.model import ModelConfig
+from moeyard.moe.config.moe import MoEConfig
 from moeyard.moe.folders.convert import convert
 from moeyard.moe.folders.folder import ModelFolder
 from moeyard.moe.folders.prices import Measured, Price, read_prices, save_price

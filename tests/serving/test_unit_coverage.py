@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moeyard.errors import ConfigError, DataError
-from moeyard.moe.config.model import MoEConfig
+from moeyard.moe.config.moe import MoEConfig
 from moeyard.moe.models.decoder import Decoder
 from moeyard.moe.models.initialize import initialize
 from moeyard.moe.routers.sparsity import Sparsity

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 import moeyard
 from moeyard.errors import CheckpointError, ConfigError
 from moeyard.moe.batch import batch_of_rows
-from moeyard.moe.config.model import MoEConfig
+from moeyard.moe.config.moe import MoEConfig
 from moeyard.moe.folders.convert import convert
 from moeyard.moe.routers.topk import TopK
 from moeyard.parallel.mesh import Mesh

@@ -8,7 +8,7 @@ from moeyard.cli import main as command
 from moeyard.errors import CheckpointError
 from moeyard.kernels.values.n_of_m import keep_mask, masked
 from moeyard.kernels.values.two_of_four import PATTERN
-from moeyard.moe.config.model import MoEConfig
+from moeyard.moe.config.moe import MoEConfig
 from moeyard.moe.folders.convert import convert
 from moeyard.moe.models.decoder import Decoder
 from moeyard.moe.models.initialize import initialize

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 import moeyard
 from moeyard.errors import ConfigError
 from moeyard.moe.batch import batch_of_rows
-from moeyard.moe.config.model import MoEConfig
+from moeyard.moe.config.moe import MoEConfig
 from moeyard.moe.experts.gate_statistics import gate_statistics
 from moeyard.moe.models.decoder import Decoder
 from moeyard.moe.models.initialize import initialize

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import moeyard
 from moeyard.errors import ModelFileError
-from moeyard.moe.config.model import MoEConfig
+from moeyard.moe.config.moe import MoEConfig
 from moeyard.moe.models.decoder import Decoder
 from moeyard.moe.models.initialize import initialize
 from moeyard.training.__main__ import main

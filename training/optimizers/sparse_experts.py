@@ -15,7 +15,7 @@ import torch
 from pydantic import Field, model_validator
 
 from ...kernels.values.n_of_m import NOfM, masked
-from ...moe.config.model import MoEConfig
+from ...moe.config.moe import MoEConfig
 from ...parallel.mesh import Mesh
 from ..section import Section
 from .held import Held

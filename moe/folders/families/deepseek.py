@@ -2,7 +2,8 @@
 
 from ....errors import ModelFileError
 from ...config.attention import AttentionConfig, LatentConfig
-from ...config.model import ModelConfig, MoEConfig
+from ...config.model import ModelConfig
+from ...config.moe import MoEConfig
 from ...routers.topk import TopK
 from ..expert_layouts import SeparateExperts
 from .family import Family

@@ -2,7 +2,8 @@
 
 from ....kernels.values.activation import CLAMP, CLAMPED_SLOPE
 from ...config.attention import AttentionConfig
-from ...config.model import ModelConfig, MoEConfig
+from ...config.model import ModelConfig
+from ...config.moe import MoEConfig
 from ...routers.topk import TopK
 from .balance_keys import read_balance_loss, write_balance_loss
 from .family import Family

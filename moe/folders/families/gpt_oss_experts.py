@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ....errors import ModelFileError
-from ...config.model import MoEConfig
+from ...config.moe import MoEConfig
 from ..expert_layouts import ExpertViews, GetPart, Shapes, plain
 from ..extents import Piece
 from ..mxfp4 import GROUP_BYTES, GROUP_SIZE, decode

@@ -4,7 +4,8 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import cast
 
 from ....errors import ModelFileError
-from ...config.model import MOST_LAYERS, ModelConfig, MoEConfig
+from ...config.model import MOST_LAYERS, ModelConfig
+from ...config.moe import MoEConfig
 from ...routers.topk import TopK
 from .rope_keys import Values, longest_sequence, read_rope, write_rope
 

@@ -1,7 +1,8 @@
 """Mixtral: all layers sparse, softmax over the two experts chosen, perhaps a sliding window."""
 
 from ...config.attention import AttentionConfig
-from ...config.model import ModelConfig, MoEConfig
+from ...config.model import ModelConfig
+from ...config.moe import MoEConfig
 from ...routers.topk import TopK
 from ..expert_layouts import SeparateExperts
 from .balance_keys import read_balance_loss, write_balance_loss

@@ -1,7 +1,8 @@
 """OLMoE: all layers sparse, q and k normed over all heads together, perhaps clipped."""
 
 from ...config.attention import AttentionConfig
-from ...config.model import ModelConfig, MoEConfig
+from ...config.model import ModelConfig
+from ...config.moe import MoEConfig
 from ...routers.topk import TopK
 from ..expert_layouts import SeparateExperts
 from .balance_keys import read_balance_loss, write_balance_loss

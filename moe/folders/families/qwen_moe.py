@@ -4,7 +4,8 @@ from typing import Any
 
 from ....errors import ModelFileError
 from ...config.attention import AttentionConfig
-from ...config.model import ModelConfig, MoEConfig
+from ...config.model import ModelConfig
+from ...config.moe import MoEConfig
 from ...routers.topk import TopK
 from ..expert_layouts import SeparateExperts
 from .balance_keys import read_balance_loss, write_balance_loss

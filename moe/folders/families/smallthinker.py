@@ -2,7 +2,8 @@
 windowed layers (https://huggingface.co/PowerInfer; it is not in transformers)."""
 
 from ...config.attention import AttentionConfig
-from ...config.model import ModelConfig, MoEConfig
+from ...config.model import ModelConfig
+from ...config.moe import MoEConfig
 from ...routers.topk import TopK
 from ..expert_layouts import SeparateExperts
 from .family import Family
