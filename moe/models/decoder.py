@@ -140,7 +140,7 @@ class Decoder(Model):
         rows = StageRows(self.embed_tokens(batch.ids_T)) if before is None else before
         x_TD, gate_TD, state = rows
         parts = parts_of(batch, self._rope.tables(batch.positions_T, x_TD.dtype))
-        early = self._route_from_tokens(batch) | self._route_from_before(gate_TD, batch)
+        early = self.route_from_tokens(batch) | self._route_from_before(gate_TD, batch)
         routings = []
         for layer in self._decoder_layers():
             index = layer.layer
@@ -173,15 +173,6 @@ class Decoder(Model):
         for layer in self.layers:
             if isinstance(layer, DecoderLayer):
                 yield layer
-
-    def _route_from_tokens(self, batch: Batch) -> dict[int, Routing]:
-        """Return, by layer, the choices that token ids alone decide."""
-        early = {}
-        for index, layer in self.moe_layers():
-            if layer.lookahead is Lookahead.TOKEN:
-                early[index] = choose(index, layer, None, batch)
-                layer.experts.announce(early[index])
-        return early
 
     def _route_from_before(self, gate_TD: Tensor | None, batch: Batch) -> dict[int, Routing]:
         """Return the choice of a router that reads what experts of an earlier stage read."""

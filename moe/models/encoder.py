@@ -16,8 +16,7 @@ from ..blocks.block import State
 from ..config.encoder import EncoderConfig
 from ..linear import Linear
 from ..routers.draws import sequence_keys
-from ..routers.routing import Lookahead, Routing
-from .decoder_layer import LayerOutput, choose
+from .decoder_layer import LayerOutput
 from .encoder_layer import EncoderLayer
 from .model import WHOLE, Model, ModelOptions, ModelOutput
 
@@ -67,7 +66,7 @@ class Encoder(Model):
             batch = batch.with_previous_ids()
         rows = full_rows(batch)
         state: State = ()
-        early = self._route_from_tokens(batch)
+        early = self.route_from_tokens(batch)
         routings = []
         for index, layer in enumerate(self.layers):
             arguments = (x_TD, state, batch, rows, early.get(index))
@@ -91,12 +90,3 @@ class Encoder(Model):
         """Return scores over the labels, ``[B, C]``; only with ``config.labels``."""
         logits_BC: Tensor = self.classifier(self.pooled(hidden_TD, lengths))
         return logits_BC
-
-    def _route_from_tokens(self, batch: Batch) -> dict[int, Routing]:
-        """Return, by layer, the choices that token ids alone decide."""
-        early = {}
-        for index, layer in self.moe_layers():
-            if layer.lookahead is Lookahead.TOKEN:
-                early[index] = choose(index, layer, None, batch)
-                layer.experts.announce(early[index])
-        return early

@@ -7,10 +7,12 @@ from typing import Literal, NamedTuple
 from torch import Tensor, nn
 
 from ...kernels.experts import Backend
+from ..batch import Batch
 from ..config.model import LayersConfig
 from ..layer import MoELayer
 from ..routers.router import Router
-from ..routers.routing import Routing
+from ..routers.routing import Lookahead, Routing
+from .decoder_layer import choose
 
 
 class ModelOptions(NamedTuple):
@@ -67,6 +69,15 @@ class Model(nn.Module):
     def routers(self) -> list[Router]:
         """Return the routers, in the order of :meth:`routed_layers`."""
         return [router for _, router in self.routed_layers()]
+
+    def route_from_tokens(self, batch: Batch) -> dict[int, Routing]:
+        """Return, by layer, the choices that token ids alone decide, and announce them."""
+        early = {}
+        for index, layer in self.moe_layers():
+            if layer.lookahead is Lookahead.TOKEN:
+                early[index] = choose(index, layer, None, batch)
+                layer.experts.announce(early[index])
+        return early
 
     def tie(self) -> None:
         """Make an output layer one with the embedding again, if the configuration says so."""
