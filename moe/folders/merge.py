@@ -28,14 +28,10 @@ from ..config.moe import MoEConfig
 from ..routers.router import RouterConfig
 from ..routers.stochastic import Stochastic
 from ..routers.topk import TopK
-from .families.table import FAMILIES
+from .changed import write_changed
 from .folder import ModelFolder
-from .generation_config import generation_to_keep
-from .hf_config import to_hf
 from .hub import local_folder
-from .tokenizer_folder import copy_tokenizer
-from .write_weights import FolderWeights, plan_weights
-from .writer import write_model_folder
+from .write_weights import FolderWeights
 
 log = logging.getLogger(__name__)
 
@@ -64,20 +60,10 @@ def merge(
         if split is None:
             split = moe.num_experts
         config = _config(decoder_config(folder.config), moe, split)
-        dtype = folder.dtype
-        values = to_hf(config, str(dtype).removeprefix("torch."), source=folder.values)
-        family = FAMILIES[values["model_type"]]
         weights = MergedWeights(folder, moe, split)
-        write_model_folder(
-            target,
-            values,
-            plan_weights(config, family, weights, dtype, torch.float32),
-            lambda unfinished: copy_tokenizer(source, unfinished),
-            generation_to_keep(folder),
-        )
+        return write_changed(source, folder, target, config, weights)
     finally:
         folder.close()
-    return family.model_type
 
 
 class MergedWeights:

@@ -31,15 +31,11 @@ from ...errors import ConfigError
 from ..config.model import ModelConfig, decoder_config
 from ..config.moe import MOST_EXPERTS, MoEConfig
 from ..models.initialize import generator_of
-from .families.table import FAMILIES
+from .changed import write_changed
 from .folder import ModelFolder
-from .generation_config import generation_to_keep
-from .hf_config import to_hf
 from .hub import local_folder
-from .tokenizer_folder import copy_tokenizer
 from .upcycle_routers import UPCYCLE_ROUTERS, UpcycleRouter
-from .write_weights import FolderWeights, plan_weights
-from .writer import write_model_folder
+from .write_weights import FolderWeights
 
 log = logging.getLogger(__name__)
 
@@ -76,20 +72,10 @@ def upcycle(
         if left_out is not None:
             log.warning("%s", left_out)
         config = _config(folder, num_experts, k, split, moe_layers, router)
-        dtype = folder.dtype
-        values = to_hf(config, str(dtype).removeprefix("torch."), source=folder.values)
-        family = FAMILIES[values["model_type"]]
         weights = UpcycledWeights(folder, config, split, seed, router)
-        write_model_folder(
-            target,
-            values,
-            plan_weights(config, family, weights, dtype, torch.float32),
-            lambda unfinished: copy_tokenizer(source, unfinished),
-            generation_to_keep(folder),
-        )
+        return write_changed(source, folder, target, config, weights)
     finally:
         folder.close()
-    return family.model_type
 
 
 class UpcycledWeights:
