@@ -224,7 +224,7 @@ MUTATIONS = [
     ),
     (
         "a replay chooses anew",
-        "moe/models/decoder_layer.py",
+        "moe/models/routed.py",
         "if batch.routes is None:",
         "if True:",
         "tests/moe",

@@ -41,7 +41,7 @@ def add(parsers: Parsers) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Print a line for each text."""
     from ..training.data.labelled_records import read_texts
-    from .model_folder import open_classifier, trained_length
+    from .model_folder import open_kind_of, trained_length
 
     if (arguments.text is None) == (arguments.file is None):
         raise ConfigError("FILE and --text: give exactly one of them.")
@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
         texts = list(read_texts(arguments.file, arguments.text_key))
         if not texts:
             raise ConfigError(f"{arguments.file} has no text; give a file with some.")
-    model = open_classifier(arguments)
+    model = open_kind_of(arguments, "encoder")
     length = arguments.length or trained_length(arguments.model)
     num_cut = 0
     for start in range(0, len(texts), arguments.batch):

@@ -3,11 +3,10 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..moe.models.language_model import LanguageModel
-    from ..moe.models.text_classifier import TextClassifier
     from ..serving.experts.options import StoreOptions
     from ..serving.experts.store import ExpertStore
 
@@ -47,20 +46,22 @@ def open_model(arguments: argparse.Namespace) -> "LanguageModel":
     return model
 
 
-def open_classifier(arguments: argparse.Namespace) -> "TextClassifier":
-    """Open the encoder of a command that has the options of ``add_loading``."""
+def open_kind_of(arguments: argparse.Namespace, *kinds: str) -> Any:
+    """Open a model of one of ``kinds`` for a command that has the options of ``add_loading``."""
     from ..moe.routers.own_code import allow
-    from ..serving.loading import load_classifier
+    from ..serving.loading import open_kind
 
     allow(arguments.allow_code)
-    return load_classifier(
+    model, _ = open_kind(
         model_folder(arguments.model),
+        kinds,
         dtype=arguments.dtype,
         device=arguments.device,
         expert_memory=arguments.expert_memory,
         ignore_unused_weights=arguments.ignore_unused_weights,
         options=store_options(arguments),
     )
+    return model
 
 
 def store_options(arguments: argparse.Namespace) -> "StoreOptions":

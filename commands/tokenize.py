@@ -9,7 +9,7 @@ from ..errors import ConfigError
 from .options import Parsers, add_command
 
 if TYPE_CHECKING:
-    from ..training.config import DataConfig
+    from ..training.formats.text import TextConfig
 
 
 def add(parsers: Parsers) -> None:
@@ -55,16 +55,16 @@ def add(parsers: Parsers) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Write a tokenizer and token shards."""
     from ..configuration import validate_config
-    from ..training.config import DataConfig
     from ..training.data.tokenize import LEARNT_IDS, tokenize
+    from ..training.formats.text import TextConfig
     from ..training.stop import StopRequest
 
     given = {name: value for name, value in vars(arguments).items() if value is not None}
-    values = {name: value for name, value in given.items() if name in DataConfig.model_fields}
+    values = {name: value for name, value in given.items() if name in TextConfig.model_fields}
     template = values.pop("chat_template", None)
     if template is not None and arguments.format == "chat":
         values["chat_template"] = str(template)
-    config = validate_config(DataConfig, values)
+    config = validate_config(TextConfig, values)
     if arguments.format == "chat":
         _show(config, arguments)
         return
@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
     )
 
 
-def _show(config: "DataConfig", arguments: argparse.Namespace) -> None:
+def _show(config: "TextConfig", arguments: argparse.Namespace) -> None:
     """Print conversations; raise :class:`ConfigError` where a run does the work itself."""
     from ..training.data.chat_show import show_conversations
 

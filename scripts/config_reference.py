@@ -64,10 +64,17 @@ def page() -> str:
     for path, model in _sections(RunConfig, ""):
         if (path, model) not in seen:
             seen.add((path, model))
-            kind = model.model_fields.get("kind")
-            title = f"`{path}`" if kind is None else f"`{path}` with `kind: {kind.default}`"
-            parts.append(_section(title, f"{path}.", model))
+            parts.append(_section(f"`{path}`{_named(model)}", f"{path}.", model))
     return "\n".join(parts)
+
+
+def _named(model: type[BaseModel]) -> str:
+    """Return which of several sections of a path it is."""
+    if "kind" in model.model_fields:
+        return f" with `kind: {model.model_fields['kind'].default}`"
+    if "format" in model.model_fields:
+        return f" with `format: {' or '.join(get_args(model.model_fields['format'].annotation))}`"
+    return ""
 
 
 def _sections(

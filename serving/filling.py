@@ -6,7 +6,8 @@ import torch
 
 from ..moe.folders.folder import ModelFolder
 from ..moe.folders.read_weights import WeightRead, dense_reads, expert_reads, run_reads
-from ..moe.models.model import Model, ModelOptions
+from ..moe.models.model import Model
+from ..moe.models.options import ModelOptions
 from ..moe.models.table import build_model
 from ..moe.without_memory import without_memory
 from .experts.budget import budget_bytes

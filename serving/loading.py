@@ -1,38 +1,43 @@
 """Open a model folder for inference, with all experts in memory or behind a store."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypedDict, Unpack
 
 import torch
 
 from ..dtypes import short_name, spellings, torch_dtype
 from ..errors import ConfigError
 from ..kernels.values.memory import is_out_of_memory
-from ..moe.folders.adapters import adapter_table
 from ..moe.folders.folder import ModelFolder
-from ..moe.folders.generation_config import read_generation_config
 from ..moe.folders.hub import local_folder
-from ..moe.folders.marked_texts import MarkedTexts
-from ..moe.folders.text_codec import TextCodec
-from ..moe.models.correction import Correction
-from ..moe.models.decoder import Decoder
-from ..moe.models.encoder import Encoder
 from ..moe.models.language_model import LanguageModel
-from ..moe.models.sampling import GenerationConfig
 from ..moe.models.text_classifier import TextClassifier
 from ..moe.routers.own_code import allow
 from .experts.options import StoreOptions
 from .experts.policies.policy import Policy
 from .experts.predictors.predictor import Predictor
 from .experts.store import ExpertStore
-from .filling import Filled, fill_model
+from .filling import fill_model
 from .load_checks import check_device, check_options
+from .openers.table import OPENERS
 
 log = logging.getLogger(__name__)
 
 DTYPES = ("fp32", "bf16")
 """What a model may be loaded as."""
+
+
+class Loading(TypedDict, total=False):
+    """How any kind of model is opened; :func:`load` says what each argument means."""
+
+    dtype: str | torch.dtype | None
+    device: str
+    expert_memory: str | None
+    ignore_unused_weights: bool
+    allow_code: str | Sequence[str]
+    options: StoreOptions | None
 
 
 def load(
@@ -97,22 +102,13 @@ def load(
     return model
 
 
-def load_classifier(
-    folder: str | Path,
-    dtype: str | torch.dtype | None = None,
-    device: str = "cpu",
-    expert_memory: str | None = None,
-    ignore_unused_weights: bool = False,
-    allow_code: str | Sequence[str] = (),
-    options: StoreOptions | None = None,
-) -> TextClassifier:
+def load_classifier(folder: str | Path, **how: Unpack[Loading]) -> TextClassifier:
     """Open a folder with an encoder, such as BERT's or a run's export, as a model ready to call.
 
     The arguments are those of :func:`load`; ``options`` are those of the expert store. Raises
     what :func:`load` raises, and :class:`ConfigError` for a model of another kind.
     """
-    how = (dtype, device, expert_memory, ignore_unused_weights, allow_code, options)
-    model, _ = _open(folder, "encoder", *how)
+    model, _ = open_kind(folder, ("encoder",), **how)
     assert isinstance(model, TextClassifier), "its kind was asked for"
     return model
 
@@ -130,36 +126,41 @@ def open_model(
 
     Raises :class:`ConfigError` for a model that does not continue texts.
     """
-    how = (dtype, device, expert_memory, ignore_unused_weights, allow_code, options)
-    model, store = _open(folder, "decoder", *how)
+    model, store = open_kind(
+        folder,
+        ("decoder",),
+        dtype=dtype,
+        device=device,
+        expert_memory=expert_memory,
+        ignore_unused_weights=ignore_unused_weights,
+        allow_code=allow_code,
+        options=options,
+    )
     assert isinstance(model, LanguageModel), "its kind was asked for"
     return model, store
 
 
-def _open(
-    folder: str | Path,
-    kind: str,
-    dtype: str | torch.dtype | None,
-    device: str,
-    expert_memory: str | None,
-    ignore_unused_weights: bool,
-    allow_code: str | Sequence[str],
-    options: StoreOptions | None,
-) -> tuple[LanguageModel | TextClassifier, ExpertStore | None]:
-    """Open a model of ``kind``, and its store, if there is one."""
-    target = check_device(device, expert_memory)
-    allow(allow_code)
-    options = options or StoreOptions()
+def open_kind(
+    folder: str | Path, kinds: Sequence[str], **how: Unpack[Loading]
+) -> tuple[Any, ExpertStore | None]:
+    """Open a model of one of ``kinds`` as its opener does, and its store, if there is one.
+
+    Raises :class:`ModelFileError` for a folder that is damaged or of an unknown kind, and
+    :class:`ConfigError` for a model of another kind or arguments that do not fit.
+    """
+    expert_memory, options = how.get("expert_memory"), how.get("options") or StoreOptions()
+    target = check_device(how.get("device", "cpu"), expert_memory)
+    allow(how.get("allow_code", ()))
     check_options(options, expert_memory, target)
     files = ModelFolder(local_folder(folder))
     try:
-        _check_kind(files, kind)
-        left_out = files.check(ignore_unused_weights=ignore_unused_weights)
+        _check_kind(files, kinds)
+        left_out = files.check(ignore_unused_weights=how.get("ignore_unused_weights", False))
         if left_out is not None:
             log.warning("%s", left_out)
-        open_it = _OPENERS[files.config.kind]
-        filled = fill_model(files, pick_dtype(files, dtype), expert_memory, options, target)
-        model = open_it(files, filled, options)
+        dtype = pick_dtype(files, how.get("dtype"))
+        filled = fill_model(files, dtype, expert_memory, options, target)
+        model = OPENERS[files.config.kind].open(files, filled, options)
         if filled.store is None:
             files.close()
         return model, filled.store
@@ -175,62 +176,14 @@ def _open(
         raise
 
 
-def _check_kind(files: ModelFolder, kind: str) -> None:
+def _check_kind(files: ModelFolder, kinds: Sequence[str]) -> None:
     """Raise :class:`ConfigError` for a folder of another kind of model."""
-    if files.config.kind != kind:
-        remedy = {
-            "decoder": "moeyard generate or moeyard.load",
-            "encoder": "moeyard classify or moeyard.load_classifier",
-        }
+    kind = files.config.kind
+    if kind not in kinds:
         raise ConfigError(
-            f"{files.path} has a model of kind {files.config.kind}, but one of kind {kind} is "
-            f"needed here; give one, or use {remedy[files.config.kind]} for this one."
+            f"{files.path} has a model of kind {kind}, but one of kind {' or '.join(kinds)} is "
+            f"needed here; give one, or use {OPENERS[kind].remedy} for this one."
         )
-
-
-def _language_model(files: ModelFolder, filled: Filled, options: StoreOptions) -> LanguageModel:
-    decoder = filled.model
-    assert isinstance(decoder, Decoder), "its configuration is a decoder's"
-    table = adapter_table(decoder, files.family)
-    model = LanguageModel(decoder, _generation(files), TextCodec(files.path), table)
-    if filled.fallback is not None and options.correction is not None:
-        on = filled.fallback.on
-        model.correction = Correction(options.correction, on, options.correction_threshold)
-    return model
-
-
-def _text_classifier(files: ModelFolder, filled: Filled, options: StoreOptions) -> TextClassifier:
-    encoder = filled.model
-    assert isinstance(encoder, Encoder), "its configuration is an encoder's"
-    if options.correction is not None:
-        raise ConfigError(
-            f"expert-correction is {options.correction}, which checks generated tokens, but "
-            f"{files.path} is a model of kind encoder; leave it out."
-        )
-    return TextClassifier(encoder, MarkedTexts(files.path))
-
-
-_OPENERS: dict[
-    str, Callable[[ModelFolder, Filled, StoreOptions], LanguageModel | TextClassifier]
-] = {"decoder": _language_model, "encoder": _text_classifier}
-"""By the kind of model."""
-
-
-def _generation(files: ModelFolder) -> GenerationConfig:
-    """Read how the model generates, and warn of what cannot be followed."""
-    generation = read_generation_config(files)
-    if generation.unknown_eos_ids:
-        log.warning(
-            "eos_token_id has %s, but ids go up to %d, so no answer ends there.",
-            ", ".join(map(str, generation.unknown_eos_ids)),
-            files.config.vocabulary - 1,
-        )
-    if generation.not_followed:
-        log.warning(
-            "generation_config.json asks for %s, which is not offered; answers do without.",
-            " and ".join(generation.not_followed),
-        )
-    return generation
 
 
 def pick_dtype(files: ModelFolder, name: str | torch.dtype | None) -> torch.dtype:

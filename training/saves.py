@@ -223,12 +223,18 @@ class Saves:
             "batch_sequences": self._config.train.batch_sequences,
             "sequence_length": self._config.train.sequence_length,
             "precision": self._config.train.precision,
-            "tokenizer": self._config.data.tokenizer,
-            "tokenizer_sha256": self._data.tokenizer.sha256,
+            **self._tokenizer(),
             "origin": self._origin,
             "chat_template": self._data.chat_template,
+            "files": dict(self._data.files),
             **self._trained(),
         }
+
+    def _tokenizer(self) -> dict[str, Any]:
+        if self._data.tokenizer is None:
+            return {"tokenizer": None}
+        name = self._config.text_data.tokenizer
+        return {"tokenizer": name, "tokenizer_sha256": self._data.tokenizer.sha256}
 
     def _trained(self) -> dict[str, Any]:
         """Return the settings that decide which parameters exist and what they have."""

@@ -12,7 +12,8 @@ from ..moe.experts.streamed import ExpertSource, StreamedExperts
 from ..moe.folders.folder import ModelFolder
 from ..moe.folders.hub import local_folder
 from ..moe.models.initialize import initialize
-from ..moe.models.model import Model, ModelOptions
+from ..moe.models.model import Model
+from ..moe.models.options import ModelOptions
 from ..moe.models.table import build_model as build
 from ..parallel.mesh import Mesh
 from .checkpoints.start_from import read_start
@@ -25,9 +26,11 @@ EMBEDDINGS = "embed_tokens.weight"
 """The decoder's name of the token embeddings."""
 
 
-def fill_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> LayersConfig:
-    """Return the model's configuration with the tokenizer's vocabulary size."""
+def fill_vocabulary(config: RunConfig, tokenizer: Tokenizer | None) -> LayersConfig:
+    """Return the model's configuration with the tokenizer's vocabulary size, if there is one."""
     given = config.model.vocab_size
+    if tokenizer is None:
+        return config.model
     if given is not None and given < tokenizer.vocab_size:
         raise ConfigError(
             f"model.vocab_size is {given}, but the tokenizer has {tokenizer.vocab_size} ids; "

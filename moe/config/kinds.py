@@ -1,6 +1,6 @@
 """The kinds of models that ``model.kind`` names."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import BeforeValidator, Field, TypeAdapter
 
@@ -17,6 +17,8 @@ def _with_kind(values: Any) -> Any:
 
 AnyModel = ModelConfig | EncoderConfig
 ModelSection = Annotated[AnyModel, Field(discriminator="kind"), BeforeValidator(_with_kind)]
+KINDS: tuple[str, ...] = tuple(kind.model_fields["kind"].default for kind in get_args(AnyModel))
+"""Their names."""
 _ADAPTER: TypeAdapter[AnyModel] = TypeAdapter(ModelSection)
 
 

@@ -8,6 +8,7 @@ from ...errors import ConfigError
 from ..blocks.block import Place
 from ..routers.router import RouterConfig
 from ..routers.routing import Lookahead
+from ..routers.row_facts import RowFact
 from .attention import AttentionConfig, RopeScaling
 from .moe import WIDEST, MoEConfig
 
@@ -45,6 +46,16 @@ class LayersConfig(BaseModel):
     def generates(self) -> bool:
         """Whether the model continues texts."""
         return True
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether rows are tokens of a vocabulary."""
+        return True
+
+    @property
+    def rows_have(self) -> frozenset[RowFact]:
+        """What a batch says of each row in addition, for routers that read it."""
+        return frozenset()
 
     @property
     def ties_embeddings(self) -> bool:

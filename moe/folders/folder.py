@@ -153,8 +153,9 @@ class ModelFolder:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of floating-point weights that are not quantized: the embedding's."""
-        return self.files.entry(self._name("embed_tokens.weight")).dtype
+        """The type of floating-point weights that are not quantized: that outside the layers."""
+        first, _ = next(dense_tensors(self.config))
+        return self.files.entry(self._name(first)).dtype
 
     def read_into(self, parameter: str, out: Tensor) -> None:
         """Fill ``out`` with a tensor of the decoder outside the experts."""

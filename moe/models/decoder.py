@@ -23,8 +23,10 @@ from ..norm import RMSNorm
 from ..routers.draws import sequence_keys
 from ..routers.router import Router
 from ..routers.routing import Lookahead, Routing
-from .decoder_layer import DecoderLayer, LayerOutput, choose
+from .decoder_layer import DecoderLayer
 from .model import Model, ModelOutput
+from .options import ModelOptions
+from .routed import LayerOutput, choose
 from .stage_rows import StageRows, carries_gate_rows, num_state_tensors
 
 
@@ -79,11 +81,9 @@ class Decoder(Model):
         self.stage = range(config.num_layers) if stage is None else stage
         if self.stage.start == 0 or (self.has_last_layer and config.tie_embeddings):
             self.embed_tokens = nn.Embedding(config.vocabulary, config.d_model)
-        facts = (token_counts, recompute == "experts", token_embeddings)
+        options = ModelOptions(expert_ids, backend, token_counts, recompute, token_embeddings)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, layer, expert_ids, backend, *facts)
-            if layer in self.stage
-            else nn.Identity()
+            DecoderLayer(config, layer, options) if layer in self.stage else nn.Identity()
             for layer in range(config.num_layers)
         )
         if self.has_last_layer:
@@ -125,8 +125,7 @@ class Decoder(Model):
     def new_cache(self, max_length: int | None = None) -> SequenceCache:
         """Return an empty cache for one sequence."""
         specs = [layer.self_attn.cache_spec() for layer in self._decoder_layers()]
-        device = self.embed_tokens.weight.device
-        return SequenceCache(specs, max_length or self.config.max_positions, device)
+        return SequenceCache(specs, max_length or self.config.max_positions, self.device)
 
     def forward(self, batch: Batch, before: StageRows | None = None) -> DecoderOutput:
         """Run the decoder on a batch; its caches, if any, grow by the batch's rows.

@@ -4,11 +4,9 @@ T tokens, D model width.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from ...kernels.experts import Backend
 from ..attention.backend import backends, run_attention
 from ..attention.grouped_query import Attention
 from ..attention.latent import LatentAttention
@@ -20,22 +18,9 @@ from ..config.model import ModelConfig
 from ..gated_mlp import GatedMLP
 from ..layer import MoELayer
 from ..norm import RMSNorm
-from ..routers.routing import Lookahead, RouterInput, Routing
-
-
-class LayerOutput(NamedTuple):
-    """The result of a layer's forward."""
-
-    x_TD: Tensor
-    """The residual stream after the layer."""
-    state: State
-    """What the block carries to the next MoE layer."""
-    routing: Routing | None = None
-    """The layer's choice, of experts or of LoRA experts; None if it has none."""
-    next_routing: Routing | None = None
-    """The choice of the next MoE layer, if its router reads what this one's experts read."""
-    mlp_input_TD: Tensor | None = None
-    """What the experts read, if the caller asks for it."""
+from ..routers.routing import Lookahead, Routing
+from .options import WHOLE, ModelOptions
+from .routed import LayerOutput, build_moe, choose, router_input
 
 
 class DecoderLayer(nn.Module):
@@ -47,16 +32,7 @@ class DecoderLayer(nn.Module):
     Routers run where their look-ahead says, and choices are announced to the experts immediately.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        layer: int,
-        expert_ids: Sequence[int] | None = None,
-        backend: Backend = "auto",
-        token_counts: Sequence[int] | None = None,
-        recompute_experts: bool = False,
-        token_embeddings: Tensor | None = None,
-    ) -> None:
+    def __init__(self, config: ModelConfig, layer: int, options: ModelOptions = WHOLE) -> None:
         super().__init__()
         self.layer = layer
         self.input_layernorm = RMSNorm(config.d_model, config.rms_eps)
@@ -70,23 +46,7 @@ class DecoderLayer(nn.Module):
         self.place = config.place(layer)
         self.mlp: MoELayer | GatedMLP
         if config.moe is not None and config.is_moe(layer):
-            self.mlp = MoELayer(
-                config.d_model,
-                config.moe.d_expert,
-                config.moe.num_experts,
-                config.router(layer),
-                config.moe.activation,
-                config.moe.d_shared,
-                shared_gate=config.moe.shared_gate,
-                expert_bias=config.moe.expert_bias,
-                vocab_size=config.vocabulary,
-                layer=layer,
-                token_counts=token_counts,
-                expert_ids=expert_ids,
-                backend=backend,
-                recompute=recompute_experts,
-                token_embeddings=token_embeddings,
-            )
+            self.mlp = build_moe(config, layer, options)
         else:
             assert config.d_ff is not None, "the configuration was not validated"
             self.mlp = GatedMLP(config.d_model, config.d_ff)
@@ -113,7 +73,7 @@ class DecoderLayer(nn.Module):
             self.mlp.experts.announce(routing)
         x_TD, mlp_input_TD = run_attention(self._attention_backends, self._modules, x_TD, parts)
         if isinstance(self.mlp, GatedMLP):
-            routing = self.mlp.route(_router_input(mlp_input_TD, batch))
+            routing = self.mlp.route(router_input(mlp_input_TD, batch))
             y_TD = self.mlp(mlp_input_TD, batch.adapters, routing)
             return LayerOutput(x_TD + y_TD, state, routing)
         read_TD = self.block.experts_read(x_TD, state)
@@ -130,24 +90,3 @@ class DecoderLayer(nn.Module):
         kept_TD = mlp_input_TD if keeps_mlp_input else None
         x_TD, state = self.block.join(x_TD, y_TD, state, self.place)
         return LayerOutput(x_TD, state, routing, next_routing, kept_TD)
-
-
-def choose(index: int, layer: MoELayer, x_TD: Tensor | None, batch: Batch) -> Routing:
-    """Return the choice of decoder layer ``index``, or replay the one that the batch has for it."""
-    router_input = _router_input(x_TD, batch)
-    if batch.routes is None:
-        return layer.gate.route(router_input)
-    return layer.gate.route_to(router_input, batch.routes[index])
-
-
-def _router_input(x_TD: Tensor | None, batch: Batch) -> RouterInput:
-    return RouterInput(
-        x_TD,
-        batch.ids_T,
-        batch.positions_T,
-        lengths=batch.lengths,
-        tasks_T=batch.tasks_T,
-        timesteps_T=batch.timesteps_T,
-        draw_keys=batch.draw_keys,
-        previous_ids_T=batch.previous_ids_T,
-    )

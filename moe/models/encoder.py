@@ -16,9 +16,10 @@ from ..blocks.block import State
 from ..config.encoder import EncoderConfig
 from ..linear import Linear
 from ..routers.draws import sequence_keys
-from .decoder_layer import LayerOutput
 from .encoder_layer import EncoderLayer
-from .model import WHOLE, Model, ModelOptions, ModelOutput
+from .model import Model, ModelOutput
+from .options import WHOLE, ModelOptions
+from .routed import LayerOutput
 
 
 class Encoder(Model):

@@ -14,8 +14,8 @@ from ..config.encoder import EncoderConfig
 from ..layer import MoELayer
 from ..linear import Linear
 from ..routers.routing import Lookahead, Routing
-from .decoder_layer import LayerOutput, choose
-from .model import WHOLE, ModelOptions
+from .options import WHOLE, ModelOptions
+from .routed import LayerOutput, build_moe, choose
 
 
 class BiasedMLP(nn.Module):
@@ -42,23 +42,7 @@ class EncoderLayer(nn.Module):
         self.attention_norm = nn.LayerNorm(config.d_model, config.norm_eps)
         self.mlp: MoELayer | BiasedMLP
         if config.moe is not None and config.is_moe(layer):
-            self.mlp = MoELayer(
-                config.d_model,
-                config.moe.d_expert,
-                config.moe.num_experts,
-                config.router(layer),
-                config.moe.activation,
-                config.moe.d_shared,
-                shared_gate=config.moe.shared_gate,
-                expert_bias=config.moe.expert_bias,
-                vocab_size=config.vocabulary,
-                layer=layer,
-                token_counts=options.token_counts,
-                expert_ids=options.expert_ids,
-                backend=options.backend,
-                recompute=options.recompute == "experts",
-                token_embeddings=options.token_embeddings,
-            )
+            self.mlp = build_moe(config, layer, options)
         else:
             assert config.d_ff is not None, "the configuration was not validated"
             self.mlp = BiasedMLP(config.d_model, config.d_ff)

@@ -1,37 +1,16 @@
 """What every kind of model is: layers of which some have experts."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from ...kernels.experts import Backend
 from ..batch import Batch
 from ..config.model import LayersConfig
 from ..layer import MoELayer
 from ..routers.router import Router
 from ..routers.routing import Lookahead, Routing
-from .decoder_layer import choose
-
-
-class ModelOptions(NamedTuple):
-    """What a model is built with, in addition to its configuration."""
-
-    expert_ids: Sequence[int] | None = None
-    """The experts this process holds; None = all."""
-    backend: Backend = "auto"
-    token_counts: Sequence[int] | None = None
-    recompute: bool | Literal["experts"] = False
-    """Drop activations in training and compute them again in backward (decoder.py)."""
-    token_embeddings: Tensor | None = None
-    """Those of another model, for routers that read them."""
-    stage: range | None = None
-    """The layers this process holds; None = all."""
-
-
-WHOLE = ModelOptions()
-"""All of a model in one process."""
+from .routed import choose
 
 
 @dataclass(slots=True)
@@ -54,8 +33,12 @@ class Model(nn.Module):
     config: LayersConfig
     stage: range
     """The neighbouring layers that this process holds."""
-    embed_tokens: nn.Embedding
     layers: nn.ModuleList
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return next(self.parameters()).device
 
     def moe_layers(self) -> list[tuple[int, MoELayer]]:
         """Return (layer index, MoE layer) of every MoE layer that this process holds."""

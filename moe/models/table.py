@@ -1,45 +1,53 @@
-"""The kinds of models by their configuration."""
+"""The kinds of models by their configuration. A new kind is a line here and in config/kinds.py."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..config.encoder import EncoderConfig
-from ..config.model import LayersConfig, decoder_config
+from ..config.model import LayersConfig, ModelConfig
 from ..without_memory import without_memory
 from .decoder import Decoder
 from .decoder_layer import DecoderLayer
 from .encoder import Encoder
 from .encoder_layer import EncoderLayer
-from .model import WHOLE, Model, ModelOptions
+from .model import Model
+from .options import WHOLE, ModelOptions
+
+
+class ModelKind(NamedTuple):
+    """How a kind of model is built."""
+
+    build: Callable[[Any, ModelOptions], Model]
+    """Return the model of a configuration, which may have 0 layers."""
+    layer: Callable[[Any, int, ModelOptions], nn.Module]
+    """Return one layer, by its index."""
+
+
+KINDS: dict[type[LayersConfig], ModelKind] = {
+    ModelConfig: ModelKind(
+        lambda config, options: Decoder(config, **options._asdict()),
+        DecoderLayer,
+    ),
+    EncoderConfig: ModelKind(Encoder, EncoderLayer),
+}
+"""By the class of the configuration."""
 
 
 def build_model(config: LayersConfig, options: ModelOptions = WHOLE) -> Model:
     """Return the model of a configuration."""
-    if isinstance(config, EncoderConfig):
-        return Encoder(config, options)
-    return Decoder(decoder_config(config), **options._asdict())
+    return KINDS[type(config)].build(config, options)
 
 
 def layer_of(config: LayersConfig, index: int) -> nn.Module:
     """Return a layer of a model, without memory and without experts."""
     with without_memory():
-        if isinstance(config, EncoderConfig):
-            return EncoderLayer(config, index, ModelOptions(expert_ids=()))
-        return DecoderLayer(decoder_config(config), index, expert_ids=())
+        return KINDS[type(config)].layer(config, index, ModelOptions(expert_ids=()))
 
 
-def outside_layers(config: LayersConfig) -> Iterator[tuple[str, torch.Tensor]]:
+def outside_layers(config: LayersConfig) -> Iterator[tuple[str, Tensor]]:
     """Yield name and tensor, without memory, of every parameter outside the layers."""
-    if isinstance(config, EncoderConfig):
-        with without_memory():
-            ends = Encoder(config.model_copy(update={"num_layers": 0}))
-        yield from ends.named_parameters()
-        return
-    decoder = decoder_config(config)
-    embedding = torch.empty(decoder.vocabulary, decoder.d_model, device="meta")
-    yield "embed_tokens.weight", embedding
-    yield "norm.weight", embedding[0]
-    if not decoder.tie_embeddings:
-        yield "lm_head.weight", embedding
+    with without_memory():
+        ends = build_model(config.model_copy(update={"num_layers": 0}))
+    yield from ends.named_parameters()

@@ -93,7 +93,7 @@ class TextClassifier:
     @torch.inference_mode()
     def probabilities(self, ids_B: Sequence[Sequence[int]]) -> Tensor:
         """Return the probability of each label, fp32 ``[B, C]``, for texts given as ids."""
-        device = self.encoder.embed_tokens.weight.device
+        device = self.encoder.device
         lengths_B = np.array([len(ids) for ids in ids_B], dtype=np.int64)
         ids_T = torch.tensor([one for ids in ids_B for one in ids], dtype=torch.int64)
         batch = batch_of_lengths(to_device(ids_T, device), lengths_B)

@@ -1,9 +1,11 @@
 """What a router around another one leaves to that one."""
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Self
 
 from .router import RouterConfig
 from .routing import Lookahead
+from .row_facts import RowFact
 
 
 class AroundRouter(RouterConfig):
@@ -41,9 +43,13 @@ class AroundRouter(RouterConfig):
         """Return whether the inner router does."""
         return self.router.draws()
 
-    def why_not_text(self) -> str | None:
+    def reads_of_rows(self) -> RowFact | None:
+        """Return what the inner router reads."""
+        return self.router.reads_of_rows()
+
+    def why_not_among(self, has: Collection[RowFact]) -> str | None:
         """Return what the inner router says."""
-        reason = self.router.why_not_text()
+        reason = self.router.why_not_among(has)
         return None if reason is None else f"router.{reason}"
 
     def why_not_causal(self) -> str | None:

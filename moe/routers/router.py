@@ -4,7 +4,7 @@ T tokens, E experts.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Self
 
@@ -15,6 +15,7 @@ from ...errors import ConfigError
 from ...kernels.values.choice import check_ids
 from .loss_terms import GlobalCounts, LayerLosses
 from .routing import Lookahead, RouterInput, Routing
+from .row_facts import RowFact, why_not_among
 from .sizes import RouterSizes as RouterSizes
 
 
@@ -118,9 +119,14 @@ class RouterConfig(BaseModel):
         """Return the model folder whose token embeddings training reads for ``build``, or None."""
         return None
 
-    def why_not_text(self) -> str | None:
-        """Return in one sentence why a language model cannot have the router, or None."""
+    def reads_of_rows(self) -> RowFact | None:
+        """Return what the router reads of each row that a text does not say, or None."""
         return None
+
+    def why_not_among(self, has: Collection[RowFact]) -> str | None:
+        """Return in one sentence why a model whose rows have no more than ``has`` cannot have the
+        router, or None."""
+        return why_not_among(self.kind, self.reads_of_rows(), has)
 
     def why_not_causal(self) -> str | None:
         """Return in one sentence why a token's choice depends on later tokens, or None.

@@ -16,6 +16,7 @@ from .linear import LearnedConfig, project
 from .loss_terms import GlobalCounts, LayerLosses, training_sum
 from .router import Router, RouterSizes
 from .routing import RouterInput, Routing, count_tokens
+from .row_facts import RowFact
 from .row_numbers import checked
 from .variation import squared_variation
 from .whole_batch import from_fixed_point, share_of, to_fixed_point
@@ -58,12 +59,9 @@ class Task(LearnedConfig):
             values["d_task"] = None
         return values
 
-    def why_not_text(self) -> str | None:
-        """Return that a text has no tasks."""
-        return (
-            "router.kind is task, which reads the task of each token, and a text has none; choose "
-            "another router, or pass tasks to an MoELayer in a model of your own."
-        )
+    def reads_of_rows(self) -> RowFact:
+        """Return that each row needs its task."""
+        return "tasks"
 
 
 class TaskRouter(Router):

@@ -8,6 +8,7 @@ from pydantic import Field
 from ...errors import ConfigError
 from .router import Router, RouterConfig, RouterSizes
 from .routing import Lookahead, RouterInput, Routing, count_choices, count_tokens
+from .row_facts import RowFact
 from .row_numbers import checked
 
 
@@ -37,12 +38,9 @@ class Timestep(RouterConfig):
         """Return that the choice is known before the forward."""
         return Lookahead.TOKEN
 
-    def why_not_text(self) -> str | None:
-        """Return that a text has no timesteps."""
-        return (
-            "router.kind is timestep, which reads the time of a diffusion process, and a text has "
-            "none; choose another router, or pass timesteps to an MoELayer in a model of your own."
-        )
+    def reads_of_rows(self) -> RowFact:
+        """Return that each row needs its time."""
+        return "timesteps"
 
 
 class TimestepRouter(Router):

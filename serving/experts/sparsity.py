@@ -160,7 +160,7 @@ def owner_of(decoder: Model) -> Owner:
     """Return what thresholds of a model belong to."""
     identity = identity_of(decoder.config, decoder)
     assert identity.weights is not None, "the decoder was given"
-    dtype = short_name(decoder.embed_tokens.weight.dtype)
+    dtype = short_name(next(decoder.parameters()).dtype)
     return Owner(identity.architecture, identity.weights, dtype)
 
 

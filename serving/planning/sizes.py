@@ -80,7 +80,7 @@ def sizes_of(
         raise ConfigError(f"{folder.path} has no experts, so there is nothing to keep on disk.")
     dense = {name: tensor.numel() * dtype.itemsize for name, tensor in dense_tensors(config)}
     total = sum(dense.values())
-    embedding = 0 if config.ties_embeddings else dense["embed_tokens.weight"]
+    embedding = 0 if config.ties_embeddings else dense.get("embed_tokens.weight", 0)
     num_layers = len(config.moe_layers)
     pools = pool_sizes(folder, dtype)
     return ModelSizes(

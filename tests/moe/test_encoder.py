@@ -21,7 +21,7 @@ from moeyard.moe.folders.marked_texts import MarkedTexts
 from moeyard.moe.folders.upcycle import upcycle
 from moeyard.moe.models.documents import batch_of_lengths
 from moeyard.moe.models.initialize import initialize
-from moeyard.moe.models.model import ModelOptions
+from moeyard.moe.models.options import ModelOptions
 from moeyard.moe.models.table import build_model
 from moeyard.training.data.tokenizer import FolderTokenizer
 

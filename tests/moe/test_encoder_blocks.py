@@ -7,7 +7,7 @@ import torch
 from moeyard.moe.config.encoder import EncoderConfig
 from moeyard.moe.models.documents import batch_of_lengths
 from moeyard.moe.models.initialize import initialize
-from moeyard.moe.models.model import ModelOptions
+from moeyard.moe.models.options import ModelOptions
 from moeyard.moe.models.table import build_model
 
 LENGTHS = (5, 1, 17, 9)

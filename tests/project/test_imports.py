@@ -55,6 +55,7 @@ ROOMS = {
     ],
     "training": [
         ["section"],
+        ["formats"],
         ["checkpoint_config", "lora_config", "monitor_config", "parallel_config", "publish_config"],
         ["expert_memory_check", "optimizers", "parallel_check", "stages_check"],
         ["config", "device", "key_check", "phases", "precision", "schedule", "stop"],
@@ -79,7 +80,8 @@ ROOMS = {
         ["engine", "load_checks", "memory", "replica_files", "resident"],
         ["expert_parallel", "live", "planning"],
         ["filling"],
-        ["api", "expert_parallel_args", "follow_args", "frozen_experts", "loading", "lora_args"],
+        ["api", "expert_parallel_args", "follow_args", "frozen_experts", "lora_args", "openers"],
+        ["loading"],
         ["evaluation"],
         ["widths"],
         ["serve_args"],

@@ -9,7 +9,6 @@ import torch
 from transformers import AutoTokenizer
 
 from moeyard.errors import DataError
-from moeyard.training.config import DataConfig
 from moeyard.training.data.batches import GlobalBatches
 from moeyard.training.data.corpus import open_shards, prepare_shards
 from moeyard.training.data.documents import Text, standard_library
@@ -17,6 +16,7 @@ from moeyard.training.data.held_out import find_split
 from moeyard.training.data.shards import ShardWriter, open_shard
 from moeyard.training.data.sources import open_source
 from moeyard.training.data.tokenizer import ByteTokenizer, FolderTokenizer, open_tokenizer
+from moeyard.training.formats.text import TextConfig
 from moeyard.training.stop import StopRequest
 from moeyard.training.work import LongWork
 
@@ -51,7 +51,7 @@ def make(path, texts, tokenizer=BYTES):
 
 
 def read_documents(source, text_key="text", field="data.source"):
-    config = DataConfig(source=source, text_key=text_key)
+    config = TextConfig(source=source, text_key=text_key)
     return ["".join(document) for document in open_source(config, source, "train", field)]
 
 
@@ -146,8 +146,8 @@ def test_every_source_becomes_two_disjoint_shards(tmp_path):
     (tmp_path / "d.jsonl").write_text("".join(json.dumps({"t": d}) + "\n" for d in documents))
     (tmp_path / "d.txt").write_text("".join(documents))
     for config, parts in (
-        (DataConfig(source=str(tmp_path / "d.jsonl"), text_key="t", eval_fraction=0.1), 4),
-        (DataConfig(source=str(tmp_path / "d.txt"), eval_fraction=0.1), 1),
+        (TextConfig(source=str(tmp_path / "d.jsonl"), text_key="t", eval_fraction=0.1), 4),
+        (TextConfig(source=str(tmp_path / "d.txt"), eval_fraction=0.1), 1),
     ):
         folder = tmp_path / f"shards{parts}"
         prepare_shards(config, BYTES, folder)
@@ -163,7 +163,7 @@ def test_every_source_becomes_two_disjoint_shards(tmp_path):
 def test_changed_text_under_an_old_run_is_refused(tmp_path):
     text = tmp_path / "d.txt"
     text.write_text("a" * 500)
-    config = DataConfig(source=str(text))
+    config = TextConfig(source=str(text))
     prepare_shards(config, BYTES, tmp_path / "shards")
     text.write_text("b" * 500)
     with pytest.raises(DataError, match="made from other text"):
@@ -174,7 +174,7 @@ def test_a_corpus_of_one_text_many_times_leaves_nothing_to_train_on(tmp_path):
     text = tmp_path / "d.jsonl"
     text.write_text('{"text": "the same"}\n' * 40)
     with pytest.raises(DataError, match="holds 40 documents, all of them copies of held-out ones"):
-        prepare_shards(DataConfig(source=str(text)), BYTES, tmp_path / "shards")
+        prepare_shards(TextConfig(source=str(text)), BYTES, tmp_path / "shards")
 
 
 def test_the_standard_library_is_a_corpus_without_its_tests():
@@ -184,7 +184,7 @@ def test_the_standard_library_is_a_corpus_without_its_tests():
         part in ("test", "tests", "site-packages") for p in paths for part in p.split("/")
     )
     documents = read_documents("stdlib")
-    source = open_source(DataConfig(), "stdlib", "train", "data.source")
+    source = open_source(TextConfig(), "stdlib", "train", "data.source")
     split = find_split(source, "stdlib", 0.05, LongWork("reading", StopRequest()))
     sides = [(is_held_out, "".join(document)) for is_held_out, document in split.sides(source)]
     training = [text for is_held_out, text in sides if not is_held_out]
@@ -225,7 +225,7 @@ def test_sources_that_cannot_be_read_are_refused(tmp_path):
         open_tokenizer(str(tmp_path / "empty"))
     shard = make(tmp_path / "a.bin", ["text"])
     with pytest.raises(DataError, match=r"give data\.eval_source"):
-        prepare_shards(DataConfig(source=str(shard)), BYTES, tmp_path / "shards")
+        prepare_shards(TextConfig(source=str(shard)), BYTES, tmp_path / "shards")
 
 
 def test_the_global_batch_does_not_depend_on_how_ranks_share_it(tmp_path):

@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeyard.errors import DataError
-from moeyard.training.config import DataConfig
 from moeyard.training.data.corpus import open_shards, prepare_shards, write_both
 from moeyard.training.data.documents import Text
 from moeyard.training.data.held_out import Split, digest_of, every_nth, find_split
 from moeyard.training.data.sources import open_source
 from moeyard.training.data.tokenizer import ByteTokenizer
+from moeyard.training.formats.text import TextConfig
 from moeyard.training.stop import StopRequest
 from moeyard.training.work import LongWork
 
@@ -108,7 +108,7 @@ def test_copies_of_a_file_that_is_cut_do_not_bring_its_end_back():
 def test_the_log_says_the_share_that_was_held_out(tmp_path, capsys):
     for number, length in enumerate((5900, 4100)):
         (tmp_path / f"{number}.txt").write_text(text_of(number, length))
-    prepare_shards(DataConfig(source=str(tmp_path)), BYTES, tmp_path / "data")
+    prepare_shards(TextConfig(source=str(tmp_path)), BYTES, tmp_path / "data")
     line = "event=split train_tokens=9502 eval_tokens=502 held_out=0.0502 documents=2 cut=ends"
     assert line in capsys.readouterr().err
 
@@ -119,7 +119,7 @@ def test_a_run_that_began_with_whole_files_keeps_what_it_held_out(tmp_path):
     source = tmp_path / "d.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     os.utime(source, (1, 1))
-    config, folder = DataConfig(source=str(source)), tmp_path / "data"
+    config, folder = TextConfig(source=str(source)), tmp_path / "data"
     folder.mkdir()
     files = open_source(config, str(source), "train", "data.source")
     old = Split(2, 20, None, {digest_of(Text(texts[0]))})

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeyard.errors import DataError
-from moeyard.training.config import DataConfig
 from moeyard.training.data.records import NotJson, read_records
 from moeyard.training.data.sources import open_source
+from moeyard.training.formats.text import TextConfig
 
 ROWS = [{"text": f"document {n} café \u2028 \r\n [", "n": [n]} for n in range(9)]
 TEXTS = [row["text"] for row in ROWS]
@@ -19,7 +19,7 @@ BOM = b"\xef\xbb\xbf"
 
 
 def read(source, field="data.source", **options):
-    config = DataConfig(source=str(source), **options)
+    config = TextConfig(source=str(source), **options)
     return ["".join(document) for document in open_source(config, str(source), "train", field)]
 
 

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from moeyard.cli import main
-from moeyard.training.config import DataConfig
 from moeyard.training.data import documents
 from moeyard.training.data.corpus import open_shards, prepare_shards
 from moeyard.training.data.documents import Files, cut_into_pieces
 from moeyard.training.data.tokenizer import ByteTokenizer, open_tokenizer
+from moeyard.training.formats.text import TextConfig
 
 from launch import environment
 
@@ -52,11 +52,11 @@ def test_the_tokenizer_is_a_hugging_face_folder(tokenized):
 
 def test_the_shards_are_those_that_training_would_make(tokenized, tmp_path):
     tokenizer = open_tokenizer(str(tokenized / "tokenizer"))
-    config = DataConfig(source=str(write_jsonl(tmp_path / "d.jsonl")))
+    config = TextConfig(source=str(write_jsonl(tmp_path / "d.jsonl")))
     prepare_shards(config, tokenizer, tmp_path / "shards")
     for name in ("train.bin", "eval.bin"):
         assert (tokenized / name).read_bytes() == (tmp_path / "shards" / name).read_bytes()
-    shards = DataConfig(
+    shards = TextConfig(
         source=str(tokenized / "train.bin"), eval_source=str(tokenized / "eval.bin")
     )
     for shard, texts in zip(
@@ -210,7 +210,7 @@ def test_training_that_is_stopped_while_it_reads_text_says_so_in_one_line(
 def test_a_restart_reads_unchanged_files_only_once(tmp_path, monkeypatch):
     source = write_jsonl(tmp_path / "d.jsonl")
     os.utime(source, (1, 1))
-    config = DataConfig(source=str(source))
+    config = TextConfig(source=str(source))
     prepare_shards(config, ByteTokenizer(), tmp_path / "shards")
 
     def refuse(self):

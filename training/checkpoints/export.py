@@ -56,29 +56,42 @@ def newest(run_dir: Path) -> Path:
 def _export(checkpoint: Path, run_dir: Path, target: Path) -> int:
     state = read_state(checkpoint)
     model = read_model(state["model"])
+    tokenizer = _tokenizer(state, run_dir)
+    origin = state.get("origin") or {}
+    _check_can_merge(run_dir, origin, state.get("lora"))
+    token_ids, generation = {}, {}
+    if model.generates and tokenizer is not None:
+        token_ids = _token_ids(tokenizer, origin)
+        generation = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
+    values = exported_values(state, token_ids)
+    plans = exported_weights(state, StoredTensors(checkpoint))
+    if origin:  # None if that folder has no such file; then its config.json has the ids
+        generation = origin["generation"]
+    texts = dict(state.get("files", {}))
+    if state.get("chat_template") is not None:
+        texts["chat_template.jinja"] = state["chat_template"]
+
+    def save_files(folder: Path) -> None:
+        if tokenizer is not None:
+            tokenizer.save(folder)
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+
+    write_model_folder(target, values, plans, save_files, generation)
+    return int(state["step"])
+
+
+def _tokenizer(state: Mapping[str, Any], run_dir: Path) -> Tokenizer | None:
+    """Return the tokenizer of a run on texts, and None for another run."""
+    if state["tokenizer"] is None:
+        return None
     tokenizer = open_tokenizer(state["tokenizer"])
     if tokenizer.sha256 != state["tokenizer_sha256"]:
         raise CheckpointError(
             f"tokenizer {state['tokenizer']!r} is not the one {run_dir} was trained with; "
             "put that one back."
         )
-    origin = state.get("origin") or {}
-    _check_can_merge(run_dir, origin, state.get("lora"))
-    values = exported_values(state, _token_ids(tokenizer, origin) if model.generates else {})
-    plans = exported_weights(state, StoredTensors(checkpoint))
-    generation = {}
-    if model.generates:
-        generation = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
-    if origin:  # None if that folder has no such file; then its config.json has the ids
-        generation = origin["generation"]
-
-    def save_tokenizer(folder: Path) -> None:
-        tokenizer.save(folder)
-        if state.get("chat_template") is not None:
-            (folder / "chat_template.jinja").write_text(state["chat_template"], encoding="utf-8")
-
-    write_model_folder(target, values, plans, save_tokenizer, generation)
-    return int(state["step"])
+    return tokenizer
 
 
 def exported_values(

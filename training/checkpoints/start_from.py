@@ -54,7 +54,8 @@ def complete_values(values: dict[str, Any]) -> dict[str, Any]:
         return values  # validation says what is wrong with it
     values = values | {"start_from": start_from}
     data = values.get("data") or {}
-    if isinstance(data, dict) and data.get("tokenizer") is None:
+    is_on_texts = folder.config.reads_tokens and isinstance(data, dict)
+    if is_on_texts and data.get("tokenizer") is None:
         data = data | {"tokenizer": start_from}
     kind = given.get("kind", folder.config.kind)
     if kind != folder.config.kind:

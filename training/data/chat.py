@@ -10,7 +10,8 @@ from pathlib import Path
 from ...chat_templates.renderer import TemplateProcess
 from ...errors import DataError
 from ...parallel.mesh import Mesh
-from ..config import DataConfig, RunConfig
+from ..config import RunConfig
+from ..formats.text import TextsConfig
 from ..stop import StopRequest
 from ..work import LongWork
 from .chat_mask import ChatEncoder
@@ -32,7 +33,7 @@ class ChatData(Data):
     held_out: ChatWindows
 
 
-def open_chat(config: DataConfig, tokenizer: Tokenizer, process: TemplateProcess) -> ChatEncoder:
+def open_chat(config: TextsConfig, tokenizer: Tokenizer, process: TemplateProcess) -> ChatEncoder:
     """Return the encoder of a configuration's conversations; ``process`` renders them."""
     template = None if config.chat_template is None else Path(config.chat_template)
     return ChatEncoder(tokenizer, template, process)
@@ -46,13 +47,13 @@ def build_chat_data(
     Raises :class:`Stopped` on all ranks if rank 0 is asked to stop, and :class:`DataError` for
     conversations that cannot be trained on.
     """
-    tokenizer = open_tokenizer(config.data.tokenizer)
+    tokenizer = open_tokenizer(config.text_data.tokenizer)
     if config.start_from is not None:
-        check_tokenizer(config.start_from, config.data.tokenizer, tokenizer)
+        check_tokenizer(config.start_from, config.text_data.tokenizer, tokenizer)
     stop = stop or StopRequest()
     with TemplateProcess() as process:
-        encoder = open_chat(config.data, tokenizer, process)
-        mesh.on_rank_0(lambda: _prepare(config.data, tokenizer, encoder, folder, stop))
+        encoder = open_chat(config.text_data, tokenizer, process)
+        mesh.on_rank_0(lambda: _prepare(config.text_data, tokenizer, encoder, folder, stop))
     length, batch = config.train.sequence_length, config.train.batch_sequences
     train = ChatWindows(folder / TRAIN, length, batch, config.seed, "training")
     held_out = ChatWindows(folder / HELD_OUT, length, batch, config.seed, "held-out")
@@ -72,7 +73,7 @@ def build_chat_data(
 
 
 def _prepare(
-    config: DataConfig, tokenizer: Tokenizer, encoder: ChatEncoder, folder: Path, stop: StopRequest
+    config: TextsConfig, tokenizer: Tokenizer, encoder: ChatEncoder, folder: Path, stop: StopRequest
 ) -> None:
     """Write both files unless they are there and were made from the same."""
     make_folder(folder)
@@ -102,7 +103,7 @@ def _prepare(
 
 
 def _sides(
-    config: DataConfig, sources: list[Conversations]
+    config: TextsConfig, sources: list[Conversations]
 ) -> Iterator[tuple[bool, str, Conversation]]:
     """Yield (is held out, where, conversation); copies of held-out conversations are left out."""
     every = every_nth(config.eval_fraction)

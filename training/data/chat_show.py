@@ -5,7 +5,7 @@ from itertools import groupby, islice
 from unicodedata import category
 
 from ...chat_templates.renderer import TemplateProcess
-from ..config import DataConfig
+from ..formats.text import TextsConfig
 from .chat import open_chat
 from .chat_records import Conversations
 from .tokenizer import open_tokenizer
@@ -13,7 +13,7 @@ from .tokenizer import open_tokenizer
 GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
 
 
-def show_conversations(config: DataConfig, count: int, in_colour: bool) -> Iterator[str]:
+def show_conversations(config: TextsConfig, count: int, in_colour: bool) -> Iterator[str]:
     """Yield the first ``count`` conversations of ``data.source`` as text, special tokens included.
 
     What is trained on is green ``in_colour``, and in ``[[ ]]`` otherwise. Control characters

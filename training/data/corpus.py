@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from ...errors import DataError
-from ..config import DataConfig
+from ..formats.text import TextsConfig
 from ..stop import StopRequest
 from ..work import LongWork
 from .documents import Source
@@ -18,7 +18,7 @@ NAMES = {False: "train.bin", True: "eval.bin"}
 
 
 def prepare_shards(
-    config: DataConfig, tokenizer: Tokenizer, folder: Path, stop: StopRequest | None = None
+    config: TextsConfig, tokenizer: Tokenizer, folder: Path, stop: StopRequest | None = None
 ) -> None:
     """Write ``train.bin`` and ``eval.bin`` into ``folder`` unless it has whole ones.
 
@@ -42,7 +42,7 @@ def prepare_shards(
 
 
 def open_shards(
-    config: DataConfig, tokenizer: Tokenizer, folder: Path, verify: bool
+    config: TextsConfig, tokenizer: Tokenizer, folder: Path, verify: bool
 ) -> tuple[TokenShard, TokenShard]:
     """Open the training and the held-out shard that :func:`prepare_shards` left."""
     train = Path(config.source) if is_shard(config.source) else folder / NAMES[False]
@@ -50,7 +50,7 @@ def open_shards(
 
 
 def open_eval_shard(
-    config: DataConfig, tokenizer: Tokenizer, folder: Path, verify: bool
+    config: TextsConfig, tokenizer: Tokenizer, folder: Path, verify: bool
 ) -> TokenShard:
     """Open the held-out shard."""
     path = folder / NAMES[True]
@@ -81,12 +81,12 @@ def is_shard(source: str | None) -> bool:
     return source is not None and source.endswith(".bin")
 
 
-def has_own_eval(config: DataConfig) -> bool:
+def has_own_eval(config: TextsConfig) -> bool:
     """Say whether held-out text has a separate source."""
     return config.eval_source is not None or config.eval_split is not None
 
 
-def open_eval_source(config: DataConfig) -> Source:
+def open_eval_source(config: TextsConfig) -> Source:
     """Open the separate source of held-out text."""
     split = config.eval_split or config.split
     if config.eval_source is None:
@@ -147,7 +147,7 @@ def write_one(
 
 
 def _write_both_once(
-    folder: Path, source: Source, config: DataConfig, tokenizer: Tokenizer, stop: StopRequest
+    folder: Path, source: Source, config: TextsConfig, tokenizer: Tokenizer, stop: StopRequest
 ) -> None:
     paths = [folder / name for name in NAMES.values()]
     fingerprint = source.fingerprint()

@@ -1,6 +1,7 @@
 """What every run knows about its data, whatever its objective."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from .tokenizer import Tokenizer
@@ -18,7 +19,7 @@ class TrainingData(Protocol):
         ...
 
     def token_counts(self) -> list[int]:
-        """Return how often each id occurs, in all of the data or in a sample."""
+        """Return how often each id occurs, in all of the data or in a sample; none without ids."""
         ...
 
     def close(self) -> None:
@@ -26,16 +27,19 @@ class TrainingData(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Data:
     """Data of a run; objectives return it from ``open_data`` with what else they need."""
 
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
+    """None if rows are not tokens of texts."""
     train: TrainingData
     identity: str
     """Hash of the training data; a resumed run must have the same."""
     num_train_tokens: int | None
     """None for a stream."""
     held_out_identity: str
-    chat_template: str | None
+    chat_template: str | None = None
     """What the export writes; None keeps the tokenizer's own."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """Small text files by name, which checkpoints carry and exports write."""

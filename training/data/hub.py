@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import DataError
-from ..config import DataConfig
+from ..formats.text import TextsConfig
 from .documents import HUB, Document, Text
 
 PAUSES_S = (1, 2, 4, 8, 16)
@@ -41,7 +41,7 @@ class Position:
 class HubSource:
     """A split of a data set. The constructor opens it and refuses one that cannot be used."""
 
-    def __init__(self, config: DataConfig, source: str, split: str, field: str) -> None:
+    def __init__(self, config: TextsConfig, source: str, split: str, field: str) -> None:
         self._name = source.removeprefix(HUB)
         self._config, self._revision = config.hf_config, config.hf_revision
         self._text_key, self._split = config.text_key, split

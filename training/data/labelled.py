@@ -9,7 +9,8 @@ from pathlib import Path
 
 from ...errors import DataError
 from ...parallel.mesh import Mesh
-from ..config import DataConfig, RunConfig
+from ..config import RunConfig
+from ..formats.text import LabelledConfig
 from ..stop import StopRequest
 from ..work import LongWork
 from .chat_windows import made_from
@@ -42,16 +43,18 @@ def build_labelled_data(
     Raises :class:`Stopped` on all ranks if rank 0 is asked to stop, and :class:`DataError` for
     texts that cannot be trained on.
     """
-    tokenizer = open_tokenizer(config.data.tokenizer)
+    data = config.data
+    assert isinstance(data, LabelledConfig), "its format asks for this objective"
+    tokenizer = open_tokenizer(data.tokenizer)
     if config.start_from is not None:
-        check_tokenizer(config.start_from, config.data.tokenizer, tokenizer)
+        check_tokenizer(config.start_from, data.tokenizer, tokenizer)
     if not tokenizer.marks.before:
         raise DataError(
-            f"data.tokenizer {config.data.tokenizer!r} has no cls_token and no eos_token to put in "
+            f"data.tokenizer {data.tokenizer!r} has no cls_token and no eos_token to put in "
             "front of texts; set one in tokenizer_config.json."
         )
     stop = stop or StopRequest()
-    mesh.on_rank_0(lambda: _prepare(config.data, tokenizer, folder, stop))
+    mesh.on_rank_0(lambda: _prepare(data, tokenizer, folder, stop))
     train = config.train
     options = (tokenizer.marks, train.sequence_length, train.batch_sequences, config.seed)
     texts = LabelledTexts(folder / TRAIN, *options)
@@ -72,7 +75,7 @@ def build_labelled_data(
     )
 
 
-def _prepare(config: DataConfig, tokenizer: Tokenizer, folder: Path, stop: StopRequest) -> None:
+def _prepare(config: LabelledConfig, tokenizer: Tokenizer, folder: Path, stop: StopRequest) -> None:
     """Write both files unless they are there and were made from the same."""
     make_folder(folder)
     keys = (config.text_key, config.label_key)
@@ -100,7 +103,7 @@ def _prepare(config: DataConfig, tokenizer: Tokenizer, folder: Path, stop: StopR
 
 
 def _split(
-    config: DataConfig, sources: list[LabelledFiles]
+    config: LabelledConfig, sources: list[LabelledFiles]
 ) -> tuple[list[LabelledText], list[LabelledText]]:
     """Return the texts to train on and those held out, whose copies are not trained on.
 
@@ -130,7 +133,7 @@ def _split(
 
 
 def _labels_of(
-    train: list[LabelledText], held_out: list[LabelledText], config: DataConfig
+    train: list[LabelledText], held_out: list[LabelledText], config: LabelledConfig
 ) -> list[str]:
     """Return the labels of the training texts, sorted."""
     counts = Counter(one.label for one in train)

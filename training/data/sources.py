@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from ...errors import DataError
-from ..config import DataConfig
+from ..formats.text import TextsConfig
 from .documents import HUB, RECORD_SUFFIXES, Files, Source, StandardLibrary, TextFile
 from .hub import HubSource
 
@@ -12,7 +12,7 @@ MOST_NAMES = 3
 """Skipped files that the log names."""
 
 
-def open_source(config: DataConfig, source: str, split: str, field: str) -> Source:
+def open_source(config: TextsConfig, source: str, split: str, field: str) -> Source:
     """Open a source of the kinds that ``data.source`` takes, except shards.
 
     ``field`` is the configuration key that messages name, ``split`` that of a data set.

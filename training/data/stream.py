@@ -49,7 +49,7 @@ class StreamBatches:
         self._length, self._batch = config.train.sequence_length, config.train.batch_sequences
         windows = num_block_windows(config)
         self._blocks = Blocks(folder / "blocks", windows, self._length, token_dtype(tokenizer))
-        ahead = -(-config.data.stream_ahead_tokens // self._blocks.num_tokens)
+        ahead = -(-config.text_data.stream_ahead_tokens // self._blocks.num_tokens)
         self._writer = BlockWriter(self._blocks, self._open_stream, ahead, stop)
         self._ready = -1
         """Last block that is known to be written."""

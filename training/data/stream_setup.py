@@ -31,7 +31,7 @@ def is_stream(source: str) -> bool:
 
 def num_block_windows(config: RunConfig) -> int:
     """Return how many windows a block holds."""
-    return max(1, config.data.block_tokens // config.train.sequence_length)
+    return max(1, config.text_data.block_tokens // config.train.sequence_length)
 
 
 def prepare_stream(
@@ -44,7 +44,7 @@ def prepare_stream(
     if path.exists():
         _check_same(path, facts)
         return
-    data = config.data
+    data = config.text_data
     source = open_source(data, data.source, data.split, "data.source")
     assert isinstance(source, HubSource), "only data sets are streamed"
     num_tokens = config.train.eval_sequences * config.train.sequence_length + 1
@@ -73,7 +73,7 @@ def stream_identity(folder: Path) -> str:
 
 
 def _facts(config: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    data = config.data
+    data = config.text_data
     return {
         "version": VERSION,
         "source": data.source,

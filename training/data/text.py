@@ -32,28 +32,28 @@ def build_data(
     Raises :class:`Stopped` on all ranks if rank 0 is asked to stop.
     """
     stop = stop or StopRequest()
-    tokenizer = open_tokenizer(config.data.tokenizer)
+    tokenizer = open_tokenizer(config.text_data.tokenizer)
     if config.start_from is not None:
-        check_tokenizer(config.start_from, config.data.tokenizer, tokenizer)
-    streams = is_stream(config.data.source)
+        check_tokenizer(config.start_from, config.text_data.tokenizer, tokenizer)
+    streams = is_stream(config.text_data.source)
 
     def prepare() -> None:
         if streams:
             prepare_stream(config, tokenizer, folder, stop)
-            open_eval_shard(config.data, tokenizer, folder, verify=True)
+            open_eval_shard(config.text_data, tokenizer, folder, verify=True)
         else:
-            prepare_shards(config.data, tokenizer, folder, stop)
-            open_shards(config.data, tokenizer, folder, verify=True)
+            prepare_shards(config.text_data, tokenizer, folder, stop)
+            open_shards(config.text_data, tokenizer, folder, verify=True)
 
     mesh.on_rank_0(prepare)
     length, batch = config.train.sequence_length, config.train.batch_sequences
     train: Batches
     if streams:
-        eval_shard = open_eval_shard(config.data, tokenizer, folder, verify=False)
+        eval_shard = open_eval_shard(config.text_data, tokenizer, folder, verify=False)
         train = StreamBatches(config, tokenizer, folder, mesh, stop)
         identity, num_tokens = stream_identity(folder), None
     else:
-        shard, eval_shard = open_shards(config.data, tokenizer, folder, verify=False)
+        shard, eval_shard = open_shards(config.text_data, tokenizer, folder, verify=False)
         train = GlobalBatches(shard, length, batch, config.seed, "training")
         identity, num_tokens = shard.facts.file_sha256, len(shard)
     return TextData(

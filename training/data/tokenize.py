@@ -9,7 +9,7 @@ from jinja2.sandbox import SandboxedEnvironment
 
 from ...errors import DataError
 from ...files import new_folder
-from ..config import DataConfig
+from ..formats.text import TextsConfig
 from ..stop import StopRequest
 from ..work import LongWork
 from .bpe import SMALLEST, train_bpe
@@ -36,7 +36,7 @@ class Tokenized:
 
 
 def tokenize(
-    config: DataConfig,
+    config: TextsConfig,
     out_dir: Path,
     vocab_size: int | None,
     chat_template: Path | None,
@@ -70,7 +70,9 @@ def tokenize(
     return found
 
 
-def _fill(folder: Path, config: DataConfig, vocab_size: int | None, stop: StopRequest) -> Tokenized:
+def _fill(
+    folder: Path, config: TextsConfig, vocab_size: int | None, stop: StopRequest
+) -> Tokenized:
     source = open_source(config, config.source, config.split, "SOURCE")
     split = None
     if not has_own_eval(config):

@@ -31,7 +31,7 @@ class ChatLoss(nn.Module):
 
     def forward(self, rows: ChatRows) -> MicroBatchLoss:
         """Score the targets of ``rows``; the vocabulary's product is computed for them alone."""
-        here = self.decoder.embed_tokens.weight.device
+        here = self.decoder.device
         output = self.decoder(_batch(rows).to(here))
         places_M = (rows.targets_N >= 0).nonzero().squeeze(1)
         logits_MV = self.decoder.logits(output.hidden_TD[to_device(places_M, here)])

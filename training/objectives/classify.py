@@ -50,7 +50,7 @@ class ClassifyLoss(nn.Module):
 
     def forward(self, rows: TextRows) -> ClassifiedBatch:
         """Score the texts of ``rows``."""
-        here = self.encoder.embed_tokens.weight.device
+        here = self.encoder.device
         batch = _batch(rows).to(here)
         output = self.encoder(batch)
         logits_BC = self.encoder.logits(output.hidden_TD, rows.lengths)
@@ -64,7 +64,7 @@ class ClassifyLoss(nn.Module):
 class ClassifyObjective(Objective[Encoder]):
     """Each text has one label, in training and in the held-out texts."""
 
-    model_kind = "encoder"
+    model_kinds = ("encoder",)
     data: LabelledData
 
     @classmethod

@@ -36,7 +36,7 @@ class NextToken(SplitLoss):
 
         Windows may be on the host, where documents are counted.
         """
-        here = next(self.decoder.parameters()).device
+        here = self.decoder.device
         inputs_BL = windows_BL1[:, :-1]
         if self._eos_id is None:
             return batch_of_rows(inputs_BL).to(here)

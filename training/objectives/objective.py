@@ -73,8 +73,8 @@ class HeldOut:
 class Objective(ABC, Generic[M]):
     """One kind of objective, made for one run; M is the kind of model that it trains."""
 
-    model_kind: ClassVar[str] = "decoder"
-    """The ``model.kind`` that it trains."""
+    model_kinds: ClassVar[tuple[str, ...]] = ("decoder",)
+    """Each ``model.kind`` that it trains."""
 
     def __init__(self, config: RunConfig, data: Data) -> None:
         self.config = config
@@ -83,10 +83,11 @@ class Objective(ABC, Generic[M]):
     @classmethod
     def check(cls, config: RunConfig) -> None:
         """Raise :class:`ConfigError` for a model of another kind."""
-        if config.model.kind != cls.model_kind:
+        if config.model.kind not in cls.model_kinds:
             raise ConfigError(
                 f"data.format is {config.data.format}, which trains models of kind "
-                f"{cls.model_kind}, but model.kind is {config.model.kind}; change one of them."
+                f"{' or '.join(cls.model_kinds)}, but model.kind is {config.model.kind}; change "
+                "one of them."
             )
 
     def complete_model(self, model: LayersConfig) -> LayersConfig:

@@ -88,8 +88,9 @@ def check_same_beginning(data: Data, decoder: Model, watch: Watch | None) -> Non
     facts = {
         "the hash of the training data": data.identity,
         "the hash of the held-out data": data.held_out_identity,
-        "the hash of the tokenizer": data.tokenizer.sha256,
     }
+    if data.tokenizer is not None:
+        facts["the hash of the tokenizer"] = data.tokenizer.sha256
     experts = expert_parameter_names(decoder)
     for name, parameter in decoder.named_parameters():
         if name not in experts:

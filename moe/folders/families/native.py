@@ -1,13 +1,13 @@
 """Our own family, for models that no other can express.
 
-Decoders have Qwen3-MoE's tensor names. Encoders have ours.
+Decoders have Qwen3-MoE's tensor names. Other models have ours.
 """
 
 from typing import Any
 
 from ...config.encoder import EncoderConfig
-from ...config.kinds import read_model
-from ...config.model import LayersConfig
+from ...config.kinds import KINDS, read_model
+from ...config.model import LayersConfig, ModelConfig
 from ..expert_layouts import SeparateExperts
 from .encoder_keys import write_encoder
 from .family import Family
@@ -22,11 +22,15 @@ def _write(config: LayersConfig) -> Values:
     own: Values = {"moeyard": config.model_dump(mode="json")}
     if isinstance(config, EncoderConfig):
         own["architectures"] = ["MoeyardForSequenceClassification"]
+    elif not isinstance(config, ModelConfig):
+        own["architectures"] = ["MoeyardModel"]
     return own
 
 
 def _write_common(config: Any) -> Values:
-    return write_encoder(config) if isinstance(config, EncoderConfig) else write_common(config)
+    if isinstance(config, EncoderConfig):
+        return write_encoder(config)
+    return write_common(config) if isinstance(config, ModelConfig) else {}
 
 
 NATIVE = Family(
@@ -38,6 +42,6 @@ NATIVE = Family(
     defaults={},
     activation=None,
     is_in_transformers=False,
-    kinds=("decoder", "encoder"),
+    kinds=KINDS,
     write_common=_write_common,
 )

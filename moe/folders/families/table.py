@@ -62,6 +62,8 @@ def why_native(config: LayersConfig) -> str:
         return "Experts are stored one by one; families that can express the model have one tensor."
     other = {family.model_type: family.differences(config) for family in families}
     near = [name for name, differences in other.items() if differences]
-    default = next(family.model_type for family in families if config.kind in family.kinds)
-    nearest = min(near, key=lambda name: len(other[name]), default=default)
+    alike = [family.model_type for family in families if config.kind in family.kinds]
+    if not alike:
+        return f"Models of kind {config.kind} have no class in transformers."
+    nearest = min(near, key=lambda name: len(other[name]), default=alike[0])
     return f"{FAMILIES[nearest].why_not(config)}, and no other family of transformers expresses it."

@@ -1,0 +1,1 @@
+"""What ``data.format`` names: the ``data`` section of each kind of data."""
