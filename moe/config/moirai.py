@@ -56,7 +56,7 @@ class MoiraiConfig(LayersConfig):
         """The decoder that has the same layers."""
         return ModelConfig(
             d_model=self.d_model,
-            num_layers=max(1, self.num_layers),
+            num_layers=self.num_layers,
             num_heads=self.num_heads,
             head_dim=self.head_width,
             d_ff=self.d_ff,

@@ -33,6 +33,11 @@ from .routed import LayerOutput
 from .series_model import SeriesForecast, SeriesLoss, SeriesModel
 
 
+def moirai_layer(config: MoiraiConfig, layer: int, options: ModelOptions = WHOLE) -> DecoderLayer:
+    """Return the layer at index ``layer``: that of a decoder."""
+    return DecoderLayer(config.decoder, layer, options)
+
+
 class Moirai(SeriesModel):
     """Patches in, a distribution of the next patch's points out."""
 
@@ -44,13 +49,11 @@ class Moirai(SeriesModel):
         self.config = config
         self.stage = range(config.num_layers)
         self.recompute = options.recompute is True
-        width, layers = config.d_model, config.decoder
+        width = config.d_model
         self.in_proj = Linear(config.patch, width, bias=True)
         self.feat_proj = Linear(width, width, bias=True)
         self.res_proj = Linear(config.patch, width, bias=True)
-        self.layers = nn.ModuleList(
-            DecoderLayer(layers, layer, options) for layer in range(config.num_layers)
-        )
+        self.layers = nn.ModuleList(moirai_layer(config, layer, options) for layer in self.stage)
         self.norm = RMSNorm(width, config.rms_eps)
         self.head = Linear(width, config.patch * NUM_PARAMETERS, bias=True)
         self._rope = Rope(config.head_width, config.rope_theta, rotated=config.head_width // 2)

@@ -7,12 +7,14 @@ from torch import Tensor, nn
 
 from ..config.encoder import EncoderConfig
 from ..config.model import LayersConfig, ModelConfig
+from ..config.moirai import MoiraiConfig
 from ..without_memory import without_memory
 from .decoder import Decoder
 from .decoder_layer import DecoderLayer
 from .encoder import Encoder
 from .encoder_layer import EncoderLayer
 from .model import Model
+from .moirai import Moirai, moirai_layer
 from .options import WHOLE, ModelOptions
 
 
@@ -31,6 +33,7 @@ KINDS: dict[type[LayersConfig], ModelKind] = {
         DecoderLayer,
     ),
     EncoderConfig: ModelKind(Encoder, EncoderLayer),
+    MoiraiConfig: ModelKind(Moirai, moirai_layer),
 }
 """By the class of the configuration."""
 
