@@ -1,4 +1,4 @@
-"""Routers by clusters: the new model begins as the old one, and its centroids are its rows' means."""
+"""Routers by clusters: the new model begins as the old one; centroids are means of its rows."""
 
 import json
 
