@@ -1,6 +1,6 @@
 """Futures of series that are drawn at random: the numbers they are drawn from, and what they say.
 
-S futures, P points of a patch, H points of a forecast, Q quantiles.
+B series, N patches of one, S futures, H points of a forecast, Q quantiles.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError
-from ..routers.draws import MIX
+from ..routers.draws import MIX, sequence_keys
 
 SMALLEST = 2.0**-53
 """The smallest number drawn, because 0 has no logarithm."""
@@ -32,21 +32,26 @@ def check_request(
         )
 
 
-def generator_for(seed: int, key: int) -> torch.Generator:
-    """Return the generator of a series' futures; ``key`` depends on its values."""
-    return torch.Generator().manual_seed((key * MIX + seed) % (1 << 63))
+def uniforms_of(seed: int, ids: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
+    """Return fp64 numbers between 0 and 1, ``[B, *shape]``, on the host, where all devices draw.
+
+    Those of a series follow from the seed and ``ids_N``, the numbers of its patches. A smaller
+    first dimension of the shape has the first ones of a larger one.
+    """
+    drawn = [torch.empty(0, *shape, dtype=torch.float64)]
+    for ids_N in ids:
+        (key,) = sequence_keys(ids_N, (len(ids_N),))
+        generator = torch.Generator().manual_seed((key * MIX + seed) % (1 << 63))
+        points = torch.rand(shape, generator=generator, dtype=torch.float64)
+        drawn.append(points.clamp(min=SMALLEST).unsqueeze(0))
+    return torch.cat(drawn)
 
 
-def uniforms(shape: tuple[int, ...], generator: torch.Generator, device: torch.device) -> Tensor:
-    """Return fp64 numbers between 0 and 1, drawn on the host, so that devices draw alike."""
-    drawn = torch.rand(shape, generator=generator, dtype=torch.float64)
-    return drawn.clamp(min=SMALLEST).to(device)
-
-
-def mean_and_quantiles(futures_SH: Tensor, quantiles: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Return the mean of futures, ``[H]``, and their quantiles, ``[H, Q]``, both fp32."""
-    levels_Q = torch.tensor(list(quantiles), dtype=futures_SH.dtype, device=futures_SH.device)
-    quantiles_HQ = futures_SH.new_empty(futures_SH.shape[1], len(levels_Q))
-    if len(levels_Q):
-        quantiles_HQ = torch.quantile(futures_SH, levels_Q, dim=0).T
-    return futures_SH.mean(dim=0).float(), quantiles_HQ.float()
+def mean_and_quantiles(futures_BSH: Tensor, quantiles: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Return the mean of futures, ``[B, H]``, and their quantiles, ``[B, H, Q]``, both fp32."""
+    num_series, _, horizon = futures_BSH.shape
+    levels_Q = torch.tensor(list(quantiles), dtype=futures_BSH.dtype, device=futures_BSH.device)
+    found_BHQ = futures_BSH.new_empty(num_series, horizon, len(levels_Q))
+    if found_BHQ.numel():
+        found_BHQ = torch.quantile(futures_BSH, levels_Q, dim=1).permute(1, 2, 0)
+    return futures_BSH.mean(dim=1).float(), found_BHQ.float()

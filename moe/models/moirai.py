@@ -17,20 +17,24 @@ from torch.utils.checkpoint import checkpoint
 
 from ..attention.parts import parts_of
 from ..attention.rope import Rope
-from ..batch import Batch, batch_of
+from ..batch import Batch
 from ..blocks.block import State
 from ..config.moirai import MoiraiConfig
 from ..kv_cache import SequenceCache
 from ..linear import Linear
 from ..norm import RMSNorm
+from ..routers.draws import sequence_keys
 from .decoder_layer import DecoderLayer
-from .futures import check_request, generator_for, mean_and_quantiles, uniforms
+from .futures import check_request, mean_and_quantiles, uniforms_of
 from .mixture import NUM_PARAMETERS, NUM_UNIFORMS, Mixture, mixture_of
 from .model import ModelOutput
 from .options import WHOLE, ModelOptions
-from .patches import Patches, batch_of_patches, content_keys, cut, scale_of
+from .patches import Patches, batch_after, batch_of_patches, cut, patch_ids, scale_of
 from .routed import LayerOutput
 from .series_model import SeriesForecast, SeriesLoss, SeriesModel
+
+FUTURES_TOGETHER = 25
+"""Futures of each series that are computed together."""
 
 
 def moirai_layer(config: MoiraiConfig, layer: int, options: ModelOptions = WHOLE) -> DecoderLayer:
@@ -103,10 +107,10 @@ class Moirai(SeriesModel):
         seen_BNP = patches.observed_BNP & of_scaler_BN.unsqueeze(2)
         scaled_BNP = patches.scaled(*scale_of(patches.values_BNP, seen_BNP))
         inputs_BN = patches.is_of_series_BN[:, :-1]
-        batch = batch_of_patches(inputs_BN.sum(dim=1))
+        ids_T = patch_ids(patches.values_BNP[:, :-1][inputs_BN])
+        batch = batch_of_patches(ids_T, inputs_BN.sum(dim=1))
         if self.training and any(router.config.draws() for router in self.routers()):
-            content_TP = patches.values_BNP[:, :-1][inputs_BN]
-            batch = replace(batch, draw_keys=content_keys(content_TP, batch.lengths))
+            batch = replace(batch, draw_keys=sequence_keys(ids_T, batch.lengths))
         output = self(scaled_BNP[:, :-1][inputs_BN], batch)
         following = self.next_patch(output.hidden_TD)
         targets_TP = scaled_BNP[:, 1:][inputs_BN].to(following.loc_t.dtype)
@@ -120,6 +124,20 @@ class Moirai(SeriesModel):
         lengths_B = patches.is_of_series_BN.sum(dim=1)
         count_B = (lengths_B * self.config.scaler_share).ceil().clamp(min=1)
         return patches.is_of_series_BN & (patches.positions_BN < count_B.unsqueeze(1))
+
+    @property
+    def most_points(self) -> int:
+        """Most points of a context and its forecast together."""
+        return self.config.max_positions * self.config.patch
+
+    def longest_context(self, horizon: int) -> int:
+        """Return the most points of a series that a forecast of ``horizon`` points reads."""
+        num_ahead = -(-horizon // self.config.patch)
+        return (self.config.max_positions - num_ahead + 1) * self.config.patch
+
+    def rows_of_window(self, length: int) -> int:
+        """Return the rows that :meth:`score` computes for a window of ``length`` points."""
+        return -(-length // self.config.patch) - 1
 
     def num_targets(self, observed_BL: Tensor) -> int:
         """Return the observed points after the patches that only the scaler reads."""
@@ -147,42 +165,51 @@ class Moirai(SeriesModel):
         """
         config = self.config
         check_request(horizon, quantiles, observed_BL, (config.max_positions - 1) * config.patch)
-        num_ahead = -(-horizon // config.patch)
-        longest = (config.max_positions - num_ahead + 1) * config.patch
+        longest = self.longest_context(horizon)
         patches = cut(values_BL[:, -longest:], observed_BL[:, -longest:], config.patch)
         loc_B, scale_B = scale_of(patches.values_BNP, patches.observed_BNP)
-        scaled_BNP = patches.scaled(loc_B, scale_B)
-        means = [values_BL.new_empty(0, horizon, dtype=torch.float32)]
-        levels = [means[0].new_empty(0, horizon, len(quantiles))]
-        # One by one, so that the bits of a forecast do not depend on the other series.
-        for index, is_of_series_N in enumerate(patches.is_of_series_BN):
-            values_NP = patches.values_BNP[index][is_of_series_N]
-            (key,) = content_keys(values_NP, (len(values_NP),))
-            generator = generator_for(seed, key)
-            futures_SJP = self.futures(scaled_BNP[index][is_of_series_N], num_ahead, generator)
-            futures_SH = futures_SJP.flatten(1)[:, :horizon].double()
-            futures_SH = loc_B[index] + scale_B[index] * futures_SH
-            mean_H, levels_HQ = mean_and_quantiles(futures_SH, quantiles)
-            means.append(mean_H.unsqueeze(0))
-            levels.append(levels_HQ.unsqueeze(0))
-        return SeriesForecast(torch.cat(means), torch.cat(levels))
+        num_ahead = -(-horizon // config.patch)
+        futures_BSH = self.futures(patches, loc_B, scale_B, num_ahead, seed).flatten(2)
+        futures_BSH = futures_BSH[:, :, :horizon].double()
+        futures_BSH = loc_B[:, None, None] + scale_B[:, None, None] * futures_BSH
+        return SeriesForecast(*mean_and_quantiles(futures_BSH, quantiles))
 
-    @torch.no_grad()
-    def futures(self, scaled_NP: Tensor, num_ahead: int, generator: torch.Generator) -> Tensor:
-        """Draw the next ``num_ahead`` patches of a scaled series, ``[S, J, P]``."""
-        num_samples, num_rows = self.config.num_samples, len(scaled_NP)
-        shape = (NUM_UNIFORMS, num_samples, self.config.patch)
-        ids_N = torch.zeros(num_rows, dtype=torch.int64, device=scaled_NP.device)
-        cache = self.new_cache(num_rows + num_ahead - 1)
-        hidden_TD = self(scaled_NP, batch_of([ids_N], [cache])).hidden_TD[-1:]
-        caches: list[SequenceCache] = []
+    def futures(
+        self, patches: Patches, loc_B: Tensor, scale_B: Tensor, num_ahead: int, seed: int
+    ) -> Tensor:
+        """Draw the next ``num_ahead`` patches of each series, scaled: ``[B, S, J, P]``.
+
+        All series go through the same number of forwards together, because other ranks may wait
+        for the experts of this one. Futures come in groups, because each has its own cache.
+        """
+        config, of_series_BN = self.config, patches.is_of_series_BN
+        lengths_B = of_series_BN.sum(dim=1)
+        lengths = lengths_B.tolist()
+        ids_T = patch_ids(patches.values_BNP[of_series_BN])
+        shape = (num_ahead, NUM_UNIFORMS, config.num_samples, config.patch)
+        points_BJ3SP = uniforms_of(seed, ids_T.split(lengths), shape)
+        points_J3BSP = points_BJ3SP.permute(1, 2, 0, 3, 4).to(self.device)
+        caches = [self.new_cache(length + num_ahead - 1) for length in lengths]
+        scaled_TP = patches.scaled(loc_B, scale_B)[of_series_BN]
+        hidden_TD = self(scaled_TP, batch_after(caches, ids_T, lengths)).hidden_TD
+        hidden_BD = hidden_TD[lengths_B.cumsum(0) - 1]
+        groups = [
+            self._drawn(hidden_BD, points_J3BgP, caches)
+            for points_J3BgP in points_J3BSP.split(FUTURES_TOGETHER, dim=3)
+        ]
+        return torch.cat(groups, dim=1)
+
+    def _drawn(
+        self, hidden_BD: Tensor, points_J3BSP: Tensor, caches: Sequence[SequenceCache]
+    ) -> Tensor:
+        """Draw a group of futures from the last row of each series, ``[B, S, J, P]``."""
+        num_futures = points_J3BSP.shape[3]
+        own = [cache.copy() for cache in caches for _ in range(num_futures)]
+        hidden_TD = hidden_BD.repeat_interleave(num_futures, dim=0)
         drawn: list[Tensor] = []
-        for step in range(num_ahead):
-            if step == 1:
-                caches = [cache.copy() for _ in range(num_samples)]
-            if step:
-                batch = batch_of([ids_N[:1]] * num_samples, caches)
+        for points_3BSP in points_J3BSP:
+            if drawn:
+                batch = batch_after(own, patch_ids(drawn[-1]), [1] * len(own))
                 hidden_TD = self(drawn[-1], batch).hidden_TD
-            points = uniforms(shape, generator, self.device)
-            drawn.append(self.next_patch(hidden_TD).samples(points))
-        return torch.stack(drawn, dim=1)
+            drawn.append(self.next_patch(hidden_TD).samples(points_3BSP.flatten(1, 2)))
+        return torch.stack(drawn, dim=1).unflatten(0, (len(caches), num_futures))

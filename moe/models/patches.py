@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..batch import Batch
-from ..routers.draws import sequence_keys
+from ..batch import Batch, batch_of
+from ..kv_cache import KVCache
+from ..routers.draws import MIX
 from .documents import batch_of_lengths
 
 LEAST_VARIANCE = 1e-10
@@ -84,20 +85,28 @@ def scale_of(values_BNP: Tensor, observed_BNP: Tensor) -> tuple[Tensor, Tensor]:
     return loc_B, torch.where(scale_B > 0, scale_B, 1)
 
 
-def batch_of_patches(lengths_B: Tensor) -> Batch:
+def batch_of_patches(ids_T: Tensor, lengths_B: Tensor) -> Batch:
     """Return the rows of series as sequences, each from position 0; there may be none."""
-    ids_T = torch.zeros(int(lengths_B.sum()), dtype=torch.int64, device=lengths_B.device)
     lengths = lengths_B[lengths_B > 0].cpu().numpy()
     if not len(lengths):
         return Batch(ids_T, ids_T, ())
     return batch_of_lengths(ids_T, lengths)
 
 
-def content_keys(values_TP: Tensor, lengths: Sequence[int]) -> tuple[int, ...]:
-    """Return a number for each series that depends on its fp64 values alone.
+def batch_after(caches: Sequence[KVCache], ids_T: Tensor, lengths: Sequence[int]) -> Batch:
+    """Return the next rows of series whose earlier ones are in ``caches``; there may be none."""
+    if not caches:
+        return Batch(ids_T, ids_T, ())
+    return batch_of(ids_T.split(list(lengths)), caches)
 
-    Integers are summed, so that the number does not depend on the other series of a batch.
+
+def patch_ids(values_TP: Tensor) -> Tensor:
+    """Return a number below 2^31 for each patch, which stands for its values.
+
+    In route files and in the draws of routers it tells rows apart, as a token's id does. Integers
+    are summed, so that it does not depend on the other rows.
     """
-    places_P = 2 * torch.arange(values_TP.shape[1], device=values_TP.device) + 1
-    bits_TP = values_TP.contiguous().view(torch.int64)
-    return sequence_keys((bits_TP * places_P).sum(dim=1), lengths)
+    places_P = torch.arange(values_TP.shape[1], device=values_TP.device)
+    bits_TP = values_TP.double().contiguous().view(torch.int64)
+    mixed_T = (bits_TP * ((2 * places_P + 1) * MIX)).sum(dim=1)
+    return (mixed_T >> 33).bitwise_and((1 << 31) - 1)

@@ -8,9 +8,11 @@ from moeyard.moe.attention.rope import Rope, rotate
 from moeyard.moe.batch import batch_of
 from moeyard.moe.config.kinds import read_model
 from moeyard.moe.config.moirai import MoiraiConfig
+from moeyard.moe.models import moirai
+from moeyard.moe.models.futures import uniforms_of
 from moeyard.moe.models.initialize import initialize
 from moeyard.moe.models.options import ModelOptions
-from moeyard.moe.models.patches import batch_of_patches, cut, scale_of
+from moeyard.moe.models.patches import batch_of_patches, cut, patch_ids, scale_of
 from moeyard.moe.models.table import build_model
 
 MOE = {"num_experts": 4, "d_expert": 12, "router": {"kind": "kmeans", "k": 2}}
@@ -29,6 +31,10 @@ def series(count=3, length=40, seed=0):
     steps = torch.randn(count, length, generator=torch.Generator().manual_seed(seed))
     values_BL = steps.cumsum(dim=1) + torch.arange(count).unsqueeze(1) * 10
     return values_BL, torch.ones(count, length, dtype=torch.bool)
+
+
+def rows_of(*lengths):
+    return batch_of_patches(torch.zeros(sum(lengths), dtype=torch.int64), torch.tensor(lengths))
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +82,7 @@ def test_the_share_of_the_scaler_is_read_and_not_scored(model):
     scaled_NP = patches.scaled(
         values_BL[:, :12].double().mean(dim=1), values_BL[:, :12].double().std(dim=1)
     )[0]
-    hidden_TD = model(scaled_NP[:9], batch_of_patches(torch.tensor([9]))).hidden_TD
+    hidden_TD = model(scaled_NP[:9], rows_of(9)).hidden_TD
     density_TP = model.next_patch(hidden_TD).log_density(scaled_NP[1:].float())
     torch.testing.assert_close(loss.loss_sum, -density_TP[2:].sum(), rtol=1e-5, atol=1e-4)
 
@@ -96,7 +102,7 @@ def test_patches_before_a_series_begins_do_not_count(model):
 def test_no_row_sees_a_later_patch(model):
     values_BL, observed_BL = series(1, 40)
     scaled_NP = cut(values_BL, observed_BL, 4).values_BNP[0]
-    batch = batch_of_patches(torch.tensor([10]))
+    batch = rows_of(10)
     before_TD = model(scaled_NP, batch).hidden_TD
     scaled_NP[6] += 1
     after_TD = model(scaled_NP, batch).hidden_TD
@@ -109,7 +115,7 @@ def test_no_row_sees_a_later_patch(model):
 def test_rows_with_a_cache_are_those_without(dtype):
     model = model_of(dtype)
     scaled_NP = cut(*series(1, 40), 4).values_BNP[0]
-    whole_TD = model(scaled_NP, batch_of_patches(torch.tensor([10]))).hidden_TD
+    whole_TD = model(scaled_NP, rows_of(10)).hidden_TD
     cache, found = model.new_cache(10), []
     ids_N = torch.zeros(10, dtype=torch.int64)
     for part in (slice(0, 6), slice(6, 7), slice(7, 10)):
@@ -121,17 +127,27 @@ def test_rows_with_a_cache_are_those_without(dtype):
 @torch.no_grad()
 def test_a_drawn_patch_is_context_for_the_next_one(model):
     """The second patch of each future, drawn again without caches from the first one."""
-    scaled_NP = cut(*series(1, 24), 4).values_BNP[0]
-    drawn_SJP = model.futures(scaled_NP, 2, torch.Generator().manual_seed(5))
-    shape = (3, 20, 4)
-    generator = torch.Generator().manual_seed(5)
-    torch.rand(shape, generator=generator, dtype=torch.float64)
-    uniforms = torch.rand(shape, generator=generator, dtype=torch.float64)
-    for index, first_P in enumerate(drawn_SJP[:, 0]):
-        rows_NP = torch.cat([scaled_NP, first_P.unsqueeze(0)])
-        hidden_TD = model(rows_NP, batch_of_patches(torch.tensor([7]))).hidden_TD
-        wanted_P = model.next_patch(hidden_TD[-1:]).samples(uniforms[:, index : index + 1])[0]
-        torch.testing.assert_close(drawn_SJP[index, 1], wanted_P, rtol=1e-4, atol=1e-4)
+    patches = cut(*series(2, 24), 4)
+    scale = scale_of(patches.values_BNP, patches.observed_BNP)
+    drawn_BSJP = model.futures(patches, *scale, 2, seed=5)
+    assert drawn_BSJP.shape == (2, 20, 2, 4)
+    for scaled_NP, values_NP, drawn_SJP in zip(
+        patches.scaled(*scale), patches.values_BNP, drawn_BSJP, strict=True
+    ):
+        points_3SP = uniforms_of(5, [patch_ids(values_NP)], (2, 3, 20, 4))[0, 1]
+        for index, first_P in enumerate(drawn_SJP[:, 0]):
+            rows_NP = torch.cat([scaled_NP, first_P.unsqueeze(0)])
+            hidden_TD = model(rows_NP, rows_of(7)).hidden_TD
+            following = model.next_patch(hidden_TD[-1:])
+            wanted_P = following.samples(points_3SP[:, index : index + 1])[0]
+            torch.testing.assert_close(drawn_SJP[index, 1], wanted_P, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_futures_come_in_groups(model, monkeypatch):
+    whole = model.predict(*series(), 10, LEVELS).quantiles_BHQ
+    monkeypatch.setattr(moirai, "FUTURES_TOGETHER", 7)
+    assert torch.equal(model.predict(*series(), 10, LEVELS).quantiles_BHQ, whole)
 
 
 def test_forecasts_follow_the_seed_and_no_other_series(model):
@@ -181,6 +197,14 @@ def test_no_series_are_scored_with_gradients_of_zero(model):
     assert loss.num_targets == 0 and loss.loss_sum.item() == 0 and len(loss.routings) == 2
     loss.loss_sum.backward()
     assert model.predict(torch.zeros(0, 40), torch.zeros(0, 40) > 0, 5).mean_BH.shape == (0, 5)
+
+
+def test_patches_have_different_numbers_and_equal_ones_the_same():
+    values_NP = torch.randn(500, 4, generator=torch.Generator().manual_seed(0))
+    ids_N = patch_ids(values_NP)
+    assert len(ids_N.unique()) == 500 and ids_N.min() >= 0 and ids_N.max() < 2**31
+    assert torch.equal(patch_ids(values_NP[3:5]), ids_N[3:5])
+    assert not torch.equal(patch_ids(values_NP.flip(1)), ids_N)
 
 
 def test_recompute_changes_no_gradient():
