@@ -150,12 +150,8 @@ def _watching(model: Model, found: dict[int, list[Tensor]]) -> Iterator[None]:
     """Add what enters the MLP of each layer of ``found`` to it."""
     handles = []
     for layer, parts in found.items():
-        mlp = getattr(model.layers[layer], "mlp", None)
-        if not isinstance(mlp, GatedMLP | MoELayer):
-            raise ConfigError(
-                f"the model is of kind {model.config.kind}, whose MLPs have no gate, as experts "
-                "have; give a decoder or a model of series."
-            )
+        mlp = model.layers[layer].mlp
+        assert isinstance(mlp, GatedMLP | MoELayer), "the configuration says so"
 
         def keep(_: nn.Module, arguments: tuple[Any, ...], parts: list[Tensor] = parts) -> None:
             parts.append(arguments[0])

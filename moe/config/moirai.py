@@ -47,6 +47,11 @@ class MoiraiConfig(LayersConfig):
         return False
 
     @property
+    def has_gated_mlps(self) -> bool:
+        """See :attr:`LayersConfig.has_gated_mlps`."""
+        return True
+
+    @property
     def head_width(self) -> int:
         """Width of one head."""
         return self.head_dim or self.d_model // self.num_heads

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError
-from ..config.model import LayersConfig
+from ..config.model import LayersConfig, check_gated_mlps
 from ..config.moe import MOST_EXPERTS, MoEConfig
 from ..routers.kmeans import KMeans
 from .changed import write_changed
@@ -34,6 +34,7 @@ def clustered_config(source: LayersConfig, num_experts: int | None, router: KMea
         if not 1 <= num_experts <= MOST_EXPERTS:
             raise ConfigError(f"experts is {num_experts}; use 1 to {MOST_EXPERTS}.")
         _check_choices(router, num_experts)
+        check_gated_mlps(source)
         assert source.d_ff is not None, "the configuration was validated"
         moe = MoEConfig(num_experts=num_experts, d_expert=source.d_ff, router=router)
         return source.model_copy(update={"moe": moe, "dense_layers": ()})

@@ -94,7 +94,8 @@ class Moirai(SeriesModel):
 
     def new_cache(self, max_length: int) -> SequenceCache:
         """Return an empty cache for one series."""
-        specs = [layer.self_attn.cache_spec() for layer in self.layers]
+        layers = (layer for layer in self.layers if isinstance(layer, DecoderLayer))
+        specs = [layer.self_attn.cache_spec() for layer in layers]
         return SequenceCache(specs, max_length, self.device)
 
     def score(self, values_BL: Tensor, observed_BL: Tensor) -> SeriesLoss:
