@@ -17,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 
 from ..attention.parts import parts_of
 from ..attention.rope import Rope
-from ..batch import Batch
 from ..blocks.block import State
 from ..config.moirai import MoiraiConfig
 from ..kv_cache import SequenceCache
@@ -29,7 +28,7 @@ from .futures import check_request, mean_and_quantiles, uniforms_of
 from .mixture import NUM_PARAMETERS, NUM_UNIFORMS, Mixture, mixture_of
 from .model import ModelOutput
 from .options import WHOLE, ModelOptions
-from .patches import Patches, batch_after, batch_of_patches, cut, patch_ids, scale_of
+from .patches import PatchBatch, Patches, batch_after, batch_of_patches, cut, patch_ids, scale_of
 from .routed import LayerOutput
 from .series_model import SeriesForecast, SeriesLoss, SeriesModel
 
@@ -62,9 +61,12 @@ class Moirai(SeriesModel):
         self.head = Linear(width, config.patch * NUM_PARAMETERS, bias=True)
         self._rope = Rope(config.head_width, config.rope_theta, rotated=config.head_width // 2)
 
-    def forward(self, scaled_TP: Tensor, batch: Batch) -> ModelOutput:
-        """Run the model on scaled patches, which are the rows of ``batch``; its caches grow."""
-        x_TD = self.embed(scaled_TP.to(self.in_proj.weight.dtype))
+    def forward(self, batch: PatchBatch) -> ModelOutput:
+        """Run the model on scaled patches; caches, if there are any, grow by them."""
+        assert batch.scaled_TP is not None, "rows are patches"
+        if self.training and any(router.config.draws() for router in self.routers()):
+            batch = replace(batch, draw_keys=sequence_keys(batch.ids_T, batch.lengths))
+        x_TD = self.embed(batch.scaled_TP.to(self.in_proj.weight.dtype))
         parts = parts_of(batch, self._rope.tables(batch.positions_T, x_TD.dtype))
         early = self.route_from_tokens(batch)
         state: State = ()
@@ -109,10 +111,8 @@ class Moirai(SeriesModel):
         scaled_BNP = patches.scaled(*scale_of(patches.values_BNP, seen_BNP))
         inputs_BN = patches.is_of_series_BN[:, :-1]
         ids_T = patch_ids(patches.values_BNP[:, :-1][inputs_BN])
-        batch = batch_of_patches(ids_T, inputs_BN.sum(dim=1))
-        if self.training and any(router.config.draws() for router in self.routers()):
-            batch = replace(batch, draw_keys=sequence_keys(ids_T, batch.lengths))
-        output = self(scaled_BNP[:, :-1][inputs_BN], batch)
+        scaled_TP = scaled_BNP[:, :-1][inputs_BN]
+        output = self(batch_of_patches(scaled_TP, ids_T, inputs_BN.sum(dim=1)))
         following = self.next_patch(output.hidden_TD)
         targets_TP = scaled_BNP[:, 1:][inputs_BN].to(following.loc_t.dtype)
         is_target_BNP = patches.observed_BNP & ~of_scaler_BN.unsqueeze(2)
@@ -192,7 +192,7 @@ class Moirai(SeriesModel):
         points_J3BSP = points_BJ3SP.permute(1, 2, 0, 3, 4).to(self.device)
         caches = [self.new_cache(length + num_ahead - 1) for length in lengths]
         scaled_TP = patches.scaled(loc_B, scale_B)[of_series_BN]
-        hidden_TD = self(scaled_TP, batch_after(caches, ids_T, lengths)).hidden_TD
+        hidden_TD = self(batch_after(caches, scaled_TP, ids_T, lengths)).hidden_TD
         hidden_BD = hidden_TD[lengths_B.cumsum(0) - 1]
         groups = [
             self._drawn(hidden_BD, points_J3BgP, caches)
@@ -210,7 +210,7 @@ class Moirai(SeriesModel):
         drawn: list[Tensor] = []
         for points_3BSP in points_J3BSP:
             if drawn:
-                batch = batch_after(own, patch_ids(drawn[-1]), [1] * len(own))
-                hidden_TD = self(drawn[-1], batch).hidden_TD
+                batch = batch_after(own, drawn[-1], patch_ids(drawn[-1]), [1] * len(own))
+                hidden_TD = self(batch).hidden_TD
             drawn.append(self.next_patch(hidden_TD).samples(points_3BSP.flatten(1, 2)))
         return torch.stack(drawn, dim=1).unflatten(0, (len(caches), num_futures))

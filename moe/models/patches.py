@@ -85,19 +85,35 @@ def scale_of(values_BNP: Tensor, observed_BNP: Tensor) -> tuple[Tensor, Tensor]:
     return loc_B, torch.where(scale_B > 0, scale_B, 1)
 
 
-def batch_of_patches(ids_T: Tensor, lengths_B: Tensor) -> Batch:
+@dataclass(frozen=True, slots=True)
+class PatchBatch(Batch):
+    """Rows that are patches of series. Numbers of patches are in the place of token ids."""
+
+    scaled_TP: Tensor | None = None
+    """The patches; never None."""
+
+
+def batch_of_patches(scaled_TP: Tensor, ids_T: Tensor, lengths_B: Tensor) -> PatchBatch:
     """Return the rows of series as sequences, each from position 0; there may be none."""
     lengths = lengths_B[lengths_B > 0].cpu().numpy()
     if not len(lengths):
-        return Batch(ids_T, ids_T, ())
-    return batch_of_lengths(ids_T, lengths)
+        return PatchBatch(ids_T, ids_T, (), scaled_TP=scaled_TP)
+    rows = batch_of_lengths(ids_T, lengths)
+    return PatchBatch(
+        ids_T, rows.positions_T, rows.lengths, packing=rows.packing, scaled_TP=scaled_TP
+    )
 
 
-def batch_after(caches: Sequence[KVCache], ids_T: Tensor, lengths: Sequence[int]) -> Batch:
+def batch_after(
+    caches: Sequence[KVCache], scaled_TP: Tensor, ids_T: Tensor, lengths: Sequence[int]
+) -> PatchBatch:
     """Return the next rows of series whose earlier ones are in ``caches``; there may be none."""
     if not caches:
-        return Batch(ids_T, ids_T, ())
-    return batch_of(ids_T.split(list(lengths)), caches)
+        return PatchBatch(ids_T, ids_T, (), scaled_TP=scaled_TP)
+    rows = batch_of(ids_T.split(list(lengths)), caches)
+    return PatchBatch(
+        ids_T, rows.positions_T, rows.lengths, caches=rows.caches, scaled_TP=scaled_TP
+    )
 
 
 def patch_ids(values_TP: Tensor) -> Tensor:

@@ -5,14 +5,13 @@ import torch
 
 from moeyard.errors import ConfigError
 from moeyard.moe.attention.rope import Rope, rotate
-from moeyard.moe.batch import batch_of
 from moeyard.moe.config.kinds import read_model
 from moeyard.moe.config.moirai import MoiraiConfig
 from moeyard.moe.models import moirai
 from moeyard.moe.models.futures import uniforms_of
 from moeyard.moe.models.initialize import initialize
 from moeyard.moe.models.options import ModelOptions
-from moeyard.moe.models.patches import batch_of_patches, cut, patch_ids, scale_of
+from moeyard.moe.models.patches import batch_after, batch_of_patches, cut, patch_ids, scale_of
 from moeyard.moe.models.table import build_model
 
 MOE = {"num_experts": 4, "d_expert": 12, "router": {"kind": "kmeans", "k": 2}}
@@ -33,8 +32,9 @@ def series(count=3, length=40, seed=0):
     return values_BL, torch.ones(count, length, dtype=torch.bool)
 
 
-def rows_of(*lengths):
-    return batch_of_patches(torch.zeros(sum(lengths), dtype=torch.int64), torch.tensor(lengths))
+def rows_of(scaled_NP):
+    """Return the patches of one series as a batch."""
+    return batch_of_patches(scaled_NP, patch_ids(scaled_NP), torch.tensor([len(scaled_NP)]))
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_the_share_of_the_scaler_is_read_and_not_scored(model):
     scaled_NP = patches.scaled(
         values_BL[:, :12].double().mean(dim=1), values_BL[:, :12].double().std(dim=1)
     )[0]
-    hidden_TD = model(scaled_NP[:9], rows_of(9)).hidden_TD
+    hidden_TD = model(rows_of(scaled_NP[:9])).hidden_TD
     density_TP = model.next_patch(hidden_TD).log_density(scaled_NP[1:].float())
     torch.testing.assert_close(loss.loss_sum, -density_TP[2:].sum(), rtol=1e-5, atol=1e-4)
 
@@ -102,10 +102,9 @@ def test_patches_before_a_series_begins_do_not_count(model):
 def test_no_row_sees_a_later_patch(model):
     values_BL, observed_BL = series(1, 40)
     scaled_NP = cut(values_BL, observed_BL, 4).values_BNP[0]
-    batch = rows_of(10)
-    before_TD = model(scaled_NP, batch).hidden_TD
+    before_TD = model(rows_of(scaled_NP)).hidden_TD
     scaled_NP[6] += 1
-    after_TD = model(scaled_NP, batch).hidden_TD
+    after_TD = model(rows_of(scaled_NP)).hidden_TD
     torch.testing.assert_close(after_TD[:6], before_TD[:6])
     assert ((after_TD - before_TD)[6:].abs().amax(dim=1) > 1e-4).all()
 
@@ -115,12 +114,12 @@ def test_no_row_sees_a_later_patch(model):
 def test_rows_with_a_cache_are_those_without(dtype):
     model = model_of(dtype)
     scaled_NP = cut(*series(1, 40), 4).values_BNP[0]
-    whole_TD = model(scaled_NP, rows_of(10)).hidden_TD
+    whole_TD = model(rows_of(scaled_NP)).hidden_TD
     cache, found = model.new_cache(10), []
-    ids_N = torch.zeros(10, dtype=torch.int64)
     for part in (slice(0, 6), slice(6, 7), slice(7, 10)):
-        batch = batch_of([ids_N[part]], [cache])
-        found.append(model(scaled_NP[part], batch).hidden_TD)
+        new_NP = scaled_NP[part]
+        batch = batch_after([cache], new_NP, patch_ids(new_NP), [len(new_NP)])
+        found.append(model(batch).hidden_TD)
     torch.testing.assert_close(torch.cat(found), whole_TD, rtol=1e-5, atol=1e-5)
 
 
@@ -137,7 +136,7 @@ def test_a_drawn_patch_is_context_for_the_next_one(model):
         points_3SP = uniforms_of(5, [patch_ids(values_NP)], (2, 3, 20, 4))[0, 1]
         for index, first_P in enumerate(drawn_SJP[:, 0]):
             rows_NP = torch.cat([scaled_NP, first_P.unsqueeze(0)])
-            hidden_TD = model(rows_NP, rows_of(7)).hidden_TD
+            hidden_TD = model(rows_of(rows_NP)).hidden_TD
             following = model.next_patch(hidden_TD[-1:])
             wanted_P = following.samples(points_3SP[:, index : index + 1])[0]
             torch.testing.assert_close(drawn_SJP[index, 1], wanted_P, rtol=1e-4, atol=1e-4)
