@@ -47,7 +47,7 @@ MODEL = {
     "num_layers": 3,
     "num_heads": 4,
     "d_ff": 128,
-    "max_positions": 64,
+    "max_positions": 1024,
 }
 EXPERTS, CHOSEN = 8, 2
 CLUSTERS = ["cluster", "--experts", str(EXPERTS), "--k", str(CHOSEN), "--choose"]

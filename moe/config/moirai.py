@@ -5,7 +5,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from ..routers.routing import Lookahead
-from .model import LayersConfig, ModelConfig
+from .model import LONGEST, LayersConfig, ModelConfig
 
 MOST_SAMPLES = 1 << 20
 NOT_OF_WEIGHTS = ("scaler_share", "num_samples")
@@ -28,8 +28,8 @@ class MoiraiConfig(LayersConfig):
     """Base of the rotary positions' wavelengths."""
     rms_eps: float = Field(default=1e-5, gt=0)
     """Added to the mean square in RMSNorm."""
-    max_positions: int = Field(default=512, ge=2, le=1 << 20)
-    """Most patches of a series, those of the forecast included."""
+    max_positions: int = Field(default=8192, ge=2, le=LONGEST)
+    """Most points of a series, those of the forecast included; two patches or more."""
     scaler_share: float = Field(default=0.3, ge=0, lt=1)
     """Share of a training series, from its beginning, whose mean and deviation scale all of it.
     These patches are read, but not scored. At least one patch is such."""
@@ -57,6 +57,11 @@ class MoiraiConfig(LayersConfig):
         return self.head_dim or self.d_model // self.num_heads
 
     @property
+    def most_patches(self) -> int:
+        """Most patches of a series, those of the forecast included."""
+        return self.max_positions // self.patch
+
+    @property
     def decoder(self) -> ModelConfig:
         """The decoder that has the same layers."""
         return ModelConfig(
@@ -67,7 +72,7 @@ class MoiraiConfig(LayersConfig):
             d_ff=self.d_ff,
             moe=self.moe,
             dense_layers=self.dense_layers,
-            max_positions=self.max_positions,
+            max_positions=self.most_patches,
             rope_theta=self.rope_theta,
             rms_eps=self.rms_eps,
         )
@@ -78,6 +83,11 @@ class MoiraiConfig(LayersConfig):
             raise ValueError(
                 f"d_model is {self.d_model}, which does not split into {self.num_heads} heads "
                 "whose width is a multiple of 4; set head_dim or change num_heads."
+            )
+        if self.most_patches < 2:
+            raise ValueError(
+                f"max_positions is {self.max_positions}, which is less than two patches of "
+                f"{self.patch} points; raise it, or lower patch."
             )
         self.check_layers({"dense_layers": self.dense_layers})
         lookahead = None if self.moe is None else self.moe.router.reads_at()

@@ -126,15 +126,10 @@ class Moirai(SeriesModel):
         count_B = (lengths_B * self.config.scaler_share).ceil().clamp(min=1)
         return patches.is_of_series_BN & (patches.positions_BN < count_B.unsqueeze(1))
 
-    @property
-    def most_points(self) -> int:
-        """Most points of a context and its forecast together."""
-        return self.config.max_positions * self.config.patch
-
     def longest_context(self, horizon: int) -> int:
         """Return the most points of a series that a forecast of ``horizon`` points reads."""
         num_ahead = -(-horizon // self.config.patch)
-        return (self.config.max_positions - num_ahead + 1) * self.config.patch
+        return (self.config.most_patches - num_ahead + 1) * self.config.patch
 
     def rows_of_window(self, length: int) -> int:
         """Return the rows that :meth:`score` computes for a window of ``length`` points."""
@@ -165,7 +160,7 @@ class Moirai(SeriesModel):
         without an observed point.
         """
         config = self.config
-        check_request(horizon, quantiles, observed_BL, (config.max_positions - 1) * config.patch)
+        check_request(horizon, quantiles, observed_BL, (config.most_patches - 1) * config.patch)
         longest = self.longest_context(horizon)
         patches = cut(values_BL[:, -longest:], observed_BL[:, -longest:], config.patch)
         loc_B, scale_B = scale_of(patches.values_BNP, patches.observed_BNP)

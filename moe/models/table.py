@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..config.encoder import EncoderConfig
 from ..config.model import LayersConfig, ModelConfig
 from ..config.moirai import MoiraiConfig
+from ..config.time_moe import TimeMoeConfig
 from ..without_memory import without_memory
 from .decoder import Decoder
 from .decoder_layer import DecoderLayer
@@ -16,6 +17,7 @@ from .encoder_layer import EncoderLayer
 from .model import Model
 from .moirai import Moirai, moirai_layer
 from .options import WHOLE, ModelOptions
+from .time_moe import TimeMoe
 
 
 class ModelKind(NamedTuple):
@@ -34,6 +36,10 @@ KINDS: dict[type[LayersConfig], ModelKind] = {
     ),
     EncoderConfig: ModelKind(Encoder, EncoderLayer),
     MoiraiConfig: ModelKind(Moirai, moirai_layer),
+    TimeMoeConfig: ModelKind(
+        TimeMoe,
+        lambda config, index, options: DecoderLayer(config.decoder(), index, options),
+    ),
 }
 """By the class of the configuration."""
 

@@ -20,7 +20,7 @@ LEVELS = (0.1, 0.5, 0.9)
 
 
 def model_of(dtype=torch.float32, options=None, **changes):
-    config = MoiraiConfig(**SIZES | {"moe": MOE, "num_samples": 20, "max_positions": 32} | changes)
+    config = MoiraiConfig(**SIZES | {"moe": MOE, "num_samples": 20, "max_positions": 128} | changes)
     model = build_model(config) if options is None else build_model(config, options)
     initialize(model, 3)
     return model.to(dtype).eval()
@@ -253,6 +253,7 @@ def test_a_series_without_a_point_is_refused(model):
     [
         ({"num_heads": 3}, "d_model is 16, which does not split into 3 heads whose width is a"),
         ({"d_ff": None}, "d_ff is missing"),
+        ({"max_positions": 7}, "max_positions is 7, which is less than two patches of 4 points"),
         (
             {"moe": MOE | {"router": {"kind": "topk", "lookahead": "previous_block"}}},
             "which models of series do not offer; use ffn_input",
