@@ -7,6 +7,7 @@ from . import __version__
 from .commands import (
     chat,
     classify,
+    cluster,
     convert,
     doctor,
     evaluate,
@@ -42,6 +43,7 @@ COMMANDS = (
     tokenize,
     convert,
     upcycle,
+    cluster,
     merge,
     sparsify,
     sparsity,

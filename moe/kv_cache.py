@@ -132,6 +132,15 @@ class SequenceCache:
         if self.length + count > self.capacity:
             self._grow(self.length + count)
 
+    def copy(self) -> "SequenceCache":
+        """Return a cache with the same keys and values, and without the ids."""
+        copy = SequenceCache(self._specs, self._max_length, self._device)
+        copy.reserve(self.length)
+        for layer in range(len(self._specs)):
+            copy.write(layer, 0, *self.view(layer, self.length))
+        copy.length = self.length
+        return copy
+
     def _grow(self, needed: int) -> None:
         if needed > self._max_length:  # not an assertion: kernels write without a check
             raise IndexError(f"{needed} positions in a cache for {self._max_length}")

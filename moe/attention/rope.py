@@ -6,6 +6,7 @@ T tokens, H rotated elements of a head, h = H / 2 frequencies.
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..config.attention import LinearRope, Llama3Rope, RopeScaling, YarnRope
@@ -21,8 +22,20 @@ Tables = tuple[Tensor, Tensor]
 class Rope:
     """Cosines and sines by position, in the half-split layout of Hugging Face's models."""
 
-    def __init__(self, width: int, theta: float, scaling: RopeScaling | None = None) -> None:
-        self.frequencies_h, self._factor = frequencies(width, theta, scaling)
+    def __init__(
+        self,
+        width: int,
+        theta: float,
+        scaling: RopeScaling | None = None,
+        rotated: int | None = None,
+    ) -> None:
+        """Prepare for heads of ``width``, of which ``rotated`` elements turn (None = all).
+
+        The others have frequency 0. They are those at the end of each half.
+        """
+        self.frequencies_h, self._factor = frequencies(rotated or width, theta, scaling)
+        if rotated is not None:
+            self.frequencies_h = F.pad(self.frequencies_h, (0, (width - rotated) // 2))
         self._known: dict[torch.dtype, Tables] = {}
         self._on_gpus: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         """The frequencies there: copying them waits for the device."""

@@ -6,6 +6,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter
 
 from .encoder import EncoderConfig
 from .model import ModelConfig
+from .moirai import MoiraiConfig
 from .time_moe import TimeMoeConfig
 
 
@@ -16,7 +17,7 @@ def _with_kind(values: Any) -> Any:
     return values
 
 
-AnyModel = ModelConfig | EncoderConfig | TimeMoeConfig
+AnyModel = ModelConfig | EncoderConfig | MoiraiConfig | TimeMoeConfig
 ModelSection = Annotated[AnyModel, Field(discriminator="kind"), BeforeValidator(_with_kind)]
 KINDS: tuple[str, ...] = tuple(kind.model_fields["kind"].default for kind in get_args(AnyModel))
 """Their names."""

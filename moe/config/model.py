@@ -58,6 +58,11 @@ class LayersConfig(BaseModel):
         return frozenset()
 
     @property
+    def has_gated_mlps(self) -> bool:
+        """Whether the MLPs of dense layers are like experts with ``swiglu``."""
+        return False
+
+    @property
     def ties_embeddings(self) -> bool:
         """Whether an output layer has the embedding's weights."""
         return False
@@ -186,6 +191,11 @@ class ModelConfig(LayersConfig):
         return self.head_width if latent is None else latent.rope_dim
 
     @property
+    def has_gated_mlps(self) -> bool:
+        """See :attr:`LayersConfig.has_gated_mlps`."""
+        return True
+
+    @property
     def ties_embeddings(self) -> bool:
         """Whether the head has the embedding's weights."""
         return self.tie_embeddings
@@ -204,6 +214,15 @@ class ModelConfig(LayersConfig):
         if self.attention.latent is not None:
             attention["qk_norm"] = None
         return values
+
+
+def check_gated_mlps(config: LayersConfig) -> None:
+    """Raise :class:`ConfigError` for a model whose MLPs cannot become experts."""
+    if not config.has_gated_mlps:
+        raise ConfigError(
+            f"the model is of kind {config.kind}, and this works with MLPs that have a gate, as "
+            "experts have; give such a model, for example a decoder."
+        )
 
 
 def decoder_config(config: LayersConfig) -> ModelConfig:

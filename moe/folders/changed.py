@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from ..config.model import ModelConfig
+from ..config.model import LayersConfig
 from .families.table import FAMILIES
 from .folder import ModelFolder
 from .generation_config import generation_to_keep
@@ -15,7 +15,7 @@ from .writer import write_model_folder
 
 
 def write_changed(
-    source: Path, folder: ModelFolder, target: Path, config: ModelConfig, weights: WeightSource
+    source: Path, folder: ModelFolder, target: Path, config: LayersConfig, weights: WeightSource
 ) -> str:
     """Write ``weights`` of a model of ``config`` to ``target`` and return its ``model_type``.
 

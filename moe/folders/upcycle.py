@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError
-from ..config.model import ModelConfig, decoder_config
+from ..config.model import LayersConfig, check_gated_mlps
 from ..config.moe import MOST_EXPERTS, MoEConfig
 from ..models.initialize import generator_of
 from .changed import write_changed
@@ -84,7 +84,7 @@ class UpcycledWeights:
     def __init__(
         self,
         folder: ModelFolder,
-        config: ModelConfig,
+        config: LayersConfig,
         split: int,
         seed: int,
         router: UpcycleRouter,
@@ -129,8 +129,9 @@ def _config(
     split: int,
     moe_layers: MoELayers,
     router: UpcycleRouter,
-) -> ModelConfig:
-    dense = decoder_config(folder.config)
+) -> LayersConfig:
+    dense = folder.config
+    check_gated_mlps(dense)
     if dense.moe is not None:
         raise ConfigError(
             f"{folder.path} has {dense.moe.num_experts} experts already; give a dense folder."

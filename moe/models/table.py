@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..config.encoder import EncoderConfig
 from ..config.model import LayersConfig, ModelConfig
+from ..config.moirai import MoiraiConfig
 from ..config.time_moe import TimeMoeConfig
 from ..without_memory import without_memory
 from .decoder import Decoder
@@ -14,6 +15,7 @@ from .decoder_layer import DecoderLayer
 from .encoder import Encoder
 from .encoder_layer import EncoderLayer
 from .model import Model
+from .moirai import Moirai, moirai_layer
 from .options import WHOLE, ModelOptions
 from .time_moe import TimeMoe
 
@@ -33,6 +35,7 @@ KINDS: dict[type[LayersConfig], ModelKind] = {
         DecoderLayer,
     ),
     EncoderConfig: ModelKind(Encoder, EncoderLayer),
+    MoiraiConfig: ModelKind(Moirai, moirai_layer),
     TimeMoeConfig: ModelKind(
         TimeMoe,
         lambda config, index, options: DecoderLayer(config.decoder(), index, options),

@@ -70,7 +70,7 @@ ROOMS = {
         ["read_config", "report", "saves", "setup", "step"],
         ["observers", "on_paper"],
         ["publisher", "routes"],
-        ["sparsify", "trainer"],
+        ["cluster", "sparsify", "trainer"],
         ["program"],
         ["__main__"],
     ],
@@ -98,6 +98,7 @@ ROOMS = {
             *(
                 "chat",
                 "classify",
+                "cluster",
                 "convert",
                 "doctor",
                 "evaluate",

@@ -59,7 +59,7 @@ class ForecastLoss(nn.Module):
 class ForecastObjective(Objective[SeriesModel]):
     """Windows of series are scored by the model's own loss; held-out ones are also forecast."""
 
-    model_kinds = ("time_moe",)
+    model_kinds = ("time_moe", "moirai")
     data: SeriesData
 
     @classmethod

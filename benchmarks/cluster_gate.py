@@ -1,0 +1,257 @@
+"""Does a gate by clusters of a trained model forecast better than a learned one or a dense model?
+
+    python benchmarks/cluster_gate.py --data ETTh1.csv [--work DIR] [--steps 300] [--jobs 1]
+
+Moirai-MoE (Liu et al. 2024) clusters what a trained dense model computes, and sends each patch to
+the experts of the nearest clusters. Its released code takes the farthest. Here a small dense Moirai
+is trained on the first twelve months of a table of hourly series. It then goes on for as many steps
+again: as it is, or with its MLPs copied into 8 experts of which 2 compute, behind a learned gate or
+behind its clusters. A dense model whose MLPs are as wide as two experts has all of the steps from
+the start. Errors are those of forecasts in the last four months of twenty. Interrupt and start
+again as you like.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+
+from moeyard.moe.folders.folder import ModelFolder
+from moeyard.moe.models.series_model import SeriesModel
+from moeyard.moe.models.table import build_model
+from moeyard.training.checkpoints.export import export_newest
+from moeyard.training.checkpoints.start_from import read_start
+
+from report import write_results
+from runs import train
+
+MONTH = 30 * 24
+PARTS = (12 * MONTH, 4 * MONTH, 4 * MONTH)
+"""Lines for training, validation and test, as in the published splits."""
+CONTEXT, HORIZON = 512, 96
+WINDOWS = 30
+"""Test windows of each column, spread evenly."""
+LEVELS = tuple(level / 10 for level in range(1, 10))
+MODEL = {
+    "kind": "moirai",
+    "patch": 16,
+    "d_model": 64,
+    "num_layers": 3,
+    "num_heads": 4,
+    "d_ff": 128,
+    "max_positions": 1024,
+}
+EXPERTS, CHOSEN = 8, 2
+CLUSTERS = ["cluster", "--experts", str(EXPERTS), "--k", str(CHOSEN), "--choose"]
+BEGINNINGS = {
+    "dense": None,
+    "topk": ["upcycle", "--num-experts", str(EXPERTS), "--k", str(CHOSEN)],
+    "nearest": [*CLUSTERS, "nearest"],
+    "farthest": [*CLUSTERS, "farthest"],
+}
+"""The command that makes the model that an arm goes on from; None = the dense one."""
+WIDE = "dense-wide"
+ARMS = (*BEGINNINGS, WIDE)
+
+
+def moeyard(*arguments: str) -> None:
+    """Run a command of moeyard."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "moeyard.cli", *arguments]
+    subprocess.run(command, check=True, env=environment, capture_output=True)
+
+
+def beginning(arm: str, base: Path, work: Path) -> Path:
+    """Return the folder that an arm of a seed starts from."""
+    command = BEGINNINGS[arm]
+    dense = export_newest(base)
+    if command is None:
+        return dense
+    folder = work / f"{base.name}-{arm}"
+    if not folder.exists():
+        name, *options = command
+        source = base if name == "cluster" else dense
+        moeyard(name, str(source), str(folder), *options)
+    return folder
+
+
+def run_seed(seed: int, steps: int, work: Path, config: Path, data: Path) -> dict[str, dict]:
+    """Train all arms of a seed, or continue earlier runs, and return what was measured."""
+    base = work / f"base-seed{seed}"
+    train(config, base, [f"seed={seed}"], steps, 1, "eval_loss")
+    found = {"base": measured(base, data)}
+    for arm in ARMS:
+        run_dir = work / f"{arm}-seed{seed}"
+        if arm == WIDE:
+            own, length = [f"model.d_ff={CHOSEN * MODEL['d_ff']}"], 2 * steps
+        else:
+            own, length = [f"start_from={beginning(arm, base, work)}", "model=null"], steps
+        records = train(config, run_dir, [f"seed={seed}", *own], length, 1, "eval_loss")
+        found[arm] = measured(run_dir, data) | {"busiest": busiest(records[-1])}
+        print(f"{run_dir.name}: {found[arm]}", flush=True)
+    return found
+
+
+def busiest(record: dict) -> float | None:
+    """Return the busiest expert's load over the mean, of the layer where it is largest."""
+    loads = [load["max_over_mean"] for load in record.get("load", [])]
+    return max(loads, default=None)
+
+
+def measured(run_dir: Path, data: Path) -> dict[str, float]:
+    """Return the errors of a run's model on test windows, measured once."""
+    path = run_dir / "measured.json"
+    if not path.exists():
+        path.write_text(json.dumps(measure(open_model(run_dir), windows(data))))
+    return json.loads(path.read_text())
+
+
+def open_model(run_dir: Path) -> SeriesModel:
+    """Return the newest model of a run."""
+    folder = export_newest(run_dir)
+    model = build_model(ModelFolder(folder).config)
+    read_start(str(folder), model)
+    assert isinstance(model, SeriesModel)
+    return model.eval()
+
+
+def windows(data: Path) -> torch.Tensor:
+    """Return test windows of each column, in units of the training months."""
+    table_NC = np.genfromtxt(data, delimiter=",", skip_header=1)[: sum(PARTS), 1:]
+    known_NC = table_NC[: PARTS[0]]
+    table_NC = (table_NC - known_NC.mean(axis=0)) / known_NC.std(axis=0)
+    first, last = PARTS[0] + PARTS[1] - CONTEXT, sum(PARTS) - CONTEXT - HORIZON
+    starts = np.linspace(first, last, WINDOWS).round().astype(int)
+    cut = [table_NC[start : start + CONTEXT + HORIZON].T for start in starts]
+    return torch.from_numpy(np.concatenate(cut)).float()
+
+
+@torch.no_grad()
+def measure(model: SeriesModel, windows_BL: torch.Tensor) -> dict[str, float]:
+    """Return errors of forecasts, and the loss on the whole windows."""
+    observed_BL = torch.ones_like(windows_BL, dtype=torch.bool)
+    scored = model.score(windows_BL, observed_BL)
+    known_BL, ahead_BH = windows_BL[:, :CONTEXT], windows_BL[:, CONTEXT:]
+    parts = [
+        model.predict(part, torch.ones_like(part, dtype=torch.bool), HORIZON, LEVELS)
+        for part in known_BL.split(16)
+    ]
+    mean_BH = torch.cat([part.mean_BH for part in parts])
+    levels_BHQ = torch.cat([part.quantiles_BHQ for part in parts])
+    above_BHQ = ahead_BH.unsqueeze(2) - levels_BHQ
+    share_Q = torch.tensor(LEVELS)
+    pinball_BHQ = torch.maximum(share_Q * above_BHQ, (share_Q - 1) * above_BHQ)
+    return {
+        "wql": float(2 * pinball_BHQ.mean() / ahead_BH.abs().mean()),
+        "mse": float((mean_BH - ahead_BH).square().mean()),
+        "mae": float((mean_BH - ahead_BH).abs().mean()),
+        "nll": float(scored.loss_sum / scored.num_targets),
+        "inside_80": float(
+            ((ahead_BH >= levels_BHQ[..., 0]) & (ahead_BH <= levels_BHQ[..., -1])).float().mean()
+        ),
+    }
+
+
+def write_config(arguments: argparse.Namespace) -> Path:
+    """Write the configuration that all runs share."""
+    work: Path = arguments.work
+    work.mkdir(parents=True, exist_ok=True)
+    values = {
+        "run_dir": str(work / "run"),
+        "model": MODEL,
+        "data": {
+            "format": "series",
+            "source": str(arguments.data.resolve()),
+            "split": list(PARTS),
+            "context": CONTEXT,
+            "horizon": HORIZON,
+        },
+        "train": {
+            "steps": arguments.steps,
+            "sequence_length": CONTEXT + HORIZON,
+            "batch_sequences": 32,
+            "log_every": 50,
+            "eval_sequences": 16,
+        },
+        "optimizer": {"lr": 1e-3, "warmup_steps": 30},
+        "checkpoint": {"every": 100, "keep": 1},
+    }
+    path = work / "moirai.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="CSV of hourly series, as ETTh1")
+    parser.add_argument("--work", type=Path, default=Path("runs/cluster-gate"))
+    parser.add_argument("--steps", type=int, default=300, help="of each of the two trainings")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1, help="seeds side by side, one thread each")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    config = write_config(arguments)
+    seeds = range(arguments.seeds)
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        found = list(
+            pool.map(
+                lambda seed: run_seed(
+                    seed, arguments.steps, arguments.work, config, arguments.data
+                ),
+                seeds,
+            )
+        )
+    rows = {arm: summary(arm, found) for arm in ("base", *ARMS)}
+    show(rows, arguments.steps)
+    path = write_results(
+        "cluster_gate",
+        {
+            "question": "forecasts of gates by clusters, a learned gate and dense models",
+            "data": arguments.data.name,
+            "steps": arguments.steps,
+            "model": MODEL,
+            "experts": [EXPERTS, CHOSEN],
+            "test_series": len(windows(arguments.data)),
+            "arms": rows,
+        },
+    )
+    print(f"written to {path}")
+
+
+def summary(arm: str, found: list[dict[str, dict]]) -> dict:
+    """Return an arm's figures, and its loss less that of the learned gate in pairs of a seed."""
+    row: dict = {name: [seed[arm][name] for seed in found] for name in found[0][arm]}
+    for name in ("wql", "mse", "nll"):
+        gains = [seed[arm][name] - seed["topk"][name] for seed in found]
+        row[f"{name}_minus_topk_mean"] = statistics.mean(gains)
+        row[f"{name}_minus_topk_stdev"] = statistics.stdev(gains) if len(gains) > 1 else None
+    return row
+
+
+def show(rows: dict[str, dict], steps: int) -> None:
+    """Print the table."""
+    print(f"\ntest windows after {steps} + {steps} steps; base: after the first {steps}")
+    print(
+        "arm         weighted quantile loss    mean    MSE     MAE     nats   in 80 %  minus topk"
+    )
+    for arm, row in rows.items():
+        each = " ".join(f"{value:.4f}" for value in row["wql"])
+        means = "  ".join(
+            f"{statistics.mean(row[name]):.4f}"
+            for name in ("wql", "mse", "mae", "nll", "inside_80")
+        )
+        stdev = row["wql_minus_topk_stdev"]
+        spread = "" if stdev is None else f" +- {stdev:.4f}"
+        print(f"{arm:11} {each}  {means}  {row['wql_minus_topk_mean']:+.4f}{spread}")
+
+
+if __name__ == "__main__":
+    main()
