@@ -39,6 +39,13 @@ class SeriesModel(Model):
     point that was not observed has any finite value, and ``observed`` says so.
     """
 
+    forecasts_quantiles: bool = False
+    """Whether a forecast is a distribution, and not one value for each point."""
+
+    def longest_context(self, horizon: int) -> int:
+        """Return the most points of a series that a forecast of ``horizon`` points reads."""
+        return self.config.max_positions
+
     @abstractmethod
     def score(self, values_BL: Tensor, observed_BL: Tensor) -> SeriesLoss:
         """Return the loss of windows; all of their points are context and targets.

@@ -1,0 +1,70 @@
+"""Series as users have them, as arrays.
+
+N series, L points of each.
+"""
+
+from collections.abc import Iterator
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from ...errors import ConfigError
+
+MOST_VALUE = 1e16
+"""Models sum squares of a context in fp32."""
+
+Series: TypeAlias = Any
+"""One series (numbers, None or NaN where a point was not observed), or several: lists, arrays."""
+
+
+def rows_of(series: Series) -> Iterator[tuple[int, Series]]:
+    """Yield each series with its number: ``series`` may be one of them or several."""
+    if isinstance(series, str) or not hasattr(series, "__len__"):
+        raise ConfigError(f"series is {series!r:.40}; give lists or arrays of numbers.")
+    if not len(series):
+        raise ConfigError("series is empty; give at least one.")
+    is_one = not hasattr(series[0], "__len__") or isinstance(series[0], str)
+    yield from enumerate([series] if is_one else series)
+
+
+def numbers_of(values: Series, name: str) -> np.ndarray:
+    """Return a series as fp64 ``[L]``, NaN for None; raises :class:`ConfigError` for all else."""
+    if not isinstance(values, np.ndarray) or values.dtype == object:
+        wrong = next((v for v in values if v is not None and not _is_number(v)), None)
+        if wrong is not None:
+            raise ConfigError(f"{name} has {wrong!r:.40}, which is not a number; correct it.")
+    try:
+        found = np.asarray(values).astype(np.float64)
+    except (TypeError, ValueError, OverflowError):
+        raise ConfigError(f"{name} is not a list of numbers; give one.") from None
+    if found.ndim != 1:
+        raise ConfigError(f"{name} has {found.ndim} dimensions; give a list of numbers.")
+    if np.isinf(found).any():
+        place = int(np.isinf(found).argmax())
+        raise ConfigError(f"{name} is infinite at point {place}; correct it, or leave it out.")
+    if np.nanmax(np.abs(found), initial=0) > MOST_VALUE:
+        raise ConfigError(
+            f"{name} has values beyond {MOST_VALUE:g}, whose squares models cannot add up; give it "
+            "in other units."
+        )
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
+
+
+def filled(values_NL: np.ndarray) -> np.ndarray:
+    """Return the values with the last observed one wherever none was."""
+    last_NL = np.where(np.isnan(values_NL), 0, np.arange(values_NL.shape[1]))
+    return np.take_along_axis(values_NL, np.maximum.accumulate(last_NL, axis=1), axis=1)
+
+
+def alike(contexts: list[np.ndarray], most: int) -> Iterator[list[int]]:
+    """Yield the places of contexts of one length, at most so many at a time."""
+    by_length: dict[int, list[int]] = {}
+    for place, context_L in enumerate(contexts):
+        by_length.setdefault(len(context_L), []).append(place)
+    for places in by_length.values():
+        for start in range(0, len(places), most):
+            yield places[start : start + most]
