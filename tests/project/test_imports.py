@@ -94,7 +94,7 @@ ROOMS = {
     ],
     "commands": [
         ["model_folder", "options"],
-        ["trace_place", "trace_predict", "trace_replay"],
+        ["forecast_table", "trace_place", "trace_predict", "trace_replay"],
         [
             *(
                 "chat",
@@ -103,6 +103,7 @@ ROOMS = {
                 "doctor",
                 "evaluate",
                 "export",
+                "forecast",
                 "generate",
                 "merge",
                 "plan",
