@@ -137,7 +137,7 @@ def continue_dates(table: SeriesTable, horizon: int) -> list[str] | None:
     dates that do not rise.
     """
     written = table.dates_T
-    dates = []
+    dates: list[datetime] = []
     for cell in written:
         date = _date(cell)
         if date is None:
