@@ -39,6 +39,18 @@ class SeriesModel(Model):
     point that was not observed has any finite value, and ``observed`` says so.
     """
 
+    @property
+    def most_points(self) -> int:
+        """Most points of a context and its forecast together."""
+        return self.config.max_positions
+
+    def rows_of_window(self, length: int) -> int:
+        """Return the rows that :meth:`score` computes for a window of ``length`` points.
+
+        The first point was observed. Here each point is a row, but the last is a target only.
+        """
+        return length - 1
+
     @abstractmethod
     def score(self, values_BL: Tensor, observed_BL: Tensor) -> SeriesLoss:
         """Return the loss of windows; all of their points are context and targets.
