@@ -77,15 +77,13 @@ def run(arguments: argparse.Namespace) -> None:
     forecaster = open_kind_of(arguments, *SERIES_KINDS)
     question = forecaster.question(arguments.horizon, quantiles, arguments.context, arguments.seed)
     contexts = [
-        forecaster.context_of(values_T, f"column {name!r}", question)
+        forecaster.context_of(values_T, question, f"column {name!r}", name)
         for name, values_T in zip(table.columns, table.values_CT, strict=True)
     ]
     dates = continue_dates(table, arguments.horizon)
     if dates is None and table.dates_T:
         sys.stderr.write("event=irregular_dates; rows are numbered instead\n")
-    forecasts = forecaster(
-        contexts, arguments.horizon, quantiles, arguments.context, arguments.seed, arguments.batch
-    )
+    forecasts = forecaster.run_all(contexts, question, arguments.batch)
     kind = arguments.format or ("json" if (arguments.out or Path()).suffix == ".json" else "csv")
     text = (_as_json if kind == "json" else _as_csv)(table, dates, forecasts)
     if arguments.out is None:
@@ -145,10 +143,5 @@ def _as_json(
 
 
 def _short(values_H: "np.ndarray") -> list[float]:
-    """Return numbers with no more digits than their fp32 has, which a model's forecasts are."""
-    return [
-        float(short) if float(value) == float(exact) else float(value)
-        for value, exact, short in zip(
-            values_H, values_H.astype("float32"), map(str, values_H.astype("float32")), strict=True
-        )
-    ]
+    """Return numbers with 12 digits: forecasts come from fp32, and scales from fp64."""
+    return [float(f"{value:.12g}") for value in values_H]

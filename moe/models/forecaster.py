@@ -3,7 +3,7 @@
 N series, L points read of each, H points ahead, Q quantiles.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from ...errors import ConfigError
 from .describe import describe
 from .series_model import SeriesModel
-from .series_values import Series, alike, filled, numbers_of, rows_of
+from .series_values import Context, Scale, Series, alike, numbers_of, rows_of, scale_of
 
 USUAL_QUANTILES = (0.1, 0.5, 0.9)
 MOST_HORIZON = 100_000
@@ -42,15 +42,27 @@ class Question(NamedTuple):
     seed: int = 0
 
 
+class TrainedOn(NamedTuple):
+    """What a model of a run was trained on."""
+
+    context: int | None = None
+    """Points that its forecasts were measured with; None = not known."""
+    scales: Mapping[str, Scale] = {}
+    """By column: how training scaled it."""
+
+
 class Forecaster:
     """A series model that :func:`moeyard.load_forecaster` opened. Call it with series.
 
-    ``config`` has its shape, ``model`` is the torch module.
+    A series is scaled by the mean and the deviation of what is read of it, and one of a column that
+    the model was trained on as it was there. ``config`` has the model's shape, ``model`` is the
+    torch module.
     """
 
-    def __init__(self, model: SeriesModel) -> None:
+    def __init__(self, model: SeriesModel, trained_on: TrainedOn | None = None) -> None:
         self.model = model.eval()
         self.config = model.config
+        self.trained_on = trained_on or TrainedOn()
 
     def __repr__(self) -> str:
         """Show layers, widths, experts, parameters, type, device and the share on disk."""
@@ -62,6 +74,7 @@ class Forecaster:
         horizon: int,
         quantiles: Sequence[float] | None = None,
         context: int | None = None,
+        columns: Sequence[str] | None = None,
         seed: int = 0,
         batch_series: int = 32,
     ) -> list[Forecast]:
@@ -69,20 +82,26 @@ class Forecaster:
 
         ``series`` is one series or several, of any lengths: lists or arrays, with NaN or None for
         points that were not observed. ``quantiles`` are between 0 and 1; None = 0.1, 0.5 and 0.9
-        where the model forecasts a distribution. The last ``context`` points are read; None = the
-        model's most. ``seed`` is that of models that draw samples. A series whose context is
-        constant goes on as it is. Raises :class:`ConfigError` for what cannot be continued.
+        where the model forecasts a distribution. The last ``context`` points are read; None = as
+        many as in the model's training, or its most. ``columns`` name the series: those that the
+        model was trained on are scaled as they were there. ``seed`` is that of models that draw
+        samples. A series whose context is constant goes on as it is. Raises :class:`ConfigError`
+        for what cannot be continued.
         """
+        question = self.question(horizon, quantiles, context, seed)
+        return self.run_all(self.contexts_of(series, question, columns), question, batch_series)
+
+    def run_all(
+        self, contexts: Sequence[Context], question: Question, batch_series: int = 32
+    ) -> list[Forecast]:
+        """Return the forecasts of contexts of any lengths, at most so many at a time."""
         if batch_series < 1:
             raise ConfigError(f"batch_series is {batch_series}; use a number from 1 upwards.")
-        question = self.question(horizon, quantiles, context, seed)
-        contexts = [self.context_of(one, f"series {n}", question) for n, one in rows_of(series)]
-        found: list[Forecast | None] = [None] * len(contexts)
+        found: dict[int, Forecast] = {}
         for places in alike(contexts, batch_series):
             forecasts = self.run([contexts[place] for place in places], question)
-            for place, forecast in zip(places, forecasts, strict=True):
-                found[place] = forecast
-        return [forecast for forecast in found if forecast is not None]
+            found |= zip(places, forecasts, strict=True)
+        return [found[place] for place in range(len(contexts))]
 
     def question(
         self,
@@ -94,11 +113,11 @@ class Forecaster:
         """Check what is asked; raises :class:`ConfigError`."""
         if not 1 <= horizon <= MOST_HORIZON:
             raise ConfigError(f"horizon is {horizon}; use a number from 1 to {MOST_HORIZON}.")
-        most = self.model.longest_context(horizon)
+        most = self.model.most_points - horizon
         if most < LEAST_POINTS:
             raise ConfigError(
-                f"horizon is {horizon}, which leaves no positions of the model for a context; use "
-                "a smaller one."
+                f"horizon is {horizon}, but the model takes {self.model.most_points} points, the "
+                f"context's {LEAST_POINTS} or more among them; use a smaller one."
             )
         if context is not None and not LEAST_POINTS <= context <= most:
             raise ConfigError(
@@ -120,13 +139,30 @@ class Forecaster:
         asked = tuple(USUAL_QUANTILES if quantiles is None else quantiles)
         if not self.model.forecasts_quantiles:
             asked = ()
-        return Question(horizon, asked, context or most, seed)
+        usual = min(most, self.trained_on.context or most)
+        return Question(horizon, asked, context or usual, seed)
 
-    def context_of(self, values: Series, name: str, question: Question) -> np.ndarray:
-        """Return what is read of one series, fp64 ``[L]``, with NaN where it was not observed.
+    def contexts_of(
+        self, series: Series, question: Question, columns: Sequence[str] | None = None
+    ) -> list[Context]:
+        """Return what is read of each series; raises :class:`ConfigError`."""
+        numbered = list(rows_of(series))
+        if columns is not None and len(columns) != len(numbered):
+            raise ConfigError(
+                f"columns has {len(columns)} names, but there are {len(numbered)} series; give one "
+                "for each."
+            )
+        return [
+            self.context_of(one, question, f"series {n}", None if columns is None else columns[n])
+            for n, one in numbered
+        ]
 
-        Points before the first observed one are left out. ``name`` is the series' in messages.
-        Raises :class:`ConfigError`.
+    def context_of(
+        self, values: Series, question: Question, name: str, column: str | None = None
+    ) -> Context:
+        """Return what is read of one series of a column, from the first observed point on.
+
+        ``name`` is the series' in messages. Raises :class:`ConfigError`.
         """
         values_L = numbers_of(values, name)[-question.context :]
         observed_L = ~np.isnan(values_L)
@@ -143,16 +179,17 @@ class Forecaster:
                 f"{name} lacks {missing} of the {len(values_L)} points that are read, but at most "
                 "half may be missing; fill the gaps, or choose another context."
             )
-        return values_L
+        scale = None if column is None else self.trained_on.scales.get(column)
+        return Context(values_L, scale or scale_of(values_L))
 
     @torch.inference_mode()
-    def run(self, contexts: Sequence[np.ndarray], question: Question) -> list[Forecast]:
+    def run(self, contexts: Sequence[Context], question: Question) -> list[Forecast]:
         """Return the forecasts of contexts of equal length, which :meth:`context_of` made."""
-        constant = [_constant_of(context_L) for context_L in contexts]
-        moving = [c for c, value in zip(contexts, constant, strict=True) if value is None]
+        moving = [context for context in contexts if context.constant is None]
         predicted = iter(self._predict(moving, question) if moving else ())
         return [
-            next(predicted) if value is None else self._flat(value, question) for value in constant
+            next(predicted) if context.constant is None else self._flat(context.constant, question)
+            for context in contexts
         ]
 
     def _flat(self, value: float, question: Question) -> Forecast:
@@ -162,28 +199,24 @@ class Forecaster:
             return Forecast(flat_H, None)
         return Forecast(flat_H, {quantile: flat_H.copy() for quantile in question.quantiles})
 
-    def _predict(self, contexts: list[np.ndarray], question: Question) -> list[Forecast]:
+    def _predict(self, contexts: list[Context], question: Question) -> list[Forecast]:
         """Return the forecasts of contexts that are not constant."""
-        values_NL = np.array(contexts, dtype=np.float64)
-        observed_NL = ~np.isnan(values_NL)
+        scaled_NL = np.stack([context.scaled() for context in contexts])
+        observed_NL = ~np.isnan(np.stack([context.values_L for context in contexts]))
         found = self.model.predict(
-            torch.from_numpy(filled(values_NL)).to(self.model.device),
+            torch.from_numpy(scaled_NL).float().to(self.model.device),
             torch.from_numpy(observed_NL).to(self.model.device),
             question.horizon,
             question.quantiles,
             question.seed,
         )
-        mean_NH = found.mean_BH.double().cpu().numpy()
+        mean_N1, std_N1 = np.array([context.scale for context in contexts]).T[:, :, None]
+        mean_NH = found.mean_BH.double().cpu().numpy() * std_N1 + mean_N1
         if found.quantiles_BHQ is None:
             return [Forecast(mean_H, None) for mean_H in mean_NH]
-        quantiles_NQH = found.quantiles_BHQ.double().cpu().numpy().transpose(0, 2, 1)
+        quantiles_QNH = found.quantiles_BHQ.double().cpu().numpy().transpose(2, 0, 1)
+        quantiles_QNH = quantiles_QNH * std_N1 + mean_N1
         return [
-            Forecast(mean_H, dict(zip(question.quantiles, quantiles_QH, strict=True)))
-            for mean_H, quantiles_QH in zip(mean_NH, quantiles_NQH, strict=True)
+            Forecast(mean_H, dict(zip(question.quantiles, quantiles_QNH[:, row], strict=True)))
+            for row, mean_H in enumerate(mean_NH)
         ]
-
-
-def _constant_of(context_L: np.ndarray) -> float | None:
-    """Return the value that all observed points have, if there is one."""
-    low, high = np.nanmin(context_L), np.nanmax(context_L)
-    return float(low) if low == high else None

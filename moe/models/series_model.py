@@ -42,9 +42,17 @@ class SeriesModel(Model):
     forecasts_quantiles: bool = False
     """Whether a forecast is a distribution, and not one value for each point."""
 
-    def longest_context(self, horizon: int) -> int:
-        """Return the most points of a series that a forecast of ``horizon`` points reads."""
+    @property
+    def most_points(self) -> int:
+        """Most points of a context and its forecast together."""
         return self.config.max_positions
+
+    def rows_of_window(self, length: int) -> int:
+        """Return the rows that :meth:`score` computes for a window of ``length`` points.
+
+        The first point was observed. Here each point is a row, but the last is a target only.
+        """
+        return length - 1
 
     @abstractmethod
     def score(self, values_BL: Tensor, observed_BL: Tensor) -> SeriesLoss:

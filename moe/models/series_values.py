@@ -3,15 +3,16 @@
 N series, L points of each.
 """
 
-from collections.abc import Iterator
-from typing import Any, TypeAlias
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from ...errors import ConfigError
 
-MOST_VALUE = 1e16
-"""Models sum squares of a context in fp32."""
+MOST_VALUE = 1e100
+"""The squares of a context are added up in fp64."""
 
 Series: TypeAlias = Any
 """One series (numbers, None or NaN where a point was not observed), or several: lists, arrays."""
@@ -44,7 +45,7 @@ def numbers_of(values: Series, name: str) -> np.ndarray:
         raise ConfigError(f"{name} is infinite at point {place}; correct it, or leave it out.")
     if np.nanmax(np.abs(found), initial=0) > MOST_VALUE:
         raise ConfigError(
-            f"{name} has values beyond {MOST_VALUE:g}, whose squares models cannot add up; give it "
+            f"{name} has values beyond {MOST_VALUE:g}, whose squares cannot be added up; give it "
             "in other units."
         )
     return found
@@ -54,17 +55,48 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float | np.number) and not isinstance(value, bool)
 
 
-def filled(values_NL: np.ndarray) -> np.ndarray:
-    """Return the values with the last observed one wherever none was."""
-    last_NL = np.where(np.isnan(values_NL), 0, np.arange(values_NL.shape[1]))
-    return np.take_along_axis(values_NL, np.maximum.accumulate(last_NL, axis=1), axis=1)
+class Scale(NamedTuple):
+    """How the values of a series become what a model reads: less the mean, over the deviation."""
+
+    mean: float
+    std: float
 
 
-def alike(contexts: list[np.ndarray], most: int) -> Iterator[list[int]]:
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What is read of a series, in its units."""
+
+    values_L: np.ndarray
+    """fp64, NaN where a point was not observed; the first one was."""
+    scale: Scale
+
+    def __len__(self) -> int:
+        """Return the points."""
+        return len(self.values_L)
+
+    @property
+    def constant(self) -> float | None:
+        """The value that all observed points have, if there is one."""
+        low, high = np.nanmin(self.values_L), np.nanmax(self.values_L)
+        return float(low) if low == high else None
+
+    def scaled(self) -> np.ndarray:
+        """Return what a model reads, ``[L]``: where none was observed, the last one that was."""
+        places_L = np.where(np.isnan(self.values_L), 0, np.arange(len(self.values_L)))
+        values_L = self.values_L[np.maximum.accumulate(places_L)]
+        return (values_L - self.scale.mean) / self.scale.std
+
+
+def scale_of(values_L: np.ndarray) -> Scale:
+    """Return mean and deviation of the observed points of a context."""
+    return Scale(float(np.nanmean(values_L)), float(np.nanstd(values_L)))
+
+
+def alike(contexts: Sequence[Context], most: int) -> Iterator[list[int]]:
     """Yield the places of contexts of one length, at most so many at a time."""
     by_length: dict[int, list[int]] = {}
-    for place, context_L in enumerate(contexts):
-        by_length.setdefault(len(context_L), []).append(place)
+    for place, context in enumerate(contexts):
+        by_length.setdefault(len(context), []).append(place)
     for places in by_length.values():
         for start in range(0, len(places), most):
             yield places[start : start + most]

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..config.encoder import EncoderConfig
 from ..config.model import LayersConfig, ModelConfig
+from ..config.time_moe import TimeMoeConfig
 from ..without_memory import without_memory
 from .decoder import Decoder
 from .decoder_layer import DecoderLayer
@@ -14,6 +15,7 @@ from .encoder import Encoder
 from .encoder_layer import EncoderLayer
 from .model import Model
 from .options import WHOLE, ModelOptions
+from .time_moe import TimeMoe
 
 
 class ModelKind(NamedTuple):
@@ -31,6 +33,10 @@ KINDS: dict[type[LayersConfig], ModelKind] = {
         DecoderLayer,
     ),
     EncoderConfig: ModelKind(Encoder, EncoderLayer),
+    TimeMoeConfig: ModelKind(
+        TimeMoe,
+        lambda config, index, options: DecoderLayer(config.decoder(), index, options),
+    ),
 }
 """By the class of the configuration."""
 

@@ -9,13 +9,13 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-import numpy as np
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from ...errors import ConfigError, RequestError
 from ...moe.models.forecaster import Forecast, Forecaster, Question
+from ...moe.models.series_values import Context
 from ..api.adapters import ServedModels
 from ..api.protocol import check_keys, read_text, read_values, shown
 from ..api.request_body import read_body
@@ -28,7 +28,7 @@ MAX_HORIZON = 4096
 MAX_QUANTILES = 99
 MAX_NUMBERS = 1 << 18
 """Of an answer: series x horizon x (1 + quantiles)."""
-KEYS = {"model", "series", "horizon", "quantiles", "context", "seed"}
+KEYS = {"model", "series", "horizon", "quantiles", "context", "columns", "seed"}
 OF_DECODERS = ("/v1/completions", "/v1/chat/completions")
 
 
@@ -69,9 +69,7 @@ class ForecastEndpoint:
         )
 
 
-def read_forecast(
-    values: dict[str, Any], forecaster: Forecaster
-) -> tuple[Question, list[np.ndarray]]:
+def read_forecast(values: dict[str, Any], forecaster: Forecaster) -> tuple[Question, list[Context]]:
     """Return what a body asks and the contexts that are read; raises :class:`RequestError`."""
     check_keys("body", values, KEYS)
     series = _series(values)
@@ -86,10 +84,7 @@ def read_forecast(
             horizon, quantiles, _whole(values, "context"), _whole(values, "seed") or 0
         )
         param = "series"
-        contexts = [
-            forecaster.context_of(one, f"series {number}", question)
-            for number, one in enumerate(series)
-        ]
+        contexts = forecaster.contexts_of(series, question, _columns(values))
     except ConfigError as error:
         named = next((key for key in KEYS if str(error).startswith(key)), param)
         raise RequestError(str(error), param=named) from None
@@ -111,6 +106,16 @@ def _whole(values: dict[str, Any], key: str) -> int | None:
     if number is not None and type(number) is not int:
         raise RequestError(f"{key} is {shown(number)}; use a whole number.", param=key)
     return number
+
+
+def _columns(values: dict[str, Any]) -> list[str] | None:
+    given = values.get("columns")
+    if given is not None and not (isinstance(given, list) and all(type(o) is str for o in given)):
+        raise RequestError(
+            f"columns is {shown(given)}; give a list of names, one for each series.",
+            param="columns",
+        )
+    return given
 
 
 def _quantiles(values: dict[str, Any]) -> list[float] | None:
@@ -144,7 +149,7 @@ def _check_sizes(num_series: int, horizon: int, quantiles: Sequence[float] | Non
 
 
 def _answer(
-    name: str, question: Question, contexts: list[np.ndarray], forecasts: list[Forecast]
+    name: str, question: Question, contexts: list[Context], forecasts: list[Forecast]
 ) -> dict[str, Any]:
     """Return the body of the answer."""
     return {

@@ -62,7 +62,7 @@ class SeriesServer:
         """
         frame = Frame(self.thread.problem, self.admission, render_metrics or self._own_metrics)
         endpoint = ForecastEndpoint(self.thread, self.admission, self._models)
-        longest = self.thread.forecaster.model.longest_context(1)
+        longest = self.thread.forecaster.model.most_points
         routes = [*ModelRoutes(self._models, longest).routes(), *endpoint.routes()]
         return frame.app(routes, self._args.api_key, self._args.cors_origin)
 

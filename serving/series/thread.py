@@ -14,10 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 
-import numpy as np
-
 from ...errors import ExpertReadError, RequestError
 from ...moe.models.forecaster import Forecast, Forecaster, Question
+from ...moe.models.series_values import Context
 from ..engine.step import request_error
 from .metrics import SeriesMetrics
 
@@ -33,7 +32,7 @@ class _Asked:
     """A request on its way."""
 
     question: Question
-    contexts: Sequence[np.ndarray]
+    contexts: Sequence[Context]
     loop: asyncio.AbstractEventLoop
     answer: "asyncio.Future[list[Forecast]]"
     arrived: float = field(default_factory=perf_counter)
@@ -78,7 +77,7 @@ class ForecastThread:
             return f"one forecast has taken {duration_s:.0f} s"
         return None
 
-    async def forecast(self, contexts: Sequence[np.ndarray], question: Question) -> list[Forecast]:
+    async def forecast(self, contexts: Sequence[Context], question: Question) -> list[Forecast]:
         """Return the forecasts of contexts, which :meth:`Forecaster.context_of` made.
 
         Leaving early drops the series that are not computed yet. Raises :class:`RequestError`.
@@ -173,7 +172,7 @@ class ForecastThread:
                 _hand_over(asked, [asked.found[place] for place in range(len(asked.contexts))])
 
     def _attempt(
-        self, contexts: list[np.ndarray], question: Question
+        self, contexts: list[Context], question: Question
     ) -> list[Forecast] | RequestError:
         """Return forecasts, or why there are none; a bug is raised."""
         try:

@@ -5,7 +5,8 @@ import pytest
 from seasonal import LONGEST, Seasonal
 
 from moeyard.errors import ConfigError
-from moeyard.moe.models.forecaster import Forecaster
+from moeyard.moe.models.forecaster import Forecaster, TrainedOn
+from moeyard.moe.models.series_values import Scale
 
 UP = [1.0, 2.0, 3.0, 5.0] * 3
 
@@ -14,9 +15,9 @@ def test_forecasts_are_in_the_order_and_the_units_of_their_series():
     model = Seasonal()
     series = [UP, np.array(UP[:8]) * 1e6, [*UP, 7]]
     found = Forecaster(model)(series, 6, [0.5, 0.9])
-    np.testing.assert_array_equal(found[0].mean, [1, 2, 3, 5, 1, 2])
-    np.testing.assert_array_equal(found[1].mean, np.array([1, 2, 3, 5, 1, 2]) * 1e6)
-    np.testing.assert_array_equal(found[2].mean, [2, 3, 5, 7, 2, 3])
+    np.testing.assert_allclose(found[0].mean, [1, 2, 3, 5, 1, 2], rtol=1e-6)
+    np.testing.assert_allclose(found[1].mean, np.array([1, 2, 3, 5, 1, 2]) * 1e6, rtol=1e-6)
+    np.testing.assert_allclose(found[2].mean, [2, 3, 5, 7, 2, 3], rtol=1e-6)
     assert list(found[0].quantiles) == [0.5, 0.9]
     np.testing.assert_array_equal(found[0].quantiles[0.5], found[0].mean)
     spread = np.std(UP, ddof=1) * 0.4
@@ -28,14 +29,15 @@ def test_series_of_one_length_are_read_together_up_to_the_batch():
     series = [np.arange(8.0) + n for n in range(5)] + [np.arange(9.0)]
     found = Forecaster(model)(series, 2, batch_series=3, seed=7)
     assert model.batches == [(3, 8, 2, 7), (2, 8, 2, 7), (1, 9, 2, 7)]
-    assert [one.mean[0] for one in found] == [4, 5, 6, 7, 8, 5]
+    np.testing.assert_allclose([one.mean[0] for one in found], [4, 5, 6, 7, 8, 5], rtol=1e-6)
 
 
 def test_one_series_needs_no_list_around_it():
     model = Seasonal()
     for series in (UP, np.array(UP), np.array([UP]), tuple(UP), np.array(UP, dtype=np.float32)):
         (found,) = Forecaster(model)(series, 1)
-        assert found.mean.tolist() == [1] and found.mean.dtype == np.float64
+        np.testing.assert_allclose(found.mean, [1], rtol=1e-6)
+        assert found.mean.dtype == np.float64
 
 
 def test_the_last_points_are_read_and_the_first_observed_one_is_the_first():
@@ -44,7 +46,7 @@ def test_the_last_points_are_read_and_the_first_observed_one_is_the_first():
     Forecaster(model)(long, 1)
     Forecaster(model)(long, 1, context=10)
     Forecaster(model)([np.nan, None, 1.0, 2.0, np.nan, 3.0], 1)
-    assert [batch[1] for batch in model.batches] == [LONGEST, 10, 4]
+    assert [batch[1] for batch in model.batches] == [LONGEST - 1, 10, 4]
 
 
 def test_points_that_were_not_observed_are_told_to_the_model_and_are_finite():
@@ -57,7 +59,10 @@ def test_points_that_were_not_observed_are_told_to_the_model_and_are_finite():
 
     Forecaster(Watching())([[1.0, np.nan, 3.0, 4.0, None], [5, 6, 7, 8, 9]], 1)
     values, observed = seen[0]
-    assert values[0] == [1, 1, 3, 4, 4] and observed[0] == [True, False, True, True, False]
+    known = np.array([1, 3, 4])
+    scaled = (np.array([1, 1, 3, 4, 4]) - known.mean()) / known.std()
+    np.testing.assert_allclose(values[0], scaled, rtol=1e-6)
+    assert observed[0] == [True, False, True, True, False]
     assert all(observed[1])
 
 
@@ -83,7 +88,7 @@ REFUSED = {
     "horizon": ({"horizon": 0}, "horizon is 0; use a number from 1"),
     "below": ({"horizon": -3}, "horizon is -3"),
     "far": ({"horizon": 10**9}, "horizon is 1000000000"),
-    "context": ({"context": 65}, "context is 65; use a number from 2 to 64"),
+    "context": ({"context": 63}, "context is 63; use a number from 2 to 62"),
     "one": ({"context": 1}, "context is 1"),
     "quantile": ({"quantiles": [0.5, 1]}, "quantiles has 1; use numbers between 0 and 1"),
     "twice": ({"quantiles": [0.5, 0.5]}, "give each one once"),
@@ -99,7 +104,8 @@ REFUSED = {
     "words": ({"series": "1 2 3"}, "series is '1 2 3'; give lists"),
     "number": ({"series": 3}, "series is 3; give lists"),
     "infinite": ({"series": [1, 2, np.inf]}, "series 0 is infinite at point 2"),
-    "huge": ({"series": [1, 2, 1e17]}, "series 0 has values beyond 1e.16"),
+    "huge": ({"series": [1, 2, 1e101]}, "series 0 has values beyond 1e.100"),
+    "columns": ({"columns": ["a", "b"]}, "columns has 2 names, but there are 1 series"),
     "integer": ({"series": [1, 10**400]}, "series 0 is not a list of numbers"),
     "deep": ({"series": np.zeros((2, 2, 2))}, "series 0 has 2 dimensions"),
 }
@@ -113,14 +119,33 @@ def test_what_cannot_be_continued_is_refused_in_one_sentence(case):
     assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
 
 
-def test_a_model_that_has_no_positions_left_says_so():
-    class Short(Seasonal):
-        def longest_context(self, horizon):
-            return max(0, LONGEST - horizon)
+def test_context_and_horizon_share_the_points_of_the_model():
+    with pytest.raises(ConfigError, match="horizon is 63, but the model takes 64 points"):
+        Forecaster(Seasonal())(UP, 63)
+    assert len(Forecaster(Seasonal())(UP, 62)[0].mean) == 62
 
-    with pytest.raises(ConfigError, match="horizon is 63, which leaves no positions"):
-        Forecaster(Short())(UP, 63)
-    assert len(Forecaster(Short())(UP, 62)[0].mean) == 62
+
+def test_a_model_reads_what_its_training_read():
+    model = Seasonal(quantiles=False)
+    trained_on = TrainedOn(8, {"a": Scale(100.0, 10.0)})
+    forecaster = Forecaster(model, trained_on)
+    seen = []
+    model.register_forward_pre_hook(lambda _, rows: seen.append(rows[0][:, 0].tolist()))
+    (found,) = forecaster(UP, 3, columns=["a"])
+    np.testing.assert_allclose(seen.pop(), (np.array(UP[-8:]) - 100) / 10, rtol=1e-6)
+    np.testing.assert_allclose(found.mean, [1, 2, 3], rtol=1e-5)
+    forecaster(UP, 3, columns=["b"])
+    np.testing.assert_allclose(np.mean(seen.pop()), 0, atol=1e-6)
+    forecaster(UP, 60, columns=["a"])  # the horizon leaves less than training read
+    forecaster(UP, 3, context=12)
+    assert [batch[1] for batch in model.batches] == [8, 8, 4, 12]
+
+
+def test_large_offsets_and_scales_lose_nothing_to_fp32():
+    series = 1e9 + np.array(UP)
+    np.testing.assert_allclose(Forecaster(Seasonal())(series, 4)[0].mean, series[:4], rtol=1e-15)
+    tiny = np.array(UP) * 1e-40
+    np.testing.assert_allclose(Forecaster(Seasonal())(tiny, 4)[0].mean, tiny[:4], rtol=1e-5)
 
 
 def test_it_shows_what_it_is():

@@ -10,7 +10,7 @@ from ...config.model import LayersConfig, ModelConfig
 from ..expert_layouts import ExpertLayout
 from .keys import COMMON, Values, check_only, complete, write_common
 
-HEADS = ("lm_head.", "classifier.")
+HEADS = ("lm_head.", "lm_heads.", "classifier.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import cast
 
 from ....errors import ModelFileError
-from ...config.model import MOST_LAYERS, ModelConfig
+from ...config.model import MOST_LAYERS, LayersConfig, ModelConfig
 from ...config.moe import MoEConfig
 from ...routers.topk import TopK
 from .rope_keys import Values, longest_sequence, read_rope, write_rope
@@ -22,7 +22,7 @@ COMMON: Values = {
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
-def topk_moe(config: ModelConfig) -> tuple[MoEConfig, TopK]:
+def topk_moe(config: LayersConfig) -> tuple[MoEConfig, TopK]:
     """Return the MoE layers of a model and their top-k router.
 
     Only our own family has other routers; :meth:`Family.why_not` refuses them earlier.

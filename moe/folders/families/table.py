@@ -12,6 +12,7 @@ from .native import NATIVE
 from .olmoe import OLMOE
 from .qwen_moe import QWEN2_MOE, QWEN3_MOE
 from .smallthinker import SMALLTHINKER
+from .time_moe import TIME_MOE
 
 FAMILIES = {
     family.model_type: family
@@ -27,6 +28,7 @@ FAMILIES = {
         LLAMA,
         SMALLTHINKER,
         BERT,
+        TIME_MOE,
         NATIVE,
     )
 }
@@ -38,11 +40,11 @@ def family_for(
 ) -> Family:
     """Return the family to export ``config`` as: the first that can express all of it.
 
-    ``preferred``, the ``model_type`` a model came from, is first; then those that transformers
-    opens; then our own, which can express everything. ``has_separate_experts`` leaves out those
-    that keep many experts in one tensor.
+    ``preferred``, the ``model_type`` a model came from, is first; then those that others open; then
+    our own, which can express everything. ``has_separate_experts`` leaves out those that keep many
+    experts in one tensor.
     """
-    candidates = [family for family in FAMILIES.values() if family.is_in_transformers]
+    candidates = _opened_by_others()
     if preferred is not None and preferred != NATIVE.model_type:
         candidates.insert(0, FAMILIES[preferred])
     for family in candidates:
@@ -57,7 +59,7 @@ def why_native(config: LayersConfig) -> str:
 
     It is about the nearest family: the one that differs in the fewest fields.
     """
-    families = [family for family in FAMILIES.values() if family.is_in_transformers]
+    families = _opened_by_others()
     if any(family.why_not(config) is None for family in families):
         return "Experts are stored one by one; families that can express the model have one tensor."
     other = {family.model_type: family.differences(config) for family in families}
@@ -67,3 +69,13 @@ def why_native(config: LayersConfig) -> str:
         return f"Models of kind {config.kind} have no class in transformers."
     nearest = min(near, key=lambda name: len(other[name]), default=alike[0])
     return f"{FAMILIES[nearest].why_not(config)}, and no other family of transformers expresses it."
+
+
+def _opened_by_others() -> list[Family]:
+    """Return the families of transformers, and those of kinds that transformers has no class for:
+    their authors' code opens them."""
+    return [
+        family
+        for family in FAMILIES.values()
+        if family.is_in_transformers or "decoder" not in family.kinds
+    ]
