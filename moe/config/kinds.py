@@ -17,7 +17,12 @@ def _with_kind(values: Any) -> Any:
     return values
 
 
-AnyModel = ModelConfig | EncoderConfig | MoiraiConfig | TimeMoeConfig
+AnyModel = (
+    ModelConfig
+    | EncoderConfig
+    | MoiraiConfig
+    | TimeMoeConfig
+)
 ModelSection = Annotated[AnyModel, Field(discriminator="kind"), BeforeValidator(_with_kind)]
 KINDS: tuple[str, ...] = tuple(kind.model_fields["kind"].default for kind in get_args(AnyModel))
 """Their names."""
