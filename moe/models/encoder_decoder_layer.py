@@ -129,9 +129,7 @@ class EncoderDecoderLayer(nn.Module):
         attended_TD: Tensor = self.self_attn(x_TD, rows.own, met)
         return attended_TD
 
-    def _attend_across(
-        self, attention: RelativeAttention, x_TD: Tensor, rows: StackRows
-    ) -> Tensor:
+    def _attend_across(self, attention: RelativeAttention, x_TD: Tensor, rows: StackRows) -> Tensor:
         assert rows.across is not None, "a target's layer needs sources"
         if rows.caches is not None:
             met = rows.caches.sources[self.layer - rows.first_layer]
