@@ -26,6 +26,7 @@ from .commands import (
     tokenize,
     trace,
     train,
+    translate,
     upcycle,
 )
 from .commands.options import HelpFormatter, report_errors
@@ -38,6 +39,7 @@ COMMANDS = (
     chat,
     classify,
     forecast,
+    translate,
     evaluate,
     price,
     plan,

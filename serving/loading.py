@@ -15,6 +15,7 @@ from ..moe.folders.hub import local_folder
 from ..moe.models.forecaster import Forecaster
 from ..moe.models.language_model import LanguageModel
 from ..moe.models.text_classifier import TextClassifier
+from ..moe.models.text_writer import TextWriter
 from ..moe.routers.own_code import allow
 from .experts.options import StoreOptions
 from .experts.policies.policy import Policy
@@ -123,6 +124,16 @@ def load_forecaster(folder: str | Path, **how: Unpack[Loading]) -> Forecaster:
     """
     model, _ = open_kind(folder, SERIES_KINDS, **how)
     assert isinstance(model, Forecaster), "its kind was asked for"
+    return model
+
+
+def load_seq2seq(folder: str | Path, **how: Unpack[Loading]) -> TextWriter:
+    """Open a folder with an encoder-decoder, such as T5's or a run's export, ready to call.
+
+    The arguments and errors are those of :func:`load_classifier`.
+    """
+    model, _ = open_kind(folder, ("encoder_decoder",), **how)
+    assert isinstance(model, TextWriter), "its kind was asked for"
     return model
 
 

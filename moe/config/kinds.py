@@ -5,6 +5,7 @@ from typing import Annotated, Any, get_args
 from pydantic import BeforeValidator, Field, TypeAdapter
 
 from .encoder import EncoderConfig
+from .encoder_decoder import EncoderDecoderConfig
 from .model import ModelConfig
 from .moirai import MoiraiConfig
 from .time_moe import TimeMoeConfig
@@ -22,6 +23,7 @@ AnyModel = (
     | EncoderConfig
     | MoiraiConfig
     | TimeMoeConfig
+    | EncoderDecoderConfig
 )
 ModelSection = Annotated[AnyModel, Field(discriminator="kind"), BeforeValidator(_with_kind)]
 KINDS: tuple[str, ...] = tuple(kind.model_fields["kind"].default for kind in get_args(AnyModel))

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ..config.encoder import EncoderConfig
+from ..config.encoder_decoder import EncoderDecoderConfig
 from ..config.model import LayersConfig, ModelConfig
 from ..config.moirai import MoiraiConfig
 from ..config.time_moe import TimeMoeConfig
@@ -13,6 +14,8 @@ from ..without_memory import without_memory
 from .decoder import Decoder
 from .decoder_layer import DecoderLayer
 from .encoder import Encoder
+from .encoder_decoder import EncoderDecoder
+from .encoder_decoder_layer import EncoderDecoderLayer
 from .encoder_layer import EncoderLayer
 from .model import Model
 from .moirai import Moirai, moirai_layer
@@ -40,6 +43,7 @@ KINDS: dict[type[LayersConfig], ModelKind] = {
         TimeMoe,
         lambda config, index, options: DecoderLayer(config.decoder(), index, options),
     ),
+    EncoderDecoderConfig: ModelKind(EncoderDecoder, EncoderDecoderLayer),
 }
 """By the class of the configuration."""
 

@@ -2,6 +2,7 @@
 
 from .decoder import DECODER
 from .encoder import ENCODER
+from .encoder_decoder import ENCODER_DECODER
 from .opener import Opener
 from .series import SERIES, SERIES_KINDS
 
@@ -9,4 +10,5 @@ OPENERS: dict[str, Opener] = {
     "decoder": DECODER,
     "encoder": ENCODER,
     **dict.fromkeys(SERIES_KINDS, SERIES),
+    "encoder_decoder": ENCODER_DECODER,
 }

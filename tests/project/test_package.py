@@ -50,6 +50,7 @@ def test_exported_names_are_pinned():
         "RouterInput",
         "RouterSizes",
         "TextClassifier",
+        "TextWriter",
         "after_step",
         "auxiliary_loss",
         "Routing",
@@ -59,6 +60,7 @@ def test_exported_names_are_pinned():
         "load",
         "load_classifier",
         "load_forecaster",
+        "load_seq2seq",
         "replace_moe_blocks",
         "router",
     }

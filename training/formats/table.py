@@ -5,6 +5,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 
 from .series import SeriesConfig
+from .pairs import PairsConfig
 from .text import LabelledConfig, TextConfig
 
 
@@ -15,5 +16,10 @@ def _with_format(values: Any) -> Any:
     return values
 
 
-AnyData = TextConfig | LabelledConfig | SeriesConfig
+AnyData = (
+    TextConfig
+    | LabelledConfig
+    | SeriesConfig
+    | PairsConfig
+)
 DataSection = Annotated[AnyData, Field(discriminator="format"), BeforeValidator(_with_format)]

@@ -7,10 +7,12 @@ from .classify import ClassifyObjective
 from .forecast import ForecastObjective
 from .next_token import NextTokenObjective
 from .objective import Objective
+from .pairs import PairsObjective
 
 OBJECTIVES: dict[str, type[Objective[Any]]] = {
     "text": NextTokenObjective,
     "chat": ChatObjective,
     "classify": ClassifyObjective,
     "series": ForecastObjective,
+    "pairs": PairsObjective,
 }
