@@ -18,8 +18,9 @@ class Decode(Protocol):
     def __call__(self, tokens_RT: Tensor, parents_R: Tensor) -> Tensor:
         """Return scores over the tokens that follow, ``[R, V]``.
 
-        Row r continues row ``parents_R[r]`` of the call before by the tokens ``tokens_RT[r]``. In
-        the first call the parents are the users.
+        Row r continues row ``parents_R[r]`` of the call before, which is of the same user, by the
+        tokens ``tokens_RT[r]``. In the first call each row is its own parent. The rows of a user
+        are neighbours.
         """
         ...
 
@@ -42,35 +43,33 @@ def search(
 
     Only ids of items are generated. An id that several items share may be used as often as it has
     items. A beam of 1 takes the likeliest code each time. The decoder is called
-    ``num_items * num_levels`` times, with ``num_users * num_beams`` rows at most, whatever it
-    answers. There must be as many items as a session has.
+    ``num_items * num_levels`` times, with ``num_users * num_beams`` rows, whatever it answers.
+    There must be as many items as a session has.
     """
     assert num_items <= len(table), "the caller checks it"
-    trie, width = table.trie, 1
-    nodes_R = torch.full((num_users,), Trie.root)
-    used_RU = torch.empty(num_users, 0, dtype=torch.int64)
-    way_RN = torch.empty(num_users, 0, dtype=torch.int64)  # nodes of the item under way
-    tokens_RT = torch.full((num_users, 1), table.begin)
-    parents_R = torch.arange(num_users)
-    scores_R = torch.zeros(num_users, dtype=torch.float64)
+    trie, num_rows = table.trie, num_users * num_beams
+    nodes_R = torch.full((num_rows,), Trie.root)
+    used_RU = torch.empty(num_rows, 0, dtype=torch.int64)
+    way_RN = torch.empty(num_rows, 0, dtype=torch.int64)  # nodes of the item under way
+    tokens_RT = torch.full((num_rows, 1), table.begin)
+    parents_R = torch.arange(num_rows)
+    scores_BW = torch.full((num_users, num_beams), -torch.inf, dtype=torch.float64)
+    scores_BW[:, 0] = 0  # the beams of a user begin alike, and one of them counts
+    firsts_B1 = torch.arange(num_users)[:, None] * num_beams
     for place in range(num_items * table.num_levels):
         level = place % table.num_levels
         codes = slice(level * table.num_codes, (level + 1) * table.num_codes)
         logits_RV = decode(tokens_RT, parents_R).cpu()
-        wide = torch.promote_types(logits_RV.dtype, torch.float32)
-        log_probs_RK = logits_RV.to(wide).log_softmax(dim=1)[:, codes]
+        log_probs_RK = logits_RV.double().log_softmax(dim=1)[:, codes]
         open_RK = trie.remaining(nodes_R, used_RU) > 0
-        sums_RK = (scores_R[:, None] + log_probs_RK).masked_fill(~open_RK, -torch.inf)
-        sums_BC = sums_RK.reshape(num_users, width * table.num_codes)
-        next_width = min(num_beams, sums_BC.shape[1])
-        best_BW, choices_BW = sums_BC.topk(next_width, dim=1)
-        firsts_B1 = torch.arange(num_users)[:, None] * width
+        sums_RK = scores_BW.reshape(-1, 1) + log_probs_RK.masked_fill(~open_RK, -torch.inf)
+        sums_BC = sums_RK.reshape(num_users, num_beams * table.num_codes)
+        scores_BW, choices_BW = sums_BC.topk(num_beams, dim=1)
         parents_R = (firsts_B1 + choices_BW // table.num_codes).reshape(-1)
         codes_R = (choices_BW % table.num_codes).reshape(-1)
-        scores_R, width = best_BW.reshape(-1), next_width
-        # A beam without a session goes any way that is open, so that the others need not know.
+        # A beam that does not count goes any way that is open, so that the others need not know.
         some_R = open_RK[parents_R].long().argmax(dim=1)
-        codes_R = torch.where(scores_R.isinf(), some_R, codes_R)
+        codes_R = torch.where(scores_BW.reshape(-1).isinf(), some_R, codes_R)
         nodes_R = trie.child(nodes_R[parents_R], codes_R)
         way_RN = torch.cat([way_RN[parents_R], nodes_R[:, None]], dim=1)
         used_RU, tokens_RT = used_RU[parents_R], (codes_R + codes.start)[:, None]
@@ -80,8 +79,8 @@ def search(
             tokens_RT = torch.cat([tokens_RT, torch.full_like(tokens_RT, table.begin)], dim=1)
     leaves_RI = used_RU[:, table.num_levels - 1 :: table.num_levels]
     items = [_items(trie, leaves_I) for leaves_I in leaves_RI.tolist()]
-    items_BWI = torch.tensor(items, dtype=torch.int64).reshape(num_users, width, num_items)
-    return Sessions(items_BWI, scores_R.reshape(num_users, width))
+    items_BWI = torch.tensor(items, dtype=torch.int64).reshape(num_users, num_beams, num_items)
+    return Sessions(items_BWI, scores_BW)
 
 
 def _items(trie: Trie, leaves_I: list[int]) -> list[int]:
@@ -89,6 +88,8 @@ def _items(trie: Trie, leaves_I: list[int]) -> list[int]:
     return [trie.items(leaf)[leaves_I[:place].count(leaf)] for place, leaf in enumerate(leaves_I)]
 
 
-def best_items(items_WI: list[list[int]], count: int) -> list[int]:
-    """Return the first ``count`` different items of sessions, best session first."""
-    return list(dict.fromkeys(item for session in items_WI for item in session))[:count]
+def best_items(sessions: Sessions, user: int, count: int) -> list[int]:
+    """Return the first ``count`` different items of a user's sessions, best session first."""
+    is_one_W = ~sessions.log_probs_BW[user].isinf()
+    items_WI = sessions.items_BWI[user][is_one_W]
+    return list(dict.fromkeys(items_WI.flatten().tolist()))[:count]
