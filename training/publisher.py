@@ -68,7 +68,8 @@ class Publisher(Observer):
         self._state, self._optimizer, self._mesh = state, optimizer, mesh
         self._staging = run_dir / STAGING
         self._checkpoints = None if mesh.world_size == 1 else Checkpoints(self._staging, mesh, 1)
-        self._family = FAMILIES[exported_values(state())["model_type"]]
+        family = FAMILIES[exported_values(state())["model_type"]]
+        self._family = family.bind(family, model)
         self._parameter_of = {
             self._family.tensor_name(name): name for name, _ in dense_tensors(model)
         }

@@ -5,6 +5,7 @@ from typing import Annotated, Any, get_args
 from pydantic import BeforeValidator, Field, TypeAdapter
 
 from .encoder import EncoderConfig
+from .encoder_decoder import EncoderDecoderConfig
 from .model import ModelConfig
 
 
@@ -15,7 +16,7 @@ def _with_kind(values: Any) -> Any:
     return values
 
 
-AnyModel = ModelConfig | EncoderConfig
+AnyModel = ModelConfig | EncoderConfig | EncoderDecoderConfig
 ModelSection = Annotated[AnyModel, Field(discriminator="kind"), BeforeValidator(_with_kind)]
 KINDS: tuple[str, ...] = tuple(kind.model_fields["kind"].default for kind in get_args(AnyModel))
 """Their names."""

@@ -35,7 +35,8 @@ class ModelFolder:
         self.path = path
         self.values = read_json(path / "config.json")
         self.config: LayersConfig = from_hf(self.values)
-        self.family: Family = find_family(self.values)
+        family = find_family(self.values)
+        self.family: Family = family.bind(family, self.config)
         self.hashes: ExpertHashes | None = read_folder_hashes(path)
         """What experts are checked against when they are read; None = not at all."""
         self.is_direct = False

@@ -81,7 +81,7 @@ def plan_weights(
     Routers have a separate type, and integers keep theirs. ``packed`` is how the experts' matrices
     are quantized, by layer and expert where they differ; None = not at all.
     """
-    plans = []
+    plans, family = [], family.bind(family, config)
     for parameter, like in dense_tensors(config):
         wanted = router_dtype if is_router(parameter) else dtype
         kept = wanted if like.is_floating_point() else like.dtype

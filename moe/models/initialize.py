@@ -17,7 +17,8 @@ def initialize(model: Model, seed: int, only: Container[str] | None = None) -> N
 
     Matrices are normal with std ``fan_in**-0.5``, output projections scaled by
     ``(2 * num_layers)**-0.5`` (GPT-2), embeddings and the head with std 0.02, norms and
-    scalars one, biases and attention sinks zero. Routers may say otherwise for their own.
+    scalars one, biases and attention sinks zero. Routers may say otherwise for their own, and
+    models for some matrices.
     Draws are made in fp32 and cast, so that all precisions start from the same numbers.
     """
     residual = (2 * model.config.num_layers) ** -0.5
@@ -28,6 +29,8 @@ def initialize(model: Model, seed: int, only: Container[str] | None = None) -> N
         first = _of_router(model, name, seed)
         if first is not None:
             parameter.data.copy_(first)
+        elif (own_std := model.initial_std(name)) is not None:
+            _fill(parameter.data, own_std, f"{seed}/{name}")
         elif name.endswith(("bias", "sinks")):
             torch.nn.init.zeros_(parameter)
         elif parameter.ndim <= 1:

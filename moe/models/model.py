@@ -1,9 +1,11 @@
 """What every kind of model is: layers of which some have experts."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..batch import Batch
 from ..config.model import LayersConfig
@@ -53,11 +55,22 @@ class Model(nn.Module):
         """Return the routers, in the order of :meth:`routed_layers`."""
         return [router for _, router in self.routed_layers()]
 
-    def route_from_tokens(self, batch: Batch) -> dict[int, Routing]:
-        """Return, by layer, the choices that token ids alone decide, and announce them."""
+    def before_forwards(self, hook: Callable[[Batch], None]) -> RemovableHandle:
+        """Call ``hook`` with the rows of each forward before it runs."""
+        return self.register_forward_pre_hook(lambda _, arguments: hook(arguments[0]))
+
+    def initial_std(self, name: str) -> float | None:
+        """Return the std of a matrix's first values; None = what ``initialize`` gives it."""
+        return None
+
+    def route_from_tokens(self, batch: Batch, layers: range | None = None) -> dict[int, Routing]:
+        """Return, by layer, the choices that token ids alone decide, and announce them.
+
+        ``layers`` are those that compute these rows; None = all.
+        """
         early = {}
         for index, layer in self.moe_layers():
-            if layer.lookahead is Lookahead.TOKEN:
+            if layer.lookahead is Lookahead.TOKEN and (layers is None or index in layers):
                 early[index] = choose(index, layer, None, batch)
                 layer.experts.announce(early[index])
         return early

@@ -6,11 +6,14 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ..config.encoder import EncoderConfig
+from ..config.encoder_decoder import EncoderDecoderConfig
 from ..config.model import LayersConfig, ModelConfig
 from ..without_memory import without_memory
 from .decoder import Decoder
 from .decoder_layer import DecoderLayer
 from .encoder import Encoder
+from .encoder_decoder import EncoderDecoder
+from .encoder_decoder_layer import EncoderDecoderLayer
 from .encoder_layer import EncoderLayer
 from .model import Model
 from .options import WHOLE, ModelOptions
@@ -31,6 +34,7 @@ KINDS: dict[type[LayersConfig], ModelKind] = {
         DecoderLayer,
     ),
     EncoderConfig: ModelKind(Encoder, EncoderLayer),
+    EncoderDecoderConfig: ModelKind(EncoderDecoder, EncoderDecoderLayer),
 }
 """By the class of the configuration."""
 

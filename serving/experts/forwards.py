@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
+from torch.utils.hooks import RemovableHandle
 
 from ...moe.batch import Batch
 from ...moe.models.model import Model
@@ -23,18 +23,15 @@ class Forward:
     """Rows of each sequence: with drafts, a text that generates may have several."""
 
 
-def announce_forwards(
-    decoder: Model, begin: Callable[[Forward], None]
-) -> "torch.utils.hooks.RemovableHandle":
+def announce_forwards(decoder: Model, begin: Callable[[Forward], None]) -> RemovableHandle:
     """Call ``begin`` before every forward of ``decoder``."""
     numbers = SequenceNumbers()
 
-    def hook(module: torch.nn.Module, arguments: tuple[Batch]) -> None:
-        batch = arguments[0]
+    def hook(batch: Batch) -> None:
         sequences, phases = numbers.of(batch)
         begin(_forward(sequences, phases, batch.lengths))
 
-    return decoder.register_forward_pre_hook(hook)
+    return decoder.before_forwards(hook)
 
 
 def _forward(sequences: list[int], phases: list[Phase], lengths: tuple[int, ...]) -> Forward:

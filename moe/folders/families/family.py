@@ -52,6 +52,10 @@ class Family:
     """Return the keys of ``config.json`` that families of this kind share."""
     other_names: Callable[[str], tuple[str, ...]] = lambda name: (full_name(name),)
     """More names that folders may have for a tensor: ours, which transformers 5 uses in memory."""
+    name_of: Callable[[str], str] | None = None
+    """Return its name of a tensor, in place of ``renames`` and ``prefix``."""
+    bind: Callable[["Family", LayersConfig], "Family"] = lambda family, config: family
+    """Return the family for one model, where names of tensors depend on its configuration."""
 
     def complete(self, values: Values) -> Values:
         """Return a ``config.json`` with the family's values for missing keys."""
@@ -66,6 +70,8 @@ class Family:
 
     def tensor_name(self, parameter: str) -> str:
         """Return the family's name of a decoder's tensor, such as ``layers.0.mlp.gate.weight``."""
+        if self.name_of is not None:
+            return self.name_of(parameter)
         for ours, theirs in self.renames:
             parameter = parameter.replace(ours, theirs)
         return full_name(parameter, self.prefix)

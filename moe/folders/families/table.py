@@ -12,6 +12,7 @@ from .native import NATIVE
 from .olmoe import OLMOE
 from .qwen_moe import QWEN2_MOE, QWEN3_MOE
 from .smallthinker import SMALLTHINKER
+from .t5 import SWITCH_TRANSFORMERS, T5
 
 FAMILIES = {
     family.model_type: family
@@ -27,6 +28,8 @@ FAMILIES = {
         LLAMA,
         SMALLTHINKER,
         BERT,
+        T5,
+        SWITCH_TRANSFORMERS,
         NATIVE,
     )
 }
