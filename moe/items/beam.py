@@ -31,8 +31,13 @@ class Sessions(NamedTuple):
     items_BWI: Tensor
     """int64: places of the items in the table."""
     log_probs_BW: Tensor
-    """fp64: the log-probability of a session's tokens; ``-inf`` where there are fewer
-    sessions than beams."""
+    """fp64: the log-probability of a session's tokens; ``-inf`` where there are fewer sessions than
+    beams, and such a session does not count."""
+
+    def best_items(self, user: int, count: int) -> list[int]:
+        """Return the first ``count`` different items of a user's sessions, best session first."""
+        items_WI = self.items_BWI[user][~self.log_probs_BW[user].isinf()]
+        return list(dict.fromkeys(items_WI.flatten().tolist()))[:count]
 
 
 @torch.no_grad()
@@ -86,10 +91,3 @@ def search(
 def _items(trie: Trie, leaves_I: list[int]) -> list[int]:
     """Return the items of a session's ids; an id that is there again stands for its next item."""
     return [trie.items(leaf)[leaves_I[:place].count(leaf)] for place, leaf in enumerate(leaves_I)]
-
-
-def best_items(sessions: Sessions, user: int, count: int) -> list[int]:
-    """Return the first ``count`` different items of a user's sessions, best session first."""
-    is_one_W = ~sessions.log_probs_BW[user].isinf()
-    items_WI = sessions.items_BWI[user][is_one_W]
-    return list(dict.fromkeys(items_WI.flatten().tolist()))[:count]

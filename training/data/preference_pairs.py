@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ...errors import DataError
 from ...files import replaced
+from ..formats.sessions import AlignmentConfig
 from .session_order import SessionOrder
-from .sessions_config import AlignmentConfig
 
 IDENTITY = "training_data"
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ..formats.sessions import SessionsConfig
 from .session_log import SessionLog
-from .sessions_config import SessionsConfig
 
 Numbers = npt.NDArray[np.int64]
 

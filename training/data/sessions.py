@@ -11,6 +11,7 @@ from ...files import read_small_file
 from ...moe.items.table import FILE, ItemTable, read_table
 from ...parallel.mesh import Mesh
 from ..config import RunConfig
+from ..formats.sessions import SessionsConfig
 from ..stop import StopRequest
 from .chat_windows import made_from
 from .corpus import make_folder
@@ -20,7 +21,6 @@ from .preference_pairs import PreferencePairs, open_pairs
 from .session_log import read_log
 from .session_order import SessionOrder, read_sessions, write_sessions
 from .session_rows import find_sessions
-from .sessions_config import SessionsConfig
 
 LARGEST_TABLE = 1 << 30
 """Bytes."""
