@@ -10,6 +10,7 @@ from pathlib import Path
 from ...errors import DataError
 from ...parallel.mesh import Mesh
 from ..config import RunConfig
+from ..formats.pairs import PairsConfig
 from ..stop import StopRequest
 from ..work import LongWork
 from .chat_windows import made_from
@@ -19,13 +20,12 @@ from .encoder import BATCH_TEXTS
 from .held_out import every_nth
 from .pair_records import PairFiles, TextPair
 from .pair_texts import PairTexts, PairWriter
-from .pairs_config import PairsConfig
 from .tokenizer import Tokenizer, check_tokenizer, open_tokenizer
 
 TRAIN, HELD_OUT = "pairs-train.safetensors", "pairs-eval.safetensors"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PairData(Data):
     """Pairs of texts."""
 
@@ -43,7 +43,7 @@ def build_pair_data(
     pairs that cannot be trained on.
     """
     data, train = config.data, config.train
-    assert isinstance(data, PairsConfig), "the objective has one format"
+    assert isinstance(data, PairsConfig), "its format asks for this objective"
     if train.sequence_length < 2:
         raise DataError(
             "train.sequence_length is 1, which leaves no room for a text and its end; use 2 or "
@@ -67,7 +67,6 @@ def build_pair_data(
         identity=pairs.identity,
         num_train_tokens=pairs.facts.source_rows + pairs.facts.target_rows,
         held_out_identity=held_out.identity,
-        chat_template=None,
         held_out=held_out,
     )
 

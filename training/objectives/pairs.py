@@ -73,7 +73,7 @@ class PairsObjective(Objective[EncoderDecoder]):
         return build_pair_data(config, folder, mesh, stop)
 
     def complete_model(self, model: LayersConfig) -> LayersConfig:
-        """Give the model the id before each target: that of the end of a text, unless it has one."""
+        """Give the model the id that ends a text as the one before targets, unless it has one."""
         assert isinstance(model, EncoderDecoderConfig), "check() compares the kinds"
         if model.start_id is not None:
             return model
