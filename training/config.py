@@ -11,6 +11,7 @@ from .checkpoint_config import CheckpointConfig
 from .expert_memory_check import problem_with_expert_memory
 from .formats.table import DataSection
 from .formats.text import TextConfig, TextsConfig
+from .formats.tokens import TokensConfig
 from .lora_config import LoraConfig, problem_with_lora
 from .monitor_config import MonitorConfig
 from .optimizers.adamw import AdamWConfig
@@ -88,6 +89,12 @@ class RunConfig(Section):
     """Publish weights for servers that follow the run; None = do not."""
 
     @property
+    def tokenizer(self) -> str:
+        """The name of the tokenizer of a run on tokens."""
+        assert isinstance(self.data, TokensConfig), "only rows that are tokens have one"
+        return self.data.tokenizer
+
+    @property
     def text_data(self) -> TextsConfig:
         """The ``data`` section of a run on texts."""
         assert isinstance(self.data, TextsConfig), "an objective on texts has texts"
@@ -134,6 +141,11 @@ class RunConfig(Section):
             raise ValueError(
                 "monitor.routes is given, but the model has no experts; leave it out or give "
                 "model.moe."
+            )
+        if not self.model.layers_share_rows and self.monitor.routes is not None:
+            raise ValueError(
+                f"monitor.routes is given, but in a model of kind {self.model.kind} some layers "
+                "read other rows than others, which a route file does not know; leave it out."
             )
         moe = self.model.moe
         reason = None if moe is None else moe.router.why_not_among(self.model.rows_have)

@@ -46,7 +46,7 @@ def workload_of(config: RunConfig) -> Workload:
     model = config.model
     assert isinstance(model, ModelConfig), "which has no problem"
     if model.vocab_size is None:
-        size = open_tokenizer(config.text_data.tokenizer).vocab_size
+        size = open_tokenizer(config.tokenizer).vocab_size
         model = model.model_copy(update={"vocab_size": size})
     copies = parallel.copies
     return Workload(

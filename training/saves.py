@@ -233,7 +233,7 @@ class Saves:
     def _tokenizer(self) -> dict[str, Any]:
         if self._data.tokenizer is None:
             return {"tokenizer": None}
-        name = self._config.text_data.tokenizer
+        name = self._config.tokenizer
         return {"tokenizer": name, "tokenizer_sha256": self._data.tokenizer.sha256}
 
     def _trained(self) -> dict[str, Any]:

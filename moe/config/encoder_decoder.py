@@ -50,6 +50,11 @@ class EncoderDecoderConfig(LayersConfig):
         return False
 
     @property
+    def layers_share_rows(self) -> bool:
+        """Whether all layers compute the same rows."""
+        return False
+
+    @property
     def ties_embeddings(self) -> bool:
         """Whether the output layer has the embedding's weights."""
         return self.tie_embeddings

@@ -58,6 +58,11 @@ class LayersConfig(BaseModel):
         return frozenset()
 
     @property
+    def layers_share_rows(self) -> bool:
+        """Whether all layers compute the same rows, as route files have them."""
+        return True
+
+    @property
     def ties_embeddings(self) -> bool:
         """Whether an output layer has the embedding's weights."""
         return False

@@ -36,7 +36,7 @@ ROOMS = {
     "moe": [
         ["blocks", "kept_ids", "without_memory"],
         ["routers"],
-        ["adapters"],
+        ["adapters", "items"],
         ["kv_cache", "linear", "norm"],
         ["gated_mlp", "kv_blocks"],
         ["batch", "config", "experts"],

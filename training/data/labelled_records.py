@@ -38,7 +38,7 @@ class LabelledFiles:
 
     def __iter__(self) -> Iterator[LabelledText]:
         for path in self._paths:
-            for where, record in _records(path, self._source, self._field):
+            for where, record in records_of(path, self._source, self._field):
                 yield self._labelled(record, f"{path} {where}")
 
     def fingerprint(self) -> str | None:
@@ -77,7 +77,7 @@ def read_texts(path: Path, text_key: str) -> Iterator[str]:
         text = "".join(TextFile(path, str(path), "FILE").blocks())
         yield from (line for line in text.splitlines() if line.strip())
         return
-    for where, record in _records(path, str(path), "FILE"):
+    for where, record in records_of(path, str(path), "FILE"):
         found = record.get(text_key) if isinstance(record, dict) else None
         if not isinstance(found, str) or not found.strip() or not is_unicode(found):
             raise DataError(
@@ -87,7 +87,7 @@ def read_texts(path: Path, text_key: str) -> Iterator[str]:
         yield found
 
 
-def _records(path: Path, source: str, field: str) -> Iterator[tuple[str, Any]]:
+def records_of(path: Path, source: str, field: str) -> Iterator[tuple[str, Any]]:
     """Yield where each record stands, and what it says."""
     if path.suffix.lower() == ".csv":
         yield from _rows(path)

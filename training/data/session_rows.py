@@ -36,7 +36,9 @@ class LoggedSessions(NamedTuple):
 
     def select(self, chosen: npt.NDArray[np.bool_]) -> "LoggedSessions":
         """Return some of the sessions; histories stay where they are."""
-        return LoggedSessions(self.history_P, *(field[chosen] for field in self[1:]))
+        fields = self._asdict()
+        kept = {name: fields[name][chosen] for name in self._fields if name != "history_P"}
+        return self._replace(**kept)
 
     @property
     def is_learnt_C(self) -> npt.NDArray[np.bool_]:

@@ -27,7 +27,7 @@ LARGEST_TABLE = 1 << 30
 SESSIONS = "sessions.safetensors"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SessionsData(Data):
     """Sessions to generate, and the items they are made of."""
 

@@ -4,6 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
+from .pairs import PairsConfig
 from .sessions import SessionsConfig
 from .text import LabelledConfig, TextConfig
 
@@ -15,5 +16,5 @@ def _with_format(values: Any) -> Any:
     return values
 
 
-AnyData = TextConfig | LabelledConfig | SessionsConfig
+AnyData = TextConfig | LabelledConfig | PairsConfig | SessionsConfig
 DataSection = Annotated[AnyData, Field(discriminator="format"), BeforeValidator(_with_format)]

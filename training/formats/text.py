@@ -4,14 +4,12 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from ..section import Section
+from .tokens import TokensConfig
 
 
-class TextsConfig(Section):
+class TextsConfig(TokensConfig):
     """Where tokens come from."""
 
-    format: str
-    """What the texts are; a subclass says which there are."""
     chat_template: str | None = None
     """A Jinja file, used and exported in place of the tokenizer's own chat template."""
     source: str = "stdlib"
@@ -36,9 +34,6 @@ class TextsConfig(Section):
     """Tokens per block of an ``hf:`` source; windows are shuffled within a block."""
     stream_ahead_tokens: int = Field(default=1 << 22, ge=1)
     """Most tokens of an ``hf:`` source to prepare before training needs them."""
-    tokenizer: str = "bytes"
-    """``bytes``, a folder with a Hugging Face tokenizer, or a name on the hub. With ``start_from``,
-    leave it out or null to use that folder's."""
     text_key: str = "text"
     """Key of the document's text in a JSON object, or its column in a data set or a CSV file."""
 

@@ -119,8 +119,10 @@ class RankLoss(nn.Module):
 def preference_loss(log_probs_2P: Tensor, pairs: PairRows, config: AlignmentConfig) -> Tensor:
     """Return DPO's loss, summed over the pairs."""
     better_P, worse_P = log_probs_2P.chunk(2)
-    reference = to_device(pairs.reference_2P, log_probs_2P.device).to(log_probs_2P.dtype)
-    return dpo_loss(better_P, worse_P, *reference.chunk(2), beta=config.beta).loss_sum
+    reference_2P = to_device(pairs.reference_2P, log_probs_2P.device).to(log_probs_2P.dtype)
+    reference_better_P, reference_worse_P = reference_2P.chunk(2)
+    terms = dpo_loss(better_P, worse_P, reference_better_P, reference_worse_P, config.beta)
+    return terms.loss_sum
 
 
 class RankObjective(Objective[EncoderDecoder]):

@@ -6,11 +6,13 @@ from .chat import ChatObjective
 from .classify import ClassifyObjective
 from .next_token import NextTokenObjective
 from .objective import Objective
+from .pairs import PairsObjective
 from .rank import RankObjective
 
 OBJECTIVES: dict[str, type[Objective[Any]]] = {
     "text": NextTokenObjective,
     "chat": ChatObjective,
     "classify": ClassifyObjective,
+    "pairs": PairsObjective,
     "sessions": RankObjective,
 }

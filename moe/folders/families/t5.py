@@ -155,6 +155,7 @@ def _write_switch(config: EncoderDecoderConfig) -> Values:
         "d_ff": config.moe.d_expert,
         "dense_act_fn": "relu",
         "num_experts": config.moe.num_experts,
+        "expert_capacity": config.max_positions,  # of a sequence: transformers then drops none
         "router_bias": router.logit_bias,
         "router_aux_loss_coef": router.balance_loss,
         "router_z_loss_coef": router.z_loss,
