@@ -5,16 +5,20 @@ N items, L levels, K codes per level.
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...errors import DataError
+from ...files import read_small_file
 from .trie import Trie
 
 FILE = "items.json"
 """Name of the table in checkpoints, exports and the folders of ``moeyard items``."""
+LARGEST = 1 << 30
+"""Bytes of a table at most."""
 
 
 class ItemTable:
@@ -60,6 +64,20 @@ class ItemTable:
         """Return the table as a JSON text, which :func:`read_table` reads."""
         codes = dict(zip(self.names, self.codes_NL.tolist(), strict=True))
         return json.dumps({"codes": self.num_codes, "items": codes}, ensure_ascii=False) + "\n"
+
+
+def open_table(folder: Path, field: str) -> ItemTable:
+    """Open the table of items of a folder; ``field`` is what names the folder."""
+    path = folder / FILE
+    try:
+        text = read_small_file(path, LARGEST).decode()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise DataError(
+            f"{field} is {str(folder)!r}, whose {FILE} cannot be read ({reason}); give a folder "
+            "that moeyard items wrote."
+        ) from None
+    return read_table(text, str(path))
 
 
 def read_table(text: str, where: str) -> ItemTable:

@@ -103,6 +103,7 @@ ROOMS = {
                 "evaluate",
                 "export",
                 "generate",
+                "items",
                 "merge",
                 "plan",
                 "price",

@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ...errors import ConfigError, DataError
-from ...files import read_small_file
-from ...moe.items.table import FILE, ItemTable, read_table
+from ...moe.items.table import FILE, ItemTable, open_table
 from ...parallel.mesh import Mesh
 from ..config import RunConfig
 from ..formats.sessions import SessionsConfig
@@ -22,8 +21,6 @@ from .session_log import read_log
 from .session_order import SessionOrder, read_sessions, write_sessions
 from .session_rows import find_sessions
 
-LARGEST_TABLE = 1 << 30
-"""Bytes."""
 SESSIONS = "sessions.safetensors"
 
 
@@ -111,17 +108,3 @@ def _prepare(section: SessionsConfig, table: ItemTable, folder: Path) -> None:
                 "ask for less in the data section."
             )
     write_sessions(path, sessions, origin)
-
-
-def open_table(folder: Path, field: str) -> ItemTable:
-    """Open the table of items of a folder; ``field`` is what names the folder."""
-    path = folder / FILE
-    try:
-        text = read_small_file(path, LARGEST_TABLE).decode()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise DataError(
-            f"{field} is {str(folder)!r}, whose {FILE} cannot be read ({reason}); give a folder "
-            "that moeyard items wrote."
-        ) from None
-    return read_table(text, str(path))
