@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .moe.folders.transformers_blocks import replace_moe_blocks
     from .moe.layer import MoELayer, after_step, auxiliary_loss
     from .moe.models.language_model import LanguageModel
+    from .moe.models.recommender import Recommender
     from .moe.models.text_classifier import TextClassifier
     from .moe.routers.hash import Hash
     from .moe.routers.loss_terms import GlobalCounts, LayerLosses
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from .moe.routers.table import router
     from .moe.routers.topk import TopK
     from .moe.soft_moe import SoftMoE
-    from .serving.loading import load, load_classifier
+    from .serving.loading import load, load_classifier, load_recommender
 
 __version__ = "0.1.0"
 
@@ -37,6 +38,7 @@ __all__ = [
     "Lookahead",
     "MoELayer",
     "MoeyardError",
+    "Recommender",
     "Router",
     "RouterConfig",
     "RouterInput",
@@ -50,6 +52,7 @@ __all__ = [
     "auxiliary_loss",
     "load",
     "load_classifier",
+    "load_recommender",
     "replace_moe_blocks",
     "router",
 ]
@@ -62,6 +65,7 @@ _HOME = {
     "Lookahead": ".moe.routers.routing",
     "MoELayer": ".moe.layer",
     "MoeyardError": ".errors",
+    "Recommender": ".moe.models.recommender",
     "Router": ".moe.routers.router",
     "RouterConfig": ".moe.routers.router",
     "RouterInput": ".moe.routers.routing",
@@ -74,6 +78,7 @@ _HOME = {
     "auxiliary_loss": ".moe.layer",
     "load": ".serving.loading",
     "load_classifier": ".serving.loading",
+    "load_recommender": ".serving.loading",
     "replace_moe_blocks": ".moe.folders.transformers_blocks",
     "router": ".moe.routers.table",
 }

@@ -5,6 +5,7 @@ import sys
 
 from . import __version__
 from .commands import (
+    align,
     chat,
     classify,
     convert,
@@ -16,6 +17,7 @@ from .commands import (
     merge,
     plan,
     price,
+    recommend,
     report,
     routers,
     serve,
@@ -37,6 +39,8 @@ COMMANDS = (
     chat,
     classify,
     items,
+    recommend,
+    align,
     evaluate,
     price,
     plan,

@@ -13,6 +13,7 @@ from ..kernels.values.memory import is_out_of_memory
 from ..moe.folders.folder import ModelFolder
 from ..moe.folders.hub import local_folder
 from ..moe.models.language_model import LanguageModel
+from ..moe.models.recommender import Recommender
 from ..moe.models.text_classifier import TextClassifier
 from ..moe.routers.own_code import allow
 from .experts.options import StoreOptions
@@ -110,6 +111,18 @@ def load_classifier(folder: str | Path, **how: Unpack[Loading]) -> TextClassifie
     """
     model, _ = open_kind(folder, ("encoder",), **how)
     assert isinstance(model, TextClassifier), "its kind was asked for"
+    return model
+
+
+def load_recommender(folder: str | Path, **how: Unpack[Loading]) -> Recommender:
+    """Open the export of a run on sessions as a model that recommends items to histories.
+
+    The arguments are those of :func:`load`; ``options`` are those of the expert store. Raises
+    what :func:`load` raises, and :class:`ConfigError` for a model of another kind, or without a
+    table of items.
+    """
+    model, _ = open_kind(folder, ("encoder_decoder",), **how)
+    assert isinstance(model, Recommender), "its kind was asked for"
     return model
 
 

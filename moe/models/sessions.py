@@ -1,15 +1,20 @@
 """What an encoder-decoder generates of semantic ids: sessions of items.
 
-B users, R rows (beams of all users), I items of a session, L codes of an item, D model width.
+B users, R rows (beams of all users), I items of a session, L codes of an item, N = B * I * L,
+D model width, T rows of a session, S rows of all histories, V tokens.
 """
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..batch import Batch
+from ...kernels.values.memory import to_device
+from ..batch import Batch, batch_of_rows
 from ..items.beam import Sessions, search
 from ..items.table import ItemTable
+from ..routers.routing import Routing
 from .documents import batch_of_lengths
 from .encoder_decoder import EncoderDecoder
 from .target_caches import TargetCaches
@@ -33,6 +38,38 @@ def predicting_rows(num_items: int, num_levels: int) -> Tensor:
     """Return the rows of a session whose next token is a code, int64 ``[I * L]``."""
     places = torch.arange(num_items * (num_levels + 1))
     return places[places % (num_levels + 1) < num_levels]
+
+
+class SessionScores(NamedTuple):
+    """What a model thinks of sessions."""
+
+    log_probs_B: Tensor
+    """Of each session, the sum over its codes, at least in fp32."""
+    routings: list[Routing]
+    """Of the decoder's layers."""
+
+
+def session_log_probs(
+    model: EncoderDecoder,
+    table: ItemTable,
+    targets_BIL: Tensor,
+    source_hidden_SD: Tensor,
+    source_lengths: tuple[int, ...],
+) -> SessionScores:
+    """Return the log-probability of a session for each history, given by its encoded rows.
+
+    ``targets_BIL`` are the tokens of the sessions. The tokens that begin items have no probability.
+    """
+    here = source_hidden_SD.device
+    inputs_BT = decoder_inputs(targets_BIL, table.begin)
+    output = model.decode(batch_of_rows(inputs_BT).to(here), source_hidden_SD, source_lengths)
+    rows_C = predicting_rows(*targets_BIL.shape[1:]).to(here)
+    hidden_BTD = output.hidden_TD.unflatten(0, inputs_BT.shape)
+    logits_NV = model.logits(hidden_BTD[:, rows_C].flatten(0, 1))
+    wide = torch.promote_types(logits_NV.dtype, torch.float32)
+    targets_N1 = to_device(targets_BIL.reshape(-1, 1), here)
+    log_probs_N1 = logits_NV.to(wide).log_softmax(dim=1).gather(1, targets_N1)
+    return SessionScores(log_probs_N1.reshape(len(targets_BIL), -1).sum(dim=1), output.routings)
 
 
 def generate_sessions(

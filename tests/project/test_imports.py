@@ -64,7 +64,7 @@ ROOMS = {
         ["layer_schedule", "parallelize", "work"],
         ["ownership"],
         ["data"],
-        ["checkpoints", "objectives", "run"],
+        ["alignment", "checkpoints", "objectives", "run"],
         ["micro_batches"],
         ["stages"],
         ["read_config", "report", "saves", "setup", "step"],
@@ -96,6 +96,7 @@ ROOMS = {
         ["trace_place", "trace_predict", "trace_replay"],
         [
             *(
+                "align",
                 "chat",
                 "classify",
                 "convert",
@@ -107,6 +108,7 @@ ROOMS = {
                 "merge",
                 "plan",
                 "price",
+                "recommend",
                 "report",
                 "serve",
             ),

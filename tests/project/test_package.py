@@ -43,6 +43,7 @@ def test_exported_names_are_pinned():
         "Lookahead",
         "MoELayer",
         "MoeyardError",
+        "Recommender",
         "Router",
         "RouterConfig",
         "RouterInput",
@@ -56,6 +57,7 @@ def test_exported_names_are_pinned():
         "__version__",
         "load",
         "load_classifier",
+        "load_recommender",
         "replace_moe_blocks",
         "router",
     }

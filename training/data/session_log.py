@@ -41,9 +41,9 @@ def read_log(path: Path, field: str, number: Mapping[str, int]) -> SessionLog:
     sessions: dict[tuple[int, str], int] = {}
     found: list[tuple[int, int, int, float, bool]] = []
     for where, row in rows_of(path, field, COLUMNS):
-        user = users.setdefault(_name(row, "user", where), len(users))
-        session = sessions.setdefault((user, _name(row, "session", where)), len(sessions))
-        item = item_number(_name(row, "item", where), where, number)
+        user = users.setdefault(name_of(row, "user", where), len(users))
+        session = sessions.setdefault((user, name_of(row, "session", where)), len(sessions))
+        item = item_number(name_of(row, "item", where), where, number)
         found.append((user, session, item, _seconds(row, where), _liked(row, where)))
     if not found:
         raise DataError(f"{field} is {str(path)!r}, which has no events; give a log with some.")
@@ -121,8 +121,11 @@ def _check_columns(path: Path, names: Any, columns: tuple[str, ...]) -> None:
         )
 
 
-def _name(row: dict[str, Any], column: str, where: str) -> str:
-    """Return the name of a user, a session or an item, which may be a whole number."""
+def name_of(row: dict[str, Any], column: str, where: str) -> str:
+    """Return the name of a user, a session or an item, which may be a whole number.
+
+    Raises :class:`DataError` for anything else.
+    """
     value = row[column]
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(value)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ...errors import ConfigError, DataError
+from ...moe.items import shape
 from ...moe.items.table import FILE, ItemTable, open_table
 from ...parallel.mesh import Mesh
 from ..config import RunConfig
@@ -19,7 +20,7 @@ from .documents import Files
 from .preference_pairs import PreferencePairs, open_pairs
 from .session_log import read_log
 from .session_order import SessionOrder, read_sessions, write_sessions
-from .session_rows import find_sessions
+from .session_rows import LoggedSessions, find_sessions
 
 SESSIONS = "sessions.safetensors"
 
@@ -31,6 +32,8 @@ class SessionsData(Data):
     train: SessionOrder
     held_out: SessionOrder
     table: ItemTable
+    all_sessions: LoggedSessions
+    """Bad ones too, for reward models."""
     pairs: PreferencePairs | None
     """None without ``data.alignment``, and with its weight 0."""
 
@@ -50,6 +53,7 @@ def build_sessions_data(
     mesh.on_rank_0(lambda: _prepare(section, table, folder))
     sessions = read_sessions(folder / SESSIONS)
     train = config.train
+    sizes = shape.SessionShape(section.session_items, train.sequence_length // table.num_levels)
     options = (table, train.sequence_length, train.batch_sequences, config.seed)
     learnt = SessionOrder(sessions.select(sessions.is_learnt_C), *options)
     held_out = SessionOrder(sessions.select(sessions.is_held_out_C), *options)
@@ -64,9 +68,10 @@ def build_sessions_data(
         num_train_tokens=learnt.facts.tokens,
         held_out_identity=held_out.identity,
         chat_template=None,
-        files={FILE: table.text()},
+        files={FILE: table.text(), shape.FILE: sizes.text()},
         held_out=held_out,
         table=table,
+        all_sessions=sessions,
         pairs=open_pairs(section.alignment, learnt),
     )
 

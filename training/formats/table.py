@@ -1,6 +1,6 @@
 """The kinds of data that ``data.format`` names; a new kind is a file and a line here."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import BeforeValidator, Field
 
@@ -18,3 +18,12 @@ def _with_format(values: Any) -> Any:
 
 AnyData = TextConfig | LabelledConfig | PairsConfig | SessionsConfig
 DataSection = Annotated[AnyData, Field(discriminator="format"), BeforeValidator(_with_format)]
+
+
+def has_tokenizer(section: dict[str, Any]) -> bool:
+    """Say whether a section, which may be wrong in other ways, is of a format of texts."""
+    name = section.get("format", "text")
+    found = [
+        one for one in get_args(AnyData) if name in get_args(one.model_fields["format"].annotation)
+    ]
+    return not found or "tokenizer" in found[0].model_fields

@@ -13,18 +13,15 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError
 from ...kernels.values.memory import to_device
-from ...moe.batch import batch_of_rows
 from ...moe.config.model import LayersConfig
 from ...moe.items.beam import Sessions
 from ...moe.items.table import ItemTable
 from ...moe.models.encoder_decoder import EncoderDecoder
 from ...moe.models.sessions import (
-    decoder_inputs,
     generate_sessions,
     histories,
-    predicting_rows,
+    session_log_probs,
 )
-from ...moe.routers.routing import Routing
 from ...parallel.mesh import Mesh
 from ..config import RunConfig
 from ..data.session_order import SessionRows
@@ -87,7 +84,8 @@ class RankLoss(nn.Module):
             hidden_SD = torch.cat([hidden_SD, *(parts[row] for row in rows)])
             lengths = (*lengths, *(lengths[row] for row in rows))
             targets = torch.cat([targets, pairs.targets_2PIL])
-        log_probs_B, routings = self._score(targets, hidden_SD, lengths)
+        scores = session_log_probs(self.model, self.table, targets, hidden_SD, lengths)
+        log_probs_B, routings = scores
         num_rows = len(own.lengths)
         loss = -log_probs_B[:num_rows].sum()
         if pairs is not None and self._alignment is not None:
@@ -99,21 +97,6 @@ class RankLoss(nn.Module):
             generated = generate_sessions(self.model, self.table, source, *self._sizes)
         num_targets = own.targets_BIL.numel()
         return RankedBatch(loss, num_targets, read.routings + routings, log_probs_B, generated)
-
-    def _score(
-        self, targets_BIL: Tensor, hidden_SD: Tensor, lengths: tuple[int, ...]
-    ) -> tuple[Tensor, list[Routing]]:
-        """Return the log-probability of each session, at least in fp32, and the routings."""
-        here = hidden_SD.device
-        inputs_BT = decoder_inputs(targets_BIL, self.table.begin)
-        output = self.model.decode(batch_of_rows(inputs_BT).to(here), hidden_SD, lengths)
-        rows_C = predicting_rows(*targets_BIL.shape[1:]).to(here)
-        hidden_BTD = output.hidden_TD.unflatten(0, inputs_BT.shape)
-        logits_BCV = self.model.logits(hidden_BTD[:, rows_C].flatten(0, 1))
-        wide = torch.promote_types(logits_BCV.dtype, torch.float32)
-        targets_C1 = to_device(targets_BIL.reshape(-1, 1), here)
-        log_probs_C1 = logits_BCV.to(wide).log_softmax(dim=1).gather(1, targets_C1)
-        return log_probs_C1.reshape(len(targets_BIL), -1).sum(dim=1), output.routings
 
 
 def preference_loss(log_probs_2P: Tensor, pairs: PairRows, config: AlignmentConfig) -> Tensor:
