@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..configuration import read_values
+from ..configuration import apply_override, read_values, with_others
 from ..errors import ConfigError, Stopped
 from ..training.key_check import check_keys
 from .options import Parsers, add_command
@@ -46,7 +46,7 @@ def add(parsers: Parsers) -> None:
     align.add_argument(
         "--beams", type=int, default=128, metavar="N", help="sessions to pick a pair from"
     )
-    align.set_defaults(run=run)
+    align.set_defaults(run=run, others=[])
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -59,10 +59,14 @@ def run(arguments: argparse.Namespace) -> None:
     file = arguments.source / "config.yaml"
     if not file.is_file():
         raise ConfigError(f"RUN_DIR is {str(arguments.source)!r}, which is no run; give one.")
-    values = read_values(file, arguments.overrides)
-    check_keys(values)
-    if (values.get("data") or {}).get("format") != "sessions":
+    values = read_values(file)
+    data = values.get("data")
+    if not isinstance(data, dict) or data.get("format") != "sessions":
         raise ConfigError(f"{arguments.source} is a run on other data than sessions; give another.")
+    data["alignment"] = data.get("alignment") or {}  # a run has null there, for overrides no place
+    for override in with_others(arguments.overrides, arguments.others):
+        apply_override(values, override)
+    check_keys(values)
     arguments.target.mkdir(parents=True, exist_ok=True)
     before: Path = arguments.source
     for number in range(1, arguments.rounds + 1):
@@ -84,8 +88,8 @@ def _round(
 
     model = export_newest(before)
     run_dir = folder / RUN
-    data = dict(values["data"])
-    data["alignment"] = (data.get("alignment") or {}) | {"pairs": str(folder / PAIRS)}
+    alignment = values["data"]["alignment"] | {"pairs": str(folder / PAIRS)}
+    data = values["data"] | {"alignment": alignment}
     own = values | {"run_dir": str(run_dir), "start_from": str(model), "model": {}, "data": data}
     own["seed"] = int(values.get("seed", 0)) + number
     config = complete_run_config(own)
