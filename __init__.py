@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .moe.layer import MoELayer, after_step, auxiliary_loss
     from .moe.models.forecaster import Forecast, Forecaster
     from .moe.models.language_model import LanguageModel
+    from .moe.models.recommender import Recommender
     from .moe.models.text_classifier import TextClassifier
     from .moe.models.text_writer import TextWriter
     from .moe.routers.hash import Hash
@@ -23,8 +24,13 @@ if TYPE_CHECKING:
     from .moe.routers.table import router
     from .moe.routers.topk import TopK
     from .moe.soft_moe import SoftMoE
-    from .serving.loading import load, load_classifier, load_forecaster
-    from .serving.loading import load, load_classifier, load_seq2seq
+    from .serving.loading import (
+        load,
+        load_classifier,
+        load_forecaster,
+        load_recommender,
+        load_seq2seq,
+    )
 
 __version__ = "0.1.0"
 
@@ -42,6 +48,7 @@ __all__ = [
     "Lookahead",
     "MoELayer",
     "MoeyardError",
+    "Recommender",
     "Router",
     "RouterConfig",
     "RouterInput",
@@ -57,6 +64,7 @@ __all__ = [
     "load",
     "load_classifier",
     "load_forecaster",
+    "load_recommender",
     "load_seq2seq",
     "replace_moe_blocks",
     "router",
@@ -72,6 +80,7 @@ _HOME = {
     "Lookahead": ".moe.routers.routing",
     "MoELayer": ".moe.layer",
     "MoeyardError": ".errors",
+    "Recommender": ".moe.models.recommender",
     "Router": ".moe.routers.router",
     "RouterConfig": ".moe.routers.router",
     "RouterInput": ".moe.routers.routing",
@@ -87,6 +96,7 @@ _HOME = {
     "load_classifier": ".serving.loading",
     "load_forecaster": ".serving.loading",
     "load_seq2seq": ".serving.loading",
+    "load_recommender": ".serving.loading",
     "replace_moe_blocks": ".moe.folders.transformers_blocks",
     "router": ".moe.routers.table",
 }

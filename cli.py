@@ -5,6 +5,7 @@ import sys
 
 from . import __version__
 from .commands import (
+    align,
     chat,
     classify,
     cluster,
@@ -14,9 +15,11 @@ from .commands import (
     export,
     forecast,
     generate,
+    items,
     merge,
     plan,
     price,
+    recommend,
     report,
     routers,
     serve,
@@ -40,6 +43,9 @@ COMMANDS = (
     classify,
     forecast,
     translate,
+    items,
+    recommend,
+    align,
     evaluate,
     price,
     plan,

@@ -14,6 +14,7 @@ from ..moe.folders.folder import ModelFolder
 from ..moe.folders.hub import local_folder
 from ..moe.models.forecaster import Forecaster
 from ..moe.models.language_model import LanguageModel
+from ..moe.models.recommender import Recommender
 from ..moe.models.text_classifier import TextClassifier
 from ..moe.models.text_writer import TextWriter
 from ..moe.routers.own_code import allow
@@ -134,6 +135,18 @@ def load_seq2seq(folder: str | Path, **how: Unpack[Loading]) -> TextWriter:
     """
     model, _ = open_kind(folder, ("encoder_decoder",), **how)
     assert isinstance(model, TextWriter), "its kind was asked for"
+    return model
+
+
+def load_recommender(folder: str | Path, **how: Unpack[Loading]) -> Recommender:
+    """Open the export of a run on sessions as a model that recommends items to histories.
+
+    The arguments are those of :func:`load`; ``options`` are those of the expert store. Raises
+    what :func:`load` raises, and :class:`ConfigError` for a model of another kind, or without a
+    table of items.
+    """
+    model, _ = open_kind(folder, ("encoder_decoder",), **how)
+    assert isinstance(model, Recommender), "its kind was asked for"
     return model
 
 

@@ -18,13 +18,7 @@ def _with_kind(values: Any) -> Any:
     return values
 
 
-AnyModel = (
-    ModelConfig
-    | EncoderConfig
-    | MoiraiConfig
-    | TimeMoeConfig
-    | EncoderDecoderConfig
-)
+AnyModel = ModelConfig | EncoderConfig | MoiraiConfig | TimeMoeConfig | EncoderDecoderConfig
 ModelSection = Annotated[AnyModel, Field(discriminator="kind"), BeforeValidator(_with_kind)]
 KINDS: tuple[str, ...] = tuple(kind.model_fields["kind"].default for kind in get_args(AnyModel))
 """Their names."""

@@ -4,6 +4,8 @@ import itertools
 
 import pytest
 import torch
+from pairs import ENCODER_DECODER
+from seq2seq_models import SOURCES, ours, padded, save, texts
 
 from moeyard.errors import ConfigError
 from moeyard.moe.batch import batch_of
@@ -11,9 +13,6 @@ from moeyard.moe.config.encoder_decoder import EncoderDecoderConfig
 from moeyard.moe.models.encoder_decoder import EncoderDecoder
 from moeyard.moe.models.initialize import initialize
 from moeyard.moe.models.target_generation import TargetLimits, write_targets
-
-from pairs import ENCODER_DECODER
-from seq2seq_models import SOURCES, ours, padded, save, texts
 
 SMALL = {name: value for name, value in ENCODER_DECODER.items() if name != "kind"}
 EOS = 1

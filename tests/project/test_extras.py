@@ -53,7 +53,7 @@ def test_every_extra_that_a_message_names_exists():
     for path in [*ROOT.glob("*.py"), *(ROOT / "serving").rglob("*.py")]:
         found |= named_in(path)
     found |= {name for path in (ROOT / "training").rglob("*.py") for name in named_in(path)}
-    assert found == {"serve", "datasets", "tensorboard", "wandb", "deepspeed"}
+    assert found == {"serve", "datasets", "parquet", "tensorboard", "wandb", "deepspeed"}
     assert found <= set(EXTRAS)
 
 

@@ -36,7 +36,7 @@ ROOMS = {
     "moe": [
         ["blocks", "kept_ids", "without_memory"],
         ["routers"],
-        ["adapters"],
+        ["adapters", "items"],
         ["kv_cache", "linear", "norm"],
         ["gated_mlp", "kv_blocks"],
         ["batch", "config", "experts"],
@@ -64,7 +64,7 @@ ROOMS = {
         ["layer_schedule", "parallelize", "work"],
         ["ownership"],
         ["data"],
-        ["checkpoints", "objectives", "run"],
+        ["alignment", "checkpoints", "objectives", "run"],
         ["micro_batches"],
         ["stages"],
         ["read_config", "report", "saves", "setup", "step"],
@@ -97,6 +97,7 @@ ROOMS = {
         ["forecast_table", "trace_place", "trace_predict", "trace_replay"],
         [
             *(
+                "align",
                 "chat",
                 "classify",
                 "cluster",
@@ -106,9 +107,11 @@ ROOMS = {
                 "export",
                 "forecast",
                 "generate",
+                "items",
                 "merge",
                 "plan",
                 "price",
+                "recommend",
                 "report",
                 "serve",
             ),

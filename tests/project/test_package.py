@@ -45,6 +45,7 @@ def test_exported_names_are_pinned():
         "Lookahead",
         "MoELayer",
         "MoeyardError",
+        "Recommender",
         "Router",
         "RouterConfig",
         "RouterInput",
@@ -61,6 +62,7 @@ def test_exported_names_are_pinned():
         "load_classifier",
         "load_forecaster",
         "load_seq2seq",
+        "load_recommender",
         "replace_moe_blocks",
         "router",
     }

@@ -19,6 +19,7 @@ from ...moe.folders.hub import local_folder, pinned
 from ...moe.folders.read_weights import WeightRead, expert_reads, read_tensor, run_reads
 from ...moe.models.initialize import initialize
 from ...moe.models.model import Model
+from ..formats.table import has_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ def complete_values(values: dict[str, Any]) -> dict[str, Any]:
         return values  # validation says what is wrong with it
     values = values | {"start_from": start_from}
     data = values.get("data") or {}
-    is_on_texts = folder.config.reads_tokens and isinstance(data, dict)
+    is_on_texts = folder.config.reads_tokens and isinstance(data, dict) and has_tokenizer(data)
     if is_on_texts and data.get("tokenizer") is None:
         data = data | {"tokenizer": start_from}
     kind = given.get("kind", folder.config.kind)

@@ -1,11 +1,12 @@
 """The kinds of data that ``data.format`` names; a new kind is a file and a line here."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import BeforeValidator, Field
 
-from .series import SeriesConfig
 from .pairs import PairsConfig
+from .series import SeriesConfig
+from .sessions import SessionsConfig
 from .text import LabelledConfig, TextConfig
 
 
@@ -16,10 +17,14 @@ def _with_format(values: Any) -> Any:
     return values
 
 
-AnyData = (
-    TextConfig
-    | LabelledConfig
-    | SeriesConfig
-    | PairsConfig
-)
+AnyData = TextConfig | LabelledConfig | SeriesConfig | PairsConfig | SessionsConfig
 DataSection = Annotated[AnyData, Field(discriminator="format"), BeforeValidator(_with_format)]
+
+
+def has_tokenizer(section: dict[str, Any]) -> bool:
+    """Say whether a section, which may be wrong in other ways, is of a format of texts."""
+    name = section.get("format", "text")
+    found = [
+        one for one in get_args(AnyData) if name in get_args(one.model_fields["format"].annotation)
+    ]
+    return not found or "tokenizer" in found[0].model_fields

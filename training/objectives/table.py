@@ -8,6 +8,7 @@ from .forecast import ForecastObjective
 from .next_token import NextTokenObjective
 from .objective import Objective
 from .pairs import PairsObjective
+from .rank import RankObjective
 
 OBJECTIVES: dict[str, type[Objective[Any]]] = {
     "text": NextTokenObjective,
@@ -15,4 +16,6 @@ OBJECTIVES: dict[str, type[Objective[Any]]] = {
     "classify": ClassifyObjective,
     "series": ForecastObjective,
     "pairs": PairsObjective,
+    "pairs": PairsObjective,
+    "sessions": RankObjective,
 }

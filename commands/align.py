@@ -1,0 +1,156 @@
+"""``moeyard align``: rounds of preference alignment of a run on sessions (OneRec)."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..configuration import apply_override, read_values, with_others
+from ..errors import ConfigError, Stopped
+from ..training.key_check import check_keys
+from .options import Parsers, add_command
+
+if TYPE_CHECKING:
+    from ..training.alignment.reward import RewardModel
+    from ..training.config import RunConfig
+    from ..training.data.sessions import SessionsData
+
+REWARD, PAIRS, RUN = "reward.safetensors", "pairs.safetensors", "run"
+
+
+def add(parsers: Parsers) -> None:
+    """Add the command."""
+    align = add_command(
+        parsers,
+        "align",
+        "train a model of sessions further, to prefer what a reward model prefers",
+    )
+    align.add_argument(
+        "source", type=Path, metavar="RUN_DIR", help="a finished run with data.format sessions"
+    )
+    align.add_argument(
+        "target", type=Path, metavar="OUT", help="folder of the rounds; if it has some, go on"
+    )
+    align.add_argument(
+        "overrides", nargs="*", metavar="a.b=c", help="keys to change for the rounds' runs"
+    )
+    align.add_argument("--rounds", type=int, default=3, metavar="N", help="rounds in all")
+    align.add_argument(
+        "--share",
+        type=float,
+        default=0.01,
+        metavar="SHARE",
+        help="part of the training sessions that get a pair in a round",
+    )
+    align.add_argument(
+        "--beams", type=int, default=128, metavar="N", help="sessions to pick a pair from"
+    )
+    align.set_defaults(run=run, others=[])
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run the rounds that are not done."""
+    for name, value, least in (("rounds", arguments.rounds, 1), ("beams", arguments.beams, 2)):
+        if value < least:
+            raise ConfigError(f"--{name} is {value}; use a number from {least} upwards.")
+    if not 0 < arguments.share <= 1:
+        raise ConfigError(f"--share is {arguments.share}; use a number above 0, at most 1.")
+    file = arguments.source / "config.yaml"
+    if not file.is_file():
+        raise ConfigError(f"RUN_DIR is {str(arguments.source)!r}, which is no run; give one.")
+    values = read_values(file)
+    data = values.get("data")
+    if not isinstance(data, dict) or data.get("format") != "sessions":
+        raise ConfigError(f"{arguments.source} is a run on other data than sessions; give another.")
+    data["alignment"] = data.get("alignment") or {}  # a run has null there, for overrides no place
+    for override in with_others(arguments.overrides, arguments.others):
+        apply_override(values, override)
+    check_keys(values)
+    arguments.target.mkdir(parents=True, exist_ok=True)
+    before: Path = arguments.source
+    for number in range(1, arguments.rounds + 1):
+        folder = arguments.target / f"round-{number}"
+        folder.mkdir(exist_ok=True)
+        _round(arguments, values, before, folder, number)
+        before = folder / RUN
+
+
+def _round(
+    arguments: argparse.Namespace, values: dict[str, Any], before: Path, folder: Path, number: int
+) -> None:
+    """Let the model of ``before`` generate pairs, and train it on them; skip what is done."""
+    from ..parallel.mesh import Mesh
+    from ..training.checkpoints.checkpoint import Checkpoints
+    from ..training.checkpoints.export import export_newest
+    from ..training.program import train
+    from ..training.read_config import complete_run_config
+
+    model = export_newest(before)
+    run_dir = folder / RUN
+    alignment = values["data"]["alignment"] | {"pairs": str(folder / PAIRS)}
+    data = values["data"] | {"alignment": alignment}
+    own = values | {"run_dir": str(run_dir), "start_from": str(model), "model": {}, "data": data}
+    own["seed"] = int(values.get("seed", 0)) + number
+    config = complete_run_config(own)
+    if not (folder / PAIRS).exists():
+        _sample(arguments, config, model, folder)
+    newest = Checkpoints(run_dir, Mesh(), keep=1).newest_whole() if run_dir.is_dir() else None
+    if newest is None or int(newest.name.rpartition("-")[2]) < config.train.steps:
+        train(config, None)
+        newest = Checkpoints(run_dir, Mesh(), keep=1).newest_whole()
+    if newest is None or int(newest.name.rpartition("-")[2]) < config.train.steps:
+        raise Stopped(
+            f"stopped in round {number}; go on with: moeyard align {arguments.source} "
+            f"{arguments.target}"
+        )
+    last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    facts = " ".join(f"{name}={last[name]:.4f}" for name in ("eval_loss", "eval_recall"))
+    sys.stderr.write(f"event=round number={number} {facts} run={run_dir}\n")
+
+
+def _sample(arguments: argparse.Namespace, config: "RunConfig", model: Path, folder: Path) -> None:
+    """Write the pairs of a round, and the reward model if there is none."""
+    from ..serving.loading import load_recommender
+    from ..training.alignment.sample_pairs import sample_pairs
+    from ..training.data.preference_pairs import write_pairs
+
+    data = _data(config, folder)
+    reward = _reward_model(arguments.target / REWARD, data, config)
+    recommender = load_recommender(model)
+    sizes = (arguments.share, arguments.beams)
+    found = sample_pairs(recommender.model, data.train, reward, *sizes, seed=config.seed)
+    write_pairs(folder / PAIRS, found.pairs, data.train)
+    gap = found.pairs.rewards_P2[:, 0] - found.pairs.rewards_P2[:, 1]
+    sys.stderr.write(
+        f"event=pairs pairs={len(gap)} mean_reward={found.mean_reward:.4f} "
+        f"mean_gap={float(gap.mean()):.4f}\n"
+    )
+
+
+def _data(config: "RunConfig", folder: Path) -> "SessionsData":
+    """Open the sessions of a round, which has no pairs yet."""
+    from ..parallel.mesh import Mesh
+    from ..training.data.sessions import build_sessions_data
+
+    section = config.data.model_copy(update={"alignment": None})
+    return build_sessions_data(
+        config.model_copy(update={"data": section}), folder / RUN / "data", Mesh()
+    )
+
+
+def _reward_model(path: Path, data: "SessionsData", config: "RunConfig") -> "RewardModel":
+    """Open the reward model, or fit one to the log; all rounds have the same."""
+    from ..training.alignment.fit_reward import fit_reward_model
+    from ..training.alignment.reward import read_reward_model, save_reward_model
+    from ..training.formats.sessions import SessionsConfig
+
+    if path.exists():
+        return read_reward_model(path, data.table)
+    assert isinstance(config.data, SessionsConfig), "checked by run"
+    fitted = fit_reward_model(
+        data.all_sessions, data.table, config.data.positive_watch_s, config.seed
+    )
+    save_reward_model(fitted.model, path)
+    sys.stderr.write(f"event=reward loss={fitted.loss:.4f} base_loss={fitted.base_loss:.4f}\n")
+    return fitted.model

@@ -1,0 +1,1 @@
+"""Preferences between generated sessions: the reward model, and the pairs it picks."""
