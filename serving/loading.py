@@ -14,6 +14,7 @@ from ..moe.folders.folder import ModelFolder
 from ..moe.folders.hub import local_folder
 from ..moe.models.language_model import LanguageModel
 from ..moe.models.text_classifier import TextClassifier
+from ..moe.models.vision_model import VisionModel
 from ..moe.routers.own_code import allow
 from .experts.options import StoreOptions
 from .experts.policies.policy import Policy
@@ -110,6 +111,17 @@ def load_classifier(folder: str | Path, **how: Unpack[Loading]) -> TextClassifie
     """
     model, _ = open_kind(folder, ("encoder",), **how)
     assert isinstance(model, TextClassifier), "its kind was asked for"
+    return model
+
+
+def load_vision(folder: str | Path, **how: Unpack[Loading]) -> VisionModel:
+    """Open a folder with a vision transformer, such as a run's export, as a model ready to call.
+
+    The arguments are those of :func:`load`; ``options`` are those of the expert store. Raises
+    what :func:`load` raises, and :class:`ConfigError` for a model of another kind.
+    """
+    model, _ = open_kind(folder, ("vit",), **how)
+    assert isinstance(model, VisionModel), "its kind was asked for"
     return model
 
 

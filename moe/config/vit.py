@@ -5,6 +5,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from ..routers.routing import Lookahead
+from ..routers.row_facts import RowFact
 from ..routers.task import Task
 from .model import LayersConfig
 from .vision_tasks import AnyTask
@@ -40,6 +41,16 @@ class ViTConfig(LayersConfig):
     def generates(self) -> bool:
         """Whether the model continues texts."""
         return False
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether rows are tokens of a vocabulary."""
+        return False
+
+    @property
+    def rows_have(self) -> frozenset[RowFact]:
+        """What a batch says of each row in addition, for routers that read it."""
+        return frozenset(("tasks",))
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -102,6 +113,11 @@ class ViTConfig(LayersConfig):
             raise ValueError(
                 f"moe.router.num_tasks is {router.num_tasks}, but tasks has {len(self.tasks)}; set "
                 f"it to {len(self.tasks)}."
+            )
+        if router.reads_at() is Lookahead.TOKEN:
+            raise ValueError(
+                f"moe.router.kind is {router.kind}, which reads token ids, and images have none; "
+                "choose another router."
             )
         if router.reads_at() is Lookahead.PREVIOUS_BLOCK:
             raise ValueError(

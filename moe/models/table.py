@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..config.encoder import EncoderConfig
 from ..config.model import LayersConfig, ModelConfig
+from ..config.vit import ViTConfig
 from ..without_memory import without_memory
 from .decoder import Decoder
 from .decoder_layer import DecoderLayer
@@ -14,6 +15,8 @@ from .encoder import Encoder
 from .encoder_layer import EncoderLayer
 from .model import Model
 from .options import WHOLE, ModelOptions
+from .vit import ViT
+from .vit_layer import ViTLayer
 
 
 class ModelKind(NamedTuple):
@@ -31,6 +34,7 @@ KINDS: dict[type[LayersConfig], ModelKind] = {
         DecoderLayer,
     ),
     EncoderConfig: ModelKind(Encoder, EncoderLayer),
+    ViTConfig: ModelKind(ViT, ViTLayer),
 }
 """By the class of the configuration."""
 

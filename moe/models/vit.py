@@ -14,8 +14,9 @@ from ..config.vision_tasks import AnyTask, ClassesTask, head_width
 from ..config.vit import ViTConfig
 from ..image_batch import ImageBatch
 from ..linear import Linear
-from .decoder_layer import LayerOutput
-from .model import WHOLE, Model, ModelOptions, ModelOutput
+from .model import Model, ModelOutput
+from .options import WHOLE, ModelOptions
+from .routed import LayerOutput
 from .vit_layer import ViTLayer
 
 

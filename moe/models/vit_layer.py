@@ -12,9 +12,9 @@ from ..blocks.residual import Residual
 from ..config.vit import ViTConfig
 from ..layer import MoELayer
 from ..routers.routing import Lookahead
-from .decoder_layer import LayerOutput, choose
 from .encoder_layer import BiasedMLP
-from .model import WHOLE, ModelOptions
+from .options import WHOLE, ModelOptions
+from .routed import LayerOutput, build_moe, choose
 
 
 class ViTLayer(nn.Module):
@@ -30,21 +30,8 @@ class ViTLayer(nn.Module):
         self.self_attn = FullAttention(config.d_model, config.num_heads)
         self.mlp_norm = nn.LayerNorm(config.d_model, config.norm_eps)
         self.mlp: MoELayer | BiasedMLP
-        if config.moe is not None and config.is_moe(layer):
-            self.mlp = MoELayer(
-                config.d_model,
-                config.moe.d_expert,
-                config.moe.num_experts,
-                config.router(layer),
-                config.moe.activation,
-                config.moe.d_shared,
-                shared_gate=config.moe.shared_gate,
-                expert_bias=config.moe.expert_bias,
-                layer=layer,
-                expert_ids=options.expert_ids,
-                backend=options.backend,
-                recompute=options.recompute == "experts",
-            )
+        if config.is_moe(layer):
+            self.mlp = build_moe(config, layer, options)
         else:
             assert config.d_ff is not None, "the configuration was not validated"
             self.mlp = BiasedMLP(config.d_model, config.d_ff)

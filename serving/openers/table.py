@@ -3,8 +3,10 @@
 from .decoder import DECODER
 from .encoder import ENCODER
 from .opener import Opener
+from .vit import VIT
 
 OPENERS: dict[str, Opener] = {
     "decoder": DECODER,
     "encoder": ENCODER,
+    "vit": VIT,
 }

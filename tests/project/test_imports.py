@@ -105,6 +105,7 @@ ROOMS = {
                 "generate",
                 "merge",
                 "plan",
+                "predict",
                 "price",
                 "report",
                 "serve",

@@ -84,7 +84,7 @@ class ImageFolder:
 
     def read_images(self) -> Array:
         """Return all images, ``[N, H, W, C]``; raise :class:`DataError` where they differ."""
-        images = []
+        images: list[Array] = []
         for path in self.images:
             image = read_image(path, self._config.channels)
             if images and (image.shape, image.dtype) != (images[0].shape, images[0].dtype):

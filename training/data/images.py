@@ -17,6 +17,7 @@ from ...moe.config.vit import ViTConfig, alike
 from ...moe.pixels import check_images
 from ...parallel.mesh import Mesh
 from ..config import RunConfig
+from ..formats.images import ImagesConfig
 from ..stop import StopRequest
 from ..work import LongWork
 from .chat_windows import made_from
@@ -28,7 +29,6 @@ from .image_arrays import ImageArrays
 from .image_folder import ImageFolder
 from .image_store import Array, LabelledImages, has_target, write_images
 from .image_targets import read_labels, read_maps, sorted_labels
-from .images_config import ImagesConfig
 
 TRAIN, HELD_OUT = "images-train.safetensors", "images-eval.safetensors"
 
@@ -75,7 +75,6 @@ def build_image_data(
         num_train_tokens=train.epoch_rows,
         held_out_identity=held_out.identity,
         held_out=held_out,
-        chat_template=None,
     )
 
 

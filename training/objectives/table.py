@@ -6,9 +6,11 @@ from .chat import ChatObjective
 from .classify import ClassifyObjective
 from .next_token import NextTokenObjective
 from .objective import Objective
+from .tasks import TasksObjective
 
 OBJECTIVES: dict[str, type[Objective[Any]]] = {
     "text": NextTokenObjective,
     "chat": ChatObjective,
     "classify": ClassifyObjective,
+    "images": TasksObjective,
 }

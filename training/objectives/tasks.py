@@ -128,6 +128,12 @@ class TasksObjective(Objective[ViT]):
         """Return the rows of each image, over its tasks."""
         return self.data.train.num_rows_of(self.data.train.at(step, rows))
 
+    def window_length(self) -> int:
+        """Return the rows of an image that has a target for every task."""
+        model = self.config.model
+        assert isinstance(model, ViTConfig), "check() compares the kinds"
+        return model.num_rows * len(model.tasks)
+
     def divisor(self, step: int) -> int:
         """Return the images of the global batch; the scales of the tasks make sums means."""
         return self.config.train.batch_sequences
