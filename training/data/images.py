@@ -192,7 +192,8 @@ def _labels(train: Found, held_out: Found, model: ViTConfig) -> dict[str, tuple[
     for task in model.tasks:
         if not isinstance(task, ClassesTask):
             continue
-        labels, others = (set(part.targets[task.name]) - {""} for part in (train, held_out))
+        words = (part.targets[task.name].tolist() for part in (train, held_out))
+        labels, others = (set(own) - {""} for own in words)
         if len(labels) < 2:
             raise DataError(
                 f"the training images have {len(labels)} labels for the task {task.name!r}; give "
@@ -204,7 +205,7 @@ def _labels(train: Found, held_out: Found, model: ViTConfig) -> dict[str, tuple[
                 "images only, so nothing would learn it; give training images with it, or take it "
                 "out."
             )
-        found[task.name] = sorted_labels({str(label) for label in labels})
+        found[task.name] = sorted_labels(labels)
     return found
 
 
