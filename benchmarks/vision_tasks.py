@@ -1,6 +1,6 @@
 """Do gates of tasks help a vision model with several tasks? And what does switching tasks cost?
 
-    python benchmarks/vision_tasks.py [--work DIR] [--steps 300] [--seeds 3] [--jobs 1] [--digits]
+    python benchmarks/vision_tasks.py [--work DIR] [--steps 800] [--seeds 3] [--jobs 1] [--digits]
 
 M3ViT (Liang et al. 2022) reports that a vision transformer with experts in every other block and a
 gate for each task is better than single-task models, and than one gate for all tasks; and that two
@@ -29,11 +29,11 @@ from report import write_results
 from runs import train
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "draw_shapes.py"
-IMAGES, HELD_OUT = 4000, 500
+IMAGES, HELD_OUT = 8000, 500
 BODY = {"kind": "vit", "d_model": 48, "num_layers": 4, "num_heads": 4, "d_ff": 192}
 EXPERTS = {"num_experts": 16, "d_expert": 48, "activation": "gelu", "expert_bias": True}
 SHAPES = {
-    "image_size": [24, 24],
+    "image_size": [16, 16],
     "patch_size": 4,
     "channels": 3,
     "tasks": [
@@ -79,7 +79,7 @@ def shapes() -> tuple[dict, dict]:
     assert spec is not None and spec.loader is not None
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    return script.draw_many(IMAGES, 24, seed=1), script.draw_many(HELD_OUT, 24, seed=2)
+    return script.draw_many(IMAGES, 16, seed=1), script.draw_many(HELD_OUT, 16, seed=2)
 
 
 def digits() -> tuple[dict, dict]:
@@ -110,8 +110,8 @@ def run_one(name: str, model: dict, seed: int, steps: int, work: Path) -> dict:
             "source": str(work / "train.npz"),
             "eval_source": str(work / "held-out.npz"),
         },
-        "train": {"steps": steps, "batch_sequences": 16, "log_every": 50, "eval_sequences": 500},
-        "optimizer": {"lr": 2e-3, "warmup_steps": 30},
+        "train": {"steps": steps, "batch_sequences": 16, "log_every": 100, "eval_sequences": 500},
+        "optimizer": {"lr": 2e-3, "warmup_steps": 50},
         "checkpoint": {"every": steps, "keep": 1},
     }
     config.write_text(yaml.safe_dump(values))
@@ -159,7 +159,7 @@ def show(rows: dict[str, dict], alone: dict[str, list[float]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("runs/vision-tasks"))
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side, one thread each")
     parser.add_argument("--digits", action="store_true", help="scikit-learn's digits")

@@ -2,7 +2,7 @@
 
     .venv/bin/python scripts/draw_shapes.py shapes.npz [--images 4000] [--size 32] [--seed 0]
 
-Each image has one to three shapes over a textured ground, nearer ones in front. Far things are
+Each image has one or two shapes over a textured ground, the nearer one in front. Far things are
 darker, so depth can be seen. The arrays are ``images`` (uint8 ``[N, H, W, 3]``), ``nearest`` (the
 name of the shape in front of all), ``parts`` (uint8 ``[N, H, W]``: 0 for the ground, then the
 shapes in the order of SHAPES) and ``depth`` (fp32 ``[N, H, W]``, 0 near to 1 far).
@@ -47,9 +47,9 @@ def draw(random: np.random.Generator, size: int) -> tuple[Array, str, Array, Arr
     ground = random.uniform(0.4, 0.8, 3)
     image = ground * (0.8 + 0.2 * waves[..., None])
     nearest = ""
-    for far in sorted(random.uniform(0, 0.7, random.integers(1, 4)), reverse=True):
+    for far in sorted(random.uniform(0, 0.7, random.integers(1, 3)), reverse=True):
         number = int(random.integers(len(SHAPES)))
-        middle, reach = random.uniform(0.2, 0.8, 2), random.uniform(0.15, 0.3)
+        middle, reach = random.uniform(0.2, 0.8, 2), random.uniform(0.22, 0.4)
         turn = random.uniform(0, 2 * np.pi)
         down, right = (y - middle[0]) / reach, (x - middle[1]) / reach
         turned = (

@@ -10,6 +10,7 @@ from equivalence_worker import run_case
 from labelled import ENCODER, write
 from launch import torchrun
 from router_cases import ACTIVATIONS, CASES, NOT_FOR_TEXT
+from small_images import VIT, write_arrays
 
 NAMES = [name for name in CASES if name not in NOT_FOR_TEXT]
 OPTIONS = ["train.precision=fp64", "parallel.backend=reference", "train.accumulation=2"]
@@ -52,13 +53,35 @@ def encoder_cases(ep: int, source: Path) -> dict[str, dict]:
     }
 
 
+def vision_cases(ep: int, source: Path) -> dict[str, dict]:
+    """A vision transformer with several tasks, some of whose targets are missing; and one that goes
+    on from a checkpoint of two ranks."""
+    overrides = [
+        *OPTIONS,
+        f"parallel.ep={ep}",
+        f"model={json.dumps(VIT)}",
+        f"data={json.dumps({'format': 'images', 'source': str(source), 'eval_fraction': 0.2})}",
+    ]
+    case = {"overrides": overrides, "data": "images"}
+    again = {"until": 2, "saves": True} if ep == 2 else {"resumes": "vision-again-2"}
+    shards = ["parallel.dense=fsdp"] if ep == 2 else []
+    return {
+        f"vision-{ep}": case,
+        f"vision_fsdp-{ep}": case | {"overrides": [*overrides, *shards]},
+        f"vision-again-{ep}": case | again,
+    }
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, config_file) -> Path:
     """The results of all routers on two ranks and on one, in a process pair and in this process."""
     out = tmp_path_factory.mktemp("routers")
     worker = str(Path(__file__).parent / "equivalence_worker.py")
     source = write(out / "texts.jsonl")
-    on_two, on_one = (cases(ep) | encoder_cases(ep, source) for ep in (2, 1))
+    images = write_arrays(out / "images.npz")
+    on_two, on_one = (
+        cases(ep) | encoder_cases(ep, source) | vision_cases(ep, images) for ep in (2, 1)
+    )
     torchrun(2, worker, str(config_file), str(out), json.dumps(on_two))
     for name, case in on_one.items():
         run_case(config_file, out, name, case, None)
@@ -66,7 +89,7 @@ def folder(tmp_path_factory, config_file) -> Path:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("name", [*NAMES, "encoder", "encoder_fsdp"])
+@pytest.mark.parametrize("name", [*NAMES, "encoder", "encoder_fsdp", "vision", "vision_fsdp"])
 def test_two_ranks_equal_one_in_loss_gradients_weights_and_state(folder, name):
     ranks = [torch.load(folder / f"{name}-2-{rank}.pt") for rank in (0, 1)]
     for alone, first, second in zip(torch.load(folder / f"{name}-1-0.pt"), *ranks, strict=True):
@@ -83,8 +106,9 @@ def test_two_ranks_equal_one_in_loss_gradients_weights_and_state(folder, name):
 
 
 @pytest.mark.dist
-def test_an_encoder_goes_on_on_one_rank_from_a_checkpoint_of_two(folder):
-    whole, rest = (torch.load(folder / f"encoder{part}-1-0.pt") for part in ("", "-again"))
+@pytest.mark.parametrize("kind", ["encoder", "vision"])
+def test_a_model_goes_on_on_one_rank_from_a_checkpoint_of_two(folder, kind):
+    whole, rest = (torch.load(folder / f"{kind}{part}-1-0.pt") for part in ("", "-again"))
     assert len(whole) == 3 and len(rest) == 1
     assert rest[0]["loss"] == pytest.approx(whole[2]["loss"], rel=1e-10)
     for kind in ("gradients", "weights"):

@@ -207,9 +207,14 @@ def test_two_experts_at_a_time_are_exact_and_come_in_order(folder, tmp_path):
     waves = []
     stream = store.stream
 
-    def watched(*arguments):
-        for ready, experts in stream(*arguments):
+    def watched(layer, rows_of, *others):
+        left = set(rows_of)
+        for ready, experts in stream(layer, rows_of, *others):
             waves.append(list(ready))
+            left -= set(ready)
+            if left and len(ready) == 1:  # the next expert comes while this one computes
+                coming = (layer, min(left))
+                assert store.has(*coming) or store._slots.is_filling(coming)
             yield ready, experts
 
     store.stream = watched

@@ -4,9 +4,9 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch.distributed.checkpoint.storage import WriteResult
 
 from ...errors import CheckpointError, ConfigError
@@ -33,6 +33,10 @@ class Written:
     hashes: Hashes
 
 
+FileName = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
+"""A name in the exported folder, and no path out of it."""
+
+
 class _State(BaseModel):
     """What ``state.json`` must hold, so that later code need not check again."""
 
@@ -46,10 +50,18 @@ class _State(BaseModel):
     batch_sequences: int
     sequence_length: int
     precision: str
-    tokenizer: str
-    tokenizer_sha256: str
+    tokenizer: str | None
+    """None for a run that is not on texts."""
+    tokenizer_sha256: str | None = None
     origin: dict[str, Any] | None = None
     lora: LoraConfig | None = None
+    files: dict[FileName, str] = {}
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.tokenizer is not None and self.tokenizer_sha256 is None:
+            raise ValueError("tokenizer_sha256 is missing.")
+        return self
 
 
 def write_state(folder: Path, step: int, state: dict[str, Any]) -> None:
