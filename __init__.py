@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .moe.models.recommender import Recommender
     from .moe.models.text_classifier import TextClassifier
     from .moe.models.text_writer import TextWriter
+    from .moe.models.vision_model import VisionModel
     from .moe.routers.hash import Hash
     from .moe.routers.loss_terms import GlobalCounts, LayerLosses
     from .moe.routers.router import Router, RouterConfig, RouterSizes
@@ -24,13 +25,14 @@ if TYPE_CHECKING:
     from .moe.routers.table import router
     from .moe.routers.topk import TopK
     from .moe.soft_moe import SoftMoE
-    from .serving.loading import (
-        load,
+    from .serving.load_kinds import (
         load_classifier,
         load_forecaster,
         load_recommender,
         load_seq2seq,
+        load_vision,
     )
+    from .serving.loading import load
 
 __version__ = "0.1.0"
 
@@ -58,6 +60,7 @@ __all__ = [
     "TextClassifier",
     "TextWriter",
     "TopK",
+    "VisionModel",
     "__version__",
     "after_step",
     "auxiliary_loss",
@@ -66,6 +69,7 @@ __all__ = [
     "load_forecaster",
     "load_recommender",
     "load_seq2seq",
+    "load_vision",
     "replace_moe_blocks",
     "router",
 ]
@@ -90,13 +94,15 @@ _HOME = {
     "TextClassifier": ".moe.models.text_classifier",
     "TextWriter": ".moe.models.text_writer",
     "TopK": ".moe.routers.topk",
+    "VisionModel": ".moe.models.vision_model",
     "after_step": ".moe.layer",
     "auxiliary_loss": ".moe.layer",
     "load": ".serving.loading",
-    "load_classifier": ".serving.loading",
-    "load_forecaster": ".serving.loading",
-    "load_seq2seq": ".serving.loading",
-    "load_recommender": ".serving.loading",
+    "load_classifier": ".serving.load_kinds",
+    "load_forecaster": ".serving.load_kinds",
+    "load_seq2seq": ".serving.load_kinds",
+    "load_recommender": ".serving.load_kinds",
+    "load_vision": ".serving.load_kinds",
     "replace_moe_blocks": ".moe.folders.transformers_blocks",
     "router": ".moe.routers.table",
 }

@@ -12,11 +12,7 @@ from ..errors import ConfigError
 from ..kernels.values.memory import is_out_of_memory
 from ..moe.folders.folder import ModelFolder
 from ..moe.folders.hub import local_folder
-from ..moe.models.forecaster import Forecaster
 from ..moe.models.language_model import LanguageModel
-from ..moe.models.recommender import Recommender
-from ..moe.models.text_classifier import TextClassifier
-from ..moe.models.text_writer import TextWriter
 from ..moe.routers.own_code import allow
 from .experts.options import StoreOptions
 from .experts.policies.policy import Policy
@@ -24,7 +20,6 @@ from .experts.predictors.predictor import Predictor
 from .experts.store import ExpertStore
 from .filling import fill_model
 from .load_checks import check_device, check_options
-from .openers.series import SERIES_KINDS
 from .openers.table import OPENERS
 
 log = logging.getLogger(__name__)
@@ -103,50 +98,6 @@ def load(
     model, _ = open_model(folder, *how)
     for name, path in (adapters or {}).items():
         model.adapters.load(name, Path(path))
-    return model
-
-
-def load_classifier(folder: str | Path, **how: Unpack[Loading]) -> TextClassifier:
-    """Open a folder with an encoder, such as BERT's or a run's export, as a model ready to call.
-
-    The arguments are those of :func:`load`; ``options`` are those of the expert store. Raises
-    what :func:`load` raises, and :class:`ConfigError` for a model of another kind.
-    """
-    model, _ = open_kind(folder, ("encoder",), **how)
-    assert isinstance(model, TextClassifier), "its kind was asked for"
-    return model
-
-
-def load_forecaster(folder: str | Path, **how: Unpack[Loading]) -> Forecaster:
-    """Open a folder with a model of time series, such as a run's export, ready to call.
-
-    The arguments are those of :func:`load`; ``options`` are those of the expert store. Raises
-    what :func:`load` raises, and :class:`ConfigError` for a model of another kind.
-    """
-    model, _ = open_kind(folder, SERIES_KINDS, **how)
-    assert isinstance(model, Forecaster), "its kind was asked for"
-    return model
-
-
-def load_seq2seq(folder: str | Path, **how: Unpack[Loading]) -> TextWriter:
-    """Open a folder with an encoder-decoder, such as T5's or a run's export, ready to call.
-
-    The arguments and errors are those of :func:`load_classifier`.
-    """
-    model, _ = open_kind(folder, ("encoder_decoder",), **how)
-    assert isinstance(model, TextWriter), "its kind was asked for"
-    return model
-
-
-def load_recommender(folder: str | Path, **how: Unpack[Loading]) -> Recommender:
-    """Open the export of a run on sessions as a model that recommends items to histories.
-
-    The arguments are those of :func:`load`; ``options`` are those of the expert store. Raises
-    what :func:`load` raises, and :class:`ConfigError` for a model of another kind, or without a
-    table of items.
-    """
-    model, _ = open_kind(folder, ("encoder_decoder",), **how)
-    assert isinstance(model, Recommender), "its kind was asked for"
     return model
 
 

@@ -9,6 +9,7 @@ from .encoder_decoder import EncoderDecoderConfig
 from .model import ModelConfig
 from .moirai import MoiraiConfig
 from .time_moe import TimeMoeConfig
+from .vit import ViTConfig
 
 
 def _with_kind(values: Any) -> Any:
@@ -18,7 +19,14 @@ def _with_kind(values: Any) -> Any:
     return values
 
 
-AnyModel = ModelConfig | EncoderConfig | MoiraiConfig | TimeMoeConfig | EncoderDecoderConfig
+AnyModel = (
+    ModelConfig
+    | EncoderConfig
+    | MoiraiConfig
+    | TimeMoeConfig
+    | EncoderDecoderConfig
+    | ViTConfig
+)
 ModelSection = Annotated[AnyModel, Field(discriminator="kind"), BeforeValidator(_with_kind)]
 KINDS: tuple[str, ...] = tuple(kind.model_fields["kind"].default for kind in get_args(AnyModel))
 """Their names."""

@@ -9,11 +9,12 @@ def describe(decoder: Model) -> str:
     """Return layers, widths, experts, parameters, type, device and what is offloaded."""
     config, layers = decoder.config, [layer for _, layer in decoder.moe_layers()]
     weight = next(decoder.parameters())
-    vocabulary = f"vocabulary {config.vocabulary:,}, " if config.reads_tokens else ""
+    tokens = ""
+    if config.reads_tokens:
+        tokens = f", vocabulary {config.vocabulary:,}, up to {config.max_positions:,} positions"
     lines = [
         f"layers: {config.num_layers}, {len(layers)} of them with experts",
-        f"widths: d_model {config.d_model}, {config.num_heads} heads, {vocabulary}"
-        f"up to {config.max_positions:,} positions",
+        f"widths: d_model {config.d_model}, {config.num_heads} heads{tokens}",
     ]
     if config.moe is not None and layers:
         lines.append(

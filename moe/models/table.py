@@ -10,6 +10,7 @@ from ..config.encoder_decoder import EncoderDecoderConfig
 from ..config.model import LayersConfig, ModelConfig
 from ..config.moirai import MoiraiConfig
 from ..config.time_moe import TimeMoeConfig
+from ..config.vit import ViTConfig
 from ..without_memory import without_memory
 from .decoder import Decoder
 from .decoder_layer import DecoderLayer
@@ -21,6 +22,8 @@ from .model import Model
 from .moirai import Moirai, moirai_layer
 from .options import WHOLE, ModelOptions
 from .time_moe import TimeMoe
+from .vit import ViT
+from .vit_layer import ViTLayer
 
 
 class ModelKind(NamedTuple):
@@ -44,6 +47,7 @@ KINDS: dict[type[LayersConfig], ModelKind] = {
         lambda config, index, options: DecoderLayer(config.decoder(), index, options),
     ),
     EncoderDecoderConfig: ModelKind(EncoderDecoder, EncoderDecoderLayer),
+    ViTConfig: ModelKind(ViT, ViTLayer),
 }
 """By the class of the configuration."""
 

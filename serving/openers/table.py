@@ -5,10 +5,12 @@ from .encoder import ENCODER
 from .encoder_decoder import ENCODER_DECODER
 from .opener import Opener
 from .series import SERIES, SERIES_KINDS
+from .vit import VIT
 
 OPENERS: dict[str, Opener] = {
     "decoder": DECODER,
     "encoder": ENCODER,
     **dict.fromkeys(SERIES_KINDS, SERIES),
     "encoder_decoder": ENCODER_DECODER,
+    "vit": VIT,
 }

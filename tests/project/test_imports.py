@@ -110,6 +110,7 @@ ROOMS = {
                 "items",
                 "merge",
                 "plan",
+                "predict",
                 "price",
                 "recommend",
                 "report",

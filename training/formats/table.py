@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, Field
 from .pairs import PairsConfig
 from .series import SeriesConfig
 from .sessions import SessionsConfig
+from .images import ImagesConfig
 from .text import LabelledConfig, TextConfig
 
 
@@ -17,7 +18,14 @@ def _with_format(values: Any) -> Any:
     return values
 
 
-AnyData = TextConfig | LabelledConfig | SeriesConfig | PairsConfig | SessionsConfig
+AnyData = (
+    TextConfig
+    | LabelledConfig
+    | SeriesConfig
+    | PairsConfig
+    | SessionsConfig
+    | ImagesConfig
+)
 DataSection = Annotated[AnyData, Field(discriminator="format"), BeforeValidator(_with_format)]
 
 

@@ -125,6 +125,10 @@ class Objective(ABC, Generic[M]):
         """Return how many rows the model computes for each of some rows of the global batch."""
         return [self.config.train.sequence_length] * len(rows)
 
+    def window_length(self) -> int:
+        """Return the most rows of a window, which routes number sequences by."""
+        return self.config.train.sequence_length
+
     @abstractmethod
     def divisor(self, step: int) -> int:
         """Return the number of targets in the global batch of ``step``, the same on all ranks.

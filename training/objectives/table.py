@@ -9,6 +9,7 @@ from .next_token import NextTokenObjective
 from .objective import Objective
 from .pairs import PairsObjective
 from .rank import RankObjective
+from .tasks import TasksObjective
 
 OBJECTIVES: dict[str, type[Objective[Any]]] = {
     "text": NextTokenObjective,
@@ -16,6 +17,6 @@ OBJECTIVES: dict[str, type[Objective[Any]]] = {
     "classify": ClassifyObjective,
     "series": ForecastObjective,
     "pairs": PairsObjective,
-    "pairs": PairsObjective,
     "sessions": RankObjective,
+    "images": TasksObjective,
 }

@@ -1,0 +1,60 @@
+"""Open folders of models that do not continue texts, each as what takes its user's data.
+
+The arguments are those of :func:`moeyard.load`; ``options`` are those of the expert store. All raise
+what that function raises, and :class:`ConfigError` for a model of another kind.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar, Unpack
+
+from ..errors import ConfigError
+from ..moe.models.forecaster import Forecaster
+from ..moe.models.recommender import Recommender
+from ..moe.models.text_classifier import TextClassifier
+from ..moe.models.text_writer import TextWriter
+from ..moe.models.vision_model import VisionModel
+from .loading import Loading, open_kind
+from .openers.series import SERIES_KINDS
+
+Opened = TypeVar("Opened")
+
+
+def load_classifier(folder: str | Path, **how: Unpack[Loading]) -> TextClassifier:
+    """Open a folder with an encoder, such as BERT's or a run's export."""
+    return open_as(TextClassifier, folder, ("encoder",), **how)
+
+
+def load_forecaster(folder: str | Path, **how: Unpack[Loading]) -> Forecaster:
+    """Open a folder with a model of time series, such as a run's export."""
+    return open_as(Forecaster, folder, SERIES_KINDS, **how)
+
+
+def load_seq2seq(folder: str | Path, **how: Unpack[Loading]) -> TextWriter:
+    """Open a folder with an encoder-decoder of texts, such as T5's or a run's export."""
+    return open_as(TextWriter, folder, ("encoder_decoder",), **how)
+
+
+def load_recommender(folder: str | Path, **how: Unpack[Loading]) -> Recommender:
+    """Open the export of a run on sessions, which has a table of items."""
+    return open_as(Recommender, folder, ("encoder_decoder",), **how)
+
+
+def load_vision(folder: str | Path, **how: Unpack[Loading]) -> VisionModel:
+    """Open a folder with a vision transformer, such as a run's export."""
+    return open_as(VisionModel, folder, ("vit",), **how)
+
+
+def open_as(
+    wanted: type[Opened], folder: str | Path, kinds: Sequence[str], **how: Unpack[Loading]
+) -> Opened:
+    """Open a folder as a ``wanted``; some kinds of models are opened as one thing or another."""
+    model, store = open_kind(folder, kinds, **how)
+    if not isinstance(model, wanted):
+        if store is not None:
+            store.close()
+        raise ConfigError(
+            f"{folder} opens as a {type(model).__name__}, but a {wanted.__name__} is needed here; "
+            "give another folder."
+        )
+    return model

@@ -1,0 +1,73 @@
+"""Models of other data than plain text, whose numbers are compared between one rank and two."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import labelled
+import small_images
+import small_series
+
+
+class Other(NamedTuple):
+    """A kind of data and a model for it."""
+
+    data: str
+    """The name of the folder with what the run prepares; cases of one kind share it."""
+    model: dict
+    """The ``model`` section."""
+    write: Callable[[Path], dict]
+    """Write small data into a folder and return the ``data`` section."""
+    overrides: tuple[str, ...] = ()
+    evaluates: bool = False
+
+
+def _texts(folder: Path) -> dict:
+    source = labelled.write(folder / "texts.jsonl")
+    return {"format": "classify", "source": str(source), "eval_fraction": 0.2}
+
+
+def _series(folder: Path) -> dict:
+    gaps = [(7, "flow"), (8, "flow"), (90, "level")]
+    source = small_series.write(folder / "series.csv", missing=gaps)
+    return {"format": "series", "source": str(source), "horizon": 6}
+
+
+def _images(folder: Path) -> dict:
+    """Some targets of some tasks are missing."""
+    source = small_images.write_arrays(folder / "images.npz")
+    return {"format": "images", "source": str(source), "eval_fraction": 0.2}
+
+
+OTHERS = {
+    "encoder": Other("labelled", labelled.ENCODER, _texts),
+    "series": Other(
+        *("series", small_series.TIME_MOE, _series),
+        # so that the last forecast has no window on the second rank
+        overrides=("train.sequence_length=20", "train.eval_sequences=5"),
+        evaluates=True,
+    ),
+    "vision": Other("images", small_images.VIT, _images),
+}
+
+
+def cases_of(name: str, section: dict, ep: int, options: list[str]) -> dict[str, dict]:
+    """Return the cases of a kind: as it is, with shards, and one that goes on on one rank from a
+    checkpoint of two."""
+    other = OTHERS[name]
+    overrides = [
+        *options,
+        f"parallel.ep={ep}",
+        f"model={json.dumps(other.model)}",
+        f"data={json.dumps(section)}",
+        *other.overrides,
+    ]
+    case = {"overrides": overrides, "data": other.data, "evaluates": other.evaluates}
+    again = {"until": 2, "saves": True} if ep == 2 else {"resumes": f"{name}-again-2"}
+    shards = ["parallel.dense=fsdp"] if ep == 2 else []
+    return {
+        f"{name}-{ep}": case,
+        f"{name}_fsdp-{ep}": case | {"overrides": [*overrides, *shards]},
+        f"{name}-again-{ep}": case | again,
+    }

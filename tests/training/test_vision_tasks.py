@@ -1,0 +1,309 @@
+"""Training on several tasks of images: the loss, the measures, what comes out, how it is used."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from PIL import Image
+
+import moeyard
+from moeyard.cli import main as command
+from moeyard.errors import ConfigError
+from moeyard.moe.config.vision_tasks import PixelClassesTask, PixelValuesTask
+from moeyard.moe.folders.folder import ModelFolder
+from moeyard.moe.routes.reader import read_routes
+from moeyard.parallel.mesh import Mesh
+from moeyard.serving.experts.budget import count_slots
+from moeyard.serving.experts.options import StoreOptions
+from moeyard.serving.loading import open_kind
+from moeyard.training.checkpoints.export import export
+from moeyard.training.objectives.task_measures import measure_of, task_loss
+from moeyard.training.read_config import read_run_config
+from moeyard.training.trainer import Trainer
+
+from small_images import TASKS, VIT, arrays, write_arrays
+
+TRAIN = {"steps": 6, "batch_sequences": 8, "eval_every": 3, "log_every": 1}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tasks")
+    values = {
+        "run_dir": str(folder / "unset"),
+        "model": VIT,
+        "data": {
+            "format": "images",
+            "source": str(write_arrays(folder / "all.npz")),
+            "eval_fraction": 0.2,
+        },
+        "train": TRAIN,
+        "optimizer": {"lr": 5e-3, "warmup_steps": 0},
+        "checkpoint": {"every": 3},
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(values))
+    return folder / "run.yaml"
+
+
+def trainer(config, run_dir, *overrides):
+    run_dir.mkdir(exist_ok=True)
+    found = read_run_config(config, [f"run_dir={run_dir}", *overrides])
+    return Trainer(found, run_dir, Mesh())
+
+
+def metrics(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    run = trainer(config, run_dir, "monitor.routes={}")
+    run.run()
+    return run, run_dir
+
+
+@pytest.fixture(scope="module")
+def folder(whole, tmp_path_factory):
+    found = tmp_path_factory.mktemp("export") / "model"
+    export(whole[1], found)
+    return found
+
+
+def test_the_loss_of_a_step_is_the_weighted_sum_of_means_over_targets(whole):
+    run, _ = whole
+    objective, loss = run.objective, 0.0
+    vit = run.decoder
+    rows = objective.batch(2, range(8), torch.device("cpu"))
+    module = objective.module(vit).eval()
+    with torch.no_grad():
+        part = module(rows)
+    for task, places, target, (answer, own) in zip(
+        vit.config.tasks, rows.places, rows.targets, part.told, strict=True
+    ):
+        assert len(places) == len(target) == len(answer) == len(own)
+        each = []
+        for one, wanted in zip(answer, target, strict=True):
+            if task.kind == "classes":
+                each.append(-one.log_softmax(0)[wanted])
+            elif task.kind == "pixel_classes":
+                there = wanted != 255
+                chosen = one.log_softmax(0).permute(1, 2, 0)[there]
+                each.append(-chosen.gather(1, wanted[there].long()[:, None]).mean())
+            else:
+                there = ~wanted.isnan()
+                each.append((one.permute(1, 2, 0)[there] - wanted[there]).square().mean())
+        loss += task.loss_weight * float(torch.stack(each).mean())
+    assert float(part.loss_sum) / objective.divisor(2) == pytest.approx(loss, rel=1e-5)
+
+
+def test_a_step_in_parts_has_the_same_loss(whole):
+    run, _ = whole
+    module = run.objective.module(run.decoder).eval()
+    with torch.no_grad():
+        parts = [
+            module(run.objective.batch(1, rows, torch.device("cpu")))
+            for rows in (range(8), range(3), range(3, 8), range(0))
+        ]
+    sums = [float(part.loss_sum) for part in parts]
+    assert sums[0] == pytest.approx(sums[1] + sums[2], rel=1e-5) and sums[3] == 0
+
+
+def test_a_run_measures_each_task_and_counts_its_rows(whole):
+    run, run_dir = whole
+    last = metrics(run_dir)[-1]
+    measures = {"eval_accuracy_side", "eval_miou_parts", "eval_rmse_light", "load"}
+    assert measures <= last.keys()
+    rows = run.objective.num_tokens(range(5, 6))
+    assert [sum(counts) for counts in last["expert_tokens"]] == [2 * rows]
+    losses = [task["name"] for task in TASKS]
+    weights = [task.get("loss_weight", 1) for task in TASKS]
+    total = sum(w * last[f"eval_loss_{name}"] for w, name in zip(weights, losses, strict=True))
+    assert last["eval_loss"] == pytest.approx(total)
+
+
+@pytest.mark.slow
+def test_a_run_learns(config, tmp_path):
+    trainer(config, tmp_path / "longer", "train.steps=150", "train.eval_every=0").run()
+    last = metrics(tmp_path / "longer")[-1]
+    assert last["eval_accuracy_side"] > 0.9 and last["eval_miou_parts"] > 0.8
+    assert last["eval_rmse_light"] < 0.1
+
+
+def test_measures_are_their_formulas():
+    task = PixelClassesTask(name="x", classes=3)
+    said = torch.tensor([[[0, 0, 1, 1, 0]]])
+    wanted = torch.tensor([[[0, 1, 1, 255, 0]]], dtype=torch.uint8)
+    answer = F.one_hot(said, 3).permute(0, 3, 1, 2).float()
+    measure = measure_of(task)
+    measure.add(answer, wanted)
+    # Class 0: 2 of 3 pixels; class 1: 1 of 2; class 2 never occurs, and a pixel has no class.
+    assert measure.value(measure.sums) == pytest.approx((2 / 3 + 1 / 2) / 2)
+    values = PixelValuesTask(name="y")
+    target = torch.tensor([1.0, float("nan"), 5.0]).view(1, 1, 3, 1)
+    measure = measure_of(values)
+    measure.add(torch.tensor([2.0, 9.0, 3.0]).view(1, 1, 1, 3), target)
+    assert measure.value(measure.sums) == pytest.approx(2.5**0.5)
+    assert task_loss(values, torch.zeros(1, 1, 1, 3), target).tolist() == [13.0]
+
+
+def test_a_resumed_run_ends_as_one_that_was_not_stopped(config, whole, tmp_path):
+    shutil.copytree(whole[1], tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000006")
+    run = trainer(config, tmp_path / "run", "monitor.routes={}")
+    run.run()
+    assert metrics(tmp_path / "run")[-1]["loss"] == metrics(whole[1])[-1]["loss"]
+    for name, weight in whole[0].decoder.state_dict().items():
+        assert torch.equal(run.decoder.state_dict()[name], weight), name
+
+
+def test_routes_of_a_run_have_every_row_and_its_task(whole):
+    run, run_dir = whole
+    routes = read_routes(run_dir / "routes")
+    assert len(routes.tokens_N) == run.objective.num_tokens(range(6))
+    assert set(routes.tokens_N.tolist()) == {0, 1, 2}
+    of_step = routes.steps_N == 1
+    keys = set(zip(routes.sequences_N[of_step], routes.positions_N[of_step], strict=True))
+    assert len(keys) == of_step.sum()  # no two passes have one number
+
+
+def test_a_reloaded_model_answers_as_the_trained_one(whole, folder):
+    run, _ = whole
+    model = moeyard.load_vision(folder)
+    assert model.tasks == ("side", "parts", "light") and "side (classes)" in repr(model)
+    for name, weight in run.decoder.state_dict().items():
+        assert torch.equal(model.vit.state_dict()[name], weight), name
+    rows = run._data.held_out.rows(range(4))
+    with torch.no_grad():
+        told = run.objective.module(run.decoder).eval()(rows).told
+    order = rows.tasks_P.tolist()
+    for number, (task, places) in enumerate(zip(model.tasks, rows.places, strict=True)):
+        images = ((rows.pixels_PCHW[places, 0] + 1) * 127.5).round().to(torch.uint8).numpy()
+        torch.testing.assert_close(model.scores(images, task), told[number][0])
+    assert sorted(order) == sorted(rows.tasks_P.tolist())
+
+
+def two_experts(folder):
+    files = ModelFolder(folder)
+    moe, width = files.config.moe, files.config.d_model
+    each = 4 * (2 * moe.d_expert * width + moe.d_expert + width)
+    assert count_slots(files, torch.float32, 2 * each) == 2
+    files.close()
+    return f"{2 * each}B"
+
+
+def test_two_experts_at_a_time_are_exact_and_come_in_order(folder, tmp_path):
+    log = tmp_path / "log.events"
+    images = arrays(5, seed=9)["images"]
+    model = moeyard.load_vision(folder)
+    small, store = open_kind(
+        folder, ("vit",), expert_memory=two_experts(folder), options=StoreOptions(log=log)
+    )
+    assert store.num_slots == 2 and "50% of the experts are on disk" in repr(small)
+    waves = []
+    stream = store.stream
+
+    def watched(layer, rows_of, *others):
+        left = set(rows_of)
+        for ready, experts in stream(layer, rows_of, *others):
+            waves.append(list(ready))
+            left -= set(ready)
+            if left and len(ready) == 1:  # the next expert comes while this one computes
+                coming = (layer, min(left))
+                assert store.has(*coming) or store._slots.is_filling(coming)
+            yield ready, experts
+
+    store.stream = watched
+    for task in model.tasks:
+        waves.clear()
+        whole, queued = (one.scores(images, task) for one in (model, small))
+        assert torch.equal(whole, queued), task
+        assert all(len(wave) <= 2 for wave in waves) and sum(map(len, waves)) <= 4
+        came = [expert for wave in waves[1:] for expert in wave]  # behind those that were there
+        assert came == sorted(came)
+    store.close()
+    needed = [json.loads(line) for line in log.read_text().splitlines()[1:]]
+    assert any(event[0] == "evict" for event in needed)
+
+
+def test_switching_the_task_moves_no_weights(folder):
+    model, store = open_kind(folder, ("vit",), expert_memory="100%")
+    images = arrays(3, seed=4)["images"]
+    for task in model.tasks:
+        model(images, task)
+    read = store.statistics.num_read()
+    for task in (*model.tasks, *model.tasks):
+        model(images, task)
+    assert store.statistics.num_read() == read <= 4
+    store.close()
+
+
+def test_answers_are_labels_and_maps(folder):
+    model = moeyard.load_vision(folder)
+    images = arrays(3, seed=4)["images"]
+    labels = model(list(images), "side")
+    assert [set(one.probabilities) for one in labels] == [{"left", "right"}] * 3
+    assert all(one.label == max(one.probabilities, key=one.probabilities.get) for one in labels)
+    parts, light = model(images, "parts"), model(images / 255, "light")
+    assert (parts.shape, parts.dtype) == ((3, 8, 12), np.uint8) and parts.max() < 3
+    assert (light.shape, light.dtype) == ((3, 8, 12, 1), np.float32)
+    assert np.array_equal(model(images, "parts", batch_images=1), parts)
+
+
+@pytest.mark.parametrize(
+    ("images", "task", "sentence"),
+    [
+        (np.zeros((1, 8, 12), np.uint8), None, "task is None; use one of side, parts, light"),
+        (np.zeros((1, 8, 12), np.uint8), "edges", "task is 'edges'; use one of side"),
+        (np.zeros((1, 8, 8), np.uint8), "side", r"channels \(8, 8, 1\), but the model reads"),
+        (np.zeros((0, 8, 12), np.uint8), "side", "there are no images"),
+        ([np.zeros((8, 12)), np.zeros((9, 12))], "side", "have the sizes .* bring them to one"),
+    ],
+)
+def test_images_and_tasks_that_the_model_does_not_have_are_refused(folder, images, task, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        moeyard.load_vision(folder)(images, task)
+
+
+def test_the_command_prints_a_line_for_each_image(whole, folder, tmp_path, capsys):
+    images = arrays(2, seed=4)["images"]
+    paths = [tmp_path / "a.png", tmp_path / "b.png"]
+    for path, image in zip(paths, images, strict=True):
+        Image.fromarray(image).save(path)
+    model = moeyard.load_vision(folder)
+    names = [str(path) for path in paths]
+
+    def lines(*arguments):
+        assert command(["predict", str(folder), *arguments]) == 0
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    def refused(sentence, *arguments):
+        assert command(["predict", str(folder), *arguments]) == 2
+        assert sentence in capsys.readouterr().err
+
+    found = lines(*names, "--task", "side")
+    assert [line["image"] for line in found] == names
+    assert [line["label"] for line in found] == [one.label for one in model(images, "side")]
+    out = tmp_path / "out"
+    found = lines(*names, "--task", "parts", "--out", str(out), "--expert-memory", "50%")
+    maps = np.stack([np.asarray(Image.open(line["map"])) for line in found])
+    assert np.array_equal(maps, model(images, "parts"))
+    np.savez(tmp_path / "all.npz", images=images)
+    found = lines(str(tmp_path / "all.npz"), "--task", "light", "--out", str(out))
+    maps = np.stack([np.load(line["map"]) for line in found])
+    assert np.array_equal(maps, model(images, "light"))
+    refused("gives maps of pixels; name a folder with --out", names[0], "--task", "parts")
+    refused("task is 'edges'; use one of side, parts, light", names[0], "--task", "edges")
+    refused("which is not there; give another", str(tmp_path / "c.png"), "--task", "side")
+    Image.fromarray(np.zeros((4, 4), np.uint8)).save(paths[0])
+    refused("has 4 x 4 pixels, but the model reads 8 x 12", names[0], "--task", "side")
+
+
+def test_a_run_on_images_needs_a_model_for_images(config, tmp_path):
+    with pytest.raises(ConfigError, match=r"trains models of kind vit, but model\.kind is decoder"):
+        decoder = {"kind": "decoder", "d_model": 16, "num_layers": 1, "num_heads": 2, "d_ff": 8}
+        trainer(config, tmp_path / "run", f"model={json.dumps(decoder)}")

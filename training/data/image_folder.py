@@ -1,0 +1,135 @@
+"""Images and targets in a folder.
+
+``CLASS/NAME.png`` is an image, whose label is the folder below the source. ``NAME.TASK.png`` or
+``NAME.TASK.npy`` next to it is its map for a task of pixels.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from ...errors import ConfigError, DataError
+from ...moe.config.vision_tasks import AnyTask, ClassesTask, PixelClassesTask
+from ...moe.config.vit import ViTConfig
+from ...moe.pixels import SCALES
+from .image_targets import NO_CLASS, Array, read_maps
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+"""Pillow's name of 8-bit images by their channels."""
+
+
+def read_image(path: Path, channels: int) -> Array:
+    """Return an image file as ``[H, W, C]``: uint8, or uint16 for grey images of 16 bits.
+
+    Raises :class:`DataError` for a file that is no image, and :class:`ConfigError` without Pillow.
+    """
+    if channels not in MODES:
+        raise DataError(
+            f"{path} cannot be read as an image of {channels} channels, only as one of 1, 3 or 4; "
+            "give an .npz file, or change model.channels."
+        )
+    pixels = _open(path, MODES[channels])
+    return pixels if pixels.ndim == 3 else pixels[..., None]
+
+
+def _open(path: Path, mode: str | None) -> Array:
+    """Return an image file's numbers, converted to a mode; None keeps them as they are."""
+    try:
+        from PIL import Image
+    except ImportError:
+        raise ConfigError(
+            f"{path} is an image file, which Pillow reads, but Pillow is not installed; "
+            "pip install 'moeyard[images]'."
+        ) from None
+    try:
+        with Image.open(path) as image:
+            is_deep = image.mode.startswith("I;16") and mode in (None, "L")
+            opened = image if mode is None or is_deep else image.convert(mode)
+            return np.asarray(opened)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path} cannot be read as an image ({error}); take it out.") from None
+
+
+class ImageFolder:
+    """The images of a folder and below it, in the order of their names."""
+
+    def __init__(self, source: str, field: str, config: ViTConfig) -> None:
+        """``field`` is the configuration key whose value ``source`` is."""
+        self._root, self._field, self._config = Path(source), field, config
+        self._tasks = {task.name: task for task in config.tasks}
+        found = sorted(path for path in self._root.rglob("*") if path.is_file())
+        maps = {path for path in found if self._is_map(path)}
+        self.images = [p for p in found if p.suffix.lower() in SUFFIXES and p not in maps]
+        self.paths = [*self.images, *sorted(maps)]
+        if not self.images:
+            raise DataError(
+                f"{field} is {source!r}, a folder without images; give one with "
+                f"{', '.join(SUFFIXES)} files, or an .npz file."
+            )
+        self._maps = {(p.parent, *p.name.rsplit(".", 2)[:2]): p for p in sorted(maps)}
+        stems = {(path.parent, path.stem) for path in self.images}
+        lonely = next((p for key, p in self._maps.items() if key[:2] not in stems), None)
+        if lonely is not None:
+            raise DataError(
+                f"{lonely} is a map, but {lonely.name.rsplit('.', 2)[0]}.png is not there; give "
+                "its image, or take it out."
+            )
+
+    def _is_map(self, path: Path) -> bool:
+        parts = path.name.rsplit(".", 2)
+        task = self._tasks.get(parts[1]) if len(parts) == 3 else None
+        is_readable = path.suffix.lower() in (*SUFFIXES, ".npy")
+        return task is not None and not isinstance(task, ClassesTask) and is_readable
+
+    def read_images(self) -> Array:
+        """Return all images, ``[N, H, W, C]``; raise :class:`DataError` where they differ."""
+        images: list[Array] = []
+        for path in self.images:
+            image = read_image(path, self._config.channels)
+            if images and (image.shape, image.dtype) != (images[0].shape, images[0].dtype):
+                raise DataError(
+                    f"{path} has {image.shape[0]} x {image.shape[1]} pixels of {image.dtype}, but "
+                    f"{self.images[0]} has {images[0].shape[0]} x {images[0].shape[1]} of "
+                    f"{images[0].dtype}; bring all images to one size and type."
+                )
+            images.append(image)
+        return np.stack(images)
+
+    def read_targets(self, task: AnyTask) -> Array | None:
+        """Return the raw targets of a task for all images; None if there are none at all."""
+        if isinstance(task, ClassesTask):
+            return self._folders(task)
+        found = [self._map_of(path, task) for path in self.images]
+        some = next((one for one in found if one is not None), None)
+        if some is None:
+            return None
+        nothing = NO_CLASS if isinstance(task, PixelClassesTask) else np.nan
+        empty = np.full_like(some, nothing)
+        return np.stack([empty if one is None else one for one in found])
+
+    def _folders(self, task: ClassesTask) -> Array | None:
+        count = sum(isinstance(other, ClassesTask) for other in self._tasks.values())
+        if count > 1:
+            raise DataError(
+                f"{self._field} is {str(self._root)!r}, and {count} tasks want labels of images, "
+                f"{task.name!r} among them, but folders give one; use an .npz file."
+            )
+        parts = [path.relative_to(self._root).parts for path in self.images]
+        labels = [names[0] if len(names) > 1 else "" for names in parts]
+        return np.array(labels) if any(labels) else None
+
+    def _map_of(self, path: Path, task: AnyTask) -> Array | None:
+        own = self._maps.get((path.parent, path.stem, task.name))
+        if own is None:
+            return None
+        if own.suffix == ".npy":
+            try:
+                values = np.load(own, allow_pickle=False)
+            except (OSError, ValueError) as error:
+                raise DataError(f"{own} cannot be read as an array ({error}).") from None
+        else:
+            values = _open(own, None)
+            if not isinstance(task, PixelClassesTask):
+                values = values.astype(np.float32) / SCALES.get(values.dtype.name, 1.0)
+        return read_maps(values[None], task, self._config.image_size, str(own))[0]
