@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .moe.models.recommender import Recommender
     from .moe.models.text_classifier import TextClassifier
     from .moe.models.text_writer import TextWriter
+    from .moe.models.upscaler import Upscaler
     from .moe.models.vision_model import VisionModel
     from .moe.routers.hash import Hash
     from .moe.routers.loss_terms import GlobalCounts, LayerLosses
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
         load_seq2seq,
         load_vision,
     )
-    from .serving.loading import load
+    from .serving.loading import load, load_classifier, load_upscaler
 
 __version__ = "0.1.0"
 
@@ -60,6 +61,7 @@ __all__ = [
     "TextClassifier",
     "TextWriter",
     "TopK",
+    "Upscaler",
     "VisionModel",
     "__version__",
     "after_step",
@@ -69,6 +71,7 @@ __all__ = [
     "load_forecaster",
     "load_recommender",
     "load_seq2seq",
+    "load_upscaler",
     "load_vision",
     "replace_moe_blocks",
     "router",
@@ -103,6 +106,12 @@ _HOME = {
     "load_seq2seq": ".serving.load_kinds",
     "load_recommender": ".serving.load_kinds",
     "load_vision": ".serving.load_kinds",
+    "Upscaler": ".moe.models.upscaler",
+    "after_step": ".moe.layer",
+    "auxiliary_loss": ".moe.layer",
+    "load": ".serving.loading",
+    "load_classifier": ".serving.loading",
+    "load_upscaler": ".serving.load_kinds",
     "replace_moe_blocks": ".moe.folders.transformers_blocks",
     "router": ".moe.routers.table",
 }

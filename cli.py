@@ -32,6 +32,7 @@ from .commands import (
     train,
     translate,
     upcycle,
+    upscale,
 )
 from .commands.options import HelpFormatter, report_errors
 from .system import stop_unless_it_can_run
@@ -48,6 +49,7 @@ COMMANDS = (
     recommend,
     align,
     predict,
+    upscale,
     evaluate,
     price,
     plan,

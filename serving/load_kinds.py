@@ -13,6 +13,7 @@ from ..moe.models.forecaster import Forecaster
 from ..moe.models.recommender import Recommender
 from ..moe.models.text_classifier import TextClassifier
 from ..moe.models.text_writer import TextWriter
+from ..moe.models.upscaler import Upscaler
 from ..moe.models.vision_model import VisionModel
 from .loading import Loading, open_kind
 from .openers.series import SERIES_KINDS
@@ -43,6 +44,11 @@ def load_recommender(folder: str | Path, **how: Unpack[Loading]) -> Recommender:
 def load_vision(folder: str | Path, **how: Unpack[Loading]) -> VisionModel:
     """Open a folder with a vision transformer, such as a run's export."""
     return open_as(VisionModel, folder, ("vit",), **how)
+
+
+def load_upscaler(folder: str | Path, **how: Unpack[Loading]) -> Upscaler:
+    """Open a folder with a super-resolution model, such as a run's export."""
+    return open_as(Upscaler, folder, ("super_resolution",), **how)
 
 
 def open_as(

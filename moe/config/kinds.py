@@ -8,6 +8,7 @@ from .encoder import EncoderConfig
 from .encoder_decoder import EncoderDecoderConfig
 from .model import ModelConfig
 from .moirai import MoiraiConfig
+from .super_resolution import SuperResolutionConfig
 from .time_moe import TimeMoeConfig
 from .vit import ViTConfig
 
@@ -26,6 +27,7 @@ AnyModel = (
     | TimeMoeConfig
     | EncoderDecoderConfig
     | ViTConfig
+    | SuperResolutionConfig
 )
 ModelSection = Annotated[AnyModel, Field(discriminator="kind"), BeforeValidator(_with_kind)]
 KINDS: tuple[str, ...] = tuple(kind.model_fields["kind"].default for kind in get_args(AnyModel))

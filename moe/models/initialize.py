@@ -7,7 +7,9 @@ from collections.abc import Container
 import torch
 from torch import Tensor
 
+from ..exchange import refill_averages
 from ..experts.resident import Experts
+from ..linear import FromZero
 from ..routers.router import Router
 from .model import Model
 
@@ -17,9 +19,9 @@ def initialize(model: Model, seed: int, only: Container[str] | None = None) -> N
 
     Matrices are normal with std ``fan_in**-0.5``, output projections scaled by
     ``(2 * num_layers)**-0.5`` (GPT-2), embeddings and the head with std 0.02, norms and
-    scalars one, biases and attention sinks zero. Routers may say otherwise for their own, and
-    models for some matrices.
-    Draws are made in fp32 and cast, so that all precisions start from the same numbers.
+    scalars one, biases, attention sinks and :class:`.FromZero` zero. Routers may say otherwise for
+    their own, and models for some matrices. Draws are made in fp32 and cast, so that all precisions
+    start from the same numbers.
     """
     residual = (2 * model.config.num_layers) ** -0.5
     for name, parameter in model.named_parameters():
@@ -31,7 +33,7 @@ def initialize(model: Model, seed: int, only: Container[str] | None = None) -> N
             parameter.data.copy_(first)
         elif (own_std := model.initial_std(name)) is not None:
             _fill(parameter.data, own_std, f"{seed}/{name}")
-        elif name.endswith(("bias", "sinks")):
+        elif name.endswith(("bias", "sinks")) or isinstance(owner, FromZero):
             torch.nn.init.zeros_(parameter)
         elif parameter.ndim <= 1:
             torch.nn.init.ones_(parameter)
@@ -48,6 +50,7 @@ def initialize(model: Model, seed: int, only: Container[str] | None = None) -> N
     if only is None:
         for router in model.routers():
             router.experts_changed()
+        refill_averages(layer for _, layer in model.moe_layers())
 
 
 def _of_router(model: Model, name: str, seed: int) -> Tensor | None:

@@ -9,6 +9,7 @@ from ..config.encoder import EncoderConfig
 from ..config.encoder_decoder import EncoderDecoderConfig
 from ..config.model import LayersConfig, ModelConfig
 from ..config.moirai import MoiraiConfig
+from ..config.super_resolution import SuperResolutionConfig
 from ..config.time_moe import TimeMoeConfig
 from ..config.vit import ViTConfig
 from ..without_memory import without_memory
@@ -21,6 +22,8 @@ from .encoder_layer import EncoderLayer
 from .model import Model
 from .moirai import Moirai, moirai_layer
 from .options import WHOLE, ModelOptions
+from .super_resolution import SuperResolution
+from .super_resolution_layer import SuperResolutionLayer
 from .time_moe import TimeMoe
 from .vit import ViT
 from .vit_layer import ViTLayer
@@ -48,6 +51,7 @@ KINDS: dict[type[LayersConfig], ModelKind] = {
     ),
     EncoderDecoderConfig: ModelKind(EncoderDecoder, EncoderDecoderLayer),
     ViTConfig: ModelKind(ViT, ViTLayer),
+    SuperResolutionConfig: ModelKind(SuperResolution, SuperResolutionLayer),
 }
 """By the class of the configuration."""
 

@@ -5,6 +5,7 @@ from .encoder import ENCODER
 from .encoder_decoder import ENCODER_DECODER
 from .opener import Opener
 from .series import SERIES, SERIES_KINDS
+from .super_resolution import SUPER_RESOLUTION
 from .vit import VIT
 
 OPENERS: dict[str, Opener] = {
@@ -13,4 +14,5 @@ OPENERS: dict[str, Opener] = {
     **dict.fromkeys(SERIES_KINDS, SERIES),
     "encoder_decoder": ENCODER_DECODER,
     "vit": VIT,
+    "super_resolution": SUPER_RESOLUTION,
 }

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from other_models import OTHERS, cases_of
 
 from equivalence_worker import run_case
 from launch import torchrun
-from other_models import OTHERS, cases_of
 from router_cases import ACTIVATIONS, CASES, NOT_FOR_TEXT
 
 NAMES = [name for name in CASES if name not in NOT_FOR_TEXT]
@@ -38,7 +38,8 @@ def folder(tmp_path_factory, config_file) -> Path:
     worker = str(Path(__file__).parent / "equivalence_worker.py")
     sections = {name: other.write(out) for name, other in OTHERS.items()}
     on_two, on_one = (
-        cases(ep) | {k: v for n, s in sections.items() for k, v in cases_of(n, s, ep, OPTIONS).items()}
+        cases(ep)
+        | {k: v for n, s in sections.items() for k, v in cases_of(n, s, ep, OPTIONS).items()}
         for ep in (2, 1)
     )
     torchrun(2, worker, str(config_file), str(out), json.dumps(on_two))

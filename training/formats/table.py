@@ -4,10 +4,11 @@ from typing import Annotated, Any, get_args
 
 from pydantic import BeforeValidator, Field
 
+from .images import ImagesConfig
 from .pairs import PairsConfig
 from .series import SeriesConfig
 from .sessions import SessionsConfig
-from .images import ImagesConfig
+from .super_resolution import SuperResolutionDataConfig
 from .text import LabelledConfig, TextConfig
 
 
@@ -25,6 +26,7 @@ AnyData = (
     | PairsConfig
     | SessionsConfig
     | ImagesConfig
+    | SuperResolutionDataConfig
 )
 DataSection = Annotated[AnyData, Field(discriminator="format"), BeforeValidator(_with_format)]
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from .chat import ChatObjective
 from .classify import ClassifyObjective
+from .denoise import DenoiseObjective
 from .forecast import ForecastObjective
 from .next_token import NextTokenObjective
 from .objective import Objective
@@ -19,4 +20,5 @@ OBJECTIVES: dict[str, type[Objective[Any]]] = {
     "pairs": PairsObjective,
     "sessions": RankObjective,
     "images": TasksObjective,
+    "super_resolution": DenoiseObjective,
 }
