@@ -31,9 +31,10 @@ if TYPE_CHECKING:
         load_forecaster,
         load_recommender,
         load_seq2seq,
+        load_upscaler,
         load_vision,
     )
-    from .serving.loading import load, load_classifier, load_upscaler
+    from .serving.loading import load
 
 __version__ = "0.1.0"
 
@@ -97,21 +98,17 @@ _HOME = {
     "TextClassifier": ".moe.models.text_classifier",
     "TextWriter": ".moe.models.text_writer",
     "TopK": ".moe.routers.topk",
+    "Upscaler": ".moe.models.upscaler",
     "VisionModel": ".moe.models.vision_model",
     "after_step": ".moe.layer",
     "auxiliary_loss": ".moe.layer",
     "load": ".serving.loading",
     "load_classifier": ".serving.load_kinds",
     "load_forecaster": ".serving.load_kinds",
-    "load_seq2seq": ".serving.load_kinds",
     "load_recommender": ".serving.load_kinds",
-    "load_vision": ".serving.load_kinds",
-    "Upscaler": ".moe.models.upscaler",
-    "after_step": ".moe.layer",
-    "auxiliary_loss": ".moe.layer",
-    "load": ".serving.loading",
-    "load_classifier": ".serving.loading",
+    "load_seq2seq": ".serving.load_kinds",
     "load_upscaler": ".serving.load_kinds",
+    "load_vision": ".serving.load_kinds",
     "replace_moe_blocks": ".moe.folders.transformers_blocks",
     "router": ".moe.routers.table",
 }

@@ -113,7 +113,7 @@ def _sample(arguments: argparse.Namespace, config: "RunConfig", model: Path, fol
     """Write the pairs of a round, and the reward model if there is none."""
     from ..serving.loading import load_recommender
     from ..training.alignment.sample_pairs import sample_pairs
-    from ..training.data.preference_pairs import write_pairs
+    from ..training.data.session_pairs import write_pairs
 
     data = _data(config, folder)
     reward = _reward_model(arguments.target / REWARD, data, config)

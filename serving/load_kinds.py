@@ -1,7 +1,7 @@
 """Open folders of models that do not continue texts, each as what takes its user's data.
 
-The arguments are those of :func:`moeyard.load`; ``options`` are those of the expert store. All raise
-what that function raises, and :class:`ConfigError` for a model of another kind.
+The arguments are those of :func:`moeyard.load`; ``options`` are those of the expert store. All
+raise what that function raises, and :class:`ConfigError` for a model of another kind.
 """
 
 from collections.abc import Sequence

@@ -66,6 +66,8 @@ ROOMS = {
         ["ownership"],
         ["data"],
         ["alignment", "checkpoints", "objectives", "run"],
+        ["checkpoints", "run"],
+        ["objectives"],
         ["micro_batches"],
         ["stages"],
         ["read_config", "report", "saves", "setup", "step"],

@@ -13,8 +13,8 @@ from ...errors import ConfigError
 from ...moe.items.beam import Sessions
 from ...moe.models.encoder_decoder import EncoderDecoder
 from ...moe.models.sessions import generate_sessions, histories, session_log_probs
-from ..data.preference_pairs import PreferencePairs
 from ..data.session_order import SessionOrder
+from ..data.session_pairs import SessionPairs
 from .fit_reward import histories_of
 from .reward import RewardModel
 
@@ -25,7 +25,7 @@ USERS = 16
 class SampledPairs(NamedTuple):
     """Pairs, and what the reward model thinks of the model that generated them."""
 
-    pairs: PreferencePairs
+    pairs: SessionPairs
     mean_reward: float
     """Of the likeliest session of each sampled row."""
 
@@ -67,11 +67,11 @@ def sample_pairs(
             for items_BI in items_B2I.unbind(dim=1)
         )
         log_probs_B2 = torch.stack([part.log_probs_B.double().cpu() for part in parts], dim=1)
-        pairs = PreferencePairs(
+        pairs = SessionPairs(
             torch.from_numpy(some), items_B2I, log_probs_B2, rewards_BW.gather(1, picks_B2)
         )
         found.append([field[has_pair_B] for field in pairs])
-    joined = PreferencePairs(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+    joined = SessionPairs(*(torch.cat(parts) for parts in zip(*found, strict=True)))
     if not len(joined.sessions_P):
         raise ConfigError(
             f"{count} sampled rows have no two sessions with different rewards; raise --share or "

@@ -17,9 +17,9 @@ from .chat_windows import made_from
 from .corpus import make_folder
 from .data import Data
 from .documents import Files
-from .preference_pairs import PreferencePairs, open_pairs
 from .session_log import read_log
 from .session_order import SessionOrder, read_sessions, write_sessions
+from .session_pairs import SessionPairs, open_pairs
 from .session_rows import LoggedSessions, find_sessions
 
 SESSIONS = "sessions.safetensors"
@@ -34,7 +34,7 @@ class SessionsData(Data):
     table: ItemTable
     all_sessions: LoggedSessions
     """Bad ones too, for reward models."""
-    pairs: PreferencePairs | None
+    pairs: SessionPairs | None
     """None without ``data.alignment``, and with its weight 0."""
 
 

@@ -6,6 +6,7 @@ from pydantic import BeforeValidator, Field
 
 from .images import ImagesConfig
 from .pairs import PairsConfig
+from .preference import PreferenceConfig
 from .series import SeriesConfig
 from .sessions import SessionsConfig
 from .super_resolution import SuperResolutionDataConfig
@@ -27,6 +28,7 @@ AnyData = (
     | SessionsConfig
     | ImagesConfig
     | SuperResolutionDataConfig
+    | PreferenceConfig
 )
 DataSection = Annotated[AnyData, Field(discriminator="format"), BeforeValidator(_with_format)]
 

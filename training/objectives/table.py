@@ -9,6 +9,7 @@ from .forecast import ForecastObjective
 from .next_token import NextTokenObjective
 from .objective import Objective
 from .pairs import PairsObjective
+from .preference import PreferenceObjective
 from .rank import RankObjective
 from .tasks import TasksObjective
 
@@ -21,4 +22,5 @@ OBJECTIVES: dict[str, type[Objective[Any]]] = {
     "sessions": RankObjective,
     "images": TasksObjective,
     "super_resolution": DenoiseObjective,
+    "preference": PreferenceObjective,
 }

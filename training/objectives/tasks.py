@@ -128,6 +128,7 @@ class TasksObjective(Objective[ViT]):
         """Return the rows of each image, over its tasks."""
         return self.data.train.num_rows_of(self.data.train.at(step, rows))
 
+    @property
     def window_length(self) -> int:
         """Return the rows of an image that has a target for every task."""
         model = self.config.model
