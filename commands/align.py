@@ -111,7 +111,7 @@ def _round(
 
 def _sample(arguments: argparse.Namespace, config: "RunConfig", model: Path, folder: Path) -> None:
     """Write the pairs of a round, and the reward model if there is none."""
-    from ..serving.loading import load_recommender
+    from ..serving.load_kinds import load_recommender
     from ..training.alignment.sample_pairs import sample_pairs
     from ..training.data.session_pairs import write_pairs
 
