@@ -40,6 +40,8 @@ LAST_VALUES = {
     "eval_margin": "Mean margin of held-out pairs",
     "eval_chosen_reward": "Mean reward of the chosen answers of held-out pairs",
     "eval_rejected_reward": "Mean reward of the rejected answers of held-out pairs",
+    "eval_mse": "Mean square error of held-out forecasts, of standardised points",
+    "eval_mae": "Mean absolute error of held-out forecasts, of standardised points",
     "tokens_per_second": "Of the last logged step",
     "expert_copies": "Copies of experts on all ranks and in all layers, last logged step",
     "experts_moved": "Experts with another owner than the first one, all layers",

@@ -32,6 +32,8 @@ UNITS = {"classify": "nats per text", "preference": "nats per pair"}
 """Of the loss, by ``data.format``; nats per token for others."""
 MAX_LAYER_LINES = 8
 """With more MoE layers, the chart shows the worst, the median and the best of them."""
+UNITS = {"classify": "nats per text", "series": "mean over windows"}
+"""Of the loss, by ``data.format``; nats per token for others."""
 
 
 def write_report(run_dir: Path, out: Path | None) -> tuple[Path, str | None]:
@@ -103,6 +105,11 @@ def _learning(run: Run) -> str:
     charts = [line_chart("Loss", UNITS.get(of_format, "nats per token"), losses, marks=marks)]
     if of_format == "preference":
         charts += pair_charts(run, marks)
+    errors = {"mean square": "eval_mse", "mean absolute": "eval_mae"}
+    lines = [Line(n, series[key], i) for i, (n, key) in enumerate(errors.items()) if key in series]
+    if lines:
+        title = "Errors of held-out forecasts"
+        charts.append(line_chart(title, "standardised", lines, floor=0.0, marks=marks))
     shares = {"accuracy": "eval_accuracy", "macro F1": "eval_macro_f1"}
     lines = [Line(n, series[key], i) for i, (n, key) in enumerate(shares.items()) if key in series]
     if lines and of_format == "classify":
