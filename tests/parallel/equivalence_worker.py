@@ -6,7 +6,8 @@ For each case (name -> overrides) every rank writes OUT/NAME-RANK.pt with loss, 
 main gradients before clipping, and weights, each under topology-free keys, for every step.
 
 A case may also have ``until`` (its last step), ``saves`` (a checkpoint after it), ``resumes`` (the
-case whose checkpoint it goes on from) and ``replays`` (the case whose recorded routes it takes).
+case whose checkpoint it goes on from), ``replays`` (the case whose recorded routes it takes) and
+``evaluates`` (the held-out measures come with the last step).
 """
 
 import json
@@ -155,7 +156,8 @@ def run_case(config_path: Path, out: Path, name: str, case: dict, watch) -> None
     objective = kind(config, data)
     model = objective.complete_model(fill_vocabulary(config, data.tokenizer))
     decoder = build_decoder(config, model, data, mesh, case)
-    parallel = parallelize(config, decoder, objective.module(decoder), mesh)
+    loss = objective.module(decoder)
+    parallel = parallelize(config, decoder, loss, mesh)
     step = TrainStep(config, decoder, objective, parallel, mesh)
     if case.get("early"):
         slice_early(step, parallel, mesh)
@@ -176,6 +178,8 @@ def run_case(config_path: Path, out: Path, name: str, case: dict, watch) -> None
             watched.run(first, last)
     else:
         watched.run(first, last)
+    if case.get("evaluates"):
+        watched.recorded[-1]["held_out"] = objective.evaluate(loss, mesh).metrics
     if case.get("saves"):
         saves.save(last, must=True)
     torch.save(watched.recorded, out / f"{name}-{mesh.rank}.pt")
