@@ -10,11 +10,13 @@ from equivalence_worker import run_case
 from labelled import ENCODER, write
 from launch import torchrun
 from router_cases import ACTIVATIONS, CASES, NOT_FOR_TEXT
-from small_series import TIME_MOE
+from small_series import MOIRAI, TIME_MOE
 from small_series import write as write_series
 
 NAMES = [name for name in CASES if name not in NOT_FOR_TEXT]
 OPTIONS = ["train.precision=fp64", "parallel.backend=reference", "train.accumulation=2"]
+FORECASTERS = {"time_moe": TIME_MOE, "moirai": MOIRAI}
+SHARDED = [f"{name}_fsdp" for name in FORECASTERS]
 SAME = {"rtol": 1e-9, "atol": 1e-12}
 
 
@@ -54,23 +56,23 @@ def encoder_cases(ep: int, source: Path) -> dict[str, dict]:
     }
 
 
-def series_cases(ep: int, source: Path) -> dict[str, dict]:
+def series_cases(ep: int, source: Path, name: str) -> dict[str, dict]:
     """As :func:`encoder_cases`, a forecaster of series with gaps."""
     overrides = [
         *OPTIONS,
         f"parallel.ep={ep}",
-        f"model={json.dumps(TIME_MOE)}",
+        f"model={json.dumps(FORECASTERS[name])}",
         f"data={json.dumps({'format': 'series', 'source': str(source), 'horizon': 6})}",
         "train.sequence_length=20",
         "train.eval_sequences=5",  # so that the last forecast has no window on the second rank
     ]
     case = {"overrides": overrides, "data": "series", "evaluates": True}
-    again = {"until": 2, "saves": True} if ep == 2 else {"resumes": "series-again-2"}
+    again = {"until": 2, "saves": True} if ep == 2 else {"resumes": f"{name}-again-2"}
     shards = ["parallel.dense=fsdp"] if ep == 2 else []
     return {
-        f"series-{ep}": case,
-        f"series_fsdp-{ep}": case | {"overrides": [*overrides, *shards]},
-        f"series-again-{ep}": case | again,
+        f"{name}-{ep}": case,
+        f"{name}_fsdp-{ep}": case | {"overrides": [*overrides, *shards]},
+        f"{name}-again-{ep}": case | again,
     }
 
 
@@ -81,9 +83,10 @@ def folder(tmp_path_factory, config_file) -> Path:
     worker = str(Path(__file__).parent / "equivalence_worker.py")
     source = write(out / "texts.jsonl")
     series = write_series(out / "series.csv", missing=[(7, "flow"), (8, "flow"), (90, "level")])
-    on_two, on_one = (
-        cases(ep) | encoder_cases(ep, source) | series_cases(ep, series) for ep in (2, 1)
-    )
+    on_two, on_one = (cases(ep) | encoder_cases(ep, source) for ep in (2, 1))
+    for name in FORECASTERS:
+        on_two |= series_cases(2, series, name)
+        on_one |= series_cases(1, series, name)
     torchrun(2, worker, str(config_file), str(out), json.dumps(on_two))
     for name, case in on_one.items():
         run_case(config_file, out, name, case, None)
@@ -91,7 +94,7 @@ def folder(tmp_path_factory, config_file) -> Path:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("name", [*NAMES, "encoder", "encoder_fsdp", "series", "series_fsdp"])
+@pytest.mark.parametrize("name", [*NAMES, "encoder", "encoder_fsdp", *FORECASTERS, *SHARDED])
 def test_two_ranks_equal_one_in_loss_gradients_weights_and_state(folder, name):
     ranks = [torch.load(folder / f"{name}-2-{rank}.pt") for rank in (0, 1)]
     for alone, first, second in zip(torch.load(folder / f"{name}-1-0.pt"), *ranks, strict=True):
@@ -109,7 +112,7 @@ def test_two_ranks_equal_one_in_loss_gradients_weights_and_state(folder, name):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("kind", ["encoder", "series"])
+@pytest.mark.parametrize("kind", ["encoder", *FORECASTERS])
 def test_other_models_go_on_on_one_rank_from_a_checkpoint_of_two(folder, kind):
     whole, rest = (torch.load(folder / f"{kind}{part}-1-0.pt") for part in ("", "-again"))
     assert len(whole) == 3 and len(rest) == 1
