@@ -45,6 +45,8 @@ class Moirai(SeriesModel):
     """Patches in, a distribution of the next patch's points out."""
 
     config: MoiraiConfig
+    forecasts_quantiles = True
+    """A forecast is a distribution."""
 
     def __init__(self, config: MoiraiConfig, options: ModelOptions = WHOLE) -> None:
         super().__init__()

@@ -217,6 +217,13 @@ def test_recompute_changes_no_gradient():
         assert torch.equal(gradient, gradients[1][name]), name
 
 
+@torch.no_grad()
+def test_bf16_is_near_fp32(model):
+    found, wanted = (m.score(*series()).loss_sum for m in (model_of(torch.bfloat16), model))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, wanted, rtol=0.05, atol=0)
+
+
 def test_half_of_a_head_is_rotated():
     rope, half = Rope(8, 100.0, rotated=4), Rope(4, 100.0)
     positions_T = torch.arange(5)
