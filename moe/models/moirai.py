@@ -65,10 +65,11 @@ class Moirai(SeriesModel):
 
     def forward(self, batch: PatchBatch) -> ModelOutput:
         """Run the model on scaled patches; caches, if there are any, grow by them."""
-        assert batch.scaled_TP is not None, "rows are patches"
+        scaled_TP = batch.scaled_TP
+        assert scaled_TP is not None, "rows are patches"
         if self.training and any(router.config.draws() for router in self.routers()):
             batch = replace(batch, draw_keys=sequence_keys(batch.ids_T, batch.lengths))
-        x_TD = self.embed(batch.scaled_TP.to(self.in_proj.weight.dtype))
+        x_TD = self.embed(scaled_TP.to(self.in_proj.weight.dtype))
         parts = parts_of(batch, self._rope.tables(batch.positions_T, x_TD.dtype))
         early = self.route_from_tokens(batch)
         state: State = ()
