@@ -129,11 +129,6 @@ class Moirai(SeriesModel):
         count_B = (lengths_B * self.config.scaler_share).ceil().clamp(min=1)
         return patches.is_of_series_BN & (patches.positions_BN < count_B.unsqueeze(1))
 
-    def longest_context(self, horizon: int) -> int:
-        """Return the most points of a series that a forecast of ``horizon`` points reads."""
-        num_ahead = -(-horizon // self.config.patch)
-        return (self.config.most_patches - num_ahead + 1) * self.config.patch
-
     def rows_of_window(self, length: int) -> int:
         """Return the rows that :meth:`score` computes for a window of ``length`` points."""
         return -(-length // self.config.patch) - 1
@@ -164,10 +159,10 @@ class Moirai(SeriesModel):
         """
         config = self.config
         check_request(horizon, quantiles, observed_BL, (config.most_patches - 1) * config.patch)
-        longest = self.longest_context(horizon)
+        num_ahead = -(-horizon // config.patch)
+        longest = (config.most_patches - num_ahead) * config.patch
         patches = cut(values_BL[:, -longest:], observed_BL[:, -longest:], config.patch)
         loc_B, scale_B = scale_of(patches.values_BNP, patches.observed_BNP)
-        num_ahead = -(-horizon // config.patch)
         futures_BSH = self.futures(patches, loc_B, scale_B, num_ahead, seed).flatten(2)
         futures_BSH = futures_BSH[:, :, :horizon].double()
         futures_BSH = loc_B[:, None, None] + scale_B[:, None, None] * futures_BSH

@@ -178,8 +178,8 @@ def test_only_the_patches_that_leave_room_are_read(model):
     def mean(length):
         return model.predict(values_BL[:, -length:], observed_BL[:, -length:], 8).mean_BH
 
-    whole = mean(200)  # 32 patches, one of them drawn
-    assert torch.equal(whole, mean(124)) and not torch.equal(whole, mean(120))
+    whole = mean(200)  # 32 patches, two of them drawn
+    assert torch.equal(whole, mean(120)) and not torch.equal(whole, mean(116))
 
 
 @pytest.mark.parametrize("value", [0.0, 5.0, -1e9])
