@@ -35,6 +35,9 @@ from .series_model import SeriesForecast, SeriesLoss, SeriesModel
 FUTURES_TOGETHER = 25
 """Futures of each series that are computed together."""
 
+ROUNDING = 1e-6
+"""Of a number of patches, so that 0.3 of 10 patches are 3 and not 4."""
+
 
 def moirai_layer(config: MoiraiConfig, layer: int, options: ModelOptions = WHOLE) -> DecoderLayer:
     """Return the layer at index ``layer``: that of a decoder."""
@@ -126,7 +129,8 @@ class Moirai(SeriesModel):
     def read_by_scaler(self, patches: Patches) -> Tensor:
         """Return bool ``[B, N]``: the patches that give mean and deviation in training."""
         lengths_B = patches.is_of_series_BN.sum(dim=1)
-        count_B = (lengths_B * self.config.scaler_share).ceil().clamp(min=1)
+        share_B = lengths_B.double() * self.config.scaler_share
+        count_B = (share_B - ROUNDING).ceil().clamp(min=1)
         return patches.is_of_series_BN & (patches.positions_BN < count_B.unsqueeze(1))
 
     def rows_of_window(self, length: int) -> int:
