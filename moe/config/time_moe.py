@@ -72,6 +72,9 @@ class TimeMoeConfig(LayersConfig):
         self.check_layers({"dense_layers": self.dense_layers})
         if self.moe is not None:
             router = self.moe.router
+            reason = router.why_not_causal()
+            if reason is not None:
+                raise ValueError(f"moe.{reason}")
             if router.reads_at() in (Lookahead.PREVIOUS_BLOCK, Lookahead.TOKEN):
                 raise ValueError(
                     f"moe.router chooses at {router.reads_at().value}, which models of series do "

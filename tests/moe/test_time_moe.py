@@ -162,6 +162,10 @@ def test_dense_layers_have_no_experts():
         ({"d_ff": None, "moe": None}, "d_ff is missing"),
         ({"moe": TIME_MOE["moe"] | {"router": {"kind": "hash"}}}, "chooses at token, which models"),
         (
+            {"moe": TIME_MOE["moe"] | {"router": {"kind": "expert_choice", "evaluation": "group"}}},
+            "moe.router.evaluation is group, which chooses among all tokens of a sequence",
+        ),
+        (
             {"moe": TIME_MOE["moe"] | {"router": {"kind": "topk", "lookahead": "previous_block"}}},
             "chooses at previous_block, which models of series do not offer",
         ),

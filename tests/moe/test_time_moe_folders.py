@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from moeyard.errors import ModelFileError
@@ -12,8 +13,11 @@ from moeyard.moe.folders.convert import convert
 from moeyard.moe.folders.folder import ModelFolder
 from moeyard.moe.folders.hf_config import from_hf, to_hf
 from moeyard.moe.models.describe import count_parameters
+from moeyard.moe.models.series_batch import batch_of_series
 from moeyard.moe.models.table import build_model
 from moeyard.moe.without_memory import without_memory
+from moeyard.serving.experts.options import StoreOptions
+from moeyard.serving.filling import fill_model
 
 from small_series import TIME_MOE
 
@@ -121,6 +125,68 @@ def test_a_folder_of_the_authors_is_read_and_written_with_the_same_names(folder,
     first, second = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "again"))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def reference(tensors, values_L):
+    """Return what each head says after each point of one series, from the paper's formulas."""
+
+    def weight(name):
+        return tensors[f"{name}.weight"]
+
+    def norm(x_LD, name):
+        return x_LD * (x_LD.square().mean(dim=-1, keepdim=True) + 1e-6).rsqrt() * weight(name)
+
+    def expert(x_LD, name):
+        up_LF = F.silu(x_LD @ weight(f"{name}.gate_proj").T) * (x_LD @ weight(f"{name}.up_proj").T)
+        return up_LF @ weight(f"{name}.down_proj").T
+
+    def heads(x_LD, name):
+        y_LD = x_LD @ weight(name).T + tensors[f"{name}.bias"]
+        return y_LD.unflatten(1, (2, 8)).movedim(1, 0)  # [2, L, 8]
+
+    def turned(x_2L8):
+        places_L = torch.arange(x_2L8.shape[1])
+        angles_L4 = places_L[:, None] * 10_000.0 ** (-torch.arange(4) / 4)
+        first, second = x_2L8[..., :4], x_2L8[..., 4:]
+        cos, sin = angles_L4.cos(), angles_L4.sin()
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+    x_L1 = values_L[:, None]
+    embed = "model.embed_layer."
+    x_LD = F.silu(x_L1 @ weight(embed + "gate_layer").T) * (x_L1 @ weight(embed + "emb_layer").T)
+    future_LL = torch.ones(len(values_L), len(values_L)).triu(1).bool()
+    for layer in ("model.layers.0.", "model.layers.1."):
+        normed_LD = norm(x_LD, layer + "input_layernorm")
+        q, k, v = (heads(normed_LD, f"{layer}self_attn.{part}_proj") for part in "qkv")
+        scores_2LL = turned(q) @ turned(k).mT / 8**0.5
+        seen_2L8 = scores_2LL.masked_fill(future_LL, -torch.inf).softmax(dim=-1) @ v
+        x_LD = x_LD + seen_2L8.movedim(0, 1).flatten(1) @ weight(layer + "self_attn.o_proj").T
+        normed_LD = norm(x_LD, layer + "post_attention_layernorm")
+        ffn = layer + "ffn_layer."
+        shares_LE = (normed_LD @ weight(ffn + "gate").T).softmax(dim=-1)
+        shares_LE = shares_LE * (shares_LE >= shares_LE.topk(2).values[:, -1:])
+        gate_L1 = torch.sigmoid(normed_LD @ weight(ffn + "shared_expert_gate").T)
+        x_LD = x_LD + gate_L1 * expert(normed_LD, ffn + "shared_expert")
+        for number in range(3):
+            x_LD = x_LD + shares_LE[:, number, None] * expert(normed_LD, f"{ffn}experts.{number}")
+    hidden_LD = norm(x_LD, "model.norm")
+    return [hidden_LD @ weight(f"lm_heads.{head}.out_layer").T for head in (0, 1)]
+
+
+@torch.no_grad()
+def test_a_folder_computes_the_papers_formulas(folder):
+    opened = ModelFolder(folder)
+    model = fill_model(
+        opened, torch.float32, None, StoreOptions(), torch.device("cpu")
+    ).model.eval()
+    values_L = torch.randn(11, generator=torch.Generator().manual_seed(4))
+    observed_BL = torch.ones(1, 11, dtype=torch.bool)
+    hidden_TD = model(batch_of_series(values_L[None], observed_BL)).hidden_TD
+    wanted = reference(load_file(folder / "model.safetensors"), values_L)
+    for head, wanted_LH in zip(model.lm_heads, wanted, strict=True):
+        torch.testing.assert_close(head(hidden_TD), wanted_LH, rtol=1e-4, atol=1e-4)
+    ahead = model.predict(values_L[None], observed_BL, 4).mean_BH[0]
+    torch.testing.assert_close(ahead, wanted[1][-1], rtol=1e-4, atol=1e-4)
 
 
 def test_what_the_authors_code_does_not_have_is_ours_with_the_reason():

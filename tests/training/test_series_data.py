@@ -127,7 +127,8 @@ def test_files_that_are_no_tables_of_numbers_are_refused(tmp_path, text, message
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["data.source=none.csv"], "'none.csv' is no .csv file; give one with names"),
+        (["data.source=none.csv"], "'none.csv' is not there; give another .csv file"),
+        (["data.source=none.txt"], "'none.txt' is no .csv file; give one with names"),
         (["data.columns=[level,speed]"], "has no column 'speed'; choose from date, level, flow"),
         (["data.split=[100,20,20]"], "data.split asks for 140 lines, but .* has 120; lower it"),
         (["train.sequence_length=64", "data.split=[50,50,20]"], "the training part 50 lines"),

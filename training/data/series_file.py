@@ -30,8 +30,10 @@ def read_series(
 
     Raises :class:`DataError` with the line and the cell for what is not a table of numbers.
     """
-    if not path.is_file() or path.suffix.lower() != ".csv":
+    if path.suffix.lower() != ".csv":
         raise DataError(f"{str(path)!r} is no .csv file; give one with names in its first line.")
+    if not path.is_file():
+        raise DataError(f"{str(path)!r} is not there; give another .csv file.")
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             lines = csv.reader(file, strict=True)

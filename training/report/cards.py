@@ -10,9 +10,7 @@ from .read import Run
 
 def facts(run: Run) -> str:
     """Return the cards as an HTML list."""
-    cards: list[tuple[str, str, str]] = [
-        ("Training loss", short(run.last["loss"]), "nats per token, last record")
-    ]
+    cards: list[tuple[str, str, str]] = [("Training loss", short(run.last["loss"]), "last record")]
     if held_out := run.series.get("eval_loss"):
         cards.append(("Held-out loss", short(held_out[-1][1]), f"step {held_out[-1][0]:,.0f}"))
     if accuracies := run.series.get("eval_accuracy"):

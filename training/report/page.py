@@ -29,6 +29,8 @@ from .read import Run, read_run
 
 MAX_LAYER_LINES = 8
 """With more MoE layers, the chart shows the worst, the median and the best of them."""
+UNITS = {"classify": "nats per text", "series": "mean over windows"}
+"""Of the loss, by ``data.format``; nats per token for others."""
 
 
 def write_report(run_dir: Path, out: Path | None) -> tuple[Path, str | None]:
@@ -96,9 +98,13 @@ def _learning(run: Run) -> str:
             Line("training, smoothed", smooth(series["loss"]), 0),
         ]
     losses.append(Line("held out", series.get("eval_loss", []), 1))
-    is_of_texts = run.config.get("data", {}).get("format") == "classify"
-    unit = "nats per text" if is_of_texts else "nats per token"
-    charts = [line_chart("Loss", unit, losses, marks=marks)]
+    of_format = run.config.get("data", {}).get("format")
+    charts = [line_chart("Loss", UNITS.get(of_format, "nats per token"), losses, marks=marks)]
+    errors = {"mean square": "eval_mse", "mean absolute": "eval_mae"}
+    lines = [Line(n, series[key], i) for i, (n, key) in enumerate(errors.items()) if key in series]
+    if lines:
+        title = "Errors of held-out forecasts"
+        charts.append(line_chart(title, "standardised", lines, floor=0.0, marks=marks))
     shares = {"accuracy": "eval_accuracy", "macro F1": "eval_macro_f1"}
     lines = [Line(n, series[key], i) for i, (n, key) in enumerate(shares.items()) if key in series]
     if lines:
