@@ -28,6 +28,17 @@ TIME_MOE: dict[str, Any] = {
         },
     },
 }
+MOIRAI: dict[str, Any] = {
+    "kind": "moirai",
+    "patch": 4,
+    "d_model": 16,
+    "num_layers": 2,
+    "num_heads": 2,
+    "d_ff": 24,
+    "max_positions": 64,
+    "num_samples": 8,
+    "moe": {"num_experts": 4, "d_expert": 12, "router": {"kind": "kmeans", "k": 2}},
+}
 TRAIN: dict[str, Any] = {"steps": 6, "sequence_length": 20, "batch_sequences": 8, "log_every": 1}
 
 
@@ -48,12 +59,12 @@ def write(
     return path
 
 
-def values(source: Path, run_dir: Path) -> dict[str, Any]:
+def values(source: Path, run_dir: Path, model: dict[str, Any] = TIME_MOE) -> dict[str, Any]:
     """Return the configuration of a small run."""
     return {
         "run_dir": str(run_dir),
         "seed": 3,
-        "model": TIME_MOE,
+        "model": model,
         "data": {"format": "series", "source": str(source), "horizon": 6, "max_gap": 3},
         "train": TRAIN,
         "optimizer": {"lr": 5e-3, "warmup_steps": 0},

@@ -60,7 +60,7 @@ class LayersConfig(BaseModel):
     @property
     def rows_have(self) -> frozenset[RowFact]:
         """What a batch says of each row in addition, for routers that read it."""
-        return frozenset()
+        return frozenset({"token_ids"}) if self.reads_tokens else frozenset()
 
     @property
     def has_gated_mlps(self) -> bool:

@@ -35,6 +35,9 @@ from .series_model import SeriesForecast, SeriesLoss, SeriesModel
 FUTURES_TOGETHER = 25
 """Futures of each series that are computed together."""
 
+ROUNDING = 1e-6
+"""Of a number of patches, so that 0.3 of 10 patches are 3 and not 4."""
+
 
 def moirai_layer(config: MoiraiConfig, layer: int, options: ModelOptions = WHOLE) -> DecoderLayer:
     """Return the layer at index ``layer``: that of a decoder."""
@@ -45,6 +48,8 @@ class Moirai(SeriesModel):
     """Patches in, a distribution of the next patch's points out."""
 
     config: MoiraiConfig
+    forecasts_quantiles = True
+    """A forecast is a distribution."""
 
     def __init__(self, config: MoiraiConfig, options: ModelOptions = WHOLE) -> None:
         super().__init__()
@@ -63,10 +68,11 @@ class Moirai(SeriesModel):
 
     def forward(self, batch: PatchBatch) -> ModelOutput:
         """Run the model on scaled patches; caches, if there are any, grow by them."""
-        assert batch.scaled_TP is not None, "rows are patches"
+        scaled_TP = batch.scaled_TP
+        assert scaled_TP is not None, "rows are patches"
         if self.training and any(router.config.draws() for router in self.routers()):
             batch = replace(batch, draw_keys=sequence_keys(batch.ids_T, batch.lengths))
-        x_TD = self.embed(batch.scaled_TP.to(self.in_proj.weight.dtype))
+        x_TD = self.embed(scaled_TP.to(self.in_proj.weight.dtype))
         parts = parts_of(batch, self._rope.tables(batch.positions_T, x_TD.dtype))
         early = self.route_from_tokens(batch)
         state: State = ()
@@ -123,13 +129,9 @@ class Moirai(SeriesModel):
     def read_by_scaler(self, patches: Patches) -> Tensor:
         """Return bool ``[B, N]``: the patches that give mean and deviation in training."""
         lengths_B = patches.is_of_series_BN.sum(dim=1)
-        count_B = (lengths_B * self.config.scaler_share).ceil().clamp(min=1)
+        share_B = lengths_B.double() * self.config.scaler_share
+        count_B = (share_B - ROUNDING).ceil().clamp(min=1)
         return patches.is_of_series_BN & (patches.positions_BN < count_B.unsqueeze(1))
-
-    def longest_context(self, horizon: int) -> int:
-        """Return the most points of a series that a forecast of ``horizon`` points reads."""
-        num_ahead = -(-horizon // self.config.patch)
-        return (self.config.most_patches - num_ahead + 1) * self.config.patch
 
     def rows_of_window(self, length: int) -> int:
         """Return the rows that :meth:`score` computes for a window of ``length`` points."""
@@ -161,10 +163,10 @@ class Moirai(SeriesModel):
         """
         config = self.config
         check_request(horizon, quantiles, observed_BL, (config.most_patches - 1) * config.patch)
-        longest = self.longest_context(horizon)
+        num_ahead = -(-horizon // config.patch)
+        longest = (config.most_patches - num_ahead) * config.patch
         patches = cut(values_BL[:, -longest:], observed_BL[:, -longest:], config.patch)
         loc_B, scale_B = scale_of(patches.values_BNP, patches.observed_BNP)
-        num_ahead = -(-horizon // config.patch)
         futures_BSH = self.futures(patches, loc_B, scale_B, num_ahead, seed).flatten(2)
         futures_BSH = futures_BSH[:, :, :horizon].double()
         futures_BSH = loc_B[:, None, None] + scale_B[:, None, None] * futures_BSH

@@ -22,6 +22,7 @@ from .hash_tables import (
 )
 from .router import Router, RouterConfig, RouterSizes
 from .routing import Lookahead, RouterInput, Routing, count_choices, count_tokens
+from .row_facts import RowFact
 
 FROM_EMBEDDINGS = ("clustered", "dispersed")
 """Tables that are made from the embeddings of another model."""
@@ -92,6 +93,10 @@ class Hash(RouterConfig):
     def reads_at(self) -> Lookahead:
         """Return that the router reads only token ids."""
         return Lookahead.TOKEN
+
+    def reads_of_rows(self) -> RowFact:
+        """Return that each row needs its token id."""
+        return "token_ids"
 
     def reads_previous_ids(self) -> bool:
         """Return whether the table is of pairs."""

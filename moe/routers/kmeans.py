@@ -26,9 +26,9 @@ class KMeans(LearnedConfig):
     """Tokens go to the experts with the nearest centroids (Moirai-MoE, Liu et al. 2024).
 
     Weights are a softmax over the k chosen distances, so experts' gradients reach the hidden rows.
-    Centroids are a buffer without gradient. They begin at random; set ``gate.centroids_ED`` to
-    those of your data, for example from ``moeyard.moe.routers.kmeans_fit.fit_centroids``, or let
-    ``update_rate`` move them.
+    Centroids are a buffer without gradient. They begin at random. ``moeyard cluster`` writes a
+    trained model with those of its own rows. Or set ``gate.centroids_ED``, for example by
+    ``moeyard.moe.routers.kmeans_fit.fit_centroids``, or let ``update_rate`` move them.
     """
 
     paper: ClassVar[str] = "Liu et al. 2024 (Moirai-MoE); Roy et al. 2021 (online)"

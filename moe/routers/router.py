@@ -120,7 +120,7 @@ class RouterConfig(BaseModel):
         return None
 
     def reads_of_rows(self) -> RowFact | None:
-        """Return what the router reads of each row that a text does not say, or None."""
+        """Return what the router reads of each row in addition to its vector, or None."""
         return None
 
     def why_not_among(self, has: Collection[RowFact]) -> str | None:

@@ -3,9 +3,10 @@
 from collections.abc import Collection
 from typing import Literal
 
-RowFact = Literal["tasks", "timesteps"]
-"""The field of :class:`.RouterInput` without its ``_T``."""
+RowFact = Literal["token_ids", "tasks", "timesteps"]
+"""The argument of an MoE layer's forward."""
 _MEANING: dict[RowFact, str] = {
+    "token_ids": "the token id",
     "tasks": "the task",
     "timesteps": "the time in a diffusion process",
 }

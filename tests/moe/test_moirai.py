@@ -74,6 +74,15 @@ def test_values_that_were_not_observed_change_nothing(model):
     assert torch.equal(one.quantiles_BHQ, two.quantiles_BHQ)
 
 
+def test_points_that_were_not_observed_are_read_as_the_mean():
+    values_BL, observed_BL = series(2, 20)
+    observed_BL[:, 6:9] = False
+    patches = cut(values_BL + 100, observed_BL, 4)
+    scaled_BNP = patches.scaled(*scale_of(patches.values_BNP, patches.observed_BNP))
+    assert (scaled_BNP.flatten(1)[:, 6:9] == 0).all()
+    assert (scaled_BNP.flatten(1)[observed_BL] != 0).all()
+
+
 def test_the_share_of_the_scaler_is_read_and_not_scored(model):
     values_BL, observed_BL = series(1, 40)  # 10 patches: 3 for the scaler
     loss = model.score(values_BL, observed_BL)
@@ -178,8 +187,8 @@ def test_only_the_patches_that_leave_room_are_read(model):
     def mean(length):
         return model.predict(values_BL[:, -length:], observed_BL[:, -length:], 8).mean_BH
 
-    whole = mean(200)  # 32 patches, one of them drawn
-    assert torch.equal(whole, mean(124)) and not torch.equal(whole, mean(120))
+    whole = mean(200)  # 32 patches, two of them drawn
+    assert torch.equal(whole, mean(120)) and not torch.equal(whole, mean(116))
 
 
 @pytest.mark.parametrize("value", [0.0, 5.0, -1e9])
@@ -217,6 +226,13 @@ def test_recompute_changes_no_gradient():
         assert torch.equal(gradient, gradients[1][name]), name
 
 
+@torch.no_grad()
+def test_bf16_is_near_fp32(model):
+    found, wanted = (m.score(*series()).loss_sum for m in (model_of(torch.bfloat16), model))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, wanted, rtol=0.05, atol=0)
+
+
 def test_half_of_a_head_is_rotated():
     rope, half = Rope(8, 100.0, rotated=4), Rope(4, 100.0)
     positions_T = torch.arange(5)
@@ -226,6 +242,11 @@ def test_half_of_a_head_is_rotated():
     assert torch.equal(found[..., still], x_TQH[..., still])
     wanted = rotate(x_TQH[..., turned], half.tables(positions_T, torch.float32))
     torch.testing.assert_close(found[..., turned], wanted)
+
+
+def test_a_model_rotates_half_of_its_heads(model):
+    _, sines_T1H = model._rope.tables(torch.arange(1, 9), torch.float32)
+    assert (sines_T1H == 0).all(dim=0).sum() == model.config.head_width // 2
 
 
 @pytest.mark.parametrize(

@@ -40,14 +40,16 @@ def _images(folder: Path) -> dict:
     return {"format": "images", "source": str(source), "eval_fraction": 0.2}
 
 
+def _forecaster(model: dict) -> Other:
+    """The last forecast has no window on the second rank."""
+    overrides = ("train.sequence_length=20", "train.eval_sequences=5")
+    return Other("series", model, _series, overrides, evaluates=True)
+
+
 OTHERS = {
     "encoder": Other("labelled", labelled.ENCODER, _texts),
-    "series": Other(
-        *("series", small_series.TIME_MOE, _series),
-        # so that the last forecast has no window on the second rank
-        overrides=("train.sequence_length=20", "train.eval_sequences=5"),
-        evaluates=True,
-    ),
+    "time_moe": _forecaster(small_series.TIME_MOE),
+    "moirai": _forecaster(small_series.MOIRAI),
     "vision": Other("images", small_images.VIT, _images),
 }
 

@@ -37,11 +37,10 @@ def folder(tmp_path_factory, config_file) -> Path:
     out = tmp_path_factory.mktemp("routers")
     worker = str(Path(__file__).parent / "equivalence_worker.py")
     sections = {name: other.write(out) for name, other in OTHERS.items()}
-    on_two, on_one = (
-        cases(ep)
-        | {k: v for n, s in sections.items() for k, v in cases_of(n, s, ep, OPTIONS).items()}
-        for ep in (2, 1)
-    )
+    on_two, on_one = cases(2), cases(1)
+    for name, section in sections.items():
+        on_two |= cases_of(name, section, 2, OPTIONS)
+        on_one |= cases_of(name, section, 1, OPTIONS)
     torchrun(2, worker, str(config_file), str(out), json.dumps(on_two))
     for name, case in on_one.items():
         run_case(config_file, out, name, case, None)
