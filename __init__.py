@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .errors import MoeyardError
     from .moe.folders.transformers_blocks import replace_moe_blocks
     from .moe.layer import MoELayer, after_step, auxiliary_loss
+    from .moe.models.forecaster import Forecast, Forecaster
     from .moe.models.language_model import LanguageModel
     from .moe.models.text_classifier import TextClassifier
     from .moe.routers.hash import Hash
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from .moe.routers.table import router
     from .moe.routers.topk import TopK
     from .moe.soft_moe import SoftMoE
-    from .serving.loading import load, load_classifier
+    from .serving.loading import load, load_classifier, load_forecaster
 
 __version__ = "0.1.0"
 
@@ -30,6 +31,8 @@ __version__ = "0.1.0"
 __path__ = [os.path.realpath(folder) for folder in __path__]
 
 __all__ = [
+    "Forecast",
+    "Forecaster",
     "GlobalCounts",
     "Hash",
     "LanguageModel",
@@ -50,11 +53,14 @@ __all__ = [
     "auxiliary_loss",
     "load",
     "load_classifier",
+    "load_forecaster",
     "replace_moe_blocks",
     "router",
 ]
 
 _HOME = {
+    "Forecast": ".moe.models.forecaster",
+    "Forecaster": ".moe.models.forecaster",
     "GlobalCounts": ".moe.routers.loss_terms",
     "Hash": ".moe.routers.hash",
     "LanguageModel": ".moe.models.language_model",
@@ -74,6 +80,7 @@ _HOME = {
     "auxiliary_loss": ".moe.layer",
     "load": ".serving.loading",
     "load_classifier": ".serving.loading",
+    "load_forecaster": ".serving.loading",
     "replace_moe_blocks": ".moe.folders.transformers_blocks",
     "router": ".moe.routers.table",
 }

@@ -12,6 +12,7 @@ from ..errors import ConfigError
 from ..kernels.values.memory import is_out_of_memory
 from ..moe.folders.folder import ModelFolder
 from ..moe.folders.hub import local_folder
+from ..moe.models.forecaster import Forecaster
 from ..moe.models.language_model import LanguageModel
 from ..moe.models.text_classifier import TextClassifier
 from ..moe.routers.own_code import allow
@@ -21,6 +22,7 @@ from .experts.predictors.predictor import Predictor
 from .experts.store import ExpertStore
 from .filling import fill_model
 from .load_checks import check_device, check_options
+from .openers.series import SERIES_KINDS
 from .openers.table import OPENERS
 
 log = logging.getLogger(__name__)
@@ -110,6 +112,17 @@ def load_classifier(folder: str | Path, **how: Unpack[Loading]) -> TextClassifie
     """
     model, _ = open_kind(folder, ("encoder",), **how)
     assert isinstance(model, TextClassifier), "its kind was asked for"
+    return model
+
+
+def load_forecaster(folder: str | Path, **how: Unpack[Loading]) -> Forecaster:
+    """Open a folder with a model of time series, such as a run's export, ready to call.
+
+    The arguments are those of :func:`load`; ``options`` are those of the expert store. Raises
+    what :func:`load` raises, and :class:`ConfigError` for a model of another kind.
+    """
+    model, _ = open_kind(folder, SERIES_KINDS, **how)
+    assert isinstance(model, Forecaster), "its kind was asked for"
     return model
 
 

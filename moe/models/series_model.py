@@ -39,6 +39,9 @@ class SeriesModel(Model):
     point that was not observed has any finite value, and ``observed`` says so.
     """
 
+    forecasts_quantiles: bool = False
+    """Whether a forecast is a distribution, and not one value for each point."""
+
     @property
     def most_points(self) -> int:
         """Most points of a context and its forecast together."""

@@ -3,8 +3,10 @@
 from .decoder import DECODER
 from .encoder import ENCODER
 from .opener import Opener
+from .series import SERIES, SERIES_KINDS
 
 OPENERS: dict[str, Opener] = {
     "decoder": DECODER,
     "encoder": ENCODER,
+    **dict.fromkeys(SERIES_KINDS, SERIES),
 }

@@ -36,6 +36,8 @@ PYTHON_FILES = [
 def test_exported_names_are_pinned():
     assert moeyard.__all__ == sorted(moeyard.__all__)
     assert set(moeyard.__all__) == {
+        "Forecast",
+        "Forecaster",
         "GlobalCounts",
         "Hash",
         "LanguageModel",
@@ -56,6 +58,7 @@ def test_exported_names_are_pinned():
         "__version__",
         "load",
         "load_classifier",
+        "load_forecaster",
         "replace_moe_blocks",
         "router",
     }
