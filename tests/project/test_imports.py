@@ -85,7 +85,8 @@ ROOMS = {
         ["evaluation"],
         ["widths"],
         ["serve_args"],
-        ["proxy_guard", "server"],
+        ["proxy_guard", "series", "server"],
+        ["hosting"],
         ["server_budgets"],
         ["cluster", "replicas"],
         ["app"],
@@ -93,7 +94,7 @@ ROOMS = {
     ],
     "commands": [
         ["model_folder", "options"],
-        ["trace_place", "trace_predict", "trace_replay"],
+        ["forecast_table", "trace_place", "trace_predict", "trace_replay"],
         [
             *(
                 "chat",
@@ -102,6 +103,7 @@ ROOMS = {
                 "doctor",
                 "evaluate",
                 "export",
+                "forecast",
                 "generate",
                 "merge",
                 "plan",
