@@ -13,12 +13,13 @@ from starlette.types import ASGIApp
 from ..configuration import validate_config
 from ..errors import MoeyardError
 from .cluster.replica_port import close_replica_port
+from .hosting import check_model, open_server
 from .proxy_guard import CALLBACK, CALLBACK_VARIABLE, ask_for_guard
 from .replicas.hub_link import HubLink
 from .replicas.prefix_router import prefix_routing
 from .replicas.scaling import ANSWERS, scaling
 from .serve_args import ServeArgs
-from .server import Server, check_model, with_commit
+from .server import with_commit
 from .server_budgets import with_budgets
 
 log = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ class MoeyardServer:
         close_replica_port()
         context = serve.get_replica_context()
         replica = context.replica_id.unique_id
-        self._server = Server(args, replica)
+        self._server = open_server(args, replica)
         self._link = HubLink(context.app_name, replica, self._server)
         self._app = self._server.app(self._link.render)
 

@@ -19,10 +19,11 @@ from .cluster.guardian import ATTEMPTS, TRY_AGAIN, stopping_signals
 from .cluster.own_ray import RayStartError, StartReport, Watch, prepare, start
 from .experts.budget import parse_budget
 from .experts.tiers.shared_memory import object_store_bytes
+from .hosting import check_model
 from .planning.start import show_start
 from .proxy_guard import UNFINISHED
 from .serve_args import ServeArgs
-from .server import check_model, with_commit
+from .server import with_commit
 from .server_budgets import log_budgets, with_budgets
 
 START_TIMEOUT_S = 300.0

@@ -41,7 +41,7 @@ def with_budgets(args: ServeArgs) -> tuple[ServeArgs, Room | None]:
         if budget is None:
             demand = replace(demand, copies_bytes=0)
         kv = demand.kv_bytes
-        if kv is None:
+        if kv is None and folder.config.generates:
             kv = free_kv_bytes(folder, dtype, budget, demand, available_bytes())
     finally:
         folder.close()
@@ -53,7 +53,8 @@ def with_budgets(args: ServeArgs) -> tuple[ServeArgs, Room | None]:
             )
         host = 0
     own: dict[str, object] = {"expert_memory": budget, "host_memory": f"{host}B" if host else None}
-    own["kv_memory"] = f"{kv}B"
+    if kv is not None:
+        own["kv_memory"] = f"{kv}B"
     if budget is None:  # no expert is ever missing
         own |= {"expert_fallback": None, "expert_fallback_above": None}
     return args.model_copy(update=own), room

@@ -1,30 +1,19 @@
-"""The HTTP application of a server: OpenAI's routes, health and metrics. Needs no Ray."""
+"""The HTTP application of a decoder: OpenAI's routes. Needs no Ray."""
 
-import logging
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
 
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from ...errors import RequestError
-from ..engine.admission import RETRY_WHEN_DRAINING_S, Admission
+from ..engine.admission import Admission
 from ..engine.thread import EngineThread
 from ..engine.tokenizer import ServingTokenizer
 from .adapters import AdapterUpdates, ServedModels
 from .answers import Answers
 from .chat import ChatEndpoint
 from .completions import CompletionEndpoint
-from .gate import Gate
-from .refusals import CountRefusals
-from .responses import RETRY_AFTER_S, error_response
-
-log = logging.getLogger(__name__)
+from .frame import Frame
+from .models import ModelRoutes
 
 
 class HttpApi:
@@ -39,9 +28,8 @@ class HttpApi:
         render_metrics: Callable[[], Awaitable[bytes]],
     ) -> None:
         self._thread = thread
-        self._admission = admission
         self._models = models
-        self._render_metrics = render_metrics
+        self._frame = Frame(thread.problem, admission, render_metrics)
         self._answers = Answers(thread, admission, models)
         self._completions = CompletionEndpoint(self._answers, tokenizer)
         self._chat = ChatEndpoint(self._answers, tokenizer)
@@ -54,85 +42,10 @@ class HttpApi:
         ``updates_adapters`` adds the routes that load and unload adapters.
         """
         routes = [
-            Route("/health", self.health),
-            Route("/metrics", self.metrics),
-            Route("/v1/models", self.models),
-            Route("/v1/models/{name:path}", self.one_model),
+            *ModelRoutes(self._models, self._thread.engine.max_model_len).routes(),
             Route("/v1/completions", self._completions.create, methods=["POST"]),
             Route("/v1/chat/completions", self._chat.create, methods=["POST"]),
         ]
         if updates_adapters:
             routes += AdapterUpdates(self._models).routes()
-        handlers: Any = {
-            RequestError: _answer_request_error,
-            HTTPException: _answer_http_exception,
-            ClientDisconnect: _answer_one_who_left,
-            Exception: _answer_bug,
-        }
-        app: ASGIApp = Gate(Starlette(routes=routes, exception_handlers=handlers), api_key)
-        app = CountRefusals(app, self._admission.rejected)
-        if not cors_origins:
-            return app
-        # Outside the gate: browsers ask for permission without a key.
-        return CORSMiddleware(
-            app,
-            allow_origins=cors_origins,
-            allow_methods=("GET", "POST"),
-            allow_headers=("*",),
-            expose_headers=("x-request-id", "retry-after"),
-        )
-
-    async def health(self, _: Request) -> Response:
-        """Say whether requests are served; 503 with a reason when they are not."""
-        problem = self._thread.problem()
-        if problem is not None:
-            return _not_healthy("failed", problem, RETRY_AFTER_S)
-        if self._admission.is_draining:
-            return _not_healthy("draining", "the server is shutting down", RETRY_WHEN_DRAINING_S)
-        return JSONResponse({"status": "ok"})
-
-    async def metrics(self, _: Request) -> Response:
-        """Return what Prometheus reads."""
-        media_type = "text/plain; version=0.0.4; charset=utf-8"
-        return Response(await self._render_metrics(), media_type=media_type)
-
-    async def models(self, _: Request) -> Response:
-        """List the model and its adapters."""
-        found = [self._model_object(name) for name in self._models.names]
-        return JSONResponse({"object": "list", "data": found})
-
-    async def one_model(self, request: Request) -> Response:
-        """Describe the model or an adapter."""
-        name = request.path_params["name"]
-        self._models.find(name)
-        return JSONResponse(self._model_object(name))
-
-    def _model_object(self, name: str) -> dict[str, object]:
-        return self._models.describe(name, self._thread.engine.max_model_len)
-
-
-def _not_healthy(status: str, reason: str, retry_after_s: int) -> Response:
-    headers = {"Retry-After": str(retry_after_s)}
-    return JSONResponse({"status": status, "reason": reason}, status_code=503, headers=headers)
-
-
-async def _answer_request_error(_: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestError)
-    return error_response(error)
-
-
-async def _answer_http_exception(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    message = f"{request.method} {request.url.path} is not offered; see /v1/models."
-    response = error_response(RequestError(message, status=error.status_code))
-    response.headers.update(error.headers or {})
-    return response
-
-
-async def _answer_one_who_left(_: Request, __: Exception) -> Response:
-    return Response(status_code=499)  # the client left while it was sending
-
-
-async def _answer_bug(_: Request, error: Exception) -> Response:
-    log.error("request failed", exc_info=error)
-    return error_response(RequestError("the server failed; its log has the details.", status=500))
+        return self._frame.app(routes, api_key, cors_origins)

@@ -10,7 +10,7 @@ import torch
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from ...moe.config.model import ModelConfig
+from ...moe.config.model import LayersConfig
 from ...moe.routers.load import MAX_EXPERT_SERIES, load_statistics
 from ...moe.routers.routing import Routing
 from ..experts.store import ExpertStore
@@ -40,7 +40,7 @@ HINTS = {
 class ExpertCollector(Collector):
     """Expert load and the store's traffic, computed when metrics are collected."""
 
-    def __init__(self, config: ModelConfig, store: ExpertStore | None) -> None:
+    def __init__(self, config: LayersConfig, store: ExpertStore | None) -> None:
         self._store = store
         self._layers = [layer for layer in range(config.num_layers) if config.is_moe(layer)]
         num_experts = config.moe.num_experts if config.moe is not None else 0

@@ -1,28 +1,14 @@
-"""Prometheus metrics of one engine; expert_metrics.py has those of its experts."""
+"""Prometheus metrics of one engine; request_metrics.py has those that all servers have."""
 
-from collections.abc import Iterable
 from time import perf_counter
-from typing import get_args
 
-from prometheus_client import (
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    ProcessCollector,
-    disable_created_metrics,
-)
-from prometheus_client.exposition import generate_latest
+from prometheus_client import Counter, Histogram
 
 from ...moe.config.model import ModelConfig
-from ...moe.routers.routing import Routing
 from ..experts.store import ExpertStore
-from .admission import Rejection
-from .expert_metrics import ExpertCollector
 from .kv_metrics import KVMetrics
-from .sequence import FinishReason, GenerationEvent, Sequence
-
-disable_created_metrics()  # a second series per counter that nothing here reads
+from .request_metrics import RequestMetrics
+from .sequence import GenerationEvent, Sequence
 
 TTFT_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 10, 20, 40)
 TOKEN_BUCKETS = (
@@ -42,32 +28,14 @@ TOKEN_BUCKETS = (
     2.5,
     5,
 )
-REQUEST_BUCKETS = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480)
 
 
-class EngineMetrics:
+class EngineMetrics(RequestMetrics):
     """What an engine counts; ``render`` gives the exposition text."""
 
     def __init__(self, config: ModelConfig, store: ExpertStore | None) -> None:
-        self.registry = CollectorRegistry()
+        super().__init__(config, store)
         r = self.registry
-        ProcessCollector(registry=r)
-        self.running = Gauge("moeyard_requests_running", "Requests in the batch", registry=r)
-        self.waiting = Gauge("moeyard_requests_waiting", "Requests queued", registry=r)
-        self.finished = Counter(
-            "moeyard_requests_finished", "Requests ended", ["finish_reason"], registry=r
-        )
-        self.cancelled = Counter(
-            "moeyard_requests_cancelled", "Requests cancelled by the client", registry=r
-        )
-        self.rejected = Counter(
-            "moeyard_requests_rejected", "Requests not let in", ["reason"], registry=r
-        )
-        # Series that are there from the start, at 0: a rate misses the rise of a new one.
-        for finish_reason in get_args(FinishReason):
-            self.finished.labels(finish_reason)
-        for reason in get_args(Rejection):
-            self.rejected.labels(reason)
         self.prompt_tokens = Counter("moeyard_prompt_tokens", "Prompt tokens read", registry=r)
         self.generated = Counter("moeyard_generation_tokens", "Tokens generated", registry=r)
         self.time_to_first = Histogram(
@@ -82,19 +50,7 @@ class EngineMetrics:
             buckets=TOKEN_BUCKETS,
             registry=r,
         )
-        self.request_time = Histogram(
-            "moeyard_e2e_request_latency_seconds",
-            "Arrival to last token",
-            buckets=REQUEST_BUCKETS,
-            registry=r,
-        )
         self.kv = KVMetrics(r)
-        self.experts = ExpertCollector(config, store)
-        r.register(self.experts)
-
-    def count_routing(self, routings: Iterable[Routing]) -> None:
-        """Add one forward's routed rows."""
-        self.experts.add(list(routings))
 
     def count_tokens(self, sequence: Sequence, events: list[GenerationEvent], now: float) -> None:
         """Count the tokens that a step brought, an event each, and with the last one the request.
@@ -120,11 +76,3 @@ class EngineMetrics:
         self.prompt_tokens.inc(len(sequence.request.prompt_ids))
         self.finished.labels("length").inc()
         self.request_time.observe(perf_counter() - sequence.times.arrived)
-
-    def count_failure(self) -> None:
-        """Count a request that ended with an error."""
-        self.finished.labels("error").inc()
-
-    def render(self) -> bytes:
-        """Return the metrics in Prometheus' text format."""
-        return generate_latest(self.registry)

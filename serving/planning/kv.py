@@ -2,6 +2,7 @@
 
 import torch
 
+from ...errors import ConfigError
 from ...moe.folders.folder import ModelFolder
 from ...moe.folders.tensor_names import dense_tensors
 from ...moe.kv_blocks import BLOCK, bytes_per_block
@@ -24,6 +25,11 @@ def asked_kv_bytes(
     """
     if text is None:
         return None
+    if not folder.config.generates:
+        raise ConfigError(
+            f"kv-memory is {text!r}, but {folder.path} keeps no keys and values between requests; "
+            "leave it out."
+        )
     each = _block_bytes(folder, dtype, demand)
     return kv_bytes_of(text, each, demand.max_num_seqs, _longest(folder, demand))
 

@@ -23,7 +23,7 @@ PROBE_AFTER_S = 5.0
 PROBES_AFTER_SUCCESS = 2
 REFUSED = b"x-moeyard-refused"
 """Tells a replica how many requests the proxy has refused since the last one, for its metrics."""
-WITH_PLACES = ("/v1/completions", "/v1/chat/completions")
+WITH_PLACES = ("/v1/completions", "/v1/chat/completions", "/v1/forecast")
 """Paths whose requests take places; all others always go through."""
 RETRY_AFTER_S = 1
 

@@ -9,7 +9,7 @@ import ray
 from ray.exceptions import RayError
 
 from ...errors import RequestError
-from ..server import Server
+from ..hosting import Hosted
 from .hub_actor import Stage, open_hub
 from .metrics_hub import Snapshot, snapshot_of
 
@@ -22,7 +22,7 @@ ANSWER_TIMEOUT_S = 5.0
 class HubLink:
     """Pushes this replica's metrics every second and does what the hub's stage asks."""
 
-    def __init__(self, application: str, replica: str, server: Server) -> None:
+    def __init__(self, application: str, replica: str, server: Hosted) -> None:
         self._hub = open_hub(application)
         self._replica = replica
         self._server = server
