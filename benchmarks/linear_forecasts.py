@@ -127,10 +127,12 @@ def _squared(map_HL: np.ndarray, sums: np.ndarray, inputs: np.ndarray, ahead: np
     return float((own - 2 * cross + np.trace(sums[np.ix_(ahead, ahead)])) / count)
 
 
-def errors(values_TC: np.ndarray, fitted: Fitted, horizon: int) -> tuple[float, float]:
-    """Return MSE and MAE over all test windows and channels."""
+def errors(
+    values_TC: np.ndarray, fitted: Fitted, horizon: int, every: int = 1
+) -> tuple[float, float]:
+    """Return MSE and MAE over all channels and every so many test windows."""
     squared, absolute, count = 0.0, 0.0, 0
-    found_NCW = windows(values_TC, "test", fitted.context, horizon)
+    found_NCW = windows(values_TC, "test", fitted.context, horizon)[::every]
     for channel in range(found_NCW.shape[1]):
         w_NW = found_NCW[:, channel]
         x_NL = w_NW[:, : fitted.context]
@@ -150,8 +152,12 @@ def seasonal(context: int, horizon: int, period: int) -> Fitted:
     return Fitted(f"repeat {period}", context, 0.0, float("nan"), map_HL)
 
 
-def linear_rows(values_TC: np.ndarray, horizon: int) -> dict[str, dict]:
-    """Return the figures of each kind at its best look-back, and of repetitions."""
+def linear_rows(raw_TC: np.ndarray, horizon: int, every: int) -> dict[str, dict]:
+    """Return the figures of each kind at its best look-back, and of repetitions.
+
+    They are measured on every so many test windows, and on all.
+    """
+    values_TC = standardised(raw_TC)
     found: dict[str, Fitted] = {}
     for context in LOOK_BACKS:
         both = [products(values_TC, split, context, horizon) for split in ("train", "validation")]
@@ -164,6 +170,14 @@ def linear_rows(values_TC: np.ndarray, horizon: int) -> dict[str, dict]:
         found[fitted.kind] = fitted
     rows = {}
     for kind, fitted in found.items():
-        mse, mae = errors(values_TC, fitted, horizon)
-        rows[kind] = {"mse": mse, "mae": mae, "context": fitted.context, "penalty": fitted.penalty}
+        mse, mae = errors(values_TC, fitted, horizon, every)
+        mse_all, mae_all = errors(values_TC, fitted, horizon)
+        rows[kind] = {
+            "mse": mse,
+            "mae": mae,
+            "mse_all": mse_all,
+            "mae_all": mae_all,
+            "context": fitted.context,
+            "penalty": fitted.penalty,
+        }
     return rows

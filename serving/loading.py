@@ -12,6 +12,7 @@ from ..errors import ConfigError
 from ..kernels.values.memory import is_out_of_memory
 from ..moe.folders.folder import ModelFolder
 from ..moe.folders.hub import local_folder
+from ..moe.models.forecaster import Forecaster
 from ..moe.models.language_model import LanguageModel
 from ..moe.routers.own_code import allow
 from .experts.options import StoreOptions
@@ -20,6 +21,7 @@ from .experts.predictors.predictor import Predictor
 from .experts.store import ExpertStore
 from .filling import fill_model
 from .load_checks import check_device, check_options
+from .openers.series import SERIES_KINDS
 from .openers.table import OPENERS
 
 log = logging.getLogger(__name__)

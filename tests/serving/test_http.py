@@ -192,7 +192,12 @@ def test_a_large_body_is_413(server):
 
 @pytest.mark.parametrize(
     ("method", "path", "status"),
-    [("GET", "/v1/nothing", 404), ("GET", "/", 404), ("GET", "/v1/completions", 405)],
+    [
+        ("GET", "/v1/nothing", 404),
+        ("GET", "/", 404),
+        ("GET", "/v1/completions", 405),
+        ("POST", "/v1/forecast", 404),
+    ],
 )
 def test_other_routes_answer_in_openais_shape(server, method, path, status):
     check_error(call(server, method, path), status, "is not offered")
