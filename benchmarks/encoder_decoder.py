@@ -4,7 +4,7 @@
 
 Switch Transformer (Fedus et al. 2022) puts one of many experts in the place of every other MLP of a
 T5, and reports a lower loss after the same number of steps at the same work for a token. Here the
-task is a dictionary: a source is two words of three letters, and its target is another word for the
+task is a dictionary: a source is two words of two letters, and its target is another word for the
 first. Which word is for which was drawn, so it must be learnt by heart. Held-out sources have the
 same words in other pairs. Three seeds, paired: the same batches in both
 arms. Interrupt and start again as you like.
@@ -23,10 +23,10 @@ import yaml
 from report import write_results
 from runs import train
 
-LETTERS = "abcdefghijkl"
-WORDS = 800
-"""Words of the dictionary, of 1728 that have three of the letters."""
-PAIRS, HELD_OUT = 40_000, 800
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+WORDS = 500
+"""Words of the dictionary, of 676 that have two letters."""
+PAIRS, HELD_OUT = 30_000, 800
 MODEL = {
     "kind": "encoder_decoder",
     "d_model": 64,
@@ -50,7 +50,7 @@ ARMS: dict[str, list[str]] = {
 def write_data(work: Path) -> tuple[Path, Path]:
     """Write the pairs as JSON lines, the same every time."""
     draw = random.Random(7)
-    words = ["".join(letters) for letters in itertools.product(LETTERS, repeat=3)]
+    words = ["".join(letters) for letters in itertools.product(LETTERS, repeat=2)]
     known = draw.sample(words, WORDS)
     other = dict(zip(known, draw.sample(words, WORDS), strict=True))
     work.mkdir(parents=True, exist_ok=True)
@@ -95,9 +95,9 @@ def main() -> None:
         },
         "train": {
             "steps": steps,
-            "sequence_length": 8,
+            "sequence_length": 6,
             "batch_sequences": 128,
-            "log_every": 100,
+            "log_every": 50,
             "eval_sequences": HELD_OUT,
         },
         "optimizer": {"lr": 4e-3, "warmup_steps": 40},
