@@ -1,6 +1,7 @@
 """The encoder-decoder is transformers' T5 and Switch, and each target reads its own source."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 import transformers
 from pairs import ENCODER_DECODER
 from seq2seq_models import CASES, SOURCES, TARGETS, ours, ragged, save, texts, their_logits
+from safetensors.torch import load_file, save_file
 
 from moeyard.errors import ModelFileError
 from moeyard.moe.batch import batch_of, batch_of_rows
@@ -74,6 +76,23 @@ def test_a_folder_goes_through_and_opens_in_transformers(folder, tmp_path):
     )
     kept = json.loads((again / "config.json").read_text())
     assert kept["dropout_rate"] == 0.1  # what we do not use is kept
+
+
+def test_copies_of_the_embedding_may_be_there_and_no_other_matrix(folder, tmp_path):
+    path, _ = folder
+    shutil.copytree(path, tmp_path / "old")
+    file = tmp_path / "old" / "model.safetensors"
+    tensors = load_file(file)
+    for name in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"):
+        tensors[name] = tensors["shared.weight"].clone()
+    unread = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+    tensors[unread] = torch.zeros(8, 4)
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert "positions (1 weights)" in ModelFolder(tmp_path / "old").check()
+    tensors["decoder.embed_tokens.weight"][0] += 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ModelFileError, match=r"decoder\.embed_tokens\.weight differs from shared"):
+        ModelFolder(tmp_path / "old").check()
 
 
 @torch.no_grad()

@@ -6,10 +6,12 @@ import pytest
 import torch
 from pairs import ENCODER_DECODER
 from seq2seq_models import SOURCES, ours, padded, save, texts
+import transformers
 
 from moeyard.errors import ConfigError
 from moeyard.moe.batch import batch_of
 from moeyard.moe.config.encoder_decoder import EncoderDecoderConfig
+from moeyard.moe.folders.source_texts import SourceTexts
 from moeyard.moe.models.encoder_decoder import EncoderDecoder
 from moeyard.moe.models.initialize import initialize
 from moeyard.moe.models.target_generation import TargetLimits, write_targets
@@ -112,6 +114,19 @@ def test_a_mask_leaves_tokens_out_and_changes_no_score():
 
     never = TargetLimits(5, 3, 0.0, frozenset())
     assert write_targets(model, [[2, 1]], never, nothing_after_one) == [[]]
+
+
+def test_sources_have_the_ids_that_transformers_gives_them(tmp_path):
+    signs = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0), ("\u2581the", -3.0)]
+    letters = [(letter, -4.0) for letter in "abcdefghijklmnopqrstuvwxyz"]
+    transformers.T5Tokenizer(vocab=signs + letters, extra_ids=2).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    codec, some = SourceTexts(tmp_path), ["the sea is red", "the"]
+    for length in (4, 50):
+        wanted = reference(some, truncation=True, max_length=length)["input_ids"]
+        assert codec.encode_sources(some, length) == [(wanted[0], length == 4), (wanted[1], False)]
+    assert codec.decode(wanted[0]) == some[0] and codec.end_id == wanted[0][-1] == 1
 
 
 def test_sources_together_are_written_as_alone(both):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import labelled
+import pairs
 import small_images
 import small_series
 
@@ -40,6 +41,11 @@ def _images(folder: Path) -> dict:
     return {"format": "images", "source": str(source), "eval_fraction": 0.2}
 
 
+def _pairs(folder: Path) -> dict:
+    source = pairs.write(folder / "pairs.jsonl")
+    return {"format": "pairs", "source": str(source), "eval_fraction": 0.2}
+
+
 def _forecaster(model: dict) -> Other:
     """The last forecast has no window on the second rank."""
     overrides = ("train.sequence_length=20", "train.eval_sequences=5")
@@ -50,6 +56,7 @@ OTHERS = {
     "encoder": Other("labelled", labelled.ENCODER, _texts),
     "time_moe": _forecaster(small_series.TIME_MOE),
     "moirai": _forecaster(small_series.MOIRAI),
+    "pairs": Other("pairs", pairs.ENCODER_DECODER, _pairs),
     "vision": Other("images", small_images.VIT, _images),
 }
 
