@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .moe.layer import MoELayer, after_step, auxiliary_loss
     from .moe.models.language_model import LanguageModel
     from .moe.models.text_classifier import TextClassifier
+    from .moe.models.text_writer import TextWriter
     from .moe.routers.hash import Hash
     from .moe.routers.loss_terms import GlobalCounts, LayerLosses
     from .moe.routers.router import Router, RouterConfig, RouterSizes
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from .moe.routers.table import router
     from .moe.routers.topk import TopK
     from .moe.soft_moe import SoftMoE
-    from .serving.loading import load, load_classifier
+    from .serving.loading import load, load_classifier, load_seq2seq
 
 __version__ = "0.1.0"
 
@@ -44,12 +45,14 @@ __all__ = [
     "Routing",
     "SoftMoE",
     "TextClassifier",
+    "TextWriter",
     "TopK",
     "__version__",
     "after_step",
     "auxiliary_loss",
     "load",
     "load_classifier",
+    "load_seq2seq",
     "replace_moe_blocks",
     "router",
 ]
@@ -69,11 +72,13 @@ _HOME = {
     "Routing": ".moe.routers.routing",
     "SoftMoE": ".moe.soft_moe",
     "TextClassifier": ".moe.models.text_classifier",
+    "TextWriter": ".moe.models.text_writer",
     "TopK": ".moe.routers.topk",
     "after_step": ".moe.layer",
     "auxiliary_loss": ".moe.layer",
     "load": ".serving.loading",
     "load_classifier": ".serving.loading",
+    "load_seq2seq": ".serving.loading",
     "replace_moe_blocks": ".moe.folders.transformers_blocks",
     "router": ".moe.routers.table",
 }

@@ -24,6 +24,7 @@ from .commands import (
     tokenize,
     trace,
     train,
+    translate,
     upcycle,
 )
 from .commands.options import HelpFormatter, report_errors
@@ -35,6 +36,7 @@ COMMANDS = (
     generate,
     chat,
     classify,
+    translate,
     evaluate,
     price,
     plan,

@@ -14,6 +14,7 @@ from ..moe.folders.folder import ModelFolder
 from ..moe.folders.hub import local_folder
 from ..moe.models.language_model import LanguageModel
 from ..moe.models.text_classifier import TextClassifier
+from ..moe.models.text_writer import TextWriter
 from ..moe.routers.own_code import allow
 from .experts.options import StoreOptions
 from .experts.policies.policy import Policy
@@ -110,6 +111,16 @@ def load_classifier(folder: str | Path, **how: Unpack[Loading]) -> TextClassifie
     """
     model, _ = open_kind(folder, ("encoder",), **how)
     assert isinstance(model, TextClassifier), "its kind was asked for"
+    return model
+
+
+def load_seq2seq(folder: str | Path, **how: Unpack[Loading]) -> TextWriter:
+    """Open a folder with an encoder-decoder, such as T5's or a run's export, ready to call.
+
+    The arguments and errors are those of :func:`load_classifier`.
+    """
+    model, _ = open_kind(folder, ("encoder_decoder",), **how)
+    assert isinstance(model, TextWriter), "its kind was asked for"
     return model
 
 

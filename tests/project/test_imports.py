@@ -118,6 +118,7 @@ ROOMS = {
                 "tokenize",
                 "trace",
                 "train",
+                "translate",
                 "upcycle",
             ),
         ],

@@ -48,6 +48,7 @@ def test_exported_names_are_pinned():
         "RouterInput",
         "RouterSizes",
         "TextClassifier",
+        "TextWriter",
         "after_step",
         "auxiliary_loss",
         "Routing",
@@ -56,6 +57,7 @@ def test_exported_names_are_pinned():
         "__version__",
         "load",
         "load_classifier",
+        "load_seq2seq",
         "replace_moe_blocks",
         "router",
     }
