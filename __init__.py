@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .moe.models.language_model import LanguageModel
     from .moe.models.recommender import Recommender
     from .moe.models.text_classifier import TextClassifier
+    from .moe.models.text_writer import TextWriter
     from .moe.routers.hash import Hash
     from .moe.routers.loss_terms import GlobalCounts, LayerLosses
     from .moe.routers.router import Router, RouterConfig, RouterSizes
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from .moe.routers.table import router
     from .moe.routers.topk import TopK
     from .moe.soft_moe import SoftMoE
-    from .serving.loading import load, load_classifier, load_recommender
+    from .serving.loading import load, load_classifier, load_recommender, load_seq2seq
 
 __version__ = "0.1.0"
 
@@ -46,6 +47,7 @@ __all__ = [
     "Routing",
     "SoftMoE",
     "TextClassifier",
+    "TextWriter",
     "TopK",
     "__version__",
     "after_step",
@@ -53,6 +55,7 @@ __all__ = [
     "load",
     "load_classifier",
     "load_recommender",
+    "load_seq2seq",
     "replace_moe_blocks",
     "router",
 ]
@@ -73,12 +76,14 @@ _HOME = {
     "Routing": ".moe.routers.routing",
     "SoftMoE": ".moe.soft_moe",
     "TextClassifier": ".moe.models.text_classifier",
+    "TextWriter": ".moe.models.text_writer",
     "TopK": ".moe.routers.topk",
     "after_step": ".moe.layer",
     "auxiliary_loss": ".moe.layer",
     "load": ".serving.loading",
     "load_classifier": ".serving.loading",
     "load_recommender": ".serving.loading",
+    "load_seq2seq": ".serving.loading",
     "replace_moe_blocks": ".moe.folders.transformers_blocks",
     "router": ".moe.routers.table",
 }

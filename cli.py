@@ -27,6 +27,7 @@ from .commands import (
     tokenize,
     trace,
     train,
+    translate,
     upcycle,
 )
 from .commands.options import HelpFormatter, report_errors
@@ -41,6 +42,7 @@ COMMANDS = (
     items,
     recommend,
     align,
+    translate,
     evaluate,
     price,
     plan,

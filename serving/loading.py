@@ -15,6 +15,7 @@ from ..moe.folders.hub import local_folder
 from ..moe.models.language_model import LanguageModel
 from ..moe.models.recommender import Recommender
 from ..moe.models.text_classifier import TextClassifier
+from ..moe.models.text_writer import TextWriter
 from ..moe.routers.own_code import allow
 from .experts.options import StoreOptions
 from .experts.policies.policy import Policy
@@ -22,7 +23,7 @@ from .experts.predictors.predictor import Predictor
 from .experts.store import ExpertStore
 from .filling import fill_model
 from .load_checks import check_device, check_options
-from .openers.table import OPENERS
+from .openers.table import OPENERS, opener_of
 
 log = logging.getLogger(__name__)
 
@@ -118,11 +119,20 @@ def load_recommender(folder: str | Path, **how: Unpack[Loading]) -> Recommender:
     """Open the export of a run on sessions as a model that recommends items to histories.
 
     The arguments are those of :func:`load`; ``options`` are those of the expert store. Raises
-    what :func:`load` raises, and :class:`ConfigError` for a model of another kind, or without a
-    table of items.
+    what :func:`load` raises, and :class:`ConfigError` for a model without a table of items.
+    """
+    model, _ = open_kind(folder, ("recommender",), **how)
+    assert isinstance(model, Recommender), "its kind was asked for"
+    return model
+
+
+def load_seq2seq(folder: str | Path, **how: Unpack[Loading]) -> TextWriter:
+    """Open a folder with an encoder-decoder, such as T5's or a run's export, ready to call.
+
+    The arguments and errors are those of :func:`load_classifier`.
     """
     model, _ = open_kind(folder, ("encoder_decoder",), **how)
-    assert isinstance(model, Recommender), "its kind was asked for"
+    assert isinstance(model, TextWriter), "its kind was asked for"
     return model
 
 
@@ -173,7 +183,7 @@ def open_kind(
             log.warning("%s", left_out)
         dtype = pick_dtype(files, how.get("dtype"))
         filled = fill_model(files, dtype, expert_memory, options, target)
-        model = OPENERS[files.config.kind].open(files, filled, options)
+        model = OPENERS[opener_of(files)].open(files, filled, options)
         if filled.store is None:
             files.close()
         return model, filled.store
@@ -191,7 +201,7 @@ def open_kind(
 
 def _check_kind(files: ModelFolder, kinds: Sequence[str]) -> None:
     """Raise :class:`ConfigError` for a folder of another kind of model."""
-    kind = files.config.kind
+    kind = opener_of(files)
     if kind not in kinds:
         raise ConfigError(
             f"{files.path} has a model of kind {kind}, but one of kind {' or '.join(kinds)} is "

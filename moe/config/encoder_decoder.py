@@ -8,6 +8,7 @@ from ..blocks.block import Place
 from ..routers.routing import Lookahead
 from .model import LayersConfig
 
+DenseActivation = Literal["relu", "gated_gelu"]
 SMALLEST_BUCKETS = 4
 """Half of them are for each direction, and half of those for small distances."""
 
@@ -28,7 +29,7 @@ class EncoderDecoderConfig(LayersConfig):
     """Width of a head; None = d_model / num_heads."""
     max_positions: int = Field(default=512, ge=1, le=1 << 20)
     """Longest source, and longest target, in tokens."""
-    activation: Literal["relu", "gated_gelu"] = "relu"
+    activation: DenseActivation = "relu"
     """Activation of the dense layers' MLPs. ``gated_gelu`` is T5 1.1's: tanh-GELU of a gate."""
     num_buckets: int = Field(default=32, ge=SMALLEST_BUCKETS, le=1 << 12)
     """Distances between tokens that attention tells apart; far ones share a bucket."""
@@ -48,6 +49,11 @@ class EncoderDecoderConfig(LayersConfig):
     def generates(self) -> bool:
         """Whether the model continues texts."""
         return False
+
+    @property
+    def writes_text(self) -> bool:
+        """Whether an id ends what the model writes."""
+        return True
 
     @property
     def layers_share_rows(self) -> bool:
@@ -85,6 +91,10 @@ class EncoderDecoderConfig(LayersConfig):
         if len(self.moe_layers) == self.num_layers:
             values["activation"] = None
         return values
+
+    def generation_values(self) -> dict[str, Any]:
+        """Return which token each target begins with."""
+        return {"decoder_start_token_id": self.start_id}
 
     @model_validator(mode="after")
     def _check(self) -> Self:

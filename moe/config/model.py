@@ -48,6 +48,11 @@ class LayersConfig(BaseModel):
         return True
 
     @property
+    def writes_text(self) -> bool:
+        """Whether an id ends what the model writes; folders then say which."""
+        return self.generates
+
+    @property
     def reads_tokens(self) -> bool:
         """Whether rows are tokens of a vocabulary."""
         return True
@@ -110,6 +115,10 @@ class LayersConfig(BaseModel):
             values["moe"]["router"] = self.moe.router.architecture()
             values["moe"]["block"] = self.moe.block.architecture()
         return values
+
+    def generation_values(self) -> dict[str, Any]:
+        """Return what ``generation_config.json`` says of the model alone."""
+        return {}
 
     def check_layers(self, named: dict[str, tuple[int, ...]]) -> None:
         """Raise ``ValueError`` where a list names a layer that is not there, or ``d_ff`` lacks."""

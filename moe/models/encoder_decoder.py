@@ -116,10 +116,10 @@ class EncoderDecoder(Model):
         Keys and values of the sources are computed here, once.
         """
         grid = grid_of(source_lengths, source_hidden_SD.device)
-        met = [
-            layer.cross_attn.keys_values(source_hidden_SD, grid)
-            for layer in self.layers[self.config.num_source_layers :]
-        ]
+        met = []
+        for layer in self.layers[self.config.num_source_layers :]:
+            assert isinstance(layer, EncoderDecoderLayer), "no layer is in another stage"
+            met.append(layer.source_keys_values(source_hidden_SD, grid))
         mask_C11S = hide_padding(None, grid.is_real_BL, source_hidden_SD)
         num_targets = len(source_lengths) * targets_per_source
         return TargetCaches(met, mask_C11S, num_targets, room or self.config.max_positions)

@@ -107,7 +107,7 @@ class EncoderDecoderLayer(nn.Module):
             mlp.experts.announce(routing)
         x_TD = x_TD + self._attend(self.self_norm(x_TD), rows)
         if self.cross_attn is not None:
-            x_TD = x_TD + self._attend_to_sources(self.cross_attn, self.cross_norm(x_TD), rows)
+            x_TD = x_TD + self._attend_across(self.cross_attn, self.cross_norm(x_TD), rows)
         if not isinstance(mlp, MoELayer):
             return LayerOutput(x_TD + mlp(self.mlp_norm(x_TD)), state)
         read_TD = self.mlp_norm(self.block.experts_read(x_TD, state))
@@ -117,6 +117,11 @@ class EncoderDecoderLayer(nn.Module):
         x_TD, state = self.block.join(x_TD, y_TD, state, self.place)
         return LayerOutput(x_TD, state, routing)
 
+    def source_keys_values(self, hidden_SD: Tensor, grid: Grid) -> KeysValues:
+        """Return what targets meet in this layer of the sources' rows."""
+        assert self.cross_attn is not None, "a layer that writes the target"
+        return self.cross_attn.keys_values(hidden_SD, grid)
+
     def _attend(self, x_TD: Tensor, rows: StackRows) -> Tensor:
         met = self.self_attn.keys_values(x_TD, rows.own.grid)
         if rows.caches is not None:
@@ -124,15 +129,12 @@ class EncoderDecoderLayer(nn.Module):
         attended_TD: Tensor = self.self_attn(x_TD, rows.own, met)
         return attended_TD
 
-    def _attend_to_sources(
-        self, attention: RelativeAttention, x_TD: Tensor, rows: StackRows
-    ) -> Tensor:
+    def _attend_across(self, attention: RelativeAttention, x_TD: Tensor, rows: StackRows) -> Tensor:
         assert rows.across is not None, "a target's layer needs sources"
-        met: KeysValues
         if rows.caches is not None:
             met = rows.caches.sources[self.layer - rows.first_layer]
         else:
             assert rows.sources is not None, "neither sources nor caches"
-            met = attention.keys_values(*rows.sources)
+            met = self.source_keys_values(*rows.sources)
         attended_TD: Tensor = attention(x_TD, rows.across, met)
         return attended_TD

@@ -1,41 +1,22 @@
-"""Open an encoder-decoder that recommends items."""
+"""Open an encoder-decoder that reads texts and writes texts."""
 
-from pathlib import Path
-
-from ...errors import ConfigError, ModelFileError
-from ...files import read_small_file
 from ...moe.folders.folder import ModelFolder
-from ...moe.items import shape, table
+from ...moe.folders.generation_config import read_generation_config
+from ...moe.folders.source_texts import SourceTexts
 from ...moe.models.encoder_decoder import EncoderDecoder
-from ...moe.models.recommender import Recommender
+from ...moe.models.text_writer import TextWriter
 from ..experts.options import StoreOptions
 from ..filling import Filled
 from .opener import Opener, refuse_correction
 
-MOST_BYTES = 1 << 16
-"""Of the sizes of sessions."""
 
-
-def _open(files: ModelFolder, filled: Filled, options: StoreOptions) -> Recommender:
+def _open(files: ModelFolder, filled: Filled, options: StoreOptions) -> TextWriter:
     model = filled.model
     assert isinstance(model, EncoderDecoder), "its configuration is an encoder-decoder's"
     refuse_correction(files, options)
-    if not (files.path / table.FILE).is_file():
-        raise ConfigError(
-            f"{files.path} has no {table.FILE}, so its model does not recommend items; give the "
-            "export of a run with data.format sessions."
-        )
-    path = files.path / shape.FILE
-    items = table.open_table(files.path, "the model's folder")
-    return Recommender(model, items, shape.read_shape(_text(path), str(path)))
+    codec = SourceTexts(files.path)
+    eos_ids = read_generation_config(files).eos_ids or {codec.end_id}
+    return TextWriter(model, codec, eos_ids)
 
 
-def _text(path: Path) -> str:
-    try:
-        return read_small_file(path, MOST_BYTES).decode()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise ModelFileError(f"{path} cannot be read ({reason}); export the run again.") from None
-
-
-ENCODER_DECODER = Opener(_open, "moeyard recommend or moeyard.load_recommender")
+ENCODER_DECODER = Opener(_open, "moeyard translate or moeyard.load_seq2seq")

@@ -121,6 +121,7 @@ ROOMS = {
                 "tokenize",
                 "trace",
                 "train",
+                "translate",
                 "upcycle",
             ),
         ],

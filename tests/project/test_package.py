@@ -49,6 +49,7 @@ def test_exported_names_are_pinned():
         "RouterInput",
         "RouterSizes",
         "TextClassifier",
+        "TextWriter",
         "after_step",
         "auxiliary_loss",
         "Routing",
@@ -58,6 +59,7 @@ def test_exported_names_are_pinned():
         "load",
         "load_classifier",
         "load_recommender",
+        "load_seq2seq",
         "replace_moe_blocks",
         "router",
     }

@@ -60,9 +60,10 @@ def _export(checkpoint: Path, run_dir: Path, target: Path) -> int:
     origin = state.get("origin") or {}
     _check_can_merge(run_dir, origin, state.get("lora"))
     token_ids, generation = {}, {}
-    if model.generates and tokenizer is not None:
+    if model.writes_text and tokenizer is not None:
         token_ids = _token_ids(tokenizer, origin)
         generation = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
+        generation |= model.generation_values()
     values = exported_values(state, token_ids)
     plans = exported_weights(state, StoredTensors(checkpoint))
     if origin:  # None if that folder has no such file; then its config.json has the ids

@@ -8,7 +8,7 @@ Switch has experts of one choice in every n-th layer of each stack. transformers
 from dataclasses import replace
 
 from ....errors import ModelFileError
-from ...config.encoder_decoder import EncoderDecoderConfig
+from ...config.encoder_decoder import DenseActivation, EncoderDecoderConfig
 from ...config.model import LayersConfig
 from ...config.moe import MoEConfig
 from ...routers.topk import TopK
@@ -17,7 +17,7 @@ from .family import Family
 from .keys import Values, check_only
 from .t5_names import StackNames, SwitchExperts
 
-_ACTIVATIONS = {"relu": "relu", "gated-gelu": "gated_gelu"}
+_ACTIVATIONS: dict[str, DenseActivation] = {"relu": "relu", "gated-gelu": "gated_gelu"}
 _COMMON: Values = {
     "vocab_size": 32_128,
     "d_kv": 64,
