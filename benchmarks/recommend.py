@@ -24,11 +24,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
-from click_log import World
 
 import moeyard
 from moeyard.training.checkpoints.export import export_newest
 
+from click_log import World
 from report import write_results
 from runs import read_metrics, train
 
@@ -59,7 +59,7 @@ MODEL = {
 ALIGNED = {"preferences": 30.0, "log alone": 0.0}
 """Weight of the preference loss in the rounds' runs."""
 ROUND = ["train.steps=40", "optimizer.lr=5e-4", "optimizer.warmup_steps=5"]
-SAMPLING = ["--share", "0.1", "--beams", "32"]
+SAMPLING = ["--share", "0.05", "--beams", "32"]
 
 
 def write_data(work: Path) -> None:
@@ -98,7 +98,7 @@ def write_config(arm: str, work: Path, steps: int) -> Path:
             "sequence_length": 60,
             "batch_sequences": 32,
             "log_every": 50,
-            "eval_sequences": 512,
+            "eval_sequences": 256,
         },
         "optimizer": {"lr": 2e-3, "warmup_steps": 40},
         "checkpoint": {"every": 200, "keep": 1},

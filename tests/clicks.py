@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 
-from click_log import World
 from moeyard.moe.items.semantic_ids import fit_codebooks
 from moeyard.moe.items.table import FILE, ItemTable
+
+from click_log import World
 
 WORLD = World(users=40, items=30, categories=4, sessions=5, seed=1)
 MODEL: dict[str, Any] = {

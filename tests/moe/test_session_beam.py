@@ -5,13 +5,14 @@ import itertools
 import pytest
 import torch
 
-from clicks import MODEL
 from moeyard.moe.config.encoder_decoder import EncoderDecoderConfig
 from moeyard.moe.items.beam import search
 from moeyard.moe.items.table import ItemTable
 from moeyard.moe.models.encoder_decoder import EncoderDecoder
 from moeyard.moe.models.initialize import initialize
 from moeyard.moe.models.sessions import generate_sessions, histories, session_log_probs
+
+from clicks import MODEL
 
 CODES = torch.tensor([[0, 1], [0, 1], [0, 2], [2, 0], [2, 2], [1, 1]])
 TABLE = ItemTable(list("abcdef"), CODES, 3)
