@@ -115,7 +115,7 @@ def test_files_that_are_no_log_are_refused(tmp_path):
     path.write_text("user,item\nu,a\n")
     with pytest.raises(DataError, match="has no column 'session'; give a table with user, session"):
         read_log(path, "data.source", NUMBER)
-    with pytest.raises(DataError, match="give a .csv or .parquet file that is there"):
+    with pytest.raises(DataError, match=r"give a .csv or .parquet file that is there"):
         read_log(tmp_path / "none.csv", "data.source", NUMBER)
     (tmp_path / "x.parquet").write_text("no parquet")
     pytest.importorskip("pyarrow")
