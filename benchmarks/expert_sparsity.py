@@ -45,6 +45,9 @@ from moeyard.training.data.tokenizer import ByteTokenizer
 from report import write_results
 
 TARGETS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+WAYS = [(score, "uniform") for score in SCORES] + [("teal", "greedy"), ("wina", "greedy")]
+"""Scores, and how a target is shared between the products of a layer."""
+TIMED = (("teal", "uniform"), ("cats", "uniform"))
 WINDOW = 256
 PAGE_BYTES = 4096
 TOKENS = 32
@@ -120,29 +123,31 @@ def curve(arguments, text, held_out, out):
     folder, targets = arguments.model, arguments.targets
     dense = moeyard.load(folder)
     sizes = {score: ScoreSizes(dense, text, score, WINDOW) for score in SCORES}
-    files = {(score, t): sizes[score].at(t) for score in SCORES for t in targets}
+    files = {(*way, t): sizes[way[0]].at(t, way[1]) for way in WAYS for t in targets}
     shares = Shares(files)
     with observing(dense, shares):
         base = score_text(dense, held_out, WINDOW).perplexity
     rows, models = [], {"dense": dense}
-    for (score, target), sparsity in files.items():
-        path = out / f"{score}-{target:g}"
+    for (score, allocation, target), sparsity in files.items():
+        path = out / f"{score}-{allocation}-{target:g}"
         save_sparsity(path, sparsity)
         model = moeyard.load(folder, expert_sparsity=path)
         perplexity = score_text(model, held_out, WINDOW).perplexity
-        found = shares.of((score, target))
-        row = {"score": score, "target": target, "shares": found, "perplexity": perplexity}
+        found = shares.of((score, allocation, target))
+        row = {"score": score, "allocation": allocation, "target": target, "shares": found}
+        row["perplexity"] = perplexity
         row["loss"] = perplexity / base - 1
         row["bytes_read"] = share_read(found)
         if "gate" in found:
-            live, pages = shares.pages[score, target]
+            live, pages = shares.pages[score, allocation, target]
             row["pages_read"] = 1 / 3 + 2 / 3 * live / pages
         rows.append(row)
-        if target in (0.4, 0.6) and score in ("teal", "cats"):
+        if target in (0.4, 0.6) and (score, allocation) in TIMED:
             models[f"{score} {target:g}"] = model
-    seconds = interleaved(
-        {name: lambda m=model: generate(m) for name, model in models.items()}, arguments.rounds
-    )
+    seconds = {}
+    if arguments.rounds:
+        runs = {name: lambda m=model: generate(m) for name, model in models.items()}
+        seconds = interleaved(runs, arguments.rounds)
     return {
         "perplexity": base,
         "rows": rows,
@@ -261,7 +266,7 @@ def main():
     parser.add_argument("--held-out", type=Path, help="for curve")
     parser.add_argument("--characters", type=int, nargs=2, default=(60_000, 20_000))
     parser.add_argument("--targets", type=float, nargs="+", default=TARGETS)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=7, help="0 = no speeds, for curve")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -277,12 +282,13 @@ def run_curve(arguments, out):
     found = curve(arguments, text, held_out, out)
     print(f"thresholds from {sizes[0]} characters, perplexity on {sizes[1]}")
     print(f"dense perplexity {found['perplexity']:.4f}")
-    print(f"{'score':8}{'target':>7}{'measured':>18}{'perplexity':>12}{'more':>9}{'bytes':>8}")
+    print(f"{'score':14}{'target':>7}{'measured':>18}{'perplexity':>12}{'more':>9}{'bytes':>8}")
     for row in found["rows"]:
         measured = " ".join(f"{kind} {share:.3f}" for kind, share in row["shares"].items())
+        name = row["score"] + (" greedy" if row["allocation"] == "greedy" else "")
         pages = f"  in pages {row['pages_read']:.0%}" if "pages_read" in row else ""
         print(
-            f"{row['score']:8}{row['target']:7.1f}{measured:>18}{row['perplexity']:12.4f}"
+            f"{name:14}{row['target']:7.1f}{measured:>18}{row['perplexity']:12.4f}"
             f"{row['loss']:9.2%}{row['bytes_read']:8.0%}{pages}"
         )
     for name, speed in found["tokens_per_s"].items():

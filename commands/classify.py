@@ -20,7 +20,9 @@ def add(parsers: Parsers) -> None:
         metavar="FILE",
         help=".jsonl, .json or .csv with a text in each record, or a file with one text a line",
     )
-    classify.add_argument("--text", metavar="TEXT", help="one text, in place of FILE")
+    classify.add_argument(
+        "--text", metavar="TEXT", action="append", help="a text, in place of FILE; may be repeated"
+    )
     classify.add_argument(
         "--text-key", default="text", metavar="KEY", help="key of a text in FILE; default: text"
     )
@@ -47,7 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ConfigError("FILE and --text: give exactly one of them.")
     if arguments.batch < 1:
         raise ConfigError(f"--batch is {arguments.batch}; use a number from 1 upwards.")
-    texts = [arguments.text]
+    texts = arguments.text
     if arguments.file is not None:
         if not arguments.file.is_file():
             raise ConfigError(f"FILE is {str(arguments.file)!r}, which is not there; give another.")

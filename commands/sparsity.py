@@ -7,6 +7,7 @@ from pathlib import Path
 from .options import Parsers, add_allow_code, add_command, add_dtype, add_model, read_text
 from .options import add_ignore_unused_weights as add_ignore
 
+ALLOCATIONS = ("uniform", "greedy")
 SCORES = ("teal", "wina", "cats", "chess")
 
 
@@ -28,6 +29,12 @@ def add(parsers: Parsers) -> None:
     )
     sparsity.add_argument(
         "--target", type=float, default=0.4, metavar="SHARE", help="channels that count as 0"
+    )
+    sparsity.add_argument(
+        "--allocation",
+        choices=ALLOCATIONS,
+        default="uniform",
+        help="how teal and wina share the target between a layer's products; greedy searches",
     )
     sparsity.add_argument(
         "-o", "--out", type=Path, metavar="FILE", required=True, help="file to write"
@@ -56,7 +63,8 @@ def run(arguments: argparse.Namespace) -> None:
         ignore_unused_weights=arguments.ignore_unused_weights,
         allow_code=arguments.allow_code,
     )
-    found = measure_sparsity(model, text, arguments.score, arguments.target, arguments.length)
+    how = (arguments.score, arguments.target, arguments.length, arguments.allocation)
+    found = measure_sparsity(model, text, *how)
     try:
         save_sparsity(arguments.out, found)
     except OSError as error:

@@ -22,7 +22,9 @@ def add(parsers: Parsers) -> None:
         metavar="FILE",
         help=".jsonl, .json or .csv with a text in each record, or a file with one text a line",
     )
-    translate.add_argument("--text", metavar="TEXT", help="one text, in place of FILE")
+    translate.add_argument(
+        "--text", metavar="TEXT", action="append", help="a text, in place of FILE; may be repeated"
+    )
     translate.add_argument(
         "--text-key", default="source", metavar="KEY", help="key of a text in FILE; default: source"
     )
@@ -90,7 +92,7 @@ def _texts(arguments: argparse.Namespace) -> list[str]:
     if arguments.batch < 1:
         raise ConfigError(f"--batch is {arguments.batch}; use a number from 1 upwards.")
     if arguments.file is None:
-        return [arguments.text]
+        return list(arguments.text)
     if not arguments.file.is_file():
         raise ConfigError(f"FILE is {str(arguments.file)!r}, which is not there; give another.")
     texts = list(read_texts(arguments.file, arguments.text_key))

@@ -24,7 +24,7 @@ from .json_file import read_json
 from .stored_format import stored_format
 from .tensor_files import TensorFiles
 from .tensor_names import dense_tensors
-from .tied_head import check_tied_head
+from .tied_head import check_copy, check_tied_head
 from .unused_weights import check_unused, extra_layer
 
 
@@ -75,6 +75,10 @@ class ModelFolder:
             used |= self._names_of(self.config)
         if self.config.ties_embeddings:
             used.add("lm_head.weight")
+        for copy in self.family.copies:
+            if copy in self.files:
+                check_copy(self.files, copy, self._name("embed_tokens.weight"))
+                used.add(copy)
         unused = [name for name in self.files if name not in used]
         return check_unused(str(self.path), unused, self._layers_behind(), ignore_unused_weights)
 

@@ -1,4 +1,4 @@
-"""A head that is stored although the configuration ties it to the embedding."""
+"""Copies of the embedding: a head that the configuration ties to it, or another stack's."""
 
 import torch
 
@@ -9,18 +9,31 @@ HEAD = "lm_head.weight"
 
 
 def check_tied_head(files: TensorFiles, embedding: str) -> None:
-    """Raise :class:`ModelFileError` if the head is another matrix than ``embedding``.
+    """Raise :class:`ModelFileError` if the head is another matrix than ``embedding``."""
+    if not _is_copy(files, HEAD, embedding):
+        raise ModelFileError(
+            f"config.json has tie_word_embeddings = true, but {HEAD} differs from "
+            f"{embedding}; set it to false."
+        )
 
-    Compares a few rows: a folder may hold one matrix under both names.
-    """
+
+def check_copy(files: TensorFiles, name: str, embedding: str) -> None:
+    """Raise :class:`ModelFileError` if a matrix that models read as ``embedding`` is another."""
+    if not _is_copy(files, name, embedding):
+        raise ModelFileError(
+            f"{name} differs from {embedding}, but models of this family have one embedding; copy "
+            "the folder again."
+        )
+
+
+def _is_copy(files: TensorFiles, name: str, embedding: str) -> bool:
+    """Compare a few rows: a folder may hold one matrix under both names."""
     shape = files.entry(embedding).shape
-    files.check_shape(HEAD, shape)
+    files.check_shape(name, shape)
     for row in {0, shape[0] // 2, shape[0] - 1}:
         rows = torch.empty(2, *shape[1:])
-        for name, out in zip((embedding, HEAD), rows, strict=True):
-            files.read_part(name, row, out)
+        for one, out in zip((embedding, name), rows, strict=True):
+            files.read_part(one, row, out)
         if not torch.equal(*rows):
-            raise ModelFileError(
-                f"config.json has tie_word_embeddings = true, but {HEAD} differs from "
-                f"{embedding}; set it to false."
-            )
+            return False
+    return True

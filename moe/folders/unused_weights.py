@@ -21,6 +21,7 @@ NOT_OURS = {
     r"(.*\.)?rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)$": "rotary tables",
     r"(.*\.)?position_ids$": "positions",
     r"cls\.": "another task's head",  # BERT's pre-training
+    r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.": "positions",  # T5
 }
 """Patterns from a name's first character, as in ``_keys_to_ignore_on_load_unexpected`` of
 transformers' models, and what such weights are for."""

@@ -5,26 +5,25 @@ n rows of one expert, E experts, D model width, F expert width, H = 2F, C channe
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from functools import partial
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError, DataError
-from ...kernels.values.activation import gated
-from ...kernels.values.channel_weights import gate_values
+from ...kernels.values.channel_weights import ChannelLimits
 from ...moe.experts.resident import Experts
 from ...moe.models.language_model import LanguageModel
 from ..experts.sparsity import KINDS, Key, Score, Sparsity, owner_of
+from .allocate_sparsity import MOST, Levels, greedy_levels, last_rows
 from .held_out_text import score_text
+from .score_histograms import Histograms
 
+Allocation = Literal["uniform", "greedy"]
 FEWEST_TOKENS = 2000
-OWN_ROWS = 2000
-"""An expert with fewer rows takes the threshold of its layer."""
 MEAN_ROWS = 32
 """An expert with fewer rows has no mean of up: the norm of its rows of up stands in."""
-LOWEST, HIGHEST, PER_OCTAVE = -40, 24, 64
-"""Histograms are of log2 of the score: 1 % wide."""
 
 
 class Observer(Protocol):
@@ -70,37 +69,68 @@ class ScoreSizes:
     """How large a score is on a text: thresholds for any target."""
 
     def __init__(self, model: LanguageModel, text: str, score: Score, length: int | None) -> None:
-        self._model, self._score = model, score
+        self._model, self._score, self._of_text = model, score, (text, length)
         self._norms = _norms_of_weights(model) if score == "wina" else {}
         if score == "chess":
             means = _Means(model)
             with observing(model, means):
                 score_text(model, text, length)
             self._norms = {key: means.norm(key[0]) for key in means.sums}
-        self._histograms = _Histograms(score, self._norms)
+        self._histograms = Histograms(score, self._norms)
         with observing(model, self._histograms):
             score_text(model, text, length)
 
-    def at(self, target: float) -> Sparsity:
-        """Return the thresholds that make ``target`` of the channels count as 0."""
-        layers = self._model.decoder.moe_layers()
+    def at(self, target: float, allocation: Allocation = "uniform") -> Sparsity:
+        """Return the thresholds that make ``target`` of the channels count as 0.
+
+        ``greedy`` shares it between a layer's products (allocate_sparsity.py).
+        """
+        kinds, layers = KINDS[self._score], self._model.decoder.moe_layers()
+        levels = {layer: dict.fromkeys(kinds, target) for layer, _ in layers}
+        if allocation == "greedy":
+            rows = last_rows(self._model, *self._of_text)
+            for layer, module in layers:
+                shape = (layer, module.num_experts, module.d_model, module.d_expert)
+                levels[layer] = greedy_levels(rows[layer], target, partial(self._limits, *shape))
         thresholds = {
-            (layer, kind): self._histograms.thresholds((layer, kind), target, module.num_experts)
+            key: threshold_E
             for layer, module in layers
-            for kind in KINDS[self._score]
+            for key, threshold_E in self._at(layer, module.num_experts, levels[layer]).items()
         }
         owner = owner_of(self._model.decoder)
         return Sparsity(self._score, target, owner, thresholds, self._norms)
 
+    def _at(self, layer: int, num_experts: int, levels: Levels) -> dict[Key, Tensor]:
+        return {
+            (layer, kind): self._histograms.thresholds((layer, kind), level, num_experts)
+            for kind, level in levels.items()
+        }
+
+    def _limits(
+        self, layer: int, num_experts: int, d_model: int, d_expert: int, levels: Levels
+    ) -> ChannelLimits:
+        thresholds = self._at(layer, num_experts, levels)
+        found = Sparsity(self._score, 0.0, None, thresholds, self._norms)
+        limits = found.limits(layer, d_model, d_expert)
+        assert limits is not None, "there is a score"
+        return limits
+
 
 def measure_sparsity(
-    model: LanguageModel, text: str, score: Score, target: float, length: int | None = None
+    model: LanguageModel,
+    text: str,
+    score: Score,
+    target: float,
+    length: int | None = None,
+    allocation: Allocation = "uniform",
 ) -> Sparsity:
     """Return thresholds that make ``target`` of the channels count as 0 on ``text``.
 
-    An expert with fewer than :data:`OWN_ROWS` rows takes the threshold of its layer's rows. Raises
-    :class:`ConfigError` for a target that is no share and for a score of gates where there are
-    none, and :class:`DataError` for a text of fewer than :data:`FEWEST_TOKENS` tokens.
+    ``allocation`` says whether all products of a layer have that share, or what TEAL's greedy
+    search gives them. An expert with few rows takes the threshold of its layer's rows. Raises
+    :class:`ConfigError` for a target that is no share, for a score of gates where there are none
+    and for one with ``greedy``, and :class:`DataError` for a text of fewer than
+    :data:`FEWEST_TOKENS` tokens.
     """
     moe = model.config.moe
     if moe is not None and "gate" in KINDS[score] and "gate" not in moe.fc1_parts:
@@ -108,6 +138,13 @@ def measure_sparsity(
             f"score is {score}, which compares gates, but {moe.activation} experts have none; use "
             "teal or wina."
         )
+    if allocation == "greedy" and "gate" in KINDS[score]:
+        raise ConfigError(
+            f"allocation is greedy, but score is {score}, which leaves out the same channels of up "
+            "and down; use teal or wina."
+        )
+    if allocation == "greedy" and target > MOST:
+        raise ConfigError(f"target is {target:g}; greedy allocation takes at most {MOST:g}.")
     if not 0 < target < 1:
         raise ConfigError(f"target is {target:g}; give a share above 0 and below 1, such as 0.4.")
     tokens = len(model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
@@ -116,7 +153,7 @@ def measure_sparsity(
             f"the text has {tokens} tokens, which say too little of rare experts; give one of "
             f"{FEWEST_TOKENS} or more."
         )
-    return ScoreSizes(model, text, score, length).at(target)
+    return ScoreSizes(model, text, score, length).at(target, allocation)
 
 
 class _Means:
@@ -152,54 +189,6 @@ class _Means:
             return weights_EF
         scale = mean_EF[seen_E].mean() / weights_EF[seen_E].mean()
         return torch.where(seen_E.unsqueeze(1), mean_EF, weights_EF * scale)
-
-
-class _Histograms:
-    """How often each size of a score occurs, by layer, kind and expert."""
-
-    def __init__(self, score: Score, norms: dict[Key, Tensor]) -> None:
-        self._score: Score = score
-        self._norms = norms
-        self._counts: dict[tuple[Key, int], Tensor] = {}
-        self._rows: dict[tuple[Key, int], int] = {}
-
-    def see(self, layer: int, expert: int, experts: Experts, x_nD: Tensor, h_nH: Tensor) -> None:
-        """Count the scores of an expert's rows."""
-        for kind in KINDS[self._score]:
-            if kind == "x":
-                values_nC = x_nD
-            elif kind == "gate":
-                values_nC = gate_values(h_nH, experts.activation)
-            else:
-                values_nC = gated(h_nH, experts.activation)
-            scores_nC = values_nC.float().abs()
-            if (layer, kind) in self._norms:
-                scores_nC = scores_nC * self._norms[layer, kind][expert]
-            octaves = scores_nC.log2().clamp(LOWEST, HIGHEST - 1 / PER_OCTAVE)
-            bins = ((octaves - LOWEST) * PER_OCTAVE).long().flatten()
-            counts = bins.bincount(minlength=(HIGHEST - LOWEST) * PER_OCTAVE)
-            key = ((layer, kind), expert)
-            self._counts[key] = self._counts.get(key, 0) + counts
-            self._rows[key] = self._rows.get(key, 0) + len(x_nD)
-
-    def thresholds(self, key: Key, target: float, num_experts: int) -> Tensor:
-        """Return the threshold of each expert, fp32 ``[E]``."""
-        own = {expert: counts for (k, expert), counts in self._counts.items() if k == key}
-        pooled = _quantile(torch.stack(list(own.values())).sum(dim=0), target)
-        found = torch.full((num_experts,), pooled, dtype=torch.float32)
-        for expert, counts in own.items():
-            if self._rows[key, expert] >= OWN_ROWS:
-                found[expert] = _quantile(counts, target)
-        return found
-
-
-def _quantile(counts: Tensor, share: float) -> float:
-    """Return the score below which ``share`` of the counted ones are."""
-    below = counts.cumsum(dim=0).double() / counts.sum()
-    place = int(torch.searchsorted(below, share))
-    before = float(below[place - 1]) if place else 0.0
-    part = (share - before) / max(1e-12, float(below[place]) - before)
-    return float(2 ** (LOWEST + (place + part) / PER_OCTAVE))
 
 
 def _norms_of_weights(model: LanguageModel) -> dict[Key, Tensor]:

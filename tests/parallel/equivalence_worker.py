@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from moeyard.kernels.values.activation import fc1_parts
 from moeyard.moe.experts.resident import Experts
 from moeyard.moe.layer import MoELayer
-from moeyard.moe.models import decoder_layer
+from moeyard.moe.models import routed
 from moeyard.moe.routers.own_code import allow
 from moeyard.moe.routers.routing import count_choices
 from moeyard.moe.routers.topk import TopKRouter
@@ -183,7 +183,7 @@ def run_case(config_path: Path, out: Path, name: str, case: dict, watch) -> None
 
 
 def build_decoder(config, model, data, mesh, case: dict):
-    decoder_layer.MoELayer = BiasedLayer if case.get("biased") else MoELayer
+    routed.MoELayer = BiasedLayer if case.get("biased") else MoELayer
     decoder = build_model(config, model, data, mesh)
     if case.get("biased"):
         fill_biases(decoder)

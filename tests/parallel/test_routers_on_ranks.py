@@ -9,6 +9,8 @@ import torch
 from equivalence_worker import run_case
 from labelled import ENCODER, write
 from launch import torchrun
+from pairs import ENCODER_DECODER
+from pairs import write as write_pairs
 from router_cases import ACTIVATIONS, CASES, NOT_FOR_TEXT
 
 NAMES = [name for name in CASES if name not in NOT_FOR_TEXT]
@@ -52,13 +54,32 @@ def encoder_cases(ep: int, source: Path) -> dict[str, dict]:
     }
 
 
+def pair_cases(ep: int, source: Path) -> dict[str, dict]:
+    """The same of an encoder-decoder that learns pairs of texts."""
+    overrides = [
+        *OPTIONS,
+        f"parallel.ep={ep}",
+        f"model={json.dumps(ENCODER_DECODER)}",
+        f"data={json.dumps({'format': 'pairs', 'source': str(source), 'eval_fraction': 0.2})}",
+    ]
+    case = {"overrides": overrides, "data": "pairs"}
+    again = {"until": 2, "saves": True} if ep == 2 else {"resumes": "pairs-again-2"}
+    shards = ["parallel.dense=fsdp"] if ep == 2 else []
+    return {
+        f"pairs-{ep}": case,
+        f"pairs_fsdp-{ep}": case | {"overrides": [*overrides, *shards]},
+        f"pairs-again-{ep}": case | again,
+    }
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, config_file) -> Path:
     """The results of all routers on two ranks and on one, in a process pair and in this process."""
     out = tmp_path_factory.mktemp("routers")
     worker = str(Path(__file__).parent / "equivalence_worker.py")
     source = write(out / "texts.jsonl")
-    on_two, on_one = (cases(ep) | encoder_cases(ep, source) for ep in (2, 1))
+    both = write_pairs(out / "pairs.jsonl")
+    on_two, on_one = (cases(ep) | encoder_cases(ep, source) | pair_cases(ep, both) for ep in (2, 1))
     torchrun(2, worker, str(config_file), str(out), json.dumps(on_two))
     for name, case in on_one.items():
         run_case(config_file, out, name, case, None)
@@ -66,7 +87,7 @@ def folder(tmp_path_factory, config_file) -> Path:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("name", [*NAMES, "encoder", "encoder_fsdp"])
+@pytest.mark.parametrize("name", [*NAMES, "encoder", "encoder_fsdp", "pairs", "pairs_fsdp"])
 def test_two_ranks_equal_one_in_loss_gradients_weights_and_state(folder, name):
     ranks = [torch.load(folder / f"{name}-2-{rank}.pt") for rank in (0, 1)]
     for alone, first, second in zip(torch.load(folder / f"{name}-1-0.pt"), *ranks, strict=True):
@@ -83,8 +104,9 @@ def test_two_ranks_equal_one_in_loss_gradients_weights_and_state(folder, name):
 
 
 @pytest.mark.dist
-def test_an_encoder_goes_on_on_one_rank_from_a_checkpoint_of_two(folder):
-    whole, rest = (torch.load(folder / f"encoder{part}-1-0.pt") for part in ("", "-again"))
+@pytest.mark.parametrize("name", ["encoder", "pairs"])
+def test_other_kinds_go_on_on_one_rank_from_a_checkpoint_of_two(folder, name):
+    whole, rest = (torch.load(folder / f"{name}{part}-1-0.pt") for part in ("", "-again"))
     assert len(whole) == 3 and len(rest) == 1
     assert rest[0]["loss"] == pytest.approx(whole[2]["loss"], rel=1e-10)
     for kind in ("gradients", "weights"):

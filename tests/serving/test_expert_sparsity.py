@@ -11,6 +11,7 @@ from moeyard.kernels.values.activation import gated
 from moeyard.kernels.values.channel_weights import gate_values
 from moeyard.moe.folders.convert import convert
 from moeyard.moe.folders.folder import ModelFolder
+from moeyard.serving.evaluation.allocate_sparsity import last_rows
 from moeyard.serving.evaluation.held_out_text import score_text
 from moeyard.serving.evaluation.measure_sparsity import measure_sparsity, observing
 from moeyard.serving.experts.options import StoreOptions
@@ -149,6 +150,39 @@ def test_wina_loses_less_than_teal_on_columns_of_different_size(model):
     assert errors["wina"] < 0.7 * errors["teal"]
 
 
+@pytest.mark.parametrize("score", ["teal", "wina"])
+def test_a_greedy_share_meets_the_target_and_gives_a_nearer_output(model, score):
+    """Of a layer's weights: two thirds are the first product's."""
+    experts = model.decoder.moe_layers()[0][1].experts
+    before = experts.fc2.data.clone()
+    experts.fc2.data *= torch.logspace(-2, 2, 20)  # most channels of the second one do not matter
+    try:
+        rows, outputs = last_rows(model, HELD_OUT, 64)[0], {}
+        for allocation in ("uniform", "greedy"):
+            found = measure_sparsity(model, TEXT, score, 0.4, 64, allocation)
+            counter = Counter(found)
+            with observing(model, counter):
+                score_text(model, HELD_OUT, 64)
+            share = {kind: counter.below[kind] / counter.all[kind] for kind in ("x", "act")}
+            assert abs(2 / 3 * share["x"] + 1 / 3 * share["act"] - 0.4) < 0.02, share
+            outputs[allocation] = rows.output(found.limits(0, 24, 20)) - rows.output(None)
+    finally:
+        experts.fc2.data = before
+    assert outputs["greedy"].norm() < 0.95 * outputs["uniform"].norm()
+
+
+def test_the_rows_that_a_greedy_search_looks_at_are_those_of_the_layer(model):
+    """Its fp32 output is that of the experts, for all rows of a short text."""
+    seen = {}
+    experts = model.decoder.moe_layers()[0][1].experts
+    handle = experts.register_forward_hook(lambda _, args, out: seen.update(args=args, out=out))
+    try:
+        rows = last_rows(model, HELD_OUT[:65], 64)[0]
+    finally:
+        handle.remove()
+    torch.testing.assert_close(rows.output(None), seen["out"], rtol=1e-4, atol=1e-5)
+
+
 def test_the_command_writes_a_file_that_others_take(folder, tmp_path, capsys):
     text, out = tmp_path / "text", tmp_path / "file"
     text.write_text(TEXT)
@@ -176,6 +210,10 @@ def test_bad_input_is_one_sentence(model, folder, measured, tmp_path):
         measure_sparsity(model, "too short", "teal", 0.4)
     with pytest.raises(ConfigError, match=r"target is 1\.2"):
         measure_sparsity(model, TEXT, "teal", 1.2)
+    with pytest.raises(ConfigError, match="allocation is greedy, but score is cats"):
+        measure_sparsity(model, TEXT, "cats", 0.4, allocation="greedy")
+    with pytest.raises(ConfigError, match=r"target is 0\.97; greedy allocation takes"):
+        measure_sparsity(model, TEXT, "teal", 0.97, allocation="greedy")
     (tmp_path / "text").write_text("no thresholds")
     for name in ("text", "missing"):
         with pytest.raises(ConfigError, match="cannot be read"):

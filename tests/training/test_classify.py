@@ -177,9 +177,10 @@ def test_the_command_prints_a_line_for_each_text(whole, tmp_path, capsys):
     assert [set(line) for line in lines] == [{"label", "probabilities"}] * 2
     assert sum(lines[0]["probabilities"].values()) == pytest.approx(1, abs=1e-6)
     assert "event=cut texts=1 of=2" in err  # 32 tokens, as in the run's training
-    assert command(["classify", run_dir, "--text", "salt, wave"]) == 0
-    found = json.loads(capsys.readouterr().out)["probabilities"]
-    assert found == pytest.approx(lines[0]["probabilities"], abs=1e-5)
+    assert command(["classify", run_dir, "--text", "salt, wave", "--text", "x" * 99]) == 0
+    for line, alike in zip(capsys.readouterr().out.splitlines(), lines, strict=True):
+        found = json.loads(line)["probabilities"]
+        assert found == pytest.approx(alike["probabilities"], abs=1e-5)
     assert command(["classify", run_dir, "--text", " "]) == 2
     assert "text 0 is ' '; give text that is not empty" in capsys.readouterr().err
     assert command(["classify", run_dir]) == 2

@@ -63,7 +63,7 @@ def biased_experts(monkeypatch):
         def __init__(self, *arguments, **options) -> None:
             super().__init__(*arguments, **(options | {"expert_bias": True}))
 
-    monkeypatch.setattr("moeyard.moe.models.decoder_layer.MoELayer", BiasedLayer)
+    monkeypatch.setattr("moeyard.moe.models.routed.MoELayer", BiasedLayer)
 
 
 def fill_biases(decoder) -> None:

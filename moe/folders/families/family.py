@@ -52,6 +52,8 @@ class Family:
     """Return the keys of ``config.json`` that families of this kind share."""
     other_names: Callable[[str], tuple[str, ...]] = lambda name: (full_name(name),)
     """More names that folders may have for a tensor: ours, which transformers 5 uses in memory."""
+    copies: tuple[str, ...] = ()
+    """Tensors that folders may have in addition: the embedding again."""
     name_of: Callable[[str], str] | None = None
     """Return its name of a tensor, in place of ``renames`` and ``prefix``."""
     bind: Callable[["Family", LayersConfig], "Family"] = lambda family, config: family

@@ -30,6 +30,7 @@ _COMMON: Values = {
     "pad_token_id": 0,
     "n_positions": 512,
 }
+_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 _T5_DEFAULTS = _COMMON | {
     "d_model": 512,
     "num_layers": 6,
@@ -210,6 +211,7 @@ T5 = Family(
     kinds=("encoder_decoder",),
     write_common=_write_common,
     other_names=lambda name: (),
+    copies=_COPIES,
     bind=_bind_t5,
 )
 
@@ -225,5 +227,6 @@ SWITCH_TRANSFORMERS = Family(
     kinds=("encoder_decoder",),
     write_common=_write_common,
     other_names=lambda name: (),
+    copies=_COPIES,
     bind=_bind_switch,
 )
