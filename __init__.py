@@ -34,8 +34,13 @@ if TYPE_CHECKING:
         load_upscaler,
         load_vision,
     )
-    from .serving.loading import load
-    from .serving.loading import load, load_classifier, load_forecaster
+    from .serving.loading import (
+        load,
+        load_classifier,
+        load_forecaster,
+        load_recommender,
+        load_seq2seq,
+    )
 
 __version__ = "0.1.0"
 

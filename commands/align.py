@@ -83,6 +83,7 @@ def _round(
     from ..parallel.mesh import Mesh
     from ..training.checkpoints.checkpoint import Checkpoints
     from ..training.checkpoints.export import export_newest
+    from ..training.formats.sessions import SessionsConfig
     from ..training.program import train
     from ..training.read_config import complete_run_config
 
@@ -93,7 +94,9 @@ def _round(
     own = values | {"run_dir": str(run_dir), "start_from": str(model), "model": {}, "data": data}
     own["seed"] = int(values.get("seed", 0)) + number
     config = complete_run_config(own)
-    if not (folder / PAIRS).exists():
+    section = config.data
+    assert isinstance(section, SessionsConfig) and section.alignment is not None, "checked by run"
+    if section.alignment.weight > 0 and not (folder / PAIRS).exists():
         _sample(arguments, config, model, folder)
     newest = Checkpoints(run_dir, Mesh(), keep=1).newest_whole() if run_dir.is_dir() else None
     if newest is None or int(newest.name.rpartition("-")[2]) < config.train.steps:

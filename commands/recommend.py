@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
             f"-k is {arguments.k} and --beams is {arguments.beams}; use numbers from 1 upwards."
         )
     histories = list(read_histories(arguments.history).items())
-    model = open_kind_of(arguments, "encoder_decoder")
+    model = open_kind_of(arguments, "recommender")
     for start in range(0, len(histories), arguments.batch):
         some = histories[start : start + arguments.batch]
         found = model([own for _, own in some], arguments.k, arguments.beams, arguments.batch)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar, Unpack
 
-from ..errors import ConfigError
 from ..moe.models.forecaster import Forecaster
 from ..moe.models.recommender import Recommender
 from ..moe.models.text_classifier import TextClassifier
@@ -23,44 +22,37 @@ Opened = TypeVar("Opened")
 
 def load_classifier(folder: str | Path, **how: Unpack[Loading]) -> TextClassifier:
     """Open a folder with an encoder, such as BERT's or a run's export."""
-    return open_as(TextClassifier, folder, ("encoder",), **how)
+    return _open(TextClassifier, folder, ("encoder",), **how)
 
 
 def load_forecaster(folder: str | Path, **how: Unpack[Loading]) -> Forecaster:
     """Open a folder with a model of time series, such as a run's export."""
-    return open_as(Forecaster, folder, SERIES_KINDS, **how)
+    return _open(Forecaster, folder, SERIES_KINDS, **how)
 
 
 def load_seq2seq(folder: str | Path, **how: Unpack[Loading]) -> TextWriter:
     """Open a folder with an encoder-decoder of texts, such as T5's or a run's export."""
-    return open_as(TextWriter, folder, ("encoder_decoder",), **how)
+    return _open(TextWriter, folder, ("encoder_decoder",), **how)
 
 
 def load_recommender(folder: str | Path, **how: Unpack[Loading]) -> Recommender:
     """Open the export of a run on sessions, which has a table of items."""
-    return open_as(Recommender, folder, ("encoder_decoder",), **how)
+    return _open(Recommender, folder, ("recommender",), **how)
 
 
 def load_vision(folder: str | Path, **how: Unpack[Loading]) -> VisionModel:
     """Open a folder with a vision transformer, such as a run's export."""
-    return open_as(VisionModel, folder, ("vit",), **how)
+    return _open(VisionModel, folder, ("vit",), **how)
 
 
 def load_upscaler(folder: str | Path, **how: Unpack[Loading]) -> Upscaler:
     """Open a folder with a super-resolution model, such as a run's export."""
-    return open_as(Upscaler, folder, ("super_resolution",), **how)
+    return _open(Upscaler, folder, ("super_resolution",), **how)
 
 
-def open_as(
+def _open(
     wanted: type[Opened], folder: str | Path, kinds: Sequence[str], **how: Unpack[Loading]
 ) -> Opened:
-    """Open a folder as a ``wanted``; some kinds of models are opened as one thing or another."""
-    model, store = open_kind(folder, kinds, **how)
-    if not isinstance(model, wanted):
-        if store is not None:
-            store.close()
-        raise ConfigError(
-            f"{folder} opens as a {type(model).__name__}, but a {wanted.__name__} is needed here; "
-            "give another folder."
-        )
+    model, _ = open_kind(folder, kinds, **how)
+    assert isinstance(model, wanted), "its kind was asked for"
     return model

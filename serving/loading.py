@@ -12,7 +12,6 @@ from ..errors import ConfigError
 from ..kernels.values.memory import is_out_of_memory
 from ..moe.folders.folder import ModelFolder
 from ..moe.folders.hub import local_folder
-from ..moe.models.forecaster import Forecaster
 from ..moe.models.language_model import LanguageModel
 from ..moe.routers.own_code import allow
 from .experts.options import StoreOptions
@@ -21,8 +20,7 @@ from .experts.predictors.predictor import Predictor
 from .experts.store import ExpertStore
 from .filling import fill_model
 from .load_checks import check_device, check_options
-from .openers.series import SERIES_KINDS
-from .openers.table import OPENERS
+from .openers.table import OPENERS, opener_of
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +148,7 @@ def open_kind(
             log.warning("%s", left_out)
         dtype = pick_dtype(files, how.get("dtype"))
         filled = fill_model(files, dtype, expert_memory, options, target)
-        model = OPENERS[files.config.kind].open(files, filled, options)
+        model = OPENERS[opener_of(files)].open(files, filled, options)
         if filled.store is None:
             files.close()
         return model, filled.store
@@ -168,7 +166,7 @@ def open_kind(
 
 def _check_kind(files: ModelFolder, kinds: Sequence[str]) -> None:
     """Raise :class:`ConfigError` for a folder of another kind of model."""
-    kind = files.config.kind
+    kind = opener_of(files)
     if kind not in kinds:
         raise ConfigError(
             f"{files.path} has a model of kind {kind}, but one of kind {' or '.join(kinds)} is "

@@ -7,8 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from pairs import ENCODER_DECODER
-from seq2seq_models import CASES, SOURCES, TARGETS, ours, ragged, save, texts, their_logits
 from safetensors.torch import load_file, save_file
 
 from moeyard.errors import ModelFileError
@@ -20,6 +18,9 @@ from moeyard.moe.folders.hf_config import from_hf, to_hf
 from moeyard.moe.models.encoder_decoder import EncoderDecoder
 from moeyard.moe.models.initialize import initialize
 from moeyard.moe.models.options import ModelOptions
+
+from pairs import ENCODER_DECODER
+from seq2seq_models import CASES, SOURCES, TARGETS, ours, ragged, save, texts, their_logits
 
 SMALL = {name: value for name, value in ENCODER_DECODER.items() if name != "kind"}
 

@@ -4,8 +4,6 @@ import itertools
 
 import pytest
 import torch
-from pairs import ENCODER_DECODER
-from seq2seq_models import SOURCES, ours, padded, save, texts
 import transformers
 
 from moeyard.errors import ConfigError
@@ -15,6 +13,9 @@ from moeyard.moe.folders.source_texts import SourceTexts
 from moeyard.moe.models.encoder_decoder import EncoderDecoder
 from moeyard.moe.models.initialize import initialize
 from moeyard.moe.models.target_generation import TargetLimits, write_targets
+
+from pairs import ENCODER_DECODER
+from seq2seq_models import SOURCES, ours, padded, save, texts
 
 SMALL = {name: value for name, value in ENCODER_DECODER.items() if name != "kind"}
 EOS = 1

@@ -9,8 +9,6 @@ from other_models import OTHERS, cases_of
 
 from equivalence_worker import run_case
 from launch import torchrun
-from pairs import ENCODER_DECODER
-from pairs import write as write_pairs
 from router_cases import ACTIVATIONS, CASES, NOT_FOR_TEXT
 
 NAMES = [name for name in CASES if name not in NOT_FOR_TEXT]

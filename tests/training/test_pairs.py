@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 import transformers
 import yaml
-from pairs import ENCODER_DECODER, pairs, write
 
 import moeyard
 from moeyard.cli import main as command
@@ -21,6 +20,8 @@ from moeyard.training.checkpoints.export import export
 from moeyard.training.data.pair_records import PairFiles
 from moeyard.training.read_config import read_run_config
 from moeyard.training.trainer import Trainer
+
+from pairs import ENCODER_DECODER, pairs, write
 
 TRAIN = {"steps": 6, "sequence_length": 12, "batch_sequences": 8, "eval_every": 3, "log_every": 1}
 

@@ -45,8 +45,10 @@ class RewardModel(nn.Module):
 
         ``history_N`` has the items of all histories, one after another; both have places of items.
         """
-        parts = self._items(history_N).split(lengths)
-        user_BD = self.user(torch.stack([part.mean(dim=0) for part in parts]))
+        lengths_B = torch.tensor(lengths)
+        users_N = torch.arange(len(lengths)).repeat_interleave(lengths_B)
+        sums_BD = torch.zeros(len(lengths), WIDTH).index_add(0, users_N, self._items(history_N))
+        user_BD = self.user(sums_BD / lengths_B[:, None])
         met_BID = self._items(sessions_BI) * user_BD[:, None]
         met_BID = met_BID + self.attention(met_BID, met_BID, met_BID, need_weights=False)[0]
         session_BD = met_BID.sum(dim=1)

@@ -34,7 +34,8 @@ class SessionPairs(NamedTuple):
 def write_pairs(path: Path, pairs: SessionPairs, order: SessionOrder) -> None:
     """Write the file whole or not at all; only runs on the same sessions will take it."""
     with replaced(path) as unfinished:
-        save_file(pairs._asdict(), unfinished, metadata={IDENTITY: order.identity})
+        tensors = {name: tensor.contiguous() for name, tensor in pairs._asdict().items()}
+        save_file(tensors, unfinished, metadata={IDENTITY: order.identity})
 
 
 def open_pairs(config: AlignmentConfig | None, order: SessionOrder) -> SessionPairs | None:
