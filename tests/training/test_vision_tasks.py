@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 
 import numpy as np
 import pytest
@@ -22,7 +23,10 @@ from moeyard.serving.experts.options import StoreOptions
 from moeyard.serving.loading import open_kind
 from moeyard.training.checkpoints.export import export
 from moeyard.training.objectives.task_measures import measure_of, task_loss
+from moeyard.training.observers.prometheus import PrometheusPort
 from moeyard.training.read_config import read_run_config
+from moeyard.training.report.page import render
+from moeyard.training.report.read import read_run
 from moeyard.training.trainer import Trainer
 
 from small_images import TASKS, VIT, arrays, write_arrays
@@ -124,6 +128,24 @@ def test_a_run_measures_each_task_and_counts_its_rows(whole):
     weights = [task.get("loss_weight", 1) for task in TASKS]
     total = sum(w * last[f"eval_loss_{name}"] for w, name in zip(weights, losses, strict=True))
     assert last["eval_loss"] == pytest.approx(total)
+
+
+def test_the_report_and_prometheus_show_each_task(whole, config):
+    page = render(read_run(whole[1]))
+    for words in ("side, accuracy", "parts, mean IoU", "light, error", "Expert load"):
+        assert words in page, words
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    observer = PrometheusPort(read_run_config(config, [f"monitor.prometheus_port={port}"]))
+    try:
+        observer.record(metrics(whole[1])[-1])
+        found = observer.registry.get_sample_value(
+            "moeyard_train_held_out", {"measure": "rmse_light"}
+        )
+    finally:
+        observer.close()
+    assert found == metrics(whole[1])[-1]["eval_rmse_light"]
 
 
 @pytest.mark.slow
