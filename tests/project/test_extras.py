@@ -16,7 +16,8 @@ EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["option
 
 WITHOUT = """
 import sys
-ABSENT = {"ray", "fastapi", "starlette", "uvicorn", "datasets", "tensorboard", "wandb", "deepspeed", "PIL"}
+ABSENT = {"ray", "fastapi", "starlette", "uvicorn", "datasets", "tensorboard", "wandb", "deepspeed"}
+ABSENT.add("PIL")
 class Absent:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in ABSENT:
