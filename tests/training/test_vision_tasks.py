@@ -20,6 +20,7 @@ from moeyard.moe.routes.reader import read_routes
 from moeyard.parallel.mesh import Mesh
 from moeyard.serving.experts.budget import count_slots
 from moeyard.serving.experts.options import StoreOptions
+from moeyard.serving.frozen_experts import open_frozen
 from moeyard.serving.loading import open_kind
 from moeyard.training.checkpoints.export import export
 from moeyard.training.objectives.task_measures import measure_of, task_loss
@@ -262,6 +263,25 @@ def test_switching_the_task_moves_no_weights(folder):
         model(images, task)
     assert store.statistics.num_read() == read <= 4
     store.close()
+
+
+def test_a_run_goes_on_from_a_folder_with_another_task_and_frozen_experts(
+    config, whole, folder, tmp_path
+):
+    tasks = [*TASKS[:2], {"name": "height", "kind": "pixel_values"}]
+    source = write_arrays(tmp_path / "all.npz", height=arrays()["light"])
+    found = []
+    for name, memory in (("all", []), ("half", ["train.expert_memory=50%"])):
+        start = [f"start_from={folder}", f"model={json.dumps({'tasks': tasks})}"]
+        overrides = [*start, "train.parameters=router", f"data.source={source}", *memory]
+        run_dir = tmp_path / name
+        run_dir.mkdir()
+        own = read_run_config(config, [f"run_dir={run_dir}", *overrides])
+        run = Trainer(own, run_dir, Mesh(), open_source=open_frozen)
+        assert torch.equal(run.decoder.head_side.weight, whole[0].decoder.head_side.weight)
+        assert not hasattr(run.decoder, "head_light")
+        found.append([run._step.run(step, False).loss for step in range(2)])
+    assert found[0] == found[1]
 
 
 def test_answers_are_labels_and_maps(folder):
