@@ -34,13 +34,7 @@ if TYPE_CHECKING:
         load_upscaler,
         load_vision,
     )
-    from .serving.loading import (
-        load,
-        load_classifier,
-        load_forecaster,
-        load_recommender,
-        load_seq2seq,
-    )
+    from .serving.loading import load
 
 __version__ = "0.1.0"
 
@@ -115,8 +109,6 @@ _HOME = {
     "load_seq2seq": ".serving.load_kinds",
     "load_upscaler": ".serving.load_kinds",
     "load_vision": ".serving.load_kinds",
-    "load_classifier": ".serving.loading",
-    "load_forecaster": ".serving.loading",
     "replace_moe_blocks": ".moe.folders.transformers_blocks",
     "router": ".moe.routers.table",
 }

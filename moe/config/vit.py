@@ -23,6 +23,8 @@ class ViTConfig(LayersConfig):
 
     kind: Literal["vit"] = "vit"
     """The model looks at images and does ``tasks`` on them."""
+    dense_layers: tuple[int, ...] = ()
+    """Layers with a dense MLP instead of experts. If it is left out, layers 0, 2, 4 and so on."""
     image_size: tuple[int, int]
     """Height and width of an image in pixels; all images have them."""
     patch_size: int = Field(ge=1, le=LARGEST)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 
 import numpy as np
 import pytest
@@ -19,10 +20,14 @@ from moeyard.moe.routes.reader import read_routes
 from moeyard.parallel.mesh import Mesh
 from moeyard.serving.experts.budget import count_slots
 from moeyard.serving.experts.options import StoreOptions
+from moeyard.serving.frozen_experts import open_frozen
 from moeyard.serving.loading import open_kind
 from moeyard.training.checkpoints.export import export
 from moeyard.training.objectives.task_measures import measure_of, task_loss
+from moeyard.training.observers.prometheus import PrometheusPort
 from moeyard.training.read_config import read_run_config
+from moeyard.training.report.page import render
+from moeyard.training.report.read import read_run
 from moeyard.training.trainer import Trainer
 
 from small_images import TASKS, VIT, arrays, write_arrays
@@ -124,6 +129,24 @@ def test_a_run_measures_each_task_and_counts_its_rows(whole):
     weights = [task.get("loss_weight", 1) for task in TASKS]
     total = sum(w * last[f"eval_loss_{name}"] for w, name in zip(weights, losses, strict=True))
     assert last["eval_loss"] == pytest.approx(total)
+
+
+def test_the_report_and_prometheus_show_each_task(whole, config):
+    page = render(read_run(whole[1]))
+    for words in ("side, accuracy", "parts, mean IoU", "light, error", "Expert load"):
+        assert words in page, words
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    observer = PrometheusPort(read_run_config(config, [f"monitor.prometheus_port={port}"]))
+    try:
+        observer.record(metrics(whole[1])[-1])
+        found = observer.registry.get_sample_value(
+            "moeyard_train_held_out", {"measure": "rmse_light"}
+        )
+    finally:
+        observer.close()
+    assert found == metrics(whole[1])[-1]["eval_rmse_light"]
 
 
 @pytest.mark.slow
@@ -240,6 +263,25 @@ def test_switching_the_task_moves_no_weights(folder):
         model(images, task)
     assert store.statistics.num_read() == read <= 4
     store.close()
+
+
+def test_a_run_goes_on_from_a_folder_with_another_task_and_frozen_experts(
+    config, whole, folder, tmp_path
+):
+    tasks = [*TASKS[:2], {"name": "height", "kind": "pixel_values"}]
+    source = write_arrays(tmp_path / "all.npz", height=arrays()["light"])
+    found = []
+    for name, memory in (("all", []), ("half", ["train.expert_memory=50%"])):
+        start = [f"start_from={folder}", f"model={json.dumps({'tasks': tasks})}"]
+        overrides = [*start, "train.parameters=router", f"data.source={source}", *memory]
+        run_dir = tmp_path / name
+        run_dir.mkdir()
+        own = read_run_config(config, [f"run_dir={run_dir}", *overrides])
+        run = Trainer(own, run_dir, Mesh(), open_source=open_frozen)
+        assert torch.equal(run.decoder.head_side.weight, whole[0].decoder.head_side.weight)
+        assert not hasattr(run.decoder, "head_light")
+        found.append([run._step.run(step, False).loss for step in range(2)])
+    assert found[0] == found[1]
 
 
 def test_answers_are_labels_and_maps(folder):

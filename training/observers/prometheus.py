@@ -48,6 +48,7 @@ LAST_VALUES = {
 }
 """Gauges and their help."""
 LABELLED_VALUES = {
+    "held_out": ("measure", "Measures of held-out data with names of their own, such as a task's"),
     "layer_chunks": ("phase", "Messages into which a layer's rows are cut"),
     "layer_seconds_predicted": ("phase", "Seconds of a layer by the cost model"),
     "layer_seconds_measured": ("phase", "Seconds of a layer since the last logged step"),
@@ -99,9 +100,11 @@ class PrometheusPort(Observer):
     def record(self, record: dict[str, Any]) -> None:
         """Set the gauges that only records have."""
         self._last.set("tokens_per_second", record["tokens_per_s"])
-        for name in LAST_VALUES.keys() & record.keys():
-            if name.startswith("eval_"):
+        for name in record:
+            if name in LAST_VALUES and name.startswith("eval_"):
                 self._last.set(name, record[name])
+            elif name.startswith("eval_"):
+                self._last.set_labelled("held_out", name.removeprefix("eval_"), record[name])
         if "schedule" in record:
             self._schedule(record["schedule"])
         if "copies" in record:

@@ -27,8 +27,13 @@ from .look import SCRIPT, STYLE
 from .pairs import pair_charts
 from .ranks import rank_charts
 from .read import Run, read_run
+from .tasks import task_charts
 
-UNITS = {"classify": "nats per text", "preference": "nats per pair"}
+UNITS = {
+    "classify": "nats per text",
+    "preference": "nats per pair",
+    "images": "sum over tasks",
+}
 """Of the loss, by ``data.format``; nats per token for others."""
 MAX_LAYER_LINES = 8
 """With more MoE layers, the chart shows the worst, the median and the best of them."""
@@ -110,6 +115,7 @@ def _learning(run: Run) -> str:
     if lines:
         title = "Errors of held-out forecasts"
         charts.append(line_chart(title, "standardised", lines, floor=0.0, marks=marks))
+    charts += task_charts(run, marks)
     shares = {"accuracy": "eval_accuracy", "macro F1": "eval_macro_f1"}
     lines = [Line(n, series[key], i) for i, (n, key) in enumerate(shares.items()) if key in series]
     if lines and of_format == "classify":
