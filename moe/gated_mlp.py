@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ..kernels.gated import gated
+from ..kernels.gated import gated, row_sigmoid
 from ..kernels.values.activation import UNGATED, Activation
 from .adapters.rows import AdapterRows
 from .linear import Linear
@@ -50,3 +50,11 @@ class GatedMLP(nn.Module):
         for rows_n, update in chosen:
             out_TD = out_TD.index_add(0, rows_n, update.second(act_TF.index_select(0, rows_n)))
         return out_TD
+
+
+def run_shared(
+    expert: nn.Module, gate: nn.Module | None, adapters: AdapterRows | None, x_TD: Tensor
+) -> Tensor:
+    """Return what a shared expert, perhaps behind a gate, adds to every token."""
+    y_TD: Tensor = expert(x_TD, adapters)
+    return y_TD if gate is None else row_sigmoid(gate(x_TD, adapters)) * y_TD

@@ -12,15 +12,16 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..kernels.experts import Backend
-from ..kernels.gated import row_sigmoid
 from ..kernels.values.activation import ACTIVATIONS, Activation
 from .adapters.rows import AdapterRows
 from .experts.adapted import adapted_path, of_lines
+from .experts.average import AverageExpert
 from .experts.base import LayerExperts
 from .experts.path import Beside, ExpertPath, LocalPath
 from .experts.resident import Experts
-from .gated_mlp import GatedMLP
+from .gated_mlp import GatedMLP, run_shared
 from .linear import Linear
+from .routers.averaged import AveragedConfig
 from .routers.build import build_router
 from .routers.loss_terms import GlobalCounts
 from .routers.losses import add_counts, global_counts, total_loss
@@ -94,6 +95,10 @@ class MoELayer(nn.Module):
         self.experts: LayerExperts = Experts(
             d_model, d_expert, num_experts, expert_ids, backend, activation, recompute, expert_bias
         )
+        self.average: AverageExpert | None = None
+        """The experts' mean, which takes their place outside training; None with most routers."""
+        if isinstance(self.gate.config, AveragedConfig):
+            self.average = AverageExpert(d_model, d_expert, activation, expert_bias, backend)
         self.shared_expert = GatedMLP(d_model, d_shared, activation) if d_shared else None
         self.shared_expert_gate = Linear(d_model, 1) if shared_gate else None
         self.path: ExpertPath = LocalPath()
@@ -158,9 +163,11 @@ class MoELayer(nn.Module):
         shared = None
         if self.shared_expert is not None:
             modules = (self.shared_expert, self.shared_expert_gate)
-            shared = partial(_run_shared, *modules, adapters, x_TD)
+            shared = partial(run_shared, *modules, adapters, x_TD)
         path = self.path if adapters is None else adapted_path(self.path, adapters, self.experts)
-        if self.gate.config.varies:
+        if self.average is not None and not self.training:
+            y_TD = self.average(x_TD) if shared is None else self.average(x_TD) + shared()
+        elif self.gate.config.varies:
             y_TD = self._run_lines(x_TD, routing, path, shared)
         else:
             y_TD = path.run(x_TD, routing, self.experts, shared)
@@ -204,14 +211,6 @@ class MoELayer(nn.Module):
     def auxiliary_loss(self, routing: Routing, reduce: Reduce | None = None) -> Tensor:
         """Return :func:`auxiliary_loss` of this layer alone."""
         return auxiliary_loss([self], [routing], reduce)
-
-
-def _run_shared(
-    expert: nn.Module, gate: nn.Module | None, adapters: AdapterRows | None, x_TD: Tensor
-) -> Tensor:
-    """Return what the shared expert adds to every token."""
-    y_TD: Tensor = expert(x_TD, adapters)
-    return y_TD if gate is None else row_sigmoid(gate(x_TD, adapters)) * y_TD
 
 
 def auxiliary_loss(

@@ -18,3 +18,10 @@ class Linear(nn.Linear):
         if self.bias is not None:
             y = y + self.bias
         return y if adapters is None else adapters.add(self, x, y)
+
+
+class FromZero(Linear):
+    """A linear layer with a bias whose weights begin at zero, so that training decides its use."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=True)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..dtypes import torch_dtype
 from ..errors import ConfigError
 from ..moe.config.moe import MoEConfig
+from ..moe.exchange import refill_averages
 from ..moe.experts.path import ExpertPath
 from ..moe.models.decoder import Decoder
 from ..moe.models.lora import add_lora
@@ -69,6 +70,7 @@ def parallelize(config: RunConfig, decoder: Model, loss: nn.Module, mesh: Mesh) 
     paths = place_experts(config, decoder, mesh)
     for router in decoder.routers():
         router.experts_changed()
+    refill_averages(layer for _, layer in decoder.moe_layers())
     wrapped = engine.wrap(loss, decoder, torch_dtype(precision), here)
     copies = copy_experts(config, decoder, mesh)
     pipelines = {kind: path for kind, path in paths.items() if isinstance(path, PipelinedPath)}

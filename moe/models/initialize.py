@@ -7,7 +7,9 @@ from collections.abc import Container
 import torch
 from torch import Tensor
 
+from ..exchange import refill_averages
 from ..experts.resident import Experts
+from ..linear import FromZero
 from ..routers.router import Router
 from .model import Model
 
@@ -17,8 +19,8 @@ def initialize(model: Model, seed: int, only: Container[str] | None = None) -> N
 
     Matrices are normal with std ``fan_in**-0.5``, output projections scaled by
     ``(2 * num_layers)**-0.5`` (GPT-2), embeddings and the head with std 0.02, norms and
-    scalars one, biases and attention sinks zero. Routers may say otherwise for their own.
-    Draws are made in fp32 and cast, so that all precisions start from the same numbers.
+    scalars one, biases, attention sinks and :class:`.FromZero` zero. Routers may say otherwise for
+    their own. Draws are made in fp32 and cast, so that all precisions start from the same numbers.
     """
     residual = (2 * model.config.num_layers) ** -0.5
     for name, parameter in model.named_parameters():
@@ -28,7 +30,7 @@ def initialize(model: Model, seed: int, only: Container[str] | None = None) -> N
         first = _of_router(model, name, seed)
         if first is not None:
             parameter.data.copy_(first)
-        elif name.endswith(("bias", "sinks")):
+        elif name.endswith(("bias", "sinks")) or isinstance(owner, FromZero):
             torch.nn.init.zeros_(parameter)
         elif parameter.ndim <= 1:
             torch.nn.init.ones_(parameter)
@@ -45,6 +47,7 @@ def initialize(model: Model, seed: int, only: Container[str] | None = None) -> N
     if only is None:
         for router in model.routers():
             router.experts_changed()
+        refill_averages(layer for _, layer in model.moe_layers())
 
 
 def _of_router(model: Model, name: str, seed: int) -> Tensor | None:

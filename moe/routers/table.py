@@ -21,6 +21,7 @@ from .null_experts import NullExperts
 from .own_code import check_class, find_class
 from .relu import ReLU
 from .router import RouterConfig
+from .sampling_space import SamplingSpace
 from .sinkhorn import Sinkhorn
 from .sparsity import Sparsity
 from .stochastic import Stochastic
@@ -35,6 +36,7 @@ ROUTERS: tuple[type[RouterConfig], ...] = (
     Task,
     Timestep,
     Stochastic,
+    SamplingSpace,
     KMeans,
     NullExperts,
     Noisy,

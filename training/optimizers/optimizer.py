@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ...parallel.dense.expert_shards import ExpertShards
 from ...parallel.dense.local_part import flat_part, local_part
+from .expert_exchange import ExpertExchange
 from .held import Held, experts_of, hold_trained, keyed
 from .rule import UpdateRule
 from .sparse_experts import ExpertMasks, SparseExpertsConfig
@@ -33,6 +34,7 @@ class MasterOptimizer:
     ) -> None:
         self._model, self._shards = model, shards
         self._held = hold_trained(model, masters, shards)
+        self._exchange = ExpertExchange(model, self._held)
         self.masks: ExpertMasks | None = None
         """Which weights of experts are in forward, if not all."""
         if sparse_experts is not None:
@@ -58,6 +60,7 @@ class MasterOptimizer:
         for rule, parameters in self._parts:
             rule.update(parameters, lr, self._done)
         self._done += 1
+        self._exchange.run(self._done)
         if self.masks is not None:
             self.masks.follow(self._done)
         self._write()
