@@ -6,6 +6,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter
 
 from .encoder import EncoderConfig
 from .model import ModelConfig
+from .super_resolution import SuperResolutionConfig
 
 
 def _with_kind(values: Any) -> Any:
@@ -15,7 +16,7 @@ def _with_kind(values: Any) -> Any:
     return values
 
 
-AnyModel = ModelConfig | EncoderConfig
+AnyModel = ModelConfig | EncoderConfig | SuperResolutionConfig
 ModelSection = Annotated[AnyModel, Field(discriminator="kind"), BeforeValidator(_with_kind)]
 KINDS: tuple[str, ...] = tuple(kind.model_fields["kind"].default for kind in get_args(AnyModel))
 """Their names."""

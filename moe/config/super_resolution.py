@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from ..routers.router import RouterConfig
 from ..routers.routing import Lookahead
+from ..routers.row_facts import RowFact
 from ..routers.sampling_space import SamplingSpace
 from ..routers.timestep import Timestep
 from .model import LayersConfig
@@ -56,6 +57,16 @@ class SuperResolutionConfig(LayersConfig):
     def generates(self) -> bool:
         """Whether the model continues texts."""
         return False
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether rows are tokens of a vocabulary: they are patches."""
+        return False
+
+    @property
+    def rows_have(self) -> frozenset[RowFact]:
+        """What routers may read of a row: its time."""
+        return frozenset({"timesteps"})
 
     @property
     def rows_per_image(self) -> int:

@@ -20,8 +20,9 @@ from ..diffusion.positions import grid_positions, time_features
 from ..diffusion.schedule import Schedule
 from ..linear import FromZero, Linear
 from ..routers.routing import Lookahead, Routing
-from .decoder_layer import LayerOutput, choose
-from .model import WHOLE, Model, ModelOptions, ModelOutput
+from .model import Model, ModelOutput
+from .options import WHOLE, ModelOptions
+from .routed import LayerOutput, choose
 from .super_resolution_layer import SuperResolutionLayer, of_rows
 
 
@@ -102,7 +103,8 @@ class SuperResolution(Model):
         patches_TP = self._patches(output.hidden_TD, time_BD)
         noise_BCHW = images_of(patches_TP, self.config.patch, tuple(noisy_BCHW.shape))
         if self.frequency_filter is not None:
-            noise_BCHW = self.frequency_filter(noise_BCHW, noisy_BCHW, guide_BCHW, time_BD)
+            read = (noisy_BCHW.to(noise_BCHW.dtype), guide_BCHW.to(noise_BCHW.dtype))
+            noise_BCHW = self.frequency_filter(noise_BCHW, *read, time_BD)
         return Denoised(noise_BCHW, output.routings)
 
     def forward(

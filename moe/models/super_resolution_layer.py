@@ -12,8 +12,8 @@ from ..gated_mlp import GatedMLP
 from ..layer import MoELayer
 from ..linear import FromZero
 from ..routers.routing import Lookahead, Routing
-from .decoder_layer import LayerOutput, choose
-from .model import WHOLE, ModelOptions
+from .options import WHOLE, ModelOptions
+from .routed import LayerOutput, build_moe, choose
 
 
 class SuperResolutionLayer(nn.Module):
@@ -32,20 +32,7 @@ class SuperResolutionLayer(nn.Module):
         self.mlp_norm = nn.LayerNorm(config.d_model, config.norm_eps, False)
         self.mlp: MoELayer | GatedMLP
         if config.moe is not None and config.is_moe(layer):
-            self.mlp = MoELayer(
-                config.d_model,
-                config.moe.d_expert,
-                config.moe.num_experts,
-                config.router(layer),
-                config.moe.activation,
-                config.moe.d_shared,
-                shared_gate=config.moe.shared_gate,
-                expert_bias=config.moe.expert_bias,
-                layer=layer,
-                expert_ids=options.expert_ids,
-                backend=options.backend,
-                recompute=options.recompute == "experts",
-            )
+            self.mlp = build_moe(config, layer, options)
         else:
             assert config.d_ff is not None, "the configuration was not validated"
             activation = "swiglu" if config.moe is None else config.moe.activation

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..config.encoder import EncoderConfig
 from ..config.model import LayersConfig, ModelConfig
+from ..config.super_resolution import SuperResolutionConfig
 from ..without_memory import without_memory
 from .decoder import Decoder
 from .decoder_layer import DecoderLayer
@@ -14,6 +15,8 @@ from .encoder import Encoder
 from .encoder_layer import EncoderLayer
 from .model import Model
 from .options import WHOLE, ModelOptions
+from .super_resolution import SuperResolution
+from .super_resolution_layer import SuperResolutionLayer
 
 
 class ModelKind(NamedTuple):
@@ -31,6 +34,7 @@ KINDS: dict[type[LayersConfig], ModelKind] = {
         DecoderLayer,
     ),
     EncoderConfig: ModelKind(Encoder, EncoderLayer),
+    SuperResolutionConfig: ModelKind(SuperResolution, SuperResolutionLayer),
 }
 """By the class of the configuration."""
 

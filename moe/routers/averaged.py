@@ -1,8 +1,11 @@
 """Routers whose experts exchange weights in training and are one MLP afterwards."""
 
+from collections.abc import Collection
+
 from pydantic import Field
 
 from .router import RouterConfig
+from .row_facts import RowFact
 
 
 class AveragedConfig(RouterConfig):
@@ -21,3 +24,13 @@ class AveragedConfig(RouterConfig):
     def exchange_after(self, done: int) -> float:
         """Return the weight of the others' mean after the first ``done`` steps."""
         return self.exchange * min(1.0, done / max(1, self.exchange_steps))
+
+    def why_not_among(self, has: Collection[RowFact]) -> str | None:
+        """Return that texts have no such layers: their rows bring no facts."""
+        if has:
+            return None
+        return (
+            f"router.kind is {self.kind}, whose experts share out the rows of an image, and rows "
+            "of this model are of texts; choose another router, or give it to an MoELayer in a "
+            "model of your own."
+        )

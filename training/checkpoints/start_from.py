@@ -25,9 +25,11 @@ log = logging.getLogger(__name__)
 MAY_BE_NEW = ("pooler.weight", "pooler.bias")
 """Parameters that a folder may lack: those of tasks without them. Then they begin as in a new run.
 """
-NEW_IN_TRAINING = ("gate.e_score_correction_bias", "gate.mean_ED", "gate.variance_ED")
-"""Tensors that a folder may lack: a balancing bias, which begins at 0, and statistics of experts,
-which follow from their weights."""
+AVERAGE = tuple(f".average.{part}" for part in ("fc1", "fc2", "fc1_bias", "fc2_bias"))
+STATISTICS = ("gate.mean_ED", "gate.variance_ED")
+NEW_IN_TRAINING = ("gate.e_score_correction_bias", *STATISTICS, *AVERAGE)
+"""Tensors that a folder may lack: a balancing bias, which begins at 0, statistics and
+the average of experts, which follow from their weights."""
 
 IDENTITY_BYTES = 1 << 20
 """Bytes of each weight file that tell it from another one."""

@@ -4,6 +4,7 @@ from typing import Any
 
 from .chat import ChatObjective
 from .classify import ClassifyObjective
+from .denoise import DenoiseObjective
 from .next_token import NextTokenObjective
 from .objective import Objective
 
@@ -11,4 +12,5 @@ OBJECTIVES: dict[str, type[Objective[Any]]] = {
     "text": NextTokenObjective,
     "chat": ChatObjective,
     "classify": ClassifyObjective,
+    "super_resolution": DenoiseObjective,
 }
