@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .moe.layer import MoELayer, after_step, auxiliary_loss
     from .moe.models.language_model import LanguageModel
     from .moe.models.text_classifier import TextClassifier
+    from .moe.models.upscaler import Upscaler
     from .moe.routers.hash import Hash
     from .moe.routers.loss_terms import GlobalCounts, LayerLosses
     from .moe.routers.router import Router, RouterConfig, RouterSizes
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from .moe.routers.table import router
     from .moe.routers.topk import TopK
     from .moe.soft_moe import SoftMoE
-    from .serving.loading import load, load_classifier
+    from .serving.loading import load, load_classifier, load_upscaler
 
 __version__ = "0.1.0"
 
@@ -45,11 +46,13 @@ __all__ = [
     "SoftMoE",
     "TextClassifier",
     "TopK",
+    "Upscaler",
     "__version__",
     "after_step",
     "auxiliary_loss",
     "load",
     "load_classifier",
+    "load_upscaler",
     "replace_moe_blocks",
     "router",
 ]
@@ -70,10 +73,12 @@ _HOME = {
     "SoftMoE": ".moe.soft_moe",
     "TextClassifier": ".moe.models.text_classifier",
     "TopK": ".moe.routers.topk",
+    "Upscaler": ".moe.models.upscaler",
     "after_step": ".moe.layer",
     "auxiliary_loss": ".moe.layer",
     "load": ".serving.loading",
     "load_classifier": ".serving.loading",
+    "load_upscaler": ".serving.loading",
     "replace_moe_blocks": ".moe.folders.transformers_blocks",
     "router": ".moe.routers.table",
 }

@@ -25,6 +25,7 @@ from .commands import (
     trace,
     train,
     upcycle,
+    upscale,
 )
 from .commands.options import HelpFormatter, report_errors
 from .system import stop_unless_it_can_run
@@ -35,6 +36,7 @@ COMMANDS = (
     generate,
     chat,
     classify,
+    upscale,
     evaluate,
     price,
     plan,

@@ -14,6 +14,7 @@ from ..moe.folders.folder import ModelFolder
 from ..moe.folders.hub import local_folder
 from ..moe.models.language_model import LanguageModel
 from ..moe.models.text_classifier import TextClassifier
+from ..moe.models.upscaler import Upscaler
 from ..moe.routers.own_code import allow
 from .experts.options import StoreOptions
 from .experts.policies.policy import Policy
@@ -110,6 +111,16 @@ def load_classifier(folder: str | Path, **how: Unpack[Loading]) -> TextClassifie
     """
     model, _ = open_kind(folder, ("encoder",), **how)
     assert isinstance(model, TextClassifier), "its kind was asked for"
+    return model
+
+
+def load_upscaler(folder: str | Path, **how: Unpack[Loading]) -> Upscaler:
+    """Open a folder with a super-resolution model, a run's export, as a model ready to call.
+
+    The arguments are those of :func:`load_classifier`, and so are the errors.
+    """
+    model, _ = open_kind(folder, ("super_resolution",), **how)
+    assert isinstance(model, Upscaler), "its kind was asked for"
     return model
 
 

@@ -21,9 +21,19 @@ class Schedule:
 
     def add_noise(self, x_BCHW: Tensor, noise_BCHW: Tensor, times_B: Tensor) -> Tensor:
         """Return the images at the timesteps ``times_B``."""
-        kept_B111 = self.kept_N[times_B].view(-1, 1, 1, 1)
+        kept_B111 = self.kept_N.to(times_B.device)[times_B].view(-1, 1, 1, 1)
         signal, noise = kept_B111.sqrt(), (1 - kept_B111).sqrt()
         return signal.to(x_BCHW) * x_BCHW + noise.to(x_BCHW) * noise_BCHW
+
+    def noise_of(self, mixture_BCHW: Tensor, x_BCHW: Tensor, times_B: Tensor) -> Tensor:
+        """Return the noise in ``x_t``, given the mixture ``sqrt(kept) noise - sqrt(1 - kept) x``.
+
+        Noise alone would be near ``x_t`` at late timesteps, and a small error in it would be a
+        large one in the image (v-prediction; Salimans and Ho 2022).
+        """
+        kept_B111 = self.kept_N.to(times_B.device)[times_B].view(-1, 1, 1, 1)
+        signal, noise = kept_B111.sqrt(), (1 - kept_B111).sqrt()
+        return noise.to(x_BCHW) * x_BCHW + signal.to(x_BCHW) * mixture_BCHW
 
     def kept(self, time: int | None) -> float:
         """Return the image's share of the variance at a timestep; None = the image itself."""

@@ -84,6 +84,9 @@ class SuperResolution(Model):
     ) -> Denoised:
         """Return the noise in residuals at the timesteps ``times_B`` (int64).
 
+        The layers say a mixture of noise and residual (:meth:`.Schedule.noise_of`), which is as
+        hard at every timestep; the noise follows from it.
+
         ``guide_BCHW`` are the enlarged small images. ``draw_keys`` has a number for each image,
         from which routers draw in training. With ``next_times_B``, those of the next call for the
         same images, its experts are announced while this one still computes.
@@ -101,11 +104,11 @@ class SuperResolution(Model):
         time_BD = self._time(times_B)
         output = self(batch, x_TD, time_BD, following)
         patches_TP = self._patches(output.hidden_TD, time_BD)
-        noise_BCHW = images_of(patches_TP, self.config.patch, tuple(noisy_BCHW.shape))
+        said_BCHW = images_of(patches_TP, self.config.patch, tuple(noisy_BCHW.shape))
+        noisy_BCHW, guide_BCHW = noisy_BCHW.to(said_BCHW), guide_BCHW.to(said_BCHW)
         if self.frequency_filter is not None:
-            read = (noisy_BCHW.to(noise_BCHW.dtype), guide_BCHW.to(noise_BCHW.dtype))
-            noise_BCHW = self.frequency_filter(noise_BCHW, *read, time_BD)
-        return Denoised(noise_BCHW, output.routings)
+            said_BCHW = self.frequency_filter(said_BCHW, noisy_BCHW, guide_BCHW, time_BD)
+        return Denoised(self.schedule.noise_of(said_BCHW, noisy_BCHW, times_B), output.routings)
 
     def forward(
         self, batch: Batch, x_TD: Tensor, time_BD: Tensor, following: Batch | None = None

@@ -130,3 +130,20 @@ def _of_array(images: npt.NDArray[Any], name: str, channels: int) -> Bytes:
         wrong = high if low >= 0 else low
         raise DataError(f"{name} has the value {wrong:g}; give bytes, or numbers from 0 to 1.")
     return (images * 255).round().astype(np.uint8)
+
+
+def write_images(path: Path, images_NHWC: Bytes, key: str) -> None:
+    """Write images into a ``.npz`` file, or one image into an image file.
+
+    Raises :class:`ConfigError` for a file that cannot be written.
+    """
+    try:
+        if path.suffix == ".npz":
+            np.savez_compressed(path, **{key: images_NHWC})
+            return
+        (image_HWC,) = images_NHWC
+        if image_HWC.shape[2] == 1:
+            image_HWC = image_HWC[..., 0]
+        open_pillow().fromarray(image_HWC).save(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be written ({error}); name another file.") from None

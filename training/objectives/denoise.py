@@ -61,7 +61,7 @@ class DenoiseLoss(nn.Module):
         images = to_device(rows.images_BCSS, here)
         wanted = to_device(rows.noise_BCSS, here)
         guide = larger(smaller(images, model.config.scale), model.config.scale)
-        mixed = model.schedule.add_noise(model.residual(images, guide), wanted, rows.times_B)
+        mixed = model.schedule.add_noise(model.residual(images, guide), wanted, times_B)
         found = model.denoise(mixed, guide, times_B, rows.draw_keys)
         loss = (found.noise_BCHW - wanted).square().sum()
         return DenoisedBatch(loss, wanted.numel(), found.routings, found.noise_BCHW)
@@ -145,10 +145,13 @@ class DenoiseObjective(Objective[SuperResolution]):
             found: DenoisedBatch = module(NoisyRows(x_BCHW, guide, times_B))
             return found.noise_BCSS.cpu()
 
+        def bound(residual_BCHW: Tensor) -> Tensor:
+            return model.residual(model.image(residual_BCHW, guide), guide)
+
         module.eval()
         with torch.no_grad():
             steps = self._section.eval_steps
-            residual = ddim(predict, model.schedule, rows.noise_BCSS, steps)
+            residual = ddim(predict, model.schedule, rows.noise_BCSS, steps, bound=bound)
         module.train()
         values_B = psnr(model.image(residual, guide), images)
         sums = torch.stack([values_B.sum(), torch.tensor(len(values_B)).double()])
