@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from ..dtypes import short_name
 from ..moe.config.kinds import ModelSection
 from ..moe.config.model import decoder_config
+from .averages_check import problem_with_averages
 from .checkpoint_config import CheckpointConfig
 from .expert_memory_check import problem_with_expert_memory
 from .formats.table import DataSection
@@ -151,6 +152,7 @@ class RunConfig(Section):
                 self.optimizer, self.parallel, self.train.parameters, trains_experts
             )
         problem = problem or problem_with_stages(self) or problem_with_sparse_experts(self)
+        problem = problem or problem_with_averages(self)
         if problem is not None:
             raise ValueError(problem)
         return self

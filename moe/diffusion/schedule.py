@@ -15,7 +15,9 @@ class Schedule:
     """
 
     def __init__(self, timesteps: int, beta_start: float, beta_end: float) -> None:
-        betas_N = torch.linspace(beta_start, beta_end, timesteps, dtype=torch.float64)
+        # In memory even where a model is built without.
+        wide = {"dtype": torch.float64, "device": "cpu"}
+        betas_N = torch.linspace(beta_start, beta_end, timesteps, **wide)
         self.kept_N = (1 - betas_N).cumprod(dim=0)
         """fp64: the image's share of the variance at each timestep."""
 

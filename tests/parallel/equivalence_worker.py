@@ -138,7 +138,11 @@ def plan_odd_slices(step, queue) -> None:
 
 
 def state_of_routers(decoder) -> dict[str, torch.Tensor]:
-    return {n: b.double().clone() for n, b in decoder.named_buffers() if ".gate." in n}
+    return {
+        n: b.double().clone()
+        for n, b in decoder.named_buffers()
+        if ".gate." in n or ".average." in n
+    }
 
 
 def run_case(config_path: Path, out: Path, name: str, case: dict, watch) -> None:

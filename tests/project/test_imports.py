@@ -58,7 +58,7 @@ ROOMS = {
         ["section"],
         ["formats"],
         ["checkpoint_config", "lora_config", "monitor_config", "parallel_config", "publish_config"],
-        ["expert_memory_check", "optimizers", "parallel_check", "stages_check"],
+        ["averages_check", "expert_memory_check", "optimizers", "parallel_check", "stages_check"],
         ["config", "device", "key_check", "phases", "precision", "schedule", "stop"],
         ["deepspeed_file", "layer_shape"],
         ["deepspeed_settings"],

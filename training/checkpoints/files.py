@@ -46,8 +46,8 @@ class _State(BaseModel):
     batch_sequences: int
     sequence_length: int
     precision: str
-    tokenizer: str
-    tokenizer_sha256: str
+    tokenizer: str | None
+    tokenizer_sha256: str | None = None
     origin: dict[str, Any] | None = None
     lora: LoraConfig | None = None
 

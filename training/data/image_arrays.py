@@ -38,10 +38,10 @@ def read_images(source: str, field: str, key: str, channels: int) -> Bytes:
 
 def read_image(path: Path, channels: int) -> Bytes:
     """Return one image file as ``[H, W, C]``; see :func:`read_images` for the errors."""
-    pillow = open_pillow()
+    pillow, mode = open_pillow(), _mode(channels)
     try:
         with pillow.open(path) as image:
-            found = np.asarray(image.convert(_mode(channels)))
+            found = np.asarray(image.convert(mode))
     except (OSError, SyntaxError, ValueError) as error:
         raise DataError(
             f"{path} cannot be read as an image ({error}); give another file."

@@ -104,6 +104,9 @@ def _learning(run: Run) -> str:
     if lines:
         title = "Labels of held-out texts"
         charts.append(line_chart(title, "share", lines, floor=0.0, marks=marks))
+    if ratios := series.get("eval_psnr"):
+        title = "Held-out images, enlarged"
+        charts.append(line_chart(title, "PSNR in dB", [Line("held out", ratios, 0)], marks=marks))
     if norms := series.get("grad_norm"):
         lines = [Line("gradient norm", norms, 2)]
         clip = run.config.get("optimizer", {}).get("clip_norm", math.inf)

@@ -64,7 +64,7 @@ def check_fit(spec: str, config: LayersConfig) -> str:
     name, _ = split_spec(spec)
     problem = why_not(config)
     assert config.moe is not None, "a store has experts"
-    sizes = RouterSizes(config.d_model, config.moe.num_experts, config.vocabulary)
+    sizes = RouterSizes(config.d_model, config.moe.num_experts, config.vocab_size)
     with without_memory():
         can_ask_gates = problem is None and has_scores(config.moe.router.build(sizes))
     if name == "auto":
