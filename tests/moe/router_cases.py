@@ -20,6 +20,7 @@ CASES: dict[str, dict] = {
     "task": {"kind": "task", "k": 2, "num_tasks": 2},
     "task_vector": {"kind": "task", "k": 2, "num_tasks": 2, "form": "vector", "d_task": 6},
     "timestep": {"kind": "timestep"},
+    "sampling_space": {"kind": "sampling_space", "exchange": 0.5, "exchange_steps": 2},
     "stochastic": {"kind": "stochastic"},
     "stochastic_sequence": {"kind": "stochastic", "k": 2, "drawn_per": "sequence"},
     "stochastic_fixed": {"kind": "stochastic", "k": 2, "evaluation": "fixed"},
@@ -108,7 +109,7 @@ CASES: dict[str, dict] = {
 ACTIVATIONS: dict[str, str] = {"sparsity": "reglu", "sparsity_pregated": "reglu"}
 """The experts' activation where a case needs another one than swiglu."""
 
-NOT_FOR_TEXT: set[str] = {"task", "task_vector", "timestep"}
+NOT_FOR_TEXT: set[str] = {"task", "task_vector", "timestep", "sampling_space"}
 """Those that read what a text model does not have, such as a task."""
 
 NOT_TENSORS_ALONE: set[str] = set()
