@@ -100,7 +100,7 @@ class StreamBatches:
             replace_text(path, json.dumps(counts.tolist()))
 
     def _open_stream(self, start: StreamPosition, pause: Callable[[float], object]) -> TokenStream:
-        data = self._config.data
+        data = self._config.text_data
         source = open_source(data, data.source, data.split, "data.source")
         assert isinstance(source, HubSource), "only data sets are streamed"
         return TokenStream(source, self._tokenizer, read_rule(self._folder), start, pause)
