@@ -17,6 +17,7 @@ EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["option
 WITHOUT = """
 import sys
 ABSENT = {"ray", "fastapi", "starlette", "uvicorn", "datasets", "tensorboard", "wandb", "deepspeed"}
+ABSENT |= {"PIL"}
 class Absent:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in ABSENT:
@@ -53,7 +54,7 @@ def test_every_extra_that_a_message_names_exists():
     for path in [*ROOT.glob("*.py"), *(ROOT / "serving").rglob("*.py")]:
         found |= named_in(path)
     found |= {name for path in (ROOT / "training").rglob("*.py") for name in named_in(path)}
-    assert found == {"serve", "datasets", "tensorboard", "wandb", "deepspeed"}
+    assert found == {"serve", "datasets", "tensorboard", "wandb", "deepspeed", "images"}
     assert found <= set(EXTRAS)
 
 
