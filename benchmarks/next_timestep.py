@@ -1,6 +1,6 @@
 """What does it save that a sampler knows the next timestep's experts?
 
-    python benchmarks/next_timestep.py [--rates 200 400 800] [--budgets 10% 20%] [--side 56]
+    python benchmarks/next_timestep.py [--rates 50 100] [--budgets 10% 20%] [--side 56]
 
 A super-resolution model with one expert for each tenth of time (random weights, 8 layers, 10
 experts of 1.6 MB each) enlarges an image in 20 steps of DDIM, so that every second step needs other
@@ -34,7 +34,7 @@ from moeyard.serving.loading import open_kind
 
 from report import write_results
 
-STEPS, ROUNDS = 20, 5
+STEPS, ROUNDS = 20, 3
 MODEL = {
     "d_model": 256,
     "num_layers": 8,
@@ -128,7 +128,7 @@ def compare(folder: Path, budget: str, rate: float, image: np.ndarray, disk: Pac
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rates", type=float, nargs="+", default=[200, 400, 800], help="MB/s")
+    parser.add_argument("--rates", type=float, nargs="+", default=[50, 100], help="MB/s")
     parser.add_argument("--budgets", nargs="+", default=["10%", "20%"])
     parser.add_argument("--side", type=int, default=56, help="of the large image, in pixels")
     parser.add_argument("--threads", type=int, default=1)
