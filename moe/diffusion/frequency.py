@@ -30,7 +30,8 @@ class FrequencyFilter(nn.Module):
         if not len(noise_BCHW):  # FFTs refuse it
             return noise_BCHW
         parts_BPCHW = torch.stack([noise_BCHW, noisy_BCHW, guide_BCHW], dim=1)
-        size = noise_BCHW.shape[-2:]
+        height, width = noise_BCHW.shape[-2:]
+        size = (height, width)
         gains_BPCK = self.gains(time_BD).to(parts_BPCHW).unflatten(1, (3, self.channels, -1))
         gains_BPCHW = torch.einsum(
             "bpck,khw->bpchw", gains_BPCK, band_weights(size, self.bands).to(parts_BPCHW)

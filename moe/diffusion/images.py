@@ -3,6 +3,8 @@
 Models see ``[B, C, H, W]`` from -1 to 1; files have bytes, ``[B, H, W, C]``.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -45,8 +47,8 @@ def patches_of(images_BCHW: Tensor, patch: int) -> Tensor:
     return squares.permute(0, 2, 3, 1, 4, 5).flatten(0, 2).flatten(1)
 
 
-def images_of(patches_TP: Tensor, patch: int, size: tuple[int, int, int, int]) -> Tensor:
+def images_of(patches_TP: Tensor, patch: int, size: Sequence[int]) -> Tensor:
     """Return the images ``[B, C, H, W]`` of :func:`patches_of`; ``size`` is their shape."""
     num, channels, height, width = size
     shape = (num, height // patch, width // patch, channels, patch, patch)
-    return patches_TP.view(shape).permute(0, 3, 1, 4, 2, 5).reshape(size)
+    return patches_TP.view(shape).permute(0, 3, 1, 4, 2, 5).reshape(tuple(size))

@@ -15,9 +15,8 @@ class Schedule:
     """
 
     def __init__(self, timesteps: int, beta_start: float, beta_end: float) -> None:
-        # In memory even where a model is built without.
-        wide = {"dtype": torch.float64, "device": "cpu"}
-        betas_N = torch.linspace(beta_start, beta_end, timesteps, **wide)
+        wide, here = torch.float64, "cpu"  # in memory even where a model is built without
+        betas_N = torch.linspace(beta_start, beta_end, timesteps, dtype=wide, device=here)
         self.kept_N = (1 - betas_N).cumprod(dim=0)
         """fp64: the image's share of the variance at each timestep."""
 

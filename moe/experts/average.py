@@ -26,6 +26,7 @@ class AverageExpert(nn.Module):
         self.activation: Activation = activation
         self.backend: Backend = backend
         d_hidden = fc1_rows(d_expert, activation)
+        shapes: dict[str, tuple[int, ...]]
         shapes = {"fc1": (d_hidden, d_model), "fc2": (d_model, d_expert)}
         if bias:
             shapes |= {"fc1_bias": (d_hidden,), "fc2_bias": (d_model,)}

@@ -104,7 +104,7 @@ class SuperResolution(Model):
         time_BD = self._time(times_B)
         output = self(batch, x_TD, time_BD, following)
         patches_TP = self._patches(output.hidden_TD, time_BD)
-        said_BCHW = images_of(patches_TP, self.config.patch, tuple(noisy_BCHW.shape))
+        said_BCHW = images_of(patches_TP, self.config.patch, noisy_BCHW.shape)
         noisy_BCHW, guide_BCHW = noisy_BCHW.to(said_BCHW), guide_BCHW.to(said_BCHW)
         if self.frequency_filter is not None:
             said_BCHW = self.frequency_filter(said_BCHW, noisy_BCHW, guide_BCHW, time_BD)
@@ -120,7 +120,7 @@ class SuperResolution(Model):
         rows = full_rows(batch)
         early = self.route_from_tokens(batch)
         later = {} if following is None else self._known_choices(following)
-        routings = []
+        experts_of, routings = dict(self.moe_layers()), []
         for index, layer in enumerate(self.layers):
             arguments = (x_TD, time_BD, batch, rows, early.get(index))
             if self.recompute and self.training:
@@ -131,7 +131,7 @@ class SuperResolution(Model):
             if output.routing is not None:
                 routings.append(output.routing)
             if index in later:  # not before: this forward's experts were still needed
-                layer.mlp.experts.announce(later[index])
+                experts_of[index].experts.announce(later[index])
         return ModelOutput(x_TD, routings)
 
     def _known_choices(self, batch: Batch) -> dict[int, Routing]:

@@ -67,7 +67,7 @@ class Upscaler:
         height, width = guide_BCHW.shape[-2:]
         missing = (0, max(0, side - width), 0, max(0, side - height))
         guide = F.pad(guide_BCHW.float(), missing, mode="replicate").to(model.device)
-        tiles = Tiles(*guide.shape[-2:], side)
+        tiles = Tiles(guide.shape[-2], guide.shape[-1], side)
         guide_MCSS = tiles.cut(guide)
 
         def predict(x_BCHW: Tensor, time: int, following: int | None) -> Tensor:

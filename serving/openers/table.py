@@ -19,6 +19,7 @@ OPENERS: dict[str, Opener] = {
     "vit": VIT,
     "super_resolution": SUPER_RESOLUTION,
     "recommender": RECOMMENDER,
+    "super_resolution": SUPER_RESOLUTION,
 }
 
 

@@ -139,7 +139,8 @@ def write_images(path: Path, images_NHWC: Bytes, key: str) -> None:
     """
     try:
         if path.suffix == ".npz":
-            np.savez_compressed(path, **{key: images_NHWC})
+            arrays: dict[str, Any] = {key: images_NHWC}
+            np.savez_compressed(path, **arrays)
             return
         (image_HWC,) = images_NHWC
         if image_HWC.shape[2] == 1:

@@ -23,4 +23,5 @@ OBJECTIVES: dict[str, type[Objective[Any]]] = {
     "images": TasksObjective,
     "super_resolution": DenoiseObjective,
     "preference": PreferenceObjective,
+    "super_resolution": DenoiseObjective,
 }
