@@ -19,7 +19,6 @@ OPENERS: dict[str, Opener] = {
     "vit": VIT,
     "super_resolution": SUPER_RESOLUTION,
     "recommender": RECOMMENDER,
-    "super_resolution": SUPER_RESOLUTION,
 }
 
 

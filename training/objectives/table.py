@@ -23,5 +23,4 @@ OBJECTIVES: dict[str, type[Objective[Any]]] = {
     "images": TasksObjective,
     "super_resolution": DenoiseObjective,
     "preference": PreferenceObjective,
-    "super_resolution": DenoiseObjective,
 }
