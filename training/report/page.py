@@ -23,22 +23,13 @@ from .charts import (
     stacked_chart,
 )
 from .heat import heat_map
+from .learning import learning_of
 from .look import SCRIPT, STYLE
-from .pairs import pair_charts
 from .ranks import rank_charts
 from .read import Run, read_run
-from .tasks import task_charts
 
-UNITS = {
-    "classify": "nats per text",
-    "preference": "nats per pair",
-    "images": "sum over tasks",
-}
-"""Of the loss, by ``data.format``; nats per token for others."""
 MAX_LAYER_LINES = 8
 """With more MoE layers, the chart shows the worst, the median and the best of them."""
-UNITS = {"classify": "nats per text", "series": "mean over windows"}
-"""Of the loss, by ``data.format``; nats per token for others."""
 
 
 def write_report(run_dir: Path, out: Path | None) -> tuple[Path, str | None]:
@@ -106,24 +97,9 @@ def _learning(run: Run) -> str:
             Line("training, smoothed", smooth(series["loss"]), 0),
         ]
     losses.append(Line("held out", series.get("eval_loss", []), 1))
-    of_format = run.config.get("data", {}).get("format")
-    charts = [line_chart("Loss", UNITS.get(of_format, "nats per token"), losses, marks=marks)]
-    if of_format == "preference":
-        charts += pair_charts(run, marks)
-    errors = {"mean square": "eval_mse", "mean absolute": "eval_mae"}
-    lines = [Line(n, series[key], i) for i, (n, key) in enumerate(errors.items()) if key in series]
-    if lines:
-        title = "Errors of held-out forecasts"
-        charts.append(line_chart(title, "standardised", lines, floor=0.0, marks=marks))
-    charts += task_charts(run, marks)
-    shares = {"accuracy": "eval_accuracy", "macro F1": "eval_macro_f1"}
-    lines = [Line(n, series[key], i) for i, (n, key) in enumerate(shares.items()) if key in series]
-    if lines and of_format == "classify":
-        title = "Labels of held-out texts"
-        charts.append(line_chart(title, "share", lines, floor=0.0, marks=marks))
-    if ratios := series.get("eval_psnr"):
-        title = "Held-out images, enlarged"
-        charts.append(line_chart(title, "PSNR in dB", [Line("held out", ratios, 0)], marks=marks))
+    learning = learning_of(run)
+    charts = [line_chart("Loss", learning.unit, losses, marks=marks)]
+    charts += learning.charts(run, marks)
     if norms := series.get("grad_norm"):
         lines = [Line("gradient norm", norms, 2)]
         clip = run.config.get("optimizer", {}).get("clip_norm", math.inf)

@@ -1,7 +1,5 @@
 """The curves of runs with several tasks on images: a chart for each kind of measure."""
 
-from collections.abc import Sequence
-
 from .charts import Line, line_chart
 from .read import Run
 
@@ -12,14 +10,14 @@ CHARTS = (
 """Title, unit and the beginnings of the measures' names."""
 
 
-def task_charts(run: Run, marks: Sequence[int]) -> list[str]:
+def task_charts(run: Run, marks: list[int]) -> list[str]:
     """Return a chart for each kind of measure that the run has; none for runs without tasks."""
     charts = []
     for title, unit, beginnings in CHARTS:
         names = [name for name in run.series if name.startswith(beginnings)]
         lines = [Line(_words(name), run.series[name], number) for number, name in enumerate(names)]
         if lines:
-            charts.append(line_chart(title, unit, lines, floor=0.0, marks=list(marks)))
+            charts.append(line_chart(title, unit, lines, floor=0.0, marks=marks))
     return charts
 
 
