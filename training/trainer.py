@@ -87,9 +87,7 @@ class Trainer:
 
     def run(self) -> None:
         """Train to the last step, or finish the current one when asked to stop; then save."""
-        self.objective.before_training(self._loss, self._mesh, self._stop)
-        pulse.begin("looking for checkpoints")
-        done = self.saves.resume()
+        done = self._begin()
         observers = self._open_observers(done)
         steps = self._config.train.steps
         console = TrainingConsole(done, steps, is_shown=self._mesh.rank == 0)
@@ -146,6 +144,12 @@ class Trainer:
                 self._source.close()
             console.close()
             observers.close()
+
+    def _begin(self) -> int:
+        """Prepare the objective, and return the step of the newest checkpoint."""
+        self.objective.before_training(self._loss, self._mesh, self._stop)
+        pulse.begin("looking for checkpoints")
+        return self.saves.resume()
 
     def _open_observers(self, done: int) -> Observers:
         run = (self._run_dir, self._mesh, done)

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -50,21 +51,23 @@ def test_exported_names_are_pinned():
         "RouterConfig",
         "RouterInput",
         "RouterSizes",
-        "TextClassifier",
-        "TextWriter",
-        "after_step",
-        "auxiliary_loss",
         "Routing",
         "SoftMoE",
+        "TextClassifier",
+        "TextWriter",
         "TopK",
         "Upscaler",
+        "VisionModel",
         "__version__",
+        "after_step",
+        "auxiliary_loss",
         "load",
         "load_classifier",
         "load_forecaster",
-        "load_seq2seq",
         "load_recommender",
+        "load_seq2seq",
         "load_upscaler",
+        "load_vision",
         "replace_moe_blocks",
         "router",
     }
@@ -185,10 +188,11 @@ def test_every_shipped_configuration_is_valid(model_folder):
     configurations = list((ROOT / "configs" / "train").glob("*.yaml"))
     assert len(configurations) >= 3
     for path in configurations:
-        starts = "start_from: runs/tiny-model\n" in path.read_text()
+        text = path.read_text()
+        starts = re.search(r"^start_from: runs/(tiny|chat)-model$", text, re.MULTILINE) is not None
         # The README's run takes 1024 tokens, the tests' folder fewer.
         changed = [f"start_from={model_folder}", "model={max_positions: 1024}"] if starts else []
-        if "start_from: runs/dense-model\n" in path.read_text():
+        if "start_from: runs/dense-model\n" in text:
             dense = "{d_model: 32, num_layers: 2, num_heads: 4, d_ff: 40}"
             changed = ["start_from=null", f"model={dense}"]
         check_keys(read_values(path, changed))
