@@ -61,6 +61,14 @@ BEGINNINGS = {
 """The command that makes the model that an arm goes on from; None = the dense one."""
 WIDE = "dense-wide"
 ARMS = (*BEGINNINGS, WIDE)
+PAIRS = (
+    ("nearest", "topk"),
+    ("farthest", "topk"),
+    ("nearest", "farthest"),
+    ("topk", "dense"),
+    ("nearest", "dense"),
+    ("nearest", WIDE),
+)
 
 
 def moeyard(*arguments: str) -> None:
@@ -210,8 +218,11 @@ def main() -> None:
                 seeds,
             )
         )
-    rows = {arm: summary(arm, found) for arm in ARMS}
-    show(rows, arguments.steps)
+    rows = {
+        arm: {name: [seed[arm][name] for seed in found] for name in found[0][arm]} for arm in ARMS
+    }
+    pairs = differences(found)
+    show(rows, pairs, arguments.steps)
     path = write_results(
         "cluster_gate",
         {
@@ -222,36 +233,42 @@ def main() -> None:
             "experts": [EXPERTS, CHOSEN],
             "test_series": len(windows(arguments.data)),
             "arms": rows,
+            "pairs": pairs,
         },
     )
     print(f"written to {path}")
 
 
-def summary(arm: str, found: list[dict[str, dict]]) -> dict:
-    """Return an arm's figures, and its loss less that of the learned gate in pairs of a seed."""
-    row: dict = {name: [seed[arm][name] for seed in found] for name in found[0][arm]}
-    for name in ("wql", "mse", "nll"):
-        gains = [seed[arm][name] - seed["topk"][name] for seed in found]
-        row[f"{name}_minus_topk_mean"] = statistics.mean(gains)
-        row[f"{name}_minus_topk_stdev"] = statistics.stdev(gains) if len(gains) > 1 else None
-    return row
+def differences(found: list[dict[str, dict]]) -> dict[str, dict]:
+    """Return the quantile loss of one arm less that of another, in pairs of a seed."""
+    rows = {}
+    for one, other in PAIRS:
+        apart = [seed[one]["wql"] - seed[other]["wql"] for seed in found]
+        stdev = statistics.stdev(apart) if len(apart) > 1 else None
+        rows[f"{one} - {other}"] = {
+            "each": apart,
+            "mean": statistics.mean(apart),
+            "stdev": stdev,
+        }
+    return rows
 
 
-def show(rows: dict[str, dict], steps: int) -> None:
-    """Print the table."""
+def show(rows: dict[str, dict], pairs: dict[str, dict], steps: int) -> None:
+    """Print the tables."""
     print(f"\ntest windows after {steps} + {steps} steps")
-    print(
-        "arm         weighted quantile loss    mean    MSE     MAE     nats   in 80 %  minus topk"
-    )
+    print("arm         quantile loss by seed     mean    MSE     MAE     nats    in 80 %")
     for arm, row in rows.items():
         each = " ".join(f"{value:.4f}" for value in row["wql"])
         means = "  ".join(
             f"{statistics.mean(row[name]):.4f}"
             for name in ("wql", "mse", "mae", "nll", "inside_80")
         )
-        stdev = row["wql_minus_topk_stdev"]
-        spread = "" if stdev is None else f" +- {stdev:.4f}"
-        print(f"{arm:11} {each}  {means}  {row['wql_minus_topk_mean']:+.4f}{spread}")
+        print(f"{arm:11} {each}  {means}")
+    print("\nquantile loss, in pairs of a seed")
+    for pair, row in pairs.items():
+        each = " ".join(f"{value:+.4f}" for value in row["each"])
+        spread = "" if row["stdev"] is None else f" +- {row['stdev']:.4f}"
+        print(f"{pair:20} {each}  {row['mean']:+.4f}{spread}")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,11 @@
 """Routers by clusters: the new model begins as the old one; centroids are means of its rows."""
 
-import json
-
 import pytest
 import torch
 
 import moeyard
 from moeyard.cli import main as command
 from moeyard.errors import ConfigError
-from moeyard.moe.folders.folder import ModelFolder
 from moeyard.moe.routers.kmeans import KMeans
 from moeyard.moe.routers.kmeans_fit import fit_centroids
 from moeyard.parallel.mesh import Mesh
@@ -93,20 +90,6 @@ def test_experts_that_a_model_has_stay(sparse, tmp_path):
             assert torch.equal(new[name], tensor), name
     assert new["layers.1.mlp.gate.centroids_ED"].shape == (4, 32)
     assert [index for index, _ in after.moe_layers()] == [1]
-
-
-def test_a_clustered_model_trains_on_and_its_centroids_stay(config_file, dense, tmp_path):
-    cluster(dense, tmp_path / "moe", ClusterSettings(experts=4, rows=300))
-    start = [f"start_from={tmp_path / 'moe'}", "model=null", "data.tokenizer=null"]
-    run = train(config_file, tmp_path / "run", *start, "train.steps=2")
-    folder = ModelFolder(tmp_path / "moe")
-    stored = torch.empty(4, 32)
-    folder.read_into("layers.0.mlp.gate.centroids_ED", stored)
-    assert torch.equal(run.decoder.routers()[0].centroids_ED, stored)
-    experts = run.decoder.layers[0].mlp.experts.fc2
-    assert not torch.equal(experts[0], experts[1])  # copies went apart
-    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
-    assert sum(first["expert_tokens"][0]) == 2 * 8 * 32
 
 
 @pytest.mark.parametrize(
