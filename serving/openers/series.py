@@ -8,7 +8,7 @@ from ..experts.options import StoreOptions
 from ..filling import Filled
 from .opener import Opener, refuse_correction
 
-SERIES_KINDS = ("time_moe",)
+SERIES_KINDS = ("time_moe", "moirai")
 """The kinds of models of time series."""
 
 
