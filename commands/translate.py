@@ -54,7 +54,7 @@ def add(parsers: Parsers) -> None:
         default=1.0,
         metavar="X",
         help="finished texts compete by log-probability over tokens to the power of this; "
-        "default: 1",
+        "default: 1.0",
     )
     translate.add_argument(
         "--batch", type=int, default=16, metavar="N", help="texts computed together; default: 16"
