@@ -1,6 +1,6 @@
 """Does a Switch encoder-decoder learn pairs better than a dense one of equal active size?
 
-    python benchmarks/encoder_decoder.py [--work DIR] [--steps 3000] [--jobs 2] [--seeds 3]
+    python benchmarks/encoder_decoder.py [--work DIR] [--steps 400] [--jobs 2] [--seeds 3]
 
 Switch Transformer (Fedus et al. 2022) puts one of many experts in the place of every other MLP of a
 T5, and reports a lower loss after the same number of steps at the same work for a token. Here the
@@ -23,7 +23,7 @@ from report import write_results
 from runs import train
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-KEYS = 24
+KEYS = 6
 """Ciphers."""
 PAIRS, HELD_OUT = 30_000, 800
 MODEL = {
@@ -76,7 +76,7 @@ def run_one(arm: str, seed: int, steps: int, work: Path, config: Path) -> list[d
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("runs/encoder-decoder"))
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
     arguments = parser.parse_args()
