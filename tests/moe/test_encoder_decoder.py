@@ -192,7 +192,7 @@ def test_blocks_begin_anew_with_the_target():
     model((ragged(texts(SOURCES)), ragged(texts(TARGETS, 1))))
 
 
-@pytest.mark.parametrize("layers", [1, 2, 3, 5, 6])
+@pytest.mark.parametrize("layers", [1, 3, 4])
 def test_experts_are_in_the_layers_where_transformers_has_them(layers):
     for count in range(layers + 2):
         sparse = {f"num_sparse_{side}_layers": count for side in ("encoder", "decoder")}
