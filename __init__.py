@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from .moe.routers.topk import TopK
     from .moe.soft_moe import SoftMoE
     from .serving.loading import load, load_classifier, load_recommender, load_seq2seq
-    from .serving.loading import load, load_classifier, load_seq2seq
 
 __version__ = "0.1.0"
 

@@ -4,14 +4,13 @@
 
 Switch Transformer (Fedus et al. 2022) puts one of many experts in the place of every other MLP of a
 T5, and reports a lower loss after the same number of steps at the same work for a token. Here the
-task is a dictionary: a source is two words of two letters, and its target is another word for the
-first. Which word is for which was drawn, so it must be learnt by heart. Held-out sources have the
-same words in other pairs. Three seeds, paired: the same batches in both
-arms. Interrupt and start again as you like.
+task is a cipher: the first letter of a source is the key, and the target has another letter for
+each of the others. Each key has its own letters, which were drawn, so they must be learnt by heart.
+Held-out sources are new combinations. Three seeds, paired: the same batches in both arms. Interrupt
+and start again as you like.
 """
 
 import argparse
-import itertools
 import json
 import random
 import statistics
@@ -24,8 +23,8 @@ from report import write_results
 from runs import train
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-WORDS = 500
-"""Words of the dictionary, of 676 that have two letters."""
+KEYS, LENGTH = 12, 4
+"""Ciphers, and letters behind the key."""
 PAIRS, HELD_OUT = 30_000, 800
 MODEL = {
     "kind": "encoder_decoder",
@@ -50,16 +49,15 @@ ARMS: dict[str, list[str]] = {
 def write_data(work: Path) -> tuple[Path, Path]:
     """Write the pairs as JSON lines, the same every time."""
     draw = random.Random(7)
-    words = ["".join(letters) for letters in itertools.product(LETTERS, repeat=2)]
-    known = draw.sample(words, WORDS)
-    other = dict(zip(known, draw.sample(words, WORDS), strict=True))
+    ciphers = {key: draw.sample(LETTERS, len(LETTERS)) for key in LETTERS[:KEYS]}
     work.mkdir(parents=True, exist_ok=True)
     paths = (work / "train.jsonl", work / "held-out.jsonl")
     for path, count in zip(paths, (PAIRS, HELD_OUT), strict=True):
         lines = []
         for _ in range(count):
-            chosen = draw.sample(known, 2)
-            lines.append(json.dumps({"source": " ".join(chosen), "target": other[chosen[0]]}))
+            key, letters = draw.choice(LETTERS[:KEYS]), draw.choices(LETTERS, k=LENGTH)
+            target = "".join(ciphers[key][LETTERS.index(letter)] for letter in letters)
+            lines.append(json.dumps({"source": key + "".join(letters), "target": target}))
         text = "\n".join(lines) + "\n"
         if not path.exists() or path.read_text() != text:  # a resumed run must find the same file
             path.write_text(text)
@@ -118,7 +116,8 @@ def main() -> None:
             "steps": steps,
             "model": MODEL,
             "switch": SWITCH,
-            "words": WORDS,
+            "keys": KEYS,
+            "letters_of_a_source": LENGTH,
             "pairs": PAIRS,
             "arms": rows,
         },

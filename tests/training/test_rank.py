@@ -279,3 +279,11 @@ def test_pairs_that_do_not_fit_are_refused(config, exported, pairs, tmp_path):
 def test_runs_that_cannot_work_are_refused(config, tmp_path, overrides, message):
     with pytest.raises(ConfigError, match=message):
         trainer(config, tmp_path / "run", *overrides)
+
+
+def test_the_report_and_the_metrics_show_recall_and_expert_load(whole, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole[1], run_dir)
+    assert command(["report", str(run_dir)]) == 0
+    page = (run_dir / "report.html").read_text()
+    assert "Items of held-out sessions that were recommended" in page and "layer 3" in page.lower()

@@ -36,6 +36,7 @@ LAST_VALUES = {
     "eval_loss": "Nats per held-out token, or text with a label",
     "eval_accuracy": "Share of held-out texts with the right label",
     "eval_macro_f1": "Mean over labels of held-out texts",
+    "eval_recall": "Share of the items of held-out sessions that were recommended",
     "tokens_per_second": "Of the last logged step",
     "expert_copies": "Copies of experts on all ranks and in all layers, last logged step",
     "experts_moved": "Experts with another owner than the first one, all layers",

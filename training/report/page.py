@@ -104,6 +104,10 @@ def _learning(run: Run) -> str:
     if lines:
         title = "Labels of held-out texts"
         charts.append(line_chart(title, "share", lines, floor=0.0, marks=marks))
+    if recalls := series.get("eval_recall"):
+        lines = [Line("held out", recalls, 0)]
+        title = "Items of held-out sessions that were recommended"
+        charts.append(line_chart(title, "share", lines, floor=0.0, marks=marks))
     if norms := series.get("grad_norm"):
         lines = [Line("gradient norm", norms, 2)]
         clip = run.config.get("optimizer", {}).get("clip_norm", math.inf)
