@@ -273,8 +273,8 @@ def test_pairs_that_do_not_fit_are_refused(config, exported, pairs, tmp_path):
         (["model.vocab_size=99"], "model.vocab_size is 99, but .* has 3 levels of 4 codes, which"),
         (["data.format=text"], "not a known key|data"),
         (
-            ["data.session_items=12", "train.sequence_length=9", "model.max_positions=40"],
-            "48 tokens",
+            ["data.session_items=4", "train.sequence_length=9", "model.max_positions=15"],
+            "which are 16 tokens, but model.max_positions is 15; lower the one",
         ),
         (["train.parameters=lora"], "encoder_decoder, whose weights have no low-rank updates"),
         (["parallel.pp=2"], "not split into stages"),
