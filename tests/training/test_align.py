@@ -39,6 +39,7 @@ def sessions(values):
 
 
 def test_the_reward_model_knows_more_than_the_means(sessions, monkeypatch):
+    monkeypatch.setattr(fit_reward, "MOST_EPOCHS", 3)
     fitted = fit_reward_model(sessions, clicks.small_table(), 8.0, seed=0)
     again = fit_reward_model(sessions, clicks.small_table(), 8.0, seed=0)
     assert fitted.loss == again.loss

@@ -272,6 +272,10 @@ def test_pairs_that_do_not_fit_are_refused(config, exported, pairs, tmp_path):
     [
         (["model.vocab_size=99"], "model.vocab_size is 99, but .* has 3 levels of 4 codes, which"),
         (["data.format=text"], "not a known key|data"),
+        (
+            ["data.session_items=4", "train.sequence_length=9", "model.max_positions=15"],
+            "which are 16 tokens, but model.max_positions is 15; lower the one",
+        ),
         (["train.parameters=lora"], "encoder_decoder, whose weights have no low-rank updates"),
         (["parallel.pp=2"], "not split into stages"),
     ],
@@ -279,3 +283,11 @@ def test_pairs_that_do_not_fit_are_refused(config, exported, pairs, tmp_path):
 def test_runs_that_cannot_work_are_refused(config, tmp_path, overrides, message):
     with pytest.raises(ConfigError, match=message):
         trainer(config, tmp_path / "run", *overrides)
+
+
+def test_the_report_and_the_metrics_show_recall_and_expert_load(whole, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole[1], run_dir)
+    assert command(["report", str(run_dir)]) == 0
+    page = (run_dir / "report.html").read_text()
+    assert "Items of held-out sessions that were recommended" in page and "layer 3" in page.lower()

@@ -97,7 +97,7 @@ def _parquet_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, d
         from pyarrow import parquet
     except ImportError:
         raise DataError(
-            f"{path} needs a package that is not installed (pyarrow); "
+            f"{path} needs a package that is not installed (pyarrow): "
             "pip install 'moeyard[parquet]', or give a CSV file."
         ) from None
     try:

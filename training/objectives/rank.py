@@ -132,7 +132,8 @@ class RankObjective(Objective[EncoderDecoder]):
     def complete_model(self, model: LayersConfig) -> LayersConfig:
         """Give the model a token for each code, and one that begins an item.
 
-        Raises :class:`ConfigError` where ``model.vocab_size`` is another number.
+        Raises :class:`ConfigError` where ``model.vocab_size`` is another number, and for sessions
+        that are longer than the model's targets.
         """
         table = self.data.table
         if model.vocab_size not in (None, table.vocabulary):
@@ -140,6 +141,13 @@ class RankObjective(Objective[EncoderDecoder]):
                 f"model.vocab_size is {model.vocab_size}, but {self._section.items} has "
                 f"{table.num_levels} levels of {table.num_codes} codes, which are "
                 f"{table.vocabulary} tokens with the one that begins an item; leave it out."
+            )
+        longest = self._section.session_items * (table.num_levels + 1)
+        if longest > model.max_positions:
+            raise ConfigError(
+                f"data.session_items is {self._section.session_items}, which are {longest} tokens, "
+                f"but model.max_positions is {model.max_positions}; lower the one or raise the "
+                "other."
             )
         return model.model_copy(update={"vocab_size": table.vocabulary, "start_id": table.begin})
 

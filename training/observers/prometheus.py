@@ -42,6 +42,7 @@ LAST_VALUES = {
     "eval_rejected_reward": "Mean reward of the rejected answers of held-out pairs",
     "eval_mse": "Mean square error of held-out forecasts, of standardised points",
     "eval_mae": "Mean absolute error of held-out forecasts, of standardised points",
+    "eval_recall": "Share of the items of held-out sessions that were recommended",
     "tokens_per_second": "Of the last logged step",
     "expert_copies": "Copies of experts on all ranks and in all layers, last logged step",
     "experts_moved": "Experts with another owner than the first one, all layers",

@@ -76,7 +76,13 @@ BY_FORMAT = {
     ),
     "sessions": Learning(
         "nats per code",
-        _charts_of(Measure("Items of held-out sessions", "share", {"recall": "eval_recall"})),
+        _charts_of(
+            Measure(
+                "Items of held-out sessions that were recommended",
+                "share",
+                {"recall": "eval_recall"},
+            )
+        ),
     ),
     "images": Learning("sum over tasks", task_charts),
     "super_resolution": Learning(
