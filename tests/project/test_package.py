@@ -53,9 +53,11 @@ def test_exported_names_are_pinned():
         "Routing",
         "SoftMoE",
         "TopK",
+        "VisionModel",
         "__version__",
         "load",
         "load_classifier",
+        "load_vision",
         "replace_moe_blocks",
         "router",
     }
