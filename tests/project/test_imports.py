@@ -42,6 +42,7 @@ ROOMS = {
         ["batch", "config", "experts"],
         ["attention", "diffusion", "image_batch", "layer", "soft_moe"],
         ["exchange"],
+        ["attention", "image_batch", "layer", "soft_moe"],
         ["models"],
         ["folders", "routes"],
         ["updates"],
