@@ -18,6 +18,8 @@ from moeyard.moe.diffusion.measures import psnr
 from moeyard.moe.models.upscaler import Upscaler
 from moeyard.moe.routes.reader import read_routes
 from moeyard.parallel.mesh import Mesh
+from moeyard.serving.serve_args import ServeArgs
+from moeyard.serving.server_budgets import with_budgets
 from moeyard.training.checkpoints.export import export
 from moeyard.training.data import image_arrays
 from moeyard.training.data.image_arrays import read_images, write_images
@@ -251,6 +253,8 @@ def test_the_command_enlarges_files(folder, tmp_path, capsys):
 def test_other_commands_say_what_opens_it(folder, capsys):
     assert command(["generate", str(folder), "x"]) == 2
     assert "use moeyard upscale or moeyard.load_upscaler for this one" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="is of kind super_resolution, and this works with deco"):
+        with_budgets(ServeArgs(model=str(folder)))
 
 
 BAD = {
