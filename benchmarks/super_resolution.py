@@ -1,6 +1,6 @@
 """Do experts by timestep, and sampling-space experts, make diffusion super-resolution better?
 
-    python benchmarks/super_resolution.py [--work DIR] [--steps 300] [--jobs 2] [--seeds 3]
+    python benchmarks/super_resolution.py [--work DIR] [--steps 1500] [--jobs 2] [--seeds 3]
 
 SS-MoE (Luo et al. 2023) says that both improve images at no greater cost of inference. Here a small
 model enlarges drawn images four times. All arms have the same active width in every layer, the same
@@ -174,7 +174,7 @@ def show(rows: dict[str, dict], others: dict[str, dict[str, float]], steps: int)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("runs/super-resolution"))
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
     arguments = parser.parse_args()

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from ..errors import ConfigError
+from ..moe.config.model import decoder_config
 from ..moe.folders.folder import ModelFolder
 from ..moe.folders.hub import local_folder
 from ..moe.routers.own_code import allow
@@ -29,6 +30,7 @@ def with_budgets(args: ServeArgs) -> tuple[ServeArgs, Room | None]:
     allow(args.allow_code)
     folder = ModelFolder(local_folder(args.model))
     try:
+        decoder_config(folder.config)  # others have no keys and values to plan for
         dtype = pick_dtype(folder, args.dtype)
         host = host_bytes(folder, dtype, args.host_memory)
         copies = copies_bytes(args.store_options, dtype)

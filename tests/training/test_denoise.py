@@ -1,7 +1,5 @@
 """Training models that enlarge images: the data, the loss, the measures, what comes out."""
 
-import builtins
-import importlib
 import json
 import shutil
 
@@ -9,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 import moeyard
 from moeyard.cli import main as command
@@ -18,6 +17,8 @@ from moeyard.moe.diffusion.measures import psnr
 from moeyard.moe.models.upscaler import Upscaler
 from moeyard.moe.routes.reader import read_routes
 from moeyard.parallel.mesh import Mesh
+from moeyard.serving.serve_args import ServeArgs
+from moeyard.serving.server_budgets import with_budgets
 from moeyard.training.checkpoints.export import export
 from moeyard.training.data import image_arrays
 from moeyard.training.data.image_files import read_images, write_images
@@ -87,7 +88,7 @@ def test_a_run_measures_what_it_learns_and_where_patches_went(whole):
     assert "PSNR in dB" in page and "Expert load" in page
 
 
-def test_measures_are_those_of_the_held_out_images(whole):
+def test_measures_are_those_of_the_held_out_images(whole, monkeypatch):
     run, run_dir = whole
     held_out, model = run._data.held_out, run.decoder.eval()
     module, last = run.objective.module(model), metrics(run_dir)[-1]
@@ -99,15 +100,10 @@ def test_measures_are_those_of_the_held_out_images(whole):
     upscaler, guide = Upscaler(model), larger(smaller(right, 2), 2)
     noise = held_out.fixed([0, 2, 4]).noise_BCSS
     found = []
-    for one in range(3):
-        import moeyard.moe.models.upscaler as module_of_upscaler
-
-        original = torch.randn
-        try:
-            module_of_upscaler.torch.randn = lambda *_, **__: noise[one]  # noqa: B023
-            found.append(upscaler.enlarge(guide[[one]], 3))
-        finally:
-            module_of_upscaler.torch.randn = original
+    for own_CSS, own_guide in zip(noise, guide.split(1), strict=True):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "randn", lambda *_, own=own_CSS, **__: own)
+            found.append(upscaler.enlarge(own_guide, 3))
     model.train()
     assert last["eval_psnr"] == pytest.approx(float(psnr(torch.cat(found), right).mean()), rel=1e-4)
 
@@ -204,8 +200,6 @@ def test_export_reload_and_offload_are_the_same_bit_for_bit(whole, folder):
 
 
 def test_a_run_goes_on_from_an_export_and_fills_in_what_a_folder_lacks(config, folder, tmp_path):
-    from safetensors.torch import load_file, save_file
-
     run = trainer(config, tmp_path / "run", f"start_from={folder}", "model={}")
     first = load_file(folder / "model.safetensors")
     torch.testing.assert_close(
@@ -251,6 +245,8 @@ def test_the_command_enlarges_files(folder, tmp_path, capsys):
 def test_other_commands_say_what_opens_it(folder, capsys):
     assert command(["generate", str(folder), "x"]) == 2
     assert "use moeyard upscale or moeyard.load_upscaler for this one" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="is of kind super_resolution, and this works with deco"):
+        with_budgets(ServeArgs(model=str(folder)))
 
 
 BAD = {
@@ -316,7 +312,6 @@ def test_without_pillow_image_files_get_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(image_arrays.importlib, "import_module", absent)
     with pytest.raises(ConfigError, match=r"\(pillow\); pip install 'moeyard\[images\]', or give"):
         image_arrays.read_image(tmp_path / "x.png", 3)
-    assert builtins and importlib
 
 
 @pytest.mark.parametrize(
