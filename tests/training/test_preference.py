@@ -17,6 +17,7 @@ from moeyard.errors import ConfigError, Stopped
 from moeyard.moe.batch import batch_of_rows
 from moeyard.moe.routes.reader import read_routes
 from moeyard.parallel.mesh import Mesh
+from moeyard.serving.frozen_experts import open_frozen
 from moeyard.training.checkpoints.export import export
 from moeyard.training.data.tokenizer import ByteTokenizer
 from moeyard.training.objectives.preference import MEASURES
@@ -160,15 +161,17 @@ def test_loss_and_gradients_are_those_of_transformers_and_the_formula(begun, sta
 
 
 @pytest.mark.parametrize(
-    ("kind", "bound"), [("all", 2e-5), ("lora", 2e-5), ("router", 2e-5), ("exact", 1e-12)]
+    ("kind", "precision"), [("all", "fp32"), ("all", "bf16"), ("lora", "bf16"), ("router", "fp64")]
 )
-def test_the_first_loss_is_ln_2(kind, bound, begun):
-    run = begun(*(EXACT if kind == "exact" else [f"train.parameters={kind}"]))
-    for step in range(3):
-        batch = run.objective.batch(step, range(4), torch.device("cpu"))
-        loss, margins_B = scored(run, batch)
-        assert loss / 4 == pytest.approx(LN_2, abs=bound)
-        assert margins_B.abs().max() < bound
+def test_margins_begin_at_0_to_the_bit(kind, precision, begun):
+    run = begun(f"train.parameters={kind}", f"train.precision={precision}")
+    for step in range(4):
+        part = run._loss(run.objective.batch(step, range(4), torch.device("cpu")))
+        assert part.loss_sum.item() / 4 == pytest.approx(LN_2, rel=1e-7)
+        assert part.measures["margin"] == part.measures["chosen_reward"] == 0
+    held_out = run.objective.evaluate(run._loss, Mesh()).metrics
+    assert held_out["eval_loss"] == pytest.approx(LN_2, rel=1e-7)
+    assert held_out["eval_margin"] == 0
 
 
 def test_swapping_the_sides_negates_margins(begun):
@@ -330,7 +333,24 @@ def test_a_run_needs_a_model_to_start_from(config_file, config, tmp_path):
         trainer(config_file, tmp_path / "run", f"data={{format: preference, source: {source}}}")
 
 
-@pytest.mark.parametrize("kind", ["all", "lora"])
+@pytest.mark.slow
+def test_frozen_experts_may_stay_in_their_folder(config, prepared, tmp_path):
+    found = []
+    for name, memory in (("all", []), ("half", ["train.expert_memory=50%"])):
+        run_dir = tmp_path / name
+        shutil.copytree(prepared, run_dir / "data")
+        lora = ["train.parameters=lora", "optimizer.lr=0.02", *memory]
+        own = read_run_config(config, [f"run_dir={run_dir}", *lora])
+        run = Trainer(own, run_dir, Mesh(), open_source=open_frozen)
+        run.objective.before_training(run._loss, Mesh(), StopRequest())
+        found.append([run._step.run(step, False).loss for step in range(3)])
+        if run._source is not None:
+            run._source.close()
+    assert found[0] == found[1]
+    assert found[0][0] == pytest.approx(LN_2, rel=1e-7) and found[0][2] < 0.69
+
+
+@pytest.mark.parametrize("kind", ["all", pytest.param("lora", marks=pytest.mark.slow)])
 def test_exports_are_plain_decoders_that_serve(kind, config, prepared, tmp_path):
     run = trainer(config, tmp_path / "run", f"train.parameters={kind}", data=prepared)
     run.run()
