@@ -109,13 +109,8 @@ def _write(folder: Path, name: str, answer: Any) -> Path:
         path = folder / f"{name}.npy"
         np.save(path, answer)
         return path
-    try:
-        from PIL import Image
-    except ImportError:
-        raise ConfigError(
-            "maps of classes are written by Pillow, which is not installed; "
-            "pip install 'moeyard[images]'."
-        ) from None
+    from ..training.data.image_files import open_pillow
+
     path = folder / f"{name}.png"
-    Image.fromarray(answer).save(path)
+    open_pillow().fromarray(answer).save(path)
     return path

@@ -8,15 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ...errors import ConfigError, DataError
+from ...errors import DataError
 from ...moe.config.vision_tasks import AnyTask, ClassesTask, PixelClassesTask
 from ...moe.config.vit import ViTConfig
 from ...moe.pixels import SCALES
+from .image_files import MODES, SUFFIXES, open_pillow
 from .image_targets import NO_CLASS, Array, read_maps
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-"""Pillow's name of 8-bit images by their channels."""
 
 
 def read_image(path: Path, channels: int) -> Array:
@@ -35,19 +32,13 @@ def read_image(path: Path, channels: int) -> Array:
 
 def _open(path: Path, mode: str | None) -> Array:
     """Return an image file's numbers, converted to a mode; None keeps them as they are."""
+    pillow = open_pillow()
     try:
-        from PIL import Image
-    except ImportError:
-        raise ConfigError(
-            f"{path} is an image file, which Pillow reads, but Pillow is not installed; "
-            "pip install 'moeyard[images]'."
-        ) from None
-    try:
-        with Image.open(path) as image:
+        with pillow.open(path) as image:
             is_deep = image.mode.startswith("I;16") and mode in (None, "L")
             opened = image if mode is None or is_deep else image.convert(mode)
             return np.asarray(opened)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, pillow.DecompressionBombError) as error:
         raise DataError(f"{path} cannot be read as an image ({error}); take it out.") from None
 
 
