@@ -146,11 +146,10 @@ def test_the_command_prints_a_line_for_each_user(whole, exported, tmp_path, caps
     (tmp_path / "x.csv").write_text("\n".join(rows) + "\n")
     options = ["-k", "4", "--beams", "3"]
     printed = []
-    for model, extra in ((whole[1], []), (exported, ["--expert-memory", "30%"])):
-        for name in ("x.jsonl", "x.csv"):
-            path = str(tmp_path / name)
-            assert command(["recommend", str(model), path, *options, *extra]) == 0
-            printed.append(capsys.readouterr().out)
+    on_disk = ["--expert-memory", "30%"]
+    for model, name, extra in ((whole[1], "x.jsonl", []), (exported, "x.csv", on_disk)):
+        assert command(["recommend", str(model), str(tmp_path / name), *options, *extra]) == 0
+        printed.append(capsys.readouterr().out)
     assert len(set(printed)) == 1
     found = [json.loads(line) for line in printed[0].splitlines()]
     assert [line["user"] for line in found] == [str(line["user"]) for line in lines]
@@ -220,6 +219,7 @@ def pairs(whole, tmp_path_factory):
 
 def aligned(config, exported, run_dir, pairs, *overrides):
     start = [f"start_from={exported}", "model={}", "train.batch_sequences=16", "train.steps=2"]
+    start.append("train.eval_sequences=1")
     section = [f"data.alignment.pairs={pairs}"] if pairs else []
     return trainer(config, run_dir, *start, *section, *overrides)
 
