@@ -6,12 +6,14 @@ from typing import NamedTuple, Protocol
 from prometheus_client import CollectorRegistry
 from starlette.types import ASGIApp
 
+from ..errors import ConfigError
 from ..moe.folders.folder import ModelFolder
 from ..moe.folders.hub import local_folder
 from ..moe.routers.own_code import allow
 from . import server
 from .engine.admission import Admission
 from .openers.series import SERIES_KINDS
+from .openers.table import OPENERS, opener_of
 from .series.args import check_series_model
 from .series.server import SeriesServer
 from .serve_args import ServeArgs
@@ -72,8 +74,17 @@ class Host(NamedTuple):
 
 _TEXT = Host(server.check_model, server.Server)
 _SERIES = Host(check_series_model, SeriesServer)
-_HOSTS: dict[str, Host] = dict.fromkeys(SERIES_KINDS, _SERIES)
-"""By the kind of model. Others are decoders, or are refused as none."""
+_HOSTS: dict[str, Host] = {"decoder": _TEXT, **dict.fromkeys(SERIES_KINDS, _SERIES)}
+"""By the kind of model."""
+
+
+def check_served(folder: ModelFolder) -> None:
+    """Raise :class:`ConfigError` for a kind of model that there is no server for."""
+    if folder.config.kind not in _HOSTS:
+        raise ConfigError(
+            f"{folder.path} has a model of kind {folder.config.kind}, which is not served; use "
+            f"{OPENERS[opener_of(folder)].remedy} for it."
+        )
 
 
 def check_model(args: ServeArgs, runs_here: bool = False) -> None:
@@ -92,6 +103,6 @@ def open_server(args: ServeArgs, replica: str) -> Hosted:
 def _host_of(args: ServeArgs) -> Host:
     allow(args.allow_code)
     folder = ModelFolder(local_folder(args.model))
-    kind = folder.config.kind
     folder.close()
-    return _HOSTS.get(kind, _TEXT)
+    check_served(folder)
+    return _HOSTS[folder.config.kind]

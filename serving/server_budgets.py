@@ -3,13 +3,13 @@
 from dataclasses import replace
 
 from ..errors import ConfigError
-from ..moe.config.model import decoder_config
 from ..moe.folders.folder import ModelFolder
 from ..moe.folders.hub import local_folder
 from ..moe.routers.own_code import allow
 from .experts.budget import AUTO, budget_bytes, count_in_pools, host_bytes
 from .experts.copies import copies_bytes
 from .experts.reading.choose import plan_reads
+from .hosting import check_served
 from .loading import pick_dtype
 from .memory import available_bytes
 from .planning.budget import Room, demand_of_server
@@ -30,7 +30,7 @@ def with_budgets(args: ServeArgs) -> tuple[ServeArgs, Room | None]:
     allow(args.allow_code)
     folder = ModelFolder(local_folder(args.model))
     try:
-        decoder_config(folder.config)  # others have no keys and values to plan for
+        check_served(folder)
         dtype = pick_dtype(folder, args.dtype)
         host = host_bytes(folder, dtype, args.host_memory)
         copies = copies_bytes(args.store_options, dtype)

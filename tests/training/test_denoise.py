@@ -20,7 +20,7 @@ from moeyard.parallel.mesh import Mesh
 from moeyard.serving.serve_args import ServeArgs
 from moeyard.serving.server_budgets import with_budgets
 from moeyard.training.checkpoints.export import export
-from moeyard.training.data import image_arrays
+from moeyard.training.data import image_files
 from moeyard.training.data.image_files import read_images, write_images
 from moeyard.training.read_config import read_run_config
 from moeyard.training.report.page import write_report
@@ -216,7 +216,7 @@ def test_a_run_goes_on_from_an_export_and_fills_in_what_a_folder_lacks(config, f
 
 
 def test_the_command_enlarges_files(folder, tmp_path, capsys):
-    pillow = image_arrays.open_pillow()
+    pillow = image_files.open_pillow()
     picture, model = tmp_path / "in.png", str(folder)
     write_images(picture, pictures.images(1, 6), "images")
     assert command(["upscale", model, str(picture), str(tmp_path / "out.png"), "--steps", "3"]) == 0
@@ -309,9 +309,9 @@ def test_without_pillow_image_files_get_one_sentence(tmp_path, monkeypatch):
     def absent(name):
         raise ModuleNotFoundError(name)
 
-    monkeypatch.setattr(image_arrays.importlib, "import_module", absent)
+    monkeypatch.setattr(image_files.importlib, "import_module", absent)
     with pytest.raises(ConfigError, match=r"\(pillow\); pip install 'moeyard\[images\]', or give"):
-        image_arrays.read_image(tmp_path / "x.png", 3)
+        image_files.read_image(tmp_path / "x.png", 3)
 
 
 @pytest.mark.parametrize(
