@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from moeyard.parallel.mesh import Mesh
-from moeyard.training.data.preference_pairs import PreferencePairs, write_pairs
+from moeyard.training.data.session_pairs import SessionPairs, write_pairs
 from moeyard.training.data.sessions import build_sessions_data
 from moeyard.training.read_config import complete_run_config
 
@@ -30,7 +30,7 @@ def write_some_pairs(values: dict, folder: Path) -> Path:
     sessions_P = torch.arange(0, len(data.train), 3)
     items = [torch.randperm(30, generator=draws)[:6].unflatten(0, (2, 3)) for _ in sessions_P]
     reference_P2 = -20 + torch.rand(len(sessions_P), 2, generator=draws, dtype=torch.float64)
-    pairs = PreferencePairs(sessions_P, torch.stack(items), reference_P2, 2 * reference_P2)
+    pairs = SessionPairs(sessions_P, torch.stack(items), reference_P2, 2 * reference_P2)
     write_pairs(folder / "pairs.safetensors", pairs, data.train)
     return folder / "pairs.safetensors"
 

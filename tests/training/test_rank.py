@@ -13,7 +13,7 @@ from moeyard.cli import main as command
 from moeyard.errors import ConfigError, DataError
 from moeyard.parallel.mesh import Mesh
 from moeyard.training.checkpoints.export import export
-from moeyard.training.data.preference_pairs import PreferencePairs, write_pairs
+from moeyard.training.data.session_pairs import SessionPairs, write_pairs
 from moeyard.training.read_config import read_run_config
 from moeyard.training.trainer import Trainer
 
@@ -200,7 +200,7 @@ def pairs(whole, tmp_path_factory):
     items_P2I = torch.stack([torch.randperm(30, generator=draws)[:3] for _ in range(10)])
     items_P2I = items_P2I.unflatten(0, (5, 2))
     sessions = torch.arange(5)
-    found = PreferencePairs(
+    found = SessionPairs(
         sessions, items_P2I, torch.zeros(5, 2, dtype=torch.float64), torch.zeros(5, 2).double()
     )
     module = run.objective.module(run.decoder).eval()
