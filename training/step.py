@@ -46,6 +46,8 @@ class StepResult:
     """Choices of the global batch that reached no expert, per MoE layer."""
     stop_requested: bool
     """True when some rank was asked to stop."""
+    num_tokens: int = 0
+    """Rows that the model computed for the global batch."""
     measures: dict[str, float] = field(default_factory=dict)
     """Means per target of what the objective measures besides the loss."""
 
@@ -135,6 +137,7 @@ class TrainStep:
             counts_LE=stacked(counts),
             dropped_L=dropped,
             stop_requested=stop > 0,
+            num_tokens=self._objective.num_tokens(range(step, step + 1)),
             measures={
                 name: value / divisor
                 for name, value in zip(self._objective.measures, measured, strict=True)

@@ -203,7 +203,7 @@ class Trainer:
         return found
 
     def _record(self, done: int, result: StepResult, seconds: float) -> dict[str, Any]:
-        tokens = self.objective.num_tokens(range(done - 1, done))
+        tokens = result.num_tokens
         loads = map(load_statistics, result.counts_LE, result.dropped_L)
         slices = self._step.slices
         sliced: dict[str, Any] = {} if slices is None else {"gradient_slices": slices.record()}

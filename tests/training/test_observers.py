@@ -25,6 +25,7 @@ from moeyard.training.read_config import read_run_config
 from moeyard.training.step import StepResult
 from moeyard.training.trainer import Trainer
 
+import labelled
 from launch import free_port
 
 
@@ -158,6 +159,25 @@ def test_the_port_counts_every_step_of_a_run_logged_or_not(tmp_path, config_file
     phases = seen["moeyard_train_phase_seconds_total"]
     assert set(phases) == {(phase,) for phase in PHASES}
     assert all(phases[(p,)] > 0 for p in ("data", "forward", "backward", "optimizer"))
+
+
+def test_the_port_counts_the_rows_of_texts_of_any_length(tmp_path, config_file, monkeypatch):
+    port, seen = free_port(), {}
+    close = PrometheusPort.close
+
+    def scrape_and_close(self):
+        seen.update(scrape(port))
+        close(self)
+
+    monkeypatch.setattr(PrometheusPort, "close", scrape_and_close)
+    source = labelled.write(tmp_path / "texts.jsonl")
+    section = {"format": "classify", "source": str(source), "eval_fraction": 0.2}
+    overrides = [f"model={json.dumps(labelled.ENCODER)}", f"data={json.dumps(section)}"]
+    overrides += ["train.steps=3", f"monitor.prometheus_port={port}"]
+    assert main([str(config_file), f"run_dir={tmp_path}/run", *overrides]) == 0
+    rows = sum(record["step_tokens"] for record in metrics(tmp_path / "run"))
+    assert seen["moeyard_train_tokens_total"] == {(): rows}
+    assert rows < 3 * 8 * 32, "texts are shorter than train.sequence_length"
 
 
 def result_of(counts_LE, dropped_L=(0,)) -> StepResult:

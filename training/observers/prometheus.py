@@ -71,7 +71,6 @@ class PrometheusPort(Observer):
     def __init__(self, config: RunConfig) -> None:
         self.registry = r = CollectorRegistry()
         ProcessCollector(registry=r)
-        self._tokens_per_step = config.train.batch_sequences * config.train.sequence_length
         target = Gauge("moeyard_train_steps_target", "Steps the run will take", registry=r)
         target.set(config.train.steps)
         self._tokens = Counter("moeyard_train_tokens", "Tokens trained on", registry=r)
@@ -95,7 +94,7 @@ class PrometheusPort(Observer):
         self._last.set("loss", result.loss)
         self._last.set("learning_rate", result.lr)
         self._last.set("grad_norm", result.grad_norm)
-        self._tokens.inc(self._tokens_per_step)
+        self._tokens.inc(result.num_tokens)
         self._progress.add(result, phase_seconds)
 
     def record(self, record: dict[str, Any]) -> None:
