@@ -3,7 +3,7 @@
 L MoE layers, E experts.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Protocol
 
@@ -42,8 +42,8 @@ class MicroBatches:
         self._step, self._divisor = 0, 1
         self._losses: list[Tensor] = []
         """Of micro-batches that :meth:`collect` has not read."""
-        self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        """``[loss sum, balance, z]`` of this rank."""
+        self.sums = self._zeros()
+        """``[loss sum, balance, z]`` of this rank, and those of the objective's measures."""
         self.counts: list[GlobalCounts] = []
         """Those of the MoE layers of this rank, over the micro-batches so far."""
         self.router_weights: list[list[Tensor]] = []
@@ -54,7 +54,7 @@ class MicroBatches:
         self._step = step
         self._divisor = self.objective.divisor(step)
         self._losses, self.counts, self.router_weights = [], [], []
-        self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        self.sums = self._zeros()
 
     def fetch(self, number: int) -> Any:
         """Return this rank's rows of a micro-batch."""
@@ -66,24 +66,35 @@ class MicroBatches:
             tell(self._step, rows)
         return batch
 
-    def loss(self, loss_sum: Tensor | None, routings: Sequence[Routing]) -> Tensor | None:
+    def loss(
+        self,
+        loss_sum: Tensor | None,
+        routings: Sequence[Routing],
+        measures: Mapping[str, Tensor] | None = None,
+    ) -> Tensor | None:
         """Return the loss of a micro-batch with gradient, this rank's share of it.
 
         ``loss_sum`` is None in stages without the last layer. None if there is no loss at all.
+        ``measures`` are sums over the targets of this rank.
         """
         loss = None if loss_sum is None else loss_sum / self._divisor
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
         parts = [zero if loss_sum is None else loss_sum.detach(), zero, zero]
+        parts += [zero if measures is None else measures[name] for name in self.objective.measures]
         if routings:
             self.router_weights.append([routing.weights_TK.detach() for routing in routings])
             sums = self.mesh.sum_of_stage
             auxiliary = auxiliary_losses(routings, self._routers, sums, self._num_layers)
             share = auxiliary.total / self.count
             loss = share if loss is None else loss + share
-            parts[1:] = [auxiliary.balance / self.count, auxiliary.z / self.count]
+            parts[1:3] = [auxiliary.balance / self.count, auxiliary.z / self.count]
             self.counts = add_counts(self.counts, auxiliary.counts)
         self._losses.append(torch.stack([part.double() for part in parts]))
         return loss
+
+    def _zeros(self) -> Tensor:
+        num_sums = 3 + len(self.objective.measures)
+        return torch.zeros(num_sums, dtype=torch.float64, device=self.device)
 
     def collect(self) -> None:
         """Add what micro-batches had in losses to ``sums``."""
@@ -115,7 +126,7 @@ class OneByOne:
             phases.lap("data")
             with nullcontext() if number == count - 1 else self._engine.accumulating():
                 part = self._wrapped(batch)
-                loss = self._micro_batches.loss(part.loss_sum, part.routings)
+                loss = self._micro_batches.loss(part.loss_sum, part.routings, part.measures)
                 assert loss is not None
                 phases.lap("forward")
                 self._engine.backward(loss)

@@ -167,7 +167,7 @@ class SequenceNumbers:
     """Numbers the sequences of a step's global batch, the same on any number of ranks.
 
     A sequence is numbered by the place of its first row: window w begins at
-    ``w * train.sequence_length``, whether or not the windows before it are full.
+    ``w * Objective.window_length``, whether or not the windows before it are full.
     """
 
     def __init__(self, objective: Objective[Any]) -> None:
@@ -181,7 +181,7 @@ class SequenceNumbers:
     def of(self, batch: Batch) -> list[int]:
         """Return the numbers of the batch's sequences."""
         rows_W = self._objective.window_rows(self._step, self._windows)
-        length = self._objective.config.train.sequence_length
+        length = self._objective.window_length
         return sequence_numbers(batch.lengths, rows_W, self._windows.start, length)
 
 

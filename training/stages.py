@@ -85,7 +85,7 @@ class StageOfStep(nn.Module):
         output = decoder(self._loss.rows(given), before)
         if decoder.has_last_layer:
             part = self._loss.score(given, output)
-            found = self._micro_batches.loss(part.loss_sum, part.routings)
+            found = self._micro_batches.loss(part.loss_sum, part.routings, part.measures)
             assert found is not None
             self.phases.lap("forward")
             return found

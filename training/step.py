@@ -4,7 +4,7 @@ L MoE layers, E experts.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,8 @@ class StepResult:
     """Choices of the global batch that reached no expert, per MoE layer."""
     stop_requested: bool
     """True when some rank was asked to stop."""
+    measures: dict[str, float] = field(default_factory=dict)
+    """Means per target of what the objective measures besides the loss."""
 
 
 class TrainStep:
@@ -108,9 +110,10 @@ class TrainStep:
             self._copies.begin_step(self._config.train.accumulation)
         sums = self._forward_backward(step)
         sums = self._mesh.sum(torch.cat([sums, sums.new_tensor([float(stop_requested)])]))
-        loss_sum, balance, z, stop = sums.tolist()
+        loss_sum, balance, z, *measured, stop = sums.tolist()
         train = self._config.train
-        loss = loss_sum / self._objective.divisor(step)
+        divisor = self._objective.divisor(step)
+        loss = loss_sum / divisor
         lr = learning_rate(self._config.optimizer, step, train.steps)
         self._engine.step(self.optimizer, lr, partial(self._clip, step, loss, sums))
         here = on_host(self._micro_batches.counts)
@@ -132,6 +135,10 @@ class TrainStep:
             counts_LE=stacked(counts),
             dropped_L=dropped,
             stop_requested=stop > 0,
+            measures={
+                name: value / divisor
+                for name, value in zip(self._objective.measures, measured, strict=True)
+            },
         )
 
     def _clip(self, step: int, loss: float, sums: Tensor, grad_norm: Tensor) -> Tensor:
@@ -174,7 +181,7 @@ class TrainStep:
         return f", with NaN in the router of layer {found[0]}" if found else ""
 
     def _forward_backward(self, step: int) -> Tensor:
-        """Run the micro-batches; return fp64 ``[loss sum, balance, z]`` of this rank."""
+        """Run the micro-batches; return this rank's sums: :attr:`MicroBatches.sums`."""
         self._micro_batches.begin(step)
         self.gradients.zero()
         self.phases.lap("optimizer")

@@ -87,6 +87,7 @@ class Trainer:
 
     def run(self) -> None:
         """Train to the last step, or finish the current one when asked to stop; then save."""
+        self.objective.before_training(self._loss, self._mesh, self._stop)
         pulse.begin("looking for checkpoints")
         done = self.saves.resume()
         observers = self._open_observers(done)
@@ -207,6 +208,7 @@ class Trainer:
         return sliced | {
             "step": done,
             "loss": result.loss,
+            **{f"train_{name}": value for name, value in result.measures.items()},
             "balance": result.balance,
             "z": result.z,
             "grad_norm": result.grad_norm,

@@ -1,13 +1,13 @@
 """Conversations from JSON files, in the shapes that people have."""
 
+import hashlib
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...errors import DataError
-from .documents import RECORD_SUFFIXES, Files, TextFile, is_unicode
-from .records import NotJson, read_records
+from .documents import is_unicode
+from .record_files import RecordFiles
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
@@ -37,37 +37,27 @@ class Conversation(NamedTuple):
     tools: list[dict[str, Any]] | None = None
     """Functions that the assistant may call, as JSON schemas."""
 
+    def digest(self) -> bytes:
+        """Return a hash that tells it from others."""
+        text = json.dumps([self.messages, self.tools], sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
 
 class Conversations:
     """The conversations of a file, or of all JSON files below a folder."""
 
     def __init__(self, source: str, field: str) -> None:
         """``field`` is the configuration key whose value ``source`` is."""
-        path = Path(source)
-        found = [path]
-        if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in RECORD_SUFFIXES)
-        if not found or not all(p.is_file() for p in found):
-            raise DataError(
-                f"{field} is {source!r}, but data.format is chat; give a .jsonl, .ndjson or .json "
-                "file, or a folder of these."
-            )
-        self._paths, self._source, self._field = found, source, field
+        self._files = RecordFiles(source, field, "chat")
 
     def __iter__(self) -> Iterator[tuple[str, Conversation]]:
         """Yield where each conversation stands, and what it says."""
-        for path in self._paths:
-            try:
-                for where, record in read_records(
-                    TextFile(path, self._source, self._field).blocks()
-                ):
-                    yield f"{path} {where}", conversation_of(record, f"{path} {where}")
-            except NotJson as error:
-                raise DataError(f"{path} {error.where} is not JSON; correct it.") from None
+        for where, record in self._files:
+            yield where, conversation_of(record, where)
 
     def fingerprint(self) -> str | None:
         """Identify the files without reading them; None while one has just changed."""
-        return Files(self._paths, self._source, "", self._field).fingerprint()
+        return self._files.fingerprint()
 
 
 def conversation_of(record: Any, where: str) -> Conversation:
@@ -76,7 +66,7 @@ def conversation_of(record: Any, where: str) -> Conversation:
     Raises :class:`DataError` for other shapes, unknown roles and conversations without an answer to
     train on.
     """
-    messages = [_checked(message, where) for message in _messages(record, where)]
+    messages = [checked_message(message, where) for message in _messages(record, where)]
     weights = [message.pop("weight", None) for message in messages]
     is_trained = [
         message["role"] == "assistant" and weight != 0
@@ -87,10 +77,10 @@ def conversation_of(record: Any, where: str) -> Conversation:
             f"{where} has no assistant message, or all of weight 0, so nothing to learn; take it "
             "out."
         )
-    return Conversation(messages, is_trained, _tools(record, where))
+    return Conversation(messages, is_trained, tools_of(record, where))
 
 
-def _tools(record: Any, where: str) -> list[dict[str, Any]] | None:
+def tools_of(record: Any, where: str) -> list[dict[str, Any]] | None:
     """Return a record's tools, which may be a list or, where columns have one type, its JSON."""
     tools = record.get("tools") if isinstance(record, dict) else None
     if isinstance(tools, str):
@@ -105,7 +95,7 @@ def _tools(record: Any, where: str) -> list[dict[str, Any]] | None:
     return tools
 
 
-def _checked(message: Message, where: str) -> Message:
+def checked_message(message: Message, where: str) -> Message:
     """Return a message whose content is one text, or absent where it only calls tools."""
     # Templates tell a missing key from a value, and would spell None. Servers drop it as well.
     said = {key: value for key, value in message.items() if value is not None}
@@ -136,8 +126,8 @@ def _messages(record: Any, where: str) -> list[Message]:
         elif "conversations" in record:
             found = [_from_sharegpt(turn, where) for turn in _list(record["conversations"])]
         elif "prompt" in record and "completion" in record:
-            prompt = _side(record["prompt"], "user")
-            completion = _side(record["completion"], "assistant")
+            prompt = messages_of_side(record["prompt"], "user")
+            completion = messages_of_side(record["completion"], "assistant")
             found = [*prompt, *completion] if prompt and completion else None
             if any(isinstance(part, dict) and part.get("role") == "assistant" for part in prompt):
                 raise DataError(
@@ -153,7 +143,7 @@ def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _side(value: Any, role: str) -> list[Any]:
+def messages_of_side(value: Any, role: str) -> list[Any]:
     """Return one side of a prompt and completion, which is text or messages."""
     return [{"role": role, "content": value}] if isinstance(value, str) else _list(value)
 

@@ -4,6 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
+from .preference import PreferenceConfig
 from .text import LabelledConfig, TextConfig
 
 
@@ -14,5 +15,5 @@ def _with_format(values: Any) -> Any:
     return values
 
 
-AnyData = TextConfig | LabelledConfig
+AnyData = TextConfig | LabelledConfig | PreferenceConfig
 DataSection = Annotated[AnyData, Field(discriminator="format"), BeforeValidator(_with_format)]

@@ -7,6 +7,10 @@ from pydantic import Field, model_validator
 from ..section import Section
 
 
+WITH_CHATS = ("chat", "preference")
+"""The formats that a chat template renders."""
+
+
 class TextsConfig(Section):
     """Where tokens come from."""
 
@@ -44,7 +48,7 @@ class TextsConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.format != "chat" and self.chat_template is not None:
+        if self.format not in WITH_CHATS and self.chat_template is not None:
             raise ValueError(
                 f"chat_template is {self.chat_template!r}, but format is {self.format}; set format "
                 "to chat or leave the template out."

@@ -6,8 +6,8 @@ kind is one file and one line in table.py.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -36,6 +36,8 @@ class MicroBatchLoss:
     """Summed over this rank's targets, at least in fp32; for cross-entropy in nats."""
     num_targets: int
     routings: list[Routing]
+    measures: Mapping[str, Tensor] = field(default_factory=dict, kw_only=True)
+    """Sums over this rank's targets of :attr:`Objective.measures`, without gradient."""
 
 
 class SplitLoss(nn.Module):
@@ -76,6 +78,10 @@ class Objective(ABC, Generic[M]):
     model_kinds: ClassVar[tuple[str, ...]] = ("decoder",)
     """Each ``model.kind`` that it trains."""
 
+    measures: ClassVar[tuple[str, ...]] = ()
+    """What each step measures besides the loss, by name: records have the means over the targets
+    as ``train_NAME``."""
+
     def __init__(self, config: RunConfig, data: Data) -> None:
         self.config = config
         self.data = data
@@ -113,6 +119,13 @@ class Objective(ABC, Generic[M]):
         trains only the model's parameters. A :class:`SplitLoss` can also train in stages.
         """
 
+    def before_training(self, module: nn.Module, mesh: Mesh, stop: StopRequest) -> None:
+        """Compute what the run needs of the weights that it starts from; most need nothing.
+
+        All ranks call this before a checkpoint is loaded, in a resumed run as well. ``module`` is
+        the result of :meth:`module`. Raises :class:`Stopped` on all ranks if one is asked to stop.
+        """
+
     @abstractmethod
     def batch(self, step: int, rows: range, device: torch.device) -> Any:
         """Return some rows of the global batch of ``step``, as the module takes it.
@@ -124,6 +137,11 @@ class Objective(ABC, Generic[M]):
     def window_rows(self, step: int, rows: range) -> list[int]:
         """Return how many rows the model computes for each of some rows of the global batch."""
         return [self.config.train.sequence_length] * len(rows)
+
+    @property
+    def window_length(self) -> int:
+        """The most rows of a row of the global batch."""
+        return self.config.train.sequence_length
 
     @abstractmethod
     def divisor(self, step: int) -> int:
@@ -144,6 +162,19 @@ class Objective(ABC, Generic[M]):
         even with no rows, because experts on one rank serve tokens of another.
         """
 
+    def held_out_windows(self, num_windows: int) -> list[int]:
+        """Return which ``eval_sequences`` of ``num_windows`` windows are scored.
+
+        They are spread evenly, because a text changes along its way.
+        """
+        count = min(self.config.train.eval_sequences, num_windows)
+        return [place * num_windows // count for place in range(count)]
+
+    def per_rank(self, mesh: Mesh) -> int:
+        """Return the windows that a rank scores at a time: those of a micro-batch."""
+        train = self.config.train
+        return max(1, train.batch_sequences // (train.accumulation * mesh.dp_size))
+
     def score(
         self,
         part_of: Callable[[Sequence[int]], MicroBatchLoss],
@@ -153,14 +184,11 @@ class Objective(ABC, Generic[M]):
     ) -> tuple[float, int]:
         """Return the mean loss of held-out windows, and their number of targets.
 
-        Takes ``eval_sequences`` of ``num_windows`` windows, spread evenly because a text changes
-        along its way, and splits them over the ranks; ``part_of`` scores some of them, or none, by
+        Splits :meth:`held_out_windows` over the ranks; ``part_of`` scores some of them, or none, by
         ``module``.
         """
-        train = self.config.train
-        count = min(train.eval_sequences, num_windows)
-        chosen = [place * num_windows // count for place in range(count)]
-        per_rank = max(1, train.batch_sequences // (train.accumulation * mesh.dp_size))
+        chosen = self.held_out_windows(num_windows)
+        count, per_rank = len(chosen), self.per_rank(mesh)
         sums = torch.zeros(2, dtype=torch.float64)  # loss, targets
         module.eval()
         with torch.no_grad():

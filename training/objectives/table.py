@@ -6,9 +6,11 @@ from .chat import ChatObjective
 from .classify import ClassifyObjective
 from .next_token import NextTokenObjective
 from .objective import Objective
+from .preference import PreferenceObjective
 
 OBJECTIVES: dict[str, type[Objective[Any]]] = {
     "text": NextTokenObjective,
     "chat": ChatObjective,
     "classify": ClassifyObjective,
+    "preference": PreferenceObjective,
 }

@@ -69,8 +69,9 @@ def scalars(record: dict[str, Any]) -> dict[str, float]:
         "train/tokens": record["tokens"],
         "speed/tokens_per_second": record["tokens_per_s"],
     }
-    held_out = {name: value for name, value in record.items() if name.startswith("eval_")}
-    tags |= {name.replace("eval_", "eval/", 1): value for name, value in held_out.items()}
+    for side in ("train", "eval"):
+        measured = {name: value for name, value in record.items() if name.startswith(f"{side}_")}
+        tags |= {name.replace("_", "/", 1): value for name, value in measured.items()}
     for phase, seconds in record["phases_s"].items():
         tags[f"phase_seconds/{phase}"] = seconds
     if "schedule" in record:
