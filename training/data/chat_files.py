@@ -97,9 +97,7 @@ def prepare_chats(
     held_out.write(paths[1], origin)
 
 
-def _sides(
-    eval_fraction: float, sources: Sequence[ChatSource[R]]
-) -> Iterator[tuple[bool, str, R]]:
+def _sides(eval_fraction: float, sources: Sequence[ChatSource[R]]) -> Iterator[tuple[bool, str, R]]:
     """Yield (is held out, where, record); copies of held-out records are left out."""
     every = every_nth(eval_fraction)
     held_out = set()

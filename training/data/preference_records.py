@@ -1,4 +1,4 @@
-"""Preference pairs from JSON files: one prompt, the answer that was chosen, one that was rejected."""
+"""Preference pairs from JSON files: a prompt, the answer that was chosen, and one that was not."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -60,10 +60,7 @@ def pair_of(record: Any, where: str) -> Pair:
     tools = tools_of(record, where)
     found = []
     for name, side in zip(SIDES, (chosen, rejected), strict=True):
-        if not prompt or _is_whole(side):
-            messages = side
-        else:
-            messages = [*prompt, *side]
+        messages = side if not prompt or _is_whole(side) else [*prompt, *side]
         if messages[: len(prompt)] != prompt:
             raise DataError(
                 f"{where} has a prompt, and {name} is a conversation that does not begin with it; "

@@ -6,7 +6,6 @@ from pydantic import Field, model_validator
 
 from ..section import Section
 
-
 WITH_CHATS = ("chat", "preference")
 """The formats that a chat template renders."""
 

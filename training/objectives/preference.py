@@ -8,6 +8,7 @@ N rows, M rows with a target, S sequences, B pairs, V vocabulary.
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from ...moe.folders.hub import local_folder
 from ...moe.models.decoder import Decoder
 from ...moe.models.documents import batch_of_lengths
 from ...parallel.mesh import Mesh
+from ...parallel.watch.pulse import pulse
 from ..checkpoints.start_from import weights_identity
 from ..config import RunConfig
 from ..data.preference import PreferenceData, build_preference_data
@@ -60,8 +62,12 @@ class PreferenceLoss(nn.Module):
         output = self.decoder(_batch(rows).to(here))
         log_probs_B2 = self._log_probs(rows, output.hidden_TD)
         reference_B2 = to_device(reference_B2, here).to(log_probs_B2.dtype)
-        sides = (*log_probs_B2.unbind(1), *reference_B2.unbind(1))
-        terms = dpo_loss(*sides, self._beta, self._label_smoothing)
+        terms = dpo_loss(
+            *(log_probs_B2[:, 0], log_probs_B2[:, 1]),
+            *(reference_B2[:, 0], reference_B2[:, 1]),
+            beta=self._beta,
+            label_smoothing=self._label_smoothing,
+        )
         known_B2 = log_probs_B2.detach()
         rewards_2 = self._beta * (known_B2 - reference_B2).sum(dim=0)
         margins_B = terms.margins_B.detach()
@@ -127,6 +133,7 @@ class PreferenceObjective(Objective[Decoder]):
 
     def before_training(self, module: nn.Module, mesh: Mesh, stop: StopRequest) -> None:
         """Score the pairs that the run will see, unless an earlier start has."""
+        pulse.begin("computing the reference")
         data, train, start = self.data, self.config.train, self.config.start_from
         made_from = {
             "data": data.identity,
@@ -143,15 +150,14 @@ class PreferenceObjective(Objective[Decoder]):
             "train": data.train.until(train.steps),
             "held_out": self.held_out_windows(len(data.held_out)),
         }
+        if start is None and any(self._reference.missing(*some) for some in needed.items()):
+            raise ConfigError(
+                "start_from is not given, but train.steps or train.eval_sequences asks for pairs "
+                f"that {data.folder / FILE} does not have; give start_from, or put them back."
+            )
         module.eval()
         for name, pairs in needed.items():
-
-            def score(some: list[int], own: PreferencePairs = sides[name]) -> Tensor:
-                with torch.no_grad():
-                    unknown_B2 = torch.zeros(len(some), 2, dtype=torch.float64)
-                    part: PreferenceBatch = module((own.rows(some), unknown_B2))
-                return part.log_probs_B2.double().cpu()
-
+            score = partial(_score, module, sides[name])
             self._reference.compute(name, pairs, score, self.per_rank(mesh), mesh, stop)
         module.train()
 
@@ -196,6 +202,14 @@ class PreferenceObjective(Objective[Decoder]):
         self, name: str, own: PreferencePairs, pairs: list[int]
     ) -> tuple[PairRows, Tensor]:
         return own.rows(pairs), self._reference.log_probs[name][pairs]
+
+
+def _score(module: nn.Module, own: PreferencePairs, pairs: list[int]) -> Tensor:
+    """Return the log-probabilities fp64 ``[B, 2]`` of some pairs."""
+    with torch.no_grad():
+        unknown_B2 = torch.zeros(len(pairs), 2, dtype=torch.float64)
+        part: PreferenceBatch = module((own.rows(pairs), unknown_B2))
+    return part.log_probs_B2.double().cpu()
 
 
 def _batch(rows: PairRows) -> Batch:

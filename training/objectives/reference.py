@@ -50,6 +50,11 @@ class Reference:
         if path.is_file():
             self._read()
 
+    def missing(self, name: str, pairs: list[int]) -> list[int]:
+        """Return those of ``pairs`` that are not known yet."""
+        unknown_P = self.log_probs[name].isnan().any(dim=1)
+        return [pair for pair in pairs if unknown_P[pair]]
+
     def compute(
         self,
         name: str,
@@ -64,25 +69,24 @@ class Reference:
         What is known is saved once a minute and at the end. Raises :class:`Stopped` on all ranks if
         one is asked to stop.
         """
-        unknown_P = self.log_probs[name].isnan().any(dim=1)
-        missing = [pair for pair in pairs if unknown_P[pair]]
+        missing = self.missing(name, pairs)
+        at_once, first = per_rank * mesh.dp_size, mesh.dp_rank * per_rank
         saved = time.monotonic()
         with LongWork("computing the reference", StopRequest(), len(missing)) as work:
-            while missing:
-                part, missing = missing[: per_rank * mesh.dp_size], missing[per_rank * mesh.dp_size :]
-                is_due = time.monotonic() - saved > SAVE_EVERY_S
-                asked = torch.tensor([stop.signal_name is not None, is_due], dtype=torch.float64)
-                first = mesh.dp_rank * per_rank
+            for start in range(0, len(missing), at_once):
+                part = missing[start : start + at_once]
                 own = range(len(part))[first : first + per_rank]
                 sums_B2 = torch.zeros(len(part), 2, dtype=torch.float64)
                 sums_B2[own.start : own.stop] = score([part[place] for place in own])
-                sums = mesh.sum(torch.cat([sums_B2, asked[None]]))
+                asked = (stop.signal_name is not None, time.monotonic() - saved > SAVE_EVERY_S)
+                sums = mesh.sum(torch.cat([sums_B2, torch.tensor([asked], dtype=torch.float64)]))
                 self.log_probs[name][part] = sums[:-1]
                 must_stop, must_save = (sums[-1] > 0).tolist()
-                if must_save or must_stop or not missing:
+                is_last = start + at_once >= len(missing)
+                if must_save or must_stop or is_last:
                     mesh.on_rank_0(self._save)
                     saved = time.monotonic()
-                if must_stop and missing:
+                if must_stop and not is_last:
                     raise Stopped("stopped while the reference was computed; start again to go on.")
                 work.advance(len(part))
 

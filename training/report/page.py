@@ -24,9 +24,12 @@ from .charts import (
 )
 from .heat import heat_map
 from .look import SCRIPT, STYLE
+from .pairs import pair_charts
 from .ranks import rank_charts
 from .read import Run, read_run
 
+UNITS = {"classify": "nats per text", "preference": "nats per pair"}
+"""Of the loss, by ``data.format``; nats per token for others."""
 MAX_LAYER_LINES = 8
 """With more MoE layers, the chart shows the worst, the median and the best of them."""
 
@@ -96,12 +99,13 @@ def _learning(run: Run) -> str:
             Line("training, smoothed", smooth(series["loss"]), 0),
         ]
     losses.append(Line("held out", series.get("eval_loss", []), 1))
-    is_of_texts = run.config.get("data", {}).get("format") == "classify"
-    unit = "nats per text" if is_of_texts else "nats per token"
-    charts = [line_chart("Loss", unit, losses, marks=marks)]
+    of_format = run.config.get("data", {}).get("format")
+    charts = [line_chart("Loss", UNITS.get(of_format, "nats per token"), losses, marks=marks)]
+    if of_format == "preference":
+        charts += pair_charts(run, marks)
     shares = {"accuracy": "eval_accuracy", "macro F1": "eval_macro_f1"}
     lines = [Line(n, series[key], i) for i, (n, key) in enumerate(shares.items()) if key in series]
-    if lines:
+    if lines and of_format == "classify":
         title = "Labels of held-out texts"
         charts.append(line_chart(title, "share", lines, floor=0.0, marks=marks))
     if norms := series.get("grad_norm"):
