@@ -9,7 +9,7 @@ from ..errors import ConfigError
 from .options import Parsers, add_command
 
 if TYPE_CHECKING:
-    from ..training.formats.text import TextConfig
+    from ..training.formats.text import TextsConfig
 
 
 def add(parsers: Parsers) -> None:
@@ -24,13 +24,13 @@ def add(parsers: Parsers) -> None:
         "out_dir", type=Path, nargs="?", metavar="OUT_DIR", help="folder to write"
     )
     tokenize.add_argument(
-        "--format", choices=("text", "chat"), default="text", help="what SOURCE holds"
+        "--format", choices=("text", "chat", "preference"), default="text", help="what SOURCE holds"
     )
     tokenize.add_argument(
         "--show",
         type=int,
         metavar="N",
-        help="print N conversations, with what a run trains on marked, and write nothing",
+        help="print N conversations or pairs, with what a run trains on marked; write nothing",
     )
     which = tokenize.add_mutually_exclusive_group()
     which.add_argument(
@@ -56,20 +56,24 @@ def run(arguments: argparse.Namespace) -> None:
     """Write a tokenizer and token shards."""
     from ..configuration import validate_config
     from ..training.data.tokenize import LEARNT_IDS, tokenize
+    from ..training.formats.preference import PreferenceConfig
     from ..training.formats.text import TextConfig
     from ..training.stop import StopRequest
 
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     values = {name: value for name, value in given.items() if name in TextConfig.model_fields}
     template = values.pop("chat_template", None)
-    if template is not None and arguments.format == "chat":
+    if template is not None and arguments.format != "text":
         values["chat_template"] = str(template)
+    if arguments.format == "preference":
+        _show(validate_config(PreferenceConfig, values), arguments)
+        return
     config = validate_config(TextConfig, values)
     if arguments.format == "chat":
         _show(config, arguments)
         return
     if arguments.show is not None or arguments.out_dir is None:
-        raise ConfigError("OUT_DIR is missing, or --show is given without --format chat; give one.")
+        raise ConfigError("OUT_DIR is missing, or --show is given for plain text; give one.")
     stop = StopRequest()
     stop.listen()
     vocab_size = given.get("vocab_size", None if "tokenizer" in given else LEARNT_IDS)
@@ -80,14 +84,14 @@ def run(arguments: argparse.Namespace) -> None:
     )
 
 
-def _show(config: "TextConfig", arguments: argparse.Namespace) -> None:
+def _show(config: "TextsConfig", arguments: argparse.Namespace) -> None:
     """Print conversations; raise :class:`ConfigError` where a run does the work itself."""
     from ..training.data.chat_show import show_conversations
 
     if arguments.show is None or arguments.out_dir is not None:
         raise ConfigError(
-            "--format is chat, which a run tokenizes itself (data.format=chat); give --show N to "
-            "look at it, and no OUT_DIR."
+            f"--format is {config.format}, which a run tokenizes itself "
+            f"(data.format={config.format}); give --show N to look at it, and no OUT_DIR."
         )
     for text in show_conversations(config, arguments.show, sys.stdout.isatty()):
         sys.stdout.write(text)

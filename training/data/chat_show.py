@@ -7,14 +7,17 @@ from unicodedata import category
 from ...chat_templates.renderer import TemplateProcess
 from ..formats.text import TextsConfig
 from .chat import open_chat
-from .chat_records import Conversations
+from .chat_records import Conversation, Conversations
+from .preference_records import SIDES, Pairs
 from .tokenizer import open_tokenizer
 
 GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
 
 
 def show_conversations(config: TextsConfig, count: int, in_colour: bool) -> Iterator[str]:
-    """Yield the first ``count`` conversations of ``data.source`` as text, special tokens included.
+    """Yield the first ``count`` records of ``data.source`` as text, special tokens included.
+
+    A record is a conversation, or a pair of two.
 
     What is trained on is green ``in_colour``, and in ``[[ ]]`` otherwise. Control characters
     except tabs and newlines are escaped, because a terminal would obey them.
@@ -24,7 +27,7 @@ def show_conversations(config: TextsConfig, count: int, in_colour: bool) -> Iter
     before, after = (GREEN, PLAIN) if in_colour else ("[[", "]]")
     with TemplateProcess() as process:
         encoder = open_chat(config, tokenizer, process)
-        for where, chat in islice(Conversations(config.source, "data.source"), count):
+        for where, chat in _first(config, count):
             encoded = encoder.encode(where, chat)
             text = ""
             pairs = zip(encoded.ids, encoded.is_answer, strict=True)
@@ -34,6 +37,16 @@ def show_conversations(config: TextsConfig, count: int, in_colour: bool) -> Iter
             trained = sum(encoded.is_answer)
             counts = f"{len(encoded.ids)} tokens, {trained} trained on"
             yield f"== {_printable(where)}: {counts}\n{text}\n"
+
+
+def _first(config: TextsConfig, count: int) -> Iterator[tuple[str, Conversation]]:
+    """Yield where each conversation of the first records stands, and what it says."""
+    if config.format != "preference":
+        yield from islice(Conversations(config.source, "data.source"), count)
+        return
+    for where, pair in islice(Pairs(config.source, "data.source"), count):
+        for name, side in zip(SIDES, pair, strict=True):
+            yield f"{where}: {name}", side
 
 
 def _printable(text: str) -> str:
