@@ -17,16 +17,13 @@ import json
 import random
 import statistics
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
+from preference_measures import WINDOW, chat_of, held_out, judge, share_moved
 
-import moeyard
-from moeyard.serving.evaluation.held_out_text import score_text
 from moeyard.training.checkpoints.export import export
 
 from report import write_results
@@ -35,8 +32,7 @@ from runs import train
 TEMPLATE = Path(__file__).parent.parent / "configs" / "train" / "chat.jinja"
 SEEDS = (0, 1, 2)
 CASES = (str.lower, str.upper)
-LENGTH, WINDOW = 128, 96
-PAIRS, HELD_OUT_PAIRS, ANSWER_BYTES = 480, 64, 12
+LENGTH, PAIRS, HELD_OUT_PAIRS = 128, 480, 64
 PLAIN_BYTES = 12_000
 """Of the held-out text, whose loss tuning should not change."""
 SIZES = {
@@ -143,25 +139,13 @@ def tune(
         found["busiest_over_mean"] = max(load["max_over_mean"] for load in last["load"])
     before, after = judge(base, arguments.work, plain), judge(folder, arguments.work, plain)
     found |= {f"{name}_before": value for name, value in before.items()} | after
+    if last["load"]:
+        chats = [chat_of(record) + record["chosen"] for record in held_out(arguments.work)]
+        windows = [plain[at : at + WINDOW] for at in range(0, len(plain), WINDOW)]
+        found["moved_in_chats"] = share_moved(base, folder, chats)
+        found["moved_in_plain"] = share_moved(base, folder, windows)
     print(f"{run_dir.name}: {found['eval_loss']:.4f} {found['eval_accuracy']:.3f}", flush=True)
     return found
-
-
-@cache
-def judge(folder: Path, work: Path, plain: str) -> dict[str, float]:
-    """Return the loss on plain text, and the share of greedy answers in the case of the rule."""
-    torch.set_num_threads(1)
-    model = moeyard.load(folder)
-    records = [json.loads(line) for line in (work / "held-out.jsonl").read_text().splitlines()]
-    prompts = [f"<|user|>\n{record['prompt']}\n<|assistant|>\n" for record in records]
-    answers = model.generate(prompts, ANSWER_BYTES, temperature=0.0)
-    right = [
-        answer == (answer.upper() if record["chosen"].isupper() else answer.lower())
-        and any(sign.isalpha() for sign in answer)
-        for answer, record in zip(answers, records, strict=True)
-    ]
-    loss = score_text(model, plain, WINDOW).loss_per_byte
-    return {"plain_loss": loss, "answers_right": sum(right) / len(right)}
 
 
 def spread(values: list[float]) -> dict[str, Any]:
@@ -189,6 +173,8 @@ COLUMNS = {
     "answers after": "answers_right",
     "plain before": "plain_loss_before",
     "plain change": "plain_loss_change",
+    "moved in chats": "moved_in_chats",
+    "moved in plain": "moved_in_plain",
 }
 
 
@@ -197,7 +183,10 @@ def show(rows: dict[str, dict[str, Any]], steps: int) -> None:
     print(f"\nheld-out pairs after {steps} steps, mean +- stdev of {len(SEEDS)} seeds")
     print(f"{'':12} {'lr':>6} " + "".join(f"{name:>18}" for name in COLUMNS))
     for arm, row in rows.items():
-        cells = [f"{row[key]['mean']:.3f} +- {row[key]['stdev']:.3f}" for key in COLUMNS.values()]
+        cells = [
+            f"{row[key]['mean']:.3f} +- {row[key]['stdev']:.3f}" if key in row else ""
+            for key in COLUMNS.values()
+        ]
         print(f"{arm:12} {row['lr']:>6} " + "".join(f"{cell:>18}" for cell in cells))
 
 

@@ -21,6 +21,7 @@ from .data.tokenizer import open_tokenizer
 from .read_config import complete_run_config, read_run_config
 from .run.starts import STARTS
 
+KNOWN_FORMATS = ("text", "chat")
 KNOWN_DENSE = ("ddp", "fsdp")
 PHASES = ("forward", "backward", "reduce", "optimizer")
 """Those that a simulation has; ``data`` is in its ``rest``."""
@@ -75,6 +76,11 @@ def _problem_with(config: RunConfig) -> str | None:
     train, parallel = config.train, config.parallel
     if not isinstance(config.model, ModelConfig):
         return f"model.kind is {config.model.kind}, which simulate does not know; use a decoder."
+    if config.data.format not in KNOWN_FORMATS:
+        return (
+            f"data.format is {config.data.format}, which simulate does not know; use "
+            f"{' or '.join(KNOWN_FORMATS)}."
+        )
     if train.parameters != "all":
         return (
             f"train.parameters is {train.parameters}, which simulate does not know: it needs the "

@@ -85,11 +85,8 @@ class PreferencePairs:
         return [self._order.item(step * self._batch + row) for row in rows]
 
     def until(self, step: int) -> list[int]:
-        """Return the pairs that steps before ``step`` train on, sorted."""
-        places = step * self._batch
-        if places >= len(self):  # a whole epoch
-            return list(range(len(self)))
-        return sorted(self._order.item(place) for place in range(places))
+        """Return the pairs that steps before ``step`` train on, each once, in their first order."""
+        return [self._order.item(place) for place in range(min(step * self._batch, len(self)))]
 
     def rows(self, pairs: list[int]) -> PairRows:
         """Return the conversations of ``pairs``."""
