@@ -119,7 +119,7 @@ def _parameters_kept_whole(model: nn.Module) -> set[nn.Parameter]:
 def _reshard_without_backward(root: nn.Module, _inputs: Any, _output: Any) -> None:
     """Free the root's gathered parameters after an evaluation, which has no backward."""
     assert isinstance(root, FSDPModule)
-    if not torch.is_grad_enabled():
+    if not (torch.is_grad_enabled() and root.training):
         root.reshard()
 
 

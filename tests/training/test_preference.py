@@ -159,16 +159,17 @@ def test_loss_and_gradients_are_those_of_transformers_and_the_formula(begun, sta
     assert result.measures == pytest.approx(wanted, rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("kind", "bound"), [("all", 2e-5), ("lora", 2e-5), ("router", 2e-5), ("exact", 1e-12)]
-)
-def test_the_first_loss_is_ln_2(kind, bound, begun):
-    run = begun(*(EXACT if kind == "exact" else [f"train.parameters={kind}"]))
-    for step in range(3):
-        batch = run.objective.batch(step, range(4), torch.device("cpu"))
-        loss, margins_B = scored(run, batch)
-        assert loss / 4 == pytest.approx(LN_2, abs=bound)
-        assert margins_B.abs().max() < bound
+@pytest.mark.parametrize("kind", ["all", "lora", "router"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp64"])
+def test_margins_begin_at_0_to_the_bit(kind, precision, begun):
+    run = begun(f"train.parameters={kind}", f"train.precision={precision}")
+    for step in range(4):
+        part = run._loss(run.objective.batch(step, range(4), torch.device("cpu")))
+        assert part.loss_sum.item() / 4 == pytest.approx(LN_2, rel=1e-7)
+        assert part.measures["margin"] == part.measures["chosen_reward"] == 0
+    held_out = run.objective.evaluate(run._loss, Mesh()).metrics
+    assert held_out["eval_loss"] == pytest.approx(LN_2, rel=1e-7)
+    assert held_out["eval_margin"] == 0
 
 
 def test_swapping_the_sides_negates_margins(begun):

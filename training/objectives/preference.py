@@ -157,8 +157,10 @@ class PreferenceObjective(Objective[Decoder]):
             )
         module.eval()
         for name, pairs in needed.items():
-            score = partial(_score, module, sides[name])
-            self._reference.compute(name, pairs, score, self.per_rank(mesh), mesh, stop)
+            # With the kernels and the batches of what it is compared with, so margins begin at 0.
+            with torch.set_grad_enabled(name == "train"):
+                score = partial(_score, module, sides[name])
+                self._reference.compute(name, pairs, score, self.per_rank(mesh), mesh, stop)
         module.train()
 
     def batch(self, step: int, rows: range, device: torch.device) -> tuple[PairRows, Tensor]:
@@ -206,9 +208,8 @@ class PreferenceObjective(Objective[Decoder]):
 
 def _score(module: nn.Module, own: PreferencePairs, pairs: list[int]) -> Tensor:
     """Return the log-probabilities fp64 ``[B, 2]`` of some pairs."""
-    with torch.no_grad():
-        unknown_B2 = torch.zeros(len(pairs), 2, dtype=torch.float64)
-        part: PreferenceBatch = module((own.rows(pairs), unknown_B2))
+    unknown_B2 = torch.zeros(len(pairs), 2, dtype=torch.float64)
+    part: PreferenceBatch = module((own.rows(pairs), unknown_B2))
     return part.log_probs_B2.double().cpu()
 
 
