@@ -164,7 +164,7 @@ def run_arm(size: str, way: str, arguments: argparse.Namespace, plain: str) -> d
     return {"lr": lr, "first_seed_by_lr": losses} | figures | {"plain_loss_change": spread(change)}
 
 
-COLUMNS = {
+MEASURES = {
     "accuracy": "eval_accuracy",
     "margin": "eval_margin",
     "chosen reward": "eval_chosen_reward",
@@ -180,14 +180,15 @@ COLUMNS = {
 
 def show(rows: dict[str, dict[str, Any]], steps: int) -> None:
     """Print a table."""
-    print(f"\nheld-out pairs after {steps} steps, mean +- stdev of {len(SEEDS)} seeds")
-    print(f"{'':12} {'lr':>6} " + "".join(f"{name:>18}" for name in COLUMNS))
-    for arm, row in rows.items():
+    print(f"\nafter {steps} steps, mean +- stdev of {len(SEEDS)} seeds; margins of held-out pairs")
+    print(f"{'':16}" + "".join(f"{arm:>20}" for arm in rows))
+    print(f"{'learning rate':16}" + "".join(f"{row['lr']:>20}" for row in rows.values()))
+    for name, key in MEASURES.items():
         cells = [
-            f"{row[key]['mean']:.3f} +- {row[key]['stdev']:.3f}" if key in row else ""
-            for key in COLUMNS.values()
+            f"{row[key]['mean']:.3f} +- {row[key]['stdev']:.3f}" if key in row else "-"
+            for row in rows.values()
         ]
-        print(f"{arm:12} {row['lr']:>6} " + "".join(f"{cell:>18}" for cell in cells))
+        print(f"{name:16}" + "".join(f"{cell:>20}" for cell in cells))
 
 
 def main() -> None:
@@ -198,6 +199,7 @@ def main() -> None:
     parser.add_argument("--base-steps", type=int, default=240)
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
     parser.add_argument("--model", help="MoE folder that reads bytes, in place of the bases")
+    parser.add_argument("--without", nargs="+", default=[], help="arms, such as 'dense, LoRA'")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     plain = write_data(arguments.text, arguments.work)
@@ -209,6 +211,7 @@ def main() -> None:
     (arguments.work / "tuning.yaml").write_text(yaml.safe_dump(tuning))
     sizes = list(SIZES) if arguments.model is None else ["MoE"]
     arms = [(size, way) for size in sizes for way in WAYS]
+    arms = [arm for arm in arms if ", ".join(arm) not in arguments.without]
     with ThreadPoolExecutor(arguments.jobs) as pool:
         bases = [(size, seed) for seed in SEEDS for size in sizes]
         list(pool.map(lambda cell: base_model(*cell, arguments), bases))

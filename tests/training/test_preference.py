@@ -17,6 +17,7 @@ from moeyard.errors import ConfigError, Stopped
 from moeyard.moe.batch import batch_of_rows
 from moeyard.moe.routes.reader import read_routes
 from moeyard.parallel.mesh import Mesh
+from moeyard.serving.frozen_experts import open_frozen
 from moeyard.training.checkpoints.export import export
 from moeyard.training.data.tokenizer import ByteTokenizer
 from moeyard.training.objectives.preference import MEASURES
@@ -329,6 +330,22 @@ def test_a_run_needs_a_model_to_start_from(config_file, config, tmp_path):
     source = yaml.safe_load(config.read_text())["data"]["source"]
     with pytest.raises(ConfigError, match=r"start_from is not given; give the folder of the model"):
         trainer(config_file, tmp_path / "run", f"data={{format: preference, source: {source}}}")
+
+
+def test_frozen_experts_may_stay_in_their_folder(config, prepared, tmp_path):
+    found = []
+    for name, memory in (("all", []), ("half", ["train.expert_memory=50%"])):
+        run_dir = tmp_path / name
+        shutil.copytree(prepared, run_dir / "data")
+        lora = ["train.parameters=lora", "optimizer.lr=0.02", *memory]
+        own = read_run_config(config, [f"run_dir={run_dir}", *lora])
+        run = Trainer(own, run_dir, Mesh(), open_source=open_frozen)
+        run.objective.before_training(run._loss, Mesh(), StopRequest())
+        found.append([run._step.run(step, False).loss for step in range(3)])
+        if run._source is not None:
+            run._source.close()
+    assert found[0] == found[1]
+    assert found[0][0] == pytest.approx(LN_2, rel=1e-7) and found[0][2] < 0.69
 
 
 @pytest.mark.parametrize("kind", ["all", "lora"])
