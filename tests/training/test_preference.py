@@ -160,8 +160,9 @@ def test_loss_and_gradients_are_those_of_transformers_and_the_formula(begun, sta
     assert result.measures == pytest.approx(wanted, rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["all", "lora", "router"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp64"])
+@pytest.mark.parametrize(
+    ("kind", "precision"), [("all", "fp32"), ("all", "bf16"), ("lora", "bf16"), ("router", "fp64")]
+)
 def test_margins_begin_at_0_to_the_bit(kind, precision, begun):
     run = begun(f"train.parameters={kind}", f"train.precision={precision}")
     for step in range(4):
@@ -332,6 +333,7 @@ def test_a_run_needs_a_model_to_start_from(config_file, config, tmp_path):
         trainer(config_file, tmp_path / "run", f"data={{format: preference, source: {source}}}")
 
 
+@pytest.mark.slow
 def test_frozen_experts_may_stay_in_their_folder(config, prepared, tmp_path):
     found = []
     for name, memory in (("all", []), ("half", ["train.expert_memory=50%"])):
@@ -348,7 +350,7 @@ def test_frozen_experts_may_stay_in_their_folder(config, prepared, tmp_path):
     assert found[0][0] == pytest.approx(LN_2, rel=1e-7) and found[0][2] < 0.69
 
 
-@pytest.mark.parametrize("kind", ["all", "lora"])
+@pytest.mark.parametrize("kind", ["all", pytest.param("lora", marks=pytest.mark.slow)])
 def test_exports_are_plain_decoders_that_serve(kind, config, prepared, tmp_path):
     run = trainer(config, tmp_path / "run", f"train.parameters={kind}", data=prepared)
     run.run()
