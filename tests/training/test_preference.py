@@ -161,7 +161,13 @@ def test_loss_and_gradients_are_those_of_transformers_and_the_formula(begun, sta
 
 
 @pytest.mark.parametrize(
-    ("kind", "precision"), [("all", "fp32"), ("all", "bf16"), ("lora", "bf16"), ("router", "fp64")]
+    ("kind", "precision"),
+    [
+        ("all", "fp32"),
+        ("lora", "bf16"),
+        pytest.param("all", "bf16", marks=pytest.mark.slow),
+        pytest.param("router", "fp64", marks=pytest.mark.slow),
+    ],
 )
 def test_margins_begin_at_0_to_the_bit(kind, precision, begun):
     run = begun(f"train.parameters={kind}", f"train.precision={precision}")
