@@ -68,6 +68,7 @@ ROOMS = {
         ["data"],
         ["checkpoints", "run"],
         ["alignment", "objectives"],
+        ["objectives"],
         ["micro_batches"],
         ["stages"],
         ["read_config", "report", "saves", "setup", "step"],

@@ -5,6 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 import moeyard
 from moeyard.errors import ConfigError, Stopped
 from moeyard.moe.batch import batch_of_rows
+from moeyard.moe.models.documents import batch_of_lengths
 from moeyard.moe.routes.reader import read_routes
 from moeyard.parallel.mesh import Mesh
 from moeyard.serving.frozen_experts import open_frozen
@@ -26,6 +28,7 @@ from moeyard.training.observers.observers import scalars
 from moeyard.training.on_paper import workload_of
 from moeyard.training.read_config import read_run_config
 from moeyard.training.report.page import write_report
+from moeyard.training.routes import SequenceNumbers
 from moeyard.training.stop import StopRequest
 from moeyard.training.trainer import Trainer
 
@@ -161,7 +164,13 @@ def test_loss_and_gradients_are_those_of_transformers_and_the_formula(begun, sta
 
 
 @pytest.mark.parametrize(
-    ("kind", "precision"), [("all", "fp32"), ("all", "bf16"), ("lora", "bf16"), ("router", "fp64")]
+    ("kind", "precision"),
+    [
+        ("all", "fp32"),
+        ("lora", "bf16"),
+        pytest.param("all", "bf16", marks=pytest.mark.slow),
+        pytest.param("router", "fp64", marks=pytest.mark.slow),
+    ],
 )
 def test_margins_begin_at_0_to_the_bit(kind, precision, begun):
     run = begun(f"train.parameters={kind}", f"train.precision={precision}")
@@ -213,6 +222,16 @@ def test_pairs_count_alone_and_by_their_answers_only(begun):
     assert results[1].loss == pytest.approx(results[0].loss, rel=1e-12)
     assert results[1].measures == pytest.approx(results[0].measures, rel=1e-11)
     assert results[1].grad_norm == pytest.approx(results[0].grad_norm, rel=1e-11)
+
+
+def test_full_conversations_have_numbers_of_their_own_in_routes(begun):
+    run = begun("train.sequence_length=20")
+    rows, _ = batch_of(run)
+    assert 20 in rows.lengths[::2]  # a chosen side that fills its place
+    numbers = SequenceNumbers(run.objective)
+    numbers.expect(0, range(4))
+    found = numbers.of(batch_of_lengths(rows.ids_N, np.array(rows.lengths)))
+    assert len(set(found)) == 8
 
 
 @pytest.fixture(scope="module")
