@@ -68,7 +68,6 @@ ROOMS = {
         ["data"],
         ["checkpoints", "run"],
         ["alignment", "objectives"],
-        ["objectives"],
         ["micro_batches"],
         ["stages"],
         ["read_config", "report", "saves", "setup", "step"],

@@ -28,8 +28,6 @@ from .look import SCRIPT, STYLE
 from .ranks import rank_charts
 from .read import Run, read_run
 
-UNITS = {"classify": "nats per text", "preference": "nats per pair"}
-"""Of the loss, by ``data.format``; nats per token for others."""
 MAX_LAYER_LINES = 8
 """With more MoE layers, the chart shows the worst, the median and the best of them."""
 
