@@ -5,8 +5,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
+from moeyard.parallel.mesh import Mesh
+from moeyard.training.data.session_pairs import SessionPairs, write_pairs
+from moeyard.training.data.sessions import build_sessions_data
+from moeyard.training.read_config import complete_run_config
+
+import clicks
 import labelled
 import pairs
+import pictures
 import small_images
 import small_series
 
@@ -46,6 +55,25 @@ def _pairs(folder: Path) -> dict:
     return {"format": "pairs", "source": str(source), "eval_fraction": 0.2}
 
 
+def _pictures(folder: Path) -> dict:
+    source = pictures.write(folder / "pictures.npz")
+    return {"format": "super_resolution", "source": str(source)}
+
+
+def _sessions(folder: Path) -> dict:
+    """A third of the training rows have pairs of made-up sessions, so ranks have other numbers."""
+    values = clicks.write(folder / "clicks")
+    data = build_sessions_data(complete_run_config(values), folder / "own", Mesh())
+    draws = torch.Generator().manual_seed(0)
+    sessions_P = torch.arange(0, len(data.train), 3)
+    items = [torch.randperm(30, generator=draws)[:6].unflatten(0, (2, 3)) for _ in sessions_P]
+    reference_P2 = -20 + torch.rand(len(sessions_P), 2, generator=draws, dtype=torch.float64)
+    found = SessionPairs(sessions_P, torch.stack(items), reference_P2, 2 * reference_P2)
+    write_pairs(folder / "pairs.safetensors", found, data.train)
+    alignment = {"weight": 3, "pairs": str(folder / "pairs.safetensors")}
+    return values["data"] | {"alignment": alignment}
+
+
 def _forecaster(model: dict) -> Other:
     """The last forecast has no window on the second rank."""
     overrides = ("train.sequence_length=20", "train.eval_sequences=5")
@@ -58,6 +86,8 @@ OTHERS = {
     "moirai": _forecaster(small_series.MOIRAI),
     "pairs": Other("pairs", pairs.ENCODER_DECODER, _pairs),
     "vision": Other("images", small_images.VIT, _images),
+    "pictures": Other("pictures", pictures.MODEL, _pictures),
+    "sessions": Other("sessions", clicks.MODEL, _sessions, ("train.sequence_length=30",)),
 }
 
 

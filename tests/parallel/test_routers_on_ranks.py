@@ -74,3 +74,31 @@ def test_other_models_go_on_on_one_rank_from_a_checkpoint_of_two(folder, kind):
     for kind in ("gradients", "weights"):
         for key, expected in whole[2][kind].items():
             torch.testing.assert_close(rest[0][kind][key], expected, **SAME)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", ["pictures", "pictures_fsdp"])
+def test_averages_of_experts_have_the_same_bits_on_all_ranks(folder, name):
+    """Sampling-space experts exchange weights over both ranks after each step."""
+    ranks = [torch.load(folder / f"{name}-2-{rank}.pt") for rank in (0, 1)]
+    for first, second in zip(*ranks, strict=True):
+        averages = [key for key in first["weights"] if ".average." in key]
+        assert averages
+        for key in averages:
+            assert torch.equal(second["weights"][key], first["weights"][key])
+
+
+@pytest.mark.dist
+def test_sampling_space_experts_have_exchanged_weights_and_kept_their_mean(folder):
+    steps, owner = torch.load(folder / "pictures-1-0.pt"), "layers.2.mlp"
+
+    def experts(step: int) -> torch.Tensor:
+        weights = steps[step]["weights"]
+        return torch.stack([weights[f"{owner}.experts.{expert}.fc1"] for expert in range(4)])
+
+    def spread(fc1: torch.Tensor) -> torch.Tensor:
+        return (fc1 - fc1.mean(dim=0)).norm() / fc1.norm()
+
+    average = steps[-1]["weights"][f"{owner}.average.fc1"]
+    torch.testing.assert_close(experts(-1).mean(dim=0), average)
+    assert spread(experts(-1)) < 0.5 * spread(experts(0))  # two more exchanges, of 0.5 each
