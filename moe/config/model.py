@@ -243,7 +243,6 @@ def decoder_config(config: LayersConfig) -> ModelConfig:
     """Return the configuration of a decoder; raise :class:`ConfigError` for another model."""
     if not isinstance(config, ModelConfig):
         raise ConfigError(
-            f"the model is of kind {config.kind}, and this works with decoders only; give one, or "
-            "use moeyard classify for texts."
+            f"the model is of kind {config.kind}, and this works with decoders only; give one."
         )
     return config
