@@ -9,6 +9,8 @@ from ..models.forecaster import TrainedOn
 from ..models.series_values import Scale
 
 FILE = "series.json"
+"""What a model was trained on, ``{"context": 512, "columns": {"x": {"mean": 1.5, "std": 0.5}}}``. A
+point minus the mean, over the standard deviation, is what the model reads."""
 
 
 class _Column(BaseModel):

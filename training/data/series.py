@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from ...files import replaced
+from ...moe.folders.series_scales import FILE as SCALES
 from ...parallel.mesh import Mesh
 from ..config import RunConfig
 from ..formats.series import SeriesConfig
@@ -27,9 +28,6 @@ from .series_file import read_series
 from .series_windows import HeldOutWindows, TrainingWindows
 
 FILE = "series.safetensors"
-SCALES = "series.json"
-"""In exports: what a model was trained on, ``{"context": 512, "columns": {"x": {"mean": 1.5,
-"std": 0.5}}}``. A point minus the mean, over the standard deviation, is what the model reads."""
 
 
 @dataclass(frozen=True, slots=True)
