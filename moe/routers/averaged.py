@@ -26,11 +26,12 @@ class AveragedConfig(RouterConfig):
         return self.exchange * min(1.0, done / max(1, self.exchange_steps))
 
     def why_not_among(self, has: Collection[RowFact]) -> str | None:
-        """Return that texts have no such layers: their rows bring no facts."""
-        if has:
+        """Return that only models of images have such layers: those whose rows have a task or a
+        time."""
+        if not {"tasks", "timesteps"}.isdisjoint(has):
             return None
         return (
             f"router.kind is {self.kind}, whose experts share out the rows of an image, and rows "
-            "of this model are of texts; choose another router, or give it to an MoELayer in a "
-            "model of your own."
+            "of this model are not of images; choose another router, or give it to an MoELayer in "
+            "a model of your own."
         )

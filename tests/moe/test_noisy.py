@@ -283,6 +283,6 @@ def test_the_settings_of_papers_on_the_page_are_configurations():
     page = (Path(__file__).parents[2] / "docs" / "routers.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     sections = [yaml.safe_load("{" + part) for part in re.split(r"^{", block, flags=re.M)[1:]]
-    assert len(sections) == 15
+    assert len(sections) == 16
     for section in sections:
         moeyard.router(**section).build(RouterSizes(D, 16, vocab_size=20))
