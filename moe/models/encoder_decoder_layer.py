@@ -71,6 +71,9 @@ class EncoderDecoderLayer(nn.Module):
     A layer that writes the target has attention to the source between the two.
     """
 
+    entries = ("source_keys_values",)
+    """Methods that compute with the layer's parameters and are called from elsewhere."""
+
     def __init__(
         self, config: EncoderDecoderConfig, layer: int, options: ModelOptions = WHOLE
     ) -> None:
@@ -118,7 +121,7 @@ class EncoderDecoderLayer(nn.Module):
         return LayerOutput(x_TD, state, routing)
 
     def source_keys_values(self, hidden_SD: Tensor, grid: Grid) -> KeysValues:
-        """Return what targets meet in this layer of the sources' rows."""
+        """Return what targets meet in this layer of the sources' rows, before its forwards."""
         assert self.cross_attn is not None, "a layer that writes the target"
         return self.cross_attn.keys_values(hidden_SD, grid)
 
@@ -135,6 +138,6 @@ class EncoderDecoderLayer(nn.Module):
             met = rows.caches.sources[self.layer - rows.first_layer]
         else:
             assert rows.sources is not None, "neither sources nor caches"
-            met = self.source_keys_values(*rows.sources)
+            met = attention.keys_values(*rows.sources)
         attended_TD: Tensor = attention(x_TD, rows.across, met)
         return attended_TD

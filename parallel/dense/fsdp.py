@@ -22,7 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
 
 from ...moe.experts.resident import Experts
@@ -107,6 +112,9 @@ def shard_dense(
         # only the factor would select a reduction that only NCCL has.
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
+    for layer in decoder.layers:
+        for name in getattr(layer, "entries", ()):
+            register_fsdp_forward_method(layer, name)
     objective.register_forward_hook(_reshard_without_backward)
     assert isinstance(objective, FSDPModule)
     return objective

@@ -30,7 +30,6 @@ class Other(NamedTuple):
     write: Callable[[Path], dict]
     """Write small data into a folder and return the ``data`` section."""
     overrides: tuple[str, ...] = ()
-    evaluates: bool = False
 
 
 def _texts(folder: Path) -> dict:
@@ -77,7 +76,7 @@ def _sessions(folder: Path) -> dict:
 def _forecaster(model: dict) -> Other:
     """The last forecast has no window on the second rank."""
     overrides = ("train.sequence_length=20", "train.eval_sequences=5")
-    return Other("series", model, _series, overrides, evaluates=True)
+    return Other("series", model, _series, overrides)
 
 
 OTHERS = {
@@ -102,7 +101,7 @@ def cases_of(name: str, section: dict, ep: int, options: list[str]) -> dict[str,
         f"data={json.dumps(section)}",
         *other.overrides,
     ]
-    case = {"overrides": overrides, "data": other.data, "evaluates": other.evaluates}
+    case = {"overrides": overrides, "data": other.data, "evaluates": True}
     again = {"until": 2, "saves": True} if ep == 2 else {"resumes": f"{name}-again-2"}
     shards = ["parallel.dense=fsdp"] if ep == 2 else []
     return {

@@ -40,6 +40,8 @@ class ShuffledOrder:
     def total(self, values: Sequence[int], places: range) -> int:
         """Return the sum of the values of the items at ``places``; an item may be there often."""
         count = self._num_items
+        if len(places) <= count:
+            return sum(values[self.item(place)] for place in places)
         epochs = places.stop // count - places.start // count
         before = [self._total_of_epoch(values, place) for place in (places.start, places.stop)]
         return epochs * sum(values) + before[1] - before[0]
