@@ -81,6 +81,11 @@ def cluster(
         raise ConfigError(f"RUN_DIR is {str(run_dir)!r}, which is no run; give a trained run.")
     overrides = [] if data is None else [f"data.source={data}"]
     config = read_run_config(run_dir / "config.yaml", overrides)
+    if OBJECTIVES[config.data.format].before_training is not Objective.before_training:
+        raise ConfigError(
+            f"RUN_DIR is {str(run_dir)!r}, a run with data.format {config.data.format}, whose "
+            "batches need the weights that it began with; give a run on other data, such as text."
+        )
     folder = ModelFolder(export_newest(run_dir))
     try:
         router = KMeans(k=settings.k, choose=settings.choose)

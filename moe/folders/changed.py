@@ -5,11 +5,11 @@ from pathlib import Path
 import torch
 
 from ..config.model import LayersConfig
+from .belongings import copy_belongings
 from .families.table import FAMILIES
 from .folder import ModelFolder
 from .generation_config import generation_to_keep
 from .hf_config import to_hf
-from .tokenizer_folder import copy_tokenizer
 from .write_weights import WeightSource, plan_weights
 from .writer import write_model_folder
 
@@ -28,7 +28,7 @@ def write_changed(
         target,
         values,
         plan_weights(config, family, weights, dtype, torch.float32),
-        lambda unfinished: copy_tokenizer(source, unfinished),
+        lambda unfinished: copy_belongings(source, unfinished),
         generation_to_keep(folder),
     )
     return family.model_type

@@ -11,6 +11,7 @@ from ...dtypes import LONG_NAMES, short_name, spellings, torch_dtype
 from ...errors import ConfigError
 from ...kernels.values.quantized_weights import Bits
 from ..config.model import LayersConfig
+from .belongings import copy_belongings
 from .calibration import Calibration
 from .compressed_tensors import PackedFormat, packed_name
 from .families.table import FAMILIES
@@ -23,7 +24,6 @@ from .hub import local_folder
 from .quantized_config import mixed_quantization_config, quantization_config
 from .shards import TensorPlan
 from .tensor_names import dense_tensors, is_router
-from .tokenizer_folder import copy_tokenizer
 from .two_of_four_format import NAME as TWO_OF_FOUR
 from .two_of_four_format import choose_two_of_four, pack_plans, two_of_four_config
 from .write_few_bits import choose_format
@@ -96,7 +96,11 @@ def convert(
             plans, values["quantization_config"] = pack_plans(plans, half), two_of_four_config()
         generation = generation_to_keep(folder)
         write_model_folder(
-            target, values, plans, lambda unfinished: copy_tokenizer(source, unfinished), generation
+            target,
+            values,
+            plans,
+            lambda unfinished: copy_belongings(source, unfinished),
+            generation,
         )
     finally:
         folder.close()

@@ -9,6 +9,7 @@ import yaml
 
 from moeyard.cli import main as command
 from moeyard.errors import ConfigError
+from moeyard.moe.folders.convert import convert
 from moeyard.moe.folders.folder import ModelFolder
 from moeyard.moe.routers.kmeans import KMeans
 from moeyard.moe.routes.reader import read_routes
@@ -108,7 +109,9 @@ def test_exports_forecast_the_same_also_offloaded(whole, tmp_path):
     folder = ModelFolder(tmp_path / "model")
     assert folder.values["model_type"] == "moeyard" and folder.check() is None
     assert folder.config == run.decoder.config
-    assert (tmp_path / "model" / "series.json").exists()
+    scales = (tmp_path / "model" / "series.json").read_text()
+    assert convert(tmp_path / "model", tmp_path / "bf16", dtype="bf16") == "moeyard"
+    assert (tmp_path / "bf16" / "series.json").read_text() == scales
     windows = run._data.held_out.rows(range(5))
     forecasts = [run.decoder.eval().predict(*windows[:2], 9, LEVELS)]
     for memory in (None, "30%"):

@@ -7,6 +7,8 @@ import shutil
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import moeyard
 from moeyard.cli import main as command
@@ -236,6 +238,30 @@ def test_preferences_of_weight_0_change_no_bit(config, exported, pairs, tmp_path
         assert torch.equal(zero.decoder.state_dict()[name], weight), name
     states = (plain.decoder.state_dict(), some.decoder.state_dict())
     assert any(not torch.equal(states[1][name], weight) for name, weight in states[0].items())
+
+
+def test_a_run_goes_on_with_the_pairs_that_it_began_with_only(config, exported, pairs, tmp_path):
+    weight = "data.alignment.weight=1"
+    before = aligned(config, exported, tmp_path / "run", pairs, weight)._data
+    with safe_open(pairs, "pt") as file:
+        parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+    parts["reference_P2"] = parts["reference_P2"] - 1
+    save_file(parts, tmp_path / "others.safetensors", metadata)
+    others = tmp_path / "others.safetensors"
+    assert (
+        aligned(config, exported, tmp_path / "b", others, weight)._data.identity != before.identity
+    )
+    again = aligned(config, exported, tmp_path / "c", pairs, "data.alignment.weight=2")._data
+    assert again.identity != before.identity
+    plain = aligned(config, exported, tmp_path / "d", None)._data
+    assert plain.identity == before.train.identity != before.identity
+
+
+def test_a_folder_in_fewer_bits_still_recommends(whole, exported, tmp_path):
+    assert command(["convert", str(exported), str(tmp_path / "bf16"), "--dtype", "bf16"]) == 0
+    found = moeyard.load_recommender(tmp_path / "bf16")
+    assert found.items.names == whole[0]._data.table.names and found.shape == (3, 10)
 
 
 def test_the_model_that_made_the_pairs_pays_log_2_for_each(config, exported, pairs, tmp_path):

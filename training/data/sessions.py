@@ -61,10 +61,11 @@ def build_sessions_data(
         for event, part in (("sessions_train", learnt), ("sessions_held_out", held_out)):
             facts = " ".join(f"{name}={value}" for name, value in asdict(part.facts).items())
             sys.stderr.write(f"event={event} {facts} items={len(table)}\n")
+    pairs = open_pairs(section.alignment, learnt)
     return SessionsData(
         tokenizer=None,
         train=learnt,
-        identity=learnt.identity,
+        identity=_identity(learnt, section, pairs),
         num_train_tokens=learnt.facts.tokens,
         held_out_identity=held_out.identity,
         chat_template=None,
@@ -72,8 +73,19 @@ def build_sessions_data(
         held_out=held_out,
         table=table,
         all_sessions=sessions,
-        pairs=open_pairs(section.alignment, learnt),
+        pairs=pairs,
     )
+
+
+def _identity(learnt: SessionOrder, section: SessionsConfig, pairs: SessionPairs | None) -> str:
+    """Return a hash of what a run learns: the sessions, and the pairs with how they count."""
+    if pairs is None or section.alignment is None:
+        return learnt.identity
+    digest = hashlib.sha256(learnt.identity.encode())
+    digest.update(section.alignment.model_dump_json(exclude={"pairs"}).encode())
+    for tensor in pairs:
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _check(config: RunConfig, section: SessionsConfig, table: ItemTable) -> None:

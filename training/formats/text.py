@@ -9,9 +9,6 @@ from .tokens import TokensConfig
 WITH_CHATS = ("chat", "preference")
 """The formats that a chat template renders."""
 
-WITH_CHATS = ("chat", "preference")
-"""The formats that a chat template renders."""
-
 
 class TextsConfig(TokensConfig):
     """Where tokens come from."""
