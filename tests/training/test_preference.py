@@ -21,6 +21,7 @@ from moeyard.moe.routes.reader import read_routes
 from moeyard.parallel.mesh import Mesh
 from moeyard.serving.frozen_experts import open_frozen
 from moeyard.training.checkpoints.export import export
+from moeyard.training.cluster import ClusterSettings, cluster
 from moeyard.training.data.tokenizer import ByteTokenizer
 from moeyard.training.objectives.preference import MEASURES
 from moeyard.training.objectives.reference import FILE
@@ -240,6 +241,12 @@ def whole(config, prepared, tmp_path_factory):
     run = trainer(config, run_dir, *EXACT, "train.eval_every=2", data=prepared)
     run.run()
     return run, run_dir
+
+
+def test_such_a_run_is_not_clustered_because_its_batches_need_a_reference(whole, tmp_path):
+    with pytest.raises(ConfigError, match="a run with data.format preference, whose batches need"):
+        cluster(whole[1], tmp_path / "moe", ClusterSettings())
+    assert not (tmp_path / "moe").exists()
 
 
 def test_a_run_measures_pairs_and_routes_their_tokens_once(whole, tmp_path):
