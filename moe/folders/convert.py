@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,13 +96,8 @@ def convert(
         if half is not None:
             plans, values["quantization_config"] = pack_plans(plans, half), two_of_four_config()
         generation = generation_to_keep(folder)
-        write_model_folder(
-            target,
-            values,
-            plans,
-            lambda unfinished: copy_belongings(source, unfinished),
-            generation,
-        )
+        belongings = partial(copy_belongings, source)
+        write_model_folder(target, values, plans, belongings, generation)
     finally:
         folder.close()
     return family.model_type

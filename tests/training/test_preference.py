@@ -244,7 +244,7 @@ def whole(config, prepared, tmp_path_factory):
 
 
 def test_such_a_run_is_not_clustered_because_its_batches_need_a_reference(whole, tmp_path):
-    with pytest.raises(ConfigError, match="a run with data.format preference, whose batches need"):
+    with pytest.raises(ConfigError, match=r"a run with data\.format preference, whose batches"):
         cluster(whole[1], tmp_path / "moe", ClusterSettings())
     assert not (tmp_path / "moe").exists()
 
