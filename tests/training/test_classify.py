@@ -266,7 +266,11 @@ def test_labels_of_the_configuration_keep_their_order(config, tmp_path):
     [
         (["data.format=text"], "data.format is text, which trains models of kind decoder, but"),
         (["model.labels=[sea, town]"], "model.labels has no 'wood', which is a label of the data"),
-        (["data.source=/none.jsonl"], "but data.format is classify; give a .jsonl"),
+        (
+            ["data.source=/none.jsonl"],
+            "data.source is '/none.jsonl', which is not there; give",
+        ),
+        (["data.source=/etc/hostname"], "but data.format is classify; give a .jsonl"),
         (["train.parameters=lora"], "model.kind is encoder, whose weights have no low-rank"),
         (["parallel.pp=2"], "model.kind is encoder, which is not split into stages"),
         (["train.sequence_length=64"], "train.sequence_length is 64, but model.max_positions"),

@@ -173,7 +173,10 @@ def test_folders_that_cannot_be_used_are_one_sentence(tmp_path):
             build(tmp_path, root, **options)
 
     root = tmp_path / "none"
+    refused("none', which is not there; give another path")
+    root.write_text("no images")
     refused("neither a folder nor an .npz file")
+    root.unlink()
     root.mkdir()
     refused("a folder without images; give one with .png")
     root = write_folder(tmp_path / "images")

@@ -237,7 +237,11 @@ def test_records_that_are_no_pairs_are_refused(tmp_path, lines, message):
     ("overrides", "message"),
     [
         (["data={format: text}"], "data.format is text, which trains models of kind decoder, but"),
-        (["data.source=/none.jsonl"], "but data.format is pairs; give a .jsonl"),
+        (
+            ["data.source=/none.jsonl"],
+            "data.source is '/none.jsonl', which is not there; give",
+        ),
+        (["data.source=/etc/hostname"], "but data.format is pairs; give a .jsonl"),
         (["data.eval_fraction=0.001"], "leaves no pair to hold out; give more of them"),
         (["train.sequence_length=1"], "train.sequence_length is 1, which leaves no room"),
         (["train.sequence_length=64"], "train.sequence_length is 64, but model.max_positions"),

@@ -193,7 +193,7 @@ def _template_of(inner: Any, path: Path | None) -> str:
         return str(inner.get_chat_template())
     except ValueError:  # none, or several and none of them the default
         raise DataError(
-            "data.format is chat, but the tokenizer has no chat template; give one as "
+            "the tokenizer has no chat template, which conversations are written by; give one as "
             "data.chat_template, such as configs/train/chat.jinja."
         ) from None
 

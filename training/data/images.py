@@ -29,6 +29,7 @@ from .image_arrays import ImageArrays
 from .image_folder import ImageFolder
 from .image_store import Array, LabelledImages, has_target, write_images
 from .image_targets import read_labels, read_maps, sorted_labels
+from .presence import existing
 
 TRAIN, HELD_OUT = "images-train.safetensors", "images-eval.safetensors"
 
@@ -109,7 +110,7 @@ def _prepare(section: ImagesConfig, model: ViTConfig, folder: Path, stop: StopRe
 
 
 def _open(source: str, field: str, model: ViTConfig) -> ImageArrays | ImageFolder:
-    path = Path(source)
+    path = existing(source, field)
     if path.is_dir():
         return ImageFolder(source, field, model)
     if path.suffix.lower() != ".npz" or not path.is_file():

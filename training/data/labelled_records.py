@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from ...errors import DataError
 from .documents import RECORD_SUFFIXES, Files, TextFile, is_unicode
+from .presence import existing
 from .records import NotJson, read_records
 
 SUFFIXES = (*RECORD_SUFFIXES, ".csv")
@@ -24,7 +25,7 @@ class LabelledFiles:
 
     def __init__(self, source: str, field: str, text_key: str, label_key: str) -> None:
         """``field`` is the configuration key whose value ``source`` is."""
-        path = Path(source)
+        path = existing(source, field)
         found = [path]
         if path.is_dir():
             found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)

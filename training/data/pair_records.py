@@ -1,12 +1,12 @@
 """Pairs of texts, from JSON and CSV files."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...errors import DataError
 from .documents import Files, is_unicode
 from .labelled_records import SUFFIXES, records_of
+from .presence import existing
 
 
 class TextPair(NamedTuple):
@@ -21,7 +21,7 @@ class PairFiles:
 
     def __init__(self, source: str, field: str, source_key: str, target_key: str) -> None:
         """``field`` is the configuration key whose value ``source`` is."""
-        path = Path(source)
+        path = existing(source, field)
         found = [path]
         if path.is_dir():
             found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)

@@ -1,11 +1,11 @@
 """The JSON objects of a file, or of all JSON files below a folder."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from ...errors import DataError
 from .documents import RECORD_SUFFIXES, Files, TextFile
+from .presence import existing
 from .records import NotJson, read_records
 
 
@@ -14,7 +14,7 @@ class RecordFiles:
 
     def __init__(self, source: str, field: str, data_format: str) -> None:
         """``field`` is the configuration key whose value ``source`` is."""
-        path = Path(source)
+        path = existing(source, field)
         found = [path]
         if path.is_dir():
             found = sorted(p for p in path.rglob("*") if p.suffix.lower() in RECORD_SUFFIXES)
