@@ -22,6 +22,11 @@ def read_json(path: Path) -> dict[str, Any]:
             raise ModelFileError(
                 f"{path.parent} does not exist; give a Hugging Face model folder or a run's folder."
             ) from None
+        if (path.parent / "config.yaml").is_file():
+            raise ModelFileError(
+                f"{path.parent} is a run, which has no {path.name}; export it first, with moeyard "
+                f"export {path.parent} FOLDER."
+            ) from None
         raise ModelFileError(
             f"{path} cannot be read ({error.strerror}); give a Hugging Face model folder."
         ) from None

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeForCausalL
 
 import moeyard
 from moeyard.cli import main
+from moeyard.errors import CheckpointError, ModelFileError
 from moeyard.training.__main__ import main as train_here
 from moeyard.training.checkpoints.checkpoint import StoredTensors
 
@@ -125,6 +126,8 @@ def test_export_refuses_what_is_there_and_what_is_missing(tmp_path, config_file,
     assert "is not a folder" in capsys.readouterr().err
     assert train([str(config_file), f"run_dir={tmp_path}/run"]) == 0
     capsys.readouterr()
+    with pytest.raises(ModelFileError, match=r"run is a run, which has no config\.json; export it"):
+        moeyard.load(tmp_path / "run")
     (tmp_path / "out").mkdir()
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 2
     assert "exists already" in capsys.readouterr().err
@@ -187,7 +190,6 @@ def test_an_export_reads_a_tensor_when_its_turn_has_come(tmp_path, config_file, 
 
 
 def test_a_checkpoint_that_cannot_be_read_gets_one_sentence(tmp_path, config_file):
-    from moeyard.errors import CheckpointError
     from moeyard.training.__main__ import main as train
 
     assert train([str(config_file), f"run_dir={tmp_path}/run"]) == 0
