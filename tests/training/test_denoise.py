@@ -245,7 +245,7 @@ def test_the_command_enlarges_files(folder, tmp_path, capsys):
 def test_other_commands_say_what_opens_it(folder, capsys):
     assert command(["generate", str(folder), "x"]) == 2
     assert "use moeyard upscale or moeyard.load_upscaler for this one" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match="is of kind super_resolution, and this works with deco"):
+    with pytest.raises(ConfigError, match="which is not served; use moeyard upscale or moeyard"):
         with_budgets(ServeArgs(model=str(folder)))
 
 
