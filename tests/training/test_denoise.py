@@ -283,7 +283,7 @@ def test_files_that_are_no_images_are_refused(config, tmp_path):
     (tmp_path / "folder").mkdir()
     for source, message in (
         (tmp_path / "none.npz", "but data.format is super_resolution; give a .npz file"),
-        (tmp_path / "text.npz", "cannot be read .*; write it again with numpy.savez"),
+        (tmp_path / "text.npz", "text.npz', which cannot be read .*; write it again with"),
         (tmp_path / "folder", "which has no images; give a folder with files such as a.png"),
     ):
         with pytest.raises((ConfigError, DataError), match=message):

@@ -26,6 +26,7 @@ from .data import Data
 from .documents import Files
 from .held_out import every_nth
 from .image_arrays import ImageArrays
+from .image_files import is_array_file
 from .image_folder import ImageFolder
 from .image_store import Array, LabelledImages, has_target, write_images
 from .image_targets import read_labels, read_maps, sorted_labels
@@ -112,7 +113,7 @@ def _open(source: str, field: str, model: ViTConfig) -> ImageArrays | ImageFolde
     path = Path(source)
     if path.is_dir():
         return ImageFolder(source, field, model)
-    if path.suffix.lower() != ".npz" or not path.is_file():
+    if not is_array_file(path) or not path.is_file():
         raise DataError(
             f"{field} is {source!r}, which is neither a folder nor an .npz file; give a folder of "
             "images, or an array file."
