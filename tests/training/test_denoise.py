@@ -257,6 +257,7 @@ BAD = {
     "type": np.zeros((9, 12, 12, 3), np.int64),
     "shape": np.zeros((9, 12), np.uint8),
     "few": np.zeros((1, 12, 12, 3), np.uint8),
+    "equal": np.zeros((9, 12, 12, 3), np.uint8),
 }
 
 
@@ -269,7 +270,8 @@ BAD = {
         ("nan", "has the value nan; give bytes"),
         ("type", "has values of type int64; give bytes"),
         ("shape", r"has an array of shape \[9, 12\]; give images of one size"),
-        ("few", r"which has 1 image\(s\), too few to hold one out; give more, or data.eval_source"),
+        ("few", r"whose 1 image\(s\) leave none to hold out; give more that differ, or data.eval"),
+        ("equal", r"whose 9 image\(s\) leave none to train on; give more that differ"),
     ],
 )
 def test_images_that_cannot_be_trained_on_are_refused(config, tmp_path, name, message):

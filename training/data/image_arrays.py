@@ -1,5 +1,6 @@
 """Images and targets in an array file: ``images``, and an array for each task."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from ...errors import DataError
@@ -31,10 +32,12 @@ class ImageArrays:
                     f"{list(shape)}; give a target for each image."
                 )
 
-    def read_images(self) -> Array:
-        """Return all images."""
+    def read_images(self, advance: Callable[[], object] = lambda: None) -> Array:
+        """Return all images; ``advance`` is called before each array that is read."""
+        advance()
         return self._file.read(IMAGES)
 
-    def read_targets(self, task: AnyTask) -> Array | None:
+    def read_targets(self, task: AnyTask, advance: Callable[[], object]) -> Array | None:
         """Return the raw targets of a task; None if the file has none."""
+        advance()
         return self._file.read(task.name) if task.name in self._file.shapes else None

@@ -4,6 +4,7 @@ N images; arrays are ``[N, H, W, C]``.
 """
 
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +22,25 @@ DEEP = 65535
 """The brightest value of 16 bits."""
 
 
-def read_images(source: str, field: str, key: str, channels: int) -> Bytes:
+def read_images(
+    source: str, field: str, key: str, channels: int, advance: Callable[[], object] = lambda: None
+) -> Bytes:
     """Return all images of a source; ``field`` names it in messages.
+
+    ``advance`` is called before each file, and may raise.
 
     Raises :class:`DataError` for images that cannot be used, :class:`ConfigError` for a source that
     is none, or without Pillow.
     """
     path = Path(source)
     if path.is_dir():
-        return _of_folder(path, field, channels)
+        return _of_folder(path, field, channels, advance)
     if not is_array_file(path) or not path.is_file():
         raise ConfigError(
             f"{field} is {source!r}, but data.format is super_resolution; give a .npz file with an "
             "array of images, or a folder of image files."
         )
+    advance()
     return _of_array(_array(path, field, key), f"{field} {source!r}", channels)
 
 
@@ -112,7 +118,7 @@ def _mode(channels: int) -> str:
     return MODES[channels]
 
 
-def _of_folder(folder: Path, field: str, channels: int) -> Bytes:
+def _of_folder(folder: Path, field: str, channels: int, advance: Callable[[], object]) -> Bytes:
     paths = image_paths(folder)
     if not paths:
         raise DataError(
@@ -121,6 +127,7 @@ def _of_folder(folder: Path, field: str, channels: int) -> Bytes:
         )
     images: list[Bytes] = []
     for path in paths:
+        advance()
         image = read_bytes(path, channels)
         if images and image.shape != images[0].shape:
             one, other = (f"{i.shape[1]} x {i.shape[0]}" for i in (image, images[0]))

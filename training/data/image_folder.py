@@ -4,6 +4,7 @@
 ``NAME.TASK.npy`` next to it is its map for a task of pixels.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -48,10 +49,14 @@ class ImageFolder:
         is_readable = path.suffix.lower() in (*SUFFIXES, ".npy")
         return task is not None and not isinstance(task, ClassesTask) and is_readable
 
-    def read_images(self) -> Array:
-        """Return all images, ``[N, H, W, C]``; raise :class:`DataError` where they differ."""
+    def read_images(self, advance: Callable[[], object]) -> Array:
+        """Return all images, ``[N, H, W, C]``; raise :class:`DataError` where they differ.
+
+        ``advance`` is called before each file.
+        """
         images: list[Array] = []
         for path in self.images:
+            advance()
             image = read_image(path, self._config.channels)
             if images and (image.shape, image.dtype) != (images[0].shape, images[0].dtype):
                 raise DataError(
@@ -62,11 +67,14 @@ class ImageFolder:
             images.append(image)
         return np.stack(images)
 
-    def read_targets(self, task: AnyTask) -> Array | None:
+    def read_targets(self, task: AnyTask, advance: Callable[[], object]) -> Array | None:
         """Return the raw targets of a task for all images; None if there are none at all."""
         if isinstance(task, ClassesTask):
             return self._folders(task)
-        found = [self._map_of(path, task) for path in self.images]
+        found = []
+        for path in self.images:
+            advance()
+            found.append(self._map_of(path, task))
         some = next((one for one in found if one is not None), None)
         if some is None:
             return None

@@ -92,11 +92,9 @@ def _prepare(section: ImagesConfig, model: ViTConfig, folder: Path, stop: StopRe
     paths = (folder / TRAIN, folder / HELD_OUT)
     if None not in prints and all(made_from(path) == origin for path in paths):
         return
-    with LongWork("reading images", stop, len(sources)) as work:
-        found = []
-        for source, name in zip(sources, (section.source, section.eval_source), strict=False):
-            found.append(_read(source, str(name), model))
-            work.advance()
+    with LongWork("reading images", stop) as work:
+        names = (section.source, str(section.eval_source))
+        found = [_read(one, name, model, work) for one, name in zip(sources, names, strict=False)]
     train, held_out = _split(found, section, model)
     labels = _labels(train, held_out, model)
     for path, part in zip(paths, (train, held_out), strict=True):
@@ -121,9 +119,9 @@ def _open(source: str, field: str, model: ViTConfig) -> ImageArrays | ImageFolde
     return ImageArrays(source, field)
 
 
-def _read(source: ImageArrays | ImageFolder, name: str, model: ViTConfig) -> Found:
+def _read(source: ImageArrays | ImageFolder, name: str, model: ViTConfig, work: LongWork) -> Found:
     """Read and check all of a source."""
-    images = check_images(source.read_images(), name)
+    images = check_images(source.read_images(work.advance), name)
     _, height, width, channels = images.shape
     if (height, width) != model.image_size or channels != model.channels:
         wanted = " x ".join(map(str, model.image_size))
@@ -134,7 +132,7 @@ def _read(source: ImageArrays | ImageFolder, name: str, model: ViTConfig) -> Fou
         )
     targets: dict[str, Array] = {}
     for task in model.tasks:
-        raw = source.read_targets(task)
+        raw = source.read_targets(task, work.advance)
         if raw is None:
             raise DataError(
                 f"{name} has nothing for the task {task.name!r}; add an array of this name, or in "
