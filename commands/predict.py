@@ -74,9 +74,9 @@ def _read(paths: list[Path], model: "VisionModel") -> tuple[list[str], Any]:
     """Return the images' names, and the images."""
 
     from ..training.data.image_arrays import ImageArrays
-    from ..training.data.image_folder import read_image
+    from ..training.data.image_files import is_array_file, read_image
 
-    if len(paths) == 1 and paths[0].suffix.lower() == ".npz":
+    if len(paths) == 1 and is_array_file(paths[0]):
         images = ImageArrays(str(paths[0]), "IMAGE").read_images()
         return [str(number) for number in range(len(images))], images
     missing = next((path for path in paths if not path.is_file()), None)

@@ -47,22 +47,22 @@ def add(parsers: Parsers) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Read the images, enlarge them and write the file."""
-    from ..training.data.image_files import read_image, read_images, write_images
+    from ..training.data.image_files import is_array_file, read_bytes, read_images, write_images
     from .model_folder import open_kind_of
 
     source: Path = arguments.source
     if not source.is_file():
         raise ConfigError(f"IN is {str(source)!r}, which is not a file; give another.")
-    if (source.suffix == ".npz") and arguments.target.suffix != ".npz":
+    if is_array_file(source) and not is_array_file(arguments.target):
         raise ConfigError(
             f"OUT is {str(arguments.target)!r}, but IN is a .npz file; name a .npz file."
         )
     upscaler = open_kind_of(arguments, "super_resolution")
     channels = upscaler.config.channels
-    if source.suffix == ".npz":
+    if is_array_file(source):
         images = read_images(str(source), "IN", arguments.images_key, channels)
     else:
-        images = read_image(source, channels)[None]
+        images = read_bytes(source, channels)[None]
     started = time.perf_counter()
     large = upscaler(images, arguments.steps, arguments.seed, arguments.eta, arguments.batch)
     seconds = time.perf_counter() - started

@@ -4,16 +4,15 @@ N items, D width.
 """
 
 import json
-import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...errors import DataError
+from ..arrays import ArrayFile
 
 
 class Embeddings(NamedTuple):
@@ -57,11 +56,11 @@ def read_embeddings(path: Path) -> Embeddings:
 
 
 def _read_npz(path: Path) -> tuple[Any, Any]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return file["ids"].tolist(), file["embeddings"]
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise _unreadable(path, error) from None
+    file = ArrayFile(path, "EMBEDDINGS")
+    missing = next((name for name in ("ids", "embeddings") if name not in file.shapes), None)
+    if missing is not None:
+        raise _unreadable(path, f"no array {missing!r}")
+    return file.read("ids").tolist(), file.read("embeddings")
 
 
 def _read_safetensors(path: Path) -> tuple[Any, Any]:
@@ -71,11 +70,10 @@ def _read_safetensors(path: Path) -> tuple[Any, Any]:
             found = file.get_tensor("ids").tolist() if ids is None else json.loads(ids)
             return found, file.get_tensor("embeddings")
     except (OSError, SafetensorError, ValueError) as error:
-        raise _unreadable(path, error) from None
+        raise _unreadable(path, str(error).strip("'\"").split("\n")[0]) from None
 
 
-def _unreadable(path: Path, error: Exception) -> DataError:
-    reason = str(error).strip("'\"").split("\n")[0]
+def _unreadable(path: Path, reason: str) -> DataError:
     return DataError(
         f"{path} has no ids and embeddings ({reason}); give arrays under these two names."
     )

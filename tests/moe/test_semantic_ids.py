@@ -161,8 +161,15 @@ def test_files_without_embeddings_are_refused(tmp_path, capsys):
     (tmp_path / "x.npz").write_text("no zip")
     (tmp_path / "x.safetensors").write_text(json.dumps({}))
     np.savez(tmp_path / "y.npz", other=np.zeros(3))
-    for name in ("x.npz", "x.safetensors", "y.npz"):
+    np.save(tmp_path / "one.npy", np.zeros(3))
+    (tmp_path / "one.npy").rename(tmp_path / "one.npz")
+    for name, message in (
+        ("x.npz", "x.npz', which cannot be read as an .npz file (File is not a zip file); write"),
+        ("one.npz", "one.npz', which cannot be read as an .npz file (File is not a zip file)"),
+        ("x.safetensors", "x.safetensors has no ids and embeddings ("),
+        ("y.npz", "y.npz has no ids and embeddings (no array 'ids'); give arrays under"),
+    ):
         assert command(["items", str(tmp_path / name), str(tmp_path / "out")]) == 2
-        assert f"{name} has no ids and embeddings (" in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     assert command(["items", str(tmp_path / "z.csv"), str(tmp_path / "out")]) == 2
     assert "give a .npz or .safetensors file" in capsys.readouterr().err

@@ -34,7 +34,7 @@ ROOMS = {
         ["adapted_waves", "experts", "frozen_experts", "routed_low_rank"],
     ],
     "moe": [
-        ["blocks", "kept_ids", "pixels", "without_memory"],
+        ["arrays", "blocks", "kept_ids", "pixels", "without_memory"],
         ["routers"],
         ["adapters", "items"],
         ["kv_cache", "linear", "norm"],

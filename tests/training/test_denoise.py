@@ -257,6 +257,7 @@ BAD = {
     "type": np.zeros((9, 12, 12, 3), np.int64),
     "shape": np.zeros((9, 12), np.uint8),
     "few": np.zeros((1, 12, 12, 3), np.uint8),
+    "equal": np.zeros((9, 12, 12, 3), np.uint8),
 }
 
 
@@ -269,7 +270,8 @@ BAD = {
         ("nan", "has the value nan; give bytes"),
         ("type", "has values of type int64; give bytes"),
         ("shape", r"has an array of shape \[9, 12\]; give images of one size"),
-        ("few", r"which has 1 image\(s\), too few to hold one out; give more, or data.eval_source"),
+        ("few", r"whose 1 image\(s\) leave none to hold out; give more that differ, or data.eval"),
+        ("equal", r"whose 9 image\(s\) leave none to train on; give more that differ"),
     ],
 )
 def test_images_that_cannot_be_trained_on_are_refused(config, tmp_path, name, message):
@@ -283,7 +285,7 @@ def test_files_that_are_no_images_are_refused(config, tmp_path):
     (tmp_path / "folder").mkdir()
     for source, message in (
         (tmp_path / "none.npz", "but data.format is super_resolution; give a .npz file"),
-        (tmp_path / "text.npz", "cannot be read .*; write it again with numpy.savez"),
+        (tmp_path / "text.npz", "text.npz', which cannot be read .*; write it again with"),
         (tmp_path / "folder", "which has no images; give a folder with files such as a.png"),
     ):
         with pytest.raises((ConfigError, DataError), match=message):

@@ -1,5 +1,7 @@
 """Images with targets: array files and folders, what is held out, and data that cannot be used."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from PIL import Image
 from moeyard.errors import ConfigError, DataError
 from moeyard.moe.pixels import check_images, to_pixels
 from moeyard.parallel.mesh import Mesh
+from moeyard.training.data.image_arrays import ImageArrays
 from moeyard.training.data.images import build_image_data
 from moeyard.training.read_config import complete_run_config
 
@@ -122,6 +125,15 @@ def test_a_folder_gives_what_an_array_file_gives(tmp_path):
     np.testing.assert_array_equal(rows.targets[2][0, ..., 0].numpy(), arrays(12)["light"][number])
 
 
+def test_prepared_images_are_used_again_without_reading_the_source(tmp_path, monkeypatch):
+    source = write_arrays(tmp_path / "all.npz")
+    os.utime(source, (1e9, 1e9))
+    first = build(tmp_path, source)
+    monkeypatch.setattr(ImageArrays, "read_images", None)
+    monkeypatch.setattr(np, "load", None)
+    assert build(tmp_path, source).identity == first.identity
+
+
 def test_prepared_images_are_used_again_and_changed_ones_are_not(tmp_path):
     source = write_arrays(tmp_path / "all.npz")
     first = build(tmp_path, source)
@@ -188,6 +200,11 @@ def test_folders_that_cannot_be_used_are_one_sentence(tmp_path):
     lonely.unlink()
     Image.fromarray(np.zeros((9, 12), np.uint8)).save(root / "left" / "z.png")
     refused("z.png has 9 x 12 pixels of uint8, but .*i00.png has 8 x 12")
+    (root / "left" / "z.png").unlink()
+    path = min((root / "left").glob("*.light.npy"))
+    path.rename(path.with_suffix(".NPY")).write_bytes(b"")
+    refused("light.NPY cannot be read as an array .*; write it again with numpy.save")
+    path.with_suffix(".NPY").unlink()
     (root / "left" / "z.png").write_text("no image")
     refused("z.png cannot be read as an image")
 

@@ -1,11 +1,10 @@
 """Images and targets in an array file: ``images``, and an array for each task."""
 
-import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-
 from ...errors import DataError
+from ...moe.arrays import ArrayFile
 from ...moe.config.vision_tasks import AnyTask
 from .image_targets import Array
 
@@ -13,35 +12,32 @@ IMAGES = "images"
 
 
 class ImageArrays:
-    """The arrays of an ``.npz`` file."""
+    """The arrays of an ``.npz`` file. Each is read when it is asked for."""
 
     def __init__(self, source: str, field: str) -> None:
         """``field`` is the configuration key whose value ``source`` is."""
         self.paths = [Path(source)]
-        try:
-            with np.load(source, allow_pickle=False) as file:
-                self._arrays: dict[str, Array] = dict(file)
-        except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
-            raise DataError(
-                f"{field} is {source!r}, which cannot be read as an .npz file ({error}); write one "
-                "with numpy.savez, of numbers and words."
-            ) from None
-        if IMAGES not in self._arrays:
+        self._file = ArrayFile(Path(source), field)
+        shapes = self._file.shapes
+        if IMAGES not in shapes:
             raise DataError(
                 f"{field} is {source!r}, which has no array {IMAGES!r}, only "
-                f"{', '.join(sorted(self._arrays)) or 'none'}; name the images so."
+                f"{', '.join(sorted(shapes)) or 'none'}; name the images so."
             )
-        for name, array in self._arrays.items():
-            if array.ndim == 0 or len(array) != len(self._arrays[IMAGES]):
+        count = (shapes[IMAGES] or (0,))[0]
+        for name, shape in shapes.items():
+            if shape[:1] != (count,):
                 raise DataError(
-                    f"{source} has {len(self._arrays[IMAGES])} images, but the array {name!r} has "
-                    f"shape {list(array.shape)}; give a target for each image."
+                    f"{source} has {count} images, but the array {name!r} has shape "
+                    f"{list(shape)}; give a target for each image."
                 )
 
-    def read_images(self) -> Array:
-        """Return all images."""
-        return self._arrays[IMAGES]
+    def read_images(self, advance: Callable[[], object] = lambda: None) -> Array:
+        """Return all images; ``advance`` is called before each array that is read."""
+        advance()
+        return self._file.read(IMAGES)
 
-    def read_targets(self, task: AnyTask) -> Array | None:
+    def read_targets(self, task: AnyTask, advance: Callable[[], object]) -> Array | None:
         """Return the raw targets of a task; None if the file has none."""
-        return self._arrays.get(task.name)
+        advance()
+        return self._file.read(task.name) if task.name in self._file.shapes else None

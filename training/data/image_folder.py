@@ -4,42 +4,18 @@
 ``NAME.TASK.npy`` next to it is its map for a task of pixels.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from ...errors import DataError
+from ...moe.arrays import read_array
 from ...moe.config.vision_tasks import AnyTask, ClassesTask, PixelClassesTask
 from ...moe.config.vit import ViTConfig
 from ...moe.pixels import SCALES
-from .image_files import MODES, SUFFIXES, open_pillow
+from .image_files import SUFFIXES, read_image, read_numbers
 from .image_targets import NO_CLASS, Array, read_maps
-
-
-def read_image(path: Path, channels: int) -> Array:
-    """Return an image file as ``[H, W, C]``: uint8, or uint16 for grey images of 16 bits.
-
-    Raises :class:`DataError` for a file that is no image, and :class:`ConfigError` without Pillow.
-    """
-    if channels not in MODES:
-        raise DataError(
-            f"{path} cannot be read as an image of {channels} channels, only as one of 1, 3 or 4; "
-            "give an .npz file, or change model.channels."
-        )
-    pixels = _open(path, MODES[channels])
-    return pixels if pixels.ndim == 3 else pixels[..., None]
-
-
-def _open(path: Path, mode: str | None) -> Array:
-    """Return an image file's numbers, converted to a mode; None keeps them as they are."""
-    pillow = open_pillow()
-    try:
-        with pillow.open(path) as image:
-            is_deep = image.mode.startswith("I;16") and mode in (None, "L")
-            opened = image if mode is None or is_deep else image.convert(mode)
-            return np.asarray(opened)
-    except (OSError, ValueError, SyntaxError, pillow.DecompressionBombError) as error:
-        raise DataError(f"{path} cannot be read as an image ({error}); take it out.") from None
 
 
 class ImageFolder:
@@ -73,10 +49,14 @@ class ImageFolder:
         is_readable = path.suffix.lower() in (*SUFFIXES, ".npy")
         return task is not None and not isinstance(task, ClassesTask) and is_readable
 
-    def read_images(self) -> Array:
-        """Return all images, ``[N, H, W, C]``; raise :class:`DataError` where they differ."""
+    def read_images(self, advance: Callable[[], object]) -> Array:
+        """Return all images, ``[N, H, W, C]``; raise :class:`DataError` where they differ.
+
+        ``advance`` is called before each file.
+        """
         images: list[Array] = []
         for path in self.images:
+            advance()
             image = read_image(path, self._config.channels)
             if images and (image.shape, image.dtype) != (images[0].shape, images[0].dtype):
                 raise DataError(
@@ -87,11 +67,14 @@ class ImageFolder:
             images.append(image)
         return np.stack(images)
 
-    def read_targets(self, task: AnyTask) -> Array | None:
+    def read_targets(self, task: AnyTask, advance: Callable[[], object]) -> Array | None:
         """Return the raw targets of a task for all images; None if there are none at all."""
         if isinstance(task, ClassesTask):
             return self._folders(task)
-        found = [self._map_of(path, task) for path in self.images]
+        found = []
+        for path in self.images:
+            advance()
+            found.append(self._map_of(path, task))
         some = next((one for one in found if one is not None), None)
         if some is None:
             return None
@@ -114,13 +97,10 @@ class ImageFolder:
         own = self._maps.get((path.parent, path.stem, task.name))
         if own is None:
             return None
-        if own.suffix == ".npy":
-            try:
-                values = np.load(own, allow_pickle=False)
-            except (OSError, ValueError) as error:
-                raise DataError(f"{own} cannot be read as an array ({error}).") from None
+        if own.suffix.lower() == ".npy":
+            values = read_array(own)
         else:
-            values = _open(own, None)
+            values = read_numbers(own, None)
             if not isinstance(task, PixelClassesTask):
                 values = values.astype(np.float32) / SCALES.get(values.dtype.name, 1.0)
         return read_maps(values[None], task, self._config.image_size, str(own))[0]

@@ -26,6 +26,7 @@ from .data import Data
 from .documents import Files
 from .held_out import every_nth
 from .image_arrays import ImageArrays
+from .image_files import is_array_file
 from .image_folder import ImageFolder
 from .image_store import Array, LabelledImages, has_target, write_images
 from .image_targets import read_labels, read_maps, sorted_labels
@@ -92,11 +93,9 @@ def _prepare(section: ImagesConfig, model: ViTConfig, folder: Path, stop: StopRe
     paths = (folder / TRAIN, folder / HELD_OUT)
     if None not in prints and all(made_from(path) == origin for path in paths):
         return
-    with LongWork("reading images", stop, len(sources)) as work:
-        found = []
-        for source, name in zip(sources, (section.source, section.eval_source), strict=False):
-            found.append(_read(source, str(name), model))
-            work.advance()
+    with LongWork("reading images", stop) as work:
+        names = (section.source, str(section.eval_source))
+        found = [_read(one, name, model, work) for one, name in zip(sources, names, strict=False)]
     train, held_out = _split(found, section, model)
     labels = _labels(train, held_out, model)
     for path, part in zip(paths, (train, held_out), strict=True):
@@ -113,7 +112,7 @@ def _open(source: str, field: str, model: ViTConfig) -> ImageArrays | ImageFolde
     path = existing(source, field)
     if path.is_dir():
         return ImageFolder(source, field, model)
-    if path.suffix.lower() != ".npz" or not path.is_file():
+    if not is_array_file(path) or not path.is_file():
         raise DataError(
             f"{field} is {source!r}, which is neither a folder nor an .npz file; give a folder of "
             "images, or an array file."
@@ -121,9 +120,9 @@ def _open(source: str, field: str, model: ViTConfig) -> ImageArrays | ImageFolde
     return ImageArrays(source, field)
 
 
-def _read(source: ImageArrays | ImageFolder, name: str, model: ViTConfig) -> Found:
+def _read(source: ImageArrays | ImageFolder, name: str, model: ViTConfig, work: LongWork) -> Found:
     """Read and check all of a source."""
-    images = check_images(source.read_images(), name)
+    images = check_images(source.read_images(work.advance), name)
     _, height, width, channels = images.shape
     if (height, width) != model.image_size or channels != model.channels:
         wanted = " x ".join(map(str, model.image_size))
@@ -134,7 +133,7 @@ def _read(source: ImageArrays | ImageFolder, name: str, model: ViTConfig) -> Fou
         )
     targets: dict[str, Array] = {}
     for task in model.tasks:
-        raw = source.read_targets(task)
+        raw = source.read_targets(task, work.advance)
         if raw is None:
             raise DataError(
                 f"{name} has nothing for the task {task.name!r}; add an array of this name, or in "

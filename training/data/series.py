@@ -19,6 +19,8 @@ from ...moe.folders.series_scales import FILE as SCALES
 from ...parallel.mesh import Mesh
 from ..config import RunConfig
 from ..formats.series import SeriesConfig
+from ..stop import StopRequest
+from ..work import LongWork
 from .chat_windows import made_from
 from .corpus import make_folder
 from .data import Data
@@ -38,14 +40,17 @@ class SeriesData(Data):
     held_out: HeldOutWindows
 
 
-def build_series_data(config: RunConfig, folder: Path, mesh: Mesh) -> SeriesData:
+def build_series_data(
+    config: RunConfig, folder: Path, mesh: Mesh, stop: StopRequest | None = None
+) -> SeriesData:
     """Prepare the series on rank 0 and open them on all ranks.
 
-    Raises :class:`DataError` for series that cannot be trained on.
+    Raises :class:`Stopped` on all ranks if rank 0 is asked to stop, and :class:`DataError` for
+    series that cannot be trained on.
     """
     data, length = config.data, config.train.sequence_length
     assert isinstance(data, SeriesConfig), "an objective on series has series"
-    mesh.on_rank_0(lambda: _prepare(data, length, folder))
+    mesh.on_rank_0(lambda: _prepare(data, length, folder, stop or StopRequest()))
     with safe_open(folder / FILE, "np") as file:
         values_CN, observed_CN = file.get_tensor("values_CN"), file.get_tensor("observed_CN")
     facts = _facts(folder / FILE)
@@ -79,7 +84,7 @@ def build_series_data(config: RunConfig, folder: Path, mesh: Mesh) -> SeriesData
     )
 
 
-def _prepare(config: SeriesConfig, length: int, folder: Path) -> None:
+def _prepare(config: SeriesConfig, length: int, folder: Path, stop: StopRequest) -> None:
     """Write the standardised series unless they are there and were made from the same."""
     make_folder(folder)
     path, source = folder / FILE, Path(config.source)
@@ -89,7 +94,8 @@ def _prepare(config: SeriesConfig, length: int, folder: Path) -> None:
     if print_of_file is not None and made_from(path) == origin:
         check_parts(config, _facts(path)["lines"], length)
         return
-    series = read_series(source, config.time_column, config.columns)
+    with LongWork("reading series", stop) as work:
+        series = read_series(source, config.time_column, config.columns, work.advance)
     count = len(series.values_NC)
     check_parts(config, count, length)
     train, _, end = config.parts(count)

@@ -2,7 +2,7 @@
 
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,9 +24,12 @@ class Series(NamedTuple):
 
 
 def read_series(
-    path: Path, time_column: str = "date", columns: Sequence[str] | None = None
+    path: Path,
+    time_column: str = "date",
+    columns: Sequence[str] | None = None,
+    advance: Callable[[], object] = lambda: None,
 ) -> Series:
-    """Read the ``columns`` of a file, or all but ``time_column``.
+    """Read the ``columns`` of a file, or all but ``time_column``; ``advance`` is called per line.
 
     Raises :class:`DataError` with the line and the cell for what is not a table of numbers.
     """
@@ -39,11 +42,11 @@ def read_series(
             lines = csv.reader(file, strict=True)
             head = [name.strip() for name in next(lines, [])]
             chosen = _chosen(head, path, time_column, columns)
-            rows = [
-                _numbers(cells, head, chosen, f"{path} line {lines.line_num}")
-                for cells in lines
-                if cells
-            ]
+            rows = []
+            for cells in lines:
+                advance()
+                if cells:
+                    rows.append(_numbers(cells, head, chosen, f"{path} line {lines.line_num}"))
     except csv.Error as error:
         raise DataError(f"{path} is not a CSV table ({error}); correct it.") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -5,7 +5,7 @@ E events.
 
 import csv
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,16 +31,22 @@ class SessionLog(NamedTuple):
     liked_E: npt.NDArray[np.bool_]
 
 
-def read_log(path: Path, field: str, number: Mapping[str, int]) -> SessionLog:
+def read_log(
+    path: Path,
+    field: str,
+    number: Mapping[str, int],
+    advance: Callable[[], object] = lambda: None,
+) -> SessionLog:
     """Read a log whose events are in order of time; ``number`` has the place of each item.
 
-    ``field`` is the configuration key that names the log. Raises :class:`DataError` for an item
-    without a place, and for text where numbers should be.
+    ``field`` is the configuration key that names the log; ``advance`` is called for each event.
+    Raises :class:`DataError` for an item without a place, and for text where numbers should be.
     """
     users: dict[str, int] = {}
     sessions: dict[tuple[int, str], int] = {}
     found: list[tuple[int, int, int, float, bool]] = []
     for where, row in rows_of(path, field, COLUMNS):
+        advance()
         user = users.setdefault(name_of(row, "user", where), len(users))
         session = sessions.setdefault((user, name_of(row, "session", where)), len(sessions))
         item = item_number(name_of(row, "item", where), where, number)

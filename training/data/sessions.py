@@ -13,6 +13,7 @@ from ...parallel.mesh import Mesh
 from ..config import RunConfig
 from ..formats.sessions import SessionsConfig
 from ..stop import StopRequest
+from ..work import LongWork
 from .chat_windows import made_from
 from .corpus import make_folder
 from .data import Data
@@ -43,14 +44,15 @@ def build_sessions_data(
 ) -> SessionsData:
     """Read the log on rank 0 and open the sessions on all ranks.
 
-    Raises :class:`DataError` for a log that cannot be trained on, such as one with items that have
-    no semantic id, or without sessions after enough history.
+    Raises :class:`Stopped` on all ranks if rank 0 is asked to stop, and :class:`DataError` for a
+    log that cannot be trained on, such as one with items that have no semantic id, or without
+    sessions after enough history.
     """
     section = config.data
     assert isinstance(section, SessionsConfig), "who chose this data?"
     table = open_table(Path(section.items), "data.items")
     _check(config, section, table)
-    mesh.on_rank_0(lambda: _prepare(section, table, folder))
+    mesh.on_rank_0(lambda: _prepare(section, table, folder, stop or StopRequest()))
     sessions = read_sessions(folder / SESSIONS)
     train = config.train
     sizes = shape.SessionShape(section.session_items, train.sequence_length // table.num_levels)
@@ -102,7 +104,7 @@ def _check(config: RunConfig, section: SessionsConfig, table: ItemTable) -> None
         )
 
 
-def _prepare(section: SessionsConfig, table: ItemTable, folder: Path) -> None:
+def _prepare(section: SessionsConfig, table: ItemTable, folder: Path, stop: StopRequest) -> None:
     """Write the sessions unless they are there and were made from the same."""
     make_folder(folder)
     source, path = Path(section.source), folder / SESSIONS
@@ -112,7 +114,9 @@ def _prepare(section: SessionsConfig, table: ItemTable, folder: Path) -> None:
     origin = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     if log_print is not None and made_from(path) == origin:
         return
-    sessions = find_sessions(read_log(source, "data.source", table.number), section)
+    with LongWork("reading the log", stop) as work:
+        log = read_log(source, "data.source", table.number, work.advance)
+    sessions = find_sessions(log, section)
     for is_wanted_C, name in (
         (sessions.is_learnt_C, "train on"),
         (sessions.is_held_out_C, "hold out: no user has two"),

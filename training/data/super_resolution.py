@@ -24,12 +24,15 @@ from ...moe.models.initialize import generator_of
 from ...parallel.mesh import Mesh
 from ..config import RunConfig
 from ..formats.super_resolution import SuperResolutionDataConfig
+from ..stop import StopRequest
+from ..work import LongWork
 from .batches import ShuffledOrder
 from .chat_windows import made_from
 from .corpus import make_folder
 from .data import Data
+from .documents import Files
 from .held_out import every_nth
-from .image_files import Bytes, read_images
+from .image_files import Bytes, image_paths, read_images
 
 TRAIN, HELD_OUT = "images-train.safetensors", "images-eval.safetensors"
 GOLDEN = 0.6180339887498949
@@ -136,15 +139,18 @@ class Images:
         """Leave the array to the garbage collector."""
 
 
-def build_image_data(config: RunConfig, folder: Path, mesh: Mesh) -> ImageData:
+def build_image_data(
+    config: RunConfig, folder: Path, mesh: Mesh, stop: StopRequest | None = None
+) -> ImageData:
     """Prepare the images on rank 0 and open them on all ranks.
 
-    Raises :class:`DataError` for images that cannot be trained on.
+    Raises :class:`Stopped` on all ranks if rank 0 is asked to stop, and :class:`DataError` for
+    images that cannot be trained on.
     """
     data, model = config.data, config.model
     assert isinstance(data, SuperResolutionDataConfig), "its format asks for this objective"
     assert isinstance(model, SuperResolutionConfig), "check() compares the kinds"
-    mesh.on_rank_0(lambda: _prepare(data, model, folder))
+    mesh.on_rank_0(lambda: _prepare(data, model, folder, stop or StopRequest()))
     facts = (model, config.train.batch_sequences, config.seed)
     train, held_out = Images(folder / TRAIN, *facts), Images(folder / HELD_OUT, *facts)
     if mesh.rank == 0:
@@ -161,17 +167,20 @@ def build_image_data(config: RunConfig, folder: Path, mesh: Mesh) -> ImageData:
     )
 
 
-def _prepare(data: SuperResolutionDataConfig, model: SuperResolutionConfig, folder: Path) -> None:
+def _prepare(
+    data: SuperResolutionDataConfig, model: SuperResolutionConfig, folder: Path, stop: StopRequest
+) -> None:
     """Write both files unless they are there and were made from the same."""
     make_folder(folder)
     sources = [source for source in (data.source, data.eval_source) if source is not None]
-    facts = [_prints(Path(source)) for source in sources]
+    prints = [_print_of(Path(source)) for source in sources]
     settings = [data.images_key, data.eval_fraction, model.channels, model.scale, model.image_size]
-    origin = hashlib.sha256(json.dumps([facts, settings]).encode()).hexdigest()
+    origin = hashlib.sha256(json.dumps([prints, settings]).encode()).hexdigest()
     paths = (folder / TRAIN, folder / HELD_OUT)
-    if all(made_from(path) == origin for path in paths):
+    if None not in prints and all(made_from(path) == origin for path in paths):
         return
-    parts = _split(data, model)
+    with LongWork("reading images", stop) as work:
+        parts = _split(data, model, work)
     std = residual_std(parts[0], model.scale)
     for path, images_NHWC in zip(paths, parts, strict=True):
         metadata = {"made_from": origin, "residual_std": repr(std)}
@@ -179,36 +188,45 @@ def _prepare(data: SuperResolutionDataConfig, model: SuperResolutionConfig, fold
             save_file({"images_NHWC": images_NHWC}, unfinished, metadata=metadata)
 
 
-def _prints(path: Path) -> list[tuple[str, int, int]]:
-    """Return what tells the files of a source from others."""
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    found = [(file.as_posix(), file.stat()) for file in files if file.is_file()]
-    return [(name, facts.st_size, facts.st_mtime_ns) for name, facts in found]
+def _print_of(source: Path) -> str | None:
+    paths = image_paths(source) if source.is_dir() else [source]
+    return Files(paths, str(source), "", "data.source").fingerprint()
 
 
-def _split(data: SuperResolutionDataConfig, model: SuperResolutionConfig) -> tuple[Bytes, Bytes]:
-    """Return the images to train on and those held out."""
-    options = (data.images_key, model.channels)
-    images_NHWC = read_images(data.source, "data.source", *options)
-    if data.eval_source is None:
-        every = every_nth(data.eval_fraction)
-        is_held_out = np.arange(len(images_NHWC)) % every == every // 2
-        parts = images_NHWC[~is_held_out], images_NHWC[is_held_out]
-    else:
-        parts = images_NHWC, read_images(data.eval_source, "data.eval_source", *options)
-    for part, name in zip(parts, ("source", "eval_source"), strict=True):
+def _split(
+    data: SuperResolutionDataConfig, model: SuperResolutionConfig, work: LongWork
+) -> tuple[Bytes, Bytes]:
+    """Return the images to train on and those held out, whose copies are not trained on.
+
+    Every n-th image is held out: the middle one of n.
+    """
+    read: list[Bytes] = []
+    for source, field in ((data.source, "data.source"), (data.eval_source, "data.eval_source")):
+        if source is not None:
+            read.append(read_images(source, field, data.images_key, model.channels, work.advance))
+            _check_sides(read[-1], field, model.image_size)
+    own = read[0]
+    every = every_nth(data.eval_fraction)
+    held_out = read[1] if len(read) > 1 else own[every // 2 :: every]
+    copies = {image.tobytes() for image in held_out}
+    is_copy = np.array([image.tobytes() in copies for image in own])
+    train = own[~is_copy]
+    for part, name in ((held_out, "hold out"), (train, "train on")):
         if not len(part):
             raise DataError(
-                f"data.source is {data.source!r}, which has {len(images_NHWC)} image(s), too few "
-                "to hold one out; give more, or data.eval_source."
+                f"data.source is {data.source!r}, whose {len(own)} image(s) leave none to {name}; "
+                "give more that differ, or data.eval_source."
             )
-        sides = part.shape[1:3]
-        if min(sides) < model.image_size:
-            raise DataError(
-                f"data.{name} has images of {sides[1]} x {sides[0]} pixels, but model.image_size "
-                f"is {model.image_size}; give larger images or lower it."
-            )
-    return parts
+    return train, held_out
+
+
+def _check_sides(images_NHWC: Bytes, field: str, least: int) -> None:
+    height, width = images_NHWC.shape[1:3]
+    if min(height, width) < least:
+        raise DataError(
+            f"{field} has images of {width} x {height} pixels, but model.image_size is {least}; "
+            "give larger images or lower it."
+        )
 
 
 def residual_std(images_NHWC: Bytes, scale: int, most: int = 256) -> float:

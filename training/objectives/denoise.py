@@ -87,7 +87,7 @@ class DenoiseObjective(Objective[SuperResolution]):
         cls, config: RunConfig, folder: Path, mesh: Mesh, stop: StopRequest | None = None
     ) -> ImageData:
         """Read the images and hold a part out."""
-        return build_image_data(config, folder, mesh)
+        return build_image_data(config, folder, mesh, stop)
 
     def complete_model(self, model: LayersConfig) -> LayersConfig:
         """Give the model the standard deviation of the images' residuals, unless it has one."""

@@ -67,7 +67,7 @@ class ForecastObjective(Objective[SeriesModel]):
         cls, config: RunConfig, folder: Path, mesh: Mesh, stop: StopRequest | None = None
     ) -> SeriesData:
         """Read the series and standardise them."""
-        return build_series_data(config, folder, mesh)
+        return build_series_data(config, folder, mesh, stop)
 
     def module(self, decoder: SeriesModel) -> nn.Module:
         """Return :class:`ForecastLoss`; :class:`ConfigError` for a horizon beyond the model."""
