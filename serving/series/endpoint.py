@@ -14,8 +14,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from ...errors import ConfigError, RequestError
-from ...moe.models.forecaster import Forecast, Forecaster, Question
-from ...moe.models.series_values import Context
+from ...moe.models.forecaster import Forecaster, Question
+from ...moe.models.series_values import Context, Forecast
 from ..api.adapters import ServedModels
 from ..api.protocol import check_keys, read_text, read_values, shown
 from ..api.request_body import read_body
@@ -161,10 +161,11 @@ def _answer(
                 "index": index,
                 "mean": forecast.mean.tolist(),
                 "quantiles": None
-                if forecast.quantiles is None
-                else {f"{q:g}": values.tolist() for q, values in forecast.quantiles.items()},
+                if quantiles is None
+                else {quantile: values.tolist() for quantile, values in quantiles.items()},
             }
             for index, forecast in enumerate(forecasts)
+            for quantiles in [forecast.named_quantiles]
         ],
         "usage": {
             "context_points": sum(map(len, contexts)),

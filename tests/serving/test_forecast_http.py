@@ -101,6 +101,7 @@ BAD_BODIES = {
     "nan": (b'{"series": [[1, NaN]], "horizon": 2}', "the body holds NaN"),
     "huge": ({"series": [[1, 10**400]]}, "series 0"),
     "short": ({"series": [UP, [1]]}, "series 1 has 1 observed point"),
+    "tiny": ({"series": [[1e-200, 2e-200, 1e-200, 3e-200]]}, "series 0 varies so little"),
     "gaps": ({"series": [[1, None, None, None, None, 2]]}, "series 0 lacks 4 of the 6 points"),
     "no_horizon": ({"horizon": None}, "horizon is missing"),
     "zero": ({"horizon": 0}, "horizon is 0; use a number from 1"),
@@ -240,6 +241,37 @@ def test_series_of_a_client_that_has_left_are_not_computed(start):
     assert asyncio.run(leave()).status_code == 200
     assert [shape[2] for shape in model.batches] == [2, 1]
     assert server.metrics.cancelled._value.get() == 1
+
+
+def test_a_forecast_that_is_not_finite_ends_its_request_alone(start):
+    class Overflowing(Paced):
+        def predict(self, values_BL, *rest):
+            found = super().predict(values_BL, *rest)
+            overflows_B1 = (values_BL.abs() == 1).all(dim=1, keepdim=True)
+            return found._replace(mean_BH=found.mean_BH.masked_fill(overflows_B1, torch.inf))
+
+    model = Overflowing()
+    server = start(model)
+
+    async def burst():
+        async with client_of(server.app()) as client:
+            first = post(client, horizon=1)
+            await until(lambda: model.entered.acquire(blocking=False))
+            both = [post(client), post(client, series=[[13.0, 1.0] * 6])]
+            await until(lambda: server.thread._new.qsize() == 2)
+            for _ in range(4):
+                model.may_run.release()
+            return await asyncio.gather(first, *both)
+
+    _, good, bad = asyncio.run(burst())
+    assert good.status_code == 200
+    assert check_error(bad, 400, "series 0 has a forecast that is not")["param"] == "series"
+    assert call(server, "GET", "/health").status_code == 200
+
+
+def test_near_quantiles_have_names_of_their_own(server):
+    (found,) = ask(server, quantiles=[0.1234567, 0.1234568]).json()["data"]
+    assert list(found["quantiles"]) == ["0.1234567", "0.1234568"]
 
 
 def test_an_expert_that_cannot_be_read_ends_the_requests_it_concerns_alone(start):
