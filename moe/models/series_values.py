@@ -16,6 +16,9 @@ MOST_VALUE = 1e100
 MOST_SCALED = float(np.finfo(np.float32).max)
 """Models read scaled values in fp32."""
 
+UNOBSERVED = frozenset({"", "nan", "na", "n/a", "null", "none"})
+"""Cells of a table, in small letters, that say that a point was not observed."""
+
 Series: TypeAlias = Any
 """One series (numbers, None or NaN where a point was not observed), or several: lists, arrays."""
 
