@@ -34,9 +34,8 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> SeriesTable:
     """Read a table whose first line names its columns, and whose rows follow each other in time.
 
     The first column of ISO dates, if there is one, is that of the dates. ``columns`` are those to
-    read as series; None = all others. Cells of :data:`UNOBSERVED` were not
-    observed, in any case. Raises
-    :class:`DataError`, which names line and column.
+    read as series; None = all others. Cells of :data:`UNOBSERVED`, in any case, were not observed.
+    Raises :class:`DataError`, which names line and column.
     """
     lines = _read_lines(path)
     if len(lines) < 2:

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,9 +10,11 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 from seasonal import LONGEST, PERIOD, Seasonal
 
+import moeyard
 from moeyard.errors import ConfigError, ExpertReadError
 from moeyard.moe.models.forecaster import Forecaster
 from moeyard.serving.series import server as series_server
+from moeyard.serving.series.args import OF_TEXT
 from moeyard.serving.series.server import SeriesServer
 from moeyard.serving.serve_args import ServeArgs
 
@@ -356,6 +359,13 @@ def test_a_server_that_stops_lets_no_one_wait(start):
 def test_arguments_of_text_are_refused(start, options, message):
     with pytest.raises(ConfigError, match=message):
         start(Seasonal(), **options)
+
+
+def test_the_page_names_all_flags_that_are_refused():
+    page = (Path(moeyard.__file__).parent / "docs" / "serving.md").read_text()
+    section = page.split("\n## Forecasts\n")[1].split("\n## ")[0]
+    for name in OF_TEXT:
+        assert f"`--{name.replace('_', '-')}`" in section
 
 
 def test_random_walks_come_back_as_numbers_of_json(server):
