@@ -12,9 +12,10 @@ if TYPE_CHECKING:
     from .errors import MoeyardError
     from .moe.folders.transformers_blocks import replace_moe_blocks
     from .moe.layer import MoELayer, after_step, auxiliary_loss
-    from .moe.models.forecaster import Forecast, Forecaster
+    from .moe.models.forecaster import Forecaster
     from .moe.models.language_model import LanguageModel
     from .moe.models.recommender import Recommender
+    from .moe.models.series_values import Forecast
     from .moe.models.text_classifier import TextClassifier
     from .moe.models.text_writer import TextWriter
     from .moe.models.upscaler import Upscaler
@@ -79,7 +80,7 @@ __all__ = [
 ]
 
 _HOME = {
-    "Forecast": ".moe.models.forecaster",
+    "Forecast": ".moe.models.series_values",
     "Forecaster": ".moe.models.forecaster",
     "GlobalCounts": ".moe.routers.loss_terms",
     "Hash": ".moe.routers.hash",

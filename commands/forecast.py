@@ -16,7 +16,7 @@ from .options import Parsers, add_command, add_loading, add_model
 if TYPE_CHECKING:
     import numpy as np
 
-    from ..moe.models.forecaster import Forecast
+    from ..moe.models.series_values import Forecast
     from .forecast_table import SeriesTable
 
 
@@ -37,13 +37,14 @@ def add(parsers: Parsers) -> None:
     forecast.add_argument(
         "--quantiles",
         metavar="Q,Q",
-        help="quantiles of a model that forecasts distributions; default: 0.1,0.5,0.9 of such one",
+        help="quantiles of a model that forecasts distributions; default: 0.1,0.5,0.9",
     )
     forecast.add_argument(
         "--context",
         type=int,
         metavar="N",
-        help="points of a series that are read, the last ones; default: the model's most",
+        help="points of a series that are read, the last ones; default: as many as the run's "
+        "evaluations read, or without a run the model's most",
     )
     forecast.add_argument(
         "--seed", type=int, default=0, help="seed of a model that draws samples; default: 0"
@@ -117,13 +118,20 @@ def _as_csv(
     columns: list[list[str]] = []
     for name, forecast in zip(table.columns, forecasts, strict=True):
         parts = {name: forecast.mean}
-        parts |= {f"{name}_q{q:g}": values for q, values in (forecast.quantiles or {}).items()}
+        parts |= {f"{name}_q{q}": values for q, values in (forecast.named_quantiles or {}).items()}
         names += parts
         columns += [[str(value) for value in _short(values)] for values in parts.values()]
     steps = dates or [str(step) for step in range(1, len(columns[0]) + 1)]
+    names = [(table.date_column if dates else None) or "step", *names]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(
+            f"the forecast would have two columns {twice!r}; rename that of the table, or use "
+            "--format json."
+        )
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([table.date_column if dates else "step", *names])
+    writer.writerow(names)
     writer.writerows(zip(steps, *columns, strict=True))
     return text.getvalue()
 
@@ -135,8 +143,9 @@ def _as_json(
     series: dict[str, Any] = {}
     for name, forecast in zip(table.columns, forecasts, strict=True):
         series[name] = {"mean": _short(forecast.mean), "quantiles": None}
-        if forecast.quantiles is not None:
-            own = {f"{q:g}": _short(values) for q, values in forecast.quantiles.items()}
+        quantiles = forecast.named_quantiles
+        if quantiles is not None:
+            own = {quantile: _short(values) for quantile, values in quantiles.items()}
             series[name]["quantiles"] = own
     found = {"horizon": len(forecasts[0].mean), "dates": dates, "series": series}
     return json.dumps(found, ensure_ascii=False) + "\n"

@@ -15,9 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import DataError
-
-UNOBSERVED = frozenset({"", "nan", "na", "n/a", "null", "none"})
-"""Cells that say that a point was not observed, in any case."""
+from ..moe.models.series_values import UNOBSERVED
 
 
 class SeriesTable(NamedTuple):
@@ -36,8 +34,8 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> SeriesTable:
     """Read a table whose first line names its columns, and whose rows follow each other in time.
 
     The first column of ISO dates, if there is one, is that of the dates. ``columns`` are those to
-    read as series; None = all others. Empty cells, ``NaN`` and ``NA`` were not observed. Raises
-    :class:`DataError`, which names line and column.
+    read as series; None = all others. Cells of :data:`UNOBSERVED`, in any case, were not observed.
+    Raises :class:`DataError`, which names line and column.
     """
     lines = _read_lines(path)
     if len(lines) < 2:

@@ -54,9 +54,9 @@ class Seasonal(SeriesModel):
         return ModelOutput(hidden_TD, [routing])
 
     def score(self, values_BL, observed_BL):
-        return SeriesLoss(values_BL.sum(), self.num_targets(observed_BL), [])
+        return SeriesLoss(values_BL.sum(), self.num_targets(values_BL, observed_BL), [])
 
-    def num_targets(self, observed_BL):
+    def num_targets(self, values_BL, observed_BL):
         return int(observed_BL.sum())
 
     def predict(self, values_BL, observed_BL, horizon, quantiles=(), seed=0):

@@ -12,7 +12,17 @@ import torch
 from ...errors import ConfigError
 from .describe import describe
 from .series_model import SeriesModel
-from .series_values import Context, Scale, Series, alike, numbers_of, rows_of, scale_of
+from .series_values import (
+    Context,
+    Forecast,
+    Scale,
+    Series,
+    alike,
+    check_scaled,
+    numbers_of,
+    rows_of,
+    scale_of,
+)
 
 USUAL_QUANTILES = (0.1, 0.5, 0.9)
 MOST_HORIZON = 100_000
@@ -21,15 +31,6 @@ LEAST_POINTS = 2
 """One point says nothing about how a series moves."""
 MOST_UNOBSERVED = 0.5
 """Share of a context: with more gaps than points, a forecast would be of the gaps."""
-
-
-class Forecast(NamedTuple):
-    """What comes after one series, fp64 in its units."""
-
-    mean: np.ndarray
-    """``[H]``: the mean, or the only value of a model that forecasts points."""
-    quantiles: dict[float, np.ndarray] | None
-    """``[H]`` each; None if the model forecasts points."""
 
 
 class Question(NamedTuple):
@@ -180,13 +181,25 @@ class Forecaster:
                 "half may be missing; fill the gaps, or choose another context."
             )
         scale = None if column is None else self.trained_on.scales.get(column)
-        return Context(values_L, scale or scale_of(values_L))
+        context = Context(values_L, scale or scale_of(values_L), name)
+        check_scaled(context)
+        return context
 
     @torch.inference_mode()
     def run(self, contexts: Sequence[Context], question: Question) -> list[Forecast]:
-        """Return the forecasts of contexts of equal length, which :meth:`context_of` made."""
+        """Return the forecasts of contexts of equal length, which :meth:`context_of` made.
+
+        Raises :class:`ConfigError` for a forecast that is not finite.
+        """
         moving = [context for context in contexts if context.constant is None]
-        predicted = iter(self._predict(moving, question) if moving else ())
+        found = self._predict(moving, question) if moving else []
+        for context, forecast in zip(moving, found, strict=True):
+            if not forecast.is_finite:
+                raise ConfigError(
+                    f"{context.name} has a forecast that is not finite: numbers of the model "
+                    "overflow; correct outliers in the series, or read another context."
+                )
+        predicted = iter(found)
         return [
             next(predicted) if context.constant is None else self._flat(context.constant, question)
             for context in contexts

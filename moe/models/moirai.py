@@ -28,7 +28,16 @@ from .futures import check_request, mean_and_quantiles, uniforms_of
 from .mixture import NUM_PARAMETERS, NUM_UNIFORMS, Mixture, mixture_of
 from .model import ModelOutput
 from .options import WHOLE, ModelOptions
-from .patches import PatchBatch, Patches, batch_after, batch_of_patches, cut, patch_ids, scale_of
+from .patches import (
+    PatchBatch,
+    Patches,
+    batch_after,
+    batch_of_patches,
+    cut,
+    patch_ids,
+    scale_of,
+    varies,
+)
 from .routed import LayerOutput
 from .series_model import SeriesForecast, SeriesLoss, SeriesModel
 
@@ -109,11 +118,12 @@ class Moirai(SeriesModel):
     def score(self, values_BL: Tensor, observed_BL: Tensor) -> SeriesLoss:
         """Return the negative logarithm of the density of the series' scaled points, in nats.
 
-        The first ``scaler_share`` of each series gives mean and deviation, and is not scored.
+        The first ``scaler_share`` of each series gives mean and deviation, and is not scored. Where
+        it does not vary it says nothing about the scale: such a series is read at the scale of all
+        its points, for its rows must be there, and nothing of it is scored.
         """
         patches = cut(values_BL, observed_BL, self.config.patch)
-        of_scaler_BN = self.read_by_scaler(patches)
-        seen_BNP = patches.observed_BNP & of_scaler_BN.unsqueeze(2)
+        seen_BNP, is_target_BNP = self.split_by_scaler(patches)
         scaled_BNP = patches.scaled(*scale_of(patches.values_BNP, seen_BNP))
         inputs_BN = patches.is_of_series_BN[:, :-1]
         ids_T = patch_ids(patches.values_BNP[:, :-1][inputs_BN])
@@ -121,10 +131,19 @@ class Moirai(SeriesModel):
         output = self(batch_of_patches(scaled_TP, ids_T, inputs_BN.sum(dim=1)))
         following = self.next_patch(output.hidden_TD)
         targets_TP = scaled_BNP[:, 1:][inputs_BN].to(following.loc_t.dtype)
-        is_target_BNP = patches.observed_BNP & ~of_scaler_BN.unsqueeze(2)
         is_target_TP = is_target_BNP[:, 1:][inputs_BN]
         loss = -torch.where(is_target_TP, following.log_density(targets_TP), 0).sum()
         return SeriesLoss(loss, int(is_target_TP.sum()), output.routings)
+
+    def split_by_scaler(self, patches: Patches) -> tuple[Tensor, Tensor]:
+        """Return bool ``[B, N, P]``: the points that give mean and deviation, and the targets."""
+        observed_BNP = patches.observed_BNP
+        of_scaler_BNP = observed_BNP & self.read_by_scaler(patches).unsqueeze(2)
+        varies_B11 = varies(patches.values_BNP, of_scaler_BNP)[:, None, None]
+        return (
+            torch.where(varies_B11, of_scaler_BNP, observed_BNP),
+            observed_BNP & ~of_scaler_BNP & varies_B11,
+        )
 
     def read_by_scaler(self, patches: Patches) -> Tensor:
         """Return bool ``[B, N]``: the patches that give mean and deviation in training."""
@@ -137,10 +156,10 @@ class Moirai(SeriesModel):
         """Return the rows that :meth:`score` computes for a window of ``length`` points."""
         return -(-length // self.config.patch) - 1
 
-    def num_targets(self, observed_BL: Tensor) -> int:
+    def num_targets(self, values_BL: Tensor, observed_BL: Tensor) -> int:
         """Return the observed points after the patches that only the scaler reads."""
-        patches = cut(observed_BL, observed_BL, self.config.patch)
-        return int((patches.observed_BNP & ~self.read_by_scaler(patches).unsqueeze(2)).sum())
+        _, is_target_BNP = self.split_by_scaler(cut(values_BL, observed_BL, self.config.patch))
+        return int(is_target_BNP.sum())
 
     @torch.no_grad()
     def predict(

@@ -85,6 +85,12 @@ def scale_of(values_BNP: Tensor, observed_BNP: Tensor) -> tuple[Tensor, Tensor]:
     return loc_B, torch.where(scale_B > 0, scale_B, 1)
 
 
+def varies(values_BNP: Tensor, observed_BNP: Tensor) -> Tensor:
+    """Return bool ``[B]``: whether the observed points of each series have two values or more."""
+    low_B = torch.where(observed_BNP, values_BNP, torch.inf).amin(dim=(1, 2))
+    return low_B < torch.where(observed_BNP, values_BNP, -torch.inf).amax(dim=(1, 2))
+
+
 @dataclass(frozen=True, slots=True)
 class PatchBatch(Batch):
     """Rows that are patches of series. Numbers of patches are in the place of token ids."""

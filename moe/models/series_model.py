@@ -62,7 +62,7 @@ class SeriesModel(Model):
         """
 
     @abstractmethod
-    def num_targets(self, observed_BL: Tensor) -> int:
+    def num_targets(self, values_BL: Tensor, observed_BL: Tensor) -> int:
         """Return the targets that :meth:`score` counts in windows."""
 
     @abstractmethod

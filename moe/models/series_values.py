@@ -1,6 +1,6 @@
 """Series as users have them, as arrays.
 
-N series, L points of each.
+N series, L points of each, H points ahead.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,6 +13,11 @@ from ...errors import ConfigError
 
 MOST_VALUE = 1e100
 """The squares of a context are added up in fp64."""
+MOST_SCALED = float(np.finfo(np.float32).max)
+"""Models read scaled values in fp32."""
+
+UNOBSERVED = frozenset({"", "nan", "na", "n/a", "null", "none"})
+"""Cells of a table, in small letters, that say that a point was not observed."""
 
 Series: TypeAlias = Any
 """One series (numbers, None or NaN where a point was not observed), or several: lists, arrays."""
@@ -69,6 +74,8 @@ class Context:
     values_L: np.ndarray
     """fp64, NaN where a point was not observed; the first one was."""
     scale: Scale
+    name: str
+    """The series' in messages."""
 
     def __len__(self) -> int:
         """Return the points."""
@@ -87,9 +94,51 @@ class Context:
         return (values_L - self.scale.mean) / self.scale.std
 
 
+class Forecast(NamedTuple):
+    """What comes after one series, fp64 in its units."""
+
+    mean: np.ndarray
+    """``[H]``: the mean, or the only value of a model that forecasts points."""
+    quantiles: dict[float, np.ndarray] | None
+    """``[H]`` each; None if the model forecasts points."""
+
+    @property
+    def named_quantiles(self) -> dict[str, np.ndarray] | None:
+        """The quantiles by the shortest text that stands for each: ``"0.1"``."""
+        if self.quantiles is None:
+            return None
+        return {repr(float(quantile)): values_H for quantile, values_H in self.quantiles.items()}
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all of its values are numbers."""
+        parts = (self.mean, *(self.quantiles or {}).values())
+        return all(np.isfinite(values_H).all() for values_H in parts)
+
+
 def scale_of(values_L: np.ndarray) -> Scale:
     """Return mean and deviation of the observed points of a context."""
     return Scale(float(np.nanmean(values_L)), float(np.nanstd(values_L)))
+
+
+def check_scaled(context: Context) -> None:
+    """Raise :class:`ConfigError` for a context that a model cannot read at its scale."""
+    if context.constant is not None:
+        return
+    mean, std = context.scale
+    if not std > 0:
+        raise ConfigError(
+            f"{context.name} varies so little that its standard deviation rounds to 0; give it in "
+            "other units."
+        )
+    with np.errstate(over="ignore"):
+        scaled_L = np.abs(context.scaled())
+    if not (scaled_L <= MOST_SCALED).all():
+        value = context.values_L[int(np.argmax(scaled_L))]
+        raise ConfigError(
+            f"{context.name} has {value:g}, which is beyond fp32 less the mean {mean:g} and over "
+            f"the deviation {std:g} of the model's training; correct it, or name no column."
+        )
 
 
 def alike(contexts: Sequence[Context], most: int) -> Iterator[list[int]]:

@@ -123,9 +123,9 @@ class TimeMoe(SeriesModel):
             points_TH = head(output.hidden_TD)
             loss_B = huber_by_window(points_TH, is_row_BL, values_BL, observed_BL, delta)
             total = total + loss_B.sum() / len(self.lm_heads)
-        return SeriesLoss(total, self.num_targets(observed_BL), output.routings)
+        return SeriesLoss(total, self.num_targets(values_BL, observed_BL), output.routings)
 
-    def num_targets(self, observed_BL: Tensor) -> int:
+    def num_targets(self, values_BL: Tensor, observed_BL: Tensor) -> int:
         """Return the windows in which a point is predicted: they have two observed ones."""
         return int((observed_BL.sum(dim=1) > 1).sum())
 

@@ -14,8 +14,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from ...errors import ConfigError, RequestError
-from ...moe.models.forecaster import Forecast, Forecaster, Question
-from ...moe.models.series_values import Context
+from ...moe.models.forecaster import Forecaster, Question
+from ...moe.models.series_values import Context, Forecast
 from ..api.adapters import ServedModels
 from ..api.protocol import check_keys, read_text, read_values, shown
 from ..api.request_body import read_body
@@ -84,7 +84,7 @@ def read_forecast(values: dict[str, Any], forecaster: Forecaster) -> tuple[Quest
             horizon, quantiles, _whole(values, "context"), _whole(values, "seed") or 0
         )
         param = "series"
-        contexts = forecaster.contexts_of(series, question, _columns(values))
+        contexts = forecaster.contexts_of(series, question, _columns(values, forecaster))
     except ConfigError as error:
         named = next((key for key in KEYS if str(error).startswith(key)), param)
         raise RequestError(str(error), param=named) from None
@@ -108,11 +108,21 @@ def _whole(values: dict[str, Any], key: str) -> int | None:
     return number
 
 
-def _columns(values: dict[str, Any]) -> list[str] | None:
+def _columns(values: dict[str, Any], forecaster: Forecaster) -> list[str] | None:
     given = values.get("columns")
-    if given is not None and not (isinstance(given, list) and all(type(o) is str for o in given)):
+    if given is None:
+        return None
+    if not isinstance(given, list) or not all(type(one) is str for one in given):
         raise RequestError(
             f"columns is {shown(given)}; give a list of names, one for each series.",
+            param="columns",
+        )
+    known = forecaster.trained_on.scales
+    unknown = [name for name in given if name not in known]
+    if unknown:  # another name would be scaled in another way
+        raise RequestError(
+            f"columns has {shown(unknown[0])}, but the model was trained on "
+            f"{', '.join(known) or 'no columns'}; correct it, or leave columns out.",
             param="columns",
         )
     return given
@@ -132,6 +142,10 @@ def _quantiles(values: dict[str, Any]) -> list[float] | None:
 
 def _check_sizes(num_series: int, horizon: int, quantiles: Sequence[float] | None) -> None:
     """Refuse more than one request may ask for."""
+    if horizon < 1:
+        raise RequestError(
+            f"horizon is {horizon}; use a number from 1 to {MAX_HORIZON}.", param="horizon"
+        )
     asked = 3 if quantiles is None else len(quantiles)
     limits = (
         ("series", num_series, MAX_SERIES, "series"),
@@ -161,10 +175,11 @@ def _answer(
                 "index": index,
                 "mean": forecast.mean.tolist(),
                 "quantiles": None
-                if forecast.quantiles is None
-                else {f"{q:g}": values.tolist() for q, values in forecast.quantiles.items()},
+                if quantiles is None
+                else {quantile: values.tolist() for quantile, values in quantiles.items()},
             }
             for index, forecast in enumerate(forecasts)
+            for quantiles in [forecast.named_quantiles]
         ],
         "usage": {
             "context_points": sum(map(len, contexts)),

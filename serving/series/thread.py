@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 
-from ...errors import ExpertReadError, RequestError
-from ...moe.models.forecaster import Forecast, Forecaster, Question
-from ...moe.models.series_values import Context
+from ...errors import ConfigError, ExpertReadError, RequestError
+from ...moe.models.forecaster import Forecaster, Question
+from ...moe.models.series_values import Context, Forecast
 from ..engine.step import request_error
 from .metrics import SeriesMetrics
 
@@ -148,8 +148,8 @@ class ForecastThread:
     def _compute(self, batch: list[tuple[_Asked, int]]) -> None:
         """Compute a batch and answer the requests that are complete with it.
 
-        What fails for lack of memory, or for an expert that cannot be read, fails those requests
-        alone that it concerns.
+        What fails for lack of memory, for an expert that cannot be read or for a forecast that is
+        not finite, fails those requests alone that it concerns.
         """
         requests = list(dict.fromkeys(asked for asked, _ in batch))
         self._count_requests(requests)
@@ -179,6 +179,8 @@ class ForecastThread:
             return self.forecaster.run(contexts, question)
         except ExpertReadError as error:
             return _unavailable(str(error))
+        except ConfigError as error:
+            return RequestError(str(error), param="series")
         except Exception as error:
             return request_error(error)
 

@@ -105,6 +105,7 @@ REFUSED = {
     "number": ({"series": 3}, "series is 3; give lists"),
     "infinite": ({"series": [1, 2, np.inf]}, "series 0 is infinite at point 2"),
     "huge": ({"series": [1, 2, 1e101]}, "series 0 has values beyond 1e.100"),
+    "tiny": ({"series": [1e-200, 2e-200, 1e-200, 3e-200]}, "its standard deviation rounds to 0"),
     "columns": ({"columns": ["a", "b"]}, "columns has 2 names, but there are 1 series"),
     "integer": ({"series": [1, 10**400]}, "series 0 is not a list of numbers"),
     "deep": ({"series": np.zeros((2, 2, 2))}, "series 0 has 2 dimensions"),
@@ -139,6 +140,37 @@ def test_a_model_reads_what_its_training_read():
     forecaster(UP, 60, columns=["a"])  # the horizon leaves less than training read
     forecaster(UP, 3, context=12)
     assert [batch[1] for batch in model.batches] == [8, 8, 4, 12]
+
+
+def test_a_value_beyond_fp32_at_the_scale_of_training_is_refused():
+    forecaster = Forecaster(Seasonal(), TrainedOn(8, {"x": Scale(0.0, 1.0)}))
+    with pytest.raises(
+        ConfigError, match=r"series 0 has 1e\+60, which is beyond fp32 less the mea"
+    ):
+        forecaster([1, 2, 1e60], 1, columns=["x"])
+    assert len(forecaster([1, 2, 1e60], 1)) == 1  # at its own scale
+    assert forecaster([1e60, 1e60], 1, columns=["x"])[0].mean.tolist() == [1e60]
+
+
+def test_a_forecast_that_is_not_finite_is_refused():
+    class Overflowing(Seasonal):
+        def predict(self, values_BL, *rest):
+            found = super().predict(values_BL, *rest)
+            return found._replace(
+                quantiles_BHQ=found.quantiles_BHQ / (found.mean_BH != 0)[..., None]
+            )
+
+    forecaster = Forecaster(Overflowing())
+    assert len(forecaster([[1, 2, 4], [5, 6, 8]], 1)) == 2
+    with pytest.raises(ConfigError, match="series 1 has a forecast that is not finite"):
+        forecaster([[1, 2, 4], [5, 6, 7, 6]], 3, [0.1])
+
+
+def test_quantiles_have_the_shortest_names_that_tell_them_apart():
+    asked = [0.1, 0.1234567, 0.1234568, 1e-7]
+    (found,) = Forecaster(Seasonal())(UP, 1, asked)
+    assert list(found.named_quantiles) == ["0.1", "0.1234567", "0.1234568", "1e-07"]
+    assert Forecaster(Seasonal(quantiles=False))(UP, 1)[0].named_quantiles is None
 
 
 def test_large_offsets_and_scales_lose_nothing_to_fp32():

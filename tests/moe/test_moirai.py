@@ -86,7 +86,7 @@ def test_points_that_were_not_observed_are_read_as_the_mean():
 def test_the_share_of_the_scaler_is_read_and_not_scored(model):
     values_BL, observed_BL = series(1, 40)  # 10 patches: 3 for the scaler
     loss = model.score(values_BL, observed_BL)
-    assert loss.num_targets == 28 == model.num_targets(observed_BL)
+    assert loss.num_targets == 28 == model.num_targets(values_BL, observed_BL)
     patches = cut(values_BL, observed_BL, 4)
     scaled_NP = patches.scaled(
         values_BL[:, :12].double().mean(dim=1), values_BL[:, :12].double().std(dim=1)
@@ -96,6 +96,20 @@ def test_the_share_of_the_scaler_is_read_and_not_scored(model):
     torch.testing.assert_close(loss.loss_sum, -density_TP[2:].sum(), rtol=1e-5, atol=1e-4)
 
 
+def test_a_series_whose_scaler_does_not_vary_is_read_and_not_scored(model):
+    values_BL, observed_BL = series(3, 40)
+    values_BL[1, :12] = 0.1
+    values_BL[2, 1:12], observed_BL[2, 1:12] = 7, False  # one point says nothing either
+    found = model.score(values_BL, observed_BL)
+    assert found.num_targets == 28 == model.num_targets(values_BL, observed_BL)
+    torch.testing.assert_close(found.loss_sum, model.score(values_BL[:1], observed_BL[:1]).loss_sum)
+    assert [int(routing.num_tokens) for routing in found.routings] == [3 * 9] * 2
+    seen_BNP, _ = model.split_by_scaler(cut(values_BL, observed_BL, 4))
+    assert seen_BNP.sum(dim=(1, 2)).tolist() == [12, 40, 29]  # scaled by all of their points
+    values_BL[1, 11] = 0.2
+    assert model.num_targets(values_BL, observed_BL) == 56
+
+
 def test_patches_before_a_series_begins_do_not_count(model):
     values_BL, observed_BL = series(2, 40)
     observed_BL[0, :18] = False
@@ -103,7 +117,7 @@ def test_patches_before_a_series_begins_do_not_count(model):
     whole = model.score(values_BL[1:], observed_BL[1:])
     both = model.score(values_BL, observed_BL)
     assert both.num_targets == short.num_targets + whole.num_targets
-    assert model.num_targets(observed_BL) == both.num_targets
+    assert model.num_targets(values_BL, observed_BL) == both.num_targets
     torch.testing.assert_close(both.loss_sum, short.loss_sum + whole.loss_sum)
     assert [int(routing.num_tokens) for routing in both.routings] == [5 + 9] * 2
 

@@ -70,7 +70,7 @@ def test_the_loss_is_the_mean_over_heads_of_every_row_s_huber_losses(model):
     scored = model.score(values_BL, observed_BL)
     each = [by_hand(model, *window) for window in zip(values_BL, observed_BL, strict=True)]
     assert max(each) > 2  # beyond delta, so both forms of the loss take part
-    assert scored.num_targets == model.num_targets(observed_BL) == 3
+    assert scored.num_targets == model.num_targets(values_BL, observed_BL) == 3
     assert float(scored.loss_sum) == pytest.approx(sum(each), rel=1e-5)
 
 

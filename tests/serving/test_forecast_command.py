@@ -67,6 +67,14 @@ def test_json_by_the_name_of_the_file_or_by_format(forecast, tmp_path):
     ]
 
 
+def test_near_quantiles_have_names_of_their_own(forecast):
+    options = ["--horizon", "1", "--columns", "b", "--quantiles", "0.1234567,0.1234568"]
+    names = forecast(*options)[1].splitlines()[0]
+    assert names == "day,b,b_q0.1234567,b_q0.1234568"
+    own = json.loads(forecast(*options, "--format", "json")[1])["series"]["b"]["quantiles"]
+    assert list(own) == ["0.1234567", "0.1234568"]
+
+
 def test_irregular_dates_give_numbered_rows_and_a_line(forecast):
     text = "day,a\n2020-01-01,1\n2020-01-02,2\n2020-01-04,3\n2020-01-05,4\n"
     status, said, note = forecast("--horizon", "2", text=text, model=Seasonal(quantiles=False))
@@ -99,6 +107,13 @@ BAD = {
         ["--horizon", "2"],
         {"text": "day,a\n2020-01-02,1\n2020-01-01,2\n"},
         "sort the rows",
+    ),
+    "tiny": (["--horizon", "2"], {"text": "a\n1e-200\n2e-200\n"}, "column 'a' varies so little"),
+    "step": (["--horizon", "2"], {"text": "step\n1\n2\n"}, "would have two columns 'step'"),
+    "names": (
+        ["--horizon", "2"],
+        {"text": "a,a_q0.5\n1,2\n2,3\n"},
+        "would have two columns 'a_q0.5'; rename that of the table, or use --format json",
     ),
     "out": (["--horizon", "2", "--out", "/nowhere/out.csv"], {}, "--out is '/nowhere/out.csv'"),
 }

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,9 +10,11 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 from seasonal import LONGEST, PERIOD, Seasonal
 
+import moeyard
 from moeyard.errors import ConfigError, ExpertReadError
 from moeyard.moe.models.forecaster import Forecaster
 from moeyard.serving.series import server as series_server
+from moeyard.serving.series.args import OF_TEXT
 from moeyard.serving.series.server import SeriesServer
 from moeyard.serving.serve_args import ServeArgs
 
@@ -101,9 +104,10 @@ BAD_BODIES = {
     "nan": (b'{"series": [[1, NaN]], "horizon": 2}', "the body holds NaN"),
     "huge": ({"series": [[1, 10**400]]}, "series 0"),
     "short": ({"series": [UP, [1]]}, "series 1 has 1 observed point"),
+    "tiny": ({"series": [[1e-200, 2e-200, 1e-200, 3e-200]]}, "series 0 varies so little"),
     "gaps": ({"series": [[1, None, None, None, None, 2]]}, "series 0 lacks 4 of the 6 points"),
     "no_horizon": ({"horizon": None}, "horizon is missing"),
-    "zero": ({"horizon": 0}, "horizon is 0; use a number from 1"),
+    "zero": ({"horizon": 0}, "horizon is 0; use a number from 1 to 4096"),
     "fraction": ({"horizon": 1.5}, "horizon is 1.5; use a whole number"),
     "flag_horizon": ({"horizon": True}, "horizon is True"),
     "far": ({"horizon": 4097}, "asks for 4097 points ahead, but one may have 4096"),
@@ -112,7 +116,7 @@ BAD_BODIES = {
     "many_quantiles": ({"quantiles": [0.5] * 100}, "asks for 100 quantiles"),
     "context": ({"context": 63}, "context is 63; use a number from 2 to 62"),
     "columns": ({"columns": "a"}, "columns is 'a'; give a list of names"),
-    "two_columns": ({"columns": ["a", "b"]}, "columns has 2 names, but there are 1 series"),
+    "unknown_column": ({"columns": ["a"]}, "columns has 'a', but the model was trained on"),
     "seed": ({"seed": -1}, "seed is -1"),
     "unknown": ({"horizons": 3}, "body.horizons is not supported; leave it out"),
     "many": ({"series": [[1, 2]] * 257}, "asks for 257 series, but one may have 256"),
@@ -242,6 +246,37 @@ def test_series_of_a_client_that_has_left_are_not_computed(start):
     assert server.metrics.cancelled._value.get() == 1
 
 
+def test_a_forecast_that_is_not_finite_ends_its_request_alone(start):
+    class Overflowing(Paced):
+        def predict(self, values_BL, *rest):
+            found = super().predict(values_BL, *rest)
+            overflows_B1 = (values_BL.abs() == 1).all(dim=1, keepdim=True)
+            return found._replace(mean_BH=found.mean_BH.masked_fill(overflows_B1, torch.inf))
+
+    model = Overflowing()
+    server = start(model)
+
+    async def burst():
+        async with client_of(server.app()) as client:
+            first = post(client, horizon=1)
+            await until(lambda: model.entered.acquire(blocking=False))
+            both = [post(client), post(client, series=[[13.0, 1.0] * 6])]
+            await until(lambda: server.thread._new.qsize() == 2)
+            for _ in range(4):
+                model.may_run.release()
+            return await asyncio.gather(first, *both)
+
+    _, good, bad = asyncio.run(burst())
+    assert good.status_code == 200
+    assert check_error(bad, 400, "series 0 has a forecast that is not")["param"] == "series"
+    assert call(server, "GET", "/health").status_code == 200
+
+
+def test_near_quantiles_have_names_of_their_own(server):
+    (found,) = ask(server, quantiles=[0.1234567, 0.1234568]).json()["data"]
+    assert list(found["quantiles"]) == ["0.1234567", "0.1234568"]
+
+
 def test_an_expert_that_cannot_be_read_ends_the_requests_it_concerns_alone(start):
     class Broken(Paced):
         def predict(self, values_BL, *rest):
@@ -324,6 +359,13 @@ def test_a_server_that_stops_lets_no_one_wait(start):
 def test_arguments_of_text_are_refused(start, options, message):
     with pytest.raises(ConfigError, match=message):
         start(Seasonal(), **options)
+
+
+def test_the_page_names_all_flags_that_are_refused():
+    page = (Path(moeyard.__file__).parent / "docs" / "serving.md").read_text()
+    section = page.split("\n## Forecasts\n")[1].split("\n## ")[0]
+    for name in OF_TEXT:
+        assert f"`--{name.replace('_', '-')}`" in section
 
 
 def test_random_walks_come_back_as_numbers_of_json(server):

@@ -11,6 +11,7 @@ import moeyard
 from moeyard.cli import main
 from moeyard.errors import ConfigError
 from moeyard.moe.batch import batch_of
+from moeyard.moe.config.kinds import read_model
 from moeyard.moe.routers.topk import TopK
 from moeyard.moe.routes.reader import RouteFile
 from moeyard.moe.routes.recorder import recording
@@ -32,12 +33,14 @@ from moeyard.serving.experts.predictors.switch import (
     AlwaysOn,
     MeasuringSwitch,
 )
-from moeyard.serving.experts.predictors.table import facts_of, open_predictor
+from moeyard.serving.experts.predictors.table import check_fit, facts_of, open_predictor
 from moeyard.serving.experts.predictors.trained import Trained, read, save
 from moeyard.serving.experts.recorded import read_forwards
 from moeyard.serving.loading import open_model
 
+from small_images import VIT
 from small_model import slots, with_router, write_random_model
+from small_series import MOIRAI, TIME_MOE
 
 FACTS = PredictorFacts((0, 1, 3), 8, 2, "this one")
 NEXT = np.random.default_rng(0).permutation(8)
@@ -307,3 +310,12 @@ def test_sizes_of_forwards_are_judged_apart_and_full_memory_is_not_tested():
     drive(switch, 60, slow.get, rows=200)
     assert switch.begin(1) and not switch.begin(200)
     assert not any(drive(MeasuringSwitch(), 200, lambda ahead: 1.0, reads=0))
+
+
+@pytest.mark.parametrize("model", [VIT, TIME_MOE, MOIRAI], ids=lambda model: model["kind"])
+def test_models_that_continue_no_texts_have_no_predictor(model):
+    config = read_model(model)
+    assert check_fit("auto", config) == "none"
+    message = "and predictors are for models that continue texts; use auto or none"
+    with pytest.raises(ConfigError, match=f"the model is of kind {model['kind']}, {message}"):
+        check_fit("previous_token", config)

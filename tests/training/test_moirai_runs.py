@@ -85,6 +85,17 @@ def test_a_run_measures_its_loss_its_forecasts_and_the_load_of_experts(whole):
     assert len(read_routes(run_dir / "routes").tokens_N) == 6 * rows
 
 
+def test_an_evaluation_without_a_target_has_forecasts_and_no_loss(config, tmp_path):
+    head, *lines = write(tmp_path / "flat.csv").read_text().splitlines()
+    for line in range(52, 68):  # what the scaler of the first held-out window reads
+        lines[line] = f"{lines[line].split(',')[0]},5,5"
+    (tmp_path / "flat.csv").write_text("\n".join([head, *lines]) + "\n")
+    options = [f"data.source={tmp_path}/flat.csv", "train.eval_sequences=1"]
+    run = trainer(config, tmp_path / "run", *options)
+    found = run.objective.evaluate(run._loss, Mesh())
+    assert found.num_tokens == 0 and found.metrics.keys() == {"eval_mse", "eval_mae"}
+
+
 @pytest.mark.slow
 def test_a_run_learns_waves(config, tmp_path):
     longer = ["train.steps=400", "train.log_every=100", "optimizer.lr=3e-3"]
@@ -151,6 +162,15 @@ def test_a_clustered_model_trains_on(config, dense, tmp_path):
     ("overrides", "message"),
     [
         (["data.horizon=20", "data.context=50"], "data.horizon is 20 after a context of 50 points"),
+        (["train.sequence_length=4"], "train.sequence_length is 4, but windows of so few points"),
+        (
+            ["train.sequence_length=12", "model.scaler_share=0.9"],
+            "train.sequence_length is 12, but",
+        ),
+        (
+            ["data.horizon=2", "data.context=2"],
+            "data.horizon is 2 after a context of 2 points, but",
+        ),
         (["parallel.pp=2"], "model.kind is moirai, which is not split into stages"),
         (["train.sequence_length=65"], "train.sequence_length is 65, but model.max_positions"),
         (["model.moe.router={kind: hash, k: 2}"], "which reads the token id of each row, and rows"),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import yaml
 
+from moeyard.commands.forecast_table import read_table
 from moeyard.errors import ConfigError, DataError
 from moeyard.parallel.mesh import Mesh
 from moeyard.training.data.series import build_series_data
@@ -90,6 +91,38 @@ def test_gaps_are_points_that_were_not_observed(tmp_path):
     assert len(data.train) == 2 * 65 - 1 - 2
     with pytest.raises(DataError, match="gap of 2 points under 'flow' from line 6 on, longer than"):
         data_of(tmp_path, "data.max_gap=1", source=source)
+
+
+def test_the_line_of_a_gap_is_that_of_the_file(tmp_path):
+    source = write(tmp_path / "gaps.csv", missing=[(4, "flow"), (5, "flow")])
+    lines = source.read_text().splitlines()
+    source.write_text("\n".join([*lines[:3], "", "", *lines[3:]]) + "\n")
+    with pytest.raises(DataError, match="gap of 2 points under 'flow' from line 8 on"):
+        data_of(tmp_path, "data.max_gap=1", source=source)
+
+
+@pytest.mark.parametrize("word", ["", " ", "NaN", "NA", "n/a", "N/A", "null", "None"])
+def test_training_and_forecasts_know_the_same_words_for_a_gap(tmp_path, word):
+    path = tmp_path / "s.csv"
+    path.write_text(f"a,b\n1,2\n3,{word}\n")
+    for found_NC in (read_series(path).values_NC, read_table(path).values_CT.T):
+        np.testing.assert_array_equal(found_NC, [[1, 2], [3, np.nan]])
+
+
+def test_a_scale_that_fp64_or_fp32_cannot_hold_is_refused(tmp_path):
+    for cells, message in (
+        ([f"{1 + line % 3}e-200" for line in range(120)], "'on' cannot be scaled: its standard"),
+        ([f"{1 + line % 3}e200" for line in range(120)], "'on' cannot be scaled: its standard"),
+        (
+            [f"{1 + line % 3}" if line < 100 else "1e60" for line in range(120)],
+            "'on' has 1e\\+60 on line 102, which is beyond fp32 at the scale of the training part",
+        ),
+    ):
+        head, *rows = write(tmp_path / "s.csv").read_text().splitlines()
+        rows = [f"{row},{cell}" for row, cell in zip(rows, cells, strict=True)]
+        (tmp_path / "s.csv").write_text("\n".join([f"{head},on", *rows]) + "\n")
+        with pytest.raises(DataError, match=message):
+            data_of(tmp_path, "data.split=[80,40,0]")
 
 
 def test_a_prepared_file_is_used_again_only_for_the_same_settings(tmp_path, monkeypatch):

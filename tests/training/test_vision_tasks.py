@@ -226,3 +226,15 @@ def test_a_run_on_images_needs_a_model_for_images(config, tmp_path):
     with pytest.raises(ConfigError, match=r"trains models of kind vit, but model\.kind is decoder"):
         decoder = {"kind": "decoder", "d_model": 16, "num_layers": 1, "num_heads": 2, "d_ff": 8}
         trainer(config, tmp_path / "run", f"model={json.dumps(decoder)}")
+
+
+def test_an_evaluation_of_an_image_without_a_target_has_no_loss(config, tmp_path, monkeypatch):
+    own = ["model.tasks=[{name: side, kind: classes}]", "model.moe.router.num_tasks=1"]
+    run = trainer(config, tmp_path / "run", *own)
+    objective, found = run.objective, []
+    for image in range(len(objective.data.held_out)):
+        monkeypatch.setattr(objective, "held_out_windows", lambda _, image=image: [image])
+        found.append(objective.evaluate(run._loss, Mesh()))
+    assert {one.num_tokens for one in found} == {0, 1}
+    for one in found:
+        assert ("eval_loss" in one.metrics) == (one.num_tokens > 0)

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from ...errors import ConfigError, DataError
 from ...moe.arrays import Array, ArrayFile
+from .presence import existing
 
 Bytes = npt.NDArray[np.uint8]
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
@@ -32,7 +33,7 @@ def read_images(
     Raises :class:`DataError` for images that cannot be used, :class:`ConfigError` for a source that
     is none, or without Pillow.
     """
-    path = Path(source)
+    path = existing(source, field)
     if path.is_dir():
         return _of_folder(path, field, channels, advance)
     if not is_array_file(path) or not path.is_file():

@@ -25,7 +25,7 @@ from .chat_windows import made_from
 from .corpus import make_folder
 from .data import Data
 from .documents import Files
-from .series_check import check_gaps, check_parts, check_varies
+from .series_check import check_gaps, check_parts, check_scaled, check_varies
 from .series_file import read_series
 from .series_windows import HeldOutWindows, TrainingWindows
 
@@ -100,12 +100,14 @@ def _prepare(config: SeriesConfig, length: int, folder: Path, stop: StopRequest)
     check_parts(config, count, length)
     train, _, end = config.parts(count)
     values_NC = series.values_NC[:end]
-    check_gaps(config, series.names, values_NC)
+    check_gaps(config, series.names, values_NC, series.lines_N)
     check_varies(series.names, values_NC[: train.stop])
-    mean_C = np.nanmean(values_NC[: train.stop], axis=0)
-    std_C = np.nanstd(values_NC[: train.stop], axis=0)
     observed_NC = ~np.isnan(values_NC)
-    scaled_NC = np.where(observed_NC, (values_NC - mean_C) / std_C, 0.0)
+    with np.errstate(all="ignore"):  # the next line refuses what comes of it
+        mean_C = np.nanmean(values_NC[: train.stop], axis=0)
+        std_C = np.nanstd(values_NC[: train.stop], axis=0)
+        scaled_NC = np.where(observed_NC, (values_NC - mean_C) / std_C, 0.0)
+    check_scaled(series.names, values_NC, std_C, scaled_NC, series.lines_N)
     columns = {
         name: {"mean": float(mean), "std": float(std)}
         for name, mean, std in zip(series.names, mean_C, std_C, strict=True)

@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import DataError
+from ...moe.models.series_values import MOST_SCALED
 from ..formats.series import SeriesConfig
 
 Table = npt.NDArray[np.float64]
@@ -41,10 +42,15 @@ def check_parts(config: SeriesConfig, count: int, length: int) -> None:
         )
 
 
-def check_gaps(config: SeriesConfig, names: Sequence[str], values_NC: Table) -> None:
-    """Raise :class:`DataError` for a column with more points missing in a row than ``max_gap``."""
+def check_gaps(
+    config: SeriesConfig, names: Sequence[str], values_NC: Table, lines_N: Sequence[int]
+) -> None:
+    """Raise :class:`DataError` for a column with more points missing in a row than ``max_gap``.
+
+    ``lines_N`` are the points' lines in the file, from 1.
+    """
     for name, values_N in zip(names, values_NC.T, strict=True):
-        # The line before the first of each gap, and the last of each gap.
+        # The first point of each gap, and the point after its last one.
         is_gap_N = np.concatenate([[False], np.isnan(values_N), [False]])
         starts, ends = (np.flatnonzero(np.diff(is_gap_N.astype(np.int8)) == n) for n in (1, -1))
         lengths = ends - starts
@@ -52,8 +58,8 @@ def check_gaps(config: SeriesConfig, names: Sequence[str], values_NC: Table) -> 
             longest = int(lengths.argmax())
             raise DataError(
                 f"{config.source!r} has a gap of {lengths[longest]} points under {name!r} from "
-                f"line {starts[longest] + 2} on, longer than data.max_gap = {config.max_gap}; fill "
-                "it in, raise data.max_gap, or leave the column out with data.columns."
+                f"line {lines_N[starts[longest]]} on, longer than data.max_gap = {config.max_gap}; "
+                "fill it in, raise data.max_gap, or leave the column out with data.columns."
             )
 
 
@@ -64,4 +70,28 @@ def check_varies(names: Sequence[str], values_NC: Table) -> None:
             raise DataError(
                 f"the column {name!r} does not change in the training part, so it cannot be "
                 "scaled; leave it out with data.columns."
+            )
+
+
+def check_scaled(
+    names: Sequence[str], values_NC: Table, std_C: Table, scaled_NC: Table, lines_N: Sequence[int]
+) -> None:
+    """Raise :class:`DataError` for columns whose scaled values are no numbers of fp32.
+
+    ``std_C`` are the deviations of the training part.
+    """
+    for name, values_N, std, scaled_N in zip(names, values_NC.T, std_C, scaled_NC.T, strict=True):
+        if not 0 < std < np.inf:
+            raise DataError(
+                f"the column {name!r} cannot be scaled: its standard deviation in the training "
+                f"part comes out as {std:g}; give it in other units, or leave it out with "
+                "data.columns."
+            )
+        beyond_N = np.abs(scaled_N) > MOST_SCALED
+        if beyond_N.any():
+            place = int(beyond_N.argmax())
+            raise DataError(
+                f"the column {name!r} has {values_N[place]:g} on line {lines_N[place]}, which is "
+                "beyond fp32 at the scale of the training part; correct it, or leave the column "
+                "out with data.columns."
             )

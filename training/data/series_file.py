@@ -10,9 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import DataError
-
-NOT_OBSERVED = ("", "nan", "na", "null", "none")
-"""Cells without a number, in small letters."""
+from ...moe.models.series_values import UNOBSERVED
 
 
 class Series(NamedTuple):
@@ -21,6 +19,8 @@ class Series(NamedTuple):
     names: tuple[str, ...]
     values_NC: npt.NDArray[np.float64]
     """NaN where a point was not observed."""
+    lines_N: tuple[int, ...]
+    """The points' lines in the file, from 1."""
 
 
 def read_series(
@@ -42,18 +42,21 @@ def read_series(
             lines = csv.reader(file, strict=True)
             head = [name.strip() for name in next(lines, [])]
             chosen = _chosen(head, path, time_column, columns)
-            rows = []
+            found = []
             for cells in lines:
                 advance()
                 if cells:
-                    rows.append(_numbers(cells, head, chosen, f"{path} line {lines.line_num}"))
+                    where = f"{path} line {lines.line_num}"
+                    found.append((lines.line_num, _numbers(cells, head, chosen, where)))
     except csv.Error as error:
         raise DataError(f"{path} is not a CSV table ({error}); correct it.") from None
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise DataError(f"{path} cannot be read ({reason}); correct it.") from None
     names = tuple(head[index] for index in chosen)
-    return Series(names, np.array(rows, dtype=np.float64).reshape(len(rows), len(names)))
+    values_NC = np.array([row for _, row in found], dtype=np.float64)
+    lines_N = tuple(line for line, _ in found)
+    return Series(names, values_NC.reshape(len(found), len(names)), lines_N)
 
 
 def _chosen(
@@ -85,7 +88,7 @@ def _numbers(cells: list[str], head: list[str], chosen: list[int], where: str) -
 
 
 def _number(cell: str, name: str, where: str) -> float:
-    if cell.lower() in NOT_OBSERVED:
+    if cell.lower() in UNOBSERVED:
         return math.nan
     try:
         value = float(cell)

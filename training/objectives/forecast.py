@@ -70,15 +70,30 @@ class ForecastObjective(Objective[SeriesModel]):
         return build_series_data(config, folder, mesh, stop)
 
     def module(self, decoder: SeriesModel) -> nn.Module:
-        """Return :class:`ForecastLoss`; :class:`ConfigError` for a horizon beyond the model."""
-        data = self.config.data
+        """Return :class:`ForecastLoss`.
+
+        Raises :class:`ConfigError` for a horizon beyond the model, and for windows too short to
+        learn from.
+        """
+        data, length = self.config.data, self.config.train.sequence_length
         assert isinstance(data, SeriesConfig), "an objective on series has series"
-        context = data.context or self.config.train.sequence_length
+        context = data.context or length
         if context + data.horizon > decoder.most_points:
             raise ConfigError(
                 f"data.horizon is {data.horizon} after a context of {context} points, but the "
                 f"model takes {decoder.most_points} points; lower it, or raise "
                 "model.max_positions."
+            )
+        if not _has_targets(decoder, length):
+            raise ConfigError(
+                f"train.sequence_length is {length}, but windows of so few points have none that "
+                f"a model of kind {decoder.config.kind} learns to forecast; raise it."
+            )
+        if not _has_targets(decoder, context + data.horizon):
+            raise ConfigError(
+                f"data.horizon is {data.horizon} after a context of {context} points, but held-out "
+                f"windows of so few points have none that a model of kind {decoder.config.kind} "
+                "is scored on; raise data.context."
             )
         self._model = decoder
         return ForecastLoss(decoder)
@@ -94,7 +109,7 @@ class ForecastObjective(Objective[SeriesModel]):
     def divisor(self, step: int) -> int:
         """Return the model's targets in the global batch."""
         windows = self.data.train.at(step, range(self.config.train.batch_sequences))
-        return max(1, self._model.num_targets(windows.observed_BL))
+        return max(1, self._model.num_targets(windows.values_BL, windows.observed_BL))
 
     def num_tokens(self, steps: range) -> int:
         """Return the model's rows for the global batches."""
@@ -113,8 +128,16 @@ class ForecastObjective(Objective[SeriesModel]):
 
         loss, num_targets = self.score(part_of, module, len(held_out), mesh)
         squared, absolute, count = mesh.sum(errors_3).tolist()
-        metrics = {"eval_loss": loss, "eval_mse": squared / count, "eval_mae": absolute / count}
+        metrics = {"eval_mse": squared / count, "eval_mae": absolute / count}
+        if num_targets:  # by chance none of the chosen windows has one
+            metrics["eval_loss"] = loss
         return HeldOut(metrics, num_targets)
+
+
+def _has_targets(model: SeriesModel, length: int) -> bool:
+    """Return whether a window of so many points, all observed and different, has a target."""
+    values_1L = torch.arange(length, dtype=torch.float32).unsqueeze(0)
+    return model.num_targets(values_1L, torch.ones_like(values_1L, dtype=torch.bool)) > 0
 
 
 def _errors(found_BH: Tensor, wanted_BH: Tensor, observed_BH: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ A run calls ``open_data``, builds the model, creates the objective from the data
 kind is one file and one line in table.py.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -68,7 +69,8 @@ class HeldOut:
     """The result of an evaluation."""
 
     metrics: dict[str, float]
-    """Values by their names in ``metrics.jsonl``; includes ``eval_loss``."""
+    """Values by their names in ``metrics.jsonl``; includes ``eval_loss``, unless what was
+    chosen by ``train.eval_sequences`` has no target."""
     num_tokens: int
 
 
@@ -182,7 +184,7 @@ class Objective(ABC, Generic[M]):
         num_windows: int,
         mesh: Mesh,
     ) -> tuple[float, int]:
-        """Return the mean loss of held-out windows, and their number of targets.
+        """Return the mean loss of held-out windows, NaN without a target, and their targets.
 
         Splits :meth:`held_out_windows` over the ranks; ``part_of`` scores some of them, or none, by
         ``module``.
@@ -198,4 +200,4 @@ class Objective(ABC, Generic[M]):
                 sums += torch.tensor([float(part.loss_sum), part.num_targets], dtype=torch.float64)
         module.train()
         loss_sum, num_targets = mesh.sum(sums).tolist()
-        return loss_sum / num_targets, int(num_targets)
+        return loss_sum / num_targets if num_targets else math.nan, int(num_targets)

@@ -146,7 +146,7 @@ class TasksObjective(Objective[ViT]):
     def evaluate(self, module: nn.Module, mesh: Mesh) -> HeldOut:
         """Score ``eval_sequences`` held-out images, split over the ranks.
 
-        ``eval_loss`` is the weighted sum of the tasks' mean losses.
+        ``eval_loss`` is the weighted sum of the mean losses of the tasks that have a target there.
         """
         held_out = self.data.held_out
         measures = [measure_of(task) for task in self._tasks]
@@ -163,12 +163,12 @@ class TasksObjective(Objective[ViT]):
 
         self.score(part_of, module, len(held_out), mesh)
         losses_T = dict(zip(self._tasks, mesh.sum(sums_T2).tolist(), strict=True))
-        found = {"eval_loss": 0.0}
+        found: dict[str, float] = {}
         for (task, (loss, passes)), measure in zip(losses_T.items(), measures, strict=True):
             sums = mesh.sum(measure.sums)
             if not passes:  # by chance none of the chosen images has a target
                 continue
-            found["eval_loss"] += task.loss_weight * loss / passes
+            found["eval_loss"] = found.get("eval_loss", 0.0) + task.loss_weight * loss / passes
             found[f"eval_loss_{task.name}"] = loss / passes
             found[measure.name] = measure.value(sums)
         return HeldOut(found, int(sum(passes for _, passes in losses_T.values())))

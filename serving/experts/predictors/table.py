@@ -84,7 +84,9 @@ def why_not(config: LayersConfig) -> str | None:
     assert config.moe is not None, "a store has experts"
     router = config.moe.router
     if not config.generates:
-        return f"the model is of kind {config.kind}, whose forwards read whole texts"
+        return (
+            f"the model is of kind {config.kind}, and predictors are for models that continue texts"
+        )
     if router.reads_at() is not Lookahead.FFN_INPUT:
         return (
             f"the router chooses early (router.lookahead is {router.reads_at().value}), so the "
