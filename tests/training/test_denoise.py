@@ -282,9 +282,11 @@ def test_images_that_cannot_be_trained_on_are_refused(config, tmp_path, name, me
 
 def test_files_that_are_no_images_are_refused(config, tmp_path):
     (tmp_path / "text.npz").write_text("no array")
+    (tmp_path / "a.txt").write_text("no image")
     (tmp_path / "folder").mkdir()
     for source, message in (
-        (tmp_path / "none.npz", "but data.format is super_resolution; give a .npz file"),
+        (tmp_path / "none.npz", "none.npz', which is not there; give another path"),
+        (tmp_path / "a.txt", "but data.format is super_resolution; give a .npz file"),
         (tmp_path / "text.npz", "text.npz', which cannot be read .*; write it again with"),
         (tmp_path / "folder", "which has no images; give a folder with files such as a.png"),
     ):
