@@ -13,9 +13,9 @@ class FrequencyFilter(nn.Module):
     """Corrects a guess of the noise in each band of frequencies, by what the timestep says.
 
     Patches are guessed side by side, which is weakest for high frequencies and at their borders.
-    This adds the guess, the noisy image and the enlarged small one once more, each times a learned
-    factor for each band (Luo et al. 2023 compensate features of a decoder in the frequency domain).
-    All factors begin at 0.
+    In each band, the guess, the noisy image and the enlarged small one are each multiplied by a
+    learned factor, and the three are added to the guess. All factors begin at 0. (Luo et al. 2023
+    compensate features of a decoder in the frequency domain.)
     """
 
     def __init__(self, d_model: int, channels: int, bands: int) -> None:

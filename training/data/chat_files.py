@@ -1,7 +1,5 @@
 """Conversations, or groups of them, to the two files that a run reads."""
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -10,9 +8,10 @@ from ...errors import DataError
 from ..stop import StopRequest
 from ..work import LongWork
 from .chat_mask import ChatEncoder, Encoded
-from .chat_windows import ChatWriter, made_from
+from .chat_windows import ChatWriter
 from .corpus import make_folder
 from .held_out import every_nth
+from .origins import are_made_from, origin_of
 from .tokenizer import Tokenizer
 
 
@@ -77,8 +76,8 @@ def prepare_chats(
         sources.append(open_source(config.eval_source, "data.eval_source"))
     prints = [source.fingerprint() for source in sources]
     facts = [prints, tokenizer.sha256, encoder.template, config.eval_fraction]
-    origin = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-    if None not in prints and all(made_from(path) == origin for path in paths):
+    origin = origin_of(facts)
+    if are_made_from(paths, origin, prints):
         return
     train, held_out = ChatWriter(), ChatWriter()
     with LongWork("tokenising", stop) as work:

@@ -81,14 +81,6 @@ class ChatWriter:
             save_file(tensors, unfinished, metadata={"made_from": made_from})
 
 
-def made_from(path: Path) -> str | None:
-    """Return what a file was made from, None if there is no such file."""
-    if not path.is_file():
-        return None
-    with safe_open(path, "np") as file:
-        return (file.metadata() or {}).get("made_from")
-
-
 class ChatWindows:
     """The windows of a file of conversations, in a fresh random order each epoch."""
 

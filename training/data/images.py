@@ -1,7 +1,5 @@
 """The images of a run: read once, by rank 0, into the run folder. N images."""
 
-import hashlib
-import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -20,7 +18,6 @@ from ..config import RunConfig
 from ..formats.images import ImagesConfig
 from ..stop import StopRequest
 from ..work import LongWork
-from .chat_windows import made_from
 from .corpus import make_folder
 from .data import Data
 from .documents import Files
@@ -30,6 +27,7 @@ from .image_files import is_array_file
 from .image_folder import ImageFolder
 from .image_store import Array, LabelledImages, has_target, write_images
 from .image_targets import read_labels, read_maps, sorted_labels
+from .origins import are_made_from, origin_of
 from .presence import existing
 
 TRAIN, HELD_OUT = "images-train.safetensors", "images-eval.safetensors"
@@ -88,10 +86,9 @@ def _prepare(section: ImagesConfig, model: ViTConfig, folder: Path, stop: StopRe
         sources.append(_open(section.eval_source, "data.eval_source", model))
     prints = [Files(one.paths, "", "", "").fingerprint() for one in sources]
     shape = [model.image_size, model.channels, [alike(task) for task in model.tasks]]
-    facts = json.dumps([prints, shape, section.eval_fraction])
-    origin = hashlib.sha256(facts.encode()).hexdigest()
+    origin = origin_of([prints, shape, section.eval_fraction])
     paths = (folder / TRAIN, folder / HELD_OUT)
-    if None not in prints and all(made_from(path) == origin for path in paths):
+    if are_made_from(paths, origin, prints):
         return
     with LongWork("reading images", stop) as work:
         names = (section.source, str(section.eval_source))

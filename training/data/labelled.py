@@ -1,7 +1,5 @@
 """The labelled texts of a run: tokenized once, by rank 0, into the run folder."""
 
-import hashlib
-import json
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -13,13 +11,13 @@ from ..config import RunConfig
 from ..formats.text import LabelledConfig
 from ..stop import StopRequest
 from ..work import LongWork
-from .chat_windows import made_from
 from .corpus import make_folder
 from .data import Data
 from .encoder import BATCH_TEXTS
 from .held_out import every_nth
 from .labelled_records import LabelledFiles, LabelledText
 from .labelled_texts import LabelledTexts, LabelledWriter
+from .origins import are_made_from, origin_of
 from .tokenizer import Tokenizer, check_tokenizer, open_tokenizer
 
 TRAIN, HELD_OUT = "labelled-train.safetensors", "labelled-eval.safetensors"
@@ -84,9 +82,9 @@ def _prepare(config: LabelledConfig, tokenizer: Tokenizer, folder: Path, stop: S
         sources.append(LabelledFiles(config.eval_source, "data.eval_source", *keys))
     prints = [source.fingerprint() for source in sources]
     facts = [prints, tokenizer.sha256, config.eval_fraction]
-    origin = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    origin = origin_of(facts)
     paths = (folder / TRAIN, folder / HELD_OUT)
-    if None not in prints and all(made_from(path) == origin for path in paths):
+    if are_made_from(paths, origin, prints):
         return
     train, held_out = _split(config, sources)
     labels = _labels_of(train, held_out, config)

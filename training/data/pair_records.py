@@ -4,9 +4,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from ...errors import DataError
-from .documents import Files, is_unicode
-from .labelled_records import SUFFIXES, records_of
-from .presence import existing
+from .documents import is_unicode
+from .table_files import TableFiles
 
 
 class TextPair(NamedTuple):
@@ -16,35 +15,20 @@ class TextPair(NamedTuple):
     target: str
 
 
-class PairFiles:
+class PairFiles(TableFiles):
     """The pairs of a file, or of all JSON and CSV files below a folder."""
 
     def __init__(self, source: str, field: str, source_key: str, target_key: str) -> None:
         """``field`` is the configuration key whose value ``source`` is."""
-        path = existing(source, field)
-        found = [path]
-        if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
-        if not found or not all(p.is_file() and p.suffix.lower() in SUFFIXES for p in found):
-            raise DataError(
-                f"{field} is {source!r}, but data.format is pairs; give a {', '.join(SUFFIXES)} "
-                "file, or a folder of these."
-            )
-        self._paths, self._source, self._field = found, source, field
-        self._keys = (source_key, target_key)
+        super().__init__(source, field, "pairs", (source_key, target_key))
 
     def __iter__(self) -> Iterator[TextPair]:
-        for path in self._paths:
-            for where, record in records_of(path, self._source, self._field):
-                yield self._pair(record, f"{path} {where}")
-
-    def fingerprint(self) -> str | None:
-        """Identify the files without reading them; None while one has just changed."""
-        return Files(self._paths, self._source, "\0".join(self._keys), self._field).fingerprint()
+        for where, record in self.records():
+            yield self._pair(record, where)
 
     def _pair(self, record: Any, where: str) -> TextPair:
         texts = []
-        for option, key in zip(("source_key", "target_key"), self._keys, strict=True):
+        for option, key in zip(("source_key", "target_key"), self.keys, strict=True):
             text = record.get(key) if isinstance(record, dict) else None
             if text is None:
                 raise DataError(

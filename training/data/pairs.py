@@ -1,7 +1,5 @@
 """The pairs of a run: tokenized once, by rank 0, into the run folder."""
 
-import hashlib
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,11 +11,11 @@ from ..config import RunConfig
 from ..formats.pairs import PairsConfig
 from ..stop import StopRequest
 from ..work import LongWork
-from .chat_windows import made_from
 from .corpus import make_folder
 from .data import Data
 from .encoder import BATCH_TEXTS
 from .held_out import every_nth
+from .origins import are_made_from, origin_of
 from .pair_records import PairFiles, TextPair
 from .pair_texts import PairTexts, PairWriter
 from .tokenizer import Tokenizer, check_tokenizer, open_tokenizer
@@ -80,9 +78,9 @@ def _prepare(config: PairsConfig, tokenizer: Tokenizer, folder: Path, stop: Stop
         sources.append(PairFiles(config.eval_source, "data.eval_source", *keys))
     prints = [source.fingerprint() for source in sources]
     facts = [prints, tokenizer.sha256, config.eval_fraction]
-    origin = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    origin = origin_of(facts)
     paths = (folder / TRAIN, folder / HELD_OUT)
-    if None not in prints and all(made_from(path) == origin for path in paths):
+    if are_made_from(paths, origin, prints):
         return
     train, held_out = _split(config, sources)
     with LongWork("tokenising", stop, len(train) + len(held_out)) as work:

@@ -3,7 +3,6 @@
 N lines, C columns.
 """
 
-import hashlib
 import json
 import sys
 from dataclasses import dataclass
@@ -21,10 +20,10 @@ from ..config import RunConfig
 from ..formats.series import SeriesConfig
 from ..stop import StopRequest
 from ..work import LongWork
-from .chat_windows import made_from
 from .corpus import make_folder
 from .data import Data
 from .documents import Files
+from .origins import are_made_from, origin_of
 from .series_check import check_gaps, check_parts, check_scaled, check_varies
 from .series_file import read_series
 from .series_windows import HeldOutWindows, TrainingWindows
@@ -90,8 +89,8 @@ def _prepare(config: SeriesConfig, length: int, folder: Path, stop: StopRequest)
     path, source = folder / FILE, Path(config.source)
     print_of_file = Files([source], config.source, "", "data.source").fingerprint()
     settings = [config.time_column, config.columns, config.split, config.max_gap]
-    origin = hashlib.sha256(json.dumps([print_of_file, settings]).encode()).hexdigest()
-    if print_of_file is not None and made_from(path) == origin:
+    origin = origin_of([print_of_file, settings])
+    if are_made_from([path], origin, [print_of_file]):
         check_parts(config, _facts(path)["lines"], length)
         return
     with LongWork("reading series", stop) as work:

@@ -1,7 +1,6 @@
 """The sessions of a run: read from a log once, by rank 0, into the run folder."""
 
 import hashlib
-import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,10 +13,10 @@ from ..config import RunConfig
 from ..formats.sessions import SessionsConfig
 from ..stop import StopRequest
 from ..work import LongWork
-from .chat_windows import made_from
 from .corpus import make_folder
 from .data import Data
 from .documents import Files
+from .origins import are_made_from, origin_of
 from .session_log import read_log
 from .session_order import SessionOrder, read_sessions, write_sessions
 from .session_pairs import SessionPairs, open_pairs
@@ -111,8 +110,8 @@ def _prepare(section: SessionsConfig, table: ItemTable, folder: Path, stop: Stop
     keys = section.model_dump(exclude={"items", "recall_at", "beams", "alignment"})
     log_print = Files([source], section.source, "", "data.source").fingerprint()
     facts = [log_print, hashlib.sha256(table.text().encode()).hexdigest(), keys]
-    origin = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-    if log_print is not None and made_from(path) == origin:
+    origin = origin_of(facts)
+    if are_made_from([path], origin, [log_print]):
         return
     with LongWork("reading the log", stop) as work:
         log = read_log(source, "data.source", table.number, work.advance)

@@ -4,7 +4,6 @@ N images, B rows of a batch, C channels, S sides of a crop.
 """
 
 import hashlib
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +26,12 @@ from ..formats.super_resolution import SuperResolutionDataConfig
 from ..stop import StopRequest
 from ..work import LongWork
 from .batches import ShuffledOrder
-from .chat_windows import made_from
 from .corpus import make_folder
 from .data import Data
 from .documents import Files
 from .held_out import every_nth
 from .image_files import Bytes, image_paths, read_images
+from .origins import are_made_from, origin_of
 
 TRAIN, HELD_OUT = "images-train.safetensors", "images-eval.safetensors"
 GOLDEN = 0.6180339887498949
@@ -175,9 +174,9 @@ def _prepare(
     sources = [source for source in (data.source, data.eval_source) if source is not None]
     prints = [_print_of(Path(source)) for source in sources]
     settings = [data.images_key, data.eval_fraction, model.channels, model.scale, model.image_size]
-    origin = hashlib.sha256(json.dumps([prints, settings]).encode()).hexdigest()
+    origin = origin_of([prints, settings])
     paths = (folder / TRAIN, folder / HELD_OUT)
-    if None not in prints and all(made_from(path) == origin for path in paths):
+    if are_made_from(paths, origin, prints):
         return
     with LongWork("reading images", stop) as work:
         parts = _split(data, model, work)
