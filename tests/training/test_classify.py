@@ -24,6 +24,7 @@ from moeyard.training.read_config import complete_run_config, read_run_config
 from moeyard.training.trainer import Trainer
 
 from labelled import ENCODER, WORDS, records, write
+from small_trainer import metrics, trainer
 
 TRAIN = {"steps": 6, "sequence_length": 32, "batch_sequences": 8, "eval_every": 3, "log_every": 1}
 
@@ -42,16 +43,6 @@ def config(tmp_path_factory):
     values["data"]["eval_fraction"] = 0.2
     (folder / "run.yaml").write_text(yaml.safe_dump(values))
     return folder / "run.yaml"
-
-
-def trainer(config, run_dir, *overrides):
-    run_dir.mkdir(exist_ok=True)
-    found = read_run_config(config, [f"run_dir={run_dir}", *overrides])
-    return Trainer(found, run_dir, Mesh())
-
-
-def metrics(run_dir):
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")

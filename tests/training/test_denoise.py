@@ -1,6 +1,5 @@
 """Training models that enlarge images: the data, the loss, the measures, what comes out."""
 
-import json
 import shutil
 
 import numpy as np
@@ -16,17 +15,15 @@ from moeyard.moe.diffusion.images import from_bytes, larger, smaller
 from moeyard.moe.diffusion.measures import psnr
 from moeyard.moe.models.upscaler import Upscaler
 from moeyard.moe.routes.reader import read_routes
-from moeyard.parallel.mesh import Mesh
 from moeyard.serving.serve_args import ServeArgs
 from moeyard.serving.server_budgets import with_budgets
 from moeyard.training.checkpoints.export import export
 from moeyard.training.data import image_files
 from moeyard.training.data.image_files import read_images, write_images
-from moeyard.training.read_config import read_run_config
 from moeyard.training.report.page import write_report
-from moeyard.training.trainer import Trainer
 
 import pictures
+from small_trainer import metrics, trainer
 
 TRAIN = {"steps": 4, "batch_sequences": 4, "log_every": 1, "eval_every": 2, "eval_sequences": 99}
 
@@ -50,16 +47,6 @@ def config(tmp_path_factory):
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(values))
     return folder / "run.yaml"
-
-
-def trainer(config, run_dir, *overrides):
-    run_dir.mkdir(exist_ok=True)
-    found = read_run_config(config, [f"run_dir={run_dir}", *overrides])
-    return Trainer(found, run_dir, Mesh())
-
-
-def metrics(run_dir):
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")

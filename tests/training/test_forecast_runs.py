@@ -18,6 +18,7 @@ from moeyard.training.read_config import read_run_config
 from moeyard.training.trainer import Trainer
 
 from small_series import values, write
+from small_trainer import metrics
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +34,6 @@ def config(tmp_path_factory):
 def trainer(config, run_dir, *overrides):
     run_dir.mkdir(exist_ok=True)
     return Trainer(read_run_config(config, [f"run_dir={run_dir}", *overrides]), run_dir, Mesh())
-
-
-def metrics(run_dir):
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")

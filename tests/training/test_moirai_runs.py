@@ -1,6 +1,5 @@
 """Runs of Moirai: what they measure, resume and export, and routers by clusters."""
 
-import json
 import shutil
 
 import pytest
@@ -22,6 +21,7 @@ from moeyard.training.run.folder import dump_config
 from moeyard.training.trainer import Trainer
 
 from small_series import MOIRAI, values, write
+from small_trainer import metrics
 
 LEVELS = (0.1, 0.5, 0.9)
 
@@ -41,10 +41,6 @@ def trainer(config, run_dir, *overrides):
     found = read_run_config(config, [f"run_dir={run_dir}", *overrides])
     (run_dir / "config.yaml").write_text(dump_config(found))
     return Trainer(found, run_dir, Mesh())
-
-
-def metrics(run_dir):
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def opened(folder, memory=None):

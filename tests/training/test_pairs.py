@@ -22,6 +22,7 @@ from moeyard.training.read_config import read_run_config
 from moeyard.training.trainer import Trainer
 
 from pairs import ENCODER_DECODER, pairs, write
+from small_trainer import metrics, trainer
 
 TRAIN = {"steps": 6, "sequence_length": 12, "batch_sequences": 8, "eval_every": 3, "log_every": 1}
 
@@ -40,16 +41,6 @@ def config(tmp_path_factory):
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(values))
     return folder / "run.yaml"
-
-
-def trainer(config, run_dir, *overrides):
-    run_dir.mkdir(exist_ok=True)
-    found = read_run_config(config, [f"run_dir={run_dir}", *overrides])
-    return Trainer(found, run_dir, Mesh())
-
-
-def metrics(run_dir):
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")

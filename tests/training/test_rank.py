@@ -13,13 +13,11 @@ from safetensors.torch import save_file
 import moeyard
 from moeyard.cli import main as command
 from moeyard.errors import ConfigError, DataError
-from moeyard.parallel.mesh import Mesh
 from moeyard.training.checkpoints.export import export
 from moeyard.training.data.session_pairs import SessionPairs, write_pairs
-from moeyard.training.read_config import read_run_config
-from moeyard.training.trainer import Trainer
 
 import clicks
+from small_trainer import metrics, trainer
 
 
 @pytest.fixture(scope="module")
@@ -27,16 +25,6 @@ def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rank")
     (folder / "run.yaml").write_text(yaml.safe_dump(clicks.write(folder)))
     return folder / "run.yaml"
-
-
-def trainer(config, run_dir, *overrides):
-    run_dir.mkdir(exist_ok=True)
-    found = read_run_config(config, [f"run_dir={run_dir}", *overrides])
-    return Trainer(found, run_dir, Mesh())
-
-
-def metrics(run_dir):
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ from moeyard.training.report.read import read_run
 from moeyard.training.trainer import Trainer
 
 from small_images import TASKS, VIT, arrays, write_arrays
+from small_trainer import metrics, trainer
 
 TRAIN = {"steps": 6, "batch_sequences": 8, "eval_every": 3, "log_every": 1}
 
@@ -45,16 +46,6 @@ def config(tmp_path_factory):
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(values))
     return folder / "run.yaml"
-
-
-def trainer(config, run_dir, *overrides):
-    run_dir.mkdir(exist_ok=True)
-    found = read_run_config(config, [f"run_dir={run_dir}", *overrides])
-    return Trainer(found, run_dir, Mesh())
-
-
-def metrics(run_dir):
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
