@@ -96,12 +96,13 @@ def no_gradients():
         yield
 
 
-@pytest.fixture(autouse=True)
-def _fixed_threads(request):
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
     """One thread, but two for kernels, which share the work out, and for servers, as they do.
 
-    With two threads, small tensors cost several times as much on a busy machine: every operation
-    waits for a thread that may have no core.
+    Set before the fixtures of modules, so that they compute as their tests do. With two threads,
+    small tensors cost several times as much on a busy machine: every operation waits for a thread
+    that may have no core.
     """
-    folder = request.path.relative_to(HERE).parts[0]
+    folder = item.path.relative_to(HERE).parts[0]
     torch.set_num_threads(2 if folder in ("kernels", "serving") else 1)
