@@ -8,7 +8,7 @@ second, ms between tokens of a stream, and CPU microseconds per chunk, from the 
 nanosecond account of every thread. "engine" is the busiest thread of the process with the model
 (run it with one compute thread), "path" is the rest of that process, "proxy" is Ray's HTTP proxy.
 Without ``--model``: random weights in the demo's shape, whose head never chooses half a character,
-so that every token is a chunk.
+so that every token is a chunk. ``--spelled`` gives another model a tokenizer for that.
 """
 
 import argparse
@@ -20,8 +20,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from token_path_arms import PROMPT, app, bare_engine, serve, write_demo_model
-from token_path_client import cpu_ns
+from token_path_arms import (
+    PROMPT,
+    app,
+    bare_engine,
+    engine_figures,
+    serve,
+    write_demo_model,
+    write_spelled,
+)
+from token_path_client import counts_of, differences
 from token_path_profile import profile
 
 from report import write_results
@@ -59,22 +67,21 @@ def ask(
     chunks = found["chunks"]
     result = {key: found[key] for key in ("seconds", "chunks", "reads")}
     for part, pid in pids.items():
-        spent = sorted(found["cpu_ns"][str(pid)].values())
+        spent = sorted(found["counts"][str(pid)])
         if part == "path":
-            result["engine"] = spent.pop() / chunks / 1000
-        result[part] = sum(spent) / chunks / 1000
+            result |= engine_figures(spent.pop(), chunks)
+        result[part] = sum(counts[0] for counts in spent) / chunks / 1000
     return result
 
 
 def idle(pids: dict[str, int]) -> str:
     """Say what the processes spend on nothing: Ray's own threads count for chunks too."""
-    before = cpu_ns(list(pids.values()))
+    before = counts_of(list(pids.values()))
     time.sleep(IDLE_S)
-    after = cpu_ns(list(pids.values()))
-    spent = {
-        pid: sum(v - before.get(k, 0) for k, v in after.items() if k[0] == pid)
-        for pid in pids.values()
-    }
+    after = counts_of(list(pids.values()))
+    spent = dict.fromkeys(pids.values(), 0)
+    for (pid, _), counts in differences(before, after).items():
+        spent[pid] += counts[0]
     return "  ".join(f"{part} {spent[pid] / IDLE_S / 1e6:.1f}" for part, pid in pids.items())
 
 
@@ -100,7 +107,9 @@ def line(arm: str, num_streams: int, result: dict[str, Any]) -> str:
     )
     return (
         f"{arm:12} {num_streams:3} streams {rate:8.0f} tokens/s "
-        f"{num_streams / rate * 1000:7.3f} ms a token   CPU us per chunk: {cpu}"
+        f"{num_streams / rate * 1000:7.3f} ms a token   CPU us per chunk: {cpu}   "
+        f"engine's waits {result['waits']:.2f} preemptions {result['preemptions']:.2f} "
+        f"faults {result['faults']:.2f}"
     )
 
 
@@ -108,6 +117,7 @@ def main() -> None:
     """Measure the arms one after the other, as often as asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model")
+    parser.add_argument("--spelled", action="store_true", help="every id of the model is a word")
     parser.add_argument("--arms", nargs="+", default=ARMS, choices=ARMS)
     parser.add_argument("--streams", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--tokens", type=int, default=400)
@@ -128,6 +138,9 @@ def main() -> None:
         model = args.model or str(Path(folder) / "demo-shape")
         if args.model is None:
             write_demo_model(Path(model))
+        elif args.spelled:
+            model = str(Path(folder) / "spelled")
+            write_spelled(Path(args.model), Path(model))
         if "engine" in args.arms:
             for num_streams in [n for _ in range(args.rounds) for n in args.streams]:
                 note(

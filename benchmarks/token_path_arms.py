@@ -1,5 +1,6 @@
 """The three arms of token_path.py: the bare engine, the application in one process, the server."""
 
+import json
 import os
 import sys
 import tempfile
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from token_path_client import cpu_ns
+from token_path_client import COUNTS, Counts, counts_of, differences
 
 from moeyard.moe.config.model import ModelConfig
 from moeyard.moe.config.moe import MoEConfig
@@ -55,9 +56,29 @@ def write_demo_model(folder: Path) -> None:
     write_decoder(folder, model, eos_id=256)
 
 
-def bare_engine(model: str, num_streams: int, num_tokens: int, threads: int) -> dict[str, Any]:
-    """Run the streams in ``Engine.step`` alone."""
-    torch.set_num_threads(threads)
+def write_spelled(model: Path, folder: Path) -> None:
+    """Link a model's files into ``folder``, with a tokenizer whose every id is a word.
+
+    Random weights choose bytes that are half characters, which are no chunk. Their names here are;
+    nothing else changes. For tokenizers that name an id by its bytes, such as BPE.
+    """
+    folder.mkdir()
+    for file in model.iterdir():
+        (folder / file.name).symlink_to(file.resolve())
+    values = json.loads((model / "tokenizer.json").read_text())
+    words = values["model"]["vocab"]
+    special = {token["id"] for token in values["added_tokens"]}
+    values["model"]["vocab"] = {
+        word if word.isascii() or index in special else f"t{index}": index
+        for word, index in words.items()
+    }
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+
+
+@contextmanager
+def engine_of(model: str, num_streams: int, num_tokens: int = 4000) -> Iterator[Engine]:
+    """Yield an engine whose greedy streams have read their prompts."""
     served, store = open_model(model)
     tokenizer = ServeArgs(model=model).open_tokenizer()
     engine = Engine(served, tokenizer.decode, store, max_num_seqs=num_streams)
@@ -70,14 +91,27 @@ def bare_engine(model: str, num_streams: int, num_tokens: int, threads: int) -> 
         )
     while sum(len(engine.step()) for _ in range(20)) < 20 * num_streams:
         pass  # until every prompt is read
-    started, before = time.monotonic(), cpu_ns([os.getpid()])
-    num_events = 0
-    for _ in range(num_tokens - 20 - num_streams - 20):
-        num_events += len(engine.step())
-    seconds, after = time.monotonic() - started, cpu_ns([os.getpid()])
-    spent = sum(value - before.get(key, 0) for key, value in after.items())
+    yield engine
     tokenizer.close()
-    return {"seconds": seconds, "chunks": num_events, "engine": spent / num_events / 1000}
+
+
+def bare_engine(model: str, num_streams: int, num_tokens: int, threads: int) -> dict[str, Any]:
+    """Run the streams in ``Engine.step`` alone."""
+    torch.set_num_threads(threads)
+    with engine_of(model, num_streams, num_tokens) as engine:
+        started, before = time.monotonic(), counts_of([os.getpid()])
+        num_events = 0
+        for _ in range(num_tokens - 20 - num_streams - 20):
+            num_events += len(engine.step())
+        seconds, after = time.monotonic() - started, counts_of([os.getpid()])
+    busiest = max(differences(before, after).values())
+    return {"seconds": seconds, "chunks": num_events, **engine_figures(busiest, num_events)}
+
+
+def engine_figures(counts: Counts, num_chunks: int) -> dict[str, float]:
+    """Return what the engine's thread spends per chunk."""
+    spent = {name: counts[i] / num_chunks for i, name in enumerate(COUNTS)}
+    return {"engine": spent.pop("cpu_ns") / 1000, **spent}
 
 
 @contextmanager

@@ -5,6 +5,7 @@ streams run: it keeps what arrives, and parses it at the end.
 """
 
 import argparse
+import contextlib
 import json
 import selectors
 import socket
@@ -18,17 +19,41 @@ WARM_CHUNKS = 20
 EVENT = b"data: "
 
 
-def cpu_ns(pids: list[int]) -> dict[tuple[int, int], int]:
-    """Return the CPU time of every thread of these processes, in nanoseconds."""
+COUNTS = ("cpu_ns", "waits", "preemptions", "faults")
+"""What is counted for a thread: nanoseconds of CPU, switches that it asked for, others, and pages
+that it was the first to touch."""
+Counts = tuple[int, ...]
+
+
+def of_thread(pid: int, thread: int) -> Counts:
+    """Return :data:`COUNTS` of a thread; raises OSError when it has ended."""
+    task = Path(f"/proc/{pid}/task/{thread}")
+    nanoseconds = int((task / "schedstat").read_text().split()[0])
+    status = dict(line.split(":", 1) for line in (task / "status").read_text().splitlines())
+    switches = (int(status[f"{kind}_ctxt_switches"]) for kind in ("voluntary", "nonvoluntary"))
+    faults = int((task / "stat").read_text().rpartition(")")[2].split()[7])
+    return (nanoseconds, *switches, faults)
+
+
+def counts_of(pids: list[int]) -> dict[tuple[int, int], Counts]:
+    """Return :data:`COUNTS` of every thread of these processes."""
     found = {}
     for pid in pids:
         for task in Path(f"/proc/{pid}/task").glob("*"):
-            try:
-                words = (task / "schedstat").read_text().split()
-            except OSError:
-                continue  # a thread or process that has ended
-            found[pid, int(task.name)] = int(words[0])
+            with contextlib.suppress(OSError):  # a thread or process that has ended
+                found[pid, int(task.name)] = of_thread(pid, int(task.name))
     return found
+
+
+def differences(
+    before: dict[tuple[int, int], Counts], after: dict[tuple[int, int], Counts]
+) -> dict[tuple[int, int], Counts]:
+    """Return what each thread of ``after`` has added."""
+    nothing = (0,) * len(COUNTS)
+    return {
+        key: tuple(a - b for a, b in zip(counts, before.get(key, nothing), strict=True))
+        for key, counts in after.items()
+    }
 
 
 class Stream:
@@ -71,7 +96,7 @@ class Stream:
 
 
 def measure(port: int, body: dict[str, Any], num_streams: int, pids: list[int]) -> dict[str, Any]:
-    """Run the streams at once; return the window's seconds, chunks and CPU time by thread."""
+    """Run the streams at once; return the window's seconds, chunks and counts of threads."""
     started = time.monotonic()
     streams = [Stream(port, body) for _ in range(num_streams)]
     selector = selectors.DefaultSelector()
@@ -87,20 +112,20 @@ def measure(port: int, body: dict[str, Any], num_streams: int, pids: list[int]) 
                 left -= 1
         counts = [stream.num_chunks for stream in streams]
         if before is None and min(counts) >= WARM_CHUNKS:
-            before = time.monotonic(), sum(counts), cpu_ns(pids), _reads(streams)
+            before = time.monotonic(), sum(counts), counts_of(pids), _reads(streams)
         elif before is not None and after is None and max(counts) >= last:
-            after = time.monotonic(), sum(counts), cpu_ns(pids), _reads(streams)
+            after = time.monotonic(), sum(counts), counts_of(pids), _reads(streams)
     assert before is not None and after is not None, "the window is empty; ask for more tokens"
-    by_pid: dict[int, dict[int, int]] = defaultdict(dict)
-    for (pid, thread), value in after[2].items():
-        by_pid[pid][thread] = value - before[2].get((pid, thread), 0)
+    by_pid: dict[int, list[Counts]] = defaultdict(list)
+    for (pid, _), counts in differences(before[2], after[2]).items():
+        by_pid[pid].append(counts)
     texts = {"".join(e["choices"][0]["text"] for e in s.events()) for s in streams}
     return {
         "seconds": after[0] - before[0],
         "chunks": after[1] - before[1],
         "reads": after[3] - before[3],
         "whole_s": time.monotonic() - started,
-        "cpu_ns": by_pid,
+        "counts": by_pid,
         "events": [len(stream.events()) for stream in streams],
         "texts": len(texts),
     }

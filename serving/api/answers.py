@@ -5,7 +5,8 @@ import time
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import ExitStack, aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 from starlette.responses import JSONResponse, Response
@@ -14,37 +15,17 @@ from ...errors import RequestError
 from ...moe.adapters.adapter import Adapter
 from ..engine.admission import Admission
 from ..engine.engine import Engine
-from ..engine.logprobs import TokenLogprob
 from ..engine.sequence import GenerationEvent, GenerationRequest
 from ..engine.thread import EngineThread
+from ..relay.sender import RelayedStream
 from .adapters import ServedModels
 from .answer_stream import AnswerStream
 from .chunks import Chunks, ChunkWording
+from .outlets import Answer, PlainChunks, WholeAnswers
 from .protocol import GenerationOptions
 from .responses import DONE, error_object, sse
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class Answer:
-    """One answer, as generated so far."""
-
-    text: str = ""
-    finish_reason: str | None = None
-    stop_token: int | None = None
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    num_tokens: int = 0
-    cached_tokens: int = 0
-
-    def add(self, event: GenerationEvent) -> None:
-        """Add an event."""
-        self.text += event.text
-        self.logprobs += event.logprobs
-        self.finish_reason = event.finish_reason
-        self.stop_token = event.stop_token
-        self.num_tokens = event.num_tokens
-        self.cached_tokens = event.cached_tokens
 
 
 class Wording(ChunkWording, Protocol):
@@ -95,14 +76,15 @@ class Answers:
         requests = [replace(request, adapter=adapter) for request in requests]
         if not body.stream:
             return JSONResponse(await self._whole(wording, requests, body))
-        return AnswerStream(self._stream(wording, requests, body), places.pop_all())
+        return AnswerStream(partial(self._stream, wording, requests, body), places.pop_all())
 
     async def _whole(
         self, wording: Wording, requests: list[GenerationRequest], body: GenerationOptions
     ) -> dict[str, Any]:
         """Run all requests to their end and return one object."""
         answers = [Answer() for _ in requests]
-        async with aclosing(self._thread.generate(requests)) as batches:
+        outlet = WholeAnswers(answers)
+        async with aclosing(self._thread.generate(requests, outlet)) as batches:
             async for events in batches:
                 for index, event in events:
                     if event.error is not None:
@@ -116,12 +98,17 @@ class Answers:
         return {**head, "usage": usage}
 
     async def _stream(
-        self, wording: Wording, requests: list[GenerationRequest], body: GenerationOptions
+        self,
+        wording: Wording,
+        requests: list[GenerationRequest],
+        body: GenerationOptions,
+        way: RelayedStream | None,
     ) -> AsyncGenerator[bytes]:
         """Yield server-sent events: one per piece, then usage if asked, then [DONE].
 
-        Events that wait when the last ones have been sent leave together. A failure ends the
-        stream with an error event, never silently.
+        Events that wait when the last ones have been sent leave together. Those that differ in
+        their text alone leave by the short way, if there is one, and are not yielded. A failure
+        ends the stream with an error event, never silently.
         """
         head = _head(wording.id_prefix, wording.chunk_object, body.model, [])
         chunks = Chunks(head, wording)
@@ -137,7 +124,9 @@ class Answers:
             opening = [chunks.choice(c, usage_of(i)) for i, c in openings if c is not None]
             if opening:
                 yield b"".join(opening)
-            async with aclosing(self._thread.generate(requests)) as batches:
+            is_plain = wording.is_plain and not body.has_continuous_usage
+            outlet = None if way is None or not is_plain else PlainChunks(chunks, way)
+            async with aclosing(self._thread.generate(requests, outlet)) as batches:
                 async for events in batches:
                     pieces = []
                     failure = None

@@ -13,8 +13,9 @@ from ..engine.engine import Engine
 from ..engine.logprobs import TokenLogprob
 from ..engine.sequence import GenerationEvent, GenerationRequest
 from ..engine.tokenizer import ServingTokenizer
-from .answers import Answer, Answers, ending
+from .answers import Answers, ending
 from .messages import read_messages
+from .outlets import Answer
 from .protocol import (
     MAX_LOGPROBS,
     GenerationOptions,

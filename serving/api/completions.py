@@ -15,7 +15,8 @@ from ..engine.engine import Engine
 from ..engine.logprobs import TokenLogprob
 from ..engine.sequence import GenerationEvent, GenerationRequest
 from ..engine.tokenizer import ServingTokenizer
-from .answers import Answer, Answers, ending
+from .answers import Answers, ending
+from .outlets import Answer
 from .protocol import (
     MAX_LOGPROBS,
     GenerationOptions,

@@ -111,8 +111,8 @@ class Engine:
     def cancel(self, request_id: str) -> None:
         """Drop a request; its blocks are free at once. Unknown ids are ignored."""
         if request_id in self._sequences:
-            self._drop(request_id)
             self.metrics.cancelled.inc()
+            self._drop(request_id)
             self._count_requests()
 
     @torch.inference_mode()

@@ -1,7 +1,7 @@
 """Run an engine in its own thread and hand its events to asyncio.
 
-All events of a step cross to the event loop in one call. A reader that comes late takes everything
-that waits for it at once.
+All events of a step cross to the event loop in one call, but for those that an outlet takes
+(reader.py). A reader that comes late takes everything that waits for it at once.
 """
 
 import asyncio
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from ...errors import RequestError
 from .engine import Engine
+from .reader import Delivery, Indexed, Outlet, Reader, hand_over
 from .sequence import GenerationEvent, GenerationRequest
 
 log = logging.getLogger(__name__)
@@ -25,14 +26,10 @@ RETRY_AFTER_S = 10
 """``Retry-After`` of an engine that does not work: its replica is being replaced."""
 
 
-Indexed = tuple[int, GenerationEvent]
-"""An event, and which of the requests it belongs to that were put together."""
-
-
 @dataclass(frozen=True, slots=True)
 class _Add:
     requests: Sequence[GenerationRequest]
-    reader: "_Reader"
+    reader: Reader
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,39 +44,6 @@ class _Exchange:
     done: "Future[None]"
 
 
-class _Reader:
-    """Where the events of requests that were put together go: to one task of an event loop."""
-
-    __slots__ = ("_events", "_waiting", "loop")
-
-    def __init__(self) -> None:
-        self.loop = asyncio.get_running_loop()
-        self._events: list[Indexed] = []
-        self._waiting: asyncio.Future[None] | None = None
-
-    def put(self, index: int, event: GenerationEvent) -> None:
-        """Add an event and wake the task."""
-        self._events.append((index, event))
-        if self._waiting is not None and not self._waiting.done():
-            self._waiting.set_result(None)
-
-    async def take(self) -> list[Indexed]:
-        """Return all events that are there, in order; wait for the first."""
-        if not self._events:
-            self._waiting = self.loop.create_future()
-            await self._waiting
-        events, self._events = self._events, []
-        return events
-
-
-_Delivery = tuple[_Reader, int, GenerationEvent]
-
-
-def _hand_over(deliveries: list[_Delivery]) -> None:
-    for reader, index, event in deliveries:
-        reader.put(index, event)
-
-
 class EngineThread:
     """The engine's thread, alive until ``stop``."""
 
@@ -87,7 +51,7 @@ class EngineThread:
         self.engine = engine
         self._stuck_after_s = stuck_after_s
         self._commands: queue.SimpleQueue[_Add | _Cancel | _Exchange | None] = queue.SimpleQueue()
-        self._readers: dict[str, tuple[_Reader, int]] = {}
+        self._readers: dict[str, tuple[Reader, int]] = {}
         """By request, with its index among those that were put together."""
         self._step_started: float | None = None
         self._failure: str | None = None
@@ -107,14 +71,15 @@ class EngineThread:
         return None
 
     async def generate(
-        self, requests: Sequence[GenerationRequest]
+        self, requests: Sequence[GenerationRequest], outlet: Outlet | None = None
     ) -> AsyncGenerator[list[Indexed]]:
         """Run requests together; yield their events as they come, all that wait in one list.
 
-        Leaving the iteration early cancels what has not ended. A request that the engine does not
-        take ends with an error event.
+        ``outlet`` may take all but the last event of each request. Leaving the iteration early
+        cancels what has not ended, and the outlet gets nothing more. A request that the engine
+        does not take ends with an error event.
         """
-        reader = _Reader()
+        reader = Reader(outlet)
         self._commands.put(_Add(requests, reader))
         unfinished = {request.request_id for request in requests}
         try:
@@ -129,6 +94,7 @@ class EngineThread:
                         unfinished.discard(event.request_id)
                 yield events
         finally:
+            reader.close_outlet()
             if unfinished:
                 self._commands.put(_Cancel(list(unfinished)))
 
@@ -204,17 +170,26 @@ class EngineThread:
             self._readers[request.request_id] = (command.reader, index)
 
     def _deliver(self, events: Iterable[GenerationEvent]) -> None:
-        """Hand events over in one call per event loop, which is one call in a server."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[_Delivery]] = {}
+        """Give events to outlets, and the others to their event loops, in one call for each."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[Delivery]] = {}
+        outlets: list[Outlet] = []
         for event in events:
             found = self._readers.get(event.request_id)
             if event.finish_reason is not None:
                 self._readers.pop(event.request_id, None)
-            if found is not None:
-                by_loop.setdefault(found[0].loop, []).append((*found, event))
+            if found is None:
+                continue
+            reader, index = found
+            outlet = reader.offer(index, event)
+            if outlet is not None:
+                outlets.append(outlet)
+            else:
+                by_loop.setdefault(reader.loop, []).append((reader, index, event))
+        for outlet in outlets:
+            outlet.flush()
         for loop, deliveries in by_loop.items():
             if not loop.is_closed():
-                loop.call_soon_threadsafe(_hand_over, deliveries)
+                loop.call_soon_threadsafe(hand_over, deliveries)
 
     def _fail_all(self, message: str) -> None:
         """End every request, also those that the engine has not taken yet."""

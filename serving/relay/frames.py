@@ -34,7 +34,7 @@ def end_frame(stream: int, ending: int) -> bytes:
 def unix_socket() -> socket.socket:
     """Return a socket for names in the abstract namespace, which no file stands for.
 
-    Event loops get it bound or connected: uvloop takes such names for paths.
+    It never waits. Event loops get it bound or connected: uvloop takes such names for paths.
     """
     found = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     found.setblocking(False)
@@ -65,9 +65,7 @@ class FrameReader:
         self._rest = data[at:]
 
 
-def is_same_user(transport: Any) -> bool:
+def is_same_user(end: Any) -> bool:
     """Say whether the process at the other end of a Unix socket runs as the user of this one."""
-    peer = transport.get_extra_info("socket").getsockopt(
-        socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size
-    )
+    peer = end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
     return bool(_PEER.unpack(peer)[1] == os.getuid())

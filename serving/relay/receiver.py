@@ -69,7 +69,7 @@ class _Link(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Let processes of this user in."""
-        self._is_trusted = is_same_user(transport)
+        self._is_trusted = is_same_user(transport.get_extra_info("socket"))
         if not self._is_trusted:
             transport.close()
 

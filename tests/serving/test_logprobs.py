@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from moeyard.moe.models.sampling import SamplingParams
-from moeyard.serving.api.answers import Answer
 from moeyard.serving.api.chat import ChatRequest, ChatWording
 from moeyard.serving.api.completions import CompletionRequest, CompletionWording, TextOffsets
+from moeyard.serving.api.outlets import Answer
 from moeyard.serving.engine.engine import Engine
 from moeyard.serving.engine.logprobs import LOWEST, TokenLogprob, score_tokens
 from moeyard.serving.engine.tokenizer import ServingTokenizer

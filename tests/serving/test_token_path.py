@@ -134,6 +134,57 @@ def test_leaving_early_cancels_what_has_not_ended(thread):
     assert thread.engine.cancelled == ["long"] and thread._readers == {}
 
 
+class Kept:
+    """An outlet that keeps what it takes, until it takes nothing more."""
+
+    def __init__(self, most=10**9):
+        self.taken, self._most, self.flushes = [], most, 0
+
+    def take(self, index, event):
+        assert threading.current_thread().name == "engine" and event.finish_reason is None
+        if len(self.taken) == self._most:
+            return False
+        self.taken.append((index, event.text))
+        return True
+
+    def flush(self):
+        self.flushes += 1
+
+
+@pytest.mark.parametrize("most", [10**9, 7, 0], ids=["all", "some", "none"])
+def test_an_outlet_takes_what_ends_nothing_and_the_rest_wakes_the_loop(thread, most):
+    outlet = Kept(most)
+
+    async def ask():
+        batches = thread.generate([request("a", 20), request("b", 10)], outlet)
+        return [pair async for batch in batches for pair in batch]
+
+    came = [(index, event.text) for index, event in asyncio.run(ask())]
+    assert len(outlet.taken) == min(most, 28) and outlet.flushes >= len(outlet.taken) / 2
+    assert len(came) == 30 - len(outlet.taken)
+    for index, name, count in ((0, "a", 20), (1, "b", 10)):
+        found = [text for i, text in [*outlet.taken, *came] if i == index]
+        assert found == [f"{name}{n} " for n in range(count - 1, -1, -1)]
+
+
+def test_an_outlet_gets_nothing_after_its_reader_has_left(thread):
+    outlet = Kept()
+    thread.engine.cancel = lambda request_id: None  # it goes on
+
+    async def ask():
+        batches = thread.generate([request("short", 1), request("long", 10**9)], outlet)
+        await anext(batches)
+        while not outlet.taken:
+            await asyncio.sleep(0.001)
+        await batches.aclose()
+        taken, left = len(outlet.taken), thread.engine.left["long"]
+        while thread.engine.left["long"] > left - 100:
+            await asyncio.sleep(0.001)
+        return taken
+
+    assert asyncio.run(asyncio.wait_for(ask(), 30)) == len(outlet.taken)
+
+
 def test_a_refused_request_ends_with_an_error_event_and_the_others_go_on(thread):
     async def ask():
         batches = thread.generate([request("a", 3), request("b", 3, ids=())])
