@@ -10,6 +10,7 @@ page, per step. Medians over rounds.
     thread     in another thread; the main thread waits
     woken      that thread wakes an event loop after every step, which does nothing
     worked     the loop then computes for 100 us, as it did when it worded and sent every chunk
+    sent       that thread words the chunk itself and sends it to another process; the loop sleeps
     collected  a heap of a million objects, as after Ray's imports, is searched for garbage
     nice       at priority 15, as Ray starts its workers
 """
@@ -18,7 +19,9 @@ import argparse
 import asyncio
 import gc
 import os
+import socket
 import statistics
+import subprocess
 import tempfile
 import threading
 import time
@@ -29,6 +32,12 @@ from typing import Any
 import torch
 from token_path_arms import engine_of, write_demo_model
 from token_path_client import COUNTS, of_thread
+
+from moeyard.serving.api.chunks import Chunks
+from moeyard.serving.api.completions import CompletionWording, parse_completion
+from moeyard.serving.api.outlets import PlainChunks
+from moeyard.serving.relay.link import Link
+from moeyard.serving.relay.sender import RelayedStream
 
 Step = Callable[[], Any]
 Figures = dict[str, float]
@@ -71,6 +80,32 @@ def beside_loop(step: Step, num_steps: int, on_wake: Callable[[], None]) -> Figu
     return asyncio.run(wait())
 
 
+def sending(step: Step, num_steps: int) -> Figures:
+    """Run steps in another thread, which sends their chunks by the short way."""
+
+    async def wait() -> Figures:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        ours.setblocking(False)
+        link = Link(ours)
+        wording = CompletionWording(parse_completion(b'{"model": "m", "prompt": "a"}'), None)
+        chunks = Chunks({"id": "cmpl-0", "object": "o", "model": "m", "choices": []}, wording)
+        outlet = PlainChunks(chunks, RelayedStream(link, 1))
+
+        def step_and_send() -> None:
+            for index, event in enumerate(step()):
+                outlet.take(index, event)
+            outlet.flush()
+
+        with subprocess.Popen(["cat"], stdin=theirs, stdout=subprocess.DEVNULL), theirs:
+            theirs.close()
+            try:
+                return await asyncio.to_thread(measured, step_and_send, num_steps)
+            finally:
+                link.close()
+
+    return asyncio.run(wait())
+
+
 def work() -> None:
     """Compute in Python for a while."""
     end = time.thread_time() + WORK_S
@@ -107,6 +142,7 @@ ARMS: dict[str, Callable[[Step, int], Figures]] = {
     "thread": in_thread,
     "woken": lambda step, n: beside_loop(step, n, lambda: None),
     "worked": lambda step, n: beside_loop(step, n, work),
+    "sent": sending,
     "collected": with_heap,
     "nice": nicely,
 }
