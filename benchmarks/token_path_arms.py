@@ -30,6 +30,8 @@ from server_process import BIN, Running, free_port, name_of
 from small_model import write_decoder
 
 PROMPT = "def main(argument):"
+BLANK = "\u0120"
+"""How tokenizers of bytes spell a space."""
 
 
 def write_demo_model(folder: Path) -> None:
@@ -69,7 +71,7 @@ def write_spelled(model: Path, folder: Path) -> None:
     words = values["model"]["vocab"]
     special = {token["id"] for token in values["added_tokens"]}
     values["model"]["vocab"] = {
-        word if word.isascii() or index in special else f"t{index}": index
+        word if word.isascii() or word == BLANK or index in special else f"t{index}": index
         for word, index in words.items()
     }
     (folder / "tokenizer.json").unlink()
