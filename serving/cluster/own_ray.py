@@ -27,9 +27,6 @@ SETTINGS = {
     "RAY_raylet_client_num_connect_attempts": "180",
     # A proxy counts as dead after three checks; every 10 s means half a minute without answers.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
-    # Ray lowers the priority of its workers to 15, for batch work. A replica would wait for every
-    # other process of the machine, between two tokens too.
-    "RAY_worker_niceness": "0",
     "RAY_preload_python_modules": f"{__package__}.warm_up",
 }
 """Defaults for the environment; values that are set already win."""

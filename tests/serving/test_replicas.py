@@ -78,14 +78,6 @@ def ends_with_error(events, message):
     return events[-1] == "[DONE]" and message in json.loads(events[-2])["error"]["message"]
 
 
-def test_replicas_and_the_proxy_run_at_the_priority_of_the_server(server):
-    """Ray starts its workers at 15 by itself: they would wait for every other process."""
-    proxies = [int(p) for p in server.members() if name_of(int(p)).startswith("ray::Proxy")]
-    found = [os.getpriority(os.PRIO_PROCESS, pid) for pid in (*server.replicas(), *proxies)]
-    assert len(proxies) == 1 and len(found) == 3
-    assert set(found) == {os.getpriority(os.PRIO_PROCESS, server.process.pid)}
-
-
 def test_the_openai_client_chats(server):
     client = client_of(server)
     options = {"model": "long", "messages": [{"role": "user", "content": "hi"}], "temperature": 0}
