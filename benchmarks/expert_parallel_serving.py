@@ -10,11 +10,13 @@ differs ends the benchmark. Owners are plain processes: Ray only starts and watc
 
     python benchmarks/expert_parallel_serving.py MODEL_DIR --mb-s 500 --write NAME
     python benchmarks/expert_parallel_serving.py MODEL_DIR --resident --tokens 32
+    python benchmarks/expert_parallel_serving.py MODEL_DIR --thread-counts --tokens 32
     python benchmarks/expert_parallel_serving.py MODEL_DIR --frames 3000
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -52,6 +54,13 @@ RESIDENT = {
     "two, all in memory, TCP": (2, None, False),
 }
 """Name: owners, memory of each, and whether the owner knows that it is on the leader's host."""
+THREADS = {
+    "one, all in memory": (1, None, True),
+    "two, 2 + 2 threads": (2, None, True, 2, 2),
+    "two, 2 + 1 threads": (2, None, True, 2, 1),
+    "two, 1 + 1 threads": (2, None, True, 1, 1),
+}
+"""The same, with the threads of the leader and of the owner."""
 
 
 @dataclass
@@ -61,8 +70,19 @@ class Arm:
     model: LanguageModel
     store: ExpertStore | None
     sharding: ShardedModel | None
+    threads: int
+    """Of this process in the arm's turns."""
     seconds: list[float] = field(default_factory=list)
     bytes_read: list[int] = field(default_factory=list)
+    cpu_s: list[float] = field(default_factory=list)
+
+    def cpu_so_far(self) -> float:
+        """Return the seconds of processors that this process and the owner have used."""
+        used = time.process_time()
+        if self.sharding is not None:
+            stat = Path(f"/proc/{self.sharding.hiring.pid(1)}/stat").read_text().rpartition(")")[2]
+            used += sum(map(int, stat.split()[11:13])) / os.sysconf("SC_CLK_TCK")
+        return used
 
     def read_so_far(self) -> int:
         """Return the bytes of experts that all owners have read."""
@@ -76,25 +96,28 @@ class Arm:
 
 
 def open_arm(name: str, arguments: argparse.Namespace, shared: Path) -> Arm:
-    owners, memory, is_local = {**ARMS, **RESIDENT}[name]
+    owners, memory, is_local, *threads = {**ARMS, **RESIDENT, **THREADS}[name]
+    leader_threads, owner_threads = threads or (arguments.threads, arguments.owner_threads)
     sharding = None
     if owners > 1:
         command = [sys.executable, str(OWNER), str(arguments.mb_s), str(shared)]
         where = {} if is_local else {"leaders_host": "another host"}
-        where["num_threads"] = arguments.owner_threads
+        where["num_threads"] = owner_threads or leader_threads
         sharding = ShardedModel(owners, LocalOwners(command), reader="buffered", **where)
     options = StoreOptions(reader="buffered", sharding=sharding)
     model, store = open_model(arguments.model, "bf16", expert_memory=memory, options=options)
-    return Arm(model, store, sharding)
+    return Arm(model, store, sharding, leader_threads)
 
 
 def turn(arm: Arm, arguments: argparse.Namespace, seed: int) -> str:
     """Draw a text; note the seconds and the bytes."""
-    before, started = arm.read_so_far(), time.perf_counter()
+    torch.set_num_threads(arm.threads)
+    used, before, started = arm.cpu_so_far(), arm.read_so_far(), time.perf_counter()
     drawn = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "seed": seed, "ignore_eos": True}
     text = "".join(arm.model.stream("The", arguments.tokens, **drawn))
     arm.seconds.append(time.perf_counter() - started)
     arm.bytes_read.append(arm.read_so_far() - before)
+    arm.cpu_s.append(arm.cpu_so_far() - used)
     return text
 
 
@@ -145,6 +168,9 @@ def measure(names: list[str], arguments: argparse.Namespace, turns: int) -> dict
                 "mb_per_token": round(
                     statistics.mean(arm.bytes_read[1:]) / arguments.tokens / 1e6, 1
                 ),
+                "cpu_ms_per_token": round(
+                    1e3 * statistics.mean(arm.cpu_s[1:]) / arguments.tokens, 1
+                ),
             }
             if arm.sharding is not None:
                 owner = arm.sharding.team.metrics.owners[1]
@@ -152,6 +178,9 @@ def measure(names: list[str], arguments: argparse.Namespace, turns: int) -> dict
                 for way in ("sent", "received"):
                     num_bytes = getattr(owner, way)._value.get()
                     found[name][f"{way}_per_layer"] = round(num_bytes / questions)
+                round_trips_s, owner_s = owner._round_trip._sum.get(), owner._compute._value.get()
+                found[name]["round_trip_us"] = round(1e6 * round_trips_s / questions)
+                found[name]["of_it_owner_us"] = round(1e6 * owner_s / questions)
                 arm.sharding.close()
         disk.bytes_per_s = None
         return found
@@ -177,6 +206,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="of a leader")
     parser.add_argument("--owner-threads", type=int, help="default: as many as a leader")
     parser.add_argument("--resident", action="store_true", help="all experts in memory")
+    parser.add_argument(
+        "--thread-counts", action="store_true", help="the same, with other numbers of threads"
+    )
     parser.add_argument("--frames", type=int, help="measure only so many round trips of each kind")
     parser.add_argument("--write", metavar="NAME", help="write the JSON under this name")
     arguments = parser.parse_args()
@@ -186,7 +218,9 @@ def main() -> None:
             print(f"{name:20} {values}")
         return
     names = list(RESIDENT if arguments.resident else ARMS)
-    if arguments.resident:
+    if arguments.thread_counts:
+        names = list(THREADS)
+    if arguments.resident or arguments.thread_counts:
         arguments.mb_s = 0
     found = measure(names, arguments, arguments.turns)
     print(f"disk {arguments.mb_s:g} MB/s, {arguments.tokens} tokens a turn, texts equal")

@@ -24,9 +24,9 @@ from pathlib import Path
 
 import torch
 
+from moeyard.moe.drafts.drafter import Draft
+from moeyard.moe.drafts.table import DRAFTERS
 from moeyard.moe.models.sampling import SamplingParams
-from moeyard.serving.engine.drafts.drafter import Draft
-from moeyard.serving.engine.drafts.table import DRAFTERS
 from moeyard.serving.engine.engine import Engine
 from moeyard.serving.engine.sequence import GenerationRequest
 from moeyard.serving.loading import open_model

@@ -13,6 +13,7 @@ from .options import (
     add_model,
     add_sampling,
 )
+from .speculation import add_speculation, speculate
 
 if TYPE_CHECKING:
     from ..moe.models.language_model import LanguageModel
@@ -34,6 +35,7 @@ def add(parsers: Parsers) -> None:
     add_sampling(chat, max_new_tokens=512)
     add_loading(chat)
     add_correction(chat)
+    add_speculation(chat)
     chat.set_defaults(run=run)
 
 
@@ -48,6 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     arguments.model = model_folder(arguments.model)
     model = open_model(arguments)
+    speculate(model, arguments)
     tokenizer = ServingTokenizer(local_folder(arguments.model), arguments.chat_template)
     try:
         if not tokenizer.has_template:

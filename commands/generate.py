@@ -16,8 +16,10 @@ from .options import (
     add_model,
     add_sampling,
 )
+from .speculation import add_speculation, speculate
 
 if TYPE_CHECKING:
+    from ..moe.drafts.tally import DraftCounts
     from ..moe.models.language_model import LanguageModel
     from ..serving.experts.store import ExpertStore
 
@@ -43,6 +45,7 @@ def add(parsers: Parsers) -> None:
     )
     add_loading(generate)
     add_correction(generate)
+    add_speculation(generate)
     generate.set_defaults(run=run)
 
 
@@ -52,6 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     model = open_model(arguments)
+    counts = speculate(model, arguments, arguments.record_routes)
     adapter = None
     if arguments.lora is not None:
         adapter = str(arguments.lora)
@@ -78,7 +82,7 @@ def run(arguments: argparse.Namespace) -> None:
     sys.stderr.write(
         f"generated tokens={answer.num_tokens} seconds={seconds:.2f} "
         f"tokens_per_s={answer.num_tokens / seconds:.1f} finish_reason={answer.finish_reason}"
-        f"{_lossy_facts(model)}\n"
+        f"{_lossy_facts(model)}{_draft_facts(counts)}\n"
     )
 
 
@@ -93,6 +97,11 @@ def _lossy_facts(model: "LanguageModel") -> str:
         advance = model.correction.mean_advance
         text += f" checks={model.correction.num_periods} tokens_per_check={advance:.2f}"
     return text
+
+
+def _draft_facts(counts: "DraftCounts") -> str:
+    """Return how many guesses of next tokens ran and how many were right, if some ran."""
+    return f" drafted={counts.drafted} accepted={counts.accepted}" if counts.drafted else ""
 
 
 def _store(model: "LanguageModel") -> "ExpertStore | None":

@@ -16,6 +16,7 @@ from .options import (
     add_model,
     report_errors,
 )
+from .speculation import add_speculation
 
 
 def add(parsers: Parsers) -> None:
@@ -55,7 +56,7 @@ def add(parsers: Parsers) -> None:
         help="Jinja file, or name of one of the folder's templates; default: the folder's own",
     )
     _add_access(serve)
-    _add_speculation(serve)
+    add_speculation(serve)
     add_adapters(serve)
     _add_recording(serve)
     serve.add_argument(
@@ -113,23 +114,6 @@ def _add_access(serve: argparse.ArgumentParser) -> None:
         metavar="ORIGIN",
         help="web pages that may call the server, such as http://localhost:3000, or *; repeat for "
         "several; default: none",
-    )
-
-
-def _add_speculation(serve: argparse.ArgumentParser) -> None:
-    serve.add_argument(
-        "--speculative",
-        metavar="NAME",
-        default="none",
-        help="guess next tokens from the text so far and check several in one step: ngram or "
-        "suffix; no answer changes; default: none",
-    )
-    serve.add_argument(
-        "--speculative-rows",
-        metavar="N",
-        type=int,
-        default=16,
-        help="guessed tokens that one step checks at most, of all requests together",
     )
 
 

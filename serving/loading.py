@@ -21,6 +21,7 @@ from .experts.store import ExpertStore
 from .filling import fill_model
 from .load_checks import check_device, check_options
 from .openers.table import OPENERS, opener_of
+from .speculating import speculate
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,8 @@ def load(
     expert_fallback_above: float | None = None,
     expert_correction: int | None = None,
     expert_correction_threshold: float | None = None,
+    speculative: str = "none",
+    speculative_rows: int = 16,
 ) -> LanguageModel:
     """Open a Hugging Face MoE model or a run's export as a model ready to call.
 
@@ -79,6 +82,8 @@ def load(
     file of ``moeyard sparsity`` (``exact`` changes nothing); ``expert_fallback``, the same model in
     fewer bits, for missing experts up to ``expert_fallback_above``. ``expert_correction`` undoes
     that, all but for ``expert_correction_threshold``.
+    ``speculative`` (``ngram`` or ``suffix``) guesses next tokens from the text so far and checks
+    several in one step, up to ``speculative_rows`` of them; it changes no answer.
 
     Raises :class:`ModelFileError` for a folder that is damaged or of an unknown kind and for a
     model that cannot be downloaded, and :class:`ConfigError` for arguments that do not fit.
@@ -96,6 +101,7 @@ def load(
     )
     how = (dtype, device, expert_memory, ignore_unused_weights, allow_code, options)
     model, _ = open_model(folder, *how)
+    speculate(model, speculative, speculative_rows, options.fallback)
     for name, path in (adapters or {}).items():
         model.adapters.load(name, Path(path))
     return model

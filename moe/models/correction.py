@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError
-from ...kernels.values.memory import to_device
 from ..batch import batch_of
-from ..kv_cache import CachePosition, SequenceCache
+from ..kv_cache import SequenceCache
 from ..routers.causal import check_causal
 from .decoder import Decoder
+from .draft_rows import TextRows, run_rows
 from .generation import GenerationLimits
 from .sampling import sample
 
@@ -172,15 +172,10 @@ class _Row:
         Each is a sequence of one row, so its bits are those of a single step. Torch's attention
         rounds several positions of one sequence differently.
         """
-        ids_N = to_device(torch.tensor(ids), self._prompt_T.device)
-        start, cache = self._cache.length, self._cache
-        cache.reserve(len(ids))
-        cache.keep_ids(ids_N)
-        caches = [CachePosition(cache, start + row) for row in range(len(ids))]
-        hidden_ND = self._decoder(batch_of(list(ids_N.split(1)), caches)).hidden_TD
-        cache.length = start + len(ids)
-        logits_NV: Tensor = self._decoder.logits(hidden_ND).cpu()
-        return logits_NV
+        self._cache.reserve(len(ids))
+        text = TextRows(self._cache, tuple(ids), None, len(ids) - 1)
+        logits_NV: Tensor = self._decoder.logits(run_rows(self._decoder, [text]).hidden_TD)
+        return logits_NV.cpu()
 
     def _scores_of_prompt(self) -> Tensor:
         """Read the prompt and return the scores after its last token, ``[1, V]``."""

@@ -5,7 +5,7 @@ B rows, T tokens per row, V vocabulary.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,31 +15,17 @@ from ..adapters.adapter import Adapter
 from ..adapters.rows import adapter_rows
 from ..adapters.table import AdapterTable
 from ..batch import Batch, batch_of, batch_of_rows
+from ..drafts.speculation import Speculation
 from .correction import Correction, check_corrected, corrected_row
 from .decoder import Decoder
 from .describe import describe
+from .drafted_rows import drafted_rows
 from .generation import Answer, AnswerStream, GenerationLimits, continue_rows, with_given
 from .prompts import brief, check_ids, ids_of_row, rows_without_padding
 from .sampling import GenerationConfig, SamplingParams
+from .text_codec import TextCodec
 
 Prompt = TypeVar("Prompt", str, list[str], Tensor)
-
-
-class TextCodec(Protocol):
-    """Text to ids and back."""
-
-    @property
-    def tokenizer(self) -> Any:
-        """The tokenizer of transformers."""
-        ...
-
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a prompt."""
-        ...
-
-    def decode(self, ids: list[int]) -> str:
-        """Return the text of ids."""
-        ...
 
 
 class LanguageModel:
@@ -64,6 +50,8 @@ class LanguageModel:
         """Ids that end a text."""
         self.correction: Correction | None = None
         """How answers of a lossy model are corrected; None = they are the model's own."""
+        self.speculation: Speculation | None = None
+        """Guesses of next tokens that answers check, several a step; None = one token a step."""
         self._codec = codec
         self.adapters = AdapterTable() if adapters is None else adapters
         """The adapters that calls may name; ``load`` and ``unload`` change them."""
@@ -177,6 +165,8 @@ class LanguageModel:
         self, rows: Sequence[Tensor], limits: GenerationLimits, adapter: Adapter | None = None
     ) -> Iterator[list[int]]:
         """Yield the next token of every row of ids, as long as one of them has not ended."""
+        if self.speculation is not None:
+            return drafted_rows(self.decoder, rows, limits, self.speculation, adapter)
         if self.correction is None:
             return continue_rows(self.decoder, rows, limits, adapter)
         check_corrected(len(rows), None if adapter is None else adapter.name)

@@ -44,6 +44,10 @@ class BlockPool:
         """Blocks that :meth:`take` can give."""
         return self.num_free + self.num_cached
 
+    def num_users(self, block: int) -> int:
+        """Return how many sequences have a block."""
+        return self._num_users[block]
+
     def take(self, count: int) -> list[int]:
         """Return blocks with one user each; there must be ``count`` available."""
         assert count <= self.num_available, f"{count} blocks asked for, {self.num_available} there"

@@ -18,7 +18,7 @@ from ..experts.store import ExpertStore
 from .blocks import BlockPool
 from .choosing import choose_tokens, score_prompt
 from .drafts.events import joined
-from .drafts.speculation import Speculation, open_speculation
+from .drafts.opening import open_counted
 from .jobs import Job
 from .kv_memory import KVMemory, blocks_within, kv_bytes_of, most_blocks, specs_of
 from .metrics import EngineMetrics
@@ -75,8 +75,7 @@ class Engine:
         self._scheduler = Scheduler(self._pool, BLOCK, max_num_seqs, prefill_chunk)
         self._sequences: dict[str, Sequence] = {}
         self.metrics = EngineMetrics(model.config, store)
-        drafts = (speculative, speculative_rows, model.decoder, self.metrics.registry)
-        self._speculation = open_speculation(*drafts)
+        self._speculation = open_counted(speculative, speculative_rows, model, self.metrics)
         self._count_requests()
 
     @property
@@ -170,15 +169,16 @@ class Engine:
         for job in (*plan.started, *plan.returned):
             self._sequences[job.request_id].begin(self._memory.open(job))
         counts = [(self._sequences[job.request_id], count) for job, count in plan.turns]
-        if self._speculation is not None:
-            self._draft([sequence for sequence, _ in counts], self._speculation)
+        self._draft([sequence for sequence, _ in counts])
         for sequence, _ in counts:
             sequence.cache.add_blocks(sequence.job.blocks[len(sequence.cache.blocks) :])
         return [(sequence, sequence.next_ids(count)) for sequence, count in counts]
 
-    def _draft(self, sequences: list[Sequence], speculation: Speculation) -> None:
+    def _draft(self, sequences: list[Sequence]) -> None:
         """Choose the drafted rows of a step, as far as there are blocks for them."""
-        speculation.begin(sequences)
+        if self._speculation is None:
+            return
+        self._speculation.begin(sequences)
         for sequence in sequences:
             if sequence.drafted:
                 sequence.keep_drafts(self._scheduler.extend(sequence.job, len(sequence.drafted)))

@@ -33,6 +33,8 @@ class Job:
     """Units of blocks, from the first one, that others may find."""
     num_reused: int | None = None
     """Tokens of the prompt that were taken over when the request first got blocks; None before."""
+    num_known_when_lost: int = 0
+    """Its tokens when it last lost its blocks."""
     last_turn: int = -1
     """The last step in which it read a part of its prompt."""
     _hashes: list[bytes] = field(default_factory=list)
@@ -56,6 +58,11 @@ class Job:
     def has_begun(self) -> bool:
         """True once a token has been generated."""
         return len(self.ids) > self.num_prompt
+
+    @property
+    def has_just_returned(self) -> bool:
+        """True from the loss of its blocks until it has generated a further token."""
+        return len(self.ids) <= self.num_known_when_lost
 
     @property
     def goes_by_rows(self) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from math import lcm
 
 from .blocks import BlockPool
+from .giving_way import who_gives_way
 from .jobs import Job
 from .prompt_shares import share_rows
 
@@ -146,21 +147,22 @@ class Scheduler:
             if not job.goes_by_rows or len(job.blocks) >= self._count(job.num_read + 1):
                 continue
             while job in self._running and not self.pool.num_available:
-                last = self._running.pop()
-                self._give_back(last)
-                insort(self._waiting, last, key=_rank)
-                plan.preempted.append(last)
+                self._preempt(self._running[-1], plan)
             if job in self._running:
                 job.blocks += self.pool.take(1)
 
     def _start(self, plan: Plan) -> None:
-        """Give blocks to the requests that wait, in their order, up to the first without room."""
+        """Give blocks to the requests that wait, in their order, up to the first without room.
+
+        Requests of worse priority give way to it, if that is enough.
+        """
         for job in list(self._waiting):
-            if len(self._running) == self._max_running:
+            is_full = len(self._running) == self._max_running
+            if is_full and self._running[-1].priority <= job.priority:
                 return
             if self._is_read_by_another(job):
                 continue
-            if not self._has_room(job):
+            if not self._has_room(job, plan):
                 return
             self._waiting.remove(job)
             insort(self._running, job, key=_rank)
@@ -170,16 +172,22 @@ class Scheduler:
             else:
                 plan.returned.append(job)
 
-    def _has_room(self, job: Job) -> bool:
-        """Give a request blocks for all its tokens, if there are enough.
+    def _has_room(self, job: Job, plan: Plan) -> bool:
+        """Give a request blocks for all its tokens, if there is a place and enough of them.
 
         A block for each request that runs must be left: without it, they would soon take back what
         this one gets.
         """
         known = self._known(job)
         more = self._count(len(job.ids)) - len(known)
-        if more + self.pool.count_cached(known) + len(self._running) > self.pool.num_available:
-            return False
+        needed = more + self.pool.count_cached(known) + len(self._running)
+        if len(self._running) == self._max_running or needed > self.pool.num_available:
+            around = (self._running, self.pool, self._max_running)
+            giving_way = who_gives_way(job, known, more, *around)
+            if giving_way is None:
+                return False
+            for other in giving_way:
+                self._preempt(other, plan)
         self.pool.share(known)
         job.blocks = known + self.pool.take(more)
         job.num_read = len(known) * self._block
@@ -215,6 +223,14 @@ class Scheduler:
 
     def _count(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block)
+
+    def _preempt(self, job: Job, plan: Plan) -> None:
+        """Take a running request's blocks; it waits for its turn again."""
+        self._running.remove(job)
+        self._give_back(job)
+        job.num_known_when_lost = len(job.ids)
+        insort(self._waiting, job, key=_rank)
+        plan.preempted.append(job)
 
     def _give_back(self, job: Job) -> None:
         self.pool.give_back(job.blocks)

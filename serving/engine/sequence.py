@@ -9,10 +9,10 @@ import torch
 
 from ...errors import RequestError
 from ...moe.adapters.adapter import Adapter
+from ...moe.drafts.text import TextDrafts
 from ...moe.kv_blocks import BlockCache
 from ...moe.models.sampling import SamplingParams
 from ...moe.models.text_stream import CONTEXT_IDS, Decode, TextStream
-from .drafts.text import TextDrafts
 from .jobs import Job
 from .logprobs import TokenLogprob
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from ...errors import ExpertReadError, RequestError
 from ...kernels.values.memory import is_out_of_memory
 from ...moe.models.decoder import Decoder
+from ...moe.models.draft_rows import TextRows, run_rows
 from ...moe.routers.routing import Routing
-from .drafts.rows import TextRows, run_rows
 from .sequence import Sequence
 
 RETRY_AFTER_S = 5

@@ -6,6 +6,7 @@ import hmac
 import secrets
 import socket
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,12 +15,11 @@ from torch import Tensor
 
 from .channel import Channel, LostPeerError
 from .frames import Head, Kind
+from .lobby import HANDSHAKE_S, Lobby
 from .shared_channel import SharedChannel
 from .tcp_channel import TcpChannel
 
 NONCE_BYTES = PROOF_BYTES = 32
-HANDSHAKE_S = 10.0
-"""Time for each step of a handshake."""
 MOST_FACTS_BYTES = 1 << 16
 
 
@@ -66,18 +66,16 @@ class Listener:
 
     def accept(self, facts: Tensor) -> Channel:
         """Wait for a leader that knows the secret and send it the owner's facts."""
-        while True:
-            connection, _ = self._socket.accept()
-            channel: Channel
-            channel = SharedChannel(connection) if self._is_local else TcpChannel(connection)
-            try:
-                channel.limit(HANDSHAKE_S)
-                self._authenticate(channel)
-                channel.send(Head(Kind.FACTS), [facts])
-                channel.limit(0)
-                return channel
-            except LostPeerError:
-                channel.close()
+        open_channel = SharedChannel if self._is_local else TcpChannel
+        with closing(Lobby(self._socket, open_channel, self._authenticate)) as lobby:
+            while True:
+                channel = lobby.next_leader()
+                try:
+                    channel.send(Head(Kind.FACTS), [facts])
+                    channel.limit(0)
+                    return channel
+                except LostPeerError:
+                    channel.close()
 
     def close(self) -> None:
         """Stop listening, and end a wait for a leader."""

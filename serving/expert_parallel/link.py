@@ -16,10 +16,11 @@ from torch import Tensor
 from ...errors import ConfigError, ExpertReadError
 from ..experts.forwards import Forward
 from .channel import Channel, LostPeerError
-from .connecting import HANDSHAKE_S, Address, connect
+from .connecting import Address, connect
 from .facts import Facts
 from .frames import Head, Kind
 from .hiring import Hiring
+from .lobby import HANDSHAKE_S
 from .owner_metrics import OneOwner
 
 log = logging.getLogger(__name__)

@@ -181,6 +181,9 @@ def test_a_conversation_goes_on_until_the_input_ends(monkeypatch, capsys, tiny_r
     answers = said.out.splitlines()
     assert said.out.endswith("\n") and answers[: len(answers) // 2] * 2 == answers
     assert said.err.count("the answer ends after 3 tokens") == 2
+    lines = iter(["hello", "/new", "", "hello"])
+    assert main(["chat", str(tiny_run), *options, "--speculative", "ngram"]) == 0
+    assert capsys.readouterr().out == said.out
 
 
 def test_chats_that_cannot_go_on_say_why(monkeypatch, capsys, tiny_run):

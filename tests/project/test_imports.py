@@ -34,7 +34,7 @@ ROOMS = {
         ["adapted_waves", "experts", "frozen_experts", "routed_low_rank"],
     ],
     "moe": [
-        ["arrays", "blocks", "kept_ids", "pixels", "without_memory"],
+        ["arrays", "blocks", "drafts", "kept_ids", "pixels", "without_memory"],
         ["routers"],
         ["adapters", "items"],
         ["kv_cache", "linear", "norm"],
@@ -81,7 +81,7 @@ ROOMS = {
         ["experts", "packages", "relay"],
         ["proxy"],
         ["engine", "load_checks", "memory", "replica_files", "resident"],
-        ["expert_parallel", "live", "planning"],
+        ["expert_parallel", "live", "planning", "speculating"],
         ["filling"],
         ["api", "expert_parallel_args", "follow_args", "frozen_experts", "lora_args", "openers"],
         ["loading"],
@@ -96,7 +96,7 @@ ROOMS = {
         ["launch"],
     ],
     "commands": [
-        ["model_folder", "options"],
+        ["model_folder", "options", "speculation"],
         ["forecast_table", "trace_place", "trace_predict", "trace_replay"],
         [
             *(

@@ -2,9 +2,9 @@
 
 import random
 
-from moeyard.serving.engine.drafts import speculation
-from moeyard.serving.engine.drafts.drafter import Draft
-from moeyard.serving.engine.drafts.table import DRAFTERS
+from moeyard.moe.drafts import speculation
+from moeyard.moe.drafts.drafter import Draft
+from moeyard.moe.drafts.table import DRAFTERS
 
 KINDS = ("right", "wrong", "mixed")
 

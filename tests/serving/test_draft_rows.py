@@ -8,8 +8,8 @@ from test_decode_families import FAMILIES, decoder
 
 from moeyard.kernels.cpu import library
 from moeyard.moe.config.attention import LatentConfig
-from moeyard.serving.engine.drafts import speculation
-from moeyard.serving.engine.drafts.rows import TextRows, run_rows
+from moeyard.moe.drafts import speculation
+from moeyard.moe.models.draft_rows import TextRows, run_rows
 from moeyard.serving.serve_args import ServeArgs
 from moeyard.serving.server import Server
 

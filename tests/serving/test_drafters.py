@@ -5,11 +5,11 @@ import random
 
 import pytest
 
-from moeyard.serving.engine.drafts.costs import StepCosts, share_rows
-from moeyard.serving.engine.drafts.drafter import Draft
-from moeyard.serving.engine.drafts.ngrams import LENGTHS, Ngrams
-from moeyard.serving.engine.drafts.suffixes import SHORTEST, Suffixes
-from moeyard.serving.engine.drafts.text import TextDrafts
+from moeyard.moe.drafts.costs import StepCosts, share_rows
+from moeyard.moe.drafts.drafter import Draft
+from moeyard.moe.drafts.ngrams import LENGTHS, Ngrams
+from moeyard.moe.drafts.suffixes import SHORTEST, Suffixes
+from moeyard.moe.drafts.text import TextDrafts
 
 
 def texts():

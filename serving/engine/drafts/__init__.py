@@ -1,1 +1,1 @@
-"""Guesses of a text's next tokens, which a step checks: answers come sooner and do not change."""
+"""What an engine adds to guesses of next tokens: checks of options, counters, joined events."""

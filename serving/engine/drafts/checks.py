@@ -2,12 +2,8 @@
 
 from pathlib import Path
 
-import torch
-
 from ....errors import ConfigError
-from ....kernels.attention import can_attend_rows
-from ....moe.models.decoder import Decoder
-from .table import NONE, drafter_named
+from ....moe.drafts.table import NONE, drafter_named
 
 
 def check_speculative(
@@ -26,16 +22,4 @@ def check_speculative(
             f"speculative is {name!r} and expert-fallback {str(fallback)!r}, but drafted tokens "
             "change which experts are in memory, and so which are computed from copies; leave one "
             "out."
-        )
-
-
-def check_rows_alone(decoder: Decoder) -> None:
-    """Raise :class:`ConfigError` where a row's bits depend on how many rows run with it."""
-    weight = decoder.norm.weight
-    with torch.inference_mode():
-        is_alone = weight.dtype == torch.bfloat16 or can_attend_rows((weight, weight))
-    if not is_alone:
-        raise ConfigError(
-            "speculative needs the C++ kernels in fp32, because the digits of torch's products "
-            "depend on the other rows; use bf16, or leave speculative out."
         )

@@ -5,14 +5,9 @@ from collections.abc import Sequence as Items
 from time import perf_counter
 from typing import Protocol
 
-from prometheus_client import CollectorRegistry
-
-from ....moe.models.decoder import Decoder
-from .checks import check_rows_alone
 from .costs import StepCosts, share_rows
 from .drafter import Drafter
-from .metrics import DraftMetrics
-from .table import drafter_named
+from .tally import DraftTally
 from .text import TextDrafts
 
 TRY_EVERY = 64
@@ -20,7 +15,7 @@ TRY_EVERY = 64
 
 
 class Text(Protocol):
-    """What is asked of a sequence of the engine."""
+    """What is asked of a text that goes on."""
 
     drafts: TextDrafts | None
 
@@ -40,7 +35,7 @@ class Text(Protocol):
 
 
 class Speculation:
-    """Gives the texts of a step their drafted rows; used by an engine, in its thread.
+    """Gives the texts of a step their drafted rows; used by one thread.
 
     Rows go to the guesses that are likeliest to be right, and only as long as they raise the tokens
     per second by what was measured. All numbers of a row stay those of a step without drafts, so
@@ -51,13 +46,13 @@ class Speculation:
         self,
         make_drafter: Callable[[], Drafter],
         most_rows: int,
-        registry: CollectorRegistry,
+        tally: DraftTally,
         clock: Callable[[], float] = perf_counter,
     ) -> None:
         self._make_drafter = make_drafter
         self._most_rows = most_rows
         self._clock = clock
-        self._metrics = DraftMetrics(registry)
+        self._tally = tally
         self._costs = StepCosts()
         self._num_steps = 0
         self._started = 0.0
@@ -91,11 +86,9 @@ class Speculation:
         """Count the drafted rows of one text, and how many of them were right."""
         if num_drafted == 0:
             return
-        self._metrics.drafted.inc(num_drafted)
-        self._metrics.accepted.inc(num_accepted)
-        self._metrics.cost_s.inc(num_drafted * self._costs.per_row)
         seconds = self._costs.seconds(self._num_texts) / self._num_texts
-        self._metrics.saved_s.inc(num_accepted * seconds)
+        cost_s, saved_s = num_drafted * self._costs.per_row, num_accepted * seconds
+        self._tally.add(num_drafted, num_accepted, cost_s, saved_s)
 
     def end(self, num_rows: int) -> None:
         """Learn what the step cost, when its tokens are drawn; ``num_rows`` were computed.
@@ -104,17 +97,3 @@ class Speculation:
         """
         if self._is_plain and num_rows == self._num_texts + self._num_drafted:
             self._costs.add(num_rows, self._clock() - self._started)
-
-
-def open_speculation(
-    name: str, num_rows: int, decoder: Decoder, registry: CollectorRegistry
-) -> Speculation | None:
-    """Return the speculation of a drafter with at most ``num_rows`` drafted rows; None for none.
-
-    Raises :class:`ConfigError` for unknown names, and where rows depend on each other.
-    """
-    make_drafter = drafter_named(name)
-    if make_drafter is None:
-        return None
-    check_rows_alone(decoder)
-    return Speculation(make_drafter, num_rows, registry)

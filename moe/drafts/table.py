@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from ....errors import ConfigError
+from ...errors import ConfigError
 from .drafter import Drafter
 from .ngrams import Ngrams
 from .suffixes import Suffixes
