@@ -143,7 +143,7 @@ class ReadAhead:
         if not self._pending:
             return
         self._reading = {k: read for k, read in self._reading.items() if not read.is_done}
-        backlog = sum(len(read.parts) / read.num_parts for read in self._reading.values())
+        backlog = sum(read.left for read in self._reading.values())
         elapsed_s = self._clock() - self._moment.at
         elapsed_s -= self._statistics.stall_s - self._moment.stall_s
         left_s: dict[int, float] = {}
