@@ -1,6 +1,7 @@
 """The C++ queue of reads behind the interface of ``reads.py``."""
 
 import ctypes
+import os
 import threading
 import weakref
 from array import array
@@ -46,7 +47,7 @@ class NativeQueue:
             values.buffer_info()[0] for values in (self._tickets, self._outcomes, self._seconds)
         )
         # Its threads call Python, so they must end before Python does.
-        self._end = weakref.finalize(self, _free, library, self._queue, self._step)
+        self._end = weakref.finalize(self, _free, library, self._queue, self._step, os.getpid())
 
     def submit(self, read: Read) -> None:
         """Start a read as soon as a thread is free."""
@@ -96,9 +97,9 @@ class NativeQueue:
         while self._num_finished.value > self._num_collected:
             with self._looking:
                 count = self._library.collect(self._queue, *self._slots, MOST_AT_ONCE)
-                self._num_collected += count
                 for n in range(count):
                     self._end_read(self._reads.pop(self._tickets[n]), n)
+                self._num_collected += count  # last: until then other threads wait here
 
     def wait_for_any(self, reads: Collection[Read]) -> list[Read]:
         """Return those of ``reads`` that are done, once there is one.
@@ -170,6 +171,7 @@ def _steps(reads: dict[int, Read]) -> Callable[[int], int]:
     return step
 
 
-def _free(library: Library, queue: int, step: object) -> None:
-    """Stop the threads and free the queue; ``step`` lives until then."""
-    library.free(queue)
+def _free(library: Library, queue: int, step: object, process: int) -> None:
+    """Stop the threads and free the queue; ``step``, and what reads use, lives until then."""
+    if os.getpid() == process:  # a forked child has none of the threads
+        library.free(queue)
