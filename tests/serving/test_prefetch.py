@@ -229,7 +229,7 @@ def test_closing_the_store_leaves_nobody_waiting(folder, monkeypatch):
 
 def test_a_failed_prefetch_is_read_again_when_it_is_needed(folder, monkeypatch):
     monkeypatch.setattr(disk, "RETRY_PAUSE_S", 0)
-    real, failures = os.preadv, [3]
+    real, failures = os.preadv, [0]
 
     def broken(*arguments):
         if failures[0]:
@@ -238,6 +238,7 @@ def test_a_failed_prefetch_is_read_again_when_it_is_needed(folder, monkeypatch):
         return real(*arguments)
 
     store = small_store(folder, 4)
+    failures[0] = 3 if isinstance(store._reads, ReadQueue) else 4  # C++ tries once, then Python
     monkeypatch.setattr(os, "preadv", broken)
     store.prefetch(0, [2])
     settle(store)
