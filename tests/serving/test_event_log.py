@@ -67,7 +67,6 @@ def test_following_the_log_counts_what_the_store_counted(
     assert counted["issued"] > 20 and counted["evictions"] > 20
 
 
-@pytest.mark.usefixtures("reading_path")
 @pytest.mark.parametrize("predictor", ["previous_layers", "next_gates"])
 def test_hints_of_predictors_are_followed_too(model_folder, tmp_path, predictor):
     def work(model):

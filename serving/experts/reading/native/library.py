@@ -19,7 +19,7 @@ FLAGS = ("-std=c++20", "-O2", "-fPIC", "-pthread", "-fvisibility=hidden", "-w", 
 Int, Pointer, Double = ctypes.c_int64, ctypes.c_void_p, ctypes.c_double
 CallerStep = ctypes.CFUNCTYPE(ctypes.c_int, Int)
 """Does the next part of a read that is the caller's, by its ticket; see ``Step`` in queue.h."""
-PROTOTYPES = {
+PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "open": (Pointer, Int, CallerStep),
     "close": (None, Pointer),
     "free": (None, Pointer),

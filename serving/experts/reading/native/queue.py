@@ -43,8 +43,10 @@ class NativeQueue:
         self._looking = threading.Lock()
         self._tickets, self._outcomes = (array("q", bytes(8 * MOST_AT_ONCE)) for _ in range(2))
         self._seconds = array("d", bytes(8 * MOST_AT_ONCE))
-        self._slots = tuple(
-            values.buffer_info()[0] for values in (self._tickets, self._outcomes, self._seconds)
+        self._places = (
+            self._tickets.buffer_info()[0],
+            self._outcomes.buffer_info()[0],
+            self._seconds.buffer_info()[0],
         )
         # Its threads call Python, so they must end before Python does.
         self._end = weakref.finalize(self, _free, library, self._queue, self._step, os.getpid())
@@ -54,11 +56,9 @@ class NativeQueue:
         ticket = read.ticket = self._next_ticket
         self._next_ticket += 1
         self._reads[ticket] = read
-        plan = read.straight
-        if plan is None:
-            steps = (None, None, read.num_parts)
-        else:
-            steps = (plan.plan, plan.addresses, plan.num_chunks)
+        steps: tuple[int | None, int | None, int] = (None, None, read.num_parts)
+        if read.straight is not None:
+            steps = (read.straight.plan, read.straight.addresses, read.straight.num_chunks)
         self._library.submit(self._queue, ticket, *steps, read.is_urgent)
 
     def make_urgent(self, read: Read) -> bool:
@@ -96,7 +96,7 @@ class NativeQueue:
         """Mark the reads that are done; any thread may call it."""
         while self._num_finished.value > self._num_collected:
             with self._looking:
-                count = self._library.collect(self._queue, *self._slots, MOST_AT_ONCE)
+                count = self._library.collect(self._queue, *self._places, MOST_AT_ONCE)
                 for n in range(count):
                     self._end_read(self._reads.pop(self._tickets[n]), n)
                 self._num_collected += count  # last: until then other threads wait here
