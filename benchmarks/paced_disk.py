@@ -4,57 +4,70 @@ The read limit of a control group counts bytes over a slice of time. A process t
 while may then read faster, until the slice is used up. So reading on demand gets the whole rate on
 average, and reading ahead can gain nothing there. A real disk that was idle is not faster later.
 
-Several processes share one disk through a small file.
+Several processes share one disk through a small file. Reads of Python and of C++ take turns on the
+same disk (paced_disk.cpp).
 """
 
-import fcntl
+import ctypes
 import os
-import struct
-import threading
+import shutil
+import subprocess
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+from moeyard.cpp_libraries import COMPILERS
+from moeyard.serving.experts.reading.native.library import load
+
+SOURCE = Path(__file__).with_suffix(".cpp")
 
 
 class PacedDisk:
     """Makes ``os.preadv`` no faster than ``bytes_per_s`` over all threads, read after read.
 
-    With ``shared``, over the threads of all processes that name the same file.
+    So it does with the reads of C++. With ``shared``, over the threads of all processes that name
+    the same file.
     """
 
     def __init__(self, bytes_per_s: float | None = None, shared: Path | None = None) -> None:
-        self.bytes_per_s = bytes_per_s
-        """May change; None = as fast as the disk is."""
+        self._library = _build()
+        if shared is not None and self._library.paced_share(str(shared).encode()):
+            raise OSError(f"{shared} cannot be shared")
         self._read = os.preadv
-        self._lock = threading.Lock()
-        self._free_at = 0.0
-        self._shared = None if shared is None else os.open(shared, os.O_RDWR | os.O_CREAT)
+        self.bytes_per_s = bytes_per_s
         os.preadv = self._paced  # type: ignore[assignment]
+        native = load()
+        if native is not None:
+            native.read_with(ctypes.cast(self._library.paced_preadv, ctypes.c_void_p))
+
+    @property
+    def bytes_per_s(self) -> float | None:
+        """May change; None = as fast as the disk is."""
+        return self._bytes_per_s
+
+    @bytes_per_s.setter
+    def bytes_per_s(self, value: float | None) -> None:
+        self._bytes_per_s = value
+        self._library.paced_rate(value or 0.0)
 
     def _paced(self, descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
-        rate = self.bytes_per_s
-        if rate is None:
-            return self._read(descriptor, buffers, offset)
-        num_bytes = sum(len(buffer) for buffer in buffers)
-        with self._lock:
-            ends_at = self._take(num_bytes / rate)
+        ends_at = self._library.paced_take(float(sum(len(buffer) for buffer in buffers)))
         count = self._read(descriptor, buffers, offset)
         wait_s = ends_at - time.perf_counter()
         if wait_s > 0:
             time.sleep(wait_s)
         return count
 
-    def _take(self, seconds: float) -> float:
-        """Take the disk's next seconds; return when they end. The clock is that of the machine."""
-        if self._shared is None:
-            self._free_at = max(time.perf_counter(), self._free_at) + seconds
-            return self._free_at
-        fcntl.flock(self._shared, fcntl.LOCK_EX)
-        try:
-            known = os.pread(self._shared, 8, 0)
-            free_at = struct.unpack("d", known)[0] if len(known) == 8 else 0.0
-            ends_at = float(max(time.perf_counter(), free_at) + seconds)
-            os.pwrite(self._shared, struct.pack("d", ends_at), 0)
-            return ends_at
-        finally:
-            fcntl.flock(self._shared, fcntl.LOCK_UN)
+
+def _build() -> ctypes.CDLL:
+    """Compile and load the C++ part."""
+    compiler = next(filter(None, map(shutil.which, COMPILERS)))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "paced_disk.so"
+        flags = ["-std=c++20", "-O2", "-fPIC", "-pthread", "-shared"]
+        subprocess.run([compiler, *flags, str(SOURCE), "-o", str(path)], check=True)
+        library = ctypes.CDLL(str(path))
+    library.paced_rate.argtypes = library.paced_take.argtypes = [ctypes.c_double]
+    library.paced_rate.restype, library.paced_take.restype = None, ctypes.c_double
+    return library

@@ -9,8 +9,10 @@ import yaml
 
 from moeyard.kernels.cpu import library
 from moeyard.kernels.cpu.build import VARIANTS
+from moeyard.serving.experts.reading.native import library as native_reads
 
 library.load()  # built once, and before tests look at what programs print
+native_reads.load()
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), *(str(HERE / folder) for folder in ("moe", "serving", "training"))]
@@ -87,6 +89,41 @@ def instruction_set(request):
     functions.moeyard_choose(None)
     if chosen != request.param:
         pytest.skip(f"this processor has no {request.param}")
+
+
+@pytest.fixture(params=["python", "native"])
+def reading_path(request, monkeypatch):
+    """Run a test with experts that Python reads, and with experts that C++ reads."""
+    import reading_paths
+
+    if request.param == "native" and native_reads.load() is None:
+        pytest.skip("no C++ compiler")
+    yield from reading_paths.use(request.param, monkeypatch)
+
+
+@pytest.fixture
+def reads_by_preadv(monkeypatch):
+    """Let all reads go through ``os.preadv``, which a test may replace."""
+    import reading_paths
+
+    path = "python" if native_reads.load() is None else "native"
+    yield from reading_paths.use(path, monkeypatch)
+
+
+@pytest.fixture
+def reads_by_parts(monkeypatch):
+    """Let all experts be read by ``ModelFolder.expert_reads``, which a test may replace."""
+    from moeyard.serving.experts.tiers.disk import DiskTier
+
+    monkeypatch.setattr(DiskTier, "straight", lambda *_: None)
+
+
+@pytest.fixture
+def make_queue(reading_path):
+    """Return what makes a queue of reads on each path."""
+    from moeyard.serving.experts.opening import queue_of
+
+    return queue_of(native_reads.load())
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch.autograd import forward_ad
 
-from .build import VARIANTS, BuildError, built_library
+from ...cpp_libraries import BuildError
+from .build import VARIANTS, built_library
 from .structures import misfit
 
 VARIABLE = "MOEYARD_CPU_KERNELS"

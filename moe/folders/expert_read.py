@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -16,6 +17,18 @@ GetBuffer = Callable[[Tensor], Buffer]
 """Finds the memory of a tensor."""
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class StraightRead:
+    """An expert whose bytes go into their places as they are, for who reads files otherwise."""
+
+    order: DiskOrder
+    tensors: tuple[Tensor, ...]
+    """Where each place of ``order`` goes."""
+    is_direct: bool
+    digest: int
+    """What the hash of all bytes must be, in the order of the disk."""
 
 
 class ExpertRead:
@@ -51,6 +64,23 @@ class ExpertRead:
         """
         last = len(self._order.chunks) - 1
         return [*(partial(self._read, number) for number in range(last)), self._finish]
+
+    def straight(self) -> StraightRead | None:
+        """Return what it takes to read the expert elsewhere.
+
+        None if something must be converted or done after reading, or if the hash is not known.
+        """
+        digest = None if self._hashes is None else self._hashes.get(self._key)
+        tensors = []
+        for piece in self._pieces:
+            if not isinstance(piece.put, Tensor) or piece.after is not None:
+                return None
+            if not piece.places[0].entry.is_stored_as(piece.put):
+                return None
+            tensors.append(piece.put)
+        if digest is None:
+            return None
+        return StraightRead(self._order, tuple(tensors), self._direct, digest)
 
     def check(self) -> None:
         """Read and check, and put nothing anywhere."""

@@ -48,6 +48,16 @@ class FileReader:
         self._direct: int | None = None
         self._bounce = threading.local()
 
+    @property
+    def descriptor(self) -> int:
+        """The open file."""
+        return self._descriptor
+
+    @property
+    def direct(self) -> int | None:
+        """What :meth:`open_direct` opened."""
+        return self._direct
+
     def open_direct(self) -> bool:
         """Prepare reads around the page cache; False where the file system offers none."""
         if self._direct is None and hasattr(os, "O_DIRECT"):

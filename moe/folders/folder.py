@@ -178,7 +178,7 @@ class ModelFolder:
         other bytes. Without all parts in ``views`` there is no such check. ``buffer_of_slot``
         returns the memory of a part of ``views``.
         """
-        return self._expert_read(layer, expert, views, buffer_of_slot).steps()
+        return self.expert_read(layer, expert, views, buffer_of_slot).steps()
 
     def read_expert(self, layer: int, expert: int, views: ExpertViews) -> None:
         """Fill an expert's ``views``."""
@@ -190,7 +190,7 @@ class ModelFolder:
         """Raise :class:`ModelFileError` for an expert whose bytes are not those of its hash."""
         if self.hashes is not None:
             with self._reading(layer, expert):
-                self._expert_read(layer, expert, self._no_views()).check()
+                self.expert_read(layer, expert, self._no_views()).check()
 
     def expert_chunks(self, layer: int, expert: int) -> list[Chunk]:
         """Return where an expert's bytes are."""
@@ -204,9 +204,10 @@ class ModelFolder:
         shapes, dtype = part_shapes(moe, self.config.d_model), self.dtype
         return {part: torch.empty(s, dtype=dtype, device="meta") for part, s in shapes.items()}
 
-    def _expert_read(
+    def expert_read(
         self, layer: int, expert: int, views: ExpertViews, buffer_of_slot: GetBuffer = buffer_of
     ) -> ExpertRead:
+        """Return what fills an expert's ``views``."""
         pieces = self.family.experts.pieces(self.files, layer, expert, views)
         if len(views) == self._num_parts:
             hashes, order = self.hashes, self._disk_order((layer, expert), pieces)

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Collection, Container, Iterable, Sequence
+from functools import partial
 
 from ...kernels.values.quantized_weights import SlotWeights
 from ...moe.folders.expert_layouts import ExpertViews
@@ -137,8 +138,12 @@ class SlotFiller:
         views = self._views.get((pool, slot))
         if views is None:
             views = self._views[pool, slot] = self._memory[pool].slot_views(slot)
-        parts = deque(self._tier.reads(key, views))
-        read = Read(key, slot, is_urgent, parts, is_prefetch=not is_urgent)
+        read = Read(key, slot, is_urgent, deque(), is_prefetch=not is_urgent)
+        read.straight = self._tier.straight(key, views)
+        if read.straight is None:
+            read.take(self._tier.reads(key, views))
+        else:
+            read.begin = partial(self._tier.reads, key, views)
         self._slots.fill(read)
         self._policy.add(key)  # now and not when it arrives: the order does not depend on the disk
         self._reads.submit(read)
@@ -146,6 +151,7 @@ class SlotFiller:
 
     def book_finished(self, wanted: Container[Key]) -> None:
         """Book the reads that are done, except those the caller waits for."""
+        self._reads.look()
         for read in [read for read in self._slots.finished() if read.key not in wanted]:
             self.book(read)
 

@@ -19,7 +19,11 @@ from .policies.table import open_policy
 from .pools import Pools, pool_sizes
 from .read_queue import ReadQueue
 from .reading.choose import plan_reads
+from .reading.native.library import Library, load
+from .reading.native.plans import Plans
+from .reading.native.queue import NativeQueue
 from .reading.sidecar import LearnedHashes
+from .reads import Reads
 from .sparsity import Sparsity, read_sparsity
 from .store import ExpertStore
 from .tiers.disk import DiskTier
@@ -54,7 +58,8 @@ def open_store(
     dense = sum(tensor.numel() for _, tensor in dense_tensors(config)) * dtype.itemsize
     plan = plan_reads(folder, options.reader, max(0, free_bytes - pools.num_bytes - dense))
     save = _learn_hashes(folder)
-    disk: Tier = DiskTier(folder)
+    library = None if options.host_memory is not None else load()
+    disk: Tier = DiskTier(folder, None if library is None else Plans(library, folder))
     if options.live is not None:
         disk = options.live.over(disk)
     tiers = open_tiers(disk, folder, dtype, pools, options.host_memory)
@@ -63,7 +68,7 @@ def open_store(
         pools,
         memory=_empty_pools(folder, num_slots, dtype, by_channel),
         tier=tiers.first,
-        reads=ReadQueue(num_threads or plan.threads, at_end=partial(_end, save, tiers)),
+        reads=queue_of(library)(num_threads or plan.threads, partial(_end, save, tiers)),
         policy=policy,
         read_plan=plan,
         rates=tiers.rates,
@@ -75,6 +80,11 @@ def open_store(
     if save is not None:
         weakref.finalize(store, save)  # when the program ends without closing the store
     return store
+
+
+def queue_of(library: Library | None) -> Callable[..., Reads]:
+    """Return what makes a queue from a number of threads: of C++ where there is a library."""
+    return ReadQueue if library is None else partial(NativeQueue, library)
 
 
 def _empty_pools(

@@ -89,7 +89,9 @@ class ReadAhead:
         """The chances of hints that are neither in memory nor on their way."""
         self._reading: dict[Key, Read] = {}
         """Reads of hints that were not needed yet."""
-        self._is_on = self._sees = False
+        self._num_reading = 0
+        """Of them, after reads were begun the last time."""
+        self._is_on = self._sees = self._may_begin = False
         self._began = 0.0
         self._num_forwards = 0
         self._size = 0
@@ -139,11 +141,17 @@ class ReadAhead:
             self._take(self._predictor.after_choice(layer, choice.x_ND), self._place_of[layer])
 
     def read(self) -> None:
-        """Begin the reads that are worth it, the likeliest first."""
+        """Begin the reads that are worth it, the likeliest first.
+
+        Time makes no hint worth more. So they are looked at again only when others came, when a
+        read has ended, or while they want for slots.
+        """
         if not self._pending:
             return
         self._reading = {k: read for k, read in self._reading.items() if not read.is_done}
-        backlog = sum(len(read.parts) / read.num_parts for read in self._reading.values())
+        if not self._may_begin and len(self._reading) == self._num_reading:
+            return
+        backlog = sum(read.left for read in self._reading.values())
         elapsed_s = self._clock() - self._moment.at
         elapsed_s -= self._statistics.stall_s - self._moment.stall_s
         left_s: dict[int, float] = {}
@@ -169,6 +177,7 @@ class ReadAhead:
             self._reading[key] = self._filler.submit(key, slot, is_urgent=False)
             self._filler.likely.add(key)
             backlog += 1
+        self._may_begin, self._num_reading = bool(full), len(self._reading)
 
     def end_layer(self, layer: int) -> None:
         """``layer`` has all it needs; after the last one, the forward's time is known."""
@@ -191,6 +200,7 @@ class ReadAhead:
         ``place`` is the number of the layer that has just chosen, -1 before the first one.
         """
         regret = self._regret.chance
+        self._may_begin = True
         for layer, own in groupby(hints, key=_layer_of):
             distance = self._place_of[layer] - place
             if place < 0 or distance <= 0:

@@ -112,6 +112,9 @@ class ReadQueue:
         with self._changed:
             read.is_dropped = True
 
+    def look(self) -> None:
+        """Do nothing: the threads mark reads."""
+
     def progress(self) -> tuple[float, float]:
         """Return how many reads were done so far, and in how many seconds of reading."""
         with self._changed:

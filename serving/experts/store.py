@@ -71,6 +71,7 @@ class ExpertStore:
 
     def counts(self) -> StoreCounts:
         """Return what the slots are used for; any thread may ask."""
+        self._reads.look()
         return self._slots.counts(self._expected)
 
     @property

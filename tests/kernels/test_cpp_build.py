@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from moeyard import cpp_libraries
+from moeyard.cpp_libraries import BuildError
 from moeyard.kernels import trust
 from moeyard.kernels.cpu import build, library
-from moeyard.kernels.cpu.build import BuildError, built_library
+from moeyard.kernels.cpu.build import built_library
 from moeyard.kernels.cpu.linear import linear
 
 HAS_KERNELS = library.load().functions is not None
@@ -36,12 +38,12 @@ def fake_compiler(tmp_path, monkeypatch, script: str) -> Path:
     compiler, calls = tmp_path / "fake-c++", tmp_path / "calls"
     compiler.write_text(f"#!/bin/sh\necho called >> {calls}\n{script}\n")
     compiler.chmod(0o755)
-    monkeypatch.setattr(build, "COMPILERS", (str(compiler),))
+    monkeypatch.setattr(cpp_libraries, "COMPILERS", (str(compiler),))
     return calls
 
 
 def test_without_a_compiler_everything_runs_on_torch_and_says_why(cache, monkeypatch, caplog):
-    monkeypatch.setattr(build, "COMPILERS", ("no-such-compiler",))
+    monkeypatch.setattr(cpp_libraries, "COMPILERS", ("no-such-compiler",))
     with caplog.at_level(logging.WARNING):
         assert library.load().functions is None
     assert "no C++ compiler: none of no-such-compiler is installed" in caplog.text
@@ -99,7 +101,7 @@ def test_a_check_that_breaks_leaves_the_kernels_unused(monkeypatch):
 def test_the_pool_runs_every_task_of_every_job_exactly_once(tmp_path):
     """Millions of short jobs of changing size: a worker that is late must not find a task."""
     program = tmp_path / "pool_stress"
-    compiler = next(filter(None, map(shutil.which, build.COMPILERS)))
+    compiler = next(filter(None, map(shutil.which, cpp_libraries.COMPILERS)))
     files = [str(Path(__file__).with_name("pool_stress.cpp")), str(build.SOURCES / "pool.cpp")]
     flags = ["-std=c++20", "-O2", "-pthread", f"-I{build.SOURCES}"]
     subprocess.run([compiler, *flags, *files, "-o", str(program)], check=True)

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 
 FLOORS = [
-    ["dtypes", "errors", "files", "progress", "configuration", "system"],
+    ["configuration", "cpp_libraries", "dtypes", "errors", "files", "progress", "system"],
     ["kernels"],
     ["moe"],
     ["chat_templates", "parallel"],

@@ -171,7 +171,8 @@ def test_the_wheel_holds_the_packages_and_nothing_else(tmp_path):
         expected |= {
             f"moeyard/{p.relative_to(ROOT).as_posix()}" for p in (ROOT / folder).rglob("*.py")
         }
-    sources = (ROOT / "kernels" / "cpu" / "src").iterdir()
+    with_sources = ("kernels/cpu/src", "serving/experts/reading/native/src")
+    sources = (path for folder in with_sources for path in (ROOT / folder).iterdir())
     assert inside == expected | {f"moeyard/{p.relative_to(ROOT).as_posix()}" for p in sources}
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     folders = {Path(name).parent.as_posix().replace("/", ".") for name in expected}

@@ -62,6 +62,7 @@ def test_torchs_and_pythons_allocator_errors_are_known_and_no_others():
     assert not is_out_of_memory(RuntimeError("shape '[2]' is invalid for input of size 3"))
 
 
+@pytest.mark.usefixtures("reads_by_parts")
 @pytest.mark.parametrize(("dtype", "stagger"), [("bfloat16", 0), ("bfloat16", 2), ("float32", 1)])
 def test_an_unreadable_expert_ends_the_requests_that_chose_it_and_no_others(
     model_folder, monkeypatch, dtype, stagger

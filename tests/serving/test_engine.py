@@ -152,6 +152,7 @@ def test_a_request_queued_and_cancelled_is_counted(model_folder):
     assert engine.metrics.cancelled._value.get() == 3
 
 
+@pytest.mark.usefixtures("reading_path")
 def test_a_read_error_ends_the_requests_of_the_step_and_no_others(model_folder, monkeypatch):
     monkeypatch.setattr(disk, "RETRY_PAUSE_S", 0)
     model, store = open_model(model_folder, expert_memory="25%")

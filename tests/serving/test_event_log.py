@@ -46,6 +46,7 @@ def generate(model):
     model(torch.arange(60).reshape(2, 30))
 
 
+@pytest.mark.usefixtures("reading_path")
 @pytest.mark.parametrize(("count", "seed"), [(2, None), (4, None), (7, 1)])
 def test_following_the_log_counts_what_the_store_counted(
     early_folder, tmp_path, monkeypatch, count, seed
@@ -78,6 +79,7 @@ def test_hints_of_predictors_are_followed_too(model_folder, tmp_path, predictor)
     assert counted["issued"] > 0
 
 
+@pytest.mark.usefixtures("reading_path")
 def test_forwards_that_failed_are_in_the_log_only(early_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(disk, "RETRY_PAUSE_S", 0)
 

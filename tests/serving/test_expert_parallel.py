@@ -231,6 +231,7 @@ def test_a_killed_process_is_replaced_and_answers_are_right_again(
     assert hiring.pid(1) not in (first, second)
 
 
+@pytest.mark.usefixtures("reads_by_parts")
 def test_an_expert_that_an_owner_cannot_read_ends_only_the_rows_that_chose_it(
     model_folder, owners, monkeypatch
 ):

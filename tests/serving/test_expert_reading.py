@@ -62,6 +62,7 @@ def quick(monkeypatch) -> None:
     monkeypatch.setattr(probe, "RATE_S", SECONDS)
 
 
+@pytest.mark.usefixtures("reading_path")
 @pytest.mark.parametrize("reader", ["buffered", "direct", "auto"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_reader_gives_the_logits_of_the_model_in_memory(
@@ -74,6 +75,7 @@ def test_every_reader_gives_the_logits_of_the_model_in_memory(
     assert torch.equal(found, expected)
 
 
+@pytest.mark.usefixtures("reading_path")
 def test_a_flipped_bit_ends_the_requests_that_chose_the_expert_and_no_others(
     model_folder, tmp_path
 ):
@@ -100,6 +102,7 @@ def test_a_flipped_bit_ends_the_requests_that_chose_the_expert_and_no_others(
     store.close()
 
 
+@pytest.mark.usefixtures("reading_path")
 def test_an_ordinary_folder_is_compared_with_its_first_read(ordinary):
     store = small_store(ordinary, 2)
     visit(store, 0, 0, 1, 2)
@@ -122,6 +125,7 @@ def test_an_ordinary_folder_is_compared_with_its_first_read(ordinary):
     again.close()
 
 
+@pytest.mark.usefixtures("reading_path")
 def test_processes_that_serve_one_folder_add_to_each_others_hashes(ordinary):
     first, second = small_store(ordinary, 2), small_store(ordinary, 2)
     visit(first, 0, 0, 1)

@@ -21,10 +21,11 @@ from moeyard.serving.experts.predictors.admission import (
 from moeyard.serving.experts.predictors.predictor import Hint, PredictorFacts
 from moeyard.serving.experts.predictors.switch import AlwaysOn
 from moeyard.serving.experts.read_ahead import Choice
-from moeyard.serving.experts.read_queue import ReadQueue
 from moeyard.serving.experts.reads import DroppedError, Read
 
 from small_model import small_store
+
+pytestmark = pytest.mark.usefixtures("reading_path")
 
 FACTS = PredictorFacts((0, 2), 6, 2, "none")
 ONE_ROW = Forward((0,), (Phase.DECODE,), (1,))
@@ -76,6 +77,7 @@ def test_a_right_hint_is_in_memory_when_its_layer_chooses(model_folder):
     assert (counted.hinted, counted.right, counted.needed) == (1, 1, 2)
 
 
+@pytest.mark.usefixtures("reads_by_parts")
 def test_a_wrong_hint_is_dropped_when_the_true_choice_arrives(model_folder, monkeypatch):
     store = hinted_store(model_folder, 6, {0: [Hint((2, 4), 1.0)]})
     reads, begun, hold = ModelFolder.expert_reads, threading.Event(), threading.Event()
@@ -128,8 +130,8 @@ def test_hints_are_forgotten_when_the_next_forward_begins(model_folder):
     assert 1 not in store.statistics.hint_traffic, "what was not decided is not counted"
 
 
-def test_a_read_that_was_dropped_and_is_needed_after_all_goes_on():
-    queue, hold, begun, done = ReadQueue(1), threading.Event(), threading.Event(), []
+def test_a_read_that_was_dropped_and_is_needed_after_all_goes_on(make_queue):
+    queue, hold, begun, done = make_queue(1), threading.Event(), threading.Event(), []
 
     def first():
         begun.set()
@@ -147,8 +149,8 @@ def test_a_read_that_was_dropped_and_is_needed_after_all_goes_on():
     queue.close()
 
 
-def test_a_dropped_read_ends_before_its_next_part_and_says_so():
-    queue, hold, begun = ReadQueue(1), threading.Event(), threading.Event()
+def test_a_dropped_read_ends_before_its_next_part_and_says_so(make_queue):
+    queue, hold, begun = make_queue(1), threading.Event(), threading.Event()
 
     def first():
         begun.set()
@@ -164,8 +166,8 @@ def test_a_dropped_read_ends_before_its_next_part_and_says_so():
     queue.close()
 
 
-def test_early_reads_leave_a_thread_for_urgent_ones():
-    queue, hold = ReadQueue(2), threading.Event()
+def test_early_reads_leave_a_thread_for_urgent_ones(make_queue):
+    queue, hold = make_queue(2), threading.Event()
     early = [Read((0, n), n, False, deque([lambda: hold.wait(10)])) for n in range(3)]
     for read in early:
         queue.submit(read)

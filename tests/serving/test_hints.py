@@ -78,7 +78,7 @@ def open_hinted(folder, count, predictor):
 
 
 @pytest.fixture
-def slow_disk(monkeypatch):
+def slow_disk(monkeypatch, reads_by_preadv):
     real, chance = os.preadv, random.Random(0)
 
     def slow(*arguments):

@@ -53,6 +53,9 @@ class CountedDisk:
     def __init__(self, folder):
         self._disk, self.keys, self.problem = DiskTier(folder), [], None
 
+    def straight(self, key, views):
+        return None
+
     def reads(self, key, views):
         def run(call):
             self.keys.append(key)

@@ -271,6 +271,7 @@ def test_health_tells_of_an_engine_stuck_in_one_step_until_it_goes_on(model_fold
     server.close()
 
 
+@pytest.mark.usefixtures("reads_by_preadv")
 def test_an_unreadable_expert_gives_503_or_an_error_event_and_the_server_goes_on(
     model_folder, monkeypatch
 ):

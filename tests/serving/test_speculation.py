@@ -148,6 +148,7 @@ def test_without_the_cpp_kernels_fp32_is_refused(model_folder, monkeypatch):
         Engine(model, latin, speculative="ngram")
 
 
+@pytest.mark.usefixtures("reads_by_parts")
 def test_an_expert_that_wrong_guesses_chose_cannot_end_a_request(model_folder, monkeypatch):
     """Reads of an expert that the answers never need fail; guesses choose it all the time."""
     monkeypatch.setattr(disk, "RETRY_PAUSE_S", 0)

@@ -15,6 +15,8 @@ from moeyard.serving.loading import open_model
 
 from small_model import NUM_EXPERTS, slots, small_store, visit
 
+pytestmark = pytest.mark.usefixtures("reading_path")
+
 
 @pytest.fixture
 def folder(model_folder):

@@ -24,6 +24,9 @@ class NoWeights:
 class NoTier:
     """Takes the place of a disk: there is nothing to do for a read but to wait."""
 
+    def straight(self, key: Key, views: ExpertViews) -> None:
+        """Return None: C++ has nothing to do either."""
+
     def reads(self, key: Key, views: ExpertViews) -> list[Callable[[], None]]:
         """Return no calls."""
         return []
@@ -73,6 +76,9 @@ class DiskOnPaper:
 
     def drop(self, read: Read) -> None:
         """Let a read that has begun be finished."""
+
+    def look(self) -> None:
+        """Do nothing: reads are marked as time passes."""
 
     def progress(self) -> tuple[float, float]:
         """Return the reads that were done, and their seconds."""

@@ -11,6 +11,8 @@ from ....moe.folders.expert_layouts import ExpertViews
 from ....moe.folders.file_reader import Buffer, buffer_of
 from ....moe.folders.folder import ModelFolder
 from ..policies.policy import Key
+from ..reading.native.plans import Plans
+from ..reads import Straight
 
 READ_ATTEMPTS = 3
 RETRY_PAUSE_S = 0.05
@@ -19,10 +21,16 @@ RETRY_PAUSE_S = 0.05
 class DiskTier:
     """The model folder. A read that fails is tried again before it counts as failed."""
 
-    def __init__(self, folder: ModelFolder) -> None:
+    def __init__(self, folder: ModelFolder, plans: Plans | None = None) -> None:
+        """``plans`` are for a queue of C++."""
         self._folder = folder
+        self._plans = plans
         self._buffers: dict[tuple[int, int], Buffer] = {}
         """Of each part of each slot: making one takes longer than its hash."""
+
+    def straight(self, key: Key, views: ExpertViews) -> Straight | None:
+        """Return how C++ reads an expert; None if it cannot."""
+        return None if self._plans is None else self._plans.find(key, views)
 
     def reads(self, key: Key, views: ExpertViews) -> list[Callable[[], None]]:
         """Return one call per chunk, to be made one after the other."""

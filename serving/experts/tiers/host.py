@@ -62,6 +62,9 @@ class HostTier:
         self._pools = pools
         self._bringer = _Bringer(copies, max(pools.slot_bytes))
 
+    def straight(self, key: Key, views: ExpertViews) -> None:
+        """Return None: who has the expert is known only when its read begins."""
+
     def reads(self, key: Key, views: ExpertViews) -> list[Callable[[], None]]:
         """Return a call that looks into memory, then those of the disk, which may have no work."""
         num_bytes = self._pools.bytes_of(key)

@@ -6,6 +6,7 @@ from functools import partial
 from ....moe.folders.expert_layouts import ExpertViews
 from ....moe.updates.read import OpenUpdate
 from ..policies.policy import Key
+from ..reads import Straight
 from .disk import read_patiently
 from .tier import Tier
 
@@ -31,6 +32,12 @@ class LiveTier:
         self._update_of |= update_of
         for update in before - set(self._update_of.values()):
             update.close()
+
+    def straight(self, key: Key, views: ExpertViews) -> Straight | None:
+        """Return how C++ reads an expert of the folder; None for one that an update has."""
+        if self._below is None or key in self._update_of:
+            return None
+        return self._below.straight(key, views)
 
     def reads(self, key: Key, views: ExpertViews) -> list[Callable[[], None]]:
         """Return one call per chunk, to be made one after the other."""

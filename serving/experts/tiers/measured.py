@@ -7,6 +7,7 @@ from functools import partial
 from ....moe.folders.expert_layouts import ExpertViews
 from ..policies.policy import Key
 from ..pools import Pools
+from ..reads import Straight
 from .rates import Rates
 from .tier import Tier
 
@@ -18,6 +19,13 @@ class MeasuredTier:
         self._disk = disk
         self._rates = rates
         self._pools = pools
+
+    def straight(self, key: Key, views: ExpertViews) -> Straight | None:
+        """Return what the disk does, which books the expert."""
+        found = self._disk.straight(key, views)
+        if found is None:
+            return None
+        return found._replace(took=partial(self._book, self._pools.bytes_of(key)))
 
     def reads(self, key: Key, views: ExpertViews) -> list[Callable[[], None]]:
         """Return the disk's calls; the last one books the expert."""
@@ -33,4 +41,7 @@ class MeasuredTier:
         call()
         times_s.append(time.perf_counter() - started)
         if len(times_s) == num_calls:
-            self._rates.observe("disk", sum(times_s), num_bytes)
+            self._book(num_bytes, sum(times_s))
+
+    def _book(self, num_bytes: int, seconds: float) -> None:
+        self._rates.observe("disk", seconds, num_bytes)

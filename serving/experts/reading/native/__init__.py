@@ -1,0 +1,1 @@
+"""Reads of experts in C++, without Python's lock."""
