@@ -50,7 +50,8 @@ class ChannelFiller:
         self._reads, self._statistics, self._clock = reads, statistics, clock
         self._rates = rates
         group_bytes = self._files.num_bytes(Run(0, 1))
-        self._gap = int(REQUEST_S * bytes_per_s / group_bytes)
+        self.gap = int(REQUEST_S * bytes_per_s / group_bytes)
+        """Groups between two wanted ones that are read along, at most."""
 
     def waves(
         self,
@@ -110,7 +111,7 @@ class ChannelFiller:
             missing_G &= ~self._tier.present_G[layer, expert]
             groups = missing_G.nonzero().flatten().tolist()
             if groups:
-                found[expert] = runs_of(groups, self._gap)
+                found[expert] = runs_of(groups, self.gap)
         return found
 
     def _submit(self, key: Key, runs: Sequence[Run]) -> Read:

@@ -107,12 +107,13 @@ def test_exact_logits_are_those_of_the_resident_model(plain, laid, narrow, dtype
         model, store = open_model(
             folder, dtype, expert_memory=memory(count, dtype), options=exact()
         )
+        store.channels.gap = 0
         for rows, length in ((1, 1), (3, 2), (2, 30)):
             assert torch.equal(model(ids(rows, length)), resident(ids(rows, length)))
         assert model.generate("1 and", 12, 0) == resident.generate("1 and", 12, 0)
         if cpp().functions is not None and folder is not narrow and dtype == "float32":
             misses = sum(layer.misses for layer in store.statistics.layers.values())
-            assert 0 < bytes_of(store) < misses * EXPERT[dtype]
+            assert 0 < bytes_of(store) <= misses * EXPERT[dtype]
         store.close()
 
 
@@ -136,7 +137,7 @@ def test_requests_have_the_bits_they_have_alone_in_any_batch(plain, laid, narrow
 def test_the_counted_bytes_are_the_gates_and_the_channels_that_the_rows_need(laid, reader):
     """One row: a layer reads the gates of two experts, then each channel whose gate is above 0."""
     model, store = open_model(laid, expert_memory="100%", options=exact(reader=reader))
-    store.channels._gap = 0
+    store.channels.gap = 0
     seen = []
     resident = load(laid)
     for _, layer in resident.decoder.moe_layers():
@@ -176,6 +177,7 @@ def test_thresholds_of_gates_leave_channels_on_the_disk(plain, tmp_path):
         expected = load(tmp_path / "plain", expert_sparsity=tmp_path / score)
         options = StoreOptions(sparsity=str(tmp_path / score))
         model, store = open_model(tmp_path / "laid", expert_memory=memory(4), options=options)
+        store.channels.gap = 0
         for rows, length in ((1, 1), (2, 9)):
             assert torch.equal(model(ids(rows, length)), expected(ids(rows, length)))
         misses = sum(layer.misses for layer in store.statistics.layers.values())
