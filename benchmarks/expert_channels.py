@@ -1,12 +1,17 @@
 """Experts laid out by channel: bytes read and speed next to whole experts, on a paced disk.
 
     python benchmarks/expert_channels.py --model MODEL --held-out HELD.txt
+    python benchmarks/expert_channels.py --made 0.85 --held-out HELD.txt
 
-MODEL has relu gates, or ``--sparsity FILE`` is one of ``moeyard sparsity`` for it. It is converted
-with ``--expert-layout channels``. Each arm continues the same prompts from HELD.txt, one token at a
-time, with a share of the experts in memory and from a disk of ``--mb-s`` MB/s (paced_disk.py). The
-arms run in turns; speeds are medians over the prompts. Every answer is compared with that of the
-model in memory, which skips the same channels.
+MODEL has relu gates, or ``--sparsity FILE`` is one of ``moeyard sparsity`` for it. ``--made``
+writes a random model in bf16 with relu gates of which about this share is 0: all embeddings have a
+common part, which gates are turned away from. The model is converted with ``--expert-layout
+channels``.
+
+Each arm continues the same prompts from HELD.txt, one token at a time, with a share of the experts
+in memory and from a disk of ``--mb-s`` MB/s (paced_disk.py). The arms run in turns; speeds are
+medians over the prompts. Every answer is compared with that of the model in memory, which skips the
+same channels.
 """
 
 import argparse
@@ -16,22 +21,62 @@ import time
 from pathlib import Path
 
 import torch
+from offloading_models import RandomWeights
 from paced_disk import PacedDisk
 
 import moeyard
+from moeyard.moe.config.model import ModelConfig
+from moeyard.moe.config.moe import MoEConfig
 from moeyard.moe.folders.channel_layout import channels_in_group
 from moeyard.moe.folders.convert import convert
+from moeyard.moe.folders.families.native import NATIVE
 from moeyard.moe.folders.folder import ModelFolder
+from moeyard.moe.folders.hf_config import to_hf
+from moeyard.moe.folders.write_weights import plan_weights
+from moeyard.moe.folders.writer import write_model_folder
+from moeyard.moe.routers.topk import TopK
 from moeyard.serving.evaluation.held_out_text import score_text
 from moeyard.serving.evaluation.measure_sparsity import observing
 from moeyard.serving.experts.options import StoreOptions
 from moeyard.serving.experts.sparsity import EXACT, open_sparsity
 from moeyard.serving.loading import open_model
+from moeyard.training.data.tokenizer import ByteTokenizer
 
 from report import write_results
 
 PROMPT = 48
 WINDOW = 256
+
+
+class SparseWeights(RandomWeights):
+    """Weights whose gates are 0 for about a share of channels."""
+
+    def __init__(self, config, share):
+        super().__init__(config, torch.bfloat16)
+        # Entries of embeddings have size 1, the common part 1, so a norm leaves 0.7 of it.
+        self.turn = float(torch.distributions.Normal(0, 1).icdf(torch.tensor(share)))
+        self.turn /= 0.5**0.5 * config.d_model
+
+    def dense(self, parameter):
+        weights = super().dense(parameter)
+        return weights + 1 if parameter == "embed_tokens.weight" else weights
+
+    def expert_part(self, layer, expert, part):
+        weights = super().expert_part(layer, expert, part)
+        return weights - self.turn if part == "gate" else weights
+
+
+def write_made(folder, share):
+    """Write a random model with relu gates."""
+    moe = MoEConfig(num_experts=16, d_expert=128, router=TopK(k=4), activation="reglu")
+    sizes = {"d_model": 1024, "num_layers": 4, "num_heads": 8, "max_positions": 1024}
+    config = ModelConfig(vocab_size=257, moe=moe, **sizes)
+    ids = {"eos_token_id": ByteTokenizer.eos_id}
+    values = to_hf(config, "bfloat16", ids, why_ours="It is a benchmark's.")
+    weights = SparseWeights(config, share)
+    plans = plan_weights(config, NATIVE, weights, torch.bfloat16, torch.float32)
+    write_model_folder(folder, values, plans, ByteTokenizer().save, ids)
+    return folder
 
 
 class Zeros:
@@ -41,12 +86,11 @@ class Zeros:
         self.sparsity, self.group = sparsity, group
         self.channels, self.groups, self.rows = 0.0, 0.0, 0
 
-    def see(self, layer, _expert, experts, x_nD, h_nH):
-        del experts
+    def see(self, layer, expert, _experts, x_nD, h_nH):
         gate_nF = h_nH.chunk(2, dim=-1)[0].float()
         limits = self.sparsity.limits(layer, x_nD.shape[1], gate_nF.shape[1])
         act_nF = gate_nF.relu() if limits is None else torch.nn.functional.silu(gate_nF).abs()
-        limit_F = 0 if limits is None else limits.gate_EF[_expert]
+        limit_F = 0 if limits is None else limits.gate_EF[expert]
         dead_nF = act_nF <= limit_F
         self.rows += len(dead_nF)
         self.channels += float(dead_nF.float().mean(1).sum())
@@ -61,8 +105,9 @@ def zeros(folder, sparsity_name, text):
     group = channels_in_group(files.config.d_model, files.dtype)
     counter = Zeros(open_sparsity(files, sparsity_name), group)
     files.close()
-    with observing(moeyard.load(folder), counter):
-        score_text(moeyard.load(folder), text, WINDOW)
+    model = moeyard.load(folder)
+    with observing(model, counter):
+        score_text(model, text, WINDOW)
     return {
         "channels_of_group": group,
         "channels": counter.channels / counter.rows,
@@ -131,7 +176,9 @@ def measure(folders, share, arguments, prompts, expected):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, required=True)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", type=Path)
+    source.add_argument("--made", type=float, metavar="SHARE")
     parser.add_argument("--held-out", type=Path, required=True)
     parser.add_argument("--name", default="expert_channels", help="of the results")
     parser.add_argument("--sparsity", default=EXACT)
@@ -139,6 +186,7 @@ def main():
     parser.add_argument("--shares", type=int, nargs="+", default=(25, 50))
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--characters", type=int, default=20_000, help="for the shares left out")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -148,10 +196,11 @@ def main():
         torch.tensor([list(text[at * step :].encode()[:PROMPT])]) for at in range(arguments.prompts)
     ]
     with tempfile.TemporaryDirectory() as out:
-        folders = {"matrices": arguments.model, "channels": Path(out) / "channels"}
-        convert(arguments.model, folders["channels"], by_channel=True)
-        found = {"left_out": zeros(arguments.model, arguments.sparsity, text[:20_000])}
-        resident = moeyard.load(arguments.model, expert_sparsity=arguments.sparsity)
+        model = arguments.model or write_made(Path(out) / "made", arguments.made)
+        folders = {"matrices": model, "channels": Path(out) / "channels"}
+        convert(model, folders["channels"], by_channel=True)
+        resident = moeyard.load(model, expert_sparsity=arguments.sparsity)
+        found = {"left_out": zeros(model, arguments.sparsity, text[: arguments.characters])}
         expected = [generate(resident, prompt, arguments.tokens) for prompt in prompts]
         disk = PacedDisk()
         for rate in arguments.mb_s:

@@ -18,9 +18,10 @@ from moeyard.moe.folders.channel_reads import ChannelReads, Run, runs_of
 from moeyard.moe.folders.convert import convert
 from moeyard.moe.folders.folder import ModelFolder
 from moeyard.serving.engine.engine import Engine
-from moeyard.serving.evaluation.measure_sparsity import measure_sparsity
+from moeyard.serving.experts.by_channel import open_channels
 from moeyard.serving.experts.options import StoreOptions
-from moeyard.serving.experts.sparsity import save_sparsity
+from moeyard.serving.experts.sparsity import Sparsity, owner_of, save_sparsity
+from moeyard.serving.experts.tiers.live import LiveTier
 from moeyard.serving.loading import load, open_model
 
 from adapter_folders import everything, write_adapter
@@ -32,7 +33,6 @@ WIDE = CONFIG.model_copy(update={"d_model": 264, "moe": MOE})
 """A group is one channel in fp32, and three in bf16, of which the last has two."""
 EXPERT = {"float32": 3 * 20 * 264 * 4, "bfloat16": 3 * 20 * 264 * 2}
 NUM_EXPERTS = 12
-TEXT = "".join(f"{n} times {n} is {n * n}. " for n in range(130))
 needs_cpp = pytest.mark.skipif(cpp().functions is None, reason="there are no C++ kernels")
 
 
@@ -165,27 +165,32 @@ def test_the_counted_bytes_are_the_gates_and_the_channels_that_the_rows_need(lai
     store.close()
 
 
+def thresholds(model, score):
+    """Return limits that leave out about half of the channels, without measuring."""
+    keys = [(layer, "gate") for layer, _ in model.decoder.moe_layers()]
+    norms = {key: torch.rand(6, 20) + 0.5 for key in keys} if score == "chess" else {}
+    limits = {key: torch.full((6,), 0.15) for key in keys}
+    return Sparsity(score, 0.5, owner_of(model.decoder), limits, norms)
+
+
 @needs_cpp
-def test_thresholds_of_gates_leave_channels_on_the_disk(plain, tmp_path):
-    """With cats and chess, which are lossy: the answer is that of the same mode in memory."""
-    silu = WIDE.model_copy(update={"moe": CONFIG.moe})
-    write_random_model(tmp_path / "plain", silu)
+@pytest.mark.parametrize("score", ["cats", "chess"])
+def test_thresholds_of_gates_leave_channels_on_the_disk(tmp_path, score):
+    """They are lossy: the answer is that of the same mode in memory."""
+    write_random_model(tmp_path / "plain", WIDE.model_copy(update={"moe": CONFIG.moe}))
     convert(tmp_path / "plain", tmp_path / "laid", by_channel=True)
     dense = load(tmp_path / "plain")
-    for score in ("cats", "chess"):
-        save_sparsity(tmp_path / score, measure_sparsity(dense, TEXT, score, 0.6, 64))
-        expected = load(tmp_path / "plain", expert_sparsity=tmp_path / score)
-        options = StoreOptions(sparsity=str(tmp_path / score))
-        model, store = open_model(tmp_path / "laid", expert_memory=memory(4), options=options)
-        store.channels.gap = 0
-        for rows, length in ((1, 1), (2, 9)):
-            assert torch.equal(model(ids(rows, length)), expected(ids(rows, length)))
-        misses = sum(layer.misses for layer in store.statistics.layers.values())
-        assert bytes_of(store) < 0.9 * misses * EXPERT["float32"]
-        store.close()
-    save_sparsity(tmp_path / "teal", measure_sparsity(dense, TEXT, "teal", 0.6, 64))
-    with pytest.raises(ConfigError, match="teal does not judge channels by their gate alone"):
-        load(tmp_path / "laid", expert_memory=memory(4), expert_sparsity=tmp_path / "teal")
+    save_sparsity(tmp_path / "file", thresholds(dense, score))
+    expected = load(tmp_path / "plain", expert_sparsity=tmp_path / "file")
+    options = StoreOptions(sparsity=str(tmp_path / "file"))
+    model, store = open_model(tmp_path / "laid", expert_memory=memory(4), options=options)
+    store.channels.gap = 0
+    for rows, length in ((1, 1), (2, 9)):
+        assert torch.equal(model(ids(rows, length)), expected(ids(rows, length)))
+        assert not torch.equal(model(ids(rows, length)), dense(ids(rows, length)))
+    misses = sum(layer.misses for layer in store.statistics.layers.values())
+    assert bytes_of(store) < 0.95 * misses * EXPERT["float32"]
+    store.close()
 
 
 def test_rows_with_updates_of_experts_read_all_channels(plain, laid, tmp_path):
@@ -231,7 +236,7 @@ def test_a_damaged_group_is_one_error_that_names_it(narrow, tmp_path, byte, sent
     with pytest.raises(ExpertReadError, match=sentence) as caught:
         for step in range(8):
             model(ids(step + 1, 20))
-    assert caught.value.experts == [1] and "try again" not in str(caught.value)
+    assert caught.value.experts == (1,) and "try again" not in str(caught.value)
     (tmp_path / "m/model.safetensors").write_bytes((narrow / "model.safetensors").read_bytes())
     assert torch.equal(model(ids()), load(narrow)(ids()))  # the store is as it should be
     store.close()
@@ -240,14 +245,21 @@ def test_a_damaged_group_is_one_error_that_names_it(narrow, tmp_path, byte, sent
         load(tmp_path / "m")
 
 
-def test_options_that_need_whole_experts_are_refused(laid, tmp_path):
-    for name, value in (("expert_log", tmp_path / "log"), ("expert_fallback", tmp_path / "copy")):
-        options = {name: value, "expert_sparsity": "exact"}
-        with pytest.raises(ConfigError, match=f"by channel, but {name.replace('_', '-')} is"):
-            load(laid, expert_memory=memory(3), **options)
-    with pytest.raises(ConfigError, match="host-memory is '1GiB' and host memory keeps whole"):
-        open_model(laid, expert_memory=memory(3), options=exact(host_memory="1GiB"))
-    load(laid, expert_memory=memory(3), expert_log=tmp_path / "log")  # experts are read whole
+def test_options_that_do_not_fit_are_refused(laid, plain, tmp_path):
+    files = ModelFolder(laid)
+    for name, value, reason in (
+        ("log", tmp_path / "log", "expert-log is .* and a log knows whole experts"),
+        ("host_memory", "1GiB", "host-memory is '1GiB' and host memory keeps whole experts"),
+        ("fallback", tmp_path, "expert-fallback is .* and copies stand in for whole experts"),
+        ("live", LiveTier(), "follow is .* and updates bring whole experts"),
+    ):
+        with pytest.raises(ConfigError, match=f"laid out by channel, but {reason}"):
+            open_channels(files, exact(**{name: value}), Sparsity())
+    with pytest.raises(ConfigError, match="teal does not judge channels by their gate alone"):
+        open_channels(files, StoreOptions(sparsity="FILE"), Sparsity("teal"))
+    assert open_channels(files, StoreOptions(log=tmp_path / "log"), None) is None
+    assert open_channels(ModelFolder(plain), exact(log=tmp_path / "log"), Sparsity()) is None
+    files.close()
 
 
 def test_models_that_have_no_gate_or_few_bits_are_not_laid_out(plain, tmp_path, capsys):
@@ -255,7 +267,7 @@ def test_models_that_have_no_gate_or_few_bits_are_not_laid_out(plain, tmp_path, 
     for dtype in ("int8", "mixed"):
         asked = ["--dtype", dtype, "--expert-layout", "channels", "--calibration", str(plain)]
         asked = asked[:4] if dtype == "int8" else asked
-        assert main(["convert", str(plain), str(out), *asked]) == 1
+        assert main(["convert", str(plain), str(out), *asked]) == 2
         assert "experts of few bits have no channels" in capsys.readouterr().err
     for update, sentence in (
         ({"activation": "relu"}, "activation relu have no gate"),
