@@ -169,7 +169,7 @@ def thresholds(model, score):
     """Return limits that leave out about half of the channels, without measuring."""
     keys = [(layer, "gate") for layer, _ in model.decoder.moe_layers()]
     norms = {key: torch.rand(6, 20) + 0.5 for key in keys} if score == "chess" else {}
-    limits = {key: torch.full((6,), 0.15) for key in keys}
+    limits = {key: torch.full((6,), 0.5) for key in keys}
     return Sparsity(score, 0.5, owner_of(model.decoder), limits, norms)
 
 
@@ -185,11 +185,10 @@ def test_thresholds_of_gates_leave_channels_on_the_disk(tmp_path, score):
     options = StoreOptions(sparsity=str(tmp_path / "file"))
     model, store = open_model(tmp_path / "laid", expert_memory=memory(4), options=options)
     store.channels.gap = 0
-    for rows, length in ((1, 1), (2, 9)):
-        assert torch.equal(model(ids(rows, length)), expected(ids(rows, length)))
-        assert not torch.equal(model(ids(rows, length)), dense(ids(rows, length)))
-    misses = sum(layer.misses for layer in store.statistics.layers.values())
-    assert bytes_of(store) < 0.95 * misses * EXPERT["float32"]
+    assert torch.equal(model(ids(1, 1)), expected(ids(1, 1)))
+    assert bytes_of(store) < 0.8 * 4 * EXPERT["float32"]
+    assert torch.equal(model(ids(2, 9)), expected(ids(2, 9)))
+    assert not torch.equal(expected(ids(2, 9)), dense(ids(2, 9)))
     store.close()
 
 
