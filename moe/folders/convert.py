@@ -61,24 +61,18 @@ def convert(
     only. ``2:4`` is ``bf16`` with packed experts, of which two of each four weights must be zeros.
     ``int4_sparse`` needs a ``calibration``, and prunes a share of ``sparsity`` of the experts'
     weights, by default half. ``bits_of`` gives each expert a width, by layer and expert, in place
-    of ``dtype``. ``by_channel`` lays experts out so that their channels can be read one by one
-    (channel_layout.py); without it they are separate matrices again. Tokenizer, chat template and
-    generation config are copied. Weights that
-    ``config.json`` does not ask for are left out, and refused without ``ignore_unused_weights``.
-    One tensor, or one expert, is in memory at a time.
+    of ``dtype``. ``by_channel`` lays experts out as channel_layout.py says. Tokenizer, chat template
+    and generation config are copied. Weights that ``config.json`` does not ask for are left out,
+    and refused without ``ignore_unused_weights``. One tensor, or one expert, is in memory.
     """
-    dtype = short_name(dtype)
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"dtype is {dtype!r}; use one of {spellings(DTYPES)}.")
-    source = local_folder(source)
+    dtype, source = _known_dtype(dtype), local_folder(source)
     folder = ModelFolder(source)
     try:
         left_out = folder.check(ignore_unused_weights=ignore_unused_weights)
         if left_out is not None:
             log.warning("%s", left_out)
         config = folder.config
-        if by_channel:
-            check_layout(config, is_rounded=dtype not in (None, "fp32", "bf16"))
+        why_ours = _why_ours(config, dtype, bits_of is not None, by_channel)
         sparse = _sparse_format(folder, dtype, sparsity)
         packed = _packed_formats(config, dtype, bits_of)
         half = choose_two_of_four(config) if dtype == TWO_OF_FOUR else None
@@ -88,7 +82,7 @@ def convert(
             str(plain).removeprefix("torch."),
             source=folder.values,
             has_separate_experts=any(f is not None for f in (packed, sparse, half)),
-            why_ours=_why_ours(bits_of is not None, by_channel),
+            why_ours=why_ours,
         )
         weights, family = FolderWeights(folder, plain), FAMILIES[values["model_type"]]
         plans = plan_weights(config, family, weights, plain, _router_dtype(folder, plain), packed)
@@ -111,9 +105,22 @@ def convert(
     return family.model_type
 
 
-def _why_ours(is_mixed: bool, by_channel: bool) -> str | None:
-    """Return why no other family's folder may be written; None where one may."""
+def _known_dtype(name: str | None) -> str | None:
+    dtype = short_name(name)
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}; use one of {spellings(DTYPES)}.")
+    return dtype
+
+
+def _why_ours(
+    config: LayersConfig, dtype: str | None, is_mixed: bool, by_channel: bool
+) -> str | None:
+    """Return why no other family's folder may be written; None where one may.
+
+    Raises :class:`ConfigError` where experts cannot be laid out by channel.
+    """
     if by_channel:
+        check_layout(config, is_rounded=dtype not in (None, "fp32", "bf16"))
         return WHY_BY_CHANNEL
     return WHY_MIXED if is_mixed else None
 
