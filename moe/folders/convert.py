@@ -61,7 +61,7 @@ def convert(
     only. ``2:4`` is ``bf16`` with packed experts, of which two of each four weights must be zeros.
     ``int4_sparse`` needs a ``calibration``, and prunes a share of ``sparsity`` of the experts'
     weights, by default half. ``bits_of`` gives each expert a width, by layer and expert, in place
-    of ``dtype``. ``by_channel`` lays experts out as channel_layout.py says. Tokenizer, chat template
+    of ``dtype``. ``by_channel`` lays experts out as channel_layout.py says. Tokenizer, template
     and generation config are copied. Weights that ``config.json`` does not ask for are left out,
     and refused without ``ignore_unused_weights``. One tensor, or one expert, is in memory.
     """
