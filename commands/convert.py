@@ -57,6 +57,13 @@ def add(parsers: Parsers) -> None:
         metavar="SHARE",
         help="for int4_sparse: share of the experts' weights to prune; default: 0.5",
     )
+    convert.add_argument(
+        "--expert-layout",
+        choices=("matrices", "channels"),
+        default="matrices",
+        help="how experts lie on the disk: as three matrices, or each channel's row of up and "
+        "column of down side by side, so that serve --expert-sparsity reads only those it needs",
+    )
     add_ignore_unused_weights(convert)
     add_allow_code(convert)
     convert.set_defaults(run=run)
@@ -75,6 +82,12 @@ def run(arguments: argparse.Namespace) -> None:
             )
     if arguments.dtype in ONLY_FOR["calibration"] and arguments.calibration is None:
         raise ConfigError(f"--dtype {arguments.dtype} needs a text; give --calibration FILE.")
+    by_channel = arguments.expert_layout == "channels"
+    if by_channel and arguments.dtype == MIXED:
+        raise ConfigError(
+            "--expert-layout is channels and --dtype mixed, but experts of few bits have no "
+            "channels to read one by one; leave one out."
+        )
     if arguments.dtype == MIXED:
         _run_mixed(arguments)
         return
@@ -85,6 +98,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.ignore_unused_weights,
         sparsity=arguments.sparsity,
         calibration=_calibrate(arguments) if arguments.dtype == INT4_SPARSE else None,
+        by_channel=by_channel,
     )
     sys.stdout.write(f"converted folder={arguments.target} model_type={model_type}\n")
 

@@ -114,7 +114,7 @@ def channel_arguments(
     experts_TK: Tensor,
     experts: ChannelExpertWeights,
     only: Collection[int] | None,
-    lines_RD: Tensor,
+    lines_RD: Tensor | None,
 ) -> "tuple[ChannelExpertArguments, array[int] | None]":
     """Return the arguments of experts that are stored by channel."""
     fc1, fc2_SFD = experts.parts
@@ -138,7 +138,7 @@ def _rest(
     experts: FewBitsExpertWeights[Any] | ChannelExpertWeights,
     d_expert: int,
     only: Collection[int] | None,
-    lines_RD: Tensor,
+    lines_RD: Tensor | None,
 ) -> "tuple[ExpertArguments, array[int] | None]":
     """Return the arguments that do not depend on the layout of the matrices, and the slot table."""
     slots = _slots(experts, only)
@@ -155,7 +155,7 @@ def _rest(
         x=x_TD.data_ptr(),
         experts=experts_TK.data_ptr(),
         slot_of=None if slots is None else slots.buffer_info()[0],
-        lines=lines_RD.data_ptr(),
+        lines=address(lines_RD),
         fc1_bias=_biases(experts.fc1_bias_SH),
         fc2_bias=_biases(experts.fc2_bias_SD),
     )

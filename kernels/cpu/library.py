@@ -71,6 +71,7 @@ def _open() -> Library:
     functions.moeyard_group_sparse_experts.restype = ctypes.c_int64
     functions.moeyard_two_of_four_experts.restype = ctypes.c_int64
     functions.moeyard_channel_experts.restype = ctypes.c_int64
+    functions.moeyard_live_channels.restype = ctypes.c_int64
     functions.moeyard_expert_forward.restype = ctypes.c_int64
     name = choose(None if limit is None else limit.encode()).decode()
     return Library(functions, name)

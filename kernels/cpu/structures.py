@@ -167,6 +167,16 @@ class ChannelExpertArguments(ctypes.Structure):
     ]
 
 
+class LiveChannelArguments(ctypes.Structure):
+    """Which channels of experts some row needs."""
+
+    _fields_ = [
+        ("of", ChannelExpertArguments),
+        ("line_of", Pointer),
+        ("live", Pointer),
+    ]
+
+
 class ExpertGradArguments(ctypes.Structure):
     """The gradients of the expert MLP."""
 
@@ -345,6 +355,7 @@ STRUCTURES: tuple[type[ctypes.Structure], ...] = (
     TwoOfFourMatrix,
     TwoOfFourExpertArguments,
     ChannelExpertArguments,
+    LiveChannelArguments,
     ExpertGradArguments,
     GroupedArguments,
     CombineArguments,

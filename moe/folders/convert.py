@@ -14,13 +14,14 @@ from ...kernels.values.quantized_weights import Bits
 from ..config.model import LayersConfig
 from .belongings import copy_belongings
 from .calibration import Calibration
+from .channel_layout import bundle, check_layout
 from .compressed_tensors import PackedFormat, packed_name
 from .families.table import FAMILIES
 from .folder import ModelFolder
 from .generation_config import generation_to_keep
 from .group_sparse_format import NAME as INT4_SPARSE
 from .group_sparse_format import GroupSparseFormat, choose_sparsity, group_sparse_config
-from .hf_config import to_hf
+from .hf_config import WHY_BY_CHANNEL, WHY_MIXED, to_hf
 from .hub import local_folder
 from .quantized_config import mixed_quantization_config, quantization_config
 from .shards import TensorPlan
@@ -50,6 +51,7 @@ def convert(
     bits_of: Mapping[Key, Bits] | None = None,
     sparsity: float | None = None,
     calibration: Calibration | None = None,
+    by_channel: bool = False,
 ) -> str:
     """Write a model to folder ``target`` and return its ``model_type`` there.
 
@@ -59,20 +61,18 @@ def convert(
     only. ``2:4`` is ``bf16`` with packed experts, of which two of each four weights must be zeros.
     ``int4_sparse`` needs a ``calibration``, and prunes a share of ``sparsity`` of the experts'
     weights, by default half. ``bits_of`` gives each expert a width, by layer and expert, in place
-    of ``dtype``. Tokenizer, chat template and generation config are copied. Weights that
-    ``config.json`` does not ask for are left out, and refused without ``ignore_unused_weights``.
-    One tensor, or one expert, is in memory at a time.
+    of ``dtype``. ``by_channel`` lays experts out as channel_layout.py says. Tokenizer, template
+    and generation config are copied. Weights that ``config.json`` does not ask for are left out,
+    and refused without ``ignore_unused_weights``. One tensor, or one expert, is in memory.
     """
-    dtype = short_name(dtype)
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"dtype is {dtype!r}; use one of {spellings(DTYPES)}.")
-    source = local_folder(source)
+    dtype, source = _known_dtype(dtype), local_folder(source)
     folder = ModelFolder(source)
     try:
         left_out = folder.check(ignore_unused_weights=ignore_unused_weights)
         if left_out is not None:
             log.warning("%s", left_out)
         config = folder.config
+        why_ours = _why_ours(config, dtype, bits_of is not None, by_channel)
         sparse = _sparse_format(folder, dtype, sparsity)
         packed = _packed_formats(config, dtype, bits_of)
         half = choose_two_of_four(config) if dtype == TWO_OF_FOUR else None
@@ -82,7 +82,7 @@ def convert(
             str(plain).removeprefix("torch."),
             source=folder.values,
             has_separate_experts=any(f is not None for f in (packed, sparse, half)),
-            has_mixed_widths=bits_of is not None,
+            why_ours=why_ours,
         )
         weights, family = FolderWeights(folder, plain), FAMILIES[values["model_type"]]
         plans = plan_weights(config, family, weights, plain, _router_dtype(folder, plain), packed)
@@ -95,12 +95,34 @@ def convert(
             values["quantization_config"] = group_sparse_config(sparse)
         if half is not None:
             plans, values["quantization_config"] = pack_plans(plans, half), two_of_four_config()
+        if by_channel:
+            plans = bundle(plans, config.d_model)
         generation = generation_to_keep(folder)
         belongings = partial(copy_belongings, source)
         write_model_folder(target, values, plans, belongings, generation)
     finally:
         folder.close()
     return family.model_type
+
+
+def _known_dtype(name: str | None) -> str | None:
+    dtype = short_name(name)
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}; use one of {spellings(DTYPES)}.")
+    return dtype
+
+
+def _why_ours(
+    config: LayersConfig, dtype: str | None, is_mixed: bool, by_channel: bool
+) -> str | None:
+    """Return why no other family's folder may be written; None where one may.
+
+    Raises :class:`ConfigError` where experts cannot be laid out by channel.
+    """
+    if by_channel:
+        check_layout(config, is_rounded=dtype not in (None, "fp32", "bf16"))
+        return WHY_BY_CHANNEL
+    return WHY_MIXED if is_mixed else None
 
 
 def _plain_dtype(folder: ModelFolder, dtype: str | None) -> torch.dtype:

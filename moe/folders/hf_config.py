@@ -21,6 +21,9 @@ WHY_MIXED = (
     "Experts differ in width, and transformers rounds all experts of a layer alike: it would read "
     "other weights without a word."
 )
+WHY_BY_CHANNEL = (
+    "Experts are laid out by channel, and transformers would take random numbers for up and down."
+)
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 NOT_KEPT = ("auto_map", "quantization_config", "torch_dtype", OWN_KEY)
 """Keys of a folder that are wrong for folders written from it: its code, its types, the loss of
@@ -33,22 +36,22 @@ def to_hf(
     token_ids: dict[str, Any] | None = None,
     source: dict[str, Any] | None = None,
     has_separate_experts: bool = False,
-    has_mixed_widths: bool = False,
+    why_ours: str | None = None,
 ) -> dict[str, Any]:
     """Return the contents of ``config.json``.
 
     ``token_ids`` are its ``eos_token_id`` and the like. ``source`` is the ``config.json`` that the
     model came from: its family is kept if it can express the model, and so are unknown keys.
     ``has_separate_experts`` leaves out families that keep many experts in one tensor;
-    ``has_mixed_widths`` leaves out all that others read.
+    ``why_ours`` leaves out all that others read, for this reason.
     """
     source = source or {}
     family = NATIVE
-    if not has_mixed_widths:
+    if why_ours is None:
         family = family_for(config, source.get("model_type"), has_separate_experts)
     values = {"dtype": dtype} | family.config_values(config) | (token_ids or {})
     if family is NATIVE:
-        values["why_moeyard"] = WHY_MIXED if has_mixed_widths else why_native(config)
+        values["why_moeyard"] = why_ours or why_native(config)
         return {key: source.get(key) for key in TOKEN_IDS} | values
     if family.model_type == source.get("model_type"):
         dropped = (*NOT_KEPT, *family.aliases)

@@ -18,6 +18,7 @@ from ..experts.store import ExpertStore
 TRAFFIC = {
     "hits": ("cache_hits", "Experts in memory when they were needed"),
     "misses": ("cache_misses", "Experts whose read began when they were needed"),
+    "filled": ("filled", "Experts whose slot lacked channels that a row needed"),
     "copied": ("copied", "Experts that were missing and computed from a low-bit copy"),
     "copied_rows": ("copied_rows", "Rows of these experts"),
     "prefetch_issued": ("prefetch_issued", "Reads begun ahead of need"),
@@ -25,6 +26,7 @@ TRAFFIC = {
     "prefetch_late": ("prefetch_late", "Prefetched, still on their way when needed"),
     "prefetch_wasted": ("prefetch_wasted", "Prefetched and put out before they were needed"),
     "bytes_read": ("bytes_read", "Bytes of experts read, ahead and on demand"),
+    "channel_bytes": ("channel_bytes_read", "Bytes of channels that a row needed, read on demand"),
     "prefetch_bytes": ("prefetch_bytes", "Bytes of experts read ahead"),
     "stall_s": ("stall_seconds", "Seconds compute waited"),
 }

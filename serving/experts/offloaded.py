@@ -1,6 +1,6 @@
 """Experts that live in a store. N rows, D model width, K choices."""
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
 
@@ -11,6 +11,7 @@ from ...errors import ExpertReadError
 from ...kernels.adapted_waves import AdaptedWaves
 from ...kernels.values.channel_weights import ChannelExpertWeights, ChannelLimits
 from ...kernels.values.expert_update import ExpertUpdate
+from ...kernels.values.quantized_weights import SlotWeights
 from ...kernels.waves import Waves, start_waves
 from ...moe.adapters.rows import RowUpdates
 from ...moe.experts.adapted import rows_without
@@ -101,16 +102,25 @@ class OffloadedExperts(LayerExperts):
                 waves.append(start_waves(*parts, self._num_experts))
             else:
                 waves.append(AdaptedWaves(*parts, self._num_experts, update))
-        self._stream(waves, x_ND, experts_NK, weights_NK)
+        self._stream(waves, x_ND, experts_NK, weights_NK, needs_all=True)
         y_ND = torch.empty_like(x_ND)
         for (rows_n, _), wave in zip(rows, waves, strict=True):
             y_ND[rows_n] = wave.result()
         return y_ND
 
     def _stream(
-        self, waves: Sequence[Waves], x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor
+        self,
+        waves: Sequence[Waves],
+        x_ND: Tensor,
+        experts_NK: Tensor,
+        weights_NK: Tensor,
+        needs_all: bool = False,
     ) -> None:
-        """Run all experts that the rows chose on the waves, as they come into memory."""
+        """Run all experts that the rows chose on the waves, as they come into memory.
+
+        ``needs_all`` says that gates of the experts alone do not tell which channels are needed.
+        """
+        rows = None if needs_all else (x_ND, experts_NK)
         counts = count_choices(experts_NK, self._num_experts).tolist()
         rows_of = {expert: rows for expert, rows in enumerate(counts) if rows}
         copied: list[int] = []
@@ -127,8 +137,10 @@ class OffloadedExperts(LayerExperts):
                     if self._limits is not None:
                         assert isinstance(experts, ChannelExpertWeights), "limits need channels"
                         experts = replace(experts, limits=self._limits)
-                    for wave in waves:
-                        wave.add(experts, only=ready)
+                    with closing(self._whole(ready, experts, rows)) as whole:
+                        for some in whole:
+                            for wave in waves:
+                                wave.add(experts, only=some)
                     left -= set(ready)
         except ExpertReadError as error:
             error.rows = rows_that_chose(error.experts, experts_NK)
@@ -136,3 +148,14 @@ class OffloadedExperts(LayerExperts):
         assert not left, f"experts {left} of layer {self._layer} have rows and never came"
         if self._fallback is not None and self._fallback.reads_later:
             self._store.prefetch(self._layer, copied)
+
+    def _whole(
+        self, ready: list[int], experts: SlotWeights, rows: tuple[Tensor, Tensor] | None
+    ) -> Generator[list[int]]:
+        """Yield the experts of a wave as soon as all is here that ``rows`` need of them."""
+        channels = self._store.channels
+        if channels is None:
+            yield ready
+            return
+        assert isinstance(experts, ChannelExpertWeights), "only these have channels"
+        yield from channels.waves(self._layer, ready, experts, rows)

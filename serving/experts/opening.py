@@ -12,6 +12,8 @@ from ...moe.folders.folder import ModelFolder
 from ...moe.folders.tensor_names import dense_tensors
 from ...moe.routes.identity import identity_of
 from .budget import count_in_pools
+from .by_channel import open_channels
+from .channel_filler import ChannelFiller
 from .event_log import EventLog
 from .options import StoreOptions
 from .policies.policy import CacheFacts
@@ -46,6 +48,7 @@ def open_store(
     """
     options = options or StoreOptions()
     by_channel = None if options.sparsity is None else read_sparsity(options.sparsity)
+    channels = open_channels(folder, options, by_channel)
     num_slots = count_in_pools(folder, dtype, budget_bytes)
     config, moe = folder.config, folder.config.moe
     assert moe is not None, "slots were counted"
@@ -59,20 +62,27 @@ def open_store(
     plan = plan_reads(folder, options.reader, max(0, free_bytes - pools.num_bytes - dense))
     save = _learn_hashes(folder)
     library = None if options.host_memory is not None else load()
-    disk: Tier = DiskTier(folder, None if library is None else Plans(library, folder))
+    disk: Tier = channels or DiskTier(folder, None if library is None else Plans(library, folder))
     if options.live is not None:
         disk = options.live.over(disk)
-    tiers = open_tiers(disk, folder, dtype, pools, options.host_memory)
+    read_pools = pools if channels is None else channels.pools(pools)
+    tiers = open_tiers(disk, folder, dtype, read_pools, options.host_memory)
+    reads = queue_of(library)(num_threads or plan.threads, partial(_end, save, tiers))
     store = ExpertStore(
         facts,
         pools,
         memory=_empty_pools(folder, num_slots, dtype, by_channel),
         tier=tiers.first,
-        reads=queue_of(library)(num_threads or plan.threads, partial(_end, save, tiers)),
+        reads=reads,
         policy=policy,
         read_plan=plan,
         rates=tiers.rates,
+        read_bytes=read_pools.bytes_of,
     )
+    if channels is not None:
+        store.channels = ChannelFiller(
+            channels, reads, store.statistics, tiers.rates, plan.bytes_per_s
+        )
     if options.log is not None:
         name = options.policy if isinstance(options.policy, str) else type(policy).__name__
         store.statistics.log = EventLog(options.log, facts, pools, name)
@@ -96,7 +106,10 @@ def _empty_pools(
     """Allocate the slots of every pool."""
     if by_channel is not None:
         (count,) = num_slots  # experts in few bits are not stored by channel
-        return [empty_by_channel(folder.config, count, dtype, by_channel.by_input)]
+        weights = empty_by_channel(folder.config, count, dtype, by_channel.by_input)
+        for part in weights.parts:
+            part.zero_()  # channels that are not read meet zeros, and must be finite
+        return [weights]
     pools = zip(num_slots, folder.formats.kinds, strict=True)
     return [empty_experts(folder.config, count, dtype, packed) for count, packed in pools]
 

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from ...kernels.values.quantized_weights import SlotWeights
 from ...moe.routes.recorder import OwnColumns
+from .channel_filler import ChannelFiller
 from .expectations import Expectations
 from .filler import SlotFiller
 from .forwards import Forward
@@ -52,7 +53,9 @@ class ExpertStore:
         clock: Callable[[], float] = time.perf_counter,
         rates: Rates | None = None,
         read_plan: ReadPlan | None = None,
+        read_bytes: Callable[[Key], int] | None = None,
     ) -> None:
+        """``read_bytes`` is what a read of an expert brings; None = all of it."""
         self.num_slots = facts.num_slots
         self.pools = pools
         self.read_plan = read_plan
@@ -64,7 +67,9 @@ class ExpertStore:
         self.rates = rates or Rates()
         self._expected = Expectations()
         self._ahead: ReadAhead | None = None
-        self.statistics = StoreStatistics(facts.moe_layers, pools.bytes_of)
+        self.channels: ChannelFiller | None = None
+        """What brings channels where reads bring gates; None = reads bring whole experts."""
+        self.statistics = StoreStatistics(facts.moe_layers, read_bytes or pools.bytes_of)
         self._filler = SlotFiller(
             memory, self._slots, self._expected, policy, tier, reads, self.statistics
         )

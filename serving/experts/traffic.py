@@ -19,6 +19,8 @@ class LayerTraffic:
     """Experts that were in memory when they were needed."""
     misses: int = 0
     """Experts whose read began when they were needed."""
+    filled: int = 0
+    """Experts of these whose slot lacked channels that some row needed; they were then read."""
     copied: int = 0
     """Experts that were not in memory and were computed from a low-bit copy (fallback.py)."""
     copied_rows: int = 0
@@ -33,7 +35,9 @@ class LayerTraffic:
     prefetch_wasted: int = 0
     """Prefetched and put out, cancelled or failed before they were needed."""
     bytes_read: int = 0
-    """By prefetches and on demand."""
+    """By prefetches and on demand, channels included."""
+    channel_bytes: int = 0
+    """By reads of channels that some row needed."""
     prefetch_bytes: int = 0
     """By prefetches."""
     stall_s: float = 0.0
@@ -72,12 +76,17 @@ class StoreStatistics:
 
     def num_read(self) -> int:
         """Return how many needed experts came from the tier, ahead of need or not."""
-        waits = self.num_waits()
-        return waits + sum(traffic.prefetch_useful for traffic in self.layers.values())
+        return sum(
+            traffic.misses + traffic.prefetch_late + traffic.prefetch_useful
+            for traffic in self.layers.values()
+        )
 
     def num_waits(self) -> int:
-        """Return how many experts compute has waited for: misses and late prefetches."""
-        return sum(traffic.misses + traffic.prefetch_late for traffic in self.layers.values())
+        """Return how often compute has waited: for misses, late prefetches and channels."""
+        return sum(
+            traffic.misses + traffic.prefetch_late + traffic.filled
+            for traffic in self.layers.values()
+        )
 
     def totals(self) -> dict[str, int]:
         """Return the counters that a replay knows, summed over layers."""
@@ -158,6 +167,13 @@ class StoreStatistics:
         if is_prefetch:
             traffic.prefetch_bytes += num_bytes
         self._note(ARRIVE, *key)
+
+    def fill(self, key: Key, num_bytes: int) -> None:
+        """Channels of an expert have been read, because some row needed them."""
+        traffic = self.layers[key[0]]
+        traffic.filled += 1
+        traffic.channel_bytes += num_bytes
+        traffic.bytes_read += num_bytes
 
     def lose(self, key: Key) -> None:
         """A read is cancelled or has failed."""

@@ -30,7 +30,16 @@ ROOMS = {
         ["cpu", "gpu", "torch_ops"],
         ["checks"],
         ["trust"],
-        ["attention", "gated", "grouped_linear", "linear", "norm", "router", "waves"],
+        [
+            "attention",
+            "gated",
+            "grouped_linear",
+            "linear",
+            "live_channels",
+            "norm",
+            "router",
+            "waves",
+        ],
         ["adapted_waves", "experts", "frozen_experts", "routed_low_rank"],
     ],
     "moe": [

@@ -108,6 +108,13 @@ struct ChannelExpertArguments {
     const float *x_limits, *gate_limits, *act_limits;
 };
 
+// Which channels of the experts with a slot some row needs, judged by gate rows alone.
+struct LiveChannelArguments {
+    ChannelExpertArguments of;  // fc2 and the up rows of fc1 are not read; nor x and act limits
+    const int32_t* line_of;     // [E]: an expert's line of `live`
+    uint8_t* live;              // [lines, F], 0 at first; 1 where a row needs the channel
+};
+
 // Gradients of the expert MLP's sum y[t] = sum_k weights[t][k] * MLP_{experts[t][k]}(x[t]).
 struct ExpertGradArguments {
     ExpertArguments forward;  // as in forward; `lines` is scratch
@@ -219,6 +226,7 @@ struct Kernels {
     int64_t (*group_sparse_experts)(const GroupSparseExpertArguments*);
     int64_t (*two_of_four_experts)(const TwoOfFourExpertArguments*);
     int64_t (*channel_experts)(const ChannelExpertArguments*);
+    int64_t (*live_channels)(const LiveChannelArguments*);
     int64_t (*expert_forward)(const ExpertArguments*);
     void (*expert_grads)(const ExpertGradArguments*);
     void (*grouped_product)(const GroupedArguments*);

@@ -64,6 +64,19 @@ inline void add_bias(const Biases& bias, int64_t slot, int64_t from, int64_t cou
                           : add(static_cast<const float*>(bias.values) + first);
 }
 
+// The sums of gate rows [from, to) of F for one block; of up rows where there is no gate.
+template <class Row, class Matrix>
+void gate_sums(const ExpertArguments& a, const Matrix& fc1, const RowBlock& block, const Row* rows,
+               int64_t from, int64_t to, float* gates) {
+    int64_t num_rows = block.to - block.from, num_outputs = to - from;
+    fc1.multiply(rows, num_rows, block.slot, from, to,
+                 [=](int64_t m, int64_t n, const float* values, int64_t count) {
+                     for (int64_t i = 0; i < count; i++)
+                         gates[m * num_outputs + n - from + i] = values[i];
+                 });
+    add_bias(a.fc1_bias, block.slot, from, num_outputs, gates, num_rows, num_outputs);
+}
+
 // The channels [from, from + count) of F whose up rows some row needs: act(gate) is not 0, or above
 // its limit. A gate that is not finite needs it too, so that what is broken stays visible.
 inline int64_t find_live(const ExpertArguments& a, const Limits& limits, const float* gates,
@@ -91,18 +104,13 @@ void first_half(const ExpertArguments& a, const Matrix& fc1, const Limits& limit
                 const RowBlock& block, const Row* rows, int64_t from, int64_t to, Element* act) {
     float gates[BLOCK_ROWS * BLOCK_OUTPUTS], ups[BLOCK_ROWS * BLOCK_OUTPUTS];
     int64_t num_rows = block.to - block.from, num_outputs = to - from;
-    auto keep_in = [&](float* kept, int64_t first) {
-        return [=](int64_t m, int64_t n, const float* values, int64_t count) {
-            for (int64_t i = 0; i < count; i++) kept[m * num_outputs + n - first + i] = values[i];
-        };
-    };
     int64_t up_from = a.d_expert + from, up_to = a.d_expert + to;
-    fc1.multiply(rows, num_rows, block.slot, from, to, keep_in(gates, from));
-    add_bias(a.fc1_bias, block.slot, from, num_outputs, gates, num_rows, num_outputs);
-    bool is_done = !has_gate(a.activation);
+    gate_sums(a, fc1, block, rows, from, to, gates);
+    bool is_done = false;
     if constexpr (Matrix::READS_SOME) {
         // With many rows few channels are 0 for all of them.
-        if (!is_done && num_rows <= STREAM_ROWS && (a.activation == REGLU || limits.gate)) {
+        if (has_gate(a.activation) && num_rows <= STREAM_ROWS &&
+            (a.activation == REGLU || limits.gate)) {
             is_done = true;
             int64_t live[STREAM_OUTPUTS];
             int64_t count = find_live(a, limits, gates, num_rows, from, num_outputs, live);
@@ -113,9 +121,14 @@ void first_half(const ExpertArguments& a, const Matrix& fc1, const Limits& limit
                               });
         }
     }
-    if (!is_done) fc1.multiply(rows, num_rows, block.slot, up_from, up_to, keep_in(ups, up_from));
     const float* up_values = gates;
     if (has_gate(a.activation)) {
+        if (!is_done)
+            fc1.multiply(rows, num_rows, block.slot, up_from, up_to,
+                         [&](int64_t m, int64_t n, const float* values, int64_t count) {
+                             for (int64_t i = 0; i < count; i++)
+                                 ups[m * num_outputs + n - up_from + i] = values[i];
+                         });
         add_bias(a.fc1_bias, block.slot, up_from, num_outputs, ups, num_rows, num_outputs);
         up_values = ups;
     }

@@ -8,6 +8,7 @@
 #include "gated.h"
 #include "grouped.h"
 #include "linear.h"
+#include "live_channels.h"
 #include "norm.h"
 #include "quantized_experts.h"
 #include "router.h"
@@ -39,6 +40,9 @@ static int64_t run_two_of_four_experts(const TwoOfFourExpertArguments* a) {
 }
 static int64_t run_channel_experts(const ChannelExpertArguments* a) {
     return BY_TYPE(channel_experts, a->rest.type, *a);
+}
+static int64_t run_live_channels(const LiveChannelArguments* a) {
+    return BY_TYPE(live_channels, a->of.rest.type, *a);
 }
 static int64_t run_expert_forward(const ExpertArguments* a) {
     return BY_TYPE(expert_forward, a->type, *a);
@@ -75,6 +79,7 @@ const Kernels JOIN(kernels_, ISA) = {
     ISA::run_group_sparse_experts,
     ISA::run_two_of_four_experts,
     ISA::run_channel_experts,
+    ISA::run_live_channels,
     ISA::run_expert_forward,
     ISA::run_expert_grads,
     ISA::run_grouped_product,

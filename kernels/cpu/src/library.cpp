@@ -64,6 +64,7 @@ PUBLIC const int64_t* moeyard_sizes() {
         sizeof(TwoOfFourMatrix),
         sizeof(TwoOfFourExpertArguments),
         sizeof(ChannelExpertArguments),
+        sizeof(LiveChannelArguments),
         sizeof(ExpertGradArguments),
         sizeof(GroupedArguments),
         sizeof(CombineArguments),
@@ -92,6 +93,9 @@ PUBLIC int64_t moeyard_two_of_four_experts(const TwoOfFourExpertArguments* a) {
 }
 PUBLIC int64_t moeyard_channel_experts(const ChannelExpertArguments* a) {
     return chosen->channel_experts(a);
+}
+PUBLIC int64_t moeyard_live_channels(const LiveChannelArguments* a) {
+    return chosen->live_channels(a);
 }
 PUBLIC int64_t moeyard_expert_forward(const ExpertArguments* a) {
     return chosen->expert_forward(a);

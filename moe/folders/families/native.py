@@ -8,7 +8,7 @@ from typing import Any
 from ...config.encoder import EncoderConfig
 from ...config.kinds import KINDS, read_model
 from ...config.model import LayersConfig, ModelConfig
-from ..expert_layouts import SeparateExperts
+from ..channel_layout import NATIVE_EXPERTS
 from .encoder_keys import write_encoder
 from .family import Family
 from .keys import Values, write_common
@@ -38,7 +38,7 @@ NATIVE = Family(
     architecture="MoeyardForCausalLM",
     read=_read,
     write=_write,
-    experts=SeparateExperts(),
+    experts=NATIVE_EXPERTS,
     defaults={},
     activation=None,
     is_in_transformers=False,

@@ -37,6 +37,11 @@ class Rates:
             self.reads[source] += 1
             self.bytes[source] += num_bytes
 
+    def add(self, source: Source, num_bytes: int) -> None:
+        """Book ``num_bytes`` more that came from ``source`` for experts that are booked."""
+        with self._lock:
+            self.bytes[source] += num_bytes
+
     def is_worth_asking(self, source: Source) -> bool:
         """Say whether ``source`` should be asked before the disk."""
         with self._lock:
