@@ -14,6 +14,7 @@ from ....moe.folders.channel_reads import ChannelReads
 from ....moe.folders.expert_layouts import ExpertViews
 from ..policies.policy import Key
 from ..pools import Pools
+from ..reads import Straight
 from .disk import read_patiently
 
 
@@ -30,6 +31,10 @@ class ChannelTier:
     def pools(self, pools: Pools) -> Pools:
         """Return pools whose experts are as large as what :meth:`reads` brings."""
         return replace(pools, slot_bytes=(self.files.gate_bytes,))
+
+    def straight(self, key: Key, views: ExpertViews) -> Straight | None:
+        """Return None: which channels are here must be noted, too."""
+        return None
 
     def reads(self, key: Key, views: ExpertViews) -> list[Callable[[], None]]:
         """Return one call per chunk of the gate, to be made one after the other."""
