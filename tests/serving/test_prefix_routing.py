@@ -63,12 +63,12 @@ def test_the_longest_beginning_decides_and_the_last_replica_that_saw_it():
     seen = LastSeen(most=4)
     seen.add(["short", "long"], "a")
     seen.add(["short", "other"], "b")
-    assert seen.find(["short", "long"], "ab") == "a"
-    assert seen.find(["short", "unknown"], "ab") == "b"
-    assert seen.find(["short", "long"], "b") == "b", "a replica that has gone counts for nothing"
-    assert seen.find(["unknown"], "ab") is None
+    assert seen.find(["short", "long"], {"a", "b"}) == "a"
+    assert seen.find(["short", "unknown"], {"a", "b"}) == "b"
+    assert seen.find(["short", "long"], {"b"}) == "b", "a replica that has gone counts for nothing"
+    assert seen.find(["unknown"], {"a", "b"}) is None
     seen.add(["1", "2", "3"], "a")  # four are known now, and "long" was not seen for longest
-    assert seen.find(["long"], "ab") is None and seen.find(["other"], "b") == "b"
+    assert seen.find(["long"], {"a", "b"}) is None and seen.find(["other"], {"b"}) == "b"
 
 
 def test_a_known_beginning_goes_where_it_went_and_others_to_the_emptiest(places):
