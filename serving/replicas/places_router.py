@@ -1,5 +1,8 @@
 """Ray's router in each proxy: it tells the proxy of replicas, and sends requests where they belong.
 
+Ray makes it from a pickled copy of the class and of every object that this file names. So the
+guard's knowledge is reached through its module, of which there is one in a process.
+
 The proxy's guard has chosen a replica when it took the request's places (``proxy/places.py``), and
 the ticket says which. What has no ticket, as requests through a handle in Python, goes to the
 replica that Ray knows the fewest requests of.
@@ -14,7 +17,8 @@ from ray.serve.request_router import (
     RunningReplica,
 )
 
-from ..proxy.places import Places, Room, applications
+from ..proxy import places
+from ..proxy.places import Places, Room
 
 PLACES = "places"
 """What ``MoeyardServer.record_replica_metadata`` says of a replica."""
@@ -45,7 +49,7 @@ class PlacesRouter(LocalityMixin, RequestRouter):
         if not number.isdecimal():
             return None
         if has_prefix:
-            applications.learn(prefix, self._places)
+            places.applications.learn(prefix, self._places)
         return self._places.replica_of(int(number))
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:

@@ -2,9 +2,11 @@
 
 import asyncio
 from types import SimpleNamespace
+from weakref import WeakValueDictionary
 
 import httpx
 import pytest
+from ray.cloudpickle import cloudpickle
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID
 from ray.serve.request_router import ReplicaID
 from starlette.applications import Starlette
@@ -22,7 +24,7 @@ from moeyard.serving.proxy.places import (
     ticket_header,
 )
 from moeyard.serving.proxy_guard import ProxyGuard
-from moeyard.serving.replicas.places_router import PLACES, PlacesRouter
+from moeyard.serving.replicas.places_router import PLACES, PlacesRouter, places_routing
 from moeyard.serving.serve_args import ServeArgs
 from moeyard.serving.server import Server
 
@@ -70,10 +72,14 @@ async def routed(router, ticket):
 
 def test_the_router_tells_of_replicas_and_follows_tickets(monkeypatch):
     known = Applications()
-    monkeypatch.setattr("moeyard.serving.replicas.places_router.applications", known)
+    monkeypatch.setattr("moeyard.serving.proxy.places.applications", known)
+    routing = places_routing(None)
+    monkeypatch.setattr(cloudpickle, "_DYNAMIC_CLASS_TRACKER_BY_ID", WeakValueDictionary())
+    copied = routing.get_request_router_class()
+    assert copied is not PlacesRouter, "another process gets a copy of the class"
 
     async def go():
-        router = PlacesRouter(
+        router = copied(
             deployment_id=DeploymentID("moeyard", "app"),
             handle_source=DeploymentHandleSource.REPLICA,
             self_node_id="node",
