@@ -25,9 +25,9 @@ from moeyard.serving.proxy_guard import middlewares as of_the_guard
 FILE, TRACE = "MOEYARD_PROXY_MEMORY", "MOEYARD_TRACE_PROXY_MEMORY"
 """Variables that say where to write, and whether lines of code are told."""
 CALLBACK = "proxy_memory:middlewares"
-EVERY_S = 10.0
+EVERY_S = 20.0
 FIRST_S = 60.0
-KINDS, LINES, FRAMES = 400, 25, 3
+KINDS, LINES, FRAMES = 400, 25, 1
 
 
 def middlewares():
@@ -82,6 +82,8 @@ def growth(file: Path) -> list[str]:
     """Return what the last line of a file has more than the one after a minute."""
     lines = [json.loads(text) for text in file.read_text().splitlines()]
     later = [line for line in lines if line["seconds"] >= FIRST_S]
+    if not later:
+        return [f"the proxy ran for less than {FIRST_S:.0f} s"]
     first, last = later[0], later[-1]
     found = [f"proxy, from {first['seconds']:.0f} to {last['seconds']:.0f} s:"]
     for name in ("resident", "native_used", "native_free", "python_blocks", "threads"):
