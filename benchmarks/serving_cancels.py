@@ -8,6 +8,7 @@ from serving_bed import BATCH, QUEUE, Client, Running, Tally, wait_for_zero
 
 SEED = 11
 STREAM_TOKENS = 200
+PROGRESS_EVERY = 1000
 
 
 async def cancels(running: Running, model: str, count: int) -> dict[str, object]:
@@ -27,6 +28,8 @@ async def cancels(running: Running, model: str, count: int) -> dict[str, object]
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
             tally.add(outcome, time.monotonic() - begun)
+            if tally.counts.total() % PROGRESS_EVERY == 0:
+                print(f"{tally.counts.total()} of {count} cancellations", flush=True)
 
     await asyncio.gather(*map(leave, range(3 * BATCH)))
     not_zero = await asyncio.to_thread(wait_for_zero, running)

@@ -53,6 +53,7 @@ async def kills(running: Running, model: str, seconds: float, every: float) -> d
             while not await asyncio.to_thread(_are_back, running, killed):
                 await asyncio.sleep(0.2)
             back.append(time.time() - killed)
+            print(f"kill {number_of_kills}: two replicas after {back[-1]:.1f} s", flush=True)
             await asyncio.sleep(max(0.0, every - back[-1]))
 
     whole = [repeat(lambda n: until_answered(client, n), "whole", i) for i in range(8)]

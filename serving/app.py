@@ -16,7 +16,7 @@ from .cluster.replica_port import close_replica_port
 from .hosting import check_model, open_server
 from .proxy_guard import CALLBACK, CALLBACK_VARIABLE, ask_for_guard
 from .replicas.hub_link import HubLink
-from .replicas.prefix_router import prefix_routing
+from .replicas.places_router import PLACES, places_routing
 from .replicas.scaling import ANSWERS, scaling
 from .serve_args import ServeArgs
 from .server import with_commit
@@ -80,6 +80,10 @@ class MoeyardServer:
         """Tell Ray's controller what ``replicas/scaling.py`` decides by."""
         return {ANSWERS: self._server.admission.num_held}
 
+    def record_replica_metadata(self) -> dict[str, int]:
+        """Tell Ray's router in each proxy, once, how many answers this replica takes."""
+        return {PLACES: self._server.admission.num_places}
+
     def __del__(self) -> None:
         if hasattr(self, "_link"):
             self._link.close()
@@ -107,10 +111,12 @@ def application(args: ServeArgs) -> Application:
     options: dict[str, Any] = {"num_replicas": args.num_replicas}
     if args.max_replicas is not None:
         options = {"autoscaling_config": scaling(args)}
-    if args.prefix_routing:
-        options["request_router_config"] = prefix_routing(args.max_num_seqs)
+    # A replica that has half a batch more than another one is passed over: its answers would be
+    # slower by more than most beginnings save.
+    crowd = max(1, args.max_num_seqs // 2) if args.prefix_routing else None
     return MoeyardServer.options(  # type: ignore[attr-defined]
         **options,
+        request_router_config=places_routing(crowd),
         # Waiting happens in the engine's queue, which knows what it can batch.
         max_ongoing_requests=args.max_num_seqs + args.max_queued_requests + SPARE_REQUESTS,
         max_queued_requests=MAX_QUEUED_IN_PROXY,

@@ -3,9 +3,8 @@
 The guard passes a request on to a replica only when it is complete. Ray counts it there from its
 first byte, and a replica takes a limited number. So incomplete requests would shut out all others.
 Deadlines and limits: ``request_body.py`` for bodies, ``connections.py`` for everything that happens
-outside an application. Of a request that is complete, the guard refuses what replicas have just had
-no place for (``proxy/backpressure.py``), and names its beginnings where a router wants them
-(``proxy/beginnings.py``).
+outside an application. Of a request that is complete, the guard takes its places at a replica, or
+refuses it where there are none (``proxy/places.py``). Ray's router sends it there.
 
 When a replica dies, Ray's proxy drops the connection in the middle of a stream, and answers a
 request that had no response yet with a bare 500. Only the proxy outlives the replica, so the
@@ -21,7 +20,6 @@ starts Ray.
 
 import hmac
 import os
-from functools import partial
 
 import uvicorn.config
 from starlette.middleware import Middleware
@@ -33,9 +31,10 @@ from ..errors import RequestError
 from .api.connections import STATE_KEY, Connection, connections
 from .api.request_body import read_body
 from .api.responses import DONE, error_object, error_response, sse
-from .proxy.backpressure import REFUSED, Backpressure
-from .proxy.beginnings import HEADER as BEGINNINGS
-from .proxy.beginnings import Wish, name_beginnings
+from .proxy.beginnings import name_beginnings
+from .proxy.places import HEADER as TICKET
+from .proxy.places import REFUSED, Places, Ticket, applications, ticket_header
+from .proxy.wanted import places_of, prefix_of
 from .proxy.watched import Watched
 from .relay.frames import HEADER as RELAY
 from .relay.receiver import Relay
@@ -49,13 +48,13 @@ RAYS_OWN_HEADERS = frozenset(
         b"serve-multiplexed-model-id",
         b"x-request-disconnect-disabled",
         b"x-request-timeout-seconds",
-        BEGINNINGS,
+        TICKET,
         REFUSED,
         RELAY,
     }
 )
 """Ray obeys these from any client: they keep a request going after its client has left, set a
-time limit, or name a replica. The last three are the guard's words to a replica."""
+time limit, or name a replica. The last three are the guard's words to the router and a replica."""
 
 
 def middlewares() -> list[Middleware]:
@@ -76,7 +75,6 @@ class ProxyGuard:
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
         self._num_open = 0
-        self._backpressure = Backpressure()
         self._relay = Relay()
         token = os.environ.get("RAY_AUTH_TOKEN")
         self._expected = None if token is None else f"Bearer {token}".encode()
@@ -112,30 +110,36 @@ class ProxyGuard:
                 connection.enter("idle")
 
     async def _admit(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
-        """Pass a whole request on, unless replicas are full."""
+        """Pass a whole request on, unless there is no place for it."""
         path = scope["path"]
+        places = applications.find(path)
         try:
-            is_probe = self._backpressure.check(path)
+            ticket = None if places is None else _take(places, path, body)
         except RequestError as error:
             await error_response(error)(scope, receive, send)
             return
-        own = [(REFUSED, b"%d" % count)] if (count := self._backpressure.take_refused(path)) else []
-        if Wish.is_there and (names := name_beginnings(body)):
-            own.append((BEGINNINGS, names.encode()))
+        try:
+            own = [(TICKET, ticket_header(ticket, prefix_of(path)))]
+            if places is not None and (count := places.take_refused()):
+                own.append((REFUSED, b"%d" % count))
+            await self._relay_on(scope, own, _again(body, receive), send)
+        finally:
+            if places is not None and ticket is not None:
+                places.give_back(ticket)
+
+    async def _relay_on(
+        self, scope: Scope, own: list[tuple[bytes, bytes]], receive: Receive, send: Send
+    ) -> None:
+        """Pass a request on with the guard's ``own`` headers, and offer the short way."""
         incoming = await self._relay.open()
         if incoming is not None:
             own.append((RELAY, incoming.address))
         scope = _without_orders(scope)
         scope["headers"] += own
-        response = Watched(path, send, incoming)
-        if is_probe:
-            response.on_start = partial(self._backpressure.hear_start, path)
+        response = Watched(scope["path"], send, incoming)
         try:
-            await self._pass_on(scope, _again(body, receive), response)
+            await self._pass_on(scope, receive, response)
         finally:
-            # Where several answers were too many, one may still find a place.
-            if response.status != 429 or b'"n"' not in body:
-                self._backpressure.hear_end(path, response.status, is_probe)
             response.stop()
             if incoming is not None:
                 self._relay.close(incoming)
@@ -159,6 +163,12 @@ class ProxyGuard:
     def _has_token(self, scope: Scope) -> bool:
         given = dict(scope["headers"]).get(b"authorization", b"")
         return self._expected is not None and hmac.compare_digest(given, self._expected)
+
+
+def _take(places: Places, path: str, body: bytes) -> Ticket:
+    """Take the places that a request wants; raises :class:`RequestError` (429)."""
+    beginnings = name_beginnings(body) if places.wants_beginnings else []
+    return places.take(places_of(path, body), beginnings)
 
 
 def _without_orders(scope: Scope) -> Scope:

@@ -4,7 +4,7 @@ from prometheus_client import Counter
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..engine.admission import Rejection
-from ..proxy.backpressure import REFUSED
+from ..proxy.places import REFUSED
 
 REASONS: dict[int, Rejection] = {
     400: "bad_request",

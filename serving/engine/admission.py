@@ -45,6 +45,11 @@ class Admission:
         self.is_draining = False
 
     @property
+    def num_places(self) -> int:
+        """Answers that may run or wait at a time."""
+        return self._max_running + self._max_queued
+
+    @property
     def num_open(self) -> int:
         """HTTP requests let in whose responses have not ended."""
         return self._num_open
@@ -80,7 +85,7 @@ class Admission:
                 status=503,
                 retry_after_s=RETRY_WHEN_DRAINING_S,
             )
-        capacity = self._max_running + self._max_queued
+        capacity = self.num_places
         if count > capacity:
             raise RequestError(
                 f"the request asks for {count} answers, but the server takes {capacity} at a time; "

@@ -8,6 +8,8 @@ the salt are part of every hash, because replicas keep nothing across those.
 
 import hashlib
 import json
+from collections import OrderedDict
+from collections.abc import Collection, Sequence
 from typing import Any
 
 SHORTEST = 128
@@ -15,20 +17,37 @@ SHORTEST = 128
 MOST = 12
 """Beginnings of one request: the longest has 256 Ki characters."""
 HASH_BYTES = 8
-HEADER = b"x-session-id"
-"""Ray's proxy gives its router the value of this header, and nothing else of a request that could
-carry the hashes. The guard takes it away from clients."""
+MOST_KNOWN = 100_000
+"""Beginnings remembered, of about 200 bytes each; the one not seen for longest is forgotten."""
 FIELDS = ("messages", "prompt")
 
 
-class Wish:
-    """Whether a router in this process wants beginnings; naming them costs time."""
+class LastSeen:
+    """Which replica saw each beginning last."""
 
-    is_there = False
+    def __init__(self, most: int = MOST_KNOWN) -> None:
+        self._most = most
+        self._where: OrderedDict[str, str] = OrderedDict()
+
+    def find(self, names: Sequence[str], among: Collection[str]) -> str | None:
+        """Return the replica of the longest beginning that one of ``among`` has seen."""
+        for name in reversed(names):
+            replica = self._where.get(name)
+            if replica in among:
+                return replica
+        return None
+
+    def add(self, names: Sequence[str], replica: str) -> None:
+        """Remember that ``replica`` has seen these beginnings."""
+        for name in names:
+            self._where[name] = replica
+            self._where.move_to_end(name)
+        while len(self._where) > self._most:
+            self._where.popitem(last=False)
 
 
-def name_beginnings(body: bytes) -> str:
-    """Return the hashes of a request's beginnings, shortest first, joined by ``,``.
+def name_beginnings(body: bytes) -> list[str]:
+    """Return the hashes of a request's beginnings, shortest first.
 
     Empty for a prompt of less than :data:`SHORTEST` characters, and for what is no request: the
     replica will say so.
@@ -36,9 +55,9 @@ def name_beginnings(body: bytes) -> str:
     try:
         values = json.loads(body)
     except (ValueError, RecursionError):
-        return ""
+        return []
     if not isinstance(values, dict):
-        return ""
+        return []
     text = next((_text_of(values[name]) for name in FIELDS if values.get(name)), "")
     whose = json.dumps([values.get("model"), values.get("cache_salt")])
     running = hashlib.blake2b(whose.encode(), digest_size=HASH_BYTES)
@@ -48,7 +67,7 @@ def name_beginnings(body: bytes) -> str:
         running.update(text[done:end].encode(errors="surrogatepass"))
         names.append(running.hexdigest())
         done, end = end, 2 * end
-    return ",".join(names)
+    return names
 
 
 def _text_of(prompt: Any) -> str:

@@ -1,7 +1,6 @@
 """Responses on their way through the proxy: the short way of their pieces, and their ends."""
 
 import asyncio
-from collections.abc import Callable
 
 from starlette.types import Message, Send
 
@@ -20,11 +19,7 @@ class Watched:
         self._path, self.unwatched, self._incoming = path, send, incoming
         self._copying: asyncio.Task[None] | None = None
         """Sends what comes by the short way, if the response does."""
-        self.on_start: Callable[[], None] | None = None
-        """Called when the application answers with 200."""
         self.is_started = False
-        self.status: int | None = None
-        """What the application has answered with, if it has."""
         self._is_finished = self._is_stream = False
         self._rays_status: int | None = None
         self._rays_words = b""
@@ -40,9 +35,6 @@ class Watched:
                 self._rays_status = message["status"]
                 return
             self.is_started = True
-            self.status = message["status"]
-            if self.status == 200 and self.on_start is not None:
-                self.on_start()
             await self._start(message)
             return
         if message["type"] == "http.response.body":

@@ -2,22 +2,19 @@
 
 import asyncio
 import json
-from types import SimpleNamespace
 
 import pytest
-from ray.serve._private.common import DeploymentHandleSource, DeploymentID
-from ray.serve.request_router import ReplicaID
 
-from moeyard.serving.proxy.beginnings import MOST, SHORTEST, Wish, name_beginnings
+from moeyard.serving import proxy_guard
+from moeyard.serving.proxy.beginnings import MOST, SHORTEST, LastSeen, name_beginnings
+from moeyard.serving.proxy.places import Applications, Places, Room
 from moeyard.serving.proxy_guard import ProxyGuard
-from moeyard.serving.replicas.prefix_router import LastSeen, PrefixRouter
 
 TEXT = "".join(chr(97 + number * number % 23) for number in range(5000))
 
 
 def names(prompt=TEXT, field="prompt", **more) -> list[str]:
-    found = name_beginnings(json.dumps({"model": "small", field: prompt, **more}).encode())
-    return found.split(",") if found else []
+    return name_beginnings(json.dumps({"model": "small", field: prompt, **more}).encode())
 
 
 @pytest.mark.parametrize("shared", [0, 127, 128, 200, 256, 1000, 4999])
@@ -31,7 +28,7 @@ def test_two_prompts_share_the_hashes_of_what_they_share(shared):
 def test_short_prompts_and_what_is_no_request_have_no_beginnings():
     assert names(TEXT[: SHORTEST - 1]) == [] and len(names(TEXT[:SHORTEST])) == 1
     for body in (b"", b"{", b"[]", b"7", b"{}", b'{"prompt": 0}', b'{"prompt": null}', b"\xff"):
-        assert name_beginnings(body) == ""
+        assert name_beginnings(body) == []
     assert len(names("a" * (SHORTEST << 14))) == MOST
     assert names("\ud800" * 200)  # text that UTF-8 has no bytes for
 
@@ -48,104 +45,87 @@ def test_ids_and_messages_have_beginnings_too():
     assert names(list(range(500)))[:2] == names(list(range(400)))[:2]
 
 
-@pytest.mark.parametrize("wish", [True, False])
-def test_the_guard_hands_beginnings_to_the_router_where_it_wants_them(monkeypatch, wish):
-    monkeypatch.setattr(Wish, "is_there", wish)
-    came = {}
-
-    async def app(scope, receive, send):
-        came.update(scope["headers"])
-
-    body = json.dumps({"model": "small", "prompt": TEXT}).encode()
-
-    async def receive():
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    async def send(message):
-        pass
-
-    scope = {"type": "http", "path": "/v1/completions", "headers": [(b"X-Session-Id", b"mine")]}
-    asyncio.run(ProxyGuard(app)(scope, receive, send))
-    own = {name: value for name, value in came.items() if name.lower() == b"x-session-id"}
-    assert own == ({b"x-session-id": ",".join(names()).encode()} if wish else {})
+@pytest.fixture
+def places():
+    """Three replicas; one with four requests more than another one is passed over."""
+    found = Places(crowd=4)
+    found.set_replicas({name: Room(100, is_near=True) for name in "abc"})
+    return found
 
 
-def replica(name: str) -> ReplicaID:
-    return ReplicaID(name, DeploymentID("moeyard", "app"))
-
-
-A, B, C = map(replica, "abc")
+def fill(places, **counts):
+    """Have so many more requests at replicas."""
+    for name, count in counts.items():
+        places.hear(name, count)
 
 
 def test_the_longest_beginning_decides_and_the_last_replica_that_saw_it():
     seen = LastSeen(most=4)
-    seen.add(["short", "long"], A)
-    seen.add(["short", "other"], B)
-    assert seen.find(["short", "long"], {A, B}) == A
-    assert seen.find(["short", "unknown"], {A, B}) == B
-    assert seen.find(["short", "long"], {B}) == B, "a replica that has gone counts for nothing"
-    assert seen.find(["unknown"], {A, B}) is None
-    seen.add(["1", "2", "3"], A)  # four are known now, and "long" was not seen for longest
-    assert seen.find(["long"], {A, B}) is None and seen.find(["other"], {B}) == B
+    seen.add(["short", "long"], "a")
+    seen.add(["short", "other"], "b")
+    assert seen.find(["short", "long"], {"a", "b"}) == "a"
+    assert seen.find(["short", "unknown"], {"a", "b"}) == "b"
+    assert seen.find(["short", "long"], {"b"}) == "b", "a replica that has gone counts for nothing"
+    assert seen.find(["unknown"], {"a", "b"}) is None
+    seen.add(["1", "2", "3"], "a")  # four are known now, and "long" was not seen for longest
+    assert seen.find(["long"], {"a", "b"}) is None and seen.find(["other"], {"b"}) == "b"
 
 
-@pytest.fixture
-def router(monkeypatch):
-    monkeypatch.setattr(Wish, "is_there", False)
-
-    async def make():
-        found = PrefixRouter(
-            deployment_id=DeploymentID("moeyard", "app"),
-            handle_source=DeploymentHandleSource.PROXY,
-        )
-        found.initialize_state(limit=4)
-        for name in (A, B, C):
-            found._replicas[name] = SimpleNamespace(replica_id=name)
-            found._replica_id_set.add(name)
-        return found
-
-    return asyncio.run(make())
+def test_a_known_beginning_goes_where_it_went_and_others_to_the_emptiest(places):
+    first = places.take(1, ["x", "y"]).replica
+    assert [places.take(1, ["x", "z"]).replica for _ in range(4)] == [first] * 4
+    assert places.take(1, ["other"]).replica != first
+    assert places.take(1).replica != first
 
 
-def choose(router, names="") -> tuple[list[ReplicaID], list[ReplicaID]]:
-    """Return the first rank, and all of the last one."""
-    request = SimpleNamespace(
-        metadata=SimpleNamespace(session_id=names, multiplexed_model_id=""),
-        routing_context=SimpleNamespace(tried_same_node=False, tried_same_az=False),
-    )
-    ranks = asyncio.run(router.choose_replicas([], request))
-    return [r.replica_id for r in ranks[0]], [r.replica_id for r in ranks[-1]]
+def test_a_replica_with_too_many_requests_more_than_the_emptiest_is_passed_over(places):
+    fill(places, a=9, b=3, c=9)
+    places.give_back(places.take(1, ["x"]))  # at b
+    fill(places, a=3, b=7, c=30)
+    ticket = places.take(1, ["x"])
+    assert ticket.replica == "b", "4 more than another one is the limit"
+    places.give_back(ticket)
+    fill(places, b=8)
+    assert places.take(1, ["x"]).replica == "a"
 
 
-def routed(router, names, replica):
-    request = SimpleNamespace(metadata=SimpleNamespace(session_id=names))
-    router.on_request_routed(request, replica, None)
+def test_a_replica_that_is_full_or_has_gone_is_not_chosen(places):
+    first = places.take(1, ["x"]).replica
+    others = {name: Room(100, is_near=True) for name in "abc" if name != first}
+    places.set_replicas({**others, first: Room(1, is_near=True)})
+    assert places.take(1, ["x"]).replica != first
+    places.set_replicas({name: others[name] for name in others})
+    assert places.take(1, ["x"]).replica in others
 
 
-def test_a_router_tells_the_guard_that_it_wants_beginnings(router):
-    assert Wish.is_there
+@pytest.mark.parametrize("crowd", [None, 100])
+def test_the_guard_names_beginnings_where_they_count(monkeypatch, crowd):
+    places, known = Places(crowd), Applications()
+    places.set_replicas({name: Room(100, is_near=True) for name in "ab"})
+    known.learn("", places)
+    monkeypatch.setattr(proxy_guard, "applications", known)
+    taken = []
 
+    async def app(scope, receive, send):
+        (ticket,) = places._tickets.values()
+        taken.append(ticket.replica)
 
-def test_a_known_beginning_goes_where_it_went_and_others_to_two_of_all(router):
-    routed(router, "x,y", B)
-    for _ in range(20):
-        first, last = choose(router, "x,z")
-        assert first == [B] and len(set(last)) == 2
-    assert {i for _ in range(100) for i in choose(router)[0]} == {A, B, C}
+    async def ask(prompt):
+        body = json.dumps({"model": "small", "prompt": prompt}).encode()
 
+        async def receive():
+            return {"type": "http.request", "body": body, "more_body": False}
 
-def test_a_replica_with_too_many_requests_more_than_the_emptiest_is_passed_over(router):
-    routed(router, "x", B)
-    for name, count in ((A, 3), (B, 7), (C, 30)):
-        router.replica_queue_len_cache.update(name, count)
-    assert choose(router, "x")[0] == [B], "4 more than another one is the limit"
-    router.replica_queue_len_cache.update(B, 8)
-    assert len(choose(router, "x")[0]) == 2
+        async def send(message):
+            pass
 
+        scope = {"type": "http", "path": "/v1/completions", "headers": []}
+        await ProxyGuard(app)(scope, receive, send)
 
-def test_a_replica_that_has_gone_is_not_chosen(router):
-    routed(router, "x", B)
-    del router._replicas[B]
-    router._replica_id_set.discard(B)
-    first, _ = choose(router, "x")
-    assert set(first) == {A, C}
+    async def go():
+        await ask(TEXT)
+        places.hear(taken[0], 50)  # so another one is chosen if beginnings do not count
+        await ask(TEXT + "#")
+
+    asyncio.run(go())
+    assert (taken[0] == taken[1]) == (crowd is not None)

@@ -60,13 +60,17 @@ def test_ray_gets_the_bounds_and_the_batch(model_folder):
     assert found.downscale_delay_s == 7
 
 
-def test_without_a_greatest_number_nothing_scales_and_rays_router_stays(model_folder):
+def test_without_a_greatest_number_nothing_scales(model_folder):
     config = build({"model": str(model_folder)})._bound_deployment._deployment_config
     assert config.autoscaling_config is None
-    assert "PrefixRouter" not in config.request_router_config.request_router_class
-    values = {"model": str(model_folder), "prefix_routing": True}
-    config = build(values)._bound_deployment._deployment_config
-    assert config.request_router_config.request_router_class.endswith("PrefixRouter")
+
+
+@pytest.mark.parametrize("wish", [False, True])
+def test_the_router_follows_beginnings_where_it_is_asked_to(model_folder, wish):
+    values = {"model": str(model_folder), "prefix_routing": wish, "max_num_seqs": 6}
+    config = build(values)._bound_deployment._deployment_config.request_router_config
+    assert config.request_router_class.endswith("PlacesRouter")
+    assert config.request_router_kwargs == {"crowd": 3 if wish else None}
 
 
 def test_fewer_replicas_than_the_least_are_refused():

@@ -1,0 +1,213 @@
+"""Take the places of replicas in the proxy, so that what would find none is refused at once.
+
+A replica that refuses a request pays for a call through Ray, on the interpreter that its engine
+runs on, and its word comes back late. But each replica says how many places it has when it starts,
+and Ray tells its router in every proxy (``replicas/places_router.py``). So the proxy takes a
+request's places before it sends it, at the replica that has the fewest taken, and its end gives
+them back. A request that fits nowhere is refused here, from the first one on.
+
+Other proxies send requests to the same replicas. With each request that it takes on, a replica says
+how many it works on. Those that are not of this proxy hold places as well, for as long as that is
+news.
+"""
+
+import itertools
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ...errors import RequestError
+from .beginnings import LastSeen
+
+HEADER = b"x-session-id"
+"""Carries a ticket to the router: Ray gives it the value of this header, and nothing else of a
+request. The guard takes it away from clients."""
+REFUSED = b"x-moeyard-refused"
+"""Tells a replica how many requests the proxy has refused since the last one, for its metrics."""
+RETRY_AFTER_S = 1
+OTHERS_FOR_S = 1.0
+"""How long requests of other proxies count: without news, they may have ended."""
+MOST_PREFIXES = 64
+NOWHERE = ""
+"""Where a request waits while there are no replicas."""
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What the router knows of a replica."""
+
+    places: int
+    is_near: bool
+    """Whether it runs on this machine."""
+
+
+@dataclass(slots=True)
+class Ticket:
+    """A request on its way, and the places that it takes."""
+
+    number: int
+    count: int
+    replica: str = NOWHERE
+
+
+class Places:
+    """The replicas of one application and what requests of this proxy hold there.
+
+    The guard takes and gives back in the proxy's thread, Ray's router asks in another one.
+    """
+
+    _numbers = itertools.count(1)  # of all applications: a ticket is never taken for another one
+
+    def __init__(
+        self, crowd: int | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """``crowd``: send requests that begin alike to one replica, unless it has more than so many
+        places more taken than another one. None: never."""
+        self._crowd, self._clock = crowd, clock
+        self._lock = threading.Lock()
+        self._seen = LastSeen()
+        self._rooms: dict[str, Room] = {}
+        self._most = 0
+        """Places of the largest replica; the last one known if there are none."""
+        self._tickets: dict[int, Ticket] = {}
+        self._taken: Counter[str] = Counter()
+        self._requests: Counter[str] = Counter()
+        self._others: dict[str, tuple[int, float]] = {}
+        self._num_refused = 0
+
+    @property
+    def wants_beginnings(self) -> bool:
+        """Whether :meth:`take` makes use of a request's beginnings."""
+        return self._crowd is not None
+
+    def set_replicas(self, rooms: dict[str, Room]) -> None:
+        """Know the replicas that there are now."""
+        with self._lock:
+            self._rooms = dict(rooms)
+            self._most = max((room.places for room in rooms.values()), default=self._most)
+            self._others = {name: own for name, own in self._others.items() if name in rooms}
+
+    def hear(self, replica: str, num_requests: int) -> None:
+        """Hear how many requests a replica works on, those of other proxies included."""
+        with self._lock:
+            others = num_requests - self._requests[replica]
+            self._others[replica] = (max(0, others), self._clock() + OTHERS_FOR_S)
+
+    def take(self, count: int, beginnings: Sequence[str] = ()) -> Ticket:
+        """Take ``count`` places, which may be 0, at one replica.
+
+        Raises :class:`RequestError` (429) where no replica has so many. More than a replica ever
+        has are none: it will say so itself.
+        """
+        with self._lock:
+            count = count if count <= self._most else 0
+            replica = self._choose(count, beginnings)
+            if replica is None:
+                has_room = not self._rooms and self._taken[NOWHERE] + count <= self._most
+                if not has_room:
+                    self._num_refused += 1
+                    raise _full()
+                replica = NOWHERE
+            self._seen.add(beginnings, replica)
+            ticket = Ticket(next(self._numbers), count)
+            self._tickets[ticket.number] = ticket
+            self._seat(ticket, replica)
+            return ticket
+
+    def give_back(self, ticket: Ticket) -> None:
+        """Free the places of a request that has ended."""
+        with self._lock:
+            del self._tickets[ticket.number]
+            self._unseat(ticket)
+
+    def replica_of(self, number: int) -> str | None:
+        """Return the replica that a ticket is for, or None if it is for none.
+
+        If that one has gone, or there was none yet, the ticket moves.
+        """
+        with self._lock:
+            ticket = self._tickets.get(number)
+            if ticket is None:
+                return None
+            if ticket.replica not in self._rooms:
+                replica = self._choose(ticket.count, ())
+                if replica is None:
+                    return None
+                self._unseat(ticket)
+                self._seat(ticket, replica)
+            return ticket.replica
+
+    def take_refused(self) -> int:
+        """Return how many requests were refused since the last call."""
+        with self._lock:
+            count, self._num_refused = self._num_refused, 0
+            return count
+
+    def _choose(self, count: int, beginnings: Sequence[str]) -> str | None:
+        """Return the replica with the fewest places taken, the nearer one of equals."""
+        now = self._clock()
+        loads = {name: self._taken[name] + self._num_others(name, now) for name in self._rooms}
+        fitting = [n for n in loads if count == 0 or loads[n] + count <= self._rooms[n].places]
+        if not fitting:
+            return None
+        if self._crowd is not None:
+            last = self._seen.find(beginnings, fitting)
+            if last is not None and loads[last] - min(loads.values()) <= self._crowd:
+                return last
+        return min(fitting, key=lambda n: (loads[n], not self._rooms[n].is_near, random.random()))
+
+    def _num_others(self, replica: str, now: float) -> int:
+        count, until = self._others.get(replica, (0, 0.0))
+        return count if now < until else 0
+
+    def _seat(self, ticket: Ticket, replica: str) -> None:
+        ticket.replica = replica
+        self._taken[replica] += ticket.count
+        self._requests[replica] += 1
+
+    def _unseat(self, ticket: Ticket) -> None:
+        self._taken[ticket.replica] -= ticket.count
+        self._requests[ticket.replica] -= 1
+        if self._requests[ticket.replica] == 0:
+            del self._requests[ticket.replica], self._taken[ticket.replica]
+
+
+class Applications:
+    """Which application answers under which route prefix, as far as a router has said."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, Places] = {}
+
+    def find(self, path: str) -> Places | None:
+        """Return the places of the application that a path leads to, if it is known."""
+        fitting = (prefix for prefix in self._known if path.startswith(f"{prefix}/"))
+        longest = max(fitting, key=len, default=None)
+        return None if longest is None else self._known[longest]
+
+    def learn(self, prefix: str, places: Places) -> None:
+        """Hear from a router that a request with this prefix has come to it."""
+        if prefix not in self._known and len(self._known) >= MOST_PREFIXES:
+            self._known.clear()  # clients may invent prefixes; those in use are soon known again
+        self._known[prefix] = places
+
+
+applications = Applications()
+"""Those of this process: Ray makes the routers, and the guard finds what they know here."""
+
+
+def ticket_header(ticket: Ticket | None, prefix: str | None) -> bytes:
+    """Return what the router hears of a request: its ticket, 0 for none, and its route prefix."""
+    number = 0 if ticket is None else ticket.number
+    return (f"{number}" if prefix is None else f"{number} {prefix}").encode()
+
+
+def _full() -> RequestError:
+    return RequestError(
+        f"the server is busy with as many answers as it takes; try again in {RETRY_AFTER_S} s.",
+        code="rate_limit_exceeded",
+        status=429,
+        retry_after_s=RETRY_AFTER_S,
+    )

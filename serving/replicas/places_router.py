@@ -1,0 +1,85 @@
+"""Ray's router in each proxy: it tells the proxy of replicas, and sends requests where they belong.
+
+Ray makes it from a pickled copy of the class and of every object that this file names. So the
+guard's knowledge is reached through its module, of which there is one in a process.
+
+The proxy's guard has chosen a replica when it took the request's places (``proxy/places.py``), and
+the ticket says which. What has no ticket, as requests through a handle in Python, goes to the
+replica that Ray knows the fewest requests of.
+"""
+
+from ray.serve.config import RequestRouterConfig
+from ray.serve.request_router import (
+    LocalityMixin,
+    PendingRequest,
+    ReplicaID,
+    RequestRouter,
+    RunningReplica,
+)
+
+from ..proxy import places
+from ..proxy.places import Places, Room
+
+PLACES = "places"
+"""What ``MoeyardServer.record_replica_metadata`` says of a replica."""
+
+
+class PlacesRouter(LocalityMixin, RequestRouter):
+    """A router that follows tickets."""
+
+    def initialize_state(self, crowd: int | None = None) -> None:  # type: ignore[override]
+        """Take the router's arguments from Ray's configuration, see :class:`.Places`."""
+        self._places = Places(crowd)
+
+    async def choose_replicas(
+        self,
+        candidate_replicas: list[RunningReplica],
+        pending_request: PendingRequest | None = None,
+    ) -> list[list[RunningReplica]]:
+        """Return replicas to ask, the best one first."""
+        chosen = None
+        if pending_request is not None:
+            pending_request.routing_context.should_backoff = True  # wait before the next try
+            chosen = self._follow(pending_request.metadata.session_id)
+        best = [r for r in candidate_replicas if r.replica_id.unique_id == chosen]
+        return [best, [r for r in candidate_replicas if r not in best]]
+
+    def _follow(self, ticket: str) -> str | None:
+        number, has_prefix, prefix = ticket.partition(" ")
+        if not number.isdecimal():
+            return None
+        if has_prefix:
+            places.applications.learn(prefix, self._places)
+        return self._places.replica_of(int(number))
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        """Take over which replicas there are."""
+        super().update_replicas(replicas)
+        self._tell()
+
+    def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
+        """Hear that a replica has died, before Ray's controller has noticed."""
+        super().on_replica_actor_died(replica_id)
+        self._tell()
+
+    def on_new_queue_len_info(self, replica_id: ReplicaID, num_ongoing_requests: int) -> None:
+        """Hear from a replica how many requests it has."""
+        super().on_new_queue_len_info(replica_id, num_ongoing_requests)
+        self._places.hear(replica_id.unique_id, num_ongoing_requests)
+
+    def _tell(self) -> None:
+        rooms = {
+            replica.replica_id.unique_id: Room(
+                replica.replica_metadata[PLACES], replica.node_id == self._self_node_id
+            )
+            for replica in self.curr_replicas.values()
+        }
+        self._places.set_replicas(rooms)
+
+
+def places_routing(crowd: int | None) -> RequestRouterConfig:
+    """Return Ray's configuration for this router; ``crowd`` as in :class:`.Places`."""
+    return RequestRouterConfig(
+        request_router_class=f"{__name__}:PlacesRouter",
+        request_router_kwargs={"crowd": crowd},
+    )

@@ -1,0 +1,161 @@
+"""The guard refuses what finds no place, and Ray's router follows its tickets."""
+
+import asyncio
+from types import SimpleNamespace
+from weakref import WeakValueDictionary
+
+import httpx
+import pytest
+from ray.cloudpickle import cloudpickle
+from ray.serve._private.common import DeploymentHandleSource, DeploymentID
+from ray.serve.request_router import ReplicaID
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+from moeyard.errors import RequestError
+from moeyard.serving import proxy_guard
+from moeyard.serving.proxy.places import (
+    HEADER,
+    REFUSED,
+    Applications,
+    Places,
+    Room,
+    ticket_header,
+)
+from moeyard.serving.proxy_guard import ProxyGuard
+from moeyard.serving.replicas.places_router import PLACES, PlacesRouter, places_routing
+from moeyard.serving.serve_args import ServeArgs
+from moeyard.serving.server import Server
+
+from http_calls import call, check_error
+
+PATH = "/v1/completions"
+
+
+@pytest.fixture
+def places():
+    """Two replicas of three places."""
+    found = Places()
+    found.set_replicas({"a": Room(3, is_near=True), "b": Room(3, is_near=True)})
+    return found
+
+
+def take_all(places):
+    """Take as often as there is room; return the replicas."""
+    found = []
+    with pytest.raises(RequestError):
+        while True:
+            found.append(places.take(1).replica)
+    return found
+
+
+def replica(name):
+    return SimpleNamespace(
+        replica_id=ReplicaID(name, DeploymentID("moeyard", "app")),
+        replica_metadata={PLACES: 3},
+        node_id="node",
+        push_proxy_handle=lambda _: None,
+    )
+
+
+async def routed(router, ticket):
+    """Return the names of replicas that a router would ask, by rank."""
+    request = SimpleNamespace(
+        metadata=SimpleNamespace(session_id=ticket),
+        routing_context=SimpleNamespace(should_backoff=False),
+    )
+    ranks = await router.choose_replicas(list(router.curr_replicas.values()), request)
+    assert request.routing_context.should_backoff
+    return [[one.replica_id.unique_id for one in rank] for rank in ranks]
+
+
+def test_the_router_tells_of_replicas_and_follows_tickets(monkeypatch):
+    known = Applications()
+    monkeypatch.setattr("moeyard.serving.proxy.places.applications", known)
+    routing = places_routing(None)
+    monkeypatch.setattr(cloudpickle, "_DYNAMIC_CLASS_TRACKER_BY_ID", WeakValueDictionary())
+    copied = routing.get_request_router_class()
+    assert copied is not PlacesRouter, "another process gets a copy of the class"
+
+    async def go():
+        router = copied(
+            deployment_id=DeploymentID("moeyard", "app"),
+            handle_source=DeploymentHandleSource.REPLICA,
+            self_node_id="node",
+        )
+        monkeypatch.setattr(router, "_probe_queue_lens", lambda *_: asyncio.sleep(0))
+        router.initialize_state(crowd=None)
+        a, b = replica("a"), replica("b")
+        router.update_replicas([a, b])
+        assert await routed(router, ticket_header(None, "/one").decode()) == [[], ["a", "b"]]
+        places = known.find("/one/v1/models")
+        ticket = places.take(1)
+        header = ticket_header(ticket, None).decode()
+        other = {"a": "b", "b": "a"}[ticket.replica]
+        assert await routed(router, header) == [[ticket.replica], [other]]
+        for odd in ("", "x", "-1", "7 7 7", "\u00b2"):
+            assert (await routed(router, odd))[0] == [], odd
+        router.on_new_queue_len_info(a.replica_id, 3 + (ticket.replica == "a"))
+        assert take_all(places) == ["b"] * (2 + (ticket.replica == "a"))
+        router.on_replica_actor_died(b.replica_id)
+        assert list(places._rooms) == ["a"]
+
+    asyncio.run(go())
+
+
+class Replicas:
+    """An application behind the guard, which holds requests until it is told to answer."""
+
+    def __init__(self, places, monkeypatch):
+        known = Applications()
+        known.learn("", places)
+        monkeypatch.setattr(proxy_guard, "applications", known)
+        self.headers, self.may_answer = [], asyncio.Event()
+
+    async def complete(self, request):
+        self.headers.append(dict(request.scope["headers"]))
+        await self.may_answer.wait()
+        return JSONResponse({"usage": {}})
+
+    def app(self):
+        return ProxyGuard(Starlette(routes=[Route(PATH, self.complete, methods=["POST"])]))
+
+
+def test_the_guard_refuses_without_a_call_and_tells_how_often(places, monkeypatch):
+    async def go():
+        replicas = Replicas(places, monkeypatch)
+        transport = httpx.ASGITransport(app=replicas.app())
+        forged = {REFUSED.decode(): "999", HEADER.decode(): "1 /mine"}
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+
+            async def ask(**body):
+                return await client.post(PATH, json=body, headers=forged)
+
+            held = [asyncio.create_task(ask(n=2)) for _ in range(3)]
+            done, _ = await asyncio.wait(held, return_when=asyncio.FIRST_COMPLETED)
+            (refused,) = done
+            check_error(refused.result(), 429, "busy with as many answers as it takes")
+            assert refused.result().headers["retry-after"] == "1"
+            assert len(replicas.headers) == 2
+            replicas.may_answer.set()
+            await asyncio.wait(held)
+            assert (await ask(n=3)).status_code == 200
+        return replicas.headers
+
+    headers = asyncio.run(go())
+    assert [own.get(REFUSED) for own in headers] == [None, None, b"1"]
+    numbers = [own[HEADER].decode().split(" ") for own in headers]
+    assert len({number for number, _ in numbers}) == 3, "each request has its own ticket"
+    assert {prefix for _, prefix in numbers} == {""} and not places._tickets
+
+
+def test_the_proxys_refusals_are_in_the_metrics_and_replicas_know_their_places(model_folder):
+    server = Server(ServeArgs(model=str(model_folder), max_num_seqs=3, max_queued_requests=2))
+    try:
+        assert server.admission.num_places == 5
+        headers = {REFUSED.decode(): "5"}
+        text = call(server, "GET", "/metrics", headers=headers).text
+        assert 'moeyard_requests_rejected_total{reason="queue_full"} 5.0' in text
+    finally:
+        server.close()
