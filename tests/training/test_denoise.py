@@ -122,17 +122,17 @@ def test_the_residual_has_the_standard_deviation_of_the_images(whole):
 
 def test_draws_depend_on_seed_step_and_row_alone(whole, config, tmp_path):
     data = whole[0]._data.train
-    together = data.rows(3, range(4))
+    together = data.of_step(3, range(4))
     for row in range(4):
-        alone = data.rows(3, range(row, row + 1))
+        alone = data.of_step(3, range(row, row + 1))
         for one, all_of_them in zip(alone[:3], together[:3], strict=True):
             assert torch.equal(one[0], all_of_them[row])
         assert alone.draw_keys == together.draw_keys[row : row + 1]
-    assert not torch.equal(data.rows(4, range(4)).noise_BCSS, together.noise_BCSS)
-    assert len({*together.draw_keys, *data.rows(4, range(4)).draw_keys}) == 8
-    other = trainer(config, tmp_path / "run", "seed=1")._data.train.rows(3, range(4))
+    assert not torch.equal(data.of_step(4, range(4)).noise_BCSS, together.noise_BCSS)
+    assert len({*together.draw_keys, *data.of_step(4, range(4)).draw_keys}) == 8
+    other = trainer(config, tmp_path / "run", "seed=1")._data.train.of_step(3, range(4))
     assert not torch.equal(other.noise_BCSS, together.noise_BCSS)
-    times = torch.cat([data.rows(step, range(4)).times_B for step in range(50)])
+    times = torch.cat([data.of_step(step, range(4)).times_B for step in range(50)])
     assert times.min() < 100 and times.max() > 900 and len(times.unique()) > 100
 
 
@@ -140,7 +140,7 @@ def test_every_image_and_place_is_seen(whole):
     data = whole[0]._data.train
     seen = set()
     for step in range(9):
-        for crop in data.rows(step, range(4)).images_BCSS:
+        for crop in data.of_step(step, range(4)).images_BCSS:
             seen |= {
                 image
                 for image in range(len(data))
