@@ -161,13 +161,14 @@ def run_case(config_path: Path, out: Path, name: str, case: dict, watch) -> None
     model = objective.complete_model(fill_vocabulary(config, data.tokenizer))
     decoder = build_decoder(config, model, data, mesh, case)
     loss = objective.module(decoder)
-    parallel = parallelize(config, decoder, loss, mesh)
+    parallel = parallelize(config, decoder, loss, mesh, objective.mean_rows)
     step = TrainStep(config, decoder, objective, parallel, mesh)
     if case.get("early"):
         slice_early(step, parallel, mesh)
     schedule = None
     if config.parallel.chunks == "auto":
-        schedule = LayerSchedule(config, decoder, mesh, parallel.pipelines)
+        paths = parallel.pipelines
+        schedule = LayerSchedule(config, decoder, mesh, paths, objective.mean_rows)
     saves = Saves(config, model, run_dir, mesh, data, step.optimizer, step.ownership)
     first = saves.resume() if "resumes" in case else 0
     last = case.get("until", STEPS)

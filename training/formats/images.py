@@ -4,10 +4,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from ..section import Section
+from .data_section import AnyDataConfig
 
 
-class ImagesConfig(Section):
+class ImagesConfig(AnyDataConfig):
     """Images, with what each task of the model should say of them."""
 
     format: Literal["images"] = "images"

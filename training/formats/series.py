@@ -5,7 +5,7 @@ from typing import Annotated, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
-from ..section import Section
+from .data_section import AnyDataConfig
 
 Part = Annotated[float, Field(ge=0)]
 
@@ -20,7 +20,7 @@ class Parts(NamedTuple):
     """Lines of all parts together."""
 
 
-class SeriesConfig(Section):
+class SeriesConfig(AnyDataConfig):
     """Series of numbers in a CSV file, which train a model that forecasts."""
 
     format: Literal["series"] = "series"

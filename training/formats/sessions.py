@@ -5,6 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from ..section import Section
+from .data_section import AnyDataConfig
 
 
 class AlignmentConfig(Section):
@@ -20,7 +21,7 @@ class AlignmentConfig(Section):
     factor of the margin in DPO's loss."""
 
 
-class SessionsConfig(Section):
+class SessionsConfig(AnyDataConfig):
     """Sessions of watched items, in a log, and the semantic ids of the items."""
 
     format: Literal["sessions"] = "sessions"

@@ -4,10 +4,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from ..section import Section
+from .data_section import AnyDataConfig
 
 
-class SuperResolutionDataConfig(Section):
+class SuperResolutionDataConfig(AnyDataConfig):
     """Images, which train a model that enlarges them."""
 
     format: Literal["super_resolution"] = "super_resolution"

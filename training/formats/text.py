@@ -68,6 +68,11 @@ class TextConfig(TextsConfig):
     """``chat`` trains on the assistant's tokens of conversations: JSON objects with ``messages``,
     with ``prompt`` and ``completion``, or with ShareGPT's ``conversations``."""
 
+    @property
+    def has_whole_windows(self) -> bool:
+        """See :attr:`.AnyDataConfig.has_whole_windows`."""
+        return self.format == "text"
+
 
 class LabelledConfig(TextsConfig):
     """Texts with labels, in JSON objects or CSV files, which train an encoder."""
