@@ -54,8 +54,8 @@ def parallelize(
 ) -> Parallel:
     """Make ``decoder``, which holds fp32 weights, ready to train, in place.
 
-    ``loss`` is the module whose forward runs the decoder, and ``rows_per_window`` is
-    :attr:`.Objective.mean_rows`, by which MoE layers are timed. The global generator is seeded last:
+    ``loss`` is the module whose forward runs the decoder. MoE layers are timed by
+    ``rows_per_window``, which is :attr:`.Objective.mean_rows`. The global generator is seeded last:
     from here on only router noise draws from it.
     """
     has_slices = config.parallel.gradient_slices is not None

@@ -5,7 +5,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 
 import moeyard
@@ -23,7 +22,7 @@ from moeyard.training.data.image_files import read_images, write_images
 from moeyard.training.report.page import write_report
 
 import pictures
-from small_trainer import metrics, trainer
+from small_trainer import check_resumed, finished, metrics, trainer, write_config
 
 TRAIN = {"steps": 4, "batch_sequences": 4, "log_every": 1, "eval_every": 2, "eval_sequences": 99}
 
@@ -31,30 +30,20 @@ TRAIN = {"steps": 4, "batch_sequences": 4, "log_every": 1, "eval_every": 2, "eva
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("denoise")
-    values = {
-        "run_dir": str(folder / "unset"),
-        "model": pictures.MODEL,
-        "data": {
-            "format": "super_resolution",
-            "source": str(pictures.write(folder / "images.npz")),
-            "eval_fraction": 0.25,
-            "eval_images": 3,
-            "eval_steps": 3,
-        },
-        "train": TRAIN,
-        "optimizer": {"lr": 5e-3, "warmup_steps": 0},
-        "checkpoint": {"every": 2},
+    data = {
+        "format": "super_resolution",
+        "source": str(pictures.write(folder / "images.npz")),
+        "eval_fraction": 0.25,
+        "eval_images": 3,
+        "eval_steps": 3,
     }
-    (folder / "run.yaml").write_text(yaml.safe_dump(values))
-    return folder / "run.yaml"
+    sections = {"model": pictures.MODEL, "data": data, "checkpoint": {"every": 2}}
+    return write_config(folder, train=TRAIN, **sections)
 
 
 @pytest.fixture(scope="module")
 def whole(config, tmp_path_factory):
-    run_dir = tmp_path_factory.mktemp("whole") / "run"
-    run = trainer(config, run_dir, "monitor.routes={}")
-    run.run()
-    return run, run_dir
+    return finished(config, tmp_path_factory.mktemp("whole"), "monitor.routes={}")
 
 
 @pytest.fixture(scope="module")
@@ -155,13 +144,7 @@ def test_every_image_and_place_is_seen(whole):
 
 
 def test_a_resumed_run_ends_as_one_that_was_not_stopped(config, whole, tmp_path):
-    shutil.copytree(whole[1], tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000004")
-    run = trainer(config, tmp_path / "run", "monitor.routes={}")
-    run.run()
-    assert metrics(tmp_path / "run")[-1]["loss"] == metrics(whole[1])[-1]["loss"]
-    for name, weight in whole[0].decoder.state_dict().items():
-        assert torch.equal(run.decoder.state_dict()[name], weight), name
+    check_resumed(config, whole, tmp_path, "monitor.routes={}")
 
 
 def test_export_reload_and_offload_are_the_same_bit_for_bit(whole, folder):
