@@ -101,7 +101,8 @@ def test_a_run_measures_each_task_and_counts_its_rows(whole):
 
 def test_the_report_and_prometheus_show_each_task(whole, config):
     page = render(read_run(whole[1]))
-    for words in ("side, accuracy", "parts, mean IoU", "light, error", "Expert load"):
+    measures = ("side, accuracy", "parts, mean IoU", "light, error", "Expert load")
+    for words in (*measures, "sum over tasks", "patches/s", "active per patch", "8 images"):
         assert words in page, words
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -112,9 +113,12 @@ def test_the_report_and_prometheus_show_each_task(whole, config):
         found = observer.registry.get_sample_value(
             "moeyard_train_held_out", {"measure": "rmse_light"}
         )
+        helps = {family.name: family.documentation for family in observer.registry.collect()}
     finally:
         observer.close()
     assert found == metrics(whole[1])[-1]["eval_rmse_light"]
+    assert helps["moeyard_train_eval_loss"] == "Of held-out data: sum over tasks"
+    assert helps["moeyard_train_tokens"] == "Patches trained on"
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """The ``data`` section of runs that learn to recommend sessions."""
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -23,6 +23,12 @@ class AlignmentConfig(Section):
 
 class SessionsConfig(AnyDataConfig):
     """Sessions of watched items, in a log, and the semantic ids of the items."""
+
+    loss_unit: ClassVar[str] = "nats per code"
+    measures: ClassVar[dict[str, str]] = {
+        "eval_recall": "Share of the items of held-out sessions that were recommended",
+    }
+    batch_is: ClassVar[str] = "{batch} sessions after histories of up to {length} tokens"
 
     format: Literal["sessions"] = "sessions"
     """Trains an encoder-decoder to generate the next session from a user's history."""

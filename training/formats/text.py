@@ -1,6 +1,6 @@
 """The ``data`` section of runs on texts."""
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -76,6 +76,13 @@ class TextConfig(TextsConfig):
 
 class LabelledConfig(TextsConfig):
     """Texts with labels, in JSON objects or CSV files, which train an encoder."""
+
+    loss_unit: ClassVar[str] = "nats per text"
+    measures: ClassVar[dict[str, str]] = {
+        "eval_accuracy": "Share of held-out texts with the right label",
+        "eval_macro_f1": "Mean over labels of held-out texts",
+    }
+    batch_is: ClassVar[str] = "{batch} texts of up to {length} tokens"
 
     format: Literal["classify"] = "classify"
     """Each text has a label."""
