@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 
+from moeyard.cli import main as command
 from moeyard.errors import ConfigError
 from moeyard.moe.folders.folder import ModelFolder
 from moeyard.moe.routes.reader import read_routes
@@ -52,6 +53,13 @@ def test_a_run_measures_its_loss_its_forecasts_and_the_load_of_experts(whole):
     assert rows == 8 * 19 and last["tokens"] == 6 * rows
     assert [sum(counts) for counts in last["expert_tokens"]] == [2 * rows] * 2
     assert len(read_routes(run_dir / "routes").tokens_N) == 6 * rows
+
+
+def test_eval_says_what_a_run_without_text_has_measured(whole, capsys):
+    assert command(["eval", str(whole.folder)]) == 2
+    said, last = capsys.readouterr().err, metrics(whole.folder)[-1]
+    assert f"eval_mse={last['eval_mse']:.4f}" in said and "in step 6" in said
+    assert "a model of kind time_moe, which continues no text" in said and said.count("\n") == 1
 
 
 @pytest.mark.slow

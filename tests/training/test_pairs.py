@@ -168,7 +168,7 @@ def test_the_command_prints_a_line_for_each_text(whole, exported, tmp_path, caps
 
 def test_a_decoder_cannot_translate(model_folder, capsys):
     assert command(["translate", str(model_folder), "--text", "x"]) == 2
-    assert "kind decoder, but one of kind encoder_decoder is needed" in capsys.readouterr().err
+    assert "has a decoder, but an encoder-decoder of texts is needed" in capsys.readouterr().err
 
 
 def test_pairs_are_cut_held_out_and_deterministic(config, whole, tmp_path):

@@ -166,9 +166,7 @@ def test_histories_that_cannot_be_used_are_refused(
 def test_other_models_do_not_recommend(model_folder, exported, tmp_path, capsys):
     (tmp_path / "x.jsonl").write_text('{"user": 1, "items": ["i1"]}')
     assert command(["recommend", str(model_folder), str(tmp_path / "x.jsonl")]) == 2
-    assert "has a model of kind decoder, but one of kind recommender is needed" in (
-        capsys.readouterr().err
-    )
+    assert "has a decoder, but a recommender of sessions is needed" in (capsys.readouterr().err)
     with pytest.raises(ConfigError, match="use moeyard recommend or moeyard"):
         moeyard.load_seq2seq(exported)
 
