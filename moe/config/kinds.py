@@ -38,7 +38,8 @@ _ADAPTER: TypeAdapter[AnyModel] = TypeAdapter(ModelSection)
 def kind_of(values: Any) -> type[LayersConfig] | None:
     """Return the kind of a section, which may be wrong in other ways; None for no known kind."""
     name = values.get("kind", "decoder") if isinstance(values, dict) else None
-    return dict(zip(KINDS, get_args(AnyModel), strict=True)).get(name)
+    kinds: tuple[type[LayersConfig], ...] = get_args(AnyModel)
+    return next((kind for kind in kinds if kind.model_fields["kind"].default == name), None)
 
 
 def read_model(values: Any) -> AnyModel:
