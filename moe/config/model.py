@@ -22,11 +22,9 @@ class LayersConfig(BaseModel):
     """What all kinds of models have: layers with attention, and with an MLP or experts."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
     row_name: ClassVar[str] = "token"
-    """What a row between layers is."""
     row_names: ClassVar[str] = "tokens"
-    """Several of them."""
+    """What rows between layers are: one of them, and several."""
 
     kind: str
     """What the model is; a subclass has one value."""
