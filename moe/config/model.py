@@ -25,7 +25,6 @@ class LayersConfig(BaseModel):
     row_name: ClassVar[str] = "token"
     row_names: ClassVar[str] = "tokens"
     """What rows between layers are: one of them, and several."""
-
     kind: str
     """What the model is; a subclass has one value."""
     vocab_size: int | None = Field(default=None, ge=1, le=WIDEST)
