@@ -82,14 +82,14 @@ def check_continues_text(name: str) -> None:
     run_dir = Path(name)
     if not (run_dir / "config.yaml").is_file():
         return
-    model = read_values(run_dir / "config.yaml").get("model")
-    kind = kind_of(model)
+    kind = kind_of(read_values(run_dir / "config.yaml").get("model"))
     if kind is None or kind is ModelConfig:
         return
+    own = kind.model_fields["kind"].default
     measures = _last_measures(run_dir / "metrics.jsonl")
     raise ConfigError(
-        f"{name} has a model of kind {model['kind']}, which continues no text to measure it on; "
-        f"its run has measured {measures or 'nothing yet'}, and moeyard report {name} shows it."
+        f"{name} has a model of kind {own}, which continues no text to measure it on; its run has "
+        f"measured {measures or 'nothing yet'}, and moeyard report {name} shows it."
     )
 
 
