@@ -77,7 +77,8 @@ def work(config_path: Path, out: Path) -> None:
         before = resident("VmRSS")
         decoder = build_model(config, fill_vocabulary(config, data.tokenizer), data, mesh)
         objective = NextTokenObjective(config, data)
-        parallel = parallelize(config, decoder, objective.module(decoder), mesh)
+        loss, rows = objective.module(decoder), objective.mean_rows
+        parallel = parallelize(config, decoder, loss, mesh, rows)
         step = TrainStep(config, decoder, objective, parallel, mesh)
         del parallel
         step.run(0, stop_requested=False)

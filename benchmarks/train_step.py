@@ -99,7 +99,8 @@ def our_step(mesh: Mesh, ep: int, precision: str, shard: TokenShard) -> OurStep:
     data = TextData(None, batches, "", None, "", None, batches, 1.0)  # type: ignore[arg-type]
     decoder = build_model(config, MODEL, data, mesh)
     objective = NextTokenObjective(config, data)
-    parallel = parallelize(config, decoder, objective.module(decoder), mesh)
+    loss, rows = objective.module(decoder), objective.mean_rows
+    parallel = parallelize(config, decoder, loss, mesh, rows)
     return OurStep(TrainStep(config, decoder, objective, parallel, mesh))
 
 

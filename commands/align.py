@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ..training.alignment.reward import RewardModel
     from ..training.config import RunConfig
     from ..training.data.sessions import SessionsData
+    from ..training.stop import StopRequest
 
 REWARD, PAIRS, RUN = "reward.safetensors", "pairs.safetensors", "run"
 
@@ -79,14 +80,18 @@ def run(arguments: argparse.Namespace) -> None:
 def _round(
     arguments: argparse.Namespace, values: dict[str, Any], before: Path, folder: Path, number: int
 ) -> None:
-    """Let the model of ``before`` generate pairs, and train it on them; skip what is done."""
-    from ..parallel.mesh import Mesh
-    from ..training.checkpoints.checkpoint import Checkpoints
+    """Let the model of ``before`` generate pairs, and train it on them; skip what is done.
+
+    Raises :class:`Stopped` if it is asked to stop.
+    """
     from ..training.checkpoints.export import export_newest
     from ..training.formats.sessions import SessionsConfig
     from ..training.program import train
     from ..training.read_config import complete_run_config
+    from ..training.stop import StopRequest
 
+    stop = StopRequest()
+    stop.listen()
     model = export_newest(before)
     run_dir = folder / RUN
     alignment = values["data"]["alignment"] | {"pairs": str(folder / PAIRS)}
@@ -97,12 +102,10 @@ def _round(
     section = config.data
     assert isinstance(section, SessionsConfig) and section.alignment is not None, "checked by run"
     if section.alignment.weight > 0 and not (folder / PAIRS).exists():
-        _sample(arguments, config, model, folder)
-    newest = Checkpoints(run_dir, Mesh(), keep=1).newest_whole() if run_dir.is_dir() else None
-    if newest is None or int(newest.name.rpartition("-")[2]) < config.train.steps:
-        train(config, None)
-        newest = Checkpoints(run_dir, Mesh(), keep=1).newest_whole()
-    if newest is None or int(newest.name.rpartition("-")[2]) < config.train.steps:
+        _sample(arguments, config, model, folder, stop)
+    if not _is_finished(run_dir, config.train.steps) and stop.signal_name is None:
+        train(config, None)  # which listens for itself
+    if not _is_finished(run_dir, config.train.steps):
         raise Stopped(
             f"stopped in round {number}; go on with: moeyard align {arguments.source} "
             f"{arguments.target}"
@@ -112,17 +115,36 @@ def _round(
     sys.stderr.write(f"event=round number={number} {facts} run={run_dir}\n")
 
 
-def _sample(arguments: argparse.Namespace, config: "RunConfig", model: Path, folder: Path) -> None:
+def _is_finished(run_dir: Path, steps: int) -> bool:
+    """Return whether a run has the checkpoint of its last step."""
+    from ..parallel.mesh import Mesh
+    from ..training.checkpoints.checkpoint import Checkpoints
+
+    newest = Checkpoints(run_dir, Mesh(), keep=1).newest_whole() if run_dir.is_dir() else None
+    return newest is not None and int(newest.name.rpartition("-")[2]) >= steps
+
+
+def _sample(
+    arguments: argparse.Namespace,
+    config: "RunConfig",
+    model: Path,
+    folder: Path,
+    stop: "StopRequest",
+) -> None:
     """Write the pairs of a round, and the reward model if there is none."""
     from ..serving.load_kinds import load_recommender
     from ..training.alignment.sample_pairs import sample_pairs
     from ..training.data.session_pairs import write_pairs
+    from ..training.work import LongWork
 
-    data = _data(config, folder)
-    reward = _reward_model(arguments.target / REWARD, data, config)
-    recommender = load_recommender(model)
+    data = _data(config, folder, stop)
+    reward = _reward_model(arguments.target / REWARD, data, config, stop)
+    recommender = load_recommender(model).model
     sizes = (arguments.share, arguments.beams)
-    found = sample_pairs(recommender.model, data.train, reward, *sizes, seed=config.seed)
+    with LongWork("generating sessions", stop) as work:
+        found = sample_pairs(
+            recommender, data.train, reward, *sizes, seed=config.seed, advance=work.advance
+        )
     write_pairs(folder / PAIRS, found.pairs, data.train)
     gap = found.pairs.rewards_P2[:, 0] - found.pairs.rewards_P2[:, 1]
     sys.stderr.write(
@@ -131,29 +153,31 @@ def _sample(arguments: argparse.Namespace, config: "RunConfig", model: Path, fol
     )
 
 
-def _data(config: "RunConfig", folder: Path) -> "SessionsData":
+def _data(config: "RunConfig", folder: Path, stop: "StopRequest") -> "SessionsData":
     """Open the sessions of a round, which has no pairs yet."""
     from ..parallel.mesh import Mesh
     from ..training.data.sessions import build_sessions_data
 
     section = config.data.model_copy(update={"alignment": None})
-    return build_sessions_data(
-        config.model_copy(update={"data": section}), folder / RUN / "data", Mesh()
-    )
+    config = config.model_copy(update={"data": section})
+    return build_sessions_data(config, folder / RUN / "data", Mesh(), stop)
 
 
-def _reward_model(path: Path, data: "SessionsData", config: "RunConfig") -> "RewardModel":
+def _reward_model(
+    path: Path, data: "SessionsData", config: "RunConfig", stop: "StopRequest"
+) -> "RewardModel":
     """Open the reward model, or fit one to the log; all rounds have the same."""
     from ..training.alignment.fit_reward import fit_reward_model
     from ..training.alignment.reward import read_reward_model, save_reward_model
     from ..training.formats.sessions import SessionsConfig
+    from ..training.work import LongWork
 
     if path.exists():
         return read_reward_model(path, data.table)
     assert isinstance(config.data, SessionsConfig), "checked by run"
-    fitted = fit_reward_model(
-        data.all_sessions, data.table, config.data.positive_watch_s, config.seed
-    )
+    least_s = config.data.positive_watch_s
+    with LongWork("fitting the reward model", stop) as work:
+        fitted = fit_reward_model(data.all_sessions, data.table, least_s, config.seed, work.advance)
     save_reward_model(fitted.model, path)
     sys.stderr.write(f"event=reward loss={fitted.loss:.4f} base_loss={fitted.base_loss:.4f}\n")
     return fitted.model

@@ -37,7 +37,8 @@ def add(parsers: Parsers) -> None:
     forecast.add_argument(
         "--quantiles",
         metavar="Q,Q",
-        help="quantiles of a model that forecasts distributions; default: 0.1,0.5,0.9",
+        help="numbers between 0 and 1 with commas between them, for a model that forecasts "
+        "distributions; default: 0.1,0.5,0.9",
     )
     forecast.add_argument(
         "--context",
@@ -103,11 +104,14 @@ def _quantiles(text: str | None) -> list[float] | None:
     if text is None:
         return None
     try:
-        return [float(part) for part in text.split(",")]
+        quantiles = [float(part) for part in text.split(",")]
     except ValueError:
+        quantiles = []
+    if not quantiles or not all(0 < quantile < 1 for quantile in quantiles):
         raise ConfigError(
             f"--quantiles is {text!r}; use numbers between 0 and 1, such as 0.1,0.5,0.9."
-        ) from None
+        )
+    return quantiles
 
 
 def _as_csv(

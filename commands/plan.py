@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 SHARES = ("10%", "25%", "50%", "100%")
 NOTE = """\
-tokens/s are upper bounds for one request at a time: weights per token over measured bandwidths.
+{rows}/s are upper bounds for one {row} at a time: weights per {row} over measured bandwidths.
 on_demand: reads and computing follow each other; read_ahead: all reads overlap with computing.
 hit_rate: {source}.
 """
@@ -126,15 +126,14 @@ def _text(arguments: argparse.Namespace, outlook: "Outlook", options: list["Opti
     from ..serving.planning.describe import per_second, size, tokens
 
     sizes, room, speeds = outlook.sizes, outlook.room, outlook.speeds
-    length = arguments.max_model_len or sizes.max_positions
     rows = [
         f"model     {arguments.model}: {sizes.num_experts} experts of {size(sizes.expert_bytes)}"
         f"{' on average' if sizes.widths else ''}, "
-        f"{size(sizes.all_experts_bytes)} together; a token visits {sizes.experts_per_token}",
+        f"{size(sizes.all_experts_bytes)} together; a {sizes.row_name} visits "
+        f"{sizes.experts_per_token}",
         f"memory    {size(room.available_bytes)} free; other weights take "
         f"{size(sizes.dense_bytes)}, processes {size(room.other_bytes)}",
-        f"requests  keys and values of {arguments.max_num_seqs} x {length} tokens take "
-        f"{size(room.kv_wanted_bytes)}; {size(room.kv_bytes)} kept for them",
+        f"requests  {_requests(arguments, outlook)}",
         f"speed     memory {per_second(speeds.memory)}, disk {per_second(speeds.disk)}. "
         f"{outlook.reads.text}",
         f"{'budget':<10} {'experts':>8} {'share':>6} {'memory':>10} {'fits':>4} {'hit_rate':>8} "
@@ -148,7 +147,25 @@ def _text(arguments: argparse.Namespace, outlook: "Outlook", options: list["Opti
             f"{'yes' if option.fits else 'no':>4} {bound.hit_rate:>8.1%} "
             f"{tokens(bound.on_demand):>9} {tokens(bound.read_ahead):>10}"
         )
-    return "\n".join(rows) + "\n" + NOTE.format(source=_source(arguments))
+    return (
+        "\n".join(rows)
+        + "\n"
+        + NOTE.format(source=_source(arguments), row=sizes.row_name, rows=sizes.row_names)
+    )
+
+
+def _requests(arguments: argparse.Namespace, outlook: "Outlook") -> str:
+    """Return what requests take in memory."""
+    from ..serving.planning.describe import size
+
+    sizes, room = outlook.sizes, outlook.room
+    if not sizes.keeps_rows:
+        return "keep no keys and values; what is computed for them is not planned"
+    length = arguments.max_model_len or sizes.max_positions
+    return (
+        f"keys and values of {arguments.max_num_seqs} x {length} {sizes.row_names} take "
+        f"{size(room.kv_wanted_bytes)}; {size(room.kv_bytes)} kept for them"
+    )
 
 
 def _source(arguments: argparse.Namespace) -> str:

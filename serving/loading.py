@@ -174,9 +174,10 @@ def _check_kind(files: ModelFolder, kinds: Sequence[str]) -> None:
     """Raise :class:`ConfigError` for a folder of another kind of model."""
     kind = opener_of(files)
     if kind not in kinds:
+        found, wanted = OPENERS[kind], OPENERS[kinds[0]]
         raise ConfigError(
-            f"{files.path} has a model of kind {kind}, but one of kind {' or '.join(kinds)} is "
-            f"needed here; give one, or use {OPENERS[kind].remedy} for this one."
+            f"{files.path} has {found.what}, but {wanted.what} is needed here; give one, or use "
+            f"{found.remedy} for this one."
         )
 
 

@@ -40,10 +40,9 @@ class Seasonal(SeriesModel):
     """
 
     def __init__(self, quantiles=True):
-        super().__init__()
         moe = MoEConfig(num_experts=5, d_expert=3, router=TopK(k=2))
         shape = {"d_model": 4, "num_layers": 1, "num_heads": 1, "max_positions": LONGEST}
-        self.config = SeasonalConfig(moe=moe, **shape)
+        super().__init__(SeasonalConfig(moe=moe, **shape))
         self.layers = torch.nn.ModuleList([Block()])
         self.forecasts_quantiles = quantiles
         self.batches = []

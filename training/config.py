@@ -155,7 +155,7 @@ class RunConfig(Section):
         has_lora = self.lora is not None and "experts" in self.lora.targets
         problem = self._problem_with_parameters()
         if problem is None:
-            has_windows = self.data.format == "text" and self.train.packing == "none"
+            has_windows = self.data.has_whole_windows and self.train.packing == "none"
             length = self.train.sequence_length if has_windows else None
             problem = problem_with_parallel(self.parallel, moe, length, has_lora)
         if problem is None:

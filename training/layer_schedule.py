@@ -27,7 +27,7 @@ class LayerSchedule:
     """Measures at the start, and every ``parallel.profile_every`` steps; all ranks together.
 
     ``paths`` are those to choose from. All MoE layers of a model have one shape and share a path,
-    so the first one stands for all.
+    so the first one stands for all. ``rows_per_window`` is :attr:`.Objective.mean_rows`.
     """
 
     def __init__(
@@ -36,6 +36,7 @@ class LayerSchedule:
         decoder: Model,
         mesh: Mesh,
         paths: Mapping[PathKind, PipelinedPath],
+        rows_per_window: int,
     ) -> None:
         assert paths, "there is nothing to choose from"
         self._paths, self._mesh = paths, mesh
@@ -43,7 +44,7 @@ class LayerSchedule:
         self._every = config.parallel.profile_every
         self._is_sharded = config.parallel.dense == "fsdp"
         """Whether FSDP gathers a shared expert for its layer's forward only: it cannot be timed."""
-        self._shape = layer_shape(config, decoder, mesh)
+        self._shape = layer_shape(config, decoder, mesh, rows_per_window)
         self._comparison = Comparison()
         self._observed: list[tuple[str, Elapsed]] = []
         """Phases of the step's MoE layers that are not yet compared, with their seconds."""

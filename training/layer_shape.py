@@ -7,14 +7,17 @@ from ..parallel.profiling.layer import LayerShape
 from .config import RunConfig
 
 
-def layer_shape(config: RunConfig, decoder: Model, mesh: Mesh) -> LayerShape:
-    """Return the shape of the first MoE layer, which stands for all: they have one shape."""
+def layer_shape(config: RunConfig, decoder: Model, mesh: Mesh, rows_per_window: int) -> LayerShape:
+    """Return the shape of the first MoE layer, which stands for all: they have one shape.
+
+    ``rows_per_window`` is :attr:`.Objective.mean_rows`.
+    """
     moe, train = decoder.config.moe, config.train
     assert moe is not None, "a model without experts"
     _, layer = decoder.moe_layers()[0]
-    rows = train.batch_sequences // (train.accumulation * mesh.dp_size)
+    windows = train.batch_sequences // (train.accumulation * mesh.dp_size)
     return LayerShape(
-        tokens=rows * train.sequence_length,
+        tokens=windows * rows_per_window,
         num_experts=moe.num_experts,
         num_choices=layer.gate.k,
         d_model=layer.d_model,

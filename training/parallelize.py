@@ -49,10 +49,13 @@ class Parallel:
     """Who plans when dense gradients travel, if the run does not leave that to DDP."""
 
 
-def parallelize(config: RunConfig, decoder: Model, loss: nn.Module, mesh: Mesh) -> Parallel:
+def parallelize(
+    config: RunConfig, decoder: Model, loss: nn.Module, mesh: Mesh, rows_per_window: int
+) -> Parallel:
     """Make ``decoder``, which holds fp32 weights, ready to train, in place.
 
-    ``loss`` is the module whose forward runs the decoder. The global generator is seeded last:
+    ``loss`` is the module whose forward runs the decoder. MoE layers are timed by
+    ``rows_per_window``, which is :attr:`.Objective.mean_rows`. The global generator is seeded last:
     from here on only router noise draws from it.
     """
     has_slices = config.parallel.gradient_slices is not None
@@ -72,7 +75,7 @@ def parallelize(config: RunConfig, decoder: Model, loss: nn.Module, mesh: Mesh) 
         router.experts_changed()
     refill_averages(layer for _, layer in decoder.moe_layers())
     wrapped = engine.wrap(loss, decoder, torch_dtype(precision), here)
-    copies = copy_experts(config, decoder, mesh)
+    copies = copy_experts(config, decoder, mesh, rows_per_window)
     pipelines = {kind: path for kind, path in paths.items() if isinstance(path, PipelinedPath)}
     slices = None
     if engine.queue is not None:
@@ -139,7 +142,9 @@ def _capacity(config: RunConfig, moe: MoEConfig, mesh: Mesh) -> int | None:
     return None if rows is None else sequences * rows
 
 
-def copy_experts(config: RunConfig, decoder: Model, mesh: Mesh) -> MaterializedExperts | None:
+def copy_experts(
+    config: RunConfig, decoder: Model, mesh: Mesh, rows_per_window: int
+) -> MaterializedExperts | None:
     """Let busy experts have copies on more ranks, if the run says so."""
     parallel = config.parallel
     if parallel.copies is None or mesh.ep_group is None:
@@ -160,7 +165,8 @@ def copy_experts(config: RunConfig, decoder: Model, mesh: Mesh) -> MaterializedE
         parallel.timeout_s,
     )
     if parallel.copies.when == "faster":
-        shape, steps = layer_shape(config, decoder, mesh), config.train.accumulation
+        shape = layer_shape(config, decoder, mesh, rows_per_window)
+        steps = config.train.accumulation
         copies.costs = measure_copies(copies, shape, levels, mesh, device(), steps)
     return copies
 

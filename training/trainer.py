@@ -65,8 +65,8 @@ class Trainer:
         self._source = _open(config, open_source)
         self.decoder = build_model(config, self._model_config, self._data, mesh, self._source)
         check_same_beginning(self._data, self.decoder, mesh.watch)
-        loss = self.objective.module(self.decoder)
-        parallel = parallelize(config, self.decoder, loss, mesh)
+        loss, rows = self.objective.module(self.decoder), self.objective.mean_rows
+        parallel = parallelize(config, self.decoder, loss, mesh, rows)
         self._loss = _scored(loss, config, mesh)
         """What evaluations call."""
         self._step = TrainStep(config, self.decoder, self.objective, parallel, mesh)
@@ -82,7 +82,7 @@ class Trainer:
         self._copies = parallel.copies
         self._schedule: LayerSchedule | None = None
         if config.parallel.chunks == "auto" and parallel.pipelines:
-            self._schedule = LayerSchedule(config, self.decoder, mesh, parallel.pipelines)
+            self._schedule = LayerSchedule(config, self.decoder, mesh, parallel.pipelines, rows)
         self._run_dir = run_dir
 
     def run(self) -> None:

@@ -6,7 +6,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter
 
 from .encoder import EncoderConfig
 from .encoder_decoder import EncoderDecoderConfig
-from .model import ModelConfig
+from .model import LayersConfig, ModelConfig
 from .moirai import MoiraiConfig
 from .super_resolution import SuperResolutionConfig
 from .time_moe import TimeMoeConfig
@@ -33,6 +33,13 @@ ModelSection = Annotated[AnyModel, Field(discriminator="kind"), BeforeValidator(
 KINDS: tuple[str, ...] = tuple(kind.model_fields["kind"].default for kind in get_args(AnyModel))
 """Their names."""
 _ADAPTER: TypeAdapter[AnyModel] = TypeAdapter(ModelSection)
+
+
+def kind_of(values: Any) -> type[LayersConfig] | None:
+    """Return the kind of a section, which may be wrong in other ways; None for no known kind."""
+    name = values.get("kind", "decoder") if isinstance(values, dict) else None
+    kinds: tuple[type[LayersConfig], ...] = get_args(AnyModel)
+    return next((kind for kind in kinds if kind.model_fields["kind"].default == name), None)
 
 
 def read_model(values: Any) -> AnyModel:

@@ -1,6 +1,6 @@
 """The shape of a decoder, and what all kinds of models share: the ``model`` section."""
 
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -22,7 +22,9 @@ class LayersConfig(BaseModel):
     """What all kinds of models have: layers with attention, and with an MLP or experts."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
+    row_name: ClassVar[str] = "token"
+    row_names: ClassVar[str] = "tokens"
+    """What rows between layers are: one of them, and several."""
     kind: str
     """What the model is; a subclass has one value."""
     vocab_size: int | None = Field(default=None, ge=1, le=WIDEST)

@@ -1,6 +1,6 @@
 """The shape of a Moirai-MoE: the ``model`` section with ``kind: moirai``."""
 
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -17,6 +17,9 @@ class MoiraiConfig(LayersConfig):
 
     All layers are dense without ``moe``. The defaults are those of Moirai-MoE.
     """
+
+    row_name: ClassVar[str] = "patch"
+    row_names: ClassVar[str] = "patches"
 
     kind: Literal["moirai"] = "moirai"
     """The model reads series in patches and forecasts them by samples."""

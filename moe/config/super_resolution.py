@@ -1,6 +1,6 @@
 """The shape of a super-resolution model: the ``model`` section with ``kind: super_resolution``."""
 
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -23,6 +23,9 @@ class SuperResolutionConfig(LayersConfig):
     et al. 2021; SRDiff, Li et al. 2022), patch by patch, with layers that follow the timestep (DiT,
     Peebles and Xie 2023).
     """
+
+    row_name: ClassVar[str] = "patch"
+    row_names: ClassVar[str] = "patches"
 
     kind: Literal["super_resolution"] = "super_resolution"
     """The model enlarges images by diffusion."""

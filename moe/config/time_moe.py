@@ -1,7 +1,7 @@
 """The shape of Time-MoE: the ``model`` section with ``kind: time_moe``."""
 
 from itertools import pairwise
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -19,6 +19,9 @@ class TimeMoeConfig(LayersConfig):
     The defaults are those of the released models (Shi et al. 2024). Each of their MoE layers also
     has ``d_shared: d_ff``, ``shared_gate: true`` and experts of width ``d_ff / k``.
     """
+
+    row_name: ClassVar[str] = "point"
+    row_names: ClassVar[str] = "points"
 
     kind: Literal["time_moe"] = "time_moe"
     """The model continues series of numbers, one row for each point."""

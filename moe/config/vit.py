@@ -1,6 +1,6 @@
 """The shape of a vision transformer for several tasks: the ``model`` section with ``kind: vit``."""
 
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -20,6 +20,9 @@ class ViTConfig(LayersConfig):
     The layers are DeiT's (Touvron et al. 2021). Experts in every other one, chosen by a router
     that knows the task, make it M3ViT (Liang et al. 2022).
     """
+
+    row_name: ClassVar[str] = "patch"
+    row_names: ClassVar[str] = "patches"
 
     kind: Literal["vit"] = "vit"
     """The model looks at images and does ``tasks`` on them."""

@@ -5,11 +5,10 @@ T tokens, D model width, V vocabulary.
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ...kernels.experts import Backend
 from ..attention.parts import parts_of
@@ -20,13 +19,12 @@ from ..config.model import ModelConfig
 from ..kv_cache import SequenceCache
 from ..linear import Linear
 from ..norm import RMSNorm
-from ..routers.draws import sequence_keys
 from ..routers.router import Router
 from ..routers.routing import Lookahead, Routing
 from .decoder_layer import DecoderLayer
 from .model import Model, ModelOutput
 from .options import ModelOptions
-from .routed import LayerOutput, choose
+from .routed import choose
 from .stage_rows import StageRows, carries_gate_rows, num_state_tensors
 
 
@@ -132,8 +130,7 @@ class Decoder(Model):
 
         ``before`` is what the stage before computed for the batch; None in the first stage.
         """
-        if self.training and any(router.config.draws() for router in self.routers()):
-            batch = replace(batch, draw_keys=sequence_keys(batch.ids_T, batch.lengths))
+        batch = self.with_draw_keys(batch)
         if self._reads_previous_ids:
             batch = batch.with_previous_ids()
         rows = StageRows(self.embed_tokens(batch.ids_T)) if before is None else before
@@ -145,11 +142,9 @@ class Decoder(Model):
             index = layer.layer
             following = self._following.get(index)
             is_read = index == self._read_later
-            arguments = (x_TD, state, batch, parts, early.get(index), following, is_read)
-            if self.recompute and self.training:
-                output: LayerOutput = checkpoint(layer, *arguments, use_reentrant=False)
-            else:
-                output = layer(*arguments)
+            output = self.run_layer(
+                layer, x_TD, state, batch, parts, early.get(index), following, is_read
+            )
             x_TD, state = output.x_TD, output.state
             if output.routing is not None:
                 routings.append(output.routing)

@@ -58,8 +58,8 @@ class DecoderLayer(nn.Module):
         state: State,
         batch: Batch,
         parts: Sequence[Part],
-        routing: Routing | None,
-        following: tuple[int, MoELayer] | None,
+        routing: Routing | None = None,
+        following: tuple[int, MoELayer] | None = None,
         keeps_mlp_input: bool = False,
     ) -> LayerOutput:
         """Run the layer.

@@ -4,25 +4,20 @@ T tokens, D model width, B sequences, C labels.
 """
 
 import itertools
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..attention.full import full_rows
 from ..batch import Batch
-from ..blocks.block import State
 from ..config.encoder import EncoderConfig
 from ..linear import Linear
-from ..routers.draws import sequence_keys
 from .encoder_layer import EncoderLayer
-from .model import Model, ModelOutput
+from .model import ModelOutput, WholeModel
 from .options import WHOLE, ModelOptions
-from .routed import LayerOutput
 
 
-class Encoder(Model):
+class Encoder(WholeModel):
     """Token ids in, hidden rows and routings out; ``logits`` turns sequences into scores.
 
     Every row sees all rows of its own sequence, and no other. There is no cache. ``embed`` and
@@ -33,11 +28,7 @@ class Encoder(Model):
     config: EncoderConfig
 
     def __init__(self, config: EncoderConfig, options: ModelOptions = WHOLE) -> None:
-        super().__init__()
-        assert options.stage in (None, range(config.num_layers)), "encoders are not split in stages"
-        self.config = config
-        self.stage = range(config.num_layers)
-        self.recompute = options.recompute is True
+        super().__init__(config, options)
         self.embed_tokens = nn.Embedding(config.vocabulary, config.d_model)
         self.embed_positions = nn.Embedding(config.max_positions, config.d_model)
         self.embed_types = nn.Embedding(config.num_types, config.d_model)
@@ -61,24 +52,12 @@ class Encoder(Model):
 
     def encode(self, x_TD: Tensor, batch: Batch) -> ModelOutput:
         """Run the layers on embedded rows; ``batch`` says which of them are a sequence."""
-        if self.training and any(router.config.draws() for router in self.routers()):
-            batch = replace(batch, draw_keys=sequence_keys(batch.ids_T, batch.lengths))
+        batch = self.with_draw_keys(batch)
         if self._reads_previous_ids:
             batch = batch.with_previous_ids()
         rows = full_rows(batch)
-        state: State = ()
         early = self.route_from_tokens(batch)
-        routings = []
-        for index, layer in enumerate(self.layers):
-            arguments = (x_TD, state, batch, rows, early.get(index))
-            if self.recompute and self.training:
-                output: LayerOutput = checkpoint(layer, *arguments, use_reentrant=False)
-            else:
-                output = layer(*arguments)
-            x_TD, state = output.x_TD, output.state
-            if output.routing is not None:
-                routings.append(output.routing)
-        return ModelOutput(x_TD, routings)
+        return self.run_layers(x_TD, lambda index: (batch, rows, early.get(index)))
 
     def pooled(self, hidden_TD: Tensor, lengths: tuple[int, ...]) -> Tensor:
         """Return a row for each sequence, ``[B, D]``: that of its first token, through a layer."""

@@ -10,26 +10,22 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from ..attention.grid import Grid, grid_of
 from ..attention.relative import Meeting, hide_padding
 from ..attention.relative_positions import distance_buckets
 from ..batch import Batch
-from ..blocks.block import State
 from ..config.encoder_decoder import EncoderDecoderConfig
 from ..linear import Linear
 from ..norm import RMSNorm
-from ..routers.draws import sequence_keys
 from .encoder_decoder_layer import EncoderDecoderLayer, Sources, StackRows
-from .model import Model, ModelOutput
+from .model import ModelOutput, WholeModel
 from .options import WHOLE, ModelOptions
-from .routed import LayerOutput
 from .target_caches import TargetCaches
 
 
-class EncoderDecoder(Model):
+class EncoderDecoder(WholeModel):
     """A source and a target in, the target's hidden rows and routings out.
 
     ``encode`` and ``decode`` are the two halves of a forward. Each target row sees the rows of its
@@ -40,15 +36,11 @@ class EncoderDecoder(Model):
     config: EncoderDecoderConfig
 
     def __init__(self, config: EncoderDecoderConfig, options: ModelOptions = WHOLE) -> None:
-        super().__init__()
-        whole = range(config.num_layers)
-        assert options.stage in (None, whole), "encoder-decoders are not split in stages"
-        self.config, self.stage = config, whole
-        self.recompute = options.recompute is True
+        super().__init__(config, options)
         self.embed_tokens = nn.Embedding(config.vocabulary, config.d_model)
         self.embed_source_distances = nn.Embedding(config.num_buckets, config.num_heads)
         self.embed_target_distances = nn.Embedding(config.num_buckets, config.num_heads)
-        self.layers = nn.ModuleList(EncoderDecoderLayer(config, i, options) for i in whole)
+        self.layers = nn.ModuleList(EncoderDecoderLayer(config, i, options) for i in self.stage)
         self.source_norm = RMSNorm(config.d_model, config.norm_eps)
         self.target_norm = RMSNorm(config.d_model, config.norm_eps)
         if not config.tie_embeddings:
@@ -146,20 +138,8 @@ class EncoderDecoder(Model):
         for hook in self._hooks.values():
             hook(rows.batch)
         early = self.route_from_tokens(rows.batch, layers)
-        x_TD, routings = self.embed_tokens(rows.batch.ids_T), []
-        state: State = ()
-        for index in layers:
-            arguments = (x_TD, state, rows, early.get(index))
-            if self.recompute and self.training:
-                output: LayerOutput = checkpoint(
-                    self.layers[index], *arguments, use_reentrant=False
-                )
-            else:
-                output = self.layers[index](*arguments)
-            x_TD, state = output.x_TD, output.state
-            if output.routing is not None:
-                routings.append(output.routing)
-        return ModelOutput(x_TD, routings)
+        x_TD = self.embed_tokens(rows.batch.ids_T)
+        return self.run_layers(x_TD, lambda index: (rows, early.get(index)), layers)
 
     def _rows(self, target: Batch, hidden_SD: Tensor, lengths: tuple[int, ...]) -> StackRows:
         """Return what the layers of whole targets share."""
@@ -199,6 +179,5 @@ class EncoderDecoder(Model):
 
     def _prepared(self, batch: Batch) -> Batch:
         """Return the batch with what routers read of it."""
-        if self.training and any(router.config.draws() for router in self.routers()):
-            batch = replace(batch, draw_keys=sequence_keys(batch.ids_T, batch.lengths))
+        batch = self.with_draw_keys(batch)
         return batch.with_previous_ids() if self._reads_previous_ids else batch

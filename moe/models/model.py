@@ -1,18 +1,25 @@
-"""What every kind of model is: layers of which some have experts."""
+"""What every kind of model is: layers of which some have experts. T tokens, D model width."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from ..batch import Batch
+from ..blocks.block import State
 from ..config.model import LayersConfig
 from ..layer import MoELayer
+from ..routers.draws import sequence_keys
 from ..routers.router import Router
 from ..routers.routing import Lookahead, Routing
-from .routed import choose
+from .options import WHOLE, ModelOptions
+from .routed import LayerOutput, choose
+
+B = TypeVar("B", bound=Batch)
 
 
 @dataclass(slots=True)
@@ -36,6 +43,8 @@ class Model(nn.Module):
     stage: range
     """The neighbouring layers that this process holds."""
     layers: nn.ModuleList
+    recompute: bool
+    """Whether layers drop their activations in training and compute them again in backward."""
 
     @property
     def device(self) -> torch.device:
@@ -75,5 +84,54 @@ class Model(nn.Module):
                 layer.experts.announce(early[index])
         return early
 
+    def with_draw_keys(self, batch: B) -> B:
+        """Return the batch, in training with a number for each sequence that routers draw from."""
+        if self.training and any(router.config.draws() for router in self.routers()):
+            return replace(batch, draw_keys=sequence_keys(batch.ids_T, batch.lengths))
+        return batch
+
+    def run_layer(self, layer: nn.Module, *arguments: Any) -> LayerOutput:
+        """Run a layer, which may compute its activations again in backward.
+
+        Routings leave the recomputed region as outputs, so they are counted once.
+        """
+        output: LayerOutput
+        if self.recompute and self.training:
+            output = checkpoint(layer, *arguments, use_reentrant=False)
+        else:
+            output = layer(*arguments)
+        return output
+
     def tie(self) -> None:
         """Make an output layer one with the embedding again, if the configuration says so."""
+
+
+class WholeModel(Model):
+    """A model that is not split into stages of layers."""
+
+    def __init__(self, config: LayersConfig, options: ModelOptions = WHOLE) -> None:
+        super().__init__()
+        whole = range(config.num_layers)
+        assert options.stage in (None, whole), f"a model of kind {config.kind} has no stages"
+        self.config, self.stage = config, whole
+        self.recompute = options.recompute is True
+
+    def run_layers(
+        self,
+        x_TD: Tensor,
+        arguments_of: Callable[[int], tuple[Any, ...]],
+        layers: range | None = None,
+    ) -> ModelOutput:
+        """Run neighbouring layers; None = all.
+
+        Each gets the rows, what the block of the MoE layer before carries on, and the arguments of
+        its index.
+        """
+        state: State = ()
+        routings = []
+        for index in self.stage if layers is None else layers:
+            output = self.run_layer(self.layers[index], x_TD, state, *arguments_of(index))
+            x_TD, state = output.x_TD, output.state
+            if output.routing is not None:
+                routings.append(output.routing)
+        return ModelOutput(x_TD, routings)

@@ -8,21 +8,17 @@ J patches, H points of a forecast, Q quantiles, M numbers that a patch's distrib
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..attention.parts import parts_of
 from ..attention.rope import Rope
-from ..blocks.block import State
 from ..config.moirai import MoiraiConfig
 from ..kv_cache import SequenceCache
 from ..linear import Linear
 from ..norm import RMSNorm
-from ..routers.draws import sequence_keys
 from .decoder_layer import DecoderLayer
 from .futures import check_request, mean_and_quantiles, uniforms_of
 from .mixture import NUM_PARAMETERS, NUM_UNIFORMS, Mixture, mixture_of
@@ -38,7 +34,6 @@ from .patches import (
     scale_of,
     varies,
 )
-from .routed import LayerOutput
 from .series_model import SeriesForecast, SeriesLoss, SeriesModel
 
 FUTURES_TOGETHER = 25
@@ -61,11 +56,7 @@ class Moirai(SeriesModel):
     """A forecast is a distribution."""
 
     def __init__(self, config: MoiraiConfig, options: ModelOptions = WHOLE) -> None:
-        super().__init__()
-        assert options.stage in (None, range(config.num_layers)), "series are not split in stages"
-        self.config = config
-        self.stage = range(config.num_layers)
-        self.recompute = options.recompute is True
+        super().__init__(config, options)
         width = config.d_model
         self.in_proj = Linear(config.patch, width, bias=True)
         self.feat_proj = Linear(width, width, bias=True)
@@ -79,24 +70,13 @@ class Moirai(SeriesModel):
         """Run the model on scaled patches; caches, if there are any, grow by them."""
         scaled_TP = batch.scaled_TP
         assert scaled_TP is not None, "rows are patches"
-        if self.training and any(router.config.draws() for router in self.routers()):
-            batch = replace(batch, draw_keys=sequence_keys(batch.ids_T, batch.lengths))
+        batch = self.with_draw_keys(batch)
         x_TD = self.embed(scaled_TP.to(self.in_proj.weight.dtype))
         parts = parts_of(batch, self._rope.tables(batch.positions_T, x_TD.dtype))
         early = self.route_from_tokens(batch)
-        state: State = ()
-        routings = []
-        for index, layer in enumerate(self.layers):
-            arguments = (x_TD, state, batch, parts, early.get(index), None)
-            if self.recompute and self.training:
-                output: LayerOutput = checkpoint(layer, *arguments, use_reentrant=False)
-            else:
-                output = layer(*arguments)
-            x_TD, state = output.x_TD, output.state
-            if output.routing is not None:
-                routings.append(output.routing)
+        output = self.run_layers(x_TD, lambda index: (batch, parts, early.get(index)))
         batch.advance_caches()
-        return ModelOutput(self.norm(x_TD), routings)
+        return ModelOutput(self.norm(output.hidden_TD), output.routings)
 
     def embed(self, scaled_TP: Tensor) -> Tensor:
         """Return the rows of patches, ``[T, D]``."""

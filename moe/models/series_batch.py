@@ -1,7 +1,7 @@
 """Points of series as the rows of a batch. B series, L points of each, T rows."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..batch import Batch, batch_of
 from ..kv_cache import KVCache
-from ..routers.draws import sequence_keys
 from .documents import pack
 
 
@@ -23,10 +22,6 @@ class SeriesBatch(Batch):
 
     values_T: Tensor | None = None
     """The value of each point; never None."""
-
-    def with_draw_keys(self) -> "SeriesBatch":
-        """Return the batch with a number for each series that routers draw from."""
-        return replace(self, draw_keys=sequence_keys(self.ids_T, self.lengths))
 
 
 def has_row(observed_BL: Tensor) -> Tensor:

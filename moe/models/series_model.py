@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..routers.routing import Routing
-from .model import Model
+from .model import WholeModel
 
 
 class SeriesLoss(NamedTuple):
@@ -32,7 +32,7 @@ class SeriesForecast(NamedTuple):
     """fp32: in the order of the quantiles asked for; None if the model forecasts points."""
 
 
-class SeriesModel(Model):
+class SeriesModel(WholeModel):
     """A model that learns from windows of series, and continues series.
 
     Values are numbers on any scale. Whether a model scales each window is part of the model. A

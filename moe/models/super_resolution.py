@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..attention.full import full_rows
 from ..batch import Batch
@@ -20,9 +19,9 @@ from ..diffusion.positions import grid_positions, time_features
 from ..diffusion.schedule import Schedule
 from ..linear import FromZero, Linear
 from ..routers.routing import Lookahead, Routing
-from .model import Model, ModelOutput
+from .model import ModelOutput, WholeModel
 from .options import WHOLE, ModelOptions
-from .routed import LayerOutput, choose
+from .routed import choose
 from .super_resolution_layer import SuperResolutionLayer, of_rows
 
 
@@ -36,7 +35,7 @@ class Denoised:
     """One for each MoE layer."""
 
 
-class SuperResolution(Model):
+class SuperResolution(WholeModel):
     """Noisy images and enlarged small ones in, the noise out.
 
     What is noisy is not an image but its difference from the enlarged small one, divided by
@@ -46,18 +45,13 @@ class SuperResolution(Model):
     config: SuperResolutionConfig
 
     def __init__(self, config: SuperResolutionConfig, options: ModelOptions = WHOLE) -> None:
-        super().__init__()
-        whole = range(config.num_layers)
-        assert options.stage in (None, whole), "super-resolution models are not split in stages"
-        self.config = config
-        self.stage = whole
-        self.recompute = options.recompute is True
+        super().__init__(config, options)
         self.schedule = Schedule(config.timesteps, config.beta_start, config.beta_end)
         width, pixels = config.d_model, config.channels * config.patch**2
         self.patches_in = Linear(2 * pixels, width, bias=True)
         self.time_in = Linear(width, width, bias=True)
         self.time_mlp = Linear(width, width, bias=True)
-        self.layers = nn.ModuleList(SuperResolutionLayer(config, i, options) for i in whole)
+        self.layers = nn.ModuleList(SuperResolutionLayer(config, i, options) for i in self.stage)
         self.norm = nn.LayerNorm(width, config.norm_eps, False)
         self.modulation = FromZero(width, 2 * width)
         self.patches_out = FromZero(width, pixels)
@@ -122,11 +116,7 @@ class SuperResolution(Model):
         later = {} if following is None else self._known_choices(following)
         experts_of, routings = dict(self.moe_layers()), []
         for index, layer in enumerate(self.layers):
-            arguments = (x_TD, time_BD, batch, rows, early.get(index))
-            if self.recompute and self.training:
-                output: LayerOutput = checkpoint(layer, *arguments, use_reentrant=False)
-            else:
-                output = layer(*arguments)
+            output = self.run_layer(layer, x_TD, time_BD, batch, rows, early.get(index))
             x_TD = output.x_TD
             if output.routing is not None:
                 routings.append(output.routing)

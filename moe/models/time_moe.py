@@ -8,12 +8,10 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ...errors import ConfigError
 from ..attention.parts import parts_of
 from ..attention.rope import Rope
-from ..blocks.block import State
 from ..config.time_moe import TimeMoeConfig
 from ..kv_cache import SequenceCache
 from ..linear import Linear
@@ -21,7 +19,6 @@ from ..norm import RMSNorm
 from .decoder_layer import DecoderLayer
 from .model import ModelOutput
 from .options import WHOLE, ModelOptions
-from .routed import LayerOutput
 from .series_batch import SeriesBatch, batch_of_series, has_row, next_points
 from .series_model import SeriesForecast, SeriesLoss, SeriesModel
 from .windowed_loss import huber_by_window
@@ -68,11 +65,7 @@ class TimeMoe(SeriesModel):
     config: TimeMoeConfig
 
     def __init__(self, config: TimeMoeConfig, options: ModelOptions = WHOLE) -> None:
-        super().__init__()
-        assert options.stage in (None, range(config.num_layers)), "it is not split in stages"
-        self.config = config
-        self.stage = range(config.num_layers)
-        self.recompute = options.recompute is True
+        super().__init__(config, options)
         decoder = config.decoder()
         self.embedding = PointEmbedding(config.d_model)
         layers = (DecoderLayer(decoder, index, options) for index in range(config.num_layers))
@@ -85,23 +78,12 @@ class TimeMoe(SeriesModel):
     def forward(self, batch: SeriesBatch) -> ModelOutput:
         """Run the layers on points; caches, if any, grow by them. Heads read the result's rows."""
         assert batch.values_T is not None, "a batch of series has values"
-        if self.training and any(router.config.draws() for router in self.routers()):
-            batch = batch.with_draw_keys()
+        batch = self.with_draw_keys(batch)
         x_TD = self.embedding(batch.values_T)
         parts = parts_of(batch, self._rope.tables(batch.positions_T, x_TD.dtype))
-        state: State = ()
-        routings = []
-        for layer in self.layers:
-            arguments = (x_TD, state, batch, parts, None, None)
-            if self.recompute and self.training:
-                output: LayerOutput = checkpoint(layer, *arguments, use_reentrant=False)
-            else:
-                output = layer(*arguments)
-            x_TD, state = output.x_TD, output.state
-            if output.routing is not None:
-                routings.append(output.routing)
+        output = self.run_layers(x_TD, lambda _: (batch, parts))
         batch.advance_caches()
-        return ModelOutput(self.norm(x_TD), routings)
+        return ModelOutput(self.norm(output.hidden_TD), output.routings)
 
     def new_cache(self, max_length: int) -> SequenceCache:
         """Return an empty cache for one series of at most ``max_length`` points."""

@@ -6,21 +6,18 @@ D model width, T = N*L rows, Y rows of a head.
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..attention.full import full_rows
-from ..blocks.block import State
 from ..config.vision_tasks import AnyTask, ClassesTask, head_width
 from ..config.vit import ViTConfig
 from ..image_batch import ImageBatch
 from ..linear import Linear
-from .model import Model, ModelOutput
+from .model import ModelOutput, WholeModel
 from .options import WHOLE, ModelOptions
-from .routed import LayerOutput
 from .vit_layer import ViTLayer
 
 
-class ViT(Model):
+class ViT(WholeModel):
     """Pixels in, hidden rows and routings out; ``answer`` turns a task's rows into its scores.
 
     An image goes through the layers once for each task that it is asked for: the routers choose
@@ -31,11 +28,7 @@ class ViT(Model):
     config: ViTConfig
 
     def __init__(self, config: ViTConfig, options: ModelOptions = WHOLE) -> None:
-        super().__init__()
-        assert options.stage in (None, range(config.num_layers)), "this model is not split"
-        self.config = config
-        self.stage = range(config.num_layers)
-        self.recompute = options.recompute is True
+        super().__init__(config, options)
         self.embed_patches = Linear(config.patch_numbers, config.d_model, bias=True)
         self.embed_positions = nn.Embedding(config.num_rows, config.d_model)
         if config.class_token:
@@ -52,18 +45,8 @@ class ViT(Model):
         """Run the layers on N passes."""
         x_TD = self.embed(batch.pixels_NCHW)
         rows = full_rows(batch)
-        state: State = ()
-        routings = []
-        for layer in self.layers:
-            arguments = (x_TD, state, batch, rows)
-            if self.recompute and self.training:
-                output: LayerOutput = checkpoint(layer, *arguments, use_reentrant=False)
-            else:
-                output = layer(*arguments)
-            x_TD, state = output.x_TD, output.state
-            if output.routing is not None:
-                routings.append(output.routing)
-        return ModelOutput(self.norm(x_TD), routings)
+        output = self.run_layers(x_TD, lambda _: (batch, rows))
+        return ModelOutput(self.norm(output.hidden_TD), output.routings)
 
     def embed(self, pixels_NCHW: Tensor) -> Tensor:
         """Return the embedded patches of images, each image's class token first, ``[T, D]``."""

@@ -45,4 +45,4 @@ def _generation(files: ModelFolder) -> GenerationConfig:
     return generation
 
 
-DECODER = Opener(_open, "moeyard generate or moeyard.load")
+DECODER = Opener(_open, "a decoder", "moeyard generate or moeyard.load")

@@ -16,4 +16,4 @@ def _open(files: ModelFolder, filled: Filled, options: StoreOptions) -> TextClas
     return TextClassifier(encoder, MarkedTexts(files.path))
 
 
-ENCODER = Opener(_open, "moeyard classify or moeyard.load_classifier")
+ENCODER = Opener(_open, "an encoder", "moeyard classify or moeyard.load_classifier")

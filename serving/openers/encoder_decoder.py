@@ -19,4 +19,6 @@ def _open(files: ModelFolder, filled: Filled, options: StoreOptions) -> TextWrit
     return TextWriter(model, codec, eos_ids)
 
 
-ENCODER_DECODER = Opener(_open, "moeyard translate or moeyard.load_seq2seq")
+ENCODER_DECODER = Opener(
+    _open, "an encoder-decoder of texts", "moeyard translate or moeyard.load_seq2seq"
+)

@@ -14,6 +14,8 @@ class Opener(NamedTuple):
 
     open: Callable[[ModelFolder, Filled, StoreOptions], Any]
     """Return what is called with a user's data, around a model with its weights."""
+    what: str
+    """What is opened, for a message."""
     remedy: str
     """The command and the function that open the kind, for a message."""
 

@@ -33,4 +33,8 @@ def _text(path: Path) -> str:
         raise ModelFileError(f"{path} cannot be read ({reason}); export the run again.") from None
 
 
-RECOMMENDER = Opener(_open, "moeyard recommend or moeyard.load_recommender")
+RECOMMENDER = Opener(
+    _open,
+    "a recommender of sessions",
+    "moeyard recommend or moeyard.load_recommender",
+)

@@ -19,4 +19,4 @@ def _open(files: ModelFolder, filled: Filled, options: StoreOptions) -> Forecast
     return Forecaster(model, read_trained_on(files.path))
 
 
-SERIES = Opener(_open, "moeyard forecast or moeyard.load_forecaster")
+SERIES = Opener(_open, "a model of series", "moeyard forecast or moeyard.load_forecaster")

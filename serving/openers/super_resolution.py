@@ -15,4 +15,6 @@ def _open(files: ModelFolder, filled: Filled, options: StoreOptions) -> Upscaler
     return Upscaler(model)
 
 
-SUPER_RESOLUTION = Opener(_open, "moeyard upscale or moeyard.load_upscaler")
+SUPER_RESOLUTION = Opener(
+    _open, "a super-resolution model", "moeyard upscale or moeyard.load_upscaler"
+)

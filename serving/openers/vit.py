@@ -15,4 +15,4 @@ def _open(files: ModelFolder, filled: Filled, options: StoreOptions) -> VisionMo
     return VisionModel(vit)
 
 
-VIT = Opener(_open, "moeyard predict or moeyard.load_vision")
+VIT = Opener(_open, "a vision transformer", "moeyard predict or moeyard.load_vision")

@@ -59,7 +59,7 @@ def per_second(bytes_per_s: float) -> str:
 
 
 def tokens(per_s: float) -> str:
-    """Return tokens per second as people write them."""
+    """Return tokens, or other rows, per second as people write them."""
     return f"{per_s:,.0f}" if per_s >= 100 else f"{per_s:.3g}"
 
 
@@ -119,18 +119,19 @@ def _order(decision: Decision) -> str:
 
 def _speed(decision: Decision) -> str:
     bound, speeds, sizes = decision.bound, decision.speeds, decision.sizes
-    memory = f"a token reads {size(sizes.bytes_per_token)} of weights at "
+    memory = f"a {sizes.row_name} reads {size(sizes.bytes_per_token)} of weights at "
     memory += per_second(speeds.memory)
+    rows = f"{sizes.row_names}/s"
     if decision.num_slots >= sizes.num_experts:
-        return f"Upper bound for one request: {tokens(bound.on_demand)} tokens/s; {memory}."
+        return f"Upper bound for one request: {tokens(bound.on_demand)} {rows}; {memory}."
     source = (
         "recorded routes say so"
         if decision.is_recorded
         else "as if all were needed equally often; real texts do better"
     )
     return (
-        f"Upper bound for one request: {tokens(bound.on_demand)} tokens/s on demand, "
+        f"Upper bound for one request: {tokens(bound.on_demand)} {rows} on demand, "
         f"{tokens(bound.read_ahead)} if all reads were ahead of need. Of the "
-        f"{sizes.experts_per_token} experts of a token {bound.hit_rate:.0%} are in memory "
-        f"({source}), and {memory}."
+        f"{sizes.experts_per_token} experts of a {sizes.row_name} {bound.hit_rate:.0%} are in "
+        f"memory ({source}), and {memory}."
     )

@@ -38,6 +38,12 @@ class ModelSizes:
     max_positions: int
     widths: tuple[PoolSize, ...] = ()
     """The experts of each width, the widest first, where widths differ."""
+    row_name: str = "token"
+    """What a row of the model is."""
+    row_names: str = "tokens"
+    """Several of them."""
+    keeps_rows: bool = True
+    """Whether requests keep keys and values of their rows."""
 
     @property
     def pools(self) -> tuple[PoolSize, ...]:
@@ -93,6 +99,9 @@ def sizes_of(
         kv_bytes_per_token=bytes_per_block(kv_specs(folder, dtype), kv_dtype) // BLOCK,
         max_positions=config.max_positions,
         widths=pools if len(pools) > 1 else (),
+        row_name=config.row_name,
+        row_names=config.row_names,
+        keeps_rows=config.generates,
     )
 
 

@@ -29,6 +29,7 @@ MAX_QUANTILES = 99
 MAX_NUMBERS = 1 << 18
 """Of an answer: series x horizon x (1 + quantiles)."""
 KEYS = {"model", "series", "horizon", "quantiles", "context", "columns", "seed"}
+EXAMPLE = '{"series": [[1, 2.5, null, 4]], "horizon": 8}'
 OF_DECODERS = ("/v1/completions", "/v1/chat/completions")
 
 
@@ -43,7 +44,11 @@ class ForecastEndpoint:
     def routes(self) -> list[Route]:
         """Return the routes."""
         text = [Route(path, self.refuse_text, methods=["POST"]) for path in OF_DECODERS]
-        return [Route("/v1/forecast", self.create, methods=["POST"]), *text]
+        return [
+            Route("/v1/forecast", self.create, methods=["POST"]),
+            Route("/v1/forecast", self.refuse_get, methods=["GET"]),
+            *text,
+        ]
 
     async def create(self, request: Request) -> Response:
         """Continue series."""
@@ -58,6 +63,13 @@ class ForecastEndpoint:
             forecasts = await self._thread.forecast(contexts, question)
             answer = await asyncio.to_thread(_answer, name, question, contexts, forecasts)
         return JSONResponse(answer)
+
+    async def refuse_get(self, request: Request) -> NoReturn:
+        """Say what is sent instead."""
+        raise RequestError(
+            f"{request.method} {request.url.path} is not offered; POST JSON such as {EXAMPLE}.",
+            status=405,
+        )
 
     async def refuse_text(self, request: Request) -> NoReturn:
         """Say that the model does not write."""

@@ -234,7 +234,7 @@ def test_an_encoder_cannot_be_upcycled_or_continue_a_text(folder, tmp_path):
         upcycle(folder, tmp_path / "moe", 4, 2)
     from moeyard.serving.loading import open_model
 
-    with pytest.raises(ConfigError, match="one of kind decoder is needed here; give one, or use"):
+    with pytest.raises(ConfigError, match="an encoder, but a decoder is needed here; give one"):
         open_model(folder)
 
 

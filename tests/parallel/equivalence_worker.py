@@ -5,8 +5,8 @@
 For each case (name -> overrides) every rank writes OUT/NAME-RANK.pt with loss, gradient norm,
 main gradients before clipping, and weights, each under topology-free keys, for every step.
 
-A case may also have ``until`` (its last step), ``saves`` (a checkpoint after it), ``resumes`` (the
-case whose checkpoint it goes on from), ``replays`` (the case whose recorded routes it takes) and
+A case may also have ``saves`` (the step after which there is a checkpoint), ``resumes`` (the case
+whose checkpoint it goes on from), ``replays`` (the case whose recorded routes it takes) and
 ``evaluates`` (the held-out measures come with the last step).
 """
 
@@ -161,16 +161,16 @@ def run_case(config_path: Path, out: Path, name: str, case: dict, watch) -> None
     model = objective.complete_model(fill_vocabulary(config, data.tokenizer))
     decoder = build_decoder(config, model, data, mesh, case)
     loss = objective.module(decoder)
-    parallel = parallelize(config, decoder, loss, mesh)
+    parallel = parallelize(config, decoder, loss, mesh, objective.mean_rows)
     step = TrainStep(config, decoder, objective, parallel, mesh)
     if case.get("early"):
         slice_early(step, parallel, mesh)
     schedule = None
     if config.parallel.chunks == "auto":
-        schedule = LayerSchedule(config, decoder, mesh, parallel.pipelines)
+        paths = parallel.pipelines
+        schedule = LayerSchedule(config, decoder, mesh, paths, objective.mean_rows)
     saves = Saves(config, model, run_dir, mesh, data, step.optimizer, step.ownership)
     first = saves.resume() if "resumes" in case else 0
-    last = case.get("until", STEPS)
     watched = WatchedSteps(step, decoder, schedule)
     watched.queue = parallel.engine.queue if case.get("early") else None
     if config.monitor.routes is not None:
@@ -179,13 +179,15 @@ def run_case(config_path: Path, out: Path, name: str, case: dict, watch) -> None
     if "replays" in case:
         routes = read_routes(out / case["replays"] / "routes")
         with replaying_steps(step, decoder, objective, routes):
-            watched.run(first, last)
+            watched.run(first, STEPS)
     else:
-        watched.run(first, last)
+        if "saves" in case:
+            watched.run(first, case["saves"])
+            saves.save(case["saves"], must=True)
+            first = case["saves"]
+        watched.run(first, STEPS)
     if case.get("evaluates"):
         watched.recorded[-1]["held_out"] = objective.evaluate(loss, mesh).metrics
-    if case.get("saves"):
-        saves.save(last, must=True)
     torch.save(watched.recorded, out / f"{name}-{mesh.rank}.pt")
     mesh.barrier()
 

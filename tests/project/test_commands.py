@@ -142,6 +142,8 @@ def test_a_run_is_opened_by_its_folder_and_exported_once(tmp_path, capsys, tiny_
     assert found["tokens"] == len(text.read_text()) - 1
     assert found["loss"] == pytest.approx(reference_loss(exported[0], text.read_text(), 7), 1e-5)
 
+    assert main(["eval", folder]) == 2
+    assert "give --text FILE or --tasks A,B" in capsys.readouterr().err
     text.write_text("a")
     assert main(["eval", folder, "--text", str(text)]) == 2
     assert "the text has 1 tokens" in capsys.readouterr().err

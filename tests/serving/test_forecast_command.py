@@ -96,7 +96,7 @@ BAD = {
     "zero": (["--horizon", "0"], {}, "--horizon is 0; use a number from 1"),
     "far": (["--horizon", "64"], {}, "horizon is 64, but the model takes 64 points"),
     "quantiles": (["--horizon", "2", "--quantiles", "a"], {}, "--quantiles is 'a'"),
-    "outside": (["--horizon", "2", "--quantiles", "1.5"], {}, "quantiles has 1.5"),
+    "outside": (["--horizon", "2", "--quantiles", "1.5"], {}, "--quantiles is '1.5'"),
     "points": (["--horizon", "2", "--quantiles", "0.5"], POINTS, "the model forecasts points"),
     "columns": (["--horizon", "2", "--columns", "z"], {}, "--columns names 'z'"),
     "text": (["--horizon", "2"], {"text": "a\n1\nhot\n"}, "line 3 has 'hot' in column 'a'"),

@@ -1,6 +1,7 @@
 """``/v1/forecast`` as clients see it, without Ray."""
 
 import asyncio
+import json
 import threading
 from pathlib import Path
 
@@ -46,6 +47,14 @@ def server(start):
 
 def ask(server, **body):
     return call(server, "POST", "/v1/forecast", json={"series": [UP], "horizon": 2, **body})
+
+
+def test_who_gets_the_path_learns_what_to_post(server):
+    answer = call(server, "GET", "/v1/forecast")
+    message = answer.json()["error"]["message"]
+    assert answer.status_code == 405 and message.startswith("GET /v1/forecast is not offered; POST")
+    body = json.loads(message.partition("such as ")[2].rstrip("."))
+    assert ask(server, **body).status_code == 200
 
 
 def test_quantiles_come_back_for_every_series(server):

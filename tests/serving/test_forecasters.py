@@ -93,7 +93,7 @@ def test_offloaded_experts_forecast_the_same_bits(folder, columns):
 def test_each_kind_of_model_is_opened_by_its_own_function(folder, model_folder):
     with pytest.raises(ConfigError, match=r"use moeyard forecast or moeyard.load_forecaster"):
         moeyard.load(folder)
-    with pytest.raises(ConfigError, match="has a model of kind decoder, but one of kind time_moe"):
+    with pytest.raises(ConfigError, match="has a decoder, but a model of series is needed"):
         moeyard.load_forecaster(model_folder)
 
 

@@ -22,6 +22,7 @@ from moeyard.moe.models.initialize import initialize
 from moeyard.moe.models.table import build_model
 from moeyard.serving.experts.budget import count_slots
 from moeyard.serving.loading import open_kind
+from moeyard.serving.planning import outlook
 
 from small_images import TASKS, VIT, arrays
 from small_model import DecoderWeights
@@ -43,6 +44,14 @@ def folder(tmp_path_factory):
     target = tmp_path_factory.mktemp("vision") / "model"
     write_model_folder(target, values, plans, lambda folder: None, {})
     return target
+
+
+def test_a_plan_speaks_of_patches(folder, capsys, monkeypatch):
+    monkeypatch.setattr(outlook, "memory_bandwidth", lambda: 1e10)
+    assert command(["plan", str(folder), "--expert-memory", "50%"]) == 0
+    said = capsys.readouterr().out
+    assert "a patch visits 4" in said and "keep no keys and values" in said
+    assert "patches/s are upper bounds for one patch at a time" in said and "token" not in said
 
 
 def two_experts(folder: Path) -> str:

@@ -1,6 +1,7 @@
 """Rounds of alignment: the reward model, the pairs it picks, runs that learn them."""
 
 import json
+import signal
 
 import pytest
 import torch
@@ -20,10 +21,10 @@ from moeyard.training.alignment.sample_pairs import best_and_worst
 from moeyard.training.data.session_log import read_log
 from moeyard.training.data.session_rows import find_sessions
 from moeyard.training.formats.sessions import SessionsConfig
-from moeyard.training.program import train
-from moeyard.training.read_config import read_run_config
+from moeyard.training.work import LongWork
 
 import clicks
+from small_trainer import finished
 
 
 @pytest.fixture(scope="module")
@@ -82,15 +83,19 @@ def test_best_and_worst_are_of_sessions_that_count():
     assert picks.tolist() == [[1, 0], [0, 2], [0, 0]] and has_pair.tolist() == [True, True, False]
 
 
+@pytest.fixture(scope="module")
+def finished_run(values, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "run.yaml").write_text(yaml.safe_dump(values))
+    return finished(folder / "run.yaml", folder).folder
+
+
 def rounds_of(err):
     return [line for line in err.splitlines() if line.startswith("event=round ")]
 
 
-def test_rounds_go_on_where_they_were_and_learn_their_pairs(values, tmp_path, capsys):
-    config = tmp_path / "run.yaml"
-    config.write_text(yaml.safe_dump(values))
-    run_dir, target = tmp_path / "run", tmp_path / "rounds"
-    train(read_run_config(config, [f"run_dir={run_dir}"]), None)
+def test_rounds_go_on_where_they_were_and_learn_their_pairs(finished_run, tmp_path, capsys):
+    run_dir, target = finished_run, tmp_path / "rounds"
     how = ["--share", "0.5", "--beams", "4", "train.steps=2", "data.alignment.weight=2"]
     capsys.readouterr()
     assert command(["align", str(run_dir), str(target), "--rounds", "1", *how]) == 0
@@ -109,6 +114,29 @@ def test_rounds_go_on_where_they_were_and_learn_their_pairs(values, tmp_path, ca
     with safe_open(target / "round-1" / "pairs.safetensors", "pt") as file:
         rewards = file.get_tensor("rewards_P2")
     assert (rewards[:, 0] > rewards[:, 1]).all()
+
+
+@pytest.mark.parametrize(
+    "during", ["reading the log", "fitting the reward model", "generating sessions"]
+)
+def test_a_signal_ends_a_round_and_leaves_what_is_whole(
+    finished_run, tmp_path, capsys, monkeypatch, during
+):
+    advance = LongWork.advance
+
+    def interrupted(work, *given, **facts):
+        if work._event == during:
+            signal.raise_signal(signal.SIGINT)
+        advance(work, *given, **facts)
+
+    monkeypatch.setattr(LongWork, "advance", interrupted)
+    target = tmp_path / "rounds"
+    how = ["--rounds", "1", "--share", "0.5", "--beams", "4", "train.steps=2"]
+    assert command(["align", str(finished_run), str(target), *how]) != 0
+    assert f"stopped by SIGINT while {during}" in capsys.readouterr().err
+    assert not (target / "round-1" / "pairs.safetensors").exists()
+    assert not (target / "round-1" / "run" / "checkpoints").exists()
+    assert (target / "reward.safetensors").exists() == (during == "generating sessions")
 
 
 @pytest.mark.parametrize(

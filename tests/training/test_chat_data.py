@@ -320,7 +320,7 @@ def test_counts_of_rows_and_targets_are_those_of_the_batches(tmp_path, tagged):
         int((batch.targets_N != NO_TARGET).sum()) for batch in batches
     ]
     rows = [len(batch.ids_N) for batch in batches]
-    assert windows.window_rows(list(range(len(windows)))) == [
+    assert windows.num_rows_of(list(range(len(windows)))) == [
         len(windows.rows([window]).ids_N) for window in range(len(windows))
     ]
     for first in range(9):

@@ -24,7 +24,7 @@ from moeyard.training.read_config import complete_run_config, read_run_config
 from moeyard.training.trainer import Trainer
 
 from labelled import ENCODER, WORDS, records, write
-from small_trainer import metrics, trainer
+from small_trainer import check_resumed, finished, metrics, trainer, write_config
 
 TRAIN = {"steps": 6, "sequence_length": 32, "batch_sequences": 8, "eval_every": 3, "log_every": 1}
 
@@ -32,25 +32,14 @@ TRAIN = {"steps": 6, "sequence_length": 32, "batch_sequences": 8, "eval_every": 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("classify")
-    values = {
-        "run_dir": str(folder / "unset"),
-        "model": ENCODER,
-        "data": {"format": "classify", "source": str(write(folder / "texts.jsonl"))},
-        "train": TRAIN,
-        "optimizer": {"lr": 5e-3, "warmup_steps": 0},
-        "checkpoint": {"every": 3},
-    }
-    values["data"]["eval_fraction"] = 0.2
-    (folder / "run.yaml").write_text(yaml.safe_dump(values))
-    return folder / "run.yaml"
+    source = str(write(folder / "texts.jsonl"))
+    data = {"format": "classify", "source": source, "eval_fraction": 0.2}
+    return write_config(folder, model=ENCODER, data=data, train=TRAIN)
 
 
 @pytest.fixture(scope="module")
 def whole(config, tmp_path_factory):
-    run_dir = tmp_path_factory.mktemp("whole") / "run"
-    run = trainer(config, run_dir, "monitor.routes={}")
-    run.run()
-    return run, run_dir
+    return finished(config, tmp_path_factory.mktemp("whole"), "monitor.routes={}")
 
 
 def test_a_run_measures_what_it_learns_and_where_tokens_went(whole):
@@ -94,13 +83,7 @@ def test_macro_f1_is_the_mean_over_labels_that_occur():
 
 
 def test_a_resumed_run_ends_as_one_that_was_not_stopped(config, whole, tmp_path):
-    shutil.copytree(whole[1], tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000006")
-    run = trainer(config, tmp_path / "run", "monitor.routes={}")
-    run.run()
-    assert metrics(tmp_path / "run")[-1]["loss"] == metrics(whole[1])[-1]["loss"]
-    for name, weight in whole[0].decoder.state_dict().items():
-        assert torch.equal(run.decoder.state_dict()[name], weight), name
+    check_resumed(config, whole, tmp_path, "monitor.routes={}")
 
 
 def test_export_reload_and_offload_are_the_same_bit_for_bit(whole, tmp_path):
@@ -184,9 +167,7 @@ def test_the_command_prints_a_line_for_each_text(whole, tmp_path, capsys):
 
 def test_a_decoder_cannot_classify(model_folder, capsys):
     assert command(["classify", str(model_folder), "--text", "x"]) == 2
-    assert "has a model of kind decoder, but one of kind encoder is needed" in (
-        capsys.readouterr().err
-    )
+    assert "has a decoder, but an encoder is needed" in (capsys.readouterr().err)
 
 
 @pytest.fixture(scope="module")

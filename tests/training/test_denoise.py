@@ -1,11 +1,11 @@
 """Training models that enlarge images: the data, the loss, the measures, what comes out."""
 
+import itertools
 import shutil
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 
 import moeyard
@@ -23,7 +23,7 @@ from moeyard.training.data.image_files import read_images, write_images
 from moeyard.training.report.page import write_report
 
 import pictures
-from small_trainer import metrics, trainer
+from small_trainer import check_resumed, finished, metrics, trainer, write_config
 
 TRAIN = {"steps": 4, "batch_sequences": 4, "log_every": 1, "eval_every": 2, "eval_sequences": 99}
 
@@ -31,30 +31,20 @@ TRAIN = {"steps": 4, "batch_sequences": 4, "log_every": 1, "eval_every": 2, "eva
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("denoise")
-    values = {
-        "run_dir": str(folder / "unset"),
-        "model": pictures.MODEL,
-        "data": {
-            "format": "super_resolution",
-            "source": str(pictures.write(folder / "images.npz")),
-            "eval_fraction": 0.25,
-            "eval_images": 3,
-            "eval_steps": 3,
-        },
-        "train": TRAIN,
-        "optimizer": {"lr": 5e-3, "warmup_steps": 0},
-        "checkpoint": {"every": 2},
+    data = {
+        "format": "super_resolution",
+        "source": str(pictures.write(folder / "images.npz")),
+        "eval_fraction": 0.25,
+        "eval_images": 3,
+        "eval_steps": 3,
     }
-    (folder / "run.yaml").write_text(yaml.safe_dump(values))
-    return folder / "run.yaml"
+    sections = {"model": pictures.MODEL, "data": data, "checkpoint": {"every": 2}}
+    return write_config(folder, train=TRAIN, **sections)
 
 
 @pytest.fixture(scope="module")
 def whole(config, tmp_path_factory):
-    run_dir = tmp_path_factory.mktemp("whole") / "run"
-    run = trainer(config, run_dir, "monitor.routes={}")
-    run.run()
-    return run, run_dir
+    return finished(config, tmp_path_factory.mktemp("whole"), "monitor.routes={}")
 
 
 @pytest.fixture(scope="module")
@@ -122,46 +112,32 @@ def test_the_residual_has_the_standard_deviation_of_the_images(whole):
 
 def test_draws_depend_on_seed_step_and_row_alone(whole, config, tmp_path):
     data = whole[0]._data.train
-    together = data.rows(3, range(4))
+    together = data.of_step(3, range(4))
     for row in range(4):
-        alone = data.rows(3, range(row, row + 1))
+        alone = data.of_step(3, range(row, row + 1))
         for one, all_of_them in zip(alone[:3], together[:3], strict=True):
             assert torch.equal(one[0], all_of_them[row])
         assert alone.draw_keys == together.draw_keys[row : row + 1]
-    assert not torch.equal(data.rows(4, range(4)).noise_BCSS, together.noise_BCSS)
-    assert len({*together.draw_keys, *data.rows(4, range(4)).draw_keys}) == 8
-    other = trainer(config, tmp_path / "run", "seed=1")._data.train.rows(3, range(4))
+    assert not torch.equal(data.of_step(4, range(4)).noise_BCSS, together.noise_BCSS)
+    assert len({*together.draw_keys, *data.of_step(4, range(4)).draw_keys}) == 8
+    other = trainer(config, tmp_path / "run", "seed=1")._data.train.of_step(3, range(4))
     assert not torch.equal(other.noise_BCSS, together.noise_BCSS)
-    times = torch.cat([data.rows(step, range(4)).times_B for step in range(50)])
+    times = torch.cat([data.of_step(step, range(4)).times_B for step in range(50)])
     assert times.min() < 100 and times.max() > 900 and len(times.unique()) > 100
 
 
 def test_every_image_and_place_is_seen(whole):
-    data = whole[0]._data.train
-    seen = set()
-    for step in range(9):
-        for crop in data.rows(step, range(4)).images_BCSS:
-            seen |= {
-                image
-                for image in range(len(data))
-                for up in range(5)
-                for along in range(5)
-                if torch.equal(
-                    from_bytes(data._images_NHWC[None, image, up : up + 8, along : along + 8])[0],
-                    crop,
-                )
-            }
-    assert seen == set(range(18))  # two epochs
+    data, shown_in = whole[0]._data.train, {}
+    for image, up, along in itertools.product(range(len(data)), range(5), range(5)):
+        crop = from_bytes(data._images_NHWC[None, image, up : up + 8, along : along + 8])[0]
+        shown_in.setdefault(crop.numpy().tobytes(), set()).add(image)
+    crops = [crop for step in range(9) for crop in data.of_step(step, range(4)).images_BCSS]
+    seen = [shown_in[crop.numpy().tobytes()] for crop in crops]
+    assert set().union(*seen) == set(range(18))  # two epochs
 
 
 def test_a_resumed_run_ends_as_one_that_was_not_stopped(config, whole, tmp_path):
-    shutil.copytree(whole[1], tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000004")
-    run = trainer(config, tmp_path / "run", "monitor.routes={}")
-    run.run()
-    assert metrics(tmp_path / "run")[-1]["loss"] == metrics(whole[1])[-1]["loss"]
-    for name, weight in whole[0].decoder.state_dict().items():
-        assert torch.equal(run.decoder.state_dict()[name], weight), name
+    check_resumed(config, whole, tmp_path, "monitor.routes={}")
 
 
 def test_export_reload_and_offload_are_the_same_bit_for_bit(whole, folder):

@@ -1,24 +1,21 @@
 """Runs on series: what they measure, resume, export and refuse."""
 
 import json
-import shutil
 
 import pytest
 import torch
 import yaml
 
+from moeyard.cli import main as command
 from moeyard.errors import ConfigError
 from moeyard.moe.folders.folder import ModelFolder
 from moeyard.moe.routes.reader import read_routes
-from moeyard.parallel.mesh import Mesh
 from moeyard.serving.experts.options import StoreOptions
 from moeyard.serving.filling import fill_model
 from moeyard.training.checkpoints.export import export
-from moeyard.training.read_config import read_run_config
-from moeyard.training.trainer import Trainer
 
 from small_series import values, write
-from small_trainer import metrics
+from small_trainer import check_resumed, finished, metrics, trainer
 
 
 @pytest.fixture(scope="module")
@@ -31,17 +28,11 @@ def config(tmp_path_factory):
     return folder / "run.yaml"
 
 
-def trainer(config, run_dir, *overrides):
-    run_dir.mkdir(exist_ok=True)
-    return Trainer(read_run_config(config, [f"run_dir={run_dir}", *overrides]), run_dir, Mesh())
-
-
 @pytest.fixture(scope="module")
 def whole(config, tmp_path_factory):
-    run_dir = tmp_path_factory.mktemp("whole") / "run"
-    run = trainer(config, run_dir, "monitor.routes={}", "train.eval_every=3")
-    run.run()
-    return run, run_dir
+    return finished(
+        config, tmp_path_factory.mktemp("whole"), "monitor.routes={}", "train.eval_every=3"
+    )
 
 
 def test_a_run_measures_its_loss_its_forecasts_and_the_load_of_experts(whole):
@@ -64,6 +55,13 @@ def test_a_run_measures_its_loss_its_forecasts_and_the_load_of_experts(whole):
     assert len(read_routes(run_dir / "routes").tokens_N) == 6 * rows
 
 
+def test_eval_says_what_a_run_without_text_has_measured(whole, capsys):
+    assert command(["eval", str(whole.folder)]) == 2
+    said, last = capsys.readouterr().err, metrics(whole.folder)[-1]
+    assert f"eval_mse={last['eval_mse']:.4f}" in said and "in step 6" in said
+    assert "a model of kind time_moe, which continues no text" in said and said.count("\n") == 1
+
+
 @pytest.mark.slow
 def test_a_run_learns_waves(config, tmp_path):
     trainer(config, tmp_path / "run", "train.steps=300", "train.log_every=50").run()
@@ -71,14 +69,7 @@ def test_a_run_learns_waves(config, tmp_path):
 
 
 def test_a_resumed_run_ends_as_one_that_was_not_stopped(config, whole, tmp_path):
-    shutil.copytree(whole[1], tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000006")
-    run = trainer(config, tmp_path / "run", "monitor.routes={}", "train.eval_every=3")
-    run.run()
-    for name in ("loss", "eval_loss", "eval_mse"):
-        assert metrics(tmp_path / "run")[-1][name] == metrics(whole[1])[-1][name]
-    for name, weight in whole[0].decoder.state_dict().items():
-        assert torch.equal(run.decoder.state_dict()[name], weight), name
+    check_resumed(config, whole, tmp_path, "monitor.routes={}", "train.eval_every=3")
 
 
 def test_exports_have_the_authors_names_and_forecast_the_same_also_offloaded(whole, tmp_path):

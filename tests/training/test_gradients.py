@@ -152,8 +152,8 @@ def test_steps_and_evaluation_separate_packed_documents(tmp_path, config_file):
     options.append("train.eval_sequences=5")
     run = trainer(config_file, tmp_path, *options)
     held_out = run._data.held_out
-    assert held_out.num_windows > 5  # five of them, spread evenly, are scored
-    evaluated = held_out.in_order([place * held_out.num_windows // 5 for place in range(5)])
+    assert len(held_out) > 5  # five of them, spread evenly, are scored
+    evaluated = held_out.in_order([place * len(held_out) // 5 for place in range(5)])
     packed, reaching = NextToken(run.decoder, run._data.train.eos_id), NextToken(run.decoder)
     for windows, found in (
         (evaluated, lambda: run.objective.evaluate(run._loss, Mesh()).metrics["eval_loss"]),

@@ -1,7 +1,5 @@
 """Runs of Moirai: what they measure, resume and export, and routers by clusters."""
 
-import shutil
-
 import pytest
 import torch
 import yaml
@@ -16,12 +14,9 @@ from moeyard.parallel.mesh import Mesh
 from moeyard.serving.experts.options import StoreOptions
 from moeyard.serving.filling import fill_model
 from moeyard.training.checkpoints.export import export, export_newest
-from moeyard.training.read_config import read_run_config
-from moeyard.training.run.folder import dump_config
-from moeyard.training.trainer import Trainer
 
 from small_series import MOIRAI, values, write
-from small_trainer import metrics
+from small_trainer import check_resumed, finished, metrics, trainer
 
 LEVELS = (0.1, 0.5, 0.9)
 
@@ -36,13 +31,6 @@ def config(tmp_path_factory):
     return folder / "run.yaml"
 
 
-def trainer(config, run_dir, *overrides):
-    run_dir.mkdir(exist_ok=True)
-    found = read_run_config(config, [f"run_dir={run_dir}", *overrides])
-    (run_dir / "config.yaml").write_text(dump_config(found))
-    return Trainer(found, run_dir, Mesh())
-
-
 def opened(folder, memory=None):
     """Return a folder's model, and the store of its experts."""
     options, here = StoreOptions(), torch.device("cpu")
@@ -52,17 +40,12 @@ def opened(folder, memory=None):
 
 @pytest.fixture(scope="module")
 def whole(config, tmp_path_factory):
-    run_dir = tmp_path_factory.mktemp("whole") / "run"
-    run = trainer(config, run_dir, "monitor.routes={}")
-    run.run()
-    return run, run_dir
+    return finished(config, tmp_path_factory.mktemp("whole"), "monitor.routes={}")
 
 
 @pytest.fixture(scope="module")
 def dense(config, tmp_path_factory):
-    run_dir = tmp_path_factory.mktemp("dense") / "run"
-    trainer(config, run_dir, "model.moe=null").run()
-    return run_dir
+    return finished(config, tmp_path_factory.mktemp("dense"), "model.moe=null").folder
 
 
 def test_a_run_measures_its_loss_its_forecasts_and_the_load_of_experts(whole):
@@ -100,14 +83,7 @@ def test_a_run_learns_waves(config, tmp_path):
 
 
 def test_a_resumed_run_ends_as_one_that_was_not_stopped(config, whole, tmp_path):
-    shutil.copytree(whole[1], tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000006")
-    run = trainer(config, tmp_path / "run", "monitor.routes={}")
-    run.run()
-    for name in ("loss", "eval_loss", "eval_mse"):
-        assert metrics(tmp_path / "run")[-1][name] == metrics(whole[1])[-1][name]
-    for name, weight in whole[0].decoder.state_dict().items():
-        assert torch.equal(run.decoder.state_dict()[name], weight), name
+    check_resumed(config, whole, tmp_path, "monitor.routes={}")
 
 
 def test_exports_forecast_the_same_also_offloaded(whole, tmp_path):

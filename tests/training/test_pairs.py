@@ -1,13 +1,11 @@
 """Training on pairs of texts: the data, the loss, what comes out, and how it writes."""
 
 import json
-import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-import yaml
 
 import moeyard
 from moeyard.cli import main as command
@@ -22,7 +20,7 @@ from moeyard.training.read_config import read_run_config
 from moeyard.training.trainer import Trainer
 
 from pairs import ENCODER_DECODER, pairs, write
-from small_trainer import metrics, trainer
+from small_trainer import check_resumed, finished, metrics, trainer, write_config
 
 TRAIN = {"steps": 6, "sequence_length": 12, "batch_sequences": 8, "eval_every": 3, "log_every": 1}
 
@@ -31,24 +29,12 @@ TRAIN = {"steps": 6, "sequence_length": 12, "batch_sequences": 8, "eval_every": 
 def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pairs")
     data = {"format": "pairs", "source": str(write(folder / "pairs.jsonl")), "eval_fraction": 0.2}
-    values = {
-        "run_dir": str(folder / "unset"),
-        "model": ENCODER_DECODER,
-        "data": data,
-        "train": TRAIN,
-        "optimizer": {"lr": 5e-3, "warmup_steps": 0},
-        "checkpoint": {"every": 3},
-    }
-    (folder / "run.yaml").write_text(yaml.safe_dump(values))
-    return folder / "run.yaml"
+    return write_config(folder, model=ENCODER_DECODER, data=data, train=TRAIN)
 
 
 @pytest.fixture(scope="module")
 def whole(config, tmp_path_factory):
-    run_dir = tmp_path_factory.mktemp("whole") / "run"
-    run = trainer(config, run_dir)
-    run.run()
-    return run, run_dir
+    return finished(config, tmp_path_factory.mktemp("whole"))
 
 
 @pytest.fixture(scope="module")
@@ -99,13 +85,7 @@ def test_the_loss_is_that_of_each_target_behind_its_start(whole):
 
 
 def test_a_resumed_run_ends_as_one_that_was_not_stopped(config, whole, tmp_path):
-    shutil.copytree(whole[1], tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000006")
-    run = trainer(config, tmp_path / "run")
-    run.run()
-    assert metrics(tmp_path / "run")[-1]["loss"] == metrics(whole[1])[-1]["loss"]
-    for name, weight in whole[0].decoder.state_dict().items():
-        assert torch.equal(run.decoder.state_dict()[name], weight), name
+    check_resumed(config, whole, tmp_path)
 
 
 def test_export_reload_and_offload_are_the_same_bit_for_bit(whole, exported):
@@ -188,7 +168,7 @@ def test_the_command_prints_a_line_for_each_text(whole, exported, tmp_path, caps
 
 def test_a_decoder_cannot_translate(model_folder, capsys):
     assert command(["translate", str(model_folder), "--text", "x"]) == 2
-    assert "kind decoder, but one of kind encoder_decoder is needed" in capsys.readouterr().err
+    assert "has a decoder, but an encoder-decoder of texts is needed" in capsys.readouterr().err
 
 
 def test_pairs_are_cut_held_out_and_deterministic(config, whole, tmp_path):

@@ -17,7 +17,7 @@ from moeyard.training.checkpoints.export import export
 from moeyard.training.data.session_pairs import SessionPairs, write_pairs
 
 import clicks
-from small_trainer import metrics, trainer
+from small_trainer import check_resumed, finished, metrics, trainer
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +29,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(config, tmp_path_factory):
-    run_dir = tmp_path_factory.mktemp("whole") / "run"
-    run = trainer(config, run_dir)
-    run.run()
-    return run, run_dir
+    return finished(config, tmp_path_factory.mktemp("whole"))
 
 
 @pytest.fixture(scope="module")
@@ -84,13 +81,7 @@ def test_a_run_learns(config, tmp_path):
 
 
 def test_a_resumed_run_ends_as_one_that_was_not_stopped(config, whole, tmp_path):
-    shutil.copytree(whole[1], tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000004")
-    run = trainer(config, tmp_path / "run")
-    run.run()
-    assert metrics(tmp_path / "run")[-1]["loss"] == metrics(whole[1])[-1]["loss"]
-    for name, weight in whole[0].decoder.state_dict().items():
-        assert torch.equal(run.decoder.state_dict()[name], weight), name
+    check_resumed(config, whole, tmp_path)
 
 
 def some_histories(run):
@@ -175,9 +166,7 @@ def test_histories_that_cannot_be_used_are_refused(
 def test_other_models_do_not_recommend(model_folder, exported, tmp_path, capsys):
     (tmp_path / "x.jsonl").write_text('{"user": 1, "items": ["i1"]}')
     assert command(["recommend", str(model_folder), str(tmp_path / "x.jsonl")]) == 2
-    assert "has a model of kind decoder, but one of kind recommender is needed" in (
-        capsys.readouterr().err
-    )
+    assert "has a decoder, but a recommender of sessions is needed" in (capsys.readouterr().err)
     with pytest.raises(ConfigError, match="use moeyard recommend or moeyard"):
         moeyard.load_seq2seq(exported)
 

@@ -33,7 +33,7 @@ def test_parts_follow_each_other_and_are_scaled_by_the_first(tmp_path):
     train_NC = series.values_NC[:60]
     scaled_NC = (series.values_NC - train_NC.mean(axis=0)) / train_NC.std(axis=0)
     assert len(data.train) == 2 * (60 - 20 + 1) and len(data.held_out) == 2 * (20 - 6 + 1)
-    window = data.train.take([41 + 7])  # the second column's
+    window = data.train.rows([41 + 7])  # the second column's
     np.testing.assert_allclose(window.values_BL[0], scaled_NC[7:27, 1], rtol=1e-5, atol=1e-6)
     first, last = data.held_out.rows([0, 29]).values_BL
     np.testing.assert_allclose(first, scaled_NC[45:66, 0], rtol=1e-5, atol=1e-6)
@@ -53,18 +53,20 @@ def test_shares_are_those_of_all_lines_and_may_leave_some_out(tmp_path):
     assert len(data.train) == 2 * 41 and len(data.held_out) == 2 * (30 - 6 + 1)
 
 
+def values_of(data, step, rows):
+    return data.train.rows(data.train.at(step, rows)).values_BL
+
+
 def test_windows_depend_on_seed_and_step_alone_and_each_comes_once_an_epoch(tmp_path):
     data, again = data_of(tmp_path), data_of(tmp_path)
     other = data_of(tmp_path, "seed=4")
-    whole = data.train.at(5, range(8)).values_BL
-    parts = [again.train.at(5, rows).values_BL for rows in (range(3), range(3, 8))]
+    whole = values_of(data, 5, range(8))
+    parts = [values_of(again, 5, rows) for rows in (range(3), range(3, 8))]
     assert np.array_equal(whole, np.concatenate(parts))
-    assert not np.array_equal(whole, other.train.at(5, range(8)).values_BL)
+    assert not np.array_equal(whole, values_of(other, 5, range(8)))
     assert data.identity == other.identity
     steps = len(data.train) // 8
-    seen = [
-        tuple(row.tolist()) for step in range(steps) for row in data.train.at(step, range(8))[0]
-    ]
+    seen = [tuple(row.tolist()) for step in range(steps) for row in values_of(data, step, range(8))]
     assert len(set(seen)) == steps * 8
 
 
@@ -82,7 +84,7 @@ def test_gaps_are_points_that_were_not_observed(tmp_path):
     assert np.argwhere(np.isnan(table_NC)).tolist() == [[4, 1], [5, 1], [9, 0], [90, 0]]
     data = data_of(tmp_path, source=source)
     train_N = table_NC[:84, 1]
-    window = data.train.take([len(data.train) - 63])  # the second column's first
+    window = data.train.rows([len(data.train) - 63])  # the second column's first
     assert window.observed_BL[0].tolist() == [True] * 4 + [False] * 2 + [True] * 14
     assert window.values_BL[0, 4:6].tolist() == [0, 0]
     expected = (train_N[0] - np.nanmean(train_N)) / np.nanstd(train_N)

@@ -143,7 +143,9 @@ def test_frozen_weights_have_no_moments_no_masters_and_no_gradients(folders, con
     config = read_run_config(config_file, options(folder, tmp_path / "run", *more))
     trainer = Trainer(config, tmp_path / "run", Mesh())
     decoder = build_model(config, trainer._model_config, trainer._data, Mesh())
-    masters = parallelize(config, decoder, trainer.objective.module(decoder), Mesh()).masters
+    objective = trainer.objective
+    module, rows = objective.module(decoder), objective.mean_rows
+    masters = parallelize(config, decoder, module, Mesh(), rows).masters
     assert masters and all("lora" in name for name in masters)
     trainer._step.run(0, stop_requested=False)
     for name, parameter in trainer.decoder.named_parameters():

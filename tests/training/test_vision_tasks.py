@@ -1,13 +1,11 @@
 """Training on several tasks of images: the loss, the measures, what comes out, how it is used."""
 
 import json
-import shutil
 import socket
 
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
 
 import moeyard
 from moeyard.errors import ConfigError
@@ -24,7 +22,7 @@ from moeyard.training.report.read import read_run
 from moeyard.training.trainer import Trainer
 
 from small_images import TASKS, VIT, arrays, write_arrays
-from small_trainer import metrics, trainer
+from small_trainer import check_resumed, finished, metrics, trainer, write_config
 
 TRAIN = {"steps": 6, "batch_sequences": 8, "eval_every": 3, "log_every": 1}
 
@@ -32,29 +30,14 @@ TRAIN = {"steps": 6, "batch_sequences": 8, "eval_every": 3, "log_every": 1}
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tasks")
-    values = {
-        "run_dir": str(folder / "unset"),
-        "model": VIT,
-        "data": {
-            "format": "images",
-            "source": str(write_arrays(folder / "all.npz")),
-            "eval_fraction": 0.2,
-        },
-        "train": TRAIN,
-        "optimizer": {"lr": 5e-3, "warmup_steps": 0},
-        "checkpoint": {"every": 3},
-    }
-    (folder / "run.yaml").write_text(yaml.safe_dump(values))
-    return folder / "run.yaml"
+    source = str(write_arrays(folder / "all.npz"))
+    data = {"format": "images", "source": source, "eval_fraction": 0.2}
+    return write_config(folder, model=VIT, data=data, train=TRAIN)
 
 
 @pytest.fixture(scope="module")
 def whole(config, tmp_path_factory):
-    torch.set_num_threads(1)  # as in the tests; a folder before may have left more
-    run_dir = tmp_path_factory.mktemp("whole") / "run"
-    run = trainer(config, run_dir, "monitor.routes={}")
-    run.run()
-    return run, run_dir
+    return finished(config, tmp_path_factory.mktemp("whole"), "monitor.routes={}")
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +101,8 @@ def test_a_run_measures_each_task_and_counts_its_rows(whole):
 
 def test_the_report_and_prometheus_show_each_task(whole, config):
     page = render(read_run(whole[1]))
-    for words in ("side, accuracy", "parts, mean IoU", "light, error", "Expert load"):
+    measures = ("side, accuracy", "parts, mean IoU", "light, error", "Expert load")
+    for words in (*measures, "sum over tasks", "patches/s", "active per patch", "8 images"):
         assert words in page, words
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -129,9 +113,12 @@ def test_the_report_and_prometheus_show_each_task(whole, config):
         found = observer.registry.get_sample_value(
             "moeyard_train_held_out", {"measure": "rmse_light"}
         )
+        helps = {family.name: family.documentation for family in observer.registry.collect()}
     finally:
         observer.close()
     assert found == metrics(whole[1])[-1]["eval_rmse_light"]
+    assert helps["moeyard_train_eval_loss"] == "Of held-out data: sum over tasks"
+    assert helps["moeyard_train_tokens"] == "Patches trained on"
 
 
 @pytest.mark.slow
@@ -160,13 +147,7 @@ def test_measures_are_their_formulas():
 
 
 def test_a_resumed_run_ends_as_one_that_was_not_stopped(config, whole, tmp_path):
-    shutil.copytree(whole[1], tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000006")
-    run = trainer(config, tmp_path / "run", "monitor.routes={}")
-    run.run()
-    assert metrics(tmp_path / "run")[-1]["loss"] == metrics(whole[1])[-1]["loss"]
-    for name, weight in whole[0].decoder.state_dict().items():
-        assert torch.equal(run.decoder.state_dict()[name], weight), name
+    check_resumed(config, whole, tmp_path, "monitor.routes={}")
 
 
 def test_routes_of_a_run_have_every_row_and_its_task(whole):

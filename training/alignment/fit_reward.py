@@ -3,6 +3,7 @@
 B sessions, I items of a session, O outcomes.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -39,12 +40,17 @@ class Fitted(NamedTuple):
 
 
 def fit_reward_model(
-    sessions: LoggedSessions, table: ItemTable, positive_watch_s: float, seed: int
+    sessions: LoggedSessions,
+    table: ItemTable,
+    positive_watch_s: float,
+    seed: int,
+    advance: Callable[[], object] = lambda: None,
 ) -> Fitted:
     """Fit a model to all sessions before each user's held-out one, the bad ones too.
 
     The held-out ones and what came after them are not fitted to, and judge the model. The same
-    seed gives the same model. Raises :class:`DataError` where there are none of either.
+    seed gives the same model. ``advance`` is called for each batch. Raises :class:`DataError` where
+    there are none of either.
     """
     is_before_C = sessions.is_before_held_out_C
     before, after = np.flatnonzero(is_before_C), np.flatnonzero(~is_before_C)
@@ -62,6 +68,7 @@ def fit_reward_model(
     best_loss, best, waited = torch.inf, model.state_dict(), 0
     for _ in range(MOST_EPOCHS):
         for start in range(0, len(fitted), BATCH):
+            advance()
             loss = _loss(model, sessions, outcomes_CO, fitted[start : start + BATCH])
             optimizer.zero_grad()
             loss.backward()

@@ -3,6 +3,7 @@
 P pairs, W beams, I items of a session, B users.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -38,18 +39,21 @@ def sample_pairs(
     share: float,
     num_beams: int,
     seed: int,
+    advance: Callable[[], object] = lambda: None,
 ) -> SampledPairs:
     """Return a better and a worse session for a share of the training rows, drawn by ``seed``.
 
     They are the best and the worst of ``num_beams`` by the reward model. A row whose sessions all
     get the same reward has no pair. Log-probabilities are those of ``model``, which becomes the
-    reference. Raises :class:`ConfigError` where no pair is left.
+    reference. ``advance`` is called before some rows' sessions are generated. Raises
+    :class:`ConfigError` where no pair is left.
     """
     draw = np.random.Generator(np.random.PCG64(seed))
     count = max(1, round(share * len(order)))
     chosen = np.sort(draw.permutation(len(order))[:count])
     found, first_rewards = [], []
     for start in range(0, count, USERS):
+        advance()
         some = chosen[start : start + USERS]
         rows = order.rows(some.tolist())
         source = histories(rows.source_N, rows.lengths).to(model.device)

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ...errors import DataError
 from ...files import replaced
-from .batches import ShuffledOrder
 from .chat_mask import Encoded
+from .shuffled import SizedItems
 
 NO_TARGET = -100
 """Where the assistant says nothing: torch's ``ignore_index``."""
@@ -81,7 +81,7 @@ class ChatWriter:
             save_file(tensors, unfinished, metadata={"made_from": made_from})
 
 
-class ChatWindows:
+class ChatWindows(SizedItems):
     """The windows of a file of conversations, in a fresh random order each epoch."""
 
     def __init__(self, path: Path, length: int, batch: int, seed: int, name: str) -> None:
@@ -91,24 +91,16 @@ class ChatWindows:
             self._targets_N = file.get_tensor("targets_N")
             lengths_C = file.get_tensor("lengths_C")
         self.identity = self._hash(lengths_C)
-        self._batch = batch
         self._windows = self._pack(lengths_C, length)
         if not self._windows:
             raise DataError(
                 f"the {name} data have no answer within train.sequence_length = {length} tokens; "
                 "raise it."
             )
-        self._order = ShuffledOrder(len(self._windows), seed)
+        rows_W = [sum(last - first for first, last in spans) for spans in self._windows]
+        super().__init__(rows_W, batch, seed)
         self._targets_W = [int((self.rows([w]).targets_N >= 0).sum()) for w in range(len(self))]
-        self._rows_W = [sum(last - first for first, last in spans) for spans in self._windows]
         self.facts = self._count(lengths_C, length)
-
-    def __len__(self) -> int:
-        return len(self._windows)
-
-    def at(self, step: int, rows: range) -> list[int]:
-        """Return the windows of some rows of the global batch of ``step``."""
-        return [self._order.item(step * self._batch + row) for row in rows]
 
     def rows(self, windows: list[int]) -> ChatRows:
         """Return the conversations of ``windows``."""
@@ -121,31 +113,13 @@ class ChatWindows:
             tuple(last - first for first, last in spans),
         )
 
-    def window_rows(self, windows: list[int]) -> list[int]:
-        """Return the number of rows of each of ``windows``."""
-        return [self._rows_W[window] for window in windows]
-
     def num_targets(self, step: int) -> int:
         """Return the targets of the global batch of ``step``."""
         return sum(self._targets_W[window] for window in self.at(step, range(self._batch)))
 
-    def num_rows(self, steps: range) -> int:
-        """Return the rows of the global batches of ``steps``."""
-        places = range(steps.start * self._batch, steps.stop * self._batch)
-        return self._order.total(self._rows_W, places)
-
-    def wait_for(self, step: int) -> None:
-        """Return immediately: everything is in memory."""
-
-    def forget_before(self, step: int) -> None:
-        """Keep everything: each epoch reads it again."""
-
     def token_counts(self) -> list[int]:
         """Return how often each id is read."""
         return np.bincount(self._ids_N).tolist()
-
-    def close(self) -> None:
-        """Leave the arrays to the garbage collector."""
 
     def _pack(self, lengths_C: Ids, length: int) -> list[list[tuple[int, int]]]:
         """Return the spans of rows of each window: conversations in order, while they fit."""
@@ -168,7 +142,7 @@ class ChatWindows:
         return ChatFacts(
             conversations=len(lengths_C),
             windows=len(self),
-            rows=sum(self._rows_W),
+            rows=self.epoch_rows,
             targets=sum(self._targets_W),
             cut=int((lengths_C > length).sum()),
             left_out=len(lengths_C) - num_kept,

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ...files import replaced
 from ...moe.pixels import to_pixels
-from .batches import ShuffledOrder
 from .image_targets import NO_CLASS, NO_LABEL
+from .shuffled import SizedItems
 
 Array = npt.NDArray[Any]
 DRAW_KEYS = 1 << 32
@@ -80,7 +80,7 @@ def write_images(
         save_file(arrays, unfinished, metadata=metadata)
 
 
-class LabelledImages:
+class LabelledImages(SizedItems):
     """The images of a file, in a fresh random order each epoch. They are read when needed."""
 
     def __init__(
@@ -96,18 +96,9 @@ class LabelledImages:
         self._has_NT = np.stack(
             [has_target(self._file.get_tensor(f"target.{task}")) for task in tasks], axis=1
         )
-        self._rows_N: list[int] = (self._has_NT.sum(axis=1) * num_rows).tolist()
-        self._batch = batch
-        self._order = ShuffledOrder(len(self), seed)
+        super().__init__((self._has_NT.sum(axis=1) * num_rows).tolist(), batch, seed)
         counts = dict(zip(tasks, self._has_NT.sum(axis=0).tolist(), strict=True))
         self.facts = ImageFacts(len(self), counts)
-
-    def __len__(self) -> int:
-        return len(self._has_NT)
-
-    def at(self, step: int, rows: range) -> list[int]:
-        """Return the images of some rows of the global batch of ``step``."""
-        return [self._order.item(step * self._batch + row) for row in rows]
 
     def of_step(self, step: int, rows: range) -> ImageRows:
         """Return some rows of the global batch of ``step``.
@@ -143,33 +134,6 @@ class LabelledImages:
         target = self._targets[task]
         found = [target[image : image + 1] for image in images]
         return torch.from_numpy(np.concatenate(found) if found else target[0:0])
-
-    def num_rows_of(self, images: list[int]) -> list[int]:
-        """Return the rows that the model computes for each of ``images``."""
-        return [self._rows_N[image] for image in images]
-
-    def num_rows(self, steps: range) -> int:
-        """Return the rows of the global batches of ``steps``."""
-        places = range(steps.start * self._batch, steps.stop * self._batch)
-        return self._order.total(self._rows_N, places)
-
-    @property
-    def epoch_rows(self) -> int:
-        """Rows of all images."""
-        return sum(self._rows_N)
-
-    def wait_for(self, step: int) -> None:
-        """Return immediately: the file is complete."""
-
-    def forget_before(self, step: int) -> None:
-        """Keep everything: each epoch reads it again."""
-
-    def token_counts(self) -> list[int]:
-        """Return nothing: images have no token ids."""
-        return []
-
-    def close(self) -> None:
-        """Leave the file to the garbage collector."""
 
 
 def has_target(targets: Array) -> npt.NDArray[np.bool_]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...files import replaced
 from ...moe.folders.text_marks import TextMarks
-from .batches import ShuffledOrder
+from .shuffled import SizedItems
 
 
 class TextRows(NamedTuple):
@@ -68,7 +68,7 @@ class LabelledWriter:
             save_file(tensors, unfinished, metadata=metadata)
 
 
-class LabelledTexts:
+class LabelledTexts(SizedItems):
     """The texts of a file, in a fresh random order each epoch."""
 
     def __init__(self, path: Path, marks: TextMarks, length: int, batch: int, seed: int) -> None:
@@ -78,24 +78,16 @@ class LabelledTexts:
             lengths_C = file.get_tensor("lengths_C")
             self._labels_C = file.get_tensor("labels_C")
             self.labels: list[str] = json.loads((file.metadata() or {})["labels"])
-        self._marks, self._length, self._batch = marks, length, batch
+        self._marks, self._length = marks, length
         self._ends_C = np.cumsum(lengths_C.astype(np.int64))
         self._starts_C = self._ends_C - lengths_C
         whole = lengths_C + len(marks.before) + len(marks.after)
-        self._rows_C: list[int] = np.minimum(whole, length).tolist()
-        self._order = ShuffledOrder(len(self), seed)
+        super().__init__(np.minimum(whole, length).tolist(), batch, seed)
         digest = hashlib.sha256(json.dumps([self.labels, marks]).encode())
         for array in (self._ids_N, lengths_C, self._labels_C):
             digest.update(array.tobytes())
         self.identity = digest.hexdigest()
-        self.facts = TextFacts(len(self), sum(self._rows_C), int((whole > length).sum()))
-
-    def __len__(self) -> int:
-        return len(self._labels_C)
-
-    def at(self, step: int, rows: range) -> list[int]:
-        """Return the texts of some rows of the global batch of ``step``."""
-        return [self._order.item(step * self._batch + row) for row in rows]
+        self.facts = TextFacts(len(self), self.epoch_rows, int((whole > length).sum()))
 
     def rows(self, texts: list[int]) -> TextRows:
         """Return the rows of ``texts``."""
@@ -108,27 +100,9 @@ class LabelledTexts:
             torch.tensor(ids, dtype=torch.int64), labels_C, tuple(self.num_rows_of(texts))
         )
 
-    def num_rows_of(self, texts: list[int]) -> list[int]:
-        """Return the number of rows of each of ``texts``."""
-        return [self._rows_C[text] for text in texts]
-
-    def num_rows(self, steps: range) -> int:
-        """Return the rows of the global batches of ``steps``."""
-        places = range(steps.start * self._batch, steps.stop * self._batch)
-        return self._order.total(self._rows_C, places)
-
-    def wait_for(self, step: int) -> None:
-        """Return immediately: everything is in memory."""
-
-    def forget_before(self, step: int) -> None:
-        """Keep everything: each epoch reads it again."""
-
     def token_counts(self) -> list[int]:
         """Return how often each id occurs, the marks around each text included."""
         marks = np.array([*self._marks.before, *self._marks.after], dtype=np.int64)
         counts = np.bincount(self._ids_N, minlength=int(marks.max()) + 1)
         np.add.at(counts, marks, len(self))
         return counts.tolist()
-
-    def close(self) -> None:
-        """Leave the arrays to the garbage collector."""

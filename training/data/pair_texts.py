@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from ...files import replaced
-from .batches import ShuffledOrder
+from .shuffled import SizedItems
 
 Ids = npt.NDArray[np.uint32]
 
@@ -81,7 +81,7 @@ class _Texts:
         return [*ids[: most - 1], end]
 
 
-class PairTexts:
+class PairTexts(SizedItems):
     """The pairs of a file, in a fresh random order each epoch."""
 
     def __init__(self, path: Path, eos_id: int, length: int, batch: int, seed: int) -> None:
@@ -90,13 +90,12 @@ class PairTexts:
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         self._source = _Texts(found["source_N"], found["source_lengths_C"])
         self._target = _Texts(found["target_N"], found["target_lengths_C"])
-        self._eos_id, self._length, self._batch = eos_id, length, batch
-        self._source_rows_C = self._source.rows_C(length)
+        self._eos_id, self._length = eos_id, length
+        source_rows_C = self._source.rows_C(length)
         self.target_rows_C = self._target.rows_C(length)
         """Rows of each pair's target."""
-        pairs = zip(self._source_rows_C, self.target_rows_C, strict=True)
-        self._rows_C = [source + target for source, target in pairs]
-        self._order = ShuffledOrder(len(self), seed)
+        pairs = zip(source_rows_C, self.target_rows_C, strict=True)
+        super().__init__([source + target for source, target in pairs], batch, seed)
         digest = hashlib.sha256(f"{eos_id}".encode())
         for name in sorted(found):
             digest.update(found[name].tobytes())
@@ -104,17 +103,10 @@ class PairTexts:
         longest_C = np.maximum(self._source.lengths_C, self._target.lengths_C)
         self.facts = PairFacts(
             len(self),
-            sum(self._source_rows_C),
+            sum(source_rows_C),
             sum(self.target_rows_C),
             int((longest_C >= length).sum()),
         )
-
-    def __len__(self) -> int:
-        return len(self._source.lengths_C)
-
-    def at(self, step: int, rows: range) -> list[int]:
-        """Return the pairs of some rows of the global batch of ``step``."""
-        return [self._order.item(step * self._batch + row) for row in rows]
 
     def rows(self, pairs: list[int]) -> PairRows:
         """Return the rows of ``pairs``."""
@@ -128,21 +120,6 @@ class PairTexts:
             tuple(map(len, targets)),
         )
 
-    def num_rows_of(self, pairs: list[int]) -> list[int]:
-        """Return the rows of each of ``pairs``, source and target together."""
-        return [self._rows_C[pair] for pair in pairs]
-
-    def num_rows(self, steps: range) -> int:
-        """Return the rows of the global batches of ``steps``, sources and targets together."""
-        places = range(steps.start * self._batch, steps.stop * self._batch)
-        return self._order.total(self._rows_C, places)
-
-    def wait_for(self, step: int) -> None:
-        """Return immediately: everything is in memory."""
-
-    def forget_before(self, step: int) -> None:
-        """Keep everything: each epoch reads it again."""
-
     def token_counts(self) -> list[int]:
         """Return how often each id occurs in sources and targets, ends included."""
         ids_N = np.concatenate([self._source.ids_N, self._target.ids_N])
@@ -150,6 +127,3 @@ class PairTexts:
         counts[self._eos_id] += 2 * len(self)
         found: list[int] = counts.tolist()
         return found
-
-    def close(self) -> None:
-        """Leave the arrays to the garbage collector."""

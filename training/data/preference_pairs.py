@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ...errors import DataError
-from .batches import ShuffledOrder
+from .shuffled import SizedItems
 
 Span = tuple[int, int]
 
@@ -51,7 +51,7 @@ class PairFacts:
     """Pairs of which a side has no token to compare within the length; they are left out."""
 
 
-class PreferencePairs:
+class PreferencePairs(SizedItems):
     """The pairs of a file, in a fresh random order each epoch."""
 
     def __init__(self, path: Path, length: int, batch: int, seed: int, name: str) -> None:
@@ -66,7 +66,6 @@ class PreferencePairs:
             digest.update(array.tobytes())
         self.identity = digest.hexdigest()
         """Hash of the whole pairs, whatever ``length``."""
-        self._batch = batch
         self._pairs: list[tuple[Span, Span]] = []
         self.facts = self._cut_all(lengths_C, length)
         if not self._pairs:
@@ -74,15 +73,8 @@ class PreferencePairs:
                 f"the {name} data have no pair whose answers differ within train.sequence_length "
                 f"= {length} tokens; raise it, or give other pairs."
             )
-        self._order = ShuffledOrder(len(self._pairs), seed)
-        self._rows_P = [sum(last - first for first, last in spans) for spans in self._pairs]
-
-    def __len__(self) -> int:
-        return len(self._pairs)
-
-    def at(self, step: int, rows: range) -> list[int]:
-        """Return the pairs of some rows of the global batch of ``step``."""
-        return [self._order.item(step * self._batch + row) for row in rows]
+        rows_P = [sum(last - first for first, last in spans) for spans in self._pairs]
+        super().__init__(rows_P, batch, seed)
 
     def until(self, step: int) -> list[int]:
         """Return the pairs that steps before ``step`` train on, each once, in their first order."""
@@ -99,27 +91,9 @@ class PreferencePairs:
             tuple(last - first for first, last in spans),
         )
 
-    def num_rows_of(self, pairs: list[int]) -> list[int]:
-        """Return the number of rows of each of ``pairs``, both sides together."""
-        return [self._rows_P[pair] for pair in pairs]
-
-    def num_rows(self, steps: range) -> int:
-        """Return the rows of the global batches of ``steps``."""
-        places = range(steps.start * self._batch, steps.stop * self._batch)
-        return self._order.total(self._rows_P, places)
-
-    def wait_for(self, step: int) -> None:
-        """Return immediately: everything is in memory."""
-
-    def forget_before(self, step: int) -> None:
-        """Keep everything: each epoch reads it again."""
-
     def token_counts(self) -> list[int]:
         """Return how often each id is read."""
         return np.bincount(self._ids_N).tolist()
-
-    def close(self) -> None:
-        """Leave the arrays to the garbage collector."""
 
     def _cut_all(self, lengths_C: npt.NDArray[np.int32], length: int) -> PairFacts:
         """Cut every pair and keep those whose answers differ; return the facts."""

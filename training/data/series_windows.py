@@ -11,7 +11,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
 from ...errors import DataError
-from .batches import ShuffledOrder
+from .shuffled import ShuffledItems
 
 Values = npt.NDArray[np.float32]
 Observed = npt.NDArray[np.bool_]
@@ -52,7 +52,7 @@ class Windows:
         return SeriesWindows(torch.from_numpy(values_BL), torch.from_numpy(observed_BL), horizon)
 
 
-class TrainingWindows(Windows):
+class TrainingWindows(ShuffledItems):
     """All windows of the training part, of all columns, in a fresh random order each epoch.
 
     A window begins at an observed point and has another one.
@@ -64,32 +64,20 @@ class TrainingWindows(Windows):
         """``length`` is L, ``batch`` the windows of a global batch."""
         counts_CS = _observed_in_windows(observed_CN, length)
         begins_CS = observed_CN[:, : counts_CS.shape[1]] & (counts_CS > 1)
-        super().__init__(values_CN, observed_CN, length, begins_CS)
-        if not len(self):
+        self._windows = windows = Windows(values_CN, observed_CN, length, begins_CS)
+        if not len(windows):
             raise DataError(
                 f"no window of train.sequence_length = {length} points has two observed ones; "
                 "raise it, or lower data.max_gap."
             )
-        self._order = ShuffledOrder(len(self), seed)
-        self._batch = batch
+        super().__init__(len(windows), batch, seed)
+        self.num_points = windows.num_points
+        """Observed points."""
         self.identity = _hash(values_CN, observed_CN)
 
-    def at(self, step: int, rows: range) -> SeriesWindows:
-        """Return some windows of the global batch of ``step``."""
-        return self.take([self._order.item(step * self._batch + row) for row in rows])
-
-    def wait_for(self, step: int) -> None:
-        """Return immediately: everything is in memory."""
-
-    def forget_before(self, step: int) -> None:
-        """Keep everything: each epoch reads it again."""
-
-    def token_counts(self) -> list[int]:
-        """Return nothing: points are no tokens."""
-        return []
-
-    def close(self) -> None:
-        """Leave the arrays to the garbage collector."""
+    def rows(self, numbers: Sequence[int]) -> SeriesWindows:
+        """Return windows by their number, in the order of columns and then of time."""
+        return self._windows.take(numbers)
 
 
 class HeldOutWindows(Windows):

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ...files import replaced
 from ...moe.items.table import ItemTable
-from .batches import ShuffledOrder
 from .session_rows import LoggedSessions
+from .shuffled import SizedItems
 
 
 class SessionRows(NamedTuple):
@@ -56,7 +56,7 @@ def read_sessions(path: Path) -> LoggedSessions:
         return LoggedSessions(*(file.get_tensor(name) for name in LoggedSessions._fields))
 
 
-class SessionOrder:
+class SessionOrder(SizedItems):
     """Sessions in a fresh random order each epoch."""
 
     def __init__(
@@ -69,21 +69,14 @@ class SessionOrder:
         whole_C = sessions.ends_C - sessions.starts_C
         self._items_C = np.minimum(whole_C, self._most)
         decoded = sessions.items_CI.shape[1] * (table.num_levels + 1) - 1
-        self._rows_C: list[int] = (self._items_C * table.num_levels + decoded).tolist()
-        self._batch = batch
-        self._order = ShuffledOrder(len(self), seed)
+        rows_C: list[int] = (self._items_C * table.num_levels + decoded).tolist()
+        """Tokens of each history, and of what is decoded."""
+        super().__init__(rows_C, batch, seed)
         digest = hashlib.sha256(f"{self._most} {table.text()}".encode())
         for array in sessions:
             digest.update(np.ascontiguousarray(array).tobytes())
         self.identity = digest.hexdigest()
-        self.facts = SessionFacts(len(self), sum(self._rows_C), int((whole_C > self._most).sum()))
-
-    def __len__(self) -> int:
-        return len(self.sessions.users_C)
-
-    def at(self, step: int, rows: range) -> list[int]:
-        """Return the sessions of some rows of the global batch of ``step``."""
-        return [self._order.item(step * self._batch + row) for row in rows]
+        self.facts = SessionFacts(len(self), self.epoch_rows, int((whole_C > self._most).sum()))
 
     def rows(self, chosen: Sequence[int]) -> SessionRows:
         """Return the rows of some sessions."""
@@ -101,21 +94,6 @@ class SessionOrder:
         end, count = self.sessions.ends_C[one], self._items_C[one]
         return self.sessions.history_P[end - count : end].tolist()
 
-    def num_rows_of(self, chosen: Sequence[int]) -> list[int]:
-        """Return the tokens of each of some sessions: of its history, and those decoded."""
-        return [self._rows_C[one] for one in chosen]
-
-    def num_rows(self, steps: range) -> int:
-        """Return the tokens of the global batches of ``steps``."""
-        places = range(steps.start * self._batch, steps.stop * self._batch)
-        return self._order.total(self._rows_C, places)
-
-    def wait_for(self, step: int) -> None:
-        """Return immediately: everything is in memory."""
-
-    def forget_before(self, step: int) -> None:
-        """Keep everything: each epoch reads it again."""
-
     def token_counts(self) -> list[int]:
         """Return how often each token occurs in histories and in what the decoder reads."""
         own = self.sessions
@@ -125,6 +103,3 @@ class SessionOrder:
         )
         counts_V[self.table.begin] = own.items_CI.size
         return counts_V.tolist()
-
-    def close(self) -> None:
-        """Leave the arrays to the garbage collector."""

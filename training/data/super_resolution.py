@@ -25,13 +25,13 @@ from ..config import RunConfig
 from ..formats.super_resolution import SuperResolutionDataConfig
 from ..stop import StopRequest
 from ..work import LongWork
-from .batches import ShuffledOrder
 from .corpus import make_folder
 from .data import Data
 from .documents import Files
 from .held_out import every_nth
 from .image_files import Bytes, image_paths, read_images
 from .origins import are_made_from, origin_of
+from .shuffled import ShuffledItems
 
 TRAIN, HELD_OUT = "images-train.safetensors", "images-eval.safetensors"
 GOLDEN = 0.6180339887498949
@@ -61,7 +61,7 @@ class ImageData(Data):
     """Of the training images; see :attr:`.SuperResolutionConfig.residual_std`."""
 
 
-class Images:
+class Images(ShuffledItems):
     """The images of a file, and what is drawn of them."""
 
     def __init__(self, path: Path, model: SuperResolutionConfig, batch: int, seed: int) -> None:
@@ -70,24 +70,21 @@ class Images:
             self._images_NHWC = file.get_tensor("images_NHWC")
             self.residual_std = float((file.metadata() or {})["residual_std"])
         self._side, self._timesteps = model.image_size, model.timesteps
-        self._batch, self._seed = batch, seed
-        self._order = ShuffledOrder(len(self), seed)
+        self._seed = seed
+        super().__init__(len(self._images_NHWC), batch, seed)
         digest = hashlib.sha256(str(self._images_NHWC.shape).encode())
         digest.update(self._images_NHWC.tobytes())
         self.identity = digest.hexdigest()
 
-    def __len__(self) -> int:
-        return len(self._images_NHWC)
-
-    def rows(self, step: int, rows: range) -> ImageRows:
+    def of_step(self, step: int, rows: range) -> ImageRows:
         """Return some rows of the global batch of ``step``: a crop of an image each.
 
         Crop, timestep and noise depend on the seed, the step and the row alone.
         """
         crops, keys, times, noise = [], [], [], []
-        for row in rows:
+        for row, image in zip(rows, self.at(step, rows), strict=True):
             generator = generator_of(f"{self._seed}/images/{step}/{row}")
-            image_HWC = self._images_NHWC[self._order.item(step * self._batch + row)]
+            image_HWC = self._images_NHWC[image]
             most = [side - self._side + 1 for side in image_HWC.shape[:2]]
             up, along = (int(torch.randint(count, (), generator=generator)) for count in most)
             crops.append(image_HWC[up : up + self._side, along : along + self._side])
@@ -123,19 +120,6 @@ class Images:
             torch.tensor(times, dtype=torch.int64),
             tuple(keys),
         )
-
-    def wait_for(self, step: int) -> None:
-        """Return immediately: everything is in memory."""
-
-    def forget_before(self, step: int) -> None:
-        """Keep everything: each epoch reads it again."""
-
-    def token_counts(self) -> list[int]:
-        """Return nothing: images have no ids."""
-        return []
-
-    def close(self) -> None:
-        """Leave the array to the garbage collector."""
 
 
 def build_image_data(

@@ -1,14 +1,17 @@
 """Images for several tasks: the ``data`` section with ``format: images``."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from ..section import Section
+from .data_section import AnyDataConfig
 
 
-class ImagesConfig(Section):
+class ImagesConfig(AnyDataConfig):
     """Images, with what each task of the model should say of them."""
+
+    loss_unit: ClassVar[str] = "sum over tasks"
+    batch_is: ClassVar[str] = "{batch} images"
 
     format: Literal["images"] = "images"
     """Images with targets, for models of kind ``vit``."""

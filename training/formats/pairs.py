@@ -1,6 +1,6 @@
 """The ``data`` section of runs on pairs of texts."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -9,6 +9,11 @@ from .tokens import TokensConfig
 
 class PairsConfig(TokensConfig):
     """Pairs of a source and a target text, in JSON objects or CSV files: for encoder-decoders."""
+
+    measures: ClassVar[dict[str, str]] = {
+        "eval_accuracy": "Share of held-out target tokens that were found likeliest",
+    }
+    batch_is: ClassVar[str] = "{batch} pairs of texts of up to {length} tokens"
 
     format: Literal["pairs"] = "pairs"
     """The model reads each source and learns to write its target."""

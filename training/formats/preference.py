@@ -1,6 +1,6 @@
 """The ``data`` section of runs on preference pairs."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -10,6 +10,15 @@ from .text import TextsConfig
 class PreferenceConfig(TextsConfig):
     """Pairs of answers, of which one is preferred: JSON objects with ``prompt``, ``chosen`` and
     ``rejected``."""
+
+    loss_unit: ClassVar[str] = "nats per pair"
+    measures: ClassVar[dict[str, str]] = {
+        "eval_accuracy": "Share of held-out pairs that are ranked right",
+        "eval_margin": "Mean margin of held-out pairs",
+        "eval_chosen_reward": "Mean reward of the chosen answers of held-out pairs",
+        "eval_rejected_reward": "Mean reward of the rejected answers of held-out pairs",
+    }
+    batch_is: ClassVar[str] = "{batch} pairs of answers of up to {length} tokens"
 
     format: Literal["preference"] = "preference"
     """Each pair has an answer that was chosen and one that was rejected."""

@@ -1,11 +1,11 @@
 """The ``data`` section of runs on time series."""
 
 from itertools import accumulate
-from typing import Annotated, Literal, NamedTuple, Self
+from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
-from ..section import Section
+from .data_section import AnyDataConfig
 
 Part = Annotated[float, Field(ge=0)]
 
@@ -20,8 +20,15 @@ class Parts(NamedTuple):
     """Lines of all parts together."""
 
 
-class SeriesConfig(Section):
+class SeriesConfig(AnyDataConfig):
     """Series of numbers in a CSV file, which train a model that forecasts."""
+
+    loss_unit: ClassVar[str] = "mean over windows"
+    measures: ClassVar[dict[str, str]] = {
+        "eval_mse": "Mean square error of held-out forecasts, of standardised points",
+        "eval_mae": "Mean absolute error of held-out forecasts, of standardised points",
+    }
+    batch_is: ClassVar[str] = "{batch} windows of {length} points"
 
     format: Literal["series"] = "series"
     """What the data are."""

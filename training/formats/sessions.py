@@ -1,10 +1,11 @@
 """The ``data`` section of runs that learn to recommend sessions."""
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from ..section import Section
+from .data_section import AnyDataConfig
 
 
 class AlignmentConfig(Section):
@@ -20,8 +21,14 @@ class AlignmentConfig(Section):
     factor of the margin in DPO's loss."""
 
 
-class SessionsConfig(Section):
+class SessionsConfig(AnyDataConfig):
     """Sessions of watched items, in a log, and the semantic ids of the items."""
+
+    loss_unit: ClassVar[str] = "nats per code"
+    measures: ClassVar[dict[str, str]] = {
+        "eval_recall": "Share of the items of held-out sessions that were recommended",
+    }
+    batch_is: ClassVar[str] = "{batch} sessions after histories of up to {length} tokens"
 
     format: Literal["sessions"] = "sessions"
     """Trains an encoder-decoder to generate the next session from a user's history."""

@@ -1,14 +1,20 @@
 """The ``data`` section of runs that enlarge images."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from ..section import Section
+from .data_section import AnyDataConfig
 
 
-class SuperResolutionDataConfig(Section):
+class SuperResolutionDataConfig(AnyDataConfig):
     """Images, which train a model that enlarges them."""
+
+    loss_unit: ClassVar[str] = "mean square"
+    measures: ClassVar[dict[str, str]] = {
+        "eval_psnr": "Peak signal-to-noise ratio of enlarged held-out images, in dB",
+    }
+    batch_is: ClassVar[str] = "{batch} crops of images"
 
     format: Literal["super_resolution"] = "super_resolution"
     """Large images; the small ones are made of them."""

@@ -4,6 +4,7 @@ from typing import Annotated, Any, get_args
 
 from pydantic import BeforeValidator, Field
 
+from .data_section import AnyDataConfig
 from .images import ImagesConfig
 from .pairs import PairsConfig
 from .preference import PreferenceConfig
@@ -33,10 +34,15 @@ AnyData = (
 DataSection = Annotated[AnyData, Field(discriminator="format"), BeforeValidator(_with_format)]
 
 
+def kind_of(section: Any) -> type[AnyDataConfig] | None:
+    """Return the kind of a section, which may be wrong in other ways; None for no known format."""
+    name = section.get("format", "text") if isinstance(section, dict) else None
+    kinds: tuple[type[AnyDataConfig], ...] = get_args(AnyData)
+    found = (kind for kind in kinds if name in get_args(kind.model_fields["format"].annotation))
+    return next(found, None)
+
+
 def has_tokenizer(section: dict[str, Any]) -> bool:
     """Say whether a section, which may be wrong in other ways, is of a format of texts."""
-    name = section.get("format", "text")
-    found = [
-        one for one in get_args(AnyData) if name in get_args(one.model_fields["format"].annotation)
-    ]
-    return not found or "tokenizer" in found[0].model_fields
+    kind = kind_of(section)
+    return kind is None or "tokenizer" in kind.model_fields

@@ -1,6 +1,6 @@
 """The ``data`` section of runs on texts."""
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -68,9 +68,21 @@ class TextConfig(TextsConfig):
     """``chat`` trains on the assistant's tokens of conversations: JSON objects with ``messages``,
     with ``prompt`` and ``completion``, or with ShareGPT's ``conversations``."""
 
+    @property
+    def has_whole_windows(self) -> bool:
+        """See :attr:`.AnyDataConfig.has_whole_windows`."""
+        return self.format == "text"
+
 
 class LabelledConfig(TextsConfig):
     """Texts with labels, in JSON objects or CSV files, which train an encoder."""
+
+    loss_unit: ClassVar[str] = "nats per text"
+    measures: ClassVar[dict[str, str]] = {
+        "eval_accuracy": "Share of held-out texts with the right label",
+        "eval_macro_f1": "Mean over labels of held-out texts",
+    }
+    batch_is: ClassVar[str] = "{batch} texts of up to {length} tokens"
 
     format: Literal["classify"] = "classify"
     """Each text has a label."""

@@ -19,7 +19,8 @@ from ..config import RunConfig
 from ..data.chat import ChatData, build_chat_data
 from ..data.chat_windows import ChatRows
 from ..stop import StopRequest
-from .objective import HeldOut, MicroBatchLoss, Objective
+from .objective import HeldOut, MicroBatchLoss
+from .sized import SizedObjective
 
 
 class ChatLoss(nn.Module):
@@ -41,7 +42,7 @@ class ChatLoss(nn.Module):
         return MicroBatchLoss(loss, len(targets_M), output.routings)
 
 
-class ChatObjective(Objective[Decoder]):
+class ChatObjective(SizedObjective[Decoder]):
     """The assistant's tokens are targets, in training and in the held-out conversations."""
 
     data: ChatData
@@ -62,17 +63,9 @@ class ChatObjective(Objective[Decoder]):
         counts and moves them."""
         return self.data.train.rows(self.data.train.at(step, rows))
 
-    def window_rows(self, step: int, rows: range) -> list[int]:
-        """Return the rows of the conversations of each window."""
-        return self.data.train.window_rows(self.data.train.at(step, rows))
-
     def divisor(self, step: int) -> int:
         """Return the assistant's tokens in the global batch."""
         return self.data.train.num_targets(step)
-
-    def num_tokens(self, steps: range) -> int:
-        """Return the rows of the global batches; windows are not filled up."""
-        return self.data.train.num_rows(steps)
 
     def evaluate(self, module: nn.Module, mesh: Mesh) -> HeldOut:
         """Score ``eval_sequences`` held-out windows, split over the ranks."""

@@ -25,7 +25,8 @@ from ..config import RunConfig
 from ..data.labelled import LabelledData, build_labelled_data
 from ..data.labelled_texts import TextRows
 from ..stop import StopRequest
-from .objective import HeldOut, MicroBatchLoss, Objective
+from .objective import HeldOut, MicroBatchLoss
+from .sized import SizedObjective
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ class ClassifyLoss(nn.Module):
         return ClassifiedBatch(loss, len(labels_B), output.routings, said_B, labels_B)
 
 
-class ClassifyObjective(Objective[Encoder]):
+class ClassifyObjective(SizedObjective[Encoder]):
     """Each text has one label, in training and in the held-out texts."""
 
     model_kinds = ("encoder",)
@@ -109,17 +110,9 @@ class ClassifyObjective(Objective[Encoder]):
         """Return some texts of the global batch, on the host: the module counts and moves them."""
         return self.data.train.rows(self.data.train.at(step, rows))
 
-    def window_rows(self, step: int, rows: range) -> list[int]:
-        """Return the rows of each text."""
-        return self.data.train.num_rows_of(self.data.train.at(step, rows))
-
     def divisor(self, step: int) -> int:
         """Return the texts of the global batch."""
         return self.config.train.batch_sequences
-
-    def num_tokens(self, steps: range) -> int:
-        """Return the rows of the global batches; texts are not filled up."""
-        return self.data.train.num_rows(steps)
 
     def evaluate(self, module: nn.Module, mesh: Mesh) -> HeldOut:
         """Score ``eval_sequences`` held-out texts, split over the ranks."""

@@ -102,7 +102,7 @@ class DenoiseObjective(Objective[SuperResolution]):
 
     def batch(self, step: int, rows: range, device: torch.device) -> ImageRows:
         """Return some crops of the global batch, on the host: the module moves them."""
-        return self.data.train.rows(step, rows)
+        return self.data.train.of_step(step, rows)
 
     def window_rows(self, step: int, rows: range) -> list[int]:
         """Return the patches of each crop."""

@@ -100,7 +100,7 @@ class ForecastObjective(Objective[SeriesModel]):
 
     def batch(self, step: int, rows: range, device: torch.device) -> SeriesWindows:
         """Return some windows of the global batch, on the host."""
-        return self.data.train.at(step, rows)
+        return self.data.train.rows(self.data.train.at(step, rows))
 
     def window_rows(self, step: int, rows: range) -> list[int]:
         """Return the model's rows for each window."""
@@ -108,7 +108,8 @@ class ForecastObjective(Objective[SeriesModel]):
 
     def divisor(self, step: int) -> int:
         """Return the model's targets in the global batch."""
-        windows = self.data.train.at(step, range(self.config.train.batch_sequences))
+        train = self.data.train
+        windows = train.rows(train.at(step, range(self.config.train.batch_sequences)))
         return max(1, self._model.num_targets(windows.values_BL, windows.observed_BL))
 
     def num_tokens(self, steps: range) -> int:

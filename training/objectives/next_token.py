@@ -83,7 +83,7 @@ class NextTokenObjective(Objective[Decoder]):
         loss, num_targets = self.score(
             lambda windows: module(held_out.in_order(windows)),
             module,
-            held_out.num_windows,
+            len(held_out),
             mesh,
         )
         per_byte = loss * self.data.tokens_per_byte

@@ -27,6 +27,8 @@ from ..data.data import Data
 from ..stop import StopRequest
 
 M = TypeVar("M", bound=Model)
+MEASURED_STEPS = 8
+"""Steps whose batches stand for all where :attr:`Objective.mean_rows` is asked for."""
 
 
 @dataclass(slots=True)
@@ -155,6 +157,18 @@ class Objective(ABC, Generic[M]):
     def num_tokens(self, steps: range) -> int:
         """Return the rows that the model computes for the global batches of ``steps``."""
         return len(steps) * self.config.train.batch_sequences * self.config.train.sequence_length
+
+    @property
+    def mean_rows(self) -> int:
+        """About how many rows an MoE layer computes for a row of the global batch.
+
+        The mean of the first steps. Where some layers read other rows than others, it is the mean
+        of two such layers: those of sources and of targets.
+        """
+        count = MEASURED_STEPS * self.config.train.batch_sequences
+        if not self.config.model.layers_share_rows:
+            count *= 2
+        return max(1, self.num_tokens(range(MEASURED_STEPS)) // count)
 
     @abstractmethod
     def evaluate(self, module: nn.Module, mesh: Mesh) -> HeldOut:

@@ -23,7 +23,8 @@ from ..config import RunConfig
 from ..data.pair_texts import PairRows
 from ..data.pairs import PairData, build_pair_data
 from ..stop import StopRequest
-from .objective import HeldOut, MicroBatchLoss, Objective
+from .objective import HeldOut, MicroBatchLoss
+from .sized import SizedObjective
 
 
 @dataclass(slots=True)
@@ -59,7 +60,7 @@ class PairLoss(nn.Module):
         return PairBatch(loss, len(targets_T), output.routings, num_right)
 
 
-class PairsObjective(Objective[EncoderDecoder]):
+class PairsObjective(SizedObjective[EncoderDecoder]):
     """Every token of a target is one, the end of its text too."""
 
     model_kinds = ("encoder_decoder",)
@@ -87,19 +88,11 @@ class PairsObjective(Objective[EncoderDecoder]):
         """Return some pairs of the global batch, on the host: the module moves them."""
         return self.data.train.rows(self.data.train.at(step, rows))
 
-    def window_rows(self, step: int, rows: range) -> list[int]:
-        """Return the rows of each pair."""
-        return self.data.train.num_rows_of(self.data.train.at(step, rows))
-
     def divisor(self, step: int) -> int:
         """Return the target tokens of the global batch."""
         train = self.data.train
         pairs = train.at(step, range(self.config.train.batch_sequences))
         return sum(train.target_rows_C[pair] for pair in pairs)
-
-    def num_tokens(self, steps: range) -> int:
-        """Return the rows of the global batches, sources and targets together."""
-        return self.data.train.num_rows(steps)
 
     def evaluate(self, module: nn.Module, mesh: Mesh) -> HeldOut:
         """Score ``eval_sequences`` held-out pairs, split over the ranks."""

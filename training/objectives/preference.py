@@ -31,8 +31,9 @@ from ..data.preference_pairs import PairRows, PreferencePairs
 from ..formats.preference import PreferenceConfig
 from ..stop import StopRequest
 from .dpo import dpo_loss
-from .objective import HeldOut, MicroBatchLoss, Objective
+from .objective import HeldOut, MicroBatchLoss
 from .reference import FILE, Reference
+from .sized import SizedObjective
 
 MEASURES = ("accuracy", "margin", "chosen_reward", "rejected_reward")
 """Share of pairs with a margin above 0; means of the margin and of both sides' rewards. A reward is
@@ -93,7 +94,7 @@ class PreferenceLoss(nn.Module):
         return torch.stack([part.sum() for part in each_M.split(counts)]).view(-1, 2)
 
 
-class PreferenceObjective(Objective[Decoder]):
+class PreferenceObjective(SizedObjective[Decoder]):
     """Each pair says which of two answers is the better one."""
 
     measures = MEASURES
@@ -168,10 +169,6 @@ class PreferenceObjective(Objective[Decoder]):
         counts and moves them."""
         return self._with_reference("train", self.data.train, self.data.train.at(step, rows))
 
-    def window_rows(self, step: int, rows: range) -> list[int]:
-        """Return the rows of each pair."""
-        return self.data.train.num_rows_of(self.data.train.at(step, rows))
-
     @property
     def window_length(self) -> int:
         """The most rows of a pair."""
@@ -180,10 +177,6 @@ class PreferenceObjective(Objective[Decoder]):
     def divisor(self, step: int) -> int:
         """Return the pairs of the global batch."""
         return self.config.train.batch_sequences
-
-    def num_tokens(self, steps: range) -> int:
-        """Return the rows of the global batches; conversations are not filled up."""
-        return self.data.train.num_rows(steps)
 
     def evaluate(self, module: nn.Module, mesh: Mesh) -> HeldOut:
         """Score ``eval_sequences`` held-out pairs, split over the ranks."""

@@ -29,7 +29,8 @@ from ..data.sessions import SessionsData, build_sessions_data
 from ..formats.sessions import AlignmentConfig, SessionsConfig
 from ..stop import StopRequest
 from .dpo import dpo_loss
-from .objective import HeldOut, MicroBatchLoss, Objective
+from .objective import HeldOut, MicroBatchLoss
+from .sized import SizedObjective
 
 
 class PairRows(NamedTuple):
@@ -108,8 +109,11 @@ def preference_loss(log_probs_2P: Tensor, pairs: PairRows, config: AlignmentConf
     return terms.loss_sum
 
 
-class RankObjective(Objective[EncoderDecoder]):
-    """Each row is a user's history and the session that followed."""
+class RankObjective(SizedObjective[EncoderDecoder]):
+    """Each row is a user's history and the session that followed.
+
+    Its tokens are those of both; pairs that it is compared with do not count.
+    """
 
     model_kinds = ("encoder_decoder",)
     data: SessionsData
@@ -176,18 +180,10 @@ class RankObjective(Objective[EncoderDecoder]):
             pairs.reference_P2[chosen_P].T.flatten(),
         )
 
-    def window_rows(self, step: int, rows: range) -> list[int]:
-        """Return the tokens of each history and session."""
-        return self.data.train.num_rows_of(self.data.train.at(step, rows))
-
     def divisor(self, step: int) -> int:
         """Return the codes of the sessions of the global batch."""
         codes = self._section.session_items * self.data.table.num_levels
         return self.config.train.batch_sequences * codes
-
-    def num_tokens(self, steps: range) -> int:
-        """Return the tokens of histories and sessions; pairs do not count."""
-        return self.data.train.num_rows(steps)
 
     def evaluate(self, module: nn.Module, mesh: Mesh) -> HeldOut:
         """Score ``eval_sequences`` held-out sessions, and the items recommended instead."""

@@ -22,7 +22,8 @@ from ..config import RunConfig
 from ..data.image_store import ImageRows
 from ..data.images import ImageData, build_image_data
 from ..stop import StopRequest
-from .objective import HeldOut, MicroBatchLoss, Objective
+from .objective import HeldOut, MicroBatchLoss
+from .sized import SizedObjective
 from .task_measures import measure_of, task_loss
 
 
@@ -75,7 +76,7 @@ class TasksLoss(nn.Module):
         return self._numbers[task.name][target] if isinstance(task, ClassesTask) else target
 
 
-class TasksObjective(Objective[ViT]):
+class TasksObjective(SizedObjective[ViT]):
     """Each image has a target for some of the model's tasks, or for all."""
 
     model_kinds = ("vit",)
@@ -124,10 +125,6 @@ class TasksObjective(Objective[ViT]):
         """Return some images of the global batch, on the host: the module moves them."""
         return self.data.train.of_step(step, rows)
 
-    def window_rows(self, step: int, rows: range) -> list[int]:
-        """Return the rows of each image, over its tasks."""
-        return self.data.train.num_rows_of(self.data.train.at(step, rows))
-
     @property
     def window_length(self) -> int:
         """Return the rows of an image that has a target for every task."""
@@ -138,10 +135,6 @@ class TasksObjective(Objective[ViT]):
     def divisor(self, step: int) -> int:
         """Return the images of the global batch; the scales of the tasks make sums means."""
         return self.config.train.batch_sequences
-
-    def num_tokens(self, steps: range) -> int:
-        """Return the rows of the global batches: those of each image, once for each task."""
-        return self.data.train.num_rows(steps)
 
     def evaluate(self, module: nn.Module, mesh: Mesh) -> HeldOut:
         """Score ``eval_sequences`` held-out images, split over the ranks.

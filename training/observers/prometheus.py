@@ -30,24 +30,16 @@ CLOSE_S = 5
 """Most seconds to wait for a scrape under way."""
 LAST_VALUES = {
     "step": "Optimizer steps done",
-    "loss": "Nats per token of the last batch",
+    "loss": "Of the last batch: {unit}",
     "learning_rate": "Of the last step",
     "grad_norm": "Global gradient norm before clipping",
-    "eval_loss": "Nats per held-out token, text with a label, or pair",
-    "eval_accuracy": "Share of held-out texts with the right label, or of pairs ranked right",
-    "eval_macro_f1": "Mean over labels of held-out texts",
-    "eval_psnr": "Peak signal-to-noise ratio of enlarged held-out images, in dB",
-    "eval_margin": "Mean margin of held-out pairs",
-    "eval_chosen_reward": "Mean reward of the chosen answers of held-out pairs",
-    "eval_rejected_reward": "Mean reward of the rejected answers of held-out pairs",
-    "eval_mse": "Mean square error of held-out forecasts, of standardised points",
-    "eval_mae": "Mean absolute error of held-out forecasts, of standardised points",
-    "eval_recall": "Share of the items of held-out sessions that were recommended",
-    "tokens_per_second": "Of the last logged step",
+    "eval_loss": "Of held-out data: {unit}",
+    "tokens_per_second": "{rows} per second of the last logged step",
     "expert_copies": "Copies of experts on all ranks and in all layers, last logged step",
     "experts_moved": "Experts with another owner than the first one, all layers",
 }
-"""Gauges and their help."""
+"""Gauges and their help: ``unit`` is that of the loss, ``rows`` are those of the model. A run has
+the measures of its ``data`` section in addition."""
 LABELLED_VALUES = {
     "held_out": ("measure", "Measures of held-out data with names of their own, such as a task's"),
     "layer_chunks": ("phase", "Messages into which a layer's rows are cut"),
@@ -73,8 +65,9 @@ class PrometheusPort(Observer):
         ProcessCollector(registry=r)
         target = Gauge("moeyard_train_steps_target", "Steps the run will take", registry=r)
         target.set(config.train.steps)
-        self._tokens = Counter("moeyard_train_tokens", "Tokens trained on", registry=r)
-        self._last = LastValues()
+        rows = config.model.row_names.capitalize()
+        self._tokens = Counter("moeyard_train_tokens", f"{rows} trained on", registry=r)
+        self._last = LastValues(_helps(config))
         r.register(self._last)
         self._progress = ProgressCollector(config.routed_layers)
         r.register(self._progress)
@@ -101,7 +94,7 @@ class PrometheusPort(Observer):
         """Set the gauges that only records have."""
         self._last.set("tokens_per_second", record["tokens_per_s"])
         for name in record:
-            if name in LAST_VALUES and name.startswith("eval_"):
+            if name.startswith("eval_") and name in self._last.helps:
                 self._last.set(name, record[name])
             elif name.startswith("eval_"):
                 self._last.set_labelled("held_out", name.removeprefix("eval_"), record[name])
@@ -131,16 +124,28 @@ class PrometheusPort(Observer):
         self._thread.join(timeout=CLOSE_S)
 
 
-class LastValues(Collector):
-    """Gauges that appear once they have a value; no loss of 0 shows before the first step."""
+def _helps(config: RunConfig) -> dict[str, str]:
+    """Return the help of each gauge of a run that has no label."""
+    words = {"unit": config.data.loss_unit, "rows": config.model.row_names.capitalize()}
+    return {name: text.format(**words) for name, text in LAST_VALUES.items()} | dict(
+        config.data.measures
+    )
 
-    def __init__(self) -> None:
+
+class LastValues(Collector):
+    """Gauges that appear once they have a value; no loss of 0 shows before the first step.
+
+    ``helps`` has the help of each gauge without labels.
+    """
+
+    def __init__(self, helps: Mapping[str, str]) -> None:
+        self.helps = helps
         self._values: dict[str, float] = {}
         self._labelled: dict[str, dict[str, float]] = {}
 
     def set(self, name: str, value: float) -> None:
         """Show ``value`` as ``moeyard_train_NAME`` from now on."""
-        assert name in LAST_VALUES, name
+        assert name in self.helps, name
         self._values[name] = value
 
     def set_labelled(self, name: str, label: str, value: float) -> None:
@@ -151,7 +156,7 @@ class LastValues(Collector):
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """Yield what has a value."""
         for name, value in list(self._values.items()):
-            yield GaugeMetricFamily(f"moeyard_train_{name}", LAST_VALUES[name], value=value)
+            yield GaugeMetricFamily(f"moeyard_train_{name}", self.helps[name], value=value)
         for name, values in list(self._labelled.items()):
             label, text = LABELLED_VALUES[name]
             family = GaugeMetricFamily(f"moeyard_train_{name}", text, labels=[label])

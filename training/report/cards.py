@@ -2,10 +2,10 @@
 
 import statistics
 from html import escape
-from typing import Any
 
 from .charts import short
 from .read import Run
+from .words import data_of, model_of
 
 
 def facts(run: Run) -> str:
@@ -17,15 +17,17 @@ def facts(run: Run) -> str:
         step, share = accuracies[-1]
         cards.append(("Held-out accuracy", f"{share:.1%}", f"step {step:,.0f}"))
     if "tokens" in run.last:
-        cards.append(("Tokens", short(run.last["tokens"]), "trained on so far"))
+        name = model_of(run).row_names.capitalize()
+        cards.append((name, short(run.last["tokens"]), "trained on so far"))
     if speeds := run.series.get("tokens_per_s"):
         median = statistics.median(y for _, y in speeds)
-        cards.append(("Speed", f"{short(median)} tokens/s", "median of the logged steps"))
+        rate = f"{short(median)} {model_of(run).row_names}/s"
+        cards.append(("Speed", rate, "median of the logged steps"))
     if seconds := _seconds(run):
         cards.append(("Time", _duration(seconds), "in the steps shown here"))
     if run.starts:
-        cards += _start_cards(run.starts[-1], len(run.starts))
-    cards += _model_cards(run.config)
+        cards += _start_cards(run)
+    cards += _model_cards(run)
     cards.append(("Last checkpoint", run.last_checkpoint or "none yet", ""))
     return '<dl class="facts">' + "".join(map(_card, cards)) + "</dl>"
 
@@ -36,19 +38,21 @@ def _card(card: tuple[str, str, str]) -> str:
     return f"<div><dt>{name}</dt><dd>{value}{small}</dd></div>"
 
 
-def _start_cards(start: dict[str, Any], count: int) -> list[tuple[str, str, str]]:
+def _start_cards(run: Run) -> list[tuple[str, str, str]]:
+    start, count = run.starts[-1], len(run.starts)
     ranks, ep = start.get("ranks", 1), start.get("ep", 1)
-    active = short(start.get("active_parameters", 0))
+    active = f"{short(start.get('active_parameters', 0))} active per {model_of(run).row_name}"
     time = str(start.get("time", "")).replace("T", " ")
     return [
         ("Ranks", f"{ranks}, EP {ep}", f"{start.get('device')}, {start.get('precision')}"),
-        ("Parameters", short(start.get("parameters", 0)), f"{active} active per token"),
+        ("Parameters", short(start.get("parameters", 0)), active),
         ("Last start", f"{time:.16} UTC", f"starts so far: {count}"),
         ("moeyard", str(start.get("moeyard")), f"torch {start.get('torch')}"),
     ]
 
 
-def _model_cards(config: dict[str, Any]) -> list[tuple[str, str, str]]:
+def _model_cards(run: Run) -> list[tuple[str, str, str]]:
+    config = run.config
     model, train = config.get("model", {}), config.get("train", {})
     heads = f"{model.get('num_heads')} heads"
     shape = f"{model.get('num_layers')} layers, width {model.get('d_model')}"
@@ -58,7 +62,9 @@ def _model_cards(config: dict[str, Any]) -> list[tuple[str, str, str]]:
         experts = f"{moe.get('num_experts')} experts, k = {router.get('k')}"
         note = f"{router.get('kind')} router, expert width {moe.get('d_expert')}"
         cards.append(("MoE", experts, note))
-    batch = f"{train.get('batch_sequences')} x {train.get('sequence_length')} tokens"
+    batch = data_of(run).batch_is.format(
+        batch=train.get("batch_sequences"), length=train.get("sequence_length")
+    )
     cards.append(("Batch", batch, f"lr {config.get('optimizer', {}).get('lr')}"))
     return cards
 

@@ -1,6 +1,6 @@
-"""What a run learns: the unit of its loss, and the curves of what else it measures, by objective.
+"""The curves of what a run measures besides its loss, by the kind of its data.
 
-A kind of data that measures more than its loss has a line in ``BY_FORMAT``.
+One that measures something has a line in ``CHARTS``.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,8 @@ from .pairs import pair_charts
 from .read import Run
 from .tasks import task_charts
 
-NATS_PER_TOKEN = "nats per token"
+Charts = Callable[[Run, list[int]], list[str]]
+"""What draws a run's other measures; the steps are those of resumed starts."""
 
 
 class Measure(NamedTuple):
@@ -25,7 +26,7 @@ class Measure(NamedTuple):
     """A value that the axis must show."""
 
 
-def _charts_of(*measures: Measure) -> Callable[[Run, list[int]], list[str]]:
+def _charts_of(*measures: Measure) -> Charts:
     def charts(run: Run, marks: list[int]) -> list[str]:
         found = []
         for measure in measures:
@@ -42,61 +43,36 @@ def _charts_of(*measures: Measure) -> Callable[[Run, list[int]], list[str]]:
     return charts
 
 
-class Learning(NamedTuple):
-    """What the report shows of an objective."""
-
-    unit: str
-    """Of the loss."""
-    charts: Callable[[Run, list[int]], list[str]] = _charts_of()
-    """Return charts of a run's other measures; the steps are those of resumed starts."""
-
-
-BY_FORMAT = {
-    "classify": Learning(
-        "nats per text",
-        _charts_of(
-            Measure(
-                *("Labels of held-out texts", "share"),
-                {"accuracy": "eval_accuracy", "macro F1": "eval_macro_f1"},
-            )
-        ),
+CHARTS: dict[str, Charts] = {
+    "classify": _charts_of(
+        Measure(
+            *("Labels of held-out texts", "share"),
+            {"accuracy": "eval_accuracy", "macro F1": "eval_macro_f1"},
+        )
     ),
-    "pairs": Learning(
-        NATS_PER_TOKEN,
-        _charts_of(Measure("Held-out targets", "share", {"accuracy": "eval_accuracy"})),
+    "pairs": _charts_of(Measure("Held-out targets", "share", {"accuracy": "eval_accuracy"})),
+    "series": _charts_of(
+        Measure(
+            *("Errors of held-out forecasts", "standardised"),
+            {"mean square": "eval_mse", "mean absolute": "eval_mae"},
+        )
     ),
-    "series": Learning(
-        "mean over windows",
-        _charts_of(
-            Measure(
-                *("Errors of held-out forecasts", "standardised"),
-                {"mean square": "eval_mse", "mean absolute": "eval_mae"},
-            )
-        ),
+    "sessions": _charts_of(
+        Measure(
+            *("Items of held-out sessions that were recommended", "share"),
+            {"recall": "eval_recall"},
+        )
     ),
-    "sessions": Learning(
-        "nats per code",
-        _charts_of(
-            Measure(
-                "Items of held-out sessions that were recommended",
-                "share",
-                {"recall": "eval_recall"},
-            )
-        ),
+    "images": task_charts,
+    "super_resolution": _charts_of(
+        Measure("Held-out images, enlarged", "PSNR in dB", {"held out": "eval_psnr"}, None)
     ),
-    "images": Learning("sum over tasks", task_charts),
-    "super_resolution": Learning(
-        "mean square",
-        _charts_of(
-            Measure("Held-out images, enlarged", "PSNR in dB", {"held out": "eval_psnr"}, None)
-        ),
-    ),
-    "preference": Learning("nats per pair", pair_charts),
+    "preference": pair_charts,
 }
-"""By ``data.format``; texts have their loss in nats per token, and no more."""
+"""By ``data.format``; texts have their loss and no more."""
 
 
-def learning_of(run: Run) -> Learning:
-    """Return what the report shows of a run's objective."""
-    of_format = run.config.get("data", {}).get("format")
-    return BY_FORMAT.get(of_format, Learning(NATS_PER_TOKEN))
+def measure_charts(run: Run, marks: list[int]) -> list[str]:
+    """Return the charts of a run's other measures; ``marks`` are the steps of resumed starts."""
+    draw = CHARTS.get(run.config.get("data", {}).get("format"), _charts_of())
+    return draw(run, marks)

@@ -23,10 +23,11 @@ from .charts import (
     stacked_chart,
 )
 from .heat import heat_map
-from .learning import learning_of
+from .learning import measure_charts
 from .look import SCRIPT, STYLE
 from .ranks import rank_charts
 from .read import Run, read_run
+from .words import data_of, model_of
 
 MAX_LAYER_LINES = 8
 """With more MoE layers, the chart shows the worst, the median and the best of them."""
@@ -97,9 +98,8 @@ def _learning(run: Run) -> str:
             Line("training, smoothed", smooth(series["loss"]), 0),
         ]
     losses.append(Line("held out", series.get("eval_loss", []), 1))
-    learning = learning_of(run)
-    charts = [line_chart("Loss", learning.unit, losses, marks=marks)]
-    charts += learning.charts(run, marks)
+    charts = [line_chart("Loss", data_of(run).loss_unit, losses, marks=marks)]
+    charts += measure_charts(run, marks)
     if norms := series.get("grad_norm"):
         lines = [Line("gradient norm", norms, 2)]
         clip = run.config.get("optimizer", {}).get("clip_norm", math.inf)
@@ -119,7 +119,11 @@ def _time(run: Run) -> str:
     marks, charts = _marks(run), []
     if speeds := run.series.get("tokens_per_s"):
         lines = [Line("all ranks together", speeds, 5)]
-        charts.append(line_chart("Speed", "tokens per second", lines, floor=0.0, marks=marks))
+        charts.append(
+            line_chart(
+                "Speed", f"{model_of(run).row_names} per second", lines, floor=0.0, marks=marks
+            )
+        )
     if run.phases:
         steps = [step for step, _ in run.phases]
         weights = [b - a for a, b in zip([0, *steps[:-1]], steps, strict=True)]
