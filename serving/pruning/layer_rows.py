@@ -67,6 +67,7 @@ class LayerRows(NamedTuple):
             _, out_TD = self.outputs(decoder, layer)
         finally:
             handle.remove()
+        assert found, "the layer ran none of its experts"
         x_ND, experts_NK, weights_NK = (torch.cat(part) for part in zip(*found, strict=True))
         return Seen(x_ND, experts_NK, weights_NK, out_TD)
 
