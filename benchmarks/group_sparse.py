@@ -4,10 +4,11 @@
     python benchmarks/group_sparse.py loss MODEL_DIR CALIBRATION.txt HELD_OUT.txt... --write
 
 Loss: the perplexity of a trained model on held-out texts, with its experts in bf16, int8, int4 and
-group-sparse int4, where groups are chosen by magnitude alone (plain), by the mean square of the
-inputs (diagonal, which `moeyard convert` does), and by the inverse Hessian (1/[H^-1] as in OBS,
-1/[H^-1]^2 as GQSA writes it). Speed: the experts alone, 2 threads, all formats in turn,
-medians; and the fastest round, which says more on a machine that others use, too.
+group-sparse int4. Groups go by magnitude alone (plain), or by the mean square of their inputs
+(diagonal: `moeyard convert --recovery none`); or what is left is fitted to make up for them (fit:
+the default of `moeyard convert`). Seconds are those of all CPUs.
+Speed: the experts alone, 2 threads, all formats in turn, medians; and the fastest round, which says
+more on a machine that others use, too.
 
 T tokens, E experts, D model width, F expert width.
 """
@@ -18,31 +19,31 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from moeyard.kernels.experts import expert_mlp
-from moeyard.kernels.values.activation import gated
 from moeyard.kernels.values.expert_weights import ExpertWeights
 from moeyard.kernels.values.group_sparse import GroupSparseExpertWeights, GroupSparseMatrices
 from moeyard.kernels.values.quantize import quantize_experts
 from moeyard.kernels.values.quantized_weights import SlotWeights
-from moeyard.kernels.values.sparsify import kept_groups, sparsify, sparsify_experts
+from moeyard.kernels.values.sparsify import sparsify_experts
 from moeyard.moe.experts.quantized import QuantizedExperts
 from moeyard.moe.experts.resident import Experts
+from moeyard.moe.folders.calibration import Calibration, calibrate, windows_of
+from moeyard.moe.folders.folder import ModelFolder
+from moeyard.moe.folders.group_sparse_format import GroupSparseFormat
 from moeyard.moe.models.language_model import LanguageModel
 from moeyard.serving.evaluation.held_out_text import score_text
 from moeyard.serving.loading import load
+from moeyard.serving.pruning.recover import recover
 
 from report import write_results
 
-CALIBRATION_TOKENS = 12288
-HELD_OUT_CHARACTERS = 5_000
+HELD_OUT_CHARACTERS = 10_000
 """Of each text."""
-DAMPING = 0.01
-"""Share of a Hessian's mean diagonal that is added to it, as GPTQ does."""
+WINDOW = 512
+SHARES = (0.25, 0.5)
 SIZES = {"trained": (32, 4, 256, 128), "large": (8, 2, 2048, 1024)}
 """Experts, choices, D and F."""
 TOKENS = (1, 2, 4, 8, 256)
@@ -57,14 +58,6 @@ FORMATS: dict[str, Format] = {
     "int4_sparse 25 %": lambda experts: sparsify_experts(experts, 0.25),
     "int4_sparse 50 %": lambda experts: sparsify_experts(experts, 0.5),
 }
-
-
-class Hessians(NamedTuple):
-    """``sum x x^T`` over the rows of each expert of a layer, and how many rows."""
-
-    rows_E: Tensor
-    inputs_EDD: Tensor
-    hidden_EFF: Tensor
 
 
 def main() -> None:
@@ -89,122 +82,70 @@ def main() -> None:
 
 
 def losses_of(folder: Path, calibration: Path, texts: list[Path]) -> list[dict]:
-    model = load(folder, "bf16")
-    layers = dict(model.decoder.moe_layers())
-    plain = {index: layer.experts for index, layer in layers.items()}
-    hessians = hessians_of(model, plain, calibration.read_text()[: 4 * CALIBRATION_TOKENS])
-    few = sum(int((h.rows_E < 64).sum()) for h in hessians.values())
-    print(f"{few} of {sum(len(h.rows_E) for h in hessians.values())} experts have under 64 rows")
     found = []
-
-    def measure(name: str, make: Callable[[int, ExpertWeights], SlotWeights] | None) -> None:
-        bytes_of_one = 0.0
-        for index, layer in layers.items():
-            experts = plain[index]
-            layer.experts = experts
-            weights: SlotWeights = weights_of(experts)
-            if make is not None:
-                weights = make(index, weights_of(experts))
+    for name in FORMATS:
+        model = load(folder)
+        for _, layer in model.decoder.moe_layers():
+            weights = FORMATS[name](weights_of(layer.experts))
+            if not isinstance(weights, ExpertWeights):
                 layer.experts = QuantizedExperts(weights)
-            bytes_of_one = bytes_of(weights) / weights.num_slots
-        scores = [score_text(model, t.read_text()[:HELD_OUT_CHARACTERS], 512) for t in texts]
-        total = sum(s.loss * s.tokens for s in scores) / sum(s.tokens for s in scores)
-        row = {
-            "format": name,
-            "bytes of an expert": bytes_of_one,
-            "perplexity": math.exp(total),
-            "by text": {t.name: s.perplexity for t, s in zip(texts, scores, strict=True)},
-            "tokens": sum(s.tokens for s in scores),
-        }
-        found.append(row)
-        by_text = ", ".join(f"{value:.3f}" for value in row["by text"].values())
-        print(f"{name:34} {bytes_of_one:9.0f} B  {row['perplexity']:.4f}  ({by_text})", flush=True)
-
-    measure("bf16", None)
-    for name in ("int8", "int4", "int4, groups of 32"):
-        measure(name, lambda _, experts, name=name: FORMATS[name](experts))
-    for share in WAYS_OF:
-        for way, importance in WAYS.items():
-            if WAYS_OF[share] == "all" or way in WAYS_OF[share]:
-                measure(
-                    f"int4_sparse {share:.0%}, {way}",
-                    lambda index, experts, share=share, importance=importance: pruned(
-                        experts, hessians[index], share, importance
-                    ),
-                )
+        found.append(measure(f"{name}, plain", model, texts))
+    for share in SHARES:
+        for way in ("diagonal", "fit"):
+            model, seconds = recovered(folder, calibration, share, way)
+            found.append(measure(f"int4_sparse {share:.0%}, {way}", model, texts, seconds))
     return found
 
 
-def hessians_of(model: LanguageModel, plain: dict[int, Experts], text: str) -> dict[int, Hessians]:
-    """Run the model on a text; experts with few rows get the Hessians of all rows together."""
-    ids = model.tokenizer(text, add_special_tokens=False)["input_ids"][:CALIBRATION_TOKENS]
-    windows_BL = torch.tensor(ids)[: len(ids) // 512 * 512].view(-1, 512)
-    found, handles = {}, []
-    for index, experts in plain.items():
-        num, width, d_expert = experts.fc2.shape
-        sums = Hessians(
-            torch.zeros(num), torch.zeros(num, width, width), torch.zeros(num, d_expert, d_expert)
-        )
-        found[index] = sums
-
-        def see(module: Experts, inputs: tuple, sums: Hessians = sums) -> None:
-            for expert in range(len(sums.rows_E)):
-                x_nD = inputs[0][(inputs[1] == expert).any(dim=1)].float()
-                if len(x_nD):
-                    hidden = gated(x_nD @ module.fc1[expert].float().T, module.activation)
-                    sums.rows_E[expert] += len(x_nD)
-                    sums.inputs_EDD[expert] += x_nD.T @ x_nD
-                    sums.hidden_EFF[expert] += hidden.T @ hidden
-
-        handles.append(experts.register_forward_pre_hook(see))
-    with torch.inference_mode():
-        for some_BL in windows_BL.split(8):
-            model(some_BL)
-    for handle in handles:
-        handle.remove()
-    for sums in found.values():
-        few = sums.rows_E < 64
-        sums.inputs_EDD[few] = sums.inputs_EDD.sum(dim=0)
-        sums.hidden_EFF[few] = torch.eye(sums.hidden_EFF.shape[1])
-    return found
+def recovered(
+    folder: Path, calibration: Path, share: float, way: str
+) -> tuple[LanguageModel, float]:
+    """Return the pruned model, and the CPU seconds that calibration and pruning took."""
+    start = time.process_time()
+    model, files, packed = load(folder), ModelFolder(folder), GroupSparseFormat(share)
+    if way == "diagonal":
+        known = calibrate(model, files, calibration)
+        for index, layer in model.decoder.moe_layers():
+            layer.experts = QuantizedExperts(by_importance(index, layer.experts, known, packed))
+    else:
+        windows = windows_of(model, calibration)
+        done = recover(model.decoder, files, windows, packed)
+        print(f"{done.num_plain} experts had too few rows")
+    return model, time.process_time() - start
 
 
-def inverse_diagonal(hessian_PP: Tensor) -> Tensor:
-    damped = hessian_PP + DAMPING * hessian_PP.diagonal().mean() * torch.eye(len(hessian_PP))
-    return torch.cholesky_inverse(torch.linalg.cholesky(damped.double())).diagonal().float()
-
-
-WAYS: dict[str, Callable[[Tensor], Tensor | None]] = {
-    "plain": lambda hessian: None,
-    "diagonal": lambda hessian: hessian.diagonal(),
-    "1/[H^-1]": lambda hessian: 1 / inverse_diagonal(hessian),
-    "1/[H^-1]^2": lambda hessian: inverse_diagonal(hessian) ** -2,
-}
-
-
-WAYS_OF = {0.0: "plain", 0.25: "plain diagonal", 0.5: "all"}
-"""What is measured at each sparsity."""
-
-
-def pruned(
-    experts: ExpertWeights,
-    hessians: Hessians,
-    share: float,
-    importance: Callable[[Tensor], Tensor | None],
+def by_importance(
+    index: int, experts: Experts, known: Calibration, packed: GroupSparseFormat
 ) -> GroupSparseExpertWeights:
     matrices = []
-    for weight_SQP, all_of_them in (
-        (experts.fc1_SHD, hessians.inputs_EDD),
-        (experts.fc2_SDF, hessians.hidden_EFF),
-    ):
-        kept = kept_groups(weight_SQP.shape[2], share)
-        views = [
-            sparsify(weight_QP, importance(hessian), kept)
-            for weight_QP, hessian in zip(weight_SQP, all_of_them, strict=True)
-        ]
-        parts = (torch.stack(part) for part in zip(*views, strict=True))
+    for weight_SQP, part in ((experts.fc1.data, "up"), (experts.fc2.data, "down")):
+        kept = packed.kept(part, weight_SQP.shape[2])
+        views = [known.pruned(index, e, part, w, kept) for e, w in enumerate(weight_SQP)]
+        parts = (torch.stack(each) for each in zip(*views, strict=True))
         matrices.append(GroupSparseMatrices(*parts, weight_SQP.shape[2]))
     return GroupSparseExpertWeights(*matrices, activation=experts.activation)
+
+
+def measure(name: str, model: LanguageModel, texts: list[Path], seconds: float = 0) -> dict:
+    experts = model.decoder.moe_layers()[0][1].experts
+    weights = weights_of(experts) if isinstance(experts, Experts) else experts.weights
+    scores = [score_text(model, t.read_text()[:HELD_OUT_CHARACTERS], WINDOW) for t in texts]
+    total = sum(s.loss * s.tokens for s in scores) / sum(s.tokens for s in scores)
+    row = {
+        "format": name,
+        "bytes of an expert": bytes_of(weights) / weights.num_slots,
+        "perplexity": math.exp(total),
+        "by text": {t.name: s.perplexity for t, s in zip(texts, scores, strict=True)},
+        "tokens": sum(s.tokens for s in scores),
+        "CPU seconds of conversion": seconds,
+    }
+    by_text = ", ".join(f"{value:.3f}" for value in row["by text"].values())
+    print(
+        f"{name:28} {row['bytes of an expert']:9.0f} B  {row['perplexity']:.4f}  ({by_text})  "
+        f"{seconds:.0f} s",
+        flush=True,
+    )
+    return row
 
 
 def weights_of(experts: Experts) -> ExpertWeights:

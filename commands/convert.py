@@ -11,15 +11,19 @@ from ..errors import ConfigError, ModelFileError
 from .options import Parsers, add_allow_code, add_command, add_ignore_unused_weights
 
 if TYPE_CHECKING:
-    from ..moe.folders.calibration import Calibration
+    from ..moe.folders.write_group_sparse import Pruner
 
 log = logging.getLogger(__name__)
 
 MIXED, INT4_SPARSE, TWO_OF_FOUR = "mixed", "int4_sparse", "2:4"
+NONE, FIT = "none", "fit"
+"""What ``--recovery`` takes."""
+FEW = "experts saw few rows"
 ONLY_FOR = {
     "calibration": (MIXED, INT4_SPARSE),
     "tolerance": (MIXED,),
     "sparsity": (INT4_SPARSE,),
+    "recovery": (INT4_SPARSE,),
 }
 """Options that only some dtypes take."""
 
@@ -64,6 +68,12 @@ def add(parsers: Parsers) -> None:
         help="how experts lie on the disk: as three matrices, or each channel's row of up and "
         "column of down side by side, so that serve --expert-sparsity reads only those it needs",
     )
+    convert.add_argument(
+        "--recovery",
+        choices=(NONE, FIT),
+        help="for int4_sparse: how the weights that are left make up for the others: not at all, "
+        f"or fitted to the exact outputs on the calibration text; default: {FIT}",
+    )
     add_ignore_unused_weights(convert)
     add_allow_code(convert)
     convert.set_defaults(run=run)
@@ -97,7 +107,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.dtype,
         arguments.ignore_unused_weights,
         sparsity=arguments.sparsity,
-        calibration=_calibrate(arguments) if arguments.dtype == INT4_SPARSE else None,
+        pruner=_pruner(arguments) if arguments.dtype == INT4_SPARSE else None,
         by_channel=by_channel,
     )
     sys.stdout.write(f"converted folder={arguments.target} model_type={model_type}\n")
@@ -117,20 +127,22 @@ def _run_mixed(arguments: argparse.Namespace) -> None:
     sys.stdout.write(f"converted folder={arguments.target}\n{found.sentence()}\n")
 
 
-def _calibrate(arguments: argparse.Namespace) -> "Calibration":
+def _pruner(arguments: argparse.Namespace) -> "Pruner":
     """Run the model on the text; with experts on disk if they do not fit into memory."""
-    from ..moe.folders.calibration import calibrate
+    from ..moe.folders.calibration import calibrate, windows_of
     from ..moe.folders.folder import ModelFolder
     from ..moe.folders.group_sparse_format import choose_sparsity
     from ..moe.folders.hub import local_folder
     from ..serving.loading import open_model
+    from ..serving.pruning.recover import recover
 
     source = local_folder(arguments.source)
     folder = ModelFolder(source)
     store = None
     try:
         # What would fail after a long calibration fails before it.
-        choose_sparsity(folder.config, 0.5 if arguments.sparsity is None else arguments.sparsity)
+        sparsity = 0.5 if arguments.sparsity is None else arguments.sparsity
+        packed = choose_sparsity(folder.config, sparsity)
         if arguments.target.exists():
             raise ModelFileError(f"{arguments.target} exists already; choose another folder.")
         model, store = open_model(
@@ -139,16 +151,24 @@ def _calibrate(arguments: argparse.Namespace) -> "Calibration":
             ignore_unused_weights=arguments.ignore_unused_weights,
             allow_code=arguments.allow_code,
         )
-        found = calibrate(model, folder, arguments.calibration)
+        if arguments.recovery == NONE:
+            found = calibrate(model, folder, arguments.calibration)
+            few = found.few_rows()
+            _warn(
+                few, f"{FEW} of the calibration text; they are judged by all rows of their layer."
+            )
+            return found
+        windows_BL = windows_of(model, arguments.calibration)
+        recovered = recover(model.decoder, folder, windows_BL, packed)
     finally:
         if store is not None:
             store.close()
         folder.close()
-    few = found.few_rows()
-    if few:
-        log.warning(
-            "%d experts saw few rows of the calibration text; they are judged by all rows of "
-            "their layer.",
-            few,
-        )
-    return found
+    few = recovered.num_plain
+    _warn(few, f"{FEW} for their number of inputs; they are pruned without recovery.")
+    return recovered
+
+
+def _warn(number: int, what: str) -> None:
+    if number:
+        log.warning("%d %s Give a longer text.", number, what)

@@ -1,6 +1,6 @@
 """What the inputs of experts look like on a calibration text.
 
-N rows, D model width, F expert width, K choices, E experts.
+N rows, D model width, F expert width, K choices, E experts, B windows of L tokens.
 """
 
 from functools import partial
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from ...errors import DataError
 from ...kernels.values.activation import gated
+from ...kernels.values.group_sparse import GroupSparseView
+from ...kernels.values.sparsify import sparsify
 from ...progress import Progress
 from ..config.moe import MoEConfig
 from ..models.language_model import LanguageModel
@@ -86,6 +88,12 @@ class Calibration:
         sums = self._layers[layer]
         return (sums.hidden_EF if part == "down" else sums.inputs_ED)[expert]
 
+    def pruned(
+        self, layer: int, expert: int, part: str, weight_QP: Tensor, kept: int
+    ) -> GroupSparseView:
+        """See :class:`.Pruner`: the least important groups go, and the others stay as they are."""
+        return sparsify(weight_QP, self.importance(layer, expert, part), kept)
+
     def few_rows(self) -> int:
         """Return how many experts, of all layers, are judged by their layer's rows."""
         return sum(rows < FEW_ROWS for sums in self._layers.values() for rows in sums.rows_E)
@@ -101,15 +109,23 @@ class Calibration:
         return gated(hidden_nH, self._moe.activation).square().sum(dim=0, dtype=torch.float64)
 
 
-def calibrate(model: LanguageModel, folder: ModelFolder, text_file: Path) -> Calibration:
-    """Run a model on a text and return what its experts' inputs look like.
+def windows_of(model: LanguageModel, text_file: Path) -> Tensor:
+    """Return the tokens of a calibration text, ``[B, L]``, in windows as long as the model reads.
 
-    ``folder`` is the model's. Raises :class:`DataError` for a text that cannot be read or is too
-    short.
+    Raises :class:`DataError` for a text that cannot be read or is too short.
     """
     ids_T = _ids(model, text_file)
     length = min(model.config.max_positions, PASS_TOKENS, len(ids_T))
-    windows_BL = ids_T[: len(ids_T) // length * length].view(-1, length)
+    return ids_T[: len(ids_T) // length * length].view(-1, length)
+
+
+def calibrate(model: LanguageModel, folder: ModelFolder, text_file: Path) -> Calibration:
+    """Run a model on a text and return what its experts' inputs look like.
+
+    ``folder`` is the model's. Raises :class:`DataError` as :func:`windows_of` does.
+    """
+    windows_BL = windows_of(model, text_file)
+    length = windows_BL.shape[1]
     found = Calibration(folder)
     watched = [
         layer.experts.register_forward_pre_hook(partial(_see, found, index))

@@ -13,7 +13,6 @@ from ...errors import ConfigError
 from ...kernels.values.quantized_weights import Bits
 from ..config.model import LayersConfig
 from .belongings import copy_belongings
-from .calibration import Calibration
 from .channel_layout import bundle, check_layout
 from .compressed_tensors import PackedFormat, packed_name
 from .families.table import FAMILIES
@@ -29,7 +28,7 @@ from .tensor_names import dense_tensors, is_router
 from .two_of_four_format import NAME as TWO_OF_FOUR
 from .two_of_four_format import choose_two_of_four, pack_plans, two_of_four_config
 from .write_few_bits import choose_format
-from .write_group_sparse import prune
+from .write_group_sparse import Pruner, prune
 from .write_weights import FolderWeights, plan_weights
 from .writer import write_model_folder
 
@@ -50,7 +49,7 @@ def convert(
     ignore_unused_weights: bool = False,
     bits_of: Mapping[Key, Bits] | None = None,
     sparsity: float | None = None,
-    calibration: Calibration | None = None,
+    pruner: Pruner | None = None,
     by_channel: bool = False,
 ) -> str:
     """Write a model to folder ``target`` and return its ``model_type`` there.
@@ -59,11 +58,12 @@ def convert(
     ``bf16`` (or torch's names for these), ``int8``, ``int4``, ``int4_sparse`` or ``2:4``; None
     widens quantized weights and keeps the others. Those of few bits apply to the routed experts
     only. ``2:4`` is ``bf16`` with packed experts, of which two of each four weights must be zeros.
-    ``int4_sparse`` needs a ``calibration``, and prunes a share of ``sparsity`` of the experts'
-    weights, by default half. ``bits_of`` gives each expert a width, by layer and expert, in place
-    of ``dtype``. ``by_channel`` lays experts out as channel_layout.py says. Tokenizer, template
-    and generation config are copied. Weights that ``config.json`` does not ask for are left out,
-    and refused without ``ignore_unused_weights``. One tensor, or one expert, is in memory.
+    ``int4_sparse`` needs a ``pruner``, such as a :class:`.Calibration`, and prunes a share of
+    ``sparsity`` of the experts' weights, by default half. ``bits_of`` gives each expert a width, by
+    layer and expert, in place of ``dtype``. ``by_channel`` lays experts out as channel_layout.py
+    says. Tokenizer, chat template and generation config are copied. Weights that ``config.json``
+    does not ask for are left out, and refused without ``ignore_unused_weights``. One tensor, or one
+    expert, is in memory at a time.
     """
     dtype, source = _known_dtype(dtype), local_folder(source)
     folder = ModelFolder(source)
@@ -89,9 +89,9 @@ def convert(
         if packed is not None:
             values["quantization_config"] = _quantization(packed, plans)
         if sparse is not None:
-            if calibration is None:
+            if pruner is None:
                 raise ConfigError(f"dtype is {INT4_SPARSE}, which needs a calibration; give one.")
-            plans = prune(plans, sparse, config, family, calibration)
+            plans = prune(plans, sparse, config, family, pruner)
             values["quantization_config"] = group_sparse_config(sparse)
         if half is not None:
             plans, values["quantization_config"] = pack_plans(plans, half), two_of_four_config()

@@ -2,16 +2,26 @@
 
 from collections.abc import Iterable, Iterator
 from functools import partial
+from typing import Protocol
 
 from torch import Tensor
 
-from ...kernels.values.sparsify import sparsify
+from ...kernels.values.group_sparse import GroupSparseView
 from ..config.model import LayersConfig
-from .calibration import Calibration
 from .expert_layouts import SeparateExperts
 from .families.family import Family
 from .group_sparse_format import GroupSparseFormat, names_of
 from .shards import TensorPlan
+
+
+class Pruner(Protocol):
+    """Prunes matrices of experts."""
+
+    def pruned(
+        self, layer: int, expert: int, part: str, weight_QP: Tensor, kept: int
+    ) -> GroupSparseView:
+        """Return ``part`` of an expert, whose weights are given, with ``kept`` groups a row."""
+        ...
 
 
 def prune(
@@ -19,21 +29,21 @@ def prune(
     packed: GroupSparseFormat,
     config: LayersConfig,
     family: Family,
-    calibration: Calibration,
+    pruner: Pruner,
 ) -> list[TensorPlan]:
     """Return the plans of a folder in which the experts' matrices are pruned."""
     moe, layout = config.moe, family.experts
     assert moe is not None and isinstance(layout, SeparateExperts), "checked by choose_sparsity"
-    importance_of = {
-        layout.name(layer, expert, part): partial(calibration.importance, layer, expert, part)
+    pruned_by = {
+        layout.name(layer, expert, part): partial(pruner.pruned, layer, expert, part)
         for layer in config.moe_layers
         for expert in range(moe.num_experts)
         for part in (*moe.fc1_parts, "down")
     }
     found: list[TensorPlan] = []
     for plan in plans:
-        if plan.name in importance_of:
-            found += _pruned(_PrunedMatrix(plan, packed, importance_of[plan.name]), packed)
+        if plan.name in pruned_by:
+            found += _pruned(_PrunedMatrix(plan, packed, pruned_by[plan.name]), packed)
         else:
             found.append(plan)
     return found
@@ -43,16 +53,16 @@ class _PrunedMatrix:
     """Prunes a matrix when its first tensor is read, and frees each tensor after that."""
 
     def __init__(
-        self, plan: TensorPlan, packed: GroupSparseFormat, importance: "partial[Tensor]"
+        self, plan: TensorPlan, packed: GroupSparseFormat, pruned: "partial[GroupSparseView]"
     ) -> None:
-        self.plan, self._packed, self._importance = plan, packed, importance
+        self.plan, self._packed, self._pruned_of = plan, packed, pruned
         self._left: dict[str, Tensor] = {}
 
     def take(self, name: str) -> list[Tensor]:
         if not self._left:
             (weight_QP,) = self.plan.parts()
             kept = self._packed.kept(self.plan.name, weight_QP.shape[1])
-            view = sparsify(weight_QP, self._importance(), kept)
+            view = self._pruned_of(weight_QP, kept)
             self._left = dict(zip(names_of(self.plan.name), view, strict=True))
         return [self._left.pop(name)]
 

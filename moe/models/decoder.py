@@ -3,6 +3,7 @@
 T tokens, D model width, V vocabulary.
 """
 
+import copy
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -90,6 +91,10 @@ class Decoder(Model):
             self.tie()
         self._rope = Rope.of(config)
         self._reads_previous_ids = any(r.config.reads_previous_ids() for r in self.routers())
+        self._connect()
+
+    def _connect(self) -> None:
+        """Find out what passes between the layers here, and from and to other stages."""
         self._following = {
             earlier: (index, layer)
             for (earlier, _), (index, layer) in itertools.pairwise(self.moe_layers())
@@ -97,18 +102,31 @@ class Decoder(Model):
         }
         """By MoE layer: the next one, if its router reads what this one's experts read."""
         moe_layers = self.moe_layers()
-        takes_rows = carries_gate_rows(config, self.stage.start)
+        takes_rows = carries_gate_rows(self.config, self.stage.start)
         self._reads_before = moe_layers[0] if takes_rows and moe_layers else None
         """The MoE layer whose router reads what experts of an earlier stage read, and its index."""
-        self._gives_rows = carries_gate_rows(config, self.stage.stop)
+        self._gives_rows = carries_gate_rows(self.config, self.stage.stop)
         self._read_later = moe_layers[-1][0] if self._gives_rows and moe_layers else None
         """The MoE layer whose experts' input the router of a later stage reads."""
-        self._gives_state = num_state_tensors(config, self.stage.stop) > 0
+        self._gives_state = num_state_tensors(self.config, self.stage.stop) > 0
 
     @property
     def has_last_layer(self) -> bool:
         """Whether the last layer is here, and so the norm and the head."""
         return self.stage.stop == self.config.num_layers
+
+    def part(self, stage: range) -> "Decoder":
+        """Return some neighbouring layers as a stage that shares this decoder's modules.
+
+        Its forward is that of a stage: one layer after the other computes what all together do.
+        """
+        found = copy.copy(self)
+        found._modules = dict(self._modules)  # a copy shares the dictionary
+        found.stage = stage
+        layers = [layer if i in stage else nn.Identity() for i, layer in enumerate(self.layers)]
+        found.layers = nn.ModuleList(layers)
+        found._connect()
+        return found
 
     def tie(self) -> None:
         """See :meth:`Model.tie`."""

@@ -37,7 +37,8 @@ def home(tmp_path_factory):
     write_random_model(home / "plain", WIDE)
     (home / "text").write_text("the quick brown fox jumps over the lazy dog. " * 40)
     command = ["convert", str(home / "plain"), str(home / "sparse"), "--dtype", "int4_sparse"]
-    assert main([*command, "--calibration", str(home / "text"), "--sparsity", "0.34"]) == 0
+    options = ["--sparsity", "0.34", "--recovery", "none"]
+    assert main([*command, "--calibration", str(home / "text"), *options]) == 0
     return home
 
 
@@ -145,7 +146,7 @@ def test_biases_stay_plain(tmp_path):
     (tmp_path / "text").write_text("some words to go by, " * 60)
     model, folder = moeyard.load(tmp_path / "plain"), ModelFolder(tmp_path / "plain")
     found = calibrate(model, folder, tmp_path / "text")
-    convert(tmp_path / "plain", tmp_path / "sparse", "int4_sparse", sparsity=0, calibration=found)
+    convert(tmp_path / "plain", tmp_path / "sparse", "int4_sparse", sparsity=0, pruner=found)
     exact, few = model(some_ids()), moeyard.load(tmp_path / "sparse")(some_ids())
     assert (few - exact).norm() < 0.2 * exact.norm()
 

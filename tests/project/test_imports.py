@@ -95,7 +95,7 @@ ROOMS = {
         ["api", "expert_parallel_args", "follow_args", "frozen_experts", "lora_args", "openers"],
         ["loading"],
         ["evaluation", "load_kinds"],
-        ["widths"],
+        ["pruning", "widths"],
         ["serve_args"],
         ["proxy_guard", "series", "server"],
         ["hosting"],

@@ -1,0 +1,1 @@
+"""Experts with pruned groups: what stays learns to make up for what goes, layer by layer."""
