@@ -74,11 +74,13 @@ def score(model, text, length=WINDOW):
 def curve(arguments, out):
     dense = moeyard.load(arguments.model)
     text, held_out = texts(arguments)
-    sizes = {name: ScoreSizes(dense, text, name, WINDOW) for name in SCORES}
-    files = {(name, t): sizes[name].at(t) for name in SCORES for t in arguments.targets}
+    sizes = {name: ScoreSizes(dense, text, name, WINDOW) for name in arguments.scores}
+    files = {(name, t): sizes[name].at(t) for name in sizes for t in arguments.targets}
     shares = Shares(files)
-    with observing(dense, shares):
-        base = score(dense, held_out)
+    if files:
+        with observing(dense, shares):
+            score(dense, held_out)
+    base = score(dense, held_out)
     models, rows = {"dense": dense}, []
     for target in arguments.targets:
         core = moeyard.load(arguments.model, expert_sparsity=f"coreinfer:{target}")
@@ -89,7 +91,7 @@ def curve(arguments, out):
         }
         rows.append(row | {"bytes_read": core.decoder.core.share_used})
         models[f"coreinfer {target:g}"] = core
-        for name in SCORES:
+        for name in sizes:
             path = out / f"{name}-{target:g}"
             save_sparsity(path, files[name, target])
             model = models[f"{name} {target:g}"] = moeyard.load(
@@ -201,6 +203,7 @@ def main():
     parser.add_argument("--held-out", type=Path, help="for curve and choices")
     parser.add_argument("--characters", type=int, nargs=2, default=(60_000, 20_000))
     parser.add_argument("--targets", type=float, nargs="+", default=TARGETS)
+    parser.add_argument("--scores", nargs="*", default=SCORES, help="next to coreinfer")
     parser.add_argument("--rounds", type=int, default=7, help="0 = no speeds, for curve")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()

@@ -49,7 +49,9 @@ class CoreRows:
 
     def subset(self, sequences: Iterable[int]) -> "CoreRows | None":
         """Return those of some sequences of the batch."""
-        return core_rows(*zip(*(self._given[i] for i in sequences), strict=True))
+        given = [self._given[index] for index in sequences]
+        of, lengths = [core for core, _, _ in given], [length for _, length, _ in given]
+        return core_rows(of, lengths, [start for _, _, start in given])
 
     def run(self, layer: LayerExperts, x_TD: Tensor, routing: Routing) -> Tensor:
         """Return what a layer's experts make of ``x``, and count what prompts do there."""

@@ -94,6 +94,7 @@ def test_the_channels_come_out_row_by_row(dtype, by_input):
 
 
 @needs_cpp
+@torch.no_grad()
 def test_torch_computes_the_same():
     experts = by_channel(plain(torch.float32, "swiglu", bias=True), by_input=False)
     rows = routed(29, torch.float32)
