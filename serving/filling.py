@@ -10,9 +10,9 @@ from ..moe.models.model import Model
 from ..moe.models.options import ModelOptions
 from ..moe.models.table import build_model
 from ..moe.without_memory import without_memory
-from .core_mode import use_core_channels
 from .experts.budget import budget_bytes
 from .experts.copies import copies_bytes, open_fallback
+from .experts.core_mode import use_core_channels
 from .experts.fallback import Fallback
 from .experts.forwards import announce_forwards
 from .experts.offloaded import OffloadedExperts

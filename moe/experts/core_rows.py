@@ -119,7 +119,7 @@ def path_of(
 ) -> ExpertPath:
     """Return the path of a batch with adapters or core channels to a layer's experts.
 
-    Models whose answers use core channels have no adapters of experts (serving/core_checks.py).
+    Models whose answers use core channels have no adapters of experts (folders/peft/read.py).
     """
     if core is not None:
         return CorePath(core)

@@ -1,11 +1,11 @@
 """Let a decoder's answers use core channels of experts (moe/experts/core_channels.py)."""
 
-from ..errors import ConfigError
-from ..moe.experts.core_channels import CoreMode
-from ..moe.models.decoder import Decoder
-from ..moe.models.model import Model
-from ..moe.routers.averaged import AveragedConfig
-from .experts.sparsity import Sparsity
+from ...errors import ConfigError
+from ...moe.experts.core_channels import CoreMode
+from ...moe.models.decoder import Decoder
+from ...moe.models.model import Model
+from ...moe.routers.averaged import AveragedConfig
+from .sparsity import Sparsity
 
 
 def use_core_channels(model: Model, sparsity: Sparsity | None) -> None:
