@@ -76,10 +76,9 @@ def load(
     around it (``direct``), or measures (``auto``). ``adapters`` are adapter folders by name
     (docs/adapters.md): a call of the model names one of them, or none.
     The others are off by default and change answers (docs/offloading.md): ``expert_sparsity``, a
-    file of ``moeyard sparsity``, or ``coreinfer:0.4`` (``exact`` changes nothing);
+    file of ``moeyard sparsity`` or ``coreinfer:0.4`` (``exact`` changes nothing);
     ``expert_fallback``, the same model in fewer bits, for missing experts up to
-    ``expert_fallback_above``. ``expert_correction`` undoes that, all but for
-    ``expert_correction_threshold``.
+    ``expert_fallback_above``; ``expert_correction`` undoes it, but for its threshold.
 
     Raises :class:`ModelFileError` for a folder that is damaged or of an unknown kind and for a
     model that cannot be downloaded, and :class:`ConfigError` for arguments that do not fit.
