@@ -365,7 +365,7 @@ MUTATIONS = [
     (
         "up rows get the bias of gates",
         "kernels/cpu/src/experts.h",
-        "add_bias(a.fc1_bias, block.slot, up_from,",
+        "add_bias(a.fc1_bias, block.slot, a.d_expert + from,",
         "add_bias(a.fc1_bias, block.slot, from,",
         CPP,
     ),

@@ -58,6 +58,11 @@ def run(arguments: argparse.Namespace) -> None:
 
         length = arguments.length or trained_length(arguments.model)
         score = score_text(model, text, length)
+        if model.decoder.core is not None:
+            sys.stderr.write(
+                "answers use core channels, so the first half of each window is read as a prompt "
+                "and the second half is predicted.\n"
+            )
         values = {
             "loss": score.loss,
             "perplexity": score.perplexity,

@@ -74,6 +74,7 @@ def store_options(arguments: argparse.Namespace) -> "StoreOptions":
         predictor=arguments.expert_predictor,
         reader=arguments.expert_reader,
         log=None if log is None else Path(log),
+        sparsity=arguments.expert_sparsity,
         fallback=None if fallback is None else Path(fallback),
         fallback_above=arguments.expert_fallback_above,
         correction=getattr(arguments, "expert_correction", None),

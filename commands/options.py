@@ -96,7 +96,7 @@ def add_expert_store(parser: argparse.ArgumentParser) -> None:
         "--expert-sparsity",
         metavar="FILE",
         help="do not read channels of experts that a file of moeyard sparsity takes for 0 (lossy), "
-        "or that gates make 0 (exact)",
+        "that a prompt uses least (coreinfer:SHARE, lossy), or that gates make 0 (exact)",
     )
     parser.add_argument(
         "--expert-log",

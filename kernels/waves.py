@@ -12,6 +12,7 @@ from .cpu.experts import CppWaves, can_run
 from .torch_ops.experts import TorchWaves
 from .trust import may_use_cpp
 from .values.quantized_weights import SlotWeights
+from .values.row_channels import RowChannels
 
 
 class Waves(Protocol):
@@ -47,9 +48,16 @@ class LineWaves(Waves, Protocol):
 
 
 def start_waves(
-    x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, num_experts: int
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    num_experts: int,
+    channels: RowChannels | None = None,
 ) -> LineWaves:
-    """Begin a sum on the fastest backend that supports these rows."""
+    """Begin a sum on the fastest backend that supports these rows.
+
+    ``channels`` says which channels each row uses, for experts that are stored by channel.
+    """
     if may_use_cpp(x_TD) and can_run(x_TD, weights_TK):
-        return CppWaves(x_TD, experts_TK, weights_TK)
-    return TorchWaves(x_TD, experts_TK, weights_TK, num_experts)
+        return CppWaves(x_TD, experts_TK, weights_TK, channels)
+    return TorchWaves(x_TD, experts_TK, weights_TK, num_experts, channels)

@@ -10,6 +10,8 @@ from torch import Tensor
 from ..kernels.values.memory import to_device
 from .adapters.adapter import Adapter
 from .adapters.rows import AdapterRows, adapter_rows
+from .experts.core_channels import CoreChannels
+from .experts.core_rows import CoreRows, core_rows
 from .kv_cache import KVCache
 from .routers.groups import previous_rows
 
@@ -53,6 +55,8 @@ class Batch:
     """The token id before each row, -1 for none, for routers that read it."""
     adapters: AdapterRows | None = None
     """Which rows go through which adapter; None = all go through the weights alone."""
+    core: CoreRows | None = None
+    """Which rows use core channels of experts; None = all use all."""
 
     @property
     def is_uniform(self) -> bool:
@@ -81,6 +85,7 @@ class Batch:
             timesteps_T=None if self.timesteps_T is None else self.timesteps_T[rows_N],
             routes=None if self.routes is None else {i: r[rows_N] for i, r in self.routes.items()},
             adapters=None if self.adapters is None else self.adapters.subset(sequences),
+            core=None if self.core is None else self.core.subset(sequences),
         )
 
     def with_previous_ids(self) -> "Batch":
@@ -109,10 +114,12 @@ def batch_of(
     sequences: Sequence[Tensor],
     caches: Sequence[KVCache] | None = None,
     adapters: Sequence[Adapter | None] | None = None,
+    cores: Sequence[CoreChannels | None] | None = None,
 ) -> Batch:
     """Concatenate 1-D id tensors, each continuing its cache if there are caches.
 
-    ``adapters`` has one for each sequence, None for the model alone.
+    ``adapters`` has one for each sequence, None for the model alone. ``cores`` has the core
+    channels of each, None for all channels.
     """
     lengths = tuple(len(ids) for ids in sequences)
     starts = [0] * len(sequences) if caches is None else [cache.length for cache in caches]
@@ -124,6 +131,7 @@ def batch_of(
         lengths=lengths,
         caches=None if caches is None else tuple(caches),
         adapters=adapter_rows(adapters, lengths),
+        core=core_rows(cores, lengths, starts),
     )
 
 

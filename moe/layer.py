@@ -14,9 +14,10 @@ from ..errors import ConfigError
 from ..kernels.experts import Backend
 from ..kernels.values.activation import ACTIVATIONS, Activation
 from .adapters.rows import AdapterRows
-from .experts.adapted import adapted_path, of_lines
+from .experts.adapted import of_lines
 from .experts.average import AverageExpert
 from .experts.base import LayerExperts
+from .experts.core_rows import CoreRows, path_of
 from .experts.path import Beside, ExpertPath, LocalPath
 from .experts.resident import Experts
 from .gated_mlp import GatedMLP, run_shared
@@ -131,14 +132,14 @@ class MoELayer(nn.Module):
         timesteps: Tensor | None = None,
         routing: Routing | None = None,
         adapters: AdapterRows | None = None,
+        core: CoreRows | None = None,
     ) -> tuple[Tensor, Routing]:
         """Return the layer's output, shaped like ``x`` ``[..., D]``, and the routing.
 
         ``token_ids`` (int64, only read by routers such as ``Hash``) and ``valid`` (bool, False for
         padding, which is neither computed nor counted) have x's leading shape; its last dimension
-        is the tokens of a sequence. So have ``tasks`` and ``timesteps``, for routers that read
-        them. ``routing`` is a choice made earlier; layers whose router does not read x need it.
-        ``adapters`` says which rows go through which adapter (serving).
+        is the tokens of a sequence. So have ``tasks`` and ``timesteps``. ``routing`` is a choice
+        made earlier, for routers that do not read x. ``adapters`` and ``core`` are for serving.
         """
         given = {"token_ids": token_ids, "valid": valid, "tasks": tasks, "timesteps": timesteps}
         self._check(x, given)
@@ -164,7 +165,7 @@ class MoELayer(nn.Module):
         if self.shared_expert is not None:
             modules = (self.shared_expert, self.shared_expert_gate)
             shared = partial(run_shared, *modules, adapters, x_TD)
-        path = self.path if adapters is None else adapted_path(self.path, adapters, self.experts)
+        path = path_of(self.path, self.experts, adapters, core)
         if self.average is not None and not self.training:
             y_TD = self.average(x_TD) if shared is None else self.average(x_TD) + shared()
         elif self.gate.config.varies:

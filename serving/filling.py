@@ -12,6 +12,7 @@ from ..moe.models.table import build_model
 from ..moe.without_memory import without_memory
 from .experts.budget import budget_bytes
 from .experts.copies import copies_bytes, open_fallback
+from .experts.core_mode import use_core_channels
 from .experts.fallback import Fallback
 from .experts.forwards import announce_forwards
 from .experts.offloaded import OffloadedExperts
@@ -23,7 +24,7 @@ from .experts.store import ExpertStore
 from .memory import available_bytes, check_memory
 from .planning.budget import Demand
 from .planning.decide import decide
-from .planning.start import log_start
+from .planning.start import log_lossy, log_start
 from .resident import resident_experts
 
 
@@ -61,6 +62,7 @@ def fill_model(
     with without_memory():
         model = build_model(files.config, ModelOptions(expert_ids=()))
     store, fallback, sparsity = None, None, open_sparsity(files, options.sparsity)
+    use_core_channels(model, sparsity)
     if expert_memory is not None:
         num_bytes = budget_bytes(files, dtype, expert_memory)
         store = open_store(files, dtype, num_bytes, options=options, free_bytes=available_bytes())
@@ -70,7 +72,7 @@ def fill_model(
     run_reads(files, [*dense_reads(files, model, dtype), *reads])
     if sharding is not None and store is not None:
         sharding.attach(model, store, files, dtype)
-    if sparsity is not None and sparsity.score is not None:
+    if sparsity is not None and sparsity.owner is not None:
         sparsity.check_owner(owner_of(model))
     if store is not None:
         predictor = open_predictor(options.predictor, model)
@@ -80,6 +82,8 @@ def fill_model(
         slots = None if store is None else store.pools.num_slots
         plan = None if store is None else store.read_plan
         log_start(files, dtype, slots, plan, options, room)
+    else:
+        log_lossy(files, dtype, options)
     if device.type != "cpu":
         model.to(device)
     return Filled(model, store, fallback)

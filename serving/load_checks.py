@@ -9,6 +9,7 @@ from ..moe.models.correction import check_correction
 from .experts.options import StoreOptions
 from .experts.policies.table import check_policy
 from .experts.predictors.table import check_predictor
+from .experts.sparsity import CORE
 
 CPU = torch.device("cpu")
 
@@ -68,6 +69,11 @@ def check_lossy(options: StoreOptions, expert_memory: str | None) -> None:
             raise ConfigError(
                 f"expert-log is {str(options.log)!r}, but a log cannot say which experts "
                 "expert-fallback computed from copies; leave one out."
+            )
+        if (options.sparsity or "").startswith(CORE):
+            raise ConfigError(
+                f"expert-sparsity is {options.sparsity!r}, but copies of expert-fallback have no "
+                "channels to leave out; leave one out."
             )
     elif options.fallback_above is not None or options.correction is not None:
         name = "expert-correction" if options.fallback_above is None else "expert-fallback-above"

@@ -79,9 +79,9 @@ def load(
     around it (``direct``), or measures (``auto``). ``adapters`` are adapter folders by name
     (docs/adapters.md): a call of the model names one of them, or none.
     The others are off by default and change answers (docs/offloading.md): ``expert_sparsity``, a
-    file of ``moeyard sparsity`` (``exact`` changes nothing); ``expert_fallback``, the same model in
-    fewer bits, for missing experts up to ``expert_fallback_above``. ``expert_correction`` undoes
-    that, all but for ``expert_correction_threshold``.
+    file of ``moeyard sparsity`` or ``coreinfer:0.4`` (``exact`` changes nothing);
+    ``expert_fallback``, the same model in fewer bits, for missing experts up to
+    ``expert_fallback_above``; ``expert_correction`` undoes it, but for its threshold.
     ``speculative`` (``ngram`` or ``suffix``) guesses next tokens from the text so far and checks
     several in one step, up to ``speculative_rows`` of them; it changes no answer.
 

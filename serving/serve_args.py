@@ -34,7 +34,7 @@ class ServeArgs(LoraArgs, ExpertParallelArgs, FollowArgs):
     by the node's replicas; None or 0 = none."""
     expert_sparsity: str | None = None
     """A file of ``moeyard sparsity``: channels of experts that count as 0 are not read; or
-    ``exact``, for what gates make 0."""
+    ``coreinfer:SHARE``, for those that a prompt uses least; or ``exact``, for what gates make 0."""
     expert_reader: Literal["auto", "buffered", "direct"] = "auto"
     """Read experts through the page cache, around it, or as a probe at the start finds better."""
     expert_fallback: str | None = None

@@ -16,7 +16,7 @@ from .planning.budget import Room, demand_of_server
 from .planning.decide import decide
 from .planning.kv import asked_kv_bytes, describe_kv, free_kv_bytes
 from .planning.sizes import sizes_of
-from .planning.start import log_kv, log_start
+from .planning.start import log_kv, log_lossy, log_start
 from .serve_args import ServeArgs
 
 
@@ -75,6 +75,7 @@ def log_budgets(args: ServeArgs, room: Room | None) -> None:
         if kv is not None:
             log_kv(describe_kv(folder, dtype, kv, demand))
         if args.expert_memory is None and room is None:
+            log_lossy(folder, dtype, args.store_options)
             return
         slots = reads = None
         if args.expert_memory is not None:

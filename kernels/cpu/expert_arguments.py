@@ -19,6 +19,7 @@ from ..values.expert_weights import ExpertWeights, SlotTable
 from ..values.few_bits import FewBitsExpertWeights
 from ..values.group_sparse import GroupSparseExpertWeights, GroupSparseMatrices
 from ..values.quantized_weights import QuantizedExpertWeights, QuantizedMatrices
+from ..values.row_channels import RowChannels
 from ..values.two_of_four import TwoOfFourExpertWeights, TwoOfFourMatrices
 from .library import TYPES, address
 from .structures import (
@@ -115,6 +116,7 @@ def channel_arguments(
     experts: ChannelExpertWeights,
     only: Collection[int] | None,
     lines_RD: Tensor | None,
+    channels: RowChannels | None = None,
 ) -> "tuple[ChannelExpertArguments, array[int] | None]":
     """Return the arguments of experts that are stored by channel."""
     fc1, fc2_SFD = experts.parts
@@ -122,12 +124,15 @@ def channel_arguments(
     rest.fc1, rest.fc1_stride = fc1.data_ptr(), fc1.stride(0)
     rest.fc2, rest.fc2_stride = fc2_SFD.data_ptr(), fc2_SFD.stride(0)
     limits = experts.limits or ChannelLimits()
+    channels = channels or RowChannels()
     arguments = ChannelExpertArguments(
         rest=rest,
         by_input=experts.by_input,
         x_limits=address(limits.x_ED),
         gate_limits=address(limits.gate_EF),
         act_limits=address(limits.act_EF),
+        used=address(channels.used_RF),
+        act=address(channels.act_RF),
     )
     return arguments, slots
 

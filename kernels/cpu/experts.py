@@ -15,6 +15,7 @@ from ..values.expert_weights import ExpertWeights, SlotTable
 from ..values.group_sparse import GroupSparseExpertWeights
 from ..values.grouping import outside
 from ..values.quantized_weights import QuantizedExpertWeights, SlotWeights
+from ..values.row_channels import RowChannels
 from ..values.two_of_four import TwoOfFourExpertWeights
 from .expert_arguments import (
     channel_arguments,
@@ -70,11 +71,17 @@ class CppWaves:
     bits depend neither on the other rows nor on the order of the waves.
     """
 
-    def __init__(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> None:
+    def __init__(
+        self,
+        x_TD: Tensor,
+        experts_TK: Tensor,
+        weights_TK: Tensor,
+        channels: RowChannels | None = None,
+    ) -> None:
         functions = functions_for(x_TD)
         assert functions is not None, "can_run was not asked"
         self._functions = functions
-        self._x_TD = x_TD
+        self._x_TD, self._channels = x_TD, channels
         self._experts_TK = as_int32(experts_TK)
         self._weights_TK = weights_TK.float().contiguous()
         self._lines_RD = empty_fp32(experts_TK.numel(), x_TD.shape[1])
@@ -87,6 +94,7 @@ class CppWaves:
         assert is_plain(experts), "the slots are not dense"
         assert experts.d_model == self._x_TD.shape[1], "experts take another width"
         rows = (self._x_TD, self._experts_TK)
+        assert self._channels is None or isinstance(experts, ChannelExpertWeights), "no channels"
         if isinstance(experts, QuantizedExpertWeights):
             quantized, _slots = quantized_arguments(*rows, experts, only, self._lines_RD)
             wrong = self._functions.moeyard_quantized_experts(ctypes.byref(quantized))
@@ -98,7 +106,9 @@ class CppWaves:
             wrong = self._functions.moeyard_two_of_four_experts(ctypes.byref(packed))
         elif isinstance(experts, ChannelExpertWeights):
             assert experts.fc1.dtype == self._x_TD.dtype, "experts and rows differ in type"
-            by_channel, _slots = channel_arguments(*rows, experts, only, self._lines_RD)
+            channels = self._channels or RowChannels()
+            channels.check(len(self._lines_RD), experts.fc2_SFD.shape[1], self._x_TD.dtype)
+            by_channel, _slots = channel_arguments(*rows, experts, only, self._lines_RD, channels)
             wrong = self._functions.moeyard_channel_experts(ctypes.byref(by_channel))
         else:
             assert experts.fc1_SHD.dtype == self._x_TD.dtype, "experts and rows differ in type"

@@ -164,6 +164,8 @@ class ChannelExpertArguments(ctypes.Structure):
         ("x_limits", Pointer),
         ("gate_limits", Pointer),
         ("act_limits", Pointer),
+        ("used", Pointer),
+        ("act", Pointer),
     ]
 
 

@@ -17,6 +17,7 @@ from ..values.expert_weights import ExpertWeights
 from ..values.grouping import Grouping, group_tokens
 from ..values.main_grads import MainGrads
 from ..values.quantized_weights import SlotWeights
+from ..values.row_channels import RowChannels
 from . import grouped, loop
 
 
@@ -27,11 +28,12 @@ def expert_rows(
     *,
     only: Iterable[int] | None = None,
     out_RD: Tensor | None = None,
+    channels: RowChannels | None = None,
 ) -> Tensor:
     """Run the experts without gradients and return their outputs, ``[R, D]`` in expert order.
 
     ``only`` names the experts to run and ``out_RD`` receives their rows, so that experts can run in
-    waves. A row's bits do not depend on the waves.
+    waves. A row's bits do not depend on the waves. ``channels`` are for experts stored by channel.
     """
     if isinstance(experts, ExpertWeights) and only is None and grouped.can_run(x_TD, experts):
         products = grouped.TorchProducts(grouping, experts)
@@ -39,7 +41,7 @@ def expert_rows(
     if out_RD is None:
         out_RD = x_TD.new_empty(grouping.order_R.numel(), x_TD.shape[1])
     spans = loop.spans_of(grouping, experts, only)
-    loop.infer(x_TD, grouping, experts, spans, out_RD)
+    loop.infer(x_TD, grouping, experts, spans, out_RD, channels)
     return out_RD
 
 
@@ -103,15 +105,21 @@ class TorchWaves:
     """A sum without gradients whose experts run in waves; see waves.py."""
 
     def __init__(
-        self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, num_experts: int
+        self,
+        x_TD: Tensor,
+        experts_TK: Tensor,
+        weights_TK: Tensor,
+        num_experts: int,
+        channels: RowChannels | None = None,
     ) -> None:
-        self._x_TD, self._weights_TK = x_TD, weights_TK
+        self._x_TD, self._weights_TK, self._channels = x_TD, weights_TK, channels
         self._grouping = group_tokens(experts_TK, num_experts)
         self._y_RD: Tensor | None = None
 
     def add(self, experts: SlotWeights, only: Collection[int] | None = None) -> None:
         """Run all experts in slots, or ``only`` some of them."""
-        self._y_RD = expert_rows(self._x_TD, self._grouping, experts, only=only, out_RD=self._y_RD)
+        rows = (self._x_TD, self._grouping, experts)
+        self._y_RD = expert_rows(*rows, only=only, out_RD=self._y_RD, channels=self._channels)
 
     def lines(self, routed_r: Tensor) -> Tensor:
         """Return the lines of some routed rows, ``[r, D]`` in x's type; see waves.py."""

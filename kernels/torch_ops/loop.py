@@ -27,6 +27,7 @@ from ..values.expert_weights import ExpertWeights, SlotTable
 from ..values.grouping import Grouping
 from ..values.main_grads import MainGrads
 from ..values.quantized_weights import SlotWeights
+from ..values.row_channels import RowChannels
 from .quantized import quantized_linear
 from .row_stable import bf16_row_stable_linear
 
@@ -77,6 +78,7 @@ def infer(
     experts: SlotWeights,
     spans: list[Span],
     out_RD: Tensor,
+    channels: RowChannels | None = None,
 ) -> None:
     """Write the outputs of the groups into their lines of ``out_RD``; keep nothing for backward.
 
@@ -91,6 +93,8 @@ def infer(
             fc1_HD, fc2_DF = experts.matrices(slot, x_TD.dtype)
             h_nH = bf16_row_stable_linear(experts.keep_x(x_nD, expert), fc1_HD)
             act_nF = experts.activate(_with_bias(h_nH, bias1_H), expert)
+            if channels is not None:
+                act_nF = channels.of(act_nF, grouping.order_R[start:end])
             y_nD = bf16_row_stable_linear(act_nF, fc2_DF)
         elif isinstance(experts, ExpertWeights):
             h_nH = _with_bias(bf16_row_stable_linear(x_nD, experts.fc1_SHD[slot]), bias1_H)

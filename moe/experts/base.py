@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from ...kernels.values.row_channels import RowChannels
 from ..adapters.rows import RowUpdates
 from ..routers.routing import Routing
 
@@ -35,6 +36,15 @@ class LayerExperts(nn.Module):
         """Return what :meth:`forward` does, for inference, where some rows have an update.
 
         The other rows have the bits of :meth:`forward`.
+        """
+        raise NotImplementedError
+
+    def by_channel(
+        self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor, channels: RowChannels
+    ) -> Tensor:
+        """Return what :meth:`forward` does, for inference, where rows use some channels.
+
+        Only for experts that are stored by channel.
         """
         raise NotImplementedError
 

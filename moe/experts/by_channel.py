@@ -4,6 +4,8 @@ from torch import Tensor
 
 from ...kernels.experts import expert_mlp
 from ...kernels.values.channel_weights import ChannelExpertWeights
+from ...kernels.values.row_channels import RowChannels
+from ...kernels.waves import start_waves
 from .base import LayerExperts
 
 
@@ -29,3 +31,12 @@ class ChannelExperts(LayerExperts):
     ) -> Tensor:
         """Return the weighted sum of each row's experts, ``[N, D]``."""
         return expert_mlp(x_ND, experts_NK, weights_NK, self.weights)
+
+    def by_channel(
+        self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor, channels: RowChannels
+    ) -> Tensor:
+        """See :class:`LayerExperts`."""
+        rows = (x_ND, experts_NK, weights_NK)
+        waves = start_waves(*rows, self.weights.num_experts, channels)
+        waves.add(self.weights)
+        return waves.result()

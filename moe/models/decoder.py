@@ -17,6 +17,7 @@ from ..attention.rope import Rope
 from ..batch import Batch
 from ..blocks.block import State
 from ..config.model import ModelConfig
+from ..experts.core_channels import CoreChannels, CoreMode
 from ..kv_cache import SequenceCache
 from ..linear import Linear
 from ..norm import RMSNorm
@@ -89,6 +90,8 @@ class Decoder(Model):
             self.norm = RMSNorm(config.d_model, config.rms_eps)
             self.lm_head = Linear(config.d_model, config.vocabulary)
             self.tie()
+        self.core: CoreMode | None = None
+        """That answers use core channels of experts; None = they use all."""
         self._rope = Rope.of(config)
         self._reads_previous_ids = any(r.config.reads_previous_ids() for r in self.routers())
         self._connect()
@@ -142,6 +145,10 @@ class Decoder(Model):
         """Return an empty cache for one sequence."""
         specs = [layer.self_attn.cache_spec() for layer in self._decoder_layers()]
         return SequenceCache(specs, max_length or self.config.max_positions, self.device)
+
+    def new_core(self, num_prompt: int) -> CoreChannels | None:
+        """Return what becomes the core channels of a text; None where answers use all."""
+        return None if self.core is None else CoreChannels(self.core, num_prompt)
 
     def forward(self, batch: Batch, before: StageRows | None = None) -> DecoderOutput:
         """Run the decoder on a batch; its caches, if any, grow by the batch's rows.

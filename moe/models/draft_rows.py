@@ -12,6 +12,7 @@ from ..batch import batch_of
 from ..drafts.speculation import Speculation
 from ..drafts.table import drafter_named
 from ..drafts.tally import DraftTally
+from ..experts.core_channels import CoreChannels
 from ..kv_cache import CachePosition, KVCache
 from .decoder import Decoder, DecoderOutput
 
@@ -25,6 +26,7 @@ class TextRows:
     adapter: Adapter | None
     num_drafted: int = 0
     """How many of the last ids are drafted; the one before them is then the text's last id."""
+    core: CoreChannels | None = None
 
 
 def run_rows(decoder: Decoder, texts: Sequence[TextRows]) -> DecoderOutput:
@@ -36,19 +38,22 @@ def run_rows(decoder: Decoder, texts: Sequence[TextRows]) -> DecoderOutput:
     ids: list[torch.Tensor] = []
     caches: list[KVCache] = []
     adapters: list[Adapter | None] = []
+    cores: list[CoreChannels | None] = []
     for text in texts:
         ids_N = torch.tensor(text.ids)
         if text.num_drafted == 0:
             ids.append(ids_N)
             caches.append(text.cache)
             adapters.append(text.adapter)
+            cores.append(text.core)
             continue
         text.cache.keep_ids(ids_N)
         ids += ids_N.split(1)
         start = text.cache.length
         caches += [CachePosition(text.cache, start + row) for row in range(len(ids_N))]
         adapters += [text.adapter] * len(ids_N)
-    output: DecoderOutput = decoder(batch_of(ids, caches, adapters))
+        cores += [text.core] * len(ids_N)
+    output: DecoderOutput = decoder(batch_of(ids, caches, adapters, cores))
     for text in texts:
         if text.num_drafted:
             text.cache.length += len(text.ids)

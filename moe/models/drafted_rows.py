@@ -53,6 +53,7 @@ class _Text:
     def __init__(self, decoder: Decoder, ids_T: Tensor, limits: GenerationLimits, row: int) -> None:
         self.ids: list[int] = ids_T.tolist()
         self.cache: SequenceCache = decoder.new_cache(len(ids_T) + limits.max_new_tokens)
+        self.core = decoder.new_core(len(ids_T))
         self.drafts: TextDrafts | None = None
         self.coming = deque[int]()
         """Tokens that were drawn and not yielded."""
@@ -137,7 +138,7 @@ def _scores(decoder: Decoder, texts: list[_Text], adapter: Adapter | None) -> li
     for text in texts:
         ids = text.next_ids()
         text.cache.reserve(len(ids))
-        turns.append(TextRows(text.cache, ids, adapter, len(text.drafted)))
+        turns.append(TextRows(text.cache, ids, adapter, len(text.drafted), text.core))
     chunks = run_rows(decoder, turns).hidden_TD.split([len(turn.ids) for turn in turns])
     counts = [1 + turn.num_drafted for turn in turns]
     wanted = [chunk[-count:] for chunk, count in zip(chunks, counts, strict=True)]

@@ -75,10 +75,11 @@ def continue_rows(
     for row, generator in enumerate(generators):
         generator.seed() if limits.seed is None else generator.manual_seed(limits.seed + row)
     caches = [decoder.new_cache(len(ids_T) + limits.max_new_tokens) for ids_T in rows]
+    cores = [decoder.new_core(len(ids_T)) for ids_T in rows]
     ended: list[int | None] = [None] * len(rows)
     inputs = list(rows)
     for _ in range(limits.max_new_tokens):
-        batch = batch_of(inputs, caches, [adapter] * len(rows))
+        batch = batch_of(inputs, caches, [adapter] * len(rows), cores)
         ends = torch.tensor(batch.lengths).cumsum(0) - 1
         hidden_TD = decoder(batch).hidden_TD
         logits_BV = decoder.logits(hidden_TD[to_device(ends, hidden_TD.device)]).cpu()

@@ -58,7 +58,7 @@ class Engine:
         self._model = model
         self._decode = decode
         self._prefill_chunk = prefill_chunk
-        self._salts = Salts(reuses_prefixes)
+        self._salts = Salts(reuses_prefixes and model.decoder.core is None)  # a core needs all rows
         self._shares_prompts = shares_prompts
         self._has_exact_rows = rows_are_exact(model.decoder)
         check_length(max_model_len, model.config.max_positions)
@@ -214,7 +214,7 @@ class Engine:
                 self._memory.copy(*blocks)
             sequence = self._sequences[job.request_id]
             sequence.begin(self._memory.open(job))
-            sequence.prompt_logprobs = list(leader.prompt_logprobs)
+            sequence.take_prompt(leader)
             forked.append(sequence)
         return forked
 

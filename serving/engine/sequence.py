@@ -10,7 +10,9 @@ import torch
 from ...errors import RequestError
 from ...moe.adapters.adapter import Adapter
 from ...moe.drafts.text import TextDrafts
+from ...moe.experts.core_channels import CoreChannels
 from ...moe.kv_blocks import BlockCache
+from ...moe.models.decoder import Decoder
 from ...moe.models.sampling import SamplingParams
 from ...moe.models.text_stream import CONTEXT_IDS, Decode, TextStream
 from .jobs import Job
@@ -100,6 +102,7 @@ class Sequence:
         self.prompt_logprobs: list[TokenLogprob] = []
         self.drafts: TextDrafts | None = None
         """Guesses of the next tokens, if the engine speculates."""
+        self._core: CoreChannels | None = None
         self.generator = torch.Generator()
         if request.seed is None:
             self.generator.seed()
@@ -166,6 +169,20 @@ class Sequence:
         self.cache = cache
         if not self.job.has_begun:
             self.prompt_logprobs = []
+
+    def core(self, decoder: Decoder) -> CoreChannels | None:
+        """Return the core channels of the text, if answers of ``decoder`` use them.
+
+        They stay when the blocks are lost.
+        """
+        if self._core is None:
+            self._core = decoder.new_core(self.job.num_prompt)
+        return self._core
+
+    def take_prompt(self, leader: "Sequence") -> None:
+        """Take over what ``leader`` has learned of the same prompt."""
+        self.prompt_logprobs = list(leader.prompt_logprobs)
+        self._core = leader._core
 
     def next_ids(self, count: int) -> tuple[int, ...]:
         """Return the next ``count`` ids that a forward must read, and those drafted after them."""

@@ -98,7 +98,10 @@ def _out_of_memory() -> RequestError:
 
 
 def _forward(decoder: Decoder, turns: list[Turn]) -> tuple[list[StepResult], list[Routing]]:
-    texts = [TextRows(s.cache, ids, s.request.adapter, len(s.drafted)) for s, ids in turns]
+    texts = [
+        TextRows(s.cache, ids, s.request.adapter, len(s.drafted), s.core(decoder))
+        for s, ids in turns
+    ]
     output = run_rows(decoder, texts)
     chunks = output.hidden_TD.split([len(ids) for _, ids in turns])
     counts = [1 + len(s.drafted) if s.has_read_all else 0 for s, _ in turns]

@@ -50,15 +50,19 @@ def score_text(
     length: int | None = None,
     limit: int | None = None,
     by_steps: bool = False,
+    second_halves: bool = False,
 ) -> TextScore:
     """Predict every token of ``text`` but the first, in windows of ``length`` tokens.
 
     Window n reads tokens ``n*L`` to ``(n+1)*L - 1`` and predicts each one's successor, as the
     held-out evaluation of training does. ``length`` defaults to the model's longest sequence, at
     most 2048. ``limit`` is the most tokens that are predicted. ``by_steps`` gives the model one
-    token after the other, as an answer does. Raises :class:`DataError` for a text of less than two
-    tokens.
+    token after the other, as an answer does. With ``second_halves`` a window's first half is read
+    as a prompt and only the tokens after it count, which follow in one piece; models whose answers
+    use core channels of experts are always scored so. Raises :class:`DataError` for a text without
+    a token to predict.
     """
+    second_halves = second_halves or model.decoder.core is not None
     longest = model.config.max_positions
     length = min(longest, ROWS) if length is None else length
     if not 1 <= length <= longest:
@@ -72,7 +76,7 @@ def score_text(
         raise DataError(f"the text has {len(ids)} tokens; give one of two tokens or more.")
     device = model.decoder.embed_tokens.weight.device
     ids_T = torch.tensor(ids, dtype=torch.int64, device=device)
-    loss_sum = 0.0
+    loss_sum, num_scored = 0.0, 0
     starts = range(0, num_targets, length)
     per_pass = max(1, ROWS // length)
     with Progress("evaluating", num_targets) as progress:
@@ -83,14 +87,34 @@ def score_text(
             reach = min(length, num_targets - windows[0])
             inputs_BL = torch.stack([ids_T[start : start + reach] for start in windows])
             targets_BL = torch.stack([ids_T[start + 1 : start + 1 + reach] for start in windows])
-            scored = _by_steps(model, inputs_BL) if by_steps else model(inputs_BL).flatten(0, 1)
+            progress.advance(targets_BL.numel())
+            if second_halves:
+                targets_BL = targets_BL[:, reach // 2 :]
+                if reach < 2:
+                    continue
+                scored = _after_halves(model, inputs_BL)
+            else:
+                scored = _by_steps(model, inputs_BL) if by_steps else model(inputs_BL).flatten(0, 1)
             logits_NV = scored.float()
             part = F.cross_entropy(logits_NV, targets_BL.flatten(), reduction="sum")
             loss_sum += float(part)
-            progress.advance(targets_BL.numel())
+            num_scored += targets_BL.numel()
+    if num_scored == 0:
+        raise DataError(f"windows of {length} tokens have no halves; use a length of 2 or more.")
     num_bytes = len(text.encode())
-    loss = loss_sum / num_targets
-    return TextScore(loss, length, num_targets, num_bytes, loss * len(ids) / num_bytes)
+    loss = loss_sum / num_scored
+    return TextScore(loss, length, num_scored, num_bytes, loss * len(ids) / num_bytes)
+
+
+@torch.inference_mode()
+def _after_halves(model: LanguageModel, inputs_BL: torch.Tensor) -> torch.Tensor:
+    """Return the scores of the tokens of second halves, ``[N, V]``, as those of answers."""
+    decoder, length = model.decoder, inputs_BL.shape[1]
+    prompts, answers = (list(half) for half in inputs_BL.split([length // 2, -(-length // 2)], 1))
+    caches = [decoder.new_cache(length) for _ in prompts]
+    cores = [decoder.new_core(length // 2) for _ in prompts]
+    decoder(batch_of(prompts, caches, cores=cores))
+    return decoder.logits(decoder(batch_of(answers, caches, cores=cores)).hidden_TD)
 
 
 @torch.inference_mode()

@@ -20,8 +20,13 @@ def run_tasks(
     """Return the metrics of ``tasks`` as ``TASK/METRIC``; ``limit`` bounds the examples of each.
 
     ``include_path`` is a folder with tasks in lm-eval's YAML form. Raises :class:`ConfigError` for
-    tasks that lm-eval does not know.
+    tasks that lm-eval does not know, and for models whose answers use core channels.
     """
+    if model.decoder.core is not None:
+        raise ConfigError(
+            "--tasks score texts in one piece, but with expert-sparsity coreinfer only answers "
+            "leave channels out; measure with moeyard price --text."
+        )
     import lm_eval
     from lm_eval.tasks import TaskManager
 

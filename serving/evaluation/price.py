@@ -19,6 +19,8 @@ from .held_out_text import score_text
 
 PROMPT = 16
 """Tokens of text before each answer."""
+CORE_PROMPT = 128
+"""The same where the prompt decides which channels an answer uses."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,26 +76,29 @@ def measure(
 
     Perplexity is that of ``text``. Where it ``depends_on_memory`` which weights are used, tokens
     are scored one by one, as answers are computed, and an expert's bytes are those that were read,
-    per expert of a generated token. A corrected model has no scores: its perplexity is
-    the exact model's of its answers. Answers take turns, exact and lossy, after one of each that
-    is not counted; their prompts are spread over ``text``. Raises :class:`DataError` for a text
-    that is too short.
+    per expert of a generated token. Where answers use core channels, both models score the second
+    halves of windows, and the bytes are those of the channels that were used. A corrected model has
+    no scores: its perplexity is the exact model's of its answers. Answers take turns, exact and
+    lossy, after one of each that is not counted; their prompts are spread over ``text``. Raises
+    :class:`DataError` for a text that is too short.
     """
     runs = _answer_in_turns(exact, lossy, text, plan)
     arms = (exact, lossy)
+    core = lossy.model.decoder.core
     if lossy.model.correction is not None:
         num_tokens = plan.answers * plan.tokens
         perplexities = [float(torch.tensor(run.loss / num_tokens).exp()) for run in runs]
     else:
         limit = plan.steps if depends_on_memory else None
         by_steps = depends_on_memory
-        scores = [score_text(arm.model, text, plan.length, limit, by_steps) for arm in arms]
+        how = (plan.length, limit, by_steps, core is not None)
+        scores = [score_text(arm.model, text, *how) for arm in arms]
         num_tokens = scores[0].tokens
         perplexities = [score.perplexity for score in scores]
     first, second = (
         Measured(
             perplexity=perplexity,
-            expert_bytes=_bytes_of(arm, run, plan) if depends_on_memory else arm.expert_bytes,
+            expert_bytes=_bytes_of(arm, run, plan) if depends_on_memory else _bytes_used(arm),
             tokens_per_s=plan.timed_tokens / run.seconds,
         )
         for perplexity, arm, run in zip(perplexities, arms, runs, strict=True)
@@ -108,19 +113,20 @@ def measure(
 
 def _answer_in_turns(exact: Arm, lossy: Arm, text: str, plan: Plan) -> list[_Run]:
     ids = exact.model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    stride = (len(ids) - PROMPT) // (plan.answers + 1)
+    prompt = PROMPT if lossy.model.decoder.core is None else CORE_PROMPT
+    stride = (len(ids) - prompt) // (plan.answers + 1)
     if stride < 1:
         raise DataError(f"the text has {len(ids)} tokens; give one of some hundreds or more.")
     runs = [_Run(), _Run()]
     for turn in range(plan.answers + 1):
         start = turn * stride
-        prompt_T = torch.tensor(ids[start : start + PROMPT])
+        prompt_T = torch.tensor(ids[start : start + prompt])
         for arm, run in zip((exact, lossy), runs, strict=True):
             answer_T = _answer(arm, prompt_T, run, turn, plan, is_greedy=_is_greedy(lossy))
             if turn == 0:  # it has filled the slots
                 run.seconds, run.bytes_read = 0.0, 0
             else:
-                run.loss += _loss(exact.model, answer_T)
+                run.loss += _loss(exact.model, answer_T, prompt)
     return runs
 
 
@@ -143,15 +149,21 @@ def _answer(
     return torch.cat([prompt_T, torch.tensor(ids)])
 
 
-def _loss(model: LanguageModel, answer_T: torch.Tensor) -> float:
-    """Return the sum of the losses of an answer's tokens."""
-    logits_TV = model(answer_T.unsqueeze(0))[0, PROMPT - 1 : -1].float()
-    return float(F.cross_entropy(logits_TV, answer_T[PROMPT:], reduction="sum"))
+def _loss(model: LanguageModel, answer_T: torch.Tensor, prompt: int) -> float:
+    """Return the sum of the losses of an answer's tokens, which follow ``prompt`` others."""
+    logits_TV = model(answer_T.unsqueeze(0))[0, prompt - 1 : -1].float()
+    return float(F.cross_entropy(logits_TV, answer_T[prompt:], reduction="sum"))
 
 
 def _bytes_read(arm: Arm) -> int:
     layers = () if arm.store is None else arm.store.statistics.layers.values()
     return sum(layer.bytes_read for layer in layers)
+
+
+def _bytes_used(arm: Arm) -> float:
+    """Return the bytes of an expert that a row uses, as far as they are known: all of them."""
+    core = arm.model.decoder.core
+    return arm.expert_bytes * (1 if core is None else core.share_used)
 
 
 def _bytes_of(arm: Arm, run: _Run, plan: Plan) -> float:

@@ -12,6 +12,7 @@ from ...kernels.adapted_waves import AdaptedWaves
 from ...kernels.values.channel_weights import ChannelExpertWeights, ChannelLimits
 from ...kernels.values.expert_update import ExpertUpdate
 from ...kernels.values.quantized_weights import SlotWeights
+from ...kernels.values.row_channels import RowChannels
 from ...kernels.waves import Waves, start_waves
 from ...moe.adapters.rows import RowUpdates
 from ...moe.experts.adapted import rows_without
@@ -83,6 +84,14 @@ class OffloadedExperts(LayerExperts):
     ) -> Tensor:
         """Return the weighted sum of each row's experts, ``[N, D]``."""
         waves = start_waves(x_ND, experts_NK, weights_NK, self._num_experts)
+        self._stream([waves], x_ND, experts_NK, weights_NK)
+        return waves.result()
+
+    def by_channel(
+        self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor, channels: RowChannels
+    ) -> Tensor:
+        """See :class:`LayerExperts`. Experts are read as a whole."""
+        waves = start_waves(x_ND, experts_NK, weights_NK, self._num_experts, channels)
         self._stream([waves], x_ND, experts_NK, weights_NK)
         return waves.result()
 

@@ -7,9 +7,13 @@ A channel is kept where its score is above a threshold:
     cats    |act(gate_i)|                    of rows of up and columns of down   (arXiv 2404.08763)
     chess   |act(gate_i)| * mean |up_i|      of the same                         (arXiv 2409.01366)
 
+``coreinfer`` has no threshold: a prompt decides which channels its answer uses
+(moe/experts/core_channels.py, arXiv 2410.18311).
+
 L MoE layers, E experts, D model width, F expert width.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,17 +32,21 @@ from ...moe.folders.folder import ModelFolder
 from ...moe.models.model import Model
 from ...moe.routes.identity import identity_of
 
-Score = Literal["teal", "wina", "cats", "chess"]
+Score = Literal["teal", "wina", "cats", "chess", "coreinfer"]
 SCORES: tuple[Score, ...] = ("teal", "wina", "cats", "chess")
+"""Those with thresholds."""
 KINDS: dict[Score, tuple[str, ...]] = {
     "teal": ("x", "act"),
     "wina": ("x", "act"),
     "cats": ("gate",),
     "chess": ("gate",),
+    "coreinfer": (),
 }
 """Which values of an expert a score is of: its input, act(gate), or act(gate) * up."""
 EXACT = "exact"
 """In place of a file: leave out what a gate makes 0, which changes nothing."""
+CORE = "coreinfer:"
+"""In place of a file, before the target."""
 FORMAT = "moeyard-expert-sparsity"
 Key = tuple[int, str]
 """A layer and a kind of values."""
@@ -80,7 +88,7 @@ class Sparsity:
 
     def limits(self, layer: int, d_model: int, d_expert: int) -> ChannelLimits | None:
         """Return the largest values of a layer that count as 0; None if only 0 does."""
-        if self.score is None:
+        if self.score is None or not KINDS[self.score]:
             return None
         found = {}
         for kind in KINDS[self.score]:
@@ -126,13 +134,16 @@ def save_sparsity(path: Path, sparsity: Sparsity) -> None:
 
 
 def read_sparsity(name: str) -> Sparsity:
-    """Return what ``--expert-sparsity`` names: ``exact``, or a file of ``moeyard sparsity``.
+    """Return what ``--expert-sparsity`` names.
 
-    Raises :class:`ConfigError` for other files.
+    That is ``exact``, ``coreinfer:TARGET``, or a file of ``moeyard sparsity``. Raises
+    :class:`ConfigError` for other targets and files.
     """
     if name == EXACT:
         return Sparsity()
-    remedy = "give a file that moeyard sparsity wrote, or exact."
+    if name.startswith(CORE):
+        return Sparsity("coreinfer", _target_of(name))
+    remedy = "give a file that moeyard sparsity wrote, exact, or coreinfer:0.4."
     try:
         with safe_open(name, "pt") as file:
             metadata = file.metadata() or {}
@@ -154,6 +165,21 @@ def read_sparsity(name: str) -> Sparsity:
     except (KeyError, ValueError):
         raise ConfigError(f"expert-sparsity is {name!r}, which is damaged; {remedy}") from None
     return Sparsity(score, target, owner, parts["threshold"], parts["norm"], Path(name))
+
+
+def _target_of(name: str) -> float:
+    """Return the share of channels that are left out."""
+    text = name.removeprefix(CORE)
+    try:
+        target = float(text)
+    except ValueError:
+        target = math.nan
+    if not 0 <= target < 1:
+        raise ConfigError(
+            f"expert-sparsity is {name!r}; give the share of channels that answers leave out, from "
+            "0 to less than 1, such as coreinfer:0.4."
+        )
+    return target
 
 
 def owner_of(decoder: Model) -> Owner:
@@ -191,7 +217,7 @@ def _check_parts(
     sparsity: Sparsity, layers: Sequence[int], num_experts: int, d_model: int, d_expert: int
 ) -> None:
     """Raise :class:`ConfigError` for a file whose arrays do not fit the model."""
-    if sparsity.score is None:
+    if sparsity.score is None or not KINDS[sparsity.score]:
         return
     widths = {"x": d_model, "gate": d_expert, "act": d_expert}
     keys = {(layer, kind) for layer in layers for kind in KINDS[sparsity.score]}

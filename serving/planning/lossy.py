@@ -16,6 +16,12 @@ from ...moe.folders.two_of_four_format import TwoOfFourFormat
 from ..experts.options import StoreOptions
 from ..experts.sparsity import EXACT, read_sparsity
 
+CORE_MODE = "expert-sparsity coreinfer"
+WHOLE_PROMPTS = (
+    " Each request reads its whole prompt, which decides which channels its answer uses: no "
+    "prefixes are reused."
+)
+
 
 def lossy_modes(folder: ModelFolder, options: StoreOptions) -> list[str]:
     """Return the names of the lossy ways in which a folder runs with these options."""
@@ -53,6 +59,7 @@ def lossy_sentences(folder: Path, modes: Iterable[str]) -> tuple[str, ...]:
     """Return a sentence for each mode: its price, or that there is none."""
     prices = read_prices(folder)
     return tuple(
-        prices[mode].sentence() if mode in prices else f"{mode} is lossy; its price is not known."
+        (prices[mode].sentence() if mode in prices else f"{mode} is lossy; its price is not known.")
+        + (WHOLE_PROMPTS if mode.startswith(CORE_MODE) else "")
         for mode in modes
     )

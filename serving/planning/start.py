@@ -76,6 +76,12 @@ def log_start(
     log.info("%s", describe(decision))
 
 
+def log_lossy(folder: ModelFolder, dtype: torch.dtype, options: StoreOptions) -> None:
+    """Log the lossy ways in which a model runs, where nothing is decided about its experts."""
+    if log.isEnabledFor(logging.INFO):
+        log.info("%s", "".join(f"{sentence}\n" for sentence in _lossy(folder, dtype, options)))
+
+
 def _lossy(folder: ModelFolder, dtype: torch.dtype, options: StoreOptions) -> tuple[str, ...]:
     """Return what copies of experts take and the price of each lossy way."""
     sentences = lossy_sentences(folder.path, lossy_modes(folder, options))

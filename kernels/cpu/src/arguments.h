@@ -106,6 +106,8 @@ struct ChannelExpertArguments {
     int64_t by_input;
     // [E, D] of x, [E, F] of act(gate) and of act(gate) * up: below or at it counts as 0. Null = none.
     const float *x_limits, *gate_limits, *act_limits;
+    const bool* used;  // [T * K, F]: other channels of a routed row count as 0; null = all are used
+    void* act;         // [T * K, F] in `type`, what goes into fc2; null = it is not wanted
 };
 
 // Which channels of the experts with a slot some row needs, judged by gate rows alone.

@@ -1,6 +1,7 @@
 // The expert MLP of experts with channels that are not read where they count as 0, without
-// gradients. With limits, values at or below them are set to 0 first; without, only gates that the
-// activation makes 0 are skipped, and the result is that of experts().
+// gradients. With limits, values at or below them are set to 0 first, and so are channels that a row
+// does not use; without, only gates that the activation makes 0 are skipped, and the result is that
+// of experts().
 #pragma once
 
 #include "channels.h"
@@ -26,12 +27,20 @@ template <class Element> int64_t channel_experts(const ChannelExpertArguments& c
                                a.d_model};
     auto row_of = [&](int64_t r) { return x + order.rows[r] / a.choices * a.d_model; };
     auto expert_of = [&](int64_t r) { return a.experts[order.rows[r]]; };
+    int64_t num_rows = order.num_blocks ? order.row_blocks[order.num_blocks - 1].to : 0;
+    std::unique_ptr<const bool*[]> used;
+    if (c.used) {
+        used.reset(new const bool*[num_rows]);
+        for (int64_t r = 0; r < num_rows; r++) used[r] = c.used + order.rows[r] * a.d_expert;
+    }
     auto limits_of = [&](const RowBlock& block) {
         int64_t first = expert_of(block.from) * a.d_expert;
         return Limits{c.gate_limits ? c.gate_limits + first : nullptr,
-                      c.act_limits ? c.act_limits + first : nullptr};
+                      c.act_limits ? c.act_limits + first : nullptr,
+                      c.used ? used.get() + block.from : nullptr};
     };
-    int64_t num_rows = order.num_blocks ? order.row_blocks[order.num_blocks - 1].to : 0;
+    std::unique_ptr<Element[]> act;
+    if (c.act) act.reset(new Element[num_rows * a.d_expert]);
     std::unique_ptr<Element[]> kept_x;
     if (c.x_limits) {
         kept_x.reset(new Element[num_rows * a.d_model]);
@@ -45,11 +54,14 @@ template <class Element> int64_t channel_experts(const ChannelExpertArguments& c
     };
     if (c.by_input) {
         ByInputMatrix<Element> by_input{fc1, a.fc1_stride, a.d_model, a.fc1_rows()};
-        run_halves<Element>(a, order, by_input, fc2, kept_row_of, limits_of);
+        run_halves<Element>(a, order, by_input, fc2, kept_row_of, limits_of, act.get());
     } else {
         PlainMatrix<Element> plain{fc1, a.fc1_stride, a.d_model};
-        run_halves<Element>(a, order, plain, fc2, kept_row_of, limits_of);
+        run_halves<Element>(a, order, plain, fc2, kept_row_of, limits_of, act.get());
     }
+    for (int64_t r = 0; c.act && r < num_rows; r++)
+        std::memcpy(static_cast<Element*>(c.act) + order.rows[r] * a.d_expert,
+                    act.get() + r * a.d_expert, a.d_expert * sizeof(Element));
     return -1;
 }
 

@@ -7,6 +7,7 @@
 #include "activation.h"
 #include "arguments.h"
 #include "expert_order.h"
+#include "limits.h"
 #include "linear.h"
 #include "products.h"
 
@@ -42,15 +43,6 @@ template <class Element> struct PlainMatrix {
     }
 };
 
-// What one expert's channels are compared with, [F] each: below or at the limit they count as 0.
-// Null = none.
-struct Limits {
-    const float *gate, *act;  // of act(gate), of act(gate) * up
-};
-
-// Whether a value counts as 0. NaN never does.
-inline bool is_below(float value, float limit) { return std::fabs(value) <= limit; }
-
 // Adds entries [from, from + count) of a slot's bias to rows of sums that are `distance` apart.
 inline void add_bias(const Biases& bias, int64_t slot, int64_t from, int64_t count, float* sums,
                      int64_t rows, int64_t distance) {
@@ -77,61 +69,59 @@ void gate_sums(const ExpertArguments& a, const Matrix& fc1, const RowBlock& bloc
     add_bias(a.fc1_bias, block.slot, from, num_outputs, gates, num_rows, num_outputs);
 }
 
-// The channels [from, from + count) of F whose up rows some row needs: act(gate) is not 0, or above
-// its limit. A gate that is not finite needs it too, so that what is broken stays visible.
-inline int64_t find_live(const ExpertArguments& a, const Limits& limits, const float* gates,
-                         int64_t num_rows, int64_t from, int64_t count, int64_t* live) {
-    int64_t num_live = 0;
-    by_activation(a.activation, [&](auto kind) {
-        for (int64_t i = 0; i < count; i++) {
-            float limit = limits.gate ? limits.gate[from + i] : 0;
-            bool is_live = false;
-            for (int64_t m = 0; m < num_rows; m++) {
-                float gate = gates[m * count + i];
-                is_live |= !is_below(gate_factor<kind>(gate), limit) || !std::isfinite(gate);
-            }
-            live[num_live] = from + i;
-            num_live += is_live;
+// A block's gate and up values for outputs [from, to) of F, with biases. Without a gate only
+// the up rows' values are computed, and stand in `gates`. Channels that count as 0 for all rows may be
+// left out; they are 0 then.
+template <class Row, class Matrix>
+void multiply_fc1(const ExpertArguments& a, const Matrix& fc1, const Limits& limits,
+                  const RowBlock& block, const Row* rows, int64_t from, int64_t to, float* gates,
+                  float* ups) {
+    int64_t num_rows = block.to - block.from, num_outputs = to - from, up_from = a.d_expert + from;
+    int64_t live[STREAM_OUTPUTS], num_live = 0;
+    auto multiply_live = [&](float* kept, int64_t first) {
+        if constexpr (Matrix::READS_SOME) {
+            std::memset(kept, 0, num_rows * num_outputs * sizeof(float));
+            fc1.multiply_some(rows, num_rows, block.slot, first, live, num_live,
+                              [&](int64_t m, int64_t channel, float value) {
+                                  kept[m * num_outputs + channel - from] = value;
+                              });
         }
-    });
-    return num_live;
+    };
+    // With many rows few channels are 0 for all of them.
+    bool reads_some = Matrix::READS_SOME && num_rows <= STREAM_ROWS;
+    bool reads_used = reads_some && limits.used;
+    if (reads_used) {
+        num_live = find_used(limits.used, num_rows, from, num_outputs, live);
+        multiply_live(gates, 0);
+        add_bias(a.fc1_bias, block.slot, from, num_outputs, gates, num_rows, num_outputs);
+    } else {
+        gate_sums(a, fc1, block, rows, from, to, gates);
+    }
+    if (!has_gate(a.activation)) return;
+    if (reads_used) {
+        multiply_live(ups, a.d_expert);
+    } else if (reads_some && (a.activation == REGLU || limits.gate)) {
+        num_live = find_live(a, limits, gates, num_rows, from, num_outputs, live);
+        multiply_live(ups, a.d_expert);
+    } else {
+        fc1.multiply(rows, num_rows, block.slot, up_from, a.d_expert + to,
+                     [=](int64_t m, int64_t n, const float* values, int64_t count) {
+                         for (int64_t i = 0; i < count; i++)
+                             ups[m * num_outputs + n - up_from + i] = values[i];
+                     });
+    }
+    add_bias(a.fc1_bias, block.slot, up_from, num_outputs, ups, num_rows, num_outputs);
 }
 
 // One block's act(gate) * up, or act(up), for outputs [from, to) of F. `rows` are the block's rows of
-// x. Without a gate `gates` are the up rows' values.
+// x.
 template <class Row, class Matrix, class Element>
 void first_half(const ExpertArguments& a, const Matrix& fc1, const Limits& limits,
                 const RowBlock& block, const Row* rows, int64_t from, int64_t to, Element* act) {
     float gates[BLOCK_ROWS * BLOCK_OUTPUTS], ups[BLOCK_ROWS * BLOCK_OUTPUTS];
     int64_t num_rows = block.to - block.from, num_outputs = to - from;
-    int64_t up_from = a.d_expert + from, up_to = a.d_expert + to;
-    gate_sums(a, fc1, block, rows, from, to, gates);
-    bool is_done = false;
-    if constexpr (Matrix::READS_SOME) {
-        // With many rows few channels are 0 for all of them.
-        if (has_gate(a.activation) && num_rows <= STREAM_ROWS &&
-            (a.activation == REGLU || limits.gate)) {
-            is_done = true;
-            int64_t live[STREAM_OUTPUTS];
-            int64_t count = find_live(a, limits, gates, num_rows, from, num_outputs, live);
-            std::memset(ups, 0, num_rows * num_outputs * sizeof(float));
-            fc1.multiply_some(rows, num_rows, block.slot, a.d_expert, live, count,
-                              [&](int64_t m, int64_t channel, float value) {
-                                  ups[m * num_outputs + channel - from] = value;
-                              });
-        }
-    }
-    const float* up_values = gates;
-    if (has_gate(a.activation)) {
-        if (!is_done)
-            fc1.multiply(rows, num_rows, block.slot, up_from, up_to,
-                         [&](int64_t m, int64_t n, const float* values, int64_t count) {
-                             for (int64_t i = 0; i < count; i++)
-                                 ups[m * num_outputs + n - up_from + i] = values[i];
-                         });
-        add_bias(a.fc1_bias, block.slot, up_from, num_outputs, ups, num_rows, num_outputs);
-        up_values = ups;
-    }
+    multiply_fc1(a, fc1, limits, block, rows, from, to, gates, ups);
+    const float* up_values = has_gate(a.activation) ? ups : gates;
     by_activation(a.activation, [&](auto kind) {
         for (int64_t m = 0; m < num_rows; m++) {
             Element* line = act + (block.from + m) * a.d_expert + from;
@@ -144,6 +134,9 @@ void first_half(const ExpertArguments& a, const Matrix& fc1, const Limits& limit
             if (limits.act)
                 for (int64_t i = 0; i < num_outputs; i++)
                     if (is_below(widen(line[i]), limits.act[from + i])) line[i] = {};
+            if (limits.used)
+                for (int64_t i = 0; i < num_outputs; i++)
+                    if (!limits.used[m][from + i]) line[i] = {};
         }
     });
 }
@@ -189,21 +182,23 @@ inline int expert_threads(const ExpertArguments& a, const Order& order) {
 }
 
 // Fills the lines. row_of(r) is what fc1 multiplies for routed row r of the order, and
-// limits_of(block) says what else counts as 0.
+// limits_of(block) says what else counts as 0. `kept` has room for what fc2 multiplies, in the
+// order; null = it is not wanted.
 template <class Element, class First, class Second, class RowOf, class LimitsOf>
 void run_halves(const ExpertArguments& a, const Order& order, const First& fc1, const Second& fc2,
-                RowOf row_of, LimitsOf limits_of) {
+                RowOf row_of, LimitsOf limits_of, Element* kept = nullptr) {
     int threads = expert_threads(a, order);
-    std::unique_ptr<Element[]> act(new Element[a.tokens * a.choices * a.d_expert]);
+    std::unique_ptr<Element[]> own(kept ? nullptr : new Element[a.tokens * a.choices * a.d_expert]);
+    Element* act = kept ? kept : own.get();
     for_each_block(order, a.d_expert, threads, [&](auto& block, int64_t from, int64_t to) {
         const Element* rows[BLOCK_ROWS];
         for (int64_t r = block.from; r < block.to; r++) rows[r - block.from] = row_of(r);
-        first_half(a, fc1, limits_of(block), block, rows, from, to, act.get());
+        first_half(a, fc1, limits_of(block), block, rows, from, to, act);
     });
     for_each_block(order, a.d_model, threads, [&](auto& block, int64_t from, int64_t to) {
         const Element* rows[BLOCK_ROWS];
         for (int64_t r = block.from; r < block.to; r++)
-            rows[r - block.from] = act.get() + r * a.d_expert;
+            rows[r - block.from] = act + r * a.d_expert;
         second_half(a, fc2, order, block, rows, from, to);
     });
 }

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from torch import nn
 
-from ....errors import ModelFileError
+from ....errors import ConfigError, ModelFileError
 from ....kernels.values.expert_update import ExpertUpdate
 from ...adapters.adapter import Adapter, LowRankLinear
 from ...attention.grouped_query import Attention
@@ -32,7 +32,8 @@ class AdapterReader:
         """Return the adapter in a folder, with the factor s in B, in the decoder's type.
 
         Raises :class:`ModelFileError`, in one sentence, for a folder that is damaged, for what is
-        not offered (config.py), and for modules, shapes and ranks that do not fit the decoder.
+        not offered (config.py), and for modules, shapes and ranks that do not fit the decoder;
+        :class:`ConfigError` for updates of experts whose channels answers choose.
         """
         config, factors = read_config(folder), read_factors(folder)
         linears: dict[nn.Module, LowRankLinear] = {}
@@ -45,6 +46,11 @@ class AdapterReader:
                 linears[target] = LowRankLinear(*(part.to(self._like) for part in scaled))
             else:
                 parts.setdefault(target.layer, {})[target.part, target.expert] = scaled
+        if parts and self._decoder.core is not None:
+            raise ConfigError(
+                f"adapter {name!r} updates experts, but answers use core channels of them "
+                "(expert-sparsity coreinfer); leave one out."
+            )
         layers = dict(self._decoder.moe_layers())
         experts: dict[nn.Module, ExpertUpdate] = {
             layers[index].experts: update_of(of_layer, self._sizes, self._like)
