@@ -81,7 +81,8 @@ def load(
     The others are off by default and change answers (docs/offloading.md): ``expert_sparsity``, a
     file of ``moeyard sparsity`` or ``coreinfer:0.4`` (``exact`` changes nothing);
     ``expert_fallback``, the same model in fewer bits, for missing experts up to
-    ``expert_fallback_above``; ``expert_correction`` undoes it, but for its threshold.
+    ``expert_fallback_above``. ``expert_correction`` undoes that, all but for
+    ``expert_correction_threshold``.
     ``speculative`` (``ngram`` or ``suffix``) guesses next tokens from the text so far and checks
     several in one step, up to ``speculative_rows`` of them; it changes no answer.
 

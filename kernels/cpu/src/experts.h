@@ -7,7 +7,7 @@
 #include "activation.h"
 #include "arguments.h"
 #include "expert_order.h"
-#include "limits.h"
+#include "channel_limits.h"
 #include "linear.h"
 #include "products.h"
 
