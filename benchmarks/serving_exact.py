@@ -22,9 +22,9 @@ from pathlib import Path
 
 from serving_mixes import alone, counted, gauges, mixed, random_requests
 
+from moeyard.moe.drafts import speculation
+from moeyard.moe.drafts.table import DRAFTERS
 from moeyard.moe.kv_blocks import bytes_per_block
-from moeyard.serving.engine.drafts import speculation
-from moeyard.serving.engine.drafts.table import DRAFTERS
 from moeyard.serving.engine.engine import Engine
 from moeyard.serving.engine.kv_memory import specs_of
 from moeyard.serving.loading import open_model
