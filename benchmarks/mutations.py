@@ -365,8 +365,8 @@ MUTATIONS = [
     (
         "up rows get the bias of gates",
         "kernels/cpu/src/experts.h",
-        "add_bias(a.fc1_bias, block.slot, a.d_expert + from,",
-        "add_bias(a.fc1_bias, block.slot, from,",
+        "add_bias(a.fc1_bias, block.slot, up_from, num_outputs, ups",
+        "add_bias(a.fc1_bias, block.slot, from, num_outputs, ups",
         CPP,
     ),
     (
