@@ -18,7 +18,8 @@ log = logging.getLogger(__name__)
 MIXED, INT4_SPARSE, TWO_OF_FOUR = "mixed", "int4_sparse", "2:4"
 NONE, FIT = "none", "fit"
 """What ``--recovery`` takes."""
-FEW = "experts saw few rows"
+WITH_CHANNELS = (None, "fp32", "bf16")
+"""Types whose experts may be laid out by channel."""
 ONLY_FOR = {
     "calibration": (MIXED, INT4_SPARSE),
     "tolerance": (MIXED,),
@@ -93,10 +94,10 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.dtype in ONLY_FOR["calibration"] and arguments.calibration is None:
         raise ConfigError(f"--dtype {arguments.dtype} needs a text; give --calibration FILE.")
     by_channel = arguments.expert_layout == "channels"
-    if by_channel and arguments.dtype == MIXED:
+    if by_channel and arguments.dtype not in WITH_CHANNELS:  # before any calibration
         raise ConfigError(
-            "--expert-layout is channels and --dtype mixed, but experts of few bits have no "
-            "channels to read one by one; leave one out."
+            f"--expert-layout is channels and --dtype {arguments.dtype}, but only experts in fp32 "
+            "or bf16 have channels to read one by one; leave one out."
         )
     if arguments.dtype == MIXED:
         _run_mixed(arguments)
@@ -153,10 +154,12 @@ def _pruner(arguments: argparse.Namespace) -> "Pruner":
         )
         if arguments.recovery == NONE:
             found = calibrate(model, folder, arguments.calibration)
-            few = found.few_rows()
-            _warn(
-                few, f"{FEW} of the calibration text; they are judged by all rows of their layer."
-            )
+            if few := found.few_rows():
+                log.warning(
+                    "%d experts saw few rows of the calibration text and are judged by all rows of "
+                    "their layer; give a longer text.",
+                    few,
+                )
             return found
         windows_BL = windows_of(model, arguments.calibration)
         recovered = recover(model.decoder, folder, windows_BL, packed)
@@ -164,11 +167,10 @@ def _pruner(arguments: argparse.Namespace) -> "Pruner":
         if store is not None:
             store.close()
         folder.close()
-    few = recovered.num_plain
-    _warn(few, f"{FEW} for their number of inputs; they are pruned without recovery.")
+    if few := recovered.num_plain:
+        log.warning(
+            "%d experts saw few rows for their number of inputs and are pruned without recovery; "
+            "give a longer text.",
+            few,
+        )
     return recovered
-
-
-def _warn(number: int, what: str) -> None:
-    if number:
-        log.warning("%d %s Give a longer text.", number, what)

@@ -34,13 +34,17 @@ class CoreMode:
     num_experts: int
     d_expert: int
     num_used: int = 0
-    """Channels that the rows of answers have used, in all experts that they chose."""
+    """Channels that the rows of answers have used, in all experts that they chose.
+
+    Every row that was computed counts: also guesses that were rejected, and steps that were
+    repeated.
+    """
     num_offered: int = 0
     """Channels of these experts."""
 
     @property
     def share_used(self) -> float:
-        """The share of channels that answers have used so far; 1 before the first."""
+        """The share of channels that rows of answers have used so far; 1 before the first."""
         return self.num_used / self.num_offered if self.num_offered else 1.0
 
     def count(self, used_rF: Tensor, experts_r: Tensor) -> None:

@@ -104,7 +104,7 @@ def check_layout(config: LayersConfig, is_rounded: bool) -> None:
     if moe is None:
         problem = "the model has no experts"
     elif is_rounded:
-        problem = "experts of few bits have no channels to read one by one"
+        problem = "only experts in fp32 or bf16 have channels to read one by one"
     elif "gate" not in moe.fc1_parts:
         problem = (
             f"experts with activation {moe.activation} have no gate, which would be read first"

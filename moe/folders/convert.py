@@ -89,9 +89,7 @@ def convert(
         if packed is not None:
             values["quantization_config"] = _quantization(packed, plans)
         if sparse is not None:
-            if pruner is None:
-                raise ConfigError(f"dtype is {INT4_SPARSE}, which needs a calibration; give one.")
-            plans = prune(plans, sparse, config, family, pruner)
+            plans = prune(plans, sparse, config, family, _given(pruner))
             values["quantization_config"] = group_sparse_config(sparse)
         if half is not None:
             plans, values["quantization_config"] = pack_plans(plans, half), two_of_four_config()
@@ -150,6 +148,12 @@ def _sparse_format(
     if sparsity is not None:
         raise ConfigError(f"sparsity is {sparsity}, but dtype {dtype}; use dtype {INT4_SPARSE}.")
     return None
+
+
+def _given(pruner: Pruner | None) -> Pruner:
+    if pruner is None:
+        raise ConfigError(f"dtype is {INT4_SPARSE}, which needs a calibration; give one.")
+    return pruner
 
 
 def _router_dtype(folder: ModelFolder, plain: torch.dtype) -> torch.dtype:

@@ -11,6 +11,7 @@ N rows, D model width, K choices, F expert width, G groups of channels, n some e
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -33,6 +34,21 @@ RUNS_TOGETHER = 8
 """Runs that one thread reads, one after the other."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """Runs of channels on their way into a slot."""
+
+    read: Read
+    """Its parts are the runs that are still to be read."""
+    runs: Sequence[Run]
+    present_G: Tensor
+    """The tier's when the read began; once the expert has left the slot, nobody looks at it."""
+
+    def brought(self) -> Sequence[Run]:
+        """Return the runs that came, once the read is done: all of them, unless it failed."""
+        return self.runs[: len(self.runs) - len(self.read.parts)]
+
+
 class ChannelFiller:
     """Used by the compute thread, between two waves of a store."""
 
@@ -52,6 +68,8 @@ class ChannelFiller:
         group_bytes = self._files.num_bytes(Run(0, 1))
         self.gap = int(REQUEST_S * bytes_per_s / group_bytes)
         """Groups between two wanted ones that are read along, at most."""
+        self._running: list[_Running] = []
+        """Reads that may still write into slots."""
 
     def waves(
         self,
@@ -66,28 +84,21 @@ class ChannelFiller:
         that lack nothing come first, while the channels of others are read. Raises
         :class:`ExpertReadError`.
         """
+        self._finish()  # what an interrupt left running could write into slots of other experts
         lacking = [e for e in ready if not bool(self._tier.present_G[layer, e].all())]
         runs_of_expert = self._lacking_runs(layer, lacking, experts, rows)
-        reads = [
-            self._submit((layer, expert), runs[first : first + RUNS_TOGETHER])
-            for expert, runs in runs_of_expert.items()
-            for first in range(0, len(runs), RUNS_TOGETHER)
-        ]
         try:
+            for expert, runs in runs_of_expert.items():
+                for first in range(0, len(runs), RUNS_TOGETHER):
+                    self._submit((layer, expert), runs[first : first + RUNS_TOGETHER])
             complete = [expert for expert in ready if expert not in runs_of_expert]
             if complete:
                 yield complete
         finally:
             # Also when computing fails: no thread may write into a slot that is given away.
-            started = self._clock()
-            self._reads.wait_for_all(reads)
-            if reads:
-                self._statistics.stall(layer, self._clock() - started)
-        failed = [read for read in reads if read.error is not None]
+            failed = self._finish()
         if failed:
             raise read_error(failed)
-        for expert, runs in runs_of_expert.items():
-            self._book((layer, expert), runs)
         if runs_of_expert:
             yield list(runs_of_expert)
 
@@ -114,19 +125,34 @@ class ChannelFiller:
                 found[expert] = runs_of(groups, self.gap)
         return found
 
-    def _submit(self, key: Key, runs: Sequence[Run]) -> Read:
+    def _submit(self, key: Key, runs: Sequence[Run]) -> None:
         """Start reading runs of channels into the slot of an expert."""
         views = self._tier.views[key]
         calls = (partial(self._files.read, key, run, views) for run in runs)
         parts: deque[Callable[[], None]] = deque(partial(read_patiently, call) for call in calls)
         read = Read(key, slot=-1, is_urgent=True, parts=parts)
+        self._running.append(_Running(read, runs, self._tier.present_G[key]))
         self._reads.submit(read)
-        return read
 
-    def _book(self, key: Key, runs: Sequence[Run]) -> None:
-        """Count runs that were read; their channels are here now."""
-        for run in runs:
-            self._tier.present_G[key][run.start : run.end] = True
-        num_bytes = sum(self._files.num_bytes(run) for run in runs)
-        self._statistics.fill(key, num_bytes)
-        self._rates.add("disk", num_bytes)
+    def _finish(self) -> list[Read]:
+        """Wait for the running reads and count what they brought; return those that failed.
+
+        An interrupt while it waits leaves them to the next call.
+        """
+        if not self._running:
+            return []
+        started = self._clock()
+        self._reads.wait_for_all([running.read for running in self._running])
+        done, self._running = self._running, []
+        layer, _ = done[0].read.key
+        self._statistics.stall(layer, self._clock() - started)
+        bytes_of: dict[Key, int] = {}
+        for running in done:
+            key = running.read.key
+            for run in running.brought():
+                running.present_G[run.start : run.end] = True
+                bytes_of[key] = bytes_of.get(key, 0) + self._files.num_bytes(run)
+        for key, num_bytes in bytes_of.items():
+            self._statistics.fill(key, num_bytes)
+            self._rates.add("disk", num_bytes)
+        return [running.read for running in done if running.read.error is not None]

@@ -85,8 +85,7 @@ def open_store(
         )
     if options.log is not None:
         name = options.policy if isinstance(options.policy, str) else type(policy).__name__
-        store.statistics.log = EventLog(options.log, facts, pools, name)
-        weakref.finalize(store, store.statistics.close)  # also when the program ends
+        _write_log(store, EventLog(options.log, facts, pools, name))
     if save is not None:
         weakref.finalize(store, save)  # when the program ends without closing the store
     return store
@@ -112,6 +111,12 @@ def _empty_pools(
         return [weights]
     pools = zip(num_slots, folder.formats.kinds, strict=True)
     return [empty_experts(folder.config, count, dtype, packed) for count, packed in pools]
+
+
+def _write_log(store: ExpertStore, log: EventLog) -> None:
+    """Let a store write its events."""
+    store.statistics.log = log
+    weakref.finalize(store, store.statistics.close)  # also when the program ends
 
 
 def _end(save: Callable[[], None] | None, tiers: Tiers) -> None:

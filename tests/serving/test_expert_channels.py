@@ -284,11 +284,15 @@ def test_options_that_do_not_fit_are_refused(laid, plain, tmp_path):
 
 def test_models_that_have_no_gate_or_few_bits_are_not_laid_out(plain, tmp_path, capsys):
     out = tmp_path / "out"
-    for dtype in ("int8", "mixed"):
-        asked = ["--dtype", dtype, "--expert-layout", "channels", "--calibration", str(plain)]
-        asked = asked[:4] if dtype == "int8" else asked
+    for dtype in ("int8", "int4", "mixed", "int4_sparse", "2:4"):
+        asked = ["--dtype", dtype, "--expert-layout", "channels"]
+        if dtype in ("mixed", "int4_sparse"):
+            asked += ["--calibration", str(plain)]  # no text, so nothing was calibrated
         assert main(["convert", str(plain), str(out), *asked]) == 2
-        assert "experts of few bits have no channels" in capsys.readouterr().err
+        sentence = f"--dtype {dtype}, but only experts in fp32 or bf16 have channels"
+        assert sentence in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="channels, but only experts in fp32 or bf16"):
+        convert(plain, out, "int8", by_channel=True)
     for update, sentence in (
         ({"activation": "relu"}, "activation relu have no gate"),
         ({"expert_bias": True}, "the experts have biases"),

@@ -119,6 +119,7 @@ def test_experts_with_fewer_rows_than_inputs_are_pruned_alone(home, tmp_path, ca
     assert len(enough) and len(many), rows
     assert convert(folder, tmp_path / "out", home / "text") == 0
     assert int(caplog.text.split(" experts saw few rows")[0].split()[-1]) >= len(few)
+    assert "are pruned without recovery; give a longer text." in caplog.text
     pruned = moeyard.load(tmp_path / "out").decoder.moe_layers()[0][1].experts.weights.fc1
     for expert, is_plain in ((enough[0], True), (many[0], False)):
         importance = x[(ids == expert).any(dim=1)].square().mean(dim=0)
