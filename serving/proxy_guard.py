@@ -20,6 +20,7 @@ starts Ray.
 
 import hmac
 import os
+from collections.abc import Callable
 
 import uvicorn.config
 from starlette.middleware import Middleware
@@ -118,17 +119,27 @@ class ProxyGuard:
         except RequestError as error:
             await error_response(error)(scope, receive, send)
             return
+
+        def give_back() -> None:
+            if places is not None and ticket is not None:
+                places.give_back(ticket)
+
         try:
             own = [(TICKET, ticket_header(ticket, prefix_of(path)))]
             if places is not None and (count := places.take_refused()):
                 own.append((REFUSED, b"%d" % count))
-            await self._relay_on(scope, own, _again(body, receive), send)
+            # A client that asks again as soon as it has its answer finds its place free.
+            await self._relay_on(scope, own, _again(body, receive), send, give_back)
         finally:
-            if places is not None and ticket is not None:
-                places.give_back(ticket)
+            give_back()
 
     async def _relay_on(
-        self, scope: Scope, own: list[tuple[bytes, bytes]], receive: Receive, send: Send
+        self,
+        scope: Scope,
+        own: list[tuple[bytes, bytes]],
+        receive: Receive,
+        send: Send,
+        has_ended: Callable[[], None],
     ) -> None:
         """Pass a request on with the guard's ``own`` headers, and offer the short way."""
         incoming = await self._relay.open()
@@ -136,7 +147,7 @@ class ProxyGuard:
             own.append((RELAY, incoming.address))
         scope = _without_orders(scope)
         scope["headers"] += own
-        response = Watched(scope["path"], send, incoming)
+        response = Watched(scope["path"], send, incoming, has_ended)
         try:
             await self._pass_on(scope, receive, response)
         finally:

@@ -8,14 +8,14 @@ them back. A request that fits nowhere is refused here, from the first one on.
 
 Other proxies send requests to the same replicas. With each request that it takes on, a replica says
 how many it works on. Those that are not of this proxy hold places as well, for as long as that is
-news.
+news. A replica hears of an end after this proxy does, so what has just ended is taken off.
 """
 
 import itertools
 import random
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -30,6 +30,8 @@ REFUSED = b"x-moeyard-refused"
 RETRY_AFTER_S = 1
 OTHERS_FOR_S = 1.0
 """How long requests of other proxies count: without news, they may have ended."""
+ENDED_FOR_S = 0.2
+"""How long a replica may still count a request that has ended here, as when its client left."""
 MOST_PREFIXES = 64
 NOWHERE = ""
 """Where a request waits while there are no replicas."""
@@ -76,6 +78,8 @@ class Places:
         self._taken: Counter[str] = Counter()
         self._requests: Counter[str] = Counter()
         self._others: dict[str, tuple[int, float]] = {}
+        self._ended: deque[tuple[str, float]] = deque()
+        """Where requests have just ended, and until when they may count there."""
         self._num_refused = 0
 
     @property
@@ -93,8 +97,11 @@ class Places:
     def hear(self, replica: str, num_requests: int) -> None:
         """Hear how many requests a replica works on, those of other proxies included."""
         with self._lock:
-            others = num_requests - self._requests[replica]
-            self._others[replica] = (max(0, others), self._clock() + OTHERS_FOR_S)
+            now = self._clock()
+            self._forget_ended(now)
+            ended = sum(name == replica for name, _ in self._ended)
+            others = num_requests - self._requests[replica] - ended
+            self._others[replica] = (max(0, others), now + OTHERS_FOR_S)
 
     def take(self, count: int, beginnings: Sequence[str] = ()) -> Ticket:
         """Take ``count`` places, which may be 0, at one replica.
@@ -118,10 +125,14 @@ class Places:
             return ticket
 
     def give_back(self, ticket: Ticket) -> None:
-        """Free the places of a request that has ended."""
+        """Free the places of a request that has ended, once however often it is called."""
         with self._lock:
-            del self._tickets[ticket.number]
+            if self._tickets.pop(ticket.number, None) is None:
+                return
             self._unseat(ticket)
+            now = self._clock()
+            self._forget_ended(now)
+            self._ended.append((ticket.replica, now + ENDED_FOR_S))
 
     def replica_of(self, number: int) -> str | None:
         """Return the replica that a ticket is for, or None if it is for none.
@@ -158,6 +169,10 @@ class Places:
             if last is not None and loads[last] - min(loads.values()) <= self._crowd:
                 return last
         return min(fitting, key=lambda n: (loads[n], not self._rooms[n].is_near, random.random()))
+
+    def _forget_ended(self, now: float) -> None:
+        while self._ended and self._ended[0][1] <= now:
+            self._ended.popleft()
 
     def _num_others(self, replica: str, now: float) -> int:
         count, until = self._others.get(replica, (0, 0.0))

@@ -1,6 +1,7 @@
 """Responses on their way through the proxy: the short way of their pieces, and their ends."""
 
 import asyncio
+from collections.abc import Callable
 
 from starlette.types import Message, Send
 
@@ -15,8 +16,16 @@ RELAY_LAG_S = 10.0
 class Watched:
     """A response on its way, and what it lacks."""
 
-    def __init__(self, path: str, send: Send, incoming: IncomingStream | None) -> None:
+    def __init__(
+        self,
+        path: str,
+        send: Send,
+        incoming: IncomingStream | None,
+        has_ended: Callable[[], None],
+    ) -> None:
+        """``has_ended`` is called before the client gets the last piece of a whole response."""
         self._path, self.unwatched, self._incoming = path, send, incoming
+        self._has_ended = has_ended
         self._copying: asyncio.Task[None] | None = None
         """Sends what comes by the short way, if the response does."""
         self.is_started = False
@@ -44,6 +53,8 @@ class Watched:
             if not await self._has_copied():
                 return
             self._is_finished = not message.get("more_body", False)
+            if self._is_finished:
+                self._has_ended()
         await self.unwatched(message)
 
     async def _start(self, message: Message) -> None:

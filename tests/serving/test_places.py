@@ -7,6 +7,7 @@ import pytest
 
 from moeyard.errors import RequestError
 from moeyard.serving.proxy.places import (
+    ENDED_FOR_S,
     MOST_PREFIXES,
     NOWHERE,
     OTHERS_FOR_S,
@@ -135,6 +136,22 @@ def test_what_a_replica_says_of_this_proxys_requests_counts_once(places):
     for ticket in tickets:
         places.hear(ticket.replica, 1)
     assert len(take_all(places)) == 5
+
+
+def test_what_has_just_ended_is_not_another_proxys(places, clock):
+    tickets = take_all(places)
+    for ticket in tickets:
+        places.give_back(ticket)
+        places.give_back(ticket)  # twice is once
+    own = places.take(1)
+    places.hear(own.replica, 4)  # this one, and three of which it has not noticed the end
+    others = take_all(places)
+    assert len(others) == 5
+    for ticket in others:
+        places.give_back(ticket)
+    clock.now += ENDED_FOR_S
+    places.hear(own.replica, 4)  # by now, the three must be another proxy's
+    assert len(take_all(places)) == 3
 
 
 def test_nothing_is_kept_of_requests_that_have_ended(places):

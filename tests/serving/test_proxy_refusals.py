@@ -150,6 +150,41 @@ def test_the_guard_refuses_without_a_call_and_tells_how_often(places, monkeypatc
     assert {prefix for _, prefix in numbers} == {""} and not places._tickets
 
 
+def test_a_client_that_asks_again_at_once_finds_its_place_free(monkeypatch):
+    """Ray's application returns a while after the last piece of a response."""
+    places, statuses = Places(), []
+    places.set_replicas({"a": Room(1, is_near=True)})
+    replicas = Replicas(places, monkeypatch)
+    replicas.may_answer.set()
+    plain = Starlette(routes=[Route(PATH, replicas.complete, methods=["POST"])])
+
+    async def app(scope, receive, send):
+        await plain(scope, receive, send)
+        await asyncio.sleep(0.02)
+
+    async def ask(left):
+        async def send(message):
+            if message["type"] == "http.response.start":
+                statuses.append(message["status"])
+            elif left > 1:
+                again.append(asyncio.create_task(ask(left - 1)))
+
+        async def receive():
+            return {"type": "http.request", "body": b"{}", "more_body": False}
+
+        scope = {"type": "http", "method": "POST", "path": PATH, "headers": []}
+        await guard(scope, receive, send)
+
+    async def go():
+        await ask(3)
+        while again:
+            await again.pop()
+
+    guard, again = ProxyGuard(app), []
+    asyncio.run(go())
+    assert statuses == [200] * 3 and not places._tickets
+
+
 def test_the_proxys_refusals_are_in_the_metrics_and_replicas_know_their_places(model_folder):
     server = Server(ServeArgs(model=str(model_folder), max_num_seqs=3, max_queued_requests=2))
     try:
