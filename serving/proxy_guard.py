@@ -32,9 +32,10 @@ from ..errors import RequestError
 from .api.connections import STATE_KEY, Connection, connections
 from .api.request_body import read_body
 from .api.responses import DONE, error_object, error_response, sse
+from .proxy.applications import applications, ticket_header
 from .proxy.beginnings import name_beginnings
 from .proxy.places import HEADER as TICKET
-from .proxy.places import REFUSED, Places, Ticket, applications, ticket_header
+from .proxy.places import REFUSED, Places, Ticket
 from .proxy.wanted import places_of, prefix_of
 from .proxy.watched import Watched
 from .relay.frames import HEADER as RELAY
@@ -112,8 +113,8 @@ class ProxyGuard:
 
     async def _admit(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
         """Pass a whole request on, unless there is no place for it."""
-        path = scope["path"]
-        places = applications.find(path)
+        path, prefix = scope["path"], prefix_of(scope["path"])
+        places = applications.find(prefix)
         try:
             ticket = None if places is None else _take(places, path, body)
         except RequestError as error:
@@ -125,7 +126,7 @@ class ProxyGuard:
                 places.give_back(ticket)
 
         try:
-            own = [(TICKET, ticket_header(ticket, prefix_of(path)))]
+            own = [(TICKET, ticket_header(ticket, prefix))]
             if places is not None and (count := places.take_refused()):
                 own.append((REFUSED, b"%d" % count))
             # A client that asks again as soon as it has its answer finds its place free.

@@ -4,7 +4,8 @@ A replica that refuses a request pays for a call through Ray, on the interpreter
 runs on, and its word comes back late. But each replica says how many places it has when it starts,
 and Ray tells its router in every proxy (``replicas/places_router.py``). So the proxy takes a
 request's places before it sends it, at the replica that has the fewest taken, and its end gives
-them back. A request that fits nowhere is refused here, from the first one on.
+them back. A request that fits nowhere is refused here, as soon as
+the router has told which application is under its prefix (``applications.py``).
 
 Other proxies send requests to the same replicas. With each request that it takes on, a replica says
 how many it works on. Those that are not of this proxy hold places as well, for as long as that is
@@ -32,7 +33,6 @@ OTHERS_FOR_S = 1.0
 """How long requests of other proxies count: without news, they may have ended."""
 ENDED_FOR_S = 0.2
 """How long a replica may still count a request that has ended here, as when its client left."""
-MOST_PREFIXES = 64
 NOWHERE = ""
 """Where a request waits while there are no replicas."""
 
@@ -188,35 +188,6 @@ class Places:
         self._requests[ticket.replica] -= 1
         if self._requests[ticket.replica] == 0:
             del self._requests[ticket.replica], self._taken[ticket.replica]
-
-
-class Applications:
-    """Which application answers under which route prefix, as far as a router has said."""
-
-    def __init__(self) -> None:
-        self._known: dict[str, Places] = {}
-
-    def find(self, path: str) -> Places | None:
-        """Return the places of the application that a path leads to, if it is known."""
-        fitting = (prefix for prefix in self._known if path.startswith(f"{prefix}/"))
-        longest = max(fitting, key=len, default=None)
-        return None if longest is None else self._known[longest]
-
-    def learn(self, prefix: str, places: Places) -> None:
-        """Hear from a router that a request with this prefix has come to it."""
-        if prefix not in self._known and len(self._known) >= MOST_PREFIXES:
-            self._known.clear()  # clients may invent prefixes; those in use are soon known again
-        self._known[prefix] = places
-
-
-applications = Applications()
-"""Those of this process: Ray makes the routers, and the guard finds what they know here."""
-
-
-def ticket_header(ticket: Ticket | None, prefix: str | None) -> bytes:
-    """Return what the router hears of a request: its ticket, 0 for none, and its route prefix."""
-    number = 0 if ticket is None else ticket.number
-    return (f"{number}" if prefix is None else f"{number} {prefix}").encode()
 
 
 def _full() -> RequestError:

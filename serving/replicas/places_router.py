@@ -17,7 +17,7 @@ from ray.serve.request_router import (
     RunningReplica,
 )
 
-from ..proxy import places
+from ..proxy import applications
 from ..proxy.places import Places, Room
 
 PLACES = "places"
@@ -49,7 +49,7 @@ class PlacesRouter(LocalityMixin, RequestRouter):
         if not number.isdecimal():
             return None
         if has_prefix:
-            places.applications.learn(prefix, self._places)
+            applications.applications.learn(prefix, self._places)
         return self._places.replica_of(int(number))
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:

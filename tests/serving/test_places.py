@@ -6,12 +6,11 @@ from collections import Counter
 import pytest
 
 from moeyard.errors import RequestError
+from moeyard.serving.proxy.applications import MOST_PREFIXES, Applications
 from moeyard.serving.proxy.places import (
     ENDED_FOR_S,
-    MOST_PREFIXES,
     NOWHERE,
     OTHERS_FOR_S,
-    Applications,
     Places,
     Room,
 )
@@ -191,15 +190,24 @@ def test_a_request_wants_a_place_for_each_answer(path, body, count):
 def test_each_application_has_places_of_its_own():
     known, one, root = Applications(), Places(), Places()
     known.learn(prefix_of("/one/v1/models"), one)
-    assert known.find("/v1/completions") is None
+    assert known.find(prefix_of("/v1/completions")) is None
     known.learn(prefix_of("/health"), root)
     for path, expected in (
         ("/one/v1/completions", one),
-        ("/one", root),
-        ("/oner/v1/models", root),
-        ("/docs", root),
+        ("/v1/completions", root),
+        ("/other/v1/completions", None),  # perhaps of an application that is not known yet
+        ("/docs", None),
+        ("/-/routes", None),
     ):
-        assert known.find(path) is expected, path
-    for number in range(2 * MOST_PREFIXES):  # as a client may invent them
+        assert known.find(prefix_of(path)) is expected, path
+
+
+def test_prefixes_that_clients_invent_push_none_out_that_is_in_use():
+    known, root = Applications(), Places()
+    for number in range(2 * MOST_PREFIXES):
+        known.learn("", root)
+        before = known._known
         known.learn(f"/{number}", root)
-    assert len(known._known) <= MOST_PREFIXES
+        assert known._known is not before, "another thread may be reading it"
+        assert known.find("") is root
+    assert len(known._known) == MOST_PREFIXES

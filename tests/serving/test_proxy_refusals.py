@@ -15,13 +15,12 @@ from starlette.routing import Route
 
 from moeyard.errors import RequestError
 from moeyard.serving import proxy_guard
+from moeyard.serving.proxy.applications import Applications, ticket_header
 from moeyard.serving.proxy.places import (
     HEADER,
     REFUSED,
-    Applications,
     Places,
     Room,
-    ticket_header,
 )
 from moeyard.serving.proxy_guard import ProxyGuard
 from moeyard.serving.replicas.places_router import PLACES, PlacesRouter, places_routing
@@ -72,7 +71,7 @@ async def routed(router, ticket):
 
 def test_the_router_tells_of_replicas_and_follows_tickets(monkeypatch):
     known = Applications()
-    monkeypatch.setattr("moeyard.serving.proxy.places.applications", known)
+    monkeypatch.setattr("moeyard.serving.proxy.applications.applications", known)
     routing = places_routing(None)
     monkeypatch.setattr(cloudpickle, "_DYNAMIC_CLASS_TRACKER_BY_ID", WeakValueDictionary())
     copied = routing.get_request_router_class()
@@ -89,7 +88,7 @@ def test_the_router_tells_of_replicas_and_follows_tickets(monkeypatch):
         a, b = replica("a"), replica("b")
         router.update_replicas([a, b])
         assert await routed(router, ticket_header(None, "/one").decode()) == [[], ["a", "b"]]
-        places = known.find("/one/v1/models")
+        places = known.find("/one")
         ticket = places.take(1)
         header = ticket_header(ticket, None).decode()
         other = {"a": "b", "b": "a"}[ticket.replica]
