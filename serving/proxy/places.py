@@ -93,6 +93,9 @@ class Places:
             self._rooms = dict(rooms)
             self._most = max((room.places for room in rooms.values()), default=self._most)
             self._others = {name: own for name, own in self._others.items() if name in rooms}
+            for ticket in self._tickets.values():  # before any newcomer, the oldest first
+                if ticket.replica == NOWHERE:
+                    self._seat_again(ticket)
 
     def hear(self, replica: str, num_requests: int) -> None:
         """Hear how many requests a replica works on, those of other proxies included."""
@@ -112,12 +115,11 @@ class Places:
         with self._lock:
             count = count if count <= self._most else 0
             replica = self._choose(count, beginnings)
-            if replica is None:
-                has_room = not self._rooms and self._taken[NOWHERE] + count <= self._most
-                if not has_room:
-                    self._num_refused += 1
-                    raise _full()
+            if replica is None and not self._rooms and self._taken[NOWHERE] + count <= self._most:
                 replica = NOWHERE
+            if replica is None:
+                self._num_refused += 1
+                raise _full(count)
             self._seen.add(beginnings, replica)
             ticket = Ticket(next(self._numbers), count)
             self._tickets[ticket.number] = ticket
@@ -143,13 +145,24 @@ class Places:
             ticket = self._tickets.get(number)
             if ticket is None:
                 return None
-            if ticket.replica not in self._rooms:
-                replica = self._choose(ticket.count, ())
-                if replica is None:
-                    return None
-                self._unseat(ticket)
-                self._seat(ticket, replica)
+            if ticket.replica not in self._rooms and not self._seat_again(ticket):
+                return None
             return ticket.replica
+
+    def move(self, number: int, replica: str) -> None:
+        """Hear that a replica has taken a request on, perhaps not the one that its ticket is for.
+
+        Ray asks others where that one does not answer. They have told before, see :meth:`hear`.
+        """
+        with self._lock:
+            ticket = self._tickets.get(number)
+            if ticket is None or ticket.replica == replica:
+                return
+            self._unseat(ticket)
+            self._seat(ticket, replica)
+            if replica in self._others:
+                others, until = self._others[replica]
+                self._others[replica] = (max(0, others - 1), until)
 
     def take_refused(self) -> int:
         """Return how many requests were refused since the last call."""
@@ -178,6 +191,15 @@ class Places:
         count, until = self._others.get(replica, (0, 0.0))
         return count if now < until else 0
 
+    def _seat_again(self, ticket: Ticket) -> bool:
+        """Move a ticket to a replica that has room for it, if there is one."""
+        replica = self._choose(ticket.count, ())
+        if replica is None:
+            return False
+        self._unseat(ticket)
+        self._seat(ticket, replica)
+        return True
+
     def _seat(self, ticket: Ticket, replica: str) -> None:
         ticket.replica = replica
         self._taken[replica] += ticket.count
@@ -190,9 +212,13 @@ class Places:
             del self._requests[ticket.replica], self._taken[ticket.replica]
 
 
-def _full() -> RequestError:
+def _full(count: int) -> RequestError:
+    problem, remedy = "is busy with as many answers as it takes", ""
+    if count > 1:
+        problem = f"has no room for {count} answers of one request at the moment"
+        remedy = "ask for fewer (n times prompts) or "
     return RequestError(
-        f"the server is busy with as many answers as it takes; try again in {RETRY_AFTER_S} s.",
+        f"the server {problem}; {remedy}try again in {RETRY_AFTER_S} s.",
         code="rate_limit_exceeded",
         status=429,
         retry_after_s=RETRY_AFTER_S,

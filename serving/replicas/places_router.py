@@ -8,6 +8,8 @@ the ticket says which. What has no ticket, as requests through a handle in Pytho
 replica that Ray knows the fewest requests of.
 """
 
+from typing import Any
+
 from ray.serve.config import RequestRouterConfig
 from ray.serve.request_router import (
     LocalityMixin,
@@ -45,12 +47,24 @@ class PlacesRouter(LocalityMixin, RequestRouter):
         return [best, [r for r in candidate_replicas if r not in best]]
 
     def _follow(self, ticket: str) -> str | None:
-        number, has_prefix, prefix = ticket.partition(" ")
-        if not number.isdecimal():
+        number, prefix = _read(ticket)
+        if number is None:
             return None
-        if has_prefix:
+        if prefix is not None:
             applications.applications.learn(prefix, self._places)
-        return self._places.replica_of(int(number))
+        return self._places.replica_of(number)
+
+    def on_request_routed(
+        self,
+        pending_request: PendingRequest,
+        replica_id: ReplicaID,
+        result: Any,
+    ) -> None:
+        """Hear which replica has taken a request on."""
+        super().on_request_routed(pending_request, replica_id, result)
+        number, _ = _read(pending_request.metadata.session_id)
+        if number is not None:
+            self._places.move(number, replica_id.unique_id)
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Take over which replicas there are."""
@@ -75,6 +89,14 @@ class PlacesRouter(LocalityMixin, RequestRouter):
             for replica in self.curr_replicas.values()
         }
         self._places.set_replicas(rooms)
+
+
+def _read(ticket: str) -> tuple[int | None, str | None]:
+    """Return the number and the route prefix that the guard has written, each if it has."""
+    number, has_prefix, prefix = ticket.partition(" ")
+    if not number.isdecimal():
+        return None, None
+    return int(number), prefix if has_prefix else None
 
 
 def places_routing(crowd: int | None) -> RequestRouterConfig:

@@ -122,6 +122,32 @@ def test_a_ticket_moves_when_its_replica_has_gone(places):
     assert len(take_all(places)) == 2
 
 
+def test_what_waited_for_a_replica_has_its_place_before_a_newcomer(places):
+    places.set_replicas({})
+    waiting = take_all(places)
+    places.set_replicas({"c": Room(2, True)})
+    assert [ticket.replica for ticket in waiting] == ["c", "c", NOWHERE]
+    assert take_all(places) == []
+    places.set_replicas({"c": Room(2, True), "d": Room(2, True)})
+    assert [ticket.replica for ticket in waiting] == ["c", "c", "d"]
+    assert [ticket.replica for ticket in take_all(places)] == ["d"]
+
+
+def test_a_ticket_is_where_its_request_went(places):
+    ticket = places.take(2)
+    first, other = ticket.replica, {"a": "b", "b": "a"}[ticket.replica]
+    places.hear(other, 1)  # Ray hears of it before it says which one it was
+    places.move(ticket.number, other)
+    assert ticket.replica == other
+    assert Counter(one.replica for one in take_all(places)) == {first: 3, other: 1}
+
+
+def test_who_asks_for_several_answers_hears_how_many_were_too_many(places):
+    places.take(1), places.take(1)
+    with pytest.raises(RequestError, match=r"no room for 3 answers .* ask for fewer \(n times"):
+        places.take(3)
+
+
 def test_requests_of_other_proxies_count_for_a_while(places, clock):
     own = places.take(1)
     places.hear(own.replica, 3)  # this one and two of others

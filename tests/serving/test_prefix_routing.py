@@ -34,6 +34,13 @@ def test_short_prompts_and_what_is_no_request_have_no_beginnings():
     assert names("\ud800" * 200)  # text that UTF-8 has no bytes for
 
 
+def test_a_request_of_any_depth_can_be_looked_at():
+    for depth in range(900, 1000):  # somewhere here it can be read, but not written again
+        deep = b"[" * depth + b"]" * depth
+        name_beginnings(b'{"prompt": %s}' % deep)
+        name_beginnings(b'{"prompt": "a", "model": %s}' % deep)
+
+
 @pytest.mark.parametrize("other", [{"model": "adapter"}, {"cache_salt": "tenant"}])
 def test_another_model_or_salt_shares_nothing(other):
     assert not set(names()) & set(names(**other))

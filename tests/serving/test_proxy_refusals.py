@@ -91,8 +91,13 @@ def test_the_router_tells_of_replicas_and_follows_tickets(monkeypatch):
         places = known.find("/one")
         ticket = places.take(1)
         header = ticket_header(ticket, None).decode()
-        other = {"a": "b", "b": "a"}[ticket.replica]
-        assert await routed(router, header) == [[ticket.replica], [other]]
+        first, other = ticket.replica, {"a": "b", "b": "a"}[ticket.replica]
+        assert await routed(router, header) == [[first], [other]]
+        request = SimpleNamespace(metadata=SimpleNamespace(session_id=header))
+        moved_to = {"a": a, "b": b}[other].replica_id
+        router.on_new_queue_len_info(moved_to, 1)
+        router.on_request_routed(request, moved_to, None)
+        assert await routed(router, header) == [[other], [first]]
         for odd in ("", "x", "-1", "7 7 7", "\u00b2"):
             assert (await routed(router, odd))[0] == [], odd
         router.on_new_queue_len_info(a.replica_id, 3 + (ticket.replica == "a"))
@@ -134,7 +139,7 @@ def test_the_guard_refuses_without_a_call_and_tells_how_often(places, monkeypatc
             held = [asyncio.create_task(ask(n=2)) for _ in range(3)]
             done, _ = await asyncio.wait(held, return_when=asyncio.FIRST_COMPLETED)
             (refused,) = done
-            check_error(refused.result(), 429, "busy with as many answers as it takes")
+            check_error(refused.result(), 429, "no room for 2 answers of one request at the moment")
             assert refused.result().headers["retry-after"] == "1"
             assert len(replicas.headers) == 2
             replicas.may_answer.set()
