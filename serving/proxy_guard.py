@@ -30,10 +30,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import RequestError
 from .api.connections import STATE_KEY, Connection, connections
+from .api.cors import with_cors
 from .api.request_body import read_body
 from .api.responses import DONE, error_object, error_response, sse
-from .proxy.applications import applications, ticket_header
+from .proxy.applications import applications
 from .proxy.beginnings import name_beginnings
+from .proxy.held import Held
 from .proxy.places import HEADER as TICKET
 from .proxy.places import REFUSED, Places, Ticket
 from .proxy.wanted import places_of, prefix_of
@@ -97,7 +99,7 @@ class ProxyGuard:
         except ClientDisconnect:
             return
         except RequestError as error:
-            await error_response(error)(scope, receive, send)
+            await _refuse(error, scope, receive, send)
             return
         if connection is not None:
             connection.enter("answer")
@@ -113,42 +115,27 @@ class ProxyGuard:
 
     async def _admit(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
         """Pass a whole request on, unless there is no place for it."""
-        path, prefix = scope["path"], prefix_of(scope["path"])
+        prefix = prefix_of(scope["path"])
         places = applications.find(prefix)
         try:
-            ticket = None if places is None else _take(places, path, body)
+            ticket = None if places is None else _take(places, scope, body)
         except RequestError as error:
-            await error_response(error)(scope, receive, send)
+            await _refuse(error, scope, receive, send)
             return
-
-        def give_back() -> None:
-            if places is not None and ticket is not None:
-                places.give_back(ticket)
-
+        held = Held(places, ticket, prefix, may_tell=scope["method"] != "OPTIONS")
         try:
-            own = [(TICKET, ticket_header(ticket, prefix))]
-            if places is not None and (count := places.take_refused()):
-                own.append((REFUSED, b"%d" % count))
-            # A client that asks again as soon as it has its answer finds its place free.
-            await self._relay_on(scope, own, _again(body, receive), send, give_back)
+            await self._relay_on(scope, held, _again(body, receive, held.has_arrived), send)
         finally:
-            give_back()
+            held.close()
 
-    async def _relay_on(
-        self,
-        scope: Scope,
-        own: list[tuple[bytes, bytes]],
-        receive: Receive,
-        send: Send,
-        has_ended: Callable[[], None],
-    ) -> None:
-        """Pass a request on with the guard's ``own`` headers, and offer the short way."""
+    async def _relay_on(self, scope: Scope, held: Held, receive: Receive, send: Send) -> None:
+        """Pass a request on with the guard's own headers, and offer the short way."""
         incoming = await self._relay.open()
-        if incoming is not None:
-            own.append((RELAY, incoming.address))
         scope = _without_orders(scope)
-        scope["headers"] += own
-        response = Watched(scope["path"], send, incoming, has_ended)
+        scope["headers"] += held.headers
+        if incoming is not None:
+            scope["headers"].append((RELAY, incoming.address))
+        response = Watched(scope["path"], send, incoming, held)
         try:
             await self._pass_on(scope, receive, response)
         finally:
@@ -168,7 +155,7 @@ class ProxyGuard:
                 end = sse(error_object(error)) + DONE
                 await send({"type": "http.response.body", "body": end})
             else:
-                await error_response(error)(scope, receive, send)
+                await _refuse(error, scope, receive, send)
         finally:
             self._num_open -= 1
 
@@ -177,10 +164,19 @@ class ProxyGuard:
         return self._expected is not None and hmac.compare_digest(given, self._expected)
 
 
-def _take(places: Places, path: str, body: bytes) -> Ticket:
+def _take(places: Places, scope: Scope, body: bytes) -> Ticket:
     """Take the places that a request wants; raises :class:`RequestError` (429)."""
+    if scope["method"] != "POST":
+        return places.take(0)
     beginnings = name_beginnings(body) if places.wants_beginnings else []
-    return places.take(places_of(path, body), beginnings)
+    return places.take(places_of(scope["path"], body), beginnings)
+
+
+async def _refuse(error: RequestError, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer with an error that the pages which may call the application can read."""
+    places = applications.find(prefix_of(scope["path"]))
+    origins = () if places is None else places.origins
+    await with_cors(error_response(error), origins)(scope, receive, send)
 
 
 def _without_orders(scope: Scope) -> Scope:
@@ -194,14 +190,20 @@ def _without_orders(scope: Scope) -> Scope:
     return {**scope, "headers": headers}
 
 
-def _again(body: bytes, receive: Receive) -> Receive:
-    """Return a ``receive`` that gives the body in one piece, then what comes after it."""
+def _again(body: bytes, receive: Receive, has_left: Callable[[], None]) -> Receive:
+    """Return a ``receive`` that gives the body in one piece, then what comes after it.
+
+    ``has_left`` is called when that is the client's end.
+    """
     is_given = False
 
     async def whole() -> Message:
         nonlocal is_given
         if is_given:
-            return await receive()
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                has_left()
+            return message
         is_given = True
         return {"type": "http.request", "body": body, "more_body": False}
 

@@ -68,7 +68,9 @@ class Places:
     ) -> None:
         """``crowd``: send requests that begin alike to one replica, unless it has more than so many
         places more taken than another one. None: never."""
-        self._crowd, self._clock = crowd, clock
+        self.crowd, self._clock = crowd, clock
+        self.origins: Sequence[str] = ()
+        """Web pages that may call the application from a browser."""
         self._lock = threading.Lock()
         self._seen = LastSeen()
         self._rooms: dict[str, Room] = {}
@@ -85,7 +87,7 @@ class Places:
     @property
     def wants_beginnings(self) -> bool:
         """Whether :meth:`take` makes use of a request's beginnings."""
-        return self._crowd is not None
+        return self.crowd is not None
 
     def set_replicas(self, rooms: dict[str, Room]) -> None:
         """Know the replicas that there are now."""
@@ -170,6 +172,11 @@ class Places:
             count, self._num_refused = self._num_refused, 0
             return count
 
+    def tell_later(self, count: int) -> None:
+        """Take back refusals that could not be told."""
+        with self._lock:
+            self._num_refused += count
+
     def _choose(self, count: int, beginnings: Sequence[str]) -> str | None:
         """Return the replica with the fewest places taken, the nearer one of equals."""
         now = self._clock()
@@ -177,9 +184,9 @@ class Places:
         fitting = [n for n in loads if count == 0 or loads[n] + count <= self._rooms[n].places]
         if not fitting:
             return None
-        if self._crowd is not None:
+        if (crowd := self.crowd) is not None:
             last = self._seen.find(beginnings, fitting)
-            if last is not None and loads[last] - min(loads.values()) <= self._crowd:
+            if last is not None and loads[last] - min(loads.values()) <= crowd:
                 return last
         return min(fitting, key=lambda n: (loads[n], not self._rooms[n].is_near, random.random()))
 

@@ -1,13 +1,13 @@
 """Responses on their way through the proxy: the short way of their pieces, and their ends."""
 
 import asyncio
-from collections.abc import Callable
 
 from starlette.types import Message, Send
 
 from ...errors import RequestError
 from ..relay.frames import HEADER as RELAY
 from ..relay.receiver import IncomingStream
+from .held import Held
 
 RELAY_LAG_S = 10.0
 """Time for the last pieces of a stream to arrive after Ray has said that it is over."""
@@ -21,11 +21,10 @@ class Watched:
         path: str,
         send: Send,
         incoming: IncomingStream | None,
-        has_ended: Callable[[], None],
+        held: Held,
     ) -> None:
-        """``has_ended`` is called before the client gets the last piece of a whole response."""
         self._path, self.unwatched, self._incoming = path, send, incoming
-        self._has_ended = has_ended
+        self._held = held
         self._copying: asyncio.Task[None] | None = None
         """Sends what comes by the short way, if the response does."""
         self.is_started = False
@@ -44,6 +43,7 @@ class Watched:
                 self._rays_status = message["status"]
                 return
             self.is_started = True
+            self._held.has_arrived()
             await self._start(message)
             return
         if message["type"] == "http.response.body":
@@ -54,7 +54,7 @@ class Watched:
                 return
             self._is_finished = not message.get("more_body", False)
             if self._is_finished:
-                self._has_ended()
+                self._held.has_ended()
         await self.unwatched(message)
 
     async def _start(self, message: Message) -> None:

@@ -22,16 +22,17 @@ from ray.serve.request_router import (
 from ..proxy import applications
 from ..proxy.places import Places, Room
 
-PLACES = "places"
-"""What ``MoeyardServer.record_replica_metadata`` says of a replica."""
+PLACES, CROWD, ORIGINS = "places", "crowd", "origins"
+"""What a replica says of itself, ``MoeyardServer.record_replica_metadata``."""
 
 
 class PlacesRouter(LocalityMixin, RequestRouter):
     """A router that follows tickets."""
 
-    def initialize_state(self, crowd: int | None = None) -> None:  # type: ignore[override]
-        """Take the router's arguments from Ray's configuration, see :class:`.Places`."""
-        self._places = Places(crowd)
+    def initialize_state(self, **_: Any) -> None:
+        """Begin without replicas. What they say may change with a deployment, unlike Ray's
+        arguments of a router."""
+        self._places = Places()
 
     async def choose_replicas(
         self,
@@ -82,12 +83,15 @@ class PlacesRouter(LocalityMixin, RequestRouter):
         self._places.hear(replica_id.unique_id, num_ongoing_requests)
 
     def _tell(self) -> None:
-        rooms = {
-            replica.replica_id.unique_id: Room(
-                replica.replica_metadata[PLACES], replica.node_id == self._self_node_id
-            )
-            for replica in self.curr_replicas.values()
-        }
+        rooms = {}
+        for replica in self.curr_replicas.values():
+            said = replica.replica_metadata
+            if PLACES not in said:
+                continue  # of an older release: it gets what has no ticket, until it is replaced
+            is_near = replica.node_id == self._self_node_id
+            rooms[replica.replica_id.unique_id] = Room(said[PLACES], is_near)
+            self._places.crowd = said.get(CROWD)
+            self._places.origins = said.get(ORIGINS, ())
         self._places.set_replicas(rooms)
 
 
@@ -99,9 +103,6 @@ def _read(ticket: str) -> tuple[int | None, str | None]:
     return int(number), prefix if has_prefix else None
 
 
-def places_routing(crowd: int | None) -> RequestRouterConfig:
-    """Return Ray's configuration for this router; ``crowd`` as in :class:`.Places`."""
-    return RequestRouterConfig(
-        request_router_class=f"{__name__}:PlacesRouter",
-        request_router_kwargs={"crowd": crowd},
-    )
+def places_routing() -> RequestRouterConfig:
+    """Return Ray's configuration for this router."""
+    return RequestRouterConfig(request_router_class=f"{__name__}:PlacesRouter")

@@ -127,7 +127,7 @@ def test_the_guard_names_beginnings_where_they_count(monkeypatch, crowd):
         async def send(message):
             pass
 
-        scope = {"type": "http", "path": "/v1/completions", "headers": []}
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
         await ProxyGuard(app)(scope, receive, send)
 
     async def go():

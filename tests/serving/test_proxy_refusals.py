@@ -23,7 +23,13 @@ from moeyard.serving.proxy.places import (
     Room,
 )
 from moeyard.serving.proxy_guard import ProxyGuard
-from moeyard.serving.replicas.places_router import PLACES, PlacesRouter, places_routing
+from moeyard.serving.replicas.places_router import (
+    CROWD,
+    ORIGINS,
+    PLACES,
+    PlacesRouter,
+    places_routing,
+)
 from moeyard.serving.serve_args import ServeArgs
 from moeyard.serving.server import Server
 
@@ -52,7 +58,7 @@ def take_all(places):
 def replica(name):
     return SimpleNamespace(
         replica_id=ReplicaID(name, DeploymentID("moeyard", "app")),
-        replica_metadata={PLACES: 3},
+        replica_metadata={PLACES: 3, CROWD: 7, ORIGINS: ["http://page"]},
         node_id="node",
         push_proxy_handle=lambda _: None,
     )
@@ -72,7 +78,7 @@ async def routed(router, ticket):
 def test_the_router_tells_of_replicas_and_follows_tickets(monkeypatch):
     known = Applications()
     monkeypatch.setattr("moeyard.serving.proxy.applications.applications", known)
-    routing = places_routing(None)
+    routing = places_routing()
     monkeypatch.setattr(cloudpickle, "_DYNAMIC_CLASS_TRACKER_BY_ID", WeakValueDictionary())
     copied = routing.get_request_router_class()
     assert copied is not PlacesRouter, "another process gets a copy of the class"
@@ -84,11 +90,16 @@ def test_the_router_tells_of_replicas_and_follows_tickets(monkeypatch):
             self_node_id="node",
         )
         monkeypatch.setattr(router, "_probe_queue_lens", lambda *_: asyncio.sleep(0))
-        router.initialize_state(crowd=None)
-        a, b = replica("a"), replica("b")
+        router.initialize_state()
+        a, b, older = replica("a"), replica("b"), replica("older")
+        older.replica_metadata = {}
+        router.update_replicas([older])
+        assert await routed(router, ticket_header(None, "/one").decode()) == [[], ["older"]]
+        assert known.find("/one").take(1).replica == "", "only Ray knows of it"
         router.update_replicas([a, b])
         assert await routed(router, ticket_header(None, "/one").decode()) == [[], ["a", "b"]]
         places = known.find("/one")
+        assert (places.crowd, places.origins) == (7, ["http://page"])
         ticket = places.take(1)
         header = ticket_header(ticket, None).decode()
         first, other = ticket.replica, {"a": "b", "b": "a"}[ticket.replica]
@@ -187,6 +198,63 @@ def test_a_client_that_asks_again_at_once_finds_its_place_free(monkeypatch):
     guard, again = ProxyGuard(app), []
     asyncio.run(go())
     assert statuses == [200] * 3 and not places._tickets
+
+
+def ask_guard(app, path=PATH, method="POST", headers=(), left=False):
+    """Send a whole request through the guard; return the status and the headers of the answer."""
+    sent = []
+    came = [{"type": "http.request", "body": b"{}", "more_body": False}]
+
+    async def send(message):
+        sent.append(message)
+
+    async def receive():
+        return came.pop(0) if came else {"type": "http.disconnect"}
+
+    scope = {"type": "http", "method": method, "path": path, "headers": list(headers)}
+    asyncio.run(ProxyGuard(app)(scope, receive, send))
+    return sent[0]["status"], {name.decode(): value.decode() for name, value in sent[0]["headers"]}
+
+
+def test_refusals_are_told_until_a_replica_has_heard_of_them(places, monkeypatch):
+    Replicas(places, monkeypatch)
+    take_all(places)
+    told = []
+
+    def answering(*messages, leaves=False):
+        async def app(scope, receive, send):
+            told.append((scope["path"], scope["method"], dict(scope["headers"]).get(REFUSED)))
+            for _ in range(2 * leaves):
+                await receive()
+            for message in messages:
+                await send(message)
+
+        return app
+
+    start = {"type": "http.response.start", "headers": [(b"content-type", b"text/plain")]}
+    end = {"type": "http.response.body", "body": b""}
+    models = "/v1/models"
+    ask_guard(answering({**start, "status": 200}, end), "/-/healthz", "GET")  # Ray's own
+    ask_guard(answering({**start, "status": 200}, end), models, "OPTIONS")  # answered before
+    ask_guard(answering(), models)
+    ask_guard(answering({**start, "status": 503}, end), models)
+    ask_guard(answering(leaves=True), models)  # the replica may have heard
+    assert [count for *_, count in told] == [None, None, b"1", b"1", b"1"], told
+    assert places.take_refused() == 0
+
+
+def test_pages_that_may_call_can_read_refusals_and_ask_for_permission(places, monkeypatch):
+    replicas = Replicas(places, monkeypatch)
+    places.origins = ["http://page"]
+    take_all(places)
+    page = [(b"origin", b"http://page")]
+    status, headers = ask_guard(replicas.app(), headers=page)
+    assert status == 429 and headers["access-control-allow-origin"] == "http://page"
+    assert "retry-after" in headers["access-control-expose-headers"]
+    _, headers = ask_guard(replicas.app(), headers=[(b"origin", b"http://other")])
+    assert "access-control-allow-origin" not in headers
+    status, _ = ask_guard(replicas.app(), method="OPTIONS", headers=page)
+    assert status == 405, "it reached the application, though there is no place"
 
 
 def test_the_proxys_refusals_are_in_the_metrics_and_replicas_know_their_places(model_folder):
