@@ -42,11 +42,12 @@ class Lobby:
     def next_leader(self) -> Channel:
         """Wait for a channel that knows the secret. Raises OSError once the listener is closed."""
         while not self._proved:
-            if self._listening.fileno() < 0:
-                raise OSError(errno.EBADF, "the listener is closed")
             waiting = select.poll()
-            waiting.register(self._listening, select.POLLIN)
-            waiting.register(self._ear, select.POLLIN)
+            try:
+                waiting.register(self._listening, select.POLLIN)
+                waiting.register(self._ear, select.POLLIN)
+            except ValueError:  # a closed socket has no number
+                raise OSError(errno.EBADF, "the listener is closed") from None
             events = [number for number, _ in waiting.poll(self._turn_away_late_ones())]
             if self._ear.fileno() in events:
                 self._ear.recv(1)

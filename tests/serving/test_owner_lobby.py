@@ -1,5 +1,6 @@
 """Strangers that connect to an owner of experts and say nothing keep no leader out."""
 
+import socket
 import threading
 
 import pytest
@@ -101,3 +102,17 @@ def test_closing_a_listener_ends_a_wait_with_strangers(host):
     thread.join(10)
     assert len(ended) == 1 and not isinstance(ended[0], LostPeerError)
     assert stranger.recv(4096) == b""
+
+
+class _ClosedOnceAsked(socket.socket):
+    def fileno(self):
+        number = super().fileno()
+        self.close()
+        return number
+
+
+def test_closing_a_listener_at_any_moment_is_an_os_error():
+    waiting = lobby.Lobby(_ClosedOnceAsked(), open_channel=None, authenticate=None)
+    with pytest.raises(OSError, match="the listener is closed"):
+        waiting.next_leader()
+    waiting.close()
