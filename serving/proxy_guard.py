@@ -137,17 +137,18 @@ class ProxyGuard:
             scope["headers"].append((RELAY, incoming.address))
         response = Watched(scope["path"], send, incoming, held)
         try:
-            await self._pass_on(scope, receive, response)
+            await self._pass_on(scope, held, receive, response)
         finally:
             response.stop()
             if incoming is not None:
                 self._relay.close(incoming)
 
-    async def _pass_on(self, scope: Scope, receive: Receive, response: Watched) -> None:
+    async def _pass_on(self, scope: Scope, held: Held, receive: Receive, response: Watched) -> None:
         send = response.unwatched
         self._num_open += 1
         try:
             await self._app(scope, receive, response.send)
+            held.has_ended()
             error = await response.what_is_missing()
             if error is None:
                 return

@@ -36,10 +36,10 @@ def who_gives_way(
     """Return the running requests that must wait so that ``job`` can start; None if none will do.
 
     ``job`` takes over the ``known`` blocks and needs ``more``. ``running`` is in order, and at most
-    ``places`` may run. The last in the order give way first, and none without need: who is freed
-    of nothing that is missing goes on, wherever it stands. A request of equal priority never gives
-    way. One that has come back stays until it has generated a token, so each return brings it on,
-    however often better ones come.
+    ``places`` may run. The last in the order give way first, but none whose place and blocks are
+    not needed besides those of the others. A request of equal priority never gives way. One that
+    has come back stays until it has generated a token, so each return brings it on, however often
+    better ones come.
     """
     choice = _Choice(pool)
     num_cached = pool.count_cached(known)

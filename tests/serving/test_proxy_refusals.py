@@ -165,8 +165,10 @@ def test_the_guard_refuses_without_a_call_and_tells_how_often(places, monkeypatc
     assert {prefix for _, prefix in numbers} == {""} and not places._tickets
 
 
-def test_a_client_that_asks_again_at_once_finds_its_place_free(monkeypatch):
-    """Ray's application returns a while after the last piece of a response."""
+@pytest.mark.parametrize("is_lost", [False, True], ids=["whole", "lost"])
+def test_a_client_that_asks_again_at_once_finds_its_place_free(monkeypatch, is_lost):
+    """Ray's application returns a while after the last piece of a response, and the guard after
+    the piece that it adds itself."""
     places, statuses = Places(), []
     places.set_replicas({"a": Room(1, is_near=True)})
     replicas = Replicas(places, monkeypatch)
@@ -174,6 +176,8 @@ def test_a_client_that_asks_again_at_once_finds_its_place_free(monkeypatch):
     plain = Starlette(routes=[Route(PATH, replicas.complete, methods=["POST"])])
 
     async def app(scope, receive, send):
+        if is_lost:
+            return
         await plain(scope, receive, send)
         await asyncio.sleep(0.02)
 
@@ -183,6 +187,7 @@ def test_a_client_that_asks_again_at_once_finds_its_place_free(monkeypatch):
                 statuses.append(message["status"])
             elif left > 1:
                 again.append(asyncio.create_task(ask(left - 1)))
+                await asyncio.sleep(0.01)
 
         async def receive():
             return {"type": "http.request", "body": b"{}", "more_body": False}
@@ -197,7 +202,7 @@ def test_a_client_that_asks_again_at_once_finds_its_place_free(monkeypatch):
 
     guard, again = ProxyGuard(app), []
     asyncio.run(go())
-    assert statuses == [200] * 3 and not places._tickets
+    assert statuses == [503 if is_lost else 200] * 3 and not places._tickets
 
 
 def ask_guard(app, path=PATH, method="POST", headers=(), left=False):
