@@ -115,14 +115,19 @@ class ProxyGuard:
 
     async def _admit(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
         """Pass a whole request on, unless there is no place for it."""
-        prefix = prefix_of(scope["path"])
-        places = applications.find(prefix)
+        path, method, prefix = scope["path"], scope["method"], prefix_of(scope["path"])
+        places = applications.nearest(path)
+        is_its = places is not None and applications.find(prefix) is places
         try:
-            ticket = None if places is None else _take(places, scope, body)
+            ticket = None
+            if places is not None and is_its and method == "POST":
+                ticket = _take(places, path, body)
+            elif places is not None:
+                ticket = places.take(0)  # a replica that tells of it is known to mean this proxy's
         except RequestError as error:
             await _refuse(error, scope, receive, send)
             return
-        held = Held(places, ticket, prefix, may_tell=scope["method"] != "OPTIONS")
+        held = Held(places, ticket, prefix, is_its and method != "OPTIONS")
         try:
             await self._relay_on(scope, held, _again(body, receive, held.has_arrived), send)
         finally:
@@ -165,12 +170,10 @@ class ProxyGuard:
         return self._expected is not None and hmac.compare_digest(given, self._expected)
 
 
-def _take(places: Places, scope: Scope, body: bytes) -> Ticket:
+def _take(places: Places, path: str, body: bytes) -> Ticket:
     """Take the places that a request wants; raises :class:`RequestError` (429)."""
-    if scope["method"] != "POST":
-        return places.take(0)
     beginnings = name_beginnings(body) if places.wants_beginnings else []
-    return places.take(places_of(scope["path"], body), beginnings)
+    return places.take(places_of(path, body), beginnings)
 
 
 async def _refuse(error: RequestError, scope: Scope, receive: Receive, send: Send) -> None:

@@ -22,6 +22,13 @@ class Applications:
         """
         return None if prefix is None else self._known.get(prefix)
 
+    def nearest(self, path: str) -> Places | None:
+        """Return the places of the application that most probably answers a path."""
+        known = self._known
+        fitting = (prefix for prefix in known if path.startswith(f"{prefix}/"))
+        longest = max(fitting, key=len, default=None)
+        return None if longest is None else known[longest]
+
     def learn(self, prefix: str, places: Places) -> None:
         """Hear from a router that a request with this prefix has come to it."""
         known = {other: its for other, its in self._known.items() if other != prefix}

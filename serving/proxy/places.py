@@ -154,14 +154,16 @@ class Places:
     def move(self, number: int, replica: str) -> None:
         """Hear that a replica has taken a request on, perhaps not the one that its ticket is for.
 
-        Ray asks others where that one does not answer. They have told before, see :meth:`hear`.
+        Ray asks others where that one does not answer. What had no ticket there was just heard of
+        as another proxy's, see :meth:`hear`.
         """
         with self._lock:
             ticket = self._tickets.get(number)
-            if ticket is None or ticket.replica == replica:
-                return
-            self._unseat(ticket)
-            self._seat(ticket, replica)
+            if ticket is not None:
+                if ticket.replica == replica:
+                    return
+                self._unseat(ticket)
+                self._seat(ticket, replica)
             if replica in self._others:
                 others, until = self._others[replica]
                 self._others[replica] = (max(0, others - 1), until)

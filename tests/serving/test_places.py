@@ -139,6 +139,8 @@ def test_a_ticket_is_where_its_request_went(places):
     places.hear(other, 1)  # Ray hears of it before it says which one it was
     places.move(ticket.number, other)
     assert ticket.replica == other
+    places.hear(first, 1)
+    places.move(0, first)  # one without a ticket is not another proxy's either
     assert Counter(one.replica for one in take_all(places)) == {first: 3, other: 1}
 
 
@@ -226,6 +228,7 @@ def test_each_application_has_places_of_its_own():
         ("/-/routes", None),
     ):
         assert known.find(prefix_of(path)) is expected, path
+        assert known.nearest(path) is (expected or root), path
 
 
 def test_prefixes_that_clients_invent_push_none_out_that_is_in_use():

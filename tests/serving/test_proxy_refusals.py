@@ -262,6 +262,14 @@ def test_pages_that_may_call_can_read_refusals_and_ask_for_permission(places, mo
     assert status == 405, "it reached the application, though there is no place"
 
 
+def test_a_full_application_at_the_root_refuses_nothing_of_another_one(places, monkeypatch):
+    replicas = Replicas(places, monkeypatch)
+    take_all(places)
+    status, _ = ask_guard(replicas.app(), "/other" + PATH)
+    assert status == 404, "it reached Ray, which knows all applications"
+    assert places.take_refused() == 1, "the refusal is told under the application's own prefix"
+
+
 def test_the_proxys_refusals_are_in_the_metrics_and_replicas_know_their_places(model_folder):
     server = Server(ServeArgs(model=str(model_folder), max_num_seqs=3, max_queued_requests=2))
     try:
