@@ -16,7 +16,7 @@ from .cluster.replica_port import close_replica_port
 from .hosting import check_model, open_server
 from .proxy_guard import CALLBACK, CALLBACK_VARIABLE, ask_for_guard
 from .replicas.hub_link import HubLink
-from .replicas.places_router import PLACES, places_routing
+from .replicas.places_router import CROWD, ORIGINS, PLACES, places_routing
 from .replicas.scaling import ANSWERS, scaling
 from .serve_args import ServeArgs
 from .server import with_commit
@@ -61,6 +61,7 @@ class MoeyardServer:
                 CALLBACK,
             )
         close_replica_port()
+        self._args = args
         context = serve.get_replica_context()
         replica = context.replica_id.unique_id
         self._server = open_server(args, replica)
@@ -80,15 +81,23 @@ class MoeyardServer:
         """Tell Ray's controller what ``replicas/scaling.py`` decides by."""
         return {ANSWERS: self._server.admission.num_held}
 
-    def record_replica_metadata(self) -> dict[str, int]:
-        """Tell Ray's router in each proxy, once, how many answers this replica takes."""
-        return {PLACES: self._server.admission.num_places}
+    def record_replica_metadata(self) -> dict[str, Any]:
+        """Tell Ray's router in each proxy, once, what requests this replica takes."""
+        return places_metadata(self._args, self._server.admission.num_places)
 
     def __del__(self) -> None:
         if hasattr(self, "_link"):
             self._link.close()
         if hasattr(self, "_server"):
             self._server.close()
+
+
+def places_metadata(args: ServeArgs, num_places: int) -> dict[str, Any]:
+    """Return what a replica with so many places says of itself to the routers in all proxies."""
+    # One that has half a batch more than another one is passed over: its answers would be slower
+    # by more than most beginnings save.
+    crowd = max(1, args.max_num_seqs // 2) if args.prefix_routing else None
+    return {PLACES: num_places, CROWD: crowd, ORIGINS: args.cors_origin}
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -111,12 +120,9 @@ def application(args: ServeArgs) -> Application:
     options: dict[str, Any] = {"num_replicas": args.num_replicas}
     if args.max_replicas is not None:
         options = {"autoscaling_config": scaling(args)}
-    # A replica that has half a batch more than another one is passed over: its answers would be
-    # slower by more than most beginnings save.
-    crowd = max(1, args.max_num_seqs // 2) if args.prefix_routing else None
     return MoeyardServer.options(  # type: ignore[attr-defined]
         **options,
-        request_router_config=places_routing(crowd),
+        request_router_config=places_routing(),
         # Waiting happens in the engine's queue, which knows what it can batch.
         max_ongoing_requests=args.max_num_seqs + args.max_queued_requests + SPARE_REQUESTS,
         max_queued_requests=MAX_QUEUED_IN_PROXY,

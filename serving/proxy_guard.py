@@ -20,6 +20,7 @@ starts Ray.
 
 import hmac
 import os
+from collections.abc import Callable
 
 import uvicorn.config
 from starlette.middleware import Middleware
@@ -29,11 +30,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import RequestError
 from .api.connections import STATE_KEY, Connection, connections
+from .api.cors import with_cors
 from .api.request_body import read_body
 from .api.responses import DONE, error_object, error_response, sse
+from .proxy.applications import applications
 from .proxy.beginnings import name_beginnings
+from .proxy.held import Held
 from .proxy.places import HEADER as TICKET
-from .proxy.places import REFUSED, Places, Ticket, applications, ticket_header
+from .proxy.places import REFUSED, Places, Ticket
 from .proxy.wanted import places_of, prefix_of
 from .proxy.watched import Watched
 from .relay.frames import HEADER as RELAY
@@ -95,7 +99,7 @@ class ProxyGuard:
         except ClientDisconnect:
             return
         except RequestError as error:
-            await error_response(error)(scope, receive, send)
+            await _refuse(error, scope, receive, send)
             return
         if connection is not None:
             connection.enter("answer")
@@ -111,44 +115,45 @@ class ProxyGuard:
 
     async def _admit(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
         """Pass a whole request on, unless there is no place for it."""
-        path = scope["path"]
-        places = applications.find(path)
+        path, method, prefix = scope["path"], scope["method"], prefix_of(scope["path"])
+        places = applications.nearest(path)
+        is_its = places is not None and applications.find(prefix) is places
         try:
-            ticket = None if places is None else _take(places, path, body)
+            ticket = None
+            if places is not None and is_its and method == "POST":
+                ticket = _take(places, path, body)
+            elif places is not None:
+                ticket = places.take(0)  # a replica that tells of it is known to mean this proxy's
         except RequestError as error:
-            await error_response(error)(scope, receive, send)
+            await _refuse(error, scope, receive, send)
             return
+        held = Held(places, ticket, prefix, is_its and method != "OPTIONS")
         try:
-            own = [(TICKET, ticket_header(ticket, prefix_of(path)))]
-            if places is not None and (count := places.take_refused()):
-                own.append((REFUSED, b"%d" % count))
-            await self._relay_on(scope, own, _again(body, receive), send)
+            await self._relay_on(scope, held, _again(body, receive, held.has_arrived), send)
         finally:
-            if places is not None and ticket is not None:
-                places.give_back(ticket)
+            held.close()
 
-    async def _relay_on(
-        self, scope: Scope, own: list[tuple[bytes, bytes]], receive: Receive, send: Send
-    ) -> None:
-        """Pass a request on with the guard's ``own`` headers, and offer the short way."""
+    async def _relay_on(self, scope: Scope, held: Held, receive: Receive, send: Send) -> None:
+        """Pass a request on with the guard's own headers, and offer the short way."""
         incoming = await self._relay.open()
-        if incoming is not None:
-            own.append((RELAY, incoming.address))
         scope = _without_orders(scope)
-        scope["headers"] += own
-        response = Watched(scope["path"], send, incoming)
+        scope["headers"] += held.headers
+        if incoming is not None:
+            scope["headers"].append((RELAY, incoming.address))
+        response = Watched(scope["path"], send, incoming, held)
         try:
-            await self._pass_on(scope, receive, response)
+            await self._pass_on(scope, held, receive, response)
         finally:
             response.stop()
             if incoming is not None:
                 self._relay.close(incoming)
 
-    async def _pass_on(self, scope: Scope, receive: Receive, response: Watched) -> None:
+    async def _pass_on(self, scope: Scope, held: Held, receive: Receive, response: Watched) -> None:
         send = response.unwatched
         self._num_open += 1
         try:
             await self._app(scope, receive, response.send)
+            held.has_ended()
             error = await response.what_is_missing()
             if error is None:
                 return
@@ -156,7 +161,7 @@ class ProxyGuard:
                 end = sse(error_object(error)) + DONE
                 await send({"type": "http.response.body", "body": end})
             else:
-                await error_response(error)(scope, receive, send)
+                await _refuse(error, scope, receive, send)
         finally:
             self._num_open -= 1
 
@@ -171,6 +176,13 @@ def _take(places: Places, path: str, body: bytes) -> Ticket:
     return places.take(places_of(path, body), beginnings)
 
 
+async def _refuse(error: RequestError, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer with an error that the pages which may call the application can read."""
+    places = applications.find(prefix_of(scope["path"]))
+    origins = () if places is None else places.origins
+    await with_cors(error_response(error), origins)(scope, receive, send)
+
+
 def _without_orders(scope: Scope) -> Scope:
     """Return the scope without the headers that Ray obeys, and without what it cannot read."""
     headers = [
@@ -182,14 +194,20 @@ def _without_orders(scope: Scope) -> Scope:
     return {**scope, "headers": headers}
 
 
-def _again(body: bytes, receive: Receive) -> Receive:
-    """Return a ``receive`` that gives the body in one piece, then what comes after it."""
+def _again(body: bytes, receive: Receive, has_left: Callable[[], None]) -> Receive:
+    """Return a ``receive`` that gives the body in one piece, then what comes after it.
+
+    ``has_left`` is called when that is the client's end.
+    """
     is_given = False
 
     async def whole() -> Message:
         nonlocal is_given
         if is_given:
-            return await receive()
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                has_left()
+            return message
         is_given = True
         return {"type": "http.request", "body": body, "more_body": False}
 

@@ -30,19 +30,20 @@ class AnswerStream(StreamingResponse):
 
     async def stream_response(self, send: Send) -> None:
         """Send all pieces. By the short way, ``send`` carries the head and the end alone."""
-        async with aclosing(self._make(self._way)) as pieces:
-            if self._way is None:
-                self.body_iterator = pieces
-                await super().stream_response(send)
-            else:
-                await self._relay(self._way, pieces, send)
+        if self._way is not None:
+            await self._relay(self._way, send)
+            return
+        async with aclosing(self._make(None)) as pieces:
+            self.body_iterator = pieces
+            await super().stream_response(send)
 
-    async def _relay(self, way: RelayedStream, pieces: AsyncGenerator[bytes], send: Send) -> None:
+    async def _relay(self, way: RelayedStream, send: Send) -> None:
         headers = [*self.raw_headers, (HEADER, b"1")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         is_whole = False
         try:
-            async with aclosing(pieces):
+            # Until it is closed, the engine's thread may write, and nothing may follow the end.
+            async with aclosing(self._make(way)) as pieces:
                 async for piece in pieces:
                     if not way.is_open:
                         return  # the proxy is gone, and its clients with it

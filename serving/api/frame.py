@@ -6,7 +6,6 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -14,6 +13,7 @@ from starlette.types import ASGIApp
 
 from ...errors import RequestError
 from ..engine.admission import RETRY_WHEN_DRAINING_S, Admission
+from .cors import with_cors
 from .gate import Gate
 from .refusals import CountRefusals
 from .responses import RETRY_AFTER_S, error_response
@@ -53,16 +53,8 @@ class Frame:
         }
         app: ASGIApp = Gate(Starlette(routes=[*own, *routes], exception_handlers=handlers), api_key)
         app = CountRefusals(app, self._admission.rejected)
-        if not cors_origins:
-            return app
         # Outside the gate: browsers ask for permission without a key.
-        return CORSMiddleware(
-            app,
-            allow_origins=cors_origins,
-            allow_methods=("GET", "POST"),
-            allow_headers=("*",),
-            expose_headers=("x-request-id", "retry-after"),
-        )
+        return with_cors(app, cors_origins)
 
     async def health(self, _: Request) -> Response:
         """Say whether requests are served; 503 with a reason when they are not."""

@@ -154,9 +154,12 @@ class Scheduler:
     def _start(self, plan: Plan) -> None:
         """Give blocks to the requests that wait, in their order, up to the first without room.
 
-        Requests of worse priority give way to it, if that is enough.
+        Requests of worse priority give way to it, if that is enough. None that is behind one of
+        those in the order starts before it.
         """
         for job in list(self._waiting):
+            if any(other.rank < job.rank for other in plan.preempted):
+                return
             is_full = len(self._running) == self._max_running
             if is_full and self._running[-1].priority <= job.priority:
                 return
@@ -182,8 +185,9 @@ class Scheduler:
         more = self._count(len(job.ids)) - len(known)
         needed = more + self.pool.count_cached(known) + len(self._running)
         if len(self._running) == self._max_running or needed > self.pool.num_available:
-            around = (self._running, self.pool, self._max_running)
-            giving_way = who_gives_way(job, known, more, *around)
+            giving_way = who_gives_way(
+                job, known, more, self._running, self.pool, self._max_running
+            )
             if giving_way is None:
                 return False
             for other in giving_way:

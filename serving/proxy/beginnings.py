@@ -54,12 +54,12 @@ def name_beginnings(body: bytes) -> list[str]:
     """
     try:
         values = json.loads(body)
-    except (ValueError, RecursionError):
+        if not isinstance(values, dict):
+            return []
+        text = next((_text_of(values[name]) for name in FIELDS if values.get(name)), "")
+        whose = json.dumps([values.get("model"), values.get("cache_salt")])
+    except (ValueError, RecursionError):  # one may nest deeper than can be written, but not read
         return []
-    if not isinstance(values, dict):
-        return []
-    text = next((_text_of(values[name]) for name in FIELDS if values.get(name)), "")
-    whose = json.dumps([values.get("model"), values.get("cache_salt")])
     running = hashlib.blake2b(whose.encode(), digest_size=HASH_BYTES)
     names: list[str] = []
     done, end = 0, SHORTEST

@@ -4,18 +4,19 @@ A replica that refuses a request pays for a call through Ray, on the interpreter
 runs on, and its word comes back late. But each replica says how many places it has when it starts,
 and Ray tells its router in every proxy (``replicas/places_router.py``). So the proxy takes a
 request's places before it sends it, at the replica that has the fewest taken, and its end gives
-them back. A request that fits nowhere is refused here, from the first one on.
+them back. A request that fits nowhere is refused here, as soon as
+the router has told which application is under its prefix (``applications.py``).
 
 Other proxies send requests to the same replicas. With each request that it takes on, a replica says
 how many it works on. Those that are not of this proxy hold places as well, for as long as that is
-news.
+news. A replica hears of an end after this proxy does, so what has just ended is taken off.
 """
 
 import itertools
 import random
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -30,7 +31,8 @@ REFUSED = b"x-moeyard-refused"
 RETRY_AFTER_S = 1
 OTHERS_FOR_S = 1.0
 """How long requests of other proxies count: without news, they may have ended."""
-MOST_PREFIXES = 64
+ENDED_FOR_S = 0.2
+"""How long a replica may still count a request that has ended here, as when its client left."""
 NOWHERE = ""
 """Where a request waits while there are no replicas."""
 
@@ -66,7 +68,9 @@ class Places:
     ) -> None:
         """``crowd``: send requests that begin alike to one replica, unless it has more than so many
         places more taken than another one. None: never."""
-        self._crowd, self._clock = crowd, clock
+        self.crowd, self._clock = crowd, clock
+        self.origins: Sequence[str] = ()
+        """Web pages that may call the application from a browser."""
         self._lock = threading.Lock()
         self._seen = LastSeen()
         self._rooms: dict[str, Room] = {}
@@ -76,12 +80,14 @@ class Places:
         self._taken: Counter[str] = Counter()
         self._requests: Counter[str] = Counter()
         self._others: dict[str, tuple[int, float]] = {}
+        self._ended: deque[tuple[str, float]] = deque()
+        """Where requests have just ended, and until when they may count there."""
         self._num_refused = 0
 
     @property
     def wants_beginnings(self) -> bool:
         """Whether :meth:`take` makes use of a request's beginnings."""
-        return self._crowd is not None
+        return self.crowd is not None
 
     def set_replicas(self, rooms: dict[str, Room]) -> None:
         """Know the replicas that there are now."""
@@ -89,12 +95,18 @@ class Places:
             self._rooms = dict(rooms)
             self._most = max((room.places for room in rooms.values()), default=self._most)
             self._others = {name: own for name, own in self._others.items() if name in rooms}
+            for ticket in self._tickets.values():  # before any newcomer, the oldest first
+                if ticket.replica == NOWHERE:
+                    self._seat_again(ticket)
 
     def hear(self, replica: str, num_requests: int) -> None:
         """Hear how many requests a replica works on, those of other proxies included."""
         with self._lock:
-            others = num_requests - self._requests[replica]
-            self._others[replica] = (max(0, others), self._clock() + OTHERS_FOR_S)
+            now = self._clock()
+            self._forget_ended(now)
+            ended = sum(name == replica for name, _ in self._ended)
+            others = num_requests - self._requests[replica] - ended
+            self._others[replica] = (max(0, others), now + OTHERS_FOR_S)
 
     def take(self, count: int, beginnings: Sequence[str] = ()) -> Ticket:
         """Take ``count`` places, which may be 0, at one replica.
@@ -105,12 +117,11 @@ class Places:
         with self._lock:
             count = count if count <= self._most else 0
             replica = self._choose(count, beginnings)
-            if replica is None:
-                has_room = not self._rooms and self._taken[NOWHERE] + count <= self._most
-                if not has_room:
-                    self._num_refused += 1
-                    raise _full()
+            if replica is None and not self._rooms and self._taken[NOWHERE] + count <= self._most:
                 replica = NOWHERE
+            if replica is None:
+                self._num_refused += 1
+                raise _full(count)
             self._seen.add(beginnings, replica)
             ticket = Ticket(next(self._numbers), count)
             self._tickets[ticket.number] = ticket
@@ -118,10 +129,14 @@ class Places:
             return ticket
 
     def give_back(self, ticket: Ticket) -> None:
-        """Free the places of a request that has ended."""
+        """Free the places of a request that has ended, once however often it is called."""
         with self._lock:
-            del self._tickets[ticket.number]
+            if self._tickets.pop(ticket.number, None) is None:
+                return
             self._unseat(ticket)
+            now = self._clock()
+            self._forget_ended(now)
+            self._ended.append((ticket.replica, now + ENDED_FOR_S))
 
     def replica_of(self, number: int) -> str | None:
         """Return the replica that a ticket is for, or None if it is for none.
@@ -132,19 +147,37 @@ class Places:
             ticket = self._tickets.get(number)
             if ticket is None:
                 return None
-            if ticket.replica not in self._rooms:
-                replica = self._choose(ticket.count, ())
-                if replica is None:
-                    return None
+            if ticket.replica not in self._rooms and not self._seat_again(ticket):
+                return None
+            return ticket.replica
+
+    def move(self, number: int, replica: str) -> None:
+        """Hear that a replica has taken a request on, perhaps not the one that its ticket is for.
+
+        Ray asks others where that one does not answer. What had no ticket there was just heard of
+        as another proxy's, see :meth:`hear`.
+        """
+        with self._lock:
+            ticket = self._tickets.get(number)
+            if ticket is not None:
+                if ticket.replica == replica:
+                    return
                 self._unseat(ticket)
                 self._seat(ticket, replica)
-            return ticket.replica
+            if replica in self._others:
+                others, until = self._others[replica]
+                self._others[replica] = (max(0, others - 1), until)
 
     def take_refused(self) -> int:
         """Return how many requests were refused since the last call."""
         with self._lock:
             count, self._num_refused = self._num_refused, 0
             return count
+
+    def tell_later(self, count: int) -> None:
+        """Take back refusals that could not be told."""
+        with self._lock:
+            self._num_refused += count
 
     def _choose(self, count: int, beginnings: Sequence[str]) -> str | None:
         """Return the replica with the fewest places taken, the nearer one of equals."""
@@ -153,15 +186,28 @@ class Places:
         fitting = [n for n in loads if count == 0 or loads[n] + count <= self._rooms[n].places]
         if not fitting:
             return None
-        if self._crowd is not None:
+        if (crowd := self.crowd) is not None:
             last = self._seen.find(beginnings, fitting)
-            if last is not None and loads[last] - min(loads.values()) <= self._crowd:
+            if last is not None and loads[last] - min(loads.values()) <= crowd:
                 return last
         return min(fitting, key=lambda n: (loads[n], not self._rooms[n].is_near, random.random()))
+
+    def _forget_ended(self, now: float) -> None:
+        while self._ended and self._ended[0][1] <= now:
+            self._ended.popleft()
 
     def _num_others(self, replica: str, now: float) -> int:
         count, until = self._others.get(replica, (0, 0.0))
         return count if now < until else 0
+
+    def _seat_again(self, ticket: Ticket) -> bool:
+        """Move a ticket to a replica that has room for it, if there is one."""
+        replica = self._choose(ticket.count, ())
+        if replica is None:
+            return False
+        self._unseat(ticket)
+        self._seat(ticket, replica)
+        return True
 
     def _seat(self, ticket: Ticket, replica: str) -> None:
         ticket.replica = replica
@@ -175,38 +221,13 @@ class Places:
             del self._requests[ticket.replica], self._taken[ticket.replica]
 
 
-class Applications:
-    """Which application answers under which route prefix, as far as a router has said."""
-
-    def __init__(self) -> None:
-        self._known: dict[str, Places] = {}
-
-    def find(self, path: str) -> Places | None:
-        """Return the places of the application that a path leads to, if it is known."""
-        fitting = (prefix for prefix in self._known if path.startswith(f"{prefix}/"))
-        longest = max(fitting, key=len, default=None)
-        return None if longest is None else self._known[longest]
-
-    def learn(self, prefix: str, places: Places) -> None:
-        """Hear from a router that a request with this prefix has come to it."""
-        if prefix not in self._known and len(self._known) >= MOST_PREFIXES:
-            self._known.clear()  # clients may invent prefixes; those in use are soon known again
-        self._known[prefix] = places
-
-
-applications = Applications()
-"""Those of this process: Ray makes the routers, and the guard finds what they know here."""
-
-
-def ticket_header(ticket: Ticket | None, prefix: str | None) -> bytes:
-    """Return what the router hears of a request: its ticket, 0 for none, and its route prefix."""
-    number = 0 if ticket is None else ticket.number
-    return (f"{number}" if prefix is None else f"{number} {prefix}").encode()
-
-
-def _full() -> RequestError:
+def _full(count: int) -> RequestError:
+    problem, remedy = "is busy with as many answers as it takes", ""
+    if count > 1:
+        problem = f"has no room for {count} answers of one request at the moment"
+        remedy = "ask for fewer (n times prompts) or "
     return RequestError(
-        f"the server is busy with as many answers as it takes; try again in {RETRY_AFTER_S} s.",
+        f"the server {problem}; {remedy}try again in {RETRY_AFTER_S} s.",
         code="rate_limit_exceeded",
         status=429,
         retry_after_s=RETRY_AFTER_S,

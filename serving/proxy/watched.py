@@ -7,6 +7,7 @@ from starlette.types import Message, Send
 from ...errors import RequestError
 from ..relay.frames import HEADER as RELAY
 from ..relay.receiver import IncomingStream
+from .held import Held
 
 RELAY_LAG_S = 10.0
 """Time for the last pieces of a stream to arrive after Ray has said that it is over."""
@@ -15,8 +16,15 @@ RELAY_LAG_S = 10.0
 class Watched:
     """A response on its way, and what it lacks."""
 
-    def __init__(self, path: str, send: Send, incoming: IncomingStream | None) -> None:
+    def __init__(
+        self,
+        path: str,
+        send: Send,
+        incoming: IncomingStream | None,
+        held: Held,
+    ) -> None:
         self._path, self.unwatched, self._incoming = path, send, incoming
+        self._held = held
         self._copying: asyncio.Task[None] | None = None
         """Sends what comes by the short way, if the response does."""
         self.is_started = False
@@ -35,6 +43,7 @@ class Watched:
                 self._rays_status = message["status"]
                 return
             self.is_started = True
+            self._held.has_arrived()
             await self._start(message)
             return
         if message["type"] == "http.response.body":
@@ -44,6 +53,8 @@ class Watched:
             if not await self._has_copied():
                 return
             self._is_finished = not message.get("more_body", False)
+            if self._is_finished:
+                self._held.has_ended()
         await self.unwatched(message)
 
     async def _start(self, message: Message) -> None:

@@ -8,6 +8,8 @@ the ticket says which. What has no ticket, as requests through a handle in Pytho
 replica that Ray knows the fewest requests of.
 """
 
+from typing import Any
+
 from ray.serve.config import RequestRouterConfig
 from ray.serve.request_router import (
     LocalityMixin,
@@ -17,19 +19,20 @@ from ray.serve.request_router import (
     RunningReplica,
 )
 
-from ..proxy import places
+from ..proxy import applications
 from ..proxy.places import Places, Room
 
-PLACES = "places"
-"""What ``MoeyardServer.record_replica_metadata`` says of a replica."""
+PLACES, CROWD, ORIGINS = "places", "crowd", "origins"
+"""What a replica says of itself, ``MoeyardServer.record_replica_metadata``."""
 
 
 class PlacesRouter(LocalityMixin, RequestRouter):
     """A router that follows tickets."""
 
-    def initialize_state(self, crowd: int | None = None) -> None:  # type: ignore[override]
-        """Take the router's arguments from Ray's configuration, see :class:`.Places`."""
-        self._places = Places(crowd)
+    def initialize_state(self, **_: Any) -> None:
+        """Begin without replicas. What they say may change with a deployment, unlike Ray's
+        arguments of a router."""
+        self._places = Places()
 
     async def choose_replicas(
         self,
@@ -45,12 +48,24 @@ class PlacesRouter(LocalityMixin, RequestRouter):
         return [best, [r for r in candidate_replicas if r not in best]]
 
     def _follow(self, ticket: str) -> str | None:
-        number, has_prefix, prefix = ticket.partition(" ")
-        if not number.isdecimal():
+        number, prefix = _read(ticket)
+        if number is None:
             return None
-        if has_prefix:
-            places.applications.learn(prefix, self._places)
-        return self._places.replica_of(int(number))
+        if prefix is not None:
+            applications.applications.learn(prefix, self._places)
+        return self._places.replica_of(number)
+
+    def on_request_routed(
+        self,
+        pending_request: PendingRequest,
+        replica_id: ReplicaID,
+        result: Any,
+    ) -> None:
+        """Hear which replica has taken a request on."""
+        super().on_request_routed(pending_request, replica_id, result)
+        number, _ = _read(pending_request.metadata.session_id)
+        if number is not None:
+            self._places.move(number, replica_id.unique_id)
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Take over which replicas there are."""
@@ -68,18 +83,26 @@ class PlacesRouter(LocalityMixin, RequestRouter):
         self._places.hear(replica_id.unique_id, num_ongoing_requests)
 
     def _tell(self) -> None:
-        rooms = {
-            replica.replica_id.unique_id: Room(
-                replica.replica_metadata[PLACES], replica.node_id == self._self_node_id
-            )
-            for replica in self.curr_replicas.values()
-        }
+        rooms = {}
+        for replica in self.curr_replicas.values():
+            said = replica.replica_metadata
+            if PLACES not in said:
+                continue  # of an older release: it gets what has no ticket, until it is replaced
+            is_near = replica.node_id == self._self_node_id
+            rooms[replica.replica_id.unique_id] = Room(said[PLACES], is_near)
+            self._places.crowd = said.get(CROWD)
+            self._places.origins = said.get(ORIGINS, ())
         self._places.set_replicas(rooms)
 
 
-def places_routing(crowd: int | None) -> RequestRouterConfig:
-    """Return Ray's configuration for this router; ``crowd`` as in :class:`.Places`."""
-    return RequestRouterConfig(
-        request_router_class=f"{__name__}:PlacesRouter",
-        request_router_kwargs={"crowd": crowd},
-    )
+def _read(ticket: str) -> tuple[int | None, str | None]:
+    """Return the number and the route prefix that the guard has written, each if it has."""
+    number, has_prefix, prefix = ticket.partition(" ")
+    if not number.isdecimal():
+        return None, None
+    return int(number), prefix if has_prefix else None
+
+
+def places_routing() -> RequestRouterConfig:
+    """Return Ray's configuration for this router."""
+    return RequestRouterConfig(request_router_class=f"{__name__}:PlacesRouter")

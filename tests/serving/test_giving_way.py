@@ -56,6 +56,26 @@ def test_those_of_worse_priority_give_their_blocks_the_last_first_and_no_more_th
     check_texts(run, first, second, third, better)
 
 
+def test_one_whose_blocks_are_not_needed_goes_on_though_it_is_the_last():
+    run, (big, small) = run_of(("b", 20, 9, 3), ("c", 4, 9, 4), num_blocks=12)
+    run.step()
+    better = ask(run, "a", 28, 2, 0)  # it needs 7 blocks, and 4 are free: the 6 of the big one do
+    run.step()
+    assert [bool(one.blocks) for one in (big, small, better)] == [0, 1, 1]
+    assert run.num_preempted == 1
+    run.finish()
+    check_texts(run, big, small, better)
+
+
+def test_none_starts_before_a_better_one_that_has_just_given_way():
+    run, (first,) = run_of(("b", 30, 9, 3), num_blocks=10)
+    better, worse = ask(run, "a", 8, 2, 0), ask(run, "c", 4, 9, 5)
+    run.step()
+    assert [bool(one.blocks) for one in (first, better, worse)] == [0, 1, 0]
+    assert list(run.finish()) == ["a", "b", "c"]
+    check_texts(run, first, better, worse)
+
+
 @pytest.mark.parametrize(("priority", "num_prompt"), [(1, 10), (0, 40)], ids=["equal", "too long"])
 def test_none_gives_way_to_an_equal_one_or_where_it_would_not_be_enough(priority, num_prompt):
     run, (best, worse) = run_of(("best", 20, 9, 0), ("worse", 10, 30, 1), num_blocks=14, places=2)

@@ -6,11 +6,11 @@ from collections import Counter
 import pytest
 
 from moeyard.errors import RequestError
+from moeyard.serving.proxy.applications import MOST_PREFIXES, Applications
 from moeyard.serving.proxy.places import (
-    MOST_PREFIXES,
+    ENDED_FOR_S,
     NOWHERE,
     OTHERS_FOR_S,
-    Applications,
     Places,
     Room,
 )
@@ -122,6 +122,34 @@ def test_a_ticket_moves_when_its_replica_has_gone(places):
     assert len(take_all(places)) == 2
 
 
+def test_what_waited_for_a_replica_has_its_place_before_a_newcomer(places):
+    places.set_replicas({})
+    waiting = take_all(places)
+    places.set_replicas({"c": Room(2, True)})
+    assert [ticket.replica for ticket in waiting] == ["c", "c", NOWHERE]
+    assert take_all(places) == []
+    places.set_replicas({"c": Room(2, True), "d": Room(2, True)})
+    assert [ticket.replica for ticket in waiting] == ["c", "c", "d"]
+    assert [ticket.replica for ticket in take_all(places)] == ["d"]
+
+
+def test_a_ticket_is_where_its_request_went(places):
+    ticket = places.take(2)
+    first, other = ticket.replica, {"a": "b", "b": "a"}[ticket.replica]
+    places.hear(other, 1)  # Ray hears of it before it says which one it was
+    places.move(ticket.number, other)
+    assert ticket.replica == other
+    places.hear(first, 1)
+    places.move(0, first)  # one without a ticket is not another proxy's either
+    assert Counter(one.replica for one in take_all(places)) == {first: 3, other: 1}
+
+
+def test_who_asks_for_several_answers_hears_how_many_were_too_many(places):
+    places.take(1), places.take(1)
+    with pytest.raises(RequestError, match=r"no room for 3 answers .* ask for fewer \(n times"):
+        places.take(3)
+
+
 def test_requests_of_other_proxies_count_for_a_while(places, clock):
     own = places.take(1)
     places.hear(own.replica, 3)  # this one and two of others
@@ -135,6 +163,22 @@ def test_what_a_replica_says_of_this_proxys_requests_counts_once(places):
     for ticket in tickets:
         places.hear(ticket.replica, 1)
     assert len(take_all(places)) == 5
+
+
+def test_what_has_just_ended_is_not_another_proxys(places, clock):
+    tickets = take_all(places)
+    for ticket in tickets:
+        places.give_back(ticket)
+        places.give_back(ticket)  # twice is once
+    own = places.take(1)
+    places.hear(own.replica, 4)  # this one, and three of which it has not noticed the end
+    others = take_all(places)
+    assert len(others) == 5
+    for ticket in others:
+        places.give_back(ticket)
+    clock.now += ENDED_FOR_S
+    places.hear(own.replica, 4)  # by now, the three must be another proxy's
+    assert len(take_all(places)) == 3
 
 
 def test_nothing_is_kept_of_requests_that_have_ended(places):
@@ -174,15 +218,25 @@ def test_a_request_wants_a_place_for_each_answer(path, body, count):
 def test_each_application_has_places_of_its_own():
     known, one, root = Applications(), Places(), Places()
     known.learn(prefix_of("/one/v1/models"), one)
-    assert known.find("/v1/completions") is None
+    assert known.find(prefix_of("/v1/completions")) is None
     known.learn(prefix_of("/health"), root)
     for path, expected in (
         ("/one/v1/completions", one),
-        ("/one", root),
-        ("/oner/v1/models", root),
-        ("/docs", root),
+        ("/v1/completions", root),
+        ("/other/v1/completions", None),  # perhaps of an application that is not known yet
+        ("/docs", None),
+        ("/-/routes", None),
     ):
-        assert known.find(path) is expected, path
-    for number in range(2 * MOST_PREFIXES):  # as a client may invent them
+        assert known.find(prefix_of(path)) is expected, path
+        assert known.nearest(path) is (expected or root), path
+
+
+def test_prefixes_that_clients_invent_push_none_out_that_is_in_use():
+    known, root = Applications(), Places()
+    for number in range(2 * MOST_PREFIXES):
+        known.learn("", root)
+        before = known._known
         known.learn(f"/{number}", root)
-    assert len(known._known) <= MOST_PREFIXES
+        assert known._known is not before, "another thread may be reading it"
+        assert known.find("") is root
+    assert len(known._known) == MOST_PREFIXES

@@ -6,8 +6,9 @@ import json
 import pytest
 
 from moeyard.serving import proxy_guard
+from moeyard.serving.proxy.applications import Applications
 from moeyard.serving.proxy.beginnings import MOST, SHORTEST, LastSeen, name_beginnings
-from moeyard.serving.proxy.places import Applications, Places, Room
+from moeyard.serving.proxy.places import Places, Room
 from moeyard.serving.proxy_guard import ProxyGuard
 
 TEXT = "".join(chr(97 + number * number % 23) for number in range(5000))
@@ -31,6 +32,13 @@ def test_short_prompts_and_what_is_no_request_have_no_beginnings():
         assert name_beginnings(body) == []
     assert len(names("a" * (SHORTEST << 14))) == MOST
     assert names("\ud800" * 200)  # text that UTF-8 has no bytes for
+
+
+def test_a_request_of_any_depth_can_be_looked_at():
+    for depth in range(900, 1000):  # somewhere here it can be read, but not written again
+        deep = b"[" * depth + b"]" * depth
+        name_beginnings(b'{"prompt": %s}' % deep)
+        name_beginnings(b'{"prompt": "a", "model": %s}' % deep)
 
 
 @pytest.mark.parametrize("other", [{"model": "adapter"}, {"cache_salt": "tenant"}])
@@ -81,11 +89,11 @@ def test_a_known_beginning_goes_where_it_went_and_others_to_the_emptiest(places)
 def test_a_replica_with_too_many_requests_more_than_the_emptiest_is_passed_over(places):
     fill(places, a=9, b=3, c=9)
     places.give_back(places.take(1, ["x"]))  # at b
-    fill(places, a=3, b=7, c=30)
+    fill(places, a=3, b=7 + 1, c=30)  # what has just ended at b does not count
     ticket = places.take(1, ["x"])
     assert ticket.replica == "b", "4 more than another one is the limit"
     places.give_back(ticket)
-    fill(places, b=8)
+    fill(places, b=8 + 2)
     assert places.take(1, ["x"]).replica == "a"
 
 
@@ -119,7 +127,7 @@ def test_the_guard_names_beginnings_where_they_count(monkeypatch, crowd):
         async def send(message):
             pass
 
-        scope = {"type": "http", "path": "/v1/completions", "headers": []}
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
         await ProxyGuard(app)(scope, receive, send)
 
     async def go():

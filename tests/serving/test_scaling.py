@@ -8,7 +8,8 @@ import pytest
 
 from moeyard.configuration import validate_config
 from moeyard.errors import ConfigError, MoeyardError
-from moeyard.serving.app import build
+from moeyard.serving.app import build, places_metadata
+from moeyard.serving.replicas.places_router import CROWD, ORIGINS, PLACES
 from moeyard.serving.replicas.scaling import ANSWERS, replicas_for_answers, scaling
 from moeyard.serving.serve_args import ServeArgs
 from moeyard.serving.server import Server
@@ -70,7 +71,8 @@ def test_the_router_follows_beginnings_where_it_is_asked_to(model_folder, wish):
     values = {"model": str(model_folder), "prefix_routing": wish, "max_num_seqs": 6}
     config = build(values)._bound_deployment._deployment_config.request_router_config
     assert config.request_router_class.endswith("PlacesRouter")
-    assert config.request_router_kwargs == {"crowd": 3 if wish else None}
+    said = places_metadata(validate_config(ServeArgs, values), 9)
+    assert said == {PLACES: 9, CROWD: 3 if wish else None, ORIGINS: []}
 
 
 def test_fewer_replicas_than_the_least_are_refused():
