@@ -69,16 +69,40 @@ def run(arguments: argparse.Namespace) -> None:
         apply_override(values, override)
     check_keys(values)
     arguments.target.mkdir(parents=True, exist_ok=True)
+    _run_rounds(arguments, values)
+
+
+def _run_rounds(arguments: argparse.Namespace, values: dict[str, Any]) -> None:
+    """Run one round after the other.
+
+    Raises :class:`Stopped` if it is asked to stop before all have ended.
+    """
+    from ..training.stop import StopRequest
+
+    stop = StopRequest()
+    stop.listen()
     before: Path = arguments.source
     for number in range(1, arguments.rounds + 1):
+        if stop.signal_name is not None:
+            raise _stopped(arguments, f"before round {number}")
         folder = arguments.target / f"round-{number}"
         folder.mkdir(exist_ok=True)
-        _round(arguments, values, before, folder, number)
+        _round(arguments, values, before, folder, number, stop)
         before = folder / RUN
 
 
+def _stopped(arguments: argparse.Namespace, where: str) -> Stopped:
+    again = f"moeyard align {arguments.source} {arguments.target}"
+    return Stopped(f"stopped {where}; go on with: {again}")
+
+
 def _round(
-    arguments: argparse.Namespace, values: dict[str, Any], before: Path, folder: Path, number: int
+    arguments: argparse.Namespace,
+    values: dict[str, Any],
+    before: Path,
+    folder: Path,
+    number: int,
+    stop: "StopRequest",
 ) -> None:
     """Let the model of ``before`` generate pairs, and train it on them; skip what is done.
 
@@ -88,10 +112,7 @@ def _round(
     from ..training.formats.sessions import SessionsConfig
     from ..training.program import train
     from ..training.read_config import complete_run_config
-    from ..training.stop import StopRequest
 
-    stop = StopRequest()
-    stop.listen()
     model = export_newest(before)
     run_dir = folder / RUN
     alignment = values["data"]["alignment"] | {"pairs": str(folder / PAIRS)}
@@ -104,12 +125,9 @@ def _round(
     if section.alignment.weight > 0 and not (folder / PAIRS).exists():
         _sample(arguments, config, model, folder, stop)
     if not _is_finished(run_dir, config.train.steps) and stop.signal_name is None:
-        train(config, None)  # which listens for itself
+        train(config, None, stop)
     if not _is_finished(run_dir, config.train.steps):
-        raise Stopped(
-            f"stopped in round {number}; go on with: moeyard align {arguments.source} "
-            f"{arguments.target}"
-        )
+        raise _stopped(arguments, f"in round {number}")
     last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
     facts = " ".join(f"{name}={last[name]:.4f}" for name in ("eval_loss", "eval_recall"))
     sys.stderr.write(f"event=round number={number} {facts} run={run_dir}\n")

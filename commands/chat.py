@@ -13,7 +13,7 @@ from .options import (
     add_model,
     add_sampling,
 )
-from .speculation import add_speculation, speculate
+from .speculation import add_speculation, check_speculation, speculate
 
 if TYPE_CHECKING:
     from ..moe.models.language_model import LanguageModel
@@ -48,6 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
     if sys.stdin.isatty():
         import readline  # noqa: F401 - input() then edits lines and has a history
 
+    check_speculation(arguments)
     arguments.model = model_folder(arguments.model)
     model = open_model(arguments)
     speculate(model, arguments)

@@ -102,11 +102,13 @@ def _last_measures(path: Path) -> str:
     """Return what the last evaluation in the records of a run has found."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     for line in reversed(lines):
-        if line.startswith("{") and line.endswith("}"):  # a killed run may leave half a line
+        try:
             record = json.loads(line)
-            found = [f"{k}={_short(v)}" for k, v in record.items() if k.startswith("eval_")]
-            if found:
-                return " ".join([*found, f"in step {record['step']}"])
+        except ValueError:  # a killed run may leave half a line
+            continue
+        found = [f"{k}={_short(v)}" for k, v in record.items() if k.startswith("eval_")]
+        if found:
+            return " ".join([*found, f"in step {record['step']}"])
     return ""
 
 

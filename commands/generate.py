@@ -16,7 +16,7 @@ from .options import (
     add_model,
     add_sampling,
 )
-from .speculation import add_speculation, speculate
+from .speculation import add_speculation, check_speculation, speculate
 
 if TYPE_CHECKING:
     from ..moe.drafts.tally import DraftCounts
@@ -53,9 +53,16 @@ def run(arguments: argparse.Namespace) -> None:
     """Print the text as it comes, and figures on standard error."""
     from .model_folder import open_model
 
+    routes = arguments.record_routes
+    check_speculation(arguments, routes)
+    if routes is not None and arguments.expert_correction is not None:
+        raise ConfigError(
+            f"record-routes is {str(routes)!r}, but expert-correction computes tokens twice; leave "
+            "one out."
+        )
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     model = open_model(arguments)
-    counts = speculate(model, arguments, arguments.record_routes)
+    counts = speculate(model, arguments)
     adapter = None
     if arguments.lora is not None:
         adapter = str(arguments.lora)
@@ -72,7 +79,7 @@ def run(arguments: argparse.Namespace) -> None:
         adapter=adapter,
     )
     started = time.monotonic()
-    with _recording(model, arguments.record_routes):
+    with _recording(model, routes):
         for piece in answer:
             sys.stdout.write(piece)
             sys.stdout.flush()
@@ -118,11 +125,6 @@ def _recording(model: "LanguageModel", path: Path | None) -> AbstractContextMana
         return nullcontext()
     from ..moe.routes.recorder import recording
 
-    if model.correction is not None:
-        raise ConfigError(
-            f"record-routes is {str(path)!r}, but expert-correction computes tokens twice; leave "
-            "one out."
-        )
     store = _store(model)
     own = None if store is None else store.hint_column()
     return recording(model.decoder, path, written_by="generate", own=own)

@@ -27,11 +27,17 @@ def add_speculation(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def speculate(
-    model: "LanguageModel", arguments: argparse.Namespace, record_routes: Path | None = None
-) -> "DraftCounts":
-    """Let a model speculate as a command's options say; return what counts its guesses."""
+def check_speculation(arguments: argparse.Namespace, record_routes: Path | None = None) -> None:
+    """Refuse a command's options that cannot work, before a model is opened."""
     from ..serving import speculating
 
     name, rows = arguments.speculative, arguments.speculative_rows
-    return speculating.speculate(model, name, rows, arguments.expert_fallback, record_routes)
+    copies = arguments.expert_fallback
+    speculating.check_speculation(name, rows, arguments.device, copies, record_routes)
+
+
+def speculate(model: "LanguageModel", arguments: argparse.Namespace) -> "DraftCounts":
+    """Let a model speculate as a command's options say; return what counts its guesses."""
+    from ..serving import speculating
+
+    return speculating.speculate(model, arguments.speculative, arguments.speculative_rows)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -21,7 +22,7 @@ from .experts.store import ExpertStore
 from .filling import fill_model
 from .load_checks import check_device, check_options
 from .openers.table import OPENERS, opener_of
-from .speculating import speculate
+from .speculating import check_speculation, speculate
 
 log = logging.getLogger(__name__)
 
@@ -89,23 +90,42 @@ def load(
     Raises :class:`ModelFileError` for a folder that is damaged or of an unknown kind and for a
     model that cannot be downloaded, and :class:`ConfigError` for arguments that do not fit.
     """
-    options = StoreOptions(
-        policy=expert_policy,
-        predictor=expert_predictor,
-        reader=expert_reader,
-        log=None if expert_log is None else Path(expert_log),
-        sparsity=None if expert_sparsity is None else str(expert_sparsity),
-        fallback=None if expert_fallback is None else Path(expert_fallback),
-        fallback_above=expert_fallback_above,
-        correction=expert_correction,
-        correction_threshold=expert_correction_threshold,
-    )
+    lossless = _lossless(expert_policy, expert_predictor, expert_reader, expert_log)
+    lossy = (expert_sparsity, expert_fallback, expert_fallback_above, expert_correction)
+    options = _with_lossy(lossless, *lossy, expert_correction_threshold)
+    check_speculation(speculative, speculative_rows, device, options.fallback)
     how = (dtype, device, expert_memory, ignore_unused_weights, allow_code, options)
     model, _ = open_model(folder, *how)
-    speculate(model, speculative, speculative_rows, options.fallback)
+    speculate(model, speculative, speculative_rows)
     for name, path in (adapters or {}).items():
         model.adapters.load(name, Path(path))
     return model
+
+
+def _lossless(
+    policy: str | Policy, predictor: str | Predictor, reader: str, event_log: str | Path | None
+) -> StoreOptions:
+    path = None if event_log is None else Path(event_log)
+    return StoreOptions(policy=policy, predictor=predictor, reader=reader, log=path)
+
+
+def _with_lossy(
+    options: StoreOptions,
+    sparsity: str | Path | None,
+    fallback: str | Path | None,
+    fallback_above: float | None,
+    correction: int | None,
+    correction_threshold: float | None,
+) -> StoreOptions:
+    """Return options with what changes answers."""
+    return replace(
+        options,
+        sparsity=None if sparsity is None else str(sparsity),
+        fallback=None if fallback is None else Path(fallback),
+        fallback_above=fallback_above,
+        correction=correction,
+        correction_threshold=correction_threshold,
+    )
 
 
 def open_model(

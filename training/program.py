@@ -20,13 +20,17 @@ from .stop import StopRequest
 from .trainer import Trainer
 
 
-def train(config: RunConfig, open_source: OpenSource | None) -> None:
+def train(
+    config: RunConfig, open_source: OpenSource | None, stop: StopRequest | None = None
+) -> None:
     """Run one training process to its end.
 
-    ``open_source`` opens the experts of a run with ``train.expert_memory``.
+    ``open_source`` opens the experts of a run with ``train.expert_memory``. ``stop`` is the request
+    of a caller that listens for signals already.
     """
-    stop = StopRequest()
-    stop.listen()
+    if stop is None:
+        stop = StopRequest()
+        stop.listen()
     keep_freed_memory()
     timeout_s = config.parallel.timeout_s
     claims: list[int] = []

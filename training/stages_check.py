@@ -88,7 +88,7 @@ def _problem_with_others(run: Run) -> str | None:
             "leave it out",
         ),
         "train.parameters": (train.parameters, train.parameters == "all", "train all"),
-        "data.format": (run.data.format, run.data.format == "text", "use text"),
+        "data.format": (run.data.format, run.data.has_whole_windows, "use text"),
         "monitor.routes": ("given", run.monitor.routes is None, "leave it out"),
     }
     for name, (value, is_right, remedy) in refused.items():

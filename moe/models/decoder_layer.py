@@ -86,8 +86,9 @@ class DecoderLayer(nn.Module):
             next_routing = choose(*following, mlp_input_TD, batch)
             self.mlp.experts.keep(routing)  # prefetching the next layer's must not evict them
             following[1].experts.announce(next_routing)
-        given = {"adapters": batch.adapters, "core": batch.core}
-        y_TD, routing = self.mlp(mlp_input_TD, routing=routing, **given)
+        y_TD, routing = self.mlp(
+            mlp_input_TD, routing=routing, adapters=batch.adapters, core=batch.core
+        )
         kept_TD = mlp_input_TD if keeps_mlp_input else None
         x_TD, state = self.block.join(x_TD, y_TD, state, self.place)
         return LayerOutput(x_TD, state, routing, next_routing, kept_TD)

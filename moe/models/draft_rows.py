@@ -70,20 +70,25 @@ def open_speculation(
     make_drafter = drafter_named(name)
     if make_drafter is None:
         return None
-    if num_rows < 1:
-        raise ConfigError(f"speculative-rows is {num_rows}; use a number from 1 upwards.")
+    check_rows(num_rows, decoder.norm.weight.device)
     _check_rows_alone(decoder)
     return Speculation(make_drafter, num_rows, make_tally())
+
+
+def check_rows(num_rows: int, device: torch.device) -> None:
+    """Raise :class:`ConfigError` for a number of drafted rows, or a device, that cannot be."""
+    if num_rows < 1:
+        raise ConfigError(f"speculative-rows is {num_rows}; use a number from 1 upwards.")
+    if device.type != "cpu":
+        raise ConfigError(
+            f"speculative is for models on the CPU, but this one is on '{device}'; leave "
+            "speculative out."
+        )
 
 
 def _check_rows_alone(decoder: Decoder) -> None:
     """Raise :class:`ConfigError` where a row's bits depend on how many rows run with it."""
     weight = decoder.norm.weight
-    if weight.device.type != "cpu":
-        raise ConfigError(
-            f"speculative is for models on the CPU, but this one is on '{weight.device}'; leave "
-            "speculative out."
-        )
     with torch.inference_mode():
         is_alone = weight.dtype == torch.bfloat16 or can_attend_rows((weight, weight))
     if not is_alone:

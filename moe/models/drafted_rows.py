@@ -113,14 +113,16 @@ def _step(
     """Take texts further: the first time through their prompts, then by a token or more."""
     speculation.begin(texts)
     lengths = [text.cache.length for text in texts]
+    have_failed = False
     try:
         logits = _scores(decoder, texts, adapter)
     except (ExpertReadError, RuntimeError, MemoryError) as error:
         is_theirs = isinstance(error, ExpertReadError) or is_out_of_memory(error)
         if not is_theirs or not any(text.drafted for text in texts):
             raise
-        logits = []
-    if not logits:  # after the except clause: the error keeps the forward's tensors alive
+        have_failed = True
+    if have_failed:
+        # Again, without guesses; not in the except clause: the error keeps the forward's tensors.
         for text, length in zip(texts, lengths, strict=True):
             text.cache.length = length
             if text.drafts is not None:

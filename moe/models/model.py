@@ -90,16 +90,18 @@ class Model(nn.Module):
             return replace(batch, draw_keys=sequence_keys(batch.ids_T, batch.lengths))
         return batch
 
-    def run_layer(self, layer: nn.Module, *arguments: Any) -> LayerOutput:
+    def run_layer(self, layer: nn.Module, x_TD: Tensor, *more: Any) -> LayerOutput:
         """Run a layer, which may compute its activations again in backward.
+
+        ``more`` is what this kind of layer reads besides its rows.
 
         Routings leave the recomputed region as outputs, so they are counted once.
         """
         output: LayerOutput
         if self.recompute and self.training:
-            output = checkpoint(layer, *arguments, use_reentrant=False)
+            output = checkpoint(layer, x_TD, *more, use_reentrant=False)
         else:
-            output = layer(*arguments)
+            output = layer(x_TD, *more)
         return output
 
     def tie(self) -> None:

@@ -42,15 +42,16 @@ class Lobby:
     def next_leader(self) -> Channel:
         """Wait for a channel that knows the secret. Raises OSError once the listener is closed."""
         while not self._proved:
-            if self._listening.fileno() < 0:
+            door = self._listening.fileno()  # once: another thread may close it at any moment
+            if door < 0:
                 raise OSError(errno.EBADF, "the listener is closed")
             waiting = select.poll()
-            waiting.register(self._listening, select.POLLIN)
+            waiting.register(door, select.POLLIN)
             waiting.register(self._ear, select.POLLIN)
             events = [number for number, _ in waiting.poll(self._turn_away_late_ones())]
             if self._ear.fileno() in events:
                 self._ear.recv(1)
-            if self._listening.fileno() in events:
+            if door in events:
                 self._let_in(self._listening.accept()[0])
         return self._proved.popleft()
 

@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from typing import ClassVar, Literal
 
 import pytest
 import torch
@@ -22,7 +23,9 @@ from moeyard.moe.models.stage_rows import StageRows, carries_gate_rows, types_be
 from moeyard.parallel.mesh import Mesh, check_expert_parallel
 from moeyard.training.checkpoints.checkpoint import StoredTensors
 from moeyard.training.checkpoints.export import export
+from moeyard.training.formats.text import TextsConfig
 from moeyard.training.read_config import read_run_config
+from moeyard.training.stages_check import problem_with_stages
 
 from equivalence import EXACT, WORKER, differences, gathered_from
 from kills import Launch, wait_until
@@ -50,6 +53,15 @@ def test_what_does_not_go_with_stages_is_refused_in_a_sentence(config_file, name
     with pytest.raises(ConfigError, match=message) as raised:
         read_run_config(config_file, overrides.split())
     assert "\n" not in str(raised.value)
+
+
+def test_stages_ask_for_whole_windows_whatever_the_format_is_called(config_file):
+    class OwnTexts(TextsConfig):
+        format: Literal["own"] = "own"
+        has_whole_windows: ClassVar[bool] = True
+
+    config = read_run_config(config_file, IN_TWO.split())
+    assert problem_with_stages(config.model_copy(update={"data": OwnTexts()})) is None
 
 
 def test_ranks_that_do_not_split_into_stages_are_refused():

@@ -11,7 +11,7 @@ from moeyard.errors import ConfigError, ExpertReadError
 from moeyard.kernels.cpu import library
 from moeyard.moe.drafts.tally import DraftCounts
 from moeyard.moe.folders.folder import ModelFolder
-from moeyard.moe.models.draft_rows import open_speculation
+from moeyard.moe.models.draft_rows import check_rows, open_speculation
 from moeyard.serving.experts.tiers import disk
 from moeyard.serving.loading import open_model
 from moeyard.serving.speculating import speculate
@@ -134,18 +134,31 @@ def test_the_command_says_what_it_says_without(model_folder, capsys):
 
 
 def test_what_does_not_go_with_guesses_is_refused(model_folder, monkeypatch, tmp_path, capsys):
-    with pytest.raises(ConfigError, match="'medusa'; use one of none, ngram, suffix"):
-        moeyard.load(model_folder, speculative="medusa")
-    with pytest.raises(ConfigError, match="speculative-rows is 0; use a number from 1"):
-        moeyard.load(model_folder, speculative="ngram", speculative_rows=0)
-    model, _ = open_model(model_folder)
-    with pytest.raises(ConfigError, match="and expert-fallback 'copy'"):
-        speculate(model, "ngram", 16, fallback="copy")
     routes = ["--record-routes", str(tmp_path / "r"), "--speculative", "ngram"]
     assert main(["generate", str(model_folder), "ab", *routes]) == 2
     assert "but drafted tokens that are wrong have routes" in capsys.readouterr().err
+    model, _ = open_model(model_folder)
     with pytest.raises(ConfigError, match="for models on the CPU, but this one is on 'meta'"):
         open_speculation("ngram", 16, model.decoder.to("meta"), DraftCounts)
     monkeypatch.setattr(library, "_loaded", library.Library(None, "left out"))
     with pytest.raises(ConfigError, match="speculative needs the C\\+\\+ kernels in fp32"):
         moeyard.load(model_folder, "fp32", speculative="ngram")
+
+
+def test_what_cannot_work_is_refused_before_a_model_is_opened(tmp_path, capsys):
+    """The folder is none, which opening it would say."""
+    with pytest.raises(ConfigError, match="'medusa'; use one of none, ngram, suffix"):
+        moeyard.load(tmp_path, speculative="medusa")
+    with pytest.raises(ConfigError, match="speculative-rows is 0; use a number from 1"):
+        moeyard.load(tmp_path, speculative="ngram", speculative_rows=0)
+    copies = {"expert_memory": "25%", "expert_fallback": "copy", "expert_fallback_above": 0.5}
+    with pytest.raises(ConfigError, match="and expert-fallback 'copy'"):
+        moeyard.load(tmp_path, speculative="ngram", **copies)
+    with pytest.raises(ConfigError, match="for models on the CPU, but this one is on 'cuda:1'"):
+        check_rows(1, torch.device("cuda:1"))
+    for command in (["generate", str(tmp_path), "ab"], ["chat", str(tmp_path)]):
+        assert main([*command, "--speculative", "medusa"]) == 2
+        assert "speculative is 'medusa'" in capsys.readouterr().err
+    routes = ["--record-routes", str(tmp_path / "r"), "--expert-correction", "4"]
+    assert main(["generate", str(tmp_path), "ab", *routes]) == 2
+    assert "expert-correction computes tokens twice" in capsys.readouterr().err

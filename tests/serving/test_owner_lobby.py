@@ -1,5 +1,6 @@
 """Strangers that connect to an owner of experts and say nothing keep no leader out."""
 
+import select
 import threading
 
 import pytest
@@ -101,3 +102,18 @@ def test_closing_a_listener_ends_a_wait_with_strangers(host):
     thread.join(10)
     assert len(ended) == 1 and not isinstance(ended[0], LostPeerError)
     assert stranger.recv(4096) == b""
+
+
+@HOSTS
+def test_a_listener_that_is_closed_at_any_moment_ends_a_wait_with_an_oserror(host, monkeypatch):
+    """Here it is closed between two looks at it."""
+    listener = Listener(SECRET, host)
+    poll = select.poll
+
+    def closed_first():
+        listener.close()
+        return poll()
+
+    monkeypatch.setattr(select, "poll", closed_first)
+    with pytest.raises(OSError, match=r"Bad file descriptor|Invalid argument"):
+        listener.accept(FACTS)

@@ -10,6 +10,7 @@ from safetensors import safe_open
 
 from moeyard.cli import main as command
 from moeyard.errors import DataError
+from moeyard.training import program
 from moeyard.training.alignment import fit_reward
 from moeyard.training.alignment.fit_reward import fit_reward_model, outcomes
 from moeyard.training.alignment.reward import (
@@ -137,6 +138,23 @@ def test_a_signal_ends_a_round_and_leaves_what_is_whole(
     assert not (target / "round-1" / "pairs.safetensors").exists()
     assert not (target / "round-1" / "run" / "checkpoints").exists()
     assert (target / "reward.safetensors").exists() == (during == "generating sessions")
+
+
+def test_a_signal_in_the_last_step_of_a_round_begins_no_other(
+    finished_run, tmp_path, capsys, monkeypatch
+):
+    class Interrupted(program.Trainer):
+        def run(self):
+            super().run()
+            signal.raise_signal(signal.SIGTERM)
+
+    target = tmp_path / "rounds"
+    how = [*("--share", "0.5", "--beams", "4"), "train.steps=1", "data.alignment.weight=0"]
+    monkeypatch.setattr(program, "Trainer", Interrupted)
+    assert command(["align", str(finished_run), str(target), "--rounds", "2", *how]) != 0
+    err = capsys.readouterr().err
+    assert len(rounds_of(err)) == 1 and "stopped before round 2; go on with: moeyard align" in err
+    assert not (target / "round-2").exists()
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,14 @@ def test_eval_says_what_a_run_without_text_has_measured(whole, capsys):
     assert "a model of kind time_moe, which continues no text" in said and said.count("\n") == 1
 
 
+@pytest.mark.parametrize("half", ['{"step": 7, "phases_s": {"a": 1}', "{", '{"a": {"b": 1}\n\n'])
+def test_eval_reads_past_the_half_line_of_a_killed_run(tmp_path, capsys, half):
+    (tmp_path / "config.yaml").write_text("model: {kind: time_moe}\n")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 6, "eval_mse": 0.5}\n' + half)
+    assert command(["eval", str(tmp_path)]) == 2
+    assert "measured eval_mse=0.5000 in step 6, and" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_run_learns_waves(config, tmp_path):
     trainer(config, tmp_path / "run", "train.steps=300", "train.log_every=50").run()
