@@ -3,6 +3,7 @@
 import atexit
 import ctypes
 import gc
+import os
 import threading
 import time
 from array import array
@@ -61,7 +62,13 @@ class Disk:
 
 @pytest.fixture
 def disk():
-    yield Disk
+    kept = []  # C++ keeps nothing alive
+
+    def of(read):
+        kept.append(Disk(read))
+        return kept[-1]
+
+    yield of
     native.read_with(None)
 
 
@@ -129,58 +136,96 @@ def test_a_dropped_read_that_another_thread_is_about_to_mark_has_ended(monkeypat
     metrics.join()
 
 
+@pytest.fixture
+def no_threads():
+    """Return what makes the system refuse threads from now on."""
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "pthread_setattr_default_np"):
+        pytest.skip("this C library cannot set what threads are like")
+    before, huge = ctypes.create_string_buffer(64), ctypes.create_string_buffer(64)
+    assert libc.pthread_getattr_default_np(before) == 0
+    assert libc.pthread_attr_init(huge) == 0
+    assert libc.pthread_attr_setstacksize(huge, ctypes.c_size_t(1 << 47)) == 0
+    yield lambda: libc.pthread_setattr_default_np(huge)
+    libc.pthread_setattr_default_np(before)
+
+
+@pytest.fixture
+def two_reads(disk, no_threads):
+    """Return what makes a queue whose only thread is held in the first of two reads.
+
+    Also returned: the reads, events that let each go on, events that say each has begun, and the
+    threads that do them.
+    """
+
+    def make():
+        goes_on, begun = ([threading.Event(), threading.Event()] for _ in range(2))
+        readers = {}
+
+        def read(descriptor, pieces, count, offset):
+            readers[offset] = threading.get_native_id()
+            begun[offset].set()
+            assert goes_on[offset].wait(WAIT_S)
+            return NUM_BYTES
+
+        queue, some = open_native(2), disk(read)
+        reads = [some.read(0), some.read(1)]
+        queue.submit(reads[0])
+        assert begun[0].wait(WAIT_S)
+        assert no_threads() == 0
+        queue.submit(reads[1])
+        return queue, reads, goes_on, begun, readers
+
+    return make
+
+
 @needs_cpp
-def test_compute_does_no_large_read_itself(disk, monkeypatch):
-    monkeypatch.setattr(native_queue, "SMALL_BYTES", NUM_BYTES - 1)
-    queue, readers = open_native(17), []
+@pytest.mark.parametrize("is_small", [False, True], ids=["large", "small"])
+def test_compute_does_small_reads_only(two_reads, monkeypatch, is_small):
+    monkeypatch.setattr(native_queue, "SMALL_BYTES", NUM_BYTES - (not is_small))
+    start = threading.Event()
 
-    def read(*_):
-        readers.append(threading.get_native_id())
-        return NUM_BYTES
+    def let_go():
+        assert start.wait(WAIT_S)
+        time.sleep(0.02)
+        goes_on[0].set()
 
-    some = disk(read)
-    for _ in range(20):
-        reads = [some.read(n) for n in range(8)]
-        for one in reads:
-            queue.submit(one)
-        queue.wait_for_all(reads)
-    assert len(readers) == 160 and threading.get_native_id() not in readers
+    release = threading.Thread(target=let_go)
+    release.start()  # before the system refuses threads
+    queue, reads, goes_on, _, readers = two_reads()
+    goes_on[1].set()
+    start.set()
+    queue.wait_for_all(reads)
+    assert (readers[1] == threading.get_native_id()) == is_small
+    release.join()
     queue.close()
 
 
 @needs_cpp
-def test_closing_waits_for_compute_that_reads(disk):
-    begun, hold, main = threading.Event(), threading.Event(), []
-
-    def read(*_):
-        if threading.get_native_id() in main:
-            begun.set()
-            assert hold.wait(WAIT_S)
-        return NUM_BYTES
-
-    queue, some = open_native(2), disk(read)
-    is_read = threading.Event()
+def test_closing_waits_for_compute_that_reads(two_reads):
+    ready = threading.Event()
 
     def compute():
-        main.append(threading.get_native_id())
-        while not begun.is_set():
-            reads = [some.read(n) for n in range(4)]
-            for one in reads:
-                queue.submit(one)
-            queue.wait_for_all(reads)
-        is_read.set()
+        assert ready.wait(WAIT_S)
+        queue.wait_for_all(reads)
 
-    computing = threading.Thread(target=compute)
-    computing.start()
-    assert begun.wait(WAIT_S)
-    closing = threading.Thread(target=queue.close)
-    closing.start()
-    closing.join(0.05)
-    assert closing.is_alive()
-    hold.set()
-    closing.join(WAIT_S)
-    computing.join(WAIT_S)
-    assert is_read.is_set() and not closing.is_alive()
+    def close():
+        assert ready.wait(WAIT_S) and begun[1].wait(WAIT_S)
+        queue.close()
+
+    threads = [threading.Thread(target=target) for target in (compute, close)]
+    for thread in threads:  # before the system refuses threads
+        thread.start()
+    queue, reads, goes_on, begun, _ = two_reads()
+    ready.set()
+    assert begun[1].wait(WAIT_S), "compute reads: the thread is held"
+    goes_on[0].set()
+    threads[1].join(0.05)
+    assert threads[1].is_alive()
+    goes_on[1].set()
+    for thread in threads:
+        thread.join(WAIT_S)
+        assert not thread.is_alive()
 
 
 @needs_cpp
@@ -197,31 +242,21 @@ def test_compute_may_use_a_queue_when_the_program_ends(monkeypatch):
 
 
 @each_queue
+@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="no way to let a thread wait")
 def test_a_burst_uses_all_threads(open_queue):
-    queue, together = open_queue(4), threading.Barrier(4)
-    queue.submit(first := read_of(lambda: None))
+    queue, together, cores = open_queue(4), threading.Barrier(4), os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})  # of this thread, and of those it starts
+    yields = partial(os.sched_setscheduler, 0, os.SCHED_IDLE, os.sched_param(0))
+    queue.submit(first := read_of(yields))
     queue.wait_for_all([first])
-    time.sleep(0.02)  # its thread is idle now
-    reads = [read_of(partial(together.wait, WAIT_S / 5)) for _ in range(4)]
+    time.sleep(0.02)  # its thread is idle now, and does not run before this one waits
+    reads = [read_of(partial(together.wait, WAIT_S)) for _ in range(4)]
     for read in reads:
         queue.submit(read)
+    os.sched_setaffinity(0, cores)
     queue.wait_for_all(reads)
     assert [read.error for read in reads] == [None] * 4
     queue.close()
-
-
-@pytest.fixture
-def no_threads():
-    """Return what makes the system refuse threads from now on."""
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "pthread_setattr_default_np"):
-        pytest.skip("this C library cannot set what threads are like")
-    before, huge = ctypes.create_string_buffer(64), ctypes.create_string_buffer(64)
-    assert libc.pthread_getattr_default_np(before) == 0
-    assert libc.pthread_attr_init(huge) == 0
-    assert libc.pthread_attr_setstacksize(huge, ctypes.c_size_t(1 << 47)) == 0
-    yield lambda: libc.pthread_setattr_default_np(huge)
-    libc.pthread_setattr_default_np(before)
 
 
 @each_queue
