@@ -6,7 +6,6 @@ A memory map would be simpler, but if a mapped file is cut short, the process is
 import errno
 import mmap
 import os
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +45,9 @@ class FileReader:
         self._path = path
         self._descriptor = descriptor
         self._direct: int | None = None
-        self._bounce = threading.local()
+        self._spare_pages: list[mmap.mmap] = []
+        """Memory that :meth:`_read_by_pages` has used. Not kept by thread: to Python, a thread of
+        C++ is a new one at each call."""
 
     @property
     def descriptor(self) -> int:
@@ -114,21 +115,30 @@ class FileReader:
     def _read_by_pages(
         self, descriptor: int, buffers: Sequence[Buffer], start: int, total: int
     ) -> int:
-        """Read the pages around some bytes into memory of this thread, and copy the bytes."""
+        """Read the pages around some bytes into memory of its own, and copy the bytes."""
         skip = start % PAGE_BYTES
         num_bytes = -(-(skip + total) // PAGE_BYTES) * PAGE_BYTES
-        pages = getattr(self._bounce, "pages", None)
-        if pages is None or len(pages) < num_bytes:
-            pages = self._bounce.pages = mmap.mmap(-1, num_bytes)
-        count = os.preadv(descriptor, [memoryview(pages)[:num_bytes]], start - skip)
-        if count < skip + total:
-            return 0
-        source = np.frombuffer(pages, np.uint8)
-        for buffer in buffers:
-            end = skip + len(buffer.view)
-            np.copyto(np.frombuffer(buffer.view, np.uint8), source[skip:end])
-            skip = end
+        pages = self._pages(num_bytes)
+        try:
+            count = os.preadv(descriptor, [memoryview(pages)[:num_bytes]], start - skip)
+            if count < skip + total:
+                return 0
+            source = np.frombuffer(pages, np.uint8)
+            for buffer in buffers:
+                end = skip + len(buffer.view)
+                np.copyto(np.frombuffer(buffer.view, np.uint8), source[skip:end])
+                skip = end
+        finally:
+            self._spare_pages.append(pages)
         return total
+
+    def _pages(self, num_bytes: int) -> mmap.mmap:
+        """Return memory of at least this size that no other thread uses."""
+        try:
+            pages = self._spare_pages.pop()
+        except IndexError:
+            return mmap.mmap(-1, num_bytes)
+        return pages if len(pages) >= num_bytes else mmap.mmap(-1, num_bytes)
 
 
 def _views_from(buffers: Sequence[Buffer], done: int) -> list[memoryview]:

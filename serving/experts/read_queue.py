@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from threading import Condition, Lock, Thread
 
-from .reads import DroppedError, Read
+from .reads import NO_THREAD, DroppedError, Read
 
 
 class Progress:
@@ -82,11 +82,14 @@ class ReadQueue:
         """Start a read as soon as a thread is free."""
         with self._changed:
             if self._is_closed:
-                self._drop(read)
+                self._fail(read)
                 return
-            self._waiting.queue_of(read).append(read)
-            if read.is_urgent or self._num_early < self._most_early:
-                self._wake()
+            queue = self._waiting.queue_of(read)
+            queue.append(read)
+            may_run = read.is_urgent or self._num_early < self._most_early
+            if may_run and not self._wake():
+                queue.remove(read)
+                self._fail(read, NO_THREAD)
 
     def make_urgent(self, read: Read) -> bool:
         """Move an early read to the urgent ones; one that runs is no longer interrupted.
@@ -145,7 +148,7 @@ class ReadQueue:
         with self._changed:
             self._is_closed = True
             for read in (*self._waiting.urgent, *self._waiting.early):
-                self._drop(read)
+                self._fail(read)
             self._waiting = _Waiting()
             self._changed.notify_all()
             self._has_work.notify_all()
@@ -154,13 +157,25 @@ class ReadQueue:
         if self._at_end is not None:
             self._at_end()
 
-    def _wake(self) -> None:
-        if self._num_idle:
-            self._has_work.notify()
-        elif len(self._threads) < self._num_threads:
-            name = f"expert-read-{len(self._threads)}"
-            self._threads.append(Thread(target=self._run, name=name, daemon=True))
-            self._threads[-1].start()
+    def _wake(self) -> bool:
+        """Let one more thread look for work; False if there is none, and none can be started."""
+        room = max(0, self._most_early - self._num_early)
+        wanted = len(self._waiting.urgent) + min(len(self._waiting.early), room)
+        # A thread that was woken counts as idle until it runs.
+        if wanted > self._num_idle and len(self._threads) < self._num_threads and self._start():
+            return True
+        self._has_work.notify()
+        return bool(self._threads)
+
+    def _start(self) -> bool:
+        name = f"expert-read-{len(self._threads)}"
+        thread = Thread(target=self._run, name=name, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            return False  # the system allows no more
+        self._threads.append(thread)
+        return True
 
     def _run(self) -> None:
         """Do reads, one after the other, until the queue is closed."""
@@ -183,7 +198,7 @@ class ReadQueue:
                 if is_done:
                     self._changed.notify_all()
                 elif self._is_closed:
-                    self._drop(read)
+                    self._fail(read)
                     self._changed.notify_all()
                 else:  # it may have become urgent since its last part
                     self._waiting.queue_of(read).appendleft(read)
@@ -214,5 +229,5 @@ class ReadQueue:
             return not read.is_urgent and bool(self._waiting.urgent) and not self._is_closed
 
     @staticmethod
-    def _drop(read: Read) -> None:
-        read.error, read.is_done = OSError("the expert store is closed"), True
+    def _fail(read: Read, why: str = "the expert store is closed") -> None:
+        read.error, read.is_done = OSError(why), True

@@ -7,6 +7,9 @@ from typing import NamedTuple, Protocol
 
 from .policies.policy import Key
 
+NO_THREAD = "the system allows no thread to read it"
+"""Why a read ends that nothing can do."""
+
 
 class Straight(NamedTuple):
     """How C++ reads an expert straight into a slot (reading/native/)."""

@@ -1,8 +1,10 @@
 """Experts on disk: one extent each, read by page or through the cache, compared with their hash."""
 
 import json
+import mmap
 import os
 import shutil
+import threading
 from itertools import pairwise
 from pathlib import Path
 
@@ -159,6 +161,29 @@ def test_any_bytes_are_read_into_any_memory(tmp_path, direct):
         assert bytes(torch.cat(parts).tolist()) == data[start : start + sum(sizes)]
     with pytest.raises(OSError, match="ends 4 bytes too early"):
         reader.read([buffer_of(torch.zeros(10, dtype=torch.uint8))], 29_994, direct)
+    reader.close()
+    os.close(descriptor)
+
+
+def test_direct_reads_take_new_memory_only_for_more_at_once(tmp_path, monkeypatch):
+    path, made, real = tmp_path / "file", [], mmap.mmap
+
+    def counted(descriptor, num_bytes):
+        made.append(num_bytes)
+        return real(descriptor, num_bytes)
+
+    path.write_bytes(bytes(30_000))
+    descriptor = os.open(path, os.O_RDONLY)
+    reader = FileReader(path, descriptor)
+    if not reader.open_direct():
+        pytest.skip("this file system has no direct I/O")
+    monkeypatch.setattr(mmap, "mmap", counted)
+    for size in (9000, 7, 9000, 20_000, 20_000):
+        buffers = [buffer_of(torch.empty(size, dtype=torch.uint8))]
+        thread = threading.Thread(target=reader.read, args=(buffers, 5, True))
+        thread.start()
+        thread.join()
+    assert made == [12_288, 20_480]
     reader.close()
     os.close(descriptor)
 

@@ -7,6 +7,7 @@ import ctypes
 import logging
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +21,24 @@ Int, Pointer, Double = ctypes.c_int64, ctypes.c_void_p, ctypes.c_double
 CallerStep = ctypes.CFUNCTYPE(ctypes.c_int, Int)
 """Does the next part of a read that is the caller's, by its ticket; see ``Step`` in queue.h."""
 PROTOTYPES: dict[str, tuple[Any, ...]] = {
-    "open": (Pointer, Int, CallerStep),
-    "close": (None, Pointer),
+    "open": (Pointer, Int, Int, CallerStep),
+    "close": (ctypes.c_int, Pointer),
     "free": (None, Pointer),
-    "finished": (Pointer, Pointer),
+    "counts": (Pointer, Pointer),
     "plan": (Pointer, Pointer, Int, Pointer, Int, ctypes.c_uint64),
     "free_plan": (None, Pointer),
-    "submit": (None, Pointer, Int, Pointer, Pointer, Int, ctypes.c_int),
+    "submit": (ctypes.c_int, Pointer, Int, Pointer, Pointer, Int, ctypes.c_int),
     "make_urgent": (ctypes.c_int, Pointer, Int),
     "drop": (None, Pointer, Int),
     "cancel": (ctypes.c_int, Pointer, Int),
     "wait": (ctypes.c_int, Pointer, Pointer, Int, Int, Double),
-    "collect": (Int, Pointer, Pointer, Pointer, Pointer, Int),
+    "collect": (None, Pointer, Pointer, Pointer, Pointer, Int),
     "progress": (None, Pointer, Pointer),
     "read_with": (Pointer, Pointer),
     "hash": (ctypes.c_uint64, Pointer, Int, Int),
 }
 """Result and arguments of the functions in reader.cpp."""
-QUICK = ("finished", "submit", "make_urgent", "drop", "cancel", "collect", "progress")
+QUICK = ("counts", "submit", "make_urgent", "drop", "cancel", "collect", "progress")
 """Functions that do not wait: they keep Python's lock, since handing it on takes longer."""
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,22 @@ log = logging.getLogger(__name__)
 class Library:
     """The functions of reader.cpp, by their names there without ``moeyard_reads_``."""
 
+    open: Callable[..., int | None]
+    close: Callable[[int], int]
+    free: Callable[[int], None]
+    counts: Callable[[int], int]
+    plan: Callable[[int, int, int, int, int], int | None]
+    free_plan: Callable[[int], None]
+    submit: Callable[..., int]
+    make_urgent: Callable[[int, int], int]
+    drop: Callable[[int, int], None]
+    cancel: Callable[[int, int], int]
+    wait: Callable[[int, int, int, int, float], int]
+    collect: Callable[[int, int, int, int, int], None]
+    progress: Callable[[int, int], None]
+    read_with: Callable[[Any], int]
+    hash: Callable[[int, int, int], int]
+
     def __init__(self, path: Path) -> None:
         """Raises ``OSError`` for a file that cannot be loaded."""
         waiting, quick = ctypes.CDLL(str(path)), ctypes.PyDLL(str(path))
@@ -53,9 +70,6 @@ class Library:
             function = getattr(quick if name in QUICK else waiting, f"moeyard_reads_{name}")
             function.restype, function.argtypes = result, arguments
             setattr(self, name, function)
-
-    def __getattr__(self, name: str) -> Any:  # type checkers do not see the names
-        raise AttributeError(name)
 
 
 _loaded: list[Library | None] = []

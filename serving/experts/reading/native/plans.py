@@ -37,7 +37,8 @@ class Plans:
         self._plans: dict[Key, _Plan | None] = {}
         self._parts_of: dict[int, tuple[ExpertViews, array[int]]] = {}
         """The addresses of a slot's parts by the id of its views, which are kept alive."""
-        weakref.finalize(self, _free, library, self._plans)
+        # When the program ends they stay: a thread may use one then.
+        weakref.finalize(self, _free, library, self._plans).atexit = False
 
     def find(self, key: Key, views: ExpertViews) -> Straight | None:
         """Return how an expert gets into a slot; None if Python must read it."""
@@ -81,6 +82,8 @@ class Plans:
             *(segments.buffer_info()[0], len(segments) // 3),
             read.digest,
         )
+        if address is None:
+            return None  # no memory is left for it
         return _Plan(address, len(read.order.chunks), num_bytes)
 
 

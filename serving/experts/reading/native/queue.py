@@ -1,13 +1,15 @@
 """The C++ queue of reads behind the interface of ``reads.py``."""
 
+import atexit
 import ctypes
 import os
 import threading
 import weakref
 from array import array
 from collections.abc import Callable, Collection
+from functools import partial
 
-from ...reads import DroppedError, Read
+from ...reads import NO_THREAD, DroppedError, Read
 from .library import CallerStep, Library
 
 LOOK_UP_S = 0.2
@@ -15,7 +17,8 @@ LOOK_UP_S = 0.2
 MOST_AT_ONCE = 64
 """Reads that are handed over by one call."""
 SMALL_BYTES = 1 << 20
-"""An expert up to this size is computed in less time than it takes to begin computing."""
+"""An expert up to this size is read and computed in less time than it takes to begin either; larger
+ones are left to the threads, so that compute goes on with the first that is there."""
 MORE, FINISHED, FAILED = range(3)
 """``Step`` of queue.h."""
 READ, ERROR, DROPPED, CLOSED = range(4)
@@ -37,9 +40,13 @@ class NativeQueue:
         self._reads: dict[int, Read] = {}
         """By ticket, until they are done."""
         self._step = CallerStep(_steps(self._reads))  # C++ keeps no count of who uses it
-        self._queue = library.open(num_threads, self._step)
-        self._num_finished = ctypes.c_int64.from_address(library.finished(self._queue))
-        self._num_collected = self._next_ticket = 0
+        queue = library.open(num_threads, SMALL_BYTES, self._step)
+        if queue is None:
+            raise MemoryError
+        self._queue = queue
+        self._counts = (ctypes.c_int64 * 2).from_address(library.counts(self._queue))
+        """Reads that have ended, and those of them that C++ has handed out (``Counts``)."""
+        self._num_marked = self._next_ticket = 0
         self._looking = threading.Lock()
         self._tickets, self._outcomes = (array("q", bytes(8 * MOST_AT_ONCE)) for _ in range(2))
         self._seconds = array("d", bytes(8 * MOST_AT_ONCE))
@@ -48,8 +55,12 @@ class NativeQueue:
             self._outcomes.buffer_info()[0],
             self._seconds.buffer_info()[0],
         )
-        # Its threads call Python, so they must end before Python does.
-        self._end = weakref.finalize(self, _free, library, self._queue, self._step, os.getpid())
+        # Its threads call Python, so they must end before Python does. The queue itself stays then:
+        # compute may be a daemon thread, and in it.
+        known = (library, self._queue)
+        stop = atexit.register(partial(_stop, *known, os.getpid()))
+        self._end = weakref.finalize(self, _free, *known, self._step, os.getpid(), stop)
+        self._end.atexit = False
 
     def submit(self, read: Read) -> None:
         """Start a read as soon as a thread is free."""
@@ -59,7 +70,9 @@ class NativeQueue:
         steps: tuple[int | None, int | None, int] = (None, None, read.num_parts)
         if read.straight is not None:
             steps = (read.straight.plan, read.straight.addresses, read.straight.num_chunks)
-        self._library.submit(self._queue, ticket, *steps, read.is_urgent)
+        if not self._library.submit(self._queue, ticket, *steps, read.is_urgent):
+            del self._reads[ticket]
+            read.error, read.is_done = OSError(NO_THREAD), True
 
     def make_urgent(self, read: Read) -> bool:
         """Move an early read to the urgent ones; one that runs is no longer interrupted.
@@ -94,12 +107,9 @@ class NativeQueue:
 
     def look(self) -> None:
         """Mark the reads that are done; any thread may call it."""
-        while self._num_finished.value > self._num_collected:
+        while self._counts[0] > self._num_marked:
             with self._looking:
-                count = self._library.collect(self._queue, *self._places, MOST_AT_ONCE)
-                for n in range(count):
-                    self._end_read(self._reads.pop(self._tickets[n]), n)
-                self._num_collected += count  # last: until then other threads wait here
+                self._mark()
 
     def wait_for_any(self, reads: Collection[Read]) -> list[Read]:
         """Return those of ``reads`` that are done, once there is one.
@@ -127,11 +137,25 @@ class NativeQueue:
         wanted -= len(reads) - len(missing)
         if wanted <= 0:
             return
-        tickets = array("q", missing)
+        tickets = array("q", missing)  # named, so that it lives as long as its address is used
         arguments = (self._queue, tickets.buffer_info()[0], len(tickets), wanted, LOOK_UP_S)
         while not self._library.wait(*arguments):
             pass
         self.look()
+
+    def _mark(self) -> None:
+        """Mark what C++ hands out. An exception, of Ctrl-C for one, may come between any two lines:
+        then the next call goes on here.
+        """
+        if self._counts[1] == self._num_marked:
+            self._library.collect(self._queue, *self._places, MOST_AT_ONCE)
+        while self._counts[1] > self._num_marked:
+            place = self._num_marked % MOST_AT_ONCE
+            read = self._reads.get(self._tickets[place])
+            if read is not None:
+                self._end_read(read, place)
+                self._reads.pop(self._tickets[place])
+            self._num_marked += 1  # last: until then other threads wait in look
 
     def _end_read(self, read: Read, place: int) -> None:
         outcome = self._outcomes[place]
@@ -140,7 +164,7 @@ class NativeQueue:
         elif outcome == CLOSED:
             read.error = OSError("the expert store is closed")
         elif read.straight is not None and read.straight.took is not None:
-            seconds = self._seconds[place]
+            seconds, self._seconds[place] = self._seconds[place], 0.0  # said once
             if seconds > 0:  # else Python has read, and said so
                 read.straight.took(seconds)
         read.is_done = True
@@ -158,7 +182,7 @@ def _steps(reads: dict[int, Read]) -> Callable[[int], int]:
         read = reads[ticket]
         try:
             if read.begin is not None:
-                read.parts.extend(read.begin())
+                read.take(read.begin())
                 read.begin = None
             if read.parts:
                 read.parts[0]()
@@ -171,7 +195,20 @@ def _steps(reads: dict[int, Read]) -> Callable[[int], int]:
     return step
 
 
-def _free(library: Library, queue: int, step: object, process: int) -> None:
-    """Stop the threads and free the queue; ``step``, and what reads use, lives until then."""
+def _stop(library: Library, queue: int, process: int) -> None:
     if os.getpid() == process:  # a forked child has none of the threads
+        library.close(queue)
+
+
+def _free(
+    library: Library, queue: int, step: object, process: int, stop: Callable[[], None]
+) -> None:
+    """Stop the threads and free the queue; ``step``, and what reads use, lives until then."""
+    atexit.unregister(stop)
+    if os.getpid() != process:
+        return
+    if library.close(queue):
         library.free(queue)
+        return
+    arguments = (library, queue, step, process, stop)  # one of its threads cannot wait for itself
+    threading.Thread(target=_free, args=arguments, name="expert-reads-end").start()

@@ -4,45 +4,53 @@
 // becomes the caller's, who tries again and words the error. One thread calls; any may close.
 #pragma once
 
-#include <signal.h>
-
+#include <algorithm>
 #include <condition_variable>
 #include <deque>
 #include <mutex>
-#include <thread>
+#include <optional>
 #include <unordered_map>
 
 #include "job.h"
+#include "threads.h"
 
 class Queue {
 public:
-    // Reads that have ended, for Python to look at without a call.
-    std::atomic<int64_t> num_finished{0};
+    Counts counts;
 
-    Queue(int64_t num_threads, CallerStep caller_step)
+    Queue(int64_t num_threads, int64_t small_bytes, CallerStep caller_step)
         : num_threads_(num_threads),
-          most_early_(num_threads / 2 > 1 ? num_threads / 2 : 1),
-          caller_step_(caller_step) {}
+          most_early_(std::max<int64_t>(num_threads / 2, 1)),
+          small_bytes_(small_bytes),
+          caller_step_(caller_step),
+          threads_(num_threads) {}
 
     ~Queue() { close(); }
 
-    void submit(const Job& job) {
+    // False if no thread can be started to do it.
+    bool submit(const Job& job) {
         std::unique_lock lock(mutex_);
         Job& mine = jobs_[job.ticket] = job;
-        if (is_closed_) return finish(mine, CLOSED);
-        (mine.is_urgent ? urgent_ : early_).push_back(&mine);
-        if (mine.is_urgent || num_early_ < most_early_) wake();
+        if (is_closed_) {
+            finish(mine, CLOSED);
+            return true;
+        }
+        auto& queue = mine.is_urgent ? urgent_ : early_;
+        queue.push_back(&mine);
+        if ((!mine.is_urgent && num_early_ >= most_early_) || wake()) return true;
+        queue.pop_back();
+        jobs_.erase(job.ticket);
+        return false;
     }
 
-    // False if it was dropped and has ended.
+    // False if it has ended; how, says what the caller collects or has collected.
     bool make_urgent(int64_t ticket) {
         std::unique_lock lock(mutex_);
         auto found = jobs_.find(ticket);
-        if (found == jobs_.end()) return true;
+        if (found == jobs_.end() || found->second.is_done) return false;
         Job& job = found->second;
-        if (job.is_done) return job.outcome != DROPPED;
         job.is_dropped = false;
-        bool was_waiting = remove(early_, &job);
+        bool was_waiting = std::erase(early_, &job);
         job.is_urgent = true;
         if (was_waiting) {
             urgent_.push_back(&job);
@@ -61,13 +69,13 @@ public:
         std::unique_lock lock(mutex_);
         auto found = jobs_.find(ticket);
         if (found == jobs_.end()) return false;
-        if (!remove(found->second.is_urgent ? urgent_ : early_, &found->second)) return false;
+        if (!std::erase(found->second.is_urgent ? urgent_ : early_, &found->second)) return false;
         jobs_.erase(found);
         return true;
     }
 
     // Waits until `wanted` of the reads are done, some time at most; says whether they are. The
-    // caller's thread reads meanwhile: waking another one takes as long as a small read.
+    // caller's thread does small reads meanwhile: waking another one takes as long.
     bool wait(const int64_t* tickets, int64_t count, int64_t wanted, double seconds) {
         auto started = Clock::now();
         std::unique_lock lock(mutex_);
@@ -82,31 +90,35 @@ public:
             if (num_done >= wanted) return true;
             double left = seconds - seconds_since(started);
             if (left <= 0) return false;
-            if (!urgent_.empty() && urgent_.front()->plan && num_active_ < num_threads_) {
+            if (!urgent_.empty() && is_small(*urgent_.front()) && num_active_ < num_threads_) {
                 Job* job = urgent_.front();
                 urgent_.pop_front();
+                num_callers_++;
                 run(*job, lock, false);
+                num_callers_--;
+                if (is_closed_) changed_.notify_all();
                 continue;
             }
+            // Marks that an earlier wait has left only end this one early; then it counts again.
             num_awaited_ = wanted - num_done;
             changed_.wait_for(lock, std::chrono::duration<double>(left),
                               [&] { return num_awaited_ <= 0; });
         }
     }
 
-    // Hands out reads that are done, once each.
-    int64_t collect(int64_t* tickets, int64_t* outcomes, double* seconds, int64_t most) {
+    // Hands out reads that are done, once each: the n-th of all goes to place n % most. Called when
+    // the caller is through with those before.
+    void collect(int64_t* tickets, int64_t* outcomes, double* seconds, int64_t most) {
         std::unique_lock lock(mutex_);
-        int64_t count = 0;
-        for (; count < most && !finished_.empty(); count++) {
+        for (int64_t count = 0; count < most && !finished_.empty(); count++) {
             Job& job = *finished_.front();
             finished_.pop_front();
-            tickets[count] = job.ticket;
-            outcomes[count] = job.outcome;
-            seconds[count] = job.seconds;
+            int64_t place = counts.collected++ % most;
+            tickets[place] = job.ticket;
+            outcomes[place] = job.outcome;
+            seconds[place] = job.seconds;
             jobs_.erase(job.ticket);
         }
-        return count;
     }
 
     // Reads that were done so far, a step as its share, and seconds in which some thread read.
@@ -116,8 +128,9 @@ public:
         *busy_s = busy_s_ + (num_active_ ? seconds_since(busy_since_) : 0);
     }
 
-    // Reads that have not begun fail, so that waiting callers return.
-    void close() {
+    // Reads that have not begun fail, so that waiting callers return; nothing is read any more
+    // afterwards. False if one of its own threads calls: that cannot wait for its own end.
+    bool close() {
         std::unique_lock lock(mutex_);
         is_closed_ = true;
         for (auto* queue : {&urgent_, &early_}) {
@@ -125,29 +138,25 @@ public:
             queue->clear();
         }
         has_work_.notify_all();
-        auto threads = std::move(threads_);
-        threads_.clear();
+        if (threads_.include_caller()) return false;
+        auto threads = threads_.take();
+        changed_.wait(lock, [&] { return num_callers_ == 0; });
         lock.unlock();
         for (std::thread& thread : threads) thread.join();
+        return true;
     }
 
 private:
-    static bool remove(std::deque<Job*>& queue, Job* job) {
-        for (auto at = queue.begin(); at != queue.end(); ++at)
-            if (*at == job) return queue.erase(at), true;
-        return false;
-    }
+    bool is_small(const Job& job) const { return job.plan && job.plan->num_bytes <= small_bytes_; }
 
-    void wake() {
-        if (num_idle_) {
-            has_work_.notify_one();
-        } else if (int64_t(threads_.size()) < num_threads_) {
-            sigset_t all, before;  // signals are for Python's main thread
-            sigfillset(&all);
-            pthread_sigmask(SIG_SETMASK, &all, &before);
-            threads_.emplace_back([this] { work(); });
-            pthread_sigmask(SIG_SETMASK, &before, nullptr);
-        }
+    // Lets one more thread look for work; false if there is none, and none can be started.
+    bool wake() {
+        int64_t room = std::max<int64_t>(most_early_ - num_early_, 0);
+        int64_t wanted = urgent_.size() + std::min<int64_t>(early_.size(), room);
+        // A thread that was woken counts as idle until it runs.
+        if (wanted > num_idle_ && threads_.start([this] { work(); })) return true;
+        has_work_.notify_one();
+        return !threads_.empty();
     }
 
     Job* next() {
@@ -183,13 +192,18 @@ private:
         int64_t first = job.next_step;
         for (;;) {
             Step step = one_step(job, lock);
-            if (step == FINISHED) finish(job, READ);
-            else if (step == FAILED) finish(job, ERROR);
-            else if (!job.is_urgent && job.is_dropped) finish(job, DROPPED);
-            else if (is_closed_ && !job.is_urgent) finish(job, CLOSED);
-            else if (!job.plan && !may_call) urgent_.push_front(&job), wake();
-            else if (job.is_urgent || urgent_.empty()) continue;
-            else early_.push_front(&job);
+            bool is_for_another = !job.plan && !may_call;
+            auto end = job.end_after(step, is_closed_, is_for_another);
+            if (end) {
+                finish(job, *end);
+            } else if (is_for_another) {
+                urgent_.push_front(&job);
+                wake();
+            } else if (!job.is_urgent && !urgent_.empty()) {
+                early_.push_front(&job);
+            } else {
+                continue;
+            }
             break;
         }
         if (job.next_step > first) reads_ += double(job.next_step - first) / job.num_steps;
@@ -199,25 +213,14 @@ private:
     }
 
     Step one_step(Job& job, std::unique_lock<std::mutex>& lock) {
-        const Plan* plan = job.plan;
-        int64_t step = job.next_step;
+        Job now = job;  // others may make it urgent meanwhile
         lock.unlock();
-        Step result;
-        if (plan) {
-            auto started = Clock::now();
-            bool is_last = step + 1 == job.num_steps;
-            bool is_good = read_chunk(*plan, step, job.parts) &&
-                           (!is_last || is_whole(*plan, job.parts));
-            result = is_good && is_last ? FINISHED : MORE;
-            lock.lock();
-            job.seconds += seconds_since(started);
-            if (!is_good) job.plan = nullptr, job.num_steps = 1, job.seconds = 0;
-            job.next_step = is_good ? step + 1 : 0;
-        } else {
-            result = Step(caller_step_(job.ticket));
-            lock.lock();
-            if (result != FAILED && job.next_step < job.num_steps) job.next_step++;
-        }
+        Step result = now.plan ? now.step_of_plan() : now.step_of_caller(caller_step_);
+        lock.lock();
+        job.plan = now.plan;
+        job.num_steps = now.num_steps;
+        job.next_step = now.next_step;
+        job.seconds = now.seconds;
         return result;
     }
 
@@ -225,18 +228,18 @@ private:
         job.is_done = true;
         job.outcome = outcome;
         finished_.push_back(&job);
-        num_finished.fetch_add(1, std::memory_order_release);
+        counts.finished.fetch_add(1, std::memory_order_release);
         if (job.is_awaited && --num_awaited_ <= 0) changed_.notify_all();
     }
 
-    const int64_t num_threads_, most_early_;
+    const int64_t num_threads_, most_early_, small_bytes_;
     const CallerStep caller_step_;
     std::mutex mutex_;
     std::condition_variable has_work_, changed_;
-    std::vector<std::thread> threads_;  // started as they are needed
+    Threads threads_;
     std::deque<Job*> urgent_, early_, finished_;
     std::unordered_map<int64_t, Job> jobs_;  // its values stay where they are
-    int64_t num_idle_ = 0, num_active_ = 0, num_early_ = 0, num_awaited_ = 0;
+    int64_t num_idle_ = 0, num_active_ = 0, num_early_ = 0, num_awaited_ = 0, num_callers_ = 0;
     double reads_ = 0, busy_s_ = 0;
     Clock::time_point busy_since_;
     bool is_closed_ = false;

@@ -3,36 +3,58 @@
 
 #define PUBLIC __attribute__((visibility("default")))
 
-extern "C" {
+namespace {
 
-PUBLIC Queue* moeyard_reads_open(int64_t num_threads, CallerStep caller_step) {
-    return new Queue(num_threads, caller_step);
+// What a call answers, or null or false where it throws, for want of memory for one: an exception
+// that came as far as Python would end the process.
+template <class Call>
+auto answer_of(Call call) -> decltype(call()) {
+    try {
+        return call();
+    } catch (const std::exception&) {
+        return {};
+    }
 }
 
-PUBLIC void moeyard_reads_close(Queue* queue) { queue->close(); }
-
-PUBLIC void moeyard_reads_free(Queue* queue) { delete queue; }
-
-PUBLIC const void* moeyard_reads_finished(Queue* queue) { return &queue->num_finished; }
-
-// Chunks and segments are five and three numbers each, as in plan.h.
-PUBLIC Plan* moeyard_reads_plan(const int64_t* chunks, int64_t num_chunks, const int64_t* segments,
-                                int64_t num_segments, uint64_t digest) {
-    Plan* plan = new Plan{{}, {}, 0, digest};
+Plan* plan_of(const int64_t* chunks, int64_t num_chunks, const int64_t* segments,
+              int64_t num_segments, uint64_t digest) {
+    auto plan = std::make_unique<Plan>(Plan{{}, {}, 0, digest});
     for (const int64_t* at = chunks; at < chunks + 5 * num_chunks; at += 5)
         plan->chunks.push_back({at[0], at[1], at[2], at[3], at[4]});
     for (const int64_t* at = segments; at < segments + 3 * num_segments; at += 3) {
         plan->segments.push_back({at[0], at[1], at[2]});
         plan->num_bytes += at[2];
     }
-    return plan;
+    return plan.release();
+}
+
+}  // namespace
+
+extern "C" {
+
+PUBLIC Queue* moeyard_reads_open(int64_t num_threads, int64_t small_bytes, CallerStep step) {
+    return answer_of([&] { return new Queue(num_threads, small_bytes, step); });
+}
+
+PUBLIC int moeyard_reads_close(Queue* queue) { return queue->close(); }
+
+PUBLIC void moeyard_reads_free(Queue* queue) { delete queue; }
+
+PUBLIC const void* moeyard_reads_counts(Queue* queue) { return &queue->counts; }
+
+// Chunks and segments are five and three numbers each, as in plan.h.
+PUBLIC Plan* moeyard_reads_plan(const int64_t* chunks, int64_t num_chunks, const int64_t* segments,
+                                int64_t num_segments, uint64_t digest) {
+    return answer_of(
+        [&] { return plan_of(chunks, num_chunks, segments, num_segments, digest); });
 }
 
 PUBLIC void moeyard_reads_free_plan(Plan* plan) { delete plan; }
 
-PUBLIC void moeyard_reads_submit(Queue* queue, int64_t ticket, const Plan* plan,
-                                 const uint64_t* parts, int64_t num_steps, int is_urgent) {
-    queue->submit({ticket, plan, parts, num_steps, is_urgent != 0});
+PUBLIC int moeyard_reads_submit(Queue* queue, int64_t ticket, const Plan* plan,
+                                const uint64_t* parts, int64_t num_steps, int is_urgent) {
+    return answer_of(
+        [&] { return queue->submit({ticket, plan, parts, num_steps, is_urgent != 0}); });
 }
 
 PUBLIC int moeyard_reads_make_urgent(Queue* queue, int64_t ticket) {
@@ -48,9 +70,9 @@ PUBLIC int moeyard_reads_wait(Queue* queue, const int64_t* tickets, int64_t coun
     return queue->wait(tickets, count, wanted, seconds);
 }
 
-PUBLIC int64_t moeyard_reads_collect(Queue* queue, int64_t* tickets, int64_t* outcomes,
-                                     double* seconds, int64_t most) {
-    return queue->collect(tickets, outcomes, seconds, most);
+PUBLIC void moeyard_reads_collect(Queue* queue, int64_t* tickets, int64_t* outcomes,
+                                  double* seconds, int64_t most) {
+    queue->collect(tickets, outcomes, seconds, most);
 }
 
 PUBLIC void moeyard_reads_progress(Queue* queue, double* reads_and_busy_s) {
