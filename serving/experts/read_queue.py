@@ -82,14 +82,14 @@ class ReadQueue:
         """Start a read as soon as a thread is free."""
         with self._changed:
             if self._is_closed:
-                self._fail(read)
+                self._drop(read)
                 return
             queue = self._waiting.queue_of(read)
             queue.append(read)
             may_run = read.is_urgent or self._num_early < self._most_early
             if may_run and not self._wake():
                 queue.remove(read)
-                self._fail(read, NO_THREAD)
+                self._drop(read, NO_THREAD)
 
     def make_urgent(self, read: Read) -> bool:
         """Move an early read to the urgent ones; one that runs is no longer interrupted.
@@ -148,7 +148,7 @@ class ReadQueue:
         with self._changed:
             self._is_closed = True
             for read in (*self._waiting.urgent, *self._waiting.early):
-                self._fail(read)
+                self._drop(read)
             self._waiting = _Waiting()
             self._changed.notify_all()
             self._has_work.notify_all()
@@ -198,7 +198,7 @@ class ReadQueue:
                 if is_done:
                     self._changed.notify_all()
                 elif self._is_closed:
-                    self._fail(read)
+                    self._drop(read)
                     self._changed.notify_all()
                 else:  # it may have become urgent since its last part
                     self._waiting.queue_of(read).appendleft(read)
@@ -229,5 +229,5 @@ class ReadQueue:
             return not read.is_urgent and bool(self._waiting.urgent) and not self._is_closed
 
     @staticmethod
-    def _fail(read: Read, why: str = "the expert store is closed") -> None:
+    def _drop(read: Read, why: str = "the expert store is closed") -> None:
         read.error, read.is_done = OSError(why), True
