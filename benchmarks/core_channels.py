@@ -13,7 +13,6 @@ interleaved runs, of CPU time with one thread.
 """
 
 import argparse
-import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -34,23 +33,13 @@ from moeyard.serving.evaluation.measure_sparsity import ScoreSizes, observing
 from moeyard.serving.experts.sparsity import save_sparsity
 
 from report import write_results
+from turns import interleaved
 
 TARGETS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 SCORES = ("cats", "teal")
 WINDOW = 256
 PROMPT, TOKENS = 128, 65
 CHOICES = 8
-
-
-def interleaved(runs, rounds):
-    """Return the median seconds of each run; a run returns its own."""
-    times = {name: [] for name in runs}
-    for run in runs.values():
-        run()
-    for _ in range(rounds):
-        for name, run in runs.items():
-            times[name].append(run())
-    return {name: statistics.median(found) for name, found in times.items()}
 
 
 def clock():

@@ -13,9 +13,8 @@ runs.
 """
 
 import argparse
-import statistics
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -43,6 +42,7 @@ from moeyard.serving.experts.sparsity import KINDS, SCORES, save_sparsity
 from moeyard.training.data.tokenizer import ByteTokenizer
 
 from report import write_results
+from turns import interleaved, timed
 
 TARGETS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 WAYS = [(score, "uniform") for score in SCORES] + [("teal", "greedy"), ("wina", "greedy")]
@@ -100,19 +100,6 @@ def share_read(shares):
     return 2 / 3 * (1 - shares["x"]) + 1 / 3 * (1 - shares["act"])
 
 
-def interleaved(runs, rounds):
-    """Return the median seconds of each run."""
-    times = {name: [] for name in runs}
-    for run in runs.values():
-        run()
-    for _ in range(rounds):
-        for name, run in runs.items():
-            started = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - started)
-    return {name: statistics.median(found) for name, found in times.items()}
-
-
 def generate(model, tokens=TOKENS):
     prompt = torch.tensor([list(b"The history of the town begins")])
     return model.generate(prompt, tokens, temperature=0, ignore_eos=True)
@@ -146,7 +133,7 @@ def curve(arguments, text, held_out, out):
             models[f"{score} {target:g}"] = model
     seconds = {}
     if arguments.rounds:
-        runs = {name: lambda m=model: generate(m) for name, model in models.items()}
+        runs = {name: timed(partial(generate, model)) for name, model in models.items()}
         seconds = interleaved(runs, arguments.rounds)
     return {
         "perplexity": base,
@@ -209,7 +196,7 @@ def kernel_alone(num_rows, rounds):
         waves.add(experts)
         return waves.result()
 
-    seconds = interleaved({name: lambda e=e: run(e) for name, e in kinds.items()}, rounds)
+    seconds = interleaved({name: timed(partial(run, e)) for name, e in kinds.items()}, rounds)
     return {name: 1000 * s for name, s in seconds.items()}
 
 
@@ -239,7 +226,7 @@ def relu(out, held_out, rounds):
     same = same and torch.equal(generate(plain), generate(exact))
     models = {"silu, nothing to skip": dense, "relu, rows of up": plain, "relu, exact": exact}
     seconds = interleaved(
-        {name: lambda m=model: generate(m) for name, model in models.items()}, rounds
+        {name: timed(partial(generate, model)) for name, model in models.items()}, rounds
     )
     return {
         "zeros": counter.zeros / counter.all,

@@ -115,7 +115,7 @@ class FileReader:
     def _read_by_pages(
         self, descriptor: int, buffers: Sequence[Buffer], start: int, total: int
     ) -> int:
-        """Read the pages around some bytes into memory of its own, and copy the bytes."""
+        """Read the pages around some bytes into aligned memory, and copy the bytes."""
         skip = start % PAGE_BYTES
         num_bytes = -(-(skip + total) // PAGE_BYTES) * PAGE_BYTES
         pages = self._pages(num_bytes)

@@ -8,7 +8,7 @@ from .jobs import Job
 
 
 class _Choice:
-    """Requests that would give way, and the blocks that nobody would use then."""
+    """Requests that would give way, and the blocks that would then be free."""
 
     def __init__(self, pool: BlockPool) -> None:
         self._pool = pool

@@ -1,6 +1,6 @@
 """Where connections wait until they have proved that they know the secret.
 
-Each is asked by a thread of its own, so one that says nothing keeps no leader out.
+Each has a thread that asks it, so one that says nothing keeps no leader out.
 """
 
 import contextlib

@@ -42,7 +42,7 @@ class _Running:
     """Its parts are the runs that are still to be read."""
     runs: Sequence[Run]
     present_G: Tensor
-    """The tier's when the read began; once the expert has left the slot, nobody looks at it."""
+    """The tier's when the read began; once the expert has left the slot, it is not used."""
 
     def brought(self) -> Sequence[Run]:
         """Return the runs that came, once the read is done: all of them, unless it failed."""

@@ -22,7 +22,7 @@ class Held:
             self.headers.append((REFUSED, b"%d" % self._num_told))
 
     def has_arrived(self) -> None:
-        """Take note that a replica knows of the refusals, or that nobody can say any more."""
+        """Take note that a replica knows of the refusals, or that none can say so any more."""
         self._num_told = 0
 
     def has_ended(self) -> None:

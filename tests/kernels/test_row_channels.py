@@ -1,4 +1,4 @@
-"""Rows that use some channels of their experts: the bits of weights of 0, read by nobody."""
+"""Rows that use some channels of their experts: the bits of weights of 0, which are not read."""
 
 import pytest
 import torch

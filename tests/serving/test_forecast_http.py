@@ -255,6 +255,20 @@ def test_series_of_a_client_that_has_left_are_not_computed(start):
     assert server.metrics.cancelled._value.get() == 1
 
 
+async def answer_next_to_a_good_one(server, model):
+    """Return the last answer of a batch whose other request is answered."""
+    async with client_of(server.app()) as client:
+        first = post(client, horizon=1)
+        await until(lambda: model.entered.acquire(blocking=False))
+        both = [post(client), post(client, series=[[13.0, 1.0] * 6])]
+        await until(lambda: server.thread._new.qsize() == 2)
+        for _ in range(4):
+            model.may_run.release()
+        _, good, bad = await asyncio.gather(first, *both)
+    assert good.status_code == 200
+    return bad
+
+
 def test_a_forecast_that_is_not_finite_ends_its_request_alone(start):
     class Overflowing(Paced):
         def predict(self, values_BL, *rest):
@@ -265,18 +279,7 @@ def test_a_forecast_that_is_not_finite_ends_its_request_alone(start):
     model = Overflowing()
     server = start(model)
 
-    async def burst():
-        async with client_of(server.app()) as client:
-            first = post(client, horizon=1)
-            await until(lambda: model.entered.acquire(blocking=False))
-            both = [post(client), post(client, series=[[13.0, 1.0] * 6])]
-            await until(lambda: server.thread._new.qsize() == 2)
-            for _ in range(4):
-                model.may_run.release()
-            return await asyncio.gather(first, *both)
-
-    _, good, bad = asyncio.run(burst())
-    assert good.status_code == 200
+    bad = asyncio.run(answer_next_to_a_good_one(server, model))
     assert check_error(bad, 400, "series 0 has a forecast that is not")["param"] == "series"
     assert call(server, "GET", "/health").status_code == 200
 
@@ -297,18 +300,7 @@ def test_an_expert_that_cannot_be_read_ends_the_requests_it_concerns_alone(start
     model = Broken()
     server = start(model)
 
-    async def burst():
-        async with client_of(server.app()) as client:
-            first = post(client, horizon=1)
-            await until(lambda: model.entered.acquire(blocking=False))
-            both = [post(client), post(client, series=[[13.0, 1.0] * 6])]
-            await until(lambda: server.thread._new.qsize() == 2)
-            for _ in range(4):
-                model.may_run.release()
-            return await asyncio.gather(first, *both)
-
-    _, good, bad = asyncio.run(burst())
-    assert good.status_code == 200
+    bad = asyncio.run(answer_next_to_a_good_one(server, model))
     check_error(bad, 503, "expert 3 of layer 0 cannot be read")
     assert call(server, "GET", "/health").status_code == 200
 
