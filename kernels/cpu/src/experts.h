@@ -36,7 +36,7 @@ template <class Element> struct PlainMatrix {
             for (int64_t n = 0; n < 4; n++)
                 w[n] = values + slot * stride + (first + outputs[i + least(n, some - 1)]) * width;
             float out[TILE_ROWS][4];
-            tile<true>(num_rows, rows, w, width, out);
+            tile<From::SCATTERED>(num_rows, rows, w, width, out);
             for (int64_t m = 0; m < num_rows; m++)
                 for (int64_t n = 0; n < some; n++) store(m, outputs[i + n], out[m][n]);
         }

@@ -24,15 +24,21 @@ static_assert(STREAM_ROWS * STREAM_OUTPUTS <= BLOCK_ROWS * BLOCK_OUTPUTS);
 inline int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// Where rows of weights are: in memory one after the other, in memory here and there, in the cache.
+enum class From { STREAM, SCATTERED, CACHE };
+
+// How far ahead weights are prefetched, in bytes: a page. The processor itself stops at its end.
+constexpr int64_t AHEAD = 4096;
+
 // out[m][0..3] = products of `Rows` rows of x with four rows of weights.
 //
-// Streamed, the rows of weights are read one after the other, which memory serves fastest: for
-// weights that are read for the first time. Otherwise the four are read side by side, so that a
-// load of x serves four products: for weights in the cache. The order of summation is the same.
-template <int Rows, bool Streamed, class Element>
+// From memory the rows of weights are read one after the other, which it serves fastest. From the
+// cache the four are read side by side, so that a load of x serves four products. The order of
+// summation is the same.
+template <int Rows, From Place, class Element>
 inline void tile(const Element* const* x, const Element* const* w, int64_t width, float (*out)[4]) {
     using C = Chunk<Element>;
-    constexpr int Side = Streamed ? 1 : 4;
+    constexpr int Side = Place == From::CACHE ? 4 : 1;
     Sum sums[Rows][4];
     for (int first = 0; first < 4; first += Side) {
         Sum part[Rows][Side];
@@ -41,6 +47,8 @@ inline void tile(const Element* const* x, const Element* const* w, int64_t width
 #pragma GCC unroll 4
             for (int n = 0; n < Side; n++) part[m][n] = no_sum();
         auto add = [&](auto load, int64_t at) {
+            if constexpr (Place == From::STREAM)
+                __builtin_prefetch(w[first] + at + AHEAD / sizeof(Element), 0, 2);
             typename C::Value weights[Side];
 #pragma GCC unroll 4
             for (int n = 0; n < Side; n++) weights[n] = load(w[first + n] + at);
@@ -65,17 +73,17 @@ inline void tile(const Element* const* x, const Element* const* w, int64_t width
     for (int m = 0; m < Rows; m++) total4(sums[m], out[m]);
 }
 
-template <bool Streamed, class Element>
+template <From Place, class Element>
 inline void tile(int64_t rows, const Element* const* x, const Element* const* w, int64_t width,
                  float (*out)[4]) {
     switch (rows) {
-        case 1: return tile<1, Streamed>(x, w, width, out);
-        case 2: return tile<2, Streamed>(x, w, width, out);
+        case 1: return tile<1, Place>(x, w, width, out);
+        case 2: return tile<2, Place>(x, w, width, out);
 #if defined(__AVX512F__)
-        case 3: return tile<3, Streamed>(x, w, width, out);
-        case 4: return tile<4, Streamed>(x, w, width, out);
-        case 5: return tile<5, Streamed>(x, w, width, out);
-        case 6: return tile<6, Streamed>(x, w, width, out);
+        case 3: return tile<3, Place>(x, w, width, out);
+        case 4: return tile<4, Place>(x, w, width, out);
+        case 5: return tile<5, Place>(x, w, width, out);
+        case 6: return tile<6, Place>(x, w, width, out);
 #endif
     }
 }
@@ -93,9 +101,9 @@ inline void products(const Element* const* x, int64_t rows, const Element* weigh
             for (int64_t i = 0; i < 4; i++) w[i] = weights + (n + least(i, count - 1)) * width;
             float out[TILE_ROWS][4];
             if (m == 0)
-                tile<true>(some, x, w, width, out);
+                tile<From::STREAM>(some, x, w, width, out);
             else
-                tile<false>(some, x + m, w, width, out);
+                tile<From::CACHE>(some, x + m, w, width, out);
             for (int64_t i = 0; i < some; i++) store(m + i, n, out[i], count);
         }
     }

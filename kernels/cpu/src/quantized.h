@@ -12,9 +12,6 @@
 
 namespace ISA {
 
-// How far ahead weights are prefetched, in bytes: a page.
-constexpr int64_t AHEAD = 4096;
-
 // Calls body(0), body(1), ... body(Count - 1) with constants: unrolled, so that arrays they
 // index can stay in registers.
 template <int Count, class Body> ALWAYS_INLINE inline void each(Body body) {

@@ -163,7 +163,7 @@ template <class Element> struct SparseMatrix {
             }
             for (int64_t m = 0, some; m < num_rows; m += some) {
                 some = least(TILE_ROWS, num_rows - m);
-                tile<false>(some, rows + m, dense, width, out);
+                tile<From::CACHE>(some, rows + m, dense, width, out);
                 for (int64_t i = 0; i < some; i++) store(m + i, n, out[i], count);
             }
         }

@@ -64,31 +64,38 @@ inline void run_portable(uint64_t* sums, const unsigned char* at, int64_t number
 }
 
 #if defined(__x86_64__)
+// How far ahead bytes are prefetched: what the disk has brought lies in memory, not in the cache.
+constexpr int64_t AHEAD = 4096;
+
+__attribute__((target("avx2"))) inline __m256i scrambled(__m256i sums, const unsigned char* secret) {
+    __m256i mask = _mm256_loadu_si256((const __m256i*)secret), prime = _mm256_set1_epi32(P32_1);
+    __m256i key = _mm256_xor_si256(_mm256_xor_si256(sums, _mm256_srli_epi64(sums, 47)), mask);
+    __m256i low = _mm256_mul_epu32(key, prime);
+    __m256i high = _mm256_mul_epu32(_mm256_srli_epi64(key, 32), prime);
+    return _mm256_add_epi64(low, _mm256_slli_epi64(high, 32));
+}
+
 __attribute__((target("avx2"))) inline void run_avx2(uint64_t* sums, const unsigned char* at,
                                                      int64_t number, int64_t count) {
-    __m256i low = _mm256_loadu_si256((const __m256i*)sums);
-    __m256i high = _mm256_loadu_si256((const __m256i*)(sums + 4));
+    __m256i both[2] = {_mm256_loadu_si256((const __m256i*)sums),
+                       _mm256_loadu_si256((const __m256i*)(sums + 4))};
     for (int64_t end = number + count; number < end; number++, at += STRIPE) {
+        _mm_prefetch((const char*)at + AHEAD, _MM_HINT_T0);
         const unsigned char* secret = SECRET + 8 * (number % STRIPES_OF_BLOCK);
-        __m256i* both[2] = {&low, &high};
         for (int half = 0; half < 2; half++) {
             __m256i value = _mm256_loadu_si256((const __m256i*)(at + 32 * half));
             __m256i mask = _mm256_loadu_si256((const __m256i*)(secret + 32 * half));
             __m256i key = _mm256_xor_si256(value, mask);
             __m256i product = _mm256_mul_epu32(key, _mm256_srli_epi64(key, 32));
             __m256i swapped = _mm256_shuffle_epi32(value, _MM_SHUFFLE(1, 0, 3, 2));
-            *both[half] = _mm256_add_epi64(*both[half], _mm256_add_epi64(product, swapped));
+            both[half] = _mm256_add_epi64(both[half], _mm256_add_epi64(product, swapped));
         }
-        if (number % STRIPES_OF_BLOCK == STRIPES_OF_BLOCK - 1) {
-            _mm256_storeu_si256((__m256i*)sums, low);
-            _mm256_storeu_si256((__m256i*)(sums + 4), high);
-            scramble(sums);
-            low = _mm256_loadu_si256((const __m256i*)sums);
-            high = _mm256_loadu_si256((const __m256i*)(sums + 4));
-        }
+        if (number % STRIPES_OF_BLOCK == STRIPES_OF_BLOCK - 1)
+            for (int half = 0; half < 2; half++)
+                both[half] = scrambled(both[half], SECRET + 192 - STRIPE + 32 * half);
     }
-    _mm256_storeu_si256((__m256i*)sums, low);
-    _mm256_storeu_si256((__m256i*)(sums + 4), high);
+    _mm256_storeu_si256((__m256i*)sums, both[0]);
+    _mm256_storeu_si256((__m256i*)(sums + 4), both[1]);
 }
 #endif
 
