@@ -79,9 +79,9 @@ def judge_gates(model: LanguageModel, routes: Routes, facts: PredictorFacts) -> 
         model.decoder(batch_of([ids_T]))
         for place, layer in enumerate(facts.moe_layers[:-1]):
             x_ND, _ = inputs[layer]
-            for number, scores_NE in enumerate(gates.scores(layer, x_ND).swapaxes(0, 1)):
+            named_NSE = gates.best(layer, x_ND, facts.num_experts)
+            for number, best_NE in enumerate(named_NSE.swapaxes(0, 1)):
                 true_NK = inputs[facts.moe_layers[place + 1 + number]][1].numpy()
-                best_NE = np.argsort(-scores_NE, axis=1)
                 for width in widths_of(facts.k, facts.num_experts, number + 1):
                     is_right = (best_NE[:, :width, None] == true_NK[:, None]).any(axis=1)
                     found = counts.setdefault((number + 1, width), [0, 0, 0])

@@ -23,6 +23,7 @@ from moeyard.serving.experts.predictors.switch import AlwaysOn
 from moeyard.serving.experts.predictors.table import facts_of
 from moeyard.serving.experts.store import ExpertStore
 from moeyard.serving.loading import open_model
+from moeyard.settled import settle
 
 COUNTED = ("hits", "misses", "prefetch_issued", "prefetch_useful", "prefetch_late",
            "prefetch_wasted", "bytes_read", "stall_s")  # fmt: skip
@@ -104,6 +105,7 @@ def main() -> None:
     if arguments.not_ahead:
         for _, layer in model.decoder.moe_layers():
             layer.experts.announce = lambda *_: None
+    settle()  # as commands do
     generate(model, arguments, WARM_UP)
     before = totals(store)
     seconds, text = generate(model, arguments, MEASURED)

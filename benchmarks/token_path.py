@@ -1,6 +1,7 @@
 """What a token costs on its way from the engine to the client's socket.
 
     python benchmarks/token_path.py [--model DIR] [--arms engine app serve] [--write NAME]
+    python benchmarks/token_path.py --turns 60 --streams 1 --tokens 240
 
 Three arms: the bare engine, the engine behind the HTTP application (uvicorn, one process), and
 ``moeyard serve``. The same greedy streams in each, ``--streams`` at once. Printed: tokens per
@@ -9,10 +10,14 @@ nanosecond account of every thread. "engine" is the busiest thread of the proces
 (run it with one compute thread), "path" is the rest of that process, "proxy" is Ray's HTTP proxy.
 Without ``--model``: random weights in the demo's shape, whose head never chooses half a character,
 so that every token is a chunk. ``--spelled`` gives another model a tokenizer for that.
+
+With ``--turns`` the engine and ``moeyard serve`` are open at the same time and take turns of one
+answer, so that a machine whose speed changes by the minute meets both. It prints medians.
 """
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,6 +30,7 @@ from token_path_arms import (
     app,
     bare_engine,
     engine_figures,
+    engine_turns,
     serve,
     write_demo_model,
     write_spelled,
@@ -113,6 +119,33 @@ def line(arm: str, num_streams: int, result: dict[str, Any]) -> str:
     )
 
 
+def take_turns(model: str, num_streams: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Let the engine and the server answer in turns; return ms between tokens of a stream."""
+    name, ms = Path(model).name, {"engine": list[float](), "serve": list[float]()}
+    sizes = (num_streams, args.tokens, args.threads)
+    options = _pairs(args.env)
+    with (
+        serve(model, num_streams, args.threads, **options) as (port, pids),
+        engine_turns(model, *sizes) as turn,
+    ):
+        for number in range(1 + args.turns):
+            pair = {"engine": turn(), "serve": ask(port, name, *sizes[:2], pids)}
+            for arm, found in pair.items():
+                if number:  # the first pair warms up
+                    ms[arm].append(1000 * num_streams * found["seconds"] / found["chunks"])
+    more = [b - a for a, b in zip(ms["engine"], ms["serve"], strict=True)]
+    low, middle, high = statistics.quantiles(more, n=4)
+    medians = ", ".join(f"{arm} {statistics.median(found):.3f}" for arm, found in ms.items())
+    share = statistics.median(a / b for a, b in zip(*ms.values(), strict=True))
+    print(
+        f"{num_streams} streams, {args.turns} turns, ms a token: {medians}; serve takes "
+        f"{middle:.3f} more (quartiles "
+        f"{low:.3f}, {high:.3f}), and has {share:.3f} of the engine's tokens/s",
+        flush=True,
+    )
+    return {"streams": num_streams, "ms": ms}
+
+
 def main() -> None:
     """Measure the arms one after the other, as often as asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -123,6 +156,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=400)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--turns", type=int, help="pairs of answers of engine and serve")
     parser.add_argument("--profile", nargs="*", type=int, default=[], metavar="STREAMS")
     parser.add_argument("--env", nargs="*", default=[], help="NAME=VALUE for moeyard serve")
     parser.add_argument("--label", default="", help="what is special about this run")
@@ -141,6 +175,9 @@ def main() -> None:
         elif args.spelled:
             model = str(Path(folder) / "spelled")
             write_spelled(Path(args.model), Path(model))
+        if args.turns is not None:
+            results = [take_turns(model, num_streams, args) for num_streams in args.streams]
+            args.arms = []
         if "engine" in args.arms:
             for num_streams in [n for _ in range(args.rounds) for n in args.streams]:
                 note(

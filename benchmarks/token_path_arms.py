@@ -5,13 +5,14 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
-from token_path_client import COUNTS, Counts, counts_of, differences
+from token_path_client import COUNTS, WARM_CHUNKS, Counts, counts_of, differences
 
 from moeyard.moe.config.model import ModelConfig
 from moeyard.moe.config.moe import MoEConfig
@@ -108,6 +109,36 @@ def bare_engine(model: str, num_streams: int, num_tokens: int, threads: int) -> 
         seconds, after = time.monotonic() - started, counts_of([os.getpid()])
     busiest = max(differences(before, after).values())
     return {"seconds": seconds, "chunks": num_events, **engine_figures(busiest, num_events)}
+
+
+@contextmanager
+def engine_turns(
+    model: str, num_streams: int, num_tokens: int, threads: int
+) -> Iterator[Callable[[], dict[str, Any]]]:
+    """Yield what runs the streams once, in an engine that stays open between turns."""
+    torch.set_num_threads(threads)
+    served, store = open_model(model)
+    tokenizer = ServeArgs(model=model).open_tokenizer()
+    engine = Engine(served, tokenizer.decode, store, max_num_seqs=num_streams)
+    prompt, numbers = tuple(tokenizer.encode(PROMPT)), count()
+
+    def turn() -> dict[str, Any]:
+        for _ in range(num_streams):
+            drawn = SamplingParams(temperature=0)
+            name = str(next(numbers))
+            engine.add(GenerationRequest(name, prompt, num_tokens, drawn, ignore_eos=True))
+        for _ in range(WARM_CHUNKS):
+            engine.step()
+        started, num_events = time.monotonic(), 0
+        for _ in range(num_tokens - 2 * WARM_CHUNKS):
+            num_events += len(engine.step())
+        seconds = time.monotonic() - started
+        while engine.has_work:
+            engine.step()
+        return {"seconds": seconds, "chunks": num_events}
+
+    yield turn
+    tokenizer.close()
 
 
 def engine_figures(counts: Counts, num_chunks: int) -> dict[str, float]:

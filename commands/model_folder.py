@@ -88,9 +88,10 @@ def open_with(
     """Open a model with a command's other options, and its store."""
     from ..serving import loading
     from ..serving.planning.start import show_start
+    from ..settled import settle
 
     show_start()
-    return loading.open_model(
+    opened = loading.open_model(
         name,
         dtype=arguments.dtype,
         device=arguments.device,
@@ -98,3 +99,5 @@ def open_with(
         ignore_unused_weights=arguments.ignore_unused_weights,
         options=options,
     )
+    settle()
+    return opened

@@ -109,7 +109,7 @@ def add_expert_store(parser: argparse.ArgumentParser) -> None:
         metavar="NAME[:FILE]",
         default="none",
         help="what is read ahead for routers that choose late: auto, none, next_gates, "
-        "previous_layers, activations, previous_token or trained:FILE",
+        "fitted_gates:FILE, previous_layers, activations, previous_token or trained:FILE",
     )
     _add_fallback(parser)
 

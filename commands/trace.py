@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from . import trace_place, trace_predict, trace_replay
+from . import trace_gates, trace_place, trace_predict, trace_replay
 from .options import Parsers, add_command, add_loading, add_model, add_route_files
 
 
@@ -33,6 +33,7 @@ def add(parsers: Parsers) -> None:
     trace_place.add(kinds)
     trace_replay.add(kinds)
     trace_predict.add(kinds)
+    trace_gates.add(kinds)
 
 
 def run_show(arguments: argparse.Namespace) -> None:

@@ -130,6 +130,17 @@ def _judge_all(
     return found | {"trained": judge(Trained(facts, arrays), held, facts, rows)}
 
 
+def recall_table(found: "dict[str, list[Recall]]") -> str:
+    """Return a table of predictors' recalls, with its legend."""
+    lines = [f"{'predictor':<16} {'distance':>8} {'width':>6} {'recall':>7} {'precision':>9}"]
+    for name, recalls in found.items():
+        for r in recalls:
+            lines.append(
+                f"{name:<16} {r.distance:8} {r.width:6} {r.recall:7.1%} {r.precision:9.1%}"
+            )
+    return "\n".join(lines) + "\n" + LEGEND
+
+
 def _print(
     arguments: argparse.Namespace, found: "dict[str, list[Recall]]", facts: dict[str, int]
 ) -> None:
@@ -139,13 +150,7 @@ def _print(
         values = {**facts, "saved": saved, "predictors": predictors}
         sys.stdout.write(json.dumps(values, indent=1) + "\n")
         return
-    lines = ["predicted " + " ".join(f"{name}={value}" for name, value in facts.items())]
-    lines.append(f"{'predictor':<16} {'distance':>8} {'width':>6} {'recall':>7} {'precision':>9}")
-    for name, recalls in found.items():
-        for r in recalls:
-            lines.append(
-                f"{name:<16} {r.distance:8} {r.width:6} {r.recall:7.1%} {r.precision:9.1%}"
-            )
-    sys.stdout.write("\n".join(lines) + "\n" + LEGEND)
+    sys.stdout.write("predicted " + " ".join(f"{n}={value}" for n, value in facts.items()) + "\n")
+    sys.stdout.write(recall_table(found))
     if arguments.save is not None:
         sys.stdout.write(f"saved file={arguments.save}\n")

@@ -12,6 +12,7 @@ from starlette.types import ASGIApp
 
 from ..configuration import validate_config
 from ..errors import MoeyardError
+from ..settled import settle
 from .cluster.replica_port import close_replica_port
 from .hosting import check_model, open_server
 from .proxy_guard import CALLBACK, CALLBACK_VARIABLE, ask_for_guard
@@ -67,6 +68,7 @@ class MoeyardServer:
         self._server = open_server(args, replica)
         self._link = HubLink(context.app_name, replica, self._server)
         self._app = self._server.app(self._link.render)
+        settle()
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return self._app

@@ -14,10 +14,11 @@ from .experts.budget import budget_bytes
 from .experts.copies import copies_bytes, open_fallback
 from .experts.core_mode import use_core_channels
 from .experts.fallback import Fallback
-from .experts.forwards import announce_forwards
+from .experts.forwards import announce_forwards, announce_inputs
 from .experts.offloaded import OffloadedExperts
 from .experts.opening import open_store
 from .experts.options import StoreOptions
+from .experts.predictors.next_gates import NextGates
 from .experts.predictors.table import facts_of, open_predictor
 from .experts.sparsity import Sparsity, open_sparsity, owner_of
 from .experts.store import ExpertStore
@@ -78,6 +79,8 @@ def fill_model(
         predictor = open_predictor(options.predictor, model)
         if predictor is not None:
             store.predict(predictor, facts_of(files.config))
+            if isinstance(predictor, NextGates) and predictor.reads_input:
+                announce_inputs(model, store.start)
     if asked is not None:
         slots = None if store is None else store.pools.num_slots
         plan = None if store is None else store.read_plan

@@ -260,6 +260,29 @@ class RouterArguments(ctypes.Structure):
     ]
 
 
+class ForetellArguments(ctypes.Structure):
+    """What the routers of some layers would choose."""
+
+    _fields_ = [
+        ("type", Int),
+        ("tokens", Int),
+        ("d_model", Int),
+        ("layers", Int),
+        ("num_experts", Int),
+        ("choices", Int),
+        ("named", Int),
+        ("is_sigmoid", Int),
+        ("threads", Int),
+        ("sharpness", Float),
+        ("x", Pointer),
+        ("weight", Pointer),
+        ("bias", Pointer),
+        ("corrections", Pointer),
+        ("experts", Pointer),
+        ("chances", Pointer),
+    ]
+
+
 class AttentionWeights(ctypes.Structure):
     """One layer's attention."""
 
@@ -362,6 +385,7 @@ STRUCTURES: tuple[type[ctypes.Structure], ...] = (
     GroupedArguments,
     CombineArguments,
     RouterArguments,
+    ForetellArguments,
     AttentionWeights,
     CachedRows,
     AttentionArguments,

@@ -74,7 +74,7 @@ def run(call: ExpertCall) -> Tensor:
     experts = call.experts
     slot_of_E = None
     if experts.slot_of_E is not None:
-        slot_of_E = _slot_table(experts.slot_of_E, x_TD.device)
+        slot_of_E = _slot_table(tuple(experts.slot_of_E), x_TD.device)
     rows = (x_TD.contiguous(), experts_TK.contiguous(), weights_TK.contiguous())
     if isinstance(experts, QuantizedExpertWeights):
         return _run_quantized(*rows, experts, slot_of_E)

@@ -7,6 +7,7 @@ by input, for an input.
 S slots, E experts, F expert width, D model width, H rows of fc1: 2F with a gate, F without.
 """
 
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 
 import torch
@@ -46,7 +47,7 @@ class ChannelExpertWeights(SlotTable):
     _: KW_ONLY
     by_input: bool = False
     """How fc1 is stored: by input pays where x has limits."""
-    slot_of_E: tuple[int, ...] | None = None
+    slot_of_E: Sequence[int] | None = None
     """Slot of each expert, -1 if it is not here; None if slot e holds expert e."""
     activation: Activation = "swiglu"
     limits: ChannelLimits | None = None

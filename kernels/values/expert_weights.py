@@ -28,7 +28,7 @@ class SlotTable:
     """Which slot holds which expert; the base of every layout of the weights."""
 
     __slots__ = ()
-    slot_of_E: tuple[int, ...] | None
+    slot_of_E: Sequence[int] | None
     activation: Activation
     fc1_bias_SH: Tensor | None
     fc2_bias_SD: Tensor | None
@@ -133,7 +133,7 @@ class ExpertWeights(SlotTable):
     fc2_SDF: Tensor
     """``[S, D, F]``."""
     _: KW_ONLY
-    slot_of_E: tuple[int, ...] | None = None
+    slot_of_E: Sequence[int] | None = None
     """Slot of each expert, -1 if it is not here; None if slot e holds expert e."""
     activation: Activation = "swiglu"
     main_grads: MainGrads | None = None
@@ -148,7 +148,7 @@ class ExpertWeights(SlotTable):
         cls,
         parameters: Sequence[Tensor | None],
         *,
-        slot_of_E: tuple[int, ...] | None = None,
+        slot_of_E: Sequence[int] | None = None,
         activation: Activation = "swiglu",
         main_grads: MainGrads | None = None,
     ) -> "ExpertWeights":

@@ -4,7 +4,7 @@ S slots, Q outputs and P inputs of a matrix, D model width, F expert width, H ro
 a gate, F without.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Generic, Protocol, Self, TypeVar
 
@@ -74,7 +74,7 @@ class FewBitsExpertWeights(SlotTable, Generic[Matrices]):
     fc2: Matrices
     """D rows of F inputs."""
     _: KW_ONLY
-    slot_of_E: tuple[int, ...] | None = None
+    slot_of_E: Sequence[int] | None = None
     """Slot of each expert, -1 if it is not here; None if slot e holds expert e."""
     activation: Activation = "swiglu"
     fc1_bias_SH: Tensor | None = None

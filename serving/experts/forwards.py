@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ...moe.batch import Batch
@@ -32,6 +34,15 @@ def announce_forwards(decoder: Model, begin: Callable[[Forward], None]) -> Remov
         begin(_forward(sequences, phases, batch.lengths))
 
     return decoder.before_forwards(hook)
+
+
+def announce_inputs(decoder: Model, start: Callable[[Tensor], None]) -> RemovableHandle:
+    """Call ``start`` with the rows that enter the first layer, ``[N, D]``, of every forward."""
+
+    def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+        start(arguments[0])
+
+    return decoder.layers[0].register_forward_pre_hook(hook)
 
 
 def _forward(sequences: list[int], phases: list[Phase], lengths: tuple[int, ...]) -> Forward:

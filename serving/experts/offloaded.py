@@ -17,10 +17,9 @@ from ...kernels.waves import Waves, start_waves
 from ...moe.adapters.rows import RowUpdates
 from ...moe.experts.adapted import rows_without
 from ...moe.experts.base import LayerExperts
-from ...moe.routers.routing import Routing, count_choices
-from .chosen import chosen_experts, rows_that_chose
+from ...moe.routers.routing import Routing
+from .chosen import Choice, chosen_experts, count_rows, rows_that_chose
 from .fallback import Fallback
-from .read_ahead import Choice
 from .store import ExpertStore
 
 
@@ -130,8 +129,7 @@ class OffloadedExperts(LayerExperts):
         ``needs_all`` says that gates of the experts alone do not tell which channels are needed.
         """
         rows = None if needs_all else (x_ND, experts_NK)
-        counts = count_choices(experts_NK, self._num_experts).tolist()
-        rows_of = {expert: rows for expert, rows in enumerate(counts) if rows}
+        rows_of = count_rows(experts_NK)
         copied: list[int] = []
         if self._fallback is not None:
             copied = self._fallback.choose(self._layer, rows_of, experts_NK, weights_NK)

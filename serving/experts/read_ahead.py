@@ -8,13 +8,11 @@ worth it (predictors/admission.py). When a layer's true choice arrives, its othe
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from itertools import groupby
-from operator import itemgetter
-from typing import NamedTuple
 
 from torch import Tensor
 
 from ...moe.routes.recorder import OwnColumns
-from ...moe.routes.rows import Array
+from .chosen import Choice
 from .filler import SlotFiller
 from .forwards import Forward
 from .policies.policy import Key
@@ -26,6 +24,7 @@ from .predictors.admission import (
     Windows,
     bucket_of,
     gain_of,
+    order_of,
 )
 from .predictors.hint_column import HintColumn
 from .predictors.next_gates import NextGates
@@ -38,15 +37,6 @@ from .traffic import StoreStatistics
 UNSEEN = 8
 """While reading ahead is switched off, a predictor sees one forward in this many: it goes on
 learning, at an eighth of the cost."""
-
-
-class Choice(NamedTuple):
-    """What a layer's experts are called with."""
-
-    x_ND: Tensor | None
-    """None in a replay of recorded routes."""
-    experts_NK: Array
-    """-1 = none."""
 
 
 @dataclass(slots=True)
@@ -124,6 +114,12 @@ class ReadAhead:
             self._take(hints, place=-1)
             self.read()
 
+    def start(self, x_ND: Tensor) -> None:
+        """Take hints from the rows that enter the model, of the forward that has begun."""
+        if self._is_on and isinstance(self._predictor, NextGates):
+            self._take(self._predictor.at_input(x_ND), place=-1)
+            self.read()
+
     def chosen(self, layer: int, needed: Collection[int], missing: Collection[int]) -> None:
         """``layer`` needs some experts, and ``missing`` of them are neither here nor coming."""
         if self._sees:
@@ -141,7 +137,7 @@ class ReadAhead:
             self._take(self._predictor.after_choice(layer, choice.x_ND), self._place_of[layer])
 
     def read(self) -> None:
-        """Begin the reads that are worth it, the likeliest first.
+        """Begin the reads that are worth it: those of the next layer first, the likeliest first.
 
         Time makes no hint worth more. So they are looked at again only when others came, when a
         read has ended, or while they want for slots.
@@ -156,7 +152,9 @@ class ReadAhead:
         elapsed_s -= self._statistics.stall_s - self._moment.stall_s
         left_s: dict[int, float] = {}
         full = set[int]()
-        for key, chance in sorted(self._pending.items(), key=itemgetter(1), reverse=True):
+        for key, chance in sorted(self._pending.items(), key=self._order):
+            if not self._windows.may_begin(backlog):
+                break
             if key in self._slots or self._slots.filling(key) is not None:
                 del self._pending[key]  # compute has asked for it since
                 continue
@@ -178,6 +176,11 @@ class ReadAhead:
             self._filler.likely.add(key)
             backlog += 1
         self._may_begin, self._num_reading = bool(full), len(self._reading)
+
+    def _order(self, hint: tuple[Key, float]) -> tuple[bool, int, float]:
+        (layer, _), chance = hint
+        distance = (self._place_of[layer] - self._moment.number) % len(self._place_of)
+        return order_of(chance, distance)
 
     def end_layer(self, layer: int) -> None:
         """``layer`` has all it needs; after the last one, the forward's time is known."""

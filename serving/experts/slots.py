@@ -1,7 +1,7 @@
 """Which expert is in which slot. E experts of a layer."""
 
 from collections import deque
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -70,9 +70,12 @@ class Slots:
         layer, expert = key
         return self._slot_of_E[self.pools.of(key), layer][expert] >= 0
 
-    def table(self, layer: int, pool: int) -> tuple[int, ...]:
-        """Return the slot of each expert of a layer, -1 for those that are not in this pool."""
-        return tuple(self._slot_of_E[pool, layer])
+    def table(self, layer: int, pool: int) -> Sequence[int]:
+        """Return the slot of each expert of a layer, -1 for those that are not in this pool.
+
+        It follows what comes and leaves.
+        """
+        return self._slot_of_E[pool, layer]
 
     def filling(self, key: Key) -> Read | None:
         """Return the read that brings an expert, if there is one."""

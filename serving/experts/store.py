@@ -12,9 +12,12 @@ import time
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import replace
 
+from torch import Tensor
+
 from ...kernels.values.quantized_weights import SlotWeights
 from ...moe.routes.recorder import OwnColumns
 from .channel_filler import ChannelFiller
+from .chosen import Choice
 from .expectations import Expectations
 from .filler import SlotFiller
 from .forwards import Forward
@@ -23,7 +26,7 @@ from .policies.policy import CacheFacts, Key, Policy
 from .pools import Pools
 from .predictors.predictor import Predictor, PredictorFacts
 from .predictors.switch import Switch
-from .read_ahead import Choice, ReadAhead
+from .read_ahead import ReadAhead
 from .reading.plan import ReadPlan
 from .reads import Reads
 from .slots import Slots, StoreCounts
@@ -60,6 +63,8 @@ class ExpertStore:
         self.pools = pools
         self.read_plan = read_plan
         self._memory = memory
+        self._weights: dict[tuple[int, int], SlotWeights] = {}
+        """Of each layer and pool: to check that they fit takes as long as a small expert."""
         self._slots = Slots(pools, facts.moe_layers, facts.num_experts)
         self._policy = policy
         self._reads = reads
@@ -112,6 +117,11 @@ class ExpertStore:
         """Read ahead what a predictor says, from now on; None = as long as measurements say so."""
         parts = (self._slots, self._filler, self._reads, self.statistics)
         self._ahead = ReadAhead(predictor, facts, *parts, self._clock, switch)
+
+    def start(self, x_ND: Tensor) -> None:
+        """Hear which rows enter the model, after :meth:`begin`."""
+        if self._ahead is not None:
+            self._ahead.start(x_ND)
 
     def hint_column(self) -> OwnColumns | None:
         """Return the column of hints for a route file; None if no gates are asked ahead."""
@@ -189,10 +199,18 @@ class ExpertStore:
 
     def _waves(self, layer: int, ready: list[int]) -> Generator[tuple[list[int], SlotWeights]]:
         """Yield experts that are here, a wave for each width."""
-        for pool, memory in enumerate(self._memory):
+        for pool in range(len(self._memory)):
             experts = [expert for expert in ready if self.pools.of((layer, expert)) == pool]
             if experts:
-                yield experts, replace(memory, slot_of_E=self._slots.table(layer, pool))
+                yield experts, self._weights_of(layer, pool)
+
+    def _weights_of(self, layer: int, pool: int) -> SlotWeights:
+        """Return a layer's experts in a pool; the table of their slots is the one that is kept."""
+        found = self._weights.get((layer, pool))
+        if found is None:
+            table = self._slots.table(layer, pool)
+            found = self._weights[layer, pool] = replace(self._memory[pool], slot_of_E=table)
+        return found
 
     def _read_ahead(self, waiting: Collection[int] = ()) -> None:
         """Begin announced reads while there are slots that nothing known needs, then hints'.

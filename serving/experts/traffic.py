@@ -69,7 +69,7 @@ class StoreStatistics:
         self.copied_tokens = 0
         """Rows of forwards that were computed with at least one copy of an expert."""
         self.hint_traffic: dict[int, HintTraffic] = {}
-        """By distance in MoE layers; 0 = of the first layer, by the tokens before."""
+        """By distance in MoE layers; 0 = named before the first layer."""
         self._bytes_of = bytes_of
         self._unused: set[Key] = set()
         """Prefetched, read or being read, and not needed so far."""

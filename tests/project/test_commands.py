@@ -57,7 +57,7 @@ def test_the_key_of_the_server_is_not_in_its_help(monkeypatch):
 
 def test_every_file_of_commands_is_a_command():
     shared = {"__init__", "options", "model_folder", "forecast_table", "speculation"}
-    shared |= {"trace_place", "trace_replay", "trace_predict"}
+    shared |= {"trace_gates", "trace_place", "trace_replay", "trace_predict"}
     files = {path.stem for path in (ROOT / "commands").glob("*.py")} - shared
     assert files == {module.__name__.rpartition(".")[2] for module in COMMANDS}
 

@@ -9,7 +9,16 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 
 FLOORS = [
-    ["configuration", "cpp_libraries", "dtypes", "errors", "files", "progress", "system"],
+    [
+        "configuration",
+        "cpp_libraries",
+        "dtypes",
+        "errors",
+        "files",
+        "progress",
+        "settled",
+        "system",
+    ],
     ["kernels"],
     ["moe"],
     ["chat_templates", "parallel"],
@@ -32,6 +41,7 @@ ROOMS = {
         ["trust"],
         [
             "attention",
+            "foretell",
             "gated",
             "grouped_linear",
             "linear",
@@ -108,6 +118,7 @@ ROOMS = {
     "commands": [
         ["model_folder", "options", "speculation"],
         ["forecast_table", "trace_place", "trace_predict", "trace_replay"],
+        ["trace_gates"],
         [
             *(
                 "align",

@@ -156,9 +156,9 @@ def test_next_gates_are_the_routers_of_the_next_layers(model_folder):
     gates = NextGates(facts, model.decoder)
     residual_ND = torch.randn(5, 24, generator=generator)
     with torch.inference_mode():
-        scores_NSE = gates.scores(0, norms[0](residual_ND))
+        best_NSE = gates.best(0, norms[0](residual_ND), 6)
         expected_NE = second.gate.logits(norms[1](residual_ND))
-        assert np.allclose(scores_NSE[:, 0], expected_NE.numpy(), atol=1e-5)
+        assert np.array_equal(best_NSE[:, 0], expected_NE.argsort(dim=1, descending=True))
         hints = gates.after_choice(0, norms[0](residual_ND[:1]))
     best = expected_NE[0].argsort(descending=True)[:4].tolist()
     assert named(hints, second_index) == best
@@ -202,7 +202,10 @@ def test_hints_of_recorded_routes_are_those_of_the_run(model_folder, tmp_path):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("magic", "expert_predictor is 'magic'; use one of auto, none, next_gates, previous_token"),
+        (
+            "magic",
+            "expert_predictor is 'magic'; use one of auto, none, next_gates, fitted_gates:FILE, ",
+        ),
         ("trained", "which needs a file: trained:FILE"),
         ("next_gates:x", "but next_gates takes no file; leave it out"),
         ("trained:nowhere", "trained:nowhere cannot be read"),

@@ -4,14 +4,7 @@
 #include <cstdint>
 
 enum ElementType : int64_t { FLOAT32 = 0, BFLOAT16 = 1 };
-enum Activation : int64_t {
-    SWIGLU = 0,
-    REGLU = 1,
-    GEGLU = 2,
-    CLAMPED_SWIGLU = 3,
-    RELU = 4,
-    GELU = 5
-};
+enum Activation : int64_t { SWIGLU, REGLU, GEGLU, CLAMPED_SWIGLU, RELU, GELU };  // from 0 on
 
 // Whether fc1 has gate rows in front of the up rows: H = 2F rows instead of F.
 constexpr bool has_gate(int64_t activation) { return activation != RELU && activation != GELU; }
@@ -158,14 +151,24 @@ struct RouterArguments {
     int64_t group_best;  // a group is ranked by the sum of this many of its best scores
     int64_t threads;
     float scale, epsilon;
-    const void* x;        // [T, D]
-    const float* weight;  // [E, D]
+    const void* x;            // [T, D]
+    const float* weight;      // [E, D]
     const float* logit_bias;  // [E] added to the logits; null = none
     const float* bias;        // [E] added to the scores to choose by; null = none
     const int32_t* given;     // [T, K] experts to weigh, -1 = none; null = choose
-    int32_t* experts;     // [T, K], best first, or as given
-    float* weights;       // [T, K]
-    int64_t* counts;      // [E]
+    int32_t* experts;  // [T, K], best first, or as given
+    float* weights;    // [T, K]
+    int64_t* counts;   // [E]
+};
+
+// The experts that the routers of S layers would choose: best and their chances, for reading ahead.
+struct ForetellArguments {
+    int64_t type, tokens, d_model, layers, num_experts, choices, named, is_sigmoid, threads;
+    float sharpness;
+    const void *x, *weight;           // [T, D], [S * E, D]
+    const float *bias, *corrections;  // [S, E] added to the logits, and to sigmoid scores
+    int32_t* experts;  // [T, S, named], best first
+    float* chances;
 };
 
 // One layer's attention, the same for every step. Null = the model does not have it.
@@ -236,6 +239,7 @@ struct Kernels {
     void (*grouped_weight_grad)(const GroupedArguments*);
     void (*combine)(const CombineArguments*);
     void (*route)(const RouterArguments*);
+    void (*foretell)(const ForetellArguments*);
     void (*attention)(const AttentionWeights*, const AttentionArguments*);
     void (*attend)(const AttendArguments*);
 };

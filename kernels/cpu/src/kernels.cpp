@@ -12,6 +12,7 @@
 #include "norm.h"
 #include "quantized_experts.h"
 #include "router.h"
+#include "foretell.h"
 #include "two_of_four.h"
 
 #define TEXT_OF(name) #name
@@ -61,6 +62,7 @@ static void run_grouped_weight_grad(const GroupedArguments* a) {
 }
 static void run_combine(const CombineArguments* a) { BY_TYPE(combine, a->type, *a); }
 static void run_route(const RouterArguments* a) { BY_TYPE(route, a->type, *a); }
+static void run_foretell(const ForetellArguments* a) { BY_TYPE(foretell, a->type, *a); }
 static void run_attention(const AttentionWeights* w, const AttentionArguments* a) {
     BY_TYPE(attention, w->type, *w, *a);
 }
@@ -87,6 +89,7 @@ const Kernels JOIN(kernels_, ISA) = {
     ISA::run_grouped_weight_grad,
     ISA::run_combine,
     ISA::run_route,
+    ISA::run_foretell,
     ISA::run_attention,
     ISA::run_attend,
 };

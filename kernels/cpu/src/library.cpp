@@ -69,6 +69,7 @@ PUBLIC const int64_t* moeyard_sizes() {
         sizeof(GroupedArguments),
         sizeof(CombineArguments),
         sizeof(RouterArguments),
+        sizeof(ForetellArguments),
         sizeof(AttentionWeights),
         sizeof(CachedRows),
         sizeof(AttentionArguments),
@@ -110,6 +111,7 @@ PUBLIC void moeyard_grouped_weight_grad(const GroupedArguments* a) {
 }
 PUBLIC void moeyard_combine(const CombineArguments* a) { chosen->combine(a); }
 PUBLIC void moeyard_route(const RouterArguments* a) { chosen->route(a); }
+PUBLIC void moeyard_foretell(const ForetellArguments* a) { chosen->foretell(a); }
 PUBLIC void moeyard_attention(const AttentionWeights* w, const AttentionArguments* a) {
     chosen->attention(w, a);
 }

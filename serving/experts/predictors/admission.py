@@ -11,15 +11,22 @@ TRUST = 8.0
 """Hints that a predictor's own score counts for, next to those whose outcome is known."""
 MOST_HINTS = 4096.0
 """Outcomes of a bucket after which they are halved, so that what is learned can change."""
-SMALLEST_GAIN = 0.1
-"""Expected share of a read that compute need not wait for. Replays of a trained model's routes lose
-speed from 0.2 on, and below 0.1 they read more and are no faster."""
+SMALLEST_GAIN = 0.2
+"""Expected share of a read that compute need not wait for. Below it, more is read and nothing is
+faster: 0.1 and 0.2 were measured on a model of 8 layers, 0.3 in the same run was slower."""
 WRONG = 0.1
 """What a wrong read costs in bandwidth, as a share of a read: others stand behind its parts."""
 REACH = 2.0
 """Reads are admitted for so many times the time there is: a late one has at least begun, and
 compute waits now and then. In replays an oracle is 1.43 times as fast as reading on demand with 2,
 and 1.37 times with 1; predictors are as fast with both."""
+LIKELY = 0.5
+"""Likelier hints are read in the order of the layers, before the others."""
+FEWEST_BEGUN, BEGUN_S = 2, 2e-3
+"""Early reads under way or in the queue: so many, or as many as the disk brings in these seconds.
+What stands in the queue is not taken back for something better. With a model of 8 layers of 16
+experts of 1.6 MB, an order by layers and 2 reads were 1.24 times as fast as reading on demand, an
+order by chances alone and any number of reads 1.19 times."""
 LONGEST_S = 0.1
 """A longer pause between two forwards is one without requests."""
 WEIGHT = 0.1
@@ -139,6 +146,10 @@ class Windows:
         rate = new_reads / new_s
         self._rate = rate if self._rate is None else self._rate + WEIGHT * (rate - self._rate)
 
+    def may_begin(self, backlog: float) -> bool:
+        """Say whether one more early read may stand behind ``backlog`` others, in experts."""
+        return backlog < max(FEWEST_BEGUN, BEGUN_S * (self._rate or 0.0))
+
     def seconds_to(self, size: int, moment: int, target: int) -> float:
         """Return the expected compute seconds from one moment to a later one."""
         ahead = (target - moment) % self._num_moments
@@ -154,6 +165,11 @@ class Windows:
         if self._rate is None:
             return 1.0 if backlog < 1 else 0.0
         return min(1.0, max(0.0, REACH * seconds * self._rate - backlog))
+
+
+def order_of(chance: float, distance: int) -> tuple[bool, int, float]:
+    """Return by what hints are sorted; ``distance`` is in layers."""
+    return chance < LIKELY, distance, -chance
 
 
 def gain_of(chance: float, share_in_time: float, victim_chance: float) -> float:

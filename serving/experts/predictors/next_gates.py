@@ -1,28 +1,25 @@
 """The next layers' own routers, asked early. N rows, D model width, E experts, K choices, S layers.
 
 The residual stream changes slowly, so what the experts of a layer read is close to what the routers
-of the next layers will read (Eliseev & Mazur 2023; HOBBIT). Rows are taken back to before this
-layer's norm weight, and each gate has the weight of the norm in front of it folded in. All gates of
-the next layers are one product.
+of the next layers will read. All routers of the next layers are one product: as they are, or fitted
+to the rows of this layer (gate_maps.py).
 """
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ....moe.models.decoder_layer import DecoderLayer
+from ....kernels.foretell import Foreteller
 from ....moe.models.model import Model
 from ....moe.routers.linear import LinearRouter
 from ....moe.routers.router import Router
-from ....moe.routers.topk import TopKRouter
 from ....moe.routes.rows import Array
 from ..forwards import Forward
 from .chances import any_of, best_hints, width_of
+from .gate_maps import GateMap, GateMaps, corrections_of, plain_maps
 from .predictor import DISTANCE, Hint, PredictorFacts
 from .recency import Recency
 
-SMALLEST_NORM = 1e-3
-"""Norm weights below this hide their dimension: dividing by them would blow up rounding."""
 SHARPNESS = 13.0
 """How fast chances fall from the K-th score on: in the exponent, per range of a row's scores."""
 
@@ -33,43 +30,49 @@ def has_scores(router: Router) -> bool:
 
 
 class NextGates:
-    """Applies the gates of the next layers to the rows of this one."""
+    """Applies the routers of the next layers to the rows of this one."""
 
-    @torch.no_grad()
-    def __init__(self, facts: PredictorFacts, decoder: Model) -> None:
+    def __init__(self, facts: PredictorFacts, decoder: Model, maps: GateMaps | None = None) -> None:
+        """``maps`` are fitted routers; None = the model's own."""
         self._facts = facts
         self._place_of = {layer: place for place, layer in enumerate(facts.moe_layers)}
         self._recency = Recency(facts)
-        self.named: dict[int, Array] = {}
+        self._corrections_LE = corrections_of(decoder)
+        self._width = min(facts.num_experts, width_of(facts.k, 1, 1))
+        self._maps = plain_maps(facts, decoder) if maps is None else maps
+        self._layers = [
+            self._foreteller(gates, place, self._width)
+            for place, gates in enumerate(self._maps.layers, start=1)
+        ]
+        self._input: Foreteller | None = None
+        if self._maps.input is not None:
+            self._input = self._foreteller(self._maps.input, 0, self._width)
+        self.named: dict[int, Tensor] = {}
         """By the number of the layer that had chosen: each row's best experts of the next layers,
         ``[N, S, W]``, in the forward under way."""
-        gates, biases, corrections, inverse = [], [], [], []
-        for index, layer in decoder.moe_layers():
-            block = decoder.layers[index]
-            assert isinstance(block, DecoderLayer) and isinstance(layer.gate, LinearRouter)
-            norm_D = block.post_attention_layernorm.weight.float().numpy()
-            gates.append(layer.gate.weight[: facts.num_experts].float().numpy() * norm_D)
-            is_small_D = np.abs(norm_D) < SMALLEST_NORM
-            inverse.append(np.where(is_small_D, 0, 1 / np.where(is_small_D, 1, norm_D)))
-            bias_E, correction_E = _biases(layer.gate)
-            biases.append(bias_E)
-            corrections.append(correction_E)
-        self._gates_LED = np.stack(gates)
-        self._inverse_LD = np.stack(inverse).astype(np.float32)
-        self._biases_LE = np.stack(biases)
-        self._corrections_LE = np.stack(corrections)
-        first = decoder.moe_layers()[0][1].gate
-        self._is_sigmoid = isinstance(first, TopKRouter) and first.rule.score == "sigmoid"
+
+    @property
+    def reads_input(self) -> bool:
+        """Say whether :meth:`at_input` has hints."""
+        return self._input is not None
 
     def begin(self, forward: Forward) -> list[Hint]:
         """Return hints for the first layer, by the tokens before: no gate was asked for it."""
         self.named.clear()
+        if self.reads_input:
+            return []  # the rows will say more
         self._recency.begin(forward)
         return self._first_hints(len(forward.sequences))
 
+    def at_input(self, x_ND: Tensor) -> list[Hint]:
+        """Return hints for the first layers from the rows that enter the model."""
+        if self._input is None:
+            return []
+        return self._hints(self._facts.moe_layers[:DISTANCE], *self._input(x_ND))
+
     def see(self, layer: int, experts_NK: Array) -> None:
         """Count visits to the first layer."""
-        if layer == self._facts.moe_layers[0]:
+        if layer == self._facts.moe_layers[0] and not self.reads_input:
             self._recency.see(layer, experts_NK)
 
     def after_choice(self, layer: int, x_ND: Tensor | None) -> list[Hint]:
@@ -78,59 +81,48 @@ class NextGates:
         following = self._facts.following(layer)
         if not following:
             return self._first_hints(len(x_ND))
-        rows = len(x_ND)
-        best_NSW, chances_NSW = self._best(self.scores(layer, x_ND))
-        self.named[self._place_of[layer]] = best_NSW
-        hints = []
-        for number, target in enumerate(following):
-            width = width_of(self._facts.k, rows, number + 1)
-            if rows == 1:
-                experts = best_NSW[0, number, :width].tolist()
-                chances = chances_NSW[0, number, :width].tolist()
-                hints += [Hint((target, e), c) for e, c in zip(experts, chances, strict=True)]
-                continue
-            chances_NE = np.zeros((rows, self._facts.num_experts), dtype=np.float32)
-            np.put_along_axis(chances_NE, best_NSW[:, number], chances_NSW[:, number], axis=1)
-            hints += best_hints(target, any_of(chances_NE), width)
+        place = self._place_of[layer]
+        experts_NSW, chances_NSW = self._layers[place](x_ND)
+        self.named[place] = experts_NSW
+        return self._hints(following, experts_NSW, chances_NSW)
+
+    def best(self, layer: int, x_ND: Tensor, width: int) -> Array:
+        """Return the ``width`` likeliest experts of the next layers, ``[N, S, width]``."""
+        place = self._place_of[layer]
+        foretell = self._foreteller(self._maps.layers[place], place + 1, width)
+        return np.asarray(foretell(x_ND)[0].numpy())
+
+    def _foreteller(self, gates: GateMap, first: int, width: int) -> Foreteller:
+        """Return what names ``width`` experts of layers from number ``first`` on."""
+        corrections_SE = None
+        if self._corrections_LE is not None:
+            corrections_SE = self._corrections_LE[first : first + len(gates.bias_SE)]
+        return Foreteller(*gates, corrections_SE, self._facts.k, width, SHARPNESS)
+
+    def _hints(
+        self, targets: tuple[int, ...], experts_NSW: Tensor, chances_NSW: Tensor
+    ) -> list[Hint]:
+        """Return hints for S layers, the nearest first."""
+        rows, k = len(experts_NSW), self._facts.k
+        if rows == 1:
+            lines = zip(targets, experts_NSW[0].tolist(), chances_NSW[0].tolist(), strict=True)
+            return [
+                Hint((target, expert), chance)
+                for distance, (target, experts, chances) in enumerate(lines, start=1)
+                for expert, chance in zip(
+                    experts[: width_of(k, 1, distance)], chances, strict=False
+                )
+            ]
+        hints = list[Hint]()
+        for number, target in enumerate(targets):
+            chances_NE = torch.zeros(rows, self._facts.num_experts)
+            chances_NE.scatter_(1, experts_NSW[:, number].long(), chances_NSW[:, number])
+            any_E = any_of(chances_NE.numpy())
+            hints += best_hints(target, any_E, width_of(k, rows, number + 1))
         return hints
 
-    def scores(self, layer: int, x_ND: Tensor) -> Array:
-        """Return what the next layers' routers would choose by, ``[N, S, E]``."""
-        place = self._place_of[layer]
-        ahead = slice(place + 1, place + 1 + DISTANCE)
-        gates_SED = self._gates_LED[ahead]
-        plain_ND = x_ND.float().numpy() * self._inverse_LD[place]
-        logits_NR = plain_ND @ gates_SED.reshape(-1, gates_SED.shape[-1]).T
-        scores_NSE = logits_NR.reshape(len(x_ND), len(gates_SED), -1) + self._biases_LE[ahead]
-        if self._is_sigmoid:
-            scores_NSE = 1 / (1 + np.exp(-scores_NSE)) + self._corrections_LE[ahead]
-        return np.asarray(scores_NSE)
-
-    def _best(self, scores_NSE: Array) -> tuple[Array, Array]:
-        """Return each row's best experts, ``[N, S, W]``, the best first, and their chances.
-
-        Chances fall from the K-th best score on; the store calibrates them.
-        """
-        k = self._facts.k
-        order_NSE = np.argsort(-scores_NSE, axis=2)
-        values_NSE = np.take_along_axis(scores_NSE, order_NSE, axis=2)
-        width = width_of(k, 1, 1)
-        spread_NS1 = values_NSE[:, :, :1] - values_NSE[:, :, -1:] + 1e-6
-        margin_NSW = (values_NSE[:, :, :width] - values_NSE[:, :, k - 1 : k]) / spread_NS1
-        return order_NSE[:, :, :width], 1 / (1 + np.exp(-SHARPNESS * margin_NSW))
-
     def _first_hints(self, rows: int) -> list[Hint]:
+        if self.reads_input:
+            return []
         first = self._facts.moe_layers[0]
         return best_hints(first, self._recency.chances(first), width_of(self._facts.k, rows, 1))
-
-
-def _biases(router: LinearRouter) -> tuple[Array, Array]:
-    """Return what is added to a router's logits, and to its scores before it chooses."""
-    nothing_E = np.zeros(router.num_experts, dtype=np.float32)
-    if not isinstance(router, TopKRouter):
-        return nothing_E, nothing_E
-    bias_E, correction_E = router.bias, router.e_score_correction_bias
-    return (
-        nothing_E if bias_E is None else bias_E.float().numpy(),
-        nothing_E if correction_E is None else correction_E.float().numpy(),
-    )

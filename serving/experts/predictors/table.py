@@ -12,6 +12,7 @@ from ....moe.routes.identity import identity_of
 from ....moe.routes.reader import RouteFile
 from ....moe.without_memory import without_memory
 from ..policies.policy import CacheFacts
+from . import fitted_gates
 from .activations import Activations
 from .next_gates import NextGates, has_scores
 from .predictor import Predictor, PredictorFacts
@@ -27,7 +28,12 @@ LEARNING: dict[str, Callable[[PredictorFacts], Predictor]] = {
 """Learn while they run; ``NAME:FILE`` lets them learn a route file first."""
 REPLAYABLE = ("previous_token", *LEARNING, "trained")
 """Those that routes alone suffice for."""
-PREDICTORS = ("auto", "none", "next_gates", *REPLAYABLE)
+PREDICTORS = ("auto", "none", "next_gates", fitted_gates.NAME, *REPLAYABLE)
+WITH_FILE = {
+    fitted_gates.NAME: "moeyard trace gates -o FILE",
+    "trained": "moeyard trace predict --save FILE",
+}
+"""Predictors that need a file, and what writes it."""
 
 
 def split_spec(spec: str) -> tuple[str, Path | None]:
@@ -35,18 +41,21 @@ def split_spec(spec: str) -> tuple[str, Path | None]:
     name, _, file = spec.partition(":")
     if name not in PREDICTORS:
         raise ConfigError(
-            f"expert_predictor is {spec!r}; use one of {', '.join(PREDICTORS[:-1])}, "
-            "trained:FILE, or an object with the methods of "
-            "moeyard.serving.experts.predictors.predictor.Predictor."
+            f"expert_predictor is {spec!r}; use one of {', '.join(_spellings())}, or an object "
+            "with the methods of moeyard.serving.experts.predictors.predictor.Predictor."
         )
-    if name == "trained" and not file:
+    if name in WITH_FILE and not file:
         raise ConfigError(
-            "expert_predictor is 'trained', which needs a file: trained:FILE, written by moeyard "
-            "trace predict --save FILE."
+            f"expert_predictor is {name!r}, which needs a file: {name}:FILE, written by "
+            f"{WITH_FILE[name]}."
         )
-    if file and name not in (*LEARNING, "trained"):
+    if file and name not in (*LEARNING, *WITH_FILE):
         raise ConfigError(f"expert_predictor is {spec!r}, but {name} takes no file; leave it out.")
     return name, Path(file) if file else None
+
+
+def _spellings() -> list[str]:
+    return [f"{name}:FILE" if name in WITH_FILE else name for name in PREDICTORS]
 
 
 def check_predictor(predictor: str | Predictor) -> None:
@@ -71,9 +80,9 @@ def check_fit(spec: str, config: LayersConfig) -> str:
         return "next_gates" if can_ask_gates else "none"
     if name != "none" and problem is not None:
         raise ConfigError(f"expert_predictor is {spec!r}, but {problem}; use auto or none.")
-    if name == "next_gates" and not can_ask_gates:
+    if name in ("next_gates", fitted_gates.NAME) and not can_ask_gates:
         raise ConfigError(
-            f"expert_predictor is 'next_gates', but router.kind is {config.moe.router.kind}, which "
+            f"expert_predictor is {spec!r}, but router.kind is {config.moe.router.kind}, which "
             f"has no scores from one product; use one of {', '.join(REPLAYABLE)}."
         )
     return name
@@ -118,6 +127,10 @@ def open_predictor(predictor: str | Predictor, decoder: Model) -> Predictor | No
         return None
     if name == "next_gates":
         return NextGates(facts, decoder)
+    if name == fitted_gates.NAME:
+        path = split_spec(predictor)[1]
+        assert path is not None, "split_spec asked for it"
+        return fitted_gates.open_fitted_gates(path, facts, decoder)
     return open_replayable(name, split_spec(predictor)[1], facts)
 
 

@@ -9,17 +9,14 @@ H hidden width, S distances, D model width. For each target layer and distance, 
 """
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+import torch
 from torch import Tensor
 
-from ....errors import ConfigError
-from ....files import replaced
 from ....moe.routes.rows import Array
 from ..forwards import Forward
+from . import predictor_file
 from .chances import any_of, best_hints, visits, width_of
 from .predictor import DISTANCE, Hint, PredictorFacts
 from .recency import Recency
@@ -43,51 +40,18 @@ def shapes(facts: PredictorFacts, width: int) -> dict[str, tuple[int, ...]]:
 
 def save(path: Path, facts: PredictorFacts, arrays: dict[str, Array]) -> None:
     """Write a network, whole or not at all; raises ``OSError``."""
-    metadata = {
-        "format": FORMAT,
-        "version": "1",
-        "architecture": facts.architecture,
-        "moe_layers": ",".join(map(str, facts.moe_layers)),
-        "num_experts": str(facts.num_experts),
-    }
-    with replaced(path) as unfinished:
-        save_file(arrays, unfinished, metadata=metadata)
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
+    predictor_file.save(path, FORMAT, facts, tensors)
 
 
 def read(path: Path, facts: PredictorFacts) -> dict[str, Array]:
     """Return the arrays of a file; raises :class:`ConfigError` unless it is for this model."""
-    try:
-        with safe_open(path, "np") as file:
-            metadata = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(
-            f"expert_predictor trained:{path} cannot be read ({error}); give a file that moeyard "
-            "trace predict --save wrote."
-        ) from None
-    if metadata.get("format") != FORMAT or set(arrays) != set(NAMES):
-        raise ConfigError(
-            f"expert_predictor trained:{path} is not a predictor; give a file that moeyard trace "
-            "predict --save wrote."
-        )
-    own: dict[str, Any] = {
-        "architecture": facts.architecture,
-        "moe_layers": ",".join(map(str, facts.moe_layers)),
-        "num_experts": str(facts.num_experts),
-    }
-    for name, value in own.items():
-        if metadata.get(name) != value:
-            raise ConfigError(
-                f"expert_predictor trained:{path} belongs to another model: {name} is "
-                f"{metadata.get(name)}, this one has {value}; train one on routes of this model."
-            )
-    expected = shapes(facts, arrays["bias"].shape[-1])
-    if any(arrays[name].shape != shape for name, shape in expected.items()):
-        raise ConfigError(
-            f"expert_predictor trained:{path} is damaged: its arrays have other shapes than its "
-            "header says; train it again."
-        )
-    return arrays
+
+    def expected(tensors: predictor_file.Tensors) -> predictor_file.Shapes:
+        return shapes(facts, tensors["bias"].shape[-1] if "bias" in tensors else 0)
+
+    how = (path, "trained", FORMAT, facts, expected, "moeyard trace predict --save")
+    return {name: tensor.numpy() for name, tensor in predictor_file.read(*how).items()}
 
 
 class Trained:
