@@ -69,7 +69,6 @@ def ask(
     """Have the client measure; return figures per chunk, in microseconds."""
     command = client_command(port, name, num_streams, num_tokens, pids)
     found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert found["texts"] == 1, "streams of one prompt differ"
     chunks = found["chunks"]
     result = {key: found[key] for key in ("seconds", "chunks", "reads")}
     for part, pid in pids.items():

@@ -30,7 +30,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "serving"))
 from server_process import BIN, Running, free_port, name_of
 from small_model import write_decoder
 
-PROMPT = "def main(argument):"
+PROMPT = "def main{}(argument):"
+"""With a stream's number: rows of equal texts would choose equal experts, but only in the engine,
+where all streams begin in the same step."""
 BLANK = "\u0120"
 """How tokenizers of bytes spell a space."""
 
@@ -85,8 +87,8 @@ def engine_of(model: str, num_streams: int, num_tokens: int = 4000) -> Iterator[
     served, store = open_model(model)
     tokenizer = ServeArgs(model=model).open_tokenizer()
     engine = Engine(served, tokenizer.decode, store, max_num_seqs=num_streams)
-    prompt = tuple(tokenizer.encode(PROMPT))
     for index in range(num_streams):
+        prompt = tuple(tokenizer.encode(PROMPT.format(index)))
         engine.add(
             GenerationRequest(
                 str(index), prompt, num_tokens, SamplingParams(temperature=0), ignore_eos=True
@@ -120,10 +122,11 @@ def engine_turns(
     served, store = open_model(model)
     tokenizer = ServeArgs(model=model).open_tokenizer()
     engine = Engine(served, tokenizer.decode, store, max_num_seqs=num_streams)
-    prompt, numbers = tuple(tokenizer.encode(PROMPT)), count()
+    prompts = [tuple(tokenizer.encode(PROMPT.format(index))) for index in range(num_streams)]
+    numbers = count()
 
     def turn() -> dict[str, Any]:
-        for _ in range(num_streams):
+        for prompt in prompts:
             drawn = SamplingParams(temperature=0)
             name = str(next(numbers))
             engine.add(GenerationRequest(name, prompt, num_tokens, drawn, ignore_eos=True))
