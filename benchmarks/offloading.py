@@ -100,7 +100,7 @@ def _row(name: str, speeds: list[float], base: list[float], outcomes: list[Outco
         row |= {"mb_a_token": result["bytes_read"] / result["tokens"] / 1e6}
         row |= {"stall_ms_a_token": 1e3 * result["stall_s"] / result["tokens"]}
     answers = [outcome.result or {} for outcome in outcomes]
-    row["texts"] = sorted({a["text_sha256"] for a in answers if "text_sha256" in a})
+    row["texts"] = sorted({" | ".join(a["texts"]) for a in answers if "texts" in a})
     return row
 
 
