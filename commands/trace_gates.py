@@ -72,6 +72,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     if not 0 < arguments.held_out < 1:
         raise ConfigError(f"--held-out is {arguments.held_out:g}; use a share between 0 and 1.")
+    if arguments.tokens < 1:
+        raise ConfigError(f"--tokens is {arguments.tokens}; use 1 or more.")
     text = read_text(arguments.text)
     model = open_model(arguments)
     check_fit("next_gates", model.config)

@@ -139,6 +139,8 @@ def test_trace_gates_writes_a_predictor_that_loads(folder, model, tmp_path, caps
     offloaded = moeyard.load(folder, expert_memory=slots(4), expert_predictor=f"fitted_gates:{out}")
     ids = torch.arange(20).unsqueeze(0)
     assert torch.equal(offloaded(ids), model(ids))
+    assert main([*command, "--tokens", "-5"]) == 2
+    assert "--tokens is -5; use 1 or more" in capsys.readouterr().err
     text.write_text("a")
     assert main(command) == 2
     assert "give a longer text" in capsys.readouterr().err
