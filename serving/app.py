@@ -12,7 +12,7 @@ from starlette.types import ASGIApp
 
 from ..configuration import validate_config
 from ..errors import MoeyardError
-from ..settled import settle
+from ..settled import settle, trim_now_and_then
 from .cluster.replica_port import close_replica_port
 from .hosting import check_model, open_server
 from .proxy_guard import CALLBACK, CALLBACK_VARIABLE, ask_for_guard
@@ -69,6 +69,7 @@ class MoeyardServer:
         self._link = HubLink(context.app_name, replica, self._server)
         self._app = self._server.app(self._link.render)
         settle()
+        trim_now_and_then()
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return self._app

@@ -29,6 +29,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import RequestError
+from ..settled import trim_now_and_then
 from .api.connections import STATE_KEY, Connection, connections
 from .api.cors import with_cors
 from .api.request_body import read_body
@@ -65,6 +66,7 @@ def middlewares() -> list[Middleware]:
     """Return what Ray's proxy puts around its application."""
     # Ray leaves the protocol to uvicorn, which looks it up here when the server starts.
     uvicorn.config.HTTP_PROTOCOLS["auto"] = f"{Connection.__module__}:{Connection.__name__}"
+    trim_now_and_then()
     return [Middleware(ProxyGuard)]
 
 
