@@ -78,11 +78,11 @@ def run(arguments: argparse.Namespace) -> None:
     model = open_model(arguments)
     check_fit("next_gates", model.config)
     facts = facts_of(model.config)
-    if len(facts.moe_layers) < 2:
-        raise DataError("the model has one MoE layer, so there is nothing to foretell.")
+    if not facts.foretelling:
+        raise DataError("the model has too few MoE layers, so there is nothing to foretell.")
     learned, held = _texts(arguments, model, text)
     decoder = model.decoder
-    with Progress("fitting", num_steps(decoder, len(facts.moe_layers), len(learned))) as progress:
+    with Progress("fitting", num_steps(facts, decoder, len(learned))) as progress:
         maps = fit_gates(facts, decoder, learned, progress.advance)
     found = {
         "next_gates": judge_gates(facts, decoder, held, NextGates(facts, decoder)),

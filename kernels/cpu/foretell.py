@@ -4,11 +4,14 @@ T tokens, D model width, S layers, E experts, W experts that are named for each 
 """
 
 import ctypes
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from .library import TYPES, address, empty_fp32, functions_for
+from .library import TYPES, address, functions_for
 from .structures import ForetellArguments
 
 
@@ -43,17 +46,36 @@ class CppForeteller:
             bias=bias_SE.data_ptr(),
             corrections=address(corrections_SE),
         )
+        number = num_layers * named
+        self._experts, self._chances = (ctypes.c_int32 * number)(), (ctypes.c_float * number)()
+        """Of one row, filled anew by each call."""
 
-    def __call__(self, x_TD: Tensor) -> tuple[Tensor, Tensor] | None:
+    def __call__(self, x_TD: Tensor) -> tuple[NDArray[Any], NDArray[Any]] | None:
         """Return experts and chances, or None if the kernels cannot run."""
         functions = functions_for(x_TD, self._weight_RD)
         if functions is None:
             return None
-        experts_TSW = torch.empty(len(x_TD), *self._shape, dtype=torch.int32, device="cpu")
-        chances_TSW = empty_fp32(len(x_TD), *self._shape)
-        arguments = self._arguments
-        arguments.tokens, arguments.threads = len(x_TD), torch.get_num_threads()
-        arguments.x = x_TD.data_ptr()
-        arguments.experts, arguments.chances = experts_TSW.data_ptr(), chances_TSW.data_ptr()
-        functions.moeyard_foretell(ctypes.byref(arguments))
+        rows = len(x_TD)
+        experts_TSW = np.empty((rows, *self._shape), dtype=np.int32)
+        chances_TSW = np.empty((rows, *self._shape), dtype=np.float32)
+        addresses = experts_TSW.ctypes.data, chances_TSW.ctypes.data
+        self._call(functions, x_TD, rows, *addresses)
         return experts_TSW, chances_TSW
+
+    def of_row(self, x_1D: Tensor) -> tuple[list[int], list[float]] | None:
+        """Return S times W experts and chances, or None if the kernels cannot run."""
+        functions = functions_for(x_1D, self._weight_RD)
+        if functions is None:
+            return None
+        addresses = ctypes.addressof(self._experts), ctypes.addressof(self._chances)
+        self._call(functions, x_1D, 1, *addresses)
+        return self._experts[:], self._chances[:]
+
+    def _call(
+        self, functions: ctypes.CDLL, x_TD: Tensor, rows: int, experts: int, chances: int
+    ) -> None:
+        arguments = self._arguments
+        arguments.tokens, arguments.threads = rows, torch.get_num_threads()
+        arguments.x = x_TD.data_ptr()
+        arguments.experts, arguments.chances = experts, chances
+        functions.moeyard_foretell(ctypes.byref(arguments))

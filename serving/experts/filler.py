@@ -39,6 +39,8 @@ class SlotFiller:
         self._statistics = statistics
         self._views: dict[tuple[int, int], ExpertViews] = {}
         """Of each pool and slot, once it was filled: making them takes as long as some reads."""
+        self.num_ended = 0
+        """Reads that were booked, or taken back."""
         self.likely: set[Key] = set()
         """Experts in memory that will perhaps be needed soon: they leave after the others."""
 
@@ -105,6 +107,7 @@ class SlotFiller:
             self._reads.drop(read)
 
     def _lose(self, read: Read) -> None:
+        self.num_ended += 1
         self._statistics.lose(read.key)
         self._policy.forget(read.key)
 
@@ -157,6 +160,7 @@ class SlotFiller:
 
     def book(self, read: Read) -> None:
         """Book a read that is done: its expert is resident now, or its slot is free again."""
+        self.num_ended += 1
         if read.error is not None:
             self._slots.fail(read)
             self._policy.forget(read.key)

@@ -79,18 +79,16 @@ class ReadAhead:
         """The chances of hints that are neither in memory nor on their way."""
         self._reading: dict[Key, Read] = {}
         """Reads of hints that were not needed yet."""
-        self._num_reading = 0
-        """Of them, after reads were begun the last time."""
+        self._num_ended = 0
+        """Reads of the store that had ended when reads were begun the last time."""
         self._is_on = self._sees = self._may_begin = False
         self._began = 0.0
-        self._num_forwards = 0
-        self._size = 0
-        self._num_read = 0
+        self._num_forwards = self._size = self._num_read = 0
         self._moment = _Moment(0, 0.0, 0.0)
 
     def column(self) -> OwnColumns | None:
         """Return the column for a route file that has what was named ahead, if it can be had."""
-        if not isinstance(self._predictor, NextGates):
+        if self._facts.known or not isinstance(self._predictor, NextGates):
             return None
         return HintColumn(self._facts, self._predictor)
 
@@ -120,13 +118,16 @@ class ReadAhead:
             self._take(self._predictor.at_input(x_ND), place=-1)
             self.read()
 
+    def know(self, layer: int, needed: Collection[int]) -> None:
+        """Hear what ``layer`` has chosen before it runs: its hints end."""
+        self._end_hints(layer, needed)
+
     def chosen(self, layer: int, needed: Collection[int], missing: Collection[int]) -> None:
         """``layer`` needs some experts, and ``missing`` of them are neither here nor coming."""
         if self._sees:
             self._pass_moment(self._place_of[layer] + 1)
             self._regret.missed(layer, missing)
-        if self._given:
-            self._end_hints(layer, needed)
+        self._end_hints(layer, needed)
 
     def look(self, layer: int, choice: Choice) -> None:
         """Let the predictor see a choice, and take its hints."""
@@ -142,12 +143,15 @@ class ReadAhead:
         Time makes no hint worth more. So they are looked at again only when others came, when a
         read has ended, or while they want for slots.
         """
-        if not self._pending:
+        is_news = self._may_begin or self._num_ended != self._filler.num_ended
+        if not (self._pending and is_news):
             return
+        self._num_ended = self._filler.num_ended
         self._reading = {k: read for k, read in self._reading.items() if not read.is_done}
-        if not self._may_begin and len(self._reading) == self._num_reading:
-            return
         backlog = sum(read.left for read in self._reading.values())
+        self._may_begin = False
+        if not self._windows.may_begin(backlog):
+            return
         elapsed_s = self._clock() - self._moment.at
         elapsed_s -= self._statistics.stall_s - self._moment.stall_s
         left_s: dict[int, float] = {}
@@ -155,7 +159,7 @@ class ReadAhead:
         for key, chance in sorted(self._pending.items(), key=self._order):
             if not self._windows.may_begin(backlog):
                 break
-            if key in self._slots or self._slots.filling(key) is not None:
+            if key in self._slots.resident or self._slots.is_filling(key):
                 del self._pending[key]  # compute has asked for it since
                 continue
             if key[0] not in left_s:
@@ -175,7 +179,7 @@ class ReadAhead:
             self._reading[key] = self._filler.submit(key, slot, is_urgent=False)
             self._filler.likely.add(key)
             backlog += 1
-        self._may_begin, self._num_reading = bool(full), len(self._reading)
+        self._may_begin = bool(full)
 
     def _order(self, hint: tuple[Key, float]) -> tuple[bool, int, float]:
         (layer, _), chance = hint
@@ -202,26 +206,24 @@ class ReadAhead:
 
         ``place`` is the number of the layer that has just chosen, -1 before the first one.
         """
-        regret = self._regret.chance
+        regret, resident = self._regret.chance, self._slots.resident
         self._may_begin = True
         for layer, own in groupby(hints, key=_layer_of):
-            distance = self._place_of[layer] - place
-            if place < 0 or distance <= 0:
-                distance = 0
+            distance = 0 if place < 0 else max(0, self._place_of[layer] - place)
             given = self._given.setdefault(layer, {}).setdefault(distance, {})
             for key in [key for key in self._pending if key[0] == layer]:
                 del self._pending[key]  # from further away, so less sure
             here = self._calibration.kinds(distance, is_resident=True)
             there = self._calibration.kinds(distance, is_resident=False)
             for key, score in own:
-                is_resident = key in self._slots
+                is_resident = key in resident
                 outcomes = (here if is_resident else there)[bucket_of(score)]
                 given[key[1]] = outcomes
                 chance = outcomes.chance(score)
                 if is_resident:
                     if chance > regret:
                         self._filler.likely.add(key)
-                elif self._slots.filling(key) is None:
+                elif chance >= SMALLEST_GAIN and not self._slots.is_filling(key):
                     self._pending[key] = chance
 
     def _end_hints(self, layer: int, needed: Collection[int] | None) -> None:

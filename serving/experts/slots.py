@@ -42,7 +42,8 @@ class Slots:
         self._slot_of_E = {
             (pool, layer): [-1] * num_experts for layer in layers for pool in range(len(pools))
         }
-        self._num_resident = 0
+        self.resident: set[Key] = set()
+        """Experts that are in a slot, whole; others only look."""
 
     def num_free(self, pool: int) -> int:
         """Return how many slots of a pool nothing uses."""
@@ -51,7 +52,7 @@ class Slots:
     @property
     def num_resident(self) -> int:
         """Slots that hold an expert."""
-        return self._num_resident
+        return len(self.resident)
 
     def counts(self, expected: Expectations) -> StoreCounts:
         """Return what the slots are used for; any thread may ask."""
@@ -67,8 +68,7 @@ class Slots:
 
     def __contains__(self, key: Key) -> bool:
         """Say whether an expert is in a slot, whole."""
-        layer, expert = key
-        return self._slot_of_E[self.pools.of(key), layer][expert] >= 0
+        return key in self.resident
 
     def table(self, layer: int, pool: int) -> Sequence[int]:
         """Return the slot of each expert of a layer, -1 for those that are not in this pool.
@@ -108,7 +108,7 @@ class Slots:
         layer, expert = read.key
         del self._filling[read.key]
         self._slot_of_E[self.pools.of(read.key), layer][expert] = read.slot
-        self._num_resident += 1
+        self.resident.add(read.key)
 
     def fail(self, read: Read) -> None:
         """Book a read's slot as free."""
@@ -126,7 +126,7 @@ class Slots:
         slot = slot_of_E[expert]
         assert slot >= 0, f"{key} is in no slot"
         slot_of_E[expert] = -1
-        self._num_resident -= 1
+        self.resident.remove(key)
         return slot
 
     def release(self, pool: int, slot: int) -> None:

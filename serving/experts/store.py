@@ -134,6 +134,8 @@ class ExpertStore:
         follow as slots come free.
         """
         self.keep(layer, experts)
+        if self._ahead is not None:
+            self._ahead.know(layer, experts)
         self._filler.announce(layer, experts)
         self._read_ahead()
 

@@ -52,7 +52,7 @@ def errors(model, maps, texts):
     sums = torch.zeros(len(gates))
     for ids_T in texts:
         read = fitting._read(model.decoder, ids_T)
-        sources = (read.input_ND[0], *read.rows_LND[:-1])
+        sources = (read.inputs_LND[0], *read.rows_LND[:-1])
         for place, (x_ND, own) in enumerate(zip(sources, (maps.input, *maps.layers), strict=True)):
             true_NE = router_logits(gates[place], read.rows_LND[place])
             said_NE = 0.0 if own is None else own.logits(x_ND)[:, 0]
@@ -71,7 +71,7 @@ def test_a_fit_in_several_passes_is_the_same_and_reports_each_piece(
     facts, reports = facts_of(model.config), []
     monkeypatch.setattr(fitting, "BYTES_AT_ONCE", 1)
     again = fit_gates(facts, model.decoder, texts, lambda: reports.append(None))
-    expected = num_steps(model.decoder, len(facts.moe_layers), len(texts))
+    expected = num_steps(facts, model.decoder, len(texts))
     assert len(reports) == expected == len(texts) * len(facts.moe_layers)
     for one, other in zip(
         (fitted.input, *fitted.layers), (again.input, *again.layers), strict=True

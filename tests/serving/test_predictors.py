@@ -12,6 +12,7 @@ from moeyard.cli import main
 from moeyard.errors import ConfigError
 from moeyard.moe.batch import batch_of
 from moeyard.moe.config.kinds import read_model
+from moeyard.moe.routers.hash import Hash
 from moeyard.moe.routers.topk import TopK
 from moeyard.moe.routes.reader import RouteFile
 from moeyard.moe.routes.recorder import recording
@@ -217,11 +218,11 @@ def test_specs_that_cannot_work_are_refused_in_one_sentence(model_folder, spec, 
     assert message in str(raised.value)
 
 
-def test_early_routers_take_no_predictor_and_auto_knows_it(tmp_path):
-    write_random_model(tmp_path / "m", with_router(TopK(k=2, lookahead="previous_block")))
+def test_routers_that_choose_by_tokens_take_no_predictor_and_auto_knows_it(tmp_path):
+    write_random_model(tmp_path / "m", with_router(Hash(k=2)))
     model, _ = open_model(tmp_path / "m")
     assert open_predictor("auto", model.decoder) is None
-    with pytest.raises(ConfigError, match=r"router chooses early \(router\.lookahead is pre"):
+    with pytest.raises(ConfigError, match="the router chooses by tokens"):
         open_predictor("next_gates", model.decoder)
 
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from ....moe.batch import batch_of
 from ....moe.models.model import Model
+from ....moe.routers.router import Router
+from ....moe.routers.routing import Lookahead
 from .gate_maps import GateMap, GateMaps, plain_maps, router_logits
 from .next_gates import NextGates
 from .predictor import DISTANCE, PredictorFacts
@@ -31,11 +33,19 @@ BYTES_AT_ONCE = 1 << 30
 class _Read(NamedTuple):
     """What a model read of a text."""
 
-    input_ND: list[Tensor]
-    """What enters the first layer; one tensor."""
+    inputs_LND: list[Tensor]
+    """What enters the model, and each MoE layer."""
     rows_LND: list[Tensor]
     """What the experts of each MoE layer read."""
     experts_LNK: list[Tensor]
+
+    def gate_rows(self, place: int, lookahead: Lookahead) -> Tensor:
+        """Return what the router of a MoE layer read."""
+        if lookahead is Lookahead.ATTENTION_INPUT:
+            return self.inputs_LND[1 + place]
+        if lookahead is Lookahead.PREVIOUS_BLOCK:
+            return self.rows_LND[max(0, place - 1)]
+        return self.rows_LND[place]
 
 
 @dataclass(slots=True)
@@ -60,7 +70,7 @@ def fit_gates(
     texts: Sequence[Tensor],
     report: Callable[[], None] | None = None,
 ) -> GateMaps:
-    """Return fitted routers for the input and for each MoE layer but the last, by ridge regression.
+    """Return fitted routers for the input and each MoE layer that foretells, by ridge regression.
 
     Least squares between what the next layers' routers score and a linear function of the rows.
     ``report`` is called after each of :func:`num_steps` pieces.
@@ -74,16 +84,16 @@ def fit_gates(
         for ids_T in texts:
             read = _read(decoder, ids_T)
             for place in places:
-                _add(sums[place], place, starts[place], read, gates)
+                _add(sums[place], facts, place, starts[place], read, gates)
             if report is not None:
                 report()
         fitted += [_solve(sums[place], starts[place]) for place in places]
     return GateMaps(fitted[1:], fitted[0])
 
 
-def num_steps(decoder: Model, num_layers: int, num_texts: int) -> int:
-    """Return how often a fit of that many MoE layers reports."""
-    return num_texts * len(_groups(decoder.config.d_model, num_layers))
+def num_steps(facts: PredictorFacts, decoder: Model, num_texts: int) -> int:
+    """Return how often a fit reports."""
+    return num_texts * len(_groups(decoder.config.d_model, 1 + len(facts.foretelling)))
 
 
 @torch.no_grad()
@@ -94,14 +104,15 @@ def judge_gates(
     counts: dict[tuple[int, int], list[int]] = {}
     for ids_T in texts:
         read = _read(decoder, ids_T)
-        for place, layer in enumerate(facts.moe_layers[:-1]):
+        for place, layer in enumerate(facts.foretelling):
             best_NSE = gates.best(layer, read.rows_LND[place], facts.num_experts)
             for number in range(best_NSE.shape[1]):
-                true_NK = read.experts_LNK[place + 1 + number].numpy()
+                distance = facts.known + 1 + number
+                true_NK = read.experts_LNK[place + distance].numpy()
                 for width in widths_of(facts.k, facts.num_experts, number + 1):
                     named_NW = best_NSE[:, number, :width]
                     is_right_NW = (named_NW[:, :, None] == true_NK[:, None]).any(axis=2)
-                    found = counts.setdefault((number + 1, width), [0, 0, 0])
+                    found = counts.setdefault((distance, width), [0, 0, 0])
                     found[0] += true_NK.size
                     found[1] += named_NW.size
                     found[2] += int(is_right_NW.sum())
@@ -119,13 +130,14 @@ def _read(decoder: Model, ids_T: Tensor) -> _Read:
     read = _Read([], [], [])
 
     def note_input(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-        read.input_ND.append(arguments[0])
+        read.inputs_LND.append(arguments[0])
 
     def note(_: nn.Module, arguments: tuple[Any, ...]) -> None:
         read.rows_LND.append(arguments[0])
         read.experts_LNK.append(arguments[1])
 
-    handles = [decoder.layers[0].register_forward_pre_hook(note_input)]
+    indices = [0, *(index for index, _ in decoder.moe_layers())]
+    handles = [decoder.layers[i].register_forward_pre_hook(note_input) for i in indices]
     handles += [layer.experts.register_forward_pre_hook(note) for _, layer in decoder.moe_layers()]
     try:
         decoder(batch_of([ids_T]))
@@ -147,14 +159,27 @@ def _sums(start: GateMap) -> _Sums:
     return _Sums(torch.zeros(d_model + 1, d_model + 1), torch.zeros(d_model + 1, num_outputs))
 
 
-def _add(sums: _Sums, place: int, start: GateMap, read: _Read, gates: Sequence[nn.Module]) -> None:
-    """Add the rows of a text: what routers from number ``place`` on score, less ``start``'s.
+def _add(
+    sums: _Sums,
+    facts: PredictorFacts,
+    place: int,
+    start: GateMap,
+    read: _Read,
+    gates: Sequence[Router],
+) -> None:
+    """Add the rows of a text: what the next routers score, less what ``start`` says.
 
-    Place 0 is the input.
+    Place 0 is the input, and place n the n-th MoE layer.
     """
-    x_ND = (*read.input_ND, *read.rows_LND)[place]
-    targets = range(place, place + len(start.bias_SE))
-    true_NSE = torch.stack([router_logits(gates[n], read.rows_LND[n]) for n in targets], dim=1)
+    x_ND = (read.inputs_LND[0], *read.rows_LND)[place]
+    first = place + facts.known if place else 0
+    true_NSE = torch.stack(
+        [
+            router_logits(gates[n], read.gate_rows(n, gates[n].lookahead))
+            for n in range(first, first + len(start.bias_SE))
+        ],
+        dim=1,
+    )
     error_NR = (true_NSE - start.logits(x_ND)).flatten(1)
     rows_ND = F.pad(x_ND.float(), (0, 1), value=1.0)
     sums.rows_DD += rows_ND.T @ rows_ND

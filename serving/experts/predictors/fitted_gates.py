@@ -49,5 +49,5 @@ def open_fitted_gates(path: Path, facts: PredictorFacts, decoder: Model) -> Next
 
 def _names(facts: PredictorFacts) -> dict[str, int]:
     """Return what each map reads, and S: to how many layers it looks."""
-    layers = {str(layer): len(facts.following(layer)) for layer in facts.moe_layers[:-1]}
+    layers = {str(layer): len(facts.following(layer)) for layer in facts.foretelling}
     return {"input": len(facts.moe_layers[:DISTANCE]), **layers}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ....moe.models.decoder_layer import DecoderLayer
 from ....moe.models.model import Model
 from ....moe.routers.linear import LinearRouter, project
+from ....moe.routers.routing import Lookahead
 from ....moe.routers.topk import TopKRouter
 from .predictor import PredictorFacts
 
@@ -66,11 +67,20 @@ def plain_maps(facts: PredictorFacts, decoder: Model) -> GateMaps:
         block, gate = decoder.layers[index], layer.gate
         assert isinstance(block, DecoderLayer) and isinstance(gate, LinearRouter)
         norms.append(block.post_attention_layernorm.weight.float())
-        weights.append(gate.weight[: facts.num_experts].float() * norms[-1])
+        weight_ED = gate.weight[: facts.num_experts].float()
+        match gate.lookahead:
+            case Lookahead.FFN_INPUT:
+                weight_ED = weight_ED * norms[-1]
+            case Lookahead.PREVIOUS_BLOCK:
+                weight_ED = weight_ED * norms[-2:][0]
+            case _:  # a residual without a norm
+                pass
+        weights.append(weight_ED)
         biases.append(_values(gate, "bias"))
     maps = []
-    for place, index in enumerate(facts.moe_layers[:-1]):
-        ahead = slice(place + 1, place + 1 + len(facts.following(index)))
+    for place, index in enumerate(facts.foretelling):
+        first = place + 1 + facts.known
+        ahead = slice(first, first + len(facts.following(index)))
         norm_D = norms[place]
         inverse_D = torch.where(norm_D.abs() < SMALLEST_NORM, 0, 1 / norm_D)
         weight_RD = torch.cat([weight_ED * inverse_D for weight_ED in weights[ahead]])

@@ -23,7 +23,8 @@ class HintColumn:
         """Return the column of the forward that has just ended."""
         shape = (num_rows, len(self._facts.moe_layers), DISTANCE, self._width)
         hints_NLSW = np.full(shape, -1, dtype=np.int16)
-        for place, best_NSW in self._gates.named.items():
+        for place, best in self._gates.named.items():
+            best_NSW = np.reshape(best, (num_rows, -1, self._width))
             for number in range(best_NSW.shape[1]):
                 width = min(self._width, width_of(self._facts.k, 1, number + 1))
                 hints_NLSW[:, place + 1 + number, number, :width] = best_NSW[:, number, :width]

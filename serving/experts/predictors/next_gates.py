@@ -6,7 +6,6 @@ to the rows of this layer (gate_maps.py).
 """
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ....kernels.foretell import Foreteller
@@ -38,18 +37,20 @@ class NextGates:
         self._place_of = {layer: place for place, layer in enumerate(facts.moe_layers)}
         self._recency = Recency(facts)
         self._corrections_LE = corrections_of(decoder)
-        self._width = min(facts.num_experts, width_of(facts.k, 1, 1))
+        widths = (width_of(facts.k, 1, distance) for distance in range(1, DISTANCE + 1))
+        self._widths = [min(facts.num_experts, width) for width in widths]
+        """Experts that are named for a row, by distance."""
         self._maps = plain_maps(facts, decoder) if maps is None else maps
         self._layers = [
-            self._foreteller(gates, place, self._width)
-            for place, gates in enumerate(self._maps.layers, start=1)
+            self._foreteller(gates, place, self._widths[0])
+            for place, gates in enumerate(self._maps.layers, start=1 + facts.known)
         ]
         self._input: Foreteller | None = None
         if self._maps.input is not None:
-            self._input = self._foreteller(self._maps.input, 0, self._width)
-        self.named: dict[int, Tensor] = {}
+            self._input = self._foreteller(self._maps.input, 0, self._widths[0])
+        self.named: dict[int, Array | list[int]] = {}
         """By the number of the layer that had chosen: each row's best experts of the next layers,
-        ``[N, S, W]``, in the forward under way."""
+        N times S times W, in the forward under way."""
 
     @property
     def reads_input(self) -> bool:
@@ -68,7 +69,10 @@ class NextGates:
         """Return hints for the first layers from the rows that enter the model."""
         if self._input is None:
             return []
-        return self._hints(self._facts.moe_layers[:DISTANCE], *self._input(x_ND))
+        targets = self._facts.moe_layers[:DISTANCE]
+        if len(x_ND) == 1:
+            return self._hints_of_row(targets, *self._input.of_row(x_ND))
+        return self._hints(targets, *self._input(x_ND))
 
     def see(self, layer: int, experts_NK: Array) -> None:
         """Count visits to the first layer."""
@@ -82,6 +86,10 @@ class NextGates:
         if not following:
             return self._first_hints(len(x_ND))
         place = self._place_of[layer]
+        if len(x_ND) == 1:
+            experts, chances = self._layers[place].of_row(x_ND)
+            self.named[place] = experts
+            return self._hints_of_row(following, experts, chances)
         experts_NSW, chances_NSW = self._layers[place](x_ND)
         self.named[place] = experts_NSW
         return self._hints(following, experts_NSW, chances_NSW)
@@ -89,8 +97,9 @@ class NextGates:
     def best(self, layer: int, x_ND: Tensor, width: int) -> Array:
         """Return the ``width`` likeliest experts of the next layers, ``[N, S, width]``."""
         place = self._place_of[layer]
-        foretell = self._foreteller(self._maps.layers[place], place + 1, width)
-        return np.asarray(foretell(x_ND)[0].numpy())
+        first = place + 1 + self._facts.known
+        foretell = self._foreteller(self._maps.layers[place], first, width)
+        return foretell(x_ND)[0]
 
     def _foreteller(self, gates: GateMap, first: int, width: int) -> Foreteller:
         """Return what names ``width`` experts of layers from number ``first`` on."""
@@ -99,25 +108,28 @@ class NextGates:
             corrections_SE = self._corrections_LE[first : first + len(gates.bias_SE)]
         return Foreteller(*gates, corrections_SE, self._facts.k, width, SHARPNESS)
 
+    def _hints_of_row(
+        self, targets: tuple[int, ...], experts: list[int], chances: list[float]
+    ) -> list[Hint]:
+        """Return hints for S layers from S times W experts, the nearest layer first."""
+        hints = list[Hint]()
+        first = 0
+        for target, width in zip(targets, self._widths, strict=False):
+            for at in range(first, first + width):
+                hints.append(Hint((target, experts[at]), chances[at]))
+            first += self._widths[0]
+        return hints
+
     def _hints(
-        self, targets: tuple[int, ...], experts_NSW: Tensor, chances_NSW: Tensor
+        self, targets: tuple[int, ...], experts_NSW: Array, chances_NSW: Array
     ) -> list[Hint]:
         """Return hints for S layers, the nearest first."""
         rows, k = len(experts_NSW), self._facts.k
-        if rows == 1:
-            lines = zip(targets, experts_NSW[0].tolist(), chances_NSW[0].tolist(), strict=True)
-            return [
-                Hint((target, expert), chance)
-                for distance, (target, experts, chances) in enumerate(lines, start=1)
-                for expert, chance in zip(
-                    experts[: width_of(k, 1, distance)], chances, strict=False
-                )
-            ]
         hints = list[Hint]()
         for number, target in enumerate(targets):
-            chances_NE = torch.zeros(rows, self._facts.num_experts)
-            chances_NE.scatter_(1, experts_NSW[:, number].long(), chances_NSW[:, number])
-            any_E = any_of(chances_NE.numpy())
+            chances_NE = np.zeros((rows, self._facts.num_experts), dtype=np.float32)
+            np.put_along_axis(chances_NE, experts_NSW[:, number], chances_NSW[:, number], axis=1)
+            any_E = any_of(chances_NE)
             hints += best_hints(target, any_E, width_of(k, rows, number + 1))
         return hints
 

@@ -37,11 +37,18 @@ class PredictorFacts:
     """Experts that a row visits in a layer."""
     architecture: str
     """Of the model, as in the header of a route file."""
+    known: int = 0
+    """Next layers whose choice is known already when a layer's experts run: 1 with pre-gating."""
 
     def following(self, layer: int) -> tuple[int, ...]:
-        """Return the next :data:`DISTANCE` MoE layers of the forward, the nearest first."""
-        place = self.moe_layers.index(layer)
-        return self.moe_layers[place + 1 : place + 1 + DISTANCE]
+        """Return the next :data:`DISTANCE` MoE layers that have not chosen, the nearest first."""
+        first = self.moe_layers.index(layer) + 1 + self.known
+        return self.moe_layers[first : first + DISTANCE]
+
+    @property
+    def foretelling(self) -> tuple[int, ...]:
+        """The MoE layers that others follow which have not chosen."""
+        return self.moe_layers[: max(0, len(self.moe_layers) - 1 - self.known)]
 
 
 class Predictor(Protocol):

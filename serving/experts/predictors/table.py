@@ -80,6 +80,12 @@ def check_fit(spec: str, config: LayersConfig) -> str:
         return "next_gates" if can_ask_gates else "none"
     if name != "none" and problem is not None:
         raise ConfigError(f"expert_predictor is {spec!r}, but {problem}; use auto or none.")
+    if name in REPLAYABLE and _num_known(config):
+        raise ConfigError(
+            f"expert_predictor is {spec!r}, but router.lookahead is previous_block, so the next "
+            "layer's experts are known and only those of later layers can be foretold; use "
+            f"next_gates, {fitted_gates.NAME}:FILE, auto or none."
+        )
     if name in ("next_gates", fitted_gates.NAME) and not can_ask_gates:
         raise ConfigError(
             f"expert_predictor is {spec!r}, but router.kind is {config.moe.router.kind}, which "
@@ -96,11 +102,8 @@ def why_not(config: LayersConfig) -> str | None:
         return (
             f"the model is of kind {config.kind}, and predictors are for models that continue texts"
         )
-    if router.reads_at() is not Lookahead.FFN_INPUT:
-        return (
-            f"the router chooses early (router.lookahead is {router.reads_at().value}), so the "
-            "store knows what to read without a predictor"
-        )
+    if router.reads_at() is Lookahead.TOKEN:
+        return "the router chooses by tokens, so the store knows what to read without a predictor"
     if router.varies:
         return f"router.kind is {router.kind}, where a token visits any number of experts"
     return None
@@ -110,9 +113,14 @@ def facts_of(config: LayersConfig) -> PredictorFacts:
     """Return what predictors of a model are built from."""
     assert config.moe is not None, "a store has experts"
     architecture = identity_of(config).architecture
-    return PredictorFacts(
-        tuple(config.moe_layers), config.moe.num_experts, config.moe.router.k, architecture
-    )
+    sizes = config.moe.num_experts, config.moe.router.k
+    return PredictorFacts(tuple(config.moe_layers), *sizes, architecture, _num_known(config))
+
+
+def _num_known(config: LayersConfig) -> int:
+    """Return how many layers have chosen already when the one before them runs."""
+    assert config.moe is not None, "a store has experts"
+    return int(config.moe.router.reads_at() is Lookahead.PREVIOUS_BLOCK)
 
 
 def open_predictor(predictor: str | Predictor, decoder: Model) -> Predictor | None:
