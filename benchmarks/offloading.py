@@ -11,7 +11,8 @@ trained  A really trained model, a quarter and a half of its experts in memory: 
          predictor, an oracle of set recall, everything on.
 sweep    A random model of 1 G parameters: on demand, and oracles of set recall.
 early    Models whose routers choose early (pre-gated, pre-attention): on demand, and with reads
-         that begin when the router has chosen.
+         that begin when the router has chosen, alone and with an oracle of set recall for the
+         layers that have not chosen.
 peers    llama.cpp on the same bits, at equal cache bytes and at an equal limit of the process.
 papers   accelerate with layers on disk, the baseline of papers.
 

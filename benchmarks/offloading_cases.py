@@ -92,14 +92,15 @@ class Cases:
             folder, tokens = self._model(f"1b-{kind}"), self._tokens(16)
             limits, budget = Limits(), self._a.early_budget
             paced = ("--paced", str(self._a.rate))
-            names = ("on demand", "reads begin early", "next_gates, too", "resident")
-            hints = ["policy=lru", "predictor=next_gates", "reader=direct"]
+            names = ("on demand", "reads begin early", "resident")
             arms = [
                 ours(names[0], folder, tokens, limits, budget, ON_DEMAND, "--not-ahead", *paced),
                 ours(names[1], folder, tokens, limits, budget, ON_DEMAND, *paced),
-                ours(names[2], folder, tokens, limits, budget, hints, "--always-ahead", *paced),
-                ours(names[3], folder, tokens, limits, None, []),
+                ours(names[2], folder, tokens, limits, None, []),
             ]
+            for recall in self._a.recalls:  # of layers that have not chosen
+                name, more = f"and hints, recall {recall}", ("--recall", str(recall), *paced)
+                arms.append(ours(name, folder, tokens, limits, budget, ON_DEMAND, *more))
             yield Case(f"1 B {kind}, {budget}", folder, arms, tokens, self._a.rate, self._a.pairs)
 
     def peers(self) -> Iterator[Case]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moeyard.moe.routes.rows import Array, Routes
 from moeyard.serving.experts.forwards import Forward
-from moeyard.serving.experts.predictors.predictor import DISTANCE, Hint, PredictorFacts
+from moeyard.serving.experts.predictors.predictor import Hint, PredictorFacts
 
 
 class Oracle:
@@ -40,9 +40,7 @@ class Oracle:
 
     def after_choice(self, layer: int, x_ND: Tensor | None) -> list[Hint]:
         """Name the experts of the next layers."""
-        place = self._facts.moe_layers.index(layer)
-        last = min(len(self._facts.moe_layers), place + 1 + DISTANCE)
-        return self._hints(range(place + 1, last))
+        return self._hints(map(self._facts.moe_layers.index, self._facts.following(layer)))
 
     def _hints(self, places: Iterable[int]) -> list[Hint]:
         hints = []
