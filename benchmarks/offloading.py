@@ -25,10 +25,12 @@ gain nothing there. Hence trained, sweep and early have a disk without credit (p
 """
 
 import argparse
+import math
 import statistics
+import sys
 from pathlib import Path
 
-from offloading_arms import tokens_per_s
+from offloading_arms import choices_of, tokens_per_s
 from offloading_bed import Limits, Outcome, run
 from offloading_cases import Case, Cases
 
@@ -75,7 +77,30 @@ def find_bound(case: Case) -> dict | None:
         f"{case.rate:g} MB/s): perfect overlap gives {bound:.2f}x of on demand",
         flush=True,
     )
-    return {"compute_s": c, "reading_s": m, "bound": bound}
+    found = {"compute_s": c, "reading_s": m, "bound": bound}
+    if case.is_early:
+        found["one_layer_bound"] = one_layer_bound(c, m, case, reading.result)
+        print(f"  one layer ahead: at most {found['one_layer_bound']:.2f}x", flush=True)
+    return found
+
+
+def one_layer_bound(c: float, m: float, case: Case, result: dict) -> float:
+    """Return the bound for reads that begin one layer early, and no earlier.
+
+    A layer takes the longer of computing and of reading what the next one misses. How many that
+    are varies from layer to layer: the reads of one layer cannot begin while another one needs
+    none. Misses are taken as independent of each other.
+    """
+    layers, k = choices_of(case.folder)
+    missed = (result["misses"] + result["prefetch_late"]) / case.tokens / layers
+    if missed == 0:
+        return 1.0
+    read_s, share = m / layers / missed, missed / k
+    layer_s = sum(
+        math.comb(k, n) * share**n * (1 - share) ** (k - n) * max(c / layers, n * read_s)
+        for n in range(k + 1)
+    )
+    return (c + m) / (layers * layer_s)
 
 
 def _row(name: str, speeds: list[float], base: list[float], outcomes: list[Outcome]) -> dict:
@@ -150,7 +175,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.dry:
         arguments.pairs = 1
-    tables = {}
+    tables, differing = {}, []
     for case in Cases(arguments):
         print(case.name, flush=True)
         bound = find_bound(case)
@@ -159,10 +184,14 @@ def main() -> None:
             show(row)
         texts = {text for row in rows for text in row["texts"]}
         found = {row["arm"]: row["texts"] for row in rows}
-        assert len(texts) <= 1, f"arms of {case.name} gave different texts: {found}"
+        if len(texts) > 1:
+            print(f"  ARMS GAVE DIFFERENT TEXTS: {found}", flush=True)
+            differing.append(case.name)
         tables[case.name] = {"rate_mb_s": case.rate, "bound": bound, "rows": rows}
     if not arguments.dry:
         write_results("offloading", {"pairs": arguments.pairs, "cases": tables})
+    if differing:
+        sys.exit(f"answers are not exact in {', '.join(differing)}")
 
 
 if __name__ == "__main__":

@@ -48,6 +48,13 @@ class Sizes:
         return Sizes(total, files - total)
 
 
+def choices_of(folder: Path) -> tuple[int, int]:
+    """Return a model's MoE layers, and the experts that a token visits in each."""
+    config = from_hf(json.loads((folder / "config.json").read_text()))
+    assert config.moe is not None, f"{folder} has no experts"
+    return len(config.moe_layers), config.moe.router.k
+
+
 def ours(
     name: str,
     folder: Path,

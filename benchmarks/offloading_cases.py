@@ -27,6 +27,8 @@ class Case:
     rate: float
     """Of the disk, in MB/s."""
     turns: int
+    is_early: bool = False
+    """Its routers choose one layer early."""
 
 
 class Cases:
@@ -101,7 +103,8 @@ class Cases:
             for recall in self._a.recalls:  # of layers that have not chosen
                 name, more = f"and hints, recall {recall}", ("--recall", str(recall), *paced)
                 arms.append(ours(name, folder, tokens, limits, budget, ON_DEMAND, *more))
-            yield Case(f"1 B {kind}, {budget}", folder, arms, tokens, self._a.rate, self._a.pairs)
+            name, turns = f"1 B {kind}, {budget}", self._a.pairs
+            yield Case(name, folder, arms, tokens, self._a.rate, turns, is_early=True)
 
     def peers(self) -> Iterator[Case]:
         """Yield a case for each share of the experts, then llama.cpp's other ways to load."""
