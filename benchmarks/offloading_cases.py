@@ -65,6 +65,8 @@ class Cases:
                 policy = f"future_use:{self._a.routes}"
             options = [f"policy={policy}", "predictor=auto", "reader=direct"]
             arms.append(ours("everything on", folder, tokens, Limits(), budget, options, *paced))
+            again = "on demand, again"  # how much equal arms differ by their place in a turn
+            arms.append(ours(again, folder, tokens, Limits(), budget, ON_DEMAND, *paced))
             arms.append(ours("resident", folder, tokens, Limits(), None, []))
             name = f"trained, {budget}, {rate:g} MB/s"
             yield Case(name, folder, arms, tokens, rate, self._a.pairs)
