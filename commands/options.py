@@ -108,7 +108,7 @@ def add_expert_store(parser: argparse.ArgumentParser) -> None:
         "--expert-predictor",
         metavar="NAME[:FILE]",
         default="none",
-        help="what is read ahead for routers that choose late: auto, none, next_gates, "
+        help="what is read ahead before routers have chosen: auto, none, next_gates, "
         "fitted_gates:FILE, previous_layers, activations, previous_token or trained:FILE",
     )
     _add_fallback(parser)

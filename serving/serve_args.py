@@ -46,7 +46,7 @@ class ServeArgs(LoraArgs, ExpertParallelArgs, FollowArgs):
     record_routes: str | None = None
     """Folder for routes, a file for each replica: which experts each token visited."""
     expert_predictor: str = "none"
-    """What is read ahead for routers that choose late: a predictor's name, or ``NAME:FILE``."""
+    """What is read ahead before routers have chosen: a predictor's name, or ``NAME:FILE``."""
     dtype: Annotated[Literal["fp32", "bf16"], BeforeValidator(short_name)] | None = None
     """``bf16`` (or ``bfloat16``), ``fp32`` (or ``float32``); None = as stored."""
     kv_memory: str | None = None

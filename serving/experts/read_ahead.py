@@ -1,4 +1,4 @@
-"""Reading ahead for routers that choose late: hints, and what becomes of them. N rows, K choices.
+"""Reading ahead of what routers will choose: hints, and what becomes of them. N rows, K choices.
 
 After a layer's choice the predictor says what the next layers may need. What is in memory of that
 is kept from leaving; the rest is read behind everything that compute waits for, as far as it is
