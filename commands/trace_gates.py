@@ -79,7 +79,10 @@ def run(arguments: argparse.Namespace) -> None:
     check_fit("next_gates", model.config)
     facts = facts_of(model.config)
     if not facts.foretelling:
-        raise DataError("the model has too few MoE layers, so there is nothing to foretell.")
+        raise DataError(
+            f"the model has {len(facts.moe_layers)} MoE layers, so there is nothing to foretell; "
+            "use --expert-predictor none."
+        )
     learned, held = _texts(arguments, model, text)
     decoder = model.decoder
     with Progress("fitting", num_steps(facts, decoder, len(learned))) as progress:
