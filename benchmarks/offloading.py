@@ -134,7 +134,20 @@ def _row(name: str, speeds: list[float], base: list[float], outcomes: list[Outco
         row |= {"stall_ms_a_token": 1e3 * result["stall_s"] / result["tokens"]}
     answers = [outcome.result or {} for outcome in outcomes]
     row["texts"] = sorted({" | ".join(a["texts"]) for a in answers if "texts" in a})
+    row["logits"] = sorted({" ".join(a["logits"]) for a in answers if "logits" in a})
     return row
+
+
+def difference(rows: list[dict]) -> str | None:
+    """Return the first forward whose logits differ, and what each arm had there; None if none."""
+    runs = {run for row in rows for run in row["logits"]}
+    forwards = zip(*(run.split() for run in runs), strict=True)
+    first = next((n for n, hashes in enumerate(forwards) if len(set(hashes)) > 1), None)
+    if first is None:
+        return None
+    hashes = {row["arm"]: {run.split()[first] for run in row["logits"]} for row in rows}
+    texts = {row["arm"]: row["texts"] for row in rows}
+    return f"from forward {first} on: {hashes}, {texts}"
 
 
 def show(row: dict) -> None:
@@ -189,10 +202,9 @@ def main() -> None:
         rows = measure(case)
         for row in rows:
             show(row)
-        texts = {text for row in rows for text in row["texts"]}
-        found = {row["arm"]: row["texts"] for row in rows}
-        if len(texts) > 1:
-            print(f"  ARMS GAVE DIFFERENT TEXTS: {found}", flush=True)
+        where = difference(rows)
+        if where is not None:
+            print(f"  LOGITS DIFFER {where}", flush=True)
             differing.append(case.name)
         tables[case.name] = {"rate_mb_s": case.rate, "bound": bound, "rows": rows}
     if not arguments.dry:
