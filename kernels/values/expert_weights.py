@@ -52,7 +52,7 @@ class SlotTable:
             return None
         first = self.slot_of_E.index(0)
         end = first + self.num_slots
-        is_in_order = self.slot_of_E[first:end] == tuple(range(self.num_slots))
+        is_in_order = list(self.slot_of_E[first:end]) == list(range(self.num_slots))
         return range(first, end) if is_in_order else None
 
     def slot(self, expert: int) -> int:

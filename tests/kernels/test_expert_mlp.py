@@ -271,3 +271,13 @@ def test_a_slot_names_the_parts_that_fill_it():
     views["down_bias"].fill_(9)
     assert biases[1].tolist() == [[0, 1, 2], [9, 9, 9]]
     assert list(ExpertWeights(fc1, fc2).slot_views(0)) == ["gate", "up", "down"]
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_experts_are_consecutive_whatever_holds_the_table(kind):
+    def consecutive(*table):
+        weights = torch.zeros(2, 4, 3), torch.zeros(2, 3, 2)
+        return ExpertWeights(*weights, slot_of_E=kind(table)).consecutive
+
+    assert consecutive(-1, 0, 1) == range(1, 3)
+    assert consecutive(1, 0, -1) is None and consecutive(-1, -1, 1) is None
