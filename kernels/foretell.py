@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .cpu.foretell import CppForeteller
 from .trust import may_use_cpp
+from .values.next_routers import NextRouters
 
 
 class Foreteller:
@@ -22,21 +23,10 @@ class Foreteller:
     ``sigmoid(sharpness * (score - last) / (best - worst))``.
     """
 
-    def __init__(
-        self,
-        weight_RD: Tensor,
-        bias_SE: Tensor,
-        corrections_SE: Tensor | None,
-        choices: int,
-        named: int,
-        sharpness: float,
-    ) -> None:
-        """``weight`` is fp32 or bf16, the others are fp32; ``named`` is W."""
-        assert choices <= named <= bias_SE.shape[1], "more are named than there are"
-        self._weight_RD, self._bias_SE, self._corrections_SE = weight_RD, bias_SE, corrections_SE
-        self._choices, self._named, self._sharpness = choices, named, sharpness
-        how = (weight_RD, bias_SE, corrections_SE, choices, named, sharpness)
-        self._cpp = CppForeteller(*how)
+    def __init__(self, routers: NextRouters) -> None:
+        num_experts = routers.bias_SE.shape[1]
+        assert routers.choices <= routers.named <= num_experts, "more are named than there are"
+        self._routers, self._cpp = routers, CppForeteller(routers)
 
     def __call__(self, x_TD: Tensor) -> tuple[NDArray[Any], NDArray[Any]]:
         """Return the best experts, int32 ``[T, S, W]``, best first, and their chances, fp32.
@@ -63,12 +53,13 @@ class Foreteller:
 
     @torch.no_grad()
     def _by_torch(self, x_TD: Tensor) -> tuple[NDArray[Any], NDArray[Any]]:
-        logits_TR = F.linear(x_TD, self._weight_RD).float()
-        scores_TSE = logits_TR.unflatten(1, self._bias_SE.shape) + self._bias_SE
-        if self._corrections_SE is not None:
-            scores_TSE = scores_TSE.sigmoid() + self._corrections_SE
-        best_TSW, experts_TSW = scores_TSE.topk(self._named, dim=2)
+        weight_RD, bias_SE, corrections_SE, choices, named, sharpness = self._routers
+        logits_TR = F.linear(x_TD, weight_RD).float()
+        scores_TSE = logits_TR.unflatten(1, bias_SE.shape) + bias_SE
+        if corrections_SE is not None:
+            scores_TSE = scores_TSE.sigmoid() + corrections_SE
+        best_TSW, experts_TSW = scores_TSE.topk(named, dim=2)
         range_TS1 = best_TSW[:, :, :1] - scores_TSE.amin(dim=2, keepdim=True) + 1e-6
-        margin_TSW = (best_TSW - best_TSW[:, :, self._choices - 1 : self._choices]) / range_TS1
-        chances_TSW = (self._sharpness * margin_TSW).sigmoid()
+        margin_TSW = (best_TSW - best_TSW[:, :, choices - 1 : choices]) / range_TS1
+        chances_TSW = (sharpness * margin_TSW).sigmoid()
         return experts_TSW.int().numpy(), chances_TSW.numpy()

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..values.next_routers import NextRouters
 from .library import TYPES, address, functions_for
 from .structures import ForetellArguments
 
@@ -20,39 +21,30 @@ class CppForeteller:
     does not change is filled in once.
     """
 
-    def __init__(
-        self,
-        weight_RD: Tensor,
-        bias_SE: Tensor,
-        corrections_SE: Tensor | None,
-        choices: int,
-        named: int,
-        sharpness: float,
-    ) -> None:
-        self._weight_RD = weight_RD
-        self._kept = (bias_SE, corrections_SE)  # C++ has their addresses
-        num_layers, num_experts = bias_SE.shape
-        self._shape = (num_layers, named)
+    def __init__(self, routers: NextRouters) -> None:
+        self._routers = routers  # C++ has the addresses of its tensors
+        num_layers, num_experts = routers.bias_SE.shape
+        self._shape = (num_layers, routers.named)
         self._arguments = ForetellArguments(
-            type=TYPES.get(weight_RD.dtype, -1),
-            d_model=weight_RD.shape[1],
+            type=TYPES.get(routers.weight_RD.dtype, -1),
+            d_model=routers.weight_RD.shape[1],
             layers=num_layers,
             num_experts=num_experts,
-            choices=choices,
-            named=named,
-            is_sigmoid=corrections_SE is not None,
-            sharpness=sharpness,
-            weight=weight_RD.data_ptr(),
-            bias=bias_SE.data_ptr(),
-            corrections=address(corrections_SE),
+            choices=routers.choices,
+            named=routers.named,
+            is_sigmoid=routers.corrections_SE is not None,
+            sharpness=routers.sharpness,
+            weight=routers.weight_RD.data_ptr(),
+            bias=routers.bias_SE.data_ptr(),
+            corrections=address(routers.corrections_SE),
         )
-        number = num_layers * named
+        number = num_layers * routers.named
         self._experts, self._chances = (ctypes.c_int32 * number)(), (ctypes.c_float * number)()
         """Of one row, filled anew by each call."""
 
     def __call__(self, x_TD: Tensor) -> tuple[NDArray[Any], NDArray[Any]] | None:
         """Return experts and chances, or None if the kernels cannot run."""
-        functions = functions_for(x_TD, self._weight_RD)
+        functions = functions_for(x_TD, self._routers.weight_RD)
         if functions is None:
             return None
         rows = len(x_TD)
@@ -64,7 +56,7 @@ class CppForeteller:
 
     def of_row(self, x_1D: Tensor) -> tuple[list[int], list[float]] | None:
         """Return S times W experts and chances, or None if the kernels cannot run."""
-        functions = functions_for(x_1D, self._weight_RD)
+        functions = functions_for(x_1D, self._routers.weight_RD)
         if functions is None:
             return None
         addresses = ctypes.addressof(self._experts), ctypes.addressof(self._chances)

@@ -6,6 +6,7 @@ import torch
 
 from moeyard.kernels import foretell as foretelling
 from moeyard.kernels.foretell import Foreteller
+from moeyard.kernels.values.next_routers import NextRouters
 
 LAYERS, EXPERTS, WIDTH = 3, 10, 40
 
@@ -23,7 +24,7 @@ def problem(dtype, rows, is_sigmoid):
 @pytest.mark.parametrize("is_sigmoid", [False, True])
 def test_both_backends_name_the_best_experts_of_each_layer(dtype, rows, is_sigmoid, monkeypatch):
     x_TD, (weight_RD, bias_SE, corrections_SE) = problem(dtype, rows, is_sigmoid)
-    foretell = Foreteller(weight_RD, bias_SE, corrections_SE, 2, 4, 13.0)
+    foretell = Foreteller(NextRouters(weight_RD, bias_SE, corrections_SE, 2, 4, 13.0))
     with torch.inference_mode():
         found = foretell(x_TD)
         rows_by_cpp = [foretell.of_row(x_1D) for x_1D in x_TD.split(1)]

@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from ....kernels.foretell import Foreteller
+from ....kernels.values.next_routers import NextRouters
 from ....moe.models.model import Model
 from ....moe.routers.linear import LinearRouter
 from ....moe.routers.router import Router
@@ -106,7 +107,8 @@ class NextGates:
         corrections_SE = None
         if self._corrections_LE is not None:
             corrections_SE = self._corrections_LE[first : first + len(gates.bias_SE)]
-        return Foreteller(*gates, corrections_SE, self._facts.k, width, SHARPNESS)
+        routers = NextRouters(*gates, corrections_SE, self._facts.k, width, SHARPNESS)
+        return Foreteller(routers)
 
     def _hints_of_row(
         self, targets: tuple[int, ...], experts: list[int], chances: list[float]
