@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
 from ..files import replace_text
-from .options import Parsers, add_command, add_loading, add_model
+from .options import Parsers, add_command, add_loading, add_model, cannot_write
 
 if TYPE_CHECKING:
     import numpy as np
@@ -94,10 +94,7 @@ def run(arguments: argparse.Namespace) -> None:
     try:
         replace_text(arguments.out, text)
     except OSError as error:
-        raise ConfigError(
-            f"--out is {str(arguments.out)!r}, which cannot be written ({error.strerror}); give "
-            "another file."
-        ) from None
+        raise cannot_write("--out", arguments.out, error) from None
 
 
 def _quantiles(text: str | None) -> list[float] | None:

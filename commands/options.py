@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from ..dtypes import short_name
-from ..errors import DataError, MoeyardError, Stopped
+from ..errors import ConfigError, DataError, MoeyardError, Stopped
 
 Parsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 INTERRUPTED = 130
@@ -228,3 +228,10 @@ def read_text(path: Path, option: str = "--text") -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise DataError(f"{option} is {str(path)!r}, which cannot be read ({reason}).") from None
+
+
+def cannot_write(option: str, path: Path, error: OSError) -> ConfigError:
+    """Return the error of a command whose ``option`` names a file that cannot be written."""
+    return ConfigError(
+        f"{option} is {str(path)!r}, which cannot be written ({error.strerror}); choose another."
+    )

@@ -4,7 +4,15 @@ import argparse
 import sys
 from pathlib import Path
 
-from .options import Parsers, add_allow_code, add_command, add_dtype, add_model, read_text
+from .options import (
+    Parsers,
+    add_allow_code,
+    add_command,
+    add_dtype,
+    add_model,
+    cannot_write,
+    read_text,
+)
 from .options import add_ignore_unused_weights as add_ignore
 
 ALLOCATIONS = ("uniform", "greedy")
@@ -50,7 +58,6 @@ def add(parsers: Parsers) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure, and write the file."""
-    from ..errors import ConfigError
     from ..serving.evaluation.measure_sparsity import measure_sparsity
     from ..serving.experts.sparsity import save_sparsity
     from ..serving.loading import open_model
@@ -68,8 +75,5 @@ def run(arguments: argparse.Namespace) -> None:
     try:
         save_sparsity(arguments.out, found)
     except OSError as error:
-        raise ConfigError(
-            f"--out is {str(arguments.out)!r}, which cannot be written ({error.strerror}); choose "
-            "another."
-        ) from None
+        raise cannot_write("--out", arguments.out, error) from None
     sys.stdout.write(f"measured score={found.score} target={found.target:g} file={arguments.out}\n")

@@ -15,6 +15,7 @@ from .options import (
     add_expert_store,
     add_ignore_unused_weights,
     add_model,
+    cannot_write,
     read_text,
 )
 from .trace_predict import recall_table
@@ -94,10 +95,7 @@ def run(arguments: argparse.Namespace) -> None:
     try:
         save(arguments.out, facts, maps)
     except OSError as error:
-        raise ConfigError(
-            f"--out is {str(arguments.out)!r}, which cannot be written ({error.strerror}); choose "
-            "another."
-        ) from None
+        raise cannot_write("--out", arguments.out, error) from None
     _print(arguments, found, sum(map(len, learned)), sum(map(len, held)))
 
 

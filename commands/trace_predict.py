@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError, DataError
-from .options import Parsers, add_command, add_route_files
+from .options import Parsers, add_command, add_route_files, cannot_write
 
 if TYPE_CHECKING:
     from ..moe.routes.format import RouteHeader
@@ -73,10 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
         try:
             save(arguments.save, facts, arrays)
         except OSError as error:
-            raise ConfigError(
-                f"--save is {arguments.save}, which cannot be written ({error.strerror}); give "
-                "another file."
-            ) from None
+            raise cannot_write("--save", arguments.save, error) from None
     _print(arguments, found, {"learned_rows": len(learned), "held_out_rows": len(held)})
 
 
