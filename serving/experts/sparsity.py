@@ -21,7 +21,7 @@ from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from ...dtypes import short_name
@@ -129,8 +129,9 @@ def save_sparsity(path: Path, sparsity: Sparsity) -> None:
     }
     tensors = {f"{layer}.{kind}.threshold": t for (layer, kind), t in sparsity.thresholds.items()}
     tensors |= {f"{layer}.{kind}.norm": norm for (layer, kind), norm in sparsity.norms.items()}
-    with replaced(path) as unfinished:
-        save_file({name: t.contiguous() for name, t in tensors.items()}, unfinished, metadata)
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with replaced(path) as unfinished:  # save_file raises errors that are no OSError
+        unfinished.write_bytes(to_bytes(whole, metadata))
 
 
 def read_sparsity(name: str) -> Sparsity:

@@ -191,6 +191,9 @@ def test_the_command_writes_a_file_that_others_take(folder, tmp_path, capsys):
     assert read_sparsity(str(out)).name == "expert-sparsity chess 0.4"
     assert main(["eval", *given, "--length", "64", "--expert-sparsity", str(out)]) == 0
     assert "perplexity=" in capsys.readouterr().out
+    nowhere = str(tmp_path / "none" / "file")
+    assert main(["sparsity", *given, "--score", "chess", "-o", nowhere, "--length", "64"]) == 2
+    assert "which cannot be written (No such file or directory)" in capsys.readouterr().err
 
 
 def test_a_file_of_another_model_is_refused(measured, relu_folder, folder, tmp_path):

@@ -141,6 +141,8 @@ def test_trace_gates_writes_a_predictor_that_loads(folder, model, tmp_path, caps
     assert torch.equal(offloaded(ids), model(ids))
     assert main([*command, "--tokens", "-5"]) == 2
     assert "--tokens is -5; use 1 or more" in capsys.readouterr().err
+    assert main([*command[:-1], str(tmp_path / "none" / "g")]) == 2
+    assert "which cannot be written (No such file or directory)" in capsys.readouterr().err
     text.write_text("a")
     assert main(command) == 2
     assert "give a longer text" in capsys.readouterr().err

@@ -248,6 +248,9 @@ def test_trace_predict_prints_recalls_and_writes_a_predictor_that_loads(
     save_to = ["--save", str(tmp_path / "p"), "--json"]
     assert main(["trace", "predict", str(tmp_path / "a.routes"), *save_to]) == 0
     values = json.loads(capsys.readouterr().out)
+    nowhere = ["--save", str(tmp_path / "none" / "p")]
+    assert main(["trace", "predict", str(tmp_path / "a.routes"), *nowhere]) == 2
+    assert "which cannot be written (No such file or directory)" in capsys.readouterr().err
     assert values["learned_rows"] == values["held_out_rows"] == 24
     assert set(values["predictors"]) == {
         *("previous_token", "previous_layers", "activations", "trained"),

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from ....errors import ConfigError
@@ -19,7 +19,8 @@ def save(path: Path, format_name: str, facts: PredictorFacts, tensors: Tensors) 
     """Write a file, whole or not at all; raises ``OSError``."""
     metadata = {"format": format_name, "version": "1", **_model(facts)}
     with replaced(path) as unfinished:
-        save_file(tensors, unfinished, metadata=metadata)
+        # save_file raises errors that are no OSError
+        unfinished.write_bytes(to_bytes(tensors, metadata=metadata))
 
 
 def read(
