@@ -11,8 +11,8 @@ trained  A really trained model, a quarter and a half of its experts in memory: 
          predictor, an oracle of set recall, everything on.
 sweep    A random model of 1 G parameters: on demand, and oracles of set recall.
 early    Models whose routers choose early (pre-gated, pre-attention): on demand, and with reads
-         that begin when the router has chosen, alone and with an oracle of set recall for the
-         layers that have not chosen.
+         that begin when the router has chosen, alone and with a predictor, or an oracle of set
+         recall, for the layers that have not chosen. Random models, or one that was trained.
 peers    llama.cpp on the same bits, at equal cache bytes and at an equal limit of the process.
 papers   accelerate with layers on disk, the baseline of papers.
 
@@ -183,6 +183,8 @@ def main() -> None:
     parser.add_argument("--sweep-budgets", nargs="+", default=["50%", "80%"])
     parser.add_argument("--budgets", nargs="+", default=["25%", "50%"])
     parser.add_argument("--early-budget", default="75%")
+    parser.add_argument("--early-trained", type=Path, help="folder, in place of random models")
+    parser.add_argument("--early-predictors", nargs="*", default=[])
     parser.add_argument("--predictors", nargs="*", default=["next_gates", "previous_layers"])
     parser.add_argument("--recalls", nargs="*", type=float, default=[0.5, 0.7, 0.9])
     parser.add_argument("--policy", default="lru", help="of the arm with everything on")

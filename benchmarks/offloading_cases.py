@@ -92,8 +92,13 @@ class Cases:
 
     def early(self) -> Iterator[Case]:
         """Yield a case for each model whose routers choose early."""
-        for kind in ("pregated", "preattention"):
-            folder, tokens = self._model(f"1b-{kind}"), self._tokens(16)
+        models = {
+            f"1 B {kind}": (self._model(f"1b-{kind}"), self._tokens(16))
+            for kind in ("pregated", "preattention")
+        }
+        if self._a.early_trained is not None:
+            models = {"trained, early": (self._a.early_trained, self._tokens(96))}
+        for model, (folder, tokens) in models.items():
             limits, budget = Limits(), self._a.early_budget
             paced = ("--paced", str(self._a.rate))
             names = ("on demand", "reads begin early", "resident")
@@ -102,10 +107,14 @@ class Cases:
                 ours(names[1], folder, tokens, limits, budget, ON_DEMAND, *paced),
                 ours(names[2], folder, tokens, limits, None, []),
             ]
-            for recall in self._a.recalls:  # of layers that have not chosen
+            for predictor in self._a.early_predictors:  # of layers that have not chosen
+                options = ["policy=lru", f"predictor={predictor}", "reader=direct"]
+                name, more = f"and {predictor}", ("--always-ahead", *paced)
+                arms.append(ours(name, folder, tokens, limits, budget, options, *more))
+            for recall in self._a.recalls:
                 name, more = f"and hints, recall {recall}", ("--recall", str(recall), *paced)
                 arms.append(ours(name, folder, tokens, limits, budget, ON_DEMAND, *more))
-            name, turns = f"1 B {kind}, {budget}", self._a.pairs
+            name, turns = f"{model}, {budget}", self._a.pairs
             yield Case(name, folder, arms, tokens, self._a.rate, turns, is_early=True)
 
     def peers(self) -> Iterator[Case]:
