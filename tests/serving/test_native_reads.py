@@ -10,7 +10,6 @@ from itertools import pairwise
 import pytest
 import torch
 import xxhash
-from reading_paths import READ_AT, Piece
 from test_expert_reading import EXPERT_BYTES
 
 from moeyard import cpp_libraries
@@ -24,6 +23,7 @@ from moeyard.serving.experts.reading.native import library
 from moeyard.serving.experts.reading.native.queue import NativeQueue
 from moeyard.serving.loading import open_model
 
+from reading_paths import READ_AT, Piece
 from small_model import NUM_EXPERTS, slots, small_store, visit
 
 native = library.load()

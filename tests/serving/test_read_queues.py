@@ -11,13 +11,14 @@ from collections import deque
 from functools import partial
 
 import pytest
-from reading_paths import READ_AT, Piece
 
 from moeyard.serving.experts.read_queue import ReadQueue
 from moeyard.serving.experts.reading.native import library
 from moeyard.serving.experts.reading.native import queue as native_queue
 from moeyard.serving.experts.reading.native.queue import NativeQueue, _steps
 from moeyard.serving.experts.reads import DroppedError, Read, Straight
+
+from reading_paths import READ_AT, Piece
 
 native = library.load()
 needs_cpp = pytest.mark.skipif(native is None, reason="no C++ compiler")
