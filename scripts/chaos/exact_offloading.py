@@ -146,9 +146,10 @@ def main() -> None:
     arguments = parser.parse_args()
     draw, disk = random.Random(arguments.seed), PacedDisk()
     torch.set_num_threads(1)
+    print(f"seed {arguments.seed}", flush=True)
     models = forwards = wrong = 0
-    until = said = time.monotonic()
-    until += 60 * arguments.minutes
+    said = time.monotonic()
+    until = said + 60 * arguments.minutes
     with scratch() as folder:
         while time.monotonic() < until:
             own = folder / str(models)
@@ -158,7 +159,7 @@ def main() -> None:
             if time.monotonic() - said > 60:
                 said = time.monotonic()
                 print(f"{models} models, {forwards} forwards, {wrong} differ", flush=True)
-    print(f"seed {arguments.seed}: {models} models, {forwards} forwards, {wrong} models differ")
+    print(f"{models} models, {forwards} forwards, {wrong} models differ")
     sys.exit(wrong > 0)
 
 
